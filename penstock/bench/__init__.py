@@ -1,0 +1,1 @@
+"""Workloads, replay, experiments, reports and plots."""

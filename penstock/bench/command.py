@@ -1,0 +1,7 @@
+"""`penstock bench`: one sub-command per experiment; each experiment lives in a module of its own."""
+
+from __future__ import annotations
+
+import typer
+
+bench = typer.Typer(help="Measure Penstock against its limits on this machine.", no_args_is_help=True)

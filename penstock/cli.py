@@ -1,0 +1,22 @@
+"""The `penstock` command: one line per sub-command; each lives beside what it drives and imports heavy things late."""
+
+from __future__ import annotations
+
+import typer
+
+from penstock.bench.command import bench
+from penstock.doctor import doctor
+from penstock.pool.command import pool
+from penstock.server.command import serve
+
+app = typer.Typer(
+    name="penstock",
+    help="LLM serving for requests whose time goes into loading KV cache rather than computing it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(serve)
+app.command()(pool)
+app.add_typer(bench, name="bench")
+app.command()(doctor)

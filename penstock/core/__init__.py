@@ -1,0 +1,1 @@
+"""The brain: every decision, as plain state machines. No I/O, clock, threads or torch."""

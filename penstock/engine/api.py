@@ -1,0 +1,97 @@
+"""The engine as its callers see it: submit a request of tokens, get tokens back, cancel, look at it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from penstock.engine.runner import SamplingParams
+
+
+class InvalidRequest(ValueError):
+    """The request cannot be served as given; the message names the parameter, what was given and what is allowed."""
+
+
+class Overloaded(RuntimeError):
+    """The waiting queue is full; try again after `retry_after_s`."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+FinishReason = Literal["stop", "length", "cancelled", "error", "timeout"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """`slo_ttft_s` is the deadline of the first token, from arrival; `tenant` separates caches (`cache_salt`)."""
+
+    request_id: str
+    prompt_tokens: list[int]
+    sampling: SamplingParams
+    slo_ttft_s: float | None = None
+    tenant: str = ""
+    session: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestReport:
+    """Where a request's time went. `spans` are `(label, start_s, end_s)` from arrival, without gaps or overlap; labels
+    are stages (`lookup`, `fetch`, `upload`, `compute`, `decode`) and reasons of waiting (`wait_fetch_link`,
+    `wait_l2`, `wait_l1`, `wait_upload_link`, `wait_compute`, `wait_turn`)."""
+
+    prompt_tokens: int
+    cached_tokens: int  # prompt tokens whose KV was not computed by this request
+    loaded_bytes: int  # fetched from the pool
+    generated_tokens: int
+    ttft_s: float | None
+    total_s: float
+    slo_ttft_s: float | None
+    predicted_load_s: float
+    predicted_compute_s: float
+    recomputed_tokens: int  # after a failed load
+    load_failures: dict[str, int]
+    spans: tuple[tuple[str, float, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token, and with the last one (`finish_reason` set; its `token_id` may be None) the report."""
+
+    token_id: int | None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    report: RequestReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for `/metrics`: gauges as they are, counters since start. Labelled series are dictionaries."""
+
+    gauges: dict[str, float]
+    counters: dict[str, float]
+    labelled: dict[str, dict[str, float]] = field(default_factory=dict)  # metric -> {label value: number}
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class EngineAPI(Protocol):
+    max_context_tokens: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+
+    def submit(self, request: GenerationRequest, on_event: Callable[[TokenEvent], None]) -> None:
+        """Queue a request. Raises InvalidRequest or Overloaded. `on_event` is called from an engine thread, must not
+        block, and gets exactly one event with a `finish_reason`, the last one."""
+
+    def cancel(self, request_id: str) -> None:
+        """End a request soon (its last event is `cancelled`); unknown or ended requests are ignored."""
+
+    def stats(self) -> EngineStats: ...
+
+    def healthy(self) -> tuple[bool, str]:
+        """Whether the engine makes progress, and one line that says why not."""
+
+    def close(self, timeout_s: float) -> None:
+        """Cancel what runs and stop every thread."""

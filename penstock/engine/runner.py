@@ -1,0 +1,84 @@
+"""What the engine needs of a model: L1 pages, uploads into them, downloads out of them, and batches of compute.
+
+Two kinds exist: `hf_runner` (a Hugging Face model on CPU or CUDA) and `modelled_runner` (real bytes, compute that
+takes the time a profile says).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from penstock.core.layout import KVLayout
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn. `temperature` 0 is greedy; `seed` makes sampling repeatable per request."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    ignore_eos: bool = False
+
+
+class UploadGroup(Protocol):
+    """Blocks going up together, layer by layer; compute of a layer waits for that layer only."""
+
+    def wait_layer(self, layer: int) -> None:
+        """Block (CPU) or order the compute stream (CUDA) until layer `layer` of every block in the group is in L1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One contiguous run of query tokens of one request.
+
+    `tokens` are at positions `start .. start+len(tokens)`; their KV goes into `pages` (the request's pages in prefix
+    order, `block_tokens` tokens each, covering at least the end of the chunk). Everything before `start` is in
+    L1 already, except for blocks in `pending`, whose layers are waited for one by one.
+    `sampling` is set when the last token of the chunk is to be followed by a sampled one; `sampled_index` is
+    how many tokens the request has generated so far (so that a seed gives the same draw after a preemption).
+    """
+
+    request_id: str
+    tokens: Sequence[int]
+    start: int
+    pages: Sequence[int]
+    sampling: SamplingParams | None = None
+    sampled_index: int = 0
+    pending: Sequence[UploadGroup] = field(default_factory=tuple)
+
+
+class ModelRunner(Protocol):
+    """Owner of L1. Threading: `upload` and `download` run on executor threads beside `run`, never on pages that `run`
+    is using; `run` runs on the compute thread only."""
+
+    layout: KVLayout
+    model_id: str  # identity of config and weights, for the fingerprint
+    max_context_tokens: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+
+    def allocate(self, pages: int) -> None:
+        """Create L1 with room for `pages` full blocks. Called once, before anything else."""
+
+    def page_lock(self, buffer: memoryview) -> None:
+        """Page-lock host memory for direct copies (CUDA); nothing on CPU."""
+
+    def start_upload(self, blocks: Sequence[tuple[memoryview, int]]) -> UploadGroup:
+        """Prepare the upload of full blocks `(host bytes, page)`; returns at once, before any byte has moved."""
+
+    def upload(self, group: UploadGroup) -> None:
+        """Move the group's bytes, layer by layer; returns when all of them are in L1 (host memory may be reused)."""
+
+    def download(self, page: int, into: memoryview) -> None:
+        """Copy one full block out of L1; returns when `into` holds it."""
+
+    def run(self, batch: Sequence[Chunk]) -> list[int | None]:
+        """Compute a batch; returns one sampled token id per chunk (None where `sampling` is None)."""
+
+    def close(self) -> None:
+        """Release L1 and the model."""

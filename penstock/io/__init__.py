@@ -1,0 +1,1 @@
+"""Block engines: submit and poll reads and writes by address on a device."""

@@ -1,0 +1,69 @@
+"""The interface of every block engine: submit reads and writes by address, poll for completions.
+
+Threading: one engine belongs to one thread at a time (its pool member's worker); `submit` and `poll` must not
+run concurrently with each other. Nothing is retried inside an engine; the caller decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+
+class QueueFull(RuntimeError):
+    """A submit would put more operations in flight than `depth`; nothing of it was submitted."""
+
+
+@dataclass(frozen=True, slots=True)
+class IoOp:
+    """One read or write of `len(buffer)` bytes at byte `offset` of the device.
+
+    `offset`, the length and the buffer's address are multiples of the engine's `alignment_bytes`.
+    `tag` comes back with the completion. The buffer is the engine's until then.
+    """
+
+    kind: Literal["read", "write"]
+    offset: int
+    buffer: memoryview
+    tag: Any
+
+
+@dataclass(frozen=True, slots=True)
+class IoCompletion:
+    """The end of one operation: all of its bytes moved (`error is None`), or it failed with `error`.
+
+    A short read or write is an error (EIO), never a success.
+    """
+
+    tag: Any
+    error: OSError | None
+
+
+class BlockEngine(Protocol):
+    """A device (slab file, block device, NVMe namespace) read and written by address."""
+
+    name: str
+    capacity_bytes: int
+    alignment_bytes: int
+    depth: int
+
+    def register(self, buffer: memoryview) -> None:
+        """Announce memory that later operations will use (pinned once, not at each I/O). Optional for callers."""
+
+    def submit(self, ops: Sequence[IoOp]) -> None:
+        """Start operations, in no promised order. Raises QueueFull, or ValueError for a bad offset, length or
+        alignment; in both cases none of `ops` has started."""
+
+    def poll(self, timeout_s: float) -> list[IoCompletion]:
+        """Completions so far; waits at most `timeout_s` for the first one. Empty when none came."""
+
+    def in_flight(self) -> int:
+        """Operations submitted and not yet returned by `poll`."""
+
+    def sync(self) -> None:
+        """Make completed writes durable (fdatasync)."""
+
+    def close(self, timeout_s: float) -> None:
+        """Wait for operations in flight (at most `timeout_s`), then release the device. Raises TimeoutError if
+        some never came back: their buffers must not be reused."""

@@ -1,0 +1,1 @@
+"""The pool (L3): many memories and SSDs as one store of KV blocks."""

@@ -1,0 +1,108 @@
+"""The pool's one interface, the same for the embedded pool and for a pool node over the network.
+
+Threading: every method may be called from any thread. `done` callbacks run on a thread of the pool, must not block,
+and are called exactly once, by the deadline at the latest (plus scheduling noise). After `done` the pool does not
+touch the buffer any more: a transfer that misses its deadline is cut off first, then reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from penstock.core.keys import BlockKey
+
+
+class PoolError(Exception):
+    """Why a block could not be read or written; `reason` is one of the fixed labels below (used in metrics)."""
+
+    REASONS = ("missing", "deadline", "checksum", "device", "network", "full", "dropped", "layout", "closed")
+
+    def __init__(self, reason: str, detail: str) -> None:
+        assert reason in self.REASONS, reason
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where a hit block lies: its size and the links that reading it crosses (`route`), e.g.
+    `("memory:0",)`, `("ssd:0",)` for an embedded pool, `("ssd:0@HOST:PORT", "net@HOST:PORT")` for a pool node."""
+
+    size_bytes: int
+    route: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MemberStat:
+    """One member as it stands. `kind` is "memory" or "uring"."""
+
+    name: str
+    kind: str
+    capacity_bytes: int
+    used_bytes: int
+    blocks: int
+    healthy: bool
+    weight: float
+    read_bytes: int
+    written_bytes: int
+    errors: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStat:
+    members: tuple[MemberStat, ...]
+    writes_dropped: int
+    evictions: int
+    checksum_errors: int
+
+
+class Lease(Protocol):
+    """A pinned block that can be read in place, without a copy, until `release`."""
+
+    @property
+    def view(self) -> memoryview: ...
+
+    def release(self) -> None: ...
+
+
+Done = Callable[[PoolError | None], None]
+
+
+class Pool(Protocol):
+    def register(self, buffer: memoryview) -> None:
+        """Announce the staging memory that reads will target and writes will come from (page-aligned)."""
+
+    def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
+        """Where each block lies, None for a miss. Counts as a use of the hits. Raises PoolError when the pool
+        cannot be asked within `timeout_s`; the caller goes on without hits."""
+
+    def read(self, key: BlockKey, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
+        """Copy a block of `size_bytes` into `into`, verify its checksum, then call `done`. Never raises: every failure
+        arrives as `done(PoolError)` (a block of another size is "layout").
+
+        `into` is page-aligned and `core.layout.staging_bytes(size_bytes)` long; bytes past `size_bytes` are undefined.
+        """
+
+    def lease(self, key: BlockKey) -> Lease | None:
+        """A block of a local memory member in place; None when it is elsewhere or gone (use `read`)."""
+
+    def host_buffers(self) -> list[memoryview]:
+        """Memory of local members, for page-locking on a GPU host; empty for a pool node."""
+
+    def write(
+        self, key: BlockKey, parent: BlockKey, size_bytes: int, data: memoryview, timeout_s: float, done: Done
+    ) -> None:
+        """Store a block of `size_bytes` (`parent` is the key before it, for leaf-first eviction). `data` is aligned and
+        padded like `into` of `read`, and must stay unchanged until `done`. Already present: done(None), nothing written.
+        Bounded and droppable: done(PoolError("dropped" | "full" | ...)). Never raises."""
+
+    def evict(self, keys: Sequence[BlockKey]) -> int:
+        """Forget blocks (a leased or in-flight one stays); returns how many went."""
+
+    def stat(self, timeout_s: float) -> PoolStat:
+        """Members and counters. Raises PoolError when the pool cannot be asked in time."""
+
+    def close(self, timeout_s: float) -> None:
+        """Stop: reads and writes in flight end as done(PoolError("closed")), durable state is flushed."""
