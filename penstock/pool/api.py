@@ -95,7 +95,7 @@ class Pool(Protocol):
         self, key: BlockKey, parent: BlockKey, size_bytes: int, data: memoryview, timeout_s: float, done: Done
     ) -> None:
         """Store a block of `size_bytes` (`parent` is the key before it, for leaf-first eviction). `data` is aligned and
-        padded like `into` of `read`, and must stay unchanged until `done`. Already present: done(None), nothing written.
+        padded like `into` of `read`, and must stay unchanged until `done`. Already present: done(None).
         Bounded and droppable: done(PoolError("dropped" | "full" | ...)). Never raises."""
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
