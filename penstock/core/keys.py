@@ -24,10 +24,10 @@ class KeyChain:
 
     __slots__ = ("_block_tokens", "_partial", "keys", "root")
 
-    def __init__(self, fingerprint: bytes, salt: str, block_tokens: int) -> None:
+    def __init__(self, root: BlockKey, block_tokens: int) -> None:
         self._block_tokens = block_tokens
         self._partial: list[int] = []
-        self.root = root_key(fingerprint, salt)
+        self.root = root
         self.keys: list[BlockKey] = []
 
     def extend(self, tokens: Iterable[int]) -> list[BlockKey]:
@@ -50,5 +50,5 @@ class KeyChain:
 
 def block_keys(tokens: Sequence[int], fingerprint: bytes, salt: str, block_tokens: int) -> list[BlockKey]:
     """Keys of all full blocks of `tokens`, first block first."""
-    chain = KeyChain(fingerprint, salt, block_tokens)
+    chain = KeyChain(root_key(fingerprint, salt), block_tokens)
     return chain.extend(tokens)

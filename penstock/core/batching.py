@@ -1,0 +1,237 @@
+"""The compute stage: which tokens of which requests make the next batch (continuous batching, chunked prefill)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from penstock.core.operations import Compute, ComputeChunk, FinishReason
+from penstock.core.ordering import RankedQueue
+from penstock.core.request import NO_PAGE, BlockLoad, LoadState, Request, State
+from penstock.core.saving import Saving
+from penstock.core.shared_state import SharedState
+
+Finish = Callable[[Request, FinishReason, str | None, float], None]
+
+
+class Batching:
+    """At most one batch is in flight. Every decoding request adds one token to it, then requests in prefill add chunks
+    in order of rank up to the token budget. A request can compute as soon as the block at its position is not being
+    loaded: a hole left by a failed load is filled while the blocks behind it still come."""
+
+    def __init__(self, shared: SharedState, saving: Saving, loads: dict[bytes, BlockLoad]) -> None:
+        self._shared = shared
+        self._saving = saving
+        self._loads = loads
+        self._computable: RankedQueue[Request] = RankedQueue()
+        self._decoding: dict[Request, None] = {}
+        self._batch: tuple[int, tuple[tuple[Request, ComputeChunk], ...], float] | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._batch is not None
+
+    @property
+    def decoding(self) -> int:
+        return len(self._decoding)
+
+    def update_readiness(self, request: Request) -> None:
+        """Move the position past blocks that are in L1, and offer the request if its next token can be computed."""
+        if request.state is not State.PREFILL or request.batched:
+            return
+        size = self._shared.config.block_tokens
+        position, ready = request.position, request.ready
+        while position % size == 0 and position // size < len(ready) and self._passable(request, position // size):
+            position += size
+        request.position = position
+        index = position // size
+        coupled_wait = self._shared.config.mode == "coupled" and request.loads
+        if index in request.loads or coupled_wait:
+            self._computable.discard(request)
+        else:
+            self._computable.push(request)
+            if self._computable not in request.queues:
+                request.queues.append(self._computable)
+
+    def is_computable(self, request: Request) -> bool:
+        return request in self._computable
+
+    def _passable(self, request: Request, index: int) -> bool:
+        if request.ready[index]:
+            return True
+        load = request.loads.get(index)
+        return load is not None and load.state is LoadState.UPLOADING and self._shared.config.layerwise
+
+    def leave(self, request: Request) -> None:
+        self._computable.discard(request)
+        self._decoding.pop(request, None)
+
+    # -- building a batch ---------------------------------------------------------------------------------------
+
+    def dispatch(self, now: float) -> list[Request]:
+        """Issue the next batch if none is in flight and there is something to compute; returns its requests."""
+        if self._batch is not None or not (self._decoding or len(self._computable)):
+            return []
+        shared = self._shared
+        budget = shared.config.max_batch_tokens
+        chunks: list[tuple[Request, ComputeChunk]] = []
+        for request in list(self._decoding):
+            if budget and request.state is State.DECODE and self._page_at_position(request, now):
+                request.batched = True  # from here on it cannot be preempted
+                chunks.append((request, self._chunk(request, 1)))
+                budget -= 1
+        for request in self._computable.first(shared.config.max_prefills):
+            if not budget:
+                break
+            if request.state is not State.PREFILL:
+                continue
+            tokens = self._prefill_run(request, budget, now)
+            if tokens:
+                request.batched = True
+                self._computable.discard(request)
+                chunks.append((request, self._chunk(request, tokens)))
+                budget -= tokens
+        if not chunks:
+            return []
+        op_id = shared.next_op()
+        predicted_s = shared.cost.compute.seconds(_spans(chunks))
+        self._batch = (op_id, tuple(chunks), now)
+        shared.outbox.append(Compute(op_id, tuple(chunk for _, chunk in chunks), predicted_s))
+        return [request for request, _ in chunks]
+
+    def _chunk(self, request: Request, count: int) -> ComputeChunk:
+        start = request.position
+        pending = {
+            load.upload_op
+            for index, load in request.loads.items()
+            if load.state is LoadState.UPLOADING and index * self._shared.config.block_tokens < start
+        }
+        return ComputeChunk(
+            request.request_id,
+            request.tokens[start : start + count],
+            start,
+            request.pages,
+            sample=start + count == len(request.tokens),
+            sampled_index=request.account.generated_tokens,
+            pending=tuple(sorted(op for op in pending if op is not None)),
+        )
+
+    def _prefill_run(self, request: Request, budget: int, now: float) -> int:
+        """How many tokens from the request's position on can be computed now; takes the pages for them."""
+        size = self._shared.config.block_tokens
+        self._adopt(request)
+        position = request.position
+        end = min(request.target, position + budget)
+        while position < end:
+            index = position // size
+            if index in request.loads or (index < len(request.ready) and request.ready[index]):
+                break
+            if request.pages[index] == NO_PAGE and not self._take_page(request, index, now):
+                break
+            position = min((index + 1) * size, end)
+        return position - request.position
+
+    def _adopt(self, request: Request) -> None:
+        """Use blocks that others have computed or loaded meanwhile, instead of computing them again."""
+        shared = self._shared
+        size = shared.config.block_tokens
+        while request.position % size == 0:
+            index = request.position // size
+            if (index + 1) * size >= request.target or request.pages[index] != NO_PAGE or index in request.loads:
+                return
+            key = request.key_at(index)
+            if key not in shared.l1:
+                return
+            request.pages[index] = shared.l1.pin(key)
+            request.ready[index] = True
+            shared.keep_promise(request)
+            request.account.cached_tokens += size
+            request.position += size
+
+    def _take_page(self, request: Request, index: int, now: float) -> bool:
+        page = self._shared.page_for(request, now)
+        if page is None:
+            return False
+        request.pages[index] = page
+        request.own_pages += 1
+        self._shared.keep_promise(request)
+        return True
+
+    def _page_at_position(self, request: Request, now: float) -> bool:
+        """Make sure that a decoding request has a page for its next token."""
+        index = request.position // self._shared.config.block_tokens
+        if index < len(request.pages):
+            return True
+        while self._shared.l1.available <= self._shared.promised:
+            if not self._shared.preempt_for(request, now):
+                return False
+        page = self._shared.l1.take()
+        if page is None:
+            return False
+        request.pages.append(page)
+        request.ready.append(False)
+        request.own_pages += 1
+        return True
+
+    # -- results ------------------------------------------------------------------------------------------------
+
+    def computed(self, op_id: int, sampled: Sequence[int | None], now: float) -> list[tuple[Request, int | None]]:
+        """A batch ended; returns each request with its sampled token."""
+        assert self._batch is not None and self._batch[0] == op_id
+        _, chunks, issued_s = self._batch
+        self._batch = None
+        shared = self._shared
+        seconds = now - issued_s
+        spans = _spans(chunks)
+        shared.cost.compute_error.observe(shared.cost.compute.seconds(spans), seconds)
+        shared.cost.compute.observe(spans, seconds)
+        shared.count("batches")
+        shared.count("computed_tokens", sum(len(chunk.tokens) for _, chunk in chunks))
+        results: list[tuple[Request, int | None]] = []
+        for (request, chunk), token in zip(chunks, sampled, strict=True):
+            request.batched = False
+            if request.state is State.PREFILL:
+                request.account.measured_compute_s += seconds
+            self._advance(request, chunk.start + len(chunk.tokens))
+            results.append((request, token))
+        return results
+
+    def failed(self, op_id: int) -> list[Request]:
+        """The batch came to nothing; returns its requests."""
+        assert self._batch is not None and self._batch[0] == op_id
+        _, chunks, _ = self._batch
+        self._batch = None
+        for request, _ in chunks:
+            request.batched = False
+        return [request for request, _ in chunks]
+
+    def _advance(self, request: Request, position: int) -> None:
+        """Everything before `position` is in L1: cache the blocks that became full, and offer them to the pool."""
+        shared = self._shared
+        size = shared.config.block_tokens
+        first, request.position = request.position // size, position
+        for index in range(first, position // size):
+            request.ready[index] = True
+            key, page = request.key_at(index), request.pages[index]
+            if key in shared.l1 or key in self._loads:
+                continue  # another copy is cached or on its way; this one stays private
+            parent = request.chain.parent_of(index)
+            shared.l1.insert(key, parent, page, pins=1)
+            request.own_pages -= 1
+            if shared.config.pool:
+                self._saving.offer(key, parent, page)
+
+    def start_decoding(self, request: Request) -> None:
+        self._decoding[request] = None
+
+    def check_integrity(self) -> None:
+        """Only requests in DECODE decode, only those in PREFILL are computable, and only the batch in flight is marked
+        as batched."""
+        assert all(request.state is State.DECODE for request in self._decoding)
+        assert all(request.state is State.PREFILL and not request.batched for request in self._computable)
+        batched = {request for request, _ in self._batch[1]} if self._batch else set()
+        assert all(request in batched for request in self._decoding if request.batched)
+
+
+def _spans(chunks: Sequence[tuple[Request, ComputeChunk]]) -> list[tuple[int, int]]:
+    """(query tokens, context tokens) of each chunk."""
+    return [(len(chunk.tokens), chunk.start) for _, chunk in chunks]

@@ -1,0 +1,177 @@
+"""Service cost of a request, T_load + T_comp: linear models, fitted by least squares and refined online.
+
+T_load is what the request's own bytes take on the slowest link they cross (CALVO section on cost; the stages overlap,
+so the slowest decides). T_comp of q query tokens after c context tokens is `a + b.q + c.q.(context + q/2)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+def least_squares(rows: Sequence[Sequence[float]], values: Sequence[float], ridge: float = 1e-12) -> list[float]:
+    """Coefficients that minimise the squared error of `rows @ x = values`; columns are scaled first, and `ridge` keeps
+    columns without variation at zero. Raises ValueError without rows."""
+    if not rows or len(rows) != len(values):
+        raise ValueError(f"least squares needs as many rows as values and at least one; got {len(rows)}, {len(values)}")
+    n = len(rows[0])
+    scale = [max(abs(row[i]) for row in rows) or 1.0 for i in range(n)]
+    scaled = [[row[i] / scale[i] for i in range(n)] for row in rows]
+    matrix = [[sum(row[i] * row[j] for row in scaled) + (ridge if i == j else 0.0) for j in range(n)] for i in range(n)]
+    right = [sum(row[i] * value for row, value in zip(scaled, values, strict=True)) for i in range(n)]
+    return [x / s for x, s in zip(_solve(matrix, right), scale, strict=True)]
+
+
+def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """Gaussian elimination with partial pivoting; for the few unknowns of a cost model."""
+    n = len(right)
+    rows = [[*matrix[i], right[i]] for i in range(n)]
+    for i in range(n):
+        pivot = max(range(i, n), key=lambda r: abs(rows[r][i]))
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        for r in range(i + 1, n):
+            factor = rows[r][i] / rows[i][i]
+            for k in range(i, n + 1):
+                rows[r][k] -= factor * rows[i][k]
+    x = [0.0] * n
+    for i in reversed(range(n)):
+        x[i] = (rows[i][n] - sum(rows[i][k] * x[k] for k in range(i + 1, n))) / rows[i][i]
+    return x
+
+
+@dataclass(slots=True)
+class LinkCost:
+    """Seconds per byte of one link: least squares through the origin over decayed sums of (bytes, busy seconds)."""
+
+    bytes_per_s: float
+    forget: float = 0.995
+    _bytes_seconds: float = 0.0
+    _bytes_bytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.bytes_per_s <= 0:
+            raise ValueError(f"bytes_per_s is {self.bytes_per_s}; a link needs a bandwidth above 0")
+        weight = 1e6  # the prior counts as one block of a megabyte
+        self._bytes_bytes = weight * weight
+        self._bytes_seconds = weight * weight / self.bytes_per_s
+
+    def observe(self, size_bytes: int, busy_s: float) -> None:
+        """The link was busy for `busy_s` seconds moving `size_bytes`."""
+        self._bytes_seconds = self._bytes_seconds * self.forget + size_bytes * busy_s
+        self._bytes_bytes = self._bytes_bytes * self.forget + float(size_bytes) * size_bytes
+        if self._bytes_seconds > 0:
+            self.bytes_per_s = self._bytes_bytes / self._bytes_seconds
+
+    def seconds(self, size_bytes: float) -> float:
+        return size_bytes / self.bytes_per_s
+
+
+def compute_features(spans: Iterable[tuple[int, int]]) -> tuple[float, float, float]:
+    """Features of one batch for the compute model: `(1, sum q, sum q.(context + q/2))` over its `(q, context)`."""
+    queries = attention = 0.0
+    for query, context in spans:
+        queries += query
+        attention += query * (context + query / 2)
+    return 1.0, queries, attention
+
+
+@dataclass(slots=True)
+class ComputeCost:
+    """Seconds of a batch: `a + b.q + c.q.(context + q/2)`, refined by recursive least squares with forgetting.
+
+    The samples are weighed by the inverse of their size, so that the *relative* error of short batches counts as much
+    as that of long ones; coefficients never go below zero.
+    """
+
+    a: float
+    b: float
+    c: float
+    forget: float = 0.99
+    _inverse: list[list[float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        """Trust the coefficients to within about their own size."""
+        prior = [max(self.a, 1e-4), max(self.b, 1e-8), max(self.c, 1e-13)]
+        self._inverse = [[(prior[i] ** 2) * 1e2 if i == j else 0.0 for j in range(3)] for i in range(3)]
+
+    @classmethod
+    def fit(cls, samples: Sequence[tuple[Sequence[tuple[int, int]], float]]) -> ComputeCost:
+        """Least squares over `(spans, seconds)` samples of a profile, relative error weighed evenly."""
+        rows, values = [], []
+        for spans, seconds in samples:
+            features = compute_features(spans)
+            weight = 1.0 / max(seconds, 1e-6)
+            rows.append([f * weight for f in features])
+            values.append(seconds * weight)
+        a, b, c = (max(x, 0.0) for x in least_squares(rows, values))
+        return cls(a, b, c)
+
+    def seconds(self, spans: Iterable[tuple[int, int]]) -> float:
+        one, queries, attention = compute_features(spans)
+        return self.a * one + self.b * queries + self.c * attention
+
+    def observe(self, spans: Sequence[tuple[int, int]], seconds: float) -> None:
+        """A batch of `spans` took `seconds`."""
+        weight = 1.0 / max(seconds, 1e-4)
+        x = [f * weight for f in compute_features(spans)]
+        p = self._inverse
+        px = [sum(p[i][j] * x[j] for j in range(3)) for i in range(3)]
+        gain_base = self.forget + sum(x[i] * px[i] for i in range(3))
+        error = 1.0 * seconds * weight - (self.a * x[0] + self.b * x[1] + self.c * x[2])
+        gain = [v / gain_base for v in px]
+        self.a = max(self.a + gain[0] * error, 0.0)
+        self.b = max(self.b + gain[1] * error, 0.0)
+        self.c = max(self.c + gain[2] * error, 0.0)
+        for i in range(3):
+            for j in range(3):
+                p[i][j] = (p[i][j] - gain[i] * px[j]) / self.forget
+        if p[0][0] > 1e6 or p[0][0] < 0:  # forgetting without news lets the matrix grow; start again from what is known
+            self._reset()
+
+
+@dataclass(slots=True)
+class RelativeError:
+    """Running mean of |predicted - measured| / measured."""
+
+    count: int = 0
+    mean: float = 0.0
+
+    def observe(self, predicted: float, measured: float) -> None:
+        if measured <= 0:
+            return
+        self.count += 1
+        weight = max(1.0 / self.count, 0.01)
+        self.mean += (abs(predicted - measured) / measured - self.mean) * weight
+
+
+@dataclass(slots=True)
+class CostModel:
+    """Costs of one engine: its links by name, its upload link, its compute; and how well they predict."""
+
+    upload: LinkCost
+    compute: ComputeCost
+    links: dict[str, LinkCost] = field(default_factory=dict)
+    default_link_bytes_per_s: float = 1e9
+    load_error: RelativeError = field(default_factory=RelativeError)
+    compute_error: RelativeError = field(default_factory=RelativeError)
+
+    def link(self, name: str) -> LinkCost:
+        cost = self.links.get(name)
+        if cost is None:
+            cost = self.links[name] = LinkCost(self.default_link_bytes_per_s)
+        return cost
+
+    def load_s(self, bytes_by_route: Mapping[tuple[str, ...], int], upload_bytes: int, serial: bool) -> float:
+        """Seconds to load: `bytes_by_route` are still to fetch, `upload_bytes` still to upload. The slowest link
+        decides where stages overlap; they add up when `serial` (the coupled baseline)."""
+        by_link: dict[str, int] = {}
+        for route, size in bytes_by_route.items():
+            for name in route:
+                by_link[name] = by_link.get(name, 0) + size
+        fetch_s = max((self.link(name).seconds(size) for name, size in by_link.items()), default=0.0)
+        upload_s = self.upload.seconds(upload_bytes)
+        return fetch_s + upload_s if serial else max(fetch_s, upload_s)

@@ -1,0 +1,140 @@
+"""What goes into the brain and what comes out: request specifications, operations for the stages, and notices.
+
+Every operation with an `op_id` is answered by exactly one event of its stage (`lookup_done`, `fetched`, `uploaded`,
+`computed`, `saved`); until then its pages, slots and buffers belong to the body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from penstock.core.keys import BlockKey
+
+Route = tuple[str, ...]
+FinishReason = Literal["stop", "length", "cancelled", "error", "timeout"]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpec:
+    """A request as the brain sees it. `root_key` separates model, layout and tenant (`keys.root_key`).
+
+    `prompt` are token ids. `ttft_deadline_s` is an absolute time, None for the default SLO.
+    """
+
+    request_id: str
+    prompt: Sequence[int]
+    max_tokens: int
+    root_key: BlockKey
+    ttft_deadline_s: float | None = None
+    eos_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """Ask the pool which of `keys` it holds, and over which routes."""
+
+    op_id: int
+    request_id: str
+    keys: Sequence[BlockKey]
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """L3 -> L2: read block `key` into staging slot `slot`."""
+
+    op_id: int
+    key: BlockKey
+    slot: int
+    route: Route
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """L2 -> L1: move staged blocks `(slot, page)`, together and layer by layer if `layerwise`."""
+
+    op_id: int
+    blocks: tuple[tuple[int, int], ...]
+    layerwise: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeChunk:
+    """Query tokens of one request in a batch; `pending` are uploads whose layers compute has to wait for."""
+
+    request_id: str
+    tokens: Sequence[int]
+    start: int
+    pages: Sequence[int]
+    sample: bool
+    sampled_index: int
+    pending: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """One batch; at most one is in flight. `predicted_s` is the cost model's expectation."""
+
+    op_id: int
+    chunks: tuple[ComputeChunk, ...]
+    predicted_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """L1 -> L2 -> L3, in the background: copy `page` into `slot`, say `downloaded`, write it as `key`, say `saved`."""
+
+    op_id: int
+    key: BlockKey
+    parent: BlockKey
+    page: int
+    slot: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """A token for the client, and with the last one the reason and the account of the request."""
+
+    request_id: str
+    token: int | None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    account: Account | None = None
+
+
+Operation = Lookup | Fetch | Upload | Compute | Save | Emit
+
+
+@dataclass(slots=True)
+class Account:
+    """Where one request's time and bytes went; times are the body's clock."""
+
+    arrival_s: float
+    prompt_tokens: int
+    deadline_s: float
+    first_token_s: float | None = None
+    end_s: float | None = None
+    cached_tokens: int = 0
+    loaded_bytes: int = 0
+    generated_tokens: int = 0
+    recomputed_tokens: int = 0
+    preemptions: int = 0
+    predicted_load_s: float = 0.0
+    predicted_compute_s: float = 0.0
+    measured_fetch_s: float = 0.0  # how long its blocks alone kept their slowest link busy
+    measured_upload_s: float = 0.0
+    measured_compute_s: float = 0.0
+    load_failures: dict[str, int] = field(default_factory=dict)
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockHit:
+    """A block that the pool holds: its size and the links that reading it crosses."""
+
+    size_bytes: int
+    route: Route

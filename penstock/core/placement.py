@@ -1,0 +1,102 @@
+"""Which member of the pool a block goes to: shares by bandwidth, spread in prefix order.
+
+Source: Unified KV Pooling (organizer: floor plus remainder; each range of a prefix on all members at once).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+CYCLE_BLOCKS = 840  # length of the repeated pattern: divisible by 1..8, so that equal members share it exactly
+
+
+def shares(weights: Sequence[float], blocks: int) -> list[int]:
+    """Split `blocks` by weight: floors first, the rest to the largest remainders (the first member wins a tie).
+
+    The result adds up to `blocks`. Raises ValueError when a weight is negative or none is positive.
+    """
+    if not weights or min(weights) < 0 or sum(weights) <= 0:
+        raise ValueError(f"weights are {list(weights)}; they must be at least 0, with one above 0")
+    exact = [Fraction(weight) for weight in weights]
+    total = sum(exact)
+    quotas = [weight * blocks / total for weight in exact]
+    result = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(quotas)), key=lambda i: (result[i] - quotas[i], i))
+    for i in by_remainder[: blocks - sum(result)]:
+        result[i] += 1
+    return result
+
+
+def spread(counts: Sequence[int]) -> list[int]:
+    """An order of `sum(counts)` blocks in which member i has less than 1 block more or less than its share of every
+    beginning (so less than 2 of every range). Tijdeman's rule for the chairman assignment problem, in integers."""
+    total = sum(counts)
+    members = [i for i, count in enumerate(counts) if count]
+    if len(members) == 1:
+        return [members[0]] * total
+    given = [0] * len(counts)
+    order = []
+    scale = 2 * len(members) - 2
+    for step in range(1, total + 1):
+        # Member i may take this step when its due, counts[i] * step / total - given[i], is at least 1 / scale.
+        due = {i: (counts[i] * step - given[i] * total) * scale for i in members}
+        allowed = [i for i in members if due[i] >= total]
+        # Of these the one whose next block would be late first takes it.
+        chosen = min(allowed, key=lambda i: (Fraction((scale - 1) * total - due[i], counts[i]), i))
+        given[chosen] += 1
+        order.append(chosen)
+    return order
+
+
+class Placement:
+    """Maps positions in a prefix to members. Positions are any integers; consecutive blocks have consecutive ones.
+
+    A member without health or weight gets nothing. Capacity is the caller's: it takes the first member of
+    `order(position)` that has room.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self._weights = [float(weight) for weight in weights]
+        self._healthy = [True] * len(self._weights)
+        self._cycle: list[int] = []
+        self._following: list[tuple[int, ...]] = [()]
+        self._plan()
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Share of each member as given, adding up to 1; a fenced member keeps its number."""
+        total = sum(self._weights)
+        return tuple(weight / total for weight in self._weights)
+
+    def set_health(self, member: int, healthy: bool) -> None:
+        """Fence a member or take it back; the other members share its blocks by their weights."""
+        if self._healthy[member] != healthy:
+            self._healthy[member] = healthy
+            self._plan()
+
+    def order(self, position: int) -> list[int]:
+        """Healthy members, best first: the owner of this position, then the others as their positions follow.
+        Empty when no member is healthy."""
+        if not self._cycle:
+            return []
+        at = position % len(self._cycle)
+        owner = self._cycle[at]
+        return [owner, *(i for i in self._following[at % len(self._following)] if i != owner)]
+
+    def owner(self, position: int) -> int | None:
+        """The member that `position` belongs to; None when no member is healthy."""
+        return self._cycle[position % len(self._cycle)] if self._cycle else None
+
+    def _plan(self) -> None:
+        usable = [weight if healthy else 0.0 for weight, healthy in zip(self._weights, self._healthy, strict=True)]
+        if sum(usable) <= 0:
+            shares(self._weights, 1)  # refuses weights that no health can mend
+            self._cycle, self._following = [], [()]
+            return
+        self._cycle = spread(shares(usable, CYCLE_BLOCKS))
+        members = [i for i, weight in enumerate(usable) if weight > 0]
+        # The order of the rest turns with the position, so that overflow of a full owner spreads over all of them.
+        self._following: list[tuple[int, ...]] = [
+            tuple(members[turn:] + members[:turn]) for turn in range(len(members))
+        ]

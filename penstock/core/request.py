@@ -1,0 +1,158 @@
+"""One request's life inside the brain: its tokens, blocks, pages and the account of its time."""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import Enum
+
+from penstock.core.keys import BlockKey, KeyChain
+from penstock.core.operations import Account, BlockHit, FinishReason, RequestSpec, Route
+from penstock.core.ordering import ORDINARY, Rank, RankedQueue
+
+NO_PAGE = -1
+MAX_SPANS = 256
+
+
+class State(Enum):
+    """LOOKUP: the pool is asked for its hits. WAITING: not admitted. PREFILL: admitted, its blocks load and its missing
+    tokens are computed. DECODE: after the first token. DONE: ended."""
+
+    LOOKUP = "lookup"
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    DONE = "done"
+
+
+class LoadState(Enum):
+    """A block on its way up: WANTED, FETCHING (L3 -> L2), STAGED (in L2), UPLOADING (L2 -> L1)."""
+
+    WANTED = "wanted"
+    FETCHING = "fetching"
+    STAGED = "staged"
+    UPLOADING = "uploading"
+
+
+class BlockLoad:
+    """One block on its way to L1, shared by every request that waits for it (`waiters`: request -> block index)."""
+
+    __slots__ = ("hit", "issued_s", "key", "page", "parent", "reactive", "slot", "state", "upload_op", "waiters")
+
+    def __init__(self, key: BlockKey, parent: BlockKey, hit: BlockHit) -> None:
+        self.key = key
+        self.parent = parent
+        self.hit = hit
+        self.state = LoadState.WANTED
+        self.slot: int | None = None
+        self.reactive = False  # fetched before any request that waits for it was admitted
+        self.page: int | None = None
+        self.upload_op: int | None = None
+        self.issued_s = 0.0
+        self.waiters: dict[Request, int] = {}
+
+
+class Request:
+    """A request in the brain. `position` is the first token whose KV is not in L1; `target` is how many tokens
+    prefill has to cover (prompt, plus what was generated before a preemption)."""
+
+    __slots__ = (
+        "account",
+        "arrival_s",
+        "batched",
+        "bytes_by_route",
+        "chain",
+        "compute_s",
+        "deadline_s",
+        "ending",
+        "hits",
+        "label",
+        "label_since_s",
+        "latest_start_s",
+        "load_counts",
+        "loads",
+        "own_pages",
+        "pages",
+        "position",
+        "promise",
+        "queues",
+        "rank",
+        "reactive",
+        "ready",
+        "sequence",
+        "spec",
+        "staged",
+        "state",
+        "static_key",
+        "target",
+        "tier",
+        "tokens",
+        "upload_bytes",
+        "wanted",
+    )
+
+    def __init__(self, spec: RequestSpec, sequence: int, now: float, block_tokens: int, deadline_s: float) -> None:
+        self.spec = spec
+        self.sequence = sequence
+        self.arrival_s = now
+        self.deadline_s = deadline_s
+        self.tokens: list[int] = list(spec.prompt)
+        self.chain = KeyChain(spec.root_key, block_tokens)
+        self.chain.extend(self.tokens)
+        self.target = len(self.tokens)
+        self.state = State.LOOKUP
+        self.account = Account(arrival_s=now, prompt_tokens=self.target, deadline_s=deadline_s)
+        # ordering
+        self.tier = ORDINARY
+        self.static_key: float | None = None
+        self.latest_start_s: float | None = None  # when it becomes hopeless; None: not watched
+        self.rank: Rank = (ORDINARY, now, sequence)
+        self.queues: list[RankedQueue[Request]] = []
+        self.bytes_by_route: dict[Route, int] = {}
+        self.upload_bytes = 0
+        self.compute_s = 0.0
+        # blocks, by index in the prefix
+        self.hits: dict[int, BlockHit] = {}
+        self.ready: list[bool] = []  # KV of the block is in L1, in pages[i]
+        self.pages: list[int] = []
+        self.own_pages = 0  # pages taken from the free ones on this request's account since admission
+        self.promise = 0  # pages it may still take; set aside at admission
+        self.reactive = False
+        self.loads: dict[int, BlockLoad] = {}
+        self.wanted: dict[Route, deque[BlockLoad]] = {}
+        self.staged: deque[BlockLoad] = deque()
+        self.load_counts: dict[LoadState, int] = dict.fromkeys(LoadState, 0)
+        self.position = 0
+        # compute
+        self.batched = False
+        self.ending: tuple[FinishReason, str | None] | None = None
+        self.label = "lookup"
+        self.label_since_s = now
+
+    @property
+    def request_id(self) -> str:
+        return self.spec.request_id
+
+    def key_at(self, index: int) -> BlockKey:
+        return self.chain.keys[index]
+
+    def switch_label(self, label: str, now: float) -> None:
+        """From `now` on the request's time counts as `label`. Spans past the bound are merged into the last one."""
+        if label == self.label:
+            return
+        spans = self.account.spans
+        if now > self.label_since_s:
+            if spans and (spans[-1][0] == self.label or len(spans) >= MAX_SPANS):
+                spans[-1] = (spans[-1][0], spans[-1][1], now)
+            else:
+                spans.append((self.label, self.label_since_s, now))
+            self.label_since_s = now
+        self.label = label
+
+    def forget_blocks(self) -> None:
+        """Back to the state before admission, keeping the tokens: for a preemption or a revoked admission."""
+        self.ready, self.pages, self.own_pages, self.promise = [], [], 0, 0
+        self.loads, self.wanted, self.staged = {}, {}, deque()
+        self.load_counts = dict.fromkeys(LoadState, 0)
+        self.position = 0
+        self.reactive = False
+        self.target = len(self.tokens)

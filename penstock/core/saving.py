@@ -1,0 +1,60 @@
+"""Writing back: full blocks that were computed go to the pool in the background, never in the way of a load."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from penstock.core.keys import BlockKey
+from penstock.core.operations import Save
+from penstock.core.shared_state import SharedState
+
+
+class Saving:
+    """A bounded queue of computed blocks, each pinned in L1 until its bytes have left it; what does not fit is dropped
+    and counted (it will be a miss, not an error)."""
+
+    def __init__(self, shared: SharedState) -> None:
+        self._shared = shared
+        self._queue: deque[tuple[BlockKey, BlockKey, int]] = deque()
+        self._limit = max(1, min(shared.config.save_queue_blocks, shared.config.l1_pages // 4))
+        self._in_flight: dict[int, tuple[int, int | None]] = {}  # op -> slot, page until downloaded
+
+    def __len__(self) -> int:
+        return len(self._queue) + len(self._in_flight)
+
+    def offer(self, key: BlockKey, parent: BlockKey, page: int) -> None:
+        """A block that was just cached in L1 under `key`; saved later if there is room to wait."""
+        if len(self._queue) >= self._limit:
+            self._shared.count("saves_dropped")
+            return
+        self._shared.l1.pin(key)
+        self._queue.append((key, parent, page))
+
+    def dispatch(self) -> None:
+        config = self._shared.config
+        while self._queue and len(self._in_flight) < config.save_window_blocks:
+            slot = self._shared.l2.take_for_save()
+            if slot is None:
+                return
+            key, parent, page = self._queue.popleft()
+            op_id = self._shared.next_op()
+            self._in_flight[op_id] = (slot, page)
+            self._shared.outbox.append(Save(op_id, key, parent, page, slot, config.save_timeout_s))
+
+    def downloaded(self, op_id: int) -> None:
+        """The block's bytes are in its slot: its page may be evicted again."""
+        slot, page = self._in_flight[op_id]
+        assert page is not None
+        self._shared.l1.unpin(page)
+        self._in_flight[op_id] = (slot, None)
+
+    def saved(self, op_id: int, error: str | None) -> None:
+        """The block is in the pool, or `error` names why not; both end its use of page and slot."""
+        slot, page = self._in_flight.pop(op_id)
+        if page is not None:
+            self._shared.l1.unpin(page)
+        self._shared.l2.free_save(slot)
+        self._shared.count("saved_blocks" if error is None else "save_failures")
+
+    def slots_in_use(self) -> list[int]:
+        return [slot for slot, _ in self._in_flight.values()]

@@ -1,0 +1,52 @@
+"""What the parts of one brain share: settings, costs, L1, L2, the outbox of operations, and pages set aside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from penstock.core.config import SchedulerConfig
+from penstock.core.cost import CostModel
+from penstock.core.device_pages import DevicePages
+from penstock.core.operations import Operation
+from penstock.core.request import Request
+from penstock.core.staging_slots import StagingSlots
+
+
+class SharedState:
+    """`promised` is the number of pages set aside for admitted requests; it stays at or below `l1.available` except
+    after a failed load, when the shortage is met by preempting the request of the highest rank number."""
+
+    def __init__(self, config: SchedulerConfig, cost: CostModel) -> None:
+        self.config = config
+        self.cost = cost
+        self.l1 = DevicePages(config.l1_pages)
+        self.l2 = StagingSlots(config.l2_slots)
+        self.outbox: list[Operation] = []
+        self.promised = 0
+        self.counters: dict[str, int] = {}
+        self._last_op = 0
+        self.preempt_for: Callable[[Request, float], bool] = lambda request, now: False
+
+    def next_op(self) -> int:
+        self._last_op += 1
+        return self._last_op
+
+    def count(self, name: str, by: int = 1) -> None:
+        self.counters[name] = self.counters.get(name, 0) + by
+
+    def promise(self, request: Request, pages: int) -> None:
+        """Set `pages` more (or, negative, fewer) aside for `request`."""
+        request.promise += pages
+        self.promised += pages
+
+    def keep_promise(self, request: Request) -> None:
+        """One of the pages set aside for `request` is taken or not needed any more."""
+        if request.promise:
+            self.promise(request, -1)
+
+    def page_for(self, request: Request, now: float) -> int | None:
+        """A page for an admitted request; preempts others when L1 is short. None when nobody can be preempted now."""
+        page = self.l1.take()
+        while page is None and self.preempt_for(request, now):
+            page = self.l1.take()
+        return page
