@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 
 from penstock.core.keys import BlockKey
-from penstock.core.operations import BlockHit, Fetch, Route, Upload
+from penstock.core.operations import BlockHit, Drop, Fetch, Route, Upload
 from penstock.core.ordering import RankedQueue
 from penstock.core.request import BlockLoad, LoadState, Request, State
 from penstock.core.shared_state import SharedState
@@ -111,6 +111,8 @@ class Loading:
         if load.waiters or load.state in (LoadState.FETCHING, LoadState.UPLOADING):
             return
         if load.state is LoadState.STAGED:
+            assert load.slot is not None
+            self._shared.outbox.append(Drop(load.slot))
             self._free_slot(load)
         del self.loads[load.key]
 
@@ -313,7 +315,7 @@ class Loading:
                 changed[waiter] = None
         self._upload_link.in_flight += 1
         self._uploading[op_id] = (tuple(group), now)
-        shared.outbox.append(Upload(op_id, tuple(blocks), shared.config.layerwise))
+        shared.outbox.append(Upload(op_id, tuple(blocks)))
         for waiter in changed:
             self._changed(waiter, now)
 

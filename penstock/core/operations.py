@@ -54,11 +54,17 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """L2 -> L1: move staged blocks `(slot, page)`, together and layer by layer if `layerwise`."""
+    """L2 -> L1: move staged blocks `(slot, page)` together."""
 
     op_id: int
     blocks: tuple[tuple[int, int], ...]
-    layerwise: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Nobody waits for the staged block in `slot` any more; the slot is free."""
+
+    slot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +112,7 @@ class Emit:
     account: Account | None = None
 
 
-Operation = Lookup | Fetch | Upload | Compute | Save | Emit
+Operation = Lookup | Fetch | Upload | Drop | Compute | Save | Emit
 
 
 @dataclass(slots=True)

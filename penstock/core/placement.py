@@ -97,6 +97,4 @@ class Placement:
         self._cycle = spread(shares(usable, CYCLE_BLOCKS))
         members = [i for i, weight in enumerate(usable) if weight > 0]
         # The order of the rest turns with the position, so that overflow of a full owner spreads over all of them.
-        self._following: list[tuple[int, ...]] = [
-            tuple(members[turn:] + members[:turn]) for turn in range(len(members))
-        ]
+        self._following = [tuple(members[turn:] + members[:turn]) for turn in range(len(members))]

@@ -51,6 +51,8 @@ class RequestReport:
     slo_ttft_s: float | None
     predicted_load_s: float
     predicted_compute_s: float
+    measured_load_s: float  # how long its own blocks kept their slowest link busy
+    measured_compute_s: float  # of the batches its prompt was computed in
     recomputed_tokens: int  # after a failed load
     load_failures: dict[str, int]
     spans: tuple[tuple[str, float, float], ...]

@@ -117,7 +117,7 @@ class VirtualBody:
             seconds = self._compute.seconds([(len(c.tokens), c.start) for c in operation.chunks])
             sampled = [self._sample(c.start + len(c.tokens)) if c.sample else None for c in operation.chunks]
             self.at(self.now + seconds, lambda: self.scheduler.computed(operation.op_id, sampled, self.now))
-        else:
+        elif isinstance(operation, Save):
             self._save(operation)
 
     @staticmethod

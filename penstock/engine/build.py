@@ -1,0 +1,110 @@
+"""From a configuration to a running engine, with everything it owns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from penstock.core.config import ConfigError, SchedulerConfig
+from penstock.core.cost import CostModel, LinkCost
+from penstock.core.layout import staging_bytes
+from penstock.engine.config import EngineConfig
+from penstock.engine.engine import Engine
+from penstock.engine.modelled_runner import ModelledRunner
+from penstock.engine.profile import load_profile
+from penstock.engine.runner import ModelRunner
+from penstock.pool.api import Pool
+from penstock.pool.open import connect_pool, open_local_pool
+
+DEFAULT_POOL_BYTES = 2**30
+CLOSE_TIMEOUT_S = 10.0
+
+
+@dataclass(slots=True)
+class RunningEngine:
+    """An engine, its runner and its pool; `close` ends all three in order."""
+
+    engine: Engine
+    runner: ModelRunner
+    pool: Pool | None
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        self.engine.close(timeout_s)
+        if self.pool is not None:
+            self.pool.close(timeout_s)
+        self.runner.close()
+
+
+def build_engine(config: EngineConfig) -> RunningEngine:
+    """Build runner and pool and start the engine. Raises ConfigError, CheckpointError, PoolError or OSError with one
+    line that says what is wrong; nothing stays open then."""
+    runner = _runner(config)
+    block_bytes = runner.layout.full_block_bytes
+    l1_pages = config.kv_memory_bytes // block_bytes
+    l2_slots = config.staging_bytes // staging_bytes(block_bytes)
+    if l1_pages < 2:
+        raise ConfigError(
+            f"kv_memory_bytes is {config.kv_memory_bytes}; allowed: at least two blocks of {block_bytes} bytes"
+        )
+    if l2_slots < 2:
+        raise ConfigError(
+            f"staging_bytes is {config.staging_bytes}; allowed: at least two blocks of {staging_bytes(block_bytes)} bytes"
+        )
+    scheduler_config = SchedulerConfig(
+        block_tokens=config.block_tokens,
+        block_bytes=block_bytes,
+        l1_pages=l1_pages,
+        l2_slots=l2_slots,
+        policy=config.policy,
+        mode=config.mode,
+        pool=not config.no_pool,
+        layerwise=config.layerwise and config.mode == "penstock" and config.executor == "real",
+        max_batch_tokens=config.max_batch_tokens,
+        max_running=config.max_running,
+        max_waiting=config.max_waiting,
+        fetch_window_blocks=config.fetch_window_blocks,
+        age_bound_s=config.age_bound_s,
+        default_slo_ttft_s=config.default_slo_ttft_s,
+        fetch_timeout_s=config.fetch_timeout_s,
+        lookup_timeout_s=config.lookup_timeout_s,
+        request_timeout_s=config.request_timeout_s,
+    )
+    runner.allocate(l1_pages)
+    cost = _cost(runner, l1_pages, config)
+    pool = _pool(config)
+    return RunningEngine(Engine(scheduler_config, cost, runner, pool), runner, pool)
+
+
+def _runner(config: EngineConfig) -> ModelRunner:
+    if config.executor == "modelled":
+        profile = load_profile(config.profile).scaled(config.bytes_divisor, config.time_factor)
+        return ModelledRunner(profile, config.block_tokens)
+    from penstock.engine.hf_runner import HFRunner
+
+    return HFRunner(
+        config.model,
+        block_tokens=config.block_tokens,
+        dtype=config.dtype,
+        device=config.device,
+        load_format=config.load_format,
+        seed=config.seed,
+        max_context_tokens=config.max_context_tokens,
+        layerwise=config.layerwise,
+    )
+
+
+def _cost(runner: ModelRunner, pages: int, config: EngineConfig) -> CostModel:
+    if isinstance(runner, ModelledRunner):
+        return CostModel(LinkCost(runner.profile.upload_bytes_per_s), runner.profile.compute_cost())
+    from penstock.engine.calibrate import calibrate
+
+    return calibrate(runner, pages, config.max_batch_tokens)
+
+
+def _pool(config: EngineConfig) -> Pool | None:
+    if config.no_pool:
+        return None
+    if config.pool:
+        return connect_pool(config.pool)
+    memory = config.memory or (() if config.slab else (DEFAULT_POOL_BYTES,))
+    return open_local_pool(memory, [(Path(path), size) for path, size in config.slab])

@@ -1,0 +1,73 @@
+"""Everything that makes one engine: one frozen record, the same names as the flags of `penstock serve`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from penstock.core.config import MODES, POLICIES, ConfigError, Mode, Policy, check_range
+
+Executor = Literal["real", "modelled"]
+
+GIB = 2**30
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Sizes are bytes. `pool` is the address of a pool node; without one, `memory` and `slab` make an embedded pool
+    (`no_pool` turns it off). `profile`, `bytes_divisor` and `time_factor` belong to the modelled executor."""
+
+    model: str = ""
+    load_format: Literal["auto", "dummy"] = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    executor: Executor = "real"
+    profile: str = "h100-llama-3.1-8b"
+    bytes_divisor: int = 1
+    time_factor: float = 1.0
+    policy: Policy = "feasible"
+    mode: Mode = "penstock"
+    pool: str | None = None
+    memory: tuple[int, ...] = ()
+    slab: tuple[tuple[str, int], ...] = ()
+    no_pool: bool = False
+    block_tokens: int = 64
+    kv_memory_bytes: int = 512 * MIB
+    staging_bytes: int = 128 * MIB
+    layerwise: bool = True
+    max_context_tokens: int | None = None
+    max_batch_tokens: int = 2048
+    max_running: int = 64
+    max_waiting: int = 1024
+    fetch_window_blocks: int = 8
+    age_bound_s: float = 60.0
+    default_slo_ttft_s: float = 10.0
+    fetch_timeout_s: float = 10.0
+    lookup_timeout_s: float = 2.0
+    request_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "load_format": ("auto", "dummy"),
+            "executor": ("real", "modelled"),
+            "policy": POLICIES,
+            "mode": MODES,
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(values)}")
+        if self.executor == "real" and not self.model:
+            raise ConfigError("model is empty; allowed: a checkpoint folder or a hub id (or executor 'modelled')")
+        if self.no_pool and (self.pool or self.memory or self.slab):
+            raise ConfigError("no_pool is set together with pool, memory or slab; allowed: one or the other")
+        if self.pool and (self.memory or self.slab):
+            raise ConfigError("pool is set together with memory or slab; allowed: a pool node or an embedded pool")
+        check_range("block_tokens", self.block_tokens, 1, 4096)
+        check_range("kv_memory_bytes", self.kv_memory_bytes, 1, 2**50)
+        check_range("staging_bytes", self.staging_bytes, 1, 2**50)
+        check_range("bytes_divisor", self.bytes_divisor, 1, 2**20)
+        check_range("time_factor", self.time_factor, 1e-6, 1e6)
+        if self.max_context_tokens is not None:
+            check_range("max_context_tokens", self.max_context_tokens, 2, 2**24)

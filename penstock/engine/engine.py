@@ -1,0 +1,386 @@
+"""The live body: one control thread feeds the brain and hands its operations to the executors."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import sys
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from functools import partial
+
+from penstock.core.config import SchedulerConfig
+from penstock.core.cost import CostModel
+from penstock.core.keys import root_key
+from penstock.core.layout import staging_bytes
+from penstock.core.operations import (
+    Account,
+    BlockHit,
+    Compute,
+    Drop,
+    Emit,
+    Fetch,
+    Lookup,
+    Operation,
+    RequestSpec,
+    Save,
+    Upload,
+)
+from penstock.core.scheduler import LoadScheduler, WaitingQueueFull
+from penstock.engine.api import (
+    EngineStats,
+    GenerationRequest,
+    InvalidRequest,
+    Overloaded,
+    RequestReport,
+    TokenEvent,
+)
+from penstock.engine.executors import PoolStages, RunnerStages, Staging
+from penstock.engine.runner import Chunk, ModelRunner, UploadGroup
+from penstock.io.memory import aligned_buffer
+from penstock.pool.api import Pool
+
+log = logging.getLogger(__name__)
+
+SWITCH_INTERVAL_S = 5e-4  # how long a thread may hold the interpreter while another, say a finished load, waits for it
+MAX_EVENTS_PER_DECISION = 256
+STUCK_S = 120.0  # a batch or upload that takes longer makes the engine unhealthy
+IDLE_WAIT_S = 1.0
+
+OnEvent = Callable[[TokenEvent], None]
+
+
+class Engine:
+    """Serves requests with a runner (L1 and compute) and a pool (L3), deciding with `LoadScheduler`.
+
+    Threading: public methods may be called from any thread. The control thread alone touches the brain; executors and
+    the pool put what happened into its inbox.
+    """
+
+    def __init__(self, config: SchedulerConfig, cost: CostModel, runner: ModelRunner, pool: Pool | None) -> None:
+        assert config.pool == (pool is not None)
+        self.config = config
+        self.max_context_tokens = min(runner.max_context_tokens, config.l1_pages * config.block_tokens)
+        self.vocab_size = runner.vocab_size
+        self.eos_token_ids = runner.eos_token_ids
+        self._runner = runner
+        self._pool = pool
+        self._scheduler = LoadScheduler(config, cost)
+        self._fingerprint = runner.layout.fingerprint(runner.model_id)
+        slot_bytes = staging_bytes(config.block_bytes)
+        memory = aligned_buffer(slot_bytes * config.l2_slots)
+        self._staging = Staging(memory, slot_bytes)
+        runner.page_lock(memory)
+        self._runner_stages = RunnerStages(runner)
+        self._pool_stages: PoolStages | None = None
+        if pool is not None:
+            pool.register(memory)
+            for buffer in pool.host_buffers():
+                runner.page_lock(buffer)
+            self._pool_stages = PoolStages(pool, self._staging, config.block_bytes, config.lookup_window)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._clients: dict[str, tuple[GenerationRequest, OnEvent]] = {}
+        self._uploads: dict[int, tuple[UploadGroup, tuple[tuple[int, int], ...]]] = {}
+        self._seconds_by_label: defaultdict[str, float] = defaultdict(float)
+        self._load_failures: Counter[str] = Counter()
+        self._save_failures: Counter[str] = Counter()
+        self._open = 0
+        self._open_lock = threading.Lock()
+        self._busy_since: dict[str, float] = {}
+        self._stopping = False
+        self._fatal: str | None = None
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._thread = threading.Thread(target=self._run, name="penstock-control", daemon=True)
+        self._thread.start()
+
+    # -- callers ------------------------------------------------------------------------------------------------
+
+    def submit(self, request: GenerationRequest, on_event: OnEvent) -> None:
+        """See EngineAPI."""
+        self._validate(request)
+        with self._open_lock:
+            limit = self.config.max_waiting + self.config.max_running
+            if self._open >= limit:
+                raise Overloaded(f"{self._open} requests are open; at most {limit} are taken", retry_after_s=1.0)
+            if self._stopping or self._fatal:
+                raise Overloaded(self._fatal or "the engine is stopping", retry_after_s=10.0)
+            self._open += 1
+        arrival_s = time.monotonic()
+        self._inbox.put(partial(self._submitted, request, on_event, arrival_s))
+
+    def _validate(self, request: GenerationRequest) -> None:
+        prompt, sampling = request.prompt_tokens, request.sampling
+        if not prompt:
+            raise InvalidRequest("prompt is empty; it must have at least one token")
+        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+            raise InvalidRequest(f"prompt has a token outside 0..{self.vocab_size - 1}")
+        if sampling.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens is {sampling.max_tokens}; it must be at least 1")
+        if len(prompt) + sampling.max_tokens > self.max_context_tokens:
+            raise InvalidRequest(
+                f"prompt of {len(prompt)} tokens and max_tokens {sampling.max_tokens} exceed the context of "
+                f"{self.max_context_tokens} tokens"
+            )
+        if request.slo_ttft_s is not None and not 0 < request.slo_ttft_s < 1e6:
+            raise InvalidRequest(f"slo_ttft_s is {request.slo_ttft_s}; it must be above 0 and below 1e6")
+        if not 0 <= sampling.temperature <= 100 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
+            raise InvalidRequest("temperature must be in 0..100, top_p in (0, 1], top_k at least 0")
+
+    def cancel(self, request_id: str) -> None:
+        """See EngineAPI."""
+        self._inbox.put(lambda: self._scheduler.cancel(request_id, time.monotonic()))
+
+    def stats(self) -> EngineStats:
+        """See EngineAPI. Raises TimeoutError when the control thread does not answer."""
+        answer: Future[EngineStats] = Future()
+        self._inbox.put(lambda: answer.set_result(self._snapshot()))
+        try:
+            return answer.result(timeout=5.0)
+        except FutureTimeout:
+            raise TimeoutError("the engine did not answer within 5 s") from None
+
+    def healthy(self) -> tuple[bool, str]:
+        """See EngineAPI."""
+        if self._fatal:
+            return False, self._fatal
+        if not self._thread.is_alive():
+            return False, "the control thread ended"
+        now = time.monotonic()
+        for what, since in list(self._busy_since.items()):
+            if now - since > STUCK_S:
+                return False, f"{what} has been under way for {now - since:.0f} s"
+        return True, "ok"
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until no request, load or save is left; False when `timeout_s` passed first."""
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            answer: Future[bool] = Future()
+            self._inbox.put(lambda answer=answer: answer.set_result(self._scheduler.idle))  # type: ignore[misc]
+            if answer.result(timeout=5.0):
+                return True
+            time.sleep(0.005)
+        return False
+
+    def close(self, timeout_s: float) -> None:
+        """See EngineAPI. Does not close pool or runner's model: their owner does."""
+        self._stopping = True
+        self._inbox.put(self._cancel_all)
+        self._thread.join(timeout_s)
+        stopped = self._runner_stages.close(timeout_s)
+        if self._pool_stages is not None:
+            self._pool_stages.close()
+        if self._thread.is_alive() or not stopped:
+            log.error("an engine thread did not stop within %.1f s", timeout_s)
+
+    # -- control thread -----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not (self._stopping and self._scheduler.idle):
+                self._step()
+        except Exception as error:
+            log.exception("the control thread failed")
+            self._fail_everything(f"internal error: {error!r}")
+
+    def _step(self) -> None:
+        wakeup = self._scheduler.next_wakeup_s()
+        wait_s = IDLE_WAIT_S if wakeup is None else min(max(wakeup - time.monotonic(), 0.0), IDLE_WAIT_S)
+        try:
+            self._inbox.get(timeout=wait_s)()
+            for _ in range(MAX_EVENTS_PER_DECISION):
+                self._inbox.get_nowait()()
+        except queue.Empty:
+            pass
+        for operation in self._scheduler.decide(time.monotonic()):
+            self._carry_out(operation)
+
+    def _submitted(self, request: GenerationRequest, on_event: OnEvent, arrival_s: float) -> None:
+        deadline_s = None if request.slo_ttft_s is None else arrival_s + request.slo_ttft_s
+        eos = frozenset() if request.sampling.ignore_eos else self.eos_token_ids
+        spec = RequestSpec(
+            request.request_id,
+            request.prompt_tokens,
+            request.sampling.max_tokens,
+            root_key(self._fingerprint, request.tenant),
+            deadline_s,
+            eos,
+        )
+        try:
+            self._scheduler.submit(spec, arrival_s)
+        except (WaitingQueueFull, ValueError) as error:
+            self._closed_one()
+            on_event(TokenEvent(None, "error", str(error)))
+            return
+        self._clients[request.request_id] = (request, on_event)
+
+    def _closed_one(self) -> None:
+        with self._open_lock:
+            self._open -= 1
+
+    def _cancel_all(self) -> None:
+        for request_id in list(self._clients):
+            self._scheduler.cancel(request_id, time.monotonic())
+
+    def _fail_everything(self, error: str) -> None:
+        self._fatal = error
+        for _, on_event in self._clients.values():
+            self._closed_one()
+            on_event(TokenEvent(None, "error", error))
+        self._clients.clear()
+
+    def _carry_out(self, operation: Operation) -> None:
+        if isinstance(operation, Fetch):
+            self._fetch(operation)
+        elif isinstance(operation, Upload):
+            self._upload(operation)
+        elif isinstance(operation, Compute):
+            self._compute(operation)
+        elif isinstance(operation, Emit):
+            self._emit(operation)
+        elif isinstance(operation, Save):
+            self._save(operation)
+        elif isinstance(operation, Lookup):
+            self._lookup(operation)
+        elif isinstance(operation, Drop):
+            self._staging.release(operation.slot)
+
+    def _lookup(self, op: Lookup) -> None:
+        assert self._pool_stages is not None
+
+        def done(hits: list[BlockHit | None] | None) -> None:
+            self._inbox.put(lambda: self._scheduler.lookup_done(op.op_id, hits, time.monotonic()))
+
+        self._pool_stages.lookup(op, done)
+
+    def _fetch(self, op: Fetch) -> None:
+        assert self._pool_stages is not None
+
+        def ended(error: str | None) -> None:
+            if error is not None:
+                self._load_failures[error] += 1
+            self._scheduler.fetched(op.op_id, error, time.monotonic())
+
+        self._pool_stages.fetch(op, lambda error: self._inbox.put(partial(ended, error)))
+
+    def _upload(self, op: Upload) -> None:
+        size = self.config.block_bytes
+        blocks = [(self._staging.content(slot, size), page) for slot, page in op.blocks]
+        self._busy_since["an upload"] = time.monotonic()
+        group = self._runner_stages.upload(blocks, lambda error: self._inbox.put(partial(self._uploaded, op, error)))
+        self._uploads[op.op_id] = (group, op.blocks)
+
+    def _uploaded(self, op: Upload, error: BaseException | None) -> None:
+        self._busy_since.pop("an upload", None)
+        del self._uploads[op.op_id]
+        for slot, _ in op.blocks:
+            self._staging.release(slot)
+        if error is not None:
+            raise RuntimeError(f"upload to device memory failed: {error!r}")
+        self._scheduler.uploaded(op.op_id, time.monotonic())
+
+    def _compute(self, op: Compute) -> None:
+        batch = []
+        for chunk in op.chunks:
+            request, _ = self._clients[chunk.request_id]
+            batch.append(
+                Chunk(
+                    chunk.request_id,
+                    chunk.tokens,
+                    chunk.start,
+                    chunk.pages,
+                    request.sampling if chunk.sample else None,
+                    chunk.sampled_index,
+                    tuple(self._uploads[pending][0] for pending in chunk.pending if pending in self._uploads),
+                )
+            )
+        self._busy_since["a batch"] = time.monotonic()
+        self._runner_stages.compute(batch, lambda result: self._inbox.put(partial(self._computed, op, result)))
+
+    def _computed(self, op: Compute, result: list[int | None] | BaseException) -> None:
+        self._busy_since.pop("a batch", None)
+        if isinstance(result, BaseException):
+            log.error("a batch failed", exc_info=result)
+            self._scheduler.compute_failed(op.op_id, f"compute failed: {result!r}", time.monotonic())
+        else:
+            self._scheduler.computed(op.op_id, result, time.monotonic())
+
+    def _save(self, op: Save) -> None:
+        def downloaded(error: BaseException | None) -> None:
+            if error is not None:
+                self._inbox.put(partial(self._saved, op, "device"))
+                return
+            self._inbox.put(lambda: self._scheduler.downloaded(op.op_id))
+            assert self._pool_stages is not None
+            self._pool_stages.write(op, lambda failed: self._inbox.put(partial(self._saved, op, failed)))
+
+        self._runner_stages.download(op.page, self._staging.slot(op.slot), downloaded)
+
+    def _saved(self, op: Save, error: str | None) -> None:
+        if error is not None:
+            self._save_failures[error] += 1
+        self._scheduler.saved(op.op_id, error)
+
+    def _emit(self, op: Emit) -> None:
+        request, on_event = self._clients[op.request_id]
+        if op.finish_reason is None:
+            on_event(TokenEvent(op.token))
+            return
+        del self._clients[op.request_id]
+        self._closed_one()
+        assert op.account is not None
+        for label, start_s, end_s in op.account.spans:
+            self._seconds_by_label[label] += end_s - start_s
+        on_event(TokenEvent(op.token, op.finish_reason, op.error, _report(request, op.account, self.config)))
+
+    def _snapshot(self) -> EngineStats:
+        scheduler = self._scheduler
+        links = scheduler.links()
+        return EngineStats(
+            gauges=scheduler.gauges(),
+            counters=dict(scheduler.counters),
+            labelled={
+                "request_seconds": dict(self._seconds_by_label),
+                "load_failures": dict(self._load_failures),
+                "save_failures": dict(self._save_failures),
+                "link_blocks_in_flight": {name: count for name, (count, _) in links.items()},
+                "link_bytes_per_s": {name: speed for name, (_, speed) in links.items()},
+            },
+            extra={"mode": self.config.mode, "policy": self.config.policy, "inbox": self._inbox.qsize()},
+        )
+
+
+def _report(request: GenerationRequest, account: Account, config: SchedulerConfig) -> RequestReport:
+    """The brain's account with times counted from arrival."""
+    arrival_s = account.arrival_s
+    end_s = account.end_s if account.end_s is not None else arrival_s
+    fetch_s, upload_s = account.measured_fetch_s, account.measured_upload_s
+    return RequestReport(
+        prompt_tokens=account.prompt_tokens,
+        cached_tokens=min(account.cached_tokens, account.prompt_tokens),
+        loaded_bytes=account.loaded_bytes,
+        generated_tokens=account.generated_tokens,
+        ttft_s=None if account.first_token_s is None else account.first_token_s - arrival_s,
+        total_s=end_s - arrival_s,
+        slo_ttft_s=request.slo_ttft_s,
+        predicted_load_s=account.predicted_load_s,
+        predicted_compute_s=account.predicted_compute_s,
+        measured_load_s=fetch_s + upload_s if config.mode == "coupled" else max(fetch_s, upload_s),
+        measured_compute_s=account.measured_compute_s,
+        recomputed_tokens=account.recomputed_tokens,
+        load_failures=dict(account.load_failures),
+        spans=tuple((label, start - arrival_s, end - arrival_s) for label, start, end in account.spans),
+    )
+
+
+_ids = itertools.count(1)
+
+
+def new_request_id() -> str:
+    """An id that no other request of this process has."""
+    return f"req-{next(_ids)}"

@@ -1,0 +1,81 @@
+"""Modelled compute: all bytes move for real, uploads and batches take the time that a profile says."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from penstock.core.layout import KVLayout
+from penstock.engine.link_clock import LinkClock
+from penstock.engine.profile import Profile
+from penstock.engine.runner import Chunk, UploadGroup
+from penstock.io.memory import aligned_buffer
+
+
+@dataclass(slots=True)
+class _Group:
+    blocks: list[tuple[memoryview, int]]
+
+    def wait_layer(self, layer: int) -> None:
+        """Uploads of this runner are whole: the brain starts compute after them."""
+
+
+class ModelledRunner:
+    """A ModelRunner without a model. Tokens are a function of request and position; the KV of a page is written by
+    uploads only (computed blocks keep what the page held), so checksums of loaded blocks still prove the data path."""
+
+    def __init__(self, profile: Profile, block_tokens: int) -> None:
+        self.profile = profile
+        self.layout = KVLayout(block_tokens, (profile.layer_bytes_per_token,) * profile.layers, profile.dtype)
+        self.model_id = f"modelled:{profile.name}/{profile.bytes_divisor:g}"
+        self.max_context_tokens = profile.max_context_tokens
+        self.vocab_size = profile.vocab_size
+        self.eos_token_ids: frozenset[int] = frozenset()
+        self._cost = profile.compute_cost()
+        self._upload_link = LinkClock(profile.upload_bytes_per_s)
+        self._download_link = LinkClock(profile.upload_bytes_per_s)
+        self._pages = np.zeros((0, 0), dtype=np.uint8)
+
+    def allocate(self, pages: int) -> None:
+        size = self.layout.full_block_bytes
+        memory = aligned_buffer(pages * size)
+        self._pages = np.frombuffer(memory, dtype=np.uint8).reshape(pages, size)
+
+    def page_lock(self, buffer: memoryview) -> None:
+        """Nothing to lock: there is no device."""
+
+    def start_upload(self, blocks: Sequence[tuple[memoryview, int]]) -> UploadGroup:
+        return _Group(list(blocks))
+
+    def upload(self, group: UploadGroup) -> None:
+        assert isinstance(group, _Group)
+        started_s = time.monotonic()
+        size = self.layout.full_block_bytes
+        for view, page in group.blocks:
+            np.copyto(self._pages[page], np.frombuffer(view, dtype=np.uint8, count=size))
+        self._upload_link.wait(size * len(group.blocks), started_s)
+
+    def download(self, page: int, into: memoryview) -> None:
+        started_s = time.monotonic()
+        size = self.layout.full_block_bytes
+        np.copyto(np.frombuffer(into, dtype=np.uint8, count=size), self._pages[page])
+        self._download_link.wait(size, started_s)
+
+    def run(self, batch: Sequence[Chunk]) -> list[int | None]:
+        started_s = time.monotonic()
+        seconds = self._cost.seconds([(len(chunk.tokens), chunk.start) for chunk in batch])
+        sampled = [
+            zlib.crc32(f"{chunk.start + len(chunk.tokens)}:{chunk.tokens[-1]}".encode()) % self.vocab_size
+            if chunk.sampling is not None
+            else None
+            for chunk in batch
+        ]
+        time.sleep(max(0.0, started_s + seconds - time.monotonic()))
+        return sampled
+
+    def close(self) -> None:
+        self._pages = np.zeros((0, 0), dtype=np.uint8)

@@ -1,0 +1,83 @@
+"""Compute profiles: the KV geometry of a model and what batches and uploads cost on a named GPU (modelled compute)."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+import msgspec
+
+from penstock.core.config import ConfigError
+from penstock.core.cost import ComputeCost
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A batch of q query tokens after c context tokens takes `a_s + b_s.q + c_s.q.(c + q/2)` seconds.
+
+    `source` says where the numbers come from. `bytes_divisor` and `time_factor` say how far the profile was scaled.
+    """
+
+    name: str
+    source: str
+    layers: int
+    layer_bytes_per_token: int
+    dtype: str
+    vocab_size: int
+    max_context_tokens: int
+    a_s: float
+    b_s: float
+    c_s: float
+    upload_bytes_per_s: float
+    bytes_divisor: float = 1.0
+    time_factor: float = 1.0
+
+    def compute_cost(self) -> ComputeCost:
+        return ComputeCost(self.a_s, self.b_s, self.c_s)
+
+    def scaled(self, bytes_divisor: int, time_factor: float) -> Profile:
+        """KV bytes divided by `bytes_divisor`, all times multiplied by `time_factor`: bandwidths follow from both.
+
+        Raises ConfigError when a layer's bytes do not divide."""
+        if bytes_divisor < 1 or self.layers * self.layer_bytes_per_token % bytes_divisor:
+            total = self.layers * self.layer_bytes_per_token
+            raise ConfigError(f"bytes_divisor is {bytes_divisor}; allowed: a divisor of {total} (bytes per token)")
+        layers, width = self.layers, self.layer_bytes_per_token
+        if width % bytes_divisor:  # fewer layers rather than fractions of a byte
+            layers, width = 1, layers * width
+        return replace(
+            self,
+            layers=layers,
+            layer_bytes_per_token=width // bytes_divisor,
+            a_s=self.a_s * time_factor,
+            b_s=self.b_s * time_factor,
+            c_s=self.c_s * time_factor,
+            upload_bytes_per_s=self.upload_bytes_per_s / bytes_divisor / time_factor,
+            bytes_divisor=self.bytes_divisor * bytes_divisor,
+            time_factor=self.time_factor * time_factor,
+        )
+
+
+def profile_names() -> list[str]:
+    """Names of the profiles that ship with Penstock."""
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in files("penstock.engine").joinpath("profiles").iterdir()
+        if entry.name.endswith(".toml")
+    )
+
+
+def load_profile(name: str) -> Profile:
+    """A shipped profile by name, or one in a TOML file by path. Raises ConfigError."""
+    if name in profile_names():
+        text = files("penstock.engine").joinpath("profiles").joinpath(f"{name}.toml").read_text()
+    elif name.endswith(".toml") and Path(name).is_file():
+        text = Path(name).read_text()
+    else:
+        raise ConfigError(f"profile is {name!r}; allowed: {', '.join(profile_names())}, or the path of a .toml file")
+    try:
+        return msgspec.convert(tomllib.loads(text), Profile)
+    except (msgspec.ValidationError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"profile {name}: {error}") from None
