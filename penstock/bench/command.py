@@ -4,4 +4,9 @@ from __future__ import annotations
 
 import typer
 
+from penstock.bench.experiments.gpu import gpu
+from penstock.bench.experiments.io import io
+
 bench = typer.Typer(help="Measure Penstock against its limits on this machine.", no_args_is_help=True)
+bench.command()(gpu)
+bench.command()(io)

@@ -38,12 +38,8 @@ class Batching:
         """Move the position past blocks that are in L1, and offer the request if its next token can be computed."""
         if request.state is not State.PREFILL or request.batched:
             return
-        size = self._shared.config.block_tokens
-        position, ready = request.position, request.ready
-        while position % size == 0 and position // size < len(ready) and self._passable(request, position // size):
-            position += size
-        request.position = position
-        index = position // size
+        self._pass_ready(request)
+        index = request.position // self._shared.config.block_tokens
         coupled_wait = self._shared.config.mode == "coupled" and request.loads
         if index in request.loads or coupled_wait:
             self._computable.discard(request)
@@ -54,6 +50,11 @@ class Batching:
 
     def is_computable(self, request: Request) -> bool:
         return request in self._computable
+
+    def _pass_ready(self, request: Request) -> None:
+        size = self._shared.config.block_tokens
+        while request.position % size == 0 and self._passable(request, request.position // size):
+            request.position += size
 
     def _passable(self, request: Request, index: int) -> bool:
         if request.ready[index]:
@@ -119,11 +120,14 @@ class Batching:
         """How many tokens from the request's position on can be computed now; takes the pages for them."""
         size = self._shared.config.block_tokens
         self._adopt(request)
+        if request.position // size in request.loads:
+            self._computable.discard(request)  # offered again when that block moves
+            return 0
         position = request.position
         end = min(request.target, position + budget)
         while position < end:
             index = position // size
-            if index in request.loads or (index < len(request.ready) and request.ready[index]):
+            if index in request.loads or request.ready[index]:
                 break
             if request.pages[index] == NO_PAGE and not self._take_page(request, index, now):
                 break
@@ -145,7 +149,7 @@ class Batching:
             request.ready[index] = True
             shared.keep_promise(request)
             request.account.cached_tokens += size
-            request.position += size
+            self._pass_ready(request)
 
     def _take_page(self, request: Request, index: int, now: float) -> bool:
         page = self._shared.page_for(request, now)

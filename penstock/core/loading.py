@@ -68,8 +68,6 @@ class Loading:
             request.wanted.setdefault(load.hit.route, deque()).append(load)
         elif load.state is LoadState.STAGED:
             request.staged.append(load)
-        elif load.state is LoadState.UPLOADING and load.page is not None:
-            request.pages[index] = load.page
 
     def enqueue(self, request: Request) -> None:
         """Offer the request's wanted and staged blocks to the dispatchers."""
@@ -82,8 +80,10 @@ class Loading:
         if request.state is State.PREFILL:
             for queue in self._reactive.values():
                 queue.discard(request)
-            for load in request.loads.values():
+            for index, load in request.loads.items():
                 self._not_reactive(load)
+                if load.state is LoadState.UPLOADING and load.page is not None:
+                    request.pages[index] = load.page
             if request.staged:
                 self._offer_upload(request)
 
@@ -104,17 +104,40 @@ class Loading:
         request.queues = []
 
     def _release_if_unwanted(self, load: BlockLoad) -> None:
-        admitted = any(waiter.state is State.PREFILL for waiter in load.waiters)
-        if load.page is not None and not admitted and load.state is not LoadState.UPLOADING:
+        """After a waiter left: nobody may need the load any more, or only requests that are not admitted."""
+        if load.state is LoadState.UPLOADING or any(waiter.state is State.PREFILL for waiter in load.waiters):
+            return
+        if load.page is not None:
             self._shared.l1.give_back(load.page)
             load.page = None
-        if load.waiters or load.state in (LoadState.FETCHING, LoadState.UPLOADING):
-            return
+        if load.slot is not None and not load.reactive:
+            load.reactive = True
+            self._reactive_slots += 1
         if load.state is LoadState.STAGED:
-            assert load.slot is not None
-            self._shared.outbox.append(Drop(load.slot))
-            self._free_slot(load)
-        del self.loads[load.key]
+            self._bound_reactive(load)
+        if not load.waiters and load.state is not LoadState.FETCHING:
+            if load.state is LoadState.STAGED:
+                self._drop_staged(load)
+            del self.loads[load.key]
+
+    def _bound_reactive(self, load: BlockLoad) -> None:
+        """A staged block beyond the share of reactive loads gives its slot back and is wanted again."""
+        if not load.reactive or not load.waiters or self._reactive_slots <= self._shared.l2.reactive_limit:
+            return
+        self._drop_staged(load)
+        self._move(load, LoadState.WANTED)
+        for waiter in load.waiters:
+            waiter.wanted.setdefault(load.hit.route, deque()).append(load)
+            route, size = load.hit.route, load.hit.size_bytes
+            waiter.bytes_by_route[route] = waiter.bytes_by_route.get(route, 0) + size
+            self._reactive.setdefault(route, RankedQueue()).push(waiter)
+            if self._reactive[route] not in waiter.queues:
+                waiter.queues.append(self._reactive[route])
+
+    def _drop_staged(self, load: BlockLoad) -> None:
+        assert load.slot is not None
+        self._shared.outbox.append(Drop(load.slot))
+        self._free_slot(load)
 
     def _free_slot(self, load: BlockLoad) -> None:
         assert load.slot is not None
@@ -229,6 +252,7 @@ class Loading:
             if waiter.state is State.PREFILL:
                 self._offer_upload(waiter)
             self._changed(waiter, now)
+        self._bound_reactive(load)
 
     def _fetch_failed(self, load: BlockLoad, error: str, now: float) -> None:
         """The block becomes a miss for everybody who waits for it: its tokens are recomputed."""
@@ -361,6 +385,16 @@ class Loading:
     def in_flight(self) -> dict[str, int]:
         """Operations in flight by link."""
         return {name: use.in_flight for name, use in self._links.items()} | {"upload": self._upload_link.in_flight}
+
+    def check_work_conserving(self) -> None:
+        """No route with room has a wanted block of an admitted request."""
+        wanted = {
+            load.hit.route
+            for load in self.loads.values()
+            if load.state is LoadState.WANTED and any(waiter.state is State.PREFILL for waiter in load.waiters)
+        }
+        for route in wanted:
+            assert not self._has_room(route, False), f"{route} is idle although a block waits for it"
 
     def check_integrity(self) -> None:
         """A load is under its key, holds a slot exactly from FETCHING on, and is waited for or in flight; waiters and

@@ -527,6 +527,10 @@ class LoadScheduler:
         """No request, save or transfer is left."""
         return not (self._requests or len(self._saving) or self._loading.loads or self._batching.busy)
 
+    def check_work_conserving(self) -> None:
+        """Right after `decide`: no link is idle while an admitted request has a block for it and L2 has a slot."""
+        self._loading.check_work_conserving()
+
     def check_integrity(self) -> None:
         """Assert the invariants S1 to S5 of this class and those of its parts. O(everything); for tests."""
         shared = self._shared

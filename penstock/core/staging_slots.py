@@ -12,7 +12,7 @@ class StagingSlots:
         self.total = slots
         self._free = list(range(slots - 1, -1, -1))
         self.save_limit = max(1, slots // 4)
-        self.reactive_limit = slots // 2
+        self.reactive_limit = (slots - 1) // 2
         self.saves = 0
         self.loads = 0
 

@@ -47,6 +47,7 @@ class BlockEngine(Protocol):
     capacity_bytes: int
     alignment_bytes: int
     depth: int
+    notes: list[str]  # what this engine could not have here, and why; for the user's eyes
 
     def register(self, buffer: memoryview) -> None:
         """Announce memory that later operations will use (pinned once, not at each I/O). Optional for callers."""

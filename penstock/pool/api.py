@@ -23,6 +23,7 @@ class PoolError(Exception):
         assert reason in self.REASONS, reason
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
+        self.detail = detail
 
 
 @dataclass(frozen=True, slots=True)

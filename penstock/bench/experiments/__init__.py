@@ -1,0 +1,1 @@
+"""Experiments: each module measures one claim and is one sub-command of `penstock bench`."""

@@ -1,0 +1,330 @@
+"""`penstock bench transport`: reads from a pool node against a bare socket loop, both between two processes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import queue
+import socket
+import statistics
+import struct
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import xxhash
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from penstock.bench.plots import bar_chart
+from penstock.bench.processes import POOL_READY, ProcessFailed, ReadyProcess
+from penstock.bench.report import Report
+from penstock.core.keys import BlockKey
+from penstock.io.memory import aligned_buffer
+from penstock.pool.api import PoolError
+from penstock.pool.open import connect_pool
+from penstock.transport.remote import RemotePool
+
+SIZES = {"128k": 128 << 10, "2m": 2 << 20, "4m": 4 << 20}
+SET_BYTES = 64 << 20  # different blocks of one size, so that reads do not come from the processor's caches
+BUFFER_BYTES = 32 << 20
+WINDOW = 8  # reads that the client keeps open
+RATIO_MIN = 0.9
+TIMEOUT_S = 20.0
+_ORDER = struct.Struct("<QQ")
+
+
+@dataclass(slots=True)
+class Samples:
+    """Bandwidths of the repeats of one contestant at one load, and what they cost in all."""
+
+    bytes_per_s: list[float] = field(default_factory=list)
+    moved_bytes: int = 0
+    cpu_s: float = 0.0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.bytes_per_s)
+
+    @property
+    def cpu_s_per_gb(self) -> float:
+        return self.cpu_s / (self.moved_bytes / 1e9)
+
+
+Results = dict[tuple[str, str, int], Samples]  # (contestant, size, connections)
+
+
+def transport(
+    repeats: Annotated[int, typer.Option(min=1, max=100, help="Runs of each load; the median counts.")] = 9,
+    run_mib: Annotated[int, typer.Option(min=64, max=65536, help="MiB that one run moves.")] = 1024,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG) to this file.")] = None,
+) -> None:
+    """Read bandwidth and CPU of a pool node over loopback TCP against a bare socket loop."""
+    console = Console()
+    report = Report("transport")
+    loads = [("128k", 1), ("2m", 1), ("4m", 1), ("4m", 2)]
+    try:
+        results = _measure(console, loads, repeats, run_mib << 20)
+    except (OSError, PoolError, ProcessFailed) as error:
+        console.print(f"[red]bench transport: {error}[/red]")
+        raise typer.Exit(1) from error
+    _conclude(report, results, loads)
+    report.print(console)
+    if json is not None:
+        report.write_json(json)
+    if plot is not None:
+        groups = {
+            f"{size}, {connections} conn.": {
+                who: results[who, size, connections].median / 1e9 for who in ("bare", "tcp")
+            }
+            for size, connections in loads
+        }
+        bar_chart(plot, "Reads over loopback TCP, two processes", "GB/s", groups)
+
+
+def _measure(console: Console, loads: list[tuple[str, int]], repeats: int, run_bytes: int) -> Results:
+    """All loads, interleaved: each repeat runs both contestants of every load, in turns first."""
+    results: Results = defaultdict(Samples)
+    members = ["--memory", str(len(SIZES) * SET_BYTES)]
+    command = [sys.executable, "-m", "penstock.pool.command", "--listen", "127.0.0.1:0", *members]
+    with contextlib.ExitStack() as stack:
+        node = stack.enter_context(ReadyProcess(command, POOL_READY, ready_s=30.0))
+        bare = stack.enter_context(_bare_server())
+        buffers = aligned_buffer(BUFFER_BYTES)
+        keys = _fill(node.address)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        progress = stack.enter_context(Progress(*columns, console=console))
+        bar = progress.add_task("reading", total=repeats * len(loads) * 2)
+        for repeat in range(repeats):
+            for size, connections in loads:
+                size_bytes = SIZES[size]
+                count = run_bytes // size_bytes
+                load = (size_bytes, count, connections, buffers)
+                runs: dict[str, tuple[int, Callable[[], float]]] = {
+                    "bare": (bare.pid, partial(_run_bare, bare, *load)),
+                    "tcp": (node.pid, partial(_run_pool, node.address, keys[size], *load)),
+                }
+                for who in sorted(runs, reverse=repeat % 2 == 1):
+                    pid, run = runs[who]
+                    before_s = _cpu_s(pid)
+                    seconds = run()
+                    found = results[who, size, connections]
+                    found.cpu_s += _cpu_s(pid) - before_s
+                    found.moved_bytes += count * size_bytes
+                    found.bytes_per_s.append(count * size_bytes / seconds)
+                    progress.advance(bar)
+    return results
+
+
+def _conclude(report: Report, results: Results, loads: list[tuple[str, int]]) -> None:
+    for size, connections in loads:
+        suffix = size if connections == 1 else f"{size}_{connections}conn"
+        bare, ours = results["bare", size, connections], results["tcp", size, connections]
+        ratios = [a / b for a, b in zip(ours.bytes_per_s, bare.bytes_per_s, strict=True)]
+        report.figure(f"tcp_read_{suffix}_gb_per_s", ours.median / 1e9)
+        report.figure(f"bare_read_{suffix}_gb_per_s", bare.median / 1e9)
+        limit = RATIO_MIN if (size, connections) == ("4m", 1) else None
+        report.figure(f"tcp_read_{suffix}_ratio", ours.median / bare.median, limit)
+        report.figure(f"tcp_read_{suffix}_paired_ratio", statistics.median(ratios))
+        report.figure(f"tcp_read_{suffix}_cpu_s_per_gb", ours.cpu_s_per_gb, bare.cpu_s_per_gb)
+    gb_per_s, cpu_s_per_gb = _checksum_cost()
+    report.figure("checksum_4m_gb_per_s", gb_per_s)
+    report.figure("checksum_4m_cpu_s_per_gb", cpu_s_per_gb)
+    report.notes.append("real bytes between two processes over loopback; tcp_* verifies the checksum of every block")
+    report.notes.append("limit of *_ratio: the goal; of *_cpu_s_per_gb: the bare loop's, both processes together")
+
+
+def _checksum_cost() -> tuple[float, float]:
+    """GB/s and CPU-s per GB of the checksum alone, over memory that no cache holds."""
+    memory = aligned_buffer(SET_BYTES)
+    memory[:] = os.urandom(1 << 20) * (SET_BYTES >> 20)
+    size_bytes = SIZES["4m"]
+    begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
+    for _ in range(8):
+        for at in range(0, SET_BYTES, size_bytes):
+            xxhash.xxh3_64_intdigest(memory[at : at + size_bytes], seed=at)
+    gb = 8 * SET_BYTES / 1e9
+    return gb / (time.perf_counter() - begin_s), (time.process_time() - begin_cpu_s) / gb
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU time of this process and the other one."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return time.process_time() + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# --- Penstock: a pool node and a client ---
+
+
+def _fill(address: str) -> dict[str, list[BlockKey]]:
+    """Write the block sets; returns their keys."""
+    pool = connect_pool(address)
+    data = aligned_buffer(max(SIZES.values()))
+    data[:] = os.urandom(len(data))
+    keys: dict[str, list[BlockKey]] = {}
+    try:
+        for size, size_bytes in SIZES.items():
+            parent = hashlib.blake2b(size.encode(), digest_size=16).digest()
+            keys[size] = []
+            for _ in range(SET_BYTES // size_bytes):
+                key = hashlib.blake2b(parent, digest_size=16).digest()
+                ended: queue.SimpleQueue[PoolError | None] = queue.SimpleQueue()
+                pool.write(key, parent, size_bytes, data, TIMEOUT_S, ended.put)
+                error = ended.get(timeout=TIMEOUT_S + 1)
+                if error is not None:
+                    raise error
+                keys[size].append(key)
+                parent = key
+    finally:
+        pool.close(5.0)
+    return keys
+
+
+class _Reader:
+    """Keeps `WINDOW` reads open until `count` have ended."""
+
+    def __init__(
+        self, pool: RemotePool, keys: list[BlockKey], size_bytes: int, count: int, buffers: memoryview
+    ) -> None:
+        self._pool, self._keys, self._size, self._count, self._buffers = pool, keys, size_bytes, count, buffers
+        self._lock = threading.Lock()
+        self._next = self._ended = 0
+        self._failed: PoolError | None = None
+        self._all = threading.Event()
+
+    def run(self) -> float:
+        """Seconds until every read has ended. Raises the first PoolError."""
+        begin_s = time.perf_counter()
+        for slot in range(min(WINDOW, self._count)):
+            self._start(slot)
+        if not self._all.wait(TIMEOUT_S + 1):
+            raise PoolError("deadline", "reads did not end by their deadline")
+        if self._failed is not None:
+            raise self._failed
+        return time.perf_counter() - begin_s
+
+    def _start(self, slot: int) -> None:
+        with self._lock:
+            number = self._next
+            if number == self._count:
+                return
+            self._next += 1
+        # Buffers rotate so that a read lands in memory that no cache holds, as in the bare loop.
+        at = number % (BUFFER_BYTES // self._size // WINDOW) * WINDOW + slot
+        into = self._buffers[at * self._size : (at + 1) * self._size]
+        self._pool.read(self._keys[number % len(self._keys)], self._size, into, TIMEOUT_S, lambda e: self._end(slot, e))
+
+    def _end(self, slot: int, error: PoolError | None) -> None:
+        with self._lock:
+            self._ended += 1
+            if error is not None:
+                self._failed = self._failed or error
+                self._next = self._count
+            finished = self._ended == self._count or error is not None
+        if finished:
+            self._all.set()
+        else:
+            self._start(slot)
+
+
+def _run_pool(
+    address: str, keys: list[BlockKey], size_bytes: int, count: int, connections: int, buffers: memoryview
+) -> float:
+    pool = connect_pool(address, connections=connections)
+    try:
+        return _Reader(pool, keys, size_bytes, count, buffers).run()
+    finally:
+        pool.close(5.0)
+
+
+# --- the bare loop: sendall and recv_into, nothing else ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Bare:
+    pid: int
+    port: int
+
+
+@contextlib.contextmanager
+def _bare_server() -> Iterator[_Bare]:
+    spawn = multiprocessing.get_context("spawn")
+    mine, theirs = spawn.Pipe()
+    process = spawn.Process(target=_serve_bare, args=(theirs,), daemon=True)
+    process.start()
+    try:
+        if not mine.poll(30.0):
+            raise OSError("the bare server did not start within 30 s")
+        yield _Bare(process.pid or 0, mine.recv())
+    finally:
+        process.terminate()
+        process.join(5.0)
+
+
+def _serve_bare(pipe: Pipe) -> None:
+    """In a process of its own: each connection asks for `count` messages of a size, and gets them."""
+    memory = aligned_buffer(SET_BYTES)
+    memory[:] = os.urandom(1 << 20) * (SET_BYTES >> 20)
+    listener = socket.create_server(("127.0.0.1", 0))
+    pipe.send(listener.getsockname()[1])
+    while True:
+        sock, _ = listener.accept()
+        threading.Thread(target=_send_bare, args=(sock, memory), daemon=True).start()
+
+
+def _send_bare(sock: socket.socket, memory: memoryview) -> None:
+    with sock, contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        size_bytes, count = _ORDER.unpack(sock.recv(_ORDER.size, socket.MSG_WAITALL))
+        for number in range(count):
+            at = number % (SET_BYTES // size_bytes) * size_bytes
+            sock.sendall(memory[at : at + size_bytes])
+
+
+def _run_bare(bare: _Bare, size_bytes: int, count: int, connections: int, buffers: memoryview) -> float:
+    socks = [socket.create_connection(("127.0.0.1", bare.port), timeout=TIMEOUT_S) for _ in range(connections)]
+    slots = BUFFER_BYTES // size_bytes // connections
+    failures: list[OSError] = []
+
+    def receive(number: int, sock: socket.socket) -> None:
+        try:
+            sock.settimeout(None)
+            sock.sendall(_ORDER.pack(size_bytes, count // connections))
+            for i in range(count // connections):
+                at = (number * slots + i % slots) * size_bytes
+                got = 0
+                while got < size_bytes:
+                    received = sock.recv_into(buffers[at + got : at + size_bytes], 0, socket.MSG_WAITALL)
+                    if received == 0:
+                        raise ConnectionError("the bare server closed the connection")
+                    got += received
+        except OSError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=receive, args=pair, daemon=True) for pair in enumerate(socks)]
+    begin_s = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+    seconds = time.perf_counter() - begin_s
+    for sock in socks:
+        sock.close()
+    if failures or any(thread.is_alive() for thread in threads):
+        raise failures[0] if failures else OSError(f"the bare loop did not end within {TIMEOUT_S:.0f} s")
+    return seconds
+
+
+if __name__ == "__main__":
+    typer.run(transport)

@@ -1,0 +1,99 @@
+"""Pictures of experiments: line and bar charts as PNG or SVG files by matplotlib, without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SERIES_COLOURS = ("#2f6fd0", "#e07b2e", "#1f9a8a", "#b0455f", "#7c68b8", "#8a8f3c", "#5d6b7a", "#c9a227")
+_FORMATS = (".png", ".svg", ".pdf")
+
+
+def new_figure(width_in: float, height_in: float) -> Any:
+    """A matplotlib figure that needs no display and no global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_in, height_in), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure; the folder is made when absent. Raises ValueError for a suffix that is not a picture's."""
+    if path.suffix not in _FORMATS:
+        raise ValueError(f"{path}: a plot is written as {', '.join(_FORMATS)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def tidy(axes: Any, *, grid: str = "y") -> None:
+    """Light grid on one axis, no frame on top and right."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, axis=grid, color="#d8dde3", linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def line_chart(
+    path: Path,
+    title: str,
+    x_label: str,
+    y_label: str,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    log_x: bool = False,
+    log_y: bool = False,
+    y_from_zero: bool = True,
+) -> None:
+    """One line per series of (x, y) points."""
+    figure = new_figure(7.5, 4.5)
+    axes = figure.subplots()
+    for i, (name, points) in enumerate(series.items()):
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        colour = SERIES_COLOURS[i % len(SERIES_COLOURS)]
+        axes.plot(xs, ys, marker="o", markersize=4, linewidth=1.8, color=colour, label=name)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    if log_x:
+        axes.set_xscale("log", base=2)
+    if log_y:
+        axes.set_yscale("log")
+    elif y_from_zero:
+        axes.set_ylim(bottom=0)
+    tidy(axes)
+    axes.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+def bar_chart(
+    path: Path,
+    title: str,
+    y_label: str,
+    groups: Mapping[str, Mapping[str, float]],
+    *,
+    errors: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+) -> None:
+    """Groups of bars side by side: `groups[group][series]`; `errors` holds (low, high) ends of intervals."""
+    figure = new_figure(max(6.0, 1.2 + 1.6 * len(groups)), 4.2)
+    axes = figure.subplots()
+    names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
+    width = 0.8 / max(1, len(names))
+    for i, name in enumerate(names):
+        for g, (group, bars) in enumerate(groups.items()):
+            if name not in bars:
+                continue
+            x = g - 0.4 + width * (i + 0.5)
+            label = name if group == next(k for k, v in groups.items() if name in v) else None
+            axes.bar(x, bars[name], width * 0.92, color=SERIES_COLOURS[i % len(SERIES_COLOURS)], label=label)
+            if errors and name in errors.get(group, {}):
+                low, high = errors[group][name]
+                spread = [[max(0.0, bars[name] - low)], [max(0.0, high - bars[name])]]
+                axes.errorbar(x, bars[name], yerr=spread, color="#333333", linewidth=1, capsize=2)
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_ylabel(y_label)
+    tidy(axes)
+    axes.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)

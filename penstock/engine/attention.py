@@ -1,0 +1,328 @@
+"""Attention over pages, as Hugging Face models call it: writes a batch's new KV into L1, then attends chunk by chunk.
+
+Penstock writes no model code. The attention function is registered under ATTENTION_NAME; the model is handed all chunks
+of a batch as one row of tokens with explicit positions, and builds no mask because no mask function has that name.
+What a call belongs to travels in a context variable, so models in several threads do not see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+from penstock.engine.paged_kv import PagedKV
+from penstock.engine.runner import Chunk, UploadGroup
+
+ATTENTION_NAME = "penstock_paged"
+MASK_ELEMENTS_MAX = 1 << 21  # of one mask; longer chunks are attended slice by slice, which is faster as well
+SCORE_ELEMENTS_MAX = 1 << 26  # of one explicit score matrix, over all heads
+SLICE_ROWS_MIN = 16  # the limits above give way to this
+DECODE_PADDING_RATIO_MAX = 2.0  # padded over real tokens of decode chunks attended together
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionArgs:
+    """What varies between layers: the scale, how many last tokens are seen (0: all), sink logits, score capping."""
+
+    scaling: float
+    window: int
+    sinks: torch.Tensor | None
+    softcap: float | None
+
+
+class Attend(Protocol):
+    """Receives every attention call of a forward pass: query `[1, heads, q, d]`, key and value `[1, kv_heads, q, d]`;
+    gives `[1, q, heads, value_dim]`."""
+
+    def attend(
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor: ...
+
+
+_current: ContextVar[Attend | None] = ContextVar("penstock_attend", default=None)
+
+
+@contextmanager
+def attending(target: Attend) -> Iterator[None]:
+    """Within this context (of this thread), models with Penstock's attention call `target`."""
+    token = _current.set(target)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def paged_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The function that transformers calls for each layer."""
+    target = _current.get()
+    if target is None:
+        raise RuntimeError(f"{ATTENTION_NAME} was called outside of a Penstock batch")
+    if attention_mask is not None:
+        raise ValueError(f"{ATTENTION_NAME} got an attention mask; only plain causal models are served")
+    for name in ("position_bias", "cache"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{ATTENTION_NAME} got `{name}`, which it does not know")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return target.attend(module, query, key, value, AttentionArgs(scale, sliding_window or 0, s_aux, softcap)), None
+
+
+def register() -> None:
+    """Make ATTENTION_NAME known to transformers; may be called again."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, paged_attention)
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """One chunk's rows `[first_row, end_row)` of the batch, its positions `[start, end)` and its pages."""
+
+    first_row: int
+    end_row: int
+    start: int
+    end: int
+    pages: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodeGroup:
+    """Single-token chunks attended together: rows `[b]`, pages `[b, p]`, mask `[b, 1, 1, p * block_tokens]`."""
+
+    rows: torch.Tensor
+    pages: torch.Tensor
+    mask: torch.Tensor
+
+
+class PagedBatch:
+    """One batch on its way through the layers."""
+
+    def __init__(self, kv: PagedKV, batch: Sequence[Chunk]) -> None:
+        self._kv = kv
+        self._block_tokens = kv.layout.block_tokens
+        self._pending: tuple[UploadGroup, ...] = tuple(
+            {id(group): group for chunk in batch for group in chunk.pending}.values()
+        )
+        spans: list[_Span] = []
+        slot_pages: list[int] = []
+        positions: list[int] = []
+        row = 0
+        for chunk in batch:
+            end = chunk.start + len(chunk.tokens)
+            spans.append(_Span(row, row + len(chunk.tokens), chunk.start, end, chunk.pages))
+            row += len(chunk.tokens)
+            positions.extend(range(chunk.start, end))
+            slot_pages.extend(chunk.pages[at // self._block_tokens] for at in range(chunk.start, end))
+        self.positions = torch.tensor(positions, device=kv.device)
+        self._slot_pages = torch.tensor(slot_pages, device=kv.device)
+        self._slot_offsets = self.positions % self._block_tokens
+        self._prefills = [span for span in spans if span.end - span.start > 1]
+        self._decodes = sorted((span for span in spans if span.end - span.start == 1), key=lambda span: span.end)
+        self._page_tensors: dict[tuple[int, int], torch.Tensor] = {}
+        self._decode_groups: dict[int, list[_DecodeGroup]] = {}
+
+    def attend(
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
+        """Store the new KV of the layer, then attend; waits for uploads of this layer, and of no other."""
+        layer = int(module.layer_idx)
+        for group in self._pending:
+            group.wait_layer(layer)
+        rows = query.shape[2]
+        view = self._kv.layer_view(layer)
+        flat_key, flat_value = key[0].transpose(0, 1).flatten(1), value[0].transpose(0, 1).flatten(1)
+        view[self._slot_pages, self._slot_offsets] = torch.cat((flat_key, flat_value), dim=1).to(view.dtype)
+        output = query.new_empty((1, rows, query.shape[1], value.shape[-1]))
+        for span in self._prefills:
+            chunk_query = query[0, :, span.first_row : span.end_row]
+            output[0, span.first_row : span.end_row] = self._prefill(layer, span, chunk_query, args).transpose(0, 1)
+        for decode in self._decode_groups_of(args.window):
+            heads = query[0].index_select(1, decode.rows).transpose(0, 1)
+            output[0, decode.rows] = self._decode(layer, decode, heads, args)
+        return output
+
+    def _gather(self, layer: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of pages `[..., p]`: `[..., kv_heads, p * block_tokens, d]`."""
+        shape = self._kv.shapes[layer]
+        gathered = self._kv.layer_view(layer).index_select(0, pages.flatten())
+        tokens = gathered.view(*pages.shape[:-1], pages.shape[-1] * self._block_tokens, shape.elements_per_token)
+        keys, values = tokens.split((shape.key_elements, shape.kv_heads * shape.value_dim), dim=-1)
+        return (
+            keys.unflatten(-1, (shape.kv_heads, shape.key_dim)).transpose(-3, -2),
+            values.unflatten(-1, (shape.kv_heads, shape.value_dim)).transpose(-3, -2),
+        )
+
+    def _first_page(self, start: int, window: int) -> int:
+        """Index (within the request) of the first page that a query at `start` sees."""
+        return max(0, start - window + 1) // self._block_tokens if window else 0
+
+    def _prefill(self, layer: int, span: _Span, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+        """Query `[heads, q, d]` of one chunk against its prefix and itself; gives `[heads, q, value_dim]`."""
+        first_page = self._first_page(span.start, args.window)
+        cache_key = (span.first_row, first_page)
+        if cache_key not in self._page_tensors:
+            used = span.pages[first_page : -(-span.end // self._block_tokens)]
+            self._page_tensors[cache_key] = torch.tensor(used, device=query.device)
+        keys, values = self._gather(layer, self._page_tensors[cache_key])
+        first = first_page * self._block_tokens
+        keys, values = keys[:, : span.end - first].to(query.dtype), values[:, : span.end - first].to(query.dtype)
+        return causal_attention(query, keys, values, span.start - first, args)
+
+    def _decode_groups_of(self, window: int) -> list[_DecodeGroup]:
+        if window not in self._decode_groups:
+            self._decode_groups[window] = list(self._plan_decodes(window))
+        return self._decode_groups[window]
+
+    def _plan_decodes(self, window: int) -> Iterator[_DecodeGroup]:
+        """Group single-token chunks of similar length, shortest first, so that padding stays bounded."""
+        waiting: list[tuple[_Span, int, int]] = []  # span, its first page, its page count
+        used_pages = 0
+        for span in self._decodes:
+            first = self._first_page(span.start, window)
+            count = -(-span.end // self._block_tokens) - first
+            if waiting and (len(waiting) + 1) * count > DECODE_PADDING_RATIO_MAX * (used_pages + count):
+                yield self._decode_group(waiting, window)
+                waiting, used_pages = [], 0
+            waiting.append((span, first, count))
+            used_pages += count
+        if waiting:
+            yield self._decode_group(waiting, window)
+
+    def _decode_group(self, members: Sequence[tuple[_Span, int, int]], window: int) -> _DecodeGroup:
+        device, size = self.positions.device, self._block_tokens
+        width = max(count for _, _, count in members)
+        pages = [
+            [*span.pages[first : first + count], *([span.pages[first]] * (width - count))]
+            for span, first, count in members
+        ]
+        starts = torch.tensor([span.start for span, _, _ in members], device=device)[:, None]
+        firsts = torch.tensor([first * size for _, first, _ in members], device=device)[:, None]
+        at = firsts + torch.arange(width * size, device=device)[None, :]
+        mask = at <= starts
+        if window:
+            mask &= at > starts - window
+        rows = torch.tensor([span.first_row for span, _, _ in members], device=device)
+        return _DecodeGroup(rows, torch.tensor(pages, device=device), mask[:, None, None])
+
+    def _decode(self, layer: int, group: _DecodeGroup, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+        """Query `[b, heads, d]`, one token of each chunk; gives `[b, heads, value_dim]`."""
+        keys, values = self._gather(layer, group.pages)
+        kv_heads = keys.shape[1]
+        grouped = query.unflatten(1, (kv_heads, -1))  # heads that share keys are the query rows of one head
+        keys, values = keys.to(query.dtype), values.to(query.dtype)
+        if args.sinks is None and args.softcap is None:
+            output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask, scale=args.scaling)
+        else:
+            sinks = None if args.sinks is None else args.sinks.view(1, kv_heads, -1, 1)
+            output = explicit_attention(grouped, keys, values, group.mask, sinks, args)
+        return output.flatten(1, 2)
+
+
+def causal_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, args: AttentionArgs
+) -> torch.Tensor:
+    """Query `[heads, q, d]` whose row i is position `start + i` of keys `[kv_heads, start + q, d]`; works in slices of
+    rows, so that no mask of `[q, start + q]` comes to be. Gives `[heads, q, value_dim]`."""
+    heads, rows, _ = query.shape
+    kv_heads, total, _ = keys.shape
+    explicit = args.sinks is not None or args.softcap is not None
+    if not explicit and not args.window:
+        if query.dtype in (torch.bfloat16, torch.float16) and _has_flash(query.device):
+            return flash_causal_attention(query, keys, values, args.scaling)
+        if start == 0:
+            grouped = _grouped(query, keys, values)
+            return F.scaled_dot_product_attention(*grouped, is_causal=True, scale=args.scaling).flatten(0, 1)
+    limit = SCORE_ELEMENTS_MAX // heads if explicit else MASK_ELEMENTS_MAX
+    seen = min(total, args.window + rows) if args.window else total
+    step = max(SLICE_ROWS_MIN, min(rows, limit // seen))
+    output = query.new_empty((heads, rows, values.shape[-1]))
+    for low in range(0, rows, step):
+        high = min(rows, low + step)
+        first = max(0, start + low - args.window + 1) if args.window else 0
+        end = start + high
+        at = torch.arange(first, end, device=query.device)[None, :]
+        row_at = torch.arange(start + low, end, device=query.device)[:, None]
+        mask = at <= row_at
+        if args.window:
+            mask &= at > row_at - args.window
+        grouped = _grouped(query[:, low:high], keys[:, first:end], values[:, first:end])
+        if explicit:
+            sinks = None if args.sinks is None else args.sinks.view(kv_heads, -1, 1, 1)
+            part = explicit_attention(*grouped, mask, sinks, args)
+        else:
+            part = F.scaled_dot_product_attention(*grouped, attn_mask=mask, scale=args.scaling)
+        output[:, low:high] = part.flatten(0, 1)
+    return output
+
+
+@lru_cache
+def _has_flash(device: torch.device) -> bool:
+    return device.type == "cuda" and bool(torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def _grouped(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`[kv_heads, heads per kv head, tokens, d]` of each, without copying keys or values."""
+    grouped = query.unflatten(0, (keys.shape[0], -1))
+    shared = (-1, grouped.shape[1], -1, -1)
+    return grouped, keys[:, None].expand(shared), values[:, None].expand(shared)
+
+
+def flash_causal_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """What `causal_attention` gives, by a kernel that holds no mask (CUDA, 16-bit types; elsewhere torch makes the
+    mask). Values narrower than keys are padded for it."""
+    width = values.shape[-1]
+    padded = F.pad(values, (0, keys.shape[-1] - width)) if width < keys.shape[-1] else values
+    bias = causal_lower_right(query.shape[1], keys.shape[1])
+    output = F.scaled_dot_product_attention(
+        query[None],
+        keys[None],
+        padded[None],
+        attn_mask=bias,
+        scale=scaling,
+        enable_gqa=query.shape[0] != keys.shape[0],
+    )
+    return output[0, :, :, :width]
+
+
+def explicit_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    sinks: torch.Tensor | None,
+    args: AttentionArgs,
+) -> torch.Tensor:
+    """Attention with sink logits (each head's share that goes to no token; broadcastable to one column of the scores)
+    or capped scores, in float32. Shapes as for scaled_dot_product_attention."""
+    scores = (query @ keys.transpose(-2, -1)).float() * args.scaling
+    if args.softcap is not None:
+        scores = torch.tanh(scores / args.softcap) * args.softcap
+    scores = scores.masked_fill_(~mask, float("-inf"))
+    if sinks is not None:
+        column = sinks.float().expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, column), dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        weights = scores.softmax(dim=-1)
+    return weights.to(values.dtype) @ values

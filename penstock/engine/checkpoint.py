@@ -1,0 +1,300 @@
+"""Find, verify and load a Hugging Face causal LM, and say what it is (identity, end tokens, context length)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from penstock.engine import attention
+
+LoadFormat = Literal["auto", "dummy"]
+_CONFIG_NAMES_WITHOUT_MEANING = ("_name_or_path", "transformers_version")  # differ between copies of one model
+_SAMPLES_PER_FILE = 64
+_SAMPLE_BYTES = 64 * 1024
+_HUB_TIMEOUT_S = 20.0
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+SERVED_MODELS = "served are models whose every layer goes through transformers' AttentionInterface once"
+_BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+class CheckpointError(ValueError):
+    """The model cannot be served as given: one line that says what, where, and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run, with what the engine asks of it."""
+
+    model: Any
+    config: Any  # the text config
+    folder: Path
+    identity: str
+    eos_token_ids: frozenset[int]
+
+
+def resolve_folder(source: str, load_format: LoadFormat) -> Path:
+    """The local folder of a checkpoint: `source` itself, or a hub id's snapshot (fetched when not cached)."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{path} has no config.json; a Hugging Face checkpoint folder is needed")
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; a Hugging Face checkpoint folder or hub id is needed")
+    if not _HUB_ID.fullmatch(source):
+        raise CheckpointError(f"model {source!r} is neither an existing folder nor a hub id (NAME or OWNER/NAME)")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "tokenizer*", "*.jinja", "*.model"]
+    if load_format == "auto":
+        patterns.append("*.safetensors")
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns, etag_timeout=_HUB_TIMEOUT_S))
+    except Exception as error:
+        raise CheckpointError(
+            f"model {source!r} is no existing folder, and the hub did not give it: {one_line(error)}"
+        ) from error
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration of a causal LM that Penstock can serve. Raises CheckpointError otherwise."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(f"{folder / 'config.json'} is not usable: {one_line(error)}") from error
+    if getattr(config, "is_encoder_decoder", False) or type(config) not in AutoModelForCausalLM._model_mapping:
+        raise CheckpointError(f"{folder}: model type {config.model_type!r} is not a causal language model")
+    _refuse_unservable(folder, config.get_text_config())
+    return config
+
+
+def _refuse_unservable(folder: Path, config: Any) -> None:
+    """Models whose keys and values depend on more than the tokens before them, or whose attention needs a mask."""
+    foreign = set(getattr(config, "layer_types", None) or ()) - _SERVED_LAYER_TYPES
+    if foreign:
+        raise CheckpointError(f"{folder}: layers {sorted(foreign)}; served are {sorted(_SERVED_LAYER_TYPES)}")
+    if getattr(config, "attention_chunk_size", None):
+        raise CheckpointError(f"{folder}: chunked attention (attention_chunk_size) is not served")
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # flat, or one record per layer type
+    unstable = sorted(_BATCH_DEPENDENT_ROPE & {str(part.get("rope_type")) for part in parts})
+    if unstable:
+        raise CheckpointError(
+            f"{folder}: rope type {unstable} depends on the length of the whole request, "
+            "so its KV cannot be reused; served are fixed types (default, linear, yarn, llama3)"
+        )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, each checked to hold all the bytes its header names."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a weight index: {one_line(error)}") from error
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; weights are read from safetensors files only")
+        _check_safetensors(file)
+    return files
+
+
+def _check_safetensors(file: Path) -> None:
+    size_bytes = file.stat().st_size
+    with file.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        if size_bytes < 8 or header_bytes > size_bytes - 8:
+            raise CheckpointError(
+                f"{file} is cut off or no safetensors file: {size_bytes} bytes, header {header_bytes}"
+            )
+        try:
+            header = json.loads(stream.read(header_bytes))
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file} has a broken safetensors header: {one_line(error)}") from error
+    needed_bytes = 8 + header_bytes + max(ends, default=0)
+    if size_bytes != needed_bytes:
+        raise CheckpointError(f"{file} is cut off or overlong: {size_bytes} bytes, its header names {needed_bytes}")
+
+
+def weights_identity(files: list[Path]) -> str:
+    """A hash over headers, sizes and evenly spaced samples of the contents; files under 4 MiB are read whole."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        size_bytes = file.stat().st_size
+        digest.update(f"{size_bytes};".encode())
+        with file.open("rb") as stream:
+            head = stream.read(8)
+            digest.update(head + stream.read(int.from_bytes(head, "little")))
+            step = max(_SAMPLE_BYTES, size_bytes // _SAMPLES_PER_FILE)
+            for offset in range(stream.tell(), size_bytes, step):
+                stream.seek(offset)
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def config_identity(config: Any) -> str:
+    """A hash over the configuration, without what differs between copies of one model."""
+    record = {name: value for name, value in config.to_dict().items() if name not in _CONFIG_NAMES_WITHOUT_MEANING}
+    text = json.dumps(record, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def end_tokens(folder: Path, config: Any) -> frozenset[int]:
+    """Ids after which generation ends: the generation config's where there is one, else the config's."""
+    file = folder / "generation_config.json"
+    found = None
+    if file.is_file():
+        try:
+            found = json.loads(file.read_text()).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{file} is not usable: {one_line(error)}") from error
+    if found is None:
+        found = getattr(config, "eos_token_id", None)
+    if found is None:
+        return frozenset()
+    ids = found if isinstance(found, list) else [found]
+    if not all(isinstance(token, int) and token >= 0 for token in ids):
+        raise CheckpointError(f"{folder}: eos_token_id is {found!r}; token ids are integers of at least 0")
+    return frozenset(ids)
+
+
+def load_model(source: str, load_format: LoadFormat, dtype: str, device: torch.device, seed: int) -> LoadedModel:
+    """Build the model on `device` with Penstock's attention. `dummy` takes the configuration only, with random
+    weights made from `seed` on the device. Raises CheckpointError."""
+    if load_format not in ("auto", "dummy"):
+        raise CheckpointError(f"load format {load_format!r} is unknown; allowed are 'auto' and 'dummy'")
+    folder = resolve_folder(source, load_format)
+    config = read_config(folder)
+    torch_dtype = _torch_dtype(dtype, config.get_text_config())
+    files = weight_files(folder) if load_format == "auto" else []
+    config_part = config_identity(config)
+    attention.register()
+    # Random weights follow the generator, which differs between devices and versions.
+    weights = f"dummy={seed}|{device.type}|torch={torch.__version__}" if load_format == "dummy" else ""
+    try:
+        with quiet_transformers():
+            if load_format == "dummy":
+                model = _build_random(config, torch_dtype, device, seed)
+            else:
+                model = _load_weights(folder, config, torch_dtype).to(device)
+                weights = f"weights={weights_identity(files)}"
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if attention.ATTENTION_NAME in str(error):
+            raise CheckpointError(
+                f"{folder}: {config.model_type!r} has attention of its own; {SERVED_MODELS}"
+            ) from error
+        raise CheckpointError(f"{folder}: transformers cannot build this model: {one_line(error)}") from error
+    model.eval().requires_grad_(False)
+    identity = f"config={config_part}|dtype={torch_dtype}|{weights}"
+    text_config = config.get_text_config()
+    return LoadedModel(model, text_config, folder, identity, end_tokens(folder, text_config))
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no chatter of transformers within; what it finds wrong arrives as errors."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _torch_dtype(name: str, config: Any) -> torch.dtype:
+    allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name == "auto":
+        declared = getattr(config, "dtype", None)
+        return declared if declared in allowed.values() else torch.float32
+    if name not in allowed:
+        raise CheckpointError(f"dtype {name!r} is unknown; allowed are 'auto', {', '.join(map(repr, allowed))}")
+    return allowed[name]
+
+
+def _build_random(config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.device(device):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.ATTENTION_NAME)
+
+
+def _load_weights(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention.ATTENTION_NAME,
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=False,
+    )
+    for what in ("missing_keys", "mismatched_keys", "error_msgs"):
+        found = sorted(map(str, info.get(what) or ()))
+        if found:
+            raise CheckpointError(
+                f"{folder}: {len(found)} {what.replace('_', ' ')} in the weights ({', '.join(found[:3])}, ...); "
+                "the weights must be those of the model in config.json"
+            )
+    return model
+
+
+def one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+
+
+def llama_3_1_8b_config() -> Any:
+    """The geometry of Llama-3.1-8B (config only; its KV is 128 KiB per token in bfloat16)."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072 + 8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        bos_token_id=128000,
+        eos_token_id=128001,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )

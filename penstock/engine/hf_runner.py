@@ -1,0 +1,239 @@
+"""A model runner over Hugging Face transformers: the same code on CPU and CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from penstock.core.layout import KVLayout
+from penstock.engine.attention import AttentionArgs, PagedBatch, attending
+from penstock.engine.checkpoint import SERVED_MODELS, CheckpointError, LoadFormat, load_model, one_line
+from penstock.engine.paged_kv import LayerShape, PagedKV, PagedUpload
+from penstock.engine.runner import Chunk, UploadGroup
+from penstock.engine.sampling import sample
+
+
+class _Probe:
+    """Sees what each layer hands to attention, and answers zeros."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, LayerShape] = {}
+        self.windows: dict[int, int] = {}
+        self.dtypes: set[torch.dtype] = set()
+        self.key_sums: list[float] = []
+        self.calls = 0
+
+    def attend(
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
+        if not getattr(module, "is_causal", True):
+            raise CheckpointError(f"{type(module).__name__} is not causal; only causal attention is served")
+        layer = int(module.layer_idx)
+        self.calls += 1
+        self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        self.windows[layer] = args.window
+        self.dtypes.add(key.dtype)
+        self.key_sums.append(float(key.double().square().cumsum(-1).sum()))
+        return query.new_zeros((1, query.shape[2], query.shape[1], value.shape[3]))
+
+
+class HFRunner:
+    """Runs a causal LM and owns L1 (see `engine.runner.ModelRunner` for the contract and the threading rule).
+
+    `model_source` is a local checkpoint folder or a hub id; `load_format="dummy"` takes its configuration only, with
+    random weights from `seed`. `device="auto"` is CUDA where there is one. `layerwise` uploads layer by layer, so that
+    compute can start on layer 0 while the others come; without it whole blocks go up, cheaper on a CPU.
+    Raises CheckpointError when the model cannot be served.
+    """
+
+    def __init__(
+        self,
+        model_source: str,
+        *,
+        block_tokens: int = 64,
+        dtype: str = "auto",
+        device: str = "auto",
+        load_format: LoadFormat = "auto",
+        seed: int = 0,
+        max_context_tokens: int | None = None,
+        layerwise: bool = True,
+        upload_timeout_s: float = 60.0,
+    ) -> None:
+        self._device = _device(device)
+        loaded = load_model(model_source, load_format, dtype, self._device, seed)
+        self._model: Any = loaded.model
+        self.folder = loaded.folder
+        self.model_id = loaded.identity
+        self.eos_token_ids = loaded.eos_token_ids
+        self.vocab_size = int(loaded.config.vocab_size)
+        self.max_context_tokens = _context_tokens(loaded.config, max_context_tokens)
+        self._layerwise = layerwise
+        self._upload_timeout_s = upload_timeout_s
+        probe = self._probe(loaded.config)
+        self._dtype = next(iter(probe.dtypes))
+        self._shapes = tuple(probe.shapes[layer] for layer in range(len(probe.shapes)))
+        self.layout = KVLayout(
+            block_tokens,
+            tuple(shape.elements_per_token * self._dtype.itemsize for shape in self._shapes),
+            str(self._dtype).removeprefix("torch."),
+        )
+        self.notes = _notes(loaded.config, self._shapes)  # what a report of KV sizes should say
+        self._kv: PagedKV | None = None
+
+    def _probe(self, config: Any) -> _Probe:
+        """Run two tokens through the model to see the KV of each layer; refuse what the interface does not show whole.
+
+        A second run at other positions shows that the model takes its positions from the caller."""
+        probe, moved = _Probe(), _Probe()
+        name, layers = type(self._model).__name__, int(config.num_hidden_layers)
+        ids = torch.tensor([[self.vocab_size // 3, self.vocab_size // 2]], device=self._device)  # no padding among them
+        try:
+            for target, start in ((probe, 0), (moved, 3)):
+                positions = torch.arange(start, start + 2, device=self._device)[None]
+                with torch.inference_mode(), attending(target):
+                    self._model(input_ids=ids, position_ids=positions, use_cache=False)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{self.folder}: {name} cannot run: {one_line(error)}; {SERVED_MODELS}") from error
+        if probe.calls != layers or sorted(probe.shapes) != list(range(layers)) or len(probe.dtypes) != 1:
+            raise CheckpointError(
+                f"{self.folder}: {name} called attention {probe.calls} times for {layers} layers; {SERVED_MODELS}"
+            )
+        if probe.key_sums == moved.key_sums:
+            raise CheckpointError(f"{self.folder}: {name} does not take positions from the caller; it must")
+        for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+            if (kind == "sliding_attention") != bool(probe.windows[layer]):
+                raise CheckpointError(
+                    f"{self.folder}: layer {layer} of {name} is {kind} but hands over window {probe.windows[layer]}"
+                )
+        return probe
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def kv(self) -> PagedKV:
+        """L1. Raises RuntimeError before `allocate` and after `close`."""
+        if self._kv is None:
+            raise RuntimeError("L1 is not there: allocate(pages) comes first, close() ends it")
+        return self._kv
+
+    def allocate(self, pages: int) -> None:
+        """Create L1 with room for `pages` full blocks; once."""
+        if self._kv is not None:
+            raise RuntimeError("L1 is allocated already")
+        try:
+            self._kv = PagedKV(self.layout, self._shapes, self._dtype, self._device, pages, self._upload_timeout_s)
+        except RuntimeError as error:  # torch's out-of-memory errors, of the host and of CUDA
+            size_gb = pages * self.layout.full_block_bytes / 1e9
+            raise MemoryError(
+                f"L1 of {pages} pages ({size_gb:.2f} GB) does not fit on {self._device}: {error}"
+            ) from error
+
+    def page_lock(self, buffer: memoryview) -> None:
+        """Page-lock host memory for direct copies (CUDA); nothing on CPU."""
+        self.kv.page_lock(buffer)
+
+    def start_upload(self, blocks: Sequence[tuple[memoryview, int]]) -> PagedUpload:
+        """Prepare the upload of full blocks `(host bytes, page)`; no byte has moved when this returns."""
+        return self.kv.start_upload(blocks, self._layerwise)
+
+    def upload(self, group: UploadGroup) -> None:
+        """Move the group's bytes; returns when they are in L1. On failure `wait_layer` raises as well."""
+        if not isinstance(group, PagedUpload):
+            raise TypeError(f"upload takes what start_upload gave, not {type(group).__name__}")
+        self.kv.upload(group)
+
+    def download(self, page: int, into: memoryview) -> None:
+        """Copy one full block out of L1; returns when `into` holds it."""
+        self.kv.download(page, into)
+
+    def run(self, batch: Sequence[Chunk]) -> list[int | None]:
+        """Compute a batch; returns one sampled token id per chunk (None where `sampling` is None), once its KV is
+        complete in L1. Raises ValueError for a chunk that does not fit, UploadFailed when pending blocks did not come,
+        FloatingPointError when logits are not numbers."""
+        if not batch:
+            return []
+        for chunk in batch:
+            self._check(chunk)
+        sampled = [index for index, chunk in enumerate(batch) if chunk.sampling is not None]
+        last_rows, row = [], 0
+        for chunk in batch:
+            row += len(chunk.tokens)
+            last_rows.append(row - 1)
+        ids = torch.tensor([token for chunk in batch for token in chunk.tokens], device=self._device)
+        keep = torch.tensor([last_rows[index] for index in sampled], dtype=torch.long, device=self._device)
+        with torch.inference_mode():
+            paged = PagedBatch(self.kv, batch)
+            with attending(paged):
+                output = self._model(
+                    input_ids=ids[None], position_ids=paged.positions[None], use_cache=False, logits_to_keep=keep
+                )
+            result: list[int | None] = [None] * len(batch)
+            if sampled:
+                params = [chunk.sampling for chunk in batch if chunk.sampling is not None]
+                tokens = sample(output.logits[0], params, [batch[index].sampled_index for index in sampled])
+                for index, token in zip(sampled, tokens, strict=True):
+                    result[index] = token
+        if self._device.type == "cuda":
+            # Downloads and reuse of pages start when this returns; they are on other streams.
+            torch.cuda.current_stream(self._device).synchronize()
+        return result
+
+    def _check(self, chunk: Chunk) -> None:
+        end = chunk.start + len(chunk.tokens)
+        needed = -(-end // self.layout.block_tokens)
+        if not chunk.tokens or chunk.start < 0:
+            raise ValueError(f"request {chunk.request_id}: a chunk needs a token and a start of at least 0")
+        if end > self.max_context_tokens:
+            raise ValueError(f"request {chunk.request_id}: {end} tokens; at most {self.max_context_tokens} are allowed")
+        if len(chunk.pages) < needed:
+            raise ValueError(f"request {chunk.request_id}: {len(chunk.pages)} pages for {end} tokens; {needed} needed")
+        used = chunk.pages[:needed]  # what comes after the end of the chunk is not looked at
+        if min(used) < 0 or max(used) >= self.kv.pages:
+            raise ValueError(f"request {chunk.request_id}: pages must be 0 to {self.kv.pages - 1}")
+        if min(chunk.tokens) < 0 or max(chunk.tokens) >= self.vocab_size:
+            raise ValueError(f"request {chunk.request_id}: token ids must be 0 to {self.vocab_size - 1}")
+
+    def close(self) -> None:
+        """Release L1 and the model; may be called again."""
+        if self._kv is not None:
+            self._kv.close()
+            self._kv = None
+        self._model = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if available else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise CheckpointError(f"device {name!r} is unknown; allowed are 'auto', 'cpu' and 'cuda'")
+    if name == "cuda" and not available:
+        raise CheckpointError("device 'cuda' was asked for, but torch finds no CUDA device here")
+    return torch.device(name)
+
+
+def _notes(config: Any, shapes: Sequence[LayerShape]) -> tuple[str, ...]:
+    latent = getattr(config, "kv_lora_rank", None)
+    if not latent:
+        return ()
+    ratio = shapes[0].elements_per_token / (latent + getattr(config, "qk_rope_head_dim", 0))
+    return (f"KV is stored as expanded keys and values, {ratio:.1f} times the latent form of this model (MLA)",)
+
+
+def _context_tokens(config: Any, wanted: int | None) -> int:
+    known = getattr(config, "max_position_embeddings", None)
+    if wanted is not None and wanted < 1:
+        raise CheckpointError(f"max_context_tokens is {wanted}; it must be at least 1")
+    if known is None and wanted is None:
+        raise CheckpointError("the model does not say its context length; give max_context_tokens")
+    if known is not None and wanted is not None and wanted > known:
+        raise CheckpointError(f"max_context_tokens is {wanted}; the model allows at most {known}")
+    return int(wanted if wanted is not None else known or 0)

@@ -1,0 +1,40 @@
+"""Opens the best block engine that this machine allows for a path, and says why when that is not `uring`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from penstock.io.api import BlockEngine
+from penstock.io.device import open_device
+from penstock.io.ring import explain
+from penstock.io.threads import ThreadEngine
+from penstock.io.uring import UringEngine
+
+
+def open_engine(
+    path: Path, capacity_bytes: int, depth: int, prefer: Literal["uring", "threads"] = "uring"
+) -> BlockEngine:
+    """A block engine on the slab file or block device `path`, for `depth` (1 to 256) operations at once.
+
+    A slab file is created where absent, with all of its space; existing content is kept. Where io_uring or direct I/O
+    is refused, the engine is `threads`, and `notes` says why. Raises ValueError for a wrong argument and OSError with
+    path and reason: no such folder, no permission, in use (BlockingIOError), too small or disk full (ENOSPC).
+    """
+    if prefer not in ("uring", "threads"):
+        raise ValueError(f"prefer is {prefer!r}; it must be 'uring' or 'threads'")
+    if not 1 <= depth <= 256:
+        raise ValueError(f"depth is {depth}; it must be from 1 to 256")
+    device = open_device(Path(path), capacity_bytes)
+    try:
+        if prefer == "uring" and not device.direct:
+            device.notes.append("engine threads instead of uring: io_uring gains nothing without direct I/O")
+        elif prefer == "uring":
+            try:
+                return UringEngine(device, depth)
+            except OSError as error:
+                device.notes.append(f"engine threads instead of uring: {explain(error)}")
+        return ThreadEngine(device, depth)
+    except BaseException:
+        device.close()
+        raise

@@ -1,0 +1,46 @@
+"""Summaries against known distributions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from penstock.bench.statistics import bootstrap, percentile, ratio_of_means, summarize
+
+
+def test_summary_of_known_values() -> None:
+    found = summarize(list(range(101)))
+    assert (found.count, found.mean, found.p50, found.p90, found.p99) == (101, 50.0, 50.0, 90.0, 99.0)
+    assert percentile([1.0, 2.0], 50) == 1.5
+
+
+def test_bootstrap_covers_the_true_mean_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    covered = 0
+    for i in range(100):
+        found = bootstrap(rng.exponential(2.0, size=80), seed=i, resamples=300)
+        covered += found.low <= 2.0 <= found.high
+    assert covered >= 85
+
+
+def test_paired_ratio_is_tighter_than_the_spread_of_its_parts() -> None:
+    rng = np.random.default_rng(2)
+    bottom = rng.exponential(1.0, size=60) + 0.01
+    found = ratio_of_means(list(0.5 * bottom), list(bottom))
+    assert found.value == pytest.approx(0.5)
+    assert found.high - found.low < 1e-9
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: summarize([]),
+        lambda: percentile([], 50),
+        lambda: bootstrap([]),
+        lambda: ratio_of_means([1.0], []),
+        lambda: ratio_of_means([1.0], [0.0]),
+    ],
+)
+def test_no_values_are_refused(call) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError):
+        call()
