@@ -222,7 +222,7 @@ class Batching:
             shared.l1.insert(key, parent, page, pins=1)
             request.own_pages -= 1
             if shared.config.pool:
-                self._saving.offer(key, parent, page)
+                self._saving.offer(key, parent)
 
     def start_decoding(self, request: Request) -> None:
         self._decoding[request] = None

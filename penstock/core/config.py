@@ -48,7 +48,7 @@ class SchedulerConfig:
     upload_window_groups: int = 2
     lookup_window: int = 4
     save_window_blocks: int = 4
-    save_queue_blocks: int = 512
+    save_queue_blocks: int = 4096
     age_bound_s: float = 60.0  # a request that waited longer for its first token goes before all others
     default_slo_ttft_s: float = 10.0  # deadline of requests that name none
     lookup_timeout_s: float = 2.0

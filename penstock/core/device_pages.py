@@ -77,6 +77,9 @@ class DevicePages:
         self._index.pin(key)
         return self._page_of[key]
 
+    def page_of(self, key: BlockKey) -> int:
+        return self._page_of[key]
+
     def unpin(self, page: int) -> None:
         """End one use of a cached block."""
         self._index.unpin(self._key_of[page])

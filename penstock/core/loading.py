@@ -13,7 +13,7 @@ from collections.abc import Callable
 from penstock.core.keys import BlockKey
 from penstock.core.operations import BlockHit, Drop, Fetch, Route, Upload
 from penstock.core.ordering import RankedQueue
-from penstock.core.request import BlockLoad, LoadState, Request, State
+from penstock.core.request import NO_PAGE, BlockLoad, LoadState, Request, State
 from penstock.core.shared_state import SharedState
 
 
@@ -127,6 +127,8 @@ class Loading:
         self._drop_staged(load)
         self._move(load, LoadState.WANTED)
         for waiter in load.waiters:
+            if load in waiter.staged:
+                waiter.staged.remove(load)
             waiter.wanted.setdefault(load.hit.route, deque()).append(load)
             route, size = load.hit.route, load.hit.size_bytes
             waiter.bytes_by_route[route] = waiter.bytes_by_route.get(route, 0) + size
@@ -233,7 +235,8 @@ class Loading:
             if error is None:
                 shared.cost.link(name).observe(load.hit.size_bytes, link_s)
         if error is not None:
-            self._fetch_failed(load, error, now)
+            shared.count("fetch_failures")
+            self._load_failed(load, error, now)
             return
         shared.count("fetched_blocks")
         shared.count("fetched_bytes", load.hit.size_bytes)
@@ -254,26 +257,30 @@ class Loading:
             self._changed(waiter, now)
         self._bound_reactive(load)
 
-    def _fetch_failed(self, load: BlockLoad, error: str, now: float) -> None:
+    def _load_failed(self, load: BlockLoad, error: str, now: float) -> None:
         """The block becomes a miss for everybody who waits for it: its tokens are recomputed."""
         shared = self._shared
-        shared.count("fetch_failures")
         del self.loads[load.key]
         self._free_slot(load)
-        if load.page is not None:
-            shared.l1.give_back(load.page)
+        size = load.hit.size_bytes
         for waiter, index in load.waiters.items():
             del waiter.loads[index]
             waiter.hits.pop(index, None)
-            waiter.load_counts[LoadState.FETCHING] -= 1
-            waiter.upload_bytes -= load.hit.size_bytes
-            route = load.hit.route
-            waiter.bytes_by_route[route] = waiter.bytes_by_route.get(route, 0) - load.hit.size_bytes
-            account = waiter.account
-            account.load_failures[error] = account.load_failures.get(error, 0) + 1
-            account.recomputed_tokens += shared.config.block_tokens
-            if load.page is not None and waiter.state is State.PREFILL:
-                shared.promise(waiter, 1)
+            waiter.load_counts[load.state] -= 1
+            waiter.upload_bytes -= size
+            if load.state is LoadState.FETCHING:
+                route = load.hit.route
+                waiter.bytes_by_route[route] = waiter.bytes_by_route.get(route, 0) - size
+            failures = waiter.account.load_failures
+            failures[error] = failures.get(error, 0) + 1
+            waiter.account.recomputed_tokens += shared.config.block_tokens
+            if waiter.state is State.PREFILL:
+                waiter.pages[index] = NO_PAGE
+                waiter.position = min(waiter.position, index * shared.config.block_tokens)
+                shared.promise(waiter, 1 if load.page is not None else 0)
+        if load.page is not None:
+            shared.l1.give_back(load.page)
+        for waiter in load.waiters:
             self._changed(waiter, now)
 
     # -- upload -------------------------------------------------------------------------------------------------
@@ -356,6 +363,14 @@ class Loading:
         for waiter in changed:
             waiter.account.measured_upload_s += busy_s
             self._changed(waiter, now)
+
+    def upload_failed(self, op_id: int, error: str, now: float) -> None:
+        """An upload came to nothing: its blocks are misses."""
+        group, issued_s = self._uploading.pop(op_id)
+        self._upload_link.finished(issued_s, now)
+        self._shared.count("upload_failures")
+        for load in group:
+            self._load_failed(load, error, now)
 
     def _arrive(self, load: BlockLoad) -> None:
         shared = self._shared

@@ -10,33 +10,45 @@ from penstock.core.shared_state import SharedState
 
 
 class Saving:
-    """A bounded queue of computed blocks, each pinned in L1 until its bytes have left it; what does not fit is dropped
-    and counted (it will be a miss, not an error)."""
+    """A bounded queue of computed blocks. They are pinned in L1 until their bytes have left it, as long as that takes no
+    more than a quarter of L1; what is evicted before its turn, or finds the queue full, is dropped and counted (it will
+    be a miss, not an error)."""
 
     def __init__(self, shared: SharedState) -> None:
         self._shared = shared
-        self._queue: deque[tuple[BlockKey, BlockKey, int]] = deque()
-        self._limit = max(1, min(shared.config.save_queue_blocks, shared.config.l1_pages // 4))
+        self._queue: deque[tuple[BlockKey, BlockKey, bool]] = deque()  # key, parent, pinned
+        self._pinned = 0
+        self._pin_limit = max(1, shared.config.l1_pages // 4)
         self._in_flight: dict[int, tuple[int, int | None]] = {}  # op -> slot, page until downloaded
 
     def __len__(self) -> int:
         return len(self._queue) + len(self._in_flight)
 
-    def offer(self, key: BlockKey, parent: BlockKey, page: int) -> None:
-        """A block that was just cached in L1 under `key`; saved later if there is room to wait."""
-        if len(self._queue) >= self._limit:
+    def offer(self, key: BlockKey, parent: BlockKey) -> None:
+        """A block that was just cached in L1; saved later if there is room to wait."""
+        if len(self._queue) >= self._shared.config.save_queue_blocks:
             self._shared.count("saves_dropped")
             return
-        self._shared.l1.pin(key)
-        self._queue.append((key, parent, page))
+        pinned = self._pinned < self._pin_limit
+        if pinned:
+            self._pinned += 1
+            self._shared.l1.pin(key)
+        self._queue.append((key, parent, pinned))
 
     def dispatch(self) -> None:
-        config = self._shared.config
+        config, l1 = self._shared.config, self._shared.l1
         while self._queue and len(self._in_flight) < config.save_window_blocks:
+            key, parent, pinned = self._queue[0]
+            if not pinned and key not in l1:
+                self._queue.popleft()
+                self._shared.count("saves_dropped")
+                continue
             slot = self._shared.l2.take_for_save()
             if slot is None:
                 return
-            key, parent, page = self._queue.popleft()
+            self._queue.popleft()
+            page = l1.page_of(key) if pinned else l1.pin(key)
+            self._pinned -= pinned
             op_id = self._shared.next_op()
             self._in_flight[op_id] = (slot, page)
             self._shared.outbox.append(Save(op_id, key, parent, page, slot, config.save_timeout_s))

@@ -157,6 +157,10 @@ class LoadScheduler:
         """An Upload ended: its bytes are in L1."""
         self._loading.uploaded(op_id, now)
 
+    def upload_failed(self, op_id: int, error: str, now: float) -> None:
+        """An Upload came to nothing; `error` is the reason label. A batch that waits for it fails too."""
+        self._loading.upload_failed(op_id, error, now)
+
     def downloaded(self, op_id: int) -> None:
         """The first half of a Save ended: the page's bytes are in its slot."""
         self._saving.downloaded(op_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def build_engine(config: EngineConfig) -> RunningEngine:
         )
     if l2_slots < 2:
         raise ConfigError(
-            f"staging_bytes is {config.staging_bytes}; allowed: at least two blocks of {staging_bytes(block_bytes)} bytes"
+            f"staging_bytes is {config.staging_bytes}; allowed: at least two blocks of "
+            f"{staging_bytes(block_bytes)} bytes"
         )
     scheduler_config = SchedulerConfig(
         block_tokens=config.block_tokens,
@@ -58,7 +60,7 @@ def build_engine(config: EngineConfig) -> RunningEngine:
         policy=config.policy,
         mode=config.mode,
         pool=not config.no_pool,
-        layerwise=config.layerwise and config.mode == "penstock" and config.executor == "real",
+        layerwise=runner.layerwise and config.mode == "penstock",
         max_batch_tokens=config.max_batch_tokens,
         max_running=config.max_running,
         max_waiting=config.max_waiting,
@@ -79,9 +81,11 @@ def _runner(config: EngineConfig) -> ModelRunner:
     if config.executor == "modelled":
         profile = load_profile(config.profile).scaled(config.bytes_divisor, config.time_factor)
         return ModelledRunner(profile, config.block_tokens)
+    import torch
+
     from penstock.engine.hf_runner import HFRunner
 
-    return HFRunner(
+    runner = HFRunner(
         config.model,
         block_tokens=config.block_tokens,
         dtype=config.dtype,
@@ -89,8 +93,11 @@ def _runner(config: EngineConfig) -> ModelRunner:
         load_format=config.load_format,
         seed=config.seed,
         max_context_tokens=config.max_context_tokens,
-        layerwise=config.layerwise,
+        layerwise=config.mode == "penstock" and config.device != "cpu" and torch.cuda.is_available(),
     )
+    if runner.device.type == "cpu":  # leave a core to the loads
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
+    return runner
 
 
 def _cost(runner: ModelRunner, pages: int, config: EngineConfig) -> CostModel:

@@ -36,7 +36,6 @@ class EngineConfig:
     block_tokens: int = 64
     kv_memory_bytes: int = 512 * MIB
     staging_bytes: int = 128 * MIB
-    layerwise: bool = True
     max_context_tokens: int | None = None
     max_batch_tokens: int = 2048
     max_running: int = 64

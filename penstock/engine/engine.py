@@ -281,8 +281,11 @@ class Engine:
         for slot, _ in op.blocks:
             self._staging.release(slot)
         if error is not None:
-            raise RuntimeError(f"upload to device memory failed: {error!r}")
-        self._scheduler.uploaded(op.op_id, time.monotonic())
+            log.error("an upload failed", exc_info=error)
+            self._load_failures["device"] += len(op.blocks)
+            self._scheduler.upload_failed(op.op_id, "device", time.monotonic())
+        else:
+            self._scheduler.uploaded(op.op_id, time.monotonic())
 
     def _compute(self, op: Compute) -> None:
         batch = []

@@ -69,7 +69,7 @@ class HFRunner:
         self.eos_token_ids = loaded.eos_token_ids
         self.vocab_size = int(loaded.config.vocab_size)
         self.max_context_tokens = _context_tokens(loaded.config, max_context_tokens)
-        self._layerwise = layerwise
+        self.layerwise = layerwise
         self._upload_timeout_s = upload_timeout_s
         probe = self._probe(loaded.config)
         self._dtype = next(iter(probe.dtypes))
@@ -140,7 +140,7 @@ class HFRunner:
 
     def start_upload(self, blocks: Sequence[tuple[memoryview, int]]) -> PagedUpload:
         """Prepare the upload of full blocks `(host bytes, page)`; no byte has moved when this returns."""
-        return self.kv.start_upload(blocks, self._layerwise)
+        return self.kv.start_upload(blocks, self.layerwise)
 
     def upload(self, group: UploadGroup) -> None:
         """Move the group's bytes; returns when they are in L1. On failure `wait_layer` raises as well."""

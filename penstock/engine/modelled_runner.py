@@ -35,6 +35,7 @@ class ModelledRunner:
         self.max_context_tokens = profile.max_context_tokens
         self.vocab_size = profile.vocab_size
         self.eos_token_ids: frozenset[int] = frozenset()
+        self.layerwise = False
         self._cost = profile.compute_cost()
         self._upload_link = LinkClock(profile.upload_bytes_per_s)
         self._download_link = LinkClock(profile.upload_bytes_per_s)

@@ -209,6 +209,13 @@ class Histories(RuleBasedStateMachine):
                 self.slots[op.slot] = list(self.pool[op.key][0])
                 self.brain.fetched(op_id, None, self.now)
         elif isinstance(op, Upload):
+            waited_for = any(
+                isinstance(other, Compute) and any(op_id in chunk.pending for chunk in other.chunks)
+                for other in self.pending.values()
+            )
+            if fails and not waited_for:
+                self.brain.upload_failed(op_id, "device", self.now)
+                return
             for slot, page in op.blocks:
                 self.pages[page] = list(self.slots.pop(slot))
             self.brain.uploaded(op_id, self.now)
