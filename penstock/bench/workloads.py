@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -251,12 +251,14 @@ def agent_trajectories(
     turns_max: int | None = None,
     shared_prefix_tokens: int = 0,
     think_s: float = 0.0,
+    answer_tokens_max: int | None = None,
 ) -> Workload:
     """DualPath's agents: multi-turn trajectories whose prompt is the whole context so far plus an append.
 
     Turns, append, generated and total tokens have the table's means; the first append holds the share of the total
     that makes the mean context right. `token_divisor` scales all lengths, `turns_divisor` the turns and (to keep what
     a turn appends) the total. All sessions begin with the same `shared_prefix_tokens` (part of the first append).
+    `answer_tokens_max` cuts what is asked for, not the recorded answers in later prompts.
     """
     if length not in AGENT_TABLES:
         raise ValueError(f"length is {length!r}; allowed are {', '.join(AGENT_TABLES)}")
@@ -280,8 +282,14 @@ def agent_trajectories(
         name = f"agent-{length}-{seed}-{i}"
         made.append(_trajectory(name, appends, answers, shared_prefix_tokens, starts_s[i], think_s))
     if turns_max is not None:
-        made = [Session(s.name, s.turns[:turns_max], s.start_s) for s in made]
+        made = [replace(s, turns=s.turns[:turns_max]) for s in made]
+    if answer_tokens_max is not None:
+        made = [_shorter_answers(session, answer_tokens_max) for session in made]
     return Workload(f"agents-{length}", tuple(made))
+
+
+def _shorter_answers(session: Session, tokens_max: int) -> Session:
+    return replace(session, turns=tuple(replace(t, max_tokens=min(t.max_tokens, tokens_max)) for t in session.turns))
 
 
 def _trajectory(

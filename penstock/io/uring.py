@@ -158,6 +158,8 @@ class UringEngine:
 
     def _issue(self) -> None:
         """Pack pieces of pending transfers, oldest first, as far as the rings have room."""
+        if not self._pending:
+            return
         room = min(self._ring.space(), PIECES_MAX - len(self._pieces))
         while room > 0 and self._pending:
             transfer = self._pending[0]
@@ -207,8 +209,9 @@ class UringEngine:
 
     def _fewest_completions(self) -> int:
         """No operation can end before this many of the open pieces did, so waking up earlier is of no use."""
-        fewest = min(transfer.pieces for transfer in self._active if transfer.pieces)
-        return fewest if not self._pending else 1
+        if self._pending or len(self._pieces) <= len(self._active):  # room is wanted, or all are of one piece
+            return 1
+        return min(transfer.pieces for transfer in self._active)
 
     def _reap(self) -> None:
         for piece, result in self._ring.completions():

@@ -30,6 +30,7 @@ _MAGIC = b"PENSTOCK SLAB\n\0\0"
 _HEADER = struct.Struct("<16sI16s")
 INSERT_DELAY_S = 0.03  # how long rows wait for company; a deletion that a store waits for goes at once
 USE_FLUSH_S = 10.0
+RETRY_S = 1.0
 CLOSE_TIMEOUT_S = 10.0
 
 
@@ -100,7 +101,7 @@ class Journal:
 
     @property
     def failed(self) -> str | None:
-        """Why rows can no longer be committed, once that happened."""
+        """Why rows cannot be committed at present; None when they can."""
         return self._failed
 
     @property
@@ -223,17 +224,32 @@ class Journal:
                 if closing or time.monotonic() >= next_flush_s:
                     uses, self._uses = self._uses, {}
                     next_flush_s = time.monotonic() + USE_FLUSH_S
-            if self._failed is None:
-                try:
-                    self._commit(inserts, deletes, uses)
-                except (sqlite3.Error, OSError) as error:
-                    self._failed = f"rows of {self._slab} cannot be committed: {error}"
-                    log.error("%s; blocks stay readable, new ones are not stored there", self._failed)
-            if self._failed is None:
+            if self._commit_until_closing(inserts, deletes, uses):
                 self._committed = sequence
-            self.on_commit()
+                self.on_commit()
             if closing:
                 return
+
+    def _commit_until_closing(
+        self, inserts: dict[BlockKey, tuple[Block, int]], deletes: set[BlockKey], uses: dict[BlockKey, int]
+    ) -> bool:
+        """Commit; where that fails (disk full, table locked), say so and try again. False when closing ends it."""
+        while True:
+            try:
+                self._commit(inserts, deletes, uses)
+            except (sqlite3.Error, OSError) as error:
+                if self._failed is None:
+                    log.error(
+                        "rows of %s cannot be committed: %s; nothing is stored there meanwhile", self._slab, error
+                    )
+                self._failed = f"rows of {self._slab} cannot be committed: {error}"
+                with self._changed:
+                    if self._closing:
+                        return False
+                    self._changed.wait_for(lambda: self._closing, RETRY_S)
+            else:
+                self._failed = None
+                return True
 
     def _commit(
         self, inserts: dict[BlockKey, tuple[Block, int]], deletes: set[BlockKey], uses: dict[BlockKey, int]

@@ -109,10 +109,11 @@ class Table:
             offset = self.allocators[member].take(length)
             if offset is not None:
                 return self._start(Block(key, parent, member, offset, size_bytes, position)), gone
-        for member in order:
-            offset = self._make_room(member, length, gone)
-            if offset is not None:
-                return self._start(Block(key, parent, member, offset, size_bytes, position)), gone
+        for make_room in (self._evict_leaves, self._clear_run):
+            for member in order:
+                offset = make_room(member, length, gone)
+                if offset is not None:
+                    return self._start(Block(key, parent, member, offset, size_bytes, position)), gone
         return None, gone
 
     def commit(self, block: Block) -> None:
@@ -183,17 +184,14 @@ class Table:
         self.counts[block.member] -= 1
         self.allocators[block.member].give(block.offset, block.extent_bytes)
 
-    def _make_room(self, member: int, length: int, gone: list[Block]) -> int | None:
-        """Evict leaves of a member until a hole of `length` exists. When twice that many bytes went and the holes are
-        still too small, clear the cheapest run of neighbours instead, so that fragments never cost the whole cache."""
+    def _evict_leaves(self, member: int, length: int, gone: list[Block]) -> int | None:
+        """Evict leaves of a member, twice `length` bytes of them at most, until a hole of `length` exists."""
         allocator = self.allocators[member]
-        if length > allocator.end - allocator.start:
-            return None
         freed_bytes = 0
-        while freed_bytes < 2 * length:
+        while length <= allocator.end - allocator.start and freed_bytes < 2 * length:
             key = self._index.evict_one(member)
             if key is None:
-                break
+                return None
             block = self._blocks[key]
             self._freed(block)
             gone.append(block)
@@ -201,6 +199,13 @@ class Table:
             offset = allocator.take(length)
             if offset is not None:
                 return offset
+        return None
+
+    def _clear_run(self, member: int, length: int, gone: list[Block]) -> int | None:
+        """Evict neighbours where a member has the bytes, but in pieces: fragments never cost the whole cache."""
+        allocator = self.allocators[member]
+        if allocator.free_bytes < length:
+            return None
         for block in self._cheapest_run(member, length):
             self._forget(block)
             gone.append(block)

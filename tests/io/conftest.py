@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from io_devices import loop_device, skip_without
 
 from penstock.io import BlockEngine, open_engine
 from penstock.io.ring import probe
@@ -21,30 +21,6 @@ FIFREEZE, FITHAW = 0xC0045877, 0xC0045878
 ENGINES = ("uring", "threads", "threads-memory", "uring-loop", "threads-loop")
 
 OpenOne = Callable[[int, int], BlockEngine]
-
-
-def skip_without(*commands: str) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    for command in commands:
-        if shutil.which(command) is None:
-            pytest.skip(f"needs the command {command}")
-
-
-@contextlib.contextmanager
-def loop_device(image: Path, size_bytes: int) -> Iterator[Path]:
-    """A loop device over a file; skips where the machine gives none."""
-    skip_without("losetup")
-    image.write_bytes(b"")
-    os.truncate(image, size_bytes)
-    made = subprocess.run(["losetup", "-f", "--show", str(image)], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"no loop device here: {made.stderr.strip()}")
-    device = Path(made.stdout.strip())
-    try:
-        yield device
-    finally:
-        subprocess.run(["losetup", "-d", str(device)], check=True)
 
 
 @pytest.fixture

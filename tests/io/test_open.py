@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import loop_device
+from io_devices import loop_device
 
 from penstock.io import IoOp, aligned_buffer, open_engine
 from penstock.io.device import open_device

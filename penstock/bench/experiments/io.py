@@ -34,6 +34,8 @@ PATTERNS: tuple[Pattern, ...] = ("sequential", "random")
 DEPTHS = {"128k": 32, "2m": 8, "4m": 8}
 MEMORY_BYTES = 32 << 20
 FILES = 128
+BOUNDED: tuple[str, Pattern] = ("2m", "sequential")  # the load with a limit, run more often than the others
+BOUNDED_ROUNDS = 4
 RATIO_MIN = 0.95
 
 Samples = dict[tuple[str, str], list[Sample]]  # (who, load such as "read_2m") -> one per repeat
@@ -131,17 +133,19 @@ def _measure(
         files = FilePerChunk(folder, CHUNKS["2m"], FILES)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         progress = stack.enter_context(Progress(*columns, console=console))
-        bar = progress.add_task("reading", total=repeats * (len(CHUNKS) * len(PATTERNS) * len(contestants) + 1))
-        for repeat in range(repeats):
-            for chunk, chunk_bytes in CHUNKS.items():
-                for pattern in PATTERNS:
-                    load = Load(device, size_bytes, chunk_bytes, pattern, DEPTHS[chunk], run_s)
-                    name = f"read_{chunk}" if pattern == "sequential" else f"read_random_{chunk}"
-                    order = list(contestants) if repeat % 2 == 0 else list(reversed(contestants))
-                    for who in order:
-                        progress.update(bar, description=f"{pattern} {chunk} by {who}")
-                        samples[who, name].append(contestants[who](load))
-                        progress.advance(bar)
+        loads = [(chunk, pattern) for chunk in CHUNKS for pattern in PATTERNS]
+        loads += [BOUNDED] * (BOUNDED_ROUNDS - 1)
+        bar = progress.add_task("reading", total=repeats * (len(loads) * len(contestants) + 1))
+        names = list(contestants)
+        for _ in range(repeats):
+            for chunk, pattern in loads:
+                load = Load(device, size_bytes, CHUNKS[chunk], pattern, DEPTHS[chunk], run_s)
+                name = f"read_{chunk}" if pattern == "sequential" else f"read_random_{chunk}"
+                names.append(names.pop(0))  # each contestant goes first, second, ... equally often
+                for who in names:
+                    progress.update(bar, description=f"{pattern} {chunk} by {who}")
+                    samples[who, name].append(contestants[who](load))
+                    progress.advance(bar)
             samples["file_per_chunk", "read_2m"].append(files.run(memory))
             progress.advance(bar)
     report.notes.extend(engine.notes)
@@ -152,9 +156,12 @@ def _conclude(report: Report, samples: Samples) -> None:
     """Figures from medians; the limit of each load is the better of fio and the bare ring."""
     bandwidth = {key: statistics.median(one.gb_per_s for one in runs) for key, runs in samples.items()}
     cpu = {key: statistics.median(one.cpu_s_per_gb for one in runs) for key, runs in samples.items()}
-    for who, name in samples:
-        report.figure(f"{who}_{name}_gb_per_s", bandwidth[who, name])
-    for name in dict.fromkeys(name for _, name in samples):
+    names = list(dict.fromkeys(name for _, name in samples))
+    for name in names:
+        for who in ("uring", "bare", "fio", "file_per_chunk"):
+            if (who, name) in samples:
+                report.figure(f"{who}_{name}_gb_per_s", bandwidth[who, name])
+    for name in names:
         limit = max(bandwidth[who, name] for who in ("fio", "bare") if (who, name) in bandwidth)
         report.figure(f"uring_{name}_ratio", bandwidth["uring", name] / limit, RATIO_MIN if name == "read_2m" else None)
         if ("fio", name) in bandwidth:

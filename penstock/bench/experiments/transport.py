@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import multiprocessing
 import os
 import queue
-import socket
 import statistics
-import struct
 import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +22,7 @@ import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from penstock.bench.experiments.transport_bare import SET_BYTES, TIMEOUT_S, bare_process, run_bare
 from penstock.bench.plots import bar_chart
 from penstock.bench.processes import POOL_READY, ProcessFailed, ReadyProcess
 from penstock.bench.report import Report
@@ -36,12 +33,9 @@ from penstock.pool.open import connect_pool
 from penstock.transport.remote import RemotePool
 
 SIZES = {"128k": 128 << 10, "2m": 2 << 20, "4m": 4 << 20}
-SET_BYTES = 64 << 20  # different blocks of one size, so that reads do not come from the processor's caches
 BUFFER_BYTES = 32 << 20
 WINDOW = 8  # reads that the client keeps open
 RATIO_MIN = 0.9
-TIMEOUT_S = 20.0
-_ORDER = struct.Struct("<QQ")
 
 
 @dataclass(slots=True)
@@ -100,7 +94,7 @@ def _measure(console: Console, loads: list[tuple[str, int]], repeats: int, run_b
     command = [sys.executable, "-m", "penstock.pool.command", "--listen", "127.0.0.1:0", *members]
     with contextlib.ExitStack() as stack:
         node = stack.enter_context(ReadyProcess(command, POOL_READY, ready_s=30.0))
-        bare = stack.enter_context(_bare_server())
+        bare = stack.enter_context(bare_process())
         buffers = aligned_buffer(BUFFER_BYTES)
         keys = _fill(node.address)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -112,7 +106,7 @@ def _measure(console: Console, loads: list[tuple[str, int]], repeats: int, run_b
                 count = run_bytes // size_bytes
                 load = (size_bytes, count, connections, buffers)
                 runs: dict[str, tuple[int, Callable[[], float]]] = {
-                    "bare": (bare.pid, partial(_run_bare, bare, *load)),
+                    "bare": (bare.pid, partial(run_bare, bare.address, *load)),
                     "tcp": (node.pid, partial(_run_pool, node.address, keys[size], *load)),
                 }
                 for who in sorted(runs, reverse=repeat % 2 == 1):
@@ -246,85 +240,3 @@ def _run_pool(
         return _Reader(pool, keys, size_bytes, count, buffers).run()
     finally:
         pool.close(5.0)
-
-
-# --- the bare loop: sendall and recv_into, nothing else ---
-
-
-@dataclass(frozen=True, slots=True)
-class _Bare:
-    pid: int
-    port: int
-
-
-@contextlib.contextmanager
-def _bare_server() -> Iterator[_Bare]:
-    spawn = multiprocessing.get_context("spawn")
-    mine, theirs = spawn.Pipe()
-    process = spawn.Process(target=_serve_bare, args=(theirs,), daemon=True)
-    process.start()
-    try:
-        if not mine.poll(30.0):
-            raise OSError("the bare server did not start within 30 s")
-        yield _Bare(process.pid or 0, mine.recv())
-    finally:
-        process.terminate()
-        process.join(5.0)
-
-
-def _serve_bare(pipe: Pipe) -> None:
-    """In a process of its own: each connection asks for `count` messages of a size, and gets them."""
-    memory = aligned_buffer(SET_BYTES)
-    memory[:] = os.urandom(1 << 20) * (SET_BYTES >> 20)
-    listener = socket.create_server(("127.0.0.1", 0))
-    pipe.send(listener.getsockname()[1])
-    while True:
-        sock, _ = listener.accept()
-        threading.Thread(target=_send_bare, args=(sock, memory), daemon=True).start()
-
-
-def _send_bare(sock: socket.socket, memory: memoryview) -> None:
-    with sock, contextlib.suppress(OSError):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        size_bytes, count = _ORDER.unpack(sock.recv(_ORDER.size, socket.MSG_WAITALL))
-        for number in range(count):
-            at = number % (SET_BYTES // size_bytes) * size_bytes
-            sock.sendall(memory[at : at + size_bytes])
-
-
-def _run_bare(bare: _Bare, size_bytes: int, count: int, connections: int, buffers: memoryview) -> float:
-    socks = [socket.create_connection(("127.0.0.1", bare.port), timeout=TIMEOUT_S) for _ in range(connections)]
-    slots = BUFFER_BYTES // size_bytes // connections
-    failures: list[OSError] = []
-
-    def receive(number: int, sock: socket.socket) -> None:
-        try:
-            sock.settimeout(None)
-            sock.sendall(_ORDER.pack(size_bytes, count // connections))
-            for i in range(count // connections):
-                at = (number * slots + i % slots) * size_bytes
-                got = 0
-                while got < size_bytes:
-                    received = sock.recv_into(buffers[at + got : at + size_bytes], 0, socket.MSG_WAITALL)
-                    if received == 0:
-                        raise ConnectionError("the bare server closed the connection")
-                    got += received
-        except OSError as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=receive, args=pair, daemon=True) for pair in enumerate(socks)]
-    begin_s = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(TIMEOUT_S)
-    seconds = time.perf_counter() - begin_s
-    for sock in socks:
-        sock.close()
-    if failures or any(thread.is_alive() for thread in threads):
-        raise failures[0] if failures else OSError(f"the bare loop did not end within {TIMEOUT_S:.0f} s")
-    return seconds
-
-
-if __name__ == "__main__":
-    typer.run(transport)

@@ -1,0 +1,121 @@
+"""`penstock bench demo`: agent sessions over HTTP against a pool node, once coupled and once as Penstock."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from penstock.bench.deadlines import deadlines_s, reusable_tokens, with_multipliers
+from penstock.bench.progress import progress_bar
+from penstock.bench.report import Report
+from penstock.bench.served import Bed, Run, System, calibrate, run_system
+from penstock.bench.summary import add_figures, add_ratio, facts, outputs_equal, print_table, summarize_records
+from penstock.bench.timeline import Panel, write_figure, write_html
+from penstock.bench.workloads import Workload, agent_trajectories
+
+CALIBRATION_REQUESTS = 20
+BLOCK_TOKENS = 16
+SYSTEMS: tuple[System, ...] = ("coupled", "penstock")
+
+
+def demo_workload(sessions: int, turns_max: int, seed: int) -> Workload:
+    """DualPath's 32K agents at 1/16 of their tokens, with a system prompt that all sessions share."""
+    agents = agent_trajectories(
+        "32K",
+        sessions,
+        seed,
+        rate_per_s=4.0,
+        token_divisor=16,
+        turns_divisor=4,
+        turns_max=turns_max,
+        shared_prefix_tokens=256,
+        think_s=0.2,
+    )
+    return with_multipliers(agents, seed)
+
+
+def demo_bed(model: Path, workload: Workload, pace: str) -> Bed:
+    """Device memory for about three of the contexts, so that a session's KV comes from the pool at its next turn."""
+    return Bed(
+        model=model,
+        block_tokens=BLOCK_TOKENS,
+        l1_tokens=4 * workload.context_tokens_max,
+        l2_bytes=32 * 2**20,
+        pool_bytes=512 * 2**20,
+        pace=pace,
+        sessions_at_once=len(workload.sessions),
+    )
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for demo.html, demo.png and demo.json.")] = Path("out"),
+    sessions: Annotated[int, typer.Option(min=1, max=64, help="Agent sessions.")] = 8,
+    turns: Annotated[int, typer.Option(min=1, max=200, help="Turns of a session, at most.")] = 12,
+    pace: Annotated[str, typer.Option(help="What the pool node sends at most: a NIC of that speed.")] = "20MB/s",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sessions and of the model's weights.")] = 0,
+    minutes: Annotated[float, typer.Option(min=0.1, max=60, help="Time for both replays together, at most.")] = 3.0,
+) -> None:
+    """Replay multi-turn agent sessions over HTTP, coupled and as Penstock; table, page and picture."""
+    from penstock.testing.tiny_models import build_demo_checkpoint
+
+    console = Console(stderr=True)
+    workload = demo_workload(sessions, turns, seed)
+    report = Report("demo")
+    runs: dict[System, Run] = {}
+    with tempfile.TemporaryDirectory(prefix="penstock-demo-") as folder:
+        with console.status("building a small Llama with random weights"):
+            bed = demo_bed(build_demo_checkpoint(Path(folder), seed=seed), workload, pace)
+        with progress_bar(console) as progress:
+            ttft = calibrate(bed, workload, CALIBRATION_REQUESTS, 60.0, progress)
+            reusable = reusable_tokens(workload, bed.vocabulary, bed.block_tokens)
+            deadlines = deadlines_s(workload, reusable, ttft)
+            for system in SYSTEMS:
+                runs[system] = run_system(bed, system, workload, deadlines, minutes * 30, progress)
+        sizes = _sizes(bed, workload)
+    _finish(report, runs, sizes, pace, out, console)
+    if report.figures["failed_requests"]:
+        errors = {record.error for run in runs.values() for record in run.records if record.error}
+        console.print(f"failed requests: {sorted(map(str, errors))[:3]}", style="bold red")
+        raise typer.Exit(1)
+
+
+def _sizes(bed: Bed, workload: Workload) -> str:
+    kv = bed.kv_bytes_per_token
+    return (
+        f"{workload.requests} requests of {len(workload.sessions)} sessions, contexts up to "
+        f"{workload.context_tokens_max} tokens, {kv} B of KV per token; device memory for {bed.l1_tokens} tokens "
+        f"({bed.l1_tokens * kv / 1e6:.1f} MB), staging {bed.l2_bytes / 1e6:.1f} MB, pool {bed.pool_bytes / 1e6:.0f} MB"
+    )
+
+
+def _finish(report: Report, runs: dict[System, Run], sizes: str, pace: str, out: Path, console: Console) -> None:
+    """Figures, table, page, picture and JSON."""
+    report.modelled.append(f"the pool node's link is paced to {pace}; bytes, sockets, KV and compute are real")
+    report.notes.append(sizes)
+    report.notes.append("SLO: TTFT of the coupled system without interference (fitted) times 2, 4 or 8, drawn evenly")
+    summaries = {system: summarize_records(run.records) for system, run in runs.items()}
+    for system, summary in summaries.items():
+        add_figures(report, system, summary)
+        report.figure(f"{system}_wall_s", runs[system].wall_s)
+    report.figure("failed_requests", sum(summary.failed for summary in summaries.values()), limit=0)
+    coupled, penstock = runs["coupled"].records, runs["penstock"].records
+    report.figure("outputs_equal", outputs_equal(penstock, coupled), limit=1.0)
+    if summaries["coupled"].ttft is not None and summaries["penstock"].ttft is not None:
+        add_ratio(report, "ttft_ratio", penstock, coupled)
+    panels = [Panel(system, runs[system].records, facts(summaries[system])) for system in runs]
+    write_html(
+        out / "demo.html",
+        "Penstock demo: agent sessions over HTTP",
+        sizes,
+        panels,
+        [*report.modelled, *report.notes[1:]],
+    )
+    write_figure(out / "demo.png", "Penstock demo: time of each request by stage and reason of waiting", panels)
+    report.write_json(out / "demo.json")
+    print_table(Console(), "penstock bench demo", summaries)
+    console.print(f"modelled: {report.modelled[0]}")
+    console.print(f"wrote {out / 'demo.html'}, {out / 'demo.png'}, {out / 'demo.json'}")

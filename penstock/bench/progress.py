@@ -1,0 +1,29 @@
+"""Progress bars of experiments: one bar per replay, a step per finished request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+__all__ = ["Counter", "Progress", "progress_bar"]
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        yield progress
+
+
+class Counter:
+    """Advances a bar of its own by one whenever it is called, with whatever finished."""
+
+    def __init__(self, progress: Progress, description: str, total: int) -> None:
+        self._progress = progress
+        self._task: TaskID = progress.add_task(description, total=total)
+
+    def __call__(self, finished: object) -> None:
+        self._progress.advance(self._task)

@@ -1,0 +1,168 @@
+"""One system under test: a pool node and an engine as processes, and a workload replayed against them over HTTP."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import httpx
+
+from penstock.bench.deadlines import TtftModel, one_at_a_time
+from penstock.bench.processes import ReadyProcess, pool_process, serve_process
+from penstock.bench.progress import Counter, Progress
+from penstock.bench.replay import ReplaySettings, RequestRecord, replay
+from penstock.bench.workloads import Segment, Session, Turn, Workload
+
+System = Literal["penstock", "coupled", "no_pool"]
+WARM_UP_TENANT = "warm-up"
+
+
+@dataclass(frozen=True, slots=True)
+class Bed:
+    """Sizes that all systems share. `l1_tokens` is device memory, `l2_bytes` host staging memory; `pace` bounds what
+    the pool node sends (a modelled NIC); `serve_arguments` go to every engine. The model is a Llama in float32."""
+
+    model: Path
+    block_tokens: int
+    l1_tokens: int
+    l2_bytes: int
+    pool_bytes: int
+    pace: str | None = None
+    policy: str | None = None
+    sessions_at_once: int = 8
+    request_s_max: float = 120.0
+    serve_arguments: tuple[str, ...] = ()
+
+    def _config(self) -> dict[str, int]:
+        config: dict[str, int] = json.loads((self.model / "config.json").read_text())
+        return config
+
+    @property
+    def vocabulary(self) -> int:
+        return self._config()["vocab_size"]
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        config = self._config()
+        return 2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+
+    def pool_command(self) -> list[str]:
+        pace = [] if self.pace is None else ["--pace", self.pace]
+        return ["--listen", "127.0.0.1:0", "--memory", f"{self.pool_bytes}B", *pace]
+
+    def serve_command(self, system: System, pool: str | None) -> list[str]:
+        where = ["--no-pool"] if pool is None else ["--pool", pool]
+        policy = [] if self.policy is None or system == "coupled" else ["--policy", self.policy]
+        return [
+            str(self.model),
+            *("--host", "127.0.0.1", "--port", "0", "--log-level", "warning"),
+            *("--mode", "coupled" if system == "coupled" else "penstock"),
+            *("--block-tokens", str(self.block_tokens)),
+            *("--kv-memory", f"{self.l1_tokens * self.kv_bytes_per_token}B"),
+            *("--staging", f"{self.l2_bytes}B"),
+            *where,
+            *policy,
+            *self.serve_arguments,
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One replay of a workload on one system."""
+
+    system: System
+    records: list[RequestRecord]
+    wall_s: float
+
+
+@dataclass(slots=True)
+class Served:
+    """Processes of one system, up between `__enter__` and `__exit__`; a fresh pool and a fresh engine."""
+
+    bed: Bed
+    system: System
+    url: str = ""
+    model: str = ""
+    _stack: ExitStack = field(default_factory=ExitStack)
+    _processes: list[ReadyProcess] = field(default_factory=list)
+
+    def __enter__(self) -> Served:
+        with ExitStack() as stack:
+            pool = None
+            if self.system != "no_pool":
+                node = stack.enter_context(pool_process(*self.bed.pool_command()))
+                self._processes.append(node)
+                pool = node.address
+            engine = stack.enter_context(serve_process(*self.bed.serve_command(self.system, pool)))
+            self._processes.append(engine)
+            self.url = engine.address
+            self.model = httpx.get(f"{self.url}/v1/models", timeout=30.0).json()["data"][0]["id"]
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def replay(
+        self,
+        workload: Workload,
+        deadlines: Mapping[tuple[str, int], float],
+        replay_s_max: float,
+        on_record: Callable[[RequestRecord], None] | None = None,
+        tenant: str = "",
+    ) -> Run:
+        """Replay a workload; raises ProcessFailed when a process ended meanwhile."""
+        settings = ReplaySettings(
+            model=self.model,
+            vocabulary=self.bed.vocabulary,
+            sessions_at_once=self.bed.sessions_at_once,
+            request_s_max=self.bed.request_s_max,
+            replay_s_max=replay_s_max,
+            slo_s=deadlines,
+            tenant_suffix=tenant,
+        )
+        start_s = time.monotonic()
+        records = replay(self.url, workload, settings, on_record)
+        wall_s = time.monotonic() - start_s
+        for process in self._processes:
+            process.check()
+        return Run(self.system, records, wall_s)
+
+    def warm_up(self, context_tokens: int) -> None:
+        """The same few requests for every system, of another tenant: code paths are loaded and costs have a first fit.
+        Raises RuntimeError when one of them fails."""
+        sizes = (context_tokens // 8, context_tokens // 2, context_tokens // 8, context_tokens // 2)
+        turns = tuple(Turn((Segment(f"warm-up/{size}", max(8, size)),), 4) for size in sizes)
+        run = self.replay(Workload("warm-up", (Session("warm-up", turns),)), {}, 120.0, tenant=WARM_UP_TENANT)
+        errors = [record.error for record in run.records if record.error is not None]
+        if errors:
+            raise RuntimeError(f"{self.system}: a warm-up request failed: {errors[0]}")
+
+
+def calibrate(bed: Bed, workload: Workload, requests: int, replay_s_max: float, progress: Progress) -> TtftModel:
+    """The baseline's TTFT without interference: requests one at a time on a coupled system of its own."""
+    alone = one_at_a_time(workload, requests)
+    counter = Counter(progress, "calibration: coupled, one request at a time", alone.requests)
+    with Served(bed, "coupled") as served:
+        served.warm_up(workload.context_tokens_max)
+        return TtftModel.fit(served.replay(alone, {}, replay_s_max, counter).records)
+
+
+def run_system(
+    bed: Bed,
+    system: System,
+    workload: Workload,
+    deadlines: Mapping[tuple[str, int], float],
+    replay_s_max: float,
+    progress: Progress,
+) -> Run:
+    """One replay on a fresh pool node and engine, after the warm-up."""
+    counter = Counter(progress, f"{system}: {workload.name}", workload.requests)
+    with Served(bed, system) as served:
+        served.warm_up(workload.context_tokens_max)
+        return served.replay(workload, deadlines, replay_s_max, counter)

@@ -1,0 +1,144 @@
+"""`penstock serve`: a model behind the OpenAI-compatible API, until a signal ends it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from penstock.server.flags import ServeFlags
+    from penstock.server.text import TextCodec
+
+log = logging.getLogger(__name__)
+
+BAD_USAGE = 2
+_API, _MODEL, _POOL, _ORDER, _LIMITS = "API", "Model", "KV cache", "Scheduling", "Limits and deadlines"
+
+
+def _flag(group: str, default: str, text: str, metavar: str | None = None, names: tuple[str, ...] = ()) -> Any:
+    return typer.Option(*names, help=text, show_default=default, rich_help_panel=group, metavar=metavar)
+
+
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="A Hugging Face checkpoint folder or hub id (none: --executor modelled).")
+    ] = None,
+    host: Annotated[str | None, _flag(_API, "127.0.0.1", "Address to listen on.")] = None,
+    port: Annotated[int | None, _flag(_API, "8000", "Port to listen on; 0 takes any free one.")] = None,
+    api_key: Annotated[str | None, _flag(_API, "none", "Key that clients must send (visible to other users).")] = None,
+    api_key_file: Annotated[str | None, _flag(_API, "none", "File that holds the key.", "FILE")] = None,
+    served_model_name: Annotated[str | None, _flag(_API, "MODEL", "Name of the model in the API.")] = None,
+    load_format: Annotated[str | None, _flag(_MODEL, "auto", "auto, or dummy for random weights.")] = None,
+    dtype: Annotated[str | None, _flag(_MODEL, "auto", "Type of weights and KV, for example bfloat16.")] = None,
+    device: Annotated[str | None, _flag(_MODEL, "auto", "cpu, cuda, cuda:1, ...")] = None,
+    seed: Annotated[int | None, _flag(_MODEL, "0", "Seed of random weights.")] = None,
+    executor: Annotated[
+        str | None, _flag(_MODEL, "real", "real, or modelled: real bytes, compute that takes a profile's time.")
+    ] = None,
+    profile: Annotated[
+        str | None, _flag(_MODEL, "h100-llama-3.1-8b", "Profile of the modelled executor: a name or a .toml file.")
+    ] = None,
+    bytes_divisor: Annotated[int | None, _flag(_MODEL, "1", "Modelled executor: KV bytes divided by this.")] = None,
+    time_factor: Annotated[float | None, _flag(_MODEL, "1", "Modelled executor: times multiplied by this.")] = None,
+    pool: Annotated[str | None, _flag(_POOL, "embedded", "Address of a pool node.", "HOST:PORT")] = None,
+    memory: Annotated[
+        list[str] | None, _flag(_POOL, "1GiB", "A memory member of the embedded pool; may be repeated.", "SIZE")
+    ] = None,
+    slab: Annotated[
+        list[str] | None, _flag(_POOL, "none", "A slab member of the embedded pool; may be repeated.", "PATH:SIZE")
+    ] = None,
+    no_pool: Annotated[bool | None, _flag(_POOL, "off", "Serve without a pool.", names=("--no-pool",))] = None,
+    kv_memory: Annotated[str | None, _flag(_POOL, "512MiB", "Device memory for KV (L1).", "SIZE")] = None,
+    staging: Annotated[str | None, _flag(_POOL, "128MiB", "Host staging memory (L2).", "SIZE")] = None,
+    block_tokens: Annotated[int | None, _flag(_POOL, "64", "Tokens of one block.")] = None,
+    policy: Annotated[
+        str | None, _flag(_ORDER, "feasible", "fcfs, sjf-compute, sjf, srpt, edf, lstf or feasible.")
+    ] = None,
+    mode: Annotated[
+        str | None, _flag(_ORDER, "penstock", "penstock, or coupled: the baseline that loads, then computes.")
+    ] = None,
+    max_context: Annotated[int | None, _flag(_ORDER, "the model's", "Tokens of prompt and answer together.")] = None,
+    max_batch_tokens: Annotated[int | None, _flag(_ORDER, "2048", "Tokens computed in one batch.")] = None,
+    max_running: Annotated[int | None, _flag(_ORDER, "64", "Requests loading or computing at once.")] = None,
+    max_waiting: Annotated[int | None, _flag(_ORDER, "1024", "Requests waiting; further ones get a 429.")] = None,
+    fetch_window_blocks: Annotated[int | None, _flag(_ORDER, "8", "Blocks in flight per link.")] = None,
+    age_bound_s: Annotated[float | None, _flag(_LIMITS, "60", "Who waited longer goes first.")] = None,
+    default_slo_ttft_s: Annotated[
+        float | None, _flag(_LIMITS, "10", "Deadline of the first token for requests that name none.")
+    ] = None,
+    fetch_timeout_s: Annotated[float | None, _flag(_LIMITS, "10", "A slower load is computed instead.")] = None,
+    lookup_timeout_s: Annotated[float | None, _flag(_LIMITS, "2", "A slower lookup counts as a miss.")] = None,
+    request_timeout_s: Annotated[float | None, _flag(_LIMITS, "600", "A slower request is ended with a 504.")] = None,
+    drain_timeout_s: Annotated[
+        float | None, _flag(_LIMITS, "10", "On SIGTERM, how long running requests may go on.")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with flags of the same names; the command line goes before it.")
+    ] = None,
+) -> None:
+    """Serve a model with the OpenAI-compatible API; its KV cache comes from the pool."""
+    given = {name: value for name, value in locals().items() if name != "config" and value != []}
+    from penstock.core.config import ConfigError
+    from penstock.server.flags import read_flags
+
+    try:
+        flags = read_flags(given, config)
+    except ConfigError as error:
+        _refuse(error)
+    level = flags.log_level.upper()
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn.error").setLevel("DEBUG" if level == "DEBUG" else "WARNING")
+    try:
+        _serve(flags)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _serve(flags: ServeFlags) -> None:
+    """Everything cheap is checked before the model is loaded; the port is reserved first and opened last."""
+    from penstock.pool.api import PoolError
+    from penstock.server.app import ServerApp
+    from penstock.server.flags import engine_config, server_settings
+    from penstock.server.run import BindError, HttpServer, bind, url_of
+
+    try:
+        config, settings = engine_config(flags), server_settings(flags)
+        listener = bind(flags.host, flags.port)
+        from penstock.engine.build import build_engine
+
+        codec = _codec(flags)
+        running = build_engine(config)
+    except (ValueError, OSError, PoolError) as error:
+        _refuse(error)
+    url = url_of(listener)
+    app = ServerApp(running.engine, codec, settings)
+    ready = f"penstock: {settings.model_name} listening on {url}"
+    try:
+        HttpServer(app, listener, lambda: print(ready, flush=True)).serve_forever()
+    except BindError as error:
+        _refuse(error)
+    finally:
+        running.close()
+
+
+def _codec(flags: ServeFlags) -> TextCodec | None:
+    """The checkpoint's tokenizer. Raises CheckpointError or TokenizerError."""
+    if not flags.model:
+        return None
+    from penstock.engine.checkpoint import quiet_transformers, resolve_folder
+    from penstock.server.text import load_text_codec
+
+    with quiet_transformers():
+        return load_text_codec(resolve_folder(flags.model, "dummy" if flags.load_format == "dummy" else "auto"))
+
+
+def _refuse(error: Exception) -> NoReturn:
+    """One line on stderr, and exit status 2."""
+    log.debug("refused", exc_info=error)
+    typer.echo(f"penstock serve: error: {' '.join(str(error).split())}", err=True)
+    raise typer.Exit(BAD_USAGE)

@@ -1,0 +1,253 @@
+"""The engine requests behind one HTTP request: submits them, and gives their tokens to a coroutine as text."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from penstock.engine.api import (
+    EngineAPI,
+    FinishReason,
+    GenerationRequest,
+    InvalidRequest,
+    Overloaded,
+    RequestReport,
+    TokenEvent,
+)
+from penstock.server.detokenize import IncrementalDecoder, StopFinder
+from penstock.server.errors import ApiError, bad_request
+from penstock.server.text import TextCodec
+
+log = logging.getLogger(__name__)
+
+EndReason = Literal["gone", "slow", "shutdown"]
+
+
+class ClientGone(Exception):
+    """The client closed the connection."""
+
+
+class SlowReader(Exception):
+    """The client did not read what was sent in time."""
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one choice gained: its text, its tokens, and why it ended (with the last piece)."""
+
+    index: int
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class Inbox:
+    """Events from engine threads to one coroutine. Bounded: what goes beyond `limit` is dropped, and said once."""
+
+    def __init__(self, limit: int, on_overflow: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[tuple[int, TokenEvent]] = deque()
+        self._ready = asyncio.Event()
+        self._notified = False
+        self._limit = limit
+        self._on_overflow = on_overflow
+        self._overflowed = False
+
+    def put(self, index: int, event: TokenEvent) -> None:
+        """Add an event; from any thread, never blocks."""
+        if len(self._events) >= self._limit and event.finish_reason is None:
+            if not self._overflowed:
+                self._overflowed = True
+                self._call(self._on_overflow)
+            return
+        self._events.append((index, event))
+        if not self._notified:
+            self._notified = True
+            self._call(self._ready.set)
+
+    def wake(self) -> None:
+        """Let `take` return; from the loop's thread."""
+        self._ready.set()
+
+    async def take(self, timeout_s: float) -> list[tuple[int, TokenEvent]]:
+        """Wait for events; raises TimeoutError. Empty after `wake`."""
+        async with asyncio.timeout(timeout_s):
+            await self._ready.wait()
+        self._ready.clear()
+        self._notified = False
+        taken = []
+        with contextlib.suppress(IndexError):
+            while True:
+                taken.append(self._events.popleft())
+        return taken
+
+    def _call(self, function: Callable[[], object]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(function)
+
+
+class Choice:
+    """One engine request and the text made of its tokens."""
+
+    def __init__(self, index: int, request: GenerationRequest, codec: TextCodec | None, stops: Sequence[str]) -> None:
+        self.index = index
+        self.request = request
+        self.tokens = 0
+        self.finish_reason: Literal["stop", "length"] | None = None
+        self.report: RequestReport | None = None
+        self.ended = False  # the engine's last event has come
+        self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
+        self._decoder = IncrementalDecoder(codec.decode) if codec is not None else None
+        self._stops = StopFinder(stops)
+
+    def take(self, events: Sequence[TokenEvent], eos: frozenset[int], now_s: float) -> Piece | None:
+        """Add events; returns what they add to the answer, None when nothing. Raises ApiError for a failed request."""
+        was_open = self.finish_reason is None
+        texts: list[str] = []
+        ids: list[int] = []
+        for event in events:
+            self.ended = self.ended or event.finish_reason is not None
+            self.report = event.report or self.report
+            if self.finish_reason is not None:
+                continue
+            if event.token_id is not None:
+                self._add(event.token_id, event.finish_reason == "stop" and event.token_id in eos, texts, ids)
+                self.first_token_s = self.first_token_s or now_s
+                self.last_token_s = now_s
+            if event.finish_reason is not None and self.finish_reason is None:
+                self._finish(event.finish_reason, event.error, texts)
+        if was_open and (ids or self.finish_reason is not None):
+            return Piece(self.index, "".join(texts), tuple(ids), self.finish_reason)
+        return None
+
+    def _add(self, token: int, is_end: bool, texts: list[str], ids: list[int]) -> None:
+        self.tokens += 1
+        ids.append(token)
+        if self._decoder is None or is_end:
+            return
+        texts.append(self._stops.push(self._decoder.push(token)))
+        if self._stops.stopped:
+            self.finish_reason = "stop"
+
+    def _finish(self, reason: FinishReason, error: str | None, texts: list[str]) -> None:
+        if reason not in ("stop", "length"):
+            raise failure(reason, error)
+        self.finish_reason = reason
+        if self._decoder is not None:
+            texts.append(self._stops.push(self._decoder.flush()))
+            if self._stops.stopped:
+                self.finish_reason = "stop"
+            texts.append(self._stops.flush())
+
+
+def failure(reason: FinishReason, error: str | None) -> ApiError:
+    """The answer to a request that the engine ended without finishing it."""
+    if reason == "timeout":
+        return ApiError(504, error or "the request took longer than the server allows", code="request_timeout")
+    if reason == "cancelled":
+        return ApiError(503, error or "the request was cancelled", code="cancelled", retry_after_s=5.0)
+    return ApiError(500, f"the engine failed: {error or 'no reason given'}", code="engine_error")
+
+
+class Generation:
+    """All choices of one HTTP request. Lives in one coroutine of the event loop; `end` may be called beside it."""
+
+    def __init__(
+        self,
+        engine: EngineAPI,
+        choices: Sequence[Choice],
+        *,
+        timeout_s: float,
+        cancel_timeout_s: float,
+        queue_tokens_max: int,
+    ) -> None:
+        self.choices = choices
+        self.end_reason: EndReason | None = None
+        self._engine = engine
+        self._deadline_s = time.monotonic() + timeout_s
+        self._timeout_s = timeout_s
+        self._cancel_timeout_s = cancel_timeout_s
+        self._inbox = Inbox(queue_tokens_max, partial(self.end, "slow"))
+        self._submitted = 0
+
+    def submit(self) -> None:
+        """Give every choice to the engine, or none. Raises ApiError."""
+        try:
+            for choice in self.choices:
+                self._engine.submit(choice.request, partial(self._inbox.put, choice.index))
+                self._submitted += 1
+        except InvalidRequest as error:
+            self.close()
+            code = "context_length_exceeded" if "context" in str(error) else None
+            raise bad_request(str(error), code=code) from None
+        except Overloaded as error:
+            self.close()
+            raise ApiError(429, str(error), code="rate_limit_exceeded", retry_after_s=error.retry_after_s) from None
+
+    def end(self, reason: EndReason) -> None:
+        """Cancel everything and let `pieces` raise; the first reason counts."""
+        if self.end_reason is None:
+            self.end_reason = reason
+            self.close()
+            self._inbox.wake()
+
+    def close(self) -> None:
+        """Cancel what has not ended in the engine."""
+        for choice in self.choices[: self._submitted]:
+            if not choice.ended:
+                self._engine.cancel(choice.request.request_id)
+
+    async def pieces(self) -> AsyncIterator[list[Piece]]:
+        """What the choices gain, until all have finished. Raises ApiError, ClientGone or SlowReader."""
+        while any(choice.finish_reason is None for choice in self.choices):
+            found = await self._step(self._deadline_s - time.monotonic())
+            if found:
+                yield found
+
+    async def reports(self) -> bool:
+        """Wait for the reports of choices that were cut at a stop string; False when one did not come in time."""
+        give_up_s = time.monotonic() + self._cancel_timeout_s
+        while any(not choice.ended for choice in self.choices):
+            try:
+                await self._step(give_up_s - time.monotonic())
+            except ApiError:
+                if self.end_reason is not None:
+                    raise
+                log.warning("no report of a cancelled request within %.0f s", self._cancel_timeout_s)
+                return False
+        return True
+
+    async def _step(self, timeout_s: float) -> list[Piece]:
+        try:
+            events = await self._inbox.take(timeout_s)
+        except TimeoutError:
+            raise failure("timeout", f"the request did not finish within {self._timeout_s:g} s") from None
+        self._raise_if_ended()
+        by_choice: dict[int, list[TokenEvent]] = {}
+        for index, event in events:
+            by_choice.setdefault(index, []).append(event)
+        found, now_s = [], time.monotonic()
+        for index, of_choice in by_choice.items():
+            choice = self.choices[index]
+            piece = choice.take(of_choice, self._engine.eos_token_ids, now_s)
+            if piece is not None:
+                found.append(piece)
+            if choice.finish_reason is not None and not choice.ended:
+                self._engine.cancel(choice.request.request_id)
+        return found
+
+    def _raise_if_ended(self) -> None:
+        if self.end_reason == "gone":
+            raise ClientGone
+        if self.end_reason == "slow":
+            raise SlowReader
+        if self.end_reason == "shutdown":
+            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=5.0)

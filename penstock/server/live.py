@@ -1,0 +1,76 @@
+"""What the live page shows: the last requests, and the engine as it stands."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from importlib.resources import files
+from typing import Any
+
+from penstock.engine.api import EngineAPI, RequestReport
+from penstock.server.metrics import met_slo
+
+RECENT_REQUESTS = 512
+BARS = 48
+
+
+class LiveWindow:
+    """The last finished requests. Lives on the event loop; `record` asks the engine, so it may run on any thread."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._start_s = time.monotonic()
+        self._recent: deque[RequestReport] = deque(maxlen=RECENT_REQUESTS)
+        self._finished = 0
+
+    def add(self, report: RequestReport) -> None:
+        self._recent.append(report)
+        self._finished += 1
+
+    def record(self, engine: EngineAPI) -> dict[str, Any]:
+        """The page's data. `stages` and percentiles are over the last requests, seconds."""
+        healthy, why = engine.healthy()
+        recent = list(self._recent)
+        try:
+            stats = engine.stats()
+            gauges, extra = stats.gauges, stats.extra
+        except TimeoutError as error:
+            healthy, why, gauges, extra = False, str(error), {}, {}
+        ttfts = sorted(report.ttft_s for report in recent if report.ttft_s is not None)
+        prompt_tokens = sum(report.prompt_tokens for report in recent)
+        with_slo = [report for report in recent if report.slo_ttft_s is not None]
+        return {
+            "model": self._model,
+            "healthy": healthy,
+            "reason": why,
+            "mode": extra.get("mode"),
+            "policy": extra.get("policy"),
+            "uptime_s": time.monotonic() - self._start_s,
+            "finished": self._finished,
+            "recent": len(recent),
+            "gauges": gauges,
+            "hit_rate": sum(r.cached_tokens for r in recent) / prompt_tokens if prompt_tokens else None,
+            "loaded_bytes": sum(report.loaded_bytes for report in recent),
+            "slo_attainment": sum(map(met_slo, with_slo)) / len(with_slo) if with_slo else None,
+            "ttft_p50_s": _quantile(ttfts, 0.5),
+            "ttft_p99_s": _quantile(ttfts, 0.99),
+            "stages": _seconds_by_label(recent),
+            "last": [{"spans": r.spans, "met": met_slo(r), "prompt_tokens": r.prompt_tokens} for r in recent[-BARS:]],
+        }
+
+
+def page() -> bytes:
+    """The live page itself."""
+    return files("penstock.server").joinpath("page.html").read_bytes()
+
+
+def _quantile(ordered: list[float], share: float) -> float | None:
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else None
+
+
+def _seconds_by_label(reports: list[RequestReport]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for report in reports:
+        for label, start_s, end_s in report.spans:
+            sums[label] = sums.get(label, 0.0) + end_s - start_s
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))

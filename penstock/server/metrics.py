@@ -1,0 +1,137 @@
+"""Prometheus metrics of the server: what its clients saw, and the engine's own numbers read at each scrape."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from penstock.engine.api import EngineAPI, RequestReport
+
+log = logging.getLogger(__name__)
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0, 600.0)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_RATIOS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0, 2.0, 5.0)
+_NOT_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
+_COUNTED = ("request_seconds", "load_failures", "save_failures")  # labelled series of the engine that only grow
+MEASURABLE_S = 1e-3  # a predicted time is compared with a measured one from here on
+
+
+class ServerMetrics:
+    """Counters and histograms of one server; `render` is the text of `/metrics`."""
+
+    def __init__(self, engine: EngineAPI) -> None:
+        disable_created_metrics()
+        self.registry = CollectorRegistry()
+        to = self.registry
+        self.http_requests = Counter(
+            "penstock_http_requests", "HTTP requests answered", ["path", "status"], registry=to
+        )
+        self.open_requests = Gauge("penstock_http_open_requests", "HTTP requests being answered", registry=to)
+        self.finished = Counter("penstock_requests", "Generation requests by outcome", ["outcome"], registry=to)
+        self.ttft = Histogram("penstock_ttft_seconds", "Arrival to first token", buckets=_SECONDS, registry=to)
+        self.tpot = Histogram(
+            "penstock_tpot_seconds", "Mean time per token after the first", buckets=_TOKEN_SECONDS, registry=to
+        )
+        self.e2e = Histogram(
+            "penstock_request_seconds", "Arrival to the end of the answer", buckets=_SECONDS, registry=to
+        )
+        self.stage_seconds = Counter(
+            "penstock_request_stage_seconds", "Time of requests by stage or reason of waiting", ["stage"], registry=to
+        )
+        self.prediction_error = Histogram(
+            "penstock_prediction_error_ratio",
+            "Absolute error of the predicted time over the measured one",
+            ["part"],
+            buckets=_RATIOS,
+            registry=to,
+        )
+        self.prompt_tokens = Counter("penstock_prompt_tokens", "Prompt tokens of finished requests", registry=to)
+        self.cached_tokens = Counter("penstock_cached_tokens", "Prompt tokens whose KV was not computed", registry=to)
+        self.generated_tokens = Counter("penstock_generated_tokens", "Generated tokens", registry=to)
+        self.recomputed_tokens = Counter(
+            "penstock_recomputed_tokens", "Tokens computed after a failed load", registry=to
+        )
+        self.loaded_bytes = Counter("penstock_loaded_bytes", "KV bytes fetched from the pool", registry=to)
+        self.slo = Counter(
+            "penstock_slo", "Requests with a TTFT deadline, by whether it was met", ["result"], registry=to
+        )
+        for result in ("met", "missed"):
+            self.slo.labels(result)
+        self.registry.register(_EngineCollector(engine))
+
+    def observe(self, report: RequestReport) -> None:
+        """Count one finished engine request."""
+        self.prompt_tokens.inc(report.prompt_tokens)
+        self.cached_tokens.inc(report.cached_tokens)
+        self.generated_tokens.inc(report.generated_tokens)
+        self.recomputed_tokens.inc(report.recomputed_tokens)
+        self.loaded_bytes.inc(report.loaded_bytes)
+        for label, start_s, end_s in report.spans:
+            self.stage_seconds.labels(label).inc(max(end_s - start_s, 0.0))
+        if report.slo_ttft_s is not None:
+            self.slo.labels("met" if met_slo(report) else "missed").inc()
+        pairs = (
+            ("load", report.predicted_load_s, report.measured_load_s),
+            ("compute", report.predicted_compute_s, report.measured_compute_s),
+        )
+        for part, predicted_s, measured_s in pairs:
+            if measured_s >= MEASURABLE_S:
+                self.prediction_error.labels(part).observe(abs(predicted_s - measured_s) / measured_s)
+
+    def render(self) -> bytes:
+        """The exposition text; asks the engine, so not for the event loop's thread."""
+        return generate_latest(self.registry)
+
+
+def met_slo(report: RequestReport) -> bool:
+    """Whether the first token came before its deadline (True when there is none)."""
+    if report.slo_ttft_s is None:
+        return True
+    return report.ttft_s is not None and report.ttft_s <= report.slo_ttft_s
+
+
+class _EngineCollector(Collector):
+    """`engine.stats()` as metrics `penstock_engine_*`."""
+
+    def __init__(self, engine: EngineAPI) -> None:
+        self._engine = engine
+
+    def describe(self) -> list[Metric]:
+        return []  # asked for at registration: what the engine has is known at a scrape
+
+    def collect(self) -> Iterator[Metric]:
+        healthy, _ = self._engine.healthy()
+        yield GaugeMetricFamily("penstock_engine_healthy", "1 while the engine makes progress", float(healthy))
+        try:
+            stats = self._engine.stats()
+        except TimeoutError as error:
+            log.warning("metrics without the engine's: %s", error)
+            return
+        for name, value in stats.gauges.items():
+            yield GaugeMetricFamily(_name(name), f"Engine: {name}", float(value))
+        for name, value in stats.counters.items():
+            yield CounterMetricFamily(_name(name), f"Engine: {name}", float(value))
+        for name, series in stats.labelled.items():
+            kind = CounterMetricFamily if name in _COUNTED else GaugeMetricFamily
+            family = kind(_name(name), f"Engine: {name}", labels=["name"])
+            for label, value in series.items():
+                family.add_metric([label], float(value))
+            yield family
+
+
+def _name(name: str) -> str:
+    return f"penstock_engine_{_NOT_A_NAME.sub('_', name)}"

@@ -1,0 +1,148 @@
+"""Runs the application under uvicorn: the socket, deadlines of connections, signals and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import struct
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from penstock.server.app import ServerApp
+from penstock.server.reply import ABORT_EXTENSION
+
+BACKLOG = 1024
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER of zero seconds
+LAST_WORDS_S = 2.0  # after cancelling what runs, until connections are cut
+
+
+class BindError(OSError):
+    """The address cannot be listened on: one line that says which and why."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet. Raises BindError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise BindError(f"host {host!r} is not usable: {error.strerror or error}") from None
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        found.close()
+        raise _refused(host, port, error) from None
+    return found
+
+
+def url_of(listener: socket.socket) -> str:
+    """The base URL of a bound socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class HttpServer(uvicorn.Server):  # type: ignore[misc]
+    """One listening server. `serve_forever` returns after a signal or `stop`, when requests have ended or been
+    cancelled (at most the settings' `drain_timeout_s`, then LAST_WORDS_S more)."""
+
+    def __init__(self, server: ServerApp, listener: socket.socket, on_ready: Callable[[], None] = lambda: None) -> None:
+        settings = server.settings
+        super().__init__(
+            uvicorn.Config(
+                server.asgi,
+                http=_protocol(settings.header_timeout_s),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                backlog=BACKLOG,
+                limit_concurrency=settings.connections_max,
+                timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s + LAST_WORDS_S)),
+            )
+        )
+        self._server = server
+        self._listener = listener
+        self._on_ready = on_ready
+
+    def serve_forever(self) -> None:
+        """Listen and serve. Raises BindError when another process listens there by now."""
+        try:
+            self._listener.listen(BACKLOG)
+        except OSError as error:
+            host, port = self._listener.getsockname()[:2]
+            raise _refused(host, port, error) from None
+        self.run([self._listener])
+
+    def stop(self) -> None:
+        """End as on SIGTERM; from any thread."""
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._server.draining = True
+        cutting = asyncio.create_task(self._cut())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            cutting.cancel()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal ends the server in order; a second one at once. The exit status stays the caller's."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def _cut(self) -> None:
+        await asyncio.sleep(self._server.settings.drain_timeout_s)
+        logging.getLogger(__name__).warning("requests still running are cancelled")
+        self._server.cancel_all()
+
+
+def _refused(host: str, port: int, error: OSError) -> BindError:
+    if error.errno == errno.EADDRINUSE:
+        return BindError(f"port {port} on {host} is taken by another process; choose another --port (0: any free one)")
+    return BindError(f"cannot listen on {host}:{port}: {error.strerror or error}")
+
+
+def _protocol(header_timeout_s: float) -> type[HttpToolsProtocol]:
+    """uvicorn's protocol with a deadline for a request's headers, and a way to cut a connection."""
+
+    class Protocol(HttpToolsProtocol):  # type: ignore[misc]
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._header_timer = self.loop.call_later(header_timeout_s, self._cut)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._header_timer.cancel()
+            super().connection_lost(exc)
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._header_timer.cancel()
+            self._header_timer = self.loop.call_later(header_timeout_s, self._cut)
+            self.scope["extensions"] = {ABORT_EXTENSION: self._cut}
+
+        def on_headers_complete(self) -> None:
+            self._header_timer.cancel()
+            super().on_headers_complete()
+
+        def _cut(self) -> None:
+            """Reset the connection: what the client has not read is dropped, in the kernel too."""
+            peer = self.transport.get_extra_info("socket")
+            if peer is not None and not self.transport.is_closing():
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            self.transport.abort()
+
+    return Protocol

@@ -1,0 +1,307 @@
+"""The bodies of `/v1/completions` and `/v1/chat/completions`: typed records, and the checks that types cannot make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from penstock.engine.runner import SamplingParams
+from penstock.server.errors import bad_request, wrong_value
+from penstock.server.settings import ServerSettings
+
+SLO_MS_MAX = 1e9
+NAME_CHARACTERS_MAX = 512
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class _Unsupported(msgspec.Struct, kw_only=True):
+    """Fields that would change the output and are not implemented: refused unless they ask for nothing."""
+
+    logit_bias: Any = None
+    logprobs: Any = None
+    top_logprobs: Any = None
+    prompt_logprobs: Any = None
+    presence_penalty: Any = None
+    frequency_penalty: Any = None
+    repetition_penalty: Any = None
+    length_penalty: Any = None
+    best_of: Any = None
+    use_beam_search: Any = None
+    suffix: Any = None
+    min_p: Any = None
+    min_tokens: Any = None
+    stop_token_ids: Any = None
+    bad_words: Any = None
+    include_stop_str_in_output: Any = None
+    skip_special_tokens: Any = None
+    add_special_tokens: Any = None
+    truncate_prompt_tokens: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    modalities: Any = None
+    audio: Any = None
+    web_search_options: Any = None
+
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "suffix": ("",),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "add_special_tokens": (True,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+
+
+class GenerationBody(_Unsupported, kw_only=True):
+    """What both endpoints share: OpenAI's fields, then the extensions."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    top_k: int | None = None
+    ignore_eos: bool | None = None
+    slo_ttft_ms: float | None = None
+    cache_salt: str | None = None
+    session_id: str | None = None
+    return_timing: bool | None = None
+    return_token_ids: bool | None = None
+
+
+class CompletionBody(GenerationBody, kw_only=True):
+    """`prompt`: text, texts, token ids, or lists of token ids."""
+
+    prompt: str | list[Any]
+    echo: bool | None = None
+
+
+class ContentPart(msgspec.Struct):
+    type: str
+    text: str | None = None
+
+
+class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    reasoning_content: str | None = None
+
+
+class ChatBody(GenerationBody, kw_only=True):
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """A checked request, without its prompt. `max_tokens` None: as many as the context has room for."""
+
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+    ignore_eos: bool
+    n: int
+    stop: tuple[str, ...]
+    stream: bool
+    include_usage: bool
+    slo_ttft_s: float | None
+    tenant: str
+    session: str | None
+    return_timing: bool
+    return_token_ids: bool
+
+    def sampling(self, choice: int, max_tokens: int) -> SamplingParams:
+        """Sampling of the choice-th answer to one prompt; choices of one seed differ."""
+        seed = None if self.seed is None else (self.seed + choice) % 2**63
+        return SamplingParams(max_tokens, self.temperature, self.top_p, self.top_k, seed, self.ignore_eos)
+
+
+B = TypeVar("B", bound=GenerationBody)
+
+
+def decode_body(raw: bytes, kind: type[B]) -> B:
+    """Parse a request's body. Raises ApiError(400) that names the field at fault."""
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$")
+        param = path.rstrip("`").lstrip(".") or None
+        if param is None and message.startswith("Object missing required field"):
+            param = message.split("`")[1]
+        text = f"{param}: {message}" if param else f"the body: {message}"
+        raise bad_request(text, param) from None
+    except RecursionError:
+        raise bad_request("the body is nested too deeply") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise bad_request(f"the body is not valid JSON: {error}") from None
+
+
+def check_options(
+    body: GenerationBody, headers: Mapping[str, str], default_max_tokens: int | None, limits: ServerSettings
+) -> Options:
+    """Check every field but the prompt; header values stand in for absent body fields. Raises ApiError(400)."""
+    _refuse_unsupported(body)
+    max_tokens, field = body.max_tokens, "max_tokens"
+    if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
+        max_tokens, field = body.max_completion_tokens, "max_completion_tokens"
+    _check_range(field, max_tokens, 1, 2**31)
+    _check_range("temperature", body.temperature, 0, 2)
+    _check_range("n", body.n, 1, limits.choices_max)
+    _check_range("seed", body.seed, -(2**63), 2**63 - 1)
+    _check_range("top_k", body.top_k, -1, 2**31)
+    if body.top_p is not None and not 0 < body.top_p <= 1:
+        raise wrong_value("top_p", body.top_p, "above 0, at most 1")
+    if body.stream_options is not None and not body.stream:
+        raise bad_request("stream_options is given without stream; allowed: only with stream true", "stream_options")
+    if body.return_timing and (body.n or 1) > 1:
+        raise wrong_value("n", body.n, "1 together with return_timing")
+    session = body.session_id if body.session_id is not None else headers.get("x-session-id")
+    _check_length("session_id", session)
+    _check_length("cache_salt", body.cache_salt)
+    return Options(
+        max_tokens=default_max_tokens if max_tokens is None else max_tokens,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(body.top_k or 0, 0),
+        seed=body.seed,
+        ignore_eos=bool(body.ignore_eos),
+        n=body.n or 1,
+        stop=_stop_strings(body.stop, limits),
+        stream=bool(body.stream),
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        slo_ttft_s=_slo_ttft_s(body, headers),
+        tenant=body.cache_salt or "",
+        session=session,
+        return_timing=bool(body.return_timing),
+        return_token_ids=bool(body.return_token_ids),
+    )
+
+
+def prompts_of(body: CompletionBody) -> list[str] | list[list[int]]:
+    """The prompts of a completion, all text or all token ids. Raises ApiError(400)."""
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    kinds = set(map(type, prompt))
+    if kinds == {str}:
+        return prompt
+    if kinds == {int}:
+        return [prompt]
+    if kinds == {list}:
+        for index, one in enumerate(prompt):
+            if set(map(type, one)) != {int}:
+                raise bad_request(f"prompt[{index}] must be a non-empty list of token ids", f"prompt[{index}]")
+        return prompt
+    raise bad_request(
+        "prompt must be a string, or a non-empty list of strings, token ids or lists of token ids", "prompt"
+    )
+
+
+def chat_messages(body: ChatBody) -> list[dict[str, Any]]:
+    """The messages as a chat template takes them, text parts joined. Raises ApiError(400)."""
+    if not body.messages:
+        raise bad_request("messages is empty; allowed: at least one message", "messages")
+    found = []
+    for index, message in enumerate(body.messages):
+        plain: dict[str, Any] = msgspec.to_builtins(message)
+        if isinstance(message.content, list):
+            for at, part in enumerate(message.content):
+                if part.type != "text" or part.text is None:
+                    raise wrong_value(f"messages[{index}].content[{at}].type", part.type, "text (with a text field)")
+            plain["content"] = "".join(part.text or "" for part in message.content)
+        plain.setdefault("content", "")
+        found.append(plain)
+    return found
+
+
+def _refuse_unsupported(body: GenerationBody) -> None:
+    for name in _Unsupported.__struct_fields__:
+        value = getattr(body, name)
+        if value is None or _asks_for_nothing(name, value) or (name == "best_of" and value == (body.n or 1)):
+            continue
+        message = f"{name} is not supported by this server; leave it out"
+        raise bad_request(message, name, "unsupported_parameter")
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    """Whether the value is the default; 0 and False are told apart, as `logprobs: 0` asks for something."""
+    neutral = _NEUTRAL.get(name, ())
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
+
+
+def _check_range(name: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not low <= value <= high:
+        raise wrong_value(name, value, f"{low} to {high}")
+
+
+def _check_length(name: str, value: str | None) -> None:
+    if value is not None and len(value) > NAME_CHARACTERS_MAX:
+        raise wrong_value(name, value, f"at most {NAME_CHARACTERS_MAX} characters")
+
+
+def _stop_strings(stop: str | list[str] | None, limits: ServerSettings) -> tuple[str, ...]:
+    found = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(found) > limits.stop_strings_max:
+        raise bad_request(f"stop has {len(found)} strings; allowed: at most {limits.stop_strings_max}", "stop")
+    for text in found:
+        if not 1 <= len(text) <= limits.stop_characters_max:
+            raise wrong_value("stop", text, f"strings of 1 to {limits.stop_characters_max} characters")
+    return found
+
+
+def _slo_ttft_s(body: GenerationBody, headers: Mapping[str, str]) -> float | None:
+    name, value = "slo_ttft_ms", body.slo_ttft_ms
+    if value is None and (text := headers.get("x-slo-ttft-ms")) is not None:
+        name = "x-slo-ttft-ms"
+        try:
+            value = float(text)
+        except ValueError:
+            raise wrong_value(name, text, "a number of milliseconds above 0") from None
+    if value is None:
+        return None
+    if not (math.isfinite(value) and 0 < value < SLO_MS_MAX):
+        raise wrong_value(name, value, f"above 0 and below {SLO_MS_MAX:g}")
+    return value / 1000

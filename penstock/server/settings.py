@@ -1,0 +1,34 @@
+"""Limits of the HTTP server: one frozen record, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from penstock.core.config import check_range
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """Everything the server waits for or keeps has its bound here."""
+
+    model_name: str
+    api_key: str | None = None
+    body_bytes_max: int = 32 * 2**20
+    body_timeout_s: float = 30.0  # from the headers to the last byte of a request's body
+    header_timeout_s: float = 30.0  # from the beginning of a connection or request to the end of the headers
+    request_timeout_s: float = 600.0
+    send_timeout_s: float = 20.0  # how long a client may leave the connection full
+    cancel_timeout_s: float = 5.0  # how long a cancelled request's last event is waited for
+    drain_timeout_s: float = 10.0  # on shutdown, until running requests are cancelled
+    queue_tokens_max: int = 16384  # generated tokens kept for a client that does not read
+    open_requests_max: int = 4096  # generation requests in the server at once, bodies being read included
+    connections_max: int = 16384
+    choices_max: int = 128  # prompts x n of one request
+    stop_strings_max: int = 16
+    stop_characters_max: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if isinstance(value, int | float):
+                check_range(name, value, 1e-3 if name.endswith("_s") else 1, 2**40)

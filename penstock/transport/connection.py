@@ -1,0 +1,237 @@
+"""One client connection to a pool node: requests out, replies straight into their buffers, and a clean end.
+
+P1  Only the receiver thread writes into buffers, and only it ends requests; so after `end` no byte can land any more.
+P2  Cutting (`cut`) shuts the socket; the receiver then stops, waits for a send in progress, and ends all that is open.
+P3  A block is accepted only for the id, key and size that were asked for, and with a matching checksum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from penstock.pool.api import PoolError
+from penstock.pool.checksum import checksum_seed
+from penstock.transport import wire
+
+log = logging.getLogger(__name__)
+
+VERIFY_BYTES = 1 << 20  # bytes are verified in pieces of this size while they are still in the processor's cache
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A request on its way. `end(result, error)` is called exactly once; `buffer` is what a read fills or a write
+    sends. `late` is set when its own deadline is the reason for a cut."""
+
+    message: wire.Request
+    id: int
+    deadline_s: float
+    end: Callable[[Any, PoolError | None], None]
+    buffer: memoryview | None = None
+    connection: Connection | None = None
+    ended: bool = False
+    late: bool = False
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.message.size_bytes if isinstance(self.message, wire.Read | wire.Write) else 0
+
+
+class Connection:
+    """Connected and greeted once constructed; `start` runs its receiver."""
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        lane: str,
+        timeout_s: float,
+        on_reply: Callable[[Connection], None],
+        on_closed: Callable[[Connection, str], None],
+    ) -> None:
+        """Raises OSError, or wire.ProtocolError when the peer is no pool node of this version.
+
+        `on_reply` follows each ended request, `on_closed` the end of the connection, before its open requests end.
+        """
+        self.lane = lane
+        self._on_reply, self._on_closed = on_reply, on_closed
+        self._lock = threading.Lock()
+        self._send_lock = threading.Lock()
+        self._pending: dict[int, Pending] = {}
+        self.in_flight_bytes = 0
+        self._cut_reason: str | None = None
+        self._outbox: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
+        self._sock = socket.create_connection(address, timeout=timeout_s)
+        try:
+            self.node_name = self._greet()
+        except BaseException:
+            self._sock.close()
+            raise
+        self._receiver = threading.Thread(target=self._receive, name=f"penstock-{lane}-receive", daemon=True)
+        self._sender = threading.Thread(target=self._send_queued, name=f"penstock-{lane}-send", daemon=True)
+
+    def start(self) -> None:
+        self._receiver.start()
+        if self.lane == "write":
+            self._sender.start()
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._pending)
+
+    @property
+    def open(self) -> bool:
+        return self._cut_reason is None
+
+    def add(self, pending: Pending) -> bool:
+        """Take a request on; False when the connection is ending. `send` or `queue` must follow."""
+        with self._lock:
+            if self._cut_reason is not None:
+                return False
+            self._pending[pending.id] = pending
+            self.in_flight_bytes += pending.payload_bytes
+            return True
+
+    def send(self, pending: Pending) -> None:
+        """Send a request that was added. A failure ends the connection, and with it the request."""
+        payload = memoryview(b"")
+        if isinstance(pending.message, wire.Write) and pending.buffer is not None:
+            payload = pending.buffer[: pending.payload_bytes]
+        try:
+            with self._send_lock:
+                if self._cut_reason is None:
+                    wire.send_all(self._sock, wire.frame(pending.message, len(payload)), payload)
+        except (OSError, wire.ProtocolError, TypeError, ValueError) as error:
+            self.cut(str(error))
+
+    def queue(self, pending: Pending) -> None:
+        """Have the sender thread send a request that was added (the write lane: its payload takes time)."""
+        self._outbox.put(pending)
+
+    def cut(self, reason: str) -> None:
+        """End the connection now; its open requests end from the receiver thread."""
+        with self._lock:
+            if self._cut_reason is None:
+                self._cut_reason = reason
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def cut_late(self, pending: Pending) -> bool:
+        """Cut the connection because this request missed its deadline; False when it has just ended."""
+        with self._lock:
+            if self._pending.get(pending.id) is not pending:
+                return False
+            pending.late = True
+        self.cut("a deadline was missed")
+        return True
+
+    def forget(self, pending: Pending) -> None:
+        """Nobody waits for this request any more (the control lane: it has no buffer)."""
+        with self._lock:
+            self._pending.pop(pending.id, None)
+
+    def join(self, timeout_s: float) -> None:
+        if self._receiver.is_alive() and threading.current_thread() is not self._receiver:
+            self._receiver.join(timeout_s)
+
+    def _greet(self) -> str:
+        """Exchange versions and open the lane, within the connect timeout; then leave deadlines to the caller."""
+        self._sock.sendall(wire.greeting() + wire.frame(wire.Hello(self.lane)))
+        first = bytearray(wire.GREETING.size)
+        wire.receive_exactly(self._sock, memoryview(first))
+        wire.check_greeting(first)
+        header, _ = wire.FrameReader(self._sock).next()
+        reply = wire.decode_reply(header)
+        if not isinstance(reply, wire.Ready):
+            raise wire.ProtocolError(f"the node answered the greeting with {type(reply).__name__}")
+        self._sock.settimeout(None)
+        wire.set_timeouts(self._sock)
+        return reply.name
+
+    def _receive(self) -> None:
+        reason = "the connection failed"
+        try:
+            frames = wire.FrameReader(self._sock)
+            while True:
+                header, payload_bytes = frames.next()
+                reply = wire.decode_reply(header)
+                if isinstance(reply, wire.Block):
+                    self._receive_block(reply, payload_bytes)
+                elif payload_bytes:
+                    raise wire.ProtocolError("only Block has a payload")
+                elif isinstance(reply, wire.Failed):
+                    known = reply.reason if reply.reason in PoolError.REASONS else "network"
+                    self._end(self._take(reply.id), None, PoolError(known, reply.detail))
+                elif not isinstance(reply, wire.Ready):
+                    self._end(self._take(reply.id), reply, None)
+        except (OSError, wire.ProtocolError) as error:
+            reason = str(error)
+        except Exception:
+            log.exception("the receiver of a %s connection failed", self.lane)
+        finally:
+            self._finish(reason)
+
+    def _receive_block(self, reply: wire.Block, payload_bytes: int) -> None:
+        with self._lock:
+            pending = self._pending.get(reply.id)
+        message = pending.message if pending else None
+        if pending is None or pending.buffer is None or not isinstance(message, wire.Read):
+            raise wire.ProtocolError("the node sent a block that nobody asked for")
+        if reply.key != message.key or payload_bytes != message.size_bytes:
+            raise wire.ProtocolError("the node sent another block than the one asked for")
+        digest = xxhash.xxh3_64(seed=checksum_seed(message.key))
+        for at in range(0, payload_bytes, VERIFY_BYTES):
+            piece = pending.buffer[at : min(at + VERIFY_BYTES, payload_bytes)]
+            if self._cut_reason is not None:
+                raise ConnectionError(self._cut_reason)
+            wire.receive_exactly(self._sock, piece)
+            digest.update(piece)
+        taken = self._take(reply.id)
+        if digest.intdigest() == reply.checksum:
+            self._end(taken, reply, None)
+            return
+        with self._send_lock, contextlib.suppress(OSError):
+            wire.send_all(self._sock, wire.frame(wire.Corrupt(message.key, reply.checksum)))
+        self._end(taken, reply, PoolError("checksum", f"block {message.key.hex()} does not match its checksum"))
+
+    def _take(self, id: int) -> Pending | None:
+        with self._lock:
+            pending = self._pending.pop(id, None)
+            if pending is not None:
+                self.in_flight_bytes -= pending.payload_bytes
+        if pending is None and self.lane != "control":
+            raise wire.ProtocolError("the node answered a request that nobody made")
+        return pending
+
+    def _end(self, pending: Pending | None, result: Any, error: PoolError | None) -> None:
+        if pending is not None:
+            pending.end(result, error)
+            self._on_reply(self)
+
+    def _finish(self, reason: str) -> None:
+        self.cut(reason)
+        reason = self._cut_reason or reason
+        self._outbox.put(None)
+        if self._sender.is_alive():
+            self._sender.join()
+        with self._send_lock:
+            self._sock.close()
+        self._on_closed(self, reason)
+        with self._lock:
+            rest, self._pending = list(self._pending.values()), {}
+            self.in_flight_bytes = 0
+        for pending in rest:
+            label = "deadline" if pending.late else "closed" if reason == "closed" else "network"
+            pending.end(None, PoolError(label, "no answer in time" if pending.late else reason))
+
+    def _send_queued(self) -> None:
+        while (pending := self._outbox.get()) is not None:
+            self.send(pending)

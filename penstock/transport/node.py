@@ -1,0 +1,360 @@
+"""A pool node: serves an embedded pool to other machines over TCP.
+
+Threads: one accepts; each connection has one that reads requests (and sends memory blocks straight from the member) and
+one that sends what slower work has finished; one fetcher feeds slab reads with staging memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+
+from penstock.core.keys import KEY_BYTES
+from penstock.pool.api import PoolError
+from penstock.pool.local import LocalPool, OpenBlock
+from penstock.transport import wire
+from penstock.transport.pacer import PIECE_BYTES, Pacer
+from penstock.transport.staging import Staging
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS_MAX = 256
+IN_FLIGHT_MAX = 128  # slab reads and writes of one connection that are not answered yet
+FETCHES_MAX = 4096
+STAGING_BYTES = 128 << 20
+_DRAIN_BYTES = 1 << 20
+
+
+class PoolNode:
+    """Listens from construction on; `address` is the real one. The pool stays the caller's to close, after `close`."""
+
+    def __init__(
+        self,
+        pool: LocalPool,
+        host: str,
+        port: int,
+        name: str = "pool",
+        pace_bytes_per_s: float | None = None,
+        staging_capacity_bytes: int = STAGING_BYTES,
+    ) -> None:
+        """`pace_bytes_per_s` limits the blocks sent over all connections together, to emulate a NIC of that speed.
+
+        Raises OSError when the address cannot be had.
+        """
+        self.name = name
+        self.pool = pool
+        self.pacer = Pacer(pace_bytes_per_s) if pace_bytes_per_s else None
+        self.staging = Staging(staging_capacity_bytes)
+        pool.register(self.staging.memory)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, port), family=family, backlog=128)
+        self.address: tuple[str, int] = self._listener.getsockname()[:2]
+        self._lock = threading.Lock()
+        self._connections: set[_Served] = set()
+        self._closed = False
+        self._fetches: queue.Queue[Callable[[], None] | None] = queue.Queue(FETCHES_MAX)
+        self._threads = [
+            threading.Thread(target=self._accept, name="penstock-node-accept", daemon=True),
+            threading.Thread(target=self._fetch, name="penstock-node-fetch", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Stop listening, end every connection, stop the threads."""
+        with self._lock:
+            self._closed = True
+            connections = list(self._connections)
+        deadline_s = time.monotonic() + timeout_s
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.staging.close()
+        for connection in connections:
+            connection.cut()
+        with contextlib.suppress(queue.Full):
+            self._fetches.put(None, timeout=max(0.0, deadline_s - time.monotonic()))
+        for thread in self._threads:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+        for connection in connections:
+            connection.join(max(0.0, deadline_s - time.monotonic()))
+
+    def later(self, fetch: Callable[[], None]) -> bool:
+        """Queue a slab read for the fetcher; False when too many wait."""
+        if self._closed:
+            return False
+        try:
+            self._fetches.put_nowait(fetch)
+        except queue.Full:
+            return False
+        return True
+
+    def left(self, connection: _Served) -> None:
+        with self._lock:
+            self._connections.discard(connection)
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                sock, peer = self._listener.accept()
+            except OSError as error:
+                if not self._closed:
+                    log.warning("a connection could not be accepted: %s", error)
+                    time.sleep(0.05)
+                continue
+            with self._lock:
+                if self._closed or len(self._connections) >= CONNECTIONS_MAX:
+                    log.warning("connection of %s refused: %d are open", peer, len(self._connections))
+                    sock.close()
+                    continue
+                connection = _Served(self, sock, f"{peer[0]}:{peer[1]}")
+                self._connections.add(connection)
+            connection.start()
+
+    def _fetch(self) -> None:
+        while (fetch := self._fetches.get()) is not None:
+            fetch()
+
+
+class _Served:
+    """One connection at the node."""
+
+    def __init__(self, node: PoolNode, sock: socket.socket, peer: str) -> None:
+        self._node = node
+        self._pool = node.pool
+        self._sock = sock
+        self._peer = peer
+        self._send_lock = threading.Lock()
+        self._count_lock = threading.Lock()
+        self._in_flight = 0
+        self._sent_s = 0.0  # when the last paced block left
+        self._out: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._serve, name=f"penstock-node-{peer}", daemon=True)
+        self._sender = threading.Thread(target=self._send_later, name=f"penstock-send-{peer}", daemon=True)
+
+    def start(self) -> None:
+        self._sender.start()
+        self._reader.start()
+
+    def cut(self) -> None:
+        """End the connection; both threads notice."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def join(self, timeout_s: float) -> None:
+        self._reader.join(timeout_s)
+
+    def _serve(self) -> None:
+        try:
+            wire.set_timeouts(self._sock)
+            first = bytearray(wire.GREETING.size)
+            wire.receive_exactly(self._sock, memoryview(first))
+            self._sock.sendall(wire.greeting())
+            wire.check_greeting(first)
+            frames = wire.FrameReader(self._sock)
+            while True:
+                idle_s = time.monotonic()
+                header, payload_bytes = frames.next()
+                now_s = time.monotonic()
+                request = wire.decode_request(header)
+                if payload_bytes and not isinstance(request, wire.Write):
+                    raise wire.ProtocolError("only Write has a payload")
+                # A request that was there already became ready while the link was busy with the one before.
+                ready_s = min(now_s, self._sent_s) if now_s - idle_s < 0.0001 else now_s
+                self._answer(request, payload_bytes, ready_s)
+        except wire.ProtocolError as error:
+            log.warning("connection of %s closed: %s", self._peer, error)
+        except OSError as error:
+            log.debug("connection of %s ended: %s", self._peer, error)
+        except Exception:
+            log.exception("connection of %s failed", self._peer)
+        finally:
+            self.cut()
+            self._out.put(None)
+            self._sender.join()
+            self._sock.close()
+            self._node.left(self)
+
+    def _answer(self, request: wire.Request, payload_bytes: int, ready_s: float) -> None:
+        match request:
+            case wire.Read():
+                self._read(request, ready_s)
+            case wire.Write():
+                self._write(request, payload_bytes)
+            case wire.Lookup(id, keys):
+                self._lookup(id, keys)
+            case wire.Evict(id, keys):
+                self._reply(wire.Evicted(id, self._pool.evict(wire.split_keys(keys))))
+            case wire.Stat(id):
+                self._reply(wire.Stats(id, self._pool.stat(1.0)))
+            case wire.Corrupt(key, checksum):
+                self._pool.discard(key, checksum)
+            case wire.Hello():
+                self._reply(wire.Ready(self._node.name))
+
+    def _lookup(self, id: int, keys: bytes) -> None:
+        names: dict[str, int] = {}
+        sizes, members = [], []
+        try:
+            located = self._pool.lookup(wire.split_keys(keys), 1.0)
+        except PoolError as error:
+            self._reply(wire.Failed(id, error.reason, error.detail))
+            return
+        for hit in located:
+            sizes.append(hit.size_bytes if hit else 0)
+            members.append(names.setdefault(hit.route[0], len(names)) if hit else 0)
+        self._reply(wire.Found(id, sizes, members, list(names)))
+
+    # --- reads ---
+
+    def _read(self, request: wire.Read, ready_s: float) -> None:
+        deadline_s = time.monotonic() + request.timeout_s
+        opened = self._pool.open_block(request.key, request.size_bytes)
+        if isinstance(opened, PoolError):
+            self._reply(wire.Failed(request.id, opened.reason, opened.detail))
+        elif opened.view is not None:
+            try:
+                self._send_block(request.id, opened, opened.view, deadline_s, ready_s)
+                self._pool.note_read(opened)
+            finally:
+                opened.release()
+        elif not self._enter():
+            opened.release()
+            self._reply(wire.Failed(request.id, "dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already"))
+        elif not self._node.later(partial(self._fetch_block, request, opened, deadline_s)):
+            self._fail_fetch(request.id, opened, "dropped", "too many reads wait in this node")
+
+    def _fetch_block(self, request: wire.Read, opened: OpenBlock, deadline_s: float) -> None:
+        """On the fetcher's thread: find staging memory, let the member read into it."""
+        slot = self._node.staging.take(request.size_bytes, deadline_s)
+        if slot is None:
+            self._later(partial(self._fail_fetch, request.id, opened, "deadline", "no staging memory in time"))
+            return
+        offset, view = slot
+
+        def loaded(error: PoolError | None) -> None:
+            self._later(partial(self._finish_fetch, request, opened, offset, view, deadline_s, error))
+
+        self._pool.load(opened, view, deadline_s - time.monotonic(), loaded)
+
+    def _fail_fetch(self, id: int, opened: OpenBlock, reason: str, detail: str) -> None:
+        opened.release()
+        self._leave()
+        self._reply(wire.Failed(id, reason, detail))
+
+    def _finish_fetch(
+        self,
+        request: wire.Read,
+        opened: OpenBlock,
+        offset: int,
+        view: memoryview,
+        deadline_s: float,
+        error: PoolError | None,
+    ) -> None:
+        """On the sender's thread: send what was read, give everything back."""
+        try:
+            if error is not None:
+                self._reply(wire.Failed(request.id, error.reason, error.detail))
+            else:
+                data = view[: request.size_bytes]
+                self._send_block(request.id, opened, data, deadline_s, time.monotonic())
+        finally:
+            self._node.staging.give(offset, request.size_bytes)
+            opened.release()
+            self._leave()
+
+    def _send_block(self, id: int, opened: OpenBlock, data: memoryview, deadline_s: float, ready_s: float) -> None:
+        if time.monotonic() > deadline_s:
+            self._reply(wire.Failed(id, "deadline", "the node came to it too late"))
+            return
+        head = wire.frame(wire.Block(id, opened.block.key, opened.block.checksum), len(data))
+        pacer = self._node.pacer
+        with self._send_lock:
+            if pacer is None:
+                wire.send_all(self._sock, head, data)
+                return
+            for at in range(0, len(data), PIECE_BYTES):
+                piece = data[at : at + PIECE_BYTES]
+                self._sent_s = pacer.wait(len(piece), ready_s)
+                wire.send_all(self._sock, b"" if at else head, piece)
+
+    # --- writes ---
+
+    def _write(self, request: wire.Write, payload_bytes: int) -> None:
+        if payload_bytes != request.size_bytes or len(request.key) != KEY_BYTES or len(request.parent) != KEY_BYTES:
+            raise wire.ProtocolError(f"write of {request.size_bytes} bytes with a payload of {payload_bytes}")
+        deadline_s = time.monotonic() + request.timeout_s
+        entered = self._enter()
+        slot = self._node.staging.take(payload_bytes, deadline_s) if entered else None
+        if slot is None:
+            if entered:
+                self._leave()
+            self._drain(payload_bytes)
+            limit = self._node.staging.capacity_bytes
+            reason = "full" if payload_bytes > limit else "dropped"
+            detail = f"no staging memory for {payload_bytes} bytes in time; the node has {limit}"
+            self._reply(wire.Failed(request.id, reason, detail))
+            return
+        offset, view = slot
+        try:
+            wire.receive_exactly(self._sock, view[:payload_bytes])
+        except BaseException:
+            self._node.staging.give(offset, payload_bytes)
+            raise
+
+        def stored(error: PoolError | None) -> None:
+            self._node.staging.give(offset, payload_bytes)
+            self._leave()
+            reply = wire.Failed(request.id, error.reason, error.detail) if error else wire.Written(request.id)
+            self._later(partial(self._reply, reply))
+
+        remaining_s = deadline_s - time.monotonic()
+        self._pool.write(request.key, request.parent, request.size_bytes, view, remaining_s, stored)
+
+    def _drain(self, size_bytes: int) -> None:
+        scratch = memoryview(bytearray(min(size_bytes, _DRAIN_BYTES)))
+        while size_bytes:
+            part = scratch[: min(size_bytes, len(scratch))]
+            wire.receive_exactly(self._sock, part)
+            size_bytes -= len(part)
+
+    # --- sending ---
+
+    def _reply(self, message: wire.Reply) -> None:
+        with self._send_lock:
+            wire.send_all(self._sock, wire.frame(message))
+
+    def _later(self, send: Callable[[], None]) -> None:
+        self._out.put(send)
+
+    def _send_later(self) -> None:
+        """Every queued send runs, even when the connection is gone: it also gives slots and pins back."""
+        ended = False
+        while not ended or self._in_flight:
+            send = self._out.get()
+            if send is None:
+                ended = True
+                continue
+            try:
+                send()
+            except OSError as error:
+                log.debug("connection of %s ended: %s", self._peer, error)
+                self.cut()
+
+    def _enter(self) -> bool:
+        with self._count_lock:
+            self._in_flight += 1
+            if self._in_flight <= IN_FLIGHT_MAX:
+                return True
+            self._in_flight -= 1
+            return False
+
+    def _leave(self) -> None:
+        with self._count_lock:
+            self._in_flight -= 1

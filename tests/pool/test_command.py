@@ -1,0 +1,91 @@
+"""`penstock pool` as a user runs it: the ready line, signals, and one clear line for everything that is wrong."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import chain, read, write
+
+from penstock.pool.command import parse_slab
+from penstock.pool.open import connect_pool
+from penstock.units import format_bytes, parse_bytes, parse_rate
+
+COMMAND = [sys.executable, "-m", "penstock.pool.command"]
+
+
+def refused(*arguments: str) -> str:
+    """Run a command that must fail with exit code 2 and one line on stderr; returns the line."""
+    ended = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=30.0)
+    lines = ended.stderr.splitlines()
+    assert ended.returncode == 2 and len(lines) == 1 and not ended.stdout, ended
+    return lines[0]
+
+
+def start(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("pool node pool ready on 127.0.0.1:"), process.communicate()[1]
+    return process, line.split()[5].removesuffix(":")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_node_starts_serves_and_ends_with_its_blocks_on_the_slab(tmp_path: Path, number: signal.Signals) -> None:
+    arguments = ["--listen", "127.0.0.1:0", "--slab", f"{tmp_path}/kv.slab:8MiB"]
+    for round_ in range(2):
+        process, address = start(*arguments)
+        client = connect_pool(address)
+        for key, parent in chain("a", 20):
+            assert (read(client, key) if round_ else write(client, key, parent)) == "ok"
+        process.send_signal(number)
+        assert process.wait(15.0) == 0
+        assert process.communicate()[1] == ""
+        client.close(5.0)
+
+
+def test_what_is_in_use_or_impossible_is_refused_in_one_line(tmp_path: Path) -> None:
+    slab = f"{tmp_path}/kv.slab:8MiB"
+    process, address = start("--listen", "127.0.0.1:0", "--slab", slab)
+    assert "in use" in refused("--listen", address, "--memory", "1MiB")
+    assert "already locked" in refused("--listen", "127.0.0.1:0", "--slab", slab)
+    process.terminate()
+    process.wait(15.0)
+    process.communicate()
+    assert "space" in refused("--slab", f"{tmp_path}/huge.slab:900TiB")
+    assert not (tmp_path / "huge.slab").exists()
+    assert "does not exist" in refused("--slab", f"{tmp_path}/nowhere/kv.slab:1MiB")
+    assert "no member" in refused()
+    assert "HOST:PORT" in refused("--listen", "7070", "--memory", "1MiB")
+    assert "log-level" in refused("--log-level", "loud", "--memory", "1MiB")
+
+
+def test_sizes_and_rates_are_read_as_written() -> None:
+    assert parse_bytes("2GiB") == 2 << 30 and parse_bytes("1.5 MB") == 1_500_000 and parse_bytes("4096") == 4096
+    assert parse_rate("200MB/s") == 200e6 and parse_rate("10Gbit/s") == 1.25e9
+    assert parse_slab("/a:b/c:1KiB") == (Path("/a:b/c"), 1024)
+    assert format_bytes(1536) == "1.5 KiB" and format_bytes(12) == "12 B" and format_bytes(5 << 40) == "5 TiB"
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "1 XB", "1e9", "9999999TiB"])
+def test_malformed_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="size"):
+        parse_bytes(text)
+    with pytest.raises(ValueError, match="rate"):
+        parse_rate(f"{text}/s")
+
+
+@pytest.mark.parametrize("text", ["/a", ":1GiB", "/a:", "/a:1XB"])
+def test_malformed_slabs_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="slab|size"):
+        parse_slab(text)
+
+
+def test_taken_port_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        assert address.rpartition(":")[2] in refused("--listen", address, "--memory", "1MiB")

@@ -1,0 +1,182 @@
+"""`penstock serve`: flags and files that are refused in one line, and the real command with the real engine."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import typer
+from openai import OpenAI
+from typer.testing import CliRunner
+
+from penstock.core.config import ConfigError
+from penstock.engine.config import EngineConfig
+from penstock.server.command import serve
+from penstock.server.flags import ServeFlags, engine_config, read_flags, server_settings
+from penstock.testing.tiny_models import build_tiny
+
+APP = typer.Typer(pretty_exceptions_enable=False)
+APP.command()(serve)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny("llama", tmp_path_factory.mktemp("model"))
+
+
+def test_flags_config_and_help_agree() -> None:
+    in_help = set(inspect.signature(serve).parameters) - {"config"}
+    assert in_help == set(ServeFlags.__struct_fields__)
+    renamed = {"kv_memory_bytes": "kv_memory", "staging_bytes": "staging", "max_context_tokens": "max_context"}
+    missing = {renamed.get(field.name, field.name) for field in fields(EngineConfig)} - in_help
+    assert not missing
+
+
+def test_help_shows_every_flag() -> None:
+    text = CliRunner().invoke(APP, ["--help"]).output
+    for name in ("--port", "--policy", "--slab", "--api-key-file", "--max-context"):
+        assert name in text
+
+
+def test_defaults_are_the_engine_s() -> None:
+    flags = read_flags({"model": "m"}, None)
+    assert engine_config(flags) == EngineConfig(model="m")
+    assert server_settings(flags).model_name == "m"
+
+
+def test_command_line_goes_before_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text('model = "m"\nport = 1\npolicy = "srpt"\nmemory = ["1MiB", "2MiB"]\nkv-memory = "3MiB"\n')
+    flags = read_flags({"port": 2, "slab": ["/a:b:1KiB"], "api_key": None}, file)
+    config = engine_config(flags)
+    assert (flags.port, config.policy, config.memory, config.kv_memory_bytes) == (2, "srpt", (2**20, 2**21), 3 * 2**20)
+    assert config.slab == (("/a:b", 1024),)
+
+
+def test_key_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("secret\n")
+    assert server_settings(read_flags({"model": "m", "api_key_file": str(file)}, None)).api_key == "secret"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("policy = 'best'", "policy is 'best'; allowed: fcfs"),
+        ("port = 70000", "port is 70000; allowed: 0 to 65535"),
+        ("port = '80'", "port is '80'; allowed: int"),
+        ("memory = 3", "memory is 3; allowed: str | array"),
+        ("memory = [3]", r"memory is \[3\]; allowed: str"),
+        ("colour = 1", "has 'colour'; allowed: model"),
+        ("kv_memory = '3 apples'", "kv_memory: size '3 apples'"),
+        ("slab = '/tmp/x'", "slab is '/tmp/x'; allowed: PATH:SIZE"),
+        ("log_level = 'loud'", "log_level is 'loud'; allowed: debug"),
+        ("request_timeout_s = 0", "request_timeout_s is 0"),
+        ("api_key = ''", "api_key is empty"),
+        ("api_key = 'a'\napi_key_file = 'b'", "one of them"),
+        ("api_key_file = '/no/such'", "api_key_file /no/such cannot be read"),
+        ("no_pool = true\nmemory = '1MiB'", "no_pool is set together"),
+        ("= 1", "is not TOML"),
+    ],
+)
+def test_bad_files_are_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text("model = 'm'\n" + text)
+    with pytest.raises(ConfigError, match=message):
+        flags = read_flags({}, file)
+        engine_config(flags)
+        server_settings(flags)
+
+
+def refusal(*arguments: str) -> str:
+    """The one line that the command prints before it ends with status 2."""
+    result = CliRunner().invoke(APP, list(arguments))
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return result.stderr
+
+
+def test_what_cannot_be_served_is_one_line(tmp_path: Path, checkpoint: Path) -> None:
+    assert refusal() == (
+        "penstock serve: error: model is empty; allowed: a checkpoint folder or a hub id (or executor 'modelled')\n"
+    )
+    assert "neither an existing folder nor a hub id" in refusal("/no/such/model", "--port", "0")
+    assert "no config.json" in refusal(str(tmp_path), "--port", "0")
+    assert "policy is 'best'" in refusal(str(checkpoint), "--policy", "best")
+    assert "profile is 'none'" in refusal("--executor", "modelled", "--profile", "none", "--port", "0")
+    assert "cannot be read" in refusal(str(checkpoint), "--config", "/no/such.toml")
+    assert "host" in refusal(str(checkpoint), "--host", "999.1.1.1", "--port", "0")
+    assert "Invalid value" in refusal(str(checkpoint), "--port", "many")
+    assert "No such option" in refusal(str(checkpoint), "--nope")
+    assert refusal(str(checkpoint), "--port", "0", "--kv-memory", "1KiB").count("\n") == 1
+    assert "127.0.0.1:9" in refusal(str(checkpoint), "--port", "0", "--pool", "127.0.0.1:9")
+
+
+def test_broken_tokenizer_is_one_line(tmp_path: Path, checkpoint: Path) -> None:
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert "the tokenizer in" in refusal(str(tmp_path), "--port", "0")
+
+
+def test_a_taken_port_is_one_line(checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert f"port {port} on 127.0.0.1 is taken" in refusal(str(checkpoint), "--port", str(port))
+
+
+@pytest.fixture(scope="module")
+def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The real command with the real engine over an embedded pool."""
+    slab = tmp_path_factory.mktemp("pool") / "kv.slab"
+    command = [sys.executable, "-m", "penstock", "serve", str(checkpoint), "--port", "0", "--served-model-name", "tiny"]
+    command += ["--memory", "16MiB", "--slab", f"{slab}:16MiB", "--kv-memory", "4MiB", "--staging", "2MiB"]
+    command += ["--block-tokens", "16", "--drain-timeout-s", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        found = re.search(r"listening on (http://\S+)", process.stdout.readline())
+        assert found, process.communicate(timeout=10)
+        yield found[1], process
+    finally:
+        process.kill()
+        process.communicate(timeout=10)
+
+
+def test_the_real_engine_serves_and_reuses(served: tuple[str, subprocess.Popen[str]]) -> None:
+    client = OpenAI(base_url=f"{served[0]}/v1", api_key="none", max_retries=0, timeout=30)
+    prompt = "The quick brown fox jumps over the lazy dog. " * 8
+    extra = {"return_timing": True, "return_token_ids": True}
+    asked = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "temperature": 0, "extra_body": extra}
+    first, second = (client.completions.create(**asked) for _ in range(2))
+    assert first.choices[0].text == second.choices[0].text
+    assert second.usage.prompt_tokens_details.cached_tokens > 64
+    assert second.model_extra["penstock"]["report"]["cached_tokens"] == second.usage.prompt_tokens_details.cached_tokens
+    streamed = "".join(
+        chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True) if chunk.choices
+    )
+    assert streamed == first.choices[0].text
+    message = {"role": "user", "content": "Hello"}
+    chat = client.chat.completions.create(model="tiny", messages=[message], max_tokens=5, temperature=0)
+    assert chat.usage.completion_tokens == 5 or chat.choices[0].finish_reason == "stop"
+
+
+def test_sigterm_ends_the_command_in_order(served: tuple[str, subprocess.Popen[str]]) -> None:
+    url, process = served
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30)
+    stream = client.completions.create(
+        model="tiny", prompt="x", max_tokens=1500, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    stream.close()
+    assert process.stderr is not None and "Traceback" not in process.stderr.read()
