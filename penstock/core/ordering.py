@@ -1,7 +1,8 @@
 """Which request first: the policies as ranks, and a queue ordered by rank whose members may change rank.
 
-A rank is `(tier, key, sequence)`, smallest first. Tiers: 0 waited beyond the ageing bound, 1 ordinary, 2 cannot meet
-its deadline any more (policy `feasible` only). CALVO gives `sjf` and `lstf`; `srpt` and `feasible` go beyond it.
+A rank is `(tier, key, sequence)`, smallest first. Tiers: 0 waited beyond the ageing bound, 1 ordinary, 2 put off so that
+others meet their deadlines (policy `feasible` only, see `feasibility`). CALVO gives `sjf` and `lstf`; `srpt` and
+`feasible` go beyond it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from penstock.core.config import Policy
 
 Rank = tuple[int, float, int]
 AGED, ORDINARY, HOPELESS = 0, 1, 2
-REFINED_BY_PROGRESS: frozenset[Policy] = frozenset({"srpt", "feasible"})  # their key changes while a request loads
 
 
 def policy_key(

@@ -67,7 +67,6 @@ class Request:
         "hits",
         "label",
         "label_since_s",
-        "latest_start_s",
         "load_counts",
         "loads",
         "own_pages",
@@ -104,7 +103,6 @@ class Request:
         # ordering
         self.tier = ORDINARY
         self.static_key: float | None = None
-        self.latest_start_s: float | None = None  # when it becomes hopeless; None: not watched
         self.rank: Rank = (ORDINARY, now, sequence)
         self.queues: list[RankedQueue[Request]] = []
         self.bytes_by_route: dict[Route, int] = {}

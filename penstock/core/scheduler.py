@@ -21,13 +21,15 @@ from collections.abc import Sequence
 from penstock.core.batching import Batching
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
+from penstock.core.feasibility import Job, put_off
 from penstock.core.loading import Loading
 from penstock.core.operations import BlockHit, Emit, FinishReason, Lookup, Operation, RequestSpec
-from penstock.core.ordering import AGED, HOPELESS, ORDINARY, REFINED_BY_PROGRESS, RankedQueue, policy_key
+from penstock.core.ordering import AGED, HOPELESS, ORDINARY, RankedQueue, policy_key
 from penstock.core.request import NO_PAGE, LoadState, Request, State
 from penstock.core.saving import Saving
 from penstock.core.shared_state import SharedState
 
+FEASIBILITY_HORIZON = 256  # requests of earliest deadline that `feasible` looks at
 ADMISSION_LOOKAHEAD = 8  # requests looked at behind one that does not fit
 
 
@@ -55,7 +57,7 @@ class LoadScheduler:
         self._prefills = 0
         self._admission_blocked = False
         self._timers: list[tuple[float, int, str, str]] = []  # time, sequence, kind, request_id
-        self._latest_starts: list[tuple[float, int, Request]] = []
+        self._feasibility_stale = False
         self._sequence = 0
 
     # -- events: requests ---------------------------------------------------------------------------------------
@@ -125,6 +127,7 @@ class LoadScheduler:
         self._set_rank(request, now)
         self._waiting.push(request)
         self._admission_blocked = False
+        self._feasibility_stale = True
         self._relabel(request, now)
 
     def _estimate(self, request: Request) -> None:
@@ -192,6 +195,7 @@ class LoadScheduler:
         account.generated_tokens += 1
         request.tokens.append(token)
         request.chain.extend((token,))
+        self._feasibility_stale = True
         if account.first_token_s is None:
             account.first_token_s = now
             self._observe_load(request)
@@ -228,16 +232,8 @@ class LoadScheduler:
             key = request.arrival_s
         elif self._policy == "srpt":
             key = load_s + request.compute_s
-        elif self._policy == "feasible":
-            latest_start_s = request.deadline_s - load_s - request.compute_s
-            tier = HOPELESS if latest_start_s < now else ORDINARY
-            if tier == HOPELESS:
-                key = load_s + request.compute_s
-            elif request.latest_start_s is None:
-                heapq.heappush(self._latest_starts, (latest_start_s, request.sequence, request))
-            if request.latest_start_s is not None or tier == ORDINARY:
-                request.latest_start_s = latest_start_s
-        request.tier = tier
+        elif tier == HOPELESS:
+            key = load_s + request.compute_s
         rank = (tier, key, request.sequence)
         if rank != request.rank:
             request.rank = rank
@@ -247,11 +243,34 @@ class LoadScheduler:
             if request in self._waiting:
                 self._waiting.push(request)
 
+    def _sort_feasible(self, now: float) -> None:
+        """Put off the requests that stand in the way of more deadlines than their own; the earliest deadlines first."""
+        self._feasibility_stale = False
+        open_requests = [
+            request
+            for request in self._requests.values()
+            if request.state in (State.WAITING, State.PREFILL) and request.tier != AGED
+        ]
+        open_requests.sort(key=lambda request: request.deadline_s)
+        del open_requests[FEASIBILITY_HORIZON:]
+        jobs = [Job(request.deadline_s, self._stage_s(request)) for request in open_requests]
+        late = put_off(jobs, now)
+        for index, request in enumerate(open_requests):
+            tier = HOPELESS if index in late else ORDINARY
+            if tier != request.tier:
+                request.tier = tier
+                self._set_rank(request, now)
+
+    def _stage_s(self, request: Request) -> tuple[float, float, float]:
+        """Seconds that remain on fetch, upload and compute."""
+        fetch_s = self.cost.load_s(request.bytes_by_route, 0, serial=False)
+        return fetch_s, self.cost.upload.seconds(request.upload_bytes), request.compute_s
+
     def _changed(self, request: Request, now: float) -> None:
         """A block of the request moved, or a chunk of it was computed."""
         if request.state is State.PREFILL:
             self._batching.update_readiness(request)
-        if self._policy in REFINED_BY_PROGRESS and request.tier != AGED:
+        if request.tier != AGED and (self._policy == "srpt" or request.tier == HOPELESS):
             self._set_rank(request, now)
         self._relabel(request, now)
 
@@ -403,6 +422,7 @@ class LoadScheduler:
         self._loading.leave(request)
         request.forget_blocks()
         self._admission_blocked = False
+        self._feasibility_stale = True
 
     def _back_to_waiting(self, request: Request, now: float) -> None:
         """From PREFILL back to WAITING, with its hits known."""
@@ -448,6 +468,8 @@ class LoadScheduler:
     def decide(self, now: float) -> list[Operation]:
         """The operations to carry out now, given all events so far."""
         self._run_timers(now)
+        if self._feasibility_stale and self._policy == "feasible":
+            self._sort_feasible(now)
         while self._lookups and len(self._looking_up) < self.config.lookup_window:
             request = self._lookups.popleft()
             if request.state is State.LOOKUP:
@@ -479,18 +501,10 @@ class LoadScheduler:
                 request.tier = AGED
                 if request.state is not State.LOOKUP:
                     self._set_rank(request, now)
-        while self._latest_starts and self._latest_starts[0][0] < now:
-            _, _, watched = heapq.heappop(self._latest_starts)
-            watched.latest_start_s = None
-            if watched.state in (State.WAITING, State.PREFILL) and watched.tier == ORDINARY:
-                self._set_rank(watched, now)
 
     def next_wakeup_s(self) -> float | None:
         """When `decide` should be called although nothing happened; None: not before the next event."""
-        times = [self._timers[0][0]] if self._timers else []
-        if self._latest_starts:
-            times.append(self._latest_starts[0][0])
-        return min(times, default=None)
+        return self._timers[0][0] if self._timers else None
 
     # -- views --------------------------------------------------------------------------------------------------
 
@@ -525,6 +539,11 @@ class LoadScheduler:
             name: (count, known[name].bytes_per_s if name in known else self.cost.upload.bytes_per_s)
             for name, count in self._loading.in_flight().items()
         }
+
+    @property
+    def admitted(self) -> int:
+        """Requests past admission."""
+        return len(self._admitted)
 
     @property
     def idle(self) -> bool:

@@ -40,6 +40,21 @@ def build_engine(config: EngineConfig) -> RunningEngine:
     """Build runner and pool and start the engine. Raises ConfigError, CheckpointError, PoolError or OSError with one
     line that says what is wrong; nothing stays open then."""
     runner = _runner(config)
+    pool: Pool | None = None
+    try:
+        scheduler_config = _scheduler_config(config, runner)
+        pool = _pool(config)  # before what takes time: a wrong address is told at once
+        runner.allocate(scheduler_config.l1_pages)
+        cost = _cost(runner, scheduler_config.l1_pages, config)
+        return RunningEngine(Engine(scheduler_config, cost, runner, pool), runner, pool)
+    except BaseException:
+        if pool is not None:
+            pool.close(CLOSE_TIMEOUT_S)
+        runner.close()
+        raise
+
+
+def _scheduler_config(config: EngineConfig, runner: ModelRunner) -> SchedulerConfig:
     block_bytes = runner.layout.full_block_bytes
     l1_pages = config.kv_memory_bytes // block_bytes
     l2_slots = config.staging_bytes // staging_bytes(block_bytes)
@@ -52,7 +67,7 @@ def build_engine(config: EngineConfig) -> RunningEngine:
             f"staging_bytes is {config.staging_bytes}; allowed: at least two blocks of "
             f"{staging_bytes(block_bytes)} bytes"
         )
-    scheduler_config = SchedulerConfig(
+    return SchedulerConfig(
         block_tokens=config.block_tokens,
         block_bytes=block_bytes,
         l1_pages=l1_pages,
@@ -71,10 +86,6 @@ def build_engine(config: EngineConfig) -> RunningEngine:
         lookup_timeout_s=config.lookup_timeout_s,
         request_timeout_s=config.request_timeout_s,
     )
-    runner.allocate(l1_pages)
-    cost = _cost(runner, l1_pages, config)
-    pool = _pool(config)
-    return RunningEngine(Engine(scheduler_config, cost, runner, pool), runner, pool)
 
 
 def _runner(config: EngineConfig) -> ModelRunner:

@@ -12,11 +12,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
-from penstock.core.keys import root_key
+from penstock.core.keys import BlockKey, root_key
 from penstock.core.layout import staging_bytes
 from penstock.core.operations import (
     Account,
@@ -41,7 +43,7 @@ from penstock.engine.api import (
     TokenEvent,
 )
 from penstock.engine.executors import PoolStages, RunnerStages, Staging
-from penstock.engine.runner import Chunk, ModelRunner, UploadGroup
+from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Pool
 
@@ -51,8 +53,11 @@ SWITCH_INTERVAL_S = 5e-4  # how long a thread may hold the interpreter while ano
 MAX_EVENTS_PER_DECISION = 256
 STUCK_S = 120.0  # a batch or upload that takes longer makes the engine unhealthy
 IDLE_WAIT_S = 1.0
+ANSWER_TIMEOUT_S = 5.0
+TOP_K_MAX = 2**31 - 1
 
 OnEvent = Callable[[TokenEvent], None]
+Answer = TypeVar("Answer")
 
 
 class Engine:
@@ -70,7 +75,8 @@ class Engine:
         self.eos_token_ids = runner.eos_token_ids
         self._runner = runner
         self._pool = pool
-        self._scheduler = LoadScheduler(config, cost)
+        # `submit` bounds what waits; the brain's own bound is wider, because a preempted request waits again.
+        self._scheduler = LoadScheduler(replace(config, max_waiting=config.max_waiting + config.max_running), cost)
         self._fingerprint = runner.layout.fingerprint(runner.model_id)
         slot_bytes = staging_bytes(config.block_bytes)
         memory = aligned_buffer(slot_bytes * config.l2_slots)
@@ -85,13 +91,13 @@ class Engine:
             self._pool_stages = PoolStages(pool, self._staging, config.block_bytes, config.lookup_window)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._clients: dict[str, tuple[GenerationRequest, OnEvent]] = {}
-        self._uploads: dict[int, tuple[UploadGroup, tuple[tuple[int, int], ...]]] = {}
+        self._uploads: dict[int, UploadGroup] = {}
         self._seconds_by_label: defaultdict[str, float] = defaultdict(float)
         self._load_failures: Counter[str] = Counter()
         self._save_failures: Counter[str] = Counter()
-        self._open = 0
-        self._open_lock = threading.Lock()
-        self._busy_since: dict[str, float] = {}
+        self._clients_lock = threading.Lock()  # for changes of _clients, _stopping and _fatal
+        self._admitted = 0
+        self._busy_since: dict[int, tuple[str, float]] = {}  # op -> what it is, when it began
         self._stopping = False
         self._fatal: str | None = None
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -102,18 +108,20 @@ class Engine:
 
     def submit(self, request: GenerationRequest, on_event: OnEvent) -> None:
         """See EngineAPI."""
-        self._validate(request)
-        with self._open_lock:
-            limit = self.config.max_waiting + self.config.max_running
-            if self._open >= limit:
-                raise Overloaded(f"{self._open} requests are open; at most {limit} are taken", retry_after_s=1.0)
+        root = self._validate(request)
+        with self._clients_lock:
             if self._stopping or self._fatal:
                 raise Overloaded(self._fatal or "the engine is stopping", retry_after_s=10.0)
-            self._open += 1
-        arrival_s = time.monotonic()
-        self._inbox.put(partial(self._submitted, request, on_event, arrival_s))
+            if request.request_id in self._clients:
+                raise InvalidRequest(f"request_id {request.request_id!r} is in use")
+            waiting = len(self._clients) - self._admitted
+            if waiting >= self.config.max_waiting:
+                raise Overloaded(f"{waiting} requests wait already; at most {self.config.max_waiting} may", 1.0)
+            self._clients[request.request_id] = (request, on_event)
+            self._inbox.put(partial(self._submitted, request, root, time.monotonic()))
 
-    def _validate(self, request: GenerationRequest) -> None:
+    def _validate(self, request: GenerationRequest) -> BlockKey:
+        """The request's root key. Raises InvalidRequest."""
         prompt, sampling = request.prompt_tokens, request.sampling
         if not prompt:
             raise InvalidRequest("prompt is empty; it must have at least one token")
@@ -128,8 +136,15 @@ class Engine:
             )
         if request.slo_ttft_s is not None and not 0 < request.slo_ttft_s < 1e6:
             raise InvalidRequest(f"slo_ttft_s is {request.slo_ttft_s}; it must be above 0 and below 1e6")
-        if not 0 <= sampling.temperature <= 100 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
-            raise InvalidRequest("temperature must be in 0..100, top_p in (0, 1], top_k at least 0")
+        if not 0 <= sampling.temperature <= 100 or not 0 < sampling.top_p <= 1 or not 0 <= sampling.top_k <= TOP_K_MAX:
+            raise InvalidRequest(
+                f"temperature is {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}; allowed: "
+                f"temperature 0 to 100, top_p above 0 up to 1, top_k 0 to {TOP_K_MAX}"
+            )
+        try:
+            return root_key(self._fingerprint, request.tenant)
+        except UnicodeEncodeError:
+            raise InvalidRequest("tenant (cache_salt) is not valid Unicode text") from None
 
     def cancel(self, request_id: str) -> None:
         """See EngineAPI."""
@@ -137,12 +152,18 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """See EngineAPI. Raises TimeoutError when the control thread does not answer."""
-        answer: Future[EngineStats] = Future()
-        self._inbox.put(lambda: answer.set_result(self._snapshot()))
+        return self._ask(self._snapshot)
+
+    def _ask(self, question: Callable[[], Answer]) -> Answer:
+        """The answer of the control thread. Raises TimeoutError when it gives none."""
+        answer: Future[Answer] = Future()
+        if not self._thread.is_alive():
+            raise TimeoutError("the engine has stopped")
+        self._inbox.put(lambda: answer.set_result(question()))
         try:
-            return answer.result(timeout=5.0)
+            return answer.result(timeout=ANSWER_TIMEOUT_S)
         except FutureTimeout:
-            raise TimeoutError("the engine did not answer within 5 s") from None
+            raise TimeoutError(f"the engine did not answer within {ANSWER_TIMEOUT_S:g} s") from None
 
     def healthy(self) -> tuple[bool, str]:
         """See EngineAPI."""
@@ -151,32 +172,34 @@ class Engine:
         if not self._thread.is_alive():
             return False, "the control thread ended"
         now = time.monotonic()
-        for what, since in list(self._busy_since.items()):
+        for what, since in list(self._busy_since.values()):
             if now - since > STUCK_S:
                 return False, f"{what} has been under way for {now - since:.0f} s"
         return True, "ok"
 
     def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until no request, load or save is left; False when `timeout_s` passed first."""
+        """Wait until no request, load or save is left; False when `timeout_s` passed first. Raises TimeoutError when
+        the engine has stopped."""
         end = time.monotonic() + timeout_s
-        while time.monotonic() < end:
-            answer: Future[bool] = Future()
-            self._inbox.put(lambda answer=answer: answer.set_result(self._scheduler.idle))  # type: ignore[misc]
-            if answer.result(timeout=5.0):
-                return True
+        while not self._ask(lambda: self._scheduler.idle):
+            if time.monotonic() > end:
+                return False
             time.sleep(0.005)
-        return False
+        return True
 
     def close(self, timeout_s: float) -> None:
         """See EngineAPI. Does not close pool or runner's model: their owner does."""
-        self._stopping = True
-        self._inbox.put(self._cancel_all)
+        end = time.monotonic() + timeout_s
+        with self._clients_lock:
+            self._stopping = True
+            self._inbox.put(self._cancel_all)
         self._thread.join(timeout_s)
-        stopped = self._runner_stages.close(timeout_s)
+        stopped = self._runner_stages.close(max(0.1, end - time.monotonic()))
         if self._pool_stages is not None:
             self._pool_stages.close()
         if self._thread.is_alive() or not stopped:
             log.error("an engine thread did not stop within %.1f s", timeout_s)
+            self._fail_everything(f"the engine was closed and could not end the request within {timeout_s:g} s")
 
     # -- control thread -----------------------------------------------------------------------------------------
 
@@ -199,40 +222,43 @@ class Engine:
             pass
         for operation in self._scheduler.decide(time.monotonic()):
             self._carry_out(operation)
+        self._admitted = self._scheduler.admitted
 
-    def _submitted(self, request: GenerationRequest, on_event: OnEvent, arrival_s: float) -> None:
+    def _submitted(self, request: GenerationRequest, root: BlockKey, arrival_s: float) -> None:
         deadline_s = None if request.slo_ttft_s is None else arrival_s + request.slo_ttft_s
         eos = frozenset() if request.sampling.ignore_eos else self.eos_token_ids
         spec = RequestSpec(
-            request.request_id,
-            request.prompt_tokens,
-            request.sampling.max_tokens,
-            root_key(self._fingerprint, request.tenant),
-            deadline_s,
-            eos,
+            request.request_id, request.prompt_tokens, request.sampling.max_tokens, root, deadline_s, eos
         )
         try:
             self._scheduler.submit(spec, arrival_s)
         except (WaitingQueueFull, ValueError) as error:
-            self._closed_one()
-            on_event(TokenEvent(None, "error", str(error)))
-            return
-        self._clients[request.request_id] = (request, on_event)
+            self._end(request.request_id, TokenEvent(None, "error", str(error)))
 
-    def _closed_one(self) -> None:
-        with self._open_lock:
-            self._open -= 1
+    def _end(self, request_id: str, event: TokenEvent) -> None:
+        """The client's last event; nothing when it has had one."""
+        with self._clients_lock:
+            client = self._clients.pop(request_id, None)
+        if client is not None:
+            self._tell(client[1], event)
+
+    @staticmethod
+    def _tell(on_event: OnEvent, event: TokenEvent) -> None:
+        try:
+            on_event(event)
+        except Exception:  # one client's mistake is not the others'
+            log.exception("a client's on_event raised")
 
     def _cancel_all(self) -> None:
         for request_id in list(self._clients):
             self._scheduler.cancel(request_id, time.monotonic())
 
     def _fail_everything(self, error: str) -> None:
-        self._fatal = error
-        for _, on_event in self._clients.values():
-            self._closed_one()
-            on_event(TokenEvent(None, "error", error))
-        self._clients.clear()
+        with self._clients_lock:
+            self._fatal = error
+            left = list(self._clients)
+        for request_id in left:
+            self._end(request_id, TokenEvent(None, "error", error))
 
     def _carry_out(self, operation: Operation) -> None:
         if isinstance(operation, Fetch):
@@ -271,12 +297,13 @@ class Engine:
     def _upload(self, op: Upload) -> None:
         size = self.config.block_bytes
         blocks = [(self._staging.content(slot, size), page) for slot, page in op.blocks]
-        self._busy_since["an upload"] = time.monotonic()
-        group = self._runner_stages.upload(blocks, lambda error: self._inbox.put(partial(self._uploaded, op, error)))
-        self._uploads[op.op_id] = (group, op.blocks)
+        self._busy_since[op.op_id] = ("an upload", time.monotonic())
+        self._uploads[op.op_id] = self._runner_stages.upload(
+            blocks, lambda error: self._inbox.put(partial(self._uploaded, op, error))
+        )
 
     def _uploaded(self, op: Upload, error: BaseException | None) -> None:
-        self._busy_since.pop("an upload", None)
+        del self._busy_since[op.op_id]
         del self._uploads[op.op_id]
         for slot, _ in op.blocks:
             self._staging.release(slot)
@@ -290,23 +317,24 @@ class Engine:
     def _compute(self, op: Compute) -> None:
         batch = []
         for chunk in op.chunks:
-            request, _ = self._clients[chunk.request_id]
+            client = self._clients.get(chunk.request_id)
+            sampling = client[0].sampling if client is not None else SamplingParams()
             batch.append(
                 Chunk(
                     chunk.request_id,
                     chunk.tokens,
                     chunk.start,
                     chunk.pages,
-                    request.sampling if chunk.sample else None,
+                    sampling if chunk.sample else None,
                     chunk.sampled_index,
-                    tuple(self._uploads[pending][0] for pending in chunk.pending if pending in self._uploads),
+                    tuple(self._uploads[pending] for pending in chunk.pending),
                 )
             )
-        self._busy_since["a batch"] = time.monotonic()
+        self._busy_since[op.op_id] = ("a batch", time.monotonic())
         self._runner_stages.compute(batch, lambda result: self._inbox.put(partial(self._computed, op, result)))
 
     def _computed(self, op: Compute, result: list[int | None] | BaseException) -> None:
-        self._busy_since.pop("a batch", None)
+        del self._busy_since[op.op_id]
         if isinstance(result, BaseException):
             log.error("a batch failed", exc_info=result)
             self._scheduler.compute_failed(op.op_id, f"compute failed: {result!r}", time.monotonic())
@@ -330,16 +358,18 @@ class Engine:
         self._scheduler.saved(op.op_id, error)
 
     def _emit(self, op: Emit) -> None:
-        request, on_event = self._clients[op.request_id]
-        if op.finish_reason is None:
-            on_event(TokenEvent(op.token))
+        client = self._clients.get(op.request_id)
+        if client is None:  # it got its last event from `close`
             return
-        del self._clients[op.request_id]
-        self._closed_one()
+        request, on_event = client
+        if op.finish_reason is None:
+            self._tell(on_event, TokenEvent(op.token))
+            return
         assert op.account is not None
         for label, start_s, end_s in op.account.spans:
             self._seconds_by_label[label] += end_s - start_s
-        on_event(TokenEvent(op.token, op.finish_reason, op.error, _report(request, op.account, self.config)))
+        report = _report(request, op.account, self.config)
+        self._end(op.request_id, TokenEvent(op.token, op.finish_reason, op.error, report))
 
     def _snapshot(self) -> EngineStats:
         scheduler = self._scheduler

@@ -6,21 +6,23 @@ asynchronous in the pool, lookups have a few threads because a remote pool answe
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from functools import partial
 
 from penstock.core.operations import BlockHit, Fetch, Lookup, Save
 from penstock.engine.runner import Chunk, ModelRunner, UploadGroup
 from penstock.pool.api import Lease, Pool, PoolError
 
-Work = TypeVar("Work")
+log = logging.getLogger(__name__)
 
 
 class Worker:
-    """One thread that does one piece of work after the other. `close` lets the piece under way end."""
+    """One thread that does one piece of work after the other."""
 
     def __init__(self, name: str) -> None:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -32,10 +34,16 @@ class Worker:
 
     def _run(self) -> None:
         while (work := self._queue.get()) is not None:
-            work()
+            try:
+                work()
+            except Exception:  # work reports its own errors; what is left must not end the thread
+                log.exception("work on %s raised", self._thread.name)
 
-    def close(self, timeout_s: float) -> None:
+    def stop(self) -> None:
+        """End after what is queued."""
         self._queue.put(None)
+
+    def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
 
     @property
@@ -89,6 +97,10 @@ class PoolStages:
             except PoolError:
                 done(None)
                 return
+            except Exception:  # whatever it is, the request goes on without hits
+                log.exception("a lookup raised")
+                done(None)
+                return
             done([None if hit is None else BlockHit(hit.size_bytes, hit.route) for hit in found])
 
         self._lookups.submit(ask)
@@ -96,10 +108,12 @@ class PoolStages:
     def fetch(self, op: Fetch, done: Callable[[str | None], None]) -> None:
         """A block of a local memory member is leased in place; any other is read into the slot."""
         lease = self._pool.lease(op.key)
-        if lease is not None and len(lease.view) >= self._block_bytes:
-            self._staging.hold(op.slot, lease)
-            done(None)
-            return
+        if lease is not None:
+            if len(lease.view) == self._block_bytes:
+                self._staging.hold(op.slot, lease)
+                done(None)
+                return
+            lease.release()
         into = self._staging.slot(op.slot)
         self._pool.read(op.key, self._block_bytes, into, op.timeout_s, lambda error: done(_reason(error)))
 
@@ -109,6 +123,16 @@ class PoolStages:
 
     def close(self) -> None:
         self._lookups.shutdown(wait=False, cancel_futures=True)
+
+
+class FailedUpload:
+    """Stands for a group that could not be prepared: a batch that waits for it fails."""
+
+    def __init__(self, cause: BaseException) -> None:
+        self._cause = cause
+
+    def wait_layer(self, layer: int) -> None:
+        raise RuntimeError(f"layer {layer} does not come: the upload failed to start: {self._cause}")
 
 
 class RunnerStages:
@@ -123,7 +147,13 @@ class RunnerStages:
     def upload(
         self, blocks: Sequence[tuple[memoryview, int]], done: Callable[[BaseException | None], None]
     ) -> UploadGroup:
-        group = self._runner.start_upload(blocks)
+        """`done` is called from another thread, also when the upload cannot even start."""
+        try:
+            group = self._runner.start_upload(blocks)
+        except Exception as error:  # the blocks become misses
+            failed = FailedUpload(error)
+            self._uploader.put(partial(done, error))
+            return failed
         self._uploader.put(lambda: self._guarded(lambda: self._runner.upload(group), done))
         return group
 
@@ -153,6 +183,9 @@ class RunnerStages:
     def close(self, timeout_s: float) -> bool:
         """Stop the threads; False when one of them is stuck."""
         workers = (self._uploader, self._saver, self._computer)
+        end = time.monotonic() + timeout_s
         for worker in workers:
-            worker.close(timeout_s)
+            worker.stop()
+        for worker in workers:
+            worker.join(max(0.0, end - time.monotonic()))
         return not any(worker.alive for worker in workers)

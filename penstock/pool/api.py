@@ -2,7 +2,8 @@
 
 Threading: every method may be called from any thread. `done` callbacks run on a thread of the pool, must not block,
 and are called exactly once, by the deadline at the latest (plus scheduling noise). After `done` the pool does not
-touch the buffer any more: a transfer that misses its deadline is cut off first, then reported.
+touch the buffer any more: a transfer that misses its deadline is cut off first, then reported. One exception: what a
+local device is already moving cannot be cut off; it is reported when the device answers, or by `close`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Located:
 
 @dataclass(frozen=True, slots=True)
 class MemberStat:
-    """One member as it stands. `kind` is "memory" or "uring"."""
+    """One member as it stands. `kind` is "memory", or the name of its block engine ("uring", "threads")."""
 
     name: str
     kind: str

@@ -83,11 +83,11 @@ def _serve(
     sizes, slabs = [parse_bytes(text) for text in memory], [parse_slab(text) for text in slab]
     if not sizes and not slabs:
         raise ValueError("the pool has no member; give --memory SIZE or --slab PATH:SIZE")
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     local = open_local_pool(sizes, slabs, weights=weights, state=state)
     try:
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
         node = PoolNode(local, host, port, name=name, pace_bytes_per_s=pace_bytes_per_s)
         try:
             for note in local.notes:

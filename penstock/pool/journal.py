@@ -80,7 +80,7 @@ class Journal:
         self.notes: list[str] = []
         self._slab = slab
         self._path = table
-        self.on_commit: Callable[[], None] = lambda: None  # called on the journal's thread
+        self.on_commit: Callable[[], None] = lambda: None  # after each try, on the journal's thread
         self._changed = threading.Condition()
         self._inserts: dict[BlockKey, tuple[Block, int]] = {}
         self._deletes: set[BlockKey] = set()
@@ -243,6 +243,7 @@ class Journal:
                         "rows of %s cannot be committed: %s; nothing is stored there meanwhile", self._slab, error
                     )
                 self._failed = f"rows of {self._slab} cannot be committed: {error}"
+                self.on_commit()
                 with self._changed:
                     if self._closing:
                         return False

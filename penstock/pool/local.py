@@ -34,6 +34,8 @@ class Member(Protocol):
 
     @property
     def barrier(self) -> int: ...
+    @property
+    def refuses_stores(self) -> str | None: ...
     def start(self) -> None: ...
     def put(self, work: Work) -> PoolError | None: ...
     def register(self, buffer: memoryview) -> None: ...
@@ -308,7 +310,10 @@ class LocalPool:
                 return None, PoolError("layout", f"block {key.hex()} exists with {present.size_bytes} bytes")
             if self._table.occupied(key):
                 return None, PoolError("dropped", f"block {key.hex()} is being written or dropped already")
-            block, gone = self._table.reserve(key, parent, size_bytes)
+            refused = {n: why for n, member in enumerate(self.members) if (why := member.refuses_stores)}
+            if len(refused) == len(self.members):
+                return None, PoolError("device", "; ".join(refused.values()))
+            block, gone = self._table.reserve(key, parent, size_bytes, refused)
             self._evictions += len(gone)
             for number in {old.member for old in gone}:
                 self.members[number].forget([old for old in gone if old.member == number])

@@ -34,6 +34,7 @@ class MemoryMember:
 
     kind = "memory"
     barrier = 0
+    refuses_stores = None
 
     def __init__(self, name: str, capacity_bytes: int) -> None:
         """Raises ValueError for less than one page, OSError when the memory cannot be had."""

@@ -59,15 +59,17 @@ class SlabMember:
         """What a store into an extent reserved now must wait for."""
         return self._journal.sequence
 
+    @property
+    def refuses_stores(self) -> str | None:
+        """Why nothing can be stored here at present; None when it can."""
+        return self.fenced or self._journal.failed
+
     def start(self) -> None:
         self._thread.start()
 
     def put(self, work: Work) -> PoolError | None:
-        if self.fenced:
-            return PoolError("device", self.fenced)
-        if work.kind == "store" and self._journal.failed:
-            return PoolError("device", self._journal.failed)
-        return self._queue.put(work)
+        refused = self.refuses_stores if work.kind == "store" else self.fenced
+        return PoolError("device", refused) if refused else self._queue.put(work)
 
     def register(self, buffer: memoryview) -> None:
         """Pin the buffer for the engine; done by the worker before its next operation."""
@@ -159,6 +161,9 @@ class SlabMember:
             self._engine.register(self._to_register.pop())
         for late in self._queue.expired():
             late.finish(late, PoolError("deadline", f"waited too long for {self.name}"))
+        if self._journal.failed:
+            for store in self._queue.drain("store"):
+                store.finish(store, PoolError("device", self._journal.failed or "rows could not be committed"))
         full = self._submit_waiting()
         if self._submitted:
             self._collect(POLL_FULL_S if full else POLL_S)

@@ -5,7 +5,7 @@ Pure state, no I/O and no lock: the pool calls it under its own lock.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -98,11 +98,13 @@ class Table:
         block = self._blocks.get(key)
         return block if block is not None and not block.doomed and not self._index.pins(key) else None
 
-    def reserve(self, key: BlockKey, parent: BlockKey, size_bytes: int) -> tuple[Block | None, list[Block]]:
+    def reserve(
+        self, key: BlockKey, parent: BlockKey, size_bytes: int, without: Container[int] = ()
+    ) -> tuple[Block | None, list[Block]]:
         """An extent for a block that is about to be written, and the blocks that had to leave for it (their extents
-        are in use again from now on). None when no healthy member can hold it."""
+        are in use again from now on). None when no healthy member, save those in `without`, can hold it."""
         position = self._position(key, parent)
-        order = self.placement.order(position)
+        order = [member for member in self.placement.order(position) if member not in without]
         length = staging_bytes(size_bytes)
         gone: list[Block] = []
         for member in order:

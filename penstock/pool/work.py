@@ -104,10 +104,11 @@ class WorkQueue:
             self._closed = True
             self._changed.notify()
 
-    def drain(self) -> list[Work]:
-        """Everything that still waits, taken out."""
+    def drain(self, *kinds: Literal["load", "store"]) -> list[Work]:
+        """Everything of these kinds (none given: of both) that still waits, taken out."""
         with self._changed:
-            rest = [*self._queues["load"], *self._queues["store"]]
-            for queue in self._queues.values():
-                queue.clear()
+            rest: list[Work] = []
+            for kind in kinds or ("load", "store"):
+                rest.extend(self._queues[kind])
+                self._queues[kind].clear()
             return rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import sys
 from pathlib import Path
@@ -101,6 +102,7 @@ def serve(
 
 def _serve(flags: ServeFlags) -> None:
     """Everything cheap is checked before the model is loaded; the port is reserved first and opened last."""
+    from penstock.core.config import ConfigError
     from penstock.pool.api import PoolError
     from penstock.server.app import ServerApp
     from penstock.server.flags import engine_config, server_settings
@@ -109,21 +111,27 @@ def _serve(flags: ServeFlags) -> None:
     try:
         config, settings = engine_config(flags), server_settings(flags)
         listener = bind(flags.host, flags.port)
-        from penstock.engine.build import build_engine
-
-        codec = _codec(flags)
-        running = build_engine(config)
-    except (ValueError, OSError, PoolError) as error:
+    except (ConfigError, BindError) as error:
         _refuse(error)
     url = url_of(listener)
-    app = ServerApp(running.engine, codec, settings)
-    ready = f"penstock: {settings.model_name} listening on {url}"
-    try:
-        HttpServer(app, listener, lambda: print(ready, flush=True)).serve_forever()
-    except BindError as error:
-        _refuse(error)
-    finally:
-        running.close()
+    if settings.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        log.warning("whoever reaches %s can use this server; --api-key-file asks for a key", url)
+    with listener:
+        try:
+            from penstock.engine.build import build_engine
+
+            codec = _codec(flags)
+            running = build_engine(config)
+        except (ValueError, OSError, PoolError) as error:
+            _refuse(error)
+        app = ServerApp(running.engine, codec, settings)
+        ready = f"penstock: {settings.model_name} listening on {url}"
+        try:
+            HttpServer(app, listener, lambda: print(ready, flush=True)).serve_forever()
+        except BindError as error:
+            _refuse(error)
+        finally:
+            running.close()
 
 
 def _codec(flags: ServeFlags) -> TextCodec | None:

@@ -34,7 +34,7 @@ class ServerMetrics:
     """Counters and histograms of one server; `render` is the text of `/metrics`."""
 
     def __init__(self, engine: EngineAPI) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         to = self.registry
         self.http_requests = Counter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import random
 import sqlite3
 import subprocess
@@ -402,20 +403,21 @@ def test_waiting_requests_end_by_their_deadline_behind_a_slow_device(
 
 def test_a_table_that_cannot_be_written_stops_stores_until_it_can(tmp_path: Path) -> None:
     path = tmp_path / "kv.slab"
-    pool = open_local_pool([], [(path, MIB)])
+    pool = open_local_pool([], [(path, 64 * MIB)])
     assert write(pool, key_of("a")) == "ok"
     other = sqlite3.connect(f"{path}.db", isolation_level=None)
     until(lambda: other.execute("SELECT count(*) FROM blocks").fetchone() == (1,))
     other.execute("BEGIN IMMEDIATE")
     assert write(pool, key_of("b")) == "ok", "its row waits"
-    until(lambda: write(pool, key_of("c")) == "device")
+    names = itertools.count()
+    until(lambda: write(pool, key_of(("c", next(names)))) == "device")
     assert [read(pool, key_of("a")), read(pool, key_of("b"))] == ["ok", "ok"]
     other.execute("ROLLBACK")
     other.close()
     until(lambda: write(pool, key_of("d")) == "ok")
     pool.close(5.0)
-    pool = open_local_pool([], [(path, MIB)])
-    assert [read(pool, key_of(name)) for name in "abcd"] == ["ok", "ok", "missing", "ok"]
+    pool = open_local_pool([], [(path, 64 * MIB)])
+    assert [read(pool, key_of(name)) for name in "abd"] == ["ok", "ok", "ok"]
     pool.close(5.0)
 
 
@@ -426,8 +428,9 @@ from pathlib import Path
 from helpers import chain, staged
 from penstock.pool.open import open_local_pool
 pool = open_local_pool([], [(Path(sys.argv[1]), 2 << 20)])
+blocks = chain("a", 3000)
 print("ready", flush=True)
-for key, parent in chain("a", 1_000_000):
+for key, parent in blocks * 1000:
     pool.write(key, parent, 9000, staged(key, 9000), 10.0, lambda error: None)
     time.sleep(0.0005)
 """
