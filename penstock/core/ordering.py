@@ -1,7 +1,7 @@
 """Which request first: the policies as ranks, and a queue ordered by rank whose members may change rank.
 
-A rank is `(tier, key, sequence)`, smallest first. Tiers: 0 waited beyond the ageing bound, 1 ordinary, 2 put off so that
-others meet their deadlines (policy `feasible` only, see `feasibility`). CALVO gives `sjf` and `lstf`; `srpt` and
+A rank is `(tier, key, sequence)`, smallest first. Tiers: 0 waited beyond the ageing bound, 1 ordinary, 2 put off so
+that others meet their deadlines (policy `feasible` only, see `feasibility`). CALVO gives `sjf` and `lstf`; `srpt` and
 `feasible` go beyond it.
 """
 
@@ -17,16 +17,14 @@ Rank = tuple[int, float, int]
 AGED, ORDINARY, HOPELESS = 0, 1, 2
 
 
-def policy_key(
-    policy: Policy, arrival_s: float, deadline_s: float, load_s: float, compute_s: float, tier: int = ORDINARY
-) -> float:
-    """The key of one request. `load_s` and `compute_s` are its service costs: of the whole request for the static
-    policies, of what remains for `srpt` and `feasible`. Hopeless requests are ordered by what remains of them."""
-    if tier == AGED or policy == "fcfs":
+def policy_key(policy: Policy, arrival_s: float, deadline_s: float, load_s: float, compute_s: float) -> float:
+    """The key of an ordinary request. `load_s` and `compute_s` are its service costs: of the whole request, and for
+    `srpt` of what remains of it."""
+    if policy == "fcfs":
         return arrival_s
     if policy == "sjf-compute":
         return compute_s
-    if policy in ("sjf", "srpt") or tier == HOPELESS:
+    if policy in ("sjf", "srpt"):
         return load_s + compute_s
     if policy == "edf":
         return deadline_s

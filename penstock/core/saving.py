@@ -10,9 +10,9 @@ from penstock.core.shared_state import SharedState
 
 
 class Saving:
-    """A bounded queue of computed blocks. They are pinned in L1 until their bytes have left it, as long as that takes no
-    more than a quarter of L1; what is evicted before its turn, or finds the queue full, is dropped and counted (it will
-    be a miss, not an error)."""
+    """A bounded queue of computed blocks. They are pinned in L1 until their bytes have left it, as long as that takes
+    no more than a quarter of L1; what is evicted before its turn, or finds the queue full, is dropped and counted (it
+    will be a miss, not an error)."""
 
     def __init__(self, shared: SharedState) -> None:
         self._shared = shared

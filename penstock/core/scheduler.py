@@ -224,17 +224,15 @@ class LoadScheduler:
         load_s = self._load_s(request)
         if request.static_key is None:
             request.static_key = policy_key(
-                self._policy, request.arrival_s, request.deadline_s, load_s, request.compute_s, ORDINARY
+                self._policy, request.arrival_s, request.deadline_s, load_s, request.compute_s
             )
-        tier = request.tier
-        key = request.static_key
-        if tier == AGED:
+        if request.tier == AGED:
             key = request.arrival_s
-        elif self._policy == "srpt":
+        elif self._policy == "srpt" or request.tier == HOPELESS:
             key = load_s + request.compute_s
-        elif tier == HOPELESS:
-            key = load_s + request.compute_s
-        rank = (tier, key, request.sequence)
+        else:
+            key = request.static_key
+        rank = (request.tier, key, request.sequence)
         if rank != request.rank:
             request.rank = rank
             for queue in request.queues:

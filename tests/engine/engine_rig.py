@@ -1,4 +1,4 @@
-"""What the engine's tests share: engines over any pool, questions with deadlines, pools and runners that can be held."""
+"""What the engine's tests share: engines over any pool, questions with deadlines, gates in pools and runners."""
 
 from __future__ import annotations
 

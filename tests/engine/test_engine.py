@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def test_layerwise_uploads_give_the_computed_tokens(
     with serving(runner, memory_pool) as rig:
         assert rig.ask(prompt).tokens == computed(architecture, prompt)
     watched = WatchedRunner(runner)
-    with serving(watched, memory_pool, layerwise=True) as rig:
+    with serving(watched, memory_pool, layerwise=True, upload_window_groups=BLOCKS) as rig:
         watched.upload_gate.shut()
         answer = rig.start(prompt)
         watched.upload_gate.wait_arrived()
@@ -249,7 +250,7 @@ def test_the_report_accounts_for_all_the_time(llama: HFRunner, memory_pool: Pool
             spans = report.spans
             assert spans[0][0] == "lookup" and spans[0][1] == 0.0
             assert spans[-1][0] == "decode" and spans[-1][2] == pytest.approx(report.total_s)
-            assert all(a[2] == b[1] for a, b in zip(spans, spans[1:], strict=False))
+            assert all(a[2] == b[1] for a, b in itertools.pairwise(spans))
             assert report.ttft_s == pytest.approx(spans[-1][1])
             assert report.generated_tokens == 6 and report.slo_ttft_s == 5.0
             assert report.measured_compute_s > 0
