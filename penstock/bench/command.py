@@ -5,8 +5,10 @@ from __future__ import annotations
 import typer
 
 from penstock.bench.experiments.calvo import calvo
+from penstock.bench.experiments.demo import demo
 from penstock.bench.experiments.gpu import gpu
 from penstock.bench.experiments.io import io
+from penstock.bench.experiments.serve import serve
 from penstock.bench.experiments.transport import transport
 
 bench = typer.Typer(help="Measure Penstock against its limits on this machine.", no_args_is_help=True)
@@ -14,3 +16,5 @@ bench.command()(calvo)
 bench.command()(gpu)
 bench.command()(io)
 bench.command()(transport)
+bench.command()(demo)
+bench.command()(serve)

@@ -104,10 +104,12 @@ def deadlines_s(workload: Workload, reusable: Mapping[RequestName, int], model: 
     return found
 
 
-def one_at_a_time(workload: Workload, requests_max: int) -> Workload:
-    """The first turns of all sessions in one closed loop, sessions taking turns, so that a session's KV is pushed out
-    of a small device memory before its next turn."""
+def one_at_a_time(workload: Workload, requests_max: int, sessions_max: int) -> Workload:
+    """Turns of the first sessions in one closed loop, sessions taking turns, so that a session's KV is pushed out of a
+    small device memory before its next turn. Sessions of one turn (an open loop) are not bounded by `sessions_max`."""
+    depth = max(len(session.turns) for session in workload.sessions)
+    sessions = workload.sessions[: sessions_max if depth > 1 else requests_max]
     turns: list[Turn] = []
-    for i in range(max(len(session.turns) for session in workload.sessions)):
-        turns += [replace(session.turns[i], think_s=0.0) for session in workload.sessions if i < len(session.turns)]
+    for i in range(depth):
+        turns += [replace(session.turns[i], think_s=0.0) for session in sessions if i < len(session.turns)]
     return Workload(f"{workload.name}-alone", (Session("calibration", tuple(turns[:requests_max])),))

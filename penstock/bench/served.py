@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ from penstock.bench.workloads import Segment, Session, Turn, Workload
 
 System = Literal["penstock", "coupled", "no_pool"]
 WARM_UP_TENANT = "warm-up"
+CALIBRATION_SESSIONS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +145,28 @@ class Served:
             raise RuntimeError(f"{self.system}: a warm-up request failed: {errors[0]}")
 
 
-def calibrate(bed: Bed, workload: Workload, requests: int, replay_s_max: float, progress: Progress) -> TtftModel:
-    """The baseline's TTFT without interference: requests one at a time on a coupled system of its own."""
-    alone = one_at_a_time(workload, requests)
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The coupled baseline without interference: TTFT by cached and computed tokens, and seconds of a decoded token."""
+
+    ttft: TtftModel
+    decode_s: float
+
+
+def calibrate(bed: Bed, workload: Workload, requests: int, replay_s_max: float, progress: Progress) -> Calibration:
+    """Requests one at a time on a coupled system of its own, its device memory just large enough for one of them.
+    Raises ValueError when too few of them succeed."""
+    alone = one_at_a_time(workload, requests, CALIBRATION_SESSIONS)
     counter = Counter(progress, "calibration: coupled, one request at a time", alone.requests)
-    with Served(bed, "coupled") as served:
+    with Served(replace(bed, l1_tokens=round(1.1 * workload.context_tokens_max)), "coupled") as served:
         served.warm_up(workload.context_tokens_max)
-        return TtftModel.fit(served.replay(alone, {}, replay_s_max, counter).records)
+        records = served.replay(alone, {}, replay_s_max, counter).records
+    decoded = [
+        (record.total_s - record.ttft_s) / (len(record.output_tokens) - 1)
+        for record in records
+        if record.error is None and record.ttft_s is not None and len(record.output_tokens) > 1
+    ]
+    return Calibration(TtftModel.fit(records), sum(decoded) / len(decoded) if decoded else 0.0)
 
 
 def run_system(

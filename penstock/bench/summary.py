@@ -13,6 +13,8 @@ from penstock.bench.replay import RequestRecord, seconds_by_label
 from penstock.bench.report import Report
 from penstock.bench.statistics import Interval, Summary, ratio_of_means, summarize
 
+SHARE_SHOWN = 0.001  # of the time to the first token; what is less is in the JSON only
+
 
 @dataclass(frozen=True, slots=True)
 class SystemSummary:
@@ -108,7 +110,11 @@ def facts(summary: SystemSummary) -> list[tuple[str, str]]:
         rows.append(("SLO attainment", f"{summary.slo_attainment:.1%}"))
     rows += [("hit rate", f"{summary.hit_rate:.1%}"), ("loaded from the pool", f"{summary.loaded_gb:.3f} GB")]
     total = sum(summary.seconds.values()) or 1.0
-    rows += [(f"time in {label}", f"{s:.1f} s ({s / total:.0%})") for label, s in summary.seconds.items()]
+    rows += [
+        (f"time in {label}", f"{s:.1f} s ({s / total:.0%})")
+        for label, s in summary.seconds.items()
+        if s >= SHARE_SHOWN * total
+    ]
     return rows
 
 

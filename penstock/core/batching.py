@@ -148,7 +148,7 @@ class Batching:
             request.pages[index] = shared.l1.pin(key)
             request.ready[index] = True
             shared.keep_promise(request)
-            request.account.cached_tokens += size
+            request.count_cached(size)
             self._pass_ready(request)
 
     def _take_page(self, request: Request, index: int, now: float) -> bool:
@@ -199,14 +199,14 @@ class Batching:
             results.append((request, token))
         return results
 
-    def failed(self, op_id: int) -> list[Request]:
-        """The batch came to nothing; returns its requests."""
+    def failed(self, op_id: int) -> tuple[list[Request], bool]:
+        """The batch came to nothing; returns its requests, and whether it waited for uploads."""
         assert self._batch is not None and self._batch[0] == op_id
         _, chunks, _ = self._batch
         self._batch = None
         for request, _ in chunks:
             request.batched = False
-        return [request for request, _ in chunks]
+        return [request for request, _ in chunks], any(chunk.pending for _, chunk in chunks)
 
     def _advance(self, request: Request, position: int) -> None:
         """Everything before `position` is in L1: cache the blocks that became full, and offer them to the pool."""

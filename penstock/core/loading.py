@@ -386,7 +386,7 @@ class Loading:
             waiter.upload_bytes -= load.hit.size_bytes
         for waiter, index in users:
             waiter.ready[index] = True
-            waiter.account.cached_tokens += shared.config.block_tokens
+            waiter.count_cached(shared.config.block_tokens)
 
     # -- for integrity and views --------------------------------------------------------------------------------
 

@@ -77,6 +77,7 @@ class Request:
         "rank",
         "reactive",
         "ready",
+        "restarted",
         "sequence",
         "spec",
         "staged",
@@ -122,6 +123,7 @@ class Request:
         self.position = 0
         # compute
         self.batched = False
+        self.restarted = False  # a batch of it failed that waited for uploads
         self.ending: tuple[FinishReason, str | None] | None = None
         self.label = "lookup"
         self.label_since_s = now
@@ -132,6 +134,11 @@ class Request:
 
     def key_at(self, index: int) -> BlockKey:
         return self.chain.keys[index]
+
+    def count_cached(self, tokens: int) -> None:
+        """`tokens` of the prompt need no computing. What a preempted request finds again of its own does not count."""
+        if not self.account.preemptions:
+            self.account.cached_tokens += tokens
 
     def switch_label(self, label: str, now: float) -> None:
         """From `now` on the request's time counts as `label`. Spans past the bound are merged into the last one."""

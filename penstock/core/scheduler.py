@@ -185,10 +185,16 @@ class LoadScheduler:
                 self._token(request, token, now)
 
     def compute_failed(self, op_id: int, error: str, now: float) -> None:
-        """A Compute came to nothing: its requests end with an error."""
-        for request in self._batching.failed(op_id):
-            reason, text = request.ending or ("error", error)
-            self._finish(request, reason, text, now)
+        """A Compute came to nothing: its requests end with an error. When it waited for uploads those may be the cause:
+        then its requests start over, once."""
+        requests, waited = self._batching.failed(op_id)
+        for request in requests:
+            if waited and not request.restarted and request.ending is None:
+                request.restarted = True
+                self._start_over(request, now)
+            else:
+                reason, text = request.ending or ("error", error)
+                self._finish(request, reason, text, now)
 
     def _token(self, request: Request, token: int, now: float) -> None:
         account = request.account
@@ -338,7 +344,7 @@ class LoadScheduler:
             if key in shared.l1:
                 request.pages[index] = shared.l1.pin(key)
                 request.ready[index] = True
-                request.account.cached_tokens += self.config.block_tokens
+                request.count_cached(self.config.block_tokens)
                 need -= 1
             elif index in request.hits or key in self._loading.loads:
                 if index not in request.loads:
@@ -424,7 +430,8 @@ class LoadScheduler:
 
     def _back_to_waiting(self, request: Request, now: float) -> None:
         """From PREFILL back to WAITING, with its hits known."""
-        request.account.cached_tokens = 0
+        if not request.account.preemptions:
+            request.account.cached_tokens = 0
         self._release(request)
         self._enqueue(request, now)
 
@@ -439,12 +446,16 @@ class LoadScheduler:
             if request.state is not State.DECODE:
                 return False
             victim = request
-        victim.account.preemptions += 1
         self._shared.count("preemptions")
-        self._release(victim)
-        victim.hits = {}
-        self._look_up(victim, now)
+        self._start_over(victim, now)
         return victim is not request
+
+    def _start_over(self, request: Request, now: float) -> None:
+        """Give up pages and progress, keep the tokens, and begin again with a lookup."""
+        request.account.preemptions += 1
+        self._release(request)
+        request.hits = {}
+        self._look_up(request, now)
 
     def _finish(
         self, request: Request, reason: FinishReason, error: str | None, now: float, token: int | None = None

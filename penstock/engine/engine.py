@@ -54,6 +54,7 @@ MAX_EVENTS_PER_DECISION = 256
 STUCK_S = 120.0  # a batch or upload that takes longer makes the engine unhealthy
 IDLE_WAIT_S = 1.0
 ANSWER_TIMEOUT_S = 5.0
+CLOSE_GRACE_S = 0.5
 TOP_K_MAX = 2**31 - 1
 
 OnEvent = Callable[[TokenEvent], None]
@@ -99,6 +100,7 @@ class Engine:
         self._admitted = 0
         self._busy_since: dict[int, tuple[str, float]] = {}  # op -> what it is, when it began
         self._stopping = False
+        self._stop_by_s = 0.0
         self._fatal: str | None = None
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._thread = threading.Thread(target=self._run, name="penstock-control", daemon=True)
@@ -189,23 +191,23 @@ class Engine:
 
     def close(self, timeout_s: float) -> None:
         """See EngineAPI. Does not close pool or runner's model: their owner does."""
-        end = time.monotonic() + timeout_s
         with self._clients_lock:
+            self._stop_by_s = time.monotonic() + timeout_s
             self._stopping = True
             self._inbox.put(self._cancel_all)
-        self._thread.join(timeout_s)
-        stopped = self._runner_stages.close(max(0.1, end - time.monotonic()))
+        self._thread.join(timeout_s + CLOSE_GRACE_S)
+        stopped = self._runner_stages.close(CLOSE_GRACE_S)
         if self._pool_stages is not None:
             self._pool_stages.close()
         if self._thread.is_alive() or not stopped:
             log.error("an engine thread did not stop within %.1f s", timeout_s)
-            self._fail_everything(f"the engine was closed and could not end the request within {timeout_s:g} s")
+        self._fail_everything(f"the engine was closed and could not end the request within {timeout_s:g} s")
 
     # -- control thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
-            while not (self._stopping and self._scheduler.idle):
+            while not self._stopping or not (self._scheduler.idle or time.monotonic() > self._stop_by_s):
                 self._step()
         except Exception as error:
             log.exception("the control thread failed")
@@ -214,6 +216,8 @@ class Engine:
     def _step(self) -> None:
         wakeup = self._scheduler.next_wakeup_s()
         wait_s = IDLE_WAIT_S if wakeup is None else min(max(wakeup - time.monotonic(), 0.0), IDLE_WAIT_S)
+        if self._stopping:
+            wait_s = min(wait_s, max(self._stop_by_s - time.monotonic(), 0.0))
         try:
             self._inbox.get(timeout=wait_s)()
             for _ in range(MAX_EVENTS_PER_DECISION):
@@ -255,7 +259,7 @@ class Engine:
 
     def _fail_everything(self, error: str) -> None:
         with self._clients_lock:
-            self._fatal = error
+            self._fatal = self._fatal or error
             left = list(self._clients)
         for request_id in left:
             self._end(request_id, TokenEvent(None, "error", error))

@@ -24,7 +24,6 @@ from penstock.transport import wire
 
 log = logging.getLogger(__name__)
 
-WAKE=0
 VERIFY_BYTES = 1 << 20  # bytes are verified in pieces of this size while they are still in the processor's cache
 
 
@@ -189,15 +188,12 @@ class Connection:
         if reply.key != message.key or payload_bytes != message.size_bytes:
             raise wire.ProtocolError("the node sent another block than the one asked for")
         digest = xxhash.xxh3_64(seed=checksum_seed(message.key))
-        if WAKE: self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, min(WAKE, payload_bytes))
         for at in range(0, payload_bytes, VERIFY_BYTES):
             piece = pending.buffer[at : min(at + VERIFY_BYTES, payload_bytes)]
-            if WAKE and len(piece)<WAKE: self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, len(piece))
             if self._cut_reason is not None:
                 raise ConnectionError(self._cut_reason)
             wire.receive_exactly(self._sock, piece)
             digest.update(piece)
-        if WAKE: self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
         taken = self._take(reply.id)
         if digest.intdigest() == reply.checksum:
             self._end(taken, reply, None)

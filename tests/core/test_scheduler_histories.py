@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -66,6 +66,7 @@ class Histories(RuleBasedStateMachine):
         self.slots: dict[int, list[int]] = {}
         self.pages: dict[int, list[int]] = {}
         self.downloaded: set[int] = set()
+        self.doomed: set[int] = set()
         self.tokens: dict[str, list[int]] = {}
         self.ended: set[str] = set()
         self.serial = 0
@@ -194,7 +195,8 @@ class Histories(RuleBasedStateMachine):
             self.downloaded.add(op_id)
             self.brain.downloaded(op_id)
             return
-        if isinstance(op, Compute) and any(pending in self.pending for chunk in op.chunks for pending in chunk.pending):
+        fails = fails or op_id in self.doomed
+        if isinstance(op, Compute) and not fails:
             for pending in {pending for chunk in op.chunks for pending in chunk.pending if pending in self.pending}:
                 self._complete(pending, False)
         del self.pending[op_id]
@@ -209,11 +211,12 @@ class Histories(RuleBasedStateMachine):
                 self.slots[op.slot] = list(self.pool[op.key][0])
                 self.brain.fetched(op_id, None, self.now)
         elif isinstance(op, Upload):
-            waited_for = any(
-                isinstance(other, Compute) and any(op_id in chunk.pending for chunk in other.chunks)
-                for other in self.pending.values()
-            )
-            if fails and not waited_for:
+            if fails:  # a batch that waits for it fails too
+                self.doomed |= {
+                    other.op_id
+                    for other in self.pending.values()
+                    if isinstance(other, Compute) and any(op_id in chunk.pending for chunk in other.chunks)
+                }
                 self.brain.upload_failed(op_id, "device", self.now)
                 return
             for slot, page in op.blocks:
@@ -246,7 +249,11 @@ class Histories(RuleBasedStateMachine):
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(
-    max_examples=60, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=60,
+    stateful_step_count=60,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
 )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_rig import serving
 
 from penstock.engine.hf_runner import HFRunner
 from penstock.pool.open import open_local_pool
@@ -44,6 +45,28 @@ def runner_of(tiny: Callable[[str], Path]) -> Iterator[Callable[[str], HFRunner]
         return runners[architecture]
 
     yield runner
+    for made in runners.values():
+        made.close()
+
+
+@pytest.fixture(scope="session")
+def computed(tiny: Callable[[str], Path]) -> Iterator[Callable[..., list[int]]]:
+    """Greedy tokens of a prompt computed from nothing, in one chunk, without a pool, by a runner of its own."""
+    runners: dict[str, HFRunner] = {}
+    known: dict[tuple[str, tuple[int, ...], int], list[int]] = {}
+
+    def tokens(prompt: list[int], new_tokens: int = 6, architecture: str = "llama") -> list[int]:
+        if architecture not in runners:
+            made = HFRunner(str(tiny(architecture)), block_tokens=16, dtype="float32", device="cpu", layerwise=False)
+            made.allocate(64)
+            runners[architecture] = made
+        key = (architecture, tuple(prompt), new_tokens)
+        if key not in known:
+            with serving(runners[architecture], None, max_batch_tokens=1024) as rig:
+                known[key] = rig.ask(prompt, new_tokens).tokens
+        return known[key]
+
+    yield tokens
     for made in runners.values():
         made.close()
 

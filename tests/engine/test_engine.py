@@ -49,21 +49,6 @@ def opened(kind: str, folder: Path) -> Iterator[Pool]:
         local.close(CLOSE_S)
 
 
-@pytest.fixture(scope="module")
-def computed(runner_of: RunnerOf) -> Callable[..., list[int]]:
-    """Greedy tokens of a prompt computed from nothing, without a pool, in one chunk."""
-    known: dict[tuple[str, tuple[int, ...], int], list[int]] = {}
-
-    def tokens(architecture: str, prompt: list[int], new_tokens: int = 6) -> list[int]:
-        key = (architecture, tuple(prompt), new_tokens)
-        if key not in known:
-            with serving(runner_of(architecture), None, max_batch_tokens=1024) as rig:
-                known[key] = rig.ask(prompt, new_tokens).tokens
-        return known[key]
-
-    return tokens
-
-
 @pytest.mark.parametrize("kind", ["memory", "slab", "remote"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_loaded_kv_gives_the_computed_tokens(
@@ -73,7 +58,7 @@ def test_loaded_kv_gives_the_computed_tokens(
     block_bytes = runner.layout.full_block_bytes
     prompt, other = prompt_of(1, PROMPT_TOKENS), prompt_of(2, PROMPT_TOKENS)
     shared = prompt[: BLOCKS * BLOCK] + prompt_of(3, 21)
-    expected = [computed(architecture, p) for p in (prompt, other, shared)]
+    expected = [computed(p, architecture=architecture) for p in (prompt, other, shared)]
     hits = BLOCKS * BLOCK
     with opened(kind, tmp_path) as pool:
         with serving(runner, pool, max_batch_tokens=24) as rig:  # chunked prefill, both ways
@@ -119,7 +104,7 @@ def test_layerwise_uploads_give_the_computed_tokens(
     runner.allocate(64)
     prompt = prompt_of(1, PROMPT_TOKENS)
     with serving(runner, memory_pool) as rig:
-        assert rig.ask(prompt).tokens == computed(architecture, prompt)
+        assert rig.ask(prompt).tokens == computed(prompt, architecture=architecture)
     watched = WatchedRunner(runner)
     with serving(watched, memory_pool, layerwise=True, upload_window_groups=BLOCKS) as rig:
         watched.upload_gate.shut()
@@ -127,7 +112,7 @@ def test_layerwise_uploads_give_the_computed_tokens(
         watched.upload_gate.wait_arrived()
         watched.run_gate.wait_arrived()  # compute began before any byte was up
         watched.upload_gate.open()
-        assert answer.wait() and answer.tokens == computed(architecture, prompt)
+        assert answer.wait() and answer.tokens == computed(prompt, architecture=architecture)
         assert answer.report.loaded_bytes == BLOCKS * runner.layout.full_block_bytes
     runner.close()
 
@@ -148,7 +133,7 @@ def test_requests_that_come_while_blocks_are_read_share_the_load(
             assert not any(answer.first.is_set() for answer in answers)
             assert watched.read_gate.arrived == 3, "more in flight than the window"
             watched.let_reads_go()
-            assert [a.wait() and a.tokens for a in answers] == [computed("llama", p) for p in prompts]
+            assert [a.wait() and a.tokens for a in answers] == [computed(p) for p in prompts]
             assert sum(watched.reads.values()) == len(watched.reads) == BLOCKS
 
 
@@ -159,7 +144,7 @@ def test_tenants_share_nothing(llama: HFRunner, computed: Callable[..., list[int
         rig.settle()
         for tenant, cached in (("b", 0), ("", 0), ("a", BLOCKS * BLOCK)):
             answer = rig.ask(prompt, tenant=tenant)
-            assert answer.tokens == computed("llama", prompt)
+            assert answer.tokens == computed(prompt)
             assert answer.report.cached_tokens == cached
     with serving(llama, memory_pool) as rig:
         assert rig.ask(prompt, tenant="c").report.loaded_bytes == 0
@@ -173,7 +158,7 @@ def test_decodes_that_do_not_fit_l1_preempt_and_give_the_same_tokens(
     for pool in (memory_pool, None):
         with serving(llama, pool, l1_pages=14) as rig:
             answers = [rig.start(prompt, 60) for prompt in prompts]
-            assert [a.wait() and a.tokens for a in answers] == [computed("llama", p, 60) for p in prompts]
+            assert [a.wait() and a.tokens for a in answers] == [computed(p, 60) for p in prompts]
             assert rig.counter("preemptions") > 0
             for answer in answers:
                 assert answer.report.cached_tokens <= answer.report.prompt_tokens
@@ -190,7 +175,7 @@ def test_every_mode_and_policy_gives_the_same_tokens(
     mode: str, policy: str, llama: HFRunner, computed: Callable[..., list[int]], memory_pool: Pool
 ) -> None:
     prompts = five_turns()
-    expected = [computed("llama", prompt) for prompt in prompts]
+    expected = [computed(prompt) for prompt in prompts]
     for _ in range(2):  # the second time from the pool
         with serving(llama, memory_pool, mode=mode, policy=policy, l1_pages=24) as rig:
             answers = [rig.start(prompt, slo_ttft_s=0.01 * 4**i) for i, prompt in enumerate(prompts)]
@@ -208,7 +193,7 @@ def test_fifty_requests_at_once_with_a_shared_prefix(
         answers = [rig.start(prompt, 4) for prompt in prompts]
         assert {answer.wait().finish_reason for answer in answers} == {"length"}
         for i in (0, 17, 49):
-            assert answers[i].tokens == computed("llama", prompts[i], 4)
+            assert answers[i].tokens == computed(prompts[i], 4)
         assert sum(a.report.cached_tokens for a in answers) > 30 * 64
 
 
@@ -283,7 +268,7 @@ def test_a_built_engine_serves_and_closes(
         answer = Answer()
         sampling = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
         built.engine.submit(GenerationRequest("r", prompt, sampling), answer)
-        assert answer.wait() and answer.tokens == computed("llama", prompt)
+        assert answer.wait() and answer.tokens == computed(prompt)
         assert bool(answer.report.loaded_bytes) is loaded
         assert built.engine.healthy() == (True, "ok")
         assert built.engine.wait_idle(CLOSE_S)

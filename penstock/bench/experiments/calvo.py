@@ -55,7 +55,7 @@ def calvo(
     policy: Annotated[
         list[str] | None, typer.Option(help="Orderings to run beside the baseline. Default: all.")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, max=50, help="Workloads (seeds) of each rate.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, max=50, help="Workloads (seeds) of each rate.")] = 2,
     bytes_divisor: Annotated[int, typer.Option(min=1, help="KV bytes are the paper's divided by this.")] = 256,
     time_factor: Annotated[float, typer.Option(min=0.01, max=100, help="Times are the paper's times this.")] = 0.25,
     fetch_gbytes_per_s: Annotated[

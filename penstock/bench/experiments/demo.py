@@ -23,29 +23,31 @@ SYSTEMS: tuple[System, ...] = ("coupled", "penstock")
 
 
 def demo_workload(sessions: int, turns_max: int, seed: int) -> Workload:
-    """DualPath's 32K agents at 1/16 of their tokens, with a system prompt that all sessions share."""
+    """DualPath's 32K agents at a quarter of tokens and turns, answers cut, and a system prompt that all share."""
     agents = agent_trajectories(
         "32K",
         sessions,
         seed,
-        rate_per_s=4.0,
-        token_divisor=16,
+        rate_per_s=3.0,
+        token_divisor=4,
         turns_divisor=4,
         turns_max=turns_max,
-        shared_prefix_tokens=256,
-        think_s=0.2,
+        shared_prefix_tokens=384,
+        think_s=4.0,
+        answer_tokens_max=8,
     )
     return with_multipliers(agents, seed)
 
 
 def demo_bed(model: Path, workload: Workload, pace: str) -> Bed:
-    """Device memory for about three of the contexts, so that a session's KV comes from the pool at its next turn."""
+    """Device memory for four of the longest contexts, so that a session's KV has to come from the pool again at its
+    next turn when many sessions are open."""
     return Bed(
         model=model,
         block_tokens=BLOCK_TOKENS,
         l1_tokens=4 * workload.context_tokens_max,
         l2_bytes=32 * 2**20,
-        pool_bytes=512 * 2**20,
+        pool_bytes=2**30,
         pace=pace,
         sessions_at_once=len(workload.sessions),
     )
@@ -53,9 +55,9 @@ def demo_bed(model: Path, workload: Workload, pace: str) -> Bed:
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for demo.html, demo.png and demo.json.")] = Path("out"),
-    sessions: Annotated[int, typer.Option(min=1, max=64, help="Agent sessions.")] = 8,
-    turns: Annotated[int, typer.Option(min=1, max=200, help="Turns of a session, at most.")] = 12,
-    pace: Annotated[str, typer.Option(help="What the pool node sends at most: a NIC of that speed.")] = "20MB/s",
+    sessions: Annotated[int, typer.Option(min=1, max=256, help="Agent sessions.")] = 30,
+    turns: Annotated[int, typer.Option(min=1, max=200, help="Turns of a session, at most.")] = 5,
+    pace: Annotated[str, typer.Option(help="What the pool node sends at most: a NIC of that speed.")] = "25MB/s",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sessions and of the model's weights.")] = 0,
     minutes: Annotated[float, typer.Option(min=0.1, max=60, help="Time for both replays together, at most.")] = 3.0,
 ) -> None:
@@ -70,9 +72,9 @@ def demo(
         with console.status("building a small Llama with random weights"):
             bed = demo_bed(build_demo_checkpoint(Path(folder), seed=seed), workload, pace)
         with progress_bar(console) as progress:
-            ttft = calibrate(bed, workload, CALIBRATION_REQUESTS, 60.0, progress)
+            alone = calibrate(bed, workload, CALIBRATION_REQUESTS, 60.0, progress)
             reusable = reusable_tokens(workload, bed.vocabulary, bed.block_tokens)
-            deadlines = deadlines_s(workload, reusable, ttft)
+            deadlines = deadlines_s(workload, reusable, alone.ttft)
             for system in SYSTEMS:
                 runs[system] = run_system(bed, system, workload, deadlines, minutes * 30, progress)
         sizes = _sizes(bed, workload)

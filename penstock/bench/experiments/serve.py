@@ -1,0 +1,238 @@
+"""`penstock bench serve`: a recorded trace, scaled, through the HTTP API: with the pool, coupled, and without a pool."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from penstock.bench.deadlines import RequestName, deadlines_s, reusable_tokens, with_multipliers
+from penstock.bench.progress import progress_bar
+from penstock.bench.replay import RequestRecord
+from penstock.bench.report import Report
+from penstock.bench.served import Bed, Calibration, Run, System, calibrate, run_system
+from penstock.bench.summary import add_figures, add_ratio, facts, outputs_equal, print_table, summarize_records
+from penstock.bench.timeline import Panel, write_figure, write_html
+from penstock.bench.traces import Scaling, TraceError, read_trace
+from penstock.bench.workloads import Workload
+
+BLOCK_TOKENS = 16
+START_S = 14.0  # processes up, cost model measured, warm-up, and down again, for one run
+CALIBRATION_REQUESTS = 16
+CALIBRATION_S_MAX = 40.0
+REQUESTS_MAX = 600
+REQUESTS_MIN = 12
+ANSWER_TOKENS_MAX = 8
+UTILISATION = 0.7  # of an open loop: offered work without a pool, over time
+SECONDS_OPEN = 45.0  # how many open sessions: think time that fits beside the turns
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is replayed, in which order, and how long each run may take."""
+
+    workload: Workload
+    bed: Bed
+    order: tuple[System, ...]
+    run_s_max: float
+    open_loop: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    trace: Path
+    token_divisor: int
+    pace: str | None
+    minutes: float
+    seed: int
+    think_s_max: float
+    sessions_at_once: int
+
+    def read(self, requests_max: int, time_divisor: float = 8.0) -> Workload:
+        """The trace at this scale, with deadlines' multipliers."""
+        scaling = Scaling(
+            token_divisor=self.token_divisor,
+            time_divisor=time_divisor,
+            think_s_max=self.think_s_max,
+            requests_max=requests_max,
+            context_tokens_max=131_072 // self.token_divisor,
+            answer_tokens_max=ANSWER_TOKENS_MAX,
+        )
+        return with_multipliers(read_trace(self.trace, scaling), self.seed)
+
+
+def is_open_loop(workload: Workload) -> bool:
+    return all(len(session.turns) == 1 for session in workload.sessions)
+
+
+def make_bed(model: Path, workload: Workload, options: Options) -> Bed:
+    """Device memory for the longest prompt and three of the mean (an open loop: the mean of what is at work), far below
+    what the open sessions hold together, so that reuse has to come from the pool."""
+    mean = workload.prompt_tokens // workload.requests
+    return Bed(
+        model=model,
+        block_tokens=BLOCK_TOKENS,
+        l1_tokens=round(1.1 * workload.context_tokens_max) + 3 * mean,
+        l2_bytes=32 * 2**20,
+        pool_bytes=2 * 2**30,
+        pace=options.pace,
+        sessions_at_once=256 if is_open_loop(workload) else options.sessions_at_once,
+        request_s_max=max(60.0, options.minutes * 60.0),
+    )
+
+
+def busy_s(workload: Workload, alone: Calibration, cached: Callable[[RequestName], int]) -> float:
+    """Time that the requests of a workload keep one engine busy, one after the other."""
+    total = 0.0
+    for session in workload.sessions:
+        for i, turn in enumerate(session.turns):
+            hit = cached((session.name, i))
+            total += alone.ttft.ttft_s(hit, turn.prompt_tokens - hit) + alone.decode_s * (turn.max_tokens - 1)
+    return total
+
+
+def make_plan(options: Options, bed: Bed, alone: Calibration, left_s: float) -> Plan:
+    """The largest number of requests whose runs (two of Penstock and of coupled, one without a pool) fit into
+    `left_s`; when that is few, one run of each."""
+    vocabulary = bed.vocabulary
+    for order in ORDERS:
+        replay_s = left_s - START_S * len(order)
+        requests = REQUESTS_MAX
+        while requests >= REQUESTS_MIN:
+            workload = options.read(requests)
+            reusable = reusable_tokens(workload, vocabulary, BLOCK_TOKENS)
+            without = busy_s(workload, alone, lambda _: 0)
+            loaded = busy_s(workload, alone, reusable.__getitem__)
+            open_loop = is_open_loop(workload)
+            wanted_s = len(order) * without / UTILISATION if open_loop else without + (len(order) - 1) * loaded
+            if wanted_s <= replay_s:
+                break
+            requests = min(requests - 1, int(workload.requests * max(0.5, replay_s / wanted_s)))
+        if requests >= REQUESTS_MIN * (2 if order is ORDERS[0] else 1):
+            break
+    workload = options.read(max(requests, REQUESTS_MIN))
+    if open_loop:
+        recorded_s = max(session.start_s for session in workload.sessions)
+        wanted = busy_s(workload, alone, lambda _: 0) / UTILISATION
+        workload = options.read(max(requests, REQUESTS_MIN), time_divisor=8.0 * max(recorded_s, 1e-3) / wanted)
+    bed = make_bed(bed.model, workload, options)
+    return Plan(workload, bed, order, max(20.0, 2.0 * replay_s / len(order)), open_loop)
+
+
+ORDERS: tuple[tuple[System, ...], ...] = (
+    ("penstock", "coupled", "no_pool", "coupled", "penstock"),
+    ("penstock", "coupled", "no_pool"),
+)
+
+
+def serve(
+    trace: Annotated[Path, typer.Option(help="A folder of agent sessions, or a Mooncake .jsonl file.")],
+    json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the picture here (.html, .png or .svg).")] = None,
+    minutes: Annotated[float, typer.Option(min=0.5, max=240, help="About how long the whole may take.")] = 5.0,
+    token_divisor: Annotated[int, typer.Option(min=1, max=64, help="Recorded tokens for one sent token.")] = 32,
+    think_s_max: Annotated[float, typer.Option(min=0, help="Think times are divided by 8 and cut here.")] = 3.0,
+    sessions_at_once: Annotated[int, typer.Option(min=1, max=256, help="Open agent sessions.")] = 24,
+    pace: Annotated[str, typer.Option(help="What the pool node sends at most, or none.")] = "25MB/s",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and of deadlines' multipliers.")] = 0,
+) -> None:
+    """Replay a trace through the API with a real small model: penstock, coupled, and without a pool."""
+    from penstock.testing.tiny_models import build_demo_checkpoint
+
+    console = Console(stderr=True)
+    started_s = time.monotonic()
+    options = Options(
+        trace, token_divisor, None if pace == "none" else pace, minutes, seed, think_s_max, sessions_at_once
+    )
+    try:
+        first = options.read(REQUESTS_MAX)
+    except TraceError as error:
+        console.print(f"penstock bench serve: {error}", markup=False)
+        raise typer.Exit(2) from None
+    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as folder:
+        with console.status("building a small Llama with random weights"):
+            bed = make_bed(build_demo_checkpoint(Path(folder), seed=seed), first, options)
+        with progress_bar(console) as progress:
+            alone = calibrate(bed, first, CALIBRATION_REQUESTS, min(CALIBRATION_S_MAX, minutes * 12), progress)
+            plan = make_plan(options, bed, alone, minutes * 60 - (time.monotonic() - started_s))
+            runs = _run(plan, alone, progress)
+        report = _report(plan, runs, alone, options)
+    _write(report, plan, runs, json, plot, console)
+    if report.figures["failed_requests"] or report.figures["outputs_equal"] < 1:
+        errors = {record.error for run in runs for record in run.records if record.error}
+        console.print(f"requests failed or outputs differ: {sorted(map(str, errors))[:3]}", style="bold red")
+        raise typer.Exit(1)
+
+
+def _run(plan: Plan, alone: Calibration, progress: Progress) -> list[Run]:
+    reusable = reusable_tokens(plan.workload, plan.bed.vocabulary, BLOCK_TOKENS)
+    deadlines = deadlines_s(plan.workload, reusable, alone.ttft)
+    return [run_system(plan.bed, system, plan.workload, deadlines, plan.run_s_max, progress) for system in plan.order]
+
+
+def _records(runs: Sequence[Run], system: System) -> list[RequestRecord]:
+    return [record for run in runs if run.system == system for record in run.records]
+
+
+def _report(plan: Plan, runs: Sequence[Run], alone: Calibration, options: Options) -> Report:
+    workload, bed = plan.workload, plan.bed
+    report = Report("serve")
+    if bed.pace is not None:
+        report.modelled.append(f"the pool node's link is paced to {bed.pace}; bytes, sockets, KV and compute are real")
+    kv = bed.kv_bytes_per_token
+    working_set = sum(session.turns[-1].prompt_tokens for session in workload.sessions)
+    report.notes += [
+        f"{workload.name}: {workload.requests} requests of {len(workload.sessions)} sessions, "
+        f"{'open loop by time stamps' if plan.open_loop else f'closed loop, {bed.sessions_at_once} sessions at once'}; "
+        f"lengths 1/{options.token_divisor} of the recorded, answers at most {ANSWER_TOKENS_MAX} tokens",
+        f"device memory {bed.l1_tokens} tokens ({bed.l1_tokens * kv / 1e6:.1f} MB) against {working_set} tokens that "
+        f"the sessions end with; staging {bed.l2_bytes / 1e6:.0f} MB, pool {bed.pool_bytes / 1e6:.0f} MB, "
+        f"blocks of {bed.block_tokens} tokens, {kv} B of KV per token",
+        "SLO: TTFT of coupled without interference, fitted over requests one at a time "
+        f"({alone.ttft.fixed_s:.4g} s + {alone.ttft.cached_s:.4g} s a cached token + {alone.ttft.query_s:.4g} s and "
+        f"{alone.ttft.attention_s:.4g} s x position a computed one), times 2, 4 or 8 drawn evenly",
+    ]
+    summaries = {system: summarize_records(_records(runs, system)) for system in dict.fromkeys(plan.order)}
+    for system, summary in summaries.items():
+        add_figures(report, system, summary)
+        walls = [run.wall_s for run in runs if run.system == system]
+        report.figure(f"{system}_wall_mean_s", sum(walls) / len(walls))
+    report.figure("failed_requests", sum(summary.failed for summary in summaries.values()), limit=0)
+    penstock, coupled, no_pool = (_records(runs, system) for system in ("penstock", "coupled", "no_pool"))
+    report.figure("outputs_equal", outputs_equal(penstock, no_pool), limit=1.0)
+    report.figure("outputs_equal_coupled", outputs_equal(coupled, no_pool), limit=1.0)
+    if all(summary.ttft is not None for summary in summaries.values()):
+        ratio = add_ratio(report, "ttft_ratio_to_coupled", penstock, coupled)
+        add_ratio(report, "ttft_ratio_to_no_pool", penstock, no_pool)
+        report.figure("ttft_cut", 1.0 - ratio.value)
+    attained = [summaries[system].slo_attainment for system in ("penstock", "coupled")]
+    if attained[0] is not None and attained[1]:
+        report.figure("slo_gain", attained[0] / attained[1])
+    return report
+
+
+def _write(
+    report: Report, plan: Plan, runs: Sequence[Run], json: Path | None, plot: Path | None, console: Console
+) -> None:
+    summaries = {system: summarize_records(_records(runs, system)) for system in dict.fromkeys(plan.order)}
+    print_table(Console(), f"{report.experiment}: {report.command}", summaries)
+    names = ("failed_requests", "outputs_equal", "ttft_ratio_to_coupled", "ttft_ratio_to_no_pool", "slo_gain")
+    short = replace(report, figures={k: v for k, v in report.figures.items() if k.startswith(names)})
+    short.print(Console())
+    if json is not None:
+        report.write_json(json)
+    if plot is not None:
+        first = {run.system: run for run in reversed(runs)}
+        panels = [Panel(s, first[s].records, facts(summarize_records(first[s].records))) for s in summaries]
+        if plot.suffix == ".html":
+            write_html(plot, f"penstock bench serve: {plan.workload.name}", report.command, panels, report.notes)
+        else:
+            write_figure(plot, f"penstock bench serve: {plan.workload.name}", panels)
+        console.print(f"wrote {plot}")
