@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out
+TORCH_ARGS ?=
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",*/\1/p' pyproject.toml)
 
@@ -16,8 +17,8 @@ help:
 
 venv: $(VENV)/.installed
 
-# Torch goes first and alone: a CPU build where there is no NVIDIA GPU. pip's own sources are used as they are where
-# they were configured; otherwise the index of PyTorch's CPU builds is added.
+# Torch goes first and alone, so that nothing else chooses its build. Where pip's own sources give a CUDA build and there
+# is no GPU, TORCH_ARGS takes the pip options that select a CPU build (an index of your choice).
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; $$($(PYTHON) --version) is here. Name another: make PYTHON=python3.12" >&2; exit 1; }
@@ -25,10 +26,7 @@ $(VENV)/.installed: pyproject.toml
 		{ echo "Python's venv module is missing. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
-	@extra=""; \
-	if ! command -v nvidia-smi >/dev/null 2>&1 && ! $(BIN)/pip config list | grep -Eq 'index-url|find-links'; then \
-		extra="--extra-index-url https://download.pytorch.org/whl/cpu"; fi; \
-	set -x; $(BIN)/pip install --quiet --disable-pip-version-check $$extra "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH_ARGS) "$(TORCH)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 

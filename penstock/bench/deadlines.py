@@ -105,10 +105,12 @@ def deadlines_s(workload: Workload, reusable: Mapping[RequestName, int], model: 
 
 
 def one_at_a_time(workload: Workload, requests_max: int, sessions_max: int) -> Workload:
-    """Turns of the first sessions in one closed loop, sessions taking turns, so that a session's KV is pushed out of a
-    small device memory before its next turn. Sessions of one turn (an open loop) are not bounded by `sessions_max`."""
+    """Turns of a few sessions, from short to long ones, in one closed loop; sessions take turns, so that the KV of one
+    is pushed out of a small device memory before its next turn. `sessions_max` does not bound sessions of one turn."""
     depth = max(len(session.turns) for session in workload.sessions)
-    sessions = workload.sessions[: sessions_max if depth > 1 else requests_max]
+    count = min(len(workload.sessions), sessions_max if depth > 1 else requests_max)
+    by_length = sorted(workload.sessions, key=lambda session: session.turns[0].prompt_tokens)
+    sessions = [by_length[(2 * i + 1) * len(by_length) // (2 * count)] for i in range(count)]
     turns: list[Turn] = []
     for i in range(depth):
         turns += [replace(session.turns[i], think_s=0.0) for session in sessions if i < len(session.turns)]

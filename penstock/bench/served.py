@@ -158,8 +158,9 @@ def calibrate(bed: Bed, workload: Workload, requests: int, replay_s_max: float, 
     Raises ValueError when too few of them succeed."""
     alone = one_at_a_time(workload, requests, CALIBRATION_SESSIONS)
     counter = Counter(progress, "calibration: coupled, one request at a time", alone.requests)
-    with Served(replace(bed, l1_tokens=round(1.1 * workload.context_tokens_max)), "coupled") as served:
-        served.warm_up(workload.context_tokens_max)
+    longest = alone.context_tokens_max
+    with Served(replace(bed, l1_tokens=longest + longest // 8 + bed.block_tokens), "coupled") as served:
+        served.warm_up(longest)
         records = served.replay(alone, {}, replay_s_max, counter).records
     decoded = [
         (record.total_s - record.ttft_s) / (len(record.output_tokens) - 1)

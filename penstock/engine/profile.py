@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from penstock.core.config import ConfigError
+from penstock.core.config import ConfigError, check_range
 from penstock.core.cost import ComputeCost
 
 
@@ -33,6 +33,12 @@ class Profile:
     upload_bytes_per_s: float
     bytes_divisor: float = 1.0
     time_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "layer_bytes_per_token", "vocab_size", "max_context_tokens", "upload_bytes_per_s"):
+            check_range(name, getattr(self, name), 1, 1e15)
+        for name in ("a_s", "b_s", "c_s"):
+            check_range(name, getattr(self, name), 0, 1e6)
 
     def compute_cost(self) -> ComputeCost:
         return ComputeCost(self.a_s, self.b_s, self.c_s)
@@ -72,12 +78,12 @@ def profile_names() -> list[str]:
 def load_profile(name: str) -> Profile:
     """A shipped profile by name, or one in a TOML file by path. Raises ConfigError."""
     if name in profile_names():
-        text = files("penstock.engine").joinpath("profiles").joinpath(f"{name}.toml").read_text()
+        data = files("penstock.engine").joinpath("profiles").joinpath(f"{name}.toml").read_bytes()
     elif name.endswith(".toml") and Path(name).is_file():
-        text = Path(name).read_text()
+        data = Path(name).read_bytes()
     else:
         raise ConfigError(f"profile is {name!r}; allowed: {', '.join(profile_names())}, or the path of a .toml file")
     try:
-        return msgspec.convert(tomllib.loads(text), Profile)
-    except (msgspec.ValidationError, tomllib.TOMLDecodeError) as error:
+        return msgspec.convert(tomllib.loads(data.decode()), Profile)
+    except ValueError as error:  # not UTF-8, not TOML, a field of another type or out of its range
         raise ConfigError(f"profile {name}: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def test_a_chain_grown_in_any_steps_has_the_same_keys(tokens: list[int], cuts: l
     chain = KeyChain(root_key(MODEL, "s"), block_tokens)
     added = []
     bounds = [0, *sorted(cuts), len(tokens)]
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in itertools.pairwise(bounds):
         added += chain.extend(tokens[low:high])
     assert added == chain.keys == block_keys(tokens, MODEL, "s", block_tokens)
     for index in range(len(chain.keys)):

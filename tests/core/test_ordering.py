@@ -110,12 +110,3 @@ def test_a_ranked_queue_against_sorting() -> None:
         count = chance.randrange(6)
         assert queue.first(count) == expected[:count]
         assert (members[i] in queue) == (i in inside)
-
-
-def test_a_ranked_queue_stays_small() -> None:
-    queue: RankedQueue[Member] = RankedQueue()
-    member = Member((1, 0.0, 0))
-    for step in range(10_000):
-        member.rank = (1, float(step % 7), 0)
-        queue.push(member)
-    assert len(queue._heap) <= 70

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -169,7 +171,7 @@ class Histories(RuleBasedStateMachine):
         if op.finish_reason is not None:
             assert op.account is not None
             spans = op.account.spans
-            assert all(a[2] == b[1] for a, b in zip(spans, spans[1:], strict=False)), "gaps in the account of time"
+            assert all(a[2] == b[1] for a, b in itertools.pairwise(spans)), "gaps in the account of time"
             self.ended.add(op.request_id)
             del self.tokens[op.request_id]
 
@@ -249,7 +251,7 @@ class Histories(RuleBasedStateMachine):
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(
-    max_examples=60,
+    max_examples=200,
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=list(HealthCheck),

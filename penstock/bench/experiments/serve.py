@@ -1,10 +1,10 @@
-"""`penstock bench serve`: a recorded trace, scaled, through the HTTP API: with the pool, coupled, and without a pool."""
+"""`penstock bench serve`: a recorded trace, scaled, through the HTTP API: as Penstock, coupled, and without a pool."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +31,7 @@ REQUESTS_MAX = 600
 REQUESTS_MIN = 12
 ANSWER_TOKENS_MAX = 8
 UTILISATION = 0.7  # of an open loop: offered work without a pool, over time
-SECONDS_OPEN = 45.0  # how many open sessions: think time that fits beside the turns
+TIME_DIVISOR = 8.0  # of think times
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Options:
     think_s_max: float
     sessions_at_once: int
 
-    def read(self, requests_max: int, time_divisor: float = 8.0) -> Workload:
+    def read(self, requests_max: int, time_divisor: float = TIME_DIVISOR) -> Workload:
         """The trace at this scale, with deadlines' multipliers."""
         scaling = Scaling(
             token_divisor=self.token_divisor,
@@ -98,38 +98,41 @@ def busy_s(workload: Workload, alone: Calibration, cached: Callable[[RequestName
     return total
 
 
-def make_plan(options: Options, bed: Bed, alone: Calibration, left_s: float) -> Plan:
-    """The largest number of requests whose runs (two of Penstock and of coupled, one without a pool) fit into
-    `left_s`; when that is few, one run of each."""
-    vocabulary = bed.vocabulary
-    for order in ORDERS:
-        replay_s = left_s - START_S * len(order)
-        requests = REQUESTS_MAX
-        while requests >= REQUESTS_MIN:
-            workload = options.read(requests)
-            reusable = reusable_tokens(workload, vocabulary, BLOCK_TOKENS)
-            without = busy_s(workload, alone, lambda _: 0)
-            loaded = busy_s(workload, alone, reusable.__getitem__)
-            open_loop = is_open_loop(workload)
-            wanted_s = len(order) * without / UTILISATION if open_loop else without + (len(order) - 1) * loaded
-            if wanted_s <= replay_s:
-                break
-            requests = min(requests - 1, int(workload.requests * max(0.5, replay_s / wanted_s)))
-        if requests >= REQUESTS_MIN * (2 if order is ORDERS[0] else 1):
-            break
-    workload = options.read(max(requests, REQUESTS_MIN))
-    if open_loop:
-        recorded_s = max(session.start_s for session in workload.sessions)
-        wanted = busy_s(workload, alone, lambda _: 0) / UTILISATION
-        workload = options.read(max(requests, REQUESTS_MIN), time_divisor=8.0 * max(recorded_s, 1e-3) / wanted)
-    bed = make_bed(bed.model, workload, options)
-    return Plan(workload, bed, order, max(20.0, 2.0 * replay_s / len(order)), open_loop)
-
-
 ORDERS: tuple[tuple[System, ...], ...] = (
     ("penstock", "coupled", "no_pool", "coupled", "penstock"),
     ("penstock", "coupled", "no_pool"),
 )
+
+
+def wanted_s(workload: Workload, order: Sequence[System], reusable: Mapping[RequestName, int], a: Calibration) -> float:
+    """About how long replays in this order take: an engine that is busy all the time, or an open loop's duration."""
+    without = busy_s(workload, a, lambda _: 0)
+    if is_open_loop(workload):
+        return len(order) * without / UTILISATION
+    return sum(without if system == "no_pool" else busy_s(workload, a, reusable.__getitem__) for system in order)
+
+
+def make_plan(options: Options, bed: Bed, alone: Calibration, left_s: float) -> Plan:
+    """The largest number of requests whose runs (two of Penstock and of coupled, one without a pool) fit into
+    `left_s`; when that is few, one run of each."""
+    for order in ORDERS:
+        replay_s = left_s - START_S * len(order)
+        requests = REQUESTS_MAX
+        while requests > REQUESTS_MIN:
+            workload = options.read(requests)
+            needed_s = wanted_s(workload, order, reusable_tokens(workload, bed.vocabulary, BLOCK_TOKENS), alone)
+            if needed_s <= replay_s:
+                break
+            requests = max(REQUESTS_MIN, min(workload.requests - 1, int(workload.requests * replay_s / needed_s)))
+        if requests >= 4 * REQUESTS_MIN:
+            break
+    time_divisor = TIME_DIVISOR
+    if is_open_loop(workload):
+        recorded_s = max(session.start_s for session in workload.sessions) * TIME_DIVISOR
+        time_divisor = max(recorded_s, 1e-3) / (busy_s(workload, alone, lambda _: 0) / UTILISATION)
+    workload = options.read(requests, time_divisor)
+    run_s_max = 60.0 + 4.0 * max(replay_s, 0.0) / len(order)
+    return Plan(workload, make_bed(bed.model, workload, options), order, run_s_max, is_open_loop(workload))
 
 
 def serve(
@@ -138,8 +141,8 @@ def serve(
     plot: Annotated[Path | None, typer.Option(help="Write the picture here (.html, .png or .svg).")] = None,
     minutes: Annotated[float, typer.Option(min=0.5, max=240, help="About how long the whole may take.")] = 5.0,
     token_divisor: Annotated[int, typer.Option(min=1, max=64, help="Recorded tokens for one sent token.")] = 32,
-    think_s_max: Annotated[float, typer.Option(min=0, help="Think times are divided by 8 and cut here.")] = 3.0,
-    sessions_at_once: Annotated[int, typer.Option(min=1, max=256, help="Open agent sessions.")] = 24,
+    think_s_max: Annotated[float, typer.Option(min=0, help="Think times are divided by 8 and cut here.")] = 4.0,
+    sessions_at_once: Annotated[int, typer.Option(min=1, max=256, help="Open agent sessions.")] = 16,
     pace: Annotated[str, typer.Option(help="What the pool node sends at most, or none.")] = "25MB/s",
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and of deadlines' multipliers.")] = 0,
 ) -> None:

@@ -1,0 +1,97 @@
+"""The commands a user runs: the demo and a trace replay, as processes of their own, over real HTTP and a real pool."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
+
+
+def _bench(arguments: list[str], timeout_s: float, marker: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `penstock bench ...`; `marker` goes into the environment of every process that comes of it."""
+    command = [sys.executable, "-m", "penstock", "bench", *arguments]
+    environment = os.environ | {"PENSTOCK_TEST_MARKER": marker}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL, env=environment
+    )
+
+
+def _left_behind(marker: str) -> list[str]:
+    """Processes that still run with this marker."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("PENSTOCK_TEST_MARKER") == marker:
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+def _figures(path: Path) -> dict[str, float]:
+    record: dict[str, Any] = json.loads(path.read_text())
+    assert set(record) >= {"experiment", "figures", "limits", "modelled", "environment", "command"}
+    figures: dict[str, float] = record["figures"]
+    return figures
+
+
+def test_demo_writes_its_table_page_and_picture(tmp_path: Path) -> None:
+    arguments = ["demo", "--out", str(tmp_path), "--sessions", "12", "--turns", "3", "--pace", "50MB/s"]
+    done = _bench(arguments, 200, marker=str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = _figures(tmp_path / "demo.json")
+    assert figures["failed_requests"] == 0
+    assert figures["outputs_equal"] == 1.0
+    assert figures["penstock_requests"] == figures["coupled_requests"] > 20
+    assert figures["penstock_loaded_gb"] > 0 and figures["penstock_hit_rate"] > 0.3
+    for system in ("coupled", "penstock"):
+        assert figures[f"{system}_time_fetch_s"] > 0 and figures[f"{system}_time_compute_s"] > 0
+        assert system in done.stdout
+    assert "TTFT p99" in done.stdout and "SLO attainment" in done.stdout
+    assert "</html>" in (tmp_path / "demo.html").read_text()
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
+    assert not _left_behind(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "trace",
+    ["claude_code", "mooncake/conversation.jsonl"],
+)
+def test_recorded_trace_is_served_with_equal_outputs(trace: str, tmp_path: Path) -> None:
+    path = TRACES / trace
+    if not path.exists():
+        pytest.skip(f"no recorded trace beside the checkout: {Path('..') / 'shared' / 'traces' / trace}")
+    out = tmp_path / "serve.json"
+    arguments = [
+        "serve",
+        "--trace",
+        str(path),
+        "--json",
+        str(out),
+        "--plot",
+        str(tmp_path / "p.html"),
+        "--minutes",
+        "1",
+    ]
+    done = _bench(arguments, 280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    figures = _figures(out)
+    assert figures["failed_requests"] == 0
+    assert figures["outputs_equal"] == 1.0
+    assert figures["penstock_requests"] >= 12
+    assert (tmp_path / "p.png").exists()
+
+
+def test_a_trace_that_cannot_be_read_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"timestamp": 1}\n')
+    done = _bench(["serve", "--trace", str(tmp_path / "t.jsonl")], 60)
+    assert done.returncode == 2
+    assert "line 1: field 'input_length' is missing" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
