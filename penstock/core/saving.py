@@ -66,7 +66,7 @@ class Saving:
         if page is not None:
             self._shared.l1.unpin(page)
         self._shared.l2.free_save(slot)
-        self._shared.count("saved_blocks" if error is None else "save_failures")
+        self._shared.count("saved_blocks" if error is None else "saves_failed")
 
     def slots_in_use(self) -> list[int]:
         return [slot for slot, _ in self._in_flight.values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from penstock.engine.profile import load_profile
 from penstock.engine.runner import ModelRunner
 from penstock.pool.api import Pool
 from penstock.pool.open import connect_pool, open_local_pool
+
+log = logging.getLogger(__name__)
 
 DEFAULT_POOL_BYTES = 2**30
 CLOSE_TIMEOUT_S = 10.0
@@ -108,6 +111,8 @@ def _runner(config: EngineConfig) -> ModelRunner:
     )
     if runner.device.type == "cpu":  # leave a core to the loads
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
+    for note in runner.notes:
+        log.info("model: %s", note)
     return runner
 
 
@@ -125,4 +130,7 @@ def _pool(config: EngineConfig) -> Pool | None:
     if config.pool:
         return connect_pool(config.pool)
     memory = config.memory or (() if config.slab else (DEFAULT_POOL_BYTES,))
-    return open_local_pool(memory, [(Path(path), size) for path, size in config.slab])
+    pool = open_local_pool(memory, [(Path(path), size) for path, size in config.slab])
+    for note in pool.notes:
+        log.warning("pool: %s", note)
+    return pool

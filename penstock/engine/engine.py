@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import queue
@@ -45,7 +46,7 @@ from penstock.engine.api import (
 from penstock.engine.executors import PoolStages, RunnerStages, Staging
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
 from penstock.io.memory import aligned_buffer
-from penstock.pool.api import Pool
+from penstock.pool.api import Pool, PoolError, PoolStat
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ MAX_EVENTS_PER_DECISION = 256
 STUCK_S = 120.0  # a batch or upload that takes longer makes the engine unhealthy
 IDLE_WAIT_S = 1.0
 ANSWER_TIMEOUT_S = 5.0
+POOL_STAT_TIMEOUT_S = 1.0
 CLOSE_GRACE_S = 0.5
 TOP_K_MAX = 2**31 - 1
 
@@ -153,8 +155,13 @@ class Engine:
         self._inbox.put(lambda: self._scheduler.cancel(request_id, time.monotonic()))
 
     def stats(self) -> EngineStats:
-        """See EngineAPI. Raises TimeoutError when the control thread does not answer."""
-        return self._ask(self._snapshot)
+        """See EngineAPI. Raises TimeoutError when the control thread does not answer; a pool that does not is left
+        out."""
+        stats = self._ask(self._snapshot)
+        if self._pool is not None:
+            with contextlib.suppress(PoolError):
+                stats.labelled.update(_pool_series(self._pool.stat(POOL_STAT_TIMEOUT_S)))
+        return stats
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
         """The answer of the control thread. Raises TimeoutError when it gives none."""
@@ -390,6 +397,14 @@ class Engine:
             },
             extra={"mode": self.config.mode, "policy": self.config.policy, "inbox": self._inbox.qsize()},
         )
+
+
+def _pool_series(stat: PoolStat) -> dict[str, dict[str, float]]:
+    """The pool's members as series by member name."""
+    return {
+        f"pool_member_{name}": {member.name: float(getattr(member, name)) for member in stat.members}
+        for name in ("capacity_bytes", "used_bytes", "blocks", "healthy", "weight", "errors")
+    }
 
 
 def _report(request: GenerationRequest, account: Account, config: SchedulerConfig) -> RequestReport:

@@ -38,6 +38,21 @@ def test_coupled_serves_one_request_after_the_other_stage_by_stage() -> None:
     assert bench.body.order == [f"r{i}" for i in range(12)], "first come first served"
 
 
+@pytest.mark.parametrize(("mode", "overlaps"), [("coupled", False), ("penstock", True)])
+def test_a_hole_at_the_front_is_computed_while_the_rest_loads_but_not_by_the_baseline(
+    mode: str, overlaps: bool
+) -> None:
+    bench = Bench(mode=mode, upload_group_blocks=1)
+    prompt = prompt_of(1, 40 * BLOCK + 20)
+    bench.stored(prompt, 40)
+    for key in list(bench.pool)[:3]:
+        del bench.pool[key]
+    bench.body.submit_at(0.0, spec("r", prompt))
+    bench.body.run()
+    assert (overlap_s(bench.body.busy["fetch"], bench.body.busy["compute"]) > 0) is overlaps
+    assert bench.body.ended["r"].account.cached_tokens == 37 * BLOCK
+
+
 def test_coupled_gives_the_example_of_calvo() -> None:
     """R1: 0.361 s to load, 0.019 s to compute; R2: 0.199 and 0.025. FIFO: a mean of 0.49 s."""
     compute = ComputeCost(0.019 - 28 * (6e-3 / 106), 6e-3 / 106, 0.0)

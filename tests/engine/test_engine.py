@@ -161,7 +161,7 @@ def test_decodes_that_do_not_fit_l1_preempt_and_give_the_same_tokens(
             assert [a.wait() and a.tokens for a in answers] == [computed(p, 60) for p in prompts]
             assert rig.counter("preemptions") > 0
             for answer in answers:
-                assert answer.report.cached_tokens <= answer.report.prompt_tokens
+                assert answer.report.cached_tokens == 0, "what it computed itself does not count"
 
 
 def five_turns() -> list[list[int]]:

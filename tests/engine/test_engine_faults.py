@@ -149,7 +149,7 @@ def test_a_full_slab_evicts_and_the_engine_serves_on(
                 for prompt in prompts:
                     assert rig.ask(prompt).tokens == computed(prompt)
                 rig.settle()
-                dropped = rig.counter("save_failures")
+                dropped = rig.counter("saves_failed")
         stat = pool.stat(1.0)
         assert stat.members[0].blocks <= room
         assert stat.evictions + dropped > 0
@@ -196,6 +196,29 @@ def test_leased_blocks_evicted_before_their_fetch(
         runner.upload_gate.open()
         assert answer.wait() and answer.tokens == computed(PROMPT)
         assert answer.report.load_failures["missing"] > 0
+
+
+def test_leases_are_given_back(llama: HFRunner, computed: Callable[..., list[int]], memory_pool: Pool) -> None:
+    keys = keys_of(llama, PROMPT)
+    warm(llama, memory_pool)
+    runner = WatchedRunner(llama)
+    with serving(runner, memory_pool, upload_group_blocks=2) as rig:
+        runner.upload_gate.shut()
+        victim = rig.start(PROMPT, request_id="victim")
+        runner.upload_gate.wait_arrived()
+        wait_until(lambda: rig.counter("fetched_blocks") == BLOCKS, "all blocks")
+        assert memory_pool.evict(keys[-1:]) == 0, "a leased block was evicted"
+        rig.engine.cancel("victim")
+        assert victim.wait().finish_reason == "cancelled"
+        runner.upload_gate.open()
+        rig.settle()
+        assert memory_pool.evict(keys) == BLOCKS
+    assert [hit for hit in memory_pool.lookup(keys, 1.0) if hit] == []
+    warm(llama, memory_pool)
+    with serving(llama, memory_pool) as rig:
+        assert rig.ask(PROMPT).tokens == computed(PROMPT)
+        rig.settle()
+        assert memory_pool.evict(keys) == BLOCKS
 
 
 def test_late_reads_end_at_the_deadline(llama: HFRunner, computed: Callable[..., list[int]], memory_pool: Pool) -> None:

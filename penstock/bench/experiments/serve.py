@@ -32,6 +32,8 @@ REQUESTS_MIN = 12
 ANSWER_TOKENS_MAX = 8
 UTILISATION = 0.7  # of an open loop: offered work without a pool, over time
 TIME_DIVISOR = 8.0  # of think times
+TURNS_OF_A_SESSION = 8  # about how many of each agent session are replayed
+SESSION_EVERY_S = 0.75  # agent sessions start one after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,15 @@ class Options:
             time_divisor=time_divisor,
             think_s_max=self.think_s_max,
             requests_max=requests_max,
+            sessions_max=None if self.trace.suffix == ".jsonl" else max(1, requests_max // TURNS_OF_A_SESSION),
             context_tokens_max=131_072 // self.token_divisor,
             answer_tokens_max=ANSWER_TOKENS_MAX,
         )
-        return with_multipliers(read_trace(self.trace, scaling), self.seed)
+        workload = with_multipliers(read_trace(self.trace, scaling), self.seed)
+        if is_open_loop(workload):
+            return workload
+        starts = (replace(s, start_s=i * SESSION_EVERY_S) for i, s in enumerate(workload.sessions))
+        return replace(workload, sessions=tuple(starts))
 
 
 def is_open_loop(workload: Workload) -> bool:
@@ -73,13 +80,13 @@ def is_open_loop(workload: Workload) -> bool:
 
 
 def make_bed(model: Path, workload: Workload, options: Options) -> Bed:
-    """Device memory for the longest prompt and three of the mean (an open loop: the mean of what is at work), far below
-    what the open sessions hold together, so that reuse has to come from the pool."""
+    """Device memory for the longest prompt and five of the mean, far below what the open sessions hold together, so
+    that reuse has to come from the pool."""
     mean = workload.prompt_tokens // workload.requests
     return Bed(
         model=model,
         block_tokens=BLOCK_TOKENS,
-        l1_tokens=round(1.1 * workload.context_tokens_max) + 3 * mean,
+        l1_tokens=round(1.1 * workload.context_tokens_max) + 5 * mean,
         l2_bytes=32 * 2**20,
         pool_bytes=2 * 2**30,
         pace=options.pace,
