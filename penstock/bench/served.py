@@ -13,7 +13,7 @@ from typing import Literal
 import httpx
 
 from penstock.bench.deadlines import TtftModel, one_at_a_time
-from penstock.bench.processes import ReadyProcess, pool_process, serve_process
+from penstock.bench.processes import ProcessFailed, ReadyProcess, pool_process, serve_process
 from penstock.bench.progress import Counter, Progress
 from penstock.bench.replay import ReplaySettings, RequestRecord, replay
 from penstock.bench.workloads import Segment, Session, Turn, Workload
@@ -21,6 +21,10 @@ from penstock.bench.workloads import Segment, Session, Turn, Workload
 System = Literal["penstock", "coupled", "no_pool"]
 WARM_UP_TENANT = "warm-up"
 CALIBRATION_SESSIONS = 4
+
+
+class SystemFailed(RuntimeError):
+    """A system under test did not come up, or did not serve its warm-up or calibration; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +97,25 @@ class Served:
     _processes: list[ReadyProcess] = field(default_factory=list)
 
     def __enter__(self) -> Served:
-        with ExitStack() as stack:
-            pool = None
-            if self.system != "no_pool":
-                node = stack.enter_context(pool_process(*self.bed.pool_command()))
-                self._processes.append(node)
-                pool = node.address
-            engine = stack.enter_context(serve_process(*self.bed.serve_command(self.system, pool)))
-            self._processes.append(engine)
-            self.url = engine.address
-            self.model = httpx.get(f"{self.url}/v1/models", timeout=30.0).json()["data"][0]["id"]
-            self._stack = stack.pop_all()
+        """Raises SystemFailed."""
+        try:
+            with ExitStack() as stack:
+                self._start(stack)
+                self._stack = stack.pop_all()
+        except (ProcessFailed, httpx.HTTPError) as error:
+            raise SystemFailed(f"{self.system}: {error}") from error
         return self
+
+    def _start(self, stack: ExitStack) -> None:
+        pool = None
+        if self.system != "no_pool":
+            node = stack.enter_context(pool_process(*self.bed.pool_command()))
+            self._processes.append(node)
+            pool = node.address
+        engine = stack.enter_context(serve_process(*self.bed.serve_command(self.system, pool)))
+        self._processes.append(engine)
+        self.url = engine.address
+        self.model = httpx.get(f"{self.url}/v1/models", timeout=30.0).json()["data"][0]["id"]
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -117,7 +128,7 @@ class Served:
         on_record: Callable[[RequestRecord], None] | None = None,
         tenant: str = "",
     ) -> Run:
-        """Replay a workload; raises ProcessFailed when a process ended meanwhile."""
+        """Replay a workload. Raises SystemFailed when a process ended meanwhile."""
         settings = ReplaySettings(
             model=self.model,
             vocabulary=self.bed.vocabulary,
@@ -130,19 +141,22 @@ class Served:
         start_s = time.monotonic()
         records = replay(self.url, workload, settings, on_record)
         wall_s = time.monotonic() - start_s
-        for process in self._processes:
-            process.check()
+        try:
+            for process in self._processes:
+                process.check()
+        except ProcessFailed as error:
+            raise SystemFailed(f"{self.system}: {error}") from error
         return Run(self.system, records, wall_s)
 
     def warm_up(self, context_tokens: int) -> None:
         """The same few requests for every system, of another tenant: code paths are loaded and costs have a first fit.
-        Raises RuntimeError when one of them fails."""
+        Raises SystemFailed when one of them fails."""
         sizes = (context_tokens // 8, context_tokens // 2, context_tokens // 8, context_tokens // 2)
         turns = tuple(Turn((Segment(f"warm-up/{size}", max(8, size)),), 4) for size in sizes)
         run = self.replay(Workload("warm-up", (Session("warm-up", turns),)), {}, 120.0, tenant=WARM_UP_TENANT)
         errors = [record.error for record in run.records if record.error is not None]
         if errors:
-            raise RuntimeError(f"{self.system}: a warm-up request failed: {errors[0]}")
+            raise SystemFailed(f"{self.system}: a warm-up request failed: {errors[0]}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +169,7 @@ class Calibration:
 
 def calibrate(bed: Bed, workload: Workload, requests: int, replay_s_max: float, progress: Progress) -> Calibration:
     """Requests one at a time on a coupled system of its own, its device memory just large enough for one of them.
-    Raises ValueError when too few of them succeed."""
+    Raises SystemFailed when too few of them succeed."""
     alone = one_at_a_time(workload, requests, CALIBRATION_SESSIONS)
     counter = Counter(progress, "calibration: coupled, one request at a time", alone.requests)
     longest = alone.context_tokens_max
@@ -167,7 +181,11 @@ def calibrate(bed: Bed, workload: Workload, requests: int, replay_s_max: float, 
         for record in records
         if record.error is None and record.ttft_s is not None and len(record.output_tokens) > 1
     ]
-    return Calibration(TtftModel.fit(records), sum(decoded) / len(decoded) if decoded else 0.0)
+    try:
+        return Calibration(TtftModel.fit(records), sum(decoded) / len(decoded) if decoded else 0.0)
+    except ValueError as error:
+        errors = sorted({record.error for record in records if record.error is not None})
+        raise SystemFailed(f"{error}; {'; '.join(errors[:3])}") from error
 
 
 def run_system(

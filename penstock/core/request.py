@@ -59,6 +59,7 @@ class Request:
         "account",
         "arrival_s",
         "batched",
+        "block_tokens",
         "bytes_by_route",
         "chain",
         "compute_s",
@@ -92,6 +93,7 @@ class Request:
 
     def __init__(self, spec: RequestSpec, sequence: int, now: float, block_tokens: int, deadline_s: float) -> None:
         self.spec = spec
+        self.block_tokens = block_tokens
         self.sequence = sequence
         self.arrival_s = now
         self.deadline_s = deadline_s
@@ -131,6 +133,11 @@ class Request:
     @property
     def request_id(self) -> str:
         return self.spec.request_id
+
+    @property
+    def hittable_blocks(self) -> int:
+        """How many leading blocks may be taken from a cache: the last token is always computed."""
+        return (self.target - 1) // self.block_tokens
 
     def key_at(self, index: int) -> BlockKey:
         return self.chain.keys[index]

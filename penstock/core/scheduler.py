@@ -18,19 +18,17 @@ import heapq
 from collections import deque
 from collections.abc import Sequence
 
+from penstock.core.admission import Admission
 from penstock.core.batching import Batching
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
-from penstock.core.feasibility import Job, put_off
 from penstock.core.loading import Loading
 from penstock.core.operations import BlockHit, Emit, FinishReason, Lookup, Operation, RequestSpec
-from penstock.core.ordering import AGED, HOPELESS, ORDINARY, RankedQueue, policy_key
+from penstock.core.ordering import AGED
+from penstock.core.ranking import Ranking
 from penstock.core.request import NO_PAGE, LoadState, Request, State
 from penstock.core.saving import Saving
 from penstock.core.shared_state import SharedState
-
-FEASIBILITY_HORIZON = 256  # requests of earliest deadline that `feasible` looks at
-ADMISSION_LOOKAHEAD = 8  # requests looked at behind one that does not fit
 
 
 class WaitingQueueFull(RuntimeError):
@@ -46,18 +44,14 @@ class LoadScheduler:
         self._shared = SharedState(config, cost)
         self._shared.preempt_for = self._preempt_for
         self._saving = Saving(self._shared)
+        self._ranking = Ranking(self._shared)
         self._loading = Loading(self._shared, self._changed)
+        self._admission = Admission(self._shared, self._loading, self._ranking, self._changed, self._back_to_waiting)
         self._batching = Batching(self._shared, self._saving, self._loading.loads)
-        self._policy = "fcfs" if config.mode == "coupled" else config.policy
         self._requests: dict[str, Request] = {}
         self._lookups: deque[Request] = deque()
         self._looking_up: dict[int, Request] = {}
-        self._waiting: RankedQueue[Request] = RankedQueue()
-        self._admitted: dict[Request, None] = {}
-        self._prefills = 0
-        self._admission_blocked = False
         self._timers: list[tuple[float, int, str, str]] = []  # time, sequence, kind, request_id
-        self._feasibility_stale = False
         self._sequence = 0
 
     # -- events: requests ---------------------------------------------------------------------------------------
@@ -65,7 +59,7 @@ class LoadScheduler:
     def submit(self, spec: RequestSpec, now: float) -> None:
         """A request arrived. Raises WaitingQueueFull, or ValueError when it could never be served."""
         config = self.config
-        if len(self._requests) - len(self._admitted) >= config.max_waiting:
+        if len(self._requests) - len(self._admission.admitted) >= config.max_waiting:
             raise WaitingQueueFull(f"{config.max_waiting} requests are waiting already")
         if spec.request_id in self._requests:
             raise ValueError(f"request_id {spec.request_id!r} is in use")
@@ -92,14 +86,10 @@ class LoadScheduler:
         if request is not None:
             self._finish(request, "cancelled", None, now)
 
-    def _hittable(self, request: Request) -> int:
-        """How many leading blocks may be taken from a cache: the last token is always computed."""
-        return (request.target - 1) // self.config.block_tokens
-
     def _look_up(self, request: Request, now: float) -> None:
         request.state = State.LOOKUP
         request.switch_label("lookup", now)
-        if self.config.pool and self._hittable(request):
+        if self.config.pool and request.hittable_blocks:
             self._lookups.append(request)
         else:
             self._enqueue(request, now)
@@ -118,37 +108,15 @@ class LoadScheduler:
 
     def _enqueue(self, request: Request, now: float) -> None:
         """Costs and rank are known: the request waits for admission."""
-        request.state = State.WAITING
-        self._estimate(request)
+        self._ranking.estimate(request)
         account = request.account
         if not account.preemptions:
-            account.predicted_load_s = self._load_s(request)
+            account.predicted_load_s = self._ranking.load_s(request)
             account.predicted_compute_s = request.compute_s
-        self._set_rank(request, now)
-        self._waiting.push(request)
-        self._admission_blocked = False
-        self._feasibility_stale = True
+        self._ranking.set_rank(request)
+        self._admission.enqueue(request)
+        self._ranking.stale = True
         self._relabel(request, now)
-
-    def _estimate(self, request: Request) -> None:
-        """What is to load and to compute, as L1 and the pool stand now."""
-        size, block_bytes = self.config.block_tokens, self.config.block_bytes
-        by_route: dict[tuple[str, ...], int] = {}
-        cached = upload = 0
-        for index in range(self._hittable(request)):
-            if request.key_at(index) in self._shared.l1:
-                cached += 1
-            elif hit := request.hits.get(index):
-                cached += 1
-                upload += block_bytes
-                by_route[hit.route] = by_route.get(hit.route, 0) + block_bytes
-        request.bytes_by_route, request.upload_bytes = by_route, upload
-        context = cached * size
-        request.compute_s = self.cost.compute.seconds([(request.target - context, context)])
-
-    def _load_s(self, request: Request) -> float:
-        serial = self.config.mode == "coupled"
-        return self.cost.load_s(request.bytes_by_route, request.upload_bytes, serial)
 
     # -- events: stages -----------------------------------------------------------------------------------------
 
@@ -167,12 +135,12 @@ class LoadScheduler:
     def downloaded(self, op_id: int) -> None:
         """The first half of a Save ended: the page's bytes are in its slot."""
         self._saving.downloaded(op_id)
-        self._admission_blocked = False
+        self._admission.blocked = False
 
     def saved(self, op_id: int, error: str | None) -> None:
         """A Save ended."""
         self._saving.saved(op_id, error)
-        self._admission_blocked = False
+        self._admission.blocked = False
 
     def computed(self, op_id: int, sampled: Sequence[int | None], now: float) -> None:
         """A Compute ended with one sampled token (or None) per chunk."""
@@ -201,13 +169,13 @@ class LoadScheduler:
         account.generated_tokens += 1
         request.tokens.append(token)
         request.chain.extend((token,))
-        self._feasibility_stale = True
         if account.first_token_s is None:
             account.first_token_s = now
+            self._ranking.stale = True
             self._observe_load(request)
         if request.state is State.PREFILL:
             request.state = State.DECODE
-            self._prefills -= 1
+            self._admission.prefills -= 1
             self._batching.start_decoding(request)
         if token in request.spec.eos_token_ids:
             self._finish(request, "stop", None, now, token)
@@ -224,58 +192,11 @@ class LoadScheduler:
             measured_s = fetch_s + upload_s if self.config.mode == "coupled" else max(fetch_s, upload_s)
             self.cost.load_error.observe(account.predicted_load_s, measured_s)
 
-    # -- rank and label -----------------------------------------------------------------------------------------
-
-    def _set_rank(self, request: Request, now: float) -> None:
-        load_s = self._load_s(request)
-        if request.static_key is None:
-            request.static_key = policy_key(
-                self._policy, request.arrival_s, request.deadline_s, load_s, request.compute_s
-            )
-        if request.tier == AGED:
-            key = request.arrival_s
-        elif self._policy == "srpt" or request.tier == HOPELESS:
-            key = load_s + request.compute_s
-        else:
-            key = request.static_key
-        rank = (request.tier, key, request.sequence)
-        if rank != request.rank:
-            request.rank = rank
-            for queue in request.queues:
-                if request in queue:
-                    queue.push(request)
-            if request in self._waiting:
-                self._waiting.push(request)
-
-    def _sort_feasible(self, now: float) -> None:
-        """Put off the requests that stand in the way of more deadlines than their own; the earliest deadlines first."""
-        self._feasibility_stale = False
-        open_requests = [
-            request
-            for request in self._requests.values()
-            if request.state in (State.WAITING, State.PREFILL) and request.tier != AGED
-        ]
-        open_requests.sort(key=lambda request: request.deadline_s)
-        del open_requests[FEASIBILITY_HORIZON:]
-        jobs = [Job(request.deadline_s, self._stage_s(request)) for request in open_requests]
-        late = put_off(jobs, now)
-        for index, request in enumerate(open_requests):
-            tier = HOPELESS if index in late else ORDINARY
-            if tier != request.tier:
-                request.tier = tier
-                self._set_rank(request, now)
-
-    def _stage_s(self, request: Request) -> tuple[float, float, float]:
-        """Seconds that remain on fetch, upload and compute."""
-        fetch_s = self.cost.load_s(request.bytes_by_route, 0, serial=False)
-        return fetch_s, self.cost.upload.seconds(request.upload_bytes), request.compute_s
-
     def _changed(self, request: Request, now: float) -> None:
         """A block of the request moved, or a chunk of it was computed."""
         if request.state is State.PREFILL:
             self._batching.update_readiness(request)
-        if request.tier != AGED and (self._policy == "srpt" or request.tier == HOPELESS):
-            self._set_rank(request, now)
+        self._ranking.progressed(request)
         self._relabel(request, now)
 
     def _relabel(self, request: Request, now: float) -> None:
@@ -291,7 +212,7 @@ class LoadScheduler:
         if counts[LoadState.FETCHING]:
             return "fetch"
         if request.state is State.WAITING:
-            turn = self.config.mode == "coupled" or len(self._admitted) >= self.config.max_running
+            turn = self.config.mode == "coupled" or len(self._admission.admitted) >= self.config.max_running
             return "wait_turn" if turn else "wait_l1"
         if counts[LoadState.WANTED]:
             return "wait_l2" if self._shared.l2.free_for_loads <= 0 else "wait_fetch_link"
@@ -301,113 +222,11 @@ class LoadScheduler:
             return "wait_upload_link"
         return "wait_compute"
 
-    # -- admission ----------------------------------------------------------------------------------------------
-
-    def _admit(self, now: float) -> None:
-        """Admit by rank while L1 has pages to set aside. One that does not fit lets later ones pass, unless aged."""
-        config = self.config
-        while len(self._waiting) and not self._admission_blocked and len(self._admitted) < config.max_running:
-            if config.mode == "coupled" and self._prefills >= config.coupled_batch_requests:
-                return
-            for request in self._waiting.first(1 if config.mode == "coupled" else ADMISSION_LOOKAHEAD):
-                if self._try_admit(request, now):
-                    break
-                if request.tier == AGED:
-                    self._admission_blocked = True
-                    return
-            else:
-                self._admission_blocked = True
-
-    def _try_admit(self, request: Request, now: float) -> bool:
-        shared = self._shared
-        total = -(-request.target // self.config.block_tokens)
-        unpinned, need = 0, total
-        hittable = self._hittable(request)
-        for index in range(hittable):
-            key = request.key_at(index)
-            if key in shared.l1:
-                need -= 1
-                unpinned += not shared.l1.is_pinned(key)
-            elif (load := self._loading.loads.get(key)) is not None and load.page is not None:
-                need -= 1
-        if need + unpinned > shared.l1.available - shared.promised and not self._revoke(request, need + unpinned, now):
-            return False
-        self._waiting.discard(request)
-        request.state = State.PREFILL
-        self._admitted[request] = None
-        self._prefills += 1
-        request.pages = [NO_PAGE] * total
-        request.ready = [False] * total
-        need = total
-        for index in range(hittable):
-            key = request.key_at(index)
-            if key in shared.l1:
-                request.pages[index] = shared.l1.pin(key)
-                request.ready[index] = True
-                request.count_cached(self.config.block_tokens)
-                need -= 1
-            elif index in request.hits or key in self._loading.loads:
-                if index not in request.loads:
-                    self._loading.join(request, index, request.hits.get(index) or self._loading.loads[key].hit)
-                need -= request.loads[index].page is not None
-        shared.promise(request, need)
-        self._count_loads(request)
-        self._loading.enqueue(request)
-        self._changed(request, now)
-        return True
-
-    def _count_loads(self, request: Request) -> None:
-        """What is still to fetch and to upload, block by block."""
-        request.bytes_by_route, request.upload_bytes = {}, 0
-        for load in request.loads.values():
-            size, route = load.hit.size_bytes, load.hit.route
-            request.upload_bytes += size
-            if load.state in (LoadState.WANTED, LoadState.FETCHING):
-                request.bytes_by_route[route] = request.bytes_by_route.get(route, 0) + size
-
-    def _revoke(self, request: Request, need: int, now: float) -> bool:
-        """Make room for `need` pages by taking back the admission of requests of higher rank number that have taken
-        nothing yet, the highest first; none of them if all of them together would not do."""
-        if self.config.mode == "coupled":
-            return False
-        candidates = [
-            other
-            for other in self._admitted
-            if other.rank > request.rank
-            and other.state is State.PREFILL
-            and not other.batched
-            and not other.own_pages
-            and other.position == 0
-            and all(load.state is LoadState.WANTED for load in other.loads.values())
-        ]
-        shared = self._shared
-        if need > shared.l1.available - shared.promised + sum(other.promise for other in candidates):
-            return False
-        for other in sorted(candidates, key=lambda other: other.rank, reverse=True):
-            if need <= shared.l1.available - shared.promised:
-                break
-            self._back_to_waiting(other, now)
-        return True
-
-    def _prefetch_unadmitted(self, now: float) -> None:
-        """Reactive: requests that L1 has no room for yet may fetch into a share of L2 meanwhile."""
-        if self.config.mode == "coupled" or not self._admission_blocked:
-            return
-        for request in self._waiting.first(2):
-            if request.reactive:
-                continue
-            request.reactive = True
-            for index, hit in request.hits.items():
-                if index < self._hittable(request) and request.key_at(index) not in self._shared.l1:
-                    self._loading.join(request, index, hit)
-            self._loading.enqueue(request)
-
     # -- leaving ------------------------------------------------------------------------------------------------
 
     def _release(self, request: Request) -> None:
         """Give back everything the request holds; blocks that became full stay cached."""
         l1 = self._shared.l1
-        self._waiting.discard(request)
         self._batching.leave(request)
         held = [(page, index) for index, page in enumerate(request.pages) if page != NO_PAGE]
         for page, index in reversed(held):
@@ -418,15 +237,12 @@ class LoadScheduler:
                 l1.unpin(page)
             else:
                 l1.give_back(page)
-        if request.state is State.PREFILL:
-            self._prefills -= 1
-        self._admitted.pop(request, None)
+        self._admission.left(request)
         self._shared.promise(request, -request.promise)
         request.state = State.DONE
         self._loading.leave(request)
         request.forget_blocks()
-        self._admission_blocked = False
-        self._feasibility_stale = True
+        self._ranking.stale = True
 
     def _back_to_waiting(self, request: Request, now: float) -> None:
         """From PREFILL back to WAITING, with its hits known."""
@@ -438,7 +254,7 @@ class LoadScheduler:
     def _preempt_for(self, request: Request, now: float) -> bool:
         """Make room for `request`: the admitted one of highest rank number gives up its pages and starts over (its full
         blocks stay cached or go to the pool). False when nobody can, or when it is `request` itself, decoding."""
-        candidates = [other for other in self._admitted if other is not request and not other.batched]
+        candidates = [other for other in self._admission.admitted if other is not request and not other.batched]
         if not candidates:
             return False
         victim = max(candidates, key=lambda other: other.rank)
@@ -477,17 +293,16 @@ class LoadScheduler:
     def decide(self, now: float) -> list[Operation]:
         """The operations to carry out now, given all events so far."""
         self._run_timers(now)
-        if self._feasibility_stale and self._policy == "feasible":
-            self._sort_feasible(now)
+        self._ranking.sort_feasible(self._requests.values(), now)
         while self._lookups and len(self._looking_up) < self.config.lookup_window:
             request = self._lookups.popleft()
             if request.state is State.LOOKUP:
                 op_id = self._shared.next_op()
                 self._looking_up[op_id] = request
-                keys = request.chain.keys[: self._hittable(request)]
+                keys = request.chain.keys[: request.hittable_blocks]
                 self._shared.outbox.append(Lookup(op_id, request.request_id, keys, self.config.lookup_timeout_s))
-        self._admit(now)
-        self._prefetch_unadmitted(now)
+        self._admission.admit(now)
+        self._admission.prefetch_unadmitted(now)
         self._loading.dispatch_fetches(now)
         self._loading.dispatch_uploads(now)
         for request in self._batching.dispatch(now):
@@ -509,7 +324,7 @@ class LoadScheduler:
             elif self.config.mode == "penstock":
                 request.tier = AGED
                 if request.state is not State.LOOKUP:
-                    self._set_rank(request, now)
+                    self._ranking.set_rank(request)
 
     def next_wakeup_s(self) -> float | None:
         """When `decide` should be called although nothing happened; None: not before the next event."""
@@ -526,8 +341,8 @@ class LoadScheduler:
         """How things stand: requests by state, pages, slots, in-flight operations by link."""
         shared = self._shared
         found: dict[str, float] = {
-            "requests_waiting": len(self._requests) - len(self._admitted),
-            "requests_prefill": self._prefills,
+            "requests_waiting": len(self._requests) - len(self._admission.admitted),
+            "requests_prefill": self._admission.prefills,
             "requests_decoding": self._batching.decoding,
             "l1_pages_total": shared.l1.total,
             "l1_pages_available": shared.l1.available,
@@ -552,7 +367,7 @@ class LoadScheduler:
     @property
     def admitted(self) -> int:
         """Requests past admission."""
-        return len(self._admitted)
+        return len(self._admission.admitted)
 
     @property
     def idle(self) -> bool:
@@ -570,8 +385,8 @@ class LoadScheduler:
         reserved = set(private)
         for request in self._requests.values():
             assert request.state is not State.DONE, "S1: an ended request is still known"
-            assert (request in self._admitted) == (request.state in (State.PREFILL, State.DECODE)), "S1"
-            assert (request in self._waiting) == (request.state is State.WAITING), "S1"
+            assert (request in self._admission.admitted) == (request.state in (State.PREFILL, State.DECODE)), "S1"
+            assert (request in self._admission.waiting) == (request.state is State.WAITING), "S1"
             assert request.promise >= 0
             for index, page in enumerate(request.pages):
                 if page == NO_PAGE:
@@ -583,8 +398,8 @@ class LoadScheduler:
         assert len(set(private)) == len(private), "S2: a private page has two owners"
         shared.l1.check_integrity(set(private))
         shared.l2.check_integrity(self._loading.slots_in_use() + self._saving.slots_in_use())
-        assert shared.promised == sum(request.promise for request in self._admitted), "S4"
-        assert self._prefills == sum(request.state is State.PREFILL for request in self._admitted)
-        assert len(self._admitted) <= self.config.max_running, "S5"
+        assert shared.promised == sum(request.promise for request in self._admission.admitted), "S4"
+        assert self._admission.prefills == sum(request.state is State.PREFILL for request in self._admission.admitted)
+        assert len(self._admission.admitted) <= self.config.max_running, "S5"
         self._loading.check_integrity()
         self._batching.check_integrity()

@@ -12,7 +12,7 @@ from rich.console import Console
 from penstock.bench.deadlines import deadlines_s, reusable_tokens, with_multipliers
 from penstock.bench.progress import progress_bar
 from penstock.bench.report import Report
-from penstock.bench.served import Bed, Run, System, calibrate, run_system
+from penstock.bench.served import Bed, Run, System, SystemFailed, calibrate, run_system
 from penstock.bench.summary import add_figures, add_ratio, facts, outputs_equal, print_table, summarize_records
 from penstock.bench.timeline import Panel, write_figure, write_html
 from penstock.bench.workloads import Workload, agent_trajectories
@@ -68,16 +68,20 @@ def demo(
     workload = demo_workload(sessions, turns, seed)
     report = Report("demo")
     runs: dict[System, Run] = {}
-    with tempfile.TemporaryDirectory(prefix="penstock-demo-") as folder:
-        with console.status("building a small Llama with random weights"):
-            bed = demo_bed(build_demo_checkpoint(Path(folder), seed=seed), workload, pace)
-        with progress_bar(console) as progress:
-            alone = calibrate(bed, workload, CALIBRATION_REQUESTS, 60.0, progress)
-            reusable = reusable_tokens(workload, bed.vocabulary, bed.block_tokens)
-            deadlines = deadlines_s(workload, reusable, alone.ttft)
-            for system in SYSTEMS:
-                runs[system] = run_system(bed, system, workload, deadlines, minutes * 30, progress)
-        sizes = _sizes(bed, workload)
+    try:
+        with tempfile.TemporaryDirectory(prefix="penstock-demo-") as folder:
+            with console.status("building a small Llama with random weights"):
+                bed = demo_bed(build_demo_checkpoint(Path(folder), seed=seed), workload, pace)
+            with progress_bar(console) as progress:
+                alone = calibrate(bed, workload, CALIBRATION_REQUESTS, 60.0, progress)
+                reusable = reusable_tokens(workload, bed.vocabulary, bed.block_tokens)
+                deadlines = deadlines_s(workload, reusable, alone.ttft)
+                for system in SYSTEMS:
+                    runs[system] = run_system(bed, system, workload, deadlines, minutes * 30, progress)
+            sizes = _sizes(bed, workload)
+    except SystemFailed as error:
+        console.print(f"penstock bench demo: {error}", markup=False)
+        raise typer.Exit(1) from None
     _finish(report, runs, sizes, pace, out, console)
     if report.figures["failed_requests"]:
         errors = {record.error for run in runs.values() for record in run.records if record.error}

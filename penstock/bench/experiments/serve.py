@@ -17,7 +17,7 @@ from penstock.bench.deadlines import RequestName, deadlines_s, reusable_tokens, 
 from penstock.bench.progress import progress_bar
 from penstock.bench.replay import RequestRecord
 from penstock.bench.report import Report
-from penstock.bench.served import Bed, Calibration, Run, System, calibrate, run_system
+from penstock.bench.served import Bed, Calibration, Run, System, SystemFailed, calibrate, run_system
 from penstock.bench.summary import add_figures, add_ratio, facts, outputs_equal, print_table, summarize_records
 from penstock.bench.timeline import Panel, write_figure, write_html
 from penstock.bench.traces import Scaling, TraceError, read_trace
@@ -80,13 +80,13 @@ def is_open_loop(workload: Workload) -> bool:
 
 
 def make_bed(model: Path, workload: Workload, options: Options) -> Bed:
-    """Device memory for the longest prompt and five of the mean, far below what the open sessions hold together, so
+    """Device memory for the longest prompt and three of the mean, far below what the open sessions hold together, so
     that reuse has to come from the pool."""
     mean = workload.prompt_tokens // workload.requests
     return Bed(
         model=model,
         block_tokens=BLOCK_TOKENS,
-        l1_tokens=round(1.1 * workload.context_tokens_max) + 5 * mean,
+        l1_tokens=round(1.1 * workload.context_tokens_max) + 3 * mean,
         l2_bytes=32 * 2**20,
         pool_bytes=2 * 2**30,
         pace=options.pace,
@@ -148,7 +148,7 @@ def serve(
     plot: Annotated[Path | None, typer.Option(help="Write the picture here (.html, .png or .svg).")] = None,
     minutes: Annotated[float, typer.Option(min=0.5, max=240, help="About how long the whole may take.")] = 5.0,
     token_divisor: Annotated[int, typer.Option(min=1, max=64, help="Recorded tokens for one sent token.")] = 32,
-    think_s_max: Annotated[float, typer.Option(min=0, help="Think times are divided by 8 and cut here.")] = 4.0,
+    think_s_max: Annotated[float, typer.Option(min=0, help="Think times are divided by 8 and cut here.")] = 1.5,
     sessions_at_once: Annotated[int, typer.Option(min=1, max=256, help="Open agent sessions.")] = 16,
     pace: Annotated[str, typer.Option(help="What the pool node sends at most, or none.")] = "25MB/s",
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and of deadlines' multipliers.")] = 0,
@@ -166,14 +166,18 @@ def serve(
     except TraceError as error:
         console.print(f"penstock bench serve: {error}", markup=False)
         raise typer.Exit(2) from None
-    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as folder:
-        with console.status("building a small Llama with random weights"):
-            bed = make_bed(build_demo_checkpoint(Path(folder), seed=seed), first, options)
-        with progress_bar(console) as progress:
-            alone = calibrate(bed, first, CALIBRATION_REQUESTS, min(CALIBRATION_S_MAX, minutes * 12), progress)
-            plan = make_plan(options, bed, alone, minutes * 60 - (time.monotonic() - started_s))
-            runs = _run(plan, alone, progress)
-        report = _report(plan, runs, alone, options)
+    try:
+        with tempfile.TemporaryDirectory(prefix="penstock-bench-") as folder:
+            with console.status("building a small Llama with random weights"):
+                bed = make_bed(build_demo_checkpoint(Path(folder), seed=seed), first, options)
+            with progress_bar(console) as progress:
+                alone = calibrate(bed, first, CALIBRATION_REQUESTS, min(CALIBRATION_S_MAX, minutes * 12), progress)
+                plan = make_plan(options, bed, alone, minutes * 60 - (time.monotonic() - started_s))
+                runs = _run(plan, alone, progress)
+            report = _report(plan, runs, alone, options)
+    except SystemFailed as error:
+        console.print(f"penstock bench serve: {error}", markup=False)
+        raise typer.Exit(1) from None
     _write(report, plan, runs, json, plot, console)
     if report.figures["failed_requests"] or report.figures["outputs_equal"] < 1:
         errors = {record.error for run in runs for record in run.records if record.error}

@@ -1,0 +1,142 @@
+"""Admission: who may take pages of L1, by rank, so that every admitted request can finish its prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from penstock.core.loading import Loading
+from penstock.core.ordering import AGED, RankedQueue
+from penstock.core.ranking import Ranking
+from penstock.core.request import NO_PAGE, LoadState, Request, State
+from penstock.core.shared_state import SharedState
+
+LOOKAHEAD = 8  # requests looked at behind one that does not fit
+
+
+class Admission:
+    """Requests that wait, and those admitted (in PREFILL or DECODE). `blocked` is set when nobody more fits, and is
+    cleared by whoever frees something. `changed(request, now)` follows each admission, and
+    `back_to_waiting(request, now)` revokes one."""
+
+    def __init__(
+        self,
+        shared: SharedState,
+        loading: Loading,
+        ranking: Ranking,
+        changed: Callable[[Request, float], None],
+        back_to_waiting: Callable[[Request, float], None],
+    ) -> None:
+        self._shared = shared
+        self._loading = loading
+        self._ranking = ranking
+        self._changed = changed
+        self._back_to_waiting = back_to_waiting
+        self.waiting: RankedQueue[Request] = RankedQueue()
+        self.admitted: dict[Request, None] = {}
+        self.prefills = 0
+        self.blocked = False
+
+    def enqueue(self, request: Request) -> None:
+        """The request waits for admission from now on."""
+        request.state = State.WAITING
+        self.waiting.push(request)
+        request.queues.append(self.waiting)
+        self.blocked = False
+
+    def left(self, request: Request) -> None:
+        """The request gave up its place, wherever it stood."""
+        if request.state is State.PREFILL:
+            self.prefills -= 1
+        self.waiting.discard(request)
+        self.admitted.pop(request, None)
+        self.blocked = False
+
+    def admit(self, now: float) -> None:
+        """Admit by rank while L1 has pages to set aside. One that does not fit lets later ones pass, unless aged."""
+        config = self._shared.config
+        while len(self.waiting) and not self.blocked and len(self.admitted) < config.max_running:
+            if config.mode == "coupled" and self.prefills >= config.coupled_batch_requests:
+                return
+            for request in self.waiting.first(1 if config.mode == "coupled" else LOOKAHEAD):
+                if self._try_admit(request, now):
+                    break
+                if request.tier == AGED:
+                    self.blocked = True
+                    return
+            else:
+                self.blocked = True
+
+    def _try_admit(self, request: Request, now: float) -> bool:
+        shared = self._shared
+        total = -(-request.target // shared.config.block_tokens)
+        unpinned, need = 0, total
+        hittable = request.hittable_blocks
+        for index in range(hittable):
+            key = request.key_at(index)
+            if key in shared.l1:
+                need -= 1
+                unpinned += not shared.l1.is_pinned(key)
+            elif (load := self._loading.loads.get(key)) is not None and load.page is not None:
+                need -= 1
+        if need + unpinned > shared.l1.available - shared.promised and not self._revoke(request, need + unpinned, now):
+            return False
+        self.waiting.discard(request)
+        request.state = State.PREFILL
+        self.admitted[request] = None
+        self.prefills += 1
+        request.pages = [NO_PAGE] * total
+        request.ready = [False] * total
+        need = total
+        for index in range(hittable):
+            key = request.key_at(index)
+            if key in shared.l1:
+                request.pages[index] = shared.l1.pin(key)
+                request.ready[index] = True
+                request.count_cached(self._shared.config.block_tokens)
+                need -= 1
+            elif index in request.hits or key in self._loading.loads:
+                if index not in request.loads:
+                    self._loading.join(request, index, request.hits.get(index) or self._loading.loads[key].hit)
+                need -= request.loads[index].page is not None
+        shared.promise(request, need)
+        self._ranking.count_loads(request)
+        self._loading.enqueue(request)
+        self._changed(request, now)
+        return True
+
+    def _revoke(self, request: Request, need: int, now: float) -> bool:
+        """Make room for `need` pages by taking back the admission of requests of higher rank number that have taken
+        nothing yet, the highest first; none of them if all of them together would not do."""
+        if self._shared.config.mode == "coupled":
+            return False
+        candidates = [
+            other
+            for other in self.admitted
+            if other.rank > request.rank
+            and other.state is State.PREFILL
+            and not other.batched
+            and not other.own_pages
+            and other.position == 0
+            and all(load.state is LoadState.WANTED for load in other.loads.values())
+        ]
+        shared = self._shared
+        if need > shared.l1.available - shared.promised + sum(other.promise for other in candidates):
+            return False
+        for other in sorted(candidates, key=lambda other: other.rank, reverse=True):
+            if need <= shared.l1.available - shared.promised:
+                break
+            self._back_to_waiting(other, now)
+        return True
+
+    def prefetch_unadmitted(self, now: float) -> None:
+        """Reactive: requests that L1 has no room for yet may fetch into a share of L2 meanwhile."""
+        if self._shared.config.mode == "coupled" or not self.blocked:
+            return
+        for request in self.waiting.first(2):
+            if request.reactive:
+                continue
+            request.reactive = True
+            for index, hit in request.hits.items():
+                if index < request.hittable_blocks and request.key_at(index) not in self._shared.l1:
+                    self._loading.join(request, index, hit)
+            self._loading.enqueue(request)

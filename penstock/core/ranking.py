@@ -1,0 +1,97 @@
+"""How requests are ranked: what each has to load and to compute, the policy's key, and who is put off (`feasible`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from penstock.core.feasibility import Job, put_off
+from penstock.core.ordering import AGED, HOPELESS, ORDINARY, policy_key
+from penstock.core.request import LoadState, Request, State
+from penstock.core.shared_state import SharedState
+
+FEASIBILITY_HORIZON = 128  # requests of earliest deadline that `feasible` looks at
+
+
+class Ranking:
+    """Keeps `rank` of every request true as its costs change, and moves it in the queues it stands in."""
+
+    def __init__(self, shared: SharedState) -> None:
+        self._shared = shared
+        self.policy = "fcfs" if shared.config.mode == "coupled" else shared.config.policy
+        self.stale = False  # a request came, got its first token or ended since `sort_feasible`
+
+    def estimate(self, request: Request) -> None:
+        """What is to load and to compute, as L1 and the pool stand now."""
+        config, l1 = self._shared.config, self._shared.l1
+        by_route: dict[tuple[str, ...], int] = {}
+        cached = upload = 0
+        for index in range(request.hittable_blocks):
+            if request.key_at(index) in l1:
+                cached += 1
+            elif hit := request.hits.get(index):
+                cached += 1
+                upload += config.block_bytes
+                by_route[hit.route] = by_route.get(hit.route, 0) + config.block_bytes
+        request.bytes_by_route, request.upload_bytes = by_route, upload
+        context = cached * config.block_tokens
+        request.compute_s = self._shared.cost.compute.seconds([(request.target - context, context)])
+
+    def count_loads(self, request: Request) -> None:
+        """What is still to fetch and to upload, block by block."""
+        request.bytes_by_route, request.upload_bytes = {}, 0
+        for load in request.loads.values():
+            size, route = load.hit.size_bytes, load.hit.route
+            request.upload_bytes += size
+            if load.state in (LoadState.WANTED, LoadState.FETCHING):
+                request.bytes_by_route[route] = request.bytes_by_route.get(route, 0) + size
+
+    def load_s(self, request: Request) -> float:
+        """T_load of what remains."""
+        serial = self._shared.config.mode == "coupled"
+        return self._shared.cost.load_s(request.bytes_by_route, request.upload_bytes, serial)
+
+    def set_rank(self, request: Request) -> None:
+        """Rank the request by its costs as they stand, and place it anew where it is queued."""
+        load_s = self.load_s(request)
+        if request.static_key is None:
+            request.static_key = policy_key(
+                self.policy, request.arrival_s, request.deadline_s, load_s, request.compute_s
+            )
+        if request.tier == AGED:
+            key = request.arrival_s
+        elif self.policy == "srpt" or request.tier == HOPELESS:
+            key = load_s + request.compute_s
+        else:
+            key = request.static_key
+        rank = (request.tier, key, request.sequence)
+        if rank != request.rank:
+            request.rank = rank
+            for queue in request.queues:
+                if request in queue:
+                    queue.push(request)
+
+    def progressed(self, request: Request) -> None:
+        """Some of the request's load or compute is done; its rank follows where the policy looks at what remains."""
+        if request.tier != AGED and (self.policy == "srpt" or request.tier == HOPELESS):
+            self.set_rank(request)
+
+    def sort_feasible(self, requests: Iterable[Request], now: float) -> None:
+        """Put off the requests that stand in the way of more deadlines than their own; the earliest deadlines first."""
+        if not self.stale or self.policy != "feasible":
+            return
+        self.stale = False
+        waiting = [r for r in requests if r.state in (State.WAITING, State.PREFILL) and r.tier != AGED]
+        waiting.sort(key=lambda request: request.deadline_s)
+        del waiting[FEASIBILITY_HORIZON:]
+        late = put_off([Job(request.deadline_s, self._stage_s(request)) for request in waiting], now)
+        for index, request in enumerate(waiting):
+            tier = HOPELESS if index in late else ORDINARY
+            if tier != request.tier:
+                request.tier = tier
+                self.set_rank(request)
+
+    def _stage_s(self, request: Request) -> tuple[float, float, float]:
+        """Seconds that remain on fetch, upload and compute."""
+        cost = self._shared.cost
+        fetch_s = cost.load_s(request.bytes_by_route, 0, serial=False)
+        return fetch_s, cost.upload.seconds(request.upload_bytes), request.compute_s
