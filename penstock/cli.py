@@ -6,8 +6,8 @@ import typer
 
 from penstock.bench.command import bench
 from penstock.doctor import doctor
-from penstock.pool.command import pool
 from penstock.server.command import serve
+from penstock.transport.command import pool
 
 app = typer.Typer(
     name="penstock",

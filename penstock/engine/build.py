@@ -16,7 +16,8 @@ from penstock.engine.modelled_runner import ModelledRunner
 from penstock.engine.profile import load_profile
 from penstock.engine.runner import ModelRunner
 from penstock.pool.api import Pool
-from penstock.pool.open import connect_pool, open_local_pool
+from penstock.pool.open import open_local_pool
+from penstock.transport.connect import connect_pool
 
 log = logging.getLogger(__name__)
 

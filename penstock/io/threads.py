@@ -6,21 +6,18 @@ import errno
 import os
 import queue
 import threading
-import time
 from collections.abc import Sequence
 
 from penstock.io.api import IoCompletion, IoOp
 from penstock.io.device import Device
+from penstock.io.device_engine import DeviceEngine
 from penstock.io.memory import checked_addresses
 
 ALIGNMENT_BYTES = 4096
-DEPTH_MAX = 256
 THREADS_MAX = 16
 
-_abandoned: list[ThreadEngine] = []  # engines whose device still owns buffers after close timed out
 
-
-class ThreadEngine:
+class ThreadEngine(DeviceEngine):
     """Block engine over threads (contract: `penstock.io.api.BlockEngine`). Opened by `penstock.io.open_engine`.
 
     At most `THREADS_MAX` operations are in the device's hands at once; the others wait in the engine.
@@ -30,18 +27,10 @@ class ThreadEngine:
 
     def __init__(self, device: Device, depth: int) -> None:
         """Takes `device` over once it returns."""
-        if not 1 <= depth <= DEPTH_MAX:
-            raise ValueError(f"depth is {depth}; it must be from 1 to {DEPTH_MAX}")
-        self.capacity_bytes = device.capacity_bytes
-        self.alignment_bytes = ALIGNMENT_BYTES
-        self.depth = depth
-        self.notes = device.notes
-        self._device = device
-        self._closed = False
+        super().__init__(device, depth, ALIGNMENT_BYTES)
         self._in_flight = 0
         self._todo: queue.SimpleQueue[IoOp | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[IoCompletion] = queue.SimpleQueue()
-        self._left_over: list[IoCompletion] = []  # ended while close was waiting
         self._threads = [
             threading.Thread(target=self._work, name=f"penstock-io-{n}", daemon=True)
             for n in range(min(depth, THREADS_MAX))
@@ -85,7 +74,7 @@ class ThreadEngine:
             self._todo.put(op)
 
     def poll(self, timeout_s: float) -> list[IoCompletion]:
-        done, self._left_over = self._left_over, []
+        done, self._ended = self._ended, []
         try:
             if not done and self._in_flight and timeout_s > 0:
                 done.append(self._done.get(timeout=timeout_s))
@@ -97,39 +86,11 @@ class ThreadEngine:
             pass
         return done
 
-    def in_flight(self) -> int:
-        return self._in_flight + len(self._left_over)
+    def _in_device(self) -> int:
+        return self._in_flight
 
-    def sync(self) -> None:
-        self._check_open()
-        os.fdatasync(self._device.fd)
-
-    def close(self, timeout_s: float) -> None:
-        """As in the contract; operations that end during the call can still be fetched with `poll` afterwards."""
-        if self._closed:
-            return
-        deadline_s = time.monotonic() + timeout_s
-        ended: list[IoCompletion] = []
-        while self._in_flight:
-            remaining_s = deadline_s - time.monotonic()
-            ended += self.poll(max(0.0, remaining_s))
-            if remaining_s <= 0 and self._in_flight:
-                self._left_over = ended
-                _abandoned.append(self)
-                raise TimeoutError(
-                    f"{self._in_flight} operations on {self._device.path} did not end within {timeout_s} s; "
-                    "their buffers stay reserved"
-                )
-        self._left_over = ended + self._left_over
-        self._closed = True
-        if self in _abandoned:
-            _abandoned.remove(self)
+    def _release(self) -> None:
         for _ in self._threads:
             self._todo.put(None)
         for thread in self._threads:
             thread.join()  # idle by now: each ends at the marker
-        self._device.close()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError(f"the engine of {self._device.path} is closed")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from penstock.io import uring_abi as abi
 from penstock.io.api import IoCompletion, IoOp
 from penstock.io.device import Device
+from penstock.io.device_engine import DeviceEngine
 from penstock.io.memory import address_of, checked_addresses
 from penstock.io.ring import Ring
 
@@ -21,8 +22,6 @@ ALIGNMENT_BYTES = 4096
 REGION_BYTES_MAX = 1 << 30  # the kernel's limit for one registered buffer
 BUFFER_SLOTS = 1024
 PIECES_MAX = 256  # transfers in the device's hands at once, over all operations
-
-_abandoned: list[UringEngine] = []  # engines whose device still owns buffers after close timed out
 
 
 @dataclass(slots=True, eq=False)
@@ -63,7 +62,7 @@ class _Regions:
         return len(self._starts)
 
 
-class UringEngine:
+class UringEngine(DeviceEngine):
     """Block engine over io_uring (contract: `penstock.io.api.BlockEngine`). Opened by `penstock.io.open_engine`.
 
     An operation larger than the device takes whole goes out in pieces of `device.piece_bytes`, at most `PIECES_MAX` of
@@ -74,13 +73,7 @@ class UringEngine:
 
     def __init__(self, device: Device, depth: int) -> None:
         """Takes `device` over once it returns. Raises OSError where the kernel refuses io_uring."""
-        if not 1 <= depth <= PIECES_MAX:
-            raise ValueError(f"depth is {depth}; it must be from 1 to {PIECES_MAX}")
-        self.capacity_bytes = device.capacity_bytes
-        self.alignment_bytes = ALIGNMENT_BYTES
-        self.depth = depth
-        self.notes = device.notes
-        self._device = device
+        super().__init__(device, depth, ALIGNMENT_BYTES)
         self._piece_bytes = device.piece_bytes
         self._ring = Ring(PIECES_MAX)
         try:
@@ -88,12 +81,10 @@ class UringEngine:
         except OSError:
             self._ring.close()
             raise
-        self._closed = False
         self._pending: deque[_Transfer] = deque()
         self._pieces: dict[int, tuple[_Transfer, int, int]] = {}  # id -> (transfer, offset in it, length)
         self._next_piece = 0
         self._active: set[_Transfer] = set()
-        self._done: list[IoCompletion] = []
         self._regions = _Regions()
         self._registered: list[memoryview] = []
         self._can_register = self._make_buffer_table()
@@ -194,7 +185,7 @@ class UringEngine:
 
     def poll(self, timeout_s: float) -> list[IoCompletion]:
         deadline_s = time.monotonic() + timeout_s
-        while not self._closed and not self._done and self._active:
+        while not self._closed and not self._ended and self._active:
             self._issue()
             remaining_s = deadline_s - time.monotonic()
             if remaining_s > 0:
@@ -204,7 +195,7 @@ class UringEngine:
             self._reap()
             if remaining_s <= 0:
                 break
-        done, self._done = self._done, []
+        done, self._ended = self._ended, []
         return done
 
     def _fewest_completions(self) -> int:
@@ -238,39 +229,11 @@ class UringEngine:
         self._active.discard(transfer)
         if transfer.issued_bytes < transfer.length and transfer in self._pending:
             self._pending.remove(transfer)
-        self._done.append(IoCompletion(transfer.op.tag, transfer.error))
+        self._ended.append(IoCompletion(transfer.op.tag, transfer.error))
 
-    def in_flight(self) -> int:
-        return len(self._active) + len(self._done)
+    def _in_device(self) -> int:
+        return len(self._active)
 
-    def sync(self) -> None:
-        self._check_open()
-        os.fdatasync(self._device.fd)
-
-    def close(self, timeout_s: float) -> None:
-        """As in the contract; operations that end during the call can still be fetched with `poll` afterwards."""
-        if self._closed:
-            return
-        deadline_s = time.monotonic() + timeout_s
-        ended: list[IoCompletion] = []
-        while self._active:
-            remaining_s = deadline_s - time.monotonic()
-            ended += self.poll(max(0.0, remaining_s))
-            if remaining_s <= 0 and self._active:
-                self._done = ended
-                _abandoned.append(self)
-                raise TimeoutError(
-                    f"{len(self._active)} operations on {self._device.path} did not end within {timeout_s} s; "
-                    "their buffers stay reserved"
-                )
-        self._done = ended + self._done
-        self._closed = True
-        if self in _abandoned:
-            _abandoned.remove(self)
+    def _release(self) -> None:
         self._ring.close()
         self._registered.clear()
-        self._device.close()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError(f"the engine of {self._device.path} is closed")

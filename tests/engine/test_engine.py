@@ -19,8 +19,9 @@ from penstock.engine.engine import new_request_id
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import SamplingParams
 from penstock.pool.api import Pool, PoolError
-from penstock.pool.open import connect_pool, open_local_pool
+from penstock.pool.open import open_local_pool
 from penstock.testing.tiny_models import ARCHITECTURES
+from penstock.transport.connect import connect_pool
 from penstock.transport.node import PoolNode
 
 RunnerOf = Callable[[str], HFRunner]

@@ -32,8 +32,9 @@ from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import SamplingParams
 from penstock.pool.api import Pool
 from penstock.pool.journal import HEADER_BYTES
-from penstock.pool.open import connect_pool, open_local_pool
+from penstock.pool.open import open_local_pool
 from penstock.testing.tiny_models import build_tiny
+from penstock.transport.connect import connect_pool
 
 CLOSE_S = 5.0
 BLOCKS = 12
@@ -65,7 +66,7 @@ def keys_of(runner: HFRunner, prompt: list[int]) -> list[bytes]:
 
 
 def test_a_pool_node_killed_in_the_middle_of_a_load(llama: HFRunner, computed: Callable[..., list[int]]) -> None:
-    command = [sys.executable, "-m", "penstock.pool.command", "--listen", "127.0.0.1:0", "--memory", "32MiB"]
+    command = [sys.executable, "-m", "penstock", "pool", "--listen", "127.0.0.1:0", "--memory", "32MiB"]
     node = subprocess.Popen([*command, "--pace", "100KB/s"], stdout=subprocess.PIPE, text=True)
     try:
         assert node.stdout is not None

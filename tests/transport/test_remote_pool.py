@@ -21,8 +21,9 @@ from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.pool.journal import HEADER_BYTES
 from penstock.pool.local import LocalPool
-from penstock.pool.open import connect_pool, open_local_pool, parse_address
+from penstock.pool.open import open_local_pool
 from penstock.transport import wire
+from penstock.transport.connect import connect_pool, parse_address
 from penstock.transport.node import PoolNode
 from penstock.transport.remote import RemotePool
 
@@ -341,7 +342,7 @@ def test_a_silent_node_fails_lookups_in_time(fake: Callable[..., tuple[FakeNode,
 
 
 def start_node(*arguments: str) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-m", "penstock.pool.command", *arguments]
+    command = [sys.executable, "-m", "penstock", "pool", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()

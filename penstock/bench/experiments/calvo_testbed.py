@@ -26,8 +26,8 @@ from penstock.engine.profile import Profile, load_profile
 from penstock.engine.runner import SamplingParams
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
-from penstock.pool.open import connect_pool
 from penstock.testing.virtual_body import VirtualBody
+from penstock.transport.connect import connect_pool
 
 FETCH_BYTES_PER_S = 17.2e9
 """What the paper does not print. Its example loads 28.1K tokens (3.68 GB) in 0.361 s through both stages one after the

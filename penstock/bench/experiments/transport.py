@@ -29,7 +29,7 @@ from penstock.bench.report import Report
 from penstock.core.keys import BlockKey
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
-from penstock.pool.open import connect_pool
+from penstock.transport.connect import connect_pool
 from penstock.transport.remote import RemotePool
 
 SIZES = {"128k": 128 << 10, "2m": 2 << 20, "4m": 4 << 20}
@@ -91,7 +91,7 @@ def _measure(console: Console, loads: list[tuple[str, int]], repeats: int, run_b
     """All loads, interleaved: each repeat runs both contestants of every load, in turns first."""
     results: Results = defaultdict(Samples)
     members = ["--memory", str(len(SIZES) * SET_BYTES)]
-    command = [sys.executable, "-m", "penstock.pool.command", "--listen", "127.0.0.1:0", *members]
+    command = [sys.executable, "-m", "penstock", "pool", "--listen", "127.0.0.1:0", *members]
     with contextlib.ExitStack() as stack:
         node = stack.enter_context(ReadyProcess(command, POOL_READY, ready_s=30.0))
         bare = stack.enter_context(bare_process())

@@ -12,13 +12,13 @@ import typer
 from helpers import chain, read, write
 from typer.testing import CliRunner
 
-from penstock.pool.command import parse_slab, pool
-from penstock.pool.open import connect_pool
+from penstock.transport.command import parse_slab, pool
+from penstock.transport.connect import connect_pool
 from penstock.units import format_bytes, parse_bytes, parse_rate
 
 app = typer.Typer()
 app.command()(pool)
-COMMAND = [sys.executable, "-m", "penstock.pool.command"]
+COMMAND = [sys.executable, "-m", "penstock", "pool"]
 
 
 def refused(*arguments: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 import threading
 from pathlib import Path
 from typing import Annotated
@@ -72,7 +71,8 @@ def _serve(
     pace: str | None,
     log_level: str,
 ) -> None:
-    from penstock.pool.open import format_address, open_local_pool, parse_address
+    from penstock.pool.open import open_local_pool
+    from penstock.transport.connect import format_address, parse_address
     from penstock.transport.node import PoolNode
 
     if log_level not in LOG_LEVELS:
@@ -108,8 +108,3 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     return " ".join(str(error).split())
-
-
-if __name__ == "__main__":
-    sys.argv[0] = "penstock pool"
-    typer.run(pool)
