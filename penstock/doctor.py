@@ -232,7 +232,7 @@ def check_cuda(machine: Machine) -> Check:
     if not cards:
         return Check("cuda", "ok", f"no GPU here; torch {torch.__version__} computes on the CPU")
     if torch.version.cuda is None:
-        advice = "install the CUDA build of the same torch version, see https://pytorch.org"
+        advice = "install the CUDA build of the same torch version, see PyTorch's install page"
         return Check("cuda", "problem", f"{len(cards)} GPU(s), but torch {torch.__version__} is a CPU build", advice)
     advice = "compare nvidia-smi's driver version with torch's CUDA version, and CUDA_VISIBLE_DEVICES"
     return Check("cuda", "problem", f"{len(cards)} GPU(s), but torch {torch.__version__} cannot use them", advice)

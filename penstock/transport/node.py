@@ -17,6 +17,7 @@ from functools import partial
 
 from penstock.core.keys import KEY_BYTES
 from penstock.pool.api import PoolError
+from penstock.pool.checksum import block_checksum
 from penstock.pool.local import LocalPool, OpenBlock
 from penstock.transport import wire
 from penstock.transport.pacer import PIECE_BYTES, Pacer
@@ -307,6 +308,11 @@ class _Served:
         except BaseException:
             self._node.staging.give(offset, payload_bytes)
             raise
+        if block_checksum(request.key, view[:payload_bytes]) != request.checksum:
+            self._node.staging.give(offset, payload_bytes)
+            self._leave()
+            self._reply(wire.Failed(request.id, "checksum", f"block {request.key.hex()} was damaged on its way here"))
+            return
 
         def stored(error: PoolError | None) -> None:
             self._node.staging.give(offset, payload_bytes)

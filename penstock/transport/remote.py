@@ -24,6 +24,7 @@ from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.layout import staging_bytes
 from penstock.pool.api import Done, Located, PoolError, PoolStat
 from penstock.pool.callbacks import Callbacks, call_done
+from penstock.pool.checksum import block_checksum
 from penstock.transport import wire
 from penstock.transport.connection import Connection, Pending
 
@@ -136,7 +137,7 @@ class RemotePool:
             detail = f"{len(data)} bytes of data for a block of {size_bytes}, or a wrong key"
             self._callbacks.call(done, PoolError("layout", detail))
             return
-        message = wire.Write(next(self._ids), key, parent, size_bytes, 0.0)
+        message = wire.Write(next(self._ids), key, parent, size_bytes, block_checksum(key, data[:size_bytes]), 0.0)
         self._submit(self._writes, Pending(message, message.id, time.monotonic() + timeout_s, _no_end, data), done)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:

@@ -51,6 +51,7 @@ class Write(msgspec.Struct, array_like=True, tag=3):
     key: bytes
     parent: bytes
     size_bytes: int
+    checksum: int
     timeout_s: float
 
 

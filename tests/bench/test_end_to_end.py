@@ -43,13 +43,13 @@ def _figures(path: Path) -> dict[str, float]:
 
 
 def test_demo_writes_its_table_page_and_picture(tmp_path: Path) -> None:
-    arguments = ["demo", "--out", str(tmp_path), "--sessions", "12", "--turns", "3", "--pace", "50MB/s"]
+    arguments = ["demo", "--out", str(tmp_path), "--sessions", "6", "--turns", "3", "--pace", "50MB/s"]
     done = _bench(arguments, 200, marker=str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     figures = _figures(tmp_path / "demo.json")
     assert figures["failed_requests"] == 0
     assert figures["outputs_equal"] == 1.0
-    assert figures["penstock_requests"] == figures["coupled_requests"] > 20
+    assert figures["penstock_requests"] == figures["coupled_requests"] >= 15
     assert figures["penstock_loaded_gb"] > 0 and figures["penstock_hit_rate"] > 0.3
     for system in ("coupled", "penstock"):
         assert figures[f"{system}_time_fetch_s"] > 0 and figures[f"{system}_time_compute_s"] > 0
@@ -76,7 +76,7 @@ def test_recorded_trace_is_served_with_equal_outputs(trace: str, tmp_path: Path)
         "--json",
         str(out),
         "--plot",
-        str(tmp_path / "p.html"),
+        str(tmp_path / "p.png"),
         "--minutes",
         "1",
     ]

@@ -19,6 +19,7 @@ from helpers import ROOT, Outcome, block_bytes, chain, key_of, read, staged, unt
 
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
+from penstock.pool.checksum import block_checksum
 from penstock.pool.journal import HEADER_BYTES
 from penstock.pool.local import LocalPool
 from penstock.pool.open import open_local_pool
@@ -208,6 +209,23 @@ def fake() -> Iterator[Callable[..., tuple[FakeNode, RemotePool]]]:
 
 def answer(sock: socket.socket, request: wire.Read, key: bytes, size: int, checksum: int = 0) -> None:
     sock.sendall(wire.frame(wire.Block(request.id, key, checksum), size) + b"x" * size)
+
+
+def test_a_write_damaged_on_its_way_is_refused(setup: Setup) -> None:
+    node = setup.node(setup.local(MIB))
+    key, parent, data = b"k" * 16, b"p" * 16, b"y" * 4096
+    with socket.create_connection(node.address, timeout=10.0) as sock:
+        sock.sendall(wire.greeting() + wire.frame(wire.Hello("write")))
+        wire.receive_exactly(sock, memoryview(bytearray(wire.GREETING.size)))
+        frames = wire.FrameReader(sock)
+        assert isinstance(wire.decode_reply(frames.next()[0]), wire.Ready)
+        for number, (checksum, end) in enumerate(
+            ((12345, wire.Failed), (block_checksum(key, memoryview(data)), wire.Written))
+        ):
+            sock.sendall(wire.frame(wire.Write(number, key, parent, len(data), checksum, 5.0), len(data)) + data)
+            reply = wire.decode_reply(frames.next()[0])
+            assert isinstance(reply, end) and reply.id == number
+            assert not isinstance(reply, wire.Failed) or reply.reason == "checksum"
 
 
 def test_another_protocol_version_is_a_clear_error() -> None:

@@ -64,7 +64,7 @@ class Options:
             time_divisor=time_divisor,
             think_s_max=self.think_s_max,
             requests_max=requests_max,
-            sessions_max=None if self.trace.suffix == ".jsonl" else max(1, requests_max // TURNS_OF_A_SESSION),
+            sessions_max=None if self.trace.suffix == ".jsonl" else max(3, requests_max // TURNS_OF_A_SESSION),
             context_tokens_max=131_072 // self.token_divisor,
             answer_tokens_max=ANSWER_TOKENS_MAX,
         )
@@ -202,9 +202,9 @@ def _report(plan: Plan, runs: Sequence[Run], alone: Calibration, options: Option
         report.modelled.append(f"the pool node's link is paced to {bed.pace}; bytes, sockets, KV and compute are real")
     kv = bed.kv_bytes_per_token
     working_set = sum(session.turns[-1].prompt_tokens for session in workload.sessions)
+    loop = "open loop by time stamps" if plan.open_loop else f"closed loop, at most {bed.sessions_at_once} at once"
     report.notes += [
-        f"{workload.name}: {workload.requests} requests of {len(workload.sessions)} sessions, "
-        f"{'open loop by time stamps' if plan.open_loop else f'closed loop, {bed.sessions_at_once} sessions at once'}; "
+        f"{workload.name}: {workload.requests} requests of {len(workload.sessions)} sessions, {loop}; "
         f"lengths 1/{options.token_divisor} of the recorded, answers at most {ANSWER_TOKENS_MAX} tokens",
         f"device memory {bed.l1_tokens} tokens ({bed.l1_tokens * kv / 1e6:.1f} MB) against {working_set} tokens that "
         f"the sessions end with; staging {bed.l2_bytes / 1e6:.0f} MB, pool {bed.pool_bytes / 1e6:.0f} MB, "
