@@ -222,6 +222,8 @@ def write_html(path: Path, title: str, subtitle: str, panels: Sequence[Panel], n
 
 def write_figure(path: Path, title: str, panels: Sequence[Panel]) -> None:
     """The same picture as a file for documents (PNG, SVG or PDF by its suffix)."""
+    from matplotlib.patches import Patch
+
     labels = _used_labels(panels)
     rows_of, end_s = _rows(panels), _end_s(panels)
     figure = new_figure(6.2 * len(panels), 7.0)
@@ -238,13 +240,13 @@ def write_figure(path: Path, title: str, panels: Sequence[Panel]) -> None:
             lefts = [left for left, _, _ in bars[label]]
             widths = [width for _, width, _ in bars[label]]
             rows = [row for _, _, row in bars[label]]
-            axes.barh(rows, widths, left=lefts, height=0.9, color=_style(label)[1], label=_style(label)[0])
+            axes.barh(rows, widths, left=lefts, height=0.9, color=_style(label)[1])
         axes.set_title(panel.title, loc="left", fontsize=11)
         axes.set_xlabel("time since arrival (s)")
         axes.set_xlim(0, end_s)
         tidy(axes, grid="x")
     all_axes[0].set_ylabel("request, in order of arrival")
     all_axes[0].invert_yaxis()
-    handles, names = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    handles = [Patch(color=_style(label)[1], label=_style(label)[0]) for label in labels]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     save_figure(figure, path)

@@ -40,12 +40,14 @@ def demo_workload(sessions: int, turns_max: int, seed: int) -> Workload:
 
 
 def demo_bed(model: Path, workload: Workload, pace: str) -> Bed:
-    """Device memory for four of the longest contexts, so that a session's KV has to come from the pool again at its
-    next turn when many sessions are open."""
+    """Device memory for four of the longest contexts, but at most a third of what the sessions end with, so that a
+    session's KV has to come from the pool again at its next turn."""
+    longest = workload.context_tokens_max
+    working_set = sum(session.turns[-1].prompt_tokens for session in workload.sessions)
     return Bed(
         model=model,
         block_tokens=BLOCK_TOKENS,
-        l1_tokens=4 * workload.context_tokens_max,
+        l1_tokens=max(longest + longest // 4, min(4 * longest, working_set // 3)),
         l2_bytes=32 * 2**20,
         pool_bytes=2**30,
         pace=pace,
