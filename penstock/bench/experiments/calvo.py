@@ -25,6 +25,10 @@ DEFAULT_RATES = (0.7, 1.0, 1.2)
 ALL_RATES = (0.5, 0.7, 0.85, 1.0, 1.2)
 MIXED_HIT_RATIOS = (0.25, 0.5, 0.75, 1.0)
 MIXED_POLICIES: tuple[Policy, ...] = ("fcfs", "sjf-compute", "sjf")
+MIXED_RATES = {
+    "mixed": 1.0,
+    "mixed-load": 1.5,
+}  # misses computed; and prompts of their hits only, nearer the link's limit
 COUPLED = "coupled"
 GAIN_GOAL, CUT_GOAL = 2.0, 0.813
 CALIBRATION_SEED = 1000
@@ -110,7 +114,8 @@ def _measure(
     cells: dict[Cell, Pooled] = {}
     mixed = "icl" in datasets and {"sjf-compute", "sjf"} <= set(policies)
     per_rate = len(policies) + 1
-    runs = len(datasets) * (2 + repeats * len(rates) * per_rate) + mixed * (2 + repeats * (1 + len(MIXED_POLICIES)))
+    per_mixed = 2 + repeats * len(MIXED_POLICIES)
+    runs = len(datasets) * (2 + repeats * len(rates) * per_rate) + mixed * len(MIXED_RATES) * per_mixed
     task = progress.add_task("start", total=runs)
     shuffle = random.Random(0)
     with testbed(scale) as bed:
@@ -120,11 +125,11 @@ def _measure(
             for rate, repeat in itertools.product(rates, range(repeats)):
                 one.run_all(cells, rate, repeat, [COUPLED, *policies], shuffle)
             one.end()
-        if mixed:
-            one = _Dataset(bed, "icl", MIXED_HIT_RATIOS, progress, task, label="mixed")
+        for label, rate in MIXED_RATES.items() if mixed else ():
+            one = _Dataset(bed, "icl", MIXED_HIT_RATIOS, progress, task, label=label)
             one.calibrate(report)
             for repeat in range(repeats):
-                one.run_all(cells, 1.0, repeat, [COUPLED, *MIXED_POLICIES], shuffle)
+                one.run_all(cells, rate, repeat, MIXED_POLICIES, shuffle)
             one.end()
     return cells
 
@@ -144,7 +149,8 @@ class _Dataset:
         self._label = label or name
         self._progress = progress
         self._task = task
-        self._requests = arrivals(name, 1.0, CALIBRATION_SEED, ratios, bed.profile.vocab_size)
+        warm_only = label == "mixed-load"
+        self._requests = arrivals(name, 1.0, CALIBRATION_SEED, ratios, bed.profile.vocab_size, warm_only)
         self._alone_s: list[float] = []
         self._capacity = 0.0
         bed.warm(self._requests)
@@ -156,9 +162,11 @@ class _Dataset:
         alone = self._bed.run(self._requests, no_slo, "coupled", "fcfs", outstanding=1)
         self._advance()
         self._alone_s = list(alone.ttfts_s)
+        self._bed.forget(self._requests)
         self._progress.update(self._task, description=f"{self._label}: baseline capacity")  # type: ignore[arg-type]
         full = self._bed.run(self._requests, no_slo, "coupled", "fcfs", outstanding=8)
         self._advance()
+        self._bed.forget(self._requests)
         self._capacity = len(self._requests) / full.wall_s
         time_factor = self._bed.scale.time_factor
         report.figure(f"{self._label}_baseline_capacity_per_s", self._capacity * time_factor)
@@ -259,9 +267,14 @@ def _conclude(
         if {"lstf", "edf"} <= set(rows):
             ratio = statistics.mean(rows["lstf"].met) / max(statistics.mean(rows["edf"].met), 1e-9)
             report.figure(f"{name}_{rate}_lstf_over_edf_slo", ratio)
-    if ("mixed", "1", "sjf") in cells:
-        compute_only, both = (statistics.mean(cells["mixed", "1", policy].ttfts_s) for policy in ("sjf-compute", "sjf"))
-        report.figure("mixed_1_sjf-compute_over_sjf_ttft", compute_only / both, 1.0)
+    for label, mixed_rate in MIXED_RATES.items():
+        rows = dict(_present(cells, label, f"{mixed_rate:g}", MIXED_POLICIES))
+        if "sjf" in rows:
+            compute_only, fcfs, both = (
+                statistics.mean(rows[policy].ttfts_s) for policy in ("sjf-compute", "fcfs", "sjf")
+            )
+            report.figure(f"{label}_{mixed_rate:g}_sjf-compute_over_sjf_ttft", compute_only / both, 1.0)
+            report.figure(f"{label}_{mixed_rate:g}_sjf-compute_over_fcfs_ttft", compute_only / fcfs)
 
 
 def _plot(path: Path, cells: dict[Cell, Pooled]) -> None:

@@ -79,8 +79,11 @@ class RunResult:
         return [float(ttft <= slo) for ttft, slo in zip(self.ttfts_s, self.slos_s, strict=True)]
 
 
-def arrivals(dataset: str, rate_per_s: float, seed: int, hit_ratios: Sequence[float], vocabulary: int) -> list[Arrival]:
-    """The workload with its tokens. Contexts are whole blocks, so that a run leaves nothing new in the pool."""
+def arrivals(
+    dataset: str, rate_per_s: float, seed: int, hit_ratios: Sequence[float], vocabulary: int, warm_only: bool
+) -> list[Arrival]:
+    """The workload with its tokens, contexts in whole blocks. With `warm_only` prompts have the warm part of their
+    context only: what is to load then varies with the hit ratio, what is to compute does not."""
     workload: Workload = calvo(
         dataset, rate_per_s, seed, hit_ratios=hit_ratios, context_tokens_multiple=BLOCK_TOKENS, context_spread=0.5
     )
@@ -88,7 +91,9 @@ def arrivals(dataset: str, rate_per_s: float, seed: int, hit_ratios: Sequence[fl
     for session in workload.sessions:
         turn = session.turns[0]
         multiplier = turn.slo_multiplier or SLO_MULTIPLIERS[0]
-        tokens = prompt_tokens(turn.prompt, vocabulary)
+        context, query = turn.prompt
+        prompt = (replace(context, length=turn.warm_tokens), query) if warm_only else turn.prompt
+        tokens = prompt_tokens(prompt, vocabulary)
         found.append(Arrival(tokens, turn.warm_tokens, multiplier, session.start_s))
     return found
 
