@@ -80,13 +80,17 @@ class Batching:
                 request.batched = True  # from here on it cannot be preempted
                 chunks.append((request, self._chunk(request, 1)))
                 budget -= 1
+        prefills = 0
         for request in self._computable.first(shared.config.max_prefills):
             if not budget:
                 break
             if request.state is not State.PREFILL:
                 continue
             tokens = self._prefill_run(request, budget, now)
+            if tokens and not self._pays(request, tokens, prefills):
+                break
             if tokens:
+                prefills += 1
                 request.batched = True
                 self._computable.discard(request)
                 chunks.append((request, self._chunk(request, tokens)))
@@ -98,6 +102,12 @@ class Batching:
         self._batch = (op_id, tuple(chunks), now)
         shared.outbox.append(Compute(op_id, tuple(chunk for _, chunk in chunks), predicted_s))
         return [request for request, _ in chunks]
+
+    def _pays(self, request: Request, tokens: int, prefills: int) -> bool:
+        """Whether a chunk may join a batch with `prefills` others: it delays each of them by its own time, and saves
+        itself the fixed cost of a batch."""
+        compute = self._shared.cost.compute
+        return prefills * (compute.seconds([(tokens, request.position)]) - compute.a) <= compute.a
 
     def _chunk(self, request: Request, count: int) -> ComputeChunk:
         start = request.position
