@@ -1,4 +1,4 @@
-"""The examples run."""
+"""The example that compares policies runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_policies_can_be_compared_on_a_virtual_clock() -> None:
