@@ -48,9 +48,6 @@ class Batching:
             if self._computable not in request.queues:
                 request.queues.append(self._computable)
 
-    def is_computable(self, request: Request) -> bool:
-        return request in self._computable
-
     def _pass_ready(self, request: Request) -> None:
         size = self._shared.config.block_tokens
         while request.position % size == 0 and self._passable(request, request.position // size):

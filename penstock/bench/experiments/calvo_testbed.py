@@ -14,7 +14,7 @@ import numpy as np
 from penstock.bench.processes import pool_process
 from penstock.bench.workloads import CALVO_DATASETS, SLO_MULTIPLIERS, Workload, calvo, prompt_tokens
 from penstock.core.config import Mode, Policy, SchedulerConfig
-from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.cost import CostModel, LinkCost
 from penstock.core.keys import BlockKey, KeyChain, root_key
 from penstock.core.layout import staging_bytes
 from penstock.core.operations import BlockHit, RequestSpec
@@ -202,7 +202,7 @@ class Testbed:
         speed = self.scale.paced_bytes_per_s
         cost.links["net"] = LinkCost(speed)
         config = replace(self.config(mode, policy), fetch_window_blocks=2)
-        compute = ComputeCost(self.profile.a_s, self.profile.b_s, self.profile.c_s)
+        compute = self.profile.compute_cost()
         hit = BlockHit(self.block_bytes, ("net",))
         keys = [self._keys(arrival)[: arrival.warm_tokens // BLOCK_TOKENS] for arrival in requests]
         pool = {key: hit for chain in keys for key in chain}
