@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from penstock.core.new_block import NewBlock, prefix_position
 from penstock.core.operations import Compute, ComputeChunk, FinishReason
 from penstock.core.ordering import RankedQueue
 from penstock.core.request import NO_PAGE, BlockLoad, LoadState, Request, State
@@ -229,7 +230,16 @@ class Batching:
             shared.l1.insert(key, parent, page, pins=1)
             request.own_pages -= 1
             if shared.config.pool:
-                self._saving.offer(key, parent)
+                self._saving.offer(
+                    NewBlock(
+                        key,
+                        parent,
+                        shared.config.block_bytes,
+                        prefix_position(request.key_at(0), index),
+                        request.spec.tenant,
+                        shared.cost.compute.rebuild_s(size, index * size),
+                    )
+                )
 
     def start_decoding(self, request: Request) -> None:
         self._decoding[request] = None

@@ -114,6 +114,11 @@ class ComputeCost:
         one, queries, attention = compute_features(spans)
         return self.a * one + self.b * queries + self.c * attention
 
+    def rebuild_s(self, tokens: int, context_tokens: int) -> float:
+        """What `tokens` behind a present context add to a batch."""
+        _, queries, attention = compute_features([(tokens, context_tokens)])
+        return self.b * queries + self.c * attention
+
     def observe(self, spans: Sequence[tuple[int, int]], seconds: float) -> None:
         """A batch of `spans` took `seconds`."""
         weight = 1.0 / max(seconds, 1e-4)

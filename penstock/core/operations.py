@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from penstock.core.keys import BlockKey
+from penstock.core.new_block import NewBlock
 
 Route = tuple[str, ...]
 FinishReason = Literal["stop", "length", "cancelled", "error", "timeout"]
@@ -20,7 +21,8 @@ FinishReason = Literal["stop", "length", "cancelled", "error", "timeout"]
 class RequestSpec:
     """A request as the brain sees it. `root_key` separates model, layout and tenant (`keys.root_key`).
 
-    `prompt` are token ids. `ttft_deadline_s` is an absolute time, None for the default SLO.
+    `prompt` are token ids. `ttft_deadline_s` is an absolute time, None for the default SLO. `tenant` is the tag its
+    blocks are counted under in the pool (`new_block.tenant_tag`).
     """
 
     request_id: str
@@ -29,6 +31,7 @@ class RequestSpec:
     root_key: BlockKey
     ttft_deadline_s: float | None = None
     eos_token_ids: frozenset[int] = frozenset()
+    tenant: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +94,10 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """L1 -> L2 -> L3, in the background: copy `page` into `slot`, say `downloaded`, write it as `key`, say `saved`."""
+    """L1 -> L2 -> L3, in the background: copy `page` into `slot`, say `downloaded`, write `block`, say `saved`."""
 
     op_id: int
-    key: BlockKey
-    parent: BlockKey
+    block: NewBlock
     page: int
     slot: int
     timeout_s: float

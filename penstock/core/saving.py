@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from penstock.core.keys import BlockKey
+from penstock.core.new_block import NewBlock
 from penstock.core.operations import Save
 from penstock.core.shared_state import SharedState
 
@@ -16,7 +16,7 @@ class Saving:
 
     def __init__(self, shared: SharedState) -> None:
         self._shared = shared
-        self._queue: deque[tuple[BlockKey, BlockKey, bool]] = deque()  # key, parent, pinned
+        self._queue: deque[tuple[NewBlock, bool]] = deque()  # block, pinned
         self._pinned = 0
         self._pin_limit = max(1, shared.config.l1_pages // 4)
         self._in_flight: dict[int, tuple[int, int | None]] = {}  # op -> slot, page until downloaded
@@ -24,7 +24,7 @@ class Saving:
     def __len__(self) -> int:
         return len(self._queue) + len(self._in_flight)
 
-    def offer(self, key: BlockKey, parent: BlockKey) -> None:
+    def offer(self, block: NewBlock) -> None:
         """A block that was just cached in L1; saved later if there is room to wait."""
         if len(self._queue) >= self._shared.config.save_queue_blocks:
             self._shared.count("saves_dropped")
@@ -32,14 +32,14 @@ class Saving:
         pinned = self._pinned < self._pin_limit
         if pinned:
             self._pinned += 1
-            self._shared.l1.pin(key)
-        self._queue.append((key, parent, pinned))
+            self._shared.l1.pin(block.key)
+        self._queue.append((block, pinned))
 
     def dispatch(self) -> None:
         config, l1 = self._shared.config, self._shared.l1
         while self._queue and len(self._in_flight) < config.save_window_blocks:
-            key, parent, pinned = self._queue[0]
-            if not pinned and key not in l1:
+            block, pinned = self._queue[0]
+            if not pinned and block.key not in l1:
                 self._queue.popleft()
                 self._shared.count("saves_dropped")
                 continue
@@ -47,11 +47,11 @@ class Saving:
             if slot is None:
                 return
             self._queue.popleft()
-            page = l1.page_of(key) if pinned else l1.pin(key)
+            page = l1.page_of(block.key) if pinned else l1.pin(block.key)
             self._pinned -= pinned
             op_id = self._shared.next_op()
             self._in_flight[op_id] = (slot, page)
-            self._shared.outbox.append(Save(op_id, key, parent, page, slot, config.save_timeout_s))
+            self._shared.outbox.append(Save(op_id, block, page, slot, config.save_timeout_s))
 
     def downloaded(self, op_id: int) -> None:
         """The block's bytes are in its slot: its page may be evicted again."""

@@ -21,6 +21,7 @@ from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
 from penstock.core.keys import BlockKey, root_key
 from penstock.core.layout import staging_bytes
+from penstock.core.new_block import tenant_tag
 from penstock.core.operations import (
     Account,
     BlockHit,
@@ -239,7 +240,13 @@ class Engine:
         deadline_s = None if request.slo_ttft_s is None else arrival_s + request.slo_ttft_s
         eos = frozenset() if request.sampling.ignore_eos else self.eos_token_ids
         spec = RequestSpec(
-            request.request_id, request.prompt_tokens, request.sampling.max_tokens, root, deadline_s, eos
+            request.request_id,
+            request.prompt_tokens,
+            request.sampling.max_tokens,
+            root,
+            deadline_s,
+            eos,
+            tenant_tag(request.tenant),
         )
         try:
             self._scheduler.submit(spec, arrival_s)

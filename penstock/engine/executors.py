@@ -119,7 +119,7 @@ class PoolStages:
 
     def write(self, op: Save, done: Callable[[str | None], None]) -> None:
         data = self._staging.slot(op.slot)
-        self._pool.write(op.key, op.parent, self._block_bytes, data, op.timeout_s, lambda error: done(_reason(error)))
+        self._pool.write(op.block, data, op.timeout_s, lambda error: done(_reason(error)))
 
     def close(self) -> None:
         self._lookups.shutdown(wait=False, cancel_futures=True)

@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from penstock.core.keys import BlockKey
+from penstock.core.keys import KEY_BYTES, BlockKey
+from penstock.core.layout import staging_bytes
+from penstock.core.new_block import TENANT_BYTES, NewBlock
 
 
 class PoolError(Exception):
@@ -93,12 +95,9 @@ class Pool(Protocol):
     def host_buffers(self) -> list[memoryview]:
         """Memory of local members, for page-locking on a GPU host; empty for a pool node."""
 
-    def write(
-        self, key: BlockKey, parent: BlockKey, size_bytes: int, data: memoryview, timeout_s: float, done: Done
-    ) -> None:
-        """Store a block of `size_bytes` (`parent` is the key before it, for leaf-first eviction). `data` is aligned and
-        padded like `into` of `read`, and must stay unchanged until `done`. Already present: done(None).
-        Bounded and droppable: done(PoolError("dropped" | "full" | ...)). Never raises."""
+    def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        """Store a block. `data` is aligned and padded like `into` of `read`, and must stay unchanged until `done`.
+        Already present: done(None). Bounded and droppable: done(PoolError("dropped" | "full" | ...)). Never raises."""
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
         """Forget blocks (a leased or in-flight one stays); returns how many went."""
@@ -108,3 +107,16 @@ class Pool(Protocol):
 
     def close(self, timeout_s: float) -> None:
         """Stop: reads and writes in flight end as done(PoolError("closed")), durable state is flushed."""
+
+
+def check_write(block: NewBlock, data: memoryview) -> PoolError | None:
+    """What is wrong with a block that is about to be written, if anything."""
+    if len(block.key) != KEY_BYTES or len(block.parent) != KEY_BYTES or block.key == block.parent:
+        return PoolError("layout", f"a key and its parent are {KEY_BYTES} bytes each and differ")
+    if len(block.tenant) not in (0, TENANT_BYTES):
+        return PoolError("layout", f"a tenant's tag of {len(block.tenant)} bytes; it has {TENANT_BYTES} or none")
+    if block.size_bytes < 1 or len(data) < staging_bytes(block.size_bytes):
+        return PoolError(
+            "layout", f"{len(data)} bytes of data for a block of {block.size_bytes}, padded to the alignment"
+        )
+    return None

@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from penstock.core.keys import KEY_BYTES, BlockKey
-from penstock.core.layout import staging_bytes
-from penstock.pool.api import Done, Located, MemberStat, PoolError, PoolStat
+from penstock.core.keys import BlockKey
+from penstock.core.new_block import NewBlock
+from penstock.pool.api import Done, Located, MemberStat, PoolError, PoolStat, check_write
 from penstock.pool.callbacks import Callbacks, call_done
 from penstock.pool.checksum import block_checksum
 from penstock.pool.memory import MemoryMember
@@ -155,13 +155,11 @@ class LocalPool:
     def host_buffers(self) -> list[memoryview]:
         return [member.memory for member in self.members if isinstance(member, MemoryMember)]
 
-    def write(
-        self, key: BlockKey, parent: BlockKey, size_bytes: int, data: memoryview, timeout_s: float, done: Done
-    ) -> None:
-        error = _check_write(key, parent, size_bytes, data)
+    def write(self, new: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        error = check_write(new, data)
         if error is None:
             try:
-                block, error = self._reserve(key, parent, size_bytes)
+                block, error = self._reserve(new)
             except PoolError as closed:
                 block, error = None, closed
             if block is not None:
@@ -297,28 +295,28 @@ class LocalPool:
             self.notes.append(f"{self.members[number].name}: {len(blocks)} rows beyond the slab or doubled, dropped")
             self.members[number].forget(blocks)
 
-    def _reserve(self, key: BlockKey, parent: BlockKey, size_bytes: int) -> tuple[Block | None, PoolError | None]:
+    def _reserve(self, new: NewBlock) -> tuple[Block | None, PoolError | None]:
         """An extent for a new block; neither block nor error when the block is there already. Takes the lock."""
         with self._lock:
             self._check_open()
             self._check_health()
-            present = self._table.find(key)
+            present = self._table.find(new.key)
             if present is not None:
                 self._table.touch(present)
-                if present.size_bytes == size_bytes:
+                if present.size_bytes == new.size_bytes:
                     return None, None
-                return None, PoolError("layout", f"block {key.hex()} exists with {present.size_bytes} bytes")
-            if self._table.occupied(key):
-                return None, PoolError("dropped", f"block {key.hex()} is being written or dropped already")
+                return None, PoolError("layout", f"block {new.key.hex()} exists with {present.size_bytes} bytes")
+            if self._table.occupied(new.key):
+                return None, PoolError("dropped", f"block {new.key.hex()} is being written or dropped already")
             refused = {n: why for n, member in enumerate(self.members) if (why := member.refuses_stores)}
             if len(refused) == len(self.members):
                 return None, PoolError("device", "; ".join(refused.values()))
-            block, gone = self._table.reserve(key, parent, size_bytes, refused)
+            block, gone = self._table.reserve(new, refused)
             self._evictions += len(gone)
             for number in {old.member for old in gone}:
                 self.members[number].forget([old for old in gone if old.member == number])
             if block is None:
-                return None, PoolError("full", f"no member has room for {size_bytes} bytes that are not in use")
+                return None, PoolError("full", f"no member has room for {new.size_bytes} bytes that are not in use")
             return block, None
 
     def _stored(self, block: Block, done: Done, error: PoolError | None) -> None:
@@ -356,11 +354,3 @@ class LocalPool:
         for number, member in enumerate(self.members):
             if self._table.healthy[number] and getattr(member, "fenced", None):
                 self._table.fence(number)
-
-
-def _check_write(key: BlockKey, parent: BlockKey, size_bytes: int, data: memoryview) -> PoolError | None:
-    if len(key) != KEY_BYTES or len(parent) != KEY_BYTES or key == parent:
-        return PoolError("layout", f"a key and its parent are {KEY_BYTES} bytes each and differ")
-    if size_bytes < 1 or len(data) < staging_bytes(size_bytes):
-        return PoolError("layout", f"{len(data)} bytes of data for a block of {size_bytes}, padded to the alignment")
-    return None

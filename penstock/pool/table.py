@@ -12,6 +12,7 @@ from itertools import pairwise
 from penstock.core.eviction import PrefixIndex
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
+from penstock.core.new_block import NewBlock
 from penstock.core.placement import CYCLE_BLOCKS, Placement
 from penstock.pool.extents import ExtentAllocator
 
@@ -98,24 +99,21 @@ class Table:
         block = self._blocks.get(key)
         return block if block is not None and not block.doomed and not self._index.pins(key) else None
 
-    def reserve(
-        self, key: BlockKey, parent: BlockKey, size_bytes: int, without: Container[int] = ()
-    ) -> tuple[Block | None, list[Block]]:
+    def reserve(self, new: NewBlock, without: Container[int] = ()) -> tuple[Block | None, list[Block]]:
         """An extent for a block that is about to be written, and the blocks that had to leave for it (their extents
         are in use again from now on). None when no healthy member, save those in `without`, can hold it."""
-        position = self._position(key, parent)
-        order = [member for member in self.placement.order(position) if member not in without]
-        length = staging_bytes(size_bytes)
+        order = [member for member in self.placement.order(new.position) if member not in without]
+        length = staging_bytes(new.size_bytes)
         gone: list[Block] = []
         for member in order:
             offset = self.allocators[member].take(length)
             if offset is not None:
-                return self._start(Block(key, parent, member, offset, size_bytes, position)), gone
+                return self._start(new, member, offset), gone
         for make_room in (self._evict_leaves, self._clear_run):
             for member in order:
                 offset = make_room(member, length, gone)
                 if offset is not None:
-                    return self._start(Block(key, parent, member, offset, size_bytes, position)), gone
+                    return self._start(new, member, offset), gone
         return None, gone
 
     def commit(self, block: Block) -> None:
@@ -162,12 +160,8 @@ class Table:
                 assert offset + length <= following, "I1: two blocks share bytes"
             assert allocator.free_bytes + sum(length for _, length in extents) == allocator.end - allocator.start
 
-    def _position(self, key: BlockKey, parent: BlockKey) -> int:
-        """One after the parent's; where the parent is unknown, anywhere, so that short prefixes spread too."""
-        before = self._blocks.get(parent) or self._writing.get(parent)
-        return (before.position + 1 if before else int.from_bytes(key[-4:], "little")) % CYCLE_BLOCKS
-
-    def _start(self, block: Block) -> Block:
+    def _start(self, new: NewBlock, member: int, offset: int) -> Block:
+        block = Block(new.key, new.parent, member, offset, new.size_bytes, new.position % CYCLE_BLOCKS)
         self._writing[block.key] = block
         return block
 

@@ -137,7 +137,7 @@ class VirtualBody:
         def saved() -> None:
             self.scheduler.downloaded(operation.op_id)
             if self._save_route is not None:
-                self._pool[operation.key] = BlockHit(self.scheduler.config.block_bytes, self._save_route)
+                self._pool[operation.block.key] = BlockHit(operation.block.size_bytes, self._save_route)
             self.scheduler.saved(operation.op_id, None)
 
         self.at(self.now + 1e-3, saved)

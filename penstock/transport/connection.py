@@ -24,7 +24,9 @@ from penstock.transport import wire
 
 log = logging.getLogger(__name__)
 
-VERIFY_BYTES = 1 << 20  # bytes are verified in pieces of this size while they are still in the processor's cache
+VERIFY_BYTES = (
+    4 << 20
+)  # received and verified in pieces of this size: smaller ones hand the interpreter over more often
 
 
 @dataclass(slots=True, eq=False)

@@ -321,7 +321,7 @@ class _Served:
             self._later(partial(self._reply, reply))
 
         remaining_s = deadline_s - time.monotonic()
-        self._pool.write(request.key, request.parent, request.size_bytes, view, remaining_s, stored)
+        self._pool.write(request.block, view, remaining_s, stored)
 
     def _drain(self, size_bytes: int) -> None:
         scratch = memoryview(bytearray(min(size_bytes, _DRAIN_BYTES)))

@@ -16,13 +16,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from penstock.core.keys import KEY_BYTES, BlockKey
-from penstock.core.layout import staging_bytes
-from penstock.pool.api import Done, Located, PoolError, PoolStat
+from penstock.core.keys import BlockKey
+from penstock.core.new_block import NewBlock
+from penstock.pool.api import Done, Located, PoolError, PoolStat, check_write
 from penstock.pool.callbacks import Callbacks, call_done
 from penstock.pool.checksum import block_checksum
 from penstock.transport import wire
@@ -129,15 +129,15 @@ class RemotePool:
     def host_buffers(self) -> list[memoryview]:
         return []
 
-    def write(
-        self, key: BlockKey, parent: BlockKey, size_bytes: int, data: memoryview, timeout_s: float, done: Done
-    ) -> None:
-        right_keys = len(key) == len(parent) == KEY_BYTES and key != parent
-        if not right_keys or not 0 < size_bytes <= wire.PAYLOAD_BYTES_MAX or len(data) < staging_bytes(size_bytes):
-            detail = f"{len(data)} bytes of data for a block of {size_bytes}, or a wrong key"
-            self._callbacks.call(done, PoolError("layout", detail))
+    def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        error = check_write(block, data)
+        if error is None and block.size_bytes > wire.PAYLOAD_BYTES_MAX:
+            error = PoolError("layout", f"a block of {block.size_bytes} bytes; {wire.PAYLOAD_BYTES_MAX} are allowed")
+        if error is not None:
+            self._callbacks.call(done, error)
             return
-        message = wire.Write(next(self._ids), key, parent, size_bytes, block_checksum(key, data[:size_bytes]), 0.0)
+        checksum = block_checksum(block.key, data[: block.size_bytes])
+        message = wire.Write(next(self._ids), **asdict(block), checksum=checksum, timeout_s=0.0)
         self._submit(self._writes, Pending(message, message.id, time.monotonic() + timeout_s, _no_end, data), done)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:

@@ -12,9 +12,10 @@ import struct
 import msgspec
 
 from penstock.core.keys import KEY_BYTES, BlockKey
+from penstock.core.new_block import NewBlock
 from penstock.pool.api import PoolStat
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 GREETING = struct.Struct("<6sH")
 MAGIC = b"PNSTCK"
 PREFIX = struct.Struct("<II")
@@ -51,8 +52,15 @@ class Write(msgspec.Struct, array_like=True, tag=3):
     key: bytes
     parent: bytes
     size_bytes: int
+    position: int
+    tenant: bytes
+    rebuild_s: float
     checksum: int
     timeout_s: float
+
+    @property
+    def block(self) -> NewBlock:
+        return NewBlock(self.key, self.parent, self.size_bytes, self.position, self.tenant, self.rebuild_s)
 
 
 class Lookup(msgspec.Struct, array_like=True, tag=4):

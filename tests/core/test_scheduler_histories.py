@@ -228,7 +228,7 @@ class Histories(RuleBasedStateMachine):
             self._compute(op, fails)
         elif isinstance(op, Save):
             if not fails:
-                self.pool[op.key] = (self.slots[op.slot], BlockHit(BLOCK_BYTES, ROUTES[0]))
+                self.pool[op.block.key] = (self.slots[op.slot], BlockHit(BLOCK_BYTES, ROUTES[0]))
             self.brain.saved(op_id, "dropped" if fails else None)
 
     def _compute(self, op: Compute, fails: bool) -> None:

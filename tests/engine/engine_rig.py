@@ -12,6 +12,7 @@ from typing import Any
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.new_block import NewBlock
 from penstock.engine.api import GenerationRequest, RequestReport, TokenEvent
 from penstock.engine.engine import Engine, new_request_id
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
@@ -210,9 +211,9 @@ class WatchedPool:
     def host_buffers(self) -> list[memoryview]:
         return self.inner.host_buffers()
 
-    def write(self, key: bytes, parent: bytes, size_bytes: int, data: memoryview, timeout_s: float, done: Done) -> None:
+    def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         self.write_gate.pass_through()
-        self.inner.write(key, parent, size_bytes, data, timeout_s, done)
+        self.inner.write(block, data, timeout_s, done)
 
     def evict(self, keys: Sequence[bytes]) -> int:
         return self.inner.evict(keys)

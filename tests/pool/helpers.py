@@ -11,6 +11,7 @@ from typing import Any
 
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
+from penstock.core.new_block import NewBlock
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Pool, PoolError
 
@@ -54,9 +55,21 @@ class Outcome:
         return self._ends.empty()
 
 
-def write(pool: Pool, key: BlockKey, parent: BlockKey = ROOT, size_bytes: int = 4096, timeout_s: float = 10.0) -> str:
+def new_block(key: BlockKey, parent: BlockKey = ROOT, size_bytes: int = 4096, position: int | None = None) -> NewBlock:
+    """A block; without a position it lies anywhere in the spread."""
+    return NewBlock(key, parent, size_bytes, int.from_bytes(key[-4:], "little") if position is None else position)
+
+
+def write(
+    pool: Pool,
+    key: BlockKey,
+    parent: BlockKey = ROOT,
+    size_bytes: int = 4096,
+    timeout_s: float = 10.0,
+    position: int | None = None,
+) -> str:
     outcome = Outcome()
-    pool.write(key, parent, size_bytes, staged(key, size_bytes), timeout_s, outcome)
+    pool.write(new_block(key, parent, size_bytes, position), staged(key, size_bytes), timeout_s, outcome)
     return outcome.reason()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers import ROOT, key_of
+from helpers import ROOT, key_of, new_block
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,7 +65,7 @@ def test_take_at_rebuilds_and_refuses_overlap() -> None:
 
 def fill(table: Table, names: range, pages: int) -> None:
     for name in names:
-        block, _ = table.reserve(key_of(name), ROOT, pages * PAGE)
+        block, _ = table.reserve(new_block(key_of(name), size_bytes=pages * PAGE))
         assert block is not None
         table.commit(block)
         table.check_integrity()
@@ -79,7 +79,7 @@ def test_a_large_block_among_small_ones_costs_few_of_them() -> None:
         block = table.find(key_of(name))
         assert block is not None
         table.touch(block)
-    large, gone = table.reserve(key_of("large"), ROOT, 8 * PAGE)
+    large, gone = table.reserve(new_block(key_of("large"), size_bytes=8 * PAGE))
     assert large is not None and len(gone) <= 3 * 8
     table.check_integrity()
 
@@ -91,8 +91,8 @@ def test_pinned_neighbours_are_never_moved_out() -> None:
     for block in blocks[::4]:
         assert block is not None
         table.pin(block)
-    assert table.reserve(key_of("too large"), ROOT, 4 * PAGE)[0] is None
-    fits, _ = table.reserve(key_of("fits"), ROOT, 3 * PAGE)
+    assert table.reserve(new_block(key_of("too large"), size_bytes=4 * PAGE))[0] is None
+    fits, _ = table.reserve(new_block(key_of("fits"), size_bytes=3 * PAGE))
     assert fits is not None
     table.check_integrity()
     assert all(table.find(block.key) is block for block in blocks[::4] if block)
@@ -102,13 +102,13 @@ def test_a_full_member_overflows_to_the_others_before_anything_is_evicted() -> N
     table = Table([(0, 4 * PAGE), (0, 32 * PAGE)], [100.0, 1.0])
     parent, members = ROOT, []
     for i in range(36):
-        block, gone = table.reserve(key_of(i), parent, PAGE)
+        block, gone = table.reserve(new_block(key_of(i), parent, PAGE, i))
         assert block is not None and not gone
         table.commit(block)
         members.append(block.member)
         parent = block.key
     assert members.count(0) == 4 and members.count(1) == 32
-    block, gone = table.reserve(key_of("more"), parent, PAGE)
+    block, gone = table.reserve(new_block(key_of("more"), parent, PAGE))
     assert block is not None and [old.key for old in gone] == [key_of(35)]
 
 
@@ -118,7 +118,7 @@ def test_a_prefix_is_spread_by_weight_even_when_two_are_written_in_turns() -> No
     parents = {"a": ROOT, "b": ROOT}
     for i in range(60):
         for name in ("a", "b") if i % 3 else ("b", "a"):
-            block, _ = table.reserve(key_of((name, i)), parents[name], PAGE)
+            block, _ = table.reserve(new_block(key_of((name, i)), parents[name], PAGE, i))
             assert block is not None
             table.commit(block)
             owners[name].append(block.member)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, Outcome, block_bytes, chain, key_of, member, read, staged, until, write
+from helpers import ROOT, Outcome, block_bytes, chain, key_of, member, new_block, read, staged, until, write
 
 from penstock.io.api import BlockEngine, IoCompletion, IoOp
 from penstock.io.memory import aligned_buffer
@@ -89,7 +89,7 @@ def test_bad_buffers_and_keys_are_refused(opened: Opener, kind: str) -> None:
         (key_of(1), ROOT, 8192, 4096),
     ):
         outcome = Outcome()
-        pool.write(key, parent, size, aligned_buffer(length), 5.0, outcome)
+        pool.write(new_block(key, parent, size), aligned_buffer(length), 5.0, outcome)
         assert outcome.reason() == "layout"
 
 
@@ -100,8 +100,8 @@ def test_a_full_pool_evicts_leaves_of_the_least_recently_used_prefix(opened: Ope
     for key, parent in (*old, *used):
         assert write(pool, key, parent) == "ok"
     pool.lookup([key for key, _ in old], 1.0)  # the other one is now the least recently used
-    for key, parent in chain("new", 4):
-        assert write(pool, key, parent) == "ok"
+    for position, (key, parent) in enumerate(chain("new", 4)):
+        assert write(pool, key, parent, position=position) == "ok"
     hits = pool.lookup([key for key, _ in used], 1.0)
     assert [hit is not None for hit in hits] == [True] * 4 + [False] * 4
     assert all(pool.lookup([key for key, _ in old], 1.0))
@@ -111,8 +111,8 @@ def test_a_full_pool_evicts_leaves_of_the_least_recently_used_prefix(opened: Ope
 def test_leased_blocks_stay_and_a_pool_of_them_is_full(opened: Opener) -> None:
     pool = opened([4 * 4096])
     leases = []
-    for key, parent in chain("a", 4):
-        assert write(pool, key, parent) == "ok"
+    for position, (key, parent) in enumerate(chain("a", 4)):
+        assert write(pool, key, parent, position=position) == "ok"
         lease = pool.lease(key)
         assert lease is not None and bytes(lease.view) == block_bytes(key, 4096)
         leases.append(lease)
@@ -138,8 +138,8 @@ def test_only_memory_members_lease(opened: Opener) -> None:
 
 def test_blocks_are_spread_over_members_by_weight(opened: Opener) -> None:
     pool = opened([MIB], slab=MIB, weights=[3.0, 1.0])
-    for key, parent in chain("a", 40):
-        assert write(pool, key, parent) == "ok"
+    for position, (key, parent) in enumerate(chain("a", 40)):
+        assert write(pool, key, parent, position=position) == "ok"
     stat = pool.stat(1.0)
     assert [m.blocks for m in stat.members] == [30, 10]
     assert [m.weight for m in stat.members] == [0.75, 0.25]
@@ -172,8 +172,8 @@ def test_a_restart_keeps_blocks_and_their_order_of_use(tmp_path: Path) -> None:
     pool = open_local_pool([], slab)
     pool.check_integrity()
     assert all(read(pool, key) == "ok" for key, _ in (*chain("a", 4), *chain("b", 4)))
-    for key, parent in chain("c", 2):
-        assert write(pool, key, parent) == "ok"
+    for position, (key, parent) in enumerate(chain("c", 2)):
+        assert write(pool, key, parent, position=position) == "ok"
     assert [hit is not None for hit in pool.lookup([key for key, _ in chain("b", 4)], 1.0)] == [
         True,
         True,
@@ -258,8 +258,8 @@ def damage(path: Path, how: str) -> None:
 def test_a_damaged_slab_or_table_loses_blocks_but_serves_nothing_wrong(tmp_path: Path, how: str, left: int) -> None:
     path = tmp_path / "kv.slab"
     pool = open_local_pool([], [(path, MIB)])
-    for key, parent in chain("a", 10):
-        assert write(pool, key, parent) == "ok"
+    for position, (key, parent) in enumerate(chain("a", 10)):
+        assert write(pool, key, parent, position=position) == "ok"
     pool.close(5.0)
     damage(path, how)
     pool = open_local_pool([], [(path, MIB)])
@@ -352,8 +352,8 @@ def faulty(tmp_path: Path) -> Iterator[tuple[LocalPool, FaultyEngine]]:
 def test_a_member_that_keeps_failing_is_fenced(faulty: tuple[LocalPool, FaultyEngine]) -> None:
     pool, engine = faulty
     keys = [key for key, _ in chain("a", 20)]
-    for key, parent in chain("a", 20):
-        assert write(pool, key, parent) == "ok"
+    for position, (key, parent) in enumerate(chain("a", 20)):
+        assert write(pool, key, parent, position=position) == "ok"
     on_slab = [k for k, hit in zip(keys, pool.lookup(keys, 1.0), strict=True) if hit and hit.route == ("ssd:0",)]
     assert len(on_slab) == 10
     engine.fail.add("load")
@@ -361,8 +361,8 @@ def test_a_member_that_keeps_failing_is_fenced(faulty: tuple[LocalPool, FaultyEn
     stat = member(pool.stat(1.0), "ssd:0")
     assert not stat.healthy and stat.errors == 3
     assert [hit is None for hit in pool.lookup(on_slab, 1.0)] == [True] * 10
-    for key, parent in chain("b", 10):
-        assert write(pool, key, parent) == "ok"
+    for position, (key, parent) in enumerate(chain("b", 10)):
+        assert write(pool, key, parent, position=position) == "ok"
     assert member(pool.stat(1.0), "memory:0").blocks == 20
 
 
@@ -382,8 +382,8 @@ def test_waiting_requests_end_by_their_deadline_behind_a_slow_device(
     """Two operations are in the device's hands and cannot be cut off; all that wait behind them end in time."""
     pool, engine = faulty
     keys = [key for key, _ in chain("a", 20)]
-    for key, parent in chain("a", 20):
-        assert write(pool, key, parent) == "ok"
+    for position, (key, parent) in enumerate(chain("a", 20)):
+        assert write(pool, key, parent, position=position) == "ok"
     on_slab = [k for k, hit in zip(keys, pool.lookup(keys, 1.0), strict=True) if hit and hit.route == ("ssd:0",)]
     engine.hold.set()
     stuck = [Outcome(), Outcome()]
@@ -425,13 +425,13 @@ WRITER = """
 import sys, time
 sys.path[:0] = sys.argv[2:]
 from pathlib import Path
-from helpers import chain, staged
+from helpers import chain, new_block, staged
 from penstock.pool.open import open_local_pool
 pool = open_local_pool([], [(Path(sys.argv[1]), 2 << 20)])
 blocks = chain("a", 3000)
 print("ready", flush=True)
 for key, parent in blocks * 1000:
-    pool.write(key, parent, 9000, staged(key, 9000), 10.0, lambda error: None)
+    pool.write(new_block(key, parent, 9000), staged(key, 9000), 10.0, lambda error: None)
     time.sleep(0.0005)
 """
 
@@ -521,7 +521,7 @@ def test_queued_writes_over_the_limit_are_dropped_not_kept(faulty: tuple[LocalPo
     outcomes = [Outcome() for _ in range(700)]
     data = staged(key_of("x"), 100)
     for i, outcome in enumerate(outcomes):
-        pool.write(key_of(i), ROOT, 100, data, 0.5, outcome)
+        pool.write(new_block(key_of(i), size_bytes=100), data, 0.5, outcome)
     engine.hold.clear()
     reasons = [outcome.reason(5.0) for outcome in outcomes]
     assert "dropped" in reasons

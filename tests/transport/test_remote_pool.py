@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, Outcome, block_bytes, chain, key_of, read, staged, until, write
+from helpers import Outcome, block_bytes, chain, key_of, new_block, read, staged, until, write
 
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
@@ -99,8 +99,8 @@ def test_wrong_arguments_end_as_layout(setup: Setup) -> None:
     client = setup.client(setup.node(setup.local(MIB)))
     outcomes = [Outcome() for _ in range(3)]
     client.read(key_of("a"), 8192, aligned_buffer(4096), 5.0, outcomes[0])
-    client.write(key_of("a"), key_of("a"), 4096, aligned_buffer(4096), 5.0, outcomes[1])
-    client.write(key_of("a"), ROOT, 8192, aligned_buffer(4096), 5.0, outcomes[2])
+    client.write(new_block(key_of("a"), key_of("a")), aligned_buffer(4096), 5.0, outcomes[1])
+    client.write(new_block(key_of("a"), size_bytes=8192), aligned_buffer(4096), 5.0, outcomes[2])
     assert [outcome.reason() for outcome in outcomes] == ["layout"] * 3
     assert write(client, key_of("a")) == "ok"
 
@@ -223,7 +223,9 @@ def test_a_write_damaged_on_its_way_is_refused(setup: Setup) -> None:
         for number, (checksum, end) in enumerate(
             ((12345, wire.Failed), (block_checksum(key, memoryview(data)), wire.Written))
         ):
-            sock.sendall(wire.frame(wire.Write(number, key, parent, len(data), checksum, 5.0), len(data)) + data)
+            sock.sendall(
+                wire.frame(wire.Write(number, key, parent, len(data), 0, b"", 0.0, checksum, 5.0), len(data)) + data
+            )
             reply = wire.decode_reply(frames.next()[0])
             assert isinstance(reply, end) and reply.id == number
             assert not isinstance(reply, wire.Failed) or reply.reason == "checksum"
@@ -535,7 +537,7 @@ def test_a_write_that_finds_no_staging_memory_ends_in_time(setup: Setup) -> None
     held = node.staging.take(MIB, time.monotonic() + 5.0)
     assert held is not None
     outcome = Outcome()
-    client.write(key_of("b"), ROOT, 5000, staged(key_of("b"), 5000), 0.4, outcome)
+    client.write(new_block(key_of("b"), size_bytes=5000), staged(key_of("b"), 5000), 0.4, outcome)
     assert outcome.reason(5.0) in ("dropped", "deadline")
     node.staging.give(held[0], MIB)
     assert read(client, key_of("a")) == "ok"

@@ -17,6 +17,7 @@ from penstock.core.config import Mode, Policy, SchedulerConfig
 from penstock.core.cost import CostModel, LinkCost
 from penstock.core.keys import BlockKey, KeyChain, root_key
 from penstock.core.layout import staging_bytes
+from penstock.core.new_block import NewBlock, prefix_position
 from penstock.core.operations import BlockHit, RequestSpec
 from penstock.core.scheduler import LoadScheduler
 from penstock.engine.api import GenerationRequest, RequestReport, TokenEvent
@@ -142,7 +143,8 @@ class Testbed:
                 if not free.acquire(timeout=30):
                     raise TimeoutError("the pool node took no block for 30 s")
                 data = memory[(count % slots) * padded : (count % slots + 1) * padded]
-                pool.write(key, chain.parent_of(index), self.block_bytes, data, 30.0, done)
+                position = prefix_position(keys[0], index)
+                pool.write(NewBlock(key, chain.parent_of(index), self.block_bytes, position), data, 30.0, done)
                 count += 1
         for _ in range(slots):
             if not free.acquire(timeout=30):

@@ -16,6 +16,7 @@ from penstock.core.config import Mode, SchedulerConfig
 from penstock.core.cost import CostModel
 from penstock.core.keys import KeyChain, root_key
 from penstock.core.layout import staging_bytes
+from penstock.core.new_block import NewBlock, prefix_position
 from penstock.engine.api import GenerationRequest, RequestReport, TokenEvent
 from penstock.engine.calibrate import calibrate
 from penstock.engine.engine import Engine, new_request_id
@@ -165,8 +166,9 @@ class TtftBench:
                 source.read(keys[index], layout.full_block_bytes, buffers[index % COPY_WINDOW], timeout_s, done)
 
             def write(index: int, done: Callable[[PoolError | None], None]) -> None:
-                parent, data = chain.parent_of(index), buffers[index % COPY_WINDOW]
-                target.write(keys[index], parent, layout.full_block_bytes, data, timeout_s, done)
+                size_bytes, position = layout.full_block_bytes, prefix_position(keys[0], index)
+                block = NewBlock(keys[index], chain.parent_of(index), size_bytes, position)
+                target.write(block, buffers[index % COPY_WINDOW], timeout_s, done)
 
             _all_done(read, indices, timeout_s)
             _all_done(write, indices, timeout_s)

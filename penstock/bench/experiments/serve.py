@@ -106,7 +106,7 @@ def busy_s(workload: Workload, alone: Calibration, cached: Callable[[RequestName
 
 
 ORDERS: tuple[tuple[System, ...], ...] = (
-    ("penstock", "coupled", "no_pool", "coupled", "penstock"),
+    ("penstock", "coupled", "no_pool", "no_pool", "coupled", "penstock"),
     ("penstock", "coupled", "no_pool"),
 )
 
@@ -120,7 +120,7 @@ def wanted_s(workload: Workload, order: Sequence[System], reusable: Mapping[Requ
 
 
 def make_plan(options: Options, bed: Bed, alone: Calibration, left_s: float) -> Plan:
-    """The largest number of requests whose runs (two of Penstock and of coupled, one without a pool) fit into
+    """The largest number of requests whose runs (two of each) fit into
     `left_s`; when that is few, one run of each."""
     for order in ORDERS:
         replay_s = left_s - START_S * len(order)

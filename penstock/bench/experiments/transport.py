@@ -27,6 +27,7 @@ from penstock.bench.plots import bar_chart
 from penstock.bench.processes import POOL_READY, ProcessFailed, ReadyProcess
 from penstock.bench.report import Report
 from penstock.core.keys import BlockKey
+from penstock.core.new_block import NewBlock
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.transport.connect import connect_pool
@@ -174,7 +175,7 @@ def _fill(address: str) -> dict[str, list[BlockKey]]:
             for _ in range(SET_BYTES // size_bytes):
                 key = hashlib.blake2b(parent, digest_size=16).digest()
                 ended: queue.SimpleQueue[PoolError | None] = queue.SimpleQueue()
-                pool.write(key, parent, size_bytes, data, TIMEOUT_S, ended.put)
+                pool.write(NewBlock(key, parent, size_bytes), data, TIMEOUT_S, ended.put)
                 error = ended.get(timeout=TIMEOUT_S + 1)
                 if error is not None:
                     raise error

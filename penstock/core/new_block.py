@@ -1,0 +1,35 @@
+"""A block on its way into the pool: its name, and what the pool needs to place it, to keep it, or to let it go."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from penstock.core.keys import BlockKey
+
+TENANT_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class NewBlock:
+    """`position` is its place in the spread of its prefix over the members (`prefix_position`), `tenant` whose block it
+    is (`tenant_tag`; empty: nobody's in particular), `rebuild_s` what computing it again takes where its prefix is
+    there already (0: not known)."""
+
+    key: BlockKey
+    parent: BlockKey
+    size_bytes: int
+    position: int = 0
+    tenant: bytes = b""
+    rebuild_s: float = 0.0
+
+
+def prefix_position(first_key: BlockKey, index: int) -> int:
+    """Position of block `index` of the prefix whose first block is `first_key`: blocks of a prefix follow each other,
+    prefixes begin anywhere, so that short ones spread too. All who share the first block agree on it."""
+    return int.from_bytes(first_key[-4:], "little") + index
+
+
+def tenant_tag(tenant: str) -> bytes:
+    """What the pool sees of a tenant (`cache_salt`): enough to count its bytes, too little to make its keys."""
+    return hashlib.blake2b(tenant.encode(), digest_size=TENANT_BYTES).digest() if tenant else b""
