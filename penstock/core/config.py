@@ -49,6 +49,7 @@ class SchedulerConfig:
     lookup_window: int = 4
     save_window_blocks: int = 4
     save_queue_blocks: int = 4096
+    saves_yield: bool = False  # saves and batches share a processor: saves go between batches while nothing presses
     age_bound_s: float = 60.0  # a request that waited longer for its first token goes before all others
     default_slo_ttft_s: float = 10.0  # deadline of requests that name none
     lookup_timeout_s: float = 2.0

@@ -12,7 +12,10 @@ from penstock.core.shared_state import SharedState
 class Saving:
     """A bounded queue of computed blocks. They are pinned in L1 until their bytes have left it, as long as that takes
     no more than a quarter of L1; what is evicted before its turn, or finds the queue full, is dropped and counted (it
-    will be a miss, not an error)."""
+    will be a miss, not an error).
+
+    With `saves_yield` they wait while a batch is in flight, until they press on L1 or are half as many as may be
+    pinned."""
 
     def __init__(self, shared: SharedState) -> None:
         self._shared = shared
@@ -35,8 +38,11 @@ class Saving:
             self._shared.l1.pin(block.key)
         self._queue.append((block, pinned))
 
-    def dispatch(self) -> None:
+    def dispatch(self, computing: bool) -> None:
+        """`computing`: a batch is in flight."""
         config, l1 = self._shared.config, self._shared.l1
+        if config.saves_yield and computing and len(self._queue) < min(max(1, self._pin_limit // 2), l1.available):
+            return
         while self._queue and len(self._in_flight) < config.save_window_blocks:
             block, pinned = self._queue[0]
             if not pinned and block.key not in l1:

@@ -307,7 +307,7 @@ class LoadScheduler:
         self._loading.dispatch_uploads(now)
         for request in self._batching.dispatch(now):
             self._relabel(request, now)
-        self._saving.dispatch()
+        self._saving.dispatch(self._batching.busy)
         operations, self._shared.outbox = self._shared.outbox, []
         return operations
 

@@ -80,6 +80,7 @@ def _scheduler_config(config: EngineConfig, runner: ModelRunner) -> SchedulerCon
         mode=config.mode,
         pool=not config.no_pool,
         layerwise=runner.layerwise and config.mode == "penstock",
+        saves_yield=runner.computes_on_host,
         max_batch_tokens=config.max_batch_tokens,
         max_running=config.max_running,
         max_waiting=config.max_waiting,

@@ -70,6 +70,7 @@ class HFRunner:
         self.vocab_size = int(loaded.config.vocab_size)
         self.max_context_tokens = _context_tokens(loaded.config, max_context_tokens)
         self.layerwise = layerwise
+        self.computes_on_host = self._device.type == "cpu"
         self._upload_timeout_s = upload_timeout_s
         probe = self._probe(loaded.config)
         self._dtype = next(iter(probe.dtypes))

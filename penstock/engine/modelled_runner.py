@@ -36,6 +36,7 @@ class ModelledRunner:
         self.vocab_size = profile.vocab_size
         self.eos_token_ids: frozenset[int] = frozenset()
         self.layerwise = False
+        self.computes_on_host = False
         self._cost = profile.compute_cost()
         self._upload_link = LinkClock(profile.upload_bytes_per_s)
         self._download_link = LinkClock(profile.upload_bytes_per_s)

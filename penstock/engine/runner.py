@@ -61,6 +61,7 @@ class ModelRunner(Protocol):
     max_context_tokens: int
     vocab_size: int
     eos_token_ids: frozenset[int]
+    computes_on_host: bool  # a batch takes processor time from everything else on this host
     layerwise: bool  # uploads go layer by layer, and `run` waits for a chunk's `pending` ones layer by layer
 
     def allocate(self, pages: int) -> None:
