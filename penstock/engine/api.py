@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from penstock.core.operations import FinishReason
 from penstock.engine.runner import SamplingParams
 
 
@@ -19,9 +20,6 @@ class Overloaded(RuntimeError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
-
-
-FinishReason = Literal["stop", "length", "cancelled", "error", "timeout"]
 
 
 @dataclass(frozen=True, slots=True)

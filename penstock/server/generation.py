@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from penstock.core.operations import FinishReason
 from penstock.engine.api import (
     EngineAPI,
-    FinishReason,
     GenerationRequest,
     InvalidRequest,
     Overloaded,

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from penstock.core.operations import FinishReason
 from penstock.engine.api import (
     EngineStats,
-    FinishReason,
     GenerationRequest,
     InvalidRequest,
     Overloaded,
