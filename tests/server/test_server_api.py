@@ -105,7 +105,7 @@ def test_a_stop_string_over_several_tokens_cuts_text_and_ends_the_request(start:
     choice = answer["choices"][0]
     assert choice["text"] == "Grüße, 世" and choice["finish_reason"] == "stop"
     assert answer["usage"]["completion_tokens"] <= len(codec.encode("Grüße, 世界! 🙂"))
-    assert [reason for _, reason in engine.ended] == ["cancelled"]
+    assert served.engine.wait(lambda engine: [reason for _, reason in engine.ended] == ["cancelled"])
 
 
 def test_end_of_text_is_not_part_of_the_answer(start: Start) -> None:
