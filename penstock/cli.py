@@ -6,8 +6,10 @@ import typer
 
 from penstock.bench.command import bench
 from penstock.doctor import doctor
+from penstock.io.spdk.command import app as spdk_app
+from penstock.pool.profile_command import profile
 from penstock.server.command import serve
-from penstock.transport.command import pool
+from penstock.transport.command import pool_app
 
 app = typer.Typer(
     name="penstock",
@@ -17,6 +19,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(serve)
-app.command()(pool)
+app.add_typer(pool_app, name="pool")
 app.add_typer(bench, name="bench")
+app.command()(profile)
 app.command()(doctor)
+app.add_typer(spdk_app, name="spdk")

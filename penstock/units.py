@@ -1,4 +1,4 @@
-"""Sizes and rates as people write them: "2GiB", "200MB/s"."""
+"""Sizes, rates and addresses as people write them: "2GiB", "200MB/s", "127.0.0.1:7070"."""
 
 from __future__ import annotations
 
@@ -60,3 +60,16 @@ def format_bytes(size_bytes: float) -> str:
             break
         value, unit = value / 1024, larger
     return f"{value:.4g} {unit}"
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of "HOST:PORT"; an IPv6 host stands in brackets. Raises ValueError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"address {text!r} is not understood; allowed is HOST:PORT with a port from 0 to 65535")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def format_address(host: str, port: int) -> str:
+    """What `parse_address` takes."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

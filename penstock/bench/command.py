@@ -8,6 +8,7 @@ from penstock.bench.experiments.calvo import calvo
 from penstock.bench.experiments.demo import demo
 from penstock.bench.experiments.gpu import gpu
 from penstock.bench.experiments.io import io
+from penstock.bench.experiments.pool import pool
 from penstock.bench.experiments.serve import serve
 from penstock.bench.experiments.transport import transport
 
@@ -15,6 +16,7 @@ bench = typer.Typer(help="Measure Penstock against its limits on this machine.",
 bench.command()(calvo)
 bench.command()(gpu)
 bench.command()(io)
+bench.command()(pool)
 bench.command()(transport)
 bench.command()(demo)
 bench.command()(serve)

@@ -1,16 +1,60 @@
-"""Which block goes next: least recently used, leaf before root, never a pinned one.
+"""Which block goes next: the least worth keeping, leaf before root, never a pinned one.
 
-One index serves both the pool (groups are members) and L1 of the engine (one group). It has no clock: callers pass
-the time, or any counter that does not run backwards.
+One index serves both the pool (a group is a tenant's blocks on a member) and L1 of the engine (one group). It has no
+clock: callers pass what a key is worth at each use. The time makes it least recently used; `RebuildValue` makes it
+GreedyDual-Size-Frequency (Cherkasova 1998).
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterator
+import math
+from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
+
+USES_MAX = 4  # uses beyond these make a block no dearer: what was hot once can leave
+NS_PER_BYTE_MAX = 1024.0  # 2 s for a block of 2 MiB; more is not believed
+TICK = 2.0**-30  # what one use adds: equal costs are ordered by last use, and a stored value restores that order
+
+
+class RebuildValue:
+    """What a block is worth keeping: `inflation + uses * rebuild_s / size_bytes`, in nanoseconds per byte.
+
+    Inflation is the value of what was evicted last, so that worth ages with evictions, plus one `TICK` per use. With
+    costs of 0 (not known) the order is that of last use.
+    """
+
+    __slots__ = ("inflation",)
+
+    def __init__(self) -> None:
+        self.inflation = 0.0
+
+    def used(self, uses: int, rebuild_s: float, size_bytes: int) -> float:
+        """Value of a block that is used now, for the `uses`-th time."""
+        self.inflation += TICK
+        return self.inflation + _cost(uses, rebuild_s, size_bytes)
+
+    def passed(self, uses: int) -> None:
+        """So many uses happened elsewhere meanwhile: what is used next is later than all of them."""
+        self.inflation += uses * TICK
+
+    def evicted(self, value: float) -> None:
+        """A block of this value had to go: what is worth less than that now is worth nothing."""
+        self.inflation = max(self.inflation, value)
+
+    def restored(self, value: float, uses: int, rebuild_s: float, size_bytes: int) -> float:
+        """Take over a value given by an earlier life of this object; later uses are worth no less."""
+        value = value if math.isfinite(value) else 0.0
+        self.inflation = max(self.inflation, value - _cost(uses, rebuild_s, size_bytes))
+        return value
+
+
+def _cost(uses: int, rebuild_s: float, size_bytes: int) -> float:
+    if not 0.0 < rebuild_s < math.inf:
+        return 0.0
+    return max(1, min(uses, USES_MAX)) * min(rebuild_s * 1e9 / size_bytes, NS_PER_BYTE_MAX)
 
 
 class _Entry(Generic[Key]):
@@ -27,23 +71,29 @@ class _Entry(Generic[Key]):
 
 
 class PrefixIndex(Generic[Key]):
-    """Present keys, the key before each, pins and last uses; O(log n) amortised for every call.
+    """Present keys, the key before each, pins and the use of each: a time or a worth, the least goes first. O(log n)
+    amortised for every call.
 
     A *leaf* has no present child; children count by their parent's key even while that parent is absent.
-    A *candidate* is an unpinned leaf. Equal times are ordered by the order of the calls.
+    A *candidate* is an unpinned leaf. Equal uses are ordered by the order of the calls.
 
-    I1  each candidate has exactly one live heap item, whose use is not after its own last use
+    I1  each candidate has exactly one live heap item, in the heap of its group, whose use is not above its own
     I2  children[k] is the number of present keys whose parent is k, and is never 0
-    I3  all heaps together hold at most 2 n + 64 items
+    I3  all heaps together hold at most 2 n + 64 items, and are counted right
+    I4  each group with a candidate has an item in the heap of its family, whose use is not above its next one
     """
 
-    def __init__(self) -> None:
+    def __init__(self, family_of: Callable[[Hashable], Hashable] | None = None) -> None:
+        """`family_of` puts groups into families, for `least_group`; without it there are none."""
         self._entries: dict[Key, _Entry[Key]] = {}
         self._children: dict[Key, int] = {}
         self._heaps: dict[Hashable, list[tuple[tuple[float, int], int, Key]]] = {}
         self._serial = 0
         self._ticket = 0
         self._pinned = 0
+        self._queued = 0  # items of all heaps
+        self._family_of = family_of
+        self._families: dict[Hashable, list[tuple[tuple[float, int], int, Hashable]]] = {}
 
     def __contains__(self, key: Key) -> bool:
         return key in self._entries
@@ -72,8 +122,11 @@ class PrefixIndex(Generic[Key]):
         """Whether no present key has `key` as its parent."""
         return key not in self._children
 
+    def group(self, key: Key) -> Hashable:
+        return self._entries[key].group
+
     def add(self, key: Key, parent: Key, now: float, group: Hashable = None) -> None:
-        """Put a key in, unpinned, used `now`. Raises ValueError when it is present or its own parent."""
+        """Put a key in, unpinned, with the use `now`. Raises ValueError when it is present or its own parent."""
         if key in self._entries:
             raise ValueError(f"key {key!r} is in the index already")
         if key == parent:
@@ -85,10 +138,17 @@ class PrefixIndex(Generic[Key]):
         self._offer(key, entry)
 
     def touch(self, key: Key, now: float) -> None:
-        """Note a use of a present key; a time before its last use counts as that last use."""
+        """Note a use of a present key; one below its last use counts as that last use."""
         entry = self._entries[key]
         self._serial += 1
         entry.use = (max(now, entry.use[0]), self._serial)
+
+    def regroup(self, key: Key, group: Hashable, use: float) -> None:
+        """Move a present key to another group, with a use in that group's terms."""
+        entry = self._entries[key]
+        self._serial += 1
+        entry.group, entry.use, entry.ticket = group, (use, self._serial), 0
+        self._offer(key, entry)
 
     def pin(self, key: Key) -> None:
         """Keep a present key from eviction until as many `unpin` calls. Pins nest."""
@@ -114,9 +174,28 @@ class PrefixIndex(Generic[Key]):
             raise ValueError(f"key {key!r} has {entry.pins} pins and cannot be removed")
         self._drop(key, entry)
 
+    def next_use(self, group: Hashable) -> float | None:
+        """Use of the candidate that `evict_one(group)` would take; None when there is none."""
+        heap = self._heaps.get(group)
+        return heap[0][0][0] if heap and self._settle(heap) else None
+
+    def least_group(self, family: Hashable) -> Hashable | None:
+        """The group of a family whose candidate has the least use; None when none has a candidate."""
+        groups = self._families.get(family, [])
+        while groups:
+            use, _, group = groups[0]
+            heap = self._heaps.get(group)
+            if not heap or not self._settle(heap):
+                heapq.heappop(groups)
+            elif heap[0][0] != use:
+                heapq.heapreplace(groups, (heap[0][0], self._next_ticket(), group))
+            else:
+                return group
+        return None
+
     def evict_one(self, group: Hashable = None) -> Key | None:
-        """Take out the least recently used candidate of `group` (None: of all groups); None when there is none."""
-        heap = self._heaps.get(group) if group is not None else self._oldest_heap()
+        """Take out the candidate of `group` with the least use (None: of all groups); None when there is none."""
+        heap = self._heaps.get(group) if group is not None else self._least_heap()
         if not heap or not self._settle(heap):
             return None
         key = heap[0][2]
@@ -126,12 +205,14 @@ class PrefixIndex(Generic[Key]):
     def check_integrity(self) -> None:
         """Assert I1..I3 and the counters; O(n), for tests and idle moments."""
         live: dict[Key, tuple[float, int]] = {}
-        assert sum(map(len, self._heaps.values())) <= 2 * len(self._entries) + 64, "I3: the heaps outgrew the index"
-        for heap in self._heaps.values():
+        assert self._queued <= 2 * len(self._entries) + 64, "I3: the heaps outgrew the index"
+        assert self._queued == sum(map(len, self._heaps.values())), "I3: heap items are miscounted"
+        for group, heap in self._heaps.items():
             for use, ticket, key in heap:
                 entry = self._entries.get(key)
                 if entry is not None and entry.ticket == ticket:
                     assert key not in live, f"I1: {key!r} has two live heap items"
+                    assert entry.group == group, f"I1: {key!r} is queued in another group"
                     live[key] = use
         children: dict[Key, int] = {}
         for key, entry in self._entries.items():
@@ -140,6 +221,10 @@ class PrefixIndex(Generic[Key]):
             if entry.pins == 0 and key not in self._children:
                 assert key in live, f"I1: candidate {key!r} is in no heap"
                 assert live[key] <= entry.use, f"I1: {key!r} is queued after its last use"
+        for group, heap in self._heaps.items():
+            if self._family_of is not None and self._settle(heap):
+                uses = [use for use, _, member in self._families[self._family_of(group)] if member == group]
+                assert uses and min(uses) <= heap[0][0], f"I4: group {group!r} is not in the heap of its family"
         assert children == self._children, "I2: children are miscounted"
         assert self._pinned == sum(entry.pins > 0 for entry in self._entries.values())
 
@@ -147,11 +232,27 @@ class PrefixIndex(Generic[Key]):
         """Queue an entry for eviction if it is a candidate and not queued yet."""
         if entry.pins or entry.ticket or key in self._children:
             return
-        self._ticket += 1
-        entry.ticket = self._ticket
+        entry.ticket = self._next_ticket()
         heap = self._heaps.setdefault(entry.group, [])
         heapq.heappush(heap, (entry.use, entry.ticket, key))
+        self._queued += 1
+        if self._family_of is not None and heap[0][1] == entry.ticket:
+            self._lead(self._family_of(entry.group), entry.use, entry.group)
         self._bound_heaps()
+
+    def _next_ticket(self) -> int:
+        self._ticket += 1
+        return self._ticket
+
+    def _lead(self, family: Hashable, use: tuple[float, int], group: Hashable) -> None:
+        """A group has a new next candidate. Items that it left behind are forgotten when they are half of the heap."""
+        groups = self._families.setdefault(family, [])
+        heapq.heappush(groups, (use, self._next_ticket(), group))
+        if len(groups) > 2 * len(self._heaps) + 64:
+            first: dict[Hashable, tuple[tuple[float, int], int, Hashable]] = {}
+            for item in sorted(groups):
+                first.setdefault(item[2], item)
+            groups[:] = sorted(first.values())
 
     def _drop(self, key: Key, entry: _Entry[Key]) -> None:
         del self._entries[key]
@@ -167,29 +268,34 @@ class PrefixIndex(Generic[Key]):
         self._bound_heaps()
 
     def _settle(self, heap: list[tuple[tuple[float, int], int, Key]]) -> bool:
-        """Bring the group's least recently used candidate to the top of its heap; False when there is none."""
+        """Bring the group's candidate of least use to the top of its heap; False when there is none."""
         while heap:
             use, ticket, key = heap[0]
             entry = self._entries.get(key)
             if entry is None or entry.ticket != ticket:
                 heapq.heappop(heap)
+                self._queued -= 1
             elif entry.pins or key in self._children:
                 entry.ticket = 0
                 heapq.heappop(heap)
+                self._queued -= 1
             elif entry.use != use:
                 heapq.heapreplace(heap, (entry.use, ticket, key))
             else:
                 return True
         return False
 
-    def _oldest_heap(self) -> list[tuple[tuple[float, int], int, Key]] | None:
+    def _least_heap(self) -> list[tuple[tuple[float, int], int, Key]] | None:
         settled = [heap for heap in self._heaps.values() if self._settle(heap)]
         return min(settled, key=lambda heap: heap[0][0], default=None)
 
     def _bound_heaps(self) -> None:
         """Keep I3: forget heap items whose key is gone or was queued anew. Amortised over the calls that left them."""
-        if sum(map(len, self._heaps.values())) <= 2 * len(self._entries) + 64:
+        if self._queued <= 2 * len(self._entries) + 64:
             return
-        for heap in self._heaps.values():
+        for group, heap in list(self._heaps.items()):
             heap[:] = [item for item in heap if (e := self._entries.get(item[2])) is not None and e.ticket == item[1]]
             heapq.heapify(heap)
+            if not heap:
+                del self._heaps[group]
+        self._queued = sum(map(len, self._heaps.values()))

@@ -5,6 +5,7 @@ Source: Unified KV Pooling (organizer: floor plus remainder; each range of a pre
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -57,17 +58,24 @@ class Placement:
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
+        shares(weights, 1)  # refuses weights that no health can mend
         self._weights = [float(weight) for weight in weights]
         self._healthy = [True] * len(self._weights)
         self._cycle: list[int] = []
-        self._following: list[tuple[int, ...]] = [()]
+        self._members: list[int] = []  # with health and weight
+        self._owned: list[list[int]] = []  # positions in the cycle of each member
         self._plan()
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Share of each member as given, adding up to 1; a fenced member keeps its number."""
+        """Share of each member, adding up to 1; a fenced member keeps its number. All 0 when no weight is above 0."""
         total = sum(self._weights)
-        return tuple(weight / total for weight in self._weights)
+        return tuple(weight / total if total else 0.0 for weight in self._weights)
+
+    @property
+    def total_weight(self) -> float:
+        """All weights added up, on the scale that they were given."""
+        return sum(self._weights)
 
     def set_health(self, member: int, healthy: bool) -> None:
         """Fence a member or take it back; the other members share its blocks by their weights."""
@@ -75,26 +83,51 @@ class Placement:
             self._healthy[member] = healthy
             self._plan()
 
+    def set_weight(self, member: int, weight: float) -> None:
+        """Give a member another share from now on; blocks that lie somewhere stay. Raises ValueError below 0."""
+        if weight < 0:
+            raise ValueError(f"the weight of member {member} is {weight}; it must be at least 0")
+        if self._weights[member] != weight:
+            self._weights[member] = float(weight)
+            self._plan()
+
+    def add(self, weight: float) -> int:
+        """A further member; returns its number. Raises ValueError below 0."""
+        if weight < 0:
+            raise ValueError(f"the weight of a new member is {weight}; it must be at least 0")
+        self._weights.append(float(weight))
+        self._healthy.append(True)
+        self._plan()
+        return len(self._weights) - 1
+
     def order(self, position: int) -> list[int]:
         """Healthy members, best first: the owner of this position, then the others as their positions follow.
         Empty when no member is healthy."""
         if not self._cycle:
             return []
-        at = position % len(self._cycle)
-        owner = self._cycle[at]
-        return [owner, *(i for i in self._following[at % len(self._following)] if i != owner)]
+        owner = self._cycle[position % len(self._cycle)]
+        others = [i for i in self._members if i != owner]
+        # The order of the rest turns from one position of the owner to its next, so that what overflows spreads.
+        turn = self.rank(position, owner) % max(1, len(others))
+        return [owner, *others[turn:], *others[:turn]]
 
     def owner(self, position: int) -> int | None:
         """The member that `position` belongs to; None when no member is healthy."""
         return self._cycle[position % len(self._cycle)] if self._cycle else None
 
+    def rank(self, position: int, member: int) -> int:
+        """How many of the positions from 0 up to `position` belong to `member`: the positions of one member count up
+        without a gap, so a member that spreads its blocks further does it as evenly."""
+        turns, at = divmod(position, CYCLE_BLOCKS)
+        owned = self._owned[member]
+        return turns * len(owned) + bisect_left(owned, at)
+
     def _plan(self) -> None:
         usable = [weight if healthy else 0.0 for weight, healthy in zip(self._weights, self._healthy, strict=True)]
         if sum(usable) <= 0:
-            shares(self._weights, 1)  # refuses weights that no health can mend
-            self._cycle, self._following = [], [()]
+            self._cycle, self._members = [], []
+            self._owned = [[] for _ in usable]
             return
         self._cycle = spread(shares(usable, CYCLE_BLOCKS))
-        members = [i for i, weight in enumerate(usable) if weight > 0]
-        # The order of the rest turns with the position, so that overflow of a full owner spreads over all of them.
-        self._following = [tuple(members[turn:] + members[:turn]) for turn in range(len(members))]
+        self._owned = [[at for at, owner in enumerate(self._cycle) if owner == i] for i in range(len(usable))]
+        self._members = [i for i, weight in enumerate(usable) if weight > 0]

@@ -16,7 +16,9 @@ from penstock.engine.modelled_runner import ModelledRunner
 from penstock.engine.profile import load_profile
 from penstock.engine.runner import ModelRunner
 from penstock.pool.api import Pool
-from penstock.pool.open import open_local_pool
+from penstock.pool.config import config_of_flags
+from penstock.pool.config_file import read_pool_config
+from penstock.pool.open import link_bytes_per_s, open_pool
 from penstock.transport.connect import connect_pool
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,9 @@ def build_engine(config: EngineConfig) -> RunningEngine:
         pool = _pool(config)  # before what takes time: a wrong address is told at once
         runner.allocate(scheduler_config.l1_pages)
         cost = _cost(runner, scheduler_config.l1_pages, config)
+        if config.pool_config:
+            for name, rate in link_bytes_per_s(read_pool_config(Path(config.pool_config))).items():
+                cost.links[name] = LinkCost(rate)
         return RunningEngine(Engine(scheduler_config, cost, runner, pool), runner, pool)
     except BaseException:
         if pool is not None:
@@ -129,10 +134,10 @@ def _cost(runner: ModelRunner, pages: int, config: EngineConfig) -> CostModel:
 def _pool(config: EngineConfig) -> Pool | None:
     if config.no_pool:
         return None
-    if config.pool:
-        return connect_pool(config.pool)
-    memory = config.memory or (() if config.slab else (DEFAULT_POOL_BYTES,))
-    pool = open_local_pool(memory, [(Path(path), size) for path, size in config.slab])
-    for note in pool.notes:
-        log.warning("pool: %s", note)
-    return pool
+    if config.pool_config:
+        return open_pool(read_pool_config(Path(config.pool_config)))
+    if len(config.pool) == 1 and not config.memory and not config.slab:
+        return connect_pool(config.pool[0])
+    memory = config.memory or (() if config.slab or config.pool else (DEFAULT_POOL_BYTES,))
+    members = config_of_flags(memory, [(Path(path), size) for path, size in config.slab], nodes=config.pool)
+    return open_pool(members)

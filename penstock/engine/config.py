@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from penstock.core.config import MODES, POLICIES, ConfigError, Mode, Policy, check_range
+from penstock.units import parse_address
 
 Executor = Literal["real", "modelled"]
 
@@ -15,8 +16,10 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Sizes are bytes. `pool` is the address of a pool node; without one, `memory` and `slab` make an embedded pool
-    (`no_pool` turns it off). `profile`, `bytes_divisor` and `time_factor` belong to the modelled executor."""
+    """Sizes are bytes. `pool` are addresses of pool nodes, `memory` and `slab` members of this process: all together
+    are one pool; `pool_config` is a file that describes one. Without any of them it is some memory; `no_pool` turns it
+    off. `profile`, `bytes_divisor` and
+    `time_factor` belong to the modelled executor."""
 
     model: str = ""
     load_format: Literal["auto", "dummy"] = "auto"
@@ -29,9 +32,10 @@ class EngineConfig:
     time_factor: float = 1.0
     policy: Policy = "feasible"
     mode: Mode = "penstock"
-    pool: str | None = None
+    pool: tuple[str, ...] = ()
     memory: tuple[int, ...] = ()
     slab: tuple[tuple[str, int], ...] = ()
+    pool_config: str | None = None
     no_pool: bool = False
     block_tokens: int = 64
     kv_memory_bytes: int = 512 * MIB
@@ -61,8 +65,17 @@ class EngineConfig:
             raise ConfigError("model is empty; allowed: a checkpoint folder or a hub id (or executor 'modelled')")
         if self.no_pool and (self.pool or self.memory or self.slab):
             raise ConfigError("no_pool is set together with pool, memory or slab; allowed: one or the other")
-        if self.pool and (self.memory or self.slab):
-            raise ConfigError("pool is set together with memory or slab; allowed: a pool node or an embedded pool")
+        if self.pool_config and (self.no_pool or self.pool or self.memory or self.slab):
+            raise ConfigError(
+                "pool_config is set together with pool, memory, slab or no_pool; allowed: one or the other"
+            )
+        for address in self.pool:
+            try:
+                parse_address(address)
+            except ValueError as error:
+                raise ConfigError(f"pool: {error}") from None
+            if self.pool.count(address) > 1:
+                raise ConfigError(f"pool names {address} twice; allowed: each node once")
         check_range("block_tokens", self.block_tokens, 1, 4096)
         check_range("kv_memory_bytes", self.kv_memory_bytes, 1, 2**50)
         check_range("staging_bytes", self.staging_bytes, 1, 2**50)

@@ -232,6 +232,8 @@ class Engine:
                 self._inbox.get_nowait()()
         except queue.Empty:
             pass
+        if self._pool_stages is not None:
+            self._pool_stages.end_late()
         for operation in self._scheduler.decide(time.monotonic()):
             self._carry_out(operation)
         self._admitted = self._scheduler.admitted

@@ -16,6 +16,8 @@ from functools import partial
 
 from penstock.core.operations import BlockHit, Fetch, Lookup, Save
 from penstock.engine.runner import Chunk, ModelRunner, UploadGroup
+from penstock.engine.transfers import Transfers
+from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Lease, Pool, PoolError
 
 log = logging.getLogger(__name__)
@@ -58,10 +60,14 @@ class Staging:
         self._memory = memory
         self._slot_bytes = slot_bytes
         self._leases: dict[int, Lease] = {}
+        self._replaced: dict[int, memoryview] = {}
 
     def slot(self, slot: int) -> memoryview:
         """The slot's own memory, padded to the alignment."""
-        return self._memory[slot * self._slot_bytes : (slot + 1) * self._slot_bytes]
+        replaced = self._replaced.get(slot)
+        return (
+            replaced if replaced is not None else self._memory[slot * self._slot_bytes : (slot + 1) * self._slot_bytes]
+        )
 
     def content(self, slot: int, size_bytes: int) -> memoryview:
         """The block that was fetched into the slot."""
@@ -70,6 +76,10 @@ class Staging:
 
     def hold(self, slot: int, lease: Lease) -> None:
         self._leases[slot] = lease
+
+    def replace(self, slot: int) -> None:
+        """Other memory for a slot whose own a device still holds."""
+        self._replaced[slot] = aligned_buffer(self._slot_bytes)
 
     def release(self, slot: int) -> None:
         lease = self._leases.pop(slot, None)
@@ -88,6 +98,7 @@ class PoolStages:
         self._pool = pool
         self._staging = staging
         self._block_bytes = block_bytes
+        self._transfers = Transfers(staging.replace)
         self._lookups = ThreadPoolExecutor(lookup_threads, thread_name_prefix="penstock-lookup")
 
     def lookup(self, op: Lookup, done: Callable[[list[BlockHit | None] | None], None]) -> None:
@@ -115,11 +126,17 @@ class PoolStages:
                 return
             lease.release()
         into = self._staging.slot(op.slot)
-        self._pool.read(op.key, self._block_bytes, into, op.timeout_s, lambda error: done(_reason(error)))
+        ended = self._transfers.begin(op.op_id, op.slot, op.timeout_s, done)
+        self._pool.read(op.key, self._block_bytes, into, op.timeout_s, lambda error: ended(_reason(error)))
 
     def write(self, op: Save, done: Callable[[str | None], None]) -> None:
         data = self._staging.slot(op.slot)
-        self._pool.write(op.block, data, op.timeout_s, lambda error: done(_reason(error)))
+        ended = self._transfers.begin(op.op_id, op.slot, op.timeout_s, done)
+        self._pool.write(op.block, data, op.timeout_s, lambda error: ended(_reason(error)))
+
+    def end_late(self) -> None:
+        """Give up transfers that the pool did not end by their deadline."""
+        self._transfers.end_late()
 
     def close(self) -> None:
         self._lookups.shutdown(wait=False, cancel_futures=True)

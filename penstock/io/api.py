@@ -1,7 +1,8 @@
 """The interface of every block engine: submit reads and writes by address, poll for completions.
 
-Threading: one engine belongs to one thread at a time (its pool member's worker); `submit` and `poll` must not
-run concurrently with each other. Nothing is retried inside an engine; the caller decides.
+Threading: one engine belongs to one thread at a time (its pool member's worker); `register`, `submit`, `poll` and
+`close` must not run concurrently with each other. `sync` and `wake` may be called from any thread at any time.
+Nothing is retried inside an engine; the caller decides.
 """
 
 from __future__ import annotations
@@ -57,13 +58,19 @@ class BlockEngine(Protocol):
         alignment; in both cases none of `ops` has started."""
 
     def poll(self, timeout_s: float) -> list[IoCompletion]:
-        """Completions so far; waits at most `timeout_s` for the first one. Empty when none came."""
+        """Completions so far; waits at most `timeout_s` for the first one. Empty when none came, when nothing is in
+        flight (then at once), or after a `wake`."""
+
+    def wake(self) -> None:
+        """Make the `poll` in progress return early, or else the next one. From any thread; several calls before that
+        count as one. Nothing on a closed engine."""
 
     def in_flight(self) -> int:
         """Operations submitted and not yet returned by `poll`."""
 
     def sync(self) -> None:
-        """Make completed writes durable (fdatasync)."""
+        """Make completed writes durable (fdatasync, NVMe flush). From any thread, also while another one submits and
+        polls; what was completed before the call is durable after it. Raises OSError."""
 
     def close(self, timeout_s: float) -> None:
         """Wait for operations in flight (at most `timeout_s`), then release the device. Raises TimeoutError if

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
 
@@ -11,7 +13,7 @@ from penstock.io.device import Device
 
 DEPTH_MAX = 256
 
-_abandoned: list[DeviceEngine] = []  # engines whose device still owns buffers after close timed out
+abandoned: list[DeviceEngine] = []  # engines whose device still owns buffers after close timed out
 
 
 class DeviceEngine(ABC):
@@ -28,6 +30,7 @@ class DeviceEngine(ABC):
         self._device = device
         self._closed = False
         self._ended: list[IoCompletion] = []  # not yet fetched with `poll`
+        self._syncing = threading.Lock()  # the device stays open while a sync uses it
 
     @abstractmethod
     def _in_device(self) -> int:
@@ -37,6 +40,9 @@ class DeviceEngine(ABC):
     def poll(self, timeout_s: float) -> list[IoCompletion]: ...
 
     @abstractmethod
+    def wake(self) -> None: ...
+
+    @abstractmethod
     def _release(self) -> None:
         """Give back what the engine holds besides the device; nothing is in flight."""
 
@@ -44,7 +50,11 @@ class DeviceEngine(ABC):
         return self._in_device() + len(self._ended)
 
     def sync(self) -> None:
-        self._check_open()
+        with self._syncing:
+            self._check_open()
+            self._make_durable()
+
+    def _make_durable(self) -> None:
         os.fdatasync(self._device.fd)
 
     def close(self, timeout_s: float) -> None:
@@ -58,17 +68,22 @@ class DeviceEngine(ABC):
             ended += self.poll(max(0.0, remaining_s))
             if remaining_s <= 0 and self._in_device():
                 self._ended = ended
-                _abandoned.append(self)
+                abandoned.append(self)
                 raise TimeoutError(
                     f"{self._in_device()} operations on {self._device.path} did not end within {timeout_s} s; "
                     "their buffers stay reserved"
                 )
         self._ended = ended + self._ended
+        if not self._syncing.acquire(timeout=max(0.0, deadline_s - time.monotonic())):
+            raise TimeoutError(f"a sync of {self._device.path} did not end within {timeout_s} s")
+        with contextlib.suppress(ValueError):
+            abandoned.remove(self)
         self._closed = True
-        if self in _abandoned:
-            _abandoned.remove(self)
-        self._release()
-        self._device.close()
+        try:
+            self._release()
+            self._device.close()
+        finally:
+            self._syncing.release()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -1,4 +1,4 @@
-"""Opens the best block engine that this machine allows for a path, and says why when that is not `uring`."""
+"""Opens block engines: the best one for a slab file or block device, and NVMe passthrough for a namespace."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Literal
 
 from penstock.io.api import BlockEngine
 from penstock.io.device import open_device
+from penstock.io.nvme import NvmeEngine
+from penstock.io.nvme_device import open_namespace
 from penstock.io.ring import explain
 from penstock.io.threads import ThreadEngine
 from penstock.io.uring import UringEngine
@@ -35,6 +37,23 @@ def open_engine(
             except OSError as error:
                 device.notes.append(f"engine threads instead of uring: {explain(error)}")
         return ThreadEngine(device, depth)
+    except BaseException:
+        device.close()
+        raise
+
+
+def open_nvme(path: Path, capacity_bytes: int | None, depth: int) -> BlockEngine:
+    """The `nvme` engine on the generic device `path` (/dev/ngXnY) of a namespace, for `depth` (1 to 256) operations at
+    once. `capacity_bytes` None takes the whole namespace, rounded down to 4 KiB. Nothing stands in where passthrough is
+    refused. Raises ValueError for a wrong argument and OSError with path and reason: no such device, not a generic NVMe
+    device, no permission, in use (BlockingIOError, or EBUSY where mounted), too small (ENOSPC), a format or kernel
+    without support.
+    """
+    if not 1 <= depth <= 256:
+        raise ValueError(f"depth is {depth}; it must be from 1 to 256")
+    device = open_namespace(Path(path), capacity_bytes)
+    try:
+        return NvmeEngine(device, depth)
     except BaseException:
         device.close()
         raise

@@ -19,16 +19,18 @@ class Ring:
     """Submission and completion rings of `entries` entries. Not thread-safe: one thread at a time.
 
     A caller packs an entry at `sqes[next_entry():]`, at most `space()` of them, then calls `submit` or `wait`.
-    Entries are 64 bytes, or 128 for NVMe passthrough commands. Nothing orders memory on the submission side: without
-    a kernel polling thread the kernel reads the ring inside the system call of this same thread.
+    Entries are 64 bytes, or 128 for NVMe passthrough commands (whose completions are twice as large too). Nothing
+    orders memory on the submission side: without a kernel polling thread the kernel reads the ring inside the system
+    call of this same thread.
     """
 
     def __init__(self, entries: int, sqe_bytes: Literal[64, 128] = 64) -> None:
         """Raises OSError: ENOSYS or EPERM where io_uring is absent or forbidden, EOPNOTSUPP where it is too old."""
         self.sqe_bytes = sqe_bytes
+        self._cqe_bytes = abi.CQE_BYTES * sqe_bytes // 64
         self._barrier = abi.barrier()
         self._params = abi.Params()
-        self.fd = self._setup(entries, abi.SETUP_SQE128 if sqe_bytes == 128 else 0)
+        self.fd = self._setup(entries, abi.SETUP_SQE128 | abi.SETUP_CQE32 if sqe_bytes == 128 else 0)
         try:
             self._map()
         except BaseException:
@@ -51,12 +53,12 @@ class Ring:
         if params.features & wanted != wanted:
             raise OSError(errno.EOPNOTSUPP, "this kernel's io_uring has no timed wait; Linux 5.11 or later is needed")
         sq, cq = params.sq_off, params.cq_off
-        size = max(sq.array + 4 * params.sq_entries, cq.cqes + abi.CQE_BYTES * params.cq_entries)
+        size = max(sq.array + 4 * params.sq_entries, cq.cqes + self._cqe_bytes * params.cq_entries)
         shared = mmap.MAP_SHARED | mmap.MAP_POPULATE
         self._rings = mmap.mmap(self.fd, size, flags=shared, offset=abi.OFF_SQ_RING)
         self._sqe_map = mmap.mmap(self.fd, params.sq_entries * self.sqe_bytes, flags=shared, offset=abi.OFF_SQES)
         self.sqes = memoryview(self._sqe_map)
-        self._cqes = memoryview(self._rings)[cq.cqes : cq.cqes + abi.CQE_BYTES * params.cq_entries]
+        self._cqes = memoryview(self._rings)[cq.cqes : cq.cqes + self._cqe_bytes * params.cq_entries]
         self._sq_head = ctypes.c_uint32.from_buffer(self._rings, sq.head)
         self._sq_tail = ctypes.c_uint32.from_buffer(self._rings, sq.tail)
         self._cq_head = ctypes.c_uint32.from_buffer(self._rings, cq.head)
@@ -105,7 +107,7 @@ class Ring:
         self._barrier()
         taken = []
         while head != tail:
-            user_data, result, _ = abi.CQE.unpack_from(self._cqes, (head & self._cq_mask) * abi.CQE_BYTES)
+            user_data, result, _ = abi.CQE.unpack_from(self._cqes, (head & self._cq_mask) * self._cqe_bytes)
             taken.append((user_data, result))
             head = (head + 1) & 0xFFFFFFFF
         self._barrier()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import queue
 import threading
+import time
 from collections.abc import Sequence
 
 from penstock.io.api import IoCompletion, IoOp
@@ -30,7 +32,8 @@ class ThreadEngine(DeviceEngine):
         super().__init__(device, depth, ALIGNMENT_BYTES)
         self._in_flight = 0
         self._todo: queue.SimpleQueue[IoOp | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[IoCompletion] = queue.SimpleQueue()
+        self._woken = False
+        self._done: queue.SimpleQueue[IoCompletion | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._work, name=f"penstock-io-{n}", daemon=True)
             for n in range(min(depth, THREADS_MAX))
@@ -75,16 +78,24 @@ class ThreadEngine(DeviceEngine):
 
     def poll(self, timeout_s: float) -> list[IoCompletion]:
         done, self._ended = self._ended, []
-        try:
-            if not done and self._in_flight and timeout_s > 0:
-                done.append(self._done.get(timeout=timeout_s))
-                self._in_flight -= 1
+        deadline_s = time.monotonic() + timeout_s
+        with contextlib.suppress(queue.Empty):
+            while not done and self._in_flight and not self._woken and (left_s := deadline_s - time.monotonic()) > 0:
+                self._take(self._done.get(timeout=left_s), done)
             while self._in_flight:
-                done.append(self._done.get_nowait())
-                self._in_flight -= 1
-        except queue.Empty:
-            pass
+                self._take(self._done.get_nowait(), done)
+        self._woken = False
         return done
+
+    def _take(self, ended: IoCompletion | None, done: list[IoCompletion]) -> None:
+        if ended is not None:
+            done.append(ended)
+            self._in_flight -= 1
+
+    def wake(self) -> None:
+        if not self._woken:
+            self._woken = True
+            self._done.put(None)  # ends the wait of a poll in progress; ignored when it comes late
 
     def _in_device(self) -> int:
         return self._in_flight

@@ -20,6 +20,7 @@ SETUP_CQSIZE = 1 << 3
 SETUP_SUBMIT_ALL = 1 << 7  # Linux 5.18
 SETUP_COOP_TASKRUN = 1 << 8  # Linux 5.19: no interrupt of the submitting thread at each completion
 SETUP_SQE128 = 1 << 10  # Linux 5.19
+SETUP_CQE32 = 1 << 11  # Linux 5.19
 
 FEAT_SINGLE_MMAP = 1 << 0
 FEAT_NODROP = 1 << 1
@@ -34,10 +35,14 @@ OFF_SQES = 0x10000000
 OP_NOP = 0
 OP_READ_FIXED = 4
 OP_WRITE_FIXED = 5
+OP_TIMEOUT = 11
 OP_READ = 22
 OP_WRITE = 23
+OP_URING_CMD = 46  # Linux 5.19
 
 SQE_FIXED_FILE = 1 << 0
+SQE_LINK = 1 << 2  # the next entry starts when this one ended well
+URING_CMD_FIXED = 1 << 0  # Linux 6.1: the command's memory is a registered buffer
 
 UNREGISTER_BUFFERS = 1
 REGISTER_FILES = 2

@@ -40,7 +40,9 @@ class Located:
 
 @dataclass(frozen=True, slots=True)
 class MemberStat:
-    """One member as it stands. `kind` is "memory", or the name of its block engine ("uring", "threads")."""
+    """One member as it stands. `kind` is "memory", or the name of its block engine ("uring", "threads"); `state` is
+    "ok", "fenced", "draining" or, of a node, "down"; `read_bytes_per_s` what it gave lately while it was busy (0: not
+    known)."""
 
     name: str
     kind: str
@@ -52,14 +54,24 @@ class MemberStat:
     read_bytes: int
     written_bytes: int
     errors: int
+    state: str = "ok"
+    read_bytes_per_s: float = 0.0
+    queued_loads: int = 0
+    queued_stores: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class PoolStat:
+    """`writes_not_admitted`: writes that were kept from the SSD whose turn it was, because their block was new.
+    `moved_blocks`: blocks that drains took to other members. `tenants`: tag in hex and bytes, the largest first."""
+
     members: tuple[MemberStat, ...]
     writes_dropped: int
     evictions: int
     checksum_errors: int
+    writes_not_admitted: int = 0
+    moved_blocks: int = 0
+    tenants: tuple[tuple[str, int], ...] = ()
 
 
 class Lease(Protocol):

@@ -1,108 +1,158 @@
-"""Free space of a member: extents of any aligned length, best fit, neighbours merged."""
+"""Free space of a member: extents of any aligned length, best fit, lowest address first, neighbours merged."""
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 
 from penstock.core.layout import STAGING_ALIGNMENT_BYTES
 
 
 class ExtentAllocator:
-    """Owns `[start, end)` of a member. Not thread-safe; the caller holds a lock.
+    """Owns `[start, end)` of a member; O(log holes) for each call, plus one step per length that occurs. Not
+    thread-safe; the caller holds a lock.
 
     I1  free extents do not overlap, do not touch, lie inside the range and are aligned
-    I2  both orders (by offset, by length) hold the same extents
+    I2  starts, ends and lengths name the same extents; items of extents that are gone are at most as many, plus 16
     """
 
     def __init__(self, start: int, end: int) -> None:
         if start < 0 or end <= start or start % STAGING_ALIGNMENT_BYTES or end % STAGING_ALIGNMENT_BYTES:
             raise ValueError(f"range [{start}, {end}) must be aligned to {STAGING_ALIGNMENT_BYTES} and not empty")
         self.start, self.end = start, end
-        self.free_bytes = end - start
-        self._offsets = [start]
-        self._lengths = {start: end - start}
-        self._by_length = [(end - start, start)]
+        self.free_bytes = 0
+        self._lengths: dict[int, int] = {}  # by start
+        self._starts: dict[int, int] = {}  # by end
+        self._by_length: dict[int, list[int]] = {}  # heap of starts, some of them gone
+        self._live: dict[int, int] = {}  # extents of each length
+        self._sizes: list[int] = []  # lengths that occur, ascending
+        self._insert(start, end - start)
+
+    @property
+    def holes(self) -> int:
+        """Number of free extents."""
+        return len(self._lengths)
 
     @property
     def largest_bytes(self) -> int:
         """Length of the largest free extent."""
-        return self._by_length[-1][0] if self._by_length else 0
+        return self._sizes[-1] if self._sizes else 0
+
+    def hole_at(self, offset: int) -> int:
+        """Length of the free extent that begins here; 0 when none does."""
+        return self._lengths.get(offset, 0)
+
+    def hole_before(self, offset: int) -> int:
+        """Length of the free extent that ends here; 0 when none does."""
+        start = self._starts.get(offset)
+        return 0 if start is None else offset - start
 
     def take(self, length: int) -> int | None:
         """Offset of a new extent of `length` bytes, from the smallest hole that fits; None when none fits."""
         self._check(length)
-        at = bisect_left(self._by_length, (length, -1))
-        if at == len(self._by_length):
+        at = bisect_left(self._sizes, length)
+        if at == len(self._sizes):
             return None
-        have, offset = self._by_length[at]
-        self._remove(offset, have)
+        have = self._sizes[at]
+        starts = self._by_length[have]
+        while self._lengths.get(starts[0]) != have:
+            heapq.heappop(starts)
+        offset = starts[0]
+        self._remove(offset)
         if have > length:
             self._insert(offset + length, have - length)
-        self.free_bytes -= length
         return offset
 
-    def take_at(self, offset: int, length: int) -> bool:
-        """Take exactly this extent (rebuilding from a table); False when any of it is taken or outside."""
-        if length <= 0 or length % STAGING_ALIGNMENT_BYTES or offset % STAGING_ALIGNMENT_BYTES:
-            return False
-        at = bisect_left(self._offsets, offset + 1) - 1
-        if at < 0:
-            return False
-        hole = self._offsets[at]
-        have = self._lengths[hole]
-        if offset + length > hole + have:
-            return False
-        self._remove(hole, have)
-        if offset > hole:
-            self._insert(hole, offset - hole)
-        if hole + have > offset + length:
-            self._insert(offset + length, hole + have - offset - length)
-        self.free_bytes -= length
-        return True
+    def take_listed(self, extents: Sequence[tuple[int, int]]) -> list[bool]:
+        """Take exactly these extents (offset, length) of a range that has nothing taken, to rebuild it from a table;
+        False for one that is malformed, outside, or overlaps one that begins before it."""
+        assert self.free_bytes == self.end - self.start, "extents are listed for a range in use"
+        self._remove(self.start)
+        taken = [False] * len(extents)
+        at = self.start
+        for i in sorted(range(len(extents)), key=extents.__getitem__):
+            offset, length = extents[i]
+            aligned = not (length % STAGING_ALIGNMENT_BYTES or offset % STAGING_ALIGNMENT_BYTES)
+            if length <= 0 or not aligned or offset < at or offset + length > self.end:
+                continue
+            if offset > at:
+                self._insert(at, offset - at)
+            at = offset + length
+            taken[i] = True
+        if at < self.end:
+            self._insert(at, self.end - at)
+        return taken
 
-    def give(self, offset: int, length: int) -> None:
-        """Return an extent. Raises ValueError when any of it is free already or outside."""
+    def give(self, offset: int, length: int) -> int:
+        """Return an extent; returns where the hole that it is part of now begins. Raises ValueError when it begins or
+        ends in free space, or lies outside."""
         self._check(length)
-        at = bisect_left(self._offsets, offset)
-        left = self._offsets[at - 1] if at else None
-        right = self._offsets[at] if at < len(self._offsets) else None
-        before = left is not None and left + self._lengths[left] > offset
-        after = right is not None and offset + length > right
-        if before or after or offset < self.start or offset + length > self.end or offset % STAGING_ALIGNMENT_BYTES:
-            raise ValueError(f"extent [{offset}, {offset + length}) is free already or outside")
-        self.free_bytes += length
-        if right is not None and right == offset + length:
-            length += self._lengths[right]
-            self._remove(right, self._lengths[right])
-        if left is not None and left + self._lengths[left] == offset:
-            have = self._lengths[left]
-            self._remove(left, have)
-            offset, length = left, have + length
-        self._insert(offset, length)
+        end = offset + length
+        twice = offset in self._lengths or end in self._starts
+        if twice or offset < self.start or end > self.end or offset % STAGING_ALIGNMENT_BYTES:
+            raise ValueError(f"extent [{offset}, {end}) is free already or outside")
+        after = self._lengths.get(end)
+        if after is not None:
+            self._remove(end)
+            end += after
+        before = self._starts.get(offset)
+        if before is not None:
+            self._remove(before)
+            offset = before
+        self._insert(offset, end - offset)
+        return offset
 
     def check_integrity(self) -> None:
-        """Assert I1 and I2."""
-        assert self._offsets == sorted(self._lengths)
-        assert self._by_length == sorted((length, offset) for offset, length in self._lengths.items())
-        assert self.free_bytes == sum(self._lengths.values())
+        """Assert I1 and I2; O(n)."""
         end = self.start - 1
-        for offset in self._offsets:
+        for offset in sorted(self._lengths):
             length = self._lengths[offset]
-            assert offset > end and length > 0
-            assert offset % STAGING_ALIGNMENT_BYTES == 0 and length % STAGING_ALIGNMENT_BYTES == 0
+            assert offset > end and length > 0, "I1: free extents overlap or touch"
+            assert offset % STAGING_ALIGNMENT_BYTES == 0 and length % STAGING_ALIGNMENT_BYTES == 0, "I1: not aligned"
             end = offset + length
-        assert end <= self.end
+            assert self._starts.get(end) == offset, "I2: an end is missing"
+            assert offset in self._by_length[length], "I2: a length is missing"
+        assert end <= self.end, "I1: a free extent lies outside"
+        assert len(self._starts) == len(self._lengths), "I2: an end names no extent"
+        assert self.free_bytes == sum(self._lengths.values())
+        lengths = list(self._lengths.values())
+        assert self._live == {length: lengths.count(length) for length in set(lengths)}, "I2: lengths are miscounted"
+        assert self._sizes == sorted(self._live) and self._by_length.keys() == self._live.keys()
+        assert all(len(starts) <= 2 * self._live[length] + 16 for length, starts in self._by_length.items())
 
     def _check(self, length: int) -> None:
         if length <= 0 or length % STAGING_ALIGNMENT_BYTES:
             raise ValueError(f"extent of {length} bytes; it must be a positive multiple of {STAGING_ALIGNMENT_BYTES}")
 
     def _insert(self, offset: int, length: int) -> None:
-        insort(self._offsets, offset)
+        self.free_bytes += length
         self._lengths[offset] = length
-        insort(self._by_length, (length, offset))
+        self._starts[offset + length] = offset
+        starts = self._by_length.get(length)
+        if starts is None:
+            self._by_length[length] = [offset]
+            self._live[length] = 1
+            insort(self._sizes, length)
+            return
+        heapq.heappush(starts, offset)
+        self._live[length] += 1
+        if len(starts) > 2 * self._live[length] + 16:
+            self._tidy(length)
 
-    def _remove(self, offset: int, length: int) -> None:
-        del self._offsets[bisect_left(self._offsets, offset)]
-        del self._lengths[offset]
-        del self._by_length[bisect_left(self._by_length, (length, offset))]
+    def _remove(self, offset: int) -> None:
+        length = self._lengths.pop(offset)
+        del self._starts[offset + length]
+        self.free_bytes -= length
+        self._live[length] -= 1
+        if not self._live[length]:
+            del self._live[length], self._by_length[length]
+            del self._sizes[bisect_left(self._sizes, length)]
+        elif len(self._by_length[length]) > 2 * self._live[length] + 16:
+            self._tidy(length)
+
+    def _tidy(self, length: int) -> None:
+        """Forget starts of extents that are gone; amortised over the calls that left them."""
+        self._by_length[length] = sorted(
+            {start for start in self._by_length[length] if self._lengths.get(start) == length}
+        )

@@ -1,98 +1,91 @@
-"""The durable half of a slab member: its header, and one SQLite row for each block, written after the block's bytes.
+"""The durable half of a device member: commits one row for each block, after the block's bytes, many at a time.
 
-P1  A row is committed after its block's bytes are on the device (fdatasync), so each row names complete data.
-P2  An extent is written again only after the deletion of its old row is committed (`commit_sequence`).
+P1  A row is committed after its block's bytes are on the device (`engine.sync`), so each row names complete data.
+P2  An extent is written again only after the deletion of its old row is committed (`committed`).
 P3  Rows count only together with the slab they were written for: both carry one random id.
+P4  A store is acknowledged after its row is committed; a block whose row cannot be committed is lost at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import sqlite3
-import struct
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from penstock.core.keys import KEY_BYTES, BlockKey
-from penstock.core.layout import STAGING_ALIGNMENT_BYTES
+from penstock.core.keys import BlockKey
+from penstock.io.api import BlockEngine
+from penstock.pool.api import Done, PoolError
+from penstock.pool.callbacks import call_done
+from penstock.pool.header import pack_header, parse_header, read_page, write_header
+from penstock.pool.rows import RowTable, Stored, Use
 from penstock.pool.table import Block
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-HEADER_BYTES = STAGING_ALIGNMENT_BYTES
-_MAGIC = b"PENSTOCK SLAB\n\0\0"
-_HEADER = struct.Struct("<16sI16s")
-INSERT_DELAY_S = 0.03  # how long rows wait for company; a deletion that a store waits for goes at once
+INSERT_DELAY_S = 0.01  # how long rows wait for company that is on its way; what somebody waits for goes at once
 USE_FLUSH_S = 10.0
 RETRY_S = 1.0
-CLOSE_TIMEOUT_S = 10.0
+EXPIRY_CHECK_S = 0.01
 
 
-class SlabRefused(OSError):
-    """The slab or its table is something that this version must not touch."""
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    """Somebody who is told once that a block is durable, or that it is not in time."""
+
+    deadline_s: float
+    done: Done
 
 
-def read_header(path: Path) -> bytes | None:
-    """The id of an existing slab; None when there is none yet. Raises SlabRefused for other content or format."""
-    try:
-        with path.open("rb") as slab:
-            raw = slab.read(HEADER_BYTES)
-    except FileNotFoundError:
-        return None
-    if not any(raw):
-        return None
-    if len(raw) < _HEADER.size or not raw.startswith(_MAGIC):
-        raise SlabRefused(f"{path} holds something that is not a Penstock slab; name another file, or erase this one")
-    _, version, identity = _HEADER.unpack_from(raw)
-    if version != FORMAT_VERSION:
-        raise SlabRefused(
-            f"{path} is a slab of format {version}, this version reads format {FORMAT_VERSION}; "
-            f"delete it and its .db file to start empty"
-        )
-    return bytes(identity)
+@dataclass(slots=True)
+class _Batch:
+    """What one commit carries."""
 
-
-def write_header(path: Path, identity: bytes) -> None:
-    """Mark the slab as ours, durably."""
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.pwrite(fd, _HEADER.pack(_MAGIC, FORMAT_VERSION, identity).ljust(HEADER_BYTES, b"\0"), 0)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    inserts: dict[BlockKey, Stored] = field(default_factory=dict)
+    deletes: set[BlockKey] = field(default_factory=set)
+    uses: dict[BlockKey, Use] = field(default_factory=dict)
+    waiters: dict[int, _Waiter] = field(default_factory=dict)
+    sequence: int = 0
 
 
 class Journal:
-    """Rows of one slab. `record`, `forget` and `used` may be called from any thread and return at once; one thread
-    commits them in order, many at a time."""
+    """Rows of one slab. `record`, `confirm`, `forget` and `used` may be called from any thread and return at once; one
+    thread commits in order. Of the engine it uses `sync` only, once it is open."""
 
-    def __init__(self, slab: Path, table: Path, slab_bytes: int) -> None:
-        """`slab_bytes` is how long the slab was before it was opened: rows beyond it are dropped.
+    def __init__(self, where: str, table: Path, engine: BlockEngine, data_bytes: int | None = None) -> None:
+        """`data_bytes` is how long the slab was before it was opened (not given: as long as the engine): rows beyond
+        it are dropped. The calling thread owns the engine meanwhile.
 
         Raises SlabRefused (wrong format, other content) or OSError.
         """
-        self.notes: list[str] = []
-        self._slab = slab
-        self._path = table
+        self.where = where
         self.on_commit: Callable[[], None] = lambda: None  # after each try, on the journal's thread
+        self.on_lost: Callable[[Block], None] = lambda block: None  # its row cannot be committed; the same thread
+        self.on_their_way: Callable[[], int] = lambda: 0  # stores whose rows are still to come
+        self._engine = engine
         self._changed = threading.Condition()
-        self._inserts: dict[BlockKey, tuple[Block, int]] = {}
-        self._deletes: set[BlockKey] = set()
-        self._uses: dict[BlockKey, int] = {}
+        self._next = _Batch()
+        self._now = _Batch()  # being committed
+        self._serial = 0
         self._sequence = 0  # last deletion asked for
         self._committed = 0  # last deletion committed
         self._closing = False
         self._failed: str | None = None
-        identity = read_header(slab)
-        self._db = self._open(identity, slab_bytes)
-        self._slab_fd = os.open(slab, os.O_WRONLY | os.O_CLOEXEC)
-        self._thread = threading.Thread(target=self._run, name=f"penstock-journal-{slab.name}", daemon=True)
+        self._next_check_s = 0.0
+        page = read_page(engine, where)
+        found = parse_header(page, where)
+        self._table = RowTable(table)
+        try:
+            self.notes = self._table.notes
+            self.identity = self._pair(found, page, engine.capacity_bytes if data_bytes is None else data_bytes)
+        except BaseException:
+            self._table.close()
+            raise
+        self._thread = threading.Thread(target=self._run, name=f"penstock-journal-{Path(where).name}", daemon=True)
         self._thread.start()
 
     @property
@@ -109,163 +102,184 @@ class Journal:
         """The last deletion asked for: a store into space freed so far waits until `committed` reaches it."""
         return self._sequence
 
-    def rows(self) -> list[tuple[Block, int]]:
-        """All blocks of the slab with their last use (`member` is 0 and for the caller to set). Before any change."""
-        found = []
-        cursor = self._db.execute("SELECT key, parent, offset, size, position, checksum, used FROM blocks")
-        for key, parent, offset, size, position, checksum, used in cursor:
-            if isinstance(key, bytes) and isinstance(parent, bytes) and len(key) == len(parent) == KEY_BYTES:
-                block = Block(key, parent, 0, offset, size, position, int.from_bytes(checksum, "little"))
-                found.append((block, used))
-        return found
+    @property
+    def waiting(self) -> bool:
+        """Whether somebody waits for a commit."""
+        return bool(self._next.waiters or self._now.waiters)
 
-    def record(self, block: Block, use: int) -> None:
-        """The block's bytes are on the device: commit its row soon."""
+    def rows(self) -> list[Stored]:
+        """All blocks of the slab with their last use (`member` is 0 and for the caller to set). Before any change."""
+        return self._table.rows()[0]
+
+    def record(self, block: Block, use: float, done: Done, deadline_s: float) -> None:
+        """The block's bytes are on the device: commit its row. `done` is called once, with None when it is durable."""
         with self._changed:
-            self._inserts[block.key] = (block, use)
+            self._next.inserts[block.key] = (block, use)
+            self._wait(self._next, done, deadline_s)
             self._changed.notify()
+
+    def confirm(self, block: Block, done: Done, deadline_s: float) -> bool:
+        """Call `done` when the row of a block that is present already is committed; False when it is."""
+        with self._changed:
+            for batch in (self._next, self._now):
+                if batch.inserts.get(block.key, (None, 0.0))[0] is block:
+                    self._wait(batch, done, deadline_s)
+                    return True
+        return False
 
     def forget(self, blocks: Iterable[Block]) -> None:
         """Delete rows; their extents may be written again once `committed` reaches the new `sequence`."""
         with self._changed:
             for block in blocks:
-                self._inserts.pop(block.key, None)
-                self._uses.pop(block.key, None)
-                self._deletes.add(block.key)
+                self._next.inserts.pop(block.key, None)
+                self._next.uses.pop(block.key, None)
+                self._next.deletes.add(block.key)
             self._sequence += 1
             self._changed.notify()
 
-    def used(self, uses: Iterable[tuple[BlockKey, int]]) -> None:
+    def used(self, uses: Iterable[Use]) -> None:
         """Note last uses; committed lazily, every `USE_FLUSH_S` and at the end."""
         with self._changed:
-            self._uses.update(uses)
+            self._next.uses.update((use[0], use) for use in uses)
 
-    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Commit everything and close."""
+    def expire(self) -> None:
+        """End as "deadline" who waited too long; looked for every `EXPIRY_CHECK_S`. Called by the member's worker, so
+        that a device which hangs in a sync keeps nobody waiting."""
+        now_s = time.monotonic()
+        if now_s < self._next_check_s or not self.waiting:
+            return
+        self._next_check_s = now_s + EXPIRY_CHECK_S
+        late: list[_Waiter] = []
+        with self._changed:
+            for waiters in (self._next.waiters, self._now.waiters):
+                for serial in [serial for serial, waiter in waiters.items() if waiter.deadline_s <= now_s]:
+                    late.append(waiters.pop(serial))
+        for waiter in late:
+            call_done(waiter.done, PoolError("deadline", f"the row was not committed in time on {self.where}"))
+
+    def close(self, timeout_s: float) -> bool:
+        """Commit everything and close; False when the device holds it up, and the engine is still in use."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            log.error("journal of %s did not end within %.1f s", self._slab, timeout_s)
-            return
-        with contextlib.suppress(sqlite3.Error):
-            self._db.close()
-        os.close(self._slab_fd)
+        ended = not self._thread.is_alive()
+        if ended:
+            self._table.close()
+        else:
+            log.error("journal of %s did not end within %.1f s", self.where, timeout_s)
+        self._end(self._next, PoolError("closed", "the pool is closing"))
+        self._end(self._now, PoolError("closed", "the pool is closing"))
+        return ended
 
-    def _open(self, identity: bytes | None, slab_bytes: int) -> sqlite3.Connection:
-        try:
-            db = self._connect()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
-                raise OSError(f"the table {self._path} cannot be opened: {error}") from error
-            aside = self._path.with_name(self._path.name + ".unreadable")
-            self._path.replace(aside)
-            self.notes.append(f"the table {self._path} was unreadable ({error}); moved to {aside}, the slab is empty")
-            db = self._connect()
-        meta = dict(db.execute("SELECT name, value FROM meta").fetchall())
-        version = meta.get("format")
-        if version is not None and version != FORMAT_VERSION:
-            db.close()
-            raise SlabRefused(
-                f"{self._path} is a table of format {version}, this version reads format {FORMAT_VERSION}; "
-                f"delete it and its slab to start empty"
-            )
-        rows = db.execute("SELECT count(*) FROM blocks").fetchone()[0]
-        if identity is None or meta.get("slab") != identity:
-            if rows:
-                self.notes.append(f"{self._slab} is not the slab that {self._path} describes: {rows} blocks dropped")
-            identity = uuid.uuid4().bytes
-            with db:
-                db.execute("DELETE FROM blocks")
-                db.executemany(
-                    "INSERT OR REPLACE INTO meta VALUES (?, ?)", [("format", FORMAT_VERSION), ("slab", identity)]
+    def _pair(self, found: bytes | None, page: bytes, data_bytes: int) -> bytes:
+        """Bring slab and table together: the id they share, and only rows that can be trusted."""
+        good, bad = self._table.rows()
+        if found is None or self._table.identity != found:
+            if good or bad:
+                rows = len(good) + len(bad)
+                self.notes.append(
+                    f"{self.where} is not the slab that {self._table.path} describes: {rows} blocks dropped"
                 )
-            write_header(self._slab, identity)
-            return db
-        with db:
-            cut = db.execute("DELETE FROM blocks WHERE offset + size > ?", (slab_bytes,)).rowcount
+            identity = uuid.uuid4().bytes
+            self._table.start_empty(identity)
+            write_header(self._engine, identity, self.where)
+            return identity
+        if page != pack_header(found):
+            self.notes.append(f"the first page of {self.where} was damaged and is written again")
+            write_header(self._engine, found, self.where)
+        cut = [block.key for block, _ in good if block.offset + block.extent_bytes > data_bytes]
         if cut:
-            self.notes.append(f"{self._slab} was cut to {slab_bytes} bytes: {cut} of {rows} blocks dropped")
-        return db
-
-    def _connect(self) -> sqlite3.Connection:
-        # Used by the opening thread, then by the journal's thread only.
-        db = sqlite3.connect(self._path, check_same_thread=False, timeout=1.0)
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
-            db.execute("CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID")
-            db.execute(
-                "CREATE TABLE IF NOT EXISTS blocks (key BLOB PRIMARY KEY, parent BLOB NOT NULL, "
-                "offset INTEGER NOT NULL, size INTEGER NOT NULL, position INTEGER NOT NULL, "
-                "checksum BLOB NOT NULL, used INTEGER NOT NULL) "
-                "WITHOUT ROWID"
+            self.notes.append(
+                f"{self.where} was cut to {data_bytes} bytes: {len(cut)} of {len(good) + len(bad)} blocks dropped"
             )
-            db.execute("PRAGMA quick_check(1)").fetchone()
-        except BaseException:
-            db.close()
-            raise
-        return db
+        if bad:
+            self.notes.append(f"{len(bad)} rows of {self._table.path} do not match their checksums: dropped")
+        if cut or bad:
+            self._table.change([*cut, *bad], [], [])
+        return found
+
+    def _wait(self, batch: _Batch, done: Done, deadline_s: float) -> None:
+        self._serial += 1
+        batch.waiters[self._serial] = _Waiter(deadline_s, done)
 
     def _run(self) -> None:
+        try:
+            self._commit_batches()
+        except Exception:
+            log.exception("the journal of %s failed", self.where)
+            self._failed = f"the journal of {self.where} failed"
+            for batch in (self._now, self._next):
+                self._lose(batch, self._failed)
+
+    def _commit_batches(self) -> None:
         next_flush_s = time.monotonic() + USE_FLUSH_S
         while True:
             with self._changed:
-                if not (self._inserts or self._deletes or self._sequence > self._committed or self._closing):
+                if not (self._next.inserts or self._urgent()):
                     self._changed.wait(USE_FLUSH_S)
-                if not (self._closing or self._sequence > self._committed):
-                    # Rows alone can wait a little; whoever needs a deletion wakes this up.
-                    self._changed.wait_for(lambda: self._closing or self._sequence > self._committed, INSERT_DELAY_S)
-                closing, sequence = self._closing, self._sequence
-                inserts, self._inserts = self._inserts, {}
-                deletes, self._deletes = self._deletes, set()
-                uses: dict[BlockKey, int] = {}
-                if closing or time.monotonic() >= next_flush_s:
-                    uses, self._uses = self._uses, {}
-                    next_flush_s = time.monotonic() + USE_FLUSH_S
-            if self._commit_until_closing(inserts, deletes, uses):
-                self._committed = sequence
-                self.on_commit()
+                if not self._urgent():
+                    self._changed.wait_for(self._enough, INSERT_DELAY_S)
+                closing = self._closing
+                self._now, self._next = self._next, _Batch()
+                self._now.sequence = self._sequence
+                if not (closing or time.monotonic() >= next_flush_s):
+                    self._now.uses, self._next.uses = {}, self._now.uses
+            if self._now.uses:
+                next_flush_s = time.monotonic() + USE_FLUSH_S
+            self._commit_until_closing(self._now)
             if closing:
                 return
 
-    def _commit_until_closing(
-        self, inserts: dict[BlockKey, tuple[Block, int]], deletes: set[BlockKey], uses: dict[BlockKey, int]
-    ) -> bool:
-        """Commit; where that fails (disk full, table locked), say so and try again. False when closing ends it."""
+    def _urgent(self) -> bool:
+        """Whether a commit should not wait for company; the lock is held."""
+        return self._closing or self._sequence > self._committed
+
+    def _enough(self) -> bool:
+        """Whether a commit now serves more than it leaves waiting for the next; the lock is held."""
+        return self._urgent() or len(self._next.inserts) >= self.on_their_way()
+
+    def _commit_until_closing(self, batch: _Batch) -> None:
+        """Commit. Where that fails (disk full, table locked, no sync), say so, lose the rows, and try the deletions
+        again until closing."""
         while True:
             try:
-                self._commit(inserts, deletes, uses)
+                self._commit(batch)
             except (sqlite3.Error, OSError) as error:
+                text = f"rows of {self.where} cannot be committed: {error}"
                 if self._failed is None:
-                    log.error(
-                        "rows of %s cannot be committed: %s; nothing is stored there meanwhile", self._slab, error
-                    )
-                self._failed = f"rows of {self._slab} cannot be committed: {error}"
+                    log.error("%s; nothing is stored there meanwhile", text)
+                self._failed = text
+                self._lose(batch, text)
                 self.on_commit()
                 with self._changed:
-                    if self._closing:
-                        return False
-                    self._changed.wait_for(lambda: self._closing, RETRY_S)
+                    if self._changed.wait_for(lambda: self._closing, RETRY_S):
+                        return
             else:
                 self._failed = None
-                return True
+                self._committed = batch.sequence
+                self._end(batch, None)
+                self.on_commit()
+                return
 
-    def _commit(
-        self, inserts: dict[BlockKey, tuple[Block, int]], deletes: set[BlockKey], uses: dict[BlockKey, int]
-    ) -> None:
-        if not (inserts or deletes or uses):
-            return
-        if inserts:
-            os.fdatasync(self._slab_fd)
-        with self._db:
-            self._db.executemany("DELETE FROM blocks WHERE key = ?", [(key,) for key in deletes])
-            self._db.executemany(
-                "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?, ?, ?)",
-                [
-                    (b.key, b.parent, b.offset, b.size_bytes, b.position, b.checksum.to_bytes(8, "little"), use)
-                    for b, use in inserts.values()
-                ],
-            )
-            self._db.executemany("UPDATE blocks SET used = ? WHERE key = ?", [(use, key) for key, use in uses.items()])
+    def _commit(self, batch: _Batch) -> None:
+        if batch.inserts or self._failed:
+            self._engine.sync()
+        if batch.inserts or batch.deletes or batch.uses:
+            self._table.change(batch.deletes, batch.inserts.values(), batch.uses.values())
+
+    def _lose(self, batch: _Batch, why: str) -> None:
+        """The blocks first, then their rows: whoever finds a block in between is not told that it is durable."""
+        with self._changed:
+            lost = [block for block, _ in batch.inserts.values()]
+        for block in lost:
+            self.on_lost(block)
+        self._end(batch, PoolError("device", why))
+
+    def _end(self, batch: _Batch, error: PoolError | None) -> None:
+        """Tell everybody who waits for this batch; what joins it after this is told by the next try or `close`."""
+        with self._changed:
+            batch.inserts = {}
+            waiters, batch.waiters = list(batch.waiters.values()), {}
+        for waiter in waiters:
+            call_done(waiter.done, error)

@@ -5,80 +5,27 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 from penstock.core.keys import BlockKey
+from penstock.core.member_bandwidth import MemberBandwidth
 from penstock.core.new_block import NewBlock
+from penstock.core.pool_policy import PoolPolicy
+from penstock.core.quota import TenantQuotas
+from penstock.core.write_admission import WriteAdmission
 from penstock.pool.api import Done, Located, MemberStat, PoolError, PoolStat, check_write
 from penstock.pool.callbacks import Callbacks, call_done
 from penstock.pool.checksum import block_checksum
+from penstock.pool.drain import Drain
+from penstock.pool.member import GoneMember, Member, Use, fenced_reason, is_durable, observed, queued
 from penstock.pool.memory import MemoryMember
+from penstock.pool.opened import MemoryLease, OpenBlock
 from penstock.pool.table import Block, Table
 from penstock.pool.work import Work
 
 log = logging.getLogger(__name__)
 
-
-class Member(Protocol):
-    """What the pool asks of a member. `put` and the notes of rows return at once."""
-
-    name: str
-    kind: str
-    capacity_bytes: int
-    start_offset: int
-    notes: list[str]
-    read_bytes: int
-    written_bytes: int
-    errors: int
-
-    @property
-    def barrier(self) -> int: ...
-    @property
-    def refuses_stores(self) -> str | None: ...
-    def start(self) -> None: ...
-    def put(self, work: Work) -> PoolError | None: ...
-    def register(self, buffer: memoryview) -> None: ...
-    def rows(self) -> list[tuple[Block, int]]: ...
-    def forget(self, blocks: Iterable[Block]) -> None: ...
-    def record(self, block: Block, use: int) -> None: ...
-    def used(self, uses: Iterable[tuple[BlockKey, int]]) -> None: ...
-    def close(self, timeout_s: float) -> None: ...
-
-
-class OpenBlock:
-    """A pinned block: it stays where it is until `release`. `view` is its bytes in place, for memory members."""
-
-    __slots__ = ("_pool", "block", "member_name", "view")
-
-    def __init__(self, pool: LocalPool, block: Block, member_name: str, view: memoryview | None) -> None:
-        self._pool: LocalPool | None = pool
-        self.block = block
-        self.member_name = member_name
-        self.view = view
-
-    def release(self) -> None:
-        """Undo the pin; later calls do nothing. The view must not be used any more."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            pool._unpin(self.block)
-
-
-class MemoryLease:
-    """A block of a memory member in place (`pool.api.Lease`). Its bytes must not be changed."""
-
-    __slots__ = ("_opened", "_view")
-
-    def __init__(self, opened: OpenBlock, view: memoryview) -> None:
-        self._opened = opened
-        self._view = view
-
-    @property
-    def view(self) -> memoryview:
-        return self._view
-
-    def release(self) -> None:
-        self._opened.release()
+OBSERVE_EVERY_S = 1.0
 
 
 class LocalPool:
@@ -88,44 +35,58 @@ class LocalPool:
     the device answers, at the latest by `close`. A device that does not answer for 10 s is fenced.
     """
 
-    def __init__(self, members: Sequence[Member], weights: Sequence[float]) -> None:
+    def __init__(self, members: Sequence[Member], weights: Sequence[float], policy: PoolPolicy | None = None) -> None:
         """Takes the members over. `weights` are their shares of new blocks (any scale, such as bytes per second)."""
         if not members or len(members) != len(weights):
             raise ValueError(f"{len(members)} members and {len(weights)} weights; at least one, and as many of each")
+        policy = policy or PoolPolicy()
         self.members = list(members)
         self.notes = [note for member in members for note in member.notes]
         self._lock = threading.Lock()
         ranges = [(member.start_offset, member.capacity_bytes) for member in members]
-        self._table = Table(ranges, weights)
+        self._table = Table(ranges, weights, TenantQuotas(policy.quota_bytes, policy.default_quota_bytes))
+        self._admission = WriteAdmission(policy.write_admission)
+        self._follow_bandwidth = policy.follow_bandwidth
+        self._bandwidths = [_bandwidth(weight) for weight in weights]
+        self._next_observation_s = 0.0
+        self._registered: list[memoryview] = []
+        self._drains: dict[int, Drain] = {}
         self._closed = False
-        self._writes_dropped = self._evictions = self._checksum_errors = 0
+        self._writes_dropped = self._writes_not_admitted = self._evictions = self._checksum_errors = 0
+        self._moved_blocks = 0
         self._callbacks = Callbacks()
-        self._restore()
+        for number, member in enumerate(self.members):
+            self._restore(number, member)
+            member.on_lost(self._drop)
         for member in self.members:
             member.start()
 
     # --- the interface ---
 
     def register(self, buffer: memoryview) -> None:
-        for member in self.members:
+        with self._lock:
+            self._registered.append(buffer)
+            members = list(self.members)
+        for member in members:
             member.register(buffer)
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
         found: list[Located | None] = []
-        uses: dict[int, list[tuple[BlockKey, int]]] = {}
+        uses: dict[int, list[Use]] = {}
         with self._lock:
             self._check_open()
-            self._check_health()
+            self._check_members()
             for key in keys:
                 block = self._table.find(key)
                 if block is None:
+                    self._admission.asked(key)
                     found.append(None)
                     continue
-                self._table.touch(block)
-                uses.setdefault(block.member, []).append((key, self._table.uses))
+                value = self._table.touch(block)
+                uses.setdefault(block.member, []).append((key, value, block.uses))
                 found.append(Located(block.size_bytes, (self.members[block.member].name,)))
-            for member, noted in uses.items():
-                self.members[member].used(noted)
+            for number, noted in uses.items():
+                self.members[number].used(noted)
         return found
 
     def read(self, key: BlockKey, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
@@ -155,24 +116,24 @@ class LocalPool:
     def host_buffers(self) -> list[memoryview]:
         return [member.memory for member in self.members if isinstance(member, MemoryMember)]
 
-    def write(self, new: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
-        error = check_write(new, data)
+    def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        error = check_write(block, data)
         if error is None:
             try:
-                block, error = self._reserve(new)
-            except PoolError as closed:
-                block, error = None, closed
-            if block is not None:
-                after = self.members[block.member].barrier
-                deadline_s = time.monotonic() + timeout_s
-                work = Work("store", block, data, deadline_s, lambda w, e: self._stored(w.block, done, e), after)
-                error = self.members[block.member].put(work)
+                reserved, member, error = self._reserve(block, done, deadline_s)
+            except PoolError as refused:
+                reserved, member, error = None, None, refused
+            if reserved is not None and member is not None:
+                work = Work(
+                    "store", reserved, data, deadline_s, lambda w, e: self._stored(w, done, e), after=member.barrier
+                )
+                error = member.put(work)
                 if error is None:
                     return
                 with self._lock:
-                    self._table.abandon(block)
+                    self._table.abandon(reserved)
             elif error is None:
-                self._callbacks.call(done, None)
                 return
         with self._lock:
             self._writes_dropped += 1
@@ -182,49 +143,123 @@ class LocalPool:
         with self._lock:
             found = {key: block for key in keys if (block := self._table.evictable(key)) is not None}
             for block in found.values():
-                self._doom(block)
+                self._drop_locked(block)
             self._evictions += len(found)
         return len(found)
 
     def stat(self, timeout_s: float) -> PoolStat:
         with self._lock:
-            self._check_health()
-            table = self._table
-            members = tuple(
-                MemberStat(
-                    name=member.name,
-                    kind=member.kind,
-                    capacity_bytes=member.capacity_bytes,
-                    used_bytes=table.allocators[i].end - table.allocators[i].start - table.allocators[i].free_bytes,
-                    blocks=table.counts[i],
-                    healthy=table.healthy[i],
-                    weight=table.placement.weights[i],
-                    read_bytes=member.read_bytes,
-                    written_bytes=member.written_bytes,
-                    errors=member.errors,
-                )
-                for i, member in enumerate(self.members)
+            if not self._closed:
+                self._check_members()
+            present = [i for i, state in enumerate(self._table.members) if not state.gone]
+            tenants = sorted(self._table.quotas, key=lambda account: -account[1])
+            return PoolStat(
+                members=tuple(self._member_stat(number) for number in present),
+                writes_dropped=self._writes_dropped,
+                evictions=self._evictions,
+                checksum_errors=self._checksum_errors,
+                writes_not_admitted=self._writes_not_admitted,
+                moved_blocks=self._moved_blocks + sum(drain.moved for drain in self._drains.values()),
+                tenants=tuple((account.hex(), held) for account, held in tenants),
             )
-            return PoolStat(members, self._writes_dropped, self._evictions, self._checksum_errors)
 
     def close(self, timeout_s: float) -> None:
         with self._lock:
             if self._closed:
                 return
             self._closed = True
+            drains = list(self._drains.values())
         deadline_s = time.monotonic() + timeout_s
+        for drain in drains:
+            drain.stop()
         for member in self.members:
             member.close(max(0.1, deadline_s - time.monotonic()))
+        for drain in drains:
+            drain.join(max(0.1, deadline_s - time.monotonic()))
         self._callbacks.close(max(0.1, deadline_s - time.monotonic()))
 
-    # --- for a pool node: blocks whose bytes the other side verifies ---
+    # --- members that come and go ---
+
+    def add_member(self, member: Member, weight_bytes_per_s: float) -> None:
+        """Take a member over, with the blocks it holds, while the pool runs. Its weight is on the scale of the others'.
+        Raises ValueError for a name that is taken, PoolError when the pool is closed."""
+        with self._lock:
+            self._check_open()
+            if any(other.name == member.name and not isinstance(other, GoneMember) for other in self.members):
+                raise ValueError(f"the pool has a member {member.name} already; name another")
+            table = self._table
+            number = table.add_member(member.start_offset, member.capacity_bytes, weight_bytes_per_s)
+            if number == len(self.members):
+                self.members.append(member)
+                self._bandwidths.append(_bandwidth(weight_bytes_per_s))
+            else:
+                self.members[number] = member
+                self._bandwidths[number] = _bandwidth(weight_bytes_per_s)
+            self._restore(number, member)
+            member.on_lost(self._drop)
+            member.start()
+            for buffer in self._registered:
+                member.register(buffer)
+
+    def drain_member(self, name: str) -> None:
+        """Begin to empty a member: nothing is placed there any more, its blocks move to the free space of the others
+        (the most worth first), the rest is dropped, then it is closed and gone. Returns at once; `stat` shows how far
+        it is. Raises ValueError for an unknown member, one that drains already, or the last one that takes blocks."""
+        with self._lock:
+            self._check_open()
+            states = self._table.members
+            known = {member.name: n for n, member in enumerate(self.members) if not states[n].gone}
+            number = known.get(name)
+            if number is None:
+                raise ValueError(f"the pool has no member {name!r}; it has {', '.join(known)}")
+            if states[number].draining:
+                raise ValueError(f"member {name} is being drained already")
+            if not any(n != number and not states[n].draining for n in known.values()):
+                raise ValueError(f"member {name} is the last one that takes blocks; add another one first")
+            self._table.start_drain(number)
+            self._drains[number] = Drain(self, self._table, self._lock, number, self._drain_ended)
+            self._drains[number].start()
+
+    def set_weight(self, name: str, weight: float) -> None:
+        """Give a member another share of new blocks. Raises ValueError for an unknown member or a weight below 0."""
+        with self._lock:
+            states = self._table.members
+            known = {member.name: n for n, member in enumerate(self.members) if not states[n].gone}
+            if name not in known or states[known[name]].draining:
+                raise ValueError(f"the pool has no member {name!r} that takes blocks; it has {', '.join(known)}")
+            self._table.placement.set_weight(known[name], weight)
+            self._bandwidths[known[name]] = _bandwidth(weight)
+
+    def set_policy(self, policy: PoolPolicy) -> None:
+        """Quotas, write admission and following from now on. Raises ValueError for a value that is not allowed."""
+        with self._lock:
+            self._table.quotas.set_quotas(policy.quota_bytes, policy.default_quota_bytes)
+            if policy.write_admission != self._admission.mode:
+                self._admission = WriteAdmission(policy.write_admission)
+            self._follow_bandwidth = policy.follow_bandwidth
+
+    # --- for a pool node (`pool.served`): blocks whose bytes the other side verifies ---
+
+    @property
+    def node_id(self) -> bytes:
+        return b""
+
+    @property
+    def own(self) -> LocalPool:
+        return self
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        with self._lock:
+            states = zip(self._bandwidths, self._table.members, strict=True)
+            return sum(bandwidth.share_bytes_per_s for bandwidth, state in states if bandwidth and not state.gone)
 
     def open_block(self, key: BlockKey, size_bytes: int | None) -> OpenBlock | PoolError:
         """Pin a block of `size_bytes` (None: of any size), or say why it cannot be read."""
         with self._lock:
             if self._closed:
                 return PoolError("closed", "the pool is closed")
-            self._check_health()
+            self._check_members()
             block = self._table.find(key)
             if block is None:
                 return PoolError("missing", f"block {key.hex()} is not in the pool")
@@ -269,88 +304,161 @@ class LocalPool:
             block = self._table.find(key)
             if block is not None and block.checksum == checksum:
                 self._checksum_errors += 1
-                self._doom(block)
+                self._drop_locked(block)
         log.warning("block %s did not match its checksum and was dropped", key.hex())
+
+    def unpin(self, block: Block) -> None:
+        """End what `open_block` began."""
+        with self._lock:
+            self._table.unpin(block)
 
     def check_integrity(self) -> None:
         """Assert the invariants of the table; for tests and idle moments."""
         with self._lock:
             self._table.check_integrity()
 
-    # --- inside; the lock is held where the name does not say otherwise ---
+    # --- inside ---
 
-    def _restore(self) -> None:
-        rows: list[tuple[int, Block]] = []
-        for number, member in enumerate(self.members):
-            for block, use in member.rows():
-                block.member = number
-                rows.append((use, block))
-        rows.sort(key=lambda row: row[0])
-        lost: dict[int, list[Block]] = {}
-        for _, block in rows:
-            if not self._table.restore(block):
-                lost.setdefault(block.member, []).append(block)
-        self._table.uses = max([self._table.uses, *(use for use, _ in rows)])
-        for number, blocks in lost.items():
-            self.notes.append(f"{self.members[number].name}: {len(blocks)} rows beyond the slab or doubled, dropped")
-            self.members[number].forget(blocks)
+    def _restore(self, number: int, member: Member) -> None:
+        lost = self._table.restore(number, member.rows())
+        if lost:
+            self.notes.append(f"{member.name}: {len(lost)} rows beyond the slab or doubled, dropped")
+            member.forget([block for block in lost if not self._table.holds(block.key, number)])
 
-    def _reserve(self, new: NewBlock) -> tuple[Block | None, PoolError | None]:
-        """An extent for a new block; neither block nor error when the block is there already. Takes the lock."""
+    def _reserve(
+        self, new: NewBlock, done: Done, deadline_s: float
+    ) -> tuple[Block | None, Member | None, PoolError | None]:
+        """An extent for a new block, and its member. None of all three when the block is there already: `done` is
+        called once it is durable. Takes the lock."""
         with self._lock:
             self._check_open()
-            self._check_health()
+            self._check_members()
             present = self._table.find(new.key)
             if present is not None:
-                self._table.touch(present)
-                if present.size_bytes == new.size_bytes:
-                    return None, None
-                return None, PoolError("layout", f"block {new.key.hex()} exists with {present.size_bytes} bytes")
-            if self._table.occupied(new.key):
-                return None, PoolError("dropped", f"block {new.key.hex()} is being written or dropped already")
+                member = self.members[present.member]
+                member.used([(new.key, self._table.touch(present), present.uses)])
+                if present.size_bytes != new.size_bytes:
+                    detail = f"block {new.key.hex()} exists with {present.size_bytes} bytes"
+                    return None, None, PoolError("layout", detail)
+                if not (is_durable(member) and member.confirm(present, done, deadline_s)):
+                    self._callbacks.call(done, None)
+                return None, None, None
+            if self._table.being_written(new.key):
+                return None, None, PoolError("dropped", f"block {new.key.hex()} is being written already")
             refused = {n: why for n, member in enumerate(self.members) if (why := member.refuses_stores)}
             if len(refused) == len(self.members):
-                return None, PoolError("device", "; ".join(refused.values()))
+                return None, None, PoolError("device", "; ".join(dict.fromkeys(refused.values())))
+            error = self._keep_from_ssds(new, refused)
+            if error is not None:
+                return None, None, error
             block, gone = self._table.reserve(new, refused)
             self._evictions += len(gone)
             for number in {old.member for old in gone}:
                 self.members[number].forget([old for old in gone if old.member == number])
             if block is None:
-                return None, PoolError("full", f"no member has room for {new.size_bytes} bytes that are not in use")
-            return block, None
+                detail = f"no member has room for {new.size_bytes} bytes that are not in use"
+                return None, None, PoolError("full", detail)
+            return block, self.members[block.member], None
 
-    def _stored(self, block: Block, done: Done, error: PoolError | None) -> None:
-        """The end of a store, on its member's thread. Takes the lock."""
+    def _keep_from_ssds(self, new: NewBlock, refused: dict[int, str]) -> PoolError | None:
+        """Apply write admission: add the SSDs to `refused` for a block that they should not take; the lock is held."""
+        if self._admission.admits(new.key):
+            return None
+        ssds = {n: "the block is new" for n, m in enumerate(self.members) if m.kind != "memory" and n not in refused}
+        turn = next((n for n in self._table.placement.order(new.position) if n not in refused), None)
+        self._writes_not_admitted += turn in ssds
+        refused.update(ssds)
+        if len(refused) < len(self.members):
+            return None
+        return PoolError("dropped", f"block {new.key.hex()} is seen for the first time; SSDs take reused ones only")
+
+    def _stored(self, work: Work, done: Done, error: PoolError | None) -> None:
+        """The end of a store, on its member's thread: `done` follows once the block is durable. Takes the lock."""
+        block = work.block
         with self._lock:
-            if error is None:
-                self._table.commit(block)
-                self.members[block.member].record(block, self._table.last_use(block.key))
-            else:
+            if error is not None:
                 self._table.abandon(block)
                 self._writes_dropped += 1
+            else:
+                old = self._table.commit(block)
+                if old is not None:
+                    self.members[old.member].forget([old])
+                member = self.members[block.member]
+                if is_durable(member):
+                    value = self._table.value(block.key)
+                    member.record(block, value, lambda late: self._recorded(done, late), work.deadline_s)
+                    return
         call_done(done, error)
 
-    def _unpin(self, block: Block) -> None:
-        """Takes the lock."""
-        with self._lock:
-            if self._table.unpin(block):
-                self.members[block.member].forget([block])
+    def _recorded(self, done: Done, error: PoolError | None) -> None:
+        """A row was committed, or not in time. Takes the lock."""
+        if error is not None:
+            with self._lock:
+                self._writes_dropped += 1
+        call_done(done, error)
 
     def _drop(self, block: Block) -> None:
         """Make a block that could not be read a miss. Takes the lock."""
         with self._lock:
-            if self._table.find(block.key) is block:
-                self._doom(block)
+            if self._table.holds(block.key, block.member) is block:
+                self._drop_locked(block)
 
-    def _doom(self, block: Block) -> None:
-        if self._table.doom(block):
-            self.members[block.member].forget([block])
+    def _drop_locked(self, block: Block) -> None:
+        self._table.drop(block)
+        self.members[block.member].forget([block])
+
+    def _drain_ended(self, number: int) -> None:
+        """A member has no blocks any more and was closed; called under the lock by its `Drain`."""
+        self.members[number] = GoneMember(self.members[number].name)
+        drain = self._drains.pop(number, None)
+        self._moved_blocks += drain.moved if drain else 0
+
+    def _member_stat(self, number: int) -> MemberStat:
+        member, state = self.members[number], self._table.members[number]
+        bandwidth = self._bandwidths[number]
+        loads, stores = queued(member)
+        return MemberStat(
+            name=member.name,
+            kind=member.kind,
+            capacity_bytes=member.capacity_bytes,
+            used_bytes=state.space.used_bytes,
+            blocks=len(state.space.blocks),
+            healthy=state.healthy,
+            weight=self._table.placement.weights[number],
+            read_bytes=member.read_bytes,
+            written_bytes=member.written_bytes,
+            errors=member.errors,
+            state=state.label,
+            read_bytes_per_s=(bandwidth.observed_bytes_per_s or 0.0) if bandwidth else 0.0,
+            queued_loads=loads,
+            queued_stores=stores,
+        )
 
     def _check_open(self) -> None:
         if self._closed:
             raise PoolError("closed", "the pool is closed")
 
-    def _check_health(self) -> None:
+    def _check_members(self) -> None:
+        """Fence members that fail, take back those that answer again; now and then, look at how fast they read."""
         for number, member in enumerate(self.members):
-            if self._table.healthy[number] and getattr(member, "fenced", None):
-                self._table.fence(number)
+            healthy = fenced_reason(member) is None
+            if self._table.members[number].healthy != healthy:
+                self._table.set_healthy(number, healthy)
+        now_s = time.monotonic()
+        if now_s >= self._next_observation_s:
+            self._next_observation_s = now_s + OBSERVE_EVERY_S
+            self._observe(now_s)
+
+    def _observe(self, now_s: float) -> None:
+        for number, (member, bandwidth) in enumerate(zip(self.members, self._bandwidths, strict=True)):
+            if bandwidth is None:
+                continue
+            bandwidth.observe(*observed(member))
+            changed = bandwidth.change(now_s) if self._follow_bandwidth else None
+            if changed is not None and not self._table.members[number].gone:
+                self._table.placement.set_weight(number, changed)
+                log.warning("%s reads at %.0f MB/s: its share follows", member.name, changed / 1e6)
+
+
+def _bandwidth(weight: float) -> MemberBandwidth | None:
+    return MemberBandwidth(weight) if weight > 0 else None

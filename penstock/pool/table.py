@@ -9,17 +9,21 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from penstock.core.eviction import PrefixIndex
+from penstock.core.keeping import Keeping
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
 from penstock.core.new_block import NewBlock
 from penstock.core.placement import CYCLE_BLOCKS, Placement
-from penstock.pool.extents import ExtentAllocator
+from penstock.core.quota import TenantQuotas
+from penstock.pool.room import MemberSpace
+
+SEEDS_MAX = 8  # holes around which neighbours are looked at when free space is in pieces
 
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """One block and its extent. `position` is its place in the spread of its prefix over the members."""
+    """One block and its extent. `position` is its place in the spread of its prefix over the members, `tenant` whose it
+    is, `rebuild_s` what computing it again takes, `uses` how often it was written or looked up."""
 
     key: BlockKey
     parent: BlockKey
@@ -28,204 +32,370 @@ class Block:
     size_bytes: int
     position: int
     checksum: int = 0
-    doomed: bool = False  # a miss already, its extent waits for the last reader
+    tenant: bytes = b""
+    rebuild_s: float = 0.0
+    uses: int = 1
+    account: bytes = b""  # which quota its bytes count against
+    pins: int = 0
 
     @property
     def extent_bytes(self) -> int:
         return staging_bytes(self.size_bytes)
 
 
-class Table:
-    """Blocks, extents, pins and last uses of all members.
+@dataclass(slots=True)
+class MemberState:
+    """A member as the table sees it. The number of one that is gone may be given again once its space is free."""
 
-    I1  an extent belongs to at most one block, present or being written
-    I2  a doomed block is pinned; it goes with its last pin
-    I3  a key is present, being written, or neither
+    space: MemberSpace
+    healthy: bool = True
+    draining: bool = False
+    gone: bool = False
+
+    @property
+    def label(self) -> str:
+        return "draining" if self.draining else "ok" if self.healthy else "fenced"
+
+    @property
+    def free(self) -> bool:
+        return self.gone and not self.space.used_bytes
+
+
+class Table:
+    """Blocks, extents, pins and worth of all members.
+
+    I1  an extent belongs to at most one block: present, being written, being moved to, or detached
+    I2  a detached block is pinned and nobody finds it; its extent goes with its last pin
+    I3  a key names at most one present block, and is written or moved by at most one
+    I4  each account is charged exactly the extents of its blocks
+    I5  a block is placed only on members that are healthy, not draining and not gone; a gone member has no block
+    I6  present blocks are those that the eviction order keeps, and each member counts its own
     """
 
-    def __init__(self, ranges: Sequence[tuple[int, int]], weights: Sequence[float]) -> None:
+    def __init__(
+        self, ranges: Sequence[tuple[int, int]], weights: Sequence[float], quotas: TenantQuotas | None = None
+    ) -> None:
         """`ranges` are the usable bytes `[start, end)` of each member."""
-        self.allocators = [ExtentAllocator(start, end) for start, end in ranges]
+        self.members = [MemberState(MemberSpace(start, end)) for start, end in ranges]
         self.placement = Placement(weights)
-        self.healthy = [True] * len(self.allocators)
-        self.counts = [0] * len(self.allocators)
-        self.uses = 0
+        self.quotas = quotas or TenantQuotas()
+        self.scans = 0  # searches over a whole member
+        self._keeping = Keeping(len(self.members), self.quotas)
         self._blocks: dict[BlockKey, Block] = {}
         self._writing: dict[BlockKey, Block] = {}
-        self._index: PrefixIndex[BlockKey] = PrefixIndex()
+        self._moving: dict[BlockKey, Block] = {}  # the copies that are being made
+        self._detached: set[Block] = set()
 
     def __len__(self) -> int:
         return len(self._blocks)
 
+    # --- blocks ---
+
     def find(self, key: BlockKey) -> Block | None:
         """The block, if it can be read now."""
         block = self._blocks.get(key)
-        return block if block is not None and not block.doomed and self.healthy[block.member] else None
+        return block if block is not None and self.members[block.member].healthy else None
 
-    def occupied(self, key: BlockKey) -> bool:
-        """Whether the key cannot be written now: it is being written, or waits for its last reader to leave."""
+    def holds(self, key: BlockKey, member: int) -> Block | None:
+        """The block that this member has under the key, readable now or not."""
         block = self._blocks.get(key)
-        return key in self._writing or (block is not None and (block.doomed or not self.healthy[block.member]))
+        return block if block is not None and block.member == member else None
 
-    def touch(self, block: Block) -> None:
-        """Note a use."""
-        self.uses += 1
-        self._index.touch(block.key, self.uses)
+    def being_written(self, key: BlockKey) -> bool:
+        return key in self._writing
 
-    def last_use(self, key: BlockKey) -> int:
-        return int(self._index.last_use(key))
+    def touch(self, block: Block) -> float:
+        """Note a use; returns what the block is worth now."""
+        value = self._keeping.touch(block.key)
+        block.uses = self._keeping.uses(block.key)
+        return value
+
+    def value(self, key: BlockKey) -> float:
+        """What a present block is worth, as a durable table stores it."""
+        return self._keeping.value(key)
 
     def pin(self, block: Block) -> None:
-        self._index.pin(block.key)
+        """Keep a present block where it is until as many `unpin` calls."""
+        block.pins += 1
+        if block.pins == 1:
+            self._keeping.pin(block.key)
 
-    def unpin(self, block: Block) -> bool:
-        """Undo a pin; True when that was the last one of a doomed block, which is gone now and its extent free."""
-        self._index.unpin(block.key)
-        if block.doomed and self._index.pins(block.key) == 0:
-            self._forget(block)
-            return True
-        return False
+    def unpin(self, block: Block) -> None:
+        """Undo a pin; the extent of a detached block is free after its last one."""
+        assert block.pins > 0, f"block {block.key.hex()} has no pin"
+        block.pins -= 1
+        if block.pins:
+            return
+        if block in self._detached:
+            self._detached.discard(block)
+            self._give_back(block)
+        else:
+            self._keeping.unpin(block.key)
 
-    def doom(self, block: Block) -> bool:
-        """Make a present block a miss; True when it is gone already, False when a reader still holds its extent."""
-        block.doomed = True
-        if self._index.pins(block.key):
-            return False
-        self._forget(block)
-        return True
+    def drop(self, block: Block) -> None:
+        """Make a present block a miss. Its row must be forgotten now; its extent is free once nobody reads it."""
+        if block.pins:
+            self._keeping.unpin(block.key)
+        self._keeping.remove(block.key)
+        self._leave(block)
 
     def evictable(self, key: BlockKey) -> Block | None:
         """The block, if nothing holds it."""
         block = self._blocks.get(key)
-        return block if block is not None and not block.doomed and not self._index.pins(key) else None
+        return block if block is not None and not block.pins else None
 
     def reserve(self, new: NewBlock, without: Container[int] = ()) -> tuple[Block | None, list[Block]]:
         """An extent for a block that is about to be written, and the blocks that had to leave for it (their extents
-        are in use again from now on). None when no healthy member, save those in `without`, can hold it."""
+        are in use again from now on). None when no member that takes blocks, save those in `without`, can hold it."""
         order = [member for member in self.placement.order(new.position) if member not in without]
+        account = self.quotas.account(new.tenant)
         length = staging_bytes(new.size_bytes)
         gone: list[Block] = []
         for member in order:
-            offset = self.allocators[member].take(length)
+            offset = self._space(member).allocator.take(length)
             if offset is not None:
-                return self._start(new, member, offset), gone
-        for make_room in (self._evict_leaves, self._clear_run):
-            for member in order:
-                offset = make_room(member, length, gone)
-                if offset is not None:
-                    return self._start(new, member, offset), gone
+                return self._start(new, member, offset, account), gone
+        for member in order:
+            offset = self._make_room(member, length, account, gone)
+            if offset is not None:
+                return self._start(new, member, offset, account), gone
+        for member in order:
+            offset = self._clear_anywhere(member, length, account, gone)
+            if offset is not None:
+                return self._start(new, member, offset, account), gone
         return None, gone
 
-    def commit(self, block: Block) -> None:
-        """A written block becomes present."""
+    def commit(self, block: Block) -> Block | None:
+        """A written block becomes present; returns the one that its key named until now (on a fenced member), which is
+        dropped."""
         del self._writing[block.key]
-        self._add(block)
+        old = self._blocks.get(block.key)
+        if old is not None:
+            self.drop(old)
+        self._add(block, None)
+        return old
 
     def abandon(self, block: Block) -> None:
         """A block that could not be written gives its extent back."""
         del self._writing[block.key]
-        self.allocators[block.member].give(block.offset, block.extent_bytes)
+        self._give_back(block)
 
-    def restore(self, block: Block) -> bool:
-        """Take over a block from a durable table; False when its extent or key is taken, or outside the member."""
-        if block.key in self._blocks or block.size_bytes < 1 or block.key == block.parent:
+    def restore(self, member: int, rows: Iterable[tuple[Block, float]]) -> list[Block]:
+        """Take over blocks, with their worth, from the durable table of a member that has none yet; returns those that
+        cannot be: malformed, outside, overlapping, or under a key that is present."""
+        known = sorted(rows, key=lambda row: row[1])
+        wrong = [block for block, _ in known if block.size_bytes < 1 or block.key == block.parent]
+        doubled = set(map(id, wrong))
+        seen: set[BlockKey] = set()
+        for block, _ in known:
+            if block.key in seen or block.key in self._blocks or block.key in self._writing:
+                doubled.add(id(block))
+            seen.add(block.key)
+        fit = [(block, value) for block, value in known if id(block) not in doubled]
+        space = self._space(member)
+        taken = space.allocator.take_listed([(block.offset, block.extent_bytes) for block, _ in fit])
+        kept = set()
+        for (block, value), ok in zip(fit, taken, strict=True):
+            if ok:
+                block.member = member
+                block.account = self.quotas.account(block.tenant)
+                self.quotas.charge(block.account, block.extent_bytes)
+                self._add(block, value)
+                kept.add(id(block))
+        return [block for block, _ in known if id(block) not in kept]
+
+    # --- moving a block to another member ---
+
+    def blocks_on(self, member: int) -> list[Block]:
+        """Present blocks of a member, in no order."""
+        return list(self._space(member).blocks.values())
+
+    def writes_on(self, member: int) -> int:
+        """How many blocks are being written or moved to a member."""
+        return sum(block.member == member for block in (*self._writing.values(), *self._moving.values()))
+
+    def in_use(self, member: int) -> int:
+        """Bytes of a member that hold something, be it only being written or still read."""
+        return self._space(member).used_bytes
+
+    def reserve_move(self, block: Block, without: Container[int] = ()) -> Block | None:
+        """An extent for a copy of a present block, in free space of another member; None when there is none, or when
+        its key is being written or moved."""
+        if block.key in self._moving or block.key in self._writing:
+            return None
+        for member in self.placement.order(block.position):
+            if member == block.member or member in without:
+                continue
+            offset = self._space(member).allocator.take(block.extent_bytes)
+            if offset is not None:
+                copy = Block(block.key, block.parent, member, offset, block.size_bytes, block.position)
+                copy.checksum, copy.tenant, copy.rebuild_s = block.checksum, block.tenant, block.rebuild_s
+                copy.account = block.account
+                self.quotas.charge(copy.account, copy.extent_bytes)
+                self._moving[copy.key] = copy
+                return copy
+        return None
+
+    def commit_move(self, block: Block, copy: Block) -> bool:
+        """The copy is complete: it takes the block's place, whose row must be forgotten now. False, and no copy, when
+        the block was dropped meanwhile."""
+        if self._blocks.get(block.key) is not block:
+            self.abandon_move(copy)
             return False
-        if not self.allocators[block.member].take_at(block.offset, block.extent_bytes):
-            return False
-        self._add(block)
+        del self._moving[copy.key]
+        copy.uses = block.uses
+        if block.pins:
+            self._keeping.unpin(block.key)
+        self._keeping.move(block.key, copy.member)
+        self._leave(block)
+        self._place(copy)
         return True
 
-    def fence(self, member: int) -> None:
-        """A member that fails: its blocks are misses from now on, and no block is placed there."""
-        self.healthy[member] = False
+    def abandon_move(self, copy: Block) -> None:
+        del self._moving[copy.key]
+        self._give_back(copy)
+
+    # --- members ---
+
+    def set_healthy(self, member: int, healthy: bool) -> None:
+        """Fence a member, whose blocks are misses meanwhile, or take it back with those not rewritten elsewhere."""
+        state = self.members[member]
+        state.healthy = healthy
+        self._keeping.set_fenced(member, not healthy)
+        self.placement.set_health(member, state.healthy and not state.draining)
+
+    def add_member(self, start: int, end: int, weight: float) -> int:
+        """A further member; returns its number, that of a member which is gone where there is one."""
+        for number, state in enumerate(self.members):
+            if state.free:
+                self.members[number] = MemberState(MemberSpace(start, end))
+                self.placement.set_weight(number, weight)
+                self.placement.set_health(number, True)
+                return number
+        self.members.append(MemberState(MemberSpace(start, end)))
+        self._keeping.add_member()
+        return self.placement.add(weight)
+
+    def start_drain(self, member: int) -> None:
+        """Place nothing on a member any more; its blocks stay readable."""
+        self.members[member].draining = True
         self.placement.set_health(member, False)
 
-    def present(self) -> Iterable[Block]:
-        return self._blocks.values()
+    def remove_member(self, member: int) -> None:
+        """A member without present blocks is gone; what is still read there may end."""
+        state = self.members[member]
+        assert not state.space.blocks, "a member with blocks cannot go"
+        state.gone, state.draining, state.healthy = True, False, True
+        self._keeping.set_fenced(member, False)
+        self.placement.set_health(member, False)
+        self.placement.set_weight(member, 0.0)
 
     def check_integrity(self) -> None:
-        """Assert I1..I3 and those of the parts."""
-        self._index.check_integrity()
-        assert set(self._index) == set(self._blocks)
-        assert not set(self._blocks) & set(self._writing)
-        used: list[list[tuple[int, int]]] = [[] for _ in self.allocators]
-        for block in (*self._blocks.values(), *self._writing.values()):
+        """Assert I1..I6 and those of the parts; O(n log n)."""
+        self._keeping.check_integrity()
+        used: list[list[tuple[int, int]]] = [[] for _ in self.members]
+        held: dict[bytes, int] = {}
+        for block in (*self._blocks.values(), *self._writing.values(), *self._moving.values(), *self._detached):
             used[block.member].append((block.offset, block.extent_bytes))
-        for block in self._blocks.values():
-            assert not block.doomed or self._index.pins(block.key)
-        for allocator, extents in zip(self.allocators, used, strict=True):
-            allocator.check_integrity()
+            held[block.account] = held.get(block.account, 0) + block.extent_bytes
+        assert all(block.pins > 0 for block in self._detached), "I2: a detached block has no reader"
+        assert not any(self._blocks.get(block.key) is block for block in self._detached), (
+            "I2: a detached block is found"
+        )
+        assert not self._writing.keys() & self._moving.keys(), "I3: a key is written and moved"
+        assert held == dict(self.quotas), "I4: accounts are charged wrong"
+        assert len(self._keeping) == len(self._blocks) and all(key in self._keeping for key in self._blocks), "I6"
+        for number, (state, extents) in enumerate(zip(self.members, used, strict=True)):
+            assert not (state.gone and state.space.blocks), "I5: a block lies on a member that is gone"
+            state.space.check_integrity()
             extents.sort()
             for (offset, length), (following, _) in pairwise(extents):
                 assert offset + length <= following, "I1: two blocks share bytes"
-            assert allocator.free_bytes + sum(length for _, length in extents) == allocator.end - allocator.start
+            assert state.space.used_bytes == sum(length for _, length in extents), "I1: space is lost"
+            here = {block for block in self._blocks.values() if block.member == number}
+            assert set(state.space.blocks.values()) == here, "I6: a member does not hold its blocks"
+        placed = {member for position in range(CYCLE_BLOCKS) for member in self.placement.order(position)[:1]}
+        assert all(self.members[m].healthy and not self.members[m].draining for m in placed), "I5: placed wrong"
+        assert not any(self.members[m].gone for m in placed), "I5: placed on a member that is gone"
 
-    def _start(self, new: NewBlock, member: int, offset: int) -> Block:
+    # --- inside ---
+
+    def _space(self, member: int) -> MemberSpace:
+        return self.members[member].space
+
+    def _start(self, new: NewBlock, member: int, offset: int, account: bytes) -> Block:
         block = Block(new.key, new.parent, member, offset, new.size_bytes, new.position % CYCLE_BLOCKS)
+        block.tenant, block.rebuild_s, block.account = new.tenant, new.rebuild_s, account
+        self.quotas.charge(account, block.extent_bytes)
         self._writing[block.key] = block
         return block
 
-    def _add(self, block: Block) -> None:
-        self.uses += 1
+    def _add(self, block: Block, value: float | None) -> None:
+        size, uses = block.extent_bytes, block.uses
+        self._keeping.add(block.key, block.parent, block.member, block.account, size, block.rebuild_s, uses, value)
+        self._place(block)
+
+    def _place(self, block: Block) -> None:
         self._blocks[block.key] = block
-        self._index.add(block.key, block.parent, self.uses, group=block.member)
-        self.counts[block.member] += 1
+        self._space(block.member).add(block)
 
-    def _forget(self, block: Block) -> None:
-        self._index.remove(block.key)
-        self._freed(block)
-
-    def _freed(self, block: Block) -> None:
+    def _leave(self, block: Block) -> int | None:
+        """A block that the eviction order no longer keeps, or keeps elsewhere, leaves its member. Returns where its
+        hole begins, None while somebody reads it."""
         del self._blocks[block.key]
-        self.counts[block.member] -= 1
-        self.allocators[block.member].give(block.offset, block.extent_bytes)
+        self._space(block.member).remove(block)
+        if block.pins:
+            self._detached.add(block)
+            return None
+        return self._give_back(block)
 
-    def _evict_leaves(self, member: int, length: int, gone: list[Block]) -> int | None:
-        """Evict leaves of a member, twice `length` bytes of them at most, until a hole of `length` exists."""
-        allocator = self.allocators[member]
+    def _give_back(self, block: Block) -> int:
+        self.quotas.credit(block.account, block.extent_bytes)
+        return self._space(block.member).allocator.give(block.offset, block.extent_bytes)
+
+    def _make_room(self, member: int, length: int, writer: bytes, gone: list[Block]) -> int | None:
+        """Evict leaves of a member, `length` bytes of them or a little more, until a hole of `length` exists; then, if
+        the free space is in pieces, the cheapest neighbours of what was evicted, leaves or not."""
+        space = self._space(member)
+        if length > space.capacity_bytes:
+            return None
+        holes: list[int] = []
         freed_bytes = 0
-        while length <= allocator.end - allocator.start and freed_bytes < 2 * length:
-            key = self._index.evict_one(member)
-            if key is None:
-                return None
-            block = self._blocks[key]
-            self._freed(block)
-            gone.append(block)
-            freed_bytes += block.extent_bytes
-            offset = allocator.take(length)
+        while freed_bytes < length:
+            blocks = [self._blocks[key] for key in self._keeping.evict(member, writer, length)]
+            freed = 0
+            for block in blocks:
+                hole = self._leave(block)
+                gone.append(block)
+                if block.member == member and hole is not None:
+                    freed += block.extent_bytes
+                    holes.append(hole)
+            offset = space.allocator.take(length)
             if offset is not None:
                 return offset
-        return None
+            if not freed:
+                break
+            freed_bytes += freed
+        holes = [hole for hole in holes if space.allocator.hole_at(hole)]
+        run = space.cheapest_near(holes[:SEEDS_MAX], length, lambda block: self._movable(block, writer, length))
+        return self._clear(space, run, length, gone)
 
-    def _clear_run(self, member: int, length: int, gone: list[Block]) -> int | None:
-        """Evict neighbours where a member has the bytes, but in pieces: fragments never cost the whole cache."""
-        allocator = self.allocators[member]
-        if allocator.free_bytes < length:
+    def _clear_anywhere(self, member: int, length: int, writer: bytes, gone: list[Block]) -> int | None:
+        """Evict the cheapest neighbours of the whole member: where no member has a leaf whose surroundings can go."""
+        space = self._space(member)
+        if length > space.capacity_bytes:
             return None
-        for block in self._cheapest_run(member, length):
-            self._forget(block)
-            gone.append(block)
-        return allocator.take(length)
+        self.scans += 1
+        run = space.cheapest_anywhere(length, lambda block: self._movable(block, writer, length))
+        return self._clear(space, run, length, gone)
 
-    def _cheapest_run(self, member: int, length: int) -> list[Block]:
-        """Neighbours without pins whose extents and holes span `length` bytes, with the fewest bytes to evict."""
-        allocator = self.allocators[member]
-        held = [*self._blocks.values(), *self._writing.values()]
-        blocks = sorted((b for b in held if b.member == member), key=lambda b: b.offset)
-        best: list[Block] = []
-        best_bytes = allocator.end + 1
-        run: list[Block] = []
-        begin = allocator.start
-        for i, block in enumerate(blocks):
-            if block.key in self._writing or self._index.pins(block.key):
-                run, begin = [], block.offset + block.extent_bytes
-                continue
-            run.append(block)
-            end = blocks[i + 1].offset if i + 1 < len(blocks) else allocator.end
-            while len(run) > 1 and end - (run[0].offset + run[0].extent_bytes) >= length:
-                begin = run[0].offset + run[0].extent_bytes
-                run = run[1:]
-            run_bytes = sum(b.extent_bytes for b in run)
-            if end - begin >= length and run_bytes < best_bytes:
-                best, best_bytes = list(run), run_bytes
-        return best
+    def _movable(self, block: Block, writer: bytes, length: int) -> bool:
+        return not block.pins and self._keeping.may_displace(block.key, writer, length)
+
+    def _clear(self, space: MemberSpace, run: list[Block] | None, length: int, gone: list[Block]) -> int | None:
+        if run is None:
+            return None
+        for block in run:
+            self.drop(block)
+            gone.append(block)
+        return space.allocator.take(length)

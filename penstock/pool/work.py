@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from penstock.core.fair_queue import FairQueue
 from penstock.pool.api import PoolError
 from penstock.pool.table import Block
 
@@ -29,11 +30,13 @@ class Work:
 
 
 class WorkQueue:
-    """Many threads put, the member's worker takes."""
+    """Many threads put, the member's worker takes. Loads are taken fairly among the tenants whose blocks they are,
+    stores in order."""
 
     def __init__(self, loads_max: int, stores_max: int) -> None:
         self._max = {"load": loads_max, "store": stores_max}
-        self._queues: dict[str, deque[Work]] = {"load": deque(), "store": deque()}
+        self._loads: FairQueue[Work] = FairQueue()
+        self._stores: deque[Work] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._kicked = False
@@ -43,30 +46,40 @@ class WorkQueue:
     def closed(self) -> bool:
         return self._closed
 
+    def lengths(self) -> tuple[int, int]:
+        """Loads and stores that wait."""
+        return len(self._loads), len(self._stores)
+
     def put(self, work: Work) -> PoolError | None:
         """Queue work; the error says why it was not."""
         with self._changed:
             if self._closed:
                 return PoolError("closed", "the pool is closing")
-            queue = self._queues[work.kind]
-            if len(queue) >= self._max[work.kind]:
-                return PoolError("dropped", f"{len(queue)} {work.kind}s wait for this member; that is the limit")
-            queue.append(work)
+            waiting = len(self._loads) if work.kind == "load" else len(self._stores)
+            if waiting >= self._max[work.kind]:
+                return PoolError("dropped", f"{waiting} {work.kind}s wait for this member; that is the limit")
+            if work.kind == "load":
+                self._loads.put(work, work.block.tenant, work.block.extent_bytes)
+            else:
+                self._stores.append(work)
             self._changed.notify()
             return None
 
     def take_load(self) -> Work | None:
         with self._changed:
-            queue = self._queues["load"]
-            return queue.popleft() if queue else None
+            return self._loads.take()
 
     def take_store(self, committed: int) -> Work | None:
         """The oldest store, unless a load waits or the store's extent is not free of its old row yet."""
         with self._changed:
-            stores = self._queues["store"]
-            if self._queues["load"] or not stores or stores[0].after > committed:
+            if self._loads or not self._stores or self._stores[0].after > committed:
                 return None
-            return stores.popleft()
+            return self._stores.popleft()
+
+    def ready(self, committed: int, stores: bool) -> bool:
+        """Whether `take_load`, or `take_store` where `stores` may start, would give something now."""
+        with self._changed:
+            return bool(self._loads) or (stores and bool(self._stores) and self._stores[0].after <= committed)
 
     def expired(self) -> list[Work]:
         """Work whose deadline has passed, taken out; looked for every `EXPIRY_CHECK_S`."""
@@ -74,22 +87,23 @@ class WorkQueue:
         if now_s < self._next_check_s:
             return []
         self._next_check_s = now_s + EXPIRY_CHECK_S
-        late: list[Work] = []
         with self._changed:
-            for kind, queue in self._queues.items():
-                if any(work.deadline_s <= now_s for work in queue):
-                    late.extend(work for work in queue if work.deadline_s <= now_s)
-                    self._queues[kind] = deque(work for work in queue if work.deadline_s > now_s)
+            late: list[Work] = []
+            if self._loads:
+                late = self._loads.remove_if(lambda work: work.deadline_s <= now_s)
+            if any(work.deadline_s <= now_s for work in self._stores):
+                late.extend(work for work in self._stores if work.deadline_s <= now_s)
+                self._stores = deque(work for work in self._stores if work.deadline_s > now_s)
         return late
 
-    def wait(self) -> None:
+    def wait(self, timeout_s: float = 1.0) -> None:
         """Return when something was put, kicked or closed; at the latest in time for the next deadline check."""
         with self._changed:
-            waiting = any(self._queues.values())
-            if self._closed or self._kicked or self._queues["load"]:
+            waiting = bool(self._loads or self._stores)
+            if self._closed or self._kicked or self._loads:
                 self._kicked = False
                 return
-            self._changed.wait(EXPIRY_CHECK_S if waiting else 1.0)
+            self._changed.wait(min(timeout_s, EXPIRY_CHECK_S) if waiting else timeout_s)
             self._kicked = False
 
     def kick(self) -> None:
@@ -108,7 +122,9 @@ class WorkQueue:
         """Everything of these kinds (none given: of both) that still waits, taken out."""
         with self._changed:
             rest: list[Work] = []
-            for kind in kinds or ("load", "store"):
-                rest.extend(self._queues[kind])
-                self._queues[kind].clear()
+            if not kinds or "load" in kinds:
+                rest.extend(self._loads.drain())
+            if not kinds or "store" in kinds:
+                rest.extend(self._stores)
+                self._stores.clear()
             return rest

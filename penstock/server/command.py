@@ -45,12 +45,15 @@ def serve(
     ] = None,
     bytes_divisor: Annotated[int | None, _flag(_MODEL, "1", "Modelled executor: KV bytes divided by this.")] = None,
     time_factor: Annotated[float | None, _flag(_MODEL, "1", "Modelled executor: times multiplied by this.")] = None,
-    pool: Annotated[str | None, _flag(_POOL, "embedded", "Address of a pool node.", "HOST:PORT")] = None,
+    pool: Annotated[list[str] | None, _flag(_POOL, "none", "A pool node; may be repeated.", "HOST:PORT")] = None,
     memory: Annotated[
-        list[str] | None, _flag(_POOL, "1GiB", "A memory member of the embedded pool; may be repeated.", "SIZE")
+        list[str] | None, _flag(_POOL, "1GiB if alone", "A memory member of this process; may be repeated.", "SIZE")
     ] = None,
     slab: Annotated[
-        list[str] | None, _flag(_POOL, "none", "A slab member of the embedded pool; may be repeated.", "PATH:SIZE")
+        list[str] | None, _flag(_POOL, "none", "A slab member of this process; may be repeated.", "PATH:SIZE")
+    ] = None,
+    pool_config: Annotated[
+        str | None, _flag(_POOL, "none", "TOML file that describes the pool, as of penstock pool.", "FILE")
     ] = None,
     no_pool: Annotated[bool | None, _flag(_POOL, "off", "Serve without a pool.", names=("--no-pool",))] = None,
     kv_memory: Annotated[str | None, _flag(_POOL, "512MiB", "Device memory for KV (L1).", "SIZE")] = None,

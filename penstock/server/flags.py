@@ -37,9 +37,10 @@ class ServeFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     time_factor: float = 1.0
     policy: str = "feasible"
     mode: str = "penstock"
-    pool: str | None = None
+    pool: str | list[str] | None = None
     memory: str | list[str] | None = None
     slab: str | list[str] | None = None
+    pool_config: str | None = None
     no_pool: bool = False
     kv_memory: str = "512MiB"
     staging: str = "128MiB"
@@ -76,6 +77,7 @@ def read_flags(given: Mapping[str, Any], config: Path | None) -> ServeFlags:
 def engine_config(flags: ServeFlags) -> EngineConfig:
     """The engine these flags describe: fields of one name are taken over, sizes are parsed. Raises ConfigError."""
     parsed: dict[str, Any] = {
+        "pool": tuple(_listed(flags.pool)),
         "memory": tuple(_size("memory", text) for text in _listed(flags.memory)),
         "slab": tuple(_slab(text) for text in _listed(flags.slab)),
         "kv_memory_bytes": _size("kv_memory", flags.kv_memory),

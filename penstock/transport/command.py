@@ -1,26 +1,50 @@
-"""`penstock pool`: serves memory and slabs of this machine as a pool node."""
+"""`penstock pool`: serves memory and SSDs of this machine as a pool node, until a signal ends it."""
 
 from __future__ import annotations
 
 import logging
+import queue
 import signal
-import threading
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
-from rich.console import Console
 
-from penstock.units import format_bytes, parse_bytes, parse_rate
+from penstock.pool.check_command import check
+from penstock.transport.stat_command import stat
+from penstock.units import format_address, format_bytes, parse_address, parse_bytes, parse_rate
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from penstock.pool.config import MemberConfig, PoolConfig
+    from penstock.pool.reload import ReadConfig
+    from penstock.pool.served import ServedPool
+
+    Inbox = queue.SimpleQueue[Literal["stop", "reload"]]
+
+log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 15.0
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
+pool_app = typer.Typer(name="pool", invoke_without_command=True)
+pool_app.command()(stat)
+pool_app.command()(check)
 
+
+@pool_app.callback()
 def pool(
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file that describes the pool; read again on SIGHUP.", metavar="FILE")
+    ] = None,
     listen: Annotated[
-        str, typer.Option(help="HOST:PORT to serve on; port 0 picks a free one.", show_default=True)
-    ] = "127.0.0.1:7070",
+        str | None,
+        typer.Option(help="HOST:PORT to serve on; port 0 picks a free one.", show_default="127.0.0.1:7070"),
+    ] = None,
     memory: Annotated[
         list[str] | None, typer.Option(help="A memory member of this SIZE, such as 2GiB. May be given several times.")
     ] = None,
@@ -38,19 +62,26 @@ def pool(
     state: Annotated[
         Path | None, typer.Option(help="Folder for the tables of slabs; beside each slab when not given.")
     ] = None,
-    name: Annotated[str, typer.Option(help="What this node calls itself.")] = "pool",
+    name: Annotated[str | None, typer.Option(help="What this node calls itself.", show_default="pool")] = None,
     pace: Annotated[
         str | None, typer.Option(help="Send blocks no faster than this, such as 200MB/s: a NIC of that speed.")
     ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
 ) -> None:
-    """Serve a pool of memory and SSDs to engines on this and other machines."""
-    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    """Serve a pool of memory and SSDs to engines on this and other machines; or look at one."""
+    if context.invoked_subcommand is not None:
+        return
+    from penstock.pool.api import PoolError
+
     try:
-        _serve(listen, memory or [], slab or [], weight, state, name, pace, log_level)
-    except (ValueError, OSError) as error:
-        console.print(f"penstock pool: {_one_line(error)}")
-        raise typer.Exit(2) from None
+        if log_level not in LOG_LEVELS:
+            raise ValueError(f"log-level is {log_level!r}; allowed is one of {', '.join(LOG_LEVELS)}")
+        logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        over = {"listen": listen, "name": name, "pace": pace, "state": state}
+        read = partial(_config, config, memory or [], slab or [], weight or None, over)
+        _serve(read(), read)
+    except (ValueError, OSError, PoolError) as error:
+        refuse("penstock pool", error)
 
 
 def parse_slab(text: str) -> tuple[Path, int]:
@@ -61,50 +92,92 @@ def parse_slab(text: str) -> tuple[Path, int]:
     return Path(path), parse_bytes(size)
 
 
-def _serve(
-    listen: str,
-    memory: list[str],
-    slab: list[str],
-    weights: list[float] | None,
-    state: Path | None,
-    name: str,
-    pace: str | None,
-    log_level: str,
-) -> None:
-    from penstock.pool.open import open_local_pool
-    from penstock.transport.connect import format_address, parse_address
-    from penstock.transport.node import PoolNode
-
-    if log_level not in LOG_LEVELS:
-        raise ValueError(f"log-level is {log_level!r}; allowed is one of {', '.join(LOG_LEVELS)}")
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    host, port = parse_address(listen)
-    pace_bytes_per_s = parse_rate(pace) if pace else None
-    sizes, slabs = [parse_bytes(text) for text in memory], [parse_slab(text) for text in slab]
-    if not sizes and not slabs:
-        raise ValueError("the pool has no member; give --memory SIZE or --slab PATH:SIZE")
-    local = open_local_pool(sizes, slabs, weights=weights, state=state)
-    try:
-        stop = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
-        node = PoolNode(local, host, port, name=name, pace_bytes_per_s=pace_bytes_per_s)
-        try:
-            for note in local.notes:
-                logging.getLogger(__name__).warning(note)
-            members = ", ".join(
-                f"{m.name} ({m.kind}, {format_bytes(m.capacity_bytes)}, {m.blocks} blocks)"
-                for m in local.stat(1.0).members
-            )
-            print(f"pool node {name} ready on {format_address(*node.address)}: {members}", flush=True)
-            stop.wait()
-        finally:
-            node.close(CLOSE_TIMEOUT_S)
-    finally:
-        local.close(CLOSE_TIMEOUT_S)
-
-
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     return " ".join(str(error).split())
+
+
+def refuse(command: str, error: Exception) -> NoReturn:
+    """One line on stderr, and exit status 2."""
+    typer.echo(f"{command}: {one_line(error)}", err=True)
+    raise typer.Exit(2) from None
+
+
+def _config(
+    file: Path | None,
+    memory: list[str],
+    slab: list[str],
+    weights: list[float] | None,
+    over: dict[str, Any],
+    running: Sequence[MemberConfig] = (),
+    reserved: Collection[str] = (),
+) -> PoolConfig:
+    """The file's pool or that of the flags; what is given on the command line goes before the file."""
+    from penstock.pool.config import config_of_flags
+    from penstock.pool.config_file import read_pool_config
+
+    given = {name: value for name, value in over.items() if value is not None}
+    if "listen" in given:
+        parse_address(given["listen"])
+    if "pace" in given:
+        given["pace_bytes_per_s"] = parse_rate(given.pop("pace"))
+    if file is not None:
+        members = [flag for flag, value in (("memory", memory), ("slab", slab), ("weight", weights)) if value]
+        if members:
+            raise ValueError(f"--config is given together with --{members[0]}; allowed: one or the other")
+        return replace(read_pool_config(file, running, reserved), **given)
+    sizes, slabs = [parse_bytes(text) for text in memory], [parse_slab(text) for text in slab]
+    if not sizes and not slabs:
+        raise ValueError("the pool has no member; give --config FILE, --memory SIZE or --slab PATH:SIZE")
+    return config_of_flags(sizes, slabs, weights, **given)
+
+
+def _serve(config: PoolConfig, read: ReadConfig) -> None:
+    from penstock.pool.open import open_pool
+    from penstock.transport.node import PoolNode
+
+    served = open_pool(config, serves=True)
+    try:
+        inbox = _signals(reloads=config.file is not None)
+        host, port = parse_address(config.listen)
+        node = PoolNode(served, host, port, name=config.name, pace_bytes_per_s=config.pace_bytes_per_s)
+        try:
+            members = ", ".join(
+                f"{m.name} ({m.kind}, {format_bytes(m.capacity_bytes)}, {m.blocks} blocks)"
+                for m in served.stat(1.0).members
+            )
+            print(f"pool node {config.name} ready on {format_address(*node.address)}: {members}", flush=True)
+            _wait(config, served, read, inbox)
+        finally:
+            node.close(CLOSE_TIMEOUT_S)
+    finally:
+        served.close(CLOSE_TIMEOUT_S)
+
+
+def _wait(config: PoolConfig, served: ServedPool, read: ReadConfig, inbox: Inbox) -> None:
+    """Until a signal says stop. A file that cannot be applied changes nothing."""
+    from penstock.pool.api import PoolError
+    from penstock.pool.local import LocalPool
+    from penstock.pool.reload import LiveConfig
+
+    live = LiveConfig(config, served, read) if isinstance(served, LocalPool) else None
+    while inbox.get() == "reload":
+        try:
+            if live is None:
+                raise ValueError("a pool with members of kind node changes with a restart only")
+            changes = ", ".join(live.reload()) or "nothing changed"
+        except (ValueError, OSError, PoolError) as error:
+            log.error("%s; the pool goes on as it was", one_line(error))
+        else:
+            print(f"pool node {config.name} reloaded: {changes}", flush=True)
+
+
+def _signals(reloads: bool) -> Inbox:
+    """What the signals that come from now on ask for."""
+    inbox: Inbox = queue.SimpleQueue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: inbox.put("stop"))
+    if reloads:
+        signal.signal(signal.SIGHUP, lambda *_: inbox.put("reload"))
+    return inbox

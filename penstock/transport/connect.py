@@ -1,25 +1,57 @@
-"""Addresses of pool nodes, and connections to them."""
+"""Connections to pool nodes by their address: to one, or to several with a local pool as one pool."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+
+from penstock.pool.served import ServedPool
+from penstock.pool.union import UnionPool
 from penstock.transport.remote import RemotePool
+from penstock.transport.wire import NODE_ID_BYTES
+from penstock.units import parse_address
 
 
-def connect_pool(address: str, connections: int = 1, connect_timeout_s: float = 5.0) -> RemotePool:
+def connect_pool(
+    address: str,
+    connections: int = 1,
+    connect_timeout_s: float = 5.0,
+) -> RemotePool:
     """The pool node at "HOST:PORT". Raises ValueError for a malformed address, PoolError("network") when nobody answers
     or the node speaks another version of the protocol."""
     host, port = parse_address(address)
-    return RemotePool(host, port, connections=connections, connect_timeout_s=connect_timeout_s)
+    return RemotePool(host, port, connections, connect_timeout_s)
 
 
-def parse_address(text: str) -> tuple[str, int]:
-    """Host and port of "HOST:PORT"; an IPv6 host stands in brackets. Raises ValueError."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"address {text!r} is not understood; allowed is HOST:PORT with a port from 0 to 65535")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+def open_union(
+    local: ServedPool | None,
+    addresses: Sequence[str],
+    weights: Sequence[float | None] | None = None,
+    connections: int = 1,
+    connect_timeout_s: float = 5.0,
+    for_node: bool = False,
+    follow_bandwidth: bool = True,
+) -> UnionPool:
+    """The local pool, if there is one, and the nodes at these addresses as one pool, which takes the local pool over.
+    A node that is down is a warning, as long as another child is up. `for_node`: the union is what a pool node serves.
 
+    A node's members of other nodes belong to the union only where it is the one node of an engine: several nodes may
+    have each other's, and nodes answer nodes from their own.
 
-def format_address(host: str, port: int) -> str:
-    """What `parse_address` takes."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    `weights` are bytes per second, of the local pool first if there is one; None: measured. `follow_bandwidth`: a
+    node's share falls when it is read more slowly. Raises ValueError for a
+    malformed or doubled address, PoolError("network") when no child is up.
+    """
+    node_id = os.urandom(NODE_ID_BYTES) if for_node else b""
+    nodes: list[RemotePool] = []
+    try:
+        for address in addresses:
+            host, port = parse_address(address)
+            nodes.append(RemotePool(host, port, connections, connect_timeout_s, False, node_id, len(addresses) > 1))
+    except BaseException:
+        for node in nodes:
+            node.close(1.0)
+        if local is not None:
+            local.close(1.0)
+        raise
+    return UnionPool(local, nodes, weights, node_id, follow_bandwidth)

@@ -12,6 +12,7 @@ import logging
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,25 +46,27 @@ class Pending:
 
     @property
     def payload_bytes(self) -> int:
-        return self.message.size_bytes if isinstance(self.message, wire.Read | wire.Write) else 0
+        return self.message.size_bytes if isinstance(self.message, wire.Read | wire.Write | wire.Probe) else 0
 
 
 class Connection:
-    """Connected and greeted once constructed; `start` runs its receiver."""
+    """Connected and greeted once constructed; `start` runs its receiver. `node` is what the peer said of itself."""
 
     def __init__(
         self,
         address: tuple[str, int],
-        lane: str,
         timeout_s: float,
         on_reply: Callable[[Connection], None],
         on_closed: Callable[[Connection, str], None],
+        hello: wire.Hello,
     ) -> None:
         """Raises OSError, or wire.ProtocolError when the peer is no pool node of this version.
 
         `on_reply` follows each ended request, `on_closed` the end of the connection, before its open requests end.
+        `hello` opens the lane that it names.
         """
-        self.lane = lane
+        self.lane = hello.lane
+        self.heard_s = time.monotonic()  # when the peer was last heard
         self._on_reply, self._on_closed = on_reply, on_closed
         self._lock = threading.Lock()
         self._send_lock = threading.Lock()
@@ -73,12 +76,12 @@ class Connection:
         self._outbox: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
         self._sock = socket.create_connection(address, timeout=timeout_s)
         try:
-            self.node_name = self._greet()
+            self.node = self._greet(hello)
         except BaseException:
             self._sock.close()
             raise
-        self._receiver = threading.Thread(target=self._receive, name=f"penstock-{lane}-receive", daemon=True)
-        self._sender = threading.Thread(target=self._send_queued, name=f"penstock-{lane}-send", daemon=True)
+        self._receiver = threading.Thread(target=self._receive, name=f"penstock-{self.lane}-receive", daemon=True)
+        self._sender = threading.Thread(target=self._send_queued, name=f"penstock-{self.lane}-send", daemon=True)
 
     def start(self) -> None:
         self._receiver.start()
@@ -114,6 +117,11 @@ class Connection:
         except (OSError, wire.ProtocolError, TypeError, ValueError) as error:
             self.cut(str(error))
 
+    def tell(self, message: wire.Corrupt) -> None:
+        """Send something that has no answer; a failure shows at the receiver."""
+        with self._send_lock, contextlib.suppress(OSError):
+            wire.send_all(self._sock, wire.frame(message))
+
     def queue(self, pending: Pending) -> None:
         """Have the sender thread send a request that was added (the write lane: its payload takes time)."""
         self._outbox.put(pending)
@@ -140,23 +148,30 @@ class Connection:
         with self._lock:
             self._pending.pop(pending.id, None)
 
+    def abandon(self) -> None:
+        """End a connection that was not started."""
+        self._cut_reason = "not wanted"
+        self._sock.close()
+
     def join(self, timeout_s: float) -> None:
         if self._receiver.is_alive() and threading.current_thread() is not self._receiver:
             self._receiver.join(timeout_s)
 
-    def _greet(self) -> str:
+    def _greet(self, hello: wire.Hello) -> wire.Ready:
         """Exchange versions and open the lane, within the connect timeout; then leave deadlines to the caller."""
-        self._sock.sendall(wire.greeting() + wire.frame(wire.Hello(self.lane)))
+        self._sock.sendall(wire.greeting() + wire.frame(hello))
         first = bytearray(wire.GREETING.size)
         wire.receive_exactly(self._sock, memoryview(first))
         wire.check_greeting(first)
         header, _ = wire.FrameReader(self._sock).next()
         reply = wire.decode_reply(header)
+        if isinstance(reply, wire.Failed):
+            raise wire.ProtocolError(reply.detail)
         if not isinstance(reply, wire.Ready):
             raise wire.ProtocolError(f"the node answered the greeting with {type(reply).__name__}")
         self._sock.settimeout(None)
         wire.set_timeouts(self._sock)
-        return reply.name
+        return reply
 
     def _receive(self) -> None:
         reason = "the connection failed"
@@ -164,11 +179,14 @@ class Connection:
             frames = wire.FrameReader(self._sock)
             while True:
                 header, payload_bytes = frames.next()
+                self.heard_s = time.monotonic()
                 reply = wire.decode_reply(header)
                 if isinstance(reply, wire.Block):
                     self._receive_block(reply, payload_bytes)
+                elif isinstance(reply, wire.Probed):
+                    self._receive_probe(reply, payload_bytes)
                 elif payload_bytes:
-                    raise wire.ProtocolError("only Block has a payload")
+                    raise wire.ProtocolError("only Block and Probed have a payload")
                 elif isinstance(reply, wire.Failed):
                     known = reply.reason if reply.reason in PoolError.REASONS else "network"
                     self._end(self._take(reply.id), None, PoolError(known, reply.detail))
@@ -195,14 +213,25 @@ class Connection:
             if self._cut_reason is not None:
                 raise ConnectionError(self._cut_reason)
             wire.receive_exactly(self._sock, piece)
+            self.heard_s = time.monotonic()
             digest.update(piece)
         taken = self._take(reply.id)
         if digest.intdigest() == reply.checksum:
             self._end(taken, reply, None)
             return
-        with self._send_lock, contextlib.suppress(OSError):
-            wire.send_all(self._sock, wire.frame(wire.Corrupt(message.key, reply.checksum)))
+        self.tell(wire.Corrupt(message.key, reply.checksum))
         self._end(taken, reply, PoolError("checksum", f"block {message.key.hex()} does not match its checksum"))
+
+    def _receive_probe(self, reply: wire.Probed, payload_bytes: int) -> None:
+        with self._lock:
+            pending = self._pending.get(reply.id)
+        message = pending.message if pending else None
+        if pending is None or pending.buffer is None or not isinstance(message, wire.Probe):
+            raise wire.ProtocolError("the node sent a probe that nobody asked for")
+        if payload_bytes != message.size_bytes:
+            raise wire.ProtocolError("the node sent another probe than the one asked for")
+        wire.receive_exactly(self._sock, pending.buffer[:payload_bytes])
+        self._end(self._take(reply.id), reply, None)
 
     def _take(self, id: int) -> Pending | None:
         with self._lock:

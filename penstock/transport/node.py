@@ -1,13 +1,19 @@
-"""A pool node: serves an embedded pool to other machines over TCP.
+"""A pool node: serves a pool of this process to other machines over TCP.
 
 Threads: one accepts; each connection has one that reads requests (and sends memory blocks straight from the member) and
-one that sends what slower work has finished; one fetcher feeds slab reads with staging memory.
+one that sends what slower work has finished; a fetcher feeds reads of slabs with staging memory, and another one, with
+half of it, reads of other nodes: a slow node does not hold up what this one has.
+
+The pool may have members of other nodes. A node asks them on behalf of engines, and is itself asked by other nodes:
+these get what its own members hold and nothing else, so that no request ever goes further than one node, and nodes may
+name each other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import socket
 import threading
@@ -18,18 +24,19 @@ from functools import partial
 from penstock.core.keys import KEY_BYTES
 from penstock.pool.api import PoolError
 from penstock.pool.checksum import block_checksum
-from penstock.pool.local import LocalPool, OpenBlock
+from penstock.pool.served import OpenedBlock, ServedPool
 from penstock.transport import wire
+from penstock.transport.fetcher import Fetcher
 from penstock.transport.pacer import PIECE_BYTES, Pacer
 from penstock.transport.staging import Staging
 
 log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 256
-IN_FLIGHT_MAX = 128  # slab reads and writes of one connection that are not answered yet
-FETCHES_MAX = 4096
+IN_FLIGHT_MAX = 128  # loads and writes of one connection that are not answered yet
 STAGING_BYTES = 128 << 20
 _DRAIN_BYTES = 1 << 20
+_PROBE = bytes(wire.PROBE_BYTES_MAX)
 
 
 class PoolNode:
@@ -37,7 +44,7 @@ class PoolNode:
 
     def __init__(
         self,
-        pool: LocalPool,
+        pool: ServedPool,
         host: str,
         port: int,
         name: str = "pool",
@@ -50,6 +57,7 @@ class PoolNode:
         """
         self.name = name
         self.pool = pool
+        self.node_id = pool.node_id or os.urandom(wire.NODE_ID_BYTES)
         self.pacer = Pacer(pace_bytes_per_s) if pace_bytes_per_s else None
         self.staging = Staging(staging_capacity_bytes)
         pool.register(self.staging.memory)
@@ -59,13 +67,9 @@ class PoolNode:
         self._lock = threading.Lock()
         self._connections: set[_Served] = set()
         self._closed = False
-        self._fetches: queue.Queue[Callable[[], None] | None] = queue.Queue(FETCHES_MAX)
-        self._threads = [
-            threading.Thread(target=self._accept, name="penstock-node-accept", daemon=True),
-            threading.Thread(target=self._fetch, name="penstock-node-fetch", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._fetcher, self._far_fetcher = Fetcher("penstock-node-fetch"), Fetcher("penstock-node-far-fetch")
+        self._thread = threading.Thread(target=self._accept, name="penstock-node-accept", daemon=True)
+        self._thread.start()
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Stop listening, end every connection, stop the threads."""
@@ -79,22 +83,15 @@ class PoolNode:
         self.staging.close()
         for connection in connections:
             connection.cut()
-        with contextlib.suppress(queue.Full):
-            self._fetches.put(None, timeout=max(0.0, deadline_s - time.monotonic()))
-        for thread in self._threads:
-            thread.join(max(0.0, deadline_s - time.monotonic()))
+        for fetcher in (self._fetcher, self._far_fetcher):
+            fetcher.close(max(0.0, deadline_s - time.monotonic()))
+        self._thread.join(max(0.0, deadline_s - time.monotonic()))
         for connection in connections:
             connection.join(max(0.0, deadline_s - time.monotonic()))
 
-    def later(self, fetch: Callable[[], None]) -> bool:
-        """Queue a slab read for the fetcher; False when too many wait."""
-        if self._closed:
-            return False
-        try:
-            self._fetches.put_nowait(fetch)
-        except queue.Full:
-            return False
-        return True
+    def later(self, far: bool, fetch: Callable[[], None]) -> bool:
+        """Queue a load for a fetcher; False when too many wait."""
+        return (self._far_fetcher if far else self._fetcher).put(fetch)
 
     def left(self, connection: _Served) -> None:
         with self._lock:
@@ -118,17 +115,13 @@ class PoolNode:
                 self._connections.add(connection)
             connection.start()
 
-    def _fetch(self) -> None:
-        while (fetch := self._fetches.get()) is not None:
-            fetch()
-
 
 class _Served:
     """One connection at the node."""
 
     def __init__(self, node: PoolNode, sock: socket.socket, peer: str) -> None:
         self._node = node
-        self._pool = node.pool
+        self._pool: ServedPool = node.pool
         self._sock = sock
         self._peer = peer
         self._send_lock = threading.Lock()
@@ -188,29 +181,50 @@ class _Served:
                 self._read(request, ready_s)
             case wire.Write():
                 self._write(request, payload_bytes)
-            case wire.Lookup(id, keys):
-                self._lookup(id, keys)
-            case wire.Evict(id, keys):
-                self._reply(wire.Evicted(id, self._pool.evict(wire.split_keys(keys))))
-            case wire.Stat(id):
-                self._reply(wire.Stats(id, self._pool.stat(1.0)))
+            case wire.Lookup(id) | wire.Evict(id) | wire.Stat(id):
+                try:
+                    self._reply(self._control(request))
+                except PoolError as error:
+                    self._reply(wire.Failed(id, error.reason, error.detail))
             case wire.Corrupt(key, checksum):
                 self._pool.discard(key, checksum)
+            case wire.Probe():
+                self._probe(request, ready_s)
             case wire.Hello():
-                self._reply(wire.Ready(self._node.name))
+                self._greeted(request)
 
-    def _lookup(self, id: int, keys: bytes) -> None:
-        names: dict[str, int] = {}
+    def _greeted(self, hello: wire.Hello) -> None:
+        """Raises ProtocolError for a client that this node has nothing for."""
+        if hello.origin or hello.own_only:
+            own = self._node.pool.own
+            if own is None:
+                self._reply(wire.Failed(0, "network", "the node has no members of its own, and is asked for these"))
+                raise wire.ProtocolError("asked for members of its own, which this node does not have")
+            self._pool = own
+        self._reply(wire.Ready(self._node.name, self._node.node_id, self._pool.read_bytes_per_s))
+
+    def _control(self, request: wire.Lookup | wire.Evict | wire.Stat) -> wire.Reply:
+        """Raises PoolError when the pool cannot be asked."""
+        if isinstance(request, wire.Stat):
+            return wire.Stats(request.id, self._pool.stat(request.timeout_s))
+        keys = wire.split_keys(request.keys)
+        if isinstance(request, wire.Evict):
+            return wire.Evicted(request.id, self._pool.evict(keys))
+        routes: dict[tuple[str, ...], int] = {}
         sizes, members = [], []
-        try:
-            located = self._pool.lookup(wire.split_keys(keys), 1.0)
-        except PoolError as error:
-            self._reply(wire.Failed(id, error.reason, error.detail))
-            return
-        for hit in located:
+        for hit in self._pool.lookup(keys, request.timeout_s):
             sizes.append(hit.size_bytes if hit else 0)
-            members.append(names.setdefault(hit.route[0], len(names)) if hit else 0)
-        self._reply(wire.Found(id, sizes, members, list(names)))
+            members.append(routes.setdefault(hit.route, len(routes)) if hit else 0)
+        return wire.Found(request.id, sizes, members, [list(route) for route in routes])
+
+    def _probe(self, request: wire.Probe, ready_s: float) -> None:
+        if not 0 < request.size_bytes <= wire.PROBE_BYTES_MAX:
+            detail = f"a probe of {request.size_bytes} bytes; 1 to {wire.PROBE_BYTES_MAX} are allowed"
+            self._reply(wire.Failed(request.id, "layout", detail))
+            return
+        # Not from the staging memory: that holds blocks of tenants.
+        data = memoryview(_PROBE)[: request.size_bytes]
+        self._send(wire.frame(wire.Probed(request.id), len(data)), data, ready_s)
 
     # --- reads ---
 
@@ -222,18 +236,19 @@ class _Served:
         elif opened.view is not None:
             try:
                 self._send_block(request.id, opened, opened.view, deadline_s, ready_s)
-                self._pool.note_read(opened)
+                opened.note_read()
             finally:
                 opened.release()
         elif not self._enter():
             opened.release()
             self._reply(wire.Failed(request.id, "dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already"))
-        elif not self._node.later(partial(self._fetch_block, request, opened, deadline_s)):
+        elif not self._node.later(opened.far, partial(self._fetch_block, request, opened, deadline_s)):
             self._fail_fetch(request.id, opened, "dropped", "too many reads wait in this node")
 
-    def _fetch_block(self, request: wire.Read, opened: OpenBlock, deadline_s: float) -> None:
+    def _fetch_block(self, request: wire.Read, opened: OpenedBlock, deadline_s: float) -> None:
         """On the fetcher's thread: find staging memory, let the member read into it."""
-        slot = self._node.staging.take(request.size_bytes, deadline_s)
+        leave_bytes = self._node.staging.capacity_bytes // 2 if opened.far else 0
+        slot = self._node.staging.take(request.size_bytes, deadline_s, leave_bytes)
         if slot is None:
             self._later(partial(self._fail_fetch, request.id, opened, "deadline", "no staging memory in time"))
             return
@@ -242,9 +257,9 @@ class _Served:
         def loaded(error: PoolError | None) -> None:
             self._later(partial(self._finish_fetch, request, opened, offset, view, deadline_s, error))
 
-        self._pool.load(opened, view, deadline_s - time.monotonic(), loaded)
+        opened.load(view, deadline_s - time.monotonic(), loaded)
 
-    def _fail_fetch(self, id: int, opened: OpenBlock, reason: str, detail: str) -> None:
+    def _fail_fetch(self, id: int, opened: OpenedBlock, reason: str, detail: str) -> None:
         opened.release()
         self._leave()
         self._reply(wire.Failed(id, reason, detail))
@@ -252,7 +267,7 @@ class _Served:
     def _finish_fetch(
         self,
         request: wire.Read,
-        opened: OpenBlock,
+        opened: OpenedBlock,
         offset: int,
         view: memoryview,
         deadline_s: float,
@@ -270,11 +285,14 @@ class _Served:
             opened.release()
             self._leave()
 
-    def _send_block(self, id: int, opened: OpenBlock, data: memoryview, deadline_s: float, ready_s: float) -> None:
+    def _send_block(self, id: int, opened: OpenedBlock, data: memoryview, deadline_s: float, ready_s: float) -> None:
         if time.monotonic() > deadline_s:
             self._reply(wire.Failed(id, "deadline", "the node came to it too late"))
             return
-        head = wire.frame(wire.Block(id, opened.block.key, opened.block.checksum), len(data))
+        self._send(wire.frame(wire.Block(id, opened.key, opened.checksum), len(data)), data, ready_s)
+
+    def _send(self, head: bytes, data: memoryview, ready_s: float) -> None:
+        """Send at the node's pace what was ready at `ready_s`."""
         pacer = self._node.pacer
         with self._send_lock:
             if pacer is None:

@@ -21,15 +21,15 @@ class Staging:
         self._changed = threading.Condition()
         self._closed = False
 
-    def take(self, size_bytes: int, deadline_s: float) -> tuple[int, memoryview] | None:
+    def take(self, size_bytes: int, deadline_s: float, leave_bytes: int = 0) -> tuple[int, memoryview] | None:
         """A slot that holds `size_bytes`, padded to the alignment, and its handle; None when there is none by the
-        deadline, ever, or after `close`."""
+        deadline, ever, or after `close`. `leave_bytes` stay free for others."""
         length = staging_bytes(size_bytes)
-        if length > self.capacity_bytes:
+        if length + leave_bytes > self.capacity_bytes:
             return None
         with self._changed:
             while not self._closed:
-                offset = self._free.take(length)
+                offset = self._free.take(length) if self._free.free_bytes >= length + leave_bytes else None
                 if offset is not None:
                     return offset, self.memory[offset : offset + length]
                 remaining_s = deadline_s - time.monotonic()

@@ -23,6 +23,8 @@ HEAD_BYTES = 64  # every frame begins with at least this many, so that one recei
 HEADER_BYTES_MAX = 1 << 20
 PAYLOAD_BYTES_MAX = 1 << 30
 KEYS_PER_MESSAGE = 4096
+PROBE_BYTES_MAX = 1 << 20
+NODE_ID_BYTES = 16
 STALL_S = 10  # a peer that takes or gives no byte in the middle of a message for this long is gone
 
 
@@ -31,9 +33,12 @@ class ProtocolError(Exception):
 
 
 class Hello(msgspec.Struct, array_like=True, tag=1):
-    """First request of a connection; `lane` is "read", "write" or "control"."""
+    """First request of a connection; `lane` is "read", "write" or "control". A client that is itself a node
+    gives its id as `origin`. `own_only`: serve it from the node's own members, not from those of other nodes."""
 
     lane: str
+    origin: bytes = b""
+    own_only: bool = False
 
 
 class Read(msgspec.Struct, array_like=True, tag=2):
@@ -67,16 +72,19 @@ class Lookup(msgspec.Struct, array_like=True, tag=4):
     """`keys` are concatenated; answered by Found."""
 
     id: int
+    timeout_s: float
     keys: bytes
 
 
 class Evict(msgspec.Struct, array_like=True, tag=5):
     id: int
+    timeout_s: float
     keys: bytes
 
 
 class Stat(msgspec.Struct, array_like=True, tag=6):
     id: int
+    timeout_s: float
 
 
 class Corrupt(msgspec.Struct, array_like=True, tag=7):
@@ -86,10 +94,20 @@ class Corrupt(msgspec.Struct, array_like=True, tag=7):
     checksum: int
 
 
+class Probe(msgspec.Struct, array_like=True, tag=8):
+    """So many bytes that mean nothing, to measure the link; answered by Probed or Failed."""
+
+    id: int
+    size_bytes: int
+
+
 class Ready(msgspec.Struct, array_like=True, tag=20):
-    """Answer to Hello."""
+    """Answer to Hello. `node_id` differs from node to node, and from start to start; `read_bytes_per_s` is what its
+    members' shares go by, added up. Failed instead: the node has nothing for this client."""
 
     name: str
+    node_id: bytes = b""
+    read_bytes_per_s: float = 0.0
 
 
 class Block(msgspec.Struct, array_like=True, tag=21):
@@ -113,12 +131,13 @@ class Written(msgspec.Struct, array_like=True, tag=23):
 
 
 class Found(msgspec.Struct, array_like=True, tag=24):
-    """For each key its size (0: a miss) and the index of its member in `names`."""
+    """For each key its size (0: a miss) and the index of its route in `routes`: its member (of another node, after it
+    "@" and that node's address) and the links it crosses up to this node."""
 
     id: int
     sizes: list[int]
     members: list[int]
-    names: list[str]
+    routes: list[list[str]]
 
 
 class Evicted(msgspec.Struct, array_like=True, tag=25):
@@ -131,8 +150,14 @@ class Stats(msgspec.Struct, array_like=True, tag=26):
     stat: PoolStat
 
 
-Request = Hello | Read | Write | Lookup | Evict | Stat | Corrupt
-Reply = Ready | Block | Failed | Written | Found | Evicted | Stats
+class Probed(msgspec.Struct, array_like=True, tag=27):
+    """The payload is what was asked for."""
+
+    id: int
+
+
+Request = Hello | Read | Write | Lookup | Evict | Stat | Corrupt | Probe
+Reply = Ready | Block | Failed | Written | Found | Evicted | Stats | Probed
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

@@ -66,6 +66,24 @@ def test_fenced_member_gets_nothing_and_comes_back() -> None:
     assert placement.order(3) == [2]
 
 
+def test_a_weight_that_changes_moves_the_share_and_a_new_member_gets_one() -> None:
+    placement = Placement([1.0, 1.0])
+    placement.set_weight(0, 0.25)
+    owners = [placement.owner(i) for i in range(CYCLE_BLOCKS)]
+    assert owners.count(0) == CYCLE_BLOCKS // 5 and placement.weights == (0.2, 0.8)
+    assert placement.add(1.25) == 2
+    owners = [placement.owner(i) for i in range(CYCLE_BLOCKS)]
+    assert [owners.count(i) for i in range(3)] == [84, 336, 420]
+    placement.set_weight(2, 0.0)
+    placement.set_weight(1, 0.0)
+    assert {placement.owner(i) for i in range(20)} == {0}
+    placement.set_weight(0, 0.0)
+    assert placement.owner(0) is None and placement.order(5) == [] and placement.weights == (0.0, 0.0, 0.0)
+    for refused in (lambda: placement.set_weight(0, -1.0), lambda: placement.add(-1.0)):
+        with pytest.raises(ValueError, match="at least 0"):
+            refused()
+
+
 @pytest.mark.parametrize("weights", [[], [0.0, 0.0], [1.0, -1.0]])
 def test_impossible_weights_are_refused(weights: list[float]) -> None:
     with pytest.raises(ValueError, match="weights are"):

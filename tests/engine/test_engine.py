@@ -305,7 +305,9 @@ def test_unusable_sizes_name_their_field(
         ({"load_format": "pickle"}, "load_format is 'pickle'"),
         ({"model": ""}, "model is empty"),
         ({"no_pool": True, "memory": (1,)}, "no_pool is set together"),
-        ({"pool": "h:1", "memory": (1,)}, "pool is set together"),
+        ({"no_pool": True, "pool": ("h:1",)}, "no_pool is set together"),
+        ({"pool": ("h:1", "h")}, "pool: address 'h' is not understood"),
+        ({"pool": ("h:1", "h:1")}, "pool names h:1 twice"),
         ({"block_tokens": 0}, "block_tokens is 0"),
         ({"kv_memory_bytes": -5}, "kv_memory_bytes is -5"),
         ({"time_factor": 0.0}, "time_factor is 0.0"),
@@ -319,4 +321,4 @@ def test_wrong_settings_are_refused(change: dict[str, object], message: str) -> 
 
 def test_a_pool_node_that_is_not_there_ends_the_build(tiny: Callable[[str], Path]) -> None:
     with pytest.raises(PoolError, match="network"):
-        build_engine(tiny_config(tiny("llama"), pool="127.0.0.1:1"))
+        build_engine(tiny_config(tiny("llama"), pool=("127.0.0.1:1",)))

@@ -31,7 +31,7 @@ from penstock.engine.api import GenerationRequest, InvalidRequest, Overloaded
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import SamplingParams
 from penstock.pool.api import Pool
-from penstock.pool.journal import HEADER_BYTES
+from penstock.pool.header import HEADER_BYTES
 from penstock.pool.open import open_local_pool
 from penstock.testing.tiny_models import build_tiny
 from penstock.transport.connect import connect_pool
@@ -232,6 +232,25 @@ def test_late_reads_end_at_the_deadline(llama: HFRunner, computed: Callable[...,
         assert answer.report.load_failures == {"deadline": BLOCKS}
         assert answer.report.ttft_s is not None and answer.report.ttft_s < 5
     pool.close(CLOSE_S)
+
+
+def test_reads_that_a_hanging_device_never_ends_are_given_up_and_land_nowhere(
+    llama: HFRunner, computed: Callable[..., list[int]], memory_pool: Pool
+) -> None:
+    """What the device does with its memory later, under the loads of others, changes no output."""
+    other = prompt_of(121, len(PROMPT))
+    warm(llama, memory_pool, PROMPT, other)
+    pool = WatchedPool(memory_pool, leases=False)
+    pool.read_gate.shut()
+    with serving(llama, pool, fetch_timeout_s=0.2, fetch_window_blocks=4, l1_pages=30, l2_slots=8) as rig:
+        answer = rig.ask(PROMPT)
+        assert answer.tokens == computed(PROMPT)
+        assert set(answer.report.load_failures) == {"deadline"}
+        pool.let_reads_go()
+        for _ in range(3):
+            assert rig.ask(other).tokens == computed(other)
+            assert rig.ask(PROMPT).tokens == computed(PROMPT)
+        rig.settle()
 
 
 @pytest.mark.parametrize("mode", ["penstock", "coupled"])

@@ -1,4 +1,5 @@
-"""Block engines over everything this machine has: files, a memory filesystem, a loop device, a frozen filesystem."""
+"""Block engines over everything this machine has: files, a memory filesystem, a loop device, a frozen filesystem, and
+emulated NVMe drives. What needs those runs in a guest; here each of its tests stands for its outcome there."""
 
 from __future__ import annotations
 
@@ -7,20 +8,49 @@ import fcntl
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Literal
 
 import pytest
+from guest_drives import blank_namespace, generic_device
+from guest_tests import GuestItem, runs_in_guest
 from io_devices import loop_device, skip_without
+from spdk_rig import open_one as open_spdk_one
 
-from penstock.io import BlockEngine, open_engine
+from penstock.io import BlockEngine, IoOp, aligned_buffer, open_engine, open_nvme
 from penstock.io.ring import probe
 
 FIFREEZE, FITHAW = 0xC0045877, 0xC0045878
-ENGINES = ("uring", "threads", "threads-memory", "uring-loop", "threads-loop")
+ENGINES = (
+    "uring", "threads", "threads-memory", "uring-loop", "threads-loop", "nvme-lba512", "nvme-lba4096",
+    "spdk-tcp", "spdk-pcie",
+)  # fmt: skip
+SLOW_WRITE_BYTES = 12 << 20  # six seconds
+HELD = ("uring", "threads", "nvme")
 
 OpenOne = Callable[[int, int], BlockEngine]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "in_guest: runs in the QEMU guest, as root, with the drives of guest_drives.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.pluginmanager.has_plugin("guest_report"):  # it is there in the guest only
+        items[:] = [
+            GuestItem.from_parent(item.parent, name=item.name) if runs_in_guest(item) else item for item in items
+        ]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A report shows how long a test took in the guest; the guest's own time is that of its first one."""
+    report = yield
+    if isinstance(item, GuestItem) and report.when == "call":
+        report.sections.append(("guest", f"took {item.guest_duration_s:.2f} s there"))
+        report.duration = max(report.duration, item.guest_duration_s)
+    return report
 
 
 @pytest.fixture
@@ -40,6 +70,14 @@ def engine_of(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OpenOn
     with contextlib.ExitStack() as stack:
 
         def open_one(capacity_bytes: int, depth: int) -> BlockEngine:
+            if kind == "spdk":
+                engine: BlockEngine = open_spdk_one(capacity_bytes, depth, place.upper())
+                stack.callback(engine.close, 10.0)
+                return engine
+            if kind == "nvme":
+                engine = open_nvme(blank_namespace(place, capacity_bytes), capacity_bytes, depth)
+                stack.callback(engine.close, 10.0)
+                return engine
             if place == "loop":
                 path = stack.enter_context(loop_device(tmp_path / "image", capacity_bytes))
             elif place == "memory":
@@ -94,3 +132,34 @@ def frozen(tmp_path: Path) -> Iterator[Frozen]:
                 filesystem.close()
         finally:
             subprocess.run(["umount", str(mount_point)], check=True)
+
+
+class Held:
+    """An engine whose device takes writes and does not end them until `release`."""
+
+    def __init__(self, engine: BlockEngine, hold: Callable[[], None], release: Callable[[], None]) -> None:
+        self.engine = engine
+        self._hold = hold
+        self.release = release
+
+    def write(self, tag: object) -> None:
+        """Start a write that stays in flight."""
+        self._hold()
+        self.engine.submit([IoOp("write", 0, aligned_buffer(self.engine.capacity_bytes), tag)])
+
+
+@pytest.fixture(params=HELD)
+def held(request: pytest.FixtureRequest) -> Iterator[Held]:
+    """An engine of the kind under test on a device that can be held. The drive of the guest is slow rather than held:
+    a write of all of it takes seconds."""
+    if request.param == "nvme":
+        engine = open_nvme(generic_device("slow"), SLOW_WRITE_BYTES, 4)
+        yield Held(engine, lambda: None, lambda: None)
+    else:
+        if request.param == "uring":
+            request.getfixturevalue("skip_without_uring")
+        frozen = request.getfixturevalue("frozen")
+        engine = open_engine(frozen.folder / "slab", 4 << 20, 4, request.param)
+        yield Held(engine, frozen.freeze, frozen.thaw)
+        frozen.thaw()
+    engine.close(30.0)

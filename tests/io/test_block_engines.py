@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from penstock.io import BlockEngine, IoCompletion, IoOp, QueueFull, aligned_buffer, open_engine
-from penstock.io import uring as uring_module
+from penstock.io.ring_engine import RingEngine
 
 MIB = 1 << 20
 PAGE = 4096
@@ -52,10 +53,11 @@ def test_the_last_block_of_the_device_is_usable(engine_of):
     assert target == source
 
 
-def test_registered_memory_and_memory_beside_it(engine_of, monkeypatch):
+def test_registered_memory_and_memory_beside_it(engine_of):
     """Registration in several regions; operations inside one, across two, and half outside."""
-    monkeypatch.setattr(uring_module, "REGION_BYTES_MAX", MIB)
     engine = engine_of(16 * MIB, 8)
+    if isinstance(engine, RingEngine):
+        engine._region_bytes = min(engine._region_bytes, MIB)
     memory = aligned_buffer(8 * MIB)
     engine.register(memory[PAGE : 2 * MIB + PAGE])
     engine.register(memory[4 * MIB : 5 * MIB])
@@ -69,7 +71,7 @@ def test_registered_memory_and_memory_beside_it(engine_of, monkeypatch):
     ops = [IoOp("read", at, memory[at : at + MIB], at) for at in range(0, 8 * MIB, MIB)]
     assert set(run(engine, *ops).values()) == {None}
     assert memory == before
-    assert engine.name != "uring" or not [note for note in engine.notes if "register" in note]
+    assert not isinstance(engine, RingEngine) or not [note for note in engine.notes if "register" in note]
 
 
 def test_registering_odd_addresses(engine_of):
@@ -145,7 +147,7 @@ def test_full_queue_starts_nothing(engine_of):
 
 def test_more_pieces_than_the_rings_hold(engine_of):
     engine = engine_of(64 * MIB, 64)
-    if engine.name == "uring":
+    if isinstance(engine, RingEngine):
         engine._piece_bytes = 64 << 10  # 1024 pieces in all, four times what goes out at once
     memory = aligned_buffer(64 * MIB)
     engine.register(memory[: 32 * MIB])
@@ -247,18 +249,75 @@ def test_one_failing_piece_fails_the_operation_once(prefer: Literal["uring", "th
     engine.close(1)
 
 
-@pytest.mark.parametrize("prefer", ["uring", "threads"])
-def test_close_gives_up_on_a_dead_device(prefer: Literal["uring", "threads"], frozen, request):
-    if prefer == "uring":
-        request.getfixturevalue("skip_without_uring")
-    engine = open_engine(frozen.folder / "slab", MIB, 4, prefer)
-    memory = aligned_buffer(PAGE)
-    frozen.freeze()
-    engine.submit([IoOp("write", 0, memory, "stuck")])
-    assert engine.poll(0.05) == []
+def test_close_gives_up_on_a_dead_device(held):
+    held.write("stuck")
+    assert held.engine.poll(0.05) == []
     with pytest.raises(TimeoutError, match="1 operations"):
-        engine.close(0.05)
+        held.engine.close(0.05)
+    assert held.engine.in_flight() == 1
+    held.release()
+    held.engine.close(30)
+    assert [(done.tag, done.error) for done in held.engine.poll(0)] == [("stuck", None)]
+
+
+def test_wake_ends_a_poll_that_would_wait(held):
+    """The operation is of many pieces: a wait for all of them ends too."""
+    engine = held.engine
+    if isinstance(engine, RingEngine):
+        engine._piece_bytes = 128 << 10
+    held.write("stuck")
+    engine.wake()
+    engine.wake()
+    assert engine.poll(60) == []
+    assert engine.poll(0.01) == []  # both calls were one, and it is used up
+    for _ in range(5):
+        thread = threading.Thread(target=engine.wake)
+        thread.start()
+        assert engine.poll(60) == []
+        thread.join()
     assert engine.in_flight() == 1
-    frozen.thaw()
-    engine.close(20)
-    assert [(done.tag, done.error) for done in engine.poll(0)] == [("stuck", None)]
+    held.release()
+    assert [done.error for done in drain(engine, 30)] == [None]
+
+
+def test_wake_without_work_and_after_close(engine_of):
+    engine = engine_of(MIB, 1)
+    engine.wake()
+    assert engine.poll(60) == []
+    memory = aligned_buffer(PAGE)
+    assert run(engine, IoOp("write", 0, memory, 1)) == {1: None}
+    engine.wake()
+    engine.close(10)
+    engine.wake()
+
+
+def test_sync_and_wake_from_other_threads_during_operations(engine_of):
+    engine = engine_of(4 * MIB, 16)
+    memory = aligned_buffer(16 * PAGE)
+    ending = threading.Event()
+    failed: list[Exception] = []
+
+    def repeat(call) -> None:
+        while not ending.wait(0.0005):
+            try:
+                call()
+            except Exception as error:
+                failed.append(error)
+                return
+
+    threads = [threading.Thread(target=repeat, args=(call,)) for call in (engine.sync, engine.wake)]
+    for thread in threads:
+        thread.start()
+    done = started = 0
+    while done < 500:
+        while engine.in_flight() < 16 and started < 500:
+            slot = started % 16 * PAGE
+            engine.submit([IoOp("write", slot, memory[slot : slot + PAGE], started)])
+            started += 1
+        for completion in engine.poll(20):
+            assert completion.error is None
+            done += 1
+    ending.set()
+    for thread in threads:
+        thread.join(20)
+    assert failed == [] and engine.in_flight() == 0

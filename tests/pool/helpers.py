@@ -11,7 +11,7 @@ from typing import Any
 
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
-from penstock.core.new_block import NewBlock
+from penstock.core.new_block import NewBlock, tenant_tag
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Pool, PoolError
 
@@ -55,9 +55,17 @@ class Outcome:
         return self._ends.empty()
 
 
-def new_block(key: BlockKey, parent: BlockKey = ROOT, size_bytes: int = 4096, position: int | None = None) -> NewBlock:
+def new_block(
+    key: BlockKey,
+    parent: BlockKey = ROOT,
+    size_bytes: int = 4096,
+    position: int | None = None,
+    tenant: str = "",
+    rebuild_s: float = 0.0,
+) -> NewBlock:
     """A block; without a position it lies anywhere in the spread."""
-    return NewBlock(key, parent, size_bytes, int.from_bytes(key[-4:], "little") if position is None else position)
+    at = int.from_bytes(key[-4:], "little") if position is None else position
+    return NewBlock(key, parent, size_bytes, at, tenant_tag(tenant), rebuild_s)
 
 
 def write(
@@ -67,9 +75,12 @@ def write(
     size_bytes: int = 4096,
     timeout_s: float = 10.0,
     position: int | None = None,
+    tenant: str = "",
+    rebuild_s: float = 0.0,
 ) -> str:
     outcome = Outcome()
-    pool.write(new_block(key, parent, size_bytes, position), staged(key, size_bytes), timeout_s, outcome)
+    block = new_block(key, parent, size_bytes, position, tenant, rebuild_s)
+    pool.write(block, staged(key, size_bytes), timeout_s, outcome)
     return outcome.reason()
 
 

@@ -54,13 +54,22 @@ def test_giving_twice_or_outside_is_refused() -> None:
     allocator.check_integrity()
 
 
-def test_take_at_rebuilds_and_refuses_overlap() -> None:
+def test_a_list_of_extents_is_taken_but_for_what_is_malformed_outside_or_overlaps() -> None:
+    listed = [
+        (6 * PAGE, 10 * PAGE),
+        (4 * PAGE, 2 * PAGE),
+        (5 * PAGE, PAGE),
+        (0, PAGE),
+        (15 * PAGE, 2 * PAGE),
+        (PAGE + 1, PAGE),
+        (2 * PAGE, 0),
+        (2 * PAGE, PAGE),
+    ]
     allocator = ExtentAllocator(PAGE, 16 * PAGE)
-    assert allocator.take_at(4 * PAGE, 2 * PAGE)
-    for offset, length in ((5 * PAGE, PAGE), (0, PAGE), (15 * PAGE, 2 * PAGE), (PAGE + 1, PAGE), (6 * PAGE, 0)):
-        assert not allocator.take_at(offset, length)
-    assert allocator.take_at(6 * PAGE, 10 * PAGE)
+    assert allocator.take_listed(listed) == [True, True, False, False, False, False, False, True]
     allocator.check_integrity()
+    assert allocator.free_bytes == 2 * PAGE and allocator.holes == 2
+    assert [allocator.take(PAGE), allocator.take(PAGE), allocator.take(PAGE)] == [PAGE, 3 * PAGE, None]
 
 
 def fill(table: Table, names: range, pages: int) -> None:

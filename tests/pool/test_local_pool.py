@@ -20,11 +20,11 @@ from penstock.io.api import BlockEngine, IoCompletion, IoOp
 from penstock.io.memory import aligned_buffer
 from penstock.io.open import open_engine
 from penstock.pool.api import PoolError
-from penstock.pool.journal import HEADER_BYTES, Journal
+from penstock.pool.device import open_device_member
+from penstock.pool.header import HEADER_BYTES
 from penstock.pool.local import LocalPool
 from penstock.pool.memory import MemoryMember
 from penstock.pool.open import open_local_pool
-from penstock.pool.slab import SlabMember
 
 MIB = 1 << 20
 Opener = Callable[..., LocalPool]
@@ -218,8 +218,10 @@ def test_blocks_swapped_on_the_slab_do_not_pass_for_each_other(tmp_path: Path) -
     pool.close(5.0)
     with sqlite3.connect(f"{path}.db") as db:
         (at_a,), (at_b,) = (db.execute("SELECT offset FROM blocks WHERE key = ?", (k,)).fetchone() for k in (a, b))
-        db.execute("UPDATE blocks SET offset = ? WHERE key = ?", (at_b, a))
-        db.execute("UPDATE blocks SET offset = ? WHERE key = ?", (at_a, b))
+    with path.open("r+b") as slab:
+        for key, at in ((a, at_b), (b, at_a)):
+            slab.seek(at)
+            slab.write(block_bytes(key, 4096))
     pool = open_local_pool([], [(path, MIB)])
     assert [read(pool, a), read(pool, b)] == ["checksum", "checksum"]
     pool.close(5.0)
@@ -305,7 +307,7 @@ class FaultyEngine:
     def __init__(self, inner: BlockEngine) -> None:
         self.inner = inner
         self.name, self.capacity_bytes = inner.name, inner.capacity_bytes
-        self.alignment_bytes, self.depth = inner.alignment_bytes, 2
+        self.alignment_bytes, self.depth, self.notes = inner.alignment_bytes, 2, inner.notes
         self.fail: set[str] = set()
         self.hold = threading.Event()
         self._held: list[IoCompletion] = []
@@ -318,7 +320,7 @@ class FaultyEngine:
 
     def poll(self, timeout_s: float) -> list[IoCompletion]:
         found = [
-            IoCompletion(c.tag, OSError(errno.EIO, "injected")) if c.tag.kind in self.fail else c
+            IoCompletion(c.tag, OSError(errno.EIO, "injected")) if c.tag and c.tag.kind in self.fail else c
             for c in self.inner.poll(timeout_s)
         ]
         self._held.extend(found)
@@ -326,6 +328,9 @@ class FaultyEngine:
             return []
         found, self._held = self._held, []
         return found
+
+    def wake(self) -> None:
+        self.inner.wake()
 
     def in_flight(self) -> int:
         return self.inner.in_flight() + len(self._held)
@@ -341,7 +346,7 @@ class FaultyEngine:
 def faulty(tmp_path: Path) -> Iterator[tuple[LocalPool, FaultyEngine]]:
     path = tmp_path / "faulty.slab"
     engine = FaultyEngine(open_engine(path, 4 * MIB, 8))
-    slab = SlabMember("ssd:0", path, engine, Journal(path, tmp_path / "faulty.db", 0))
+    slab = open_device_member("ssd:0", str(path), engine, tmp_path / "faulty.db")
     pool = LocalPool([MemoryMember("memory:0", MIB), slab], [1.0, 1.0])
     yield pool, engine
     engine.hold.clear()
@@ -408,16 +413,16 @@ def test_a_table_that_cannot_be_written_stops_stores_until_it_can(tmp_path: Path
     other = sqlite3.connect(f"{path}.db", isolation_level=None)
     until(lambda: other.execute("SELECT count(*) FROM blocks").fetchone() == (1,))
     other.execute("BEGIN IMMEDIATE")
-    assert write(pool, key_of("b")) == "ok", "its row waits"
+    assert write(pool, key_of("b")) == "device", "what cannot be durable is not acknowledged"
     names = itertools.count()
     until(lambda: write(pool, key_of(("c", next(names)))) == "device")
-    assert [read(pool, key_of("a")), read(pool, key_of("b"))] == ["ok", "ok"]
+    assert [read(pool, key_of("a")), read(pool, key_of("b"))] == ["ok", "missing"]
     other.execute("ROLLBACK")
     other.close()
     until(lambda: write(pool, key_of("d")) == "ok")
     pool.close(5.0)
     pool = open_local_pool([], [(path, 64 * MIB)])
-    assert [read(pool, key_of(name)) for name in "abd"] == ["ok", "ok", "ok"]
+    assert [read(pool, key_of(name)) for name in "abd"] == ["ok", "missing", "ok"]
     pool.close(5.0)
 
 

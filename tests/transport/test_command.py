@@ -8,16 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 from helpers import chain, read, write
 from typer.testing import CliRunner
 
-from penstock.transport.command import parse_slab, pool
+from penstock.transport.command import parse_slab, pool_app
 from penstock.transport.connect import connect_pool
 from penstock.units import format_bytes, parse_bytes, parse_rate
 
-app = typer.Typer()
-app.command()(pool)
 COMMAND = [sys.executable, "-m", "penstock", "pool"]
 
 
@@ -63,7 +60,7 @@ def test_what_is_in_use_or_impossible_is_refused_in_one_line(tmp_path: Path) -> 
 
 def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
     def refused(*arguments: str) -> str:
-        result = CliRunner().invoke(app, arguments)
+        result = CliRunner().invoke(pool_app, arguments)
         assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1 and not result.stdout
         return str(result.stderr)
 
@@ -72,6 +69,10 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "does not exist" in refused("--slab", f"{tmp_path}/nowhere/kv.slab:1MiB")
     assert "no member" in refused()
     assert "HOST:PORT" in refused("--listen", "7070", "--memory", "1MiB")
+    (tmp_path / "pool.toml").write_text('[[member]]\nkind = "memory"\ncapacity = "1MiB"\n')
+    for flag, value in (("--memory", "1MiB"), ("--slab", "/a:1MiB"), ("--weight", "1")):
+        assert f"together with {flag}" in refused("--config", f"{tmp_path}/pool.toml", flag, value)
+    assert "cannot be read" in refused("--config", f"{tmp_path}/absent.toml")
     assert "log-level" in refused("--log-level", "loud", "--memory", "1MiB")
 
 

@@ -21,13 +21,14 @@ from helpers import Outcome, block_bytes, chain, key_of, new_block, read, staged
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.pool.checksum import block_checksum
-from penstock.pool.journal import HEADER_BYTES
+from penstock.pool.header import HEADER_BYTES
 from penstock.pool.local import LocalPool
 from penstock.pool.open import open_local_pool
 from penstock.transport import wire
-from penstock.transport.connect import connect_pool, parse_address
+from penstock.transport.connect import connect_pool
 from penstock.transport.node import PoolNode
 from penstock.transport.remote import RemotePool
+from penstock.units import parse_address
 
 MIB = 1 << 20
 

@@ -1,0 +1,20 @@
+"""What an operator decides about a pool: who holds how much, what may wear a drive, whether shares follow reality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from penstock.core.write_admission import WriteAdmissionMode
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPolicy:
+    """`quota_bytes` is by tenant tag (`core.new_block.tenant_tag`), `default_quota_bytes` for every other tenant (None:
+    no limit). `follow_bandwidth` moves shares when a member reads slower than its weight says, or recovers; weights
+    must be bytes per second then."""
+
+    write_admission: WriteAdmissionMode = "all"
+    default_quota_bytes: int | None = None
+    quota_bytes: Mapping[bytes, int] = field(default_factory=dict)
+    follow_bandwidth: bool = False

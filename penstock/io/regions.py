@@ -1,0 +1,36 @@
+"""Registered memory: from an address to the slot of the kernel's table that holds it."""
+
+from __future__ import annotations
+
+import bisect
+
+
+class Regions:
+    """Ranges of addresses that do not overlap, each with the slot of the kernel's table that it has."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._slots: list[int] = []
+
+    def add(self, start: int, end: int, slot: int) -> None:
+        at = bisect.bisect(self._starts, start)
+        self._starts.insert(at, start)
+        self._ends.insert(at, end)
+        self._slots.insert(at, slot)
+
+    def find(self, address: int) -> tuple[int, int]:
+        """`(slot, bytes from address to the region's end)`; slot -1 with the bytes to the next region otherwise."""
+        at = bisect.bisect_right(self._starts, address) - 1
+        if at >= 0 and address < self._ends[at]:
+            return self._slots[at], self._ends[at] - address
+        following = self._starts[at + 1] if at + 1 < len(self._starts) else 1 << 63
+        return -1, following - address
+
+    def clear(self) -> None:
+        self._starts.clear()
+        self._ends.clear()
+        self._slots.clear()
+
+    def __len__(self) -> int:
+        return len(self._starts)

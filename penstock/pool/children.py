@@ -1,0 +1,194 @@
+"""The children of a union of pools: asked all at once, weighed by the bandwidth at which they are read, with an eye on
+who is up and who has room."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from penstock.core.member_bandwidth import MemberBandwidth
+from penstock.core.placement import Placement
+from penstock.pool.api import PoolError, PoolStat
+from penstock.pool.served import ServedPool
+from penstock.pool.union_child import Child, NodePool
+
+log = logging.getLogger(__name__)
+A = TypeVar("A")
+
+SHARES_BELOW = 1e6  # weights below this are shares, not bytes per second
+MEASURE_S = 0.3  # of one node's link, when it is first reached
+LOOK_EVERY_S = 1.0  # at each child: room, health and bandwidth
+STAT_TIMEOUT_S = 2.0  # and so the time until a node that hangs is found
+
+
+class Children:
+    """`all` of them, the local one first if there is one; numbers are places in it. `lock` guards what they carry."""
+
+    def __init__(
+        self,
+        local: ServedPool | None,
+        nodes: Sequence[NodePool],
+        weights: Sequence[float | None] | None,
+        follow_bandwidth: bool,
+    ) -> None:
+        """Takes the children over: see `UnionPool`. They are closed when this raises."""
+        self.local = local
+        self.all = [Child(local, local, None)] if local is not None else []
+        self.all += [Child(node, None, node) for node in nodes]
+        self.lock = threading.Lock()
+        self._follow = follow_bandwidth
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._keep_looking, name="penstock-union", daemon=True)
+        try:
+            self._placement = self._place(weights)
+            self._check()
+        except BaseException:
+            self.close(1.0)
+            raise
+        self._look()
+        self._thread.start()
+
+    @property
+    def closing(self) -> bool:
+        return self._closing.is_set()
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of new blocks; with the lock held."""
+        return self._placement.weights
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        with self.lock:
+            return self._placement.total_weight
+
+    def preference(self) -> list[int]:
+        """Whom to read a block from that several hold; with the lock held."""
+        shares = self.shares
+        return sorted(range(len(self.all)), key=lambda i: (self.all[i].node is not None, -shares[i]))
+
+    def order(self, position: int, size_bytes: int) -> list[int]:
+        """Whom to offer a block to: those that are up, those with room first."""
+        with self.lock:
+            for i, child in enumerate(self.all):
+                self._placement.set_health(i, child.up)
+            order = self._placement.order(position)
+        return sorted(order, key=lambda i: not self.all[i].has_room(size_bytes))
+
+    def position_on(self, number: int, position: int) -> int:
+        """What a position of the union is on one child; with the lock held."""
+        return self._placement.rank(position, number)
+
+    def close(self, timeout_s: float) -> None:
+        """Close all children."""
+        self._closing.set()
+        deadline_s = time.monotonic() + timeout_s
+        for child in self.all:
+            child.pool.close(max(0.1, deadline_s - time.monotonic()))
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(max(0.1, deadline_s - time.monotonic()))
+
+    def ask_all(
+        self, begin: Callable[[NodePool], Callable[[], A]], at_once: Callable[[ServedPool], A]
+    ) -> list[A | PoolError]:
+        """What each child answers: all nodes are asked before any answer is waited for, the local pool meanwhile."""
+        waits: list[Callable[[], A] | PoolError] = []
+        for child in self.all:
+            try:
+                if child.node is not None and not child.up:
+                    raise PoolError("network", f"pool node {child.name} is down: {child.node.down_reason}")
+                waits.append(begin(child.node) if child.node is not None else partial(at_once, child.as_local))
+            except PoolError as error:
+                waits.append(error)
+        return [wait if isinstance(wait, PoolError) else _answer(wait) for wait in waits]
+
+    # --- weights, room and health ---
+
+    def _place(self, given: Sequence[float | None] | None) -> Placement:
+        """A node whose weight is not given begins at 0: it takes nothing until its link was measured."""
+        if given is not None and len(given) != len(self.all):
+            raise ValueError(f"{len(given)} weights for {len(self.all)} children; as many are allowed, or none")
+        weights: list[float | None] = []
+        for i, child in enumerate(self.all):
+            weight = given[i] if given is not None else None
+            child.given = weight is not None
+            if weight is None and child.node is None:
+                weight = child.as_local.read_bytes_per_s
+            child.weighed = weight is not None
+            if self._follow and child.node is not None and weight and weight >= SHARES_BELOW:
+                child.bandwidth = MemberBandwidth(weight)
+            weights.append(weight)
+        if any(weight and weight < SHARES_BELOW for weight in weights) and len(weights) > 1:
+            mixed = [child.name for child, w in zip(self.all, weights, strict=True) if w is None or w >= SHARES_BELOW]
+            if mixed:
+                raise ValueError(
+                    f"some members have weights that are shares, {', '.join(mixed)} goes by bytes per second; "
+                    "give all of them weights, or none"
+                )
+        placement = Placement([1.0] * len(weights))
+        for i, weight in enumerate(weights):
+            placement.set_weight(i, weight or 0.0)
+        return placement
+
+    def _check(self) -> None:
+        """Raises ValueError or PoolError for children that make no pool."""
+        nodes = [child.node for child in self.all if child.node is not None]
+        for i, node in enumerate(nodes):
+            other = next((n for n in nodes[:i] if n.node_id and n.node_id == node.node_id), None)
+            if other is not None:
+                raise ValueError(f"{other.place} and {node.place} are one pool node; name it once")
+        if not any(child.up for child in self.all):
+            reasons = "; ".join(f"pool node {node.place}: {node.down_reason}" for node in nodes)
+            raise PoolError("network", f"no pool node can be used: {reasons}")
+
+    def _keep_looking(self) -> None:
+        while not self._closing.wait(LOOK_EVERY_S):
+            try:
+                self._look()
+            except Exception:
+                log.exception("looking at the children of the pool failed")
+
+    def _look(self) -> None:
+        """Weigh nodes that are reached for the first time, learn each child's room, follow each node's bandwidth."""
+        for at, child in enumerate(self.all):
+            if child.node is not None and not child.weighed and child.up:
+                self._weigh(at, child, child.node)
+        answers = self.ask_all(lambda node: node.begin_stat(STAT_TIMEOUT_S), lambda local: local.stat(STAT_TIMEOUT_S))
+        now_s, local_weight = time.monotonic(), self.local.read_bytes_per_s if self.local is not None else 0.0
+        with self.lock:
+            for at, (child, answer) in enumerate(zip(self.all, answers, strict=True)):
+                if isinstance(answer, PoolStat):
+                    child.note_stat(answer)
+                if child.node is None and not child.given:
+                    self._placement.set_weight(at, local_weight)
+                if child.bandwidth is None:
+                    continue
+                child.bandwidth.observe(*child.meter.observed(now_s))
+                changed = child.bandwidth.change(now_s)
+                if changed is not None:
+                    log.warning("pool node %s is read at %.2f GB/s; its share follows", child.name, changed / 1e9)
+                    self._placement.set_weight(at, changed)
+
+    def _weigh(self, at: int, child: Child, node: NodePool) -> None:
+        try:
+            link = node.measure_bytes_per_s(MEASURE_S)
+        except PoolError as error:
+            log.info("the link to pool node %s could not be measured: %s", child.name, error)
+            return
+        log.info("the link to pool node %s moves %.2f GB/s", child.name, link / 1e9)
+        members = node.read_bytes_per_s
+        weight = min(link, members) if members >= SHARES_BELOW else link
+        with self.lock:
+            child.weighed, child.bandwidth = True, MemberBandwidth(weight) if self._follow else None
+            self._placement.set_weight(at, weight)
+
+
+def _answer(wait: Callable[[], A]) -> A | PoolError:
+    try:
+        return wait()
+    except PoolError as error:
+        return error

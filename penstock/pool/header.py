@@ -1,0 +1,84 @@
+"""The first page of a slab: that it is ours, its format, and the id that pairs it with its table."""
+
+from __future__ import annotations
+
+import errno
+import struct
+import time
+from pathlib import Path
+from typing import Literal
+
+from penstock.core.layout import STAGING_ALIGNMENT_BYTES
+from penstock.io.api import BlockEngine, IoOp
+from penstock.io.memory import aligned_buffer
+
+HEADER_BYTES = STAGING_ALIGNMENT_BYTES
+HEADER_FORMAT = 1
+TRANSFER_TIMEOUT_S = 10.0
+_MAGIC = b"PENSTOCK SLAB\n\0\0"
+_HEADER = struct.Struct("<16sI16s")
+
+
+class SlabRefused(OSError):
+    """The slab or its table is something that this version must not touch."""
+
+
+def pack_header(identity: bytes) -> bytes:
+    """The whole first page."""
+    return _HEADER.pack(_MAGIC, HEADER_FORMAT, identity).ljust(HEADER_BYTES, b"\0")
+
+
+def parse_header(raw: bytes, where: str) -> bytes | None:
+    """The id in a first page; None for one of zeros (no slab yet). Raises SlabRefused for other content or format."""
+    if not any(raw):
+        return None
+    if len(raw) < _HEADER.size or not raw.startswith(_MAGIC):
+        raise SlabRefused(f"{where} holds something that is not a Penstock slab; name another one, or erase this one")
+    _, version, identity = _HEADER.unpack_from(raw)
+    if version != HEADER_FORMAT:
+        raise SlabRefused(
+            f"{where} is a slab of format {version}, this version reads format {HEADER_FORMAT}; "
+            f"delete it and its table to start empty"
+        )
+    return bytes(identity)
+
+
+def refuse_foreign_file(path: Path) -> None:
+    """Raise SlabRefused where a file holds something else: asked before an engine gives the file its space."""
+    if path.is_file():
+        with path.open("rb") as slab:
+            parse_header(slab.read(HEADER_BYTES), str(path))
+
+
+def read_page(engine: BlockEngine, where: str) -> bytes:
+    """The first page, through the engine. Raises OSError."""
+    page = aligned_buffer(HEADER_BYTES)
+    transfer(engine, "read", 0, page, where)
+    return bytes(page)
+
+
+def write_header(engine: BlockEngine, identity: bytes, where: str) -> None:
+    """Mark the slab as ours, durably. Raises OSError."""
+    page = aligned_buffer(HEADER_BYTES)
+    page[:] = pack_header(identity)
+    transfer(engine, "write", 0, page, where)
+    engine.sync()
+
+
+def transfer(
+    engine: BlockEngine,
+    kind: Literal["read", "write"],
+    offset: int,
+    buffer: memoryview,
+    where: str,
+    timeout_s: float = TRANSFER_TIMEOUT_S,
+) -> None:
+    """One operation, on an engine that nobody else uses meanwhile. Raises OSError."""
+    engine.submit([IoOp(kind, offset, buffer, None)])
+    deadline_s = time.monotonic() + timeout_s
+    while (remaining_s := deadline_s - time.monotonic()) > 0:
+        for completion in engine.poll(min(remaining_s, 1.0)):
+            if completion.error is not None:
+                raise completion.error
+            return
+    raise TimeoutError(errno.ETIMEDOUT, f"the device did not answer a {kind} within {timeout_s:.0f} s", where)

@@ -1,0 +1,82 @@
+"""Where a union of pools last saw which block, and which of its ancestors each child holds."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from penstock.core.keys import BlockKey
+from penstock.pool.api import Located
+
+LOCATIONS_MAX = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class _Location:
+    child: int
+    ancestors: tuple[BlockKey | None, ...]  # of each child, the last block of the prefix that it holds, this one too
+
+
+class Locations:
+    """Which child holds a block, of the `LOCATIONS_MAX` blocks seen last; not thread-safe.
+
+    It also knows the nearest ancestor of a block on each child. A block goes to a child with that one as its parent, so
+    that "leaf before root" holds on a child that has only every third block of a prefix.
+    """
+
+    def __init__(self, children: int, capacity: int = LOCATIONS_MAX) -> None:
+        self._nowhere: tuple[BlockKey | None, ...] = (None,) * children
+        self._capacity = capacity
+        self._known: OrderedDict[BlockKey, _Location] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def find(self, key: BlockKey) -> int | None:
+        location = self._known.get(key)
+        return location.child if location is not None else None
+
+    def note_prefix(
+        self, keys: Sequence[BlockKey], answers: Sequence[Sequence[Located | None] | None], order: Sequence[int]
+    ) -> list[Located | None]:
+        """Take in what the children answered to one lookup (None: nothing); the hits, of the first child in `order`
+        where several have a block."""
+        answered = [(child, found) for child in order if (found := answers[child]) is not None]
+        merged: list[Located | None] = []
+        ancestors = list(self._nowhere)
+        for at, key in enumerate(keys):
+            holders = [(child, hit) for child, found in answered if (hit := found[at]) is not None]
+            for child, _ in holders:
+                ancestors[child] = key
+            if holders:
+                self._note(key, _Location(holders[0][0], tuple(ancestors)))
+                merged.append(holders[0][1])
+                continue
+            merged.append(None)
+            known = self._known.get(key)
+            if known is not None and answers[known.child] is not None:
+                del self._known[key]
+        return merged
+
+    def parent_on(self, child: int, parent: BlockKey) -> BlockKey:
+        """The nearest ancestor that `child` holds of a block with this parent; the parent where none is known."""
+        known = self._known.get(parent)
+        return (known.ancestors[child] if known is not None else None) or parent
+
+    def note_written(self, key: BlockKey, parent: BlockKey, child: int) -> None:
+        known = self._known.get(parent)
+        ancestors = list(known.ancestors if known is not None else self._nowhere)
+        ancestors[child] = key
+        self._note(key, _Location(child, tuple(ancestors)))
+
+    def forget(self, key: BlockKey, child: int) -> None:
+        """The child does not hold this block (any more)."""
+        if self.find(key) == child:
+            del self._known[key]
+
+    def _note(self, key: BlockKey, location: _Location) -> None:
+        self._known[key] = location
+        self._known.move_to_end(key)
+        if len(self._known) > self._capacity:
+            self._known.popitem(last=False)

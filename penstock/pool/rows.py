@@ -1,0 +1,295 @@
+"""The table file of a slab: one SQLite row for each block, each with its own checksum; opened, upgraded, salvaged.
+
+R1  A row counts only when both of its checksums match: over what it says of the block, and over its last use.
+R2  A table that SQLite finds damaged is moved aside; the rows in it that still match are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from penstock.core.keys import KEY_BYTES, BlockKey
+from penstock.pool.header import SlabRefused
+from penstock.pool.table import Block
+
+TABLE_FORMAT = 2
+LOCKED_WAIT_S = 1.0
+Row = tuple[Any, ...]
+Stored = tuple[Block, float]  # a block and its last use
+Use = tuple[BlockKey, float, int]  # a key, its last use, how often it was used
+
+_META = "CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID"
+_BLOCKS = (
+    "CREATE TABLE blocks (key BLOB PRIMARY KEY, parent BLOB NOT NULL, offset INTEGER NOT NULL, size INTEGER NOT NULL, "
+    "position INTEGER NOT NULL, checksum BLOB NOT NULL, tenant BLOB NOT NULL, rebuild_s REAL NOT NULL, "
+    "row_check BLOB NOT NULL, used REAL NOT NULL, uses INTEGER NOT NULL, use_check BLOB NOT NULL) WITHOUT ROWID"
+)
+_INSERT = "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_COLUMNS = 12
+_COLUMNS_FORMAT_1 = 7
+_OUTSIDE_CAUSES = {  # what SQLite reports of the place where the table lies, not of the table
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_AUTH,
+    sqlite3.SQLITE_NOMEM,
+}
+
+
+def row_of(block: Block, use: float) -> Row:
+    """All columns of a block's row."""
+    says = (
+        block.key,
+        block.parent,
+        block.offset,
+        block.size_bytes,
+        block.position,
+        block.checksum.to_bytes(8, "little"),
+        block.tenant,
+        float(block.rebuild_s),
+    )
+    return (*says, _check(says), *_use_columns(block.key, use, block.uses))
+
+
+def block_of(row: Row) -> Stored | None:
+    """The block that a row names (`member` is 0 and for the caller to set); None for a row that must not be trusted."""
+    if len(row) == _COLUMNS_FORMAT_1:
+        row = _row_of_format_1(row)
+    if len(row) != _COLUMNS:
+        return None
+    key, parent, offset, size, position, checksum, tenant, rebuild_s, row_check, used, uses, use_check = row
+    if row_check != _check(row[:8]) or use_check != _check((key, used, uses)):
+        return None
+    if len(key) != KEY_BYTES or len(parent) != KEY_BYTES:
+        return None
+    number = int.from_bytes(checksum, "little")
+    return Block(key, parent, 0, offset, size, position, number, tenant, rebuild_s, uses), used
+
+
+def _use_columns(key: BlockKey, used: float, uses: int) -> Row:
+    columns = (key, float(used), int(uses))
+    return (*columns[1:], _check(columns))
+
+
+def _check(columns: Sequence[Any]) -> bytes:
+    """Over values and their types."""
+    return xxhash.xxh3_64_digest(repr(tuple(columns)).encode())
+
+
+def _row_of_format_1(row: Row) -> Row:
+    """Rows of format 1 had no checksum: what they say is taken as it is."""
+    key, parent, offset, size, position, checksum, used = row
+    sizes = (isinstance(key, bytes), isinstance(parent, bytes), isinstance(checksum, bytes), isinstance(used, int))
+    numbers = all(isinstance(number, int) for number in (offset, size, position))
+    if not (all(sizes) and numbers):
+        return ()
+    says = (key, parent, offset, size, position, checksum, b"", 0.0)
+    return (*says, _check(says), *_use_columns(key, used, 1))
+
+
+def read_rows(db: sqlite3.Connection) -> Iterator[Row]:
+    """Every row as it stands there; ends with sqlite3.Error where the file is damaged."""
+    yield from db.execute("SELECT * FROM blocks")
+
+
+def connect_read_only(path: Path) -> sqlite3.Connection:
+    """The table as it is, never changed. Raises sqlite3.Error."""
+    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=LOCKED_WAIT_S)
+    db.text_factory = _text
+    return db
+
+
+def damage_of(db: sqlite3.Connection) -> str | None:
+    """What SQLite finds wrong with the file; None when nothing is."""
+    try:
+        answer = db.execute("PRAGMA quick_check(1)").fetchone()
+        if answer != ("ok",):
+            return " ".join(str(answer[0] if answer else "no answer").split())
+        found = dict(db.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'table'").fetchall())
+        version = meta_of(db).get("format")
+        if found and version is None:
+            return "it does not say which format it has"
+        if version == TABLE_FORMAT and found != {"meta": _META, "blocks": _BLOCKS}:
+            return "its schema was changed"
+    except UnicodeDecodeError:
+        return "its schema is not readable"
+    except sqlite3.Error as error:
+        if _is_outside_cause(error) or _is_read_only(error):
+            raise
+        return str(error)
+    return None
+
+
+def meta_of(db: sqlite3.Connection) -> dict[str, Any]:
+    """`format`, and `slab`: the id of the slab. Empty for an empty table."""
+    if not db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'meta'").fetchone():
+        return {}
+    return dict(db.execute("SELECT name, value FROM meta").fetchall())
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace")
+
+
+def _is_outside_cause(error: sqlite3.Error) -> bool:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in _OUTSIDE_CAUSES
+
+
+def _is_read_only(error: sqlite3.Error) -> bool:
+    """No permission to write, or a file that says that only a later SQLite may."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_READONLY
+
+
+class RowTable:
+    """The rows of one slab. Used by one thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens or creates the table. Raises SlabRefused (other format) or OSError."""
+        self.path = path
+        self.notes: list[str] = []
+        try:
+            self._db, damage = self._connect()
+            if damage is not None:
+                self._db.close()
+                self._salvage(damage)
+            self.identity = self._prepare()
+        except sqlite3.Error as error:
+            raise OSError(f"the table {path} cannot be opened: {error}") from error
+
+    def rows(self) -> tuple[list[Stored], list[Any]]:
+        """All blocks with their last use, and the keys of the rows that must not be trusted."""
+        good: list[Stored] = []
+        bad: list[Any] = []
+        for row in read_rows(self._db):
+            found = block_of(row)
+            good.append(found) if found else bad.append(row[0])
+        return good, bad
+
+    def start_empty(self, identity: bytes) -> None:
+        """Forget every row; the table belongs to the slab of this id now."""
+        with self._transaction():
+            self._db.execute("DELETE FROM blocks")
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('slab', ?)", (identity,))
+        self.identity = identity
+
+    def change(self, deletes: Iterable[BlockKey], inserts: Iterable[Stored], uses: Iterable[Use]) -> None:
+        """Delete, insert and note uses in one durable step. Raises sqlite3.Error; nothing has changed then."""
+        with self._transaction():
+            self._db.executemany("DELETE FROM blocks WHERE key = ?", [(key,) for key in deletes])
+            self._db.executemany(_INSERT, [row_of(block, use) for block, use in inserts])
+            self._db.executemany(
+                "UPDATE blocks SET used = ?, uses = ?, use_check = ? WHERE key = ?",
+                [(*_use_columns(key, used, count), key) for key, used, count in uses],
+            )
+
+    def close(self) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            self._db.close()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise
+
+    def _connect(self) -> tuple[sqlite3.Connection, str | None]:
+        """The open file and what is wrong with it. It is handed from the opening thread to the journal's."""
+        db = sqlite3.connect(self.path, check_same_thread=False, timeout=LOCKED_WAIT_S, isolation_level=None)
+        db.text_factory = _text
+        try:
+            damage = damage_of(db)
+            if damage is None:
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA synchronous = FULL")
+                db.execute("BEGIN IMMEDIATE")
+                db.execute("ROLLBACK")
+            return db, damage
+        except sqlite3.Error as error:
+            if _is_outside_cause(error) or (_is_read_only(error) and not os.access(self.path, os.W_OK)):
+                db.close()
+                raise
+            return db, str(error)
+        except BaseException:
+            db.close()
+            raise
+
+    def _salvage(self, damage: str) -> None:
+        """Move the damaged table aside and start a new one with the rows that can still be read and match."""
+        aside = self.path.with_name(self.path.name + ".unreadable")
+        self.path.replace(aside)
+        for suffix in ("-wal", "-shm"):  # the log belongs to the old file and must not be applied to the new one
+            log = self.path.with_name(self.path.name + suffix)
+            with contextlib.suppress(FileNotFoundError):
+                log.replace(aside.with_name(aside.name + suffix))
+        identity, kept = readable_rows(aside)
+        self._db, again = self._connect()
+        if again is not None:
+            raise OSError(f"a new table {self.path} cannot be made: {again}")
+        if identity is not None:
+            self._create(identity, kept)
+        rest = f"{len(kept)} blocks in it can still be read" if kept else "the slab is empty"
+        self.notes.append(f"the table {self.path} was unreadable ({damage}); moved to {aside}, {rest}")
+
+    def _prepare(self) -> bytes | None:
+        """Bring the table to this format; returns the id of its slab."""
+        meta = meta_of(self._db)
+        version = meta.get("format")
+        if version is None:
+            self._create(None, [])
+        elif version == 1:
+            self._upgrade(meta.get("slab"))
+        elif version != TABLE_FORMAT:
+            self._db.close()
+            raise SlabRefused(
+                f"{self.path} is a table of format {version}, this version reads format {TABLE_FORMAT}; "
+                f"delete it and its slab to start empty"
+            )
+        identity = meta_of(self._db).get("slab")
+        return identity if isinstance(identity, bytes) and len(identity) == 16 else None
+
+    def _create(self, identity: bytes | None, rows: Iterable[Stored]) -> None:
+        with self._transaction():
+            self._db.execute("DROP TABLE IF EXISTS meta")
+            self._db.execute("DROP TABLE IF EXISTS blocks")
+            self._db.execute(_META)
+            self._db.execute(_BLOCKS)
+            values = [("format", TABLE_FORMAT), *([("slab", identity)] if identity else [])]
+            self._db.executemany("INSERT INTO meta VALUES (?, ?)", values)
+            self._db.executemany(_INSERT, [row_of(block, use) for block, use in rows])
+
+    def _upgrade(self, identity: Any) -> None:
+        """From format 1, in place and in one step."""
+        rows = [found for row in read_rows(self._db) if (found := block_of(row))]
+        self._create(identity, rows)
+        self.notes.append(f"the table {self.path} was of format 1 and is of format {TABLE_FORMAT} now")
+
+
+def readable_rows(path: Path) -> tuple[bytes | None, list[Stored]]:
+    """What a damaged table still holds: the id of its slab, and the rows that match, read from both ends."""
+    found: dict[BlockKey, Stored] = {}
+    identity = None
+    with contextlib.suppress(sqlite3.Error, UnicodeDecodeError), contextlib.closing(connect_read_only(path)) as db:
+        identity = meta_of(db).get("slab")
+        for order in ("ASC", "DESC"):
+            with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
+                for row in db.execute(f"SELECT * FROM blocks ORDER BY key {order}"):
+                    stored = block_of(row) if len(row) == _COLUMNS else None
+                    if stored is not None:
+                        found[stored[0].key] = stored
+    return (identity, list(found.values())) if isinstance(identity, bytes) else (None, [])

@@ -1,0 +1,52 @@
+"""What a pool node needs of the pool it serves, beyond `pool.api`: blocks that the reader at the far end verifies."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from penstock.core.keys import BlockKey
+from penstock.pool.api import Done, Pool, PoolError
+
+
+class OpenedBlock(Protocol):
+    """A block that stays readable until `release`. `view` is its bytes in place, None when it must be loaded;
+    `checksum` is the one it was stored with, known from the start or after `load`."""
+
+    @property
+    def key(self) -> BlockKey: ...
+    @property
+    def checksum(self) -> int: ...
+    @property
+    def far(self) -> bool:
+        """Whether another node has it."""
+
+    @property
+    def view(self) -> memoryview | None: ...
+
+    def load(self, into: memoryview, timeout_s: float, done: Done) -> None:
+        """Copy the block into `into`; who reads it verifies it."""
+
+    def note_read(self) -> None:
+        """Count a block that was read in place."""
+
+    def release(self) -> None: ...
+
+
+class ServedPool(Pool, Protocol):
+    @property
+    def node_id(self) -> bytes:
+        """The id that its members of other nodes know this node by; empty when it has none and any id will do."""
+
+    @property
+    def own(self) -> ServedPool | None:
+        """The members of this node alone: what it answers other nodes from. None when it has none."""
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """The bandwidths that its members' shares go by, added up."""
+
+    def open_block(self, key: BlockKey, size_bytes: int) -> OpenedBlock | PoolError:
+        """Hold a block of `size_bytes`, or say why it cannot be read."""
+
+    def discard(self, key: BlockKey, checksum: int) -> None:
+        """Drop a block that a reader found to differ from `checksum`."""

@@ -1,0 +1,292 @@
+"""The pools of several hosts as one: a local pool, if there is one, and any number of pool nodes.
+
+P1  New blocks are spread over the children by bandwidth (core.placement): a child's weight is the bandwidth at which
+    its members can be read from here, so a node's is bounded by its link. Every engine that knows the same weights
+    places a block alike, and a child's own members get its blocks in turn.
+P2  Children that are up share the blocks. One that has no room, or refuses a block, leaves it to the next. When none
+    has room, the one whose turn it is evicts.
+P3  All children are asked at once, within one deadline. A child that fails or is late has misses, and is counted.
+P4  A block that several children hold is read from the first of: the local pool, then the nodes by weight.
+P5  A child that is down costs its blocks, never the pool; it is used again when it is back.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from penstock.core.keys import BlockKey
+from penstock.core.new_block import NewBlock
+from penstock.pool.api import Done, Lease, Located, MemberStat, PoolError, PoolStat, check_write
+from penstock.pool.callbacks import Callbacks, call_done
+from penstock.pool.children import Children
+from penstock.pool.locations import Locations
+from penstock.pool.served import OpenedBlock, ServedPool
+from penstock.pool.union_child import Child, NodePool
+
+log = logging.getLogger(__name__)
+
+_GONE = ("missing", "layout", "checksum", "device")  # a read that ends so was sent to the wrong place
+_TRY_NEXT = ("network", "closed", "full", "device")  # a write that ends so may go to another child
+
+
+class UnionPool:
+    """Children as one pool. Contract: `pool.api.Pool`, and `pool.served.ServedPool` for a node that serves it."""
+
+    def __init__(
+        self,
+        local: ServedPool | None,
+        nodes: Sequence[NodePool],
+        weights: Sequence[float | None] | None = None,
+        node_id: bytes = b"",
+        follow_bandwidth: bool = True,
+    ) -> None:
+        """Takes the children over. `weights` are bytes per second, of the local pool first if there is one; None: of a
+        node its link is measured, as soon as it is up; of the local pool, what its members were given. `node_id`: the
+        id that the nodes know this process by, when it is a node itself. `follow_bandwidth`: a node's share falls when
+        it is read more slowly.
+
+        Raises ValueError when two addresses are one node, or PoolError("network") when no child can be used; the
+        children are closed then.
+        """
+        self.node_id = node_id
+        self._callbacks = Callbacks()
+        try:
+            self._children = Children(local, nodes, weights, follow_bandwidth)
+        except BaseException:
+            self._callbacks.close(1.0)
+            raise
+        self._local = local
+        self._lock = self._children.lock
+        self._locations = Locations(len(self._children.all))
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Each child's share of new blocks: "local", and nodes by their address."""
+        with self._lock:
+            return {child.name: share for child, share in zip(self._children.all, self._children.shares, strict=True)}
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Lookups that each child did not answer."""
+        return {child.name: child.failures for child in self._children.all}
+
+    # --- the interface ---
+
+    def register(self, buffer: memoryview) -> None:
+        for child in self._children.all:
+            child.pool.register(buffer)
+
+    def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
+        answers = self._children.ask_all(
+            lambda node: node.begin_lookup(keys, timeout_s), lambda local: local.lookup(keys, timeout_s)
+        )
+        with self._lock:
+            for child, answer in zip(self._children.all, answers, strict=True):
+                self._note_answer(child, answer)
+            found = [None if isinstance(answer, PoolError) else answer for answer in answers]
+            if all(answer is None for answer in found):
+                raise next(answer for answer in answers if isinstance(answer, PoolError))
+            return self._locations.note_prefix(keys, found, self._children.preference())
+
+    def read(self, key: BlockKey, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
+        child = self._holder(key)
+        if child is None or child.node is None:
+            if self._local is not None:
+                self._local.read(key, size_bytes, into, timeout_s, done)
+            else:
+                self._callbacks.call(done, PoolError("missing", f"nothing was looked up of block {key.hex()}"))
+            return
+        self.read_of_node(child, key, size_bytes, into, timeout_s, lambda _, error: call_done(done, error))
+
+    def read_of_node(
+        self,
+        child: Child,
+        key: BlockKey,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        ended: Callable[[int, PoolError | None], None],
+    ) -> None:
+        """Read from a node, metered; `ended` gets the checksum too."""
+        assert child.node is not None
+
+        def end(checksum: int, error: PoolError | None) -> None:
+            with self._lock:
+                child.meter.ended(1, 0 if error else size_bytes, time.monotonic())
+                if error is not None and error.reason in _GONE:
+                    self._locations.forget(key, self._children.all.index(child))
+            ended(checksum, error)
+
+        with self._lock:
+            child.meter.started(time.monotonic())
+        child.node.read_block(key, size_bytes, into, timeout_s, end)
+
+    def lease(self, key: BlockKey) -> Lease | None:
+        child = self._holder(key)
+        if self._local is None or (child is not None and child.node is not None):
+            return None
+        return self._local.lease(key)
+
+    def host_buffers(self) -> list[memoryview]:
+        return self._local.host_buffers() if self._local is not None else []
+
+    def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        error = check_write(block, data)
+        if error is not None:
+            self._callbacks.call(done, error)
+            return
+        ready = self._children.order(block.position, block.size_bytes)
+        self._write_to(ready, block, data, time.monotonic() + timeout_s, done, PoolError("network", "no child is up"))
+
+    def evict(self, keys: Sequence[BlockKey]) -> int:
+        answers = self._children.ask_all(lambda node: node.begin_evict(keys), lambda local: local.evict(keys))
+        return sum(answer for answer in answers if not isinstance(answer, PoolError))
+
+    def stat(self, timeout_s: float) -> PoolStat:
+        """Members of nodes have the node's address behind their name, and a share of the node's share. Those of a node
+        that does not answer are shown as they were last seen, not healthy."""
+        answers = self._children.ask_all(lambda node: node.begin_stat(timeout_s), lambda local: local.stat(timeout_s))
+        if all(isinstance(answer, PoolError) for answer in answers):
+            raise next(answer for answer in answers if isinstance(answer, PoolError))
+        members: list[MemberStat] = []
+        counted: list[PoolStat] = []
+        with self._lock:
+            shares = self._children.shares
+            for child, answer, share in zip(self._children.all, answers, shares, strict=True):
+                if isinstance(answer, PoolStat):
+                    child.note_stat(answer)
+                    counted.append(answer)
+                    members += [replace(m, weight=m.weight * share) for m in answer.members]
+                else:
+                    members += [replace(m, weight=m.weight * share) for m in _absent(child)]
+        return PoolStat(
+            tuple(members),
+            sum(stat.writes_dropped for stat in counted),
+            sum(stat.evictions for stat in counted),
+            sum(stat.checksum_errors for stat in counted),
+            sum(stat.writes_not_admitted for stat in counted),
+            sum(stat.moved_blocks for stat in counted),
+            _added_up(stat.tenants for stat in counted),
+        )
+
+    def close(self, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        self._children.close(timeout_s)
+        self._callbacks.close(max(0.1, deadline_s - time.monotonic()))
+
+    # --- for a pool node: `pool.served` ---
+
+    @property
+    def own(self) -> ServedPool | None:
+        return self._local
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        return self._children.read_bytes_per_s
+
+    def open_block(self, key: BlockKey, size_bytes: int) -> OpenedBlock | PoolError:
+        child = self._holder(key)
+        if child is not None and child.node is not None:
+            return _NodeBlock(self, child, key, size_bytes)
+        if self._local is None:
+            return PoolError("missing", f"nothing was looked up of block {key.hex()}")
+        return self._local.open_block(key, size_bytes)
+
+    def discard(self, key: BlockKey, checksum: int) -> None:
+        child = self._holder(key)
+        if child is not None and child.node is not None:
+            child.node.discard(key, checksum)
+        elif self._local is not None:
+            self._local.discard(key, checksum)
+
+    # --- asking ---
+
+    def _holder(self, key: BlockKey) -> Child | None:
+        with self._lock:
+            found = self._locations.find(key)
+            return self._children.all[found] if found is not None else None
+
+    def _note_answer(self, child: Child, answer: object) -> None:
+        """With the lock held: count what a child did not answer, and say so once until it answers again."""
+        failed = isinstance(answer, PoolError)
+        child.failures += failed
+        if failed and not child.told_down:
+            log.warning("lookups go on without %s: %s", child.name, answer)
+        elif child.told_down and not failed:
+            log.warning("%s answers lookups again", child.name)
+        child.told_down = failed
+
+    # --- writing ---
+
+    def _write_to(
+        self, ready: list[int], block: NewBlock, data: memoryview, deadline_s: float, done: Done, last: PoolError
+    ) -> None:
+        """Write to the first child of `ready`, or the next one when it refuses; `last` is why the one before did."""
+        remaining_s = deadline_s - time.monotonic()
+        if not ready or remaining_s <= 0:
+            self._callbacks.call(done, last)
+            return
+        at, *others = ready
+        child = self._children.all[at]
+
+        def written(error: PoolError | None) -> None:
+            if error is not None and error.reason in _TRY_NEXT and not self._children.closing:
+                self._write_to(others, block, data, deadline_s, done, error)
+                return
+            if error is None:
+                with self._lock:
+                    self._locations.note_written(block.key, block.parent, at)
+            call_done(done, error)
+
+        with self._lock:
+            parent = self._locations.parent_on(at, block.parent)
+            position = self._children.position_on(at, block.position)
+            child.note_written(block.size_bytes)
+        child.pool.write(replace(block, parent=parent, position=position), data, remaining_s, written)
+
+
+class _NodeBlock:
+    """A block of a node, read on behalf of this node's client; it is not held there, so it may be gone when it is read.
+    `pool.served.OpenedBlock`."""
+
+    view = None
+    far = True
+
+    def __init__(self, union: UnionPool, child: Child, key: BlockKey, size_bytes: int) -> None:
+        self._union, self._child = union, child
+        self.key = key
+        self.checksum = 0
+        self._size_bytes = size_bytes
+
+    def load(self, into: memoryview, timeout_s: float, done: Done) -> None:
+        def ended(checksum: int, error: PoolError | None) -> None:
+            self.checksum = checksum
+            call_done(done, error)
+
+        self._union.read_of_node(self._child, self.key, self._size_bytes, into, timeout_s, ended)
+
+    def note_read(self) -> None:
+        """The node counts it."""
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
+def _added_up(tenants: Iterable[Sequence[tuple[str, int]]]) -> tuple[tuple[str, int], ...]:
+    """What each tenant holds on all children, the largest first."""
+    total: Counter[str] = Counter()
+    for held in tenants:
+        for tenant, size_bytes in held:
+            total[tenant] += size_bytes
+    return tuple(total.most_common())
+
+
+def _absent(child: Child) -> tuple[MemberStat, ...]:
+    """A child that does not answer, as it was last seen."""
+    if child.stat is not None:
+        return tuple(replace(member, healthy=False, state="down") for member in child.stat.members)
+    return (MemberStat(f"node@{child.name}", "node", 0, 0, 0, False, 1.0, 0, 0, 0, "down"),)

@@ -1,0 +1,377 @@
+"""The connections to one pool node: lanes, deadlines, reconnecting.
+
+Reads go over data connections, writes over one of their own (in the background, never in the way of a load), lookups
+and the rest over a control connection. Every request has a deadline; a read or write that is on the wire and misses it
+costs its connection, so that late bytes never land in a reused buffer. A node that leaves a question unanswered and
+sends nothing else for SILENT_S hangs, and that is down: its connections are cut. Connections come back with growing
+pauses; while the node is down, requests fail at once.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+from penstock.pool.api import PoolError
+from penstock.pool.callbacks import Callbacks
+from penstock.transport import wire
+from penstock.transport.connection import Connection, Pending
+from penstock.units import format_address
+
+log = logging.getLogger(__name__)
+
+IN_FLIGHT_MAX = 32  # requests on the wire of one connection
+IN_FLIGHT_BYTES = 16 << 20  # of blocks on the wire of one connection, beyond the first two
+READS_WAITING_MAX = 8192
+WRITES_WAITING_MAX = 64
+BACKOFF_S = (0.05, 2.0)
+SILENT_S = 2.0
+NODE_MARGIN = 0.1  # the node is told to give up this share of the time earlier, so that its answer still arrives
+
+Answer = TypeVar("Answer", wire.Found, wire.Evicted, wire.Stats)
+Ended = Callable[[Any, PoolError | None], None]
+Payload = wire.Read | wire.Write | wire.Probe
+
+
+@dataclass(slots=True)
+class _Lane:
+    """Connections of one kind and the requests that wait for room on them."""
+
+    kind: str
+    waiting_max: int
+    connections: list[Connection | None]
+    waiting: deque[Pending] = field(default_factory=deque)
+
+    def open(self) -> list[Connection]:
+        return [connection for connection in self.connections if connection is not None and connection.open]
+
+    def free(self) -> Connection | None:
+        """The open connection with the least on it, if it may take one more."""
+        best = min(self.open(), key=lambda c: (c.in_flight_bytes, c.in_flight), default=None)
+        if best is None or best.in_flight >= IN_FLIGHT_MAX:
+            return None
+        return best if best.in_flight < 2 or best.in_flight_bytes < IN_FLIGHT_BYTES else None
+
+
+class NodeLink:
+    """All connections to the pool node at `host`:`port`. `place` is its address as text, `node` what it last said of
+    itself (of an empty id, until it was reached)."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        connections: int,
+        connect_timeout_s: float,
+        must_connect: bool = True,
+        origin: bytes = b"",
+        own_only: bool = False,
+    ) -> None:
+        """Connects at once. Raises PoolError("network") when nobody answers, the versions differ, or the node at the
+        other end is `origin`, the node that this link belongs to; without `must_connect` it goes on trying instead."""
+        if not 1 <= connections <= 64:
+            raise ValueError(f"connections is {connections}; it must be from 1 to 64")
+        self.address = (host, port)
+        self.place = format_address(host, port)
+        self.node = wire.Ready("")
+        self._origin, self._own_only = origin, own_only
+        self._connect_timeout_s = connect_timeout_s
+        self._control = _Lane("control", 0, [None])
+        self._writes = _Lane("write", WRITES_WAITING_MAX, [None])
+        self._reads = _Lane("read", READS_WAITING_MAX, [None] * connections)
+        self._lanes = {lane.kind: lane for lane in (self._control, self._writes, self._reads)}
+        self._lock = threading.Lock()
+        self._ids = itertools.count(1)
+        self._deadlines: list[tuple[float, int, Pending]] = []
+        self._live = 0  # reads, writes and probes that have not ended
+        self._deadline_sooner = threading.Condition(self._lock)
+        self._connection_lost = threading.Condition(self._lock)
+        self._closed = False
+        self._down_reason = "not connected"
+        self._losing = False  # a lost connection was told, and not all are back
+        self._told = ""  # why connecting failed, as it was told last
+        self._callbacks = Callbacks()
+        self._threads = [
+            threading.Thread(target=self._watch_deadlines, name="penstock-deadlines", daemon=True),
+            threading.Thread(target=self._reconnect, name="penstock-reconnect", daemon=True),
+        ]
+        try:
+            for lane, slot in self._missing():
+                self._connect(lane, slot, connect_timeout_s)
+        except (OSError, wire.ProtocolError) as error:
+            self._told = self._down_reason = str(error)
+            if must_connect:
+                self.close(1.0)
+                raise PoolError("network", f"pool node {self.place}: {error}") from None
+            log.warning("pool node %s is down: %s; it is tried again", self.place, error)
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def up(self) -> bool:
+        """Whether every lane has an open connection."""
+        return all(lane.open() for lane in self._lanes.values())
+
+    @property
+    def down_reason(self) -> str:
+        """Why a connection ended last."""
+        return self._down_reason
+
+    def submit(
+        self, lane: Literal["read", "write"], message: Payload, buffer: memoryview, timeout_s: float, ended: Ended
+    ) -> None:
+        """Send a request whose payload fills `buffer` or comes from it; `ended(reply, error)` is called once."""
+        pending = Pending(message, message.id, time.monotonic() + timeout_s, ended, buffer)
+
+        def end(result: Any, error: PoolError | None) -> None:
+            with self._lock:
+                pending.ended = True
+                self._live -= 1
+            ended(result, error)
+
+        pending.end = end
+        with self._lock:
+            refusal = self._refusal(self._lanes[lane])
+            if refusal is None:
+                self._live += 1
+                self._lanes[lane].waiting.append(pending)
+                self._push_deadline(pending)
+        if refusal is not None:
+            self.refuse(ended, refusal)
+            return
+        self._dispatch(self._lanes[lane])
+
+    def refuse(self, ended: Ended, error: PoolError) -> None:
+        """Have `ended(None, error)` called soon, on another thread."""
+        self._callbacks.call(partial(ended, None), error)
+
+    def next_id(self) -> int:
+        return next(self._ids)
+
+    def ask(
+        self, kind: type[Answer], message: Callable[[int, float], wire.Request], deadline_s: float
+    ) -> Callable[[], Answer]:
+        """Send a request over the control connection: `message(id, seconds for the node)`. What is returned waits for
+        the answer. Both raise PoolError."""
+        answered = threading.Event()
+        answers: list[tuple[Any, PoolError | None]] = []
+
+        def end(result: Any, error: PoolError | None) -> None:
+            answers.append((result, error))
+            answered.set()
+
+        id, sent_s = next(self._ids), time.monotonic()
+        pending = Pending(message(id, max(0.0, (deadline_s - sent_s) * (1 - NODE_MARGIN))), id, deadline_s, end)
+        with self._lock:
+            if self._closed:
+                raise PoolError("closed", "the pool is closed")
+            connection = self._control.connections[0]
+        if connection is None or not connection.add(pending):
+            raise PoolError("network", f"pool node {self.place} is down: {self._down_reason}")
+        connection.send(pending)
+
+        def wait() -> Answer:
+            if not answered.wait(max(0.0, deadline_s - time.monotonic())):
+                connection.forget(pending)
+                self._cut_silent(sent_s)
+                raise PoolError("deadline", f"pool node {self.place} did not answer in time")
+            result, error = answers[0]
+            if error is not None:
+                raise error
+            if not isinstance(result, kind):
+                raise PoolError("network", f"pool node {self.place} answered with {type(result).__name__}")
+            return result
+
+        return wait
+
+    def tell(self, message: wire.Corrupt) -> None:
+        """Send something that has no answer, if the node is up."""
+        connection = self._control.connections[0]
+        if connection is not None:
+            connection.tell(message)
+
+    def close(self, timeout_s: float) -> None:
+        """Cut every connection; what is open ends as "closed"."""
+        deadline_s = time.monotonic() + timeout_s
+        with self._lock:
+            self._closed = True
+            self._down_reason = "closed"
+            self._deadline_sooner.notify_all()
+            self._connection_lost.notify_all()
+            connections = [c for lane in self._lanes.values() for c in lane.connections if c is not None]
+        for connection in connections:
+            connection.cut("closed")
+        for connection in connections:
+            connection.join(max(0.0, deadline_s - time.monotonic()))
+        for thread in self._threads:
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join(max(0.0, deadline_s - time.monotonic()))
+        for lane in self._lanes.values():
+            self._fail_waiting(lane, "closed", "the pool is closed")
+        self._callbacks.close(max(0.0, deadline_s - time.monotonic()))
+
+    # --- reads and writes ---
+
+    def _refusal(self, lane: _Lane) -> PoolError | None:
+        if self._closed:
+            return PoolError("closed", "the pool is closed")
+        if not lane.open():
+            return PoolError("network", f"pool node {self.place} is down: {self._down_reason}")
+        if len(lane.waiting) >= lane.waiting_max:
+            return PoolError("dropped", f"{len(lane.waiting)} {lane.kind}s wait for {self.place}; that is the limit")
+        return None
+
+    def _dispatch(self, lane: _Lane) -> None:
+        """Send waiting requests as far as the connections have room."""
+        while True:
+            with self._lock:
+                while lane.waiting and lane.waiting[0].ended:
+                    lane.waiting.popleft()
+                connection = lane.free() if lane.waiting else None
+                if connection is None:
+                    return
+                pending = lane.waiting[0]
+                remaining_s = pending.deadline_s - time.monotonic()
+                if isinstance(pending.message, wire.Read | wire.Write):
+                    pending.message.timeout_s = max(0.0, remaining_s * (1 - NODE_MARGIN))
+                if not connection.add(pending):
+                    continue
+                lane.waiting.popleft()
+                pending.connection = connection
+            if lane is self._writes:
+                connection.queue(pending)
+            else:
+                connection.send(pending)
+
+    def _fail_waiting(self, lane: _Lane, label: str, detail: str) -> None:
+        with self._lock:
+            rest, lane.waiting = list(lane.waiting), deque()
+            rest = [pending for pending in rest if not pending.ended]
+            for pending in rest:
+                pending.ended = True
+        for pending in rest:
+            pending.end(None, PoolError(label, detail))
+
+    # --- connections ---
+
+    def _cut_silent(self, asked_s: float) -> None:
+        """Cut the connections of a node that was asked something then and has not sent a byte for SILENT_S."""
+        with self._lock:
+            connections = [connection for lane in self._lanes.values() for connection in lane.open()]
+        heard_s = max((connection.heard_s for connection in connections), default=asked_s)
+        if time.monotonic() - max(asked_s, heard_s) >= SILENT_S:
+            for connection in connections:
+                connection.cut("the node is silent")
+
+    def _connect(self, lane: _Lane, slot: int, timeout_s: float) -> None:
+        def replied(_: Connection) -> None:
+            if lane.waiting:
+                self._dispatch(lane)
+
+        def closed(connection: Connection, reason: str) -> None:
+            self._lost(lane, slot, connection, reason)
+
+        hello = wire.Hello(lane.kind, self._origin, self._own_only)
+        connection = Connection(self.address, timeout_s, replied, closed, hello)
+        if self._origin and connection.node.node_id == self._origin:
+            connection.abandon()
+            raise wire.ProtocolError("that is this node itself; it must not be a member of its own pool")
+        self.node = connection.node
+        with self._lock:
+            lane.connections[slot] = connection
+        connection.start()
+        if self._closed:
+            connection.cut("closed")
+
+    def _lost(self, lane: _Lane, slot: int, connection: Connection, reason: str) -> None:
+        with self._lock:
+            if lane.connections[slot] is connection:
+                lane.connections[slot] = None
+            if not self._closed:
+                self._down_reason = reason
+                level = logging.WARNING if not self._losing else logging.INFO  # one line for all connections
+                log.log(level, "a %s connection to pool node %s ended: %s", lane.kind, self.place, reason)
+                self._losing = True
+            down = not lane.open()
+            self._connection_lost.notify_all()
+        if down:
+            label = "closed" if self._closed else "network"
+            self._fail_waiting(lane, label, f"pool node {self.place} is down: {reason}")
+
+    def _reconnect(self) -> None:
+        pause_s = BACKOFF_S[0]
+        while True:
+            with self._lock:
+                missing = self._missing()
+                if not missing and not self._closed:
+                    pause_s, self._losing, self._told = BACKOFF_S[0], False, ""
+                    self._connection_lost.wait()
+                if self._closed:
+                    return
+                missing = self._missing()
+            failed = False
+            for lane, slot in missing:
+                try:
+                    self._connect(lane, slot, min(self._connect_timeout_s, BACKOFF_S[1]))
+                except (OSError, wire.ProtocolError) as error:
+                    failed = True
+                    with self._lock:
+                        if not self._closed:
+                            if str(error) != self._told:
+                                log.warning("pool node %s is down: %s", self.place, error)
+                            self._told = self._down_reason = str(error)
+                    break
+                self._dispatch(lane)
+            with self._lock:
+                if failed and not self._closed:
+                    self._connection_lost.wait(pause_s)
+                    pause_s = min(2 * pause_s, BACKOFF_S[1])
+
+    def _missing(self) -> list[tuple[_Lane, int]]:
+        lanes = self._lanes.values()
+        return [(lane, slot) for lane in lanes for slot, c in enumerate(lane.connections) if c is None]
+
+    # --- deadlines ---
+
+    def _push_deadline(self, pending: Pending) -> None:
+        """With the lock held. Ended requests leave the heap when their time comes, or when they are half of it."""
+        if not self._deadlines or pending.deadline_s < self._deadlines[0][0]:
+            self._deadline_sooner.notify()
+        heapq.heappush(self._deadlines, (pending.deadline_s, pending.id, pending))
+        if len(self._deadlines) > 2 * self._live + 64:
+            self._deadlines = [item for item in self._deadlines if not item[2].ended]
+            heapq.heapify(self._deadlines)
+
+    def _watch_deadlines(self) -> None:
+        while True:
+            unsent: list[Pending] = []
+            sent: list[Pending] = []
+            with self._lock:
+                if self._closed:
+                    return
+                now_s = time.monotonic()
+                while self._deadlines and (self._deadlines[0][2].ended or self._deadlines[0][0] <= now_s):
+                    pending = heapq.heappop(self._deadlines)[2]
+                    if pending.ended:
+                        continue
+                    if pending.connection is None:
+                        pending.ended = True
+                        unsent.append(pending)
+                    else:
+                        sent.append(pending)
+                if not unsent and not sent:
+                    self._deadline_sooner.wait(self._deadlines[0][0] - now_s if self._deadlines else None)
+                    continue
+            for pending in unsent:
+                pending.end(None, PoolError("deadline", f"waited too long for a connection to {self.place}"))
+            for pending in sent:
+                if pending.connection is not None:
+                    pending.connection.cut_late(pending)

@@ -1,0 +1,88 @@
+"""`penstock pool stat`: the members and tenants of a running pool node, as a table or as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from penstock.units import format_bytes
+
+if TYPE_CHECKING:
+    from penstock.pool.api import MemberStat, PoolStat
+
+
+def stat(
+    address: Annotated[str, typer.Argument(help="HOST:PORT of the node.", metavar="HOST:PORT")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    timeout_s: Annotated[float, typer.Option(help="How long to wait for the node.")] = 5.0,
+) -> None:
+    """Show the members and tenants of a running node."""
+    from penstock.pool.api import PoolError
+    from penstock.transport.command import refuse
+    from penstock.transport.connect import connect_pool
+
+    try:
+        if not 0 < timeout_s <= 3600:
+            raise ValueError(f"timeout-s is {timeout_s}; allowed: above 0, up to 3600")
+        node = connect_pool(address, connect_timeout_s=timeout_s)
+        try:
+            found = _own_names(node.stat(timeout_s), f"@{node.place}")
+        finally:
+            node.close(1.0)
+    except (ValueError, OSError, PoolError) as error:
+        refuse("penstock pool stat", error)
+    if json:
+        import msgspec
+
+        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2))
+    else:
+        _print(found)
+
+
+def _own_names(found: PoolStat, place: str) -> PoolStat:
+    """Members as the node itself calls them."""
+    members = tuple(replace(member, name=member.name.removesuffix(place)) for member in found.members)
+    return replace(found, members=members)
+
+
+def _print(found: PoolStat) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 200
+    table = Table(*_COLUMNS)
+    for member in found.members:
+        table.add_row(*_row(member))
+    console.print(table)
+    if found.tenants:
+        tenants = Table("tenant", "holds")
+        for tag, held_bytes in found.tenants:
+            tenants.add_row(tag or "(none)", format_bytes(held_bytes))
+        console.print(tenants)
+    console.print(
+        f"evicted {found.evictions} blocks, moved {found.moved_blocks}; writes dropped {found.writes_dropped}, "
+        f"not admitted to SSDs {found.writes_not_admitted}; checksum errors {found.checksum_errors}"
+    )
+
+
+_COLUMNS = ("member", "kind", "state", "blocks", "used", "capacity", "share", "reads at", "waiting", "errors")
+
+
+def _row(member: MemberStat) -> tuple[str, ...]:
+    rate = f"{member.read_bytes_per_s / 1e9:.2f} GB/s" if member.read_bytes_per_s else "-"
+    return (
+        member.name,
+        member.kind,
+        member.state,
+        str(member.blocks),
+        format_bytes(member.used_bytes),
+        format_bytes(member.capacity_bytes),
+        f"{member.weight:.1%}",
+        rate,
+        f"{member.queued_loads} loads, {member.queued_stores} stores",
+        str(member.errors),
+    )

@@ -1,0 +1,127 @@
+"""A node from pool.toml while it runs: SIGHUP, what it changes and what it refuses, and what `stat` shows of it."""
+
+from __future__ import annotations
+
+import json
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import chain, read, until, write
+
+from penstock.transport.connect import connect_pool
+
+COMMAND = [sys.executable, "-m", "penstock"]
+WAIT_S = 30.0
+MEMORY = '[[member]]\nkind = "memory"\ncapacity = "1MiB"\nweight = 1\n'
+SLAB = '[[member]]\nkind = "uring"\npath = "{}.slab"\ncapacity = "8MiB"\nweight = 1\n'
+
+
+class Node:
+    """`penstock pool --config` in a process of its own; its lines of stdout and stderr as they come."""
+
+    def __init__(self, file: Path, *arguments: str) -> None:
+        self.file = file
+        command = [*COMMAND, "pool", "--config", str(file), "--listen", "127.0.0.1:0", *arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.out: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.err: queue.SimpleQueue[str] = queue.SimpleQueue()
+        for stream, lines in ((self.process.stdout, self.out), (self.process.stderr, self.err)):
+            threading.Thread(target=self._follow, args=(stream, lines), daemon=True).start()
+        self.ready = self.out.get(timeout=WAIT_S)
+        self.address = self.ready.split(" on ")[1].split()[0].removesuffix(":")
+
+    def _follow(self, stream: Any, lines: queue.SimpleQueue[str]) -> None:
+        for line in stream:
+            lines.put(line.rstrip("\n"))
+
+    def reload(self, text: str) -> None:
+        self.file.write_text(text)
+        self.process.send_signal(signal.SIGHUP)
+
+    def stat(self) -> dict[str, Any]:
+        done = subprocess.run([*COMMAND, "pool", "stat", self.address, "--json"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def members(self) -> dict[str, str]:
+        return {member["name"]: member["state"] for member in self.stat()["members"]}
+
+    def end(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(WAIT_S) == 0
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    file = tmp_path / "pool.toml"
+    file.write_text(MEMORY + SLAB.format("a"))
+    node = Node(file)
+    yield node
+    node.end()
+
+
+def test_members_come_and_go_and_no_block_is_lost(node: Node) -> None:
+    assert "memory:0 (memory, 1 MiB, 0 blocks), ssd:0 (" in node.ready
+    client = connect_pool(node.address)
+    keys = chain("live", 40)
+    assert [write(client, key, parent) for key, parent in keys] == ["ok"] * 40
+    before = {member["name"]: member["blocks"] for member in node.stat()["members"]}
+    assert before["memory:0"] > 10 and before["ssd:0"] > 10
+    node.reload(SLAB.format("a") + SLAB.format("b"))
+    assert node.out.get(timeout=WAIT_S) == "pool node pool reloaded: added ssd:1, draining memory:0"
+    until(lambda: node.members() == {"ssd:0": "ok", "ssd:1": "ok"}, WAIT_S)
+    assert [read(client, key) for key, _ in keys] == ["ok"] * 40  # those of memory:0 have moved
+    assert node.stat()["moved_blocks"] == before["memory:0"]
+    node.reload(SLAB.format("a") + SLAB.format("b") + MEMORY)
+    assert node.out.get(timeout=WAIT_S) == "pool node pool reloaded: added memory:0"
+    client.close(5.0)
+
+
+def test_weights_quotas_and_admission_change(node: Node) -> None:
+    node.reload(
+        'write_admission = "reused"\n' + MEMORY.replace("= 1\n", "= 3\n") + SLAB.format("a") + '[quota]\ndefault="10%"'
+    )
+    line = node.out.get(timeout=WAIT_S)
+    assert line == "pool node pool reloaded: weight of memory:0, write admission reused, quotas"
+    shares = {member["name"]: member["weight"] for member in node.stat()["members"]}
+    assert shares == {"memory:0": 0.75, "ssd:0": 0.25}
+    client = connect_pool(node.address)
+    for key, parent in chain("new", 20):
+        assert write(client, key, parent) in ("ok", "dropped")
+    assert {m["name"]: m["blocks"] for m in node.stat()["members"]}["ssd:0"] == 0
+    client.close(5.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[[member]]", "[[member]] 1: kind is missing"),
+        ('name = "other"\n' + MEMORY, "name is changed; allowed: with a restart only"),
+        (MEMORY.replace("1MiB", "2MiB").replace("[[member]]", '[[member]]\nname = "memory:0"'), "another member than"),
+        (MEMORY + SLAB.format("a").replace("8MiB", "4MiB"), "a.slab is still that of ssd:0; allowed: once it is gone"),
+        (MEMORY + SLAB.format("a") + SLAB.format("absent/b"), "does not exist"),
+        (MEMORY + '[[member]]\nkind = "node"\naddress = "127.0.0.1:1"', "with a restart only"),
+    ],
+)
+def test_a_file_that_cannot_be_applied_changes_nothing_and_is_one_line(node: Node, text: str, expected: str) -> None:
+    node.reload(text)
+    line = node.err.get(timeout=WAIT_S)
+    assert expected in line and line.endswith("the pool goes on as it was")
+    assert node.members() == {"memory:0": "ok", "ssd:0": "ok"}
+    assert node.err.empty() and node.out.empty()
+
+
+def test_stat_shows_a_table_and_refuses_in_one_line(node: Node) -> None:
+    shown = subprocess.run([*COMMAND, "pool", "stat", node.address], capture_output=True, text=True, timeout=WAIT_S)
+    assert shown.returncode == 0 and "memory:0" in shown.stdout and "share" in shown.stdout, shown
+    for address in ("127.0.0.1:1", "nowhere"):
+        refused = subprocess.run([*COMMAND, "pool", "stat", address], capture_output=True, text=True, timeout=WAIT_S)
+        assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and not refused.stdout
