@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -26,7 +26,8 @@ STAT_TIMEOUT_S = 2.0  # and so the time until a node that hangs is found
 
 
 class Children:
-    """`all` of them, the local one first if there is one; numbers are places in it. `lock` guards what they carry."""
+    """`all` of them, the local one first if there is one; numbers are places in it. `lock` guards what they carry. The
+    list only grows: a node that left keeps its number, and further ones come behind."""
 
     def __init__(
         self,
@@ -66,6 +67,40 @@ class Children:
         with self.lock:
             return self._placement.total_weight
 
+    def add(self, node: NodePool, weight: float | None) -> None:
+        """A further node, used from now on; closed when this raises. Raises ValueError when it is a child already."""
+        try:
+            with self.lock:
+                known = (child.node for child in self.all if child.node is not None and not child.left)
+                _check_different(node, known)
+                if weight is not None and (weight < SHARES_BELOW) != (self._placement.total_weight < SHARES_BELOW):
+                    raise ValueError(f"the weight of {node.place} is on another scale than the others'")
+                child = self._weighed_child(Child(node, None, node), weight)
+                self._placement.add(weight or 0.0)
+                self.all = [*self.all, child]
+        except BaseException:
+            node.close(1.0)
+            raise
+
+    def drop(self, place: str, timeout_s: float) -> None:
+        """Use a node no more: its blocks are misses from now on; reads under way may end within `timeout_s`."""
+        with self.lock:
+            number = next(i for i, child in enumerate(self.all) if child.name == place and not child.left)
+            child = self.all[number]
+            child.left = True
+            self._placement.set_weight(number, 0.0)
+        deadline_s = time.monotonic() + timeout_s
+        while child.meter.reads and time.monotonic() < deadline_s and not self._closing.wait(0.01):
+            pass
+        child.pool.close(1.0)
+
+    def set_weight(self, place: str, weight: float) -> None:
+        """Another weight for a node; it stays until the next one is given."""
+        with self.lock:
+            number = next(i for i, child in enumerate(self.all) if child.name == place and not child.left)
+            self._weighed_child(self.all[number], weight)
+            self._placement.set_weight(number, weight)
+
     def preference(self) -> list[int]:
         """Whom to read a block from that several hold; with the lock held."""
         shares = self.shares
@@ -95,7 +130,8 @@ class Children:
     def ask_all(
         self, begin: Callable[[NodePool], Callable[[], A]], at_once: Callable[[ServedPool], A]
     ) -> list[A | PoolError]:
-        """What each child answers: all nodes are asked before any answer is waited for, the local pool meanwhile."""
+        """What each child answers, in the order of `all` (a child may have come since): all nodes are asked before any
+        answer is waited for, the local pool meanwhile."""
         waits: list[Callable[[], A] | PoolError] = []
         for child in self.all:
             try:
@@ -115,12 +151,11 @@ class Children:
         weights: list[float | None] = []
         for i, child in enumerate(self.all):
             weight = given[i] if given is not None else None
-            child.given = weight is not None
             if weight is None and child.node is None:
                 weight = child.as_local.read_bytes_per_s
-            child.weighed = weight is not None
-            if self._follow and child.node is not None and weight and weight >= SHARES_BELOW:
-                child.bandwidth = MemberBandwidth(weight)
+                child.weighed = True
+            else:
+                self._weighed_child(child, weight)
             weights.append(weight)
         if any(weight and weight < SHARES_BELOW for weight in weights) and len(weights) > 1:
             mixed = [child.name for child, w in zip(self.all, weights, strict=True) if w is None or w >= SHARES_BELOW]
@@ -134,13 +169,18 @@ class Children:
             placement.set_weight(i, weight or 0.0)
         return placement
 
+    def _weighed_child(self, child: Child, weight: float | None) -> Child:
+        """Note what weight a child was given, if any."""
+        child.given = child.weighed = weight is not None
+        if self._follow and child.node is not None and weight and weight >= SHARES_BELOW:
+            child.bandwidth = MemberBandwidth(weight)
+        return child
+
     def _check(self) -> None:
         """Raises ValueError or PoolError for children that make no pool."""
         nodes = [child.node for child in self.all if child.node is not None]
         for i, node in enumerate(nodes):
-            other = next((n for n in nodes[:i] if n.node_id and n.node_id == node.node_id), None)
-            if other is not None:
-                raise ValueError(f"{other.place} and {node.place} are one pool node; name it once")
+            _check_different(node, nodes[:i])
         if not any(child.up for child in self.all):
             reasons = "; ".join(f"pool node {node.place}: {node.down_reason}" for node in nodes)
             raise PoolError("network", f"no pool node can be used: {reasons}")
@@ -160,12 +200,12 @@ class Children:
         answers = self.ask_all(lambda node: node.begin_stat(STAT_TIMEOUT_S), lambda local: local.stat(STAT_TIMEOUT_S))
         now_s, local_weight = time.monotonic(), self.local.read_bytes_per_s if self.local is not None else 0.0
         with self.lock:
-            for at, (child, answer) in enumerate(zip(self.all, answers, strict=True)):
+            for at, (child, answer) in enumerate(zip(self.all, answers, strict=False)):
                 if isinstance(answer, PoolStat):
                     child.note_stat(answer)
                 if child.node is None and not child.given:
                     self._placement.set_weight(at, local_weight)
-                if child.bandwidth is None:
+                if child.bandwidth is None or child.left:
                     continue
                 child.bandwidth.observe(*child.meter.observed(now_s))
                 changed = child.bandwidth.change(now_s)
@@ -185,6 +225,13 @@ class Children:
         with self.lock:
             child.weighed, child.bandwidth = True, MemberBandwidth(weight) if self._follow else None
             self._placement.set_weight(at, weight)
+
+
+def _check_different(node: NodePool, others: Iterable[NodePool]) -> None:
+    """Raises ValueError when a node is one of the others, under whatever address."""
+    for other in others:
+        if other.place == node.place or (other.node_id and other.node_id == node.node_id):
+            raise ValueError(f"{other.place} and {node.place} are one pool node; name it once")
 
 
 def _answer(wait: Callable[[], A]) -> A | PoolError:

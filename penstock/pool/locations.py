@@ -33,6 +33,9 @@ class Locations:
     def __len__(self) -> int:
         return len(self._known)
 
+    def add_child(self) -> None:
+        self._nowhere = (*self._nowhere, None)
+
     def find(self, key: BlockKey) -> int | None:
         location = self._known.get(key)
         return location.child if location is not None else None
@@ -55,18 +58,19 @@ class Locations:
                 continue
             merged.append(None)
             known = self._known.get(key)
-            if known is not None and answers[known.child] is not None:
+            if known is not None and known.child < len(answers) and answers[known.child] is not None:
                 del self._known[key]
         return merged
 
     def parent_on(self, child: int, parent: BlockKey) -> BlockKey:
         """The nearest ancestor that `child` holds of a block with this parent; the parent where none is known."""
         known = self._known.get(parent)
-        return (known.ancestors[child] if known is not None else None) or parent
+        return (known.ancestors[child] if known is not None and child < len(known.ancestors) else None) or parent
 
     def note_written(self, key: BlockKey, parent: BlockKey, child: int) -> None:
         known = self._known.get(parent)
-        ancestors = list(known.ancestors if known is not None else self._nowhere)
+        before = known.ancestors if known is not None else ()
+        ancestors = [*before, *self._nowhere[len(before) :]]
         ancestors[child] = key
         self._note(key, _Location(child, tuple(ancestors)))
 

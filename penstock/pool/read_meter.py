@@ -19,6 +19,11 @@ class ReadMeter:
         busy, since_s, total_s = self._reads >= BUSY_READS, self._since_s, self._busy_s
         return self._bytes, total_s + max(0.0, now_s - since_s) if busy else total_s
 
+    @property
+    def reads(self) -> int:
+        """Under way now."""
+        return self._reads
+
     def started(self, now_s: float) -> None:
         self._reads += 1
         if self._reads == BUSY_READS:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Collection, Sequence
 from penstock.core.config import ConfigError
 from penstock.pool.config import MemberConfig, PoolConfig
 from penstock.pool.local import LocalPool
-from penstock.pool.open import open_members, policy_of, weights_of
+from penstock.pool.open import link_bytes_per_s, open_members, policy_of, weights_of
 from penstock.pool.profile import read_profile
+from penstock.pool.union import UnionPool
 
 STAT_TIMEOUT_S = 1.0
+DROP_TIMEOUT_S = 10.0  # for reads of a node that is left
 _FIXED = ("name", "listen", "state", "pace_bytes_per_s")  # need a restart
 ReadConfig = Callable[[Sequence[MemberConfig], Collection[str]], PoolConfig]
 
@@ -19,10 +21,12 @@ ReadConfig = Callable[[Sequence[MemberConfig], Collection[str]], PoolConfig]
 class LiveConfig:
     """The configuration that a pool runs with. Used by one thread."""
 
-    def __init__(self, config: PoolConfig, pool: LocalPool, read: ReadConfig) -> None:
-        """`read` gives the new configuration; it gets the members that run and names that cannot be given yet."""
+    def __init__(self, config: PoolConfig, pool: LocalPool | None, union: UnionPool | None, read: ReadConfig) -> None:
+        """`pool` has the members of this machine, `union` those of kind node, None where there were none at start.
+        `read` gives the new configuration; it gets the members that run and names that cannot be given yet."""
         self.config = config
         self._pool = pool
+        self._union = union
         self._read = read
         self._leaving: dict[str, MemberConfig] = {}  # begun to drain, maybe gone by now
 
@@ -32,41 +36,74 @@ class LiveConfig:
         Raises ValueError, OSError or PoolError with one line; the pool is then as it was.
         """
         old = self.config
-        present = {member.name for member in self._pool.stat(STAT_TIMEOUT_S).members}
+        present = {member.name for member in self._pool.stat(STAT_TIMEOUT_S).members} if self._pool else set()
         self._leaving = {name: member for name, member in self._leaving.items() if name in present}
         new = self._read(old.members, self._leaving)
         running = {member.name: member for member in old.members}
         self._check(old, new, running)
         added = [member for member in new.members if member.name not in running]
-        gone = [name for name in running if name not in {member.name for member in new.members}]
-        profile = read_profile(new.profile).weights() if new.profile else {}
-        with contextlib.ExitStack() as undo:
-            opened = open_members(new, added, undo)
-            weights = weights_of(new, added, opened)
-            for one, weight in zip(opened, weights, strict=True):
-                self._pool.add_member(one, weight)
-            undo.pop_all()
-        changes = [f"added {member.name}" for member in added]
-        for member in new.members:
-            before = running.get(member.name)
-            weight_now = profile.get(member.name) if member.weight is None else member.weight
-            if before is not None and weight_now is not None and (member.weight != before.weight or new.profile):
-                self._pool.set_weight(member.name, weight_now)
-                changes += [f"weight of {member.name}"] if member.weight != before.weight else []
-        for name in gone:
-            self._pool.drain_member(name)
-            self._leaving[name] = running[name]
-            changes.append(f"draining {name}")
-        capacity_bytes = sum(
-            m.capacity_bytes for m in self._pool.stat(STAT_TIMEOUT_S).members if m.name not in self._leaving
-        )
-        self._pool.set_policy(policy_of(new, capacity_bytes))
+        changes = self._add(new, added) + self._weigh(new, running)
+        kept = {member.name for member in new.members}
+        changes += [self._let_go(member) for member in old.members if member.name not in kept]
+        if self._pool is not None:
+            members = self._pool.stat(STAT_TIMEOUT_S).members
+            capacity_bytes = sum(m.capacity_bytes for m in members if m.name not in self._leaving)
+            self._pool.set_policy(policy_of(new, capacity_bytes))
         if new.write_admission != old.write_admission:
             changes.append(f"write admission {new.write_admission}")
         if (new.default_quota, new.quotas) != (old.default_quota, old.quotas):
             changes.append("quotas")
         self.config = new
         return changes
+
+    def _add(self, new: PoolConfig, added: Sequence[MemberConfig]) -> list[str]:
+        """Members of this machine first: what cannot be opened is known before anything changes."""
+        local = [member for member in added if member.kind != "node"]
+        with contextlib.ExitStack() as undo:
+            opened = open_members(new, local, undo)
+            weights = weights_of(new, local, opened)
+            for node in added:
+                if node.kind == "node":
+                    self._add_node(new, node)
+            for one, weight in zip(opened, weights, strict=True):
+                assert self._pool is not None
+                self._pool.add_member(one, weight)
+            undo.pop_all()
+        return [f"added {member.name}" for member in added]
+
+    def _add_node(self, new: PoolConfig, node: MemberConfig) -> None:
+        from penstock.transport.connect import add_node
+
+        assert self._union is not None
+        known = link_bytes_per_s(new).get(f"net@{node.address}")
+        add_node(self._union, str(node.address), known if node.weight is None else node.weight)
+
+    def _weigh(self, new: PoolConfig, running: dict[str, MemberConfig]) -> list[str]:
+        """Weights of members that stay: as given now, else of the profile."""
+        profile = read_profile(new.profile).weights() if new.profile else {}
+        changes = []
+        for member in new.members:
+            before = running.get(member.name)
+            weight = profile.get(member.name) if member.weight is None else member.weight
+            if before is None or weight is None or not (member.weight != before.weight or new.profile):
+                continue
+            if member.kind != "node" and self._pool is not None:
+                self._pool.set_weight(member.name, weight)
+            elif member.kind == "node" and self._union is not None and member.weight is not None:
+                self._union.set_node_weight(str(member.address), weight)
+            changes += [f"weight of {member.name}"] if member.weight != before.weight else []
+        return changes
+
+    def _let_go(self, member: MemberConfig) -> str:
+        """A member of this machine drains; a node is left alone with its blocks."""
+        if member.kind == "node":
+            assert self._union is not None
+            self._union.drop_node(str(member.address), DROP_TIMEOUT_S)
+            return f"without {member.name}"
+        assert self._pool is not None
+        self._pool.drain_member(member.name)
+        self._leaving[member.name] = member
+        return f"draining {member.name}"
 
     def _check(self, old: PoolConfig, new: PoolConfig, running: dict[str, MemberConfig]) -> None:
         """Raises ConfigError for what cannot change while the pool runs."""
@@ -76,8 +113,10 @@ class LiveConfig:
                 raise ConfigError(
                     f"{place}{name.removesuffix('_bytes_per_s')} is changed; allowed: with a restart only"
                 )
-        if any(member.kind == "node" for member in (*new.members, *old.members)):
-            raise ConfigError(f"{place}a pool with members of kind node was changed; allowed: with a restart only")
+        for member in new.members:
+            if (self._union if member.kind == "node" else self._pool) is None:
+                what = "node" if member.kind == "node" else "this machine"
+                raise ConfigError(f"{place}{member.name} is the first member of {what}; allowed: with a restart only")
         for member in new.members:
             before = running.get(member.name)
             if before is not None and not before.same_place(member):

@@ -67,12 +67,30 @@ class UnionPool:
     def weights(self) -> dict[str, float]:
         """Each child's share of new blocks: "local", and nodes by their address."""
         with self._lock:
-            return {child.name: share for child, share in zip(self._children.all, self._children.shares, strict=True)}
+            pairs = zip(self._children.all, self._children.shares, strict=True)
+            return {child.name: share for child, share in pairs if not child.left}
 
     @property
     def failures(self) -> dict[str, int]:
         """Lookups that each child did not answer."""
-        return {child.name: child.failures for child in self._children.all}
+        return {child.name: child.failures for child in self._children.all if not child.left}
+
+    # --- nodes that come and go ---
+
+    def add_node(self, node: NodePool, weight: float | None) -> None:
+        """A further node, taken over and used from now on. Raises ValueError when it is there already."""
+        with self._lock:
+            self._locations.add_child()
+        self._children.add(node, weight)
+
+    def drop_node(self, place: str, timeout_s: float) -> None:
+        """Use the node at this address no more: what lies there are misses from now on, and it is left alone; reads
+        under way may end within `timeout_s`."""
+        self._children.drop(place, timeout_s)
+
+    def set_node_weight(self, place: str, weight: float) -> None:
+        """Bytes per second, or a share where the others have shares."""
+        self._children.set_weight(place, weight)
 
     # --- the interface ---
 
@@ -85,12 +103,13 @@ class UnionPool:
             lambda node: node.begin_lookup(keys, timeout_s), lambda local: local.lookup(keys, timeout_s)
         )
         with self._lock:
-            for child, answer in zip(self._children.all, answers, strict=True):
+            for child, answer in zip(self._children.all, answers, strict=False):
                 self._note_answer(child, answer)
             found = [None if isinstance(answer, PoolError) else answer for answer in answers]
             if all(answer is None for answer in found):
                 raise next(answer for answer in answers if isinstance(answer, PoolError))
-            return self._locations.note_prefix(keys, found, self._children.preference())
+            asked = [number for number in self._children.preference() if number < len(found)]
+            return self._locations.note_prefix(keys, found, asked)
 
     def read(self, key: BlockKey, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
         child = self._holder(key)
@@ -156,7 +175,9 @@ class UnionPool:
         counted: list[PoolStat] = []
         with self._lock:
             shares = self._children.shares
-            for child, answer, share in zip(self._children.all, answers, shares, strict=True):
+            for child, answer, share in zip(self._children.all, answers, shares, strict=False):
+                if child.left:
+                    continue
                 if isinstance(answer, PoolStat):
                     child.note_stat(answer)
                     counted.append(answer)
@@ -208,10 +229,13 @@ class UnionPool:
     def _holder(self, key: BlockKey) -> Child | None:
         with self._lock:
             found = self._locations.find(key)
-            return self._children.all[found] if found is not None else None
+            child = self._children.all[found] if found is not None else None
+            return child if child is not None and not child.left else None
 
     def _note_answer(self, child: Child, answer: object) -> None:
         """With the lock held: count what a child did not answer, and say so once until it answers again."""
+        if child.left:
+            return
         failed = isinstance(answer, PoolError)
         child.failures += failed
         if failed and not child.told_down:

@@ -59,10 +59,11 @@ class Child:
         self.stat: PoolStat | None = None
         self.failures = 0  # lookups that it did not answer
         self.told_down = False
+        self.left = False  # the union uses it no more
 
     @property
     def up(self) -> bool:
-        return self.node is None or self.node.up
+        return not self.left and (self.node is None or self.node.up)
 
     @property
     def as_local(self) -> ServedPool:

@@ -160,12 +160,13 @@ def _wait(config: PoolConfig, served: ServedPool, read: ReadConfig, inbox: Inbox
     from penstock.pool.api import PoolError
     from penstock.pool.local import LocalPool
     from penstock.pool.reload import LiveConfig
+    from penstock.pool.union import UnionPool
 
-    live = LiveConfig(config, served, read) if isinstance(served, LocalPool) else None
+    local = served.own
+    assert local is None or isinstance(local, LocalPool)
+    live = LiveConfig(config, local, served if isinstance(served, UnionPool) else None, read)
     while inbox.get() == "reload":
         try:
-            if live is None:
-                raise ValueError("a pool with members of kind node changes with a restart only")
             changes = ", ".join(live.reload()) or "nothing changed"
         except (ValueError, OSError, PoolError) as error:
             log.error("%s; the pool goes on as it was", one_line(error))

@@ -23,6 +23,14 @@ def connect_pool(
     return RemotePool(host, port, connections, connect_timeout_s)
 
 
+def add_node(union: UnionPool, address: str, weight: float | None, connect_timeout_s: float = 5.0) -> None:
+    """A further node of a union that is served by a pool node. One that is down is used once it is up.
+
+    Raises ValueError for a malformed address, or one that is in the union already."""
+    host, port = parse_address(address)
+    union.add_node(RemotePool(host, port, 1, connect_timeout_s, False, union.node_id, True), weight)
+
+
 def open_union(
     local: ServedPool | None,
     addresses: Sequence[str],

@@ -85,6 +85,40 @@ def test_members_come_and_go_and_no_block_is_lost(node: Node) -> None:
     client.close(5.0)
 
 
+def test_nodes_come_and_go(tmp_path: Path) -> None:
+    """A node that is left keeps its blocks, and brings them when it comes back."""
+    far = []
+    for name in ("one", "two"):
+        file = tmp_path / f"{name}.toml"
+        file.write_text(MEMORY)
+        far.append(Node(file))
+    entry = '[[member]]\nkind = "node"\nname = "{}"\naddress = "{}"\nweight = 1\n'
+    one, two = entry.format("one", far[0].address), entry.format("two", far[1].address)
+    file = tmp_path / "near.toml"
+    file.write_text(MEMORY + one)
+    near = Node(file)
+    client = connect_pool(near.address)
+    near.reload(MEMORY + one + two)
+    assert near.out.get(timeout=WAIT_S) == "pool node pool reloaded: added two"
+    keys = chain("nodes", 60)
+    assert [write(client, key, parent) for key, parent in keys] == ["ok"] * 60
+    held = {member["name"]: member["blocks"] for member in near.stat()["members"]}
+    assert len(held) == 3 and min(held.values()) >= 10, held
+    near.reload(MEMORY + two)
+    assert near.out.get(timeout=WAIT_S) == "pool node pool reloaded: without one"
+    assert len(near.members()) == 2
+    hits = client.lookup([key for key, _ in keys], 5.0)
+    assert sum(hit is None for hit in hits) == far[0].stat()["members"][0]["blocks"] >= 10
+    assert all(read(client, key) == "ok" for (key, _), hit in zip(keys, hits, strict=True) if hit is not None)
+    near.reload(MEMORY + two + one.replace("= 1\n", "= 2\n"))
+    assert near.out.get(timeout=WAIT_S) == "pool node pool reloaded: added one"
+    until(lambda: all(client.lookup([key for key, _ in keys], 5.0)), WAIT_S)
+    assert [read(client, key) for key, _ in keys] == ["ok"] * 60
+    client.close(5.0)
+    for node in (near, *far):
+        node.end()
+
+
 def test_weights_quotas_and_admission_change(node: Node) -> None:
     node.reload(
         'write_admission = "reused"\n' + MEMORY.replace("= 1\n", "= 3\n") + SLAB.format("a") + '[quota]\ndefault="10%"'
@@ -108,7 +142,10 @@ def test_weights_quotas_and_admission_change(node: Node) -> None:
         (MEMORY.replace("1MiB", "2MiB").replace("[[member]]", '[[member]]\nname = "memory:0"'), "another member than"),
         (MEMORY + SLAB.format("a").replace("8MiB", "4MiB"), "a.slab is still that of ssd:0; allowed: once it is gone"),
         (MEMORY + SLAB.format("a") + SLAB.format("absent/b"), "does not exist"),
-        (MEMORY + '[[member]]\nkind = "node"\naddress = "127.0.0.1:1"', "with a restart only"),
+        (
+            MEMORY + '[[member]]\nkind = "node"\naddress = "127.0.0.1:1"',
+            "is the first member of node; allowed: with a restart only",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_applied_changes_nothing_and_is_one_line(node: Node, text: str, expected: str) -> None:
