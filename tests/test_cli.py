@@ -21,6 +21,7 @@ from penstock.cli import app
         ["pool", "check"],
         ["profile"],
         ["doctor"],
+        ["vllm"],
         ["bench"],
         ["spdk"],
         ["spdk", "build"],

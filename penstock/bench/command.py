@@ -11,6 +11,7 @@ from penstock.bench.experiments.io import io
 from penstock.bench.experiments.pool import pool
 from penstock.bench.experiments.serve import serve
 from penstock.bench.experiments.transport import transport
+from penstock.bench.experiments.vllm import vllm
 
 bench = typer.Typer(help="Measure Penstock against its limits on this machine.", no_args_is_help=True)
 bench.command()(calvo)
@@ -18,5 +19,6 @@ bench.command()(gpu)
 bench.command()(io)
 bench.command()(pool)
 bench.command()(transport)
+bench.command()(vllm)
 bench.command()(demo)
 bench.command()(serve)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, Self
 
@@ -37,8 +37,17 @@ class ReadyProcess:
     Use as a context manager on a thread that outlives the process: the kernel kills it when that thread is gone.
     """
 
-    def __init__(self, command: Sequence[str], ready: re.Pattern[str], *, ready_s: float, stop_s: float = 15.0) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        ready: re.Pattern[str],
+        *,
+        ready_s: float,
+        stop_s: float = 15.0,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.command = list(command)
+        self._environment = environment
         self.address = ""
         self._ready = ready
         self._ready_s = ready_s
@@ -56,6 +65,7 @@ class ReadyProcess:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
+                env=self._environment,
             )
             self.address = self._await_ready(time.monotonic() + self._ready_s)
         except BaseException:

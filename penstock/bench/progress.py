@@ -27,3 +27,7 @@ class Counter:
 
     def __call__(self, finished: object) -> None:
         self._progress.advance(self._task)
+
+    def describe(self, text: str) -> None:
+        """What the bar says it is doing."""
+        self._progress.update(self._task, description=text)

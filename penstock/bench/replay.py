@@ -21,7 +21,8 @@ class ReplaySettings:
     """`sessions_at_once` bounds the sessions under way; further ones start as others end (in order, never before their
     `start_s`). `request_s_max` bounds one request, `replay_s_max` the whole: what has not ended then is an error.
 
-    `slo_s` is the deadline of the first token by (session name, turn), sent with the request.
+    `slo_s` is the deadline of the first token by (session name, turn), sent with the request: as a header, and as the
+    fields that `slo_fields` makes of it.
     """
 
     model: str
@@ -33,6 +34,7 @@ class ReplaySettings:
     tenant_suffix: str = ""
     api_key: str | None = None
     ignore_eos: bool = True
+    slo_fields: Callable[[float], Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,8 @@ class Replay:
             body["cache_salt"] = session.tenant + settings.tenant_suffix
         slo_s = settings.slo_s.get((session.name, index))
         headers = {} if slo_s is None else {"x-slo-ttft-ms": f"{slo_s * 1000:.3f}"}
+        if slo_s is not None and settings.slo_fields is not None:
+            body |= settings.slo_fields(slo_s)
         if settings.api_key is not None:
             headers["authorization"] = f"Bearer {settings.api_key}"
         answer = _Answer()

@@ -49,6 +49,13 @@ class Report:
         if limit is not None:
             self.limits[name] = float(limit)
 
+    def add(self, prefix: str, other: Report) -> None:
+        """Take in another report, its figures under `PREFIX_`."""
+        for name, value in other.figures.items():
+            self.figure(f"{prefix}_{name}", value, other.limits.get(name))
+        self.modelled += [f"{prefix}: {text}" for text in other.modelled]
+        self.notes += [f"{prefix}: {text}" for text in other.notes]
+
     def print(self, console: Console) -> None:
         table = Table(title=f"{self.experiment}: {self.command}", title_justify="left")
         table.add_column("figure")

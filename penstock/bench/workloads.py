@@ -240,6 +240,49 @@ def _split(rng: np.random.Generator, total: int, parts: int) -> list[int]:
     return [int(n) + 1 for n in np.diff(edges, prepend=0)]
 
 
+@dataclass(frozen=True, slots=True)
+class AgentLengths:
+    """One trajectory by its token counts, turn by turn."""
+
+    appends: list[int]
+    answers: list[int]
+    start_s: float
+
+
+def agent_lengths(
+    length: str,
+    sessions: int,
+    seed: int,
+    *,
+    rate_per_s: float = float("inf"),
+    token_divisor: int = 1,
+    turns_divisor: int = 1,
+    first_tokens_min: int = 1,
+) -> list[AgentLengths]:
+    """The token counts of `agent_trajectories` (which see), without their prompts: what a large simulation needs."""
+    if length not in AGENT_TABLES:
+        raise ValueError(f"length is {length!r}; allowed are {', '.join(AGENT_TABLES)}")
+    table = AGENT_TABLES[length]
+    rng = _generator("agents", length, seed)
+    starts_s = poisson_starts_s(rng, rate_per_s, sessions) if np.isfinite(rate_per_s) else [0.0] * sessions
+    turns = _trajectory_turns(rng, table, sessions)
+    spread = 1.0 - table.total_tokens / table.length_tokens_max
+    fractions = 1.0 - stratified_gamma(rng, spread, 4.0, sessions).clip(max=0.6)
+    first_share = max(0.0, 2.0 * table.context_tokens / table.total_tokens - 1.0)
+    generated_share = table.generated_tokens / (table.append_tokens + table.generated_tokens)
+    made = []
+    for i in range(sessions):
+        count = max(2, round(int(turns[i]) / turns_divisor))
+        total = table.length_tokens_max * float(fractions[i]) / token_divisor
+        first = max(1, first_tokens_min, round(total * first_share))
+        generated = max(count, round(total * generated_share / turns_divisor))
+        appended = max(count - 1, round(total * (1.0 - first_share) / turns_divisor) - generated)
+        appends = [first, *_split(rng, appended, count - 1)]
+        answers = _split(rng, generated, count)
+        made.append(AgentLengths(appends, answers, starts_s[i]))
+    return made
+
+
 def agent_trajectories(
     length: str,
     sessions: int,
@@ -260,27 +303,14 @@ def agent_trajectories(
     a turn appends) the total. All sessions begin with the same `shared_prefix_tokens` (part of the first append).
     `answer_tokens_max` cuts what is asked for, not the recorded answers in later prompts.
     """
-    if length not in AGENT_TABLES:
-        raise ValueError(f"length is {length!r}; allowed are {', '.join(AGENT_TABLES)}")
-    table = AGENT_TABLES[length]
-    rng = _generator("agents", length, seed)
-    starts_s = poisson_starts_s(rng, rate_per_s, sessions) if np.isfinite(rate_per_s) else [0.0] * sessions
-    turns = _trajectory_turns(rng, table, sessions)
-    spread = 1.0 - table.total_tokens / table.length_tokens_max
-    fractions = 1.0 - stratified_gamma(rng, spread, 4.0, sessions).clip(max=0.6)
-    first_share = max(0.0, 2.0 * table.context_tokens / table.total_tokens - 1.0)
-    generated_share = table.generated_tokens / (table.append_tokens + table.generated_tokens)
     made = []
-    for i in range(sessions):
-        count = max(2, round(int(turns[i]) / turns_divisor))
-        total = table.length_tokens_max * float(fractions[i]) / token_divisor
-        first = max(1, shared_prefix_tokens, round(total * first_share))
-        generated = max(count, round(total * generated_share / turns_divisor))
-        appended = max(count - 1, round(total * (1.0 - first_share) / turns_divisor) - generated)
-        appends = [first, *_split(rng, appended, count - 1)]
-        answers = _split(rng, generated, count)
+    lengths = agent_lengths(
+        length, sessions, seed, rate_per_s=rate_per_s, token_divisor=token_divisor, turns_divisor=turns_divisor,
+        first_tokens_min=shared_prefix_tokens,
+    )  # fmt: skip
+    for i, agent in enumerate(lengths):
         name = f"agent-{length}-{seed}-{i}"
-        made.append(_trajectory(name, appends, answers, shared_prefix_tokens, starts_s[i], think_s))
+        made.append(_trajectory(name, agent.appends, agent.answers, shared_prefix_tokens, agent.start_s, think_s))
     if turns_max is not None:
         made = [replace(s, turns=s.turns[:turns_max]) for s in made]
     if answer_tokens_max is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from penstock.core.handing import Handing
 from penstock.core.loading import Loading
 from penstock.core.ordering import AGED, RankedQueue
 from penstock.core.ranking import Ranking
@@ -22,12 +23,14 @@ class Admission:
         self,
         shared: SharedState,
         loading: Loading,
+        handing: Handing,
         ranking: Ranking,
         changed: Callable[[Request, float], None],
         back_to_waiting: Callable[[Request, float], None],
     ) -> None:
         self._shared = shared
         self._loading = loading
+        self._handing = handing
         self._ranking = ranking
         self._changed = changed
         self._back_to_waiting = back_to_waiting
@@ -93,6 +96,7 @@ class Admission:
                 request.pages[index] = shared.l1.pin(key)
                 request.ready[index] = True
                 request.count_cached(self._shared.config.block_tokens)
+                self._handing.in_l1(request, index)
                 need -= 1
             elif index in request.hits or key in self._loading.loads:
                 if index not in request.loads:
@@ -114,7 +118,7 @@ class Admission:
             for other in self.admitted
             if other.rank > request.rank
             and other.state is State.PREFILL
-            and not other.batched
+            and not other.held
             and not other.own_pages
             and other.position == 0
             and all(load.state is LoadState.WANTED for load in other.loads.values())

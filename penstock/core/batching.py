@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from penstock.core.new_block import NewBlock, prefix_position
+from penstock.core.handing import Handing
 from penstock.core.operations import Compute, ComputeChunk, FinishReason
 from penstock.core.ordering import RankedQueue
 from penstock.core.request import NO_PAGE, BlockLoad, LoadState, Request, State
-from penstock.core.saving import Saving
+from penstock.core.saving import Saving, block_to_save
 from penstock.core.shared_state import SharedState
 
 Finish = Callable[[Request, FinishReason, str | None, float], None]
@@ -19,8 +19,9 @@ class Batching:
     in order of rank up to the token budget. A request can compute as soon as the block at its position is not being
     loaded: a hole left by a failed load is filled while the blocks behind it still come."""
 
-    def __init__(self, shared: SharedState, saving: Saving, loads: dict[bytes, BlockLoad]) -> None:
+    def __init__(self, shared: SharedState, saving: Saving, handing: Handing, loads: dict[bytes, BlockLoad]) -> None:
         self._shared = shared
+        self._handing = handing
         self._saving = saving
         self._loads = loads
         self._computable: RankedQueue[Request] = RankedQueue()
@@ -120,7 +121,7 @@ class Batching:
             start,
             request.pages,
             sample=start + count == len(request.tokens),
-            sampled_index=request.account.generated_tokens,
+            sampled_index=request.spec.first_index + request.account.generated_tokens,
             pending=tuple(sorted(op for op in pending if op is not None)),
         )
 
@@ -157,6 +158,7 @@ class Batching:
             request.ready[index] = True
             shared.keep_promise(request)
             request.count_cached(size)
+            self._handing.in_l1(request, index)
             self._pass_ready(request)
 
     def _take_page(self, request: Request, index: int, now: float) -> bool:
@@ -223,6 +225,8 @@ class Batching:
         first, request.position = request.position // size, position
         for index in range(first, position // size):
             request.ready[index] = True
+            if index < request.prompt_blocks:
+                self._handing.in_l1(request, index)
             key, page = request.key_at(index), request.pages[index]
             if key in shared.l1 or key in self._loads:
                 continue  # another copy is cached or on its way; this one stays private
@@ -230,16 +234,7 @@ class Batching:
             shared.l1.insert(key, parent, page, pins=1)
             request.own_pages -= 1
             if shared.config.pool:
-                self._saving.offer(
-                    NewBlock(
-                        key,
-                        parent,
-                        shared.config.block_bytes,
-                        prefix_position(request.key_at(0), index),
-                        request.spec.tenant,
-                        shared.cost.compute.rebuild_s(size, index * size),
-                    )
-                )
+                self._saving.offer(block_to_save(shared, request, index))
 
     def start_decoding(self, request: Request) -> None:
         self._decoding[request] = None

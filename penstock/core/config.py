@@ -49,6 +49,9 @@ class SchedulerConfig:
     lookup_window: int = 4
     save_window_blocks: int = 4
     save_queue_blocks: int = 4096
+    hands_off: bool = False  # requests may go on to a decode engine: staging memory keeps room for that
+    forward_window_blocks: int = 8  # in flight to one decode engine
+    forward_timeout_s: float = 10.0
     saves_yield: bool = False  # saves and batches share a processor: saves go between batches while nothing presses
     age_bound_s: float = 60.0  # a request that waited longer for its first token goes before all others
     default_slo_ttft_s: float = 10.0  # deadline of requests that name none
@@ -66,5 +69,5 @@ class SchedulerConfig:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
-            low = 1e-3 if field.name.endswith("_s") else 2 if field.name == "l2_slots" else 1
+            low = 1e-3 if field.name.endswith("_s") else 2 + self.hands_off if field.name == "l2_slots" else 1
             check_range(field.name, value, low, 1e15)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from penstock.core.handing import Handing
 from penstock.core.keys import BlockKey
 from penstock.core.operations import BlockHit, Drop, Fetch, Route, Upload
 from penstock.core.ordering import RankedQueue
@@ -38,8 +39,11 @@ class Loading:
     """Loads by key, shared by all requests that wait for them. `changed(request, now)` is called whenever a block of a
     request moved, so that its rank, label and readiness for compute follow."""
 
-    def __init__(self, shared: SharedState, changed: Callable[[Request, float], None]) -> None:
+    def __init__(
+        self, shared: SharedState, changed: Callable[[Request, float], None], handing: Handing | None = None
+    ) -> None:
         self._shared = shared
+        self._handing = handing
         self._changed = changed
         self.loads: dict[BlockKey, BlockLoad] = {}
         self._fetching: dict[int, BlockLoad] = {}
@@ -68,6 +72,11 @@ class Loading:
             request.wanted.setdefault(load.hit.route, deque()).append(load)
         elif load.state is LoadState.STAGED:
             request.staged.append(load)
+            self._hand_over(request, index, load)
+
+    def _hand_over(self, request: Request, index: int, load: BlockLoad) -> None:
+        if self._handing is not None and request.spec.hand_off is not None:
+            self._handing.staged(request, index, load)
 
     def enqueue(self, request: Request) -> None:
         """Offer the request's wanted and staged blocks to the dispatchers."""
@@ -103,6 +112,19 @@ class Loading:
             queue.discard(request)
         request.queues = []
 
+    def forgo(self, request: Request, index: int) -> None:
+        """The request does not wait for its block `index` any more."""
+        load = request.loads.pop(index)
+        del load.waiters[request]
+        request.load_counts[load.state] -= 1
+        request.upload_bytes -= load.hit.size_bytes
+        if load.state in (LoadState.WANTED, LoadState.FETCHING):
+            route = load.hit.route
+            request.bytes_by_route[route] = request.bytes_by_route.get(route, 0) - load.hit.size_bytes
+        if load in request.staged:
+            request.staged.remove(load)
+        self._release_if_unwanted(load)
+
     def _release_if_unwanted(self, load: BlockLoad) -> None:
         """After a waiter left: nobody may need the load any more, or only requests that are not admitted."""
         if load.state is LoadState.UPLOADING or any(waiter.state is State.PREFILL for waiter in load.waiters):
@@ -125,26 +147,62 @@ class Loading:
         if not load.reactive or not load.waiters or self._reactive_slots <= self._shared.l2.reactive_limit:
             return
         self._drop_staged(load)
+        self._want_again(load, load.hit)
+
+    def _want_again(self, load: BlockLoad, hit: BlockHit) -> None:
+        """The load is to be fetched after all, over the route of `hit`."""
+        size, old, route = load.hit.size_bytes, load.hit.route, hit.route
+        counted = load.state in (LoadState.WANTED, LoadState.FETCHING)
         self._move(load, LoadState.WANTED)
+        load.hit = hit
         for waiter in load.waiters:
             if load in waiter.staged:
                 waiter.staged.remove(load)
-            waiter.wanted.setdefault(load.hit.route, deque()).append(load)
-            route, size = load.hit.route, load.hit.size_bytes
+            if load in waiter.wanted.get(old, ()):
+                waiter.wanted[old].remove(load)
+            if counted:
+                waiter.bytes_by_route[old] = waiter.bytes_by_route.get(old, 0) - size
             waiter.bytes_by_route[route] = waiter.bytes_by_route.get(route, 0) + size
-            self._reactive.setdefault(route, RankedQueue()).push(waiter)
-            if self._reactive[route] not in waiter.queues:
-                waiter.queues.append(self._reactive[route])
+            waiter.wanted.setdefault(route, deque()).append(load)
+            queues = self._admitted if waiter.state is State.PREFILL else self._reactive
+            queue = queues.setdefault(route, RankedQueue())
+            queue.push(waiter)
+            if queue not in waiter.queues:
+                waiter.queues.append(queue)
+
+    def reroute(self, request: Request, away_from: Callable[[Route], bool]) -> None:
+        """Fetch what has not begun over such a route on the request's other side, where that can read it."""
+        for index, load in request.loads.items():
+            if load.state is LoadState.WANTED and away_from(load.hit.route) and index in request.alternates:
+                self._want_again(load, request.alternates.pop(index))
+                self._shared.count("rerouted_blocks")
+
+    def _other_side(self, load: BlockLoad, error: str) -> bool:
+        """A fetch failed: have the block fetched on the other side of a request that waits for it, if there is one."""
+        hit = next((w.alternates.pop(i) for w, i in load.waiters.items() if i in w.alternates), None)
+        if hit is None:
+            return False
+        for waiter in load.waiters:
+            failures = waiter.account.load_failures
+            failures[error] = failures.get(error, 0) + 1
+        self._free_slot(load)
+        self._want_again(load, hit)
+        self._shared.count("rerouted_blocks")
+        return True
 
     def _drop_staged(self, load: BlockLoad) -> None:
-        assert load.slot is not None
-        self._shared.outbox.append(Drop(load.slot))
+        load.kept = True  # the body holds its content until it is told
         self._free_slot(load)
 
     def _free_slot(self, load: BlockLoad) -> None:
         assert load.slot is not None
-        self._shared.l2.free_load(load.slot)
-        load.slot = None
+        if self._handing is not None and self._handing.keeps(load.slot):
+            self._handing.adopt(load.slot)
+        else:
+            if load.kept:
+                self._shared.outbox.append(Drop(load.slot))
+            self._shared.l2.free_load(load.slot)
+        load.slot, load.kept = None, False
         self._not_reactive(load)
 
     def _not_reactive(self, load: BlockLoad) -> None:
@@ -204,7 +262,7 @@ class Loading:
         if reactive:
             load.reactive = True
             self._reactive_slots += 1
-        elif shared.config.mode == "penstock":
+        elif shared.config.mode == "penstock" and load.page is None:
             self._reserve_page(load, shared.l1.take())
         self._move(load, LoadState.FETCHING)
         for name in load.hit.route:
@@ -236,7 +294,8 @@ class Loading:
                 shared.cost.link(name).observe(load.hit.size_bytes, link_s)
         if error is not None:
             shared.count("fetch_failures")
-            self._load_failed(load, error, now)
+            if not self._other_side(load, error):
+                self._load_failed(load, error, now)
             return
         shared.count("fetched_blocks")
         shared.count("fetched_bytes", load.hit.size_bytes)
@@ -245,7 +304,8 @@ class Loading:
             self._release_if_unwanted(load)
             return
         self._move(load, LoadState.STAGED)
-        for waiter in list(load.waiters):
+        for waiter, index in list(load.waiters.items()):
+            self._hand_over(waiter, index, load)
             account = waiter.account
             account.loaded_bytes += load.hit.size_bytes
             account.measured_fetch_s += busy_s
@@ -334,10 +394,14 @@ class Loading:
         shared = self._shared
         op_id = shared.next_op()
         blocks = []
+        kept = set()
         changed: dict[Request, None] = {}
         for load in group:
             assert load.slot is not None and load.page is not None
             blocks.append((load.slot, load.page))
+            if self._handing is not None and self._handing.keeps(load.slot):
+                load.kept = True
+                kept.add(load.slot)
             load.upload_op = op_id
             self._move(load, LoadState.UPLOADING)
             for waiter, index in load.waiters.items():
@@ -346,7 +410,7 @@ class Loading:
                 changed[waiter] = None
         self._upload_link.in_flight += 1
         self._uploading[op_id] = (tuple(group), now)
-        shared.outbox.append(Upload(op_id, tuple(blocks)))
+        shared.outbox.append(Upload(op_id, tuple(blocks), frozenset(kept)))
         for waiter in changed:
             self._changed(waiter, now)
 
@@ -387,6 +451,8 @@ class Loading:
         for waiter, index in users:
             waiter.ready[index] = True
             waiter.count_cached(shared.config.block_tokens)
+            if self._handing is not None:
+                self._handing.in_l1(waiter, index)
 
     # -- for integrity and views --------------------------------------------------------------------------------
 

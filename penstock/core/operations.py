@@ -1,7 +1,7 @@
 """What goes into the brain and what comes out: request specifications, operations for the stages, and notices.
 
 Every operation with an `op_id` is answered by exactly one event of its stage (`lookup_done`, `fetched`, `uploaded`,
-`computed`, `saved`); until then its pages, slots and buffers belong to the body.
+`computed`, `saved`, `forwarded`); until then its pages, slots and buffers belong to the body.
 """
 
 from __future__ import annotations
@@ -14,7 +14,24 @@ from penstock.core.keys import BlockKey
 from penstock.core.new_block import NewBlock
 
 Route = tuple[str, ...]
-FinishReason = Literal["stop", "length", "cancelled", "error", "timeout"]
+FinishReason = Literal["stop", "length", "cancelled", "error", "timeout", "handed_over", "restart"]
+
+
+@dataclass(frozen=True, slots=True)
+class HandOff:
+    """Where the KV of a prompt goes as it becomes ready, and what the decode engine there has or can read.
+
+    Blocks in `present` are in its buffer already, those in `readable` it can read from the pool: reading them through
+    it crosses `present_route` or `read_route`, and leaves them in its buffer. `read` and `decode_share` are the choice
+    of sides (`core.sides`)."""
+
+    to: str
+    present: frozenset[int]
+    readable: frozenset[int]
+    present_route: Route
+    read_route: Route
+    read: Literal["prefill", "decode", "split"] = "prefill"
+    decode_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +39,9 @@ class RequestSpec:
     """A request as the brain sees it. `root_key` separates model, layout and tenant (`keys.root_key`).
 
     `prompt` are token ids. `ttft_deadline_s` is an absolute time, None for the default SLO. `tenant` is the tag its
-    blocks are counted under in the pool (`new_block.tenant_tag`).
+    blocks are counted under in the pool (`new_block.tenant_tag`). With `hand_off` the request ends after its first
+    token, when its full blocks are handed over. `first_index` is how many tokens of the prompt were generated.
+    Hits among its first `recompute_tokens` are not loaded.
     """
 
     request_id: str
@@ -32,6 +51,9 @@ class RequestSpec:
     ttft_deadline_s: float | None = None
     eos_token_ids: frozenset[int] = frozenset()
     tenant: bytes = b""
+    hand_off: HandOff | None = None
+    first_index: int = 0
+    recompute_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +79,12 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """L2 -> L1: move staged blocks `(slot, page)` together."""
+    """L2 -> L1: move staged blocks `(slot, page)` together. What is in the slots `kept` is needed beyond the end of the
+    upload, until a `Drop`."""
 
     op_id: int
     blocks: tuple[tuple[int, int], ...]
+    kept: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +128,19 @@ class Save:
 
 
 @dataclass(frozen=True, slots=True)
+class Forward:
+    """Hand `block` to the decode engine `to`: out of `slot`, where it is staged; with a `page`, copy that into `slot`
+    first and say `downloaded`. Then say `forwarded`."""
+
+    op_id: int
+    block: NewBlock
+    to: str
+    slot: int
+    page: int | None
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Emit:
     """A token for the client, and with the last one the reason and the account of the request."""
 
@@ -114,7 +151,7 @@ class Emit:
     account: Account | None = None
 
 
-Operation = Lookup | Fetch | Upload | Drop | Compute | Save | Emit
+Operation = Lookup | Fetch | Upload | Drop | Compute | Save | Forward | Emit
 
 
 @dataclass(slots=True)
@@ -136,6 +173,8 @@ class Account:
     measured_fetch_s: float = 0.0  # how long its blocks alone kept their slowest link busy
     measured_upload_s: float = 0.0
     measured_compute_s: float = 0.0
+    handed_blocks: int = 0
+    hand_off_failures: dict[str, int] = field(default_factory=dict)  # blocks that could not be handed over
     load_failures: dict[str, int] = field(default_factory=dict)
     spans: list[tuple[str, float, float]] = field(default_factory=list)
 

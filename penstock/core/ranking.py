@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from heapq import nsmallest
 
 from penstock.core.feasibility import Job, put_off
 from penstock.core.ordering import AGED, HOPELESS, ORDINARY, policy_key
@@ -10,6 +11,8 @@ from penstock.core.request import LoadState, Request, State
 from penstock.core.shared_state import SharedState
 
 FEASIBILITY_HORIZON = 128  # requests of earliest deadline that `feasible` looks at
+FEASIBILITY_SHARE = 8  # with many requests it looks once in as many decisions as this share of them
+FEASIBILITY_OFTEN = 32  # up to so many requests it looks at every decision that may matter
 
 
 class Ranking:
@@ -19,6 +22,7 @@ class Ranking:
         self._shared = shared
         self.policy = "fcfs" if shared.config.mode == "coupled" else shared.config.policy
         self.stale = False  # a request came, got its first token or ended since `sort_feasible`
+        self._pause = 0  # decisions until `sort_feasible` looks again
 
     def estimate(self, request: Request) -> None:
         """What is to load and to compute, as L1 and the pool stand now."""
@@ -76,13 +80,17 @@ class Ranking:
             self.set_rank(request)
 
     def sort_feasible(self, requests: Iterable[Request], now: float) -> None:
-        """Put off the requests that stand in the way of more deadlines than their own; the earliest deadlines first."""
+        """Put off the requests that stand in the way of more deadlines than their own; the earliest deadlines first.
+        So seldom where many wait that it costs a decision little."""
         if not self.stale or self.policy != "feasible":
+            return
+        self._pause -= 1
+        if self._pause > 0:
             return
         self.stale = False
         waiting = [r for r in requests if r.state in (State.WAITING, State.PREFILL) and r.tier != AGED]
-        waiting.sort(key=lambda request: request.deadline_s)
-        del waiting[FEASIBILITY_HORIZON:]
+        self._pause = len(waiting) // FEASIBILITY_SHARE if len(waiting) > FEASIBILITY_OFTEN else 0
+        waiting = nsmallest(FEASIBILITY_HORIZON, waiting, key=lambda request: request.deadline_s)
         late = put_off([Job(request.deadline_s, self._stage_s(request)) for request in waiting], now)
         for index, request in enumerate(waiting):
             tier = HOPELESS if index in late else ORDINARY

@@ -12,15 +12,19 @@ from penstock.core.ordering import ORDINARY, Rank, RankedQueue
 NO_PAGE = -1
 MAX_SPANS = 256
 
+Ending = tuple[FinishReason, str | None, int | None]  # reason, error, last token
+
 
 class State(Enum):
     """LOOKUP: the pool is asked for its hits. WAITING: not admitted. PREFILL: admitted, its blocks load and its missing
-    tokens are computed. DECODE: after the first token. DONE: ended."""
+    tokens are computed. DECODE: after the first token. HANDING: after the first token, the rest of its KV goes to the
+    decode engine. DONE: ended."""
 
     LOOKUP = "lookup"
     WAITING = "waiting"
     PREFILL = "prefill"
     DECODE = "decode"
+    HANDING = "hand_off"
     DONE = "done"
 
 
@@ -36,7 +40,19 @@ class LoadState(Enum):
 class BlockLoad:
     """One block on its way to L1, shared by every request that waits for it (`waiters`: request -> block index)."""
 
-    __slots__ = ("hit", "issued_s", "key", "page", "parent", "reactive", "slot", "state", "upload_op", "waiters")
+    __slots__ = (
+        "hit",
+        "issued_s",
+        "kept",
+        "key",
+        "page",
+        "parent",
+        "reactive",
+        "slot",
+        "state",
+        "upload_op",
+        "waiters",
+    )
 
     def __init__(self, key: BlockKey, parent: BlockKey, hit: BlockHit) -> None:
         self.key = key
@@ -44,6 +60,7 @@ class BlockLoad:
         self.hit = hit
         self.state = LoadState.WANTED
         self.slot: int | None = None
+        self.kept = False  # the body was told to keep the slot as it is until a Drop
         self.reactive = False  # fetched before any request that waits for it was admitted
         self.page: int | None = None
         self.upload_op: int | None = None
@@ -57,6 +74,7 @@ class Request:
 
     __slots__ = (
         "account",
+        "alternates",
         "arrival_s",
         "batched",
         "block_tokens",
@@ -64,7 +82,10 @@ class Request:
         "chain",
         "compute_s",
         "deadline_s",
+        "downloading",
         "ending",
+        "forwarding",
+        "handed",
         "hits",
         "label",
         "label_since_s",
@@ -113,6 +134,7 @@ class Request:
         self.compute_s = 0.0
         # blocks, by index in the prefix
         self.hits: dict[int, BlockHit] = {}
+        self.alternates: dict[int, BlockHit] = {}  # where the other side could read them
         self.ready: list[bool] = []  # KV of the block is in L1, in pages[i]
         self.pages: list[int] = []
         self.own_pages = 0  # pages taken from the free ones on this request's account since admission
@@ -123,10 +145,15 @@ class Request:
         self.staged: deque[BlockLoad] = deque()
         self.load_counts: dict[LoadState, int] = dict.fromkeys(LoadState, 0)
         self.position = 0
+        # hand-off
+        # blocks that the decode engine has, or will not get from here
+        self.handed: set[int] = set(spec.hand_off.present) if spec.hand_off else set()
+        self.forwarding: set[int] = set()  # blocks on their way there
+        self.downloading = 0  # of them, those whose pages are being read
         # compute
         self.batched = False
         self.restarted = False  # a batch of it failed that waited for uploads
-        self.ending: tuple[FinishReason, str | None] | None = None
+        self.ending: Ending | None = None
         self.label = "lookup"
         self.label_since_s = now
 
@@ -138,6 +165,20 @@ class Request:
     def hittable_blocks(self) -> int:
         """How many leading blocks may be taken from a cache: the last token is always computed."""
         return (self.target - 1) // self.block_tokens
+
+    @property
+    def held(self) -> bool:
+        """Whether a batch or a download uses its pages right now: it cannot give them up."""
+        return self.batched or self.downloading > 0
+
+    @property
+    def prompt_blocks(self) -> int:
+        """Full blocks of the prompt."""
+        return len(self.spec.prompt) // self.block_tokens
+
+    def is_ready(self, index: int) -> bool:
+        """Whether the KV of a block is in L1."""
+        return index < len(self.ready) and self.ready[index]
 
     def key_at(self, index: int) -> BlockKey:
         return self.chain.keys[index]

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from collections import deque
 
-from penstock.core.new_block import NewBlock
+from penstock.core.new_block import NewBlock, prefix_position
 from penstock.core.operations import Save
+from penstock.core.request import Request
 from penstock.core.shared_state import SharedState
+
+
+def block_to_save(shared: SharedState, request: Request, index: int) -> NewBlock:
+    """The name of a request's full block, and what the pool needs to place and to keep it."""
+    size = shared.config.block_tokens
+    return NewBlock(
+        request.key_at(index),
+        request.chain.parent_of(index),
+        shared.config.block_bytes,
+        prefix_position(request.key_at(0), index),
+        request.spec.tenant,
+        shared.cost.compute.rebuild_s(size, index * size),
+    )
 
 
 class Saving:
@@ -26,6 +40,11 @@ class Saving:
 
     def __len__(self) -> int:
         return len(self._queue) + len(self._in_flight)
+
+    @property
+    def can_pin(self) -> bool:
+        """Whether a block offered now would be queued and pinned."""
+        return len(self._queue) < self._shared.config.save_queue_blocks and self._pinned < self._pin_limit
 
     def offer(self, block: NewBlock) -> None:
         """A block that was just cached in L1; saved later if there is room to wait."""
@@ -58,6 +77,15 @@ class Saving:
             op_id = self._shared.next_op()
             self._in_flight[op_id] = (slot, page)
             self._shared.outbox.append(Save(op_id, block, page, slot, config.save_timeout_s))
+
+    def drop_queued(self) -> None:
+        """What has not begun is not saved: its pages are needed."""
+        while self._queue:
+            block, pinned = self._queue.popleft()
+            self._shared.count("saves_dropped")
+            if pinned:
+                self._pinned -= 1
+                self._shared.l1.unpin(self._shared.l1.page_of(block.key))
 
     def downloaded(self, op_id: int) -> None:
         """The block's bytes are in its slot: its page may be evicted again."""

@@ -6,7 +6,7 @@ carry out what it returns. It has no clock, no threads and no I/O, and one threa
 
 Invariants, checked by `check_integrity`:
   S1 a request is in exactly one state, and ends exactly once;
-  S2 every page is free, private to one request or load, or cached; every slot is free or one load's or save's;
+  S2 every page is free, private to one request or load, or cached; every slot is free or one transfer's;
   S3 no block counts as ready before its upload or computation ended;
   S4 pages set aside are those that admitted requests may still take;
   S5 every queue and window is bounded.
@@ -17,18 +17,22 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Sequence
+from typing import Literal
 
 from penstock.core.admission import Admission
 from penstock.core.batching import Batching
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
+from penstock.core.handing import Handing
 from penstock.core.loading import Loading
 from penstock.core.operations import BlockHit, Emit, FinishReason, Lookup, Operation, RequestSpec
 from penstock.core.ordering import AGED
 from penstock.core.ranking import Ranking
-from penstock.core.request import NO_PAGE, LoadState, Request, State
+from penstock.core.request import NO_PAGE, Ending, LoadState, Request, State
 from penstock.core.saving import Saving
 from penstock.core.shared_state import SharedState
+from penstock.core.sides import is_far, route_hits
+from penstock.core.standing import Standing, standing
 
 
 class WaitingQueueFull(RuntimeError):
@@ -45,9 +49,12 @@ class LoadScheduler:
         self._shared.preempt_for = self._preempt_for
         self._saving = Saving(self._shared)
         self._ranking = Ranking(self._shared)
-        self._loading = Loading(self._shared, self._changed)
-        self._admission = Admission(self._shared, self._loading, self._ranking, self._changed, self._back_to_waiting)
-        self._batching = Batching(self._shared, self._saving, self._loading.loads)
+        self._handing = Handing(self._shared, self._settled)
+        self._loading = Loading(self._shared, self._changed, self._handing)
+        self._admission = Admission(
+            self._shared, self._loading, self._handing, self._ranking, self._changed, self._back_to_waiting
+        )
+        self._batching = Batching(self._shared, self._saving, self._handing, self._loading.loads)
         self._requests: dict[str, Request] = {}
         self._lookups: deque[Request] = deque()
         self._looking_up: dict[int, Request] = {}
@@ -99,11 +106,18 @@ class LoadScheduler:
         request = self._looking_up.pop(op_id)
         if request.state is not State.LOOKUP:
             return
+        size = self.config.block_bytes
         if hits is None:
             self._shared.count("lookup_failures")
+            hits = []
+        own = [hit if hit is not None and hit.size_bytes == size else None for hit in hits]
+        hand_off = request.spec.hand_off
+        if hand_off is not None:
+            request.hits, request.alternates = route_hits(own, hand_off, size, request.hittable_blocks)
         else:
-            size = self.config.block_bytes
-            request.hits = {i: hit for i, hit in enumerate(hits) if hit is not None and hit.size_bytes == size}
+            request.hits = {i: hit for i, hit in enumerate(own) if hit is not None}
+        for index in range(request.spec.recompute_tokens // self.config.block_tokens):
+            request.hits.pop(index, None)
         self._enqueue(request, now)
 
     def _enqueue(self, request: Request, now: float) -> None:
@@ -117,6 +131,15 @@ class LoadScheduler:
         self._admission.enqueue(request)
         self._ranking.stale = True
         self._relabel(request, now)
+
+    def reroute(self, request_id: str, side: Literal["prefill", "decode"], now: float) -> None:
+        """The storage NIC of that side is gone: what it was still to read is read on the other side, where that can."""
+        request = self._requests.get(request_id)
+        hand_off = request.spec.hand_off if request is not None else None
+        if request is not None and hand_off is not None:
+            far = side == "decode"
+            self._loading.reroute(request, lambda route: is_far(route, hand_off) == far)
+            self._changed(request, now)
 
     # -- events: stages -----------------------------------------------------------------------------------------
 
@@ -132,10 +155,25 @@ class LoadScheduler:
         """An Upload came to nothing; `error` is the reason label. A batch that waits for it fails too."""
         self._loading.upload_failed(op_id, error, now)
 
-    def downloaded(self, op_id: int) -> None:
-        """The first half of a Save ended: the page's bytes are in its slot."""
-        self._saving.downloaded(op_id)
+    def downloaded(self, op_id: int, now: float = 0.0) -> None:
+        """The first half of a Save or a Forward ended: the page's bytes are in its slot."""
+        if not self._handing.downloaded(op_id, now):
+            self._saving.downloaded(op_id)
         self._admission.blocked = False
+
+    def forwarded(self, op_id: int, error: str | None, now: float) -> None:
+        """A Forward ended: the decode engine has the block, or `error` is the reason label of a failure."""
+        self._handing.forwarded(op_id, error, now)
+        self._admission.blocked = False
+
+    def _settled(self, request: Request, now: float) -> None:
+        """A block of the request was handed over, or its pages are not read any more."""
+        if request.state is State.DONE or request.held:
+            return
+        if request.ending is not None:
+            self._finish_late(request, request.ending, now)
+        elif request.state is State.HANDING and not request.forwarding:
+            self._finish(request, "handed_over", None, now)
 
     def saved(self, op_id: int, error: str | None) -> None:
         """A Save ended."""
@@ -146,7 +184,7 @@ class LoadScheduler:
         """A Compute ended with one sampled token (or None) per chunk."""
         for request, token in self._batching.computed(op_id, sampled, now):
             if request.ending is not None:
-                self._finish(request, *request.ending, now)
+                self._finish_late(request, request.ending, now)
             elif token is None:
                 self._changed(request, now)
             else:
@@ -157,12 +195,11 @@ class LoadScheduler:
         then its requests start over, once."""
         requests, waited = self._batching.failed(op_id)
         for request in requests:
-            if waited and not request.restarted and request.ending is None:
+            if waited and not request.restarted and request.ending is None and not request.downloading:
                 request.restarted = True
                 self._start_over(request, now)
             else:
-                reason, text = request.ending or ("error", error)
-                self._finish(request, reason, text, now)
+                self._finish_late(request, request.ending or ("error", error, None), now)
 
     def _token(self, request: Request, token: int, now: float) -> None:
         account = request.account
@@ -173,12 +210,19 @@ class LoadScheduler:
             account.first_token_s = now
             self._ranking.stale = True
             self._observe_load(request)
+        handing = request.spec.hand_off is not None
         if request.state is State.PREFILL:
-            request.state = State.DECODE
+            request.state = State.HANDING if handing else State.DECODE
             self._admission.prefills -= 1
-            self._batching.start_decoding(request)
+            if not handing:
+                self._batching.start_decoding(request)
         if token in request.spec.eos_token_ids:
             self._finish(request, "stop", None, now, token)
+        elif handing:
+            self._shared.outbox.append(Emit(request.request_id, token))
+            self._relabel(request, now)
+            self._handing.finish(request)
+            self._settled(request, now)
         elif account.generated_tokens >= request.spec.max_tokens:
             self._finish(request, "length", None, now, token)
         else:
@@ -194,7 +238,7 @@ class LoadScheduler:
 
     def _changed(self, request: Request, now: float) -> None:
         """A block of the request moved, or a chunk of it was computed."""
-        if request.state is State.PREFILL:
+        if request.state is State.PREFILL and request.ending is None:
             self._batching.update_readiness(request)
         self._ranking.progressed(request)
         self._relabel(request, now)
@@ -204,8 +248,8 @@ class LoadScheduler:
 
     def _label(self, request: Request) -> str:
         """The stage the request is in, or why it waits."""
-        if request.state in (State.LOOKUP, State.DECODE):
-            return request.state.value if request.state is State.LOOKUP else "decode"
+        if request.state in (State.LOOKUP, State.DECODE, State.HANDING):
+            return str(request.state.value)
         if request.batched:
             return "compute"
         counts = request.load_counts
@@ -227,6 +271,8 @@ class LoadScheduler:
     def _release(self, request: Request) -> None:
         """Give back everything the request holds; blocks that became full stay cached."""
         l1 = self._shared.l1
+        assert not request.downloading
+        self._handing.leave(request)
         self._batching.leave(request)
         held = [(page, index) for index, page in enumerate(request.pages) if page != NO_PAGE]
         for page, index in reversed(held):
@@ -254,7 +300,11 @@ class LoadScheduler:
     def _preempt_for(self, request: Request, now: float) -> bool:
         """Make room for `request`: the admitted one of highest rank number gives up its pages and starts over (its full
         blocks stay cached or go to the pool). False when nobody can, or when it is `request` itself, decoding."""
-        candidates = [other for other in self._admission.admitted if other is not request and not other.batched]
+        candidates = [
+            other
+            for other in self._admission.admitted
+            if other is not request and not other.held and other.state is not State.HANDING
+        ]
         if not candidates:
             return False
         victim = max(candidates, key=lambda other: other.rank)
@@ -276,9 +326,10 @@ class LoadScheduler:
     def _finish(
         self, request: Request, reason: FinishReason, error: str | None, now: float, token: int | None = None
     ) -> None:
-        """End a request; one whose tokens are being computed right now ends when that batch does."""
-        if request.batched:
-            request.ending = request.ending or (reason, error)
+        """End a request; one whose pages a batch or a download uses right now ends when that does."""
+        if request.held:
+            request.ending = request.ending or (reason, error, token)
+            self._batching.leave(request)
             return
         self._release(request)
         del self._requests[request.request_id]
@@ -287,6 +338,10 @@ class LoadScheduler:
         self._shared.count(f"finished_{reason}")
         self._shared.count("cached_tokens", request.account.cached_tokens)
         self._shared.outbox.append(Emit(request.request_id, token, reason, error, request.account))
+
+    def _finish_late(self, request: Request, ending: Ending, now: float) -> None:
+        reason, error, token = ending
+        self._finish(request, reason, error, now, token)
 
     # -- decide -------------------------------------------------------------------------------------------------
 
@@ -307,6 +362,7 @@ class LoadScheduler:
         self._loading.dispatch_uploads(now)
         for request in self._batching.dispatch(now):
             self._relabel(request, now)
+        self._handing.dispatch()
         self._saving.dispatch(self._batching.busy)
         operations, self._shared.outbox = self._shared.outbox, []
         return operations
@@ -351,10 +407,16 @@ class LoadScheduler:
             "l2_slots_loads": shared.l2.loads,
             "l2_slots_saves": shared.l2.saves,
             "saves_queued": len(self._saving),
+            "requests_handing_over": sum(r.state is State.HANDING for r in self._admission.admitted),
+            "l2_slots_forwards": shared.l2.forwards,
             "predicted_load_error": self.cost.load_error.mean,
             "predicted_compute_error": self.cost.compute_error.mean,
         }
         return found
+
+    def standing(self) -> Standing:
+        """What is unfinished here, for whoever places requests."""
+        return standing(self._requests.values())
 
     def links(self) -> dict[str, tuple[int, float]]:
         """Each link's blocks in flight and observed bytes/s."""
@@ -372,7 +434,8 @@ class LoadScheduler:
     @property
     def idle(self) -> bool:
         """No request, save or transfer is left."""
-        return not (self._requests or len(self._saving) or self._loading.loads or self._batching.busy)
+        in_flight = len(self._saving) or len(self._handing) or self._loading.loads or self._batching.busy
+        return not (self._requests or in_flight)
 
     def check_work_conserving(self) -> None:
         """Right after `decide`: no link is idle while an admitted request has a block for it and L2 has a slot."""
@@ -385,7 +448,8 @@ class LoadScheduler:
         reserved = set(private)
         for request in self._requests.values():
             assert request.state is not State.DONE, "S1: an ended request is still known"
-            assert (request in self._admission.admitted) == (request.state in (State.PREFILL, State.DECODE)), "S1"
+            admitted = request.state in (State.PREFILL, State.DECODE, State.HANDING)
+            assert (request in self._admission.admitted) == admitted, "S1"
             assert (request in self._admission.waiting) == (request.state is State.WAITING), "S1"
             assert request.promise >= 0
             for index, page in enumerate(request.pages):
@@ -397,9 +461,11 @@ class LoadScheduler:
                     assert not request.ready[index], "S3: a block is ready before it arrived"
         assert len(set(private)) == len(private), "S2: a private page has two owners"
         shared.l1.check_integrity(set(private))
-        shared.l2.check_integrity(self._loading.slots_in_use() + self._saving.slots_in_use())
+        slots = self._loading.slots_in_use() + self._saving.slots_in_use() + self._handing.slots_in_use()
+        shared.l2.check_integrity(slots)
         assert shared.promised == sum(request.promise for request in self._admission.admitted), "S4"
         assert self._admission.prefills == sum(request.state is State.PREFILL for request in self._admission.admitted)
         assert len(self._admission.admitted) <= self.config.max_running, "S5"
         self._loading.check_integrity()
+        self._handing.check_integrity()
         self._batching.check_integrity()

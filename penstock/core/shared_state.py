@@ -14,13 +14,14 @@ from penstock.core.staging_slots import StagingSlots
 
 class SharedState:
     """`promised` is the number of pages set aside for admitted requests; it stays at or below `l1.available` except
-    after a failed load, when the shortage is met by preempting the request of the highest rank number."""
+    after a failed load, when the shortage is met by preempting the request of the highest rank number. `l1`: the
+    pages of somebody else's engine (`guest_pages`)."""
 
-    def __init__(self, config: SchedulerConfig, cost: CostModel) -> None:
+    def __init__(self, config: SchedulerConfig, cost: CostModel, l1: DevicePages | None = None) -> None:
         self.config = config
         self.cost = cost
-        self.l1 = DevicePages(config.l1_pages)
-        self.l2 = StagingSlots(config.l2_slots)
+        self.l1 = DevicePages(config.l1_pages) if l1 is None else l1
+        self.l2 = StagingSlots(config.l2_slots, config.hands_off)
         self.outbox: list[Operation] = []
         self.promised = 0
         self.counters: dict[str, int] = {}

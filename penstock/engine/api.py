@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from penstock.core.operations import FinishReason
+from penstock.core.operations import FinishReason, HandOff
 from penstock.engine.runner import SamplingParams
 
 
@@ -24,7 +24,11 @@ class Overloaded(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """`slo_ttft_s` is the deadline of the first token, from arrival; `tenant` separates caches (`cache_salt`)."""
+    """`slo_ttft_s` is the deadline of the first token, from arrival; `tenant` separates caches (`cache_salt`).
+
+    Of a request that is placed on engines: it arrived `waited_s` ago, its prompt ends with `first_index` generated
+    tokens, hits among its first `recompute_tokens` are not loaded, and with `hand_off` it ends as "handed_over" after
+    one more."""
 
     request_id: str
     prompt_tokens: list[int]
@@ -32,6 +36,11 @@ class GenerationRequest:
     slo_ttft_s: float | None = None
     tenant: str = ""
     session: str | None = None
+    waited_s: float = 0.0
+    first_index: int = 0
+    recompute_tokens: int = 0
+    hand_off: HandOff | None = None
+    resumable: bool = False  # a client may ask for it again under its id, and wants the same answer then
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +63,8 @@ class RequestReport:
     recomputed_tokens: int  # after a failed load
     load_failures: dict[str, int]
     spans: tuple[tuple[str, float, float], ...]
+    handed_blocks: int = 0  # handed to the decode engine by this one
+    hand_off_failures: dict[str, int] = field(default_factory=dict)  # blocks that it has to find or compute itself
 
 
 @dataclass(frozen=True, slots=True)

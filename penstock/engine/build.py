@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from penstock.core.layout import staging_bytes
 from penstock.engine.config import EngineConfig
 from penstock.engine.engine import Engine
 from penstock.engine.modelled_runner import ModelledRunner
+from penstock.engine.peers import Peers
 from penstock.engine.profile import load_profile
 from penstock.engine.runner import ModelRunner
 from penstock.pool.api import Pool
@@ -20,6 +22,7 @@ from penstock.pool.config import config_of_flags
 from penstock.pool.config_file import read_pool_config
 from penstock.pool.open import link_bytes_per_s, open_pool
 from penstock.transport.connect import connect_pool
+from penstock.transport.secret import Secret
 
 log = logging.getLogger(__name__)
 
@@ -42,20 +45,27 @@ class RunningEngine:
         self.runner.close()
 
 
-def build_engine(config: EngineConfig) -> RunningEngine:
-    """Build runner and pool and start the engine. Raises ConfigError, CheckpointError, PoolError or OSError with one
-    line that says what is wrong; nothing stays open then."""
+def build_engine(
+    config: EngineConfig,
+    peers: Peers | None = None,
+    around_pool: Callable[[Pool, SchedulerConfig], Pool] | None = None,
+) -> RunningEngine:
+    """Build runner and pool and start the engine. `peers`: decode engines that it may hand over to; `around_pool` gives
+    what stands between engine and pool, and closes the pool. Raises ConfigError, CheckpointError, PoolError or OSError
+    with one line that says what is wrong; nothing stays open then."""
     runner = _runner(config)
     pool: Pool | None = None
     try:
-        scheduler_config = _scheduler_config(config, runner)
+        scheduler_config = _scheduler_config(config, runner, hands_off=peers is not None)
         pool = _pool(config)  # before what takes time: a wrong address is told at once
         runner.allocate(scheduler_config.l1_pages)
         cost = _cost(runner, scheduler_config.l1_pages, config)
         if config.pool_config:
             for name, rate in link_bytes_per_s(read_pool_config(Path(config.pool_config))).items():
                 cost.links[name] = LinkCost(rate)
-        return RunningEngine(Engine(scheduler_config, cost, runner, pool), runner, pool)
+        if pool is not None and around_pool is not None:
+            pool = around_pool(pool, scheduler_config)
+        return RunningEngine(Engine(scheduler_config, cost, runner, pool, peers), runner, pool)
     except BaseException:
         if pool is not None:
             pool.close(CLOSE_TIMEOUT_S)
@@ -63,7 +73,7 @@ def build_engine(config: EngineConfig) -> RunningEngine:
         raise
 
 
-def _scheduler_config(config: EngineConfig, runner: ModelRunner) -> SchedulerConfig:
+def _scheduler_config(config: EngineConfig, runner: ModelRunner, hands_off: bool) -> SchedulerConfig:
     block_bytes = runner.layout.full_block_bytes
     l1_pages = config.kv_memory_bytes // block_bytes
     l2_slots = config.staging_bytes // staging_bytes(block_bytes)
@@ -71,9 +81,9 @@ def _scheduler_config(config: EngineConfig, runner: ModelRunner) -> SchedulerCon
         raise ConfigError(
             f"kv_memory_bytes is {config.kv_memory_bytes}; allowed: at least two blocks of {block_bytes} bytes"
         )
-    if l2_slots < 2:
+    if l2_slots < 2 + hands_off:
         raise ConfigError(
-            f"staging_bytes is {config.staging_bytes}; allowed: at least two blocks of "
+            f"staging_bytes is {config.staging_bytes}; allowed: at least {'three' if hands_off else 'two'} blocks of "
             f"{staging_bytes(block_bytes)} bytes"
         )
     return SchedulerConfig(
@@ -90,6 +100,7 @@ def _scheduler_config(config: EngineConfig, runner: ModelRunner) -> SchedulerCon
         max_running=config.max_running,
         max_waiting=config.max_waiting,
         fetch_window_blocks=config.fetch_window_blocks,
+        hands_off=hands_off,
         age_bound_s=config.age_bound_s,
         default_slo_ttft_s=config.default_slo_ttft_s,
         fetch_timeout_s=config.fetch_timeout_s,
@@ -131,13 +142,20 @@ def _cost(runner: ModelRunner, pages: int, config: EngineConfig) -> CostModel:
     return calibrate(runner, pages, config.max_batch_tokens)
 
 
+def read_secret(config: EngineConfig) -> Secret | None:
+    """What pool nodes ask for. Raises ValueError."""
+    return Secret.read(Path(config.secret_file)) if config.secret_file else None
+
+
 def _pool(config: EngineConfig) -> Pool | None:
     if config.no_pool:
         return None
     if config.pool_config:
         return open_pool(read_pool_config(Path(config.pool_config)))
     if len(config.pool) == 1 and not config.memory and not config.slab:
-        return connect_pool(config.pool[0])
+        return connect_pool(config.pool[0], secret=read_secret(config))
     memory = config.memory or (() if config.slab or config.pool else (DEFAULT_POOL_BYTES,))
-    members = config_of_flags(memory, [(Path(path), size) for path, size in config.slab], nodes=config.pool)
+    secret_file = Path(config.secret_file) if config.secret_file else None
+    slabs = [(Path(path), size) for path, size in config.slab]
+    members = config_of_flags(memory, slabs, nodes=config.pool, secret_file=secret_file)
     return open_pool(members)

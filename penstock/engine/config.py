@@ -18,7 +18,7 @@ MIB = 2**20
 class EngineConfig:
     """Sizes are bytes. `pool` are addresses of pool nodes, `memory` and `slab` members of this process: all together
     are one pool; `pool_config` is a file that describes one. Without any of them it is some memory; `no_pool` turns it
-    off. `profile`, `bytes_divisor` and
+    off. `secret_file` holds what pool nodes ask for. `profile`, `bytes_divisor` and
     `time_factor` belong to the modelled executor."""
 
     model: str = ""
@@ -37,6 +37,7 @@ class EngineConfig:
     slab: tuple[tuple[str, int], ...] = ()
     pool_config: str | None = None
     no_pool: bool = False
+    secret_file: str | None = None
     block_tokens: int = 64
     kv_memory_bytes: int = 512 * MIB
     staging_bytes: int = 128 * MIB

@@ -9,51 +9,32 @@ import queue
 import sys
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
 from penstock.core.keys import BlockKey, root_key
-from penstock.core.layout import staging_bytes
 from penstock.core.new_block import tenant_tag
-from penstock.core.operations import (
-    Account,
-    BlockHit,
-    Compute,
-    Drop,
-    Emit,
-    Fetch,
-    Lookup,
-    Operation,
-    RequestSpec,
-    Save,
-    Upload,
-)
+from penstock.core.operations import Emit, RequestSpec
 from penstock.core.scheduler import LoadScheduler, WaitingQueueFull
-from penstock.engine.api import (
-    EngineStats,
-    GenerationRequest,
-    InvalidRequest,
-    Overloaded,
-    RequestReport,
-    TokenEvent,
-)
-from penstock.engine.executors import PoolStages, RunnerStages, Staging
-from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
-from penstock.io.memory import aligned_buffer
-from penstock.pool.api import Pool, PoolError, PoolStat
+from penstock.core.standing import Standing
+from penstock.engine.api import EngineStats, GenerationRequest, InvalidRequest, Overloaded, TokenEvent
+from penstock.engine.carrying import Carrying
+from penstock.engine.peers import Peers
+from penstock.engine.reports import pool_series, report_of
+from penstock.engine.runner import ModelRunner, SamplingParams
+from penstock.pool.api import Pool, PoolError
 
 log = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 5e-4  # how long a thread may hold the interpreter while another, say a finished load, waits for it
 MAX_EVENTS_PER_DECISION = 256
-STUCK_S = 120.0  # a batch or upload that takes longer makes the engine unhealthy
 IDLE_WAIT_S = 1.0
 ANSWER_TIMEOUT_S = 5.0
 POOL_STAT_TIMEOUT_S = 1.0
@@ -71,37 +52,31 @@ class Engine:
     the pool put what happened into its inbox.
     """
 
-    def __init__(self, config: SchedulerConfig, cost: CostModel, runner: ModelRunner, pool: Pool | None) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cost: CostModel,
+        runner: ModelRunner,
+        pool: Pool | None,
+        peers: Peers | None = None,
+    ) -> None:
+        """`peers` are decode engines that prompts may be handed over to (`config.hands_off`)."""
         assert config.pool == (pool is not None)
+        assert config.hands_off == (peers is not None)
         self.config = config
         self.max_context_tokens = min(runner.max_context_tokens, config.l1_pages * config.block_tokens)
         self.vocab_size = runner.vocab_size
         self.eos_token_ids = runner.eos_token_ids
-        self._runner = runner
         self._pool = pool
         # `submit` bounds what waits; the brain's own bound is wider, because a preempted request waits again.
         self._scheduler = LoadScheduler(replace(config, max_waiting=config.max_waiting + config.max_running), cost)
-        self._fingerprint = runner.layout.fingerprint(runner.model_id)
-        slot_bytes = staging_bytes(config.block_bytes)
-        memory = aligned_buffer(slot_bytes * config.l2_slots)
-        self._staging = Staging(memory, slot_bytes)
-        runner.page_lock(memory)
-        self._runner_stages = RunnerStages(runner)
-        self._pool_stages: PoolStages | None = None
-        if pool is not None:
-            pool.register(memory)
-            for buffer in pool.host_buffers():
-                runner.page_lock(buffer)
-            self._pool_stages = PoolStages(pool, self._staging, config.block_bytes, config.lookup_window)
+        self.fingerprint = runner.layout.fingerprint(runner.model_id)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._clients: dict[str, tuple[GenerationRequest, OnEvent]] = {}
-        self._uploads: dict[int, UploadGroup] = {}
+        self._carrying = Carrying(config, self._scheduler, runner, pool, peers, self._inbox.put, self._sampling_of)
         self._seconds_by_label: defaultdict[str, float] = defaultdict(float)
-        self._load_failures: Counter[str] = Counter()
-        self._save_failures: Counter[str] = Counter()
         self._clients_lock = threading.Lock()  # for changes of _clients, _stopping and _fatal
         self._admitted = 0
-        self._busy_since: dict[int, tuple[str, float]] = {}  # op -> what it is, when it began
         self._stopping = False
         self._stop_by_s = 0.0
         self._fatal: str | None = None
@@ -113,7 +88,7 @@ class Engine:
 
     def submit(self, request: GenerationRequest, on_event: OnEvent) -> None:
         """See EngineAPI."""
-        root = self._validate(request)
+        root = self.check(request)
         with self._clients_lock:
             if self._stopping or self._fatal:
                 raise Overloaded(self._fatal or "the engine is stopping", retry_after_s=10.0)
@@ -123,10 +98,10 @@ class Engine:
             if waiting >= self.config.max_waiting:
                 raise Overloaded(f"{waiting} requests wait already; at most {self.config.max_waiting} may", 1.0)
             self._clients[request.request_id] = (request, on_event)
-            self._inbox.put(partial(self._submitted, request, root, time.monotonic()))
+            self._inbox.put(partial(self._submitted, request, root, time.monotonic() - request.waited_s))
 
-    def _validate(self, request: GenerationRequest) -> BlockKey:
-        """The request's root key. Raises InvalidRequest."""
+    def check(self, request: GenerationRequest) -> BlockKey:
+        """The request's root key. Raises InvalidRequest for one that `submit` would refuse for what it is."""
         prompt, sampling = request.prompt_tokens, request.sampling
         if not prompt:
             raise InvalidRequest("prompt is empty; it must have at least one token")
@@ -147,7 +122,7 @@ class Engine:
                 f"temperature 0 to 100, top_p above 0 up to 1, top_k 0 to {TOP_K_MAX}"
             )
         try:
-            return root_key(self._fingerprint, request.tenant)
+            return root_key(self.fingerprint, request.tenant)
         except UnicodeEncodeError:
             raise InvalidRequest("tenant (cache_salt) is not valid Unicode text") from None
 
@@ -155,13 +130,17 @@ class Engine:
         """See EngineAPI."""
         self._inbox.put(lambda: self._scheduler.cancel(request_id, time.monotonic()))
 
+    def reroute(self, request_id: str, side: Literal["prefill", "decode"]) -> None:
+        """The storage NIC of that side is gone: read on the other one what it was still to read for this request."""
+        self._inbox.put(lambda: self._scheduler.reroute(request_id, side, time.monotonic()))
+
     def stats(self) -> EngineStats:
         """See EngineAPI. Raises TimeoutError when the control thread does not answer; a pool that does not is left
         out."""
         stats = self._ask(self._snapshot)
         if self._pool is not None:
             with contextlib.suppress(PoolError):
-                stats.labelled.update(_pool_series(self._pool.stat(POOL_STAT_TIMEOUT_S)))
+                stats.labelled.update(pool_series(self._pool.stat(POOL_STAT_TIMEOUT_S)))
         return stats
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
@@ -169,7 +148,7 @@ class Engine:
         answer: Future[Answer] = Future()
         if not self._thread.is_alive():
             raise TimeoutError("the engine has stopped")
-        self._inbox.put(lambda: answer.set_result(question()))
+        self._inbox.put(partial(_answer, answer, question))
         try:
             return answer.result(timeout=ANSWER_TIMEOUT_S)
         except FutureTimeout:
@@ -181,11 +160,20 @@ class Engine:
             return False, self._fatal
         if not self._thread.is_alive():
             return False, "the control thread ended"
-        now = time.monotonic()
-        for what, since in list(self._busy_since.values()):
-            if now - since > STUCK_S:
-                return False, f"{what} has been under way for {now - since:.0f} s"
-        return True, "ok"
+        stuck = self._carrying.stuck()
+        return (False, stuck) if stuck else (True, "ok")
+
+    def standing(self) -> Standing:
+        """What is unfinished here. Raises TimeoutError when the control thread does not answer."""
+        return self._ask(self._scheduler.standing)
+
+    def gauges(self) -> dict[str, float]:
+        """How the brain stands. Raises TimeoutError when the control thread does not answer."""
+        return self._ask(self._scheduler.gauges)
+
+    def check_integrity(self) -> None:
+        """Assert the brain's invariants; for tests. Raises TimeoutError when the control thread does not answer."""
+        self._ask(self._scheduler.check_integrity)
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait until no request, load or save is left; False when `timeout_s` passed first. Raises TimeoutError when
@@ -204,9 +192,7 @@ class Engine:
             self._stopping = True
             self._inbox.put(self._cancel_all)
         self._thread.join(timeout_s + CLOSE_GRACE_S)
-        stopped = self._runner_stages.close(CLOSE_GRACE_S)
-        if self._pool_stages is not None:
-            self._pool_stages.close()
+        stopped = self._carrying.close(CLOSE_GRACE_S)
         if self._thread.is_alive() or not stopped:
             log.error("an engine thread did not stop within %.1f s", timeout_s)
         self._fail_everything(f"the engine was closed and could not end the request within {timeout_s:g} s")
@@ -232,10 +218,12 @@ class Engine:
                 self._inbox.get_nowait()()
         except queue.Empty:
             pass
-        if self._pool_stages is not None:
-            self._pool_stages.end_late()
+        self._carrying.end_late()
         for operation in self._scheduler.decide(time.monotonic()):
-            self._carry_out(operation)
+            if isinstance(operation, Emit):
+                self._emit(operation)
+            else:
+                self._carrying.carry_out(operation)
         self._admitted = self._scheduler.admitted
 
     def _submitted(self, request: GenerationRequest, root: BlockKey, arrival_s: float) -> None:
@@ -249,11 +237,18 @@ class Engine:
             deadline_s,
             eos,
             tenant_tag(request.tenant),
+            request.hand_off,
+            request.first_index,
+            request.recompute_tokens,
         )
         try:
             self._scheduler.submit(spec, arrival_s)
         except (WaitingQueueFull, ValueError) as error:
             self._end(request.request_id, TokenEvent(None, "error", str(error)))
+
+    def _sampling_of(self, request_id: str) -> SamplingParams:
+        client = self._clients.get(request_id)  # gone: it got its last event from `close`
+        return client[0].sampling if client is not None else SamplingParams()
 
     def _end(self, request_id: str, event: TokenEvent) -> None:
         """The client's last event; nothing when it has had one."""
@@ -280,103 +275,6 @@ class Engine:
         for request_id in left:
             self._end(request_id, TokenEvent(None, "error", error))
 
-    def _carry_out(self, operation: Operation) -> None:
-        if isinstance(operation, Fetch):
-            self._fetch(operation)
-        elif isinstance(operation, Upload):
-            self._upload(operation)
-        elif isinstance(operation, Compute):
-            self._compute(operation)
-        elif isinstance(operation, Emit):
-            self._emit(operation)
-        elif isinstance(operation, Save):
-            self._save(operation)
-        elif isinstance(operation, Lookup):
-            self._lookup(operation)
-        elif isinstance(operation, Drop):
-            self._staging.release(operation.slot)
-
-    def _lookup(self, op: Lookup) -> None:
-        assert self._pool_stages is not None
-
-        def done(hits: list[BlockHit | None] | None) -> None:
-            self._inbox.put(lambda: self._scheduler.lookup_done(op.op_id, hits, time.monotonic()))
-
-        self._pool_stages.lookup(op, done)
-
-    def _fetch(self, op: Fetch) -> None:
-        assert self._pool_stages is not None
-
-        def ended(error: str | None) -> None:
-            if error is not None:
-                self._load_failures[error] += 1
-            self._scheduler.fetched(op.op_id, error, time.monotonic())
-
-        self._pool_stages.fetch(op, lambda error: self._inbox.put(partial(ended, error)))
-
-    def _upload(self, op: Upload) -> None:
-        size = self.config.block_bytes
-        blocks = [(self._staging.content(slot, size), page) for slot, page in op.blocks]
-        self._busy_since[op.op_id] = ("an upload", time.monotonic())
-        self._uploads[op.op_id] = self._runner_stages.upload(
-            blocks, lambda error: self._inbox.put(partial(self._uploaded, op, error))
-        )
-
-    def _uploaded(self, op: Upload, error: BaseException | None) -> None:
-        del self._busy_since[op.op_id]
-        del self._uploads[op.op_id]
-        for slot, _ in op.blocks:
-            self._staging.release(slot)
-        if error is not None:
-            log.error("an upload failed", exc_info=error)
-            self._load_failures["device"] += len(op.blocks)
-            self._scheduler.upload_failed(op.op_id, "device", time.monotonic())
-        else:
-            self._scheduler.uploaded(op.op_id, time.monotonic())
-
-    def _compute(self, op: Compute) -> None:
-        batch = []
-        for chunk in op.chunks:
-            client = self._clients.get(chunk.request_id)
-            sampling = client[0].sampling if client is not None else SamplingParams()
-            batch.append(
-                Chunk(
-                    chunk.request_id,
-                    chunk.tokens,
-                    chunk.start,
-                    chunk.pages,
-                    sampling if chunk.sample else None,
-                    chunk.sampled_index,
-                    tuple(self._uploads[pending] for pending in chunk.pending),
-                )
-            )
-        self._busy_since[op.op_id] = ("a batch", time.monotonic())
-        self._runner_stages.compute(batch, lambda result: self._inbox.put(partial(self._computed, op, result)))
-
-    def _computed(self, op: Compute, result: list[int | None] | BaseException) -> None:
-        del self._busy_since[op.op_id]
-        if isinstance(result, BaseException):
-            log.error("a batch failed", exc_info=result)
-            self._scheduler.compute_failed(op.op_id, f"compute failed: {result!r}", time.monotonic())
-        else:
-            self._scheduler.computed(op.op_id, result, time.monotonic())
-
-    def _save(self, op: Save) -> None:
-        def downloaded(error: BaseException | None) -> None:
-            if error is not None:
-                self._inbox.put(partial(self._saved, op, "device"))
-                return
-            self._inbox.put(lambda: self._scheduler.downloaded(op.op_id))
-            assert self._pool_stages is not None
-            self._pool_stages.write(op, lambda failed: self._inbox.put(partial(self._saved, op, failed)))
-
-        self._runner_stages.download(op.page, self._staging.slot(op.slot), downloaded)
-
-    def _saved(self, op: Save, error: str | None) -> None:
-        if error is not None:
-            self._save_failures[error] += 1
-        self._scheduler.saved(op.op_id, error)
-
     def _emit(self, op: Emit) -> None:
         client = self._clients.get(op.request_id)
         if client is None:  # it got its last event from `close`
@@ -388,7 +286,7 @@ class Engine:
         assert op.account is not None
         for label, start_s, end_s in op.account.spans:
             self._seconds_by_label[label] += end_s - start_s
-        report = _report(request, op.account, self.config)
+        report = report_of(request, op.account, self.config)
         self._end(op.request_id, TokenEvent(op.token, op.finish_reason, op.error, report))
 
     def _snapshot(self) -> EngineStats:
@@ -399,8 +297,9 @@ class Engine:
             counters=dict(scheduler.counters),
             labelled={
                 "request_seconds": dict(self._seconds_by_label),
-                "load_failures": dict(self._load_failures),
-                "save_failures": dict(self._save_failures),
+                "load_failures": dict(self._carrying.load_failures),
+                "save_failures": dict(self._carrying.save_failures),
+                "hand_off_failures": dict(self._carrying.forward_failures),
                 "link_blocks_in_flight": {name: count for name, (count, _) in links.items()},
                 "link_bytes_per_s": {name: speed for name, (_, speed) in links.items()},
             },
@@ -408,35 +307,11 @@ class Engine:
         )
 
 
-def _pool_series(stat: PoolStat) -> dict[str, dict[str, float]]:
-    """The pool's members as series by member name."""
-    return {
-        f"pool_member_{name}": {member.name: float(getattr(member, name)) for member in stat.members}
-        for name in ("capacity_bytes", "used_bytes", "blocks", "healthy", "weight", "errors")
-    }
-
-
-def _report(request: GenerationRequest, account: Account, config: SchedulerConfig) -> RequestReport:
-    """The brain's account with times counted from arrival."""
-    arrival_s = account.arrival_s
-    end_s = account.end_s if account.end_s is not None else arrival_s
-    fetch_s, upload_s = account.measured_fetch_s, account.measured_upload_s
-    return RequestReport(
-        prompt_tokens=account.prompt_tokens,
-        cached_tokens=min(account.cached_tokens, account.prompt_tokens),
-        loaded_bytes=account.loaded_bytes,
-        generated_tokens=account.generated_tokens,
-        ttft_s=None if account.first_token_s is None else account.first_token_s - arrival_s,
-        total_s=end_s - arrival_s,
-        slo_ttft_s=request.slo_ttft_s,
-        predicted_load_s=account.predicted_load_s,
-        predicted_compute_s=account.predicted_compute_s,
-        measured_load_s=fetch_s + upload_s if config.mode == "coupled" else max(fetch_s, upload_s),
-        measured_compute_s=account.measured_compute_s,
-        recomputed_tokens=account.recomputed_tokens,
-        load_failures=dict(account.load_failures),
-        spans=tuple((label, start - arrival_s, end - arrival_s) for label, start, end in account.spans),
-    )
+def _answer(answer: Future[Answer], question: Callable[[], Answer]) -> None:
+    try:
+        answer.set_result(question())
+    except Exception as error:  # the asker's, not the control thread's
+        answer.set_exception(error)
 
 
 _ids = itertools.count(1)

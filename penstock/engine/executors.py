@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from penstock.core.operations import BlockHit, Fetch, Lookup, Save
+from penstock.core.operations import BlockHit, Fetch, Forward, Lookup, Save
+from penstock.engine.peers import RELAY_LINK, Peers
 from penstock.engine.runner import Chunk, ModelRunner, UploadGroup
 from penstock.engine.transfers import Transfers
 from penstock.io.memory import aligned_buffer
@@ -92,14 +93,19 @@ def _reason(error: PoolError | None) -> str | None:
 
 
 class PoolStages:
-    """Lookup and fetch, and the second half of a save: everything that talks to the pool."""
+    """Lookup and fetch, and the second half of a save or a hand-off: everything that talks to the pool or to decode
+    engines."""
 
-    def __init__(self, pool: Pool, staging: Staging, block_bytes: int, lookup_threads: int) -> None:
+    def __init__(
+        self, pool: Pool, staging: Staging, block_bytes: int, lookup_threads: int, peers: Peers | None = None
+    ) -> None:
         self._pool = pool
+        self._peers = peers
         self._staging = staging
         self._block_bytes = block_bytes
         self._transfers = Transfers(staging.replace)
         self._lookups = ThreadPoolExecutor(lookup_threads, thread_name_prefix="penstock-lookup")
+        self._hand_offs = Worker("penstock-hand-off") if peers is not None else None
 
     def lookup(self, op: Lookup, done: Callable[[list[BlockHit | None] | None], None]) -> None:
         def ask() -> None:
@@ -117,7 +123,14 @@ class PoolStages:
         self._lookups.submit(ask)
 
     def fetch(self, op: Fetch, done: Callable[[str | None], None]) -> None:
-        """A block of a local memory member is leased in place; any other is read into the slot."""
+        """A block of a local memory member is leased in place; any other is read into the slot, from the pool or
+        through the decode engine that the route names."""
+        if self._peers is not None and op.route[-1].startswith(RELAY_LINK):
+            into = self._staging.slot(op.slot)
+            ended = self._transfers.begin(op.op_id, op.slot, op.timeout_s, done)
+            address = op.route[-1].removeprefix(RELAY_LINK)
+            self._peers.read(address, op.key, self._block_bytes, into, op.timeout_s, lambda e: ended(_reason(e)))
+            return
         lease = self._pool.lease(op.key)
         if lease is not None:
             if len(lease.view) == self._block_bytes:
@@ -134,12 +147,24 @@ class PoolStages:
         ended = self._transfers.begin(op.op_id, op.slot, op.timeout_s, done)
         self._pool.write(op.block, data, op.timeout_s, lambda error: ended(_reason(error)))
 
+    def hand_over(self, op: Forward, done: Callable[[str | None], None]) -> None:
+        """The slot may be a load's that is being uploaded, and several engines may get the block at once."""
+        assert self._peers is not None and self._hand_offs is not None, "nobody to hand over to"
+        peers, data = self._peers, self._staging.content(op.slot, self._block_bytes)
+
+        def send() -> None:
+            peers.hand_over(op.to, op.block, data, op.timeout_s, lambda error: done(_reason(error)))
+
+        self._hand_offs.put(send)  # checksums take time
+
     def end_late(self) -> None:
         """Give up transfers that the pool did not end by their deadline."""
         self._transfers.end_late()
 
     def close(self) -> None:
         self._lookups.shutdown(wait=False, cancel_futures=True)
+        if self._hand_offs is not None:
+            self._hand_offs.stop()
 
 
 class FailedUpload:

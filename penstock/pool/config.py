@@ -67,7 +67,8 @@ class Quota:
 @dataclass(frozen=True, slots=True)
 class PoolConfig:
     """A pool. `file` is where it was read from. `state` is the folder of the tables of SSD members, `profile` what
-    `penstock profile` wrote; `default_quota` bounds each tenant that `quotas` (by `cache_salt`) does not name."""
+    `penstock profile` wrote; `default_quota` bounds each tenant that `quotas` (by `cache_salt`) does not name.
+    `secret_file` holds what clients of this node, and nodes that are its members, must have."""
 
     members: tuple[MemberConfig, ...]
     name: str = "pool"
@@ -79,6 +80,7 @@ class PoolConfig:
     block_bytes: int = BLOCK_BYTES
     default_quota: Quota | None = None
     quotas: tuple[tuple[str, Quota], ...] = ()
+    secret_file: Path | None = None
     file: Path | None = None
 
     def __post_init__(self) -> None:

@@ -80,6 +80,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     write_admission: WriteAdmission = "all"
     pace: str | None = None
     profile: str | None = None
+    secret_file: str | None = None
     block_bytes: str | int = BLOCK_BYTES
     quota: dict[str, Any] = {}
 
@@ -130,6 +131,7 @@ def _read(
             write_admission=raw.write_admission,
             pace_bytes_per_s=parse_rate(raw.pace) if raw.pace is not None else None,
             profile=file.parent / raw.profile if raw.profile else None,
+            secret_file=file.parent / raw.secret_file if raw.secret_file else None,
             block_bytes=raw.block_bytes if isinstance(raw.block_bytes, int) else parse_bytes(raw.block_bytes),
             file=file,
             **_quotas(raw.quota),

@@ -147,11 +147,13 @@ def link_bytes_per_s(config: PoolConfig) -> dict[str, float]:
 
 def _open_union(config: PoolConfig, local: LocalPool | None, nodes: Sequence[MemberConfig], serves: bool) -> ServedPool:
     from penstock.transport.connect import open_union
+    from penstock.transport.secret import Secret
 
     known = link_bytes_per_s(config)
     weights: list[float | None] = [] if local is None else [None]
     weights += [known.get(f"net@{node.address}") if node.weight is None else node.weight for node in nodes]
-    return open_union(local, [str(node.address) for node in nodes], weights, for_node=serves)
+    secret = Secret.read(config.secret_file) if config.secret_file else None
+    return open_union(local, [str(node.address) for node in nodes], weights, for_node=serves, secret=secret)
 
 
 def _open_nvme(member: MemberConfig) -> BlockEngine:

@@ -88,13 +88,15 @@ def _measure(config: PoolConfig, block_bytes: int, seconds: float) -> PoolProfil
 def _links(config: PoolConfig) -> Iterator[dict[str, MeasurableLink]]:
     """Connections to the pool's nodes, by the name of the link."""
     from penstock.transport.remote import RemotePool
+    from penstock.transport.secret import Secret
 
     links: dict[str, MeasurableLink] = {}
     with contextlib.ExitStack() as stack:
         for member in config.members:
             if member.kind == "node":
                 host, port = parse_address(str(member.address))
-                node = RemotePool(host, port)
+                secret = Secret.read(config.secret_file) if config.secret_file else None
+                node = RemotePool(host, port, secret=secret)
                 stack.callback(node.close, 1.0)
                 links[f"net@{member.address}"] = node
         yield links

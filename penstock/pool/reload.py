@@ -73,10 +73,12 @@ class LiveConfig:
 
     def _add_node(self, new: PoolConfig, node: MemberConfig) -> None:
         from penstock.transport.connect import add_node
+        from penstock.transport.secret import Secret
 
         assert self._union is not None
         known = link_bytes_per_s(new).get(f"net@{node.address}")
-        add_node(self._union, str(node.address), known if node.weight is None else node.weight)
+        secret = Secret.read(new.secret_file) if new.secret_file else None
+        add_node(self._union, str(node.address), known if node.weight is None else node.weight, secret=secret)
 
     def _weigh(self, new: PoolConfig, running: dict[str, MemberConfig]) -> list[str]:
         """Weights of members that stay: as given now, else of the profile."""

@@ -94,6 +94,11 @@ class UnionPool:
 
     # --- the interface ---
 
+    @property
+    def up(self) -> bool:
+        """Whether any child can be used now."""
+        return any(child.up for child in self._children.all)
+
     def register(self, buffer: memoryview) -> None:
         for child in self._children.all:
             child.pool.register(buffer)

@@ -25,6 +25,7 @@ from penstock.server.live import LiveWindow, page
 from penstock.server.metrics import CONTENT_TYPE, ServerMetrics
 from penstock.server.reply import GenerationReply, ReplyOptions
 from penstock.server.schema import (
+    NAME_CHARACTERS_MAX,
     ChatBody,
     CompletionBody,
     GenerationBody,
@@ -39,7 +40,17 @@ from penstock.server.shapes import Shape
 from penstock.server.text import TextCodec
 
 COMPLETION_MAX_TOKENS = 16  # the OpenAI API's default for completions; chats get what the context has room for
-_PATHS = {"/", "/live", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"}
+_PATHS = {
+    "/",
+    "/live",
+    "/ui",
+    "/ui/data",
+    "/health",
+    "/metrics",
+    "/v1/models",
+    "/v1/completions",
+    "/v1/chat/completions",
+}
 B = TypeVar("B", bound=GenerationBody)
 
 
@@ -57,7 +68,10 @@ class _Prepared:
 class ServerApp:
     """The server's state and its endpoints; `asgi` is the application. Lives on one event loop."""
 
-    def __init__(self, engine: EngineAPI, codec: TextCodec | None, settings: ServerSettings) -> None:
+    def __init__(
+        self, engine: EngineAPI, codec: TextCodec | None, settings: ServerSettings, more: Sequence[Route] = ()
+    ) -> None:
+        """`more`: routes beside the API."""
         self.settings = settings
         self.metrics = ServerMetrics(engine)
         self.live = LiveWindow(settings.model_name)
@@ -72,12 +86,16 @@ class ServerApp:
             Route("/live", self._live),
             Route("/health", self._health),
             Route("/metrics", self._metrics),
+            *more,
+        ]
+        api = [
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
             Route("/v1/completions", self._completions, methods=["POST"]),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
         ]
         handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error, Exception: _internal_error}
+        routes += api if settings.api else []
         self.asgi: ASGIApp = _Gate(Starlette(routes=routes, exception_handlers=handlers), self)
 
     def cancel_all(self) -> None:
@@ -132,13 +150,15 @@ class ServerApp:
         if self._preparing + len(self._generations) >= limit:
             message = f"{limit} requests are open, and no more are taken"
             raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=1.0)
+        if not self._engine.vocab_size:  # a router without engines
+            raise ApiError(503, self._engine.healthy()[1], code="no_engine", retry_after_s=1.0)
         self._preparing += 1
         try:
             raw = await self._body(request)
             body = decode_body(raw, kind)
             self._check_model(body.model)
             prepared = await self._prepare(request, body)
-            return self._reply(prepared, arrival_s)
+            return self._reply(prepared, arrival_s, self._answer_id(request, prepared))
         except ClientDisconnect:
             return Response(status_code=408)  # nobody reads it
         finally:
@@ -237,19 +257,32 @@ class ServerApp:
             )
         return wanted
 
-    def _reply(self, prepared: _Prepared, arrival_s: float) -> GenerationReply:
+    def _answer_id(self, request: Request, prepared: _Prepared) -> tuple[str, bool]:
+        """The answer's id, and whether a client may ask for it again: it follows from what the client calls it then."""
+        kind = "chatcmpl" if prepared.chat else "cmpl"
+        given = request.headers.get("x-request-id") if self.settings.resumable else None
+        if not given:
+            return f"{kind}-{uuid.uuid4().hex}", False
+        if len(given) > NAME_CHARACTERS_MAX:
+            raise bad_request(f"x-request-id has {len(given)} characters; {NAME_CHARACTERS_MAX} are allowed")
+        tenant = prepared.options.tenant
+        named = hashlib.sha256("\0".join((kind, tenant, given)).encode(errors="surrogatepass"))
+        return f"{kind}-{named.hexdigest()[:32]}", True
+
+    def _reply(self, prepared: _Prepared, arrival_s: float, answer: tuple[str, bool]) -> GenerationReply:
         options, settings = prepared.options, self.settings
-        answer_id = f"{'chatcmpl' if prepared.chat else 'cmpl'}-{uuid.uuid4().hex}"
+        answer_id, resumable = answer
         choices: list[Choice] = []
         for tokens, max_tokens in zip(prepared.prompts, prepared.max_tokens, strict=True):
-            for answer in range(options.n):
+            for choice in range(options.n):
                 request = GenerationRequest(
                     f"{answer_id}-{len(choices)}",
                     tokens,
-                    options.sampling(answer, max_tokens),
+                    options.sampling(choice, max_tokens),
                     options.slo_ttft_s,
                     options.tenant,
                     options.session,
+                    resumable=resumable,
                 )
                 choices.append(Choice(len(choices), request, self._codec, options.stop))
         generation = Generation(

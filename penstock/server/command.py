@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BAD_USAGE = 2
+DEFAULT_PORT = 8000
 _API, _MODEL, _POOL, _ORDER, _LIMITS = "API", "Model", "KV cache", "Scheduling", "Limits and deadlines"
+_CLUSTER = "Cluster"
 
 
 def _flag(group: str, default: str, text: str, metavar: str | None = None, names: tuple[str, ...] = ()) -> Any:
@@ -80,6 +82,28 @@ def serve(
     drain_timeout_s: Annotated[
         float | None, _flag(_LIMITS, "10", "On SIGTERM, how long running requests may go on.")
     ] = None,
+    router: Annotated[
+        str | None, _flag(_CLUSTER, "none", "Cluster port of a router: serve for it, without an API.", "HOST:PORT")
+    ] = None,
+    role: Annotated[str | None, _flag(_CLUSTER, "mixed", "prefill, decode or mixed; needs --router.")] = None,
+    secret_file: Annotated[
+        str | None, _flag(_CLUSTER, "none", "File that holds the cluster's shared secret.", "FILE")
+    ] = None,
+    engine_name: Annotated[str | None, _flag(_CLUSTER, "NODE-ROLE-PID", "Name in the cluster.")] = None,
+    node: Annotated[
+        str | None, _flag(_CLUSTER, "host name", "Machine in the cluster: its engines share a storage NIC.")
+    ] = None,
+    relay_listen: Annotated[
+        str | None,
+        _flag(_CLUSTER, "127.0.0.1:0", "Decode: where prefill engines hand over to (compute network).", "HOST:PORT"),
+    ] = None,
+    relay_pace: Annotated[
+        str | None, _flag(_CLUSTER, "none", "Decode: send blocks to prefill engines no faster than this.", "RATE")
+    ] = None,
+    buffer: Annotated[str | None, _flag(_CLUSTER, "1GiB", "Decode: memory in which prompts gather.", "SIZE")] = None,
+    hand_off_timeout_s: Annotated[
+        float | None, _flag(_CLUSTER, "600", "Decode: a prompt that is not here by then is placed again.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML file with flags of the same names; the command line goes before it.")
@@ -111,9 +135,19 @@ def _serve(flags: ServeFlags) -> None:
     from penstock.server.flags import engine_config, server_settings
     from penstock.server.run import BindError, HttpServer, bind, url_of
 
+    if flags.router is not None:
+        from penstock.cluster.engine_process import serve_for_router
+
+        try:
+            serve_for_router(flags)
+        except (ValueError, OSError, PoolError) as error:
+            _refuse(error)
+        return
     try:
+        if flags.role != "mixed":
+            raise ConfigError(f"role is {flags.role!r} without a router; allowed: mixed")
         config, settings = engine_config(flags), server_settings(flags)
-        listener = bind(flags.host, flags.port)
+        listener = bind(flags.host, DEFAULT_PORT if flags.port is None else flags.port)
     except (ConfigError, BindError) as error:
         _refuse(error)
     url = url_of(listener)

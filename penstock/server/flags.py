@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -23,7 +23,7 @@ class ServeFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     model: str = ""
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: int | None = None
     api_key: str | None = None
     api_key_file: str | None = None
     served_model_name: str | None = None
@@ -56,22 +56,39 @@ class ServeFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     lookup_timeout_s: float = 2.0
     request_timeout_s: float = 600.0
     drain_timeout_s: float = 10.0
+    router: str | None = None
+    role: str = "mixed"
+    secret_file: str | None = None
+    engine_name: str | None = None
+    node: str | None = None
+    relay_listen: str = "127.0.0.1:0"
+    relay_pace: str | None = None
+    buffer: str = "1GiB"
+    hand_off_timeout_s: float = 600.0
     log_level: str = "info"
+
+
+Flags = TypeVar("Flags", bound=msgspec.Struct)
 
 
 def read_flags(given: Mapping[str, Any], config: Path | None) -> ServeFlags:
     """The flags that were given (None: not given), over those of the file. Raises ConfigError."""
-    values = _read_file(config) if config is not None else {}
-    values |= {name: value for name, value in given.items() if value is not None}
-    try:
-        flags = msgspec.convert(values, ServeFlags)
-    except msgspec.ValidationError as error:
-        raise ConfigError(_explain(str(error), values)) from None
+    flags = read_record(given, config, ServeFlags)
     if flags.log_level not in LOG_LEVELS:
         raise ConfigError(f"log_level is {flags.log_level!r}; allowed: {', '.join(LOG_LEVELS)}")
-    check_range("port", flags.port, 0, 65535)
+    check_range("port", flags.port or 0, 0, 65535)
     check_range("seed", flags.seed, 0, 2**63 - 1)
     return flags
+
+
+def read_record(given: Mapping[str, Any], config: Path | None, kind: type[Flags]) -> Flags:
+    """What was given (None: not given), over what stands in the file, as one record. Raises ConfigError."""
+    values = _read_file(config, kind) if config is not None else {}
+    values |= {name: value for name, value in given.items() if value is not None}
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(str(error), values)) from None
 
 
 def engine_config(flags: ServeFlags) -> EngineConfig:
@@ -92,13 +109,13 @@ def server_settings(flags: ServeFlags) -> ServerSettings:
     """The HTTP server these flags describe; reads the key file. Raises ConfigError."""
     return ServerSettings(
         model_name=flags.served_model_name or flags.model or flags.profile,
-        api_key=_api_key(flags),
+        api_key=read_api_key(flags.api_key, flags.api_key_file),
         request_timeout_s=flags.request_timeout_s,
         drain_timeout_s=flags.drain_timeout_s,
     )
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _read_file(path: Path, kind: type[msgspec.Struct]) -> dict[str, Any]:
     try:
         found = tomllib.loads(path.read_text())
     except OSError as error:
@@ -106,9 +123,9 @@ def _read_file(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} is not TOML: {error}") from None
     values = {name.replace("-", "_"): value for name, value in found.items()}
-    unknown = sorted(set(values) - set(ServeFlags.__struct_fields__))
+    unknown = sorted(set(values) - set(kind.__struct_fields__))
     if unknown:
-        allowed = ", ".join(ServeFlags.__struct_fields__)
+        allowed = ", ".join(kind.__struct_fields__)
         raise ConfigError(f"config file {path} has {unknown[0]!r}; allowed: {allowed}")
     return values
 
@@ -139,15 +156,15 @@ def _slab(text: str) -> tuple[str, int]:
     return path, _size("slab", size)
 
 
-def _api_key(flags: ServeFlags) -> str | None:
-    if flags.api_key is not None and flags.api_key_file is not None:
+def read_api_key(key: str | None, file: str | None) -> str | None:
+    """The key itself, or that of a file. Raises ConfigError."""
+    if key is not None and file is not None:
         raise ConfigError("api_key is set together with api_key_file; allowed: one of them")
-    key = flags.api_key
-    if flags.api_key_file is not None:
+    if file is not None:
         try:
-            key = Path(flags.api_key_file).read_text().strip()
+            key = Path(file).read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"api_key_file {flags.api_key_file} cannot be read: {error}") from None
+            raise ConfigError(f"api_key_file {file} cannot be read: {error}") from None
     if key is not None and not key.strip():
         raise ConfigError("api_key is empty; allowed: at least one character")
     return key

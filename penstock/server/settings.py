@@ -26,9 +26,11 @@ class ServerSettings:
     choices_max: int = 128  # prompts x n of one request
     stop_strings_max: int = 16
     stop_characters_max: int = 1024
+    api: bool = True  # False: only health, metrics and the live page
+    resumable: bool = False  # a request that comes again with its x-request-id gets the same answer
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
             value = getattr(self, name)
-            if isinstance(value, int | float):
+            if isinstance(value, int | float) and not isinstance(value, bool):
                 check_range(name, value, 1e-3 if name.endswith("_s") else 1, 2**40)

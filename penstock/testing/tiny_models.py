@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,16 @@ _CONFIGS: dict[str, Callable[[dict[str, Any]], Any]] = {
 ARCHITECTURES = tuple(_CONFIGS)
 
 
+def tiny_config(max_context_tokens: int, head_dim: int = 16) -> dict[str, Any]:
+    """What the configurations of all tiny checkpoints share, for an architecture that is not among ARCHITECTURES."""
+    return _common(TINY_VOCABULARY, max_context_tokens) | {"head_dim": head_dim}
+
+
+def save_random(config: Any, folder: Path, *, seed: int = 0, dtype: str = "float32") -> Path:
+    """Write a checkpoint of any configuration with the tiny vocabulary; returns the folder."""
+    return _save(config, build_tokenizer(TINY_VOCABULARY), folder, seed, dtype)
+
+
 def _save(config: Any, tokenizer: Any, folder: Path, seed: int, dtype: str) -> Path:
     import torch
     from transformers import AutoModelForCausalLM
@@ -149,13 +159,22 @@ def _save(config: Any, tokenizer: Any, folder: Path, seed: int, dtype: str) -> P
 
 
 def build_tiny(
-    architecture: str, folder: Path, *, seed: int = 0, max_context_tokens: int = 2048, dtype: str = "float32"
+    architecture: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    max_context_tokens: int = 2048,
+    dtype: str = "float32",
+    head_dim: int = 16,
 ) -> Path:
-    """Write a checkpoint of one of ARCHITECTURES (under 1 MB of weights each) into `folder`; returns the folder."""
+    """Write a checkpoint of one of ARCHITECTURES (under 1 MB of weights each) into `folder`; returns the folder.
+
+    vLLM's CPU attention takes a `head_dim` of 32 or more.
+    """
     if architecture not in _CONFIGS:
         raise ValueError(f"architecture is {architecture!r}; allowed are {', '.join(ARCHITECTURES)}")
     tokenizer = build_tokenizer(TINY_VOCABULARY)
-    config = _CONFIGS[architecture](_common(len(tokenizer), max_context_tokens))
+    config = _CONFIGS[architecture](_common(len(tokenizer), max_context_tokens) | {"head_dim": head_dim})
     return _save(config, tokenizer, folder, seed, dtype)
 
 
@@ -164,8 +183,7 @@ def build_demo_checkpoint(folder: Path, *, seed: int = 0) -> Path:
 
     On two CPU cores its prefill takes far longer than loading the same KV, and 2K tokens still prefill in a second.
     """
-    tokenizer = build_tokenizer(DEMO_VOCABULARY)
-    common = _common(len(tokenizer), 32768) | {
+    sizes = {
         "hidden_size": 256,
         "intermediate_size": 768,
         "num_hidden_layers": 6,
@@ -175,4 +193,14 @@ def build_demo_checkpoint(folder: Path, *, seed: int = 0) -> Path:
         "initializer_range": 0.08,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     }
-    return _save(_llama(common), tokenizer, folder, seed, "float32")
+    build_llama(folder, DEMO_VOCABULARY, 32768, sizes, seed=seed)
+    return folder
+
+
+def build_llama(
+    folder: Path, vocabulary: int, max_context_tokens: int, sizes: Mapping[str, Any], *, seed: int = 0
+) -> int:
+    """Write a Llama in float32 with these sizes (names of its config) into `folder`; returns how many ids it has."""
+    tokenizer = build_tokenizer(vocabulary)
+    _save(_llama(_common(len(tokenizer), max_context_tokens) | dict(sizes)), tokenizer, folder, seed, "float32")
+    return len(tokenizer)

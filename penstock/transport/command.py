@@ -66,6 +66,10 @@ def pool(
     pace: Annotated[
         str | None, typer.Option(help="Send blocks no faster than this, such as 200MB/s: a NIC of that speed.")
     ] = None,
+    secret_file: Annotated[
+        Path | None,
+        typer.Option(help="File with the cluster's secret: clients and member nodes must have it.", metavar="FILE"),
+    ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
 ) -> None:
     """Serve a pool of memory and SSDs to engines on this and other machines; or look at one."""
@@ -77,7 +81,7 @@ def pool(
         if log_level not in LOG_LEVELS:
             raise ValueError(f"log-level is {log_level!r}; allowed is one of {', '.join(LOG_LEVELS)}")
         logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        over = {"listen": listen, "name": name, "pace": pace, "state": state}
+        over = {"listen": listen, "name": name, "pace": pace, "state": state, "secret_file": secret_file}
         read = partial(_config, config, memory or [], slab or [], weight or None, over)
         _serve(read(), read)
     except (ValueError, OSError, PoolError) as error:
@@ -136,12 +140,14 @@ def _config(
 def _serve(config: PoolConfig, read: ReadConfig) -> None:
     from penstock.pool.open import open_pool
     from penstock.transport.node import PoolNode
+    from penstock.transport.secret import Secret
 
     served = open_pool(config, serves=True)
     try:
         inbox = _signals(reloads=config.file is not None)
         host, port = parse_address(config.listen)
-        node = PoolNode(served, host, port, name=config.name, pace_bytes_per_s=config.pace_bytes_per_s)
+        secret = Secret.read(config.secret_file) if config.secret_file else None
+        node = PoolNode(served, host, port, name=config.name, pace_bytes_per_s=config.pace_bytes_per_s, secret=secret)
         try:
             members = ", ".join(
                 f"{m.name} ({m.kind}, {format_bytes(m.capacity_bytes)}, {m.blocks} blocks)"

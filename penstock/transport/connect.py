@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from penstock.pool.served import ServedPool
 from penstock.pool.union import UnionPool
 from penstock.transport.remote import RemotePool
+from penstock.transport.secret import Secret
 from penstock.transport.wire import NODE_ID_BYTES
 from penstock.units import parse_address
 
@@ -16,19 +17,27 @@ def connect_pool(
     address: str,
     connections: int = 1,
     connect_timeout_s: float = 5.0,
+    secret: Secret | None = None,
 ) -> RemotePool:
     """The pool node at "HOST:PORT". Raises ValueError for a malformed address, PoolError("network") when nobody answers
     or the node speaks another version of the protocol."""
     host, port = parse_address(address)
-    return RemotePool(host, port, connections, connect_timeout_s)
+    return RemotePool(host, port, connections, connect_timeout_s, secret=secret)
 
 
-def add_node(union: UnionPool, address: str, weight: float | None, connect_timeout_s: float = 5.0) -> None:
+def add_node(
+    union: UnionPool,
+    address: str,
+    weight: float | None,
+    connect_timeout_s: float = 5.0,
+    secret: Secret | None = None,
+) -> None:
     """A further node of a union that is served by a pool node. One that is down is used once it is up.
 
     Raises ValueError for a malformed address, or one that is in the union already."""
     host, port = parse_address(address)
-    union.add_node(RemotePool(host, port, 1, connect_timeout_s, False, union.node_id, True), weight)
+    node = RemotePool(host, port, 1, connect_timeout_s, False, union.node_id, True, secret)
+    union.add_node(node, weight)
 
 
 def open_union(
@@ -39,6 +48,7 @@ def open_union(
     connect_timeout_s: float = 5.0,
     for_node: bool = False,
     follow_bandwidth: bool = True,
+    secret: Secret | None = None,
 ) -> UnionPool:
     """The local pool, if there is one, and the nodes at these addresses as one pool, which takes the local pool over.
     A node that is down is a warning, as long as another child is up. `for_node`: the union is what a pool node serves.
@@ -55,7 +65,8 @@ def open_union(
     try:
         for address in addresses:
             host, port = parse_address(address)
-            nodes.append(RemotePool(host, port, connections, connect_timeout_s, False, node_id, len(addresses) > 1))
+            own_only = len(addresses) > 1
+            nodes.append(RemotePool(host, port, connections, connect_timeout_s, False, node_id, own_only, secret))
     except BaseException:
         for node in nodes:
             node.close(1.0)

@@ -21,7 +21,8 @@ import xxhash
 
 from penstock.pool.api import PoolError
 from penstock.pool.checksum import checksum_seed
-from penstock.transport import wire
+from penstock.transport import lanes, wire
+from penstock.transport.secret import Secret, SecretRefused, prove_as_client
 
 log = logging.getLogger(__name__)
 
@@ -59,15 +60,19 @@ class Connection:
         on_reply: Callable[[Connection], None],
         on_closed: Callable[[Connection, str], None],
         hello: wire.Hello,
+        urgent: bool = False,
+        secret: Secret | None = None,
     ) -> None:
         """Raises OSError, or wire.ProtocolError when the peer is no pool node of this version.
 
         `on_reply` follows each ended request, `on_closed` the end of the connection, before its open requests end.
-        `hello` opens the lane that it names.
+        `hello` opens the lane that it names; an `urgent` one goes before bulk (`lanes`). With a `secret` both sides
+        prove that they have it.
         """
         self.lane = hello.lane
         self.heard_s = time.monotonic()  # when the peer was last heard
         self._on_reply, self._on_closed = on_reply, on_closed
+        self._secret = secret
         self._lock = threading.Lock()
         self._send_lock = threading.Lock()
         self._pending: dict[int, Pending] = {}
@@ -75,6 +80,7 @@ class Connection:
         self._cut_reason: str | None = None
         self._outbox: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
         self._sock = socket.create_connection(address, timeout=timeout_s)
+        lanes.mark(self._sock, urgent)
         try:
             self.node = self._greet(hello)
         except BaseException:
@@ -117,7 +123,7 @@ class Connection:
         except (OSError, wire.ProtocolError, TypeError, ValueError) as error:
             self.cut(str(error))
 
-    def tell(self, message: wire.Corrupt) -> None:
+    def tell(self, message: wire.Corrupt | wire.Return) -> None:
         """Send something that has no answer; a failure shows at the receiver."""
         with self._send_lock, contextlib.suppress(OSError):
             wire.send_all(self._sock, wire.frame(message))
@@ -143,10 +149,10 @@ class Connection:
         self.cut("a deadline was missed")
         return True
 
-    def forget(self, pending: Pending) -> None:
-        """Nobody waits for this request any more (the control lane: it has no buffer)."""
+    def forget(self, pending: Pending) -> bool:
+        """Nobody waits for this request any more (the control lane: it has no buffer); False when it has just ended."""
         with self._lock:
-            self._pending.pop(pending.id, None)
+            return self._pending.pop(pending.id, None) is not None
 
     def abandon(self) -> None:
         """End a connection that was not started."""
@@ -159,10 +165,16 @@ class Connection:
 
     def _greet(self, hello: wire.Hello) -> wire.Ready:
         """Exchange versions and open the lane, within the connect timeout; then leave deadlines to the caller."""
-        self._sock.sendall(wire.greeting() + wire.frame(hello))
-        first = bytearray(wire.GREETING.size)
+        secret, first = self._secret, bytearray(wire.GREETING.size)
+        self._sock.sendall(wire.greeting(secret is not None) + (b"" if secret else wire.frame(hello)))
         wire.receive_exactly(self._sock, memoryview(first))
-        wire.check_greeting(first)
+        wire.check_greeting(first, secret is not None)
+        if secret is not None:
+            try:
+                prove_as_client(self._sock, secret, wire.SECRET_PURPOSE)
+            except SecretRefused as error:
+                raise wire.ProtocolError(str(error)) from None
+            self._sock.sendall(wire.frame(hello))
         header, _ = wire.FrameReader(self._sock).next()
         reply = wire.decode_reply(header)
         if isinstance(reply, wire.Failed):

@@ -24,6 +24,7 @@ from penstock.pool.api import PoolError
 from penstock.pool.callbacks import Callbacks
 from penstock.transport import wire
 from penstock.transport.connection import Connection, Pending
+from penstock.transport.secret import Secret
 from penstock.units import format_address
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ NODE_MARGIN = 0.1  # the node is told to give up this share of the time earlier,
 Answer = TypeVar("Answer", wire.Found, wire.Evicted, wire.Stats)
 Ended = Callable[[Any, PoolError | None], None]
 Payload = wire.Read | wire.Write | wire.Probe
+Asked = wire.Open | wire.HandedOver | wire.Attach | wire.Lend | wire.Offer
 
 
 @dataclass(slots=True)
@@ -74,17 +76,21 @@ class NodeLink:
         must_connect: bool = True,
         origin: bytes = b"",
         own_only: bool = False,
+        urgent: frozenset[str] = frozenset({"control"}),
+        secret: Secret | None = None,
     ) -> None:
         """Connects at once. Raises PoolError("network") when nobody answers, the versions differ, or the node at the
-        other end is `origin`, the node that this link belongs to; without `must_connect` it goes on trying instead."""
+        other end is `origin`, the node that this link belongs to; without `must_connect` it goes on trying instead.
+        `urgent`: lanes that go before bulk. `secret`: what both ends prove that they have."""
         if not 1 <= connections <= 64:
             raise ValueError(f"connections is {connections}; it must be from 1 to 64")
         self.address = (host, port)
         self.place = format_address(host, port)
         self.node = wire.Ready("")
         self._origin, self._own_only = origin, own_only
+        self._urgent, self._secret = urgent, secret
         self._connect_timeout_s = connect_timeout_s
-        self._control = _Lane("control", 0, [None])
+        self._control = _Lane("control", 1, [None])
         self._writes = _Lane("write", WRITES_WAITING_MAX, [None])
         self._reads = _Lane("read", READS_WAITING_MAX, [None] * connections)
         self._lanes = {lane.kind: lane for lane in (self._control, self._writes, self._reads)}
@@ -119,6 +125,11 @@ class NodeLink:
     def up(self) -> bool:
         """Whether every lane has an open connection."""
         return all(lane.open() for lane in self._lanes.values())
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is on its way."""
+        return not self._live
 
     @property
     def down_reason(self) -> str:
@@ -192,7 +203,34 @@ class NodeLink:
 
         return wait
 
-    def tell(self, message: wire.Corrupt) -> None:
+    def begin(self, message: Asked, timeout_s: float, ended: Ended) -> None:
+        """Send a request over the control connection; `ended(reply, error)` is called once, by its deadline."""
+        pending = Pending(message, message.id, time.monotonic() + timeout_s, ended)
+        message.timeout_s = timeout_s * (1 - NODE_MARGIN)
+
+        def end(result: Any, error: PoolError | None) -> None:
+            with self._lock:
+                pending.ended = True
+                self._live -= 1
+            ended(result, error)
+
+        pending.end = end
+        with self._lock:
+            refusal = self._refusal(self._control)
+            connection = self._control.connections[0]
+            if refusal is None and connection is not None and connection.add(pending):
+                pending.connection = connection
+                self._live += 1
+                self._push_deadline(pending)
+            else:
+                connection = None
+        if connection is None:
+            error = refusal or PoolError("network", f"{self.place} is down: {self._down_reason}")
+            self.refuse(ended, error)
+        else:
+            connection.send(pending)
+
+    def tell(self, message: wire.Corrupt | wire.Return) -> None:
         """Send something that has no answer, if the node is up."""
         connection = self._control.connections[0]
         if connection is not None:
@@ -280,7 +318,8 @@ class NodeLink:
             self._lost(lane, slot, connection, reason)
 
         hello = wire.Hello(lane.kind, self._origin, self._own_only)
-        connection = Connection(self.address, timeout_s, replied, closed, hello)
+        urgent = lane.kind in self._urgent
+        connection = Connection(self.address, timeout_s, replied, closed, hello, urgent, self._secret)
         if self._origin and connection.node.node_id == self._origin:
             connection.abandon()
             raise wire.ProtocolError("that is this node itself; it must not be a member of its own pool")
@@ -373,5 +412,9 @@ class NodeLink:
             for pending in unsent:
                 pending.end(None, PoolError("deadline", f"waited too long for a connection to {self.place}"))
             for pending in sent:
-                if pending.connection is not None:
+                if pending.connection is None:
+                    continue
+                if pending.buffer is not None:
                     pending.connection.cut_late(pending)
+                elif pending.connection.forget(pending):
+                    pending.end(None, PoolError("deadline", f"{self.place} did not answer in time"))

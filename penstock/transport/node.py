@@ -21,13 +21,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from penstock.core.keys import KEY_BYTES
+from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.pool.api import PoolError
 from penstock.pool.checksum import block_checksum
 from penstock.pool.served import OpenedBlock, ServedPool
-from penstock.transport import wire
+from penstock.transport import lanes, wire
 from penstock.transport.fetcher import Fetcher
 from penstock.transport.pacer import PIECE_BYTES, Pacer
+from penstock.transport.secret import Secret, SecretRefused, prove_as_server
 from penstock.transport.staging import Staging
 
 log = logging.getLogger(__name__)
@@ -50,13 +51,16 @@ class PoolNode:
         name: str = "pool",
         pace_bytes_per_s: float | None = None,
         staging_capacity_bytes: int = STAGING_BYTES,
+        secret: Secret | None = None,
     ) -> None:
         """`pace_bytes_per_s` limits the blocks sent over all connections together, to emulate a NIC of that speed.
+        With a `secret` only clients that prove it get anything.
 
         Raises OSError when the address cannot be had.
         """
         self.name = name
         self.pool = pool
+        self.secret = secret
         self.node_id = pool.node_id or os.urandom(wire.NODE_ID_BYTES)
         self.pacer = Pacer(pace_bytes_per_s) if pace_bytes_per_s else None
         self.staging = Staging(staging_capacity_bytes)
@@ -65,7 +69,7 @@ class PoolNode:
         self._listener = socket.create_server((host, port), family=family, backlog=128)
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         self._lock = threading.Lock()
-        self._connections: set[_Served] = set()
+        self._connections: set[Served] = set()
         self._closed = False
         self._fetcher, self._far_fetcher = Fetcher("penstock-node-fetch"), Fetcher("penstock-node-far-fetch")
         self._thread = threading.Thread(target=self._accept, name="penstock-node-accept", daemon=True)
@@ -93,7 +97,11 @@ class PoolNode:
         """Queue a load for a fetcher; False when too many wait."""
         return (self._far_fetcher if far else self._fetcher).put(fetch)
 
-    def left(self, connection: _Served) -> None:
+    def connection_of(self, sock: socket.socket, peer: str) -> Served:
+        """What serves a connection that was accepted."""
+        return Served(self, sock, peer)
+
+    def left(self, connection: Served) -> None:
         with self._lock:
             self._connections.discard(connection)
 
@@ -111,12 +119,12 @@ class PoolNode:
                     log.warning("connection of %s refused: %d are open", peer, len(self._connections))
                     sock.close()
                     continue
-                connection = _Served(self, sock, f"{peer[0]}:{peer[1]}")
+                connection = self.connection_of(sock, f"{peer[0]}:{peer[1]}")
                 self._connections.add(connection)
             connection.start()
 
 
-class _Served:
+class Served:
     """One connection at the node."""
 
     def __init__(self, node: PoolNode, sock: socket.socket, peer: str) -> None:
@@ -149,8 +157,11 @@ class _Served:
             wire.set_timeouts(self._sock)
             first = bytearray(wire.GREETING.size)
             wire.receive_exactly(self._sock, memoryview(first))
-            self._sock.sendall(wire.greeting())
-            wire.check_greeting(first)
+            secret = self._node.secret
+            self._sock.sendall(wire.greeting(secret is not None))
+            wire.check_greeting(first, secret is not None)
+            if secret is not None:
+                prove_as_server(self._sock, secret, wire.SECRET_PURPOSE)
             frames = wire.FrameReader(self._sock)
             while True:
                 idle_s = time.monotonic()
@@ -162,7 +173,7 @@ class _Served:
                 # A request that was there already became ready while the link was busy with the one before.
                 ready_s = min(now_s, self._sent_s) if now_s - idle_s < 0.0001 else now_s
                 self._answer(request, payload_bytes, ready_s)
-        except wire.ProtocolError as error:
+        except (wire.ProtocolError, SecretRefused) as error:
             log.warning("connection of %s closed: %s", self._peer, error)
         except OSError as error:
             log.debug("connection of %s ended: %s", self._peer, error)
@@ -192,6 +203,8 @@ class _Served:
                 self._probe(request, ready_s)
             case wire.Hello():
                 self._greeted(request)
+            case wire.Open(id) | wire.HandedOver(id) | wire.Attach(id) | wire.Lend(id) | wire.Offer(id):
+                self._reply(wire.Failed(id, "layout", "this is a pool node, not the relay of a decode engine"))
 
     def _greeted(self, hello: wire.Hello) -> None:
         """Raises ProtocolError for a client that this node has nothing for."""
@@ -201,7 +214,11 @@ class _Served:
                 self._reply(wire.Failed(0, "network", "the node has no members of its own, and is asked for these"))
                 raise wire.ProtocolError("asked for members of its own, which this node does not have")
             self._pool = own
+        lanes.mark(self._sock, self._is_urgent(hello.lane))
         self._reply(wire.Ready(self._node.name, self._node.node_id, self._pool.read_bytes_per_s))
+
+    def _is_urgent(self, lane: str) -> bool:
+        return lane == "control"
 
     def _control(self, request: wire.Lookup | wire.Evict | wire.Stat) -> wire.Reply:
         """Raises PoolError when the pool cannot be asked."""
@@ -235,7 +252,7 @@ class _Served:
             self._reply(wire.Failed(request.id, opened.reason, opened.detail))
         elif opened.view is not None:
             try:
-                self._send_block(request.id, opened, opened.view, deadline_s, ready_s)
+                self._send_block(request.id, opened.key, opened.checksum, opened.view, deadline_s, ready_s)
                 opened.note_read()
             finally:
                 opened.release()
@@ -279,17 +296,19 @@ class _Served:
                 self._reply(wire.Failed(request.id, error.reason, error.detail))
             else:
                 data = view[: request.size_bytes]
-                self._send_block(request.id, opened, data, deadline_s, time.monotonic())
+                self._send_block(request.id, opened.key, opened.checksum, data, deadline_s, time.monotonic())
         finally:
             self._node.staging.give(offset, request.size_bytes)
             opened.release()
             self._leave()
 
-    def _send_block(self, id: int, opened: OpenedBlock, data: memoryview, deadline_s: float, ready_s: float) -> None:
+    def _send_block(
+        self, id: int, key: BlockKey, checksum: int, data: memoryview, deadline_s: float, ready_s: float
+    ) -> None:
         if time.monotonic() > deadline_s:
             self._reply(wire.Failed(id, "deadline", "the node came to it too late"))
             return
-        self._send(wire.frame(wire.Block(id, opened.key, opened.checksum), len(data)), data, ready_s)
+        self._send(wire.frame(wire.Block(id, key, checksum), len(data)), data, ready_s)
 
     def _send(self, head: bytes, data: memoryview, ready_s: float) -> None:
         """Send at the node's pace what was ready at `ready_s`."""

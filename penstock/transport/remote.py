@@ -18,6 +18,7 @@ from penstock.pool.callbacks import call_done
 from penstock.pool.checksum import block_checksum
 from penstock.transport import wire
 from penstock.transport.link import NodeLink
+from penstock.transport.secret import Secret
 
 EVICT_TIMEOUT_S = 2.0
 MEASURE_BYTES_MAX = 256 << 20
@@ -38,12 +39,13 @@ class RemotePool:
         must_connect: bool = True,
         origin: bytes = b"",
         own_only: bool = False,
+        secret: Secret | None = None,
     ) -> None:
         """Connects at once. Raises PoolError("network") when nobody answers or the versions differ; without
         `must_connect` such a node is a warning, and used once it is there. `origin`: the id of the node that this pool
         is a part of, if any. `own_only`: leave out the node's members of other nodes; a node is always asked so by
-        another one."""
-        self._link = NodeLink(host, port, connections, connect_timeout_s, must_connect, origin, own_only)
+        another one. `secret`: the node's, if it asks for one."""
+        self._link = NodeLink(host, port, connections, connect_timeout_s, must_connect, origin, own_only, secret=secret)
         self.address = self._link.address
         self.place = self._link.place
 

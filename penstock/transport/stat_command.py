@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,16 +18,21 @@ def stat(
     address: Annotated[str, typer.Argument(help="HOST:PORT of the node.", metavar="HOST:PORT")],
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     timeout_s: Annotated[float, typer.Option(help="How long to wait for the node.")] = 5.0,
+    secret_file: Annotated[
+        Path | None, typer.Option(help="File with the secret that the node asks for.", metavar="FILE")
+    ] = None,
 ) -> None:
     """Show the members and tenants of a running node."""
     from penstock.pool.api import PoolError
     from penstock.transport.command import refuse
     from penstock.transport.connect import connect_pool
+    from penstock.transport.secret import Secret
 
     try:
         if not 0 < timeout_s <= 3600:
             raise ValueError(f"timeout-s is {timeout_s}; allowed: above 0, up to 3600")
-        node = connect_pool(address, connect_timeout_s=timeout_s)
+        secret = Secret.read(secret_file) if secret_file else None
+        node = connect_pool(address, connect_timeout_s=timeout_s, secret=secret)
         try:
             found = _own_names(node.stat(timeout_s), f"@{node.place}")
         finally:

@@ -1,7 +1,8 @@
 """The pool protocol over TCP: greeting, frames, messages.
 
-Both sides first send 8 bytes: magic and protocol version. Then frames: a prefix (header length, payload length), a
-msgpack header, padding up to 64 bytes, the raw payload. Replies may come in any order; `id` pairs them with requests.
+Both sides first send 8 bytes: magic and protocol version; where both have a secret they prove it. Then frames: a prefix
+(header length, payload length), a msgpack header, padding up to 64 bytes, the raw payload. Replies may come in any
+order; `id` pairs them with requests.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from penstock.pool.api import PoolStat
 
 PROTOCOL_VERSION = 2
 GREETING = struct.Struct("<6sH")
+SECRET_FLAG = 0x8000  # of the version
+SECRET_PURPOSE = b"pool"
 MAGIC = b"PNSTCK"
 PREFIX = struct.Struct("<II")
 HEAD_BYTES = 64  # every frame begins with at least this many, so that one receive gets most headers whole
@@ -101,6 +104,66 @@ class Probe(msgspec.Struct, array_like=True, tag=8):
     size_bytes: int
 
 
+class Open(msgspec.Struct, array_like=True, tag=9):
+    """To the relay of a decode engine: the hand-off `name` may begin. `reads`: say which blocks it can read from the
+    pool. Answered by Opened once there is room, or Failed."""
+
+    id: int
+    name: str
+    reads: bool
+    timeout_s: float
+
+
+class HandedOver(msgspec.Struct, array_like=True, tag=10):
+    """All blocks of a hand-off are there, but `missing` that could not be sent; `token` is the first one. Answered by
+    Accepted or Failed."""
+
+    id: int
+    name: str
+    token: int
+    missing: int
+    timeout_s: float
+
+
+class Attach(msgspec.Struct, array_like=True, tag=11):
+    """To a relay: from now on blocks may be read one-sided, in both directions (`one_sided`). `client` is a name that
+    nobody else has, `memory` what `kind` needs to read the client's memory. Answered by Attached or Failed."""
+
+    id: int
+    client: bytes
+    kind: str
+    memory: bytes
+    timeout_s: float
+
+
+class Lend(msgspec.Struct, array_like=True, tag=12):
+    """One block, to be read one-sided; answered by Lent or Failed."""
+
+    id: int
+    key: bytes
+    size_bytes: int
+    timeout_s: float
+
+
+class Return(msgspec.Struct, array_like=True, tag=13):
+    """A lent block was read. No answer; without it the block is taken back at the deadline of Lend."""
+
+    lend_id: int
+
+
+class Offer(msgspec.Struct, array_like=True, tag=14):
+    """A block of a hand-off lies at `offset` of the client's memory, for the relay to read; answered by Written or
+    Failed."""
+
+    id: int
+    client: bytes
+    key: bytes
+    size_bytes: int
+    checksum: int
+    offset: int
+    timeout_s: float
+
+
 class Ready(msgspec.Struct, array_like=True, tag=20):
     """Answer to Hello. `node_id` differs from node to node, and from start to start; `read_bytes_per_s` is what its
     members' shares go by, added up. Failed instead: the node has nothing for this client."""
@@ -156,8 +219,36 @@ class Probed(msgspec.Struct, array_like=True, tag=27):
     id: int
 
 
-Request = Hello | Read | Write | Lookup | Evict | Stat | Corrupt | Probe
-Reply = Ready | Block | Failed | Written | Found | Evicted | Stats | Probed
+class Opened(msgspec.Struct, array_like=True, tag=28):
+    """One byte for each full block of the prompt: 1, the relay has it; 2, it can read it from the pool; 0, neither."""
+
+    id: int
+    blocks: bytes
+
+
+class Accepted(msgspec.Struct, array_like=True, tag=29):
+    id: int
+
+
+class Attached(msgspec.Struct, array_like=True, tag=30):
+    """`memory` is what the client needs to read the relay's."""
+
+    id: int
+    memory: bytes
+
+
+class Lent(msgspec.Struct, array_like=True, tag=31):
+    """The block lies at `offset` of the relay's memory."""
+
+    id: int
+    checksum: int
+    offset: int
+
+
+Request = (
+    Hello | Read | Write | Lookup | Evict | Stat | Corrupt | Probe | Open | HandedOver | Attach | Lend | Return | Offer
+)
+Reply = Ready | Block | Failed | Written | Found | Evicted | Stats | Probed | Opened | Accepted | Attached | Lent
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
@@ -234,17 +325,23 @@ def split_keys(keys: bytes) -> list[BlockKey]:
     return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
 
 
-def greeting() -> bytes:
-    return GREETING.pack(MAGIC, PROTOCOL_VERSION)
+def greeting(secret: bool = False) -> bytes:
+    """`secret`: this side has one, and goes on only with a peer that proves it (`transport.secret`)."""
+    return GREETING.pack(MAGIC, PROTOCOL_VERSION | SECRET_FLAG * secret)
 
 
-def check_greeting(raw: bytes | bytearray) -> None:
-    """Raises ProtocolError when the peer is something else or speaks another version."""
+def check_greeting(raw: bytes | bytearray, secret: bool = False) -> None:
+    """Raises ProtocolError when the peer is something else, speaks another version, or only one side has a secret."""
     magic, version = GREETING.unpack(raw)
     if magic != MAGIC:
         raise ProtocolError("the peer does not speak the Penstock pool protocol")
+    version, has_secret = version & ~SECRET_FLAG, bool(version & SECRET_FLAG)
     if version != PROTOCOL_VERSION:
         raise ProtocolError(f"the peer speaks version {version} of the pool protocol, this side {PROTOCOL_VERSION}")
+    if has_secret and not secret:
+        raise ProtocolError("the peer asks for the cluster's secret, and this side has none (--secret-file)")
+    if secret and not has_secret:
+        raise ProtocolError("the peer has no secret, and this side asks for one (--secret-file)")
 
 
 def set_timeouts(sock: socket.socket) -> None:

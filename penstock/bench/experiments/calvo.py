@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from penstock.bench.plots import bar_chart
+from penstock.bench.recording import RecordedRun, write_runs
 from penstock.bench.report import Report
 from penstock.bench.statistics import bootstrap, percentile
 from penstock.core.config import POLICIES, Policy
@@ -65,6 +66,7 @@ def calvo(
     fetch_gbytes_per_s: Annotated[
         float, typer.Option(min=0.1, help="Bandwidth of the fetch link, unscaled, in GB/s (not in the paper).")
     ] = 17.2,
+    record: Annotated[Path | None, typer.Option(help="Write the runs to this file, for penstock sim validate.")] = None,
 ) -> None:
     """CALVO's set-up live over TCP with real bytes and modelled compute: TTFT and SLO attainment of every ordering."""
     console = Console()
@@ -90,7 +92,10 @@ def calvo(
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     ) as progress:
-        cells = _measure(progress, scale, datasets, rates, policies, repeats, report)
+        runs: list[RecordedRun] = []
+        cells = _measure(progress, scale, datasets, rates, policies, repeats, report, runs)
+    if record is not None:
+        write_runs(record, runs)
     _conclude(report, cells, datasets, rates, policies)
     report.print(console)
     if json is not None:
@@ -107,6 +112,7 @@ def _measure(
     policies: Sequence[str],
     repeats: int,
     report: Report,
+    runs: list[RecordedRun],
 ) -> dict[Cell, Pooled]:
     from penstock.bench.experiments.calvo_testbed import Scale, testbed
 
@@ -115,18 +121,18 @@ def _measure(
     mixed = "icl" in datasets and {"sjf-compute", "sjf"} <= set(policies)
     per_rate = len(policies) + 1
     per_mixed = 2 + repeats * len(MIXED_POLICIES)
-    runs = len(datasets) * (2 + repeats * len(rates) * per_rate) + mixed * len(MIXED_RATES) * per_mixed
-    task = progress.add_task("start", total=runs)
+    steps = len(datasets) * (2 + repeats * len(rates) * per_rate) + mixed * len(MIXED_RATES) * per_mixed
+    task = progress.add_task("start", total=steps)
     shuffle = random.Random(0)
     with testbed(scale) as bed:
         for name in datasets:
-            one = _Dataset(bed, name, (1.0,), progress, task)
+            one = _Dataset(bed, name, (1.0,), progress, task, runs)
             one.calibrate(report)
             for rate, repeat in itertools.product(rates, range(repeats)):
                 one.run_all(cells, rate, repeat, [COUPLED, *policies], shuffle)
             one.end()
         for label, rate in MIXED_RATES.items() if mixed else ():
-            one = _Dataset(bed, "icl", MIXED_HIT_RATIOS, progress, task, label=label)
+            one = _Dataset(bed, "icl", MIXED_HIT_RATIOS, progress, task, runs, label=label)
             one.calibrate(report)
             for repeat in range(repeats):
                 one.run_all(cells, rate, repeat, MIXED_POLICIES, shuffle)
@@ -139,7 +145,14 @@ class _Dataset:
     each repeat draws arrivals anew and deals the requests out in another order."""
 
     def __init__(
-        self, bed: object, name: str, ratios: Sequence[float], progress: Progress, task: object, label: str = ""
+        self,
+        bed: object,
+        name: str,
+        ratios: Sequence[float],
+        progress: Progress,
+        task: object,
+        runs: list[RecordedRun],
+        label: str = "",
     ) -> None:
         from penstock.bench.experiments.calvo_testbed import Testbed, arrivals
 
@@ -147,6 +160,7 @@ class _Dataset:
         self._bed = bed
         self._name = name
         self._label = label or name
+        self._runs = runs
         self._progress = progress
         self._task = task
         warm_only = label == "mixed-load"
@@ -162,6 +176,7 @@ class _Dataset:
         alone = self._bed.run(self._requests, no_slo, "coupled", "fcfs", outstanding=1)
         self._advance()
         self._alone_s = list(alone.ttfts_s)
+        self._profile = self._bed.profile_of(alone)
         self._bed.forget(self._requests)
         self._progress.update(self._task, description=f"{self._label}: baseline capacity")  # type: ignore[arg-type]
         full = self._bed.run(self._requests, no_slo, "coupled", "fcfs", outstanding=8)
@@ -192,6 +207,7 @@ class _Dataset:
             mode = "coupled" if policy == COUPLED else "penstock"
             order_policy = "fcfs" if policy == COUPLED else policy
             result = self._bed.run(workload, slos_s, mode, order_policy)  # type: ignore[arg-type]
+            self._runs.append(self._bed.recorded(text, workload, result, self._profile, mode, order_policy))  # type: ignore[arg-type]
             pooled = cells.setdefault((self._label, f"{rate:g}", policy), Pooled())
             time_factor = self._bed.scale.time_factor
             pooled.ttfts_s += [ttft / time_factor for ttft in result.ttfts_s]

@@ -7,11 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from penstock.bench.processes import pool_process
+from penstock.bench.recording import RecordedProfile, RecordedRequest, RecordedRun
 from penstock.bench.workloads import CALVO_DATASETS, SLO_MULTIPLIERS, Workload, calvo, prompt_tokens
 from penstock.core.config import Mode, Policy, SchedulerConfig
 from penstock.core.cost import CostModel, LinkCost
@@ -72,8 +73,10 @@ class RunResult:
     reports: tuple[RequestReport, ...]
     slos_s: tuple[float, ...]
     ttfts_s: tuple[float, ...]
+    starts_s: tuple[float, ...]
     wall_s: float
     fetched_bytes: int
+    link_bytes_per_s: dict[str, float]  # as the engine observed them
 
     @property
     def met(self) -> list[float]:
@@ -198,6 +201,38 @@ class Testbed:
             engine.close(10.0)
             pool.close(10.0)
 
+    def profile_of(self, alone: RunResult) -> RecordedProfile:
+        """What requests that ran one at a time, coupled, say of links and overheads."""
+        upload = alone.link_bytes_per_s["upload"]
+        links = {name: speed for name, speed in alone.link_bytes_per_s.items() if name != "upload"}
+        compute = self.profile.compute_cost()
+        lookups, rests = [], []
+        for report in alone.reports:
+            lookups.append(sum(end - start for label, start, end in report.spans if label == "lookup"))
+            query = report.prompt_tokens - report.cached_tokens
+            modelled_s = compute.seconds([(query, report.cached_tokens)])
+            rests.append((report.ttft_s or 0.0) - lookups[-1] - report.measured_load_s - modelled_s)
+        return RecordedProfile(
+            [tuple(sorted(links))], links, upload, (compute.a, compute.b, compute.c),
+            statistics.median(lookups), 0.0, max(0.0, statistics.median(rests)),
+        )  # fmt: skip
+
+    def recorded(
+        self,
+        label: str,
+        requests: Sequence[Arrival],
+        result: RunResult,
+        profile: RecordedProfile,
+        mode: Mode,
+        policy: Policy,
+    ) -> RecordedRun:
+        """A run as it was, to be simulated."""
+        rows = [
+            RecordedRequest(start, len(a.tokens), [0] * (a.warm_tokens // BLOCK_TOKENS), slo, ttft)
+            for start, a, slo, ttft in zip(result.starts_s, requests, result.slos_s, result.ttfts_s, strict=True)
+        ]
+        return RecordedRun(label, asdict(self.config(mode, policy)), profile, rows)
+
     def ideal(self, requests: Sequence[Arrival], slos_s: Sequence[float], mode: Mode, policy: Policy) -> list[float]:
         """TTFTs of the same decisions on ideal links: no overhead, and no link idle while it has work."""
         cost = self.cost()
@@ -255,6 +290,7 @@ def _drive(engine: Engine, requests: Sequence[Arrival], slos_s: Sequence[float],
     collector = _Collector(len(requests), free.release)
     sampling = SamplingParams(max_tokens=1, temperature=0.0)
     started_s = time.monotonic()
+    starts_s = []
     for index, (arrival, slo_s) in enumerate(zip(requests, slos_s, strict=True)):
         if outstanding:
             if not free.acquire(timeout=RUN_LIMIT_S):
@@ -262,6 +298,7 @@ def _drive(engine: Engine, requests: Sequence[Arrival], slos_s: Sequence[float],
         else:
             time.sleep(max(0.0, started_s + arrival.start_s - time.monotonic()))
         request = GenerationRequest(str(index), arrival.tokens, sampling, slo_ttft_s=slo_s)
+        starts_s.append(time.monotonic() - started_s)
         engine.submit(request, lambda event, index=index: collector.event(index, event))  # type: ignore[misc]
     if not collector.done.wait(RUN_LIMIT_S):
         raise TimeoutError(f"the run did not end within {RUN_LIMIT_S:g} s of its last arrival")
@@ -270,8 +307,10 @@ def _drive(engine: Engine, requests: Sequence[Arrival], slos_s: Sequence[float],
         raise RuntimeError(collector.errors[0])
     reports = [report for report in collector.reports if report is not None]
     ttfts_s = tuple(report.ttft_s if report.ttft_s is not None else float("inf") for report in reports)
-    fetched = int(engine.stats().counters.get("fetched_bytes", 0))
-    return RunResult(tuple(reports), tuple(slos_s), ttfts_s, wall_s, fetched)
+    stats = engine.stats()
+    fetched = int(stats.counters.get("fetched_bytes", 0))
+    speeds = stats.labelled["link_bytes_per_s"]
+    return RunResult(tuple(reports), tuple(slos_s), ttfts_s, tuple(starts_s), wall_s, fetched, speeds)
 
 
 def median_error(predicted: Sequence[float], measured: Sequence[float]) -> float:

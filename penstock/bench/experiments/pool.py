@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from penstock.bench.recording import RecordedRun, write_runs
 from penstock.bench.report import Report
 from penstock.pool.api import PoolError
 
@@ -33,6 +34,7 @@ def pool(
     ] = None,
     quick: Annotated[bool, typer.Option(help="One short repeat of everything: checks that it runs.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    record: Annotated[Path | None, typer.Option(help="Write the runs to this file, for penstock sim validate.")] = None,
 ) -> None:
     """Pooled reads, TTFT and CPU against their bounds and the baselines; devices at the paper's ratios, bytes real."""
     console = Console()
@@ -49,13 +51,16 @@ def pool(
         ):
             task = bar.add_task("start", total=None)
             step = partial(bar.update, task)
-            _measure(report, Path(folder), parts, models, contexts, quick, lambda text: step(description=text))
+            runs: list[RecordedRun] = []
+            _measure(report, Path(folder), parts, models, contexts, quick, lambda text: step(description=text), runs)
     except (OSError, ValueError, RuntimeError, PoolError) as error:
         console.print(f"bench pool: {error}", style="red", markup=False)
         raise typer.Exit(1) from error
     report.print(console)
     if json is not None:
         report.write_json(json)
+    if record is not None:
+        write_runs(record, runs)
 
 
 def _chosen(name: str, given: Sequence[str] | None, allowed: Sequence[str]) -> list[str]:
@@ -74,6 +79,7 @@ def _measure(
     contexts: Sequence[str],
     quick: bool,
     step: Callable[[str], None],
+    runs: list[RecordedRun],
 ) -> None:
     from penstock.bench.experiments.pool_many import measure_many
     from penstock.bench.experiments.pool_raw import measure_cpu, measure_sum
@@ -92,7 +98,7 @@ def _measure(
     if "reads" in parts:
         measure_reads(report, folder, models, contexts, repeats["reads"], not quick, step)
     if {"ttft", "ablation"} & set(parts):
-        measure_ttft(report, folder, models, contexts, repeats["ttft"], kernel_s_per_gb, parts, step)
+        measure_ttft(report, folder, models, contexts, repeats["ttft"], kernel_s_per_gb, parts, step, runs)
     if "many" in parts:
         measure_many(report, folder, 1.0 if quick else run_s["many"], step)
     if "sweep" in parts:

@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from penstock.bench.experiments.pool_rig import (
@@ -34,6 +34,7 @@ from penstock.bench.experiments.pool_rig import (
     paper_kernel_s_per_gb,
     pooled,
 )
+from penstock.bench.recording import RecordedProfile, RecordedRequest, RecordedRun
 from penstock.bench.report import Report
 from penstock.core.config import Mode, SchedulerConfig
 from penstock.core.cost import CostModel, LinkCost
@@ -95,6 +96,7 @@ def measure_ttft(
     kernel_s_per_gb: float,
     parts: Sequence[str],
     step: Callable[[str], None],
+    runs: list[RecordedRun],
 ) -> None:
     """Part `ttft`: ours against the serial baseline at every context, against all baselines at the longest.
     Part `ablation`: ours against each half of it, at the longest."""
@@ -109,7 +111,7 @@ def measure_ttft(
                 names += ["serial_here", *BASELINES] if longest else ["serial"]
             if len(names) > 1:
                 chosen = {system: every[system] for system in names}
-                found = _measure(folder, MODELS[name], context, chosen, repeats, step)
+                found = _measure(folder, MODELS[name], context, chosen, repeats, step, runs)
                 _conclude(report, MODELS[name], context, found)
     report.modelled += [
         f"ttft: compute and uploads take the time of profiles, uploads at {UPLOAD_BYTES_PER_S / 1e9:g} GB/s; devices "
@@ -126,7 +128,13 @@ def measure_ttft(
 
 
 def _measure(
-    folder: Path, model: Model, context: str, chosen: dict[str, System], repeats: int, step: Callable[[str], None]
+    folder: Path,
+    model: Model,
+    context: str,
+    chosen: dict[str, System],
+    repeats: int,
+    step: Callable[[str], None],
+    runs: list[RecordedRun],
 ) -> dict[str, Measured]:
     """All systems take turns (the slow ones once); each has the document to itself, on devices of its own."""
     profile = model.scaled(model.time_factor)
@@ -153,9 +161,12 @@ def _measure(
                     continue
                 step(f"{model.name} {context}: {name}")
                 rigs[name].drop_page_cache()
-                report = ask(rigs[name], system.mode, runner, (warm, one), blocks)
+                warmed, report = ask(rigs[name], system.mode, runner, (warm, one), blocks)
                 assert report.ttft_s is not None
                 found[name].ttft_s.append(report.ttft_s / model.time_factor)
+                if not system.arrangement.serial:
+                    label = f"{model.name} {context} {name}, repeat {repeat + 1}"
+                    runs.append(_recorded(label, rigs[name], system.mode, runner, one, blocks, warmed, report))
                 blocked_s = report.ttft_s - report.measured_compute_s
                 found[name].blocked_s.append(blocked_s / model.time_factor)
     return found
@@ -177,19 +188,45 @@ def engine_config(runner: ModelledRunner, mode: Mode, pages: int, slots: int) ->
     )
 
 
-def ask(rig: Rig, mode: Mode, runner: ModelledRunner, asked: Sequence[Document], blocks: int) -> RequestReport:
-    """Each document and a question, one after the other, to an engine with an empty L1; the report of the last.
+def ask(rig: Rig, mode: Mode, runner: ModelledRunner, asked: Sequence[Document], blocks: int) -> list[RequestReport]:
+    """Each document and a question, one after the other, to an engine with an empty L1; their reports.
     Raises RuntimeError when not all of a document was loaded."""
     profile: Profile = runner.profile
     cost = CostModel(LinkCost(profile.upload_bytes_per_s), profile.compute_cost())
     cost.default_link_bytes_per_s = rig.speeds[0]
     engine = Engine(engine_config(runner, mode, blocks, blocks), cost, runner, rig.pool)
     try:
-        for one in asked:
-            report = _ask_one(engine, one, len(one.keys) * runner.layout.full_block_bytes)
+        return [_ask_one(engine, one, len(one.keys) * runner.layout.full_block_bytes) for one in asked]
     finally:
         engine.close(10.0)
-    return report
+
+
+def _recorded(
+    label: str,
+    rig: Rig,
+    mode: Mode,
+    runner: ModelledRunner,
+    one: Document,
+    blocks: int,
+    warmed: RequestReport,
+    report: RequestReport,
+) -> RecordedRun:
+    """The request as it was, to be simulated; overheads are those of the small request before it."""
+    held = [hit.route for hit in rig.pool.lookup(one.keys, 5.0) if hit is not None]
+    routes = sorted(set(held))
+    speeds = {member.name: speed for member, speed in zip(rig.pool.stat(5.0).members, rig.speeds, strict=True)}
+    compute = runner.profile.compute_cost()
+    modelled_s = compute.seconds([(warmed.prompt_tokens - warmed.cached_tokens, warmed.cached_tokens)])
+    profile = RecordedProfile(
+        routes, speeds, runner.profile.upload_bytes_per_s, (compute.a, compute.b, compute.c),
+        sum(end - start for label, start, end in warmed.spans if label == "lookup"), 0.0,
+        max(0.0, warmed.measured_compute_s - modelled_s),
+    )  # fmt: skip
+    assert report.ttft_s is not None
+    request = RecordedRequest(
+        0.0, report.prompt_tokens, [routes.index(route) for route in held], REQUEST_TIMEOUT_S, report.ttft_s
+    )
+    return RecordedRun(label, asdict(engine_config(runner, mode, blocks, blocks)), profile, [request])
 
 
 def _ask_one(engine: Engine, one: Document, wanted_bytes: int) -> RequestReport:

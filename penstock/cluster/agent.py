@@ -1,0 +1,337 @@
+"""The engine's side of the control connection: it dials the router, registers, keeps its lease, serves what is placed.
+
+Without a lease it serves nothing: it stops what it has, but for requests that a client may ask for again (their tokens
+are kept for KEEP_S, and offered to the router that it registers with next). Each connection has one reader, on the
+agent's own thread, and one sender.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from penstock.cluster import wire
+from penstock.cluster.held import HeldPart, HeldParts
+from penstock.cluster.placed import EngineReport, PlacedRequest
+from penstock.core.membership import OwnLease
+from penstock.engine.api import InvalidRequest, Overloaded, TokenEvent
+from penstock.transport.secret import Secret, SecretRefused, prove_as_client
+from penstock.units import format_address
+
+log = logging.getLogger(__name__)
+
+KEEP_S = 60.0
+DIAL_TIMEOUT_S = 5.0
+PAUSES_S = (0.05, 1.0)  # between attempts to register, growing
+_RECEIVE_POLL_S = 0.25
+
+
+class Host(Protocol):
+    """The engine behind the agent (`cluster.host.EngineHost`)."""
+
+    @property
+    def relay_address(self) -> str: ...
+
+    def submit(self, placed: PlacedRequest, on_event: Callable[[TokenEvent], None]) -> None: ...
+
+    def cancel(self, request_id: str, attempt: int | None = None) -> None: ...
+
+    def replan(self, request_id: str, attempt: int, side: Literal["prefill", "decode"]) -> None: ...
+
+    def report(self) -> EngineReport: ...
+
+    def healthy(self) -> tuple[bool, str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSettings:
+    """`router` is (host, port) of its cluster port."""
+
+    router: tuple[str, int]
+    secret: Secret
+    keep_s: float = KEEP_S
+
+
+class RegistrationRefused(Exception):
+    """The router does not take this engine; `final`: it never will."""
+
+    def __init__(self, reason: str, final: bool) -> None:
+        super().__init__(reason)
+        self.final = final
+
+
+class _Session:
+    """One registration: its connection, epoch and lease."""
+
+    def __init__(self, sock: socket.socket, welcome: wire.Welcome, sent_s: float) -> None:
+        self.sock = sock
+        self.welcome = welcome
+        self.placed = 0
+        self.lease = OwnLease(welcome.lease_s, sent_s)
+        self.over: str | None = None
+        self._lock = threading.Lock()
+
+    def send(self, message: wire.FromEngine) -> None:
+        """Raises OSError, also when the router takes nothing for a lease's time."""
+        data = wire.frame(message)
+        with self._lock:
+            self.sock.sendall(data)
+
+    def cut(self, why: str) -> None:
+        self.over = self.over or why
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+
+class EngineAgent:
+    """Runs from construction to `close`. `ended` is set, with `failure`, when the router refuses it for good."""
+
+    def __init__(
+        self,
+        host: Host,
+        card: wire.EngineCard,
+        settings: AgentSettings,
+        on_refused: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_refused` is called once, when the router refuses this engine for good."""
+        self.card = card
+        self.failure: str | None = None
+        self.ended = threading.Event()
+        self.registered = threading.Event()
+        self._host = host
+        self._settings = settings
+        self._on_refused = on_refused
+        self._place = format_address(*settings.router)
+        self._lock = threading.Lock()
+        self._to_send = threading.Condition(self._lock)
+        self._held = HeldParts(settings.keep_s)
+        self._session: _Session | None = None
+        self._closing = threading.Event()
+        self._told = ""
+        self._lost_s: float | None = None
+        self._thread = threading.Thread(target=self._run, name="penstock-agent", daemon=True)
+        self._thread.start()
+
+    @property
+    def epoch(self) -> int | None:
+        """Of the current registration."""
+        session = self._session
+        return session.welcome.epoch if session is not None else None
+
+    def close(self, timeout_s: float, why: str = "the engine ends") -> None:
+        """Leave the cluster: the router places what runs here anew."""
+        self._closing.set()
+        with self._lock:
+            session = self._session
+        if session is not None:
+            try:
+                session.send(wire.Leave(session.welcome.epoch, why))
+            except (OSError, wire.ProtocolError) as error:
+                log.debug("the router was not told: %s", error)
+            session.cut("closed")
+        self._thread.join(timeout_s)
+        self._stop_all()
+
+    # -- connecting ---------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        pause_s = PAUSES_S[0]
+        while not self._closing.is_set():
+            try:
+                self._register_and_serve()
+                pause_s = PAUSES_S[0]
+            except RegistrationRefused as error:
+                self._tell(f"router {self._place} refuses this engine: {error}")
+                if error.final:
+                    self.failure = f"router {self._place} refuses this engine: {error}"
+                    self._stop_all()
+                    self.ended.set()
+                    self._on_refused()
+                    return
+            except (OSError, wire.ProtocolError, SecretRefused) as error:
+                self._tell(f"router {self._place}: {error}; it is tried again")
+            except Exception:
+                log.exception("the connection to router %s failed", self._place)
+            if self._lost_s is not None and time.monotonic() - self._lost_s > self._settings.keep_s:
+                self._stop_all()
+            self._closing.wait(pause_s * random.uniform(0.7, 1.3))
+            pause_s = min(2 * pause_s, PAUSES_S[1])
+
+    def _tell(self, line: str) -> None:
+        """Each state of the router once."""
+        if line != self._told:
+            log.warning("%s", line)
+            self._told = line
+
+    def _register_and_serve(self) -> None:
+        sock = socket.create_connection(self._settings.router, timeout=DIAL_TIMEOUT_S)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            session = self._register(sock)
+            self._serve(session)
+        finally:
+            sock.close()
+
+    def _register(self, sock: socket.socket) -> _Session:
+        sock.settimeout(wire.HANDSHAKE_S)
+        sock.sendall(wire.greeting())
+        wire.check_greeting(_receive(sock, wire.GREETING.size))
+        prove_as_client(sock, self._settings.secret, wire.PURPOSE)
+        with self._lock:
+            held = self._held.records()
+        sent_s = time.monotonic()
+        sock.sendall(wire.frame(wire.Register(self.card, self._host.report(), held)))
+        answer = wire.decode_from_router(_receive_frame(sock))
+        if isinstance(answer, wire.Refused):
+            raise RegistrationRefused(answer.reason, not answer.retry)
+        if not isinstance(answer, wire.Welcome):
+            raise wire.ProtocolError(f"the router answered with {type(answer).__name__}")
+        with self._lock:
+            dropped = self._held.keep_only({(request_id, attempt) for request_id, attempt in answer.keep})
+        for request_id, attempt in dropped:
+            self._host.cancel(request_id, attempt)
+        return _Session(sock, answer, sent_s)
+
+    # -- one registration ---------------------------------------------------------------------------------------
+
+    def _serve(self, session: _Session) -> None:
+        """Until the connection or the lease ends."""
+        session.sock.settimeout(max(_RECEIVE_POLL_S, session.welcome.lease_s))
+        self._told, self._lost_s = "", None
+        log.info("registered with router %s: epoch %d", self._place, session.welcome.epoch)
+        sender = threading.Thread(target=self._send_all, args=(session,), name="penstock-agent-send", daemon=True)
+        with self._lock:
+            self._session = session
+        self.registered.set()
+        sender.start()
+        why = "the connection failed"
+        try:
+            self._receive_all(session)
+        except (OSError, wire.ProtocolError) as error:
+            why = str(error)
+        finally:
+            session.cut(why)
+            with self._lock:
+                self._session = None
+                self._to_send.notify_all()
+            self.registered.clear()
+            sender.join()
+            self._lost_s = time.monotonic()
+            if not self._closing.is_set():
+                self._tell(f"router {self._place} is lost: {session.over}")
+            self._stop_all_but_resumable()
+
+    def _receive_all(self, session: _Session) -> None:
+        while session.over is None:
+            message = wire.decode_from_router(_receive_frame(session.sock))
+            if isinstance(message, wire.Beat):
+                session.lease.acknowledged(message.sequence)
+            elif isinstance(message, wire.Place):
+                self._placed(session, message.placed)
+            elif isinstance(message, wire.Cancel):
+                if message.epoch == session.welcome.epoch:
+                    self._cancelled(message)
+            elif isinstance(message, wire.Replan):
+                if message.epoch == session.welcome.epoch:
+                    self._host.replan(message.request_id, message.attempt, message.side)
+            elif isinstance(message, wire.Fenced):
+                raise ConnectionError(f"fenced: {message.reason}")
+            else:
+                raise wire.ProtocolError(f"the router sent {type(message).__name__}")
+
+    def _placed(self, session: _Session, placed: PlacedRequest) -> None:
+        if placed.epoch != session.welcome.epoch or not session.lease.valid(time.monotonic()):
+            return
+        with self._lock:
+            if (placed.request_id, placed.attempt) in self._held:
+                return
+            stale = self._held.drop([part.key for part in self._held.attempts(placed.request_id)])
+            part = self._held.add(placed)
+        for request_id, attempt in stale:
+            self._host.cancel(request_id, attempt)
+        try:
+            self._host.submit(placed, lambda event: self._event(part, event))
+        except InvalidRequest as error:
+            self._event(part, TokenEvent(None, "error", str(error)))
+        except Overloaded as error:
+            self._event(part, TokenEvent(None, "restart", str(error)))
+        session.placed += 1
+
+    def _cancelled(self, message: wire.Cancel) -> None:
+        with self._lock:
+            parts = self._held.attempts(message.request_id)
+            self._held.drop([part.key for part in parts if message.attempt in (None, part.placed.attempt)])
+        self._host.cancel(message.request_id, message.attempt)
+
+    def _event(self, part: HeldPart, event: TokenEvent) -> None:
+        """From a thread of the engine."""
+        with self._lock:
+            if part.finish_reason is None:
+                part.take(event)
+                self._held.fresh(part)
+                self._to_send.notify_all()
+
+    def _send_all(self, session: _Session) -> None:
+        sequence = 0
+        next_beat_s = time.monotonic()
+        try:
+            while session.over is None:
+                now = time.monotonic()
+                if not session.lease.valid(now):
+                    session.cut(f"the router did not answer for {session.lease.lease_s:g} s: the lease is over")
+                    return
+                if now >= next_beat_s:
+                    sequence += 1
+                    session.lease.sent(sequence, now)
+                    placed = session.placed
+                    session.send(wire.Heartbeat(session.welcome.epoch, sequence, self._host.report(), placed))
+                    next_beat_s = now + session.welcome.heartbeat_s
+                with self._lock:
+                    if not self._held.anything_to_send():
+                        self._to_send.wait(max(0.0, min(next_beat_s, session.lease.until_s) - time.monotonic()))
+                    if self._session is not session:
+                        return
+                    events = self._held.to_send()
+                if events and session.lease.valid(time.monotonic()):
+                    session.send(wire.Events(session.welcome.epoch, events))
+        except (OSError, wire.ProtocolError) as error:
+            session.cut(str(error))
+        except Exception:
+            log.exception("the sender to router %s failed", self._place)
+            session.cut("the sender failed")
+
+    def _stop_all_but_resumable(self) -> None:
+        with self._lock:
+            stopped = self._held.keep_only(self._held.resumable())
+        for request_id, attempt in stopped:
+            self._host.cancel(request_id, attempt)
+
+    def _stop_all(self) -> None:
+        with self._lock:
+            stopped = self._held.keep_only(())
+        for request_id, attempt in stopped:
+            self._host.cancel(request_id, attempt)
+
+
+def _receive_frame(sock: socket.socket) -> bytes:
+    return _receive(sock, wire.frame_length(_receive(sock, wire.LENGTH.size)))
+
+
+def _receive(sock: socket.socket, size: int) -> bytes:
+    """Raises OSError, TimeoutError among them."""
+    parts = bytearray(size)
+    view = memoryview(parts)
+    got = 0
+    while got < size:
+        received = sock.recv_into(view[got:])
+        if not received:
+            raise ConnectionError("the peer closed the connection")
+        got += received
+    return bytes(parts)

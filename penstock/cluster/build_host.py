@@ -1,0 +1,111 @@
+"""From a configuration to a running engine of the cluster, with its links, buffer and relay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from penstock.cluster.buffer import DecodeBuffer
+from penstock.cluster.buffered_pool import BufferedPool
+from penstock.cluster.host import EngineHost
+from penstock.cluster.incoming import Incoming
+from penstock.cluster.outgoing import Outgoing
+from penstock.cluster.relay import RelayNode
+from penstock.cluster.relay_links import RelayLinks
+from penstock.core.config import ConfigError, SchedulerConfig, check_range
+from penstock.core.layout import staging_bytes
+from penstock.engine.build import build_engine, read_secret
+from penstock.engine.config import GIB, EngineConfig
+from penstock.io.memory import aligned_buffer
+from penstock.pool.api import Pool
+from penstock.transport.one_sided import RELAY_TRANSPORTS, RelayTransport, open_mover
+from penstock.units import parse_address
+
+Role = Literal["mixed", "prefill", "decode"]
+ROLES: tuple[Role, ...] = ("mixed", "prefill", "decode")
+
+
+@dataclass(frozen=True, slots=True)
+class HostConfig:
+    """An engine of the cluster. `relay_listen` and `buffer_bytes` belong to a decode engine: where prefill engines hand
+    over to (an address on the compute network, port 0 for any), and the memory in which prompts gather.
+
+    `open_timeout_s`: how long a prompt waits for room at its decode engine. `hand_off_timeout_s`: how long a decode
+    engine waits from placement to the end of the hand-off. `relay_pace_bytes_per_s` limits what prefill engines read
+    through a decode engine. `relay_transport`: how blocks move between prefill and decode engines: in messages over
+    TCP, by shared memory (engines of one host), or by NIXL (RDMA; the `nixl` extra). Where the ends differ, in
+    messages."""
+
+    engine: EngineConfig
+    role: Role = "mixed"
+    relay_listen: str = "127.0.0.1:0"
+    buffer_bytes: int = GIB
+    relay_pace_bytes_per_s: float | None = None
+    relay_connections: int = 1
+    relay_transport: RelayTransport = "tcp"
+    open_timeout_s: float = 60.0
+    hand_off_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ConfigError(f"role is {self.role!r}; allowed: {', '.join(ROLES)}")
+        if self.relay_transport not in RELAY_TRANSPORTS:
+            raise ConfigError(f"relay_transport is {self.relay_transport!r}; allowed: {', '.join(RELAY_TRANSPORTS)}")
+        if self.role != "mixed" and self.engine.no_pool:
+            raise ConfigError(f"no_pool is set for role {self.role!r}; allowed with role 'mixed' only")
+        try:
+            parse_address(self.relay_listen)
+        except ValueError as error:
+            raise ConfigError(f"relay_listen: {error}") from None
+        check_range("buffer_bytes", self.buffer_bytes, 1, 2**50)
+        check_range("relay_connections", self.relay_connections, 1, 64)
+        check_range("open_timeout_s", self.open_timeout_s, 1e-3, 1e6)
+        check_range("hand_off_timeout_s", self.hand_off_timeout_s, 1e-3, 1e6)
+
+
+def open_host(config: HostConfig) -> EngineHost:
+    """Build and start one. Raises what `engine.build.build_engine` raises, ConfigError for a buffer that is too small,
+    and OSError for a relay address that cannot be had; nothing stays open then."""
+    if config.role == "prefill":
+        links = RelayLinks(
+            config.relay_connections, secret=read_secret(config.engine), mover=open_mover(config.relay_transport)
+        )
+        try:
+            running = build_engine(config.engine, peers=links)
+        except BaseException:
+            links.close(1.0)
+            raise
+        return EngineHost(running, Outgoing(running.engine, links, config.open_timeout_s), links)
+    if config.role == "mixed":
+        return EngineHost(build_engine(config.engine))
+    return _decode_host(config)
+
+
+def _decode_host(config: HostConfig) -> EngineHost:
+    made: list[tuple[DecodeBuffer, Pool]] = []
+    mover = open_mover(config.relay_transport)
+    allocate = mover.allocate if mover is not None else aligned_buffer
+
+    def behind_buffer(storage: Pool, settings: SchedulerConfig) -> Pool:
+        blocks = config.buffer_bytes // staging_bytes(settings.block_bytes)
+        if blocks < 2:
+            raise ConfigError(
+                f"buffer_bytes is {config.buffer_bytes}; allowed: at least two blocks of {settings.block_bytes} bytes"
+            )
+        buffer = DecodeBuffer(settings.block_bytes, blocks, storage, allocate)
+        made.append((buffer, storage))
+        return BufferedPool(buffer, storage)
+
+    running = build_engine(config.engine, around_pool=behind_buffer)
+    (buffer, storage), engine = made[0], running.engine
+    incoming = Incoming(engine, buffer, storage, config.hand_off_timeout_s, config.engine.lookup_timeout_s)
+    try:
+        host, port = parse_address(config.relay_listen)
+        secret = read_secret(config.engine)
+        pace = config.relay_pace_bytes_per_s
+        relay = RelayNode(buffer, incoming, host, port, pace_bytes_per_s=pace, secret=secret, mover=mover)
+    except BaseException:
+        incoming.close(1.0)
+        running.close()
+        raise
+    return EngineHost(running, incoming=incoming, buffer=buffer, relay=relay)

@@ -1,0 +1,121 @@
+"""`penstock router`: one OpenAI-compatible endpoint in front of many engines, until a signal ends it."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from penstock.cluster.flags import RouterFlags
+
+log = logging.getLogger(__name__)
+
+BAD_USAGE = 2
+CLOSE_TIMEOUT_S = 5.0
+_API, _CLUSTER, _LIMITS = "API", "Cluster", "Limits and deadlines"
+
+
+def _flag(group: str, default: str, text: str, metavar: str | None = None) -> Any:
+    return typer.Option(help=text, show_default=default, rich_help_panel=group, metavar=metavar)
+
+
+def router(
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder or hub id, for its tokenizer (none: token ids only).")
+    ] = None,
+    host: Annotated[str | None, _flag(_API, "127.0.0.1", "Address to listen on.")] = None,
+    port: Annotated[int | None, _flag(_API, "8000", "Port to listen on; 0 takes any free one.")] = None,
+    api_key: Annotated[str | None, _flag(_API, "none", "Key that clients must send (visible to other users).")] = None,
+    api_key_file: Annotated[str | None, _flag(_API, "none", "File that holds the key.", "FILE")] = None,
+    served_model_name: Annotated[str | None, _flag(_API, "MODEL", "Name of the model in the API.")] = None,
+    cluster_listen: Annotated[
+        str | None, _flag(_CLUSTER, "127.0.0.1:7100", "Where engines register.", "HOST:PORT")
+    ] = None,
+    secret_file: Annotated[
+        str | None, _flag(_CLUSTER, "none", "File that holds the cluster's shared secret; required.", "FILE")
+    ] = None,
+    read: Annotated[
+        str | None, _flag(_CLUSTER, "split", "Which side reads KV: split, shorter, alternate or prefill.")
+    ] = None,
+    placement: Annotated[str | None, _flag(_CLUSTER, "balanced", "balanced, or turns.")] = None,
+    lease_s: Annotated[float | None, _flag(_CLUSTER, "3", "An engine not heard for so long is fenced.")] = None,
+    grace_s: Annotated[
+        float | None, _flag(_CLUSTER, "2", "After a start, wait so long for engines that are at a request already.")
+    ] = None,
+    no_engine_s: Annotated[
+        float | None, _flag(_LIMITS, "30", "A request that no engine can serve for so long ends with a 503.")
+    ] = None,
+    request_timeout_s: Annotated[float | None, _flag(_LIMITS, "600", "A slower request is ended with a 504.")] = None,
+    drain_timeout_s: Annotated[
+        float | None, _flag(_LIMITS, "10", "On SIGTERM, how long running requests may go on.")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with flags of the same names; the command line goes before it.")
+    ] = None,
+) -> None:
+    """Serve the OpenAI-compatible API with the engines that register."""
+    given = {name: value for name, value in locals().items() if name != "config"}
+    from penstock.cluster.flags import read_router_flags
+    from penstock.core.config import ConfigError
+
+    try:
+        flags = read_router_flags(given, config)
+    except ConfigError as error:
+        _refuse(error)
+    level = flags.log_level.upper()
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn.error").setLevel("DEBUG" if level == "DEBUG" else "WARNING")
+    try:
+        _serve(flags)
+    except (ValueError, OSError) as error:
+        _refuse(error)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _serve(flags: RouterFlags) -> None:
+    """Raises ValueError or OSError with one line."""
+    from penstock.cluster.flags import router_settings, server_settings
+    from penstock.cluster.live_view import ui_routes
+    from penstock.cluster.router import ClusterEngine
+    from penstock.server.app import ServerApp
+    from penstock.server.run import HttpServer, bind, url_of
+    from penstock.server.text import TextCodec, load_text_codec
+    from penstock.transport.secret import Secret
+    from penstock.units import format_address, parse_address
+
+    settings, server_side = router_settings(flags), server_settings(flags)
+    if flags.secret_file is None:
+        raise ValueError("secret_file is not given; allowed: a file with the cluster's secret (openssl rand -hex 32)")
+    secret = Secret.read(Path(flags.secret_file))
+    codec: TextCodec | None = None
+    with bind(flags.host, flags.port) as listener, bind(*parse_address(flags.cluster_listen)) as cluster:
+        if server_side.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+            log.warning("whoever reaches %s can use this router; --api-key-file asks for a key", url_of(listener))
+        if flags.model:
+            from penstock.engine.checkpoint import quiet_transformers, resolve_folder
+
+            with quiet_transformers():
+                codec = load_text_codec(resolve_folder(flags.model, "dummy"))
+        cluster.listen()
+        engine = ClusterEngine(cluster, secret, settings)
+        try:
+            app = ServerApp(engine, codec, server_side, ui_routes(engine, server_side.model_name))
+            place = format_address(*cluster.getsockname()[:2])
+            ready = f"penstock: router {server_side.model_name} listening on {url_of(listener)}, engines on {place}"
+            HttpServer(app, listener, lambda: print(ready, flush=True)).serve_forever()
+        finally:
+            engine.close(CLOSE_TIMEOUT_S)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    """One line on stderr, and exit status 2."""
+    log.debug("refused", exc_info=error)
+    typer.echo(f"penstock router: error: {' '.join(str(error).split())}", err=True)
+    raise typer.Exit(BAD_USAGE)

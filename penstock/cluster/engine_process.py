@@ -1,0 +1,122 @@
+"""`penstock serve --router`: an engine that serves what a router places on it, until a signal ends it.
+
+Over HTTP it has `/health`, `/metrics` and the live page, no API.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from penstock.cluster.agent import AgentSettings, EngineAgent
+from penstock.cluster.build_host import HostConfig, open_host
+from penstock.cluster.host import EngineHost
+from penstock.cluster.wire import EngineCard
+from penstock.core.config import ConfigError
+from penstock.server.app import ServerApp
+from penstock.server.run import HttpServer, bind, url_of
+from penstock.server.settings import ServerSettings
+from penstock.transport.secret import Secret
+from penstock.units import parse_address, parse_bytes, parse_rate
+
+if TYPE_CHECKING:
+    from penstock.server.flags import ServeFlags
+
+log = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 10.0
+NAME_CHARACTERS_MAX = 128
+
+
+class RouterRefused(ValueError):
+    """The router does not take this engine, and will not later."""
+
+
+def serve_for_router(flags: ServeFlags) -> None:
+    """Build the engine, register it, serve. Raises ValueError, OSError or PoolError with one line."""
+    config, settings = host_config(flags), _settings(flags)
+    name, node = _names(flags)
+    listener = bind(flags.host, flags.port or 0)
+    with listener:
+        host = open_host(config)
+        try:
+            app = ServerApp(host.engine, None, _server_settings(flags, name))
+            ready = f"penstock: engine {name} ({config.role}) listening on {url_of(listener)}"
+            server = HttpServer(app, listener, lambda: print(ready, flush=True))
+            agent = EngineAgent(host, card_of(host, config, name, node), settings, on_refused=server.stop)
+            try:
+                server.serve_forever()
+            finally:
+                agent.close(CLOSE_TIMEOUT_S)
+            if agent.failure is not None:
+                raise RouterRefused(agent.failure)
+        finally:
+            host.close(CLOSE_TIMEOUT_S)
+
+
+def host_config(flags: ServeFlags) -> HostConfig:
+    """The engine and its role that these flags describe. Raises ConfigError."""
+    from penstock.server.flags import engine_config
+
+    if flags.role not in ("mixed", "prefill", "decode"):
+        raise ConfigError(f"role is {flags.role!r}; allowed: mixed, prefill, decode")
+    try:
+        buffer_bytes = parse_bytes(flags.buffer)
+        pace = parse_rate(flags.relay_pace) if flags.relay_pace is not None else None
+    except ValueError as error:
+        raise ConfigError(f"buffer or relay_pace: {error}") from None
+    return HostConfig(
+        engine=engine_config(flags),
+        role=flags.role,  # type: ignore[arg-type]
+        relay_listen=flags.relay_listen,
+        buffer_bytes=buffer_bytes,
+        relay_pace_bytes_per_s=pace,
+        hand_off_timeout_s=flags.hand_off_timeout_s,
+    )
+
+
+def card_of(host: EngineHost, config: HostConfig, name: str, node: str) -> EngineCard:
+    """What this engine tells of itself."""
+    engine = host.engine
+    return EngineCard(
+        name=name,
+        role=config.role,
+        host=node,
+        instance=secrets.token_hex(8),
+        model=engine.fingerprint.hex(),
+        block_tokens=engine.config.block_tokens,
+        block_bytes=engine.config.block_bytes,
+        max_context_tokens=engine.max_context_tokens,
+        vocab_size=engine.vocab_size,
+        eos_token_ids=tuple(sorted(engine.eos_token_ids)),
+        relay_address=host.relay_address,
+        pid=os.getpid(),
+    )
+
+
+def _settings(flags: ServeFlags) -> AgentSettings:
+    assert flags.router is not None
+    if flags.secret_file is None:
+        raise ConfigError("secret_file is not given; allowed: a file with the cluster's secret (openssl rand -hex 32)")
+    try:
+        return AgentSettings(parse_address(flags.router), Secret.read(Path(flags.secret_file)))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _names(flags: ServeFlags) -> tuple[str, str]:
+    """Of the engine and of its machine. Raises ConfigError."""
+    node = flags.node or socket.gethostname()
+    name = flags.engine_name or f"{node}-{flags.role}-{os.getpid()}"
+    for what, given in (("engine_name", name), ("node", node)):
+        if not given.isprintable() or len(given) > NAME_CHARACTERS_MAX:
+            raise ConfigError(f"{what} is {given!r}; allowed: up to {NAME_CHARACTERS_MAX} printable characters")
+    return name, node
+
+
+def _server_settings(flags: ServeFlags, name: str) -> ServerSettings:
+    return ServerSettings(model_name=name, drain_timeout_s=flags.drain_timeout_s, api=False)

@@ -1,0 +1,67 @@
+"""The flags of `penstock router`: typed, merged from a TOML file and the command line, and mapped to settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from penstock.cluster.router import RouterSettings
+from penstock.core.config import ConfigError, check_range
+from penstock.core.placing import InterEngineConfig
+from penstock.server.flags import LOG_LEVELS, read_api_key, read_record
+from penstock.server.settings import ServerSettings
+from penstock.units import parse_address
+
+
+class RouterFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Every flag with its default."""
+
+    model: str = ""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    api_key_file: str | None = None
+    served_model_name: str | None = None
+    cluster_listen: str = "127.0.0.1:7100"
+    secret_file: str | None = None
+    read: str = "split"
+    placement: str = "balanced"
+    lease_s: float = 3.0
+    grace_s: float = 2.0
+    no_engine_s: float = 30.0
+    request_timeout_s: float = 600.0
+    drain_timeout_s: float = 10.0
+    log_level: str = "info"
+
+
+def read_router_flags(given: Mapping[str, Any], config: Path | None) -> RouterFlags:
+    """The flags that were given (None: not given), over those of the file. Raises ConfigError."""
+    flags = read_record(given, config, RouterFlags)
+    if flags.log_level not in LOG_LEVELS:
+        raise ConfigError(f"log_level is {flags.log_level!r}; allowed: {', '.join(LOG_LEVELS)}")
+    check_range("port", flags.port, 0, 65535)
+    try:
+        parse_address(flags.cluster_listen)
+    except ValueError as error:
+        raise ConfigError(f"cluster_listen: {error}") from None
+    return flags
+
+
+def router_settings(flags: RouterFlags) -> RouterSettings:
+    """Raises ConfigError."""
+    brain = InterEngineConfig(placement=flags.placement, read=flags.read)  # type: ignore[arg-type]
+    return RouterSettings(flags.lease_s, flags.no_engine_s, flags.grace_s, brain=brain)
+
+
+def server_settings(flags: RouterFlags) -> ServerSettings:
+    """The HTTP side; reads the key file. Raises ConfigError."""
+    return ServerSettings(
+        model_name=flags.served_model_name or flags.model or "penstock",
+        api_key=read_api_key(flags.api_key, flags.api_key_file),
+        request_timeout_s=flags.request_timeout_s,
+        drain_timeout_s=flags.drain_timeout_s,
+        resumable=True,
+    )

@@ -1,0 +1,115 @@
+"""A relay's end of one-sided reads: it lends its blocks to prefill engines, and reads those that they offer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+from penstock.cluster.buffer import DecodeBuffer, HeldBlock
+from penstock.cluster.one_sided_links import read_one_sided
+from penstock.core.keys import BlockKey
+from penstock.engine.executors import Worker
+from penstock.pool.api import PoolError
+from penstock.transport.one_sided import FarMemory, Mover
+
+CLIENTS_MAX = 256
+LENT_MAX = 4096
+
+
+class Lending:
+    """What is lent, and whose memory is attached. Any thread may call."""
+
+    def __init__(self, mover: Mover, buffer: DecodeBuffer) -> None:
+        self._mover = mover
+        self._buffer = buffer
+        self._lock = threading.Lock()
+        self._clients: OrderedDict[bytes, FarMemory] = OrderedDict()
+        self._lent: dict[tuple[int, int], tuple[float, HeldBlock]] = {}  # (lender, id) -> until when, block
+        self._moves = Worker("penstock-relay-one-sided")
+
+    def attach(self, client: bytes, kind: str, memory: bytes) -> bytes:
+        """The buffer's description for the client, whose memory is attached. Raises PoolError."""
+        if kind != self._mover.kind:
+            raise PoolError("layout", f"this relay offers {self._mover.kind}, not {kind}")
+        far = self._mover.attach(memory)
+        old: list[FarMemory] = []
+        with self._lock:
+            if client in self._clients:
+                old.append(self._clients.pop(client))
+            self._clients[client] = far
+            while len(self._clients) > CLIENTS_MAX:
+                old.append(self._clients.popitem(last=False)[1])
+        for gone in old:
+            self._moves.put(gone.close)
+        return self._mover.export(self._buffer.memory)
+
+    # --- lent ---
+
+    def lend(self, lender: int, id: int, held: HeldBlock, until_s: float) -> int | PoolError:
+        """Keep a block for a client of connection `lender`; returns its offset. The client verifies what it reads, so a
+        block that was not returned in time may be taken back."""
+        now_s = time.monotonic()
+        with self._lock:
+            late = [name for name, (end_s, _) in self._lent.items() if end_s < now_s]
+            freed = [self._lent.pop(name)[1] for name in late]
+            full = len(self._lent) >= LENT_MAX
+            if not full:
+                self._lent[lender, id] = (until_s, held)
+        for block in freed:
+            block.release()
+        if full:
+            held.release()
+            return PoolError("dropped", f"{LENT_MAX} blocks are lent already")
+        return self._buffer.offset(held)
+
+    def returned(self, lender: int, id: int) -> None:
+        with self._lock:
+            lent = self._lent.pop((lender, id), None)
+        if lent is not None:
+            lent[1].release()
+
+    def gone(self, lender: int) -> None:
+        """The connection ended: nothing of it is lent any more."""
+        with self._lock:
+            names = [name for name in self._lent if name[0] == lender]
+            blocks = [self._lent.pop(name)[1] for name in names]
+        for block in blocks:
+            block.release()
+
+    # --- offered ---
+
+    def take(
+        self,
+        client: bytes,
+        key: BlockKey,
+        offset: int,
+        into: memoryview,
+        checksum: int,
+        deadline_s: float,
+        ended: Callable[[PoolError | None], None],
+    ) -> None:
+        """Read an offered block into `into`; `ended` is called on another thread."""
+        with self._lock:
+            far = self._clients.get(client)
+
+        def move() -> None:
+            if far is None:
+                ended(PoolError("layout", "the memory of that engine is not attached"))
+            else:
+                ended(read_one_sided(far, key, offset, into, checksum, deadline_s))
+
+        self._moves.put(move)
+
+    def close(self, timeout_s: float) -> None:
+        with self._lock:
+            clients, self._clients = list(self._clients.values()), OrderedDict()
+            lent, self._lent = [block for _, block in self._lent.values()], {}
+        for block in lent:
+            block.release()
+        for far in clients:
+            self._moves.put(far.close)
+        self._moves.put(self._mover.close)
+        self._moves.stop()
+        self._moves.join(timeout_s)

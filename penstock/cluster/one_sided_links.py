@@ -1,0 +1,174 @@
+"""A prefill engine's end of one-sided reads: it reads blocks that relays lend, and offers its own to be read."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from functools import partial
+from typing import Any
+
+from penstock.core.keys import BlockKey
+from penstock.engine.executors import Worker
+from penstock.io.memory import address_of
+from penstock.pool.api import Done, PoolError
+from penstock.pool.callbacks import call_done
+from penstock.pool.checksum import block_checksum
+from penstock.transport import wire
+from penstock.transport.link import NodeLink
+from penstock.transport.one_sided import FarMemory, Mover
+
+log = logging.getLogger(__name__)
+
+ATTACH_TIMEOUT_S = 5.0
+_BROKEN = ("network", "closed", "layout", "checksum")  # what ends so was done with memory that may not be there
+
+
+class OneSidedLinks:
+    """Relays whose memory is attached, by address. Any thread may call; blocks are moved on a thread of its own."""
+
+    def __init__(self, mover: Mover) -> None:
+        self._mover = mover
+        self._client = os.urandom(16)
+        self._memory = memoryview(b"")
+        self._base = 0
+        self._lock = threading.Lock()
+        self._far: dict[str, FarMemory | None] = {}  # None: being attached
+        self._moves = Worker("penstock-one-sided")
+
+    def allocate(self, size_bytes: int) -> memoryview:
+        """The engine's staging memory."""
+        self._memory = self._mover.allocate(size_bytes)
+        self._base = address_of(self._memory)
+        return self._memory
+
+    def attach(self, address: str, link: NodeLink) -> None:
+        """Ask for a relay's memory, unless it was asked for; until it is there, and without it, blocks travel in
+        messages."""
+        with self._lock:
+            if address in self._far or not len(self._memory):
+                return
+            self._far[address] = None
+
+        def ended(reply: Any, error: PoolError | None) -> None:
+            try:
+                if error is not None:
+                    raise error
+                far = self._mover.attach(reply.memory)
+            except (PoolError, AttributeError) as failed:
+                log.warning("%s: blocks travel in messages: %s", address, failed)
+                if not isinstance(failed, PoolError) or failed.reason != "layout":
+                    self.drop(address)  # another try with the next hand-off
+                return
+            with self._lock:
+                self._far[address] = far
+
+        message = wire.Attach(link.next_id(), self._client, self._mover.kind, self._mover.export(self._memory), 0.0)
+        link.begin(message, ATTACH_TIMEOUT_S, ended)
+
+    def drop(self, address: str) -> None:
+        """The relay may be another one by now: its memory is attached anew with the next hand-off."""
+        with self._lock:
+            far = self._far.pop(address, None)
+        if far is not None:
+            self._moves.put(far.close)
+
+    def read(
+        self,
+        address: str,
+        link: NodeLink,
+        key: BlockKey,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        done: Done,
+    ) -> bool:
+        """Borrow a block and read it; False when the relay's memory is not attached."""
+        with self._lock:
+            far = self._far.get(address)
+        if far is None:
+            return False
+        deadline_s = time.monotonic() + timeout_s
+        message = wire.Lend(link.next_id(), key, size_bytes, 0.0)
+
+        def lent(reply: Any, error: PoolError | None) -> None:
+            if error is None and not isinstance(reply, wire.Lent):
+                error = PoolError("network", f"{address} answered with {type(reply).__name__}")
+            if error is not None:
+                self._end(address, done, error)
+                return
+            self._moves.put(partial(self._move, address, link, far, message, reply, into, deadline_s, done))
+
+        link.begin(message, timeout_s, lent)
+        return True
+
+    def _move(
+        self,
+        address: str,
+        link: NodeLink,
+        far: FarMemory,
+        asked: wire.Lend,
+        reply: wire.Lent,
+        into: memoryview,
+        deadline_s: float,
+        done: Done,
+    ) -> None:
+        error = read_one_sided(far, asked.key, reply.offset, into[: asked.size_bytes], reply.checksum, deadline_s)
+        link.tell(wire.Return(asked.id))
+        self._end(address, done, error)
+
+    def offer(
+        self, address: str, link: NodeLink, key: BlockKey, data: memoryview, timeout_s: float, done: Done
+    ) -> bool:
+        """Have the relay read a block; False when it cannot, or when the block is not in the staging memory."""
+        with self._lock:
+            far = self._far.get(address)
+        offset = address_of(data) - self._base
+        if far is None or not 0 <= offset <= len(self._memory) - len(data):
+            return False
+        checksum = block_checksum(key, data)
+        message = wire.Offer(link.next_id(), self._client, key, len(data), checksum, offset, 0.0)
+
+        def ended(reply: Any, error: PoolError | None) -> None:
+            if error is None and not isinstance(reply, wire.Written):
+                error = PoolError("network", f"{address} answered with {type(reply).__name__}")
+            self._end(address, done, error)
+
+        link.begin(message, timeout_s, ended)
+        return True
+
+    def _end(self, address: str, done: Done, error: PoolError | None) -> None:
+        if error is not None and error.reason in _BROKEN:
+            self.drop(address)
+        call_done(done, error)
+
+    def close(self, timeout_s: float) -> None:
+        """After the links are closed."""
+        with self._lock:
+            far, self._far = list(self._far.values()), {}
+        for memory in far:
+            if memory is not None:
+                self._moves.put(memory.close)
+        self._moves.put(self._mover.close)
+        self._moves.stop()
+        self._moves.join(timeout_s)
+
+
+def read_one_sided(
+    far: FarMemory, key: BlockKey, offset: int, into: memoryview, checksum: int, deadline_s: float
+) -> PoolError | None:
+    """Read a block out of a peer's memory and verify it; what went wrong, if anything."""
+    remaining_s = deadline_s - time.monotonic()
+    if remaining_s <= 0:
+        return PoolError("deadline", "a one-sided read came to its turn too late")
+    try:
+        far.read(offset, into, remaining_s)
+    except PoolError as error:
+        return error
+    except Exception as error:  # whatever the transport raises is a block that did not come
+        log.exception("a one-sided read raised")
+        return PoolError("network", f"a one-sided read failed: {error}")
+    if block_checksum(key, into) != checksum:
+        return PoolError("checksum", f"block {key.hex()} does not match its checksum")
+    return None

@@ -1,0 +1,275 @@
+"""The router's cluster port: strangers out, engines registered, leases kept, frames of old epochs refused.
+
+Everything here runs on one event loop. What happens is told to a `Listener`, whose methods run on that loop too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from penstock.cluster import wire
+from penstock.cluster.placed import EngineReport
+from penstock.core.membership import Membership, NameTaken
+from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
+from penstock.units import format_address
+
+log = logging.getLogger(__name__)
+
+ENGINES_MAX = 4096
+STRANGERS_MAX = 64  # connections that have not proved the secret
+UNSENT_BYTES_MAX = 256 << 20  # of one engine; one that takes less is lost
+BEATS_PER_LEASE = 4
+
+
+@dataclass(eq=False, slots=True)
+class Engine:
+    """A registered engine. `epoch` is current as long as the router knows it."""
+
+    card: wire.EngineCard
+    epoch: int
+    report: EngineReport
+    peer: str
+    since_s: float
+    writer: asyncio.StreamWriter
+    heard_s: float = 0.0
+    placed_seen: int = 0  # Place messages that the report knows of
+
+    @property
+    def name(self) -> str:
+        return self.card.name
+
+
+class Listener(Protocol):
+    def engine_fits(self, card: wire.EngineCard) -> str | None:
+        """One line that says why this engine cannot serve here, or None."""
+
+    def engine_joined(self, engine: Engine, held: Sequence[wire.Held]) -> list[tuple[str, int]]:
+        """Which of the held (request id, attempt) the engine shall keep."""
+
+    def engine_left(self, engine: Engine, why: str) -> None:
+        """It is fenced: nothing more comes from this epoch."""
+
+    def engine_reported(self, engine: Engine) -> None: ...
+
+    def engine_events(self, engine: Engine, events: Sequence[wire.Event]) -> None: ...
+
+
+@dataclass(slots=True)
+class Counts:
+    """What came to the port."""
+
+    connections: int = 0
+    refused_secret: int = 0
+    refused_protocol: int = 0
+    refused_registration: int = 0
+    registered: int = 0
+    lost: int = 0
+    fenced_frames: int = 0
+    by_reason: dict[str, int] = field(default_factory=dict)
+
+
+class ClusterPort:
+    """Serves the control protocol on a bound socket. `router_id` differs from start to start."""
+
+    def __init__(self, listener: Listener, sock: socket.socket, secret: Secret, lease_s: float) -> None:
+        self.router_id = secrets.token_hex(8)
+        self.lease_s = lease_s
+        self.counts = Counts()
+        self.engines: dict[str, Engine] = {}
+        self._listener = listener
+        self._sock = sock
+        self._secret = secret
+        # Epochs of two routers are never the same but by chance: 2^40 beginnings.
+        self._membership = Membership(lease_s, first_epoch=secrets.randbelow(1 << 40) << 20)
+        self._strangers = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+        self._closed = False
+
+    async def start(self) -> None:
+        self._server = await asyncio.start_server(self._connected, sock=self._sock, limit=1 << 20)
+        self._keep(asyncio.create_task(self._expire()))
+
+    async def close(self) -> None:
+        """Stop listening and cut every connection: engines go on for a while, and register with the next router."""
+        self._closed = True
+        if self._server is not None:
+            self._server.close()
+        for engine in self.engines.values():
+            engine.writer.transport.abort()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def send(self, engine: Engine, message: wire.FromRouter) -> None:
+        """Queue a message for an engine; one that does not take what was sent is lost."""
+        if self.engines.get(engine.name) is not engine:
+            return
+        engine.writer.write(wire.frame(message))
+        if engine.writer.transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
+            self._lose(engine, f"it does not take what is sent: {UNSENT_BYTES_MAX >> 20} MiB wait")
+
+    # -- connections --------------------------------------------------------------------------------------------
+
+    def _keep(self, task: asyncio.Task[None] | None) -> None:
+        if task is not None:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._keep(asyncio.current_task())
+        peer = format_address(*writer.get_extra_info("peername")[:2])
+        self.counts.connections += 1
+        engine: Engine | None = None
+        why = "the connection failed"
+        try:
+            engine = await self._admit(reader, writer, peer)
+            if engine is not None:
+                why = await self._serve(engine, reader)
+        except wire.ProtocolError as error:
+            why = str(error)
+            self.counts.refused_protocol += 1
+            log.warning("connection of %s closed: %s", peer, error)
+        except SecretRefused as error:
+            self.counts.refused_secret += 1
+            log.warning("connection of %s refused: %s", peer, error)
+        except (OSError, asyncio.IncompleteReadError) as error:
+            why = "the connection ended" if isinstance(error, asyncio.IncompleteReadError) else str(error)
+            log.debug("connection of %s ended: %s", peer, error)
+        except asyncio.CancelledError:
+            if not self._closed:
+                raise
+        except Exception:
+            log.exception("connection of %s failed", peer)
+        finally:
+            if engine is not None:
+                self._lose(engine, why)
+            writer.transport.abort() if engine is not None else writer.close()
+
+    async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> Engine | None:
+        """From a stranger to an engine. Raises ProtocolError, SecretRefused or OSError."""
+        if self._strangers >= STRANGERS_MAX:
+            raise wire.ProtocolError(f"{STRANGERS_MAX} connections have not proved the secret yet")
+        self._strangers += 1
+        try:
+            async with asyncio.timeout(wire.HANDSHAKE_S):
+                first = await reader.readexactly(wire.GREETING.size)
+                writer.write(wire.greeting())
+                wire.check_greeting(first)
+                await self._challenge(reader, writer)
+                register = await self._first_message(reader)
+        except TimeoutError:
+            raise wire.ProtocolError(f"it did not register within {wire.HANDSHAKE_S:g} s") from None
+        finally:
+            self._strangers -= 1
+        return self._register(register, writer, peer)
+
+    async def _challenge(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonce = os.urandom(NONCE_BYTES)
+        writer.write(nonce)
+        answer = await reader.readexactly(NONCE_BYTES + PROOF_BYTES)
+        writer.write(self._secret.check(wire.PURPOSE, nonce, answer))
+
+    async def _first_message(self, reader: asyncio.StreamReader) -> wire.Register:
+        message = wire.decode_from_engine(await _frame(reader))
+        if not isinstance(message, wire.Register):
+            raise wire.ProtocolError(f"the first message is {type(message).__name__}; allowed: Register")
+        return message
+
+    def _register(self, register: wire.Register, writer: asyncio.StreamWriter, peer: str) -> Engine | None:
+        card, now = register.card, _now()
+        reason = self._listener.engine_fits(card)
+        retry = False
+        if reason is None and len(self.engines) >= ENGINES_MAX and card.name not in self.engines:
+            reason, retry = f"{ENGINES_MAX} engines are registered; that is the limit", True
+        known = self.engines.get(card.name)
+        epoch = 0
+        if reason is None:
+            try:
+                epoch = self._membership.register(card.name, card.instance, now)
+            except NameTaken as error:
+                reason, retry = str(error), True
+        if reason is not None:
+            self.counts.refused_registration += 1
+            log.warning("engine %s (%s) is not taken: %s", card.name, peer, reason)
+            writer.write(wire.frame(wire.Refused(reason, retry)))
+            return None
+        if known is not None:
+            self._forget(known, "it registered anew")
+        engine = Engine(card, epoch, register.report, peer, now, writer, now)
+        self.engines[card.name] = engine
+        self.counts.registered += 1
+        keep = self._listener.engine_joined(engine, register.held)
+        welcome = wire.Welcome(epoch, self.router_id, self.lease_s, self.lease_s / BEATS_PER_LEASE, keep)
+        # The welcome goes first; what the listener places from now on follows it.
+        writer.write(wire.frame(welcome))
+        log.info("engine %s (%s) registered from %s: epoch %d", card.name, card.role, peer, epoch)
+        self._listener.engine_reported(engine)
+        return engine
+
+    async def _serve(self, engine: Engine, reader: asyncio.StreamReader) -> str:
+        """Until the engine leaves or is fenced; returns why."""
+        while True:
+            message = wire.decode_from_engine(await _frame(reader))
+            if isinstance(message, wire.Register):
+                raise wire.ProtocolError("it registered twice on one connection")
+            if message.epoch != engine.epoch or not self._membership.is_current(engine.name, engine.epoch):
+                self.counts.fenced_frames += 1
+                engine.writer.write(wire.frame(wire.Fenced("its epoch is over")))
+                return "its epoch is over"
+            engine.heard_s = _now()
+            if isinstance(message, wire.Heartbeat):
+                if not self._membership.renew(engine.name, engine.epoch, engine.heard_s):
+                    self.counts.fenced_frames += 1
+                    engine.writer.write(wire.frame(wire.Fenced("its lease had ended")))
+                    return "its lease had ended"
+                self.send(engine, wire.Beat(message.sequence))
+                engine.report, engine.placed_seen = message.report, message.placed
+                self._listener.engine_reported(engine)
+            elif isinstance(message, wire.Events):
+                self._listener.engine_events(engine, message.events)
+            else:
+                return message.why
+
+    # -- leases -------------------------------------------------------------------------------------------------
+
+    async def _expire(self) -> None:
+        """Fence whoever has not renewed."""
+        while True:
+            next_s = self._membership.next_expiry_s()
+            await asyncio.sleep(min(self.lease_s / 8, max(0.001, next_s - _now())) if next_s else self.lease_s / 8)
+            for name, epoch in self._membership.expired(_now()):
+                engine = self.engines.get(name)
+                if engine is not None and engine.epoch == epoch:
+                    log.warning("engine %s is fenced: nothing was heard of it for %.1f s", name, self.lease_s)
+                    self._forget(engine, f"no heartbeat within {self.lease_s:g} s")
+
+    def _lose(self, engine: Engine, why: str) -> None:
+        if self._membership.end(engine.name, engine.epoch):
+            if not self._closed:
+                log.warning("engine %s left: %s", engine.name, why)
+            self._forget(engine, why)
+
+    def _forget(self, engine: Engine, why: str) -> None:
+        """Its epoch is over: cut its connection, tell the listener."""
+        if self.engines.get(engine.name) is engine:
+            del self.engines[engine.name]
+            self.counts.lost += 1
+            engine.writer.transport.abort()
+            self._listener.engine_left(engine, why)
+
+
+async def _frame(reader: asyncio.StreamReader) -> bytes:
+    return await reader.readexactly(wire.frame_length(await reader.readexactly(wire.LENGTH.size)))
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

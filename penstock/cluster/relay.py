@@ -1,0 +1,318 @@
+"""The relay of a decode engine: a node of the pool protocol in front of its decode buffer.
+
+A prefill engine opens a hand-off, reads blocks through it (a decode read: from the buffer, or from storage into the
+buffer first), hands others over, and closes it with the first token. Hand-off and control are urgent lanes; blocks that
+are read are bulk.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+from penstock.cluster.buffer import DecodeBuffer, HeldBlock
+from penstock.cluster.lending import Lending
+from penstock.core.keys import KEY_BYTES, BlockKey
+from penstock.core.new_block import NewBlock
+from penstock.pool.api import Done, Located, MemberStat, PoolError, PoolStat
+from penstock.pool.callbacks import call_done
+from penstock.pool.checksum import block_checksum
+from penstock.pool.served import OpenedBlock, ServedPool
+from penstock.transport import wire
+from penstock.transport.node import IN_FLIGHT_MAX, PoolNode, Served
+from penstock.transport.one_sided import Mover
+from penstock.transport.secret import Secret
+
+BUFFER_LINK = "buffer"
+_STAGING_BYTES = 4096  # unused: blocks are received into the buffer and sent out of it
+
+
+class Desk(Protocol):
+    """Who knows which hand-offs are expected. Called from threads of connections; must not block."""
+
+    def opening(self, name: str, reads: bool, timeout_s: float, reply: Callable[[bytes | PoolError], None]) -> None: ...
+
+    def handed_over(self, name: str, token: int, missing: int) -> PoolError | None: ...
+
+
+class RelayNode(PoolNode):
+    """Listens from construction on. `pace_bytes_per_s` limits what prefill engines read."""
+
+    def __init__(
+        self,
+        buffer: DecodeBuffer,
+        desk: Desk,
+        host: str,
+        port: int,
+        name: str = "relay",
+        pace_bytes_per_s: float | None = None,
+        secret: Secret | None = None,
+        mover: Mover | None = None,
+    ) -> None:
+        """With a `secret` only engines that prove it get anything; with a `mover`, which allocated the buffer's memory,
+        they may read and be read one-sided. Raises OSError when the address cannot be had."""
+        self.buffer = buffer
+        self.desk = desk
+        self.lending = Lending(mover, buffer) if mover is not None else None
+        super().__init__(_ServedBuffer(buffer), host, port, name, pace_bytes_per_s, _STAGING_BYTES, secret)
+
+    def connection_of(self, sock: socket.socket, peer: str) -> Served:
+        return _RelayServed(self, sock, peer)
+
+    def left(self, connection: Served) -> None:
+        super().left(connection)
+        if self.lending is not None:
+            self.lending.gone(id(connection))
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        super().close(timeout_s)
+        if self.lending is not None:
+            self.lending.close(timeout_s)
+
+
+class _RelayServed(Served):
+    """One connection of a prefill engine."""
+
+    def __init__(self, node: RelayNode, sock: socket.socket, peer: str) -> None:
+        super().__init__(node, sock, peer)
+        self._buffer = node.buffer
+        self._desk = node.desk
+        self._lending = node.lending
+
+    def _answer(self, request: wire.Request, payload_bytes: int, ready_s: float) -> None:
+        match request:
+            case wire.Open():
+                self._open(request)
+            case wire.HandedOver(id, name, token, missing):
+                error = self._desk.handed_over(name, token, missing)
+                self._reply(wire.Failed(id, error.reason, error.detail) if error else wire.Accepted(id))
+            case wire.Attach() | wire.Lend() | wire.Return() | wire.Offer():
+                self._one_sided(request)
+            case _:
+                super()._answer(request, payload_bytes, ready_s)
+
+    def _one_sided(self, request: wire.Attach | wire.Lend | wire.Return | wire.Offer) -> None:
+        lending = self._lending
+        if isinstance(request, wire.Return):
+            if lending is not None:
+                lending.returned(id(self), request.lend_id)
+        elif lending is None:
+            self._reply(wire.Failed(request.id, "layout", "this relay sends and receives blocks in messages"))
+        elif isinstance(request, wire.Attach):
+            try:
+                self._reply(wire.Attached(request.id, lending.attach(request.client, request.kind, request.memory)))
+            except PoolError as error:
+                self._reply(wire.Failed(request.id, error.reason, error.detail))
+        elif request.size_bytes != self._buffer.block_bytes:
+            self._refuse_size(request)
+        elif isinstance(request, wire.Lend):
+            self._lend(request, lending)
+        else:
+            self._take_offer(request, lending)
+
+    def _is_urgent(self, lane: str) -> bool:
+        return lane != "read"
+
+    def _open(self, request: wire.Open) -> None:
+        def reply(found: bytes | PoolError) -> None:
+            if isinstance(found, PoolError):
+                self._later(partial(self._reply, wire.Failed(request.id, found.reason, found.detail)))
+            else:
+                self._later(partial(self._reply, wire.Opened(request.id, found)))
+
+        self._desk.opening(request.name, request.reads, request.timeout_s, reply)
+
+    # --- reads ---
+
+    def _read(self, request: wire.Read, ready_s: float) -> None:
+        deadline_s = time.monotonic() + request.timeout_s
+        if request.size_bytes != self._buffer.block_bytes:
+            self._refuse_size(request)
+            return
+        held = self._buffer.hold(request.key)
+        if held is not None:
+            self._send_held(request, held, deadline_s, ready_s)
+        elif not self._enter():
+            self._reply(wire.Failed(request.id, "dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already"))
+        else:
+
+            def arrived(error: PoolError | None) -> None:
+                self._later(partial(self._finish_read, request, deadline_s, error))
+
+            self._buffer.load(request.key, request.timeout_s, arrived)
+
+    def _finish_read(self, request: wire.Read, deadline_s: float, error: PoolError | None) -> None:
+        """On the sender's thread."""
+        try:
+            held = self._buffer.hold(request.key) if error is None else None
+            if held is not None:
+                self._send_held(request, held, deadline_s, time.monotonic())
+            else:
+                error = error or PoolError("missing", "the hand-off ended")
+                self._reply(wire.Failed(request.id, error.reason, error.detail))
+        finally:
+            self._leave()
+
+    def _send_held(self, request: wire.Read, held: HeldBlock, deadline_s: float, ready_s: float) -> None:
+        try:
+            self._send_block(request.id, held.key, held.checksum, held.view, deadline_s, ready_s)
+        finally:
+            held.release()
+
+    # --- hand-off ---
+
+    def _write(self, request: wire.Write, payload_bytes: int) -> None:
+        if payload_bytes != request.size_bytes or len(request.key) != KEY_BYTES:
+            raise wire.ProtocolError(f"write of {request.size_bytes} bytes with a payload of {payload_bytes}")
+        key = request.key
+        if payload_bytes != self._buffer.block_bytes:
+            self._drain(payload_bytes)
+            self._refuse_size(request)
+            return
+        into = self._buffer.begin_write(key)
+        if isinstance(into, PoolError):
+            self._drain(payload_bytes)
+            self._reply(wire.Failed(request.id, into.reason, into.detail))
+        elif into is None:
+            self._drain(payload_bytes)
+            self._answer_when_here(request)
+        else:
+            self._receive_block(request, into[:payload_bytes])
+
+    def _receive_block(self, request: wire.Write, into: memoryview) -> None:
+        key = request.key
+        try:
+            wire.receive_exactly(self._sock, into)
+        except BaseException:
+            self._buffer.end_write(key, None, PoolError("network", "the prefill engine went away"))
+            raise
+        if block_checksum(key, into) == request.checksum:
+            self._buffer.end_write(key, request.checksum)
+            self._reply(wire.Written(request.id))
+        else:
+            error = PoolError("checksum", f"block {key.hex()} was damaged on its way here")
+            self._buffer.end_write(key, None, error)
+            self._reply(wire.Failed(request.id, error.reason, error.detail))
+
+    def _refuse_size(self, request: wire.Read | wire.Write | wire.Lend | wire.Offer) -> None:
+        detail = f"a block of {request.size_bytes} bytes; this engine's have {self._buffer.block_bytes}"
+        self._reply(wire.Failed(request.id, "layout", detail))
+
+    # --- one-sided ---
+
+    def _lend(self, request: wire.Lend, lending: Lending) -> None:
+        until_s = time.monotonic() + request.timeout_s
+
+        def arrived(error: PoolError | None) -> None:
+            held = self._buffer.hold(request.key) if error is None else None
+            found: int | PoolError
+            if held is None:
+                found = error or PoolError("missing", "the hand-off ended")
+            else:
+                found = lending.lend(id(self), request.id, held, until_s)
+            if isinstance(found, PoolError):
+                self._later(partial(self._reply, wire.Failed(request.id, found.reason, found.detail)))
+            else:
+                assert held is not None
+                self._later(partial(self._reply, wire.Lent(request.id, held.checksum, found)))
+            self._leave()
+
+        if not self._enter():
+            self._reply(wire.Failed(request.id, "dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already"))
+        else:
+            self._buffer.load(request.key, request.timeout_s, arrived)
+
+    def _take_offer(self, request: wire.Offer, lending: Lending) -> None:
+        key = request.key
+        into = self._buffer.begin_write(key)
+        if isinstance(into, PoolError):
+            self._reply(wire.Failed(request.id, into.reason, into.detail))
+            return
+        if into is None:
+            self._answer_when_here(request)
+            return
+
+        def ended(error: PoolError | None) -> None:
+            self._buffer.end_write(key, request.checksum if error is None else None, error)
+            reply = wire.Failed(request.id, error.reason, error.detail) if error else wire.Written(request.id)
+            self._later(partial(self._reply, reply))
+
+        deadline_s = time.monotonic() + request.timeout_s
+        view = into[: request.size_bytes]
+        lending.take(request.client, key, request.offset, view, request.checksum, deadline_s, ended)
+
+    def _answer_when_here(self, request: wire.Write | wire.Offer) -> None:
+        """Another copy of the block is here or on its way."""
+        if not self._enter():
+            self._reply(wire.Failed(request.id, "dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already"))
+            return
+
+        def arrived(error: PoolError | None) -> None:
+            reply = wire.Failed(request.id, error.reason, error.detail) if error else wire.Written(request.id)
+            self._later(partial(self._reply, reply))
+            self._leave()
+
+        self._buffer.load(request.key, request.timeout_s, arrived)
+
+
+class _ServedBuffer:
+    """The buffer as what a node serves: what it holds can be looked up and read, nothing can be evicted from outside.
+    `pool.served.ServedPool`."""
+
+    node_id = b""
+    own: ServedPool | None = None
+    read_bytes_per_s = 0.0
+
+    def __init__(self, buffer: DecodeBuffer) -> None:
+        self._buffer = buffer
+
+    def register(self, buffer: memoryview) -> None:
+        """Nothing: the buffer moves no bytes itself."""
+
+    def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
+        size = self._buffer.block_bytes
+        return [Located(size, (BUFFER_LINK,)) if here else None for here in self._buffer.has(keys)]
+
+    def open_block(self, key: BlockKey, size_bytes: int) -> OpenedBlock | PoolError:
+        return PoolError("missing", "a relay reads its blocks itself")
+
+    def read(self, key: BlockKey, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
+        call_done(done, PoolError("missing", "a relay reads its blocks itself"))
+
+    def lease(self, key: BlockKey) -> HeldBlock | None:
+        return self._buffer.hold(key)
+
+    def host_buffers(self) -> list[memoryview]:
+        return [self._buffer.memory]
+
+    def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        call_done(done, PoolError("dropped", "a relay takes blocks of hand-offs only"))
+
+    def discard(self, key: BlockKey, checksum: int) -> None:
+        """A reader found damage: it happened on the way, what is here matched when it came."""
+
+    def evict(self, keys: Sequence[BlockKey]) -> int:
+        return 0
+
+    def stat(self, timeout_s: float) -> PoolStat:
+        buffer, size = self._buffer, self._buffer.block_bytes
+        used = buffer.used_blocks
+        member = MemberStat(
+            BUFFER_LINK,
+            "memory",
+            buffer.blocks * size,
+            used * size,
+            used,
+            True,
+            1.0,
+            buffer.loaded_bytes,
+            buffer.received_bytes,
+            0,
+        )
+        return PoolStat((member,), 0, buffer.evictions, 0)
+
+    def close(self, timeout_s: float) -> None:
+        """Nothing of its own."""

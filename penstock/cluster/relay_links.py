@@ -1,0 +1,161 @@
+"""A prefill engine's connections to the relays of decode engines: opening hand-offs, reading through, handing over.
+
+Hand-off and control have a connection each, apart from the one that blocks are read over, and go before it (`lanes`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+from penstock.cluster.one_sided_links import OneSidedLinks
+from penstock.core.new_block import NewBlock
+from penstock.io.memory import aligned_buffer
+from penstock.pool.api import Done, PoolError
+from penstock.pool.callbacks import call_done
+from penstock.pool.checksum import block_checksum
+from penstock.transport import wire
+from penstock.transport.link import NodeLink
+from penstock.transport.one_sided import Mover
+from penstock.transport.secret import Secret
+from penstock.units import parse_address
+
+log = logging.getLogger(__name__)
+
+LINKS_MAX = 256
+URGENT_LANES = frozenset({"control", "write"})
+
+Opened = Callable[[bytes | None, PoolError | None], None]
+
+
+class RelayLinks:
+    """Links by address, made when they are first needed. Contract: `engine.peers.Peers`."""
+
+    def __init__(
+        self,
+        connections: int = 1,
+        connect_timeout_s: float = 2.0,
+        secret: Secret | None = None,
+        mover: Mover | None = None,
+    ) -> None:
+        """`connections` for reads, to each relay; `secret` is what relays ask for; `mover`: relays of the same kind are
+        read, and read, one-sided."""
+        self._secret = secret
+        self._one_sided = OneSidedLinks(mover) if mover is not None else None
+        self._connections = connections
+        self._connect_timeout_s = connect_timeout_s
+        self._lock = threading.Lock()
+        self._links: OrderedDict[str, NodeLink] = OrderedDict()
+        self._closed = False
+        self._connecting = ThreadPoolExecutor(4, thread_name_prefix="penstock-relay-connect")
+
+    def open(self, address: str, name: str, reads: bool, timeout_s: float, opened: Opened) -> None:
+        """Open a hand-off: `opened(blocks, None)` as in `wire.Opened`, or `opened(None, error)`."""
+
+        def ended(reply: Any, error: PoolError | None) -> None:
+            opened(reply.blocks if isinstance(reply, wire.Opened) else None, error or _unexpected(reply, wire.Opened))
+
+        def begin() -> None:
+            try:
+                link = self._link(address)
+            except (PoolError, OSError, ValueError) as error:
+                opened(None, error if isinstance(error, PoolError) else PoolError("network", f"{address}: {error}"))
+                return
+            if self._one_sided is not None:
+                self._one_sided.attach(address, link)
+            link.begin(wire.Open(link.next_id(), name, reads, timeout_s), timeout_s, ended)
+
+        try:
+            self._connecting.submit(begin)
+        except RuntimeError:
+            opened(None, PoolError("closed", "the engine is closing"))
+
+    def close_hand_off(self, address: str, name: str, token: int, missing: int, timeout_s: float, done: Done) -> None:
+        """Everything is handed over, but `missing` blocks; decode may begin."""
+        link = self._known(address)
+        if link is None:
+            call_done(done, PoolError("network", f"no connection to {address}"))
+            return
+
+        def ended(reply: Any, error: PoolError | None) -> None:
+            call_done(done, error or _unexpected(reply, wire.Accepted))
+
+        link.begin(wire.HandedOver(link.next_id(), name, token, missing, timeout_s), timeout_s, ended)
+
+    # --- engine.peers.Peers ---
+
+    def allocate(self, size_bytes: int) -> memoryview:
+        return self._one_sided.allocate(size_bytes) if self._one_sided is not None else aligned_buffer(size_bytes)
+
+    def read(self, address: str, key: bytes, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
+        link = self._known(address)
+        if link is None:
+            call_done(done, PoolError("network", f"no connection to {address}"))
+            return
+        one_sided = self._one_sided
+        if one_sided is not None and one_sided.read(address, link, key, size_bytes, into, timeout_s, done):
+            return
+        message = wire.Read(link.next_id(), key, size_bytes, 0.0)
+        link.submit("read", message, into, timeout_s, lambda _, error: call_done(done, error))
+
+    def hand_over(self, address: str, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        link = self._known(address)
+        if link is None:
+            call_done(done, PoolError("network", f"no connection to {address}"))
+            return
+        data = data[: block.size_bytes]
+        if self._one_sided is not None and self._one_sided.offer(address, link, block.key, data, timeout_s, done):
+            return
+        checksum = block_checksum(block.key, data)
+        message = wire.Write(link.next_id(), **asdict(block), checksum=checksum, timeout_s=0.0)
+        link.submit("write", message, data, timeout_s, lambda _, error: call_done(done, error))
+
+    # --- links ---
+
+    def _known(self, address: str) -> NodeLink | None:
+        with self._lock:
+            return self._links.get(address)
+
+    def _link(self, address: str) -> NodeLink:
+        """Raises PoolError, OSError or ValueError."""
+        with self._lock:
+            link = self._links.get(address)
+            if link is not None:
+                self._links.move_to_end(address)
+                return link
+        host, port = parse_address(address)
+        made = NodeLink(
+            host, port, self._connections, self._connect_timeout_s, False, urgent=URGENT_LANES, secret=self._secret
+        )
+        unused: list[NodeLink] = []
+        with self._lock:
+            link = self._links.setdefault(address, made)
+            if self._closed or link is not made:
+                unused.append(made)
+            idle = [place for place, other in self._links.items() if other.idle and other is not made]
+            while len(self._links) > LINKS_MAX and idle:
+                unused.append(self._links.pop(idle.pop(0)))
+        for old in unused:
+            old.close(1.0)
+        if self._closed:
+            raise PoolError("closed", "the engine is closing")
+        return link
+
+    def close(self, timeout_s: float) -> None:
+        with self._lock:
+            self._closed = True
+            links = list(self._links.values())
+        self._connecting.shutdown(wait=False, cancel_futures=True)
+        for link in links:
+            link.close(timeout_s)
+        if self._one_sided is not None:
+            self._one_sided.close(timeout_s)
+
+
+def _unexpected(reply: Any, kind: type) -> PoolError | None:
+    return None if isinstance(reply, kind) else PoolError("network", f"answered with {type(reply).__name__}")

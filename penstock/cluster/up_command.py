@@ -1,0 +1,90 @@
+"""`penstock up`: a whole cluster from one file, as processes of this machine or on a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+BAD_USAGE = 2
+FAILED = 1
+
+
+def up(
+    config: Annotated[Path, typer.Argument(help="TOML file that describes the cluster.", metavar="CLUSTER.TOML")],
+    on: Annotated[str, typer.Option(help="local: processes of this machine; ray: actors of a Ray cluster.")] = "local",
+    ray_address: Annotated[
+        str, typer.Option(help="Ray cluster to use; auto: the one that this machine belongs to.")
+    ] = "auto",
+    ready_s: Annotated[float, typer.Option(help="How long everything may take to get ready.")] = 300.0,
+) -> None:
+    """Start a whole cluster, start again what dies, and end it in order on SIGTERM or SIGINT."""
+    from penstock.cluster.cluster_config import read_cluster_config
+    from penstock.cluster.supervisor import StartFailed
+    from penstock.core.config import ConfigError, check_range
+
+    try:
+        if on not in ("local", "ray"):
+            raise ConfigError(f"on is {on!r}; allowed: local, ray")
+        check_range("ready_s", ready_s, 1, 86400)
+        cluster = read_cluster_config(config)
+        _make_secret(cluster.secret_file)
+        supervisor = _supervisor(cluster, on, ray_address)
+    except (ValueError, OSError) as error:
+        _refuse(error, BAD_USAGE)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: supervisor.stopping.set())
+    try:
+        supervisor.start(ready_s)
+        if not supervisor.stopping.is_set():
+            print(f"penstock: cluster of {config} is up: {supervisor.url}", flush=True)
+        supervisor.run()
+    except StartFailed as error:
+        _refuse(error, FAILED)
+    finally:
+        supervisor.stop()
+
+
+def _supervisor(cluster: Any, on: str, ray_address: str) -> Any:
+    """Raises ValueError or OSError."""
+    told = _Printer()
+    if on == "ray":
+        from penstock.cluster.on_ray import RaySupervisor
+
+        return RaySupervisor(cluster.processes, told, ray_address)
+    from penstock.cluster.supervisor import Supervisor
+
+    return Supervisor(cluster.processes, told)
+
+
+class _Printer:
+    """Lines of several processes, whole and with their names."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __call__(self, name: str, line: str) -> None:
+        with self._lock:
+            print(f"{name} | {line}", file=sys.stderr, flush=True)
+
+
+def _make_secret(path: Path) -> None:
+    """A secret of this cluster's own, where there is none."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return
+    with os.fdopen(handle, "w") as file:
+        file.write(secrets.token_hex(32) + "\n")
+
+
+def _refuse(error: Exception, status: int) -> NoReturn:
+    """One line on stderr."""
+    typer.echo(f"penstock up: error: {' '.join(str(error).split())}", err=True)
+    raise typer.Exit(status)

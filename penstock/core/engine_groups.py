@@ -1,0 +1,319 @@
+"""The engines that requests are placed on: nodes, engines, groups, what is unfinished on each, and whom to pick next.
+
+The accounts are the scheduler's own (what it placed and what ended since), corrected by reports. A group's engines have
+one role and lie in parallel lists, so that picking costs one pass over the group's numbers.
+
+Invariants, checked by `check_integrity`:
+  G1 an engine's tokens and requests are those of the requests placed on it; a group's total is its engines' sum;
+  G2 a node's read queue is what is unread there, corrected by its last report, and never below zero;
+  G3 every engine is in one group, and every group has one role.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from penstock.core.config import ConfigError, check_range
+
+Role = Literal["prefill", "decode", "mixed"]
+ROLES: tuple[str, ...] = get_args(Role)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """An engine as it registers. `tokens_per_s` is how fast it gets through prompts, hits included (beta follows from
+    it); `capacity_tokens` is the KV that its device memory and buffer hold."""
+
+    engine: str
+    role: Role
+    group: str
+    node: str
+    tokens_per_s: float
+    capacity_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ConfigError(f"role is {self.role!r}; allowed: {', '.join(ROLES)}")
+        check_range("tokens_per_s", self.tokens_per_s, 1e-9, 1e15)
+        check_range("capacity_tokens", self.capacity_tokens, 1, 1e15)
+
+
+class Node:
+    """A host: its storage NIC, what is queued on it, and whether it is up. `tokens_per_s` is in tokens of KV.
+
+    Reads are numbered as they are assigned, so that a report can say which of them it knows of."""
+
+    __slots__ = ("alpha_tokens", "assigned", "name", "nic_up", "read_tokens", "tokens_per_s", "unread")
+
+    def __init__(self, name: str, tokens_per_s: float, alpha_s: float) -> None:
+        self.name = name
+        self.tokens_per_s = tokens_per_s
+        self.alpha_tokens = alpha_s * tokens_per_s
+        self.nic_up = True
+        self.read_tokens = 0.0
+        self.assigned = 0
+        self.unread: dict[int, int] = {}  # tokens of reads that have not ended, by number
+
+    def assign(self, tokens: int, joined_to: int = 0) -> int:
+        """Another read of so many tokens; its number. One that is `joined_to` an unread one ends with it."""
+        self.read_tokens += tokens
+        self.assigned += 1
+        self.unread[self.assigned] = tokens + self.unread.pop(joined_to, 0)
+        return self.assigned
+
+    def read_off(self, number: int) -> None:
+        """A read has ended, or nobody waits for it any more."""
+        self.read_tokens = max(0.0, self.read_tokens - self.unread.pop(number))
+        if not self.unread:
+            self.read_tokens = 0.0
+
+    def correct(self, read_tokens: float, assigned_seen: int) -> None:
+        """A report: `read_tokens` are left of the reads numbered up to `assigned_seen`."""
+        later = sum(tokens for number, tokens in self.unread.items() if number > assigned_seen)
+        self.read_tokens = max(0.0, read_tokens) + later
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds until its storage NIC has read all that is queued now; infinite while it is down."""
+        return self.read_tokens / self.tokens_per_s if self.nic_up else math.inf
+
+    @property
+    def rate(self) -> float:
+        return self.tokens_per_s if self.nic_up else 0.0
+
+
+class Engine:
+    """One engine in the accounts; its numbers are in its group's lists at `index`."""
+
+    __slots__ = ("beta_tokens", "capacity_tokens", "group", "index", "name", "node", "requests", "role", "tokens_per_s")
+
+    def __init__(self, spec: EngineSpec, node: Node, group: Group, index: int, beta_s: float) -> None:
+        self.name = spec.engine
+        self.role = spec.role
+        self.node = node
+        self.group = group
+        self.index = index
+        self.tokens_per_s = spec.tokens_per_s
+        self.beta_tokens = beta_s * spec.tokens_per_s
+        self.capacity_tokens = spec.capacity_tokens
+        self.requests: dict[object, None] = {}  # ids, in the order of their placing
+
+    @property
+    def tokens(self) -> int:
+        return self.group.tokens[self.index]
+
+    @property
+    def unfinished(self) -> int:
+        return self.group.unfinished[self.index]
+
+
+class Group:
+    """Engines of one role that are told apart by load only. The lists run parallel to `engines`."""
+
+    __slots__ = ("capacity", "capacity_total", "engines", "name", "role", "tokens", "total", "unfinished")
+
+    def __init__(self, name: str, role: Role) -> None:
+        self.name = name
+        self.role = role
+        self.engines: list[Engine] = []
+        self.tokens: list[int] = []
+        self.unfinished: list[int] = []
+        self.capacity: list[int] = []
+        self.capacity_total = 0
+        self.total = 0
+
+    def add(self, spec: EngineSpec, node: Node, beta_s: float) -> Engine:
+        engine = Engine(spec, node, self, len(self.engines), beta_s)
+        self.engines.append(engine)
+        self.tokens.append(0)
+        self.unfinished.append(0)
+        self.capacity.append(spec.capacity_tokens)
+        self.capacity_total += spec.capacity_tokens
+        return engine
+
+    def remove(self, engine: Engine) -> None:
+        index = engine.index
+        self.total -= self.tokens[index]
+        self.capacity_total -= self.capacity[index]
+        for numbers in (self.tokens, self.unfinished, self.capacity):
+            del numbers[index]
+        del self.engines[index]
+        for i, other in enumerate(self.engines):
+            other.index = i
+
+    def charge(self, engine: Engine, tokens: int, requests: int) -> None:
+        index = engine.index
+        self.tokens[index] += tokens
+        self.unfinished[index] += requests
+        self.total += tokens
+
+
+class Groups:
+    """All nodes, engines and groups, and the paper's rules of whom to pick."""
+
+    def __init__(self, alpha_s: float, beta_s: float, decode_slack: float) -> None:
+        self._alpha_s = alpha_s
+        self._beta_s = beta_s
+        self._slack = decode_slack
+        self.nodes: dict[str, Node] = {}
+        self.engines: dict[str, Engine] = {}
+        self.groups: dict[str, Group] = {}
+        self.prefill: list[Group] = []  # prefill and mixed
+        self.decode: list[Group] = []
+        self.nics_down = 0
+        self.capacity_max = 0  # of an engine that decodes
+        self._turns = {"prefill": 0, "decode": 0}
+
+    # -- machines come and go -----------------------------------------------------------------------------------
+
+    def add_node(self, name: str, tokens_per_s: float) -> Node:
+        """A node, or a node's new speed. `tokens_per_s` of its storage NIC. Raises ConfigError."""
+        check_range("tokens_per_s", tokens_per_s, 1e-9, 1e15)
+        node = self.nodes.get(name)
+        if node is None:
+            node = self.nodes[name] = Node(name, tokens_per_s, self._alpha_s)
+        node.tokens_per_s, node.alpha_tokens = tokens_per_s, self._alpha_s * tokens_per_s
+        return node
+
+    def add(self, spec: EngineSpec) -> Engine:
+        """Raises ConfigError for a name in use, an unknown node, or a group of another role."""
+        if spec.engine in self.engines:
+            raise ConfigError(f"engine is {spec.engine!r}, which is registered; allowed: a name that is not")
+        node = self.nodes.get(spec.node)
+        if node is None:
+            raise ConfigError(
+                f"node is {spec.node!r}; allowed: {', '.join(sorted(self.nodes)) or 'none is registered'}"
+            )
+        group = self.groups.get(spec.group)
+        if group is None:
+            group = self.groups[spec.group] = Group(spec.group, spec.role)
+            (self.decode if spec.role == "decode" else self.prefill).append(group)
+        elif group.role != spec.role:
+            raise ConfigError(f"role is {spec.role!r}; allowed in group {spec.group!r}: {group.role}")
+        engine = self.engines[spec.engine] = group.add(spec, node, self._beta_s)
+        if spec.role != "prefill":
+            self.capacity_max = max(self.capacity_max, spec.capacity_tokens)
+        return engine
+
+    def remove(self, engine: Engine) -> None:
+        """The engine is gone; its requests are the caller's."""
+        group = engine.group
+        group.remove(engine)
+        del self.engines[engine.name]
+        if not group.engines:
+            del self.groups[group.name]
+            (self.decode if group.role == "decode" else self.prefill).remove(group)
+        self.capacity_max = max((e.capacity_tokens for e in self.engines.values() if e.role != "prefill"), default=0)
+
+    def set_nic(self, node: Node, up: bool) -> None:
+        if node.nic_up != up:
+            node.nic_up = up
+            self.nics_down += -1 if up else 1
+
+    # -- whom to pick -------------------------------------------------------------------------------------------
+
+    def pick_prefill(self) -> Engine | None:
+        """The paper's categories: C1 tok_e > beta never; C2 read_q <= alpha, then C3 the others; the least tok_e in C2,
+        else in C3. Groups in the order of their total. O(engines of a group) where the first group has room."""
+        for group in self._by_total(self.prefill):
+            tokens = group.tokens
+            engine = group.engines[tokens.index(min(tokens))]
+            if group.tokens[engine.index] <= engine.beta_tokens and engine.node.read_tokens <= engine.node.alpha_tokens:
+                return engine
+            found = self._pick_by_category(group)
+            if found is not None:
+                return found
+        return None
+
+    @staticmethod
+    def _pick_by_category(group: Group) -> Engine | None:
+        best: Engine | None = None
+        best_key = (2, 0)
+        for engine, tokens in zip(group.engines, group.tokens, strict=True):
+            if tokens > engine.beta_tokens:
+                continue
+            key = (int(engine.node.read_tokens > engine.node.alpha_tokens), tokens)
+            if key < best_key:
+                best, best_key = engine, key
+        return best
+
+    def pick_decode(
+        self, length_tokens: int, waiting_tokens: int, need_nic: bool, read_tokens: int = 0
+    ) -> Engine | None:
+        """Phase 1: the group with the least total tok_e. Phase 2, in it: `Z = slack (sum_R len + sum_E tok_e) / |E|`;
+        among engines with room those with tok_e + len <= Z, of them the least seq_e; otherwise the least tok_e.
+
+        With `read_tokens` (beyond the paper) a read queue as long as the request's own read counts as one request.
+        R, the requests that fit the free room, is taken as what waits, up to the free room. With `need_nic` only
+        engines whose node's storage NIC is up. A group without room passes to the next."""
+        for group in self._by_total(self.decode):
+            free = group.capacity_total - group.total
+            if free < length_tokens:
+                continue
+            room = min(free, max(waiting_tokens, length_tokens))
+            limit = self._slack * (room + group.total) / len(group.engines) - length_tokens
+            best, best_score = -1, math.inf
+            per_read = 1.0 / read_tokens if read_tokens else 0.0
+            least, least_tokens = -1, 1 << 60
+            engines, capacity, unfinished = group.engines, group.capacity, group.unfinished
+            for i, tokens in enumerate(group.tokens):
+                if tokens + length_tokens > capacity[i] or (need_nic and not engines[i].node.nic_up):
+                    continue
+                if tokens <= limit:
+                    score: float = unfinished[i]
+                    if per_read and score < best_score:
+                        score += engines[i].node.read_tokens * per_read
+                    if score < best_score:
+                        best, best_score = i, score
+                if tokens < least_tokens:
+                    least, least_tokens = i, tokens
+            if best < 0:
+                best = least
+            if best >= 0:
+                return group.engines[best]
+        return None
+
+    @staticmethod
+    def _by_total(groups: list[Group]) -> Iterator[Group]:
+        """Groups in the order of their total tokens; the first one is found without sorting."""
+        if not groups:
+            return
+        totals = [group.total / len(group.engines) for group in groups]
+        first = totals.index(min(totals))
+        yield groups[first]
+        if len(groups) > 1:
+            rest = sorted((i for i in range(len(groups)) if i != first), key=totals.__getitem__)
+            yield from (groups[i] for i in rest)
+
+    def next_in_turn(self, side: Literal["prefill", "decode"]) -> Engine | None:
+        """The baseline: engines in turn, whatever is unfinished on them."""
+        groups = self.prefill if side == "prefill" else self.decode
+        count = sum(len(group.engines) for group in groups)
+        if not count:
+            return None
+        index = self._turns[side] % count
+        self._turns[side] = index + 1
+        for group in groups:
+            if index < len(group.engines):
+                return group.engines[index]
+            index -= len(group.engines)
+        return None
+
+    def check_integrity(self) -> None:
+        """Assert what can be seen here of G1 and G3; O(engines)."""
+        seen = 0
+        for group in self.groups.values():
+            assert group.engines, f"G3: group {group.name} is empty"
+            assert group.total == sum(group.tokens), f"G1: the total of group {group.name} is not its engines' sum"
+            assert group.capacity_total == sum(group.capacity), f"G1: capacity of group {group.name}"
+            for i, engine in enumerate(group.engines):
+                assert engine.index == i and engine.role == group.role, f"G3: engine {engine.name}"
+                assert group.unfinished[i] == len(engine.requests) and group.tokens[i] >= 0, f"G1: engine {engine.name}"
+            seen += len(group.engines)
+        assert seen == len(self.engines), "G3: an engine is in no group"
+        assert self.nics_down == sum(not node.nic_up for node in self.nodes.values()), "G2: NICs that are down"
+        for node in self.nodes.values():
+            assert node.read_tokens >= 0 and all(0 < n <= node.assigned for n in node.unread), f"G2: node {node.name}"

@@ -1,0 +1,95 @@
+"""L1 where it is somebody else's: pages that a host engine gave for loads, and pages it keeps for saves under way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from penstock.core.device_pages import DevicePages
+from penstock.core.keys import BlockKey
+
+
+class GuestPages(DevicePages):
+    """Numbers of pages mean what the body made them mean; every use of a page has a number of its own. Nothing is
+    taken or evicted here.
+
+    `settled` lists pages of loads that nothing is written to any more, `released` pages of saves that nothing is read
+    from any more; whoever looks empties them. A key counts as contained while a request says that the host holds it
+    (`note`), or while it is being saved."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self._noted: dict[BlockKey, int] = {}
+        self._saving: dict[BlockKey, int] = {}
+        self._pins: dict[int, int] = {}
+        self._names: dict[int, BlockKey] = {}
+        self.settled: list[int] = []
+        self.released: list[int] = []
+
+    @property
+    def available(self) -> int:
+        return 0
+
+    @property
+    def cached(self) -> int:
+        return len(self._saving)
+
+    def __contains__(self, key: BlockKey) -> bool:
+        return key in self._saving or key in self._noted
+
+    def is_saving(self, key: BlockKey) -> bool:
+        return key in self._saving
+
+    def is_pinned(self, key: BlockKey) -> bool:
+        return key in self._saving
+
+    def is_cached(self, page: int) -> bool:
+        return page in self._names
+
+    def note(self, keys: Iterable[BlockKey]) -> None:
+        """The host holds these blocks, as far as one request knows."""
+        for key in keys:
+            self._noted[key] = self._noted.get(key, 0) + 1
+
+    def forget(self, keys: Iterable[BlockKey]) -> None:
+        """Take one `note` back."""
+        for key in keys:
+            self._noted[key] -= 1
+            if not self._noted[key]:
+                del self._noted[key]
+
+    def hold(self, key: BlockKey, page: int) -> None:
+        """The host engine keeps `page`, which holds the computed block `key`, until it is released; pinned once."""
+        assert key not in self._saving and page not in self._names
+        self._saving[key] = page
+        self._names[page] = key
+        self._pins[page] = 1
+
+    def take(self) -> int | None:
+        return None
+
+    def give_back(self, page: int) -> None:
+        self.settled.append(page)
+
+    def insert(self, key: BlockKey, parent: BlockKey, page: int, pins: int) -> None:
+        self.settled.append(page)
+
+    def pin(self, key: BlockKey) -> int:
+        page = self._saving[key]
+        self._pins[page] += 1
+        return page
+
+    def page_of(self, key: BlockKey) -> int:
+        return self._saving[key]
+
+    def unpin(self, page: int) -> None:
+        self._pins[page] -= 1
+        if not self._pins[page]:
+            del self._pins[page]
+            del self._saving[self._names.pop(page)]
+            self.released.append(page)
+
+    def check_integrity(self, private: set[int]) -> None:
+        """Names and pins are of the same pages, each pinned at least once."""
+        assert set(self._names) == set(self._pins) == set(self._saving.values())
+        assert all(count > 0 for count in self._pins.values())
+        assert all(count > 0 for count in self._noted.values())

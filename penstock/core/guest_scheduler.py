@@ -1,0 +1,603 @@
+"""The brain as a guest of somebody else's engine: that engine owns pages and batches, the brain owns loads and saves.
+
+The host (vLLM) has a scheduler, an allocator and a compute loop of its own. `GuestScheduler` decides what such an
+engine leaves open: what is looked up and fetched and in which order, whether loading beats computing, whose load others
+wait for, in which order requests should be considered, and what is saved. It is made of the parts that `LoadScheduler`
+is made of, so that a policy exists once. No clock, no threads, no I/O; one thread at a time may call it.
+
+A request's life: `submit` -> (lookup, fetches into L2) -> the host asks `matched`, as often as it likes -> `allocated`
+with pages -> uploads -> `Landed` -> `acknowledged` -> `started` -> `prefilled` -> `finish`. It may skip what it does
+not need and `finish` at any point; a request that asks again after it had started begins anew.
+
+Invariants, checked by `check_integrity`:
+  G1 a block is granted pages of at most one request at a time; whoever else needs it waits for that load;
+  G2 a granted page is unsettled exactly as long as a load holds it, and nothing is written to it afterwards;
+  G3 every grant ends in exactly one `Landed`, not before its last page is settled;
+  G4 nothing is loaded behind a hole, and no request waits for a block that the pool does not hold for it;
+  G5 every queue and window is bounded; every slot is free or one load's or save's.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from penstock.core.config import SchedulerConfig
+from penstock.core.cost import CostModel
+from penstock.core.guest_pages import GuestPages
+from penstock.core.loading import Loading
+from penstock.core.operations import Account, BlockHit, Lookup, Operation, RequestSpec
+from penstock.core.ordering import AGED, Rank
+from penstock.core.ranking import Ranking
+from penstock.core.request import NO_PAGE, LoadState, Request, State
+from penstock.core.saving import Saving, block_to_save
+from penstock.core.shared_state import SharedState
+
+MIN_SAMPLES = 8  # batches and fetches before costs may speak against a load
+PROBE_EVERY = 8  # of the loads that costs speak against, one is made all the same: a link may be faster again
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """Nothing is written to the pages of `request_id` any more. `hole` is the first block that did not arrive, None
+    when all did; blocks before it are in their pages."""
+
+    request_id: str
+    hole: int | None
+
+
+GuestOperation = Operation | Landed
+
+
+@dataclass(slots=True)
+class _Grant:
+    """Pages of one request for blocks from `first` up to `end`."""
+
+    first: int
+    end: int
+    keys: list[bytes]
+    unsettled: set[int] = field(default_factory=set)
+    hole: int | None = None
+    landed: bool = False
+
+
+@dataclass(slots=True)
+class _Guest:
+    request: Request
+    held: int  # leading blocks that the host holds, as it said last
+    loads: bool  # whether anything is loaded for it
+    end: int = 0  # blocks from `held` up to here can be loaded
+    lookup_until_s: float = 0.0
+    grant: _Grant | None = None
+    leaving: bool = False
+    noted: list[bytes] = field(default_factory=list)
+    bad: set[int] = field(default_factory=set)  # blocks that failed once; computed from then on
+    pooled: set[int] = field(default_factory=set)  # blocks that the pool holds
+    answer: tuple[int, int, int | None] | None = None  # of `matched`: version, held tokens, what was said
+
+
+class GuestScheduler:
+    """See the module. All times are seconds of the caller's clock and never go backwards."""
+
+    def __init__(self, config: SchedulerConfig, cost: CostModel) -> None:
+        self.config = config
+        self.cost = cost
+        self._pages = GuestPages()
+        self._shared = SharedState(config, cost, self._pages)
+        self._saving = Saving(self._shared)
+        self._ranking = Ranking(self._shared)
+        self._loading = Loading(self._shared, self._changed)
+        self._guests: dict[str, _Guest] = {}
+        self._lookups: deque[_Guest] = deque()
+        self._looking_up: dict[int, Request] = {}
+        self._granted: dict[bytes, str] = {}  # key -> the request with pages for it, until the host took note
+        self._page_owner: dict[int, str] = {}
+        self._holes: dict[Request, None] = {}  # requests that lost a block since the last look
+        self._timers: list[tuple[float, int, str]] = []
+        self._notices: list[Landed] = []
+        self._ended: list[Account] = []
+        self._sequence = 0
+        self._version = 0  # of everything that `matched` looks at
+        self._steps = 0
+        self._fetches = 0
+        self._refusals = 0
+
+    # -- events: requests ---------------------------------------------------------------------------------------
+
+    def submit(self, spec: RequestSpec, held_tokens: int, now: float, load: bool = True) -> None:
+        """A request arrived; the host holds its first `held_tokens`. Without `load` it is only ranked and saved.
+        Raises ValueError when its id is in use."""
+        if spec.request_id in self._guests:
+            raise ValueError(f"request_id {spec.request_id!r} is in use")
+        self._sequence += 1
+        deadline_s = now + self.config.default_slo_ttft_s if spec.ttft_deadline_s is None else spec.ttft_deadline_s
+        request = Request(spec, self._sequence, now, self.config.block_tokens, deadline_s)
+        guest = _Guest(request, 0, load and self.config.pool and len(self._guests) < self.config.max_waiting)
+        self._guests[spec.request_id] = guest
+        heapq.heappush(self._timers, (now + self.config.age_bound_s, request.sequence, spec.request_id))
+        self._shared.count("requests")
+        self._shared.count("prompt_tokens", request.target)
+        self._begin(guest, held_tokens, now)
+
+    def _begin(self, guest: _Guest, held_tokens: int, now: float) -> None:
+        request = guest.request
+        request.state = State.LOOKUP
+        request.switch_label("lookup", now)
+        request.hits = {}
+        self._hold(guest, held_tokens)
+        if guest.loads and guest.held < request.hittable_blocks:
+            guest.lookup_until_s = now + self.config.lookup_timeout_s
+            self._lookups.append(guest)
+        else:
+            self._wait(guest, now)
+
+    def _hold(self, guest: _Guest, held_tokens: int) -> None:
+        """The host holds the first `held_tokens` of the request."""
+        self._pages.forget(guest.noted)
+        guest.held = held_tokens // self.config.block_tokens
+        guest.noted = guest.request.chain.keys[: guest.held]
+        self._pages.note(guest.noted)
+
+    def lookup_done(self, op_id: int, hits: Sequence[BlockHit | None] | None, now: float) -> None:
+        """The pool answered (None: it could not be asked; the request goes on without hits)."""
+        request = self._looking_up.pop(op_id)
+        guest = self._guests.get(request.request_id)
+        if guest is None or guest.request is not request or request.state is not State.LOOKUP:
+            return
+        if hits is None:
+            self._shared.count("lookup_failures")
+        else:
+            size = self.config.block_bytes
+            request.hits = {
+                index: hit
+                for index, hit in enumerate(hits)
+                if hit is not None and hit.size_bytes == size and index not in guest.bad
+            }
+            guest.pooled = set(request.hits)
+        self._wait(guest, now)
+
+    def _wait(self, guest: _Guest, now: float) -> None:
+        """Hits are known: rank the request, and fetch what it can use unless computing it is faster."""
+        self._version += 1
+        request = guest.request
+        request.state = State.WAITING
+        guest.end = self._run_end(guest, guest.held)
+        for index in [index for index in request.hits if index >= guest.end]:
+            del request.hits[index]  # of no use behind a hole
+        self._shared.count("hit_tokens", (guest.end - guest.held) * self.config.block_tokens)
+        self._ranking.estimate(request)
+        request.account.predicted_load_s = self._ranking.load_s(request)
+        request.account.predicted_compute_s = request.compute_s
+        request.pages = [NO_PAGE] * (request.target // self.config.block_tokens + 1)
+        request.ready = [False] * len(request.pages)
+        if guest.end > guest.held and not self._worth_loading(guest):
+            self._shared.count("computed_instead_tokens", (guest.end - guest.held) * self.config.block_tokens)
+            request.hits, guest.end = {}, guest.held
+            self._ranking.estimate(request)
+        request.static_key = None
+        self._ranking.set_rank(request)
+        for index in range(guest.held, guest.end):
+            self._loading.join(request, index, request.hits[index])
+        self._loading.enqueue(request)
+        self._ranking.stale = True
+        self._relabel(request, now)
+
+    def _run_end(self, guest: _Guest, first: int) -> int:
+        """The end of the unbroken run of hits from block `first` on."""
+        end = first
+        while end < guest.request.hittable_blocks and end in guest.request.hits:
+            end += 1
+        return end
+
+    def _worth_loading(self, guest: _Guest) -> bool:
+        """Loading is worth it where the request's blocks arrive before they could be computed, each behind what goes
+        first on its link or on the processor. Never refused before costs were measured."""
+        if self._steps < MIN_SAMPLES or self._fetches < MIN_SAMPLES:
+            return True
+        request, compute = guest.request, self.cost.compute
+        size = self.config.block_tokens
+        first = guest.held * size
+        compute_s = compute.seconds([(request.target - first, first)]) - request.compute_s
+        load_s = self._ranking.load_s(request)
+        links: dict[tuple[str, ...], int] = {}
+        computing_s = 0.0
+        for other in self._guests.values():
+            peer = other.request
+            if other is guest or peer.state not in (State.WAITING, State.PREFILL) or peer.rank > request.rank:
+                continue
+            computing_s += peer.compute_s
+            for route, size_bytes in peer.bytes_by_route.items():
+                links[route] = links.get(route, 0) + size_bytes
+        for route in request.bytes_by_route:
+            links[route] = links.get(route, 0) + request.bytes_by_route[route]
+        load_s = max(load_s, self.cost.load_s(links, 0, serial=False))
+        if load_s < compute_s + computing_s:
+            return True
+        self._refusals += 1
+        return self._refusals % PROBE_EVERY == 0
+
+    def extend(self, request_id: str, tokens: Sequence[int]) -> None:
+        """Tokens that the request generated, in order."""
+        request = self._guests[request_id].request
+        request.tokens.extend(tokens)
+        request.chain.extend(tokens)
+
+    def known_tokens(self, request_id: str) -> int:
+        """How many tokens of the request were told so far."""
+        return len(self._guests[request_id].request.tokens)
+
+    def finish(self, request_id: str, now: float) -> None:
+        """The request ended or was cancelled; unknown ones are ignored. Pages that were granted to it still end in
+        `Landed`."""
+        guest = self._guests.get(request_id)
+        if guest is None or guest.leaving:
+            return
+        self._version += 1
+        request = guest.request
+        guest.leaving = True
+        self._loading.leave(request)
+        request.state = State.DONE
+        request.switch_label("done", now)
+        request.account.end_s = now
+        if len(self._ended) < self.config.max_waiting:
+            self._ended.append(request.account)
+        self._ranking.stale = True
+        self._settle()
+        self._forget_if_gone(guest)
+
+    def _forget_if_gone(self, guest: _Guest) -> None:
+        if guest.leaving and guest.grant is None:
+            self._pages.forget(guest.noted)
+            guest.noted = []
+            del self._guests[guest.request.request_id]
+
+    # -- events: the host's scheduler ---------------------------------------------------------------------------
+
+    def matched(self, request_id: str, held_tokens: int, now: float) -> int | None:
+        """How many tokens behind the `held_tokens` that the host holds are worth a grant of pages; None: ask again
+        later. The same answer however often it is asked, as long as nothing happens in between."""
+        guest = self._guests.get(request_id)
+        if guest is None or guest.leaving:
+            return 0
+        request = guest.request
+        if guest.grant is not None:
+            return None
+        if request.state in (State.PREFILL, State.DECODE):
+            self._shared.count("preemptions")
+            self._restart(guest, held_tokens, now)
+        if request.state is State.LOOKUP:
+            if now < guest.lookup_until_s:
+                return None
+            self._shared.count("lookups_late")
+            self._wait(guest, now)
+        if guest.answer is None or guest.answer[:2] != (self._version, held_tokens):
+            guest.answer = (self._version, held_tokens, self._offer_of(guest, held_tokens, now))
+        return guest.answer[2]
+
+    def _offer_of(self, guest: _Guest, held_tokens: int, now: float) -> int | None:
+        request, size = guest.request, self.config.block_tokens
+        first = held_tokens // size
+        end = self._run_end(guest, first)
+        if end * size <= held_tokens:
+            return 0
+        if self._granted and any(request.key_at(index) in self._granted for index in range(first, end)):
+            request.switch_label("wait_shared", now)
+            return None  # it will find those blocks in the host's own cache
+        if self._granted and len(self._granted) + end - first > max(1, self.config.l1_pages // 2):
+            request.switch_label("wait_l1", now)
+            return None
+        return end * size - held_tokens
+
+    def _restart(self, guest: _Guest, held_tokens: int, now: float) -> None:
+        """A request that had its pages asks again: it was preempted, or its load failed as a whole."""
+        request = guest.request
+        request.account.preemptions += 1
+        self._loading.leave(request)
+        request.target = len(request.tokens)
+        self._begin(guest, held_tokens, now)
+
+    def allocated(self, request_id: str, first: int, pages: Sequence[int], now: float) -> None:
+        """The host gave pages for the blocks from `first` on, as many as `matched` had said. `Landed` follows."""
+        guest = self._guests[request_id]
+        self._version += 1
+        request = guest.request
+        assert guest.grant is None and not guest.leaving
+        end = first + len(pages)
+        grant = guest.grant = _Grant(first, end, [request.key_at(index) for index in range(first, end)])
+        if guest.end > end or guest.held != first:
+            for index in [index for index in request.loads if not first <= index < end]:
+                self._loading.forgo(request, index)
+        guest.end = end
+        request.state = State.PREFILL
+        for index, page in zip(range(first, end), pages, strict=True):
+            hit = request.hits.get(index)
+            if hit is None or request.key_at(index) in self._granted:
+                grant.hole = guest.end = index
+                for behind in [behind for behind in request.loads if behind >= index]:
+                    self._loading.forgo(request, behind)
+                break
+            self._granted[request.key_at(index)] = request_id
+            if index not in request.loads:
+                self._loading.join(request, index, hit)
+            request.loads[index].page = page
+            grant.unsettled.add(page)
+            self._page_owner[page] = request_id
+        self._ranking.count_loads(request)
+        self._ranking.progressed(request)
+        self._loading.enqueue(request)
+        self._relabel(request, now)
+        self._settle()
+        self._land(guest)
+
+    def acknowledged(self, request_id: str) -> None:
+        """The host took note of `Landed`; its own cache answers for those blocks from now on."""
+        guest = self._guests.get(request_id)
+        if guest is None or guest.grant is None or not guest.grant.landed:
+            return
+        self._version += 1
+        for key in guest.grant.keys:
+            if self._granted.get(key) == request_id:
+                del self._granted[key]
+        guest.grant = None
+        self._forget_if_gone(guest)
+
+    def started(self, request_id: str, now: float) -> None:
+        """The host computes the request; what was not granted by now is not needed."""
+        guest = self._guests.get(request_id)
+        if guest is None or guest.leaving:
+            return
+        request = guest.request
+        if request.state in (State.LOOKUP, State.WAITING):
+            self._loading.leave(request)
+            request.bytes_by_route, request.upload_bytes = {}, 0
+            request.state = State.PREFILL
+        if request.state is State.PREFILL:
+            request.switch_label("compute", now)
+
+    def prefilled(self, request_id: str, now: float) -> None:
+        """The request's first token is there."""
+        guest = self._guests.get(request_id)
+        if guest is None or guest.request.state is not State.PREFILL:
+            return
+        request = guest.request
+        request.state = State.DECODE
+        request.switch_label("decode", now)
+        if request.account.first_token_s is None:
+            request.account.first_token_s = now
+        self._ranking.stale = True
+
+    def stepped(self, spans: Sequence[tuple[int, int]], seconds: float) -> None:
+        """A batch of `(query, context)` tokens took the host `seconds`."""
+        self._steps += 1
+        self.cost.compute_error.observe(self.cost.compute.seconds(spans), seconds)
+        self.cost.compute.observe(spans, seconds)
+
+    # -- events: stages -----------------------------------------------------------------------------------------
+
+    def fetched(self, op_id: int, error: str | None, now: float) -> None:
+        """A Fetch ended; `error` is the reason label of a failure."""
+        self._fetches += 1
+        self._loading.fetched(op_id, error, now)
+        self._close_holes()
+
+    def uploaded(self, op_id: int, now: float) -> None:
+        """An Upload ended: its bytes are in the host's pages."""
+        self._loading.uploaded(op_id, now)
+        self._close_holes()
+
+    def upload_failed(self, op_id: int, error: str, now: float) -> None:
+        """An Upload came to nothing; nothing more is written to its pages."""
+        self._loading.upload_failed(op_id, error, now)
+        self._close_holes()
+
+    def _changed(self, request: Request, now: float) -> None:
+        """A block of the request moved, or was lost."""
+        self._holes[request] = None
+        self._ranking.progressed(request)
+        self._relabel(request, now)
+
+    def _close_holes(self) -> None:
+        """Requests that lost a block do without those behind it."""
+        changed, self._holes = self._holes, {}
+        for request in changed:
+            guest = self._guests.get(request.request_id)
+            if guest is None or guest.request is not request or guest.leaving:
+                continue
+            grant = guest.grant
+            first = grant.first if grant is not None else guest.held
+            end = self._run_end(guest, first)
+            if end < guest.end:
+                self._version += 1
+                guest.bad.add(end)
+                guest.pooled.discard(end)
+                guest.end = end
+                if grant is not None:
+                    grant.hole = end if grant.hole is None else min(grant.hole, end)
+                for index in [index for index in request.loads if index >= end]:
+                    self._loading.forgo(request, index)
+                for index in [index for index in request.hits if index >= end]:
+                    del request.hits[index]
+                self._ranking.estimate(request)
+                self._ranking.count_loads(request)
+                self._ranking.progressed(request)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Grants whose last page nothing is written to any more have landed."""
+        settled, self._pages.settled = self._pages.settled, []
+        for page in settled:
+            guest = self._guests[self._page_owner.pop(page)]
+            assert guest.grant is not None
+            guest.grant.unsettled.remove(page)
+            self._land(guest)
+
+    def _land(self, guest: _Guest) -> None:
+        grant = guest.grant
+        if grant is not None and not grant.unsettled and not grant.landed:
+            grant.landed = True
+            self._notices.append(Landed(guest.request.request_id, grant.hole))
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def wants(self, request_id: str, index: int) -> bool:
+        """Whether the request's full block `index` should be offered: the pool may not hold it, it is not on its way
+        there, and the host may be asked to keep a further page for it."""
+        guest = self._guests.get(request_id)
+        if guest is None or not self.config.pool:
+            return False
+        key = guest.request.key_at(index)
+        if index in guest.pooled or self._pages.is_saving(key) or key in self._loading.loads:
+            return False
+        if not self._saving.can_pin:
+            self._shared.count("saves_dropped")
+        return self._saving.can_pin
+
+    def offer(self, request_id: str, index: int, page: int) -> None:
+        """The host keeps `page`, which holds the full block `index` that `wants` asked for, until `released` names
+        it."""
+        request = self._guests[request_id].request
+        self._pages.hold(request.key_at(index), page)
+        self._saving.offer(block_to_save(self._shared, request, index))
+        self._pages.unpin(page)  # from here on the queue's
+
+    def released(self) -> list[int]:
+        """Pages of saves that the host may have back."""
+        pages, self._pages.released = self._pages.released, []
+        return pages
+
+    def downloaded(self, op_id: int) -> None:
+        """The first half of a Save ended: the page's bytes are in its slot."""
+        self._saving.downloaded(op_id)
+
+    def saved(self, op_id: int, error: str | None) -> None:
+        """A Save ended."""
+        self._saving.saved(op_id, error)
+
+    def press(self) -> None:
+        """The host is short of pages: saves that have not begun give theirs back and are dropped."""
+        self._saving.drop_queued()
+
+    # -- decide -------------------------------------------------------------------------------------------------
+
+    def decide(self, now: float) -> list[GuestOperation]:
+        """The operations to carry out now, given all events so far."""
+        while self._timers and self._timers[0][0] <= now:
+            self._age(*heapq.heappop(self._timers)[1:])
+        self._ranking.sort_feasible((guest.request for guest in self._guests.values()), now)
+        while self._lookups and len(self._looking_up) < self.config.lookup_window:
+            guest = self._lookups.popleft()
+            request = guest.request
+            if request.state is State.LOOKUP and not guest.leaving:
+                op_id = self._shared.next_op()
+                self._looking_up[op_id] = request
+                keys = request.chain.keys[: request.hittable_blocks]
+                timeout_s = max(1e-3, guest.lookup_until_s - now)
+                self._shared.outbox.append(Lookup(op_id, request.request_id, keys, timeout_s))
+        self._loading.dispatch_fetches(now)
+        self._loading.dispatch_uploads(now)
+        self._saving.dispatch(computing=False)
+        self._settle()
+        operations: list[GuestOperation] = [*self._shared.outbox, *self._notices]
+        self._shared.outbox, self._notices = [], []
+        return operations
+
+    def _age(self, sequence: int, request_id: str) -> None:
+        guest = self._guests.get(request_id)
+        if guest is None or guest.request.sequence != sequence or guest.request.account.first_token_s is not None:
+            return
+        guest.request.tier = AGED
+        if guest.request.state is not State.LOOKUP:
+            self._ranking.set_rank(guest.request)
+
+    def next_wakeup_s(self) -> float | None:
+        """When `decide` should be called although nothing happened; None: not before the next event."""
+        return self._timers[0][0] if self._timers else None
+
+    # -- views --------------------------------------------------------------------------------------------------
+
+    def rank(self, request_id: str) -> Rank | None:
+        """Where the request stands, smallest first; None for one that is not known."""
+        guest = self._guests.get(request_id)
+        return None if guest is None else guest.request.rank
+
+    def is_loading(self, request_id: str) -> bool:
+        """Whether blocks of the request are on their way, or its pages wait for the host to take note."""
+        guest = self._guests.get(request_id)
+        return guest is not None and (guest.grant is not None or bool(guest.request.loads))
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Counts since start, by name."""
+        return self._shared.counters
+
+    def gauges(self) -> dict[str, float]:
+        """How things stand: requests, slots, pages granted, and how well costs are predicted."""
+        shared = self._shared
+        return {
+            "requests": len(self._guests),
+            "loads": len(self._loading.loads),
+            "granted_blocks": len(self._granted),
+            "l2_slots_total": shared.l2.total,
+            "l2_slots_loads": shared.l2.loads,
+            "l2_slots_saves": shared.l2.saves,
+            "saves_queued": len(self._saving),
+            "predicted_compute_error": self.cost.compute_error.mean,
+        }
+
+    def take_accounts(self) -> list[Account]:
+        """Accounts of the requests that ended since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    @property
+    def idle(self) -> bool:
+        """No request, save or transfer is left."""
+        return not (self._guests or len(self._saving) or self._loading.loads)
+
+    def _relabel(self, request: Request, now: float) -> None:
+        counts = request.load_counts
+        if request.state in (State.DONE, State.DECODE, State.LOOKUP):
+            return
+        if counts[LoadState.FETCHING]:
+            label = "fetch"
+        elif counts[LoadState.WANTED]:
+            label = "wait_l2" if self._shared.l2.free_for_loads <= 0 else "wait_fetch_link"
+        elif counts[LoadState.UPLOADING]:
+            label = "upload"
+        elif counts[LoadState.STAGED]:
+            label = "wait_upload_link" if request.state is State.PREFILL else "wait_turn"
+        else:
+            label = "wait_compute"
+        request.switch_label(label, now)
+
+    def _grants(self) -> Iterator[tuple[str, _Guest, _Grant]]:
+        for request_id, guest in self._guests.items():
+            if guest.grant is not None:
+                yield request_id, guest, guest.grant
+
+    def check_integrity(self) -> None:
+        """Assert the invariants G1 to G5 of this class and those of its parts. O(everything); for tests."""
+        pages: list[int] = []
+        for request_id, guest, grant in self._grants():
+            pages += grant.unsettled
+            assert all(self._page_owner[page] == request_id for page in grant.unsettled), "G2"
+            assert grant.landed or grant.unsettled, "G3: a grant without pages has not landed"
+            assert not (grant.landed and grant.unsettled), "G3: landed with pages under way"
+            assert guest.request.state in (State.PREFILL, State.DECODE, State.DONE)
+        assert len(set(pages)) == len(pages) == len(self._page_owner), "G2: a page has two owners"
+        held = self._loading.reserved_pages()
+        assert held == set(pages), "G2: unsettled pages are those that loads hold"
+        owners = {key: request_id for request_id, _, grant in self._grants() for key in grant.keys}
+        assert all(request_id in self._guests and key in owners for key, request_id in self._granted.items()), "G1"
+        for guest in self._guests.values():
+            request = guest.request
+            assert all(index in request.hits for index in request.loads), "G4: a load without a hit"
+            if request.loads:
+                assert max(request.loads) < guest.end, "G4: a load behind a hole"
+            assert not (guest.leaving and request.loads)
+        self._pages.check_integrity(set())
+        self._shared.l2.check_integrity(self._loading.slots_in_use() + self._saving.slots_in_use())
+        self._loading.check_integrity()
+        assert len(self._looking_up) <= self.config.lookup_window, "G5"

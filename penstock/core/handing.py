@@ -1,0 +1,208 @@
+"""Handing over: the full blocks of a prompt go to the decode engine one by one, as soon as each is in L2 or L1.
+
+A block that this engine read itself goes out of the slot it was staged in; one that was computed, or found in L1, is
+copied into a slot first. A block that was read through the decode engine is there already.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from penstock.core.operations import Drop, Forward
+from penstock.core.request import NO_PAGE, BlockLoad, Request, State
+from penstock.core.saving import block_to_save
+from penstock.core.shared_state import SharedState
+
+
+@dataclass(slots=True, eq=False)
+class _Block:
+    """One block of one request on its way. `slot` is the staged load's, or what its page is copied into."""
+
+    request: Request
+    index: int
+    slot: int | None
+    of_load: bool
+    retried: bool = False
+    downloading: bool = False
+
+
+class Handing:
+    """Queues by decode engine, a window of blocks in flight to each. A block that fails is tried once more out of L1;
+    then the decode engine computes it. `settled(request, now)` is called when one of a request's blocks ended or its
+    pages are free again.
+
+    A load's slot that is still needed here when the load gives it up belongs to this class from then on."""
+
+    def __init__(self, shared: SharedState, settled: Callable[[Request, float], None]) -> None:
+        self._shared = shared
+        self._settled = settled
+        self._staged: dict[str, deque[_Block]] = {}
+        self._in_l1: dict[str, deque[_Block]] = {}
+        self._in_flight: dict[int, _Block] = {}
+        self._windows: Counter[str] = Counter()
+        self._keepers: Counter[int] = Counter()  # staged blocks by slot
+        self._orphans: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._in_flight)
+
+    # -- blocks that are ready ----------------------------------------------------------------------------------
+
+    def staged(self, request: Request, index: int, load: BlockLoad) -> None:
+        """A block of the request is in the slot of its load."""
+        hand_off = request.spec.hand_off
+        if hand_off is None or index in request.handed or index in request.forwarding:
+            return
+        if load.hit.route[-1] == hand_off.present_route[-1]:
+            request.handed.add(index)  # it came through the decode engine's buffer
+            return
+        assert load.slot is not None
+        self._keepers[load.slot] += 1
+        request.forwarding.add(index)
+        self._staged.setdefault(hand_off.to, deque()).append(_Block(request, index, load.slot, True))
+
+    def in_l1(self, request: Request, index: int) -> None:
+        """A full block of the request is in L1."""
+        hand_off = request.spec.hand_off
+        if hand_off is None or index in request.handed or index in request.forwarding:
+            return
+        request.forwarding.add(index)
+        self._in_l1.setdefault(hand_off.to, deque()).append(_Block(request, index, None, False))
+
+    def finish(self, request: Request) -> None:
+        """The whole prompt is in L1: what is not on its way yet goes now."""
+        for index in range(request.prompt_blocks):
+            self.in_l1(request, index)
+
+    def leave(self, request: Request) -> None:
+        """The request gives up its pages, maybe to begin again: what waits is forgotten, what is on its way goes on."""
+        hand_off = request.spec.hand_off
+        if hand_off is None or not request.forwarding:
+            return
+        for queues in (self._staged, self._in_l1):
+            queue = queues.get(hand_off.to, deque())
+            for block in [block for block in queue if block.request is request]:
+                queue.remove(block)
+                request.forwarding.discard(block.index)
+                if block.of_load:
+                    self._let_go(block.slot)
+
+    # -- slots of loads -----------------------------------------------------------------------------------------
+
+    def keeps(self, slot: int) -> bool:
+        """Whether a load's slot is needed here."""
+        return self._keepers[slot] > 0
+
+    def adopt(self, slot: int) -> None:
+        """The load gave up its slot."""
+        self._orphans.add(slot)
+
+    def _let_go(self, slot: int | None) -> None:
+        assert slot is not None
+        self._keepers[slot] -= 1
+        if not self._keepers[slot]:
+            del self._keepers[slot]
+            if slot in self._orphans:
+                self._orphans.discard(slot)
+                self._shared.outbox.append(Drop(slot))
+                self._shared.l2.free_load(slot)
+
+    # -- stages -------------------------------------------------------------------------------------------------
+
+    def dispatch(self) -> None:
+        """Issue what the windows and L2 have room for."""
+        window = self._shared.config.forward_window_blocks
+        for to, queue in self._staged.items():
+            while queue and self._windows[to] < window:
+                self._issue(to, queue.popleft())
+        for to, queue in self._in_l1.items():
+            while queue and self._windows[to] < window:
+                slot = self._shared.l2.take_for_forward()
+                if slot is None:
+                    break
+                block = queue.popleft()
+                block.slot, block.downloading = slot, True
+                block.request.downloading += 1
+                self._issue(to, block)
+        if len(self._staged) > 64:  # decode engines come and go
+            self._staged = {to: queue for to, queue in self._staged.items() if queue}
+            self._in_l1 = {to: queue for to, queue in self._in_l1.items() if queue}
+            self._windows += Counter()
+
+    def _issue(self, to: str, block: _Block) -> None:
+        shared, request, index = self._shared, block.request, block.index
+        page = request.pages[index] if block.downloading else None
+        assert block.slot is not None and page != NO_PAGE
+        self._windows[to] += 1
+        op_id = shared.next_op()
+        self._in_flight[op_id] = block
+        new = block_to_save(shared, request, index)
+        shared.outbox.append(Forward(op_id, new, to, block.slot, page, shared.config.forward_timeout_s))
+
+    def downloaded(self, op_id: int, now: float) -> bool:
+        """The page's bytes are in its slot; False when the operation is not one of these."""
+        block = self._in_flight.get(op_id)
+        if block is None:
+            return False
+        self._stop_downloading(block, now)
+        return True
+
+    def _stop_downloading(self, block: _Block, now: float) -> None:
+        if block.downloading:
+            block.downloading = False
+            block.request.downloading -= 1
+            self._settled(block.request, now)
+
+    def forwarded(self, op_id: int, error: str | None, now: float) -> None:
+        """The decode engine has the block, or `error` names why not."""
+        block = self._in_flight.pop(op_id)
+        request, shared = block.request, self._shared
+        hand_off = request.spec.hand_off
+        assert hand_off is not None and block.slot is not None
+        self._windows[hand_off.to] -= 1
+        request.forwarding.discard(block.index)
+        if block.of_load:
+            self._let_go(block.slot)
+        else:
+            shared.l2.free_forward(block.slot)
+        if error is None:
+            shared.count("handed_blocks")
+            request.handed.add(block.index)
+            request.account.handed_blocks += 1
+        elif not block.retried and request.state is not State.DONE and request.is_ready(block.index):
+            again = _Block(request, block.index, None, False, retried=True)
+            request.forwarding.add(block.index)
+            self._in_l1.setdefault(hand_off.to, deque()).append(again)
+        elif block.retried or request.state is State.HANDING:
+            shared.count("hand_off_failures")
+            failures = request.account.hand_off_failures
+            failures[error] = failures.get(error, 0) + 1
+            request.handed.add(block.index)
+        block_was_downloading = block.downloading
+        self._stop_downloading(block, now)
+        if not block_was_downloading:
+            self._settled(request, now)
+
+    # -- for integrity ------------------------------------------------------------------------------------------
+
+    def slots_in_use(self) -> list[int]:
+        """Slots that no load and no save has."""
+        return [*self._orphans, *(b.slot for b in self._in_flight.values() if not b.of_load and b.slot is not None)]
+
+    def check_integrity(self) -> None:
+        """A block waits or is in flight once; windows are kept; every kept slot has as many keepers as blocks in it."""
+        queued = [block for queues in (self._staged, self._in_l1) for queue in queues.values() for block in queue]
+        everything = [*queued, *self._in_flight.values()]
+        on_their_way = [(id(block.request), block.index) for block in everything]
+        assert len(set(on_their_way)) == len(on_their_way), "a block goes out twice at once"
+        assert all(block.index in block.request.forwarding for block in everything)
+        assert all(block.request.state is not State.DONE for block in queued), (
+            "an ended request waits to be handed over"
+        )
+        assert +Counter(b.slot for b in everything if b.of_load) == self._keepers, "a slot is kept for nobody"
+        assert self._orphans <= set(self._keepers)
+        window = self._shared.config.forward_window_blocks
+        assert all(0 <= count <= window for count in self._windows.values())
+        assert sum(self._windows.values()) == len(self._in_flight)

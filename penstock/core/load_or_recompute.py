@@ -1,0 +1,35 @@
+"""Load or recompute, per block: from the front a prefix is computed, from the back it is loaded, until they meet.
+
+Worth it only where the engine would wait for the load anyway (DESIGN section 4: where computing a block is faster than
+its backlog). The engine is free at `compute_free_s`, the loads of the whole hit would end at `load_end_s`.
+"""
+
+from __future__ import annotations
+
+from penstock.core.cost import ComputeCost
+
+
+def recompute_tokens(
+    hit_tokens: int,
+    load_free_s: float,
+    load_tokens_per_s: float,
+    compute_free_s: float,
+    compute: ComputeCost,
+    block_tokens: int,
+) -> int:
+    """How many tokens from the front to compute (whole blocks), so that computing them ends when the rest is loaded.
+
+    `load_free_s` and `compute_free_s` are when the links and the engine get to this request, on one clock. Computing
+    the front is `compute.rebuild_s`; every block computed is one that the links need not carry. O(log blocks)."""
+    if hit_tokens < block_tokens or load_tokens_per_s <= 0:
+        return 0
+    low, high = 0, hit_tokens // block_tokens
+    while low < high:  # the most blocks whose computing ends no later than the load of the others
+        middle = (low + high + 1) // 2
+        tokens = middle * block_tokens
+        load_end_s = load_free_s + (hit_tokens - tokens) / load_tokens_per_s
+        if compute_free_s + compute.a + compute.rebuild_s(tokens, 0) <= load_end_s:
+            low = middle
+        else:
+            high = middle - 1
+    return low * block_tokens

@@ -1,0 +1,106 @@
+"""What goes into and comes out of the inter-engine scheduler: its settings, and its decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
+
+from penstock.core.config import ConfigError, check_range
+from penstock.core.cost import ComputeCost
+from penstock.core.paths import READ_POLICIES, ReadPolicy, ReadSide
+from penstock.core.waiting_queue import Order
+
+RequestId = Hashable
+Placement = Literal["balanced", "turns"]
+Side = Literal["prefill", "decode"]
+
+
+class TooManyRequests(RuntimeError):
+    """There are `max_waiting` requests already."""
+
+
+@dataclass(frozen=True, slots=True)
+class InterEngineConfig:
+    """Policy and limits. `placement` "turns" (round robin) and `read` "prefill" (Basic), "alternate" and "none"
+    (Oracle: nothing is read) are what DualPath is measured against."""
+
+    placement: Placement = "balanced"
+    read: ReadPolicy = "split"
+    replan: bool = True  # loads and requests of what is lost are planned anew
+    weigh_reads: bool = True  # a decode engine is also picked by its node's read queue
+    weigh_compute: bool = True  # prefill engines are balanced by predicted compute, where `compute` is known
+    recompute: bool = False
+    compute: ComputeCost | None = None  # a prompt's cost on one prefill engine; `recompute` needs it
+    order: Order = "fcfs"  # "sjf": least compute first, beyond the paper
+    age_bound_s: float = 60.0  # a request that waited longer goes before all others
+    alpha_s: float = 3.0
+    beta_s: float = 5.0
+    decode_slack: float = 1.05
+    block_tokens: int = 64
+    part_tokens_min: int = 1024  # smallest part of a split read
+    max_waiting: int = 65_536
+    max_attempts: int = 8
+    waiting_timeout_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        if self.placement not in ("balanced", "turns"):
+            raise ConfigError(f"placement is {self.placement!r}; allowed: balanced, turns")
+        if self.order not in ("fcfs", "sjf"):
+            raise ConfigError(f"order is {self.order!r}; allowed: fcfs, sjf")
+        if self.read not in READ_POLICIES:
+            raise ConfigError(f"read is {self.read!r}; allowed: {', '.join(READ_POLICIES)}")
+        if self.recompute and self.compute is None:
+            raise ConfigError("recompute is True without compute; allowed: with a compute cost")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, bool) and isinstance(value, (int, float)):
+                check_range(field.name, value, 1e-6 if field.name.endswith(("_s", "_slack")) else 1, 1e12)
+
+
+class Place(NamedTuple):
+    """Serve a request: `prefill` computes its prompt, `decode` generates (the same engine where it is mixed).
+
+    Of the `hit_tokens` found in storage the first `recompute_tokens` are computed, the decode side reads
+    `decode_tokens`, the prefill side the rest."""
+
+    request_id: RequestId
+    attempt: int
+    prefill: str
+    decode: str
+    read: ReadSide
+    hit_tokens: int
+    decode_tokens: int
+    recompute_tokens: int
+
+    @property
+    def decode_share(self) -> float:
+        """Of the tokens that are read."""
+        read = self.hit_tokens - self.recompute_tokens
+        return self.decode_tokens / read if read else 0.0
+
+
+class Replan(NamedTuple):
+    """What `side` was still to read for this attempt is now to be read by the other side."""
+
+    request_id: RequestId
+    attempt: int
+    side: Side
+
+
+class Revoke(NamedTuple):
+    """The attempt is over: `engines` (those of its engines that are still there) shall drop it."""
+
+    request_id: RequestId
+    attempt: int
+    engines: tuple[str, ...]
+
+
+class GiveUp(NamedTuple):
+    """The request ends without an answer; `reason` is "timeout", "attempts" or "too long"."""
+
+    request_id: RequestId
+    reason: str
+
+
+Decision = Place | Replan | Revoke | GiveUp

@@ -1,0 +1,47 @@
+"""What a prompt will probably hit: the prefixes that went through a router before, as hashes of their full blocks.
+
+The pool knows what it holds; this is an estimate without a round trip, for the choice of engines and sides. A wrong one
+costs time, never a wrong token: engines look up for themselves.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from penstock.core.keys import BlockKey, block_keys
+
+BLOCKS_MAX = 1 << 20  # about 150 bytes of memory each
+
+
+class SeenPrefixes:
+    """The latest `blocks_max` blocks of all tenants."""
+
+    def __init__(self, block_tokens: int, blocks_max: int = BLOCKS_MAX) -> None:
+        self._block_tokens = block_tokens
+        self._blocks_max = blocks_max
+        self._seen: OrderedDict[BlockKey, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def hit_tokens(self, tokens: Sequence[int], tenant: str) -> int:
+        """Tokens of the longest prefix that was added before, in full blocks, less than all tokens."""
+        blocks = 0
+        for key in self._keys(tokens, tenant):
+            if key not in self._seen:
+                break
+            self._seen.move_to_end(key)
+            blocks += 1
+        return max(0, min(blocks * self._block_tokens, len(tokens) - 1) // self._block_tokens * self._block_tokens)
+
+    def add(self, tokens: Sequence[int], tenant: str) -> None:
+        """The KV of these tokens was computed, and its full blocks go to the pool."""
+        for key in reversed(self._keys(tokens, tenant)):  # so that a prefix outlives what follows it
+            self._seen[key] = None
+            self._seen.move_to_end(key)
+        while len(self._seen) > self._blocks_max:
+            self._seen.popitem(last=False)
+
+    def _keys(self, tokens: Sequence[int], tenant: str) -> list[BlockKey]:
+        return block_keys(tokens, b"seen prefixes", tenant, self._block_tokens)

@@ -1,0 +1,37 @@
+"""What is unfinished in one engine: what whoever places requests goes by (DualPath: seq_e, tok_e, read_q)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from penstock.core.request import Request, State
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """`read_bytes` are still to be fetched over this engine's own storage NIC; `prefill_tokens` are neither in L1 nor
+    among the hits."""
+
+    unfinished: int
+    tokens: int
+    prefill_tokens: int
+    decoding: int
+    read_bytes: int
+
+
+def standing(requests: Iterable[Request]) -> Standing:
+    """Of all requests that have not ended."""
+    unfinished = tokens = prefill_tokens = decoding = read_bytes = 0
+    for request in requests:
+        unfinished += 1
+        tokens += len(request.tokens)
+        if request.state is State.DECODE:
+            decoding += 1
+        elif request.state is not State.HANDING:
+            coming = len(request.hits) * request.block_tokens
+            prefill_tokens += max(0, request.target - max(request.position, coming))
+        hand_off = request.spec.hand_off
+        far = hand_off.present_route[-1] if hand_off is not None else None
+        read_bytes += sum(size for route, size in request.bytes_by_route.items() if route[-1] != far)
+    return Standing(unfinished, tokens, prefill_tokens, decoding, read_bytes)

@@ -1,0 +1,29 @@
+"""Decode engines as a prefill engine sees them: blocks are read through them, and handed over to them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from penstock.core.new_block import NewBlock
+from penstock.pool.api import Done
+
+RELAY_LINK = "relay@"  # a route whose last link begins so is read through a decode engine
+
+
+def relay_link(address: str) -> str:
+    """The link from the relay of a decode engine at "HOST:PORT" to here."""
+    return f"{RELAY_LINK}{address}"
+
+
+class Peers(Protocol):
+    """Relays by their address "HOST:PORT". Threading and `done` as in `pool.api`."""
+
+    def allocate(self, size_bytes: int) -> memoryview:
+        """Page-aligned staging memory; called once."""
+
+    def read(
+        self, address: str, key: bytes, size_bytes: int, into: memoryview, timeout_s: float, done: Done
+    ) -> None: ...
+
+    def hand_over(self, address: str, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        """Send a block of `block.size_bytes`; `data` must stay unchanged until `done`."""

@@ -1,0 +1,41 @@
+"""What the engine tells about requests and pools: the brain's accounts with times from arrival, members as series."""
+
+from __future__ import annotations
+
+from penstock.core.config import SchedulerConfig
+from penstock.core.operations import Account
+from penstock.engine.api import GenerationRequest, RequestReport
+from penstock.pool.api import PoolStat
+
+
+def pool_series(stat: PoolStat) -> dict[str, dict[str, float]]:
+    """The pool's members as series by member name."""
+    return {
+        f"pool_member_{name}": {member.name: float(getattr(member, name)) for member in stat.members}
+        for name in ("capacity_bytes", "used_bytes", "blocks", "healthy", "weight", "errors")
+    }
+
+
+def report_of(request: GenerationRequest, account: Account, config: SchedulerConfig) -> RequestReport:
+    """The brain's account with times counted from arrival."""
+    arrival_s = account.arrival_s
+    end_s = account.end_s if account.end_s is not None else arrival_s
+    fetch_s, upload_s = account.measured_fetch_s, account.measured_upload_s
+    return RequestReport(
+        prompt_tokens=account.prompt_tokens,
+        cached_tokens=min(account.cached_tokens, account.prompt_tokens),
+        loaded_bytes=account.loaded_bytes,
+        generated_tokens=account.generated_tokens,
+        ttft_s=None if account.first_token_s is None else account.first_token_s - arrival_s,
+        total_s=end_s - arrival_s,
+        slo_ttft_s=request.slo_ttft_s,
+        predicted_load_s=account.predicted_load_s,
+        predicted_compute_s=account.predicted_compute_s,
+        measured_load_s=fetch_s + upload_s if config.mode == "coupled" else max(fetch_s, upload_s),
+        measured_compute_s=account.measured_compute_s,
+        recomputed_tokens=account.recomputed_tokens,
+        load_failures=dict(account.load_failures),
+        spans=tuple((label, start - arrival_s, end - arrival_s) for label, start, end in account.spans),
+        handed_blocks=account.handed_blocks,
+        hand_off_failures=dict(account.hand_off_failures),
+    )

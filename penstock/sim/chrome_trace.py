@@ -1,0 +1,112 @@
+"""A picture of simulated time, as a Chrome trace (Perfetto reads it): what each link, the device and each request did.
+
+One process row per stage, one per request. Operations of one link that are under way at once lie in lanes of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from penstock.core.operations import Compute, Fetch, Operation, Save, Upload
+from penstock.sim.clock import VirtualClock
+from penstock.sim.engine_body import PCIE, Ended, Observer
+
+STAGES, REQUESTS = 1, 2  # process numbers
+EVENTS_MAX = 500_000
+US_PER_S = 1e6
+
+
+class ChromeTrace(Observer):
+    """Records what an `EngineBody` does; give it as its observer. After `EVENTS_MAX` events it only counts."""
+
+    def __init__(self, clock: VirtualClock) -> None:
+        self.dropped = 0
+        self._clock = clock
+        self._events: list[dict[str, Any]] = []
+        self._began: dict[int, tuple[float, tuple[str, int]]] = {}  # by operation: when, and its row and lane
+        self._busy: dict[str, set[int]] = {}
+        self._lanes: dict[tuple[int, str, int], int] = {}  # thread numbers
+
+    # -- as an observer -----------------------------------------------------------------------------------------
+
+    def began(self, operation: Operation) -> None:
+        row = _row_of(operation)
+        if row is None or not isinstance(operation, Fetch | Upload | Compute | Save):
+            return
+        busy = self._busy.setdefault(row, set())
+        lane = next(i for i in range(len(busy) + 1) if i not in busy)
+        busy.add(lane)
+        self._began[operation.op_id] = self._clock.now_s, (row, lane)
+
+    def fetched(self, op: Fetch, error: str | None) -> None:
+        self._ended(op.op_id, f"fetch {op.key.hex()[:8]}", {"slot": op.slot, "error": error})
+
+    def uploaded(self, op: Upload, failed: bool) -> None:
+        self._ended(op.op_id, f"upload {len(op.blocks)} blocks", {"failed": failed})
+
+    def computed(self, op: Compute, failed: bool) -> None:
+        requests = [chunk.request_id for chunk in op.chunks]
+        tokens = sum(len(chunk.tokens) for chunk in op.chunks)
+        self._ended(op.op_id, ",".join(requests), {"tokens": tokens, "predicted_s": op.predicted_s, "failed": failed})
+
+    def saved(self, op: Save, error: str | None) -> None:
+        self._ended(op.op_id, f"save {op.block.key.hex()[:8]}", {"error": error})
+
+    def _ended(self, op_id: int, name: str, detail: dict[str, Any]) -> None:
+        begin_s, (row, lane) = self._began.pop(op_id)
+        self._busy[row].discard(lane)
+        self._span(STAGES, row, lane, name, begin_s, self._clock.now_s, detail)
+
+    # -- what comes out -----------------------------------------------------------------------------------------
+
+    def requests(self, ended: Mapping[str, Ended]) -> None:
+        """One row per request: what it did or waited for, label by label."""
+        for name, end in ended.items():
+            if end.account is None:
+                continue
+            for label, begin_s, end_s in end.account.spans:
+                self._span(REQUESTS, name, 0, label, begin_s, end_s, {})
+
+    def write(self, path: Path) -> None:
+        """Write the trace as JSON. Raises OSError."""
+        names = [
+            _metadata("process_name", STAGES, 0, "stages"),
+            _metadata("process_name", REQUESTS, 0, "requests"),
+        ]
+        for (process, row, lane), thread in self._lanes.items():
+            names.append(_metadata("thread_name", process, thread, row if lane == 0 else f"{row} +{lane}"))
+        whole = {"traceEvents": names + self._events, "otherData": {"dropped_events": self.dropped}}
+        path.write_bytes(msgspec.json.encode(whole) + b"\n")
+
+    def _span(
+        self, process: int, row: str, lane: int, name: str, begin_s: float, end_s: float, detail: dict[str, Any]
+    ) -> None:
+        if len(self._events) >= EVENTS_MAX:
+            self.dropped += 1
+            return
+        thread = self._lanes.setdefault((process, row, lane), len(self._lanes) + 1)
+        self._events.append(
+            {
+                "name": name, "ph": "X", "pid": process, "tid": thread,
+                "ts": begin_s * US_PER_S, "dur": (end_s - begin_s) * US_PER_S, "args": detail,
+            }
+        )  # fmt: skip
+
+
+def _row_of(operation: Operation) -> str | None:
+    """Where an operation is drawn; None for one that takes no time."""
+    if isinstance(operation, Fetch):
+        return " > ".join(operation.route)
+    if isinstance(operation, Upload):
+        return PCIE
+    if isinstance(operation, Compute):
+        return "compute"
+    return "save" if isinstance(operation, Save) else None
+
+
+def _metadata(kind: str, process: int, thread: int, name: str) -> dict[str, Any]:
+    return {"name": kind, "ph": "M", "pid": process, "tid": thread, "args": {"name": name}}

@@ -1,0 +1,77 @@
+"""A cluster of prefill and decode nodes as DualPath has it, and the systems that are compared on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from penstock.core.bounds import NodeLinks
+from penstock.core.config import ConfigError, check_range
+from penstock.core.paths import ReadPolicy
+from penstock.core.placing import Placement
+from penstock.core.waiting_queue import Order
+from penstock.sim.served_model import Gpu
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterShape:
+    """Nodes and their links (the paper's set-up by default). Engines meet in groups of `*_group_nodes` nodes.
+
+    `buffer_bytes` is the host memory of a decode engine for prompts on their way to it."""
+
+    prefill_nodes: int
+    decode_nodes: int
+    prefill_group_nodes: int = 1
+    decode_group_nodes: int = 1
+    gpus: int = 8
+    storage_nic_bytes_per_s: float = 50.0e9
+    compute_nic_bytes_per_s: float = 50.0e9
+    memory_bytes_per_s: float = 500.0e9
+    buffer_bytes: float = 64.0e9
+    gpu: Gpu = field(default_factory=Gpu)
+
+    def __post_init__(self) -> None:
+        for name in ("prefill_nodes", "decode_nodes", "prefill_group_nodes", "decode_group_nodes", "gpus"):
+            check_range(name, getattr(self, name), 1, 1e5)
+        for name in ("storage_nic_bytes_per_s", "compute_nic_bytes_per_s", "memory_bytes_per_s", "buffer_bytes"):
+            check_range(name, getattr(self, name), 1, 1e15)
+        for nodes, group in (("prefill_nodes", "prefill_group_nodes"), ("decode_nodes", "decode_group_nodes")):
+            if getattr(self, nodes) % getattr(self, group):
+                raise ConfigError(f"{nodes} is {getattr(self, nodes)}; allowed: a multiple of {group}")
+
+    @property
+    def name(self) -> str:
+        return f"{self.prefill_nodes}P{self.decode_nodes}D"
+
+    @property
+    def links(self) -> NodeLinks:
+        return NodeLinks(
+            self.gpus, self.compute_nic_bytes_per_s, self.storage_nic_bytes_per_s, self.memory_bytes_per_s
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """What is compared: the policies of the brain, and whether engines load and hand over layer by layer."""
+
+    name: str
+    placement: Placement
+    read: ReadPolicy
+    layerwise: bool = True
+    quota_by: str = "attention"
+    order: Order = "fcfs"
+    replan: bool = True
+    weigh: bool = False  # by read queues and predicted compute, beyond the paper
+    recompute: bool = False
+
+
+BASIC = System("basic", "turns", "prefill", layerwise=False, quota_by="tokens")
+LAYERWISE = System("layerwise", "turns", "prefill", quota_by="tokens")
+DUAL = System("dual path", "turns", "alternate", quota_by="tokens")
+PAPER = System("scheduler", "balanced", "shorter")
+SPLIT = System("split", "balanced", "split", weigh=True)
+RECOMPUTE = System("recompute", "balanced", "split", weigh=True, recompute=True)
+ORACLE = System("oracle", "balanced", "none", weigh=True)
+SHORT_FIRST = System("short first", "balanced", "split", weigh=True, order="sjf")
+"""Split reads, and the least compute first instead of first come first served."""
+ABLATION = (BASIC, LAYERWISE, DUAL, PAPER, SPLIT, SHORT_FIRST)
+SYSTEMS = {system.name: system for system in (*ABLATION, RECOMPUTE, ORACLE)}

@@ -1,0 +1,26 @@
+"""`penstock sim`: one sub-command per experiment; each experiment lives in a module of its own."""
+
+from __future__ import annotations
+
+import typer
+
+from penstock.sim.experiments.calvo import calvo_command
+from penstock.sim.experiments.cost import cost
+from penstock.sim.experiments.dualpath import dualpath
+from penstock.sim.experiments.fuzz import fuzz
+from penstock.sim.experiments.pooling import pool_command
+from penstock.sim.experiments.tables import tables
+from penstock.sim.experiments.validate import validate
+from penstock.sim.plan import plan
+
+sim = typer.Typer(
+    help="The same brain on a virtual clock: the papers' tables, plans, randomised faults.", no_args_is_help=True
+)
+sim.command()(tables)
+sim.command(name="calvo")(calvo_command)
+sim.command(name="pool")(pool_command)
+sim.command()(dualpath)
+sim.command()(plan)
+sim.command()(fuzz)
+sim.command()(validate)
+sim.command()(cost)

@@ -1,0 +1,297 @@
+"""The simulated body of one engine: `LoadScheduler` on a virtual clock, fluid links, modelled compute, faults.
+
+It holds no policy: it calls the brain's events, carries out its operations, and lets time pass. A block's bytes cross
+its route's links, uploads cross the link "pcie", a batch takes what the compute model says; with `layerwise` a batch
+whose blocks are still going up ends one layer after the last of them at the earliest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from penstock.core.cost import ComputeCost
+from penstock.core.keys import BlockKey
+from penstock.core.new_block import NewBlock
+from penstock.core.operations import (
+    Account,
+    BlockHit,
+    Compute,
+    Emit,
+    Fetch,
+    Lookup,
+    Operation,
+    RequestSpec,
+    Route,
+    Save,
+    Upload,
+)
+from penstock.core.scheduler import LoadScheduler, WaitingQueueFull
+from penstock.sim.clock import Event, VirtualClock
+from penstock.sim.fluid_links import Flow, FluidLinks
+
+PCIE = "pcie"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How one request ended, its tokens, and its account. A refused one has no account."""
+
+    reason: str
+    tokens: tuple[int, ...]
+    account: Account | None
+
+
+@dataclass(frozen=True, slots=True)
+class Overheads:
+    """What an operation costs beside its bytes, seconds: measured on the live engine, zero on an ideal one."""
+
+    lookup_s: float = 0.0
+    fetch_s: float = 0.0  # from a fetch's end on the link to the brain
+    upload_s: float = 0.0
+    compute_s: float = 0.0
+
+
+class Observer:
+    """Told of each operation that ended, before the brain is. Does nothing by itself."""
+
+    def began(self, operation: Operation) -> None:
+        """The brain gave an operation."""
+
+    def fetched(self, op: Fetch, error: str | None) -> None: ...
+
+    def uploaded(self, op: Upload, failed: bool) -> None: ...
+
+    def computed(self, op: Compute, failed: bool) -> None: ...
+
+    def saved(self, op: Save, error: str | None) -> None: ...
+
+
+class EngineBody:
+    """Drives one brain. `hits` is the pool: what is saved joins it under `save_route`, which may
+    depend on the block.
+
+    `fetch_fault(key)` may name the reason for which a fetch comes to nothing: with "deadline" its bytes never end,
+    every other one shows with the last byte. `fails(operation)` may make an upload or a batch come to nothing.
+    `after_event` is called after each event and the decision that follows."""
+
+    def __init__(
+        self,
+        clock: VirtualClock,
+        scheduler: LoadScheduler,
+        hits: dict[BlockKey, BlockHit],
+        links: FluidLinks,
+        compute: ComputeCost,
+        layers: int = 32,
+        save_route: Route | Callable[[NewBlock], Route] | None = None,
+        overheads: Overheads | None = None,
+        fetch_fault: Callable[[BlockKey], str | None] = lambda key: None,
+        save_fault: Callable[[BlockKey], str | None] = lambda key: None,
+        fails: Callable[[Operation], bool] = lambda operation: False,
+        observer: Observer | None = None,
+        after_event: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.clock = clock
+        self.scheduler = scheduler
+        self.hits = hits
+        self.ended: dict[str, Ended] = {}
+        self.pool_answers = True
+        self._links = links
+        self._compute = compute
+        self._layers = layers
+        self._save_route = save_route
+        self._overheads = overheads or Overheads()
+        self._fetch_fault = fetch_fault
+        self._save_fault = save_fault
+        self._fails = fails
+        self._observer = observer or Observer()
+        self._after_event = after_event
+        self._tokens: dict[str, list[int]] = {}
+        self._uploading: dict[int, Callable[[], None] | None] = {}  # op -> what waits for its end
+        self._lost_uploads: set[int] = set()
+        self._fetching: dict[int, tuple[Fetch, Flow, Event]] = {}
+        self._wakeup_s = float("inf")
+
+    # -- what happens -------------------------------------------------------------------------------------------
+
+    def submit_at(self, time_s: float, spec: RequestSpec) -> None:
+        """A request arrives; one that the brain refuses ends as "refused"."""
+
+        def submit() -> None:
+            try:
+                self.scheduler.submit(spec, self.clock.now_s)
+            except (WaitingQueueFull, ValueError):
+                self.ended[spec.request_id] = Ended("refused", (), None)
+
+        self._event_at(time_s, submit)
+
+    def cancel_at(self, time_s: float, request_id: str) -> None:
+        self._event_at(time_s, lambda: self.scheduler.cancel(request_id, self.clock.now_s))
+
+    def fail_link(self, name: str) -> None:
+        """Everything on its way over a link is lost, as when its node dies."""
+        for op_id, (fetch, _, _) in list(self._fetching.items()):
+            if name in fetch.route:
+                self._fetched(op_id, "network")
+
+    def _event_at(self, time_s: float, happen: Callable[[], None]) -> None:
+        self.clock.at(time_s, lambda: self._event(happen))
+
+    def _event(self, happen: Callable[[], None]) -> None:
+        happen()
+        self.decide()
+
+    def decide(self) -> None:
+        """Ask the brain, and carry out what it says; again at the time it names."""
+        for operation in self.scheduler.decide(self.clock.now_s):
+            self._carry_out(operation)
+        self._after_event()
+        wakeup_s = self.scheduler.next_wakeup_s()
+        if wakeup_s is not None and wakeup_s != self._wakeup_s:
+            self._wakeup_s = wakeup_s
+            self.clock.at(wakeup_s, self._wake)
+
+    def _wake(self) -> None:
+        if self._wakeup_s <= self.clock.now_s:
+            self._wakeup_s = float("inf")
+            self.decide()
+
+    def run(self, until_s: float = float("inf")) -> None:
+        """Let events happen in order of time until none is left, the brain idles, or the next is past `until_s`."""
+        while (next_s := self.clock.next_s()) is not None and next_s <= until_s:
+            self.clock.step()
+
+    # -- operations ---------------------------------------------------------------------------------------------
+
+    def _carry_out(self, operation: Operation) -> None:
+        self._observer.began(operation)
+        if isinstance(operation, Fetch):
+            self._fetch(operation)
+        elif isinstance(operation, Upload):
+            self._upload(operation)
+        elif isinstance(operation, Compute):
+            self._run_batch(operation)
+        elif isinstance(operation, Emit):
+            self._emit(operation)
+        elif isinstance(operation, Lookup):
+            self._lookup(operation)
+        elif isinstance(operation, Save):
+            self._save(operation)
+
+    def _lookup(self, op: Lookup) -> None:
+        def answer() -> None:
+            found = [self.hits.get(key) for key in op.keys] if self.pool_answers else None
+            self.scheduler.lookup_done(op.op_id, found, self.clock.now_s)
+
+        delay_s = self._overheads.lookup_s if self.pool_answers else op.timeout_s
+        self._event_at(self.clock.now_s + delay_s, answer)
+
+    def _fetch(self, op: Fetch) -> None:
+        error = self._fetch_fault(op.key)
+        size = float("inf") if error == "deadline" else self.scheduler.config.block_bytes
+
+        def through() -> None:
+            if self._overheads.fetch_s:
+                self.clock.after(self._overheads.fetch_s, lambda: self._fetched(op.op_id, error))
+            else:
+                self._fetched(op.op_id, error)
+
+        late = self.clock.after(op.timeout_s, lambda: self._fetched(op.op_id, "deadline"))
+        self._fetching[op.op_id] = op, self._links.start(op.route, size, through), late
+
+    def _fetched(self, op_id: int, error: str | None) -> None:
+        if op_id not in self._fetching:
+            return  # given up before its last byte
+        op, flow, late = self._fetching.pop(op_id)
+        late.cancel()
+        self._links.cut(flow)
+        if error is not None:
+            self.hits.pop(op.key, None)
+        self._observer.fetched(op, error)
+        self._event(lambda: self.scheduler.fetched(op_id, error, self.clock.now_s))
+
+    def _upload(self, op: Upload) -> None:
+        self._uploading[op.op_id] = None
+        failed = self._fails(op)
+
+        def up() -> None:
+            waiting = self._uploading.pop(op.op_id)
+            self._observer.uploaded(op, failed)
+            if failed:
+                self._lost_uploads.add(op.op_id)
+                self._event(lambda: self.scheduler.upload_failed(op.op_id, "device", self.clock.now_s))
+            else:
+                self._event(lambda: self.scheduler.uploaded(op.op_id, self.clock.now_s))
+            if waiting is not None:
+                waiting()
+
+        def through() -> None:
+            self.clock.after(self._overheads.upload_s, up)
+
+        self._links.start((PCIE,), len(op.blocks) * self.scheduler.config.block_bytes, through)
+
+    def _run_batch(self, op: Compute) -> None:
+        seconds = self._compute.seconds([(len(chunk.tokens), chunk.start) for chunk in op.chunks])
+        seconds += self._overheads.compute_s
+        sampled = [self._sample(chunk.start + len(chunk.tokens)) if chunk.sample else None for chunk in op.chunks]
+        pending = {upload for chunk in op.chunks for upload in chunk.pending if upload in self._uploading}
+        ends_s = self.clock.now_s + seconds
+
+        fails = self._fails(op)
+        awaited = {upload for chunk in op.chunks for upload in chunk.pending}
+
+        def computed() -> None:
+            failed = fails or bool(awaited & self._lost_uploads)
+            self._observer.computed(op, failed)
+            if failed:
+                self._event(lambda: self.scheduler.compute_failed(op.op_id, "a batch failed", self.clock.now_s))
+            else:
+                self._event(lambda: self.scheduler.computed(op.op_id, sampled, self.clock.now_s))
+
+        def uploaded(number: int) -> None:
+            pending.discard(number)
+            if not pending:
+                self.clock.at(max(ends_s, self.clock.now_s + seconds / self._layers), computed)
+
+        if not pending:
+            self.clock.at(ends_s, computed)
+        for number in list(pending):
+            before = self._uploading[number]
+            self._uploading[number] = lambda number=number, before=before: _both(before, uploaded, number)  # type: ignore[misc]
+
+    @staticmethod
+    def _sample(position: int) -> int:
+        return 1000 + position % 97
+
+    def _save(self, op: Save) -> None:
+        error = self._save_fault(op.block.key)
+
+        def saved() -> None:
+            self._observer.saved(op, error)
+            self.scheduler.downloaded(op.op_id)
+            if self._save_route is not None and error is None:
+                route = self._save_route(op.block) if callable(self._save_route) else self._save_route
+                self.hits[op.block.key] = BlockHit(op.block.size_bytes, route)
+            self.scheduler.saved(op.op_id, error)
+
+        self._event_at(self.clock.now_s + 1e-3, saved)
+
+    def _emit(self, op: Emit) -> None:
+        tokens = self._tokens.setdefault(op.request_id, [])
+        if op.token is not None:
+            tokens.append(op.token)
+        if op.finish_reason is not None:
+            assert op.request_id not in self.ended, f"request {op.request_id} ended twice"
+            self.ended[op.request_id] = Ended(op.finish_reason, tuple(tokens), op.account)
+            del self._tokens[op.request_id]
+
+
+def _both(first: Callable[[], None] | None, second: Callable[[int], None], number: int) -> None:
+    if first is not None:
+        first()
+    second(number)
+
+
+def ideal_links(clock: VirtualClock, bytes_per_s: Mapping[str, float], upload_bytes_per_s: float) -> FluidLinks:
+    """Links that serve block by block in order of issue, as a device or a paced node does, and the upload link."""
+    return FluidLinks(clock, {**bytes_per_s, PCIE: upload_bytes_per_s}, in_order=True)

@@ -1,0 +1,84 @@
+"""Beyond DualPath: what split reads, load-or-recompute, order and re-planning each give over its policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.progress import track
+
+from penstock.bench.report import Report
+from penstock.sim.agents import Trajectory, from_trace
+from penstock.sim.cluster_shape import BASIC, ORACLE, PAPER, SHORT_FIRST, SPLIT, ClusterShape, System
+from penstock.sim.experiments.dualpath_offline import SET_UPS, trajectories
+from penstock.sim.prefill_decode import Fault
+from penstock.sim.served_model import load_model
+from penstock.sim.serving_run import Bench
+
+STEPS = (
+    SPLIT,
+    SHORT_FIRST,
+    replace(PAPER, name="weigh", weigh=True),
+    replace(PAPER, name="recompute", recompute=True),
+)
+CAPS = {"64K": 65_536, "128K": 131_072}
+
+
+def beyond(report: Report, agents: int, trace: Path | None) -> None:
+    """Each step's gain over the paper's policy alone, on the paper's workload and on a recorded trace."""
+    workloads: dict[str, Sequence[Trajectory]] = {"agents_64K": trajectories("64K")}
+    if trace is None:
+        report.notes.append("no --trace: recorded sessions are left out")
+    else:
+        workloads |= {f"trace_{name}": from_trace(trace, cap) for name, cap in CAPS.items()}
+    for workload, turns in track(workloads.items(), "beyond", transient=True):
+        for name, set_up in SET_UPS.items():
+            bench = Bench(set_up.shape, load_model(set_up.model), turns)
+            if max(max(t.prompts) for t in turns) > bench.model.kv_tokens(set_up.shape.gpu, 8):
+                report.notes.append(f"{workload}: {name} left out, its longest request does not fit its GPU")
+                continue
+            _gains(report, f"beyond_{workload}_{name}", bench, agents)
+    for name in ("660b", "27b"):
+        _nic_lost(report, name, agents)
+    _node_lost(report, agents)
+
+
+def _gains(report: Report, label: str, bench: Bench, agents: int) -> None:
+    paper = bench.offline(PAPER, agents)
+    basic = bench.offline(BASIC, agents)
+    report.figure(f"{label}_paper_over_basic", basic.job_s / paper.job_s)
+    for system in STEPS:
+        run = bench.offline(system, agents)
+        word = system.name.replace(" ", "_")
+        report.figure(f"{label}_{word}_job_gain", paper.job_s / run.job_s, 1.0)
+        report.figure(f"{label}_{word}_ttft_gain", paper.ttft_mean_s / run.ttft_mean_s, 1.0)
+    report.figure(f"{label}_oracle_job_gain", paper.job_s / bench.offline(ORACLE, agents).job_s)
+
+
+def _nic_lost(report: Report, name: str, agents: int) -> None:
+    """A prefill node's storage NIC is cut at a third of the job and heals at two thirds: re-planned, or not noticed."""
+    bench = SET_UPS[name].bench("64K")
+    for system in (PAPER, SPLIT):
+        whole = bench.offline(system, agents).job_s
+        faults = [Fault(whole / 3, "nic lost", 0), Fault(2 * whole / 3, "nic healed", 0)]
+        replanned = bench.offline(system, agents, faults)
+        ignored = bench.offline(replace(system, replan=False), agents, faults)
+        label = f"beyond_nic_lost_{name}_{system.name}"
+        report.figure(f"{label}_job_over_whole", replanned.job_s / whole)
+        report.figure(f"{label}_replan_job_gain", ignored.job_s / replanned.job_s, 1.0)
+        report.figure(f"{label}_replan_ttft_gain", ignored.ttft_mean_s / replanned.ttft_mean_s, 1.0)
+        report.figure(f"{label}_restarts", replanned.record.restarts)
+        report.figure(f"{label}_restarts_without", ignored.record.restarts)
+
+
+def _node_lost(report: Report, agents: int) -> None:
+    """A decode node of 2P5D in one group is lost at half of the job: all requests end, at the speed of what is left."""
+    model = load_model("deepseek-660b-like")
+    system: System = SPLIT
+    bench = Bench(ClusterShape(2, 5, 2, 5), model, trajectories("64K"))
+    whole = bench.offline(system, agents)
+    lost = bench.offline(system, agents, [Fault(whole.job_s / 2, "node lost", 6)])
+    report.figure("beyond_node_lost_job_over_whole", lost.job_s / whole.job_s)
+    report.figure("beyond_node_lost_restarts", lost.record.restarts)
+    report.figure("beyond_node_lost_requests_ended", lost.record.requests / whole.record.requests, 1.0)

@@ -1,0 +1,44 @@
+"""`penstock sim tables`: all tables of the three papers, each figure beside the paper's and the fluid lower bound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from penstock.bench.experiments.pool_rig import CONTEXTS, MODELS
+from penstock.bench.report import Report
+from penstock.bench.workloads import CALVO_DATASETS
+from penstock.sim.experiments import calvo, dualpath, pooling
+
+PAPERS = ("calvo", "pool", "dualpath")
+
+
+def tables(
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    paper: Annotated[list[str] | None, typer.Option(help=f"Papers: {', '.join(PAPERS)}. Default: all.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Workloads of each CALVO dataset.")] = 1,
+    full: Annotated[bool, typer.Option(help="All points of DualPath: an hour or more on one core.")] = False,
+) -> None:
+    """All three papers on their own hardware; limits are the papers' figures, or bounds."""
+    chosen = tuple(paper or PAPERS)
+    for name in chosen:
+        if name not in PAPERS:
+            raise typer.BadParameter(f"{name!r}; allowed: {', '.join(PAPERS)}")
+    report = Report("sim tables")
+    console = Console()
+    for name in chosen:
+        part = Report(f"sim {name}")
+        if name == "calvo":
+            machine = calvo.Machine("llama", calvo.FETCH_BYTES_PER_S)
+            calvo.tables(part, machine, tuple(CALVO_DATASETS), calvo.RATES, seeds)
+        elif name == "pool":
+            pooling.tables(part, tuple(MODELS), tuple(CONTEXTS))
+        else:
+            dualpath.tables(part, not full)
+        part.print(console)
+        report.add(name, part)
+    if json is not None:
+        report.write_json(json)

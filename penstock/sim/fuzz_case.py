@@ -1,0 +1,109 @@
+"""One random case for the brain: an engine, a pool, requests, and what goes wrong when. Plain data, from a seed."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, Literal
+
+import msgspec
+
+from penstock.core.config import POLICIES
+
+FaultKind = Literal["node lost", "link slow", "pool silent", "pool full", "cancel", "clock jump"]
+FAULT_KINDS: tuple[FaultKind, ...] = ("node lost", "link slow", "pool silent", "pool full", "cancel", "clock jump")
+LINKS = ("memory:0", "ssd:0", "net")
+ROUTES = (("memory:0",), ("ssd:0",), ("ssd:0", "net"))
+
+
+class FuzzRequest(msgspec.Struct, frozen=True):
+    """Its prompt are the first `shared` tokens of a family, then tokens of its own. One that `stops` ends at the first
+    token that the brain takes for its end."""
+
+    at_s: float
+    family: int
+    shared: int
+    own: int
+    new_tokens: int
+    stops: bool
+    slo_s: float | None
+
+
+class FuzzFault(msgspec.Struct, frozen=True):
+    """`target` is a link's or a request's number; `factor` how slow a link gets."""
+
+    at_s: float
+    kind: FaultKind
+    target: int
+    lasts_s: float
+    factor: float
+
+
+class FuzzCase(msgspec.Struct, frozen=True):
+    """`warm` are (family, blocks, route): what the pool holds at first. `*_fails` are probabilities, drawn anew for
+    each operation from `dice`."""
+
+    seed: int
+    dice: int
+    config: dict[str, Any]
+    link_blocks_per_s: tuple[float, float, float]
+    requests: tuple[FuzzRequest, ...]
+    warm: tuple[tuple[int, int, int], ...]
+    faults: tuple[FuzzFault, ...]
+    fetch_fails: float
+    upload_fails: float
+    batch_fails: float
+
+
+def random_case(seed: int) -> FuzzCase:
+    """The case of a seed, the same on every machine."""
+    rng = random.Random(seed)
+    mode = "coupled" if rng.random() < 0.2 else "penstock"
+    config = {
+        "l1_pages": rng.randint(8, 20),
+        "l2_slots": rng.randint(2, 12),
+        "policy": rng.choice(POLICIES),
+        "mode": mode,
+        "layerwise": mode == "penstock" and rng.random() < 0.5,
+        "fetch_window_blocks": rng.randint(1, 4),
+        "upload_group_blocks": rng.randint(1, 4),
+        "upload_window_groups": rng.randint(1, 3),
+        "max_batch_tokens": rng.choice((3, 7, 16, 64)),
+        "max_prefills": rng.randint(1, 3),
+        "max_running": rng.randint(1, 5),
+        "max_waiting": rng.choice((3, 64)),
+        "save_window_blocks": rng.randint(1, 3),
+        "save_queue_blocks": rng.choice((1, 3, 64)),
+        "saves_yield": rng.random() < 0.3,
+        "age_bound_s": rng.choice((0.02, 0.1, 0.5, 20.0)),
+        "request_timeout_s": rng.choice((1.0, 1e6, 1e6, 1e6)),
+    }
+    span_s = rng.choice((0.2, 1.0, 4.0))
+    requests = tuple(
+        FuzzRequest(
+            round(rng.uniform(0, span_s), 3),
+            rng.randint(0, 2),
+            rng.randint(0, 24),
+            rng.randint(1, 9),
+            rng.randint(1, 9),
+            rng.random() < 0.2,
+            round(rng.uniform(0.05, 5.0), 3) if rng.random() < 0.6 else None,
+        )
+        for _ in range(rng.choice((rng.randint(1, 7), rng.randint(1, 7), rng.randint(8, 25))))
+    )
+    faults = tuple(
+        FuzzFault(
+            round(rng.uniform(0, span_s * 1.5), 3),
+            rng.choice(FAULT_KINDS),
+            rng.randint(0, 6),
+            round(rng.uniform(0.01, 3.0), 3),
+            rng.choice((0.0, 0.01, 0.3)),
+        )
+        for _ in range(rng.randint(0, 4))
+    )
+    warm = tuple((family, rng.randint(0, 6), rng.randrange(len(ROUTES))) for family in range(3))
+    speeds = (rng.choice((20.0, 200.0, 2000.0)), rng.choice((20.0, 200.0)), rng.choice((10.0, 100.0, 1000.0)))
+    fetch_fails = rng.choice((0.0, 0.0, 0.1, 0.5))
+    return FuzzCase(
+        seed, rng.randrange(1 << 30), config, speeds, requests, warm, faults, fetch_fails,
+        rng.choice((0.0, 0.0, 0.1)), rng.choice((0.0, 0.0, 0.05)),
+    )  # fmt: skip

@@ -1,0 +1,139 @@
+"""The prefill engines of one group: what each has ready, and how long their next step takes, in closed form.
+
+A step is one batch on every engine (rank) of the group. Layer by layer, loads run under compute: the step takes the
+longer of both, and the first layer's load before it. Without layers, loads come first. Ranks exchange tokens in every
+layer: attention is that of the slowest rank, the rest is spread evenly over all. (A group of one rank has it all.)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from penstock.core.compute_quota import ComputeQuota
+
+if TYPE_CHECKING:
+    from penstock.sim.agent import Agent
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """What a step is made of: overhead, linear work per query token, compute NIC seconds per token, layers.
+
+    Layer by layer only a layer's KV is in device memory; otherwise `memory_tokens` bound a rank's batch."""
+
+    overhead_s: float
+    linear_s: float
+    nic_s: float
+    layers: int
+    layerwise: bool
+    memory_tokens: int
+
+
+class PrefillEngine:
+    """One rank: its FIFO of requests whose KV is in a buffer, and its compute NIC (when each direction is free)."""
+
+    __slots__ = ("group", "in_free", "name", "node", "out_free", "ready")
+
+    def __init__(self, name: str, node: int, group: PrefillGroup) -> None:
+        self.name = name
+        self.node = node
+        self.group = group
+        self.in_free = self.out_free = 0.0
+        self.ready: deque[Agent] = deque()
+
+
+class PrefillGroup:
+    """Ranks that step together; `busy` between the start and the end of a step.
+
+    `stepping` are the requests whose part ends with the step, each with its attempt."""
+
+    __slots__ = (
+        "attention_max_s",
+        "attention_mean_s",
+        "busy",
+        "busy_s",
+        "engines",
+        "name",
+        "stepping",
+        "waiting",
+    )
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.engines: list[PrefillEngine] = []
+        self.busy = False
+        self.waiting = 0  # requests in the FIFOs of all ranks
+        self.stepping: list[tuple[Agent, int]] = []
+        self.busy_s = 0.0
+        self.attention_max_s = 0.0  # sums over steps
+        self.attention_mean_s = 0.0
+
+    def start(self, now: float, quota: ComputeQuota, cost: StepCost) -> float:
+        """Take what fits of every rank; returns how long the step takes. The ending requests are in `stepping`."""
+        slowest = attention_sum = load_max = 0.0
+        queries = ranks = 0
+        self.stepping = ended = []
+        for engine in self.engines:
+            ready = engine.ready
+            if not ready:
+                continue
+            ranks += 1
+            taken, attention_s = quota.pack(
+                (agent.query, agent.context)
+                for agent in (ready if cost.layerwise else _fitting(ready, cost.memory_tokens))
+            )
+            load_end = now
+            for tokens in taken:
+                agent = ready[0]
+                queries += tokens
+                if not agent.loaded:
+                    load_end = max(load_end, self._load(agent, engine, now, cost))
+                agent.query -= tokens
+                agent.context += tokens
+                if not agent.query:
+                    ready.popleft()
+                    ended.append((agent, agent.attempt))
+            attention_sum += attention_s
+            slowest = max(slowest, attention_s)
+            load_max = max(load_max, load_end - now)
+        self.waiting -= len(ended)
+        count = len(self.engines)
+        compute_s = cost.overhead_s + slowest + queries * cost.linear_s / count
+        took = max(compute_s, load_max) + load_max / cost.layers if cost.layerwise else compute_s + load_max
+        self.busy = True
+        self.busy_s += took
+        if ranks == count:
+            self.attention_max_s += slowest
+            self.attention_mean_s += attention_sum / count
+        return took
+
+    @staticmethod
+    def _load(agent: Agent, engine: PrefillEngine, now: float, cost: StepCost) -> float:
+        """The request's KV goes up (its own copy, or relayed by its decode engine), and on to the decode engine; when
+        its last byte is up."""
+        agent.loaded = True
+        near, far = agent.near, agent.far
+        nic_s, decode = cost.nic_s, agent.decode
+        assert decode is not None
+        end = engine.in_free = max(now, engine.in_free) + (near + far) * nic_s
+        if far:
+            relay = decode.out_free = max(now, decode.out_free) + far * nic_s
+            end = max(end, relay)
+        if cost.layerwise:
+            out = engine.out_free = max(now, engine.out_free) + (2 * near + agent.front + agent.miss) * nic_s
+            into = decode.in_free = max(now, decode.in_free) + (near + agent.front + agent.miss) * nic_s
+            agent.handed_at = max(out, into)
+        return end
+
+
+def _fitting(ready: Iterable[Agent], memory_tokens: int) -> Iterator[Agent]:
+    """Leading requests whose prompts fit in device memory together; the first one always."""
+    left = memory_tokens
+    for agent in ready:
+        if agent.prompt > left and left < memory_tokens:
+            return
+        left -= agent.prompt
+        yield agent

@@ -1,0 +1,297 @@
+"""Everything that leans on vLLM's internals, the versions it was tested with, and the checks made at start-up."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from penstock.core.config import ConfigError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+log = logging.getLogger(__name__)
+
+TESTED_VERSIONS = ("0.32",)
+NEEDED = {
+    "vllm.distributed.kv_transfer.kv_connector.v1.base": (
+        "KVConnectorBase_V1",
+        "SupportsHMA",
+        "KVConnectorTransferResults",
+    ),
+    "vllm.v1.kv_cache_interface": ("AttentionSpec", "UniformTypeKVCacheSpecs", "group_kernel_blocks"),
+    "vllm.v1.core.sched.async_scheduler": ("AsyncScheduler",),
+    "vllm.v1.core.block_pool": ("BlockPool",),
+}
+
+
+def check_version() -> str | None:
+    """What is not as it was tested, in one line; None when all is well. Raises ConfigError when it cannot work."""
+    import importlib
+
+    import vllm
+
+    for module, names in NEEDED.items():
+        try:
+            found = importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(_unusable(vllm.__version__, f"{module} is missing ({error})")) from None
+        for name in names:
+            if not hasattr(found, name):
+                raise ConfigError(_unusable(vllm.__version__, f"{module} has no {name}"))
+    if not str(vllm.__version__).startswith(TESTED_VERSIONS):
+        return (
+            f"Penstock was tested with vLLM {', '.join(TESTED_VERSIONS)}, this is {vllm.__version__}; "
+            "what it needs is there, but watch its output"
+        )
+    return None
+
+
+def _unusable(version: str, what: str) -> str:
+    return f"Penstock cannot work with vLLM {version}: {what}; tested versions: {', '.join(TESTED_VERSIONS)}"
+
+
+def check_model(config: VllmConfig, kv_cache: KVCacheConfig) -> None:
+    """Raises ConfigError for what cannot be kept in the pool."""
+    from vllm.v1.kv_cache_interface import AttentionSpec, UniformTypeKVCacheSpecs
+
+    parallel = config.parallel_config
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        raise ConfigError("context parallelism is on; Penstock allows tensor and pipeline parallelism only")
+    for group in kv_cache.kv_cache_groups:
+        spec: Any = group.kv_cache_spec
+        if not isinstance(spec, (AttentionSpec, UniformTypeKVCacheSpecs)):
+            raise ConfigError(f"a group of layers has a cache of kind {type(spec).__name__}; allowed: attention")
+        if getattr(spec, "prefix_replay_tokens", 0):
+            raise ConfigError("the model replays tokens behind a prefix; Penstock cannot load prefixes for it")
+
+
+def require_recompute(config: VllmConfig) -> None:
+    """A lost block must become recomputation. vLLM reads the policy after the connector is made."""
+    transfer = config.kv_transfer_config
+    assert transfer is not None
+    if transfer.kv_load_failure_policy != "recompute":
+        transfer.kv_load_failure_policy = "recompute"
+        log.info("kv_load_failure_policy is set to 'recompute': a block that does not arrive is computed instead")
+
+
+def block_tokens_of_groups(kv_cache: KVCacheConfig) -> list[int]:
+    """Tokens of a vLLM block, by KV cache group."""
+    return [group.kv_cache_spec.block_size for group in kv_cache.kv_cache_groups]
+
+
+def l1_blocks(kv_cache: KVCacheConfig, block_tokens: int) -> int:
+    """How many pool blocks vLLM's cache holds."""
+    rows = sum(block_tokens // tokens for tokens in block_tokens_of_groups(kv_cache))
+    blocks: int = kv_cache.num_blocks
+    return blocks // rows
+
+
+def rank_of_this_worker() -> int:
+    """Place of this worker among those of its engine."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    return int(get_pp_group().rank_in_group) * int(get_tp_group().world_size) + int(get_tp_group().rank_in_group)
+
+
+def model_identity(config: VllmConfig, kv_cache: KVCacheConfig, layouts: Sequence[str], model_id: str) -> str:
+    """A text that differs whenever the bytes of a block would mean something else: weights, what is computed with
+    them, and how vLLM lays it out. `model_id`, if given, stands for the weights."""
+    import vllm
+
+    from penstock.engine.checkpoint import config_identity, weight_files, weights_identity
+
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    weights = model_id
+    if not weights and config.load_config.load_format == "dummy":
+        weights = f"dummy:{model.seed}"
+    if not weights:
+        folder = Path(model.model)
+        if not folder.is_dir():
+            folder = _hub_folder(model.model, model.revision)
+        weights = weights_identity(weight_files(folder))
+    record = {
+        "vllm": vllm.__version__,
+        "weights": weights,
+        "config": config_identity(model.hf_config),
+        "dtype": str(model.dtype),
+        "kv_dtype": str(cache.cache_dtype),
+        "quantization": str(model.quantization),
+        "tensor_parallel": parallel.tensor_parallel_size,
+        "pipeline_parallel": parallel.pipeline_parallel_size,
+        "kv_layout": str(kv_cache.kv_cache_layout),
+        "groups": [
+            [type(group.kv_cache_spec).__name__, group.kv_cache_spec.block_size, list(group.layer_names)]
+            for group in kv_cache.kv_cache_groups
+        ],
+        "workers": list(layouts),
+    }
+    return msgspec.json.encode(record, order="sorted").decode()
+
+
+def _hub_folder(name: str, revision: str | None) -> Path:
+    """Where the hub's cache has the model that vLLM loaded. Raises ConfigError."""
+    from penstock.engine.checkpoint import resolve_folder
+
+    try:
+        return resolve_folder(name, "auto")
+    except Exception as error:
+        raise ConfigError(
+            f"the weights of {name} cannot be told from others ({error}); "
+            "set model_id in kv_connector_extra_config to a text that is theirs alone"
+        ) from None
+
+
+def salt_of(request: Request) -> str | None:
+    """What besides tokens decides a request's KV: tenant, adapter, media. None when the KV must not be kept."""
+    if request.prompt_embeds is not None or request.prompt_token_ids is None:
+        return None
+    extra: list[Any] = []
+    if request.lora_request is not None:
+        adapter = request.lora_request
+        extra.append(["lora", adapter.lora_name, getattr(adapter, "lora_path", "")])
+    for feature in request.mm_features:
+        position = feature.mm_position
+        extra.append(["media", feature.identifier, position.offset, position.length])
+    if not extra:
+        return request.cache_salt or ""
+    return msgspec.json.encode([request.cache_salt or "", extra]).decode()
+
+
+def held_tokens(manager: KVCacheManager, request: Request) -> int:
+    """Tokens of a request that vLLM's own cache holds now."""
+    held: int = manager.get_computed_blocks(request)[1]
+    return held
+
+
+class Pins:
+    """vLLM blocks that are kept from reuse while they are saved: a reference each, taken and given on vLLM's
+    scheduler thread."""
+
+    def __init__(self, manager: KVCacheManager) -> None:
+        self._manager = manager
+        self._pool = manager.block_pool
+        self._kept: dict[int, list[KVCacheBlock]] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def blocks(self, request_id: str) -> tuple[Sequence[KVCacheBlock], ...]:
+        """All blocks of a request, by group."""
+        blocks: tuple[Sequence[KVCacheBlock], ...] = self._manager.get_blocks(request_id).blocks
+        return blocks
+
+    def keep(self, page: int, blocks: list[KVCacheBlock]) -> None:
+        self._pool.touch(blocks)
+        self._kept[page] = blocks
+
+    def give_back(self, page: int) -> None:
+        self._pool.free_blocks(reversed(self._kept.pop(page)))
+
+    @property
+    def free_blocks(self) -> int:
+        return int(self._pool.get_num_free_blocks())
+
+
+def is_first_come(scheduler: Scheduler) -> bool:
+    """Whether vLLM's waiting queues keep the order they are given (not with `--scheduling-policy priority`)."""
+    from vllm.v1.core.sched.request_queue import FCFSRequestQueue
+
+    first_come: bool = isinstance(scheduler.waiting, FCFSRequestQueue)
+    return first_come
+
+
+def reorder(queue: Any, order: Callable[[Request], Any]) -> None:
+    """Sort one of vLLM's first-come queues."""
+    if len(queue) > 1:
+        ordered = sorted(queue, key=order)
+        queue.clear()
+        queue.extend(ordered)
+
+
+def is_preempted(request: Request) -> bool:
+    from vllm.v1.request import RequestStatus
+
+    return bool(request.status == RequestStatus.PREEMPTED)
+
+
+def reserved_blocks(scheduler: Scheduler) -> int:
+    """vLLM blocks that prefills under way still need."""
+    return int(scheduler._inflight_prefill_reserved_blocks()) + int(scheduler._spec_decode_step_blocks)
+
+
+def can_load_ahead(scheduler: Scheduler, request: Request) -> bool:
+    """Whether a waiting request may be given blocks for a load outside of vLLM's own scan."""
+    from vllm.v1.core.sched.interface import PauseState
+    from vllm.v1.request import RequestStatus
+
+    return (
+        scheduler._pause_state == PauseState.UNPAUSED
+        and request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        and request.num_computed_tokens == 0
+        and not request.num_stale_output_tokens
+        and not request.skip_reading_prefix_cache
+        and not request.has_encoder_inputs
+    )
+
+
+def load_ahead(scheduler: Scheduler, request: Request, keep_free_blocks: int) -> bool | None:
+    """What vLLM's scan does for a request with an asynchronous load: give it blocks and let it wait for them. None when
+    the connector offers nothing now, False when there is no room."""
+    from vllm.v1.request import RequestStatus
+
+    connector = scheduler.connector
+    assert connector is not None
+    manager = scheduler.kv_cache_manager
+    blocks, held, boundary = manager.get_computed_blocks(request)
+    if held % scheduler.block_size:
+        return None  # vLLM's scan knows what to do with part of a block
+    offered, is_async = connector.get_num_new_matched_tokens(request, held)
+    if not offered or not is_async:
+        return None
+    given = manager.allocate_slots(
+        request,
+        0,
+        num_new_computed_tokens=held,
+        new_computed_blocks=blocks,
+        num_external_computed_tokens=offered,
+        delay_cache_blocks=True,
+        skip_zeroing_group_ids=connector.get_loaded_kv_cache_group_ids(request),
+        full_sequence_must_fit=scheduler.scheduler_reserve_full_isl,
+        reserved_blocks=reserved_blocks(scheduler) + keep_free_blocks,
+        has_scheduled_reqs=bool(scheduler.running),
+    )
+    if given is None:
+        return False
+    connector.update_state_after_alloc(request, manager.get_blocks(request.request_id), offered)
+    request.shared_prefix_boundary = boundary
+    first_time = request.num_preemptions <= 0
+    if scheduler.connector_prefix_cache_stats is not None:
+        scheduler.connector_prefix_cache_stats.record(
+            num_tokens=request.num_tokens - held,
+            num_hits=offered,
+            preempted=not first_time,
+            hits_by_source=connector.get_external_cache_hit_sources(request, offered) if first_time else None,
+        )
+    manager.record_prefix_cache_stats(request, held)
+    if request.prefill_stats and first_time:
+        request.prefill_stats.set(
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_local_cached_tokens=held,
+            num_external_cached_tokens=offered,
+        )
+    scheduler.waiting.remove_request(request)
+    request.status = RequestStatus.WAITING_FOR_REMOTE_KVS
+    request.num_computed_tokens = held + offered
+    scheduler._inflight_prefills.add(request)
+    scheduler._enqueue_waiting_request(request)
+    return True

@@ -1,0 +1,179 @@
+"""`PenstockConnector`: vLLM's hooks, each handed to the scheduler's side (`host`) or the worker's side (`worker`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
+from vllm.logger import init_logger
+
+from penstock.vllm import compat
+from penstock.vllm.layout import KVRows
+from penstock.vllm.metrics import PenstockPromMetrics, PenstockStats
+from penstock.vllm.scheduler_side import SchedulerSide
+from penstock.vllm.settings import read_settings
+from penstock.vllm.worker import WorkerSide
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+log = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
+    """What a worker gets with a step: its number. Everything else goes over the link, not in step with vLLM."""
+
+    step: int
+
+
+class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+    """KV of finished prefixes lives in Penstock's pool; requests load it from there, full blocks at a time."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer = self._kv_transfer_config
+        self._engine_id = str(transfer.engine_id)
+        self._settings = read_settings(transfer.kv_connector_extra_config)
+        self._worker: WorkerSide | None = None
+        self._invalid: set[int] = set()
+        self._side: SchedulerSide | None = None
+        compat.check_model(vllm_config, kv_cache_config)
+        if role is KVConnectorRole.SCHEDULER:
+            note = compat.check_version()
+            if note is not None:
+                log.warning(note)
+            compat.require_recompute(vllm_config)
+            self._side = SchedulerSide(vllm_config, kv_cache_config)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A save that is dropped is a later miss, nothing worse."""
+        return False
+
+    # -- worker -------------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        rows = KVRows.of(self._kv_cache_config, kv_caches)
+        self._worker = WorkerSide(self._engine_id, compat.rank_of_this_worker(), rows)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Nothing: uploads start when their blocks are staged."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: a request is scheduled when its load is over."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
+    ) -> None:
+        """Nothing: full blocks are saved behind the step, all layers together."""
+
+    def wait_for_save(self) -> None:
+        """The step's KV is written (CPU) or on the stream (CUDA): its saves may begin, on their own thread."""
+        metadata = self._connector_metadata
+        if self._worker is not None and isinstance(metadata, StepMetadata):
+            self._worker.steps.record(metadata.step)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        results = KVConnectorTransferResults()
+        self._invalid = set()
+        for over in self._worker.take_finished() if self._worker is not None else ():
+            results.finished_recving.add(over.request_id)
+            self._invalid.update(over.invalid)
+            if over.failed:
+                results.failed_recving.add(over.request_id)
+        return results
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return None, self.get_transfer_results(finished_req_ids).finished_recving or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Of the loads that `get_transfer_results` just said are over."""
+        invalid, self._invalid = self._invalid, set()
+        return invalid
+
+    def shutdown(self) -> None:
+        if self._side is not None:
+            self._side.close()
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    # -- scheduler ----------------------------------------------------------------------------------------------
+
+    @property
+    def side(self) -> SchedulerSide:
+        """The scheduler's side; only there in the scheduler's process."""
+        assert self._side is not None
+        return self._side
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self.side.bind(kv_cache_manager)
+
+    def on_new_request(self, request: Request) -> None:
+        self.side.arrived(request)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        found = self.side.matched(request, num_computed_tokens)
+        return found, bool(found)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        if num_external_tokens:
+            self.side.allocated(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
+        return StepMetadata(self.side.scheduled(scheduler_output))
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        self.side.step_ended(connector_output.finished_recving or ())
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self.side.finished(request)
+        return False, None
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        self.side.finished(request)
+        return False, None
+
+    def get_kv_connector_stats(self) -> PenstockStats | None:
+        """Of the scheduler's side, which sees everything."""
+        return None if self._side is None else self._side.take_stats()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PenstockStats | None:
+        return PenstockStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> PenstockPromMetrics:
+        return PenstockPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def has_pending_block_frees(self) -> bool:
+        return self.side.short_of_blocks()
+
+    def has_pending_push_work(self) -> bool:
+        """vLLM goes on stepping until the blocks kept for saves are given back."""
+        return self.side.keeps_blocks()

@@ -1,0 +1,138 @@
+"""How vLLM's KV cache lies in a worker: per layer a row of bytes per vLLM block; copies of rows from and to staging.
+
+A worker's part of a pool block is `[group][layer][vLLM block][row]`. Rows of one layer are contiguous there, so that a
+layer goes up with one copy and one scatter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+
+class LayoutError(RuntimeError):
+    """vLLM's KV cache is not laid out as this version of Penstock expects."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's cache as `[vLLM block, byte]`; rows may be further apart than they are long."""
+
+    name: str
+    rows: torch.Tensor
+
+
+class KVRows:
+    """All layers of one worker, by KV cache group. Threading: `upload` and `download` may run beside each other and
+    beside compute, on rows that nobody else uses."""
+
+    def __init__(self, groups: Sequence[Sequence[Layer]]) -> None:
+        self.groups = groups
+        self.device = groups[0][0].rows.device
+        self.row_bytes = [[layer.rows.shape[1] for layer in group] for group in groups]
+        self._streams: dict[str, torch.cuda.Stream] = {}
+
+    @classmethod
+    def of(cls, config: KVCacheConfig, caches: Mapping[str, torch.Tensor]) -> KVRows:
+        """Rows of the caches that vLLM registered. Raises LayoutError for a kind of cache that cannot be kept."""
+        from vllm.v1.kv_cache_interface import AttentionSpec, UniformTypeKVCacheSpecs, group_kernel_blocks
+
+        groups = []
+        for group in config.kv_cache_groups:
+            layers = []
+            specs = (
+                group.kv_cache_spec.kv_cache_specs if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs) else {}
+            )
+            for name in group.layer_names:
+                spec = specs.get(name, group.kv_cache_spec)
+                if not isinstance(spec, AttentionSpec):
+                    raise LayoutError(
+                        f"layer {name} has a cache of kind {type(spec).__name__}; only attention can be kept"
+                    )
+                cache = group_kernel_blocks(caches[name], config.num_blocks)
+                layers.append(Layer(name, _rows(name, cache, spec.unpadded_page_size_bytes)))
+            groups.append(layers)
+        return cls(groups)
+
+    def describe(self) -> str:
+        """What the bytes mean beyond their number: kinds and order of layers."""
+        return ";".join(f"{layer.name}:{layer.rows.shape[1]}" for group in self.groups for layer in group)
+
+    def upload(self, part: torch.Tensor, ids: Sequence[Sequence[int]]) -> None:
+        """Scatter a staged part into the vLLM blocks `ids` (by group; -1 is left out); returns when they are there."""
+        with self._stream("upload"):
+            staged = part.to(self.device, non_blocking=True)
+            for layer, rows, places in self._pieces(staged, ids):
+                kept = [at for at, place in enumerate(places) if place >= 0]
+                if kept:
+                    index = torch.tensor([places[at] for at in kept], device=self.device)
+                    source = rows if len(kept) == len(places) else rows[torch.tensor(kept, device=self.device)]
+                    layer.rows.index_copy_(0, index, source)
+            self._finish("upload")
+
+    def download(self, part: torch.Tensor, ids: Sequence[Sequence[int]]) -> None:
+        """Gather vLLM blocks into a staged part (-1 leaves zeros); returns when they are there."""
+        with self._stream("download"):
+            on_host = self.device.type == "cpu"
+            target = part if on_host else torch.empty(part.shape, dtype=part.dtype, device=self.device)
+            for layer, rows, places in self._pieces(target, ids):
+                if min(places) >= 0:
+                    torch.index_select(layer.rows, 0, torch.tensor(places, device=self.device), out=rows)
+                    continue
+                for at, place in enumerate(places):
+                    if place >= 0:
+                        rows[at].copy_(layer.rows[place])
+                    else:
+                        rows[at].zero_()
+            if not on_host:
+                part.copy_(target, non_blocking=True)
+            self._finish("download")
+
+    def _pieces(
+        self, part: torch.Tensor, ids: Sequence[Sequence[int]]
+    ) -> list[tuple[Layer, torch.Tensor, Sequence[int]]]:
+        """Each layer with its rows in a part and their places in vLLM's cache."""
+        pieces, at = [], 0
+        for group, places in zip(self.groups, ids, strict=True):
+            for layer in group:
+                size = layer.rows.shape[1] * len(places)
+                pieces.append((layer, part[at : at + size].view(len(places), -1), places))
+                at += size
+        return pieces
+
+    def _stream(self, name: str) -> AbstractContextManager[object]:
+        """On CUDA a copy stream of its own for each direction; nothing on CPU."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        if name not in self._streams:
+            self._streams[name] = torch.cuda.Stream(self.device)
+        stream: AbstractContextManager[object] = torch.cuda.stream(self._streams[name])
+        return stream
+
+    def _finish(self, name: str) -> None:
+        if self.device.type == "cuda":
+            self._streams[name].synchronize()
+
+
+def _rows(name: str, cache: torch.Tensor, row_bytes: int) -> torch.Tensor:
+    """`[block, byte]` over a layer's cache. Raises LayoutError unless a block's bytes are contiguous."""
+    stride_bytes = cache.stride(0) * cache.element_size()
+    inner = cache[0]
+    span = sum((size - 1) * stride for size, stride in zip(inner.shape, inner.stride(), strict=True)) + 1
+    if span * cache.element_size() > stride_bytes or span != inner.numel():
+        raise LayoutError(
+            f"layer {name} has blocks of shape {tuple(inner.shape)} and strides {inner.stride()}; "
+            "only blocks that are contiguous in memory can be kept"
+        )
+    if row_bytes > stride_bytes:
+        raise LayoutError(f"layer {name} has blocks {stride_bytes} bytes apart, of {row_bytes} bytes each")
+    raw = torch.empty(0, dtype=torch.uint8, device=cache.device)
+    offset = cache.storage_offset() * cache.element_size()
+    return raw.set_(cache.untyped_storage(), offset, (cache.shape[0], row_bytes), (stride_bytes, 1))

@@ -1,0 +1,103 @@
+"""`PenstockScheduler`: vLLM's scheduler, with waiting requests in the brain's order and loads that start ahead.
+
+What leans on vLLM's internals is in `compat`. Without a Penstock connector it does as vLLM's own scheduler does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from penstock.core.ordering import ORDINARY, Rank
+from penstock.vllm import compat
+from penstock.vllm.connector import PenstockConnector
+from penstock.vllm.scheduler_side import SchedulerSide
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+log = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
+LOOKS_PER_STEP = 16  # requests that are looked at for a load ahead
+FIRST: Rank = (ORDINARY, float("-inf"), 0)  # where requests stand that the brain does not know
+
+
+class _InOrder(Scheduler):  # type: ignore[misc]
+    """The parts that both schedulers share."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.penstock = _side_of(self.connector)
+        if self.penstock is None:
+            log.warning("PenstockScheduler without PenstockConnector does as vLLM's own scheduler does")
+        elif not self.recompute_kv_load_failures:
+            self.recompute_kv_load_failures: bool = True
+            log.info("kv_load_failure_policy is set to 'recompute': a block that does not arrive is computed instead")
+        self._in_order = compat.is_first_come(self)
+        if not self._in_order:
+            log.info("with --scheduling-policy priority vLLM's order stays; Penstock's policy orders the loads")
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Sort what waits, let vLLM decide on the step, then start loads that its scan did not get to."""
+        side = self.penstock
+        if side is None:
+            return super().schedule(throttle_prefills)
+        side.reserved_blocks = compat.reserved_blocks(self)
+        if self._in_order:
+            self._sort(side)
+        output = super().schedule(throttle_prefills)
+        if self._in_order and len(self.waiting):
+            self._load_ahead()
+        return output
+
+    def _sort(self, side: SchedulerSide) -> None:
+        waiting = [request.request_id for queue in (self.waiting, self.kv_holding_waiting) for request in queue]
+        if len(waiting) < 2:
+            return
+        ranks = side.ranks(waiting)
+
+        def order(request: Request) -> tuple[bool, Rank]:
+            return not compat.is_preempted(request), ranks.get(request.request_id, FIRST)
+
+        compat.reorder(self.waiting, order)
+        compat.reorder(self.kv_holding_waiting, order)
+
+    def _load_ahead(self) -> None:
+        """Give blocks to loads of requests that wait for a place in the batch. Every running request keeps a block for
+        its next tokens, so that none is preempted for a load."""
+        keep_free = (len(self.running) + 1) * len(self.kv_cache_config.kv_cache_groups)
+        for request in list(self.waiting)[:LOOKS_PER_STEP]:
+            if compat.can_load_ahead(self, request) and compat.load_ahead(self, request, keep_free) is False:
+                return
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Blocks that a save holds are given back first, so that a reset does not fail for them."""
+        if self.penstock is not None:
+            self.penstock.settle_saves()
+        done: bool = super().reset_prefix_cache(reset_running_requests, reset_connector)
+        return done
+
+
+class PenstockSyncScheduler(_InOrder):
+    """For an engine that schedules one step at a time."""
+
+
+class PenstockScheduler(_InOrder, AsyncScheduler):  # type: ignore[misc]
+    """For `--scheduler-cls`; where vLLM does not schedule ahead it is a `PenstockSyncScheduler`."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+        if cls is PenstockScheduler and not config.scheduler_config.async_scheduling:
+            return PenstockSyncScheduler(*args, **kwargs)
+        return super().__new__(cls)
+
+
+def _side_of(connector: Any) -> SchedulerSide | None:
+    """Penstock's part of vLLM's connector, which may be one of several."""
+    for one in (connector, *getattr(connector, "sub_connectors", ())):
+        if isinstance(one, PenstockConnector):
+            return one.side
+    return None

@@ -1,0 +1,301 @@
+"""The connector in the scheduler's process: vLLM's requests, blocks and steps, told to the brain by way of `host`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+
+from penstock.core.keys import root_key
+from penstock.core.new_block import tenant_tag
+from penstock.core.operations import RequestSpec
+from penstock.core.ordering import AGED, Rank
+from penstock.vllm import compat
+from penstock.vllm.host import Host, Ids, Shape
+from penstock.vllm.metrics import PenstockStats, StatsTaker
+from penstock.vllm.settings import choose_block_tokens, read_settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+log = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
+SETTLE_TIMEOUT_S = 2.0
+STATS_INTERVAL_S = 0.1
+FINGERPRINT_VERSION = "penstock-vllm-1"
+
+
+@dataclass(slots=True)
+class _Known:
+    """A request as the connector follows it."""
+
+    request: Request
+    asked_held: int = 0  # tokens that vLLM held when it asked last
+    saved_to: int = 0  # full blocks that were looked at for saving
+    computing: bool = False
+    answering: bool = False
+
+
+class SchedulerSide:
+    """What the connector does in the scheduler's process, all of it on vLLM's scheduler thread."""
+
+    def __init__(self, config: VllmConfig, kv_cache: KVCacheConfig) -> None:
+        transfer = config.kv_transfer_config
+        assert transfer is not None
+        settings = read_settings(transfer.kv_connector_extra_config)
+        self._group_tokens = compat.block_tokens_of_groups(kv_cache)
+        self._block_tokens = choose_block_tokens(settings.block_tokens, math.lcm(*self._group_tokens))
+        self._rows = tuple(self._block_tokens // tokens for tokens in self._group_tokens)
+        parallel = config.parallel_config
+        self.host = Host(
+            settings,
+            Shape(
+                engine_id=str(transfer.engine_id),
+                ranks=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
+                block_tokens=self._block_tokens,
+                rows=self._rows,
+                l1_blocks=compat.l1_blocks(kv_cache, self._block_tokens),
+                same_on_all_ranks=config.model_config.use_mla and parallel.pipeline_parallel_size == 1,
+                loads=transfer.is_kv_consumer,
+                saves=transfer.is_kv_producer,
+            ),
+        )
+        identity = compat.model_identity(config, kv_cache, self.host.layout, settings.model_id)
+        self._fingerprint = _fingerprint(identity, self._block_tokens)
+        self._default_slo_s = settings.default_slo_ttft_s
+        self._guesses = config.speculative_config is not None
+        self._known: dict[str, _Known] = {}
+        self._pins: compat.Pins | None = None
+        self._manager: KVCacheManager | None = None
+        self.reserved_blocks = 0  # vLLM blocks that are spoken for, as far as the scheduler class says
+        self._step = 0
+        self._spans: list[tuple[int, int]] = []
+        self._step_began_s = 0.0
+        self._stats = StatsTaker()
+        self._next_stats_s = 0.0
+        log.info(
+            "Penstock: blocks of %d tokens, %d bytes; staging of %d blocks; vLLM's blocks have %s tokens",
+            self._block_tokens,
+            self.host.block_bytes,
+            self.host.brain.config.l2_slots,
+            "/".join(map(str, self._group_tokens)),
+        )
+
+    def bind(self, manager: KVCacheManager) -> None:
+        """vLLM's allocator is there."""
+        self._manager = manager
+        self._pins = compat.Pins(manager)
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    def arrived(self, request: Request) -> None:
+        """Look the request up and begin to fetch it, before the scheduler gets to it."""
+        salt = compat.salt_of(request)
+        if salt is None or not request.all_token_ids or request.request_id in self._known or self.host.fatal:
+            return
+        held = 0 if self._manager is None else compat.held_tokens(self._manager, request)
+        spec = RequestSpec(
+            request.request_id,
+            list(request.all_token_ids),
+            1,
+            root_key(self._fingerprint, salt),
+            self._deadline_s(request),
+            tenant=tenant_tag(request.cache_salt or ""),
+        )
+        with contextlib.suppress(ValueError):  # an id that is still in use is served without the pool
+            self.host.submit(spec, held, not request.skip_reading_prefix_cache)
+            self._known[request.request_id] = _Known(request)
+
+    def _deadline_s(self, request: Request) -> float | None:
+        """`slo_ttft_ms` of the request, after its arrival; else vLLM's priority as so many default deadlines later."""
+        waited_s: float = max(0.0, time.time() - request.arrival_time)
+        given: Any = None
+        for extra in (request.kv_transfer_params, getattr(request.sampling_params, "extra_args", None)):
+            if isinstance(extra, dict) and "slo_ttft_ms" in extra:
+                given = extra["slo_ttft_ms"]
+        if isinstance(given, (int, float)) and not isinstance(given, bool) and 0 < given < 1e9:
+            return time.monotonic() - waited_s + float(given) / 1e3
+        priority: float = request.priority
+        if priority:
+            return time.monotonic() - waited_s + self._default_slo_s * (1 + max(priority, -0.9))
+        return None
+
+    def matched(self, request: Request, held_tokens: int) -> int | None:
+        """See `GuestScheduler.matched`."""
+        known = self._known.get(request.request_id)
+        if known is None or self.host.fatal:
+            return 0
+        if request.num_output_tokens:
+            self.host.extend(request.request_id, request.all_token_ids)
+        known.asked_held = held_tokens
+        if request.skip_reading_prefix_cache:
+            return 0
+        found = self.host.matched(request.request_id, held_tokens)
+        if found and self._pins is not None and not self._fits(held_tokens, found):
+            rank = self.rank(request.request_id)
+            return None if rank is None or rank[0] != AGED else found  # what can be computed goes on meanwhile
+        return found
+
+    def _fits(self, held_tokens: int, loaded_tokens: int) -> bool:
+        """Whether vLLM has blocks for a load. A window group needs fewer than it seems, so the largest one counts."""
+        assert self._pins is not None
+        needed = max(-(-loaded_tokens // tokens) for tokens in self._group_tokens)
+        return needed + self.reserved_blocks <= self._pins.free_blocks
+
+    def rank(self, request_id: str) -> Rank | None:
+        """Where the brain sees a request, smallest first; None for one that it does not know."""
+        found: Rank | None = self.host.ask(lambda brain: brain.rank(request_id))
+        return found
+
+    def ranks(self, request_ids: Iterable[str]) -> dict[str, Rank]:
+        """`rank` of many requests."""
+        ids = list(request_ids)
+        found: list[Rank | None] = self.host.ask(lambda brain: [brain.rank(request_id) for request_id in ids])
+        return {request_id: rank for request_id, rank in zip(ids, found, strict=True) if rank is not None}
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
+        """vLLM's blocks for what `matched` had offered; those that it holds already stay untouched."""
+        known = self._known[request.request_id]
+        held, size = known.asked_held, self._block_tokens
+        end = held + external_tokens
+        assert end % size == 0, f"vLLM loads up to token {end}; a multiple of {size} was offered"
+        first = held // size
+        self.host.allocated(
+            request.request_id, first, [self._ids(blocks.blocks, i, held) for i in range(first, end // size)]
+        )
+
+    def _ids(self, groups: Any, index: int, held_tokens: int) -> Ids:
+        """vLLM blocks of pool block `index`, by group; -1 for those below `held_tokens` and for null ones."""
+        found = []
+        for blocks, tokens, rows in zip(groups, self._group_tokens, self._rows, strict=True):
+            first = index * rows
+            found.append(
+                [
+                    -1 if at * tokens < held_tokens or blocks[at].is_null else blocks[at].block_id
+                    for at in range(first, first + rows)
+                ]
+            )
+        return found
+
+    def finished(self, request: Request) -> None:
+        """The request ended or was aborted: offer its last full blocks, and let go of it."""
+        known = self._known.pop(request.request_id, None)
+        if known is None:
+            return
+        self._offer(known, max(0, request.num_computed_tokens - request.num_in_flight_tokens), self._step, 0)
+        self.host.finish(request.request_id)
+
+    # -- steps --------------------------------------------------------------------------------------------------
+
+    def scheduled(self, output: SchedulerOutput) -> int:
+        """vLLM decided on a step: note what it computes, offer the blocks it completes. Returns the step's number."""
+        self._give_back()
+        self._step += 1
+        self._spans = []
+        for request_id, count in output.num_scheduled_tokens.items():
+            known = self._known.get(request_id)
+            if known is None:
+                continue
+            request = known.request
+            computed = request.num_computed_tokens
+            self._spans.append((count, computed))
+            if not known.computing:
+                known.computing = True
+                self.host.started(request_id)
+            if request.num_output_tokens and not known.answering:
+                known.answering = True
+                self.host.prefilled(request_id)
+            done = computed + count
+            if self._guesses:  # guessed tokens may be taken back
+                done = max(0, computed - request.num_in_flight_tokens)
+            self._offer(known, done, self._step, computed)
+        self._step_began_s = time.monotonic()
+        self._give_back()
+        return self._step
+
+    def _offer(self, known: _Known, computed_tokens: int, step: int, before_tokens: int) -> None:
+        """Offer full blocks up to `computed_tokens`; those up to `before_tokens` were there before the step, so that
+        a window may have dropped some of their parts."""
+        pins, request = self._pins, known.request
+        end = min(computed_tokens, len(request.all_token_ids)) // self._block_tokens
+        if pins is None or known.saved_to >= end or not self.host.shape.saves:
+            return
+        self.host.extend(request.request_id, request.all_token_ids)
+        groups = pins.blocks(request.request_id)
+        for index in range(known.saved_to, end):
+            if not self.host.wants(request.request_id, index):
+                continue
+            if any(len(blocks) < (index + 1) * rows for blocks, rows in zip(groups, self._rows, strict=True)):
+                end = index
+                break
+            ids = self._ids(groups, index, 0)
+            partly = any(place < 0 for places in ids for place in places)
+            if partly and (index + 1) * self._block_tokens <= before_tokens:
+                continue
+            page = self.host.offer(request.request_id, index, ids, step)
+            kept = [
+                blocks[at]
+                for blocks, rows in zip(groups, self._rows, strict=True)
+                for at in range(index * rows, (index + 1) * rows)
+                if not blocks[at].is_null
+            ]
+            pins.keep(page, kept)
+        known.saved_to = end
+
+    def step_ended(self, finished_recving: Iterable[str]) -> None:
+        """A step's results are there."""
+        for request_id in finished_recving:
+            self.host.acknowledged(request_id)
+        if self._spans:
+            self.host.stepped(self._spans, time.monotonic() - self._step_began_s)
+            self._spans = []
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._pins is not None:
+            for page in self.host.released():
+                self._pins.give_back(page)
+
+    def short_of_blocks(self) -> bool:
+        """vLLM would have to preempt: whether blocks kept for saves come back soon instead."""
+        self.host.press()
+        self._give_back()
+        return self.keeps_blocks()
+
+    def keeps_blocks(self) -> bool:
+        self._give_back()
+        return self._pins is not None and len(self._pins) > 0
+
+    def take_stats(self) -> PenstockStats | None:
+        """What happened since the last call, at most every `STATS_INTERVAL_S` while there are requests."""
+        now = time.monotonic()
+        if now < self._next_stats_s and self._known:
+            return None
+        self._next_stats_s = now + STATS_INTERVAL_S
+        return self.host.take_stats(self._stats)
+
+    def settle_saves(self, timeout_s: float = SETTLE_TIMEOUT_S) -> bool:
+        """Wait until no block of vLLM is kept for a save; False when that takes longer."""
+        end = time.monotonic() + timeout_s
+        while self.keeps_blocks():
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.001)
+        return True
+
+    def close(self) -> None:
+        self.host.close()
+
+
+def _fingerprint(identity: str, block_tokens: int) -> bytes:
+    text = f"{FINGERPRINT_VERSION}|{block_tokens}|{identity}"
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -1,0 +1,161 @@
+"""What a user sets in `kv_connector_extra_config`: one frozen record; a wrong key or value is one clear line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from penstock.core.config import POLICIES, ConfigError, Policy, check_range
+from penstock.pool.config import MemberConfig, PoolConfig, config_of_flags
+from penstock.pool.config_file import read_pool_config
+from penstock.units import parse_address, parse_bytes
+
+DEFAULT_BLOCK_TOKENS = 64
+OWN_KEYS = frozenset({"connectors"})  # of vLLM's MultiConnector, beside ours
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`pool`: addresses of pool nodes; `memory` (bytes) and `slab` (path, bytes): members in the engine's process; all
+    of them are one pool. `pool_config` is a pool.toml that describes one instead. `staging_bytes` is host memory for
+    blocks on their way, `block_tokens` 0 the default for vLLM's block size."""
+
+    pool: tuple[str, ...] = ()
+    pool_config: Path | None = None
+    memory: tuple[int, ...] = ()
+    slab: tuple[tuple[Path, int], ...] = ()
+    staging_bytes: int = 1 << 30
+    block_tokens: int = 0
+    policy: Policy = "feasible"
+    fetch_timeout_s: float = 10.0
+    lookup_timeout_s: float = 2.0
+    save_timeout_s: float = 30.0
+    age_bound_s: float = 60.0
+    default_slo_ttft_s: float = 10.0
+    fetch_window_blocks: int = 8
+    max_waiting: int = 4096
+    model_id: str = ""
+
+    def open_config(self) -> PoolConfig:
+        """The pool these settings name. Raises ConfigError."""
+        if self.pool_config is not None:
+            return read_pool_config(self.pool_config)
+        return config_of_flags(self.memory, self.slab, nodes=self.pool)
+
+
+def read_settings(extra: Mapping[str, Any]) -> Settings:
+    """Settings of a `kv_connector_extra_config`. Raises ConfigError: key, what was given, what is allowed."""
+    names = {_key(field.name) for field in fields(Settings)}
+    unknown = sorted(set(extra) - names - OWN_KEYS)
+    if unknown:
+        raise ConfigError(f"kv_connector_extra_config has the key {unknown[0]!r}; allowed: {', '.join(sorted(names))}")
+    values: dict[str, Any] = {}
+    for field in fields(Settings):
+        key = _key(field.name)
+        if key in extra:
+            values[field.name] = _read(key, extra[key])
+    settings = Settings(**values)
+    _check(settings)
+    return settings
+
+
+def _key(name: str) -> str:
+    return "staging" if name == "staging_bytes" else name
+
+
+def _read(key: str, given: Any) -> Any:
+    try:
+        if key == "pool":
+            return tuple(_list(key, given))
+        if key == "pool_config":
+            return Path(_text(given))
+        if key == "memory":
+            return tuple(_size(item) for item in _list(key, given))
+        if key == "slab":
+            return tuple(_slab(item) for item in _list(key, given))
+        if key == "staging":
+            return _size(given)
+        if key in ("policy", "model_id"):
+            return _text(given)
+        if isinstance(given, bool) or not isinstance(given, (int, float)):
+            raise ValueError("allowed: a number")
+        if not key.endswith("_s") and given != int(given):
+            raise ValueError("allowed: a whole number")
+        return float(given) if key.endswith("_s") else int(given)
+    except ValueError as error:
+        raise ConfigError(f"{key} is {given!r}; {error}") from None
+
+
+def _text(given: Any) -> str:
+    if not isinstance(given, str) or not given:
+        raise ValueError("allowed: a text that is not empty")
+    return given
+
+
+def _list(key: str, given: Any) -> list[Any]:
+    """One value, several separated by commas, or a list."""
+    if isinstance(given, str):
+        return [item.strip() for item in given.split(",") if item.strip()]
+    if isinstance(given, (list, tuple)):
+        return list(given)
+    if key == "memory" and isinstance(given, int):
+        return [given]
+    raise ValueError("allowed: a text, or a list of them")
+
+
+def _size(given: Any) -> int:
+    if isinstance(given, int) and not isinstance(given, bool):
+        return parse_bytes(str(given))
+    return parse_bytes(_text(given))
+
+
+def _slab(given: Any) -> tuple[Path, int]:
+    path, _, size = _text(given).rpartition(":")
+    if not path:
+        raise ValueError("allowed: PATH:SIZE, for example /data/kv.slab:64GiB")
+    return Path(path), parse_bytes(size)
+
+
+def _check(settings: Settings) -> None:
+    if settings.policy not in POLICIES:
+        raise ConfigError(f"policy is {settings.policy!r}; allowed: {', '.join(POLICIES)}")
+    own = settings.pool or settings.memory or settings.slab
+    if settings.pool_config is not None and own:
+        raise ConfigError("pool_config is set together with pool, memory or slab; allowed: one or the other")
+    if settings.pool_config is None and not own:
+        raise ConfigError(
+            "no pool is named; allowed: pool (HOST:PORT of a node), memory (a size), slab (PATH:SIZE) or pool_config"
+        )
+    for address in settings.pool:
+        try:
+            parse_address(address)
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(f"pool is {address!r}; {error}") from None
+    for name, low, high in (
+        ("block_tokens", 0, 65536),
+        ("fetch_timeout_s", 1e-3, 3600),
+        ("lookup_timeout_s", 1e-3, 600),
+        ("save_timeout_s", 1e-3, 3600),
+        ("age_bound_s", 1e-3, 1e6),
+        ("default_slo_ttft_s", 1e-3, 1e6),
+        ("fetch_window_blocks", 1, 4096),
+        ("max_waiting", 1, 10**6),
+    ):
+        check_range(name, getattr(settings, name), low, high)
+
+
+def choose_block_tokens(wanted: int, unit_tokens: int) -> int:
+    """Tokens of a pool block for an engine whose own blocks have `unit_tokens` (the least common multiple over its
+    groups): what was asked for, else 64 where that fits, else the next multiple. Raises ConfigError."""
+    if wanted:
+        if wanted % unit_tokens:
+            raise ConfigError(f"block_tokens is {wanted}; allowed: a multiple of vLLM's block size, {unit_tokens}")
+        return wanted
+    return -(-DEFAULT_BLOCK_TOKENS // unit_tokens) * unit_tokens
+
+
+def members_of(settings: Settings) -> tuple[MemberConfig, ...]:
+    """The pool's members, for who only looks."""
+    return settings.open_config().members

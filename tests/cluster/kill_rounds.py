@@ -1,0 +1,246 @@
+"""kill -9 of the processes of a real cluster at random times under load: no client gets a wrong or doubled token.
+
+By hand: `python tests/cluster/kill_rounds.py 100` kills 100 times and prints the counts. The tests run a few rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from penstock.cluster.cluster_config import read_cluster_config
+from penstock.cluster.supervisor import Child, Supervisor
+from penstock.cluster.up_command import _make_secret
+from penstock.testing.tiny_models import build_tiny
+
+TOKENS = 24
+PROMPTS = 12
+CLIENTS = 3
+REQUEST_S = 60.0
+TRIES_S = 120.0
+BACK_S = 120.0
+CLUSTER = """
+model = "model"
+[router]
+port = {port}
+lease_s = 3.0
+[[pool]]
+memory = ["32MiB"]
+[serve]
+kv_memory = "4MiB"
+staging = "2MiB"
+block_tokens = 16
+[[engine]]
+role = "prefill"
+node = "a"
+[[engine]]
+role = "decode"
+node = "b"
+count = 2
+buffer = "4MiB"
+hand_off_timeout_s = 20.0
+"""
+
+
+def prompts() -> list[list[int]]:
+    """Several prefixes, shared by some of them."""
+    generator = random.Random(7)
+    heads = [[generator.randrange(6, 370) for _ in range(64)] for _ in range(3)]
+    tails = [[generator.randrange(6, 370) for _ in range(8 + number)] for number in range(PROMPTS)]
+    return [heads[number % 3] + tail for number, tail in enumerate(tails)]
+
+
+@dataclass
+class Counts:
+    """What clients saw; `wrong` are answers that differ from the reference."""
+
+    answers: int = 0
+    retried: int = 0
+    wrong: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    kills: Counter[str] = field(default_factory=Counter)
+    slowest_s: float = 0.0
+
+
+class RoundsFailed(AssertionError):
+    """The cluster did not come back."""
+
+
+def ask(url: str, prompt: list[int], request_id: str) -> list[int]:
+    """One streamed answer's tokens. Raises httpx.HTTPError or ValueError when it did not come to its end."""
+    body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
+    body |= {"return_token_ids": True}
+    found: list[int] = []
+    done = False
+    with httpx.stream(
+        "POST", f"{url}/v1/completions", json=body, headers={"x-request-id": request_id}, timeout=REQUEST_S
+    ) as response:
+        if response.status_code != 200:
+            response.read()
+            raise ValueError(f"status {response.status_code}: {response.text[:200]}")
+        for line in response.iter_lines():
+            if not line.startswith("data: "):
+                continue
+            if line == "data: [DONE]":
+                done = True
+                break
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise ValueError(str(event["error"])[:200])
+            for choice in event["choices"]:
+                found += choice.get("token_ids") or []
+    if not done:
+        raise ValueError("the stream ended early")
+    return found
+
+
+class Load:
+    """Clients that ask without a pause, retry what failed under the same id, and compare with the reference."""
+
+    def __init__(self, url: str, reference: list[list[int]], seed: int) -> None:
+        self.counts = Counts()
+        self._url = url
+        self._reference = reference
+        self._prompts = prompts()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(seed + i,), daemon=True) for i in range(CLIENTS)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> Counts:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(TRIES_S + REQUEST_S)
+        return self.counts
+
+    def _run(self, seed: int) -> None:
+        generator = random.Random(seed)
+        number = 0
+        while not self._stop.is_set():
+            number += 1
+            self._one(generator.randrange(PROMPTS), f"client-{seed}-{number}")
+
+    def _one(self, which: int, request_id: str) -> None:
+        begin_s, tries, why = time.monotonic(), 0, ""
+        while time.monotonic() - begin_s < TRIES_S:
+            tries += 1
+            try:
+                tokens = ask(self._url, self._prompts[which], request_id)
+            except (httpx.HTTPError, ValueError) as error:
+                why = str(error)
+                time.sleep(0.2)
+                continue
+            with self._lock:
+                self.counts.answers += 1
+                self.counts.retried += tries > 1
+                self.counts.slowest_s = max(self.counts.slowest_s, time.monotonic() - begin_s)
+                if tokens != self._reference[which]:
+                    self.counts.wrong.append(f"{request_id}: {tokens} instead of {self._reference[which]}")
+            return
+        with self._lock:
+            self.counts.failed.append(f"{request_id}: {why}")
+
+
+def engines_up(supervisor: Supervisor) -> bool:
+    """Whether every process lives and every engine is registered."""
+    wanted = {child.spec.name for child in supervisor.children.values() if child.spec.kind == "engine"}
+    if not all(child.ready.is_set() and alive(child) for child in supervisor.children.values()):
+        return False
+    try:
+        hosts = httpx.get(f"{supervisor.url}/ui/data", timeout=5.0).json()["hosts"]
+    except (httpx.HTTPError, ValueError, KeyError):
+        return False
+    return {engine["name"] for host in hosts for engine in host["engines"]} == wanted
+
+
+def alive(child: Child) -> bool:
+    try:
+        return open(f"/proc/{child.pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until_up(supervisor: Supervisor) -> None:
+    """Raises RoundsFailed."""
+    end = time.monotonic() + BACK_S
+    while not engines_up(supervisor):
+        supervisor.watch()
+        if time.monotonic() > end:
+            raise RoundsFailed(f"the cluster did not come back within {BACK_S:g} s")
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def kill_rounds(folder: Path, rounds: int, seed: int = 1, kinds: tuple[str, ...] = (), show: bool = False) -> Counts:
+    """Start a cluster in `folder`, kill `rounds` times (of these kinds, in turn; at random when there are none given),
+    end it."""
+    if not (folder / "model").exists():
+        build_tiny("llama", folder / "model", seed=5)
+    file = folder / "cluster.toml"
+    file.write_text(CLUSTER.format(port=free_port()))
+    cluster = read_cluster_config(file)
+    _make_secret(cluster.secret_file)
+    lines: list[str] = []
+    supervisor = Supervisor(cluster.processes, lambda name, line: lines.append(f"{name} | {line}"))
+    generator = random.Random(seed)
+    try:
+        supervisor.start(BACK_S)
+        until_up(supervisor)
+        reference = [ask(supervisor.url, prompt, f"reference-{i}") for i, prompt in enumerate(prompts())]
+        load = Load(supervisor.url, reference, seed * 1000)
+        try:
+            for number in range(rounds):
+                until_s = time.monotonic() + generator.uniform(0.1, 2.0)
+                while time.monotonic() < until_s:
+                    supervisor.watch()
+                    time.sleep(0.02)
+                chosen = [
+                    c for c in supervisor.children.values() if not kinds or c.spec.kind == kinds[number % len(kinds)]
+                ]
+                victim = generator.choice(chosen)
+                load.counts.kills[victim.spec.kind if victim.spec.kind != "engine" else victim.spec.name] += 1
+                victim.ready.clear()
+                os.kill(victim.pid, signal.SIGKILL)
+                until_up(supervisor)
+                if show:
+                    now = load.counts
+                    print(f"{number + 1}: {victim.spec.name}; {now.answers} answers, {now.retried} retried, "
+                          f"{len(now.wrong)} wrong, {len(now.failed)} failed", flush=True)  # fmt: skip
+        finally:
+            counts = load.stop()
+        return counts
+    finally:
+        supervisor.stop()
+        (folder / "output.txt").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    wanted = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+    with tempfile.TemporaryDirectory() as temporary:
+        begin = time.monotonic()
+        result = kill_rounds(Path(sys.argv[2] if len(sys.argv) > 2 else temporary), wanted, show=True)
+        print(f"{sum(result.kills.values())} kills {dict(result.kills)} in {time.monotonic() - begin:.0f} s: "
+              f"{result.answers} answers, {result.retried} after a retry, {len(result.wrong)} wrong, "
+              f"{len(result.failed)} failed, the slowest after {result.slowest_s:.1f} s")  # fmt: skip
+        for line in result.wrong + result.failed:
+            print(line)
+        sys.exit(bool(result.wrong or result.failed))

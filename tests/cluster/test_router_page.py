@@ -1,0 +1,103 @@
+"""The router's live page: its data, and the page itself in a real browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from router_rig import Cluster, CountingHost, cluster, wait_until
+
+from penstock.cluster.live_view import ui_routes
+from penstock.server.app import ServerApp
+from penstock.server.run import HttpServer, bind, url_of
+from penstock.server.settings import ServerSettings
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@contextmanager
+def page_of(c: Cluster) -> Iterator[str]:
+    """The router's HTTP side."""
+    with bind("127.0.0.1", 0) as listener:
+        app = ServerApp(c.router, None, ServerSettings("tiny", resumable=True), ui_routes(c.router, "tiny"))
+        started = threading.Event()
+        server = HttpServer(app, listener, started.set)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        assert started.wait(20.0)
+        try:
+            yield url_of(listener)
+        finally:
+            server.stop()
+            thread.join(20.0)
+
+
+@contextmanager
+def busy() -> Iterator[tuple[Cluster, str]]:
+    """Requests in every stage on two hosts, and finished ones."""
+    with cluster() as c:
+        prefill = c.engine("p", "prefill", CountingHost())
+        c.engine("d", "decode", CountingHost())
+        for number in range(4):
+            c.ask([number, 1], 6).wait()
+        c.hosts["d"].hold_after = 3
+        for number in range(3):
+            c.ask([number, 2], 40)
+        open_ones = c.router.requests
+        wait_until(
+            lambda: (
+                len(open_ones) == 3
+                and all(len(r.answer.tokens) == 3 and set(r.answer.parts) == {"d"} for r in list(open_ones.values()))
+            ),
+            "three tokens each",
+        )
+        prefill.hold_after = 0
+        c.ask([1, 3], 9)
+        wait_until(lambda: prefill.running == 1, "a request in prefill")
+        with page_of(c) as url:
+            yield c, url
+
+
+def test_the_data_names_hosts_engines_links_queues_and_requests() -> None:
+    with busy() as (_, url):
+        data = httpx.get(f"{url}/ui/data", timeout=20.0).json()
+        assert data["healthy"] and data["open"] == 4
+        assert {host["name"] for host in data["hosts"]} == {"host-p", "host-d"}
+        assert all(host["storage"]["up"] for host in data["hosts"])
+        assert data["queues"] == {"wait_router": 0, "prefill": 1, "hand-off": 0, "decode": 3}
+        assert {request["stage"] for request in data["requests"]} == {"prefill", "decode"}
+        assert all(request["spans"] for request in data["requests"]) and len(data["recent"]) == 4
+        metrics = httpx.get(f"{url}/metrics", timeout=20.0).text
+        assert 'penstock_engine_engine_unfinished{name="d"}' in metrics
+
+
+def test_the_page_in_a_headless_browser(tmp_path: Path) -> None:
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"no browser here: none of {', '.join(BROWSERS)}")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    command += ["--no-first-run", f"--user-data-dir={tmp_path}/profile", "--window-size=1300,1000"]
+    picture = tmp_path / "ui.png"
+    with busy() as (_, url):
+        for more in (["--dump-dom"], [f"--screenshot={picture}"]):
+            ended = subprocess.run(
+                [*command, "--virtual-time-budget=4000", *more, f"{url}/ui"],
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            assert ended.returncode == 0, ended.stderr[-2000:]
+            if more == ["--dump-dom"]:
+                shown = ended.stdout.partition("<script>")[0]
+    assert "healthy" in shown and "no answer from the router" not in shown, shown[-3000:]
+    for text in ("host-p", "host-d", "storage NIC", "prefill · 0 tokens", "decode · 3 tokens · d"):
+        assert text in shown
+    assert len(re.findall('class="row"', shown)) == 8  # four open requests and four finished ones
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000

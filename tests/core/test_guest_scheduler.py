@@ -1,0 +1,210 @@
+"""The brain as a guest: order of fetches, shared loads, holes, cancellations, and loading against computing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from penstock.core.config import SchedulerConfig
+from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.guest_scheduler import PROBE_EVERY, GuestOperation, GuestScheduler, Landed
+from penstock.core.keys import block_keys, root_key
+from penstock.core.operations import BlockHit, Fetch, Lookup, RequestSpec, Save, Upload
+
+BLOCK, BLOCK_BYTES = 16, 1_000_000
+FINGERPRINT = b"0123456789abcdef"
+ROUTE = ("net",)
+
+
+class Desk:
+    """A guest scheduler whose operations are completed by hand."""
+
+    def __init__(self, link_bytes_per_s: float = 1e9, **options: Any) -> None:
+        settings: dict[str, Any] = {"l1_pages": 100, "l2_slots": 20, "policy": "lstf"} | options
+        config = SchedulerConfig(BLOCK, BLOCK_BYTES, **settings)
+        cost = CostModel(LinkCost(1e10), ComputeCost(1e-3, 1e-4, 0.0), {"net": LinkCost(link_bytes_per_s)})
+        self.brain = GuestScheduler(config, cost)
+        self.now = 0.0
+        self.earlier: list[GuestOperation] = []
+
+    def submit(self, name: str, tokens: list[int], slo_s: float = 5.0, held: int = 0, hits: int = 10**6) -> None:
+        """A request whose first `hits` blocks the pool holds."""
+        spec = RequestSpec(name, tokens, 1, root_key(FINGERPRINT, ""), self.now + slo_s)
+        self.brain.submit(spec, held, self.now)
+        for op in self.brain.decide(self.now):
+            if isinstance(op, Lookup):
+                found = [BlockHit(BLOCK_BYTES, ROUTE) if i < hits else None for i in range(len(op.keys))]
+                self.brain.lookup_done(op.op_id, found, self.now)
+            else:
+                self.earlier.append(op)
+
+    def decide(self) -> list[GuestOperation]:
+        """What is to do, including what was decided while requests arrived."""
+        operations = [*self.earlier, *self.brain.decide(self.now)]
+        self.earlier = []
+        self.brain.check_integrity()
+        return operations
+
+    def fetch_all(self, fail: bytes = b"") -> list[GuestOperation]:
+        """Complete fetches until none is issued; returns everything else."""
+        others: list[GuestOperation] = []
+        while True:
+            operations = self.decide()
+            fetches = [op for op in operations if isinstance(op, Fetch)]
+            others += [op for op in operations if not isinstance(op, Fetch)]
+            if not fetches:
+                return others
+            for op in fetches:
+                self.now += 1e-3
+                self.brain.fetched(op.op_id, "checksum" if op.key == fail else None, self.now)
+
+
+def tokens_of(family: int, blocks: int) -> list[int]:
+    return [family * 1000 + i for i in range(blocks * BLOCK + 1)]
+
+
+def test_the_most_urgent_request_is_fetched_first() -> None:
+    desk = Desk(fetch_window_blocks=1)
+    desk.submit("first", tokens_of(0, 1))
+    (busy,) = [op for op in desk.decide() if isinstance(op, Fetch)]
+    desk.submit("late", tokens_of(1, 4), slo_s=50.0)
+    desk.submit("urgent", tokens_of(2, 4), slo_s=1.0)
+    desk.brain.fetched(busy.op_id, None, 1e-3)
+    (fetch,) = [op for op in desk.decide() if isinstance(op, Fetch)]
+    assert fetch.key == block_keys(tokens_of(2, 4), FINGERPRINT, "", BLOCK)[0]
+    first, second = desk.brain.rank("urgent"), desk.brain.rank("late")
+    assert first is not None and second is not None and first < second
+
+
+def test_what_the_host_holds_is_not_fetched() -> None:
+    desk = Desk()
+    desk.submit("r", tokens_of(1, 4), held=3 * BLOCK)
+    keys = [op.key for op in desk.decide() if isinstance(op, Fetch)]
+    assert keys == block_keys(tokens_of(1, 4), FINGERPRINT, "", BLOCK)[3:]
+    assert desk.brain.matched("r", 3 * BLOCK, desk.now) == BLOCK
+    assert desk.brain.matched("r", 2 * BLOCK + 8, desk.now) == BLOCK + 8, "evicted meanwhile: the pool has it"
+
+
+def test_requests_that_share_a_prefix_share_its_load() -> None:
+    desk = Desk()
+    desk.submit("a", tokens_of(1, 3))
+    desk.submit("b", [*tokens_of(1, 3)[:-1], 5, 6, 7], hits=3)
+    desk.fetch_all()
+    assert desk.brain.counters["fetched_blocks"] == 3
+    assert desk.brain.matched("a", 0, desk.now) == 3 * BLOCK
+    desk.brain.allocated("a", 0, [1, 2, 3], desk.now)
+    assert desk.brain.matched("b", 0, desk.now) is None, "it waits for a's load"
+    others = desk.decide()
+    uploads = [op for op in others if isinstance(op, Upload)]
+    for upload in uploads:
+        desk.brain.uploaded(upload.op_id, desk.now)
+    assert [op for op in desk.decide() if isinstance(op, Landed)] == [Landed("a", None)]
+    assert desk.brain.matched("b", 0, desk.now) is None, "the host has not taken note yet"
+    desk.brain.acknowledged("a")
+    assert desk.brain.matched("b", 3 * BLOCK, desk.now) == 0
+
+
+def test_a_hole_ends_what_is_offered_and_nothing_is_loaded_behind_it() -> None:
+    desk = Desk(fetch_window_blocks=1)
+    keys = block_keys(tokens_of(1, 6), FINGERPRINT, "", BLOCK)
+    desk.submit("r", tokens_of(1, 6))
+    desk.fetch_all(fail=keys[2])
+    assert desk.brain.matched("r", 0, desk.now) == 2 * BLOCK
+    assert desk.brain.counters["fetched_blocks"] == 2, "blocks behind the hole were not fetched"
+    assert desk.brain.wants("r", 2) and not desk.brain.wants("r", 5)
+
+
+def test_a_block_lost_after_pages_were_given_is_named() -> None:
+    desk = Desk(fetch_window_blocks=1)
+    keys = block_keys(tokens_of(1, 4), FINGERPRINT, "", BLOCK)
+    desk.submit("r", tokens_of(1, 4))
+    desk.brain.allocated("r", 0, [1, 2, 3, 4], desk.now)
+    others = desk.fetch_all(fail=keys[2])
+    for op in others:
+        if isinstance(op, Upload):
+            desk.brain.uploaded(op.op_id, desk.now)
+    landed = [op for op in [*others, *desk.decide()] if isinstance(op, Landed)]
+    assert landed == [Landed("r", 2)]
+    desk.brain.acknowledged("r")
+    assert desk.brain.matched("r", 2 * BLOCK, desk.now) is None, "begins anew with a lookup"
+
+
+def test_pages_of_a_cancelled_request_are_settled_when_the_last_upload_ended() -> None:
+    desk = Desk()
+    desk.submit("r", tokens_of(1, 2))
+    desk.brain.allocated("r", 0, [1, 2], desk.now)
+    (upload,) = [op for op in desk.fetch_all() if isinstance(op, Upload)]
+    desk.brain.finish("r", desk.now)
+    assert not [op for op in desk.decide() if isinstance(op, Landed)]
+    desk.brain.uploaded(upload.op_id, desk.now)
+    landed = [op for op in desk.decide() if isinstance(op, Landed)]
+    assert [notice.request_id for notice in landed] == ["r"]
+    desk.brain.acknowledged("r")
+    assert desk.brain.idle
+
+
+def test_a_lookup_that_takes_too_long_is_not_waited_for() -> None:
+    desk = Desk(lookup_timeout_s=1.0)
+    desk.brain.submit(RequestSpec("r", tokens_of(1, 3), 1, root_key(FINGERPRINT, "")), 0, 0.0)
+    (lookup,) = [op for op in desk.decide() if isinstance(op, Lookup)]
+    assert desk.brain.matched("r", 0, 0.5) is None
+    desk.now = 1.5
+    assert desk.brain.matched("r", 0, desk.now) == 0
+    desk.brain.lookup_done(lookup.op_id, [BlockHit(BLOCK_BYTES, ROUTE)] * 3, desk.now)
+    assert not [op for op in desk.decide() if isinstance(op, Fetch)]
+
+
+def test_where_computing_is_faster_nothing_is_loaded() -> None:
+    slow = Desk(link_bytes_per_s=1e6)  # a second per block, against 1.6 ms to compute it
+    for _ in range(20):
+        slow.brain.stepped([(BLOCK, 0)], 2.6e-3)
+    slow.submit("first", tokens_of(1, 3))
+    slow_fetches = [op for op in slow.decide() if isinstance(op, Fetch)]
+    assert slow_fetches, "nothing was measured yet, so it loads"
+    for _ in range(3):
+        for op in slow_fetches:
+            slow.now += 1.0
+            slow.brain.fetched(op.op_id, None, slow.now)
+        slow.submit(f"more{slow.now}", tokens_of(int(slow.now) + 10, 3))
+        slow_fetches = [op for op in slow.decide() if isinstance(op, Fetch)]
+    slow.submit("last", tokens_of(500, 3))
+    assert slow.brain.matched("last", 0, slow.now) == 0
+    assert slow.brain.counters["computed_instead_tokens"] >= 3 * BLOCK
+    for number in range(PROBE_EVERY):
+        slow.submit(f"probe{number}", tokens_of(600 + number, 3))
+    assert any(slow.brain.matched(f"probe{number}", 0, slow.now) for number in range(PROBE_EVERY)), "one tries the link"
+
+
+def test_loads_take_at_most_half_of_the_hosts_pages_unless_there_are_no_others() -> None:
+    desk = Desk(l1_pages=8)
+    desk.submit("big", tokens_of(1, 6))
+    desk.submit("other", tokens_of(2, 3))
+    assert desk.brain.matched("big", 0, desk.now) == 6 * BLOCK
+    desk.brain.allocated("big", 0, list(range(6)), desk.now)
+    assert desk.brain.matched("other", 0, desk.now) is None
+
+
+def test_a_saved_block_is_kept_until_its_bytes_left_it() -> None:
+    desk = Desk()
+    desk.submit("r", tokens_of(1, 2), hits=1)
+    desk.brain.started("r", desk.now)
+    assert not desk.brain.wants("r", 0) and desk.brain.wants("r", 1)
+    desk.brain.offer("r", 1, 77)
+    assert not desk.brain.wants("r", 1), "it is on its way"
+    (save,) = [op for op in desk.decide() if isinstance(op, Save)]
+    assert save.page == 77 and not desk.brain.released()
+    desk.brain.downloaded(save.op_id)
+    assert desk.brain.released() == [77]
+    desk.brain.saved(save.op_id, None)
+    assert desk.brain.counters["saved_blocks"] == 1
+
+
+def test_saves_that_have_not_begun_give_way() -> None:
+    desk = Desk(l2_slots=4)  # one slot for saves
+    desk.submit("r", tokens_of(1, 3), hits=0)
+    for index in range(3):
+        desk.brain.offer("r", index, index + 1)
+    (save,) = [op for op in desk.decide() if isinstance(op, Save)]
+    desk.brain.press()
+    assert sorted(desk.brain.released()) == [2, 3]
+    desk.brain.saved(save.op_id, "device")
+    assert desk.brain.released() == [1]

@@ -1,0 +1,151 @@
+"""`penstock doctor --vllm` against real configurations, good ones and each misconfiguration it is there for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_rig import PoolProcess
+
+from penstock.doctor import Check
+from penstock.vllm import doctor
+from penstock.vllm.doctor import examine_vllm
+from penstock.vllm.flags import SCHEDULER, connector_config
+
+FLAGS = ["--dtype", "float32", "--block-size", "32", "--max-model-len", "512"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def the_log_level_stays() -> Any:
+    import logging
+
+    level = logging.getLogger("vllm").level
+    yield
+    logging.getLogger("vllm").setLevel(level)
+
+
+def serve(model: Path, config: dict[str, Any] | None, *more: str, scheduler: bool = True) -> list[str]:
+    words = ["vllm", "serve", str(model), *FLAGS, *more]
+    if config is not None:
+        words += ["--kv-transfer-config", json.dumps(config)]
+    return [*words, "--scheduler-cls", SCHEDULER] if scheduler else words
+
+
+def found(words: list[str]) -> dict[str, Check]:
+    return {check.name: check for check in examine_vllm(words)}
+
+
+def test_a_good_configuration_has_no_problem(llama: Path, pool_process: Callable[..., PoolProcess]) -> None:
+    pool = pool_process("--memory", "16MiB")
+    checks = found(serve(llama, connector_config({"pool": pool.address})))
+    assert all(check.status == "ok" for check in checks.values()), checks
+    assert "1 members" in checks[f"pool {pool.address}"].found and "blocks of 64 tokens" in checks["settings"].found
+    assert found(["penstock", "vllm", str(llama), *FLAGS, "--pool", pool.address]) == checks
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "words"),
+    [
+        ({"kv_connector": "LMCacheConnectorV1"}, "connector in use", "does nothing on a CPU"),
+        ({"kv_connector": "ExampleConnector"}, "connector in use", "without PenstockConnector"),
+        ({"kv_connector_extra_config": {}}, "settings", "no pool is named"),
+        ({"kv_connector_extra_config": {"memory": "1GiB", "fetch_timeout": 3}}, "settings", "'fetch_timeout'"),
+        ({"kv_connector_extra_config": {"memory": "1GiB", "block_tokens": 48}}, "settings", "a multiple of"),
+        ({"kv_connector_extra_config": {"memory": "1GiB", "staging": "1MiB"}}, "settings", "staging for 8"),
+        ({"kv_connector_extra_config": {"pool": "127.0.0.1:9"}}, "pool 127.0.0.1:9", "127.0.0.1:9"),
+    ],
+    ids=["lmcache-on-cpu", "other-connector", "no-pool", "wrong-key", "block-size", "staging", "nobody-there"],
+)
+def test_a_connector_that_would_not_do(change: dict[str, Any], name: str, words: str, llama: Path) -> None:
+    config = connector_config({"memory": "1GiB"}) | change
+    if "Penstock" not in config["kv_connector"]:
+        del config["kv_connector_module_path"]
+    check = found(serve(llama, config))[name]
+    assert check.status == "problem" and words in check.found and check.advice, check
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "status", "words"),
+    [
+        (["--no-enable-prefix-caching"], "prefix caching", "problem", "off"),
+        (["--disable-hybrid-kv-cache-manager"], "hybrid allocator", "problem", "sliding window of 64"),
+        (["--no-such-flag"], "configuration", "problem", "--no-such-flag"),
+        (["--max-model-len", "1000000"], "configuration", "problem", "max_model_len"),
+    ],
+    ids=lambda value: value[0].removeprefix("--") if isinstance(value, list) else "",
+)
+def test_flags_that_take_the_cache_away(
+    flags: list[str], name: str, status: str, words: str, model: Callable[[str], Path]
+) -> None:
+    check = found(serve(model("sliding"), connector_config({"memory": "1GiB"}), *flags))[name]
+    assert check.status == status and words in check.found and check.advice, check
+
+
+def test_no_connector_and_vllms_own_scheduler(llama: Path) -> None:
+    checks = found(serve(llama, None, scheduler=False))
+    assert checks["connector in use"].status == "problem" and "without the pool" in checks["connector in use"].found
+    assert checks["scheduler"].status == "note" and SCHEDULER in checks["scheduler"].advice
+
+
+def test_a_multi_connector_must_recompute_by_itself(llama: Path) -> None:
+    config = {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"connectors": [connector_config({"memory": "1GiB"})]},
+    }
+    checks = found(serve(llama, config))
+    assert checks["connector in use"].status == "ok" and checks["settings"].status == "ok"
+    assert checks["load failures"].status == "problem" and "ends its request" in checks["load failures"].found
+    assert found(serve(llama, config | {"kv_load_failure_policy": "recompute"}))["load failures"].status == "ok"
+
+
+def test_memory_alone_is_worth_a_note(llama: Path) -> None:
+    assert found(serve(llama, connector_config({"memory": "1GiB"})))["pool"].status == "note"
+
+
+def test_a_node_that_hangs(
+    llama: Path, pool_process: Callable[..., PoolProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "POOL_TIMEOUT_S", 0.5)
+    pool = pool_process("--memory", "16MiB")
+    pool.send(signal.SIGSTOP)
+    try:
+        check = found(serve(llama, connector_config({"pool": pool.address})))[f"pool {pool.address}"]
+        assert check.status == "problem" and "penstock pool" in check.advice
+    finally:
+        pool.send(signal.SIGCONT)
+
+
+def test_other_versions_and_companions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.version.__version__", "0.99.0")
+    assert doctor.check_installed().status == "problem" and "0.99.0 is untested" in doctor.check_installed().found
+    versions = {"torch": "2.13.0+cpu", "torchvision": "0.28.0"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise doctor.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(doctor, "version", version)
+    check = doctor.check_companions()
+    assert check.status == "problem" and "torchvision 0.28.0" in check.found and "pip uninstall" in check.advice
+    assert doctor.check_command().status == "problem" and "LLM() does" in doctor.check_command().found
+
+
+def test_the_command_ends_with_a_status(llama: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "penstock", "doctor", "--vllm", "--json", str(tmp_path / "found.json")]
+    environment = os.environ | {"COLUMNS": "200"}
+    good = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert good.returncode == 0 and "problems: none" in good.stdout, good
+    words = serve(llama, connector_config({"pool": "127.0.0.1:9"}))
+    bad = subprocess.run([*command, "--", *words], capture_output=True, text=True, timeout=300, env=environment)
+    assert bad.returncode == 1 and "problems: pool 127.0.0.1:9" in bad.stdout, bad
+    record = json.loads((tmp_path / "found.json").read_text())
+    assert record["usable"] is False and record["checks"][-1]["name"] == "pool 127.0.0.1:9"
