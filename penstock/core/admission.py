@@ -8,6 +8,7 @@ from penstock.core.handing import Handing
 from penstock.core.loading import Loading
 from penstock.core.ordering import AGED, RankedQueue
 from penstock.core.ranking import Ranking
+from penstock.core.recompute_front import front_to_compute
 from penstock.core.request import NO_PAGE, LoadState, Request, State
 from penstock.core.shared_state import SharedState
 
@@ -90,6 +91,8 @@ class Admission:
         request.pages = [NO_PAGE] * total
         request.ready = [False] * total
         need = total
+        front = front_to_compute(shared, request, self.admitted, self._loading.loads)
+        shared.count("computed_instead_tokens", len(front) * shared.config.block_tokens)
         for index in range(hittable):
             key = request.key_at(index)
             if key in shared.l1:
@@ -98,12 +101,15 @@ class Admission:
                 request.count_cached(self._shared.config.block_tokens)
                 self._handing.in_l1(request, index)
                 need -= 1
-            elif index in request.hits or key in self._loading.loads:
+            elif (index in request.hits and index not in front) or key in self._loading.loads:
                 if index not in request.loads:
                     self._loading.join(request, index, request.hits.get(index) or self._loading.loads[key].hit)
                 need -= request.loads[index].page is not None
         shared.promise(request, need)
         self._ranking.count_loads(request)
+        request.compute_s += shared.cost.compute.rebuild_s(
+            len(front) * shared.config.block_tokens, front.start * shared.config.block_tokens
+        )
         self._loading.enqueue(request)
         self._changed(request, now)
         return True

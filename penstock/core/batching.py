@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from penstock.core.compute_quota import AttentionCost, ComputeQuota
 from penstock.core.handing import Handing
 from penstock.core.operations import Compute, ComputeChunk, FinishReason
 from penstock.core.ordering import RankedQueue
@@ -73,6 +74,7 @@ class Batching:
             return []
         shared = self._shared
         budget = shared.config.max_batch_tokens
+        quota = self._quota()
         chunks: list[tuple[Request, ComputeChunk]] = []
         for request in list(self._decoding):
             if budget and request.state is State.DECODE and self._page_at_position(request, now):
@@ -85,7 +87,8 @@ class Batching:
                 break
             if request.state is not State.PREFILL:
                 continue
-            tokens = self._prefill_run(request, budget, now)
+            within = budget if quota is None else self._within(quota, request, budget, chunks)
+            tokens = self._prefill_run(request, within, now)
             if tokens and not self._pays(request, tokens, prefills):
                 break
             if tokens:
@@ -101,6 +104,22 @@ class Batching:
         self._batch = (op_id, tuple(chunks), now)
         shared.outbox.append(Compute(op_id, tuple(chunk for _, chunk in chunks), predicted_s))
         return [request for request, _ in chunks]
+
+    def _quota(self) -> ComputeQuota | None:
+        config, compute = self._shared.config, self._shared.cost.compute
+        if compute.seconds([(config.max_batch_tokens, config.l1_pages * config.block_tokens)]) <= config.max_batch_s:
+            return None  # no batch can be longer
+        return ComputeQuota(AttentionCost(compute.b, compute.c), attention_s_max=config.max_batch_s)
+
+    def _within(
+        self, quota: ComputeQuota, request: Request, budget: int, chunks: Sequence[tuple[Request, ComputeChunk]]
+    ) -> int:
+        """How many tokens of the request the quota leaves room for beside `chunks`; at least one block where no other
+        prefill is among them."""
+        left_s = quota.attention_s_max - self._shared.cost.compute.seconds(_spans(chunks))
+        tokens = quota.cut(min(budget, request.target - request.position), request.position, left_s)
+        prefills = any(other.state is State.PREFILL for other, _ in chunks)
+        return tokens if prefills else max(tokens, min(budget, self._shared.config.block_tokens))
 
     def _pays(self, request: Request, tokens: int, prefills: int) -> bool:
         """Whether a chunk may join a batch with `prefills` others: it delays each of them by its own time, and saves

@@ -60,7 +60,7 @@ class ComputeQuota:
                 left_s -= need_s
                 left_tokens -= query
                 continue
-            cut = self._cut(min(query, left_tokens), context, left_s) if by_attention else left_tokens
+            cut = self.cut(min(query, left_tokens), context, left_s) if by_attention else left_tokens
             if not cut and not taken:
                 cut = 1
             if cut:
@@ -69,7 +69,7 @@ class ComputeQuota:
             break
         return taken, spent_s
 
-    def _cut(self, query_tokens: int, context_tokens: float, left_s: float) -> int:
+    def cut(self, query_tokens: int, context_tokens: float, left_s: float) -> int:
         """The most of `query_tokens` whose attention takes at most `left_s`: binary search."""
         low, high = 0, query_tokens
         while low < high:

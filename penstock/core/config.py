@@ -9,6 +9,8 @@ Policy = Literal["fcfs", "sjf-compute", "sjf", "srpt", "edf", "lstf", "feasible"
 Mode = Literal["penstock", "coupled"]
 POLICIES: tuple[str, ...] = get_args(Policy)
 MODES: tuple[str, ...] = get_args(Mode)
+NO_QUOTA_S = 1e9
+PREFILL_QUOTA_S = 0.3  # DualPath's
 
 
 class ConfigError(ValueError):
@@ -38,7 +40,9 @@ class SchedulerConfig:
     mode: Mode = "penstock"
     pool: bool = True  # False: no L3, nothing is looked up, loaded or saved
     layerwise: bool = False  # compute of a layer starts when that layer is up, not when all of them are
+    recompute: bool = False  # the front of a hit is computed where that ends before the rest of it is loaded
     max_batch_tokens: int = 2048
+    max_batch_s: float = NO_QUOTA_S  # compute quota: predicted seconds of a batch
     max_prefills: int = 8  # requests in prefill in one batch
     max_running: int = 64  # requests past admission (loading, in prefill or decoding)
     max_waiting: int = 1024

@@ -37,6 +37,7 @@ from penstock.core.shared_state import SharedState
 
 MIN_SAMPLES = 8  # batches and fetches before costs may speak against a load
 PROBE_EVERY = 8  # of the loads that costs speak against, one is made all the same: a link may be faster again
+GRANT_AHEAD_S = 0.5  # pages are asked for ahead as long as what has pages already keeps its links busy for less
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ class _Guest:
     lookup_until_s: float = 0.0
     grant: _Grant | None = None
     leaving: bool = False
+    probe: bool = False  # it loads although computing seemed faster
     noted: list[bytes] = field(default_factory=list)
     bad: set[int] = field(default_factory=set)  # blocks that failed once; computed from then on
     pooled: set[int] = field(default_factory=set)  # blocks that the pool holds
@@ -172,12 +174,10 @@ class GuestScheduler:
         request.account.predicted_compute_s = request.compute_s
         request.pages = [NO_PAGE] * (request.target // self.config.block_tokens + 1)
         request.ready = [False] * len(request.pages)
-        if guest.end > guest.held and not self._worth_loading(guest):
-            self._shared.count("computed_instead_tokens", (guest.end - guest.held) * self.config.block_tokens)
-            request.hits, guest.end = {}, guest.held
-            self._ranking.estimate(request)
         request.static_key = None
         self._ranking.set_rank(request)
+        if guest.end > guest.held and not self._worth_loading(guest):
+            self._compute_instead(guest)
         for index in range(guest.held, guest.end):
             self._loading.join(request, index, request.hits[index])
         self._loading.enqueue(request)
@@ -192,6 +192,14 @@ class GuestScheduler:
         return end
 
     def _worth_loading(self, guest: _Guest) -> bool:
+        """Whether a request that arrived should load; one in `PROBE_EVERY` does in any case."""
+        if self._arrives_first(guest):
+            return True
+        self._refusals += 1
+        guest.probe = self._refusals % PROBE_EVERY == 0
+        return guest.probe
+
+    def _arrives_first(self, guest: _Guest) -> bool:
         """Loading is worth it where the request's blocks arrive before they could be computed, each behind what goes
         first on its link or on the processor. Never refused before costs were measured."""
         if self._steps < MIN_SAMPLES or self._fetches < MIN_SAMPLES:
@@ -200,23 +208,30 @@ class GuestScheduler:
         size = self.config.block_tokens
         first = guest.held * size
         compute_s = compute.seconds([(request.target - first, first)]) - request.compute_s
-        load_s = self._ranking.load_s(request)
-        links: dict[tuple[str, ...], int] = {}
-        computing_s = 0.0
+        links: dict[tuple[str, ...], int] = dict(request.bytes_by_route)
         for other in self._guests.values():
             peer = other.request
-            if other is guest or peer.state not in (State.WAITING, State.PREFILL) or peer.rank > request.rank:
+            if other is guest or peer.state not in (State.WAITING, State.PREFILL):
                 continue
-            computing_s += peer.compute_s
-            for route, size_bytes in peer.bytes_by_route.items():
-                links[route] = links.get(route, 0) + size_bytes
-        for route in request.bytes_by_route:
-            links[route] = links.get(route, 0) + request.bytes_by_route[route]
-        load_s = max(load_s, self.cost.load_s(links, 0, serial=False))
-        if load_s < compute_s + computing_s:
-            return True
-        self._refusals += 1
-        return self._refusals % PROBE_EVERY == 0
+            if peer.rank <= request.rank or (peer.state is State.PREFILL and other.grant is None):
+                compute_s += peer.compute_s  # goes first, or is being computed
+            if peer.rank <= request.rank or other.grant is not None:
+                for route, size_bytes in peer.bytes_by_route.items():
+                    links[route] = links.get(route, 0) + size_bytes
+        load_s = max(self._ranking.load_s(request), self.cost.load_s(links, 0, serial=False))
+        return load_s < compute_s
+
+    def _compute_instead(self, guest: _Guest) -> None:
+        """Nothing is loaded for the request any more; the host computes it."""
+        request = guest.request
+        self._shared.count("computed_instead_tokens", (guest.end - guest.held) * self.config.block_tokens)
+        for index in list(request.loads):
+            self._loading.forgo(request, index)
+        request.hits, guest.end = {}, guest.held
+        self._ranking.estimate(request)
+        request.static_key = None
+        self._ranking.set_rank(request)
+        self._ranking.stale = True
 
     def extend(self, request_id: str, tokens: Sequence[int]) -> None:
         """Tokens that the request generated, in order."""
@@ -288,7 +303,22 @@ class GuestScheduler:
         if self._granted and len(self._granted) + end - first > max(1, self.config.l1_pages // 2):
             request.switch_label("wait_l1", now)
             return None
+        begun = request.load_counts[LoadState.FETCHING] + request.load_counts[LoadState.STAGED]
+        if not begun and request.loads and not guest.probe and not self._arrives_first(guest):
+            self._version += 1
+            self._compute_instead(guest)
+            return 0
+        if request.bytes_by_route and self._granted_load_s() > GRANT_AHEAD_S:
+            return None  # its blocks are fetched in its turn all the same
         return end * size - held_tokens
+
+    def _granted_load_s(self) -> float:
+        """For how long what has pages still keeps the links busy."""
+        links: dict[tuple[str, ...], int] = {}
+        for _, guest, _ in self._grants():
+            for route, size_bytes in guest.request.bytes_by_route.items():
+                links[route] = links.get(route, 0) + size_bytes
+        return self.cost.load_s(links, 0, serial=False)
 
     def _restart(self, guest: _Guest, held_tokens: int, now: float) -> None:
         """A request that had its pages asks again: it was preempted, or its load failed as a whole."""
@@ -366,6 +396,7 @@ class GuestScheduler:
         request.switch_label("decode", now)
         if request.account.first_token_s is None:
             request.account.first_token_s = now
+        self._version += 1
         self._ranking.stale = True
 
     def stepped(self, spans: Sequence[tuple[int, int]], seconds: float) -> None:
@@ -395,6 +426,9 @@ class GuestScheduler:
     def _changed(self, request: Request, now: float) -> None:
         """A block of the request moved, or was lost."""
         self._holes[request] = None
+        counts = request.load_counts
+        if not counts[LoadState.WANTED] and not counts[LoadState.FETCHING]:
+            self._version += 1  # its links are free for others
         self._ranking.progressed(request)
         self._relabel(request, now)
 

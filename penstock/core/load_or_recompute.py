@@ -16,11 +16,13 @@ def recompute_tokens(
     compute_free_s: float,
     compute: ComputeCost,
     block_tokens: int,
+    context_tokens: int = 0,
 ) -> int:
     """How many tokens from the front to compute (whole blocks), so that computing them ends when the rest is loaded.
 
     `load_free_s` and `compute_free_s` are when the links and the engine get to this request, on one clock. Computing
-    the front is `compute.rebuild_s`; every block computed is one that the links need not carry. O(log blocks)."""
+    the front, after `context_tokens` that are there, is `compute.rebuild_s`; every block computed is one that the links
+    need not carry. O(log blocks)."""
     if hit_tokens < block_tokens or load_tokens_per_s <= 0:
         return 0
     low, high = 0, hit_tokens // block_tokens
@@ -28,7 +30,7 @@ def recompute_tokens(
         middle = (low + high + 1) // 2
         tokens = middle * block_tokens
         load_end_s = load_free_s + (hit_tokens - tokens) / load_tokens_per_s
-        if compute_free_s + compute.a + compute.rebuild_s(tokens, 0) <= load_end_s:
+        if compute_free_s + compute.a + compute.rebuild_s(tokens, context_tokens) <= load_end_s:
             low = middle
         else:
             high = middle - 1

@@ -468,7 +468,8 @@ class Loading:
         return {name: use.in_flight for name, use in self._links.items()} | {"upload": self._upload_link.in_flight}
 
     def check_work_conserving(self) -> None:
-        """No route with room has a wanted block of an admitted request."""
+        """No route with room has a wanted block of an admitted request, and while the upload window has room no staged
+        block of the request that goes up next has a page."""
         wanted = {
             load.hit.route
             for load in self.loads.values()
@@ -476,6 +477,12 @@ class Loading:
         }
         for route in wanted:
             assert not self._has_room(route, False), f"{route} is idle although a block waits for it"
+        request = self._uploads.peek()
+        if request is None or self._upload_link.in_flight >= self._shared.config.upload_window_groups:
+            return
+        if self._shared.config.mode == "penstock" or self._may_upload_coupled(request):
+            mine = [load for load in request.staged if load.state is LoadState.STAGED and request in load.waiters]
+            assert all(load.page is None for load in mine[:1]), "upload is idle although a block waits for it"
 
     def check_integrity(self) -> None:
         """A load is under its key, holds a slot exactly from FETCHING on, and is waited for or in flight; waiters and

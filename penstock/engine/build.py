@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from penstock.core.config import ConfigError, SchedulerConfig
+from penstock.core.config import NO_QUOTA_S, PREFILL_QUOTA_S, ConfigError, SchedulerConfig
 from penstock.core.cost import CostModel, LinkCost
 from penstock.core.layout import staging_bytes
 from penstock.engine.config import EngineConfig
@@ -96,7 +96,9 @@ def _scheduler_config(config: EngineConfig, runner: ModelRunner, hands_off: bool
         pool=not config.no_pool,
         layerwise=runner.layerwise and config.mode == "penstock",
         saves_yield=runner.computes_on_host,
+        recompute=config.recompute,
         max_batch_tokens=config.max_batch_tokens,
+        max_batch_s=(config.max_batch_s or (PREFILL_QUOTA_S if hands_off else NO_QUOTA_S)) * config.time_factor,
         max_running=config.max_running,
         max_waiting=config.max_waiting,
         fetch_window_blocks=config.fetch_window_blocks,

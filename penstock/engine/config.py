@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from penstock.core.config import MODES, POLICIES, ConfigError, Mode, Policy, check_range
+from penstock.core.config import MODES, NO_QUOTA_S, POLICIES, ConfigError, Mode, Policy, check_range
 from penstock.units import parse_address
 
 Executor = Literal["real", "modelled"]
@@ -18,8 +18,8 @@ MIB = 2**20
 class EngineConfig:
     """Sizes are bytes. `pool` are addresses of pool nodes, `memory` and `slab` members of this process: all together
     are one pool; `pool_config` is a file that describes one. Without any of them it is some memory; `no_pool` turns it
-    off. `secret_file` holds what pool nodes ask for. `profile`, `bytes_divisor` and
-    `time_factor` belong to the modelled executor."""
+    off. `secret_file` holds what pool nodes ask for. `max_batch_s` None: DualPath's quota for prefill engines, no bound
+    for others. `profile`, `bytes_divisor` and `time_factor` belong to the modelled executor."""
 
     model: str = ""
     load_format: Literal["auto", "dummy"] = "auto"
@@ -42,7 +42,9 @@ class EngineConfig:
     kv_memory_bytes: int = 512 * MIB
     staging_bytes: int = 128 * MIB
     max_context_tokens: int | None = None
+    recompute: bool = False
     max_batch_tokens: int = 2048
+    max_batch_s: float | None = None
     max_running: int = 64
     max_waiting: int = 1024
     fetch_window_blocks: int = 8
@@ -82,5 +84,7 @@ class EngineConfig:
         check_range("staging_bytes", self.staging_bytes, 1, 2**50)
         check_range("bytes_divisor", self.bytes_divisor, 1, 2**20)
         check_range("time_factor", self.time_factor, 1e-6, 1e6)
+        if self.max_batch_s is not None:
+            check_range("max_batch_s", self.max_batch_s, 1e-3, NO_QUOTA_S)
         if self.max_context_tokens is not None:
             check_range("max_context_tokens", self.max_context_tokens, 2, 2**24)

@@ -69,6 +69,13 @@ def serve(
     ] = None,
     max_context: Annotated[int | None, _flag(_ORDER, "the model's", "Tokens of prompt and answer together.")] = None,
     max_batch_tokens: Annotated[int | None, _flag(_ORDER, "2048", "Tokens computed in one batch.")] = None,
+    max_batch_s: Annotated[
+        float | None, _flag(_ORDER, "none; prefill engines 0.3", "Predicted seconds of one batch.")
+    ] = None,
+    recompute: Annotated[
+        bool | None,
+        _flag(_ORDER, "off", "Compute the front of a hit while the rest loads, where sooner.", names=("--recompute",)),
+    ] = None,
     max_running: Annotated[int | None, _flag(_ORDER, "64", "Requests loading or computing at once.")] = None,
     max_waiting: Annotated[int | None, _flag(_ORDER, "1024", "Requests waiting; further ones get a 429.")] = None,
     fetch_window_blocks: Annotated[int | None, _flag(_ORDER, "8", "Blocks in flight per link.")] = None,

@@ -46,7 +46,9 @@ class ServeFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     staging: str = "128MiB"
     block_tokens: int = 64
     max_context: int | None = None
+    recompute: bool = False
     max_batch_tokens: int = 2048
+    max_batch_s: float | None = None
     max_running: int = 64
     max_waiting: int = 1024
     fetch_window_blocks: int = 8
