@@ -44,6 +44,11 @@ def test_flags_of_vllm_are_passed_through_in_their_order_and_penstocks_go_into_t
     assert value_of(words, "--scheduler-cls") == SCHEDULER and len(words) == 12
 
 
+def test_a_switch_goes_into_the_connector_only_when_it_is_given() -> None:
+    extra = transfer_of(command_of("M", "--pool", "a:1", "--load-always"))["kv_connector_extra_config"]
+    assert extra == {"pool": ["a:1"], "load_always": True}
+
+
 def test_a_scheduler_of_the_users_stays() -> None:
     assert value_of(command_of("M", "--scheduler_cls", "mine.Scheduler"), "--scheduler-cls") == "mine.Scheduler"
     assert value_of(command_of("M", "--stock-scheduler"), "--scheduler-cls") is None

@@ -6,6 +6,7 @@ import typer
 
 from penstock.bench.experiments.calvo import calvo
 from penstock.bench.experiments.demo import demo
+from penstock.bench.experiments.dualpath import dualpath
 from penstock.bench.experiments.gpu import gpu
 from penstock.bench.experiments.io import io
 from penstock.bench.experiments.pool import pool
@@ -15,6 +16,7 @@ from penstock.bench.experiments.vllm import vllm
 
 bench = typer.Typer(help="Measure Penstock against its limits on this machine.", no_args_is_help=True)
 bench.command()(calvo)
+bench.command()(dualpath)
 bench.command()(gpu)
 bench.command()(io)
 bench.command()(pool)

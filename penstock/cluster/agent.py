@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 KEEP_S = 60.0
 DIAL_TIMEOUT_S = 5.0
+UNHEALTHY_S = 10.0  # an engine that makes no progress for so long ends: whoever started it starts it again
 PAUSES_S = (0.05, 1.0)  # between attempts to register, growing
 _RECEIVE_POLL_S = 0.25
 
@@ -57,6 +58,7 @@ class AgentSettings:
     router: tuple[str, int]
     secret: Secret
     keep_s: float = KEEP_S
+    unhealthy_s: float = UNHEALTHY_S
 
 
 class RegistrationRefused(Exception):
@@ -91,7 +93,8 @@ class _Session:
 
 
 class EngineAgent:
-    """Runs from construction to `close`. `ended` is set, with `failure`, when the router refuses it for good."""
+    """Runs from construction to `close`. `ended` is set, with `failure`, when the router refuses it for good, or
+    when the engine itself has failed."""
 
     def __init__(
         self,
@@ -100,7 +103,7 @@ class EngineAgent:
         settings: AgentSettings,
         on_refused: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_refused` is called once, when the router refuses this engine for good."""
+        """`on_refused` is called once, when this engine will not serve again (see `failure`)."""
         self.card = card
         self.failure: str | None = None
         self.ended = threading.Event()
@@ -116,6 +119,7 @@ class EngineAgent:
         self._closing = threading.Event()
         self._told = ""
         self._lost_s: float | None = None
+        self._unhealthy_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="penstock-agent", daemon=True)
         self._thread.start()
 
@@ -150,10 +154,7 @@ class EngineAgent:
             except RegistrationRefused as error:
                 self._tell(f"router {self._place} refuses this engine: {error}")
                 if error.final:
-                    self.failure = f"router {self._place} refuses this engine: {error}"
-                    self._stop_all()
-                    self.ended.set()
-                    self._on_refused()
+                    self._fail(f"router {self._place} refuses this engine: {error}")
                     return
             except (OSError, wire.ProtocolError, SecretRefused) as error:
                 self._tell(f"router {self._place}: {error}; it is tried again")
@@ -161,8 +162,27 @@ class EngineAgent:
                 log.exception("the connection to router %s failed", self._place)
             if self._lost_s is not None and time.monotonic() - self._lost_s > self._settings.keep_s:
                 self._stop_all()
+            if (why := self._unhealthy()) is not None:
+                self._fail(f"the engine has failed: {why}")
+                return
             self._closing.wait(pause_s * random.uniform(0.7, 1.3))
             pause_s = min(2 * pause_s, PAUSES_S[1])
+
+    def _fail(self, why: str) -> None:
+        self.failure = why
+        self._stop_all()
+        self.ended.set()
+        self._on_refused()
+
+    def _unhealthy(self) -> str | None:
+        """Why the engine has made no progress for `unhealthy_s`, as seen between registrations."""
+        healthy, why = self._host.healthy()
+        now = time.monotonic()
+        if healthy:
+            self._unhealthy_s = None
+            return None
+        self._unhealthy_s = self._unhealthy_s or now
+        return why if now - self._unhealthy_s > self._settings.unhealthy_s else None
 
     def _tell(self, line: str) -> None:
         """Each state of the router once."""

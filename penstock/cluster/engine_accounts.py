@@ -70,7 +70,10 @@ class EngineAccounts:
         self._brain.node_registered(host, self._storage_tokens_per_s(here))
         accounts = [self._accounts[other.name] for other in here if other.name in self._accounts]
         seen = min((one.unseen[0][1] - 1 for one in accounts if one.unseen), default=None)
-        self._brain.report(host, sum(other.report.read_queue_tokens for other in here), seen)
+        # An engine's queue has neither what waits for room in a decode buffer, nor what a prefill engine is still to
+        # ask of this host's relay: a report adds to what the brain counts itself, and takes nothing off.
+        reported = sum(other.report.read_queue_tokens for other in here)
+        self._brain.report(host, max(reported, self._brain.unread_tokens(host, seen)), seen)
         self._tell_nics(engines, now)
 
     def _tell_nics(self, engines: Sequence[Engine], now: float) -> None:

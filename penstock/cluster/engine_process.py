@@ -32,8 +32,8 @@ CLOSE_TIMEOUT_S = 10.0
 NAME_CHARACTERS_MAX = 128
 
 
-class RouterRefused(ValueError):
-    """The router does not take this engine, and will not later."""
+class EngineEnded(ValueError):
+    """This engine will not serve again: the router does not take it and will not later, or it has failed itself."""
 
 
 def serve_for_router(flags: ServeFlags) -> None:
@@ -53,7 +53,7 @@ def serve_for_router(flags: ServeFlags) -> None:
             finally:
                 agent.close(CLOSE_TIMEOUT_S)
             if agent.failure is not None:
-                raise RouterRefused(agent.failure)
+                raise EngineEnded(agent.failure)
         finally:
             host.close(CLOSE_TIMEOUT_S)
 
@@ -75,6 +75,7 @@ def host_config(flags: ServeFlags) -> HostConfig:
         relay_listen=flags.relay_listen,
         buffer_bytes=buffer_bytes,
         relay_pace_bytes_per_s=pace,
+        relay_transport=flags.relay_transport,  # type: ignore[arg-type]
         hand_off_timeout_s=flags.hand_off_timeout_s,
     )
 

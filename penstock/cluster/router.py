@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -25,11 +25,12 @@ from penstock.cluster.merged_report import merged_report
 from penstock.cluster.orphans import Orphans
 from penstock.cluster.placed import Part, PlacedRequest, ReadSide
 from penstock.cluster.port import ClusterPort, Engine
+from penstock.cluster.routed import OnEvent, Routed, RouterSettings, check_request, fresh_answer, part_of
+from penstock.cluster.router_stats import router_stats
 from penstock.core.answer import Answer, Outcome
-from penstock.core.config import check_range
 from penstock.core.inter_engine import InterEngineScheduler
 from penstock.core.operations import FinishReason
-from penstock.core.placing import GiveUp, InterEngineConfig, Place, Replan, Revoke, TooManyRequests
+from penstock.core.placing import GiveUp, Place, Replan, Revoke, TooManyRequests
 from penstock.core.seen_prefixes import SeenPrefixes
 from penstock.engine.api import (
     EngineStats,
@@ -41,71 +42,15 @@ from penstock.engine.api import (
 )
 from penstock.transport.secret import Secret
 
+__all__ = ["ClusterEngine", "RouterSettings"]
+
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25
 ANSWER_TIMEOUT_S = 5.0
 RECENT_MAX = 256
-MARKS_MAX = 64
-TOP_K_MAX = 2**31 - 1
 
-OnEvent = Callable[[TokenEvent], None]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class RouterSettings:
-    """`lease_s`: an engine that is not heard for so long is fenced. `no_engine_s`: a request that no engine can serve
-    for so long ends. `grace_s`: for so long after its start the router waits with requests that may be under way on
-    engines that have not registered again. `claim_s`: for so long it keeps what nobody has asked for again."""
-
-    lease_s: float = 3.0
-    no_engine_s: float = 30.0
-    grace_s: float = 2.0
-    claim_s: float = 60.0
-    max_open: int = 16_384
-    brain: InterEngineConfig = field(default_factory=InterEngineConfig)
-
-    def __post_init__(self) -> None:
-        check_range("lease_s", self.lease_s, 0.05, 3600)
-        check_range("no_engine_s", self.no_engine_s, 0.05, 1e6)
-        check_range("grace_s", self.grace_s, 0, 3600)
-        check_range("claim_s", self.claim_s, 0.05, 1e6)
-        check_range("max_open", self.max_open, 1, 1 << 20)
-
-
-@dataclass(eq=False, slots=True)
-class Routed:
-    """One request in the router."""
-
-    request: GenerationRequest
-    on_event: OnEvent
-    arrival_s: float
-    answer: Answer
-    digest: bytes
-    brain_attempt: int | None = None  # of the placement that it is at
-    waiting: str = "no engine yet"  # why it is not placed
-    first_token_s: float | None = None
-    read: str = ""
-    hit_tokens: int = 0
-    reports: list[RequestReport] = field(default_factory=list)
-    marks: list[tuple[str, float]] = field(default_factory=list)  # (stage, when it began)
-
-    def mark(self, stage: str, now: float) -> None:
-        if len(self.marks) < MARKS_MAX and (not self.marks or self.marks[-1][0] != stage):
-            self.marks.append((stage, now))
-
-    def spans(self, now: float) -> list[tuple[str, float, float]]:
-        """Stages from arrival until now."""
-        ends = [start_s for _, start_s in self.marks[1:]] + [now]
-        return [
-            (stage, start_s - self.arrival_s, end_s - self.arrival_s)
-            for (stage, start_s), end_s in zip(self.marks, ends, strict=True)
-        ]
-
-    @property
-    def id(self) -> str:
-        return self.request.request_id
 
 
 class ClusterEngine:
@@ -146,7 +91,9 @@ class ClusterEngine:
         """See EngineAPI. A request that is `resumable` and asked for again gets the tokens that it got before."""
         if self._fatal:
             raise Overloaded(self._fatal, retry_after_s=10.0)
-        self._validate(request)
+        if not self.vocab_size:
+            raise Overloaded(self.healthy()[1], 1.0)
+        check_request(request, self.vocab_size, self.max_context_tokens)
         digest = asked_digest(request.prompt_tokens, request.sampling, request.tenant)
         known = self.requests.get(request.request_id)
         if known is not None and (not request.resumable or known.digest != digest):
@@ -164,7 +111,7 @@ class ClusterEngine:
 
     def stats(self) -> EngineStats:
         """See EngineAPI."""
-        return self.ask(self._snapshot)
+        return self.ask(lambda: router_stats(self))
 
     def healthy(self) -> tuple[bool, str]:
         """See EngineAPI: whether engines are there that can serve a request."""
@@ -199,26 +146,15 @@ class ClusterEngine:
             raise TimeoutError("the router has stopped")
         return asyncio.run_coroutine_threadsafe(answer(), self._loop).result(ANSWER_TIMEOUT_S)
 
-    def _validate(self, request: GenerationRequest) -> None:
-        prompt, sampling = request.prompt_tokens, request.sampling
-        if not self.vocab_size:
-            raise Overloaded(self.healthy()[1], 1.0)
-        if not prompt or min(prompt) < 0 or max(prompt) >= self.vocab_size:
-            raise InvalidRequest(f"prompt is empty or has a token outside 0..{self.vocab_size - 1}")
-        if sampling.max_tokens < 1:
-            raise InvalidRequest(f"max_tokens is {sampling.max_tokens}; it must be at least 1")
-        if len(prompt) + sampling.max_tokens > self.max_context_tokens:
-            raise InvalidRequest(
-                f"prompt of {len(prompt)} tokens and max_tokens {sampling.max_tokens} exceed the context of "
-                f"{self.max_context_tokens} tokens"
-            )
-        if request.slo_ttft_s is not None and not 0 < request.slo_ttft_s < 1e6:
-            raise InvalidRequest(f"slo_ttft_s is {request.slo_ttft_s}; it must be above 0 and below 1e6")
-        if not 0 <= sampling.temperature <= 100 or not 0 < sampling.top_p <= 1 or not 0 <= sampling.top_k <= TOP_K_MAX:
-            raise InvalidRequest(
-                f"temperature is {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}; allowed: "
-                f"temperature 0 to 100, top_p above 0 up to 1, top_k 0 to {TOP_K_MAX}"
-            )
+    def remember(self, prompt_tokens: Sequence[int], tenant: str = "") -> None:
+        """The pool holds the KV of these tokens: what a router learns as it serves, told to one that has just begun.
+        Without engines nothing is remembered. Raises TimeoutError."""
+
+        def add() -> None:
+            if self._seen is not None:
+                self._seen.add(prompt_tokens, tenant)
+
+        self.ask(add)
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
@@ -338,7 +274,7 @@ class ClusterEngine:
             self._cancel_part(name, request_id, attempt)
         if found is None:
             return False
-        answer, fresh = routed.answer, _fresh(routed.answer)
+        answer, fresh = routed.answer, fresh_answer(routed.answer)
         running = {part.engine: part.part for part in found if part.finish_reason is None}
         held = [piece for part in found for piece in part.pieces()]
         ended = next((part for part in found if part.finish_reason in ("stop", "length")), None)
@@ -467,7 +403,7 @@ class ClusterEngine:
             near = place.hit_tokens - place.recompute_tokens - place.decode_tokens if engine is prefill else 0
             if self._accounts is not None and place.read != "none":
                 self._accounts.placed(engine, near + far)
-            self.port.send(engine, wire.Place(_part_of(placed, parts[engine.name], engine.epoch)))
+            self.port.send(engine, wire.Place(part_of(placed, parts[engine.name], engine.epoch)))
 
     def _replan(self, routed: Routed, decision: Replan) -> None:
         for name, part in routed.answer.parts.items():
@@ -587,36 +523,3 @@ class ClusterEngine:
             elif not told_brain:
                 self.brain.restart(routed.id, attempt)
             self._decide_soon()
-
-    # -- for people ---------------------------------------------------------------------------------------------
-
-    def _snapshot(self) -> EngineStats:
-        port = self.port.counts
-        waiting = sum(1 for routed in self.requests.values() if not routed.answer.parts)
-        decoding = sum(1 for routed in self.requests.values() if routed.answer.parts and routed.first_token_s)
-        gauges = {
-            "requests_waiting": float(waiting),
-            "requests_prefill": float(len(self.requests) - waiting - decoding),
-            "requests_decoding": float(decoding),
-            "engines": float(len(self.port.engines)),
-        }
-        counters = {name: float(count) for name, count in (*self.counters.items(), *self.brain.counts.items())}
-        for name in ("connections", "refused_secret", "refused_protocol", "refused_registration", "fenced_frames"):
-            counters[f"cluster_{name}"] = float(getattr(port, name))
-        engines = self.port.engines.values()
-        labelled = {
-            f"engine_{name}": {engine.name: float(getattr(engine.report, name)) for engine in engines}
-            for name in ("unfinished", "tokens", "decoding", "read_queue_bytes", "free_pages", "buffer_free_blocks")
-        }
-        return EngineStats(gauges, counters, labelled, {"mode": "router", "policy": self.settings.brain.read})
-
-
-def _fresh(answer: Answer) -> Answer:
-    """A new one for the same request."""
-    return Answer(answer.max_tokens, answer.end_tokens, answer.attempt)
-
-
-def _part_of(placed: PlacedRequest, part: Part, epoch: int) -> PlacedRequest:
-    """That engine's part of a request."""
-    fields = {name: getattr(placed, name) for name in placed.__struct_fields__}
-    return PlacedRequest(**(fields | {"part": part, "epoch": epoch}))

@@ -107,7 +107,7 @@ class Admission:
                 need -= request.loads[index].page is not None
         shared.promise(request, need)
         self._ranking.count_loads(request)
-        request.compute_s += shared.cost.compute.rebuild_s(
+        request.front_s = shared.cost.compute.rebuild_s(
             len(front) * shared.config.block_tokens, front.start * shared.config.block_tokens
         )
         self._loading.enqueue(request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from penstock.core.compute_quota import AttentionCost, ComputeQuota
+from penstock.core.config import NO_QUOTA_S
 from penstock.core.handing import Handing
 from penstock.core.operations import Compute, ComputeChunk, FinishReason
 from penstock.core.ordering import RankedQueue
@@ -107,6 +108,8 @@ class Batching:
 
     def _quota(self) -> ComputeQuota | None:
         config, compute = self._shared.config, self._shared.cost.compute
+        if config.max_batch_s >= NO_QUOTA_S:
+            return None
         if compute.seconds([(config.max_batch_tokens, config.l1_pages * config.block_tokens)]) <= config.max_batch_s:
             return None  # no batch can be longer
         return ComputeQuota(AttentionCost(compute.b, compute.c), attention_s_max=config.max_batch_s)

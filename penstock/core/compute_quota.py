@@ -3,11 +3,14 @@
 First in, first out, packed by predicted attention time up to a quota, so that data-parallel ranks that meet in every
 layer spend about the same time on attention; the request that overflows is cut by binary search (chunked prefill).
 The baseline packs by tokens.
+
+Beyond the paper: ranks that meet take `level_s` of what they have ready, not up to a fixed quota; where few requests
+wait per rank, a fixed quota binds none of them, and the step takes as long as the rank with the most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from penstock.core.config import ConfigError, check_range
@@ -41,13 +44,26 @@ class ComputeQuota:
         check_range("tokens_max", self.tokens_max, 1, 1e9)
         check_range("requests_max", self.requests_max, 1, 1e6)
 
-    def pack(self, waiting: Iterable[tuple[int, float]]) -> tuple[list[int], float]:
+    def ready_s(self, waiting: Iterable[tuple[int, float]]) -> float:
+        """Attention time of what waits, up to `attention_s_max`."""
+        per_query, per_pair = self.attention.per_query_s, self.attention.per_pair_s
+        total_s = 0.0
+        for query, context in waiting:
+            total_s += query * (per_query + per_pair * (context + 0.5 * query))
+            if total_s >= self.attention_s_max:
+                return self.attention_s_max
+        return total_s
+
+    def pack(
+        self, waiting: Iterable[tuple[int, float]], attention_s_max: float | None = None
+    ) -> tuple[list[int], float]:
         """Query tokens to take of each waiting request in turn, `(query_tokens, context_tokens)` first in, first out;
         and their attention time. At least one token is taken where anything waits. A list shorter than what waits
-        ends at the request that no longer fits."""
+        ends at the request that no longer fits. A lower `attention_s_max` may be given for this batch."""
         taken: list[int] = []
         per_query, per_pair = self.attention.per_query_s, self.attention.per_pair_s
-        left_s, left_tokens = self.attention_s_max, self.tokens_max
+        left_s = self.attention_s_max if attention_s_max is None else min(attention_s_max, self.attention_s_max)
+        left_tokens = self.tokens_max
         by_attention = self.by == "attention"
         spent_s = 0.0
         for query, context in waiting:
@@ -79,3 +95,19 @@ class ComputeQuota:
             else:
                 high = middle - 1
         return low
+
+
+def level_s(ready_s: Sequence[float], overhead_s: float) -> float:
+    """The quota at which ranks that meet get most done per second of a step, of those at which a rank is through.
+
+    `ready_s` is what each rank with work has ready. With quota x a step takes `overhead_s + x` and does the sum of
+    `min(ready, x)`; what is over stays for the next step. 0 where nothing is ready. O(n log n)."""
+    best_rate, best_s = -1.0, 0.0
+    through_s, left = 0.0, len(ready_s)  # of the ranks with less, and how many have no less
+    for quota_s in sorted(ready_s):
+        rate = (through_s + quota_s * left) / (overhead_s + quota_s) if quota_s > 0 else 0.0
+        if rate > best_rate:
+            best_rate, best_s = rate, quota_s
+        through_s += quota_s
+        left -= 1
+    return best_s

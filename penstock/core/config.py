@@ -40,7 +40,7 @@ class SchedulerConfig:
     mode: Mode = "penstock"
     pool: bool = True  # False: no L3, nothing is looked up, loaded or saved
     layerwise: bool = False  # compute of a layer starts when that layer is up, not when all of them are
-    recompute: bool = False  # the front of a hit is computed where that ends before the rest of it is loaded
+    recompute: bool = False  # a hit, or its front, is computed where that ends before the rest of it is loaded
     max_batch_tokens: int = 2048
     max_batch_s: float = NO_QUOTA_S  # compute quota: predicted seconds of a batch
     max_prefills: int = 8  # requests in prefill in one batch

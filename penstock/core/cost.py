@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+GROWTH_MAX = 10.0  # of the doubt about a coefficient, against its prior
+
 
 def least_squares(rows: Sequence[Sequence[float]], values: Sequence[float], ridge: float = 1e-12) -> list[float]:
     """Coefficients that minimise the squared error of `rows @ x = values`; columns are scaled first, and `ridge` keeps
@@ -89,14 +91,15 @@ class ComputeCost:
     c: float
     forget: float = 0.99
     _inverse: list[list[float]] = field(default_factory=list)
+    _prior: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._reset()
 
     def _reset(self) -> None:
         """Trust the coefficients to within about their own size."""
-        prior = [max(self.a, 1e-4), max(self.b, 1e-8), max(self.c, 1e-13)]
-        self._inverse = [[(prior[i] ** 2) * 1e2 if i == j else 0.0 for j in range(3)] for i in range(3)]
+        self._prior = [1e2 * max(self.a, 1e-4) ** 2, 1e2 * max(self.b, 1e-8) ** 2, 1e2 * max(self.c, 1e-13) ** 2]
+        self._inverse = [[self._prior[i] if i == j else 0.0 for j in range(3)] for i in range(3)]
 
     @classmethod
     def fit(cls, samples: Sequence[tuple[Sequence[tuple[int, int]], float]]) -> ComputeCost:
@@ -126,6 +129,9 @@ class ComputeCost:
         p = self._inverse
         px = [sum(p[i][j] * x[j] for j in range(3)) for i in range(3)]
         gain_base = self.forget + sum(x[i] * px[i] for i in range(3))
+        if gain_base < self.forget:  # rounding has taken the matrix's sense
+            self._reset()
+            return
         error = 1.0 * seconds * weight - (self.a * x[0] + self.b * x[1] + self.c * x[2])
         gain = [v / gain_base for v in px]
         self.a = max(self.a + gain[0] * error, 0.0)
@@ -134,7 +140,9 @@ class ComputeCost:
         for i in range(3):
             for j in range(3):
                 p[i][j] = (p[i][j] - gain[i] * px[j]) / self.forget
-        if p[0][0] > 1e6 or p[0][0] < 0:  # forgetting without news lets the matrix grow; start again from what is known
+        # Forgetting without news (batches that are all alike) lets the doubt about some direction grow until noise is
+        # taken for knowledge: start again from what is known.
+        if any(not 0 <= p[i][i] <= GROWTH_MAX * self._prior[i] for i in range(3)):
             self._reset()
 
 

@@ -22,62 +22,25 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
+from penstock.core.guest_costs import GuestCosts
 from penstock.core.guest_pages import GuestPages
+from penstock.core.guest_records import Grant, Guest, Landed
 from penstock.core.loading import Loading
-from penstock.core.operations import Account, BlockHit, Lookup, Operation, RequestSpec
+from penstock.core.operations import Account, BlockHit, Fetch, Lookup, Operation, RequestSpec, Save
 from penstock.core.ordering import AGED, Rank
 from penstock.core.ranking import Ranking
 from penstock.core.request import NO_PAGE, LoadState, Request, State
 from penstock.core.saving import Saving, block_to_save
+from penstock.core.seen_blocks import SeenBlocks
 from penstock.core.shared_state import SharedState
 
-MIN_SAMPLES = 8  # batches and fetches before costs may speak against a load
-PROBE_EVERY = 8  # of the loads that costs speak against, one is made all the same: a link may be faster again
-GRANT_AHEAD_S = 0.5  # pages are asked for ahead as long as what has pages already keeps its links busy for less
-
-
-@dataclass(frozen=True, slots=True)
-class Landed:
-    """Nothing is written to the pages of `request_id` any more. `hole` is the first block that did not arrive, None
-    when all did; blocks before it are in their pages."""
-
-    request_id: str
-    hole: int | None
-
+SEEN_BLOCKS_MAX = 1 << 17  # of the pool; about 150 bytes each
+PIN_SHARE = 0.75  # of the host's pages that it may be asked to keep for saves, which give way when it is short of them
 
 GuestOperation = Operation | Landed
-
-
-@dataclass(slots=True)
-class _Grant:
-    """Pages of one request for blocks from `first` up to `end`."""
-
-    first: int
-    end: int
-    keys: list[bytes]
-    unsettled: set[int] = field(default_factory=set)
-    hole: int | None = None
-    landed: bool = False
-
-
-@dataclass(slots=True)
-class _Guest:
-    request: Request
-    held: int  # leading blocks that the host holds, as it said last
-    loads: bool  # whether anything is loaded for it
-    end: int = 0  # blocks from `held` up to here can be loaded
-    lookup_until_s: float = 0.0
-    grant: _Grant | None = None
-    leaving: bool = False
-    probe: bool = False  # it loads although computing seemed faster
-    noted: list[bytes] = field(default_factory=list)
-    bad: set[int] = field(default_factory=set)  # blocks that failed once; computed from then on
-    pooled: set[int] = field(default_factory=set)  # blocks that the pool holds
-    answer: tuple[int, int, int | None] | None = None  # of `matched`: version, held tokens, what was said
 
 
 class GuestScheduler:
@@ -88,11 +51,14 @@ class GuestScheduler:
         self.cost = cost
         self._pages = GuestPages()
         self._shared = SharedState(config, cost, self._pages)
-        self._saving = Saving(self._shared)
+        self._saving = Saving(self._shared, PIN_SHARE)
+        self._seen = SeenBlocks(SEEN_BLOCKS_MAX)
+        self._moving: dict[int, bytes] = {}  # fetches and saves under way: operation -> block
         self._ranking = Ranking(self._shared)
         self._loading = Loading(self._shared, self._changed)
-        self._guests: dict[str, _Guest] = {}
-        self._lookups: deque[_Guest] = deque()
+        self._costs = GuestCosts(self._shared, self._ranking, self._loading)
+        self._guests: dict[str, Guest] = {}
+        self._lookups: deque[Guest] = deque()
         self._looking_up: dict[int, Request] = {}
         self._granted: dict[bytes, str] = {}  # key -> the request with pages for it, until the host took note
         self._page_owner: dict[int, str] = {}
@@ -102,9 +68,6 @@ class GuestScheduler:
         self._ended: list[Account] = []
         self._sequence = 0
         self._version = 0  # of everything that `matched` looks at
-        self._steps = 0
-        self._fetches = 0
-        self._refusals = 0
 
     # -- events: requests ---------------------------------------------------------------------------------------
 
@@ -116,14 +79,14 @@ class GuestScheduler:
         self._sequence += 1
         deadline_s = now + self.config.default_slo_ttft_s if spec.ttft_deadline_s is None else spec.ttft_deadline_s
         request = Request(spec, self._sequence, now, self.config.block_tokens, deadline_s)
-        guest = _Guest(request, 0, load and self.config.pool and len(self._guests) < self.config.max_waiting)
+        guest = Guest(request, 0, load and self.config.pool and len(self._guests) < self.config.max_waiting)
         self._guests[spec.request_id] = guest
         heapq.heappush(self._timers, (now + self.config.age_bound_s, request.sequence, spec.request_id))
         self._shared.count("requests")
         self._shared.count("prompt_tokens", request.target)
         self._begin(guest, held_tokens, now)
 
-    def _begin(self, guest: _Guest, held_tokens: int, now: float) -> None:
+    def _begin(self, guest: Guest, held_tokens: int, now: float) -> None:
         request = guest.request
         request.state = State.LOOKUP
         request.switch_label("lookup", now)
@@ -135,7 +98,7 @@ class GuestScheduler:
         else:
             self._wait(guest, now)
 
-    def _hold(self, guest: _Guest, held_tokens: int) -> None:
+    def _hold(self, guest: Guest, held_tokens: int) -> None:
         """The host holds the first `held_tokens` of the request."""
         self._pages.forget(guest.noted)
         guest.held = held_tokens // self.config.block_tokens
@@ -151,16 +114,16 @@ class GuestScheduler:
         if hits is None:
             self._shared.count("lookup_failures")
         else:
-            size = self.config.block_bytes
-            request.hits = {
-                index: hit
-                for index, hit in enumerate(hits)
-                if hit is not None and hit.size_bytes == size and index not in guest.bad
-            }
-            guest.pooled = set(request.hits)
+            request.hits = {}
+            for index, hit in enumerate(hits):
+                if hit is None or hit.size_bytes != self.config.block_bytes or index in guest.bad:
+                    self._seen.missed(request.key_at(index), op_id)
+                else:
+                    self._seen.add(request.key_at(index), op_id)
+                    request.hits[index] = hit
         self._wait(guest, now)
 
-    def _wait(self, guest: _Guest, now: float) -> None:
+    def _wait(self, guest: Guest, now: float) -> None:
         """Hits are known: rank the request, and fetch what it can use unless computing it is faster."""
         self._version += 1
         request = guest.request
@@ -176,7 +139,7 @@ class GuestScheduler:
         request.ready = [False] * len(request.pages)
         request.static_key = None
         self._ranking.set_rank(request)
-        if guest.end > guest.held and not self._worth_loading(guest):
+        if guest.end > guest.held and not self._costs.worth_loading(guest, self._guests.values()):
             self._compute_instead(guest)
         for index in range(guest.held, guest.end):
             self._loading.join(request, index, request.hits[index])
@@ -184,44 +147,14 @@ class GuestScheduler:
         self._ranking.stale = True
         self._relabel(request, now)
 
-    def _run_end(self, guest: _Guest, first: int) -> int:
+    def _run_end(self, guest: Guest, first: int) -> int:
         """The end of the unbroken run of hits from block `first` on."""
         end = first
         while end < guest.request.hittable_blocks and end in guest.request.hits:
             end += 1
         return end
 
-    def _worth_loading(self, guest: _Guest) -> bool:
-        """Whether a request that arrived should load; one in `PROBE_EVERY` does in any case."""
-        if self._arrives_first(guest):
-            return True
-        self._refusals += 1
-        guest.probe = self._refusals % PROBE_EVERY == 0
-        return guest.probe
-
-    def _arrives_first(self, guest: _Guest) -> bool:
-        """Loading is worth it where the request's blocks arrive before they could be computed, each behind what goes
-        first on its link or on the processor. Never refused before costs were measured."""
-        if self._steps < MIN_SAMPLES or self._fetches < MIN_SAMPLES:
-            return True
-        request, compute = guest.request, self.cost.compute
-        size = self.config.block_tokens
-        first = guest.held * size
-        compute_s = compute.seconds([(request.target - first, first)]) - request.compute_s
-        links: dict[tuple[str, ...], int] = dict(request.bytes_by_route)
-        for other in self._guests.values():
-            peer = other.request
-            if other is guest or peer.state not in (State.WAITING, State.PREFILL):
-                continue
-            if peer.rank <= request.rank or (peer.state is State.PREFILL and other.grant is None):
-                compute_s += peer.compute_s  # goes first, or is being computed
-            if peer.rank <= request.rank or other.grant is not None:
-                for route, size_bytes in peer.bytes_by_route.items():
-                    links[route] = links.get(route, 0) + size_bytes
-        load_s = max(self._ranking.load_s(request), self.cost.load_s(links, 0, serial=False))
-        return load_s < compute_s
-
-    def _compute_instead(self, guest: _Guest) -> None:
+    def _compute_instead(self, guest: Guest) -> None:
         """Nothing is loaded for the request any more; the host computes it."""
         request = guest.request
         self._shared.count("computed_instead_tokens", (guest.end - guest.held) * self.config.block_tokens)
@@ -262,7 +195,7 @@ class GuestScheduler:
         self._settle()
         self._forget_if_gone(guest)
 
-    def _forget_if_gone(self, guest: _Guest) -> None:
+    def _forget_if_gone(self, guest: Guest) -> None:
         if guest.leaving and guest.grant is None:
             self._pages.forget(guest.noted)
             guest.noted = []
@@ -291,7 +224,7 @@ class GuestScheduler:
             guest.answer = (self._version, held_tokens, self._offer_of(guest, held_tokens, now))
         return guest.answer[2]
 
-    def _offer_of(self, guest: _Guest, held_tokens: int, now: float) -> int | None:
+    def _offer_of(self, guest: Guest, held_tokens: int, now: float) -> int | None:
         request, size = guest.request, self.config.block_tokens
         first = held_tokens // size
         end = self._run_end(guest, first)
@@ -304,23 +237,16 @@ class GuestScheduler:
             request.switch_label("wait_l1", now)
             return None
         begun = request.load_counts[LoadState.FETCHING] + request.load_counts[LoadState.STAGED]
-        if not begun and request.loads and not guest.probe and not self._arrives_first(guest):
+        may_refuse = not begun and request.loads and not guest.probe
+        if may_refuse and not self._costs.arrives_first(guest, self._guests.values()):
             self._version += 1
             self._compute_instead(guest)
             return 0
-        if request.bytes_by_route and self._granted_load_s() > GRANT_AHEAD_S:
+        if request.bytes_by_route and self._costs.enough_granted(self._guests.values()):
             return None  # its blocks are fetched in its turn all the same
         return end * size - held_tokens
 
-    def _granted_load_s(self) -> float:
-        """For how long what has pages still keeps the links busy."""
-        links: dict[tuple[str, ...], int] = {}
-        for _, guest, _ in self._grants():
-            for route, size_bytes in guest.request.bytes_by_route.items():
-                links[route] = links.get(route, 0) + size_bytes
-        return self.cost.load_s(links, 0, serial=False)
-
-    def _restart(self, guest: _Guest, held_tokens: int, now: float) -> None:
+    def _restart(self, guest: Guest, held_tokens: int, now: float) -> None:
         """A request that had its pages asks again: it was preempted, or its load failed as a whole."""
         request = guest.request
         request.account.preemptions += 1
@@ -335,7 +261,7 @@ class GuestScheduler:
         request = guest.request
         assert guest.grant is None and not guest.leaving
         end = first + len(pages)
-        grant = guest.grant = _Grant(first, end, [request.key_at(index) for index in range(first, end)])
+        grant = guest.grant = Grant(first, end, [request.key_at(index) for index in range(first, end)])
         if guest.end > end or guest.held != first:
             for index in [index for index in request.loads if not first <= index < end]:
                 self._loading.forgo(request, index)
@@ -386,6 +312,13 @@ class GuestScheduler:
         if request.state is State.PREFILL:
             request.switch_label("compute", now)
 
+    def advanced(self, request_id: str, computed_tokens: int) -> None:
+        """The host holds `computed_tokens` of a request that it computes."""
+        guest = self._guests.get(request_id)
+        if guest is not None and guest.request.state is State.PREFILL and computed_tokens < guest.request.target:
+            left = guest.request.target - computed_tokens
+            guest.request.compute_s = self.cost.compute.seconds([(left, computed_tokens)])
+
     def prefilled(self, request_id: str, now: float) -> None:
         """The request's first token is there."""
         guest = self._guests.get(request_id)
@@ -401,15 +334,14 @@ class GuestScheduler:
 
     def stepped(self, spans: Sequence[tuple[int, int]], seconds: float) -> None:
         """A batch of `(query, context)` tokens took the host `seconds`."""
-        self._steps += 1
-        self.cost.compute_error.observe(self.cost.compute.seconds(spans), seconds)
-        self.cost.compute.observe(spans, seconds)
+        self._costs.stepped(spans, seconds)
 
     # -- events: stages -----------------------------------------------------------------------------------------
 
     def fetched(self, op_id: int, error: str | None, now: float) -> None:
         """A Fetch ended; `error` is the reason label of a failure."""
-        self._fetches += 1
+        self._costs.fetched()
+        self._moved(op_id, error)
         self._loading.fetched(op_id, error, now)
         self._close_holes()
 
@@ -445,7 +377,6 @@ class GuestScheduler:
             if end < guest.end:
                 self._version += 1
                 guest.bad.add(end)
-                guest.pooled.discard(end)
                 guest.end = end
                 if grant is not None:
                     grant.hole = end if grant.hole is None else min(grant.hole, end)
@@ -467,7 +398,7 @@ class GuestScheduler:
             guest.grant.unsettled.remove(page)
             self._land(guest)
 
-    def _land(self, guest: _Guest) -> None:
+    def _land(self, guest: Guest) -> None:
         grant = guest.grant
         if grant is not None and not grant.unsettled and not grant.landed:
             grant.landed = True
@@ -476,21 +407,26 @@ class GuestScheduler:
     # -- saving -------------------------------------------------------------------------------------------------
 
     def wants(self, request_id: str, index: int) -> bool:
-        """Whether the request's full block `index` should be offered: the pool may not hold it, it is not on its way
-        there, and the host may be asked to keep a further page for it."""
+        """Whether the request's full block `index` should be saved: the pool may not hold it, and it is not on its way
+        there or from there."""
         guest = self._guests.get(request_id)
         if guest is None or not self.config.pool:
             return False
         key = guest.request.key_at(index)
-        if index in guest.pooled or self._pages.is_saving(key) or key in self._loading.loads:
-            return False
-        if not self._saving.can_pin:
-            self._shared.count("saves_dropped")
+        return not (key in self._seen or self._pages.is_saving(key) or key in self._loading.loads)
+
+    @property
+    def can_keep(self) -> bool:
+        """Whether the host may be asked to keep a further page for a save."""
         return self._saving.can_pin
+
+    def not_saved(self, blocks: int) -> None:
+        """So many blocks that `wants` asked for are not offered: the host could not keep them so long."""
+        self._shared.count("saves_dropped", blocks)
 
     def offer(self, request_id: str, index: int, page: int) -> None:
         """The host keeps `page`, which holds the full block `index` that `wants` asked for, until `released` names
-        it."""
+        it; only when `can_keep`."""
         request = self._guests[request_id].request
         self._pages.hold(request.key_at(index), page)
         self._saving.offer(block_to_save(self._shared, request, index))
@@ -507,11 +443,19 @@ class GuestScheduler:
 
     def saved(self, op_id: int, error: str | None) -> None:
         """A Save ended."""
+        self._moved(op_id, error)
         self._saving.saved(op_id, error)
 
-    def press(self) -> None:
-        """The host is short of pages: saves that have not begun give theirs back and are dropped."""
-        self._saving.drop_queued()
+    def _moved(self, op_id: int, error: str | None) -> None:
+        """A block that the pool did not give or take is not seen there any more."""
+        key = self._moving.pop(op_id)
+        if error is not None:
+            self._seen.discard(key)
+
+    def press(self, pages: int | None = None) -> None:
+        """The host is short of pages: so many saves that have not begun (None: all) give theirs back, the latest first,
+        and are dropped."""
+        self._saving.drop_queued(pages)
 
     # -- decide -------------------------------------------------------------------------------------------------
 
@@ -533,6 +477,12 @@ class GuestScheduler:
         self._loading.dispatch_uploads(now)
         self._saving.dispatch(computing=False)
         self._settle()
+        for operation in self._shared.outbox:
+            if isinstance(operation, Save):
+                self._moving[operation.op_id] = operation.block.key
+                self._seen.add(operation.block.key, operation.op_id)
+            elif isinstance(operation, Fetch):
+                self._moving[operation.op_id] = operation.key
         operations: list[GuestOperation] = [*self._shared.outbox, *self._notices]
         self._shared.outbox, self._notices = [], []
         return operations
@@ -555,6 +505,10 @@ class GuestScheduler:
         """Where the request stands, smallest first; None for one that is not known."""
         guest = self._guests.get(request_id)
         return None if guest is None else guest.request.rank
+
+    def step_tokens_max(self) -> int | None:
+        """How many tokens the host should compute in one step while loads land; None: as many as it likes."""
+        return self._costs.step_tokens_max() if self._granted else None
 
     def is_loading(self, request_id: str) -> bool:
         """Whether blocks of the request are on their way, or its pages wait for the host to take note."""
@@ -606,7 +560,7 @@ class GuestScheduler:
             label = "wait_compute"
         request.switch_label(label, now)
 
-    def _grants(self) -> Iterator[tuple[str, _Guest, _Grant]]:
+    def _grants(self) -> Iterator[tuple[str, Guest, Grant]]:
         for request_id, guest in self._guests.items():
             if guest.grant is not None:
                 yield request_id, guest, guest.grant

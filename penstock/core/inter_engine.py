@@ -144,6 +144,14 @@ class InterEngineScheduler:
         node = self.groups.nodes.get(node_id)
         return node.assigned if node is not None else 0
 
+    def unread_tokens(self, node_id: str, assigned_seen: int | None = None) -> int:
+        """What is to be read on a node for requests that are not prefilled, of the reads numbered up to `assigned_seen`
+        (None: of all); 0 for an unknown node."""
+        node = self.groups.nodes.get(node_id)
+        if node is None:
+            return 0
+        return sum(t for number, t in node.unread.items() if assigned_seen is None or number <= assigned_seen)
+
     # -- events: requests ---------------------------------------------------------------------------------------
 
     def submit(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from penstock.core.handing import Handing
 from penstock.core.keys import BlockKey
 from penstock.core.operations import BlockHit, Drop, Fetch, Route, Upload
-from penstock.core.ordering import RankedQueue
+from penstock.core.ordering import Rank, RankedQueue
 from penstock.core.request import NO_PAGE, BlockLoad, LoadState, Request, State
 from penstock.core.shared_state import SharedState
 
@@ -220,18 +220,42 @@ class Loading:
     # -- fetch --------------------------------------------------------------------------------------------------
 
     def dispatch_fetches(self, now: float) -> None:
-        """Issue fetches while links and L2 have room; admitted requests before reactive ones."""
+        """Issue fetches while links and L2 have room; admitted requests before reactive ones. Where routes share a
+        link, the request of least rank goes first, and of its routes the one with the least in flight: so all devices
+        behind that link are read at once."""
         for queues, reactive in ((self._admitted, False), (self._reactive, True)):
-            for route, queue in queues.items():
-                while len(queue) and self._has_room(route, reactive):
-                    request = queue.peek()
-                    if request is None:
-                        break
-                    load = self._next_wanted(request, route)
-                    if load is None:
-                        queue.discard(request)
-                    else:
-                        self._issue_fetch(load, request, reactive, now)
+            while (found := self._next_fetch(queues, reactive)) is not None:
+                load, request = found
+                self._issue_fetch(load, request, reactive, now)
+
+    def _next_fetch(
+        self, queues: dict[Route, RankedQueue[Request]], reactive: bool
+    ) -> tuple[BlockLoad, Request] | None:
+        best: tuple[Rank, int] | None = None
+        chosen: tuple[Route, Request] | None = None
+        for route, queue in queues.items():
+            if not len(queue) or not self._has_room(route, reactive):
+                continue
+            request = self._first_wanting(queue, route)
+            if request is not None:
+                key = request.rank, self._link(route[0]).in_flight
+                if best is None or key < best:
+                    best, chosen = key, (route, request)
+        if chosen is None:
+            return None
+        route, request = chosen
+        return request.wanted[route].popleft(), request
+
+    def _first_wanting(self, queue: RankedQueue[Request], route: Route) -> Request | None:
+        """The request of least rank with a block to fetch over the route: the first that it wants there."""
+        while (request := queue.peek()) is not None:
+            wanted = request.wanted.get(route)
+            while wanted:
+                if wanted[0].state is LoadState.WANTED and request in wanted[0].waiters:
+                    return request
+                wanted.popleft()
+            queue.discard(request)
+        return None
 
     def _has_room(self, route: Route, reactive: bool) -> bool:
         shared = self._shared
@@ -245,15 +269,6 @@ class Loading:
         if use is None:
             use = self._links[name] = _LinkUse()
         return use
-
-    @staticmethod
-    def _next_wanted(request: Request, route: Route) -> BlockLoad | None:
-        queue = request.wanted.get(route)
-        while queue:
-            if queue[0].state is LoadState.WANTED and request in queue[0].waiters:
-                return queue.popleft()
-            queue.popleft()
-        return None
 
     def _issue_fetch(self, load: BlockLoad, request: Request, reactive: bool, now: float) -> None:
         shared = self._shared

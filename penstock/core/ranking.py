@@ -38,6 +38,7 @@ class Ranking:
                 by_route[hit.route] = by_route.get(hit.route, 0) + config.block_bytes
         request.bytes_by_route, request.upload_bytes = by_route, upload
         context = cached * config.block_tokens
+        request.front_s = 0.0
         request.compute_s = self._shared.cost.compute.seconds([(request.target - context, context)])
 
     def count_loads(self, request: Request) -> None:
@@ -102,4 +103,4 @@ class Ranking:
         """Seconds that remain on fetch, upload and compute."""
         cost = self._shared.cost
         fetch_s = cost.load_s(request.bytes_by_route, 0, serial=False)
-        return fetch_s, cost.upload.seconds(request.upload_bytes), request.compute_s
+        return fetch_s, cost.upload.seconds(request.upload_bytes), request.compute_s + request.front_s

@@ -43,7 +43,7 @@ def front_to_compute(
     for other in admitted:
         if other is request or other.state is not State.PREFILL:
             continue
-        compute_s += other.compute_s
+        compute_s += other.compute_s + other.front_s
         if other.rank < request.rank:
             upload += other.upload_bytes
             for route, waiting in other.bytes_by_route.items():

@@ -85,6 +85,7 @@ class Request:
         "downloading",
         "ending",
         "forwarding",
+        "front_s",
         "handed",
         "hits",
         "label",
@@ -132,6 +133,7 @@ class Request:
         self.bytes_by_route: dict[Route, int] = {}
         self.upload_bytes = 0
         self.compute_s = 0.0
+        self.front_s = 0.0  # of blocks that are computed although the pool holds them; counts in no rank
         # blocks, by index in the prefix
         self.hits: dict[int, BlockHit] = {}
         self.alternates: dict[int, BlockHit] = {}  # where the other side could read them

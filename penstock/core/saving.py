@@ -25,17 +25,17 @@ def block_to_save(shared: SharedState, request: Request, index: int) -> NewBlock
 
 class Saving:
     """A bounded queue of computed blocks. They are pinned in L1 until their bytes have left it, as long as that takes
-    no more than a quarter of L1; what is evicted before its turn, or finds the queue full, is dropped and counted (it
+    no more than `pin_share` of L1; what is evicted before its turn, or finds the queue full, is dropped and counted (it
     will be a miss, not an error).
 
     With `saves_yield` they wait while a batch is in flight, until they press on L1 or are half as many as may be
     pinned."""
 
-    def __init__(self, shared: SharedState) -> None:
+    def __init__(self, shared: SharedState, pin_share: float = 0.25) -> None:
         self._shared = shared
         self._queue: deque[tuple[NewBlock, bool]] = deque()  # block, pinned
         self._pinned = 0
-        self._pin_limit = max(1, shared.config.l1_pages // 4)
+        self._pin_limit = max(1, int(shared.config.l1_pages * pin_share))
         self._in_flight: dict[int, tuple[int, int | None]] = {}  # op -> slot, page until downloaded
 
     def __len__(self) -> int:
@@ -78,10 +78,11 @@ class Saving:
             self._in_flight[op_id] = (slot, page)
             self._shared.outbox.append(Save(op_id, block, page, slot, config.save_timeout_s))
 
-    def drop_queued(self) -> None:
-        """What has not begun is not saved: its pages are needed."""
-        while self._queue:
-            block, pinned = self._queue.popleft()
+    def drop_queued(self, blocks: int | None = None) -> None:
+        """So many (None: all) that have not begun are not saved, the latest first: their pages are needed."""
+        left = len(self._queue) if blocks is None else min(blocks, len(self._queue))
+        for _ in range(left):
+            block, pinned = self._queue.pop()
             self._shared.count("saves_dropped")
             if pinned:
                 self._pinned -= 1

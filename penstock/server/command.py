@@ -107,6 +107,10 @@ def serve(
     relay_pace: Annotated[
         str | None, _flag(_CLUSTER, "none", "Decode: send blocks to prefill engines no faster than this.", "RATE")
     ] = None,
+    relay_transport: Annotated[
+        str | None,
+        _flag(_CLUSTER, "tcp", "How blocks move between prefill and decode engines: tcp, shared-memory or nixl."),
+    ] = None,
     buffer: Annotated[str | None, _flag(_CLUSTER, "1GiB", "Decode: memory in which prompts gather.", "SIZE")] = None,
     hand_off_timeout_s: Annotated[
         float | None, _flag(_CLUSTER, "600", "Decode: a prompt that is not here by then is placed again.")
@@ -163,9 +167,11 @@ def _serve(flags: ServeFlags) -> None:
     with listener:
         try:
             from penstock.engine.build import build_engine
+            from penstock.engine.pauses import settle
 
             codec = _codec(flags)
             running = build_engine(config)
+            settle()
         except (ValueError, OSError, PoolError) as error:
             _refuse(error)
         app = ServerApp(running.engine, codec, settings)

@@ -65,6 +65,7 @@ class ServeFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     node: str | None = None
     relay_listen: str = "127.0.0.1:0"
     relay_pace: str | None = None
+    relay_transport: str = "tcp"
     buffer: str = "1GiB"
     hand_off_timeout_s: float = 600.0
     log_level: str = "info"

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from penstock.core.operations import Compute, Fetch, Operation, Save, Upload
+from penstock.core.operations import Compute, Fetch, Forward, Operation, Save, Upload
 from penstock.sim.clock import VirtualClock
 from penstock.sim.engine_body import PCIE, Ended, Observer
 
@@ -35,7 +35,7 @@ class ChromeTrace(Observer):
 
     def began(self, operation: Operation) -> None:
         row = _row_of(operation)
-        if row is None or not isinstance(operation, Fetch | Upload | Compute | Save):
+        if row is None or not isinstance(operation, Fetch | Upload | Compute | Save | Forward):
             return
         busy = self._busy.setdefault(row, set())
         lane = next(i for i in range(len(busy) + 1) if i not in busy)
@@ -56,6 +56,9 @@ class ChromeTrace(Observer):
     def saved(self, op: Save, error: str | None) -> None:
         self._ended(op.op_id, f"save {op.block.key.hex()[:8]}", {"error": error})
 
+    def forwarded(self, op: Forward, error: str | None) -> None:
+        self._ended(op.op_id, f"hand over {op.block.key.hex()[:8]}", {"error": error})
+
     def _ended(self, op_id: int, name: str, detail: dict[str, Any]) -> None:
         begin_s, (row, lane) = self._began.pop(op_id)
         self._busy[row].discard(lane)
@@ -69,7 +72,11 @@ class ChromeTrace(Observer):
             if end.account is None:
                 continue
             for label, begin_s, end_s in end.account.spans:
-                self._span(REQUESTS, name, 0, label, begin_s, end_s, {})
+                self.span(name, label, begin_s, end_s)
+
+    def span(self, name: str, label: str, begin_s: float, end_s: float) -> None:
+        """What one request did for a while, on its row."""
+        self._span(REQUESTS, name, 0, label, begin_s, end_s, {})
 
     def write(self, path: Path) -> None:
         """Write the trace as JSON. Raises OSError."""
@@ -105,6 +112,8 @@ def _row_of(operation: Operation) -> str | None:
         return PCIE
     if isinstance(operation, Compute):
         return "compute"
+    if isinstance(operation, Forward):
+        return f"to {operation.to}"
     return "save" if isinstance(operation, Save) else None
 
 

@@ -8,20 +8,21 @@ from __future__ import annotations
 import tomllib
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from penstock.bench.workloads import AGENT_TABLES, CALVO_DATASETS
-from penstock.core.config import ConfigError, SchedulerConfig, check_range
+from penstock.core.config import MODES, POLICIES, ConfigError, SchedulerConfig, check_range
 from penstock.engine.profile import Profile, load_profile
 from penstock.sim.cluster_shape import SYSTEMS, ClusterShape, System
 from penstock.sim.engine_body import PCIE
 from penstock.sim.prefill_decode import Fault
-from penstock.sim.served_model import ServedModel, load_model
+from penstock.sim.served_model import Gpu, ServedModel, load_model
 
 DERIVED = ("block_bytes", "l1_pages", "l2_slots")  # from the model and the memories
 HIGH = 1e15
+Sharing = Literal["in order", "fair"]
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -55,7 +56,8 @@ class LinkFault(_Table, frozen=True):
 
 
 class Engine(_Table, frozen=True):
-    """One engine and its pool. `scheduler` are fields of `SchedulerConfig`."""
+    """One engine and its pool. `scheduler` are fields of `SchedulerConfig`. Transfers share a link `in order` of their
+    start, as requests to a device do, or as a `fair` network does."""
 
     profile: str
     device: tuple[Device, ...]
@@ -65,6 +67,7 @@ class Engine(_Table, frozen=True):
     host_memory_bytes: float = 128e9
     links: dict[str, float] = {}
     scheduler: dict[str, str | int | float | bool] = {}
+    sharing: Sharing = "in order"
     fault: tuple[LinkFault, ...] = ()
 
     def __post_init__(self) -> None:
@@ -82,6 +85,9 @@ class Engine(_Table, frozen=True):
         for name in self.scheduler:
             if name not in known:
                 raise ConfigError(f"scheduler.{name} is no setting; allowed: {', '.join(known)}")
+        for name, words in (("policy", POLICIES), ("mode", MODES)):
+            if self.scheduler.get(name, words[0]) not in words:
+                raise ConfigError(f"scheduler.{name} is {self.scheduler[name]!r}; allowed: {', '.join(words)}")
         self.config()
 
     @property
@@ -109,22 +115,20 @@ class Engine(_Table, frozen=True):
 
 
 class Cluster(_Table, frozen=True):
-    """Prefill and decode nodes; `shape` are fields of `ClusterShape`. Agents arrive for `arrivals_s` when the workload
-    has a rate."""
+    """Prefill and decode nodes; `shape` are fields of `ClusterShape`, `system` names the policies."""
 
     model: str
     shape: ClusterShape
     system: str = "split"
-    arrivals_s: float = 600.0
     fault: tuple[Fault, ...] = ()
 
     def __post_init__(self) -> None:
         if self.system not in SYSTEMS:
             raise ConfigError(f"system is {self.system!r}; allowed: {', '.join(SYSTEMS)}")
-        check_range("arrivals_s", self.arrivals_s, 1, 1e9)
         nodes = self.shape.prefill_nodes + self.shape.decode_nodes
         for fault in self.fault:
-            check_range("node", fault.node, 0, nodes - 1)
+            check_range("fault.node", fault.node, 0, nodes - 1)
+            check_range("fault.at_s", fault.at_s, 0, HIGH)
         gpus = self.shape.gpus
         for group in (self.shape.prefill_group_nodes, self.shape.decode_group_nodes):
             self.served.kv_tokens(self.shape.gpu, gpus * group)
@@ -193,10 +197,13 @@ class TraceLoad(_Table, frozen=True, tag="trace", tag_field="kind"):
         check_range("requests_max", 1 if self.requests_max is None else self.requests_max, 1, 1e6)
 
 
+Workload = CalvoLoad | AgentLoad | TraceLoad
+
+
 class Simulation(_Table, frozen=True):
     """The whole file: `[engine]` or `[cluster]`, and `[workload]`."""
 
-    workload: CalvoLoad | AgentLoad | TraceLoad
+    workload: Workload
     engine: Engine | None = None
     cluster: Cluster | None = None
     seed: int = 0
@@ -204,9 +211,23 @@ class Simulation(_Table, frozen=True):
     def __post_init__(self) -> None:
         if (self.engine is None) == (self.cluster is None):
             raise ConfigError("engine and cluster: exactly one of the tables [engine] and [cluster] is allowed")
-        if self.cluster is not None and isinstance(self.workload, CalvoLoad):
-            raise ConfigError("workload.kind is 'calvo'; allowed with [cluster]: agents, trace")
+        if self.cluster is not None:
+            _fits_cluster(self.workload)
         check_range("seed", self.seed, 0, 2**31)
+
+    def seeded(self, seed: int) -> Simulation:
+        """The same with another seed."""
+        return msgspec.structs.replace(self, seed=seed)
+
+
+def _fits_cluster(workload: Workload) -> None:
+    """A cluster follows whole recorded or generated sessions."""
+    if isinstance(workload, CalvoLoad):
+        raise ConfigError("workload.kind is 'calvo'; allowed with [cluster]: agents, trace")
+    if workload.token_divisor != 1:
+        raise ConfigError(f"workload.token_divisor is {workload.token_divisor}; allowed with [cluster]: 1")
+    if isinstance(workload, TraceLoad) and workload.requests_max is not None:
+        raise ConfigError(f"workload.requests_max is {workload.requests_max}; allowed with [cluster]: none")
 
 
 def read_simulation(path: Path) -> Simulation:
@@ -222,8 +243,17 @@ def read_simulation(path: Path) -> Simulation:
 def _refuse_unknown(data: dict[str, Any]) -> None:
     """A dataclass inside the file would let unknown names pass."""
     cluster = data.get("cluster")
-    shape = cluster.get("shape") if isinstance(cluster, dict) else None
-    known = [field.name for field in fields(ClusterShape)]
-    for name in shape if isinstance(shape, dict) else ():
-        if name not in known:
-            raise ConfigError(f"cluster.shape.{name} is no setting; allowed: {', '.join(known)}")
+    inside = cluster if isinstance(cluster, dict) else {}
+    shape = inside.get("shape")
+    _known("cluster.shape", shape, ClusterShape)
+    _known("cluster.shape.gpu", shape.get("gpu") if isinstance(shape, dict) else None, Gpu)
+    faults = inside.get("fault")
+    for fault in faults if isinstance(faults, list) else ():
+        _known("cluster.fault", fault, Fault)
+
+
+def _known(where: str, given: object, kind: type) -> None:
+    names = [field.name for field in fields(kind)]
+    for name in given if isinstance(given, dict) else ():
+        if name not in names:
+            raise ConfigError(f"{where}.{name} is no setting; allowed: {', '.join(names)}")

@@ -62,6 +62,7 @@ class System:
     replan: bool = True
     weigh: bool = False  # by read queues and predicted compute, beyond the paper
     recompute: bool = False
+    level: bool = False  # ranks of a prefill step take equal shares of attention, beyond the paper
 
 
 BASIC = System("basic", "turns", "prefill", layerwise=False, quota_by="tokens")
@@ -69,9 +70,10 @@ LAYERWISE = System("layerwise", "turns", "prefill", quota_by="tokens")
 DUAL = System("dual path", "turns", "alternate", quota_by="tokens")
 PAPER = System("scheduler", "balanced", "shorter")
 SPLIT = System("split", "balanced", "split", weigh=True)
-RECOMPUTE = System("recompute", "balanced", "split", weigh=True, recompute=True)
-ORACLE = System("oracle", "balanced", "none", weigh=True)
-SHORT_FIRST = System("short first", "balanced", "split", weigh=True, order="sjf")
-"""Split reads, and the least compute first instead of first come first served."""
-ABLATION = (BASIC, LAYERWISE, DUAL, PAPER, SPLIT, SHORT_FIRST)
+LEVEL = System("level", "balanced", "split", weigh=True, level=True)
+RECOMPUTE = System("recompute", "balanced", "split", weigh=True, recompute=True, level=True)
+ORACLE = System("oracle", "balanced", "none", weigh=True, level=True)
+SHORT_FIRST = System("short first", "balanced", "split", weigh=True, order="sjf", level=True)
+"""Split reads, level steps, and the least compute first instead of first come first served."""
+ABLATION = (BASIC, LAYERWISE, DUAL, PAPER, SPLIT, LEVEL, SHORT_FIRST)
 SYSTEMS = {system.name: system for system in (*ABLATION, RECOMPUTE, ORACLE)}

@@ -9,6 +9,7 @@ from penstock.sim.experiments.cost import cost
 from penstock.sim.experiments.dualpath import dualpath
 from penstock.sim.experiments.fuzz import fuzz
 from penstock.sim.experiments.pooling import pool_command
+from penstock.sim.experiments.run import run
 from penstock.sim.experiments.tables import tables
 from penstock.sim.experiments.validate import validate
 from penstock.sim.plan import plan
@@ -16,6 +17,7 @@ from penstock.sim.plan import plan
 sim = typer.Typer(
     help="The same brain on a virtual clock: the papers' tables, plans, randomised faults.", no_args_is_help=True
 )
+sim.command()(run)
 sim.command()(tables)
 sim.command(name="calvo")(calvo_command)
 sim.command(name="pool")(pool_command)

@@ -19,6 +19,7 @@ from penstock.core.operations import (
     Compute,
     Emit,
     Fetch,
+    Forward,
     Lookup,
     Operation,
     RequestSpec,
@@ -31,6 +32,8 @@ from penstock.sim.clock import Event, VirtualClock
 from penstock.sim.fluid_links import Flow, FluidLinks
 
 PCIE = "pcie"
+DOWNLOAD_S = 1e-3  # L1 to a slot: the copy runs beside everything else
+READS, WRITES = 0, 1  # lanes: a write gives way to every load and hand-off
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,8 @@ class Observer:
     def began(self, operation: Operation) -> None:
         """The brain gave an operation."""
 
+    def looked_up(self, op: Lookup) -> None: ...
+
     def fetched(self, op: Fetch, error: str | None) -> None: ...
 
     def uploaded(self, op: Upload, failed: bool) -> None: ...
@@ -66,14 +71,19 @@ class Observer:
 
     def saved(self, op: Save, error: str | None) -> None: ...
 
+    def downloaded(self, op: Save | Forward) -> None: ...
+
+    def forwarded(self, op: Forward, error: str | None) -> None: ...
+
 
 class EngineBody:
-    """Drives one brain. `hits` is the pool: what is saved joins it under `save_route`, which may
-    depend on the block.
+    """Drives one brain. `hits` is the pool: what is saved joins it under `save_route`, which may depend on the block.
+    Writes cross it too, after all reads. What is handed over crosses the links `forward_route(operation)`.
 
     `fetch_fault(key)` may name the reason for which a fetch comes to nothing: with "deadline" its bytes never end,
-    every other one shows with the last byte. `fails(operation)` may make an upload or a batch come to nothing.
-    `after_event` is called after each event and the decision that follows."""
+    every other one shows with the last byte. `fails(operation)` may make an upload, a batch or a hand-off come to
+    nothing.
+    `emitted` is called with each token and end, `after_event` after each event and the decision that follows."""
 
     def __init__(
         self,
@@ -88,7 +98,9 @@ class EngineBody:
         fetch_fault: Callable[[BlockKey], str | None] = lambda key: None,
         save_fault: Callable[[BlockKey], str | None] = lambda key: None,
         fails: Callable[[Operation], bool] = lambda operation: False,
+        forward_route: Callable[[Forward], Route] = lambda operation: (PCIE,),
         observer: Observer | None = None,
+        emitted: Callable[[Emit], None] = lambda emit: None,
         after_event: Callable[[], None] = lambda: None,
     ) -> None:
         self.clock = clock
@@ -104,7 +116,9 @@ class EngineBody:
         self._fetch_fault = fetch_fault
         self._save_fault = save_fault
         self._fails = fails
+        self._forward_route = forward_route
         self._observer = observer or Observer()
+        self._emitted = emitted
         self._after_event = after_event
         self._tokens: dict[str, list[int]] = {}
         self._uploading: dict[int, Callable[[], None] | None] = {}  # op -> what waits for its end
@@ -177,9 +191,12 @@ class EngineBody:
             self._lookup(operation)
         elif isinstance(operation, Save):
             self._save(operation)
+        elif isinstance(operation, Forward):
+            self._forward(operation)
 
     def _lookup(self, op: Lookup) -> None:
         def answer() -> None:
+            self._observer.looked_up(op)
             found = [self.hits.get(key) for key in op.keys] if self.pool_answers else None
             self.scheduler.lookup_done(op.op_id, found, self.clock.now_s)
 
@@ -264,17 +281,60 @@ class EngineBody:
         return 1000 + position % 97
 
     def _save(self, op: Save) -> None:
+        route = self._save_route(op.block) if callable(self._save_route) else self._save_route
         error = self._save_fault(op.block.key)
 
-        def saved() -> None:
-            self._observer.saved(op, error)
-            self.scheduler.downloaded(op.op_id)
-            if self._save_route is not None and error is None:
-                route = self._save_route(op.block) if callable(self._save_route) else self._save_route
-                self.hits[op.block.key] = BlockHit(op.block.size_bytes, route)
-            self.scheduler.saved(op.op_id, error)
+        def downloaded() -> None:
+            self._observer.downloaded(op)
+            self.scheduler.downloaded(op.op_id, self.clock.now_s)
+            self._send(op, route or (), WRITES, error, saved)
 
-        self._event_at(self.clock.now_s + 1e-3, saved)
+        def saved(why: str | None) -> None:
+            self._observer.saved(op, why)
+            if route is not None and why is None:
+                self.hits[op.block.key] = BlockHit(op.block.size_bytes, route)
+            self.scheduler.saved(op.op_id, why)
+
+        self._event_at(self.clock.now_s + DOWNLOAD_S, downloaded)
+
+    def _send(
+        self, op: Save | Forward, route: Route, lane: int, error: str | None, ended: Callable[[str | None], None]
+    ) -> None:
+        """A block out of its slot over `route` (none: at once); `ended` with `error`, or by its deadline."""
+        if not route:
+            self._event_at(self.clock.now_s, lambda: ended(error))
+            return
+
+        def through() -> None:
+            late.cancel()
+            self._event(lambda: ended(error))
+
+        def timed_out() -> None:
+            self._links.cut(flow)
+            self._event(lambda: ended("deadline"))
+
+        late = self.clock.after(op.timeout_s, timed_out)
+        flow = self._links.start(route, self.scheduler.config.block_bytes, through, lane)
+
+    def _forward(self, op: Forward) -> None:
+        error = "network" if self._fails(op) else None
+
+        def send() -> None:
+            self._send(op, self._forward_route(op), READS, error, forwarded)
+
+        def forwarded(why: str | None) -> None:
+            self._observer.forwarded(op, why)
+            self.scheduler.forwarded(op.op_id, why, self.clock.now_s)
+
+        def downloaded() -> None:
+            self._observer.downloaded(op)
+            self.scheduler.downloaded(op.op_id, self.clock.now_s)
+            send()
+
+        if op.page is None:
+            send()
+        else:
+            self._event_at(self.clock.now_s + DOWNLOAD_S, downloaded)
 
     def _emit(self, op: Emit) -> None:
         tokens = self._tokens.setdefault(op.request_id, [])
@@ -284,6 +344,7 @@ class EngineBody:
             assert op.request_id not in self.ended, f"request {op.request_id} ended twice"
             self.ended[op.request_id] = Ended(op.finish_reason, tuple(tokens), op.account)
             del self._tokens[op.request_id]
+        self._emitted(op)
 
 
 def _both(first: Callable[[], None] | None, second: Callable[[int], None], number: int) -> None:

@@ -80,6 +80,11 @@ class FluidLinks:
         self._advance()
         return sum(flow.left_bytes for flow in self._flows.values() if name in flow.route)
 
+    def moved_now(self) -> dict[str, float]:
+        """Bytes that each link has moved up to now."""
+        self._advance()
+        return dict(self.moved_bytes)
+
     def _advance(self) -> None:
         """Count what moved since the rates were set."""
         passed_s = self._clock.now_s - self._advanced_s

@@ -1,18 +1,30 @@
-"""One random case for the brain: an engine, a pool, requests, and what goes wrong when. Plain data, from a seed."""
+"""One random case for an engine's brain: its pool, requests, and what goes wrong when. Plain data, from a seed."""
 
 from __future__ import annotations
 
 import random
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
 from penstock.core.config import POLICIES
 
-FaultKind = Literal["node lost", "link slow", "pool silent", "pool full", "cancel", "clock jump"]
-FAULT_KINDS: tuple[FaultKind, ...] = ("node lost", "link slow", "pool silent", "pool full", "cancel", "clock jump")
-LINKS = ("memory:0", "ssd:0", "net")
+FaultKind = Literal["node lost", "link slow", "nic lost", "pool silent", "pool full", "cancel", "clock jump"]
+FAULT_KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
+LINKS = ("memory:0", "ssd:0", "net", "snic@0", "relay@0", "snic@1", "relay@1")
 ROUTES = (("memory:0",), ("ssd:0",), ("ssd:0", "net"))
+Side = Literal["prefill", "decode", "split"]
+SIDES: tuple[Side, ...] = get_args(Side)
+
+
+class FuzzHandOff(msgspec.Struct, frozen=True):
+    """The request goes on to decode engine `to`, which has its first `present` blocks; both sides can read what the
+    pool holds at first."""
+
+    to: int
+    present: int
+    read: Side
+    decode_share: float
 
 
 class FuzzRequest(msgspec.Struct, frozen=True):
@@ -26,10 +38,12 @@ class FuzzRequest(msgspec.Struct, frozen=True):
     new_tokens: int
     stops: bool
     slo_s: float | None
+    hand_off: FuzzHandOff | None = None
+    recompute_tokens: int = 0
 
 
 class FuzzFault(msgspec.Struct, frozen=True):
-    """`target` is a link's or a request's number; `factor` how slow a link gets."""
+    """`target` is a link's, a decode engine's or a request's number; `factor` how slow a link gets."""
 
     at_s: float
     kind: FaultKind
@@ -38,14 +52,14 @@ class FuzzFault(msgspec.Struct, frozen=True):
     factor: float
 
 
-class FuzzCase(msgspec.Struct, frozen=True):
+class FuzzCase(msgspec.Struct, frozen=True, tag="engine", tag_field="kind"):
     """`warm` are (family, blocks, route): what the pool holds at first. `*_fails` are probabilities, drawn anew for
     each operation from `dice`."""
 
     seed: int
     dice: int
     config: dict[str, Any]
-    link_blocks_per_s: tuple[float, float, float]
+    link_blocks_per_s: tuple[float, ...]
     requests: tuple[FuzzRequest, ...]
     warm: tuple[tuple[int, int, int], ...]
     faults: tuple[FuzzFault, ...]
@@ -57,39 +71,10 @@ class FuzzCase(msgspec.Struct, frozen=True):
 def random_case(seed: int) -> FuzzCase:
     """The case of a seed, the same on every machine."""
     rng = random.Random(seed)
-    mode = "coupled" if rng.random() < 0.2 else "penstock"
-    config = {
-        "l1_pages": rng.randint(8, 20),
-        "l2_slots": rng.randint(2, 12),
-        "policy": rng.choice(POLICIES),
-        "mode": mode,
-        "layerwise": mode == "penstock" and rng.random() < 0.5,
-        "fetch_window_blocks": rng.randint(1, 4),
-        "upload_group_blocks": rng.randint(1, 4),
-        "upload_window_groups": rng.randint(1, 3),
-        "max_batch_tokens": rng.choice((3, 7, 16, 64)),
-        "max_prefills": rng.randint(1, 3),
-        "max_running": rng.randint(1, 5),
-        "max_waiting": rng.choice((3, 64)),
-        "save_window_blocks": rng.randint(1, 3),
-        "save_queue_blocks": rng.choice((1, 3, 64)),
-        "saves_yield": rng.random() < 0.3,
-        "age_bound_s": rng.choice((0.02, 0.1, 0.5, 20.0)),
-        "request_timeout_s": rng.choice((1.0, 1e6, 1e6, 1e6)),
-    }
+    config = _config(rng)
     span_s = rng.choice((0.2, 1.0, 4.0))
-    requests = tuple(
-        FuzzRequest(
-            round(rng.uniform(0, span_s), 3),
-            rng.randint(0, 2),
-            rng.randint(0, 24),
-            rng.randint(1, 9),
-            rng.randint(1, 9),
-            rng.random() < 0.2,
-            round(rng.uniform(0.05, 5.0), 3) if rng.random() < 0.6 else None,
-        )
-        for _ in range(rng.choice((rng.randint(1, 7), rng.randint(1, 7), rng.randint(8, 25))))
-    )
+    count = rng.choice((rng.randint(1, 7), rng.randint(1, 7), rng.randint(8, 25)))
+    requests = tuple(_request(rng, span_s, config["hands_off"]) for _ in range(count))
     faults = tuple(
         FuzzFault(
             round(rng.uniform(0, span_s * 1.5), 3),
@@ -101,9 +86,56 @@ def random_case(seed: int) -> FuzzCase:
         for _ in range(rng.randint(0, 4))
     )
     warm = tuple((family, rng.randint(0, 6), rng.randrange(len(ROUTES))) for family in range(3))
-    speeds = (rng.choice((20.0, 200.0, 2000.0)), rng.choice((20.0, 200.0)), rng.choice((10.0, 100.0, 1000.0)))
+    speeds = [rng.choice((20.0, 200.0, 2000.0)), rng.choice((20.0, 200.0)), rng.choice((10.0, 100.0, 1000.0))]
+    speeds += [rng.choice((10.0, 100.0, 1000.0)) for _ in range(len(LINKS) - len(speeds))]
     fetch_fails = rng.choice((0.0, 0.0, 0.1, 0.5))
     return FuzzCase(
-        seed, rng.randrange(1 << 30), config, speeds, requests, warm, faults, fetch_fails,
+        seed, rng.randrange(1 << 30), config, tuple(speeds), requests, warm, faults, fetch_fails,
         rng.choice((0.0, 0.0, 0.1)), rng.choice((0.0, 0.0, 0.05)),
     )  # fmt: skip
+
+
+def _config(rng: random.Random) -> dict[str, Any]:
+    mode = "coupled" if rng.random() < 0.2 else "penstock"
+    hands_off = rng.random() < 0.3
+    return {
+        "l1_pages": rng.randint(8, 20),
+        "l2_slots": rng.randint(2 + hands_off, 12),
+        "policy": rng.choice(POLICIES),
+        "mode": mode,
+        "layerwise": mode == "penstock" and rng.random() < 0.5,
+        "fetch_window_blocks": rng.randint(1, 4),
+        "upload_group_blocks": rng.randint(1, 4),
+        "upload_window_groups": rng.randint(1, 3),
+        "recompute": mode == "penstock" and rng.random() < 0.3,
+        "max_batch_tokens": rng.choice((3, 7, 16, 64)),
+        "max_batch_s": rng.choice((1e-3, 1.5e-3, 1e6, 1e6, 1e6)),
+        "max_prefills": rng.randint(1, 3),
+        "max_running": rng.randint(1, 5),
+        "max_waiting": rng.choice((3, 64)),
+        "save_window_blocks": rng.randint(1, 3),
+        "save_queue_blocks": rng.choice((1, 3, 64)),
+        "saves_yield": rng.random() < 0.3,
+        "hands_off": hands_off,
+        "forward_window_blocks": rng.randint(1, 3),
+        "forward_timeout_s": rng.choice((0.3, 10.0)),
+        "age_bound_s": rng.choice((0.02, 0.1, 0.5, 20.0)),
+        "request_timeout_s": rng.choice((1.0, 1e6, 1e6, 1e6)),
+    }
+
+
+def _request(rng: random.Random, span_s: float, hands_off: bool) -> FuzzRequest:
+    hand_off = None
+    if hands_off and rng.random() < 0.7:
+        hand_off = FuzzHandOff(rng.randint(0, 1), rng.randint(0, 3), rng.choice(SIDES), round(rng.random(), 2))
+    return FuzzRequest(
+        round(rng.uniform(0, span_s), 3),
+        rng.randint(0, 2),
+        rng.randint(0, 24),
+        rng.randint(1, 9),
+        rng.randint(1, 9),
+        rng.random() < 0.2,
+        round(rng.uniform(0.05, 5.0), 3) if rng.random() < 0.6 else None,
+        hand_off,
+        rng.randint(0, 12) if rng.random() < 0.1 else 0,
+    )

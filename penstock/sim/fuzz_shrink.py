@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import msgspec
 
 from penstock.sim.fuzz_case import FuzzCase
 
+Case = TypeVar("Case")
 TRIES_MAX = 600
 PLAIN: dict[str, Any] = {
     "policy": "fcfs", "mode": "penstock", "layerwise": False, "saves_yield": False, "fetch_window_blocks": 1,
     "upload_group_blocks": 1, "upload_window_groups": 1, "max_prefills": 1, "max_running": 1, "max_batch_tokens": 64,
     "l1_pages": 20, "l2_slots": 12, "max_waiting": 64, "save_window_blocks": 1, "save_queue_blocks": 64,
+    "forward_window_blocks": 3, "forward_timeout_s": 10.0, "hands_off": False,
+    "recompute": False, "max_batch_s": 1e6,
     "age_bound_s": 20.0, "request_timeout_s": 1e6,
 }  # fmt: skip
+PLAIN_REQUEST: dict[str, Any] = {"slo_s": None, "hand_off": None, "stops": False, "recompute_tokens": 0}
 
 
 def _kind_of(failure: str) -> str:
@@ -24,8 +28,10 @@ def _kind_of(failure: str) -> str:
     return re.sub(r"[0-9.]+", "", failure)
 
 
-def shrink(case: FuzzCase, failure_of: Callable[[FuzzCase], str | None]) -> FuzzCase:
-    """The smallest case found that fails in the same way."""
+def shrink(
+    case: Case, failure_of: Callable[[Case], str | None], smaller_cases: Callable[[Case], Iterable[Case]]
+) -> Case:
+    """The smallest case found that fails in the same way; `smaller_cases` are one step smaller than one."""
     failure = failure_of(case)
     if failure is None:
         return case
@@ -33,7 +39,7 @@ def shrink(case: FuzzCase, failure_of: Callable[[FuzzCase], str | None]) -> Fuzz
     smaller = True
     while smaller and tries < TRIES_MAX:
         smaller = False
-        for candidate in _candidates(case):
+        for candidate in smaller_cases(case):
             tries += 1
             found = failure_of(candidate)
             if found is not None and _kind_of(found) == kind:
@@ -44,7 +50,7 @@ def shrink(case: FuzzCase, failure_of: Callable[[FuzzCase], str | None]) -> Fuzz
     return case
 
 
-def _candidates(case: FuzzCase) -> Iterator[FuzzCase]:
+def smaller_engines(case: FuzzCase) -> Iterator[FuzzCase]:
     """Cases one step smaller, the largest steps first."""
     for name in ("faults", "requests", "warm"):
         items = getattr(case, name)
@@ -61,9 +67,10 @@ def _candidates(case: FuzzCase) -> Iterator[FuzzCase]:
                 if least <= less < value:
                     changed = msgspec.structs.replace(request, **{field: less})
                     yield msgspec.structs.replace(case, requests=_with(case.requests, i, changed))
-        if request.slo_s is not None:
-            changed = msgspec.structs.replace(request, slo_s=None)
-            yield msgspec.structs.replace(case, requests=_with(case.requests, i, changed))
+        for field, plain in PLAIN_REQUEST.items():
+            if getattr(request, field) != plain:
+                changed = msgspec.structs.replace(request, **{field: plain})
+                yield msgspec.structs.replace(case, requests=_with(case.requests, i, changed))
     for name, plain in PLAIN.items():
         if case.config[name] != plain:
             yield msgspec.structs.replace(case, config={**case.config, name: plain})

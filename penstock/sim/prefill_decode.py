@@ -85,6 +85,7 @@ class PrefillDecodeCluster:
             model.layers,
             system.layerwise,
             model.kv_tokens(gpu, prefill_ranks),
+            system.level,
         )
         self._cost = model.prefill_cost(gpu)
         self.load: Load = load_of(trajectories, self._cost)
@@ -346,8 +347,12 @@ class PrefillDecodeCluster:
         if decode.waiting or not decode.has_room(agent):
             decode.waiting.append(agent)
             return
-        decode.join(agent, now)
+        self._decode_from(decode, agent, now)
         self._arm(decode)
+
+    def _decode_from(self, decode: DecodeEngine, agent: Agent, now: float) -> None:
+        decode.join(agent, now)
+        self.record.ttst_s.append(now + decode.step - agent.arrival_s)
 
     def _arm(self, decode: DecodeEngine) -> None:
         """An event for the next end, unless one comes no later already (which then arms again)."""
@@ -364,7 +369,7 @@ class PrefillDecodeCluster:
         ended = decode.leave_finished(now)
         waiting = decode.waiting
         while waiting and decode.has_room(waiting[0]):
-            decode.join(waiting.popleft(), now)
+            self._decode_from(decode, waiting.popleft(), now)  # type: ignore[arg-type]
         self._arm(decode)
         for agent in ended:
             self._ended(agent, now)  # type: ignore[arg-type]

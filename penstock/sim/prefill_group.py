@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from penstock.core.compute_quota import ComputeQuota
+from penstock.core.compute_quota import ComputeQuota, level_s
 
 if TYPE_CHECKING:
     from penstock.sim.agent import Agent
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class StepCost:
     """What a step is made of: overhead, linear work per query token, compute NIC seconds per token, layers.
 
-    Layer by layer only a layer's KV is in device memory; otherwise `memory_tokens` bound a rank's batch."""
+    Layer by layer only a layer's KV is in device memory; otherwise `memory_tokens` bound a rank's batch. `level`: ranks
+    take no more than what gets most done per step (`core.compute_quota.level_s`)."""
 
     overhead_s: float
     linear_s: float
@@ -30,6 +31,7 @@ class StepCost:
     layers: int
     layerwise: bool
     memory_tokens: int
+    level: bool = False
 
 
 class PrefillEngine:
@@ -76,15 +78,14 @@ class PrefillGroup:
         slowest = attention_sum = load_max = 0.0
         queries = ranks = 0
         self.stepping = ended = []
+        quota_s = self._level_s(quota, cost.overhead_s) if cost.level and len(self.engines) > 1 else None
         for engine in self.engines:
             ready = engine.ready
             if not ready:
                 continue
             ranks += 1
-            taken, attention_s = quota.pack(
-                (agent.query, agent.context)
-                for agent in (ready if cost.layerwise else _fitting(ready, cost.memory_tokens))
-            )
+            fitting = ready if cost.layerwise else _fitting(ready, cost.memory_tokens)
+            taken, attention_s = quota.pack(((agent.query, agent.context) for agent in fitting), quota_s)
             load_end = now
             for tokens in taken:
                 agent = ready[0]
@@ -109,6 +110,12 @@ class PrefillGroup:
             self.attention_max_s += slowest
             self.attention_mean_s += attention_sum / count
         return took
+
+    def _level_s(self, quota: ComputeQuota, overhead_s: float) -> float:
+        return level_s(
+            [quota.ready_s((a.query, a.context) for a in engine.ready) for engine in self.engines if engine.ready],
+            overhead_s,
+        )
 
     @staticmethod
     def _load(agent: Agent, engine: PrefillEngine, now: float, cost: StepCost) -> float:

@@ -16,6 +16,7 @@ class Record:
     """Grows during a run; four bytes per figure and request."""
 
     ttft_s: array[float] = field(default_factory=lambda: array("f"))
+    ttst_s: array[float] = field(default_factory=lambda: array("f"))  # of those that decode, in order of joining
     tpot_s: array[float] = field(default_factory=lambda: array("f"))
     arrival_s: array[float] = field(default_factory=lambda: array("f"))  # beside ttft_s
     end_at_s: array[float] = field(default_factory=lambda: array("f"))  # beside tpot_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import signal
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 15.0
+SIGNAL_POLL_S = 0.5
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 pool_app = typer.Typer(name="pool", invoke_without_command=True)
@@ -171,13 +173,21 @@ def _wait(config: PoolConfig, served: ServedPool, read: ReadConfig, inbox: Inbox
     local = served.own
     assert local is None or isinstance(local, LocalPool)
     live = LiveConfig(config, local, served if isinstance(served, UnionPool) else None, read)
-    while inbox.get() == "reload":
+    while _asked(inbox) == "reload":
         try:
             changes = ", ".join(live.reload()) or "nothing changed"
         except (ValueError, OSError, PoolError) as error:
             log.error("%s; the pool goes on as it was", one_line(error))
         else:
             print(f"pool node {config.name} reloaded: {changes}", flush=True)
+
+
+def _asked(inbox: Inbox) -> Literal["stop", "reload"]:
+    """What the next signal asks for. The system may give a signal to a thread that does not wait here (as it does right
+    after SIGCONT), and Python sees it only when this one runs: so it looks every now and then."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return inbox.get(timeout=SIGNAL_POLL_S)
 
 
 def _signals(reloads: bool) -> Inbox:

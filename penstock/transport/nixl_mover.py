@@ -11,6 +11,7 @@ import os
 import secrets
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,6 +24,7 @@ from penstock.transport.one_sided import FarMemory, RelayTransport
 log = logging.getLogger(__name__)
 
 _POLL_S = 20e-6
+_RDMA_DEVICES = Path("/sys/class/infiniband")
 _ABANDON_S = 60.0  # a transfer that neither ends nor fails for so long is told at each such interval
 
 
@@ -32,6 +34,13 @@ class _Description(msgspec.Struct, array_like=True):
     size_bytes: int
 
 
+def _leave_out_verbs() -> None:
+    """Without an RDMA device UCX shall not load its verbs module: with the libraries that NIXL's wheel brings, the
+    process would crash as it exits."""
+    if not _RDMA_DEVICES.is_dir() or not any(_RDMA_DEVICES.iterdir()):
+        os.environ.setdefault("UCX_MODULES", "^ib")
+
+
 class NixlMover:
     """Contract: `one_sided.Mover`. One agent of this process, used under a lock: NIXL's own is coarse as well."""
 
@@ -39,6 +48,7 @@ class NixlMover:
 
     def __init__(self) -> None:
         """Raises ConfigError when NIXL is not installed or has no UCX."""
+        _leave_out_verbs()
         try:
             from nixl_cu12._api import nixl_agent, nixl_agent_config
         except ImportError as error:

@@ -25,6 +25,7 @@ SETTINGS = (
     "default_slo_ttft_s",
     "fetch_timeout_s",
     "lookup_timeout_s",
+    "load_always",
 )
 SERVE = ("-m", "vllm.entrypoints.cli.main", "serve")
 _POOL, _ORDER = "KV cache", "Scheduling"
@@ -56,6 +57,10 @@ def vllm(
     ] = None,
     fetch_timeout_s: Annotated[float | None, _flag(_ORDER, "10", "A slower load is computed instead.")] = None,
     lookup_timeout_s: Annotated[float | None, _flag(_ORDER, "2", "A slower lookup counts as a miss.")] = None,
+    load_always: Annotated[
+        bool,
+        typer.Option("--load-always", help="Load every hit, even where computing is faster.", rich_help_panel=_ORDER),
+    ] = False,
     stock_scheduler: Annotated[
         bool, typer.Option("--stock-scheduler", help="Keep vLLM's own scheduler.", rich_help_panel=_ORDER)
     ] = False,
@@ -97,7 +102,11 @@ def _arguments(context: Any) -> list[str]:
     """What `vllm serve` gets, with the connector's settings checked. Raises FlagError or ConfigError."""
     from penstock.vllm.settings import read_settings
 
-    given = {name: context.params[name] for name in SETTINGS if context.params[name] not in (None, [], ())}
+    given = {
+        name: context.params[name]
+        for name in SETTINGS
+        if context.params[name] not in (None, [], ()) and context.params[name] is not False
+    }
     arguments = serve_arguments(context.args, given, context.params["stock_scheduler"])
     extra = connector_extra(arguments)
     if extra is not None:

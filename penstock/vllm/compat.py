@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,6 +223,18 @@ def is_preempted(request: Request) -> bool:
     from vllm.v1.request import RequestStatus
 
     return bool(request.status == RequestStatus.PREEMPTED)
+
+
+@contextlib.contextmanager
+def step_of(scheduler: Scheduler, tokens_max: int | None) -> Iterator[None]:
+    """Within, a step takes no more new tokens than `tokens_max` (None: as vLLM was told) beside what is decoded."""
+    told: int = scheduler.max_num_scheduled_tokens
+    if tokens_max is not None:
+        scheduler.max_num_scheduled_tokens = min(told, tokens_max + len(scheduler.running))
+    try:
+        yield
+    finally:
+        scheduler.max_num_scheduled_tokens = told
 
 
 def reserved_blocks(scheduler: Scheduler) -> int:

@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 from vllm.logger import init_logger
@@ -37,9 +38,22 @@ log = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
-    """What a worker gets with a step: its number. Everything else goes over the link, not in step with vLLM."""
+    """What a worker gets with a step: its number, and whether it computes anything. Everything else goes over the
+    link, not in step with vLLM."""
 
     step: int
+    computes: bool
+
+
+@dataclass
+class StepResult(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """What comes back with the results of a step that computed."""
+
+    step: int
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> StepResult:
+        """Every worker says the same."""
+        return self
 
 
 class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -107,6 +121,10 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         invalid, self._invalid = self._invalid, set()
         return invalid
 
+    def build_connector_worker_meta(self) -> StepResult | None:
+        metadata = self._connector_metadata
+        return StepResult(metadata.step) if isinstance(metadata, StepMetadata) and metadata.computes else None
+
     def shutdown(self) -> None:
         if self._side is not None:
             self._side.close()
@@ -138,10 +156,13 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self.side.allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
-        return StepMetadata(self.side.scheduled(scheduler_output))
+        computes = scheduler_output.total_num_scheduled_tokens > 0
+        return StepMetadata(self.side.scheduled(scheduler_output), computes)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        self.side.step_ended(connector_output.finished_recving or ())
+        result = connector_output.kv_connector_worker_meta
+        step = result.step if isinstance(result, StepResult) else None
+        self.side.step_ended(connector_output.finished_recving or (), step)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         self.side.finished(request)

@@ -8,97 +8,43 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
-import os
 import queue
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from penstock.core.config import ConfigError, SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
-from penstock.core.guest_scheduler import GuestOperation, GuestScheduler, Landed
-from penstock.core.keys import BlockKey
-from penstock.core.layout import staging_bytes
+from penstock.core.guest_records import Landed
+from penstock.core.guest_scheduler import GuestOperation, GuestScheduler
 from penstock.core.operations import BlockHit, Drop, Fetch, Lookup, RequestSpec, Save, Upload
-from penstock.engine.executors import PoolStages, Staging
-from penstock.pool.api import Lease, Pool
+from penstock.engine.executors import PoolStages
+from penstock.pool.api import Pool
 from penstock.pool.open import link_bytes_per_s, open_pool
 from penstock.transport.connect import connect_pool
 from penstock.vllm import link as wire
 from penstock.vllm.settings import Settings
+from penstock.vllm.shared_staging import SPARE_SLOTS, SharedStaging, Unleased
+from penstock.vllm.worker_links import WorkerLinks
 
 if TYPE_CHECKING:
     from penstock.vllm.metrics import PenstockStats, StatsTaker
 
 log = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 5.0
 IDLE_WAIT_S = 0.25
 EVENTS_PER_DECISION = 64
 SWITCH_INTERVAL_S = 1e-3  # how long a thread may hold the interpreter while another, say a finished load, waits for it
-SPARE_SLOTS = 4  # stand in for slots whose memory a device still holds
 UPLOAD_BYTES_PER_S = 4e9  # until it is measured
 COMPUTE = ComputeCost(2e-3, 1e-4, 1e-9)  # until it is measured
 
 Ids = list[list[int]]  # vLLM blocks of one pool block, by group; -1: not to be touched
-
-
-class _Unleased:
-    """The pool without blocks in place: workers of other processes cannot see them."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-
-    def lease(self, key: BlockKey) -> Lease | None:
-        return None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pool, name)
-
-
-class _SharedStaging(Staging):
-    """Slots in memory that workers map too, so a slot whose memory a device still holds moves to a spare one; when
-    there is none left, it is out of use."""
-
-    def __init__(self, memory: memoryview, slot_bytes: int, slots: int, spares: int) -> None:
-        super().__init__(memory, slot_bytes)
-        self._all, self._slot_size = memory, slot_bytes
-        self._places = list(range(slots))
-        self._spares = list(range(slots, slots + spares))
-        self._dead: dict[int, memoryview] = {}
-
-    def place(self, slot: int) -> int | None:
-        """Where in the memory the slot is; None: out of use."""
-        return None if slot in self._dead else self._places[slot]
-
-    def slot(self, slot: int) -> memoryview:
-        if slot in self._dead:
-            return self._dead[slot]
-        begin = self._places[slot] * self._slot_size
-        return self._all[begin : begin + self._slot_size]
-
-    def replace(self, slot: int) -> None:
-        if self._spares:
-            self._places[slot] = self._spares.pop()
-            return
-        log.error("a device never ended a transfer and all %d spare slots are used; one slot is lost", SPARE_SLOTS)
-        self._dead[slot] = memoryview(bytearray(self._slot_size))
-
-
-@dataclass(slots=True)
-class _Copy:
-    """A message that every worker has to answer."""
-
-    left: int
-    ended: Callable[[str | None], None]
-    error: str | None = None
 
 
 @dataclass(slots=True)
@@ -144,7 +90,6 @@ class Host:
         self.activity = Activity()
         self._lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._copies: dict[int, _Copy] = {}
         self._pages: dict[int, Ids] = {}
         self._grants: dict[str, tuple[int, list[int]]] = {}
         self._save_steps: dict[int, int] = {}
@@ -152,20 +97,11 @@ class Host:
         self._stopping = False
         self.fatal: str | None = None
         with contextlib.ExitStack() as undo:
-            self._links, hellos = self._connect(undo)
-            self.layout = [hello.layout for hello in hellos]
-            part_bytes = [
-                sum(sum(rows) * count for rows, count in zip(hello.row_bytes, shape.rows, strict=True))
-                for hello in hellos
-            ]
-            if shape.same_on_all_ranks:
-                self._offsets, self.block_bytes = [0] * len(part_bytes), part_bytes[0]
-            else:
-                self._offsets = [sum(part_bytes[:rank]) for rank in range(len(part_bytes))]
-                self.block_bytes = sum(part_bytes)
-            self._slot_bytes = staging_bytes(self.block_bytes)
+            self._workers = WorkerLinks(shape.engine_id, shape.rows, shape.ranks, shape.same_on_all_ranks)
+            undo.callback(self._workers.close)
+            self.layout, self.block_bytes = self._workers.layout, self._workers.block_bytes
             config = self._config()
-            self._memory = self._share(config.l2_slots, undo)
+            self._memory = self._workers.share(config.l2_slots + SPARE_SLOTS)
             self._pool = _open(settings)
             undo.callback(self._pool.close, CLOSE_TIMEOUT_S)
             self._pool.register(memoryview(self._memory))
@@ -174,38 +110,24 @@ class Host:
         for name, rate in link_bytes_per_s(settings.open_config()).items():
             cost.links[name] = LinkCost(rate)
         self.brain = GuestScheduler(config, cost)
-        self._staging = _SharedStaging(memoryview(self._memory), self._slot_bytes, config.l2_slots, SPARE_SLOTS)
-        unleased: Any = _Unleased(self._pool)
+        self._staging = SharedStaging(memoryview(self._memory), self._workers.slot_bytes, config.l2_slots)
+        unleased: Any = Unleased(self._pool)
         self._stages = PoolStages(unleased, self._staging, self.block_bytes, config.lookup_window)
-        self._threads = [threading.Thread(target=self._run, name="penstock-control", daemon=True)]
-        self._threads += [
-            threading.Thread(target=self._receive, args=(link,), name=f"penstock-link-{rank}", daemon=True)
-            for rank, link in enumerate(self._links)
-        ]
+        self._thread = threading.Thread(target=self._run, name="penstock-control", daemon=True)
         if sys.getswitchinterval() > SWITCH_INTERVAL_S:
             sys.setswitchinterval(SWITCH_INTERVAL_S)
-        for thread in self._threads:
-            thread.start()
+        self._workers.start(self._inbox.put)
+        self._thread.start()
 
     # -- setting up ---------------------------------------------------------------------------------------------
 
-    def _connect(self, undo: contextlib.ExitStack) -> tuple[list[wire.Link], list[wire.Hello]]:
-        links, hellos = [], []
-        for rank in range(self.shape.ranks):
-            link = wire.connect(self.shape.engine_id, rank, CONNECT_TIMEOUT_S)
-            undo.callback(link.close)
-            hello = link.receive()
-            assert isinstance(hello, wire.Hello)
-            links.append(link)
-            hellos.append(hello)
-        return links, hellos
-
     def _config(self) -> SchedulerConfig:
-        settings, slots = self.settings, self.settings.staging_bytes // self._slot_bytes - SPARE_SLOTS
+        settings, slot_bytes = self.settings, self._workers.slot_bytes
+        slots = settings.staging_bytes // slot_bytes - SPARE_SLOTS
         if slots < 4:
             raise ConfigError(
                 f"staging is {settings.staging_bytes} bytes; allowed: at least {4 + SPARE_SLOTS} blocks of "
-                f"{self._slot_bytes} bytes"
+                f"{slot_bytes} bytes"
             )
         return SchedulerConfig(
             block_tokens=self.shape.block_tokens,
@@ -213,6 +135,7 @@ class Host:
             l1_pages=max(1, self.shape.l1_blocks),
             l2_slots=slots,
             policy=settings.policy,
+            recompute=not settings.load_always,
             max_waiting=settings.max_waiting,
             fetch_window_blocks=settings.fetch_window_blocks,
             age_bound_s=settings.age_bound_s,
@@ -222,22 +145,7 @@ class Host:
             save_timeout_s=settings.save_timeout_s,
         )
 
-    def _share(self, slots: int, undo: contextlib.ExitStack) -> mmap.mmap:
-        total = slots + SPARE_SLOTS
-        descriptor, memory = wire.create_memory(total * self._slot_bytes)
-        try:
-            for link, offset in zip(self._links, self._offsets, strict=True):
-                attach = wire.Attach(total, self._slot_bytes, offset, list(self.shape.rows))
-                link.send_with_descriptor(attach, descriptor)
-        finally:
-            os.close(descriptor)
-        return memory
-
     # -- vLLM's scheduler ---------------------------------------------------------------------------------------
-
-    def tell(self, event: Callable[[], None]) -> None:
-        """An event for the brain that needs no answer; carried out by the control thread, in order."""
-        self._inbox.put(event)
 
     def submit(self, spec: RequestSpec, held_tokens: int, load: bool) -> None:
         """A request arrived: its lookup begins now."""
@@ -256,7 +164,10 @@ class Host:
         with self._lock:
             pages = [self._page(one) for one in ids]
             self._grants[request_id] = (first, pages)
-            self.brain.allocated(request_id, first, pages, time.monotonic())
+            if self.fatal is None:
+                self.brain.allocated(request_id, first, pages, time.monotonic())
+        if self.fatal is not None:
+            self._land(Landed(request_id, first))
         self._wake()
 
     def acknowledged(self, request_id: str) -> None:
@@ -279,35 +190,46 @@ class Host:
     def extend(self, request_id: str, tokens: Sequence[int]) -> None:
         """The request's tokens so far; what the brain has not heard of is new."""
         with self._lock:
-            known = self.brain.known_tokens(request_id)
+            known = len(tokens) if self.fatal else self.brain.known_tokens(request_id)
             if known < len(tokens):
                 self.brain.extend(request_id, list(tokens[known:]))
 
-    def offer(self, request_id: str, index: int, ids: Ids, step: int) -> int:
-        """vLLM keeps the blocks `ids` of a full pool block that step `step` completes; returns their page."""
+    def offer(self, request_id: str, index: int, ids: Ids, step: int) -> tuple[int, bool]:
+        """vLLM keeps the blocks `ids` of a full pool block that step `step` completes; returns their page, and whether
+        there is room for a further one."""
         with self._lock:
             page = self._page(ids)
             self._save_steps[page] = step
-            self.brain.offer(request_id, index, page)
-        return page
+            if self.fatal is None:
+                self.brain.offer(request_id, index, page)
+            return page, self.brain.can_keep
 
     def wants(self, request_id: str, index: int) -> bool:
         with self._lock:
             return self.brain.wants(request_id, index)
 
+    @property
+    def can_keep(self) -> bool:
+        with self._lock:
+            return self.brain.can_keep
+
+    def not_saved(self, blocks: int) -> None:
+        with self._lock:
+            self.brain.not_saved(blocks)
+
     def released(self) -> list[int]:
         """Pages that `offer` returned and that vLLM may have back."""
         with self._lock:
-            pages = self.brain.released()
+            pages = self.brain.released() if self.fatal is None else list(self._save_steps)
             for page in pages:
                 self._pages.pop(page, None)
                 self._save_steps.pop(page, None)
         return pages
 
-    def press(self) -> None:
-        """vLLM is short of blocks: give back what is kept for saves that have not begun."""
+    def press(self, pages: int) -> None:
+        """vLLM is short of blocks: give back so much of what is kept for saves that have not begun."""
         with self._lock:
-            self.brain.press()
+            self.brain.press(pages)
 
     def stepped(self, spans: Sequence[tuple[int, int]], seconds: float) -> None:
         with self._lock:
@@ -316,6 +238,8 @@ class Host:
     def take_stats(self, taker: StatsTaker) -> PenstockStats | None:
         """Counts of the interval since the last call."""
         activity = self.activity
+        if self.fatal is not None:
+            return None
         with self._lock:
             counters: dict[str, float] = dict(self.brain.counters)
             counters["uploaded_bytes"] = activity.uploaded_bytes
@@ -338,7 +262,8 @@ class Host:
         self._wake()
 
     def _wake(self) -> None:
-        self._inbox.put(_nothing)
+        if self.fatal is None:
+            self._inbox.put(_nothing)
 
     def _page(self, ids: Ids) -> int:
         self._last_page += 1
@@ -349,13 +274,10 @@ class Host:
         """Stop; what is under way is given up."""
         self._stopping = True
         self._wake()
-        self._threads[0].join(CLOSE_TIMEOUT_S)
+        self._thread.join(CLOSE_TIMEOUT_S)
         self._stages.close()
         self._pool.close(CLOSE_TIMEOUT_S)
-        for link in self._links:
-            link.close()
-        for thread in self._threads[1:]:
-            thread.join(CLOSE_TIMEOUT_S)
+        self._workers.close()
 
     # -- control thread -----------------------------------------------------------------------------------------
 
@@ -365,7 +287,21 @@ class Host:
                 self._step()
         except Exception as error:
             log.exception("Penstock's control thread failed; requests go on without it")
-            self.fatal = f"internal error: {error!r}"
+            self._give_up(f"internal error: {error!r}")
+
+    def _give_up(self, reason: str) -> None:
+        """From now on vLLM computes everything: it gets back what it keeps for saves, and loads under way have failed,
+        as soon as no worker writes to their pages any more."""
+        with self._lock:
+            self.fatal = reason
+            self.brain = GuestScheduler(replace(self.brain.config, pool=False), self.brain.cost)
+        while self._workers.writing and not self._stopping:
+            with contextlib.suppress(Exception):  # what the copies were for is gone
+                self._inbox.get(timeout=IDLE_WAIT_S)()
+        with self._lock:
+            loading = [(request_id, first) for request_id, (first, _) in self._grants.items()]
+        for request_id, first in loading:
+            self._land(Landed(request_id, first))
 
     def _step(self) -> None:
         wakeup = self.brain.next_wakeup_s()
@@ -396,7 +332,7 @@ class Host:
         if isinstance(operation, Save):
             return partial(self._save, operation, self._pages[operation.page], self._save_steps[operation.page])
         if isinstance(operation, Landed):
-            return partial(self._tell_all, self._landed(operation))
+            return partial(self._land, operation)
         assert isinstance(operation, Drop), operation
         return _nothing  # slots of a guest hold no lease
 
@@ -429,7 +365,7 @@ class Host:
         places = [(self._staging.place(slot), ids) for slot, ids in blocks]
         found = [(place, ids) for place, ids in places if place is not None]
         assert len(found) == len(places), "a block was fetched into a slot that is out of use"
-        self._copy(op.op_id, wire.Upload(op.op_id, found), self._links, ended)
+        self._workers.upload(wire.Upload(op.op_id, found), ended)
 
     def _save(self, op: Save, ids: Ids, step: int) -> None:
         def ended(error: str | None) -> None:
@@ -443,8 +379,7 @@ class Host:
         if place is None:
             self._inbox.put(partial(self._saved, op, "device"))
             return
-        links = self._links[:1] if self.shape.same_on_all_ranks else self._links
-        self._copy(op.op_id, wire.Download(op.op_id, place, ids, step), links, ended)
+        self._workers.download(wire.Download(op.op_id, place, ids, step), ended)
 
     def _saved(self, op: Save, error: str | None) -> None:
         if error is None:
@@ -453,61 +388,19 @@ class Host:
             self.activity.save_failures[error] += 1
         self.brain.saved(op.op_id, error)
 
-    def _landed(self, notice: Landed) -> wire.Finished:
-        first, pages = self._grants.pop(notice.request_id)
-        ids = [self._pages.pop(page) for page in pages]
+    def _land(self, notice: Landed) -> None:
+        """Tell the workers, and so vLLM, that a load is over."""
+        with self._lock:
+            first, pages = self._grants.pop(notice.request_id, (0, []))
+            ids = [self._pages.pop(page) for page in pages]
+        if not ids:
+            return  # told already
         invalid: list[int] = []
         failed = notice.hole is not None
         if notice.hole is not None and len(self.shape.rows) == 1:
             invalid = [place for one in ids[notice.hole - first :] for place in one[0] if place >= 0]
             failed = not invalid  # vLLM then asks again
-        return wire.Finished(notice.request_id, invalid, failed)
-
-    # -- workers ------------------------------------------------------------------------------------------------
-
-    def _copy(
-        self, op_id: int, message: wire.Message, links: list[wire.Link], ended: Callable[[str | None], None]
-    ) -> None:
-        with self._lock:
-            self._copies[op_id] = _Copy(len(links), ended)
-        for link in links:
-            try:
-                link.send(message)
-            except wire.LinkError as error:
-                self._inbox.put(partial(self._copied, op_id, str(error)))
-
-    def _copied(self, op_id: int, error: str | None) -> None:
-        copy = self._copies.get(op_id)
-        if copy is None:
-            return
-        copy.left -= 1
-        copy.error = copy.error or error
-        if copy.left == 0:
-            del self._copies[op_id]
-            copy.ended(copy.error)
-
-    def _tell_all(self, message: wire.Message) -> None:
-        for link in self._links:
-            with contextlib.suppress(wire.LinkError):
-                link.send(message)
-
-    def _receive(self, link: wire.Link) -> None:
-        try:
-            while True:
-                message = link.receive()
-                assert isinstance(message, wire.Done)
-                self._inbox.put(partial(self._copied, message.op_id, message.error))
-        except Exception as error:
-            if not self._stopping:
-                log.info("Penstock's link to a worker ended: %s", error)
-                self._inbox.put(self._fail_copies)
-
-    def _fail_copies(self) -> None:
-        """A worker is gone, and its pages with it."""
-        for op_id, copy in list(self._copies.items()):
-            copy.error = copy.error or "the worker is gone"
-            copy.left = 1
-            self._copied(op_id, None)
+        self._workers.tell(wire.Finished(notice.request_id, invalid, failed))
 
 
 def _nothing() -> None:

@@ -48,7 +48,8 @@ class _InOrder(Scheduler):  # type: ignore[misc]
         side.reserved_blocks = compat.reserved_blocks(self)
         if self._in_order:
             self._sort(side)
-        output = super().schedule(throttle_prefills)
+        with compat.step_of(self, side.step_tokens_max() if len(self.kv_holding_waiting) else None):
+            output = super().schedule(throttle_prefills)
         if self._in_order and len(self.waiting):
             self._load_ahead()
         return output

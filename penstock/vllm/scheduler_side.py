@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import math
 import time
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 log = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 SETTLE_TIMEOUT_S = 2.0
 STATS_INTERVAL_S = 0.1
+PRESS_BLOCKS = 8  # that saves give back at a time when vLLM would have to preempt
+SAVES_SHARE = 0.25  # of vLLM's blocks that saves keep although a request waits for room
+STEPS_MAX = 64
 FINGERPRINT_VERSION = "penstock-vllm-1"
 
 
@@ -41,8 +45,18 @@ class _Known:
     request: Request
     asked_held: int = 0  # tokens that vLLM held when it asked last
     saved_to: int = 0  # full blocks that were looked at for saving
+    put_off: list[int] = field(default_factory=list)  # of them, those for which there was no room
     computing: bool = False
     answering: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step that computes: `(query, context)` tokens of its requests."""
+
+    number: int
+    spans: list[tuple[int, int]]
+    scheduled_s: float
 
 
 class SchedulerSide:
@@ -78,8 +92,8 @@ class SchedulerSide:
         self._manager: KVCacheManager | None = None
         self.reserved_blocks = 0  # vLLM blocks that are spoken for, as far as the scheduler class says
         self._step = 0
-        self._spans: list[tuple[int, int]] = []
-        self._step_began_s = 0.0
+        self._steps: deque[_Step] = deque(maxlen=STEPS_MAX)  # scheduled, results not there
+        self._last_result_s = 0.0
         self._stats = StatsTaker()
         self._next_stats_s = 0.0
         log.info(
@@ -137,6 +151,7 @@ class SchedulerSide:
         if request.num_output_tokens:
             self.host.extend(request.request_id, request.all_token_ids)
         known.asked_held = held_tokens
+        self._make_room(request)
         if request.skip_reading_prefix_cache:
             return 0
         found = self.host.matched(request.request_id, held_tokens)
@@ -161,6 +176,11 @@ class SchedulerSide:
         ids = list(request_ids)
         found: list[Rank | None] = self.host.ask(lambda brain: [brain.rank(request_id) for request_id in ids])
         return {request_id: rank for request_id, rank in zip(ids, found, strict=True) if rank is not None}
+
+    def step_tokens_max(self) -> int | None:
+        """See `GuestScheduler.step_tokens_max`."""
+        found: int | None = self.host.ask(lambda brain: brain.step_tokens_max())
+        return found
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
         """vLLM's blocks for what `matched` had offered; those that it holds already stay untouched."""
@@ -191,7 +211,11 @@ class SchedulerSide:
         known = self._known.pop(request.request_id, None)
         if known is None:
             return
-        self._offer(known, max(0, request.num_computed_tokens - request.num_in_flight_tokens), self._step, 0)
+        computed = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
+        self._offer(known, computed, self._step, computed)
+        lost = [index for index in known.put_off if self.host.wants(request.request_id, index)]
+        if lost:
+            self.host.not_saved(len(lost))
         self.host.finish(request.request_id)
 
     # -- steps --------------------------------------------------------------------------------------------------
@@ -200,17 +224,19 @@ class SchedulerSide:
         """vLLM decided on a step: note what it computes, offer the blocks it completes. Returns the step's number."""
         self._give_back()
         self._step += 1
-        self._spans = []
+        spans: list[tuple[int, int]] = []
         for request_id, count in output.num_scheduled_tokens.items():
             known = self._known.get(request_id)
             if known is None:
                 continue
             request = known.request
             computed = request.num_computed_tokens
-            self._spans.append((count, computed))
+            spans.append((count, computed))
             if not known.computing:
                 known.computing = True
                 self.host.started(request_id)
+            elif not known.answering:
+                self._advanced(request_id, computed)
             if request.num_output_tokens and not known.answering:
                 known.answering = True
                 self.host.prefilled(request_id)
@@ -218,30 +244,38 @@ class SchedulerSide:
             if self._guesses:  # guessed tokens may be taken back
                 done = max(0, computed - request.num_in_flight_tokens)
             self._offer(known, done, self._step, computed)
-        self._step_began_s = time.monotonic()
+        if spans:
+            self._steps.append(_Step(self._step, spans, time.monotonic()))
         self._give_back()
         return self._step
 
+    def _advanced(self, request_id: str, computed_tokens: int) -> None:
+        self.host.ask(lambda brain: brain.advanced(request_id, computed_tokens))
+
     def _offer(self, known: _Known, computed_tokens: int, step: int, before_tokens: int) -> None:
         """Offer full blocks up to `computed_tokens`; those up to `before_tokens` were there before the step, so that
-        a window may have dropped some of their parts."""
+        a window may have dropped some of their parts. What there is no room for is put off to a later step."""
         pins, request = self._pins, known.request
         end = min(computed_tokens, len(request.all_token_ids)) // self._block_tokens
-        if pins is None or known.saved_to >= end or not self.host.shape.saves:
+        if pins is None or not self.host.shape.saves or (known.saved_to >= end and not known.put_off):
             return
         self.host.extend(request.request_id, request.all_token_ids)
         groups = pins.blocks(request.request_id)
-        for index in range(known.saved_to, end):
+        end = min(end, *(len(blocks) // rows for blocks, rows in zip(groups, self._rows, strict=True)))
+        open_blocks = [*known.put_off, *range(known.saved_to, end)]
+        known.saved_to, known.put_off = max(end, known.saved_to), []
+        room = self.host.can_keep
+        for at, index in enumerate(open_blocks):
+            if not room:
+                known.put_off = open_blocks[at:]
+                return
             if not self.host.wants(request.request_id, index):
                 continue
-            if any(len(blocks) < (index + 1) * rows for blocks, rows in zip(groups, self._rows, strict=True)):
-                end = index
-                break
             ids = self._ids(groups, index, 0)
             partly = any(place < 0 for places in ids for place in places)
             if partly and (index + 1) * self._block_tokens <= before_tokens:
                 continue
-            page = self.host.offer(request.request_id, index, ids, step)
+            page, room = self.host.offer(request.request_id, index, ids, step)
             kept = [
                 blocks[at]
                 for blocks, rows in zip(groups, self._rows, strict=True)
@@ -249,15 +283,18 @@ class SchedulerSide:
                 if not blocks[at].is_null
             ]
             pins.keep(page, kept)
-        known.saved_to = end
 
-    def step_ended(self, finished_recving: Iterable[str]) -> None:
-        """A step's results are there."""
+    def step_ended(self, finished_recving: Iterable[str], step: int | None) -> None:
+        """Results are there: of `step`, if it computed anything. vLLM schedules a step while another one runs, so a
+        step took no longer than since the results before it."""
         for request_id in finished_recving:
             self.host.acknowledged(request_id)
-        if self._spans:
-            self.host.stepped(self._spans, time.monotonic() - self._step_began_s)
-            self._spans = []
+        now = time.monotonic()
+        while step is not None and self._steps and self._steps[0].number <= step:
+            ended = self._steps.popleft()
+            if ended.number == step:
+                self.host.stepped(ended.spans, now - max(ended.scheduled_s, self._last_result_s))
+                self._last_result_s = now
         self._give_back()
 
     def _give_back(self) -> None:
@@ -267,9 +304,20 @@ class SchedulerSide:
 
     def short_of_blocks(self) -> bool:
         """vLLM would have to preempt: whether blocks kept for saves come back soon instead."""
-        self.host.press()
-        self._give_back()
+        self._press(max(PRESS_BLOCKS, len(self._known)))
         return self.keeps_blocks()
+
+    def _make_room(self, request: Request) -> None:
+        """A request waits to be begun: when vLLM has no room for it, saves give way, down to their share."""
+        beyond = 0 if self._pins is None else len(self._pins) - int(self.host.shape.l1_blocks * SAVES_SHARE)
+        if self._pins is not None and beyond > 0:
+            needed = sum(-(-request.num_tokens // tokens) for tokens in self._group_tokens) + self.reserved_blocks
+            if needed > self._pins.free_blocks:
+                self._press(beyond)
+
+    def _press(self, blocks: int) -> None:
+        self.host.press(blocks)
+        self._give_back()
 
     def keeps_blocks(self) -> bool:
         self._give_back()

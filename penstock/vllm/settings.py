@@ -20,7 +20,8 @@ OWN_KEYS = frozenset({"connectors"})  # of vLLM's MultiConnector, beside ours
 class Settings:
     """`pool`: addresses of pool nodes; `memory` (bytes) and `slab` (path, bytes): members in the engine's process; all
     of them are one pool. `pool_config` is a pool.toml that describes one instead. `staging_bytes` is host memory for
-    blocks on their way, `block_tokens` 0 the default for vLLM's block size."""
+    blocks on their way, `block_tokens` 0 the default for vLLM's block size. With `load_always` every hit is loaded,
+    even where computing it seems faster."""
 
     pool: tuple[str, ...] = ()
     pool_config: Path | None = None
@@ -37,6 +38,7 @@ class Settings:
     fetch_window_blocks: int = 8
     max_waiting: int = 4096
     model_id: str = ""
+    load_always: bool = False
 
     def open_config(self) -> PoolConfig:
         """The pool these settings name. Raises ConfigError."""
@@ -79,6 +81,10 @@ def _read(key: str, given: Any) -> Any:
             return _size(given)
         if key in ("policy", "model_id"):
             return _text(given)
+        if key == "load_always":
+            if not isinstance(given, bool):
+                raise ValueError("allowed: true or false")
+            return given
         if isinstance(given, bool) or not isinstance(given, (int, float)):
             raise ValueError("allowed: a number")
         if not key.endswith("_s") and given != int(given):

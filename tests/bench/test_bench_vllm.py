@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from penstock.bench.command import bench
 from penstock.bench.deadlines import TtftModel, reusable_tokens
 from penstock.bench.experiments.vllm_link import Carried, LinkProcess, PacedLink, measure_link, split_address
 from penstock.bench.experiments.vllm_loads import (
+    AGENT_SESSIONS,
     CONTEXT_TOKENS_MAX,
     CONTEXT_UNIT_TOKENS,
     DATASETS,
@@ -29,6 +31,7 @@ from penstock.bench.experiments.vllm_loads import (
     contexts_of,
     conversation,
     dataset,
+    unique_tokens,
     warm_tokens,
 )
 from penstock.bench.experiments.vllm_measure import Found, Plan
@@ -48,6 +51,7 @@ from penstock.bench.experiments.vllm_systems import (
 )
 from penstock.bench.replay import RequestRecord
 from penstock.bench.report import Report
+from penstock.bench.traces import TraceError
 from penstock.bench.workloads import prompt_tokens
 
 app = typer.Typer()
@@ -187,20 +191,44 @@ def write_agents(folder: Path) -> Path:
     for name in ("a", "b"):
         turns = [
             {"t": 0.0, "in": 4096 + 640 * i, "out": 64, "hash_ids": list(range(64 + 10 * i)), "think_time": 4.0}
-            for i in range(3)
+            for i in range(8)
         ]
         record = {"block_size": 64, "tool_tokens": 1024, "system_tokens": 0, "requests": turns}
         (folder / f"{name}.json").write_text(json.dumps(record))
     return folder
 
 
+def test_agents_resume_in_the_middle_behind_the_turn_that_stores_hold(tmp_path: Path) -> None:
+    trace = agents(write_agents(tmp_path / "agents"), 3 * AGENT_SESSIONS, VOCABULARY, seed=0)
+    assert trace.before is not None
+    assert [len(session.turns) for session in trace.workload.sessions] == [3, 3]
+    for session, held in zip(trace.workload.sessions, trace.before.sessions[0].turns, strict=True):
+        sent, before = (prompt_tokens(turn.prompt, VOCABULARY) for turn in (session.turns[0], held))
+        assert len(before) == (4096 + 640 * 3) // 32 and sent[: len(before)] == before
+        assert trace.reusable[session.name, 0] == len(before) // 64 * 64, "the prompt before, in whole blocks"
+    assert all(turn.slo_multiplier for session in trace.workload.sessions for turn in session.turns)
+    with pytest.raises(TraceError, match="no session has 10 turns"):
+        agents(tmp_path / "agents", 5 * AGENT_SESSIONS, VOCABULARY, seed=0)
+
+
 def test_traces_are_sent_again_with_other_tokens_and_the_same_sharing(tmp_path: Path) -> None:
-    trace = agents(write_agents(tmp_path / "agents"), 6, VOCABULARY, seed=0)
-    one, other = trace.again("one"), trace.again("other")
-    first = [prompt_tokens(load.sessions[0].turns[0].prompt, VOCABULARY) for load in (one, other, trace.again("one"))]
+    trace = agents(write_agents(tmp_path / "agents"), 3 * AGENT_SESSIONS, VOCABULARY, seed=0)
+    loads = [trace.again(run) for run in ("one", "other", "one")]
+    first = [prompt_tokens(load.workload.sessions[0].turns[0].prompt, VOCABULARY) for load in loads]
     assert first[0] == first[2] != first[1]
+    fill = [prompt_tokens(load.before.sessions[0].turns[0].prompt, VOCABULARY) for load in loads if load.before]
+    assert all(sent[: len(held)] == held for sent, held in zip(first, fill, strict=True))
     assert 0 < trace.reuse < 1
-    assert reusable_tokens(one, VOCABULARY, 64) == reusable_tokens(other, VOCABULARY, 64) == trace.reusable
+    cold = [reusable_tokens(load.workload, VOCABULARY, 64) for load in loads]
+    assert cold[0] == cold[1]
+
+
+def test_what_a_fill_leaves_in_a_store_is_counted_once() -> None:
+    fill = contexts_of(dataset("icl", 4, seed=0))
+    contexts = sum(turn.prompt[0].length for turn in fill.sessions[0].turns)
+    assert unique_tokens(fill, VOCABULARY) == contexts
+    twice = replace(fill, sessions=(replace(fill.sessions[0], turns=fill.sessions[0].turns * 2),))
+    assert unique_tokens(twice, VOCABULARY) == contexts
 
 
 def test_whole_conversations_are_taken_at_a_rate_that_stock_can_serve(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ class Cluster:
 
     def engine(self, name: str, role: str = "mixed", host: CountingHost | None = None, **more: Any) -> CountingHost:
         """An engine that registers; waits until it has."""
-        agent_settings = {key: more.pop(key) for key in ("address", "secret", "keep_s") if key in more}
+        agent_settings = {key: more.pop(key) for key in ("address", "secret", "keep_s", "unhealthy_s") if key in more}
         wait = more.pop("wait", True)
         card = self.card(name, role, **more)
         host = host or CountingHost()
@@ -239,6 +239,7 @@ class Cluster:
             agent_settings.get("address", self.address),
             agent_settings.get("secret", SECRET),
             agent_settings.get("keep_s", 60.0),
+            agent_settings.get("unhealthy_s", 10.0),
         )
         self.agents[name] = EngineAgent(host, card, settings)
         if wait:

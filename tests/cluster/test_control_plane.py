@@ -9,6 +9,7 @@ import pytest
 from router_rig import SECRET, Client, Cluster, CountingHost, Wire, cluster, expected, wait_until
 
 from penstock.cluster import wire
+from penstock.cluster.placed import EngineReport
 from penstock.core.placing import InterEngineConfig
 from penstock.engine.api import InvalidRequest, Overloaded
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES, Secret
@@ -157,6 +158,34 @@ def test_an_engine_whose_connection_is_reset_registers_again_and_serves() -> Non
         c.hosts["e1"].release()
         finished(client, PROMPT, 9)
         assert c.router.port.engines["e1"].epoch != engine.epoch
+
+
+class FailedHost(CountingHost):
+    """An engine whose control thread may have ended."""
+
+    failed = False
+
+    def report(self) -> EngineReport:
+        if self.failed:
+            raise TimeoutError("the engine has stopped")
+        return super().report()
+
+    def healthy(self) -> tuple[bool, str]:
+        return (False, "internal error") if self.failed else (True, "ok")
+
+
+def test_an_engine_that_has_failed_ends_and_its_requests_go_on() -> None:
+    """Whoever started its process starts it again."""
+    with cluster() as c:
+        host = FailedHost(hold_after=3)
+        c.engine("e1", host=host, unhealthy_s=0.2)
+        client = c.ask(PROMPT, 9)
+        wait_until(lambda: len(client.tokens) == 3, "three tokens")
+        c.engine("e2")
+        host.failed = True
+        assert c.agents["e1"].ended.wait(20.0)
+        assert c.agents["e1"].failure == "the engine has failed: internal error"
+        finished(client, PROMPT, 9)
 
 
 def test_names_and_models_that_do_not_fit_are_refused_in_one_line() -> None:

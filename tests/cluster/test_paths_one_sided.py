@@ -83,7 +83,7 @@ def test_another_process_reads_this_ones_memory(mover: Mover) -> None:
     where = mover.export(memory).hex() + "\n"
     done = subprocess.run([sys.executable, "-c", code], input=where, capture_output=True, text=True, timeout=60)
     lines = [line for line in done.stdout.splitlines() if line.startswith("read ")]
-    assert lines, done.stderr
+    assert lines and done.returncode == 0, done.stderr
     assert bytes.fromhex(lines[0].removeprefix("read ")) == bytes(memory[769 : 769 + 8000])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from penstock.core.config import SchedulerConfig
@@ -12,6 +12,7 @@ from penstock.core.keys import block_keys, root_key
 from penstock.core.layout import KVLayout
 from penstock.core.operations import BlockHit, Compute, Fetch, Operation, RequestSpec, Save, Upload
 from penstock.core.scheduler import LoadScheduler
+from penstock.sim.engine_body import Observer
 from penstock.testing.virtual_body import VirtualBody
 
 BLOCK = 100  # tokens
@@ -28,26 +29,45 @@ def spec(name: str, prompt: list[int], new_tokens: int = 1, deadline_s: float | 
     return RequestSpec(name, prompt, new_tokens, root_key(FINGERPRINT, ""), deadline_s)
 
 
-class RecordedBody(VirtualBody):
-    """Keeps when each stage was busy and with which requests; checks after every decision that no link idles."""
+class Stages(Observer):
+    """When each stage was busy, and with which requests; the requests in the order in which compute took them."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(self) -> None:
+        self.now: Callable[[], float] = lambda: 0.0
         self.busy: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
-        self.order: list[str] = []  # requests in the order in which compute took them
+        self.order: list[str] = []
+        self._began: dict[int, float] = {}
 
-    def _carry_out(self, operation: Operation) -> None:
-        before = len(self._events)
-        super()._carry_out(operation)
-        if not isinstance(operation, Fetch | Upload | Compute | Save) or len(self._events) == before:
-            return
-        stage = type(operation).__name__.lower()
-        serial = self._serial  # of the event just queued
-        end = next(time_s for time_s, number, _ in self._events if number == serial)
-        who = ",".join(chunk.request_id for chunk in operation.chunks) if isinstance(operation, Compute) else ""
-        self.busy[stage].append((self.now, end, who))
+    def began(self, operation: Operation) -> None:
+        if isinstance(operation, Fetch | Upload | Compute | Save):
+            self._began[operation.op_id] = self.now()
         if isinstance(operation, Compute):
             self.order += [chunk.request_id for chunk in operation.chunks if chunk.request_id not in self.order]
+
+    def fetched(self, op: Fetch, error: str | None) -> None:
+        self._ended("fetch", op.op_id)
+
+    def uploaded(self, op: Upload, failed: bool) -> None:
+        self._ended("upload", op.op_id)
+
+    def computed(self, op: Compute, failed: bool) -> None:
+        self._ended("compute", op.op_id, ",".join(chunk.request_id for chunk in op.chunks))
+
+    def saved(self, op: Save, error: str | None) -> None:
+        self._ended("save", op.op_id)
+
+    def _ended(self, stage: str, op_id: int, who: str = "") -> None:
+        self.busy[stage].append((self._began.pop(op_id), self.now(), who))
+
+
+class RecordedBody(VirtualBody):
+    """Keeps when each stage was busy and with which requests; checks in the end that no link idles."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        stages = Stages()
+        super().__init__(*arguments, observer=stages, **options)
+        stages.now = lambda: self.now
+        self.busy, self.order = stages.busy, stages.order
 
     def run(self, until_s: float = float("inf")) -> None:
         super().run(until_s)

@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from penstock.core.config import POLICIES, SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
-from penstock.core.guest_scheduler import GuestScheduler, Landed
+from penstock.core.guest_records import Landed
+from penstock.core.guest_scheduler import GuestScheduler
 from penstock.core.keys import block_keys, root_key
 from penstock.core.operations import BlockHit, Drop, Fetch, Lookup, RequestSpec, Save, Upload
 
@@ -46,6 +47,7 @@ class Guests(RuleBasedStateMachine):
             age_bound_s=5.0,
             default_slo_ttft_s=3.0,
             lookup_timeout_s=1.0,
+            recompute=samples,
         )
         self.brain = GuestScheduler(config, CostModel(LinkCost(1e9), ComputeCost(1e-3, 1e-4, 1e-8)))
         self.now = 0.0

@@ -6,7 +6,9 @@ from typing import Any
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
-from penstock.core.guest_scheduler import PROBE_EVERY, GuestOperation, GuestScheduler, Landed
+from penstock.core.guest_costs import PROBE_EVERY, STEP_TOKENS_LEAST
+from penstock.core.guest_records import Landed
+from penstock.core.guest_scheduler import GuestOperation, GuestScheduler
 from penstock.core.keys import block_keys, root_key
 from penstock.core.operations import BlockHit, Fetch, Lookup, RequestSpec, Save, Upload
 
@@ -19,7 +21,7 @@ class Desk:
     """A guest scheduler whose operations are completed by hand."""
 
     def __init__(self, link_bytes_per_s: float = 1e9, **options: Any) -> None:
-        settings: dict[str, Any] = {"l1_pages": 100, "l2_slots": 20, "policy": "lstf"} | options
+        settings: dict[str, Any] = {"l1_pages": 100, "l2_slots": 20, "policy": "lstf", "recompute": True} | options
         config = SchedulerConfig(BLOCK, BLOCK_BYTES, **settings)
         cost = CostModel(LinkCost(1e10), ComputeCost(1e-3, 1e-4, 0.0), {"net": LinkCost(link_bytes_per_s)})
         self.brain = GuestScheduler(config, cost)
@@ -174,6 +176,59 @@ def test_where_computing_is_faster_nothing_is_loaded() -> None:
     assert any(slow.brain.matched(f"probe{number}", 0, slow.now) for number in range(PROBE_EVERY)), "one tries the link"
 
 
+def measured_desk(**options: Any) -> Desk:
+    """A desk that has measured: 0.1 s per block on the link, 0.16 s per block to compute."""
+    desk = Desk(link_bytes_per_s=1e7, fetch_window_blocks=1, **options)
+    desk.brain.cost.compute = ComputeCost(1e-3, 0.16 / BLOCK, 0.0)
+    for _ in range(20):
+        desk.brain.stepped([(BLOCK, 0)], 0.161)
+    desk.submit("measures", tokens_of(1, 9), slo_s=1e3)
+    while fetches := [op for op in desk.decide() if isinstance(op, Fetch)]:
+        for op in fetches:
+            desk.now += 0.1
+            desk.brain.fetched(op.op_id, None, desk.now)
+    desk.brain.finish("measures", desk.now)
+    return desk
+
+
+def test_a_request_that_waits_for_its_link_is_computed_once_the_processor_is_free() -> None:
+    desk = measured_desk()
+    desk.submit("first", tokens_of(2, 6))
+    desk.submit("busy", tokens_of(3, 12), hits=0)  # nothing of it is in the pool
+    desk.brain.started("busy", desk.now)
+    desk.submit("waits", tokens_of(4, 6))
+    desk.decide()
+    assert desk.brain.matched("waits", 0, desk.now) != 0, "the processor is taken for longer than the link"
+    desk.brain.prefilled("busy", desk.now)
+    desk.brain.finish("busy", desk.now)
+    before = desk.brain.counters.get("computed_instead_tokens", 0)
+    assert desk.brain.matched("waits", 0, desk.now) == 0
+    assert desk.brain.counters["computed_instead_tokens"] == before + 6 * BLOCK
+    wanted = set(block_keys(tokens_of(4, 6), FINGERPRINT, "", BLOCK))
+    assert not [op for op in desk.decide() if isinstance(op, Fetch) and op.key in wanted]
+
+
+def test_pages_are_given_no_further_ahead_than_the_link_is_busy_soon() -> None:
+    desk = measured_desk(recompute=False)
+    desk.submit("first", tokens_of(2, 6), slo_s=1.0)
+    desk.submit("next", tokens_of(3, 6), slo_s=9.0)
+    desk.decide()
+    assert desk.brain.matched("first", 0, desk.now) == 6 * BLOCK
+    desk.brain.allocated("first", 0, list(range(6)), desk.now)
+    assert desk.brain.matched("next", 0, desk.now) is None, "0.6 s of the link are given away"
+    assert not desk.fetch_all() or desk.brain.matched("next", 0, desk.now) == 6 * BLOCK
+
+
+def test_steps_are_short_while_loads_land() -> None:
+    desk = measured_desk()
+    assert desk.brain.step_tokens_max() is None
+    desk.submit("load", tokens_of(2, 2))
+    offered = desk.brain.matched("load", 0, desk.now)
+    assert offered == 2 * BLOCK
+    desk.brain.allocated("load", 0, [1, 2], desk.now)
+    assert desk.brain.step_tokens_max() == STEP_TOKENS_LEAST, "0.1 s are 10 tokens here"
+
+
 def test_loads_take_at_most_half_of_the_hosts_pages_unless_there_are_no_others() -> None:
     desk = Desk(l1_pages=8)
     desk.submit("big", tokens_of(1, 6))
@@ -196,6 +251,53 @@ def test_a_saved_block_is_kept_until_its_bytes_left_it() -> None:
     assert desk.brain.released() == [77]
     desk.brain.saved(save.op_id, None)
     assert desk.brain.counters["saved_blocks"] == 1
+
+
+def test_a_block_is_saved_once_and_anew_when_it_was_lost() -> None:
+    desk = Desk(fetch_window_blocks=1)
+    keys = block_keys(tokens_of(1, 3), FINGERPRINT, "", BLOCK)
+    desk.submit("r", tokens_of(1, 3), hits=0)
+    for index in range(3):
+        desk.brain.offer("r", index, index + 1)
+    for save in [op for op in desk.decide() if isinstance(op, Save)]:
+        desk.brain.downloaded(save.op_id)
+        desk.brain.saved(save.op_id, "full" if save.block.key == keys[2] else None)
+    desk.submit("held", tokens_of(1, 3), held=3 * BLOCK)
+    assert [desk.brain.wants("held", index) for index in range(3)] == [False, False, True], "the third was not written"
+    desk.submit("loads", tokens_of(1, 3), hits=2)
+    desk.fetch_all(fail=keys[0])
+    assert [desk.brain.wants("loads", index) for index in range(2)] == [True, False], "the first one was corrupt"
+    desk.submit("misses", tokens_of(1, 3), hits=1)
+    assert desk.brain.wants("misses", 1), "the pool has dropped it meanwhile"
+
+
+def test_the_latest_saves_give_way_first() -> None:
+    desk = Desk(l2_slots=4)  # one slot for saves
+    desk.submit("r", tokens_of(1, 5), hits=0)
+    for index in range(5):
+        desk.brain.offer("r", index, index + 1)
+    desk.decide()
+    desk.brain.press(2)
+    assert sorted(desk.brain.released()) == [4, 5]
+
+
+def test_the_host_keeps_at_most_three_quarters_of_its_pages_for_saves() -> None:
+    desk = Desk(l1_pages=4, l2_slots=4)
+    desk.submit("r", tokens_of(1, 5), hits=0)
+    for index in range(3):
+        assert desk.brain.can_keep
+        desk.brain.offer("r", index, index + 1)
+    assert not desk.brain.can_keep
+    desk.brain.not_saved(2)
+    assert desk.brain.counters["saves_dropped"] == 2
+
+
+def test_every_hit_is_loaded_where_that_is_asked_for() -> None:
+    desk = Desk(link_bytes_per_s=1e3, recompute=False)
+    for number in range(20):
+        desk.brain.stepped([(BLOCK, 0)], 2.6e-3)
+        desk.submit(f"r{number}", tokens_of(number, 2))
+        assert desk.brain.matched(f"r{number}", 0, desk.now) == 2 * BLOCK
 
 
 def test_saves_that_have_not_begun_give_way() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.bounds import NodeLinks, link_use, ratio_bounds
-from penstock.core.compute_quota import AttentionCost, ComputeQuota
+from penstock.core.compute_quota import AttentionCost, ComputeQuota, level_s
 from penstock.core.config import ConfigError
 from penstock.core.cost import ComputeCost
 from penstock.core.load_or_recompute import recompute_tokens
@@ -144,3 +144,30 @@ def test_a_batch_keeps_its_quota(waiting: list[tuple[int, int]]) -> None:
 def test_a_quota_of_another_kind_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="by is 'luck'; allowed: attention, tokens"):
         ComputeQuota(ATTENTION, by="luck")
+
+
+@given(
+    ready=st.lists(st.floats(1e-3, 0.3), min_size=1, max_size=16),
+    overhead_s=st.floats(1e-3, 0.05),
+)
+def test_no_other_quota_gets_more_done_per_second_of_a_step(ready: list[float], overhead_s: float) -> None:
+    def rate(quota_s: float) -> float:
+        return sum(min(x, quota_s) for x in ready) / (overhead_s + quota_s)
+
+    chosen = level_s(ready, overhead_s)
+    assert chosen in ready
+    assert all(rate(chosen) >= rate(x) - 1e-9 for x in (*ready, *(i / 100 for i in range(1, 40))))
+
+
+def test_one_rank_with_more_than_the_others_does_not_hold_up_the_step() -> None:
+    assert level_s([0.07] * 15 + [0.3], 0.012) == 0.07
+    assert level_s([0.3], 0.012) == 0.3
+    assert level_s([], 0.012) == 0.0
+
+
+def test_a_batch_may_have_less_than_the_quota() -> None:
+    quota = ComputeQuota(ATTENTION, attention_s_max=0.3)
+    waiting = [(5_000, 30_000.0), (5_000, 30_000.0)]
+    assert quota.ready_s(waiting) == 0.3
+    assert quota.pack(waiting, 0.04)[1] <= 0.04 < quota.pack(waiting)[1] <= 0.3
+    assert quota.pack(waiting, 1.0) == quota.pack(waiting)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from itertools import count
 
 import pytest
-from sim_rig import BLOCK, BLOCK_BYTES, LINK, SimBench
+from sim_rig import BLOCK, BLOCK_BYTES, LINK, ROOT, SimBench
 
-from penstock.core.operations import Compute, Upload
+from penstock.core.keys import KeyChain
+from penstock.core.operations import BlockHit, Compute, Upload
 from penstock.sim.engine_body import Overheads
 
 
@@ -27,6 +28,18 @@ def test_a_route_over_two_links_takes_the_slower_one() -> None:
     bench.stored(prompt, 20, ("ssd", "net"))
     bench.body.run()
     assert bench.ttft_s("r") == pytest.approx(20 * BLOCK_BYTES / 5e8 + 1.1e-3, rel=1e-6)
+
+
+def test_devices_behind_one_link_are_all_read_at_once() -> None:
+    """Four devices of 1 GB/s behind a link of 4 GB/s, whose window is full all the time."""
+    names = [f"ssd:{i}" for i in range(4)]
+    bench = SimBench(dict.fromkeys(names, 1e9) | {"net": 4e9}, upload_bytes_per_s=1e15)
+    prompt = bench.submit(0.0, "r", 200, 1)
+    keys = KeyChain(ROOT, BLOCK).extend(prompt)
+    for index in range(200):
+        bench.pool[keys[index]] = BlockHit(BLOCK_BYTES, (names[index % 4], "net"))
+    bench.body.run()
+    assert bench.ttft_s("r") == pytest.approx(200 * BLOCK_BYTES / 4e9, rel=0.05)
 
 
 def test_overheads_of_operations_are_added_where_they_belong() -> None:

@@ -12,6 +12,7 @@ from penstock.sim.agents import Trajectory, from_table, load_of
 from penstock.sim.cluster_shape import (
     ABLATION,
     BASIC,
+    LEVEL,
     ORACLE,
     PAPER,
     RECOMPUTE,
@@ -200,3 +201,13 @@ def test_a_link_serves_in_order_and_counts_by_window() -> None:
     link.give(1000, 5.0)
     link.forget(6.0)
     assert link.free_at == 6.0 and len(link.windows) <= 7
+
+
+def test_level_steps_spread_attention_evenly_and_bring_first_tokens_sooner() -> None:
+    late = [Trajectory(t.prompts[30:50], t.hits[30:50], t.answers[30:50]) for t in from_table("64K", 0, 60)]
+    bench = Bench(ClusterShape(2, 4, 2, 4), MODEL, [t for t in late if len(t.prompts) == 20])
+    plain, level = (bench.offline(system, 300) for system in (SPLIT, LEVEL))
+    assert level.record.requests == plain.record.requests
+    assert level.balance.attention_max_avg < 1.06 < plain.balance.attention_max_avg
+    assert level.ttft_mean_s < plain.ttft_mean_s
+    assert level.job_s <= plain.job_s

@@ -28,11 +28,11 @@ KV_BYTES = 32 * MIB
 MAX_TOKENS = 2048
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S, look_every_s: float = 0.01) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
-        time.sleep(0.01)
+        time.sleep(look_every_s)
 
 
 def prompt_of(seed: int, tokens: int) -> list[int]:
@@ -100,7 +100,7 @@ class VllmEngine:
             "seed": 0,
         }
         if extra is not None:
-            given = {"staging": "64MiB"} | extra
+            given = {"staging": "64MiB", "load_always": True} | extra
             settings["kv_transfer_config"] = KVTransferConfig(**connector_config(given) | {"kv_role": role})
             if scheduler:
                 settings["scheduler_cls"] = SCHEDULER
@@ -243,6 +243,7 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{self.port}"
         environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
         self._log = log
+        self._client = httpx.Client(base_url=self.url, timeout=WAIT_S)
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 [*command, *SERVER_FLAGS, "--port", str(self.port)],
@@ -259,22 +260,22 @@ class ServerProcess:
         def ready() -> bool:
             assert self.process.poll() is None, self.log()[-4000:]
             with contextlib.suppress(httpx.TransportError):
-                return httpx.get(f"{self.url}/health", timeout=5.0).status_code == 200
+                return self._client.get("/health", timeout=5.0).status_code == 200
             return False
 
-        wait_until(ready, f"the server is ready: {self.log()[-2000:]}", START_S)
+        wait_until(ready, f"the server is ready: {self.log()[-2000:]}", START_S, look_every_s=0.5)
 
     def complete(self, prompt: Sequence[int], new_tokens: int = 12, **more: Any) -> str:
         """The text that follows, over the OpenAI API."""
         body = {"model": "tiny", "prompt": list(prompt), "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
-        answer = httpx.post(f"{self.url}/v1/completions", json=body | more, timeout=WAIT_S)
+        answer = self._client.post("/v1/completions", json=body | more)
         assert answer.status_code == 200, answer.text
         return str(answer.json()["choices"][0]["text"])
 
     def metrics(self) -> dict[str, float]:
         """The samples of /metrics by name, labels added up."""
         found: dict[str, float] = {}
-        for line in httpx.get(f"{self.url}/metrics", timeout=WAIT_S).text.splitlines():
+        for line in self._client.get("/metrics").text.splitlines():
             if not line.startswith("#"):
                 name, _, value = line.rpartition(" ")
                 name = name.partition("{")[0]
@@ -286,6 +287,7 @@ class ServerProcess:
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """End it; whatever of its process group is left after a while is killed."""
+        self._client.close()
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:

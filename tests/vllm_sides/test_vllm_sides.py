@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from penstock.core.config import ConfigError
+from penstock.core.guest_scheduler import GuestOperation
 from penstock.core.keys import root_key
 from penstock.core.operations import RequestSpec
 from penstock.pool.open import open_local_pool
@@ -148,7 +149,7 @@ def test_blocks_that_vllm_holds_are_not_written(rig: Rig) -> None:
 def test_pages_are_kept_until_their_step_was_computed_and_copied(rig: Rig) -> None:
     rig.fill(0, 1)
     rig.submit("r", 1)
-    page = rig.host.offer("r", 0, [[0, 1]], step=5)
+    page, _ = rig.host.offer("r", 0, [[0, 1]], step=5)
     rig.host.wake()
     rig.workers[0].steps.record(4)
     time.sleep(0.05)
@@ -223,6 +224,52 @@ def test_the_end_of_a_cancelled_load_is_told_once_its_pages_are_safe() -> None:
             rig.close()
 
 
+def test_when_penstock_fails_inside_vllm_gets_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load under way counts as failed, blocks kept for saves come back, and vllm goes on by itself."""
+    with pool_node(pace_bytes_per_s=500) as node:
+        options = {"staging_bytes": 1 << 20, "lookup_timeout_s": 10.0, "fetch_timeout_s": 60.0}
+        rig = Rig(Settings(pool=(format_address(*node.address),), **options))  # type: ignore[arg-type]
+        try:
+            rig.submit("first", 4)
+            rig.save("first", 4)
+            rig.host.finish("first")
+            rig.submit("loads", 4)
+            rig.submit("saves", 5)
+            wait_for(lambda: rig.host.matched("loads", 0) is not None, "the lookup is answered")
+            rig.host.allocated("loads", 0, [[[20 + 2 * i, 21 + 2 * i]] for i in range(4)])
+            kept, _ = rig.host.offer("saves", 4, [[8, 9]], step=2)  # a step that is never computed
+            rig.host.released()
+
+            def broken(now: float) -> list[GuestOperation]:
+                raise RuntimeError("a defect")
+
+            monkeypatch.setattr(rig.host.brain, "decide", broken)
+            rig.host.wake()
+            told = rig.landed("loads")
+            assert told.invalid == list(range(20, 28)), "no block of the load is believed"
+            assert rig.host.fatal is not None and "a defect" in rig.host.fatal
+            assert rig.host.released() == [kept] and rig.host.released() == []
+            rig.host.acknowledged("loads")
+            assert rig.host.matched("loads", 0) == 0
+            rig.host.allocated("saves", 0, [[[30, 31]]])
+            assert rig.landed("saves").invalid == [30, 31]
+            for event in (rig.host.started, rig.host.prefilled, rig.host.finish):
+                event("loads")
+            rig.submit("later", 2)
+            assert rig.host.matched("later", 0) == 0
+        finally:
+            rig.close()
+
+
+def test_a_block_that_the_pool_holds_is_not_wanted_again(rig: Rig) -> None:
+    rig.submit("first", 3)
+    rig.save("first", 3)
+    rig.host.finish("first")
+    tokens = [*range(3 * BLOCK), 10_000]
+    rig.host.submit(RequestSpec("held", tokens, 1, root_key(FINGERPRINT, "")), 3 * BLOCK, True)  # vLLM holds all of it
+    assert not any(rig.host.wants("held", index) for index in range(3)) and rig.host.can_keep
+
+
 def test_a_worker_that_is_not_on_this_host_is_a_clear_error() -> None:
     with pytest.raises(LinkError, match="rank 3 of engine nowhere does not answer on this host"):
         connect("nowhere", 3, timeout_s=0.1)
@@ -257,6 +304,7 @@ def test_no_thread_or_memory_is_left_behind() -> None:
         ({"memory": "1GiB", "pool_config": "a.toml"}, "pool_config is set together with"),
         ({"memory": "1GiB", "fetch_timeout_s": -1}, "fetch_timeout_s is -1"),
         ({"memory": "1GiB", "fetch_timeout_s": "fast"}, "fetch_timeout_s is 'fast'; allowed: a number"),
+        ({"memory": "1GiB", "load_always": "yes"}, "load_always is 'yes'; allowed: true or false"),
         ({"slab": "/data/kv.slab"}, "slab is '/data/kv.slab'; allowed: PATH:SIZE"),
     ],
 )

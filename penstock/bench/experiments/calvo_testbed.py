@@ -24,6 +24,7 @@ from penstock.core.scheduler import LoadScheduler
 from penstock.engine.api import GenerationRequest, RequestReport, TokenEvent
 from penstock.engine.engine import Engine
 from penstock.engine.modelled_runner import ModelledRunner
+from penstock.engine.pauses import settle
 from penstock.engine.profile import Profile, load_profile
 from penstock.engine.runner import SamplingParams
 from penstock.io.memory import aligned_buffer
@@ -195,6 +196,7 @@ class Testbed:
         """Open loop by arrival times, or a closed loop of `outstanding` requests. L1 is empty at first."""
         pool = connect_pool(self._address)
         engine = Engine(self.config(mode, policy), self.cost(), self._runner, pool)
+        settle()
         try:
             return _drive(engine, requests, slos_s, outstanding)
         finally:
@@ -204,7 +206,9 @@ class Testbed:
     def profile_of(self, alone: RunResult) -> RecordedProfile:
         """What requests that ran one at a time, coupled, say of links and overheads."""
         upload = alone.link_bytes_per_s["upload"]
-        links = {name: speed for name, speed in alone.link_bytes_per_s.items() if name != "upload"}
+        loaded = sum(report.loaded_bytes for report in alone.reports)
+        fetching_s = sum(end - start for r in alone.reports for label, start, end in r.spans if label == "fetch")
+        links = {name: loaded / fetching_s for name in alone.link_bytes_per_s if name != "upload"}
         compute = self.profile.compute_cost()
         lookups, rests = [], []
         for report in alone.reports:
@@ -249,7 +253,7 @@ class Testbed:
             body.submit_at(arrival.start_s, spec)
         body.run()
         accounts = [body.ended[str(i)].account for i in range(len(requests))]
-        return [(a.first_token_s or float("inf")) - a.arrival_s for a in accounts]
+        return [(a.first_token_s or float("inf")) - a.arrival_s for a in accounts if a is not None]
 
 
 @contextmanager

@@ -113,6 +113,7 @@ def ideal(model: Model, one: Document, arrangement: Arrangement) -> Point:
     body = VirtualBody(LoadScheduler(config, cost), pool, links, UPLOAD_BYTES_PER_S, model.scaled(1.0).compute_cost())
     body.submit_at(0.0, RequestSpec("one", one.tokens + [1] * QUESTION_TOKENS, 1, one.chain.parent_of(0)))
     body.run()
-    ttft_s = body.ended["one"].account.first_token_s
-    assert ttft_s is not None
+    account = body.ended["one"].account
+    assert account is not None and account.first_token_s is not None
+    ttft_s = account.first_token_s
     return Point(ttft_s, ttft_s - _compute_s(model))

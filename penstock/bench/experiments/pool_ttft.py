@@ -41,6 +41,7 @@ from penstock.core.cost import CostModel, LinkCost
 from penstock.engine.api import GenerationRequest, RequestReport, TokenEvent
 from penstock.engine.engine import Engine, new_request_id
 from penstock.engine.modelled_runner import ModelledRunner
+from penstock.engine.pauses import settle
 from penstock.engine.profile import Profile
 from penstock.engine.runner import SamplingParams
 
@@ -195,6 +196,7 @@ def ask(rig: Rig, mode: Mode, runner: ModelledRunner, asked: Sequence[Document],
     cost = CostModel(LinkCost(profile.upload_bytes_per_s), profile.compute_cost())
     cost.default_link_bytes_per_s = rig.speeds[0]
     engine = Engine(engine_config(runner, mode, blocks, blocks), cost, runner, rig.pool)
+    settle()
     try:
         return [_ask_one(engine, one, len(one.keys) * runner.layout.full_block_bytes) for one in asked]
     finally:

@@ -13,7 +13,14 @@ import typer
 from rich.console import Console
 
 from penstock.bench.experiments.vllm_link import measure_link
-from penstock.bench.experiments.vllm_loads import CONTEXT_TOKENS_MAX, DATASETS, Geometry, build_model
+from penstock.bench.experiments.vllm_loads import (
+    AGENTS,
+    CONTEXT_TOKENS_MAX,
+    CONVERSATION,
+    DATASETS,
+    Geometry,
+    build_model,
+)
 from penstock.bench.experiments.vllm_measure import Found, Measurement, Plan, servers_up
 from penstock.bench.experiments.vllm_report import conclude, plot_runs, print_runs
 from penstock.bench.experiments.vllm_systems import LMCACHE, SYSTEMS, Bed, lmcache_missing, probe
@@ -29,6 +36,7 @@ STAGING_BYTES = 512 << 20
 STORE_BYTES = 4 << 30
 BLOCK_TOKENS = 32
 BATCH_TOKENS_MAX = 2048
+AGE_BOUND_S = 60.0  # the connector's default
 
 
 def vllm(
@@ -43,23 +51,30 @@ def vllm(
     traces: Annotated[
         Path | None, typer.Option(help="Folder with claude_code/ and mooncake/conversation.jsonl. Default: no traces.")
     ] = None,
-    link: Annotated[str, typer.Option(help="Rate of the link before each store, each way.")] = "80MB/s",
+    link: Annotated[str, typer.Option(help="Rate of the link before each store, each way.")] = "20MB/s",
     dataset: Annotated[list[str] | None, typer.Option(help="loogle, icl, code or none. Default: all three.")] = None,
+    trace: Annotated[
+        list[str] | None, typer.Option(help="Of --traces: claude_code or conversation. Default: both.")
+    ] = None,
     system: Annotated[
         list[str] | None, typer.Option(help="stock, lmcache, connector or scheduler. Default: all four.")
     ] = None,
     rate: Annotated[
         float, typer.Option(min=0.05, max=10, help="Arrivals, as a share of the baseline's capacity.")
     ] = 1.0,
-    requests: Annotated[int, typer.Option(min=4, max=1000, help="Requests of a dataset.")] = 80,
-    trace_requests: Annotated[int, typer.Option(min=4, max=2000, help="Requests of a trace.")] = 120,
+    requests: Annotated[int, typer.Option(min=4, max=1000, help="Requests of a dataset.")] = 40,
+    trace_requests: Annotated[int, typer.Option(min=4, max=2000, help="Requests of a trace.")] = 48,
     repeats: Annotated[int, typer.Option(min=1, max=50, help="Runs of each system on each workload.")] = 3,
     policy: Annotated[str | None, typer.Option(help="Ordering of Penstock's scheduler. Default: its own.")] = None,
+    age_bound: Annotated[
+        float, typer.Option(min=0.1, max=600, help="Seconds after which Penstock lets a request go first.")
+    ] = AGE_BOUND_S,
     seed: Annotated[int, typer.Option(min=0, help="Seed of lengths, arrivals and deadlines' multipliers.")] = 0,
 ) -> None:
     """Serve the same requests with four systems over a link of one rate: TTFT, SLO attainment, throughput."""
     console = Console(stderr=True)
     systems = _chosen("system", system, SYSTEMS)
+    wanted_traces = _chosen("trace", trace, (AGENTS, CONVERSATION))
     datasets = () if dataset == ["none"] else _chosen("dataset", dataset, DATASETS)
     link_bytes_per_s = parse_rate(link)
     report = Report("vllm")
@@ -81,9 +96,19 @@ def vllm(
                 python=own,
                 lmcache_python=lmcache_python or own,
                 policy=policy,
+                age_bound_s=age_bound,
             )
             systems = _without_missing(systems, bed, report, console)
-            plan = Plan(systems, datasets, requests, trace_requests, repeats, rate, seed, *_trace_paths(traces, report))
+            plan = Plan(
+                systems,
+                datasets,
+                requests,
+                trace_requests,
+                repeats,
+                rate,
+                seed,
+                *_trace_paths(traces, wanted_traces, report),
+            )
             report.figure("link_bytes_per_s", measure_link(link_bytes_per_s), limit=link_bytes_per_s)
             found = _measure(bed, plan, console)
         _describe(report, bed, plan, geometry, link)
@@ -134,11 +159,12 @@ def _without_missing(systems: tuple[str, ...], bed: Bed, report: Report, console
     return tuple(system for system in systems if system != LMCACHE)
 
 
-def _trace_paths(folder: Path | None, report: Report) -> tuple[Path | None, Path | None]:
+def _trace_paths(folder: Path | None, wanted: tuple[str, ...], report: Report) -> tuple[Path | None, Path | None]:
     if folder is None:
         report.notes.append("traces skipped: --traces names no folder")
         return None, None
-    return folder / "claude_code", folder / "mooncake" / "conversation.jsonl"
+    agents = folder / "claude_code" if AGENTS in wanted else None
+    return agents, folder / "mooncake" / "conversation.jsonl" if CONVERSATION in wanted else None
 
 
 def _measure(bed: Bed, plan: Plan, console: Console) -> Found:
@@ -162,5 +188,6 @@ def _describe(report: Report, bed: Bed, plan: Plan, geometry: Geometry, link: st
         f"{bed.staging_bytes / 1e6:.0f} MB each, neither keeps what was loaded",
         f"datasets: {plan.requests} requests, Poisson arrivals at {plan.rate:g} of the capacity of {plan.baseline}; "
         f"{plan.repeats} repeats, systems in turns in random order; figures are medians over repeats",
+        f"Penstock's ageing bound {bed.age_bound_s:g} s",
         f"deadlines: TTFT of {plan.baseline} without interference (a fit over requests alone) times 2, 4 or 8",
     ]

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from penstock.bench.deadlines import RequestName, TtftModel, reusable_tokens, with_multipliers
-from penstock.bench.traces import Scaling, read_trace
-from penstock.bench.workloads import CALVO_DATASETS, Segment, Session, Turn, Workload, calvo
+from penstock.bench.traces import Scaling, TraceError, read_trace
+from penstock.bench.workloads import CALVO_DATASETS, Segment, Session, Turn, Workload, calvo, prompt_tokens
+from penstock.core.keys import block_keys
 
 DATASETS = tuple(CALVO_DATASETS)
 TOKEN_DIVISOR = 16  # of CALVO's contexts and queries
@@ -102,6 +103,16 @@ def contexts_of(workload: Workload) -> Workload:
     return Workload(f"{workload.name}-fill", (Session("fill", turns),))
 
 
+def unique_tokens(fill: Workload, vocabulary: int) -> int:
+    """Tokens of whole chunks of LMCache that a store holds after these prompts, each counted once."""
+    keys: set[bytes] = set()
+    for session in fill.sessions:
+        for turn in session.turns:
+            tokens = prompt_tokens(turn.prompt, vocabulary)
+            keys.update(block_keys(tokens, b"fill", session.tenant, CONTEXT_UNIT_TOKENS))
+    return len(keys) * CONTEXT_UNIT_TOKENS
+
+
 def alone(workload: Workload, requests: int) -> Workload:
     """Some of the requests, from short to long ones, one at a time."""
     by_length = sorted(workload.sessions, key=lambda session: session.turns[0].prompt_tokens)
@@ -129,22 +140,31 @@ def warm_tokens(workload: Workload) -> dict[RequestName, int]:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A recorded trace at this scale, cold at first. `reusable`: what an unbounded cache would hold of each prompt."""
+    """A recorded trace at this scale. `reusable`: what an unbounded cache would hold of each prompt. `before`: prompts
+    that every store is given first; all else is cold."""
 
     workload: Workload
     reusable: Mapping[RequestName, int]
+    before: Workload | None = None
 
-    def again(self, run: str) -> Workload:
+    def again(self, run: str) -> Trace:
         """The same requests with other tokens, so that nothing of an earlier run is in any cache."""
-        sessions = tuple(
-            replace(session, turns=tuple(_renamed(turn, run) for turn in session.turns))
-            for session in self.workload.sessions
+        return Trace(
+            _other_tokens(self.workload, run),
+            self.reusable,
+            None if self.before is None else _other_tokens(self.before, run),
         )
-        return replace(self.workload, sessions=sessions)
 
     @property
     def reuse(self) -> float:
         return sum(self.reusable.values()) / self.workload.prompt_tokens
+
+
+def _other_tokens(workload: Workload, run: str) -> Workload:
+    sessions = tuple(
+        replace(session, turns=tuple(_renamed(turn, run) for turn in session.turns)) for session in workload.sessions
+    )
+    return replace(workload, sessions=sessions)
 
 
 def _renamed(turn: Turn, run: str) -> Turn:
@@ -152,19 +172,32 @@ def _renamed(turn: Turn, run: str) -> Turn:
 
 
 def agents(folder: Path, requests: int, vocabulary: int, seed: int) -> Trace:
-    """Coding agents: closed loops, one session after the other begins."""
+    """Coding agents in the middle of their work: closed loops, one session after the other resumes at half of its
+    turns. Stores hold the turn before, as they do after a pause, so that reuse is that of the whole recording."""
     scaling = Scaling(
         token_divisor=AGENT_DIVISOR,
         time_divisor=8.0,
         think_s_max=AGENT_THINK_S_MAX,
-        sessions_max=AGENT_SESSIONS,
-        requests_max=requests,
         context_tokens_max=CONTEXT_TOKENS_MAX,
         answer_tokens_max=ANSWER_TOKENS_MAX,
     )
-    read = read_trace(folder, scaling)
-    starts = (replace(s, start_s=i * AGENT_SESSION_EVERY_S) for i, s in enumerate(read.sessions))
-    return _trace(replace(read, name=AGENTS, sessions=tuple(starts)), vocabulary, seed)
+    turns = max(1, requests // AGENT_SESSIONS)
+    long = [s for s in read_trace(folder, scaling).sessions if len(s.turns) >= 2 * turns][:AGENT_SESSIONS]
+    if not long:
+        raise TraceError(f"{folder}: no session has {2 * turns} turns")
+    resumed = []
+    for number, session in enumerate(long):
+        first = len(session.turns) // 2
+        window = session.turns[first - 1 : first + turns]
+        resumed.append(replace(session, turns=window, start_s=number * AGENT_SESSION_EVERY_S))
+    reusable = reusable_tokens(Workload(AGENTS, tuple(resumed)), vocabulary, REUSE_BLOCK_TOKENS)
+    workload = Workload(AGENTS, tuple(replace(session, turns=session.turns[1:]) for session in resumed))
+    fill = tuple(Turn(session.turns[0].prompt, 1) for session in resumed)
+    return Trace(
+        with_multipliers(workload, seed),
+        {(name, turn - 1): tokens for (name, turn), tokens in reusable.items() if turn},
+        Workload(f"{AGENTS}-fill", (Session("fill", fill),)),
+    )
 
 
 def conversation(file: Path, requests: int, vocabulary: int, seed: int, alone: TtftModel) -> Trace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from penstock.bench.experiments.vllm_loads import CONVERSATION
 from penstock.bench.experiments.vllm_measure import Found, Plan
-from penstock.bench.experiments.vllm_systems import ABOUT, CONNECTOR, LMCACHE, STOCK, SYSTEMS, WITH_SCHEDULER, Run
+from penstock.bench.experiments.vllm_systems import ABOUT, CONNECTOR, LMCACHE, STOCK, SYSTEMS, TIME, WITH_SCHEDULER, Run
 from penstock.bench.plots import SERIES_COLOURS, new_figure, save_figure, tidy
 from penstock.bench.report import Report
 from penstock.bench.statistics import percentile
@@ -55,6 +56,17 @@ def local_hit_rate(run: Run) -> float:
     return run.counters.get("local_hit_tokens", 0.0) / max(1, sum(record.prompt_tokens for record in run.records))
 
 
+def computed_instead_share(run: Run) -> float:
+    """Prompt tokens that the store held and that Penstock had computed, because that was faster."""
+    tokens = run.counters.get("computed_instead_tokens", 0.0)
+    return tokens / max(1, sum(record.prompt_tokens for record in run.records))
+
+
+def _time_of(label: str, run: Run) -> float:
+    """Mean seconds of a request in a stage, or waiting for a reason."""
+    return run.counters.get(label, 0.0) / max(1, len(run.records))
+
+
 def link_bytes_per_s(run: Run) -> float:
     return run.carried.down_bytes / run.wall_s
 
@@ -71,6 +83,7 @@ MEASURES: dict[str, Value] = {
     "requests_per_s": requests_per_s,
     "hit_rate": hit_rate,
     "local_hit_rate": local_hit_rate,
+    "computed_instead_share": computed_instead_share,
     "link_gb": link_gb,
 }
 
@@ -92,6 +105,8 @@ def conclude(report: Report, plan: Plan, found: Found) -> None:
         for system in (s for s in SYSTEMS if s in runs):
             for measure, value_of in MEASURES.items():
                 report.figure(f"{name}_{system}_{measure}", median(runs[system], value_of))
+            for label in sorted({name for run in runs[system] for name in run.counters if name.startswith(TIME)}):
+                report.figure(f"{name}_{system}_{label}_s", median(runs[system], partial(_time_of, label)))
             if system != STOCK:
                 rate = median(runs[system], link_bytes_per_s) / report.figures["link_bytes_per_s"]
                 report.figure(f"{name}_{system}_link_share", rate, limit=1.0)
@@ -102,6 +117,7 @@ def conclude(report: Report, plan: Plan, found: Found) -> None:
     _costs(report, found)
     for what, times in found.fills.items():
         report.figure(f"{what}_fills", times, limit=1)
+        report.figure(f"{what}_filled_share", found.filled.get(what, 1.0), limit=1.0)
     every = [run for runs in found.runs.values() for of in runs.values() for run in of]
     report.figure("failed_requests", sum(run.failed for run in every), limit=0)
     for system in (s for s in SYSTEMS[1:] if s in plan.systems):
@@ -187,6 +203,7 @@ _SHOWN: dict[str, tuple[Value, Callable[[float], str]]] = {
     "requests/s": (requests_per_s, lambda v: f"{v:.2f}"),
     "hit rate": (hit_rate, lambda v: f"{v:.1%}"),
     "of it in vLLM's own cache": (local_hit_rate, lambda v: f"{v:.1%}"),
+    "computed though stored": (computed_instead_share, lambda v: f"{v:.1%}"),
     "over the link": (link_gb, lambda v: f"{v:.3f} GB"),
 }
 

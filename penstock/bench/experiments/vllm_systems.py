@@ -44,7 +44,10 @@ _COUNTERS = {
     "local_hit_tokens": "vllm:prefix_cache_hits_total",
     "store_hit_tokens": "vllm:external_prefix_cache_hits_total",
     "preemptions": "vllm:num_preemptions_total",
+    "computed_instead_tokens": "vllm:penstock_computed_instead_tokens_total",
 }
+_TIMES = re.compile(r'^vllm:penstock_request_seconds_total\{[^}]*stage="(\w+)"[^}]*\} (\S+)$', re.MULTILINE)
+TIME = "time_"
 _PROBE = """
 import json
 from importlib import metadata, util
@@ -81,6 +84,7 @@ class Bed:
     python: Path
     lmcache_python: Path
     policy: str | None = None
+    age_bound_s: float | None = None
 
 
 def probe(python: Path) -> dict[str, str]:
@@ -150,6 +154,8 @@ def vllm_command(bed: Bed, system: str, port: int, store: str) -> list[str]:
         extra = {"pool": store, "staging": f"{bed.staging_bytes}B"}
         if bed.policy is not None:
             extra["policy"] = bed.policy
+        if bed.age_bound_s is not None:
+            extra["age_bound_s"] = bed.age_bound_s
         command += ["--kv-transfer-config", json.dumps(connector_config(extra))]
     if system == WITH_SCHEDULER:
         command += ["--scheduler-cls", SCHEDULER]
@@ -231,12 +237,15 @@ class Server:
         return Carried(0, 0) if self._link is None else self._link.carried()
 
     def counters(self) -> dict[str, float]:
-        """vLLM's own counters, by the names of `_COUNTERS`."""
+        """vLLM's own counters, by the names of `_COUNTERS`, and Penstock's time split: seconds of all requests by stage
+        or reason of waiting, as `time_<label>`."""
         text = httpx.get(f"{self.url}/metrics", timeout=30.0).text
         found = dict.fromkeys(_COUNTERS, 0.0)
         for name, metric in _COUNTERS.items():
             for value in re.findall(rf"^{re.escape(metric)}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE):
                 found[name] += float(value)
+        for label, value in _TIMES.findall(text):
+            found[TIME + label] = found.get(TIME + label, 0.0) + float(value)
         return found
 
     def reset(self) -> None:
@@ -292,7 +301,7 @@ class Server:
             records,
             wall_s,
             self.carried().since(carried),
-            {name: after[name] - counters[name] for name in after},
+            {name: after[name] - counters.get(name, 0.0) for name in after},
         )
 
 

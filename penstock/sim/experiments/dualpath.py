@@ -11,7 +11,7 @@ from rich.console import Console
 
 from penstock.bench.plots import line_chart
 from penstock.bench.report import Report
-from penstock.sim.cluster_shape import BASIC, ORACLE, PAPER, SPLIT
+from penstock.sim.cluster_shape import BASIC, LEVEL, ORACLE, PAPER, SPLIT
 from penstock.sim.experiments.dualpath_beyond import beyond
 from penstock.sim.experiments.dualpath_offline import SET_UPS, ablation, offline, ratios
 from penstock.sim.experiments.dualpath_online import online
@@ -76,6 +76,6 @@ def _plot(path: Path, report: Report, agents: Sequence[int]) -> None:
         system.name: [
             (float(count), report.figures[f"offline_660b_2P4D_64K_{count}_{system.name}_job_s"]) for count in agents
         ]
-        for system in (BASIC, PAPER, SPLIT, ORACLE)
+        for system in (BASIC, PAPER, SPLIT, LEVEL, ORACLE)
     }
     line_chart(path, "2P4D, 660B-like, 64K", "agents", "job time, s", series)

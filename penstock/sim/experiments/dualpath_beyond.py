@@ -1,4 +1,4 @@
-"""Beyond DualPath: what split reads, load-or-recompute, order and re-planning each give over its policy."""
+"""Beyond DualPath: what split reads, level steps, recomputing, order and re-planning each give over its policy."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from rich.progress import track
 
 from penstock.bench.report import Report
 from penstock.sim.agents import Trajectory, from_trace
-from penstock.sim.cluster_shape import BASIC, ORACLE, PAPER, SHORT_FIRST, SPLIT, ClusterShape, System
+from penstock.sim.cluster_shape import BASIC, LEVEL, ORACLE, PAPER, RECOMPUTE, SHORT_FIRST, SPLIT, ClusterShape, System
 from penstock.sim.experiments.dualpath_offline import SET_UPS, trajectories
 from penstock.sim.prefill_decode import Fault
 from penstock.sim.served_model import load_model
 from penstock.sim.serving_run import Bench
 
 STEPS = (
+    replace(PAPER, name="weigh only", weigh=True),
+    replace(PAPER, name="recompute only", recompute=True),
+    replace(PAPER, name="level only", level=True),
     SPLIT,
+    LEVEL,
+    RECOMPUTE,
     SHORT_FIRST,
-    replace(PAPER, name="weigh", weigh=True),
-    replace(PAPER, name="recompute", recompute=True),
 )
 CAPS = {"64K": 65_536, "128K": 131_072}
 

@@ -1,4 +1,4 @@
-"""`penstock sim fuzz`: random engines, requests and faults against the brain; a failing one is shrunk and replayed."""
+"""`penstock sim fuzz`: random engines, clusters, requests and faults against the brain; a failing one is shrunk."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
 from penstock.bench.report import Report
 from penstock.core.config import ConfigError
-from penstock.sim.fuzz_case import FuzzCase, random_case
-from penstock.sim.fuzz_run import failure_of, outcome_of
-from penstock.sim.fuzz_shrink import shrink
+from penstock.sim.fuzz_case import FuzzCase
+from penstock.sim.fuzz_outcome import AnyCase, case_of, failure_of, outcome_of, read_case, shrunk, write_case
 
 SEEDS_AT_ONCE = 100
 
@@ -28,7 +26,7 @@ def run_seeds(first: int, seeds: int) -> tuple[int, list[tuple[int, str]]]:
     """Events of all cases, and (seed, failure) of those that fail."""
     events, failed = 0, []
     for seed in range(first, first + seeds):
-        happened, failure = outcome_of(random_case(seed))
+        happened, failure = outcome_of(case_of(seed))
         events += happened
         if failure is not None:
             failed.append((seed, failure))
@@ -48,17 +46,16 @@ def fuzz(
     out: Annotated[Path, typer.Option(help="Where the shrunk case of a failure goes.")] = Path("out/fuzz-failure.json"),
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
-    """Random engines, pools, requests and faults against the brain, its invariants asserted after every event."""
+    """Random engines, clusters, requests and faults against the brain, its invariants asserted after every event."""
     console = Console()
     if replay is not None:
         raise typer.Exit(_replay(replay, console))
     workers = processes or len(os.sched_getaffinity(0))
     started_s = time.monotonic()
     events, failed = 0, list[tuple[int, str]]()
-    with ProcessPoolExecutor(workers) as pool, Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True) as progress:
         task = progress.add_task("seeds", total=seeds)
-        batches = list(_batches(first, seeds))
-        for (_, size), (ran, bad) in zip(batches, pool.map(run_seeds, *zip(*batches, strict=True)), strict=True):
+        for size, ran, bad in _run_all(first, seeds, workers):
             events += ran
             failed += bad
             progress.advance(task, size)
@@ -71,24 +68,34 @@ def fuzz(
         report.write_json(json)
     report.print(console)
     if failed:
-        seed, failure = failed[0]
-        console.print(f"seed {seed} fails: {failure}", markup=False)
-        small = shrink(random_case(seed), failure_of)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(msgspec.json.format(msgspec.json.encode(small)) + b"\n")
-        console.print(
-            f"shrunk: {len(small.requests)} requests, {len(small.faults)} faults: {failure_of(small)}", markup=False
-        )
-        console.print(f"again with: penstock sim fuzz --replay {out}", markup=False)
+        _explain(failed, out, console)
         raise typer.Exit(1)
 
 
-def read_case(path: Path) -> FuzzCase:
-    """A case from its file. Raises ConfigError with one line."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=FuzzCase)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+def _run_all(first: int, seeds: int, workers: int) -> Iterator[tuple[int, int, list[tuple[int, str]]]]:
+    """Seeds, events and failures of each batch, in order."""
+    batches = list(_batches(first, seeds))
+    if workers == 1:
+        yield from ((size, *run_seeds(start, size)) for start, size in batches)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        done = pool.map(run_seeds, *zip(*batches, strict=True))
+        yield from ((size, *result) for (_, size), result in zip(batches, done, strict=True))
+
+
+def _explain(failed: list[tuple[int, str]], out: Path, console: Console) -> None:
+    """What the first failing seed does, made small, and how to run it again."""
+    seed, failure = failed[0]
+    console.print(f"seed {seed} fails: {failure}", markup=False, soft_wrap=True)
+    small = shrunk(case_of(seed))
+    write_case(out, small)
+    console.print(f"shrunk: {_size_of(small)}: {failure_of(small)}", markup=False, soft_wrap=True)
+    console.print(f"again with: penstock sim fuzz --replay {out}", markup=False, soft_wrap=True)
+
+
+def _size_of(case: AnyCase) -> str:
+    who = f"{len(case.requests)} requests" if isinstance(case, FuzzCase) else f"{len(case.agents)} agents"
+    return f"{who}, {len(case.faults)} faults"
 
 
 def _replay(path: Path, console: Console) -> int:
@@ -101,5 +108,5 @@ def _replay(path: Path, console: Console) -> int:
     if failure is None:
         console.print(f"all invariants hold over {events} events")
         return 0
-    console.print(f"fails: {failure}", markup=False)
+    console.print(f"fails: {failure}", markup=False, soft_wrap=True)
     return 1

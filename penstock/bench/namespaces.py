@@ -1,0 +1,189 @@
+"""Network namespaces as hosts, veth pairs as NICs of a stated speed: nothing of them outlives the process.
+
+The namespaces have no names: a file descriptor of this process and the processes inside keep one alive, and with the
+last of them the kernel removes it, its NICs and their queues, however the process ended. Needs root, `ip` and `tc`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from typing import Self
+
+COMMAND_S_MAX = 20.0
+BURST_BYTES = 256 << 10  # above the largest packet that a veth carries (64 KiB)
+QUEUE_BYTES, QUEUE_PACKETS = 4 << 20, 128
+MTU = "9000"
+_CLONE_NEWNET = 0x40000000
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class NamespaceError(RuntimeError):
+    """Something could not be set up; the message says what, and what the system said."""
+
+
+def why_not() -> str | None:
+    """One line that says why namespaces cannot be had here; None when they can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    for tool in ("ip", "tc"):
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed (package iproute2)"
+    try:
+        with Namespace() as one, Namespace() as other:
+            connect(one, "nic", "10.0.0.1/30", other, "nic", "10.0.0.2/30", 1e9)
+    except (NamespaceError, OSError) as error:
+        return f"network namespaces cannot be set up: {error}"
+    return None
+
+
+def _open_own() -> int:
+    return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _enter(fd: int) -> None:
+    if _LIBC.setns(fd, _CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), f"setns: {os.strerror(ctypes.get_errno())}")
+
+
+class Namespace:
+    """A host of its own network. Use as a context manager; processes started and sockets opened while it is `entered`
+    are inside and stay there."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        before = _open_own()
+        try:
+            if _LIBC.unshare(_CLONE_NEWNET):
+                raise NamespaceError(f"unshare: {os.strerror(ctypes.get_errno())}")
+            self._fd = _open_own()
+        finally:
+            _enter(before)
+            os.close(before)
+        try:
+            self.run("ip", "link", "set", "lo", "up")
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give it up; it is gone when no process is inside any more. May be called again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    @property
+    def path(self) -> str:
+        """Names it to other processes, as long as this one holds it: `nsenter --net=PATH`."""
+        return f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """The calling thread (only) is inside."""
+        before = _open_own()
+        try:
+            _enter(self._fd)
+            try:
+                yield
+            finally:
+                _enter(before)
+        finally:
+            os.close(before)
+
+    def run(self, *command: str) -> str:
+        """Run a command inside; its output. Raises NamespaceError."""
+        with self.entered():
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S_MAX, check=False)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise NamespaceError(f"{' '.join(command)}: {error}") from error
+        if done.returncode:
+            raise NamespaceError(f"{' '.join(command)}: {' '.join(done.stderr.split())}")
+        return done.stdout
+
+    def listen(self, address: str, port: int = 0) -> socket.socket:
+        """A bound TCP socket inside."""
+        with self.entered():
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind((address, port))
+            except BaseException:
+                sock.close()
+                raise
+        return sock
+
+
+def connect(
+    near: Namespace,
+    near_name: str,
+    near_address: str,
+    far: Namespace,
+    far_name: str,
+    far_address: str,
+    bytes_per_s: float,
+) -> None:
+    """A veth pair between two namespaces, both directions at `bytes_per_s`. Addresses are ADDRESS/BITS; an empty one
+    leaves that end without (the port of a switch)."""
+    near.run(
+        "ip",
+        "link",
+        "add",
+        near_name,
+        "mtu",
+        MTU,
+        "type",
+        "veth",
+        "peer",
+        "name",
+        far_name,
+        "mtu",
+        MTU,
+        "netns",
+        far.path,
+    )
+    for namespace, name, address in ((near, near_name, near_address), (far, far_name, far_address)):
+        if address:
+            namespace.run("ip", "addr", "add", address, "dev", name)
+        namespace.run("ip", "link", "set", name, "up")
+        set_speed(namespace, name, bytes_per_s)
+
+
+def set_speed(namespace: Namespace, nic: str, bytes_per_s: float) -> None:
+    """What leaves by this NIC: so many bytes a second, by the priority of the socket (`transport.lanes`)."""
+    rate = f"{round(bytes_per_s * 8)}bit"
+    namespace.run("ip", "link", "set", nic, "txqueuelen", str(QUEUE_PACKETS))
+    tc = ("tc", "qdisc", "replace", "dev", nic)
+    namespace.run(
+        *tc, "root", "handle", "1:", "tbf", "rate", rate, "burst", str(BURST_BYTES), "limit", str(QUEUE_BYTES)
+    )
+    namespace.run(*tc, "parent", "1:1", "handle", "10:", "pfifo_fast")
+
+
+def switch(namespace: Namespace, ports: list[str]) -> None:
+    """Join NICs of one namespace into a switch."""
+    namespace.run("ip", "link", "add", "switch", "type", "bridge")
+    namespace.run("ip", "link", "set", "switch", "up")
+    for port in ports:
+        namespace.run("ip", "link", "set", port, "master", "switch")
+
+
+def received_bytes(pid: int, nic: str) -> int:
+    """What came in by a NIC of the namespace that process is in."""
+    with open(f"/proc/{pid}/net/dev") as lines:
+        for line in lines:
+            name, colon, numbers = line.partition(":")
+            if colon and name.strip() == nic:
+                return int(numbers.split()[0])
+    raise NamespaceError(f"process {pid} has no NIC {nic}")
