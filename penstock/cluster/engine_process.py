@@ -17,6 +17,7 @@ from penstock.cluster.build_host import HostConfig, open_host
 from penstock.cluster.host import EngineHost
 from penstock.cluster.wire import EngineCard
 from penstock.core.config import ConfigError
+from penstock.engine.pauses import settle
 from penstock.server.app import ServerApp
 from penstock.server.run import HttpServer, bind, url_of
 from penstock.server.settings import ServerSettings
@@ -43,6 +44,7 @@ def serve_for_router(flags: ServeFlags) -> None:
     listener = bind(flags.host, flags.port or 0)
     with listener:
         host = open_host(config)
+        settle()
         try:
             app = ServerApp(host.engine, None, _server_settings(flags, name))
             ready = f"penstock: engine {name} ({config.role}) listening on {url_of(listener)}"
