@@ -32,7 +32,7 @@ NEVER_SEEN_REQUESTS = 5
 CAPACITY_AT_ONCE = 8
 WARM_UP_TOKENS = (300, 1200, 300, 1200)
 FILL_TRIES = 4
-FILLED_LEAST = 0.85  # what a store still lacks then is computed by its own vLLM, and counts against it
+FILLED_LEAST = 0.99  # what a store still lacks then is computed by its own vLLM, and counts against it
 
 Step = Callable[[str], None]
 
