@@ -113,7 +113,7 @@ class Engine:
 class Group:
     """Engines of one role that are told apart by load only. The lists run parallel to `engines`."""
 
-    __slots__ = ("capacity", "capacity_total", "engines", "name", "role", "tokens", "total", "unfinished")
+    __slots__ = ("beta_max", "capacity", "capacity_total", "engines", "name", "role", "tokens", "total", "unfinished")
 
     def __init__(self, name: str, role: Role) -> None:
         self.name = name
@@ -124,6 +124,7 @@ class Group:
         self.capacity: list[int] = []
         self.capacity_total = 0
         self.total = 0
+        self.beta_max = 0.0  # beta_tokens of the fastest engine
 
     def add(self, spec: EngineSpec, node: Node, beta_s: float) -> Engine:
         engine = Engine(spec, node, self, len(self.engines), beta_s)
@@ -132,6 +133,7 @@ class Group:
         self.unfinished.append(0)
         self.capacity.append(spec.capacity_tokens)
         self.capacity_total += spec.capacity_tokens
+        self.beta_max = max(self.beta_max, engine.beta_tokens)
         return engine
 
     def remove(self, engine: Engine) -> None:
@@ -143,6 +145,7 @@ class Group:
         del self.engines[index]
         for i, other in enumerate(self.engines):
             other.index = i
+        self.beta_max = max((other.beta_tokens for other in self.engines), default=0.0)
 
     def charge(self, engine: Engine, tokens: int, requests: int) -> None:
         index = engine.index
@@ -220,8 +223,11 @@ class Groups:
         else in C3. Groups in the order of their total. O(engines of a group) where the first group has room."""
         for group in self._by_total(self.prefill):
             tokens = group.tokens
-            engine = group.engines[tokens.index(min(tokens))]
-            if group.tokens[engine.index] <= engine.beta_tokens and engine.node.read_tokens <= engine.node.alpha_tokens:
+            least = min(tokens)
+            if least > group.beta_max:
+                continue
+            engine = group.engines[tokens.index(least)]
+            if least <= engine.beta_tokens and engine.node.read_tokens <= engine.node.alpha_tokens:
                 return engine
             found = self._pick_by_category(group)
             if found is not None:

@@ -15,7 +15,8 @@ import pytest
 from penstock.bench.experiments.dualpath_agents import BLOCK_TOKENS, generated, recorded, trajectories
 from penstock.bench.experiments.dualpath_offline import Cell, simulated_job
 from penstock.bench.experiments.dualpath_runs import run_agents
-from penstock.bench.experiments.dualpath_testbed import NicLoads, Scale, Testbed, Topology
+from penstock.bench.experiments.dualpath_testbed import NicLoads, Scale, Topology
+from penstock.bench.experiments.dualpath_testbed import Testbed as Bed
 from penstock.bench.namespaces import why_not
 from penstock.sim.cluster_shape import LAYERWISE, PAPER, SPLIT
 
@@ -68,7 +69,7 @@ def test_balance_of_nics_is_weighed_by_their_load() -> None:
 @needs_namespaces
 def test_agents_over_both_paths_on_hosts_with_two_nics() -> None:
     agents = generated("32K", 3, 2, 16, 1, SMALL.profile().vocab_size)
-    with Testbed(Topology(1, 1), SMALL) as bed:
+    with Bed(Topology(1, 1), SMALL) as bed:
         assert 0.3 * 120e6 < bed.raw_bytes_per_s(0.5) < 1.05 * 120e6
         with bed.engines("penstock"):
             outputs = []

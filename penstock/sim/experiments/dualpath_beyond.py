@@ -38,7 +38,9 @@ def beyond(report: Report, agents: int, trace: Path | None) -> None:
     for workload, turns in track(workloads.items(), "beyond", transient=True):
         for name, set_up in SET_UPS.items():
             bench = Bench(set_up.shape, load_model(set_up.model), turns)
-            if max(max(t.prompts) for t in turns) > bench.model.kv_tokens(set_up.shape.gpu, 8):
+            longest = max(max(map(int.__add__, t.prompts, t.answers)) for t in turns)
+            ranks = set_up.shape.gpus * set_up.shape.decode_group_nodes
+            if not bench.model.fits(set_up.shape.gpu, ranks, longest):
                 report.notes.append(f"{workload}: {name} left out, its longest request does not fit its GPU")
                 continue
             _gains(report, f"beyond_{workload}_{name}", bench, agents)
