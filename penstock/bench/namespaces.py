@@ -179,11 +179,11 @@ def switch(namespace: Namespace, ports: list[str]) -> None:
         namespace.run("ip", "link", "set", port, "master", "switch")
 
 
-def received_bytes(pid: int, nic: str) -> int:
-    """What came in by a NIC of the namespace that process is in."""
-    with open(f"/proc/{pid}/net/dev") as lines:
+def received_bytes(pid: int | None, nic: str) -> int:
+    """What came in by a NIC of the namespace that process is in; None: the one the calling thread has entered."""
+    with open(f"/proc/{pid}/net/dev" if pid is not None else "/proc/thread-self/net/dev") as lines:
         for line in lines:
             name, colon, numbers = line.partition(":")
             if colon and name.strip() == nic:
                 return int(numbers.split()[0])
-    raise NamespaceError(f"process {pid} has no NIC {nic}")
+    raise NamespaceError(f"{f'process {pid}' if pid is not None else 'this thread'} has no NIC {nic}")

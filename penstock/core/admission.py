@@ -85,6 +85,7 @@ class Admission:
         if need + unpinned > shared.l1.available - shared.promised and not self._revoke(request, need + unpinned, now):
             return False
         self.waiting.discard(request)
+        request.waiting_rank = request.rank
         request.state = State.PREFILL
         self.admitted[request] = None
         self.prefills += 1
@@ -116,13 +117,15 @@ class Admission:
 
     def _revoke(self, request: Request, need: int, now: float) -> bool:
         """Make room for `need` pages by taking back the admission of requests of higher rank number that have taken
-        nothing yet, the highest first; none of them if all of them together would not do."""
+        nothing yet, the highest first; none of them if all of them together would not do. Ranks as they wait count too:
+        what is known of an admitted request's loads may make its rank higher, and two could take each other's place for
+        ever."""
         if self._shared.config.mode == "coupled":
             return False
         candidates = [
             other
             for other in self.admitted
-            if other.rank > request.rank
+            if min(other.rank, other.waiting_rank) > request.rank
             and other.state is State.PREFILL
             and not other.held
             and not other.own_pages

@@ -98,6 +98,7 @@ class Ranking:
             if tier != request.tier:
                 request.tier = tier
                 self.set_rank(request)
+                request.waiting_rank = request.rank
 
     def _stage_s(self, request: Request) -> tuple[float, float, float]:
         """Seconds that remain on fetch, upload and compute."""

@@ -110,6 +110,7 @@ class Request:
         "tier",
         "tokens",
         "upload_bytes",
+        "waiting_rank",
         "wanted",
     )
 
@@ -129,6 +130,7 @@ class Request:
         self.tier = ORDINARY
         self.static_key: float | None = None
         self.rank: Rank = (ORDINARY, now, sequence)
+        self.waiting_rank = self.rank  # as it was when the request was admitted, or changed its tier since
         self.queues: list[RankedQueue[Request]] = []
         self.bytes_by_route: dict[Route, int] = {}
         self.upload_bytes = 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import msgspec
 
@@ -16,6 +19,11 @@ from penstock.sim.fuzz_run import EngineRun
 
 AnyCase = FuzzCase | ClusterCase
 CLUSTER_EVERY = 4  # seeds
+END_S = 3.0  # of processor time; a case takes some hundredths of a second
+
+
+class _NoEnd(BaseException):
+    """The brain came to no decision; nothing of it may catch this."""
 
 
 def case_of(seed: int) -> AnyCase:
@@ -27,7 +35,10 @@ def outcome_of(case: AnyCase) -> tuple[int, str | None]:
     """Events of a case, and why it fails, in one line; None when all invariants hold."""
     run = EngineRun(case) if isinstance(case, FuzzCase) else ClusterRun(case)
     try:
-        run.run()
+        with _bounded():
+            run.run()
+    except _NoEnd:
+        return 0, f"F5: no end within {END_S:g} s of processor time"
     except Exception as error:
         frames = error.__traceback__
         while frames is not None and frames.tb_next is not None:
@@ -37,6 +48,22 @@ def outcome_of(case: AnyCase) -> tuple[int, str | None]:
         text = str(error).split("\n")[0] if isinstance(error, Violation) else f"{type(error).__name__} {error}"
         return run.events, f"{text} ({place})"
     return run.events, None
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """Raise _NoEnd after `END_S` of processor time; for the main thread of a process."""
+
+    def ring(signal_number: int, frame: FrameType | None) -> None:
+        raise _NoEnd
+
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, END_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def failure_of(case: AnyCase) -> str | None:

@@ -53,6 +53,18 @@ def _second_end(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(scheduler.LoadScheduler, "cancel", wrong)
 
 
+def _no_decision(patch: pytest.MonkeyPatch) -> None:
+    """Two requests take each other's place in L1 for ever: ranks of admitted ones count as they are, not as they wait."""
+    right = admission.Admission._try_admit
+
+    def wrong(self: admission.Admission, request: Request, now: float) -> bool:
+        admitted = right(self, request, now)
+        request.waiting_rank = (AGED + 9, 0.0, 0)
+        return admitted
+
+    patch.setattr(admission.Admission, "_try_admit", wrong)
+
+
 def _no_end(patch: pytest.MonkeyPatch) -> None:
     """What waited a second is never admitted."""
     right = admission.Admission._try_admit
@@ -267,3 +279,12 @@ def test_the_brain_keeps_its_invariants() -> None:
         done = list(pool.map(run_seeds, starts, [250] * len(starts)))
     assert [failed for _, failed in done if failed] == []
     assert sum(events for events, _ in done) > SEEDS * 20
+
+
+def test_two_requests_that_take_each_others_place_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by a seed: a block that only another request's load brings made an admitted request rank higher than it did
+    while it waited. A brain that comes to no decision is a failure like others."""
+    case = read_case(Path(__file__).parent / "cases" / "two_take_turns.json")
+    assert failure_of(case) is None
+    _no_decision(monkeypatch)
+    assert "no end within" in str(failure_of(case))

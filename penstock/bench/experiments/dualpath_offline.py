@@ -22,7 +22,6 @@ SYSTEMS = (LAYERWISE, PAPER, SPLIT)
 GAIN_GOAL, LIMIT_SHARE_GOAL, EQUAL_GOAL, BALANCE_GOAL, ERROR_GOAL = 1.78, 0.9, 1.05, 1.18, 0.15
 LONGEST_TOKENS = 65_536  # of the table
 TRACE, CONTEXT_TOKENS_MAX = "trace", 8192  # divided already
-RAW_S = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,7 @@ def measure_cell(
     """All systems in turn, every other repeat in the reverse order, on the same hosts and engines."""
     requests = sum(len(agent.turns) for agent in cell.agents)
     with Testbed(cell.topology, scale) as bed:
-        cell.raw_bytes_per_s = bed.raw_bytes_per_s(RAW_S)
+        cell.raw_bytes_per_s = bed.raw_bytes_per_s()
         for mode in dict.fromkeys(mode_of(system) for system in systems):
             chosen = [system for system in systems if mode_of(system) == mode]
             with bed.engines(mode):
@@ -102,6 +101,7 @@ def report_cell(report: Report, cell: Cell) -> None:
         report.figure(f"{label}_{name}_tokens_per_s", statistics.median(run.tokens_per_s for run in runs))
         report.figure(f"{label}_{name}_ttft_mean_s", statistics.median(run.ttft_mean_s for run in runs))
         report.figure(f"{label}_{name}_tpot_mean_s", statistics.median(run.tpot_mean_s for run in runs))
+        report.figure(f"{label}_{name}_storage_bytes", statistics.median(run.storage_bytes for run in runs))
         share = statistics.median(run.storage_bytes_per_s for run in runs) / cell.raw_bytes_per_s
         if system is LAYERWISE:
             report.figure(f"{label}_{name}_share_of_all_nics", share)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from penstock.bench.experiments.dualpath_agents import BLOCK_TOKENS, Agent, AgentTurn
-from penstock.bench.experiments.dualpath_offline import NAMES, RAW_S, Size, workload
+from penstock.bench.experiments.dualpath_offline import NAMES, Size, workload
 from penstock.bench.experiments.dualpath_runs import Run, run_agents
 from penstock.bench.experiments.dualpath_testbed import Scale, Testbed, Topology
 from penstock.bench.progress import Counter, Progress
@@ -54,7 +54,7 @@ def measure_capacity(
     nics = {LAYERWISE.name: topology.prefill, SPLIT.name: topology.prefill + topology.decode}
     best: dict[str, tuple[float, float, float]] = {name: (0.0, 0.0, 0.0) for name in nics}
     with Testbed(topology, scale) as bed:
-        per_nic = bed.raw_bytes_per_s(RAW_S) / (topology.prefill + topology.decode)
+        per_nic = bed.raw_bytes_per_s() / (topology.prefill + topology.decode)
         bounds = {name: [share * per_nic * n / bytes_per_agent for share in SHARES] for name, n in nics.items()}
         with bed.engines("penstock"):
             for _ in range(steps):
@@ -97,7 +97,7 @@ def measure_tpot(report: Report, scale: Scale, repeats: int, progress: Progress,
     steps: dict[bool, list[float]] = {False: [], True: []}
     read: list[float] = []
     with Testbed(Topology(1, 1), scale) as bed:
-        raw = bed.raw_bytes_per_s(RAW_S)
+        raw = bed.raw_bytes_per_s()
         with bed.engines("penstock"):
             for repeat in range(2 * repeats):
                 loaded = repeat % 4 in (1, 2)  # without, with, with, without
