@@ -54,7 +54,7 @@ def _second_end(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_decision(patch: pytest.MonkeyPatch) -> None:
-    """Two requests take each other's place in L1 for ever: ranks of admitted ones count as they are, not as they wait."""
+    """Two requests take each other's place in L1 for ever: what an admitted one's rank was while it waited is lost."""
     right = admission.Admission._try_admit
 
     def wrong(self: admission.Admission, request: Request, now: float) -> bool:
