@@ -46,16 +46,19 @@ class GuestCosts:
 
     def arrives_first(self, guest: Guest, guests: Iterable[Guest]) -> bool:
         """Loading is worth it where the request's blocks arrive before they could be computed, each behind what goes
-        first on its link or on the processor. Never refused before costs were measured."""
+        first on its link or on the processor. What either adds for those behind it counts once more: a processor that
+        computes what a link could bring is not there for tokens that nobody can load. Never refused before costs were
+        measured."""
         if not self._shared.config.recompute or self._steps < MIN_SAMPLES or self._fetches < MIN_SAMPLES:
             return True
         request, compute = guest.request, self._shared.cost.compute
         size = self._shared.config.block_tokens
         first = guest.held * size
-        compute_s = compute.seconds([(request.target - first, first)]) - request.compute_s
+        added_s = compute.seconds([(request.target - first, first)]) - request.compute_s
+        compute_s = 2 * added_s
         everything = (len(self._loading.loads) + guest.end - guest.held) * self._shared.config.block_bytes
         on_each_link = dict.fromkeys(request.bytes_by_route, everything)
-        if self._shared.cost.load_s(on_each_link, everything, serial=False) < compute_s:
+        if self._shared.cost.load_s(on_each_link, everything, serial=False) < added_s:
             return True  # even behind all others
         links: dict[tuple[str, ...], int] = dict(request.bytes_by_route)
         for other in guests:
@@ -67,8 +70,8 @@ class GuestCosts:
             if peer.rank <= request.rank or other.grant is not None:
                 for route, size_bytes in peer.bytes_by_route.items():
                     links[route] = links.get(route, 0) + size_bytes
-        load_s = max(self._ranking.load_s(request), self._shared.cost.load_s(links, 0, serial=False))
-        return load_s < compute_s
+        own_s = self._ranking.load_s(request)
+        return own_s + max(own_s, self._shared.cost.load_s(links, 0, serial=False)) < compute_s
 
     def enough_granted(self, guests: Iterable[Guest]) -> bool:
         """Whether what has pages keeps the links busy long enough, so that no more pages are asked for yet."""

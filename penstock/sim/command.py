@@ -8,7 +8,7 @@ from penstock.sim.experiments.calvo import calvo_command
 from penstock.sim.experiments.cost import cost
 from penstock.sim.experiments.dualpath import dualpath
 from penstock.sim.experiments.fuzz import fuzz
-from penstock.sim.experiments.pooling import pool_command
+from penstock.sim.experiments.pool import pool
 from penstock.sim.experiments.run import run
 from penstock.sim.experiments.tables import tables
 from penstock.sim.experiments.validate import validate
@@ -20,7 +20,7 @@ sim = typer.Typer(
 sim.command()(run)
 sim.command()(tables)
 sim.command(name="calvo")(calvo_command)
-sim.command(name="pool")(pool_command)
+sim.command()(pool)
 sim.command()(dualpath)
 sim.command()(plan)
 sim.command()(fuzz)

@@ -193,7 +193,7 @@ def measured_desk(**options: Any) -> Desk:
 
 def test_a_request_that_waits_for_its_link_is_computed_once_the_processor_is_free() -> None:
     desk = measured_desk()
-    desk.submit("first", tokens_of(2, 6))
+    desk.submit("first", tokens_of(2, 12))
     desk.submit("busy", tokens_of(3, 12), hits=0)  # nothing of it is in the pool
     desk.brain.started("busy", desk.now)
     desk.submit("waits", tokens_of(4, 6))

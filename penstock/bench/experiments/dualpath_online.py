@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -20,9 +21,9 @@ from penstock.sim.cluster_shape import LAYERWISE, SPLIT, System
 
 PAPER_TTFT_S, PAPER_TPOT_S = 4.0, 0.05
 CAPACITY_GOAL, TPOT_GOAL = 1.96, 1.05
-STEPS = 4
-SHARES = (0.6, 1.2)  # of the rate at which a system's storage NICs are full: where its capacity is looked for
-AGENTS = 64  # each with one turn: so few at work at once would find the turn before in memory, not in storage
+STEPS = 3
+SHARES = (0.6, 1.0)  # of the rate at which a system's storage NICs are full: where its capacity is looked for
+AGENTS_PER_NIC = 70  # each with one turn: so few at work at once would find the turn before in memory, not in storage
 FOREGROUND, ANSWER_TOKENS, QUESTION_TOKENS = 4, 80, 600
 BULK = Size(agents=18, turns=4)
 
@@ -43,41 +44,64 @@ def kept(run: Run, scale: Scale, half_s: float) -> tuple[bool, float, float]:
     return ttft_s <= ttft_max_s and tpot_s <= tpot_max_s, ttft_s, tpot_s
 
 
+class _Search:
+    """Bisection for one system between two rates. Its arrivals are as many as its storage NICs, so that runs of all
+    systems take as long near their limits; every step has the same ones, stretched to the rate."""
+
+    def __init__(self, system: System, nics: int, bytes_per_s: float, scale: Scale) -> None:
+        self.system = system
+        self.agents = workload("64K", scale, Size(AGENTS_PER_NIC * nics, 1), None, seed=2)
+        hits = sum(agent.turns[0].hit_tokens for agent in self.agents)
+        full = bytes_per_s * len(self.agents) / (hits * scale.bytes_per_token)
+        self.low, self.high = (share * full for share in SHARES)
+        unit = poisson_starts_s(np.random.default_rng(3), 1.0, len(self.agents))
+        self._unit = [start * len(unit) / unit[-1] for start in unit]
+        self.best: tuple[float, float, float] | None = None
+
+    @property
+    def rate(self) -> float:
+        return (self.low + self.high) / 2
+
+    @property
+    def starts_s(self) -> list[float]:
+        return [start / self.rate for start in self._unit]
+
+    def tried(self, run: Run, scale: Scale) -> None:
+        """The run at `rate` is over."""
+        fine, ttft_s, tpot_s = kept(run, scale, self.starts_s[-1] / 2)
+        if fine:
+            self.best = (self.rate, ttft_s, tpot_s)
+            self.low = self.rate
+        else:
+            self.high = self.rate
+
+
 def measure_capacity(
     report: Report, scale: Scale, topology: Topology, steps: int, progress: Progress, unique: Callable[[], str]
 ) -> float:
-    """Bisection for each system, step by step in turn, over the same arrivals stretched to the rate; the gain."""
-    agents = workload("64K", scale, Size(AGENTS, 1), None, seed=2)
-    bytes_per_agent = sum(t.hit_tokens for a in agents for t in a.turns) / len(agents) * scale.bytes_per_token
-    unit = poisson_starts_s(np.random.default_rng(3), 1.0, len(agents))
-    stretch = len(agents) / unit[-1]
-    nics = {LAYERWISE.name: topology.prefill, SPLIT.name: topology.prefill + topology.decode}
-    best: dict[str, tuple[float, float, float]] = {name: (0.0, 0.0, 0.0) for name in nics}
+    """The highest rates of Basic and of split reads, searched for in turn; the gain."""
+    hosts = topology.prefill + topology.decode
     with Testbed(topology, scale) as bed:
-        per_nic = bed.raw_bytes_per_s() / (topology.prefill + topology.decode)
-        bounds = {name: [share * per_nic * n / bytes_per_agent for share in SHARES] for name, n in nics.items()}
+        per_nic = bed.raw_bytes_per_s() / hosts
+        searches = [
+            _Search(system, nics, per_nic * nics, scale)
+            for system, nics in ((LAYERWISE, topology.prefill), (SPLIT, hosts))
+        ]
         with bed.engines("penstock"):
-            for _ in range(steps):
-                for system in (LAYERWISE, SPLIT):
-                    low, high = bounds[system.name]
-                    rate = (low + high) / 2
-                    starts = [start * stretch / rate for start in unit]
-                    counter = Counter(progress, _title(topology, system, rate), len(agents))
-                    run = run_agents(bed, system, agents, unique(), counter, starts)
-                    fine, ttft_s, tpot_s = kept(run, scale, starts[-1] / 2)
-                    bounds[system.name] = [rate, high] if fine else [low, rate]
-                    if fine:
-                        best[system.name] = (rate, ttft_s, tpot_s)
+            for _, search in itertools.product(range(steps), searches):
+                counter = Counter(progress, _title(topology, search.system, search.rate), len(search.agents))
+                search.tried(run_agents(bed, search.system, search.agents, unique(), counter, search.starts_s), scale)
     ttft_max_s, tpot_max_s = limits(scale)
-    for name, (rate, ttft_s, tpot_s) in best.items():
-        label = f"online_{topology.name}_{NAMES[name]}"
-        report.figure(f"{label}_turns_per_s", rate or bounds[name][0])
-        if rate:
-            report.figure(f"{label}_ttft_mean_s", ttft_s, ttft_max_s)
-            report.figure(f"{label}_tpot_mean_s", tpot_s, tpot_max_s)
-        else:
-            report.notes.append(f"{label}: no rate that was tried kept the limits; what stands here is the lower end")
-    gain = (best[SPLIT.name][0] or bounds[SPLIT.name][0]) / (best[LAYERWISE.name][0] or bounds[LAYERWISE.name][0])
+    for search in searches:
+        label = f"online_{topology.name}_{NAMES[search.system.name]}"
+        if search.best is None:
+            report.notes.append(f"{label}: no rate that was tried kept the limits; the lowest was {search.high:.3g}")
+            continue
+        report.figure(f"{label}_turns_per_s", search.best[0])
+        report.figure(f"{label}_ttft_mean_s", search.best[1], ttft_max_s)
+        report.figure(f"{label}_tpot_mean_s", search.best[2], tpot_max_s)
+    basic, split = searches
+    gain = split.best[0] / (basic.best[0] if basic.best else basic.high) if split.best else 0.0
     report.figure(f"online_{topology.name}_gain", gain)
     return gain
 

@@ -55,7 +55,7 @@ class Scale:
     decode_memory_bytes: int = 256 << 20
     buffer_bytes: int = 48 << 20
     staging_bytes: int = 32 << 20
-    pool_bytes: int = 2 << 30
+    pool_bytes: int = 4 << 30
     fetch_window_blocks: int = 8
 
     def profile(self) -> Profile:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
-import typer
-from rich.console import Console
 from rich.progress import track
 
 from penstock.bench.experiments.pool_rig import (
@@ -28,7 +24,6 @@ from penstock.bench.experiments.pool_rig import (
     pooled,
 )
 from penstock.bench.experiments.pool_ttft import ABLATION_PAPER, BASELINES, GOAL_CONTEXT, OURS, System, systems
-from penstock.bench.plots import bar_chart
 from penstock.bench.report import Report
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel, LinkCost
@@ -126,29 +121,13 @@ def _conclude(report: Report, model: Model, context: str, found: dict[str, Simul
             report.figure(f"{label}_blocked_cut_{name}", one.blocked_s / ours.blocked_s, cut_goal)
 
 
-def pool_command(
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG) to this file.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help=f"Models: {', '.join(MODELS)}. Default: all.")] = None,
-    context: Annotated[list[str] | None, typer.Option(help=f"Contexts: {', '.join(CONTEXTS)}. Default: all.")] = None,
-) -> None:
-    """Unified KV Pooling on its own hardware: 2 memories and 2 SSDs as one pool, 16K to 128K of context."""
-    models, contexts = tuple(model or MODELS), tuple(context or CONTEXTS)
-    for given, allowed in (*((m, tuple(MODELS)) for m in models), *((c, tuple(CONTEXTS)) for c in contexts)):
-        if given not in allowed:
-            raise typer.BadParameter(f"{given!r}; allowed: {', '.join(allowed)}")
-    report = Report("sim pool")
-    tables(report, models, contexts)
-    report.print(Console())
-    if json is not None:
-        report.write_json(json)
-    if plot is not None:
-        groups = {
-            f"{m} {c}": {
-                name: report.figures[f"{m}_{c}_ttft_s" if name == OURS else f"{m}_{c}_{name}_ttft_s"]
-                for name in (OURS, *BASELINES)
-            }
-            for m in models
-            for c in contexts
+def ttft_bars(report: Report, models: Sequence[str], contexts: Sequence[str]) -> dict[str, dict[str, float]]:
+    """TTFT by system for a picture, out of the report's figures."""
+    return {
+        f"{m} {c}": {
+            name: report.figures[f"{m}_{c}_ttft_s" if name == OURS else f"{m}_{c}_{name}_ttft_s"]
+            for name in (OURS, *BASELINES)
         }
-        bar_chart(plot, "TTFT by system", "TTFT, s", groups)
+        for m in models
+        for c in contexts
+    }

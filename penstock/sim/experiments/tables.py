@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from penstock.bench.experiments.pool_rig import CONTEXTS, MODELS
+from penstock.bench.experiments.pool import CONTEXT_NAMES, MODEL_NAMES
 from penstock.bench.report import Report
 from penstock.bench.workloads import CALVO_DATASETS
-from penstock.sim.experiments import calvo, dualpath, pooling
+from penstock.sim.experiments import calvo, dualpath
 
 PAPERS = ("calvo", "pool", "dualpath")
 
@@ -35,7 +35,9 @@ def tables(
             machine = calvo.Machine("llama", calvo.FETCH_BYTES_PER_S)
             calvo.tables(part, machine, tuple(CALVO_DATASETS), calvo.RATES, seeds)
         elif name == "pool":
-            pooling.tables(part, tuple(MODELS), tuple(CONTEXTS))
+            from penstock.sim.experiments import pooling
+
+            pooling.tables(part, MODEL_NAMES, CONTEXT_NAMES)
         else:
             dualpath.tables(part, not full)
         part.print(console)
