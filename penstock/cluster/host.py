@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -15,13 +14,11 @@ from penstock.cluster.outgoing import Outgoing
 from penstock.cluster.placed import EngineReport, PlacedRequest
 from penstock.cluster.relay import RelayNode
 from penstock.cluster.relay_links import RelayLinks
-from penstock.engine.api import GenerationRequest, InvalidRequest, TokenEvent
+from penstock.engine.api import GenerationRequest, InvalidRequest, OnEvent, TokenEvent, tell
 from penstock.engine.build import RunningEngine
 from penstock.units import format_address
 
 log = logging.getLogger(__name__)
-
-OnEvent = Callable[[TokenEvent], None]
 
 
 class EngineHost:
@@ -90,10 +87,7 @@ class EngineHost:
         if event.finish_reason is not None:
             with self._lock:
                 self._parts.pop(name, None)
-        try:
-            on_event(event)
-        except Exception:  # the agent's mistake is not the engine's
-            log.exception("on_event raised")
+        tell(on_event, event)
 
     def cancel(self, request_id: str, attempt: int | None = None) -> None:
         """End one attempt of a request soon, or all of them; their last event is "cancelled". Unknown: ignored."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import msgspec
 
 from penstock.cluster.placed import Part, PlacedRequest
 from penstock.core.answer import Answer
 from penstock.core.config import check_range
 from penstock.core.placing import InterEngineConfig
-from penstock.engine.api import GenerationRequest, InvalidRequest, RequestReport, TokenEvent
+from penstock.engine.api import GenerationRequest, OnEvent, RequestReport
 
 MARKS_MAX = 64
-TOP_K_MAX = 2**31 - 1
-
-OnEvent = Callable[[TokenEvent], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,27 +70,6 @@ class Routed:
         return self.request.request_id
 
 
-def check_request(request: GenerationRequest, vocab_size: int, max_context_tokens: int) -> None:
-    """Raises InvalidRequest with one line."""
-    prompt, sampling = request.prompt_tokens, request.sampling
-    if not prompt or min(prompt) < 0 or max(prompt) >= vocab_size:
-        raise InvalidRequest(f"prompt is empty or has a token outside 0..{vocab_size - 1}")
-    if sampling.max_tokens < 1:
-        raise InvalidRequest(f"max_tokens is {sampling.max_tokens}; it must be at least 1")
-    if len(prompt) + sampling.max_tokens > max_context_tokens:
-        raise InvalidRequest(
-            f"prompt of {len(prompt)} tokens and max_tokens {sampling.max_tokens} exceed the context of "
-            f"{max_context_tokens} tokens"
-        )
-    if request.slo_ttft_s is not None and not 0 < request.slo_ttft_s < 1e6:
-        raise InvalidRequest(f"slo_ttft_s is {request.slo_ttft_s}; it must be above 0 and below 1e6")
-    if not 0 <= sampling.temperature <= 100 or not 0 < sampling.top_p <= 1 or not 0 <= sampling.top_k <= TOP_K_MAX:
-        raise InvalidRequest(
-            f"temperature is {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}; allowed: "
-            f"temperature 0 to 100, top_p above 0 up to 1, top_k 0 to {TOP_K_MAX}"
-        )
-
-
 def fresh_answer(answer: Answer) -> Answer:
     """A new one for the same request."""
     return Answer(answer.max_tokens, answer.end_tokens, answer.attempt)
@@ -100,5 +77,4 @@ def fresh_answer(answer: Answer) -> Answer:
 
 def part_of(placed: PlacedRequest, part: Part, epoch: int) -> PlacedRequest:
     """That engine's part of a request."""
-    fields = {name: getattr(placed, name) for name in placed.__struct_fields__}
-    return PlacedRequest(**(fields | {"part": part, "epoch": epoch}))
+    return msgspec.structs.replace(placed, part=part, epoch=epoch)

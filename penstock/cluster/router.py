@@ -25,7 +25,7 @@ from penstock.cluster.merged_report import merged_report
 from penstock.cluster.orphans import Orphans
 from penstock.cluster.placed import Part, PlacedRequest, ReadSide
 from penstock.cluster.port import ClusterPort, Engine
-from penstock.cluster.routed import OnEvent, Routed, RouterSettings, check_request, fresh_answer, part_of
+from penstock.cluster.routed import Routed, RouterSettings, fresh_answer, part_of
 from penstock.cluster.router_stats import router_stats
 from penstock.core.answer import Answer, Outcome
 from penstock.core.inter_engine import InterEngineScheduler
@@ -36,9 +36,12 @@ from penstock.engine.api import (
     EngineStats,
     GenerationRequest,
     InvalidRequest,
+    OnEvent,
     Overloaded,
     RequestReport,
     TokenEvent,
+    check_request,
+    tell,
 )
 from penstock.transport.secret import Secret
 
@@ -219,7 +222,7 @@ class ClusterEngine:
 
     def _submitted(self, routed: Routed) -> None:
         if self._fatal:
-            self._tell(routed.on_event, TokenEvent(None, "error", self._fatal))
+            tell(routed.on_event, TokenEvent(None, "error", self._fatal))
             return
         known = self.requests.get(routed.id)
         if known is not None:
@@ -237,13 +240,13 @@ class ClusterEngine:
     def _take_over(self, known: Routed, routed: Routed) -> None:
         """The same request over another connection of the client: that gets the whole answer from here on."""
         if not routed.request.resumable or known.digest != routed.digest:
-            self._tell(routed.on_event, TokenEvent(None, "error", f"request_id {routed.id!r} is in use"))
+            tell(routed.on_event, TokenEvent(None, "error", f"request_id {routed.id!r} is in use"))
             return
         self.counters["taken_over"] += 1
         before, known.on_event = known.on_event, routed.on_event
-        self._tell(before, TokenEvent(None, "cancelled", "the same x-request-id was asked for again"))
+        tell(before, TokenEvent(None, "cancelled", "the same x-request-id was asked for again"))
         for token in known.answer.tokens:
-            self._tell(known.on_event, TokenEvent(token))
+            tell(known.on_event, TokenEvent(token))
 
     def _begin(self, routed: Routed) -> None:
         """Go on where engines have it from the router before this one; else hand it to the brain."""
@@ -306,7 +309,7 @@ class ClusterEngine:
             routed.first_token_s = time.monotonic()
         if len(routed.marks) and routed.marks[-1][0] != "decode":
             routed.mark("decode", time.monotonic())
-        self._tell(routed.on_event, TokenEvent(token))
+        tell(routed.on_event, TokenEvent(token))
 
     def _end(self, routed: Routed, reason: FinishReason, error: str | None) -> None:
         """The request's last event."""
@@ -328,19 +331,12 @@ class ClusterEngine:
         self.counters[f"ended_{reason}"] += 1
         if reason in ("stop", "length"):
             self.recent.append(report)
-        self._tell(routed.on_event, TokenEvent(None, reason, error, report))
+        tell(routed.on_event, TokenEvent(None, reason, error, report))
         self._decide_soon()
 
     def _end_all(self, reason: FinishReason, error: str) -> None:
         for routed in list(self.requests.values()):
             self._end(routed, reason, error)
-
-    @staticmethod
-    def _tell(on_event: OnEvent, event: TokenEvent) -> None:
-        try:
-            on_event(event)
-        except Exception:  # one client's mistake is not the others'
-            log.exception("a client's on_event raised")
 
     # -- decisions ----------------------------------------------------------------------------------------------
 

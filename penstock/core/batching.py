@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from penstock.core.compute_quota import AttentionCost, ComputeQuota
+from penstock.core.compute_quota import AttentionCost
 from penstock.core.config import NO_QUOTA_S
 from penstock.core.handing import Handing
 from penstock.core.operations import Compute, ComputeChunk, FinishReason
@@ -75,7 +75,7 @@ class Batching:
             return []
         shared = self._shared
         budget = shared.config.max_batch_tokens
-        quota = self._quota()
+        bounding = self._bounding_cost()
         chunks: list[tuple[Request, ComputeChunk]] = []
         for request in list(self._decoding):
             if budget and request.state is State.DECODE and self._page_at_position(request, now):
@@ -88,7 +88,7 @@ class Batching:
                 break
             if request.state is not State.PREFILL:
                 continue
-            within = budget if quota is None else self._within(quota, request, budget, chunks)
+            within = budget if bounding is None else self._within(bounding, request, budget, chunks)
             tokens = self._prefill_run(request, within, now)
             if tokens and not self._pays(request, tokens, prefills):
                 break
@@ -106,21 +106,22 @@ class Batching:
         shared.outbox.append(Compute(op_id, tuple(chunk for _, chunk in chunks), predicted_s))
         return [request for request, _ in chunks]
 
-    def _quota(self) -> ComputeQuota | None:
+    def _bounding_cost(self) -> AttentionCost | None:
+        """What `max_batch_s` is measured by; None where no batch can be longer."""
         config, compute = self._shared.config, self._shared.cost.compute
         if config.max_batch_s >= NO_QUOTA_S:
             return None
         if compute.seconds([(config.max_batch_tokens, config.l1_pages * config.block_tokens)]) <= config.max_batch_s:
-            return None  # no batch can be longer
-        return ComputeQuota(AttentionCost(compute.b, compute.c), attention_s_max=config.max_batch_s)
+            return None
+        return AttentionCost(compute.b, compute.c)
 
     def _within(
-        self, quota: ComputeQuota, request: Request, budget: int, chunks: Sequence[tuple[Request, ComputeChunk]]
+        self, cost: AttentionCost, request: Request, budget: int, chunks: Sequence[tuple[Request, ComputeChunk]]
     ) -> int:
-        """How many tokens of the request the quota leaves room for beside `chunks`; at least one block where no other
-        prefill is among them."""
-        left_s = quota.attention_s_max - self._shared.cost.compute.seconds(_spans(chunks))
-        tokens = quota.cut(min(budget, request.target - request.position), request.position, left_s)
+        """How many tokens of the request `max_batch_s` leaves room for beside `chunks`; at least one block where no
+        other prefill is among them."""
+        left_s = self._shared.config.max_batch_s - self._shared.cost.compute.seconds(_spans(chunks))
+        tokens = cost.tokens_within(min(budget, request.target - request.position), request.position, left_s)
         prefills = any(other.state is State.PREFILL for other, _ in chunks)
         return tokens if prefills else max(tokens, min(budget, self._shared.config.block_tokens))
 

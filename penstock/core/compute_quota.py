@@ -28,6 +28,17 @@ class AttentionCost:
     def seconds(self, query_tokens: int, context_tokens: float) -> float:
         return query_tokens * (self.per_query_s + self.per_pair_s * (context_tokens + 0.5 * query_tokens))
 
+    def tokens_within(self, query_tokens: int, context_tokens: float, left_s: float) -> int:
+        """The most of `query_tokens` whose attention takes at most `left_s`: binary search."""
+        low, high = 0, query_tokens
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.seconds(middle, context_tokens) <= left_s:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
 
 @dataclass(frozen=True, slots=True)
 class ComputeQuota:
@@ -78,7 +89,9 @@ class ComputeQuota:
                 left_s -= need_s
                 left_tokens -= query
                 continue
-            cut = self.cut(min(query, left_tokens), context, left_s) if by_attention else left_tokens
+            cut = left_tokens
+            if by_attention:
+                cut = self.attention.tokens_within(min(query, left_tokens), context, left_s)
             if not cut and not taken:
                 cut = 1
             if cut:
@@ -86,17 +99,6 @@ class ComputeQuota:
                 spent_s += self.attention.seconds(cut, context)
             break
         return taken, spent_s
-
-    def cut(self, query_tokens: int, context_tokens: float, left_s: float) -> int:
-        """The most of `query_tokens` whose attention takes at most `left_s`: binary search."""
-        low, high = 0, query_tokens
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.attention.seconds(middle, context_tokens) <= left_s:
-                low = middle
-            else:
-                high = middle - 1
-        return low
 
 
 def level_s(ready_s: Sequence[float], overhead_s: float) -> float:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from penstock.core.guest_records import Guest
 from penstock.core.loading import Loading
 from penstock.core.ranking import Ranking
+from penstock.core.recompute_front import MIN_SAMPLES
 from penstock.core.request import State
 from penstock.core.shared_state import SharedState
 
-MIN_SAMPLES = 8  # batches and fetches before costs may speak against a load
 PROBE_EVERY = 8  # of the loads that costs speak against, one is made all the same: a link may be faster again
 STEP_S_MAX, STEP_TOKENS_LEAST = 0.1, 128  # of a batch of the host while loads land
 GRANT_AHEAD_S = 0.5  # pages are asked for ahead as long as what has pages already keeps its links busy for less

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from penstock.core.operations import FinishReason, HandOff
 from penstock.engine.runner import SamplingParams
+
+log = logging.getLogger(__name__)
+
+TOP_K_MAX = 2**31 - 1
 
 
 class InvalidRequest(ValueError):
@@ -77,6 +82,40 @@ class TokenEvent:
     report: RequestReport | None = None
 
 
+OnEvent = Callable[[TokenEvent], None]
+
+
+def check_request(request: GenerationRequest, vocab_size: int, max_context_tokens: int) -> None:
+    """Raises InvalidRequest for one that no engine with this vocabulary and context could serve."""
+    prompt, sampling = request.prompt_tokens, request.sampling
+    if not prompt:
+        raise InvalidRequest("prompt is empty; it must have at least one token")
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        raise InvalidRequest(f"prompt has a token outside 0..{vocab_size - 1}")
+    if sampling.max_tokens < 1:
+        raise InvalidRequest(f"max_tokens is {sampling.max_tokens}; it must be at least 1")
+    if len(prompt) + sampling.max_tokens > max_context_tokens:
+        raise InvalidRequest(
+            f"prompt of {len(prompt)} tokens and max_tokens {sampling.max_tokens} exceed the context of "
+            f"{max_context_tokens} tokens"
+        )
+    if request.slo_ttft_s is not None and not 0 < request.slo_ttft_s < 1e6:
+        raise InvalidRequest(f"slo_ttft_s is {request.slo_ttft_s}; it must be above 0 and below 1e6")
+    if not 0 <= sampling.temperature <= 100 or not 0 < sampling.top_p <= 1 or not 0 <= sampling.top_k <= TOP_K_MAX:
+        raise InvalidRequest(
+            f"temperature is {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}; allowed: "
+            f"temperature 0 to 100, top_p above 0 up to 1, top_k 0 to {TOP_K_MAX}"
+        )
+
+
+def tell(on_event: OnEvent, event: TokenEvent) -> None:
+    """One client's mistake is not the others'."""
+    try:
+        on_event(event)
+    except Exception:
+        log.exception("a client's on_event raised")
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot for `/metrics`: gauges as they are, counters since start. Labelled series are dictionaries."""
@@ -92,7 +131,7 @@ class EngineAPI(Protocol):
     vocab_size: int
     eos_token_ids: frozenset[int]
 
-    def submit(self, request: GenerationRequest, on_event: Callable[[TokenEvent], None]) -> None:
+    def submit(self, request: GenerationRequest, on_event: OnEvent) -> None:
         """Queue a request. Raises InvalidRequest or Overloaded. `on_event` is called from an engine thread, must not
         block, and gets exactly one event with a `finish_reason`, the last one."""
 

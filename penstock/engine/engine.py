@@ -24,7 +24,16 @@ from penstock.core.new_block import tenant_tag
 from penstock.core.operations import Emit, RequestSpec
 from penstock.core.scheduler import LoadScheduler, WaitingQueueFull
 from penstock.core.standing import Standing
-from penstock.engine.api import EngineStats, GenerationRequest, InvalidRequest, Overloaded, TokenEvent
+from penstock.engine.api import (
+    EngineStats,
+    GenerationRequest,
+    InvalidRequest,
+    OnEvent,
+    Overloaded,
+    TokenEvent,
+    check_request,
+    tell,
+)
 from penstock.engine.carrying import Carrying
 from penstock.engine.peers import Peers
 from penstock.engine.reports import pool_series, report_of
@@ -39,9 +48,7 @@ IDLE_WAIT_S = 1.0
 ANSWER_TIMEOUT_S = 5.0
 POOL_STAT_TIMEOUT_S = 1.0
 CLOSE_GRACE_S = 0.5
-TOP_K_MAX = 2**31 - 1
 
-OnEvent = Callable[[TokenEvent], None]
 Answer = TypeVar("Answer")
 
 
@@ -102,25 +109,7 @@ class Engine:
 
     def check(self, request: GenerationRequest) -> BlockKey:
         """The request's root key. Raises InvalidRequest for one that `submit` would refuse for what it is."""
-        prompt, sampling = request.prompt_tokens, request.sampling
-        if not prompt:
-            raise InvalidRequest("prompt is empty; it must have at least one token")
-        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
-            raise InvalidRequest(f"prompt has a token outside 0..{self.vocab_size - 1}")
-        if sampling.max_tokens < 1:
-            raise InvalidRequest(f"max_tokens is {sampling.max_tokens}; it must be at least 1")
-        if len(prompt) + sampling.max_tokens > self.max_context_tokens:
-            raise InvalidRequest(
-                f"prompt of {len(prompt)} tokens and max_tokens {sampling.max_tokens} exceed the context of "
-                f"{self.max_context_tokens} tokens"
-            )
-        if request.slo_ttft_s is not None and not 0 < request.slo_ttft_s < 1e6:
-            raise InvalidRequest(f"slo_ttft_s is {request.slo_ttft_s}; it must be above 0 and below 1e6")
-        if not 0 <= sampling.temperature <= 100 or not 0 < sampling.top_p <= 1 or not 0 <= sampling.top_k <= TOP_K_MAX:
-            raise InvalidRequest(
-                f"temperature is {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}; allowed: "
-                f"temperature 0 to 100, top_p above 0 up to 1, top_k 0 to {TOP_K_MAX}"
-            )
+        check_request(request, self.vocab_size, self.max_context_tokens)
         try:
             return root_key(self.fingerprint, request.tenant)
         except UnicodeEncodeError:
@@ -255,14 +244,7 @@ class Engine:
         with self._clients_lock:
             client = self._clients.pop(request_id, None)
         if client is not None:
-            self._tell(client[1], event)
-
-    @staticmethod
-    def _tell(on_event: OnEvent, event: TokenEvent) -> None:
-        try:
-            on_event(event)
-        except Exception:  # one client's mistake is not the others'
-            log.exception("a client's on_event raised")
+            tell(client[1], event)
 
     def _cancel_all(self) -> None:
         for request_id in list(self._clients):
@@ -281,7 +263,7 @@ class Engine:
             return
         request, on_event = client
         if op.finish_reason is None:
-            self._tell(on_event, TokenEvent(op.token))
+            tell(on_event, TokenEvent(op.token))
             return
         assert op.account is not None
         for label, start_s, end_s in op.account.spans:

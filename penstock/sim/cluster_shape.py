@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from penstock.core.bounds import NodeLinks
 from penstock.core.config import ConfigError, check_range
 from penstock.core.paths import ReadPolicy
-from penstock.core.placing import Placement
+from penstock.core.placing import InterEngineConfig, Placement
 from penstock.core.waiting_queue import Order
 from penstock.sim.served_model import Gpu
 
@@ -63,6 +64,18 @@ class System:
     weigh: bool = False  # by read queues and predicted compute, beyond the paper
     recompute: bool = False
     level: bool = False  # ranks of a prefill step take equal shares of attention, beyond the paper
+
+    def brain(self, **settings: Any) -> InterEngineConfig:
+        """Its policies, with other settings of the inter-engine scheduler."""
+        return InterEngineConfig(
+            placement=self.placement,
+            read=self.read,
+            order=self.order,
+            replan=self.replan,
+            weigh_reads=self.weigh,
+            weigh_compute=self.weigh,
+            **settings,
+        )
 
 
 BASIC = System("basic", "turns", "prefill", layerwise=False, quota_by="tokens")

@@ -18,7 +18,7 @@ from penstock.core.compute_quota import ComputeQuota
 from penstock.core.config import ConfigError
 from penstock.core.engine_groups import EngineSpec
 from penstock.core.inter_engine import InterEngineScheduler
-from penstock.core.placing import Decision, GiveUp, InterEngineConfig, Place, Replan, RequestId, Revoke, Side
+from penstock.core.placing import Decision, GiveUp, Place, Replan, RequestId, Revoke, Side
 from penstock.sim.agent import DECODING, IDLE, MOVING, READING, READY, WAITING, Agent
 from penstock.sim.agents import Load, Trajectory, load_of
 from penstock.sim.cluster_shape import ClusterShape, System
@@ -94,13 +94,7 @@ class PrefillDecodeCluster:
         self._prefill: dict[str, PrefillEngine] = {}
         self._decode: dict[str, DecodeEngine] = {}
         self.brain = InterEngineScheduler(
-            InterEngineConfig(
-                placement=system.placement,
-                read=system.read,
-                order=system.order,
-                replan=system.replan,
-                weigh_reads=system.weigh,
-                weigh_compute=system.weigh,
+            system.brain(
                 recompute=system.recompute,
                 compute=self._cost,
                 max_waiting=1 << 30,

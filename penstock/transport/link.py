@@ -142,13 +142,7 @@ class NodeLink:
         """Send a request whose payload fills `buffer` or comes from it; `ended(reply, error)` is called once."""
         pending = Pending(message, message.id, time.monotonic() + timeout_s, ended, buffer)
 
-        def end(result: Any, error: PoolError | None) -> None:
-            with self._lock:
-                pending.ended = True
-                self._live -= 1
-            ended(result, error)
-
-        pending.end = end
+        self._counted(pending)
         with self._lock:
             refusal = self._refusal(self._lanes[lane])
             if refusal is None:
@@ -159,6 +153,18 @@ class NodeLink:
             self.refuse(ended, refusal)
             return
         self._dispatch(self._lanes[lane])
+
+    def _counted(self, pending: Pending) -> None:
+        """Its end is taken off what is live here, then told."""
+        ended = pending.end
+
+        def end(result: Any, error: PoolError | None) -> None:
+            with self._lock:
+                pending.ended = True
+                self._live -= 1
+            ended(result, error)
+
+        pending.end = end
 
     def refuse(self, ended: Ended, error: PoolError) -> None:
         """Have `ended(None, error)` called soon, on another thread."""
@@ -208,13 +214,7 @@ class NodeLink:
         pending = Pending(message, message.id, time.monotonic() + timeout_s, ended)
         message.timeout_s = timeout_s * (1 - NODE_MARGIN)
 
-        def end(result: Any, error: PoolError | None) -> None:
-            with self._lock:
-                pending.ended = True
-                self._live -= 1
-            ended(result, error)
-
-        pending.end = end
+        self._counted(pending)
         with self._lock:
             refusal = self._refusal(self._control)
             connection = self._control.connections[0]

@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
-
+from penstock.bench.pool_fill import fill_pool
 from penstock.bench.processes import pool_process
 from penstock.bench.recording import RecordedProfile, RecordedRequest, RecordedRun
 from penstock.bench.workloads import CALVO_DATASETS, SLO_MULTIPLIERS, Workload, calvo, prompt_tokens
 from penstock.core.config import Mode, Policy, SchedulerConfig
 from penstock.core.cost import CostModel, LinkCost
 from penstock.core.keys import BlockKey, KeyChain, root_key
-from penstock.core.layout import staging_bytes
 from penstock.core.new_block import NewBlock, prefix_position
 from penstock.core.operations import BlockHit, RequestSpec
 from penstock.core.scheduler import LoadScheduler
@@ -27,8 +25,6 @@ from penstock.engine.modelled_runner import ModelledRunner
 from penstock.engine.pauses import settle
 from penstock.engine.profile import Profile, load_profile
 from penstock.engine.runner import SamplingParams
-from penstock.io.memory import aligned_buffer
-from penstock.pool.api import PoolError
 from penstock.testing.virtual_body import VirtualBody
 from penstock.transport.connect import connect_pool
 
@@ -124,38 +120,18 @@ class Testbed:
     def warm(self, requests: Sequence[Arrival]) -> None:
         """Write every warm block into the pool."""
         pool = connect_pool(self._address)
-        rng = np.random.default_rng(0)
-        padded = staging_bytes(self.block_bytes)
-        slots = 16
-        memory = aligned_buffer(padded * slots)
-        memory[:] = rng.bytes(len(memory))
-        pool.register(memory)
-        free = threading.Semaphore(slots)
-        errors: list[PoolError] = []
+        try:
+            fill_pool(pool, self._warm_blocks(requests), self.block_bytes, 30.0)
+        finally:
+            pool.close(10.0)
 
-        def done(error: PoolError | None) -> None:
-            if error is not None:
-                errors.append(error)
-            free.release()
-
-        count = 0
+    def _warm_blocks(self, requests: Sequence[Arrival]) -> Iterator[NewBlock]:
         for arrival in requests:
             chain = KeyChain(self._root, BLOCK_TOKENS)
             keys = chain.extend(arrival.tokens[: arrival.warm_tokens])
             self._warm.update(keys)
             for index, key in enumerate(keys):
-                if not free.acquire(timeout=30):
-                    raise TimeoutError("the pool node took no block for 30 s")
-                data = memory[(count % slots) * padded : (count % slots + 1) * padded]
-                position = prefix_position(keys[0], index)
-                pool.write(NewBlock(key, chain.parent_of(index), self.block_bytes, position), data, 30.0, done)
-                count += 1
-        for _ in range(slots):
-            if not free.acquire(timeout=30):
-                raise TimeoutError("the pool node took no block for 30 s")
-        pool.close(10.0)
-        if errors:
-            raise errors[0]
+                yield NewBlock(key, chain.parent_of(index), self.block_bytes, prefix_position(keys[0], index))
 
     def forget(self, requests: Sequence[Arrival]) -> None:
         """Evict what was not warm at first (blocks that runs computed and saved)."""

@@ -17,25 +17,21 @@ import numpy as np
 
 from penstock.bench.experiments.dualpath_agents import BLOCK_TOKENS, Agent
 from penstock.bench.namespaces import Namespace, connect, received_bytes, switch
+from penstock.bench.pool_fill import fill_pool
 from penstock.bench.processes import ReadyProcess, pool_process, serve_process
 from penstock.cluster.router import ClusterEngine, RouterSettings
 from penstock.core.config import Mode
 from penstock.core.keys import KeyChain, root_key
-from penstock.core.layout import staging_bytes
 from penstock.core.new_block import NewBlock, prefix_position, tenant_tag
 from penstock.core.placing import InterEngineConfig
 from penstock.engine.modelled_runner import ModelledRunner
 from penstock.engine.profile import Profile, load_profile
-from penstock.io.memory import aligned_buffer
-from penstock.pool.api import PoolError
 from penstock.sim.cluster_shape import System
 from penstock.transport.connect import connect_pool
 from penstock.transport.secret import Secret
 
 PROFILE = "h100-llama-3.1-8b"
 ROUTER_ADDRESS, ROUTER_PORT, POOL_PORT = "10.2.0.1", 7100, 7070
-FILL_SLOTS = 16
-FILL_TIMEOUT_S = 60.0
 REGISTER_S = 30.0
 STORAGE, COMPUTE = "storage", "compute"
 
@@ -94,13 +90,7 @@ class Topology:
 
 def brain_of(system: System, scale: Scale) -> InterEngineConfig:
     """The policies of a system, for the live router."""
-    return InterEngineConfig(
-        placement=system.placement,
-        read=system.read,
-        order=system.order,
-        replan=system.replan,
-        weigh_reads=system.weigh,
-        weigh_compute=system.weigh,
+    return system.brain(
         compute=scale.profile().compute_cost() if system.weigh else None,
         part_tokens_min=max(BLOCK_TOKENS, 1024 // scale.token_divisor),
     )
@@ -234,29 +224,9 @@ class Testbed:
         with self.pool_host.entered():
             pool = connect_pool(f"127.0.0.1:{POOL_PORT}", secret=Secret(self.secret.encode()))
             try:
-                size = self.scale.block_bytes
-                padded = staging_bytes(size)
-                memory = aligned_buffer(padded * FILL_SLOTS)
-                memory[:] = np.random.default_rng(0).bytes(len(memory))
-                pool.register(memory)
-                free = threading.Semaphore(FILL_SLOTS)
-                errors: list[PoolError] = []
-
-                def done(error: PoolError | None) -> None:
-                    if error is not None:
-                        errors.append(error)
-                    free.release()
-
-                for count, block in enumerate(self._blocks(agents, tenant)):
-                    _acquire(free)
-                    data = memory[(count % FILL_SLOTS) * padded : (count % FILL_SLOTS + 1) * padded]
-                    pool.write(block, data, FILL_TIMEOUT_S, done)
-                for _ in range(FILL_SLOTS):
-                    _acquire(free)
+                fill_pool(pool, self._blocks(agents, tenant), self.scale.block_bytes)
             finally:
                 pool.close(10.0)
-        if errors:
-            raise errors[0]
 
     def _blocks(self, agents: Sequence[Agent], tenant: str) -> Iterator[NewBlock]:
         """What the pool holds, each block once."""
@@ -345,11 +315,6 @@ def _receive(sock: socket.socket, stop: threading.Event) -> None:
     with contextlib.suppress(OSError):
         while not stop.is_set():
             sock.recv_into(into)
-
-
-def _acquire(free: threading.Semaphore) -> None:
-    if not free.acquire(timeout=FILL_TIMEOUT_S):
-        raise TimeoutError(f"the pool took no block for {FILL_TIMEOUT_S:g} s")
 
 
 class NicLoads:

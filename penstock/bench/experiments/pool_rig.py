@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,15 +11,14 @@ from typing import Literal
 import numpy as np
 
 from penstock.bench.experiments.pool_engines import FilePerChunkEngine, MemoryEngine
+from penstock.bench.pool_fill import fill_pool
 from penstock.core.keys import BlockKey, KeyChain, root_key
 from penstock.core.layout import staging_bytes
 from penstock.core.new_block import NewBlock, prefix_position, tenant_tag
 from penstock.engine.profile import Profile, load_profile
 from penstock.io.api import BlockEngine
-from penstock.io.memory import aligned_buffer
 from penstock.io.open import open_engine
 from penstock.io.paced import PaceClock, PacedEngine
-from penstock.pool.api import PoolError
 from penstock.pool.device import DeviceMember, open_device_member
 from penstock.pool.header import HEADER_BYTES
 from penstock.pool.local import LocalPool
@@ -36,8 +34,6 @@ BYTES_DIVISOR = 64
 BLOCK_TOKENS = 256  # LMCache's chunk
 QUESTION_TOKENS = 100
 DEPTH = 32
-FILL_SLOTS = 16
-FILL_TIMEOUT_S = 60.0
 
 Kind = Literal["memory", "ssd", "files"]
 
@@ -246,35 +242,17 @@ def _engine(device: Device, place: Path, capacity: int, rig: Rig) -> BlockEngine
 
 def fill(rig: Rig, documents: Sequence[Document], block_bytes: int, tenant: str = "") -> None:
     """Write every block of the documents, unpaced. Raises the first PoolError, TimeoutError when nothing moves."""
-    padded = staging_bytes(block_bytes)
-    memory = aligned_buffer(padded * FILL_SLOTS)
-    memory[:] = np.random.default_rng(0).bytes(len(memory))
-    rig.pool.register(memory)
-    free = threading.Semaphore(FILL_SLOTS)
-    errors: list[PoolError] = []
-
-    def done(error: PoolError | None) -> None:
-        if error is not None:
-            errors.append(error)
-        free.release()
-
+    tag = tenant_tag(tenant)
     rig.pace(False)
-    count = 0
-    for one in documents:
-        for index, key in enumerate(one.keys):
-            _acquire(free)
-            data = memory[(count % FILL_SLOTS) * padded : (count % FILL_SLOTS + 1) * padded]
-            position = prefix_position(one.keys[0], index)
-            block = NewBlock(key, one.chain.parent_of(index), block_bytes, position, tenant_tag(tenant))
-            rig.pool.write(block, data, FILL_TIMEOUT_S, done)
-            count += 1
-    for _ in range(FILL_SLOTS):
-        _acquire(free)
-    rig.pace(True)
-    if errors:
-        raise errors[0]
-
-
-def _acquire(free: threading.Semaphore) -> None:
-    if not free.acquire(timeout=FILL_TIMEOUT_S):
-        raise TimeoutError(f"the pool took no block for {FILL_TIMEOUT_S:g} s")
+    try:
+        fill_pool(
+            rig.pool,
+            (
+                NewBlock(key, one.chain.parent_of(index), block_bytes, prefix_position(one.keys[0], index), tag)
+                for one in documents
+                for index, key in enumerate(one.keys)
+            ),
+            block_bytes,
+        )
+    finally:
+        rig.pace(True)
