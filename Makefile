@@ -41,14 +41,14 @@ $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	{ echo "Python's venv module is missing. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 endef
 
-# Everything but torch by exact version and without looking at what packages ask for: tests/vllm/requirements.txt says why.
-$(VLLM_VENV)/.installed: pyproject.toml $(TESTED) tests/vllm/requirements.txt tests/vllm/vllm_metadata.toml
+# Everything but torch by exact version and without looking at what packages ask for: tests/inside_vllm/requirements.txt says why.
+$(VLLM_VENV)/.installed: pyproject.toml $(TESTED) tests/inside_vllm/requirements.txt tests/inside_vllm/vllm_metadata.toml
 	@$(call python_fits)
 	@rm -f $@
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/$(PIP) $(TORCH_ARGS) "$(TORCH)"
-	$(VLLM_BIN)/$(PIP) --no-deps --requirement tests/vllm/requirements.txt
-	@mkdir -p $(VLLM_VENV)/vllm_metadata && cp tests/vllm/vllm_metadata.toml $(VLLM_VENV)/vllm_metadata/pyproject.toml
+	$(VLLM_BIN)/$(PIP) --no-deps --requirement tests/inside_vllm/requirements.txt
+	@mkdir -p $(VLLM_VENV)/vllm_metadata && cp tests/inside_vllm/vllm_metadata.toml $(VLLM_VENV)/vllm_metadata/pyproject.toml
 	$(VLLM_BIN)/$(PIP) --no-deps --no-build-isolation $(VLLM_VENV)/vllm_metadata
 	$(VLLM_BIN)/$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
@@ -81,9 +81,9 @@ test: venv
 # an installation that fails where it has one is a failure.
 test-vllm:
 	@mkdir -p $(OUT); rm -f $(OUT)/tests-vllm.xml; echo failed > $(OUT)/part-vllm.txt; \
-	why=$$($(PYTHON) tests/vllm/supported.py); case $$? in \
+	why=$$($(PYTHON) tests/inside_vllm/supported.py); case $$? in \
 		0) $(MAKE) --no-print-directory venv-vllm && \
-			$(VLLM_BIN)/python -m pytest --junit-xml=$(OUT)/tests-vllm.xml tests/vllm && \
+			$(VLLM_BIN)/python -m pytest --junit-xml=$(OUT)/tests-vllm.xml tests/inside_vllm && \
 			echo passed > $(OUT)/part-vllm.txt ;; \
 		3) echo skipped > $(OUT)/part-vllm.txt; echo "make test-vllm: skipped: $$why" ;; \
 		*) exit 1 ;; \

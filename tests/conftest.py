@@ -2,7 +2,7 @@
 
 import importlib.util
 
-if importlib.util.find_spec("hypothesis") is not None:  # not in the environment of tests/vllm
+if importlib.util.find_spec("hypothesis") is not None:  # not in the environment of tests/inside_vllm
     from hypothesis import HealthCheck, settings
 
     settings.register_profile("penstock", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from penstock.core.config import ConfigError, check_range
+from penstock.toml_file import read_toml
 
 Kind = Literal["pool", "router", "engine"]
 ENGINES_MAX = 4096
@@ -78,12 +78,7 @@ class ClusterConfig:
 def read_cluster_config(file: Path) -> ClusterConfig:
     """The cluster that a TOML file describes. Relative paths in it start at its folder. Raises ConfigError: one line
     with file, place and what is allowed."""
-    try:
-        found = tomllib.loads(file.read_text())
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not TOML: {error}") from None
+    found = read_toml(file)
     try:
         raw = msgspec.convert({_name(key): value for key, value in found.items()}, _File)
         return _cluster(raw, file)

@@ -4,55 +4,51 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from penstock.command_line import flag, log_to_stderr, refuse
 
 if TYPE_CHECKING:
     from penstock.cluster.flags import RouterFlags
 
 log = logging.getLogger(__name__)
 
-BAD_USAGE = 2
 CLOSE_TIMEOUT_S = 5.0
 _API, _CLUSTER, _LIMITS = "API", "Cluster", "Limits and deadlines"
-
-
-def _flag(group: str, default: str, text: str, metavar: str | None = None) -> Any:
-    return typer.Option(help=text, show_default=default, rich_help_panel=group, metavar=metavar)
 
 
 def router(
     model: Annotated[
         str | None, typer.Argument(help="Checkpoint folder or hub id, for its tokenizer (none: token ids only).")
     ] = None,
-    host: Annotated[str | None, _flag(_API, "127.0.0.1", "Address to listen on.")] = None,
-    port: Annotated[int | None, _flag(_API, "8000", "Port to listen on; 0 takes any free one.")] = None,
-    api_key: Annotated[str | None, _flag(_API, "none", "Key that clients must send (visible to other users).")] = None,
-    api_key_file: Annotated[str | None, _flag(_API, "none", "File that holds the key.", "FILE")] = None,
-    served_model_name: Annotated[str | None, _flag(_API, "MODEL", "Name of the model in the API.")] = None,
+    host: Annotated[str | None, flag(_API, "127.0.0.1", "Address to listen on.")] = None,
+    port: Annotated[int | None, flag(_API, "8000", "Port to listen on; 0 takes any free one.")] = None,
+    api_key: Annotated[str | None, flag(_API, "none", "Key that clients must send (visible to other users).")] = None,
+    api_key_file: Annotated[str | None, flag(_API, "none", "File that holds the key.", "FILE")] = None,
+    served_model_name: Annotated[str | None, flag(_API, "MODEL", "Name of the model in the API.")] = None,
     cluster_listen: Annotated[
-        str | None, _flag(_CLUSTER, "127.0.0.1:7100", "Where engines register.", "HOST:PORT")
+        str | None, flag(_CLUSTER, "127.0.0.1:7100", "Where engines register.", "HOST:PORT")
     ] = None,
     secret_file: Annotated[
-        str | None, _flag(_CLUSTER, "none", "File that holds the cluster's shared secret; required.", "FILE")
+        str | None, flag(_CLUSTER, "none", "File that holds the cluster's shared secret; required.", "FILE")
     ] = None,
     read: Annotated[
-        str | None, _flag(_CLUSTER, "split", "Which side reads KV: split, shorter, alternate or prefill.")
+        str | None, flag(_CLUSTER, "split", "Which side reads KV: split, shorter, alternate or prefill.")
     ] = None,
-    placement: Annotated[str | None, _flag(_CLUSTER, "balanced", "balanced, or turns.")] = None,
-    lease_s: Annotated[float | None, _flag(_CLUSTER, "3", "An engine not heard for so long is fenced.")] = None,
+    placement: Annotated[str | None, flag(_CLUSTER, "balanced", "balanced, or turns.")] = None,
+    lease_s: Annotated[float | None, flag(_CLUSTER, "3", "An engine not heard for so long is fenced.")] = None,
     grace_s: Annotated[
-        float | None, _flag(_CLUSTER, "2", "After a start, wait so long for engines that are at a request already.")
+        float | None, flag(_CLUSTER, "2", "After a start, wait so long for engines that are at a request already.")
     ] = None,
     no_engine_s: Annotated[
-        float | None, _flag(_LIMITS, "30", "A request that no engine can serve for so long ends with a 503.")
+        float | None, flag(_LIMITS, "30", "A request that no engine can serve for so long ends with a 503.")
     ] = None,
-    request_timeout_s: Annotated[float | None, _flag(_LIMITS, "600", "A slower request is ended with a 504.")] = None,
+    request_timeout_s: Annotated[float | None, flag(_LIMITS, "600", "A slower request is ended with a 504.")] = None,
     drain_timeout_s: Annotated[
-        float | None, _flag(_LIMITS, "10", "On SIGTERM, how long running requests may go on.")
+        float | None, flag(_LIMITS, "10", "On SIGTERM, how long running requests may go on.")
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
     config: Annotated[
@@ -67,14 +63,12 @@ def router(
     try:
         flags = read_router_flags(given, config)
     except ConfigError as error:
-        _refuse(error)
-    level = flags.log_level.upper()
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("uvicorn.error").setLevel("DEBUG" if level == "DEBUG" else "WARNING")
+        refuse("penstock router", error)
+    log_to_stderr(flags.log_level.upper())
     try:
         _serve(flags)
     except (ValueError, OSError) as error:
-        _refuse(error)
+        refuse("penstock router", error)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
@@ -112,10 +106,3 @@ def _serve(flags: RouterFlags) -> None:
             HttpServer(app, listener, lambda: print(ready, flush=True)).serve_forever()
         finally:
             engine.close(CLOSE_TIMEOUT_S)
-
-
-def _refuse(error: Exception) -> NoReturn:
-    """One line on stderr, and exit status 2."""
-    log.debug("refused", exc_info=error)
-    typer.echo(f"penstock router: error: {' '.join(str(error).split())}", err=True)
-    raise typer.Exit(BAD_USAGE)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-BAD_USAGE = 2
+from penstock.command_line import refuse
 
 
 def fabric(
@@ -25,8 +25,7 @@ def fabric(
         cluster = read_cluster_config(config)
         described = read_fabric({**cluster.fabric, **({} if kind is None else {"kind": kind})})
     except ConfigError as error:
-        typer.echo(f"penstock fabric: error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(BAD_USAGE) from None
+        refuse("penstock fabric", error)
     nodes: dict[str, set[str]] = {"prefill": set(), "decode": set()}
     for process in cluster.of("engine"):
         role = str(process.flags.get("role", "mixed"))

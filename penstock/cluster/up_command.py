@@ -8,11 +8,12 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-BAD_USAGE = 2
+from penstock.command_line import refuse
+
 FAILED = 1
 
 
@@ -37,7 +38,7 @@ def up(
         _make_secret(cluster.secret_file)
         supervisor = _supervisor(cluster, on, ray_address)
     except (ValueError, OSError) as error:
-        _refuse(error, BAD_USAGE)
+        refuse("penstock up", error)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: supervisor.stopping.set())
     try:
@@ -46,7 +47,7 @@ def up(
             print(f"penstock: cluster of {config} is up: {supervisor.url}", flush=True)
         supervisor.run()
     except StartFailed as error:
-        _refuse(error, FAILED)
+        refuse("penstock up", error, FAILED)
     finally:
         supervisor.stop()
 
@@ -82,9 +83,3 @@ def _make_secret(path: Path) -> None:
         return
     with os.fdopen(handle, "w") as file:
         file.write(secrets.token_hex(32) + "\n")
-
-
-def _refuse(error: Exception, status: int) -> NoReturn:
-    """One line on stderr."""
-    typer.echo(f"penstock up: error: {' '.join(str(error).split())}", err=True)
-    raise typer.Exit(status)

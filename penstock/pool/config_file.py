@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from penstock.pool.config import (
     WriteAdmission,
     default_names,
 )
+from penstock.toml_file import read_toml
 from penstock.units import parse_address, parse_bytes, parse_rate
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
@@ -96,12 +96,7 @@ def read_pool_config(file: Path, running: Sequence[MemberConfig] = (), reserved:
 
     Raises ConfigError: one line with file, place and what is allowed.
     """
-    try:
-        found = tomllib.loads(file.read_text())
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not TOML: {error}") from None
+    found = read_toml(file)
     try:
         return _read(found, file, running, {*reserved, *(member.name for member in running)})
     except ConfigError as error:

