@@ -12,7 +12,19 @@ import pytest
 from typer.testing import CliRunner
 
 from penstock.cli import app
-from penstock.core import admission, device_pages, handing, inter_engine, loading, ranking, saving, scheduler
+from penstock.core import (
+    admission,
+    device_pages,
+    fetching,
+    handing,
+    inter_engine,
+    loading,
+    loads,
+    ranking,
+    saving,
+    scheduler,
+    uploading,
+)
 from penstock.core.ordering import AGED, ORDINARY
 from penstock.core.request import BlockLoad, Request
 from penstock.sim.experiments.fuzz import run_seeds
@@ -77,16 +89,16 @@ def _no_end(patch: pytest.MonkeyPatch) -> None:
 
 def _ready_before_loaded(patch: pytest.MonkeyPatch) -> None:
     """A block counts as ready when its upload begins."""
-    right = loading.Loading._issue_upload
+    right = uploading.Uploading._issue
 
-    def wrong(self: loading.Loading, group: list[BlockLoad], request: Request, now: float) -> None:
+    def wrong(self: uploading.Uploading, group: list[BlockLoad], request: Request, now: float) -> None:
         right(self, group, request, now)
         for load in group:
             for waiter, index in load.waiters.items():
                 if waiter.ready:
                     waiter.ready[index] = True
 
-    patch.setattr(loading.Loading, "_issue_upload", wrong)
+    patch.setattr(uploading.Uploading, "_issue", wrong)
 
 
 def _damage_is_used(patch: pytest.MonkeyPatch) -> None:
@@ -101,8 +113,8 @@ def _handed_from_a_slot_of_others(patch: pytest.MonkeyPatch) -> None:
 
 
 def _slot_leaks(patch: pytest.MonkeyPatch) -> None:
-    right = loading.Loading._free_slot
-    patch.setattr(loading.Loading, "_free_slot", _every(20, right, _nothing))
+    right = loads.Loads.free_slot
+    patch.setattr(loads.Loads, "free_slot", _every(20, right, _nothing))
 
 
 def _page_leaks(patch: pytest.MonkeyPatch) -> None:
@@ -112,14 +124,14 @@ def _page_leaks(patch: pytest.MonkeyPatch) -> None:
 
 def _page_twice(patch: pytest.MonkeyPatch) -> None:
     """A page is given back and used on."""
-    right = loading.Loading._issue_upload
+    right = uploading.Uploading._issue
 
-    def wrong(self: loading.Loading, group: list[BlockLoad], request: Request, now: float) -> None:
+    def wrong(self: uploading.Uploading, group: list[BlockLoad], request: Request, now: float) -> None:
         right(self, group, request, now)
         assert group[0].page is not None
         self._shared.l1.give_back(group[0].page)
 
-    patch.setattr(loading.Loading, "_issue_upload", _every(20, right, wrong))
+    patch.setattr(uploading.Uploading, "_issue", _every(20, right, wrong))
 
 
 def _save_leaks(patch: pytest.MonkeyPatch) -> None:
@@ -132,7 +144,7 @@ def _save_leaks(patch: pytest.MonkeyPatch) -> None:
 
 def _bound_broken(patch: pytest.MonkeyPatch) -> None:
     """Fetches go out beyond the windows."""
-    patch.setattr(loading.Loading, "_has_room", lambda self, route, reactive: self._shared.l2.free_for_loads > 0)
+    patch.setattr(fetching.Fetching, "_has_room", lambda self, route, reactive: self._shared.l2.free_for_loads > 0)
 
 
 def _ageing_forgotten(patch: pytest.MonkeyPatch) -> None:

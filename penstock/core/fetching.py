@@ -1,0 +1,142 @@
+"""The fetching stage (L3 -> L2): which block is read next on which route.
+
+One dispatcher per route; each issues while a block of the request of least rank is wanted there and L2 has a slot, and
+goes on to the next request that can use the route when the first cannot (CALVO, mechanism). Issuing a fetch takes the
+L1 page at once (proactive).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from penstock.core.link_use import LinkUse
+from penstock.core.loads import Loads
+from penstock.core.operations import Fetch, Route
+from penstock.core.ordering import Rank, RankedQueue
+from penstock.core.request import BlockLoad, LoadState, Request, State
+from penstock.core.shared_state import SharedState
+
+
+class Fetching:
+    """Queues of requests by route, admitted ones apart from reactive ones, and what is in flight on each link."""
+
+    def __init__(self, shared: SharedState, loads: Loads, changed: Callable[[Request, float], None]) -> None:
+        self._shared = shared
+        self._loads = loads
+        self._changed = changed
+        self._admitted: dict[Route, RankedQueue[Request]] = {}
+        self._reactive: dict[Route, RankedQueue[Request]] = {}
+        self._links: dict[str, LinkUse] = {}
+        self._in_flight: dict[int, BlockLoad] = {}
+
+    def offer(self, request: Request, route: Route) -> None:
+        """The request wants a block over the route."""
+        queues = self._admitted if request.state is State.PREFILL else self._reactive
+        queue = queues.setdefault(route, RankedQueue())
+        queue.push(request)
+        if queue not in request.queues:
+            request.queues.append(queue)
+
+    def not_reactive(self, request: Request) -> None:
+        """The request was admitted: what it wants is no reactive fetch any more."""
+        for queue in self._reactive.values():
+            queue.discard(request)
+
+    def dispatch(self, now: float) -> None:
+        """Issue fetches while links and L2 have room; admitted requests before reactive ones. Where routes share a
+        link, the request of least rank goes first, and of its routes the one with the least in flight: so all devices
+        behind that link are read at once."""
+        for queues, reactive in ((self._admitted, False), (self._reactive, True)):
+            while (found := self._next(queues, reactive)) is not None:
+                load, request = found
+                self._issue(load, request, reactive, now)
+
+    def _next(self, queues: dict[Route, RankedQueue[Request]], reactive: bool) -> tuple[BlockLoad, Request] | None:
+        best: tuple[Rank, int] | None = None
+        chosen: tuple[Route, Request] | None = None
+        for route, queue in queues.items():
+            if not len(queue) or not self._has_room(route, reactive):
+                continue
+            request = self._first_wanting(queue, route)
+            if request is not None:
+                key = request.rank, self._link(route[0]).in_flight
+                if best is None or key < best:
+                    best, chosen = key, (route, request)
+        if chosen is None:
+            return None
+        route, request = chosen
+        return request.wanted[route].popleft(), request
+
+    def _first_wanting(self, queue: RankedQueue[Request], route: Route) -> Request | None:
+        """The request of least rank with a block to fetch over the route: the first that it wants there."""
+        while (request := queue.peek()) is not None:
+            wanted = request.wanted.get(route)
+            while wanted:
+                if wanted[0].state is LoadState.WANTED and request in wanted[0].waiters:
+                    return request
+                wanted.popleft()
+            queue.discard(request)
+        return None
+
+    def _has_room(self, route: Route, reactive: bool) -> bool:
+        l2 = self._shared.l2
+        if l2.free_for_loads <= 0 or (reactive and self._loads.reactive_slots >= l2.reactive_limit):
+            return False
+        window = self._shared.config.fetch_window_blocks
+        return all(self._link(name).in_flight < window for name in route)
+
+    def _link(self, name: str) -> LinkUse:
+        use = self._links.get(name)
+        if use is None:
+            use = self._links[name] = LinkUse()
+        return use
+
+    def _issue(self, load: BlockLoad, request: Request, reactive: bool, now: float) -> None:
+        shared = self._shared
+        load.slot = shared.l2.take_for_load()
+        load.issued_s = now
+        if reactive:
+            self._loads.set_reactive(load)
+        elif shared.config.mode == "penstock" and load.page is None:
+            self._loads.reserve_page(load, shared.l1.take())
+        self._loads.move(load, LoadState.FETCHING)
+        for name in load.hit.route:
+            self._link(name).in_flight += 1
+        op_id = shared.next_op()
+        self._in_flight[op_id] = load
+        shared.outbox.append(Fetch(op_id, load.key, load.slot, load.hit.route, shared.config.fetch_timeout_s))
+        for waiter in load.waiters:
+            self._changed(waiter, now)
+
+    def ended(self, op_id: int, failed: bool, now: float) -> tuple[BlockLoad, float]:
+        """A fetch ended: its load, and for how long it kept its slowest link busy, in seconds."""
+        load = self._in_flight.pop(op_id)
+        busy_s = 0.0
+        for name in load.hit.route:
+            link_s = self._link(name).finished(load.issued_s, now)
+            busy_s = max(busy_s, link_s)
+            if not failed:
+                self._shared.cost.link(name).observe(load.hit.size_bytes, link_s)
+        return load, busy_s
+
+    def loads_in_flight(self) -> list[BlockLoad]:
+        return list(self._in_flight.values())
+
+    def in_flight(self) -> dict[str, int]:
+        """Fetches in flight by link."""
+        return {name: use.in_flight for name, use in self._links.items()}
+
+    def check_work_conserving(self) -> None:
+        """No route with room has a wanted block of an admitted request."""
+        wanted = {
+            load.hit.route
+            for load in self._loads.by_key.values()
+            if load.state is LoadState.WANTED and any(waiter.state is State.PREFILL for waiter in load.waiters)
+        }
+        for route in wanted:
+            assert not self._has_room(route, False), f"{route} is idle although a block waits for it"
+
+    def check_integrity(self) -> None:
+        """Windows are kept."""
+        window = self._shared.config.fetch_window_blocks
+        assert all(0 <= use.in_flight <= window for use in self._links.values())

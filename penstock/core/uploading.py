@@ -1,0 +1,129 @@
+"""The uploading stage (L2 -> L1): which staged blocks go up next, in groups, those of the request of least rank first.
+
+A page that could not be reserved when the block was fetched is taken here. The baseline (`coupled`) uploads only when
+the whole batch is staged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from penstock.core.link_use import LinkUse
+from penstock.core.loads import Loads
+from penstock.core.operations import Upload
+from penstock.core.ordering import RankedQueue
+from penstock.core.request import BlockLoad, LoadState, Request, State
+from penstock.core.shared_state import SharedState
+
+
+class Uploading:
+    """One queue of admitted requests with staged blocks, and the groups in flight."""
+
+    def __init__(self, shared: SharedState, loads: Loads, changed: Callable[[Request, float], None]) -> None:
+        self._shared = shared
+        self._loads = loads
+        self._changed = changed
+        self._queue: RankedQueue[Request] = RankedQueue()
+        self._link = LinkUse()
+        self._in_flight: dict[int, tuple[tuple[BlockLoad, ...], float]] = {}
+
+    def offer(self, request: Request) -> None:
+        """The request, an admitted one, has a staged block."""
+        self._queue.push(request)
+        if self._queue not in request.queues:
+            request.queues.append(self._queue)
+
+    def dispatch(self, now: float) -> None:
+        """Issue uploads while the window has room: staged blocks of the request of least rank, in groups."""
+        shared = self._shared
+        while self._link.in_flight < shared.config.upload_window_groups:
+            request = self._queue.peek()
+            if request is None:
+                return
+            if shared.config.mode == "coupled" and not self._may_upload_coupled(request):
+                return
+            group = self._take_group(request, now)
+            if group:
+                self._issue(group, request, now)
+            elif request.staged:
+                return  # no page for the request of least rank; wait until one is free
+            else:
+                self._queue.discard(request)
+
+    def _may_upload_coupled(self, request: Request) -> bool:
+        """The baseline uploads when the whole batch is staged (or nothing more fits into L2)."""
+        counts = request.load_counts
+        if counts[LoadState.FETCHING]:
+            return False
+        return not counts[LoadState.WANTED] or self._shared.l2.free_for_loads <= 0
+
+    def _take_group(self, request: Request, now: float) -> list[BlockLoad]:
+        shared = self._shared
+        counts = request.load_counts
+        all_staged = not counts[LoadState.WANTED] and not counts[LoadState.FETCHING]
+        limit = shared.config.upload_group_blocks
+        if shared.config.layerwise and all_staged:
+            limit = max(limit, len(request.staged))
+        group: list[BlockLoad] = []
+        while request.staged and len(group) < limit:
+            load = request.staged[0]
+            if load.state is not LoadState.STAGED or request not in load.waiters:
+                request.staged.popleft()
+                continue
+            if load.page is None:
+                page = shared.page_for(request, now)
+                if page is None:
+                    break
+                self._loads.reserve_page(load, page)
+            group.append(request.staged.popleft())
+        return group
+
+    def _issue(self, group: list[BlockLoad], request: Request, now: float) -> None:
+        shared = self._shared
+        op_id = shared.next_op()
+        blocks = []
+        kept = set()
+        changed: dict[Request, None] = {}
+        for load in group:
+            assert load.slot is not None and load.page is not None
+            blocks.append((load.slot, load.page))
+            if self._loads.kept_after_upload(load):
+                load.kept = True
+                kept.add(load.slot)
+            load.upload_op = op_id
+            self._loads.move(load, LoadState.UPLOADING)
+            for waiter, index in load.waiters.items():
+                if waiter.state is State.PREFILL:
+                    waiter.pages[index] = load.page
+                changed[waiter] = None
+        self._link.in_flight += 1
+        self._in_flight[op_id] = (tuple(group), now)
+        shared.outbox.append(Upload(op_id, tuple(blocks), frozenset(kept)))
+        for waiter in changed:
+            self._changed(waiter, now)
+
+    def ended(self, op_id: int, now: float) -> tuple[tuple[BlockLoad, ...], float]:
+        """An upload ended: its loads, and for how long it kept the link busy, in seconds."""
+        group, issued_s = self._in_flight.pop(op_id)
+        return group, self._link.finished(issued_s, now)
+
+    def loads_in_flight(self) -> list[BlockLoad]:
+        return [load for group, _ in self._in_flight.values() for load in group]
+
+    @property
+    def in_flight(self) -> int:
+        """Groups in flight."""
+        return self._link.in_flight
+
+    def check_work_conserving(self) -> None:
+        """While the window has room no staged block of the request that goes up next has a page."""
+        request = self._queue.peek()
+        if request is None or self._link.in_flight >= self._shared.config.upload_window_groups:
+            return
+        if self._shared.config.mode == "penstock" or self._may_upload_coupled(request):
+            mine = [load for load in request.staged if load.state is LoadState.STAGED and request in load.waiters]
+            assert all(load.page is None for load in mine[:1]), "upload is idle although a block waits for it"
+
+    def check_integrity(self) -> None:
+        """The window is kept."""
+        assert 0 <= self._link.in_flight <= self._shared.config.upload_window_groups
