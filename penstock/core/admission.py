@@ -87,6 +87,8 @@ class Admission:
         self.waiting.discard(request)
         request.waiting_rank = request.rank
         request.state = State.PREFILL
+        if request.account.admitted_s is None:
+            request.account.admitted_s = now
         self.admitted[request] = None
         self.prefills += 1
         request.pages = [NO_PAGE] * total

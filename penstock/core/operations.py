@@ -161,6 +161,7 @@ class Account:
     arrival_s: float
     prompt_tokens: int
     deadline_s: float
+    admitted_s: float | None = None  # for the first time
     first_token_s: float | None = None
     end_s: float | None = None
     cached_tokens: int = 0

@@ -349,6 +349,23 @@ class LoadScheduler:
         """The operations to carry out now, given all events so far."""
         self._run_timers(now)
         self._ranking.sort_feasible(self._requests.values(), now)
+        preemptions = self._shared.counters.get("preemptions", 0)
+        self._dispatch_lookups()
+        self._admission.admit(now)
+        self._admission.prefetch_unadmitted(now)
+        self._loading.dispatch_fetches(now)
+        self._loading.dispatch_uploads(now)
+        for request in self._batching.dispatch(now):
+            self._relabel(request, now)
+        if self._shared.counters.get("preemptions", 0) > preemptions:  # that freed slots, after the links were served
+            self._dispatch_lookups()
+            self._loading.dispatch_fetches(now)
+        self._handing.dispatch()
+        self._saving.dispatch(self._batching.busy)
+        operations, self._shared.outbox = self._shared.outbox, []
+        return operations
+
+    def _dispatch_lookups(self) -> None:
         while self._lookups and len(self._looking_up) < self.config.lookup_window:
             request = self._lookups.popleft()
             if request.state is State.LOOKUP:
@@ -356,16 +373,6 @@ class LoadScheduler:
                 self._looking_up[op_id] = request
                 keys = request.chain.keys[: request.hittable_blocks]
                 self._shared.outbox.append(Lookup(op_id, request.request_id, keys, self.config.lookup_timeout_s))
-        self._admission.admit(now)
-        self._admission.prefetch_unadmitted(now)
-        self._loading.dispatch_fetches(now)
-        self._loading.dispatch_uploads(now)
-        for request in self._batching.dispatch(now):
-            self._relabel(request, now)
-        self._handing.dispatch()
-        self._saving.dispatch(self._batching.busy)
-        operations, self._shared.outbox = self._shared.outbox, []
-        return operations
 
     def _run_timers(self, now: float) -> None:
         while self._timers and self._timers[0][0] <= now:

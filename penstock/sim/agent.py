@@ -15,8 +15,9 @@ class Agent:
     """A closed loop of turns. The fields after `turn` are those of the request at hand.
 
     `query` tokens are still to compute behind `context` that are there; `near` and `far` are read on the prefill and
-    the decode side; `front` is what load-or-recompute computes from the front while the rest is read. The marks count
-    the plans of each side's read: the end of a read of an older plan means nothing."""
+    the decode side; `front` is what load-or-recompute computes from the front while the rest is read. `placement`
+    counts the placements of all its requests, and their ends before time, the marks count the plans of each side's
+    reads: an event of an older one means nothing."""
 
     __slots__ = (
         "arrival_s",
@@ -25,6 +26,7 @@ class Agent:
         "decode",
         "far",
         "far_mark",
+        "far_reads",
         "front",
         "handed_at",
         "length",
@@ -32,8 +34,10 @@ class Agent:
         "miss",
         "near",
         "near_mark",
+        "near_reads",
         "number",
         "parts",
+        "placement",
         "prefill",
         "prompt",
         "query",
@@ -54,6 +58,8 @@ class Agent:
         self.query = self.miss = self.near = self.far = self.front = 0
         self.context: float = 0
         self.parts = 0  # reads and front computing still under way
+        self.near_reads = self.far_reads = 0  # of these
+        self.placement = 0
         self.near_mark = self.far_mark = 0
         self.loaded = False
         self.handed_at = 0.0

@@ -193,13 +193,12 @@ class EngineRun:
         if self._case.config["mode"] == "coupled":
             return
         for name, one in accounts.items():
-            waits = [span for span in one.spans if span[0] in ("wait_turn", "wait_l1")]
-            if one.preemptions or not waits:
-                continue
-            lookup_s = max((end for label, _, end in one.spans if label == "lookup"), default=one.arrival_s)
+            lookup_s = next((end for label, _, end in one.spans if label == "lookup"), one.arrival_s)
             aged_s = max(one.arrival_s + self._case.config["age_bound_s"], lookup_s)
+            admitted_s = one.admitted_s if one.admitted_s is not None else one.end_s
+            assert admitted_s is not None
             for other, two in accounts.items():
-                passed = two.first_token_s is not None and two.first_token_s < waits[-1][2] and two.arrival_s > aged_s
+                passed = two.first_token_s is not None and two.first_token_s < admitted_s and two.arrival_s > aged_s
                 hold(not passed, f"F5: request {other} passes {name}, which waited longer than the ageing bound")
 
 

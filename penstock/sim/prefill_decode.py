@@ -219,6 +219,7 @@ class PrefillDecodeCluster:
     def _placed(self, place: Place, now: float) -> None:
         agent = self._agent(place.request_id)
         agent.attempt = place.attempt
+        agent.placement += 1
         engine = agent.prefill = self._prefill[place.prefill]
         decode = agent.decode = self._decode[place.decode]
         front, far = place.recompute_tokens, place.decode_tokens
@@ -228,13 +229,14 @@ class PrefillDecodeCluster:
         agent.loaded = False
         agent.far = far
         agent.state = READING
+        agent.near_reads = agent.far_reads = 0
         if place.read == "none":
             agent.near, agent.parts = 0, 0
             agent.loaded = True
             agent.handed_at = now
         else:
             near = agent.near = hit - front - far
-            agent.parts = (near > 0) + (far > 0) + (front > 0)
+            agent.parts = 1 if front else 0
             if near:
                 self._read_from(self.links[engine.node], agent, near, "prefill", now)
             if far:
@@ -247,27 +249,40 @@ class PrefillDecodeCluster:
             self._all_there(agent, now)
 
     def _read_from(self, link: FifoLink, agent: Agent, tokens: int, side: Side, now: float) -> None:
-        mark = agent.near_mark << 1 if side == "prefill" else (agent.far_mark << 1) | 1
-        if link.up:
-            self._push(link.give(tokens, now), READ, agent, agent.attempt, mark)
+        agent.parts += 1
+        if side == "prefill":
+            agent.near_reads += 1
+            mark = agent.near_mark << 1
         else:
-            self._push(now + self.settings.read_timeout_s, LATE, agent, agent.attempt, mark)
+            agent.far_reads += 1
+            mark = (agent.far_mark << 1) | 1
+        if link.up:
+            self._push(link.give(tokens, now), READ, agent, agent.placement, mark)
+        else:
+            self._push(now + self.settings.read_timeout_s, LATE, agent, agent.placement, mark)
 
-    def _read(self, agent: Agent, attempt: int, extra: int, now: float) -> None:
-        if self._is_stale(agent, attempt, extra):
+    def _read(self, agent: Agent, placement: int, extra: int, now: float) -> None:
+        if self._is_stale(agent, placement, extra):
             return
-        self.brain.read_done(agent.number, attempt, "decode" if extra & 1 else "prefill")
+        if extra & 1:
+            agent.far_reads -= 1
+            if not agent.far_reads:
+                self.brain.read_done(agent.number, agent.attempt, "decode")
+        else:
+            agent.near_reads -= 1
+            if not agent.near_reads:
+                self.brain.read_done(agent.number, agent.attempt, "prefill")
         self._part_done(agent, now)
 
     @staticmethod
-    def _is_stale(agent: Agent, attempt: int, extra: int) -> bool:
+    def _is_stale(agent: Agent, placement: int, extra: int) -> bool:
         mark = agent.far_mark if extra & 1 else agent.near_mark
-        return attempt != agent.attempt or extra >> 1 != mark or agent.state != READING
+        return placement != agent.placement or extra >> 1 != mark or agent.state != READING
 
-    def _late(self, agent: Agent, attempt: int, extra: int, now: float) -> None:
+    def _late(self, agent: Agent, placement: int, extra: int, now: float) -> None:
         """A read ended by its deadline, and nothing was planned anew: the request starts over."""
-        if not self._is_stale(agent, attempt, extra):
-            self.brain.restart(agent.number, attempt)
+        if not self._is_stale(agent, placement, extra):
+            self.brain.restart(agent.number, agent.attempt)
             self._decide(now)
 
     def _part_done(self, agent: Agent, now: float) -> None:
@@ -300,8 +315,8 @@ class PrefillDecodeCluster:
         layerwise = self._step_cost.layerwise
         tail_s = nic_s / self._step_cost.layers
         stepping, group.stepping = group.stepping, []
-        for agent, attempt in stepping:
-            if agent.attempt != attempt or agent.state == WAITING:
+        for agent, placement in stepping:
+            if agent.placement != placement:
                 continue  # it lost an engine meanwhile
             if agent.state == READING:  # the front of a hit is computed
                 agent.loaded = False
@@ -325,14 +340,14 @@ class PrefillDecodeCluster:
                 decode.in_free = max(now, decode.in_free) + tokens
                 there = max(engine.out_free, decode.in_free)
             up = decode.in_free = max(now, decode.in_free) + agent.prompt * nic_s
-            self._push(max(there + agent.prompt * nic_s, up), JOIN, agent, agent.attempt, 0)
+            self._push(max(there + agent.prompt * nic_s, up), JOIN, agent, agent.placement, 0)
         self._decide(now)
         group.busy = False
         if group.waiting:
             self._start(group, now)
 
-    def _join(self, agent: Agent, attempt: int, extra: int, now: float) -> None:
-        if attempt != agent.attempt or agent.state != MOVING:
+    def _join(self, agent: Agent, placement: int, extra: int, now: float) -> None:
+        if placement != agent.placement or agent.state != MOVING:
             return
         decode = agent.decode
         assert decode is not None
@@ -422,9 +437,9 @@ class PrefillDecodeCluster:
         number = self.links.index(link)
         kept = []
         for entry in self._heap:
-            _, sequence, kind, agent, attempt, extra = entry
+            _, sequence, kind, agent, placement, extra = entry
             if kind == READ and (agent.decode if extra & 1 else agent.prefill).node == number:
-                entry = (now + self.settings.read_timeout_s, sequence, LATE, agent, attempt, extra)
+                entry = (now + self.settings.read_timeout_s, sequence, LATE, agent, placement, extra)
             kept.append(entry)
         heapify(kept)
         self._heap[:] = kept
@@ -445,11 +460,15 @@ class PrefillDecodeCluster:
         assert prefill is not None and decode is not None and agent.attempt == replan.attempt
         if replan.side == "prefill":
             tokens, agent.near = agent.near, 0
+            agent.parts -= agent.near_reads
+            agent.near_reads = 0
             agent.far += tokens
             agent.near_mark += 1
             self._read_from(self.links[decode.node], agent, tokens, "decode", now)
         else:
             tokens, agent.far = agent.far, 0
+            agent.parts -= agent.far_reads
+            agent.far_reads = 0
             agent.near += tokens
             agent.far_mark += 1
             self._read_from(self.links[prefill.node], agent, tokens, "prefill", now)
@@ -457,6 +476,7 @@ class PrefillDecodeCluster:
     def _revoked(self, revoke: Revoke) -> None:
         """The attempt is over: its engines forget the request."""
         agent = self._agent(revoke.request_id)
+        agent.placement += 1
         self.record.restarts += 1
         engine, decode = agent.prefill, agent.decode
         assert engine is not None and decode is not None

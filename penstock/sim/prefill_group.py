@@ -50,7 +50,7 @@ class PrefillEngine:
 class PrefillGroup:
     """Ranks that step together; `busy` between the start and the end of a step.
 
-    `stepping` are the requests whose part ends with the step, each with its attempt."""
+    `stepping` are the requests whose part ends with the step, each with its placement."""
 
     __slots__ = (
         "attention_max_s",
@@ -96,7 +96,7 @@ class PrefillGroup:
                 agent.context += tokens
                 if not agent.query:
                     ready.popleft()
-                    ended.append((agent, agent.attempt))
+                    ended.append((agent, agent.placement))
             attention_sum += attention_s
             slowest = max(slowest, attention_s)
             load_max = max(load_max, load_end - now)

@@ -32,6 +32,8 @@ from penstock.sim.fuzz_case import FuzzCase
 from penstock.sim.fuzz_outcome import AnyCase, case_of, failure_of, read_case, shrunk, write_case
 
 SEEDS = 10_000
+FOLDER = Path(__file__).parent / "cases"
+CASES = sorted(FOLDER.glob("*.json"))
 SEEDS_TO_FIND = 600
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -296,7 +298,14 @@ def test_the_brain_keeps_its_invariants() -> None:
 def test_two_requests_that_take_each_others_place_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by a seed: a block that only another request's load brings made an admitted request rank higher than it did
     while it waited. A brain that comes to no decision is a failure like others."""
-    case = read_case(Path(__file__).parent / "cases" / "two_take_turns.json")
+    case = read_case(FOLDER / "two_take_turns.json")
     assert failure_of(case) is None
     _no_decision(monkeypatch)
     assert "no end within" in str(failure_of(case))
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_a_history_that_once_failed(path: Path) -> None:
+    """What seeds found: a link left idle after a preemption, an order of turns, and stale ends of reads and steps in a
+    cluster."""
+    assert failure_of(read_case(path)) is None
