@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from penstock.cluster.buffer import DecodeBuffer
 from penstock.cluster.buffered_pool import BufferedPool
 from penstock.cluster.host import EngineHost
 from penstock.cluster.incoming import Incoming
+from penstock.cluster.link_meter import LinkMeter
+from penstock.cluster.metered_pool import MeteredPool
 from penstock.cluster.outgoing import Outgoing
 from penstock.cluster.relay import RelayNode
 from penstock.cluster.relay_links import RelayLinks
@@ -18,6 +21,8 @@ from penstock.engine.build import build_engine, read_secret
 from penstock.engine.config import GIB, EngineConfig
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Pool
+from penstock.pool.config_file import read_pool_config
+from penstock.pool.open import link_bytes_per_s
 from penstock.transport.one_sided import RELAY_TRANSPORTS, RelayTransport, open_mover
 from penstock.units import parse_address
 
@@ -66,27 +71,42 @@ class HostConfig:
 def open_host(config: HostConfig) -> EngineHost:
     """Build and start one. Raises what `engine.build.build_engine` raises, ConfigError for a buffer that is too small,
     and OSError for a relay address that cannot be had; nothing stays open then."""
+    storage = LinkMeter(_profiled_bytes_per_s(config.engine))
+    if config.role == "decode":
+        return _decode_host(config, storage)
+
+    def metered(pool: Pool, _: SchedulerConfig) -> Pool:
+        return MeteredPool(pool, storage)
+
     if config.role == "prefill":
         links = RelayLinks(
             config.relay_connections, secret=read_secret(config.engine), mover=open_mover(config.relay_transport)
         )
         try:
-            running = build_engine(config.engine, peers=links)
+            running = build_engine(config.engine, peers=links, around_pool=metered)
         except BaseException:
             links.close(1.0)
             raise
-        return EngineHost(running, Outgoing(running.engine, links, config.open_timeout_s), links)
-    if config.role == "mixed":
-        return EngineHost(build_engine(config.engine))
-    return _decode_host(config)
+        return EngineHost(running, Outgoing(running.engine, links, config.open_timeout_s), links, storage=storage)
+    return EngineHost(build_engine(config.engine, around_pool=metered), storage=storage)
 
 
-def _decode_host(config: HostConfig) -> EngineHost:
+def _profiled_bytes_per_s(config: EngineConfig) -> float:
+    """Of the storage NIC, by the profile of `pool_config`: its fastest link to a node; 0 without one. Raises
+    ConfigError."""
+    if not config.pool_config:
+        return 0.0
+    rates = link_bytes_per_s(read_pool_config(Path(config.pool_config)))
+    return max((rate for name, rate in rates.items() if name.startswith("net@")), default=0.0)
+
+
+def _decode_host(config: HostConfig, meter: LinkMeter) -> EngineHost:
     made: list[tuple[DecodeBuffer, Pool]] = []
     mover = open_mover(config.relay_transport)
     allocate = mover.allocate if mover is not None else aligned_buffer
 
-    def behind_buffer(storage: Pool, settings: SchedulerConfig) -> Pool:
+    def behind_buffer(pool: Pool, settings: SchedulerConfig) -> Pool:
+        storage = MeteredPool(pool, meter)
         blocks = config.buffer_bytes // staging_bytes(settings.block_bytes)
         if blocks < 2:
             raise ConfigError(
@@ -108,4 +128,4 @@ def _decode_host(config: HostConfig) -> EngineHost:
         incoming.close(1.0)
         running.close()
         raise
-    return EngineHost(running, incoming=incoming, buffer=buffer, relay=relay)
+    return EngineHost(running, incoming=incoming, buffer=buffer, relay=relay, storage=meter)

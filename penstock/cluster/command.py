@@ -22,7 +22,8 @@ _API, _CLUSTER, _LIMITS = "API", "Cluster", "Limits and deadlines"
 
 def router(
     model: Annotated[
-        str | None, typer.Argument(help="Checkpoint folder or hub id, for its tokenizer (none: token ids only).")
+        str | None,
+        typer.Argument(help="Checkpoint folder or hub id, for its tokenizer; without it clients send token ids."),
     ] = None,
     host: Annotated[str | None, flag(_API, "127.0.0.1", "Address to listen on.")] = None,
     port: Annotated[int | None, flag(_API, "8000", "Port to listen on; 0 takes any free one.")] = None,
@@ -30,18 +31,30 @@ def router(
     api_key_file: Annotated[str | None, flag(_API, "none", "File that holds the key.", "FILE")] = None,
     served_model_name: Annotated[str | None, flag(_API, "MODEL", "Name of the model in the API.")] = None,
     cluster_listen: Annotated[
-        str | None, flag(_CLUSTER, "127.0.0.1:7100", "Where engines register.", "HOST:PORT")
+        str | None, flag(_CLUSTER, "127.0.0.1:7100", "Where engines register (their --router).", "HOST:PORT")
     ] = None,
     secret_file: Annotated[
         str | None, flag(_CLUSTER, "none", "File that holds the cluster's shared secret; required.", "FILE")
     ] = None,
     read: Annotated[
-        str | None, flag(_CLUSTER, "split", "Which side reads KV: split, shorter, alternate or prefill.")
+        str | None,
+        flag(
+            _CLUSTER,
+            "split",
+            "Which side reads a request's KV from the pool: split (both, each a share), shorter (the one with the "
+            "shorter queue), alternate, or prefill.",
+        ),
     ] = None,
-    placement: Annotated[str | None, flag(_CLUSTER, "balanced", "balanced, or turns.")] = None,
-    lease_s: Annotated[float | None, flag(_CLUSTER, "3", "An engine not heard for so long is fenced.")] = None,
+    placement: Annotated[
+        str | None,
+        flag(_CLUSTER, "balanced", "How engines are chosen: balanced (by what is unfinished on each), or turns."),
+    ] = None,
+    lease_s: Annotated[
+        float | None,
+        flag(_CLUSTER, "3", "An engine not heard of for so long is fenced: its requests are placed again."),
+    ] = None,
     grace_s: Annotated[
-        float | None, flag(_CLUSTER, "2", "After a start, wait so long for engines that are at a request already.")
+        float | None, flag(_CLUSTER, "2", "After a start, wait so long for engines that have a request's answer begun.")
     ] = None,
     no_engine_s: Annotated[
         float | None, flag(_LIMITS, "30", "A request that no engine can serve for so long ends with a 503.")

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from penstock.cluster.placed import EngineReport
 from penstock.cluster.port import Engine
+from penstock.core.cost import ComputeCost
 from penstock.core.engine_groups import EngineSpec
 from penstock.core.inter_engine import InterEngineScheduler
 
-STORAGE_BYTES_PER_S = 1e9  # of a node that has not measured its storage NIC yet
+STORAGE_BYTES_PER_S = 1e9  # of storage NICs of which nobody knows anything
 PREFILL_TOKENS_PER_S = 20_000.0  # of an engine that does not say
+SLOW = 0.2  # a storage NIC below this part of the fastest is taken for what it gives
+SPEED_MAX = 1e13  # tokens or bytes in a second; more is not believed
+BATCH_TOKENS = 2048  # what the speed of prompts without hits is taken of
 
 
 @dataclass(slots=True)
@@ -23,6 +30,22 @@ class _Account:
     unseen: deque[tuple[int, int]] = field(default_factory=deque)
 
 
+def prompt_tokens_per_s(cost: ComputeCost) -> float:
+    """Of prompts without hits; infinite for a cost of 0."""
+    seconds = cost.seconds([(BATCH_TOKENS, 0)])
+    return BATCH_TOKENS / seconds if seconds > 0 else math.inf
+
+
+def speed_of(report: EngineReport) -> tuple[float, ComputeCost | None]:
+    """How many prompt tokens an engine computes in a second, and what a prompt costs there, where it says so."""
+    if report.compute is None:
+        return PREFILL_TOKENS_PER_S, None
+    a, b, c = report.compute
+    cost = ComputeCost(max(0.0, a), max(0.0, b), max(0.0, c))
+    speed = prompt_tokens_per_s(cost)
+    return (speed, cost) if 0 < speed < SPEED_MAX else (PREFILL_TOKENS_PER_S, None)
+
+
 class EngineAccounts:
     """A node of the brain is a host: its engines share a storage NIC."""
 
@@ -31,13 +54,16 @@ class EngineAccounts:
         self._accounts: dict[str, _Account] = {}
         self._assigned: dict[str, int] = {}
 
-    def joined(self, engine: Engine) -> None:
+    def joined(self, engine: Engine, engines: Sequence[Engine]) -> None:
+        """`engines` are all that are registered, this one too."""
         card, report = engine.card, engine.report
         self._accounts[engine.name] = _Account()
-        self._brain.node_registered(card.host, self._storage_tokens_per_s([engine]))
+        speed, compute = speed_of(report)
+        self._brain.node_registered(card.host, _storage_tokens_per_s(card.host, engines))
         capacity = report.total_pages * card.block_tokens or card.max_context_tokens
-        speed = card.prefill_tokens_per_s or PREFILL_TOKENS_PER_S
-        self._brain.engine_registered(EngineSpec(engine.name, card.role, card.role, card.host, speed, capacity))
+        self._brain.engine_registered(
+            EngineSpec(engine.name, card.role, card.role, card.host, speed, capacity, compute)
+        )
 
     def left(self, engine: Engine, others: Sequence[Engine], now: float) -> None:
         """Its requests start over."""
@@ -67,7 +93,8 @@ class EngineAccounts:
             account.unseen.popleft()
         host = engine.card.host
         here = [other for other in engines if other.card.host == host]
-        self._brain.node_registered(host, self._storage_tokens_per_s(here))
+        self._brain.node_registered(host, _storage_tokens_per_s(host, engines))
+        self._brain.engine_speed(engine.name, *speed_of(engine.report))
         accounts = [self._accounts[other.name] for other in here if other.name in self._accounts]
         seen = min((one.unseen[0][1] - 1 for one in accounts if one.unseen), default=None)
         # An engine's queue has neither what waits for room in a decode buffer, nor what a prefill engine is still to
@@ -87,9 +114,18 @@ class EngineAccounts:
             else:
                 self._brain.nic_healed(host)
 
-    @staticmethod
-    def _storage_tokens_per_s(engines: Sequence[Engine]) -> float:
-        """Of the storage NIC that these engines share, as the busiest of them saw it."""
-        seen = max((engine.report.storage_bytes_per_s for engine in engines), default=0.0) or STORAGE_BYTES_PER_S
-        card = engines[0].card
-        return max(1.0, seen * card.block_tokens / card.block_bytes)
+
+def _storage_tokens_per_s(host: str, engines: Sequence[Engine]) -> float:
+    """Of the storage NIC of a host, as the fastest of its engines saw it, where that is far below the others. What is
+    seen of a NIC with little to do says little of its speed, so all others, those not seen yet too, count as their
+    median."""
+    by_host: dict[str, float] = {}
+    for engine in engines:
+        seen = max(by_host.get(engine.card.host, 0.0), engine.report.storage_bytes_per_s)
+        by_host[engine.card.host] = min(seen, SPEED_MAX)
+    slow = SLOW * max(by_host.values(), default=0.0)
+    usual = [seen for seen in by_host.values() if seen and seen >= slow]
+    own = by_host.get(host, 0.0)
+    rate = own if 0 < own < slow else statistics.median(usual) if usual else STORAGE_BYTES_PER_S
+    card = engines[0].card  # the geometry is the same for all
+    return max(1.0, rate * card.block_tokens / card.block_bytes)

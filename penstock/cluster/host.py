@@ -10,6 +10,7 @@ from typing import Literal
 
 from penstock.cluster.buffer import DecodeBuffer
 from penstock.cluster.incoming import Incoming
+from penstock.cluster.link_meter import LinkMeter
 from penstock.cluster.outgoing import Outgoing
 from penstock.cluster.placed import EngineReport, PlacedRequest
 from penstock.cluster.relay import RelayNode
@@ -34,6 +35,7 @@ class EngineHost:
         incoming: Incoming | None = None,
         buffer: DecodeBuffer | None = None,
         relay: RelayNode | None = None,
+        storage: LinkMeter | None = None,
     ) -> None:
         """See `cluster.build_host.open_host`."""
         self.engine = running.engine
@@ -42,6 +44,7 @@ class EngineHost:
         self._running = running
         self._outgoing, self._links = outgoing, links
         self._incoming = incoming
+        self._storage = storage or LinkMeter()
         self._lock = threading.Lock()
         self._parts: dict[str, str] = {}  # hand-off id -> request id, of what has not ended
 
@@ -144,10 +147,14 @@ class EngineHost:
             decoding=standing.decoding,
             read_queue_bytes=read_bytes,
             read_queue_tokens=read_bytes * self.engine.config.block_tokens // block_bytes,
+            storage_bytes_per_s=self._storage.bytes_per_s,
+            storage_load_bytes_per_s=self._storage.load_bytes_per_s,
+            compute=self.engine.compute_cost(),
             free_pages=int(gauges["l1_pages_available"]),
             total_pages=pages,
             buffer_free_blocks=self.buffer.free_blocks if self.buffer is not None else 0,
             buffer_blocks=self.buffer.blocks if self.buffer is not None else 0,
+            links=self._links.reports(standing, block_bytes) if self._links is not None else [],
             storage_up=getattr(self._running.pool, "up", True),
         )
 

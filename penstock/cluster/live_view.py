@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from penstock.cluster.router import ClusterEngine
 
 REQUESTS_SHOWN = 64
+LINKS_SHOWN = 64
 
 
 def ui_routes(engine: ClusterEngine, model: str) -> Sequence[Route]:
@@ -48,6 +49,7 @@ def live_record(engine: ClusterEngine, model: str) -> dict[str, Any]:
         "read": engine.settings.brain.read,
         "counters": dict(engine.counters) | engine.brain.counts,
         "hosts": _hosts(engine, engines),
+        "links": _links(engine),
         "requests": [_request(one, now) for one in list(engine.requests.values())[:REQUESTS_SHOWN]],
         "open": len(engine.requests),
         "queues": _queues(engine),
@@ -68,7 +70,7 @@ def _engine(one: Any, now: float) -> dict[str, Any]:
         "peer": one.peer,
         "pid": card.pid,
         "heard_s": now - one.heard_s if one.heard_s else None,
-        "report": {name: getattr(report, name) for name in report.__struct_fields__},
+        "report": {name: getattr(report, name) for name in report.__struct_fields__ if name != "links"},
     }
 
 
@@ -79,12 +81,42 @@ def _hosts(engine: ClusterEngine, engines: list[dict[str, Any]]) -> list[dict[st
     for name in sorted({one["host"] for one in engines}):
         node = nodes.get(name)
         here = [one for one in engines if one["host"] == name]
-        link = None
+        link: dict[str, Any] | None = None
         if node is not None:
             link = {"tokens_per_s": node.tokens_per_s, "backlog_tokens": node.read_tokens, "up": node.nic_up}
             link["backlog_s"] = node.read_tokens / node.tokens_per_s
+            reports = [one["report"] for one in here]
+            link["load_bytes_per_s"] = sum(report["storage_load_bytes_per_s"] for report in reports)
+            measured = max(report["storage_bytes_per_s"] for report in reports)
+            link["bytes_per_s"] = measured or None
         hosts.append({"name": name, "storage": link, "engines": here})
     return hosts
+
+
+def _links(engine: ClusterEngine) -> list[dict[str, Any]]:
+    """Compute links, each direction by itself, in the order of their backlog. A relay that has not registered has the
+    name of its address."""
+    decodes = {one.card.relay_address: one.name for one in engine.port.engines.values()}
+    found: list[dict[str, Any]] = []
+    for one in engine.port.engines.values():
+        for link in one.report.links:
+            ends = [decodes.get(link.relay, link.relay), one.name]
+            if link.direction == "hand-off":
+                ends.reverse()
+            speed = link.bytes_per_s or None
+            found.append(
+                {
+                    "from": ends[0],
+                    "to": ends[1],
+                    "what": link.direction,
+                    "load_bytes_per_s": link.load_bytes_per_s,
+                    "bytes_per_s": speed,
+                    "backlog_bytes": link.backlog_bytes,
+                    "backlog_s": link.backlog_bytes / speed if speed else None,
+                }
+            )
+    found.sort(key=lambda link: (-link["backlog_bytes"], -link["load_bytes_per_s"], link["from"], link["to"]))
+    return found[:LINKS_SHOWN]
 
 
 def _queues(engine: ClusterEngine) -> dict[str, int]:

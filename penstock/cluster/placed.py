@@ -58,12 +58,25 @@ class PlacedRequest(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.request_id}#{self.attempt}"
 
 
+class LinkReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One direction of the compute link between a prefill engine and the decode engine whose relay is at `relay`:
+    "read" towards the prefill engine, "hand-off" away from it."""
+
+    relay: str
+    direction: Literal["read", "hand-off"]
+    load_bytes_per_s: float
+    backlog_bytes: int  # still to be moved, what is under way included
+    bytes_per_s: float  # while it is busy, as measured lately; 0: not known
+
+
 class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     """How an engine stands, for the router's brain; goes with each heartbeat.
 
     `unfinished` and `tokens` are DualPath's seq_e and tok_e: requests that have not ended here and all their tokens.
     `read_queue_bytes` is read_q: what is still to come over this host's storage NIC, for its own loads and, on a decode
     engine, on behalf of prefill engines. `buffer_free_blocks` and `buffer_blocks` are of the decode buffer (0 without).
+    `compute`: a, b, c of what a batch takes (`core.cost.ComputeCost`), from a profile or measured at start, and refined
+    by every batch since; None: not known. `links`: the busiest ones of a prefill engine.
     """
 
     unfinished: int = 0
@@ -72,9 +85,12 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     decoding: int = 0
     read_queue_bytes: int = 0
     read_queue_tokens: int = 0
-    storage_bytes_per_s: float = 0.0  # as measured lately; 0: not known
+    storage_bytes_per_s: float = 0.0  # while it was busy lately; of a profile before that; 0: not known
+    storage_load_bytes_per_s: float = 0.0  # what this engine read lately, idle times included
+    compute: tuple[float, float, float] | None = None
     free_pages: int = 0
     total_pages: int = 0
     buffer_free_blocks: int = 0
     buffer_blocks: int = 0
+    links: list[LinkReport] = []
     storage_up: bool = True  # whether this engine reaches its pool, or at least one node of it

@@ -11,10 +11,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
+from penstock.cluster.link_meter import LinkMeter
 from penstock.cluster.one_sided_links import OneSidedLinks
+from penstock.cluster.placed import LinkReport
 from penstock.core.new_block import NewBlock
+from penstock.core.standing import Standing
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Done, PoolError
 from penstock.pool.callbacks import call_done
@@ -28,9 +31,31 @@ from penstock.units import parse_address
 log = logging.getLogger(__name__)
 
 LINKS_MAX = 256
+LINKS_REPORTED_MAX = 32
 URGENT_LANES = frozenset({"control", "write"})
 
 Opened = Callable[[bytes | None, PoolError | None], None]
+
+
+class _Link:
+    """Connections to one relay, and a meter for each direction."""
+
+    __slots__ = ("connections", "handed", "read")
+
+    def __init__(self, connections: NodeLink) -> None:
+        self.connections = connections
+        self.read, self.handed = LinkMeter(), LinkMeter()
+
+
+def _metered(meter: LinkMeter, size_bytes: int, done: Done) -> Done:
+    """`done` of a transfer that begins now."""
+
+    def ended(error: PoolError | None) -> None:
+        meter.end(size_bytes if error is None else 0)
+        done(error)
+
+    meter.begin()
+    return ended
 
 
 class RelayLinks:
@@ -50,7 +75,7 @@ class RelayLinks:
         self._connections = connections
         self._connect_timeout_s = connect_timeout_s
         self._lock = threading.Lock()
-        self._links: OrderedDict[str, NodeLink] = OrderedDict()
+        self._links: OrderedDict[str, _Link] = OrderedDict()
         self._closed = False
         self._connecting = ThreadPoolExecutor(4, thread_name_prefix="penstock-relay-connect")
 
@@ -62,7 +87,7 @@ class RelayLinks:
 
         def begin() -> None:
             try:
-                link = self._link(address)
+                link = self._link(address).connections
             except (PoolError, OSError, ValueError) as error:
                 opened(None, error if isinstance(error, PoolError) else PoolError("network", f"{address}: {error}"))
                 return
@@ -85,7 +110,8 @@ class RelayLinks:
         def ended(reply: Any, error: PoolError | None) -> None:
             call_done(done, error or _unexpected(reply, wire.Accepted))
 
-        link.begin(wire.HandedOver(link.next_id(), name, token, missing, timeout_s), timeout_s, ended)
+        connections = link.connections
+        connections.begin(wire.HandedOver(connections.next_id(), name, token, missing, timeout_s), timeout_s, ended)
 
     # --- engine.peers.Peers ---
 
@@ -97,11 +123,12 @@ class RelayLinks:
         if link is None:
             call_done(done, PoolError("network", f"no connection to {address}"))
             return
-        one_sided = self._one_sided
-        if one_sided is not None and one_sided.read(address, link, key, size_bytes, into, timeout_s, done):
+        done = _metered(link.read, size_bytes, done)
+        one_sided, connections = self._one_sided, link.connections
+        if one_sided is not None and one_sided.read(address, connections, key, size_bytes, into, timeout_s, done):
             return
-        message = wire.Read(link.next_id(), key, size_bytes, 0.0)
-        link.submit("read", message, into, timeout_s, lambda _, error: call_done(done, error))
+        message = wire.Read(connections.next_id(), key, size_bytes, 0.0)
+        connections.submit("read", message, into, timeout_s, lambda _, error: call_done(done, error))
 
     def hand_over(self, address: str, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         link = self._known(address)
@@ -109,19 +136,34 @@ class RelayLinks:
             call_done(done, PoolError("network", f"no connection to {address}"))
             return
         data = data[: block.size_bytes]
-        if self._one_sided is not None and self._one_sided.offer(address, link, block.key, data, timeout_s, done):
+        done = _metered(link.handed, block.size_bytes, done)
+        one_sided, connections = self._one_sided, link.connections
+        if one_sided is not None and one_sided.offer(address, connections, block.key, data, timeout_s, done):
             return
         checksum = block_checksum(block.key, data)
-        message = wire.Write(link.next_id(), **asdict(block), checksum=checksum, timeout_s=0.0)
-        link.submit("write", message, data, timeout_s, lambda _, error: call_done(done, error))
+        message = wire.Write(connections.next_id(), **asdict(block), checksum=checksum, timeout_s=0.0)
+        connections.submit("write", message, data, timeout_s, lambda _, error: call_done(done, error))
+
+    def reports(self, standing: Standing, block_bytes: int) -> list[LinkReport]:
+        """Both directions of every link, as far as there are not too many: the busiest ones then. `standing` says what
+        is still to be moved."""
+        with self._lock:
+            links = list(self._links.items())
+        found = []
+        for address, link in links:
+            handing = standing.handing_blocks[address] * block_bytes
+            found.append(_report(address, "read", link.read, standing.far_bytes[address]))
+            found.append(_report(address, "hand-off", link.handed, handing))
+        found.sort(key=lambda report: (report.backlog_bytes, report.load_bytes_per_s), reverse=True)
+        return found[:LINKS_REPORTED_MAX]
 
     # --- links ---
 
-    def _known(self, address: str) -> NodeLink | None:
+    def _known(self, address: str) -> _Link | None:
         with self._lock:
             return self._links.get(address)
 
-    def _link(self, address: str) -> NodeLink:
+    def _link(self, address: str) -> _Link:
         """Raises PoolError, OSError or ValueError."""
         with self._lock:
             link = self._links.get(address)
@@ -129,19 +171,21 @@ class RelayLinks:
                 self._links.move_to_end(address)
                 return link
         host, port = parse_address(address)
-        made = NodeLink(
-            host, port, self._connections, self._connect_timeout_s, False, urgent=URGENT_LANES, secret=self._secret
-        )
-        unused: list[NodeLink] = []
+        connections = NodeLink(
+            host, port, self._connections, self._connect_timeout_s, False, urgent=URGENT_LANES, secret=self._secret,
+            what="the relay at",
+        )  # fmt: skip
+        made = _Link(connections)
+        unused: list[_Link] = []
         with self._lock:
             link = self._links.setdefault(address, made)
             if self._closed or link is not made:
                 unused.append(made)
-            idle = [place for place, other in self._links.items() if other.idle and other is not made]
+            idle = [place for place, other in self._links.items() if other.connections.idle and other is not made]
             while len(self._links) > LINKS_MAX and idle:
                 unused.append(self._links.pop(idle.pop(0)))
         for old in unused:
-            old.close(1.0)
+            old.connections.close(1.0)
         if self._closed:
             raise PoolError("closed", "the engine is closing")
         return link
@@ -152,9 +196,19 @@ class RelayLinks:
             links = list(self._links.values())
         self._connecting.shutdown(wait=False, cancel_futures=True)
         for link in links:
-            link.close(timeout_s)
+            link.connections.close(timeout_s)
         if self._one_sided is not None:
             self._one_sided.close(timeout_s)
+
+
+def _report(address: str, direction: Literal["read", "hand-off"], meter: LinkMeter, backlog_bytes: int) -> LinkReport:
+    return LinkReport(
+        relay=address,
+        direction=direction,
+        load_bytes_per_s=meter.load_bytes_per_s,
+        backlog_bytes=backlog_bytes,
+        bytes_per_s=meter.bytes_per_s,
+    )
 
 
 def _unexpected(reply: Any, kind: type) -> PoolError | None:

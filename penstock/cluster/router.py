@@ -437,7 +437,7 @@ class ClusterEngine:
         """See `port.Listener`. A request that is placed meanwhile is not kept."""
         self._learn(engine.card)
         assert self._accounts is not None
-        self._accounts.joined(engine)
+        self._accounts.joined(engine, list(self.port.engines.values()))
         self._usable_s = time.monotonic()
         wanted = [one for one in held if one.request_id not in self.requests or one.request_id in self._early]
         return self._orphans.add(engine.name, wanted, time.monotonic())

@@ -18,7 +18,10 @@ FAILED = 1
 
 
 def up(
-    config: Annotated[Path, typer.Argument(help="TOML file that describes the cluster.", metavar="CLUSTER.TOML")],
+    config: Annotated[
+        Path,
+        typer.Argument(help="TOML file that describes the cluster (keys: docs/cluster.md).", metavar="CLUSTER.TOML"),
+    ],
     on: Annotated[str, typer.Option(help="local: processes of this machine; ray: actors of a Ray cluster.")] = "local",
     ray_address: Annotated[
         str, typer.Option(help="Ray cluster to use; auto: the one that this machine belongs to.")

@@ -43,7 +43,6 @@ class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     eos_token_ids: tuple[int, ...] = ()
     relay_address: str = ""
-    prefill_tokens_per_s: float = 0.0  # how fast it gets through prompts, hits included; 0: not known
     pid: int = 0
 
 

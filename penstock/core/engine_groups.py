@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from penstock.core.config import ConfigError, check_range
+from penstock.core.cost import ComputeCost
 
 Role = Literal["prefill", "decode", "mixed"]
 ROLES: tuple[str, ...] = get_args(Role)
@@ -24,8 +25,8 @@ ROLES: tuple[str, ...] = get_args(Role)
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """An engine as it registers. `tokens_per_s` is how fast it gets through prompts, hits included (beta follows from
-    it); `capacity_tokens` is the KV that its device memory and buffer hold."""
+    """An engine as it registers. `tokens_per_s` is how fast it gets through prompts (beta follows from it); `compute`
+    what a prompt costs on it, where it is known; `capacity_tokens` is the KV that its device memory and buffer hold."""
 
     engine: str
     role: Role
@@ -33,6 +34,7 @@ class EngineSpec:
     node: str
     tokens_per_s: float
     capacity_tokens: int
+    compute: ComputeCost | None = None
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -88,7 +90,10 @@ class Node:
 class Engine:
     """One engine in the accounts; its numbers are in its group's lists at `index`."""
 
-    __slots__ = ("beta_tokens", "capacity_tokens", "group", "index", "name", "node", "requests", "role", "tokens_per_s")
+    __slots__ = (
+        "beta_tokens", "capacity_tokens", "compute", "group", "index", "name", "node", "requests", "role",
+        "tokens_per_s",
+    )  # fmt: skip
 
     def __init__(self, spec: EngineSpec, node: Node, group: Group, index: int, beta_s: float) -> None:
         self.name = spec.engine
@@ -99,6 +104,7 @@ class Engine:
         self.tokens_per_s = spec.tokens_per_s
         self.beta_tokens = beta_s * spec.tokens_per_s
         self.capacity_tokens = spec.capacity_tokens
+        self.compute = spec.compute
         self.requests: dict[object, None] = {}  # ids, in the order of their placing
 
     @property
@@ -200,6 +206,13 @@ class Groups:
         if spec.role != "prefill":
             self.capacity_max = max(self.capacity_max, spec.capacity_tokens)
         return engine
+
+    def set_speed(self, engine: Engine, tokens_per_s: float, compute: ComputeCost | None) -> None:
+        """What the engine is known to do now. Raises ConfigError."""
+        check_range("tokens_per_s", tokens_per_s, 1e-9, 1e15)
+        engine.tokens_per_s, engine.beta_tokens, engine.compute = tokens_per_s, self._beta_s * tokens_per_s, compute
+        group = engine.group
+        group.beta_max = max(other.beta_tokens for other in group.engines)
 
     def remove(self, engine: Engine) -> None:
         """The engine is gone; its requests are the caller's."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from penstock.core.guest_records import Guest
-from penstock.core.loading import Loading
 from penstock.core.ranking import Ranking
 from penstock.core.recompute_front import MIN_SAMPLES
 from penstock.core.request import State
@@ -16,11 +15,17 @@ STEP_S_MAX, STEP_TOKENS_LEAST = 0.1, 128  # of a batch of the host while loads l
 GRANT_AHEAD_S = 0.5  # pages are asked for ahead as long as what has pages already keeps its links busy for less
 
 
+def prefill_tokens_max(step_tokens: int, landed_tokens: int) -> int:
+    """How many of a step's tokens one prefill may take, so that requests whose load is over, with `landed_tokens` left
+    to compute, join the step: they are nearly done, and half of a step at most is theirs."""
+    return max(step_tokens - landed_tokens, step_tokens - step_tokens // 2)
+
+
 class GuestCosts:
     """Judges by measured costs, and never against a load before there are enough measurements."""
 
-    def __init__(self, shared: SharedState, ranking: Ranking, loading: Loading) -> None:
-        self._shared, self._ranking, self._loading = shared, ranking, loading
+    def __init__(self, shared: SharedState, ranking: Ranking) -> None:
+        self._shared, self._ranking = shared, ranking
         self._steps = 0
         self._fetches = 0
         self._refusals = 0
@@ -36,42 +41,50 @@ class GuestCosts:
         """A fetch ended."""
         self._fetches += 1
 
-    def worth_loading(self, guest: Guest, guests: Iterable[Guest]) -> bool:
-        """Whether a request that arrived should load; one in `PROBE_EVERY` does in any case."""
-        if self.arrives_first(guest, guests):
+    def worth_fetching(self, guest: Guest, guests: Iterable[Guest]) -> bool:
+        """Whether a request that arrived should load at all: not over a link that alone takes longer than computing,
+        the processor's queue included. One in `PROBE_EVERY` of these does in any case."""
+        if not self._measured or self._ranking.load_s(guest.request) <= self._compute_s(guest, guests):
             return True
         self._refusals += 1
         guest.probe = self._refusals % PROBE_EVERY == 0
         return guest.probe
 
     def arrives_first(self, guest: Guest, guests: Iterable[Guest]) -> bool:
-        """Loading is worth it where the request's blocks arrive before they could be computed, each behind what goes
-        first on its link or on the processor. What either adds for those behind it counts once more: a processor that
-        computes what a link could bring is not there for tokens that nobody can load. Never refused before costs were
-        measured."""
-        if not self._shared.config.recompute or self._steps < MIN_SAMPLES or self._fetches < MIN_SAMPLES:
+        """Whether the request's blocks arrive before they could be computed, each behind what goes first on its link or
+        on the processor. Asked when the host could begin to compute it, and not before: so whichever of link and
+        processor is free first takes the next request, and neither is idle while the other has a queue. Never refused
+        before costs were measured."""
+        if not self._measured:
             return True
-        request, compute = guest.request, self._shared.cost.compute
-        size = self._shared.config.block_tokens
-        first = guest.held * size
-        added_s = compute.seconds([(request.target - first, first)]) - request.compute_s
-        compute_s = 2 * added_s
-        everything = (len(self._loading.loads) + guest.end - guest.held) * self._shared.config.block_bytes
-        on_each_link = dict.fromkeys(request.bytes_by_route, everything)
-        if self._shared.cost.load_s(on_each_link, everything, serial=False) < added_s:
-            return True  # even behind all others
+        request = guest.request
         links: dict[tuple[str, ...], int] = dict(request.bytes_by_route)
         for other in guests:
             peer = other.request
             if other is guest or peer.state not in (State.WAITING, State.PREFILL):
                 continue
-            if peer.rank <= request.rank or (peer.state is State.PREFILL and other.grant is None):
-                compute_s += peer.compute_s  # goes first, or is being computed
             if peer.rank <= request.rank or other.grant is not None:
                 for route, size_bytes in peer.bytes_by_route.items():
                     links[route] = links.get(route, 0) + size_bytes
-        own_s = self._ranking.load_s(request)
-        return own_s + max(own_s, self._shared.cost.load_s(links, 0, serial=False)) < compute_s
+        return self._shared.cost.load_s(links, request.upload_bytes, serial=False) < self._compute_s(guest, guests)
+
+    @property
+    def _measured(self) -> bool:
+        return self._shared.config.recompute and min(self._steps, self._fetches) >= MIN_SAMPLES
+
+    def _compute_s(self, guest: Guest, guests: Iterable[Guest]) -> float:
+        """Until a request would be computed, loading aside: what computing its blocks adds to it, behind requests that
+        are being computed or go first."""
+        request, compute = guest.request, self._shared.cost.compute
+        first = guest.held * self._shared.config.block_tokens
+        total_s = compute.seconds([(request.target - first, first)]) - request.compute_s
+        for other in guests:
+            peer = other.request
+            if other is guest or peer.state not in (State.WAITING, State.PREFILL):
+                continue
+            if peer.rank <= request.rank or (peer.state is State.PREFILL and other.grant is None):
+                total_s += peer.compute_s
+        return total_s
 
     def enough_granted(self, guests: Iterable[Guest]) -> bool:
         """Whether what has pages keeps the links busy long enough, so that no more pages are asked for yet."""

@@ -40,6 +40,7 @@ class Guest:
     grant: Grant | None = None
     leaving: bool = False
     probe: bool = False  # it loads although computing seemed faster
+    refused_tokens: int = 0  # of what can be loaded, those that `matched` would rather have computed
     noted: list[bytes] = field(default_factory=list)
     bad: set[int] = field(default_factory=set)  # blocks that failed once; computed from then on
     answer: tuple[int, int, int | None] | None = None  # of `matched`: version, held tokens, what was said

@@ -19,12 +19,12 @@ Invariants, checked by `check_integrity`:
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Iterator, Sequence
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
+from penstock.core.guest_ageing import AGE_DELAYS, Ageing
 from penstock.core.guest_costs import GuestCosts
 from penstock.core.guest_pages import GuestPages
 from penstock.core.guest_records import Grant, Guest, Landed
@@ -38,6 +38,7 @@ from penstock.core.seen_blocks import SeenBlocks
 from penstock.core.shared_state import SharedState
 
 SEEN_BLOCKS_MAX = 1 << 17  # of the pool; about 150 bytes each
+GRANT_SHARE = 0.75  # of the host's pages that loads may hold together; a load alone may hold more
 PIN_SHARE = 0.75  # of the host's pages that it may be asked to keep for saves, which give way when it is short of them
 
 GuestOperation = Operation | Landed
@@ -46,7 +47,7 @@ GuestOperation = Operation | Landed
 class GuestScheduler:
     """See the module. All times are seconds of the caller's clock and never go backwards."""
 
-    def __init__(self, config: SchedulerConfig, cost: CostModel) -> None:
+    def __init__(self, config: SchedulerConfig, cost: CostModel, age_delays: float = AGE_DELAYS) -> None:
         self.config = config
         self.cost = cost
         self._pages = GuestPages()
@@ -56,14 +57,14 @@ class GuestScheduler:
         self._moving: dict[int, bytes] = {}  # fetches and saves under way: operation -> block
         self._ranking = Ranking(self._shared)
         self._loading = Loading(self._shared, self._changed)
-        self._costs = GuestCosts(self._shared, self._ranking, self._loading)
+        self._costs = GuestCosts(self._shared, self._ranking)
         self._guests: dict[str, Guest] = {}
         self._lookups: deque[Guest] = deque()
         self._looking_up: dict[int, Request] = {}
         self._granted: dict[bytes, str] = {}  # key -> the request with pages for it, until the host took note
         self._page_owner: dict[int, str] = {}
         self._holes: dict[Request, None] = {}  # requests that lost a block since the last look
-        self._timers: list[tuple[float, int, str]] = []
+        self._ageing = Ageing(config.age_bound_s, age_delays)
         self._notices: list[Landed] = []
         self._ended: list[Account] = []
         self._sequence = 0
@@ -81,7 +82,7 @@ class GuestScheduler:
         request = Request(spec, self._sequence, now, self.config.block_tokens, deadline_s)
         guest = Guest(request, 0, load and self.config.pool and len(self._guests) < self.config.max_waiting)
         self._guests[spec.request_id] = guest
-        heapq.heappush(self._timers, (now + self.config.age_bound_s, request.sequence, spec.request_id))
+        self._ageing.arrived(request)
         self._shared.count("requests")
         self._shared.count("prompt_tokens", request.target)
         self._begin(guest, held_tokens, now)
@@ -124,7 +125,7 @@ class GuestScheduler:
         self._wait(guest, now)
 
     def _wait(self, guest: Guest, now: float) -> None:
-        """Hits are known: rank the request, and fetch what it can use unless computing it is faster."""
+        """Hits are known: rank the request, and fetch what it can use, unless its link is slower than computing."""
         self._version += 1
         request = guest.request
         request.state = State.WAITING
@@ -135,11 +136,12 @@ class GuestScheduler:
         self._ranking.estimate(request)
         request.account.predicted_load_s = self._ranking.load_s(request)
         request.account.predicted_compute_s = request.compute_s
+        self._ageing.estimated(request)
         request.pages = [NO_PAGE] * (request.target // self.config.block_tokens + 1)
         request.ready = [False] * len(request.pages)
         request.static_key = None
         self._ranking.set_rank(request)
-        if guest.end > guest.held and not self._costs.worth_loading(guest, self._guests.values()):
+        if guest.end > guest.held and not self._costs.worth_fetching(guest, self._guests.values()):
             self._compute_instead(guest)
         for index in range(guest.held, guest.end):
             self._loading.join(request, index, request.hits[index])
@@ -226,6 +228,7 @@ class GuestScheduler:
 
     def _offer_of(self, guest: Guest, held_tokens: int, now: float) -> int | None:
         request, size = guest.request, self.config.block_tokens
+        guest.refused_tokens = 0
         first = held_tokens // size
         end = self._run_end(guest, first)
         if end * size <= held_tokens:
@@ -233,15 +236,14 @@ class GuestScheduler:
         if self._granted and any(request.key_at(index) in self._granted for index in range(first, end)):
             request.switch_label("wait_shared", now)
             return None  # it will find those blocks in the host's own cache
-        if self._granted and len(self._granted) + end - first > max(1, self.config.l1_pages // 2):
+        if self._granted and len(self._granted) + end - first > max(1, int(self.config.l1_pages * GRANT_SHARE)):
             request.switch_label("wait_l1", now)
             return None
         begun = request.load_counts[LoadState.FETCHING] + request.load_counts[LoadState.STAGED]
         may_refuse = not begun and request.loads and not guest.probe
         if may_refuse and not self._costs.arrives_first(guest, self._guests.values()):
-            self._version += 1
-            self._compute_instead(guest)
-            return 0
+            guest.refused_tokens = end * size - held_tokens
+            return 0  # its blocks are still fetched in their turn, should the host not get to it before
         if request.bytes_by_route and self._costs.enough_granted(self._guests.values()):
             return None  # its blocks are fetched in its turn all the same
         return end * size - held_tokens
@@ -306,9 +308,12 @@ class GuestScheduler:
             return
         request = guest.request
         if request.state in (State.LOOKUP, State.WAITING):
+            self._shared.count("computed_instead_tokens", guest.refused_tokens)
             self._loading.leave(request)
-            request.bytes_by_route, request.upload_bytes = {}, 0
+            request.hits, guest.end = {}, guest.held
+            self._ranking.estimate(request)
             request.state = State.PREFILL
+            self._version += 1
         if request.state is State.PREFILL:
             request.switch_label("compute", now)
 
@@ -329,6 +334,7 @@ class GuestScheduler:
         request.switch_label("decode", now)
         if request.account.first_token_s is None:
             request.account.first_token_s = now
+            self._ageing.first_token(request, now)
         self._version += 1
         self._ranking.stale = True
 
@@ -461,8 +467,8 @@ class GuestScheduler:
 
     def decide(self, now: float) -> list[GuestOperation]:
         """The operations to carry out now, given all events so far."""
-        while self._timers and self._timers[0][0] <= now:
-            self._age(*heapq.heappop(self._timers)[1:])
+        for sequence, request_id in self._ageing.due(now):
+            self._age(sequence, request_id)
         self._ranking.sort_feasible((guest.request for guest in self._guests.values()), now)
         while self._lookups and len(self._looking_up) < self.config.lookup_window:
             guest = self._lookups.popleft()
@@ -497,7 +503,7 @@ class GuestScheduler:
 
     def next_wakeup_s(self) -> float | None:
         """When `decide` should be called although nothing happened; None: not before the next event."""
-        return self._timers[0][0] if self._timers else None
+        return self._ageing.next_s
 
     # -- views --------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from penstock.core.cost import ComputeCost
 from penstock.core.engine_groups import Engine, EngineSpec, Groups, Node
 from penstock.core.placing import (
     Decision,
@@ -90,6 +91,15 @@ class InterEngineScheduler:
         """An engine may get requests from now on; a fenced one registers anew when it is lost. Raises ConfigError."""
         self.groups.add(spec)
         self._blocked = ""
+
+    def engine_speed(self, engine_id: str, tokens_per_s: float, compute: ComputeCost | None) -> None:
+        """What a registered engine is known to do now (see `EngineSpec`); beta follows. Unknown engines are ignored.
+        Raises ConfigError."""
+        engine = self.groups.engines.get(engine_id)
+        if engine is not None:
+            self.groups.set_speed(engine, tokens_per_s, compute)
+            if self._blocked == "prefill":
+                self._blocked = ""
 
     def engine_lost(self, engine_id: str, now: float) -> None:
         """The engine is gone or fenced: its requests start over elsewhere. Unknown engines are ignored."""
@@ -306,7 +316,7 @@ class InterEngineScheduler:
         """What a request counts on its prefill engine: tokens, or its compute at that engine's speed."""
         if prefill is decode:
             return request.length_tokens
-        compute = self.config.compute
+        compute = prefill.compute or self.config.compute
         if not self.config.weigh_compute or compute is None:
             return request.prompt_tokens
         miss = request.prompt_tokens - request.hit_tokens

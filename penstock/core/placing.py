@@ -29,9 +29,9 @@ class InterEngineConfig:
     read: ReadPolicy = "split"
     replan: bool = True  # loads and requests of what is lost are planned anew
     weigh_reads: bool = True  # a decode engine is also picked by its node's read queue
-    weigh_compute: bool = True  # prefill engines are balanced by predicted compute, where `compute` is known
+    weigh_compute: bool = True  # prefill engines are balanced by predicted compute, where its cost is known
     recompute: bool = False
-    compute: ComputeCost | None = None  # a prompt's cost on one prefill engine; `recompute` needs it
+    compute: ComputeCost | None = None  # a prompt's cost on an engine that does not say; `recompute` needs it
     order: Order = "fcfs"  # "sjf": least compute first, beyond the paper
     age_bound_s: float = 60.0  # a request that waited longer goes before all others
     alpha_s: float = 3.0

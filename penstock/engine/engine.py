@@ -160,6 +160,11 @@ class Engine:
         """How the brain stands. Raises TimeoutError when the control thread does not answer."""
         return self._ask(self._scheduler.gauges)
 
+    def compute_cost(self) -> tuple[float, float, float]:
+        """a, b, c of what a batch takes (`core.cost.ComputeCost`): as the engine was built, refined by each batch."""
+        cost = self._scheduler.cost.compute
+        return cost.a, cost.b, cost.c
+
     def check_integrity(self) -> None:
         """Assert the brain's invariants; for tests. Raises TimeoutError when the control thread does not answer."""
         self._ask(self._scheduler.check_integrity)

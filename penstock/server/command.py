@@ -86,11 +86,14 @@ def serve(
         float | None, flag(_LIMITS, "10", "On SIGTERM, how long running requests may go on.")
     ] = None,
     router: Annotated[
-        str | None, flag(_CLUSTER, "none", "Cluster port of a router: serve for it, without an API.", "HOST:PORT")
+        str | None, flag(_CLUSTER, "none", "Serve for this router (its --cluster-listen), without an API.", "HOST:PORT")
     ] = None,
-    role: Annotated[str | None, flag(_CLUSTER, "mixed", "prefill, decode or mixed; needs --router.")] = None,
+    role: Annotated[
+        str | None,
+        flag(_CLUSTER, "mixed", "With --router: prefill (prompts), decode (what follows) or mixed (whole requests)."),
+    ] = None,
     secret_file: Annotated[
-        str | None, flag(_CLUSTER, "none", "File that holds the cluster's shared secret.", "FILE")
+        str | None, flag(_CLUSTER, "none", "File that holds the cluster's shared secret; --router needs it.", "FILE")
     ] = None,
     engine_name: Annotated[str | None, flag(_CLUSTER, "NODE-ROLE-PID", "Name in the cluster.")] = None,
     node: Annotated[
@@ -109,7 +112,8 @@ def serve(
     ] = None,
     buffer: Annotated[str | None, flag(_CLUSTER, "1GiB", "Decode: memory in which prompts gather.", "SIZE")] = None,
     hand_off_timeout_s: Annotated[
-        float | None, flag(_CLUSTER, "600", "Decode: a prompt that is not here by then is placed again.")
+        float | None,
+        flag(_CLUSTER, "600", "Decode: a request whose prompt is not handed over by then is placed again."),
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
     config: Annotated[

@@ -15,14 +15,16 @@ from penstock.sim.experiments.validate import validate
 from penstock.sim.plan import plan
 
 sim = typer.Typer(
-    help="The same brain on a virtual clock: the papers' tables, plans, randomised faults.", no_args_is_help=True
+    help="The same brain on a virtual clock: your cluster from a file (begin with `run deploy/sim-engine.toml`), "
+    "plans, the papers' tables, randomised faults. docs/simulator.md says what is modelled.",
+    no_args_is_help=True,
 )
 sim.command()(run)
+sim.command()(plan)
 sim.command()(tables)
 sim.command(name="calvo")(calvo_command)
 sim.command()(pool)
 sim.command()(dualpath)
-sim.command()(plan)
-sim.command()(fuzz)
 sim.command()(validate)
+sim.command()(fuzz)
 sim.command()(cost)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -93,24 +93,27 @@ class Slo:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """The highest rate that keeps the SLO, and the latencies there."""
+    """The highest rate that keeps the SLO with the latencies there (0 agents/s: none did), and the latencies at the
+    lowest rate that does not: they say which limit binds (0 s: every rate kept it)."""
 
-    agents_per_s: float
-    ttft_s: float
-    tpot_s: float
+    agents_per_s: float = 0.0
+    ttft_s: float = float("inf")
+    tpot_s: float = float("inf")
+    beyond_ttft_s: float = 0.0
+    beyond_tpot_s: float = 0.0
 
 
 def capacity(
     bench: Bench, system: System, slo: Slo, *, low: float, high: float, arrivals_s: float, seed: int, steps: int = 6
 ) -> Capacity:
     """Bisection between two rates (in logarithms) in `steps` runs, all with the same seed."""
-    best = Capacity(0.0, float("inf"), float("inf"))
+    best = Capacity()
     for _ in range(steps):
         rate = float(np.sqrt(low * high))
         outcome = bench.online(system, rate, arrivals_s, seed)
         kept, ttft_s, tpot_s = slo.kept(outcome.record, arrivals_s)
         if kept:
-            low, best = rate, Capacity(rate, ttft_s, tpot_s)
+            low, best = rate, replace(best, agents_per_s=rate, ttft_s=ttft_s, tpot_s=tpot_s)
         else:
-            high = rate
+            high, best = rate, replace(best, beyond_ttft_s=ttft_s, beyond_tpot_s=tpot_s)
     return best

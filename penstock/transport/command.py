@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import signal
+import sys
+import threading
+import traceback
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from penstock.pool.config import MemberConfig, PoolConfig
     from penstock.pool.reload import ReadConfig
     from penstock.pool.served import ServedPool
+    from penstock.transport.node import PoolNode
 
     Inbox = queue.SimpleQueue[Literal["stop", "reload"]]
 
@@ -31,6 +36,8 @@ log = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 15.0
 SIGNAL_POLL_S = 0.5
 LOG_LEVELS = ("debug", "info", "warning", "error")
+FAILED_STATUS = 70
+BEGIN_S_MAX = 5.0
 
 pool_app = typer.Typer(name="pool", invoke_without_command=True)
 pool_app.command()(stat)
@@ -144,6 +151,7 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
     from penstock.transport.node import PoolNode
     from penstock.transport.secret import Secret
 
+    threading.excepthook = _thread_failed
     served = open_pool(config, serves=True)
     try:
         inbox = _signals(reloads=config.file is not None)
@@ -156,14 +164,30 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
                 for m in served.stat(1.0).members
             )
             print(f"pool node {config.name} ready on {format_address(*node.address)}: {members}", flush=True)
-            _wait(config, served, read, inbox)
+            _wait(config, served, node, read, inbox)
         finally:
             node.close(CLOSE_TIMEOUT_S)
     finally:
         served.close(CLOSE_TIMEOUT_S)
 
 
-def _wait(config: PoolConfig, served: ServedPool, read: ReadConfig, inbox: Inbox) -> None:
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """A node without one of its threads would leave requests to their deadlines: it ends, and what it had is missing
+    until it is started again. What is on SSDs is as after a crash."""
+    name = failed.thread.name if failed.thread is not None else "a thread"
+    with contextlib.suppress(Exception):
+        traceback.print_exception(failed.exc_value)
+    _end_now(f"{name} failed: {failed.exc_value!r}")
+
+
+def _end_now(why: str) -> NoReturn:
+    """Without waiting for anything: whatever it waited for might need memory."""
+    with contextlib.suppress(Exception):
+        print(f"penstock pool: {why}; the node ends", file=sys.stderr, flush=True)
+    os._exit(FAILED_STATUS)
+
+
+def _wait(config: PoolConfig, served: ServedPool, node: PoolNode, read: ReadConfig, inbox: Inbox) -> None:
     """Until a signal says stop. A file that cannot be applied changes nothing."""
     from penstock.pool.api import PoolError
     from penstock.pool.local import LocalPool
@@ -173,7 +197,7 @@ def _wait(config: PoolConfig, served: ServedPool, read: ReadConfig, inbox: Inbox
     local = served.own
     assert local is None or isinstance(local, LocalPool)
     live = LiveConfig(config, local, served if isinstance(served, UnionPool) else None, read)
-    while _asked(inbox) == "reload":
+    while _asked(inbox, node) == "reload":
         try:
             changes = ", ".join(live.reload()) or "nothing changed"
         except (ValueError, OSError, PoolError) as error:
@@ -182,12 +206,14 @@ def _wait(config: PoolConfig, served: ServedPool, read: ReadConfig, inbox: Inbox
             print(f"pool node {config.name} reloaded: {changes}", flush=True)
 
 
-def _asked(inbox: Inbox) -> Literal["stop", "reload"]:
+def _asked(inbox: Inbox, node: PoolNode) -> Literal["stop", "reload"]:
     """What the next signal asks for. The system may give a signal to a thread that does not wait here (as it does right
     after SIGCONT), and Python sees it only when this one runs: so it looks every now and then."""
     while True:
         with contextlib.suppress(queue.Empty):
             return inbox.get(timeout=SIGNAL_POLL_S)
+        if node.beginning_s > BEGIN_S_MAX:
+            _end_now(f"a connection could not be begun within {BEGIN_S_MAX:g} s: out of memory or threads")
 
 
 def _signals(reloads: bool) -> Inbox:

@@ -78,14 +78,17 @@ class NodeLink:
         own_only: bool = False,
         urgent: frozenset[str] = frozenset({"control"}),
         secret: Secret | None = None,
+        what: str = "pool node",
     ) -> None:
         """Connects at once. Raises PoolError("network") when nobody answers, the versions differ, or the node at the
         other end is `origin`, the node that this link belongs to; without `must_connect` it goes on trying instead.
-        `urgent`: lanes that go before bulk. `secret`: what both ends prove that they have."""
+        `urgent`: lanes that go before bulk. `secret`: what both ends prove that they have;
+        `what`: what the other end is called in errors and logs."""
         if not 1 <= connections <= 64:
             raise ValueError(f"connections is {connections}; it must be from 1 to 64")
         self.address = (host, port)
         self.place = format_address(host, port)
+        self.what = what
         self.node = wire.Ready("")
         self._origin, self._own_only = origin, own_only
         self._urgent, self._secret = urgent, secret
@@ -116,8 +119,8 @@ class NodeLink:
             self._told = self._down_reason = str(error)
             if must_connect:
                 self.close(1.0)
-                raise PoolError("network", f"pool node {self.place}: {error}") from None
-            log.warning("pool node %s is down: %s; it is tried again", self.place, error)
+                raise PoolError("network", f"{self.what} {self.place}: {error}") from None
+            log.warning("%s %s is down: %s; it is tried again", self.what, self.place, error)
         for thread in self._threads:
             thread.start()
 
@@ -192,19 +195,19 @@ class NodeLink:
                 raise PoolError("closed", "the pool is closed")
             connection = self._control.connections[0]
         if connection is None or not connection.add(pending):
-            raise PoolError("network", f"pool node {self.place} is down: {self._down_reason}")
+            raise PoolError("network", f"{self.what} {self.place} is down: {self._down_reason}")
         connection.send(pending)
 
         def wait() -> Answer:
             if not answered.wait(max(0.0, deadline_s - time.monotonic())):
                 connection.forget(pending)
                 self._cut_silent(sent_s)
-                raise PoolError("deadline", f"pool node {self.place} did not answer in time")
+                raise PoolError("deadline", f"{self.what} {self.place} did not answer in time")
             result, error = answers[0]
             if error is not None:
                 raise error
             if not isinstance(result, kind):
-                raise PoolError("network", f"pool node {self.place} answered with {type(result).__name__}")
+                raise PoolError("network", f"{self.what} {self.place} answered with {type(result).__name__}")
             return result
 
         return wait
@@ -225,7 +228,7 @@ class NodeLink:
             else:
                 connection = None
         if connection is None:
-            error = refusal or PoolError("network", f"{self.place} is down: {self._down_reason}")
+            error = refusal or PoolError("network", f"{self.what} {self.place} is down: {self._down_reason}")
             self.refuse(ended, error)
         else:
             connection.send(pending)
@@ -262,7 +265,7 @@ class NodeLink:
         if self._closed:
             return PoolError("closed", "the pool is closed")
         if not lane.open():
-            return PoolError("network", f"pool node {self.place} is down: {self._down_reason}")
+            return PoolError("network", f"{self.what} {self.place} is down: {self._down_reason}")
         if len(lane.waiting) >= lane.waiting_max:
             return PoolError("dropped", f"{len(lane.waiting)} {lane.kind}s wait for {self.place}; that is the limit")
         return None
@@ -337,13 +340,13 @@ class NodeLink:
             if not self._closed:
                 self._down_reason = reason
                 level = logging.WARNING if not self._losing else logging.INFO  # one line for all connections
-                log.log(level, "a %s connection to pool node %s ended: %s", lane.kind, self.place, reason)
+                log.log(level, "a %s connection to %s %s ended: %s", lane.kind, self.what, self.place, reason)
                 self._losing = True
             down = not lane.open()
             self._connection_lost.notify_all()
         if down:
             label = "closed" if self._closed else "network"
-            self._fail_waiting(lane, label, f"pool node {self.place} is down: {reason}")
+            self._fail_waiting(lane, label, f"{self.what} {self.place} is down: {reason}")
 
     def _reconnect(self) -> None:
         pause_s = BACKOFF_S[0]
@@ -365,7 +368,7 @@ class NodeLink:
                     with self._lock:
                         if not self._closed:
                             if str(error) != self._told:
-                                log.warning("pool node %s is down: %s", self.place, error)
+                                log.warning("%s %s is down: %s", self.what, self.place, error)
                             self._told = self._down_reason = str(error)
                     break
                 self._dispatch(lane)

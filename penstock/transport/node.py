@@ -71,6 +71,7 @@ class PoolNode:
         self._lock = threading.Lock()
         self._connections: set[Served] = set()
         self._closed = False
+        self._begin_s: float | None = None  # since when the connection that came last is being begun
         self._fetcher, self._far_fetcher = Fetcher("penstock-node-fetch"), Fetcher("penstock-node-far-fetch")
         self._thread = threading.Thread(target=self._accept, name="penstock-node-accept", daemon=True)
         self._thread.start()
@@ -93,6 +94,13 @@ class PoolNode:
         for connection in connections:
             connection.join(max(0.0, deadline_s - time.monotonic()))
 
+    @property
+    def beginning_s(self) -> float:
+        """For how long a connection has been waiting for its threads. Where memory is short, Python may wait for a
+        thread for ever that ended before it began."""
+        begin_s = self._begin_s
+        return time.monotonic() - begin_s if begin_s is not None else 0.0
+
     def later(self, far: bool, fetch: Callable[[], None]) -> bool:
         """Queue a load for a fetcher; False when too many wait."""
         return (self._far_fetcher if far else self._fetcher).put(fetch)
@@ -114,14 +122,27 @@ class PoolNode:
                     log.warning("a connection could not be accepted: %s", error)
                     time.sleep(0.05)
                 continue
+            self._begin_s = time.monotonic()
+            self._begin(sock, f"{peer[0]}:{peer[1]}")
+            self._begin_s = None
+
+    def _begin(self, sock: socket.socket, peer: str) -> None:
+        """Serve a connection; where memory or threads are short, only that connection is refused."""
+        connection: Served | None = None
+        try:
             with self._lock:
                 if self._closed or len(self._connections) >= CONNECTIONS_MAX:
                     log.warning("connection of %s refused: %d are open", peer, len(self._connections))
                     sock.close()
-                    continue
-                connection = self.connection_of(sock, f"{peer[0]}:{peer[1]}")
+                    return
+                connection = self.connection_of(sock, peer)
                 self._connections.add(connection)
             connection.start()
+        except (RuntimeError, MemoryError) as error:
+            log.warning("connection of %s refused: %s", peer, error or "out of memory")
+            if connection is not None:
+                self.left(connection)
+            sock.close()
 
 
 class Served:
@@ -141,8 +162,13 @@ class Served:
         self._sender = threading.Thread(target=self._send_later, name=f"penstock-send-{peer}", daemon=True)
 
     def start(self) -> None:
+        """Raises RuntimeError or MemoryError where a thread cannot be had; nothing runs then."""
         self._sender.start()
-        self._reader.start()
+        try:
+            self._reader.start()
+        except BaseException:
+            self._out.put(None)
+            raise
 
     def cut(self) -> None:
         """End the connection; both threads notice."""
@@ -150,7 +176,8 @@ class Served:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def join(self, timeout_s: float) -> None:
-        self._reader.join(timeout_s)
+        if self._reader.is_alive():
+            self._reader.join(timeout_s)
 
     def _serve(self) -> None:
         try:
@@ -388,6 +415,9 @@ class Served:
                 send()
             except OSError as error:
                 log.debug("connection of %s ended: %s", self._peer, error)
+                self.cut()
+            except Exception:
+                log.exception("connection of %s failed", self._peer)
                 self.cut()
 
     def _enter(self) -> bool:

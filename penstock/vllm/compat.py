@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from penstock.core.config import ConfigError
+from penstock.core.guest_costs import prefill_tokens_max
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -227,14 +228,35 @@ def is_preempted(request: Request) -> bool:
 
 @contextlib.contextmanager
 def step_of(scheduler: Scheduler, tokens_max: int | None) -> Iterator[None]:
-    """Within, a step takes no more new tokens than `tokens_max` (None: as vLLM was told) beside what is decoded."""
+    """Within, a step takes no more new tokens than `tokens_max` (None: as vLLM was told) beside what is decoded, and a
+    prefill leaves room for requests whose load is over, which vLLM looks at after those that are running."""
+    config: Any = scheduler.scheduler_config
+    if not config.enable_chunked_prefill:  # a prompt that does not fit into a step would never begin
+        yield
+        return
     told: int = scheduler.max_num_scheduled_tokens
-    if tokens_max is not None:
-        scheduler.max_num_scheduled_tokens = min(told, tokens_max + len(scheduler.running))
+    told_of_one: int = config.long_prefill_token_threshold
+    step = told if tokens_max is None else min(told, tokens_max + len(scheduler.running))
+    landed = _landed_tokens(scheduler)
+    scheduler.max_num_scheduled_tokens = step
+    if landed:
+        of_one = prefill_tokens_max(step, landed)
+        config.long_prefill_token_threshold = min(told_of_one, of_one) if told_of_one > 0 else of_one
     try:
         yield
     finally:
         scheduler.max_num_scheduled_tokens = told
+        config.long_prefill_token_threshold = told_of_one
+
+
+def _landed_tokens(scheduler: Scheduler) -> int:
+    """Tokens to compute of requests that hold all blocks they loaded and wait for a place in a step."""
+    landed = scheduler.finished_recving_kv_req_ids
+    return sum(
+        max(1, request.num_tokens - request.num_computed_tokens)
+        for request in scheduler.kv_holding_waiting
+        if request.request_id in landed
+    )
 
 
 def reserved_blocks(scheduler: Scheduler) -> int:

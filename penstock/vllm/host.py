@@ -109,7 +109,7 @@ class Host:
         cost = CostModel(LinkCost(UPLOAD_BYTES_PER_S), COMPUTE)
         for name, rate in link_bytes_per_s(settings.open_config()).items():
             cost.links[name] = LinkCost(rate)
-        self.brain = GuestScheduler(config, cost)
+        self.brain = GuestScheduler(config, cost, settings.age_delays)
         self._staging = SharedStaging(memoryview(self._memory), self._workers.slot_bytes, config.l2_slots)
         unleased: Any = Unleased(self._pool)
         self._stages = PoolStages(unleased, self._staging, self.block_bytes, config.lookup_window)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.core.config import POLICIES, ConfigError, Policy, check_range
+from penstock.core.guest_ageing import AGE_DELAYS
 from penstock.pool.config import MemberConfig, PoolConfig, config_of_flags
 from penstock.pool.config_file import read_pool_config
 from penstock.units import parse_address, parse_bytes
@@ -20,8 +21,9 @@ OWN_KEYS = frozenset({"connectors"})  # of vLLM's MultiConnector, beside ours
 class Settings:
     """`pool`: addresses of pool nodes; `memory` (bytes) and `slab` (path, bytes): members in the engine's process; all
     of them are one pool. `pool_config` is a pool.toml that describes one instead. `staging_bytes` is host memory for
-    blocks on their way, `block_tokens` 0 the default for vLLM's block size. With `load_always` every hit is loaded,
-    even where computing it seems faster."""
+    blocks on their way, `block_tokens` 0 the default for vLLM's block size. A request goes before all others when it
+    was delayed `age_delays` times as long as requests lately were (0: never), and after `age_bound_s`. With
+    `load_always` every hit is loaded, even where computing it seems faster."""
 
     pool: tuple[str, ...] = ()
     pool_config: Path | None = None
@@ -34,6 +36,7 @@ class Settings:
     lookup_timeout_s: float = 2.0
     save_timeout_s: float = 30.0
     age_bound_s: float = 60.0
+    age_delays: float = AGE_DELAYS
     default_slo_ttft_s: float = 10.0
     fetch_window_blocks: int = 8
     max_waiting: int = 4096
@@ -145,6 +148,7 @@ def _check(settings: Settings) -> None:
         ("lookup_timeout_s", 1e-3, 600),
         ("save_timeout_s", 1e-3, 3600),
         ("age_bound_s", 1e-3, 1e6),
+        ("age_delays", 0, 1e6),
         ("default_slo_ttft_s", 1e-3, 1e6),
         ("fetch_window_blocks", 1, 4096),
         ("max_waiting", 1, 10**6),

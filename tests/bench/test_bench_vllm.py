@@ -35,7 +35,7 @@ from penstock.bench.experiments.vllm_loads import (
     warm_tokens,
 )
 from penstock.bench.experiments.vllm_measure import Found, Plan
-from penstock.bench.experiments.vllm_report import conclude, plot_runs
+from penstock.bench.experiments.vllm_report import conclude, plot_runs, write_requests
 from penstock.bench.experiments.vllm_systems import (
     CONNECTOR,
     LMCACHE,
@@ -338,6 +338,20 @@ def test_figures_are_ratios_within_repeats_against_their_goals(tmp_path: Path) -
     assert figures["scheduler_outputs_equal"] == 1 and figures["failed_requests"] == 0
     plot_runs(tmp_path / "plot.png", plan, found)
     assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_every_request_is_written_with_its_run(tmp_path: Path) -> None:
+    found = Found()
+    for _ in range(2):
+        found.add("icl", made_run(LMCACHE, 1.0, 10.0))
+    write_requests(tmp_path / "out" / "requests.jsonl", found)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "requests.jsonl").read_text().splitlines()]
+    assert [(line["repeat"], line["session"], line["ttft_s"]) for line in lines] == [
+        (repeat, f"r{i}", i + 1.0) for repeat in (1, 2) for i in range(4)
+    ]
+    assert {(line["workload"], line["system"], line["slo_s"], line["cached_tokens"]) for line in lines} == {
+        ("icl", LMCACHE, 2.5, 900)
+    }
 
 
 def test_failed_requests_are_counted_and_miss_their_deadline() -> None:

@@ -1,10 +1,13 @@
 """kill -9 of the processes of a real cluster at random times under load: no client gets a wrong or doubled token.
 
-By hand: `python tests/cluster/kill_rounds.py 100` kills 100 times and prints the counts. The tests run a few rounds.
+By hand: `python tests/cluster/kill_rounds.py 100` kills 100 times and prints the counts; `20 --seed 2` are 20 rounds of
+other times and victims, `--out FOLDER` keeps what the processes said. The tests run a few rounds.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
 import random
@@ -14,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -190,22 +194,31 @@ def free_port() -> int:
         return port
 
 
-def kill_rounds(folder: Path, rounds: int, seed: int = 1, kinds: tuple[str, ...] = (), show: bool = False) -> Counts:
-    """Start a cluster in `folder`, kill `rounds` times (of these kinds, in turn; at random when there are none given),
-    end it."""
+@contextlib.contextmanager
+def running(folder: Path, described: str = CLUSTER) -> Iterator[tuple[Supervisor, list[list[int]]]]:
+    """A cluster in `folder`, and the answers it gives undisturbed."""
     if not (folder / "model").exists():
         build_tiny("llama", folder / "model", seed=5)
     file = folder / "cluster.toml"
-    file.write_text(CLUSTER.format(port=free_port()))
+    file.write_text(described.format(port=free_port()))
     cluster = read_cluster_config(file)
     _make_secret(cluster.secret_file)
     lines: list[str] = []
     supervisor = Supervisor(cluster.processes, lambda name, line: lines.append(f"{name} | {line}"))
-    generator = random.Random(seed)
     try:
         supervisor.start(BACK_S)
         until_up(supervisor)
-        reference = [ask(supervisor.url, prompt, f"reference-{i}") for i, prompt in enumerate(prompts())]
+        yield supervisor, [ask(supervisor.url, prompt, f"reference-{i}") for i, prompt in enumerate(prompts())]
+    finally:
+        supervisor.stop()
+        (folder / "output.txt").write_text("\n".join(lines))
+
+
+def kill_rounds(folder: Path, rounds: int, seed: int = 1, kinds: tuple[str, ...] = (), show: bool = False) -> Counts:
+    """Start a cluster in `folder`, kill `rounds` times (of these kinds, in turn; at random when there are none given),
+    end it."""
+    generator = random.Random(seed)
+    with running(folder) as (supervisor, reference):
         load = Load(supervisor.url, reference, seed * 1000)
         try:
             for number in range(rounds):
@@ -216,28 +229,33 @@ def kill_rounds(folder: Path, rounds: int, seed: int = 1, kinds: tuple[str, ...]
                 chosen = [
                     c for c in supervisor.children.values() if not kinds or c.spec.kind == kinds[number % len(kinds)]
                 ]
-                victim = generator.choice(chosen)
-                load.counts.kills[victim.spec.kind if victim.spec.kind != "engine" else victim.spec.name] += 1
-                victim.ready.clear()
-                os.kill(victim.pid, signal.SIGKILL)
-                until_up(supervisor)
+                kill(generator.choice(chosen), supervisor, load.counts)
                 if show:
                     now = load.counts
-                    print(f"{number + 1}: {victim.spec.name}; {now.answers} answers, {now.retried} retried, "
-                          f"{len(now.wrong)} wrong, {len(now.failed)} failed", flush=True)  # fmt: skip
+                    print(f"{number + 1}: {sum(now.kills.values())} kills; {now.answers} answers, {now.retried} "
+                          f"retried, {len(now.wrong)} wrong, {len(now.failed)} failed", flush=True)  # fmt: skip
         finally:
             counts = load.stop()
         return counts
-    finally:
-        supervisor.stop()
-        (folder / "output.txt").write_text("\n".join(lines))
+
+
+def kill(victim: Child, supervisor: Supervisor, counts: Counts) -> None:
+    """kill -9, until everything is up again."""
+    counts.kills[victim.spec.kind if victim.spec.kind != "engine" else victim.spec.name] += 1
+    victim.ready.clear()
+    os.kill(victim.pid, signal.SIGKILL)
+    until_up(supervisor)
 
 
 if __name__ == "__main__":
-    wanted = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rounds", type=int, nargs="?", default=100)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         begin = time.monotonic()
-        result = kill_rounds(Path(sys.argv[2] if len(sys.argv) > 2 else temporary), wanted, show=True)
+        result = kill_rounds(asked.out or Path(temporary), asked.rounds, asked.seed, show=True)
         print(f"{sum(result.kills.values())} kills {dict(result.kills)} in {time.monotonic() - begin:.0f} s: "
               f"{result.answers} answers, {result.retried} after a retry, {len(result.wrong)} wrong, "
               f"{len(result.failed)} failed, the slowest after {result.slowest_s:.1f} s")  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from penstock.cluster.agent import AgentSettings, EngineAgent
-from penstock.cluster.placed import EngineReport, PlacedRequest
+from penstock.cluster.placed import EngineReport, LinkReport, PlacedRequest
 from penstock.cluster.router import ClusterEngine, RouterSettings
 from penstock.cluster.wire import EngineCard
 from penstock.engine.api import GenerationRequest, TokenEvent
@@ -64,6 +64,7 @@ class CountingHost:
         self.cancelled: list[tuple[str, int | None]] = []
         self.replanned: list[tuple[str, str]] = []
         self.storage_up = True
+        self.links: list[LinkReport] = []
         self.peers: dict[str, CountingHost] = {}  # decode hosts by relay address
         self._early: dict[str, int] = {}  # first tokens that came before their decode part
         self._parts: dict[str, _Part] = {}
@@ -109,7 +110,10 @@ class CountingHost:
             self._changed.notify_all()
 
     def report(self) -> EngineReport:
-        return EngineReport(unfinished=len(self._parts), total_pages=1000, free_pages=1000, storage_up=self.storage_up)
+        return EngineReport(
+            unfinished=len(self._parts), total_pages=1000, free_pages=1000, storage_up=self.storage_up,
+            links=self.links,
+        )  # fmt: skip
 
     def healthy(self) -> tuple[bool, str]:
         return True, "ok"

@@ -45,6 +45,13 @@ def test_modelled_engines_move_every_byte(read: str) -> None:
             buffer = pair.decode[0].buffer
             assert buffer is not None and buffer.loaded_bytes == through * size
             assert buffer.received_bytes == (22 - through) * size
+            links = {link.direction: link for link in pair.prefill[0].report().links}
+            assert (links["read"].load_bytes_per_s > 0) == (through > 0)
+            assert links["hand-off"].load_bytes_per_s > 0
+            assert {link.relay for link in links.values()} == {pair.decode[0].relay_address}
+            assert not any(link.backlog_bytes for link in links.values())
+            assert (pair.prefill[0].report().storage_load_bytes_per_s > 0) == (through < 20)
+            assert (pair.decode[0].report().storage_load_bytes_per_s > 0) == (through > 0)
             assert {label for label, _, _ in question.prefill.report.spans} >= {"fetch", "compute"}
 
 

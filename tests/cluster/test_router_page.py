@@ -15,11 +15,18 @@ import pytest
 from router_rig import Cluster, CountingHost, cluster, wait_until
 
 from penstock.cluster.live_view import ui_routes
+from penstock.cluster.placed import LinkReport
 from penstock.server.app import ServerApp
 from penstock.server.run import HttpServer, bind, url_of
 from penstock.server.settings import ServerSettings
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+LINKS = [
+    LinkReport(relay="d:1", direction="read", load_bytes_per_s=30e6, backlog_bytes=60_000_000, bytes_per_s=40e6),
+    LinkReport(relay="d:1", direction="hand-off", load_bytes_per_s=1e6, backlog_bytes=0, bytes_per_s=0.0),
+]
 
 
 @contextmanager
@@ -43,7 +50,9 @@ def page_of(c: Cluster) -> Iterator[str]:
 def busy() -> Iterator[tuple[Cluster, str]]:
     """Requests in every stage on two hosts, and finished ones."""
     with cluster() as c:
-        prefill = c.engine("p", "prefill", CountingHost())
+        prefill = CountingHost()
+        prefill.links = LINKS
+        c.engine("p", "prefill", prefill)
         c.engine("d", "decode", CountingHost())
         for number in range(4):
             c.ask([number, 1], 6).wait()
@@ -71,6 +80,11 @@ def test_the_data_names_hosts_engines_links_queues_and_requests() -> None:
         assert data["healthy"] and data["open"] == 4
         assert {host["name"] for host in data["hosts"]} == {"host-p", "host-d"}
         assert all(host["storage"]["up"] for host in data["hosts"])
+        read, handed = data["links"]
+        assert (read["from"], read["to"], read["what"]) == ("d", "p", "read")
+        assert (handed["from"], handed["to"], handed["what"]) == ("p", "d", "hand-off")
+        assert read["load_bytes_per_s"] == 30e6 and read["backlog_s"] == 1.5
+        assert handed["bytes_per_s"] is None and handed["backlog_s"] is None
         assert data["queues"] == {"wait_router": 0, "prefill": 1, "hand-off": 0, "decode": 3}
         assert {request["stage"] for request in data["requests"]} == {"prefill", "decode"}
         assert all(request["spans"] for request in data["requests"]) and len(data["recent"]) == 4
@@ -97,7 +111,17 @@ def test_the_page_in_a_headless_browser(tmp_path: Path) -> None:
             if more == ["--dump-dom"]:
                 shown = ended.stdout.partition("<script>")[0]
     assert "healthy" in shown and "no answer from the router" not in shown, shown[-3000:]
-    for text in ("host-p", "host-d", "storage NIC", "prefill · 0 tokens", "decode · 3 tokens · d"):
+    for text in (
+        "host-p",
+        "host-d",
+        "storage NIC",
+        "hand-off",
+        "29 MiB/s",
+        "57 MiB",
+        "1.50 s",
+        "prefill · 0 tokens",
+        "decode · 3 tokens · d",
+    ):
         assert text in shown
     assert len(re.findall('class="row"', shown)) == 8  # four open requests and four finished ones
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000

@@ -6,7 +6,7 @@ from typing import Any
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
-from penstock.core.guest_costs import PROBE_EVERY, STEP_TOKENS_LEAST
+from penstock.core.guest_costs import PROBE_EVERY, STEP_TOKENS_LEAST, prefill_tokens_max
 from penstock.core.guest_records import Landed
 from penstock.core.guest_scheduler import GuestOperation, GuestScheduler
 from penstock.core.keys import block_keys, root_key
@@ -203,9 +203,60 @@ def test_a_request_that_waits_for_its_link_is_computed_once_the_processor_is_fre
     desk.brain.finish("busy", desk.now)
     before = desk.brain.counters.get("computed_instead_tokens", 0)
     assert desk.brain.matched("waits", 0, desk.now) == 0
+    assert desk.brain.counters.get("computed_instead_tokens", 0) == before, "the host has not begun to compute it"
+    desk.brain.started("waits", desk.now)
     assert desk.brain.counters["computed_instead_tokens"] == before + 6 * BLOCK
     wanted = set(block_keys(tokens_of(4, 6), FINGERPRINT, "", BLOCK))
     assert not [op for op in desk.decide() if isinstance(op, Fetch) and op.key in wanted]
+
+
+def test_what_was_to_be_computed_is_loaded_once_the_link_is_free() -> None:
+    desk = measured_desk(policy="fcfs")
+    desk.submit("first", tokens_of(2, 20))
+    desk.submit("waits", tokens_of(4, 6))
+    desk.decide()
+    assert desk.brain.matched("waits", 0, desk.now) == 0, "computing is faster than the queue of the link"
+    desk.submit("busy", tokens_of(3, 40), hits=0)
+    desk.brain.started("busy", desk.now)
+    desk.brain.finish("first", desk.now)
+    assert desk.brain.matched("waits", 0, desk.now) == 6 * BLOCK, "the host did not get to it, and the link is free now"
+
+
+def wait_until_first(age_delays: float, delay_s: float) -> float:
+    """How long a request with a late deadline waits until it goes before an urgent one, where others were delayed by
+    `delay_s` before."""
+    desk = Desk(policy="edf", fetch_window_blocks=1)
+    desk.brain = GuestScheduler(desk.brain.config, desk.brain.cost, age_delays)
+    for number in range(3):
+        name = f"before{number}"
+        desk.submit(name, tokens_of(number, 1), hits=0)
+        desk.brain.started(name, desk.now)
+        desk.now += delay_s
+        desk.brain.prefilled(name, desk.now)
+        desk.brain.finish(name, desk.now)
+    desk.submit("late", tokens_of(10, 1), slo_s=1e3)
+    begin_s = desk.now
+    while desk.now < begin_s + 100:
+        desk.submit(f"urgent{desk.now}", tokens_of(20, 1), slo_s=1.0)
+        desk.decide()
+        late, urgent = desk.brain.rank("late"), desk.brain.rank(f"urgent{desk.now}")
+        assert late is not None and urgent is not None
+        if late < urgent:
+            break
+        desk.brain.finish(f"urgent{desk.now}", desk.now)
+        desk.now += 0.1
+    return desk.now - begin_s
+
+
+def test_a_request_goes_first_once_it_was_delayed_much_longer_than_others() -> None:
+    assert 1.9 < wait_until_first(2.0, delay_s=1.0) < 2.2
+    assert 5.9 < wait_until_first(2.0, delay_s=3.0) < 6.2
+    assert 59.9 < wait_until_first(0.0, delay_s=1.0) < 60.2, "only the bound counts"
+
+
+def test_a_prefill_leaves_room_in_a_step_for_requests_whose_load_is_over() -> None:
+    assert prefill_tokens_max(300, 7) == 293
+    assert prefill_tokens_max(300, 1000) == 150
 
 
 def test_pages_are_given_no_further_ahead_than_the_link_is_busy_soon() -> None:
@@ -229,7 +280,7 @@ def test_steps_are_short_while_loads_land() -> None:
     assert desk.brain.step_tokens_max() == STEP_TOKENS_LEAST, "0.1 s are 10 tokens here"
 
 
-def test_loads_take_at_most_half_of_the_hosts_pages_unless_there_are_no_others() -> None:
+def test_loads_leave_the_host_a_part_of_its_pages_unless_there_are_no_others() -> None:
     desk = Desk(l1_pages=8)
     desk.submit("big", tokens_of(1, 6))
     desk.submit("other", tokens_of(2, 3))

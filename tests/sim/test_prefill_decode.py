@@ -22,11 +22,12 @@ from penstock.sim.cluster_shape import (
     System,
 )
 from penstock.sim.decode_engine import DecodeEngine
+from penstock.sim.experiments.dualpath_online import bound_per_s
 from penstock.sim.fifo_link import FifoLink
 from penstock.sim.fluid_bound import fluid_bound
 from penstock.sim.prefill_decode import Fault, PrefillDecodeCluster, Settings
 from penstock.sim.served_model import Gpu, load_model, model_names
-from penstock.sim.serving_run import Bench, Slo
+from penstock.sim.serving_run import Bench, Slo, capacity
 
 SHAPE = ClusterShape(2, 2, 2, 2, gpus=8)
 MODEL = load_model("deepseek-660b-like")
@@ -165,6 +166,16 @@ def test_slo_is_kept_at_a_low_rate_and_not_at_a_high_one() -> None:
     bench = Bench(replace(SHAPE, storage_nic_bytes_per_s=2.0e9), MODEL, SHORT)
     assert Slo().kept(bench.online(SPLIT, 0.5, 40.0, 0).record, 40.0)[0]
     assert not Slo().kept(bench.online(BASIC, 40.0, 40.0, 0).record, 40.0)[0]
+
+
+def test_capacity_lies_where_a_limit_begins_to_bind_and_bounds_follow_the_nics_in_use() -> None:
+    bench = Bench(replace(SHAPE, storage_nic_bytes_per_s=2.0e9), MODEL, SHORT)
+    found = capacity(bench, BASIC, Slo(), low=0.5, high=40.0, arrivals_s=40.0, seed=0, steps=4)
+    assert 0.5 < found.agents_per_s < 40.0
+    assert found.ttft_s <= 4.0 and found.tpot_s <= 0.05
+    assert found.beyond_ttft_s > 4.0 or found.beyond_tpot_s > 0.05
+    basic, paper, oracle = (bound_per_s(bench, system) for system in (BASIC, PAPER, ORACLE))
+    assert paper == pytest.approx(2 * basic) and oracle > paper
 
 
 class Sequence:

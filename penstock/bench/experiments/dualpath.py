@@ -140,7 +140,7 @@ def _measure(
         topologies = [Topology(1, 1)] if quick else [Topology(1, 1), Topology(1, 2)]
         online.measure_online(report, scale, topologies, 1 if quick else online.STEPS, progress, unique)
     if "lanes" in parts:
-        online.measure_tpot(report, scale, 1 if quick else 3, progress, unique)
+        online.measure_tpot(report, scale, 1 if quick else online.TPOT_REPEATS, progress, unique)
     if "outputs" in parts:
         task = progress.add_task("outputs", total=None)
         measure_outputs(report, folder, scale, unique, lambda text: progress.update(task, description=text))

@@ -20,7 +20,7 @@ from penstock.sim.served_model import Gpu, ServedModel
 NAMES = {LAYERWISE.name: "basic", PAPER.name: "paper", SPLIT.name: "split"}
 SYSTEMS = (LAYERWISE, PAPER, SPLIT)
 GAIN_GOAL, LIMIT_SHARE_GOAL, EQUAL_GOAL, BALANCE_GOAL, ERROR_GOAL = 1.78, 0.9, 1.05, 1.18, 0.15
-LONGEST_TOKENS = 65_536  # of the table
+LONGEST = "64K"  # row of the table
 TRACE, CONTEXT_TOKENS_MAX = "trace", 8192  # divided already
 
 
@@ -53,14 +53,16 @@ class Cell:
 
 
 def workload(name: str, scale: Scale, size: Size, traces: Path | None, seed: int = 1) -> list[Agent]:
-    """A row of DualPath's table, or recorded sessions, all lengths divided; of shorter rows more agents, so that their
-    KV is as much. Raises TraceError or ValueError."""
+    """A row of DualPath's table, or recorded sessions, all lengths divided. Agents of shorter rows have fewer turns, as
+    in the table, and are more, so that the KV to read is as much. Raises TraceError or ValueError."""
     vocabulary, divisor = scale.profile().vocab_size, scale.token_divisor
     if name == TRACE:
         assert traces is not None, "a trace without its path"
         return recorded(traces, size.agents, size.turns, divisor, CONTEXT_TOKENS_MAX, seed, vocabulary)
-    agents = size.agents * LONGEST_TOKENS // AGENT_TABLES[name].length_tokens_max
-    return generated(name, agents, size.turns, divisor, seed, vocabulary)
+    table = AGENT_TABLES[name]
+    turns = max(1, round(size.turns * table.turns / AGENT_TABLES[LONGEST].turns))
+    whole = size.agents * size.turns * AGENT_TABLES[LONGEST].length_tokens_max / table.length_tokens_max
+    return generated(name, round(whole / turns), turns, divisor, seed, vocabulary)
 
 
 def cells_of(names: Sequence[str], scale: Scale, size: Size, traces: Path | None) -> list[tuple[Cell, int]]:

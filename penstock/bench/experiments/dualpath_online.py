@@ -22,6 +22,7 @@ from penstock.sim.cluster_shape import LAYERWISE, SPLIT, System
 PAPER_TTFT_S, PAPER_TPOT_S = 4.0, 0.05
 CAPACITY_GOAL, TPOT_GOAL = 1.96, 1.05
 STEPS = 3
+TPOT_REPEATS = 5
 SHARES = (0.6, 1.0)  # of the rate at which a system's storage NICs are full: where its capacity is looked for
 AGENTS_PER_NIC = 70  # each with one turn: so few at work at once would find the turn before in memory, not in storage
 FOREGROUND, ANSWER_TOKENS, QUESTION_TOKENS = 4, 80, 600
@@ -113,7 +114,7 @@ def _title(topology: Topology, system: System, rate: float) -> str:
 def measure_tpot(report: Report, scale: Scale, repeats: int, progress: Progress, unique: Callable[[], str]) -> None:
     """Time per token of requests that decode alone, and while others' KV is read through the same engine at full
     speed; with and without the way to the decode engine. The others' prompts end with a whole block and one token, so
-    that the decode engine does not compute for them."""
+    that the decode engine does not compute for them. Of each run the mean, of the runs the median."""
     rng = random.Random(5)
     foreground = [_question(rng, number, scale) for number in range(FOREGROUND)]
     bulk = [_whole_blocks(agent) for agent in workload("64K", scale, BULK, None, seed=4)]
@@ -134,13 +135,13 @@ def measure_tpot(report: Report, scale: Scale, repeats: int, progress: Progress,
                     raise RuntimeError(f"{title}: a request failed: {run.failed[0]}")
                 first = len(agents) - len(foreground)
                 mine = [answered for answered in run.answered if answered.agent >= first]
-                tpots[loaded] += [answered.tpot_s for answered in mine]
-                steps[loaded] += [answered.step_s for answered in mine]
+                tpots[loaded].append(statistics.fmean(answered.tpot_s for answered in mine))
+                steps[loaded].append(statistics.fmean(answered.step_s for answered in mine))
                 if loaded:
                     start_s, end_s = min(a.second_s for a in mine), max(a.last_s for a in mine)
                     read.append(sum(run.loads.between(start_s, end_s)) / (end_s - start_s) / raw)
     for name, values in (("tpot", tpots), ("step", steps)):
-        alone, beside = statistics.fmean(values[False]), statistics.fmean(values[True])
+        alone, beside = statistics.median(values[False]), statistics.median(values[True])
         report.figure(f"lanes_{name}_alone_s", alone)
         report.figure(f"lanes_{name}_beside_bulk_s", beside)
         report.figure(f"lanes_{name}_ratio", beside / alone, TPOT_GOAL)

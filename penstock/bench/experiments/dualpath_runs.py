@@ -187,7 +187,7 @@ def run_agents(
     """All agents from the beginning (offline), or each from its start on. The pool holds their contexts, and the
     router knows of them. Raises TimeoutError, PoolError or ProcessFailed."""
     bed.fill(agents, tenant)
-    with bed.router(system) as router, bed.watched() as loads:
+    with bed.router(system, agents) as router, bed.watched() as loads:
         for agent in agents:
             first = agent.turns[0]
             router.remember(first.prompt[: first.hit_tokens], tenant)

@@ -15,10 +15,11 @@ from typing import Self
 
 import numpy as np
 
-from penstock.bench.experiments.dualpath_agents import BLOCK_TOKENS, Agent
+from penstock.bench.experiments.dualpath_agents import BLOCK_TOKENS, Agent, trajectories
 from penstock.bench.namespaces import Namespace, connect, received_bytes, switch
 from penstock.bench.pool_fill import fill_pool
 from penstock.bench.processes import ReadyProcess, pool_process, serve_process
+from penstock.cluster.engine_accounts import prompt_tokens_per_s
 from penstock.cluster.router import ClusterEngine, RouterSettings
 from penstock.core.config import Mode
 from penstock.core.keys import KeyChain, root_key
@@ -26,6 +27,7 @@ from penstock.core.new_block import NewBlock, prefix_position, tenant_tag
 from penstock.core.placing import InterEngineConfig
 from penstock.engine.modelled_runner import ModelledRunner
 from penstock.engine.profile import Profile, load_profile
+from penstock.sim.agents import load_of
 from penstock.sim.cluster_shape import System
 from penstock.transport.connect import connect_pool
 from penstock.transport.secret import Secret
@@ -33,6 +35,7 @@ from penstock.transport.secret import Secret
 PROFILE = "h100-llama-3.1-8b"
 ROUTER_ADDRESS, ROUTER_PORT, POOL_PORT = "10.2.0.1", 7100, 7070
 REGISTER_S = 30.0
+BETA_S = 5.0  # the paper's
 STORAGE, COMPUTE = "storage", "compute"
 
 
@@ -88,12 +91,15 @@ class Topology:
         return [(f"p{i}", "prefill") for i in range(self.prefill)] + [(f"d{i}", "decode") for i in range(self.decode)]
 
 
-def brain_of(system: System, scale: Scale) -> InterEngineConfig:
-    """The policies of a system, for the live router."""
-    return system.brain(
-        compute=scale.profile().compute_cost() if system.weigh else None,
-        part_tokens_min=max(BLOCK_TOKENS, 1024 // scale.token_divisor),
-    )
+def brain_of(system: System, scale: Scale, agents: Sequence[Agent] = ()) -> InterEngineConfig:
+    """The policies of a system, for the live router. Where prefill engines are balanced by tokens, as in the paper, an
+    engine gets through as many in a second as of these agents' prompts, hits included (as the simulator has it)."""
+    beta_s = BETA_S
+    if agents and not system.weigh:
+        cost = scale.profile().compute_cost()
+        load = load_of(trajectories(agents), cost)
+        beta_s *= load.prompt_tokens / load.compute_s / prompt_tokens_per_s(cost)
+    return system.brain(beta_s=beta_s, part_tokens_min=max(BLOCK_TOKENS, 1024 // scale.token_divisor))
 
 
 def mode_of(system: System) -> Mode:
@@ -187,11 +193,11 @@ class Testbed:
         return [*where, *cluster, *model, *sizes, *pool, *(relay if host.role == "decode" else [])]
 
     @contextlib.contextmanager
-    def router(self, system: System) -> Iterator[ClusterEngine]:
-        """A router of that system's policies, with every engine registered. Raises TimeoutError."""
+    def router(self, system: System, agents: Sequence[Agent] = ()) -> Iterator[ClusterEngine]:
+        """A router of that system's policies for these agents, with every engine registered. Raises TimeoutError."""
         sock = self.switch_host.listen(ROUTER_ADDRESS, ROUTER_PORT)
         sock.listen()
-        settings = RouterSettings(grace_s=0.0, brain=brain_of(system, self.scale))
+        settings = RouterSettings(grace_s=0.0, brain=brain_of(system, self.scale, agents))
         router = ClusterEngine(sock, Secret(self.secret.encode()), settings)
         try:
             end_s = time.monotonic() + REGISTER_S

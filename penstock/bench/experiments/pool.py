@@ -33,6 +33,10 @@ def pool(
         list[str] | None, typer.Option(help=f"Contexts: {', '.join(CONTEXT_NAMES)}. Default: all.")
     ] = None,
     quick: Annotated[bool, typer.Option(help="One short repeat of everything: checks that it runs.")] = False,
+    time_factor: Annotated[
+        float | None,
+        typer.Option(min=0.1, max=100, help="ttft, ablation: times are the paper's times this. Default: 1.5 or 3."),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     record: Annotated[Path | None, typer.Option(help="Write the runs to this file, for penstock sim validate.")] = None,
 ) -> None:
@@ -52,7 +56,10 @@ def pool(
             task = bar.add_task("start", total=None)
             step = partial(bar.update, task)
             runs: list[RecordedRun] = []
-            _measure(report, Path(folder), parts, models, contexts, quick, lambda text: step(description=text), runs)
+            _measure(
+                report, Path(folder), parts, models, contexts, quick, time_factor,
+                lambda text: step(description=text), runs,
+            )  # fmt: skip
     except (OSError, ValueError, RuntimeError, PoolError) as error:
         console.print(f"bench pool: {error}", style="red", markup=False)
         raise typer.Exit(1) from error
@@ -78,6 +85,7 @@ def _measure(
     models: Sequence[str],
     contexts: Sequence[str],
     quick: bool,
+    time_factor: float | None,
     step: Callable[[str], None],
     runs: list[RecordedRun],
 ) -> None:
@@ -98,7 +106,7 @@ def _measure(
     if "reads" in parts:
         measure_reads(report, folder, models, contexts, repeats["reads"], not quick, step)
     if {"ttft", "ablation"} & set(parts):
-        measure_ttft(report, folder, models, contexts, repeats["ttft"], kernel_s_per_gb, parts, step, runs)
+        measure_ttft(report, folder, models, contexts, repeats["ttft"], kernel_s_per_gb, parts, time_factor, step, runs)
     if "many" in parts:
         measure_many(report, folder, 1.0 if quick else run_s["many"], step)
     if "sweep" in parts:

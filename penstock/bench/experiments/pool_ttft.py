@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from penstock.bench.experiments.pool_rig import (
@@ -96,13 +96,15 @@ def measure_ttft(
     repeats: int,
     kernel_s_per_gb: float,
     parts: Sequence[str],
+    time_factor: float | None,
     step: Callable[[str], None],
     runs: list[RecordedRun],
 ) -> None:
     """Part `ttft`: ours against the serial baseline at every context, against all baselines at the longest.
-    Part `ablation`: ours against each half of it, at the longest."""
+    Part `ablation`: ours against each half of it, at the longest. `time_factor` None: each model's own."""
     every = systems(kernel_s_per_gb, paper_kernel_s_per_gb())
     for name in models:
+        model = replace(MODELS[name], time_factor=time_factor or MODELS[name].time_factor)
         for context in contexts:
             longest = context == contexts[-1]
             names = [OURS]
@@ -112,8 +114,8 @@ def measure_ttft(
                 names += ["serial_here", *BASELINES] if longest else ["serial"]
             if len(names) > 1:
                 chosen = {system: every[system] for system in names}
-                found = _measure(folder, MODELS[name], context, chosen, repeats, step, runs)
-                _conclude(report, MODELS[name], context, found)
+                found = _measure(folder, model, context, chosen, repeats, step, runs)
+                _conclude(report, model, context, found)
     report.modelled += [
         f"ttft: compute and uploads take the time of profiles, uploads at {UPLOAD_BYTES_PER_S / 1e9:g} GB/s; devices "
         f"are paced to memory {MEMORY_BYTES_PER_S / 1e9:g} GB/s, SSD {SSD_BYTES_PER_S / 1e9:g} GB/s (not in the paper)",
@@ -145,6 +147,8 @@ def _measure(
     runner = ModelledRunner(profile, BLOCK_TOKENS)
     runner.allocate(blocks)
     found = {name: Measured() for name in chosen}
+    overheads = _Overheads()
+    asked: list[tuple[str, str, RequestReport]] = []
     with contextlib.ExitStack() as stack:
         stack.callback(runner.close)
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
@@ -165,11 +169,13 @@ def _measure(
                 warmed, report = ask(rigs[name], system.mode, runner, (warm, one), blocks)
                 assert report.ttft_s is not None
                 found[name].ttft_s.append(report.ttft_s / model.time_factor)
-                if not system.arrangement.serial:
-                    label = f"{model.name} {context} {name}, repeat {repeat + 1}"
-                    runs.append(_recorded(label, rigs[name], system.mode, runner, one, blocks, warmed, report))
+                overheads.add(warmed, _fetch_s(rigs[name], system, warm, model.block_bytes), profile)
+                asked.append((f"{model.name} {context} {name}, repeat {repeat + 1}", name, report))
                 blocked_s = report.ttft_s - report.measured_compute_s
                 found[name].blocked_s.append(blocked_s / model.time_factor)
+        for label, name, report in asked:
+            config = engine_config(runner, chosen[name].mode, blocks, blocks)
+            runs.append(_recorded(label, config, rigs[name], chosen[name], profile, one, overheads, report))
     return found
 
 
@@ -203,32 +209,64 @@ def ask(rig: Rig, mode: Mode, runner: ModelledRunner, asked: Sequence[Document],
         engine.close(10.0)
 
 
+@dataclass(slots=True)
+class _Overheads:
+    """What small requests, which are not recorded, took beside the bytes and batches that are modelled."""
+
+    lookups_s: list[float] = field(default_factory=list)
+    fetches_s: list[float] = field(default_factory=list)
+    batches_s: list[float] = field(default_factory=list)
+
+    def add(self, small: RequestReport, fetch_s: float, profile: Profile) -> None:
+        """`fetch_s`: what its blocks take on the devices."""
+        ends_s = {label: end for label, _, end in small.spans if label in ("lookup", "fetch")}
+        computed = [(small.prompt_tokens - small.cached_tokens, small.cached_tokens)]
+        self.lookups_s.append(ends_s["lookup"])
+        self.fetches_s.append(ends_s["fetch"] - ends_s["lookup"] - fetch_s)
+        self.batches_s.append(small.measured_compute_s - profile.compute_cost().seconds(computed))
+
+
+def _held(rig: Rig, one: Document) -> tuple[list[str], dict[str, float]]:
+    """The device of each block of a document, and the devices' bandwidths."""
+    members = [member.name for member in rig.pool.stat(5.0).members]
+    held = [hit.route[0] for hit in rig.pool.lookup(one.keys, 5.0) if hit is not None]
+    return held, dict(zip(members, rig.speeds, strict=True))
+
+
+def _fetch_s(rig: Rig, system: System, one: Document, block_bytes: int) -> float:
+    """What a document's blocks take on the devices."""
+    held, speeds = _held(rig, one)
+    devices_s = [held.count(name) * block_bytes / speed for name, speed in speeds.items()]
+    return sum(devices_s) if system.arrangement.serial else max(devices_s)
+
+
 def _recorded(
     label: str,
+    config: SchedulerConfig,
     rig: Rig,
-    mode: Mode,
-    runner: ModelledRunner,
+    system: System,
+    modelled: Profile,
     one: Document,
-    blocks: int,
-    warmed: RequestReport,
+    overheads: _Overheads,
     report: RequestReport,
 ) -> RecordedRun:
-    """The request as it was, to be simulated; overheads are those of the small request before it."""
-    held = [hit.route for hit in rig.pool.lookup(one.keys, 5.0) if hit is not None]
+    """The request as it was, to be simulated; overheads are medians over the small requests."""
+    held, speeds = _held(rig, one)
+    if system.arrangement.serial:  # devices that take turns are one link, with the time that each takes for its share
+        speeds = {"devices": len(held) / sum(1 / speeds[name] for name in held)}
+        held = ["devices"] * len(held)
     routes = sorted(set(held))
-    speeds = {member.name: speed for member, speed in zip(rig.pool.stat(5.0).members, rig.speeds, strict=True)}
-    compute = runner.profile.compute_cost()
-    modelled_s = compute.seconds([(warmed.prompt_tokens - warmed.cached_tokens, warmed.cached_tokens)])
+    compute = modelled.compute_cost()
     profile = RecordedProfile(
-        routes, speeds, runner.profile.upload_bytes_per_s, (compute.a, compute.b, compute.c),
-        sum(end - start for label, start, end in warmed.spans if label == "lookup"), 0.0,
-        max(0.0, warmed.measured_compute_s - modelled_s),
+        [(name,) for name in routes], speeds, modelled.upload_bytes_per_s, (compute.a, compute.b, compute.c),
+        statistics.median(overheads.lookups_s), max(0.0, statistics.median(overheads.fetches_s)),
+        max(0.0, statistics.median(overheads.batches_s)),
     )  # fmt: skip
     assert report.ttft_s is not None
     request = RecordedRequest(
-        0.0, report.prompt_tokens, [routes.index(route) for route in held], REQUEST_TIMEOUT_S, report.ttft_s
+        0.0, report.prompt_tokens, [routes.index(name) for name in held], REQUEST_TIMEOUT_S, report.ttft_s
     )
-    return RecordedRun(label, asdict(engine_config(runner, mode, blocks, blocks)), profile, [request])
+    return RecordedRun(label, asdict(config), profile, [request])
 
 
 def _ask_one(engine: Engine, one: Document, wanted_bytes: int) -> RequestReport:

@@ -6,11 +6,12 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from penstock.bench.deadlines import RequestName, TtftModel, deadlines_s
 from penstock.bench.experiments.vllm_loads import (
+    DATASETS,
     Trace,
     agents,
     alone,
@@ -104,9 +105,13 @@ class Measurement:
         workloads = [dataset(name, plan.requests, plan.seed) for name in plan.datasets]
         for workload in workloads:
             self._fill(contexts_of(workload))
-        deadlines_by_name = self._calibrate(workloads)
+        if not workloads:  # traces only: what the baseline takes alone is still measured
+            self._fill(contexts_of(_some_requests(plan.seed)))
+        self.found.model = model = self._alone(workloads or [_some_requests(plan.seed)])
         for workload in workloads:
-            self._dataset(workload, deadlines_by_name[workload.name])
+            self._capacity(workload)
+        for workload in workloads:
+            self._dataset(workload, deadlines_s(workload, warm_tokens(workload), model))
         for trace in self._traces():
             self._trace(trace)
         return self.found
@@ -148,9 +153,9 @@ class Measurement:
             for done in [pool.submit(one, server) for server in stores]:
                 done.result()
 
-    def _calibrate(self, workloads: Sequence[Workload]) -> dict[str, dict[RequestName, float]]:
+    def _alone(self, workloads: Sequence[Workload]) -> TtftModel:
         """The baseline without interference: some of the requests alone, and prompts that no store holds. The fit over
-        them gives every request's deadline; then its capacity, a closed loop of all requests."""
+        them gives every request's deadline."""
         server = self._servers[self._plan.baseline]
         self._step(f"{server.system}: requests alone")
         records: list[RequestRecord] = []
@@ -163,14 +168,16 @@ class Measurement:
         run = server.replay(never_seen(NEVER_SEEN_REQUESTS), {}, _ignore)
         _check(run, "alone")
         server.reset()
-        self.found.model = model = TtftModel.fit([*records, *run.records])
-        for workload in workloads:
-            self._step(f"{server.system}: capacity for {workload.name}")
-            run = server.replay(workload, {}, self._advance, at_once=CAPACITY_AT_ONCE)
-            _check(run, "capacity")
-            server.reset()
-            self.found.capacity_per_s[workload.name] = workload.requests / run.wall_s
-        return {workload.name: deadlines_s(workload, warm_tokens(workload), model) for workload in workloads}
+        return TtftModel.fit([*records, *run.records])
+
+    def _capacity(self, workload: Workload) -> None:
+        """What the baseline serves in a closed loop of all requests."""
+        server = self._servers[self._plan.baseline]
+        self._step(f"{server.system}: capacity for {workload.name}")
+        run = server.replay(workload, {}, self._advance, at_once=CAPACITY_AT_ONCE)
+        _check(run, "capacity")
+        server.reset()
+        self.found.capacity_per_s[workload.name] = workload.requests / run.wall_s
 
     def _dataset(self, workload: Workload, deadlines: dict[RequestName, float]) -> None:
         """CALVO's requests: Poisson arrivals at the plan's share of the baseline's capacity. Without a store all of it
@@ -214,6 +221,11 @@ class Measurement:
         server = self._servers[system]
         self.found.add(name, server.replay(requests, deadlines, self._advance))
         server.reset()
+
+
+def _some_requests(seed: int) -> Workload:
+    """What is run alone where no dataset is asked for."""
+    return replace(dataset(DATASETS[0], ALONE_REQUESTS, seed), name="alone")
 
 
 def _ignore(_: object) -> None:

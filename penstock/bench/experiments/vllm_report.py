@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from penstock.bench.summary import outputs_equal
 
 TTFT_GOAL, SLO_GOAL, THROUGHPUT_GOAL = 2.0, 1.6167, 1.0
 LEAST = 0.01
+_RECORDED = ("session", "turn", "arrival_s", "prompt_tokens", "cached_tokens", "ttft_s", "total_s", "slo_s", "error")
 Value = Callable[[Run], float]
 
 
@@ -193,6 +195,20 @@ def _spread(report: Report, name: str, ratios: Sequence[float], limit: float | N
     report.figure(name, statistics.median(ratios), limit)
     report.figure(f"{name}_low", min(ratios))
     report.figure(f"{name}_high", max(ratios))
+
+
+def write_requests(path: Path, found: Found) -> None:
+    """Every request of every run as the client saw it, a line of JSON each; the folder is made when absent. Times are
+    seconds, `arrival_s` from the start of its run; `repeat` counts from 1."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for name, runs in found.runs.items():
+            for system, of in runs.items():
+                for repeat, run in enumerate(of, 1):
+                    for record in run.records:
+                        line = {"workload": name, "system": system, "repeat": repeat}
+                        line |= {field: getattr(record, field) for field in _RECORDED}
+                        file.write(json.dumps(line) + "\n")
 
 
 _SHOWN: dict[str, tuple[Value, Callable[[float], str]]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +36,8 @@ RATES = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5)
 COUPLED = "coupled"
 HIT_RATIOS = (0.25, 0.5, 0.75, 1.0)
 HIT_RATIO_RATE = 0.7
+MIXED_LINKS, MIXED_RATES = (1.0, 0.125), (0.5, 1.0, 1.5)  # shares of the fetch link, of the baseline's capacity
+RECOMPUTE_LINKS = (1.0, 0.25)
 PAPER_SLO_GAIN, PAPER_TTFT_CUT = 1.6167, 0.813
 SLO_GAIN_GOAL = 2.0
 
@@ -53,10 +55,12 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """One engine of the paper and its fetch link."""
+    """One engine of the paper and its fetch link. `recompute`: it may compute the front of a hit while the rest loads
+    (the baseline never does)."""
 
     model: str
     fetch_bytes_per_s: float
+    recompute: bool = False
 
     @property
     def profile(self) -> Profile:
@@ -76,6 +80,7 @@ class Machine:
             l2_slots=int(HOST_BYTES / self.block_bytes),
             mode=mode,
             policy=policy,
+            recompute=self.recompute and mode == "penstock",
             max_batch_tokens=8192,
             fetch_window_blocks=2,
         )
@@ -105,6 +110,12 @@ class Machine:
     def load_s(self, job: Job) -> float:
         """On the fetch link, the slowest."""
         return job.warm_tokens * self.profile.layers * self.profile.layer_bytes_per_token / self.fetch_bytes_per_s
+
+    def load_over_compute(self, job: Job) -> float:
+        """Time to load the job's whole prompt over the time to compute it."""
+        tokens = len(job.tokens)
+        whole = replace(job, warm_tokens=tokens)
+        return self.load_s(whole) / self.profile.compute_cost().seconds([(tokens, 0)])
 
     def compute_s(self, job: Job) -> float:
         return self.profile.compute_cost().seconds([(len(job.tokens) - job.warm_tokens, job.warm_tokens)])
@@ -181,12 +192,13 @@ class Dataset:
         self.alone_s = [machine.ttfts_s([job], [0.0], [1e5], "coupled", "fcfs")[0] for job in self.jobs]
         self.capacity_per_s = len(self.jobs) / sum(self.alone_s)
 
-    def run(self, policy: str, rate_per_s: float, cell: Cell) -> None:
+    def run(self, policy: str, rate_per_s: float, cell: Cell, *, recompute: bool = False) -> None:
         starts_s = [job.arrival / rate_per_s for job in self.jobs]
         slos_s = [alone * job.slo_multiplier for alone, job in zip(self.alone_s, self.jobs, strict=True)]
         mode: Mode = "coupled" if policy == COUPLED else "penstock"
         order: Policy = "fcfs" if policy == COUPLED else policy  # type: ignore[assignment]
-        ttfts_s = self.machine.ttfts_s(self.jobs, starts_s, slos_s, mode, order)
+        machine = replace(self.machine, recompute=recompute)
+        ttfts_s = machine.ttfts_s(self.jobs, starts_s, slos_s, mode, order)
         cell.ttfts_s += ttfts_s
         cell.met += [ttft <= slo for ttft, slo in zip(ttfts_s, slos_s, strict=True)]
         cell.bounds_s.append(self.machine.fluid_bound_s(self.jobs, starts_s))
@@ -210,6 +222,7 @@ def tables(report: Report, machine: Machine, datasets: Sequence[str], rates: Seq
     for name in datasets:
         for rate in rates:
             _conclude(report, name, rate, {policy: cells[name, rate, policy] for policy in (COUPLED, *POLICIES)})
+        _recompute(report, machine, name, seeds)
     _mixed(report, machine, datasets[0], seeds)
     _ratios(report, machine, datasets[0], seeds)
 
@@ -234,17 +247,46 @@ def _conclude(report: Report, name: str, rate: float, row: dict[str, Cell]) -> N
     report.figure(f"{label}_feasible_over_best_other_slo", row["feasible"].attainment / others, 1.0)
 
 
+def _slower(machine: Machine, share: float) -> Machine:
+    return replace(machine, fetch_bytes_per_s=machine.fetch_bytes_per_s * share)
+
+
 def _mixed(report: Report, machine: Machine, name: str, seeds: int) -> None:
-    """The paper's second experiment: hit ratios drawn from 25 to 100 %."""
-    row = {policy: Cell() for policy in ("fcfs", "sjf-compute", "sjf")}
-    for seed in range(seeds):
-        dataset = Dataset(machine, name, seed, HIT_RATIOS)
-        for policy, cell in row.items():
-            dataset.run(policy, dataset.capacity_per_s, cell)
-    for policy, cell in row.items():
-        report.figure(f"mixed_1_{policy}_ttft_mean_s", cell.ttft_s)
-    report.figure("mixed_1_sjf-compute_over_fcfs_ttft", row["sjf-compute"].ttft_s / row["fcfs"].ttft_s, 1.0)
-    report.figure("mixed_1_sjf-compute_over_sjf_ttft", row["sjf-compute"].ttft_s / row["sjf"].ttft_s, 1.0)
+    """The paper's second experiment: hit ratios drawn from 25 to 100 %; also on a link so slow that loading a token
+    takes as long as computing it."""
+    for share in MIXED_LINKS:
+        datasets = [Dataset(_slower(machine, share), name, seed, HIT_RATIOS) for seed in range(seeds)]
+        ratios = [one.machine.load_over_compute(job) for one in datasets for job in one.jobs]
+        report.figure(f"mixed_link_{share:g}_load_over_compute", statistics.mean(ratios))
+        for rate in MIXED_RATES:
+            row = {policy: Cell() for policy in ("fcfs", "sjf-compute", "sjf")}
+            label = f"mixed_{rate:g}_link_{share:g}"
+            for policy, cell in row.items():
+                for one in datasets:
+                    one.run(policy, rate * one.capacity_per_s, cell)
+                report.figure(f"{label}_{policy}_ttft_mean_s", cell.ttft_s)
+                report.figure(f"{label}_{policy}_slo_attainment", cell.attainment)
+            by_compute = row["sjf-compute"]
+            report.figure(f"{label}_sjf-compute_over_fcfs_ttft", by_compute.ttft_s / row["fcfs"].ttft_s, 1.0)
+            report.figure(f"{label}_sjf-compute_over_sjf_ttft", by_compute.ttft_s / row["sjf"].ttft_s, 1.0)
+
+
+def _recompute(report: Report, machine: Machine, name: str, seeds: int) -> None:
+    """Beyond the paper: what load-or-recompute adds to each of its two orders, and to `feasible`, at the baseline's
+    capacity on the paper's fetch link and on a slower one."""
+    for share in RECOMPUTE_LINKS:
+        cells = {(policy, on): Cell() for policy in ("sjf", "lstf", "feasible") for on in (False, True)}
+        for seed in range(seeds):
+            dataset = Dataset(_slower(machine, share), name, seed)
+            for (policy, on), cell in cells.items():
+                dataset.run(policy, dataset.capacity_per_s, cell, recompute=on)
+        for policy in ("sjf", "lstf", "feasible"):
+            without, recomputing = cells[policy, False], cells[policy, True]
+            label = f"{name}_1_link_{share:g}_{policy}_recompute"
+            report.figure(f"{label}_ttft_mean_s", recomputing.ttft_s)
+            report.figure(f"{label}_slo_attainment", recomputing.attainment)
+            report.figure(f"{label}_gain_ttft", without.ttft_s / recomputing.ttft_s, 1.0)
+            report.figure(f"{label}_gain_slo", recomputing.attainment / max(without.attainment, 1e-9), 1.0)
 
 
 def _ratios(report: Report, machine: Machine, name: str, seeds: int) -> None:
@@ -265,7 +307,9 @@ def calvo_command(
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG) to this file.")] = None,
     model: Annotated[str, typer.Option(help=f"Model: {', '.join(MODELS)}.")] = "llama",
     dataset: Annotated[list[str] | None, typer.Option(help="Datasets: loogle, icl, code. Default: all.")] = None,
-    rate: Annotated[list[float] | None, typer.Option(help="Rates, as shares of the baseline's capacity.")] = None,
+    rate: Annotated[
+        list[float] | None, typer.Option(help="Rates, as shares of the baseline's capacity. Default: 0.5 to 1.5.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Workloads of each dataset.")] = 3,
     fetch_gbytes_per_s: Annotated[
         float, typer.Option(min=0.1, help="Bandwidth of the fetch link, GB/s (not in the paper).")

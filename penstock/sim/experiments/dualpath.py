@@ -35,7 +35,7 @@ def tables(report: Report, quick: bool, trace: Path | None = None, parts: Sequen
         ),
         "ablation": lambda: ablation(report, 1024 if quick else 2048),
         "ratios": lambda: ratios(report, 512 if quick else 1024),
-        "online": lambda: online(report, "64K", 600.0 if quick else 1800.0, 4 if quick else 7),
+        "online": lambda: online(report, "64K", 1800.0 if quick else 3600.0, 4 if quick else 6),
         "beyond": lambda: beyond(report, 512 if quick else 1024, trace),
         "scale": lambda: _scale(report, quick),
     }

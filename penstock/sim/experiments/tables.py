@@ -20,6 +20,9 @@ def tables(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     paper: Annotated[list[str] | None, typer.Option(help=f"Papers: {', '.join(PAPERS)}. Default: all.")] = None,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Workloads of each CALVO dataset.")] = 1,
+    trace: Annotated[
+        Path | None, typer.Option(help="Recorded sessions for what goes beyond DualPath: a folder of JSON files.")
+    ] = None,
     full: Annotated[bool, typer.Option(help="All points of DualPath: an hour or more on one core.")] = False,
 ) -> None:
     """All three papers on their own hardware; limits are the papers' figures, or bounds."""
@@ -39,7 +42,7 @@ def tables(
 
             pooling.tables(part, MODEL_NAMES, CONTEXT_NAMES)
         else:
-            dualpath.tables(part, not full)
+            dualpath.tables(part, not full, trace)
         part.print(console)
         report.add(name, part)
     if json is not None:
