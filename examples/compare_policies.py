@@ -7,9 +7,9 @@ import statistics
 
 from penstock.core.config import POLICIES, Policy, SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import KeyChain, root_key
 from penstock.core.operations import BlockHit, RequestSpec
-from penstock.core.scheduler import LoadScheduler
 from penstock.testing.virtual_body import Ended, VirtualBody
 
 BLOCK_TOKENS, BLOCK_BYTES = 256, 256 * 131_072  # Llama-3.1-8B

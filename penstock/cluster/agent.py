@@ -20,7 +20,7 @@ from typing import Literal, Protocol
 from penstock.cluster import wire
 from penstock.cluster.held import HeldPart, HeldParts
 from penstock.cluster.placed import EngineReport, PlacedRequest
-from penstock.core.membership import OwnLease
+from penstock.core.cluster.membership import OwnLease
 from penstock.engine.api import InvalidRequest, Overloaded, TokenEvent
 from penstock.transport.secret import Secret, SecretRefused, prove_as_client
 from penstock.units import format_address

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from penstock.cluster.placed import EngineReport
 from penstock.cluster.port import Engine
+from penstock.core.cluster.engine_groups import EngineSpec
+from penstock.core.cluster.inter_engine import InterEngineScheduler
 from penstock.core.cost import ComputeCost
-from penstock.core.engine_groups import EngineSpec
-from penstock.core.inter_engine import InterEngineScheduler
 
 STORAGE_BYTES_PER_S = 1e9  # of storage NICs of which nobody knows anything
 PREFILL_TOKENS_PER_S = 20_000.0  # of an engine that does not say

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from penstock.core.bounds import NodeLinks, link_use, ratio_bounds
+from penstock.core.cluster.bounds import NodeLinks, link_use, ratio_bounds
 from penstock.core.config import ConfigError, check_range
 from penstock.transport.lanes import BULK_DSCP, BULK_PRIORITY, URGENT_DSCP, URGENT_PRIORITY
 

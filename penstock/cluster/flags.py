@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 
 from penstock.cluster.router import RouterSettings
+from penstock.core.cluster.placing import InterEngineConfig
 from penstock.core.config import ConfigError, check_range
-from penstock.core.placing import InterEngineConfig
 from penstock.server.flags import LOG_LEVELS, read_api_key, read_record
 from penstock.server.settings import ServerSettings
 from penstock.units import parse_address

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 
-from penstock.core.member_bandwidth import MemberBandwidth
+from penstock.core.pool.member_bandwidth import MemberBandwidth
 
 LOAD_S = 2.0  # the load is a decaying mean over about so long
 FORGET_S = 30.0  # a speed that was not seen for so long may be another one now

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from penstock.cluster.wire import Event, Held
-from penstock.core.answer import Part
+from penstock.core.cluster.answer import Part
 from penstock.core.operations import FinishReason
 from penstock.engine.api import RequestReport
 

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from penstock.cluster import wire
 from penstock.cluster.placed import EngineReport
-from penstock.core.membership import Membership, NameTaken
+from penstock.core.cluster.membership import Membership, NameTaken
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
 from penstock.units import format_address
 

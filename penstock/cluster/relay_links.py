@@ -16,8 +16,8 @@ from typing import Any, Literal
 from penstock.cluster.link_meter import LinkMeter
 from penstock.cluster.one_sided_links import OneSidedLinks
 from penstock.cluster.placed import LinkReport
+from penstock.core.engine.standing import Standing
 from penstock.core.new_block import NewBlock
-from penstock.core.standing import Standing
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Done, PoolError
 from penstock.pool.callbacks import call_done

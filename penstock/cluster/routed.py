@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import msgspec
 
 from penstock.cluster.placed import Part, PlacedRequest
-from penstock.core.answer import Answer
+from penstock.core.cluster.answer import Answer
+from penstock.core.cluster.placing import InterEngineConfig
 from penstock.core.config import check_range
-from penstock.core.placing import InterEngineConfig
 from penstock.engine.api import GenerationRequest, OnEvent, RequestReport
 
 MARKS_MAX = 64

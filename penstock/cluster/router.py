@@ -27,11 +27,11 @@ from penstock.cluster.placed import Part, PlacedRequest, ReadSide
 from penstock.cluster.port import ClusterPort, Engine
 from penstock.cluster.routed import Routed, RouterSettings, fresh_answer, part_of
 from penstock.cluster.router_stats import router_stats
-from penstock.core.answer import Answer, Outcome
-from penstock.core.inter_engine import InterEngineScheduler
+from penstock.core.cluster.answer import Answer, Outcome
+from penstock.core.cluster.inter_engine import InterEngineScheduler
+from penstock.core.cluster.placing import GiveUp, Place, Replan, Revoke, TooManyRequests
+from penstock.core.cluster.seen_prefixes import SeenPrefixes
 from penstock.core.operations import FinishReason
-from penstock.core.placing import GiveUp, Place, Replan, Revoke, TooManyRequests
-from penstock.core.seen_prefixes import SeenPrefixes
 from penstock.engine.api import (
     EngineStats,
     GenerationRequest,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 from penstock.core.config import SchedulerConfig
+from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.layout import staging_bytes
 from penstock.core.operations import (
     BlockHit,
@@ -21,7 +22,6 @@ from penstock.core.operations import (
     Save,
     Upload,
 )
-from penstock.core.scheduler import LoadScheduler
 from penstock.engine.executors import PoolStages, RunnerStages, Staging
 from penstock.engine.peers import Peers
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup

@@ -19,11 +19,11 @@ from typing import Literal, TypeVar
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
+from penstock.core.engine.scheduler import LoadScheduler, WaitingQueueFull
+from penstock.core.engine.standing import Standing
 from penstock.core.keys import BlockKey, root_key
 from penstock.core.new_block import tenant_tag
 from penstock.core.operations import Emit, RequestSpec
-from penstock.core.scheduler import LoadScheduler, WaitingQueueFull
-from penstock.core.standing import Standing
 from penstock.engine.api import (
     EngineStats,
     GenerationRequest,

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
 
-from penstock.core.member_bandwidth import MemberBandwidth
-from penstock.core.placement import Placement
+from penstock.core.pool.member_bandwidth import MemberBandwidth
+from penstock.core.pool.placement import Placement
 from penstock.pool.api import PoolError, PoolStat
 from penstock.pool.served import ServedPool
 from penstock.pool.union_child import Child, NodePool

@@ -8,11 +8,11 @@ import time
 from collections.abc import Sequence
 
 from penstock.core.keys import BlockKey
-from penstock.core.member_bandwidth import MemberBandwidth
 from penstock.core.new_block import NewBlock
-from penstock.core.pool_policy import PoolPolicy
-from penstock.core.quota import TenantQuotas
-from penstock.core.write_admission import WriteAdmission
+from penstock.core.pool.member_bandwidth import MemberBandwidth
+from penstock.core.pool.policy import PoolPolicy
+from penstock.core.pool.quota import TenantQuotas
+from penstock.core.pool.write_admission import WriteAdmission
 from penstock.pool.api import Done, Located, MemberStat, PoolError, PoolStat, check_write
 from penstock.pool.callbacks import Callbacks, call_done
 from penstock.pool.checksum import block_checksum

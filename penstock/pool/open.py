@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from penstock.core.config import ConfigError
 from penstock.core.layout import STAGING_ALIGNMENT_BYTES
-from penstock.core.pool_policy import PoolPolicy
+from penstock.core.pool.policy import PoolPolicy
 from penstock.io.api import BlockEngine
 from penstock.io.paced import PacedEngine
 from penstock.pool.api import PoolError

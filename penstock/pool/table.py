@@ -9,12 +9,12 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from penstock.core.keeping import Keeping
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
 from penstock.core.new_block import NewBlock
-from penstock.core.placement import CYCLE_BLOCKS, Placement
-from penstock.core.quota import TenantQuotas
+from penstock.core.pool.keeping import Keeping
+from penstock.core.pool.placement import CYCLE_BLOCKS, Placement
+from penstock.core.pool.quota import TenantQuotas
 from penstock.pool.room import MemberSpace
 
 SEEDS_MAX = 8  # holes around which neighbours are looked at when free space is in pieces

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
-from penstock.core.member_bandwidth import MemberBandwidth
+from penstock.core.pool.member_bandwidth import MemberBandwidth
 from penstock.pool.api import Located, Pool, PoolError, PoolStat
 from penstock.pool.read_meter import ReadMeter
 from penstock.pool.served import ServedPool

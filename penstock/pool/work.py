@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from penstock.core.fair_queue import FairQueue
+from penstock.core.pool.fair_queue import FairQueue
 from penstock.pool.api import PoolError
 from penstock.pool.table import Block
 

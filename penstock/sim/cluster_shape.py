@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from penstock.core.bounds import NodeLinks
+from penstock.core.cluster.bounds import NodeLinks
+from penstock.core.cluster.paths import ReadPolicy
+from penstock.core.cluster.placing import InterEngineConfig, Placement
+from penstock.core.cluster.waiting_queue import Order
 from penstock.core.config import ConfigError, check_range
-from penstock.core.paths import ReadPolicy
-from penstock.core.placing import InterEngineConfig, Placement
-from penstock.core.waiting_queue import Order
 from penstock.sim.served_model import Gpu
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from penstock.core.cost import ComputeCost
+from penstock.core.engine.scheduler import LoadScheduler, WaitingQueueFull
 from penstock.core.keys import BlockKey
 from penstock.core.new_block import NewBlock
 from penstock.core.operations import (
@@ -27,7 +28,6 @@ from penstock.core.operations import (
     Save,
     Upload,
 )
-from penstock.core.scheduler import LoadScheduler, WaitingQueueFull
 from penstock.sim.clock import Event, VirtualClock
 from penstock.sim.fluid_links import Flow, FluidLinks
 

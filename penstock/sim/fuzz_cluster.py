@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from penstock.core.placing import Decision, GiveUp, Place
+from penstock.core.cluster.placing import Decision, GiveUp, Place
 from penstock.sim.agents import Trajectory
 from penstock.sim.cluster_shape import SYSTEMS, ClusterShape
 from penstock.sim.fuzz_memory import hold

@@ -15,9 +15,9 @@ import random
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import BlockKey, KeyChain, root_key
 from penstock.core.operations import BlockHit, Forward, HandOff, Operation, RequestSpec, Upload
-from penstock.core.scheduler import LoadScheduler
 from penstock.sim.clock import VirtualClock
 from penstock.sim.engine_body import PCIE, EngineBody
 from penstock.sim.fluid_links import FluidLinks

@@ -22,7 +22,7 @@ from rich.table import Table
 from penstock.bench.report import Report
 from penstock.bench.traces import TraceError
 from penstock.bench.workloads import AGENT_TABLES
-from penstock.core.bounds import link_use, ratio_bounds
+from penstock.core.cluster.bounds import link_use, ratio_bounds
 from penstock.core.config import ConfigError
 from penstock.sim.agents import Trajectory, from_table, from_trace
 from penstock.sim.cluster_shape import SPLIT, ClusterShape

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import Any, Literal
 
-from penstock.core.compute_quota import ComputeQuota
+from penstock.core.cluster.engine_groups import EngineSpec
+from penstock.core.cluster.inter_engine import InterEngineScheduler
+from penstock.core.cluster.placing import Decision, GiveUp, Place, Replan, RequestId, Revoke, Side
 from penstock.core.config import ConfigError
-from penstock.core.engine_groups import EngineSpec
-from penstock.core.inter_engine import InterEngineScheduler
-from penstock.core.placing import Decision, GiveUp, Place, Replan, RequestId, Revoke, Side
+from penstock.core.engine.compute_quota import ComputeQuota
 from penstock.sim.agent import DECODING, IDLE, MOVING, READING, READY, WAITING, Agent
 from penstock.sim.agents import Load, Trajectory, load_of
 from penstock.sim.cluster_shape import ClusterShape, System

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from penstock.core.compute_quota import ComputeQuota, level_s
+from penstock.core.engine.compute_quota import ComputeQuota, level_s
 
 if TYPE_CHECKING:
     from penstock.sim.agent import Agent

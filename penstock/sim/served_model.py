@@ -9,9 +9,9 @@ from pathlib import Path
 
 import msgspec
 
-from penstock.core.compute_quota import AttentionCost
 from penstock.core.config import ConfigError, check_range
 from penstock.core.cost import ComputeCost
+from penstock.core.engine.compute_quota import AttentionCost
 
 
 @dataclass(frozen=True, slots=True)

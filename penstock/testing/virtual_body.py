@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from penstock.core.cost import ComputeCost
+from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import BlockKey
 from penstock.core.operations import BlockHit, Fetch, Operation, RequestSpec, Route
-from penstock.core.scheduler import LoadScheduler
 from penstock.sim.clock import VirtualClock
 from penstock.sim.engine_body import Ended, EngineBody, Observer, ideal_links
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from penstock.core.config import ConfigError
-from penstock.core.guest_costs import prefill_tokens_max
+from penstock.core.guest.costs import prefill_tokens_max
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.core.config import ConfigError, SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
-from penstock.core.guest_records import Landed
-from penstock.core.guest_scheduler import GuestOperation, GuestScheduler
+from penstock.core.guest.records import Landed
+from penstock.core.guest.scheduler import GuestOperation, GuestScheduler
 from penstock.core.operations import BlockHit, Drop, Fetch, Lookup, RequestSpec, Save, Upload
 from penstock.engine.executors import PoolStages
 from penstock.pool.api import Pool

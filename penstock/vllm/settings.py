@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.core.config import POLICIES, ConfigError, Policy, check_range
-from penstock.core.guest_ageing import AGE_DELAYS
+from penstock.core.guest.ageing import AGE_DELAYS
 from penstock.pool.config import MemberConfig, PoolConfig, config_of_flags
 from penstock.pool.config_file import read_pool_config
 from penstock.units import parse_address, parse_bytes

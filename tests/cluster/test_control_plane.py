@@ -10,7 +10,7 @@ from router_rig import SECRET, Client, Cluster, CountingHost, Wire, cluster, exp
 
 from penstock.cluster import wire
 from penstock.cluster.placed import EngineReport
-from penstock.core.placing import InterEngineConfig
+from penstock.core.cluster.placing import InterEngineConfig
 from penstock.engine.api import InvalidRequest, Overloaded
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES, Secret
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import block_keys, root_key
 from penstock.core.layout import KVLayout
 from penstock.core.operations import BlockHit, Compute, Fetch, Operation, RequestSpec, Save, Upload
-from penstock.core.scheduler import LoadScheduler
 from penstock.sim.engine_body import Observer
 from penstock.testing.virtual_body import VirtualBody
 

@@ -6,9 +6,9 @@ import pytest
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import root_key
 from penstock.core.operations import Compute, Operation, RequestSpec
-from penstock.core.scheduler import LoadScheduler
 from penstock.testing.virtual_body import VirtualBody
 
 

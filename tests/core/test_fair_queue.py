@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.core.fair_queue import IDLE_TENANTS_MAX, FairQueue
+from penstock.core.pool.fair_queue import IDLE_TENANTS_MAX, FairQueue
 
 PUTS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), max_size=60)
 

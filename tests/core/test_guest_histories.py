@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from penstock.core.config import POLICIES, SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
-from penstock.core.guest_records import Landed
-from penstock.core.guest_scheduler import GuestScheduler
+from penstock.core.guest.records import Landed
+from penstock.core.guest.scheduler import GuestScheduler
 from penstock.core.keys import block_keys, root_key
 from penstock.core.operations import BlockHit, Drop, Fetch, Lookup, RequestSpec, Save, Upload
 

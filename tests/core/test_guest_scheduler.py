@@ -6,9 +6,9 @@ from typing import Any
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
-from penstock.core.guest_costs import PROBE_EVERY, STEP_TOKENS_LEAST, prefill_tokens_max
-from penstock.core.guest_records import Landed
-from penstock.core.guest_scheduler import GuestOperation, GuestScheduler
+from penstock.core.guest.costs import PROBE_EVERY, STEP_TOKENS_LEAST, prefill_tokens_max
+from penstock.core.guest.records import Landed
+from penstock.core.guest.scheduler import GuestOperation, GuestScheduler
 from penstock.core.keys import block_keys, root_key
 from penstock.core.operations import BlockHit, Fetch, Lookup, RequestSpec, Save, Upload
 

@@ -12,10 +12,10 @@ from test_scheduler_histories import BLOCK, BLOCK_BYTES, ROUTES, Histories, kv_o
 
 from penstock.core.config import POLICIES
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.engine.scheduler import LoadScheduler, WaitingQueueFull
+from penstock.core.engine.sides import route_hits
 from penstock.core.keys import KeyChain, root_key
 from penstock.core.operations import BlockHit, Drop, Emit, Fetch, Forward, HandOff, RequestSpec, Save, Upload
-from penstock.core.scheduler import LoadScheduler, WaitingQueueFull
-from penstock.core.sides import route_hits
 
 HISTORIES = 250
 STEPS = 70

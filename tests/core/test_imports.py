@@ -72,7 +72,7 @@ def test_the_brain_opens_prints_and_reads_nothing(path: Path) -> None:
     ("module", "absent"),
     [
         ("penstock", ("torch", "ray", "nixl", "vllm", "transformers", "numpy")),
-        ("penstock.core.scheduler", ("torch", "ray", "nixl", "vllm", "transformers", "numpy", "msgspec")),
+        ("penstock.core.engine.scheduler", ("torch", "ray", "nixl", "vllm", "transformers", "numpy", "msgspec")),
         ("penstock.testing.virtual_body", ("torch", "ray", "nixl", "vllm", "transformers", "numpy")),
         ("penstock.pool.open", ("torch", "ray", "nixl", "vllm", "transformers")),
         ("penstock.engine.build", ("torch", "ray", "nixl", "vllm", "transformers")),

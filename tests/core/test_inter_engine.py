@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from penstock.core.cluster.engine_groups import EngineSpec
+from penstock.core.cluster.inter_engine import InterEngineScheduler
+from penstock.core.cluster.placing import Decision, GiveUp, InterEngineConfig, Place, Replan, Revoke, TooManyRequests
 from penstock.core.config import ConfigError
 from penstock.core.cost import ComputeCost
-from penstock.core.engine_groups import EngineSpec
-from penstock.core.inter_engine import InterEngineScheduler
-from penstock.core.placing import Decision, GiveUp, InterEngineConfig, Place, Replan, Revoke, TooManyRequests
 
 RATE = 1_000_000.0  # tokens/s of a storage NIC
 SPEED = 100_000.0  # tokens/s of a prefill engine: beta is 500,000

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.core.keeping import FENCED_EVICTIONS_MAX, Keeping
-from penstock.core.quota import ACCOUNTS_MAX, SHARED, TenantQuotas
+from penstock.core.pool.keeping import FENCED_EVICTIONS_MAX, Keeping
+from penstock.core.pool.quota import ACCOUNTS_MAX, SHARED, TenantQuotas
 
 ROOT = b"root"
 A, B, C = b"aaaaaaaa", b"bbbbbbbb", b"cccccccc"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.config import POLICIES, Policy
-from penstock.core.feasibility import Job, put_off
+from penstock.core.engine.feasibility import Job, put_off
 from penstock.core.ordering import Rank, RankedQueue, policy_key
 from penstock.engine.profile import load_profile
 

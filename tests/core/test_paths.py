@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.core.bounds import NodeLinks, link_use, ratio_bounds
-from penstock.core.compute_quota import AttentionCost, ComputeQuota, level_s
+from penstock.core.cluster.bounds import NodeLinks, link_use, ratio_bounds
+from penstock.core.cluster.paths import legs, link_tokens, shorter_side, split_tokens
 from penstock.core.config import ConfigError
 from penstock.core.cost import ComputeCost
+from penstock.core.engine.compute_quota import AttentionCost, ComputeQuota, level_s
 from penstock.core.load_or_recompute import recompute_tokens
-from penstock.core.paths import legs, link_tokens, shorter_side, split_tokens
 
 BLOCK = 64
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.core.placement import CYCLE_BLOCKS, Placement, shares, spread
+from penstock.core.pool.placement import CYCLE_BLOCKS, Placement, shares, spread
 
 WEIGHTS = st.lists(st.floats(0.01, 100.0), min_size=1, max_size=6)
 

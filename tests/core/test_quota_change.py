@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from penstock.core.quota import ACCOUNTS_MAX, TenantQuotas
+from penstock.core.pool.quota import ACCOUNTS_MAX, TenantQuotas
 
 A, B = b"a" * 8, b"b" * 8
 

@@ -9,8 +9,8 @@ from brain_rig import BLOCK, BLOCK_BYTES, LINK, Bench, overlap_s, prompt_of, spe
 
 from penstock.core.config import ConfigError, SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.engine.scheduler import LoadScheduler, WaitingQueueFull
 from penstock.core.operations import BlockHit, Lookup, RequestSpec
-from penstock.core.scheduler import LoadScheduler, WaitingQueueFull
 
 LONG, SHORT = 60, 10  # blocks: 60 and 10 ms on the link
 

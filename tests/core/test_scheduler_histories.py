@@ -11,9 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from penstock.core.config import POLICIES, SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.engine.scheduler import LoadScheduler, WaitingQueueFull
 from penstock.core.keys import KeyChain, root_key
 from penstock.core.operations import BlockHit, Compute, Drop, Emit, Fetch, Lookup, Operation, RequestSpec, Save, Upload
-from penstock.core.scheduler import LoadScheduler, WaitingQueueFull
 
 BLOCK = 4
 BLOCK_BYTES = 4096

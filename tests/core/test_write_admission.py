@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import pytest
 
-from penstock.core.write_admission import WriteAdmission
+from penstock.core.pool.write_admission import WriteAdmission
 
 
 def key(i: int) -> bytes:

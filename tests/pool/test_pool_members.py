@@ -11,9 +11,9 @@ import pytest
 from faulty_engine import FaultyEngine
 from helpers import ROOT, Outcome, block_bytes, chain, key_of, member, new_block, read, staged, until, write
 
-from penstock.core.member_bandwidth import CHANGE_EVERY_S
 from penstock.core.new_block import tenant_tag
-from penstock.core.pool_policy import PoolPolicy
+from penstock.core.pool.member_bandwidth import CHANGE_EVERY_S
+from penstock.core.pool.policy import PoolPolicy
 from penstock.io.memory import aligned_buffer
 from penstock.io.open import open_engine
 from penstock.pool import drain, local, probe

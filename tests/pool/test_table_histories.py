@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from penstock.core.new_block import NewBlock, tenant_tag
-from penstock.core.quota import TenantQuotas
+from penstock.core.pool.quota import TenantQuotas
 from penstock.pool.table import Block, Table
 
 PAGE = 4096

@@ -8,9 +8,9 @@ from typing import Any
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import BlockKey, KeyChain, root_key
 from penstock.core.operations import BlockHit, Compute, Fetch, Operation, RequestSpec, Save, Upload
-from penstock.core.scheduler import LoadScheduler
 from penstock.sim.clock import VirtualClock
 from penstock.sim.engine_body import EngineBody, Observer, ideal_links
 

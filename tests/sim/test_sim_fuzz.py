@@ -12,12 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from penstock.cli import app
-from penstock.core import (
+from penstock.core.cluster import inter_engine
+from penstock.core.engine import (
     admission,
     device_pages,
     fetching,
     handing,
-    inter_engine,
     loading,
     loads,
     ranking,
@@ -25,8 +25,8 @@ from penstock.core import (
     scheduler,
     uploading,
 )
+from penstock.core.engine.request import BlockLoad, Request
 from penstock.core.ordering import AGED, ORDINARY
-from penstock.core.request import BlockLoad, Request
 from penstock.sim.experiments.fuzz import run_seeds
 from penstock.sim.fuzz_case import FuzzCase
 from penstock.sim.fuzz_outcome import AnyCase, case_of, failure_of, read_case, shrunk, write_case

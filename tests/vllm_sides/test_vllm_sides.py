@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from penstock.core.config import ConfigError
-from penstock.core.guest_scheduler import GuestOperation
+from penstock.core.guest.scheduler import GuestOperation
 from penstock.core.keys import root_key
 from penstock.core.operations import RequestSpec
 from penstock.pool.open import open_local_pool

@@ -15,10 +15,10 @@ from penstock.bench.recording import RecordedProfile, RecordedRequest, RecordedR
 from penstock.bench.workloads import CALVO_DATASETS, SLO_MULTIPLIERS, Workload, calvo, prompt_tokens
 from penstock.core.config import Mode, Policy, SchedulerConfig
 from penstock.core.cost import CostModel, LinkCost
+from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import BlockKey, KeyChain, root_key
 from penstock.core.new_block import NewBlock, prefix_position
 from penstock.core.operations import BlockHit, RequestSpec
-from penstock.core.scheduler import LoadScheduler
 from penstock.engine.api import GenerationRequest, RequestReport, TokenEvent
 from penstock.engine.engine import Engine
 from penstock.engine.modelled_runner import ModelledRunner

@@ -21,10 +21,10 @@ from penstock.bench.pool_fill import fill_pool
 from penstock.bench.processes import ReadyProcess, pool_process, serve_process
 from penstock.cluster.engine_accounts import prompt_tokens_per_s
 from penstock.cluster.router import ClusterEngine, RouterSettings
+from penstock.core.cluster.placing import InterEngineConfig
 from penstock.core.config import Mode
 from penstock.core.keys import KeyChain, root_key
 from penstock.core.new_block import NewBlock, prefix_position, tenant_tag
-from penstock.core.placing import InterEngineConfig
 from penstock.engine.modelled_runner import ModelledRunner
 from penstock.engine.profile import Profile, load_profile
 from penstock.sim.agents import load_of

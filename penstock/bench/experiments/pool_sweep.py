@@ -26,9 +26,9 @@ from penstock.bench.experiments.pool_rig import (
 from penstock.bench.report import Report
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel, LinkCost
+from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.operations import BlockHit, RequestSpec
-from penstock.core.placement import Placement
-from penstock.core.scheduler import LoadScheduler
+from penstock.core.pool.placement import Placement
 from penstock.testing.virtual_body import VirtualBody
 
 CONTEXT = "128k"

@@ -18,9 +18,9 @@ from penstock.bench.statistics import percentile
 from penstock.bench.workloads import CALVO_DATASETS, calvo, prompt_tokens
 from penstock.core.config import POLICIES, Mode, Policy, SchedulerConfig
 from penstock.core.cost import CostModel, LinkCost
+from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import KeyChain, root_key
 from penstock.core.operations import BlockHit, RequestSpec
-from penstock.core.scheduler import LoadScheduler
 from penstock.engine.profile import Profile, load_profile
 from penstock.sim.clock import VirtualClock
 from penstock.sim.engine_body import EngineBody, ideal_links

@@ -17,9 +17,9 @@ from penstock.bench.report import Report
 from penstock.bench.statistics import percentile
 from penstock.core.config import POLICIES, Policy, SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import KeyChain, root_key
 from penstock.core.operations import BlockHit, Operation, RequestSpec
-from penstock.core.scheduler import LoadScheduler
 from penstock.sim.clock import VirtualClock
 from penstock.sim.engine_body import EngineBody, ideal_links
 

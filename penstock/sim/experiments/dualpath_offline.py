@@ -9,7 +9,7 @@ from functools import cache
 from rich.progress import track
 
 from penstock.bench.report import Report
-from penstock.core.bounds import link_use
+from penstock.core.cluster.bounds import link_use
 from penstock.sim.agents import Trajectory, from_table
 from penstock.sim.cluster_shape import ABLATION, BASIC, LEVEL, ORACLE, PAPER, SHORT_FIRST, SPLIT, ClusterShape
 from penstock.sim.fluid_bound import fluid_bound

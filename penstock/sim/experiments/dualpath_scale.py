@@ -7,9 +7,9 @@ import time
 from dataclasses import replace
 
 from penstock.bench.report import Report
-from penstock.core.engine_groups import EngineSpec, Role
-from penstock.core.inter_engine import InterEngineScheduler
-from penstock.core.placing import InterEngineConfig, Place
+from penstock.core.cluster.engine_groups import EngineSpec, Role
+from penstock.core.cluster.inter_engine import InterEngineScheduler
+from penstock.core.cluster.placing import InterEngineConfig, Place
 from penstock.sim.cluster_shape import PAPER
 from penstock.sim.experiments.dualpath_offline import SET_UPS
 from penstock.sim.serving_run import Bench

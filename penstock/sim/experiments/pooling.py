@@ -27,9 +27,9 @@ from penstock.bench.experiments.pool_ttft import ABLATION_PAPER, BASELINES, GOAL
 from penstock.bench.report import Report
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel, LinkCost
+from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.operations import BlockHit, RequestSpec
-from penstock.core.placement import Placement
-from penstock.core.scheduler import LoadScheduler
+from penstock.core.pool.placement import Placement
 from penstock.sim.clock import VirtualClock
 from penstock.sim.engine_body import EngineBody, ideal_links
 

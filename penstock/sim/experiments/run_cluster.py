@@ -8,8 +8,8 @@ import numpy as np
 
 from penstock.bench.traces import TraceError
 from penstock.bench.workloads import poisson_starts_s
+from penstock.core.cluster.placing import Decision, Place, RequestId
 from penstock.core.config import ConfigError
-from penstock.core.placing import Decision, Place, RequestId
 from penstock.sim.agents import Trajectory, from_table, from_trace
 from penstock.sim.chrome_trace import ChromeTrace
 from penstock.sim.clock import VirtualClock

@@ -12,11 +12,11 @@ from penstock.bench.traces import Scaling, TraceError, read_trace
 from penstock.bench.workloads import Session, Workload, agent_trajectories, calvo, poisson_starts_s, prompt_tokens
 from penstock.core.config import ConfigError, SchedulerConfig
 from penstock.core.cost import CostModel, LinkCost
+from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import KeyChain, root_key
 from penstock.core.new_block import NewBlock, prefix_position
 from penstock.core.operations import BlockHit, Emit, RequestSpec, Route
-from penstock.core.placement import Placement
-from penstock.core.scheduler import LoadScheduler
+from penstock.core.pool.placement import Placement
 from penstock.sim.chrome_trace import ChromeTrace
 from penstock.sim.clock import VirtualClock
 from penstock.sim.cluster_file import AgentLoad, CalvoLoad, Engine, LinkFault, Simulation

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from penstock.core.handing import Handing
+from penstock.core.engine.handing import Handing
+from penstock.core.engine.request import BlockLoad, LoadState, Request
+from penstock.core.engine.shared_state import SharedState
 from penstock.core.keys import BlockKey
 from penstock.core.operations import Drop
-from penstock.core.request import BlockLoad, LoadState, Request
-from penstock.core.shared_state import SharedState
 
 
 class Loads:

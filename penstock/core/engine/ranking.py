@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from heapq import nsmallest
 
-from penstock.core.feasibility import Job, put_off
+from penstock.core.engine.feasibility import Job, put_off
+from penstock.core.engine.request import LoadState, Request, State
+from penstock.core.engine.shared_state import SharedState
 from penstock.core.ordering import AGED, HOPELESS, ORDINARY, policy_key
-from penstock.core.request import LoadState, Request, State
-from penstock.core.shared_state import SharedState
 
 FEASIBILITY_HORIZON = 128  # requests of earliest deadline that `feasible` looks at
 FEASIBILITY_SHARE = 8  # with many requests it looks once in as many decisions as this share of them

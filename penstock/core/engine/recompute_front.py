@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 
+from penstock.core.engine.request import Request, State
+from penstock.core.engine.shared_state import SharedState
 from penstock.core.keys import BlockKey
 from penstock.core.load_or_recompute import recompute_tokens
 from penstock.core.operations import Route
-from penstock.core.request import Request, State
-from penstock.core.shared_state import SharedState
 
 MIN_SAMPLES = 8  # batches and blocks before costs may speak against a load
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 
-from penstock.core.request import Request
+from penstock.core.engine.request import Request
 
 AGE_DELAYS = 2.0
 FORGET = 1 / 32  # weight of the latest request in the usual delay

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 
+from penstock.core.engine.request import Request
+from penstock.core.engine.shared_state import SharedState
 from penstock.core.new_block import NewBlock, prefix_position
 from penstock.core.operations import Save
-from penstock.core.request import Request
-from penstock.core.shared_state import SharedState
 
 
 def block_to_save(shared: SharedState, request: Request, index: int) -> NewBlock:

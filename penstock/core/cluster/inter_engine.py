@@ -19,9 +19,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from penstock.core.cost import ComputeCost
-from penstock.core.engine_groups import Engine, EngineSpec, Groups, Node
-from penstock.core.placing import (
+from penstock.core.cluster.engine_groups import Engine, EngineSpec, Groups, Node
+from penstock.core.cluster.placing import (
     Decision,
     GiveUp,
     InterEngineConfig,
@@ -32,8 +31,9 @@ from penstock.core.placing import (
     Side,
     TooManyRequests,
 )
-from penstock.core.read_plan import ReadPlanner
-from penstock.core.waiting_queue import Entry, WaitingQueue
+from penstock.core.cluster.read_plan import ReadPlanner
+from penstock.core.cluster.waiting_queue import Entry, WaitingQueue
+from penstock.core.cost import ComputeCost
 
 
 class _Request:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from penstock.core.device_pages import DevicePages
+from penstock.core.engine.device_pages import DevicePages
 from penstock.core.keys import BlockKey
 
 

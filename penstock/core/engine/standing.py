@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from penstock.core.request import Request, State
+from penstock.core.engine.request import Request, State
 
 
 @dataclass(frozen=True, slots=True)

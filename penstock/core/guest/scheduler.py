@@ -24,18 +24,18 @@ from collections.abc import Iterator, Sequence
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
-from penstock.core.guest_ageing import AGE_DELAYS, Ageing
-from penstock.core.guest_costs import GuestCosts
-from penstock.core.guest_pages import GuestPages
-from penstock.core.guest_records import Grant, Guest, Landed
-from penstock.core.loading import Loading
+from penstock.core.engine.loading import Loading
+from penstock.core.engine.ranking import Ranking
+from penstock.core.engine.request import NO_PAGE, LoadState, Request, State
+from penstock.core.engine.saving import Saving, block_to_save
+from penstock.core.engine.shared_state import SharedState
+from penstock.core.guest.ageing import AGE_DELAYS, Ageing
+from penstock.core.guest.costs import GuestCosts
+from penstock.core.guest.pages import GuestPages
+from penstock.core.guest.records import Grant, Guest, Landed
+from penstock.core.guest.seen_blocks import SeenBlocks
 from penstock.core.operations import Account, BlockHit, Fetch, Lookup, Operation, RequestSpec, Save
 from penstock.core.ordering import AGED, Rank
-from penstock.core.ranking import Ranking
-from penstock.core.request import NO_PAGE, LoadState, Request, State
-from penstock.core.saving import Saving, block_to_save
-from penstock.core.seen_blocks import SeenBlocks
-from penstock.core.shared_state import SharedState
 
 SEEN_BLOCKS_MAX = 1 << 17  # of the pool; about 150 bytes each
 GRANT_SHARE = 0.75  # of the host's pages that loads may hold together; a load alone may hold more

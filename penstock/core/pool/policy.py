@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from penstock.core.write_admission import WriteAdmissionMode
+from penstock.core.pool.write_admission import WriteAdmissionMode
 
 
 @dataclass(frozen=True, slots=True)

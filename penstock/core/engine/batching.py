@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from penstock.core.compute_quota import AttentionCost
 from penstock.core.config import NO_QUOTA_S
-from penstock.core.handing import Handing
+from penstock.core.engine.compute_quota import AttentionCost
+from penstock.core.engine.handing import Handing
+from penstock.core.engine.request import NO_PAGE, BlockLoad, LoadState, Request, State
+from penstock.core.engine.saving import Saving, block_to_save
+from penstock.core.engine.shared_state import SharedState
 from penstock.core.operations import Compute, ComputeChunk, FinishReason
 from penstock.core.ordering import RankedQueue
-from penstock.core.request import NO_PAGE, BlockLoad, LoadState, Request, State
-from penstock.core.saving import Saving, block_to_save
-from penstock.core.shared_state import SharedState
 
 Finish = Callable[[Request, FinishReason, str | None, float], None]
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
-from penstock.core.device_pages import DevicePages
+from penstock.core.engine.device_pages import DevicePages
+from penstock.core.engine.request import Request
+from penstock.core.engine.staging_slots import StagingSlots
 from penstock.core.operations import Operation
-from penstock.core.request import Request
-from penstock.core.staging_slots import StagingSlots
 
 
 class SharedState:

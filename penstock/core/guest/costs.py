@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from penstock.core.guest_records import Guest
-from penstock.core.ranking import Ranking
-from penstock.core.recompute_front import MIN_SAMPLES
-from penstock.core.request import State
-from penstock.core.shared_state import SharedState
+from penstock.core.engine.ranking import Ranking
+from penstock.core.engine.recompute_front import MIN_SAMPLES
+from penstock.core.engine.request import State
+from penstock.core.engine.shared_state import SharedState
+from penstock.core.guest.records import Guest
 
 PROBE_EVERY = 8  # of the loads that costs speak against, one is made all the same: a link may be faster again
 STEP_S_MAX, STEP_TOKENS_LEAST = 0.1, 128  # of a batch of the host while loads land

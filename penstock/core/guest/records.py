@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from penstock.core.request import Request
+from penstock.core.engine.request import Request
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
+from penstock.core.cluster.paths import READ_POLICIES, ReadPolicy, ReadSide
+from penstock.core.cluster.waiting_queue import Order
 from penstock.core.config import ConfigError, check_range
 from penstock.core.cost import ComputeCost
-from penstock.core.paths import READ_POLICIES, ReadPolicy, ReadSide
-from penstock.core.waiting_queue import Order
 
 RequestId = Hashable
 Placement = Literal["balanced", "turns"]

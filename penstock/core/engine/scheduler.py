@@ -19,20 +19,20 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Literal
 
-from penstock.core.admission import Admission
-from penstock.core.batching import Batching
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
-from penstock.core.handing import Handing
-from penstock.core.loading import Loading
+from penstock.core.engine.admission import Admission
+from penstock.core.engine.batching import Batching
+from penstock.core.engine.handing import Handing
+from penstock.core.engine.loading import Loading
+from penstock.core.engine.ranking import Ranking
+from penstock.core.engine.request import NO_PAGE, Ending, LoadState, Request, State
+from penstock.core.engine.saving import Saving
+from penstock.core.engine.shared_state import SharedState
+from penstock.core.engine.sides import is_far, route_hits
+from penstock.core.engine.standing import Standing, standing
 from penstock.core.operations import BlockHit, Emit, FinishReason, Lookup, Operation, RequestSpec
 from penstock.core.ordering import AGED
-from penstock.core.ranking import Ranking
-from penstock.core.request import NO_PAGE, Ending, LoadState, Request, State
-from penstock.core.saving import Saving
-from penstock.core.shared_state import SharedState
-from penstock.core.sides import is_far, route_hits
-from penstock.core.standing import Standing, standing
 
 
 class WaitingQueueFull(RuntimeError):

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from penstock.core.link_use import LinkUse
-from penstock.core.loads import Loads
+from penstock.core.engine.link_use import LinkUse
+from penstock.core.engine.loads import Loads
+from penstock.core.engine.request import BlockLoad, LoadState, Request, State
+from penstock.core.engine.shared_state import SharedState
 from penstock.core.operations import Fetch, Route
 from penstock.core.ordering import Rank, RankedQueue
-from penstock.core.request import BlockLoad, LoadState, Request, State
-from penstock.core.shared_state import SharedState
 
 
 class Fetching:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from penstock.core.fetching import Fetching
-from penstock.core.handing import Handing
-from penstock.core.loads import Loads
+from penstock.core.engine.fetching import Fetching
+from penstock.core.engine.handing import Handing
+from penstock.core.engine.loads import Loads
+from penstock.core.engine.request import NO_PAGE, BlockLoad, LoadState, Request, State
+from penstock.core.engine.shared_state import SharedState
+from penstock.core.engine.uploading import Uploading
 from penstock.core.operations import BlockHit, Route
-from penstock.core.request import NO_PAGE, BlockLoad, LoadState, Request, State
-from penstock.core.shared_state import SharedState
-from penstock.core.uploading import Uploading
 
 
 class Loading:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from penstock.core.handing import Handing
-from penstock.core.loading import Loading
+from penstock.core.engine.handing import Handing
+from penstock.core.engine.loading import Loading
+from penstock.core.engine.ranking import Ranking
+from penstock.core.engine.recompute_front import front_to_compute
+from penstock.core.engine.request import NO_PAGE, LoadState, Request, State
+from penstock.core.engine.shared_state import SharedState
 from penstock.core.ordering import AGED, RankedQueue
-from penstock.core.ranking import Ranking
-from penstock.core.recompute_front import front_to_compute
-from penstock.core.request import NO_PAGE, LoadState, Request, State
-from penstock.core.shared_state import SharedState
 
 LOOKAHEAD = 8  # requests looked at behind one that does not fit
 

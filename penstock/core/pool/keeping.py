@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from penstock.core.eviction import PrefixIndex, RebuildValue
 from penstock.core.keys import BlockKey
-from penstock.core.quota import TenantQuotas
+from penstock.core.pool.quota import TenantQuotas
 
 FENCED_EVICTIONS_MAX = 64  # leaves of fenced members that one search for room lets go
 

@@ -10,10 +10,10 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from penstock.core.engine.request import NO_PAGE, BlockLoad, Request, State
+from penstock.core.engine.saving import block_to_save
+from penstock.core.engine.shared_state import SharedState
 from penstock.core.operations import Drop, Forward
-from penstock.core.request import NO_PAGE, BlockLoad, Request, State
-from penstock.core.saving import block_to_save
-from penstock.core.shared_state import SharedState
 
 
 @dataclass(slots=True, eq=False)
