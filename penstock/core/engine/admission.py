@@ -16,8 +16,8 @@ LOOKAHEAD = 8  # requests looked at behind one that does not fit
 
 
 class Admission:
-    """Requests that wait, and those admitted (in PREFILL or DECODE). `blocked` is set when nobody more fits, and is
-    cleared by whoever frees something. `changed(request, now)` follows each admission, and
+    """Requests that wait, and those admitted (in PREFILL or DECODE). `blocked` is set when nobody more fits, until
+    something changes or L1 has more room. `changed(request, now)` follows each admission, and
     `back_to_waiting(request, now)` revokes one."""
 
     def __init__(
@@ -39,6 +39,7 @@ class Admission:
         self.admitted: dict[Request, None] = {}
         self.prefills = 0
         self.blocked = False
+        self._room_pages = 0  # when admission came to a stop
 
     def enqueue(self, request: Request) -> None:
         """The request waits for admission from now on."""
@@ -58,6 +59,8 @@ class Admission:
     def admit(self, now: float) -> None:
         """Admit by rank while L1 has pages to set aside. One that does not fit lets later ones pass, unless aged."""
         config = self._shared.config
+        if self.blocked and self._room() > self._room_pages:  # whatever it was that gave pages back
+            self.blocked = False
         while len(self.waiting) and not self.blocked and len(self.admitted) < config.max_running:
             if config.mode == "coupled" and self.prefills >= config.coupled_batch_requests:
                 return
@@ -65,10 +68,19 @@ class Admission:
                 if self._try_admit(request, now):
                     break
                 if request.tier == AGED:
-                    self.blocked = True
+                    self._stop()
                     return
             else:
-                self.blocked = True
+                self._stop()
+
+    def _stop(self) -> None:
+        """Nobody who waits is tried again before something changes."""
+        self.blocked = True
+        self._room_pages = self._room()
+
+    def _room(self) -> int:
+        """Pages of L1 that are not set aside."""
+        return self._shared.l1.available - self._shared.promised
 
     def _try_admit(self, request: Request, now: float) -> bool:
         shared = self._shared
@@ -82,7 +94,7 @@ class Admission:
                 unpinned += not shared.l1.is_pinned(key)
             elif (load := self._loading.loads.get(key)) is not None and load.page is not None:
                 need -= 1
-        if need + unpinned > shared.l1.available - shared.promised and not self._revoke(request, need + unpinned, now):
+        if need + unpinned > self._room() and not self._revoke(request, need + unpinned, now):
             return False
         self.waiting.discard(request)
         request.waiting_rank = request.rank
@@ -134,11 +146,10 @@ class Admission:
             and other.position == 0
             and all(load.state is LoadState.WANTED for load in other.loads.values())
         ]
-        shared = self._shared
-        if need > shared.l1.available - shared.promised + sum(other.promise for other in candidates):
+        if need > self._room() + sum(other.promise for other in candidates):
             return False
         for other in sorted(candidates, key=lambda other: other.rank, reverse=True):
-            if need <= shared.l1.available - shared.promised:
+            if need <= self._room():
                 break
             self._back_to_waiting(other, now)
         return True
