@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,11 +11,10 @@ from penstock.cluster.placed import EngineReport
 from penstock.cluster.port import Engine
 from penstock.core.cluster.engine_groups import EngineSpec
 from penstock.core.cluster.inter_engine import InterEngineScheduler
+from penstock.core.cluster.nic_speed import storage_bytes_per_s
 from penstock.core.cost import ComputeCost
 
-STORAGE_BYTES_PER_S = 1e9  # of storage NICs of which nobody knows anything
 PREFILL_TOKENS_PER_S = 20_000.0  # of an engine that does not say
-SLOW = 0.2  # a storage NIC below this part of the fastest is taken for what it gives
 SPEED_MAX = 1e13  # tokens or bytes in a second; more is not believed
 BATCH_TOKENS = 2048  # what the speed of prompts without hits is taken of
 
@@ -116,16 +114,11 @@ class EngineAccounts:
 
 
 def _storage_tokens_per_s(host: str, engines: Sequence[Engine]) -> float:
-    """Of the storage NIC of a host, as the fastest of its engines saw it, where that is far below the others. What is
-    seen of a NIC with little to do says little of its speed, so all others, those not seen yet too, count as their
-    median."""
-    by_host: dict[str, float] = {}
+    """Of the storage NIC of a host, which its engines share: the fastest of them saw most of it."""
+    seen: dict[str, float] = {}
     for engine in engines:
-        seen = max(by_host.get(engine.card.host, 0.0), engine.report.storage_bytes_per_s)
-        by_host[engine.card.host] = min(seen, SPEED_MAX)
-    slow = SLOW * max(by_host.values(), default=0.0)
-    usual = [seen for seen in by_host.values() if seen and seen >= slow]
-    own = by_host.get(host, 0.0)
-    rate = own if 0 < own < slow else statistics.median(usual) if usual else STORAGE_BYTES_PER_S
+        fastest = max(seen.get(engine.card.host, 0.0), engine.report.storage_bytes_per_s)
+        seen[engine.card.host] = min(fastest, SPEED_MAX)
+    rate = storage_bytes_per_s(host, seen)
     card = engines[0].card  # the geometry is the same for all
     return max(1.0, rate * card.block_tokens / card.block_bytes)

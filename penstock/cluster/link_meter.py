@@ -7,6 +7,7 @@ import threading
 import time
 
 from penstock.core.pool.member_bandwidth import MemberBandwidth
+from penstock.pool.api import Done, PoolError
 
 LOAD_S = 2.0  # the load is a decaying mean over about so long
 FORGET_S = 30.0  # a speed that was not seen for so long may be another one now
@@ -27,6 +28,16 @@ class LinkMeter:
         self._speed = MemberBandwidth(given_bytes_per_s or 1.0)
         self._recent_bytes = 0.0
         self._recent_s = self._moved_s = time.monotonic()
+
+    def metered(self, size_bytes: int, done: Done) -> Done:
+        """`done` of a transfer that begins now."""
+
+        def ended(error: PoolError | None) -> None:
+            self.end(size_bytes if error is None else 0)
+            done(error)
+
+        self.begin()
+        return ended
 
     def begin(self) -> None:
         """A transfer begins."""

@@ -47,17 +47,6 @@ class _Link:
         self.read, self.handed = LinkMeter(), LinkMeter()
 
 
-def _metered(meter: LinkMeter, size_bytes: int, done: Done) -> Done:
-    """`done` of a transfer that begins now."""
-
-    def ended(error: PoolError | None) -> None:
-        meter.end(size_bytes if error is None else 0)
-        done(error)
-
-    meter.begin()
-    return ended
-
-
 class RelayLinks:
     """Links by address, made when they are first needed. Contract: `engine.peers.Peers`."""
 
@@ -123,7 +112,7 @@ class RelayLinks:
         if link is None:
             call_done(done, PoolError("network", f"no connection to {address}"))
             return
-        done = _metered(link.read, size_bytes, done)
+        done = link.read.metered(size_bytes, done)
         one_sided, connections = self._one_sided, link.connections
         if one_sided is not None and one_sided.read(address, connections, key, size_bytes, into, timeout_s, done):
             return
@@ -136,7 +125,7 @@ class RelayLinks:
             call_done(done, PoolError("network", f"no connection to {address}"))
             return
         data = data[: block.size_bytes]
-        done = _metered(link.handed, block.size_bytes, done)
+        done = link.handed.metered(block.size_bytes, done)
         one_sided, connections = self._one_sided, link.connections
         if one_sided is not None and one_sided.offer(address, connections, block.key, data, timeout_s, done):
             return

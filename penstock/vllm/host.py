@@ -111,8 +111,7 @@ class Host:
             cost.links[name] = LinkCost(rate)
         self.brain = GuestScheduler(config, cost, settings.age_delays)
         self._staging = SharedStaging(memoryview(self._memory), self._workers.slot_bytes, config.l2_slots)
-        unleased: Any = Unleased(self._pool)
-        self._stages = PoolStages(unleased, self._staging, self.block_bytes, config.lookup_window)
+        self._stages = PoolStages(Unleased(self._pool), self._staging, self.block_bytes, config.lookup_window)
         self._thread = threading.Thread(target=self._run, name="penstock-control", daemon=True)
         if sys.getswitchinterval() > SWITCH_INTERVAL_S:
             sys.setswitchinterval(SWITCH_INTERVAL_S)

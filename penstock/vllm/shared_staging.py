@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from penstock.core.keys import BlockKey
 from penstock.engine.executors import Staging
-from penstock.pool.api import Lease, Pool
+from penstock.pool.api import Lease
+from penstock.pool.wrapped import WrappedPool
 
 log = logging.getLogger(__name__)
 
 SPARE_SLOTS = 4  # stand in for slots whose memory a device still holds
 
 
-class Unleased:
+class Unleased(WrappedPool):
     """The pool without blocks in place: workers of other processes cannot see them."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
 
     def lease(self, key: BlockKey) -> Lease | None:
         return None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pool, name)
 
 
 class SharedStaging(Staging):

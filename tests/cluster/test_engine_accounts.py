@@ -12,9 +12,10 @@ from router_rig import CountingHost, wait_until
 from router_rig import cluster as routers
 
 from penstock.cluster.build_host import HostConfig, open_host
-from penstock.cluster.engine_accounts import PREFILL_TOKENS_PER_S, STORAGE_BYTES_PER_S, prompt_tokens_per_s
+from penstock.cluster.engine_accounts import PREFILL_TOKENS_PER_S, prompt_tokens_per_s
 from penstock.cluster.link_meter import LinkMeter
 from penstock.cluster.placed import EngineReport
+from penstock.core.cluster.nic_speed import UNKNOWN_BYTES_PER_S
 from penstock.core.cost import ComputeCost
 from penstock.engine.config import EngineConfig
 from penstock.engine.profile import load_profile
@@ -53,7 +54,7 @@ def test_an_engine_that_says_nothing_has_the_defaults() -> None:
         c.engine("p", "prefill", SayingHost())
         groups = c.router.brain.groups
         assert groups.engines["p"].beta_tokens == 5.0 * PREFILL_TOKENS_PER_S
-        assert groups.nodes["host-p"].alpha_tokens == pytest.approx(3.0 * STORAGE_BYTES_PER_S * 16 / 4096)
+        assert groups.nodes["host-p"].alpha_tokens == pytest.approx(3.0 * UNKNOWN_BYTES_PER_S * 16 / 4096)
 
 
 def test_a_storage_nic_that_nobody_has_measured_is_taken_for_one_like_the_others() -> None:

@@ -1,0 +1,48 @@
+"""A pool behind which another one does the work: what a wrapper does not change, it hands through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from penstock.core.keys import BlockKey
+from penstock.core.new_block import NewBlock
+from penstock.pool.api import Done, Lease, Located, Pool, PoolStat
+
+
+class WrappedPool:
+    """Contract: `pool.api.Pool`. Closes the pool behind it."""
+
+    def __init__(self, inner: Pool) -> None:
+        self._inner = inner
+
+    @property
+    def up(self) -> bool:
+        """Whether the pool behind can be reached."""
+        return bool(getattr(self._inner, "up", True))
+
+    def register(self, buffer: memoryview) -> None:
+        self._inner.register(buffer)
+
+    def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
+        return self._inner.lookup(keys, timeout_s)
+
+    def read(self, key: BlockKey, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
+        self._inner.read(key, size_bytes, into, timeout_s, done)
+
+    def lease(self, key: BlockKey) -> Lease | None:
+        return self._inner.lease(key)
+
+    def host_buffers(self) -> list[memoryview]:
+        return self._inner.host_buffers()
+
+    def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        self._inner.write(block, data, timeout_s, done)
+
+    def evict(self, keys: Sequence[BlockKey]) -> int:
+        return self._inner.evict(keys)
+
+    def stat(self, timeout_s: float) -> PoolStat:
+        return self._inner.stat(timeout_s)
+
+    def close(self, timeout_s: float) -> None:
+        self._inner.close(timeout_s)
