@@ -134,11 +134,15 @@ class VllmEngine:
         return found
 
     def forget(self) -> None:
-        """Empty vLLM's own cache. While blocks are kept for a save it refuses, so a request drives it on."""
+        """Empty vLLM's own cache. While blocks are kept for a save it refuses, so a request drives it on; the pool
+        holds a block some time after vLLM had it back."""
         deadline = time.monotonic() + WAIT_S
         while not self.llm.reset_prefix_cache():
             assert time.monotonic() < deadline, "vLLM never gave its blocks back"
             self.ask([prompt_of(999, 5)], 1)
+        if self.connector is not None and self.connector.side.host.fatal is None:
+            ask = self.connector.side.host.ask
+            wait_until(lambda: not ask(lambda brain: brain.gauges()["saves_queued"]), "the last saves are over")
 
     def again(self, prompts: Sequence[Sequence[int]], least_external: int, **more: Any) -> list[list[int]]:
         """Ask with vLLM's cache empty: at least so many tokens came from the pool, none from vLLM."""
