@@ -151,6 +151,24 @@ def test_the_front_is_computed_where_the_engine_would_wait_for_the_load() -> Non
         InterEngineConfig(recompute=True)
 
 
+def test_what_an_engine_recomputes_already_is_time_it_has_not() -> None:
+    """Requests behind one another wait for the same storage NIC, and for the same engine."""
+    cost = ComputeCost(0.0, 2e-5, 0.0)
+    brain = cluster(prefill=1, decode=1, gpus=1, read="prefill", recompute=True, compute=cost, weigh_compute=False)
+    brain.report("n0", 1.0 * RATE)
+    submit(brain, 3)
+    placed = places(brain.decide(0.0))
+    first, second, third = (place.recompute_tokens for place in placed)
+    assert first == 31_936  # 1 s to wait, 0.64 s to compute all
+    assert 17_500 < second < 19_000  # 0.36 s are left of it
+    assert third < 2_000
+    brain.check_integrity()
+    for place in placed:
+        brain.prefilled(place.request_id, 1)
+        brain.check_integrity()
+    assert brain.groups.engines["n0.0"].compute_s == 0.0
+
+
 def test_a_lost_engine_restarts_its_requests_first_and_revokes_them_elsewhere() -> None:
     brain = cluster(prefill=2, gpus=1)
     submit(brain, 2)

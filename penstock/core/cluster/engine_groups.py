@@ -91,7 +91,7 @@ class Engine:
     """One engine in the accounts; its numbers are in its group's lists at `index`."""
 
     __slots__ = (
-        "beta_tokens", "capacity_tokens", "compute", "group", "index", "name", "node", "requests", "role",
+        "beta_tokens", "capacity_tokens", "compute", "compute_s", "group", "index", "name", "node", "requests", "role",
         "tokens_per_s",
     )  # fmt: skip
 
@@ -105,6 +105,7 @@ class Engine:
         self.beta_tokens = beta_s * spec.tokens_per_s
         self.capacity_tokens = spec.capacity_tokens
         self.compute = spec.compute
+        self.compute_s = 0.0  # predicted compute of the requests that it prefills, with what they recompute
         self.requests: dict[object, None] = {}  # ids, in the order of their placing
 
     @property

@@ -17,6 +17,7 @@ Invariants, checked by `check_integrity` (and those of `engine_groups`):
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from penstock.core.cluster.engine_groups import Engine, EngineSpec, Groups, Node
@@ -38,8 +39,8 @@ from penstock.core.cost import ComputeCost
 
 class _Request:
     __slots__ = (
-        "attempt", "decode", "decode_read", "entry", "hit_tokens", "length_tokens", "prefill", "prefill_read",
-        "prefill_tokens", "prefilled", "prompt_tokens", "request_id",
+        "attempt", "compute_s", "decode", "decode_read", "entry", "hit_tokens", "length_tokens", "prefill",
+        "prefill_read", "prefill_tokens", "prefilled", "prompt_tokens", "request_id",
     )  # fmt: skip
 
     def __init__(self, request_id: RequestId, prompt: int, hit: int, answer: int) -> None:
@@ -53,6 +54,7 @@ class _Request:
         self.decode: Engine | None = None
         self.prefilled = False
         self.prefill_tokens = 0  # what it counts on its prefill engine
+        self.compute_s: float | None = None  # predicted, where that is used
         self.prefill_read = 0  # the number of its read on either node; 0 for none
         self.decode_read = 0
 
@@ -300,6 +302,8 @@ class InterEngineScheduler:
             request.prefill_read = prefill.node.assign(plan.prefill_tokens)
         if plan.decode_tokens:
             request.decode_read = decode.node.assign(plan.decode_tokens)
+        request.compute_s = self._compute_s(request, plan.recompute_tokens, prefill)
+        prefill.compute_s += request.compute_s or 0.0
         request.prefill_tokens = self._prefill_tokens(request, prefill, decode)
         prefill.group.charge(prefill, request.prefill_tokens, 1)
         prefill.requests[request.request_id] = None
@@ -312,15 +316,23 @@ class InterEngineScheduler:
             plan.decode_tokens, plan.recompute_tokens,
         )  # fmt: skip
 
+    def _compute_s(self, request: _Request, front: int, prefill: Engine) -> float | None:
+        """What its prefill engine computes for a request: what storage does not hold, and the front of what it holds.
+        None where nothing looks at it, or costs are not known."""
+        config = self.config
+        compute = prefill.compute or config.compute
+        if compute is None or not (config.recompute or config.weigh_compute):
+            return None
+        seconds = compute.rebuild_s(request.prompt_tokens - request.hit_tokens, request.hit_tokens)
+        return seconds + compute.a + compute.rebuild_s(front, 0) if front else seconds
+
     def _prefill_tokens(self, request: _Request, prefill: Engine, decode: Engine) -> int:
         """What a request counts on its prefill engine: tokens, or its compute at that engine's speed."""
         if prefill is decode:
             return request.length_tokens
-        compute = prefill.compute or self.config.compute
-        if not self.config.weigh_compute or compute is None:
+        if not self.config.weigh_compute or request.compute_s is None:
             return request.prompt_tokens
-        miss = request.prompt_tokens - request.hit_tokens
-        return int(compute.rebuild_s(miss, request.hit_tokens) * prefill.tokens_per_s)
+        return int(request.compute_s * prefill.tokens_per_s)
 
     # -- accounts -----------------------------------------------------------------------------------------------
 
@@ -338,6 +350,7 @@ class InterEngineScheduler:
         assert engine is not None
         engine.group.charge(engine, -request.prefill_tokens, -1)
         del engine.requests[request.request_id]
+        engine.compute_s = max(0.0, engine.compute_s - (request.compute_s or 0.0)) if engine.requests else 0.0
 
     def _release(self, request: _Request) -> None:
         """A placed request leaves all accounts of its engines."""
@@ -427,3 +440,7 @@ class InterEngineScheduler:
                 owed[name].add(request.request_id)
         for name, engine in self.groups.engines.items():
             assert owed[name] == set(engine.requests), f"N2: the requests of engine {name}"
+            seconds = sum(
+                r.compute_s or 0.0 for r in placed if r.prefill is engine and (r.decode is engine or not r.prefilled)
+            )
+            assert math.isclose(engine.compute_s, seconds, rel_tol=1e-6, abs_tol=1e-6), f"N2: compute of engine {name}"

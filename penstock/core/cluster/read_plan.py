@@ -71,7 +71,8 @@ class ReadPlanner:
     def _front(self, hit: int, miss: int, prefill: Engine, wait_s: float, tokens_per_s: float) -> int:
         """What to compute from the front: no more than the engine would get through before the rest is loaded."""
         config = self._config
-        if not config.recompute or config.compute is None:
+        compute = prefill.compute or config.compute
+        if not config.recompute or compute is None:
             return 0
-        busy_s = prefill.tokens / prefill.tokens_per_s + config.compute.rebuild_s(miss, hit)
-        return recompute_tokens(hit, wait_s, tokens_per_s, busy_s, config.compute, config.block_tokens)
+        busy_s = prefill.compute_s + compute.rebuild_s(miss, hit)
+        return recompute_tokens(hit, wait_s, tokens_per_s, busy_s, compute, config.block_tokens)
