@@ -9,10 +9,7 @@ A request's life: `submit` -> (lookup, fetches into L2) -> the host asks `matche
 with pages -> uploads -> `Landed` -> `acknowledged` -> `started` -> `prefilled` -> `finish`. It may skip what it does
 not need and `finish` at any point; a request that asks again after it had started begins anew.
 
-Invariants, checked by `check_integrity`:
-  G1 a block is granted pages of at most one request at a time; whoever else needs it waits for that load;
-  G2 a granted page is unsettled exactly as long as a load holds it, and nothing is written to it afterwards;
-  G3 every grant ends in exactly one `Landed`, not before its last page is settled;
+Invariants, checked by `check_integrity` (G1 to G3 are those of `granting`):
   G4 nothing is loaded behind a hole, and no request waits for a block that the pool does not hold for it;
   G5 every queue and window is bounded; every slot is free or one load's or save's.
 """
@@ -20,7 +17,7 @@ Invariants, checked by `check_integrity`:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
@@ -31,14 +28,14 @@ from penstock.core.engine.saving import Saving, block_to_save
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.guest.ageing import AGE_DELAYS, Ageing
 from penstock.core.guest.costs import GuestCosts
+from penstock.core.guest.granting import Granting
 from penstock.core.guest.pages import GuestPages
-from penstock.core.guest.records import Grant, Guest, Landed
+from penstock.core.guest.records import Guest, Landed
 from penstock.core.guest.seen_blocks import SeenBlocks
 from penstock.core.operations import Account, BlockHit, Fetch, Lookup, Operation, RequestSpec, Save
 from penstock.core.ordering import AGED, Rank
 
 SEEN_BLOCKS_MAX = 1 << 17  # of the pool; about 150 bytes each
-GRANT_SHARE = 0.75  # of the host's pages that loads may hold together; a load alone may hold more
 PIN_SHARE = 0.75  # of the host's pages that it may be asked to keep for saves, which give way when it is short of them
 
 GuestOperation = Operation | Landed
@@ -61,11 +58,9 @@ class GuestScheduler:
         self._guests: dict[str, Guest] = {}
         self._lookups: deque[Guest] = deque()
         self._looking_up: dict[int, Request] = {}
-        self._granted: dict[bytes, str] = {}  # key -> the request with pages for it, until the host took note
-        self._page_owner: dict[int, str] = {}
+        self._granting = Granting(self._pages, config.l1_pages)
         self._holes: dict[Request, None] = {}  # requests that lost a block since the last look
         self._ageing = Ageing(config.age_bound_s, age_delays)
-        self._notices: list[Landed] = []
         self._ended: list[Account] = []
         self._sequence = 0
         self._version = 0  # of everything that `matched` looks at
@@ -194,7 +189,7 @@ class GuestScheduler:
         if len(self._ended) < self.config.max_waiting:
             self._ended.append(request.account)
         self._ranking.stale = True
-        self._settle()
+        self._granting.settle()
         self._forget_if_gone(guest)
 
     def _forget_if_gone(self, guest: Guest) -> None:
@@ -233,10 +228,10 @@ class GuestScheduler:
         end = self._run_end(guest, first)
         if end * size <= held_tokens:
             return 0
-        if self._granted and any(request.key_at(index) in self._granted for index in range(first, end)):
+        if self._granting and any(request.key_at(index) in self._granting for index in range(first, end)):
             request.switch_label("wait_shared", now)
             return None  # it will find those blocks in the host's own cache
-        if self._granted and len(self._granted) + end - first > max(1, int(self.config.l1_pages * GRANT_SHARE)):
+        if not self._granting.has_room(end - first):
             request.switch_label("wait_l1", now)
             return None
         begun = request.load_counts[LoadState.FETCHING] + request.load_counts[LoadState.STAGED]
@@ -261,33 +256,30 @@ class GuestScheduler:
         guest = self._guests[request_id]
         self._version += 1
         request = guest.request
-        assert guest.grant is None and not guest.leaving
         end = first + len(pages)
-        grant = guest.grant = Grant(first, end, [request.key_at(index) for index in range(first, end)])
+        grant = self._granting.begin(guest, first, end)
         if guest.end > end or guest.held != first:
             for index in [index for index in request.loads if not first <= index < end]:
                 self._loading.forgo(request, index)
         guest.end = end
         request.state = State.PREFILL
         for index, page in zip(range(first, end), pages, strict=True):
-            hit = request.hits.get(index)
-            if hit is None or request.key_at(index) in self._granted:
+            key, hit = request.key_at(index), request.hits.get(index)
+            if hit is None or key in self._granting:
                 grant.hole = guest.end = index
                 for behind in [behind for behind in request.loads if behind >= index]:
                     self._loading.forgo(request, behind)
                 break
-            self._granted[request.key_at(index)] = request_id
             if index not in request.loads:
                 self._loading.join(request, index, hit)
             request.loads[index].page = page
-            grant.unsettled.add(page)
-            self._page_owner[page] = request_id
+            self._granting.add(guest, key, page)
         self._ranking.count_loads(request)
         self._ranking.progressed(request)
         self._loading.enqueue(request)
         self._relabel(request, now)
-        self._settle()
-        self._land(guest)
+        self._granting.settle()
+        self._granting.land(guest)
 
     def acknowledged(self, request_id: str) -> None:
         """The host took note of `Landed`; its own cache answers for those blocks from now on."""
@@ -295,10 +287,7 @@ class GuestScheduler:
         if guest is None or guest.grant is None or not guest.grant.landed:
             return
         self._version += 1
-        for key in guest.grant.keys:
-            if self._granted.get(key) == request_id:
-                del self._granted[key]
-        guest.grant = None
+        self._granting.end(guest)
         self._forget_if_gone(guest)
 
     def started(self, request_id: str, now: float) -> None:
@@ -393,22 +382,7 @@ class GuestScheduler:
                 self._ranking.estimate(request)
                 self._ranking.count_loads(request)
                 self._ranking.progressed(request)
-        self._settle()
-
-    def _settle(self) -> None:
-        """Grants whose last page nothing is written to any more have landed."""
-        settled, self._pages.settled = self._pages.settled, []
-        for page in settled:
-            guest = self._guests[self._page_owner.pop(page)]
-            assert guest.grant is not None
-            guest.grant.unsettled.remove(page)
-            self._land(guest)
-
-    def _land(self, guest: Guest) -> None:
-        grant = guest.grant
-        if grant is not None and not grant.unsettled and not grant.landed:
-            grant.landed = True
-            self._notices.append(Landed(guest.request.request_id, grant.hole))
+        self._granting.settle()
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -482,15 +456,15 @@ class GuestScheduler:
         self._loading.dispatch_fetches(now)
         self._loading.dispatch_uploads(now)
         self._saving.dispatch(computing=False)
-        self._settle()
+        self._granting.settle()
         for operation in self._shared.outbox:
             if isinstance(operation, Save):
                 self._moving[operation.op_id] = operation.block.key
                 self._seen.add(operation.block.key, operation.op_id)
             elif isinstance(operation, Fetch):
                 self._moving[operation.op_id] = operation.key
-        operations: list[GuestOperation] = [*self._shared.outbox, *self._notices]
-        self._shared.outbox, self._notices = [], []
+        operations: list[GuestOperation] = [*self._shared.outbox, *self._granting.take_landed()]
+        self._shared.outbox = []
         return operations
 
     def _age(self, sequence: int, request_id: str) -> None:
@@ -514,7 +488,7 @@ class GuestScheduler:
 
     def step_tokens_max(self) -> int | None:
         """How many tokens the host should compute in one step while loads land; None: as many as it likes."""
-        return self._costs.step_tokens_max() if self._granted else None
+        return self._costs.step_tokens_max() if self._granting else None
 
     def is_loading(self, request_id: str) -> bool:
         """Whether blocks of the request are on their way, or its pages wait for the host to take note."""
@@ -532,7 +506,7 @@ class GuestScheduler:
         return {
             "requests": len(self._guests),
             "loads": len(self._loading.loads),
-            "granted_blocks": len(self._granted),
+            "granted_blocks": len(self._granting),
             "l2_slots_total": shared.l2.total,
             "l2_slots_loads": shared.l2.loads,
             "l2_slots_saves": shared.l2.saves,
@@ -566,25 +540,9 @@ class GuestScheduler:
             label = "wait_compute"
         request.switch_label(label, now)
 
-    def _grants(self) -> Iterator[tuple[str, Guest, Grant]]:
-        for request_id, guest in self._guests.items():
-            if guest.grant is not None:
-                yield request_id, guest, guest.grant
-
     def check_integrity(self) -> None:
-        """Assert the invariants G1 to G5 of this class and those of its parts. O(everything); for tests."""
-        pages: list[int] = []
-        for request_id, guest, grant in self._grants():
-            pages += grant.unsettled
-            assert all(self._page_owner[page] == request_id for page in grant.unsettled), "G2"
-            assert grant.landed or grant.unsettled, "G3: a grant without pages has not landed"
-            assert not (grant.landed and grant.unsettled), "G3: landed with pages under way"
-            assert guest.request.state in (State.PREFILL, State.DECODE, State.DONE)
-        assert len(set(pages)) == len(pages) == len(self._page_owner), "G2: a page has two owners"
-        held = self._loading.reserved_pages()
-        assert held == set(pages), "G2: unsettled pages are those that loads hold"
-        owners = {key: request_id for request_id, _, grant in self._grants() for key in grant.keys}
-        assert all(request_id in self._guests and key in owners for key, request_id in self._granted.items()), "G1"
+        """Assert the invariants G1 to G5 and those of the parts. O(everything); for tests."""
+        self._granting.check_integrity(self._guests.values(), self._loading.reserved_pages())
         for guest in self._guests.values():
             request = guest.request
             assert all(index in request.hits for index in request.loads), "G4: a load without a hit"

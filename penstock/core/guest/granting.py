@@ -1,0 +1,97 @@
+"""Pages that the host gave for loads: whose each is, until nothing is written to it any more and the host took note.
+
+Invariants, checked by `check_integrity`:
+  G1 a block is granted pages of at most one request at a time; whoever else needs it waits for that load;
+  G2 a granted page is unsettled exactly as long as a load holds it, and nothing is written to it afterwards;
+  G3 every grant ends in exactly one `Landed`, not before its last page is settled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from penstock.core.engine.request import State
+from penstock.core.guest.pages import GuestPages
+from penstock.core.guest.records import Grant, Guest, Landed
+from penstock.core.keys import BlockKey
+
+GRANT_SHARE = 0.75  # of the host's pages that loads may hold together; a load alone may hold more
+
+
+class Granting:
+    """Grants under way, of `host_pages` in all."""
+
+    def __init__(self, pages: GuestPages, host_pages: int) -> None:
+        self._pages = pages
+        self._limit = max(1, int(host_pages * GRANT_SHARE))
+        self._granted: dict[BlockKey, Guest] = {}  # until the host took note
+        self._of_page: dict[int, Guest] = {}  # until it is settled
+        self._landed: list[Landed] = []
+
+    def __len__(self) -> int:
+        """Blocks that have pages."""
+        return len(self._granted)
+
+    def __contains__(self, key: BlockKey) -> bool:
+        return key in self._granted
+
+    def has_room(self, blocks: int) -> bool:
+        """Whether so many blocks more may get pages."""
+        return not self._granted or len(self._granted) + blocks <= self._limit
+
+    def begin(self, guest: Guest, first: int, end: int) -> Grant:
+        """The host gave pages for these blocks; `add` says which of them are loaded."""
+        assert guest.grant is None and not guest.leaving
+        guest.grant = Grant(first, end, [guest.request.key_at(index) for index in range(first, end)])
+        return guest.grant
+
+    def add(self, guest: Guest, key: BlockKey, page: int) -> None:
+        """A load writes to `page` from now on."""
+        assert guest.grant is not None
+        self._granted[key] = guest
+        self._of_page[page] = guest
+        guest.grant.unsettled.add(page)
+
+    def settle(self) -> None:
+        """Grants whose last page nothing is written to any more have landed."""
+        settled, self._pages.settled = self._pages.settled, []
+        for page in settled:
+            guest = self._of_page.pop(page)
+            assert guest.grant is not None
+            guest.grant.unsettled.remove(page)
+            self.land(guest)
+
+    def land(self, guest: Guest) -> None:
+        """A grant without unsettled pages ends."""
+        grant = guest.grant
+        if grant is not None and not grant.unsettled and not grant.landed:
+            grant.landed = True
+            self._landed.append(Landed(guest.request.request_id, grant.hole))
+
+    def take_landed(self) -> list[Landed]:
+        """Grants that ended since the last call."""
+        landed, self._landed = self._landed, []
+        return landed
+
+    def end(self, guest: Guest) -> None:
+        """The host took note of `Landed`; its own cache answers for those blocks from now on."""
+        assert guest.grant is not None and guest.grant.landed
+        for key in guest.grant.keys:
+            if self._granted.get(key) is guest:
+                del self._granted[key]
+        guest.grant = None
+
+    def check_integrity(self, guests: Iterable[Guest], pages_of_loads: set[int]) -> None:
+        """Assert the invariants of the module. O(everything)."""
+        granted = [(guest, guest.grant) for guest in guests if guest.grant is not None]
+        pages: list[int] = []
+        for guest, grant in granted:
+            pages += grant.unsettled
+            assert all(self._of_page[page] is guest for page in grant.unsettled), "G2"
+            assert grant.landed or grant.unsettled, "G3: a grant without pages has not landed"
+            assert not (grant.landed and grant.unsettled), "G3: landed with pages under way"
+            assert guest.request.state in (State.PREFILL, State.DECODE, State.DONE)
+        assert len(set(pages)) == len(pages) == len(self._of_page), "G2: a page has two owners"
+        assert pages_of_loads == set(pages), "G2: unsettled pages are those that loads hold"
+        keys = {id(guest): set(grant.keys) for guest, grant in granted}
+        assert all(key in keys.get(id(guest), ()) for key, guest in self._granted.items()), "G1"
