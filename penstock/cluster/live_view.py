@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
@@ -13,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from penstock.server.errors import json_response
+from penstock.server.live import live_page
 
 if TYPE_CHECKING:
     from penstock.cluster.router import ClusterEngine
@@ -25,7 +25,7 @@ def ui_routes(engine: ClusterEngine, model: str) -> Sequence[Route]:
     """`/ui` and its data."""
 
     async def page(request: Request) -> Response:
-        return Response(files("penstock.cluster").joinpath("ui.html").read_bytes(), media_type="text/html")
+        return Response(live_page("penstock.cluster", "ui.html"), media_type="text/html")
 
     async def data(request: Request) -> Response:
         try:

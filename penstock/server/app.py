@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from penstock.engine.api import EngineAPI, GenerationRequest
 from penstock.server.errors import ApiError, bad_request, json_response
 from penstock.server.generation import Choice, Generation
-from penstock.server.live import LiveWindow, page
+from penstock.server.live import LiveWindow, live_page
 from penstock.server.metrics import CONTENT_TYPE, ServerMetrics
 from penstock.server.reply import GenerationReply, ReplyOptions
 from penstock.server.schema import (
@@ -112,7 +112,7 @@ class ServerApp:
         return await self._generate(request, ChatBody)
 
     async def _page(self, request: Request) -> Response:
-        return Response(page(), media_type="text/html")
+        return Response(live_page("penstock.server", "page.html"), media_type="text/html")
 
     async def _live(self, request: Request) -> Response:
         return json_response(await asyncio.to_thread(self.live.record, self._engine))

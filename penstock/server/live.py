@@ -59,9 +59,14 @@ class LiveWindow:
         }
 
 
-def page() -> bytes:
-    """The live page itself."""
-    return files("penstock.server").joinpath("page.html").read_bytes()
+def live_page(package: str, name: str) -> bytes:
+    """A live page of `package`, with the style and the script that all of them share written into it."""
+    text = files(package).joinpath(name).read_text("utf-8")
+    for shared in ("live_page.css", "live_page.js"):
+        mark = f"/* {shared} */\n"
+        assert text.count(mark) == 1, f"{name} has no place for {shared}"
+        text = text.replace(mark, files("penstock.server").joinpath(shared).read_text("utf-8"))
+    return text.encode()
 
 
 def _quantile(ordered: list[float], share: float) -> float | None:

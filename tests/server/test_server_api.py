@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from browser import shown_in_browser
 from echo_engine import EchoEngine
 from prometheus_client.parser import text_string_to_metric_families
 from served import Served, Start
@@ -199,3 +202,13 @@ def test_page_live_and_health(start: Start) -> None:
     served.engine.close(5)
     sick = served.http.get("/health")
     assert sick.status_code == 503 and sick.json()["reason"] == "the echo ended"
+
+
+def test_the_page_in_a_headless_browser(start: Start, tmp_path: Path) -> None:
+    served = start()
+    served.http.post("/v1/completions", json={"prompt": [70, 71], "max_tokens": 3})
+    shown = shown_in_browser(f"{served.url}/", tmp_path)
+    assert "healthy" in shown and "no answer" not in shown, shown[-3000:]
+    for text in ("<b>1</b><span>finished</span>", "<b>50.0 %</b><span>hit rate</span>", "compute", "decode"):
+        assert text in shown, shown[-3000:]
+    assert len(re.findall('class="bar" title="2 prompt tokens"', shown)) == 1
