@@ -49,6 +49,15 @@ def router(
         str | None,
         flag(_CLUSTER, "balanced", "How engines are chosen: balanced (by what is unfinished on each), or turns."),
     ] = None,
+    recompute: Annotated[
+        bool | None,
+        flag(
+            _CLUSTER,
+            "off",
+            "Let prefill engines that would wait for a load compute the front of a hit while the rest is read.",
+            names=("--recompute",),
+        ),
+    ] = None,
     lease_s: Annotated[
         float | None,
         flag(_CLUSTER, "3", "An engine not heard of for so long is fenced: its requests are placed again."),

@@ -29,6 +29,7 @@ class RouterFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     secret_file: str | None = None
     read: str = "split"
     placement: str = "balanced"
+    recompute: bool = False
     lease_s: float = 3.0
     grace_s: float = 2.0
     no_engine_s: float = 30.0
@@ -52,7 +53,7 @@ def read_router_flags(given: Mapping[str, Any], config: Path | None) -> RouterFl
 
 def router_settings(flags: RouterFlags) -> RouterSettings:
     """Raises ConfigError."""
-    brain = InterEngineConfig(placement=flags.placement, read=flags.read)  # type: ignore[arg-type]
+    brain = InterEngineConfig(placement=flags.placement, read=flags.read, recompute=flags.recompute)  # type: ignore[arg-type]
     return RouterSettings(flags.lease_s, flags.no_engine_s, flags.grace_s, brain=brain)
 
 

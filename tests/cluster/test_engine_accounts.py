@@ -16,6 +16,7 @@ from penstock.cluster.engine_accounts import PREFILL_TOKENS_PER_S, prompt_tokens
 from penstock.cluster.link_meter import LinkMeter
 from penstock.cluster.placed import EngineReport
 from penstock.core.cluster.nic_speed import UNKNOWN_BYTES_PER_S
+from penstock.core.cluster.placing import InterEngineConfig
 from penstock.core.cost import ComputeCost
 from penstock.engine.config import EngineConfig
 from penstock.engine.profile import load_profile
@@ -47,6 +48,20 @@ def test_alpha_and_beta_follow_from_what_an_engine_says_of_itself() -> None:
         wait_until(lambda: engine.beta_tokens == pytest.approx(5.0 * 5000), "the new cost")
         assert node.alpha_tokens == pytest.approx(3.0 * 4e6 * 16 / 4096)
         assert groups.prefill[0].beta_max == engine.beta_tokens
+
+
+def test_the_router_has_a_hits_front_computed_where_the_engine_would_wait_for_the_load() -> None:
+    """As a router with `recompute` sees it: a slow storage NIC, a fast engine, and a prompt it has seen before."""
+    prompt = prompt_of(302, 1024)
+    for recompute in (False, True):
+        with routers(brain=InterEngineConfig(recompute=recompute)) as c:
+            host = c.engine("p", "prefill", SayingHost(compute=(0.0, 1e-6, 0.0), storage_bytes_per_s=1e5))
+            c.engine("d", "decode", SayingHost(storage_bytes_per_s=1e5))
+            for _ in range(2):
+                c.ask(prompt, 2).wait()
+            first, second = host.placed
+            assert first.recompute_tokens == 0
+            assert (second.recompute_tokens > 900) == recompute, second
 
 
 def test_an_engine_that_says_nothing_has_the_defaults() -> None:

@@ -49,6 +49,22 @@ def test_every_side_reads_the_hits_of_an_earlier_turn(read: str, llama: Path, ex
             pair.settle()
 
 
+@pytest.mark.parametrize("read", ["prefill", "decode", "split"])
+def test_the_front_of_a_hit_is_computed_while_the_rest_is_read(read: str, llama: Path, expected: Expected) -> None:
+    first = prompt_of(5, 12 * BLOCK + 3)
+    with cluster(llama) as c:
+        answer = c.start(first).answer()
+        c.settle()
+        turn = [*first, *answer, *prompt_of(6, 2 * BLOCK)]
+        with beside(llama, c) as pair:
+            question = pair.start(turn, read=read, decode_share=0.5, recompute_tokens=4 * BLOCK)
+            assert question.answer() == expected(turn)
+            report = question.prefill.report
+            assert report.cached_tokens == 8 * BLOCK and report.loaded_bytes == 8 * pair.block_bytes
+            assert question.decode.report.cached_tokens == len(turn) // BLOCK * BLOCK
+            pair.settle()
+
+
 def test_turns_of_a_conversation_on_the_same_engines(llama: Path, expected: Expected) -> None:
     """What a prefill engine still has in L1 is handed over from there; what the decode engine generated is loaded."""
     with cluster(llama) as c:

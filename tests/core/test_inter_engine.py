@@ -147,8 +147,10 @@ def test_the_front_is_computed_where_the_engine_would_wait_for_the_load() -> Non
     submit(brain, 1)
     (place,) = places(brain.decide(0.0))
     assert place.recompute_tokens == 31_936  # 0.3 s of compute against 3 s of waiting
-    with pytest.raises(ConfigError, match="recompute"):
-        InterEngineConfig(recompute=True)
+    unknown = cluster(read="split", recompute=True)
+    unknown.report("n0", 3 * RATE)
+    submit(unknown, 1)
+    assert places(unknown.decide(0.0))[0].recompute_tokens == 0  # nobody knows what computing costs
 
 
 def test_what_an_engine_recomputes_already_is_time_it_has_not() -> None:

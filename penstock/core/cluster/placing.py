@@ -30,8 +30,8 @@ class InterEngineConfig:
     replan: bool = True  # loads and requests of what is lost are planned anew
     weigh_reads: bool = True  # a decode engine is also picked by its node's read queue
     weigh_compute: bool = True  # prefill engines are balanced by predicted compute, where its cost is known
-    recompute: bool = False
-    compute: ComputeCost | None = None  # a prompt's cost on an engine that does not say; `recompute` needs it
+    recompute: bool = False  # the front of a hit is computed while the rest is read, where compute costs are known
+    compute: ComputeCost | None = None  # a prompt's cost on an engine that does not say
     order: Order = "fcfs"  # "sjf": least compute first, beyond the paper
     age_bound_s: float = 60.0  # a request that waited longer goes before all others
     alpha_s: float = 3.0
@@ -50,8 +50,6 @@ class InterEngineConfig:
             raise ConfigError(f"order is {self.order!r}; allowed: fcfs, sjf")
         if self.read not in READ_POLICIES:
             raise ConfigError(f"read is {self.read!r}; allowed: {', '.join(READ_POLICIES)}")
-        if self.recompute and self.compute is None:
-            raise ConfigError("recompute is True without compute; allowed: with a compute cost")
         for field in fields(self):
             value = getattr(self, field.name)
             if not isinstance(value, bool) and isinstance(value, (int, float)):
