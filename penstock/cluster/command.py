@@ -10,6 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from penstock.command_line import flag, log_to_stderr, refuse
+from penstock.server.api_flags import (
+    LIMITS,
+    ApiKey,
+    ApiKeyFile,
+    ConfigFile,
+    DrainTimeout,
+    Host,
+    LogLevel,
+    Port,
+    RequestTimeout,
+    ServedModelName,
+)
 
 if TYPE_CHECKING:
     from penstock.cluster.flags import RouterFlags
@@ -17,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0
-_API, _CLUSTER, _LIMITS = "API", "Cluster", "Limits and deadlines"
+_CLUSTER = "Cluster"
 
 
 def router(
@@ -25,11 +37,11 @@ def router(
         str | None,
         typer.Argument(help="Checkpoint folder or hub id, for its tokenizer; without it clients send token ids."),
     ] = None,
-    host: Annotated[str | None, flag(_API, "127.0.0.1", "Address to listen on.")] = None,
-    port: Annotated[int | None, flag(_API, "8000", "Port to listen on; 0 takes any free one.")] = None,
-    api_key: Annotated[str | None, flag(_API, "none", "Key that clients must send (visible to other users).")] = None,
-    api_key_file: Annotated[str | None, flag(_API, "none", "File that holds the key.", "FILE")] = None,
-    served_model_name: Annotated[str | None, flag(_API, "MODEL", "Name of the model in the API.")] = None,
+    host: Host = None,
+    port: Port = None,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    served_model_name: ServedModelName = None,
     cluster_listen: Annotated[
         str | None, flag(_CLUSTER, "127.0.0.1:7100", "Where engines register (their --router).", "HOST:PORT")
     ] = None,
@@ -66,16 +78,12 @@ def router(
         float | None, flag(_CLUSTER, "2", "After a start, wait so long for engines that have a request's answer begun.")
     ] = None,
     no_engine_s: Annotated[
-        float | None, flag(_LIMITS, "30", "A request that no engine can serve for so long ends with a 503.")
+        float | None, flag(LIMITS, "30", "A request that no engine can serve for so long ends with a 503.")
     ] = None,
-    request_timeout_s: Annotated[float | None, flag(_LIMITS, "600", "A slower request is ended with a 504.")] = None,
-    drain_timeout_s: Annotated[
-        float | None, flag(_LIMITS, "10", "On SIGTERM, how long running requests may go on.")
-    ] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="TOML file with flags of the same names; the command line goes before it.")
-    ] = None,
+    request_timeout_s: RequestTimeout = None,
+    drain_timeout_s: DrainTimeout = None,
+    log_level: LogLevel = None,
+    config: ConfigFile = None,
 ) -> None:
     """Serve the OpenAI-compatible API with the engines that register."""
     given = {name: value for name, value in locals().items() if name != "config"}

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from penstock.command_line import flag, log_to_stderr, refuse
+from penstock.server.api_flags import (
+    LIMITS,
+    ApiKey,
+    ApiKeyFile,
+    ConfigFile,
+    DrainTimeout,
+    Host,
+    LogLevel,
+    Port,
+    RequestTimeout,
+    ServedModelName,
+)
 
 if TYPE_CHECKING:
     from penstock.server.flags import ServeFlags
@@ -18,19 +29,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 8000
-_API, _MODEL, _POOL, _ORDER, _LIMITS = "API", "Model", "KV cache", "Scheduling", "Limits and deadlines"
-_CLUSTER = "Cluster"
+_MODEL, _POOL, _ORDER, _CLUSTER = "Model", "KV cache", "Scheduling", "Cluster"
 
 
 def serve(
     model: Annotated[
         str | None, typer.Argument(help="A Hugging Face checkpoint folder or hub id (none: --executor modelled).")
     ] = None,
-    host: Annotated[str | None, flag(_API, "127.0.0.1", "Address to listen on.")] = None,
-    port: Annotated[int | None, flag(_API, "8000", "Port to listen on; 0 takes any free one.")] = None,
-    api_key: Annotated[str | None, flag(_API, "none", "Key that clients must send (visible to other users).")] = None,
-    api_key_file: Annotated[str | None, flag(_API, "none", "File that holds the key.", "FILE")] = None,
-    served_model_name: Annotated[str | None, flag(_API, "MODEL", "Name of the model in the API.")] = None,
+    host: Host = None,
+    port: Port = None,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    served_model_name: ServedModelName = None,
     load_format: Annotated[str | None, flag(_MODEL, "auto", "auto, or dummy for random weights.")] = None,
     dtype: Annotated[str | None, flag(_MODEL, "auto", "Type of weights and KV, for example bfloat16.")] = None,
     device: Annotated[str | None, flag(_MODEL, "auto", "cpu, cuda, cuda:1, ...")] = None,
@@ -75,16 +85,14 @@ def serve(
     max_running: Annotated[int | None, flag(_ORDER, "64", "Requests loading or computing at once.")] = None,
     max_waiting: Annotated[int | None, flag(_ORDER, "1024", "Requests waiting; further ones get a 429.")] = None,
     fetch_window_blocks: Annotated[int | None, flag(_ORDER, "8", "Blocks in flight per link.")] = None,
-    age_bound_s: Annotated[float | None, flag(_LIMITS, "60", "Who waited longer goes first.")] = None,
+    age_bound_s: Annotated[float | None, flag(LIMITS, "60", "Who waited longer goes first.")] = None,
     default_slo_ttft_s: Annotated[
-        float | None, flag(_LIMITS, "10", "Deadline of the first token for requests that name none.")
+        float | None, flag(LIMITS, "10", "Deadline of the first token for requests that name none.")
     ] = None,
-    fetch_timeout_s: Annotated[float | None, flag(_LIMITS, "10", "A slower load is computed instead.")] = None,
-    lookup_timeout_s: Annotated[float | None, flag(_LIMITS, "2", "A slower lookup counts as a miss.")] = None,
-    request_timeout_s: Annotated[float | None, flag(_LIMITS, "600", "A slower request is ended with a 504.")] = None,
-    drain_timeout_s: Annotated[
-        float | None, flag(_LIMITS, "10", "On SIGTERM, how long running requests may go on.")
-    ] = None,
+    fetch_timeout_s: Annotated[float | None, flag(LIMITS, "10", "A slower load is computed instead.")] = None,
+    lookup_timeout_s: Annotated[float | None, flag(LIMITS, "2", "A slower lookup counts as a miss.")] = None,
+    request_timeout_s: RequestTimeout = None,
+    drain_timeout_s: DrainTimeout = None,
     router: Annotated[
         str | None, flag(_CLUSTER, "none", "Serve for this router (its --cluster-listen), without an API.", "HOST:PORT")
     ] = None,
@@ -115,10 +123,8 @@ def serve(
         float | None,
         flag(_CLUSTER, "600", "Decode: a request whose prompt is not handed over by then is placed again."),
     ] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="TOML file with flags of the same names; the command line goes before it.")
-    ] = None,
+    log_level: LogLevel = None,
+    config: ConfigFile = None,
 ) -> None:
     """Serve a model with the OpenAI-compatible API; its KV cache comes from the pool."""
     given = {name: value for name, value in locals().items() if name != "config" and value != []}

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from asking import WAIT_S, Answer
+
 from penstock.cluster.build_host import HostConfig, Role, open_host
 from penstock.cluster.host import EngineHost
 from penstock.cluster.placed import PlacedRequest
-from penstock.engine.api import RequestReport, TokenEvent
 from penstock.engine.config import EngineConfig
 from penstock.engine.runner import SamplingParams
 from penstock.pool.open import open_local_pool
@@ -23,62 +21,15 @@ from penstock.transport.node import PoolNode
 
 BLOCK = 16
 MIB = 1 << 20
-WAIT_S = 30.0
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 
 _ids = itertools.count(1)
 
 
-def prompt_of(seed: int, tokens: int) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(6, 370) for _ in range(tokens)]
-
-
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"{what} did not come within {timeout_s} s"
-        time.sleep(0.002)
-
-
-class Part:
-    """The events of one part, checked against the contract as they come."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.last: TokenEvent | None = None
-        self.first = threading.Event()
-        self._ended = threading.Event()
-
-    def __call__(self, event: TokenEvent) -> None:
-        assert self.last is None, f"an event after the last one: {event}"
-        if event.token_id is not None:
-            self.tokens.append(event.token_id)
-            self.first.set()
-        if event.finish_reason is not None:
-            self.last = event
-            self._ended.set()
-
-    @property
-    def ended(self) -> bool:
-        return self._ended.is_set()
-
-    def wait(self, timeout_s: float = WAIT_S) -> TokenEvent:
-        assert self._ended.wait(timeout_s), f"no end within {timeout_s} s"
-        assert self.last is not None
-        return self.last
-
-    @property
-    def report(self) -> RequestReport:
-        report = self.wait().report
-        assert report is not None, self.last
-        return report
-
-
 class Question:
     """A request on its way over two engines."""
 
-    def __init__(self, prefill: Part, decode: Part, request_id: str) -> None:
+    def __init__(self, prefill: Answer, decode: Answer, request_id: str) -> None:
         self.prefill, self.decode, self.request_id = prefill, decode, request_id
 
     def answer(self) -> list[int]:
@@ -114,7 +65,7 @@ class Cluster:
     ) -> Question:
         """Place both parts, the prefill engine's first or last (`order`)."""
         request_id = more.pop("request_id", f"q{next(_ids)}")
-        parts = {"p": Part(), "d": Part()}
+        parts = {"p": Answer(), "d": Answer()}
         for which in order:
             host, part = (self.prefill[pe], "prefill") if which == "p" else (self.decode[de], "decode")
             self.place(host, part, parts[which], prompt, sampling, de, request_id=request_id, **more)
@@ -124,7 +75,7 @@ class Cluster:
         self,
         host: EngineHost,
         part: Any,
-        on_event: Part,
+        on_event: Answer,
         prompt: Sequence[int],
         sampling: SamplingParams = GREEDY,
         de: int = 0,
@@ -209,7 +160,7 @@ def mixed(checkpoint: Path, node: PoolNode, **more: Any) -> Iterator[Callable[..
     opened = open_host(HostConfig(engine_config(checkpoint, node, **more)))
 
     def ask(prompt: Sequence[int], sampling: SamplingParams = GREEDY, **placed: Any) -> list[int]:
-        part = Part()
+        part = Answer()
         request = PlacedRequest(
             request_id=f"m{next(_ids)}", epoch=1, prompt_tokens=list(prompt), sampling=sampling, **placed
         )

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from asking import WAIT_S
+
 from penstock.cluster.agent import AgentSettings, EngineAgent
 from penstock.cluster.placed import EngineReport, LinkReport, PlacedRequest
 from penstock.cluster.router import ClusterEngine, RouterSettings
@@ -19,16 +21,8 @@ from penstock.engine.api import GenerationRequest, TokenEvent
 from penstock.engine.runner import SamplingParams
 from penstock.transport.secret import Secret
 
-WAIT_S = 30.0
 VOCABULARY = 1000
 SECRET = Secret(b"a secret of these tests")
-
-
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"{what} did not come within {timeout_s} s"
-        time.sleep(0.002)
 
 
 def next_token(tokens: Sequence[int]) -> int:

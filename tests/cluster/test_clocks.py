@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from router_rig import cluster, expected, wait_until
+from asking import wait_until
+from router_rig import cluster, expected
 
 UNSHARE = ("unshare", "--fork", "--kill-child", "--time", "--monotonic", "600", "--boottime", "600")
 ENGINE = """
@@ -36,7 +37,11 @@ def test_an_engine_whose_clock_is_ten_minutes_ahead() -> None:
     with cluster(lease_s=1.0) as c:
         command = [*UNSHARE, sys.executable, "-c", ENGINE, str(c.address[1])]
         with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         ) as far:
             try:
                 assert far.stdout is not None and far.stdin is not None

@@ -6,7 +6,8 @@ import socket
 import time
 
 import pytest
-from router_rig import SECRET, Client, Cluster, CountingHost, Wire, cluster, expected, wait_until
+from asking import wait_until
+from router_rig import SECRET, Client, Cluster, CountingHost, Wire, cluster, expected
 
 from penstock.cluster import wire
 from penstock.cluster.placed import EngineReport

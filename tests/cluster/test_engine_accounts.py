@@ -7,8 +7,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from paths_rig import BLOCK, cluster, prompt_of
-from router_rig import CountingHost, wait_until
+from asking import prompt_of, wait_until
+from paths_rig import BLOCK, cluster
+from router_rig import CountingHost
 from router_rig import cluster as routers
 
 from penstock.cluster.build_host import HostConfig, open_host

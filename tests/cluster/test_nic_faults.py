@@ -8,7 +8,8 @@ import secrets
 from collections.abc import Iterator
 
 import pytest
-from router_rig import Client, wait_until
+from asking import wait_until
+from router_rig import Client
 
 from penstock.bench.experiments.dualpath_agents import BLOCK_TOKENS, Agent, AgentTurn
 from penstock.bench.experiments.dualpath_testbed import Scale, Topology

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from asking import Answer, prompt_of, wait_until
 from faulty_wire import FaultyWire
-from paths_rig import BLOCK, GREEDY, Cluster, Part, beside, cluster, prompt_of, wait_until
+from paths_rig import BLOCK, GREEDY, Cluster, beside, cluster
 
 from penstock.engine.api import InvalidRequest
 from penstock.engine.runner import SamplingParams
@@ -174,7 +175,7 @@ def test_a_prefill_engine_that_goes_in_the_middle(llama: Path, expected: Expecte
 
 def test_a_hand_off_that_never_comes_ends_by_its_deadline(llama: Path) -> None:
     with cluster(llama, host={"hand_off_timeout_s": 0.3}) as c:
-        part = Part()
+        part = Answer()
         c.place(c.decode[0], "decode", part, PROMPT)
         assert c.decode[0].report().buffer_free_blocks == c.decode[0].report().buffer_blocks - BLOCKS
         end = part.wait()
@@ -183,7 +184,7 @@ def test_a_hand_off_that_never_comes_ends_by_its_deadline(llama: Path) -> None:
 
 def test_a_hand_off_that_the_router_never_named(llama: Path) -> None:
     with cluster(llama, host={"open_timeout_s": 0.3}) as c:
-        part = Part()
+        part = Answer()
         c.place(c.prefill[0], "prefill", part, PROMPT)
         end = part.wait()
         assert end.finish_reason == "restart" and "has not named the hand-off" in str(end.error)
@@ -191,7 +192,7 @@ def test_a_hand_off_that_the_router_never_named(llama: Path) -> None:
 
 def test_no_decode_engine_at_that_address(llama: Path) -> None:
     with cluster(llama) as c:
-        part = Part()
+        part = Answer()
         c.place(c.prefill[0], "prefill", part, PROMPT, decode_relay="127.0.0.1:9")
         end = part.wait()
         assert end.finish_reason == "restart" and "127.0.0.1:9" in str(end.error)
@@ -203,14 +204,14 @@ def test_no_decode_engine_at_that_address(llama: Path) -> None:
 def test_a_full_buffer_makes_hand_offs_wait_or_end(llama: Path, expected: Expected) -> None:
     size = 16384
     with cluster(llama, host={"buffer_bytes": 14 * size, "open_timeout_s": 1.0}) as c:
-        blocking = Part()
+        blocking = Answer()
         c.place(c.decode[0], "decode", blocking, PROMPT, request_id="b")  # takes 10 of 14 blocks, and nobody hands over
         other = prompt_of(202, 6 * BLOCK)
         question = c.start(other)
         end = question.prefill.wait()
         assert end.finish_reason == "restart" and "the decode buffer is full" in str(end.error)
         assert not question.decode.ended
-        again = Part()
+        again = Answer()
         c.place(c.prefill[0], "prefill", again, other, request_id=question.request_id)
         c.decode[0].cancel("b")
         assert blocking.wait().finish_reason == "cancelled"
@@ -218,7 +219,7 @@ def test_a_full_buffer_makes_hand_offs_wait_or_end(llama: Path, expected: Expect
         assert question.decode.wait().finish_reason == "length"
         assert again.tokens + question.decode.tokens == expected(other)
         with pytest.raises(InvalidRequest, match="has 20 blocks; the decode buffer has room for 14"):
-            c.place(c.decode[0], "decode", Part(), prompt_of(203, 20 * BLOCK))
+            c.place(c.decode[0], "decode", Answer(), prompt_of(203, 20 * BLOCK))
 
 
 # -- cancelling ---------------------------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ def test_a_full_buffer_makes_hand_offs_wait_or_end(llama: Path, expected: Expect
 
 def test_cancelled_while_it_opens(llama: Path) -> None:
     with cluster(llama) as c:
-        part = Part()
+        part = Answer()
         c.place(c.prefill[0], "prefill", part, PROMPT, request_id="x")
         c.prefill[0].cancel("x")
         assert part.wait().finish_reason == "cancelled"

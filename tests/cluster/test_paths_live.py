@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from paths_rig import BLOCK, Part, beside, cluster, mixed, prompt_of
+from asking import Answer, prompt_of
+from paths_rig import BLOCK, beside, cluster, mixed
 
 from penstock.engine.runner import SamplingParams
 from penstock.testing.tiny_models import build_tiny
@@ -144,7 +145,7 @@ def test_an_answer_that_ends_with_its_first_token(llama: Path, expected: Expecte
     one = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
     (first,) = expected(prompt, one)
     with cluster(llama) as c:
-        part = Part()
+        part = Answer()
         c.place(c.prefill[0], "prefill", part, prompt, one)
         assert part.wait().finish_reason == "length" and part.tokens == [first]
         question = c.start(prompt)

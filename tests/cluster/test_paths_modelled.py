@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paths_rig import MIB, Part, beside, cluster, mixed, prompt_of
+from asking import Answer, prompt_of
+from paths_rig import MIB, beside, cluster, mixed
 
 from penstock.engine.runner import SamplingParams
 
@@ -59,7 +60,7 @@ def test_the_report_counts_what_is_unfinished() -> None:
     slow = MODELLED | {"time_factor": 20.0}
     with cluster(Path(), engine=slow, host={"buffer_bytes": 8 * MIB}) as c:
         prompt = prompt_of(3, 6 * TOKENS)
-        question, waiting = c.start(prompt, FIVE), Part()
+        question, waiting = c.start(prompt, FIVE), Answer()
         question.prefill.first.wait(20)
         c.place(c.decode[0], "decode", waiting, prompt, FIVE, request_id="w")
         report = c.decode[0].report()

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from asking import prompt_of
 from faulty_wire import FaultyWire
-from paths_rig import BLOCK, beside, cluster, prompt_of
+from paths_rig import BLOCK, beside, cluster
 
 from penstock.cluster.one_sided_links import read_one_sided
 from penstock.pool.api import PoolError

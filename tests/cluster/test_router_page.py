@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+from asking import wait_until
 from browser import shown_in_browser
-from router_rig import Cluster, CountingHost, cluster, wait_until
+from router_rig import Cluster, CountingHost, cluster
 
 from penstock.cluster.live_view import ui_routes
 from penstock.cluster.placed import LinkReport

@@ -3,69 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from asking import WAIT_S, Answer, wait_until
+
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
 from penstock.core.new_block import NewBlock
-from penstock.engine.api import GenerationRequest, RequestReport, TokenEvent
+from penstock.engine.api import GenerationRequest
 from penstock.engine.engine import Engine, new_request_id
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
 from penstock.pool.api import Done, Lease, Located, Pool, PoolError
 
 BLOCK = 16
-WAIT_S = 20.0
-
-
-def prompt_of(seed: int, tokens: int) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(6, 370) for _ in range(tokens)]
-
-
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"{what} did not come within {timeout_s} s"
-        time.sleep(0.001)
-
-
-class Answer:
-    """The events of one request, checked against the contract of EngineAPI as they come."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.first = threading.Event()
-        self.last: TokenEvent | None = None
-        self._ended = threading.Event()
-
-    def __call__(self, event: TokenEvent) -> None:
-        assert self.last is None, "an event after the last one"
-        if event.token_id is not None:
-            self.tokens.append(event.token_id)
-            self.first.set()
-        if event.finish_reason is not None:
-            self.last = event
-            self._ended.set()
-
-    @property
-    def ended(self) -> bool:
-        return self._ended.is_set()
-
-    def wait(self, timeout_s: float = WAIT_S) -> TokenEvent:
-        assert self._ended.wait(timeout_s), f"no end within {timeout_s} s"
-        assert self.last is not None
-        return self.last
-
-    @property
-    def report(self) -> RequestReport:
-        report = self.wait().report
-        assert report is not None, self.last
-        return report
 
 
 class Rig:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engine_rig import BLOCK, Answer, WatchedPool, WatchedRunner, prompt_of, serving, wait_until
+from asking import Answer, prompt_of, wait_until
+from engine_rig import BLOCK, WatchedPool, WatchedRunner, serving
 
 from penstock.core.config import POLICIES, ConfigError
 from penstock.engine.api import GenerationRequest

@@ -14,17 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_rig import (
-    BLOCK,
-    WAIT_S,
-    Answer,
-    Rig,
-    WatchedPool,
-    WatchedRunner,
-    prompt_of,
-    serving,
-    wait_until,
-)
+from asking import WAIT_S, Answer, prompt_of, wait_until
+from engine_rig import BLOCK, Rig, WatchedPool, WatchedRunner, serving
 
 from penstock.core.keys import block_keys
 from penstock.engine.api import GenerationRequest, InvalidRequest, Overloaded

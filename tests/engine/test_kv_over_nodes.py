@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engine_rig import BLOCK, WAIT_S, Answer, Rig, prompt_of, serving, wait_until
+from asking import WAIT_S, Answer, prompt_of, wait_until
+from engine_rig import BLOCK, Rig, serving
 
 from penstock.engine.api import GenerationRequest
 from penstock.engine.build import build_engine

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_rig import Answer, WatchedPool, prompt_of, serving
+from asking import Answer, prompt_of
+from engine_rig import WatchedPool, serving
 
 from penstock.core.config import ConfigError
 from penstock.engine.api import GenerationRequest

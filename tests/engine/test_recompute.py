@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from engine_rig import BLOCK, WatchedPool, prompt_of, serving
+from asking import prompt_of
+from engine_rig import BLOCK, WatchedPool, serving
 
 from penstock.engine.hf_runner import HFRunner
 from penstock.pool.api import Done, Pool

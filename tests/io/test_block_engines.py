@@ -10,27 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from block_io import drain, run
 
-from penstock.io import BlockEngine, IoCompletion, IoOp, QueueFull, aligned_buffer, open_engine
+from penstock.io import IoOp, QueueFull, aligned_buffer, open_engine
 from penstock.io.ring_engine import RingEngine
 
 MIB = 1 << 20
 PAGE = 4096
-
-
-def drain(engine: BlockEngine, timeout_s: float = 20.0) -> list[IoCompletion]:
-    """Every completion of what is in flight."""
-    done: list[IoCompletion] = []
-    while engine.in_flight():
-        got = engine.poll(timeout_s)
-        assert got, "no completion within the deadline"
-        done += got
-    return done
-
-
-def run(engine: BlockEngine, *ops: IoOp) -> dict[object, OSError | None]:
-    engine.submit(ops)
-    return {done.tag: done.error for done in drain(engine)}
 
 
 def test_what_is_written_is_read_back_in_pieces(engine_of):

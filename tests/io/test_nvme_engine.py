@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from block_io import drain, run
 from guest_drives import (
     FAULTY_OFFSET,
     ODD_BYTES,
@@ -27,7 +28,7 @@ from guest_drives import (
 from penstock.core.keys import KEY_BYTES
 from penstock.core.layout import staging_bytes
 from penstock.core.new_block import NewBlock
-from penstock.io import BlockEngine, IoCompletion, IoOp, aligned_buffer, open_engine, open_nvme
+from penstock.io import IoOp, aligned_buffer, open_engine, open_nvme
 from penstock.pool.api import Done, PoolError
 from penstock.pool.device import open_device_member
 from penstock.pool.header import SlabRefused
@@ -38,20 +39,6 @@ pytestmark = pytest.mark.in_guest
 MIB = 1 << 20
 PAGE = 4096
 BLKRRPART = 0x125F
-
-
-def drain(engine: BlockEngine, timeout_s: float = 30.0) -> list[IoCompletion]:
-    done: list[IoCompletion] = []
-    while engine.in_flight():
-        got = engine.poll(timeout_s)
-        assert got, "no completion within the deadline"
-        done += got
-    return done
-
-
-def run(engine: BlockEngine, *ops: IoOp) -> dict[object, OSError | None]:
-    engine.submit(ops)
-    return {done.tag: done.error for done in drain(engine)}
 
 
 def test_the_whole_namespace_rounded_down():

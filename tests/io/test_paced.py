@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from block_io import drain
 
-from penstock.io import BlockEngine, IoCompletion, IoOp, QueueFull, aligned_buffer, open_engine
+from penstock.io import BlockEngine, IoOp, QueueFull, aligned_buffer, open_engine
 from penstock.io.paced import PaceClock, PacedEngine
 
 PAGE, MIB = 4096, 1 << 20
@@ -22,15 +23,6 @@ def inner(tmp_path: Path) -> Iterator[BlockEngine]:
     engine = open_engine(tmp_path / "slab", 4 * MIB, DEPTH)
     yield engine
     engine.close(10.0)
-
-
-def drain(engine: PacedEngine, timeout_s: float = 20.0) -> list[IoCompletion]:
-    done: list[IoCompletion] = []
-    while engine.in_flight():
-        got = engine.poll(timeout_s)
-        assert got, "no completion within the deadline"
-        done += got
-    return done
 
 
 def pieces(memory: memoryview, size: int) -> list[memoryview]:

@@ -1,0 +1,24 @@
+"""The flags that every command with an OpenAI-compatible API has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from penstock.command_line import flag
+
+API, LIMITS = "API", "Limits and deadlines"
+
+Host = Annotated[str | None, flag(API, "127.0.0.1", "Address to listen on.")]
+Port = Annotated[int | None, flag(API, "8000", "Port to listen on; 0 takes any free one.")]
+ApiKey = Annotated[str | None, flag(API, "none", "Key that clients must send (visible to other users).")]
+ApiKeyFile = Annotated[str | None, flag(API, "none", "File that holds the key.", "FILE")]
+ServedModelName = Annotated[str | None, flag(API, "MODEL", "Name of the model in the API.")]
+RequestTimeout = Annotated[float | None, flag(LIMITS, "600", "A slower request is ended with a 504.")]
+DrainTimeout = Annotated[float | None, flag(LIMITS, "10", "On SIGTERM, how long running requests may go on.")]
+LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")]
+ConfigFile = Annotated[
+    Path | None, typer.Option(help="TOML file with flags of the same names; the command line goes before it.")
+]

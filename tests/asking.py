@@ -1,0 +1,61 @@
+"""What tests that ask an engine share: prompts, the events of an answer, waits with a deadline."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+
+from penstock.engine.api import RequestReport, TokenEvent
+
+WAIT_S = 30.0
+
+
+def prompt_of(seed: int, tokens: int) -> list[int]:
+    """Token ids of the tiny models, without a special one."""
+    generator = random.Random(seed)
+    return [generator.randrange(6, 370) for _ in range(tokens)]
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
+    """Return when the condition holds; fails after `timeout_s`."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not come within {timeout_s} s"
+        time.sleep(0.001)
+
+
+class Answer:
+    """The events of one request (or of one engine's part of it), checked against the contract of EngineAPI as they
+    come."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.first = threading.Event()
+        self.last: TokenEvent | None = None
+        self._ended = threading.Event()
+
+    def __call__(self, event: TokenEvent) -> None:
+        assert self.last is None, f"an event after the last one: {event}"
+        if event.token_id is not None:
+            self.tokens.append(event.token_id)
+            self.first.set()
+        if event.finish_reason is not None:
+            self.last = event
+            self._ended.set()
+
+    @property
+    def ended(self) -> bool:
+        return self._ended.is_set()
+
+    def wait(self, timeout_s: float = WAIT_S) -> TokenEvent:
+        assert self._ended.wait(timeout_s), f"no end within {timeout_s} s"
+        assert self.last is not None
+        return self.last
+
+    @property
+    def report(self) -> RequestReport:
+        report = self.wait().report
+        assert report is not None, self.last
+        return report
