@@ -21,8 +21,15 @@ def flag(group: str, default: str, text: str, metavar: str | None = None, names:
 def refuse(command: str, error: Exception | str, status: int = BAD_USAGE) -> NoReturn:
     """One line on stderr, and the exit status."""
     log.debug("refused", exc_info=error if isinstance(error, Exception) else None)
-    typer.echo(f"{command}: error: {' '.join(str(error).split())}", err=True)
+    typer.echo(f"{command}: error: {one_line(error)}", err=True)
     raise typer.Exit(status)
+
+
+def one_line(error: Exception | str) -> str:
+    """What went wrong, and with which file, without line breaks."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    return " ".join(str(error).split())
 
 
 def log_to_stderr(level: str) -> None:

@@ -114,7 +114,7 @@ class ClusterEngine:
 
     def stats(self) -> EngineStats:
         """See EngineAPI."""
-        return self.ask(lambda: router_stats(self))
+        return self.ask(lambda: router_stats(self.requests, self.port, self.brain, self.counters))
 
     def healthy(self) -> tuple[bool, str]:
         """See EngineAPI: whether engines are there that can serve a request."""

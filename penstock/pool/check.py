@@ -16,6 +16,7 @@ from penstock.core.keys import BlockKey
 from penstock.core.layout import STAGING_ALIGNMENT_BYTES
 from penstock.io.api import BlockEngine, IoOp
 from penstock.io.memory import aligned_buffer
+from penstock.pool.block import Block
 from penstock.pool.checksum import block_checksum
 from penstock.pool.device import open_engine_patiently
 from penstock.pool.header import HEADER_BYTES, SlabRefused, pack_header, parse_header, read_page, write_header
@@ -29,7 +30,6 @@ from penstock.pool.rows import (
     read_rows,
     readable_rows,
 )
-from penstock.pool.table import Block
 from penstock.units import format_bytes
 
 DEPTH = 32

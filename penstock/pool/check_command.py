@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from penstock.command_line import refuse
+
 if TYPE_CHECKING:
     from penstock.pool.check import CheckReport, Progress
     from penstock.pool.config import MemberConfig, PoolConfig
@@ -24,7 +26,6 @@ def check(
 ) -> None:
     """Verify rows against data, checksums and free space. Exit status 1 when damage was found."""
     from penstock.pool.check import print_report
-    from penstock.transport.command import refuse
 
     try:
         described, members = _members(path, config, state)

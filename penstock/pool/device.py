@@ -14,6 +14,7 @@ from penstock.core.layout import STAGING_ALIGNMENT_BYTES, staging_bytes
 from penstock.io.api import BlockEngine, IoOp
 from penstock.io.paced import PacedEngine
 from penstock.pool.api import Done, PoolError
+from penstock.pool.block import Block
 from penstock.pool.checksum import block_checksum
 from penstock.pool.free_pieces import MEASURE_BYTES, FreePieces
 from penstock.pool.header import HEADER_BYTES, pack_header, refuse_foreign_file
@@ -21,7 +22,6 @@ from penstock.pool.journal import Journal
 from penstock.pool.probe import Probe
 from penstock.pool.read_meter import ReadMeter
 from penstock.pool.rows import Stored, Use
-from penstock.pool.table import Block
 from penstock.pool.work import EXPIRY_CHECK_S, Work, WorkQueue
 
 log = logging.getLogger(__name__)

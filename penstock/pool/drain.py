@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
+from penstock.pool.block import Block
 from penstock.pool.checksum import block_checksum
 from penstock.pool.member import is_durable, queued
-from penstock.pool.table import Block, Table
+from penstock.pool.table import Table
 from penstock.pool.work import Work
 
 if TYPE_CHECKING:

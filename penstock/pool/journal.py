@@ -20,10 +20,10 @@ from pathlib import Path
 from penstock.core.keys import BlockKey
 from penstock.io.api import BlockEngine
 from penstock.pool.api import Done, PoolError
+from penstock.pool.block import Block
 from penstock.pool.callbacks import call_done
 from penstock.pool.header import pack_header, parse_header, read_page, write_header
 from penstock.pool.rows import RowTable, Stored, Use
-from penstock.pool.table import Block
 
 log = logging.getLogger(__name__)
 

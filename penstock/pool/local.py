@@ -14,13 +14,14 @@ from penstock.core.pool.policy import PoolPolicy
 from penstock.core.pool.quota import TenantQuotas
 from penstock.core.pool.write_admission import WriteAdmission
 from penstock.pool.api import Done, Located, MemberStat, PoolError, PoolStat, check_write
+from penstock.pool.block import Block
 from penstock.pool.callbacks import Callbacks, call_done
 from penstock.pool.checksum import block_checksum
 from penstock.pool.drain import Drain
 from penstock.pool.member import GoneMember, Member, Use, fenced_reason, is_durable, observed, queued
 from penstock.pool.memory import MemoryMember
 from penstock.pool.opened import MemoryLease, OpenBlock
-from penstock.pool.table import Block, Table
+from penstock.pool.table import Table
 from penstock.pool.work import Work
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from penstock.core.keys import BlockKey
 from penstock.pool.api import Done, PoolError
-from penstock.pool.table import Block
+from penstock.pool.block import Block
 from penstock.pool.work import Work
 
 Use = tuple[BlockKey, float, int]  # a key, what its block is worth, how often it was used

@@ -16,8 +16,8 @@ from penstock.io.memory import aligned_buffer
 from penstock.io.numa import bind_memory, check_node, stay_on_node
 from penstock.io.paced import PaceClock
 from penstock.pool.api import Done, PoolError
+from penstock.pool.block import Block
 from penstock.pool.checksum import block_checksum
-from penstock.pool.table import Block
 from penstock.pool.work import Work, WorkQueue
 from penstock.units import format_bytes
 

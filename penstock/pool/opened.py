@@ -8,8 +8,8 @@ from penstock.core.keys import BlockKey
 from penstock.pool.api import Done
 
 if TYPE_CHECKING:
+    from penstock.pool.block import Block
     from penstock.pool.local import LocalPool
-    from penstock.pool.table import Block
 
 
 class OpenBlock:

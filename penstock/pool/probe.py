@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
+from penstock.pool.block import Block
 from penstock.pool.header import HEADER_BYTES
-from penstock.pool.table import Block
 from penstock.pool.work import Work
 
 FIRST_PAUSE_S = 1.0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from penstock.command_line import refuse
 from penstock.units import parse_address, parse_bytes
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ def profile(
     No node may serve the pool meanwhile. Writes go to free space only.
     """
     from penstock.pool.api import PoolError
-    from penstock.transport.command import refuse
 
     try:
         from penstock.pool.config_file import read_pool_config

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
+from penstock.pool.block import Block
 from penstock.pool.extents import ExtentAllocator
-
-if TYPE_CHECKING:
-    from penstock.pool.table import Block
 
 
 class MemberSpace:

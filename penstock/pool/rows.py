@@ -16,8 +16,8 @@ from typing import Any
 import xxhash
 
 from penstock.core.keys import KEY_BYTES, BlockKey
+from penstock.pool.block import Block
 from penstock.pool.header import SlabRefused
-from penstock.pool.table import Block
 
 TABLE_FORMAT = 2
 LOCKED_WAIT_S = 1.0

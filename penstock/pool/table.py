@@ -15,32 +15,10 @@ from penstock.core.new_block import NewBlock
 from penstock.core.pool.keeping import Keeping
 from penstock.core.pool.placement import CYCLE_BLOCKS, Placement
 from penstock.core.pool.quota import TenantQuotas
+from penstock.pool.block import Block
 from penstock.pool.room import MemberSpace
 
 SEEDS_MAX = 8  # holes around which neighbours are looked at when free space is in pieces
-
-
-@dataclass(slots=True, eq=False)
-class Block:
-    """One block and its extent. `position` is its place in the spread of its prefix over the members, `tenant` whose it
-    is, `rebuild_s` what computing it again takes, `uses` how often it was written or looked up."""
-
-    key: BlockKey
-    parent: BlockKey
-    member: int
-    offset: int
-    size_bytes: int
-    position: int
-    checksum: int = 0
-    tenant: bytes = b""
-    rebuild_s: float = 0.0
-    uses: int = 1
-    account: bytes = b""  # which quota its bytes count against
-    pins: int = 0
-
-    @property
-    def extent_bytes(self) -> int:
-        return staging_bytes(self.size_bytes)
 
 
 @dataclass(slots=True)

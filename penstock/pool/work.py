@@ -11,7 +11,7 @@ from typing import Literal
 
 from penstock.core.pool.fair_queue import FairQueue
 from penstock.pool.api import PoolError
-from penstock.pool.table import Block
+from penstock.pool.block import Block
 
 EXPIRY_CHECK_S = 0.01
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from penstock.command_line import one_line, refuse
 from penstock.pool.check_command import check
 from penstock.transport.stat_command import stat
 from penstock.units import format_address, format_bytes, parse_address, parse_bytes, parse_rate
@@ -103,18 +104,6 @@ def parse_slab(text: str) -> tuple[Path, int]:
     if not colon or not path:
         raise ValueError(f"slab {text!r} is not understood; allowed is PATH:SIZE, for example /data/kv.slab:100GiB")
     return Path(path), parse_bytes(size)
-
-
-def one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
-    return " ".join(str(error).split())
-
-
-def refuse(command: str, error: Exception) -> NoReturn:
-    """One line on stderr, and exit status 2."""
-    typer.echo(f"{command}: {one_line(error)}", err=True)
-    raise typer.Exit(2) from None
 
 
 def _config(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from penstock.command_line import refuse
 from penstock.units import format_bytes
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ def stat(
 ) -> None:
     """Show the members and tenants of a running node."""
     from penstock.pool.api import PoolError
-    from penstock.transport.command import refuse
     from penstock.transport.connect import connect_pool
     from penstock.transport.secret import Secret
 

@@ -22,11 +22,11 @@ from penstock.io.memory import aligned_buffer
 from penstock.io.open import open_engine
 from penstock.pool import device, probe
 from penstock.pool.api import PoolError
+from penstock.pool.block import Block
 from penstock.pool.device import DeviceMember, open_device_member, open_slab_member
 from penstock.pool.header import HEADER_BYTES, SlabRefused
 from penstock.pool.local import LocalPool
 from penstock.pool.open import open_local_pool
-from penstock.pool.table import Block
 from penstock.pool.work import Work
 
 MIB = 1 << 20

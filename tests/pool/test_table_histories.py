@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from penstock.core.new_block import NewBlock, tenant_tag
 from penstock.core.pool.quota import TenantQuotas
-from penstock.pool.table import Block, Table
+from penstock.pool.block import Block
+from penstock.pool.table import Table
 
 PAGE = 4096
 NAMES = st.integers(0, 39)
