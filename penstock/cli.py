@@ -8,7 +8,7 @@ from penstock.bench.command import bench
 from penstock.cluster.command import router
 from penstock.cluster.fabric_command import fabric
 from penstock.cluster.up_command import up
-from penstock.doctor import doctor
+from penstock.doctor.command import doctor
 from penstock.io.spdk.command import app as spdk_app
 from penstock.pool.profile_command import profile
 from penstock.server.command import serve

@@ -13,8 +13,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from penstock import doctor as module
-from penstock.doctor import Check, Machine, doctor, examine
+from penstock.doctor import machine_checks as module
+from penstock.doctor.check import Check
+from penstock.doctor.command import doctor
+from penstock.doctor.machine import Machine
+from penstock.doctor.machine_checks import examine
 
 app = typer.Typer()
 app.command()(doctor)
@@ -59,7 +62,7 @@ def test_exit_code_1_when_penstock_cannot_run(monkeypatch):
 
 
 def test_the_module_does_not_import_torch():
-    code = "import sys, penstock.doctor; print('torch' in sys.modules)"
+    code = "import sys, penstock.doctor.command; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
@@ -68,7 +71,7 @@ def test_an_empty_machine_breaks_no_check(machine):
 
 
 def test_refused_io_uring_is_a_problem_with_a_reason():
-    code = "from penstock.doctor import *; print(check_io_uring(Machine()))"
+    code = "from penstock.doctor.machine_checks import *; print(check_io_uring(Machine()))"
     for number, words in ((errno.ENOSYS, "no io_uring"), (errno.EPERM, "forbidden")):
         command = [sys.executable, str(RESTRICTED), "no-uring", str(number), "--", code]
         said = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -84,7 +87,7 @@ def test_disabled_io_uring_names_the_sysctl(machine, monkeypatch):
 
 
 def test_a_low_memory_lock_limit_is_noted():
-    code = "from penstock.doctor import *; print(check_memory_lock(Machine()))"
+    code = "from penstock.doctor.machine_checks import *; print(check_memory_lock(Machine()))"
     command = [sys.executable, str(RESTRICTED), "memlock", "8192", "--", code]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     assert "'note'" in said and "8.0 MiB may be locked" in said and "LimitMEMLOCK" in said

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from penstock.doctor import Check
+from penstock.doctor.check import Check
 from penstock.units import format_bytes, parse_address
 from penstock.vllm.flags import CONNECTOR, CONNECTOR_MODULE, SCHEDULER
 

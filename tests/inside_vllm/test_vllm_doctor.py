@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from vllm_rig import PoolProcess
 
-from penstock.doctor import Check
+from penstock.doctor.check import Check
 from penstock.vllm import doctor
 from penstock.vllm.doctor import examine_vllm
 from penstock.vllm.flags import SCHEDULER, connector_config

@@ -1,21 +1,18 @@
-"""`penstock doctor`: says in plain words what this machine offers, what is misconfigured, and what to do about it."""
+"""What this machine offers, and what on it is misconfigured: one check each."""
 
 from __future__ import annotations
 
-import json as json_format
 import os
 import re
 import resource
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
-from pathlib import Path
-from typing import Annotated, Literal
 
-import typer
+from penstock.doctor.check import Check
+from penstock.doctor.machine import Machine
 
 MIB, GIB = 1 << 20, 1 << 30
 OPEN_FILES_MIN = 4096
@@ -23,48 +20,6 @@ SHARED_MEMORY_MIN_BYTES = GIB
 SOCKET_BUFFER_MIN_BYTES = 4 * MIB
 STAGING_MIN_BYTES = GIB
 CAP_IPC_LOCK = 14
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One finding. `note`: works, but could be better; `problem`: misconfigured; `unusable`: Penstock cannot run."""
-
-    name: str
-    status: Literal["ok", "note", "problem"]
-    found: str
-    advice: str = ""
-    unusable: bool = False
-
-
-class Machine:
-    """The files under `root` (`/` of a real machine) that say what it has."""
-
-    def __init__(self, root: Path = Path("/")) -> None:
-        self.root = root
-
-    def text(self, path: str) -> str | None:
-        """Content of a file without outer blanks; None where it is absent or may not be read."""
-        try:
-            return (self.root / path).read_text(errors="replace").strip()
-        except OSError:
-            return None
-
-    def number(self, path: str) -> int | None:
-        """The first integer of a file; None where there is none."""
-        found = re.match(r"-?\d+", self.text(path) or "")
-        return int(found[0]) if found else None
-
-    def names(self, path: str, pattern: str = ".*") -> list[str]:
-        """Sorted names in a folder that match `pattern` as a whole; empty where it is absent."""
-        try:
-            return sorted(name for name in os.listdir(self.root / path) if re.fullmatch(pattern, name))
-        except OSError:
-            return []
-
-    def meminfo(self) -> dict[str, int]:
-        """/proc/meminfo as it stands (kB, or a count)."""
-        lines = (line.split() for line in (self.text("proc/meminfo") or "").splitlines())
-        return {parts[0].rstrip(":"): int(parts[1]) for parts in lines if len(parts) > 1 and parts[1].isdigit()}
 
 
 def _size(size_bytes: float) -> str:
@@ -326,70 +281,3 @@ CHECKS: tuple[Callable[[Machine], Check], ...] = (
 def examine(machine: Machine) -> list[Check]:
     """All checks, in the order they are shown."""
     return [check(machine) for check in CHECKS]
-
-
-def doctor(
-    command: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[-- COMMAND...]",
-            help="With --vllm: the command to check, for example: -- vllm serve MODEL --kv-transfer-config ...",
-            show_default=False,
-        ),
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the findings to this file as well.")] = None,
-    vllm: Annotated[bool, typer.Option("--vllm", help="Look at Penstock inside vLLM instead of the machine.")] = False,
-) -> None:
-    """What this machine offers, what is misconfigured, and what to do. Exit code 1 if Penstock cannot run here.
-
-    With --vllm exit code 1 for every problem: vLLM itself tells of none of them.
-    """
-    if vllm:
-        from penstock.vllm.doctor import examine_vllm
-
-        _report("Penstock inside vLLM", examine_vllm(command or []), json, strict=True)
-    elif command:
-        typer.echo(f"penstock doctor: {command[0]!r} is given without --vllm; allowed: no words", err=True)
-        raise typer.Exit(2)
-    else:
-        _report("What this machine offers", examine(Machine()), json, strict=False)
-
-
-def _report(title: str, findings: list[Check], json: Path | None, strict: bool) -> None:
-    """A table, one line to sum it up, the file; exit status 1 when it is unusable, or has a problem and is `strict`."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from penstock.bench.report import environment
-
-    table = Table(title=title, title_justify="left", show_lines=True)
-    for column in ("check", "status", "found", "what to do"):
-        table.add_column(column)
-    colours = {"ok": "green", "note": "yellow", "problem": "red"}
-    for check in findings:
-        status = f"[{colours[check.status]}]{check.status}[/]"
-        table.add_row(check.name, status, _plain(check.found), _plain(check.advice))
-    console = Console()
-    console.print(table)
-    usable = not any(check.unusable or (strict and check.status == "problem") for check in findings)
-    problems = [check.name for check in findings if check.status == "problem"]
-    end = f"Penstock {'can' if usable else 'cannot'} run here."
-    if strict:
-        end = "As Penstock is meant to be used." if usable else "This must be repaired first."
-    console.print(f"problems: {', '.join(problems) or 'none'}. {end}")
-    if json is not None:
-        record = {"usable": usable, "checks": [asdict(check) for check in findings], "environment": environment()}
-        try:
-            json.parent.mkdir(parents=True, exist_ok=True)
-            json.write_text(json_format.dumps(record, indent=1) + "\n")
-        except OSError as error:
-            console.print(f"cannot write {_plain(str(json))}: {error.strerror}")
-            raise typer.Exit(2) from error
-    if not usable:
-        raise typer.Exit(1)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
