@@ -11,7 +11,7 @@ from penstock.cluster.placed import EngineReport
 from penstock.cluster.port import Engine
 from penstock.core.cluster.engine_groups import EngineSpec
 from penstock.core.cluster.inter_engine import InterEngineScheduler
-from penstock.core.cluster.nic_speed import storage_bytes_per_s
+from penstock.core.cluster.nic_speed import storage_speeds
 from penstock.core.cost import ComputeCost
 
 PREFILL_TOKENS_PER_S = 20_000.0  # of an engine that does not say
@@ -51,13 +51,14 @@ class EngineAccounts:
         self._brain = brain
         self._accounts: dict[str, _Account] = {}
         self._assigned: dict[str, int] = {}
+        self._speeds: dict[str, float] = {}  # of hosts, as the brain knows them
 
     def joined(self, engine: Engine, engines: Sequence[Engine]) -> None:
         """`engines` are all that are registered, this one too."""
         card, report = engine.card, engine.report
         self._accounts[engine.name] = _Account()
         speed, compute = speed_of(report)
-        self._brain.node_registered(card.host, _storage_tokens_per_s(card.host, engines))
+        self._tell_storage_speeds(engines)
         capacity = report.total_pages * card.block_tokens or card.max_context_tokens
         self._brain.engine_registered(
             EngineSpec(engine.name, card.role, card.role, card.host, speed, capacity, compute)
@@ -69,6 +70,7 @@ class EngineAccounts:
         self._brain.engine_lost(engine.name, now)
         if all(other.card.host != engine.card.host for other in others):
             self._brain.node_lost(engine.card.host, now)
+            self._speeds.pop(engine.card.host, None)
 
     def deciding(self) -> None:
         """Before the brain decides: the reads that it assigns have higher numbers than these."""
@@ -91,7 +93,7 @@ class EngineAccounts:
             account.unseen.popleft()
         host = engine.card.host
         here = [other for other in engines if other.card.host == host]
-        self._brain.node_registered(host, _storage_tokens_per_s(host, engines))
+        self._tell_storage_speeds(engines)
         self._brain.engine_speed(engine.name, *speed_of(engine.report))
         accounts = [self._accounts[other.name] for other in here if other.name in self._accounts]
         seen = min((one.unseen[0][1] - 1 for one in accounts if one.unseen), default=None)
@@ -112,13 +114,16 @@ class EngineAccounts:
             else:
                 self._brain.nic_healed(host)
 
-
-def _storage_tokens_per_s(host: str, engines: Sequence[Engine]) -> float:
-    """Of the storage NIC of a host, which its engines share: the fastest of them saw most of it."""
-    seen: dict[str, float] = {}
-    for engine in engines:
-        fastest = max(seen.get(engine.card.host, 0.0), engine.report.storage_bytes_per_s)
-        seen[engine.card.host] = min(fastest, SPEED_MAX)
-    rate = storage_bytes_per_s(host, seen)
-    card = engines[0].card  # the geometry is the same for all
-    return max(1.0, rate * card.block_tokens / card.block_bytes)
+    def _tell_storage_speeds(self, engines: Sequence[Engine]) -> None:
+        """What one host's storage NIC does tells something of the others'. Engines of a host share it: the fastest of
+        them saw most of it."""
+        seen: dict[str, float] = {}
+        for engine in engines:
+            fastest = max(seen.get(engine.card.host, 0.0), engine.report.storage_bytes_per_s)
+            seen[engine.card.host] = min(fastest, SPEED_MAX)
+        card = engines[0].card  # the geometry is the same for all
+        for host, bytes_per_s in storage_speeds(seen).items():
+            speed = max(1.0, bytes_per_s * card.block_tokens / card.block_bytes)
+            if self._speeds.get(host) != speed:
+                self._speeds[host] = speed
+                self._brain.node_registered(host, speed)

@@ -83,6 +83,15 @@ def test_a_storage_nic_that_nobody_has_measured_is_taken_for_one_like_the_others
         assert nodes["host-e"].tokens_per_s == pytest.approx(nodes["host-p"].tokens_per_s / 10)
 
 
+def test_what_one_engine_says_of_its_storage_nic_tells_of_hosts_that_came_before_it() -> None:
+    """At once: the first requests may come before those hosts say anything more."""
+    with routers() as c:
+        c.engine("d", "decode", SayingHost())
+        c.engine("p", "prefill", SayingHost(storage_bytes_per_s=40e6))
+        speeds = c.router.ask(lambda: {name: node.tokens_per_s for name, node in c.router.brain.groups.nodes.items()})
+        assert speeds == {name: pytest.approx(40e6 * 16 / 4096) for name in ("host-d", "host-p")}
+
+
 def test_an_engine_reports_its_profile_and_what_its_storage_nic_carries(llama: Path) -> None:
     prompt = prompt_of(301, 40 * BLOCK + 3)
     with cluster(llama) as c:
