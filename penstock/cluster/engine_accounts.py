@@ -51,7 +51,6 @@ class EngineAccounts:
         self._brain = brain
         self._accounts: dict[str, _Account] = {}
         self._assigned: dict[str, int] = {}
-        self._speeds: dict[str, float] = {}  # of hosts, as the brain knows them
 
     def joined(self, engine: Engine, engines: Sequence[Engine]) -> None:
         """`engines` are all that are registered, this one too."""
@@ -70,7 +69,6 @@ class EngineAccounts:
         self._brain.engine_lost(engine.name, now)
         if all(other.card.host != engine.card.host for other in others):
             self._brain.node_lost(engine.card.host, now)
-            self._speeds.pop(engine.card.host, None)
 
     def deciding(self) -> None:
         """Before the brain decides: the reads that it assigns have higher numbers than these."""
@@ -123,7 +121,4 @@ class EngineAccounts:
             seen[engine.card.host] = min(fastest, SPEED_MAX)
         card = engines[0].card  # the geometry is the same for all
         for host, bytes_per_s in storage_speeds(seen).items():
-            speed = max(1.0, bytes_per_s * card.block_tokens / card.block_bytes)
-            if self._speeds.get(host) != speed:
-                self._speeds[host] = speed
-                self._brain.node_registered(host, speed)
+            self._brain.node_registered(host, max(1.0, bytes_per_s * card.block_tokens / card.block_bytes))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from asking import Answer, prompt_of
-from paths_rig import BLOCK, beside, cluster, mixed
+from paths_rig import BLOCK, Cluster, beside, cluster, mixed
 
 from penstock.engine.runner import SamplingParams
 from penstock.testing.tiny_models import build_tiny
@@ -26,44 +27,45 @@ def test_a_prompt_is_handed_over_and_decoded(llama: Path, expected: Expected) ->
         assert question.decode.report.cached_tokens == 9 * BLOCK
 
 
-@pytest.mark.parametrize("read", ["prefill", "decode", "split"])
-def test_every_side_reads_the_hits_of_an_earlier_turn(read: str, llama: Path, expected: Expected) -> None:
-    """The pool holds the prefix; both engines are new, so nothing is in L1."""
-    first = prompt_of(2, 12 * BLOCK + 3)
+@contextlib.contextmanager
+def a_later_turn(llama: Path, seed: int) -> Iterator[tuple[Cluster, list[int]]]:
+    """A conversation's next turn, whose first 12 blocks the pool holds, and engines that have nothing in L1."""
+    first = prompt_of(seed, 12 * BLOCK + 3)
     with cluster(llama) as c:
         answer = c.start(first).answer()
         c.settle()
-        turn = [*first, *answer, *prompt_of(3, 2 * BLOCK)]
-        cold = prompt_of(4, 200)  # another prefix: fills nothing of this one
         with beside(llama, c) as pair:
-            question = pair.start(turn, read=read, decode_share=0.5)
-            other = pair.start(cold)
-            assert question.answer() == expected(turn)
-            assert other.answer() == expected(cold)
-            report = question.prefill.report
-            assert report.cached_tokens == 12 * BLOCK and report.loaded_bytes == 12 * pair.block_bytes
-            relayed = {"prefill": 0, "decode": 12, "split": 6}[read] * pair.block_bytes
-            assert pair.decode[0].buffer.loaded_bytes == relayed
-            blocks = len(turn) // BLOCK
-            assert report.handed_blocks == blocks - relayed // pair.block_bytes
-            assert question.decode.report.cached_tokens == blocks * BLOCK
-            pair.settle()
+            yield pair, [*first, *answer, *prompt_of(seed + 1, 2 * BLOCK)]
+
+
+@pytest.mark.parametrize("read", ["prefill", "decode", "split"])
+def test_every_side_reads_the_hits_of_an_earlier_turn(read: str, llama: Path, expected: Expected) -> None:
+    """The pool holds the prefix; both engines are new, so nothing is in L1."""
+    cold = prompt_of(4, 200)  # another prefix: fills nothing of this one
+    with a_later_turn(llama, 2) as (pair, turn):
+        question = pair.start(turn, read=read, decode_share=0.5)
+        other = pair.start(cold)
+        assert question.answer() == expected(turn)
+        assert other.answer() == expected(cold)
+        report = question.prefill.report
+        assert report.cached_tokens == 12 * BLOCK and report.loaded_bytes == 12 * pair.block_bytes
+        relayed = {"prefill": 0, "decode": 12, "split": 6}[read] * pair.block_bytes
+        assert pair.decode[0].buffer.loaded_bytes == relayed
+        blocks = len(turn) // BLOCK
+        assert report.handed_blocks == blocks - relayed // pair.block_bytes
+        assert question.decode.report.cached_tokens == blocks * BLOCK
+        pair.settle()
 
 
 @pytest.mark.parametrize("read", ["prefill", "decode", "split"])
 def test_the_front_of_a_hit_is_computed_while_the_rest_is_read(read: str, llama: Path, expected: Expected) -> None:
-    first = prompt_of(5, 12 * BLOCK + 3)
-    with cluster(llama) as c:
-        answer = c.start(first).answer()
-        c.settle()
-        turn = [*first, *answer, *prompt_of(6, 2 * BLOCK)]
-        with beside(llama, c) as pair:
-            question = pair.start(turn, read=read, decode_share=0.5, recompute_tokens=4 * BLOCK)
-            assert question.answer() == expected(turn)
-            report = question.prefill.report
-            assert report.cached_tokens == 8 * BLOCK and report.loaded_bytes == 8 * pair.block_bytes
-            assert question.decode.report.cached_tokens == len(turn) // BLOCK * BLOCK
-            pair.settle()
+    with a_later_turn(llama, 5) as (pair, turn):
+        question = pair.start(turn, read=read, decode_share=0.5, recompute_tokens=4 * BLOCK)
+        assert question.answer() == expected(turn)
+        report = question.prefill.report
+        assert report.cached_tokens == 8 * BLOCK and report.loaded_bytes == 8 * pair.block_bytes
+        assert question.decode.report.cached_tokens == len(turn) // BLOCK * BLOCK
+        pair.settle()
 
 
 def test_turns_of_a_conversation_on_the_same_engines(llama: Path, expected: Expected) -> None:

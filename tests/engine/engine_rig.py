@@ -17,6 +17,7 @@ from penstock.engine.api import GenerationRequest
 from penstock.engine.engine import Engine, new_request_id
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
 from penstock.pool.api import Done, Lease, Located, Pool, PoolError
+from penstock.pool.wrapped import WrappedPool
 
 BLOCK = 16
 
@@ -106,7 +107,7 @@ class Gate:
         wait_until(lambda: self.arrived >= count, f"caller {count} of a gate")
 
 
-class WatchedPool:
+class WatchedPool(WrappedPool):
     """A pool behind gates, with counts and injected ends; everything else is the real pool's.
 
     `spoil(key)` may return the reason with which a read of that block ends instead of its bytes. With `late` a read
@@ -114,7 +115,7 @@ class WatchedPool:
     """
 
     def __init__(self, inner: Pool, leases: bool = True) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.reads: Counter[bytes] = Counter()
         self.lookup_gate = Gate()
         self.read_gate = Gate()
@@ -126,14 +127,11 @@ class WatchedPool:
         self._held: list[Callable[[], None]] = []
         self._timers: list[threading.Timer] = []
 
-    def register(self, buffer: memoryview) -> None:
-        self.inner.register(buffer)
-
     def lookup(self, keys: Sequence[bytes], timeout_s: float) -> list[Located | None]:
         self.lookup_gate.pass_through()
         if self.fail_lookups():
             raise PoolError("network", "injected")
-        return self.inner.lookup(keys, timeout_s)
+        return super().lookup(keys, timeout_s)
 
     def read(self, key: bytes, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
         self.reads[key] += 1
@@ -146,9 +144,9 @@ class WatchedPool:
         elif reason is not None:
             done(PoolError(reason, "injected"))
         elif self.read_gate.is_shut:
-            self._held.append(lambda: self.inner.read(key, size_bytes, into, timeout_s, done))
+            self._held.append(lambda: self._inner.read(key, size_bytes, into, timeout_s, done))
         else:
-            self.inner.read(key, size_bytes, into, timeout_s, done)
+            super().read(key, size_bytes, into, timeout_s, done)
 
     def let_reads_go(self) -> None:
         self.read_gate.open()
@@ -157,24 +155,16 @@ class WatchedPool:
             read()
 
     def lease(self, key: bytes) -> Lease | None:
-        lease = self.inner.lease(key) if self._leases else None
+        lease = super().lease(key) if self._leases else None
         self.reads[key] += lease is not None
         return lease
 
-    def host_buffers(self) -> list[memoryview]:
-        return self.inner.host_buffers()
-
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         self.write_gate.pass_through()
-        self.inner.write(block, data, timeout_s, done)
-
-    def evict(self, keys: Sequence[bytes]) -> int:
-        return self.inner.evict(keys)
-
-    def stat(self, timeout_s: float) -> Any:
-        return self.inner.stat(timeout_s)
+        super().write(block, data, timeout_s, done)
 
     def close(self, timeout_s: float) -> None:
+        """The pool behind is somebody else's to close."""
         for timer in self._timers:
             timer.join()
 

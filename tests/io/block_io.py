@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from penstock.io import BlockEngine, IoCompletion, IoOp
 
+WAIT_S = 20.0
 
-def drain(engine: BlockEngine, timeout_s: float = 30.0) -> list[IoCompletion]:
+
+def drain(engine: BlockEngine, timeout_s: float = WAIT_S) -> list[IoCompletion]:
     """Every completion of what is in flight."""
     done: list[IoCompletion] = []
     while engine.in_flight():
@@ -15,7 +17,12 @@ def drain(engine: BlockEngine, timeout_s: float = 30.0) -> list[IoCompletion]:
     return done
 
 
-def run(engine: BlockEngine, *ops: IoOp) -> dict[object, OSError | None]:
-    """What became of each operation, by tag."""
+def outcomes(engine: BlockEngine, timeout_s: float = WAIT_S) -> dict[object, OSError | None]:
+    """What became of each operation in flight, by tag."""
+    return {done.tag: done.error for done in drain(engine, timeout_s)}
+
+
+def run(engine: BlockEngine, *ops: IoOp, timeout_s: float = WAIT_S) -> dict[object, OSError | None]:
+    """What became of each of `ops`, and of what was in flight before."""
     engine.submit(ops)
-    return {done.tag: done.error for done in drain(engine)}
+    return outcomes(engine, timeout_s)

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import block_io
 import pytest
-from block_io import drain, run
 from guest_drives import (
     FAULTY_OFFSET,
     ODD_BYTES,
@@ -39,6 +39,8 @@ pytestmark = pytest.mark.in_guest
 MIB = 1 << 20
 PAGE = 4096
 BLKRRPART = 0x125F
+GUEST_WAIT_S = 30.0  # the guest is emulated
+drain, run = partial(block_io.drain, timeout_s=GUEST_WAIT_S), partial(block_io.run, timeout_s=GUEST_WAIT_S)
 
 
 def test_the_whole_namespace_rounded_down():

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import spdk_rig
+from block_io import outcomes, run
 from spdk_rig import StandIn
 
-from penstock.io import IoCompletion, IoOp, aligned_buffer
+from penstock.io import IoOp, aligned_buffer
 from penstock.io.memory import address_of
 from penstock.io.spdk import SpdkEngine, SpdkEnvironment, open_spdk
 from penstock.io.spdk import engine as engine_module
@@ -43,20 +44,6 @@ def opened() -> Iterator[Callable[[SpdkEngine], SpdkEngine]]:
     yield keep
     for engine in engines:
         engine.close(10)
-
-
-def drain(engine: SpdkEngine) -> dict[object, OSError | None]:
-    done: list[IoCompletion] = []
-    while engine.in_flight():
-        got = engine.poll(20)
-        assert got, "no completion within the deadline"
-        done += got
-    return {one.tag: one.error for one in done}
-
-
-def run(engine: SpdkEngine, *ops: IoOp) -> dict[object, OSError | None]:
-    engine.submit(ops)
-    return drain(engine)
 
 
 def noise(length: int) -> memoryview:
@@ -168,7 +155,7 @@ def test_a_lost_controller_ends_every_operation_with_an_error(standin, opened, h
     engine.submit([IoOp("read", n * 2 * MIB, memory[n * 2 * MIB : (n + 1) * 2 * MIB], n) for n in range(3)])
     drive.until("reads", 16)
     drive.set(how)
-    outcome = drain(engine)
+    outcome = outcomes(engine)
     for error in outcome.values():
         assert error is not None and error.errno == errno.ENODEV and "the controller is lost" in str(error)
     assert len(outcome) == 3
@@ -228,7 +215,7 @@ def test_wake_ends_a_poll_in_progress_or_the_next_one(standin, opened):
     thread.join()
     assert time.monotonic() - started_s < 30
     drive.set("held", 0)
-    assert drain(engine) == {1: None}
+    assert outcomes(engine) == {1: None}
 
 
 def test_sync_flushes_from_another_thread_while_polling(standin, opened):
@@ -238,7 +225,7 @@ def test_sync_flushes_from_another_thread_while_polling(standin, opened):
     thread = threading.Thread(target=engine.sync)
     engine.submit([IoOp("write", n * MIB, noise(MIB), n) for n in range(4)])
     thread.start()
-    assert drain(engine) == dict.fromkeys(range(4))
+    assert outcomes(engine) == dict.fromkeys(range(4))
     thread.join(20)
     assert not thread.is_alive() and drive.get("flushes") == 1
 
@@ -285,7 +272,7 @@ def test_two_engines_work_side_by_side_and_one_namespace_opens_once(standin, ope
         for engine in engines:
             engine.submit([IoOp("write", round_number * PAGE, noise(PAGE), round_number)])
         for engine in engines:
-            assert drain(engine) == {round_number: None}
+            assert outcomes(engine) == {round_number: None}
 
 
 @pytest.mark.parametrize(
@@ -386,8 +373,8 @@ def test_a_real_target_that_dies_ends_every_operation_with_an_error(opened):
     engine.submit(ops)
     rig.process.kill()
     rig.process.wait(10)
-    outcome = drain(engine)
+    outcome = outcomes(engine)
     assert len(outcome) == 16
     engine.submit(ops[:1])
-    error = drain(engine)[0]
+    error = outcomes(engine)[0]
     assert error is not None and error.errno == errno.ENODEV
