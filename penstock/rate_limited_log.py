@@ -1,0 +1,43 @@
+"""A line of the log for what may happen thousands of times: once, then once per interval with how often it was."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+INTERVAL_S = 30.0
+SUBJECTS_MAX = 256
+
+
+class RateLimitedLog:
+    """Warnings by subject: the first at once, further ones of the same subject at most once per `interval_s`, with the
+    number of those left out. At most `SUBJECTS_MAX` subjects are told apart; the rest share one."""
+
+    def __init__(
+        self, log: logging.Logger, interval_s: float = INTERVAL_S, now_s: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._log = log
+        self._interval_s = interval_s
+        self._now_s = now_s
+        self._lock = threading.Lock()
+        self._last: dict[
+            str, tuple[float, int]
+        ] = {}  # when a subject was told last, and how often it was left out since
+
+    def warning(self, subject: str, message: str, *args: object) -> None:
+        """Log `message % args`, or count it as left out. `subject` says which warnings are alike; it is not shown."""
+        with self._lock:
+            if subject not in self._last and len(self._last) >= SUBJECTS_MAX:
+                subject = ""
+            now_s = self._now_s()
+            told_s, left_out = self._last.get(subject, (-float("inf"), 0))
+            if now_s - told_s < self._interval_s:
+                self._last[subject] = (told_s, left_out + 1)
+                return
+            self._last[subject] = (now_s, 0)
+        if left_out:
+            message += " (and %d more like it in the last %.0f s)"
+            args = (*args, left_out, now_s - told_s)
+        self._log.warning(message, *args)
