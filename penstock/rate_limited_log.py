@@ -22,9 +22,7 @@ class RateLimitedLog:
         self._interval_s = interval_s
         self._now_s = now_s
         self._lock = threading.Lock()
-        self._last: dict[
-            str, tuple[float, int]
-        ] = {}  # when a subject was told last, and how often it was left out since
+        self._last: dict[str, tuple[float, int]] = {}  # (told last, left out since)
 
     def warning(self, subject: str, message: str, *args: object) -> None:
         """Log `message % args`, or count it as left out. `subject` says which warnings are alike; it is not shown."""
