@@ -104,5 +104,5 @@ def test_wake_ends_a_poll(inner: BlockEngine, held_back: bool) -> None:
     else:
         engine.wake()
     began_s = time.monotonic()
-    assert engine.poll(30.0) == []
-    assert time.monotonic() - began_s < 15.0
+    assert engine.poll(200.0) == []
+    assert time.monotonic() - began_s < 100.0

@@ -206,14 +206,14 @@ def test_wake_ends_a_poll_in_progress_or_the_next_one(standin, opened):
     engine.submit([IoOp("read", 0, aligned_buffer(PAGE), 1)])
     engine.wake()
     started_s = time.monotonic()
-    assert engine.poll(60) == []
+    assert engine.poll(200) == []
     woken = threading.Event()
-    thread = threading.Thread(target=lambda: (engine.poll(60), woken.set()))
+    thread = threading.Thread(target=lambda: (engine.poll(200), woken.set()))
     thread.start()
     while not woken.wait(0.01):
         engine.wake()
     thread.join()
-    assert time.monotonic() - started_s < 30
+    assert time.monotonic() - started_s < 100
     drive.set("held", 0)
     assert outcomes(engine) == {1: None}
 
