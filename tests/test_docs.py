@@ -1,0 +1,55 @@
+"""What the docs point at is there: files, parts of the code, tests, headings."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+FILE_NAMED = re.compile(r"`((?:penstock|tests|docs|deploy|examples)/[\w./-]*)`")
+PART_NAMED = re.compile(r"`((?:core|pool|transport|engine|server|cluster|vllm|sim|bench|io|doctor)(?:\.\w+)+)`")
+TEST_NAMED = re.compile(r"`(test_\w+)`")
+LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(#[^)\s]+)?\)")
+SUFFIXES = (".toml", ".json", ".md", ".py", ".slab", ".db")
+
+
+def _part_exists(name: str) -> bool:
+    """Whether a dotted name is a folder or file of the package, or something that such a file defines."""
+    *parents, last = name.split(".")
+    path = ROOT.joinpath("penstock", *parents)
+    if (path / last).is_dir() or (path / f"{last}.py").is_file():
+        return True
+    module = path.with_suffix(".py")
+    source = module if module.is_file() else path / "__init__.py"
+    return source.is_file() and re.search(rf"\b{last}\b", source.read_text()) is not None
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_is_there(page: Path) -> None:
+    text = page.read_text()
+    missing = [name for name in FILE_NAMED.findall(text) if not (ROOT / name).exists()]
+    missing += [name for name in PART_NAMED.findall(text) if not name.endswith(SUFFIXES) and not _part_exists(name)]
+    missing += [
+        name
+        for name in TEST_NAMED.findall(text)
+        if not re.search(rf"\bdef {name}\b", TESTS) and not any((ROOT / "tests").rglob(f"{name}*.py"))
+    ]
+    assert not missing, f"{page.name} names what is not there: {missing}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
+    for target, anchor in LINK.findall(page.read_text()):
+        linked = (page.parent / target).resolve() if target else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        if anchor and linked.suffix == ".md":
+            assert anchor in _anchors(linked), f"{page.name} links to {target}{anchor}"
