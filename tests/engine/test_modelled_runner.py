@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,11 +42,13 @@ def runner() -> Iterator[ModelledRunner]:
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that were asked of `time.sleep`: what a modelled time adds, on a machine however slow."""
+    """The seconds that this thread asked of `time.sleep`: what a modelled time adds, on a machine however slow."""
     asked: list[float] = []
+    here = threading.get_ident()
 
     def sleep(seconds: float) -> None:
-        asked.append(seconds)
+        if threading.get_ident() == here:
+            asked.append(seconds)
         _sleep(seconds)
 
     monkeypatch.setattr(time, "sleep", sleep)
