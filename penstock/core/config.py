@@ -58,6 +58,7 @@ class SchedulerConfig:
     forward_timeout_s: float = 10.0
     saves_yield: bool = False  # saves and batches share a processor: saves go between batches while nothing presses
     age_bound_s: float = 60.0  # a request that waited longer for its first token goes before all others
+    age_delays: float = 1.0  # as does one delayed so many times as long as first come, first served would; 0: none
     default_slo_ttft_s: float = 10.0  # deadline of requests that name none
     lookup_timeout_s: float = 2.0
     fetch_timeout_s: float = 10.0
@@ -73,5 +74,12 @@ class SchedulerConfig:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
-            low = 1e-3 if field.name.endswith("_s") else 2 + self.hands_off if field.name == "l2_slots" else 1
-            check_range(field.name, value, low, 1e15)
+            check_range(field.name, value, self._least(field.name), 1e15)
+
+    def _least(self, name: str) -> float:
+        """The least that a number may be."""
+        if name == "age_delays":
+            return 0
+        if name == "l2_slots":
+            return 2 + self.hands_off
+        return 1e-3 if name.endswith("_s") else 1

@@ -104,6 +104,7 @@ def _scheduler_config(config: EngineConfig, runner: ModelRunner, hands_off: bool
         fetch_window_blocks=config.fetch_window_blocks,
         hands_off=hands_off,
         age_bound_s=config.age_bound_s,
+        age_delays=config.age_delays,
         default_slo_ttft_s=config.default_slo_ttft_s,
         fetch_timeout_s=config.fetch_timeout_s,
         lookup_timeout_s=config.lookup_timeout_s,

@@ -86,6 +86,10 @@ def serve(
     max_waiting: Annotated[int | None, flag(_ORDER, "1024", "Requests waiting; further ones get a 429.")] = None,
     fetch_window_blocks: Annotated[int | None, flag(_ORDER, "8", "Blocks in flight per link.")] = None,
     age_bound_s: Annotated[float | None, flag(LIMITS, "60", "Who waited longer goes first.")] = None,
+    age_delays: Annotated[
+        float | None,
+        flag(LIMITS, "1", "Who is so many times as late as in order of arrival goes first; 0: off."),
+    ] = None,
     default_slo_ttft_s: Annotated[
         float | None, flag(LIMITS, "10", "Deadline of the first token for requests that name none.")
     ] = None,

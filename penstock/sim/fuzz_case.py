@@ -121,6 +121,7 @@ def _config(rng: random.Random) -> dict[str, Any]:
         "forward_timeout_s": rng.choice((0.3, 10.0)),
         "age_bound_s": rng.choice((0.02, 0.1, 0.5, 20.0)),
         "request_timeout_s": rng.choice((1.0, 1e6, 1e6, 1e6)),
+        "age_delays": rng.choice((0.0, 0.5, 1.0, 1.0)),
     }
 
 

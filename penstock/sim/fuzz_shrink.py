@@ -18,7 +18,7 @@ PLAIN: dict[str, Any] = {
     "l1_pages": 20, "l2_slots": 12, "max_waiting": 64, "save_window_blocks": 1, "save_queue_blocks": 64,
     "forward_window_blocks": 3, "forward_timeout_s": 10.0, "hands_off": False,
     "recompute": False, "max_batch_s": 1e6,
-    "age_bound_s": 20.0, "request_timeout_s": 1e6,
+    "age_bound_s": 20.0, "age_delays": 0.0, "request_timeout_s": 1e6,
 }  # fmt: skip
 PLAIN_REQUEST: dict[str, Any] = {"slo_s": None, "hand_off": None, "stops": False, "recompute_tokens": 0}
 

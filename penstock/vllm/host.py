@@ -109,7 +109,7 @@ class Host:
         cost = CostModel(LinkCost(UPLOAD_BYTES_PER_S), COMPUTE)
         for name, rate in link_bytes_per_s(settings.open_config()).items():
             cost.links[name] = LinkCost(rate)
-        self.brain = GuestScheduler(config, cost, settings.age_delays)
+        self.brain = GuestScheduler(config, cost)
         self._staging = SharedStaging(memoryview(self._memory), self._workers.slot_bytes, config.l2_slots)
         self._stages = PoolStages(Unleased(self._pool), self._staging, self.block_bytes, config.lookup_window)
         self._thread = threading.Thread(target=self._run, name="penstock-control", daemon=True)
@@ -138,6 +138,7 @@ class Host:
             max_waiting=settings.max_waiting,
             fetch_window_blocks=settings.fetch_window_blocks,
             age_bound_s=settings.age_bound_s,
+            age_delays=settings.age_delays,
             default_slo_ttft_s=settings.default_slo_ttft_s,
             lookup_timeout_s=settings.lookup_timeout_s,
             fetch_timeout_s=settings.fetch_timeout_s,

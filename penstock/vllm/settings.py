@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from penstock.core.config import POLICIES, ConfigError, Policy, check_range
-from penstock.core.guest.ageing import AGE_DELAYS
 from penstock.pool.config import MemberConfig, PoolConfig, config_of_flags
 from penstock.pool.config_file import read_pool_config
 from penstock.units import parse_address, parse_bytes
@@ -22,8 +21,8 @@ class Settings:
     """`pool`: addresses of pool nodes; `memory` (bytes) and `slab` (path, bytes): members in the engine's process; all
     of them are one pool. `pool_config` is a pool.toml that describes one instead. `staging_bytes` is host memory for
     blocks on their way, `block_tokens` 0 the default for vLLM's block size. A request goes before all others when it
-    was delayed `age_delays` times as long as requests lately were (0: never), and after `age_bound_s`. With
-    `load_always` every hit is loaded, even where computing it seems faster."""
+    was delayed `age_delays` times as long as first come, first served would delay it (0: never), and after
+    `age_bound_s`. With `load_always` every hit is loaded, even where computing it seems faster."""
 
     pool: tuple[str, ...] = ()
     pool_config: Path | None = None
@@ -36,7 +35,7 @@ class Settings:
     lookup_timeout_s: float = 2.0
     save_timeout_s: float = 30.0
     age_bound_s: float = 60.0
-    age_delays: float = AGE_DELAYS
+    age_delays: float = 1.0
     default_slo_ttft_s: float = 10.0
     fetch_window_blocks: int = 8
     max_waiting: int = 4096

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
 from penstock.core.guest.costs import PROBE_EVERY, STEP_TOKENS_LEAST, prefill_tokens_max
@@ -222,18 +224,11 @@ def test_what_was_to_be_computed_is_loaded_once_the_link_is_free() -> None:
     assert desk.brain.matched("waits", 0, desk.now) == 6 * BLOCK, "the host did not get to it, and the link is free now"
 
 
-def wait_until_first(age_delays: float, delay_s: float) -> float:
-    """How long a request with a late deadline waits until it goes before an urgent one, where others were delayed by
-    `delay_s` before."""
-    desk = Desk(policy="edf", fetch_window_blocks=1)
-    desk.brain = GuestScheduler(desk.brain.config, desk.brain.cost, age_delays)
-    for number in range(3):
-        name = f"before{number}"
-        desk.submit(name, tokens_of(number, 1), hits=0)
-        desk.brain.started(name, desk.now)
-        desk.now += delay_s
-        desk.brain.prefilled(name, desk.now)
-        desk.brain.finish(name, desk.now)
+def wait_until_first(age_delays: float, busy_tokens: int) -> float:
+    """How long a request with a late deadline waits until it goes before an urgent one, where `busy_tokens` were to be
+    computed when it came."""
+    desk = measured_desk(policy="edf", age_delays=age_delays)
+    desk.submit("before", tokens_of(1, busy_tokens // BLOCK), hits=0)
     desk.submit("late", tokens_of(10, 1), slo_s=1e3)
     begin_s = desk.now
     while desk.now < begin_s + 100:
@@ -248,10 +243,14 @@ def wait_until_first(age_delays: float, delay_s: float) -> float:
     return desk.now - begin_s
 
 
-def test_a_request_goes_first_once_it_was_delayed_much_longer_than_others() -> None:
-    assert 1.9 < wait_until_first(2.0, delay_s=1.0) < 2.2
-    assert 5.9 < wait_until_first(2.0, delay_s=3.0) < 6.2
-    assert 59.9 < wait_until_first(0.0, delay_s=1.0) < 60.2, "only the bound counts"
+def test_a_request_goes_first_once_it_was_delayed_longer_than_in_order_of_arrival() -> None:
+    compute = measured_desk().brain.cost.compute
+    tokens = 40 * BLOCK
+    ahead_s = compute.seconds([(tokens, 0)])
+    assert 1.0 < ahead_s < 20.0
+    for delays in (0.5, 1.0, 2.0):
+        assert wait_until_first(delays, tokens) == pytest.approx(delays * ahead_s, abs=0.5)
+    assert 59.9 < wait_until_first(0.0, tokens) < 60.2, "only the bound counts"
 
 
 def test_a_prefill_leaves_room_in_a_step_for_requests_whose_load_is_over() -> None:

@@ -147,8 +147,9 @@ def test_feasible_meets_the_most_deadlines_under_overload() -> None:
 
 @pytest.mark.parametrize("policy", ["sjf", "sjf-compute", "srpt", "edf", "lstf", "feasible"])
 def test_ageing_bounds_the_wait_behind_an_endless_stream(policy: str) -> None:
-    def wait_of_the_long_one(age_bound_s: float) -> float:
-        bench = Bench(policy=policy, fetch_window_blocks=2, age_bound_s=age_bound_s, max_running=8, check=False)
+    def wait_of_the_long_one(age_bound_s: float, age_delays: float = 0.0) -> float:
+        settings = {"fetch_window_blocks": 2, "age_bound_s": age_bound_s, "age_delays": age_delays, "max_running": 8}
+        bench = Bench(policy=policy, check=False, **settings)
         bench.submit(0.001, "long", 1, LONG, 900, 50.0)
         for i in range(250):  # each takes 10 ms of a link that gets one every 9 ms, and is more urgent
             bench.submit(i * 0.009, f"s{i}", 10 + i, SHORT, 20, i * 0.009 + 0.05)
@@ -158,6 +159,7 @@ def test_ageing_bounds_the_wait_behind_an_endless_stream(policy: str) -> None:
     unbounded, bounded = wait_of_the_long_one(1e5), wait_of_the_long_one(0.5)
     assert unbounded > 2.0, "the stream does not starve it; the test shows nothing"
     assert 0.5 < bounded < 0.5 + 0.060 + 0.091 + 0.1
+    assert wait_of_the_long_one(1e5, 1.0) < bounded, "the stream's own queue is short: so is the delay it may cause"
 
 
 # -- sharing and L1 ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from penstock.core.engine.handing import Handing
@@ -10,7 +11,7 @@ from penstock.core.engine.ranking import Ranking
 from penstock.core.engine.recompute_front import front_to_compute
 from penstock.core.engine.request import NO_PAGE, LoadState, Request, State
 from penstock.core.engine.shared_state import SharedState
-from penstock.core.ordering import AGED, RankedQueue
+from penstock.core.ordering import RankedQueue
 
 LOOKAHEAD = 8  # requests looked at behind one that does not fit
 
@@ -40,6 +41,8 @@ class Admission:
         self.prefills = 0
         self.blocked = False
         self._room_pages = 0  # when admission came to a stop
+        self._held_up: Request | None = None  # the aged request that L1 has no room for
+        self._passers: dict[Request, int] = {}  # who was admitted before it meanwhile, and their pages
 
     def enqueue(self, request: Request) -> None:
         """The request waits for admission from now on."""
@@ -54,6 +57,9 @@ class Admission:
             self.prefills -= 1
         self.waiting.discard(request)
         self.admitted.pop(request, None)
+        self._passers.pop(request, None)
+        if request is self._held_up:
+            self._held_up, self._passers = None, {}
         self.blocked = False
 
     def admit(self, now: float) -> None:
@@ -64,14 +70,40 @@ class Admission:
         while len(self.waiting) and not self.blocked and len(self.admitted) < config.max_running:
             if config.mode == "coupled" and self.prefills >= config.coupled_batch_requests:
                 return
-            for request in self.waiting.first(1 if config.mode == "coupled" else LOOKAHEAD):
-                if self._try_admit(request, now):
-                    break
-                if request.tier == AGED:
-                    self._stop()
-                    return
-            else:
+            if not self._admit_one(LOOKAHEAD if config.mode == "penstock" else 1, now):
                 self._stop()
+
+    def _admit_one(self, lookahead: int, now: float) -> bool:
+        """Admit the first of so many that fits and may go; False when there is none."""
+        held_up: Request | None = None
+        pass_until_s = math.inf  # who arrived later may not pass those that wait here
+        for request in self.waiting.first(lookahead):
+            may_go = held_up is None or (request.arrival_s <= pass_until_s and self._leaves_room(held_up, request))
+            if may_go and self._try_admit(request, now):
+                if held_up is not None:
+                    self._passers[request] = self._pages(request)
+                return True
+            if request.aged_s is not None:
+                if held_up is None:
+                    self._hold_up(request)
+                    held_up = request
+                pass_until_s = min(pass_until_s, request.aged_s)
+        return False
+
+    def _hold_up(self, request: Request) -> None:
+        """The request, aged, is the first in line, and L1 has no room for it."""
+        if request is not self._held_up:
+            self._held_up, self._passers = request, {}
+
+    def _leaves_room(self, held_up: Request, request: Request) -> bool:
+        """Whether all who pass `held_up`, `request` with them, leave room for it beside them. So from when an aged
+        request is the first in line it waits for those that were admitted by then, and for nobody else."""
+        pages = self._pages(request) + sum(self._passers.values())
+        return pages + -(-held_up.target // self._shared.config.block_tokens) <= self._shared.l1.total
+
+    def _pages(self, request: Request) -> int:
+        """Pages of the request with all that it may generate."""
+        return -(-(len(request.spec.prompt) + request.spec.max_tokens) // self._shared.config.block_tokens)
 
     def _stop(self) -> None:
         """Nobody who waits is tried again before something changes."""

@@ -75,6 +75,13 @@ class Ranking:
                 if request in queue:
                     queue.push(request)
 
+    def age(self, request: Request, now: float) -> None:
+        """The request goes before all that have not aged, until its first token."""
+        if request.account.first_token_s is None and request.tier != AGED:
+            request.tier, request.aged_s = AGED, now
+            if request.state is not State.LOOKUP:
+                self.set_rank(request)
+
     def progressed(self, request: Request) -> None:
         """Some of the request's load or compute is done; its rank follows where the policy looks at what remains."""
         if request.tier != AGED and (self.policy == "srpt" or request.tier == HOPELESS):

@@ -74,6 +74,7 @@ class Request:
 
     __slots__ = (
         "account",
+        "aged_s",
         "alternates",
         "arrival_s",
         "batched",
@@ -128,6 +129,7 @@ class Request:
         self.account = Account(arrival_s=now, prompt_tokens=self.target, deadline_s=deadline_s)
         # ordering
         self.tier = ORDINARY
+        self.aged_s: float | None = None  # when it aged, if it did
         self.static_key: float | None = None
         self.rank: Rank = (ORDINARY, now, sequence)
         self.waiting_rank = self.rank  # as it was when the request was admitted, or changed its tier since

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Literal
 
+from penstock.core.ageing import Ageing
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
 from penstock.core.engine.admission import Admission
@@ -32,7 +33,6 @@ from penstock.core.engine.shared_state import SharedState
 from penstock.core.engine.sides import is_far, route_hits
 from penstock.core.engine.standing import Standing, standing
 from penstock.core.operations import BlockHit, Emit, FinishReason, Lookup, Operation, RequestSpec
-from penstock.core.ordering import AGED
 
 
 class WaitingQueueFull(RuntimeError):
@@ -58,7 +58,8 @@ class LoadScheduler:
         self._requests: dict[str, Request] = {}
         self._lookups: deque[Request] = deque()
         self._looking_up: dict[int, Request] = {}
-        self._timers: list[tuple[float, int, str, str]] = []  # time, sequence, kind, request_id
+        self._ageing = Ageing(config.age_bound_s, config.age_delays)
+        self._timeouts: list[tuple[float, int, str]] = []  # time, sequence, request_id
         self._sequence = 0
 
     # -- events: requests ---------------------------------------------------------------------------------------
@@ -81,8 +82,8 @@ class LoadScheduler:
             deadline_s = now + config.default_slo_ttft_s
         request = Request(spec, self._sequence, now, config.block_tokens, deadline_s)
         self._requests[spec.request_id] = request
-        heapq.heappush(self._timers, (now + config.request_timeout_s, request.sequence, "timeout", spec.request_id))
-        heapq.heappush(self._timers, (now + config.age_bound_s, request.sequence, "age", spec.request_id))
+        heapq.heappush(self._timeouts, (now + config.request_timeout_s, request.sequence, spec.request_id))
+        self._ageing.arrived(request)
         self._shared.count("requests")
         self._shared.count("prompt_tokens", request.target)
         self._look_up(request, now)
@@ -127,6 +128,7 @@ class LoadScheduler:
         if not account.preemptions:
             account.predicted_load_s = self._ranking.load_s(request)
             account.predicted_compute_s = request.compute_s
+            self._ageing.estimated(request)
         self._ranking.set_rank(request)
         self._admission.enqueue(request)
         self._ranking.stale = True
@@ -208,6 +210,7 @@ class LoadScheduler:
         request.chain.extend((token,))
         if account.first_token_s is None:
             account.first_token_s = now
+            self._ageing.first_token(request)
             self._ranking.stale = True
             self._observe_load(request)
         handing = request.spec.hand_off is not None
@@ -332,6 +335,7 @@ class LoadScheduler:
             self._batching.leave(request)
             return
         self._release(request)
+        self._ageing.ended(request)
         del self._requests[request.request_id]
         request.switch_label("done", now)
         request.account.end_s = now
@@ -375,23 +379,19 @@ class LoadScheduler:
                 self._shared.outbox.append(Lookup(op_id, request.request_id, keys, self.config.lookup_timeout_s))
 
     def _run_timers(self, now: float) -> None:
-        while self._timers and self._timers[0][0] <= now:
-            _, sequence, kind, request_id = heapq.heappop(self._timers)
-            request = self._requests.get(request_id)
-            if request is None or request.sequence != sequence:
-                continue
-            if kind == "age" and request.account.first_token_s is not None:
-                continue
-            if kind == "timeout":
-                self._finish(request, "timeout", f"no end after {self.config.request_timeout_s:g} s", now)
-            elif self.config.mode == "penstock":
-                request.tier = AGED
-                if request.state is not State.LOOKUP:
-                    self._ranking.set_rank(request)
+        while self._timeouts and self._timeouts[0][0] <= now:
+            _, sequence, request_id = heapq.heappop(self._timeouts)
+            timed_out = self._requests.get(request_id)
+            if timed_out is not None and timed_out.sequence == sequence:
+                self._finish(timed_out, "timeout", f"no end after {self.config.request_timeout_s:g} s", now)
+        for request in self._ageing.due(now):
+            if self.config.mode == "penstock":
+                self._ranking.age(request, now)
 
     def next_wakeup_s(self) -> float | None:
         """When `decide` should be called although nothing happened; None: not before the next event."""
-        return self._timers[0][0] if self._timers else None
+        times_s = [self._ageing.next_s, self._timeouts[0][0] if self._timeouts else None]
+        return min((time_s for time_s in times_s if time_s is not None), default=None)
 
     # -- views --------------------------------------------------------------------------------------------------
 
@@ -476,3 +476,4 @@ class LoadScheduler:
         self._loading.check_integrity()
         self._handing.check_integrity()
         self._batching.check_integrity()
+        self._ageing.check_integrity()

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from penstock.core.ageing import Ageing
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
 from penstock.core.engine.loading import Loading
@@ -26,14 +27,13 @@ from penstock.core.engine.ranking import Ranking
 from penstock.core.engine.request import NO_PAGE, LoadState, Request, State
 from penstock.core.engine.saving import Saving, block_to_save
 from penstock.core.engine.shared_state import SharedState
-from penstock.core.guest.ageing import AGE_DELAYS, Ageing
 from penstock.core.guest.costs import GuestCosts
 from penstock.core.guest.granting import Granting
 from penstock.core.guest.pages import GuestPages
 from penstock.core.guest.records import Guest, Landed
 from penstock.core.guest.seen_blocks import SeenBlocks
 from penstock.core.operations import Account, BlockHit, Fetch, Lookup, Operation, RequestSpec, Save
-from penstock.core.ordering import AGED, Rank
+from penstock.core.ordering import Rank
 
 SEEN_BLOCKS_MAX = 1 << 17  # of the pool; about 150 bytes each
 PIN_SHARE = 0.75  # of the host's pages that it may be asked to keep for saves, which give way when it is short of them
@@ -44,7 +44,7 @@ GuestOperation = Operation | Landed
 class GuestScheduler:
     """See the module. All times are seconds of the caller's clock and never go backwards."""
 
-    def __init__(self, config: SchedulerConfig, cost: CostModel, age_delays: float = AGE_DELAYS) -> None:
+    def __init__(self, config: SchedulerConfig, cost: CostModel) -> None:
         self.config = config
         self.cost = cost
         self._pages = GuestPages()
@@ -60,7 +60,7 @@ class GuestScheduler:
         self._looking_up: dict[int, Request] = {}
         self._granting = Granting(self._pages, config.l1_pages)
         self._holes: dict[Request, None] = {}  # requests that lost a block since the last look
-        self._ageing = Ageing(config.age_bound_s, age_delays)
+        self._ageing = Ageing(config.age_bound_s, config.age_delays)
         self._ended: list[Account] = []
         self._sequence = 0
         self._version = 0  # of everything that `matched` looks at
@@ -182,6 +182,7 @@ class GuestScheduler:
         self._version += 1
         request = guest.request
         guest.leaving = True
+        self._ageing.ended(request)
         self._loading.leave(request)
         request.state = State.DONE
         request.switch_label("done", now)
@@ -323,7 +324,7 @@ class GuestScheduler:
         request.switch_label("decode", now)
         if request.account.first_token_s is None:
             request.account.first_token_s = now
-            self._ageing.first_token(request, now)
+            self._ageing.first_token(request)
         self._version += 1
         self._ranking.stale = True
 
@@ -441,8 +442,8 @@ class GuestScheduler:
 
     def decide(self, now: float) -> list[GuestOperation]:
         """The operations to carry out now, given all events so far."""
-        for sequence, request_id in self._ageing.due(now):
-            self._age(sequence, request_id)
+        for request in self._ageing.due(now):
+            self._ranking.age(request, now)
         self._ranking.sort_feasible((guest.request for guest in self._guests.values()), now)
         while self._lookups and len(self._looking_up) < self.config.lookup_window:
             guest = self._lookups.popleft()
@@ -466,14 +467,6 @@ class GuestScheduler:
         operations: list[GuestOperation] = [*self._shared.outbox, *self._granting.take_landed()]
         self._shared.outbox = []
         return operations
-
-    def _age(self, sequence: int, request_id: str) -> None:
-        guest = self._guests.get(request_id)
-        if guest is None or guest.request.sequence != sequence or guest.request.account.first_token_s is not None:
-            return
-        guest.request.tier = AGED
-        if guest.request.state is not State.LOOKUP:
-            self._ranking.set_rank(guest.request)
 
     def next_wakeup_s(self) -> float | None:
         """When `decide` should be called although nothing happened; None: not before the next event."""
@@ -552,4 +545,5 @@ class GuestScheduler:
         self._pages.check_integrity(set())
         self._shared.l2.check_integrity(self._loading.slots_in_use() + self._saving.slots_in_use())
         self._loading.check_integrity()
+        self._ageing.check_integrity()
         assert len(self._looking_up) <= self.config.lookup_window, "G5"
