@@ -62,6 +62,9 @@ class RelayNode(PoolNode):
     def connection_of(self, sock: socket.socket, peer: str) -> Served:
         return _RelayServed(self, sock, peer)
 
+    def block_bytes_max(self, pool: ServedPool) -> int:
+        return self.buffer.block_bytes
+
     def left(self, connection: Served) -> None:
         super().left(connection)
         if self.lending is not None:
@@ -154,7 +157,7 @@ class _RelayServed(Served):
                 error = error or PoolError("missing", "the hand-off ended")
                 self._reply(wire.Failed(request.id, error.reason, error.detail))
         finally:
-            self._leave()
+            self.leave()
 
     def _send_held(self, request: wire.Read, held: HeldBlock, deadline_s: float, ready_s: float) -> None:
         try:
@@ -218,7 +221,7 @@ class _RelayServed(Served):
             else:
                 assert held is not None
                 self._later(partial(self._reply, wire.Lent(request.id, held.checksum, found)))
-            self._leave()
+            self.leave()
 
         if not self._enter():
             self._reply(wire.Failed(request.id, "dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already"))
@@ -253,7 +256,7 @@ class _RelayServed(Served):
         def arrived(error: PoolError | None) -> None:
             reply = wire.Failed(request.id, error.reason, error.detail) if error else wire.Written(request.id)
             self._later(partial(self._reply, reply))
-            self._leave()
+            self.leave()
 
         self._buffer.load(request.key, request.timeout_s, arrived)
 
@@ -268,6 +271,7 @@ class _ServedBuffer:
 
     def __init__(self, buffer: DecodeBuffer) -> None:
         self._buffer = buffer
+        self.block_bytes_max = buffer.block_bytes
 
     def register(self, buffer: memoryview) -> None:
         """Nothing: the buffer moves no bytes itself."""
