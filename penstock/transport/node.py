@@ -39,7 +39,6 @@ from penstock.transport.staging import Slot, Staging
 from penstock.units import format_address, format_bytes
 
 log = logging.getLogger(__name__)
-_seldom = RateLimitedLog(log)  # what a peer can cause as often as it likes
 
 CONNECTIONS_MAX = 256
 GREETING_MAX = 64  # connections that have not said Hello
@@ -83,6 +82,8 @@ class PoolNode:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family, backlog=128)
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
+        self.place = format_address(*self.address)
+        self.seldom = RateLimitedLog(log)  # for what a peer can cause as often as it likes
         self._lock = threading.Lock()
         self._connections: set[Served] = set()  # that said Hello
         self._greeting: dict[Served, None] = {}  # that did not yet, the oldest first
@@ -165,7 +166,7 @@ class PoolNode:
                 sock, peer = self._listener.accept()
             except OSError as error:
                 if not self._closed:
-                    _seldom.warning("accept", "a connection could not be accepted: %s", error)
+                    self.seldom.warning("accept", "a connection could not be accepted: %s", error)
                     time.sleep(0.05)
                 continue
             self._begin_s = time.monotonic()
@@ -193,13 +194,13 @@ class PoolNode:
                 self._greeting[connection] = None
             connection.start()
         except (RuntimeError, MemoryError) as error:
-            _seldom.warning("begin", "connection of %s refused: %s", peer, error or "out of memory")
+            self.seldom.warning("begin", "connection of %s refused: %s", peer, error or "out of memory")
             if connection is not None:
                 self.left(connection)
                 connection.abandon()
             sock.close()
         if oldest is not None:
-            _seldom.warning("greeting", "connection of %s ended: %d have not said Hello", oldest.peer, GREETING_MAX)
+            self.seldom.warning("greeting", "connection of %s ended: %d have not said Hello", oldest.peer, GREETING_MAX)
             oldest.cut()
 
 
@@ -265,9 +266,9 @@ class Served:
             self._greet()
             self._serve_requests()
         except (wire.ProtocolError, SecretRefused) as error:
-            _seldom.warning(str(error), "connection of %s closed: %s", self.peer, error)
+            self._node.seldom.warning(str(error), "connection of %s closed: %s", self.peer, error)
         except TimeoutError as error:
-            _seldom.warning(str(error), "connection of %s ended: %s", self.peer, error)
+            self._node.seldom.warning(str(error), "connection of %s ended: %s", self.peer, error)
         except OSError as error:
             log.debug("connection of %s ended: %s", self.peer, error)
         finally:
@@ -365,6 +366,10 @@ class Served:
         return wire.Found(request.id, sizes, members, [list(route) for route in routes])
 
     def _probe(self, request: wire.Probe, ready_s: float) -> None:
+        if not 0 < request.size_bytes <= wire.PROBE_BYTES_MAX:
+            detail = f"a probe of {request.size_bytes} bytes; 1 to {wire.PROBE_BYTES_MAX} are allowed"
+            self._reply(wire.Failed(request.id, "layout", detail))
+            return
         # Not from the staging memory: that holds blocks of tenants.
         data = memoryview(_PROBE)[: request.size_bytes]
         self._send(wire.frame(wire.Probed(request.id), len(data)), data, ready_s)
@@ -445,7 +450,7 @@ class Served:
 
     def _lost(self, kind: str, detail: str) -> None:
         """A request of this client comes to nothing, for a reason of the node's own."""
-        note_loss(kind, self._node.name, "node %s: a request of %s ended: %s", self._node.name, self.peer, detail)
+        note_loss(kind, self._node.place, "node %s: a request of %s ended: %s", self._node.place, self.peer, detail)
 
     def _send_block(
         self, id: int, key: BlockKey, checksum: int, data: memoryview, deadline_s: float, ready_s: float

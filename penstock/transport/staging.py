@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from penstock.core.layout import staging_bytes
+from penstock.core.layout import STAGING_ALIGNMENT_BYTES, staging_bytes
 from penstock.io.memory import aligned_buffer
 from penstock.pool.extents import ExtentAllocator
 from penstock.pool.losses import note_loss
@@ -78,7 +78,8 @@ class Staging:
         """The largest block that there can be a slot for, as it is now."""
         arenas, total = self._arenas, self.capacity_bytes
         there = max(len(arena.memory) for arena in arenas)
-        return max(min(there, total // 2) if shared else there, (self.limit_bytes - total) // GROW_BLOCKS)
+        largest = max(min(there, total // 2) if shared else there, (self.limit_bytes - total) // GROW_BLOCKS)
+        return largest - largest % STAGING_ALIGNMENT_BYTES
 
     def take(self, size_bytes: int, deadline_s: float, shared: bool = False) -> Slot | None:
         """A slot that holds `size_bytes`, padded to the alignment; None when there is none by the deadline, ever, or

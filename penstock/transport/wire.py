@@ -129,7 +129,7 @@ class Probe(msgspec.Struct, array_like=True, tag=8):
     """So many bytes that mean nothing, to measure the link; answered by Probed or Failed."""
 
     id: Id
-    size_bytes: Annotated[int, Meta(ge=1, le=PROBE_BYTES_MAX)]
+    size_bytes: Count
 
 
 class Open(msgspec.Struct, array_like=True, tag=9):
