@@ -22,7 +22,7 @@ from penstock.pool.callbacks import call_done
 from penstock.pool.checksum import block_checksum
 from penstock.pool.served import OpenedBlock, ServedPool
 from penstock.transport import wire
-from penstock.transport.node import IN_FLIGHT_MAX, PoolNode, Served
+from penstock.transport.node import IN_FLIGHT_MAX, PAYLOAD_S, PoolNode, Served
 from penstock.transport.one_sided import Mover
 from penstock.transport.secret import Secret
 
@@ -188,7 +188,7 @@ class _RelayServed(Served):
     def _receive_block(self, request: wire.Write, into: memoryview) -> None:
         key = request.key
         try:
-            wire.receive_exactly(self._sock, into)
+            wire.receive_exactly(self._sock, into, until_s=time.monotonic() + PAYLOAD_S)
         except BaseException:
             self._buffer.end_write(key, None, PoolError("network", "the prefill engine went away"))
             raise
@@ -216,6 +216,8 @@ class _RelayServed(Served):
                 found = error or PoolError("missing", "the hand-off ended")
             else:
                 found = lending.lend(id(self), request.id, held, until_s)
+                if self._ended:  # what a connection that is gone is lent is not taken back by its end
+                    lending.returned(id(self), request.id)
             if isinstance(found, PoolError):
                 self._later(partial(self._reply, wire.Failed(request.id, found.reason, found.detail)))
             else:

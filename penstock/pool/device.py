@@ -283,16 +283,22 @@ class DeviceMember:
         self._completions.extend(completions)
         while self._completions:
             completion = self._completions.popleft()
-            work: Work = completion.tag
-            del self._submitted[work]
-            self._stores_in_flight -= work.kind == "store"
-            if completion.error is not None:
-                self._failed(work, completion.error)
-                continue
-            self._in_a_row = 0
-            if work.kind == "store":
-                self.written_bytes += work.block.extent_bytes
-            finish_work(work, None)
+            try:
+                self._completed(completion.tag, completion.error)
+            except Exception as error:
+                finish_work(completion.tag, PoolError("device", f"{self.name} failed: {error!r}"))
+                raise
+
+    def _completed(self, work: Work, error: OSError | None) -> None:
+        del self._submitted[work]
+        self._stores_in_flight -= work.kind == "store"
+        if error is not None:
+            self._failed(work, error)
+            return
+        self._in_a_row = 0
+        if work.kind == "store":
+            self.written_bytes += work.block.extent_bytes
+        finish_work(work, None)
 
     def _failed(self, work: Work, error: OSError) -> None:
         self.errors += 1
