@@ -123,7 +123,7 @@ class LocalPool:
 
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         deadline_s = time.monotonic() + timeout_s
-        error = check_write(block, data)
+        error, reserved = check_write(block, data), None
         if error is None:
             try:
                 reserved, member, error = self._reserve(block, done, deadline_s)
@@ -142,7 +142,8 @@ class LocalPool:
                 return
         with self._lock:
             self._writes_dropped += 1
-        note_error("store", "the pool", error)
+        if error is not None and not (error.reason == "dropped" and reserved is None):  # new to SSDs, or on its way
+            note_error("store", "the pool", error)
         call_soon(self._callbacks, done, error)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:

@@ -36,4 +36,4 @@ def note_loss(kind: str, where: str, message: str, *args: object) -> None:
 def note_error(what: str, where: str, error: PoolError | None) -> None:
     """Note how a `what` ("load", "store", ...) ended at `where`; its kind is `what` and the error's reason."""
     if error is not None and error.reason not in _NO_LOSS:
-        note_loss(f"{what}_{error.reason}", where, "%s of %s: %s", what, where, error)
+        note_loss(f"{what}_{error.reason}", where, "a %s at %s ended: %s", what, where, error)

@@ -24,7 +24,7 @@ from penstock.pool.api import Done, Lease, Located, MemberStat, PoolError, PoolS
 from penstock.pool.callbacks import call_done, call_soon, callback_worker
 from penstock.pool.children import Children
 from penstock.pool.locations import Locations
-from penstock.pool.losses import note_error
+from penstock.pool.losses import note_error, note_loss
 from penstock.pool.served import OpenedBlock, ServedPool
 from penstock.pool.union_child import Child, NodePool
 
@@ -123,7 +123,7 @@ class UnionPool:
             if self._local is not None:
                 self._local.read(key, size_bytes, into, timeout_s, done)
             else:
-                call_soon(self._callbacks, done, PoolError("missing", f"nothing was looked up of block {key.hex()}"))
+                call_soon(self._callbacks, done, _unknown(key))
             return
         self.read_of_node(child, key, size_bytes, into, timeout_s, lambda _, error: call_done(done, error))
 
@@ -169,6 +169,9 @@ class UnionPool:
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
         answers = self._children.ask_all(lambda node: node.begin_evict(keys), lambda local: local.evict(keys))
+        for child, answer in zip(self._children.all, answers, strict=False):
+            if isinstance(answer, PoolError) and not child.left:
+                note_error("evict", child.name, answer)
         return sum(answer for answer in answers if not isinstance(answer, PoolError))
 
     def stat(self, timeout_s: float) -> PoolStat:
@@ -230,7 +233,7 @@ class UnionPool:
         if child is not None and child.node is not None:
             return _NodeBlock(self, child, key, size_bytes)
         if self._local is None:
-            return PoolError("missing", f"nothing was looked up of block {key.hex()}")
+            return _unknown(key)
         return self._local.open_block(key, size_bytes)
 
     def discard(self, key: BlockKey, checksum: int) -> None:
@@ -288,6 +291,14 @@ class UnionPool:
             position = self._children.position_on(at, block.position)
             child.note_written(block.size_bytes)
         child.pool.write(replace(block, parent=parent, position=position), data, remaining_s, written)
+
+
+def _unknown(key: BlockKey) -> PoolError:
+    """Nobody asked for the block before it is read, or too many others since."""
+    note_loss(
+        "location_unknown", "", "block %s is read, but where it lies was not looked up, or is forgotten", key.hex()
+    )
+    return PoolError("missing", f"nothing was looked up of block {key.hex()}")
 
 
 class _NodeBlock:

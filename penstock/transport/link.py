@@ -37,6 +37,7 @@ READS_WAITING_MAX = 8192
 WRITES_WAITING_MAX = 64
 BACKOFF_S = (0.05, 2.0)
 SILENT_S = 2.0
+ALIVE_S_MIN = 0.1  # whatever a node says
 ALIVE_PER_IDLE = 3  # how often an idle connection is used within the time after which the node would end it
 NODE_MARGIN = 0.1  # the node is told to give up this share of the time earlier, so that its answer still arrives
 
@@ -178,7 +179,8 @@ class NodeLink:
             with self._lock:
                 pending.ended = True
                 self._live -= 1
-            note_error(what, f"{self.what} {self.place}", error)
+            if what != "write" or error is None or error.reason != "dropped":  # the node that drops a write says so
+                note_error(what, f"{self.what} {self.place}", error)
             ended(result, error)
 
         pending.end = end
@@ -424,7 +426,7 @@ class NodeLink:
 
     def _alive_every_s(self) -> float | None:
         """How often the node has to hear of an idle connection; None: never."""
-        return self.node.idle_s / ALIVE_PER_IDLE if self.node.idle_s > 0 else None
+        return max(self.node.idle_s / ALIVE_PER_IDLE, ALIVE_S_MIN) if self.node.idle_s > 0 else None
 
     def _say_alive(self) -> None:
         every_s = self._alive_every_s()
