@@ -6,8 +6,10 @@ Every long-lived thread of Penstock is one of these two. An exception in one is 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +17,8 @@ from dataclasses import dataclass
 log = logging.getLogger(__name__)
 
 KINDS_MAX = 64  # kinds of threads that failures are counted for; further ones are counted as "other"
-RESTART_PAUSE_S = 0.5
+RESTART_PAUSE_S = 0.5  # doubles while a loop fails again and again
+RESTART_PAUSE_S_MAX = 30.0
 
 _failures: Counter[str] = Counter()
 _failures_lock = threading.Lock()
@@ -31,7 +34,8 @@ def thread_failures() -> dict[str, int]:
         return dict(_failures)
 
 
-def _count_failure(kind: str) -> None:
+def count_failure(kind: str) -> None:
+    """Count an exception that a thread of this kind outlived, such as one in a callback of somebody else's."""
     with _failures_lock:
         _failures[kind if kind in _failures or len(_failures) < KINDS_MAX else "other"] += 1
 
@@ -40,8 +44,9 @@ class GuardedThread:
     """A daemon thread that runs `run` until it returns.
 
     When `run` raises, the exception is logged and counted, then `failed(error)` is called on the thread, which must end
-    whatever waits for it. With `restarts`, `run` is then called again after a pause: for loops whose state lies with
-    their owner, such as a watch over deadlines. `kind` names the thread's metric where `name` holds an address.
+    whatever waits for it. With `restarts`, `run` is then called again after a pause, which doubles up to
+    RESTART_PAUSE_S_MAX while it fails again and again: for loops whose state lies with their owner, such as a watch
+    over deadlines. `kind` names the thread's metric where `name` holds an address.
     """
 
     def __init__(
@@ -84,16 +89,21 @@ class GuardedThread:
             self._thread.join(timeout_s)
 
     def _guard(self) -> None:
+        pause_s = RESTART_PAUSE_S
         while True:
+            begin_s = time.monotonic()
             try:
                 self._run()
                 return
             except Exception as error:
-                log.exception("the thread %s failed", self.name)
-                _count_failure(self._kind)
+                count_failure(self._kind)
+                _log_exception("the thread %s failed", self.name)
                 self._tell(error)
-            if not self._restarts or self._ending.wait(RESTART_PAUSE_S):
+            if time.monotonic() - begin_s > RESTART_PAUSE_S_MAX:
+                pause_s = RESTART_PAUSE_S
+            if not self._restarts or self._ending.wait(pause_s):
                 return
+            pause_s = min(2 * pause_s, RESTART_PAUSE_S_MAX)
 
     def _tell(self, error: Exception) -> None:
         if self._failed is None:
@@ -101,7 +111,13 @@ class GuardedThread:
         try:
             self._failed(error)
         except Exception:
-            log.exception("the failure of the thread %s could not be told", self.name)
+            _log_exception("the failure of the thread %s could not be told", self.name)
+
+
+def _log_exception(text: str, name: str) -> None:
+    """With its traceback; where memory is too short for that, what follows is done all the same."""
+    with contextlib.suppress(Exception):
+        log.exception(text, name)
 
 
 @dataclass(slots=True)
@@ -117,10 +133,13 @@ class GuardedWorker:
     place: work that has somebody waiting for it names one.
     """
 
-    def __init__(self, name: str, waiting_max: int) -> None:
+    def __init__(self, name: str, waiting_max: int, kind: str | None = None) -> None:
+        """`kind` names the worker's metric where `name` holds an address. Raises RuntimeError or MemoryError where no
+        thread can be had."""
         if waiting_max < 1:
             raise ValueError(f"waiting_max is {waiting_max}; it must be at least 1")
         self.name = name
+        self._kind = kind or name
         self._waiting_max = waiting_max
         self._waiting: deque[_Work] = deque()
         self._changed = threading.Condition()
@@ -179,8 +198,8 @@ class GuardedWorker:
             try:
                 work.run()
             except Exception as error:
-                log.exception("work on the thread %s failed", self.name)
-                _count_failure(self.name)
+                count_failure(self._kind)
+                _log_exception("work on the thread %s failed", self.name)
                 self._tell(work, error)
             del work  # what it holds is free before the next piece comes
 
@@ -198,4 +217,4 @@ class GuardedWorker:
         try:
             work.failed(error)
         except Exception:
-            log.exception("a failure on the thread %s could not be told", self.name)
+            _log_exception("a failure on the thread %s could not be told", self.name)

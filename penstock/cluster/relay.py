@@ -22,7 +22,7 @@ from penstock.pool.callbacks import call_done
 from penstock.pool.checksum import block_checksum
 from penstock.pool.served import OpenedBlock, ServedPool
 from penstock.transport import wire
-from penstock.transport.node import IN_FLIGHT_MAX, PoolNode, Served
+from penstock.transport.node import IN_FLIGHT_MAX, PAYLOAD_S, PoolNode, Served
 from penstock.transport.one_sided import Mover
 from penstock.transport.secret import Secret
 
@@ -61,6 +61,9 @@ class RelayNode(PoolNode):
 
     def connection_of(self, sock: socket.socket, peer: str) -> Served:
         return _RelayServed(self, sock, peer)
+
+    def block_bytes_max(self, pool: ServedPool) -> int:
+        return self.buffer.block_bytes
 
     def left(self, connection: Served) -> None:
         super().left(connection)
@@ -154,7 +157,7 @@ class _RelayServed(Served):
                 error = error or PoolError("missing", "the hand-off ended")
                 self._reply(wire.Failed(request.id, error.reason, error.detail))
         finally:
-            self._leave()
+            self.leave()
 
     def _send_held(self, request: wire.Read, held: HeldBlock, deadline_s: float, ready_s: float) -> None:
         try:
@@ -185,7 +188,7 @@ class _RelayServed(Served):
     def _receive_block(self, request: wire.Write, into: memoryview) -> None:
         key = request.key
         try:
-            wire.receive_exactly(self._sock, into)
+            wire.receive_exactly(self._sock, into, until_s=time.monotonic() + PAYLOAD_S)
         except BaseException:
             self._buffer.end_write(key, None, PoolError("network", "the prefill engine went away"))
             raise
@@ -213,12 +216,14 @@ class _RelayServed(Served):
                 found = error or PoolError("missing", "the hand-off ended")
             else:
                 found = lending.lend(id(self), request.id, held, until_s)
+                if self._ended:  # what a connection that is gone is lent is not taken back by its end
+                    lending.returned(id(self), request.id)
             if isinstance(found, PoolError):
                 self._later(partial(self._reply, wire.Failed(request.id, found.reason, found.detail)))
             else:
                 assert held is not None
                 self._later(partial(self._reply, wire.Lent(request.id, held.checksum, found)))
-            self._leave()
+            self.leave()
 
         if not self._enter():
             self._reply(wire.Failed(request.id, "dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already"))
@@ -253,7 +258,7 @@ class _RelayServed(Served):
         def arrived(error: PoolError | None) -> None:
             reply = wire.Failed(request.id, error.reason, error.detail) if error else wire.Written(request.id)
             self._later(partial(self._reply, reply))
-            self._leave()
+            self.leave()
 
         self._buffer.load(request.key, request.timeout_s, arrived)
 
@@ -268,6 +273,7 @@ class _ServedBuffer:
 
     def __init__(self, buffer: DecodeBuffer) -> None:
         self._buffer = buffer
+        self.block_bytes_max = buffer.block_bytes
 
     def register(self, buffer: memoryview) -> None:
         """Nothing: the buffer moves no bytes itself."""

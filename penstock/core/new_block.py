@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from penstock.core.keys import BlockKey
 
 TENANT_BYTES = 8
+REBUILD_S_MAX = 1e6
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from penstock.engine.peers import Peers
 from penstock.engine.profile import load_profile
 from penstock.engine.runner import ModelRunner
 from penstock.pool.api import Pool
+from penstock.pool.block_size import expect_blocks
 from penstock.pool.config import config_of_flags
 from penstock.pool.config_file import read_pool_config
 from penstock.pool.open import link_bytes_per_s, open_pool
@@ -63,6 +64,8 @@ def build_engine(
         if config.pool_config:
             for name, rate in link_bytes_per_s(read_pool_config(Path(config.pool_config))).items():
                 cost.links[name] = LinkCost(rate)
+        if pool is not None:
+            expect_blocks(pool, scheduler_config.block_bytes)
         if pool is not None and around_pool is not None:
             pool = around_pool(pool, scheduler_config)
         return RunningEngine(Engine(scheduler_config, cost, runner, pool, peers), runner, pool)

@@ -6,10 +6,10 @@ import contextlib
 import errno
 import os
 import queue
-import threading
 import time
 from collections.abc import Sequence
 
+from penstock.guarded_thread import GuardedThread, count_failure
 from penstock.io.api import IoCompletion, IoOp
 from penstock.io.device import Device
 from penstock.io.device_engine import DeviceEngine
@@ -17,6 +17,7 @@ from penstock.io.memory import checked_addresses
 
 ALIGNMENT_BYTES = 4096
 THREADS_MAX = 16
+RELEASE_S = 10.0
 
 
 class ThreadEngine(DeviceEngine):
@@ -35,7 +36,7 @@ class ThreadEngine(DeviceEngine):
         self._woken = False
         self._done: queue.SimpleQueue[IoCompletion | None] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._work, name=f"penstock-io-{n}", daemon=True)
+            GuardedThread(f"penstock-io-{n}", self._work, restarts=True, kind="penstock-io")
             for n in range(min(depth, THREADS_MAX))
         ]
         for thread in self._threads:
@@ -47,8 +48,9 @@ class ThreadEngine(DeviceEngine):
 
     def _move(self, op: IoOp) -> OSError | None:
         """Move all bytes of `op`; returns why that failed, or None."""
-        fd, at, length = self._device.fd, 0, op.buffer.nbytes
+        at = 0
         try:
+            fd, length = self._device.fd, op.buffer.nbytes
             while at < length:
                 rest = [op.buffer[at:]]
                 moved = (
@@ -59,6 +61,9 @@ class ThreadEngine(DeviceEngine):
                     return self._error(op, at, errno.EIO, f"moved only {at} bytes (was the device cut short?)")
         except OSError as error:
             return self._error(op, at, error.errno or errno.EIO, error.strerror or str(error))
+        except Exception as error:  # such as a buffer that was released: the operation ends, the thread goes on
+            count_failure("penstock-io")
+            return OSError(errno.EIO, f"{op.kind} at {op.offset + at}: {error!r}", str(self._device.path))
         return None
 
     def _error(self, op: IoOp, at: int, number: int, reason: str) -> OSError:
@@ -104,4 +109,4 @@ class ThreadEngine(DeviceEngine):
         for _ in self._threads:
             self._todo.put(None)
         for thread in self._threads:
-            thread.join()  # idle by now: each ends at the marker
+            thread.join(RELEASE_S)  # idle by now: each ends at the marker

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.layout import staging_bytes
-from penstock.core.new_block import TENANT_BYTES, NewBlock
+from penstock.core.new_block import REBUILD_S_MAX, TENANT_BYTES, NewBlock
 
 
 class PoolError(Exception):
@@ -63,7 +63,8 @@ class MemberStat:
 @dataclass(frozen=True, slots=True)
 class PoolStat:
     """`writes_not_admitted`: writes that were kept from the SSD whose turn it was, because their block was new.
-    `moved_blocks`: blocks that drains took to other members. `tenants`: tag in hex and bytes, the largest first."""
+    `moved_blocks`: blocks that drains took to other members. `tenants`: tag in hex and bytes, the largest first.
+    `losses` and `thread_failures`: by kind, of the whole process (`pool.losses`, `guarded_thread`)."""
 
     members: tuple[MemberStat, ...]
     writes_dropped: int
@@ -72,6 +73,8 @@ class PoolStat:
     writes_not_admitted: int = 0
     moved_blocks: int = 0
     tenants: tuple[tuple[str, int], ...] = ()
+    losses: tuple[tuple[str, int], ...] = ()
+    thread_failures: tuple[tuple[str, int], ...] = ()
 
 
 class Lease(Protocol):
@@ -127,6 +130,11 @@ def check_write(block: NewBlock, data: memoryview) -> PoolError | None:
         return PoolError("layout", f"a key and its parent are {KEY_BYTES} bytes each and differ")
     if len(block.tenant) not in (0, TENANT_BYTES):
         return PoolError("layout", f"a tenant's tag of {len(block.tenant)} bytes; it has {TENANT_BYTES} or none")
+    if not 0 <= block.rebuild_s <= REBUILD_S_MAX or block.position < 0:
+        return PoolError(
+            "layout",
+            f"rebuild_s is {block.rebuild_s}, position {block.position}; allowed: 0 to {REBUILD_S_MAX:g} s, 0 or more",
+        )
     if block.size_bytes < 1 or len(data) < staging_bytes(block.size_bytes):
         return PoolError(
             "layout", f"{len(data)} bytes of data for a block of {block.size_bytes}, padded to the alignment"

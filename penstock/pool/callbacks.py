@@ -3,46 +3,32 @@
 from __future__ import annotations
 
 import logging
-import queue
-import threading
+from functools import partial
 
+from penstock.guarded_thread import GuardedWorker, count_failure
 from penstock.pool.api import Done, PoolError
 
 log = logging.getLogger(__name__)
 
+THREAD = "penstock-pool-callbacks"
+WAITING_MAX = 1 << 18  # calls that ended before any worker saw them; whoever makes them bounds his own below this
+
 
 def call_done(done: Done, error: PoolError | None) -> None:
-    """Call `done`; an exception in it is logged and stops nothing."""
+    """Call `done`; an exception in it is logged, counted, and stops nothing."""
     try:
         done(error)
     except Exception:
+        count_failure("penstock-done-callback")
         log.exception("a done callback of the pool raised")
 
 
-class Callbacks:
-    """A thread that calls `done` for calls that ended before any worker saw them."""
+def callback_worker() -> GuardedWorker:
+    """A thread that calls `done` for calls that ended before any other thread saw them."""
+    return GuardedWorker(THREAD, WAITING_MAX)
 
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[Done, PoolError | None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="penstock-pool-callbacks", daemon=True)
-        self._thread.start()
 
-    def call(self, done: Done, error: PoolError | None) -> None:
-        """Call `done(error)` soon; after `close`, at once."""
-        if self._thread.is_alive():
-            self._queue.put((done, error))
-        else:
-            call_done(done, error)
-
-    def close(self, timeout_s: float) -> None:
-        """Call what waits, then end."""
-        self._queue.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout_s)
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            call_done(*item)
-        while not self._queue.empty():
-            if (item := self._queue.get()) is not None:
-                call_done(*item)
+def call_soon(worker: GuardedWorker, done: Done, error: PoolError | None) -> None:
+    """Have the worker call `done(error)`; once it is closed, or when more wait than it takes, call it at once."""
+    if not worker.put(partial(call_done, done, error), lambda _: call_done(done, error)):
+        call_done(done, error)

@@ -12,7 +12,9 @@ from typing import TypeVar
 
 from penstock.core.pool.member_bandwidth import MemberBandwidth
 from penstock.core.pool.placement import Placement
+from penstock.guarded_thread import GuardedThread
 from penstock.pool.api import PoolError, PoolStat
+from penstock.pool.block_size import expect_blocks
 from penstock.pool.served import ServedPool
 from penstock.pool.union_child import Child, NodePool
 
@@ -42,8 +44,9 @@ class Children:
         self.all += [Child(node, None, node) for node in nodes]
         self.lock = threading.Lock()
         self._follow = follow_bandwidth
+        self._block_bytes = 0  # what the blocks of this process have, once that is known
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._keep_looking, name="penstock-union", daemon=True)
+        self._thread = GuardedThread("penstock-union", self._keep_looking, restarts=True)
         try:
             self._placement = self._place(weights)
             self._check()
@@ -78,6 +81,9 @@ class Children:
                 child = self._weighed_child(Child(node, None, node), weight)
                 self._placement.add(weight or 0.0)
                 self.all = [*self.all, child]
+                block_bytes = self._block_bytes
+            if block_bytes:
+                expect_blocks(node, block_bytes)
         except BaseException:
             node.close(1.0)
             raise
@@ -100,6 +106,19 @@ class Children:
             number = next(i for i, child in enumerate(self.all) if child.name == place and not child.left)
             self._weighed_child(self.all[number], weight)
             self._placement.set_weight(number, weight)
+
+    @property
+    def block_bytes_max(self) -> int:
+        """The largest block that any child can hold."""
+        return max((child.block_bytes_max for child in self.all if not child.left), default=0)
+
+    def expect_blocks(self, block_bytes: int) -> list[str]:
+        """Blocks of this size will be written and read: what of them which child cannot hold; nodes that come later
+        are asked then."""
+        with self.lock:
+            self._block_bytes = block_bytes
+            pools = [child.pool for child in self.all if not child.left]
+        return [line for pool in pools for line in expect_blocks(pool, block_bytes)]
 
     def preference(self) -> list[int]:
         """Whom to read a block from that several hold; with the lock held."""
@@ -124,8 +143,7 @@ class Children:
         deadline_s = time.monotonic() + timeout_s
         for child in self.all:
             child.pool.close(max(0.1, deadline_s - time.monotonic()))
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join(max(0.1, deadline_s - time.monotonic()))
+        self._thread.join(max(0.1, deadline_s - time.monotonic()))
 
     def ask_all(
         self, begin: Callable[[NodePool], Callable[[], A]], at_once: Callable[[ServedPool], A]
@@ -187,10 +205,7 @@ class Children:
 
     def _keep_looking(self) -> None:
         while not self._closing.wait(LOOK_EVERY_S):
-            try:
-                self._look()
-            except Exception:
-                log.exception("looking at the children of the pool failed")
+            self._look()
 
     def _look(self) -> None:
         """Weigh nodes that are reached for the first time, learn each child's room, follow each node's bandwidth."""

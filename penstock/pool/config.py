@@ -68,6 +68,7 @@ class Quota:
 class PoolConfig:
     """A pool. `file` is where it was read from. `state` is the folder of the tables of SSD members, `profile` what
     `penstock profile` wrote; `default_quota` bounds each tenant that `quotas` (by `cache_salt`) does not name.
+    `staging_bytes` is what a node may stage blocks in (None: as much as they need).
     `secret_file` holds what clients of this node, and nodes that are its members, must have."""
 
     members: tuple[MemberConfig, ...]
@@ -81,6 +82,7 @@ class PoolConfig:
     default_quota: Quota | None = None
     quotas: tuple[tuple[str, Quota], ...] = ()
     secret_file: Path | None = None
+    staging_bytes: int | None = None
     file: Path | None = None
 
     def __post_init__(self) -> None:

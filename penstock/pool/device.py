@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
 from penstock.core.layout import STAGING_ALIGNMENT_BYTES, staging_bytes
-from penstock.io.api import BlockEngine, IoOp
+from penstock.guarded_thread import GuardedThread
+from penstock.io.api import BlockEngine, IoCompletion, IoOp
 from penstock.io.paced import PacedEngine
 from penstock.pool.api import Done, PoolError
 from penstock.pool.block import Block
@@ -22,7 +23,7 @@ from penstock.pool.journal import Journal
 from penstock.pool.probe import Probe
 from penstock.pool.read_meter import ReadMeter
 from penstock.pool.rows import Stored, Use
-from penstock.pool.work import EXPIRY_CHECK_S, Work, WorkQueue
+from penstock.pool.work import EXPIRY_CHECK_S, Work, WorkQueue, finish_work
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,10 @@ class DeviceMember:
         self._meter = ReadMeter()
         self._probe = Probe(pack_header(journal.identity))
         self._to_register: list[memoryview] = []
-        self._thread = threading.Thread(target=self._run, name=f"penstock-{name}", daemon=True)
+        self._completions: deque[IoCompletion] = deque()  # of the last poll, not looked at yet
+        self._thread = GuardedThread(
+            f"penstock-{name}", self._run, failed=self._broke, restarts=True, kind="penstock-device-member"
+        )
         self._close_deadline_s = 0.0
         journal.on_commit = self._wake
         journal.on_their_way = lambda: self._stores_in_flight + self._queue.lengths()[1]
@@ -160,8 +164,9 @@ class DeviceMember:
         self._close_deadline_s = time.monotonic() + timeout_s
         self._queue.close()
         self._wake()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s + 1.0)
+        self._thread.join(timeout_s + 1.0)
+        if not self._thread.alive:
+            self._end_rest()
         if not self._journal.close(max(JOURNAL_CLOSE_S, self._close_deadline_s - time.monotonic())):
             return  # it still uses the engine
         try:
@@ -177,27 +182,34 @@ class DeviceMember:
             self._engine.wake()
 
     def _run(self) -> None:
-        try:
-            while not self._queue.closed:
-                self._step()
-            while self._submitted and time.monotonic() < self._close_deadline_s:
-                self._collect(POLL_S)
-        except Exception:
-            log.exception("worker of %s failed", self.name)
-            self.fenced = f"the worker of {self.name} failed"
-            self._queue.close()
-        for rest in (*self._queue.drain(), *self._submitted):
-            rest.finish(rest, PoolError("closed", "the pool is closing"))
+        """Called again after it raised, with the member fenced: what the device has in hand must still be collected."""
+        self._polling = False
+        while not self._queue.closed:
+            self._step()
+        while self._submitted and time.monotonic() < self._close_deadline_s:
+            self._collect(POLL_S)
+        self._end_rest()
+
+    def _broke(self, error: Exception) -> None:
+        """The loop raised. What waits ends with that; what the device has in hand ends when it answers."""
+        self._fence(f"failed: {error!r}")
+        for work in self._queue.drain():
+            finish_work(work, PoolError("device", self.fenced or f"{self.name} failed"))
+
+    def _end_rest(self) -> None:
+        rest, self._submitted = [*self._queue.drain(), *self._submitted], {}
+        for work in rest:
+            finish_work(work, PoolError("closed", "the pool is closing"))
 
     def _step(self) -> None:
         while self._to_register:
-            self._engine.register(self._to_register.pop())
+            self._register(self._to_register.pop())
         for late in self._queue.expired():
-            late.finish(late, PoolError("deadline", f"waited too long for {self.name}"))
+            finish_work(late, PoolError("deadline", f"waited too long for {self.name}"))
         self._journal.expire()
         if self._journal.failed:
             for store in self._queue.drain("store"):
-                store.finish(store, PoolError("device", self._journal.failed or "rows could not be committed"))
+                finish_work(store, PoolError("device", self._journal.failed or "rows could not be committed"))
         if self.fenced:
             self._try_again()
         full = self._submit_waiting()
@@ -208,6 +220,13 @@ class DeviceMember:
         self._collect(POLL_S if full or not self._can_submit() else 0.0)
         self._polling = False
         self._check_stuck()
+
+    def _register(self, buffer: memoryview) -> None:
+        """A buffer that the engine cannot pin is used all the same, as the contract of `io.api` has it."""
+        try:
+            self._engine.register(buffer)
+        except OSError as error:
+            log.warning("%s: a buffer of %d bytes could not be registered: %s", self.name, len(buffer), error)
 
     def _can_submit(self) -> bool:
         more_stores = self._stores_in_flight < self._stores_depth
@@ -226,11 +245,11 @@ class DeviceMember:
 
     def _submit(self, work: Work) -> None:
         if self.fenced and not self._probe.owns(work):
-            work.finish(work, PoolError("device", self.fenced))
+            finish_work(work, PoolError("device", self.fenced))
             return
         now_s = time.monotonic()
         if work.deadline_s <= now_s:
-            work.finish(work, PoolError("deadline", f"waited too long for {self.name}"))
+            finish_work(work, PoolError("deadline", f"waited too long for {self.name}"))
             return
         block = work.block
         try:
@@ -241,11 +260,14 @@ class DeviceMember:
                 raise ValueError(f"the buffer has {len(op.buffer)} bytes, the extent {block.extent_bytes}")
             self._engine.submit([op])
         except (ValueError, TypeError) as error:
-            work.finish(work, PoolError("layout", str(error)))
+            finish_work(work, PoolError("layout", str(error)))
             return
         except OSError as error:
             self._failed(work, error)
             return
+        except Exception as error:
+            finish_work(work, PoolError("device", f"{work.kind} on {self.name}: {error!r}"))
+            raise
         self._submitted[work] = now_s
         if work.kind == "store":
             self._stores_in_flight += 1
@@ -258,24 +280,32 @@ class DeviceMember:
         moved = sum(c.tag.block.extent_bytes for c in reads if c.error is None)
         self._meter.ended(len(reads), moved, time.monotonic())
         self.read_bytes += moved
-        for completion in completions:
-            work: Work = completion.tag
-            del self._submitted[work]
-            self._stores_in_flight -= work.kind == "store"
-            if completion.error is not None:
-                self._failed(work, completion.error)
-                continue
-            self._in_a_row = 0
-            if work.kind == "store":
-                self.written_bytes += work.block.extent_bytes
-            work.finish(work, None)
+        self._completions.extend(completions)
+        while self._completions:
+            completion = self._completions.popleft()
+            try:
+                self._completed(completion.tag, completion.error)
+            except Exception as error:
+                finish_work(completion.tag, PoolError("device", f"{self.name} failed: {error!r}"))
+                raise
+
+    def _completed(self, work: Work, error: OSError | None) -> None:
+        del self._submitted[work]
+        self._stores_in_flight -= work.kind == "store"
+        if error is not None:
+            self._failed(work, error)
+            return
+        self._in_a_row = 0
+        if work.kind == "store":
+            self.written_bytes += work.block.extent_bytes
+        finish_work(work, None)
 
     def _failed(self, work: Work, error: OSError) -> None:
         self.errors += 1
         self._in_a_row += 1
         if self._in_a_row >= CONSECUTIVE_ERRORS_MAX:
             self._fence(f"failed {self._in_a_row} times in a row, last with: {error}")
-        work.finish(work, PoolError("device", f"{work.kind} on {self.name}: {error}"))
+        finish_work(work, PoolError("device", f"{work.kind} on {self.name}: {error}"))
 
     def _check_stuck(self) -> None:
         if self._is_stuck():

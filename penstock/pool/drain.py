@@ -17,10 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from penstock.guarded_thread import GuardedThread, count_failure
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.pool.block import Block
 from penstock.pool.checksum import block_checksum
+from penstock.pool.losses import note_loss
 from penstock.pool.member import is_durable, queued
 from penstock.pool.table import Table
 from penstock.pool.work import Work
@@ -45,6 +47,7 @@ class _Move:
     block: Block
     copy: Block
     buffer: memoryview
+    ended: bool = False
 
 
 class Drain:
@@ -70,7 +73,9 @@ class Drain:
         self._in_flight = 0
         self._unconfirmed: set[Block] = set()  # moved, their new rows not committed yet
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"penstock-drain-{self._member.name}", daemon=True)
+        self._thread = GuardedThread(
+            f"penstock-drain-{self._member.name}", self._run, restarts=True, kind="penstock-drain"
+        )
 
     def start(self) -> None:
         self._thread.start()
@@ -78,18 +83,19 @@ class Drain:
     def stop(self) -> None:
         """Begin nothing any more."""
         self._stopping.set()
+        self._thread.stop_restarting()
 
     def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        try:
-            while not self._stopping.is_set() and self._pass():
-                pass
-            if not self._stopping.is_set():
-                self._finish()
-        except Exception:
-            log.exception("draining %s failed", self._member.name)
+        """Called again after it raised: what it could not do then may be possible now."""
+        while self._in_flight:
+            self._next_event()
+        while not self._stopping.is_set() and self._pass():
+            pass
+        if not self._stopping.is_set():
+            self._finish()
 
     def _pass(self) -> bool:
         """Move or drop every block that the member has now, the most worth first; False when it had none."""
@@ -133,13 +139,26 @@ class Drain:
                 self._drop(block)
                 return
             self._table.pin(block)
-        move = _Move(block, copy, self._buffer(block.extent_bytes))
+        try:
+            move = _Move(block, copy, self._buffer(block.extent_bytes))
+        except (OSError, MemoryError) as error:
+            note_loss("drain", self._member.name, "no memory to move blocks of %s: %s", self._member.name, error)
+            with self._lock:
+                self._table.abandon_move(copy)
+                if self._table.holds(block.key, self._number) is block:
+                    self._drop(block)
+                self._table.unpin(block)
+            return
         self._in_flight += 1
         self._submit(move, "load")
 
     def _buffer(self, size_bytes: int) -> memoryview:
-        buffer = self._buffers.pop()
-        return buffer if len(buffer) >= size_bytes else aligned_buffer(size_bytes)
+        """The largest buffer that is free, or a new one in its place. Raises OSError or MemoryError."""
+        self._buffers.sort(key=len)
+        if len(self._buffers[-1]) < size_bytes:
+            self._buffers[0] = aligned_buffer(size_bytes)
+            return self._buffers.pop(0)
+        return self._buffers.pop()
 
     def _submit(self, move: _Move, kind: str) -> None:
         block = move.block if kind == "load" else move.copy
@@ -161,6 +180,15 @@ class Drain:
 
     def _next_event(self) -> None:
         move, kind, error = self._events.get()
+        try:
+            self._moved(move, kind, error)
+        except Exception as problem:
+            count_failure("penstock-drain")
+            log.exception("moving block %s off %s failed", move.block.key.hex(), self._member.name)
+            if not move.ended:
+                self._end(move, PoolError("device", repr(problem)))
+
+    def _moved(self, move: _Move, kind: str, error: PoolError | None) -> None:
         block = move.block
         if error is None and kind == "load":
             if block_checksum(block.key, move.buffer[: block.size_bytes]) == block.checksum:
@@ -168,6 +196,12 @@ class Drain:
                 return
             self._pool.discard(block.key, block.checksum)
             error = PoolError("checksum", f"block {block.key.hex()} does not match its checksum")
+        self._end(move, error)
+
+    def _end(self, move: _Move, error: PoolError | None) -> None:
+        """The block lies on its new member, or is dropped."""
+        block = move.block
+        move.ended = True
         self._buffers.append(move.buffer)
         self._in_flight -= 1
         with self._lock:
@@ -214,4 +248,5 @@ class Drain:
             if not self._stopping.is_set():
                 self._table.remove_member(self._number)
                 self._ended(self._number)
-        log.info("%s is drained: %d blocks moved, %d dropped", self._member.name, self.moved, self.dropped)
+        level = logging.WARNING if self.dropped else logging.INFO
+        log.log(level, "%s is drained: %d blocks moved, %d dropped", self._member.name, self.moved, self.dropped)

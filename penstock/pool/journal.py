@@ -4,6 +4,7 @@ P1  A row is committed after its block's bytes are on the device (`engine.sync`)
 P2  An extent is written again only after the deletion of its old row is committed (`committed`).
 P3  Rows count only together with the slab they were written for: both carry one random id.
 P4  A store is acknowledged after its row is committed; a block whose row cannot be committed is lost at once.
+P5  A row that the table refuses (a number that it cannot hold) costs its own block, not those of its commit.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from penstock.core.keys import BlockKey
+from penstock.guarded_thread import GuardedThread, count_failure
 from penstock.io.api import BlockEngine
 from penstock.pool.api import Done, PoolError
 from penstock.pool.block import Block
 from penstock.pool.callbacks import call_done
 from penstock.pool.header import pack_header, parse_header, read_page, write_header
+from penstock.pool.losses import note_loss
 from penstock.pool.rows import RowTable, Stored, Use
 
 log = logging.getLogger(__name__)
@@ -37,6 +41,7 @@ EXPIRY_CHECK_S = 0.01
 class _Waiter:
     """Somebody who is told once that a block is durable, or that it is not in time."""
 
+    key: BlockKey
     deadline_s: float
     done: Done
 
@@ -85,7 +90,13 @@ class Journal:
         except BaseException:
             self._table.close()
             raise
-        self._thread = threading.Thread(target=self._run, name=f"penstock-journal-{Path(where).name}", daemon=True)
+        self._thread = GuardedThread(
+            f"penstock-journal-{Path(where).name}",
+            self._commit_batches,
+            failed=self._broke,
+            restarts=True,
+            kind="penstock-journal",
+        )
         self._thread.start()
 
     @property
@@ -115,7 +126,7 @@ class Journal:
         """The block's bytes are on the device: commit its row. `done` is called once, with None when it is durable."""
         with self._changed:
             self._next.inserts[block.key] = (block, use)
-            self._wait(self._next, done, deadline_s)
+            self._wait(self._next, block.key, done, deadline_s)
             self._changed.notify()
 
     def confirm(self, block: Block, done: Done, deadline_s: float) -> bool:
@@ -123,7 +134,7 @@ class Journal:
         with self._changed:
             for batch in (self._next, self._now):
                 if batch.inserts.get(block.key, (None, 0.0))[0] is block:
-                    self._wait(batch, done, deadline_s)
+                    self._wait(batch, block.key, done, deadline_s)
                     return True
         return False
 
@@ -163,7 +174,7 @@ class Journal:
             self._closing = True
             self._changed.notify()
         self._thread.join(timeout_s)
-        ended = not self._thread.is_alive()
+        ended = not self._thread.alive
         if ended:
             self._table.close()
         else:
@@ -199,21 +210,22 @@ class Journal:
             self._table.change([*cut, *bad], [], [])
         return found
 
-    def _wait(self, batch: _Batch, done: Done, deadline_s: float) -> None:
+    def _wait(self, batch: _Batch, key: BlockKey, done: Done, deadline_s: float) -> None:
         self._serial += 1
-        batch.waiters[self._serial] = _Waiter(deadline_s, done)
+        batch.waiters[self._serial] = _Waiter(key, deadline_s, done)
 
-    def _run(self) -> None:
-        try:
-            self._commit_batches()
-        except Exception:
-            log.exception("the journal of %s failed", self.where)
-            self._failed = f"the journal of {self.where} failed"
-            for batch in (self._now, self._next):
-                self._lose(batch, self._failed)
+    def _broke(self, error: Exception) -> None:
+        """The loop raised, and is tried again: the rows under way are lost, the deletions are not (P2)."""
+        self._failed = f"the journal of {self.where} failed: {error!r}"
+        with self._changed:
+            self._next.deletes |= self._now.deletes
+        for batch in (self._now, self._next):
+            self._lose(batch, self._failed)
 
     def _commit_batches(self) -> None:
         next_flush_s = time.monotonic() + USE_FLUSH_S
+        if self._failed is not None:  # this loop raised: with a commit that succeeds, rows are taken again
+            self._commit_until_closing(_Batch(sequence=self._committed))
         while True:
             with self._changed:
                 if not (self._next.inserts or self._urgent()):
@@ -251,7 +263,7 @@ class Journal:
                     log.error("%s; nothing is stored there meanwhile", text)
                 self._failed = text
                 self._lose(batch, text)
-                self.on_commit()
+                self._told(self.on_commit)
                 with self._changed:
                     if self._changed.wait_for(lambda: self._closing, RETRY_S):
                         return
@@ -259,21 +271,44 @@ class Journal:
                 self._failed = None
                 self._committed = batch.sequence
                 self._end(batch, None)
-                self.on_commit()
+                self._told(self.on_commit)
                 return
 
     def _commit(self, batch: _Batch) -> None:
         if batch.inserts or self._failed:
             self._engine.sync()
         if batch.inserts or batch.deletes or batch.uses:
-            self._table.change(batch.deletes, batch.inserts.values(), batch.uses.values())
+            refused = self._table.change(batch.deletes, batch.inserts.values(), batch.uses.values())
+            for key, why in refused:
+                self._refuse(batch, key, why)
+
+    def _refuse(self, batch: _Batch, key: BlockKey, why: str) -> None:
+        """Lose one block of a batch, whose row the table does not take (P5)."""
+        with self._changed:
+            stored = batch.inserts.pop(key, None)
+            batch.uses.pop(key, None)
+            waiters = [n for n, waiter in batch.waiters.items() if waiter.key == key]
+            told = [batch.waiters.pop(n) for n in waiters]
+        note_loss("row_refused", self.where, "the row of block %s on %s is refused: %s", key.hex(), self.where, why)
+        if stored is not None:
+            self._told(partial(self.on_lost, stored[0]))
+        for waiter in told:
+            call_done(waiter.done, PoolError("device", f"the row of block {key.hex()} is refused: {why}"))
+
+    def _told(self, call: Callable[[], None]) -> None:
+        """Call somebody else's code; what it raises does not cost the commits of others."""
+        try:
+            call()
+        except Exception:
+            count_failure("penstock-journal")
+            log.exception("a callback of the journal of %s raised", self.where)
 
     def _lose(self, batch: _Batch, why: str) -> None:
         """The blocks first, then their rows: whoever finds a block in between is not told that it is durable."""
         with self._changed:
             lost = [block for block, _ in batch.inserts.values()]
         for block in lost:
-            self.on_lost(block)
+            self._told(partial(self.on_lost, block))
         self._end(batch, PoolError("device", why))
 
     def _end(self, batch: _Batch, error: PoolError | None) -> None:

@@ -8,21 +8,25 @@ import time
 from collections.abc import Sequence
 
 from penstock.core.keys import BlockKey
+from penstock.core.layout import staging_bytes
 from penstock.core.new_block import NewBlock
 from penstock.core.pool.member_bandwidth import MemberBandwidth
 from penstock.core.pool.policy import PoolPolicy
 from penstock.core.pool.quota import TenantQuotas
 from penstock.core.pool.write_admission import WriteAdmission
+from penstock.guarded_thread import thread_failures
 from penstock.pool.api import Done, Located, MemberStat, PoolError, PoolStat, check_write
 from penstock.pool.block import Block
-from penstock.pool.callbacks import Callbacks, call_done
+from penstock.pool.callbacks import call_done, call_soon, callback_worker
 from penstock.pool.checksum import block_checksum
 from penstock.pool.drain import Drain
+from penstock.pool.losses import losses, note_error, note_loss
 from penstock.pool.member import GoneMember, Member, Use, fenced_reason, is_durable, observed, queued
 from penstock.pool.memory import MemoryMember
 from penstock.pool.opened import MemoryLease, OpenBlock
 from penstock.pool.table import Table
 from penstock.pool.work import Work
+from penstock.units import format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +59,7 @@ class LocalPool:
         self._closed = False
         self._writes_dropped = self._writes_not_admitted = self._evictions = self._checksum_errors = 0
         self._moved_blocks = 0
-        self._callbacks = Callbacks()
+        self._callbacks = callback_worker()
         for number, member in enumerate(self.members):
             self._restore(number, member)
             member.on_lost(self._drop)
@@ -93,7 +97,7 @@ class LocalPool:
     def read(self, key: BlockKey, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
         opened = self.open_block(key, size_bytes)
         if isinstance(opened, PoolError):
-            self._callbacks.call(done, opened)
+            call_soon(self._callbacks, done, opened)
             return
 
         def finished(error: PoolError | None) -> None:
@@ -119,7 +123,7 @@ class LocalPool:
 
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         deadline_s = time.monotonic() + timeout_s
-        error = check_write(block, data)
+        error, reserved = check_write(block, data), None
         if error is None:
             try:
                 reserved, member, error = self._reserve(block, done, deadline_s)
@@ -138,7 +142,9 @@ class LocalPool:
                 return
         with self._lock:
             self._writes_dropped += 1
-        self._callbacks.call(done, error)
+        if error is not None and not (error.reason == "dropped" and reserved is None):  # new to SSDs, or on its way
+            note_error("store", "the pool", error)
+        call_soon(self._callbacks, done, error)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
         with self._lock:
@@ -162,6 +168,8 @@ class LocalPool:
                 writes_not_admitted=self._writes_not_admitted,
                 moved_blocks=self._moved_blocks + sum(drain.moved for drain in self._drains.values()),
                 tenants=tuple((account.hex(), held) for account, held in tenants),
+                losses=tuple(sorted(losses().items())),
+                thread_failures=tuple(sorted(thread_failures().items())),
             )
 
     def close(self, timeout_s: float) -> None:
@@ -255,6 +263,34 @@ class LocalPool:
             states = zip(self._bandwidths, self._table.members, strict=True)
             return sum(bandwidth.share_bytes_per_s for bandwidth, state in states if bandwidth and not state.gone)
 
+    @property
+    def block_bytes_max(self) -> int:
+        with self._lock:
+            return max((self._room_of(number) for number in self._taking()), default=0)
+
+    def expect_blocks(self, block_bytes: int) -> list[str]:
+        """Blocks of this size will be written: one line, also logged, for each member that cannot hold a
+        single one."""
+        with self._lock:
+            small = [(self.members[n].name, self._room_of(n)) for n in self._taking()]
+        needed = staging_bytes(block_bytes)
+        lines = [
+            f"member {name} has room for {format_bytes(room)}, a block takes {format_bytes(needed)}: none is stored "
+            "there; allowed: a larger capacity, or fewer tokens per block"
+            for name, room in small
+            if room < needed
+        ]
+        for line in lines:
+            log.warning("%s", line)
+        return lines
+
+    def _taking(self) -> list[int]:
+        """Numbers of the members that take blocks, be they fenced at present; with the lock held."""
+        return [n for n, state in enumerate(self._table.members) if not state.gone and not state.draining]
+
+    def _room_of(self, number: int) -> int:
+        return self._table.members[number].space.capacity_bytes
+
     def open_block(self, key: BlockKey, size_bytes: int | None) -> OpenBlock | PoolError:
         """Pin a block of `size_bytes` (None: of any size), or say why it cannot be read."""
         with self._lock:
@@ -284,12 +320,14 @@ class LocalPool:
         def finished(work: Work, error: PoolError | None) -> None:
             if error is not None and error.reason == "device":
                 self._drop(block)
+            note_error("load", self.members[block.member].name, error)
             call_done(done, error)
 
         work = Work("load", block, into, time.monotonic() + timeout_s, finished)
         error = self.members[block.member].put(work)
         if error is not None:
-            self._callbacks.call(done, error)
+            note_error("load", self.members[block.member].name, error)
+            call_soon(self._callbacks, done, error)
 
     def verify(self, block: Block, data: memoryview) -> PoolError | None:
         """Check bytes that came from a device; a mismatch drops the block and is counted."""
@@ -303,10 +341,12 @@ class LocalPool:
         """Drop a block that a reader found to differ from `checksum`; ignored when another block has taken its key."""
         with self._lock:
             block = self._table.find(key)
-            if block is not None and block.checksum == checksum:
+            dropped = block is not None and block.checksum == checksum
+            if block is not None and dropped:
                 self._checksum_errors += 1
                 self._drop_locked(block)
-        log.warning("block %s did not match its checksum and was dropped", key.hex())
+        if dropped:
+            note_loss("checksum", "", "block %s did not match its checksum and was dropped", key.hex())
 
     def unpin(self, block: Block) -> None:
         """End what `open_block` began."""
@@ -342,7 +382,7 @@ class LocalPool:
                     detail = f"block {new.key.hex()} exists with {present.size_bytes} bytes"
                     return None, None, PoolError("layout", detail)
                 if not (is_durable(member) and member.confirm(present, done, deadline_s)):
-                    self._callbacks.call(done, None)
+                    call_soon(self._callbacks, done, None)
                 return None, None, None
             if self._table.being_written(new.key):
                 return None, None, PoolError("dropped", f"block {new.key.hex()} is being written already")
@@ -389,6 +429,7 @@ class LocalPool:
                     value = self._table.value(block.key)
                     member.record(block, value, lambda late: self._recorded(done, late), work.deadline_s)
                     return
+        note_error("store", self.members[block.member].name, error)
         call_done(done, error)
 
     def _recorded(self, done: Done, error: PoolError | None) -> None:
@@ -396,6 +437,7 @@ class LocalPool:
         if error is not None:
             with self._lock:
                 self._writes_dropped += 1
+            note_error("store", "the pool", error)
         call_done(done, error)
 
     def _drop(self, block: Block) -> None:

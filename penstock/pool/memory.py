@@ -12,13 +12,14 @@ import numpy as np
 
 from penstock.core.keys import BlockKey
 from penstock.core.layout import STAGING_ALIGNMENT_BYTES, staging_bytes
+from penstock.guarded_thread import GuardedThread, count_failure
 from penstock.io.memory import aligned_buffer
 from penstock.io.numa import bind_memory, check_node, stay_on_node
 from penstock.io.paced import PaceClock
 from penstock.pool.api import Done, PoolError
 from penstock.pool.block import Block
 from penstock.pool.checksum import block_checksum
-from penstock.pool.work import Work, WorkQueue
+from penstock.pool.work import Work, WorkQueue, finish_work
 from penstock.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class MemoryMember:
         self._observed = (0, 0.0)
         self.read_bytes = self.written_bytes = self.errors = 0
         self._queue = WorkQueue(LOADS_MAX, STORES_MAX)
-        self._thread = threading.Thread(target=self._run, name=f"penstock-{name}", daemon=True)
+        self._thread = GuardedThread(f"penstock-{name}", self._run, restarts=True, kind="penstock-memory-member")
 
     def start(self) -> None:
         self._thread.start()
@@ -153,8 +154,9 @@ class MemoryMember:
         """End what waits as "closed" and stop the worker."""
         self._closing.set()
         self._queue.close()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
+        self._thread.join(timeout_s)
+        if not self._thread.alive:
+            self._end_rest()
 
     def _bind(self, node: int) -> None:
         note = bind_memory(self.memory, node)
@@ -166,18 +168,31 @@ class MemoryMember:
             log.warning("%s: %s", self.name, note)
         while not self._queue.closed:
             for late in self._queue.expired():
-                late.finish(late, PoolError("deadline", f"waited too long for {self.name}"))
+                finish_work(late, PoolError("deadline", f"waited too long for {self.name}"))
             work = self._queue.take_load() or self._queue.take_store(0)
             if work is None:
                 self._queue.wait()
             elif work.deadline_s <= time.monotonic():
-                work.finish(work, PoolError("deadline", f"waited too long for {self.name}"))
+                finish_work(work, PoolError("deadline", f"waited too long for {self.name}"))
             else:
-                self._do(work)
-        for rest in self._queue.drain():
-            rest.finish(rest, PoolError("closed", "the pool is closing"))
+                finish_work(work, self._outcome(work))
+        self._end_rest()
 
-    def _do(self, work: Work) -> None:
+    def _end_rest(self) -> None:
+        for rest in self._queue.drain():
+            finish_work(rest, PoolError("closed", "the pool is closing"))
+
+    def _outcome(self, work: Work) -> PoolError | None:
+        """Do the work; whatever goes wrong is its own error."""
+        try:
+            return self._do(work)
+        except Exception as problem:
+            self.errors += 1
+            count_failure("penstock-memory-member")
+            log.exception("a %s on %s failed", work.kind, self.name)
+            return PoolError("device", f"{work.kind} on {self.name}: {problem!r}")
+
+    def _do(self, work: Work) -> PoolError | None:
         block, error = work.block, None
         size = block.size_bytes
         begin_s = time.monotonic()
@@ -196,7 +211,7 @@ class MemoryMember:
         if work.kind == "load" and error is None and size >= OBSERVED_BYTES_MIN:
             moved, busy_s = self._observed
             self._observed = (moved + size, busy_s + time.monotonic() - begin_s)
-        work.finish(work, error)
+        return error
 
     def _take_turn(self, size_bytes: int, begin_s: float) -> None:
         """Wait until paced memory would be done with what began at `begin_s`."""

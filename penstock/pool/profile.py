@@ -177,7 +177,7 @@ def _together(
         try:
             start.wait(END_S)
             rates[name] = _run(member, direction, block_bytes, budget_s)
-        except (PoolError, OSError, threading.BrokenBarrierError) as error:
+        except Exception as error:  # raised again by the caller below
             errors.append(error)
 
     threads = [threading.Thread(target=run, args=item, daemon=True) for item in members.items()]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -21,6 +21,7 @@ from penstock.pool.header import SlabRefused
 
 TABLE_FORMAT = 2
 LOCKED_WAIT_S = 1.0
+T = TypeVar("T")
 Row = tuple[Any, ...]
 Stored = tuple[Block, float]  # a block and its last use
 Use = tuple[BlockKey, float, int]  # a key, its last use, how often it was used
@@ -32,8 +33,18 @@ _BLOCKS = (
     "row_check BLOB NOT NULL, used REAL NOT NULL, uses INTEGER NOT NULL, use_check BLOB NOT NULL) WITHOUT ROWID"
 )
 _INSERT = "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_UPDATE = "UPDATE blocks SET used = ?, uses = ?, use_check = ? WHERE key = ?"
 _COLUMNS = 12
 _COLUMNS_FORMAT_1 = 7
+_ROW_REFUSED = (  # by one row, for what it holds
+    sqlite3.IntegrityError,
+    sqlite3.DataError,
+    sqlite3.InterfaceError,
+    sqlite3.ProgrammingError,
+    ArithmeticError,
+    ValueError,
+    TypeError,
+)
 _OUTSIDE_CAUSES = {  # what SQLite reports of the place where the table lies, not of the table
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_LOCKED,
@@ -183,15 +194,37 @@ class RowTable:
             self._db.execute("INSERT OR REPLACE INTO meta VALUES ('slab', ?)", (identity,))
         self.identity = identity
 
-    def change(self, deletes: Iterable[BlockKey], inserts: Iterable[Stored], uses: Iterable[Use]) -> None:
-        """Delete, insert and note uses in one durable step. Raises sqlite3.Error; nothing has changed then."""
+    def change(
+        self, deletes: Iterable[BlockKey], inserts: Iterable[Stored], uses: Iterable[Use]
+    ) -> list[tuple[BlockKey, str]]:
+        """Delete, insert and note uses in one durable step; returns the keys of rows that the table does not take (a
+        NaN, a number beyond 64 bits), with why. Raises sqlite3.Error; nothing has changed then."""
+        refused: list[tuple[BlockKey, str]] = []
         with self._transaction():
             self._db.executemany("DELETE FROM blocks WHERE key = ?", [(key,) for key in deletes])
-            self._db.executemany(_INSERT, [row_of(block, use) for block, use in inserts])
-            self._db.executemany(
-                "UPDATE blocks SET used = ?, uses = ?, use_check = ? WHERE key = ?",
-                [(*_use_columns(key, used, count), key) for key, used, count in uses],
-            )
+            refused += self._each(_INSERT, list(inserts), lambda stored: stored[0].key, lambda stored: row_of(*stored))
+            refused += self._each(_UPDATE, list(uses), lambda use: use[0], lambda use: (*_use_columns(*use), use[0]))
+        return refused
+
+    def _each(
+        self, sql: str, items: Sequence[T], key_of: Callable[[T], BlockKey], row_of: Callable[[T], Row]
+    ) -> list[tuple[BlockKey, str]]:
+        """Execute for all items at once; where that is refused, for one after the other, less those that are."""
+        self._db.execute("SAVEPOINT rows")
+        try:
+            self._db.executemany(sql, [row_of(item) for item in items])
+            return []
+        except _ROW_REFUSED:
+            self._db.execute("ROLLBACK TO rows")
+        finally:
+            self._db.execute("RELEASE rows")
+        refused: list[tuple[BlockKey, str]] = []
+        for item in items:
+            try:
+                self._db.execute(sql, row_of(item))
+            except _ROW_REFUSED as error:
+                refused.append((key_of(item), str(error)))
+        return refused
 
     def close(self) -> None:
         with contextlib.suppress(sqlite3.Error):

@@ -45,6 +45,10 @@ class ServedPool(Pool, Protocol):
     def read_bytes_per_s(self) -> float:
         """The bandwidths that its members' shares go by, added up."""
 
+    @property
+    def block_bytes_max(self) -> int:
+        """The largest block that any of its members can hold."""
+
     def open_block(self, key: BlockKey, size_bytes: int) -> OpenedBlock | PoolError:
         """Hold a block of `size_bytes`, or say why it cannot be read."""
 

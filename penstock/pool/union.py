@@ -21,9 +21,10 @@ from dataclasses import replace
 from penstock.core.keys import BlockKey
 from penstock.core.new_block import NewBlock
 from penstock.pool.api import Done, Lease, Located, MemberStat, PoolError, PoolStat, check_write
-from penstock.pool.callbacks import Callbacks, call_done
+from penstock.pool.callbacks import call_done, call_soon, callback_worker
 from penstock.pool.children import Children
 from penstock.pool.locations import Locations
+from penstock.pool.losses import note_error, note_loss
 from penstock.pool.served import OpenedBlock, ServedPool
 from penstock.pool.union_child import Child, NodePool
 
@@ -53,7 +54,7 @@ class UnionPool:
         children are closed then.
         """
         self.node_id = node_id
-        self._callbacks = Callbacks()
+        self._callbacks = callback_worker()
         try:
             self._children = Children(local, nodes, weights, follow_bandwidth)
         except BaseException:
@@ -122,7 +123,7 @@ class UnionPool:
             if self._local is not None:
                 self._local.read(key, size_bytes, into, timeout_s, done)
             else:
-                self._callbacks.call(done, PoolError("missing", f"nothing was looked up of block {key.hex()}"))
+                call_soon(self._callbacks, done, _unknown(key))
             return
         self.read_of_node(child, key, size_bytes, into, timeout_s, lambda _, error: call_done(done, error))
 
@@ -161,13 +162,16 @@ class UnionPool:
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         error = check_write(block, data)
         if error is not None:
-            self._callbacks.call(done, error)
+            call_soon(self._callbacks, done, error)
             return
         ready = self._children.order(block.position, block.size_bytes)
         self._write_to(ready, block, data, time.monotonic() + timeout_s, done, PoolError("network", "no child is up"))
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
         answers = self._children.ask_all(lambda node: node.begin_evict(keys), lambda local: local.evict(keys))
+        for child, answer in zip(self._children.all, answers, strict=False):
+            if isinstance(answer, PoolError) and not child.left:
+                note_error("evict", child.name, answer)
         return sum(answer for answer in answers if not isinstance(answer, PoolError))
 
     def stat(self, timeout_s: float) -> PoolStat:
@@ -197,6 +201,8 @@ class UnionPool:
             sum(stat.writes_not_admitted for stat in counted),
             sum(stat.moved_blocks for stat in counted),
             _added_up(stat.tenants for stat in counted),
+            _added_up(stat.losses for stat in counted),
+            _added_up(stat.thread_failures for stat in counted),
         )
 
     def close(self, timeout_s: float) -> None:
@@ -214,12 +220,20 @@ class UnionPool:
     def read_bytes_per_s(self) -> float:
         return self._children.read_bytes_per_s
 
+    @property
+    def block_bytes_max(self) -> int:
+        return self._children.block_bytes_max
+
+    def expect_blocks(self, block_bytes: int) -> list[str]:
+        """Blocks of this size will be written and read: what of them which child cannot hold."""
+        return self._children.expect_blocks(block_bytes)
+
     def open_block(self, key: BlockKey, size_bytes: int) -> OpenedBlock | PoolError:
         child = self._holder(key)
         if child is not None and child.node is not None:
             return _NodeBlock(self, child, key, size_bytes)
         if self._local is None:
-            return PoolError("missing", f"nothing was looked up of block {key.hex()}")
+            return _unknown(key)
         return self._local.open_block(key, size_bytes)
 
     def discard(self, key: BlockKey, checksum: int) -> None:
@@ -257,7 +271,8 @@ class UnionPool:
         """Write to the first child of `ready`, or the next one when it refuses; `last` is why the one before did."""
         remaining_s = deadline_s - time.monotonic()
         if not ready or remaining_s <= 0:
-            self._callbacks.call(done, last)
+            note_error("store", "the pool", last)
+            call_soon(self._callbacks, done, last)
             return
         at, *others = ready
         child = self._children.all[at]
@@ -276,6 +291,14 @@ class UnionPool:
             position = self._children.position_on(at, block.position)
             child.note_written(block.size_bytes)
         child.pool.write(replace(block, parent=parent, position=position), data, remaining_s, written)
+
+
+def _unknown(key: BlockKey) -> PoolError:
+    """Nobody asked for the block before it is read, or too many others since."""
+    note_loss(
+        "location_unknown", "", "block %s is read, but where it lies was not looked up, or is forgotten", key.hex()
+    )
+    return PoolError("missing", f"nothing was looked up of block {key.hex()}")
 
 
 class _NodeBlock:
@@ -305,12 +328,12 @@ class _NodeBlock:
         """Nothing is held."""
 
 
-def _added_up(tenants: Iterable[Sequence[tuple[str, int]]]) -> tuple[tuple[str, int], ...]:
-    """What each tenant holds on all children, the largest first."""
+def _added_up(counts: Iterable[Sequence[tuple[str, int]]]) -> tuple[tuple[str, int], ...]:
+    """By name over all children, such as what each tenant holds; the largest first."""
     total: Counter[str] = Counter()
-    for held in tenants:
-        for tenant, size_bytes in held:
-            total[tenant] += size_bytes
+    for counted in counts:
+        for name, count in counted:
+            total[name] += count
     return tuple(total.most_common())
 
 

@@ -29,6 +29,10 @@ class NodePool(Pool, Protocol):
     def read_bytes_per_s(self) -> float:
         """What its members' shares go by, added up, as it said when it was reached."""
 
+    @property
+    def block_bytes_max(self) -> int:
+        """The largest block that it takes, as it said when it was reached."""
+
     def begin_lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> Callable[[], list[Located | None]]: ...
     def begin_evict(self, keys: Sequence[BlockKey]) -> Callable[[], int]: ...
     def begin_stat(self, timeout_s: float) -> Callable[[], PoolStat]: ...
@@ -64,6 +68,10 @@ class Child:
     @property
     def up(self) -> bool:
         return not self.left and (self.node is None or self.node.up)
+
+    @property
+    def block_bytes_max(self) -> int:
+        return self.node.block_bytes_max if self.node is not None else self.as_local.block_bytes_max
 
     @property
     def as_local(self) -> ServedPool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -10,8 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from penstock.core.pool.fair_queue import FairQueue
+from penstock.guarded_thread import count_failure
 from penstock.pool.api import PoolError
 from penstock.pool.block import Block
+
+log = logging.getLogger(__name__)
 
 EXPIRY_CHECK_S = 0.01
 
@@ -27,6 +31,15 @@ class Work:
     deadline_s: float
     finish: Callable[[Work, PoolError | None], None]
     after: int = 0
+
+
+def finish_work(work: Work, error: PoolError | None) -> None:
+    """Call the work's `finish`; an exception in it is logged and counted, and costs nobody else his work."""
+    try:
+        work.finish(work, error)
+    except Exception:
+        count_failure("penstock-work-callback")
+        log.exception("the end of a %s could not be told", work.kind)
 
 
 class WorkQueue:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from penstock.core.keys import BlockKey
 from penstock.core.new_block import NewBlock
 from penstock.pool.api import Done, Lease, Located, Pool, PoolStat
+from penstock.pool.block_size import expect_blocks
 
 
 class WrappedPool:
@@ -19,6 +20,9 @@ class WrappedPool:
     def up(self) -> bool:
         """Whether the pool behind can be reached."""
         return bool(getattr(self._inner, "up", True))
+
+    def expect_blocks(self, block_bytes: int) -> list[str]:
+        return expect_blocks(self._inner, block_bytes)
 
     def register(self, buffer: memoryview) -> None:
         self._inner.register(buffer)

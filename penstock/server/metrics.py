@@ -18,6 +18,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from penstock.engine.api import EngineAPI, RequestReport
+from penstock.guarded_thread import thread_failures
+from penstock.pool.losses import losses
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ class ServerMetrics:
         for result in ("met", "missed"):
             self.slo.labels(result)
         self.registry.register(_EngineCollector(engine))
+        self.registry.register(_ProcessCollector())
 
     def observe(self, report: RequestReport) -> None:
         """Count one finished engine request."""
@@ -130,6 +133,25 @@ class _EngineCollector(Collector):
             family = kind(_name(name), f"Engine: {name}", labels=["name"])
             for label, value in series.items():
                 family.add_metric([label], float(value))
+            yield family
+
+
+class _ProcessCollector(Collector):
+    """What went wrong in this process without a request to count it for."""
+
+    def describe(self) -> list[Metric]:
+        return []  # as above
+
+    def collect(self) -> Iterator[Metric]:
+        threads = CounterMetricFamily(
+            "penstock_thread_failures", "Exceptions that a thread outlived or ended by", labels=["thread"]
+        )
+        lost = CounterMetricFamily(
+            "penstock_pool_losses", "Loads, saves and other requests of the pool that came to nothing", labels=["kind"]
+        )
+        for family, counts in ((threads, thread_failures()), (lost, losses())):
+            for label, count in counts.items():
+                family.add_metric([label], float(count))
             yield family
 
 

@@ -76,6 +76,14 @@ def pool(
     pace: Annotated[
         str | None, typer.Option(help="Send blocks no faster than this, such as 200MB/s: a NIC of that speed.")
     ] = None,
+    staging: Annotated[
+        str | None,
+        typer.Option(
+            help="SIZE of the memory that blocks pass through on their way to and from SSDs and other nodes. No larger "
+            "block is taken.",
+            show_default="128MiB, and more once a larger block comes",
+        ),
+    ] = None,
     secret_file: Annotated[
         Path | None,
         typer.Option(help="File with the cluster's secret: clients and member nodes must have it.", metavar="FILE"),
@@ -92,6 +100,7 @@ def pool(
             raise ValueError(f"log-level is {log_level!r}; allowed is one of {', '.join(LOG_LEVELS)}")
         logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         over = {"listen": listen, "name": name, "pace": pace, "state": state, "secret_file": secret_file}
+        over["staging"] = staging
         read = partial(_config, config, memory or [], slab or [], weight or None, over)
         _serve(read(), read)
     except (ValueError, OSError, PoolError) as error:
@@ -124,6 +133,8 @@ def _config(
         parse_address(given["listen"])
     if "pace" in given:
         given["pace_bytes_per_s"] = parse_rate(given.pop("pace"))
+    if "staging" in given:
+        given["staging_bytes"] = parse_bytes(given.pop("staging"))
     if file is not None:
         members = [flag for flag, value in (("memory", memory), ("slab", slab), ("weight", weights)) if value]
         if members:
@@ -146,7 +157,8 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
         inbox = _signals(reloads=config.file is not None)
         host, port = parse_address(config.listen)
         secret = Secret.read(config.secret_file) if config.secret_file else None
-        node = PoolNode(served, host, port, name=config.name, pace_bytes_per_s=config.pace_bytes_per_s, secret=secret)
+        pace, staging = config.pace_bytes_per_s, config.staging_bytes
+        node = PoolNode(served, host, port, config.name, pace, staging, secret)
         try:
             members = ", ".join(
                 f"{m.name} ({m.kind}, {format_bytes(m.capacity_bytes)}, {m.blocks} blocks)"
@@ -201,6 +213,8 @@ def _asked(inbox: Inbox, node: PoolNode) -> Literal["stop", "reload"]:
     while True:
         with contextlib.suppress(queue.Empty):
             return inbox.get(timeout=SIGNAL_POLL_S)
+        if not node.alive:
+            _end_now("a thread without which the node serves nobody has ended")
         if node.beginning_s > BEGIN_S_MAX:
             _end_now(f"a connection could not be begun within {BEGIN_S_MAX:g} s: out of memory or threads")
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import xxhash
 
+from penstock.guarded_thread import GuardedThread, count_failure
 from penstock.pool.api import PoolError
 from penstock.pool.checksum import checksum_seed
 from penstock.transport import lanes, wire
@@ -26,6 +27,7 @@ from penstock.transport.secret import Secret, SecretRefused, prove_as_client
 
 log = logging.getLogger(__name__)
 
+SENDER_END_S = 3.0 * wire.STALL_S  # what is being sent ends with the socket
 VERIFY_BYTES = (
     4 << 20
 )  # received and verified in pieces of this size: smaller ones hand the interpreter over more often
@@ -44,6 +46,14 @@ class Pending:
     connection: Connection | None = None
     ended: bool = False
     late: bool = False
+
+    def tell(self, result: Any, error: PoolError | None) -> None:
+        """Call `end`; an exception in it costs nobody else his answer."""
+        try:
+            self.end(result, error)
+        except Exception:
+            count_failure("penstock-done-callback")
+            log.exception("the end of a request could not be told")
 
     @property
     def payload_bytes(self) -> int:
@@ -70,7 +80,7 @@ class Connection:
         prove that they have it.
         """
         self.lane = hello.lane
-        self.heard_s = time.monotonic()  # when the peer was last heard
+        self.heard_s = self._sent_s = time.monotonic()  # when the peer was last heard, and sent something
         self._on_reply, self._on_closed = on_reply, on_closed
         self._secret = secret
         self._lock = threading.Lock()
@@ -82,17 +92,20 @@ class Connection:
         self._sock = socket.create_connection(address, timeout=timeout_s)
         lanes.mark(self._sock, urgent)
         try:
-            self.node = self._greet(hello)
+            self.node = self._greet(hello, timeout_s)
         except BaseException:
             self._sock.close()
             raise
-        self._receiver = threading.Thread(target=self._receive, name=f"penstock-{self.lane}-receive", daemon=True)
-        self._sender = threading.Thread(target=self._send_queued, name=f"penstock-{self.lane}-send", daemon=True)
+        self._receiver = GuardedThread(f"penstock-{self.lane}-receive", self._receive)
+        self._sender = GuardedThread(
+            f"penstock-{self.lane}-send", self._send_queued, failed=lambda error: self.cut(f"sending failed: {error!r}")
+        )
 
     def start(self) -> None:
-        self._receiver.start()
+        """Raises RuntimeError or MemoryError where a thread cannot be had; `abandon` must follow then."""
         if self.lane == "write":
             self._sender.start()
+        self._receiver.start()
 
     @property
     def in_flight(self) -> int:
@@ -117,11 +130,31 @@ class Connection:
         if isinstance(pending.message, wire.Write) and pending.buffer is not None:
             payload = pending.buffer[: pending.payload_bytes]
         try:
+            head = wire.frame(pending.message, len(payload))
+        except Exception as error:  # a message that cannot be written down: nothing of it is on the wire
+            if self._take(pending.id) is pending:
+                pending.tell(None, PoolError("layout", f"the request cannot be sent: {error}"))
+            return
+        try:
             with self._send_lock:
                 if self._cut_reason is None:
-                    wire.send_all(self._sock, wire.frame(pending.message, len(payload)), payload)
-        except (OSError, wire.ProtocolError, TypeError, ValueError) as error:
+                    wire.send_all(self._sock, head, payload)
+                    self._sent_s = time.monotonic()
+        except (OSError, TypeError, ValueError) as error:
             self.cut(str(error))
+
+    def say_alive(self, quiet_s: float) -> None:
+        """Tell the node that this end is there, if nothing was sent for `quiet_s`; never waits."""
+        if time.monotonic() - self._sent_s < quiet_s or not self._send_lock.acquire(blocking=False):
+            return
+        try:
+            if self._cut_reason is None:
+                wire.send_all(self._sock, wire.frame(wire.Alive()))
+                self._sent_s = time.monotonic()
+        except OSError as error:
+            self.cut(str(error))
+        finally:
+            self._send_lock.release()
 
     def tell(self, message: wire.Corrupt | wire.Return) -> None:
         """Send something that has no answer; a failure shows at the receiver."""
@@ -156,18 +189,18 @@ class Connection:
 
     def abandon(self) -> None:
         """End a connection that was not started."""
-        self._cut_reason = "not wanted"
+        self.cut("not wanted")
+        self._outbox.put(None)
         self._sock.close()
 
     def join(self, timeout_s: float) -> None:
-        if self._receiver.is_alive() and threading.current_thread() is not self._receiver:
-            self._receiver.join(timeout_s)
+        self._receiver.join(timeout_s)
 
-    def _greet(self, hello: wire.Hello) -> wire.Ready:
+    def _greet(self, hello: wire.Hello, timeout_s: float) -> wire.Ready:
         """Exchange versions and open the lane, within the connect timeout; then leave deadlines to the caller."""
-        secret, first = self._secret, bytearray(wire.GREETING.size)
+        secret, first, until_s = self._secret, bytearray(wire.GREETING.size), time.monotonic() + timeout_s
         self._sock.sendall(wire.greeting(secret is not None) + (b"" if secret else wire.frame(hello)))
-        wire.receive_exactly(self._sock, memoryview(first))
+        wire.receive_exactly(self._sock, memoryview(first), until_s=until_s)
         wire.check_greeting(first, secret is not None)
         if secret is not None:
             try:
@@ -175,7 +208,7 @@ class Connection:
             except SecretRefused as error:
                 raise wire.ProtocolError(str(error)) from None
             self._sock.sendall(wire.frame(hello))
-        header, _ = wire.FrameReader(self._sock).next()
+        header, _ = wire.FrameReader(self._sock).next(until_s=until_s)
         reply = wire.decode_reply(header)
         if isinstance(reply, wire.Failed):
             raise wire.ProtocolError(reply.detail)
@@ -206,7 +239,9 @@ class Connection:
                     self._end(self._take(reply.id), reply, None)
         except (OSError, wire.ProtocolError) as error:
             reason = str(error)
-        except Exception:
+        except Exception as error:
+            reason = f"receiving failed: {error!r}"
+            count_failure(self._receiver.name)
             log.exception("the receiver of a %s connection failed", self.lane)
         finally:
             self._finish(reason)
@@ -256,24 +291,27 @@ class Connection:
 
     def _end(self, pending: Pending | None, result: Any, error: PoolError | None) -> None:
         if pending is not None:
-            pending.end(result, error)
+            pending.tell(result, error)
             self._on_reply(self)
 
     def _finish(self, reason: str) -> None:
         self.cut(reason)
         reason = self._cut_reason or reason
         self._outbox.put(None)
-        if self._sender.is_alive():
-            self._sender.join()
+        self._sender.join(SENDER_END_S)
         with self._send_lock:
             self._sock.close()
-        self._on_closed(self, reason)
+        try:
+            self._on_closed(self, reason)
+        except Exception:  # what is open ends all the same
+            count_failure(self._receiver.name)
+            log.exception("the end of a %s connection could not be told", self.lane)
         with self._lock:
             rest, self._pending = list(self._pending.values()), {}
             self.in_flight_bytes = 0
         for pending in rest:
             label = "deadline" if pending.late else "closed" if reason == "closed" else "network"
-            pending.end(None, PoolError(label, "no answer in time" if pending.late else reason))
+            pending.tell(None, PoolError(label, "no answer in time" if pending.late else reason))
 
     def _send_queued(self) -> None:
         while (pending := self._outbox.get()) is not None:

@@ -20,12 +20,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
 
+from penstock.guarded_thread import GuardedThread
 from penstock.pool.api import PoolError
-from penstock.pool.callbacks import Callbacks
+from penstock.pool.callbacks import call_soon, callback_worker
+from penstock.pool.losses import note_error, note_loss
 from penstock.transport import wire
 from penstock.transport.connection import Connection, Pending
 from penstock.transport.secret import Secret
-from penstock.units import format_address
+from penstock.units import format_address, format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ READS_WAITING_MAX = 8192
 WRITES_WAITING_MAX = 64
 BACKOFF_S = (0.05, 2.0)
 SILENT_S = 2.0
+ALIVE_S_MIN = 0.1  # whatever a node says
+ALIVE_PER_IDLE = 3  # how often an idle connection is used within the time after which the node would end it
 NODE_MARGIN = 0.1  # the node is told to give up this share of the time earlier, so that its answer still arrives
 
 Answer = TypeVar("Answer", wire.Found, wire.Evicted, wire.Stats)
@@ -61,6 +65,11 @@ class _Lane:
         if best is None or best.in_flight >= IN_FLIGHT_MAX:
             return None
         return best if best.in_flight < 2 or best.in_flight_bytes < IN_FLIGHT_BYTES else None
+
+
+def _bounded(timeout_s: float) -> float:
+    """Seconds that a message may say; NaN, which nobody can wait for, is none."""
+    return min(timeout_s, wire.TIMEOUT_S_MAX) if timeout_s > 0 else 0.0
 
 
 class NodeLink:
@@ -107,10 +116,12 @@ class NodeLink:
         self._down_reason = "not connected"
         self._losing = False  # a lost connection was told, and not all are back
         self._told = ""  # why connecting failed, as it was told last
-        self._callbacks = Callbacks()
+        self._block_bytes = 0  # what this side's blocks have, once that is known
+        self._told_too_large = False
+        self._callbacks = callback_worker()
         self._threads = [
-            threading.Thread(target=self._watch_deadlines, name="penstock-deadlines", daemon=True),
-            threading.Thread(target=self._reconnect, name="penstock-reconnect", daemon=True),
+            GuardedThread("penstock-deadlines", self._watch_deadlines, restarts=True),
+            GuardedThread("penstock-reconnect", self._reconnect, restarts=True),
         ]
         try:
             for lane, slot in self._missing():
@@ -121,6 +132,9 @@ class NodeLink:
                 self.close(1.0)
                 raise PoolError("network", f"{self.what} {self.place}: {error}") from None
             log.warning("%s %s is down: %s; it is tried again", self.what, self.place, error)
+        except BaseException:
+            self.close(1.0)
+            raise
         for thread in self._threads:
             thread.start()
 
@@ -143,9 +157,9 @@ class NodeLink:
         self, lane: Literal["read", "write"], message: Payload, buffer: memoryview, timeout_s: float, ended: Ended
     ) -> None:
         """Send a request whose payload fills `buffer` or comes from it; `ended(reply, error)` is called once."""
-        pending = Pending(message, message.id, time.monotonic() + timeout_s, ended, buffer)
+        pending = Pending(message, message.id, time.monotonic() + _bounded(timeout_s), ended, buffer)
 
-        self._counted(pending)
+        self._counted(pending, lane)
         with self._lock:
             refusal = self._refusal(self._lanes[lane])
             if refusal is None:
@@ -153,11 +167,11 @@ class NodeLink:
                 self._lanes[lane].waiting.append(pending)
                 self._push_deadline(pending)
         if refusal is not None:
-            self.refuse(ended, refusal)
+            self.refuse(ended, refusal, lane)
             return
         self._dispatch(self._lanes[lane])
 
-    def _counted(self, pending: Pending) -> None:
+    def _counted(self, pending: Pending, what: str) -> None:
         """Its end is taken off what is live here, then told."""
         ended = pending.end
 
@@ -165,13 +179,37 @@ class NodeLink:
             with self._lock:
                 pending.ended = True
                 self._live -= 1
+            if what != "write" or error is None or error.reason != "dropped":  # the node that drops a write says so
+                note_error(what, f"{self.what} {self.place}", error)
             ended(result, error)
 
         pending.end = end
 
-    def refuse(self, ended: Ended, error: PoolError) -> None:
+    def refuse(self, ended: Ended, error: PoolError, what: str = "request") -> None:
         """Have `ended(None, error)` called soon, on another thread."""
-        self._callbacks.call(partial(ended, None), error)
+        note_error(what, f"{self.what} {self.place}", error)
+        call_soon(self._callbacks, partial(ended, None), error)
+
+    def expect_blocks(self, block_bytes: int) -> str | None:
+        """This side's blocks have so many bytes: say, now and whenever it is reached, when the node cannot hold them.
+        Returns what was said now."""
+        self._block_bytes = block_bytes
+        return self._check_block_bytes(self.node)
+
+    def _check_block_bytes(self, node: wire.Ready) -> str | None:
+        """Once, until the node says that it can."""
+        if not 0 < node.block_bytes_max < self._block_bytes:
+            self._told_too_large = False
+            return None
+        text = (
+            f"{self.what} {self.place} takes blocks of at most {format_bytes(node.block_bytes_max)}, "
+            f"this engine's have {format_bytes(self._block_bytes)}: none is stored there or loaded from it; "
+            "allowed: fewer tokens per block, or more --staging and larger members at that node"
+        )
+        if not self._told_too_large:
+            self._told_too_large = True
+            note_loss("block_too_large", self.place, "%s", text)
+        return text
 
     def next_id(self) -> int:
         return next(self._ids)
@@ -189,7 +227,8 @@ class NodeLink:
             answered.set()
 
         id, sent_s = next(self._ids), time.monotonic()
-        pending = Pending(message(id, max(0.0, (deadline_s - sent_s) * (1 - NODE_MARGIN))), id, deadline_s, end)
+        deadline_s = sent_s + _bounded(deadline_s - sent_s)
+        pending = Pending(message(id, (deadline_s - sent_s) * (1 - NODE_MARGIN)), id, deadline_s, end)
         with self._lock:
             if self._closed:
                 raise PoolError("closed", "the pool is closed")
@@ -214,10 +253,11 @@ class NodeLink:
 
     def begin(self, message: Asked, timeout_s: float, ended: Ended) -> None:
         """Send a request over the control connection; `ended(reply, error)` is called once, by its deadline."""
+        timeout_s = _bounded(timeout_s)
         pending = Pending(message, message.id, time.monotonic() + timeout_s, ended)
         message.timeout_s = timeout_s * (1 - NODE_MARGIN)
 
-        self._counted(pending)
+        self._counted(pending, "request")
         with self._lock:
             refusal = self._refusal(self._control)
             connection = self._control.connections[0]
@@ -253,8 +293,7 @@ class NodeLink:
         for connection in connections:
             connection.join(max(0.0, deadline_s - time.monotonic()))
         for thread in self._threads:
-            if thread.is_alive() and thread is not threading.current_thread():
-                thread.join(max(0.0, deadline_s - time.monotonic()))
+            thread.join(max(0.0, deadline_s - time.monotonic()))
         for lane in self._lanes.values():
             self._fail_waiting(lane, "closed", "the pool is closed")
         self._callbacks.close(max(0.0, deadline_s - time.monotonic()))
@@ -299,7 +338,7 @@ class NodeLink:
             for pending in rest:
                 pending.ended = True
         for pending in rest:
-            pending.end(None, PoolError(label, detail))
+            pending.tell(None, PoolError(label, detail))
 
     # --- connections ---
 
@@ -327,9 +366,16 @@ class NodeLink:
             connection.abandon()
             raise wire.ProtocolError("that is this node itself; it must not be a member of its own pool")
         self.node = connection.node
+        self._check_block_bytes(connection.node)
         with self._lock:
             lane.connections[slot] = connection
-        connection.start()
+        try:
+            connection.start()
+        except BaseException:
+            with self._lock:
+                lane.connections[slot] = None
+            connection.abandon()
+            raise
         if self._closed:
             connection.cut("closed")
 
@@ -355,15 +401,16 @@ class NodeLink:
                 missing = self._missing()
                 if not missing and not self._closed:
                     pause_s, self._losing, self._told = BACKOFF_S[0], False, ""
-                    self._connection_lost.wait()
+                    self._connection_lost.wait(self._alive_every_s())
                 if self._closed:
                     return
                 missing = self._missing()
+            self._say_alive()
             failed = False
             for lane, slot in missing:
                 try:
                     self._connect(lane, slot, min(self._connect_timeout_s, BACKOFF_S[1]))
-                except (OSError, wire.ProtocolError) as error:
+                except (OSError, wire.ProtocolError, RuntimeError, MemoryError) as error:
                     failed = True
                     with self._lock:
                         if not self._closed:
@@ -376,6 +423,19 @@ class NodeLink:
                 if failed and not self._closed:
                     self._connection_lost.wait(pause_s)
                     pause_s = min(2 * pause_s, BACKOFF_S[1])
+
+    def _alive_every_s(self) -> float | None:
+        """How often the node has to hear of an idle connection; None: never."""
+        return max(self.node.idle_s / ALIVE_PER_IDLE, ALIVE_S_MIN) if self.node.idle_s > 0 else None
+
+    def _say_alive(self) -> None:
+        every_s = self._alive_every_s()
+        if every_s is None:
+            return
+        with self._lock:
+            connections = [connection for lane in self._lanes.values() for connection in lane.open()]
+        for connection in connections:
+            connection.say_alive(every_s / 2)
 
     def _missing(self) -> list[tuple[_Lane, int]]:
         lanes = self._lanes.values()
@@ -413,11 +473,11 @@ class NodeLink:
                     self._deadline_sooner.wait(self._deadlines[0][0] - now_s if self._deadlines else None)
                     continue
             for pending in unsent:
-                pending.end(None, PoolError("deadline", f"waited too long for a connection to {self.place}"))
+                pending.tell(None, PoolError("deadline", f"waited too long for a connection to {self.place}"))
             for pending in sent:
                 if pending.connection is None:
                     continue
                 if pending.buffer is not None:
                     pending.connection.cut_late(pending)
                 elif pending.connection.forget(pending):
-                    pending.end(None, PoolError("deadline", f"{self.place} did not answer in time"))
+                    pending.tell(None, PoolError("deadline", f"{self.place} did not answer in time"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -10,15 +9,17 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from penstock.core.keys import BlockKey
+from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import NewBlock
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Done, Located, PoolError, PoolStat, check_write
 from penstock.pool.callbacks import call_done
 from penstock.pool.checksum import block_checksum
+from penstock.pool.losses import note_error, note_loss
 from penstock.transport import wire
 from penstock.transport.link import NodeLink
 from penstock.transport.secret import Secret
+from penstock.units import format_bytes
 
 EVICT_TIMEOUT_S = 2.0
 MEASURE_BYTES_MAX = 256 << 20
@@ -79,11 +80,15 @@ class RemotePool:
     def begin_lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> Callable[[], list[Located | None]]:
         """Send the lookup; what is returned waits for the answer. Both raise PoolError."""
         deadline_s = time.monotonic() + timeout_s
-        waits = [self._link.ask(wire.Found, partial(wire.Lookup, keys=part), deadline_s) for part in _messages(keys)]
+        parts = _messages(keys)
+        waits = [self._link.ask(wire.Found, partial(wire.Lookup, keys=part), deadline_s) for part in parts]
 
         def wait() -> list[Located | None]:
             located: list[Located | None] = []
-            for found in (wait() for wait in waits):
+            for part, found in ((part, wait()) for part, wait in zip(parts, waits, strict=True)):
+                if len(found.sizes) * KEY_BYTES != len(part):
+                    detail = f"pool node {self.place} answered {len(found.sizes)} of {len(part) // KEY_BYTES} keys"
+                    raise PoolError("network", detail)
                 routes = [tuple(self._full(name) for name in (*route, "net")) for route in found.routes]
                 for size, member in zip(found.sizes, found.members, strict=True):
                     located.append(Located(size, routes[member]) if size else None)
@@ -109,7 +114,7 @@ class RemotePool:
 
         if not 0 < size_bytes <= min(len(into), wire.PAYLOAD_BYTES_MAX):
             detail = f"a block of {size_bytes} bytes into a buffer of {len(into)}"
-            self._link.refuse(end, PoolError("layout", detail))
+            self._link.refuse(end, PoolError("layout", detail), "read")
             return
         self._link.submit("read", wire.Read(self._link.next_id(), key, size_bytes, 0.0), into, timeout_s, end)
 
@@ -127,17 +132,22 @@ class RemotePool:
         error = check_write(block, data)
         if error is None and block.size_bytes > wire.PAYLOAD_BYTES_MAX:
             error = PoolError("layout", f"a block of {block.size_bytes} bytes; {wire.PAYLOAD_BYTES_MAX} are allowed")
+        at_most = self._link.node.block_bytes_max
+        if error is None and 0 < at_most < block.size_bytes:  # what it would refuse is not sent first
+            error = PoolError("full", f"a block of {block.size_bytes} bytes; this node takes at most {at_most}")
         if error is not None:
-            self._link.refuse(ended, error)
+            self._link.refuse(ended, error, "write")
             return
         checksum = block_checksum(block.key, data[: block.size_bytes])
         message = wire.Write(self._link.next_id(), **asdict(block), checksum=checksum, timeout_s=0.0)
         self._link.submit("write", message, data, timeout_s, ended)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
-        with contextlib.suppress(PoolError):
+        try:
             return self.begin_evict(keys)()
-        return 0
+        except PoolError as error:
+            note_error("evict", f"pool node {self.place}", error)
+            return 0
 
     def begin_evict(self, keys: Sequence[BlockKey]) -> Callable[[], int]:
         """Send the keys to evict; what is returned waits for the answer. Both raise PoolError."""
@@ -163,6 +173,24 @@ class RemotePool:
         self._link.close(timeout_s)
 
     # --- beyond it ---
+
+    def expect_blocks(self, block_bytes: int) -> list[str]:
+        """Blocks of this size will be written and read: what of them this node cannot hold, which is also logged, once,
+        and again when the node is another one by then."""
+        if block_bytes > wire.PAYLOAD_BYTES_MAX:
+            line = (
+                f"blocks of {format_bytes(block_bytes)} do not travel to pool node {self.place}, none is stored there; "
+                f"allowed: at most {format_bytes(wire.PAYLOAD_BYTES_MAX)}, so fewer tokens per block"
+            )
+            note_loss("block_too_large", self.place, "%s", line)
+            return [line]
+        said = self._link.expect_blocks(block_bytes)
+        return [said] if said else []
+
+    @property
+    def block_bytes_max(self) -> int:
+        """The largest block that the node said it takes, when it was reached last; what the wire takes until then."""
+        return self._link.node.block_bytes_max or wire.PAYLOAD_BYTES_MAX
 
     def discard(self, key: BlockKey, checksum: int) -> None:
         """Tell the node that a reader found a block to differ from this checksum."""

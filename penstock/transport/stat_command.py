@@ -73,6 +73,9 @@ def _print(found: PoolStat) -> None:
         f"evicted {found.evictions} blocks, moved {found.moved_blocks}; writes dropped {found.writes_dropped}, "
         f"not admitted to SSDs {found.writes_not_admitted}; checksum errors {found.checksum_errors}"
     )
+    for what, counts in (("lost", found.losses), ("thread failures", found.thread_failures)):
+        if counts:
+            console.print(f"{what}: " + ", ".join(f"{name} {count}" for name, count in counts))
 
 
 _COLUMNS = ("member", "kind", "state", "blocks", "used", "capacity", "share", "reads at", "waiting", "errors")

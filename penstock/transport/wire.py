@@ -1,5 +1,8 @@
 """The pool protocol over TCP: greeting, frames, messages.
 
+Every number and every length of a message has bounds, which stand with its type: what lies outside is not understood
+(`decode_request`, `decode_reply`), and ends its connection with one line of the log.
+
 Both sides first send 8 bytes: magic and protocol version; where both have a secret they prove it. Then frames: a prefix
 (header length, payload length), a msgpack header, padding up to 64 bytes, the raw payload. Replies may come in any
 order; `id` pairs them with requests.
@@ -9,11 +12,14 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from penstock.core.keys import KEY_BYTES, BlockKey
-from penstock.core.new_block import NewBlock
+from penstock.core.new_block import REBUILD_S_MAX, TENANT_BYTES, NewBlock
 from penstock.pool.api import PoolStat
 
 PROTOCOL_VERSION = 2
@@ -29,6 +35,28 @@ KEYS_PER_MESSAGE = 4096
 PROBE_BYTES_MAX = 1 << 20
 NODE_ID_BYTES = 16
 STALL_S = 10  # a peer that takes or gives no byte in the middle of a message for this long is gone
+HEADER_S = 20.0  # for a header of more than HEAD_BYTES
+GREET_S = 10.0  # from a connection to its Hello, all in all
+IDLE_S = 60.0  # a client that sends no message for this long is gone; it sends Alive three times as often
+TIMEOUT_S_MAX = 86_400.0
+KEEPALIVE_S = (30, 10, 3)  # until the kernel's first probe, between probes, probes without an answer
+ROUTES_MAX = 4096
+ROUTE_LINKS_MAX = 16
+
+# Annotated floats refuse NaN too: it is neither above nor below a bound.
+Id = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Seconds = Annotated[float, Meta(ge=0, le=TIMEOUT_S_MAX)]
+Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
+Keys = Annotated[bytes, Meta(max_length=KEYS_PER_MESSAGE * KEY_BYTES)]
+BlockBytes = Annotated[int, Meta(ge=1, le=PAYLOAD_BYTES_MAX)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
+Checksum = Annotated[int, Meta(ge=0)]  # all of 64 bits
+Rate = Annotated[float, Meta(ge=0, le=1e18)]
+NodeId = Annotated[bytes, Meta(max_length=NODE_ID_BYTES)]
+Label = Annotated[str, Meta(max_length=64)]
+Name = Annotated[str, Meta(max_length=4096)]
+Detail = Annotated[str, Meta(max_length=1 << 16)]
+Link = Annotated[str, Meta(max_length=1024)]
 
 
 class ProtocolError(Exception):
@@ -39,32 +67,32 @@ class Hello(msgspec.Struct, array_like=True, tag=1):
     """First request of a connection; `lane` is "read", "write" or "control". A client that is itself a node
     gives its id as `origin`. `own_only`: serve it from the node's own members, not from those of other nodes."""
 
-    lane: str
-    origin: bytes = b""
+    lane: Label
+    origin: NodeId = b""
     own_only: bool = False
 
 
 class Read(msgspec.Struct, array_like=True, tag=2):
     """One block; answered by Block or Failed."""
 
-    id: int
-    key: bytes
-    size_bytes: int
-    timeout_s: float
+    id: Id
+    key: Key
+    size_bytes: BlockBytes
+    timeout_s: Seconds
 
 
 class Write(msgspec.Struct, array_like=True, tag=3):
     """One block, its bytes are the payload; answered by Written or Failed."""
 
-    id: int
-    key: bytes
-    parent: bytes
-    size_bytes: int
-    position: int
-    tenant: bytes
-    rebuild_s: float
-    checksum: int
-    timeout_s: float
+    id: Id
+    key: Key
+    parent: Key
+    size_bytes: BlockBytes
+    position: Count
+    tenant: Annotated[bytes, Meta(max_length=TENANT_BYTES)]
+    rebuild_s: Annotated[float, Meta(ge=0, le=REBUILD_S_MAX)]
+    checksum: Checksum
+    timeout_s: Seconds
 
     @property
     def block(self) -> NewBlock:
@@ -74,179 +102,207 @@ class Write(msgspec.Struct, array_like=True, tag=3):
 class Lookup(msgspec.Struct, array_like=True, tag=4):
     """`keys` are concatenated; answered by Found."""
 
-    id: int
-    timeout_s: float
-    keys: bytes
+    id: Id
+    timeout_s: Seconds
+    keys: Keys
 
 
 class Evict(msgspec.Struct, array_like=True, tag=5):
-    id: int
-    timeout_s: float
-    keys: bytes
+    id: Id
+    timeout_s: Seconds
+    keys: Keys
 
 
 class Stat(msgspec.Struct, array_like=True, tag=6):
-    id: int
-    timeout_s: float
+    id: Id
+    timeout_s: Seconds
 
 
 class Corrupt(msgspec.Struct, array_like=True, tag=7):
     """The reader found that a block does not match this checksum. No answer."""
 
-    key: bytes
-    checksum: int
+    key: Key
+    checksum: Checksum
 
 
 class Probe(msgspec.Struct, array_like=True, tag=8):
     """So many bytes that mean nothing, to measure the link; answered by Probed or Failed."""
 
-    id: int
-    size_bytes: int
+    id: Id
+    size_bytes: Count
 
 
 class Open(msgspec.Struct, array_like=True, tag=9):
     """To the relay of a decode engine: the hand-off `name` may begin. `reads`: say which blocks it can read from the
     pool. Answered by Opened once there is room, or Failed."""
 
-    id: int
-    name: str
+    id: Id
+    name: Name
     reads: bool
-    timeout_s: float
+    timeout_s: Seconds
 
 
 class HandedOver(msgspec.Struct, array_like=True, tag=10):
     """All blocks of a hand-off are there, but `missing` that could not be sent; `token` is the first one. Answered by
     Accepted or Failed."""
 
-    id: int
-    name: str
-    token: int
-    missing: int
-    timeout_s: float
+    id: Id
+    name: Name
+    token: Annotated[int, Meta(ge=-1, le=(1 << 32) - 1)]
+    missing: Count
+    timeout_s: Seconds
 
 
 class Attach(msgspec.Struct, array_like=True, tag=11):
     """To a relay: from now on blocks may be read one-sided, in both directions (`one_sided`). `client` is a name that
     nobody else has, `memory` what `kind` needs to read the client's memory. Answered by Attached or Failed."""
 
-    id: int
-    client: bytes
-    kind: str
+    id: Id
+    client: Annotated[bytes, Meta(max_length=64)]
+    kind: Label
     memory: bytes
-    timeout_s: float
+    timeout_s: Seconds
 
 
 class Lend(msgspec.Struct, array_like=True, tag=12):
     """One block, to be read one-sided; answered by Lent or Failed."""
 
-    id: int
-    key: bytes
-    size_bytes: int
-    timeout_s: float
+    id: Id
+    key: Key
+    size_bytes: BlockBytes
+    timeout_s: Seconds
 
 
 class Return(msgspec.Struct, array_like=True, tag=13):
     """A lent block was read. No answer; without it the block is taken back at the deadline of Lend."""
 
-    lend_id: int
+    lend_id: Id
 
 
 class Offer(msgspec.Struct, array_like=True, tag=14):
     """A block of a hand-off lies at `offset` of the client's memory, for the relay to read; answered by Written or
     Failed."""
 
-    id: int
-    client: bytes
-    key: bytes
-    size_bytes: int
-    checksum: int
-    offset: int
-    timeout_s: float
+    id: Id
+    client: Annotated[bytes, Meta(max_length=64)]
+    key: Key
+    size_bytes: BlockBytes
+    checksum: Checksum
+    offset: Count
+    timeout_s: Seconds
+
+
+class Alive(msgspec.Struct, array_like=True, tag=15):
+    """The client is still there. No answer; sent only to a node whose Ready says `idle_s`."""
 
 
 class Ready(msgspec.Struct, array_like=True, tag=20):
     """Answer to Hello. `node_id` differs from node to node, and from start to start; `read_bytes_per_s` is what its
-    members' shares go by, added up. Failed instead: the node has nothing for this client."""
+    members' shares go by, added up; `block_bytes_max` the largest block that it can store and serve (0: not said). It
+    ends a connection that sends no message for `idle_s` (0: never). Failed instead: the node has nothing for this
+    client."""
 
-    name: str
-    node_id: bytes = b""
-    read_bytes_per_s: float = 0.0
+    name: Name
+    node_id: NodeId = b""
+    read_bytes_per_s: Rate = 0.0
+    block_bytes_max: Count = 0
+    idle_s: Seconds = 0.0
 
 
 class Block(msgspec.Struct, array_like=True, tag=21):
     """The payload is the block."""
 
-    id: int
-    key: bytes
-    checksum: int
+    id: Id
+    key: Key
+    checksum: Checksum
 
 
 class Failed(msgspec.Struct, array_like=True, tag=22):
     """`reason` is one of `PoolError.REASONS`."""
 
-    id: int
-    reason: str
-    detail: str
+    id: Id
+    reason: Label
+    detail: Detail
 
 
 class Written(msgspec.Struct, array_like=True, tag=23):
-    id: int
+    id: Id
 
 
 class Found(msgspec.Struct, array_like=True, tag=24):
     """For each key its size (0: a miss) and the index of its route in `routes`: its member (of another node, after it
     "@" and that node's address) and the links it crosses up to this node."""
 
-    id: int
-    sizes: list[int]
-    members: list[int]
-    routes: list[list[str]]
+    id: Id
+    sizes: Annotated[list[Annotated[int, Meta(ge=0, le=PAYLOAD_BYTES_MAX)]], Meta(max_length=KEYS_PER_MESSAGE)]
+    members: Annotated[list[Annotated[int, Meta(ge=0, lt=ROUTES_MAX)]], Meta(max_length=KEYS_PER_MESSAGE)]
+    routes: Annotated[list[Annotated[list[Link], Meta(max_length=ROUTE_LINKS_MAX)]], Meta(max_length=ROUTES_MAX)]
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) != len(self.members):
+            raise ValueError(f"{len(self.sizes)} sizes and {len(self.members)} members")
+        if any(size and member >= len(self.routes) for size, member in zip(self.sizes, self.members, strict=True)):
+            raise ValueError(f"a hit names a route that is not among the {len(self.routes)} of the message")
 
 
 class Evicted(msgspec.Struct, array_like=True, tag=25):
-    id: int
-    blocks: int
+    id: Id
+    blocks: Count
 
 
 class Stats(msgspec.Struct, array_like=True, tag=26):
-    id: int
+    id: Id
     stat: PoolStat
 
 
 class Probed(msgspec.Struct, array_like=True, tag=27):
     """The payload is what was asked for."""
 
-    id: int
+    id: Id
 
 
 class Opened(msgspec.Struct, array_like=True, tag=28):
     """One byte for each full block of the prompt: 1, the relay has it; 2, it can read it from the pool; 0, neither."""
 
-    id: int
+    id: Id
     blocks: bytes
 
 
 class Accepted(msgspec.Struct, array_like=True, tag=29):
-    id: int
+    id: Id
 
 
 class Attached(msgspec.Struct, array_like=True, tag=30):
     """`memory` is what the client needs to read the relay's."""
 
-    id: int
+    id: Id
     memory: bytes
 
 
 class Lent(msgspec.Struct, array_like=True, tag=31):
     """The block lies at `offset` of the relay's memory."""
 
-    id: int
-    checksum: int
-    offset: int
+    id: Id
+    checksum: Checksum
+    offset: Count
 
 
 Request = (
-    Hello | Read | Write | Lookup | Evict | Stat | Corrupt | Probe | Open | HandedOver | Attach | Lend | Return | Offer
+    Hello
+    | Read
+    | Write
+    | Lookup
+    | Evict
+    | Stat
+    | Corrupt
+    | Probe
+    | Open
+    | HandedOver
+    | Attach
+    | Lend
+    | Return
+    | Offer
+    | Alive
 )
 Reply = Ready | Block | Failed | Written | Found | Evicted | Stats | Probed | Opened | Accepted | Attached | Lent
 
@@ -263,20 +319,29 @@ def frame(message: Request | Reply, payload_bytes: int = 0) -> bytes:
     return (PREFIX.pack(len(header), payload_bytes) + header).ljust(HEAD_BYTES, b"\0")
 
 
-def receive_exactly(sock: socket.socket, into: memoryview, idle: bool = False) -> None:
+def receive_exactly(
+    sock: socket.socket, into: memoryview, idle_s: float | None = None, until_s: float | None = None
+) -> None:
     """Fill `into`. Raises ConnectionError at the end of the stream, TimeoutError when the peer stalls in the middle
-    (sockets with SO_RCVTIMEO); `idle` allows to wait for the first byte without limit."""
-    got, size = 0, len(into)
+    (sockets with SO_RCVTIMEO), or when not all is there at `until_s`, which is looked at every STALL_S. The first byte
+    may take `idle_s` seconds (None: as long as any other)."""
+    got, size, begin_s = 0, len(into), time.monotonic()
     while got < size:
         try:
             received = sock.recv_into(into[got:], 0, socket.MSG_WAITALL)
         except BlockingIOError:
-            if idle and got == 0:
-                continue
-            raise TimeoutError(f"the peer sent nothing for {STALL_S} s in the middle of a message") from None
+            received = -1
+        now_s = time.monotonic()
         if received == 0:
             raise ConnectionError("the peer closed the connection")
-        got += received
+        if received > 0:
+            got += received
+        elif got or idle_s is None:
+            raise TimeoutError(f"the peer sent nothing for {STALL_S} s in the middle of a message")
+        elif now_s - begin_s >= idle_s:
+            raise TimeoutError(f"the peer sent no message for {idle_s:g} s")
+        if until_s is not None and got < size and now_s >= until_s:
+            raise TimeoutError("the peer did not send all of a message in time")
 
 
 class FrameReader:
@@ -286,9 +351,10 @@ class FrameReader:
         self._sock = sock
         self._head = memoryview(bytearray(HEAD_BYTES))
 
-    def next(self) -> tuple[memoryview, int]:
-        """Header and payload length of the next frame; waits for it without limit. The payload is the caller's."""
-        receive_exactly(self._sock, self._head, idle=True)
+    def next(self, idle_s: float = float("inf"), until_s: float | None = None) -> tuple[memoryview, int]:
+        """Header and payload length of the next frame, which begins within `idle_s` seconds; its header is there by
+        `until_s`, or soon after it began. The payload is the caller's. Raises OSError or ProtocolError."""
+        receive_exactly(self._sock, self._head, idle_s, until_s)
         header_bytes, payload_bytes = PREFIX.unpack_from(self._head)
         if header_bytes > HEADER_BYTES_MAX or payload_bytes > PAYLOAD_BYTES_MAX:
             raise ProtocolError(
@@ -300,11 +366,12 @@ class FrameReader:
             return self._head[PREFIX.size : PREFIX.size + header_bytes], payload_bytes
         header = memoryview(bytearray(header_bytes))
         header[:room] = self._head[PREFIX.size :]
-        receive_exactly(self._sock, header[room:])
+        receive_exactly(self._sock, header[room:], until_s=until_s or time.monotonic() + HEADER_S)
         return header, payload_bytes
 
 
 def decode_request(header: memoryview) -> Request:
+    """Raises ProtocolError for what is no message, or one with a number or a length out of bounds."""
     try:
         return _requests.decode(header)
     except msgspec.MsgspecError as error:
@@ -312,6 +379,7 @@ def decode_request(header: memoryview) -> Request:
 
 
 def decode_reply(header: memoryview) -> Reply:
+    """Raises ProtocolError as `decode_request`."""
     try:
         return _replies.decode(header)
     except msgspec.MsgspecError as error:
@@ -345,12 +413,22 @@ def check_greeting(raw: bytes | bytearray, secret: bool = False) -> None:
 
 
 def set_timeouts(sock: socket.socket) -> None:
-    """Kernel limits for a peer that stalls; the socket stays blocking, so that threads may send and receive at once."""
+    """Kernel limits for a peer that stalls, or is gone without a word (its host lost power, a NAT forgot the flow); the
+    socket stays blocking, so that threads may send and receive at once."""
+    idle, every, probes = KEEPALIVE_S
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    limit = struct.pack("ll", STALL_S, 0)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, every)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * (idle + every * probes))
+    _set_limit(sock, socket.SO_SNDTIMEO, STALL_S)
+    _set_limit(sock, socket.SO_RCVTIMEO, STALL_S)
+
+
+def _set_limit(sock: socket.socket, option: int, limit_s: float) -> None:
+    seconds = int(limit_s)
+    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, int((limit_s - seconds) * 1e6)))
 
 
 def send_all(sock: socket.socket, *parts: bytes | memoryview) -> None:

@@ -25,6 +25,7 @@ from penstock.core.guest.scheduler import GuestOperation, GuestScheduler
 from penstock.core.operations import BlockHit, Drop, Fetch, Lookup, RequestSpec, Save, Upload
 from penstock.engine.executors import PoolStages
 from penstock.pool.api import Pool
+from penstock.pool.block_size import expect_blocks
 from penstock.pool.open import link_bytes_per_s, open_pool
 from penstock.transport.connect import connect_pool
 from penstock.vllm import link as wire
@@ -105,6 +106,7 @@ class Host:
             self._pool = _open(settings)
             undo.callback(self._pool.close, CLOSE_TIMEOUT_S)
             self._pool.register(memoryview(self._memory))
+            expect_blocks(self._pool, self.block_bytes)
             undo.pop_all()
         cost = CostModel(LinkCost(UPLOAD_BYTES_PER_S), COMPUTE)
         for name, rate in link_bytes_per_s(settings.open_config()).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Sequence
 
 from penstock.io.api import BlockEngine, IoCompletion, IoOp
@@ -48,6 +49,14 @@ class FaultyEngine:
             return []
         found, self._held = self._held, []
         return found
+
+    def fail_held(self, count: int) -> None:
+        """The first operations of those that are held end with EIO. While `hold` is set."""
+        until_s = time.monotonic() + 30.0
+        while len(self._held) < count and time.monotonic() < until_s:
+            threading.Event().wait(0.002)
+        for at in range(count):
+            self._held[at] = IoCompletion(self._held[at].tag, OSError(errno.EIO, "injected"))
 
     def wake(self) -> None:
         self._news.set()

@@ -66,9 +66,25 @@ def test_every_bit_of_every_column_counts(column: int) -> None:
 
 def test_a_change_that_fails_changes_nothing(tmp_path: Path) -> None:
     table = filled(tmp_path / "t.db", 2)
-    with pytest.raises(OverflowError):
-        table.change([key_of(0)], [(block("new"), 1.0)], [(key_of(1), 1.0, 1 << 70)])  # more than a column holds
+    with contextlib.closing(sqlite3.connect(tmp_path / "t.db")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            table.change([key_of(0)], [(block("new"), 1.0)], [(key_of(1), 1.0, 2)])
     assert {b.key for b, _ in table.rows()[0]} == {key_of(0), key_of(1)}
+    table.close()
+
+
+def test_a_row_that_the_table_refuses_costs_itself_only(tmp_path: Path) -> None:
+    table = filled(tmp_path / "t.db", 3)
+    not_a_number, too_large, negative = block("nan"), block("large"), block("negative")
+    not_a_number.rebuild_s, too_large.position, negative.checksum = float("nan"), 1 << 70, -1
+    rows = [(made, 1.0) for made in (block("a"), not_a_number, too_large, negative, block("b"))]
+    refused = table.change([key_of(0)], rows, [(key_of(1), 1.0, 1 << 70), (key_of(2), 9.0, 2)])
+    assert {key for key, _ in refused} == {not_a_number.key, too_large.key, negative.key, key_of(1)}
+    assert all(why for _, why in refused)
+    good, bad = table.rows()
+    assert {b.key for b, _ in good} == {key_of("a"), key_of("b"), key_of(1), key_of(2)} and not bad
+    assert {b.key: b.uses for b, _ in good}[key_of(2)] == 2
     table.close()
 
 

@@ -460,7 +460,7 @@ def test_slab_reads_do_not_hold_up_memory_reads_behind_them(setup: Setup) -> Non
         client.read(key, 4096, aligned_buffer(4096), 20.0, outcome)
     assert [read(client, key) for key in in_memory] == ["ok"] * len(in_memory)
     assert all(outcome.pending() for outcome in outcomes)
-    node.staging.give(held[0], MIB)
+    held.give()
     assert [outcome.reason() for outcome in outcomes] == ["ok"] * len(outcomes)
 
 
@@ -472,7 +472,7 @@ def test_a_slow_slab_is_answered_as_deadline_by_the_node_and_costs_no_connection
     held = node.staging.take(MIB, time.monotonic() + 5.0)
     assert held is not None
     assert read(client, key_of("a"), timeout_s=0.5) == "deadline"
-    node.staging.give(held[0], MIB)
+    held.give()
     assert read(client, key_of("a")) == "ok"
     assert write(client, key_of("b")) == "ok"
 
@@ -538,6 +538,6 @@ def test_a_write_that_finds_no_staging_memory_ends_in_time(setup: Setup) -> None
     outcome = Outcome()
     client.write(new_block(key_of("b"), size_bytes=5000), staged(key_of("b"), 5000), 0.4, outcome)
     assert outcome.reason(5.0) in ("dropped", "deadline")
-    node.staging.give(held[0], MIB)
+    held.give()
     assert read(client, key_of("a")) == "ok"
     until(lambda: write(client, key_of("b"), size_bytes=5000) == "ok")
