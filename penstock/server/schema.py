@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -124,6 +124,7 @@ class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
     tool_call_id: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # another name for it
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -255,6 +256,14 @@ def chat_messages(body: ChatBody) -> list[dict[str, Any]]:
         plain.setdefault("content", "")
         found.append(plain)
     return found
+
+
+def template_variables(body: ChatBody, known: Collection[str]) -> dict[str, Any]:
+    """What the chat template is given beside the messages; `reasoning_effort`, a field of the API, if it knows it."""
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None and "reasoning_effort" in known:
+        variables["reasoning_effort"] = body.reasoning_effort
+    return variables
 
 
 def _refuse_unsupported(body: GenerationBody) -> None:
