@@ -35,10 +35,10 @@ _NEEDLE = "argument_needle"
 class ChatTemplate:
     """Threading: every method may be called from any thread; `render` waits for another process."""
 
-    def __init__(self, tokenizer: Any, source: str, characters_max: int) -> None:
+    def __init__(self, tokenizer: Any, source: str, characters_max: int, cpu_s: float) -> None:
         special_tokens = dict(tokenizer.special_tokens_map)
         self.variables = _variables(source) - _parameters(tokenizer) - set(special_tokens)
-        self._renderer = TemplateRenderer(source, special_tokens, characters_max)
+        self._renderer = TemplateRenderer(source, special_tokens, characters_max, cpu_s)
         self._arguments_lock = threading.Lock()
         self._wants_objects: bool | None = None  # None: not found out yet
 
@@ -164,7 +164,7 @@ def _parameters(tokenizer: Any) -> set[str]:
 class _Generation(jinja2.ext.Extension):
     """The tag `generation`, with which templates mark what the model says."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno

@@ -38,7 +38,7 @@ INLINE_BYTES = 2**16
 BODY_BYTES_MIN = 4 * 2**20  # that every context allows
 ID_BYTES = 12  # of a token id in JSON, with what stands around it
 ESCAPED = 6  # bytes of JSON for one byte of text, where it is written as \\u0061
-CONTAINERS_MIN, CONTAINERS_MAX = 1024, 2**16  # objects and lists of one body: messages, parts of them, tool calls
+CONTAINERS_MIN, CONTAINERS_MAX = 1024, 2**15  # objects and lists of one body: messages, parts of them, tool calls
 VALUES_MIN = 2**20
 LONG_THREADS = 2
 WAITING_MAX = 1024
@@ -154,7 +154,7 @@ class RequestPreparation:
         try:
             return await _on(threads, partial(codec.encode_within, text, limit, special_tokens=special_tokens))
         except TextTooLong as error:
-            raise context_overflow(limit, f"the {param} have at least {error.at_least} tokens", param) from None
+            raise context_overflow(limit, f"your {param} resulted in at least {error.at_least} tokens", param) from None
 
     def _check_choices(self, prompts: int, options: Options) -> None:
         if prompts * options.n > self.settings.choices_max:
@@ -177,7 +177,7 @@ class RequestPreparation:
             raise bad_request(f"{param} is empty; allowed: at least one token", param)
         limit = self._engine.max_context_tokens
         if len(tokens) > limit:
-            raise context_overflow(limit, f"the {param} have {len(tokens)} tokens", param)
+            raise context_overflow(limit, f"your {param} resulted in {len(tokens)} tokens", param)
         if min(tokens) < 0 or max(tokens) >= self._engine.vocab_size:
             worst = min(tokens) if min(tokens) < 0 else max(tokens)
             raise bad_request(f"{param} has token id {worst}; allowed: 0 to {self._engine.vocab_size - 1}", param)

@@ -83,6 +83,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+_CALLS = '; calls in the history (tool_calls, and messages of role "tool") are taken'
+_HINTS = {"tools": _CALLS, "tool_choice": _CALLS, "functions": _CALLS, "function_call": _CALLS}
+
+
 class GenerationBody(_Unsupported, kw_only=True):
     """What both endpoints share: OpenAI's fields, then the extensions."""
 
@@ -271,7 +275,10 @@ def _refuse_unsupported(body: GenerationBody) -> None:
         value = getattr(body, name)
         if value is None or _asks_for_nothing(name, value) or (name == "best_of" and value == (body.n or 1)):
             continue
-        message = f"{name} is not supported by this server; leave it out"
+        neutral = " or ".join(msgspec.json.encode(one).decode() for one in _NEUTRAL.get(name, ()))
+        message = (
+            f"{name} is not supported by this server; allowed: {neutral or 'leaving it out'}{_HINTS.get(name, '')}"
+        )
         raise bad_request(message, name, "unsupported_parameter")
 
 

@@ -42,9 +42,7 @@ class TemplateRenderer:
     """Chats as text by one template. Threading: `render` may be called from any thread; at most PROCESSES at once, the
     others wait. A process is started when it is first needed, and again after one ended."""
 
-    def __init__(
-        self, template: str, special_tokens: dict[str, Any], characters_max: int, *, cpu_s: float = CPU_S_MAX
-    ) -> None:
+    def __init__(self, template: str, special_tokens: dict[str, Any], characters_max: int, cpu_s: float) -> None:
         self._setup = {
             "template": template,
             "special_tokens": special_tokens,

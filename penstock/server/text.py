@@ -11,13 +11,13 @@ from typing import Any
 from penstock.server.chat_template import ChatTemplate
 from penstock.server.errors import bad_request
 from penstock.server.harmony import HarmonyTokens
-from penstock.server.template_renderer import RenderError
+from penstock.server.template_renderer import CPU_S_MAX, RenderError
 from penstock.server.token_bytes import token_bytes_max
 
 log = logging.getLogger(__name__)
 
 RENDERED_CHARACTERS_MAX = 2**26
-PROBE_CHARACTERS_PER_TOKEN = 16  # of the context: enough of a text to see that it is far over
+PROBES_CHARACTERS_PER_TOKEN = (4, 16)  # of the context: beginnings of a text that show when it is far over
 PROBE_MARGIN_TOKENS = 1024
 
 _TOKENIZER_FILES = (
@@ -46,7 +46,8 @@ class TextTooLong(Exception):
 class TextCodec:
     """Wraps a `transformers` tokenizer. Threading: every method may be called from any thread."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, render_cpu_s: float = CPU_S_MAX) -> None:
+        """`render_cpu_s`: processor time that the chat template may take for one chat."""
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         self._backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
@@ -58,7 +59,7 @@ class TextCodec:
             self.token_bytes_max = token_bytes_max(self._backend)
             self.harmony = HarmonyTokens.of(self._backend)
         source = _template_of(tokenizer)
-        self._template = ChatTemplate(tokenizer, source, RENDERED_CHARACTERS_MAX) if source else None
+        self._template = ChatTemplate(tokenizer, source, RENDERED_CHARACTERS_MAX, render_cpu_s) if source else None
 
     @property
     def has_chat_template(self) -> bool:
@@ -102,8 +103,9 @@ class TextCodec:
             at_least = -(-len(text.encode("utf-8", "surrogatepass")) // self.token_bytes_max)
             if at_least > limit:
                 raise TextTooLong(limit, at_least)
-        probe = PROBE_CHARACTERS_PER_TOKEN * limit + PROBE_MARGIN_TOKENS
-        if len(text) > 2 * probe:
+        for probe in (per_token * limit + PROBE_MARGIN_TOKENS for per_token in PROBES_CHARACTERS_PER_TOKEN):
+            if len(text) <= 2 * probe:
+                break
             beginning = len(self.encode(text[:probe], special_tokens=special_tokens))
             if beginning > 2 * limit + PROBE_MARGIN_TOKENS:  # what follows can only join with its last few tokens
                 raise TextTooLong(limit, limit + 1)
