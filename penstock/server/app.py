@@ -84,6 +84,11 @@ class ServerApp:
                 expose_headers=["x-request-id", "retry-after"],
             )
 
+    @property
+    def body_bytes_in_use(self) -> int:
+        """Of large bodies of requests that do not generate yet."""
+        return self._preparation.bodies.in_use
+
     def cancel_all(self) -> None:
         """End every generation under way with a 503."""
         for generation in list(self._generations):

@@ -19,7 +19,7 @@ LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% en
 TEMPLATE = (
     "{{ bos_token }}{% if enable_thinking %}T{% endif %}{{ persona }}{% for message in messages %}"
     "{% if message['content'] == 'for ever' %}" + LOOPS + "{% endif %}"
-    "{% if message['content'] == 'memory' %}{{ 'a' * 4000000000 }}{% endif %}"
+    "{% if message['content'] == 'memory' %}{{ 'a' * (4000000000 + messages|length) }}{% endif %}"
     "{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}{{ strftime_now('') }}{% endif %}"
 )
 
