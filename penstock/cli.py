@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from penstock import __version__
 from penstock.bench.command import bench
 from penstock.cluster.command import router
 from penstock.cluster.fabric_command import fabric
@@ -23,6 +26,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"penstock {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """LLM serving for requests whose time goes into loading KV cache rather than computing it."""
+
+
 app.command()(serve)
 app.command()(router)
 app.command()(up)

@@ -15,8 +15,10 @@ from penstock.server.api_flags import (
     ApiKey,
     ApiKeyFile,
     ConfigFile,
+    CorsOrigin,
     DrainTimeout,
     Host,
+    KeepAlive,
     LogLevel,
     Port,
     RequestTimeout,
@@ -41,6 +43,7 @@ def router(
     port: Port = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
+    cors_origin: CorsOrigin = None,
     served_model_name: ServedModelName = None,
     cluster_listen: Annotated[
         str | None, flag(_CLUSTER, "127.0.0.1:7100", "Where engines register (their --router).", "HOST:PORT")
@@ -80,13 +83,14 @@ def router(
     no_engine_s: Annotated[
         float | None, flag(LIMITS, "30", "A request that no engine can serve for so long ends with a 503.")
     ] = None,
+    keep_alive_s: KeepAlive = None,
     request_timeout_s: RequestTimeout = None,
     drain_timeout_s: DrainTimeout = None,
     log_level: LogLevel = None,
     config: ConfigFile = None,
 ) -> None:
     """Serve the OpenAI-compatible API with the engines that register."""
-    given = {name: value for name, value in locals().items() if name != "config"}
+    given = {name: value for name, value in locals().items() if name != "config" and value != []}
     from penstock.cluster.flags import read_router_flags
     from penstock.core.config import ConfigError
 
@@ -127,6 +131,8 @@ def _serve(flags: RouterFlags) -> None:
 
             with quiet_transformers():
                 codec = load_text_codec(resolve_folder(flags.model, "dummy"))
+            if codec is not None:
+                codec.start()
         cluster.listen()
         engine = ClusterEngine(cluster, secret, settings)
         try:
@@ -135,4 +141,6 @@ def _serve(flags: RouterFlags) -> None:
             ready = f"penstock: router {server_side.model_name} listening on {url_of(listener)}, engines on {place}"
             HttpServer(app, listener, lambda: print(ready, flush=True)).serve_forever()
         finally:
+            if codec is not None:
+                codec.close()
             engine.close(CLOSE_TIMEOUT_S)

@@ -11,7 +11,7 @@ import msgspec
 from penstock.cluster.router import RouterSettings
 from penstock.core.cluster.placing import InterEngineConfig
 from penstock.core.config import ConfigError, check_range
-from penstock.server.flags import LOG_LEVELS, read_api_key, read_record
+from penstock.server.flags import LOG_LEVELS, read_api_key, read_origins, read_record
 from penstock.server.settings import ServerSettings
 from penstock.units import parse_address
 
@@ -24,6 +24,7 @@ class RouterFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     port: int = 8000
     api_key: str | None = None
     api_key_file: str | None = None
+    cors_origin: str | list[str] | None = None
     served_model_name: str | None = None
     cluster_listen: str = "127.0.0.1:7100"
     secret_file: str | None = None
@@ -33,6 +34,7 @@ class RouterFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     lease_s: float = 3.0
     grace_s: float = 2.0
     no_engine_s: float = 30.0
+    keep_alive_s: float = 75.0
     request_timeout_s: float = 600.0
     drain_timeout_s: float = 10.0
     log_level: str = "info"
@@ -62,6 +64,8 @@ def server_settings(flags: RouterFlags) -> ServerSettings:
     return ServerSettings(
         model_name=flags.served_model_name or flags.model or "penstock",
         api_key=read_api_key(flags.api_key, flags.api_key_file),
+        keep_alive_s=flags.keep_alive_s,
+        cors_origins=read_origins(flags.cors_origin),
         request_timeout_s=flags.request_timeout_s,
         drain_timeout_s=flags.drain_timeout_s,
         resumable=True,

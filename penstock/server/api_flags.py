@@ -16,6 +16,11 @@ Port = Annotated[int | None, flag(API, "8000", "Port to listen on; 0 takes any f
 ApiKey = Annotated[str | None, flag(API, "none", "Key that clients must send (visible to other users).")]
 ApiKeyFile = Annotated[str | None, flag(API, "none", "File that holds the key.", "FILE")]
 ServedModelName = Annotated[str | None, flag(API, "MODEL", "Name of the model in the API.")]
+CorsOrigin = Annotated[
+    list[str] | None,
+    flag(API, "none", "Web pages of this origin may use the API (* for all); may be repeated.", "ORIGIN"),
+]
+KeepAlive = Annotated[float | None, flag(LIMITS, "75", "How long an idle connection is kept.")]
 RequestTimeout = Annotated[float | None, flag(LIMITS, "600", "A slower request is ended with a 504.")]
 DrainTimeout = Annotated[float | None, flag(LIMITS, "10", "On SIGTERM, how long running requests may go on.")]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")]

@@ -2,67 +2,43 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import hmac
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from penstock.engine.api import EngineAPI, GenerationRequest
 from penstock.server.errors import ApiError, bad_request, json_response
+from penstock.server.gate import Gate
 from penstock.server.generation import Choice, Generation
 from penstock.server.live import LiveWindow, live_page
 from penstock.server.metrics import CONTENT_TYPE, ServerMetrics
+from penstock.server.preparation import Prepared, RequestPreparation
 from penstock.server.reply import GenerationReply, ReplyOptions
 from penstock.server.schema import (
     NAME_CHARACTERS_MAX,
     ChatBody,
     CompletionBody,
     GenerationBody,
-    Options,
-    chat_messages,
-    check_options,
-    decode_body,
-    prompts_of,
 )
 from penstock.server.settings import ServerSettings
 from penstock.server.shapes import Shape
 from penstock.server.text import TextCodec
+from penstock.server.work_threads import TooMuchWork, WorkThreads
 
-COMPLETION_MAX_TOKENS = 16  # the OpenAI API's default for completions; chats get what the context has room for
-_PATHS = {
-    "/",
-    "/live",
-    "/ui",
-    "/ui/data",
-    "/health",
-    "/metrics",
-    "/v1/models",
-    "/v1/completions",
-    "/v1/chat/completions",
-}
+INFORMATION_WAITING_MAX = 64
 B = TypeVar("B", bound=GenerationBody)
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A checked request, ready to submit."""
-
-    options: Options
-    prompts: list[list[int]]
-    max_tokens: list[int]
-    prefixes: tuple[str, ...]
-    chat: bool
+T = TypeVar("T")
 
 
 class ServerApp:
@@ -81,6 +57,8 @@ class ServerApp:
         self._created = int(time.time())
         self._generations: set[Generation] = set()
         self._preparing = 0
+        self._preparation = RequestPreparation(engine, codec, settings)
+        self._information = WorkThreads("information", 2, INFORMATION_WAITING_MAX)
         routes = [
             Route("/", self._page),
             Route("/live", self._live),
@@ -96,12 +74,30 @@ class ServerApp:
         ]
         handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error, Exception: _internal_error}
         routes += api if settings.api else []
-        self.asgi: ASGIApp = _Gate(Starlette(routes=routes, exception_handlers=handlers), self)
+        self.asgi: ASGIApp = Gate(Starlette(routes=routes, exception_handlers=handlers), self)
+        if settings.cors_origins:
+            self.asgi = CORSMiddleware(
+                self.asgi,
+                allow_origins=settings.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "retry-after"],
+            )
+
+    @property
+    def body_bytes_in_use(self) -> int:
+        """Of large bodies of requests that do not generate yet."""
+        return self._preparation.bodies.in_use
 
     def cancel_all(self) -> None:
         """End every generation under way with a 503."""
         for generation in list(self._generations):
             generation.end("shutdown")
+
+    def close(self) -> None:
+        """End the threads of this server; after its last request."""
+        self._preparation.close()
+        self._information.stop()
 
     # -- endpoints ----------------------------------------------------------------------------------------------
 
@@ -115,10 +111,17 @@ class ServerApp:
         return Response(live_page("penstock.server", "page.html"), media_type="text/html")
 
     async def _live(self, request: Request) -> Response:
-        return json_response(await asyncio.to_thread(self.live.record, self._engine))
+        return json_response(await self._inform(partial(self.live.record, self._engine)))
 
     async def _metrics(self, request: Request) -> Response:
-        return Response(await asyncio.to_thread(self.metrics.render), headers={"content-type": CONTENT_TYPE})
+        return Response(await self._inform(self.metrics.render), headers={"content-type": CONTENT_TYPE})
+
+    async def _inform(self, ask: Callable[[], T]) -> T:
+        """What the engine may take a moment to say. Raises ApiError(503) when too many ask."""
+        try:
+            return await self._information.run(ask)
+        except TooMuchWork:
+            raise ApiError(503, "too many ask for this at once", retry_after_s=1.0) from None
 
     async def _health(self, request: Request) -> Response:
         healthy, why = self._engine.healthy()
@@ -154,110 +157,22 @@ class ServerApp:
             raise ApiError(503, self._engine.healthy()[1], code="no_engine", retry_after_s=1.0)
         self._preparing += 1
         try:
-            raw = await self._body(request)
-            body = decode_body(raw, kind)
-            self._check_model(body.model)
-            prepared = await self._prepare(request, body)
+            with self._preparation.bodies.open() as lease:
+                body = await self._preparation.read(request, kind, lease)
+                self._check_model(body.model)
+                prepared = await self._preparation.prepare(request, body)
             return self._reply(prepared, arrival_s, self._answer_id(request, prepared))
         except ClientDisconnect:
             return Response(status_code=408)  # nobody reads it
         finally:
             self._preparing -= 1
 
-    async def _body(self, request: Request) -> bytes:
-        """The request's body, bounded in size and time."""
-        limit = self.settings.body_bytes_max
-        too_large = ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
-        length = request.headers.get("content-length", "")
-        if length.isdigit() and int(length) > limit:
-            raise too_large
-        parts, size = [], 0
-        try:
-            async with asyncio.timeout(self.settings.body_timeout_s):
-                async for part in request.stream():
-                    size += len(part)
-                    if size > limit:
-                        raise too_large
-                    parts.append(part)
-        except TimeoutError:
-            raise ApiError(408, f"the body did not arrive within {self.settings.body_timeout_s:g} s") from None
-        return b"".join(parts)
-
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self.settings.model_name:
             message = f"model {name[:200]!r} does not exist; this server has {self.settings.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def _prepare(self, request: Request, body: GenerationBody) -> _Prepared:
-        default = COMPLETION_MAX_TOKENS if isinstance(body, CompletionBody) else None
-        options = check_options(body, request.headers, default, self.settings)
-        codec = self._codec
-        prefixes: tuple[str, ...] = ()
-        if isinstance(body, ChatBody):
-            codec = self._need_codec("messages")
-            variables = dict(body.chat_template_kwargs or {})
-            if body.reasoning_effort is not None:
-                variables["reasoning_effort"] = body.reasoning_effort
-            prompts = [await asyncio.to_thread(codec.encode_chat, chat_messages(body), variables)]
-        else:
-            assert isinstance(body, CompletionBody)
-            prompts, prefixes = await self._encode(body)
-        if options.stop and codec is None:
-            raise bad_request("stop needs a tokenizer, and this checkpoint has none", "stop")
-        if len(prompts) * options.n > self.settings.choices_max:
-            given = f"{len(prompts)} prompts with n {options.n}"
-            raise bad_request(f"{given} ask for more than {self.settings.choices_max} answers", "n")
-        if options.return_timing and len(prompts) > 1:
-            raise bad_request("return_timing needs a single prompt", "return_timing")
-        room = [self._room(tokens, options, index) for index, tokens in enumerate(prompts)]
-        return _Prepared(options, prompts, room, prefixes, isinstance(body, ChatBody))
-
-    async def _encode(self, body: CompletionBody) -> tuple[list[list[int]], tuple[str, ...]]:
-        """Tokens of each prompt, and its text where it is to be echoed."""
-        prompts = prompts_of(body)
-        texts = [one for one in prompts if isinstance(one, str)]
-        found = [one for one in prompts if not isinstance(one, str)]
-        if texts:
-            codec = self._need_codec("prompt")
-            found = await asyncio.to_thread(lambda: [codec.encode(text) for text in texts])
-        elif body.echo:
-            codec = self._need_codec("echo")
-            for tokens in found:
-                self._check_tokens(tokens)
-            texts = await asyncio.to_thread(lambda: [codec.decode(tokens) for tokens in found])
-        return found, tuple(texts) if body.echo else ()
-
-    def _need_codec(self, param: str) -> TextCodec:
-        if self._codec is None:
-            raise bad_request(
-                f"{param} needs a tokenizer, and this checkpoint has none; give token ids to /v1/completions",
-                param,
-                "no_tokenizer",
-            )
-        return self._codec
-
-    def _check_tokens(self, tokens: Sequence[int]) -> None:
-        if not tokens:
-            raise bad_request("prompt is empty; allowed: at least one token", "prompt")
-        if min(tokens) < 0 or max(tokens) >= self._engine.vocab_size:
-            worst = min(tokens) if min(tokens) < 0 else max(tokens)
-            raise bad_request(f"prompt has token id {worst}; allowed: 0 to {self._engine.vocab_size - 1}", "prompt")
-
-    def _room(self, tokens: Sequence[int], options: Options, index: int) -> int:
-        """Tokens that may be generated after this prompt. Raises ApiError(400)."""
-        self._check_tokens(tokens)
-        limit = self._engine.max_context_tokens
-        wanted = options.max_tokens if options.max_tokens is not None else max(limit - len(tokens), 1)
-        if len(tokens) + wanted > limit:
-            raise bad_request(
-                f"prompt {index} has {len(tokens)} tokens and up to {wanted} are to be generated; "
-                f"allowed: {limit} together (the model's context)",
-                "prompt",
-                "context_length_exceeded",
-            )
-        return wanted
-
-    def _answer_id(self, request: Request, prepared: _Prepared) -> tuple[str, bool]:
+    def _answer_id(self, request: Request, prepared: Prepared) -> tuple[str, bool]:
         """The answer's id, and whether a client may ask for it again: it follows from what the client calls it then."""
         kind = "chatcmpl" if prepared.chat else "cmpl"
         given = request.headers.get("x-request-id") if self.settings.resumable else None
@@ -269,7 +184,7 @@ class ServerApp:
         named = hashlib.sha256("\0".join((kind, tenant, given)).encode(errors="surrogatepass"))
         return f"{kind}-{named.hexdigest()[:32]}", True
 
-    def _reply(self, prepared: _Prepared, arrival_s: float, answer: tuple[str, bool]) -> GenerationReply:
+    def _reply(self, prepared: Prepared, arrival_s: float, answer: tuple[str, bool]) -> GenerationReply:
         options, settings = prepared.options, self.settings
         answer_id, resumable = answer
         choices: list[Choice] = []
@@ -284,7 +199,7 @@ class ServerApp:
                     options.session,
                     resumable=resumable,
                 )
-                choices.append(Choice(len(choices), request, self._codec, options.stop))
+                choices.append(Choice(len(choices), request, self._codec, options.stop, channels=prepared.chat))
         generation = Generation(
             self._engine,
             choices,
@@ -320,53 +235,6 @@ class ServerApp:
             if choice.report is not None:
                 self.metrics.observe(choice.report)
                 self.live.add(choice.report)
-
-
-class _Gate:
-    """Around everything: the API key, counts of requests by status, and no new work while shutting down."""
-
-    def __init__(self, inner: ASGIApp, server: ServerApp) -> None:
-        self._inner = inner
-        self._server = server
-        key = server.settings.api_key
-        self._key_digest = None if key is None else hashlib.sha256(key.encode()).digest()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._inner(scope, receive, send)
-            return
-        metrics = self._server.metrics
-        status = 0
-
-        async def counted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        metrics.open_requests.inc()
-        try:
-            await (self._refusal(scope) or self._inner)(scope, receive, counted)
-        finally:
-            metrics.open_requests.dec()
-            path = scope["path"] if scope["path"] in _PATHS else "other"
-            metrics.http_requests.labels(path, str(status or "none")).inc()
-
-    def _refusal(self, scope: Scope) -> Response | None:
-        if not scope["path"].startswith("/v1/"):
-            return None
-        if self._key_digest is not None and not self._authorised(scope):
-            return ApiError(401, "the API key is missing or wrong (Authorization: Bearer KEY)").response()
-        if self._server.draining:
-            return ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=5.0).response()
-        return None
-
-    def _authorised(self, scope: Scope) -> bool:
-        assert self._key_digest is not None
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, key = given.partition(b" ")
-        same = hmac.compare_digest(hashlib.sha256(key.strip()).digest(), self._key_digest)
-        return same and bool(scheme.lower() == b"bearer")
 
 
 async def _api_error(request: Request, error: ApiError) -> Response:

@@ -14,8 +14,10 @@ from penstock.server.api_flags import (
     ApiKey,
     ApiKeyFile,
     ConfigFile,
+    CorsOrigin,
     DrainTimeout,
     Host,
+    KeepAlive,
     LogLevel,
     Port,
     RequestTimeout,
@@ -40,6 +42,7 @@ def serve(
     port: Port = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
+    cors_origin: CorsOrigin = None,
     served_model_name: ServedModelName = None,
     load_format: Annotated[str | None, flag(_MODEL, "auto", "auto, or dummy for random weights.")] = None,
     dtype: Annotated[str | None, flag(_MODEL, "auto", "Type of weights and KV, for example bfloat16.")] = None,
@@ -95,6 +98,7 @@ def serve(
     ] = None,
     fetch_timeout_s: Annotated[float | None, flag(LIMITS, "10", "A slower load is computed instead.")] = None,
     lookup_timeout_s: Annotated[float | None, flag(LIMITS, "2", "A slower lookup counts as a miss.")] = None,
+    keep_alive_s: KeepAlive = None,
     request_timeout_s: RequestTimeout = None,
     drain_timeout_s: DrainTimeout = None,
     router: Annotated[
@@ -178,6 +182,8 @@ def _serve(flags: ServeFlags) -> None:
             from penstock.engine.pauses import settle
 
             codec = _codec(flags)
+            if codec is not None:
+                codec.start()
             running = build_engine(config)
             settle()
         except (ValueError, OSError, PoolError) as error:
@@ -189,6 +195,8 @@ def _serve(flags: ServeFlags) -> None:
         except BindError as error:
             refuse("penstock serve", error)
         finally:
+            if codec is not None:
+                codec.close()
             running.close()
 
 

@@ -60,6 +60,12 @@ def json_response(body: Any, status: int = 200, headers: dict[str, str] | None =
     return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
 
 
+def context_overflow(limit: int, instead: str, param: str) -> ApiError:
+    """A 400 in OpenAI's words, by which clients recognise it: "However, " is followed by `instead`."""
+    message = f"This model's maximum context length is {limit} tokens. However, {instead}. Please reduce the length"
+    return ApiError(400, f"{message} of the {param}.", param=param, code="context_length_exceeded")
+
+
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A 400."""
     return ApiError(400, message, param=param, code=code)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -26,6 +27,7 @@ class ServeFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     port: int | None = None
     api_key: str | None = None
     api_key_file: str | None = None
+    cors_origin: str | list[str] | None = None
     served_model_name: str | None = None
     load_format: str = "auto"
     dtype: str = "auto"
@@ -57,6 +59,7 @@ class ServeFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     default_slo_ttft_s: float = 10.0
     fetch_timeout_s: float = 10.0
     lookup_timeout_s: float = 2.0
+    keep_alive_s: float = 75.0
     request_timeout_s: float = 600.0
     drain_timeout_s: float = 10.0
     router: str | None = None
@@ -114,6 +117,8 @@ def server_settings(flags: ServeFlags) -> ServerSettings:
     return ServerSettings(
         model_name=flags.served_model_name or flags.model or flags.profile,
         api_key=read_api_key(flags.api_key, flags.api_key_file),
+        keep_alive_s=flags.keep_alive_s,
+        cors_origins=read_origins(flags.cors_origin),
         request_timeout_s=flags.request_timeout_s,
         drain_timeout_s=flags.drain_timeout_s,
     )
@@ -172,3 +177,13 @@ def read_api_key(key: str | None, file: str | None) -> str | None:
     if key is not None and not key.strip():
         raise ConfigError("api_key is empty; allowed: at least one character")
     return key
+
+
+def read_origins(given: str | list[str] | None) -> tuple[str, ...]:
+    """Origins of web pages, as browsers send them. Raises ConfigError."""
+    origins = tuple(_listed(given))
+    for origin in origins:
+        parts = urlsplit(origin)
+        if origin != "*" and (parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}"):
+            raise ConfigError(f"cors_origin is {origin!r}; allowed: * or an origin such as https://example.org:8443")
+    return origins

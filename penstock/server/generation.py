@@ -8,7 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -23,6 +23,7 @@ from penstock.engine.api import (
 )
 from penstock.server.detokenize import IncrementalDecoder, StopFinder
 from penstock.server.errors import ApiError, bad_request
+from penstock.server.harmony import ChannelSplitter, Destination
 from penstock.server.text import TextCodec
 
 log = logging.getLogger(__name__)
@@ -40,10 +41,11 @@ class SlowReader(Exception):
 
 @dataclass(slots=True)
 class Piece:
-    """What one choice gained: its text, its tokens, and why it ended (with the last piece)."""
+    """What one choice gained: its text, its reasoning, its tokens, and why it ended (with the last piece)."""
 
     index: int
     text: str = ""
+    reasoning: str = ""
     token_ids: tuple[int, ...] = ()
     finish_reason: Literal["stop", "length"] | None = None
 
@@ -93,10 +95,28 @@ class Inbox:
             self._loop.call_soon_threadsafe(function)
 
 
-class Choice:
-    """One engine request and the text made of its tokens."""
+@dataclass(slots=True)
+class _Gained:
+    """What some events add to a choice."""
 
-    def __init__(self, index: int, request: GenerationRequest, codec: TextCodec | None, stops: Sequence[str]) -> None:
+    texts: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+
+
+class Choice:
+    """One engine request and the text made of its tokens; with `channels`, reasoning apart from what is answered, where
+    the model says which is which."""
+
+    def __init__(
+        self,
+        index: int,
+        request: GenerationRequest,
+        codec: TextCodec | None,
+        stops: Sequence[str],
+        *,
+        channels: bool = False,
+    ) -> None:
         self.index = index
         self.request = request
         self.tokens = 0
@@ -105,47 +125,56 @@ class Choice:
         self.ended = False  # the engine's last event has come
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
-        self._decoder = IncrementalDecoder(codec.decode) if codec is not None else None
+        self._decoder: IncrementalDecoder | ChannelSplitter | None = None
+        if codec is not None and codec.harmony is not None and channels:
+            self._decoder = ChannelSplitter(codec.harmony, codec.decode)
+        elif codec is not None:
+            self._decoder = IncrementalDecoder(codec.decode)
         self._stops = StopFinder(stops)
 
     def take(self, events: Sequence[TokenEvent], eos: frozenset[int], now_s: float) -> Piece | None:
         """Add events; returns what they add to the answer, None when nothing. Raises ApiError for a failed request."""
         was_open = self.finish_reason is None
-        texts: list[str] = []
-        ids: list[int] = []
+        gained = _Gained()
         for event in events:
             self.ended = self.ended or event.finish_reason is not None
             self.report = event.report or self.report
             if self.finish_reason is not None:
                 continue
             if event.token_id is not None:
-                self._add(event.token_id, event.finish_reason == "stop" and event.token_id in eos, texts, ids)
+                self._add(event.token_id, event.finish_reason == "stop" and event.token_id in eos, gained)
                 self.first_token_s = self.first_token_s or now_s
                 self.last_token_s = now_s
             if event.finish_reason is not None and self.finish_reason is None:
-                self._finish(event.finish_reason, event.error, texts)
-        if was_open and (ids or self.finish_reason is not None):
-            return Piece(self.index, "".join(texts), tuple(ids), self.finish_reason)
+                self._finish(event.finish_reason, event.error, gained)
+        if was_open and (gained.ids or self.finish_reason is not None):
+            text, reasoning = "".join(gained.texts), "".join(gained.reasoning)
+            return Piece(self.index, text, reasoning, tuple(gained.ids), self.finish_reason)
         return None
 
-    def _add(self, token: int, is_end: bool, texts: list[str], ids: list[int]) -> None:
+    def _add(self, token: int, is_end: bool, gained: _Gained) -> None:
         self.tokens += 1
-        ids.append(token)
-        if self._decoder is None or is_end:
-            return
-        texts.append(self._stops.push(self._decoder.push(token)))
-        if self._stops.stopped:
-            self.finish_reason = "stop"
+        gained.ids.append(token)
+        if self._decoder is not None and not is_end:
+            self._take(self._decoder.push(token), gained)
 
-    def _finish(self, reason: FinishReason, error: str | None, texts: list[str]) -> None:
+    def _finish(self, reason: FinishReason, error: str | None, gained: _Gained) -> None:
         if reason not in ("stop", "length"):
             raise failure(reason, error)
         self.finish_reason = reason
         if self._decoder is not None:
-            texts.append(self._stops.push(self._decoder.flush()))
-            if self._stops.stopped:
-                self.finish_reason = "stop"
-            texts.append(self._stops.flush())
+            self._take(self._decoder.flush(), gained)
+            gained.texts.append(self._stops.flush())
+
+    def _take(self, piece: str | tuple[Destination, str], gained: _Gained) -> None:
+        """Text that the decoder gave out; a stop string counts in what is answered, not in reasoning."""
+        destination, text = piece if isinstance(piece, tuple) else ("content", piece)
+        if destination == "reasoning":
+            gained.reasoning.append(text)
+            return
+        gained.texts.append(self._stops.push(text))
+        if self._stops.stopped:
+            self.finish_reason = "stop"
 
 
 def failure(reason: FinishReason, error: str | None) -> ApiError:

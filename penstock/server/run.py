@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import resource
 import socket
-import struct
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from penstock.server.app import ServerApp
-from penstock.server.reply import ABORT_EXTENSION
+from penstock.server.connection import bounded_protocol
+
+log = logging.getLogger(__name__)
 
 BACKLOG = 1024
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER of zero seconds
 LAST_WORDS_S = 2.0  # after cancelling what runs, until connections are cut
 
 
@@ -59,7 +58,7 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
         super().__init__(
             uvicorn.Config(
                 server.asgi,
-                http=_protocol(settings.header_timeout_s),
+                http=bounded_protocol(settings.header_timeout_s, settings.keep_alive_s),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -76,6 +75,7 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
 
     def serve_forever(self) -> None:
         """Listen and serve. Raises BindError when another process listens there by now."""
+        raise_open_files()
         try:
             self._listener.listen(BACKLOG)
         except OSError as error:
@@ -98,6 +98,7 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
             await super().shutdown(sockets)
         finally:
             cutting.cancel()
+            self._server.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal ends the server in order; a second one at once. The exit status stays the caller's."""
@@ -106,43 +107,20 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
 
     async def _cut(self) -> None:
         await asyncio.sleep(self._server.settings.drain_timeout_s)
-        logging.getLogger(__name__).warning("requests still running are cancelled")
+        log.warning("requests still running are cancelled")
         self._server.cancel_all()
+
+
+def raise_open_files() -> None:
+    """Let this process have as many files and sockets open as its hard limit allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        log.warning("the limit of open files cannot be raised to its hard limit: %s", error)
 
 
 def _refused(host: str, port: int, error: OSError) -> BindError:
     if error.errno == errno.EADDRINUSE:
         return BindError(f"port {port} on {host} is taken by another process; choose another --port (0: any free one)")
     return BindError(f"cannot listen on {host}:{port}: {error.strerror or error}")
-
-
-def _protocol(header_timeout_s: float) -> type[HttpToolsProtocol]:
-    """uvicorn's protocol with a deadline for a request's headers, and a way to cut a connection."""
-
-    class Protocol(HttpToolsProtocol):  # type: ignore[misc]
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._header_timer = self.loop.call_later(header_timeout_s, self._cut)
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._header_timer.cancel()
-            super().connection_lost(exc)
-
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self._header_timer.cancel()
-            self._header_timer = self.loop.call_later(header_timeout_s, self._cut)
-            self.scope["extensions"] = {ABORT_EXTENSION: self._cut}
-
-        def on_headers_complete(self) -> None:
-            self._header_timer.cancel()
-            super().on_headers_complete()
-
-        def _cut(self) -> None:
-            """Reset the connection: what the client has not read is dropped, in the kernel too."""
-            peer = self.transport.get_extra_info("socket")
-            if peer is not None and not self.transport.is_closing():
-                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-            self.transport.abort()
-
-    return Protocol

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -83,6 +83,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+_CALLS = '; calls in the history (tool_calls, and messages of role "tool") are taken'
+_HINTS = {"tools": _CALLS, "tool_choice": _CALLS, "functions": _CALLS, "function_call": _CALLS}
+
+
 class GenerationBody(_Unsupported, kw_only=True):
     """What both endpoints share: OpenAI's fields, then the extensions."""
 
@@ -124,6 +128,7 @@ class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
     tool_call_id: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # another name for it
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -257,12 +262,23 @@ def chat_messages(body: ChatBody) -> list[dict[str, Any]]:
     return found
 
 
+def template_variables(body: ChatBody, known: Collection[str]) -> dict[str, Any]:
+    """What the chat template is given beside the messages; `reasoning_effort`, a field of the API, if it knows it."""
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None and "reasoning_effort" in known:
+        variables["reasoning_effort"] = body.reasoning_effort
+    return variables
+
+
 def _refuse_unsupported(body: GenerationBody) -> None:
     for name in _Unsupported.__struct_fields__:
         value = getattr(body, name)
         if value is None or _asks_for_nothing(name, value) or (name == "best_of" and value == (body.n or 1)):
             continue
-        message = f"{name} is not supported by this server; leave it out"
+        neutral = " or ".join(msgspec.json.encode(one).decode() for one in _NEUTRAL.get(name, ()))
+        message = (
+            f"{name} is not supported by this server; allowed: {neutral or 'leaving it out'}{_HINTS.get(name, '')}"
+        )
         raise bad_request(message, name, "unsupported_parameter")
 
 

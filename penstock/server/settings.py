@@ -13,9 +13,11 @@ class ServerSettings:
 
     model_name: str
     api_key: str | None = None
-    body_bytes_max: int = 32 * 2**20
+    body_bytes_max: int = 32 * 2**20  # less where the context is short
+    open_bodies_bytes_max: int = 256 * 2**20  # of all requests that do not generate yet, large ones
     body_timeout_s: float = 30.0  # from the headers to the last byte of a request's body
     header_timeout_s: float = 30.0  # from the beginning of a connection or request to the end of the headers
+    keep_alive_s: float = 75.0  # how long a connection may be idle between two requests
     request_timeout_s: float = 600.0
     send_timeout_s: float = 20.0  # how long a client may leave the connection full
     cancel_timeout_s: float = 5.0  # how long a cancelled request's last event is waited for
@@ -27,6 +29,7 @@ class ServerSettings:
     stop_strings_max: int = 16
     stop_characters_max: int = 1024
     api: bool = True  # False: only health, metrics and the live page
+    cors_origins: tuple[str, ...] = ()  # web pages that may use the API; "*": all
     resumable: bool = False  # a request that comes again with its x-request-id gets the same answer
 
     def __post_init__(self) -> None:

@@ -36,11 +36,13 @@ class Answer:
     """One choice of a whole answer, as it grows."""
 
     texts: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
     def add(self, piece: Piece) -> None:
         self.texts.append(piece.text)
+        self.reasoning.append(piece.reasoning)
         self.token_ids += piece.token_ids
         self.finish_reason = piece.finish_reason or self.finish_reason
 
@@ -76,7 +78,8 @@ class Shape:
             choice: dict[str, Any] = {"index": index, "finish_reason": answer.finish_reason, "logprobs": None}
             text = self._prefix(index) + "".join(answer.texts)
             if self._chat:
-                choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+                reasoning = _reasoning("".join(answer.reasoning))
+                choice["message"] = {"role": "assistant", "content": text, "refusal": None} | reasoning
             else:
                 choice["text"] = text
             if self._token_ids:
@@ -110,7 +113,7 @@ class Shape:
         text = (self._prefix(piece.index) if first else "") + piece.text
         if self._chat:
             delta: dict[str, Any] = {"role": "assistant", "content": text} if first else {"content": text}
-            choice["delta"] = delta if text or first else {}
+            choice["delta"] = (delta if text or first else {}) | _reasoning(piece.reasoning)
         else:
             choice["text"] = text
         if self._token_ids:
@@ -119,6 +122,11 @@ class Shape:
 
     def _prefix(self, index: int) -> str:
         return self._prefixes[index] if self._prefixes else ""
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    """Under the two names that clients look for; nothing of a model that does not say what is reasoning."""
+    return {"reasoning_content": text, "reasoning": text} if text else {}
 
 
 def sse(body: Any) -> bytes:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from penstock.server.chat_template import ChatTemplate
 from penstock.server.errors import bad_request
+from penstock.server.harmony import HarmonyTokens
+from penstock.server.template_renderer import CPU_S_MAX, RenderError
+from penstock.server.token_bytes import token_bytes_max
+
+log = logging.getLogger(__name__)
+
+RENDERED_CHARACTERS_MAX = 2**26
+PROBES_CHARACTERS_PER_TOKEN = (4, 16)  # of the context: beginnings of a text that show when it is far over
+PROBE_MARGIN_TOKENS = 1024
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -24,42 +35,91 @@ class TokenizerError(ValueError):
     """The checkpoint has a tokenizer that cannot be loaded: one line that says what and where."""
 
 
+class TextTooLong(Exception):
+    """The text has more tokens than `limit`; `at_least` of them are certain."""
+
+    def __init__(self, limit: int, at_least: int) -> None:
+        super().__init__(f"at least {at_least} tokens, more than {limit}")
+        self.at_least = at_least
+
+
 class TextCodec:
     """Wraps a `transformers` tokenizer. Threading: every method may be called from any thread."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, render_cpu_s: float = CPU_S_MAX) -> None:
+        """`render_cpu_s`: processor time that the chat template may take for one chat."""
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         self._backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
+        self.token_bytes_max: int | None = None  # bytes of text that a token stands for; None: no bound is known
+        self.harmony: HarmonyTokens | None = None
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
+            self.token_bytes_max = token_bytes_max(self._backend)
+            self.harmony = HarmonyTokens.of(self._backend)
+        source = _template_of(tokenizer)
+        self._template = ChatTemplate(tokenizer, source, RENDERED_CHARACTERS_MAX, render_cpu_s) if source else None
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._tokenizer.chat_template)
+        return self._template is not None
+
+    @property
+    def template(self) -> ChatTemplate:
+        """Raises ApiError(400) when the checkpoint has none."""
+        if self._template is None:
+            raise bad_request("this checkpoint has no chat template; use /v1/completions", "messages")
+        return self._template
+
+    def start(self) -> None:
+        """Get ready, so that the first request need not wait."""
+        if self._template is not None:
+            try:
+                self._template.start()
+            except RenderError as error:
+                log.warning("chats cannot be served now: %s", error)
+
+    def close(self) -> None:
+        """End what is being rendered; chats get a 503 from here on."""
+        if self._template is not None:
+            self._template.close()
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Tokens of a text; `special_tokens` adds those that begin or end a sequence."""
-        if self._backend is not None:  # its encode changes nothing, so threads need no lock
-            ids: list[int] = self._backend.encode(text, add_special_tokens=special_tokens).ids
+        """Tokens of a text; `special_tokens` adds those that begin or end a sequence. Other threads run meanwhile."""
+        if (
+            self._backend is not None
+        ):  # it changes nothing, so threads need no lock; `encode` would keep the interpreter
+            ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=special_tokens)[0].ids
             return ids
         with self._lock:
             return list(self._tokenizer.encode(text, add_special_tokens=special_tokens))
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
-        """Tokens of a chat by the checkpoint's template, with the beginning of an answer.
-        Raises ApiError(400) when there is no template or it refuses the messages."""
-        if not self.has_chat_template:
-            raise bad_request("this checkpoint has no chat template; use /v1/completions", "messages")
-        try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **variables
-            )
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise bad_request(f"the chat template refused the messages: {reason[:500]}", "messages") from error
-        return self.encode(text, special_tokens=False)
+    def encode_within(self, text: str, limit: int, *, special_tokens: bool = True) -> list[int]:
+        """`encode`, for a text that has to fit into `limit` tokens. One that is far over is refused at little cost: by
+        its bytes, where a token stands for a bounded number of them, or by the tokens of its beginning. Raises
+        TextTooLong; a text that is a little over is returned as it is."""
+        if self.token_bytes_max is not None and len(text) > limit:
+            at_least = -(-len(text.encode("utf-8", "surrogatepass")) // self.token_bytes_max)
+            if at_least > limit:
+                raise TextTooLong(limit, at_least)
+        for probe in (per_token * limit + PROBE_MARGIN_TOKENS for per_token in PROBES_CHARACTERS_PER_TOKEN):
+            if len(text) <= 2 * probe:
+                break
+            beginning = len(self.encode(text[:probe], special_tokens=special_tokens))
+            if beginning > 2 * limit + PROBE_MARGIN_TOKENS:  # what follows can only join with its last few tokens
+                raise TextTooLong(limit, limit + 1)
+        return self.encode(text, special_tokens=special_tokens)
+
+    def render_chat(self, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+        """Text of a chat by the checkpoint's template, with the beginning of an answer. Raises ApiError(400) when there
+        is no template, it takes no such variable, or it cannot render the messages."""
+        template = self.template
+        return template.render(list(messages), template.check_variables(variables))
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any]) -> list[int]:
+        """Tokens of what `render_chat` gives."""
+        return self.encode(self.render_chat(messages, variables), special_tokens=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, without special ones."""
@@ -70,6 +130,17 @@ class TextCodec:
             return str(
                 self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
             )
+
+
+def _template_of(tokenizer: Any) -> str | None:
+    """The source of the template for chats without tools; None without one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:  # several, and none is the default
+        log.warning("chats are not served: %s", " ".join(str(error).split()))
+        return None
 
 
 def load_text_codec(folder: Path) -> TextCodec | None:

@@ -1,0 +1,158 @@
+"""uvicorn's protocol for one connection, with bounds: on heads and trailers, and on time while no request is served."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import struct
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from penstock.server.reply import ABORT_EXTENSION
+
+HEAD_BYTES_MAX = 64 * 2**10
+KEEP_ALIVE_GRACE_S = 1.0  # a connection is kept so much longer than its answers say: the client closes it first
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER of zero seconds
+_END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
+_UPGRADE = re.compile(rb"(?im)^upgrade[ \t]*:")
+
+
+def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpToolsProtocol]:
+    """The class of protocol that a server with these deadlines gives to uvicorn.
+
+    - A head is collected before the parser sees it, at most HEAD_BYTES_MAX of it: 431 beyond.
+    - A request to upgrade (h2c, websocket) is served as plain HTTP/1.1, as RFC 9110 section 7.8 allows: its Upgrade
+      header is hidden from the parser, which would otherwise take the body for another protocol.
+    - Whenever no request is being served, the connection has a deadline: `header_timeout_s` for a head or for the rest
+      of a body that nobody wants, `keep_alive_s` between requests. Line breaks between requests do not move it.
+    """
+
+    class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
+        def connection_made(self, transport: Any) -> None:
+            self._head = bytearray()  # of the next request, while the parser is between two messages
+            self._between_messages = True
+            self._bytes_without_body = 0  # that the parser took since it last gave out a piece of a body
+            self._deadline: asyncio.TimerHandle | None = None
+            super().connection_made(transport)
+            self._end_within(header_timeout_s)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._serve_without_deadline()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self._between_messages:
+                self._collect_head(data)
+            else:
+                self._feed(data)
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._between_messages = False
+            self.scope["extensions"] = {ABORT_EXTENSION: self._cut}
+
+        def on_headers_complete(self) -> None:
+            self._serve_without_deadline()
+            self._bytes_without_body = 0
+            super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            self._bytes_without_body = 0
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._between_messages = True
+            super().on_message_complete()
+            if self._nothing_served():
+                self._end_when_idle()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self.transport.is_closing():
+                self._end_within(header_timeout_s)  # what was answered may still wait for the client to read it
+            elif self._nothing_served():
+                self._end_when_idle()
+
+        def send_400_response(self, msg: str) -> None:
+            super().send_400_response(msg)
+            self._end_within(header_timeout_s)
+
+        # -- heads ----------------------------------------------------------------------------------------------
+
+        def _collect_head(self, data: bytes) -> None:
+            head = self._head
+            if not head:
+                data = data.lstrip(b"\r\n")
+                if not data:
+                    return  # as RFC 9112 section 2.2 says, it is ignored; the deadline stays
+                if self._nothing_served():
+                    self._end_within(header_timeout_s)
+            looked_at = max(0, len(head) - 3)
+            head += data
+            end = _END_OF_HEAD.search(head, looked_at)
+            if (end.end() if end else len(head)) > HEAD_BYTES_MAX:
+                self._refuse_head()
+            elif end:
+                whole, self._head = bytes(head), bytearray()
+                if _UPGRADE.search(whole, 0, end.end()):
+                    whole = _UPGRADE.sub(b"x-upgrade:", whole[: end.end()]) + whole[end.end() :]
+                self._feed(whole)
+
+        def _feed(self, data: bytes) -> None:
+            """To the parser. What is no body (trailers, a head behind another request) is bounded here."""
+            self._bytes_without_body += len(data)
+            super().data_received(data)
+            if self._bytes_without_body > HEAD_BYTES_MAX:
+                self._cut()
+
+        def _refuse_head(self) -> None:
+            self._head = bytearray()
+            if self._nothing_served():
+                text = b"the request line and headers are larger than %d bytes" % HEAD_BYTES_MAX
+                lines = [
+                    b"content-type: text/plain",
+                    b"content-length: %d" % len(text),
+                    b"connection: close",
+                    b"",
+                    text,
+                ]
+                self.transport.write(STATUS_LINE[431] + b"\r\n".join(lines))
+                self.transport.close()
+                self._end_within(header_timeout_s)
+            else:
+                self._cut()
+
+        # -- deadlines ------------------------------------------------------------------------------------------
+
+        def _nothing_served(self) -> bool:
+            return self.cycle is None or (self.cycle.response_complete and not self.pipeline)
+
+        def _end_when_idle(self) -> None:
+            if self._between_messages and not self._head:
+                self._serve_without_deadline()
+                self._deadline = self.loop.call_later(keep_alive_s + KEEP_ALIVE_GRACE_S, self.transport.close)
+            else:
+                self._end_within(header_timeout_s)
+
+        def _end_within(self, timeout_s: float) -> None:
+            self._serve_without_deadline()
+            self._deadline = self.loop.call_later(timeout_s, self._cut)
+
+        def _serve_without_deadline(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+        def timeout_keep_alive_handler(self) -> None:
+            """uvicorn's own timer, which any byte would cancel: `_deadline` does its work."""
+
+        def _cut(self) -> None:
+            """Reset the connection: what the client has not read is dropped, in the kernel too."""
+            peer = self.transport.get_extra_info("socket")
+            if peer is not None and not self.transport.is_closing():
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            self.transport.abort()
+
+    return BoundedProtocol

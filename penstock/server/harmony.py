@@ -1,0 +1,83 @@
+"""Answers of GPT-OSS in channels: `<|channel|>analysis<|message|>...<|end|>` is reasoning, `final` the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from penstock.server.detokenize import Decode, IncrementalDecoder
+
+HEADER_TOKENS_MAX = 64
+
+Destination = Literal["content", "reasoning"]
+
+
+@dataclass(frozen=True, slots=True)
+class HarmonyTokens:
+    """Ids of the special tokens that structure an answer."""
+
+    start: int
+    channel: int
+    message: int
+    ends: frozenset[int]  # <|end|>, <|return|>, <|call|>, as far as the vocabulary has them
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> HarmonyTokens | None:
+        """Of a `tokenizers.Tokenizer`; None when it is no tokenizer of this format."""
+        special = {token.content: at for at, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        ends = frozenset(special[name] for name in ("<|end|>", "<|return|>", "<|call|>") if name in special)
+        try:
+            return cls(special["<|start|>"], special["<|channel|>"], special["<|message|>"], ends)
+        except KeyError:
+            return None
+
+
+class ChannelSplitter:
+    """Splits a growing answer into reasoning and content, token by token. An answer that does not begin with a channel
+    is content, as is every channel but `analysis` and calls of tools (`commentary to=...`)."""
+
+    __slots__ = ("_decode", "_decoder", "_destination", "_header", "_tokens")
+
+    def __init__(self, tokens: HarmonyTokens, decode: Decode) -> None:
+        self._tokens = tokens
+        self._decode = decode
+        self._decoder = IncrementalDecoder(decode)
+        self._destination: Destination = "content"
+        self._header: list[int] | None = None  # of the message that begins; None inside of a message
+
+    def push(self, token: int) -> tuple[Destination, str]:
+        """The text that became certain with this token, and what it belongs to."""
+        tokens = self._tokens
+        if token in (tokens.start, tokens.channel):
+            held = self.flush()
+            if token == tokens.start or self._header is None:
+                self._header = []
+            return held
+        if token == tokens.message:
+            held = self.flush()
+            self._begin_message()
+            return held
+        if token in tokens.ends:
+            held = self.flush()
+            self._header, self._destination = None, "content"
+            return held
+        if self._header is None:
+            return self._destination, self._decoder.push(token)
+        self._header.append(token)
+        if len(self._header) > HEADER_TOKENS_MAX:  # no header: nothing that the model says is lost
+            text, self._header = self._decode(self._header), None
+            return "content", text
+        return "content", ""
+
+    def flush(self) -> tuple[Destination, str]:
+        """What was held back of the message under way."""
+        held = self._destination, self._decoder.flush()
+        self._decoder = IncrementalDecoder(self._decode)
+        return held
+
+    def _begin_message(self) -> None:
+        header = self._decode(self._header or [])
+        self._header = None
+        words = header.removeprefix("assistant").split()
+        is_call = any(word.startswith("to=") for word in words)
+        self._destination = "reasoning" if is_call or "analysis" in words else "content"

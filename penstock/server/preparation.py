@@ -1,0 +1,202 @@
+"""From a request's body to what the engine is asked for: read, parse, render, tokenize, check; all of it bounded.
+
+Nothing here keeps the event loop: bodies beyond INLINE_BYTES are parsed on a thread, chats are rendered in processes of
+their own, and text becomes tokens on threads that leave the interpreter to others. Short texts have a thread of their
+own, so that they do not wait for long ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from penstock.engine.api import EngineAPI
+from penstock.server.bodies import BodyBudget, BodyLease, has_more_than, read_body
+from penstock.server.errors import ApiError, bad_request, context_overflow
+from penstock.server.schema import (
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    Options,
+    chat_messages,
+    check_options,
+    decode_body,
+    prompts_of,
+    template_variables,
+)
+from penstock.server.settings import ServerSettings
+from penstock.server.template_renderer import PROCESSES
+from penstock.server.text import TextCodec, TextTooLong
+from penstock.server.work_threads import TooMuchWork, WorkThreads
+
+COMPLETION_MAX_TOKENS = 16  # the OpenAI API's default for completions; chats get what the context has room for
+INLINE_BYTES = 2**16
+BODY_BYTES_MIN = 4 * 2**20  # that every context allows
+ID_BYTES = 12  # of a token id in JSON, with what stands around it
+ESCAPED = 6  # bytes of JSON for one byte of text, where it is written as \\u0061
+CONTAINERS_MIN, CONTAINERS_MAX = 1024, 2**15  # objects and lists of one body: messages, parts of them, tool calls
+VALUES_MIN = 2**20
+LONG_THREADS = 2
+WAITING_MAX = 1024
+
+B = TypeVar("B", bound=GenerationBody)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A checked request, ready to submit."""
+
+    options: Options
+    prompts: list[list[int]]
+    max_tokens: list[int]
+    prefixes: tuple[str, ...]
+    chat: bool
+
+
+class RequestPreparation:
+    """Lives on one event loop. `close` ends its threads."""
+
+    def __init__(self, engine: EngineAPI, codec: TextCodec | None, settings: ServerSettings) -> None:
+        self.settings = settings
+        self.bodies = BodyBudget(settings.open_bodies_bytes_max)
+        self._engine = engine
+        self._codec = codec
+        self._parsing = WorkThreads("parse", 1, WAITING_MAX)
+        self._rendering = WorkThreads("render", PROCESSES, WAITING_MAX)
+        self._short_texts = WorkThreads("tokenize-short", 1, WAITING_MAX)
+        self._long_texts = WorkThreads("tokenize", LONG_THREADS, WAITING_MAX)
+
+    def close(self) -> None:
+        for threads in (self._parsing, self._rendering, self._short_texts, self._long_texts):
+            threads.stop()
+
+    async def read(self, request: Request, kind: type[B], lease: BodyLease) -> B:
+        """The request's body, parsed. Raises ApiError."""
+        limit, too_large = self._body_limit(request, kind)
+        raw = await read_body(request, limit, too_large, self.settings.body_timeout_s, lease)
+        if len(raw) <= INLINE_BYTES:
+            return self._parse(raw, kind)
+        return await _on(self._parsing, partial(self._parse, raw, kind))
+
+    async def prepare(self, request: Request, body: GenerationBody) -> Prepared:
+        """Raises ApiError."""
+        default = COMPLETION_MAX_TOKENS if isinstance(body, CompletionBody) else None
+        options = check_options(body, request.headers, default, self.settings)
+        if options.stop and self._codec is None:
+            raise bad_request("stop needs a tokenizer, and this checkpoint has none", "stop")
+        chat = isinstance(body, ChatBody)
+        prefixes: tuple[str, ...] = ()
+        if isinstance(body, ChatBody):
+            self._check_choices(1, options)
+            prompts = [await self._chat_tokens(body)]
+        else:
+            assert isinstance(body, CompletionBody)
+            given = prompts_of(body)
+            self._check_choices(len(given), options)
+            prompts, prefixes = await self._completion_tokens(given, bool(body.echo))
+        param = "messages" if chat else "prompt"
+        room = [self._room(tokens, options, param) for tokens in prompts]
+        return Prepared(options, prompts, room, prefixes, chat)
+
+    # -- bodies -------------------------------------------------------------------------------------------------
+
+    def _body_limit(self, request: Request, kind: type[GenerationBody]) -> tuple[int, ApiError]:
+        """Bytes that a body may have, and what is answered to a larger one."""
+        context = self._engine.max_context_tokens
+        per_token = (self._codec.token_bytes_max if self._codec is not None else 0) or ID_BYTES
+        limit = max(context * max(per_token, ID_BYTES) * ESCAPED, BODY_BYTES_MIN)
+        if limit < self.settings.body_bytes_max:
+            param = "messages" if kind is ChatBody else "prompt"
+            return limit, context_overflow(context, f"the request's body has more than {limit} bytes", param)
+        limit = self.settings.body_bytes_max
+        return limit, ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+
+    def _parse(self, raw: bytes, kind: type[B]) -> B:
+        context = self._engine.max_context_tokens
+        containers_max = min(context + CONTAINERS_MIN, CONTAINERS_MAX)
+        if too_many := has_more_than(raw, containers_max, max(VALUES_MIN, 2 * context)):
+            param = "messages" if kind is ChatBody else "prompt"
+            raise context_overflow(context, f"the request's body has {too_many}", param)
+        return decode_body(raw, kind)
+
+    # -- tokens -------------------------------------------------------------------------------------------------
+
+    async def _chat_tokens(self, body: ChatBody) -> list[int]:
+        codec = self._need_codec("messages")
+        variables = template_variables(body, codec.template.variables)
+        text = await _on(self._rendering, lambda: codec.render_chat(chat_messages(body), variables))
+        return await self._tokens_of(codec, text, "messages", special_tokens=False)
+
+    async def _completion_tokens(
+        self, prompts: list[str] | list[list[int]], echo: bool
+    ) -> tuple[list[list[int]], tuple[str, ...]]:
+        """Tokens of each prompt, and its text where it is to be echoed."""
+        texts = [one for one in prompts if isinstance(one, str)]
+        found = [one for one in prompts if not isinstance(one, str)]
+        if texts:
+            codec = self._need_codec("prompt")
+            found = [await self._tokens_of(codec, text, "prompt") for text in texts]
+        elif echo:
+            codec = self._need_codec("echo")
+            for tokens in found:
+                self._check_tokens(tokens, "prompt")
+            texts = [await _on(self._long_texts, partial(codec.decode, tokens)) for tokens in found]
+        return found, tuple(texts) if echo else ()
+
+    async def _tokens_of(self, codec: TextCodec, text: str, param: str, *, special_tokens: bool = True) -> list[int]:
+        limit = self._engine.max_context_tokens
+        threads = self._short_texts if len(text) <= INLINE_BYTES else self._long_texts
+        try:
+            return await _on(threads, partial(codec.encode_within, text, limit, special_tokens=special_tokens))
+        except TextTooLong as error:
+            raise context_overflow(limit, f"your {param} resulted in at least {error.at_least} tokens", param) from None
+
+    def _check_choices(self, prompts: int, options: Options) -> None:
+        if prompts * options.n > self.settings.choices_max:
+            given = f"{prompts} prompts with n {options.n}"
+            raise bad_request(f"{given} ask for more than {self.settings.choices_max} answers", "n")
+        if options.return_timing and prompts > 1:
+            raise bad_request("return_timing needs a single prompt", "return_timing")
+
+    def _need_codec(self, param: str) -> TextCodec:
+        if self._codec is None:
+            raise bad_request(
+                f"{param} needs a tokenizer, and this checkpoint has none; give token ids to /v1/completions",
+                param,
+                "no_tokenizer",
+            )
+        return self._codec
+
+    def _check_tokens(self, tokens: Sequence[int], param: str) -> None:
+        if not tokens:
+            raise bad_request(f"{param} is empty; allowed: at least one token", param)
+        limit = self._engine.max_context_tokens
+        if len(tokens) > limit:
+            raise context_overflow(limit, f"your {param} resulted in {len(tokens)} tokens", param)
+        if min(tokens) < 0 or max(tokens) >= self._engine.vocab_size:
+            worst = min(tokens) if min(tokens) < 0 else max(tokens)
+            raise bad_request(f"{param} has token id {worst}; allowed: 0 to {self._engine.vocab_size - 1}", param)
+
+    def _room(self, tokens: Sequence[int], options: Options, param: str) -> int:
+        """Tokens that may be generated after this prompt. Raises ApiError(400)."""
+        self._check_tokens(tokens, param)
+        limit = self._engine.max_context_tokens
+        wanted = options.max_tokens if options.max_tokens is not None else max(limit - len(tokens), 1)
+        if len(tokens) + wanted > limit:
+            parts = f"{len(tokens)} in the {param}, {wanted} in the completion"
+            raise context_overflow(limit, f"you requested {len(tokens) + wanted} tokens ({parts})", param)
+        return wanted
+
+
+async def _on(threads: WorkThreads, work: Callable[[], T]) -> T:
+    """Raises ApiError(429) when too much waits for these threads."""
+    try:
+        return await threads.run(work)
+    except TooMuchWork:
+        message = f"{threads.open} requests wait to be read, and no more are taken"
+        raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=1.0) from None

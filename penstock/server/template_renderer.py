@@ -1,0 +1,203 @@
+"""Renders chats in processes of their own, which a deadline ends: no template and no message can hold the server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from penstock.rate_limited_log import RateLimitedLog
+
+log = logging.getLogger(__name__)
+_warn = RateLimitedLog(log)
+
+PROCESSES = 2
+CPU_S_MAX = 5.0  # of the process, for one chat; a template needs milliseconds
+WALL_S_MAX = 20.0  # for the same, however busy the machine is
+START_S_MAX = 60.0
+MEMORY_BYTES_MAX = 2**30  # that rendering may add to what the process has when it is ready
+ANSWER_BYTES_MAX = 2**30
+_SCRIPT = Path(__file__).with_name("template_process.py")
+
+
+class RenderError(Exception):
+    """The template cannot render this chat; the message says why."""
+
+
+class RendererClosed(RenderError):
+    """The server is closing."""
+
+
+class TemplateRenderer:
+    """Chats as text by one template. Threading: `render` may be called from any thread; at most PROCESSES at once, the
+    others wait. A process is started when it is first needed, and again after one ended."""
+
+    def __init__(self, template: str, special_tokens: dict[str, Any], characters_max: int, cpu_s: float) -> None:
+        self._setup = {
+            "template": template,
+            "special_tokens": special_tokens,
+            "characters_max": characters_max,
+            "cpu_s": cpu_s,
+            "memory_bytes": MEMORY_BYTES_MAX,
+        }
+        self._cpu_s = cpu_s
+        self._closed = False
+        self._lock = threading.Lock()
+        self._running: set[_Process] = set()
+        self._slots: queue.LifoQueue[_Process | None] = queue.LifoQueue()
+        for _ in range(PROCESSES):
+            self._slots.put(None)
+
+    def start(self) -> None:
+        """Start one process, so that the first chat need not wait. Raises RenderError."""
+        slot = self._take()
+        try:
+            slot = slot or self._begin()
+        finally:
+            self._slots.put(slot)
+
+    def render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+        """The text of one chat, with the beginning of an answer. Raises RenderError."""
+        try:
+            frame = msgspec.msgpack.encode({"messages": messages, "variables": variables})
+        except (OverflowError, TypeError, ValueError, RecursionError) as error:
+            raise RenderError(f"a value cannot be given to it: {error}") from None
+        process = self._take()
+        try:
+            if process is not None and not process.alive:  # for reasons of its own, while nothing was rendered
+                self._forget(process)
+                process = None
+            process = process or self._begin()
+            return process.ask(frame)
+        except _Ended as error:
+            assert process is not None
+            reason = process.why_ended(self._cpu_s, error)
+            _warn.warning("ended", "a process that rendered a chat was ended: %s", reason)
+            raise RenderError(reason) from None
+        finally:
+            if process is not None and not process.usable:
+                self._forget(process)
+                process = None
+            self._slots.put(process)
+
+    def close(self) -> None:
+        """End the processes at once, and with them what they render."""
+        with self._lock:
+            self._closed = True
+            for process in self._running:
+                process.kill()
+
+    def _take(self) -> _Process | None:
+        try:
+            return self._slots.get(timeout=START_S_MAX + 2 * WALL_S_MAX)
+        except queue.Empty:
+            raise RenderError("every process that renders is busy") from None
+
+    def _begin(self) -> _Process:
+        with self._lock:
+            if self._closed:
+                raise RendererClosed("the server is closing")
+            process = _Process()
+            self._running.add(process)
+        try:
+            process.set_up(self._setup)
+        except _Ended as error:
+            self._forget(process)
+            raise RenderError(f"the process that renders did not start: {error}") from None
+        return process
+
+    def _forget(self, process: _Process) -> None:
+        process.kill()
+        process.close()
+        with self._lock:
+            self._running.discard(process)
+
+
+class _Ended(Exception):
+    """The process is gone, or does not answer in time."""
+
+
+class _Process:
+    """One rendering process and its socket."""
+
+    def __init__(self) -> None:
+        self._sock, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(_SCRIPT)],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"},
+            )
+        self.usable = True
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def set_up(self, setup: dict[str, Any]) -> None:
+        self._exchange(msgspec.msgpack.encode(setup), START_S_MAX)
+
+    def ask(self, frame: bytes) -> str:
+        """Raises RenderError with the template's own words, or _Ended."""
+        answer = msgspec.msgpack.decode(self._exchange(frame, WALL_S_MAX), type=dict[str, str])
+        if "error" in answer:
+            raise RenderError(answer["error"])
+        return answer["text"]
+
+    def why_ended(self, cpu_s: float, error: _Ended) -> str:
+        try:
+            status = self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return str(error)
+        if status == -signal.SIGPROF:
+            return f"it took more than {cpu_s:g} s of processor time"
+        return f"the process that renders ended with status {status}"
+
+    def kill(self) -> None:
+        """From any thread; whoever waits for an answer gets _Ended."""
+        self.usable = False
+        self._process.kill()
+        self._process.wait()
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            log.debug("the socket of a rendering process was closed already")
+
+    def close(self) -> None:
+        """After `kill`, by the thread that used it."""
+        self._sock.close()
+
+    def _exchange(self, frame: bytes, timeout_s: float) -> bytes:
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            self._sock.settimeout(timeout_s)
+            self._sock.sendall(len(frame).to_bytes(4) + frame)
+            size = int.from_bytes(self._receive(4, deadline_s))
+            return bytes(self._receive(min(size, ANSWER_BYTES_MAX), deadline_s))
+        except TimeoutError:
+            self.usable = False
+            raise _Ended(f"it did not answer within {timeout_s:g} s") from None
+        except OSError as error:
+            self.usable = False
+            raise _Ended(str(error)) from None
+
+    def _receive(self, size: int, deadline_s: float) -> bytearray:
+        found = bytearray()
+        while len(found) < size:
+            self._sock.settimeout(max(deadline_s - time.monotonic(), 1e-3))
+            part = self._sock.recv(min(size - len(found), 2**20))
+            if not part:
+                raise ConnectionResetError("it ended")
+            found += part
+        return found

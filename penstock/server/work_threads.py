@@ -1,0 +1,69 @@
+"""A few threads that do the event loop's longer work, with a bounded queue; they never hold the process's exit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import TypeVar
+
+from penstock.guarded_thread import GuardedWorker
+
+T = TypeVar("T")
+
+
+class TooMuchWork(Exception):
+    """The queue is full; nothing was queued."""
+
+
+class WorkThreads:
+    """`threads` guarded workers; work goes to the one that has least to do. `run` is called on one event loop."""
+
+    def __init__(self, name: str, threads: int, waiting_max: int) -> None:
+        """`waiting_max`: pieces of work that wait or run, all threads together."""
+        self._workers = [GuardedWorker(f"penstock-{name}-{number}", waiting_max) for number in range(threads)]
+        self._open = [0] * threads  # pieces of work given to each thread and not ended
+        self._waiting_max = waiting_max
+
+    @property
+    def open(self) -> int:
+        """Pieces of work that wait or run."""
+        return sum(self._open)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Do it on a thread. Raises what it raises, and TooMuchWork."""
+        if self.open >= self._waiting_max:
+            raise TooMuchWork
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        thread = min(range(len(self._workers)), key=self._open.__getitem__)
+
+        def ended(result: T | None, error: Exception | None) -> None:
+            self._open[thread] -= 1
+            if future.done():  # cancelled: nobody waits
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)  # type: ignore[arg-type]
+
+        def on_thread() -> None:
+            result: T | None = None
+            error: Exception | None = None
+            if not future.cancelled():
+                try:
+                    result = work()
+                except Exception as raised:  # it is raised again, where it is awaited
+                    error = raised
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(ended, result, error)
+
+        if not self._workers[thread].put(on_thread):
+            raise TooMuchWork
+        self._open[thread] += 1
+        return await future
+
+    def stop(self) -> None:
+        """The threads end when what is queued is done; nobody waits for them."""
+        for worker in self._workers:
+            worker.stop()
