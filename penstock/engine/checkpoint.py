@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,28 +41,38 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
 
 
-def resolve_folder(source: str, load_format: LoadFormat) -> Path:
-    """The local folder of a checkpoint: `source` itself, or a hub id's snapshot (fetched when not cached)."""
-    path = Path(source).expanduser()
+def resolve_folder(
+    name: str, load_format: LoadFormat, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """The local folder of a checkpoint: `name` itself, or a hub id's snapshot (fetched when not cached).
+
+    `revision` (a branch, tag or commit; not given: the default branch) and `cache_dir` (a hub cache; not given: the
+    user's) are for hub ids only: a folder is taken as it is. `dummy` fetches no weights. Raises CheckpointError.
+    """
+    path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} has no config.json; a Hugging Face checkpoint folder is needed")
         return path
     if path.exists():
         raise CheckpointError(f"{path} is a file; a Hugging Face checkpoint folder or hub id is needed")
-    if not _HUB_ID.fullmatch(source):
-        raise CheckpointError(f"model {source!r} is neither an existing folder nor a hub id (NAME or OWNER/NAME)")
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"model {name!r} is neither an existing folder nor a hub id (NAME or OWNER/NAME)")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "tokenizer*", "*.jinja", "*.model"]
     if load_format == "auto":
         patterns.append("*.safetensors")
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns, etag_timeout=_HUB_TIMEOUT_S))
+        folder = snapshot_download(
+            name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns, etag_timeout=_HUB_TIMEOUT_S
+        )
     except Exception as error:
+        which = f"{name!r} at revision {revision!r}" if revision else repr(name)
         raise CheckpointError(
-            f"model {source!r} is no existing folder, and the hub did not give it: {one_line(error)}"
+            f"model {which} is no existing folder, and the hub did not give it: {one_line(error)}"
         ) from error
+    return Path(folder)
 
 
 def read_config(folder: Path) -> Any:
@@ -132,7 +142,7 @@ def _check_safetensors(file: Path) -> None:
         raise CheckpointError(f"{file} is cut off or overlong: {size_bytes} bytes, its header names {needed_bytes}")
 
 
-def weights_identity(files: list[Path]) -> str:
+def weights_identity(files: Sequence[Path]) -> str:
     """A hash over headers, sizes and evenly spaced samples of the contents; files under 4 MiB are read whole."""
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
