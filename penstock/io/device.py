@@ -48,8 +48,7 @@ def open_device(path: Path, capacity_bytes: int) -> Device:
         raise ValueError(
             f"capacity_bytes is {capacity_bytes}; it must be a positive multiple of {STAGING_ALIGNMENT_BYTES}"
         )
-    existed = os.path.exists(path)  # unlike Path.exists, no error for a folder that may not be entered
-    fd, direct = _open(path)
+    fd, direct, created = _open(path)
     try:
         _lock(fd, path)
         _claim_space(fd, path, capacity_bytes)
@@ -61,25 +60,29 @@ def open_device(path: Path, capacity_bytes: int) -> Device:
         elif not direct:
             device.notes.append(f"the filesystem of {path} refuses O_DIRECT: bytes pass through the page cache")
         return device
-    except BaseException:
-        os.close(fd)
-        if not existed:
+    except BaseException as error:
+        if created and not isinstance(error, BlockingIOError):  # under our lock: nobody else can have begun to use it
             with contextlib.suppress(OSError):
                 path.unlink()
+        os.close(fd)
         raise
 
 
-def _open(path: Path) -> tuple[int, bool]:
+def _open(path: Path) -> tuple[int, bool, bool]:
+    """The open file, whether I/O bypasses the page cache, and whether this call made the file."""
     flags = os.O_RDWR | os.O_CLOEXEC
+    created = False
     try:
-        if not path.is_block_device():
-            flags |= os.O_CREAT
+        if not os.path.exists(path):  # unlike Path.exists, no error for a folder that may not be entered
+            with contextlib.suppress(FileExistsError):  # made by another process a moment ago
+                os.close(os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600))
+                created = True
         try:
-            return os.open(path, flags | os.O_DIRECT, 0o600), True
+            return os.open(path, flags | os.O_DIRECT), True, created
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            return os.open(path, flags, 0o600), False
+            return os.open(path, flags), False, created
     except OSError as error:
         raise _explained(error, path) from error
 
