@@ -102,6 +102,17 @@ def check_file(
 ) -> CheckReport:
     """`check_slab` of all of a slab file or block device, whatever a pool uses of it. Never makes or grows a file.
     Raises OSError (absent, in use, no permission) or ValueError."""
+    engine = open_whole_slab(path)
+    try:
+        return check_slab(engine, table_path or default_table(path), repair, on_progress, str(path), folders_of(path))
+    finally:
+        with contextlib.suppress(TimeoutError):
+            engine.close(1.0)
+
+
+def open_whole_slab(path: Path) -> BlockEngine:
+    """All of a slab file or block device that is there, never made or grown, for one caller. Raises OSError (absent,
+    in use, no permission, too small)."""
     if not os.path.exists(path):
         raise FileNotFoundError(errno.ENOENT, "there is no such slab", str(path))
     with path.open("rb") as slab:
@@ -109,12 +120,7 @@ def check_file(
     capacity_bytes = size_bytes - size_bytes % STAGING_ALIGNMENT_BYTES
     if capacity_bytes < HEADER_BYTES:
         raise SlabRefused(f"{path} is not a Penstock slab: it has {size_bytes} bytes")
-    engine = open_engine_patiently(path, capacity_bytes, DEPTH)
-    try:
-        return check_slab(engine, table_path or default_table(path), repair, on_progress, str(path), folders_of(path))
-    finally:
-        with contextlib.suppress(TimeoutError):
-            engine.close(1.0)
+    return open_engine_patiently(path, capacity_bytes, DEPTH)
 
 
 def check_slab(
