@@ -68,14 +68,13 @@ def look_at(path: Path) -> TableFile | None:
     """What a table file says of itself; None where there is none. Raises OSError where it cannot be opened."""
     if not os.path.exists(path):
         return None
+    log_bytes = _size_bytes(path.with_name(path.name + "-wal"))
     try:
         with contextlib.closing(connect_read_only(path)) as db:
             names = {name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
             meta = meta_of(db) if "meta" in names else {}
             if names and "blocks" not in names and "format" not in meta:
                 return TableFile(path, foreign=True)
-            if not names and _size_bytes(path.with_name(path.name + "-wal")):
-                return TableFile(path, damaged=True, log_lost=True)
             identity, place = meta.get("slab"), meta.get("place")
             rows = "blocks" in names and db.execute("SELECT 1 FROM blocks LIMIT 1").fetchone() is not None
     except (sqlite3.Error, UnicodeDecodeError) as error:
@@ -83,6 +82,8 @@ def look_at(path: Path) -> TableFile | None:
             raise OSError(f"the table {path} cannot be opened: {error}") from error
         return TableFile(path, damaged=True)
     known = isinstance(identity, bytes) and len(identity) == 16
+    if not known and not rows and log_bytes:
+        return TableFile(path, damaged=True, log_lost=True)
     return TableFile(path, identity if known else None, place if isinstance(place, str) else None, rows)
 
 
