@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,10 @@ from typing import Any, Literal
 import torch
 
 from penstock.engine import attention
+from penstock.engine.weights_identity import WeightsChanged, states_of, weights_identity
 
 LoadFormat = Literal["auto", "dummy"]
 _CONFIG_NAMES_WITHOUT_MEANING = ("_name_or_path", "transformers_version")  # differ between copies of one model
-_SAMPLES_PER_FILE = 64
-_SAMPLE_BYTES = 64 * 1024
 _HUB_TIMEOUT_S = 20.0
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -108,6 +108,9 @@ def _refuse_unservable(folder: Path, config: Any) -> None:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, each checked to hold all the bytes its header names."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():  # transformers would load the model that it names, and the adapter on top
+        raise CheckpointError(f"{adapter}: an adapter is not served; allowed: a checkpoint that it is merged into")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -142,22 +145,6 @@ def _check_safetensors(file: Path) -> None:
         raise CheckpointError(f"{file} is cut off or overlong: {size_bytes} bytes, its header names {needed_bytes}")
 
 
-def weights_identity(files: Sequence[Path]) -> str:
-    """A hash over headers, sizes and evenly spaced samples of the contents; files under 4 MiB are read whole."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        size_bytes = file.stat().st_size
-        digest.update(f"{size_bytes};".encode())
-        with file.open("rb") as stream:
-            head = stream.read(8)
-            digest.update(head + stream.read(int.from_bytes(head, "little")))
-            step = max(_SAMPLE_BYTES, size_bytes // _SAMPLES_PER_FILE)
-            for offset in range(stream.tell(), size_bytes, step):
-                stream.seek(offset)
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
 def config_identity(config: Any) -> str:
     """A hash over the configuration, without what differs between copies of one model."""
     record = {name: value for name, value in config.to_dict().items() if name not in _CONFIG_NAMES_WITHOUT_MEANING}
@@ -184,12 +171,16 @@ def end_tokens(folder: Path, config: Any) -> frozenset[int]:
     return frozenset(ids)
 
 
-def load_model(source: str, load_format: LoadFormat, dtype: str, device: torch.device, seed: int) -> LoadedModel:
+def load_model(
+    source: str, load_format: LoadFormat, dtype: str, device: torch.device, seed: int, revision: str | None = None
+) -> LoadedModel:
     """Build the model on `device` with Penstock's attention. `dummy` takes the configuration only, with random
     weights made from `seed` on the device. Raises CheckpointError."""
     if load_format not in ("auto", "dummy"):
         raise CheckpointError(f"load format {load_format!r} is unknown; allowed are 'auto' and 'dummy'")
-    folder = resolve_folder(source, load_format)
+    import transformers
+
+    folder = resolve_folder(source, load_format, revision)
     config = read_config(folder)
     torch_dtype = _torch_dtype(dtype, config.get_text_config())
     files = weight_files(folder) if load_format == "auto" else []
@@ -202,10 +193,12 @@ def load_model(source: str, load_format: LoadFormat, dtype: str, device: torch.d
             if load_format == "dummy":
                 model = _build_random(config, torch_dtype, device, seed)
             else:
-                model = _load_weights(folder, config, torch_dtype).to(device)
-                weights = f"weights={weights_identity(files)}"
+                model, found = _load_identified(folder, config, torch_dtype, device, files)
+                weights = f"weights={found}"
     except CheckpointError:
         raise
+    except WeightsChanged as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     except Exception as error:
         if attention.ATTENTION_NAME in str(error):
             raise CheckpointError(
@@ -213,7 +206,8 @@ def load_model(source: str, load_format: LoadFormat, dtype: str, device: torch.d
             ) from error
         raise CheckpointError(f"{folder}: transformers cannot build this model: {one_line(error)}") from error
     model.eval().requires_grad_(False)
-    identity = f"config={config_part}|dtype={torch_dtype}|{weights}"
+    code = f"transformers={transformers.__version__}"  # the model's code: rotary embedding, norms, scaling
+    identity = f"config={config_part}|dtype={torch_dtype}|{code}|{weights}"
     text_config = config.get_text_config()
     return LoadedModel(model, text_config, folder, identity, end_tokens(folder, text_config))
 
@@ -251,6 +245,37 @@ def _build_random(config: Any, dtype: torch.dtype, device: torch.device, seed: i
     with torch.random.fork_rng(devices=devices), torch.device(device):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.ATTENTION_NAME)
+
+
+def _load_identified(
+    folder: Path, config: Any, dtype: torch.dtype, device: torch.device, files: Sequence[Path]
+) -> tuple[Any, str]:
+    """The model, and the identity of the very bytes that it was loaded from; the files are hashed meanwhile."""
+    index = folder / "model.safetensors.index.json"
+    read = [*files, index] if index.is_file() else files
+    before = states_of(read)
+    with ThreadPoolExecutor(1, "penstock-weights") as hashing:
+        identity = hashing.submit(weights_identity, files)
+        model = _load_weights(folder, config, dtype).to(device)
+        _own_every_byte(model)
+        found = identity.result()
+    if states_of(read) != before:
+        raise WeightsChanged("the weights were written to while they were loaded; start again once they are whole")
+    return model, found
+
+
+def _own_every_byte(model: Any) -> None:
+    """Copy what lies in the mapped files: on the CPU, transformers' tensors are views of them, and a checkpoint that is
+    replaced in place would change the weights of a model that runs, or end the process."""
+    if any(tensor.device.type == "cpu" for tensor in model.parameters()):
+        copies: dict[tuple[object, ...], torch.Tensor] = {}  # tied weights stay one
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.device.type == "cpu":
+                    place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+                    if place not in copies:
+                        copies[place] = tensor.detach().clone()
+                    tensor.data = copies[place]
 
 
 def _load_weights(folder: Path, config: Any, dtype: torch.dtype) -> Any:

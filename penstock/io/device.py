@@ -77,6 +77,8 @@ def _open(path: Path) -> tuple[int, bool, bool]:
             with contextlib.suppress(FileExistsError):  # made by another process a moment ago
                 os.close(os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600))
                 created = True
+        if path.is_block_device():
+            flags |= os.O_EXCL  # the lock is of one device file, this is of the device: neither mounted nor claimed
         try:
             return os.open(path, flags | os.O_DIRECT), True, created
         except OSError as error:
@@ -84,7 +86,22 @@ def _open(path: Path) -> tuple[int, bool, bool]:
                 raise
             return os.open(path, flags), False, created
     except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise _in_use(path) from error
         raise _explained(error, path) from error
+
+
+def _in_use(path: Path) -> BlockingIOError:
+    """Why a device cannot be claimed. The kernel gives up the claim of a process that was killed a moment later."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _lock(fd, path)
+        except BlockingIOError as error:
+            return error
+        finally:
+            os.close(fd)
+    return BlockingIOError(errno.EBUSY, "the device is in use: mounted, or by another process", str(path))
 
 
 def _explained(error: OSError, path: Path) -> OSError:
@@ -96,7 +113,6 @@ def _explained(error: OSError, path: Path) -> OSError:
         errno.EACCES: "no permission to open it for reading and writing",
         errno.EPERM: "no permission to open it for reading and writing",
         errno.EROFS: "the filesystem is read-only",
-        errno.EBUSY: "the device is in use, for example mounted",
         errno.ENXIO: "there is no device behind this file, or it is not a file or block device",
     }
     return OSError(number, texts.get(number, os.strerror(number)), str(path))
