@@ -20,6 +20,7 @@ from penstock.server.api_flags import (
     LogLevel,
     Port,
     RequestTimeout,
+    Revision,
     ServedModelName,
 )
 
@@ -42,6 +43,7 @@ def router(
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     served_model_name: ServedModelName = None,
+    revision: Revision = None,
     cluster_listen: Annotated[
         str | None, flag(_CLUSTER, "127.0.0.1:7100", "Where engines register (their --router).", "HOST:PORT")
     ] = None,
@@ -126,7 +128,7 @@ def _serve(flags: RouterFlags) -> None:
             from penstock.engine.checkpoint import quiet_transformers, resolve_folder
 
             with quiet_transformers():
-                codec = load_text_codec(resolve_folder(flags.model, "dummy"))
+                codec = load_text_codec(resolve_folder(flags.model, "dummy", flags.revision))
         cluster.listen()
         engine = ClusterEngine(cluster, secret, settings)
         try:

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 
 from penstock.engine import attention
-from penstock.engine.weights_identity import WeightsChanged, states_of, weights_identity
+from penstock.engine.weights_identity import WeightsChanged, states_of
+from penstock.engine.weights_identity import weights_identity as weights_identity  # of a checkpoint: offered here
 
 LoadFormat = Literal["auto", "dummy"]
 _CONFIG_NAMES_WITHOUT_MEANING = ("_name_or_path", "transformers_version")  # differ between copies of one model

@@ -72,11 +72,11 @@ class RememberedDigests:
         if not ours or found.st_size > FILE_BYTES_MAX or not self._folder_is_ours():
             os.close(fd)
             return {}
-        with open(fd, "rb") as file:
-            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError):
-                record = json.loads(file.read(FILE_BYTES_MAX))
-                if record["version"] == _VERSION:
-                    return {path: made for path, entry in record["files"].items() if (made := _entry(path, entry))}
+        broken = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError)
+        with open(fd, "rb") as file, contextlib.suppress(*broken):
+            record = json.loads(file.read(FILE_BYTES_MAX))
+            if record["version"] == _VERSION:
+                return {path: made for path, entry in record["files"].items() if (made := _entry(path, entry))}
         return {}
 
     def _write(self, entries: Mapping[str, tuple[Key, str]]) -> None:

@@ -347,7 +347,13 @@ def open_slab_member(
     data_bytes = _data_bytes(path)
     engine = open_engine_patiently(path, capacity_bytes, depth)
     paced = PacedEngine(engine, pace_bytes_per_s) if pace_bytes_per_s else engine
-    return open_device_member(name, str(path), paced, table or default_table(path), data_bytes, folders_of(path))
+    expected = table or default_table(path)
+    member = open_device_member(name, str(path), paced, expected, data_bytes, folders_of(path))
+    if table is None and path.is_block_device():
+        member.notes.append(
+            f"the table {expected} is gone after a reboot, and {path} refused then; name a state folder"
+        )
+    return member
 
 
 def _data_bytes(path: Path) -> int:

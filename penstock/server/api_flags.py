@@ -16,6 +16,7 @@ Port = Annotated[int | None, flag(API, "8000", "Port to listen on; 0 takes any f
 ApiKey = Annotated[str | None, flag(API, "none", "Key that clients must send (visible to other users).")]
 ApiKeyFile = Annotated[str | None, flag(API, "none", "File that holds the key.", "FILE")]
 ServedModelName = Annotated[str | None, flag(API, "MODEL", "Name of the model in the API.")]
+Revision = Annotated[str | None, flag(API, "default branch", "Branch, tag or commit of a hub id.")]
 RequestTimeout = Annotated[float | None, flag(LIMITS, "600", "A slower request is ended with a 504.")]
 DrainTimeout = Annotated[float | None, flag(LIMITS, "10", "On SIGTERM, how long running requests may go on.")]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")]

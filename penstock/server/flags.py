@@ -27,6 +27,7 @@ class ServeFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     api_key: str | None = None
     api_key_file: str | None = None
     served_model_name: str | None = None
+    revision: str | None = None
     load_format: str = "auto"
     dtype: str = "auto"
     device: str = "auto"

@@ -296,6 +296,28 @@ def test_other_names_are_not_taken_for_content(
     assert identity([file]) == identity([plain]) and len(read_files) == 2
 
 
+def test_a_revision_is_the_snapshot_that_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub" / "models--own--tiny"
+    commits = {"main": "a" * 40, "v2": "b" * 40}
+    for name, commit in commits.items():
+        build_tiny("llama", repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+
+    def resolved(revision: str | None) -> str:
+        return checkpoint.resolve_folder("own/tiny", "auto", revision, tmp_path / "hub").name
+
+    assert resolved(None) == resolved("main") == commits["main"]
+    assert resolved("v2") == resolved(commits["v2"]) == commits["v2"]
+    with pytest.raises(CheckpointError, match="'own/tiny' at revision 'v3' is no existing folder"):
+        resolved("v3")
+    with pytest.raises(CheckpointError, match="hub did not give it"):
+        checkpoint.resolve_folder("own/tiny", "auto", None, tmp_path / "other")
+
+
 # --- files that change ---
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import sqlite3
+import stat
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +184,33 @@ def test_two_names_in_two_pools_are_refused(slab: Path) -> None:
         open_local_pool([], [(second, MIB)])
     pool.close(5.0)
     assert held(second) == BLOCKS
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("losetup") is None, reason="a loop device")
+def test_two_device_files_of_one_device_are_one_slab(tmp_path: Path) -> None:
+    """As in two containers that were given one drive: a lock is of the device file, the claim is of the device."""
+    image, other, state = tmp_path / "image", tmp_path / "other", tmp_path / "state"
+    state.mkdir()
+    image.write_bytes(bytes(MIB))
+    made = subprocess.run(["losetup", "-f", "--show", str(image)], capture_output=True, text=True)
+    if made.returncode != 0:
+        pytest.skip(f"no loop device: {made.stderr.strip()}")
+    device = Path(made.stdout.strip())
+    try:
+        os.mknod(other, 0o600 | stat.S_IFBLK, device.stat().st_rdev)
+        fill(device, "a", state)
+        assert held(other, state=state) == BLOCKS
+        with pytest.raises(ConfigError, match="two names of one slab"):
+            open_local_pool([], [(device, MIB), (other, MIB)], state=state)
+        pool = open_local_pool([], [(device, MIB)], state=state)
+        try:
+            with pytest.raises(BlockingIOError, match="in use"):
+                open_local_pool([], [(other, MIB)], state=state)
+        finally:
+            pool.close(5.0)
+        assert held(device, state=state) == BLOCKS
+    finally:
+        subprocess.run(["losetup", "-d", str(device)], check=False)
 
 
 def test_a_copy_does_not_take_the_table_of_its_original(slab: Path) -> None:
