@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -86,6 +87,11 @@ def read_config(folder: Path) -> Any:
         raise CheckpointError(f"{folder / 'config.json'} is not usable: {one_line(error)}") from error
     if getattr(config, "is_encoder_decoder", False) or type(config) not in AutoModelForCausalLM._model_mapping:
         raise CheckpointError(f"{folder}: model type {config.model_type!r} is not a causal language model")
+    if getattr(config, "transformers_weights", None) is not None:
+        raise CheckpointError(
+            f"{folder}: transformers_weights is {config.transformers_weights!r}; allowed: none, with the weights in "
+            "model.safetensors or the files of model.safetensors.index.json"
+        )
     _refuse_unservable(folder, config.get_text_config())
     return config
 
@@ -108,7 +114,9 @@ def _refuse_unservable(folder: Path, config: Any) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, each checked to hold all the bytes its header names."""
+    """Every safetensors file of a checkpoint; those that are certainly read are checked to hold all the bytes that
+    their headers name. All, because readers differ in which they take where an index, a single file and others lie
+    together: transformers takes the single file, vLLM the index's or all. Raises CheckpointError."""
     adapter = folder / "adapter_config.json"
     if adapter.is_file():  # transformers would load the model that it names, and the adapter on top
         raise CheckpointError(f"{adapter}: an adapter is not served; allowed: a checkpoint that it is merged into")
@@ -125,7 +133,7 @@ def weight_files(folder: Path) -> list[Path]:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; weights are read from safetensors files only")
         _check_safetensors(file)
-    return files
+    return list(dict.fromkeys([*files, *sorted(folder.glob("*.safetensors"))]))
 
 
 def _check_safetensors(file: Path) -> None:
@@ -256,10 +264,15 @@ def _load_identified(
     read = [*files, index] if index.is_file() else files
     before = states_of(read)
     with ThreadPoolExecutor(1, "penstock-weights") as hashing:
-        identity = hashing.submit(weights_identity, files)
-        model = _load_weights(folder, config, dtype).to(device)
-        _own_every_byte(model)
-        found = identity.result()
+        stopped = threading.Event()
+        identity = hashing.submit(weights_identity, files, stopped=stopped)
+        try:
+            model = _load_weights(folder, config, dtype).to(device)
+            _own_every_byte(model)
+            found = identity.result()
+        except BaseException:
+            stopped.set()  # an error, or Ctrl-C, is not held up by hashing
+            raise
     if states_of(read) != before:
         raise WeightsChanged("the weights were written to while they were loaded; start again once they are whole")
     return model, found

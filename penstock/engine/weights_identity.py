@@ -20,7 +20,7 @@ import re
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,12 +66,16 @@ class _Progress:
     """Bytes hashed so far, by all threads; a line of the log now and then where it takes long."""
 
     total_bytes: int
+    stopped: threading.Event
     done_bytes: int = 0
     started_s: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock)
     next_s: float = 0.0
 
     def add(self, moved_bytes: int) -> None:
+        """Raises CancelledError once nobody wants the result any more."""
+        if self.stopped.is_set():
+            raise CancelledError("hashing was stopped")
         with self.lock:
             self.done_bytes += moved_bytes
             now_s = time.monotonic()
@@ -86,11 +90,13 @@ class _Progress:
             )  # fmt: skip
 
 
-def weights_identity(files: Sequence[Path], remembered: RememberedDigests | None = None) -> str:
+def weights_identity(
+    files: Sequence[Path], remembered: RememberedDigests | None = None, stopped: threading.Event | None = None
+) -> str:
     """32 hex digits that differ whenever a byte of the files' content does (WID-1).
 
     What was hashed before is remembered in the user's cache folder (`remembered`, for tests: elsewhere). Raises OSError
-    where a file cannot be read, WeightsChanged where one is written to meanwhile.
+    where a file cannot be read, WeightsChanged where one is written to meanwhile, CancelledError once `stopped` is set.
     """
     memory = remembered if remembered is not None else RememberedDigests.of_user()
     states = {file: FileState.of(file) for file in files}
@@ -98,10 +104,15 @@ def weights_identity(files: Sequence[Path], remembered: RememberedDigests | None
     missing = sorted((file for file in files if known[file] is None), key=lambda file: -states[file].size_bytes)
     if missing:
         began_ns = time.time_ns()
-        progress = _Progress(sum(states[file].size_bytes for file in missing))
+        stop = stopped or threading.Event()
+        progress = _Progress(sum(states[file].size_bytes for file in missing), stop)
         threads = min(THREADS_MAX, len(missing), len(os.sched_getaffinity(0)))
         with ThreadPoolExecutor(threads, "penstock-hash") as pool:
-            found = dict(zip(missing, pool.map(lambda file: _sha256(file, progress), missing), strict=True))
+            try:
+                found = dict(zip(missing, pool.map(lambda file: _sha256(file, progress), missing), strict=True))
+            except BaseException:
+                stop.set()
+                raise
         _refuse_changed(files, states)
         known.update(found)
         settled = [file for file in missing if began_ns - states[file].changed_ns >= RACY_NS]

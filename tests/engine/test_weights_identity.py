@@ -403,6 +403,51 @@ def test_weights_that_are_written_to_while_they_are_loaded_are_refused(
         load_model(str(tiny), "auto", "auto", CPU, 0)
 
 
+def test_every_file_that_a_reader_may_take_counts(tiny: Path) -> None:
+    """Beside a single file an index is not read by transformers, but it was the one that was hashed."""
+    shutil.copy(tiny / "model.safetensors", tiny / "shard.safetensors")
+    record = {"metadata": {}, "weight_map": {"model.norm.weight": "shard.safetensors"}}
+    (tiny / "model.safetensors.index.json").write_text(json.dumps(record))
+    first = load_model(str(tiny), "auto", "auto", CPU, 0).identity
+    for name in ("model.safetensors", "shard.safetensors"):
+        flip(tiny / name, (tiny / name).stat().st_size - 5)
+        changed = load_model(str(tiny), "auto", "auto", CPU, 0).identity
+        assert changed != first
+        first = changed
+
+
+def test_weights_under_a_name_of_the_configurations_own_are_refused(tiny: Path) -> None:
+    (tiny / "model.safetensors").rename(tiny / "other.safetensors")
+    file = tiny / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"transformers_weights": "other.safetensors"}))
+    with pytest.raises(CheckpointError, match=r"transformers_weights is 'other\.safetensors'"):
+        load_model(str(tiny), "auto", "auto", CPU, 0)
+
+
+def test_an_error_while_loading_ends_the_hashing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, began = threading.Event(), threading.Event()
+    real = weights_identity._Progress.add
+
+    def slowly(self: Any, moved_bytes: int) -> None:
+        began.set()
+        try:
+            assert self.stopped.wait(60.0)
+            real(self, moved_bytes)
+        except BaseException:
+            ended.set()
+            raise
+
+    def failing(*arguments: Any) -> Any:
+        assert began.wait(60.0)
+        raise ValueError("a broken model")
+
+    monkeypatch.setattr(weights_identity._Progress, "add", slowly)
+    monkeypatch.setattr(checkpoint, "_load_weights", failing)
+    with pytest.raises(CheckpointError, match="a broken model"):
+        load_model(str(tiny), "auto", "auto", CPU, 0)
+    assert ended.is_set()
+
+
 def test_an_adapter_is_refused(tiny: Path) -> None:
     (tiny / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(CheckpointError, match="an adapter is not served"):
