@@ -22,6 +22,7 @@ from penstock.server.api_flags import (
     LogLevel,
     Port,
     RequestTimeout,
+    Revision,
     ServedModelName,
 )
 
@@ -45,6 +46,7 @@ def router(
     api_key_file: ApiKeyFile = None,
     cors_origin: CorsOrigin = None,
     served_model_name: ServedModelName = None,
+    revision: Revision = None,
     cluster_listen: Annotated[
         str | None, flag(_CLUSTER, "127.0.0.1:7100", "Where engines register (their --router).", "HOST:PORT")
     ] = None,
@@ -130,7 +132,7 @@ def _serve(flags: RouterFlags) -> None:
             from penstock.engine.checkpoint import quiet_transformers, resolve_folder
 
             with quiet_transformers():
-                codec = load_text_codec(resolve_folder(flags.model, "dummy"))
+                codec = load_text_codec(resolve_folder(flags.model, "dummy", flags.revision))
             if codec is not None:
                 codec.start()
         cluster.listen()

@@ -26,6 +26,7 @@ class RouterFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     api_key_file: str | None = None
     cors_origin: str | list[str] | None = None
     served_model_name: str | None = None
+    revision: str | None = None
     cluster_listen: str = "127.0.0.1:7100"
     secret_file: str | None = None
     read: str = "split"

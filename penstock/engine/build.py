@@ -125,6 +125,7 @@ def _runner(config: EngineConfig) -> ModelRunner:
 
     runner = HFRunner(
         config.model,
+        revision=config.revision,
         block_tokens=config.block_tokens,
         dtype=config.dtype,
         device=config.device,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +16,11 @@ from typing import Any, Literal
 import torch
 
 from penstock.engine import attention
+from penstock.engine.weights_identity import WeightsChanged, states_of
+from penstock.engine.weights_identity import weights_identity as weights_identity  # of a checkpoint: offered here
 
 LoadFormat = Literal["auto", "dummy"]
 _CONFIG_NAMES_WITHOUT_MEANING = ("_name_or_path", "transformers_version")  # differ between copies of one model
-_SAMPLES_PER_FILE = 64
-_SAMPLE_BYTES = 64 * 1024
 _HUB_TIMEOUT_S = 20.0
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -41,28 +43,38 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
 
 
-def resolve_folder(source: str, load_format: LoadFormat) -> Path:
-    """The local folder of a checkpoint: `source` itself, or a hub id's snapshot (fetched when not cached)."""
-    path = Path(source).expanduser()
+def resolve_folder(
+    name: str, load_format: LoadFormat, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """The local folder of a checkpoint: `name` itself, or a hub id's snapshot (fetched when not cached).
+
+    `revision` (a branch, tag or commit; not given: the default branch) and `cache_dir` (a hub cache; not given: the
+    user's) are for hub ids only: a folder is taken as it is. `dummy` fetches no weights. Raises CheckpointError.
+    """
+    path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} has no config.json; a Hugging Face checkpoint folder is needed")
         return path
     if path.exists():
         raise CheckpointError(f"{path} is a file; a Hugging Face checkpoint folder or hub id is needed")
-    if not _HUB_ID.fullmatch(source):
-        raise CheckpointError(f"model {source!r} is neither an existing folder nor a hub id (NAME or OWNER/NAME)")
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"model {name!r} is neither an existing folder nor a hub id (NAME or OWNER/NAME)")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "tokenizer*", "*.jinja", "*.model"]
     if load_format == "auto":
         patterns.append("*.safetensors")
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns, etag_timeout=_HUB_TIMEOUT_S))
+        folder = snapshot_download(
+            name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns, etag_timeout=_HUB_TIMEOUT_S
+        )
     except Exception as error:
+        which = f"{name!r} at revision {revision!r}" if revision else repr(name)
         raise CheckpointError(
-            f"model {source!r} is no existing folder, and the hub did not give it: {one_line(error)}"
+            f"model {which} is no existing folder, and the hub did not give it: {one_line(error)}"
         ) from error
+    return Path(folder)
 
 
 def read_config(folder: Path) -> Any:
@@ -75,6 +87,11 @@ def read_config(folder: Path) -> Any:
         raise CheckpointError(f"{folder / 'config.json'} is not usable: {one_line(error)}") from error
     if getattr(config, "is_encoder_decoder", False) or type(config) not in AutoModelForCausalLM._model_mapping:
         raise CheckpointError(f"{folder}: model type {config.model_type!r} is not a causal language model")
+    if getattr(config, "transformers_weights", None) is not None:
+        raise CheckpointError(
+            f"{folder}: transformers_weights is {config.transformers_weights!r}; allowed: none, with the weights in "
+            "model.safetensors or the files of model.safetensors.index.json"
+        )
     _refuse_unservable(folder, config.get_text_config())
     return config
 
@@ -97,7 +114,12 @@ def _refuse_unservable(folder: Path, config: Any) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, each checked to hold all the bytes its header names."""
+    """Every safetensors file of a checkpoint; those that are certainly read are checked to hold all the bytes that
+    their headers name. All, because readers differ in which they take where an index, a single file and others lie
+    together: transformers takes the single file, vLLM the index's or all. Raises CheckpointError."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():  # transformers would load the model that it names, and the adapter on top
+        raise CheckpointError(f"{adapter}: an adapter is not served; allowed: a checkpoint that it is merged into")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -111,7 +133,7 @@ def weight_files(folder: Path) -> list[Path]:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; weights are read from safetensors files only")
         _check_safetensors(file)
-    return files
+    return list(dict.fromkeys([*files, *sorted(folder.glob("*.safetensors"))]))
 
 
 def _check_safetensors(file: Path) -> None:
@@ -130,22 +152,6 @@ def _check_safetensors(file: Path) -> None:
     needed_bytes = 8 + header_bytes + max(ends, default=0)
     if size_bytes != needed_bytes:
         raise CheckpointError(f"{file} is cut off or overlong: {size_bytes} bytes, its header names {needed_bytes}")
-
-
-def weights_identity(files: list[Path]) -> str:
-    """A hash over headers, sizes and evenly spaced samples of the contents; files under 4 MiB are read whole."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        size_bytes = file.stat().st_size
-        digest.update(f"{size_bytes};".encode())
-        with file.open("rb") as stream:
-            head = stream.read(8)
-            digest.update(head + stream.read(int.from_bytes(head, "little")))
-            step = max(_SAMPLE_BYTES, size_bytes // _SAMPLES_PER_FILE)
-            for offset in range(stream.tell(), size_bytes, step):
-                stream.seek(offset)
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def config_identity(config: Any) -> str:
@@ -174,12 +180,16 @@ def end_tokens(folder: Path, config: Any) -> frozenset[int]:
     return frozenset(ids)
 
 
-def load_model(source: str, load_format: LoadFormat, dtype: str, device: torch.device, seed: int) -> LoadedModel:
+def load_model(
+    source: str, load_format: LoadFormat, dtype: str, device: torch.device, seed: int, revision: str | None = None
+) -> LoadedModel:
     """Build the model on `device` with Penstock's attention. `dummy` takes the configuration only, with random
     weights made from `seed` on the device. Raises CheckpointError."""
     if load_format not in ("auto", "dummy"):
         raise CheckpointError(f"load format {load_format!r} is unknown; allowed are 'auto' and 'dummy'")
-    folder = resolve_folder(source, load_format)
+    import transformers
+
+    folder = resolve_folder(source, load_format, revision)
     config = read_config(folder)
     torch_dtype = _torch_dtype(dtype, config.get_text_config())
     files = weight_files(folder) if load_format == "auto" else []
@@ -192,10 +202,12 @@ def load_model(source: str, load_format: LoadFormat, dtype: str, device: torch.d
             if load_format == "dummy":
                 model = _build_random(config, torch_dtype, device, seed)
             else:
-                model = _load_weights(folder, config, torch_dtype).to(device)
-                weights = f"weights={weights_identity(files)}"
+                model, found = _load_identified(folder, config, torch_dtype, device, files)
+                weights = f"weights={found}"
     except CheckpointError:
         raise
+    except WeightsChanged as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     except Exception as error:
         if attention.ATTENTION_NAME in str(error):
             raise CheckpointError(
@@ -203,7 +215,8 @@ def load_model(source: str, load_format: LoadFormat, dtype: str, device: torch.d
             ) from error
         raise CheckpointError(f"{folder}: transformers cannot build this model: {one_line(error)}") from error
     model.eval().requires_grad_(False)
-    identity = f"config={config_part}|dtype={torch_dtype}|{weights}"
+    code = f"transformers={transformers.__version__}"  # the model's code: rotary embedding, norms, scaling
+    identity = f"config={config_part}|dtype={torch_dtype}|{code}|{weights}"
     text_config = config.get_text_config()
     return LoadedModel(model, text_config, folder, identity, end_tokens(folder, text_config))
 
@@ -241,6 +254,42 @@ def _build_random(config: Any, dtype: torch.dtype, device: torch.device, seed: i
     with torch.random.fork_rng(devices=devices), torch.device(device):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.ATTENTION_NAME)
+
+
+def _load_identified(
+    folder: Path, config: Any, dtype: torch.dtype, device: torch.device, files: Sequence[Path]
+) -> tuple[Any, str]:
+    """The model, and the identity of the very bytes that it was loaded from; the files are hashed meanwhile."""
+    index = folder / "model.safetensors.index.json"
+    read = [*files, index] if index.is_file() else files
+    before = states_of(read)
+    with ThreadPoolExecutor(1, "penstock-weights") as hashing:
+        stopped = threading.Event()
+        identity = hashing.submit(weights_identity, files, stopped=stopped)
+        try:
+            model = _load_weights(folder, config, dtype).to(device)
+            _own_every_byte(model)
+            found = identity.result()
+        except BaseException:
+            stopped.set()  # an error, or Ctrl-C, is not held up by hashing
+            raise
+    if states_of(read) != before:
+        raise WeightsChanged("the weights were written to while they were loaded; start again once they are whole")
+    return model, found
+
+
+def _own_every_byte(model: Any) -> None:
+    """Copy what lies in the mapped files: on the CPU, transformers' tensors are views of them, and a checkpoint that is
+    replaced in place would change the weights of a model that runs, or end the process."""
+    if any(tensor.device.type == "cpu" for tensor in model.parameters()):
+        copies: dict[tuple[object, ...], torch.Tensor] = {}  # tied weights stay one
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.device.type == "cpu":
+                    place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+                    if place not in copies:
+                        copies[place] = tensor.detach().clone()
+                    tensor.data = copies[place]
 
 
 def _load_weights(folder: Path, config: Any, dtype: torch.dtype) -> Any:

@@ -22,6 +22,7 @@ class EngineConfig:
     for others. `profile`, `bytes_divisor` and `time_factor` belong to the modelled executor."""
 
     model: str = ""
+    revision: str | None = None
     load_format: Literal["auto", "dummy"] = "auto"
     dtype: str = "auto"
     device: str = "auto"

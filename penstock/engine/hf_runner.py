@@ -42,9 +42,10 @@ class _Probe:
 class HFRunner:
     """Runs a causal LM and owns L1 (see `engine.runner.ModelRunner` for the contract and the threading rule).
 
-    `model_source` is a local checkpoint folder or a hub id; `load_format="dummy"` takes its configuration only, with
-    random weights from `seed`. `device="auto"` is CUDA where there is one. `layerwise` uploads layer by layer, so that
-    compute can start on layer 0 while the others come; without it whole blocks go up, cheaper on a CPU.
+    `model_source` is a local checkpoint folder or a hub id (at `revision`); `load_format="dummy"` takes its
+    configuration only, with random weights from `seed`. `device="auto"` is CUDA where there is one. `layerwise` uploads
+    layer by layer, so that compute can start on layer 0 while the others come; without it whole blocks go up, cheaper
+    on a CPU.
     Raises CheckpointError when the model cannot be served.
     """
 
@@ -52,6 +53,7 @@ class HFRunner:
         self,
         model_source: str,
         *,
+        revision: str | None = None,
         block_tokens: int = 64,
         dtype: str = "auto",
         device: str = "auto",
@@ -62,7 +64,7 @@ class HFRunner:
         upload_timeout_s: float = 60.0,
     ) -> None:
         self._device = _device(device)
-        loaded = load_model(model_source, load_format, dtype, self._device, seed)
+        loaded = load_model(model_source, load_format, dtype, self._device, seed, revision)
         self._model: Any = loaded.model
         self.folder = loaded.folder
         self.model_id = loaded.identity

@@ -48,8 +48,7 @@ def open_device(path: Path, capacity_bytes: int) -> Device:
         raise ValueError(
             f"capacity_bytes is {capacity_bytes}; it must be a positive multiple of {STAGING_ALIGNMENT_BYTES}"
         )
-    existed = os.path.exists(path)  # unlike Path.exists, no error for a folder that may not be entered
-    fd, direct = _open(path)
+    fd, direct, created = _open(path)
     try:
         _lock(fd, path)
         _claim_space(fd, path, capacity_bytes)
@@ -61,27 +60,48 @@ def open_device(path: Path, capacity_bytes: int) -> Device:
         elif not direct:
             device.notes.append(f"the filesystem of {path} refuses O_DIRECT: bytes pass through the page cache")
         return device
-    except BaseException:
-        os.close(fd)
-        if not existed:
+    except BaseException as error:
+        if created and not isinstance(error, BlockingIOError):  # under our lock: nobody else can have begun to use it
             with contextlib.suppress(OSError):
                 path.unlink()
+        os.close(fd)
         raise
 
 
-def _open(path: Path) -> tuple[int, bool]:
+def _open(path: Path) -> tuple[int, bool, bool]:
+    """The open file, whether I/O bypasses the page cache, and whether this call made the file."""
     flags = os.O_RDWR | os.O_CLOEXEC
+    created = False
     try:
-        if not path.is_block_device():
-            flags |= os.O_CREAT
+        if not os.path.exists(path):  # unlike Path.exists, no error for a folder that may not be entered
+            with contextlib.suppress(FileExistsError):  # made by another process a moment ago
+                os.close(os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600))
+                created = True
+        if path.is_block_device():
+            flags |= os.O_EXCL  # the lock is of one device file, this is of the device: neither mounted nor claimed
         try:
-            return os.open(path, flags | os.O_DIRECT, 0o600), True
+            return os.open(path, flags | os.O_DIRECT), True, created
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            return os.open(path, flags, 0o600), False
+            return os.open(path, flags), False, created
     except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise _in_use(path) from error
         raise _explained(error, path) from error
+
+
+def _in_use(path: Path) -> BlockingIOError:
+    """Why a device cannot be claimed. The kernel gives up the claim of a process that was killed a moment later."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _lock(fd, path)
+        except BlockingIOError as error:
+            return error
+        finally:
+            os.close(fd)
+    return BlockingIOError(errno.EBUSY, "the device is in use: mounted, or by another process", str(path))
 
 
 def _explained(error: OSError, path: Path) -> OSError:
@@ -93,7 +113,6 @@ def _explained(error: OSError, path: Path) -> OSError:
         errno.EACCES: "no permission to open it for reading and writing",
         errno.EPERM: "no permission to open it for reading and writing",
         errno.EROFS: "the filesystem is read-only",
-        errno.EBUSY: "the device is in use, for example mounted",
         errno.ENXIO: "there is no device behind this file, or it is not a file or block device",
     }
     return OSError(number, texts.get(number, os.strerror(number)), str(path))

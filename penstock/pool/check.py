@@ -7,7 +7,7 @@ import errno
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from penstock.pool.block import Block
 from penstock.pool.checksum import block_checksum
 from penstock.pool.device import open_engine_patiently
 from penstock.pool.header import HEADER_BYTES, SlabRefused, pack_header, parse_header, read_page, write_header
+from penstock.pool.pairing import default_table, find_table, folders_of, place_of
 from penstock.pool.rows import (
     TABLE_FORMAT,
     RowTable,
@@ -95,28 +96,31 @@ def print_report(report: CheckReport, show: Callable[[str], object] = print) -> 
 
 def check_file(
     path: Path,
-    capacity_bytes: int | None = None,
     table_path: Path | None = None,
     repair: bool = False,
     on_progress: Progress = lambda done, of: None,
 ) -> CheckReport:
-    """`check_slab` of a slab file or block device; all of it where `capacity_bytes` is not given. Never makes or grows
-    a file. Raises OSError (absent, in use, no permission) or ValueError."""
+    """`check_slab` of all of a slab file or block device, whatever a pool uses of it. Never makes or grows a file.
+    Raises OSError (absent, in use, no permission) or ValueError."""
+    engine = open_whole_slab(path)
+    try:
+        return check_slab(engine, table_path or default_table(path), repair, on_progress, str(path), folders_of(path))
+    finally:
+        with contextlib.suppress(TimeoutError):
+            engine.close(1.0)
+
+
+def open_whole_slab(path: Path) -> BlockEngine:
+    """All of a slab file or block device that is there, never made or grown, for one caller. Raises OSError (absent,
+    in use, no permission, too small)."""
     if not os.path.exists(path):
         raise FileNotFoundError(errno.ENOENT, "there is no such slab", str(path))
     with path.open("rb") as slab:
         size_bytes = os.lseek(slab.fileno(), 0, os.SEEK_END)
-    capacity_bytes = min(capacity_bytes or size_bytes, size_bytes)
-    capacity_bytes -= capacity_bytes % STAGING_ALIGNMENT_BYTES
+    capacity_bytes = size_bytes - size_bytes % STAGING_ALIGNMENT_BYTES
     if capacity_bytes < HEADER_BYTES:
         raise SlabRefused(f"{path} is not a Penstock slab: it has {size_bytes} bytes")
-    engine = open_engine_patiently(path, capacity_bytes, DEPTH)
-    try:
-        table_path = table_path or path.with_name(path.name + ".db")
-        return check_slab(engine, table_path, repair, on_progress, str(path))
-    finally:
-        with contextlib.suppress(TimeoutError):
-            engine.close(1.0)
+    return open_engine_patiently(path, capacity_bytes, DEPTH)
 
 
 def check_slab(
@@ -125,10 +129,12 @@ def check_slab(
     repair: bool = False,
     on_progress: Progress = lambda done, of: None,
     where: str = "slab",
+    folders: Sequence[Path] = (),
 ) -> CheckReport:
     """Verify a slab that no pool has open, through an engine that the caller owns: the header, each row against its own
     checksum, extents against the device and each other, each block's bytes against the row. Only with `repair`
     anything is changed: rows that do not hold are dropped, a damaged table or header is made new from what holds.
+    The table is `table_path`, or the one of this slab that lies beside that or in `folders`.
 
     Raises SlabRefused (not a slab, other format), or OSError when the device or the table cannot be used at all.
     """
@@ -139,6 +145,8 @@ def check_slab(
         identity = parse_header(page, where)
     except SlabRefused as error:
         foreign = error
+    if identity is not None and (table := find_table(table_path, identity, place_of(where), folders)) is not None:
+        table_path = table.path
     table_identity, good, doomed = _read_table(table_path, report)
     fits = [block for block in good if _inside(block, engine.capacity_bytes)]
     report.beyond = len(good) - len(fits)
@@ -153,7 +161,8 @@ def check_slab(
     if foreign is not None and not verified:
         raise foreign  # nothing here says that this was ever a slab
     report.header_damage = _header_damage(page, identity, table_identity, foreign, len(good))
-    if repair and not report.clean:
+    theirs = table_identity is not None and table_identity != identity and not verified  # rows of another slab
+    if repair and not report.clean and not theirs:
         report.dropped = _repair(table_path, {*doomed, *bad, *overlapping}, report)
         if table_identity is not None and verified and page != pack_header(table_identity):
             write_header(engine, table_identity, where)  # its blocks prove that slab and table belong together

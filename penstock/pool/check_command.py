@@ -79,7 +79,7 @@ def _verify(config: PoolConfig, member: MemberConfig, repair: bool, on_progress:
     table = config.table_of(member)
     if member.kind == "uring":
         assert member.path is not None
-        return check_file(member.path, member.capacity_bytes, table, repair, on_progress)
+        return check_file(member.path, table, repair, on_progress)
     assert table is not None
     engine = open_drive(config, member)
     try:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,7 @@ from penstock.pool.checksum import block_checksum
 from penstock.pool.free_pieces import MEASURE_BYTES, FreePieces
 from penstock.pool.header import HEADER_BYTES, pack_header, refuse_foreign_file
 from penstock.pool.journal import Journal
+from penstock.pool.pairing import default_table, folders_of, refuse_dangling_link
 from penstock.pool.probe import Probe
 from penstock.pool.read_meter import ReadMeter
 from penstock.pool.rows import Stored, Use
@@ -333,15 +335,20 @@ class DeviceMember:
 
 
 def open_device_member(
-    name: str, where: str, engine: BlockEngine, table: Path, data_bytes: int | None = None
+    name: str,
+    where: str,
+    engine: BlockEngine,
+    table: Path,
+    data_bytes: int | None = None,
+    folders: Sequence[Path] = (),
 ) -> DeviceMember:
     """A member on an open engine, with the blocks that it holds; takes the engine over, and closes it on failure.
-    `data_bytes` is how long the slab was before the engine gave it space (not given: as long as the engine).
+    `table`, `data_bytes` and `folders` as in `pairing.open_pair`.
 
-    Raises OSError (not a slab, other format, no permission for the table, device error) with place and reason.
+    Raises OSError (not a slab, other format, its table missing or not permitted, device error) with place and reason.
     """
     try:
-        return DeviceMember(name, where, engine, Journal(where, table, engine, data_bytes))
+        return DeviceMember(name, where, engine, Journal(where, table, engine, data_bytes, folders))
     except BaseException:
         with contextlib.suppress(TimeoutError):
             engine.close(1.0)
@@ -357,19 +364,34 @@ def open_slab_member(
     pace_bytes_per_s: float | None = None,
 ) -> DeviceMember:
     """Open a slab file or block device with the blocks it holds. The table lies beside it (`PATH.db`) unless `table`
-    says otherwise. `pace_bytes_per_s` emulates a slower device.
+    says otherwise; one that was made for another name of the slab is found by its id. `pace_bytes_per_s` emulates a
+    slower device.
 
     Raises OSError (in use, no permission, disk full, not a slab, other format) or ValueError with path and reason.
     """
     capacity_bytes -= capacity_bytes % STAGING_ALIGNMENT_BYTES
     if capacity_bytes < 2 * HEADER_BYTES:
         raise ValueError(f"slab {path}: the size must be at least {2 * HEADER_BYTES} bytes")
-    table = table or path.with_name(path.name + ".db")
+    refuse_dangling_link(path)
     refuse_foreign_file(path)
-    data_bytes = path.stat().st_size if path.is_file() else capacity_bytes if path.exists() else 0
+    data_bytes = _data_bytes(path)
     engine = open_engine_patiently(path, capacity_bytes, depth)
     paced = PacedEngine(engine, pace_bytes_per_s) if pace_bytes_per_s else engine
-    return open_device_member(name, str(path), paced, table, min(data_bytes, capacity_bytes))
+    expected = table or default_table(path)
+    member = open_device_member(name, str(path), paced, expected, data_bytes, folders_of(path))
+    if table is None and path.is_block_device():
+        member.notes.append(
+            f"the table {expected} is gone after a reboot, and {path} refused then; name a state folder"
+        )
+    return member
+
+
+def _data_bytes(path: Path) -> int:
+    """How long a slab is before it is opened; 0 where there is none."""
+    if not os.path.exists(path):
+        return 0
+    with path.open("rb") as slab:
+        return slab.seek(0, os.SEEK_END)
 
 
 def open_engine_patiently(path: Path, capacity_bytes: int, depth: int) -> BlockEngine:

@@ -13,8 +13,7 @@ import logging
 import sqlite3
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,9 +24,9 @@ from penstock.io.api import BlockEngine
 from penstock.pool.api import Done, PoolError
 from penstock.pool.block import Block
 from penstock.pool.callbacks import call_done
-from penstock.pool.header import pack_header, parse_header, read_page, write_header
 from penstock.pool.losses import note_loss
-from penstock.pool.rows import RowTable, Stored, Use
+from penstock.pool.pairing import open_pair
+from penstock.pool.rows import Stored, Use
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +60,17 @@ class Journal:
     """Rows of one slab. `record`, `confirm`, `forget` and `used` may be called from any thread and return at once; one
     thread commits in order. Of the engine it uses `sync` only, once it is open."""
 
-    def __init__(self, where: str, table: Path, engine: BlockEngine, data_bytes: int | None = None) -> None:
-        """`data_bytes` is how long the slab was before it was opened (not given: as long as the engine): rows beyond
-        it are dropped. The calling thread owns the engine meanwhile.
+    def __init__(
+        self,
+        where: str,
+        table: Path,
+        engine: BlockEngine,
+        data_bytes: int | None = None,
+        folders: Sequence[Path] = (),
+    ) -> None:
+        """`table`, `data_bytes` and `folders` as in `pairing.open_pair`. The calling thread owns the engine meanwhile.
 
-        Raises SlabRefused (wrong format, other content) or OSError.
+        Raises SlabRefused (wrong format, other content, no table) or OSError.
         """
         self.where = where
         self.on_commit: Callable[[], None] = lambda: None  # after each try, on the journal's thread
@@ -81,15 +86,8 @@ class Journal:
         self._closing = False
         self._failed: str | None = None
         self._next_check_s = 0.0
-        page = read_page(engine, where)
-        found = parse_header(page, where)
-        self._table = RowTable(table)
-        try:
-            self.notes = self._table.notes
-            self.identity = self._pair(found, page, engine.capacity_bytes if data_bytes is None else data_bytes)
-        except BaseException:
-            self._table.close()
-            raise
+        self._table, self.identity = open_pair(engine, where, table, data_bytes, folders)
+        self.notes = self._table.notes
         self._thread = GuardedThread(
             f"penstock-journal-{Path(where).name}",
             self._commit_batches,
@@ -119,8 +117,10 @@ class Journal:
         return bool(self._next.waiters or self._now.waiters)
 
     def rows(self) -> list[Stored]:
-        """All blocks of the slab with their last use (`member` is 0 and for the caller to set). Before any change."""
-        return self._table.rows()[0]
+        """All blocks of the slab with their last use (`member` is 0 and for the caller to set). Before any change.
+        Without those beyond the engine: they are there again when the slab is opened with more room."""
+        end = self._engine.capacity_bytes
+        return [stored for stored in self._table.rows()[0] if stored[0].offset + stored[0].extent_bytes <= end]
 
     def record(self, block: Block, use: float, done: Done, deadline_s: float) -> None:
         """The block's bytes are on the device: commit its row. `done` is called once, with None when it is durable."""
@@ -182,33 +182,6 @@ class Journal:
         self._end(self._next, PoolError("closed", "the pool is closing"))
         self._end(self._now, PoolError("closed", "the pool is closing"))
         return ended
-
-    def _pair(self, found: bytes | None, page: bytes, data_bytes: int) -> bytes:
-        """Bring slab and table together: the id they share, and only rows that can be trusted."""
-        good, bad = self._table.rows()
-        if found is None or self._table.identity != found:
-            if good or bad:
-                rows = len(good) + len(bad)
-                self.notes.append(
-                    f"{self.where} is not the slab that {self._table.path} describes: {rows} blocks dropped"
-                )
-            identity = uuid.uuid4().bytes
-            self._table.start_empty(identity)
-            write_header(self._engine, identity, self.where)
-            return identity
-        if page != pack_header(found):
-            self.notes.append(f"the first page of {self.where} was damaged and is written again")
-            write_header(self._engine, found, self.where)
-        cut = [block.key for block, _ in good if block.offset + block.extent_bytes > data_bytes]
-        if cut:
-            self.notes.append(
-                f"{self.where} was cut to {data_bytes} bytes: {len(cut)} of {len(good) + len(bad)} blocks dropped"
-            )
-        if bad:
-            self.notes.append(f"{len(bad)} rows of {self._table.path} do not match their checksums: dropped")
-        if cut or bad:
-            self._table.change([*cut, *bad], [], [])
-        return found
 
     def _wait(self, batch: _Batch, key: BlockKey, done: Done, deadline_s: float) -> None:
         self._serial += 1

@@ -20,6 +20,7 @@ from penstock.pool.config import DEPTH, MemberConfig, PoolConfig, config_of_flag
 from penstock.pool.device import DeviceMember, open_device_member, open_slab_member, patiently
 from penstock.pool.local import LocalPool
 from penstock.pool.memory import MemoryMember
+from penstock.pool.pairing import device_of
 from penstock.pool.profile import PoolProfile, read_profile
 from penstock.pool.served import ServedPool
 
@@ -82,11 +83,23 @@ def open_local_pool(
 def open_members(config: PoolConfig, members: Iterable[MemberConfig], undo: contextlib.ExitStack) -> list[OpenMember]:
     """Open members in order, not started; `undo` closes them."""
     opened: list[OpenMember] = []
+    members = list(members)
+    _refuse_two_names(members)
     for member in members:
         one = open_member(config, member)
         opened.append(one)
         undo.callback(_close_quietly, one)
     return opened
+
+
+def _refuse_two_names(members: Sequence[MemberConfig]) -> None:
+    """Members whose paths lead to one file or device. Raises ConfigError."""
+    found: dict[object, Path] = {}
+    for member in members:
+        if member.path is not None and os.path.exists(member.path):
+            first = found.setdefault(device_of(member.path), member.path)
+            if first != member.path:
+                raise ConfigError(f"{first} and {member.path} are two names of one slab; allowed: one member for it")
 
 
 def open_member(config: PoolConfig, member: MemberConfig) -> OpenMember:

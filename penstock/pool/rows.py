@@ -7,6 +7,7 @@ R2  A table that SQLite finds damaged is moved aside; the rows in it that still 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -135,14 +136,14 @@ def damage_of(db: sqlite3.Connection) -> str | None:
     except UnicodeDecodeError:
         return "its schema is not readable"
     except sqlite3.Error as error:
-        if _is_outside_cause(error) or _is_read_only(error):
+        if is_outside_cause(error) or _is_read_only(error):
             raise
         return str(error)
     return None
 
 
 def meta_of(db: sqlite3.Connection) -> dict[str, Any]:
-    """`format`, and `slab`: the id of the slab. Empty for an empty table."""
+    """`format`, `slab`: the id of the slab, and `place`: where that was last opened. Empty for an empty table."""
     if not db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'meta'").fetchone():
         return {}
     return dict(db.execute("SELECT name, value FROM meta").fetchall())
@@ -152,7 +153,8 @@ def _text(raw: bytes) -> str:
     return raw.decode("utf-8", "replace")
 
 
-def _is_outside_cause(error: sqlite3.Error) -> bool:
+def is_outside_cause(error: sqlite3.Error) -> bool:
+    """Whether SQLite reports of the place where the table lies, not of the table."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return code in _OUTSIDE_CAUSES
 
@@ -191,8 +193,21 @@ class RowTable:
         """Forget every row; the table belongs to the slab of this id now."""
         with self._transaction():
             self._db.execute("DELETE FROM blocks")
+            self._db.execute("DELETE FROM meta WHERE name = 'place'")
             self._db.execute("INSERT OR REPLACE INTO meta VALUES ('slab', ?)", (identity,))
         self.identity = identity
+
+    def take_over(self, identity: bytes) -> None:
+        """Keep every row; the table belongs to the slab of this id now."""
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('slab', ?)", (identity,))
+        self.identity = identity
+
+    def remember_place(self, place: str) -> None:
+        """Note where the slab lies now; written only when that changed."""
+        if meta_of(self._db).get("place") != place:
+            with self._transaction():
+                self._db.execute("INSERT OR REPLACE INTO meta VALUES ('place', ?)", (place,))
 
     def change(
         self, deletes: Iterable[BlockKey], inserts: Iterable[Stored], uses: Iterable[Use]
@@ -254,7 +269,7 @@ class RowTable:
                 db.execute("ROLLBACK")
             return db, damage
         except sqlite3.Error as error:
-            if _is_outside_cause(error) or (_is_read_only(error) and not os.access(self.path, os.W_OK)):
+            if is_outside_cause(error) or (_is_read_only(error) and not os.access(self.path, os.W_OK)):
                 db.close()
                 raise
             return db, str(error)
@@ -264,12 +279,7 @@ class RowTable:
 
     def _salvage(self, damage: str) -> None:
         """Move the damaged table aside and start a new one with the rows that can still be read and match."""
-        aside = self.path.with_name(self.path.name + ".unreadable")
-        self.path.replace(aside)
-        for suffix in ("-wal", "-shm"):  # the log belongs to the old file and must not be applied to the new one
-            log = self.path.with_name(self.path.name + suffix)
-            with contextlib.suppress(FileNotFoundError):
-                log.replace(aside.with_name(aside.name + suffix))
+        aside = move_aside(self.path)
         identity, kept = readable_rows(aside)
         self._db, again = self._connect()
         if again is not None:
@@ -311,6 +321,23 @@ class RowTable:
         rows = [found for row in read_rows(self._db) if (found := block_of(row))]
         self._create(identity, rows)
         self.notes.append(f"the table {self.path} was of format 1 and is of format {TABLE_FORMAT} now")
+
+
+def move_aside(path: Path) -> Path:
+    """Take a table that cannot be used out of the way, with its log, which must not be applied to a new one."""
+    aside = _unused_name(path.with_name(path.name + ".unreadable"))
+    path.replace(aside)
+    for suffix in ("-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).replace(aside.with_name(aside.name + suffix))
+    return aside
+
+
+def _unused_name(path: Path) -> Path:
+    """`path`, or with the first number that no file has: what was moved aside before is never overwritten."""
+    if not path.exists():
+        return path
+    return next(other for n in itertools.count(2) if not (other := path.with_name(f"{path.name}-{n}")).exists())
 
 
 def readable_rows(path: Path) -> tuple[bytes | None, list[Stored]]:

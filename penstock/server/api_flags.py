@@ -21,6 +21,7 @@ CorsOrigin = Annotated[
     flag(API, "none", "Web pages of this origin may use the API (* for all); may be repeated.", "ORIGIN"),
 ]
 KeepAlive = Annotated[float | None, flag(LIMITS, "75", "How long an idle connection is kept.")]
+Revision = Annotated[str | None, flag(API, "default branch", "Branch, tag or commit of a hub id.")]
 RequestTimeout = Annotated[float | None, flag(LIMITS, "600", "A slower request is ended with a 504.")]
 DrainTimeout = Annotated[float | None, flag(LIMITS, "10", "On SIGTERM, how long running requests may go on.")]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")]

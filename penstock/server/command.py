@@ -21,6 +21,7 @@ from penstock.server.api_flags import (
     LogLevel,
     Port,
     RequestTimeout,
+    Revision,
     ServedModelName,
 )
 
@@ -44,6 +45,7 @@ def serve(
     api_key_file: ApiKeyFile = None,
     cors_origin: CorsOrigin = None,
     served_model_name: ServedModelName = None,
+    revision: Revision = None,
     load_format: Annotated[str | None, flag(_MODEL, "auto", "auto, or dummy for random weights.")] = None,
     dtype: Annotated[str | None, flag(_MODEL, "auto", "Type of weights and KV, for example bfloat16.")] = None,
     device: Annotated[str | None, flag(_MODEL, "auto", "cpu, cuda, cuda:1, ...")] = None,
@@ -208,4 +210,6 @@ def _codec(flags: ServeFlags) -> TextCodec | None:
     from penstock.server.text import load_text_codec
 
     with quiet_transformers():
-        return load_text_codec(resolve_folder(flags.model, "dummy" if flags.load_format == "dummy" else "auto"))
+        return load_text_codec(
+            resolve_folder(flags.model, "dummy" if flags.load_format == "dummy" else "auto", flags.revision)
+        )

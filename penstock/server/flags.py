@@ -29,6 +29,7 @@ class ServeFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     api_key_file: str | None = None
     cors_origin: str | list[str] | None = None
     served_model_name: str | None = None
+    revision: str | None = None
     load_format: str = "auto"
     dtype: str = "auto"
     device: str = "auto"

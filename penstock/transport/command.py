@@ -19,6 +19,7 @@ import typer
 
 from penstock.command_line import one_line, refuse
 from penstock.pool.check_command import check
+from penstock.pool.reset_command import reset
 from penstock.transport.stat_command import stat
 from penstock.units import format_address, format_bytes, parse_address, parse_bytes, parse_rate
 
@@ -43,6 +44,7 @@ BEGIN_S_MAX = 5.0
 pool_app = typer.Typer(name="pool", invoke_without_command=True)
 pool_app.command()(stat)
 pool_app.command()(check)
+pool_app.command()(reset)
 
 
 @pool_app.callback()
