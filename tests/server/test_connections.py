@@ -13,10 +13,6 @@ from served import Start
 
 BODY = json.dumps({"prompt": [70, 71], "max_tokens": 2}).encode()
 H2C = ("connection: Upgrade, HTTP2-Settings", "http2-settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUA", "upgrade: h2c")
-    "connection: Upgrade, HTTP2-Settings",
-    "http2-settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA",
-    "upgrade: h2c",
-)
 
 
 @pytest.mark.parametrize("split", [0, 20, None])
