@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 from penstock.guarded_thread import GuardedThread
 from penstock.pool.api import PoolError
 from penstock.pool.callbacks import call_soon, callback_worker
-from penstock.pool.losses import note_error, note_loss
+from penstock.pool.losses import note_error
 from penstock.transport import wire
 from penstock.transport.connection import Connection, Pending
 from penstock.transport.secret import Secret
@@ -208,7 +208,7 @@ class NodeLink:
         )
         if not self._told_too_large:
             self._told_too_large = True
-            note_loss("block_too_large", self.place, "%s", text)
+            log.warning("%s", text)
         return text
 
     def next_id(self) -> int:

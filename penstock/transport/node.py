@@ -48,7 +48,7 @@ STAGING_BYTES = 128 << 20  # at first, where nobody says how much
 STAGING_BYTES_MAX = STAGING_BYTES + 2 * wire.PAYLOAD_BYTES_MAX  # what it may grow to then: two of the largest blocks
 SENDS_MAX = 4 * IN_FLIGHT_MAX
 SENDER_END_S = 3.0 * wire.STALL_S  # what is being sent ends with the socket
-PAYLOAD_S = 30.0  # for a payload whose request has less time than this
+PAYLOAD_S = 30.0  # for a payload whose request has less time than this, and for what a client takes after its deadline
 _DRAIN_BYTES = 1 << 20
 _PROBE = bytes(wire.PROBE_BYTES_MAX)
 
@@ -372,7 +372,7 @@ class Served:
             return
         # Not from the staging memory: that holds blocks of tenants.
         data = memoryview(_PROBE)[: request.size_bytes]
-        self._send(wire.frame(wire.Probed(request.id), len(data)), data, ready_s)
+        self._send(wire.frame(wire.Probed(request.id), len(data)), data, ready_s, ready_s)
 
     # --- reads ---
 
@@ -459,21 +459,21 @@ class Served:
             self._lost("read_deadline", "the node came to it too late")
             self._reply(wire.Failed(id, "deadline", "the node came to it too late"))
             return
-        self._send(wire.frame(wire.Block(id, key, checksum), len(data)), data, ready_s)
+        self._send(wire.frame(wire.Block(id, key, checksum), len(data)), data, ready_s, deadline_s)
 
-    def _send(self, head: bytes, data: memoryview, ready_s: float) -> None:
-        """Send at the node's pace what was ready at `ready_s`."""
-        pacer = self._node.pacer
+    def _send(self, head: bytes, data: memoryview, ready_s: float, deadline_s: float) -> None:
+        """Send at the node's pace what was ready at `ready_s`; a client has given it up soon after `deadline_s`."""
+        pacer, until_s = self._node.pacer, max(deadline_s, time.monotonic()) + PAYLOAD_S
         self._check_open()
         with self._send_lock:
             if pacer is None:
-                wire.send_all(self._sock, head, data)
+                wire.send_all(self._sock, head, data, until_s=until_s)
                 return
             for at in range(0, len(data), PIECE_BYTES):
                 piece = data[at : at + PIECE_BYTES]
                 self._check_open()
                 self._sent_s = pacer.wait(len(piece), ready_s)
-                wire.send_all(self._sock, b"" if at else head, piece)
+                wire.send_all(self._sock, b"" if at else head, piece, until_s=until_s)
 
     # --- writes ---
 
@@ -537,7 +537,7 @@ class Served:
     def _reply(self, message: wire.Reply) -> None:
         self._check_open()
         with self._send_lock:
-            wire.send_all(self._sock, wire.frame(message))
+            wire.send_all(self._sock, wire.frame(message), until_s=time.monotonic() + PAYLOAD_S)
 
     def _later(self, send: Callable[[], None]) -> None:
         """Have the sender's thread send something. It also gives slots and pins back, so it runs in any case: here and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,11 +16,13 @@ from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Done, Located, PoolError, PoolStat, check_write
 from penstock.pool.callbacks import call_done
 from penstock.pool.checksum import block_checksum
-from penstock.pool.losses import note_error, note_loss
+from penstock.pool.losses import note_error
 from penstock.transport import wire
 from penstock.transport.link import NodeLink
 from penstock.transport.secret import Secret
 from penstock.units import format_bytes
+
+log = logging.getLogger(__name__)
 
 EVICT_TIMEOUT_S = 2.0
 MEASURE_BYTES_MAX = 256 << 20
@@ -182,7 +185,7 @@ class RemotePool:
                 f"blocks of {format_bytes(block_bytes)} do not travel to pool node {self.place}, none is stored there; "
                 f"allowed: at most {format_bytes(wire.PAYLOAD_BYTES_MAX)}, so fewer tokens per block"
             )
-            note_loss("block_too_large", self.place, "%s", line)
+            log.warning("%s", line)
             return [line]
         said = self._link.expect_blocks(block_bytes)
         return [said] if said else []

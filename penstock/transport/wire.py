@@ -431,14 +431,17 @@ def _set_limit(sock: socket.socket, option: int, limit_s: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, int((limit_s - seconds) * 1e6)))
 
 
-def send_all(sock: socket.socket, *parts: bytes | memoryview) -> None:
-    """Send all parts in order, without joining them. Raises OSError, also when the peer stalls."""
+def send_all(sock: socket.socket, *parts: bytes | memoryview, until_s: float | None = None) -> None:
+    """Send all parts in order, without joining them. Raises OSError, also when the peer stalls, or has not taken all at
+    `until_s`, which is looked at every STALL_S."""
     views = [memoryview(part) for part in parts if len(part)]
     while views:
         try:
             sent = sock.sendmsg(views)
         except BlockingIOError:
             raise TimeoutError(f"the peer took nothing for {STALL_S} s") from None
+        if until_s is not None and sent < sum(map(len, views)) and time.monotonic() >= until_s:
+            raise TimeoutError("the peer did not take all of a message in time")
         while views and sent >= len(views[0]):
             sent -= len(views[0])
             del views[0]

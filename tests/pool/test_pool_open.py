@@ -78,6 +78,26 @@ def test_an_engine_embeds_a_pool_from_its_file_with_the_profile_of_its_links(
         build.build_engine(EngineConfig(executor="modelled", bytes_divisor=1024, pool_config="absent.toml", **sizes))
 
 
+def test_an_engine_says_at_start_which_members_and_nodes_its_blocks_do_not_fit(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pool = open_local_pool([MIB], [])
+    node = PoolNode(pool, "127.0.0.1", 0, staging_capacity_bytes=4096)
+    place = f"127.0.0.1:{node.address[1]}"
+    sizes = {"kv_memory_bytes": MIB, "staging_bytes": MIB, "bytes_divisor": 1024}
+    built = build.build_engine(EngineConfig(executor="modelled", memory=(4096,), pool=(place,), **sizes))
+    alone = build.build_engine(EngineConfig(executor="modelled", pool=(place,), **sizes))
+    try:
+        said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len([line for line in said if line.startswith("member memory:0 has room for 4 KiB, a block")]) == 1
+        assert len([line for line in said if line.startswith(f"pool node {place} takes blocks of at most 4 KiB")]) == 2
+    finally:
+        built.close()
+        alone.close()
+        node.close(5.0)
+        pool.close(5.0)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

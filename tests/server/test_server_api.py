@@ -14,6 +14,8 @@ from echo_engine import EchoEngine
 from prometheus_client.parser import text_string_to_metric_families
 from served import Served, Start
 
+from penstock.guarded_thread import count_failure
+from penstock.pool.losses import note_loss
 from penstock.server.text import TextCodec
 
 TEXT = "Grüße, 世界! 🙂 and more"
@@ -188,6 +190,15 @@ def test_metrics_parse_and_count(start: Start) -> None:
     assert found["penstock_engine_requests_total", ()] == 2
     assert found["penstock_engine_load_failures_total", (("name", "checksum"),)] == 2
     assert found["penstock_engine_healthy", ()] == 1
+
+
+def test_metrics_have_what_threads_and_the_pool_lost(start: Start) -> None:
+    served = start()
+    count_failure("test-metrics")
+    note_loss("test_metrics", "here", "as planned")
+    found = series_of(served)
+    assert found["penstock_thread_failures_total", (("thread", "test-metrics"),)] == 1
+    assert found["penstock_pool_losses_total", (("kind", "test_metrics"),)] == 1
 
 
 def test_page_live_and_health(start: Start) -> None:

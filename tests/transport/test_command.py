@@ -73,6 +73,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
     for flag, value in (("--memory", "1MiB"), ("--slab", "/a:1MiB"), ("--weight", "1")):
         assert f"together with {flag}" in refused("--config", f"{tmp_path}/pool.toml", flag, value)
     assert "cannot be read" in refused("--config", f"{tmp_path}/absent.toml")
+    assert "size '1 XB'" in refused("--staging", "1 XB", "--memory", "1MiB")
     assert "log-level" in refused("--log-level", "loud", "--memory", "1MiB")
 
 
@@ -81,6 +82,23 @@ def test_sizes_and_rates_are_read_as_written() -> None:
     assert parse_rate("200MB/s") == 200e6 and parse_rate("10Gbit/s") == 1.25e9
     assert parse_slab("/a:b/c:1KiB") == (Path("/a:b/c"), 1024)
     assert format_bytes(1536) == "1.5 KiB" and format_bytes(12) == "12 B" and format_bytes(5 << 40) == "5 TiB"
+
+
+def test_staging_of_the_command_line_and_of_the_file_bounds_the_blocks(tmp_path: Path) -> None:
+    (tmp_path / "pool.toml").write_text('staging = "2MiB"\n[[member]]\nkind = "memory"\ncapacity = "16MiB"\n')
+    for more, at_most in ((["--config", f"{tmp_path}/pool.toml"], 2 << 20), (["--memory", "16MiB"], 16 << 20)):
+        process, address = start("--listen", "127.0.0.1:0", *more)
+        client = connect_pool(address)
+        assert client.block_bytes_max == at_most
+        client.close(5.0)
+        process.terminate()
+        process.communicate()
+    process, address = start("--listen", "127.0.0.1:0", "--config", f"{tmp_path}/pool.toml", "--staging", "1MiB")
+    client = connect_pool(address)
+    assert client.block_bytes_max == 1 << 20
+    client.close(5.0)
+    process.terminate()
+    process.communicate()
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "1 XB", "1e9", "9999999TiB"])

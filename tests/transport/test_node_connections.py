@@ -132,7 +132,7 @@ def test_a_client_that_is_refused_is_told_why(rig: NodeRig, monkeypatch: pytest.
 def test_a_client_that_falls_silent_is_ended_and_an_honest_idle_one_stays(
     rig: NodeRig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(wire, "IDLE_S", 1.5)
+    monkeypatch.setattr(wire, "IDLE_S", 4.0)
     monkeypatch.setattr(wire, "STALL_S", 0.25)
     node = rig.node()
     client = rig.client(node)
@@ -169,6 +169,29 @@ def test_a_payload_that_drips_holds_its_staging_for_a_bounded_time(
             assert sent < 100
             threading.Event().wait(0.1)
     until(lambda: node.staging.free_bytes == node.staging.capacity_bytes, WAIT_S)
+
+
+def test_a_client_that_takes_a_block_in_drops_holds_it_for_a_bounded_time(
+    rig: NodeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_module, "PAYLOAD_S", 0.5)
+    monkeypatch.setattr(wire, "STALL_S", 0.25)
+    pool = rig.pool(64 * MIB)
+    node = rig.node(pool)
+    key, size = key_of("a"), 48 * MIB
+    assert write(rig.client(node), key, size_bytes=size) == "ok"
+    slow = rig.by_hand(node, "read")
+    slow.send(wire.Read(1, key, size, 0.5))
+    assert slow.sock.recv(1) and pool.evict([key]) == 0, "it is held while it is sent"
+    taken = 0
+    with pytest.raises(OSError):
+        while True:
+            if not slow.sock.recv(262_144):
+                raise ConnectionError("ended")
+            taken += 1
+            assert taken < 150
+            threading.Event().wait(0.1)
+    until(lambda: pool.evict([key]) == 1, WAIT_S)
 
 
 def test_a_node_says_what_it_loses(rig: NodeRig, caplog: pytest.LogCaptureFixture) -> None:
