@@ -167,6 +167,7 @@ class Client:
     """The events of one request, checked against the contract of EngineAPI as they come."""
 
     def __init__(self) -> None:
+        self.id = ""
         self.tokens: list[int] = []
         self.last: TokenEvent | None = None
         self._ended = threading.Event()
@@ -245,12 +246,20 @@ class Cluster:
         return host
 
     def ask(
-        self, prompt: Sequence[int], count: int, request_id: str = "", resumable: bool = False, router: Any = None
+        self,
+        prompt: Sequence[int],
+        count: int,
+        request_id: str = "",
+        resumable: bool = False,
+        router: Any = None,
+        **sampling: Any,
     ) -> Client:
+        """`request_id` is what the client calls it where it is `resumable`, else the id that it is submitted under."""
         client = Client()
-        sampling = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
-        request_id = request_id or secrets.token_hex(6)
-        request = GenerationRequest(request_id, list(prompt), sampling, resumable=resumable)
+        given = {"max_tokens": count, "temperature": 0.0, "ignore_eos": True} | sampling
+        client.id = secrets.token_hex(6) if resumable or not request_id else request_id
+        label = request_id if resumable else ""
+        request = GenerationRequest(client.id, list(prompt), SamplingParams(**given), resume_label=label)
         (router or self.router).submit(request, client)
         return client
 
