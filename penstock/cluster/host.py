@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
 from penstock.cluster.buffer import DecodeBuffer
 from penstock.cluster.incoming import Incoming
 from penstock.cluster.link_meter import LinkMeter
+from penstock.cluster.losses import losses
 from penstock.cluster.outgoing import Outgoing
 from penstock.cluster.placed import EngineReport, PlacedRequest
 from penstock.cluster.relay import RelayNode
 from penstock.cluster.relay_links import RelayLinks
-from penstock.engine.api import GenerationRequest, InvalidRequest, OnEvent, TokenEvent, tell
+from penstock.cluster.wire_types import RATE_MAX, SECONDS_MAX, within
+from penstock.engine.api import EngineStats, GenerationRequest, InvalidRequest, OnEvent, TokenEvent, tell
 from penstock.engine.build import RunningEngine
+from penstock.engine.engine import Engine
 from penstock.units import format_address
 
 log = logging.getLogger(__name__)
@@ -128,6 +133,7 @@ class EngineHost:
         gauges = self.engine.gauges()
         pages = int(gauges["l1_pages_total"])
         block_bytes = self.engine.config.block_bytes
+        a, b, c = self.engine.compute_cost()
         unfinished, tokens = standing.unfinished, standing.tokens
         prefill_tokens, read_bytes = standing.prefill_tokens, standing.read_bytes
         if self._outgoing is not None:
@@ -147,9 +153,9 @@ class EngineHost:
             decoding=standing.decoding,
             read_queue_bytes=read_bytes,
             read_queue_tokens=read_bytes * self.engine.config.block_tokens // block_bytes,
-            storage_bytes_per_s=self._storage.bytes_per_s,
-            storage_load_bytes_per_s=self._storage.load_bytes_per_s,
-            compute=self.engine.compute_cost(),
+            storage_bytes_per_s=within(self._storage.bytes_per_s, RATE_MAX),
+            storage_load_bytes_per_s=within(self._storage.load_bytes_per_s, RATE_MAX),
+            compute=(within(a, SECONDS_MAX), within(b, SECONDS_MAX), within(c, SECONDS_MAX)),
             free_pages=int(gauges["l1_pages_available"]),
             total_pages=pages,
             buffer_free_blocks=self.buffer.free_blocks if self.buffer is not None else 0,
@@ -178,13 +184,42 @@ class EngineHost:
             self.buffer.check_integrity()
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Cancel what runs, stop every thread."""
-        if self._incoming is not None:
-            self._incoming.close(timeout_s)
-        if self.relay is not None:
-            self.relay.close(timeout_s)
-        self.cancel_all()
-        self.engine.close(timeout_s)
-        if self._links is not None:
-            self._links.close(timeout_s)
-        self._running.close(timeout_s)
+        """Cancel what runs, stop every thread; each of them, whatever another one raises."""
+        with contextlib.ExitStack() as closing:  # the last one first
+            closing.callback(self._running.close, timeout_s)
+            if self._links is not None:
+                closing.callback(self._links.close, timeout_s)
+            closing.callback(self.engine.close, timeout_s)
+            closing.callback(self.cancel_all)
+            if self.relay is not None:
+                closing.callback(self.relay.close, timeout_s)
+            if self._incoming is not None:
+                closing.callback(self._incoming.close, timeout_s)
+
+
+class HostedEngine:
+    """The engine of a host as its HTTP server sees it, with what was lost around it in its metrics. Contract:
+    `engine.api.EngineAPI`; requests are the router's to submit."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.max_context_tokens = engine.max_context_tokens
+        self.vocab_size = engine.vocab_size
+        self.eos_token_ids = engine.eos_token_ids
+
+    def submit(self, request: GenerationRequest, on_event: OnEvent) -> None:
+        self._engine.submit(request, on_event)
+
+    def cancel(self, request_id: str) -> None:
+        self._engine.cancel(request_id)
+
+    def stats(self) -> EngineStats:
+        stats = self._engine.stats()
+        lost = {name: float(count) for name, count in losses().items()}
+        return replace(stats, labelled=stats.labelled | {"cluster_losses": lost})
+
+    def healthy(self) -> tuple[bool, str]:
+        return self._engine.healthy()
+
+    def close(self, timeout_s: float) -> None:
+        self._engine.close(timeout_s)

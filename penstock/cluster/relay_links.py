@@ -17,6 +17,7 @@ from penstock.cluster import losses
 from penstock.cluster.link_meter import LinkMeter
 from penstock.cluster.one_sided_links import OneSidedLinks
 from penstock.cluster.placed import LinkReport
+from penstock.cluster.wire_types import RATE_MAX, within
 from penstock.core.engine.standing import Standing
 from penstock.core.new_block import NewBlock
 from penstock.guarded_thread import GuardedWorker
@@ -247,9 +248,9 @@ def _report(address: str, direction: Literal["read", "hand-off"], meter: LinkMet
     return LinkReport(
         relay=address,
         direction=direction,
-        load_bytes_per_s=meter.load_bytes_per_s,
+        load_bytes_per_s=within(meter.load_bytes_per_s, RATE_MAX),
         backlog_bytes=backlog_bytes,
-        bytes_per_s=meter.bytes_per_s,
+        bytes_per_s=within(meter.bytes_per_s, RATE_MAX),
     )
 
 
