@@ -14,11 +14,15 @@ from typing import Any
 from asking import WAIT_S
 
 from penstock.cluster.agent import AgentSettings, EngineAgent
+from penstock.cluster.live_view import ui_routes
 from penstock.cluster.placed import EngineReport, LinkReport, PlacedRequest
 from penstock.cluster.router import ClusterEngine, RouterSettings
 from penstock.cluster.wire import EngineCard
 from penstock.engine.api import GenerationRequest, TokenEvent
 from penstock.engine.runner import SamplingParams
+from penstock.server.app import ServerApp
+from penstock.server.run import HttpServer, bind, url_of
+from penstock.server.settings import ServerSettings
 from penstock.transport.secret import Secret
 
 VOCABULARY = 1000
@@ -281,6 +285,23 @@ def cluster(**settings: Any) -> Iterator[Cluster]:
         yield made
     finally:
         made.close()
+
+
+@contextlib.contextmanager
+def page_of(c: Cluster) -> Iterator[str]:
+    """The router's HTTP side."""
+    with bind("127.0.0.1", 0) as listener:
+        app = ServerApp(c.router, None, ServerSettings("tiny", resumable=True), ui_routes(c.router, "tiny"))
+        started = threading.Event()
+        server = HttpServer(app, listener, started.set)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        assert started.wait(WAIT_S)
+        try:
+            yield url_of(listener)
+        finally:
+            server.stop()
+            thread.join(WAIT_S)
 
 
 class Wire:

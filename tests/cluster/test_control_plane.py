@@ -10,6 +10,7 @@ from router_rig import SECRET, Client, Cluster, CountingHost, Wire, cluster, exp
 
 from penstock.cluster import wire
 from penstock.cluster.placed import EngineReport
+from penstock.cluster.port import STRANGERS_MAX
 from penstock.core.cluster.placing import InterEngineConfig
 from penstock.engine.api import InvalidRequest, Overloaded
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES, Secret
@@ -349,3 +350,20 @@ def test_frames_of_an_old_epoch_are_refused() -> None:
         assert agent.registered.wait(20.0)
         wait_until(lambda: "e1" in c.router.port.engines, "the engine's new registration")
         finished(c.ask(PROMPT, 9), PROMPT, 9)
+
+
+def test_strangers_that_say_nothing_do_not_keep_out_whoever_has_the_secret() -> None:
+    with cluster() as c:
+        strangers = [socket.create_connection(c.address, timeout=20.0) for _ in range(STRANGERS_MAX + 8)]
+        try:
+            for _ in range(2):
+                with socket.create_connection(c.address, timeout=20.0) as sock:
+                    sock.sendall(wire.greeting())
+                    assert len(sock.recv(4096)) in (len(wire.greeting()), len(wire.greeting()) + NONCE_BYTES)
+            c.engine("e1")
+            finished(c.ask(PROMPT, 9), PROMPT, 9)
+            counts = c.router.port.counts
+            assert counts.strangers_dropped >= 8 and c.router.stats().counters["cluster_strangers_dropped"] >= 8
+        finally:
+            for sock in strangers:
+                sock.close()
