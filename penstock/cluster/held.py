@@ -8,18 +8,23 @@ here: it is only handed to the next router, together with the digest of everythi
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from array import array
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 
+from penstock.cluster import losses
 from penstock.cluster.placed import PlacedRequest
 from penstock.cluster.wire import Event, Held
 from penstock.cluster.wire_types import LIST_MAX, clip
 from penstock.core.operations import FinishReason
 from penstock.engine.api import RequestReport, TokenEvent
 from penstock.engine.runner import SamplingParams
+from penstock.rate_limited_log import RateLimitedLog
+
+rare = RateLimitedLog(logging.getLogger(__name__))
 
 ENDED_MAX = 512  # ended parts kept, the latest ones
 ENDED_TOKENS_MAX = 4 << 20  # tokens of them all
@@ -203,4 +208,7 @@ class HeldParts:
             few = len(self._ended) <= ENDED_MAX and self._ended_tokens <= ENDED_TOKENS_MAX
             if few and part.until_s > now:
                 return
+            if part.until_s > now:
+                losses.count("resumable_dropped")
+                rare.warning("dropped", "an ended answer is not kept for a client that asks again: there are too many")
             self.drop([key])

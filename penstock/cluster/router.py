@@ -271,6 +271,7 @@ class ClusterEngine:
 
     def _cancel_unclaimed(self) -> None:
         for name, request_id, attempt in self._orphans.unclaimed(time.monotonic()):
+            self.counters["unclaimed"] += 1
             self._cancel_part(name, request_id, attempt)
 
     def _give_up_without_engines(self) -> None:
@@ -281,6 +282,7 @@ class ClusterEngine:
         elif now - self._usable_s > self.settings.no_engine_s:
             for routed in list(self.requests.values()):
                 if not routed.answer.parts and now - routed.arrival_s > self.settings.no_engine_s:
+                    rare.warning("no engine", "request %s ends: %s", routed.id, why)
                     self._end(routed, "cancelled", f"{why}, for {now - self._usable_s:.0f} s")
 
     # -- requests -----------------------------------------------------------------------------------------------
@@ -477,6 +479,7 @@ class ClusterEngine:
         elif isinstance(decision, Revoke):
             self._cancel_parts(routed, decision.engines)
         elif isinstance(decision, GiveUp):
+            rare.warning("given up", "request %s is given up (%s): %s", routed.id, decision.reason, routed.waiting)
             self._cancel_parts(routed, tuple(routed.answer.parts))
             self._end(routed, "error", f"given up ({decision.reason}): {routed.waiting}")
 

@@ -367,3 +367,21 @@ def test_strangers_that_say_nothing_do_not_keep_out_whoever_has_the_secret() -> 
         finally:
             for sock in strangers:
                 sock.close()
+
+
+class BrokenHost(FailedHost):
+    """An engine that cannot even say how it is."""
+
+    def healthy(self) -> tuple[bool, str]:
+        raise KeyError("an error of the engine's own")
+
+
+def test_an_agent_whose_thread_fails_ends_the_engine_and_says_so() -> None:
+    with cluster() as c:
+        host = BrokenHost()
+        c.engine("e1", host=host)
+        ended: list[str] = []
+        c.agents["e1"]._on_refused = lambda: ended.append("told")
+        host.failed = True
+        assert c.agents["e1"].ended.wait(20.0)
+        assert "an error of the engine's own" in str(c.agents["e1"].failure) and ended == ["told"]
