@@ -252,18 +252,21 @@ class InterEngineScheduler:
         for entry in self._queue.since_before(now - self.config.waiting_timeout_s):
             self._give_up(entry.item, "timeout", self._out)
             self._blocked = ""
-        while not self._blocked and (entry_next := self._queue.first(now)) is not None:
-            request = entry_next.item
+        if not self._blocked:
+            self._decide_on_waiting(now)
+        out, self._out = self._out, []
+        return out
+
+    def _decide_on_waiting(self, now: float) -> None:
+        while (entry := self._queue.first(now)) is not None:
+            request = entry.item
             try:
-                decided = self._decide_on(request)
+                if not self._decide_on(request):
+                    return
             except Exception as error:
                 self._leave_queue(request)
                 del self._requests[request.request_id]
                 raise DecisionFailed(request.request_id, error) from error
-            if not decided:
-                break
-        out, self._out = self._out, []
-        return out
 
     def _decide_on(self, request: _Request) -> bool:
         """Place the first request, or give it up; False when it goes on waiting."""
