@@ -133,7 +133,7 @@ class EngineHost:
         gauges = self.engine.gauges()
         pages = int(gauges["l1_pages_total"])
         block_bytes = self.engine.config.block_bytes
-        a, b, c = self.engine.compute_cost()
+        cost = self.engine.compute_cost()
         unfinished, tokens = standing.unfinished, standing.tokens
         prefill_tokens, read_bytes = standing.prefill_tokens, standing.read_bytes
         if self._outgoing is not None:
@@ -155,7 +155,7 @@ class EngineHost:
             read_queue_tokens=read_bytes * self.engine.config.block_tokens // block_bytes,
             storage_bytes_per_s=within(self._storage.bytes_per_s, RATE_MAX),
             storage_load_bytes_per_s=within(self._storage.load_bytes_per_s, RATE_MAX),
-            compute=(within(a, SECONDS_MAX), within(b, SECONDS_MAX), within(c, SECONDS_MAX)),
+            compute=cost if all(0.0 <= seconds <= SECONDS_MAX for seconds in cost) else None,
             free_pages=int(gauges["l1_pages_available"]),
             total_pages=pages,
             buffer_free_blocks=self.buffer.free_blocks if self.buffer is not None else 0,

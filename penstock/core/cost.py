@@ -133,11 +133,17 @@ class ComputeCost:
         if gain_base < self.forget:  # rounding has taken the matrix's sense
             self._reset()
             return
-        error = 1.0 * seconds * weight - (self.a * x[0] + self.b * x[1] + self.c * x[2])
+        before = self.a * x[0] + self.b * x[1] + self.c * x[2]
+        error = seconds * weight - before
         gain = [v / gain_base for v in px]
         self.a = max(self.a + gain[0] * error, 0.0)
         self.b = max(self.b + gain[1] * error, 0.0)
         self.c = max(self.c + gain[2] * error, 0.0)
+        # Least squares lands between what was predicted and what was measured. A coefficient that was raised to zero
+        # leaves it above both, and again with each batch like it: without end.
+        after, most = self.a * x[0] + self.b * x[1] + self.c * x[2], max(before, seconds * weight)
+        if after > most:
+            self.a, self.b, self.c = (value * most / after for value in (self.a, self.b, self.c))
         for i in range(3):
             for j in range(3):
                 p[i][j] = (p[i][j] - gain[i] * px[j]) / self.forget
