@@ -17,13 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from penstock.cluster import losses, wire
+from penstock.cluster import wire
 from penstock.cluster.held import HeldPart, HeldParts
 from penstock.cluster.placed import EngineReport, PlacedRequest
 from penstock.cluster.wire_types import clip
 from penstock.core.cluster.membership import OwnLease
 from penstock.engine.api import InvalidRequest, Overloaded, TokenEvent
 from penstock.guarded_thread import GuardedThread
+from penstock.pool.losses import count_loss
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport.secret import Secret, SecretRefused, prove_as_client
 from penstock.units import format_address
@@ -166,7 +167,7 @@ class EngineAgent:
             except (OSError, wire.ProtocolError, SecretRefused) as error:
                 self._tell(f"router {self._place}: {error}; it is tried again")
             except Exception as error:  # not this engine's end: it registers anew
-                losses.count("registrations")
+                count_loss("registrations")
                 rare.exception("registration", "the connection to router %s failed: %r", self._place, error)
             with self._lock:
                 self._held.drop_old(time.monotonic())
@@ -294,7 +295,7 @@ class EngineAgent:
         for key in stale:
             self._cancel(*key)
         if known:  # two parts of one name cannot be told apart: neither goes on
-            losses.count("placed_twice")
+            count_loss("placed_twice")
             rare.warning("twice", "request %s, attempt %d, was placed here twice", placed.request_id, placed.attempt)
             self._event(part, TokenEvent(None, "restart", "the same attempt was placed here twice"))
             return
@@ -305,7 +306,7 @@ class EngineAgent:
         except Overloaded as error:
             self._event(part, TokenEvent(None, "restart", str(error)))
         except Exception as error:  # this request's, not that of all others here
-            losses.count("failed_to_begin")
+            count_loss("failed_to_begin")
             rare.exception("begin", "request %s could not begin: %r", placed.request_id, error)
             self._event(part, TokenEvent(None, "error", f"the request could not begin: {error!r}"))
 
@@ -319,14 +320,14 @@ class EngineAgent:
         try:
             self._host.cancel(request_id, attempt)
         except Exception as error:
-            losses.count("cancels")
+            count_loss("cancels")
             rare.exception("cancel", "request %s could not be cancelled: %r", request_id, error)
 
     def _replan(self, message: wire.Replan) -> None:
         try:
             self._host.replan(message.request_id, message.attempt, message.side)
         except Exception as error:  # its reads end by their deadlines
-            losses.count("replans")
+            count_loss("replans")
             rare.exception("replan", "request %s could not be planned anew: %r", message.request_id, error)
 
     def _event(self, part: HeldPart, event: TokenEvent) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from penstock.cluster import losses
 from penstock.cluster.buffer import DecodeBuffer
 from penstock.cluster.relay import BUFFER_LINK
 from penstock.core.keys import BlockKey
 from penstock.pool.api import Lease, Located, Pool, PoolError
+from penstock.pool.losses import count_loss
 from penstock.pool.wrapped import WrappedPool
 from penstock.rate_limited_log import RateLimitedLog
 
@@ -36,7 +36,7 @@ class BufferedPool(WrappedPool):
         except PoolError as error:
             if len(absent) == len(keys):
                 raise
-            losses.count("decode_lookups")
+            count_loss("decode_lookups")
             rare.warning("lookup", "%d blocks are taken for misses, the pool does not say: %s", len(absent), error)
             return found
         for index, located in zip(absent, stored, strict=True):

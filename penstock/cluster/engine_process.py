@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from penstock.cluster.agent import AgentSettings, EngineAgent
 from penstock.cluster.build_host import HostConfig, open_host
-from penstock.cluster.host import EngineHost, HostedEngine
+from penstock.cluster.host import EngineHost
 from penstock.cluster.wire import EngineCard
 from penstock.core.config import ConfigError
 from penstock.engine.pauses import settle
@@ -46,7 +46,7 @@ def serve_for_router(flags: ServeFlags) -> None:
         host = open_host(config)
         settle()
         try:
-            app = ServerApp(HostedEngine(host.engine), None, _server_settings(flags, name))
+            app = ServerApp(host.engine, None, _server_settings(flags, name))
             ready = f"penstock: engine {name} ({config.role}) listening on {url_of(listener)}"
             server = HttpServer(app, listener, lambda: print(ready, flush=True))
             agent = EngineAgent(host, card_of(host, config, name, node), settings, on_refused=server.stop)

@@ -15,13 +15,13 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 
-from penstock.cluster import losses
 from penstock.cluster.placed import PlacedRequest
 from penstock.cluster.wire import Event, Held
 from penstock.cluster.wire_types import LIST_MAX, clip
 from penstock.core.operations import FinishReason
 from penstock.engine.api import RequestReport, TokenEvent
 from penstock.engine.runner import SamplingParams
+from penstock.pool.losses import count_loss
 from penstock.rate_limited_log import RateLimitedLog
 
 rare = RateLimitedLog(logging.getLogger(__name__))
@@ -209,6 +209,6 @@ class HeldParts:
             if few and part.until_s > now:
                 return
             if part.until_s > now:
-                losses.count("resumable_dropped")
+                count_loss("resumable_dropped")
                 rare.warning("dropped", "an ended answer is not kept for a client that asks again: there are too many")
             self.drop([key])

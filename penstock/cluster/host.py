@@ -6,22 +6,19 @@ import contextlib
 import logging
 import threading
 import time
-from dataclasses import replace
 from functools import partial
 from typing import Literal
 
 from penstock.cluster.buffer import DecodeBuffer
 from penstock.cluster.incoming import Incoming
 from penstock.cluster.link_meter import LinkMeter
-from penstock.cluster.losses import losses
 from penstock.cluster.outgoing import Outgoing
 from penstock.cluster.placed import EngineReport, PlacedRequest
 from penstock.cluster.relay import RelayNode
 from penstock.cluster.relay_links import RelayLinks
 from penstock.cluster.wire_types import RATE_MAX, SECONDS_MAX, within
-from penstock.engine.api import EngineStats, GenerationRequest, InvalidRequest, OnEvent, TokenEvent, tell
+from penstock.engine.api import GenerationRequest, InvalidRequest, OnEvent, TokenEvent, tell
 from penstock.engine.build import RunningEngine
-from penstock.engine.engine import Engine
 from penstock.units import format_address
 
 log = logging.getLogger(__name__)
@@ -195,31 +192,3 @@ class EngineHost:
                 closing.callback(self.relay.close, timeout_s)
             if self._incoming is not None:
                 closing.callback(self._incoming.close, timeout_s)
-
-
-class HostedEngine:
-    """The engine of a host as its HTTP server sees it, with what was lost around it in its metrics. Contract:
-    `engine.api.EngineAPI`; requests are the router's to submit."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.max_context_tokens = engine.max_context_tokens
-        self.vocab_size = engine.vocab_size
-        self.eos_token_ids = engine.eos_token_ids
-
-    def submit(self, request: GenerationRequest, on_event: OnEvent) -> None:
-        self._engine.submit(request, on_event)
-
-    def cancel(self, request_id: str) -> None:
-        self._engine.cancel(request_id)
-
-    def stats(self) -> EngineStats:
-        stats = self._engine.stats()
-        lost = {name: float(count) for name, count in losses().items()}
-        return replace(stats, labelled=stats.labelled | {"cluster_losses": lost})
-
-    def healthy(self) -> tuple[bool, str]:
-        return self._engine.healthy()
-
-    def close(self, timeout_s: float) -> None:
-        self._engine.close(timeout_s)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from penstock.cluster import losses
 from penstock.cluster.buffer import DecodeBuffer
 from penstock.cluster.deadlines import Deadline, Deadlines
 from penstock.cluster.outgoing import CAN_READ, HAS, OnEvent
@@ -23,6 +22,7 @@ from penstock.engine.api import GenerationRequest, InvalidRequest, Overloaded, T
 from penstock.engine.engine import Engine
 from penstock.guarded_thread import GuardedWorker
 from penstock.pool.api import Pool, PoolError
+from penstock.pool.losses import count_loss
 from penstock.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class Incoming:
                 opening.deadline = self._deadlines.after(timeout_s, partial(self._give_up, name, opening))
         if error is not None:
             if error.reason == "dropped":
-                losses.count("hand_offs_too_many")
+                count_loss("hand_offs_too_many")
                 rare.warning("early", "a hand-off is not opened: %s", error)
             self._reply(opening, error)
         elif part is not None and granted:
@@ -197,7 +197,7 @@ class Incoming:
             failed(PoolError("dropped", f"{LOOKUPS_WAITING_MAX} lookups wait, or the engine is closing"))
 
     def _without_lookup(self, error: Exception) -> None:
-        losses.count("decode_lookups")
+        count_loss("decode_lookups")
         rare.warning("lookup", "a decode read does without this host: %s", error)
 
     def _reply(self, opening: _Opening, answer: bytes | PoolError) -> None:
@@ -220,7 +220,7 @@ class Incoming:
             if part is None and not waiting:
                 del self._early[name]
         reason = "the router has not named the hand-off" if part is None else "the decode buffer is full"
-        losses.count("hand_offs_not_opened")
+        count_loss("hand_offs_not_opened")
         rare.warning("opening", "hand-off %s is not opened: %s", name, reason)
         self._reply(opening, PoolError("deadline" if part is None else "full", reason))
 
@@ -235,7 +235,7 @@ class Incoming:
         if part.deadline is not None:
             part.deadline.cancel()
         if missing:
-            losses.count("blocks_not_handed_over", missing)
+            count_loss("blocks_not_handed_over", missing)
             rare.warning(
                 "missing", "%d blocks of %s were not handed over; they are loaded or computed here", missing, name
             )
@@ -256,7 +256,7 @@ class Incoming:
             self._end(part, refused)
             return PoolError("dropped", str(error))
         except Exception as error:  # the engine knows nothing of it: nobody else would end it
-            losses.count("failed_to_begin")
+            count_loss("failed_to_begin")
             rare.exception("begin", "request %s could not begin to decode: %r", name, error)
             self._end(part, TokenEvent(None, "error", f"the request could not begin to decode: {error!r}"))
             return PoolError("dropped", repr(error))
@@ -307,7 +307,7 @@ class Incoming:
             started = part.started
         if not started:
             why = "was not complete" if part.granted else "found no room in the decode buffer"
-            losses.count("hand_offs_late")
+            count_loss("hand_offs_late")
             rare.warning("late", "hand-off %s %s within %g s", part.placed.hand_off_id, why, self._hand_off_timeout_s)
             self._end(part, TokenEvent(None, "restart", f"the hand-off {why} within {self._hand_off_timeout_s:g} s"))
 

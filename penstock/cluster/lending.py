@@ -8,12 +8,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-from penstock.cluster import losses
 from penstock.cluster.buffer import DecodeBuffer, HeldBlock
 from penstock.cluster.one_sided_links import read_one_sided
 from penstock.core.keys import BlockKey
 from penstock.guarded_thread import GuardedWorker
 from penstock.pool.api import PoolError
+from penstock.pool.losses import count_loss
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport.one_sided import FarMemory, Mover
 
@@ -68,7 +68,7 @@ class Lending:
             block.release()
         if full:
             held.release()
-            losses.count("blocks_not_lent")
+            count_loss("blocks_not_lent")
             rare.warning("lent", "a block is not lent: %d are lent already", LENT_MAX)
             return PoolError("dropped", f"{LENT_MAX} blocks are lent already")
         return self._buffer.offset(held)
@@ -110,7 +110,7 @@ class Lending:
                 ended(read_one_sided(far, key, offset, into, checksum, deadline_s))
 
         if not self._moves.put(move, lambda error: ended(PoolError("network", f"a one-sided read failed: {error}"))):
-            losses.count("one_sided_dropped")
+            count_loss("one_sided_dropped")
             rare.warning("moves", "a block is not read one-sided: %d moves wait already", MOVES_WAITING_MAX)
             ended(PoolError("dropped", f"{MOVES_WAITING_MAX} one-sided moves wait already"))
 

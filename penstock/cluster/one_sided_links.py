@@ -9,13 +9,13 @@ import time
 from functools import partial
 from typing import Any
 
-from penstock.cluster import losses
 from penstock.core.keys import BlockKey
 from penstock.guarded_thread import GuardedWorker
 from penstock.io.memory import address_of
 from penstock.pool.api import Done, PoolError
 from penstock.pool.callbacks import call_done
 from penstock.pool.checksum import block_checksum
+from penstock.pool.losses import count_loss
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport import wire
 from penstock.transport.link import NodeLink
@@ -62,7 +62,7 @@ class OneSidedLinks:
                     raise error
                 far = self._mover.attach(reply.memory)
             except Exception as failed:  # whatever the transport raises: blocks travel in messages
-                losses.count("one_sided_not_attached")
+                count_loss("one_sided_not_attached")
                 rare.warning(f"attach {address}", "%s: blocks travel in messages: %s", address, failed)
                 if not isinstance(failed, PoolError) or failed.reason != "layout":
                     self.drop(address)  # another try with the next hand-off
@@ -116,7 +116,7 @@ class OneSidedLinks:
             move = partial(self._move, address, link, far, message, reply, into, deadline_s, done)
             if not self._moves.put(move, lambda error: self._end(address, done, PoolError("network", repr(error)))):
                 link.tell(wire.Return(message.id))
-                losses.count("one_sided_dropped")
+                count_loss("one_sided_dropped")
                 rare.warning("moves", "a block is not read one-sided: %d moves wait already", MOVES_WAITING_MAX)
                 self._end(address, done, PoolError("dropped", f"{MOVES_WAITING_MAX} one-sided moves wait already"))
 

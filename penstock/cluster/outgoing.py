@@ -12,7 +12,6 @@ from typing import Literal
 
 import msgspec
 
-from penstock.cluster import losses
 from penstock.cluster.placed import PlacedRequest, ReadSide
 from penstock.cluster.relay_links import RelayLinks
 from penstock.core.operations import HandOff
@@ -20,6 +19,7 @@ from penstock.engine.api import GenerationRequest, InvalidRequest, Overloaded, T
 from penstock.engine.engine import Engine
 from penstock.engine.peers import relay_link
 from penstock.pool.api import PoolError
+from penstock.pool.losses import count_loss
 from penstock.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Outgoing:
             part.phase = "running"
         placed = part.placed
         if blocks is None:
-            losses.count("hand_offs_not_opened")
+            count_loss("hand_offs_not_opened")
             rare.warning("open", "hand-off %s could not be opened: %s", placed.hand_off_id, error)
             self._end(part, TokenEvent(None, "restart", f"the hand-off could not be opened: {error}"))
             return
@@ -107,7 +107,7 @@ class Outgoing:
         except InvalidRequest as refused:
             self._end(part, TokenEvent(None, "error", str(refused)))
         except Exception as failed:  # the engine knows nothing of it: nobody else would end it
-            losses.count("failed_to_begin")
+            count_loss("failed_to_begin")
             rare.exception("begin", "request %s could not begin: %r", placed.hand_off_id, failed)
             self._end(part, TokenEvent(None, "error", f"the request could not begin: {failed!r}"))
         else:
@@ -139,7 +139,7 @@ class Outgoing:
 
     def _closed(self, part: _Part, event: TokenEvent, error: PoolError | None) -> None:
         if error is not None:
-            losses.count("hand_offs_not_taken_over")
+            count_loss("hand_offs_not_taken_over")
             rare.warning("over", "hand-off %s was not taken over: %s", part.placed.hand_off_id, error)
             event = TokenEvent(None, "restart", f"the decode engine did not take over: {error}", event.report)
         self._end(part, event)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-from penstock.cluster import losses
 from penstock.cluster.buffer import DecodeBuffer, HeldBlock
 from penstock.cluster.lending import Lending
 from penstock.core.keys import KEY_BYTES, BlockKey
@@ -22,6 +21,7 @@ from penstock.core.new_block import NewBlock
 from penstock.pool.api import Done, Located, MemberStat, PoolError, PoolStat
 from penstock.pool.callbacks import call_done
 from penstock.pool.checksum import block_checksum
+from penstock.pool.losses import count_loss
 from penstock.pool.served import OpenedBlock, ServedPool
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport import wire
@@ -161,8 +161,8 @@ class _RelayServed(Served):
                 self._send_held(request, held, deadline_s, time.monotonic())
             else:
                 error = error or PoolError("missing", "the hand-off ended")
-                losses.count("decode_reads")
-                rare.warning("read", "a decode read for %s failed: %s", self._peer, error)
+                count_loss("decode_reads")
+                rare.warning("read", "a decode read for %s failed: %s", self.peer, error)
                 self._reply(wire.Failed(request.id, error.reason, error.detail))
         finally:
             self.leave()
@@ -205,8 +205,8 @@ class _RelayServed(Served):
             self._reply(wire.Written(request.id))
         else:
             error = PoolError("checksum", f"block {key.hex()} was damaged on its way here")
-            losses.count("relay_damaged")
-            rare.warning("damaged", "%s of %s", error, self._peer)
+            count_loss("relay_damaged")
+            rare.warning("damaged", "%s of %s", error, self.peer)
             self._buffer.end_write(key, None, error)
             self._reply(wire.Failed(request.id, error.reason, error.detail))
 
@@ -217,14 +217,14 @@ class _RelayServed(Served):
         error = PoolError("dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already")
         if into_of is not None:
             self._buffer.end_write(into_of, None, error)
-        losses.count("relay_dropped")
-        rare.warning("many", "a %s of %s is dropped: %s", type(request).__name__, self._peer, error.detail)
+        count_loss("relay_dropped")
+        rare.warning("many", "a %s of %s is dropped: %s", type(request).__name__, self.peer, error.detail)
         self._reply(wire.Failed(request.id, error.reason, error.detail))
 
     def _refuse_size(self, request: wire.Read | wire.Write | wire.Lend | wire.Offer) -> None:
         detail = f"a block of {request.size_bytes} bytes; this engine's have {self._buffer.block_bytes}"
-        losses.count("relay_sizes")
-        rare.warning("size", "a %s of %s is refused: %s", type(request).__name__, self._peer, detail)
+        count_loss("relay_sizes")
+        rare.warning("size", "a %s of %s is refused: %s", type(request).__name__, self.peer, detail)
         self._reply(wire.Failed(request.id, "layout", detail))
 
     # --- one-sided ---

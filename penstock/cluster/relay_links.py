@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal
 
-from penstock.cluster import losses
 from penstock.cluster.link_meter import LinkMeter
 from penstock.cluster.one_sided_links import OneSidedLinks
 from penstock.cluster.placed import LinkReport
@@ -25,6 +24,7 @@ from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Done, PoolError
 from penstock.pool.callbacks import call_done
 from penstock.pool.checksum import block_checksum
+from penstock.pool.losses import count_loss
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport import wire
 from penstock.transport.link import NodeLink
@@ -106,7 +106,7 @@ class RelayLinks:
         # One relay's openings wait for each other only: one that does not answer holds up a fraction of the others.
         worker = self._connecting[hash(address) % CONNECT_THREADS]
         if not worker.put(begin, failed):
-            losses.count("hand_offs_too_many")
+            count_loss("hand_offs_too_many")
             failed(
                 PoolError(
                     "dropped", f"{CONNECTS_WAITING_MAX} hand-offs wait for a connection, or the engine is closing"

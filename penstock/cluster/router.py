@@ -167,13 +167,14 @@ class ClusterEngine:
     def close(self, timeout_s: float) -> None:
         """See EngineAPI. Requests end; engines are told nothing, and register with the next router."""
         end_s = time.monotonic() + timeout_s
-        if self._thread.alive:
+        if self._thread.alive and self._failure is None:
             stopped = asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
             try:
                 stopped.result(timeout_s)
             except TimeoutError:
                 log.error("the router did not stop within %.1f s", timeout_s)
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._call(self._loop.stop)
+        if self._thread.alive:
             self._thread.join(max(0.1, end_s - time.monotonic()))
 
     def ask(self, question: Callable[[], T]) -> T:

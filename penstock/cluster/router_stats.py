@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from penstock.cluster.losses import losses
 from penstock.cluster.port import ClusterPort
 from penstock.cluster.routed import Routed
 from penstock.core.cluster.inter_engine import InterEngineScheduler
@@ -34,5 +33,4 @@ def router_stats(
         f"engine_{name}": {engine.name: float(getattr(engine.report, name)) for engine in engines}
         for name in ("unfinished", "tokens", "decoding", "read_queue_bytes", "free_pages", "buffer_free_blocks")
     }
-    labelled["cluster_losses"] = {name: float(count) for name, count in losses().items()}
     return EngineStats(gauges, counted, labelled, {"mode": "router", "policy": brain.config.read})
