@@ -1,4 +1,6 @@
-"""What the pool, and what is in front of it, lost: hits, saves, loads and hand-offs that came to nothing, counted by kind, each kind said now and then.
+"""What the pool, and the cluster in front of it, lost: counted by kind, each kind said now and then.
+
+That is hits, saves, loads, hand-offs and requests that came to nothing.
 
 A miss is no loss, nor is what ended because its pool was closed.
 """
