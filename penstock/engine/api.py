@@ -45,7 +45,7 @@ class GenerationRequest:
     first_index: int = 0
     recompute_tokens: int = 0
     hand_off: HandOff | None = None
-    resumable: bool = False  # a client may ask for it again under its id, and wants the same answer then
+    resume_label: str = ""  # what its client calls it, to ask for the same answer again; never a key by itself
 
 
 @dataclass(frozen=True, slots=True)
