@@ -35,6 +35,15 @@ _COUNTER_HELP = {
     "lookups_late": "Requests that did not wait for their lookup any longer",
     "loads_shared": "Blocks that a request got from another one's load",
     "preemptions": "Requests that began anew",
+    "upload_failures": "Uploads that failed",
+    "saves_failed": "Blocks that could not be saved",
+    "saves_incomplete": "Blocks that were not saved, because a sliding window had let go of a part of them",
+    "hits_of_other_size": "Hits that were left out, because the pool's block has another size",
+    "hits_withdrawn": "Blocks that were offered to vLLM and lost before it gave pages for them",
+    "requests_without_loads": "Requests that load nothing, because more wait than max_waiting allows",
+    "requests_not_followed": "Requests that are served without the pool: embeddings, or an id in use",
+    "copies_late": "Copies in a worker that take longer than 30 s",
+    "given_up": "1 when Penstock has failed in this engine, and vLLM goes on without it",
 }
 _GAUGE_HELP = {
     "l2_slots_total": "Blocks that fit into staging memory",
