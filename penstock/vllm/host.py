@@ -337,6 +337,11 @@ class Host:
         """Have the brain decide again."""
         self._wake()
 
+    @property
+    def queued_events(self) -> int:
+        """Events that the control thread has not taken."""
+        return self._inbox.qsize()
+
     def _wake(self) -> None:
         if self.fatal is None and not self._waking:
             self._waking = True
@@ -367,20 +372,22 @@ class Host:
             while not self._stopping:
                 self._step()
         except WorkerLostError as error:
-            self._give_up(str(error))
+            self._give_up(str(error), logging.INFO if error.in_order else logging.ERROR)
 
     def _failed(self, error: Exception) -> None:
         self._give_up(f"internal error: {error!r}")
 
-    def _worker_lost(self, reason: str) -> None:
-        raise WorkerLostError(reason)
+    def _worker_lost(self, error: WorkerLostError) -> None:
+        raise error
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, reason: str, level: int = logging.ERROR) -> None:
         """From now on vLLM computes everything: it gets back what it keeps for saves, and loads under way have failed,
         as soon as no worker writes to their pages any more."""
         if self._stopping:
             return
-        log.error("Penstock has ended in this engine; vLLM goes on without it, with no loads and no saves: %s", reason)
+        log.log(
+            level, "Penstock has ended in this engine; vLLM goes on without it, loading and saving nothing: %s", reason
+        )
         with self._lock:
             self.fatal = reason
             self.brain = GuestScheduler(replace(self.brain.config, pool=False), self.brain.cost)

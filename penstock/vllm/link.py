@@ -108,7 +108,11 @@ class Done(msgspec.Struct, tag=True, frozen=True):
     error: str | None
 
 
-Message = Greet | Hello | Attach | Upload | Download | Notice | Done
+class Leaving(msgspec.Struct, tag=True, frozen=True):
+    """vLLM closes this worker in good order; the link ends behind its last copy."""
+
+
+Message = Greet | Hello | Attach | Upload | Download | Notice | Done | Leaving
 
 
 def socket_name(engine_id: str, rank: int) -> str:

@@ -31,6 +31,7 @@ from penstock.vllm.link import (
     Download,
     Finished,
     Hello,
+    Leaving,
     Link,
     LinkError,
     Notice,
@@ -117,6 +118,8 @@ class WorkerSide:
         with self._lock:
             link = self._link
         if link is not None:
+            with contextlib.suppress(LinkError):
+                link.send(Leaving())
             link.end_receiving()
         self._thread.join(JOIN_S)
         self._listener.close()

@@ -29,7 +29,12 @@ Ended = Callable[[str | None], None]
 
 
 class WorkerLostError(RuntimeError):
-    """A worker ended its link, or sent what it should not: no more copies can be asked for."""
+    """A worker ended its link, or sent what it should not: no more copies can be asked for. `in_order`: vLLM closes
+    it."""
+
+    def __init__(self, reason: str, in_order: bool = False) -> None:
+        super().__init__(reason)
+        self.in_order = in_order
 
 
 @dataclass(slots=True)
@@ -112,8 +117,8 @@ class WorkerLinks:
             os.close(descriptor)
         return memory
 
-    def start(self, post: Callable[[Event], None], lost: Callable[[str], None]) -> None:
-        """Receive answers from now on, on a thread for each worker. `lost(reason)` is an event too: a worker is no
+    def start(self, post: Callable[[Event], None], lost: Callable[[WorkerLostError], None]) -> None:
+        """Receive answers from now on, on a thread for each worker. `lost(error)` is an event too: a worker is no
         longer there to be asked; its copies may still be under way."""
         self._post, self._lost = post, lost
         self._threads = [
@@ -185,16 +190,21 @@ class WorkerLinks:
         return not copy.left
 
     def _receive(self, rank: _Rank) -> None:
+        leaving = False
         try:
             while True:
                 message = rank.link.receive()
+                if isinstance(message, wire.Leaving):
+                    leaving = True
+                    continue
                 if not isinstance(message, wire.Done):
                     raise wire.LinkError(f"rank {rank.number} sent a {type(message).__name__}; allowed: Done")
                 rank.answered(message.op_id)
                 self._post(partial(self._copied, rank.number, message.op_id, message.error))
         except Exception as error:
             if not self._closing:
-                self._post(partial(self._lost, f"the link to worker rank {rank.number} ended: {error}"))
+                reason = f"the link to worker rank {rank.number} ended: {error}"
+                self._post(partial(self._lost, WorkerLostError(reason, leaving)))
             if not isinstance(error, wire.LinkError):
                 raise
         finally:
