@@ -103,6 +103,7 @@ def test_a_save_begins_when_it_is_offered(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(host_module, "IDLE_WAIT_S", 10 * WAIT_S)
     with engine() as one:
         one.submit("r", 2)
+        wait_for(lambda: one.host.matched("r", 0) is not None, "the lookup is answered, and nothing else happens")
         one.save("r", 2)
         wait_for(lambda: one.counter("saved_blocks") == 2, "both blocks are saved, though nothing else happens")
 
