@@ -1,10 +1,10 @@
 """torch.cuda on a machine without CUDA, for tests of the order of work: memory is the CPU's, order is a DeviceClock's.
 
-Within `fake_cuda()`, streams, events and synchronisation of torch.cuda are the clock's, and what threads learn from each
-other (conditions, queues, start and join) is handed on. Within `on_device(clock)`, on one thread, `device="cuda"` means
-the CPU, every aten operation is an access of the bytes that it reads and writes, on the current stream, and calls that
-would wait for the device count as waits. Values are computed at once, so results are right in any case: only conflicts
-say whether they would be on a device.
+Within `fake_cuda()`, streams, events and synchronisation of torch.cuda are the clock's, and what threads learn from
+each other (conditions, queues, start and join) is handed on. Within `on_device(clock)`, on one thread, `device="cuda"`
+means the CPU, every aten operation is an access of the bytes that it reads and writes, on the current stream, and calls
+that would wait for the device count as waits. Values are computed at once, so results are right in any case: only
+conflicts say whether they would be on a device.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class OnDevice:
         return call
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(TorchDispatchMode):  # type: ignore[misc]  # torch has no types for it
     """Every aten operation that is no view is enqueued on the current stream."""
 
     def __init__(self, clock: DeviceClock) -> None:
@@ -105,7 +105,7 @@ class _Operations(TorchDispatchMode):
         return not non_blocking and on_host[0] != on_host[1]
 
 
-class _Devices(TorchFunctionMode):
+class _Devices(TorchFunctionMode):  # type: ignore[misc]
     """`device="cuda"` is the CPU; calls that hand values to the host wait for the current stream."""
 
     def __init__(self, clock: DeviceClock) -> None:

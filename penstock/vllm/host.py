@@ -18,22 +18,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from penstock.core.config import ConfigError, SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
 from penstock.core.guest.records import Landed
 from penstock.core.guest.scheduler import GuestOperation, GuestScheduler
 from penstock.core.operations import BlockHit, Drop, Fetch, Lookup, RequestSpec, Save, Upload
 from penstock.engine.executors import PoolStages
 from penstock.guarded_thread import GuardedThread, GuardedWorker
-from penstock.pool.api import Pool
 from penstock.pool.block_size import expect_blocks
-from penstock.pool.open import link_bytes_per_s, open_pool
+from penstock.pool.open import link_bytes_per_s
 from penstock.rate_limited_log import RateLimitedLog
-from penstock.transport.connect import connect_pool
 from penstock.vllm import link as wire
 from penstock.vllm.losses import LossLog
 from penstock.vllm.notices import Notices
 from penstock.vllm.settings import Settings
+from penstock.vllm.shape import Shape, check_frees, open_pool_of, scheduler_config
 from penstock.vllm.shared_staging import SPARE_SLOTS, SharedStaging, Unleased
 from penstock.vllm.worker_links import LATE_S, WorkerLinks, WorkerLostError
 
@@ -52,12 +50,6 @@ SWITCH_INTERVAL_S = 1e-3  # how long a thread may hold the interpreter while ano
 UPLOAD_BYTES_PER_S = 4e9  # until it is measured
 COMPUTE = ComputeCost(2e-3, 1e-4, 1e-9)  # until it is measured
 
-FREES_TEXT = (
-    "vLLM runs several steps at a time, and with its outermost connector's kv_role 'kv_producer' it gives blocks to a "
-    "load that a step in flight may still write; allowed: kv_role 'kv_both' or 'kv_consumer' in the outer "
-    "--kv-transfer-config (the inner ones keep theirs)"
-)
-
 Ids = list[list[int]]  # vLLM blocks of one pool block, by group; -1: not to be touched
 
 
@@ -70,29 +62,6 @@ class Activity:
     uploaded_bytes: int = 0
     saved_bytes: int = 0
     counts: Counter[str] = field(default_factory=Counter)  # of what is lost on the way to the brain: see `losses`
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What the scheduler's side has to know of vLLM: tokens of a pool block, vLLM blocks of each group in it, how many
-    pool blocks fit into vLLM's cache, and whether every rank holds the same bytes (MLA)."""
-
-    engine_id: str
-    ranks: int
-    block_tokens: int
-    rows: tuple[int, ...]
-    l1_blocks: int
-    same_on_all_ranks: bool
-    loads: bool
-    saves: bool
-    reuses_pages_in_flight: bool = False  # vLLM may give a load blocks that a step still writes, unless it defers frees
-
-
-def _open(settings: Settings) -> Pool:
-    """One pool node alone is spoken to directly; anything else is one pool of several members."""
-    if len(settings.pool) == 1 and not settings.memory and not settings.slab:
-        return connect_pool(settings.pool[0])
-    return open_pool(settings.open_config())
 
 
 class Host:
@@ -123,11 +92,10 @@ class Host:
             self._workers = WorkerLinks(shape.engine_id, shape.rows, shape.ranks, shape.same_on_all_ranks)
             undo.callback(self._workers.close)
             self.layout, self.block_bytes = self._workers.layout, self._workers.block_bytes
-            if shape.loads and shape.reuses_pages_in_flight and not self._workers.defers_frees:
-                raise ConfigError(FREES_TEXT)
-            config = self._config()
+            check_frees(shape, self._workers.defers_frees)
+            config = scheduler_config(settings, shape, self.block_bytes, self._workers.slot_bytes)
             self._memory = self._workers.share(config.l2_slots + SPARE_SLOTS)
-            self._pool = _open(settings)
+            self._pool = open_pool_of(settings)
             undo.callback(self._pool.close, CLOSE_TIMEOUT_S)
             self._pool.register(memoryview(self._memory))
             expect_blocks(self._pool, self.block_bytes)
@@ -144,33 +112,6 @@ class Host:
             sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._workers.start(self._inbox.put, self._worker_lost)
         self._thread.start()
-
-    # -- setting up ---------------------------------------------------------------------------------------------
-
-    def _config(self) -> SchedulerConfig:
-        settings, slot_bytes = self.settings, self._workers.slot_bytes
-        slots = settings.staging_bytes // slot_bytes - SPARE_SLOTS
-        if slots < 4:
-            raise ConfigError(
-                f"staging is {settings.staging_bytes} bytes; allowed: at least {4 + SPARE_SLOTS} blocks of "
-                f"{slot_bytes} bytes"
-            )
-        return SchedulerConfig(
-            block_tokens=self.shape.block_tokens,
-            block_bytes=self.block_bytes,
-            l1_pages=max(1, self.shape.l1_blocks),
-            l2_slots=slots,
-            policy=settings.policy,
-            recompute=not settings.load_always,
-            max_waiting=settings.max_waiting,
-            fetch_window_blocks=settings.fetch_window_blocks,
-            age_bound_s=settings.age_bound_s,
-            age_delays=settings.age_delays,
-            default_slo_ttft_s=settings.default_slo_ttft_s,
-            lookup_timeout_s=settings.lookup_timeout_s,
-            fetch_timeout_s=settings.fetch_timeout_s,
-            save_timeout_s=settings.save_timeout_s,
-        )
 
     # -- vLLM's scheduler ---------------------------------------------------------------------------------------
 

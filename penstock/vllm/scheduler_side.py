@@ -18,9 +18,10 @@ from penstock.core.new_block import tenant_tag
 from penstock.core.operations import RequestSpec
 from penstock.core.ordering import AGED, Rank
 from penstock.vllm import compat
-from penstock.vllm.host import Host, Ids, Shape
+from penstock.vllm.host import Host, Ids
 from penstock.vllm.metrics import PenstockStats, StatsTaker
 from penstock.vllm.settings import choose_block_tokens, read_settings
+from penstock.vllm.shape import Shape
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -20,9 +20,10 @@ from penstock.core.operations import RequestSpec
 from penstock.pool.api import Done, Pool
 from penstock.pool.wrapped import WrappedPool
 from penstock.vllm import host as host_module
-from penstock.vllm.host import Host, Shape
+from penstock.vllm.host import Host
 from penstock.vllm.losses import LOSSES, LossLog
 from penstock.vllm.settings import Settings
+from penstock.vllm.shape import Shape
 from penstock.vllm.worker import WorkerSide
 
 BLOCK = 8
@@ -125,13 +126,13 @@ class SlowWrites(WrappedPool):
 def test_vllms_scheduler_waits_for_no_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     opened: list[SlowWrites] = []
-    real = host_module._open
+    real = host_module.open_pool_of
 
     def slow(settings: Settings) -> Pool:
         opened.append(SlowWrites(real(settings), gate))
         return opened[0]
 
-    monkeypatch.setattr(host_module, "_open", slow)
+    monkeypatch.setattr(host_module, "open_pool_of", slow)
     with engine() as one:
         one.submit("r", 1)
         one.save("r", 1)
