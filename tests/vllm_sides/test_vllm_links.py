@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from gated_rows import PLACES, ROW_BYTES, ROWS, WAIT_S, GatedRows
 
+from penstock.vllm import link as link_module
 from penstock.vllm import worker_links
 from penstock.vllm.link import (
     Attach,
@@ -267,6 +268,7 @@ def test_a_message_with_impossible_numbers_ends_the_link(wrong: object, engine: 
     ("memory_bytes", "changes"),
     [
         (SLOTS * SLOT_BYTES - 4096, {}),  # reading its end would end the process
+        (SLOTS * SLOT_BYTES + 4096, {}),
         (SLOTS * SLOT_BYTES, {"part_offset": SLOT_BYTES - 8}),
         (SLOTS * SLOT_BYTES, {"rows": [ROWS, ROWS]}),
         (SLOTS * SLOT_BYTES, {"rows": [0]}),
@@ -323,3 +325,24 @@ def test_a_worker_that_does_not_introduce_itself_is_a_clear_error(
         WorkerLinks(engine, (ROWS,), 1, False)
     assert "worker rank 0" in str(raised.value)
     raw.close()
+
+
+def test_a_worker_that_reads_nothing_stops_nobody(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its socket fills up; whoever sends gives up after a while, once."""
+    monkeypatch.setattr(link_module, "SEND_TIMEOUT_S", 0.3)
+    raw = RawWorker(engine, 0)
+    scheduler = Scheduler(engine, 1)
+    assert raw.ready.wait(WAIT_S)
+
+    def tell() -> None:
+        for number in range(2000):
+            scheduler.links.tell(Notice(number, Finished("r" * 1000, [], False)))
+
+    telling = threading.Thread(target=tell, daemon=True)
+    telling.start()
+    telling.join(WAIT_S)
+    assert not telling.is_alive(), "vLLM's scheduler would wait"
+    raw.close()
+    while not scheduler.lost:
+        scheduler.step()
+    scheduler.links.close()
