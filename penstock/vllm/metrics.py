@@ -20,7 +20,7 @@ _LABEL_OF = {
     "save_failures": ("reason", "Blocks that could not be saved"),
     "link_bytes_per_second": ("link", "What each link gave lately while it was busy"),
 }
-_COUNTER_HELP = {
+COUNTER_HELP = {
     "requests": "Requests that arrived",
     "hit_tokens": "Prompt tokens that the pool held",
     "computed_instead_tokens": "Tokens that were computed although the pool held them, because that was faster",
@@ -152,7 +152,7 @@ class PenstockPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         counter, gauge = metric_types[Counter], metric_types[Gauge]
         self._counters = {
             name: counter(name=f"vllm:penstock_{name}", documentation=text, labelnames=labelnames)
-            for name, text in _COUNTER_HELP.items()
+            for name, text in COUNTER_HELP.items()
         }
         self._gauges = {
             name: gauge(name=f"vllm:penstock_{name}", documentation=text, labelnames=labelnames)

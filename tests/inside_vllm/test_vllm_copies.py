@@ -13,6 +13,8 @@ from vllm_rig import BLOCK, KV_BYTES, MAX_TOKENS, MIB, VLLM_BLOCK, PoolProcess, 
 
 from penstock.vllm.flags import connector_config
 from penstock.vllm.link import Link, Message, Upload
+from penstock.vllm.losses import LOSSES
+from penstock.vllm.metrics import COUNTER_HELP
 
 PROMPTS = [prompt_of(seed, BLOCK * 5 + 9) for seed in range(700, 703)]
 
@@ -105,3 +107,7 @@ def test_an_outer_connector_that_only_produces_is_refused(llama: Path, monkeypat
         start("kv_producer")
     ensure_kv_transfer_shutdown()
     cleanup_dist_env_and_memory()
+
+
+def test_every_loss_has_a_metric() -> None:
+    assert set(LOSSES) | {"given_up"} <= set(COUNTER_HELP)
