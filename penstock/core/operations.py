@@ -117,6 +117,21 @@ class Compute:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkFault:
+    """What was wrong with one chunk of a batch; it says nothing about the batch's other chunks.
+
+    With an `error` there is no token and the request ends. `unusable` are blocks of the request, by index in its
+    prefix, whose KV is not finite: no other request may get them. Otherwise `token` is the sampled one, or None."""
+
+    error: str | None = None
+    unusable: frozenset[int] = frozenset()
+    token: int | None = None
+
+
+ChunkOutcome = int | ChunkFault | None  # the sampled token, None where none was asked for, or what was wrong
+
+
+@dataclass(frozen=True, slots=True)
 class Save:
     """L1 -> L2 -> L3, in the background: copy `page` into `slot`, say `downloaded`, write `block`, say `saved`."""
 

@@ -71,6 +71,11 @@ class Handing:
         request.forwarding.add(index)
         self._in_l1.setdefault(hand_off.to, deque()).append(_Block(request, index, None, False))
 
+    def skip(self, request: Request, index: int) -> None:
+        """The block is not to leave this engine: the decode engine has to compute it."""
+        if request.spec.hand_off is not None:
+            request.handed.add(index)
+
     def finish(self, request: Request) -> None:
         """The whole prompt is in L1: what is not on its way yet goes now."""
         for index in range(request.prompt_blocks):

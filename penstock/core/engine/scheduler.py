@@ -32,7 +32,7 @@ from penstock.core.engine.saving import Saving
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.engine.sides import is_far, route_hits
 from penstock.core.engine.standing import Standing, standing
-from penstock.core.operations import BlockHit, Emit, FinishReason, Lookup, Operation, RequestSpec
+from penstock.core.operations import BlockHit, ChunkOutcome, Emit, FinishReason, Lookup, Operation, RequestSpec
 
 
 class WaitingQueueFull(RuntimeError):
@@ -112,6 +112,8 @@ class LoadScheduler:
             self._shared.count("lookup_failures")
             hits = []
         own = [hit if hit is not None and hit.size_bytes == size else None for hit in hits]
+        if refused := sum(hit is not None and hit.size_bytes != size for hit in hits):
+            self._shared.count("hits_of_another_size", refused)
         hand_off = request.spec.hand_off
         if hand_off is not None:
             request.hits, request.alternates = route_hits(own, hand_off, size, request.hittable_blocks)
@@ -182,26 +184,32 @@ class LoadScheduler:
         self._saving.saved(op_id, error)
         self._admission.blocked = False
 
-    def computed(self, op_id: int, sampled: Sequence[int | None], now: float) -> None:
-        """A Compute ended with one sampled token (or None) per chunk."""
-        for request, token in self._batching.computed(op_id, sampled, now):
-            if request.ending is not None:
+    def computed(self, op_id: int, outcomes: Sequence[ChunkOutcome], now: float) -> None:
+        """A Compute ended with one outcome per chunk. A failed chunk ends its own request only."""
+        for request, outcome, waited in self._batching.computed(op_id, outcomes, now):
+            if outcome.error is not None:
+                self._failed(request, outcome.error, waited, now)
+            elif request.ending is not None:
                 self._finish_late(request, request.ending, now)
-            elif token is None:
+            elif outcome.token is None:
                 self._changed(request, now)
             else:
-                self._token(request, token, now)
+                self._token(request, outcome.token, now)
 
     def compute_failed(self, op_id: int, error: str, now: float) -> None:
-        """A Compute came to nothing: its requests end with an error. When it waited for uploads those may be the cause:
-        then its requests start over, once."""
+        """A Compute came to nothing, and nobody knows why: all its requests end with an error, or start over."""
         requests, waited = self._batching.failed(op_id)
         for request in requests:
-            if waited and not request.restarted and request.ending is None and not request.downloading:
-                request.restarted = True
-                self._start_over(request, now)
-            else:
-                self._finish_late(request, request.ending or ("error", error, None), now)
+            self._failed(request, error, waited, now)
+
+    def _failed(self, request: Request, error: str, waited: bool, now: float) -> None:
+        """The request's chunk came to nothing. When it `waited` for uploads those may be the cause: then the request
+        starts over, once."""
+        if waited and not request.restarted and request.ending is None and not request.downloading:
+            request.restarted = True
+            self._start_over(request, now)
+        else:
+            self._finish_late(request, request.ending or ("error", error, None), now)
 
     def _token(self, request: Request, token: int, now: float) -> None:
         account = request.account
