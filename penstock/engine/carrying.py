@@ -15,6 +15,7 @@ from penstock.core.operations import (
     BlockHit,
     ChunkOutcome,
     Compute,
+    Discard,
     Drop,
     Fetch,
     Forward,
@@ -38,6 +39,7 @@ STUCK_S = 120.0  # a batch, upload or download that takes longer makes the engin
 LOSSES = {
     "saves_dropped": "blocks were not saved: the queue of saves was full, or their pages were needed",
     "hits_of_another_size": "hits of the pool are not used: those blocks have another size than this engine's",
+    "distrusted_blocks": "blocks of the pool are dropped and computed again: their KV is not finite",
     "unusable_blocks": "blocks were not cached, saved or handed over: their KV is not finite",
 }
 
@@ -142,6 +144,8 @@ class Carrying:
             self._lookup(operation)
         elif isinstance(operation, Drop):
             self._staging.release(operation.slot)
+        elif isinstance(operation, Discard):
+            self.stages.discard(operation)
 
     # -- loads --------------------------------------------------------------------------------------------------
 

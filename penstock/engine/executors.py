@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 
-from penstock.core.operations import ChunkOutcome, Fetch, Forward, Lookup, Save
+from penstock.core.operations import ChunkOutcome, Discard, Fetch, Forward, Lookup, Save
 from penstock.engine.batch_faults import outcomes_of
 from penstock.engine.lookups import Answer, Lookups
 from penstock.engine.peers import RELAY_LINK, Peers
@@ -123,6 +123,10 @@ class PoolStages:
 
     def lookup(self, op: Lookup, done: Answer) -> None:
         self._lookups.ask(op, done)
+
+    def discard(self, op: Discard) -> None:
+        """Have the pool forget blocks."""
+        self._lookups.discard(op)
 
     def fetch(self, op: Fetch, done: Callable[[str | None], None]) -> None:
         """A block of a local memory member is leased in place; any other is read into the slot, from the pool or

@@ -168,7 +168,7 @@ class HFRunner:
         try:
             with torch.inference_mode():
                 tokens = self._compute(batch)
-                unusable = self._unusable_blocks(batch)
+                unusable = self._unusable_blocks(batch, tokens)
         finally:
             self._synchronize()
         return [_outcome(*each) for each in zip(batch, tokens, unusable, strict=True)]
@@ -206,11 +206,15 @@ class HFRunner:
                 result[index] = token
         return result
 
-    def _unusable_blocks(self, batch: Sequence[Chunk]) -> list[frozenset[int]]:
+    def _unusable_blocks(self, batch: Sequence[Chunk], tokens: Sequence[int | None]) -> list[frozenset[int]]:
         """Per chunk, the blocks that it filled whose KV is not finite. Whole pages are read once, when they are full:
-        little beside computing them, and most batches of decodes fill none."""
+        little beside computing them, and most batches of decodes fill none. Of a chunk without the token that it was to
+        give, all full blocks before it are looked at: they may be the cause."""
         size = self.layout.block_tokens
-        filled = [range(chunk.start // size, (chunk.start + len(chunk.tokens)) // size) for chunk in batch]
+        filled = [
+            range(0 if _lacks_token(chunk, token) else chunk.start // size, (chunk.start + len(chunk.tokens)) // size)
+            for chunk, token in zip(batch, tokens, strict=True)
+        ]
         pages = [chunk.pages[index] for chunk, indices in zip(batch, filled, strict=True) for index in indices]
         bad = self.kv.not_finite(pages) if pages else set()
         return [
@@ -243,8 +247,12 @@ class HFRunner:
             torch.cuda.empty_cache()
 
 
+def _lacks_token(chunk: Chunk, token: int | None) -> bool:
+    return chunk.sampling is not None and token is None
+
+
 def _outcome(chunk: Chunk, token: int | None, unusable: frozenset[int]) -> ChunkOutcome:
-    if chunk.sampling is not None and token is None:
+    if _lacks_token(chunk, token):
         return ChunkFault("compute failed: the model's logits for this request are not numbers", unusable)
     return ChunkFault(None, unusable, token) if unusable else token
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from penstock.core.operations import BlockHit, Lookup
+from penstock.core.operations import BlockHit, Discard, Lookup
 from penstock.engine.transfers import GRACE_S
 from penstock.pool.api import Pool, PoolError
 from penstock.rate_limited_log import RateLimitedLog
@@ -50,10 +50,27 @@ class Lookups:
             self._lost("closed", str(error))
             self._end(op.op_id, None)
 
-    def _run(self, op: Lookup) -> None:
+    def discard(self, op: Discard) -> None:
+        """Have the pool forget blocks; when that fails they stay, and are found out again."""
+        with self._lock:
+            full = self._busy >= self._busy_max
+            self._busy += not full
         try:
-            if op.op_id in self._open:  # not given up while it waited for a thread
+            if not full:
+                self._threads.submit(self._run, op)
+        except RuntimeError:  # after `close`
+            full = True
+        if full:
+            self._told.warning("discard", "%d unusable blocks stay in the pool: it is busy or closed", len(op.keys))
+
+    def _run(self, op: Lookup | Discard) -> None:
+        try:
+            if isinstance(op, Discard):
+                self._pool.evict(op.keys)
+            elif op.op_id in self._open:  # not given up while it waited for a thread
                 self._ask(op)
+        except Exception as error:  # of a Discard
+            self._told.warning("discard", "unusable blocks stay in the pool: %r", error)
         finally:
             with self._lock:
                 self._busy -= 1

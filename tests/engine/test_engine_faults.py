@@ -703,6 +703,7 @@ def test_a_thread_that_ended_is_said(llama: HFRunner) -> None:
         rig.start(PROMPT)
         wait_until(lambda: not rig.engine.healthy()[0], "the news")
         assert rig.engine.healthy()[1] == "the thread penstock-compute ended"
+        rig.engine.close(0.2)
 
 
 def test_cancels_of_one_request_wait_once(llama: HFRunner) -> None:

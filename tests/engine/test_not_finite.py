@@ -13,9 +13,12 @@ from engine_rig import BLOCK, Rig, WatchedRunner, serving
 from safetensors.torch import load_file, save_file
 
 from penstock.core.keys import block_keys
+from penstock.core.layout import staging_bytes
+from penstock.core.new_block import NewBlock
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import Chunk, SamplingParams
-from penstock.pool.api import Pool
+from penstock.io.memory import aligned_buffer
+from penstock.pool.api import Pool, PoolError
 from penstock.testing.tiny_models import build_tiny
 
 BAD_TOKEN = 375  # no prompt of `prompt_of` has it
@@ -105,6 +108,41 @@ def test_its_blocks_are_neither_cached_nor_saved(poisoned: HFRunner, truth: list
         shared = rig.ask(GOOD[-1], 20)
         assert shared.tokens == truth[-1] and shared.report.cached_tokens >= 3 * BLOCK
         ask_bad(rig)
+
+
+def test_blocks_of_the_pool_that_are_not_finite_are_dropped_and_computed(
+    poisoned: HFRunner, truth: list[list[int]], memory_pool: Pool
+) -> None:
+    """As an engine that did not look saved them; two requests at once find them."""
+    prompt, expected = GOOD[-1], truth[-1]
+    with serving(poisoned, memory_pool, l1_pages=PAGES) as rig:
+        rig.ask(prompt, 20)
+    keys = block_keys(prompt, poisoned.layout.fingerprint(poisoned.model_id), "", BLOCK)
+    spoil(memory_pool, poisoned, keys[2], keys[1])
+    with serving(poisoned, memory_pool, l1_pages=PAGES) as rig:
+        answers = [rig.start(prompt, 20) for _ in range(2)]
+        for answer in answers:
+            assert answer.wait().finish_reason == "length" and answer.tokens == expected
+        rig.settle()
+        assert rig.counter("distrusted_blocks") >= 1 and rig.counter("finished_error") == 0
+        found = memory_pool.lookup(keys, 1.0)
+        assert all(found), "what was dropped is saved again"
+    with serving(poisoned, memory_pool, l1_pages=PAGES) as rig:
+        answer = rig.ask(prompt, 20)
+        assert answer.tokens == expected and answer.report.cached_tokens == len(keys) * BLOCK
+        assert rig.counter("distrusted_blocks") == 0
+
+
+def spoil(pool: Pool, runner: HFRunner, key: bytes, parent: bytes) -> None:
+    """Write a block of NaN under the key."""
+    assert pool.evict([key]) == 1
+    size = runner.layout.full_block_bytes
+    data = aligned_buffer(staging_bytes(size))
+    np.frombuffer(data, np.float32)[:] = np.nan
+    ended: list[PoolError | None] = []
+    pool.write(NewBlock(key, parent, size), data, 5.0, ended.append)
+    wait_until(lambda: bool(ended), "the write")
+    assert ended == [None]
 
 
 def test_a_chunk_says_which_of_its_blocks_are_not_finite(poisoned: HFRunner) -> None:

@@ -32,7 +32,7 @@ from penstock.core.engine.saving import Saving
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.engine.sides import is_far, route_hits
 from penstock.core.engine.standing import Standing, standing
-from penstock.core.operations import BlockHit, ChunkOutcome, Emit, FinishReason, Lookup, Operation, RequestSpec
+from penstock.core.operations import BlockHit, ChunkOutcome, Discard, Emit, FinishReason, Lookup, Operation, RequestSpec
 
 
 class WaitingQueueFull(RuntimeError):
@@ -97,7 +97,7 @@ class LoadScheduler:
     def _look_up(self, request: Request, now: float) -> None:
         request.state = State.LOOKUP
         request.switch_label("lookup", now)
-        if self.config.pool and request.hittable_blocks:
+        if self.config.pool and request.hittable_blocks and not request.distrusts_pool:
             self._lookups.append(request)
         else:
             self._enqueue(request, now)
@@ -188,7 +188,8 @@ class LoadScheduler:
         """A Compute ended with one outcome per chunk. A failed chunk ends its own request only."""
         for request, outcome, waited in self._batching.computed(op_id, outcomes, now):
             if outcome.error is not None:
-                self._failed(request, outcome.error, waited, now)
+                if not self._recompute(request, outcome.unusable, now):
+                    self._failed(request, outcome.error, waited, now)
             elif request.ending is not None:
                 self._finish_late(request, request.ending, now)
             elif outcome.token is None:
@@ -201,6 +202,23 @@ class LoadScheduler:
         requests, waited = self._batching.failed(op_id)
         for request in requests:
             self._failed(request, error, waited, now)
+
+    def _recompute(self, request: Request, unusable: frozenset[int], now: float) -> bool:
+        """Where a chunk failed over cached blocks that are not finite, drop those and start over without the pool, once,
+        or return False. They came from the pool: what is computed here is looked at before it is cached."""
+        l1 = self._shared.l1
+        pages = {i: request.pages[i] for i in unusable if i < len(request.pages)}
+        keys = tuple(request.key_at(i) for i, page in sorted(pages.items()) if page != NO_PAGE and l1.is_cached(page))
+        if not keys or request.distrusts_pool or request.ending is not None or request.downloading:
+            return False
+        self._shared.count("distrusted_blocks", len(keys))
+        request.distrusts_pool = True
+        self._start_over(request, now)
+        for key in keys:
+            l1.discard(key)
+        if self.config.pool:
+            self._shared.outbox.append(Discard(keys))
+        return True
 
     def _failed(self, request: Request, error: str, waited: bool, now: float) -> None:
         """The request's chunk came to nothing. When it `waited` for uploads those may be the cause: then the request
