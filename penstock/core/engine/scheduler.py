@@ -204,8 +204,8 @@ class LoadScheduler:
             self._failed(request, error, waited, now)
 
     def _recompute(self, request: Request, unusable: frozenset[int], now: float) -> bool:
-        """Where a chunk failed over cached blocks that are not finite, drop those and start over without the pool, once,
-        or return False. They came from the pool: what is computed here is looked at before it is cached."""
+        """Where a chunk failed over cached blocks that are not finite, drop those and start over without the pool,
+        once, or return False. They came from the pool: what is computed here is looked at before it is cached."""
         l1 = self._shared.l1
         pages = {i: request.pages[i] for i in unusable if i < len(request.pages)}
         keys = tuple(request.key_at(i) for i, page in sorted(pages.items()) if page != NO_PAGE and l1.is_cached(page))
