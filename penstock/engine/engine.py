@@ -37,7 +37,7 @@ from penstock.engine.carrying import Carrying
 from penstock.engine.peers import Peers
 from penstock.engine.reports import pool_series, report_of
 from penstock.engine.runner import ModelRunner, SamplingParams
-from penstock.guarded_thread import GuardedThread, thread_failures
+from penstock.guarded_thread import GuardedThread
 from penstock.pool.api import Pool, PoolError
 from penstock.rate_limited_log import RateLimitedLog
 
@@ -319,7 +319,6 @@ class Engine:
                 "load_failures": dict(self._carrying.load_failures),
                 "save_failures": dict(self._carrying.save_failures),
                 "hand_off_failures": dict(self._carrying.forward_failures),
-                "thread_failures": {name: float(count) for name, count in thread_failures().items()},
                 "link_blocks_in_flight": {name: count for name, (count, _) in links.items()},
                 "link_bytes_per_s": {name: speed for name, (_, speed) in links.items()},
             },
