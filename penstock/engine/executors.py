@@ -7,8 +7,6 @@ asynchronous in the pool, lookups have a few threads because a remote pool answe
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -29,36 +27,6 @@ _told = RateLimitedLog(log)
 
 HAND_OFFS_WAITING_MAX = 4096  # blocks; the windows of the decode engines keep far fewer under way
 WORK_WAITING_MAX = 4096  # pieces of work per thread; the scheduler's windows and L2 keep far fewer under way
-
-
-class Worker:
-    """One thread that does one piece of work after the other."""
-
-    def __init__(self, name: str) -> None:
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def put(self, work: Callable[[], None]) -> None:
-        self._queue.put(work)
-
-    def _run(self) -> None:
-        while (work := self._queue.get()) is not None:
-            try:
-                work()
-            except Exception:  # work reports its own errors; what is left must not end the thread
-                log.exception("work on %s raised", self._thread.name)
-
-    def stop(self) -> None:
-        """End after what is queued."""
-        self._queue.put(None)
-
-    def join(self, timeout_s: float) -> None:
-        self._thread.join(timeout_s)
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
 
 
 class Staging:
