@@ -63,7 +63,7 @@ def test_it_ages_earlier_by_the_work_of_those_that_aged_before_it() -> None:
         times_s.update(dict.fromkeys(ageing.due(next_s), next_s))
         ageing.check_integrity()
     first_ages_s = OWN_S + SHARE_OF_WORST * 6 * OWN_S  # and with it, one by one, all that have to wait for it
-    assert times_s[last] == pytest.approx(first_ages_s) < 1.0 + 2.0 + 6.0
+    assert times_s[last] == pytest.approx(first_ages_s)
     assert len(times_s) == 7
 
 
