@@ -62,7 +62,7 @@ class Ageing:
         waiter.own_s = request.account.predicted_load_s + request.account.predicted_compute_s
         waiter.ahead_s = self._work_s
         self._work_s += waiter.own_s
-        self._aged_s += waiter.own_s * waiter.aged  # by its bound, before its costs were known
+        self._aged_s += waiter.own_s * waiter.aged  # at its bound, before its hits were known
         self._worst_s = max(self._worst_s, waiter.ahead_s)
         self._set_timer(self._late_s(waiter), request.sequence)
 

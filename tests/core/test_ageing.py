@@ -88,6 +88,18 @@ def test_the_bound_counts_where_hits_are_not_known_or_delays_are_off() -> None:
         assert ageing.due(BOUND_S) == [unknown]
 
 
+def test_one_that_aged_before_its_hits_were_known_is_counted_when_they_are() -> None:
+    ageing = Ageing(BOUND_S, 1.0)
+    early = request(1, 0.0)
+    ageing.arrived(early)
+    assert ageing.due(BOUND_S) == [early]
+    ageing.estimated(early)
+    ageing.check_integrity()
+    ageing.first_token(early)
+    ageing.check_integrity()
+    assert ageing.next_s is None
+
+
 def test_nothing_is_remembered_of_requests_that_ended() -> None:
     ageing = Ageing(BOUND_S, 1.0)
     for number in range(1000):
