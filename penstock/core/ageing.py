@@ -77,6 +77,7 @@ class Ageing:
         if waiter is not None and waiter.own_s is not None:
             self._work_s = self._work_s - waiter.own_s if self._waiters else 0.0
             self._aged_s = max(0.0, self._aged_s - waiter.own_s * waiter.aged) if self._waiters else 0.0
+        self._sweep_timers()
 
     def due(self, now: float) -> list[Request]:
         """Those that age now, each named once, in order of time."""
@@ -111,6 +112,10 @@ class Ageing:
 
     def _set_timer(self, time_s: float, sequence: int) -> None:
         heapq.heappush(self._timers, (time_s, sequence))
+        self._sweep_timers()
+
+    def _sweep_timers(self) -> None:
+        """Forget the timers of those who wait no more, where they outnumber the others."""
         if len(self._timers) > 2 * len(self._waiters) + SWEEP_TIMERS:
             self._timers = [(time_s, sequence) for time_s, sequence in self._timers if sequence in self._waiters]
             heapq.heapify(self._timers)
