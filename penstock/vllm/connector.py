@@ -83,7 +83,7 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # -- worker -------------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        rows = KVRows.of(self._kv_cache_config, kv_caches)
+        rows = KVRows.of(self._kv_cache_config, kv_caches, compat.kernels_of(self._vllm_config, kv_caches))
         self._worker = WorkerSide(self._engine_id, compat.rank_of_this_worker(), rows)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
@@ -173,6 +173,10 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> tuple[bool, dict[str, Any] | None]:
         self.side.finished(request)
         return False, None
+
+    def reset_cache(self) -> bool:
+        """vLLM's weights may have changed. False while vLLM's own cache is in use: see `SchedulerSide.reset`."""
+        return self.side.reset()
 
     def get_kv_connector_stats(self) -> PenstockStats | None:
         """Of the scheduler's side, which sees everything."""

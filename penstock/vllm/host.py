@@ -54,6 +54,7 @@ class Activity:
 
     load_failures: Counter[str] = field(default_factory=Counter)
     save_failures: Counter[str] = field(default_factory=Counter)
+    requests_without_pool: Counter[str] = field(default_factory=Counter)
     uploaded_bytes: int = 0
     saved_bytes: int = 0
 
@@ -95,6 +96,7 @@ class Host:
         self._grants: dict[str, tuple[int, list[int]]] = {}
         self._save_steps: dict[int, int] = {}
         self._last_page = 0
+        self._epoch = 0  # counts `forget_all`
         self._stopping = False
         self.fatal: str | None = None
         with contextlib.ExitStack() as undo:
@@ -189,6 +191,20 @@ class Host:
             self.brain.finish(request_id, time.monotonic())
         self._wake()
 
+    def forget_all(self) -> None:
+        """See `GuestScheduler.forget_all`. A save whose copy is under way ends unwritten."""
+        with self._lock:
+            self._epoch += 1
+            if self.fatal is None:
+                self.brain.forget_all(time.monotonic())
+        self._wake()
+
+    def drop_saves(self) -> None:
+        """Saves that have not begun are dropped."""
+        with self._lock:
+            self.brain.press(None)
+        self._wake()
+
     def extend(self, request_id: str, tokens: Sequence[int]) -> None:
         """The request's tokens so far; what the brain has not heard of is new."""
         with self._lock:
@@ -249,6 +265,7 @@ class Host:
             labelled: dict[str, dict[str, float]] = {
                 "load_failures": dict(activity.load_failures),
                 "save_failures": dict(activity.save_failures),
+                "requests_without_pool": dict(activity.requests_without_pool),
             }
             links = {name: link.bytes_per_s for name, link in self.brain.cost.links.items()}
             links["upload"] = self.brain.cost.upload.bytes_per_s
@@ -332,7 +349,8 @@ class Host:
         if isinstance(operation, Lookup):
             return partial(self._lookup, operation)
         if isinstance(operation, Save):
-            return partial(self._save, operation, self._pages[operation.page], self._save_steps[operation.page])
+            page = operation.page
+            return partial(self._save, operation, self._pages[page], self._save_steps[page], self._epoch)
         if isinstance(operation, Landed):
             return partial(self._land, operation)
         assert isinstance(operation, Drop), operation
@@ -369,10 +387,13 @@ class Host:
         assert len(found) == len(places), "a block was fetched into a slot that is out of use"
         self._workers.upload(wire.Upload(op.op_id, found), ended)
 
-    def _save(self, op: Save, ids: Ids, step: int) -> None:
+    def _save(self, op: Save, ids: Ids, step: int, epoch: int) -> None:
         def ended(error: str | None) -> None:
             if error is not None:
                 self._saved(op, "device")
+                return
+            if epoch != self._epoch:
+                self._saved(op, "reset")
                 return
             self.brain.downloaded(op.op_id)
             self._stages.write(op, lambda reason: self._inbox.put(partial(self._saved, op, reason)))
