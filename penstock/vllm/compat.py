@@ -258,12 +258,15 @@ def reserved_blocks(scheduler: Scheduler) -> int:
 
 
 def can_load_ahead(scheduler: Scheduler, request: Request) -> bool:
-    """Whether a waiting request may be given blocks for a load outside of vLLM's own scan."""
+    """Whether a waiting request may be given blocks for a load outside of vLLM's own scan: not where vLLM itself cuts
+    or puts off what a connector offers (0.33: `cap_external_hit` of an output connector, `defer_async_loads`)."""
     from vllm.v1.core.sched.interface import PauseState
     from vllm.v1.request import RequestStatus
 
     return (
         scheduler._pause_state == PauseState.UNPAUSED
+        and getattr(scheduler, "aux_output_connector", None) is None
+        and not getattr(scheduler, "defer_async_loads", False)
         and request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         and request.num_computed_tokens == 0
         and not request.num_stale_output_tokens

@@ -86,6 +86,20 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         rows = KVRows.of(self._kv_cache_config, kv_caches, compat.kernels_of(self._vllm_config, kv_caches))
         self._worker = WorkerSide(self._engine_id, compat.rank_of_this_worker(), rows)
 
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """vLLM's memory has the same addresses after sleep, and nothing is copied meanwhile."""
+        return True
+
+    def unregister_kv_caches(self) -> None:
+        """vLLM goes to sleep. Raises RuntimeError when copies do not end: memory is not taken away below them."""
+        if self._worker is not None:
+            self._worker.gate.close()
+
+    def restore_kv_caches(self) -> None:
+        if self._worker is not None:
+            self._worker.gate.open()
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Nothing: uploads start when their blocks are staged."""
 

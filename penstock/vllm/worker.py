@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from penstock.engine.executors import Worker
+from penstock.vllm.copy_gate import CopyGate
 from penstock.vllm.layout import KVRows
 from penstock.vllm.link import (
     Attach,
@@ -99,6 +100,7 @@ class WorkerSide:
         self._locked_address = 0
         self._closed = False
         self.steps = Steps(rows.device)
+        self.gate = CopyGate()
         self._uploader = Worker("penstock-upload")
         self._downloader = Worker("penstock-save")
         self._listener = listen(engine_id, rank)
@@ -195,9 +197,11 @@ class WorkerSide:
     def _upload(self, message: Upload) -> None:
         assert self._staged is not None
         for slot, ids in message.blocks:
-            self._rows.upload(self._staged.part(slot), ids)
+            with self.gate.copying():
+                self._rows.upload(self._staged.part(slot), ids)
 
     def _download(self, message: Download) -> None:
         assert self._staged is not None
         self.steps.wait(message.step, STEP_TIMEOUT_S)
-        self._rows.download(self._staged.part(message.slot), message.ids)
+        with self.gate.copying():
+            self._rows.download(self._staged.part(message.slot), message.ids)
