@@ -1,5 +1,6 @@
-"""Lays the Python of a newer vLLM over the CPU build of an older one: `overlay.py WHEEL FOLDER`. Compiled parts stay the
-older ones. Run by `make test-vllm-next`; put FOLDER first on PYTHONPATH to use it."""
+"""Lays the Python of a newer vLLM over the CPU build of an older one: `overlay.py WHEEL FOLDER`.
+
+Compiled parts stay the older ones. Run by `make test-vllm-next`; put FOLDER first on PYTHONPATH to use it."""
 
 from __future__ import annotations
 

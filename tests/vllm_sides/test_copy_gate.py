@@ -42,7 +42,7 @@ def test_it_closes_when_the_last_copy_has_ended_and_lets_none_begin() -> None:
 def test_it_stays_open_when_copies_do_not_end() -> None:
     gate = CopyGate()
     with gate.copying():
-        with pytest.raises(RuntimeError, match="1 copies of Penstock's did not end within 0.01 s"):
+        with pytest.raises(RuntimeError, match="1 copies of Penstock's did not end"):
             gate.close(0.01)
         with gate.copying():
             pass
