@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.checkpoint import weights_identity
+from penstock.engine.weights_identity import FileState, weights_identity
 from penstock.guarded_thread import GuardedWorker
 from penstock.rate_limited_log import RateLimitedLog
 
@@ -32,7 +32,7 @@ WAITING_MAX = 64
 SETTLED_S = 2.0  # files younger than this may change again under the same time stamp
 CLOSE_TIMEOUT_S = 2.0
 
-Stamp = tuple[tuple[str, int, int, int, int], ...]  # name, bytes, mtime and ctime in ns, inode
+Stamp = tuple[tuple[str, FileState], ...]  # changes with every file that is written anew
 
 
 @dataclass(slots=True)
@@ -93,7 +93,7 @@ class Adapters:
         # vLLM may have read files that changed after its start before they did: then only this process may find them
         certain = adapter.load_inplace or _changed_s(stamp) + SETTLED_S < self._start_s
         prefix = "" if certain else f"{self._own}:{adapter.lora_int_id}:"
-        if sum(size for _, size, *_ in stamp) <= INLINE_BYTES:
+        if sum(state.size_bytes for _, state in stamp) <= INLINE_BYTES:
             self._read(adapter, known, prefix)
             return known.identity
         if self._reader is None:
@@ -146,19 +146,15 @@ def _folder(path: str) -> Path | None:
 
 
 def stamp_of(files: Sequence[Path]) -> Stamp:
-    """What changes when one of `files` is written anew; nothing when one of them is not there."""
-    stamp = []
+    """Nothing when one of `files` is not there."""
     try:
-        for file in files:
-            stat = file.stat()
-            stamp.append((str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+        return tuple((str(file), FileState.of(file)) for file in files)
     except OSError:
         return ()
-    return tuple(stamp)
 
 
 def _changed_s(stamp: Stamp) -> float:
-    return max(max(mtime_ns, ctime_ns) for _, _, mtime_ns, ctime_ns, _ in stamp) / 1e9
+    return max(state.changed_ns for _, state in stamp) / 1e9
 
 
 def _content(files: Sequence[Path]) -> str | None:

@@ -93,7 +93,7 @@ def _fields(part: object, names: Sequence[str]) -> dict[str, str]:
 
 def _weights(model: Any, load: Any) -> str:
     """The content of the files that vLLM loaded."""
-    from penstock.engine.checkpoint import weights_identity
+    from penstock.engine.weights_identity import weights_identity
 
     if load.load_format == "dummy":
         import torch
