@@ -78,6 +78,8 @@ def check_model(config: VllmConfig, kv_cache: KVCacheConfig) -> None:
         spec: Any = group.kv_cache_spec
         if not isinstance(spec, (AttentionSpec, UniformTypeKVCacheSpecs)):
             raise ConfigError(f"a group of layers has a cache of kind {type(spec).__name__}; allowed: attention")
+        if not getattr(spec, "prefix_cacheable", True) or not getattr(group, "enable_kv_transfer", True):
+            raise ConfigError(f"a group of layers ({type(spec).__name__}) keeps KV that no prefix names")
         if getattr(spec, "prefix_replay_tokens", 0):
             raise ConfigError("the model replays tokens behind a prefix; Penstock cannot load prefixes for it")
 

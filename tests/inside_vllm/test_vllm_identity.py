@@ -192,6 +192,27 @@ def test_every_rank_holds_the_same_only_where_vllm_says_so_of_every_layer() -> N
     assert not same(4, 1, 2)
 
 
+def test_groups_whose_kv_no_prefix_names_are_refused() -> None:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
+
+    made = SimpleNamespace(
+        model_config=SimpleNamespace(is_encoder_decoder=False),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+    )
+    spec = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32)
+
+    def check(**more: Any) -> None:
+        group = KVCacheGroupSpec(["l"], spec, **more)
+        compat.check_model(made, SimpleNamespace(kv_cache_groups=[group]))  # type: ignore[arg-type]
+
+    check()
+    with pytest.raises(ConfigError, match="no prefix names"):
+        check(enable_kv_transfer=False)
+    made.model_config.is_encoder_decoder = True
+    with pytest.raises(ConfigError, match="encoder"):
+        check()
+
+
 def request(*media: tuple[str, int, int], **more: Any) -> Any:
     features = [
         SimpleNamespace(
