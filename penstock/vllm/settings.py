@@ -22,9 +22,9 @@ class Settings:
     of them are one pool. `pool_config` is a pool.toml that describes one instead. `staging_bytes` is host memory for
     blocks on their way, `block_tokens` 0 the default for vLLM's block size. A request goes before all others when it
     was delayed `age_delays` times as long as first come, first served would delay it (0: never), and after
-    `age_bound_s`. With `load_always` every hit is loaded, even where computing it seems faster. `weight_version` names a
-    run whose weights change, so that versions that vLLM is told mean the same in every engine that has the same name
-    here."""
+    `age_bound_s`. With `load_always` every hit is loaded, even where computing it seems faster. `weight_version` is
+    the name of a run whose weights change, so that versions that vLLM is told mean the same in every engine with that
+    name."""
 
     pool: tuple[str, ...] = ()
     pool_config: Path | None = None
