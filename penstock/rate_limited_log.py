@@ -26,6 +26,13 @@ class RateLimitedLog:
 
     def warning(self, subject: str, message: str, *args: object) -> None:
         """Log `message % args`, or count it as left out. `subject` says which warnings are alike; it is not shown."""
+        self._tell(logging.WARNING, subject, message, args)
+
+    def exception(self, subject: str, message: str, *args: object) -> None:
+        """As `warning`, of the exception being handled: an error with its traceback."""
+        self._tell(logging.ERROR, subject, message, args)
+
+    def _tell(self, level: int, subject: str, message: str, args: tuple[object, ...]) -> None:
         with self._lock:
             if subject not in self._last and len(self._last) >= SUBJECTS_MAX:
                 subject = ""
@@ -38,4 +45,4 @@ class RateLimitedLog:
         if left_out:
             message += " (and %d more like it in the last %.0f s)"
             args = (*args, left_out, now_s - told_s)
-        self._log.warning(message, *args)
+        self._log.log(level, message, *args, exc_info=level >= logging.ERROR)

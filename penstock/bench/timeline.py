@@ -220,6 +220,16 @@ def write_html(path: Path, title: str, subtitle: str, panels: Sequence[Panel], n
     path.write_text(page, encoding="utf-8")
 
 
+HEADLINE = ("TTFT mean", "TTFT p99", "SLO attainment")
+
+
+def _headline(panel: Panel) -> str:
+    """The panel's title with the figures that a reader looks for first."""
+    facts = dict(panel.facts)
+    known = ", ".join(f"{name} {facts[name]}" for name in HEADLINE if name in facts)
+    return f"{panel.title}: {known}" if known else panel.title
+
+
 def write_figure(path: Path, title: str, panels: Sequence[Panel]) -> None:
     """The same picture as a file for documents (PNG, SVG or PDF by its suffix)."""
     from matplotlib.patches import Patch
@@ -241,7 +251,7 @@ def write_figure(path: Path, title: str, panels: Sequence[Panel]) -> None:
             widths = [width for _, width, _ in bars[label]]
             rows = [row for _, _, row in bars[label]]
             axes.barh(rows, widths, left=lefts, height=0.9, color=_style(label)[1])
-        axes.set_title(panel.title, loc="left", fontsize=11)
+        axes.set_title(_headline(panel), loc="left", fontsize=11)
         axes.set_xlabel("time since arrival (s)")
         axes.set_xlim(0, end_s)
         tidy(axes, grid="x")

@@ -20,17 +20,23 @@ from typing import Literal, Protocol
 from penstock.cluster import wire
 from penstock.cluster.held import HeldPart, HeldParts
 from penstock.cluster.placed import EngineReport, PlacedRequest
+from penstock.cluster.wire_types import clip
 from penstock.core.cluster.membership import OwnLease
 from penstock.engine.api import InvalidRequest, Overloaded, TokenEvent
+from penstock.guarded_thread import GuardedThread
+from penstock.pool.losses import count_loss
+from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport.secret import Secret, SecretRefused, prove_as_client
 from penstock.units import format_address
 
 log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
 
 KEEP_S = 60.0
 DIAL_TIMEOUT_S = 5.0
 UNHEALTHY_S = 10.0  # an engine that makes no progress for so long ends: whoever started it starts it again
 PAUSES_S = (0.05, 1.0)  # between attempts to register, growing
+JOIN_S = 60.0  # of the sender, whose connection is cut
 _RECEIVE_POLL_S = 0.25
 
 
@@ -120,7 +126,9 @@ class EngineAgent:
         self._told = ""
         self._lost_s: float | None = None
         self._unhealthy_s: float | None = None
-        self._thread = threading.Thread(target=self._run, name="penstock-agent", daemon=True)
+        self._thread = GuardedThread(
+            "penstock-agent", self._run, failed=lambda error: self._fail(f"its connection to the router: {error!r}")
+        )
         self._thread.start()
 
     @property
@@ -136,7 +144,7 @@ class EngineAgent:
             session = self._session
         if session is not None:
             try:
-                session.send(wire.Leave(session.welcome.epoch, why))
+                session.send(wire.Leave(session.welcome.epoch, clip(why)))
             except (OSError, wire.ProtocolError) as error:
                 log.debug("the router was not told: %s", error)
             session.cut("closed")
@@ -158,8 +166,11 @@ class EngineAgent:
                     return
             except (OSError, wire.ProtocolError, SecretRefused) as error:
                 self._tell(f"router {self._place}: {error}; it is tried again")
-            except Exception:
-                log.exception("the connection to router %s failed", self._place)
+            except Exception as error:  # not this engine's end: it registers anew
+                count_loss("registrations")
+                rare.exception("registration", "the connection to router %s failed: %r", self._place, error)
+            with self._lock:
+                self._held.drop_old(time.monotonic())
             if self._lost_s is not None and time.monotonic() - self._lost_s > self._settings.keep_s:
                 self._stop_all()
             if (why := self._unhealthy()) is not None:
@@ -216,7 +227,7 @@ class EngineAgent:
         with self._lock:
             dropped = self._held.keep_only({(request_id, attempt) for request_id, attempt in answer.keep})
         for request_id, attempt in dropped:
-            self._host.cancel(request_id, attempt)
+            self._cancel(request_id, attempt)
         return _Session(sock, answer, sent_s)
 
     # -- one registration ---------------------------------------------------------------------------------------
@@ -226,7 +237,11 @@ class EngineAgent:
         session.sock.settimeout(max(_RECEIVE_POLL_S, session.welcome.lease_s))
         self._told, self._lost_s = "", None
         log.info("registered with router %s: epoch %d", self._place, session.welcome.epoch)
-        sender = threading.Thread(target=self._send_all, args=(session,), name="penstock-agent-send", daemon=True)
+        sender = GuardedThread(
+            "penstock-agent-send",
+            lambda: self._send_all(session),
+            failed=lambda error: session.cut(f"sending failed: {error!r}"),
+        )
         with self._lock:
             self._session = session
         self.registered.set()
@@ -242,7 +257,7 @@ class EngineAgent:
                 self._session = None
                 self._to_send.notify_all()
             self.registered.clear()
-            sender.join()
+            sender.join(JOIN_S)
             self._lost_s = time.monotonic()
             if not self._closing.is_set():
                 self._tell(f"router {self._place} is lost: {session.over}")
@@ -260,35 +275,60 @@ class EngineAgent:
                     self._cancelled(message)
             elif isinstance(message, wire.Replan):
                 if message.epoch == session.welcome.epoch:
-                    self._host.replan(message.request_id, message.attempt, message.side)
+                    self._replan(message)
             elif isinstance(message, wire.Fenced):
                 raise ConnectionError(f"fenced: {message.reason}")
             else:
                 raise wire.ProtocolError(f"the router sent {type(message).__name__}")
 
     def _placed(self, session: _Session, placed: PlacedRequest) -> None:
-        if placed.epoch != session.welcome.epoch or not session.lease.valid(time.monotonic()):
-            return
+        """Take a part. What cannot be served here is answered: the router waits for every part that it has placed."""
+        if placed.epoch != session.welcome.epoch:
+            raise wire.ProtocolError(f"it placed for epoch {placed.epoch}; this is {session.welcome.epoch}")
+        if not session.lease.valid(time.monotonic()):
+            raise ConnectionError("it placed a request after the lease had ended")
+        session.placed += 1
         with self._lock:
-            if (placed.request_id, placed.attempt) in self._held:
-                return
+            known = (placed.request_id, placed.attempt) in self._held
             stale = self._held.drop([part.key for part in self._held.attempts(placed.request_id)])
             part = self._held.add(placed)
-        for request_id, attempt in stale:
-            self._host.cancel(request_id, attempt)
+        for key in stale:
+            self._cancel(*key)
+        if known:  # two parts of one name cannot be told apart: neither goes on
+            count_loss("placed_twice")
+            rare.warning("twice", "request %s, attempt %d, was placed here twice", placed.request_id, placed.attempt)
+            self._event(part, TokenEvent(None, "restart", "the same attempt was placed here twice"))
+            return
         try:
             self._host.submit(placed, lambda event: self._event(part, event))
         except InvalidRequest as error:
             self._event(part, TokenEvent(None, "error", str(error)))
         except Overloaded as error:
             self._event(part, TokenEvent(None, "restart", str(error)))
-        session.placed += 1
+        except Exception as error:  # this request's, not that of all others here
+            count_loss("failed_to_begin")
+            rare.exception("begin", "request %s could not begin: %r", placed.request_id, error)
+            self._event(part, TokenEvent(None, "error", f"the request could not begin: {error!r}"))
 
     def _cancelled(self, message: wire.Cancel) -> None:
         with self._lock:
             parts = self._held.attempts(message.request_id)
-            self._held.drop([part.key for part in parts if message.attempt in (None, part.placed.attempt)])
-        self._host.cancel(message.request_id, message.attempt)
+            self._held.drop([part.key for part in parts if message.attempt in (None, part.key[1])])
+        self._cancel(message.request_id, message.attempt)
+
+    def _cancel(self, request_id: str, attempt: int | None) -> None:
+        try:
+            self._host.cancel(request_id, attempt)
+        except Exception as error:
+            count_loss("cancels")
+            rare.exception("cancel", "request %s could not be cancelled: %r", request_id, error)
+
+    def _replan(self, message: wire.Replan) -> None:
+        try:
+            self._host.replan(message.request_id, message.attempt, message.side)
+        except Exception as error:  # its reads end by their deadlines
+            count_loss("replans")
+            rare.exception("replan", "request %s could not be planned anew: %r", message.request_id, error)
 
     def _event(self, part: HeldPart, event: TokenEvent) -> None:
         """From a thread of the engine."""
@@ -314,6 +354,7 @@ class EngineAgent:
                     session.send(wire.Heartbeat(session.welcome.epoch, sequence, self._host.report(), placed))
                     next_beat_s = now + session.welcome.heartbeat_s
                 with self._lock:
+                    self._held.drop_old(now)
                     if not self._held.anything_to_send():
                         self._to_send.wait(max(0.0, min(next_beat_s, session.lease.until_s) - time.monotonic()))
                     if self._session is not session:
@@ -323,21 +364,18 @@ class EngineAgent:
                     session.send(wire.Events(session.welcome.epoch, events))
         except (OSError, wire.ProtocolError) as error:
             session.cut(str(error))
-        except Exception:
-            log.exception("the sender to router %s failed", self._place)
-            session.cut("the sender failed")
 
     def _stop_all_but_resumable(self) -> None:
         with self._lock:
             stopped = self._held.keep_only(self._held.resumable())
         for request_id, attempt in stopped:
-            self._host.cancel(request_id, attempt)
+            self._cancel(request_id, attempt)
 
     def _stop_all(self) -> None:
         with self._lock:
             stopped = self._held.keep_only(())
         for request_id, attempt in stopped:
-            self._host.cancel(request_id, attempt)
+            self._cancel(request_id, attempt)
 
 
 def _receive_frame(sock: socket.socket) -> bytes:

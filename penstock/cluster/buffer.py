@@ -21,8 +21,10 @@ from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Done, Pool, PoolError
 from penstock.pool.callbacks import call_done
 from penstock.pool.checksum import block_checksum
+from penstock.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
 
 
 class Arrival(Enum):
@@ -108,6 +110,7 @@ class DecodeBuffer:
         self._grant()
 
     def _grant(self) -> None:
+        """After room was made. O(blocks of the first hand-off that waits), so not after what makes none."""
         while True:
             with self._lock:
                 if not self._queue or not self._fits(self._hand_offs[self._queue[0]].keys):
@@ -115,7 +118,10 @@ class DecodeBuffer:
                 hand_off = self._hand_offs[self._queue.popleft()]
                 for key in sorted(hand_off.keys, key=lambda key: key not in self._slots):  # what is here first
                     self._take(key).wanted_by += 1
-            hand_off.granted()
+            try:
+                hand_off.granted()
+            except Exception as error:  # one hand-off's; those behind it are to be granted too
+                rare.exception("granted", "a hand-off could not be told of its room: %r", error)
 
     def _fits(self, keys: Sequence[BlockKey]) -> bool:
         missing = [key for key in keys if key not in self._slots]
@@ -133,15 +139,16 @@ class DecodeBuffer:
         self._idle.pop(key, None)
         return slot
 
-    def _settle(self, slot: _Slot) -> None:
-        """After a use of the slot ended: it may be given up, or is free."""
+    def _settle(self, slot: _Slot) -> bool:
+        """After a use of the slot ended: whether it may be given up, or is free, so that there is more room."""
         if slot.wanted_by or slot.users or slot.state is Arrival.ARRIVING:
-            return
+            return False
         if slot.state is Arrival.READY:
             self._idle[slot.key] = None
             self._idle.move_to_end(slot.key)
         else:
             self._drop(slot)
+        return True
 
     def _drop(self, slot: _Slot) -> None:
         self._idle.pop(slot.key, None)
@@ -177,8 +184,9 @@ class DecodeBuffer:
     def let_go(self, slot: _Slot) -> None:
         with self._lock:
             slot.users -= 1
-            self._settle(slot)
-        self._grant()
+            room = self._settle(slot)
+        if room:
+            self._grant()
 
     def begin_write(self, key: BlockKey) -> memoryview | PoolError | None:
         """Memory to receive a block into, `end_write` must follow; None when it is here or on its way already. An error
@@ -223,7 +231,11 @@ class DecodeBuffer:
                 self.loaded_bytes += self.block_bytes
             self._arrived(key, checksum, failed)
 
-        self._storage.read(key, self.block_bytes, into, timeout_s, loaded)
+        try:
+            self._storage.read(key, self.block_bytes, into, timeout_s, loaded)
+        except Exception as failed:  # or the slot would be arriving for ever
+            rare.exception("load", "block %s could not be asked for: %r", key.hex(), failed)
+            self._arrived(key, None, PoolError("network", repr(failed)))
 
     def _arrived(self, key: BlockKey, checksum: int | None, error: PoolError | None) -> None:
         with self._lock:
@@ -237,10 +249,11 @@ class DecodeBuffer:
             else:
                 slot.state = Arrival.RESERVED
                 error = error or PoolError("network", f"block {key.hex()} did not come")
-            self._settle(slot)
+            room = self._settle(slot)
         for done in waiting:
             call_done(done, error)
-        self._grant()
+        if room:
+            self._grant()
 
     # --- views ---
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from penstock.cluster.buffer import DecodeBuffer
 from penstock.cluster.relay import BUFFER_LINK
 from penstock.core.keys import BlockKey
 from penstock.pool.api import Lease, Located, Pool, PoolError
+from penstock.pool.losses import count_loss
 from penstock.pool.wrapped import WrappedPool
+from penstock.rate_limited_log import RateLimitedLog
+
+log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
 
 
 class BufferedPool(WrappedPool):
@@ -27,9 +33,11 @@ class BufferedPool(WrappedPool):
             return found
         try:
             stored = super().lookup([keys[index] for index in absent], timeout_s)
-        except PoolError:
+        except PoolError as error:
             if len(absent) == len(keys):
                 raise
+            count_loss("decode_lookups")
+            rare.warning("lookup", "%d blocks are taken for misses, the pool does not say: %s", len(absent), error)
             return found
         for index, located in zip(absent, stored, strict=True):
             found[index] = located

@@ -32,7 +32,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0
+FAILED = 1
 _CLUSTER = "Cluster"
+
+
+class RouterEnded(RuntimeError):
+    """The router has failed inside and serves no more."""
 
 
 def router(
@@ -103,6 +108,8 @@ def router(
     log_to_stderr(flags.log_level.upper())
     try:
         _serve(flags)
+    except RouterEnded as error:
+        refuse("penstock router", error, FAILED)
     except (ValueError, OSError) as error:
         refuse("penstock router", error)
     except KeyboardInterrupt:
@@ -110,7 +117,7 @@ def router(
 
 
 def _serve(flags: RouterFlags) -> None:
-    """Raises ValueError or OSError with one line."""
+    """Raises ValueError, OSError or RouterEnded with one line."""
     from penstock.cluster.flags import router_settings, server_settings
     from penstock.cluster.live_view import ui_routes
     from penstock.cluster.router import ClusterEngine
@@ -141,7 +148,11 @@ def _serve(flags: RouterFlags) -> None:
             app = ServerApp(engine, codec, server_side, ui_routes(engine, server_side.model_name))
             place = format_address(*cluster.getsockname()[:2])
             ready = f"penstock: router {server_side.model_name} listening on {url_of(listener)}, engines on {place}"
-            HttpServer(app, listener, lambda: print(ready, flush=True)).serve_forever()
+            server = HttpServer(app, listener, lambda: print(ready, flush=True))
+            engine.on_failed = server.stop
+            server.serve_forever()
+            if engine.failure is not None:  # whoever started this process starts it again
+                raise RouterEnded(engine.failure)
         finally:
             if codec is not None:
                 codec.close()

@@ -15,6 +15,7 @@ from penstock.core.cluster.nic_speed import storage_speeds
 from penstock.core.cost import ComputeCost
 
 PREFILL_TOKENS_PER_S = 20_000.0  # of an engine that does not say
+SPEED_MIN = 1e-3  # prompt tokens in a second; less is not believed
 SPEED_MAX = 1e13  # tokens or bytes in a second; more is not believed
 BATCH_TOKENS = 2048  # what the speed of prompts without hits is taken of
 
@@ -41,7 +42,7 @@ def speed_of(report: EngineReport) -> tuple[float, ComputeCost | None]:
     a, b, c = report.compute
     cost = ComputeCost(max(0.0, a), max(0.0, b), max(0.0, c))
     speed = prompt_tokens_per_s(cost)
-    return (speed, cost) if 0 < speed < SPEED_MAX else (PREFILL_TOKENS_PER_S, None)
+    return (speed, cost) if SPEED_MIN < speed < SPEED_MAX else (PREFILL_TOKENS_PER_S, None)
 
 
 class EngineAccounts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -15,6 +16,7 @@ from penstock.cluster.outgoing import Outgoing
 from penstock.cluster.placed import EngineReport, PlacedRequest
 from penstock.cluster.relay import RelayNode
 from penstock.cluster.relay_links import RelayLinks
+from penstock.cluster.wire_types import RATE_MAX, SECONDS_MAX, within
 from penstock.engine.api import GenerationRequest, InvalidRequest, OnEvent, TokenEvent, tell
 from penstock.engine.build import RunningEngine
 from penstock.units import format_address
@@ -128,6 +130,7 @@ class EngineHost:
         gauges = self.engine.gauges()
         pages = int(gauges["l1_pages_total"])
         block_bytes = self.engine.config.block_bytes
+        cost = self.engine.compute_cost()
         unfinished, tokens = standing.unfinished, standing.tokens
         prefill_tokens, read_bytes = standing.prefill_tokens, standing.read_bytes
         if self._outgoing is not None:
@@ -147,9 +150,9 @@ class EngineHost:
             decoding=standing.decoding,
             read_queue_bytes=read_bytes,
             read_queue_tokens=read_bytes * self.engine.config.block_tokens // block_bytes,
-            storage_bytes_per_s=self._storage.bytes_per_s,
-            storage_load_bytes_per_s=self._storage.load_bytes_per_s,
-            compute=self.engine.compute_cost(),
+            storage_bytes_per_s=within(self._storage.bytes_per_s, RATE_MAX),
+            storage_load_bytes_per_s=within(self._storage.load_bytes_per_s, RATE_MAX),
+            compute=cost if all(0.0 <= seconds <= SECONDS_MAX for seconds in cost) else None,
             free_pages=int(gauges["l1_pages_available"]),
             total_pages=pages,
             buffer_free_blocks=self.buffer.free_blocks if self.buffer is not None else 0,
@@ -178,13 +181,14 @@ class EngineHost:
             self.buffer.check_integrity()
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Cancel what runs, stop every thread."""
-        if self._incoming is not None:
-            self._incoming.close(timeout_s)
-        if self.relay is not None:
-            self.relay.close(timeout_s)
-        self.cancel_all()
-        self.engine.close(timeout_s)
-        if self._links is not None:
-            self._links.close(timeout_s)
-        self._running.close(timeout_s)
+        """Cancel what runs, stop every thread; each of them, whatever another one raises."""
+        with contextlib.ExitStack() as closing:  # the last one first
+            closing.callback(self._running.close, timeout_s)
+            if self._links is not None:
+                closing.callback(self._links.close, timeout_s)
+            closing.callback(self.engine.close, timeout_s)
+            closing.callback(self.cancel_all)
+            if self.relay is not None:
+                closing.callback(self.relay.close, timeout_s)
+            if self._incoming is not None:
+                closing.callback(self._incoming.close, timeout_s)

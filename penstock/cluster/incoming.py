@@ -1,28 +1,38 @@
-"""The decode part of a request: reserve room, wait for the hand-off, then have the engine generate the rest."""
+"""The decode part of a request: reserve room, wait for the hand-off, then have the engine generate the rest.
+
+Whatever ends a part gives back all that it holds: its room, its deadline, its prompt.
+"""
 
 from __future__ import annotations
 
-import heapq
 import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from penstock.cluster.buffer import DecodeBuffer
+from penstock.cluster.deadlines import Deadline, Deadlines
 from penstock.cluster.outgoing import CAN_READ, HAS, OnEvent
 from penstock.cluster.placed import PlacedRequest
+from penstock.cluster.wire_types import within
 from penstock.core.keys import BlockKey, KeyChain
 from penstock.engine.api import GenerationRequest, InvalidRequest, Overloaded, TokenEvent
 from penstock.engine.engine import Engine
+from penstock.guarded_thread import GuardedWorker
 from penstock.pool.api import Pool, PoolError
+from penstock.pool.losses import count_loss
+from penstock.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
 
 EARLY_MAX = 4096  # hand-offs opened before the router's word of them came
+OPENINGS_MAX = 8  # of one hand-off that wait
 LOOKUP_THREADS = 4
+LOOKUPS_WAITING_MAX = 256  # of each of these threads
+OPEN_TIMEOUT_S_MAX = 3600.0  # a prefill engine waits no longer, whatever it says
 
 Reply = Callable[[bytes | PoolError], None]
 
@@ -35,6 +45,7 @@ class _Opening:
     reply: Reply
     deadline_s: float
     answered: bool = False
+    deadline: Deadline | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -46,7 +57,9 @@ class _Part:
     granted: bool = False
     started: bool = False
     in_buffer: bool = True
+    cancelled: bool = False
     openings: list[_Opening] = field(default_factory=list)
+    deadline: Deadline | None = None
 
 
 class Incoming:
@@ -62,15 +75,12 @@ class Incoming:
         self._hand_off_timeout_s = hand_off_timeout_s
         self._lookup_timeout_s = lookup_timeout_s
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
         self._parts: dict[str, _Part] = {}
         self._early: dict[str, list[_Opening]] = {}
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._serial = 0
         self._closed = False
-        self._lookups = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="penstock-relay-lookup")
-        self._thread = threading.Thread(target=self._watch, name="penstock-hand-off-deadlines", daemon=True)
-        self._thread.start()
+        names = [f"penstock-relay-lookup-{number}" for number in range(LOOKUP_THREADS)]
+        self._lookups = [GuardedWorker(name, waiting_max=LOOKUPS_WAITING_MAX) for name in names]
+        self._deadlines = Deadlines("penstock-hand-off-deadlines")
 
     # --- from the router ---
 
@@ -89,23 +99,23 @@ class Incoming:
                 raise InvalidRequest(f"hand-off {name!r} is known already")
             self._parts[name] = part
             part.openings = self._early.pop(name, [])
-            self._at(self._hand_off_timeout_s, partial(self._too_late, part))
+            part.deadline = self._deadlines.after(self._hand_off_timeout_s, partial(self._too_late, part))
         try:
             self._buffer.reserve(name, part.keys, partial(self._granted, part))
-        except ValueError as error:
-            with self._lock:
-                del self._parts[name]
-            for opening in part.openings:
-                opening.reply(PoolError("full", str(error)))
-            raise InvalidRequest(str(error)) from None
+        except Exception as error:
+            for opening in self._forget(part) or ():
+                self._reply(opening, PoolError("full", str(error)))
+            if isinstance(error, ValueError):
+                raise InvalidRequest(str(error)) from None
+            raise
 
     def cancel(self, name: str) -> bool:
         """End a part soon; False when there is none of that name."""
         with self._lock:
             part = self._parts.get(name)
-            started = part is not None and part.started
-        if part is None:
-            return False
+            if part is None:
+                return False
+            started, part.cancelled = part.started, True
         if started:
             self._engine.cancel(name)
         else:
@@ -121,6 +131,7 @@ class Incoming:
     # --- from prefill engines ---
 
     def opening(self, name: str, reads: bool, timeout_s: float, reply: Reply) -> None:
+        timeout_s = within(timeout_s, OPEN_TIMEOUT_S_MAX)
         opening = _Opening(reads, reply, time.monotonic() + timeout_s)
         error: PoolError | None = None
         with self._lock:
@@ -132,11 +143,16 @@ class Incoming:
                 error = PoolError("missing", f"hand-off {name!r} has ended")
             elif part is None and len(self._early) >= EARLY_MAX:
                 error = PoolError("dropped", f"{EARLY_MAX} hand-offs were opened before the router named them")
+            elif not granted and len(part.openings if part is not None else self._early.get(name, ())) >= OPENINGS_MAX:
+                error = PoolError("dropped", f"the hand-off is being opened {OPENINGS_MAX} times already")
             elif not granted:
                 (part.openings if part is not None else self._early.setdefault(name, [])).append(opening)
-                self._at(timeout_s, partial(self._give_up, name, opening))
+                opening.deadline = self._deadlines.after(timeout_s, partial(self._give_up, name, opening))
         if error is not None:
-            reply(error)
+            if error.reason == "dropped":
+                count_loss("hand_offs_too_many")
+                rare.warning("early", "a hand-off is not opened: %s", error)
+            self._reply(opening, error)
         elif part is not None and granted:
             self._answer(part, opening)
 
@@ -168,20 +184,29 @@ class Incoming:
                 size = self._buffer.block_bytes
                 readable = {k for k, hit in zip(absent, found, strict=True) if hit and hit.size_bytes == size}
             except PoolError as error:
-                log.warning("a decode read does without this host: %s", error)
+                self._without_lookup(error)
             keys = zip(part.keys, here, strict=True)
             self._reply(opening, bytes(HAS if h else CAN_READ if key in readable else 0 for key, h in keys))
 
-        try:
-            self._lookups.submit(look_up)
-        except RuntimeError:
-            self._reply(opening, PoolError("closed", "the decode engine is closing"))
+        def failed(error: Exception) -> None:
+            self._without_lookup(error)
+            self._reply(opening, bytes(HAS if h else 0 for h in here))
+
+        worker = min(self._lookups, key=lambda one: one.waiting)
+        if not worker.put(look_up, failed):
+            failed(PoolError("dropped", f"{LOOKUPS_WAITING_MAX} lookups wait, or the engine is closing"))
+
+    def _without_lookup(self, error: Exception) -> None:
+        count_loss("decode_lookups")
+        rare.warning("lookup", "a decode read does without this host: %s", error)
 
     def _reply(self, opening: _Opening, answer: bytes | PoolError) -> None:
         with self._lock:
             if opening.answered:
                 return
             opening.answered = True
+        if opening.deadline is not None:
+            opening.deadline.cancel()
         opening.reply(answer)
 
     def _give_up(self, name: str, opening: _Opening) -> None:
@@ -195,6 +220,8 @@ class Incoming:
             if part is None and not waiting:
                 del self._early[name]
         reason = "the router has not named the hand-off" if part is None else "the decode buffer is full"
+        count_loss("hand_offs_not_opened")
+        rare.warning("opening", "hand-off %s is not opened: %s", name, reason)
         self._reply(opening, PoolError("deadline" if part is None else "full", reason))
 
     def handed_over(self, name: str, token: int, missing: int) -> PoolError | None:
@@ -205,8 +232,13 @@ class Incoming:
             if part.started:
                 return None
             part.started = True
+        if part.deadline is not None:
+            part.deadline.cancel()
         if missing:
-            log.info("%d blocks of %s were not handed over; they are loaded or computed here", missing, name)
+            count_loss("blocks_not_handed_over", missing)
+            rare.warning(
+                "missing", "%d blocks of %s were not handed over; they are loaded or computed here", missing, name
+            )
         request = part.request
         sampling = replace(request.sampling, max_tokens=request.sampling.max_tokens - 1)
         waited_s = request.waited_s
@@ -223,6 +255,13 @@ class Incoming:
             refused = TokenEvent(None, "restart" if isinstance(error, Overloaded) else "error", str(error))
             self._end(part, refused)
             return PoolError("dropped", str(error))
+        except Exception as error:  # the engine knows nothing of it: nobody else would end it
+            count_loss("failed_to_begin")
+            rare.exception("begin", "request %s could not begin to decode: %r", name, error)
+            self._end(part, TokenEvent(None, "error", f"the request could not begin to decode: {error!r}"))
+            return PoolError("dropped", repr(error))
+        if part.cancelled:  # before the engine knew it
+            self._engine.cancel(name)
         return None
 
     # --- from the engine ---
@@ -239,15 +278,27 @@ class Incoming:
 
     def _end(self, part: _Part, event: TokenEvent) -> None:
         name = part.placed.hand_off_id
+        openings = self._forget(part)
+        if openings is None:
+            return
+        try:
+            self._buffer.release(name)
+            for opening in openings:
+                self._reply(opening, PoolError("missing", f"hand-off {name!r} ended: {event.finish_reason}"))
+        finally:
+            part.on_event(event)
+
+    def _forget(self, part: _Part) -> list[_Opening] | None:
+        """It is known no more, and no deadline holds it; who waits for it still is the caller's to answer. None when it
+        was not known."""
         with self._lock:
-            if self._parts.get(name) is not part:
-                return
-            del self._parts[name]
+            if self._parts.get(part.placed.hand_off_id) is not part:
+                return None
+            del self._parts[part.placed.hand_off_id]
             openings, part.openings = part.openings, []
-        self._buffer.release(name)
-        for opening in openings:
-            self._reply(opening, PoolError("missing", f"hand-off {name!r} ended: {event.finish_reason}"))
-        part.on_event(event)
+        if part.deadline is not None:
+            part.deadline.cancel()
+        return openings
 
     # --- deadlines ---
 
@@ -256,37 +307,23 @@ class Incoming:
             started = part.started
         if not started:
             why = "was not complete" if part.granted else "found no room in the decode buffer"
+            count_loss("hand_offs_late")
+            rare.warning("late", "hand-off %s %s within %g s", part.placed.hand_off_id, why, self._hand_off_timeout_s)
             self._end(part, TokenEvent(None, "restart", f"the hand-off {why} within {self._hand_off_timeout_s:g} s"))
-
-    def _at(self, delay_s: float, action: Callable[[], None]) -> None:
-        """With the lock held."""
-        self._serial += 1
-        heapq.heappush(self._timers, (time.monotonic() + delay_s, self._serial, action))
-        self._changed.notify()
-
-    def _watch(self) -> None:
-        while True:
-            with self._lock:
-                if self._closed:
-                    return
-                wait_s = self._timers[0][0] - time.monotonic() if self._timers else None
-                if wait_s is None or wait_s > 0:
-                    self._changed.wait(wait_s)
-                    continue
-                _, _, action = heapq.heappop(self._timers)
-            action()
 
     def close(self, timeout_s: float) -> None:
         """End what has not begun to decode; before the engine is closed."""
         with self._lock:
             self._closed = True
-            self._changed.notify()
             early = [opening for openings in self._early.values() for opening in openings]
             self._early.clear()
             parts = [part for part in self._parts.values() if not part.started]
-        self._lookups.shutdown(wait=False, cancel_futures=True)
+        for worker in self._lookups:
+            worker.stop()
         for opening in early:
             self._reply(opening, PoolError("closed", "the decode engine is closing"))
         for part in parts:
             self._end(part, TokenEvent(None, "restart", "the decode engine is closing"))
-        self._thread.join(timeout_s)
+        self._deadlines.close(timeout_s)
+        for worker in self._lookups:
+            worker.close(timeout_s)

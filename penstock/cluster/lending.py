@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -10,12 +11,18 @@ from collections.abc import Callable
 from penstock.cluster.buffer import DecodeBuffer, HeldBlock
 from penstock.cluster.one_sided_links import read_one_sided
 from penstock.core.keys import BlockKey
-from penstock.engine.executors import Worker
+from penstock.guarded_thread import GuardedWorker
 from penstock.pool.api import PoolError
+from penstock.pool.losses import count_loss
+from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport.one_sided import FarMemory, Mover
+
+log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
 
 CLIENTS_MAX = 256
 LENT_MAX = 4096
+MOVES_WAITING_MAX = 4096
 
 
 class Lending:
@@ -27,7 +34,7 @@ class Lending:
         self._lock = threading.Lock()
         self._clients: OrderedDict[bytes, FarMemory] = OrderedDict()
         self._lent: dict[tuple[int, int], tuple[float, HeldBlock]] = {}  # (lender, id) -> until when, block
-        self._moves = Worker("penstock-relay-one-sided")
+        self._moves = GuardedWorker("penstock-relay-one-sided", waiting_max=MOVES_WAITING_MAX)
 
     def attach(self, client: bytes, kind: str, memory: bytes) -> bytes:
         """The buffer's description for the client, whose memory is attached. Raises PoolError."""
@@ -42,7 +49,7 @@ class Lending:
             while len(self._clients) > CLIENTS_MAX:
                 old.append(self._clients.popitem(last=False)[1])
         for gone in old:
-            self._moves.put(gone.close)
+            self._close_later(gone)
         return self._mover.export(self._buffer.memory)
 
     # --- lent ---
@@ -61,6 +68,8 @@ class Lending:
             block.release()
         if full:
             held.release()
+            count_loss("blocks_not_lent")
+            rare.warning("lent", "a block is not lent: %d are lent already", LENT_MAX)
             return PoolError("dropped", f"{LENT_MAX} blocks are lent already")
         return self._buffer.offset(held)
 
@@ -100,7 +109,15 @@ class Lending:
             else:
                 ended(read_one_sided(far, key, offset, into, checksum, deadline_s))
 
-        self._moves.put(move)
+        if not self._moves.put(move, lambda error: ended(PoolError("network", f"a one-sided read failed: {error}"))):
+            count_loss("one_sided_dropped")
+            rare.warning("moves", "a block is not read one-sided: %d moves wait already", MOVES_WAITING_MAX)
+            ended(PoolError("dropped", f"{MOVES_WAITING_MAX} one-sided moves wait already"))
+
+    def _close_later(self, far: FarMemory) -> None:
+        """After the reads of it that wait; at once when the worker takes nothing more."""
+        if not self._moves.put(far.close):
+            far.close()
 
     def close(self, timeout_s: float) -> None:
         with self._lock:
@@ -109,7 +126,7 @@ class Lending:
         for block in lent:
             block.release()
         for far in clients:
-            self._moves.put(far.close)
-        self._moves.put(self._mover.close)
-        self._moves.stop()
-        self._moves.join(timeout_s)
+            self._close_later(far)
+        if not self._moves.put(self._mover.close):
+            log.warning("the memory of one-sided reads is not given back: too many of them wait")
+        self._moves.close(timeout_s)

@@ -16,12 +16,15 @@ from typing import Any
 from penstock.cluster.cluster_config import NODE_IP, ProcessSpec
 from penstock.cluster.supervisor import Child, StartFailed
 from penstock.core.config import ConfigError
+from penstock.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
 
 WATCH_S = 0.5
 CALL_S = 30.0
 STOP_S = 20.0
+RAY_GONE_S = 300.0  # a Ray that cannot be asked for so long does not come back
 LINES_MAX = 200  # of one process between two looks at it
 
 
@@ -149,9 +152,17 @@ class RaySupervisor:
         return found
 
     def run(self) -> None:
-        """Until `stopping` is set: processes and actors are started again, engines follow a router that moved."""
+        """Until `stopping` is set: processes and actors are started again, engines follow a router that moved. Raises
+        StartFailed when Ray cannot be asked any more."""
+        asked_s = time.monotonic()
         while not self.stopping.wait(WATCH_S):
-            self.watch()
+            try:
+                self.watch()
+                asked_s = time.monotonic()
+            except Exception as error:  # of many kinds; Ray may answer again
+                rare.exception("watch", "the actors could not be looked at: %r", error)
+                if time.monotonic() - asked_s > RAY_GONE_S:
+                    raise StartFailed(f"Ray could not be asked for {RAY_GONE_S:g} s: {error!r}") from None
 
     def watch(self) -> None:
         self._look(list(self.known.values()))
@@ -162,16 +173,23 @@ class RaySupervisor:
                 if one.spec.kind == "engine":
                     self._told(one.spec.name, "a pool or the router has moved: it begins again")
                     one.ready = False
-                    one.actor.start.remote(addresses)
+                    if one.actor is not None:
+                        one.actor.start.remote(addresses)
 
     def stop(self) -> None:
         """The router first, then engines, then pools."""
         self.stopping.set()
         for kind in ("router", "engine", "pool"):
             group = [one for one in self.known.values() if one.spec.kind == kind and one.actor is not None]
-            ended = [one.actor.stop.remote() for one in group]
-            if ended:
-                self._ray.wait(ended, num_returns=len(ended), timeout=STOP_S + 10.0)
+            try:
+                ended = [one.actor.stop.remote() for one in group]
+                if ended:
+                    self._ray.wait(ended, num_returns=len(ended), timeout=STOP_S + 10.0)
+            except Exception as error:  # the others are to end too
+                log.error("%s processes could not be told to end: %r", kind, error)
             for one in group:
-                self._ray.kill(one.actor, no_restart=True)
+                try:
+                    self._ray.kill(one.actor, no_restart=True)
+                except Exception as error:
+                    log.error("the actor of %s could not be ended: %r", one.spec.name, error)
                 one.actor = None

@@ -10,16 +10,21 @@ from functools import partial
 from typing import Any
 
 from penstock.core.keys import BlockKey
-from penstock.engine.executors import Worker
+from penstock.guarded_thread import GuardedWorker
 from penstock.io.memory import address_of
 from penstock.pool.api import Done, PoolError
 from penstock.pool.callbacks import call_done
 from penstock.pool.checksum import block_checksum
+from penstock.pool.losses import count_loss
+from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport import wire
 from penstock.transport.link import NodeLink
 from penstock.transport.one_sided import FarMemory, Mover
 
 log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
+
+MOVES_WAITING_MAX = 4096
 
 ATTACH_TIMEOUT_S = 5.0
 _BROKEN = ("network", "closed", "layout", "checksum")  # what ends so was done with memory that may not be there
@@ -35,7 +40,7 @@ class OneSidedLinks:
         self._base = 0
         self._lock = threading.Lock()
         self._far: dict[str, FarMemory | None] = {}  # None: being attached
-        self._moves = Worker("penstock-one-sided")
+        self._moves = GuardedWorker("penstock-one-sided", waiting_max=MOVES_WAITING_MAX)
 
     def allocate(self, size_bytes: int) -> memoryview:
         """The engine's staging memory."""
@@ -56,13 +61,18 @@ class OneSidedLinks:
                 if error is not None:
                     raise error
                 far = self._mover.attach(reply.memory)
-            except (PoolError, AttributeError) as failed:
-                log.warning("%s: blocks travel in messages: %s", address, failed)
+            except Exception as failed:  # whatever the transport raises: blocks travel in messages
+                count_loss("one_sided_not_attached")
+                rare.warning(f"attach {address}", "%s: blocks travel in messages: %s", address, failed)
                 if not isinstance(failed, PoolError) or failed.reason != "layout":
                     self.drop(address)  # another try with the next hand-off
                 return
             with self._lock:
-                self._far[address] = far
+                wanted = address in self._far
+                if wanted:
+                    self._far[address] = far
+            if not wanted:  # the link was given up meanwhile
+                self._close_later(far)
 
         message = wire.Attach(link.next_id(), self._client, self._mover.kind, self._mover.export(self._memory), 0.0)
         link.begin(message, ATTACH_TIMEOUT_S, ended)
@@ -72,7 +82,12 @@ class OneSidedLinks:
         with self._lock:
             far = self._far.pop(address, None)
         if far is not None:
-            self._moves.put(far.close)
+            self._close_later(far)
+
+    def _close_later(self, far: FarMemory) -> None:
+        """After the reads of it that wait; at once when the worker takes nothing more."""
+        if not self._moves.put(far.close):
+            far.close()
 
     def read(
         self,
@@ -98,7 +113,12 @@ class OneSidedLinks:
             if error is not None:
                 self._end(address, done, error)
                 return
-            self._moves.put(partial(self._move, address, link, far, message, reply, into, deadline_s, done))
+            move = partial(self._move, address, link, far, message, reply, into, deadline_s, done)
+            if not self._moves.put(move, lambda error: self._end(address, done, PoolError("network", repr(error)))):
+                link.tell(wire.Return(message.id))
+                count_loss("one_sided_dropped")
+                rare.warning("moves", "a block is not read one-sided: %d moves wait already", MOVES_WAITING_MAX)
+                self._end(address, done, PoolError("dropped", f"{MOVES_WAITING_MAX} one-sided moves wait already"))
 
         link.begin(message, timeout_s, lent)
         return True
@@ -149,10 +169,10 @@ class OneSidedLinks:
             far, self._far = list(self._far.values()), {}
         for memory in far:
             if memory is not None:
-                self._moves.put(memory.close)
-        self._moves.put(self._mover.close)
-        self._moves.stop()
-        self._moves.join(timeout_s)
+                self._close_later(memory)
+        if not self._moves.put(self._mover.close):
+            log.warning("the memory of one-sided reads is not given back: too many of them wait")
+        self._moves.close(timeout_s)
 
 
 def read_one_sided(

@@ -11,6 +11,8 @@ from penstock.core.operations import FinishReason
 from penstock.engine.api import RequestReport
 
 PARTS_MAX = 65_536
+Asked = tuple[str, bytes]  # what the client calls its request, and the digest of what it asks for
+Cancel = tuple[str, str, int]  # engine, request id, attempt
 
 
 @dataclass(eq=False, slots=True)
@@ -20,7 +22,7 @@ class OrphanPart:
     engine: str
     part: Part
     attempt: int
-    digest: bytes
+    asked: Asked
     earlier: list[int]
     index: int
     tokens: list[int]
@@ -33,43 +35,63 @@ class OrphanPart:
 
 
 class Orphans:
-    """By request; an attempt that no client claims within `claim_s` is to be cancelled."""
+    """By the request id of the router that placed them; one that no client claims within `claim_s` is to be cancelled.
+    A client claims by what it calls its request and all that it asks for; of several alike each claim gets one."""
 
     def __init__(self, claim_s: float) -> None:
         self._claim_s = claim_s
         self._parts: dict[str, list[OrphanPart]] = {}
+        self._asked: dict[Asked, dict[str, None]] = {}  # request ids, in the order in which they were added
+        self._count = 0
 
     def __len__(self) -> int:
-        return sum(map(len, self._parts.values()))
+        return self._count
 
     def add(self, engine: str, held: Sequence[Held], now: float) -> list[tuple[str, int]]:
         """Keep what an engine registered with; returns what it shall go on with."""
         kept = []
-        for one in held[: max(0, PARTS_MAX - len(self))]:
+        for one in held[: max(0, PARTS_MAX - self._count)]:
+            asked = (one.label, one.digest)
             part = OrphanPart(
-                engine, one.part, one.attempt, one.digest, list(one.earlier), one.index, list(one.tokens),
+                engine, one.part, one.attempt, asked, list(one.earlier), one.index, list(one.tokens),
                 one.finish_reason, one.report, now,
             )  # fmt: skip
             self._parts.setdefault(one.request_id, []).append(part)
+            self._asked.setdefault(asked, {})[one.request_id] = None
+            self._count += 1
             kept.append((one.request_id, one.attempt))
         return kept
 
-    def event(self, engine: str, event: Event) -> None:
-        """An engine went on with one; anything else is ignored."""
+    def event(self, engine: str, event: Event) -> bool:
+        """An engine went on with one; False for anything else."""
         for part in self._parts.get(event.request_id, ()):
             if part.engine == engine and part.attempt == event.attempt:
                 if event.index == part.index + len(part.tokens):
                     part.tokens += event.tokens
                 if event.finish_reason is not None:
                     part.finish_reason, part.report = event.finish_reason, event.report
+                return True
+        return False
 
-    def claim(self, request_id: str, digest: bytes) -> list[OrphanPart] | None:
-        """The parts of the latest attempt at this very request, if its answer is there from the first token on and may
-        come to an end; they are the caller's then."""
-        found = self._parts.get(request_id, [])
-        latest = max((part.attempt for part in found), default=0)
-        parts = {part.part: part for part in found if part.attempt == latest and part.digest == digest}
-        if any(part.finish_reason not in (None, "stop", "length", "handed_over") for part in parts.values()):
+    def claim(self, asked: Asked) -> tuple[str, list[OrphanPart], list[Cancel]] | None:
+        """One request of the same label and content whose answer is there from the first token on and may come to an
+        end: its request id, the parts of its latest attempt, which are the caller's then, and earlier attempts' parts
+        to be cancelled."""
+        for request_id in self._asked.get(asked, {}):
+            parts = self._whole(request_id, asked)
+            if parts is not None:
+                rest = [part for part in self._parts[request_id] if part not in parts]
+                self._remove(request_id, self._parts[request_id])
+                return request_id, parts, [(part.engine, request_id, part.attempt) for part in rest]
+        return None
+
+    def _whole(self, request_id: str, asked: Asked) -> list[OrphanPart] | None:
+        found = self._parts[request_id]
+        latest = max(part.attempt for part in found)
+        parts = {part.part: part for part in found if part.attempt == latest and part.asked == asked}
+        if not parts or any(
+            part.finish_reason not in (None, "stop", "length", "handed_over") for part in parts.values()
+        ):
             return None
         prefill = parts.get("prefill")
         if "mixed" not in parts and "decode" not in parts:
@@ -77,27 +99,34 @@ class Orphans:
                 return None
         elif "decode" in parts and (prefill is None or (prefill.finish_reason is not None and not prefill.tokens)):
             return None
-        self._parts[request_id] = [part for part in found if part not in parts.values()]
         return list(parts.values())
 
-    def forget(self, request_id: str) -> list[tuple[str, str, int]]:
-        """(engine, request id, attempt) of what is left of a request: to be cancelled."""
-        return [(part.engine, request_id, part.attempt) for part in self._parts.pop(request_id, ())]
+    def _remove(self, request_id: str, parts: Sequence[OrphanPart]) -> None:
+        """Forget these parts of a request."""
+        left = [part for part in self._parts[request_id] if part not in parts]
+        self._count -= len(self._parts[request_id]) - len(left)
+        if left:
+            self._parts[request_id] = left
+        else:
+            del self._parts[request_id]
+        for asked in {part.asked for part in parts} - {part.asked for part in left}:
+            of_asked = self._asked[asked]
+            del of_asked[request_id]
+            if not of_asked:
+                del self._asked[asked]
 
     def engine_left(self, engine: str) -> None:
         """What that engine had is gone."""
-        for request_id in [key for key, parts in self._parts.items() if any(p.engine == engine for p in parts)]:
-            left = [part for part in self._parts[request_id] if part.engine != engine]
-            if left:
-                self._parts[request_id] = left
-            else:
-                del self._parts[request_id]
+        for request_id, parts in list(self._parts.items()):
+            gone = [part for part in parts if part.engine == engine]
+            if gone:
+                self._remove(request_id, gone)
 
-    def unclaimed(self, now: float) -> list[tuple[str, str, int]]:
-        """(engine, request id, attempt) that waited too long, or are of no use; forgotten from now on."""
-        late = []
+    def unclaimed(self, now: float) -> list[Cancel]:
+        """What waited too long; forgotten from now on."""
+        late: list[Cancel] = []
         for request_id, parts in list(self._parts.items()):
             if all(now - part.since_s > self._claim_s for part in parts):
                 late += [(part.engine, request_id, part.attempt) for part in parts]
-                del self._parts[request_id]
+                self._remove(request_id, parts)
         return late

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,11 @@ from penstock.engine.api import GenerationRequest, InvalidRequest, Overloaded, T
 from penstock.engine.engine import Engine
 from penstock.engine.peers import relay_link
 from penstock.pool.api import PoolError
+from penstock.pool.losses import count_loss
+from penstock.rate_limited_log import RateLimitedLog
+
+log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
 
 HAS, CAN_READ = 1, 2  # as in `transport.wire.Opened`
 CLOSE_HAND_OFF_S = 5.0
@@ -35,6 +41,7 @@ class _Part:
     began_s: float
     phase: Literal["opening", "running", "closing"] = "opening"
     token: int = -1
+    cancelled: bool = False
 
 
 class Outgoing:
@@ -64,7 +71,12 @@ class Outgoing:
                 raise Overloaded(f"{opening} hand-offs are being opened already", retry_after_s=1.0)
             self._parts[name] = part
         reads = placed.read != "prefill"
-        self._links.open(placed.decode_relay, name, reads, self._open_timeout_s, partial(self._opened, part))
+        try:
+            self._links.open(placed.decode_relay, name, reads, self._open_timeout_s, partial(self._opened, part))
+        except BaseException:
+            with self._lock:
+                self._parts.pop(name, None)
+            raise
 
     def _opened(self, part: _Part, blocks: bytes | None, error: PoolError | None) -> None:
         with self._lock:
@@ -73,6 +85,8 @@ class Outgoing:
             part.phase = "running"
         placed = part.placed
         if blocks is None:
+            count_loss("hand_offs_not_opened")
+            rare.warning("open", "hand-off %s could not be opened: %s", placed.hand_off_id, error)
             self._end(part, TokenEvent(None, "restart", f"the hand-off could not be opened: {error}"))
             return
         relay = placed.decode_relay
@@ -92,6 +106,13 @@ class Outgoing:
             self._end(part, TokenEvent(None, "restart", str(refused)))
         except InvalidRequest as refused:
             self._end(part, TokenEvent(None, "error", str(refused)))
+        except Exception as failed:  # the engine knows nothing of it: nobody else would end it
+            count_loss("failed_to_begin")
+            rare.exception("begin", "request %s could not begin: %r", placed.hand_off_id, failed)
+            self._end(part, TokenEvent(None, "error", f"the request could not begin: {failed!r}"))
+        else:
+            if part.cancelled:  # before the engine knew it
+                self._engine.cancel(placed.hand_off_id)
 
     def _event(self, part: _Part, event: TokenEvent) -> None:
         """On the engine's control thread."""
@@ -108,12 +129,18 @@ class Outgoing:
                 part.phase = "closing"
             missing = sum(event.report.hand_off_failures.values()) if event.report is not None else 0
             name, relay = part.placed.hand_off_id, part.placed.decode_relay
-            self._links.close_hand_off(
-                relay, name, part.token, missing, CLOSE_HAND_OFF_S, partial(self._closed, part, event)
-            )
+            try:
+                self._links.close_hand_off(
+                    relay, name, part.token, missing, CLOSE_HAND_OFF_S, partial(self._closed, part, event)
+                )
+            except Exception as error:
+                rare.exception("close", "hand-off %s could not be closed: %r", name, error)
+                self._closed(part, event, PoolError("network", repr(error)))
 
     def _closed(self, part: _Part, event: TokenEvent, error: PoolError | None) -> None:
         if error is not None:
+            count_loss("hand_offs_not_taken_over")
+            rare.warning("over", "hand-off %s was not taken over: %s", part.placed.hand_off_id, error)
             event = TokenEvent(None, "restart", f"the decode engine did not take over: {error}", event.report)
         self._end(part, event)
 
@@ -136,8 +163,9 @@ class Outgoing:
         """End a part soon; False when there is none of that name."""
         with self._lock:
             part = self._parts.get(name)
-        if part is None:
-            return False
+            if part is None:
+                return False
+            part.cancelled = True
         if part.phase == "running":
             self._engine.cancel(name)
         else:

@@ -1,6 +1,11 @@
 """The router's cluster port: strangers out, engines registered, leases kept, frames of old epochs refused.
 
-Everything here runs on one event loop. What happens is told to a `Listener`, whose methods run on that loop too.
+Everything here runs on one event loop. What happens is told to a `Listener`, whose methods run on that loop too; what
+one of them raises is logged and counted, and ends nothing but a registration.
+
+A stranger has HANDSHAKE_S from the connection to its Register, all together. When STRANGERS_MAX are there the one that
+has been there longest, of the address with the most of them, makes room for the next: whoever knows the secret needs a
+few milliseconds.
 """
 
 from __future__ import annotations
@@ -10,17 +15,22 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from penstock.cluster import wire
 from penstock.cluster.placed import EngineReport
+from penstock.cluster.wire_types import clip
 from penstock.core.cluster.membership import Membership, NameTaken
+from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
 from penstock.units import format_address
 
 log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
 
 ENGINES_MAX = 4096
 STRANGERS_MAX = 64  # connections that have not proved the secret
@@ -72,7 +82,8 @@ class Counts:
     registered: int = 0
     lost: int = 0
     fenced_frames: int = 0
-    by_reason: dict[str, int] = field(default_factory=dict)
+    strangers_dropped: int = 0
+    listener_failures: int = 0
 
 
 class ClusterPort:
@@ -88,14 +99,16 @@ class ClusterPort:
         self._secret = secret
         # Epochs of two routers are never the same but by chance: 2^40 beginnings.
         self._membership = Membership(lease_s, first_epoch=secrets.randbelow(1 << 40) << 20)
-        self._strangers = 0
+        self._strangers: dict[asyncio.Task[None], str] = {}  # their host, in the order in which they came
+        self._dropped: set[asyncio.Task[None]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._closed = False
 
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._connected, sock=self._sock, limit=1 << 20)
-        self._keep(asyncio.create_task(self._expire()))
+        expire = asyncio.create_task(self._expire())
+        self._keep(expire)
 
     async def close(self) -> None:
         """Stop listening and cut every connection: engines go on for a while, and register with the next router."""
@@ -113,6 +126,8 @@ class ClusterPort:
         """Queue a message for an engine; one that does not take what was sent is lost."""
         if self.engines.get(engine.name) is not engine:
             return
+        if engine.writer.transport.is_closing():
+            return  # its reader notices, and everything that it has is placed again
         engine.writer.write(wire.frame(message))
         if engine.writer.transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
             self._lose(engine, f"it does not take what is sent: {UNSENT_BYTES_MAX >> 20} MiB wait")
@@ -125,40 +140,46 @@ class ClusterPort:
             task.add_done_callback(self._tasks.discard)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._keep(asyncio.current_task())
-        peer = format_address(*writer.get_extra_info("peername")[:2])
+        task = asyncio.current_task()
+        assert task is not None
+        self._keep(task)
+        peer = format_address(*(writer.get_extra_info("peername") or ("?", 0))[:2])
         self.counts.connections += 1
         engine: Engine | None = None
         why = "the connection failed"
         try:
-            engine = await self._admit(reader, writer, peer)
+            engine = await self._admit(reader, writer, peer, task)
             if engine is not None:
                 why = await self._serve(engine, reader)
         except wire.ProtocolError as error:
             why = str(error)
             self.counts.refused_protocol += 1
-            log.warning("connection of %s closed: %s", peer, error)
+            rare.warning(f"protocol {error}", "connection of %s closed: %s", peer, error)
         except SecretRefused as error:
             self.counts.refused_secret += 1
-            log.warning("connection of %s refused: %s", peer, error)
+            rare.warning(f"secret {error}", "connection of %s refused: %s", peer, error)
         except (OSError, asyncio.IncompleteReadError) as error:
             why = "the connection ended" if isinstance(error, asyncio.IncompleteReadError) else str(error)
             log.debug("connection of %s ended: %s", peer, error)
         except asyncio.CancelledError:
-            if not self._closed:
+            if not self._closed and task not in self._dropped:
                 raise
-        except Exception:
-            log.exception("connection of %s failed", peer)
+        except Exception as error:
+            why = f"internal error: {error!r}"
+            rare.exception("connection", "connection of %s failed: %r", peer, error)
         finally:
+            self._dropped.discard(task)
             if engine is not None:
                 self._lose(engine, why)
             writer.transport.abort() if engine is not None else writer.close()
 
-    async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> Engine | None:
+    async def _admit(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str, task: asyncio.Task[None]
+    ) -> Engine | None:
         """From a stranger to an engine. Raises ProtocolError, SecretRefused or OSError."""
-        if self._strangers >= STRANGERS_MAX:
-            raise wire.ProtocolError(f"{STRANGERS_MAX} connections have not proved the secret yet")
-        self._strangers += 1
+        if len(self._strangers) >= STRANGERS_MAX:
+            self._drop_stranger()
+        self._strangers[task] = peer.rpartition(":")[0]
         try:
             async with asyncio.timeout(wire.HANDSHAKE_S):
                 first = await reader.readexactly(wire.GREETING.size)
@@ -169,8 +190,31 @@ class ClusterPort:
         except TimeoutError:
             raise wire.ProtocolError(f"it did not register within {wire.HANDSHAKE_S:g} s") from None
         finally:
-            self._strangers -= 1
+            self._strangers.pop(task, None)
         return self._register(register, writer, peer)
+
+    def _drop_stranger(self) -> None:
+        """The oldest one of the address that has the most."""
+        most, _ = Counter(self._strangers.values()).most_common(1)[0]
+        task = next(task for task, host in self._strangers.items() if host == most)
+        del self._strangers[task]
+        self._dropped.add(task)
+        task.cancel()
+        self.counts.strangers_dropped += 1
+        rare.warning(
+            "strangers",
+            "%d connections have not proved the secret; the oldest one of %s is closed",
+            STRANGERS_MAX,
+            most,
+        )
+
+    def _tell(self, told: Callable[[], None]) -> None:
+        """The listener's fault is not an engine's."""
+        try:
+            told()
+        except Exception as error:
+            self.counts.listener_failures += 1
+            rare.exception("listener", "what an engine said could not be dealt with: %r", error)
 
     async def _challenge(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonce = os.urandom(NONCE_BYTES)
@@ -200,19 +244,27 @@ class ClusterPort:
         if reason is not None:
             self.counts.refused_registration += 1
             log.warning("engine %s (%s) is not taken: %s", card.name, peer, reason)
-            writer.write(wire.frame(wire.Refused(reason, retry)))
+            writer.write(wire.frame(wire.Refused(clip(reason), retry)))
             return None
         if known is not None:
             self._forget(known, "it registered anew")
         engine = Engine(card, epoch, register.report, peer, now, writer, now)
         self.engines[card.name] = engine
         self.counts.registered += 1
-        keep = self._listener.engine_joined(engine, register.held)
+        try:
+            keep = self._listener.engine_joined(engine, register.held)
+        except Exception as error:
+            self.counts.listener_failures += 1
+            rare.exception("join", "engine %s could not be taken in: %r", card.name, error)
+            writer.write(wire.frame(wire.Refused(clip(f"internal error: {error!r}"), retry=True)))
+            self._membership.end(card.name, epoch)
+            self._forget(engine, "it could not be taken in", after_all=True)
+            return None
         welcome = wire.Welcome(epoch, self.router_id, self.lease_s, self.lease_s / BEATS_PER_LEASE, keep)
         # The welcome goes first; what the listener places from now on follows it.
         writer.write(wire.frame(welcome))
         log.info("engine %s (%s) registered from %s: epoch %d", card.name, card.role, peer, epoch)
-        self._listener.engine_reported(engine)
+        self._tell(lambda: self._listener.engine_reported(engine))
         return engine
 
     async def _serve(self, engine: Engine, reader: asyncio.StreamReader) -> str:
@@ -233,9 +285,10 @@ class ClusterPort:
                     return "its lease had ended"
                 self.send(engine, wire.Beat(message.sequence))
                 engine.report, engine.placed_seen = message.report, message.placed
-                self._listener.engine_reported(engine)
+                self._tell(lambda: self._listener.engine_reported(engine))
             elif isinstance(message, wire.Events):
-                self._listener.engine_events(engine, message.events)
+                events = message.events
+                self._tell(partial(self._listener.engine_events, engine, events))
             else:
                 return message.why
 
@@ -246,11 +299,14 @@ class ClusterPort:
         while True:
             next_s = self._membership.next_expiry_s()
             await asyncio.sleep(min(self.lease_s / 8, max(0.001, next_s - _now())) if next_s else self.lease_s / 8)
-            for name, epoch in self._membership.expired(_now()):
-                engine = self.engines.get(name)
-                if engine is not None and engine.epoch == epoch:
-                    log.warning("engine %s is fenced: nothing was heard of it for %.1f s", name, self.lease_s)
-                    self._forget(engine, f"no heartbeat within {self.lease_s:g} s")
+            self._tell(self._fence_silent)
+
+    def _fence_silent(self) -> None:
+        for name, epoch in self._membership.expired(_now()):
+            engine = self.engines.get(name)
+            if engine is not None and engine.epoch == epoch:
+                log.warning("engine %s is fenced: nothing was heard of it for %.1f s", name, self.lease_s)
+                self._forget(engine, f"no heartbeat within {self.lease_s:g} s")
 
     def _lose(self, engine: Engine, why: str) -> None:
         if self._membership.end(engine.name, engine.epoch):
@@ -258,13 +314,14 @@ class ClusterPort:
                 log.warning("engine %s left: %s", engine.name, why)
             self._forget(engine, why)
 
-    def _forget(self, engine: Engine, why: str) -> None:
-        """Its epoch is over: cut its connection, tell the listener."""
+    def _forget(self, engine: Engine, why: str, after_all: bool = False) -> None:
+        """Its epoch is over: cut its connection (not when it is `after_all` being answered), tell the listener."""
         if self.engines.get(engine.name) is engine:
             del self.engines[engine.name]
             self.counts.lost += 1
-            engine.writer.transport.abort()
-            self._listener.engine_left(engine, why)
+            if not after_all:
+                engine.writer.transport.abort()
+            self._tell(lambda: self._listener.engine_left(engine, why))
 
 
 async def _frame(reader: asyncio.StreamReader) -> bytes:

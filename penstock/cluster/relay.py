@@ -7,6 +7,7 @@ are read are bulk.
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +21,16 @@ from penstock.core.new_block import NewBlock
 from penstock.pool.api import Done, Located, MemberStat, PoolError, PoolStat
 from penstock.pool.callbacks import call_done
 from penstock.pool.checksum import block_checksum
+from penstock.pool.losses import count_loss
 from penstock.pool.served import OpenedBlock, ServedPool
+from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport import wire
 from penstock.transport.node import IN_FLIGHT_MAX, PAYLOAD_S, PoolNode, Served
 from penstock.transport.one_sided import Mover
 from penstock.transport.secret import Secret
+
+log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
 
 BUFFER_LINK = "buffer"
 _STAGING_BYTES = 4096  # unused: blocks are received into the buffer and sent out of it
@@ -139,7 +145,7 @@ class _RelayServed(Served):
         if held is not None:
             self._send_held(request, held, deadline_s, ready_s)
         elif not self._enter():
-            self._reply(wire.Failed(request.id, "dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already"))
+            self._refuse_many(request)
         else:
 
             def arrived(error: PoolError | None) -> None:
@@ -155,6 +161,8 @@ class _RelayServed(Served):
                 self._send_held(request, held, deadline_s, time.monotonic())
             else:
                 error = error or PoolError("missing", "the hand-off ended")
+                count_loss("decode_reads")
+                rare.warning("read", "a decode read for %s failed: %s", self.peer, error)
                 self._reply(wire.Failed(request.id, error.reason, error.detail))
         finally:
             self.leave()
@@ -197,11 +205,26 @@ class _RelayServed(Served):
             self._reply(wire.Written(request.id))
         else:
             error = PoolError("checksum", f"block {key.hex()} was damaged on its way here")
+            count_loss("relay_damaged")
+            rare.warning("damaged", "%s of %s", error, self.peer)
             self._buffer.end_write(key, None, error)
             self._reply(wire.Failed(request.id, error.reason, error.detail))
 
+    def _refuse_many(
+        self, request: wire.Read | wire.Write | wire.Lend | wire.Offer, into_of: BlockKey | None = None
+    ) -> None:
+        """`into_of`: the block whose arrival was begun."""
+        error = PoolError("dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already")
+        if into_of is not None:
+            self._buffer.end_write(into_of, None, error)
+        count_loss("relay_dropped")
+        rare.warning("many", "a %s of %s is dropped: %s", type(request).__name__, self.peer, error.detail)
+        self._reply(wire.Failed(request.id, error.reason, error.detail))
+
     def _refuse_size(self, request: wire.Read | wire.Write | wire.Lend | wire.Offer) -> None:
         detail = f"a block of {request.size_bytes} bytes; this engine's have {self._buffer.block_bytes}"
+        count_loss("relay_sizes")
+        rare.warning("size", "a %s of %s is refused: %s", type(request).__name__, self.peer, detail)
         self._reply(wire.Failed(request.id, "layout", detail))
 
     # --- one-sided ---
@@ -210,25 +233,30 @@ class _RelayServed(Served):
         until_s = time.monotonic() + request.timeout_s
 
         def arrived(error: PoolError | None) -> None:
-            held = self._buffer.hold(request.key) if error is None else None
-            found: int | PoolError
-            if held is None:
-                found = error or PoolError("missing", "the hand-off ended")
-            else:
-                found = lending.lend(id(self), request.id, held, until_s)
-                if self._ended:  # what a connection that is gone is lent is not taken back by its end
-                    lending.returned(id(self), request.id)
-            if isinstance(found, PoolError):
-                self._later(partial(self._reply, wire.Failed(request.id, found.reason, found.detail)))
-            else:
-                assert held is not None
-                self._later(partial(self._reply, wire.Lent(request.id, held.checksum, found)))
-            self.leave()
+            try:
+                self._lend_arrived(request, lending, until_s, error)
+            finally:
+                self.leave()
 
         if not self._enter():
-            self._reply(wire.Failed(request.id, "dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already"))
+            self._refuse_many(request)
         else:
             self._buffer.load(request.key, request.timeout_s, arrived)
+
+    def _lend_arrived(self, request: wire.Lend, lending: Lending, until_s: float, error: PoolError | None) -> None:
+        held = self._buffer.hold(request.key) if error is None else None
+        found: int | PoolError
+        if held is None:
+            found = error or PoolError("missing", "the hand-off ended")
+        else:
+            found = lending.lend(id(self), request.id, held, until_s)
+            if self._ended:  # what a connection that is gone is lent is not taken back by its end
+                lending.returned(id(self), request.id)
+        if isinstance(found, PoolError):
+            self._later(partial(self._reply, wire.Failed(request.id, found.reason, found.detail)))
+        else:
+            assert held is not None
+            self._later(partial(self._reply, wire.Lent(request.id, held.checksum, found)))
 
     def _take_offer(self, request: wire.Offer, lending: Lending) -> None:
         key = request.key
@@ -239,11 +267,17 @@ class _RelayServed(Served):
         if into is None:
             self._answer_when_here(request)
             return
+        if not self._enter():
+            self._refuse_many(request, into_of=key)
+            return
 
         def ended(error: PoolError | None) -> None:
-            self._buffer.end_write(key, request.checksum if error is None else None, error)
-            reply = wire.Failed(request.id, error.reason, error.detail) if error else wire.Written(request.id)
-            self._later(partial(self._reply, reply))
+            try:
+                self._buffer.end_write(key, request.checksum if error is None else None, error)
+                reply = wire.Failed(request.id, error.reason, error.detail) if error else wire.Written(request.id)
+                self._later(partial(self._reply, reply))
+            finally:
+                self.leave()
 
         deadline_s = time.monotonic() + request.timeout_s
         view = into[: request.size_bytes]
@@ -252,13 +286,15 @@ class _RelayServed(Served):
     def _answer_when_here(self, request: wire.Write | wire.Offer) -> None:
         """Another copy of the block is here or on its way."""
         if not self._enter():
-            self._reply(wire.Failed(request.id, "dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already"))
+            self._refuse_many(request)
             return
 
         def arrived(error: PoolError | None) -> None:
-            reply = wire.Failed(request.id, error.reason, error.detail) if error else wire.Written(request.id)
-            self._later(partial(self._reply, reply))
-            self.leave()
+            try:
+                reply = wire.Failed(request.id, error.reason, error.detail) if error else wire.Written(request.id)
+                self._later(partial(self._reply, reply))
+            finally:
+                self.leave()
 
         self._buffer.load(request.key, request.timeout_s, arrived)
 

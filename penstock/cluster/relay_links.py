@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, Literal
 
 from penstock.cluster.link_meter import LinkMeter
 from penstock.cluster.one_sided_links import OneSidedLinks
 from penstock.cluster.placed import LinkReport
+from penstock.cluster.wire_types import RATE_MAX, within
 from penstock.core.engine.standing import Standing
 from penstock.core.new_block import NewBlock
+from penstock.guarded_thread import GuardedWorker
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Done, PoolError
 from penstock.pool.callbacks import call_done
 from penstock.pool.checksum import block_checksum
+from penstock.pool.losses import count_loss
+from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport import wire
 from penstock.transport.link import NodeLink
 from penstock.transport.one_sided import Mover
@@ -29,8 +33,12 @@ from penstock.transport.secret import Secret
 from penstock.units import parse_address
 
 log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
 
 LINKS_MAX = 256
+DOWN_S = 60.0  # a relay that was not reached for so long, with nothing on its way, is given up: it comes back elsewhere
+CONNECT_THREADS = 4
+CONNECTS_WAITING_MAX = 1024  # of each of these threads
 LINKS_REPORTED_MAX = 32
 URGENT_LANES = frozenset({"control", "write"})
 
@@ -40,10 +48,11 @@ Opened = Callable[[bytes | None, PoolError | None], None]
 class _Link:
     """Connections to one relay, and a meter for each direction."""
 
-    __slots__ = ("connections", "handed", "read")
+    __slots__ = ("connections", "down_s", "handed", "read")
 
     def __init__(self, connections: NodeLink) -> None:
         self.connections = connections
+        self.down_s: float | None = None  # since when it was seen to be down and idle
         self.read, self.handed = LinkMeter(), LinkMeter()
 
 
@@ -66,28 +75,43 @@ class RelayLinks:
         self._lock = threading.Lock()
         self._links: OrderedDict[str, _Link] = OrderedDict()
         self._closed = False
-        self._connecting = ThreadPoolExecutor(4, thread_name_prefix="penstock-relay-connect")
+        names = [f"penstock-relay-connect-{number}" for number in range(CONNECT_THREADS)]
+        self._connecting = [GuardedWorker(name, waiting_max=CONNECTS_WAITING_MAX) for name in names]
+        self._closing = GuardedWorker("penstock-relay-close", waiting_max=LINKS_MAX)
 
     def open(self, address: str, name: str, reads: bool, timeout_s: float, opened: Opened) -> None:
-        """Open a hand-off: `opened(blocks, None)` as in `wire.Opened`, or `opened(None, error)`."""
+        """Open a hand-off: `opened(blocks, None)` as in `wire.Opened`, or `opened(None, error)`, once."""
+        deadline_s = time.monotonic() + timeout_s
+
+        def failed(error: Exception) -> None:
+            opened(None, error if isinstance(error, PoolError) else PoolError("network", f"{address}: {error}"))
 
         def ended(reply: Any, error: PoolError | None) -> None:
             opened(reply.blocks if isinstance(reply, wire.Opened) else None, error or _unexpected(reply, wire.Opened))
 
         def begin() -> None:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                failed(PoolError("deadline", f"{address}: its turn to be connected came too late"))
+                return
             try:
                 link = self._link(address).connections
+                if self._one_sided is not None:
+                    self._one_sided.attach(address, link)
             except (PoolError, OSError, ValueError) as error:
-                opened(None, error if isinstance(error, PoolError) else PoolError("network", f"{address}: {error}"))
+                failed(error)
                 return
-            if self._one_sided is not None:
-                self._one_sided.attach(address, link)
-            link.begin(wire.Open(link.next_id(), name, reads, timeout_s), timeout_s, ended)
+            link.begin(wire.Open(link.next_id(), name, reads, left_s), left_s, ended)
 
-        try:
-            self._connecting.submit(begin)
-        except RuntimeError:
-            opened(None, PoolError("closed", "the engine is closing"))
+        # One relay's openings wait for each other only: one that does not answer holds up a fraction of the others.
+        worker = self._connecting[hash(address) % CONNECT_THREADS]
+        if not worker.put(begin, failed):
+            count_loss("hand_offs_too_many")
+            failed(
+                PoolError(
+                    "dropped", f"{CONNECTS_WAITING_MAX} hand-offs wait for a connection, or the engine is closing"
+                )
+            )
 
     def close_hand_off(self, address: str, name: str, token: int, missing: int, timeout_s: float, done: Done) -> None:
         """Everything is handed over, but `missing` blocks; decode may begin."""
@@ -136,6 +160,7 @@ class RelayLinks:
     def reports(self, standing: Standing, block_bytes: int) -> list[LinkReport]:
         """Both directions of every link, as far as there are not too many: the busiest ones then. `standing` says what
         is still to be moved."""
+        self._give_up_down()
         with self._lock:
             links = list(self._links.items())
         found = []
@@ -147,6 +172,29 @@ class RelayLinks:
         return found[:LINKS_REPORTED_MAX]
 
     # --- links ---
+
+    def _give_up_down(self) -> None:
+        """Links to relays that are gone give back their threads and memory: a decode engine that starts again has
+        another address. With each report to the router."""
+        now_s = time.monotonic()
+        unused: list[_Link] = []
+        with self._lock:
+            for address, link in list(self._links.items()):
+                if link.connections.up or not link.connections.idle:
+                    link.down_s = None
+                elif link.down_s is None:
+                    link.down_s = now_s
+                elif now_s - link.down_s > DOWN_S:
+                    unused.append(self._links.pop(address))
+        for link in unused:
+            self._close_later(link)
+
+    def _close_later(self, link: _Link) -> None:
+        """On a thread of its own: it waits for the link's threads."""
+        if self._one_sided is not None:
+            self._one_sided.drop(link.connections.place)
+        if not self._closing.put(lambda: link.connections.close(1.0)):
+            link.connections.close(1.0)
 
     def _known(self, address: str) -> _Link | None:
         with self._lock:
@@ -174,7 +222,10 @@ class RelayLinks:
             while len(self._links) > LINKS_MAX and idle:
                 unused.append(self._links.pop(idle.pop(0)))
         for old in unused:
-            old.connections.close(1.0)
+            if old is made:
+                old.connections.close(1.0)
+            else:
+                self._close_later(old)
         if self._closed:
             raise PoolError("closed", "the engine is closing")
         return link
@@ -183,9 +234,12 @@ class RelayLinks:
         with self._lock:
             self._closed = True
             links = list(self._links.values())
-        self._connecting.shutdown(wait=False, cancel_futures=True)
+        for worker in self._connecting:
+            worker.stop()
         for link in links:
             link.connections.close(timeout_s)
+        for worker in (*self._connecting, self._closing):
+            worker.close(timeout_s)
         if self._one_sided is not None:
             self._one_sided.close(timeout_s)
 
@@ -194,9 +248,9 @@ def _report(address: str, direction: Literal["read", "hand-off"], meter: LinkMet
     return LinkReport(
         relay=address,
         direction=direction,
-        load_bytes_per_s=meter.load_bytes_per_s,
+        load_bytes_per_s=within(meter.load_bytes_per_s, RATE_MAX),
         backlog_bytes=backlog_bytes,
-        bytes_per_s=meter.bytes_per_s,
+        bytes_per_s=within(meter.bytes_per_s, RATE_MAX),
     )
 
 

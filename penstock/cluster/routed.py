@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from penstock.cluster.placed import Part, PlacedRequest
+from penstock.cluster.orphans import Asked
+from penstock.cluster.placed import Part, PlacedRequest, ReadSide
+from penstock.cluster.port import Engine
+from penstock.cluster.wire_types import SECONDS_MAX
 from penstock.core.cluster.answer import Answer
-from penstock.core.cluster.placing import InterEngineConfig
+from penstock.core.cluster.placing import InterEngineConfig, Place
 from penstock.core.config import check_range
-from penstock.engine.api import GenerationRequest, OnEvent, RequestReport
+from penstock.engine.api import GenerationRequest, OnEvent, RequestReport, TokenEvent, tell
 
 MARKS_MAX = 64
 
@@ -38,13 +42,15 @@ class RouterSettings:
 
 @dataclass(eq=False, slots=True)
 class Routed:
-    """One request in the router."""
+    """One request in the router, under a key of the router's own. `clients` wait for its answer, by the id that each
+    submitted it under: more than one when the same request came again over another connection."""
 
+    id: str
     request: GenerationRequest
-    on_event: OnEvent
+    clients: dict[str, OnEvent]
     arrival_s: float
     answer: Answer
-    digest: bytes
+    asked: Asked | None  # what another client must ask for to get the same answer; None: it cannot
     brain_attempt: int | None = None  # of the placement that it is at
     waiting: str = "no engine yet"  # why it is not placed
     first_token_s: float | None = None
@@ -52,6 +58,17 @@ class Routed:
     hit_tokens: int = 0
     reports: list[RequestReport] = field(default_factory=list)
     marks: list[tuple[str, float]] = field(default_factory=list)  # (stage, when it began)
+
+    @property
+    def shared(self) -> bool:
+        """Whether a second client that asks for the same may be given this very answer: it would get the same tokens if
+        it were served by itself."""
+        sampling = self.request.sampling
+        return self.asked is not None and (sampling.temperature == 0 or sampling.seed is not None)
+
+    def tell(self, event: TokenEvent) -> None:
+        for on_event in list(self.clients.values()):
+            tell(on_event, event)
 
     def mark(self, stage: str, now: float) -> None:
         if len(self.marks) < MARKS_MAX and (not self.marks or self.marks[-1][0] != stage):
@@ -65,14 +82,35 @@ class Routed:
             for (stage, start_s), end_s in zip(self.marks, ends, strict=True)
         ]
 
-    @property
-    def id(self) -> str:
-        return self.request.request_id
-
 
 def fresh_answer(answer: Answer) -> Answer:
     """A new one for the same request."""
     return Answer(answer.max_tokens, answer.end_tokens, answer.attempt)
+
+
+def placed_request(routed: Routed, place: Place, attempt: int, decode: Engine | None) -> PlacedRequest:
+    """What the engines of an attempt are told. `decode`: the one that is handed over to, None for one engine alone.
+    Raises ConfigError."""
+    request, answer = routed.request, routed.answer
+    read: ReadSide = place.read if place.read != "none" else "prefill"
+    return PlacedRequest(
+        request_id=routed.id,
+        epoch=0,
+        prompt_tokens=request.prompt_tokens + answer.tokens,
+        sampling=replace(request.sampling, max_tokens=answer.max_tokens - len(answer.tokens)),
+        attempt=attempt,
+        first_index=len(answer.tokens),
+        waited_s=min(time.monotonic() - routed.arrival_s, SECONDS_MAX),
+        slo_ttft_s=request.slo_ttft_s,
+        tenant=request.tenant,
+        session=request.session,
+        decode_engine=decode.name if decode is not None else "",
+        decode_relay=decode.card.relay_address if decode is not None else "",
+        read=read,
+        decode_share=place.decode_share if read == "split" else float(read == "decode"),
+        recompute_tokens=place.recompute_tokens,
+        resume_label=request.resume_label,
+    )
 
 
 def part_of(placed: PlacedRequest, part: Part, epoch: int) -> PlacedRequest:

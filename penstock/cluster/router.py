@@ -2,6 +2,13 @@
 
 Threading: public methods may be called from any thread. Everything else, the cluster port included, runs on one event
 loop in a thread of its own; `on_event` is called from it.
+
+Requests are known by keys of the router's own, which no other request has, not even one of the router before it. What
+a client calls its request is a label: with the whole content of the request it finds what engines still have of an
+answer, or the answer that another connection waits for already (`Routed.shared`); it never ends anything.
+
+A fault ends the request that it was met at, and nothing else (`_guarded`, `_fail`); one that ends the thread ends every
+request with its error, and the process (`on_failed`).
 """
 
 from __future__ import annotations
@@ -14,7 +21,6 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -22,14 +28,15 @@ from penstock.cluster import wire
 from penstock.cluster.engine_accounts import EngineAccounts
 from penstock.cluster.held import asked_digest
 from penstock.cluster.merged_report import merged_report
-from penstock.cluster.orphans import Orphans
-from penstock.cluster.placed import Part, PlacedRequest, ReadSide
+from penstock.cluster.orphans import Asked, Orphans
+from penstock.cluster.placed import Part
 from penstock.cluster.port import ClusterPort, Engine
-from penstock.cluster.routed import Routed, RouterSettings, fresh_answer, part_of
+from penstock.cluster.routed import Routed, RouterSettings, fresh_answer, part_of, placed_request
 from penstock.cluster.router_stats import router_stats
+from penstock.cluster.wire_types import NAME_CHARACTERS_MAX, TENANT_CHARACTERS_MAX
 from penstock.core.cluster.answer import Answer, Outcome
 from penstock.core.cluster.inter_engine import InterEngineScheduler
-from penstock.core.cluster.placing import GiveUp, Place, Replan, Revoke, TooManyRequests
+from penstock.core.cluster.placing import Decision, DecisionFailed, GiveUp, Place, Replan, Revoke, TooManyRequests
 from penstock.core.cluster.seen_prefixes import SeenPrefixes
 from penstock.core.operations import FinishReason
 from penstock.engine.api import (
@@ -43,15 +50,20 @@ from penstock.engine.api import (
     check_request,
     tell,
 )
+from penstock.guarded_thread import GuardedThread
+from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport.secret import Secret
 
 __all__ = ["ClusterEngine", "RouterSettings"]
 
 log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
 
 TICK_S = 0.25
 ANSWER_TIMEOUT_S = 5.0
 RECENT_MAX = 256
+FAILING_S = 5.0  # a router that has decided nothing for so long because of faults says that it is not healthy
+SHARING_MAX = 64  # clients of one answer
 
 T = TypeVar("T")
 
@@ -69,7 +81,13 @@ class ClusterEngine:
         self.counters: Counter[str] = Counter()
         self.recent: deque[RequestReport] = deque(maxlen=RECENT_MAX)
         self.start_s = time.monotonic()
-        self.requests: dict[str, Routed] = {}
+        self.requests: dict[str, Routed] = {}  # by the router's own keys
+        self.on_failed: Callable[[], None] = lambda: None
+        self._of_client: dict[str, Routed] = {}  # by the id that it was submitted under
+        self._shared: dict[Asked, Routed] = {}
+        self._serial = 0
+        self._failing_since_s: float | None = None
+        self._failure: str | None = None
         self.port = ClusterPort(self, sock, secret, settings.lease_s)
         self.brain = InterEngineScheduler(settings.brain)
         self._accounts: EngineAccounts | None = None
@@ -84,29 +102,40 @@ class ClusterEngine:
         self._fatal: str | None = None
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="penstock-router", daemon=True)
+        self._thread = GuardedThread("penstock-router", self._run, failed=self._ended_by)
         self._thread.start()
         self._started.wait(ANSWER_TIMEOUT_S)
 
     # -- callers ------------------------------------------------------------------------------------------------
 
     def submit(self, request: GenerationRequest, on_event: OnEvent) -> None:
-        """See EngineAPI. A request that is `resumable` and asked for again gets the tokens that it got before."""
+        """See EngineAPI. One with a `resume_label` that comes again, with everything else the same, gets the same
+        answer from its first token on: that of another connection which waits for it still, where that is what it
+        would get by itself too, or what engines have of it from the router before this one."""
         if self._fatal:
             raise Overloaded(self._fatal, retry_after_s=10.0)
         if not self.vocab_size:
             raise Overloaded(self.healthy()[1], 1.0)
         check_request(request, self.vocab_size, self.max_context_tokens)
-        digest = asked_digest(request.prompt_tokens, request.sampling, request.tenant)
-        known = self.requests.get(request.request_id)
-        if known is not None and (not request.resumable or known.digest != digest):
+        _check_names(request)
+        if request.request_id in self._of_client:
             raise InvalidRequest(f"request_id {request.request_id!r} is in use for another request")
-        if len(self.requests) >= self.settings.max_open:
-            raise Overloaded(f"{self.settings.max_open} requests are open; that is the limit", 1.0)
+        digest = asked_digest(request.prompt_tokens, request.sampling, request.tenant)
+        asked = (request.resume_label, digest) if request.resume_label else None
         end_tokens = frozenset() if request.sampling.ignore_eos else self.eos_token_ids
         answer = Answer(request.sampling.max_tokens, end_tokens, self._attempt_base)
-        routed = Routed(request, on_event, time.monotonic(), answer, digest)
+        routed = Routed("", request, {request.request_id: on_event}, time.monotonic(), answer, asked)
+        if not self._known_answer(routed) and len(self.requests) >= self.settings.max_open:
+            raise Overloaded(self._full(), 1.0)
         self._call(partial(self._submitted, routed))
+
+    def _known_answer(self, routed: Routed) -> Routed | None:
+        """The open request whose answer this one may have too."""
+        known = self._shared.get(routed.asked) if routed.asked is not None else None
+        return known if known is not None and len(known.clients) < SHARING_MAX else None
+
+    def _full(self) -> str:
+        return f"{self.settings.max_open} requests are open; that is the limit"
 
     def cancel(self, request_id: str) -> None:
         """See EngineAPI."""
@@ -118,8 +147,11 @@ class ClusterEngine:
 
     def healthy(self) -> tuple[bool, str]:
         """See EngineAPI: whether engines are there that can serve a request."""
-        if self._fatal or not self._thread.is_alive():
+        if self._fatal or not self._thread.alive:
             return False, self._fatal or "the router's thread ended"
+        failing_s = self._failing_since_s
+        if failing_s is not None and time.monotonic() - failing_s > FAILING_S:
+            return False, f"internal errors: nothing was decided for {time.monotonic() - failing_s:.0f} s"
         roles = {engine.card.role for engine in list(self.port.engines.values())}
         if "mixed" in roles or {"prefill", "decode"} <= roles:
             return True, "ok"
@@ -127,16 +159,22 @@ class ClusterEngine:
             return False, "no engine has registered"
         return False, f"only {roles.pop()} engines have registered; a request needs both, or a mixed one"
 
+    @property
+    def failure(self) -> str | None:
+        """Why the router failed inside and serves no more; None while it serves, and after `close`."""
+        return self._failure
+
     def close(self, timeout_s: float) -> None:
         """See EngineAPI. Requests end; engines are told nothing, and register with the next router."""
         end_s = time.monotonic() + timeout_s
-        if self._thread.is_alive():
+        if self._thread.alive and self._failure is None:
             stopped = asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
             try:
                 stopped.result(timeout_s)
             except TimeoutError:
                 log.error("the router did not stop within %.1f s", timeout_s)
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._call(self._loop.stop)
+        if self._thread.alive:
             self._thread.join(max(0.1, end_s - time.monotonic()))
 
     def ask(self, question: Callable[[], T]) -> T:
@@ -145,7 +183,7 @@ class ClusterEngine:
         async def answer() -> T:
             return question()
 
-        if not self._thread.is_alive():
+        if not self._thread.alive:
             raise TimeoutError("the router has stopped")
         return asyncio.run_coroutine_threadsafe(answer(), self._loop).result(ANSWER_TIMEOUT_S)
 
@@ -163,25 +201,53 @@ class ClusterEngine:
 
     def _call(self, function: Callable[[], None]) -> None:
         try:
-            self._loop.call_soon_threadsafe(function)
+            self._loop.call_soon_threadsafe(self._guarded, function)
         except RuntimeError:  # closed: everything was ended
             log.debug("the router is closed")
+
+    def _guarded(self, function: Callable[[], None], routed: Routed | None = None) -> bool:
+        """Whether it ran to its end. A fault ends the request that it is about, if any, and no other one."""
+        try:
+            function()
+        except Exception as error:
+            self.counters["internal_errors"] += 1
+            rare.exception("router", "the router failed at %s: %r", getattr(function, "__name__", function), error)
+            if routed is not None:
+                self._fail(routed, error)
+            return False
+        return True
+
+    def _fail(self, routed: Routed, error: Exception) -> None:
+        """A fault was met at this request: it ends."""
+        self._guarded(partial(self._cancel_parts, routed, tuple(routed.answer.parts)))
+        self._end(routed, "error", f"internal error: {error!r}")
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_until_complete(self.port.start())
             self._ticking = self._loop.create_task(self._tick())
+            self._ticking.add_done_callback(self._stopped_ticking)
             self._started.set()
             self._loop.run_forever()
-        except Exception as error:
-            log.exception("the router's thread failed")
-            self._fatal = f"internal error: {error!r}"
+        except BaseException as error:
+            self._failure = self._fatal = self._fatal or f"internal error: {error!r}"
+            raise
         finally:
             self._started.set()
             self._fatal = self._fatal or "the router is closed"
             self._end_all("error", self._fatal)
             self._loop.close()
+
+    def _stopped_ticking(self, ticking: asyncio.Task[None]) -> None:
+        """Without its clock a router keeps no promise of time: it ends, unless it was to."""
+        if not ticking.cancelled():
+            self._failure = self._fatal = f"internal error: {ticking.exception()!r}"
+            self._loop.stop()
+            self.on_failed()
+
+    def _ended_by(self, _: Exception) -> None:
+        self.on_failed()
 
     async def _stop(self) -> None:
         self._fatal = "the router is closed"
@@ -194,65 +260,73 @@ class ClusterEngine:
         """What comes with time alone."""
         while True:
             await asyncio.sleep(TICK_S)
-            try:
-                now = time.monotonic()
-                if now >= self.start_s + self.settings.grace_s:
-                    early, self._early = self._early, {}
-                    for routed in early.values():
-                        self._begin(routed)
-                for name, request_id, attempt in self._orphans.unclaimed(now):
-                    self._cancel_part(name, request_id, attempt)
-                self._give_up_without_engines(now)
-                self._decide_soon()
-            except Exception as error:
-                log.exception("the router's clock failed")
-                self._fatal = f"internal error: {error!r}"
+            for due in (self._begin_early, self._cancel_unclaimed, self._give_up_without_engines, self._decide_soon):
+                self._guarded(due)
 
-    def _give_up_without_engines(self, now: float) -> None:
+    def _begin_early(self) -> None:
+        """Engines have had their time to register with what they have."""
+        if self._early and time.monotonic() >= self.start_s + self.settings.grace_s:
+            early, self._early = self._early, {}
+            for routed in early.values():
+                self._guarded(partial(self._begin, routed), routed)
+
+    def _cancel_unclaimed(self) -> None:
+        for name, request_id, attempt in self._orphans.unclaimed(time.monotonic()):
+            self.counters["unclaimed"] += 1
+            self._cancel_part(name, request_id, attempt)
+
+    def _give_up_without_engines(self) -> None:
+        now = time.monotonic()
         healthy, why = self.healthy()
         if healthy:
             self._usable_s = now
         elif now - self._usable_s > self.settings.no_engine_s:
             for routed in list(self.requests.values()):
                 if not routed.answer.parts and now - routed.arrival_s > self.settings.no_engine_s:
-                    self.brain.cancel(routed.id)
+                    rare.warning("no engine", "request %s ends: %s", routed.id, why)
                     self._end(routed, "cancelled", f"{why}, for {now - self._usable_s:.0f} s")
 
     # -- requests -----------------------------------------------------------------------------------------------
 
     def _submitted(self, routed: Routed) -> None:
-        if self._fatal:
-            tell(routed.on_event, TokenEvent(None, "error", self._fatal))
+        (client, on_event), *_ = routed.clients.items()
+        if self._fatal or client in self._of_client:
+            tell(on_event, TokenEvent(None, "error", self._fatal or f"request_id {client!r} is in use"))
             return
-        known = self.requests.get(routed.id)
+        known = self._known_answer(routed)
         if known is not None:
-            self._take_over(known, routed)
+            self._share(known, client, on_event)
             return
-        self.requests[routed.id] = routed
+        if len(self.requests) >= self.settings.max_open:
+            tell(on_event, TokenEvent(None, "cancelled", self._full()))
+            return
+        self._serial += 1
+        routed.id = f"{self.port.router_id}-{self._serial}"
+        self.requests[routed.id] = self._of_client[client] = routed
+        if routed.shared and routed.asked is not None:
+            self._shared.setdefault(routed.asked, routed)
         self.counters["requests"] += 1
         routed.mark("wait_router", routed.arrival_s)
-        if routed.request.resumable and time.monotonic() < self.start_s + self.settings.grace_s:
+        if routed.asked is not None and time.monotonic() < self.start_s + self.settings.grace_s:
             self._early[routed.id] = routed
             routed.waiting = "engines may register with it"
             return
-        self._begin(routed)
+        self._guarded(partial(self._begin, routed), routed)
 
-    def _take_over(self, known: Routed, routed: Routed) -> None:
-        """The same request over another connection of the client: that gets the whole answer from here on."""
-        if not routed.request.resumable or known.digest != routed.digest:
-            tell(routed.on_event, TokenEvent(None, "error", f"request_id {routed.id!r} is in use"))
-            return
-        self.counters["taken_over"] += 1
-        before, known.on_event = known.on_event, routed.on_event
-        tell(before, TokenEvent(None, "cancelled", "the same x-request-id was asked for again"))
+    def _share(self, known: Routed, client: str, on_event: OnEvent) -> None:
+        """The same request over another connection gets the whole answer from here on. Whoever waits for it already
+        goes on: one that is gone is cancelled by its own side."""
+        self.counters["shared"] += 1
+        known.clients[client] = on_event
+        self._of_client[client] = known
         for token in known.answer.tokens:
-            tell(known.on_event, TokenEvent(token))
+            tell(on_event, TokenEvent(token))
 
     def _begin(self, routed: Routed) -> None:
         """Go on where engines have it from the router before this one; else hand it to the brain."""
         if self.requests.get(routed.id) is not routed:
             return
-        if routed.request.resumable and self._adopt(routed):
+        if routed.asked is not None and self._adopt(routed, routed.asked):
             return
         self._queue(routed)
 
@@ -270,21 +344,27 @@ class ClusterEngine:
             return
         self._decide_soon()
 
-    def _adopt(self, routed: Routed) -> bool:
-        """Whether engines have this request, from its first token on; what they have is sent."""
-        found = self._orphans.claim(routed.id, routed.digest)
-        for name, request_id, attempt in self._orphans.forget(routed.id):
-            self._cancel_part(name, request_id, attempt)
-        if found is None:
+    def _adopt(self, routed: Routed, asked: Asked) -> bool:
+        """Whether engines have this request, from its first token on; what they have is sent. It goes on under the key
+        that they know it by."""
+        claimed = self._orphans.claim(asked)
+        if claimed is None:
             return False
+        key, found, rest = claimed
+        for name, request_id, attempt in rest:
+            self._cancel_part(name, request_id, attempt)
         answer, fresh = routed.answer, fresh_answer(routed.answer)
         running = {part.engine: part.part for part in found if part.finish_reason is None}
         held = [piece for part in found for piece in part.pieces()]
         ended = next((part for part in found if part.finish_reason in ("stop", "length")), None)
         if not answer.resume(found[0].attempt, running, held) and ended is not None:
-            self._cancel_parts(routed, tuple(running))
+            for name in running:
+                self._cancel_part(name, key, found[0].attempt)
             routed.answer = fresh
             return False
+        del self.requests[routed.id]
+        routed.id = key
+        self.requests[key] = routed
         self.counters["resumed"] += 1
         routed.waiting = ""
         for token in answer.tokens:
@@ -295,44 +375,62 @@ class ClusterEngine:
             self._end(routed, whole, None)
         return True
 
-    def _cancelled(self, request_id: str) -> None:
-        routed = self.requests.get(request_id)
+    def _cancelled(self, client: str) -> None:
+        """A client wants its answer no more; the last one that waits for it ends the request."""
+        routed = self._of_client.get(client)
         if routed is None:
             return
-        self._cancel_parts(routed, tuple(routed.answer.parts))
-        self.brain.cancel(request_id)
+        if len(routed.clients) > 1:
+            del self._of_client[client]
+            tell(routed.clients.pop(client), TokenEvent(None, "cancelled"))
+            return
+        self._guarded(partial(self._cancel_parts, routed, tuple(routed.answer.parts)))
         self._end(routed, "cancelled", None)
-        self._decide_soon()
 
     def _emit(self, routed: Routed, token: int) -> None:
         if routed.first_token_s is None:
             routed.first_token_s = time.monotonic()
         if len(routed.marks) and routed.marks[-1][0] != "decode":
             routed.mark("decode", time.monotonic())
-        tell(routed.on_event, TokenEvent(token))
+        routed.tell(TokenEvent(token))
 
     def _end(self, routed: Routed, reason: FinishReason, error: str | None) -> None:
-        """The request's last event."""
-        if self.requests.pop(routed.id, None) is None:
+        """The request's last event, whatever else goes wrong."""
+        if self.requests.get(routed.id) is not routed:
             return
+        del self.requests[routed.id]
         self._early.pop(routed.id, None)
+        for client in routed.clients:
+            self._of_client.pop(client, None)
+        if routed.asked is not None and self._shared.get(routed.asked) is routed:
+            del self._shared[routed.asked]
+        self._guarded(partial(self._tell_brain_of_end, routed))
+        self.counters[f"ended_{reason}"] += 1
+        report: RequestReport | None = None
+        try:
+            report = self._report_of(routed)
+        except Exception as failed:
+            self.counters["internal_errors"] += 1
+            rare.exception("report", "a request's report could not be made: %r", failed)
+        if report is not None and reason in ("stop", "length"):
+            self.recent.append(report)
+        routed.tell(TokenEvent(None, reason, error, report))
+        self._decide_soon()
+
+    def _tell_brain_of_end(self, routed: Routed) -> None:
         if routed.brain_attempt is not None:
             self.brain.ended(routed.id, routed.brain_attempt)
         self.brain.cancel(routed.id)
-        now = time.monotonic()
-        report = merged_report(
+
+    def _report_of(self, routed: Routed) -> RequestReport:
+        return merged_report(
             routed.reports,
             prompt_tokens=len(routed.request.prompt_tokens),
             generated_tokens=len(routed.answer.tokens),
             ttft_s=None if routed.first_token_s is None else routed.first_token_s - routed.arrival_s,
-            total_s=now - routed.arrival_s,
+            total_s=time.monotonic() - routed.arrival_s,
             slo_ttft_s=routed.request.slo_ttft_s,
         )
-        self.counters[f"ended_{reason}"] += 1
-        if reason in ("stop", "length"):
-            self.recent.append(report)
-        tell(routed.on_event, TokenEvent(None, reason, error, report))
-        self._decide_soon()
 
     def _end_all(self, reason: FinishReason, error: str) -> None:
         for routed in list(self.requests.values()):
@@ -347,22 +445,44 @@ class ClusterEngine:
 
     def _decide(self) -> None:
         self._deciding = False
-        if self._accounts is not None:
-            self._accounts.deciding()
-        for decision in self.brain.decide(time.monotonic()):
+        try:
+            if self._accounts is not None:
+                self._accounts.deciding()
+            decisions = self.brain.decide(time.monotonic())
+        except DecisionFailed as error:
+            self._decision_failed(error)
+            return
+        except Exception as error:
+            self.counters["internal_errors"] += 1
+            self._failing_since_s = self._failing_since_s or time.monotonic()
+            rare.exception("decide", "the router could not decide: %r; it tries again", error)
+            return
+        self._failing_since_s = None
+        for decision in decisions:
             routed = self.requests.get(str(decision.request_id))
-            if isinstance(decision, Place):
-                if routed is not None:
-                    self._place(routed, decision)
-            elif isinstance(decision, Replan):
-                if routed is not None:
-                    self._replan(routed, decision)
-            elif isinstance(decision, Revoke):
-                if routed is not None:
-                    self._cancel_parts(routed, decision.engines)
-            elif isinstance(decision, GiveUp) and routed is not None:
-                self._cancel_parts(routed, tuple(routed.answer.parts))
-                self._end(routed, "error", f"given up ({decision.reason}): {routed.waiting}")
+            if routed is not None:
+                self._guarded(partial(self._carry_out, routed, decision), routed)
+
+    def _decision_failed(self, error: DecisionFailed) -> None:
+        """That request ends; the others are decided on anew."""
+        self.counters["internal_errors"] += 1
+        rare.exception("decision", "request %s could not be decided on: %r", error.request_id, error.__cause__)
+        routed = self.requests.get(str(error.request_id))
+        if routed is not None:
+            self._end(routed, "error", str(error))
+        self._decide_soon()
+
+    def _carry_out(self, routed: Routed, decision: Decision) -> None:
+        if isinstance(decision, Place):
+            self._place(routed, decision)
+        elif isinstance(decision, Replan):
+            self._replan(routed, decision)
+        elif isinstance(decision, Revoke):
+            self._cancel_parts(routed, decision.engines)
+        elif isinstance(decision, GiveUp):
+            rare.warning("given up", "request %s is given up (%s): %s", routed.id, decision.reason, routed.waiting)
+            self._cancel_parts(routed, tuple(routed.answer.parts))
+            self._end(routed, "error", f"given up ({decision.reason}): {routed.waiting}")
 
     def _place(self, routed: Routed, place: Place) -> None:
         parts: dict[str, Part]
@@ -371,29 +491,11 @@ class ClusterEngine:
             self.brain.restart(place.request_id, place.attempt)
             return
         parts = {place.prefill: "mixed"} if prefill is decode else {place.prefill: "prefill", place.decode: "decode"}
-        request, answer = routed.request, routed.answer
-        attempt = answer.begin(parts)
-        routed.brain_attempt, routed.waiting, routed.read = place.attempt, "", place.read
+        routed.brain_attempt = place.attempt
+        attempt = routed.answer.begin(parts)
+        routed.waiting, routed.read = "", place.read
         routed.mark("prefill", time.monotonic())
-        read: ReadSide = place.read if place.read != "none" else "prefill"
-        placed = PlacedRequest(
-            request_id=routed.id,
-            epoch=0,
-            prompt_tokens=request.prompt_tokens + answer.tokens,
-            sampling=replace(request.sampling, max_tokens=answer.max_tokens - len(answer.tokens)),
-            attempt=attempt,
-            first_index=len(answer.tokens),
-            waited_s=time.monotonic() - routed.arrival_s,
-            slo_ttft_s=request.slo_ttft_s,
-            tenant=request.tenant,
-            session=request.session,
-            decode_engine=decode.name if prefill is not decode else "",
-            decode_relay=decode.card.relay_address if prefill is not decode else "",
-            read=read,
-            decode_share=place.decode_share if read == "split" else float(read == "decode"),
-            recompute_tokens=place.recompute_tokens,
-            resumable=request.resumable,
-        )
+        placed = placed_request(routed, place, attempt, decode if prefill is not decode else None)
         for engine in {prefill.name: prefill, decode.name: decode}.values():
             far = place.decode_tokens if engine is decode else 0
             near = place.hit_tokens - place.recompute_tokens - place.decode_tokens if engine is prefill else 0
@@ -439,8 +541,13 @@ class ClusterEngine:
         assert self._accounts is not None
         self._accounts.joined(engine, list(self.port.engines.values()))
         self._usable_s = time.monotonic()
-        wanted = [one for one in held if one.request_id not in self.requests or one.request_id in self._early]
-        return self._orphans.add(engine.name, wanted, time.monotonic())
+        wanted = [one for one in held if one.label and one.request_id not in self.requests]
+        kept = self._orphans.add(engine.name, wanted, time.monotonic())
+        if len(kept) < len(wanted):
+            self.counters["orphans_dropped"] += len(wanted) - len(kept)
+            rare.warning("orphans", "engine %s: %d parts of requests are not kept: too many wait to be asked for again",
+                         engine.name, len(wanted) - len(kept))  # fmt: skip
+        return kept
 
     def _learn(self, card: wire.EngineCard) -> None:
         """What the cluster serves follows from its engines."""
@@ -462,8 +569,11 @@ class ClusterEngine:
         self._orphans.engine_left(engine.name)
         for routed in list(self.requests.values()):
             if engine.name in routed.answer.parts:
-                self._follow(routed, routed.answer.engine_lost(engine.name, why), told_brain=True)
+                self._guarded(partial(self._engine_lost, routed, engine.name, why), routed)
         self._decide_soon()
+
+    def _engine_lost(self, routed: Routed, name: str, why: str) -> None:
+        self._follow(routed, routed.answer.engine_lost(name, why), told_brain=True)
 
     def engine_reported(self, engine: Engine) -> None:
         """See `port.Listener`."""
@@ -475,17 +585,21 @@ class ClusterEngine:
         """See `port.Listener`."""
         for event in events:
             routed = self.requests.get(event.request_id)
-            if routed is None or event.request_id in self._early:
-                self._orphans.event(engine.name, event)
+            if routed is None:
+                if not self._orphans.event(engine.name, event):
+                    self.counters["stale_events"] += 1
                 continue
-            answer = routed.answer
-            if event.attempt != answer.attempt or engine.name not in answer.parts:
-                self.counters["stale_events"] += 1
-                continue
-            if event.tokens:
-                self._follow(routed, answer.add(engine.name, event.attempt, event.index, event.tokens))
-            if event.finish_reason is not None:
-                self._part_ended(routed, engine, event)
+            self._guarded(partial(self._event, routed, engine, event), routed)
+
+    def _event(self, routed: Routed, engine: Engine, event: wire.Event) -> None:
+        answer = routed.answer
+        if event.attempt != answer.attempt or engine.name not in answer.parts:
+            self.counters["stale_events"] += 1
+            return
+        if event.tokens:
+            self._follow(routed, answer.add(engine.name, event.attempt, event.index, event.tokens))
+        if event.finish_reason is not None:
+            self._part_ended(routed, engine, event)
 
     def _part_ended(self, routed: Routed, engine: Engine, event: wire.Event) -> None:
         answer = routed.answer
@@ -493,7 +607,12 @@ class ClusterEngine:
             return
         part = answer.parts[engine.name]
         if event.report is not None:
-            routed.reports.append(event.report)
+            fault = wire.report_fault(event.report)
+            if fault is None:
+                routed.reports.append(event.report)
+            else:
+                self.counters["reports_dropped"] += 1
+                rare.warning("report fault", "a report of engine %s is not counted: %s", engine.name, fault)
         if part == "prefill" and routed.brain_attempt is not None:
             self.brain.prefilled(routed.id, routed.brain_attempt)
         if self._seen is not None and event.finish_reason in ("handed_over", "stop", "length"):
@@ -519,3 +638,18 @@ class ClusterEngine:
             elif not told_brain:
                 self.brain.restart(routed.id, attempt)
             self._decide_soon()
+
+
+def _check_names(request: GenerationRequest) -> None:
+    """Names that engines could not be told of are refused here, not on the way. Raises InvalidRequest."""
+    for what, name, most in (
+        ("tenant (cache_salt)", request.tenant, TENANT_CHARACTERS_MAX),
+        ("session", request.session or "", TENANT_CHARACTERS_MAX),
+        ("resume_label", request.resume_label, NAME_CHARACTERS_MAX),
+    ):
+        if len(name) > most:
+            raise InvalidRequest(f"{what} has {len(name)} characters; {most} are allowed")
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest(f"{what} is not valid Unicode text") from None

@@ -23,7 +23,10 @@ def router_stats(
         "engines": float(len(port.engines)),
     }
     counted = {name: float(count) for name, count in (*counters.items(), *brain.counts.items())}
-    for name in ("connections", "refused_secret", "refused_protocol", "refused_registration", "fenced_frames"):
+    for name in (
+        "connections", "refused_secret", "refused_protocol", "refused_registration", "fenced_frames",
+        "strangers_dropped", "listener_failures",
+    ):  # fmt: skip
         counted[f"cluster_{name}"] = float(getattr(port.counts, name))
     engines = port.engines.values()
     labelled = {

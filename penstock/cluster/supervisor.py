@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import re
 import signal
@@ -13,9 +14,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import IO
 
 from penstock.cluster.cluster_config import READY, Kind, ProcessSpec
+from penstock.guarded_thread import GuardedThread
+from penstock.rate_limited_log import RateLimitedLog
+
+log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
 
 READY_S = 300.0
 STOP_S = 30.0
@@ -23,6 +30,7 @@ POLL_S = 0.05
 PAUSES_S = (0.5, 30.0)  # before a dead process is started again, doubling
 STEADY_S = 30.0  # one that lived so long begins with the shortest pause again
 LINES_KEPT = 40
+LINE_CHARACTERS_MAX = 65_536  # a longer one comes in pieces
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _ENDING_ORDER: tuple[Kind, ...] = ("router", "engine", "pool")
@@ -59,15 +67,13 @@ class Child:
         return self.addresses[-1] if self.addresses else ""
 
     def start(self, command: Sequence[str]) -> None:
-        """`command` is what stands behind `penstock`."""
+        """`command` is what stands behind `penstock`. Raises OSError."""
         self._command = list(command)
         self._start()
 
     def _start(self) -> None:
         self.ready.clear()
-        self._again_s = None
-        self._started_s = time.monotonic()
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "penstock", *self._command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -77,20 +83,29 @@ class Child:
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
-        self.pid = self._process.pid
-        for stream in (self._process.stdout, self._process.stderr):
+        self._process, self.pid = process, process.pid
+        self._again_s = None
+        self._started_s = time.monotonic()
+        for stream in (process.stdout, process.stderr):
             assert stream is not None
-            threading.Thread(target=self._read, args=(stream,), name=f"output-{self.spec.name}", daemon=True).start()
+            GuardedThread(f"output-{self.spec.name}", partial(self._read, stream), kind="output", restarts=True).start()
 
     def _read(self, stream: IO[str]) -> None:
-        for line in stream:
+        """Until the process closes it: one whose output nobody reads stands still."""
+        while line := stream.readline(LINE_CHARACTERS_MAX):
             line = line.rstrip("\n")
             self._lines.append(line)
-            self._told(self.spec.name, line)
+            self._say(line)
             found = re.search(READY[self.spec.kind], line)
             if found and not self.ready.is_set():
                 self.addresses = found.groups()
                 self.ready.set()
+
+    def _say(self, line: str) -> None:
+        try:
+            self._told(self.spec.name, line)
+        except Exception as error:  # nobody listens; the process goes on
+            rare.warning("output", "a line of %s could not be told: %r", self.spec.name, error)
 
     def await_ready(self, timeout_s: float) -> None:
         """Raises StartFailed."""
@@ -120,12 +135,19 @@ class Child:
             return
         if self._again_s is None:
             self._pause_s = PAUSES_S[0] if now - self._started_s > STEADY_S else self._pause_s
-            self._again_s = now + self._pause_s
-            self._told(self.spec.name, f"ended with status {process.returncode}; again in {self._pause_s:g} s")
-            self._pause_s = min(2 * self._pause_s, PAUSES_S[1])
+            self._pause(now, f"ended with status {process.returncode}")
         elif now >= self._again_s:
-            self.restarts += 1
-            self._start()
+            try:
+                self._start()
+            except OSError as error:  # no memory or no process to be had now
+                self._pause(now, f"cannot be started: {error}")
+            else:
+                self.restarts += 1
+
+    def _pause(self, now: float, why: str) -> None:
+        self._again_s = now + self._pause_s
+        self._say(f"{why}; again in {self._pause_s:g} s")
+        self._pause_s = min(2 * self._pause_s, PAUSES_S[1])
 
     def terminate(self) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -167,7 +189,10 @@ class Supervisor:
             for kinds in (("pool",), ("router",), ("engine",)):
                 group = [child for child in self.children.values() if child.spec.kind in kinds]
                 for child in group:
-                    child.start(child.spec.command(self._addresses()))
+                    try:
+                        child.start(child.spec.command(self._addresses()))
+                    except OSError as error:
+                        raise StartFailed(f"{child.spec.name} cannot be started: {error}") from None
                 for child in group:
                     child.await_ready(max(1.0, end_s - time.monotonic()))
         except BaseException:
@@ -188,8 +213,12 @@ class Supervisor:
             self.watch()
 
     def watch(self) -> None:
+        """One process that cannot be watched does not keep the others from being started again."""
         for child in self.children.values():
-            child.watch(time.monotonic())
+            try:
+                child.watch(time.monotonic())
+            except Exception as error:
+                rare.exception(f"watch {child.spec.name}", "%s could not be watched: %r", child.spec.name, error)
 
     def stop(self, timeout_s: float = STOP_S) -> None:
         """The router first, so that clients end in order; then engines, then pools."""
@@ -198,6 +227,10 @@ class Supervisor:
         for kind in _ENDING_ORDER:
             group = [child for child in self.children.values() if child.spec.kind == kind]
             for child in group:
-                child.terminate()
+                with contextlib.suppress(OSError):
+                    child.terminate()
             for child in group:
-                child.stop(max(1.0, end_s - time.monotonic()))
+                try:
+                    child.stop(max(1.0, end_s - time.monotonic()))
+                except OSError as error:  # the others are to end too
+                    log.error("%s could not be ended: %s", child.spec.name, error)

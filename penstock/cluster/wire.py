@@ -7,21 +7,37 @@ frames: a length, then msgpack. Times on the wire are durations, never clocks.
 from __future__ import annotations
 
 import struct
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from penstock.cluster.placed import EngineReport, Part, PlacedRequest
+from penstock.cluster.wire_types import (
+    COUNT_MAX,
+    LIST_MAX,
+    SECONDS_MAX,
+    Count,
+    Digest,
+    LeaseSeconds,
+    Name,
+    Number,
+    Text,
+    Token,
+    Tokens,
+)
 from penstock.core.operations import FinishReason
 from penstock.engine.api import RequestReport
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 GREETING = struct.Struct("<6sH")
 MAGIC = b"PNSTCL"
 PURPOSE = b"cluster control 1"
 LENGTH = struct.Struct("<I")
 FRAME_BYTES_MAX = 64 << 20  # a prompt of a million tokens takes 5 MB
 HANDSHAKE_S = 5.0
+REPORT_NAMES_MAX = 4096  # spans and kinds of failure in one report
+STAGE_CHARACTERS_MAX = 64
 
 
 class ProtocolError(Exception):
@@ -32,33 +48,35 @@ class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine is. All engines of one router have the same `model` (fingerprint of weights and layout), block
     geometry and vocabulary. `host` groups engines of one machine; `instance` differs from start to start."""
 
-    name: str
+    name: Name
     role: Part
-    host: str
-    instance: str
-    model: str
-    block_tokens: int
-    block_bytes: int
-    max_context_tokens: int
-    vocab_size: int
-    eos_token_ids: tuple[int, ...] = ()
-    relay_address: str = ""
-    pid: int = 0
+    host: Name
+    instance: Name
+    model: Name
+    block_tokens: Count
+    block_bytes: Count
+    max_context_tokens: Count
+    vocab_size: Count
+    eos_token_ids: Annotated[tuple[Token, ...], Meta(max_length=LIST_MAX)] = ()
+    relay_address: Name = ""
+    pid: Count = 0
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):
     """A part of a request that an engine still has when it registers: `tokens` are the answer's from `index` on, those
-    of earlier attempts before them in `earlier`. `digest` tells what was asked (`asked_digest`)."""
+    of earlier attempts before them in `earlier`. `label` and `digest` tell which request it was: what the client called
+    it, and what it asked for (`asked_digest`)."""
 
-    request_id: str
-    attempt: int
+    request_id: Name
+    attempt: Number
     part: Part
-    digest: bytes
-    earlier: list[int]
-    index: int
-    tokens: list[int]
+    label: Name
+    digest: Digest
+    earlier: Tokens
+    index: Count
+    tokens: Tokens
     finish_reason: FinishReason | None = None
-    error: str | None = None
+    error: Text | None = None
     report: RequestReport | None = None
 
 
@@ -67,61 +85,61 @@ class Register(msgspec.Struct, array_like=True, tag=1):
 
     card: EngineCard
     report: EngineReport
-    held: list[Held]
+    held: Annotated[list[Held], Meta(max_length=LIST_MAX)]
 
 
 class Heartbeat(msgspec.Struct, array_like=True, tag=2):
     """Answered by Beat, while the epoch is current. `placed`: of how many Place messages the report knows."""
 
-    epoch: int
-    sequence: int
+    epoch: Number
+    sequence: Number
     report: EngineReport
-    placed: int = 0
+    placed: Count = 0
 
 
 class Event(msgspec.Struct, array_like=True):
     """Tokens of one part in order, the first of them at `index` of the whole answer; and its end."""
 
-    request_id: str
-    attempt: int
-    index: int
-    tokens: list[int]
+    request_id: Name
+    attempt: Number
+    index: Count
+    tokens: Tokens
     finish_reason: FinishReason | None = None
-    error: str | None = None
+    error: Text | None = None
     report: RequestReport | None = None
 
 
 class Events(msgspec.Struct, array_like=True, tag=3):
-    epoch: int
-    events: list[Event]
+    epoch: Number
+    events: Annotated[list[Event], Meta(max_length=LIST_MAX)]
 
 
 class Leave(msgspec.Struct, array_like=True, tag=4):
     """The engine ends in order."""
 
-    epoch: int
-    why: str
+    epoch: Number
+    why: Text
 
 
 class Welcome(msgspec.Struct, array_like=True, tag=20):
     """`keep`: (request id, attempt) of what the engine held and shall go on with; everything else it drops."""
 
-    epoch: int
-    router: str
-    lease_s: float
-    heartbeat_s: float
-    keep: list[tuple[str, int]]
+    epoch: Number
+    router: Name
+    lease_s: LeaseSeconds
+    heartbeat_s: LeaseSeconds
+    keep: Annotated[list[tuple[Name, Number]], Meta(max_length=LIST_MAX)]
 
 
 class Refused(msgspec.Struct, array_like=True, tag=21):
     """`retry`: whether trying again later may help."""
 
-    reason: str
+    reason: Text
     retry: bool
 
 
 class Beat(msgspec.Struct, array_like=True, tag=22):
-    sequence: int
+    sequence: Number
 
 
 class Place(msgspec.Struct, array_like=True, tag=23):
@@ -131,23 +149,23 @@ class Place(msgspec.Struct, array_like=True, tag=23):
 class Cancel(msgspec.Struct, array_like=True, tag=24):
     """End this attempt; None: every one."""
 
-    epoch: int
-    request_id: str
-    attempt: int | None
+    epoch: Number
+    request_id: Name
+    attempt: Number | None
 
 
 class Fenced(msgspec.Struct, array_like=True, tag=25):
     """The engine's epoch is over; it registers anew."""
 
-    reason: str
+    reason: Text
 
 
 class Replan(msgspec.Struct, array_like=True, tag=26):
     """To a prefill engine: what that side was still to read for this attempt, the other side reads."""
 
-    epoch: int
-    request_id: str
-    attempt: int
+    epoch: Number
+    request_id: Name
+    attempt: Number
     side: Literal["prefill", "decode"]
 
 
@@ -177,6 +195,7 @@ def frame_length(head: bytes) -> int:
 
 
 def decode_from_engine(body: bytes) -> FromEngine:
+    """Raises ProtocolError."""
     message: FromEngine = _decode(_from_engine, body)
     return message
 
@@ -189,8 +208,27 @@ def decode_from_router(body: bytes) -> FromRouter:
 def _decode(decoder: Any, body: bytes) -> Any:
     try:
         return decoder.decode(body)
-    except (msgspec.MsgspecError, ValueError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ProtocolError(f"message not understood: {error}") from None
+
+
+def report_fault(report: RequestReport) -> str | None:
+    """What is wrong with a report that came over the wire, or None: what is counted of it has bounds as messages have.
+    A wrong one costs itself, not the connection."""
+    times = [report.total_s, report.predicted_load_s, report.predicted_compute_s, report.measured_load_s]
+    times += [report.measured_compute_s, report.ttft_s or 0.0, report.slo_ttft_s or 0.0]
+    times += [time_s for _, *span in report.spans for time_s in span]
+    counts = [report.prompt_tokens, report.cached_tokens, report.loaded_bytes, report.generated_tokens]
+    counts += [report.recomputed_tokens, report.handed_blocks]
+    counts += [*report.load_failures.values(), *report.hand_off_failures.values()]
+    names = [label for label, *_ in report.spans] + [*report.load_failures, *report.hand_off_failures]
+    if not all(-SECONDS_MAX <= time_s <= SECONDS_MAX for time_s in times):
+        return f"it has a time beyond {SECONDS_MAX:g} s"
+    if not all(0 <= count <= COUNT_MAX for count in counts):
+        return f"it has a count outside 0 to {COUNT_MAX}"
+    if len(names) > REPORT_NAMES_MAX or not all(len(name) <= STAGE_CHARACTERS_MAX for name in names):
+        return f"it has {len(names)} stages; {REPORT_NAMES_MAX} of {STAGE_CHARACTERS_MAX} characters are allowed"
+    return None
 
 
 def greeting() -> bytes:

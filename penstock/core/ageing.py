@@ -1,13 +1,14 @@
 """When a request has waited so long that it goes before all others: one rule for every scheduler that orders requests.
 
 First come, first served makes each request wait for the work of those that were there before it. An order that looks
-at costs and deadlines may let others pass, but nobody longer than that: so the mean gains, and the tail stays where
-first come, first served has it. A request is allowed the larger of that delay and of a share of what it lately was at
-most (in an even flow nobody is passed for long, after a burst nobody has to be hurried). The rule follows the load by
-itself: no number of it is seconds.
+at costs and deadlines may let others pass, but hardly longer than that: so the mean gains, and the tail stays where
+first come, first served has it. A request is allowed a share of the larger of that delay and of half of what it lately
+was at most (in an even flow nobody is passed for long, in a burst not even those that came first in it need hurry).
+Those that aged before go first still, so it ages earlier by their work. The rule follows the load by itself: no number
+of it is seconds.
 
 Invariants, checked by `check_integrity`:
-  AGE-1 who waits for a first token ages at the latest `bound_s` after arrival, and after the delay it is allowed;
+  AGE-1 who waits for a first token ages once, at the latest `bound_s` after arrival and after the delay it is allowed;
   AGE-2 the work that waits is that of those who wait; nothing is remembered of a request that got its token or ended.
 """
 
@@ -27,11 +28,12 @@ SWEEP_TIMERS = 64  # so many timers more than twice those who wait are swept
 @dataclass(slots=True)
 class _Waiter:
     """A request without a first token. `own_s` is its own load and compute, `ahead_s` that of those before it; both are
-    None until its hits are known."""
+    None until its hits are known. `aged`: it was named by `due`."""
 
     request: Request
     own_s: float | None = None
     ahead_s: float | None = None
+    aged: bool = False
 
 
 class Ageing:
@@ -43,6 +45,7 @@ class Ageing:
         self._delays = delays
         self._waiters: dict[int, _Waiter] = {}  # by sequence
         self._work_s = 0.0  # of all waiters
+        self._aged_s = 0.0  # of those among them that aged
         self._worst_s = 0.0  # the longest delay of first come, first served, lately
         self._timers: list[tuple[float, int]] = []  # time, sequence
 
@@ -60,7 +63,7 @@ class Ageing:
         waiter.ahead_s = self._work_s
         self._work_s += waiter.own_s
         self._worst_s = max(self._worst_s, waiter.ahead_s)
-        self._set_timer(self._ages_s(waiter), request.sequence)
+        self._set_timer(self._late_s(waiter), request.sequence)
 
     def first_token(self, request: Request) -> None:
         """The request has its first token, and ages no more."""
@@ -72,19 +75,22 @@ class Ageing:
         waiter = self._waiters.pop(request.sequence, None)
         if waiter is not None and waiter.own_s is not None:
             self._work_s = self._work_s - waiter.own_s if self._waiters else 0.0
+            self._aged_s = max(0.0, self._aged_s - waiter.own_s * waiter.aged) if self._waiters else 0.0
 
     def due(self, now: float) -> list[Request]:
-        """Those that age now, in order of time. One may be named again at its bound."""
+        """Those that age now, each named once, in order of time."""
         found = []
-        while self._timers and self._timers[0][0] <= now:
+        while self._timers and self._timers[0][0] - self._aged_s <= now:
             _, sequence = heapq.heappop(self._timers)
             waiter = self._waiters.get(sequence)
             if waiter is None:
                 continue
-            ages_s = self._ages_s(waiter)
-            if ages_s > now:  # the worst delay has grown since
-                self._set_timer(ages_s, sequence)
-            else:
+            late_s = self._late_s(waiter)
+            if late_s - self._aged_s > now:  # the worst delay has grown since
+                self._set_timer(late_s, sequence)
+            elif not waiter.aged:
+                waiter.aged = True
+                self._aged_s += waiter.own_s or 0.0
                 found.append(waiter.request)
         return found
 
@@ -93,9 +99,9 @@ class Ageing:
         """When to look for those `due` again; None: not before another request comes."""
         while self._timers and self._timers[0][1] not in self._waiters:
             heapq.heappop(self._timers)
-        return self._timers[0][0] if self._timers else None
+        return self._timers[0][0] - self._aged_s if self._timers else None
 
-    def _ages_s(self, waiter: _Waiter) -> float:
+    def _late_s(self, waiter: _Waiter) -> float:
         allowed_s = self._bound_s
         if waiter.own_s is not None and waiter.ahead_s is not None:
             delay_s = self._delays * max(waiter.ahead_s, SHARE_OF_WORST * self._worst_s)
@@ -114,9 +120,10 @@ class Ageing:
         for time_s, sequence in self._timers:
             times[sequence] = min(time_s, times.get(sequence, math.inf))
         for sequence, waiter in self._waiters.items():
-            aged = waiter.request.aged_s is not None
-            assert aged or times[sequence] <= waiter.request.arrival_s + self._bound_s, "AGE-1"
+            assert waiter.aged or times[sequence] <= waiter.request.arrival_s + self._bound_s, "AGE-1"
             assert waiter.request.account.first_token_s is None, "AGE-2"
         work_s = sum(waiter.own_s or 0.0 for waiter in self._waiters.values())
+        aged_s = sum(waiter.own_s or 0.0 for waiter in self._waiters.values() if waiter.aged)
         assert math.isclose(self._work_s, work_s, rel_tol=1e-6, abs_tol=1e-6), "AGE-2"
+        assert math.isclose(self._aged_s, aged_s, rel_tol=1e-6, abs_tol=1e-6), "AGE-2"
         assert len(self._timers) <= 2 * len(self._waiters) + SWEEP_TIMERS + 2, "AGE-2"

@@ -58,7 +58,7 @@ class SchedulerConfig:
     forward_timeout_s: float = 10.0
     saves_yield: bool = False  # saves and batches share a processor: saves go between batches while nothing presses
     age_bound_s: float = 60.0  # a request that waited longer for its first token goes before all others
-    age_delays: float = 1.0  # as does one delayed so many times as long as first come, first served would; 0: none
+    age_delays: float = 0.75  # as does one delayed so many times as long as first come, first served would; 0: none
     default_slo_ttft_s: float = 10.0  # deadline of requests that name none
     lookup_timeout_s: float = 2.0
     fetch_timeout_s: float = 10.0

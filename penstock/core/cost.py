@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+LEARNED_LINKS_MAX = 1024
 GROWTH_MAX = 10.0  # of the doubt about a coefficient, against its prior
 
 
@@ -132,11 +133,17 @@ class ComputeCost:
         if gain_base < self.forget:  # rounding has taken the matrix's sense
             self._reset()
             return
-        error = 1.0 * seconds * weight - (self.a * x[0] + self.b * x[1] + self.c * x[2])
+        before = self.a * x[0] + self.b * x[1] + self.c * x[2]
+        error = seconds * weight - before
         gain = [v / gain_base for v in px]
         self.a = max(self.a + gain[0] * error, 0.0)
         self.b = max(self.b + gain[1] * error, 0.0)
         self.c = max(self.c + gain[2] * error, 0.0)
+        # Least squares lands between what was predicted and what was measured. A coefficient that was raised to zero
+        # leaves it above both, and again with each batch like it: without end.
+        after, most = self.a * x[0] + self.b * x[1] + self.c * x[2], max(before, seconds * weight)
+        if after > most:
+            self.a, self.b, self.c = (value * most / after for value in (self.a, self.b, self.c))
         for i in range(3):
             for j in range(3):
                 p[i][j] = (p[i][j] - gain[i] * px[j]) / self.forget
@@ -171,12 +178,24 @@ class CostModel:
     default_link_bytes_per_s: float = 1e9
     load_error: RelativeError = field(default_factory=RelativeError)
     compute_error: RelativeError = field(default_factory=RelativeError)
+    _learned: dict[str, None] = field(default_factory=dict)  # links that were given no speed, oldest first
 
     def link(self, name: str) -> LinkCost:
+        """The link's cost; of one that is not known, the default, to be learned. The oldest of too many are
+        forgotten."""
         cost = self.links.get(name)
         if cost is None:
+            if len(self._learned) >= LEARNED_LINKS_MAX:
+                self.forget(next(iter(self._learned)))
             cost = self.links[name] = LinkCost(self.default_link_bytes_per_s)
+            self._learned[name] = None
         return cost
+
+    def forget(self, name: str) -> None:
+        """What was learned of a link that is gone; what was given stays."""
+        if name in self._learned:
+            del self._learned[name]
+            self.links.pop(name, None)
 
     def load_s(self, bytes_by_route: Mapping[tuple[str, ...], int], upload_bytes: int, serial: bool) -> float:
         """Seconds to load: `bytes_by_route` are still to fetch, `upload_bytes` still to upload. The slowest link

@@ -118,6 +118,22 @@ class Compute:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkFault:
+    """What was wrong with one chunk of a batch; it says nothing about the batch's other chunks.
+
+    With an `error` there is no token and the request ends, unless blocks that it did not compute itself are to blame.
+    `unusable` are blocks of the request, by index in its prefix, whose KV is not finite: no other request may get them.
+    Without an error `token` is the sampled one, or None."""
+
+    error: str | None = None
+    unusable: frozenset[int] = frozenset()
+    token: int | None = None
+
+
+ChunkOutcome = int | ChunkFault | None  # the sampled token, None where none was asked for, or what was wrong
+
+
+@dataclass(frozen=True, slots=True)
 class Save:
     """L1 -> L2 -> L3, in the background: copy `page` into `slot`, say `downloaded`, write `block`, say `saved`."""
 
@@ -142,6 +158,13 @@ class Forward:
 
 
 @dataclass(frozen=True, slots=True)
+class Discard:
+    """The pool's blocks `keys` are of no use to anybody; nobody waits for the end of this."""
+
+    keys: tuple[BlockKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Emit:
     """A token for the client, and with the last one the reason and the account of the request."""
 
@@ -152,7 +175,7 @@ class Emit:
     account: Account | None = None
 
 
-Operation = Lookup | Fetch | Upload | Drop | Compute | Save | Forward | Emit
+Operation = Lookup | Fetch | Upload | Drop | Compute | Save | Forward | Discard | Emit
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from penstock.engine.runner import SamplingParams
 log = logging.getLogger(__name__)
 
 TOP_K_MAX = 2**31 - 1
+SEED_MAX = 2**64 - 1
 
 
 class InvalidRequest(ValueError):
@@ -45,7 +47,7 @@ class GenerationRequest:
     first_index: int = 0
     recompute_tokens: int = 0
     hand_off: HandOff | None = None
-    resumable: bool = False  # a client may ask for it again under its id, and wants the same answer then
+    resume_label: str = ""  # what its client calls it, to ask for the same answer again; never a key by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,11 @@ def check_request(request: GenerationRequest, vocab_size: int, max_context_token
     prompt, sampling = request.prompt_tokens, request.sampling
     if not prompt:
         raise InvalidRequest("prompt is empty; it must have at least one token")
-    if min(prompt) < 0 or max(prompt) >= vocab_size:
+    try:
+        tokens = array("q", prompt)
+    except (TypeError, OverflowError):
+        raise InvalidRequest(f"prompt must be a list of token ids 0 to {vocab_size - 1}") from None
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
         raise InvalidRequest(f"prompt has a token outside 0..{vocab_size - 1}")
     if sampling.max_tokens < 1:
         raise InvalidRequest(f"max_tokens is {sampling.max_tokens}; it must be at least 1")
@@ -101,6 +107,8 @@ def check_request(request: GenerationRequest, vocab_size: int, max_context_token
         )
     if request.slo_ttft_s is not None and not 0 < request.slo_ttft_s < 1e6:
         raise InvalidRequest(f"slo_ttft_s is {request.slo_ttft_s}; it must be above 0 and below 1e6")
+    if sampling.seed is not None and not -SEED_MAX <= sampling.seed <= SEED_MAX:
+        raise InvalidRequest(f"seed is out of range; allowed: -{SEED_MAX} to {SEED_MAX}")
     if not 0 <= sampling.temperature <= 100 or not 0 < sampling.top_p <= 1 or not 0 <= sampling.top_k <= TOP_K_MAX:
         raise InvalidRequest(
             f"temperature is {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}; allowed: "

@@ -138,6 +138,19 @@ class PagedBatch:
         self._decodes = sorted((span for span in spans if span.end - span.start == 1), key=lambda span: span.end)
         self._page_tensors: dict[tuple[int, int], torch.Tensor] = {}
         self._decode_groups: dict[int, list[_DecodeGroup]] = {}
+        self._clear_begun_pages()
+
+    def _clear_begun_pages(self) -> None:
+        """Zero the pages that this batch begins and does not fill: decodes read all of a page and mask what is not
+        there yet, and a NaN that an earlier owner left would spread. At most one page per chunk, in one operation."""
+        size = self._block_tokens
+        begun = [
+            span.pages[span.end // size]
+            for span in (*self._prefills, *self._decodes)
+            if span.end % size and span.end // size * size >= span.start
+        ]
+        if begun:
+            self._kv.clear(begun)
 
     def attend(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs

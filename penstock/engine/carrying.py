@@ -13,7 +13,9 @@ from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.layout import staging_bytes
 from penstock.core.operations import (
     BlockHit,
+    ChunkOutcome,
     Compute,
+    Discard,
     Drop,
     Fetch,
     Forward,
@@ -27,10 +29,19 @@ from penstock.engine.peers import Peers
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Pool
+from penstock.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
-STUCK_S = 120.0  # a batch or upload that takes longer makes the engine unhealthy
+STUCK_S = 120.0  # a batch, upload or download that takes longer makes the engine unhealthy
+
+# Counters of the scheduler that say that something was lost, with what is logged when one has grown.
+LOSSES = {
+    "saves_dropped": "blocks were not saved: the queue of saves was full, or their pages were needed",
+    "hits_of_another_size": "hits of the pool are not used: those blocks have another size than this engine's",
+    "distrusted_blocks": "blocks of the pool are dropped and computed again: their KV is not finite",
+    "unusable_blocks": "blocks were not cached, saved or handed over: their KV is not finite",
+}
 
 Post = Callable[[Callable[[], None]], None]
 
@@ -58,6 +69,7 @@ class Carrying:
         memory = peers.allocate(size_bytes) if peers is not None else aligned_buffer(size_bytes)
         self._staging = Staging(memory, slot_bytes)
         runner.page_lock(memory)
+        self._runner = runner
         self._runner_stages = RunnerStages(runner)
         self._pool_stages: PoolStages | None = None
         if pool is not None:
@@ -67,6 +79,8 @@ class Carrying:
             self._pool_stages = PoolStages(pool, self._staging, config.block_bytes, config.lookup_window, peers)
         self._uploads: dict[int, UploadGroup] = {}
         self._busy_since: dict[int, tuple[str, float]] = {}  # op -> what it is, when it began
+        self._told = RateLimitedLog(log)
+        self._losses = dict.fromkeys(LOSSES, 0)
         self.load_failures: Counter[str] = Counter()
         self.save_failures: Counter[str] = Counter()
         self.forward_failures: Counter[str] = Counter()
@@ -81,8 +95,26 @@ class Carrying:
         if self._pool_stages is not None:
             self._pool_stages.end_late()
 
+    def say_losses(self) -> None:
+        """Log what the scheduler has dropped since the last call."""
+        for name, message in LOSSES.items():
+            count = self._scheduler.counters.get(name, 0)
+            if count > self._losses[name]:
+                self._told.warning(name, "%d %s", count - self._losses[name], message)
+                self._losses[name] = count
+
+    def _failed(self, counter: Counter[str], reason: str, blocks: int, what: str) -> None:
+        counter[reason] += blocks
+        self._told.warning(f"{what} {reason}", "%s: %s", what, reason)
+
     def stuck(self) -> str | None:
-        """What has been under way for too long, if anything; from any thread."""
+        """What does not go on, if anything: the device, a thread, or what has been under way for too long; from any
+        thread."""
+        if self._runner.lost is not None:
+            return self._runner.lost
+        dead = self._runner_stages.dead_thread or (self._pool_stages.dead_thread if self._pool_stages else None)
+        if dead is not None:
+            return f"the thread {dead} ended"
         now = time.monotonic()
         for what, since in list(self._busy_since.values()):
             if now - since > STUCK_S:
@@ -112,6 +144,8 @@ class Carrying:
             self._lookup(operation)
         elif isinstance(operation, Drop):
             self._staging.release(operation.slot)
+        elif isinstance(operation, Discard):
+            self.stages.discard(operation)
 
     # -- loads --------------------------------------------------------------------------------------------------
 
@@ -124,7 +158,7 @@ class Carrying:
     def _fetch(self, op: Fetch) -> None:
         def ended(error: str | None) -> None:
             if error is not None:
-                self.load_failures[error] += 1
+                self._failed(self.load_failures, error, 1, "a block could not be loaded")
             self._scheduler.fetched(op.op_id, error, time.monotonic())
 
         self.stages.fetch(op, lambda error: self._post(partial(ended, error)))
@@ -145,7 +179,7 @@ class Carrying:
                 self._staging.release(slot)
         if error is not None:
             log.error("an upload failed", exc_info=error)
-            self.load_failures["device"] += len(op.blocks)
+            self._failed(self.load_failures, "device", len(op.blocks), "blocks could not be uploaded")
             self._scheduler.upload_failed(op.op_id, "device", time.monotonic())
         else:
             self._scheduler.uploaded(op.op_id, time.monotonic())
@@ -168,7 +202,7 @@ class Carrying:
         self._busy_since[op.op_id] = ("a batch", time.monotonic())
         self._runner_stages.compute(batch, lambda result: self._post(partial(self._computed, op, result)))
 
-    def _computed(self, op: Compute, result: list[int | None] | BaseException) -> None:
+    def _computed(self, op: Compute, result: list[ChunkOutcome] | BaseException) -> None:
         del self._busy_since[op.op_id]
         if isinstance(result, BaseException):
             log.error("a batch failed", exc_info=result)
@@ -181,7 +215,7 @@ class Carrying:
     def _save(self, op: Save) -> None:
         def saved(error: str | None) -> None:
             if error is not None:
-                self.save_failures[error] += 1
+                self._failed(self.save_failures, error, 1, "a block could not be saved")
             self._scheduler.saved(op.op_id, error)
 
         def ended(error: str | None) -> None:
@@ -192,7 +226,7 @@ class Carrying:
     def _forward(self, op: Forward) -> None:
         def forwarded(error: str | None) -> None:
             if error is not None:
-                self.forward_failures[error] += 1
+                self._failed(self.forward_failures, error, 1, "a block could not be handed over")
             self._scheduler.forwarded(op.op_id, error, time.monotonic())
 
         def ended(error: str | None) -> None:
@@ -208,11 +242,21 @@ class Carrying:
     ) -> None:
         """Copy a page into a slot, tell the brain, go on."""
 
+        def left_l1() -> None:
+            del self._busy_since[op_id]
+            self._scheduler.downloaded(op_id, time.monotonic())
+
+        def stayed() -> None:
+            del self._busy_since[op_id]
+
         def downloaded(error: BaseException | None) -> None:
             if error is not None:
+                log.error("a page could not be copied out", exc_info=error)
+                self._post(stayed)
                 failed("device")
                 return
-            self._post(lambda: self._scheduler.downloaded(op_id, time.monotonic()))
+            self._post(left_l1)
             then()
 
+        self._busy_since[op_id] = ("a download", time.monotonic())
         self._runner_stages.download(page, self._staging.slot(slot), downloaded)

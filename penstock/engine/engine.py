@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import queue
@@ -38,9 +37,12 @@ from penstock.engine.carrying import Carrying
 from penstock.engine.peers import Peers
 from penstock.engine.reports import pool_series, report_of
 from penstock.engine.runner import ModelRunner, SamplingParams
+from penstock.guarded_thread import GuardedThread
 from penstock.pool.api import Pool, PoolError
+from penstock.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
+_told = RateLimitedLog(log)
 
 SWITCH_INTERVAL_S = 5e-4  # how long a thread may hold the interpreter while another, say a finished load, waits for it
 MAX_EVENTS_PER_DECISION = 256
@@ -48,6 +50,7 @@ IDLE_WAIT_S = 1.0
 ANSWER_TIMEOUT_S = 5.0
 POOL_STAT_TIMEOUT_S = 1.0
 CLOSE_GRACE_S = 0.5
+QUESTIONS_MAX = 64  # callers that may wait for an answer of the control thread
 
 Answer = TypeVar("Answer")
 
@@ -82,13 +85,15 @@ class Engine:
         self._clients: dict[str, tuple[GenerationRequest, OnEvent]] = {}
         self._carrying = Carrying(config, self._scheduler, runner, pool, peers, self._inbox.put, self._sampling_of)
         self._seconds_by_label: defaultdict[str, float] = defaultdict(float)
-        self._clients_lock = threading.Lock()  # for changes of _clients, _stopping and _fatal
+        self._asked: set[tuple[str, str]] = set()  # (request_id, what) in the inbox: cancel, reroute
+        self._questions = threading.BoundedSemaphore(QUESTIONS_MAX)
+        self._clients_lock = threading.Lock()  # for changes of _clients, _asked, _stopping and _fatal
         self._admitted = 0
         self._stopping = False
         self._stop_by_s = 0.0
         self._fatal: str | None = None
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self._thread = threading.Thread(target=self._run, name="penstock-control", daemon=True)
+        self._thread = GuardedThread("penstock-control", self._run, failed=self._control_failed)
         self._thread.start()
 
     # -- callers ------------------------------------------------------------------------------------------------
@@ -117,37 +122,59 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """See EngineAPI."""
-        self._inbox.put(lambda: self._scheduler.cancel(request_id, time.monotonic()))
+        self._ask_once(request_id, "cancel", lambda: self._scheduler.cancel(request_id, time.monotonic()))
 
     def reroute(self, request_id: str, side: Literal["prefill", "decode"]) -> None:
         """The storage NIC of that side is gone: read on the other one what it was still to read for this request."""
-        self._inbox.put(lambda: self._scheduler.reroute(request_id, side, time.monotonic()))
+        self._ask_once(request_id, side, lambda: self._scheduler.reroute(request_id, side, time.monotonic()))
+
+    def _ask_once(self, request_id: str, what: str, event: Callable[[], None]) -> None:
+        """Put an event of a known request into the inbox, unless the same one is in it: so the inbox is bounded by the
+        requests."""
+        asked = (request_id, what)
+        with self._clients_lock:
+            if request_id not in self._clients or asked in self._asked:
+                return
+            self._asked.add(asked)
+
+        def happen() -> None:
+            with self._clients_lock:
+                self._asked.discard(asked)
+            event()
+
+        self._inbox.put(happen)
 
     def stats(self) -> EngineStats:
         """See EngineAPI. Raises TimeoutError when the control thread does not answer; a pool that does not is left
         out."""
         stats = self._ask(self._snapshot)
         if self._pool is not None:
-            with contextlib.suppress(PoolError):
+            try:
                 stats.labelled.update(pool_series(self._pool.stat(POOL_STAT_TIMEOUT_S)))
+            except PoolError as error:
+                _told.warning("stat", "metrics without the pool's members: %s", error)
         return stats
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
-        """The answer of the control thread. Raises TimeoutError when it gives none."""
+        """The answer of the control thread. Raises TimeoutError when it gives none, or too many wait for one."""
         answer: Future[Answer] = Future()
-        if not self._thread.is_alive():
+        if not self._thread.alive:
             raise TimeoutError("the engine has stopped")
-        self._inbox.put(partial(_answer, answer, question))
+        if not self._questions.acquire(timeout=ANSWER_TIMEOUT_S):
+            raise TimeoutError(f"{QUESTIONS_MAX} callers wait for an answer of the engine already")
         try:
+            self._inbox.put(partial(_answer, answer, question))
             return answer.result(timeout=ANSWER_TIMEOUT_S)
         except FutureTimeout:
             raise TimeoutError(f"the engine did not answer within {ANSWER_TIMEOUT_S:g} s") from None
+        finally:
+            self._questions.release()
 
     def healthy(self) -> tuple[bool, str]:
         """See EngineAPI."""
         if self._fatal:
             return False, self._fatal
-        if not self._thread.is_alive():
+        if not self._thread.alive:
             return False, "the control thread ended"
         stuck = self._carrying.stuck()
         return (False, stuck) if stuck else (True, "ok")
@@ -187,19 +214,18 @@ class Engine:
             self._inbox.put(self._cancel_all)
         self._thread.join(timeout_s + CLOSE_GRACE_S)
         stopped = self._carrying.close(CLOSE_GRACE_S)
-        if self._thread.is_alive() or not stopped:
+        if self._thread.alive or not stopped:
             log.error("an engine thread did not stop within %.1f s", timeout_s)
         self._fail_everything(f"the engine was closed and could not end the request within {timeout_s:g} s")
 
     # -- control thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        try:
-            while not self._stopping or not (self._scheduler.idle or time.monotonic() > self._stop_by_s):
-                self._step()
-        except Exception as error:
-            log.exception("the control thread failed")
-            self._fail_everything(f"internal error: {error!r}")
+        while not self._stopping or not (self._scheduler.idle or time.monotonic() > self._stop_by_s):
+            self._step()
+
+    def _control_failed(self, error: Exception) -> None:
+        self._fail_everything(f"internal error: {error!r}")
 
     def _step(self) -> None:
         wakeup = self._scheduler.next_wakeup_s()
@@ -218,12 +244,22 @@ class Engine:
                 self._emit(operation)
             else:
                 self._carrying.carry_out(operation)
+        self._carrying.say_losses()
         self._admitted = self._scheduler.admitted
 
     def _submitted(self, request: GenerationRequest, root: BlockKey, arrival_s: float) -> None:
+        try:
+            self._scheduler.submit(self._spec_of(request, root, arrival_s), arrival_s)
+        except (WaitingQueueFull, ValueError) as error:
+            self._end(request.request_id, TokenEvent(None, "error", str(error)))
+        except Exception as error:  # this request's failure, not the control thread's
+            log.exception("request %s could not be taken", request.request_id)
+            self._end(request.request_id, TokenEvent(None, "error", f"internal error: {error!r}"))
+
+    def _spec_of(self, request: GenerationRequest, root: BlockKey, arrival_s: float) -> RequestSpec:
         deadline_s = None if request.slo_ttft_s is None else arrival_s + request.slo_ttft_s
         eos = frozenset() if request.sampling.ignore_eos else self.eos_token_ids
-        spec = RequestSpec(
+        return RequestSpec(
             request.request_id,
             request.prompt_tokens,
             request.sampling.max_tokens,
@@ -235,10 +271,6 @@ class Engine:
             request.first_index,
             request.recompute_tokens,
         )
-        try:
-            self._scheduler.submit(spec, arrival_s)
-        except (WaitingQueueFull, ValueError) as error:
-            self._end(request.request_id, TokenEvent(None, "error", str(error)))
 
     def _sampling_of(self, request_id: str) -> SamplingParams:
         client = self._clients.get(request_id)  # gone: it got its last event from `close`

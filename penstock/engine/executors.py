@@ -7,51 +7,26 @@ asynchronous in the pool, lookups have a few threads because a remote pool answe
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
-from penstock.core.operations import BlockHit, Fetch, Forward, Lookup, Save
+from penstock.core.operations import ChunkOutcome, Discard, Fetch, Forward, Lookup, Save
+from penstock.engine.batch_faults import outcomes_of
+from penstock.engine.lookups import Answer, Lookups
 from penstock.engine.peers import RELAY_LINK, Peers
 from penstock.engine.runner import Chunk, ModelRunner, UploadGroup
 from penstock.engine.transfers import Transfers
+from penstock.guarded_thread import GuardedWorker
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Lease, Pool, PoolError
+from penstock.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
+_told = RateLimitedLog(log)
 
-
-class Worker:
-    """One thread that does one piece of work after the other."""
-
-    def __init__(self, name: str) -> None:
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def put(self, work: Callable[[], None]) -> None:
-        self._queue.put(work)
-
-    def _run(self) -> None:
-        while (work := self._queue.get()) is not None:
-            try:
-                work()
-            except Exception:  # work reports its own errors; what is left must not end the thread
-                log.exception("work on %s raised", self._thread.name)
-
-    def stop(self) -> None:
-        """End after what is queued."""
-        self._queue.put(None)
-
-    def join(self, timeout_s: float) -> None:
-        self._thread.join(timeout_s)
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
+HAND_OFFS_WAITING_MAX = 4096  # blocks; the windows of the decode engines keep far fewer under way
+WORK_WAITING_MAX = 4096  # pieces of work per thread; the scheduler's windows and L2 keep far fewer under way
 
 
 class Staging:
@@ -92,6 +67,13 @@ def _reason(error: PoolError | None) -> str | None:
     return None if error is None else error.reason
 
 
+def _reason_of(error: Exception) -> str:
+    """Of what raised although its contract says that it reports."""
+    told = "".join(traceback.format_exception(error))
+    _told.warning(type(error).__name__, "a transfer could not begin: %s", told)
+    return error.reason if isinstance(error, PoolError) else "device"
+
+
 class PoolStages:
     """Lookup and fetch, and the second half of a save or a hand-off: everything that talks to the pool or to decode
     engines."""
@@ -104,30 +86,28 @@ class PoolStages:
         self._staging = staging
         self._block_bytes = block_bytes
         self._transfers = Transfers(staging.replace)
-        self._lookups = ThreadPoolExecutor(lookup_threads, thread_name_prefix="penstock-lookup")
-        self._hand_offs = Worker("penstock-hand-off") if peers is not None else None
+        self._lookups = Lookups(pool, lookup_threads)
+        self._hand_offs = GuardedWorker("penstock-hand-off", HAND_OFFS_WAITING_MAX) if peers is not None else None
 
-    def lookup(self, op: Lookup, done: Callable[[list[BlockHit | None] | None], None]) -> None:
-        def ask() -> None:
-            try:
-                found = self._pool.lookup(op.keys, op.timeout_s)
-            except PoolError:
-                done(None)
-                return
-            except Exception:  # whatever it is, the request goes on without hits
-                log.exception("a lookup raised")
-                done(None)
-                return
-            done([None if hit is None else BlockHit(hit.size_bytes, hit.route) for hit in found])
+    def lookup(self, op: Lookup, done: Answer) -> None:
+        self._lookups.ask(op, done)
 
-        self._lookups.submit(ask)
+    def discard(self, op: Discard) -> None:
+        """Have the pool forget blocks."""
+        self._lookups.discard(op)
 
     def fetch(self, op: Fetch, done: Callable[[str | None], None]) -> None:
         """A block of a local memory member is leased in place; any other is read into the slot, from the pool or
         through the decode engine that the route names."""
+        ended = self._transfers.begin(op.op_id, op.slot, op.timeout_s, done)
+        try:
+            self._begin_fetch(op, ended)
+        except Exception as error:  # the block's failure, not the control thread's
+            ended(_reason_of(error))
+
+    def _begin_fetch(self, op: Fetch, ended: Callable[[str | None], None]) -> None:
+        into = self._staging.slot(op.slot)
         if self._peers is not None and op.route[-1].startswith(RELAY_LINK):
-            into = self._staging.slot(op.slot)
-            ended = self._transfers.begin(op.op_id, op.slot, op.timeout_s, done)
             address = op.route[-1].removeprefix(RELAY_LINK)
             self._peers.read(address, op.key, self._block_bytes, into, op.timeout_s, lambda e: ended(_reason(e)))
             return
@@ -135,17 +115,18 @@ class PoolStages:
         if lease is not None:
             if len(lease.view) == self._block_bytes:
                 self._staging.hold(op.slot, lease)
-                done(None)
+                ended(None)
                 return
             lease.release()
-        into = self._staging.slot(op.slot)
-        ended = self._transfers.begin(op.op_id, op.slot, op.timeout_s, done)
         self._pool.read(op.key, self._block_bytes, into, op.timeout_s, lambda error: ended(_reason(error)))
 
     def write(self, op: Save, done: Callable[[str | None], None]) -> None:
         data = self._staging.slot(op.slot)
         ended = self._transfers.begin(op.op_id, op.slot, op.timeout_s, done)
-        self._pool.write(op.block, data, op.timeout_s, lambda error: ended(_reason(error)))
+        try:
+            self._pool.write(op.block, data, op.timeout_s, lambda error: ended(_reason(error)))
+        except Exception as error:
+            ended(_reason_of(error))
 
     def hand_over(self, op: Forward, done: Callable[[str | None], None]) -> None:
         """The slot may be a load's that is being uploaded, and several engines may get the block at once."""
@@ -155,14 +136,25 @@ class PoolStages:
         def send() -> None:
             peers.hand_over(op.to, op.block, data, op.timeout_s, lambda error: done(_reason(error)))
 
-        self._hand_offs.put(send)  # checksums take time
+        def failed(error: Exception) -> None:
+            done(error.reason if isinstance(error, PoolError) else "device")
+
+        if not self._hand_offs.put(send, failed):  # checksums take time
+            done("dropped")
 
     def end_late(self) -> None:
-        """Give up transfers that the pool did not end by their deadline."""
+        """Give up lookups and transfers that the pool did not end by their deadline."""
+        self._lookups.end_late()
         self._transfers.end_late()
 
+    @property
+    def dead_thread(self) -> str | None:
+        """The name of a thread that ended although nobody closed it."""
+        worker = self._hand_offs
+        return worker.name if worker is not None and not worker.alive else None
+
     def close(self) -> None:
-        self._lookups.shutdown(wait=False, cancel_futures=True)
+        self._lookups.close()
         if self._hand_offs is not None:
             self._hand_offs.stop()
 
@@ -178,56 +170,73 @@ class FailedUpload:
 
 
 class RunnerStages:
-    """Upload, compute and the first half of a save: everything that talks to the model runner."""
+    """Upload, compute and the first half of a save: everything that talks to the model runner. Each `done` is called
+    once, from any thread; with an error when its thread is closed, or was asked for too much."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
-        self._uploader = Worker("penstock-upload")
-        self._saver = Worker("penstock-save")
-        self._computer = Worker("penstock-compute")
+        self._uploader = GuardedWorker("penstock-upload", WORK_WAITING_MAX)
+        self._saver = GuardedWorker("penstock-save", WORK_WAITING_MAX)
+        self._computer = GuardedWorker("penstock-compute", WORK_WAITING_MAX)
 
     def upload(
         self, blocks: Sequence[tuple[memoryview, int]], done: Callable[[BaseException | None], None]
     ) -> UploadGroup:
-        """`done` is called from another thread, also when the upload cannot even start."""
+        """Blocks that cannot even start to go up become misses like any others; who waits for them fails at once."""
         try:
             group = self._runner.start_upload(blocks)
-        except Exception as error:  # the blocks become misses
-            failed = FailedUpload(error)
-            self._uploader.put(partial(done, error))
-            return failed
-        self._uploader.put(lambda: self._guarded(lambda: self._runner.upload(group), done))
-        return group
+        except Exception as error:
+            done(error)
+            return FailedUpload(error)
+        refused = self._put(self._uploader, lambda: self._runner.upload(group), done)
+        return group if refused is None else FailedUpload(refused)
 
     def download(self, page: int, into: memoryview, done: Callable[[BaseException | None], None]) -> None:
-        self._saver.put(lambda: self._guarded(lambda: self._runner.download(page, into), done))
+        self._put(self._saver, lambda: self._runner.download(page, into), done)
 
     @staticmethod
-    def _guarded(work: Callable[[], None], done: Callable[[BaseException | None], None]) -> None:
-        try:
-            work()
-        except Exception as error:  # whatever the device raises ends the operation, not the thread
-            done(error)
-        else:
-            done(None)
+    def _put(
+        worker: GuardedWorker, work: Callable[[], None], done: Callable[[BaseException | None], None]
+    ) -> Exception | None:
+        """Queue work; the error that `done` got at once when there is no room."""
 
-    def compute(self, batch: Sequence[Chunk], done: Callable[[list[int | None] | BaseException], None]) -> None:
         def run() -> None:
             try:
-                sampled = self._runner.run(batch)
-            except Exception as error:  # the batch's requests end with the error, the engine goes on
+                work()
+            except Exception as error:  # whatever the device raises ends the operation, not the thread
                 done(error)
             else:
-                done(sampled)
+                done(None)
 
-        self._computer.put(run)
+        if worker.put(run, done):
+            return None
+        error = RuntimeError(f"{worker.name} is closed, or has {worker.waiting} pieces of work waiting")
+        done(error)
+        return error
+
+    def compute(self, batch: Sequence[Chunk], done: Callable[[list[ChunkOutcome] | BaseException], None]) -> None:
+        """`done` gets one outcome per chunk; an error only when nobody could run the batch at all."""
+
+        def run() -> None:
+            done(outcomes_of(self._runner.run, batch))
+
+        if not self._computer.put(run, done):
+            done(RuntimeError(f"{self._computer.name} is closed"))
+
+    @property
+    def dead_thread(self) -> str | None:
+        """The name of a thread that ended although nobody closed it."""
+        return next((worker.name for worker in self._workers if not worker.alive), None)
+
+    @property
+    def _workers(self) -> tuple[GuardedWorker, ...]:
+        return self._uploader, self._saver, self._computer
 
     def close(self, timeout_s: float) -> bool:
         """Stop the threads; False when one of them is stuck."""
-        workers = (self._uploader, self._saver, self._computer)
         end = time.monotonic() + timeout_s
-        for worker in workers:
+        for worker in self._workers:
             worker.stop()
-        for worker in workers:
-            worker.join(max(0.0, end - time.monotonic()))
-        return not any(worker.alive for worker in workers)
+        for worker in self._workers:
+            worker.close(max(0.0, end - time.monotonic()))
+        return not any(worker.alive for worker in self._workers)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from penstock.core.layout import KVLayout
+from penstock.core.operations import ChunkFault, ChunkOutcome
 from penstock.engine.attention import AttentionArgs, PagedBatch, attending
 from penstock.engine.checkpoint import SERVED_MODELS, CheckpointError, LoadFormat, load_model, one_line
 from penstock.engine.paged_kv import LayerShape, PagedKV, PagedUpload
@@ -73,6 +74,7 @@ class HFRunner:
         self.max_context_tokens = _context_tokens(loaded.config, max_context_tokens)
         self.layerwise = layerwise
         self.computes_on_host = self._device.type == "cpu"
+        self.lost: str | None = None
         self._upload_timeout_s = upload_timeout_s
         probe = self._probe(loaded.config)
         self._dtype = next(iter(probe.dtypes))
@@ -155,14 +157,35 @@ class HFRunner:
         """Copy one full block out of L1; returns when `into` holds it."""
         self.kv.download(page, into)
 
-    def run(self, batch: Sequence[Chunk]) -> list[int | None]:
-        """Compute a batch; returns one sampled token id per chunk (None where `sampling` is None), once its KV is
-        complete in L1. Raises ValueError for a chunk that does not fit, UploadFailed when pending blocks did not come,
-        FloatingPointError when logits are not numbers."""
+    def run(self, batch: Sequence[Chunk]) -> list[ChunkOutcome]:
+        """Compute a batch; returns per chunk the sampled token id (None where `sampling` is None), once its KV is
+        complete in L1, or a ChunkFault: its logits are not numbers, or blocks that it completed are not finite. Raises
+        ValueError for a chunk that does not fit, UploadFailed when pending blocks did not come."""
         if not batch:
             return []
         for chunk in batch:
             self._check(chunk)
+        try:
+            with torch.inference_mode():
+                tokens = self._compute(batch)
+                unusable = self._unusable_blocks(batch, tokens)
+        finally:
+            self._synchronize()
+        return [_outcome(*each) for each in zip(batch, tokens, unusable, strict=True)]
+
+    def _synchronize(self) -> None:
+        """Wait for the batch (CUDA), also for one that raised half-way: downloads, uploads and reuse of its pages start
+        right after it, on other streams."""
+        if self._device.type != "cuda":
+            return
+        try:
+            torch.cuda.current_stream(self._device).synchronize()
+        except Exception as error:  # an error of the device that stays: every later call would raise it again
+            self.lost = f"the device failed: {one_line(error)}"
+            raise
+
+    def _compute(self, batch: Sequence[Chunk]) -> list[int | None]:
+        """The sampled token per chunk; None where none was asked for, or the logits give none."""
         sampled = [index for index, chunk in enumerate(batch) if chunk.sampling is not None]
         last_rows, row = [], 0
         for chunk in batch:
@@ -170,22 +193,34 @@ class HFRunner:
             last_rows.append(row - 1)
         ids = torch.tensor([token for chunk in batch for token in chunk.tokens], device=self._device)
         keep = torch.tensor([last_rows[index] for index in sampled], dtype=torch.long, device=self._device)
-        with torch.inference_mode():
-            paged = PagedBatch(self.kv, batch)
-            with attending(paged):
-                output = self._model(
-                    input_ids=ids[None], position_ids=paged.positions[None], use_cache=False, logits_to_keep=keep
-                )
-            result: list[int | None] = [None] * len(batch)
-            if sampled:
-                params = [chunk.sampling for chunk in batch if chunk.sampling is not None]
-                tokens = sample(output.logits[0], params, [batch[index].sampled_index for index in sampled])
-                for index, token in zip(sampled, tokens, strict=True):
-                    result[index] = token
-        if self._device.type == "cuda":
-            # Downloads and reuse of pages start when this returns; they are on other streams.
-            torch.cuda.current_stream(self._device).synchronize()
+        paged = PagedBatch(self.kv, batch)
+        with attending(paged):
+            output = self._model(
+                input_ids=ids[None], position_ids=paged.positions[None], use_cache=False, logits_to_keep=keep
+            )
+        result: list[int | None] = [None] * len(batch)
+        if sampled:
+            params = [chunk.sampling for chunk in batch if chunk.sampling is not None]
+            tokens = sample(output.logits[0], params, [batch[index].sampled_index for index in sampled])
+            for index, token in zip(sampled, tokens, strict=True):
+                result[index] = token
         return result
+
+    def _unusable_blocks(self, batch: Sequence[Chunk], tokens: Sequence[int | None]) -> list[frozenset[int]]:
+        """Per chunk, the blocks that it filled whose KV is not finite. Whole pages are read once, when they are full:
+        little beside computing them, and most batches of decodes fill none. Of a chunk without the token that it was to
+        give, all full blocks before it are looked at: they may be the cause."""
+        size = self.layout.block_tokens
+        filled = [
+            range(0 if _lacks_token(chunk, token) else chunk.start // size, (chunk.start + len(chunk.tokens)) // size)
+            for chunk, token in zip(batch, tokens, strict=True)
+        ]
+        pages = [chunk.pages[index] for chunk, indices in zip(batch, filled, strict=True) for index in indices]
+        bad = self.kv.not_finite(pages) if pages else set()
+        return [
+            frozenset(index for index in indices if chunk.pages[index] in bad)
+            for chunk, indices in zip(batch, filled, strict=True)
+        ]
 
     def _check(self, chunk: Chunk) -> None:
         end = chunk.start + len(chunk.tokens)
@@ -210,6 +245,16 @@ class HFRunner:
         self._model = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _lacks_token(chunk: Chunk, token: int | None) -> bool:
+    return chunk.sampling is not None and token is None
+
+
+def _outcome(chunk: Chunk, token: int | None, unusable: frozenset[int]) -> ChunkOutcome:
+    if _lacks_token(chunk, token):
+        return ChunkFault("compute failed: the model's logits for this request are not numbers", unusable)
+    return ChunkFault(None, unusable, token) if unusable else token
 
 
 def _device(name: str) -> torch.device:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from penstock.core.layout import KVLayout
+from penstock.core.operations import ChunkOutcome
 from penstock.engine.link_clock import LinkClock
 from penstock.engine.profile import Profile
 from penstock.engine.runner import Chunk, UploadGroup
@@ -36,6 +37,7 @@ class ModelledRunner:
         self.vocab_size = profile.vocab_size
         self.eos_token_ids: frozenset[int] = frozenset()
         self.layerwise = False
+        self.lost: str | None = None
         self.computes_on_host = False
         self._cost = profile.compute_cost()
         self._upload_link = LinkClock(profile.upload_bytes_per_s)
@@ -67,10 +69,10 @@ class ModelledRunner:
         np.copyto(np.frombuffer(into, dtype=np.uint8, count=size), self._pages[page])
         self._download_link.wait(size, started_s)
 
-    def run(self, batch: Sequence[Chunk]) -> list[int | None]:
+    def run(self, batch: Sequence[Chunk]) -> list[ChunkOutcome]:
         started_s = time.monotonic()
         seconds = self._cost.seconds([(len(chunk.tokens), chunk.start) for chunk in batch])
-        sampled = [
+        sampled: list[ChunkOutcome] = [
             zlib.crc32(f"{chunk.start + len(chunk.tokens)}:{chunk.tokens[-1]}".encode()) % self.vocab_size
             if chunk.sampling is not None
             else None

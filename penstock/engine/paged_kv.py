@@ -20,6 +20,7 @@ from penstock.core.layout import KVLayout
 # The first stages are single layers all the same, so that compute starts early.
 STAGE_BYTES_MIN = 512 * 1024
 SINGLE_LAYER_STAGES = 2
+CHECKED_BYTES_MAX = 64 * 2**20  # of pages looked at in one operation by `not_finite`: what it copies at most
 
 # Leased blocks may be read-only; they are only ever the source of a copy.
 warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
@@ -77,14 +78,9 @@ class PagedUpload:
                     lambda: self._stages_done > stage or self._error is not None, self._wait_timeout_s
                 )
                 if self._stages_done <= stage:
-                    if self._error is not None:
-                        raise UploadFailed(
-                            f"upload of {len(self.blocks)} blocks failed: {self._error}"
-                        ) from self._error
-                    raise UploadFailed(
-                        f"layer {layer} of an upload of {len(self.blocks)} blocks did not arrive "
-                        f"within {self._wait_timeout_s:g} s"
-                    )
+                    if self._error is None:  # whoever waits next does not wait as long again
+                        self._error = TimeoutError(f"layer {layer} did not arrive within {self._wait_timeout_s:g} s")
+                    raise UploadFailed(f"upload of {len(self.blocks)} blocks failed: {self._error}") from self._error
         if self._events:
             torch.cuda.current_stream(self._device).wait_event(self._events[stage])
 
@@ -124,7 +120,7 @@ class PagedKV:
         self._wait_timeout_s = wait_timeout_s
         self._element_bytes = dtype.itemsize
         elements = layout.full_block_bytes // dtype.itemsize
-        # Zeros, not garbage: masked positions are read, and a NaN there would spread.
+        # Zeros, not garbage: masked positions are read, and a NaN there would spread (0 * NaN is NaN).
         self.data = torch.zeros((pages, elements), dtype=dtype, device=device)
         self._layers = [self._strided_layer(layer) for layer in range(layout.layers)]
         self._locked: dict[int, memoryview] = {}  # by address
@@ -143,6 +139,22 @@ class PagedKV:
     def layer_view(self, layer: int) -> torch.Tensor:
         """One layer of all pages, `[pages, block_tokens, width]`; per token the keys of all heads, then the values."""
         return self._layers[layer]
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Zero pages on the current stream (CUDA), after what was enqueued there before."""
+        self.data.index_fill_(0, torch.tensor(pages, device=self.device), 0)
+
+    def not_finite(self, pages: Sequence[int]) -> set[int]:
+        """Those of `pages` that hold NaN or an infinity (or values whose sum overflows float32, which stand no better).
+        On CUDA the current stream is waited for, once per CHECKED_BYTES_MAX of pages."""
+        found: set[int] = set()
+        step = max(1, CHECKED_BYTES_MAX // self.layout.full_block_bytes)
+        for first in range(0, len(pages), step):
+            some = list(pages[first : first + step])
+            sums = self.data.index_select(0, torch.tensor(some, device=self.device)).sum(dim=1, dtype=torch.float32)
+            usable: list[bool] = torch.isfinite(sums).tolist()
+            found.update(page for page, fine in zip(some, usable, strict=True) if not fine)
+        return found
 
     def page_lock(self, buffer: memoryview) -> None:
         """Page-lock host memory, so that copies from and to it run beside compute; nothing on CPU."""
@@ -246,19 +258,24 @@ class PagedKV:
             np.copyto(np.frombuffer(into, np.uint8)[:size], self._bytes[page])
             return
         target = torch.frombuffer(into, dtype=self.data.dtype, count=self.data.shape[1])
-        with torch.cuda.stream(self._download_stream), torch.inference_mode():
-            target.copy_(self.data[page], non_blocking=True)
-            event = torch.cuda.Event(blocking=True)
-            event.record(self._download_stream)
-        event.synchronize()
+        stream = self._download_stream
+        try:
+            with torch.cuda.stream(stream), torch.inference_mode():
+                target.copy_(self.data[page], non_blocking=True)
+                event = torch.cuda.Event(blocking=True)
+                event.record(stream)
+            event.synchronize()
+        except BaseException:
+            stream.synchronize()  # page and host memory go to others once this raises
+            raise
 
     def _check_page(self, page: int) -> None:
         if not 0 <= page < self.pages:
             raise ValueError(f"page {page} does not exist; L1 has pages 0 to {self.pages - 1}")
 
     def close(self) -> None:
-        """Unlock host memory and let the pages go."""
-        if self._locked:
+        """Unlock host memory and let the pages go; waits for what still uses them."""
+        if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.page_unlock()
         self._layers.clear()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from penstock.core.layout import KVLayout
+from penstock.core.operations import ChunkOutcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,11 @@ class Chunk:
 
 class ModelRunner(Protocol):
     """Owner of L1. Threading: `upload` and `download` run on executor threads beside `run`, never on pages that `run`
-    is using; `run` runs on the compute thread only."""
+    is using; `run` runs on the compute thread only.
+
+    A page passes from one owner to the next as soon as `run`, `upload` or `download` has returned or raised: nothing on
+    the device may touch it, or host memory that was given, after that. A request's tokens depend on nothing that an
+    earlier owner of its pages left there."""
 
     layout: KVLayout
     model_id: str  # identity of config and weights, for the fingerprint
@@ -62,6 +67,7 @@ class ModelRunner(Protocol):
     vocab_size: int
     eos_token_ids: frozenset[int]
     computes_on_host: bool  # a batch takes processor time from everything else on this host
+    lost: str | None  # why the device can do nothing any more, None while it can; may be read from any thread
     layerwise: bool  # uploads go layer by layer, and `run` waits for a chunk's `pending` ones layer by layer
 
     def allocate(self, pages: int) -> None:
@@ -79,8 +85,11 @@ class ModelRunner(Protocol):
     def download(self, page: int, into: memoryview) -> None:
         """Copy one full block out of L1; returns when `into` holds it."""
 
-    def run(self, batch: Sequence[Chunk]) -> list[int | None]:
-        """Compute a batch; returns one sampled token id per chunk (None where `sampling` is None)."""
+    def run(self, batch: Sequence[Chunk]) -> Sequence[ChunkOutcome]:
+        """Compute a batch; returns per chunk the sampled token id (None where `sampling` is None), or what was wrong.
+
+        A chunk's outcome does not depend on the others'. Raises when the batch as a whole came to nothing; it may be
+        run again then, whole or in parts."""
 
     def close(self) -> None:
         """Release L1 and the model."""

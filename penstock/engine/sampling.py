@@ -10,6 +10,7 @@ import torch
 
 from penstock.engine.runner import SamplingParams
 
+_UNUSABLE = -1  # stands for a token where the logits give none
 _GREEDY_TEMPERATURE = 1e-5  # below this the draw is the largest logit in any case
 
 
@@ -23,20 +24,22 @@ def uniform_draw(seed: int | None, index: int) -> float:
     return bits / float(1 << 53)
 
 
-def sample(logits: torch.Tensor, params: Sequence[SamplingParams], indices: Sequence[int]) -> list[int]:
-    """One token id per row of `logits` `[rows, vocabulary]`; `indices` counts the tokens each request already has.
+def sample(logits: torch.Tensor, params: Sequence[SamplingParams], indices: Sequence[int]) -> list[int | None]:
+    """One token id per row of `logits` `[rows, vocabulary]`; None for a row that gives no distribution (it holds NaN,
+    or its largest is infinite). `indices` counts the tokens each request already has.
 
-    Order: temperature, then top-k, then top-p (the smallest set that holds at least that probability).
-    Raises FloatingPointError when a row holds NaN."""
+    Order: temperature, then top-k, then top-p (the smallest set that holds at least that probability)."""
     if not len(params) == len(indices) == logits.shape[0]:
         raise ValueError(f"{logits.shape[0]} rows of logits, {len(params)} parameters, {len(indices)} indices")
     scores = logits.float()
-    best, greedy = scores.max(dim=-1)
-    unusable = torch.isnan(best).nonzero().flatten().tolist()
-    if unusable:
-        raise FloatingPointError(f"logits of rows {unusable} are not numbers")
-    tokens: list[int] = greedy.tolist()
-    rows = [row for row, param in enumerate(params) if param.temperature >= _GREEDY_TEMPERATURE]
+    best, greedy = scores.max(dim=-1)  # NaN where the row holds one
+    found: list[int] = torch.where(torch.isfinite(best), greedy, _UNUSABLE).tolist()
+    tokens = [None if token == _UNUSABLE else token for token in found]
+    rows = [
+        row
+        for row, (param, token) in enumerate(zip(params, tokens, strict=True))
+        if token is not None and param.temperature >= _GREEDY_TEMPERATURE
+    ]
     if rows:
         drawn = _draw(scores[rows], [params[row] for row in rows], [indices[row] for row in rows])
         for row, token in zip(rows, drawn, strict=True):

@@ -1,4 +1,6 @@
-"""What the pool lost: hits, saves and loads that came to nothing, counted by kind, each kind said now and then.
+"""What the pool, and the cluster in front of it, lost: counted by kind, each kind said now and then.
+
+That is hits, saves, loads, hand-offs and requests that came to nothing.
 
 A miss is no loss, nor is what ended because its pool was closed.
 """
@@ -26,10 +28,15 @@ def losses() -> dict[str, int]:
         return dict(_counts)
 
 
+def count_loss(kind: str, by: int = 1) -> None:
+    """Count losses that the caller says itself. `kind` is one of few names in the code, never what a peer sent."""
+    with _lock:
+        _counts[kind if kind in _counts or len(_counts) < KINDS_MAX else "other"] += by
+
+
 def note_loss(kind: str, where: str, message: str, *args: object) -> None:
     """Count a loss, and log `message % args` unless the same kind was said of `where` a moment ago."""
-    with _lock:
-        _counts[kind if kind in _counts or len(_counts) < KINDS_MAX else "other"] += 1
+    count_loss(kind)
     _told.warning(f"{kind} {where}", message, *args)
 
 

@@ -172,21 +172,23 @@ class ServerApp:
             message = f"model {name[:200]!r} does not exist; this server has {self.settings.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def _answer_id(self, request: Request, prepared: Prepared) -> tuple[str, bool]:
-        """The answer's id, and whether a client may ask for it again: it follows from what the client calls it then."""
+    def _answer_id(self, request: Request, prepared: Prepared) -> tuple[str, str]:
+        """The answer's id, which no other answer has, and a label of what the client calls its request, under which it
+        may ask for the same again (empty: it may not)."""
         kind = "chatcmpl" if prepared.chat else "cmpl"
+        answer_id = f"{kind}-{uuid.uuid4().hex}"
         given = request.headers.get("x-request-id") if self.settings.resumable else None
         if not given:
-            return f"{kind}-{uuid.uuid4().hex}", False
+            return answer_id, ""
         if len(given) > NAME_CHARACTERS_MAX:
             raise bad_request(f"x-request-id has {len(given)} characters; {NAME_CHARACTERS_MAX} are allowed")
         tenant = prepared.options.tenant
         named = hashlib.sha256("\0".join((kind, tenant, given)).encode(errors="surrogatepass"))
-        return f"{kind}-{named.hexdigest()[:32]}", True
+        return answer_id, named.hexdigest()[:32]
 
-    def _reply(self, prepared: Prepared, arrival_s: float, answer: tuple[str, bool]) -> GenerationReply:
+    def _reply(self, prepared: Prepared, arrival_s: float, answer: tuple[str, str]) -> GenerationReply:
         options, settings = prepared.options, self.settings
-        answer_id, resumable = answer
+        answer_id, label = answer
         choices: list[Choice] = []
         for tokens, max_tokens in zip(prepared.prompts, prepared.max_tokens, strict=True):
             for choice in range(options.n):
@@ -197,7 +199,7 @@ class ServerApp:
                     options.slo_ttft_s,
                     options.tenant,
                     options.session,
-                    resumable=resumable,
+                    resume_label=f"{label}-{len(choices)}" if label else "",
                 )
                 choices.append(Choice(len(choices), request, self._codec, options.stop, channels=prepared.chat))
         generation = Generation(

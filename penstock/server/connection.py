@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import socket
 import struct
@@ -10,7 +11,10 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from penstock.rate_limited_log import RateLimitedLog
 from penstock.server.reply import ABORT_EXTENSION
+
+_warn = RateLimitedLog(logging.getLogger(__name__))
 
 HEAD_BYTES_MAX = 64 * 2**10
 KEEP_ALIVE_GRACE_S = 1.0  # a connection is kept so much longer than its answers say: the client closes it first
@@ -105,10 +109,12 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
             self._bytes_without_body += len(data)
             super().data_received(data)
             if self._bytes_without_body > HEAD_BYTES_MAX:
+                _warn.warning("trailers", "a connection was cut: more than %d bytes without a body", HEAD_BYTES_MAX)
                 self._cut()
 
         def _refuse_head(self) -> None:
             self._head = bytearray()
+            _warn.warning("head", "a request was refused: its head is larger than %d bytes", HEAD_BYTES_MAX)
             if self._nothing_served():
                 text = b"the request line and headers are larger than %d bytes" % HEAD_BYTES_MAX
                 lines = [
@@ -138,7 +144,7 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
 
         def _end_within(self, timeout_s: float) -> None:
             self._serve_without_deadline()
-            self._deadline = self.loop.call_later(timeout_s, self._cut)
+            self._deadline = self.loop.call_later(timeout_s, self._cut_late)
 
         def _serve_without_deadline(self) -> None:
             if self._deadline is not None:
@@ -147,6 +153,11 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
 
         def timeout_keep_alive_handler(self) -> None:
             """uvicorn's own timer, which any byte would cancel: `_deadline` does its work."""
+
+        def _cut_late(self) -> None:
+            if not self.transport.is_closing():
+                _warn.warning("late", "a connection was cut: no whole request came within %g s", header_timeout_s)
+            self._cut()
 
         def _cut(self) -> None:
             """Reset the connection: what the client has not read is dropped, in the kernel too."""

@@ -56,7 +56,7 @@ class ServeFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_waiting: int = 1024
     fetch_window_blocks: int = 8
     age_bound_s: float = 60.0
-    age_delays: float = 1.0
+    age_delays: float = 0.75
     default_slo_ttft_s: float = 10.0
     fetch_timeout_s: float = 10.0
     lookup_timeout_s: float = 2.0

@@ -22,7 +22,7 @@ from penstock.engine.api import (
     TokenEvent,
 )
 from penstock.server.detokenize import IncrementalDecoder, StopFinder
-from penstock.server.errors import ApiError, bad_request
+from penstock.server.errors import ApiError, bad_request, context_overflow
 from penstock.server.harmony import ChannelSplitter, Destination
 from penstock.server.text import TextCodec
 
@@ -215,8 +215,9 @@ class Generation:
                 self._submitted += 1
         except InvalidRequest as error:
             self.close()
-            code = "context_length_exceeded" if "context" in str(error) else None
-            raise bad_request(str(error), code=code) from None
+            if "context" in str(error):
+                raise context_overflow(self._engine.max_context_tokens, str(error), "prompt") from None
+            raise bad_request(str(error)) from None
         except Overloaded as error:
             self.close()
             raise ApiError(429, str(error), code="rate_limit_exceeded", retry_after_s=error.retry_after_s) from None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable
 from typing import TypeVar
 
 from penstock.guarded_thread import GuardedWorker
+from penstock.rate_limited_log import RateLimitedLog
 
 T = TypeVar("T")
+_warn = RateLimitedLog(logging.getLogger(__name__))
 
 
 class TooMuchWork(Exception):
@@ -22,6 +25,7 @@ class WorkThreads:
     def __init__(self, name: str, threads: int, waiting_max: int) -> None:
         """`waiting_max`: pieces of work that wait or run, all threads together."""
         self._workers = [GuardedWorker(f"penstock-{name}-{number}", waiting_max) for number in range(threads)]
+        self._name = name
         self._open = [0] * threads  # pieces of work given to each thread and not ended
         self._waiting_max = waiting_max
 
@@ -33,6 +37,9 @@ class WorkThreads:
     async def run(self, work: Callable[[], T]) -> T:
         """Do it on a thread. Raises what it raises, and TooMuchWork."""
         if self.open >= self._waiting_max:
+            _warn.warning(
+                self._name, "%d pieces of work wait for the threads %s: more is refused", self.open, self._name
+            )
             raise TooMuchWork
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()

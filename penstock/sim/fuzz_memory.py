@@ -101,7 +101,7 @@ class CheckedMemory(Observer):
             self._check_forward(operation)
         elif isinstance(operation, Lookup):
             self._take("lookup", self._config.lookup_window)
-        else:
+        elif isinstance(operation, Emit):
             self._emitted(operation)
 
     def _take(self, name: str, limit: int) -> None:

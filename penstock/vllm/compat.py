@@ -124,6 +124,15 @@ def rank_of_this_worker() -> int:
     return int(get_pp_group().rank_in_group) * int(get_tp_group().world_size) + int(get_tp_group().rank_in_group)
 
 
+def defers_frees() -> bool:
+    """In a worker: whether vLLM's outermost connector loads, so that its scheduler keeps freed blocks from being given
+    to a load while a step in flight may write them."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    outer: Any = get_kv_transfer_group()
+    return bool(outer._kv_transfer_config.is_kv_consumer)
+
+
 def is_keepable(request: Request) -> bool:
     """Whether tokens and media say all about a request's input: not with embeddings, nor where vLLM takes tokens back
     (a request that is resumed with more input)."""

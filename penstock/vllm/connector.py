@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from vllm.logger import init_logger
 
 from penstock.vllm import compat
 from penstock.vllm.layout import KVRows
+from penstock.vllm.link import Notice
 from penstock.vllm.metrics import PenstockPromMetrics, PenstockStats
 from penstock.vllm.scheduler_side import SchedulerSide
 from penstock.vllm.settings import read_settings
@@ -38,11 +40,14 @@ log = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
-    """What a worker gets with a step: its number, and whether it computes anything. Everything else goes over the
-    link, not in step with vLLM."""
+    """What a worker gets with a step: its number, whether it computes anything, and whether it zeroes new blocks.
+    Everything else goes over the link, not in step with vLLM; but when Penstock has failed, `notices` that a link may
+    have lost."""
 
     step: int
     computes: bool
+    zeroes: bool = False
+    notices: list[Notice] = field(default_factory=list)
 
 
 @dataclass
@@ -84,7 +89,14 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         rows = KVRows.of(self._kv_cache_config, kv_caches, compat.kernels_of(self._vllm_config, kv_caches))
-        self._worker = WorkerSide(self._engine_id, compat.rank_of_this_worker(), rows)
+        self._worker = WorkerSide(self._engine_id, compat.rank_of_this_worker(), rows, compat.defers_frees())
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """The step goes on to its forward pass; zeros that it puts into new blocks are on the stream."""
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None and isinstance(connector_metadata, StepMetadata):
+            self._worker.steps.begin(connector_metadata.step, connector_metadata.zeroes)
+            self._worker.hear(connector_metadata.notices)
 
     @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
@@ -112,10 +124,15 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Nothing: full blocks are saved behind the step, all layers together."""
 
     def wait_for_save(self) -> None:
-        """The step's KV is written (CPU) or on the stream (CUDA): its saves may begin, on their own thread."""
+        """The step's KV is written (CPU) or on the stream (CUDA): its saves may begin, on their own thread. vLLM calls
+        this also while a step's exception passes through: then there is nothing to save."""
         metadata = self._connector_metadata
-        if self._worker is not None and isinstance(metadata, StepMetadata):
+        if self._worker is None or not isinstance(metadata, StepMetadata):
+            return
+        if sys.exc_info()[0] is None:
             self._worker.steps.record(metadata.step)
+        else:
+            self._worker.steps.fail(metadata.step)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         results = KVConnectorTransferResults()
@@ -171,7 +188,8 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         computes = scheduler_output.total_num_scheduled_tokens > 0
-        return StepMetadata(self.side.scheduled(scheduler_output), computes)
+        zeroes = bool(scheduler_output.new_block_ids_to_zero)
+        return StepMetadata(self.side.scheduled(scheduler_output), computes, zeroes, self.side.host.notices())
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         result = connector_output.kv_connector_worker_meta

@@ -154,6 +154,9 @@ def check_transfer(config: Any) -> Check:
         return Check("connector in use", "problem", found, advice)
     if _own_extra(config) is None:
         return Check("connector in use", "problem", f"{name}, without {CONNECTOR}", advice)
+    if name != CONNECTOR and not transfer.is_kv_consumer and config.max_concurrent_batches > 1:
+        found = f"{name} as {transfer.kv_role}: vLLM would give loads blocks that a step still writes, so it is refused"
+        return Check("connector in use", "problem", found, '"kv_role": "kv_both" on the outer connector')
     if transfer.kv_role != "kv_both":
         found = f"{name} as {transfer.kv_role}: this vLLM {'saves' if transfer.is_kv_producer else 'loads'} only"
         return Check(

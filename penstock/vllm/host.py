@@ -12,34 +12,39 @@ import queue
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from penstock.core.config import ConfigError, SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
 from penstock.core.guest.records import Landed
 from penstock.core.guest.scheduler import GuestOperation, GuestScheduler
 from penstock.core.operations import BlockHit, Drop, Fetch, Lookup, RequestSpec, Save, Upload
 from penstock.engine.executors import PoolStages
-from penstock.pool.api import Pool
+from penstock.guarded_thread import GuardedThread, GuardedWorker
 from penstock.pool.block_size import expect_blocks
-from penstock.pool.open import link_bytes_per_s, open_pool
-from penstock.transport.connect import connect_pool
+from penstock.pool.open import link_bytes_per_s
+from penstock.rate_limited_log import RateLimitedLog
 from penstock.vllm import link as wire
+from penstock.vllm.losses import LossLog
+from penstock.vllm.notices import Notices
 from penstock.vllm.settings import Settings
+from penstock.vllm.shape import Shape, check_frees, open_pool_of, scheduler_config
 from penstock.vllm.shared_staging import SPARE_SLOTS, SharedStaging, Unleased
-from penstock.vllm.worker_links import WorkerLinks
+from penstock.vllm.worker_links import LATE_S, WorkerLinks, WorkerLostError
 
 if TYPE_CHECKING:
     from penstock.vllm.metrics import PenstockStats, StatsTaker
 
 log = logging.getLogger(__name__)
+warnings = RateLimitedLog(log)
+T = TypeVar("T")
 
 CLOSE_TIMEOUT_S = 5.0
 IDLE_WAIT_S = 0.25
+LOCK_TIMEOUT_S = 5.0  # that vLLM's scheduler waits for a decision, once
 EVENTS_PER_DECISION = 64
 SWITCH_INTERVAL_S = 1e-3  # how long a thread may hold the interpreter while another, say a finished load, waits for it
 UPLOAD_BYTES_PER_S = 4e9  # until it is measured
@@ -57,28 +62,7 @@ class Activity:
     requests_without_pool: Counter[str] = field(default_factory=Counter)
     uploaded_bytes: int = 0
     saved_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What the scheduler's side has to know of vLLM: tokens of a pool block, vLLM blocks of each group in it, how many
-    pool blocks fit into vLLM's cache, and whether every rank holds the same bytes (MLA)."""
-
-    engine_id: str
-    ranks: int
-    block_tokens: int
-    rows: tuple[int, ...]
-    l1_blocks: int
-    same_on_all_ranks: bool
-    loads: bool
-    saves: bool
-
-
-def _open(settings: Settings) -> Pool:
-    """One pool node alone is spoken to directly; anything else is one pool of several members."""
-    if len(settings.pool) == 1 and not settings.memory and not settings.slab:
-        return connect_pool(settings.pool[0])
-    return open_pool(settings.open_config())
+    counts: Counter[str] = field(default_factory=Counter)  # of what is lost on the way to the brain: see `losses`
 
 
 class Host:
@@ -91,10 +75,17 @@ class Host:
         self.settings = settings
         self.activity = Activity()
         self._lock = threading.Lock()
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # as long as operations are under way
+        self._events: deque[Callable[[], None]] = deque()  # taken from the inbox; the control thread's
+        self._waking = False
+        self._broken: str | None = None
+        self._next_look_s = 0.0
         self._pages: dict[int, Ids] = {}
         self._grants: dict[str, tuple[int, list[int]]] = {}
+        self._load_steps: dict[int, int] = {}  # page of a load -> the step that it has to come behind
         self._save_steps: dict[int, int] = {}
+        self._notices = Notices()
+        self._losses = LossLog(log)
         self._last_page = 0
         self._epoch = 0  # counts `forget_all`
         self._stopping = False
@@ -103,9 +94,10 @@ class Host:
             self._workers = WorkerLinks(shape.engine_id, shape.rows, shape.ranks, shape.same_on_all_ranks)
             undo.callback(self._workers.close)
             self.layout, self.block_bytes = self._workers.layout, self._workers.block_bytes
-            config = self._config()
+            check_frees(shape, self._workers.defers_frees)
+            config = scheduler_config(settings, shape, self.block_bytes, self._workers.slot_bytes)
             self._memory = self._workers.share(config.l2_slots + SPARE_SLOTS)
-            self._pool = _open(settings)
+            self._pool = open_pool_of(settings)
             undo.callback(self._pool.close, CLOSE_TIMEOUT_S)
             self._pool.register(memoryview(self._memory))
             expect_blocks(self._pool, self.block_bytes)
@@ -116,150 +108,159 @@ class Host:
         self.brain = GuestScheduler(config, cost)
         self._staging = SharedStaging(memoryview(self._memory), self._workers.slot_bytes, config.l2_slots)
         self._stages = PoolStages(Unleased(self._pool), self._staging, self.block_bytes, config.lookup_window)
-        self._thread = threading.Thread(target=self._run, name="penstock-control", daemon=True)
+        self._writer = GuardedWorker("penstock-write", config.save_window_blocks)
+        self._thread = GuardedThread("penstock-control", self._run, failed=self._failed)
         if sys.getswitchinterval() > SWITCH_INTERVAL_S:
             sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self._workers.start(self._inbox.put)
+        self._workers.start(self._inbox.put, self._worker_lost)
         self._thread.start()
-
-    # -- setting up ---------------------------------------------------------------------------------------------
-
-    def _config(self) -> SchedulerConfig:
-        settings, slot_bytes = self.settings, self._workers.slot_bytes
-        slots = settings.staging_bytes // slot_bytes - SPARE_SLOTS
-        if slots < 4:
-            raise ConfigError(
-                f"staging is {settings.staging_bytes} bytes; allowed: at least {4 + SPARE_SLOTS} blocks of "
-                f"{slot_bytes} bytes"
-            )
-        return SchedulerConfig(
-            block_tokens=self.shape.block_tokens,
-            block_bytes=self.block_bytes,
-            l1_pages=max(1, self.shape.l1_blocks),
-            l2_slots=slots,
-            policy=settings.policy,
-            recompute=not settings.load_always,
-            max_waiting=settings.max_waiting,
-            fetch_window_blocks=settings.fetch_window_blocks,
-            age_bound_s=settings.age_bound_s,
-            age_delays=settings.age_delays,
-            default_slo_ttft_s=settings.default_slo_ttft_s,
-            lookup_timeout_s=settings.lookup_timeout_s,
-            fetch_timeout_s=settings.fetch_timeout_s,
-            save_timeout_s=settings.save_timeout_s,
-        )
 
     # -- vLLM's scheduler ---------------------------------------------------------------------------------------
 
+    def _call(self, question: Callable[[], T], default: T) -> T:
+        """What the brain says, on vLLM's scheduler thread: which never waits long, and never fails with Penstock."""
+        if self._broken is not None:
+            return default
+        if not self._lock.acquire(timeout=LOCK_TIMEOUT_S):
+            self._break(f"the control thread held the lock for more than {LOCK_TIMEOUT_S:g} s")
+            return default
+        try:
+            return default if self.fatal is not None else question()
+        except Exception as error:
+            log.exception("Penstock failed on vLLM's scheduler thread")
+            self._break(f"internal error: {error!r}")
+            return default
+        finally:
+            self._lock.release()
+
+    def _break(self, reason: str) -> None:
+        """Have the control thread end it all."""
+        self._broken = self._broken or reason
+        self._inbox.put(_nothing)
+
     def submit(self, spec: RequestSpec, held_tokens: int, load: bool) -> None:
-        """A request arrived: its lookup begins now."""
+        """A request arrived: its lookup begins now. Raises ValueError when its id is in use."""
         arrival_s = time.monotonic()
-        with self._lock:
-            self.brain.submit(spec, held_tokens, arrival_s, load and self.shape.loads)
+
+        def submit() -> ValueError | None:
+            try:
+                self.brain.submit(spec, held_tokens, arrival_s, load and self.shape.loads)
+            except ValueError as error:
+                return error
+            return None
+
+        refused = self._call(submit, None)
+        if refused is not None:
+            raise refused
         self._wake()
 
     def matched(self, request_id: str, held_tokens: int) -> int | None:
-        with self._lock:
-            found = self.brain.matched(request_id, held_tokens, time.monotonic())
-        return found
+        computed: int | None = 0
+        return self._call(lambda: self.brain.matched(request_id, held_tokens, time.monotonic()), computed)
 
-    def allocated(self, request_id: str, first: int, ids: Sequence[Ids]) -> None:
-        """vLLM gave blocks for the pool blocks from `first` on."""
-        with self._lock:
-            pages = [self._page(one) for one in ids]
-            self._grants[request_id] = (first, pages)
-            if self.fatal is None:
-                self.brain.allocated(request_id, first, pages, time.monotonic())
-        if self.fatal is not None:
-            self._land(Landed(request_id, first))
+    def allocated(self, request_id: str, first: int, ids: Sequence[Ids], after_step: int = -1) -> None:
+        """vLLM gave blocks for the pool blocks from `first` on; nothing is written to them before `after_step` has
+        begun, which may put zeros there."""
+
+        pages = [self._page(one) for one in ids]
+        self._load_steps.update(dict.fromkeys(pages, after_step))
+        self._grants[request_id] = (first, pages)
+
+        def allocated() -> bool:
+            self.brain.allocated(request_id, first, pages, time.monotonic())
+            return True
+
+        if not self._call(allocated, False) and self.fatal is not None:
+            self._land(Landed(request_id, first))  # before `fatal`, `_give_up` does
         self._wake()
 
     def acknowledged(self, request_id: str) -> None:
-        with self._lock:
-            self.brain.acknowledged(request_id)
+        self._notices.acknowledged(request_id)
+        self._call(lambda: self.brain.acknowledged(request_id), None)
+
+    def notices(self) -> list[wire.Notice]:
+        """What the workers have to hear with the next step, because they may not hear it over their links."""
+        return [] if self.fatal is None else self._notices.open()
 
     def started(self, request_id: str) -> None:
-        with self._lock:
-            self.brain.started(request_id, time.monotonic())
+        self._call(lambda: self.brain.started(request_id, time.monotonic()), None)
 
     def prefilled(self, request_id: str) -> None:
-        with self._lock:
-            self.brain.prefilled(request_id, time.monotonic())
+        self._call(lambda: self.brain.prefilled(request_id, time.monotonic()), None)
 
     def finish(self, request_id: str) -> None:
-        with self._lock:
-            self.brain.finish(request_id, time.monotonic())
+        self._call(lambda: self.brain.finish(request_id, time.monotonic()), None)
         self._wake()
 
     def forget_all(self) -> None:
         """See `GuestScheduler.forget_all`. A save whose copy is under way ends unwritten."""
-        with self._lock:
-            self._epoch += 1
-            if self.fatal is None:
-                self.brain.forget_all(time.monotonic())
-        self._wake()
-
-    def drop_saves(self) -> None:
-        """Saves that have not begun are dropped."""
-        with self._lock:
-            self.brain.press(None)
+        self._epoch += 1
+        self._call(lambda: self.brain.forget_all(time.monotonic()), None)
         self._wake()
 
     def extend(self, request_id: str, tokens: Sequence[int]) -> None:
         """The request's tokens so far; what the brain has not heard of is new."""
-        with self._lock:
-            known = len(tokens) if self.fatal else self.brain.known_tokens(request_id)
+
+        def extend() -> None:
+            known = self.brain.known_tokens(request_id)
             if known < len(tokens):
                 self.brain.extend(request_id, list(tokens[known:]))
 
+        self._call(extend, None)
+
     def offer(self, request_id: str, index: int, ids: Ids, step: int) -> tuple[int, bool]:
         """vLLM keeps the blocks `ids` of a full pool block that step `step` completes; returns their page, and whether
-        there is room for a further one."""
-        with self._lock:
-            page = self._page(ids)
-            self._save_steps[page] = step
-            if self.fatal is None:
-                self.brain.offer(request_id, index, page)
-            return page, self.brain.can_keep
+        there is room for a further one. The save begins at once."""
+        page = self._page(ids)
+        self._save_steps[page] = step
+
+        def offer() -> bool:
+            self.brain.offer(request_id, index, page)
+            return self.brain.can_keep
+
+        room = self._call(offer, False)
+        self._wake()
+        return page, room
 
     def wants(self, request_id: str, index: int) -> bool:
-        with self._lock:
-            return self.brain.wants(request_id, index)
+        return self._call(lambda: self.brain.wants(request_id, index), False)
 
     @property
     def can_keep(self) -> bool:
-        with self._lock:
-            return self.brain.can_keep
+        return self._call(lambda: self.brain.can_keep, False)
 
     def not_saved(self, blocks: int) -> None:
-        with self._lock:
-            self.brain.not_saved(blocks)
+        self._call(lambda: self.brain.not_saved(blocks), None)
+
+    def lost(self, name: str, count: int = 1) -> None:
+        """A hit or a save is lost before the brain hears of it; `name` is one of `losses.LOSSES`."""
+        self.activity.counts[name] += count
 
     def released(self) -> list[int]:
         """Pages that `offer` returned and that vLLM may have back."""
-        with self._lock:
-            pages = self.brain.released() if self.fatal is None else list(self._save_steps)
-            for page in pages:
-                self._pages.pop(page, None)
-                self._save_steps.pop(page, None)
+        everything = self.fatal is not None  # what is still read from them is thrown away
+        none: list[int] = []
+        pages = list(self._save_steps) if everything else self._call(lambda: self.brain.released(), none)
+        for page in pages:
+            self._pages.pop(page, None)
+            self._save_steps.pop(page, None)
         return pages
 
-    def press(self, pages: int) -> None:
-        """vLLM is short of blocks: give back so much of what is kept for saves that have not begun."""
-        with self._lock:
-            self.brain.press(pages)
+    def press(self, pages: int | None) -> None:
+        """vLLM is short of blocks: give back so much (None: all) of what is kept for saves that have not begun."""
+        self._call(lambda: self.brain.press(pages), None)
 
     def stepped(self, spans: Sequence[tuple[int, int]], seconds: float) -> None:
-        with self._lock:
-            self.brain.stepped(spans, seconds)
+        self._call(lambda: self.brain.stepped(spans, seconds), None)
 
     def take_stats(self, taker: StatsTaker) -> PenstockStats | None:
         """Counts of the interval since the last call."""
         activity = self.activity
         if self.fatal is not None:
-            return None
-        with self._lock:
-            counters: dict[str, float] = dict(self.brain.counters)
+            return taker.take({**activity.counts, "given_up": 1}, {}, {}, [], {})
+
+        def counted() -> PenstockStats | None:
+            counters: dict[str, float] = {**self.brain.counters, **activity.counts}
             counters["uploaded_bytes"] = activity.uploaded_bytes
             counters["saved_bytes"] = activity.saved_bytes
             labelled: dict[str, dict[str, float]] = {
@@ -271,8 +272,14 @@ class Host:
             links["upload"] = self.brain.cost.upload.bytes_per_s
             return taker.take(counters, labelled, self.brain.gauges(), self.brain.take_accounts(), links)
 
+        return self._call(counted, None)
+
+    def query(self, question: Callable[[GuestScheduler], T], default: T) -> T:
+        """What the brain says to a question; `default` after a failure of Penstock's."""
+        return self._call(lambda: question(self.brain), default)
+
     def ask(self, question: Callable[[GuestScheduler], Any]) -> Any:
-        """What the brain says to a question."""
+        """As `query`, but waits for the lock and raises what the question raises: for tests and views."""
         with self._lock:
             return question(self.brain)
 
@@ -280,9 +287,18 @@ class Host:
         """Have the brain decide again."""
         self._wake()
 
+    @property
+    def queued_events(self) -> int:
+        """Events that the control thread has not taken."""
+        return self._inbox.qsize()
+
     def _wake(self) -> None:
-        if self.fatal is None:
-            self._inbox.put(_nothing)
+        if self.fatal is None and not self._waking:
+            self._waking = True
+            self._inbox.put(self._woken)
+
+    def _woken(self) -> None:
+        self._waking = False
 
     def _page(self, ids: Ids) -> int:
         self._last_page += 1
@@ -292,8 +308,9 @@ class Host:
     def close(self) -> None:
         """Stop; what is under way is given up."""
         self._stopping = True
-        self._wake()
+        self._inbox.put(_nothing)
         self._thread.join(CLOSE_TIMEOUT_S)
+        self._writer.close(CLOSE_TIMEOUT_S)
         self._stages.close()
         self._pool.close(CLOSE_TIMEOUT_S)
         self._workers.close()
@@ -304,40 +321,64 @@ class Host:
         try:
             while not self._stopping:
                 self._step()
-        except Exception as error:
-            log.exception("Penstock's control thread failed; requests go on without it")
-            self._give_up(f"internal error: {error!r}")
+        except WorkerLostError as error:
+            self._give_up(str(error), logging.INFO if error.in_order else logging.ERROR)
 
-    def _give_up(self, reason: str) -> None:
+    def _failed(self, error: Exception) -> None:
+        self._give_up(f"internal error: {error!r}")
+
+    def _worker_lost(self, error: WorkerLostError) -> None:
+        raise error
+
+    def _give_up(self, reason: str, level: int = logging.ERROR) -> None:
         """From now on vLLM computes everything: it gets back what it keeps for saves, and loads under way have failed,
         as soon as no worker writes to their pages any more."""
+        if self._stopping:
+            return
+        log.log(
+            level, "Penstock has ended in this engine; vLLM goes on without it, loading and saving nothing: %s", reason
+        )
         with self._lock:
             self.fatal = reason
             self.brain = GuestScheduler(replace(self.brain.config, pool=False), self.brain.cost)
         while self._workers.writing and not self._stopping:
+            self._say_late()
             with contextlib.suppress(Exception):  # what the copies were for is gone
-                self._inbox.get(timeout=IDLE_WAIT_S)()
-        with self._lock:
-            loading = [(request_id, first) for request_id, (first, _) in self._grants.items()]
-        for request_id, first in loading:
+                (self._events.popleft() if self._events else self._inbox.get(timeout=IDLE_WAIT_S))()
+        for request_id, (first, _) in list(self._grants.items()):
             self._land(Landed(request_id, first))
 
     def _step(self) -> None:
         wakeup = self.brain.next_wakeup_s()
         wait_s = IDLE_WAIT_S if wakeup is None else min(max(wakeup - time.monotonic(), 0.0), IDLE_WAIT_S)
-        events: list[Callable[[], None]] = []
         with contextlib.suppress(queue.Empty):
-            events.append(self._inbox.get(timeout=wait_s))
-            while len(events) < EVENTS_PER_DECISION:
-                events.append(self._inbox.get_nowait())
+            self._events.append(self._inbox.get(timeout=wait_s))
+            while len(self._events) < EVENTS_PER_DECISION:
+                self._events.append(self._inbox.get_nowait())
+        if self._broken is not None:
+            raise WorkerLostError(self._broken)
         with self._lock:
-            for event in events:
-                event()
+            while self._events:  # what one that fails leaves behind is looked at by `_give_up`
+                self._events.popleft()()
             self._stages.end_late()
             operations = self.brain.decide(time.monotonic())
             work = [self._prepare(operation) for operation in operations]
         for do in work:
             do()
+        self._say_losses()
+
+    def _say_losses(self) -> None:
+        now_s = time.monotonic()
+        if now_s >= self._next_look_s:
+            self._next_look_s = now_s + IDLE_WAIT_S
+            self._say_late()
+            self._losses.look({**self.brain.counters, **self.activity.counts})
+
+    def _say_late(self) -> None:
+        for op_id, ranks in self._workers.late():
+            self.activity.counts["copies_late"] += 1
+            text = "worker ranks %s have not ended copy %d for %g s; it holds its pages until they do, or die"
+            warnings.warning("late", text, ranks, op_id, LATE_S)
 
     def _prepare(self, operation: GuestOperation) -> Callable[[], None]:
         """What to do for an operation, once the lock is released."""
@@ -345,7 +386,8 @@ class Host:
             return partial(self._fetch, operation)
         if isinstance(operation, Upload):
             blocks = [(slot, self._pages[page]) for slot, page in operation.blocks]
-            return partial(self._upload, operation, blocks)
+            after = max(self._load_steps.get(page, -1) for _, page in operation.blocks)
+            return partial(self._upload, operation, blocks, after)
         if isinstance(operation, Lookup):
             return partial(self._lookup, operation)
         if isinstance(operation, Save):
@@ -373,10 +415,11 @@ class Host:
             return
         self._stages.fetch(op, lambda error: self._inbox.put(partial(ended, error)))
 
-    def _upload(self, op: Upload, blocks: list[tuple[int, Ids]]) -> None:
+    def _upload(self, op: Upload, blocks: list[tuple[int, Ids]], after: int) -> None:
         def ended(error: str | None) -> None:
             if error is not None:
                 self.activity.load_failures["device"] += len(op.blocks)
+                warnings.warning("upload", "blocks could not be copied into vLLM's cache, and are computed: %s", error)
                 self.brain.upload_failed(op.op_id, "device", time.monotonic())
             else:
                 self.activity.uploaded_bytes += len(op.blocks) * self.block_bytes
@@ -385,24 +428,35 @@ class Host:
         places = [(self._staging.place(slot), ids) for slot, ids in blocks]
         found = [(place, ids) for place, ids in places if place is not None]
         assert len(found) == len(places), "a block was fetched into a slot that is out of use"
-        self._workers.upload(wire.Upload(op.op_id, found), ended)
+        self._workers.upload(wire.Upload(op.op_id, found, after), ended)
 
     def _save(self, op: Save, ids: Ids, step: int, epoch: int) -> None:
         def ended(error: str | None) -> None:
+            if self.fatal is not None:
+                return  # vLLM may have had the page back meanwhile
             if error is not None:
+                warnings.warning("save", "a block could not be copied out of vLLM's cache: %s", error)
                 self._saved(op, "device")
                 return
             if epoch != self._epoch:
                 self._saved(op, "reset")
                 return
             self.brain.downloaded(op.op_id)
-            self._stages.write(op, lambda reason: self._inbox.put(partial(self._saved, op, reason)))
+            if not self._writer.put(partial(self._write, op), partial(self._not_written, op)):
+                self._saved(op, "closed")
 
         place = self._staging.place(op.slot)
         if place is None:
             self._inbox.put(partial(self._saved, op, "device"))
             return
         self._workers.download(wire.Download(op.op_id, place, ids, step), ended)
+
+    def _write(self, op: Save) -> None:
+        """On a thread of its own: the pool takes the checksum, 0.6 ms per MB, before it returns."""
+        self._stages.write(op, lambda reason: self._inbox.put(partial(self._saved, op, reason)))
+
+    def _not_written(self, op: Save, error: Exception) -> None:
+        self._inbox.put(partial(self._saved, op, "device"))
 
     def _saved(self, op: Save, error: str | None) -> None:
         if error is None:
@@ -413,9 +467,10 @@ class Host:
 
     def _land(self, notice: Landed) -> None:
         """Tell the workers, and so vLLM, that a load is over."""
-        with self._lock:
-            first, pages = self._grants.pop(notice.request_id, (0, []))
-            ids = [self._pages.pop(page) for page in pages]
+        first, pages = self._grants.pop(notice.request_id, (0, []))
+        ids = [self._pages.pop(page) for page in pages]
+        for page in pages:
+            self._load_steps.pop(page, None)
         if not ids:
             return  # told already
         invalid: list[int] = []
@@ -423,7 +478,7 @@ class Host:
         if notice.hole is not None and len(self.shape.rows) == 1:
             invalid = [place for one in ids[notice.hole - first :] for place in one[0] if place >= 0]
             failed = not invalid  # vLLM then asks again
-        self._workers.tell(wire.Finished(notice.request_id, invalid, failed))
+        self._workers.tell(self._notices.new(wire.Finished(notice.request_id, invalid, failed)))
 
 
 def _nothing() -> None:

@@ -6,8 +6,8 @@ layer goes up with one copy and one scatter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,12 +33,14 @@ class Layer:
 
 class KVRows:
     """All layers of one worker, by KV cache group. Threading: `upload` and `download` may run beside each other and
-    beside compute, on rows that nobody else uses."""
+    beside compute, on rows that nobody else uses; each by one thread at a time. Whether it returns or raises, nothing
+    of a copy is under way any more."""
 
     def __init__(self, groups: Sequence[Sequence[Layer]]) -> None:
         self.groups = groups
         self.device = groups[0][0].rows.device
         self.row_bytes = [[layer.rows.shape[1] for layer in group] for group in groups]
+        self.vllm_blocks = min(layer.rows.shape[0] for group in groups for layer in group)
         self._streams: dict[str, torch.cuda.Stream] = {}
 
     @classmethod
@@ -74,24 +76,25 @@ class KVRows:
 
     def upload(self, part: torch.Tensor, ids: Sequence[Sequence[int]]) -> None:
         """Scatter a staged part into the vLLM blocks `ids` (by group; -1 is left out); returns when they are there."""
-        with self._stream("upload"):
+        with self._copying("upload"):
+            indices = self._indices([[place for place in places if place >= 0] for places in ids])
+            places_in_part = self._indices([[at for at, place in enumerate(places) if place >= 0] for places in ids])
             staged = part.to(self.device, non_blocking=True)
-            for layer, rows, places in self._pieces(staged, ids):
-                kept = [at for at, place in enumerate(places) if place >= 0]
-                if kept:
-                    index = torch.tensor([places[at] for at in kept], device=self.device)
-                    source = rows if len(kept) == len(places) else rows[torch.tensor(kept, device=self.device)]
-                    layer.rows.index_copy_(0, index, source)
-            self._finish("upload")
+            for layer, rows, group in self._pieces(staged, ids):
+                if len(indices[group]):
+                    source = rows if len(indices[group]) == len(rows) else rows[places_in_part[group]]
+                    layer.rows.index_copy_(0, indices[group], source)
 
     def download(self, part: torch.Tensor, ids: Sequence[Sequence[int]]) -> None:
         """Gather vLLM blocks into a staged part (-1 leaves zeros); returns when they are there."""
-        with self._stream("download"):
+        with self._copying("download"):
+            indices = self._indices(ids)
             on_host = self.device.type == "cpu"
             target = part if on_host else torch.empty(part.shape, dtype=part.dtype, device=self.device)
-            for layer, rows, places in self._pieces(target, ids):
+            for layer, rows, group in self._pieces(target, ids):
+                places = ids[group]
                 if min(places) >= 0:
-                    torch.index_select(layer.rows, 0, torch.tensor(places, device=self.device), out=rows)
+                    torch.index_select(layer.rows, 0, indices[group], out=rows)
                     continue
                 for at, place in enumerate(places):
                     if place >= 0:
@@ -100,32 +103,40 @@ class KVRows:
                         rows[at].zero_()
             if not on_host:
                 part.copy_(target, non_blocking=True)
-            self._finish("download")
 
-    def _pieces(
-        self, part: torch.Tensor, ids: Sequence[Sequence[int]]
-    ) -> list[tuple[Layer, torch.Tensor, Sequence[int]]]:
-        """Each layer with its rows in a part and their places in vLLM's cache."""
+    def _indices(self, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """Places by group on the device, which take one copy there for all groups and layers."""
+        flat = torch.tensor([place for places in ids for place in places], dtype=torch.int64, device=self.device)
+        return list(flat.split([len(places) for places in ids]))
+
+    def _pieces(self, part: torch.Tensor, ids: Sequence[Sequence[int]]) -> list[tuple[Layer, torch.Tensor, int]]:
+        """Each layer with its rows in a part, and its group."""
         pieces, at = [], 0
-        for group, places in zip(self.groups, ids, strict=True):
+        for number, (group, places) in enumerate(zip(self.groups, ids, strict=True)):
             for layer in group:
                 size = layer.rows.shape[1] * len(places)
-                pieces.append((layer, part[at : at + size].view(len(places), -1), places))
+                pieces.append((layer, part[at : at + size].view(len(places), -1), number))
                 at += size
         return pieces
 
-    def _stream(self, name: str) -> AbstractContextManager[object]:
-        """On CUDA a copy stream of its own for each direction; nothing on CPU."""
+    @contextmanager
+    def _copying(self, name: str) -> Iterator[None]:
+        """On CUDA: within, a copy stream of its own for each direction; at the end, also of a copy that raised, wait
+        for what is on it, without holding a processor."""
         if self.device.type != "cuda":
-            return nullcontext()
-        if name not in self._streams:
-            self._streams[name] = torch.cuda.Stream(self.device)
-        stream: AbstractContextManager[object] = torch.cuda.stream(self._streams[name])
-        return stream
-
-    def _finish(self, name: str) -> None:
-        if self.device.type == "cuda":
-            self._streams[name].synchronize()
+            yield
+            return
+        torch.cuda.set_device(self.device)  # a thread begins on device 0
+        stream = self._streams.get(name)
+        if stream is None:
+            stream = self._streams[name] = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            try:
+                yield
+            finally:
+                done = torch.cuda.Event(blocking=True)
+                done.record()
+                done.synchronize()
 
 
 def _meaning(cache: torch.Tensor) -> str:

@@ -14,10 +14,15 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable, Iterator
+from typing import Annotated
 
 import msgspec
 
 MESSAGE_BYTES_MAX = 64 << 20
+SEND_TIMEOUT_S = 5.0  # the other end reads all the time; one that does not is given up
+BACKLOG = 16  # connections that wait to be looked at
+ERROR_CHARS_MAX = 500
 _LENGTH = struct.Struct("<I")
 
 
@@ -25,40 +30,58 @@ class LinkError(RuntimeError):
     """The other end is not there, is not ours, or went away."""
 
 
-class Hello(msgspec.Struct, tag=True, frozen=True):
-    """A worker's first message: the bytes of its layers' rows (one row is one vLLM block of one layer), by KV cache
-    group, and a description of how they lie, for the fingerprint."""
+Number = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]  # of an operation, a step, a notice
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
+Slots = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+Place = Annotated[int, msgspec.Meta(ge=-1, le=1 << 31)]  # a vLLM block; -1: not to be touched
+Places = list[list[Place]]  # of one pool block, by KV cache group
+Step = Annotated[int, msgspec.Meta(ge=-1, le=1 << 53)]  # -1: none
 
-    rank: int
-    pid: int
-    row_bytes: list[list[int]]
+
+class Greet(msgspec.Struct, tag=True, frozen=True):
+    """The scheduler's first message: how a worker tells it from whoever else connects."""
+
+    engine_id: str
+
+
+class Hello(msgspec.Struct, tag=True, frozen=True):
+    """A worker's answer to Greet: the bytes of its layers' rows (one row is one vLLM block of one layer), by KV cache
+    group, and a description of how they lie, for the fingerprint. `defers_frees`: vLLM's outermost connector loads
+    (`is_kv_consumer`), so that vLLM gives no block to a load that a step in flight may still write."""
+
+    rank: Slots
+    pid: Number
+    row_bytes: list[list[Bytes]]
     layout: str
+    defers_frees: bool = True
 
 
 class Attach(msgspec.Struct, tag=True, frozen=True):
     """Answer to Hello, together with the staging memory's descriptor. `slot_bytes` is the distance of slots; in each
     the worker's own part begins at `part_offset`. `rows` are how many vLLM blocks of each group one pool block has."""
 
-    slots: int
-    slot_bytes: int
-    part_offset: int
-    rows: list[int]
+    slots: Slots
+    slot_bytes: Bytes
+    part_offset: Bytes
+    rows: list[Slots]
 
 
 class Upload(msgspec.Struct, tag=True, frozen=True):
-    """Copy slots into vLLM blocks: `(slot, ids by group)`; an id of -1 is left out."""
+    """Copy slots into vLLM blocks: `(slot, ids by group)`; an id of -1 is left out. Not before step `after` has begun,
+    which may put zeros into blocks that it finds newly given."""
 
-    op_id: int
-    blocks: list[tuple[int, list[list[int]]]]
+    op_id: Number
+    blocks: list[tuple[Slots, Places]]
+    after: Step = -1
 
 
 class Download(msgspec.Struct, tag=True, frozen=True):
     """Copy vLLM blocks into a slot, once step `step` was computed."""
 
-    op_id: int
-    slot: int
-    ids: list[list[int]]
-    step: int
+    op_id: Number
+    slot: Slots
+    ids: Places
+    step: Step
 
 
 class Finished(msgspec.Struct, tag=True, frozen=True):
@@ -66,19 +89,30 @@ class Finished(msgspec.Struct, tag=True, frozen=True):
     `failed` that the load as a whole counts as failed."""
 
     request_id: str
-    invalid: list[int]
+    invalid: list[Place]
     failed: bool
 
 
+class Notice(msgspec.Struct, tag=True, frozen=True):
+    """A Finished with a number of its own, so that a worker which gets a notice twice, over the link and with a step
+    of vLLM, tells it once."""
+
+    number: Number
+    finished: Finished
+
+
 class Done(msgspec.Struct, tag=True, frozen=True):
-    """An Upload or Download ended; `error` says how it failed. `seconds` is how long the copy took."""
+    """An Upload or Download ended, and nothing of it is read or written any more; `error` says how it failed."""
 
-    op_id: int
+    op_id: Number
     error: str | None
-    seconds: float
 
 
-Message = Hello | Attach | Upload | Download | Finished | Done
+class Leaving(msgspec.Struct, tag=True, frozen=True):
+    """vLLM closes this worker in good order; the link ends behind its last copy."""
+
+
+Message = Greet | Hello | Attach | Upload | Download | Notice | Done | Leaving
 
 
 def socket_name(engine_id: str, rank: int) -> str:
@@ -88,52 +122,88 @@ def socket_name(engine_id: str, rank: int) -> str:
 
 
 class Link:
-    """One connected socket. `send` may be called from any thread, `receive` from one."""
+    """One connected socket. `send` may be called from any thread, `receive` from one. A link on which a message could
+    not be sent whole sends no more."""
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
         self._lock = threading.Lock()
+        self._broken: str | None = None
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+        seconds, rest = divmod(SEND_TIMEOUT_S, 1)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(rest * 1e6)))
 
     def send(self, message: Message) -> None:
-        """Raises LinkError when the other end is gone."""
+        """Raises LinkError when the other end is gone, or reads nothing for `SEND_TIMEOUT_S`."""
         body = self._encoder.encode(message)
-        try:
-            with self._lock:
-                self._socket.sendall(_LENGTH.pack(len(body)) + body)
-        except OSError as error:
-            raise LinkError(f"the link broke: {error}") from None
+        self._send(lambda: self._socket.sendall(_LENGTH.pack(len(body)) + body))
 
     def send_with_descriptor(self, message: Message, descriptor: int) -> None:
         """As `send`, and the other end gets its own copy of the file descriptor."""
         body = self._encoder.encode(message)
+
+        def send() -> None:
+            socket.send_fds(self._socket, [_LENGTH.pack(len(body))], [descriptor])
+            self._socket.sendall(body)
+
+        self._send(send)
+
+    def _send(self, send: Callable[[], None]) -> None:
+        with self._lock:
+            if self._broken is not None:
+                raise LinkError(f"the link broke: {self._broken}")
+            try:
+                send()
+            except OSError as error:
+                self._broken = str(error)
+                self.end_sending()  # half a message may be on its way: the other end sees the link's end behind it
+                raise LinkError(f"the link broke: {error}") from None
+
+    def receive(self, timeout_s: float | None = None) -> Message:
+        """The next message. Raises LinkError when the other end is gone, when what it sent is no message, or when it is
+        not there in time (None: wait for it)."""
+        with self._deadline(timeout_s):
+            return self._body(self._exactly(_LENGTH.size))
+
+    def receive_with_descriptor(self, timeout_s: float | None = None) -> tuple[Message, int]:
+        """A message that was sent with a descriptor, and the descriptor, which is the caller's to close."""
+        with self._deadline(timeout_s), contextlib.ExitStack() as undo:
+            try:
+                head, descriptors, _, _ = socket.recv_fds(self._socket, _LENGTH.size, 1)
+            except OSError as error:
+                raise LinkError(f"the link broke: {error}") from None
+            for descriptor in descriptors:
+                undo.callback(os.close, descriptor)
+            if len(head) < _LENGTH.size or not descriptors:
+                raise LinkError("the other end went away before it sent its memory")
+            message = self._body(head)
+            undo.pop_all()
+            return message, descriptors[0]
+
+    @contextlib.contextmanager
+    def _deadline(self, timeout_s: float | None) -> Iterator[None]:
+        """Only while nobody sends: a timeout of the socket is one for both directions."""
+        if timeout_s is None:
+            yield
+            return
         try:
-            with self._lock:
-                socket.send_fds(self._socket, [_LENGTH.pack(len(body))], [descriptor])
-                self._socket.sendall(body)
+            self._socket.settimeout(timeout_s)
+            yield
         except OSError as error:
             raise LinkError(f"the link broke: {error}") from None
-
-    def receive(self) -> Message:
-        """The next message. Raises LinkError when the other end is gone."""
-        return self._body(self._exactly(_LENGTH.size))
-
-    def receive_with_descriptor(self) -> tuple[Message, int]:
-        """A message that was sent with a descriptor, and the descriptor."""
-        try:
-            head, descriptors, _, _ = socket.recv_fds(self._socket, _LENGTH.size, 1)
-        except OSError as error:
-            raise LinkError(f"the link broke: {error}") from None
-        if len(head) < _LENGTH.size or not descriptors:
-            raise LinkError("the other end went away before it sent its memory")
-        return self._body(head), descriptors[0]
+        finally:
+            with contextlib.suppress(OSError):
+                self._socket.settimeout(None)
 
     def _body(self, head: bytes) -> Message:
         (length,) = _LENGTH.unpack(head)
         if length > MESSAGE_BYTES_MAX:
             raise LinkError(f"a message of {length} bytes; at most {MESSAGE_BYTES_MAX} are allowed")
-        return self._decoder.decode(self._exactly(length))
+        try:
+            return self._decoder.decode(self._exactly(length))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise LinkError(f"a message that is none: {error}") from None
 
     def _exactly(self, length: int) -> bytes:
         data = bytearray()
@@ -146,6 +216,22 @@ class Link:
                 raise LinkError("the other end went away")
             data += piece
         return bytes(data)
+
+    def end_sending(self) -> None:
+        """Send no more; the other end sees the link's end, and ends what it does before it closes its own side."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+
+    def end_receiving(self) -> None:
+        """Whoever waits in `receive` sees the link's end; what is sent still arrives at the other end."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RD)
+
+    def drain(self) -> None:
+        """Read, and throw away, until the other end has closed its side."""
+        with contextlib.suppress(OSError):
+            while self._socket.recv(1 << 16):
+                pass
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -166,7 +252,7 @@ def listen(engine_id: str, rank: int) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(socket_name(engine_id, rank))
-        listener.listen(1)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise LinkError(f"rank {rank} of engine {engine_id} cannot listen: {error}") from None
@@ -174,14 +260,19 @@ def listen(engine_id: str, rank: int) -> socket.socket:
 
 
 def connect(engine_id: str, rank: int, timeout_s: float) -> Link:
-    """A link to a worker. Raises LinkError when none answers by the deadline: it is on another host, or has ended."""
+    """A link to a worker, greeted. Raises LinkError when none answers by the deadline: it is on another host, or has
+    ended."""
     end = time.monotonic() + timeout_s
     while True:
         connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            connected.settimeout(max(0.01, end - time.monotonic()))  # a full backlog makes it wait
             connected.connect(socket_name(engine_id, rank))
+            connected.settimeout(None)
             check_same_user(connected)
-            return Link(connected)
+            link = Link(connected)
+            link.send(Greet(engine_id))
+            return link
         except OSError as error:
             connected.close()
             if time.monotonic() > end:

@@ -21,7 +21,7 @@ _LABEL_OF = {
     "requests_without_pool": ("reason", "Requests whose KV cannot be named by its content, computed by vLLM alone"),
     "link_bytes_per_second": ("link", "What each link gave lately while it was busy"),
 }
-_COUNTER_HELP = {
+COUNTER_HELP = {
     "requests": "Requests that arrived",
     "hit_tokens": "Prompt tokens that the pool held",
     "computed_instead_tokens": "Tokens that were computed although the pool held them, because that was faster",
@@ -36,6 +36,15 @@ _COUNTER_HELP = {
     "lookups_late": "Requests that did not wait for their lookup any longer",
     "loads_shared": "Blocks that a request got from another one's load",
     "preemptions": "Requests that began anew",
+    "upload_failures": "Uploads that failed",
+    "saves_failed": "Blocks that could not be saved",
+    "saves_incomplete": "Blocks that were not saved, because a sliding window had let go of a part of them",
+    "hits_of_other_size": "Hits that were left out, because the pool's block has another size",
+    "hits_withdrawn": "Blocks that were offered to vLLM and lost before it gave pages for them",
+    "requests_without_loads": "Requests that load nothing, because more wait than max_waiting allows",
+    "requests_not_followed": "Requests that are served without the pool: embeddings, or an id in use",
+    "copies_late": "Copies in a worker that take longer than 30 s",
+    "given_up": "1 when Penstock has failed in this engine, and vLLM goes on without it",
 }
 _GAUGE_HELP = {
     "l2_slots_total": "Blocks that fit into staging memory",
@@ -144,7 +153,7 @@ class PenstockPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         counter, gauge = metric_types[Counter], metric_types[Gauge]
         self._counters = {
             name: counter(name=f"vllm:penstock_{name}", documentation=text, labelnames=labelnames)
-            for name, text in _COUNTER_HELP.items()
+            for name, text in COUNTER_HELP.items()
         }
         self._gauges = {
             name: gauge(name=f"vllm:penstock_{name}", documentation=text, labelnames=labelnames)

@@ -54,7 +54,8 @@ class _InOrder(Scheduler):  # type: ignore[misc]
         with compat.step_of(self, side.step_tokens_max() if len(self.kv_holding_waiting) else None):
             output = super().schedule(throttle_prefills)
         if self._in_order and len(self.waiting):
-            self._load_ahead()
+            with side.loading_ahead():
+                self._load_ahead()
         return output
 
     def _sort(self, side: SchedulerSide) -> None:

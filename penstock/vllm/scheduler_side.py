@@ -7,7 +7,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,10 @@ from penstock.core.ordering import AGED, Rank
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.vllm import compat
 from penstock.vllm.adapters import Adapters
-from penstock.vllm.host import Host, Ids, Shape
+from penstock.vllm.host import Host, Ids
 from penstock.vllm.metrics import PenstockStats, StatsTaker
 from penstock.vllm.settings import choose_block_tokens, read_settings
+from penstock.vllm.shape import Shape
 from penstock.vllm.weight_version import WeightVersion
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class SchedulerSide:
                 same_on_all_ranks=compat.same_on_all_ranks(config, kv_cache),
                 loads=transfer.is_kv_consumer,
                 saves=transfer.is_kv_producer,
+                reuses_pages_in_flight=config.max_concurrent_batches > 1,
             ),
         )
         try:
@@ -108,6 +110,8 @@ class SchedulerSide:
         self._manager: KVCacheManager | None = None
         self.reserved_blocks = 0  # vLLM blocks that are spoken for, as far as the scheduler class says
         self._step = 0
+        self._zeroes = bool(getattr(kv_cache, "needs_kv_cache_zeroing", True))  # steps put zeros into new blocks
+        self._ahead = False
         self._steps: deque[_Step] = deque(maxlen=STEPS_MAX)  # scheduled, results not there
         self._last_result_s = 0.0
         self._stats = StatsTaker()
@@ -129,7 +133,10 @@ class SchedulerSide:
 
     def arrived(self, request: Request) -> None:
         """Look the request up and begin to fetch it, before the scheduler gets to it."""
-        if request.request_id in self._known or self.host.fatal:
+        if self.host.fatal:
+            return
+        if request.request_id in self._known:
+            self.host.lost("requests_not_followed")
             return
         adapter = None if request.lora_request is None else self._adapters.identity(request.lora_request)
         spec = self._spec(request, adapter)
@@ -137,9 +144,12 @@ class SchedulerSide:
             self.host.activity.requests_without_pool[spec] += 1
             return
         held = 0 if self._manager is None else compat.held_tokens(self._manager, request)
-        with contextlib.suppress(ValueError):  # an id that is still in use is served without the pool
+        try:
             self.host.submit(spec, held, not request.skip_reading_prefix_cache)
-            self._known[request.request_id] = _Known(request, adapter=adapter)
+        except ValueError:  # an id that is still in use is served without the pool
+            self.host.lost("requests_not_followed")
+            return
+        self._known[request.request_id] = _Known(request, adapter=adapter)
 
     def _spec(self, request: Request, adapter: str | None) -> RequestSpec | str:
         """What the brain has to know of a request; a word where it has to do without the pool."""
@@ -207,19 +217,18 @@ class SchedulerSide:
 
     def rank(self, request_id: str) -> Rank | None:
         """Where the brain sees a request, smallest first; None for one that it does not know."""
-        found: Rank | None = self.host.ask(lambda brain: brain.rank(request_id))
-        return found
+        return self.host.query(lambda brain: brain.rank(request_id), None)
 
     def ranks(self, request_ids: Iterable[str]) -> dict[str, Rank]:
         """`rank` of many requests."""
         ids = list(request_ids)
-        found: list[Rank | None] = self.host.ask(lambda brain: [brain.rank(request_id) for request_id in ids])
+        nobody: list[Rank | None] = [None] * len(ids)
+        found = self.host.query(lambda brain: [brain.rank(request_id) for request_id in ids], nobody)
         return {request_id: rank for request_id, rank in zip(ids, found, strict=True) if rank is not None}
 
     def step_tokens_max(self) -> int | None:
         """See `GuestScheduler.step_tokens_max`."""
-        found: int | None = self.host.ask(lambda brain: brain.step_tokens_max())
-        return found
+        return self.host.query(lambda brain: brain.step_tokens_max(), None)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
         """vLLM's blocks for what `matched` had offered; those that it holds already stay untouched."""
@@ -228,9 +237,18 @@ class SchedulerSide:
         end = held + external_tokens
         assert end % size == 0, f"vLLM loads up to token {end}; a multiple of {size} was offered"
         first = held // size
-        self.host.allocated(
-            request.request_id, first, [self._ids(blocks.blocks, i, held) for i in range(first, end // size)]
-        )
+        ids = [self._ids(blocks.blocks, i, held) for i in range(first, end // size)]
+        after_step = self._step + (not self._ahead) if self._zeroes else -1
+        self.host.allocated(request.request_id, first, ids, after_step)
+
+    @contextlib.contextmanager
+    def loading_ahead(self) -> Iterator[None]:
+        """Within, loads get blocks behind vLLM's scan, when the step and what it zeroes are settled."""
+        self._ahead = True
+        try:
+            yield
+        finally:
+            self._ahead = False
 
     def _ids(self, groups: Any, index: int, held_tokens: int) -> Ids:
         """vLLM blocks of pool block `index`, by group; -1 for those below `held_tokens` and for null ones."""
@@ -271,7 +289,7 @@ class SchedulerSide:
 
     def drop_saves(self) -> None:
         """Before a reset: saves that have not begun give vLLM's blocks back, and are dropped."""
-        self.host.drop_saves()
+        self.host.press(None)
         self._give_back()
 
     def results(self, weight_version: str | None) -> None:
@@ -370,7 +388,7 @@ class SchedulerSide:
                 self._forget(known)
 
     def _advanced(self, request_id: str, computed_tokens: int) -> None:
-        self.host.ask(lambda brain: brain.advanced(request_id, computed_tokens))
+        self.host.query(lambda brain: brain.advanced(request_id, computed_tokens), None)
 
     def _offer(self, known: _Known, computed_tokens: int, step: int, before_tokens: int) -> None:
         """Offer full blocks up to `computed_tokens`; those up to `before_tokens` were there before the step, so that
@@ -394,6 +412,7 @@ class SchedulerSide:
             ids = self._ids(groups, index, 0)
             partly = any(place < 0 for places in ids for place in places)
             if partly and (index + 1) * self._block_tokens <= before_tokens:
+                self.host.lost("saves_incomplete")
                 continue
             page, room = self.host.offer(request.request_id, index, ids, step)
             kept = [
@@ -452,11 +471,17 @@ class SchedulerSide:
         return self.host.take_stats(self._stats)
 
     def settle_saves(self, timeout_s: float = SETTLE_TIMEOUT_S) -> bool:
-        """Wait until no block of vLLM is kept for a save; False when that takes longer."""
-        end = time.monotonic() + timeout_s
+        """Wait until no block of vLLM is kept for a save; False when that takes longer. Saves that have not begun by
+        half the time are dropped."""
+        begin = time.monotonic()
+        pressed = False
         while self.keeps_blocks():
-            if time.monotonic() > end:
+            waited_s = time.monotonic() - begin
+            if waited_s > timeout_s:
                 return False
+            if not pressed and waited_s > timeout_s / 2:
+                pressed = True
+                self.host.press(None)
             time.sleep(0.001)
         return True
 

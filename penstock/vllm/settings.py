@@ -37,7 +37,7 @@ class Settings:
     lookup_timeout_s: float = 2.0
     save_timeout_s: float = 30.0
     age_bound_s: float = 60.0
-    age_delays: float = 1.0
+    age_delays: float = 0.75
     default_slo_ttft_s: float = 10.0
     fetch_window_blocks: int = 8
     max_waiting: int = 4096

@@ -12,36 +12,45 @@ import mmap
 import os
 import socket
 import threading
-import time
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 
-from penstock.engine.executors import Worker
+from penstock.guarded_thread import GuardedThread, GuardedWorker
+from penstock.rate_limited_log import RateLimitedLog
+from penstock.vllm.accepting import accept_scheduler
 from penstock.vllm.copy_gate import CopyGate
 from penstock.vllm.layout import KVRows
 from penstock.vllm.link import (
+    ERROR_CHARS_MAX,
     Attach,
     Done,
     Download,
     Finished,
     Hello,
+    Leaving,
     Link,
     LinkError,
+    Notice,
     Upload,
-    check_same_user,
     listen,
     map_memory,
 )
+from penstock.vllm.steps import StepError, Steps
+from penstock.vllm.wire_checks import check_attach, check_block
 
 log = logging.getLogger(__name__)
+warnings = RateLimitedLog(log)
 
 STEP_TIMEOUT_S = 60.0  # how long a save waits for the step that computes its block
+ATTACH_TIMEOUT_S = 120.0  # for the staging memory, which comes once every worker has answered
 JOIN_S = 2.0
+NOTICES_MAX = 1 << 16  # remembered; vLLM has taken note of older ones
+COPIES_MAX = 1024  # of one direction that wait; the scheduler's windows are smaller
 
 
 @dataclass(slots=True)
@@ -58,53 +67,33 @@ class Staged:
         return self.bytes[begin : begin + self.part_bytes]
 
 
-class Steps:
-    """Which steps of vLLM were computed: on CPU when they are recorded, on CUDA when their event has passed."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._changed = threading.Condition()
-        self._last = -1
-        self._event: Any = None
-
-    def record(self, step: int) -> None:
-        """Everything of `step` was put on the stream (CUDA) or is done (CPU)."""
-        event: Any = None
-        if self._device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
-        with self._changed:
-            self._last, self._event = max(self._last, step), event
-            self._changed.notify_all()
-
-    def wait(self, step: int, timeout_s: float) -> None:
-        """Raises TimeoutError when `step` was not computed by the deadline."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._last >= step, timeout_s):
-                raise TimeoutError(f"step {step} was not computed within {timeout_s:g} s")
-            event = self._event
-        if event is not None:
-            event.synchronize()
-
-
 class WorkerSide:
-    """One worker of vLLM: listens for the scheduler's side, then does as it says until it goes away."""
+    """One worker of vLLM: listens for the scheduler's side, then does as it says until it goes away.
 
-    def __init__(self, engine_id: str, rank: int, rows: KVRows) -> None:
+    The link is closed when no copy is queued or under way any more and not before: its end is this worker's word that
+    it reads and writes nothing, for all copies that were not answered."""
+
+    def __init__(self, engine_id: str, rank: int, rows: KVRows, defers_frees: bool = True) -> None:
+        """`defers_frees`: see `link.Hello`."""
+        self._engine_id = engine_id
         self._rows = rows
         self._rank = rank
+        self._defers_frees = defers_frees
         self._lock = threading.Lock()
-        self._finished: list[Finished] = []
+        self._finished: list[Finished] = []  # as many as loads are under way
+        self._heard: OrderedDict[int, None] = OrderedDict()  # notices lately
         self._staged: Staged | None = None
         self._link: Link | None = None
+        self._copies = 0  # queued or under way
+        self._ending = False
         self._locked_address = 0
         self._closed = False
         self.steps = Steps(rows.device)
         self.gate = CopyGate()
-        self._uploader = Worker("penstock-upload")
-        self._downloader = Worker("penstock-save")
+        self._uploader = GuardedWorker("penstock-upload", COPIES_MAX)
+        self._downloader = GuardedWorker("penstock-save", COPIES_MAX)
         self._listener = listen(engine_id, rank)
-        self._thread = threading.Thread(target=self._run, name="penstock-worker", daemon=True)
+        self._thread = GuardedThread("penstock-worker", self._run)
         self._thread.start()
 
     def take_finished(self) -> list[Finished]:
@@ -113,42 +102,76 @@ class WorkerSide:
             finished, self._finished = self._finished, []
         return finished
 
+    def hear(self, notices: Sequence[Notice]) -> None:
+        """Loads that are over; a notice that was heard already is left out."""
+        with self._lock:
+            for notice in notices:
+                if notice.number not in self._heard:
+                    self._heard[notice.number] = None
+                    self._finished.append(notice.finished)
+            while len(self._heard) > NOTICES_MAX:
+                self._heard.popitem(last=False)
+
     def close(self) -> None:
-        """End all threads; copies under way end first."""
+        """End all threads. Copies under way end first; those that are queued are answered, and come to nothing."""
         self._closed = True
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        if self._link is not None:
-            self._link.close()
-        for worker in (self._uploader, self._downloader):
-            worker.stop()
-            worker.join(JOIN_S)
+        with self._lock:
+            link = self._link
+        if link is not None:
+            with contextlib.suppress(LinkError):
+                link.send(Leaving())
+            link.end_receiving()
         self._thread.join(JOIN_S)
-        self._unlock()
+        self._listener.close()
+        self._end_copies()
+        for worker in (self._uploader, self._downloader):
+            worker.join(JOIN_S)
+        if self._uploader.alive or self._downloader.alive:
+            log.error("a copy of Penstock's did not end within %g s; its memory stays locked", JOIN_S)
+        else:
+            self._unlock()
 
     def _run(self) -> None:
         try:
-            connected, _ = self._listener.accept()
-            check_same_user(connected)
-            self._link = link = Link(connected)
-            link.send(Hello(self._rank, os.getpid(), self._rows.row_bytes, self._rows.describe()))
-            attach, descriptor = link.receive_with_descriptor()
-            assert isinstance(attach, Attach)
+            link = accept_scheduler(self._listener, self._engine_id, lambda: self._closed)
+            if link is None:
+                return
+            with self._lock:
+                self._link = link
+            if self._closed:
+                return
+            link.send(Hello(self._rank, os.getpid(), self._rows.row_bytes, self._rows.describe(), self._defers_frees))
+            attach, descriptor = link.receive_with_descriptor(ATTACH_TIMEOUT_S)
             self._staged = self._map(attach, descriptor)
             while True:
                 self._handle(link, link.receive())
-        except (LinkError, OSError) as error:
+        except LinkError as error:
             if not self._closed:
-                log.info("Penstock's link to the scheduler ended: %s", error)
-        except Exception:
-            log.exception("Penstock's worker thread failed")
-            if self._link is not None:
-                self._link.close()
+                log.warning("Penstock's link to the scheduler ended (%s): vLLM goes on without it", error)
+        finally:
+            self._end_copies()
 
-    def _map(self, attach: Attach, descriptor: int) -> Staged:
-        size_bytes = attach.slots * attach.slot_bytes
+    def _end_copies(self) -> None:
+        """Take no more copies; the link closes once none is left."""
+        with self._lock:
+            self._ending = True
+        self.steps.stop()
+        self._uploader.stop()
+        self._downloader.stop()
+        self._close_if_ended()
+
+    def _close_if_ended(self) -> None:
+        with self._lock:
+            link = self._link if self._ending and not self._copies else None
+        if link is not None:
+            link.close()
+
+    def _map(self, message: object, descriptor: int) -> Staged:
         try:
+            attach, part_bytes = check_attach(message, descriptor, self._rows.row_bytes)
+            size_bytes = attach.slots * attach.slot_bytes
             memory = map_memory(descriptor, size_bytes)
         finally:
             os.close(descriptor)
@@ -163,7 +186,6 @@ class WorkerSide:
                     f"cudaHostRegister of {size_bytes} bytes of staging failed with CUDA error {error}; "
                     "the memory lock limit (ulimit -l) must allow it"
                 )
-        part_bytes = sum(sum(rows) * count for rows, count in zip(self._rows.row_bytes, attach.rows, strict=True))
         return Staged(memory, torch.from_numpy(array), attach, part_bytes)
 
     def _unlock(self) -> None:
@@ -173,35 +195,54 @@ class WorkerSide:
 
     def _handle(self, link: Link, message: object) -> None:
         if isinstance(message, Upload):
-            self._uploader.put(partial(self._answer, link, message.op_id, partial(self._upload, message)))
+            self._begin(link, self._uploader, message.op_id, partial(self._upload, message))
         elif isinstance(message, Download):
-            self._downloader.put(partial(self._answer, link, message.op_id, partial(self._download, message)))
-        elif isinstance(message, Finished):
-            with self._lock:
-                self._finished.append(message)
+            self._begin(link, self._downloader, message.op_id, partial(self._download, message))
+        elif isinstance(message, Notice):
+            self.hear([message])
         else:
             raise LinkError(f"a {type(message).__name__} that a worker does not expect")
 
-    @staticmethod
-    def _answer(link: Link, op_id: int, work: Callable[[], None]) -> None:
-        begin_s = time.monotonic()
+    def _begin(self, link: Link, worker: GuardedWorker, op_id: int, work: Callable[[], None]) -> None:
+        with self._lock:
+            self._copies += 1
+        if not worker.put(partial(self._copy, link, op_id, work)):
+            self._answer(link, op_id, f"more than {COPIES_MAX} copies are queued, or the worker ends")
+
+    def _copy(self, link: Link, op_id: int, work: Callable[[], None]) -> None:
         error: str | None = None
         try:
+            if self._ending:
+                raise StepError("the worker ends")
             work()
         except Exception as raised:  # whatever the device raises ends the operation, not the thread
-            log.exception("a copy failed")
             error = f"{type(raised).__name__}: {raised}"
-        with contextlib.suppress(LinkError):
-            link.send(Done(op_id, error, time.monotonic() - begin_s))
+            if not self._ending:
+                warnings.warning("copy", "a copy of Penstock's failed: %s", error)
+                log.debug("a copy failed", exc_info=raised)
+        self._answer(link, op_id, error)
+
+    def _answer(self, link: Link, op_id: int, error: str | None) -> None:
+        """The copy reads and writes nothing any more."""
+        with contextlib.suppress(LinkError):  # the link's end says the same
+            link.send(Done(op_id, None if error is None else error[:ERROR_CHARS_MAX]))
+        with self._lock:
+            self._copies -= 1
+        self._close_if_ended()
 
     def _upload(self, message: Upload) -> None:
         assert self._staged is not None
+        for slot, ids in message.blocks:
+            check_block(slot, ids, self._staged.attach, self._rows.vllm_blocks)
+        if message.after >= 0:
+            self.steps.wait_begun(message.after, STEP_TIMEOUT_S)
         for slot, ids in message.blocks:
             with self.gate.copying():
                 self._rows.upload(self._staged.part(slot), ids)
 
     def _download(self, message: Download) -> None:
         assert self._staged is not None
+        check_block(message.slot, message.ids, self._staged.attach, self._rows.vllm_blocks)
         self.steps.wait(message.step, STEP_TIMEOUT_S)
         with self.gate.copying():
             self._rows.download(self._staged.part(message.slot), message.ids)

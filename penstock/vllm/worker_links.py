@@ -7,43 +7,82 @@ import logging
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from penstock.core.layout import staging_bytes
+from penstock.guarded_thread import GuardedThread
 from penstock.vllm import link as wire
+from penstock.vllm.wire_checks import check_hello
 
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 30.0
+HELLO_TIMEOUT_S = 30.0
 JOIN_S = 5.0
+LATE_S = 30.0  # after which a copy that was not answered is worth a line
 
 Event = Callable[[], None]
 Ended = Callable[[str | None], None]
 
 
+class WorkerLostError(RuntimeError):
+    """A worker ended its link, or sent what it should not: no more copies can be asked for. `in_order`: vLLM closes
+    it."""
+
+    def __init__(self, reason: str, in_order: bool = False) -> None:
+        super().__init__(reason)
+        self.in_order = in_order
+
+
+@dataclass(slots=True)
+class _Rank:
+    """A worker. `asked` are the copies that it has to answer, shared by control thread and receiver."""
+
+    number: int
+    link: wire.Link
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    asked: set[int] = field(default_factory=set)
+    gone: bool = False  # its link has ended, and with it all its copies; the control thread's
+
+    def ask(self, op_id: int) -> None:
+        with self.lock:
+            self.asked.add(op_id)
+
+    def answered(self, op_id: int) -> None:
+        """Raises LinkError for a copy that it was not asked for, or answers twice."""
+        with self.lock:
+            if op_id not in self.asked:
+                raise wire.LinkError(f"rank {self.number} answers operation {op_id}, which it does not do")
+            self.asked.remove(op_id)
+
+
 @dataclass(slots=True)
 class _Copy:
-    """A message that every worker it went to has to answer."""
+    """A message that every worker it went to has to answer: by its own word, or by the end of its link."""
 
-    left: int
+    left: set[int]
     ended: Ended
     writes: bool
+    begun_s: float
     error: str | None = None
+    late: bool = False
 
 
 class WorkerLinks:
-    """One link to each worker. `post` hands an event to the control thread, which alone calls `copy` and `tell`; how a
-    copy ended is such an event."""
+    """One link to each worker. `post` hands an event to the control thread, which alone calls `upload`, `download` and
+    `tell`; how a copy ended is such an event. A copy ends for a rank when that rank says so or when its link ends,
+    which a worker closes behind its last copy and the kernel when its process dies; other ranks' copies go on."""
 
     def __init__(self, engine_id: str, rows: tuple[int, ...], ranks: int, same_on_all_ranks: bool) -> None:
         """Connects to the workers. `rows` are vLLM blocks of each group in a pool block; with `same_on_all_ranks`
         every worker holds the same bytes (MLA). Raises LinkError."""
-        self._links: list[wire.Link] = []
+        self._ranks: list[_Rank] = []
         self._rows = rows
         self._copies: dict[int, _Copy] = {}
-        self._threads: list[threading.Thread] = []
+        self._threads: list[GuardedThread] = []
         self._closing = False
         self._same = same_on_all_ranks
         with contextlib.ExitStack() as undo:
@@ -51,6 +90,7 @@ class WorkerLinks:
             hellos = [self._connect(engine_id, rank) for rank in range(ranks)]
             undo.pop_all()
         self.layout = [hello.layout for hello in hellos]
+        self.defers_frees = all(hello.defers_frees for hello in hellos)
         parts = [
             sum(sum(sizes) * count for sizes, count in zip(hello.row_bytes, rows, strict=True)) for hello in hellos
         ]
@@ -60,27 +100,30 @@ class WorkerLinks:
 
     def _connect(self, engine_id: str, rank: int) -> wire.Hello:
         link = wire.connect(engine_id, rank, CONNECT_TIMEOUT_S)
-        self._links.append(link)
-        hello = link.receive()
-        assert isinstance(hello, wire.Hello)
-        return hello
+        self._ranks.append(_Rank(rank, link))
+        try:
+            return check_hello(link.receive(HELLO_TIMEOUT_S), rank, self._rows)
+        except wire.LinkError as error:
+            raise wire.LinkError(f"worker rank {rank} of engine {engine_id} is of no use: {error}") from None
 
     def share(self, slots: int) -> mmap.mmap:
         """Memory of so many slots, which every worker maps."""
         descriptor, memory = wire.create_memory(slots * self.slot_bytes)
         try:
-            for link, offset in zip(self._links, self._offsets, strict=True):
-                link.send_with_descriptor(wire.Attach(slots, self.slot_bytes, offset, list(self._rows)), descriptor)
+            for rank, offset in zip(self._ranks, self._offsets, strict=True):
+                attach = wire.Attach(slots, self.slot_bytes, offset, list(self._rows))
+                rank.link.send_with_descriptor(attach, descriptor)
         finally:
             os.close(descriptor)
         return memory
 
-    def start(self, post: Callable[[Event], None]) -> None:
-        """Receive answers from now on, on a thread for each worker."""
-        self._post = post
+    def start(self, post: Callable[[Event], None], lost: Callable[[WorkerLostError], None]) -> None:
+        """Receive answers from now on, on a thread for each worker. `lost(error)` is an event too: a worker is no
+        longer there to be asked; its copies may still be under way."""
+        self._post, self._lost = post, lost
         self._threads = [
-            threading.Thread(target=self._receive, args=(link,), name=f"penstock-link-{rank}", daemon=True)
-            for rank, link in enumerate(self._links)
+            GuardedThread(f"penstock-link-{rank.number}", partial(self._receive, rank), kind="penstock-link")
+            for rank in self._ranks
         ]
         for thread in self._threads:
             thread.start()
@@ -92,59 +135,91 @@ class WorkerLinks:
 
     def upload(self, message: wire.Upload, ended: Ended) -> None:
         """Every worker copies its parts up; `ended` gets what went wrong, None for nothing."""
-        self._copy(message.op_id, message, self._links, _Copy(len(self._links), ended, writes=True))
+        self._copy(message.op_id, message, self._ranks, ended, writes=True)
 
     def download(self, message: wire.Download, ended: Ended) -> None:
         """Every worker that holds bytes of its own copies its part down."""
-        links = self._links[:1] if self._same else self._links
-        self._copy(message.op_id, message, links, _Copy(len(links), ended, writes=False))
+        self._copy(message.op_id, message, self._ranks[:1] if self._same else self._ranks, ended, writes=False)
 
-    def tell(self, message: wire.Message) -> None:
-        """To all workers; no answer."""
-        for link in self._links:
+    def tell(self, message: wire.Notice) -> None:
+        """To all workers; no answer. A worker that does not get it is lost soon."""
+        for rank in self._ranks:
             with contextlib.suppress(wire.LinkError):
-                link.send(message)
+                rank.link.send(message)
+
+    def late(self) -> list[tuple[int, list[int]]]:
+        """Copies that became late since the last call: their number, and the ranks that have not answered."""
+        now_s = time.monotonic()
+        found = []
+        for op_id, copy in self._copies.items():
+            if not copy.late and now_s - copy.begun_s > LATE_S:
+                copy.late = True
+                found.append((op_id, sorted(copy.left)))
+        return found
 
     def close(self) -> None:
         """Workers end their side as they see the link closed."""
         self._closing = True
-        for link in self._links:
-            link.close()
+        for rank in self._ranks:
+            rank.link.close()
         for thread in self._threads:
             thread.join(JOIN_S)
 
-    def _copy(self, op_id: int, message: wire.Message, links: list[wire.Link], copy: _Copy) -> None:
+    def _copy(self, op_id: int, message: wire.Message, ranks: list[_Rank], ended: Ended, writes: bool) -> None:
+        copy = _Copy({rank.number for rank in ranks}, ended, writes, time.monotonic())
         self._copies[op_id] = copy
-        for link in links:
-            try:
-                link.send(message)
-            except wire.LinkError as error:
-                self._post(partial(self._copied, op_id, str(error)))
+        for rank in ranks:
+            rank.ask(op_id)
+            # A rank that does not get the message whole ends its link behind its other copies, and that ends this one.
+            with contextlib.suppress(wire.LinkError):
+                rank.link.send(message)
+            if rank.gone:
+                self._post(partial(self._copied, rank.number, op_id, f"worker rank {rank.number} is gone"))
 
-    def _copied(self, op_id: int, error: str | None) -> None:
+    def _copied(self, rank: int, op_id: int, error: str | None) -> None:
         copy = self._copies.get(op_id)
-        if copy is None:
-            return
-        copy.left -= 1
-        copy.error = copy.error or error
-        if copy.left == 0:
+        if copy is not None and self._answered(copy, rank, error):
             del self._copies[op_id]
             copy.ended(copy.error)
 
-    def _receive(self, link: wire.Link) -> None:
+    @staticmethod
+    def _answered(copy: _Copy, rank: int, error: str | None) -> bool:
+        """Whether nobody is left who has to answer."""
+        copy.left.discard(rank)
+        copy.error = copy.error or error
+        return not copy.left
+
+    def _receive(self, rank: _Rank) -> None:
+        leaving = False
         try:
             while True:
-                message = link.receive()
-                assert isinstance(message, wire.Done)
-                self._post(partial(self._copied, message.op_id, message.error))
+                message = rank.link.receive()
+                if isinstance(message, wire.Leaving):
+                    leaving = True
+                    continue
+                if not isinstance(message, wire.Done):
+                    raise wire.LinkError(f"rank {rank.number} sent a {type(message).__name__}; allowed: Done")
+                rank.answered(message.op_id)
+                self._post(partial(self._copied, rank.number, message.op_id, message.error))
         except Exception as error:
             if not self._closing:
-                log.info("Penstock's link to a worker ended: %s", error)
-                self._post(self._fail_copies)
+                reason = f"the link to worker rank {rank.number} ended: {error}"
+                self._post(partial(self._lost, WorkerLostError(reason, leaving)))
+            if not isinstance(error, wire.LinkError):
+                raise
+        finally:
+            rank.link.end_sending()  # it ends its copies, then the link
+            rank.link.drain()
+            self._post(partial(self._ended, rank))
 
-    def _fail_copies(self) -> None:
-        """A worker is gone, and its pages with it."""
-        for op_id, copy in list(self._copies.items()):
-            copy.error = copy.error or "the worker is gone"
-            copy.left = 1
-            self._copied(op_id, None)
+    def _ended(self, rank: _Rank) -> None:
+        """Nothing of this rank's copies is under way any more."""
+        rank.gone = True
+        error = f"worker rank {rank.number} is gone"
+        mine = [(op_id, copy) for op_id, copy in self._copies.items() if rank.number in copy.left]
+        ended = [(op_id, copy) for op_id, copy in mine if self._answered(copy, rank.number, error)]
+        for op_id, _ in ended:
+            del self._copies[op_id]
+        with contextlib.ExitStack() as all_of_them:  # whatever one of them raises
+            for _, copy in ended:
+                all_of_them.callback(copy.ended, copy.error)

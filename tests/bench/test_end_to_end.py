@@ -45,11 +45,12 @@ def _figures(path: Path) -> dict[str, float]:
 def test_demo_writes_its_table_page_and_picture(tmp_path: Path) -> None:
     arguments = ["demo", "--out", str(tmp_path), "--sessions", "6", "--turns", "3", "--pace", "50MB/s"]
     done = _bench(arguments, 200, marker=str(tmp_path))
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode in (0, 3), done.stderr[-2000:]
+    assert (done.returncode == 3) is ("measured nothing" in done.stderr)
     figures = _figures(tmp_path / "demo.json")
     assert figures["failed_requests"] == 0
     assert figures["outputs_equal"] == 1.0
-    assert figures["penstock_requests"] == figures["coupled_requests"] >= 15
+    assert figures["penstock_requests"] == figures["coupled_requests"] >= 5
     assert figures["penstock_loaded_gb"] > 0 and figures["penstock_hit_rate"] > 0.3
     for system in ("coupled", "penstock"):
         assert figures[f"{system}_time_fetch_s"] > 0 and figures[f"{system}_time_compute_s"] > 0
@@ -81,8 +82,12 @@ def test_recorded_trace_is_served_with_equal_outputs(trace: str, tmp_path: Path)
         "1",
     ]
     done = _bench(arguments, 280)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    # of one minute little may be left for loads: then it says so, by its status
+    assert done.returncode in (0, 3), done.stdout[-2000:] + done.stderr[-2000:]
     figures = _figures(out)
+    least = {"loaded_share": 0.1, "held_over_device_memory": 1.5, "link_share": 0.05}
+    loaded = all(figures[name] >= value for name, value in least.items())
+    assert loaded is (done.returncode == 0) is ("measured nothing" not in done.stderr)
     assert figures["failed_requests"] == 0
     assert figures["outputs_equal"] == 1.0
     assert figures["penstock_requests"] >= 12

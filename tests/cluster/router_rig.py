@@ -14,11 +14,15 @@ from typing import Any
 from asking import WAIT_S
 
 from penstock.cluster.agent import AgentSettings, EngineAgent
+from penstock.cluster.live_view import ui_routes
 from penstock.cluster.placed import EngineReport, LinkReport, PlacedRequest
 from penstock.cluster.router import ClusterEngine, RouterSettings
 from penstock.cluster.wire import EngineCard
 from penstock.engine.api import GenerationRequest, TokenEvent
 from penstock.engine.runner import SamplingParams
+from penstock.server.app import ServerApp
+from penstock.server.run import HttpServer, bind, url_of
+from penstock.server.settings import ServerSettings
 from penstock.transport.secret import Secret
 
 VOCABULARY = 1000
@@ -167,6 +171,7 @@ class Client:
     """The events of one request, checked against the contract of EngineAPI as they come."""
 
     def __init__(self) -> None:
+        self.id = ""
         self.tokens: list[int] = []
         self.last: TokenEvent | None = None
         self._ended = threading.Event()
@@ -245,12 +250,20 @@ class Cluster:
         return host
 
     def ask(
-        self, prompt: Sequence[int], count: int, request_id: str = "", resumable: bool = False, router: Any = None
+        self,
+        prompt: Sequence[int],
+        count: int,
+        request_id: str = "",
+        resumable: bool = False,
+        router: Any = None,
+        **sampling: Any,
     ) -> Client:
+        """`request_id` is what the client calls it where it is `resumable`, else the id that it is submitted under."""
         client = Client()
-        sampling = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
-        request_id = request_id or secrets.token_hex(6)
-        request = GenerationRequest(request_id, list(prompt), sampling, resumable=resumable)
+        given = {"max_tokens": count, "temperature": 0.0, "ignore_eos": True} | sampling
+        client.id = secrets.token_hex(6) if resumable or not request_id else request_id
+        label = request_id if resumable else ""
+        request = GenerationRequest(client.id, list(prompt), SamplingParams(**given), resume_label=label)
         (router or self.router).submit(request, client)
         return client
 
@@ -272,6 +285,23 @@ def cluster(**settings: Any) -> Iterator[Cluster]:
         yield made
     finally:
         made.close()
+
+
+@contextlib.contextmanager
+def page_of(c: Cluster) -> Iterator[str]:
+    """The router's HTTP side."""
+    with bind("127.0.0.1", 0) as listener:
+        app = ServerApp(c.router, None, ServerSettings("tiny", resumable=True), ui_routes(c.router, "tiny"))
+        started = threading.Event()
+        server = HttpServer(app, listener, started.set)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        assert started.wait(WAIT_S)
+        try:
+            yield url_of(listener)
+        finally:
+            server.stop()
+            thread.join(WAIT_S)
 
 
 class Wire:

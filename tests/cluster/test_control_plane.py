@@ -10,6 +10,7 @@ from router_rig import SECRET, Client, Cluster, CountingHost, Wire, cluster, exp
 
 from penstock.cluster import wire
 from penstock.cluster.placed import EngineReport
+from penstock.cluster.port import STRANGERS_MAX
 from penstock.core.cluster.placing import InterEngineConfig
 from penstock.engine.api import InvalidRequest, Overloaded
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES, Secret
@@ -64,7 +65,7 @@ def test_wrong_requests_are_refused() -> None:
         host = c.hosts["e1"]
         host.hold_after = 2
         held = c.ask(PROMPT, 5, "one")
-        wait_until(lambda: "one" in c.router.requests, "the request")
+        wait_until(lambda: bool(c.router.requests), "the request")
         with pytest.raises(InvalidRequest, match="in use"):
             c.ask(PROMPT, 5, "one")
         c.router.cancel("one")
@@ -238,20 +239,26 @@ def test_a_finished_answer_is_given_again_after_a_restart_of_the_router() -> Non
         finished(other, [1, *PROMPT], 12)
 
 
-def test_the_same_request_over_a_new_connection_of_the_client_takes_over() -> None:
+def test_the_same_request_over_a_new_connection_of_the_client_gets_the_same_answer_and_ends_nobodys() -> None:
+    """Greedy, so both would get these tokens by themselves; only the last one that waits ends the request."""
     with cluster() as c:
         host = c.engine("e1", host=CountingHost(hold_after=4))
         first = c.ask(PROMPT, 12, "again", resumable=True)
         wait_until(lambda: len(first.tokens) == 4, "four tokens")
-        second = c.ask(PROMPT, 12, "again", resumable=True)
-        assert first.wait().finish_reason == "cancelled"
+        second, third = (c.ask(PROMPT, 12, "again", resumable=True) for _ in range(2))
+        wait_until(lambda: len(second.tokens) == len(third.tokens) == 4, "the tokens so far")
+        c.router.cancel(third.id)
+        assert third.wait().finish_reason == "cancelled"
         host.release()
+        finished(first, PROMPT, 12)
         finished(second, PROMPT, 12)
-        with pytest.raises(InvalidRequest, match="in use"):
-            host.hold_after = 0
-            c.ask(PROMPT, 12, "again", resumable=True)
-            wait_until(lambda: "again" in c.router.requests, "the request")
-            c.ask([1, *PROMPT], 12, "again", resumable=True)
+        assert len(host.placed) == 1 and c.counter("shared") == 2
+        host.hold_after = 0
+        last = c.ask(PROMPT, 12, "again", resumable=True)
+        wait_until(lambda: host.running == 1, "the part")
+        c.router.cancel(last.id)
+        assert last.wait().finish_reason == "cancelled"
+        wait_until(lambda: host.running == 0, "the cancel at the engine")
 
 
 def test_two_routers_by_mistake_serve_with_engines_of_their_own() -> None:
@@ -295,7 +302,7 @@ def test_strangers_get_nothing(caplog: pytest.LogCaptureFixture) -> None:
         assert "does not speak the Penstock cluster protocol" in caplog.text
         older = wire.GREETING.pack(wire.MAGIC, 0)
         assert converse(c, older) == greeting
-        assert "speaks version 0 of the cluster protocol, this side 1" in caplog.text
+        assert "speaks version 0 of the cluster protocol, this side 2" in caplog.text
         answer = converse(c, greeting, b"x" * (NONCE_BYTES + PROOF_BYTES))
         assert len(answer) == len(greeting) + NONCE_BYTES
         assert "does not have the same secret" in caplog.text
@@ -343,3 +350,38 @@ def test_frames_of_an_old_epoch_are_refused() -> None:
         assert agent.registered.wait(20.0)
         wait_until(lambda: "e1" in c.router.port.engines, "the engine's new registration")
         finished(c.ask(PROMPT, 9), PROMPT, 9)
+
+
+def test_strangers_that_say_nothing_do_not_keep_out_whoever_has_the_secret() -> None:
+    with cluster() as c:
+        strangers = [socket.create_connection(c.address, timeout=20.0) for _ in range(STRANGERS_MAX + 8)]
+        try:
+            for _ in range(2):
+                with socket.create_connection(c.address, timeout=20.0) as sock:
+                    sock.sendall(wire.greeting())
+                    assert len(sock.recv(4096)) in (len(wire.greeting()), len(wire.greeting()) + NONCE_BYTES)
+            c.engine("e1")
+            finished(c.ask(PROMPT, 9), PROMPT, 9)
+            counts = c.router.port.counts
+            assert counts.strangers_dropped >= 8 and c.router.stats().counters["cluster_strangers_dropped"] >= 8
+        finally:
+            for sock in strangers:
+                sock.close()
+
+
+class BrokenHost(FailedHost):
+    """An engine that cannot even say how it is."""
+
+    def healthy(self) -> tuple[bool, str]:
+        raise KeyError("an error of the engine's own")
+
+
+def test_an_agent_whose_thread_fails_ends_the_engine_and_says_so() -> None:
+    with cluster() as c:
+        host = BrokenHost()
+        c.engine("e1", host=host)
+        ended: list[str] = []
+        c.agents["e1"]._on_refused = lambda: ended.append("told")
+        host.failed = True
+        assert c.agents["e1"].ended.wait(20.0)
+        assert "an error of the engine's own" in str(c.agents["e1"].failure) and ended == ["told"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,35 +10,14 @@ from pathlib import Path
 import httpx
 from asking import wait_until
 from browser import shown_in_browser
-from router_rig import Cluster, CountingHost, cluster
+from router_rig import Cluster, CountingHost, cluster, page_of
 
-from penstock.cluster.live_view import ui_routes
 from penstock.cluster.placed import LinkReport
-from penstock.server.app import ServerApp
-from penstock.server.run import HttpServer, bind, url_of
-from penstock.server.settings import ServerSettings
 
 LINKS = [
     LinkReport(relay="d:1", direction="read", load_bytes_per_s=30e6, backlog_bytes=60_000_000, bytes_per_s=40e6),
     LinkReport(relay="d:1", direction="hand-off", load_bytes_per_s=1e6, backlog_bytes=0, bytes_per_s=0.0),
 ]
-
-
-@contextmanager
-def page_of(c: Cluster) -> Iterator[str]:
-    """The router's HTTP side."""
-    with bind("127.0.0.1", 0) as listener:
-        app = ServerApp(c.router, None, ServerSettings("tiny", resumable=True), ui_routes(c.router, "tiny"))
-        started = threading.Event()
-        server = HttpServer(app, listener, started.set)
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        assert started.wait(20.0)
-        try:
-            yield url_of(listener)
-        finally:
-            server.stop()
-            thread.join(20.0)
 
 
 @contextmanager

@@ -53,6 +53,20 @@ def test_one_that_came_early_into_a_burst_is_allowed_a_share_of_the_longest_dela
     assert first in ageing.due(OWN_S + SHARE_OF_WORST * 10 * OWN_S)
 
 
+def test_it_ages_earlier_by_the_work_of_those_that_aged_before_it() -> None:
+    ageing = Ageing(BOUND_S, 1.0)
+    for number in range(6):
+        arrive(ageing, number, 0.0)
+    last = arrive(ageing, 9, 1.0, load_s=2.0)
+    times_s = {}
+    while (next_s := ageing.next_s) is not None:
+        times_s.update(dict.fromkeys(ageing.due(next_s), next_s))
+        ageing.check_integrity()
+    first_ages_s = OWN_S + SHARE_OF_WORST * 6 * OWN_S  # and with it, one by one, all that have to wait for it
+    assert times_s[last] == pytest.approx(first_ages_s)
+    assert len(times_s) == 7
+
+
 def test_the_longest_delay_is_forgotten_when_the_burst_is_over() -> None:
     ageing = Ageing(BOUND_S, 1.0)
     for one in [arrive(ageing, number, 0.0) for number in range(10)]:

@@ -381,3 +381,30 @@ def test_saves_that_have_not_begun_give_way() -> None:
     assert sorted(desk.brain.released()) == [2, 3]
     desk.brain.saved(save.op_id, "device")
     assert desk.brain.released() == [1]
+
+
+def test_a_hit_of_another_size_is_left_out_and_counted() -> None:
+    desk = Desk()
+    spec = RequestSpec("r", tokens_of(1, 3), 1, root_key(FINGERPRINT, ""))
+    desk.brain.submit(spec, 0, 0.0)
+    (lookup,) = [op for op in desk.decide() if isinstance(op, Lookup)]
+    desk.brain.lookup_done(lookup.op_id, [BlockHit(BLOCK_BYTES + 1, ROUTE)] * len(lookup.keys), 0.0)
+    assert desk.brain.matched("r", 0, 0.0) == 0 and desk.brain.counters["hits_of_other_size"] == 3
+
+
+def test_a_request_beyond_those_that_may_wait_loads_nothing_and_is_counted() -> None:
+    desk = Desk(max_waiting=1)
+    desk.submit("first", tokens_of(1, 2))
+    assert "requests_without_loads" not in desk.brain.counters
+    desk.submit("second", tokens_of(2, 2))
+    assert desk.brain.counters["requests_without_loads"] == 1 and desk.brain.matched("second", 0, 0.0) == 0
+
+
+def test_a_block_lost_between_offer_and_pages_is_counted() -> None:
+    desk = Desk()
+    desk.submit("r", tokens_of(1, 4))
+    fetches = [op for op in desk.decide() if isinstance(op, Fetch)]
+    assert desk.brain.matched("r", 0, 0.0) == 4 * BLOCK
+    desk.brain.fetched(fetches[2].op_id, "checksum", 0.0)
+    desk.brain.allocated("r", 0, [1, 2, 3, 4], 0.0)
+    assert desk.brain.counters["hits_withdrawn"] == 2, "the block, and the one behind it"

@@ -13,7 +13,21 @@ from penstock.core.config import POLICIES, SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
 from penstock.core.engine.scheduler import LoadScheduler, WaitingQueueFull
 from penstock.core.keys import KeyChain, root_key
-from penstock.core.operations import BlockHit, Compute, Drop, Emit, Fetch, Lookup, Operation, RequestSpec, Save, Upload
+from penstock.core.operations import (
+    BlockHit,
+    ChunkFault,
+    ChunkOutcome,
+    Compute,
+    Discard,
+    Drop,
+    Emit,
+    Fetch,
+    Lookup,
+    Operation,
+    RequestSpec,
+    Save,
+    Upload,
+)
 
 BLOCK = 4
 BLOCK_BYTES = 4096
@@ -154,7 +168,7 @@ class Histories(RuleBasedStateMachine):
             if isinstance(op, Emit):
                 self._emit(op)
                 continue
-            if isinstance(op, Drop):
+            if isinstance(op, Drop | Discard):
                 continue
             assert op.op_id not in self.pending
             self.pending[op.op_id] = op
@@ -232,11 +246,15 @@ class Histories(RuleBasedStateMachine):
             self.brain.saved(op_id, "dropped" if fails else None)
 
     def _compute(self, op: Compute, fails: bool) -> None:
-        if fails:
+        if fails and op.op_id % 2:
             self.brain.compute_failed(op.op_id, "injected", self.now)
             return
-        sampled: list[int | None] = []
-        for chunk in op.chunks:
+        outcomes: list[ChunkOutcome] = []
+        for number, chunk in enumerate(op.chunks):
+            if fails and (chunk.pending or (op.op_id // 2 + number) % 2):  # for its own sake or for cached blocks
+                spoiled = frozenset(range(number % 3, chunk.start // BLOCK))
+                outcomes.append(ChunkFault("injected", spoiled))
+                continue
             values = kv_of(self.tokens[chunk.request_id])
             end = chunk.start + len(chunk.tokens)
             for position in range(chunk.start):
@@ -245,8 +263,9 @@ class Histories(RuleBasedStateMachine):
             for position in range(chunk.start, end):
                 page = self.pages.setdefault(chunk.pages[position // BLOCK], [0] * BLOCK)
                 page[position % BLOCK] = values[position]
-            sampled.append(990 if chunk.sample and end % 11 == 0 else 500 + end % 7 if chunk.sample else None)
-        self.brain.computed(op.op_id, sampled, self.now)
+            token = 990 if chunk.sample and end % 11 == 0 else 500 + end % 7 if chunk.sample else None
+            outcomes.append(ChunkFault(None, frozenset(range(end // BLOCK)), token) if fails else token)
+        self.brain.computed(op.op_id, outcomes, self.now)
 
 
 TestHistories = Histories.TestCase

@@ -13,6 +13,7 @@ from asking import WAIT_S, Answer, wait_until
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
 from penstock.core.new_block import NewBlock
+from penstock.core.operations import ChunkOutcome
 from penstock.engine.api import GenerationRequest
 from penstock.engine.engine import Engine, new_request_id
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
@@ -122,6 +123,8 @@ class WatchedPool(WrappedPool):
         self.write_gate = Gate()
         self.spoil: Callable[[bytes], str | None] = lambda key: None
         self.late = False
+        self.fail_writes = False
+        self.routes: tuple[str, ...] | None = None  # in place of the real ones
         self.fail_lookups: Callable[[], bool] = lambda: False
         self._leases = leases
         self._held: list[Callable[[], None]] = []
@@ -131,7 +134,10 @@ class WatchedPool(WrappedPool):
         self.lookup_gate.pass_through()
         if self.fail_lookups():
             raise PoolError("network", "injected")
-        return super().lookup(keys, timeout_s)
+        found = super().lookup(keys, timeout_s)
+        if self.routes is None:
+            return found
+        return [hit and Located(hit.size_bytes, self.routes) for hit in found]
 
     def read(self, key: bytes, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
         self.reads[key] += 1
@@ -161,6 +167,8 @@ class WatchedPool(WrappedPool):
 
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         self.write_gate.pass_through()
+        if self.fail_writes:
+            raise RuntimeError("injected")
         super().write(block, data, timeout_s, done)
 
     def close(self, timeout_s: float) -> None:
@@ -170,7 +178,7 @@ class WatchedPool(WrappedPool):
 
 
 class WatchedRunner:
-    """A runner behind gates; the next call named in `fail_next` raises once."""
+    """A runner behind gates; the next call named in `fail_next` raises once, and batches that `refuse` says."""
 
     def __init__(self, inner: ModelRunner) -> None:
         self.inner = inner
@@ -178,6 +186,7 @@ class WatchedRunner:
         self.run_gate = Gate()
         self.download_gate = Gate()
         self.fail_next: Counter[str] = Counter()
+        self.refuse: Callable[[Sequence[Chunk]], bool] = lambda batch: False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -201,7 +210,9 @@ class WatchedRunner:
         self._maybe_fail("download")
         self.inner.download(page, into)
 
-    def run(self, batch: Sequence[Chunk]) -> list[int | None]:
+    def run(self, batch: Sequence[Chunk]) -> Sequence[ChunkOutcome]:
         self.run_gate.pass_through()
         self._maybe_fail("run")
+        if self.refuse(batch):
+            raise RuntimeError("injected failure of a batch")
         return self.inner.run(batch)

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +19,10 @@ from asking import WAIT_S, Answer, prompt_of, wait_until
 from engine_rig import BLOCK, Rig, WatchedPool, WatchedRunner, serving
 
 from penstock.core.keys import block_keys
-from penstock.engine.api import GenerationRequest, InvalidRequest, Overloaded
+from penstock.engine.api import GenerationRequest, InvalidRequest, Overloaded, TokenEvent
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import SamplingParams
+from penstock.guarded_thread import thread_failures
 from penstock.pool.api import Pool
 from penstock.pool.header import HEADER_BYTES
 from penstock.pool.open import open_local_pool
@@ -464,6 +466,9 @@ def test_overloaded_when_the_waiting_queue_is_full(llama: HFRunner) -> None:
         ({"prompt": []}, "prompt is empty"),
         ({"prompt": [5, 10**6]}, "prompt has a token outside 0.."),
         ({"prompt": [-1]}, "prompt has a token outside 0.."),
+        ({"prompt": [5, 1.5]}, "prompt must be a list of token ids 0 to"),
+        ({"prompt": [5, 2**70]}, "prompt must be a list of token ids 0 to"),
+        ({"seed": 10**5000}, "seed is out of range; allowed: -"),
         ({"prompt": [7] * 2048}, "exceed the context of 1024 tokens"),
         ({"max_tokens": 1022}, "exceed the context of 1024 tokens"),
         ({"max_tokens": 0}, "max_tokens is 0"),
@@ -484,7 +489,9 @@ def test_overloaded_when_the_waiting_queue_is_full(llama: HFRunner) -> None:
 )
 def test_bad_parameters_are_refused_by_name(change: dict[str, Any], message: str, llama: HFRunner) -> None:
     given: dict[str, Any] = {"prompt": [7, 8, 9], "slo": None, "tenant": ""} | change
-    sampling = {name: change[name] for name in ("max_tokens", "temperature", "top_p", "top_k") if name in change}
+    sampling = {
+        name: change[name] for name in ("max_tokens", "temperature", "top_p", "top_k", "seed") if name in change
+    }
     with serving(llama, None) as rig:
         request = GenerationRequest("r", given["prompt"], SamplingParams(**sampling), given["slo"], given["tenant"])
         with pytest.raises(InvalidRequest, match=message):
@@ -557,8 +564,10 @@ def test_close_ends_requests_in_flight(point: str, llama: HFRunner, memory_pool:
         assert not rig.engine.healthy()[0]
 
 
-def test_a_defect_in_the_control_thread_ends_every_request(llama: HFRunner, memory_pool: Pool) -> None:
-    """A pool that breaks its contract and raises is such a defect."""
+def test_a_pool_that_raises_loses_its_blocks_only(
+    llama: HFRunner, computed: Callable[..., list[int]], memory_pool: Pool
+) -> None:
+    """Against its contract: reads, writes and leases report what fails."""
     warm(llama, memory_pool)
     pool = WatchedPool(memory_pool, leases=False)
 
@@ -566,13 +575,173 @@ def test_a_defect_in_the_control_thread_ends_every_request(llama: HFRunner, memo
         raise RuntimeError("injected")
 
     pool.spoil = broken
+    other = prompt_of(170, 3 * BLOCK)
+    with serving(llama, pool) as rig:
+        answer = rig.ask(PROMPT)
+        assert answer.tokens == computed(PROMPT)
+        assert answer.report.load_failures == {"device": BLOCKS}
+        pool.fail_writes = True
+        assert rig.ask(other).tokens == computed(other)
+        rig.settle()
+        assert rig.labelled("save_failures") == {"device": 3}
+        assert rig.engine.healthy()[0]
+
+
+def test_a_defect_in_the_control_thread_ends_every_request(llama: HFRunner, memory_pool: Pool) -> None:
+    """A pool that answers a lookup with a route of no links is such a defect."""
+    warm(llama, memory_pool)
+    pool = WatchedPool(memory_pool, leases=False)
+    pool.routes = ()
     with serving(llama, pool, settle=False) as rig:
         answers = [rig.start(PROMPT, 4) for _ in range(3)]
         for answer in answers:
             event = answer.wait()
-            assert event.finish_reason == "error" and "injected" in str(event.error)
-        assert "injected" in rig.engine.healthy()[1]
-        with pytest.raises(Overloaded, match="injected"):
+            assert event.finish_reason == "error" and "IndexError" in str(event.error)
+        assert "IndexError" in rig.engine.healthy()[1]
+        with pytest.raises(Overloaded, match="IndexError"):
             rig.start(PROMPT)
         with pytest.raises(TimeoutError, match="has stopped"):
             rig.engine.stats()
+        assert thread_failures()["penstock-control"] >= 1
+
+
+def test_a_failing_chunk_of_a_batch_ends_its_own_request(
+    llama: HFRunner, computed: Callable[..., list[int]], memory_pool: Pool
+) -> None:
+    runner = WatchedRunner(llama)
+    prompts = [prompt_of(180 + i, 20 + i) for i in range(6)]
+    with serving(runner, memory_pool) as rig:
+        runner.run_gate.shut()
+        first = rig.start(PROMPT)  # a batch of its own; the others meet in the next one
+        runner.run_gate.wait_arrived()
+        answers = [rig.start(prompt, request_id=f"r{i}") for i, prompt in enumerate(prompts)]
+        wait_until(lambda: rig.gauges()["requests_prefill"] == 7, "admission")
+        runner.refuse = lambda batch: any(chunk.request_id == "r2" for chunk in batch)
+        runner.run_gate.open()
+        ends = [answer.wait() for answer in answers]
+        assert [end.finish_reason for end in ends] == ["length"] * 2 + ["error"] + ["length"] * 3
+        assert "injected" in str(ends[2].error)
+        for prompt, answer in zip(prompts[:2] + prompts[3:], answers[:2] + answers[3:], strict=True):
+            assert answer.tokens == computed(prompt)
+        assert first.wait() and first.tokens == computed(PROMPT)
+        rig.settle()
+        assert rig.counter("failed_chunks") == 1
+
+
+def test_chunks_that_fail_together_only_are_computed_apart(llama: HFRunner, computed: Callable[..., list[int]]) -> None:
+    """As when there is no memory for the whole batch."""
+    runner = WatchedRunner(llama)
+    runner.refuse = lambda batch: len(batch) > 1
+    prompts = [prompt_of(190 + i, 20 + i) for i in range(4)]
+    with serving(runner, None) as rig:
+        answers = [rig.start(prompt) for prompt in prompts]
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert answer.wait().finish_reason == "length" and answer.tokens == computed(prompt)
+
+
+def test_a_request_that_cannot_be_taken_harms_nobody(llama: HFRunner, computed: Callable[..., list[int]]) -> None:
+    class Unreadable:
+        def __radd__(self, other: float) -> float:
+            raise RuntimeError("injected")
+
+        def __gt__(self, other: float) -> bool:
+            return True
+
+        __lt__ = __gt__
+
+    with serving(llama, None) as rig:
+        answer = Answer()
+        sampling = SamplingParams(max_tokens=2, temperature=0.0)
+        rig.engine.submit(GenerationRequest("odd", [7, 8], sampling, slo_ttft_s=Unreadable()), answer)  # type: ignore[arg-type]
+        assert answer.wait().finish_reason == "error" and "injected" in str(answer.wait().error)
+        assert rig.ask(PROMPT).tokens == computed(PROMPT)
+
+
+def test_a_lookup_that_a_pool_never_answers_is_given_up(
+    llama: HFRunner, computed: Callable[..., list[int]], memory_pool: Pool
+) -> None:
+    warm(llama, memory_pool)
+    pool = WatchedPool(memory_pool)
+    with serving(llama, pool, lookup_timeout_s=0.05, lookup_window=2) as rig:
+        pool.lookup_gate.shut()
+        for count in range(1, 12):  # the threads are all stuck soon, and what may wait for them is bounded
+            assert rig.ask(PROMPT).tokens == computed(PROMPT)
+            assert rig.counter("lookup_failures") == count
+        assert pool.lookup_gate.arrived == 2
+        pool.lookup_gate.open()
+
+        def answered() -> bool:
+            before = rig.counter("lookup_failures")
+            rig.ask(PROMPT)
+            return rig.counter("lookup_failures") == before
+
+        wait_until(answered, "a lookup that is answered")
+
+
+def test_an_engine_that_is_closed_while_it_looks_up_ends_its_requests(llama: HFRunner, memory_pool: Pool) -> None:
+    pool = WatchedPool(memory_pool)
+    with serving(llama, pool, settle=False, lookup_window=1) as rig:
+        pool.lookup_gate.shut()
+        answers = [rig.start(prompt_of(195 + i, 40)) for i in range(3)]
+        pool.lookup_gate.wait_arrived()
+        rig.engine.close(0.2)
+        assert {answer.wait().finish_reason for answer in answers} <= {"cancelled", "error"}
+        assert "internal error" not in rig.engine.healthy()[1]
+        pool.lookup_gate.open()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ended_is_said(llama: HFRunner) -> None:
+    runner = WatchedRunner(llama)
+
+    def end(batch: object) -> bool:
+        raise SystemExit
+
+    with serving(runner, None, settle=False) as rig:
+        assert rig.engine.healthy() == (True, "ok")
+        runner.refuse = end
+        rig.start(PROMPT)
+        wait_until(lambda: not rig.engine.healthy()[0], "the news")
+        assert rig.engine.healthy()[1] == "the thread penstock-compute ended"
+        rig.engine.close(0.2)
+
+
+def test_cancels_of_one_request_wait_once(llama: HFRunner) -> None:
+    """However often they come, and for requests that are not there."""
+    holding, go_on, asking = threading.Event(), threading.Event(), threading.Event()
+    inbox: list[int] = []
+
+    def hold(event: TokenEvent) -> None:  # on the control thread
+        holding.set()
+        go_on.wait(WAIT_S)
+
+    with serving(llama, None) as rig:
+        sampling = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
+        rig.engine.submit(GenerationRequest("r", PROMPT, sampling), hold)
+        assert holding.wait(WAIT_S)
+
+        def ask() -> None:
+            asking.set()
+            inbox.append(rig.engine.stats().extra["inbox"])  # as it stands when the answer is given
+
+        asker = threading.Thread(target=ask)
+        asker.start()
+        assert asking.wait(WAIT_S)
+        for _ in range(20000):
+            rig.engine.cancel("r")
+            rig.engine.cancel("nobody")
+        go_on.set()
+        asker.join(WAIT_S)
+        assert inbox[0] <= 3
+
+
+def test_what_is_lost_is_logged_once(llama: HFRunner, memory_pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
+    warm(llama, memory_pool)
+    pool = WatchedPool(memory_pool, leases=False)
+    pool.spoil = lambda key: "checksum"
+    with serving(llama, pool, l1_pages=30) as rig:
+        rig.ask(PROMPT)
+        rig.settle()
+        assert rig.labelled("load_failures") == {"checksum": BLOCKS}
+    told = [record.message for record in caplog.records if "could not be loaded" in record.message]
+    assert told == ["a block could not be loaded: checksum"]

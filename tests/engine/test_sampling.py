@@ -72,11 +72,15 @@ def test_without_a_seed_draws_differ() -> None:
     assert all(0 <= uniform_draw(seed, 0) < 1 for seed in range(200))
 
 
-def test_logits_that_are_not_numbers_are_an_error() -> None:
-    bad = LOGITS.clone()
-    bad[2] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"rows \[1\]"):
-        sample(torch.stack((LOGITS, bad)), [SamplingParams()] * 2, [0, 0])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_is_no_distribution_has_no_token_and_others_have_theirs(temperature: float) -> None:
+    rows = torch.stack((LOGITS, LOGITS.clone(), LOGITS.clone(), torch.full_like(LOGITS, float("-inf")), LOGITS))
+    rows[1, 2] = float("nan")
+    rows[2, 2] = float("inf")
+    params = SamplingParams(temperature=temperature, seed=4)
+    alone = sample(LOGITS[None], [params], [3])
+    assert alone != [None]
+    assert sample(rows, [params] * 5, [3] * 5) == [*alone, None, None, None, *alone]
 
 
 def test_counts_must_agree() -> None:

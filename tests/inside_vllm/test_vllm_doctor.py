@@ -106,6 +106,22 @@ def test_a_multi_connector_must_recompute_by_itself(llama: Path) -> None:
     assert found(serve(llama, config | {"kv_load_failure_policy": "recompute"}))["load failures"].status == "ok"
 
 
+def test_an_outer_connector_that_only_produces_is_a_problem_where_steps_overlap(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.config import VllmConfig
+
+    config = {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_producer",
+        "kv_connector_extra_config": {"connectors": [connector_config({"memory": "1GiB"})]},
+    }
+    assert found(serve(llama, config))["connector in use"].status == "note"
+    monkeypatch.setattr(VllmConfig, "max_concurrent_batches", property(lambda config: 2))
+    check = found(serve(llama, config))["connector in use"]
+    assert check.status == "problem" and "kv_both" in check.advice
+
+
 def test_memory_alone_is_worth_a_note(llama: Path) -> None:
     assert found(serve(llama, connector_config({"memory": "1GiB"})))["pool"].status == "note"
 

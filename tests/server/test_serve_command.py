@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+import psutil
 import pytest
 import typer
 from openai import OpenAI
@@ -149,6 +152,33 @@ def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     finally:
         process.kill()
         process.communicate(timeout=10)
+
+
+def test_sigterm_ends_the_command_while_chats_render_for_ever(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text("{% if messages[0]['content'] == 'loop' %}" + loops + "{% endif %}")
+    command = [sys.executable, "-m", "penstock", "serve", str(tmp_path), "--port", "0", "--kv-memory", "4MiB"]
+    process = subprocess.Popen([*command, "--drain-timeout-s", "0.5"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        found = re.search(r"listening on http://(\S+):(\d+)", process.stdout.readline())
+        assert found
+        (renderer,) = psutil.Process(process.pid).children()
+        body = b'{"messages": [{"role": "user", "content": "loop"}]}'
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body)
+        before_s = renderer.cpu_times().user
+        with socket.create_connection((found[1], int(found[2]))) as client:
+            client.sendall(head + body)
+            while renderer.is_running() and renderer.cpu_times().user < before_s + 0.2:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        psutil.wait_procs([renderer], timeout=30)
+        assert not renderer.is_running()
+    finally:
+        process.kill()
+        process.communicate(timeout=30)
 
 
 def test_the_real_engine_serves_and_reuses(served: tuple[str, subprocess.Popen[str]]) -> None:

@@ -19,10 +19,11 @@ from penstock.core.operations import RequestSpec
 from penstock.pool.open import open_local_pool
 from penstock.transport.node import PoolNode
 from penstock.units import format_address
-from penstock.vllm.host import Host, Shape
+from penstock.vllm.host import Host
 from penstock.vllm.layout import KVRows, Layer
 from penstock.vllm.link import Finished, LinkError, connect, listen
 from penstock.vllm.settings import Settings, choose_block_tokens, read_settings
+from penstock.vllm.shape import Shape
 from penstock.vllm.worker import WorkerSide
 
 BLOCK, VLLM_BLOCK, VLLM_BLOCKS, ROW_BYTES = 8, 4, 40, 96

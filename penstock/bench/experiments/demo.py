@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from penstock.bench.deadlines import deadlines_s, reusable_tokens, with_multipliers
+from penstock.bench.deadlines import RequestName, deadlines_s, reusable_tokens, with_multipliers
+from penstock.bench.load_check import MEASURED_NOTHING, LoadCheck, loaded_bytes, prompt_bytes
 from penstock.bench.progress import progress_bar
 from penstock.bench.report import Report
-from penstock.bench.served import Bed, Run, System, SystemFailed, calibrate, run_system
+from penstock.bench.served import Bed, Calibration, Run, System, SystemFailed, calibrate, run_system
 from penstock.bench.summary import add_figures, add_ratio, facts, outputs_equal, print_table, summarize_records
 from penstock.bench.timeline import Panel, write_figure, write_html
 from penstock.bench.workloads import Workload, agent_trajectories
+from penstock.units import parse_rate
 
 CALIBRATION_REQUESTS = 20
 BLOCK_TOKENS = 16
+OFFERED_LOAD = 2.5  # of the open sessions' turns after the first, over what the baseline can do
+START_SPARE = 1.15  # time between two sessions over what computing a first prompt takes
+REPLAY_SHARE = 0.75  # of the time that a replay may take at most
 SYSTEMS: tuple[System, ...] = ("coupled", "penstock")
 
 
@@ -28,7 +35,7 @@ def demo_workload(sessions: int, turns_max: int, seed: int) -> Workload:
         "32K",
         sessions,
         seed,
-        rate_per_s=3.0,
+        rate_per_s=3.0,  # the order of the sessions; when they start and how long they think, `paced` says
         token_divisor=4,
         turns_divisor=4,
         turns_max=turns_max,
@@ -37,6 +44,38 @@ def demo_workload(sessions: int, turns_max: int, seed: int) -> Workload:
         answer_tokens_max=8,
     )
     return with_multipliers(agents, seed)
+
+
+def paced(workload: Workload, alone: Calibration, reusable: Mapping[RequestName, int], replay_s_max: float) -> Workload:
+    """The workload at this machine's speed, so that every machine shows the same picture: sessions start as fast as it
+    computes their first prompts, and think as long as makes their further turns `OFFERED_LOAD` times what the baseline
+    can do. On a slow machine there are fewer sessions, so that a replay ends in time."""
+
+    def alone_s(name: str, turn: int) -> float:
+        asked = turns[name][turn]
+        cached = reusable[name, turn]
+        return alone.ttft.ttft_s(cached, asked.prompt_tokens - cached) + alone.decode_s * (asked.max_tokens - 1)
+
+    turns = {session.name: session.turns for session in workload.sessions}
+    first_s = [alone_s(name, 0) for name in turns]
+    later_s = [alone_s(name, turn) for name in turns for turn in range(1, len(turns[name]))] or [0.0]
+    gap_s = START_SPARE * sum(first_s) / len(first_s)
+    turn_s = sum(later_s) / len(later_s)
+    each_s = gap_s + (max(map(len, turns.values())) - 1) * turn_s * (1.0 + 1.0 / OFFERED_LOAD)
+    count = max(1, min(len(turns), int(REPLAY_SHARE * replay_s_max / each_s)))
+    think_s = count * turn_s / OFFERED_LOAD
+    sessions = sorted(workload.sessions, key=lambda session: session.start_s)[:count]
+    return replace(
+        workload,
+        sessions=tuple(
+            replace(
+                session,
+                start_s=number * gap_s,
+                turns=tuple(replace(turn, think_s=think_s if i else 0.0) for i, turn in enumerate(session.turns)),
+            )
+            for number, session in enumerate(sessions)
+        ),
+    )
 
 
 def demo_bed(model: Path, workload: Workload, pace: str) -> Bed:
@@ -77,18 +116,33 @@ def demo(
             with progress_bar(console) as progress:
                 alone = calibrate(bed, workload, CALIBRATION_REQUESTS, 60.0, progress)
                 reusable = reusable_tokens(workload, bed.vocabulary, bed.block_tokens)
+                workload = paced(workload, alone, reusable, minutes * 30)
+                bed = demo_bed(bed.model, workload, pace)
+                reusable = reusable_tokens(workload, bed.vocabulary, bed.block_tokens)
                 deadlines = deadlines_s(workload, reusable, alone.ttft)
                 for system in SYSTEMS:
                     runs[system] = run_system(bed, system, workload, deadlines, minutes * 30, progress)
             sizes = _sizes(bed, workload)
+            check = _load_check(bed, workload, runs["penstock"])
     except SystemFailed as error:
         console.print(f"penstock bench demo: {error}", markup=False)
         raise typer.Exit(1) from None
+    check.add_to(report)
     _finish(report, runs, sizes, pace, out, console)
     if report.figures["failed_requests"]:
         errors = {record.error for run in runs.values() for record in run.records if record.error}
         console.print(f"failed requests: {sorted(map(str, errors))[:3]}", style="bold red")
         raise typer.Exit(1)
+    if problems := check.problems():
+        console.print(f"penstock bench demo measured nothing: {'; '.join(problems)}", markup=False, style="bold red")
+        raise typer.Exit(MEASURED_NOTHING)
+
+
+def _load_check(bed: Bed, workload: Workload, run: Run) -> LoadCheck:
+    held = sum(session.turns[-1].prompt_tokens for session in workload.sessions)
+    link = None if bed.pace is None else parse_rate(bed.pace) * run.wall_s
+    kv = bed.kv_bytes_per_token
+    return LoadCheck(held, bed.l1_tokens, loaded_bytes(run.records), prompt_bytes(run.records, kv), link)
 
 
 def _sizes(bed: Bed, workload: Workload) -> str:

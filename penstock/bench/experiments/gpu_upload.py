@@ -7,13 +7,14 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from penstock.bench.report import Report
+from penstock.core.operations import ChunkOutcome
 from penstock.engine.engine import SWITCH_INTERVAL_S
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import Chunk, SamplingParams, UploadGroup
@@ -102,14 +103,14 @@ class _Hit:
         for block, page in self.blocks:
             self.runner.download(page, block)
 
-    def compute(self, pending: tuple[UploadGroup, ...] = ()) -> list[int | None]:
+    def compute(self, pending: tuple[UploadGroup, ...] = ()) -> Sequence[ChunkOutcome]:
         chunk = Chunk("hit", self.tokens[self.start :], self.start, self.pages, GREEDY, pending=pending)
         return self.runner.run([chunk])
 
     def load(self) -> None:
         self.runner.upload(self.runner.start_upload(self.blocks))
 
-    def load_under_compute(self) -> list[int | None]:
+    def load_under_compute(self) -> Sequence[ChunkOutcome]:
         """Both at once; compute follows the upload layer by layer."""
         group = self.runner.start_upload(self.blocks)
         uploader = threading.Thread(target=self.runner.upload, args=(group,), daemon=True)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from penstock.bench.deadlines import RequestName, deadlines_s, reusable_tokens, with_multipliers
+from penstock.bench.load_check import MEASURED_NOTHING, LoadCheck, loaded_bytes, prompt_bytes
 from penstock.bench.progress import progress_bar
 from penstock.bench.replay import RequestRecord
 from penstock.bench.report import Report
@@ -22,6 +23,7 @@ from penstock.bench.summary import add_figures, add_ratio, facts, outputs_equal,
 from penstock.bench.timeline import Panel, write_figure, write_html
 from penstock.bench.traces import Scaling, TraceError, read_trace
 from penstock.bench.workloads import Workload
+from penstock.units import parse_rate
 
 BLOCK_TOKENS = 16
 START_S = 14.0  # processes up, cost model measured, warm-up, and down again, for one run
@@ -80,19 +82,27 @@ def is_open_loop(workload: Workload) -> bool:
 
 
 def make_bed(model: Path, workload: Workload, options: Options) -> Bed:
-    """Device memory for the longest prompt and three of the mean, far below what the open sessions hold together, so
-    that reuse has to come from the pool."""
+    """Device memory for the longest prompt and three of the mean, but at most a third of what the open sessions hold
+    together (where the longest fits into that), so that reuse has to come from the pool."""
     mean = workload.prompt_tokens // workload.requests
+    longest = round(1.1 * workload.context_tokens_max)
+    third = open_tokens(workload, options.sessions_at_once) // 3
     return Bed(
         model=model,
         block_tokens=BLOCK_TOKENS,
-        l1_tokens=round(1.1 * workload.context_tokens_max) + 3 * mean,
+        l1_tokens=max(longest, min(longest + 3 * mean, third)),
         l2_bytes=32 * 2**20,
         pool_bytes=2 * 2**30,
         pace=options.pace,
         sessions_at_once=256 if is_open_loop(workload) else options.sessions_at_once,
         request_s_max=max(60.0, options.minutes * 60.0),
     )
+
+
+def open_tokens(workload: Workload, sessions_at_once: int) -> int:
+    """Tokens that the open sessions hold at most: the longest of them, each with its last prompt."""
+    longest = sorted((session.turns[-1].prompt_tokens for session in workload.sessions), reverse=True)
+    return sum(longest if is_open_loop(workload) else longest[:sessions_at_once])
 
 
 def busy_s(workload: Workload, alone: Calibration, cached: Callable[[RequestName], int]) -> float:
@@ -151,6 +161,9 @@ def serve(
     think_s_max: Annotated[float, typer.Option(min=0, help="Think times are divided by 8 and cut here.")] = 1.5,
     sessions_at_once: Annotated[int, typer.Option(min=1, max=256, help="Open agent sessions.")] = 16,
     pace: Annotated[str, typer.Option(help="What the pool node sends at most, or none.")] = "25MB/s",
+    control: Annotated[
+        bool, typer.Option("--control", help="The trace has little to reuse: what does Penstock cost there?")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and of deadlines' multipliers.")] = 0,
 ) -> None:
     """Replay a trace through the API with a real small model: penstock, coupled, and without a pool."""
@@ -174,7 +187,9 @@ def serve(
                 alone = calibrate(bed, first, CALIBRATION_REQUESTS, min(CALIBRATION_S_MAX, minutes * 12), progress)
                 plan = make_plan(options, bed, alone, minutes * 60 - (time.monotonic() - started_s))
                 runs = _run(plan, alone, progress)
+            check = _load_check(plan, runs, options)
             report = _report(plan, runs, alone, options)
+            check.add_to(report)
     except SystemFailed as error:
         console.print(f"penstock bench serve: {error}", markup=False)
         raise typer.Exit(1) from None
@@ -183,6 +198,22 @@ def serve(
         errors = {record.error for run in runs for record in run.records if record.error}
         console.print(f"requests failed or outputs differ: {sorted(map(str, errors))[:3]}", style="bold red")
         raise typer.Exit(1)
+    problems = check.problems()
+    if control:
+        problems = [] if problems else [f"{check.loaded_share:.1%} of the prompts' KV was loaded: this is no control"]
+    if problems:
+        console.print(f"penstock bench serve measured nothing: {'; '.join(problems)}", markup=False, style="bold red")
+        raise typer.Exit(MEASURED_NOTHING)
+
+
+def _load_check(plan: Plan, runs: Sequence[Run], options: Options) -> LoadCheck:
+    bed = plan.bed
+    records = _records(runs, "penstock")
+    wall_s = sum(run.wall_s for run in runs if run.system == "penstock")
+    link = None if bed.pace is None else parse_rate(bed.pace) * wall_s
+    kv = bed.kv_bytes_per_token
+    held = open_tokens(plan.workload, options.sessions_at_once)
+    return LoadCheck(held, bed.l1_tokens, loaded_bytes(records), prompt_bytes(records, kv), link)
 
 
 def _run(plan: Plan, alone: Calibration, progress: Progress) -> list[Run]:

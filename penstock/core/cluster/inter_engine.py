@@ -23,6 +23,7 @@ from typing import Literal
 from penstock.core.cluster.engine_groups import Engine, EngineSpec, Groups, Node
 from penstock.core.cluster.placing import (
     Decision,
+    DecisionFailed,
     GiveUp,
     InterEngineConfig,
     Place,
@@ -244,27 +245,41 @@ class InterEngineScheduler:
     # -- decisions ----------------------------------------------------------------------------------------------
 
     def decide(self, now: float) -> list[Decision]:
-        """What to do now, in order. To be called after events, and at `next_deadline_s`."""
-        out, self._out = self._out, []
+        """What to do now, in order. To be called after events, and at `next_deadline_s`. Raises DecisionFailed for a
+        request that could not be decided on, which is known no more; what was decided before comes with the next call.
+        """
         self._now = now
         for entry in self._queue.since_before(now - self.config.waiting_timeout_s):
-            self._give_up(entry.item, "timeout", out)
+            self._give_up(entry.item, "timeout", self._out)
             self._blocked = ""
-        if self._blocked:
-            return out
-        while True:
-            entry_next = self._queue.first(now)
-            if entry_next is None:
-                return out
-            request = entry_next.item
-            pair = self._pick(request)
-            if pair is not None:
+        if not self._blocked:
+            self._decide_on_waiting(now)
+        out, self._out = self._out, []
+        return out
+
+    def _decide_on_waiting(self, now: float) -> None:
+        while (entry := self._queue.first(now)) is not None:
+            request = entry.item
+            try:
+                if not self._decide_on(request):
+                    return
+            except Exception as error:
                 self._leave_queue(request)
-                out.append(self._place(request, *pair))
-            elif request.length_tokens > self.groups.capacity_max > 0:
-                self._give_up(request, "too long", out)
-            else:
-                return out
+                del self._requests[request.request_id]
+                raise DecisionFailed(request.request_id, error) from error
+
+    def _decide_on(self, request: _Request) -> bool:
+        """Place the first request, or give it up; False when it goes on waiting."""
+        pair = self._pick(request)
+        if pair is not None:
+            place = self._place(request, *pair)
+            self._leave_queue(request)
+            self._out.append(place)
+            return True
+        if request.length_tokens > self.groups.capacity_max > 0:
+            self._give_up(request, "too long", self._out)
+            return True
+        return False
 
     def next_deadline_s(self) -> float | None:
         """When to call `decide` at the latest, to give up what has waited too long; None while nothing waits."""
@@ -295,16 +310,17 @@ class InterEngineScheduler:
         return prefill, decode
 
     def _place(self, request: _Request, prefill: Engine, decode: Engine) -> Place:
+        # All that can fail comes first: a failure leaves no account of it.
+        plan = self._planner.plan(request.hit_tokens, request.prompt_tokens - request.hit_tokens, prefill, decode)
+        request.compute_s = self._compute_s(request, plan.recompute_tokens, prefill)
+        request.prefill_tokens = self._prefill_tokens(request, prefill, decode)
         request.attempt += 1
         request.prefill, request.decode, request.prefilled = prefill, decode, False
-        plan = self._planner.plan(request.hit_tokens, request.prompt_tokens - request.hit_tokens, prefill, decode)
         if plan.prefill_tokens:
             request.prefill_read = prefill.node.assign(plan.prefill_tokens)
         if plan.decode_tokens:
             request.decode_read = decode.node.assign(plan.decode_tokens)
-        request.compute_s = self._compute_s(request, plan.recompute_tokens, prefill)
         prefill.compute_s += request.compute_s or 0.0
-        request.prefill_tokens = self._prefill_tokens(request, prefill, decode)
         prefill.group.charge(prefill, request.prefill_tokens, 1)
         prefill.requests[request.request_id] = None
         if decode is not prefill:

@@ -16,6 +16,14 @@ Placement = Literal["balanced", "turns"]
 Side = Literal["prefill", "decode"]
 
 
+class DecisionFailed(RuntimeError):
+    """No decision could be made on one request, for a fault of the scheduler's own; it is not known any more."""
+
+    def __init__(self, request_id: RequestId, error: Exception) -> None:
+        super().__init__(f"internal error: {error!r}")
+        self.request_id = request_id
+
+
 class TooManyRequests(RuntimeError):
     """There are `max_waiting` requests already."""
 

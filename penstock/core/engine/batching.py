@@ -10,7 +10,7 @@ from penstock.core.engine.handing import Handing
 from penstock.core.engine.request import NO_PAGE, BlockLoad, LoadState, Request, State
 from penstock.core.engine.saving import Saving, block_to_save
 from penstock.core.engine.shared_state import SharedState
-from penstock.core.operations import Compute, ComputeChunk, FinishReason
+from penstock.core.operations import ChunkFault, ChunkOutcome, Compute, ComputeChunk, FinishReason
 from penstock.core.ordering import RankedQueue
 
 Finish = Callable[[Request, FinishReason, str | None, float], None]
@@ -211,25 +211,33 @@ class Batching:
 
     # -- results ------------------------------------------------------------------------------------------------
 
-    def computed(self, op_id: int, sampled: Sequence[int | None], now: float) -> list[tuple[Request, int | None]]:
-        """A batch ended; returns each request with its sampled token."""
+    def computed(
+        self, op_id: int, outcomes: Sequence[ChunkOutcome], now: float
+    ) -> list[tuple[Request, ChunkFault, bool]]:
+        """A batch ended; returns each request with its token or error, and whether its chunk waited for uploads. A
+        chunk that failed leaves no block behind; of one that did not, blocks that are not finite stay private."""
         assert self._batch is not None and self._batch[0] == op_id
         _, chunks, issued_s = self._batch
         self._batch = None
         shared = self._shared
         seconds = now - issued_s
         spans = _spans(chunks)
-        shared.cost.compute_error.observe(shared.cost.compute.seconds(spans), seconds)
-        shared.cost.compute.observe(spans, seconds)
-        shared.count("batches")
-        shared.count("computed_tokens", sum(len(chunk.tokens) for _, chunk in chunks))
-        results: list[tuple[Request, int | None]] = []
-        for (request, chunk), token in zip(chunks, sampled, strict=True):
+        results: list[tuple[Request, ChunkFault, bool]] = []
+        for (request, chunk), outcome in zip(chunks, outcomes, strict=True):
             request.batched = False
             if request.state is State.PREFILL:
                 request.account.measured_compute_s += seconds
-            self._advance(request, chunk.start + len(chunk.tokens))
-            results.append((request, token))
+            result = outcome if isinstance(outcome, ChunkFault) else ChunkFault(token=outcome)
+            if result.error is None:
+                self._advance(request, chunk.start + len(chunk.tokens), result.unusable)
+            else:
+                shared.count("failed_chunks")
+            results.append((request, result, bool(chunk.pending)))
+        shared.count("batches")
+        shared.count("computed_tokens", sum(len(chunk.tokens) for _, chunk in chunks))
+        if all(result.error is None for _, result, _ in results):  # else it was computed in parts, more than once
+            shared.cost.compute_error.observe(shared.cost.compute.seconds(spans), seconds)
+            shared.cost.compute.observe(spans, seconds)
         return results
 
     def failed(self, op_id: int) -> tuple[list[Request], bool]:
@@ -241,13 +249,18 @@ class Batching:
             request.batched = False
         return [request for request, _ in chunks], any(chunk.pending for _, chunk in chunks)
 
-    def _advance(self, request: Request, position: int) -> None:
-        """Everything before `position` is in L1: cache the blocks that became full, and offer them to the pool."""
+    def _advance(self, request: Request, position: int, unusable: frozenset[int]) -> None:
+        """Everything before `position` is in L1: cache the blocks that became full, and offer them to the pool. Those
+        that are `unusable` stay this request's own: neither cached, saved nor handed over."""
         shared = self._shared
         size = shared.config.block_tokens
         first, request.position = request.position // size, position
         for index in range(first, position // size):
             request.ready[index] = True
+            if index in unusable:
+                shared.count("unusable_blocks")
+                self._handing.skip(request, index)
+                continue
             if index < request.prompt_blocks:
                 self._handing.in_l1(request, index)
             key, page = request.key_at(index), request.pages[index]

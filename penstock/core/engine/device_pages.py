@@ -84,6 +84,14 @@ class DevicePages:
         """End one use of a cached block."""
         self._index.unpin(self._key_of[page])
 
+    def discard(self, key: BlockKey) -> None:
+        """A cached block is of no use: its page is free, unless somebody uses it still."""
+        if key in self._page_of and not self._index.pins(key):
+            self._index.remove(key)
+            page = self._page_of.pop(key)
+            del self._key_of[page]
+            self._free.append(page)
+
     def check_integrity(self, private: set[int]) -> None:
         """Every page is exactly one of free, private (`private`: those held by requests and loads), cached."""
         free = set(self._free)

@@ -16,6 +16,10 @@ from penstock.core.engine.shared_state import SharedState
 from penstock.core.operations import Fetch, Route
 from penstock.core.ordering import Rank, RankedQueue
 
+LINKS_IDLE_MAX = 256  # links without anything in flight that are remembered
+LINK_FORGET_S = 600.0  # one that was not used for so long is forgotten when another one comes
+QUEUES_MAX = 64  # with empty ones among them
+
 
 class Fetching:
     """Queues of requests by route, admitted ones apart from reactive ones, and what is in flight on each link."""
@@ -28,6 +32,7 @@ class Fetching:
         self._reactive: dict[Route, RankedQueue[Request]] = {}
         self._links: dict[str, LinkUse] = {}
         self._in_flight: dict[int, BlockLoad] = {}
+        self._now = 0.0
 
     def offer(self, request: Request, route: Route) -> None:
         """The request wants a block over the route."""
@@ -46,7 +51,11 @@ class Fetching:
         """Issue fetches while links and L2 have room; admitted requests before reactive ones. Where routes share a
         link, the request of least rank goes first, and of its routes the one with the least in flight: so all devices
         behind that link are read at once."""
+        self._now = now
         for queues, reactive in ((self._admitted, False), (self._reactive, True)):
+            if len(queues) > QUEUES_MAX:  # nodes and decode engines come and go
+                for route in [route for route, queue in queues.items() if not len(queue)]:
+                    del queues[route]
             while (found := self._next(queues, reactive)) is not None:
                 load, request = found
                 self._issue(load, request, reactive, now)
@@ -88,8 +97,19 @@ class Fetching:
     def _link(self, name: str) -> LinkUse:
         use = self._links.get(name)
         if use is None:
+            self._forget_links()
             use = self._links[name] = LinkUse()
         return use
+
+    def _forget_links(self) -> None:
+        """A node or decode engine that starts again has another address: links that nothing uses go, with what was
+        learned of them. A link without anything in flight begins as a new one does (`LinkUse.finished`)."""
+        idle = sorted((use.last_done_s, name) for name, use in self._links.items() if not use.in_flight)
+        spare = len(idle) - LINKS_IDLE_MAX
+        for number, (last_done_s, name) in enumerate(idle):
+            if number < spare or (self._now - last_done_s > LINK_FORGET_S and last_done_s):
+                del self._links[name]
+                self._shared.cost.forget(name)
 
     def _issue(self, load: BlockLoad, request: Request, reactive: bool, now: float) -> None:
         shared = self._shared

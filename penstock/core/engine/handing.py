@@ -71,6 +71,18 @@ class Handing:
         request.forwarding.add(index)
         self._in_l1.setdefault(hand_off.to, deque()).append(_Block(request, index, None, False))
 
+    def skip(self, request: Request, index: int) -> None:
+        """The block, which has just been computed, is not to leave this engine: the decode engine has to compute it."""
+        if request.spec.hand_off is None or index >= request.prompt_blocks or index in request.handed:
+            return
+        request.handed.add(index)
+        self._not_handed(request, "unusable")
+
+    def _not_handed(self, request: Request, reason: str) -> None:
+        self._shared.count("hand_off_failures")
+        failures = request.account.hand_off_failures
+        failures[reason] = failures.get(reason, 0) + 1
+
     def finish(self, request: Request) -> None:
         """The whole prompt is in L1: what is not on its way yet goes now."""
         for index in range(request.prompt_blocks):
@@ -176,9 +188,7 @@ class Handing:
             request.forwarding.add(block.index)
             self._in_l1.setdefault(hand_off.to, deque()).append(again)
         elif block.retried or request.state is State.HANDING:
-            shared.count("hand_off_failures")
-            failures = request.account.hand_off_failures
-            failures[error] = failures.get(error, 0) + 1
+            self._not_handed(request, error)
             request.handed.add(block.index)
         block_was_downloading = block.downloading
         self._stop_downloading(block, now)

@@ -83,6 +83,7 @@ class Request:
         "chain",
         "compute_s",
         "deadline_s",
+        "distrusts_pool",
         "downloading",
         "ending",
         "forwarding",
@@ -159,6 +160,7 @@ class Request:
         # compute
         self.batched = False
         self.restarted = False  # a batch of it failed that waited for uploads
+        self.distrusts_pool = False  # blocks from there had values that are not finite: it computes all of its own
         self.ending: Ending | None = None
         self.label = "lookup"
         self.label_since_s = now

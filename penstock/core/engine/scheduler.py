@@ -32,7 +32,7 @@ from penstock.core.engine.saving import Saving
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.engine.sides import is_far, route_hits
 from penstock.core.engine.standing import Standing, standing
-from penstock.core.operations import BlockHit, Emit, FinishReason, Lookup, Operation, RequestSpec
+from penstock.core.operations import BlockHit, ChunkOutcome, Discard, Emit, FinishReason, Lookup, Operation, RequestSpec
 
 
 class WaitingQueueFull(RuntimeError):
@@ -97,7 +97,7 @@ class LoadScheduler:
     def _look_up(self, request: Request, now: float) -> None:
         request.state = State.LOOKUP
         request.switch_label("lookup", now)
-        if self.config.pool and request.hittable_blocks:
+        if self.config.pool and request.hittable_blocks and not request.distrusts_pool:
             self._lookups.append(request)
         else:
             self._enqueue(request, now)
@@ -112,6 +112,8 @@ class LoadScheduler:
             self._shared.count("lookup_failures")
             hits = []
         own = [hit if hit is not None and hit.size_bytes == size else None for hit in hits]
+        if refused := sum(hit is not None and hit.size_bytes != size for hit in hits):
+            self._shared.count("hits_of_another_size", refused)
         hand_off = request.spec.hand_off
         if hand_off is not None:
             request.hits, request.alternates = route_hits(own, hand_off, size, request.hittable_blocks)
@@ -182,26 +184,50 @@ class LoadScheduler:
         self._saving.saved(op_id, error)
         self._admission.blocked = False
 
-    def computed(self, op_id: int, sampled: Sequence[int | None], now: float) -> None:
-        """A Compute ended with one sampled token (or None) per chunk."""
-        for request, token in self._batching.computed(op_id, sampled, now):
-            if request.ending is not None:
+    def computed(self, op_id: int, outcomes: Sequence[ChunkOutcome], now: float) -> None:
+        """A Compute ended with one outcome per chunk. A failed chunk ends its own request only."""
+        for request, outcome, waited in self._batching.computed(op_id, outcomes, now):
+            if outcome.error is not None:
+                if not self._recompute(request, outcome.unusable, now):
+                    self._failed(request, outcome.error, waited, now)
+            elif request.ending is not None:
                 self._finish_late(request, request.ending, now)
-            elif token is None:
+            elif outcome.token is None:
                 self._changed(request, now)
             else:
-                self._token(request, token, now)
+                self._token(request, outcome.token, now)
 
     def compute_failed(self, op_id: int, error: str, now: float) -> None:
-        """A Compute came to nothing: its requests end with an error. When it waited for uploads those may be the cause:
-        then its requests start over, once."""
+        """A Compute came to nothing, and nobody knows why: all its requests end with an error, or start over."""
         requests, waited = self._batching.failed(op_id)
         for request in requests:
-            if waited and not request.restarted and request.ending is None and not request.downloading:
-                request.restarted = True
-                self._start_over(request, now)
-            else:
-                self._finish_late(request, request.ending or ("error", error, None), now)
+            self._failed(request, error, waited, now)
+
+    def _recompute(self, request: Request, unusable: frozenset[int], now: float) -> bool:
+        """Where a chunk failed over cached blocks that are not finite, drop those and start over without the pool,
+        once, or return False. They came from the pool: what is computed here is looked at before it is cached."""
+        l1 = self._shared.l1
+        pages = {i: request.pages[i] for i in unusable if i < len(request.pages)}
+        keys = tuple(request.key_at(i) for i, page in sorted(pages.items()) if page != NO_PAGE and l1.is_cached(page))
+        if not keys or request.distrusts_pool or request.ending is not None or request.downloading:
+            return False
+        self._shared.count("distrusted_blocks", len(keys))
+        request.distrusts_pool = True
+        self._start_over(request, now)
+        for key in keys:
+            l1.discard(key)
+        if self.config.pool:
+            self._shared.outbox.append(Discard(keys))
+        return True
+
+    def _failed(self, request: Request, error: str, waited: bool, now: float) -> None:
+        """The request's chunk came to nothing. When it `waited` for uploads those may be the cause: then the request
+        starts over, once."""
+        if waited and not request.restarted and request.ending is None and not request.downloading:
+            request.restarted = True
+            self._start_over(request, now)
+        else:
+            self._finish_late(request, request.ending or ("error", error, None), now)
 
     def _token(self, request: Request, token: int, now: float) -> None:
         account = request.account

@@ -75,7 +75,10 @@ class GuestScheduler:
         self._sequence += 1
         deadline_s = now + self.config.default_slo_ttft_s if spec.ttft_deadline_s is None else spec.ttft_deadline_s
         request = Request(spec, self._sequence, now, self.config.block_tokens, deadline_s)
-        guest = Guest(request, 0, load and self.config.pool and len(self._guests) < self.config.max_waiting)
+        has_room = len(self._guests) < self.config.max_waiting
+        if load and self.config.pool and not has_room:
+            self._shared.count("requests_without_loads")
+        guest = Guest(request, 0, load and self.config.pool and has_room)
         self._guests[spec.request_id] = guest
         self._ageing.arrived(request)
         self._shared.count("requests")
@@ -112,6 +115,8 @@ class GuestScheduler:
         else:
             request.hits = {}
             for index, hit in enumerate(hits):
+                if hit is not None and hit.size_bytes != self.config.block_bytes:
+                    self._shared.count("hits_of_other_size")
                 if hit is None or hit.size_bytes != self.config.block_bytes or index in guest.bad:
                     self._seen.missed(request.key_at(index), op_id)
                 else:
@@ -277,6 +282,7 @@ class GuestScheduler:
             key, hit = request.key_at(index), request.hits.get(index)
             if hit is None or key in self._granting:
                 grant.hole = guest.end = index
+                self._shared.count("hits_withdrawn", end - index)
                 for behind in [behind for behind in request.loads if behind >= index]:
                     self._loading.forgo(request, behind)
                 break

@@ -1,0 +1,43 @@
+"""Types with bounds for what goes over the cluster's wire: a message outside them ends its connection, with one line.
+
+msgspec checks them when it decodes; NaN is outside every bound. Senders shorten text (`clip`) and limit what they
+measured (`within`), so that nothing that Penstock itself says is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+SECONDS_MAX = 1e6
+RATE_MAX = 1e18  # bytes or tokens in a second
+COUNT_MAX = 1 << 53
+TEXT_CHARACTERS_MAX = 4096
+NAME_CHARACTERS_MAX = 512
+TENANT_CHARACTERS_MAX = 4096
+TOKENS_MAX = 1 << 23
+LIST_MAX = 65_536
+
+Seconds = Annotated[float, Meta(ge=0.0, le=SECONDS_MAX)]
+LeaseSeconds = Annotated[float, Meta(ge=0.001, le=3600.0)]
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+Rate = Annotated[float, Meta(ge=0.0, le=RATE_MAX)]
+Count = Annotated[int, Meta(ge=0, le=COUNT_MAX)]
+Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]  # epochs, attempts, sequences
+Token = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+Tokens = Annotated[list[Token], Meta(max_length=TOKENS_MAX)]
+Name = Annotated[str, Meta(max_length=NAME_CHARACTERS_MAX)]
+Tenant = Annotated[str, Meta(max_length=TENANT_CHARACTERS_MAX)]
+Text = Annotated[str, Meta(max_length=TEXT_CHARACTERS_MAX)]
+Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
+def clip(text: str) -> str:
+    """At most TEXT_CHARACTERS_MAX characters of a text, and only such as can be encoded."""
+    return text[:TEXT_CHARACTERS_MAX].encode(errors="replace").decode()
+
+
+def within(value: float, most: float) -> float:
+    """A measured value between 0 and `most`; 0 for what is no number."""
+    return min(max(value, 0.0), most) if value == value else 0.0

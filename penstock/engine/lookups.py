@@ -1,0 +1,117 @@
+"""Questions to the pool that are under way: bounded, and each answered by its deadline, whatever the pool does."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from penstock.core.operations import BlockHit, Discard, Lookup
+from penstock.engine.transfers import GRACE_S
+from penstock.pool.api import Pool, PoolError
+from penstock.rate_limited_log import RateLimitedLog
+
+log = logging.getLogger(__name__)
+
+WAITING_RATIO = 4  # lookups that may wait or run, for each thread
+
+Answer = Callable[[list[BlockHit | None] | None], None]  # None: the pool could not be asked
+
+
+class Lookups:
+    """Asks on a few threads. `end_late` is the control thread's, the rest anybody's."""
+
+    def __init__(self, pool: Pool, threads: int) -> None:
+        self._pool = pool
+        self._busy_max = threads * WAITING_RATIO
+        self._busy = 0  # lookups that wait for a thread or are asked, also those that were given up meanwhile
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="penstock-lookup")
+        self._lock = threading.Lock()
+        self._open: dict[int, tuple[float, Answer]] = {}  # operation -> when it is given up, whom to answer
+        self._told = RateLimitedLog(log)
+
+    def ask(self, op: Lookup, answer: Answer) -> None:
+        """`answer` is called once, from any thread: with None when too many wait already, after `close`, when the pool
+        raises, or `GRACE_S` seconds after the deadline."""
+        with self._lock:
+            full = self._busy >= self._busy_max
+            if not full:
+                self._busy += 1
+                self._open[op.op_id] = (time.monotonic() + op.timeout_s + GRACE_S, answer)
+        if full:
+            self._lost("full", f"{self._busy_max} lookups wait already")
+            answer(None)
+            return
+        try:
+            self._threads.submit(self._run, op)
+        except RuntimeError as error:  # after `close`
+            self._lost("closed", str(error))
+            self._end(op.op_id, None)
+
+    def discard(self, op: Discard) -> None:
+        """Have the pool forget blocks; when that fails they stay, and are found out again."""
+        with self._lock:
+            full = self._busy >= self._busy_max
+            self._busy += not full
+        try:
+            if not full:
+                self._threads.submit(self._run, op)
+        except RuntimeError:  # after `close`
+            full = True
+        if full:
+            self._told.warning("discard", "%d unusable blocks stay in the pool: it is busy or closed", len(op.keys))
+
+    def _run(self, op: Lookup | Discard) -> None:
+        try:
+            if isinstance(op, Discard):
+                self._pool.evict(op.keys)
+            elif op.op_id in self._open:  # not given up while it waited for a thread
+                self._ask(op)
+        except Exception as error:  # of a Discard
+            self._told.warning("discard", "unusable blocks stay in the pool: %r", error)
+        finally:
+            with self._lock:
+                self._busy -= 1
+
+    def _ask(self, op: Lookup) -> None:
+        hits: list[BlockHit | None] | None = None
+        try:
+            found = self._pool.lookup(op.keys, op.timeout_s)
+            hits = [None if hit is None else BlockHit(hit.size_bytes, hit.route) for hit in found]
+        except PoolError as error:
+            self._lost(error.reason, str(error))
+        except Exception as error:  # whatever it is, the request goes on without hits
+            log.exception("a lookup raised")
+            self._lost("raised", repr(error))
+        if hits is not None and len(hits) != len(op.keys):
+            self._lost("layout", f"{len(hits)} answers for {len(op.keys)} keys")
+            hits = None
+        self._end(op.op_id, hits)
+
+    def _end(self, op_id: int, hits: list[BlockHit | None] | None) -> None:
+        with self._lock:
+            mine = self._open.pop(op_id, None)
+        if mine is not None:
+            mine[1](hits)
+
+    def _lost(self, subject: str, why: str) -> None:
+        self._told.warning(subject, "a lookup failed, its request goes on without hits: %s", why)
+
+    def end_late(self) -> None:
+        """Answer what is past its deadline with None."""
+        now_s = time.monotonic()
+        with self._lock:
+            late = [op_id for op_id, (give_up_s, _) in self._open.items() if give_up_s <= now_s]
+        for op_id in late:
+            self._lost("deadline", "the pool did not answer by its deadline")
+            self._end(op_id, None)
+
+    def close(self) -> None:
+        """Ask no more; what has not begun is answered with None."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            left, self._open = self._open, {}
+        for _, answer in left.values():
+            answer(None)

@@ -1,0 +1,73 @@
+"""What vLLM and the user's settings make of the scheduler's side: its shape, its scheduler core's numbers, its pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from penstock.core.config import ConfigError, SchedulerConfig
+from penstock.pool.api import Pool
+from penstock.pool.open import open_pool
+from penstock.transport.connect import connect_pool
+from penstock.vllm.settings import Settings
+from penstock.vllm.shared_staging import SPARE_SLOTS
+
+FREES_TEXT = (
+    "vLLM runs several steps at a time, and with its outermost connector's kv_role 'kv_producer' it gives blocks to a "
+    "load that a step in flight may still write; allowed: kv_role 'kv_both' or 'kv_consumer' in the outer "
+    "--kv-transfer-config (the inner ones keep theirs)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the scheduler's side has to know of vLLM: tokens of a pool block, vLLM blocks of each group in it, how many
+    pool blocks fit into vLLM's cache, and whether every rank holds the same bytes (MLA)."""
+
+    engine_id: str
+    ranks: int
+    block_tokens: int
+    rows: tuple[int, ...]
+    l1_blocks: int
+    same_on_all_ranks: bool
+    loads: bool
+    saves: bool
+    reuses_pages_in_flight: bool = False  # vLLM may give a load blocks that a step still writes, unless it defers frees
+
+
+def check_frees(shape: Shape, defers_frees: bool) -> None:
+    """Raises ConfigError where vLLM would give a load blocks that a step in flight may still write."""
+    if shape.loads and shape.reuses_pages_in_flight and not defers_frees:
+        raise ConfigError(FREES_TEXT)
+
+
+def open_pool_of(settings: Settings) -> Pool:
+    """One pool node alone is spoken to directly; anything else is one pool of several members."""
+    if len(settings.pool) == 1 and not settings.memory and not settings.slab:
+        return connect_pool(settings.pool[0])
+    return open_pool(settings.open_config())
+
+
+def scheduler_config(settings: Settings, shape: Shape, block_bytes: int, slot_bytes: int) -> SchedulerConfig:
+    """Of an engine whose blocks have `block_bytes` and take `slot_bytes` of staging. Raises ConfigError."""
+    slots = settings.staging_bytes // slot_bytes - SPARE_SLOTS
+    if slots < 4:
+        raise ConfigError(
+            f"staging is {settings.staging_bytes} bytes; allowed: at least {4 + SPARE_SLOTS} blocks of "
+            f"{slot_bytes} bytes"
+        )
+    return SchedulerConfig(
+        block_tokens=shape.block_tokens,
+        block_bytes=block_bytes,
+        l1_pages=max(1, shape.l1_blocks),
+        l2_slots=slots,
+        policy=settings.policy,
+        recompute=not settings.load_always,
+        max_waiting=settings.max_waiting,
+        fetch_window_blocks=settings.fetch_window_blocks,
+        age_bound_s=settings.age_bound_s,
+        age_delays=settings.age_delays,
+        default_slo_ttft_s=settings.default_slo_ttft_s,
+        lookup_timeout_s=settings.lookup_timeout_s,
+        fetch_timeout_s=settings.fetch_timeout_s,
+        save_timeout_s=settings.save_timeout_s,
+    )

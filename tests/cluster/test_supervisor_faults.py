@@ -1,0 +1,82 @@
+"""What a supervisor meets that is not its processes' fault: no memory for one, nobody who listens."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from asking import wait_until
+
+from penstock.cluster.cluster_config import ProcessSpec
+from penstock.cluster.supervisor import Child, Supervisor
+
+
+def spec(name: str) -> ProcessSpec:
+    return ProcessSpec(name, "pool", ("pool",), {"memory": ["1MiB"], "listen": "127.0.0.1:0"}, "listen")
+
+
+class Lines:
+    """What a child said; may raise."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.raises = False
+
+    def __call__(self, name: str, line: str) -> None:
+        self.lines.append(line)
+        if self.raises:
+            raise BrokenPipeError("nobody listens")
+
+
+def test_a_process_that_cannot_be_started_now_is_tried_again_and_others_are_watched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = Lines()
+    supervisor = Supervisor([spec("one"), spec("two")], told)
+    try:
+        supervisor.start(120.0)
+        for child in supervisor.children.values():
+            assert child._process is not None
+            child._process.kill()
+            child._process.wait()
+        popen, refused = subprocess.Popen, []
+
+        def scarce(*arguments: Any, **named: Any) -> Any:
+            if len(refused) < 2:
+                refused.append(1)
+                raise OSError(11, "Resource temporarily unavailable")
+            return popen(*arguments, **named)
+
+        monkeypatch.setattr(subprocess, "Popen", scarce)
+
+        def both_again() -> bool:
+            supervisor.watch()
+            return all(child.ready.is_set() and child.restarts == 1 for child in supervisor.children.values())
+
+        wait_until(both_again, "both processes", 120.0)
+        assert len(refused) == 2 and sum("cannot be started" in line for line in told.lines) == 2
+    finally:
+        supervisor.stop()
+
+
+def test_a_process_is_read_although_nobody_listens_and_a_line_has_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reading a pipe stops the process that writes to it."""
+    told = Lines()
+    told.raises = True
+    child = Child(spec("one"), told)
+    script = "import sys; sys.stderr.write('x' * 3_000_000); print(); print('done', flush=True)"
+    popen = subprocess.Popen
+
+    def other(words: list[str], **named: Any) -> Any:
+        return popen([sys.executable, "-c", script], **named)
+
+    monkeypatch.setattr(subprocess, "Popen", other)
+    child.start(["pool"])
+    assert child._process is not None
+    assert child._process.wait(60.0) == 0
+    wait_until(lambda: "done" in told.lines, "the last line")
+    wait_until(lambda: sum(len(line) for line in told.lines if line[:1] == "x") == 3_000_000, "all of the long one")
+    assert max(map(len, told.lines)) <= 65_536
+    child.stop(5.0)

@@ -1,0 +1,246 @@
+"""The order of work on a CUDA device, checked without one: loads, saves, batches that end, fail and are cancelled leave
+no two accesses of the same memory unordered; and an engine that left out any wait would be found."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from asking import WAIT_S, prompt_of, wait_until
+from engine_rig import BLOCK, WatchedRunner, serving
+
+from penstock.core.new_block import NewBlock
+from penstock.engine.hf_runner import HFRunner
+from penstock.engine.runner import Chunk, SamplingParams
+from penstock.io.memory import aligned_buffer
+from penstock.pool.api import Done, Pool, PoolError
+from penstock.pool.open import open_local_pool
+from penstock.pool.wrapped import WrappedPool
+from penstock.testing.device_clock import Broken, DeviceClock
+from penstock.testing.fake_cuda import OnDevice, fake_cuda, on_device
+
+GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
+PAGES = 24
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def address_of(memory: memoryview) -> int:
+    return int(np.frombuffer(memory, np.uint8).ctypes.data)
+
+
+@contextlib.contextmanager
+def device_runner(folder: Path, broken: Sequence[Broken] = (), pages: int = PAGES) -> Iterator[tuple[Any, DeviceClock]]:
+    """A runner on a fake device whose L1 is watched."""
+    with fake_cuda(broken) as clock:
+        with on_device(clock):
+            runner = HFRunner(str(folder), block_tokens=BLOCK, dtype="float32", device="cuda")
+            runner.allocate(pages)
+        data = runner.kv.data
+        clock.watch(data.data_ptr(), data.numel() * data.element_size(), "L1")
+        try:
+            yield OnDevice(runner, clock), clock
+        finally:
+            runner.close()
+
+
+class Unready:
+    """Blocks that never come up: a batch that waits for them fails when it has come to layer 2."""
+
+    def wait_layer(self, layer: int) -> None:
+        if layer == 2:
+            raise RuntimeError("out of memory (injected)")
+
+
+def load_beside_compute(runner: Any, clock: DeviceClock, fails: bool = False) -> None:
+    """Save four blocks, load them while a batch computes behind them, and reuse pages and host memory at once."""
+    size = runner.layout.full_block_bytes
+    memory = aligned_buffer(4 * size)
+    runner.page_lock(memory)
+    whole = (address_of(memory), address_of(memory) + memory.nbytes)
+    blocks = [memory[i * size : (i + 1) * size] for i in range(4)]
+    prompt = prompt_of(1, 4 * BLOCK + 24)
+    runner.run([Chunk("p", prompt[: 4 * BLOCK], 0, [0, 1, 2, 3])])
+    for page, block in enumerate(blocks):
+        runner.download(page, block)
+    clock.host_access("saving what was downloaded", reads=[whole])
+    group = runner.start_upload(list(zip(blocks, [8, 9, 10, 11], strict=True)))
+    uploader = threading.Thread(target=runner.upload, args=(group,))
+    uploader.start()
+    pending = (group, Unready()) if fails else (group,)
+    chunk = Chunk("r", prompt[4 * BLOCK :], 4 * BLOCK, [8, 9, 10, 11, 12, 13], GREEDY, pending=pending)
+    with pytest.raises(RuntimeError, match="injected") if fails else contextlib.nullcontext():
+        runner.run([chunk])
+    uploader.join()
+    runner.upload(runner.start_upload(list(zip(blocks[:2], [12, 13], strict=True))))
+    clock.host_access("reading another block", writes=[whole])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_batch_beside_a_load_leaves_nothing_unordered(fails: bool, tiny: Callable[[str], Path]) -> None:
+    with device_runner(tiny("llama")) as (runner, clock):
+        load_beside_compute(runner, clock, fails)
+        assert clock.conflicts == []
+        assert clock.operations["_foreach_copy_"] > 0 and clock.operations["index_put_"] > 0
+
+
+@pytest.mark.parametrize("broken", ["wait_event", "stream.synchronize", "event.synchronize"])
+def test_a_wait_that_is_left_out_is_found(broken: Broken, tiny: Callable[[str], Path]) -> None:
+    with device_runner(tiny("llama"), [broken]) as (runner, clock):
+        load_beside_compute(runner, clock, fails=broken == "stream.synchronize")
+        assert clock.conflicts
+
+
+def test_an_upload_and_a_download_that_fail_half_way_have_ended(tiny: Callable[[str], Path]) -> None:
+    """What raises after its copy was enqueued gives page and host memory back all the same."""
+    with device_runner(tiny("llama")) as (runner, clock):
+        size = runner.layout.full_block_bytes
+        memory = aligned_buffer(size)
+        runner.page_lock(memory)
+        whole = (address_of(memory), address_of(memory) + size)
+        for move in (
+            lambda: runner.download(3, memory),
+            lambda: runner.upload(runner.start_upload([(memory, 3)])),
+        ):
+            clock.refuses_events = True
+            with pytest.raises(RuntimeError, match="injected"):
+                move()
+            clock.refuses_events = False
+            clock.host_access("reuse", writes=[whole])
+            runner.run([Chunk("r", prompt_of(2, BLOCK), 0, [3], GREEDY)])
+        assert clock.operations["copy_"] > 0 and clock.operations["_foreach_copy_"] > 0
+        assert clock.conflicts == []
+
+
+def test_a_lost_device_is_said(tiny: Callable[[str], Path]) -> None:
+    with device_runner(tiny("llama")) as (runner, clock), serving(runner, None, settle=False, l1_pages=PAGES) as rig:
+        rig.ask(prompt_of(3, 20))
+        assert rig.engine.healthy() == (True, "ok")
+        clock.failure = "CUDA error: an illegal memory access was encountered"
+        assert rig.start(prompt_of(4, 20)).wait().finish_reason == "error"
+        healthy, why = rig.engine.healthy()
+        assert not healthy and "illegal memory access" in why
+        clock.failure = None
+
+
+def test_what_a_decode_costs_does_not_grow_with_what_is_checked(tiny: Callable[[str], Path]) -> None:
+    """Pages are checked when they are full and zeroed when they are begun: the decodes between cost what they did, and
+    no layer waits for the device."""
+    costs: dict[str, tuple[int, int]] = {}
+    with device_runner(tiny("llama")) as (runner, clock):
+        runner.run([Chunk("r", prompt_of(5, BLOCK + 3), 0, [0, 1, 2], GREEDY)])
+        for what, at in (("between", BLOCK + 3), ("fills", 2 * BLOCK - 1), ("begins", 2 * BLOCK)):
+            before = clock.operations.total(), clock.waits.total()
+            runner.run([Chunk("r", [7], at, [0, 1, 2], GREEDY)])
+            costs[what] = clock.operations.total() - before[0], clock.waits.total() - before[1]
+        assert clock.operations["index_fill_"] == 2
+    operations, waits = costs["between"]
+    assert waits <= 12
+    assert costs["begins"][0] - operations <= 3 and costs["begins"][1] - waits <= 1
+    assert costs["fills"][0] - operations <= 10 and costs["fills"][1] - waits <= 2
+
+
+class HostPool(WrappedPool):
+    """A pool whose reads and writes of staging memory are accesses by the host."""
+
+    def __init__(self, inner: Pool, clock: DeviceClock) -> None:
+        super().__init__(inner)
+        self._clock = clock
+
+    def read(self, key: bytes, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
+        self._move(
+            "reading a block", into, False, done, lambda end: self._inner.read(key, size_bytes, into, timeout_s, end)
+        )
+
+    def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        self._move("saving a block", data, True, done, lambda end: self._inner.write(block, data, timeout_s, end))
+
+    def lease(self, key: bytes) -> None:
+        return None
+
+    def _move(self, what: str, memory: memoryview, reads: bool, done: Done, begin: Callable[[Done], None]) -> None:
+        told, where = self._clock.told(), [(address_of(memory), address_of(memory) + memory.nbytes)]
+
+        def touch() -> None:
+            self._clock.host_access(what, where if reads else (), () if reads else where)
+
+        def ended(error: PoolError | None) -> None:
+            self._clock.learn(told)
+            touch()
+            done(error)
+
+        touch()
+        begin(ended)
+
+
+@pytest.mark.parametrize(
+    ("happens", "layerwise"),
+    [("nothing", True), ("nothing", False), ("batches fail", True), ("requests are cancelled", True)],
+)
+def test_an_engine_leaves_nothing_unordered(happens: str, layerwise: bool, tiny: Callable[[str], Path]) -> None:
+    """Prompts that share documents, too many for L1 and for the slots: loads, saves and evictions all the time."""
+    documents = [prompt_of(10 + i, 8 * BLOCK) for i in range(3)]
+    prompts = [documents[i % 3][: BLOCK * (4 + i % 5)] + prompt_of(20 + i, 20) for i in range(12)]
+    with device_runner(tiny("llama")) as (inner, clock):
+        runner = WatchedRunner(FailingHalfWay(inner))
+        local = open_local_pool((16 << 20,), ())
+        sizes = {"l1_pages": PAGES, "l2_slots": 8, "layerwise": layerwise, "upload_group_blocks": 2}
+        with serving(runner, HostPool(local, clock), **sizes) as rig:
+            ends: list[str | None] = []
+            for first in range(0, len(prompts), 6):
+                ids = [f"request-{first + i}" for i in range(6)]
+                answers = [rig.start(prompts[first + i], request_id=name) for i, name in enumerate(ids)]
+                if happens == "batches fail":
+                    runner.inner.fail = 1
+                if happens == "requests are cancelled":
+                    wait_until(lambda: any(answer.first.is_set() for answer in answers), "a first token")  # noqa: B023
+                    for name in ids[::2]:
+                        rig.engine.cancel(name)
+                ends += [answer.wait(WAIT_S).finish_reason for answer in answers]
+            rig.settle()
+            assert rig.counter("saved_blocks") > 0 and rig.counter("fetched_blocks") > 0
+        local.close(WAIT_S)
+        assert clock.conflicts[:3] == []
+        other: set[str] = {"nothing": set(), "batches fail": {"error"}, "requests are cancelled": {"cancelled"}}[
+            happens
+        ]
+        assert "length" in ends and set(ends) <= {"length"} | other
+
+
+class FailingHalfWay:
+    """A runner whose next `fail` batches raise when they have come to layer 2."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.fail = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def run(self, batch: Sequence[Chunk]) -> Any:
+        if not self.fail:
+            return self._inner.run(batch)
+        self.fail -= 1
+        first, *rest = batch
+        spoiled = Chunk(
+            first.request_id,
+            first.tokens,
+            first.start,
+            first.pages,
+            first.sampling,
+            first.sampled_index,
+            (*first.pending, Unready()),
+        )
+        return self._inner.run([spoiled, *rest])

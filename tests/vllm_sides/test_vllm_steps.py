@@ -1,0 +1,228 @@
+"""Steps of vLLM and copies beside them: who waits for what, counted; and that nothing is unordered on a device."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from penstock.io.memory import aligned_buffer
+from penstock.testing.device_clock import Broken, DeviceClock
+from penstock.testing.fake_cuda import fake_cuda, on_device
+from penstock.vllm.layout import KVRows, Layer
+from penstock.vllm.steps import EVENTS_MAX, StepError, Steps
+
+WAIT_S = 20.0
+CUDA = torch.device("cuda", 0)
+CPU = torch.device("cpu")
+LAYERS, PLACES, ROW_BYTES = 3, 32, 64
+FOUR = 4 * LAYERS * ROW_BYTES
+
+
+class GpuEvent:
+    """An event of a GPU that a test runs: passes when the test says so."""
+
+    made: list[GpuEvent]
+
+    def __init__(self, blocking: bool = False) -> None:
+        self.blocking = blocking
+        self.over = threading.Event()
+        self.waits = 0
+        GpuEvent.made.append(self)
+
+    def record(self) -> None: ...
+
+    def query(self) -> bool:
+        return self.over.is_set()
+
+    def synchronize(self) -> None:
+        self.waits += 1
+        assert self.over.wait(WAIT_S), "the event never passed"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GpuEvent]]:
+    GpuEvent.made = []
+    monkeypatch.setattr(torch.cuda, "Event", GpuEvent)
+    yield GpuEvent.made
+    for event in GpuEvent.made:
+        event.over.set()
+
+
+def returns(work: Callable[[], object]) -> bool:
+    """Whether it ends although no event passes meanwhile."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(1.0)
+    return not thread.is_alive()
+
+
+def test_a_save_waits_for_its_own_step_and_for_no_later_one(gpu: list[GpuEvent]) -> None:
+    """With asynchronous scheduling a further step is on the stream whenever one is looked at."""
+    steps = Steps(CUDA)
+    steps.record(0)
+    steps.record(1)
+    gpu[0].over.set()
+    for _ in range(20):  # twenty blocks of step 0
+        assert returns(lambda: steps.wait(0, WAIT_S)), "step 1 is still computed; nobody asked for it"
+    assert gpu[0].waits <= 1 and gpu[1].waits == 0
+    assert not returns(lambda: steps.wait(1, WAIT_S)), "step 1 is still computed"
+
+
+def test_a_step_costs_vllms_thread_one_event_and_no_wait(gpu: list[GpuEvent]) -> None:
+    steps = Steps(CUDA)
+    for step in range(3 * EVENTS_MAX):
+        steps.begin(step, zeroes=False)
+        steps.record(step)
+    assert len(gpu) == 3 * EVENTS_MAX and all(event.blocking for event in gpu)
+    assert not any(event.waits for event in gpu)
+    gpu[-1].over.set()
+    gpu[2 * EVENTS_MAX].over.set()
+    assert returns(lambda: steps.wait(0, WAIT_S)), "an old step is over when the oldest event that is kept has passed"
+
+
+def test_an_event_that_passed_is_not_asked_for_again(gpu: list[GpuEvent]) -> None:
+    steps = Steps(CUDA)
+    steps.record(0)
+    gpu[0].over.set()
+    steps.record(1)
+    assert returns(lambda: steps.wait(0, WAIT_S)) and gpu[0].waits == 0 and gpu[1].waits == 0
+
+
+def test_an_upload_waits_for_the_zeros_of_its_step_only(gpu: list[GpuEvent]) -> None:
+    steps = Steps(CUDA)
+    steps.begin(4, zeroes=True)
+    steps.record(4)
+    zeros, computed = gpu
+    assert not returns(lambda: steps.wait_begun(4, WAIT_S)), "zeros are still on the stream"
+    zeros.over.set()
+    assert returns(lambda: steps.wait_begun(4, WAIT_S)) and computed.waits == 0
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_what_a_failed_step_was_to_compute_is_not_saved(device: torch.device, gpu: list[GpuEvent]) -> None:
+    steps = Steps(device)
+    steps.record(6)
+    steps.fail(7)
+    steps.record(9)  # 8 never came
+    for event in gpu:
+        event.over.set()
+    steps.wait(6, WAIT_S)
+    steps.wait(9, WAIT_S)
+    for step in (7, 8):
+        with pytest.raises(StepError, match=f"step {step} failed"):
+            steps.wait(step, WAIT_S)
+    with pytest.raises(TimeoutError, match=r"step 10 was not computed within 0\.01 s"):
+        steps.wait(10, 0.01)
+    steps.stop()
+    with pytest.raises(StepError, match="the worker ends"):
+        steps.wait(10, WAIT_S)
+
+
+# -- the order of work on a device --------------------------------------------------------------------------------
+
+
+@contextmanager
+def device(
+    broken: tuple[Broken, ...] = (), last_layer_places: int = PLACES
+) -> Iterator[tuple[DeviceClock, KVRows, torch.Tensor]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with fake_cuda(broken) as clock:
+        rows = KVRows(
+            [
+                [
+                    Layer(f"l{i}", torch.zeros(places, ROW_BYTES, dtype=torch.uint8))
+                    for i, places in enumerate([PLACES] * (LAYERS - 1) + [last_layer_places])
+                ]
+            ]
+        )
+        rows.device = CUDA
+        for layer in rows.groups[0]:
+            clock.watch(layer.rows.data_ptr(), layer.rows.numel(), f"cache {layer.name}")
+        memory = np.frombuffer(aligned_buffer(4096), np.uint8)
+        clock.watch(memory.ctypes.data, memory.nbytes, "host memory")
+        yield clock, rows, torch.from_numpy(memory)[:FOUR]
+    torch.set_num_threads(threads)
+
+
+def compute(rows: KVRows, places: list[int]) -> None:
+    """A step writes these blocks, on vLLM's stream."""
+    for layer in rows.groups[0]:
+        layer.rows.index_copy_(0, torch.tensor(places), torch.ones(len(places), ROW_BYTES, dtype=torch.uint8))
+
+
+def zero(rows: KVRows, places: list[int]) -> None:
+    for layer in rows.groups[0]:
+        layer.rows.index_fill_(0, torch.tensor(places), 0)
+
+
+def save(broken: tuple[Broken, ...] = (), waits: bool = True) -> DeviceClock:
+    """A block is saved behind its step while the next step computes; its host memory is read, its place used again."""
+    with device(broken) as (clock, rows, part), on_device(clock):
+        steps = Steps(CUDA)
+        compute(rows, [3, 4, 5, 6])
+        steps.record(1)
+        compute(rows, [7])
+        steps.record(2)
+        if waits:
+            steps.wait(1, WAIT_S)
+        rows.download(part, [[3, 4, 5, 6]])
+        clock.host_access("the pool takes it", reads=[(part.data_ptr(), part.data_ptr() + FOUR)])
+        compute(rows, [3])
+        return clock
+
+
+def load(broken: tuple[Broken, ...] = (), waits: bool = True) -> DeviceClock:
+    """A load gets blocks that the step just scheduled puts zeros into; then their slot is used again, and a step
+    computes with them."""
+    with device(broken) as (clock, rows, part), on_device(clock):
+        steps = Steps(CUDA)
+        zero(rows, [9, 10])
+        steps.begin(1, zeroes=True)
+        compute(rows, [20])
+        steps.record(1)
+        if waits:
+            steps.wait_begun(1, WAIT_S)
+        rows.upload(part, [[9, 10, 11, -1]])
+        clock.host_access("a fetch reuses the slot", writes=[(part.data_ptr(), part.data_ptr() + FOUR)])
+        compute(rows, [9, 10, 11])
+        return clock
+
+
+@pytest.mark.parametrize("history", [save, load])
+def test_copies_and_steps_are_in_order(history: Callable[[], DeviceClock]) -> None:
+    assert not history().conflicts
+
+
+@pytest.mark.parametrize("history", [save, load])
+def test_a_copy_that_waits_for_no_step_would_be_found(history: Callable[..., DeviceClock]) -> None:
+    assert history(waits=False).conflicts
+    assert history(broken=("event.synchronize",)).conflicts, "neither would one that does not end before it returns"
+
+
+@pytest.mark.parametrize("history", [save, load])
+def test_what_a_copy_waits_for_is_counted(history: Callable[[], DeviceClock]) -> None:
+    """One event for the step, one for the copy, and one index for all layers and groups (two with blocks left out)."""
+    clock = history()
+    assert clock.waits["event.synchronize"] == 2
+    assert clock.waits["torch.tensor"] == (2 if history is load else 1)
+    assert not clock.waits["stream.synchronize"] and not clock.waits["device synchronize"]
+
+
+@pytest.mark.parametrize("direction", ["upload", "download"])
+def test_a_copy_that_raises_ends_before_it_says_so(direction: str) -> None:
+    """Its second layer has no such block; its first one's pages and its slot are used again at once."""
+    with device(last_layer_places=4) as (clock, rows, part), on_device(clock):
+        with pytest.raises(IndexError):
+            getattr(rows, direction)(part, [[9, 10, 11, 12]])
+        compute(rows, [0, 1])
+        for layer in rows.groups[0][:-1]:
+            layer.rows.index_fill_(0, torch.tensor([9, 10, 11, 12]), 0)
+        clock.host_access("the slot is used again", writes=[(part.data_ptr(), part.data_ptr() + FOUR)])
+        assert clock.operations["index_copy_" if direction == "upload" else "index_select"] >= LAYERS - 1
+        assert not clock.conflicts
