@@ -12,12 +12,13 @@ TORCH := $(shell grep '^torch==' $(TESTED))
 PIP := pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm demo test test-vllm lint types unit clean
+.PHONY: help venv venv-vllm demo test test-vllm test-vllm-next lint types unit clean
 
 help:
 	@echo "make demo   replay agent sessions over HTTP, coupled against penstock; table, out/demo.html, out/demo.png"
 	@echo "make test   lint, types and every test this machine can run, and what was skipped and why"
 	@echo "make test-vllm   the tests of Penstock inside vLLM, in an environment of their own with vLLM's build for CPUs"
+	@echo "make test-vllm-next   the Python of the next vLLM (340 MB) over that build, and a part of those tests in it"
 	@echo "make lint   ruff;  make types  mypy --strict;  make venv, make venv-vllm  an environment only;  make clean  remove all of it"
 
 venv: $(VENV)/.installed
@@ -52,6 +53,19 @@ $(VLLM_VENV)/.installed: pyproject.toml $(TESTED) tests/inside_vllm/requirements
 	$(VLLM_BIN)/$(PIP) --no-deps --no-build-isolation $(VLLM_VENV)/vllm_metadata
 	$(VLLM_BIN)/$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
+
+# The next version has no CPU build: its wheel's Python over this one's compiled parts. What is in the folder is used by
+# `make test-vllm` as well, which skips these tests without it.
+VLLM_NEXT ?= vllm==0.33.0
+VLLM_NEXT_TAGS ?= --platform manylinux_2_28_x86_64 --only-binary :all:
+$(VLLM_VENV)/vllm-next/.installed: $(VLLM_VENV)/.installed tests/inside_vllm/overlay.py
+	@rm -rf $(VLLM_VENV)/vllm-next
+	$(VLLM_BIN)/pip download --quiet --disable-pip-version-check --no-deps $(VLLM_NEXT_TAGS) --dest $(VLLM_VENV)/vllm-next "$(VLLM_NEXT)"
+	$(VLLM_BIN)/python tests/inside_vllm/overlay.py $(VLLM_VENV)/vllm-next/*.whl $(VLLM_VENV)/vllm-next
+	@rm $(VLLM_VENV)/vllm-next/*.whl && touch $@
+
+test-vllm-next: $(VLLM_VENV)/vllm-next/.installed
+	$(VLLM_BIN)/python -m pytest tests/inside_vllm/test_vllm_next.py
 
 demo: venv
 	$(BIN)/penstock bench demo --out $(OUT)

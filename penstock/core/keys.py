@@ -1,17 +1,31 @@
-"""Block keys: 128-bit prefix hashes, chained over tokens, the tenant's salt and the model's fingerprint.
+"""Block keys: 128-bit prefix hashes, chained over tokens, media, the tenant's salt and the model's fingerprint.
 
-A key names one full block *and everything before it*, so two blocks with one key hold the same KV.
+A key names one full block *and everything before it*, so two blocks with one key hold the same KV. What comes behind a
+block, say a later image of the same chat, is in none of the keys before it.
 BLAKE2b keeps a tenant from forging another's key; nothing here depends on `PYTHONHASHSEED`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import struct
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 BlockKey = bytes
 KEY_BYTES = 16
+_SPAN = struct.Struct("<qI")  # where it begins, from the block's first token on; bytes of its name
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`length` tokens from `offset` on that stand for something else, an image say. `name` says for what: equal names,
+    equal KV. Every block that has one of these tokens is also named by it, and by where it begins."""
+
+    offset: int
+    length: int
+    name: bytes
 
 
 def root_key(fingerprint: bytes, salt: str) -> BlockKey:
@@ -20,13 +34,15 @@ def root_key(fingerprint: bytes, salt: str) -> BlockKey:
 
 
 class KeyChain:
-    """Prefix hashes of a growing sequence of tokens; one key for each full block so far."""
+    """Prefix hashes of a growing sequence of tokens, some of which may be `spans`; one key for each full block so
+    far."""
 
-    __slots__ = ("_block_tokens", "_partial", "keys", "root")
+    __slots__ = ("_block_tokens", "_partial", "_spans", "keys", "root")
 
-    def __init__(self, root: BlockKey, block_tokens: int) -> None:
+    def __init__(self, root: BlockKey, block_tokens: int, spans: Iterable[Span] = ()) -> None:
         self._block_tokens = block_tokens
         self._partial: list[int] = []
+        self._spans = sorted((span for span in spans if span.length > 0), key=lambda span: span.offset, reverse=True)
         self.root = root
         self.keys: list[BlockKey] = []
 
@@ -38,17 +54,34 @@ class KeyChain:
         while len(self._partial) - at >= size:
             parent = self.keys[-1] if self.keys else self.root
             chunk = array("I", self._partial[at : at + size]).tobytes()
+            if self._spans:
+                chunk += self._spans_at(len(self.keys) * size)
             self.keys.append(hashlib.blake2b(chunk, digest_size=KEY_BYTES, key=parent).digest())
             at += size
         del self._partial[:at]
         return self.keys[first_new:]
+
+    def _spans_at(self, first: int) -> bytes:
+        """Names of the spans that overlap the block whose first token is `first`; those that end before the
+        next block are dropped."""
+        last, names = first + self._block_tokens, []
+        for span in reversed(self._spans):
+            if span.offset >= last:
+                break
+            if span.offset + span.length > first:
+                names.append(_SPAN.pack(span.offset - first, len(span.name)) + span.name)
+        while self._spans and self._spans[-1].offset + self._spans[-1].length <= last:
+            self._spans.pop()
+        return b"".join(names)
 
     def parent_of(self, index: int) -> BlockKey:
         """Key of the block before block `index`; the root key for block 0."""
         return self.keys[index - 1] if index else self.root
 
 
-def block_keys(tokens: Sequence[int], fingerprint: bytes, salt: str, block_tokens: int) -> list[BlockKey]:
+def block_keys(
+    tokens: Sequence[int], fingerprint: bytes, salt: str, block_tokens: int, spans: Iterable[Span] = ()
+) -> list[BlockKey]:
     """Keys of all full blocks of `tokens`, first block first."""
-    chain = KeyChain(root_key(fingerprint, salt), block_tokens)
+    chain = KeyChain(root_key(fingerprint, salt), block_tokens, spans)
     return chain.extend(tokens)

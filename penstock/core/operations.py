@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from penstock.core.keys import BlockKey
+from penstock.core.keys import BlockKey, Span
 from penstock.core.new_block import NewBlock
 
 Route = tuple[str, ...]
@@ -41,7 +41,7 @@ class RequestSpec:
     `prompt` are token ids. `ttft_deadline_s` is an absolute time, None for the default SLO. `tenant` is the tag its
     blocks are counted under in the pool (`new_block.tenant_tag`). With `hand_off` the request ends after its first
     token, when its full blocks are handed over. `first_index` is how many tokens of the prompt were generated.
-    Hits among its first `recompute_tokens` are not loaded.
+    Hits among its first `recompute_tokens` are not loaded. `spans` are tokens that stand for media.
     """
 
     request_id: str
@@ -54,6 +54,7 @@ class RequestSpec:
     hand_off: HandOff | None = None
     first_index: int = 0
     recompute_tokens: int = 0
+    spans: Sequence[Span] = ()
 
 
 @dataclass(frozen=True, slots=True)

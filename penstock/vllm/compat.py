@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from penstock.core.config import ConfigError
 from penstock.core.guest.costs import prefill_tokens_max
+from penstock.core.keys import Span
+from penstock.vllm.identity import model_identity as model_identity
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TESTED_VERSIONS = ("0.32",)
+TESTED_VERSIONS = ("0.32", "0.33")
+CONTENT_HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{128}")  # of media, as vLLM's hashers write it
 NEEDED = {
     "vllm.distributed.kv_transfer.kv_connector.v1.base": (
         "KVConnectorBase_V1",
@@ -67,12 +70,16 @@ def check_model(config: VllmConfig, kv_cache: KVCacheConfig) -> None:
     from vllm.v1.kv_cache_interface import AttentionSpec, UniformTypeKVCacheSpecs
 
     parallel = config.parallel_config
+    if getattr(config.model_config, "is_encoder_decoder", False):
+        raise ConfigError("the model has an encoder beside its decoder; Penstock can keep decoder-only models")
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise ConfigError("context parallelism is on; Penstock allows tensor and pipeline parallelism only")
     for group in kv_cache.kv_cache_groups:
         spec: Any = group.kv_cache_spec
         if not isinstance(spec, (AttentionSpec, UniformTypeKVCacheSpecs)):
             raise ConfigError(f"a group of layers has a cache of kind {type(spec).__name__}; allowed: attention")
+        if not getattr(spec, "prefix_cacheable", True) or not getattr(group, "enable_kv_transfer", True):
+            raise ConfigError(f"a group of layers ({type(spec).__name__}) keeps KV that no prefix names")
         if getattr(spec, "prefix_replay_tokens", 0):
             raise ConfigError("the model replays tokens behind a prefix; Penstock cannot load prefixes for it")
 
@@ -89,6 +96,18 @@ def require_recompute(config: VllmConfig) -> None:
 def block_tokens_of_groups(kv_cache: KVCacheConfig) -> list[int]:
     """Tokens of a vLLM block, by KV cache group."""
     return [group.kv_cache_spec.block_size for group in kv_cache.kv_cache_groups]
+
+
+def same_on_all_ranks(config: VllmConfig, kv_cache: KVCacheConfig) -> bool:
+    """Whether every worker holds the same bytes: only where that is so of every layer, a draft's included."""
+    parallel = config.parallel_config
+    return bool(parallel.pipeline_parallel_size == 1 and kv_cache.kv_tp_replicas == parallel.tensor_parallel_size)
+
+
+def holds_nothing(manager: KVCacheManager) -> bool:
+    """Whether no block of vLLM's is in use, so that its cache can be reset, or just was."""
+    pool = manager.block_pool
+    return bool(pool.num_gpu_blocks - pool.get_num_free_blocks() == 1)  # the null block
 
 
 def l1_blocks(kv_cache: KVCacheConfig, block_tokens: int) -> int:
@@ -114,68 +133,44 @@ def defers_frees() -> bool:
     return bool(outer._kv_transfer_config.is_kv_consumer)
 
 
-def model_identity(config: VllmConfig, kv_cache: KVCacheConfig, layouts: Sequence[str], model_id: str) -> str:
-    """A text that differs whenever the bytes of a block would mean something else: weights, what is computed with
-    them, and how vLLM lays it out. `model_id`, if given, stands for the weights."""
-    import vllm
-
-    from penstock.engine.checkpoint import config_identity, weight_files, weights_identity
-
-    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
-    weights = model_id
-    if not weights and config.load_config.load_format == "dummy":
-        weights = f"dummy:{model.seed}"
-    if not weights:
-        folder = Path(model.model)
-        if not folder.is_dir():
-            folder = _hub_folder(model.model, model.revision)
-        weights = weights_identity(weight_files(folder))
-    record = {
-        "vllm": vllm.__version__,
-        "weights": weights,
-        "config": config_identity(model.hf_config),
-        "dtype": str(model.dtype),
-        "kv_dtype": str(cache.cache_dtype),
-        "quantization": str(model.quantization),
-        "tensor_parallel": parallel.tensor_parallel_size,
-        "pipeline_parallel": parallel.pipeline_parallel_size,
-        "kv_layout": str(kv_cache.kv_cache_layout),
-        "groups": [
-            [type(group.kv_cache_spec).__name__, group.kv_cache_spec.block_size, list(group.layer_names)]
-            for group in kv_cache.kv_cache_groups
-        ],
-        "workers": list(layouts),
-    }
-    return msgspec.json.encode(record, order="sorted").decode()
+def is_keepable(request: Request) -> bool:
+    """Whether tokens and media say all about a request's input: not with embeddings, nor where vLLM takes tokens back
+    (a request that is resumed with more input)."""
+    embeds = request.prompt_embeds is not None or request.prompt_token_ids is None
+    return not embeds and not getattr(request, "resumable", False) and bool(request.all_token_ids)
 
 
-def _hub_folder(name: str, revision: str | None) -> Path:
-    """Where the hub's cache has the model that vLLM loaded. Raises ConfigError."""
-    from penstock.engine.checkpoint import resolve_folder
-
-    try:
-        return resolve_folder(name, "auto")
-    except Exception as error:
-        raise ConfigError(
-            f"the weights of {name} cannot be told from others ({error}); "
-            "set model_id in kv_connector_extra_config to a text that is theirs alone"
-        ) from None
-
-
-def salt_of(request: Request) -> str | None:
-    """What besides tokens decides a request's KV: tenant, adapter, media. None when the KV must not be kept."""
-    if request.prompt_embeds is not None or request.prompt_token_ids is None:
-        return None
-    extra: list[Any] = []
-    if request.lora_request is not None:
-        adapter = request.lora_request
-        extra.append(["lora", adapter.lora_name, getattr(adapter, "lora_path", "")])
-    for feature in request.mm_features:
-        position = feature.mm_position
-        extra.append(["media", feature.identifier, position.offset, position.length])
-    if not extra:
+def salt_of(request: Request, adapter: str | None = None) -> str:
+    """What besides tokens and media decides all of a request's KV: its tenant, and the content of its adapter."""
+    if adapter is None:
         return request.cache_salt or ""
-    return msgspec.json.encode([request.cache_salt or "", extra]).decode()
+    return msgspec.json.encode([request.cache_salt or "", [["lora", adapter]]]).decode()
+
+
+def media_of(request: Request) -> list[Span] | None:
+    """The request's media, each where its tokens are; None when one is named by a client instead of by its content, as
+    vLLM allows it, so that another one may have the same name."""
+    spans = []
+    for feature in request.mm_features:
+        name = str(getattr(feature, "mm_hash", None) or feature.identifier)
+        if not CONTENT_HASH.fullmatch(name):
+            return None
+        position = feature.mm_position
+        spans.append(Span(position.offset, position.length, f"{feature.modality}:{feature.identifier}".encode()))
+    return spans
+
+
+def kernels_of(config: VllmConfig, names: Iterable[str]) -> dict[str, str]:
+    """What computes on the cache of each layer: backends order the bytes of a block as they like, on CPUs also by what
+    the processor can do."""
+    layers: dict[str, Any] = config.compilation_config.static_forward_context
+    found = {}
+    for name in names:
+        layer = layers.get(name)
+        backend = getattr(layer, "get_attn_backend", None)
+        kind = "" if backend is None else str(backend().get_name())
+        found[name] = f"{kind}/{getattr(layer, 'isa', '')}"
+    return found
 
 
 def held_tokens(manager: KVCacheManager, request: Request) -> int:
@@ -274,12 +269,15 @@ def reserved_blocks(scheduler: Scheduler) -> int:
 
 
 def can_load_ahead(scheduler: Scheduler, request: Request) -> bool:
-    """Whether a waiting request may be given blocks for a load outside of vLLM's own scan."""
+    """Whether a waiting request may be given blocks for a load outside of vLLM's own scan: not where vLLM itself cuts
+    or puts off what a connector offers (0.33: `cap_external_hit` of an output connector, `defer_async_loads`)."""
     from vllm.v1.core.sched.interface import PauseState
     from vllm.v1.request import RequestStatus
 
     return (
         scheduler._pause_state == PauseState.UNPAUSED
+        and getattr(scheduler, "aux_output_connector", None) is None
+        and not getattr(scheduler, "defer_async_loads", False)
         and request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         and request.num_computed_tokens == 0
         and not request.num_stale_output_tokens

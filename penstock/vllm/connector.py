@@ -88,7 +88,7 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # -- worker -------------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        rows = KVRows.of(self._kv_cache_config, kv_caches)
+        rows = KVRows.of(self._kv_cache_config, kv_caches, compat.kernels_of(self._vllm_config, kv_caches))
         self._worker = WorkerSide(self._engine_id, compat.rank_of_this_worker(), rows, compat.defers_frees())
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
@@ -97,6 +97,20 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._worker is not None and isinstance(connector_metadata, StepMetadata):
             self._worker.steps.begin(connector_metadata.step, connector_metadata.zeroes)
             self._worker.hear(connector_metadata.notices)
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """vLLM's memory has the same addresses after sleep, and nothing is copied meanwhile."""
+        return True
+
+    def unregister_kv_caches(self) -> None:
+        """vLLM goes to sleep. Raises RuntimeError when copies do not end: memory is not taken away below them."""
+        if self._worker is not None:
+            self._worker.gate.close()
+
+    def restore_kv_caches(self) -> None:
+        if self._worker is not None:
+            self._worker.gate.open()
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Nothing: uploads start when their blocks are staged."""
@@ -191,6 +205,10 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> tuple[bool, dict[str, Any] | None]:
         self.side.finished(request)
         return False, None
+
+    def reset_cache(self) -> bool:
+        """vLLM's weights may have changed. False while vLLM's own cache is in use: see `SchedulerSide.reset`."""
+        return self.side.reset()
 
     def get_kv_connector_stats(self) -> PenstockStats | None:
         """Of the scheduler's side, which sees everything."""

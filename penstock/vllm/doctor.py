@@ -5,6 +5,8 @@ Most of it vLLM says nowhere: it serves on, with no hit, or fails requests that 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +17,7 @@ from penstock.units import format_bytes, parse_address
 from penstock.vllm.flags import CONNECTOR, CONNECTOR_MODULE, SCHEDULER
 
 POOL_TIMEOUT_S = 5.0
+PARSER_MODULES = ("vllm.entrypoints.common.cli_args", "vllm.entrypoints.launchers.cli_args")  # of 0.33, of 0.32
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -100,9 +103,9 @@ def configuration(words: Sequence[str]) -> Any:
     import logging
 
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    make_arg_parser = _make_arg_parser()
     logging.getLogger("vllm").setLevel(logging.ERROR)
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc, unused-ignore]
@@ -119,6 +122,14 @@ def configuration(words: Sequence[str]) -> Any:
         raise
     except (Exception, SystemExit) as error:  # of any kind: vLLM, pydantic, transformers
         raise ConfigurationError(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}") from None
+
+
+def _make_arg_parser() -> Any:
+    """What makes the parser of `vllm serve`, wherever this version of vLLM has it. Raises ConfigurationError."""
+    for name in PARSER_MODULES:
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name).make_arg_parser
+    raise ConfigurationError(f"this vLLM has its parser elsewhere than in {' or '.join(PARSER_MODULES)}")
 
 
 def _serve_words(words: Sequence[str]) -> list[str]:

@@ -59,6 +59,7 @@ class Activity:
 
     load_failures: Counter[str] = field(default_factory=Counter)
     save_failures: Counter[str] = field(default_factory=Counter)
+    requests_without_pool: Counter[str] = field(default_factory=Counter)
     uploaded_bytes: int = 0
     saved_bytes: int = 0
     counts: Counter[str] = field(default_factory=Counter)  # of what is lost on the way to the brain: see `losses`
@@ -86,6 +87,7 @@ class Host:
         self._notices = Notices()
         self._losses = LossLog(log)
         self._last_page = 0
+        self._epoch = 0  # counts `forget_all`
         self._stopping = False
         self.fatal: str | None = None
         with contextlib.ExitStack() as undo:
@@ -190,6 +192,12 @@ class Host:
         self._call(lambda: self.brain.finish(request_id, time.monotonic()), None)
         self._wake()
 
+    def forget_all(self) -> None:
+        """See `GuestScheduler.forget_all`. A save whose copy is under way ends unwritten."""
+        self._epoch += 1
+        self._call(lambda: self.brain.forget_all(time.monotonic()), None)
+        self._wake()
+
     def extend(self, request_id: str, tokens: Sequence[int]) -> None:
         """The request's tokens so far; what the brain has not heard of is new."""
 
@@ -258,6 +266,7 @@ class Host:
             labelled: dict[str, dict[str, float]] = {
                 "load_failures": dict(activity.load_failures),
                 "save_failures": dict(activity.save_failures),
+                "requests_without_pool": dict(activity.requests_without_pool),
             }
             links = {name: link.bytes_per_s for name, link in self.brain.cost.links.items()}
             links["upload"] = self.brain.cost.upload.bytes_per_s
@@ -382,7 +391,8 @@ class Host:
         if isinstance(operation, Lookup):
             return partial(self._lookup, operation)
         if isinstance(operation, Save):
-            return partial(self._save, operation, self._pages[operation.page], self._save_steps[operation.page])
+            page = operation.page
+            return partial(self._save, operation, self._pages[page], self._save_steps[page], self._epoch)
         if isinstance(operation, Landed):
             return partial(self._land, operation)
         assert isinstance(operation, Drop), operation
@@ -420,13 +430,16 @@ class Host:
         assert len(found) == len(places), "a block was fetched into a slot that is out of use"
         self._workers.upload(wire.Upload(op.op_id, found, after), ended)
 
-    def _save(self, op: Save, ids: Ids, step: int) -> None:
+    def _save(self, op: Save, ids: Ids, step: int, epoch: int) -> None:
         def ended(error: str | None) -> None:
             if self.fatal is not None:
                 return  # vLLM may have had the page back meanwhile
             if error is not None:
                 warnings.warning("save", "a block could not be copied out of vLLM's cache: %s", error)
                 self._saved(op, "device")
+                return
+            if epoch != self._epoch:
+                self._saved(op, "reset")
                 return
             self.brain.downloaded(op.op_id)
             if not self._writer.put(partial(self._write, op), partial(self._not_written, op)):

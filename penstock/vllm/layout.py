@@ -23,10 +23,12 @@ class LayoutError(RuntimeError):
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's cache as `[vLLM block, byte]`; rows may be further apart than they are long."""
+    """One layer's cache as `[vLLM block, byte]`; rows may be further apart than they are long. `meaning` says what the
+    bytes of a row are: type, shape and strides of a block as its kernel sees it."""
 
     name: str
     rows: torch.Tensor
+    meaning: str = ""
 
 
 class KVRows:
@@ -42,8 +44,11 @@ class KVRows:
         self._streams: dict[str, torch.cuda.Stream] = {}
 
     @classmethod
-    def of(cls, config: KVCacheConfig, caches: Mapping[str, torch.Tensor]) -> KVRows:
-        """Rows of the caches that vLLM registered. Raises LayoutError for a kind of cache that cannot be kept."""
+    def of(
+        cls, config: KVCacheConfig, caches: Mapping[str, torch.Tensor], kernels: Mapping[str, str] | None = None
+    ) -> KVRows:
+        """Rows of the caches that vLLM registered; `kernels` names what computes on each layer's. Raises LayoutError
+        for a kind of cache that cannot be kept."""
         from vllm.v1.kv_cache_interface import AttentionSpec, UniformTypeKVCacheSpecs, group_kernel_blocks
 
         groups = []
@@ -59,13 +64,15 @@ class KVRows:
                         f"layer {name} has a cache of kind {type(spec).__name__}; only attention can be kept"
                     )
                 cache = group_kernel_blocks(caches[name], config.num_blocks)
-                layers.append(Layer(name, _rows(name, cache, spec.unpadded_page_size_bytes)))
+                meaning = f"{(kernels or {}).get(name, '')},{_meaning(caches[name])}"
+                layers.append(Layer(name, _rows(name, cache, spec.unpadded_page_size_bytes), meaning))
             groups.append(layers)
         return cls(groups)
 
     def describe(self) -> str:
-        """What the bytes mean beyond their number: kinds and order of layers."""
-        return ";".join(f"{layer.name}:{layer.rows.shape[1]}" for group in self.groups for layer in group)
+        """What the bytes mean beyond their number: order of layers, and type, shape and strides of each one's block."""
+        layers = [layer for group in self.groups for layer in group]
+        return ";".join(f"{layer.name}:{layer.rows.shape[1]}:{layer.meaning}" for layer in layers)
 
     def upload(self, part: torch.Tensor, ids: Sequence[Sequence[int]]) -> None:
         """Scatter a staged part into the vLLM blocks `ids` (by group; -1 is left out); returns when they are there."""
@@ -130,6 +137,13 @@ class KVRows:
                 done = torch.cuda.Event(blocking=True)
                 done.record()
                 done.synchronize()
+
+
+def _meaning(cache: torch.Tensor) -> str:
+    """A cache's type, and shape and strides of one block as vLLM registered it: kernels may cut vLLM's blocks into
+    smaller ones, and order heads, tokens, keys and values as they like."""
+    shape, strides = list(cache.shape[1:]), list(cache.stride()[1:])
+    return f"{cache.dtype},{shape},{strides}".replace(" ", "")
 
 
 def _rows(name: str, cache: torch.Tensor, row_bytes: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ _LABEL_OF = {
     "request_seconds": ("stage", "Time of ended requests by stage or by what they waited for"),
     "load_failures": ("reason", "Blocks that did not arrive, and were computed instead"),
     "save_failures": ("reason", "Blocks that could not be saved"),
+    "requests_without_pool": ("reason", "Requests whose KV cannot be named by its content, computed by vLLM alone"),
     "link_bytes_per_second": ("link", "What each link gave lately while it was busy"),
 }
 COUNTER_HELP = {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
 
 from penstock.core.ordering import ORDINARY, Rank
 from penstock.vllm import compat
@@ -31,6 +32,7 @@ class _InOrder(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.penstock = _side_of(self.connector)
+        self._outputs: dict[int, EngineCoreOutputs] | None = None
         if self.penstock is None:
             log.warning("PenstockScheduler without PenstockConnector does as vLLM's own scheduler does")
         elif not self.recompute_kv_load_failures:
@@ -45,6 +47,7 @@ class _InOrder(Scheduler):  # type: ignore[misc]
         side = self.penstock
         if side is None:
             return super().schedule(throttle_prefills)
+        self._take_version()
         side.reserved_blocks = compat.reserved_blocks(self)
         if self._in_order:
             self._sort(side)
@@ -76,11 +79,39 @@ class _InOrder(Scheduler):  # type: ignore[misc]
                 return
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        """Blocks that a save holds are given back first, so that a reset does not fail for them."""
-        if self.penstock is not None:
-            self.penstock.settle_saves()
-        done: bool = super().reset_prefix_cache(reset_running_requests, reset_connector)
+        """Blocks that a save holds are given back first, so that a reset does not fail for them. With
+        `reset_connector` the connector is reset even where vLLM raises before it gets there."""
+        side = self.penstock
+        if side is None:
+            done: bool = super().reset_prefix_cache(reset_running_requests, reset_connector)
+            return done
+        if reset_connector:
+            side.drop_saves()
+        side.settle_saves()
+        try:
+            done = super().reset_prefix_cache(reset_running_requests, reset_connector)
+        except BaseException:
+            if reset_connector:
+                side.reset()
+            raise
         return done
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        """The engine core writes the version of its weights into what it is given here, once this has returned."""
+        self._take_version()
+        outputs = super().update_from_output(*args, **kwargs)
+        if self.penstock is not None:
+            if not outputs and self.penstock.listens_for_version:
+                outputs[0] = EngineCoreOutputs()
+            self._outputs = outputs
+        return outputs
+
+    def _take_version(self) -> None:
+        """What the results of the step before said."""
+        if self.penstock is not None and self._outputs is not None:
+            told = next((one.weight_version for one in self._outputs.values() if one.weight_version is not None), None)
+            self._outputs = None
+            self.penstock.results(told)
 
 
 class PenstockSyncScheduler(_InOrder):

@@ -17,11 +17,14 @@ from penstock.core.keys import root_key
 from penstock.core.new_block import tenant_tag
 from penstock.core.operations import RequestSpec
 from penstock.core.ordering import AGED, Rank
+from penstock.rate_limited_log import RateLimitedLog
 from penstock.vllm import compat
+from penstock.vllm.adapters import Adapters
 from penstock.vllm.host import Host, Ids
 from penstock.vllm.metrics import PenstockStats, StatsTaker
 from penstock.vllm.settings import choose_block_tokens, read_settings
 from penstock.vllm.shape import Shape
+from penstock.vllm.weight_version import WeightVersion
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,7 +39,11 @@ STATS_INTERVAL_S = 0.1
 PRESS_BLOCKS = 8  # that saves give back at a time when vLLM would have to preempt
 SAVES_SHARE = 0.25  # of vLLM's blocks that saves keep although a request waits for room
 STEPS_MAX = 64
-FINGERPRINT_VERSION = "penstock-vllm-1"
+STALE = (
+    "nothing is loaded or saved: weights changed while vLLM's own cache was in use, and may still be served from it; "
+    "call reset_prefix_cache(reset_connector=True) when no request runs"
+)
+FINGERPRINT_VERSION = "penstock-vllm-2"
 
 
 @dataclass(slots=True)
@@ -47,6 +54,7 @@ class _Known:
     asked_held: int = 0  # tokens that vLLM held when it asked last
     saved_to: int = 0  # full blocks that were looked at for saving
     put_off: list[int] = field(default_factory=list)  # of them, those for which there was no room
+    adapter: str | None = None  # what it is computed with, where it has an adapter
     computing: bool = False
     answering: bool = False
 
@@ -79,14 +87,22 @@ class SchedulerSide:
                 block_tokens=self._block_tokens,
                 rows=self._rows,
                 l1_blocks=compat.l1_blocks(kv_cache, self._block_tokens),
-                same_on_all_ranks=config.model_config.use_mla and parallel.pipeline_parallel_size == 1,
+                same_on_all_ranks=compat.same_on_all_ranks(config, kv_cache),
                 loads=transfer.is_kv_consumer,
                 saves=transfer.is_kv_producer,
                 reuses_pages_in_flight=config.max_concurrent_batches > 1,
             ),
         )
-        identity = compat.model_identity(config, kv_cache, self.host.layout, settings.model_id)
-        self._fingerprint = _fingerprint(identity, self._block_tokens)
+        try:
+            self._identity = compat.model_identity(config, kv_cache, self.host.layout, settings.model_id)
+        except BaseException:
+            self.host.close()
+            raise
+        self._weights = WeightVersion(settings.weight_version)
+        self._fingerprint = _fingerprint(self._identity, self._weights.part, self._block_tokens)
+        self._stale = False  # vLLM's own cache may hold KV of weights that were replaced
+        self._adapters = Adapters()
+        self._log = RateLimitedLog(log)
         self._default_slo_s = settings.default_slo_ttft_s
         self._guesses = config.speculative_config is not None
         self._known: dict[str, _Known] = {}
@@ -117,27 +133,50 @@ class SchedulerSide:
 
     def arrived(self, request: Request) -> None:
         """Look the request up and begin to fetch it, before the scheduler gets to it."""
-        salt = compat.salt_of(request)
         if self.host.fatal:
             return
-        if salt is None or not request.all_token_ids or request.request_id in self._known:
+        if request.request_id in self._known:
             self.host.lost("requests_not_followed")
             return
+        adapter = None if request.lora_request is None else self._adapters.identity(request.lora_request)
+        spec = self._spec(request, adapter)
+        if isinstance(spec, str):
+            self.host.activity.requests_without_pool[spec] += 1
+            return
         held = 0 if self._manager is None else compat.held_tokens(self._manager, request)
-        spec = RequestSpec(
-            request.request_id,
-            list(request.all_token_ids),
-            1,
-            root_key(self._fingerprint, salt),
-            self._deadline_s(request),
-            tenant=tenant_tag(request.cache_salt or ""),
-        )
         try:
             self.host.submit(spec, held, not request.skip_reading_prefix_cache)
         except ValueError:  # an id that is still in use is served without the pool
             self.host.lost("requests_not_followed")
             return
-        self._known[request.request_id] = _Known(request)
+        self._known[request.request_id] = _Known(request, adapter=adapter)
+
+    def _spec(self, request: Request, adapter: str | None) -> RequestSpec | str:
+        """What the brain has to know of a request; a word where it has to do without the pool."""
+        if self._stale and not self._finish_reset():
+            self._log.warning("stale", STALE)
+            return "reset"
+        if not compat.is_keepable(request):
+            return "input"
+        if adapter is None and request.lora_request is not None:
+            return "adapter"
+        media = compat.media_of(request)
+        if media is None:
+            self._log.warning(
+                "media",
+                "requests whose media a client names (multi_modal_uuids) are computed without the pool: "
+                "such a name does not say what it stands for",
+            )
+            return "media"
+        return RequestSpec(
+            request.request_id,
+            list(request.all_token_ids),
+            1,
+            root_key(self._fingerprint, compat.salt_of(request, adapter)),
+            self._deadline_s(request),
+            tenant=tenant_tag(request.cache_salt or ""),
+            spans=media,
+        )
 
     def _deadline_s(self, request: Request) -> float | None:
         """`slo_ttft_ms` of the request, after its arrival; else vLLM's priority as so many default deadlines later."""
@@ -236,6 +275,73 @@ class SchedulerSide:
             self.host.not_saved(len(lost))
         self.host.finish(request.request_id)
 
+    # -- weights that are replaced ------------------------------------------------------------------------------
+
+    def reset(self) -> bool:
+        """Weights may be other ones from now on: nothing that was computed or queued before is loaded, saved or found
+        again. False while vLLM's own cache is in use, which keeps KV of the weights before: until a reset finds it
+        unused, requests are computed without the pool."""
+        self._weights.reset()
+        self._begin_anew()
+        if self._stale:
+            log.warning("after a reset %s", STALE)
+        return not self._stale
+
+    def drop_saves(self) -> None:
+        """Before a reset: saves that have not begun give vLLM's blocks back, and are dropped."""
+        self.host.press(None)
+        self._give_back()
+
+    def results(self, weight_version: str | None) -> None:
+        """The results of a step came with the version of its weights that vLLM was told (None: with none)."""
+        named = self._weights.step_ended(weight_version)
+        if named:
+            self._rename()
+            log.info("the weights are version %r now; engines that say the same share their KV", weight_version)
+        elif named is False:
+            self._weights.reset()
+            self._begin_anew(unused=False)
+            log.warning("vLLM was told that its weights are version %r now: %s", weight_version, STALE)
+
+    @property
+    def listens_for_version(self) -> bool:
+        """Whether the results of the next step have to say a version."""
+        return self._weights.listens
+
+    def _begin_anew(self, unused: bool = True) -> None:
+        """Another fingerprint: whatever is under way ends, and what waits is looked up anew, if vLLM's own cache is
+        `unused` as far as the caller knows."""
+        self.host.forget_all()
+        self._give_back()
+        known, self._known = list(self._known.values()), {}
+        self.host.not_saved(sum(len(one.put_off) for one in known))
+        self._stale = not unused or not (self._manager is None or compat.holds_nothing(self._manager))
+        self._fingerprint = _fingerprint(self._identity, self._weights.part, self._block_tokens)
+        if not self._stale:
+            for one in known:
+                if not one.request.num_computed_tokens:
+                    self.arrived(one.request)
+
+    def _rename(self) -> None:
+        """Another name for the same weights: what waits is looked up anew, what is computed keeps its keys."""
+        self._fingerprint = _fingerprint(self._identity, self._weights.part, self._block_tokens)
+        for known in list(self._known.values()):
+            request = known.request
+            if not request.num_computed_tokens and not known.computing:
+                self._forget(known)
+                self.arrived(request)
+
+    def _forget(self, known: _Known) -> None:
+        """Nothing more is loaded or saved for a request."""
+        self._known.pop(known.request.request_id, None)
+        self.host.finish(known.request.request_id)
+
+    def _finish_reset(self) -> bool:
+        """vLLM's own cache is emptied as soon as nothing uses it, as a reset had asked for."""
+        if self._manager is not None and compat.holds_nothing(self._manager):
+            self._stale = not self._manager.reset_prefix_cache()
+        return not self._stale
+
     # -- steps --------------------------------------------------------------------------------------------------
 
     def scheduled(self, output: SchedulerOutput) -> int:
@@ -243,6 +349,7 @@ class SchedulerSide:
         self._give_back()
         self._step += 1
         spans: list[tuple[int, int]] = []
+        self._look_at_adapters(output.num_scheduled_tokens)
         for request_id, count in output.num_scheduled_tokens.items():
             known = self._known.get(request_id)
             if known is None:
@@ -266,6 +373,19 @@ class SchedulerSide:
             self._steps.append(_Step(self._step, spans, time.monotonic()))
         self._give_back()
         return self._step
+
+    def _look_at_adapters(self, scheduled: Iterable[str]) -> None:
+        """vLLM may read an adapter with any step that needs it: requests whose adapter changed go on without us."""
+        now: dict[int, str | None] = {}
+        for request_id in scheduled:
+            known = self._known.get(request_id)
+            if known is None or known.adapter is None:
+                continue
+            adapter: Any = known.request.lora_request
+            if adapter.lora_int_id not in now:
+                now[adapter.lora_int_id] = self._adapters.identity(adapter)
+            if now[adapter.lora_int_id] != known.adapter:
+                self._forget(known)
 
     def _advanced(self, request_id: str, computed_tokens: int) -> None:
         self.host.query(lambda brain: brain.advanced(request_id, computed_tokens), None)
@@ -367,8 +487,9 @@ class SchedulerSide:
 
     def close(self) -> None:
         self.host.close()
+        self._adapters.close()
 
 
-def _fingerprint(identity: str, block_tokens: int) -> bytes:
-    text = f"{FINGERPRINT_VERSION}|{block_tokens}|{identity}"
+def _fingerprint(identity: str, version: str, block_tokens: int) -> bytes:
+    text = f"{FINGERPRINT_VERSION}|{block_tokens}|{len(version)}|{version}|{identity}"
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -22,7 +22,9 @@ class Settings:
     of them are one pool. `pool_config` is a pool.toml that describes one instead. `staging_bytes` is host memory for
     blocks on their way, `block_tokens` 0 the default for vLLM's block size. A request goes before all others when it
     was delayed `age_delays` times as long as first come, first served would delay it (0: never), and after
-    `age_bound_s`. With `load_always` every hit is loaded, even where computing it seems faster."""
+    `age_bound_s`. With `load_always` every hit is loaded, even where computing it seems faster. `weight_version` is
+    the name of a run whose weights change, so that versions that vLLM is told mean the same in every engine with that
+    name."""
 
     pool: tuple[str, ...] = ()
     pool_config: Path | None = None
@@ -40,6 +42,7 @@ class Settings:
     fetch_window_blocks: int = 8
     max_waiting: int = 4096
     model_id: str = ""
+    weight_version: str = ""
     load_always: bool = False
 
     def open_config(self) -> PoolConfig:
@@ -81,7 +84,7 @@ def _read(key: str, given: Any) -> Any:
             return tuple(_slab(item) for item in _list(key, given))
         if key == "staging":
             return _size(given)
-        if key in ("policy", "model_id"):
+        if key in ("policy", "model_id", "weight_version"):
             return _text(given)
         if key == "load_always":
             if not isinstance(given, bool):

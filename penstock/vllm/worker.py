@@ -23,6 +23,7 @@ import torch
 from penstock.guarded_thread import GuardedThread, GuardedWorker
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.vllm.accepting import accept_scheduler
+from penstock.vllm.copy_gate import CopyGate
 from penstock.vllm.layout import KVRows
 from penstock.vllm.link import (
     ERROR_CHARS_MAX,
@@ -88,6 +89,7 @@ class WorkerSide:
         self._locked_address = 0
         self._closed = False
         self.steps = Steps(rows.device)
+        self.gate = CopyGate()
         self._uploader = GuardedWorker("penstock-upload", COPIES_MAX)
         self._downloader = GuardedWorker("penstock-save", COPIES_MAX)
         self._listener = listen(engine_id, rank)
@@ -235,10 +237,12 @@ class WorkerSide:
         if message.after >= 0:
             self.steps.wait_begun(message.after, STEP_TIMEOUT_S)
         for slot, ids in message.blocks:
-            self._rows.upload(self._staged.part(slot), ids)
+            with self.gate.copying():
+                self._rows.upload(self._staged.part(slot), ids)
 
     def _download(self, message: Download) -> None:
         assert self._staged is not None
         check_block(message.slot, message.ids, self._staged.attach, self._rows.vllm_blocks)
         self.steps.wait(message.step, STEP_TIMEOUT_S)
-        self._rows.download(self._staged.part(message.slot), message.ids)
+        with self.gate.copying():
+            self._rows.download(self._staged.part(message.slot), message.ids)

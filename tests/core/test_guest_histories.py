@@ -54,6 +54,7 @@ class Guests(RuleBasedStateMachine):
         self.serial = 0
         self.pages = 0
         self.prompts: dict[str, list[int]] = {}  # live requests
+        self.spoilt: set[str] = set()  # requests whose load under way is of no use any more
         self.keys: dict[str, list[bytes]] = {}
         self.granted: dict[str, dict[int, int]] = {}  # request -> page by block, until Landed
         self.landed: dict[str, tuple[dict[int, int], int | None]] = {}  # until the host takes note
@@ -158,6 +159,20 @@ class Guests(RuleBasedStateMachine):
             self.brain.finish(name, self.now)
             self.decide()
 
+    @rule(anew=st.booleans())
+    def forget_all(self, anew: bool) -> None:
+        """What the keys name is of no use any more, say because the host has other weights."""
+        self.brain.forget_all(self.now)
+        self.spoilt |= {name for name in self.granted}
+        prompts, self.prompts = self.prompts, {}
+        self.decide()
+        if anew:
+            for name, prompt in prompts.items():
+                if name not in self.granted and name not in self.landed:
+                    self.brain.submit(RequestSpec(name, prompt, 1, root_key(FINGERPRINT, "")), 0, self.now)
+                    self.prompts[name] = prompt
+        self.decide()
+
     @rule(seconds=st.sampled_from([1e-3, 0.1, 2.0]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
@@ -211,6 +226,9 @@ class Guests(RuleBasedStateMachine):
 
     def land(self, notice: Landed) -> None:
         pages = self.granted.pop(notice.request_id)  # G3: exactly once
+        if notice.request_id in self.spoilt:
+            assert notice.hole == min(pages), "a load of what was forgotten landed as if it were of use"
+            self.spoilt.remove(notice.request_id)
         under_way = {page for op in self.open.values() if isinstance(op, Upload) for _, page in op.blocks}
         assert not under_way & set(pages.values()), "G3: landed while a page is written"
         for index, page in pages.items():

@@ -321,6 +321,27 @@ def test_a_block_is_saved_once_and_anew_when_it_was_lost() -> None:
     assert desk.brain.wants("misses", 1), "the pool has dropped it meanwhile"
 
 
+def test_what_is_forgotten_lands_with_nothing_and_is_not_saved() -> None:
+    desk = Desk(l2_slots=4)  # one slot for saves
+    desk.submit("loads", tokens_of(1, 2))
+    desk.brain.allocated("loads", 0, [1, 2], desk.now)
+    (upload,) = [op for op in desk.fetch_all() if isinstance(op, Upload)]
+    desk.submit("saves", tokens_of(2, 3), hits=0)
+    for index in range(3):
+        desk.brain.offer("saves", index, 10 + index)
+    (save,) = [op for op in desk.decide() if isinstance(op, Save)]
+    desk.brain.forget_all(desk.now)
+    assert set(desk.brain.released()) == {10, 11, 12} - {save.page}, "what has not begun is given back at once"
+    assert not [op for op in desk.decide() if isinstance(op, Landed)], "its pages are still written to"
+    desk.brain.uploaded(upload.op_id, desk.now)
+    assert [op for op in desk.decide() if isinstance(op, Landed)] == [Landed("loads", 0)]
+    desk.brain.acknowledged("loads")
+    desk.brain.saved(save.op_id, "reset")
+    assert desk.brain.released() == [save.page] and desk.brain.idle
+    desk.submit("loads", tokens_of(1, 2))
+    assert desk.brain.matched("loads", 0, desk.now), "it may be submitted anew"
+
+
 def test_the_latest_saves_give_way_first() -> None:
     desk = Desk(l2_slots=4)  # one slot for saves
     desk.submit("r", tokens_of(1, 5), hits=0)

@@ -10,7 +10,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.core.keys import KEY_BYTES, KeyChain, block_keys, root_key
+from penstock.core.keys import KEY_BYTES, KeyChain, Span, block_keys, root_key
 from penstock.core.layout import KVLayout
 
 MODEL = b"m" * 16
@@ -63,6 +63,50 @@ def test_a_chain_grown_in_any_steps_has_the_same_keys(tokens: list[int], cuts: l
     assert added == chain.keys == block_keys(tokens, MODEL, "s", block_tokens)
     for index in range(len(chain.keys)):
         assert chain.parent_of(index) == (chain.keys[index - 1] if index else chain.root)
+
+
+FIRST, SECOND = Span(10, 20, b"first image"), Span(40, 5, b"second image")
+
+
+def keys_with(*spans: Span, tokens: list[int] = TOKENS) -> list[bytes]:
+    return block_keys(tokens, MODEL, "", 16, spans)
+
+
+def test_an_image_is_in_the_keys_of_the_blocks_that_it_overlaps_and_of_those_behind_them() -> None:
+    plain, one, both = keys_with(), keys_with(FIRST), keys_with(FIRST, SECOND)
+    assert not set(plain) & set(one), "the image begins in block 0"
+    assert one[:2] == both[:2], "a later image of the chat changes no earlier key"
+    assert not set(one[2:]) & set(both[2:])
+    assert keys_with(SECOND)[:2] == plain[:2]
+
+
+def test_another_image_and_another_place_of_it_are_other_keys() -> None:
+    two = keys_with(Span(10, 10, b"a"), Span(22, 10, b"b"))
+    assert two == keys_with(Span(22, 10, b"b"), Span(10, 10, b"a")), "in whichever order they are named"
+    others = [
+        keys_with(Span(10, 10, b"b"), Span(22, 10, b"a")),
+        keys_with(Span(11, 10, b"a"), Span(22, 10, b"b")),
+        keys_with(Span(10, 10, b"ab"), Span(22, 10, b"")),
+        keys_with(Span(10, 10, b"a")),
+    ]
+    assert len({two[1], *(keys[1] for keys in others)}) == 5
+    assert keys_with(Span(16, 16, b"a"))[0] == keys_with()[0] == keys_with(Span(3, 0, b"nothing"))[0]
+
+
+@given(
+    cuts=st.lists(st.integers(0, 64), max_size=6),
+    spans=st.lists(st.builds(Span, st.integers(0, 70), st.integers(0, 30), st.binary(max_size=3)), max_size=5),
+)
+def test_keys_with_images_are_the_same_however_the_chain_grew(cuts: list[int], spans: list[Span]) -> None:
+    chain = KeyChain(root_key(MODEL, ""), 16, spans)
+    for low, high in itertools.pairwise([0, *sorted(cuts), len(TOKENS)]):
+        chain.extend(TOKENS[low:high])
+    assert chain.keys == keys_with(*spans)
+    for index in range(4):  # against the definition, block by block
+        here = {span for span in spans if span.offset < (index + 1) * 16 and span.offset + span.length > index * 16}
+        others = [span for span in spans if span not in here and span.offset + span.length <= index * 16]
+        same = keys_with(*(span for span in spans if span in here or span in others))
+        assert same[index] == chain.keys[index]
 
 
 def test_keys_are_the_same_in_every_process() -> None:

@@ -166,6 +166,43 @@ def test_pages_are_kept_until_their_step_was_computed_and_copied(rig: Rig) -> No
     wait_for(lambda: rig.saved() == 1, "the block is saved")
 
 
+def test_a_copy_under_way_when_all_is_forgotten_is_not_written(rig: Rig) -> None:
+    """Its step may have been computed with the weights before, or with those after."""
+    rig.submit("r", 2)
+    pages = {rig.host.offer("r", index, [[2 * index, 2 * index + 1]], step=5)[0] for index in range(2)}
+    rig.host.wake()
+    wait_for(lambda: not rig.host.ask(lambda brain: brain.gauges()["saves_queued"]) - 2, "both wait for their step")
+    rig.host.forget_all()
+    rig.workers[0].steps.record(5)
+
+    def given_back() -> bool:
+        pages.difference_update(rig.host.released())
+        return not pages
+
+    wait_for(given_back, "vLLM has its blocks back")
+    wait_for(lambda: rig.host.ask(lambda brain: brain.idle), "nothing is left")
+    rig.submit("r", 2)
+    wait_for(lambda: rig.host.matched("r", 0) is not None, "the lookup is answered")
+    assert rig.host.matched("r", 0) == 0 and rig.saved() == 0, "the pool got a block whose weights nobody knows"
+
+
+def test_a_load_under_way_when_all_is_forgotten_is_not_believed() -> None:
+    with pool_node(pace_bytes_per_s=500) as node:
+        options = {"staging_bytes": 1 << 20, "lookup_timeout_s": 10.0, "fetch_timeout_s": 60.0}
+        rig = Rig(Settings(pool=(format_address(*node.address),), **options))  # type: ignore[arg-type]
+        try:
+            rig.submit("first", 4)
+            rig.save("first", 4)
+            rig.host.finish("first")
+            rig.submit("second", 4)
+            wait_for(lambda: rig.host.matched("second", 0) is not None, "the lookup is answered")
+            rig.host.allocated("second", 0, [[[20 + 2 * i, 21 + 2 * i]] for i in range(4)])
+            rig.host.forget_all()
+            assert rig.landed("second").invalid == list(range(20, 28))
+        finally:
+            rig.close()
+
+
 @contextlib.contextmanager
 def pool_node(pace_bytes_per_s: float | None = None) -> Iterator[PoolNode]:
     """A pool node on a port of its own, in this process."""

@@ -123,7 +123,7 @@ class Request:
         self.arrival_s = now
         self.deadline_s = deadline_s
         self.tokens: list[int] = list(spec.prompt)
-        self.chain = KeyChain(spec.root_key, block_tokens)
+        self.chain = KeyChain(spec.root_key, block_tokens, spec.spans)
         self.chain.extend(self.tokens)
         self.target = len(self.tokens)
         self.state = State.LOOKUP

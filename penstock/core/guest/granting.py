@@ -8,7 +8,7 @@ Invariants, checked by `check_integrity`:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from penstock.core.engine.request import State
 from penstock.core.guest.pages import GuestPages
@@ -72,6 +72,14 @@ class Granting:
         """Grants that ended since the last call."""
         landed, self._landed = self._landed, []
         return landed
+
+    def spoil(self, guests: Sequence[Guest]) -> None:
+        """What these guests were granted pages for is of no use: their loads end, and land with nothing."""
+        for guest in guests:
+            if guest.grant is not None:
+                guest.grant.hole = guest.grant.first
+        holes = {guest.request.request_id: guest.grant.first for guest in guests if guest.grant is not None}
+        self._landed = [Landed(one.request_id, holes.get(one.request_id, one.hole)) for one in self._landed]
 
     def end(self, guest: Guest) -> None:
         """The host took note of `Landed`; its own cache answers for those blocks from now on."""

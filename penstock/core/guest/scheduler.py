@@ -204,6 +204,15 @@ class GuestScheduler:
             guest.noted = []
             del self._guests[guest.request.request_id]
 
+    def forget_all(self, now: float) -> None:
+        """What the keys so far name is of no use to the host any more: every request ends here, whatever is loaded for
+        it lands with nothing, and saves that have not begun are dropped. Requests may be submitted anew."""
+        guests = list(self._guests.values())
+        self._granting.spoil(guests)
+        for guest in guests:
+            self.finish(guest.request.request_id, now)
+        self._saving.drop_queued(None)
+
     # -- events: the host's scheduler ---------------------------------------------------------------------------
 
     def matched(self, request_id: str, held_tokens: int, now: float) -> int | None:

@@ -1,0 +1,166 @@
+"""What a LoRA adapter is: the content of its files, as far as it is known that vLLM holds just that.
+
+vLLM reads an adapter when it is added or first needed, keeps it under a number (`lora_int_id`), and may read it again
+later. Its files may change meanwhile; then nobody can say from outside which content a request was computed with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from penstock.engine.weights_identity import FileState, weights_identity
+from penstock.guarded_thread import GuardedWorker
+from penstock.rate_limited_log import RateLimitedLog
+
+log = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")  # vLLM takes the first there is
+ADAPTERS_MAX = 4096  # numbers that are remembered; about 1 KB each
+INLINE_BYTES = 64 << 20  # hashed at once; larger ones on a thread, and requests until then go without the pool
+WAITING_MAX = 64
+SETTLED_S = 2.0  # files younger than this may change again under the same time stamp
+CLOSE_TIMEOUT_S = 2.0
+
+Stamp = tuple[tuple[str, FileState], ...]  # changes with every file that is written anew
+
+
+@dataclass(slots=True)
+class _Adapter:
+    """What is known of the adapter that vLLM keeps under a number. `identity` is None while it is being read, and for
+    ever once it is `lost`: its files changed, and vLLM may hold the old or the new ones."""
+
+    files: list[Path]
+    stamp: Stamp
+    identity: str | None = None
+    lost: bool = False
+
+
+class Adapters:
+    """Threading: for vLLM's scheduler thread; large adapters are read on a thread of their own."""
+
+    def __init__(self, now_s: Callable[[], float] = time.time) -> None:
+        self._now_s = now_s
+        self._start_s = now_s()
+        self._known: OrderedDict[int, _Adapter] = OrderedDict()
+        self._own = secrets.token_hex(16)
+        self._lock = threading.Lock()
+        self._reader: GuardedWorker | None = None
+        self._log = RateLimitedLog(log)
+
+    def identity(self, adapter: Any) -> str | None:
+        """A text that stands for what vLLM computes with a LoRARequest; None when that cannot be known (yet)."""
+        files = adapter_files(adapter.lora_path)
+        stamp = stamp_of(files)
+        known = self._known.get(adapter.lora_int_id)
+        if not stamp:
+            self._refuse(adapter, "its files cannot be read")
+            return None
+        if known is not None and not known.lost and known.stamp == stamp:
+            self._known.move_to_end(adapter.lora_int_id)
+            with self._lock:
+                return known.identity
+        if known is not None and not adapter.load_inplace:
+            known.lost, known.identity = True, None
+            self._refuse(adapter, "its files changed since vLLM first had it; load it under another name")
+            return None
+        if _changed_s(stamp) + SETTLED_S > self._now_s():
+            self._refuse(adapter, f"its files are less than {SETTLED_S:g} s old, and may still change")
+            return None
+        return self._first(adapter, files, stamp)
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close(CLOSE_TIMEOUT_S)
+
+    def _first(self, adapter: Any, files: list[Path], stamp: Stamp) -> str | None:
+        if adapter.lora_int_id not in self._known and len(self._known) >= ADAPTERS_MAX:
+            number, _ = self._known.popitem(last=False)
+            log.warning("more than %d LoRA adapters: number %d is forgotten", ADAPTERS_MAX, number)
+        known = _Adapter(files, stamp)
+        self._known[adapter.lora_int_id] = known
+        self._known.move_to_end(adapter.lora_int_id)
+        # vLLM may have read files that changed after its start before they did: then only this process may find them
+        certain = adapter.load_inplace or _changed_s(stamp) + SETTLED_S < self._start_s
+        prefix = "" if certain else f"{self._own}:{adapter.lora_int_id}:"
+        if sum(state.size_bytes for _, state in stamp) <= INLINE_BYTES:
+            self._read(adapter, known, prefix)
+            return known.identity
+        if self._reader is None:
+            self._reader = GuardedWorker("penstock-adapters", WAITING_MAX)
+        if not self._reader.put(lambda: self._read(adapter, known, prefix)):
+            del self._known[adapter.lora_int_id]
+        self._refuse(adapter, "it is still being read")
+        return None
+
+    def _read(self, adapter: Any, known: _Adapter, prefix: str) -> None:
+        found = _content(known.files)
+        if found is None or stamp_of(known.files) != known.stamp:
+            known.lost = True
+            self._refuse(adapter, "its files changed while they were read, or cannot be read")
+            return
+        with self._lock:
+            known.identity = prefix + found
+
+    def _refuse(self, adapter: Any, reason: str) -> None:
+        self._log.warning(
+            f"{adapter.lora_int_id}:{reason}",
+            "requests with the LoRA adapter %r (%s) are computed without the pool: %s",
+            adapter.lora_name,
+            adapter.lora_path,
+            reason,
+        )
+
+
+def adapter_files(path: str) -> list[Path]:
+    """The files that vLLM reads of an adapter: its configuration and its weights; none when it is not here."""
+    folder = _folder(path)
+    if folder is None:
+        return []
+    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    return [] if weights is None else [folder / CONFIG_FILE, weights]
+
+
+def _folder(path: str) -> Path | None:
+    """Where vLLM finds an adapter (`vllm.lora.utils.get_adapter_absolute_path`), without fetching anything."""
+    folder = Path(path).expanduser()
+    if folder.exists() or folder.is_absolute() or path.startswith("~"):
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    with contextlib.suppress(Exception):  # of whatever kind: the name is a client's
+        found = try_to_load_from_cache(path, CONFIG_FILE)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def stamp_of(files: Sequence[Path]) -> Stamp:
+    """Nothing when one of `files` is not there."""
+    try:
+        return tuple((str(file), FileState.of(file)) for file in files)
+    except OSError:
+        return ()
+
+
+def _changed_s(stamp: Stamp) -> float:
+    return max(state.changed_ns for _, state in stamp) / 1e9
+
+
+def _content(files: Sequence[Path]) -> str | None:
+    """Of configuration and weights; None when they cannot be read."""
+    config, *weights = files
+    try:
+        return f"{hashlib.blake2b(config.read_bytes(), digest_size=16).hexdigest()}{weights_identity(weights)}"
+    except (OSError, ValueError):
+        return None

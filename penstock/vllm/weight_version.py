@@ -1,0 +1,50 @@
+"""Which weights a running vLLM has: those it started with, a version that somebody named, or ones nobody else has.
+
+vLLM lets weights be replaced while it runs, and says so in two ways: by a reset of its caches, connector included, and
+by a version that a trainer may give it (`finish_weight_update`, `update_weight_version`).
+"""
+
+from __future__ import annotations
+
+import secrets
+
+import msgspec
+
+
+class WeightVersion:
+    """`part` goes into the fingerprint. `scope` (the setting `weight_version`) names the run whose versions are told;
+    without one every change of weights is this engine's own."""
+
+    def __init__(self, scope: str) -> None:
+        self._scope = scope
+        self._told = "default"  # what vLLM says before anybody told it a version
+        self._fresh = False  # reset, and no step's result since
+        self.part = _named(scope, "") if scope else ""
+
+    @property
+    def listens(self) -> bool:
+        """Whether the results of the next step decide on the version's name."""
+        return self._fresh and bool(self._scope)
+
+    def reset(self) -> None:
+        """Weights may be other ones from now on; nobody shares them until they get a name."""
+        self.part = msgspec.json.encode(["own", secrets.token_hex(16)]).decode()
+        self._fresh = True
+
+    def step_ended(self, told: str | None) -> bool | None:
+        """The results of a step came with vLLM's version (None: with none). None when nothing changed; True when the
+        weights have a name now; False when they changed without a reset, so that vLLM's own cache is of old ones."""
+        fresh, self._fresh = self._fresh, False
+        if told is None or told == self._told:
+            return None
+        self._told = told
+        if not fresh:
+            return False
+        if self._scope:
+            self.part = _named(self._scope, told)
+            return True
+        return None
+
+
+def _named(scope: str, version: str) -> str:
+    return msgspec.json.encode(["named", scope, version]).decode()
