@@ -279,7 +279,7 @@ def _conclude(
         report.figure(f"{name}_{rate}_slo_gain", gain, GAIN_GOAL if at_goal else None)
         report.figure(f"{name}_{rate}_ttft_cut", cut, CUT_GOAL if at_goal else None)
         report.notes.append(f"{name} at {rate}: best SLO attainment by {best_slo}, best mean TTFT by {best_ttft}")
-        if float(rate) >= 1.2 and "feasible" in rows:
+        if float(rate) >= 1.2 and "feasible" in rows and len(rows) > 1:
             others = max(statistics.mean(rows[p].met) for p in rows if p != "feasible")
             report.figure(
                 f"{name}_{rate}_feasible_over_best_other", statistics.mean(rows["feasible"].met) / others, 1.0
