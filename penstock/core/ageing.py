@@ -80,7 +80,7 @@ class Ageing:
         self._sweep_timers()
 
     def due(self, now: float) -> list[Request]:
-        """Those that age now, each named once, in order of time."""
+        """Those that aged by now, each named once, in order of time; their `aged_s` says since when."""
         found = []
         while self._timers and self._timers[0][0] - self._aged_s <= now:
             _, sequence = heapq.heappop(self._timers)
@@ -92,6 +92,7 @@ class Ageing:
                 self._set_timer(late_s, sequence)
             elif not waiter.aged:
                 waiter.aged = True
+                waiter.request.aged_s = late_s - self._aged_s  # looked for late, after a jump of the clock, say
                 self._aged_s += waiter.own_s or 0.0
                 found.append(waiter.request)
         return found

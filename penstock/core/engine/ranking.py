@@ -75,10 +75,10 @@ class Ranking:
                 if request in queue:
                     queue.push(request)
 
-    def age(self, request: Request, now: float) -> None:
+    def age(self, request: Request) -> None:
         """The request goes before all that have not aged, until its first token."""
         if request.account.first_token_s is None and request.tier != AGED:
-            request.tier, request.aged_s = AGED, now
+            request.tier = AGED
             if request.state is not State.LOOKUP:
                 self.set_rank(request)
 

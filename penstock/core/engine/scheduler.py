@@ -412,7 +412,7 @@ class LoadScheduler:
                 self._finish(timed_out, "timeout", f"no end after {self.config.request_timeout_s:g} s", now)
         for request in self._ageing.due(now):
             if self.config.mode == "penstock":
-                self._ranking.age(request, now)
+                self._ranking.age(request)
 
     def next_wakeup_s(self) -> float | None:
         """When `decide` should be called although nothing happened; None: not before the next event."""

@@ -458,7 +458,7 @@ class GuestScheduler:
     def decide(self, now: float) -> list[GuestOperation]:
         """The operations to carry out now, given all events so far."""
         for request in self._ageing.due(now):
-            self._ranking.age(request, now)
+            self._ranking.age(request)
         self._ranking.sort_feasible((guest.request for guest in self._guests.values()), now)
         while self._lookups and len(self._looking_up) < self.config.lookup_window:
             guest = self._lookups.popleft()
