@@ -146,6 +146,9 @@ def test_weights_quotas_and_admission_change(node: Node) -> None:
             MEMORY + '[[member]]\nkind = "node"\naddress = "127.0.0.1:1"',
             "is the first member of node; allowed: with a restart only",
         ),
+        ('secret_file = "another"\n' + MEMORY + SLAB.format("a"), "secret_file is changed; allowed: with a"),
+        (MEMORY + SLAB.format("a").replace("weight = 1\n", ""), "the weight of memory:0 is a share"),
+        ((MEMORY + SLAB.format("a")).replace("weight = 1", "weight = 0"), "every weight is 0"),
     ],
 )
 def test_a_file_that_cannot_be_applied_changes_nothing_and_is_one_line(node: Node, text: str, expected: str) -> None:
@@ -154,6 +157,32 @@ def test_a_file_that_cannot_be_applied_changes_nothing_and_is_one_line(node: Nod
     assert expected in line and line.endswith("the pool goes on as it was")
     assert node.members() == {"memory:0": "ok", "ssd:0": "ok"}
     assert node.err.empty() and node.out.empty()
+
+
+def test_a_file_that_is_refused_at_its_last_member_is_applied_once_it_is_mended(tmp_path: Path) -> None:
+    """Whatever was begun is undone: nothing drains, no node stays behind that the file is refused for ever after."""
+    far = []
+    for name in ("one", "two"):
+        file = tmp_path / f"{name}.toml"
+        file.write_text(MEMORY)
+        far.append(Node(file))
+    entry = '[[member]]\nkind = "node"\nname = "{}"\naddress = "{}"\nweight = 1\n'
+    one, two = entry.format("one", far[0].address), entry.format("two", far[1].address)
+    same_as_two = entry.format("again", far[1].address.replace("127.0.0.1", "localhost"))
+    local = MEMORY + SLAB.format("a")
+    file = tmp_path / "near.toml"
+    file.write_text(local + one)
+    near = Node(file)
+    before = near.members()
+    for text, expected in ((local + one + two + same_as_two, "are one pool node"), (one, "of this machine is gone")):
+        near.reload(text)
+        line = near.err.get(timeout=WAIT_S)
+        assert expected in line and line.endswith("the pool goes on as it was")
+        assert near.members() == before
+    near.reload(local + one + two)
+    assert near.out.get(timeout=WAIT_S) == "pool node pool reloaded: added two"
+    for node in (near, *far):
+        node.end()
 
 
 def test_stat_shows_a_table_and_refuses_in_one_line(node: Node) -> None:
