@@ -13,7 +13,7 @@ SUBJECTS_MAX = 256
 
 class RateLimitedLog:
     """Warnings by subject: the first at once, further ones of the same subject at most once per `interval_s`, with the
-    number of those left out. At most `SUBJECTS_MAX` subjects are told apart; the rest share one."""
+    number of those left out. At most `SUBJECTS_MAX` subjects of one interval are told apart; the rest share one."""
 
     def __init__(
         self, log: logging.Logger, interval_s: float = INTERVAL_S, now_s: Callable[[], float] = time.monotonic
@@ -34,9 +34,10 @@ class RateLimitedLog:
 
     def _tell(self, level: int, subject: str, message: str, args: tuple[object, ...]) -> None:
         with self._lock:
-            if subject not in self._last and len(self._last) >= SUBJECTS_MAX:
-                subject = ""
             now_s = self._now_s()
+            if subject not in self._last and len(self._last) >= SUBJECTS_MAX:
+                self._last = {one: last for one, last in self._last.items() if now_s - last[0] < self._interval_s}
+                subject = subject if len(self._last) < SUBJECTS_MAX else ""
             told_s, left_out = self._last.get(subject, (-float("inf"), 0))
             if now_s - told_s < self._interval_s:
                 self._last[subject] = (told_s, left_out + 1)

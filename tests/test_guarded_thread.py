@@ -91,3 +91,7 @@ def test_a_log_tells_once_and_counts_the_rest(caplog: pytest.LogCaptureFixture) 
     for number in range(2 * SUBJECTS_MAX):
         log.warning(f"subject {number}", "one of many")
     assert sum(record.getMessage() == "one of many" for record in caplog.records) <= SUBJECTS_MAX
+    now[0] = 30.0  # what was told an interval ago does not hide what is new
+    log.warning("new", "a new fault")
+    log.warning("newer", "another new fault")
+    assert [record.getMessage() for record in caplog.records[-2:]] == ["a new fault", "another new fault"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -142,6 +143,7 @@ def _serve(flags: RouterFlags) -> None:
                 codec = load_text_codec(resolve_folder(flags.model, "dummy", flags.revision))
             if codec is not None:
                 codec.start()
+                settings = replace(settings, vocabulary=codec.vocabulary_digest)
         cluster.listen()
         engine = ClusterEngine(cluster, secret, settings)
         try:

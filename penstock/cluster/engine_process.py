@@ -21,6 +21,7 @@ from penstock.engine.pauses import settle
 from penstock.server.app import ServerApp
 from penstock.server.run import HttpServer, bind, url_of
 from penstock.server.settings import ServerSettings
+from penstock.server.text import TokenizerError, load_text_codec
 from penstock.transport.secret import Secret
 from penstock.units import parse_address, parse_bytes, parse_rate
 
@@ -98,7 +99,18 @@ def card_of(host: EngineHost, config: HostConfig, name: str, node: str) -> Engin
         eos_token_ids=tuple(sorted(engine.eos_token_ids)),
         relay_address=host.relay_address,
         pid=os.getpid(),
+        vocabulary=_vocabulary(host.checkpoint),
     )
+
+
+def _vocabulary(checkpoint: Path | None) -> str:
+    """Empty where there is no tokenizer, or none that can be loaded: an engine serves token ids."""
+    try:
+        codec = load_text_codec(checkpoint) if checkpoint is not None else None
+    except TokenizerError as error:
+        log.warning("%s: the router's tokenizer cannot be compared with it", error)
+        return ""
+    return codec.vocabulary_digest if codec is not None else ""
 
 
 def _settings(flags: ServeFlags) -> AgentSettings:

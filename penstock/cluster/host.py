@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from penstock.cluster.buffer import DecodeBuffer
@@ -49,6 +50,12 @@ class EngineHost:
         self._storage = storage or LinkMeter()
         self._lock = threading.Lock()
         self._parts: dict[str, str] = {}  # hand-off id -> request id, of what has not ended
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder that the model was loaded from; None where no model runs."""
+        folder = getattr(self._running.runner, "folder", None)
+        return folder if isinstance(folder, Path) else None
 
     @property
     def relay_address(self) -> str:

@@ -98,14 +98,16 @@ class RaySupervisor:
         return next(one.addresses[0] for one in self.known.values() if one.spec.kind == "router")
 
     def start(self, ready_s: float) -> None:
-        """Pools, then the router, then all engines at once; until they are ready. Raises StartFailed; everything has
-        ended then."""
+        """Pools, then the router, then all engines at once; until they are ready, or `stopping` is set. Raises
+        StartFailed; everything has ended then."""
         end_s = time.monotonic() + ready_s
         try:
             for kind in ("pool", "router", "engine"):
                 group = [one for one in self.known.values() if one.spec.kind == kind]
                 self._given = self._addresses()
                 for one in group:
+                    if self.stopping.is_set():
+                        return
                     one.actor = self._place(one.spec)
                 while not all(one.ready for one in group) and not self.stopping.is_set():
                     self._look(group)

@@ -243,7 +243,7 @@ class ClusterPort:
                 reason, retry = str(error), True
         if reason is not None:
             self.counts.refused_registration += 1
-            log.warning("engine %s (%s) is not taken: %s", card.name, peer, reason)
+            rare.warning(f"not taken {card.name}", "engine %s (%s) is not taken: %s", card.name, peer, reason)
             writer.write(wire.frame(wire.Refused(clip(reason), retry)))
             return None
         if known is not None:

@@ -23,12 +23,14 @@ MARKS_MAX = 64
 class RouterSettings:
     """`lease_s`: an engine that is not heard for so long is fenced. `no_engine_s`: a request that no engine can serve
     for so long ends. `grace_s`: for so long after its start the router waits with requests that may be under way on
-    engines that have not registered again. `claim_s`: for so long it keeps what nobody has asked for again."""
+    engines that have not registered again. `claim_s`: for so long it keeps what nobody has asked for again.
+    `vocabulary`: `TextCodec.vocabulary_digest` of the tokenizer in front of it; empty where there is none."""
 
     lease_s: float = 3.0
     no_engine_s: float = 30.0
     grace_s: float = 2.0
     claim_s: float = 60.0
+    vocabulary: str = ""
     max_open: int = 16_384
     brain: InterEngineConfig = field(default_factory=InterEngineConfig)
 

@@ -526,6 +526,11 @@ class ClusterEngine:
             return "a decode engine without the address of its relay"
         if card.vocab_size < 1 or card.block_tokens < 1 or card.block_bytes < 1 or card.max_context_tokens < 2:
             return "vocab_size, block_tokens, block_bytes or max_context_tokens is too small"
+        mine = self.settings.vocabulary
+        if mine and card.vocabulary and mine != card.vocabulary:
+            return (
+                "its checkpoint's tokenizer has another vocabulary than that of the router's --model; allowed: the same"
+            )
         others = [engine.card for engine in self.port.engines.values() if engine.name != card.name]
         if not others:
             return None

@@ -107,10 +107,12 @@ class Child:
         except Exception as error:  # nobody listens; the process goes on
             rare.warning("output", "a line of %s could not be told: %r", self.spec.name, error)
 
-    def await_ready(self, timeout_s: float) -> None:
-        """Raises StartFailed."""
+    def await_ready(self, timeout_s: float, stopping: threading.Event) -> None:
+        """Until it is ready, or `stopping` is set. Raises StartFailed."""
         end_s = time.monotonic() + timeout_s
         while not self.ready.wait(POLL_S):
+            if stopping.is_set():
+                return
             assert self._process is not None
             if self._process.poll() is not None:
                 time.sleep(POLL_S)  # its last words
@@ -182,19 +184,21 @@ class Supervisor:
         return next(child.addresses[0] for child in self.children.values() if child.spec.kind == "router")
 
     def start(self, ready_s: float = READY_S) -> None:
-        """Pools, then the router, then all engines at once; until they are ready. Raises StartFailed; everything has
-        ended then."""
+        """Pools, then the router, then all engines at once; until they are ready, or `stopping` is set. Raises
+        StartFailed; everything has ended then."""
         end_s = time.monotonic() + ready_s
         try:
             for kinds in (("pool",), ("router",), ("engine",)):
                 group = [child for child in self.children.values() if child.spec.kind in kinds]
                 for child in group:
+                    if self.stopping.is_set():
+                        return
                     try:
                         child.start(child.spec.command(self._addresses()))
                     except OSError as error:
                         raise StartFailed(f"{child.spec.name} cannot be started: {error}") from None
                 for child in group:
-                    child.await_ready(max(1.0, end_s - time.monotonic()))
+                    child.await_ready(max(1.0, end_s - time.monotonic()), self.stopping)
         except BaseException:
             self.stop()
             raise

@@ -46,7 +46,8 @@ class ProtocolError(Exception):
 
 class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine is. All engines of one router have the same `model` (fingerprint of weights and layout), block
-    geometry and vocabulary. `host` groups engines of one machine; `instance` differs from start to start."""
+    geometry and vocabulary. `host` groups engines of one machine; `instance` differs from start to start.
+    `vocabulary` is `TextCodec.vocabulary_digest` of its checkpoint; empty where that has no tokenizer."""
 
     name: Name
     role: Part
@@ -60,6 +61,7 @@ class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: Annotated[tuple[Token, ...], Meta(max_length=LIST_MAX)] = ()
     relay_address: Name = ""
     pid: Count = 0
+    vocabulary: Name = ""
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):

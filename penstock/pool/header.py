@@ -14,7 +14,9 @@ from penstock.io.memory import aligned_buffer
 
 HEADER_BYTES = STAGING_ALIGNMENT_BYTES
 HEADER_FORMAT = 1
+NEW_BYTES = 1 << 20  # a slab that is to be new has zeros so far: others keep their superblock behind the first page
 TRANSFER_TIMEOUT_S = 10.0
+_PIECE_BYTES = 64 << 10
 _MAGIC = b"PENSTOCK SLAB\n\0\0"
 _HEADER = struct.Struct("<16sI16s")
 
@@ -63,6 +65,20 @@ def write_header(engine: BlockEngine, identity: bytes, where: str) -> None:
     page[:] = pack_header(identity)
     transfer(engine, "write", 0, page, where)
     engine.sync()
+
+
+def refuse_foreign_content(engine: BlockEngine, where: str) -> None:
+    """A device or file whose first page has zeros may be somebody's all the same: superblocks of btrfs, ZFS, bcache and
+    md lie behind it. Raises SlabRefused unless the first NEW_BYTES are zeros, or OSError."""
+    piece = aligned_buffer(_PIECE_BYTES)
+    for at in range(0, min(NEW_BYTES, engine.capacity_bytes), _PIECE_BYTES):
+        part = piece[: min(_PIECE_BYTES, engine.capacity_bytes - at)]
+        transfer(engine, "read", at, part, where)
+        if any(part):
+            raise SlabRefused(
+                f"{where} has no header of a slab, and other content in its first {NEW_BYTES >> 20} MiB; nothing is "
+                "changed. Allowed: a file that is not there yet, or a device whose beginning was overwritten with zeros"
+            )
 
 
 def transfer(

@@ -124,7 +124,9 @@ def open_drive(config: PoolConfig, member: MemberConfig) -> BlockEngine:
 
 
 def weights_of(config: PoolConfig, members: Sequence[MemberConfig], opened: Sequence[OpenMember]) -> list[float]:
-    """Weight of each member: as given, else of the profile, else measured now; before members are started."""
+    """Weight of each member: as given, else of the profile, else measured now; before members are started.
+    Raises as `check_weights`, and where a member cannot be measured."""
+    check_weights(config)
     known: Mapping[str, float] = read_profile(config.profile).weights() if config.profile else {}
     weights = [known.get(member.name) if member.weight is None else member.weight for member in members]
     if len(config.members) == 1 and config.file is None and weights[0] is None:
@@ -132,17 +134,24 @@ def weights_of(config: PoolConfig, members: Sequence[MemberConfig], opened: Sequ
     unknown = [one for one, weight in zip(opened, weights, strict=True) if weight is None]
     if config.profile and unknown:
         log.warning("profile %s does not know %s: measured now", config.profile, ", ".join(m.name for m in unknown))
+    measured = iter(_measure(unknown, config.block_bytes))
+    return [next(measured) if weight is None else weight for weight in weights]
+
+
+def check_weights(config: PoolConfig) -> None:
+    """Refuse weights of this machine's members that are on two scales, or all 0. Raises ConfigError."""
+    known: Mapping[str, float] = read_profile(config.profile).weights() if config.profile else {}
+    local = [member for member in config.members if member.kind != "node"]
+    weights = [known.get(member.name) if member.weight is None else member.weight for member in local]
+    unknown = [member for member, weight in zip(local, weights, strict=True) if weight is None]
     shares = [member.name for member in config.members if member.weight and member.weight < SHARES_BELOW]
     if shares and unknown:
         raise ConfigError(
             f"the weight of {shares[0]} is a share, that of {unknown[0].name} is its bandwidth; "
             "give all of them weights, or none"
         )
-    measured = iter(_measure(unknown, config.block_bytes))
-    result = [next(measured) if weight is None else weight for weight in weights]
-    if result and not sum(result) > 0:
+    if weights and not any(weight is None or weight > 0 for weight in weights):
         raise ConfigError("every weight is 0; allowed: at least one member with a weight above 0")
-    return result
 
 
 def policy_of(config: PoolConfig, capacity_bytes: int) -> PoolPolicy:

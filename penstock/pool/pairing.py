@@ -2,8 +2,9 @@
 
 PAIR-1  Nothing that holds blocks is emptied, moved or overwritten on the way: a slab whose table is not found is
         refused, and a table that belongs to another slab stays as it is.
-PAIR-2  A slab without a header (none yet, or a first page of zeros) is given one. The table that its name leads to is
-        taken over only when it is empty, or when blocks that it names are there.
+PAIR-2  What has no header (none yet, or a first page of zeros) is given one where blocks prove that it is a slab, or
+        where its first MiB has nothing but zeros. The table that its name leads to is taken over only when it is empty,
+        or when blocks that it names are there.
 Verification: tests/pool/test_slab_names.py. The fault behind it: a symlink to a slab opened it as empty, wrote a new
 header, and the slab's own name then dropped every block.
 """
@@ -24,7 +25,16 @@ from penstock.io.api import BlockEngine
 from penstock.io.memory import aligned_buffer
 from penstock.pool.block import Block
 from penstock.pool.checksum import block_checksum
-from penstock.pool.header import HEADER_BYTES, SlabRefused, pack_header, parse_header, read_page, transfer, write_header
+from penstock.pool.header import (
+    HEADER_BYTES,
+    SlabRefused,
+    pack_header,
+    parse_header,
+    read_page,
+    refuse_foreign_content,
+    transfer,
+    write_header,
+)
 from penstock.pool.rows import RowTable, connect_read_only, is_outside_cause, meta_of, move_aside, readable_rows
 
 TABLES_MAX = 4096  # in one folder that is looked through
@@ -160,6 +170,8 @@ def reset_slab(engine: BlockEngine, where: str, default: Path, folders: Sequence
     its table is not found). Only ever on an operator's word. Raises SlabRefused for what is no slab, or OSError."""
     place = place_of(where)
     found = parse_header(read_page(engine, where), where)
+    if found is None:
+        refuse_foreign_content(engine, where)
     at = find_table(default, found, place, folders) if found is not None else None
     identity, path = uuid.uuid4().bytes, at.path if at is not None else default
     expected = look_at(default)
@@ -181,22 +193,26 @@ def _open_new(
 ) -> tuple[RowTable, bytes]:
     """A slab without a header."""
     expected, identity = look_at(default), uuid.uuid4().bytes
-    path, note = default, None
+    path, note, proven = default, None, False
     taken = expected is not None and (expected.foreign or expected.identity is not None)
     if expected is not None and expected.identity is not None and expected.place in (None, place):
         unused = not expected.rows and expected.place == place
-        if unused or (data_bytes != 0 and _names_what_is_there(engine, expected.path, where)):
+        proven = data_bytes != 0 and not unused and _names_what_is_there(engine, expected.path, where)
+        if unused or proven:
             identity, taken = expected.identity, False
             note = None if unused else f"the first page of {where} was lost and is written again: its blocks are there"
     if taken:
         path = _other_name(default, identity)
         note = f"{default} is not the table of {where}, which is new; it is left alone, and {path} made"
+    if expected is not None and expected.damaged and data_bytes != 0:
+        proven = _proven(engine, [block for block, _ in readable_rows(default)[1]], where)
+    if not proven and data_bytes != 0:
+        refuse_foreign_content(engine, where)
     table = RowTable(path)
     try:
         if note is not None:
             table.notes.append(note)
         if table.identity is not None and table.identity != identity:  # read from a damaged one
-            proven = data_bytes != 0 and _proven(engine, [block for block, _ in table.rows()[0]], where)
             identity = table.identity if proven else identity
         if table.identity != identity:
             table.start_empty(identity)

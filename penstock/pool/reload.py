@@ -8,18 +8,21 @@ from collections.abc import Callable, Collection, Sequence
 from penstock.core.config import ConfigError
 from penstock.pool.config import MemberConfig, PoolConfig
 from penstock.pool.local import LocalPool
-from penstock.pool.open import link_bytes_per_s, open_members, policy_of, weights_of
+from penstock.pool.open import check_weights, link_bytes_per_s, open_members, policy_of, weights_of
 from penstock.pool.profile import read_profile
 from penstock.pool.union import UnionPool
 
 STAT_TIMEOUT_S = 1.0
 DROP_TIMEOUT_S = 10.0  # for reads of a node that is left
-_FIXED = ("name", "listen", "state", "pace_bytes_per_s", "staging_bytes")  # need a restart
+_FIXED = ("name", "listen", "state", "pace_bytes_per_s", "staging_bytes", "secret_file")  # need a restart
 ReadConfig = Callable[[Sequence[MemberConfig], Collection[str]], PoolConfig]
 
 
 class LiveConfig:
-    """The configuration that a pool runs with. Used by one thread."""
+    """The configuration that a pool runs with. Used by one thread.
+
+    RELOAD-1  A file is applied whole or not at all: what can be refused is found before the first change, or undone.
+    """
 
     def __init__(self, config: PoolConfig, pool: LocalPool | None, union: UnionPool | None, read: ReadConfig) -> None:
         """`pool` has the members of this machine, `union` those of kind node, None where there were none at start.
@@ -64,14 +67,14 @@ class LiveConfig:
             weights = weights_of(new, local, opened)
             for node in added:
                 if node.kind == "node":
-                    self._add_node(new, node)
+                    self._add_node(new, node, undo)
             for one, weight in zip(opened, weights, strict=True):
                 assert self._pool is not None
                 self._pool.add_member(one, weight)
             undo.pop_all()
         return [f"added {member.name}" for member in added]
 
-    def _add_node(self, new: PoolConfig, node: MemberConfig) -> None:
+    def _add_node(self, new: PoolConfig, node: MemberConfig, undo: contextlib.ExitStack) -> None:
         from penstock.transport.connect import add_node
         from penstock.transport.secret import Secret
 
@@ -79,6 +82,7 @@ class LiveConfig:
         known = link_bytes_per_s(new).get(f"net@{node.address}")
         secret = Secret.read(new.secret_file) if new.secret_file else None
         add_node(self._union, str(node.address), known if node.weight is None else node.weight, secret=secret)
+        undo.callback(self._union.drop_node, str(node.address), DROP_TIMEOUT_S)
 
     def _weigh(self, new: PoolConfig, running: dict[str, MemberConfig]) -> list[str]:
         """Weights of members that stay: as given now, else of the profile."""
@@ -115,6 +119,9 @@ class LiveConfig:
                 raise ConfigError(
                     f"{place}{name.removesuffix('_bytes_per_s')} is changed; allowed: with a restart only"
                 )
+        if self._pool is not None and all(member.kind == "node" for member in new.members):
+            raise ConfigError(f"{place}the last member of this machine is gone; allowed: with a restart only")
+        check_weights(new)
         for member in new.members:
             if (self._union if member.kind == "node" else self._pool) is None:
                 what = "node" if member.kind == "node" else "this machine"

@@ -7,6 +7,7 @@ import errno
 import logging
 import resource
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -18,6 +19,7 @@ from penstock.server.connection import bounded_protocol
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024
+FILES_APART = 256  # open files that are no connections of clients: slabs, nodes of the pool, engines
 LAST_WORDS_S = 2.0  # after cancelling what runs, until connections are cut
 
 
@@ -75,13 +77,25 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
 
     def serve_forever(self) -> None:
         """Listen and serve. Raises BindError when another process listens there by now."""
-        raise_open_files()
+        self._bound_connections(raise_open_files())
         try:
             self._listener.listen(BACKLOG)
         except OSError as error:
             host, port = self._listener.getsockname()[:2]
             raise _refused(host, port, error) from None
         self.run([self._listener])
+
+    def _bound_connections(self, files: int) -> None:
+        """Requests beyond what the open files allow get a 503: without files, connections are reset and nobody says
+        why."""
+        allowed = max(files // 2, files - FILES_APART)
+        if allowed < self._server.settings.connections_max:
+            self.config.limit_concurrency = allowed
+            log.warning(
+                "this process may have %d files open: requests get a 503 while %d connections are; "
+                "allowed: a higher hard limit (ulimit -Hn)",
+                files, allowed,
+            )  # fmt: skip
 
     def stop(self) -> None:
         """End as on SIGTERM; from any thread."""
@@ -111,13 +125,15 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
         self._server.cancel_all()
 
 
-def raise_open_files() -> None:
-    """Let this process have as many files and sockets open as its hard limit allows."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+def raise_open_files() -> int:
+    """Let this process have as many files and sockets open as its hard limit allows; returns how many it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (OSError, ValueError) as error:
         log.warning("the limit of open files cannot be raised to its hard limit: %s", error)
+        hard = soft
+    return hard if hard != resource.RLIM_INFINITY else sys.maxsize
 
 
 def _refused(host: str, port: int, error: OSError) -> BindError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,14 @@ class TextCodec:
             self.harmony = HarmonyTokens.of(self._backend)
         source = _template_of(tokenizer)
         self._template = ChatTemplate(tokenizer, source, RENDERED_CHARACTERS_MAX, render_cpu_s) if source else None
+
+    @property
+    def vocabulary_digest(self) -> str:
+        """Tells tokenizers apart whose token ids stand for other text: 32 hex digits, over every token with its id."""
+        digest = hashlib.blake2b(digest_size=16)
+        for token, number in sorted(self._tokenizer.get_vocab().items()):
+            digest.update(f"{number} {token}\0".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
 
     @property
     def has_chat_template(self) -> bool:

@@ -154,9 +154,13 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
     from penstock.transport.secret import Secret
 
     threading.excepthook = _thread_failed
+    inbox: Inbox = queue.SimpleQueue()
+    if config.file is not None:  # from here on: opening large members takes its time, and SIGHUP would end the process
+        signal.signal(signal.SIGHUP, lambda *_: inbox.put("reload"))
     served = open_pool(config, serves=True)
     try:
-        inbox = _signals(reloads=config.file is not None)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: inbox.put("stop"))
         host, port = parse_address(config.listen)
         secret = Secret.read(config.secret_file) if config.secret_file else None
         pace, staging = config.pace_bytes_per_s, config.staging_bytes
@@ -219,13 +223,3 @@ def _asked(inbox: Inbox, node: PoolNode) -> Literal["stop", "reload"]:
             _end_now("a thread without which the node serves nobody has ended")
         if node.beginning_s > BEGIN_S_MAX:
             _end_now(f"a connection could not be begun within {BEGIN_S_MAX:g} s: out of memory or threads")
-
-
-def _signals(reloads: bool) -> Inbox:
-    """What the signals that come from now on ask for."""
-    inbox: Inbox = queue.SimpleQueue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: inbox.put("stop"))
-    if reloads:
-        signal.signal(signal.SIGHUP, lambda *_: inbox.put("reload"))
-    return inbox

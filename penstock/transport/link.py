@@ -365,6 +365,7 @@ class NodeLink:
         if self._origin and connection.node.node_id == self._origin:
             connection.abandon()
             raise wire.ProtocolError("that is this node itself; it must not be a member of its own pool")
+        self._check_one_node(connection)
         self.node = connection.node
         self._check_block_bytes(connection.node)
         with self._lock:
@@ -378,6 +379,19 @@ class NodeLink:
             raise
         if self._closed:
             connection.cut("closed")
+
+    def _check_one_node(self, connection: Connection) -> None:
+        """A block that one node has would be looked for at another, where several stand behind one address, or where an
+        address moved while connections to the node before live on: all are connected anew then. Raises ProtocolError.
+        """
+        with self._lock:
+            others = [one for lane in self._lanes.values() for one in lane.open()]
+        known, found = self.node.node_id, connection.node.node_id
+        if others and known and found and known != found:
+            connection.abandon()
+            for other in others:
+                other.cut("another node answers at its address")
+            raise wire.ProtocolError("its address leads to more than one node; allowed: an address for each node")
 
     def _lost(self, lane: _Lane, slot: int, connection: Connection, reason: str) -> None:
         with self._lock:

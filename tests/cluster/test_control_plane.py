@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import socket
+from pathlib import Path
 
 import pytest
 from asking import wait_until
 from router_rig import SECRET, Client, Cluster, CountingHost, Wire, cluster, expected
 
 from penstock.cluster import wire
+from penstock.cluster.build_host import HostConfig, open_host
+from penstock.cluster.engine_process import card_of
 from penstock.cluster.placed import EngineReport
 from penstock.cluster.port import STRANGERS_MAX
 from penstock.core.cluster.placing import InterEngineConfig
 from penstock.engine.api import InvalidRequest, Overloaded
+from penstock.engine.config import EngineConfig
+from penstock.server.text import load_text_codec
+from penstock.testing.tiny_models import build_tiny
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES, Secret
 
 PROMPT = [5, 6, 7, 8]
@@ -200,6 +207,37 @@ def test_names_and_models_that_do_not_fit_are_refused_in_one_line() -> None:
         assert not c.agents["e1"].registered.wait(0.5)
         before.close(5.0)
         assert c.agents["e1"].registered.wait(20.0)
+
+
+def test_an_engine_whose_tokenizer_is_not_the_routers_is_refused() -> None:
+    """The router tokenizes, the engines compute: with another tokenizer they answer another prompt."""
+    with cluster(vocabulary="a") as c:
+        c.engine("e1", vocabulary="a")
+        c.engine("e2")  # without a tokenizer: nothing to compare
+        c.engine("e3", vocabulary="b", wait=False)
+        assert c.agents["e3"].ended.wait(20.0)
+        assert "tokenizer has another vocabulary" in str(c.agents["e3"].failure)
+
+
+def test_an_engine_tells_which_vocabulary_its_checkpoint_has(tmp_path: Path) -> None:
+    folder = build_tiny("llama", tmp_path / "tiny")
+    config = EngineConfig(str(folder), memory=(1 << 20,), device="cpu", kv_memory_bytes=4 << 20, staging_bytes=1 << 20)
+    host_config = HostConfig(config)
+    host = open_host(host_config)
+    try:
+        told = card_of(host, host_config, "e", "h").vocabulary
+    finally:
+        host.close(5.0)
+    codec = load_text_codec(folder)
+    assert codec is not None and told == codec.vocabulary_digest
+    tokenizer = folder / "tokenizer.json"
+    record = json.loads(tokenizer.read_text())
+    vocabulary = record["model"]["vocab"]
+    one, other = list(vocabulary)[20:22]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    tokenizer.write_text(json.dumps(record))
+    changed = load_text_codec(folder)
+    assert changed is not None and changed.vocabulary_digest != told
 
 
 def test_the_router_starts_again_and_a_client_that_asks_again_gets_the_rest() -> None:

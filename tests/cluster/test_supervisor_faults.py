@@ -80,3 +80,23 @@ def test_a_process_is_read_although_nobody_listens_and_a_line_has_no_end(monkeyp
     wait_until(lambda: sum(len(line) for line in told.lines if line[:1] == "x") == 3_000_000, "all of the long one")
     assert max(map(len, told.lines)) <= 65_536
     child.stop(5.0)
+
+
+def test_a_start_that_is_to_stop_waits_for_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM while a process takes long to get ready: `penstock up` ends, it does not go on until its time is over."""
+    started: list[subprocess.Popen[str]] = []
+    popen = subprocess.Popen
+
+    def never_ready(words: list[str], **named: Any) -> Any:
+        started.append(popen([sys.executable, "-c", "import time; time.sleep(600)"], **named))
+        supervisor.stopping.set()
+        return started[-1]
+
+    supervisor = Supervisor([spec("one"), spec("two")], Lines())
+    monkeypatch.setattr(subprocess, "Popen", never_ready)
+    try:
+        supervisor.start(15.0)  # raised StartFailed after this time
+        assert len(started) == 1
+    finally:
+        supervisor.stop()
+    assert started[0].poll() is not None

@@ -426,3 +426,26 @@ def test_a_refusal_says_what_where_and_what_is_allowed(slab: Path) -> None:
     slab.with_name("kv.slab.db").unlink()
     with pytest.raises(SlabRefused, match=r"kv\.slab is a slab \(id [0-9a-f]{8}\), but its table .*Allowed: .*reset"):
         open_local_pool([], [(slab, MIB)])
+
+
+@pytest.mark.parametrize(
+    ("offset", "magic"), [(4096 + 24, b"\xc6\x85\x73\xf6"), (0x10040, b"_BHRfS_M"), ((1 << 20) - 8, b"anything")]
+)
+@pytest.mark.parametrize("empty_table", [False, True])
+def test_what_only_has_zeros_in_its_first_page_is_left_alone(
+    tmp_path: Path, offset: int, magic: bytes, empty_table: bool
+) -> None:
+    """A disk of bcache or btrfs was given a header, and filled, because its first page has zeros: the slab of that name
+    had never been written to, or there was none."""
+    disk = tmp_path / "disk.img"
+    if empty_table:
+        assert held(disk) == 0
+        disk.unlink()
+    content = bytearray(2 * MIB)
+    content[offset : offset + len(magic)] = magic
+    disk.write_bytes(content)
+    before = contents(tmp_path)
+    assert "other content in its first 1 MiB; nothing is changed" in refusal(disk)
+    result = CliRunner().invoke(pool_app, ["reset", str(disk)])
+    assert result.exit_code == 2 and "nothing is changed" in result.stderr
+    assert contents(tmp_path) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import time
@@ -156,3 +157,17 @@ def test_files_are_raised_to_the_hard_limit(start: Start) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(min(soft, hard) - 1, 256), hard))
     start()
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == hard
+
+
+def test_clients_beyond_the_open_files_get_a_503_and_the_operator_a_line(
+    start: Start, monkeypatch: Any, caplog: Any
+) -> None:
+    """With more connections than files the event loop resets them, and nothing says why."""
+    monkeypatch.setattr("penstock.server.run.raise_open_files", lambda: 8)
+    served = start()
+    assert "may have 8 files open: requests get a 503 while 4 connections are" in caplog.text
+    with contextlib.ExitStack() as stack:
+        for status in (200, 200, 200, 503):
+            client = stack.enter_context(connect(served))
+            client.sendall(head_of("GET", "/health"))
+            assert read_answer(client)[0] == status

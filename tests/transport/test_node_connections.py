@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from penstock.pool.losses import losses
 from penstock.transport import node as node_module
 from penstock.transport import wire
 from penstock.transport.connect import connect_pool
+from penstock.units import format_address
 
 
 @pytest.fixture
@@ -253,3 +256,73 @@ def test_a_sign_of_life_has_no_answer(rig: NodeRig) -> None:
     made.send(wire.Stat(7, 1.0))
     reply = made.reply()
     assert isinstance(reply, wire.Stats) and reply.id == 7
+
+
+class Balancer:
+    """One address in front of several nodes: each connection goes where `choose()` says."""
+
+    def __init__(self, choose: Callable[[], tuple[str, int]]) -> None:
+        self._choose = choose
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address: tuple[str, int] = self._listener.getsockname()
+        self._socks: list[socket.socket] = [self._listener]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(self._choose())
+                self._socks += [near, far]
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self._copy, args=(one, other), daemon=True).start()
+
+    @staticmethod
+    def _copy(one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(1 << 16):
+                other.sendall(data)
+        for sock in (one, other):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def cut_one(self) -> None:
+        """End the connection that came last."""
+        for sock in self._socks[-2:]:
+            sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        for sock in self._socks:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+
+def test_an_address_with_several_nodes_behind_it_is_refused_with_a_reason(rig: NodeRig) -> None:
+    """Lookups went to one node and reads to another: every hit was a miss, and nobody said why."""
+    turns = itertools.cycle([rig.node().address, rig.node().address])
+    balancer = Balancer(lambda: next(turns))
+    rig.undo.callback(balancer.close)
+    with pytest.raises(PoolError, match="leads to more than one node"):
+        connect_pool(wire_address(balancer)).close(5.0)
+
+
+def test_an_address_that_moves_to_another_node_is_followed_whole(rig: NodeRig) -> None:
+    """One connection ends and leads elsewhere from then on, while the others to the node before live on."""
+    nodes = [rig.node(), rig.node()]
+    at = [0]
+    balancer = Balancer(lambda: nodes[at[0]].address)
+    rig.undo.callback(balancer.close)
+    client = connect_pool(wire_address(balancer))
+    rig.undo.callback(client.close, 5.0)
+    assert write(client, key_of("a")) == read(client, key_of("a")) == "ok"
+    at[0] = 1
+    balancer.cut_one()
+    until(lambda: nodes[0].connections == 0 and client.up, WAIT_S)
+    assert client.lookup([key_of("a")], WAIT_S) == [None]
+    assert write(client, key_of("a")) == read(client, key_of("a")) == "ok"
+    assert client.lookup([key_of("a")], WAIT_S) != [None]
+
+
+def wire_address(balancer: Balancer) -> str:
+    return format_address(*balancer.address)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ SLAB = '[[member]]\nkind = "uring"\npath = "{}.slab"\ncapacity = "8MiB"\nweight 
 class Node:
     """`penstock pool --config` in a process of its own; its lines of stdout and stderr as they come."""
 
-    def __init__(self, file: Path, *arguments: str) -> None:
+    def __init__(self, file: Path, *arguments: str, started: Callable[[int], None] = lambda pid: None) -> None:
         self.file = file
         command = [*COMMAND, "pool", "--config", str(file), "--listen", "127.0.0.1:0", *arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started(self.process.pid)
         self.out: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.err: queue.SimpleQueue[str] = queue.SimpleQueue()
         for stream, lines in ((self.process.stdout, self.out), (self.process.stderr, self.err)):
@@ -146,6 +148,9 @@ def test_weights_quotas_and_admission_change(node: Node) -> None:
             MEMORY + '[[member]]\nkind = "node"\naddress = "127.0.0.1:1"',
             "is the first member of node; allowed: with a restart only",
         ),
+        ('secret_file = "another"\n' + MEMORY + SLAB.format("a"), "secret_file is changed; allowed: with a"),
+        (MEMORY + SLAB.format("a").replace("weight = 1\n", ""), "the weight of memory:0 is a share"),
+        ((MEMORY + SLAB.format("a")).replace("weight = 1", "weight = 0"), "every weight is 0"),
     ],
 )
 def test_a_file_that_cannot_be_applied_changes_nothing_and_is_one_line(node: Node, text: str, expected: str) -> None:
@@ -154,6 +159,55 @@ def test_a_file_that_cannot_be_applied_changes_nothing_and_is_one_line(node: Nod
     assert expected in line and line.endswith("the pool goes on as it was")
     assert node.members() == {"memory:0": "ok", "ssd:0": "ok"}
     assert node.err.empty() and node.out.empty()
+
+
+def test_a_file_that_is_refused_at_its_last_member_is_applied_once_it_is_mended(tmp_path: Path) -> None:
+    """Whatever was begun is undone: nothing drains, no node stays behind that the file is refused for ever after."""
+    far = []
+    for name in ("one", "two"):
+        file = tmp_path / f"{name}.toml"
+        file.write_text(MEMORY)
+        far.append(Node(file))
+    entry = '[[member]]\nkind = "node"\nname = "{}"\naddress = "{}"\nweight = 1\n'
+    one, two = entry.format("one", far[0].address), entry.format("two", far[1].address)
+    same_as_two = entry.format("again", far[1].address.replace("127.0.0.1", "localhost"))
+    local = MEMORY + SLAB.format("a")
+    file = tmp_path / "near.toml"
+    file.write_text(local + one)
+    near = Node(file)
+    before = near.members()
+    for text, expected in ((local + one + two + same_as_two, "are one pool node"), (one, "of this machine is gone")):
+        near.reload(text)
+        line = near.err.get(timeout=WAIT_S)
+        assert expected in line and line.endswith("the pool goes on as it was")
+        assert near.members() == before
+    near.reload(local + one + two)
+    assert near.out.get(timeout=WAIT_S) == "pool node pool reloaded: added two"
+    for node in (near, *far):
+        node.end()
+
+
+def test_a_sighup_while_the_members_are_opened_is_a_reload_once_they_are(tmp_path: Path) -> None:
+    """It ended the process: a service that is reloaded right after its start. The profile is a pipe, which shows when
+    members are being opened and holds them up."""
+    profile = tmp_path / "profile.json"
+    os.mkfifo(profile)
+    file = tmp_path / "pool.toml"
+    file.write_text('profile = "profile.json"\n' + MEMORY)
+    content = tmp_path / "content"
+    content.write_text('{"block_bytes": 65536, "members": []}')
+    processes: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def signal_it() -> None:
+        with profile.open("wb") as pipe:  # once it is being read
+            os.kill(processes.get(), signal.SIGHUP)
+            pipe.write(content.read_bytes())
+            content.replace(profile)
+
+    threading.Thread(target=signal_it, daemon=True).start()
+    node = Node(file, started=processes.put)
+    assert node.out.get(timeout=WAIT_S) == "pool node pool reloaded: nothing changed"
+    node.end()
 
 
 def test_stat_shows_a_table_and_refuses_in_one_line(node: Node) -> None:
