@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import typer
+from rich.console import Console
+
 from penstock.bench.replay import RequestRecord
 from penstock.bench.report import Report
 
@@ -57,6 +60,13 @@ class LoadCheck:
         report.figure("loaded_share", self.loaded_share, LOADED_SHARE_MIN)
         if self.link_share is not None:
             report.figure("link_share", self.link_share, LINK_SHARE_MIN)
+
+
+def refuse_empty(bench: str, problems: Sequence[str], console: Console) -> None:
+    """Say that `penstock bench NAME` measured nothing, and exit with MEASURED_NOTHING; nothing without problems."""
+    if problems:
+        console.print(f"penstock bench {bench} measured nothing: {'; '.join(problems)}", markup=False, style="bold red")
+        raise typer.Exit(MEASURED_NOTHING)
 
 
 def loaded_bytes(records: Sequence[RequestRecord]) -> int:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from penstock.bench.deadlines import RequestName, deadlines_s, reusable_tokens, with_multipliers
-from penstock.bench.load_check import MEASURED_NOTHING, LoadCheck, loaded_bytes, prompt_bytes
+from penstock.bench.load_check import LoadCheck, loaded_bytes, prompt_bytes, refuse_empty
 from penstock.bench.progress import progress_bar
 from penstock.bench.replay import RequestRecord
 from penstock.bench.report import Report
@@ -201,9 +201,7 @@ def serve(
     problems = check.problems()
     if control:
         problems = [] if problems else [f"{check.loaded_share:.1%} of the prompts' KV was loaded: this is no control"]
-    if problems:
-        console.print(f"penstock bench serve measured nothing: {'; '.join(problems)}", markup=False, style="bold red")
-        raise typer.Exit(MEASURED_NOTHING)
+    refuse_empty("serve", problems, console)
 
 
 def _load_check(plan: Plan, runs: Sequence[Run], options: Options) -> LoadCheck:
