@@ -33,10 +33,11 @@ class Dispatch:
         routed.mark("prefill", time.monotonic())
         placed = placed_request(routed, place, attempt, decode if prefill is not decode else None)
         for engine in {prefill.name: prefill, decode.name: decode}.values():
-            far = place.decode_tokens if engine is decode else 0
-            near = place.hit_tokens - place.recompute_tokens - place.decode_tokens if engine is prefill else 0
+            read_tokens = place.decode_tokens if engine is decode else 0
+            if engine is prefill:
+                read_tokens += place.hit_tokens - place.recompute_tokens - place.decode_tokens
             if place.read != "none":
-                self._accounts.placed(engine, near + far)
+                self._accounts.placed(engine, read_tokens)
             self._port.send(engine, wire.Place(part_of(placed, parts[engine.name], engine.epoch)))
         return True
 

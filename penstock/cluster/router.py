@@ -167,7 +167,7 @@ class ClusterEngine:
 
         self.ask(add)
 
-    # -- what comes with time alone ------------------------------------------------------------------------------
+    # -- timers -------------------------------------------------------------------------------------------------
 
     def _begin_early(self) -> None:
         """Engines have had their time to register with what they have."""
@@ -237,7 +237,7 @@ class ClusterEngine:
             tell(on_event, TokenEvent(token))
 
     def _begin(self, routed: Routed) -> None:
-        """Go on where engines have it from the router before this one; else hand it to the brain."""
+        """Go on with an answer that engines have from the router before this one; else queue the request."""
         if self.requests.get(routed.id) is not routed:
             return
         if routed.asked is not None and self._adopt(routed, routed.asked):
@@ -310,7 +310,7 @@ class ClusterEngine:
         if not self._open.remove(routed):
             return
         self._early.pop(routed.id, None)
-        self._loop.guarded(partial(self._tell_brain_of_end, routed))
+        self._loop.guarded(partial(self._end_in_scheduler, routed))
         self.counters[f"ended_{reason}"] += 1
         report: RequestReport | None = None
         try:
@@ -323,7 +323,7 @@ class ClusterEngine:
         routed.tell(TokenEvent(None, reason, error, report))
         self._decide_soon()
 
-    def _tell_brain_of_end(self, routed: Routed) -> None:
+    def _end_in_scheduler(self, routed: Routed) -> None:
         if routed.brain_attempt is not None:
             self.brain.ended(routed.id, routed.brain_attempt)
         self.brain.cancel(routed.id)

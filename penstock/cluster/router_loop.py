@@ -108,7 +108,7 @@ class RouterLoop:
                 failed(error)
 
     def ticking_ended(self, ticking: asyncio.Task[None]) -> None:
-        """Without its clock a router keeps no promise of time: it ends, unless it was to."""
+        """Without its ticking task the router would miss every deadline: it ends, unless it is being closed."""
         if not ticking.cancelled():
             self.failure = self.refusal = f"internal error: {ticking.exception()!r}"
             self._loop.stop()

@@ -253,7 +253,7 @@ class Engine:
         except (WaitingQueueFull, ValueError) as error:
             self._end(request.request_id, TokenEvent(None, "error", str(error)))
         except Exception as error:  # this request's failure, not the control thread's
-            log.exception("request %s could not be taken", request.request_id)
+            log.exception("request %s could not be added", request.request_id)
             self._end(request.request_id, TokenEvent(None, "error", f"internal error: {error!r}"))
 
     def _spec_of(self, request: GenerationRequest, root: BlockKey, arrival_s: float) -> RequestSpec:

@@ -68,7 +68,7 @@ def _reason(error: PoolError | None) -> str | None:
 
 
 def _reason_of(error: Exception) -> str:
-    """Of what raised although its contract says that it reports."""
+    """Log an exception of a call whose contract is to report errors, not to raise them."""
     told = "".join(traceback.format_exception(error))
     _told.warning(type(error).__name__, "a transfer could not begin: %s", told)
     return error.reason if isinstance(error, PoolError) else "device"
@@ -182,7 +182,7 @@ class RunnerStages:
     def upload(
         self, blocks: Sequence[tuple[memoryview, int]], done: Callable[[BaseException | None], None]
     ) -> UploadGroup:
-        """Blocks that cannot even start to go up become misses like any others; who waits for them fails at once."""
+        """Blocks whose upload cannot start count as misses; whoever waits for them fails at once."""
         try:
             group = self._runner.start_upload(blocks)
         except Exception as error:

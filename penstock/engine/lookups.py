@@ -1,4 +1,4 @@
-"""Questions to the pool that are under way: bounded, and each answered by its deadline, whatever the pool does."""
+"""Lookups in the pool: bounded in number, and each answered by its deadline, whatever the pool does."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Lookups:
             self._end(op.op_id, None)
 
     def discard(self, op: Discard) -> None:
-        """Have the pool forget blocks; when that fails they stay, and are found out again."""
+        """Have the pool forget blocks; when that fails they stay, and are found unusable again."""
         with self._lock:
             full = self._busy >= self._busy_max
             self._busy += not full

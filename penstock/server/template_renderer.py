@@ -1,4 +1,4 @@
-"""Renders chats in processes of their own, which a deadline ends: no template and no message can hold the server."""
+"""Renders chats in processes of their own, which a deadline ends: no template and no message can block the server."""
 
 from __future__ import annotations
 

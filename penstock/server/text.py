@@ -52,7 +52,7 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         self._backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
-        self.token_bytes_max: int | None = None  # bytes of text that a token stands for; None: no bound is known
+        self.token_bytes_max: int | None = None  # bytes of text that a token represents; None: no bound is known
         self.harmony: HarmonyTokens | None = None
         if self._backend is not None:
             self._backend.no_truncation()
@@ -106,7 +106,7 @@ class TextCodec:
 
     def encode_within(self, text: str, limit: int, *, special_tokens: bool = True) -> list[int]:
         """`encode`, for a text that has to fit into `limit` tokens. One that is far over is refused at little cost: by
-        its bytes, where a token stands for a bounded number of them, or by the tokens of its beginning. Raises
+        its bytes, where a token represents a bounded number of them, or by the tokens of its beginning. Raises
         TextTooLong; a text that is a little over is returned as it is."""
         if self.token_bytes_max is not None and len(text) > limit:
             at_least = -(-len(text.encode("utf-8", "surrogatepass")) // self.token_bytes_max)

@@ -1,4 +1,4 @@
-"""A few threads that do the event loop's longer work, with a bounded queue; they never hold the process's exit."""
+"""A few threads that do the event loop's longer work, with a bounded queue. They do not delay the process's exit."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The order of work on a device, without one: streams and events as vector clocks, and accesses that nothing orders.
 
 Each stream, and each thread of the host, counts its own accesses; its clock says how far it knows every other to be.
-Recording, waiting and synchronising hand clocks on. An access that touches bytes of an earlier one, one of the two
+Recording, waiting and synchronising pass clocks on. An access that touches bytes of an earlier one, one of the two
 writing, must know of it: if not, the two are a conflict, whatever order they happened to run in this time.
 """
 
@@ -140,12 +140,12 @@ class DeviceClock:
         return clock
 
     def told(self) -> Clock:
-        """What this thread knows, to be handed to another."""
+        """A copy of what this thread knows, for another thread."""
         with self.lock:
             return dict(self.host_clock)
 
     def learn(self, clock: Clock) -> None:
-        """This thread knows what another handed to it."""
+        """This thread learns what another one knew."""
         with self.lock:
             join(self.host_clock, clock)
 

@@ -5,8 +5,8 @@ with staging memory, and another one, with half of it, reads of other nodes: a s
 has. Each of them is guarded: an exception costs a request or a connection, is logged and counted, and the node goes on;
 one without its accepting thread ends.
 
-Places are few, and come back: a connection that has not said Hello after GREET_S, or sends no message for IDLE_S, is
-ended; so is one whose host is gone (`wire.set_timeouts`). At most GREETING_MAX connections have not said Hello, and
+Connections are bounded: one that has not said Hello after GREET_S, or sends no message for IDLE_S, is ended; so is one
+whose host is gone (`wire.set_timeouts`). At most GREETING_MAX connections have not said Hello, and
 the oldest of them leaves for a new one. A client that comes when CONNECTIONS_MAX are open is told so.
 
 The pool may have members of other nodes. A node asks them on behalf of engines, and is itself asked by other nodes:
@@ -112,7 +112,7 @@ class PoolNode:
 
     @property
     def connections(self) -> int:
-        """How many are open, those that did not say Hello included."""
+        """How many are open, including those that have not said Hello."""
         return len(self._connections) + len(self._greeting)
 
     @property

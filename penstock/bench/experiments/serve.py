@@ -162,7 +162,8 @@ def serve(
     sessions_at_once: Annotated[int, typer.Option(min=1, max=256, help="Open agent sessions.")] = 16,
     pace: Annotated[str, typer.Option(help="What the pool node sends at most, or none.")] = "25MB/s",
     control: Annotated[
-        bool, typer.Option("--control", help="The trace has little to reuse: what does Penstock cost there?")
+        bool,
+        typer.Option("--control", help="Measure the overhead where little can be reused."),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and of deadlines' multipliers.")] = 0,
 ) -> None:
