@@ -42,7 +42,7 @@ from penstock.pool.api import Pool, PoolError
 from penstock.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
-_told = RateLimitedLog(log)
+rare = RateLimitedLog(log)
 
 SWITCH_INTERVAL_S = 5e-4  # how long a thread may hold the interpreter while another, say a finished load, waits for it
 MAX_EVENTS_PER_DECISION = 256
@@ -152,7 +152,7 @@ class Engine:
             try:
                 stats.labelled.update(pool_series(self._pool.stat(POOL_STAT_TIMEOUT_S)))
             except PoolError as error:
-                _told.warning("stat", "metrics without the pool's members: %s", error)
+                rare.warning("stat", "metrics without the pool's members: %s", error)
         return stats
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:

@@ -23,7 +23,7 @@ from penstock.pool.api import Lease, Pool, PoolError
 from penstock.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
-_told = RateLimitedLog(log)
+rare = RateLimitedLog(log)
 
 HAND_OFFS_WAITING_MAX = 4096  # blocks; the windows of the decode engines keep far fewer under way
 WORK_WAITING_MAX = 4096  # pieces of work per thread; the scheduler's windows and L2 keep far fewer under way
@@ -70,7 +70,7 @@ def _reason(error: PoolError | None) -> str | None:
 def _reason_of(error: Exception) -> str:
     """Log an exception of a call whose contract is to report errors, not to raise them."""
     told = "".join(traceback.format_exception(error))
-    _told.warning(type(error).__name__, "a transfer could not begin: %s", told)
+    rare.warning(type(error).__name__, "a transfer could not begin: %s", told)
     return error.reason if isinstance(error, PoolError) else "device"
 
 

@@ -14,7 +14,7 @@ from penstock.rate_limited_log import RateLimitedLog
 
 _NO_LOSS = ("missing", "closed")
 
-_told = RateLimitedLog(logging.getLogger(__name__))
+rare = RateLimitedLog(logging.getLogger(__name__))
 _counts = KindCounts()
 
 
@@ -31,7 +31,7 @@ def count_loss(kind: str, by: int = 1) -> None:
 def note_loss(kind: str, where: str, message: str, *args: object) -> None:
     """Count a loss, and log `message % args` unless the same kind was said of `where` a moment ago."""
     count_loss(kind)
-    _told.warning(f"{kind} {where}", message, *args)
+    rare.warning(f"{kind} {where}", message, *args)
 
 
 def note_error(what: str, where: str, error: PoolError | None) -> None:

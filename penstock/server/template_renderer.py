@@ -19,7 +19,7 @@ import msgspec
 from penstock.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
-_warn = RateLimitedLog(log)
+rare = RateLimitedLog(log)
 
 PROCESSES = 2
 CPU_S_MAX = 5.0  # of the process, for one chat; a template needs milliseconds
@@ -82,7 +82,7 @@ class TemplateRenderer:
         except _Ended as error:
             assert process is not None
             reason = process.why_ended(self._cpu_s, error)
-            _warn.warning("ended", "a process that rendered a chat was ended: %s", reason)
+            rare.warning("ended", "a process that rendered a chat was ended: %s", reason)
             raise RenderError(reason) from None
         finally:
             if process is not None and not process.usable:

@@ -74,7 +74,7 @@ class PoolNode:
         self._listener = socket.create_server((host, port), family=family, backlog=128)
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         self.place = format_address(*self.address)
-        self.seldom = RateLimitedLog(log)  # for what a peer can cause as often as it likes
+        self.rare = RateLimitedLog(log)  # for what a peer can cause as often as it likes
         self.connections_max = CONNECTIONS_MAX
         self._lock = threading.Lock()
         self._connections: set[Served] = set()  # that said Hello
@@ -158,7 +158,7 @@ class PoolNode:
                 sock, peer = self._listener.accept()
             except OSError as error:
                 if not self._closed:
-                    self.seldom.warning("accept", "a connection could not be accepted: %s", error)
+                    self.rare.warning("accept", "a connection could not be accepted: %s", error)
                     time.sleep(0.05)
                 continue
             self._begin_s = time.monotonic()
@@ -186,11 +186,11 @@ class PoolNode:
                 self._greeting[connection] = None
             connection.start()
         except (RuntimeError, MemoryError) as error:
-            self.seldom.warning("begin", "connection of %s refused: %s", peer, error or "out of memory")
+            self.rare.warning("begin", "connection of %s refused: %s", peer, error or "out of memory")
             if connection is not None:
                 self.left(connection)
                 connection.abandon()
             sock.close()
         if oldest is not None:
-            self.seldom.warning("greeting", "connection of %s ended: %d have not said Hello", oldest.peer, GREETING_MAX)
+            self.rare.warning("greeting", "connection of %s ended: %d have not said Hello", oldest.peer, GREETING_MAX)
             oldest.cut()

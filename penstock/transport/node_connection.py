@@ -81,9 +81,9 @@ class Served:
             self._greet()
             self._serve_requests()
         except (wire.ProtocolError, SecretRefused) as error:
-            self._node.seldom.warning(str(error), "connection of %s closed: %s", self.peer, error)
+            self._node.rare.warning(str(error), "connection of %s closed: %s", self.peer, error)
         except TimeoutError as error:
-            self._node.seldom.warning(str(error), "connection of %s ended: %s", self.peer, error)
+            self._node.rare.warning(str(error), "connection of %s ended: %s", self.peer, error)
         except OSError as error:
             log.debug("connection of %s ended: %s", self.peer, error)
         finally:
