@@ -64,15 +64,11 @@ class TextCodec:
 
     @property
     def vocabulary_digest(self) -> str:
-        """Tells tokenizers apart whose token ids stand for other text: 32 hex digits, over every token with its id."""
+        """Differs where token ids mean other text: 32 hex digits of a hash over every token with its id."""
         digest = hashlib.blake2b(digest_size=16)
         for token, number in sorted(self._tokenizer.get_vocab().items()):
             digest.update(f"{number} {token}\0".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
 
     @property
     def template(self) -> ChatTemplate:
@@ -125,10 +121,6 @@ class TextCodec:
         is no template, it takes no such variable, or it cannot render the messages."""
         template = self.template
         return template.render(list(messages), template.check_variables(variables))
-
-    def encode_chat(self, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any]) -> list[int]:
-        """Tokens of what `render_chat` gives."""
-        return self.encode(self.render_chat(messages, variables), special_tokens=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, without special ones."""
