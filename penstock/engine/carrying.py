@@ -28,6 +28,7 @@ from penstock.engine.executors import PoolStages, RunnerStages, Staging
 from penstock.engine.peers import Peers
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
 from penstock.io.memory import aligned_buffer
+from penstock.loss_log import LossLog
 from penstock.pool.api import Pool
 from penstock.rate_limited_log import RateLimitedLog
 
@@ -80,7 +81,7 @@ class Carrying:
         self._uploads: dict[int, UploadGroup] = {}
         self._busy_since: dict[int, tuple[str, float]] = {}  # op -> what it is, when it began
         self._rare = RateLimitedLog(log)
-        self._losses = dict.fromkeys(LOSSES, 0)
+        self._losses = LossLog(log, LOSSES)
         self.load_failures: Counter[str] = Counter()
         self.save_failures: Counter[str] = Counter()
         self.forward_failures: Counter[str] = Counter()
@@ -97,11 +98,7 @@ class Carrying:
 
     def say_losses(self) -> None:
         """Log what the scheduler has dropped since the last call."""
-        for name, message in LOSSES.items():
-            count = self._scheduler.counters.get(name, 0)
-            if count > self._losses[name]:
-                self._rare.warning(name, "%d %s", count - self._losses[name], message)
-                self._losses[name] = count
+        self._losses.look(self._scheduler.counters)
 
     def _failed(self, counter: Counter[str], reason: str, blocks: int, what: str) -> None:
         counter[reason] += blocks
