@@ -65,6 +65,7 @@ class GuardedThread:
         self._thread = threading.Thread(target=self._guard, name=name, daemon=True)
 
     def start(self) -> None:
+        """Raises RuntimeError or MemoryError where no thread can be had."""
         self._thread.start()
 
     @property

@@ -16,6 +16,7 @@ class KindCounts:
         self._counts: Counter[str] = Counter()
 
     def add(self, kind: str, by: int = 1) -> None:
+        """Count one, or `by`."""
         with self._lock:
             self._counts[kind if kind in self._counts or len(self._counts) < KINDS_MAX else "other"] += by
 

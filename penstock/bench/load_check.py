@@ -48,10 +48,12 @@ class LoadCheck:
 
     @property
     def loaded_share(self) -> float:
+        """Of the prompts' KV bytes, those that were loaded."""
         return self.loaded_bytes / max(self.prompt_bytes, 1)
 
     @property
     def link_share(self) -> float | None:
+        """Of what the link could carry, what was loaded; None where it is not bounded."""
         return None if self.link_bytes is None else self.loaded_bytes / max(self.link_bytes, 1.0)
 
     def add_to(self, report: Report) -> None:

@@ -35,11 +35,13 @@ class Deadline:
             self._owner.cancelled()
 
     def take(self) -> Callable[[], None] | None:
+        """The action, for the one caller that gets it; None when it was called or cancelled."""
         action, self._action = self._action, None
         return action
 
     @property
     def ended(self) -> bool:
+        """Whether it was called or cancelled."""
         return self._action is None
 
 

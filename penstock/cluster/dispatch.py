@@ -54,6 +54,7 @@ class Dispatch:
             self.cancel_part(name, routed.id, routed.answer.attempt)
 
     def cancel_part(self, name: str, request_id: str, attempt: int) -> None:
+        """Of any attempt, also of a request that this router does not know."""
         engine = self._port.engines.get(name)
         if engine is not None:
             self._port.send(engine, wire.Cancel(engine.epoch, request_id, attempt))

@@ -21,6 +21,7 @@ class OpenRequests:
         return len(self.by_key)
 
     def of_client(self, client: str) -> Routed | None:
+        """The request for which this client waits."""
         return self._of_client.get(client)
 
     def same_answer(self, routed: Routed) -> Routed | None:
@@ -46,6 +47,7 @@ class OpenRequests:
         return self._of_client.pop(client).clients.pop(client)
 
     def change_key(self, routed: Routed, key: str) -> None:
+        """It goes on under another key, by which engines know it already."""
         del self.by_key[routed.id]
         routed.id = key
         self.by_key[key] = routed

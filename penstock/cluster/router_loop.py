@@ -58,6 +58,7 @@ class RouterLoop:
 
     @property
     def alive(self) -> bool:
+        """Whether the thread runs."""
         return self._thread.alive
 
     def call(self, function: Callable[[], None]) -> None:

@@ -52,6 +52,7 @@ class BodyLease:
         self.taken += more
 
     def release(self) -> None:
+        """Give back what was taken; later calls do nothing."""
         self.budget.in_use -= self.taken
         self.taken = 0
 

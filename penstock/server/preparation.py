@@ -72,6 +72,7 @@ class RequestPreparation:
         self._long_texts = WorkThreads("tokenize", LONG_THREADS, WAITING_MAX)
 
     def close(self) -> None:
+        """End the threads after what is queued; nobody waits for them."""
         for threads in (self._parsing, self._rendering, self._short_texts, self._long_texts):
             threads.stop()
 

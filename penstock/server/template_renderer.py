@@ -146,6 +146,7 @@ class _Process:
         return self._process.poll() is None
 
     def set_up(self, setup: dict[str, Any]) -> None:
+        """Load the template. Raises _Ended."""
         self._exchange(msgspec.msgpack.encode(setup), START_S_MAX)
 
     def ask(self, frame: bytes) -> str:
@@ -156,6 +157,7 @@ class _Process:
         return answer["text"]
 
     def why_ended(self, cpu_s: float, error: _Ended) -> str:
+        """One line; `cpu_s` is the limit of processor time, in seconds."""
         try:
             status = self._process.wait(1.0)
         except subprocess.TimeoutExpired:
