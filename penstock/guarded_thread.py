@@ -10,18 +10,18 @@ import contextlib
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from penstock.kind_counts import KindCounts
+
 log = logging.getLogger(__name__)
 
-KINDS_MAX = 64  # kinds of threads that failures are counted for; further ones are counted as "other"
 RESTART_PAUSE_S = 0.5  # doubles while a loop fails again and again
 RESTART_PAUSE_S_MAX = 30.0
 
-_failures: Counter[str] = Counter()
-_failures_lock = threading.Lock()
+_failures = KindCounts()
 
 
 class WorkerClosedError(Exception):
@@ -30,14 +30,12 @@ class WorkerClosedError(Exception):
 
 def thread_failures() -> dict[str, int]:
     """Exceptions that a thread's work did not handle itself, by kind of thread, since the process started."""
-    with _failures_lock:
-        return dict(_failures)
+    return _failures.so_far()
 
 
 def count_failure(kind: str) -> None:
     """Count an exception that a thread of this kind outlived, such as one in a callback of somebody else's."""
-    with _failures_lock:
-        _failures[kind if kind in _failures or len(_failures) < KINDS_MAX else "other"] += 1
+    _failures.add(kind)
 
 
 class GuardedThread:
@@ -67,6 +65,7 @@ class GuardedThread:
         self._thread = threading.Thread(target=self._guard, name=name, daemon=True)
 
     def start(self) -> None:
+        """Raises RuntimeError or MemoryError where no thread can be had."""
         self._thread.start()
 
     @property
@@ -98,20 +97,21 @@ class GuardedThread:
             except Exception as error:
                 count_failure(self._kind)
                 _log_exception("the thread %s failed", self.name)
-                self._tell(error)
+                _call_failed(self._failed, error, self.name)
             if time.monotonic() - begin_s > RESTART_PAUSE_S_MAX:
                 pause_s = RESTART_PAUSE_S
             if not self._restarts or self._ending.wait(pause_s):
                 return
             pause_s = min(2 * pause_s, RESTART_PAUSE_S_MAX)
 
-    def _tell(self, error: Exception) -> None:
-        if self._failed is None:
-            return
-        try:
-            self._failed(error)
-        except Exception:
-            _log_exception("the failure of the thread %s could not be told", self.name)
+
+def _call_failed(failed: Callable[[Exception], None] | None, error: Exception, thread: str) -> None:
+    if failed is None:
+        return
+    try:
+        failed(error)
+    except Exception:
+        _log_exception("what handles failures on the thread %s failed itself", thread)
 
 
 def _log_exception(text: str, name: str) -> None:
@@ -191,7 +191,7 @@ class GuardedWorker:
             rest = list(self._waiting)
             self._waiting.clear()
         for work in rest:
-            self._tell(work, WorkerClosedError(f"{self.name} was closed"))
+            _call_failed(work.failed, WorkerClosedError(f"{self.name} was closed"), self.name)
 
     def _run(self) -> None:
         while (work := self._take()) is not None:
@@ -200,7 +200,7 @@ class GuardedWorker:
             except Exception as error:
                 count_failure(self._kind)
                 _log_exception("work on the thread %s failed", self.name)
-                self._tell(work, error)
+                _call_failed(work.failed, error, self.name)
             del work  # what it holds is free before the next piece comes
 
     def _take(self) -> _Work | None:
@@ -210,11 +210,3 @@ class GuardedWorker:
                     return None
                 self._changed.wait()
             return self._waiting.popleft()
-
-    def _tell(self, work: _Work, error: Exception) -> None:
-        if work.failed is None:
-            return
-        try:
-            work.failed(error)
-        except Exception:
-            _log_exception("a failure on the thread %s could not be told", self.name)

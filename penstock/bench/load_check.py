@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import typer
+from rich.console import Console
+
 from penstock.bench.replay import RequestRecord
 from penstock.bench.report import Report
 
@@ -45,10 +48,12 @@ class LoadCheck:
 
     @property
     def loaded_share(self) -> float:
+        """Of the prompts' KV bytes, those that were loaded."""
         return self.loaded_bytes / max(self.prompt_bytes, 1)
 
     @property
     def link_share(self) -> float | None:
+        """Of what the link could carry, what was loaded; None where it is not bounded."""
         return None if self.link_bytes is None else self.loaded_bytes / max(self.link_bytes, 1.0)
 
     def add_to(self, report: Report) -> None:
@@ -57,6 +62,13 @@ class LoadCheck:
         report.figure("loaded_share", self.loaded_share, LOADED_SHARE_MIN)
         if self.link_share is not None:
             report.figure("link_share", self.link_share, LINK_SHARE_MIN)
+
+
+def refuse_empty(bench: str, problems: Sequence[str], console: Console) -> None:
+    """Say that `penstock bench NAME` measured nothing, and exit with MEASURED_NOTHING; nothing without problems."""
+    if problems:
+        console.print(f"penstock bench {bench} measured nothing: {'; '.join(problems)}", markup=False, style="bold red")
+        raise typer.Exit(MEASURED_NOTHING)
 
 
 def loaded_bytes(records: Sequence[RequestRecord]) -> int:

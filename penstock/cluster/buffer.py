@@ -110,7 +110,7 @@ class DecodeBuffer:
         self._grant()
 
     def _grant(self) -> None:
-        """After room was made. O(blocks of the first hand-off that waits), so not after what makes none."""
+        """Call after room was made. Costs O(blocks of the first hand-off that waits), so not where none was made."""
         while True:
             with self._lock:
                 if not self._queue or not self._fits(self._hand_offs[self._queue[0]].keys):
@@ -121,7 +121,7 @@ class DecodeBuffer:
             try:
                 hand_off.granted()
             except Exception as error:  # one hand-off's; those behind it are to be granted too
-                rare.exception("granted", "a hand-off could not be told of its room: %r", error)
+                rare.exception("granted", "the callback of a hand-off that got room failed: %r", error)
 
     def _fits(self, keys: Sequence[BlockKey]) -> bool:
         missing = [key for key in keys if key not in self._slots]
@@ -140,7 +140,7 @@ class DecodeBuffer:
         return slot
 
     def _settle(self, slot: _Slot) -> bool:
-        """After a use of the slot ended: whether it may be given up, or is free, so that there is more room."""
+        """Call after a use of the slot ended. Whether it can be evicted or is free, so that there is more room."""
         if slot.wanted_by or slot.users or slot.state is Arrival.ARRIVING:
             return False
         if slot.state is Arrival.READY:

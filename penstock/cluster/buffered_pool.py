@@ -37,7 +37,7 @@ class BufferedPool(WrappedPool):
             if len(absent) == len(keys):
                 raise
             count_loss("decode_lookups")
-            rare.warning("lookup", "%d blocks are taken for misses, the pool does not say: %s", len(absent), error)
+            rare.warning("lookup", "%d blocks count as misses, the pool could not be asked: %s", len(absent), error)
             return found
         for index, located in zip(absent, stored, strict=True):
             found[index] = located

@@ -1,4 +1,4 @@
-"""Deadlines of many things on one thread. One that was cancelled holds nothing of what it was for."""
+"""Deadlines of many requests on one thread. A cancelled one keeps no reference to what it was for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SWEEP = 64
 
 
 class Deadline:
-    """What is called when its time comes, unless it is cancelled before."""
+    """An action that is called at its time, unless it is cancelled before."""
 
     __slots__ = ("_action", "_owner", "at_s")
 
@@ -35,11 +35,13 @@ class Deadline:
             self._owner.cancelled()
 
     def take(self) -> Callable[[], None] | None:
+        """The action, for the one caller that gets it; None when it was called or cancelled."""
         action, self._action = self._action, None
         return action
 
     @property
     def ended(self) -> bool:
+        """Whether it was called or cancelled."""
         return self._action is None
 
 
@@ -57,7 +59,7 @@ class Deadlines:
         self._thread.start()
 
     def __len__(self) -> int:
-        """How many are kept, cancelled ones that were not swept yet among them."""
+        """How many are kept, including cancelled ones that were not removed yet."""
         return len(self._heap)
 
     def after(self, delay_s: float, action: Callable[[], None]) -> Deadline:
@@ -70,7 +72,7 @@ class Deadlines:
         return deadline
 
     def cancelled(self) -> None:
-        """One of them was cancelled: they are swept when they are the most."""
+        """One of them was cancelled: cancelled ones are removed once they are the majority."""
         with self._changed:
             self._cancelled += 1
             if self._cancelled > SWEEP + len(self._heap) // 2:

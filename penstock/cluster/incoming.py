@@ -198,7 +198,7 @@ class Incoming:
 
     def _without_lookup(self, error: Exception) -> None:
         count_loss("decode_lookups")
-        rare.warning("lookup", "a decode read does without this host: %s", error)
+        rare.warning("lookup", "a decode read goes without this host's blocks: %s", error)
 
     def _reply(self, opening: _Opening, answer: bytes | PoolError) -> None:
         with self._lock:
@@ -289,8 +289,8 @@ class Incoming:
             part.on_event(event)
 
     def _forget(self, part: _Part) -> list[_Opening] | None:
-        """It is known no more, and no deadline holds it; who waits for it still is the caller's to answer. None when it
-        was not known."""
+        """Forget a part and cancel its deadline; the caller answers whoever still waits for it. None when it was not
+        known."""
         with self._lock:
             if self._parts.get(part.placed.hand_off_id) is not part:
                 return None

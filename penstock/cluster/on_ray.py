@@ -188,7 +188,7 @@ class RaySupervisor:
                 if ended:
                     self._ray.wait(ended, num_returns=len(ended), timeout=STOP_S + 10.0)
             except Exception as error:  # the others are to end too
-                log.error("%s processes could not be told to end: %r", kind, error)
+                log.error("%s processes could not be asked to end: %r", kind, error)
             for one in group:
                 try:
                     self._ray.kill(one.actor, no_restart=True)

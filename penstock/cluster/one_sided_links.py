@@ -85,7 +85,7 @@ class OneSidedLinks:
             self._close_later(far)
 
     def _close_later(self, far: FarMemory) -> None:
-        """After the reads of it that wait; at once when the worker takes nothing more."""
+        """Close the memory after the queued reads of it; at once when the queue takes nothing more."""
         if not self._moves.put(far.close):
             far.close()
 

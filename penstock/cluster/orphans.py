@@ -63,7 +63,7 @@ class Orphans:
         return kept
 
     def event(self, engine: str, event: Event) -> bool:
-        """An engine went on with one; False for anything else."""
+        """Add what an engine generated for one of these parts; False when the event is of no such part."""
         for part in self._parts.get(event.request_id, ()):
             if part.engine == engine and part.attempt == event.attempt:
                 if event.index == part.index + len(part.tokens):
@@ -123,7 +123,7 @@ class Orphans:
                 self._remove(request_id, gone)
 
     def unclaimed(self, now: float) -> list[Cancel]:
-        """What waited too long; forgotten from now on."""
+        """Parts that nobody claimed in time, to be cancelled; they are forgotten here."""
         late: list[Cancel] = []
         for request_id, parts in list(self._parts.items()):
             if all(now - part.since_s > self._claim_s for part in parts):

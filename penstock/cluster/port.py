@@ -209,7 +209,7 @@ class ClusterPort:
         )
 
     def _tell(self, told: Callable[[], None]) -> None:
-        """The listener's fault is not an engine's."""
+        """Call the listener; an exception in it is logged and ends no registration."""
         try:
             told()
         except Exception as error:
@@ -255,10 +255,10 @@ class ClusterPort:
             keep = self._listener.engine_joined(engine, register.held)
         except Exception as error:
             self.counts.listener_failures += 1
-            rare.exception("join", "engine %s could not be taken in: %r", card.name, error)
+            rare.exception("join", "engine %s could not be registered: %r", card.name, error)
             writer.write(wire.frame(wire.Refused(clip(f"internal error: {error!r}"), retry=True)))
             self._membership.end(card.name, epoch)
-            self._forget(engine, "it could not be taken in", after_all=True)
+            self._forget(engine, "it could not be registered", after_all=True)
             return None
         welcome = wire.Welcome(epoch, self.router_id, self.lease_s, self.lease_s / BEATS_PER_LEASE, keep)
         # The welcome goes first; what the listener places from now on follows it.

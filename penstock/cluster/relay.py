@@ -25,7 +25,8 @@ from penstock.pool.losses import count_loss
 from penstock.pool.served import OpenedBlock, ServedPool
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport import wire
-from penstock.transport.node import IN_FLIGHT_MAX, PAYLOAD_S, PoolNode, Served
+from penstock.transport.node import PoolNode
+from penstock.transport.node_connection import IN_FLIGHT_MAX, Served
 from penstock.transport.one_sided import Mover
 from penstock.transport.secret import Secret
 
@@ -196,7 +197,7 @@ class _RelayServed(Served):
     def _receive_block(self, request: wire.Write, into: memoryview) -> None:
         key = request.key
         try:
-            wire.receive_exactly(self._sock, into, until_s=time.monotonic() + PAYLOAD_S)
+            self._receive(into)
         except BaseException:
             self._buffer.end_write(key, None, PoolError("network", "the prefill engine went away"))
             raise

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
+from penstock.cluster.merged_report import merged_report
 from penstock.cluster.orphans import Asked
 from penstock.cluster.placed import Part, PlacedRequest, ReadSide
 from penstock.cluster.port import Engine
-from penstock.cluster.wire_types import SECONDS_MAX
+from penstock.cluster.wire_types import NAME_CHARACTERS_MAX, SECONDS_MAX, TENANT_CHARACTERS_MAX
 from penstock.core.cluster.answer import Answer
 from penstock.core.cluster.placing import InterEngineConfig, Place
 from penstock.core.config import check_range
-from penstock.engine.api import GenerationRequest, OnEvent, RequestReport, TokenEvent, tell
+from penstock.engine.api import GenerationRequest, InvalidRequest, OnEvent, RequestReport, TokenEvent, tell
 
 MARKS_MAX = 64
 
@@ -84,6 +85,17 @@ class Routed:
             for (stage, start_s), end_s in zip(self.marks, ends, strict=True)
         ]
 
+    def report(self, now: float) -> RequestReport:
+        """Of all its parts, as one. Raises what a part's report, which another process made, can cause."""
+        return merged_report(
+            self.reports,
+            prompt_tokens=len(self.request.prompt_tokens),
+            generated_tokens=len(self.answer.tokens),
+            ttft_s=None if self.first_token_s is None else self.first_token_s - self.arrival_s,
+            total_s=now - self.arrival_s,
+            slo_ttft_s=self.request.slo_ttft_s,
+        )
+
 
 def fresh_answer(answer: Answer) -> Answer:
     """A new one for the same request."""
@@ -118,3 +130,18 @@ def placed_request(routed: Routed, place: Place, attempt: int, decode: Engine | 
 def part_of(placed: PlacedRequest, part: Part, epoch: int) -> PlacedRequest:
     """That engine's part of a request."""
     return msgspec.structs.replace(placed, part=part, epoch=epoch)
+
+
+def check_names(request: GenerationRequest) -> None:
+    """Names that engines could not be told of are refused here, not on the way. Raises InvalidRequest."""
+    for what, name, most in (
+        ("tenant (cache_salt)", request.tenant, TENANT_CHARACTERS_MAX),
+        ("session", request.session or "", TENANT_CHARACTERS_MAX),
+        ("resume_label", request.resume_label, NAME_CHARACTERS_MAX),
+    ):
+        if len(name) > most:
+            raise InvalidRequest(f"{what} has {len(name)} characters; {most} are allowed")
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest(f"{what} is not valid Unicode text") from None

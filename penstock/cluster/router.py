@@ -7,17 +7,15 @@ Requests are known by keys of the router's own, which no other request has, not 
 a client calls its request is a label: with the whole content of the request it finds what engines still have of an
 answer, or the answer that another connection waits for already (`Routed.shared`); it never ends anything.
 
-A fault ends the request that it was met at, and nothing else (`_guarded`, `_fail`); one that ends the thread ends every
-request with its error, and the process (`on_failed`).
+A fault ends the request that it was met at, and nothing else (`_guarded`); one that ends the thread ends every request
+with its error, and the process (`on_failed`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import socket
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -25,15 +23,16 @@ from functools import partial
 from typing import TypeVar
 
 from penstock.cluster import wire
+from penstock.cluster.dispatch import Dispatch
 from penstock.cluster.engine_accounts import EngineAccounts
+from penstock.cluster.engine_fit import misfit
 from penstock.cluster.held import asked_digest
-from penstock.cluster.merged_report import merged_report
+from penstock.cluster.open_requests import OpenRequests
 from penstock.cluster.orphans import Asked, Orphans
-from penstock.cluster.placed import Part
 from penstock.cluster.port import ClusterPort, Engine
-from penstock.cluster.routed import Routed, RouterSettings, fresh_answer, part_of, placed_request
+from penstock.cluster.routed import Routed, RouterSettings, check_names, fresh_answer
+from penstock.cluster.router_loop import RouterLoop
 from penstock.cluster.router_stats import router_stats
-from penstock.cluster.wire_types import NAME_CHARACTERS_MAX, TENANT_CHARACTERS_MAX
 from penstock.core.cluster.answer import Answer, Outcome
 from penstock.core.cluster.inter_engine import InterEngineScheduler
 from penstock.core.cluster.placing import Decision, DecisionFailed, GiveUp, Place, Replan, Revoke, TooManyRequests
@@ -50,7 +49,6 @@ from penstock.engine.api import (
     check_request,
     tell,
 )
-from penstock.guarded_thread import GuardedThread
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport.secret import Secret
 
@@ -59,11 +57,8 @@ __all__ = ["ClusterEngine", "RouterSettings"]
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
-TICK_S = 0.25
-ANSWER_TIMEOUT_S = 5.0
 RECENT_MAX = 256
 FAILING_S = 5.0  # a router that has decided nothing for so long because of faults says that it is not healthy
-SHARING_MAX = 64  # clients of one answer
 
 T = TypeVar("T")
 
@@ -81,16 +76,15 @@ class ClusterEngine:
         self.counters: Counter[str] = Counter()
         self.recent: deque[RequestReport] = deque(maxlen=RECENT_MAX)
         self.start_s = time.monotonic()
-        self.requests: dict[str, Routed] = {}  # by the router's own keys
         self.on_failed: Callable[[], None] = lambda: None
-        self._of_client: dict[str, Routed] = {}  # by the id that it was submitted under
-        self._shared: dict[Asked, Routed] = {}
+        self._open = OpenRequests()
+        self.requests = self._open.by_key  # by the router's own keys
         self._serial = 0
         self._failing_since_s: float | None = None
-        self._failure: str | None = None
         self.port = ClusterPort(self, sock, secret, settings.lease_s)
         self.brain = InterEngineScheduler(settings.brain)
-        self._accounts: EngineAccounts | None = None
+        self._accounts = EngineAccounts(self.brain)
+        self._dispatch = Dispatch(self.port, self._accounts)
         self._seen: SeenPrefixes | None = None
         self._orphans = Orphans(settings.claim_s)
         # Attempts of two routers are never the same: an engine may still be at one of the router before this one.
@@ -98,13 +92,9 @@ class ClusterEngine:
         self._early: dict[str, Routed] = {}  # wait for engines that may have them
         self._usable_s = time.monotonic()  # when engines could serve last
         self._deciding = False
-        self._ticking: asyncio.Task[None] | None = None
-        self._fatal: str | None = None
-        self._loop = asyncio.new_event_loop()
-        self._started = threading.Event()
-        self._thread = GuardedThread("penstock-router", self._run, failed=self._ended_by)
-        self._thread.start()
-        self._started.wait(ANSWER_TIMEOUT_S)
+        due = (self._begin_early, self._cancel_unclaimed, self._give_up_without_engines, self._decide_soon)
+        self._loop = RouterLoop(self.counters, due, self._end_all, failed=lambda: self.on_failed())
+        self._loop.start(self.port.start)
 
     # -- callers ------------------------------------------------------------------------------------------------
 
@@ -112,34 +102,29 @@ class ClusterEngine:
         """See EngineAPI. One with a `resume_label` that comes again, with everything else the same, gets the same
         answer from its first token on: that of another connection which waits for it still, where that is what it
         would get by itself too, or what engines have of it from the router before this one."""
-        if self._fatal:
-            raise Overloaded(self._fatal, retry_after_s=10.0)
+        if self._loop.refusal:
+            raise Overloaded(self._loop.refusal, retry_after_s=10.0)
         if not self.vocab_size:
             raise Overloaded(self.healthy()[1], 1.0)
         check_request(request, self.vocab_size, self.max_context_tokens)
-        _check_names(request)
-        if request.request_id in self._of_client:
+        check_names(request)
+        if self._open.of_client(request.request_id) is not None:
             raise InvalidRequest(f"request_id {request.request_id!r} is in use for another request")
         digest = asked_digest(request.prompt_tokens, request.sampling, request.tenant)
         asked = (request.resume_label, digest) if request.resume_label else None
         end_tokens = frozenset() if request.sampling.ignore_eos else self.eos_token_ids
         answer = Answer(request.sampling.max_tokens, end_tokens, self._attempt_base)
         routed = Routed("", request, {request.request_id: on_event}, time.monotonic(), answer, asked)
-        if not self._known_answer(routed) and len(self.requests) >= self.settings.max_open:
+        if not self._open.same_answer(routed) and len(self.requests) >= self.settings.max_open:
             raise Overloaded(self._full(), 1.0)
-        self._call(partial(self._submitted, routed))
-
-    def _known_answer(self, routed: Routed) -> Routed | None:
-        """The open request whose answer this one may have too."""
-        known = self._shared.get(routed.asked) if routed.asked is not None else None
-        return known if known is not None and len(known.clients) < SHARING_MAX else None
+        self._loop.call(partial(self._submitted, routed))
 
     def _full(self) -> str:
         return f"{self.settings.max_open} requests are open; that is the limit"
 
     def cancel(self, request_id: str) -> None:
         """See EngineAPI."""
-        self._call(partial(self._cancelled, request_id))
+        self._loop.call(partial(self._cancelled, request_id))
 
     def stats(self) -> EngineStats:
         """See EngineAPI."""
@@ -147,8 +132,8 @@ class ClusterEngine:
 
     def healthy(self) -> tuple[bool, str]:
         """See EngineAPI: whether engines are there that can serve a request."""
-        if self._fatal or not self._thread.alive:
-            return False, self._fatal or "the router's thread ended"
+        if self._loop.refusal or not self._loop.alive:
+            return False, self._loop.refusal or "the router's thread ended"
         failing_s = self._failing_since_s
         if failing_s is not None and time.monotonic() - failing_s > FAILING_S:
             return False, f"internal errors: nothing was decided for {time.monotonic() - failing_s:.0f} s"
@@ -162,30 +147,15 @@ class ClusterEngine:
     @property
     def failure(self) -> str | None:
         """Why the router failed inside and serves no more; None while it serves, and after `close`."""
-        return self._failure
+        return self._loop.failure
 
     def close(self, timeout_s: float) -> None:
         """See EngineAPI. Requests end; engines are told nothing, and register with the next router."""
-        end_s = time.monotonic() + timeout_s
-        if self._thread.alive and self._failure is None:
-            stopped = asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
-            try:
-                stopped.result(timeout_s)
-            except TimeoutError:
-                log.error("the router did not stop within %.1f s", timeout_s)
-            self._call(self._loop.stop)
-        if self._thread.alive:
-            self._thread.join(max(0.1, end_s - time.monotonic()))
+        self._loop.close(self.port.close, timeout_s)
 
     def ask(self, question: Callable[[], T]) -> T:
         """The answer of the router's thread. Raises TimeoutError."""
-
-        async def answer() -> T:
-            return question()
-
-        if not self._thread.alive:
-            raise TimeoutError("the router has stopped")
-        return asyncio.run_coroutine_threadsafe(answer(), self._loop).result(ANSWER_TIMEOUT_S)
+        return self._loop.ask(question)
 
     def remember(self, prompt_tokens: Sequence[int], tenant: str = "") -> None:
         """The pool holds the KV of these tokens: what a router learns as it serves, told to one that has just begun.
@@ -197,71 +167,7 @@ class ClusterEngine:
 
         self.ask(add)
 
-    # -- the loop -----------------------------------------------------------------------------------------------
-
-    def _call(self, function: Callable[[], None]) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._guarded, function)
-        except RuntimeError:  # closed: everything was ended
-            log.debug("the router is closed")
-
-    def _guarded(self, function: Callable[[], None], routed: Routed | None = None) -> bool:
-        """Whether it ran to its end. A fault ends the request that it is about, if any, and no other one."""
-        try:
-            function()
-        except Exception as error:
-            self.counters["internal_errors"] += 1
-            rare.exception("router", "the router failed at %s: %r", getattr(function, "__name__", function), error)
-            if routed is not None:
-                self._fail(routed, error)
-            return False
-        return True
-
-    def _fail(self, routed: Routed, error: Exception) -> None:
-        """A fault was met at this request: it ends."""
-        self._guarded(partial(self._cancel_parts, routed, tuple(routed.answer.parts)))
-        self._end(routed, "error", f"internal error: {error!r}")
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_until_complete(self.port.start())
-            self._ticking = self._loop.create_task(self._tick())
-            self._ticking.add_done_callback(self._stopped_ticking)
-            self._started.set()
-            self._loop.run_forever()
-        except BaseException as error:
-            self._failure = self._fatal = self._fatal or f"internal error: {error!r}"
-            raise
-        finally:
-            self._started.set()
-            self._fatal = self._fatal or "the router is closed"
-            self._end_all("error", self._fatal)
-            self._loop.close()
-
-    def _stopped_ticking(self, ticking: asyncio.Task[None]) -> None:
-        """Without its clock a router keeps no promise of time: it ends, unless it was to."""
-        if not ticking.cancelled():
-            self._failure = self._fatal = f"internal error: {ticking.exception()!r}"
-            self._loop.stop()
-            self.on_failed()
-
-    def _ended_by(self, _: Exception) -> None:
-        self.on_failed()
-
-    async def _stop(self) -> None:
-        self._fatal = "the router is closed"
-        if self._ticking is not None:
-            self._ticking.cancel()
-        self._end_all("cancelled", "the router is shutting down")
-        await self.port.close()
-
-    async def _tick(self) -> None:
-        """What comes with time alone."""
-        while True:
-            await asyncio.sleep(TICK_S)
-            for due in (self._begin_early, self._cancel_unclaimed, self._give_up_without_engines, self._decide_soon):
-                self._guarded(due)
+    # -- timers -------------------------------------------------------------------------------------------------
 
     def _begin_early(self) -> None:
         """Engines have had their time to register with what they have."""
@@ -273,7 +179,7 @@ class ClusterEngine:
     def _cancel_unclaimed(self) -> None:
         for name, request_id, attempt in self._orphans.unclaimed(time.monotonic()):
             self.counters["unclaimed"] += 1
-            self._cancel_part(name, request_id, attempt)
+            self._dispatch.cancel_part(name, request_id, attempt)
 
     def _give_up_without_engines(self) -> None:
         now = time.monotonic()
@@ -288,12 +194,23 @@ class ClusterEngine:
 
     # -- requests -----------------------------------------------------------------------------------------------
 
+    def _guarded(self, function: Callable[[], None], routed: Routed) -> None:
+        """A fault in it ends this request, and no other one."""
+        self._loop.guarded(function, partial(self._fail, routed))
+
+    def _fail(self, routed: Routed, error: Exception) -> None:
+        self._loop.guarded(partial(self._cancel_all_parts, routed))
+        self._end(routed, "error", f"internal error: {error!r}")
+
+    def _cancel_all_parts(self, routed: Routed) -> None:
+        self._dispatch.cancel_parts(routed, tuple(routed.answer.parts))
+
     def _submitted(self, routed: Routed) -> None:
         (client, on_event), *_ = routed.clients.items()
-        if self._fatal or client in self._of_client:
-            tell(on_event, TokenEvent(None, "error", self._fatal or f"request_id {client!r} is in use"))
+        if self._loop.refusal or self._open.of_client(client) is not None:
+            tell(on_event, TokenEvent(None, "error", self._loop.refusal or f"request_id {client!r} is in use"))
             return
-        known = self._known_answer(routed)
+        known = self._open.same_answer(routed)
         if known is not None:
             self._share(known, client, on_event)
             return
@@ -302,9 +219,7 @@ class ClusterEngine:
             return
         self._serial += 1
         routed.id = f"{self.port.router_id}-{self._serial}"
-        self.requests[routed.id] = self._of_client[client] = routed
-        if routed.shared and routed.asked is not None:
-            self._shared.setdefault(routed.asked, routed)
+        self._open.add(routed)
         self.counters["requests"] += 1
         routed.mark("wait_router", routed.arrival_s)
         if routed.asked is not None and time.monotonic() < self.start_s + self.settings.grace_s:
@@ -317,13 +232,12 @@ class ClusterEngine:
         """The same request over another connection gets the whole answer from here on. Whoever waits for it already
         goes on: one that is gone is cancelled by its own side."""
         self.counters["shared"] += 1
-        known.clients[client] = on_event
-        self._of_client[client] = known
+        self._open.share(known, client, on_event)
         for token in known.answer.tokens:
             tell(on_event, TokenEvent(token))
 
     def _begin(self, routed: Routed) -> None:
-        """Go on where engines have it from the router before this one; else hand it to the brain."""
+        """Go on with an answer that engines have from the router before this one; else queue the request."""
         if self.requests.get(routed.id) is not routed:
             return
         if routed.asked is not None and self._adopt(routed, routed.asked):
@@ -352,19 +266,17 @@ class ClusterEngine:
             return False
         key, found, rest = claimed
         for name, request_id, attempt in rest:
-            self._cancel_part(name, request_id, attempt)
+            self._dispatch.cancel_part(name, request_id, attempt)
         answer, fresh = routed.answer, fresh_answer(routed.answer)
         running = {part.engine: part.part for part in found if part.finish_reason is None}
         held = [piece for part in found for piece in part.pieces()]
         ended = next((part for part in found if part.finish_reason in ("stop", "length")), None)
         if not answer.resume(found[0].attempt, running, held) and ended is not None:
             for name in running:
-                self._cancel_part(name, key, found[0].attempt)
+                self._dispatch.cancel_part(name, key, found[0].attempt)
             routed.answer = fresh
             return False
-        del self.requests[routed.id]
-        routed.id = key
-        self.requests[key] = routed
+        self._open.change_key(routed, key)
         self.counters["resumed"] += 1
         routed.waiting = ""
         for token in answer.tokens:
@@ -377,14 +289,13 @@ class ClusterEngine:
 
     def _cancelled(self, client: str) -> None:
         """A client wants its answer no more; the last one that waits for it ends the request."""
-        routed = self._of_client.get(client)
+        routed = self._open.of_client(client)
         if routed is None:
             return
         if len(routed.clients) > 1:
-            del self._of_client[client]
-            tell(routed.clients.pop(client), TokenEvent(None, "cancelled"))
+            tell(self._open.drop_client(client), TokenEvent(None, "cancelled"))
             return
-        self._guarded(partial(self._cancel_parts, routed, tuple(routed.answer.parts)))
+        self._loop.guarded(partial(self._cancel_all_parts, routed))
         self._end(routed, "cancelled", None)
 
     def _emit(self, routed: Routed, token: int) -> None:
@@ -396,19 +307,14 @@ class ClusterEngine:
 
     def _end(self, routed: Routed, reason: FinishReason, error: str | None) -> None:
         """The request's last event, whatever else goes wrong."""
-        if self.requests.get(routed.id) is not routed:
+        if not self._open.remove(routed):
             return
-        del self.requests[routed.id]
         self._early.pop(routed.id, None)
-        for client in routed.clients:
-            self._of_client.pop(client, None)
-        if routed.asked is not None and self._shared.get(routed.asked) is routed:
-            del self._shared[routed.asked]
-        self._guarded(partial(self._tell_brain_of_end, routed))
+        self._loop.guarded(partial(self._end_in_scheduler, routed))
         self.counters[f"ended_{reason}"] += 1
         report: RequestReport | None = None
         try:
-            report = self._report_of(routed)
+            report = routed.report(time.monotonic())
         except Exception as failed:
             self.counters["internal_errors"] += 1
             rare.exception("report", "a request's report could not be made: %r", failed)
@@ -417,20 +323,10 @@ class ClusterEngine:
         routed.tell(TokenEvent(None, reason, error, report))
         self._decide_soon()
 
-    def _tell_brain_of_end(self, routed: Routed) -> None:
+    def _end_in_scheduler(self, routed: Routed) -> None:
         if routed.brain_attempt is not None:
             self.brain.ended(routed.id, routed.brain_attempt)
         self.brain.cancel(routed.id)
-
-    def _report_of(self, routed: Routed) -> RequestReport:
-        return merged_report(
-            routed.reports,
-            prompt_tokens=len(routed.request.prompt_tokens),
-            generated_tokens=len(routed.answer.tokens),
-            ttft_s=None if routed.first_token_s is None else routed.first_token_s - routed.arrival_s,
-            total_s=time.monotonic() - routed.arrival_s,
-            slo_ttft_s=routed.request.slo_ttft_s,
-        )
 
     def _end_all(self, reason: FinishReason, error: str) -> None:
         for routed in list(self.requests.values()):
@@ -439,15 +335,13 @@ class ClusterEngine:
     # -- decisions ----------------------------------------------------------------------------------------------
 
     def _decide_soon(self) -> None:
-        if not self._deciding and not self._loop.is_closed():
-            self._deciding = True
-            self._loop.call_soon(self._decide)
+        if not self._deciding:
+            self._deciding = self._loop.soon(self._decide)
 
     def _decide(self) -> None:
         self._deciding = False
         try:
-            if self._accounts is not None:
-                self._accounts.deciding()
+            self._accounts.deciding()
             decisions = self.brain.decide(time.monotonic())
         except DecisionFailed as error:
             self._decision_failed(error)
@@ -474,76 +368,27 @@ class ClusterEngine:
 
     def _carry_out(self, routed: Routed, decision: Decision) -> None:
         if isinstance(decision, Place):
-            self._place(routed, decision)
+            if not self._dispatch.place(routed, decision):
+                self.brain.restart(decision.request_id, decision.attempt)
         elif isinstance(decision, Replan):
-            self._replan(routed, decision)
+            self._dispatch.replan(routed, decision)
         elif isinstance(decision, Revoke):
-            self._cancel_parts(routed, decision.engines)
+            self._dispatch.cancel_parts(routed, decision.engines)
         elif isinstance(decision, GiveUp):
             rare.warning("given up", "request %s is given up (%s): %s", routed.id, decision.reason, routed.waiting)
-            self._cancel_parts(routed, tuple(routed.answer.parts))
+            self._cancel_all_parts(routed)
             self._end(routed, "error", f"given up ({decision.reason}): {routed.waiting}")
-
-    def _place(self, routed: Routed, place: Place) -> None:
-        parts: dict[str, Part]
-        prefill, decode = self.port.engines.get(place.prefill), self.port.engines.get(place.decode)
-        if prefill is None or decode is None:
-            self.brain.restart(place.request_id, place.attempt)
-            return
-        parts = {place.prefill: "mixed"} if prefill is decode else {place.prefill: "prefill", place.decode: "decode"}
-        routed.brain_attempt = place.attempt
-        attempt = routed.answer.begin(parts)
-        routed.waiting, routed.read = "", place.read
-        routed.mark("prefill", time.monotonic())
-        placed = placed_request(routed, place, attempt, decode if prefill is not decode else None)
-        for engine in {prefill.name: prefill, decode.name: decode}.values():
-            far = place.decode_tokens if engine is decode else 0
-            near = place.hit_tokens - place.recompute_tokens - place.decode_tokens if engine is prefill else 0
-            if self._accounts is not None and place.read != "none":
-                self._accounts.placed(engine, near + far)
-            self.port.send(engine, wire.Place(part_of(placed, parts[engine.name], engine.epoch)))
-
-    def _replan(self, routed: Routed, decision: Replan) -> None:
-        for name, part in routed.answer.parts.items():
-            engine = self.port.engines.get(name)
-            if part == "prefill" and engine is not None:
-                self.port.send(engine, wire.Replan(engine.epoch, routed.id, routed.answer.attempt, decision.side))
-
-    def _cancel_parts(self, routed: Routed, engines: Sequence[str]) -> None:
-        for name in engines:
-            self._cancel_part(name, routed.id, routed.answer.attempt)
-
-    def _cancel_part(self, name: str, request_id: str, attempt: int) -> None:
-        engine = self.port.engines.get(name)
-        if engine is not None:
-            self.port.send(engine, wire.Cancel(engine.epoch, request_id, attempt))
 
     # -- what engines say (the port's listener) -----------------------------------------------------------------
 
     def engine_fits(self, card: wire.EngineCard) -> str | None:
         """See `port.Listener`."""
-        if card.role == "decode" and not card.relay_address:
-            return "a decode engine without the address of its relay"
-        if card.vocab_size < 1 or card.block_tokens < 1 or card.block_bytes < 1 or card.max_context_tokens < 2:
-            return "vocab_size, block_tokens, block_bytes or max_context_tokens is too small"
-        mine = self.settings.vocabulary
-        if mine and card.vocabulary and mine != card.vocabulary:
-            return (
-                "its checkpoint's tokenizer has another vocabulary than that of the router's --model; allowed: the same"
-            )
         others = [engine.card for engine in self.port.engines.values() if engine.name != card.name]
-        if not others:
-            return None
-        for what in ("model", "block_tokens", "block_bytes", "vocab_size", "eos_token_ids"):
-            mine, theirs = getattr(card, what), getattr(others[0], what)
-            if mine != theirs:
-                return f"its {what} is {mine!r}; {others[0].name} and the others have {theirs!r}"
-        return None
+        return misfit(card, others, self.settings.vocabulary)
 
     def engine_joined(self, engine: Engine, held: Sequence[wire.Held]) -> list[tuple[str, int]]:
         """See `port.Listener`. A request that is placed meanwhile is not kept."""
         self._learn(engine.card)
-        assert self._accounts is not None
         self._accounts.joined(engine, list(self.port.engines.values()))
         self._usable_s = time.monotonic()
         wanted = [one for one in held if one.label and one.request_id not in self.requests]
@@ -559,8 +404,6 @@ class ClusterEngine:
         if self.model != card.model or self._seen is None:
             self.model = card.model
             self._seen = SeenPrefixes(card.block_tokens)
-        if self._accounts is None:
-            self._accounts = EngineAccounts(self.brain)
         self.eos_token_ids = frozenset(card.eos_token_ids)
         cards = [engine.card for engine in self.port.engines.values()]
         self.max_context_tokens = min(one.max_context_tokens for one in cards)
@@ -569,8 +412,7 @@ class ClusterEngine:
     def engine_left(self, engine: Engine, why: str) -> None:
         """See `port.Listener`."""
         self.counters["engines_lost"] += 1
-        if self._accounts is not None:
-            self._accounts.left(engine, list(self.port.engines.values()), time.monotonic())
+        self._accounts.left(engine, list(self.port.engines.values()), time.monotonic())
         self._orphans.engine_left(engine.name)
         for routed in list(self.requests.values()):
             if engine.name in routed.answer.parts:
@@ -582,8 +424,7 @@ class ClusterEngine:
 
     def engine_reported(self, engine: Engine) -> None:
         """See `port.Listener`."""
-        if self._accounts is not None:
-            self._accounts.reported(engine, list(self.port.engines.values()), time.monotonic())
+        self._accounts.reported(engine, list(self.port.engines.values()), time.monotonic())
         self._decide_soon()
 
     def engine_events(self, engine: Engine, events: Sequence[wire.Event]) -> None:
@@ -629,7 +470,7 @@ class ClusterEngine:
         """Carry out what follows an event of one request."""
         for token in outcome.tokens:
             self._emit(routed, token)
-        self._cancel_parts(routed, outcome.cancel)
+        self._dispatch.cancel_parts(routed, outcome.cancel)
         if outcome.end is not None:
             self._end(routed, outcome.end, outcome.error)
         elif outcome.restart is not None:
@@ -643,18 +484,3 @@ class ClusterEngine:
             elif not told_brain:
                 self.brain.restart(routed.id, attempt)
             self._decide_soon()
-
-
-def _check_names(request: GenerationRequest) -> None:
-    """Names that engines could not be told of are refused here, not on the way. Raises InvalidRequest."""
-    for what, name, most in (
-        ("tenant (cache_salt)", request.tenant, TENANT_CHARACTERS_MAX),
-        ("session", request.session or "", TENANT_CHARACTERS_MAX),
-        ("resume_label", request.resume_label, NAME_CHARACTERS_MAX),
-    ):
-        if len(name) > most:
-            raise InvalidRequest(f"{what} has {len(name)} characters; {most} are allowed")
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise InvalidRequest(f"{what} is not valid Unicode text") from None

@@ -67,7 +67,7 @@ class Child:
         return self.addresses[-1] if self.addresses else ""
 
     def start(self, command: Sequence[str]) -> None:
-        """`command` is what stands behind `penstock`. Raises OSError."""
+        """`command`: the arguments after `penstock`. Raises OSError."""
         self._command = list(command)
         self._start()
 
@@ -91,7 +91,7 @@ class Child:
             GuardedThread(f"output-{self.spec.name}", partial(self._read, stream), kind="output", restarts=True).start()
 
     def _read(self, stream: IO[str]) -> None:
-        """Until the process closes it: one whose output nobody reads stands still."""
+        """Until the process closes it: a process whose output nobody reads would block."""
         while line := stream.readline(LINE_CHARACTERS_MAX):
             line = line.rstrip("\n")
             self._lines.append(line)
@@ -105,7 +105,7 @@ class Child:
         try:
             self._told(self.spec.name, line)
         except Exception as error:  # nobody listens; the process goes on
-            rare.warning("output", "a line of %s could not be told: %r", self.spec.name, error)
+            rare.warning("output", "a line of %s could not be printed: %r", self.spec.name, error)
 
     def await_ready(self, timeout_s: float, stopping: threading.Event) -> None:
         """Until it is ready, or `stopping` is set. Raises StartFailed."""

@@ -216,7 +216,7 @@ def _decode(decoder: Any, body: bytes) -> Any:
 
 def report_fault(report: RequestReport) -> str | None:
     """What is wrong with a report that came over the wire, or None: what is counted of it has bounds as messages have.
-    A wrong one costs itself, not the connection."""
+    A wrong one is dropped, and the connection goes on."""
     times = [report.total_s, report.predicted_load_s, report.predicted_compute_s, report.measured_load_s]
     times += [report.measured_compute_s, report.ttft_s or 0.0, report.slo_ttft_s or 0.0]
     times += [time_s for _, *span in report.spans for time_s in span]

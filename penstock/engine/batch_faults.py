@@ -10,7 +10,7 @@ from penstock.core.operations import ChunkFault, ChunkOutcome
 from penstock.engine.runner import Chunk
 from penstock.rate_limited_log import RateLimitedLog
 
-_told = RateLimitedLog(logging.getLogger(__name__))
+rare = RateLimitedLog(logging.getLogger(__name__))
 
 Run = Callable[[Sequence[Chunk]], Sequence[ChunkOutcome]]
 
@@ -32,7 +32,7 @@ def outcomes_of(run: Run, batch: Sequence[Chunk]) -> list[ChunkOutcome]:
             outcomes[at] = outcome
     for at in failed:
         if isinstance(outcome := outcomes[at], ChunkFault) and outcome.error:
-            _told.warning("chunk", "request %s: %s", batch[at].request_id, outcome.error)
+            rare.warning("chunk", "request %s: %s", batch[at].request_id, outcome.error)
     return outcomes
 
 
@@ -42,7 +42,7 @@ def _attempt(run: Run, batch: Sequence[Chunk]) -> tuple[list[ChunkOutcome] | Non
         outcomes = list(run(batch))
     except Exception as raised:
         error = f"compute failed: {raised!r}"
-        _told.warning(
+        rare.warning(
             type(raised).__name__, "a batch of %d chunks failed: %s\n%s", len(batch), error, traceback.format_exc()
         )
         return None, error

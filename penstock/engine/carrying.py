@@ -28,6 +28,7 @@ from penstock.engine.executors import PoolStages, RunnerStages, Staging
 from penstock.engine.peers import Peers
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
 from penstock.io.memory import aligned_buffer
+from penstock.loss_log import LossLog
 from penstock.pool.api import Pool
 from penstock.rate_limited_log import RateLimitedLog
 
@@ -79,8 +80,8 @@ class Carrying:
             self._pool_stages = PoolStages(pool, self._staging, config.block_bytes, config.lookup_window, peers)
         self._uploads: dict[int, UploadGroup] = {}
         self._busy_since: dict[int, tuple[str, float]] = {}  # op -> what it is, when it began
-        self._told = RateLimitedLog(log)
-        self._losses = dict.fromkeys(LOSSES, 0)
+        self._rare = RateLimitedLog(log)
+        self._losses = LossLog(log, LOSSES)
         self.load_failures: Counter[str] = Counter()
         self.save_failures: Counter[str] = Counter()
         self.forward_failures: Counter[str] = Counter()
@@ -97,15 +98,11 @@ class Carrying:
 
     def say_losses(self) -> None:
         """Log what the scheduler has dropped since the last call."""
-        for name, message in LOSSES.items():
-            count = self._scheduler.counters.get(name, 0)
-            if count > self._losses[name]:
-                self._told.warning(name, "%d %s", count - self._losses[name], message)
-                self._losses[name] = count
+        self._losses.look(self._scheduler.counters)
 
     def _failed(self, counter: Counter[str], reason: str, blocks: int, what: str) -> None:
         counter[reason] += blocks
-        self._told.warning(f"{what} {reason}", "%s: %s", what, reason)
+        self._rare.warning(f"{what} {reason}", "%s: %s", what, reason)
 
     def stuck(self) -> str | None:
         """What does not go on, if anything: the device, a thread, or what has been under way for too long; from any

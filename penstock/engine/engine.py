@@ -42,7 +42,7 @@ from penstock.pool.api import Pool, PoolError
 from penstock.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
-_told = RateLimitedLog(log)
+rare = RateLimitedLog(log)
 
 SWITCH_INTERVAL_S = 5e-4  # how long a thread may hold the interpreter while another, say a finished load, waits for it
 MAX_EVENTS_PER_DECISION = 256
@@ -152,7 +152,7 @@ class Engine:
             try:
                 stats.labelled.update(pool_series(self._pool.stat(POOL_STAT_TIMEOUT_S)))
             except PoolError as error:
-                _told.warning("stat", "metrics without the pool's members: %s", error)
+                rare.warning("stat", "metrics without the pool's members: %s", error)
         return stats
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
@@ -253,7 +253,7 @@ class Engine:
         except (WaitingQueueFull, ValueError) as error:
             self._end(request.request_id, TokenEvent(None, "error", str(error)))
         except Exception as error:  # this request's failure, not the control thread's
-            log.exception("request %s could not be taken", request.request_id)
+            log.exception("request %s could not be added", request.request_id)
             self._end(request.request_id, TokenEvent(None, "error", f"internal error: {error!r}"))
 
     def _spec_of(self, request: GenerationRequest, root: BlockKey, arrival_s: float) -> RequestSpec:

@@ -23,7 +23,7 @@ from penstock.pool.api import Lease, Pool, PoolError
 from penstock.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
-_told = RateLimitedLog(log)
+rare = RateLimitedLog(log)
 
 HAND_OFFS_WAITING_MAX = 4096  # blocks; the windows of the decode engines keep far fewer under way
 WORK_WAITING_MAX = 4096  # pieces of work per thread; the scheduler's windows and L2 keep far fewer under way
@@ -68,9 +68,9 @@ def _reason(error: PoolError | None) -> str | None:
 
 
 def _reason_of(error: Exception) -> str:
-    """Of what raised although its contract says that it reports."""
+    """Log an exception of a call whose contract is to report errors, not to raise them."""
     told = "".join(traceback.format_exception(error))
-    _told.warning(type(error).__name__, "a transfer could not begin: %s", told)
+    rare.warning(type(error).__name__, "a transfer could not begin: %s", told)
     return error.reason if isinstance(error, PoolError) else "device"
 
 
@@ -182,7 +182,7 @@ class RunnerStages:
     def upload(
         self, blocks: Sequence[tuple[memoryview, int]], done: Callable[[BaseException | None], None]
     ) -> UploadGroup:
-        """Blocks that cannot even start to go up become misses like any others; who waits for them fails at once."""
+        """Blocks whose upload cannot start count as misses; whoever waits for them fails at once."""
         try:
             group = self._runner.start_upload(blocks)
         except Exception as error:

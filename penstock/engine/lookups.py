@@ -1,4 +1,4 @@
-"""Questions to the pool that are under way: bounded, and each answered by its deadline, whatever the pool does."""
+"""Lookups in the pool: bounded in number, and each answered by its deadline, whatever the pool does."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Lookups:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="penstock-lookup")
         self._lock = threading.Lock()
         self._open: dict[int, tuple[float, Answer]] = {}  # operation -> when it is given up, whom to answer
-        self._told = RateLimitedLog(log)
+        self._rare = RateLimitedLog(log)
 
     def ask(self, op: Lookup, answer: Answer) -> None:
         """`answer` is called once, from any thread: with None when too many wait already, after `close`, when the pool
@@ -51,7 +51,7 @@ class Lookups:
             self._end(op.op_id, None)
 
     def discard(self, op: Discard) -> None:
-        """Have the pool forget blocks; when that fails they stay, and are found out again."""
+        """Have the pool forget blocks; when that fails they stay, and are found unusable again."""
         with self._lock:
             full = self._busy >= self._busy_max
             self._busy += not full
@@ -61,7 +61,7 @@ class Lookups:
         except RuntimeError:  # after `close`
             full = True
         if full:
-            self._told.warning("discard", "%d unusable blocks stay in the pool: it is busy or closed", len(op.keys))
+            self._rare.warning("discard", "%d unusable blocks stay in the pool: it is busy or closed", len(op.keys))
 
     def _run(self, op: Lookup | Discard) -> None:
         try:
@@ -70,7 +70,7 @@ class Lookups:
             elif op.op_id in self._open:  # not given up while it waited for a thread
                 self._ask(op)
         except Exception as error:  # of a Discard
-            self._told.warning("discard", "unusable blocks stay in the pool: %r", error)
+            self._rare.warning("discard", "unusable blocks stay in the pool: %r", error)
         finally:
             with self._lock:
                 self._busy -= 1
@@ -97,7 +97,7 @@ class Lookups:
             mine[1](hits)
 
     def _lost(self, subject: str, why: str) -> None:
-        self._told.warning(subject, "a lookup failed, its request goes on without hits: %s", why)
+        self._rare.warning(subject, "a lookup failed, its request goes on without hits: %s", why)
 
     def end_late(self) -> None:
         """Answer what is past its deadline with None."""

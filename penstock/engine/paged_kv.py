@@ -145,7 +145,7 @@ class PagedKV:
         self.data.index_fill_(0, torch.tensor(pages, device=self.device), 0)
 
     def not_finite(self, pages: Sequence[int]) -> set[int]:
-        """Those of `pages` that hold NaN or an infinity (or values whose sum overflows float32, which stand no better).
+        """Those of `pages` that hold NaN or an infinity, or values whose sum overflows float32.
         On CUDA the current stream is waited for, once per CHECKED_BYTES_MAX of pages."""
         found: set[int] = set()
         step = max(1, CHECKED_BYTES_MAX // self.layout.full_block_bytes)

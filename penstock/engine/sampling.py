@@ -10,7 +10,7 @@ import torch
 
 from penstock.engine.runner import SamplingParams
 
-_UNUSABLE = -1  # stands for a token where the logits give none
+_UNUSABLE = -1  # in place of a token where the logits give none
 _GREEDY_TEMPERATURE = 1e-5  # below this the draw is the largest logit in any case
 
 

@@ -58,6 +58,7 @@ class FileState:
 
     @property
     def changed_ns(self) -> int:
+        """When its content or its inode changed last, in ns since the epoch."""
         return max(self.mtime_ns, self.ctime_ns)
 
 

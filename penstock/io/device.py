@@ -92,7 +92,7 @@ def _open(path: Path) -> tuple[int, bool, bool]:
 
 
 def _in_use(path: Path) -> BlockingIOError:
-    """Why a device cannot be claimed. The kernel gives up the claim of a process that was killed a moment later."""
+    """Why a device cannot be claimed. After a process was killed, the kernel releases its claim a moment later."""
     with contextlib.suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:

@@ -113,8 +113,8 @@ class Children:
         return max((child.block_bytes_max for child in self.all if not child.left), default=0)
 
     def expect_blocks(self, block_bytes: int) -> list[str]:
-        """Blocks of this size will be written and read: what of them which child cannot hold; nodes that come later
-        are asked then."""
+        """Say that blocks of this size will be written and read; returns a line for each child that cannot hold them.
+        Nodes that are added later are asked then."""
         with self.lock:
             self._block_bytes = block_bytes
             pools = [child.pool for child in self.all if not child.left]

@@ -184,7 +184,7 @@ class DeviceMember:
             self._engine.wake()
 
     def _run(self) -> None:
-        """Called again after it raised, with the member fenced: what the device has in hand must still be collected."""
+        """Called again after it raised, with the member fenced: operations in flight must still be collected."""
         self._polling = False
         while not self._queue.closed:
             self._step()
@@ -193,7 +193,7 @@ class DeviceMember:
         self._end_rest()
 
     def _broke(self, error: Exception) -> None:
-        """The loop raised. What waits ends with that; what the device has in hand ends when it answers."""
+        """The loop raised. Queued work ends with that error; operations in flight end when the device answers."""
         self._fence(f"failed: {error!r}")
         for work in self._queue.drain():
             finish_work(work, PoolError("device", self.fenced or f"{self.name} failed"))

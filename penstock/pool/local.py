@@ -269,7 +269,7 @@ class LocalPool:
             return max((self._room_of(number) for number in self._taking()), default=0)
 
     def expect_blocks(self, block_bytes: int) -> list[str]:
-        """Blocks of this size will be written: one line, also logged, for each member that cannot hold a
+        """Say that blocks of this size will be written; returns, and logs, a line for each member that cannot hold a
         single one."""
         with self._lock:
             small = [(self.members[n].name, self._room_of(n)) for n in self._taking()]

@@ -1,4 +1,4 @@
-"""`penstock pool reset`: makes one SSD member that nothing serves an empty one; what it held is forgotten."""
+"""`penstock pool reset`: empties one SSD member that no process serves; its blocks are forgotten."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def reset(
     member: Annotated[str | None, typer.Option(help="Name of the SSD member of --config.", metavar="NAME")] = None,
     state: Annotated[Path | None, typer.Option(help="Folder of the tables; beside the slab when not given.")] = None,
 ) -> None:
-    """Make one slab an empty one. For a slab whose table is lost; every block in it is forgotten."""
+    """Make one slab empty, for a slab whose table is lost. Every block in it is forgotten."""
     try:
         where, forgotten = _reset(path, config, member, state)
     except (ValueError, OSError) as error:

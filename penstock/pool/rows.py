@@ -154,7 +154,7 @@ def _text(raw: bytes) -> str:
 
 
 def is_outside_cause(error: sqlite3.Error) -> bool:
-    """Whether SQLite reports of the place where the table lies, not of the table."""
+    """Whether the cause lies outside of the table's content: a lock, permissions, space, the file system."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return code in _OUTSIDE_CAUSES
 

@@ -225,7 +225,7 @@ class UnionPool:
         return self._children.block_bytes_max
 
     def expect_blocks(self, block_bytes: int) -> list[str]:
-        """Blocks of this size will be written and read: what of them which child cannot hold."""
+        """Say that blocks of this size will be written and read; a line for each child that cannot hold them."""
         return self._children.expect_blocks(block_bytes)
 
     def open_block(self, key: BlockKey, size_bytes: int) -> OpenedBlock | PoolError:
@@ -294,7 +294,7 @@ class UnionPool:
 
 
 def _unknown(key: BlockKey) -> PoolError:
-    """Nobody asked for the block before it is read, or too many others since."""
+    """The block was not looked up before it is read, or its place was forgotten since."""
     note_loss(
         "location_unknown", "", "block %s is read, but where it lies was not looked up, or is forgotten", key.hex()
     )

@@ -34,12 +34,12 @@ class Work:
 
 
 def finish_work(work: Work, error: PoolError | None) -> None:
-    """Call the work's `finish`; an exception in it is logged and counted, and costs nobody else his work."""
+    """Call the work's `finish`; an exception in it is logged and counted, and affects no other work."""
     try:
         work.finish(work, error)
     except Exception:
         count_failure("penstock-work-callback")
-        log.exception("the end of a %s could not be told", work.kind)
+        log.exception("the callback at the end of a %s failed", work.kind)
 
 
 class WorkQueue:

@@ -86,7 +86,7 @@ class ServerApp:
 
     @property
     def body_bytes_in_use(self) -> int:
-        """Of large bodies of requests that do not generate yet."""
+        """Bytes that large bodies of requests hold which do not generate yet."""
         return self._preparation.bodies.in_use
 
     def cancel_all(self) -> None:

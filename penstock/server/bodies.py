@@ -13,7 +13,7 @@ from starlette.requests import Request
 from penstock.server.errors import ApiError
 
 DRAINED_BYTES_MAX = 256 * 2**20  # of a body that is refused: read and dropped, so that the client reads the answer
-FREE_BYTES = 2**16  # of each body that count for nothing: who sends little is served whatever others send
+FREE_BYTES = 2**16  # of each body that are not counted: small requests are served whatever others send
 _CHUNK_BYTES = 2**18
 _OPEN_BRACE, _OPEN_BRACKET, _COMMA, _QUOTE = (ord(letter) for letter in '{[,"')
 
@@ -52,6 +52,7 @@ class BodyLease:
         self.taken += more
 
     def release(self) -> None:
+        """Give back what was taken; later calls do nothing."""
         self.budget.in_use -= self.taken
         self.taken = 0
 

@@ -93,7 +93,7 @@ def serve(
     age_bound_s: Annotated[float | None, flag(LIMITS, "60", "Who waited longer goes first.")] = None,
     age_delays: Annotated[
         float | None,
-        flag(LIMITS, "0.75", "Who is so many times as late as in order of arrival goes first; 0: off."),
+        flag(LIMITS, "0.75", "A request goes first once its delay is this many times that of arrival order; 0: off."),
     ] = None,
     default_slo_ttft_s: Annotated[
         float | None, flag(LIMITS, "10", "Deadline of the first token for requests that name none.")

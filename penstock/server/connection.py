@@ -14,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.server.reply import ABORT_EXTENSION
 
-_warn = RateLimitedLog(logging.getLogger(__name__))
+rare = RateLimitedLog(logging.getLogger(__name__))
 
 HEAD_BYTES_MAX = 64 * 2**10
 KEEP_ALIVE_GRACE_S = 1.0  # a connection is kept so much longer than its answers say: the client closes it first
@@ -109,12 +109,12 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
             self._bytes_without_body += len(data)
             super().data_received(data)
             if self._bytes_without_body > HEAD_BYTES_MAX:
-                _warn.warning("trailers", "a connection was cut: more than %d bytes without a body", HEAD_BYTES_MAX)
+                rare.warning("trailers", "a connection was cut: more than %d bytes without a body", HEAD_BYTES_MAX)
                 self._cut()
 
         def _refuse_head(self) -> None:
             self._head = bytearray()
-            _warn.warning("head", "a request was refused: its head is larger than %d bytes", HEAD_BYTES_MAX)
+            rare.warning("head", "a request was refused: its head is larger than %d bytes", HEAD_BYTES_MAX)
             if self._nothing_served():
                 text = b"the request line and headers are larger than %d bytes" % HEAD_BYTES_MAX
                 lines = [
@@ -156,7 +156,7 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
 
         def _cut_late(self) -> None:
             if not self.transport.is_closing():
-                _warn.warning("late", "a connection was cut: no whole request came within %g s", header_timeout_s)
+                rare.warning("late", "a connection was cut: no whole request came within %g s", header_timeout_s)
             self._cut()
 
         def _cut(self) -> None:

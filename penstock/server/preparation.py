@@ -1,8 +1,8 @@
 """From a request's body to what the engine is asked for: read, parse, render, tokenize, check; all of it bounded.
 
-Nothing here keeps the event loop: bodies beyond INLINE_BYTES are parsed on a thread, chats are rendered in processes of
-their own, and text becomes tokens on threads that leave the interpreter to others. Short texts have a thread of their
-own, so that they do not wait for long ones.
+Nothing here blocks the event loop: bodies beyond INLINE_BYTES are parsed on a thread, chats are rendered in other
+processes, and text becomes tokens on threads that release the interpreter lock. Short texts have a thread of their own,
+so that they do not wait for long ones.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from penstock.server.work_threads import TooMuchWork, WorkThreads
 COMPLETION_MAX_TOKENS = 16  # the OpenAI API's default for completions; chats get what the context has room for
 INLINE_BYTES = 2**16
 BODY_BYTES_MIN = 4 * 2**20  # that every context allows
-ID_BYTES = 12  # of a token id in JSON, with what stands around it
+ID_BYTES = 12  # of a token id in JSON, with its separator
 ESCAPED = 6  # bytes of JSON for one byte of text, where it is written as \\u0061
 CONTAINERS_MIN, CONTAINERS_MAX = 1024, 2**15  # objects and lists of one body: messages, parts of them, tool calls
 VALUES_MIN = 2**20
@@ -72,6 +72,7 @@ class RequestPreparation:
         self._long_texts = WorkThreads("tokenize", LONG_THREADS, WAITING_MAX)
 
     def close(self) -> None:
+        """End the threads after what is queued; nobody waits for them."""
         for threads in (self._parsing, self._rendering, self._short_texts, self._long_texts):
             threads.stop()
 

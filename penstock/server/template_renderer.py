@@ -1,4 +1,4 @@
-"""Renders chats in processes of their own, which a deadline ends: no template and no message can hold the server."""
+"""Renders chats in processes of their own, which a deadline ends: no template and no message can block the server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import msgspec
 from penstock.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
-_warn = RateLimitedLog(log)
+rare = RateLimitedLog(log)
 
 PROCESSES = 2
 CPU_S_MAX = 5.0  # of the process, for one chat; a template needs milliseconds
@@ -82,7 +82,7 @@ class TemplateRenderer:
         except _Ended as error:
             assert process is not None
             reason = process.why_ended(self._cpu_s, error)
-            _warn.warning("ended", "a process that rendered a chat was ended: %s", reason)
+            rare.warning("ended", "a process that rendered a chat was ended: %s", reason)
             raise RenderError(reason) from None
         finally:
             if process is not None and not process.usable:
@@ -146,6 +146,7 @@ class _Process:
         return self._process.poll() is None
 
     def set_up(self, setup: dict[str, Any]) -> None:
+        """Load the template. Raises _Ended."""
         self._exchange(msgspec.msgpack.encode(setup), START_S_MAX)
 
     def ask(self, frame: bytes) -> str:
@@ -156,6 +157,7 @@ class _Process:
         return answer["text"]
 
     def why_ended(self, cpu_s: float, error: _Ended) -> str:
+        """One line; `cpu_s` is the limit of processor time, in seconds."""
         try:
             status = self._process.wait(1.0)
         except subprocess.TimeoutExpired:

@@ -52,7 +52,7 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         self._backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
-        self.token_bytes_max: int | None = None  # bytes of text that a token stands for; None: no bound is known
+        self.token_bytes_max: int | None = None  # bytes of text that a token represents; None: no bound is known
         self.harmony: HarmonyTokens | None = None
         if self._backend is not None:
             self._backend.no_truncation()
@@ -64,15 +64,11 @@ class TextCodec:
 
     @property
     def vocabulary_digest(self) -> str:
-        """Tells tokenizers apart whose token ids stand for other text: 32 hex digits, over every token with its id."""
+        """Differs where token ids mean other text: 32 hex digits of a hash over every token with its id."""
         digest = hashlib.blake2b(digest_size=16)
         for token, number in sorted(self._tokenizer.get_vocab().items()):
             digest.update(f"{number} {token}\0".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
 
     @property
     def template(self) -> ChatTemplate:
@@ -106,7 +102,7 @@ class TextCodec:
 
     def encode_within(self, text: str, limit: int, *, special_tokens: bool = True) -> list[int]:
         """`encode`, for a text that has to fit into `limit` tokens. One that is far over is refused at little cost: by
-        its bytes, where a token stands for a bounded number of them, or by the tokens of its beginning. Raises
+        its bytes, where a token represents a bounded number of them, or by the tokens of its beginning. Raises
         TextTooLong; a text that is a little over is returned as it is."""
         if self.token_bytes_max is not None and len(text) > limit:
             at_least = -(-len(text.encode("utf-8", "surrogatepass")) // self.token_bytes_max)
@@ -125,10 +121,6 @@ class TextCodec:
         is no template, it takes no such variable, or it cannot render the messages."""
         template = self.template
         return template.render(list(messages), template.check_variables(variables))
-
-    def encode_chat(self, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any]) -> list[int]:
-        """Tokens of what `render_chat` gives."""
-        return self.encode(self.render_chat(messages, variables), special_tokens=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, without special ones."""

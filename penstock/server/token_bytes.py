@@ -1,4 +1,4 @@
-"""How many bytes of text one token of a tokenizer can stand for, where that has a bound."""
+"""How many bytes of text one token of a tokenizer can represent, where that has a bound."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 
 
 def token_bytes_max(backend: Any) -> int | None:
-    """Bytes of text that one token stands for at most. None where there is no bound, because the tokenizer drops or
+    """Bytes of text that one token represents at most. None where there is no bound, because the tokenizer drops or
     joins text of any length: whitespace, unknown characters, whole unknown words.
 
     `backend` is a `tokenizers.Tokenizer`."""

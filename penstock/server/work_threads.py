@@ -1,4 +1,4 @@
-"""A few threads that do the event loop's longer work, with a bounded queue; they never hold the process's exit."""
+"""A few threads that do the event loop's longer work, with a bounded queue. They do not delay the process's exit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from penstock.guarded_thread import GuardedWorker
 from penstock.rate_limited_log import RateLimitedLog
 
 T = TypeVar("T")
-_warn = RateLimitedLog(logging.getLogger(__name__))
+rare = RateLimitedLog(logging.getLogger(__name__))
 
 
 class TooMuchWork(Exception):
@@ -37,7 +37,7 @@ class WorkThreads:
     async def run(self, work: Callable[[], T]) -> T:
         """Do it on a thread. Raises what it raises, and TooMuchWork."""
         if self.open >= self._waiting_max:
-            _warn.warning(
+            rare.warning(
                 self._name, "%d pieces of work wait for the threads %s: more is refused", self.open, self._name
             )
             raise TooMuchWork

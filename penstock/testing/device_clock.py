@@ -1,7 +1,7 @@
 """The order of work on a device, without one: streams and events as vector clocks, and accesses that nothing orders.
 
 Each stream, and each thread of the host, counts its own accesses; its clock says how far it knows every other to be.
-Recording, waiting and synchronising hand clocks on. An access that touches bytes of an earlier one, one of the two
+Recording, waiting and synchronising pass clocks on. An access that touches bytes of an earlier one, one of the two
 writing, must know of it: if not, the two are a conflict, whatever order they happened to run in this time.
 """
 
@@ -56,11 +56,13 @@ class FakeStream:
         self.clock: Clock = {}
 
     def wait_event(self, event: FakeEvent) -> None:
+        """What is enqueued from now on begins after the event."""
         if not self._device.is_broken("wait_event"):
             with self._device.lock:
                 join(self.clock, event.clock)
 
     def synchronize(self) -> None:
+        """This thread waits for all that is enqueued. Raises RuntimeError when the device is lost."""
         if not self._device.is_broken("stream.synchronize"):
             self._device.host_waits(self.clock, "stream.synchronize")
 
@@ -73,6 +75,7 @@ class FakeEvent:
         self.clock: Clock = {}
 
     def record(self, stream: FakeStream | None = None) -> None:
+        """The event comes after what is enqueued on the stream. Raises RuntimeError with `refuses_events`."""
         if self._device.refuses_events:
             raise RuntimeError("injected failure of an event")
         with self._device.lock:
@@ -85,6 +88,7 @@ class FakeEvent:
             return all(known.get(actor, 0) >= count for actor, count in self.clock.items())
 
     def synchronize(self) -> None:
+        """This thread waits for the event. Raises RuntimeError when the device is lost."""
         if not self._device.is_broken("event.synchronize"):
             self._device.host_waits(self.clock, "event.synchronize")
 
@@ -113,6 +117,7 @@ class DeviceClock:
     # -- streams and the host -----------------------------------------------------------------------------------
 
     def new_stream(self) -> FakeStream:
+        """A stream that nothing orders with the others."""
         stream = FakeStream(self, next(self._actors))
         self._streams.append(stream)
         return stream
@@ -139,13 +144,13 @@ class DeviceClock:
         clock: Clock = self._threads.clock
         return clock
 
-    def told(self) -> Clock:
-        """What this thread knows, to be handed to another."""
+    def known(self) -> Clock:
+        """A copy of what this thread knows, for another thread."""
         with self.lock:
             return dict(self.host_clock)
 
     def learn(self, clock: Clock) -> None:
-        """This thread knows what another handed to it."""
+        """This thread learns what another one knew."""
         with self.lock:
             join(self.host_clock, clock)
 

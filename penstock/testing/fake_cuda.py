@@ -50,7 +50,7 @@ def fake_cuda(broken: Iterable[Broken] = ()) -> Iterator[DeviceClock]:
         "empty_cache": lambda: None,
         "cudart": lambda: SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda address: 0),
     }
-    with patch.multiple(torch.cuda, **fakes), _threads_tell_each_other(clock):
+    with patch.multiple(torch.cuda, **fakes), _threads_pass_clocks(clock):
         yield clock
 
 
@@ -130,19 +130,19 @@ def _is_cuda(value: object) -> bool:
     return isinstance(value, torch.device) and value.type == "cuda"
 
 
-class _TellingQueue(Generic[Item]):
-    """A queue.SimpleQueue whose items bring along what their sender knew."""
+class _ClockedQueue(Generic[Item]):
+    """A queue.SimpleQueue whose items carry the clock of their sender."""
 
     def __init__(self, clock: DeviceClock, make: Callable[[], Any]) -> None:
         self._clock = clock
         self._queue = make()
 
     def put(self, item: Item) -> None:
-        self._queue.put((item, self._clock.told()))
+        self._queue.put((item, self._clock.known()))
 
     def get(self, block: bool = True, timeout: float | None = None) -> Item:
-        item, told = self._queue.get(block, timeout)
-        self._clock.learn(told)
+        item, known = self._queue.get(block, timeout)
+        self._clock.learn(known)
         return item  # type: ignore[no-any-return]
 
     def get_nowait(self) -> Item:
@@ -156,55 +156,55 @@ class _TellingQueue(Generic[Item]):
 
 
 @contextmanager
-def _threads_tell_each_other(clock: DeviceClock) -> Iterator[None]:
-    """Who takes a condition knows what its last holder knew; a thread knows what its starter knew, and whoever joins it
-    what it knew at its end."""
+def _threads_pass_clocks(clock: DeviceClock) -> Iterator[None]:
+    """A condition passes the clock of its last holder to the next one, `start` that of the starter to the thread, and
+    `join` that of a thread at its end to the caller."""
     condition, thread = threading.Condition, threading.Thread
     enter, leave, wait = condition.__enter__, condition.__exit__, condition.wait
     start, run, join_thread = thread.start, thread.run, thread.join
 
-    def tell(self: Any, topic: str) -> None:
+    def publish(self: Any, topic: str) -> None:
         with clock.lock:
-            join(vars(self).setdefault(f"_told_{topic}", {}), clock.told())
+            join(vars(self).setdefault(f"_clock_{topic}", {}), clock.known())
 
-    def hear(self: Any, topic: str) -> None:
+    def receive(self: Any, topic: str) -> None:
         with clock.lock:
-            clock.learn(vars(self).get(f"_told_{topic}", {}))
+            clock.learn(vars(self).get(f"_clock_{topic}", {}))
 
     def entered(self: Any) -> Any:
         result = enter(self)
-        hear(self, "leaving")
+        receive(self, "leaving")
         return result
 
     def left(self: Any, *error: Any) -> None:
-        tell(self, "leaving")
+        publish(self, "leaving")
         leave(self, *error)
 
     def waited(self: Any, timeout: float | None = None) -> bool:
-        tell(self, "leaving")
+        publish(self, "leaving")
         result = wait(self, timeout)
-        hear(self, "leaving")
+        receive(self, "leaving")
         return result
 
     def started(self: Any) -> None:
-        tell(self, "start")
+        publish(self, "start")
         start(self)
 
     def ran(self: Any) -> None:
-        hear(self, "start")
+        receive(self, "start")
         try:
             run(self)
         finally:
-            tell(self, "end")
+            publish(self, "end")
 
     def joined(self: Any, timeout: float | None = None) -> None:
         join_thread(self, timeout)
-        hear(self, "end")
+        receive(self, "end")
 
     simple_queue = queue.SimpleQueue
     with (
         patch.multiple(condition, __enter__=entered, __exit__=left, wait=waited),
         patch.multiple(thread, start=started, run=ran, join=joined),
-        patch.object(queue, "SimpleQueue", lambda: _TellingQueue(clock, simple_queue)),
+        patch.object(queue, "SimpleQueue", lambda: _ClockedQueue(clock, simple_queue)),
     ):
         yield

@@ -48,12 +48,12 @@ class Pending:
     late: bool = False
 
     def tell(self, result: Any, error: PoolError | None) -> None:
-        """Call `end`; an exception in it costs nobody else his answer."""
+        """Call `end`; an exception in it is logged and affects no other request."""
         try:
             self.end(result, error)
         except Exception:
             count_failure("penstock-done-callback")
-            log.exception("the end of a request could not be told")
+            log.exception("the callback of a request failed")
 
     @property
     def payload_bytes(self) -> int:
@@ -305,7 +305,7 @@ class Connection:
             self._on_closed(self, reason)
         except Exception:  # what is open ends all the same
             count_failure(self._receiver.name)
-            log.exception("the end of a %s connection could not be told", self.lane)
+            log.exception("the callback at the end of a %s connection failed", self.lane)
         with self._lock:
             rest, self._pending = list(self._pending.values()), {}
             self.in_flight_bytes = 0

@@ -68,7 +68,7 @@ class _Lane:
 
 
 def _bounded(timeout_s: float) -> float:
-    """Seconds that a message may say; NaN, which nobody can wait for, is none."""
+    """A timeout within the bounds of a message; 0 for a negative one and for NaN."""
     return min(timeout_s, wire.TIMEOUT_S_MAX) if timeout_s > 0 else 0.0
 
 
@@ -191,13 +191,13 @@ class NodeLink:
         call_soon(self._callbacks, partial(ended, None), error)
 
     def expect_blocks(self, block_bytes: int) -> str | None:
-        """This side's blocks have so many bytes: say, now and whenever it is reached, when the node cannot hold them.
-        Returns what was said now."""
+        """Compare the size of this side's blocks with what the node can hold, now and whenever it is reached. Returns
+        the line that was logged now, or None."""
         self._block_bytes = block_bytes
         return self._check_block_bytes(self.node)
 
     def _check_block_bytes(self, node: wire.Ready) -> str | None:
-        """Once, until the node says that it can."""
+        """Logs one line, and no other one until the node can hold these blocks."""
         if not 0 < node.block_bytes_max < self._block_bytes:
             self._told_too_large = False
             return None

@@ -178,8 +178,8 @@ class RemotePool:
     # --- beyond it ---
 
     def expect_blocks(self, block_bytes: int) -> list[str]:
-        """Blocks of this size will be written and read: what of them this node cannot hold, which is also logged, once,
-        and again when the node is another one by then."""
+        """Say that blocks of this size will be written and read; returns why this node cannot hold them. The reason is
+        also logged, once, and again when another node answers at this address."""
         if block_bytes > wire.PAYLOAD_BYTES_MAX:
             line = (
                 f"blocks of {format_bytes(block_bytes)} do not travel to pool node {self.place}, none is stored there; "

@@ -19,7 +19,7 @@ from penstock.units import format_bytes
 
 log = logging.getLogger(__name__)
 
-GROW_BLOCKS = 2  # a new arena holds as many of the blocks that it is made for
+GROW_BLOCKS = 2  # a new arena holds this many of the blocks that it is made for
 
 
 class _Arena:
@@ -29,7 +29,7 @@ class _Arena:
 
 
 class Slot:
-    """A stretch of staging memory that is `view`, until `give`."""
+    """A part of staging memory; `view` is valid until `give`."""
 
     __slots__ = ("_arena", "_offset", "_staging", "view")
 
@@ -75,7 +75,7 @@ class Staging:
         return sum(arena.free.free_bytes for arena in self._arenas)
 
     def largest_bytes(self, shared: bool) -> int:
-        """The largest block that there can be a slot for, as it is now."""
+        """The largest block that a slot can hold, with the arenas there are and what they may still grow by."""
         arenas, total = self._arenas, self.capacity_bytes
         there = max(len(arena.memory) for arena in arenas)
         largest = max(min(there, total // 2) if shared else there, (self.limit_bytes - total) // GROW_BLOCKS)
@@ -98,7 +98,7 @@ class Staging:
         return None
 
     def take_back(self, arena: _Arena, offset: int, length: int) -> None:
-        """What `Slot.give` does."""
+        """Called by `Slot.give`."""
         with self._changed:
             arena.free.give(offset, length)
             self._changed.notify_all()

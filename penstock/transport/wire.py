@@ -1,6 +1,6 @@
 """The pool protocol over TCP: greeting, frames, messages.
 
-Every number and every length of a message has bounds, which stand with its type: what lies outside is not understood
+Every number and every length of a message has bounds, declared with its type. A message outside them is refused
 (`decode_request`, `decode_reply`), and ends its connection with one line of the log.
 
 Both sides first send 8 bytes: magic and protocol version; where both have a secret they prove it. Then frames: a prefix

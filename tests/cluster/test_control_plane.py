@@ -160,7 +160,7 @@ def test_an_engine_whose_connection_is_reset_registers_again_and_serves() -> Non
         client = c.ask(PROMPT, 9)
         wait_until(lambda: len(client.tokens) == 3, "three tokens")
         engine = c.router.port.engines["e1"]
-        c.router._loop.call_soon_threadsafe(engine.writer.transport.abort)
+        c.router._loop.call(engine.writer.transport.abort)
         c.hosts["e1"].release()
         finished(client, PROMPT, 9)
         assert c.router.port.engines["e1"].epoch != engine.epoch

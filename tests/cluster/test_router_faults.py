@@ -116,7 +116,6 @@ def test_a_report_that_cannot_be_dealt_with_ends_no_registration() -> None:
         c.engine("e1")
         epoch = c.agents["e1"].epoch
         accounts = c.router._accounts
-        assert accounts is not None
         accounts.reported = failing = Failing(accounts.reported, lambda *_: True)  # type: ignore[method-assign]
         wait_until(lambda: failing.failed >= 3, "three reports")
         ends_well(c.ask(PROMPT, 6), PROMPT, 6)
@@ -130,7 +129,7 @@ def test_a_router_whose_thread_ends_ends_every_request_and_says_so() -> None:
     ended = threading.Event()
     router.on_failed = ended.set
 
-    router._loop.call_soon_threadsafe(lambda: _kill(router))
+    router._loop.call(lambda: _kill(router))
     assert ended.wait(WAIT_S)
     assert router.healthy()[0] is False and "injected" in str(router.failure)
     router.close(5.0)
@@ -141,4 +140,4 @@ def _kill(router: ClusterEngine) -> None:
         raise KeyError("an injected fault")
 
     task = asyncio.get_running_loop().create_task(fails())
-    task.add_done_callback(router._stopped_ticking)
+    task.add_done_callback(router._loop.ticking_ended)

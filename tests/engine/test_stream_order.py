@@ -171,7 +171,7 @@ class HostPool(WrappedPool):
         return None
 
     def _move(self, what: str, memory: memoryview, reads: bool, done: Done, begin: Callable[[Done], None]) -> None:
-        told, where = self._clock.told(), [(address_of(memory), address_of(memory) + memory.nbytes)]
+        told, where = self._clock.known(), [(address_of(memory), address_of(memory) + memory.nbytes)]
 
         def touch() -> None:
             self._clock.host_access(what, where if reads else (), () if reads else where)

@@ -18,7 +18,7 @@ from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.pool.losses import losses
 from penstock.transport import node as node_module
-from penstock.transport import wire
+from penstock.transport import node_connection, wire
 from penstock.transport.connect import connect_pool
 from penstock.units import format_address
 
@@ -158,7 +158,7 @@ def test_a_peer_whose_host_is_gone_is_found_by_the_kernel(rig: NodeRig) -> None:
 def test_a_payload_that_drips_holds_its_staging_for_a_bounded_time(
     rig: NodeRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node_module, "PAYLOAD_S", 0.5)
+    monkeypatch.setattr(node_connection, "PAYLOAD_S", 0.5)
     monkeypatch.setattr(wire, "STALL_S", 0.25)
     node = rig.node(staging_capacity_bytes=MIB)
     slow = rig.by_hand(node, "write")
@@ -177,7 +177,7 @@ def test_a_payload_that_drips_holds_its_staging_for_a_bounded_time(
 def test_a_client_that_takes_a_block_in_drops_holds_it_for_a_bounded_time(
     rig: NodeRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node_module, "PAYLOAD_S", 0.5)
+    monkeypatch.setattr(node_connection, "PAYLOAD_S", 0.5)
     monkeypatch.setattr(wire, "STALL_S", 0.25)
     pool = rig.pool(64 * MIB)
     node = rig.node(pool)
@@ -223,7 +223,7 @@ def test_the_accepting_thread_outlives_what_it_did_not_expect(rig: NodeRig, monk
     node = rig.node()
     real, broken = node.connection_of, [True]
 
-    def connection_of(sock: socket.socket, peer: str) -> node_module.Served:
+    def connection_of(sock: socket.socket, peer: str) -> node_connection.Served:
         if broken.pop() if broken else False:
             raise KeyError("as planned")
         return real(sock, peer)

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from penstock.bench.load_check import MEASURED_NOTHING, idle_links
+from penstock.bench.load_check import idle_links, refuse_empty
 from penstock.bench.plots import bar_chart
 from penstock.bench.recording import RecordedRun, write_runs
 from penstock.bench.report import Report
@@ -103,9 +103,7 @@ def calvo(
         report.write_json(json)
     if plot is not None:
         _plot(plot, cells)
-    if problems := idle_links(report.figures):
-        console.print(f"penstock bench calvo measured nothing: {'; '.join(problems)}", markup=False, style="bold red")
-        raise typer.Exit(MEASURED_NOTHING)
+    refuse_empty("calvo", idle_links(report.figures), console)
 
 
 def _measure(

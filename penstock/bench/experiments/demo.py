@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from penstock.bench.deadlines import RequestName, deadlines_s, reusable_tokens, with_multipliers
-from penstock.bench.load_check import MEASURED_NOTHING, LoadCheck, loaded_bytes, prompt_bytes
+from penstock.bench.load_check import LoadCheck, loaded_bytes, prompt_bytes, refuse_empty
 from penstock.bench.progress import progress_bar
 from penstock.bench.report import Report
 from penstock.bench.served import Bed, Calibration, Run, System, SystemFailed, calibrate, run_system
@@ -133,9 +133,7 @@ def demo(
         errors = {record.error for run in runs.values() for record in run.records if record.error}
         console.print(f"failed requests: {sorted(map(str, errors))[:3]}", style="bold red")
         raise typer.Exit(1)
-    if problems := check.problems():
-        console.print(f"penstock bench demo measured nothing: {'; '.join(problems)}", markup=False, style="bold red")
-        raise typer.Exit(MEASURED_NOTHING)
+    refuse_empty("demo", check.problems(), console)
 
 
 def _load_check(bed: Bed, workload: Workload, run: Run) -> LoadCheck:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from penstock.bench.deadlines import RequestName, deadlines_s, reusable_tokens, with_multipliers
-from penstock.bench.load_check import MEASURED_NOTHING, LoadCheck, loaded_bytes, prompt_bytes
+from penstock.bench.load_check import LoadCheck, loaded_bytes, prompt_bytes, refuse_empty
 from penstock.bench.progress import progress_bar
 from penstock.bench.replay import RequestRecord
 from penstock.bench.report import Report
@@ -162,7 +162,8 @@ def serve(
     sessions_at_once: Annotated[int, typer.Option(min=1, max=256, help="Open agent sessions.")] = 16,
     pace: Annotated[str, typer.Option(help="What the pool node sends at most, or none.")] = "25MB/s",
     control: Annotated[
-        bool, typer.Option("--control", help="The trace has little to reuse: what does Penstock cost there?")
+        bool,
+        typer.Option("--control", help="Measure the overhead where little can be reused."),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and of deadlines' multipliers.")] = 0,
 ) -> None:
@@ -201,9 +202,7 @@ def serve(
     problems = check.problems()
     if control:
         problems = [] if problems else [f"{check.loaded_share:.1%} of the prompts' KV was loaded: this is no control"]
-    if problems:
-        console.print(f"penstock bench serve measured nothing: {'; '.join(problems)}", markup=False, style="bold red")
-        raise typer.Exit(MEASURED_NOTHING)
+    refuse_empty("serve", problems, console)
 
 
 def _load_check(plan: Plan, runs: Sequence[Run], options: Options) -> LoadCheck:

@@ -24,7 +24,7 @@ from penstock.bench.experiments.vllm_loads import (
 from penstock.bench.experiments.vllm_measure import Found, Measurement, Plan, servers_up
 from penstock.bench.experiments.vllm_report import conclude, plot_runs, print_runs, write_requests
 from penstock.bench.experiments.vllm_systems import LMCACHE, SYSTEMS, Bed, lmcache_missing, probe
-from penstock.bench.load_check import MEASURED_NOTHING, idle_links
+from penstock.bench.load_check import idle_links, refuse_empty
 from penstock.bench.progress import Counter, progress_bar
 from penstock.bench.report import Report
 from penstock.bench.served import SystemFailed
@@ -129,9 +129,7 @@ def vllm(
         console.print(f"wrote {plot}")
     if report.figures["failed_requests"]:
         raise typer.Exit(1)
-    if problems := idle_links(report.figures, control="conversation_"):
-        console.print(f"penstock bench vllm measured nothing: {'; '.join(problems)}", markup=False, style="bold red")
-        raise typer.Exit(MEASURED_NOTHING)
+    refuse_empty("vllm", idle_links(report.figures, control="conversation_"), console)
 
 
 def _chosen(name: str, given: list[str] | None, allowed: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,0 +1,25 @@
+"""Whether an engine that registers can serve with those that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from penstock.cluster.wire import EngineCard
+
+
+def misfit(card: EngineCard, others: Sequence[EngineCard], vocabulary: str = "") -> str | None:
+    """One line that says why an engine cannot serve with the others; None when it can. `vocabulary` is that of the
+    router's tokenizer; it is not compared where one side names none."""
+    if card.role == "decode" and not card.relay_address:
+        return "a decode engine without the address of its relay"
+    if card.vocab_size < 1 or card.block_tokens < 1 or card.block_bytes < 1 or card.max_context_tokens < 2:
+        return "vocab_size, block_tokens, block_bytes or max_context_tokens is too small"
+    if vocabulary and card.vocabulary and vocabulary != card.vocabulary:
+        return "its checkpoint's tokenizer has another vocabulary than that of the router's --model; allowed: the same"
+    if not others:
+        return None
+    for what in ("model", "block_tokens", "block_bytes", "vocab_size", "eos_token_ids"):
+        mine, theirs = getattr(card, what), getattr(others[0], what)
+        if mine != theirs:
+            return f"its {what} is {mine!r}; {others[0].name} and the others have {theirs!r}"
+    return None

@@ -1,0 +1,158 @@
+"""A client's connection at a pool node: blocks are read from the pool and written to it through staging memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+from penstock.pool.api import PoolError
+from penstock.pool.checksum import block_checksum
+from penstock.pool.served import OpenedBlock
+from penstock.transport import wire
+from penstock.transport.node_connection import IN_FLIGHT_MAX, Served
+from penstock.transport.staging import Slot
+from penstock.units import format_bytes
+
+
+class _Staged:
+    """A request of a connection that is under way, with its staging memory and, for a read, its block: all of it is
+    given back once, by whoever comes first to the end."""
+
+    def __init__(self, connection: Served, slot: Slot | None = None, opened: OpenedBlock | None = None) -> None:
+        self._leave: Callable[[], None] | None = connection.leave
+        self.slot = slot
+        self._opened = opened
+
+    def end(self) -> None:
+        leave, self._leave = self._leave, None
+        if leave is None:
+            return
+        if self.slot is not None:
+            self.slot.give()
+        if self._opened is not None:
+            self._opened.release()
+        leave()
+
+
+class PoolConnection(Served):
+    """One client of a pool."""
+
+    # --- reads ---
+
+    def _read(self, request: wire.Read, ready_s: float) -> None:
+        deadline_s = time.monotonic() + request.timeout_s
+        opened = self._pool.open_block(request.key, request.size_bytes)
+        if isinstance(opened, PoolError):
+            self._reply(wire.Failed(request.id, opened.reason, opened.detail))
+        elif opened.view is not None:
+            try:
+                self._send_block(request.id, opened.key, opened.checksum, opened.view, deadline_s, ready_s)
+                opened.note_read()
+            finally:
+                opened.release()
+        elif not self._enter():
+            opened.release()
+            self._lost("read_dropped", f"{IN_FLIGHT_MAX} requests of its connection wait already")
+            self._reply(wire.Failed(request.id, "dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already"))
+        else:
+            self._fetch(request, opened, deadline_s)
+
+    def _fetch(self, request: wire.Read, opened: OpenedBlock, deadline_s: float) -> None:
+        staged = _Staged(self, opened=opened)
+
+        def failed(error: Exception) -> None:
+            self._later(partial(self._fail_fetch, request.id, staged, "device", f"the node failed: {error!r}"))
+
+        if not self._node.later(opened.far, partial(self._fetch_block, request, opened, staged, deadline_s), failed):
+            self._fail_fetch(request.id, staged, "dropped", "too many reads wait in this node")
+
+    def _fetch_block(self, request: wire.Read, opened: OpenedBlock, staged: _Staged, deadline_s: float) -> None:
+        """On the fetcher's thread: find staging memory, let the member read into it."""
+        slot = self._node.staging.take(request.size_bytes, deadline_s, shared=opened.far)
+        if slot is None:
+            in_time, detail = self._no_staging(request.size_bytes, shared=opened.far)
+            self._later(partial(self._fail_fetch, request.id, staged, "deadline" if in_time else "dropped", detail))
+            return
+        staged.slot = slot
+
+        def loaded(error: PoolError | None) -> None:
+            self._later(partial(self._finish_fetch, request, opened, staged, slot.view, deadline_s, error))
+
+        opened.load(slot.view, deadline_s - time.monotonic(), loaded)
+
+    def _no_staging(self, size_bytes: int, shared: bool) -> tuple[bool, str]:
+        """Whether only time was missing for a slot, and what there was not."""
+        at_most = self._node.staging.largest_bytes(shared)
+        if size_bytes > at_most:
+            return False, f"blocks of {format_bytes(size_bytes)} do not fit staging memory, at most {at_most} bytes do"
+        return True, f"no staging memory for {format_bytes(size_bytes)} in time"
+
+    def _fail_fetch(self, id: int, staged: _Staged, reason: str, detail: str) -> None:
+        staged.end()
+        self._lost(f"read_{reason}", detail)
+        self._reply(wire.Failed(id, reason, detail))
+
+    def _finish_fetch(
+        self,
+        request: wire.Read,
+        opened: OpenedBlock,
+        staged: _Staged,
+        view: memoryview,
+        deadline_s: float,
+        error: PoolError | None,
+    ) -> None:
+        """On the sender's thread: send what was read, give everything back."""
+        try:
+            if error is not None:
+                self._reply(wire.Failed(request.id, error.reason, error.detail))
+            else:
+                data = view[: request.size_bytes]
+                self._send_block(request.id, opened.key, opened.checksum, data, deadline_s, time.monotonic())
+        finally:
+            staged.end()
+
+    # --- writes ---
+
+    def _write(self, request: wire.Write, payload_bytes: int) -> None:
+        if payload_bytes != request.size_bytes:
+            raise wire.ProtocolError(f"write of {request.size_bytes} bytes with a payload of {payload_bytes}")
+        deadline_s = time.monotonic() + request.timeout_s
+        if not self._enter():
+            refusal = "dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already"
+            self._refuse_write(request.id, payload_bytes, *refusal)
+            return
+        slot = self._node.staging.take(payload_bytes, deadline_s)
+        if slot is None:
+            self.leave()
+            in_time, detail = self._no_staging(payload_bytes, shared=False)
+            self._refuse_write(request.id, payload_bytes, "dropped" if in_time else "full", detail)
+            return
+        staged = _Staged(self, slot)
+        try:
+            self._store(request, staged, slot.view, deadline_s)
+        except BaseException:
+            staged.end()
+            raise
+
+    def _store(self, request: wire.Write, staged: _Staged, view: memoryview, deadline_s: float) -> None:
+        """Receive the payload, and have the pool store it; `staged` ends with that."""
+        data = view[: request.size_bytes]
+        self._receive(data, deadline_s)
+        if block_checksum(request.key, data) != request.checksum:
+            staged.end()
+            self._lost("write_checksum", f"block {request.key.hex()} was damaged on its way here")
+            self._reply(wire.Failed(request.id, "checksum", f"block {request.key.hex()} was damaged on its way here"))
+            return
+
+        def stored(error: PoolError | None) -> None:
+            staged.end()
+            reply = wire.Failed(request.id, error.reason, error.detail) if error else wire.Written(request.id)
+            self._later(partial(self._reply, reply))
+
+        self._pool.write(request.block, view, deadline_s - time.monotonic(), stored)
+
+    def _refuse_write(self, id: int, payload_bytes: int, reason: str, detail: str) -> None:
+        self._lost(f"write_{reason}", detail)
+        self._drain(payload_bytes)
+        self._reply(wire.Failed(id, reason, detail))
