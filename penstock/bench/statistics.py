@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,21 +66,29 @@ def ratio_of_means(
     numerator: Sequence[float],
     denominator: Sequence[float],
     *,
+    groups: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
     seed: int = 0,
     resamples: int = BOOTSTRAP_RESAMPLES,
 ) -> Interval:
     """Mean(numerator) / mean(denominator) of paired values (the same request under two systems); pairs are resampled
-    together. Raises ValueError when the lengths differ, are zero, or the denominator's mean is not above zero."""
+    together. `groups` names the group of each pair, where those of a group are not independent (they queued for each
+    other): then whole groups are resampled. Raises ValueError when the lengths differ, are zero, or the denominator's
+    mean is not above zero."""
     if len(numerator) != len(denominator) or not len(numerator):
         raise ValueError(f"pairs are needed; there are {len(numerator)} numerators and {len(denominator)} denominators")
+    if groups is not None and len(groups) != len(numerator):
+        raise ValueError(f"each pair needs a group; there are {len(numerator)} pairs and {len(groups)} groups")
     top, bottom = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
     if not bottom.mean() > 0:
         raise ValueError("the denominator's mean is not above zero")
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(groups or range(len(top))))}
+    group = [numbers[name] for name in groups or range(len(top))]
+    tops, bottoms = np.bincount(group, top), np.bincount(group, bottom)  # sums of each group
     rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(top), size=(resamples, len(top)))
-    bottoms = np.maximum(bottom[picks].mean(axis=1), np.finfo(float).tiny)
-    return _interval(float(top.mean() / bottom.mean()), top[picks].mean(axis=1) / bottoms, confidence)
+    picks = rng.integers(0, len(tops), size=(resamples, len(tops)))
+    drawn = np.maximum(bottoms[picks].sum(axis=1), np.finfo(float).tiny)
+    return _interval(float(top.mean() / bottom.mean()), tops[picks].sum(axis=1) / drawn, confidence)
 
 
 def _interval(value: float, draws: np.ndarray, confidence: float) -> Interval:

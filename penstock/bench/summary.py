@@ -68,9 +68,15 @@ def paired_ttft_s(
     numerator: Sequence[RequestRecord], denominator: Sequence[RequestRecord]
 ) -> tuple[list[float], list[float]]:
     """Mean TTFT of each request that succeeded on both systems, in the same order."""
+    pairs = _pairs(numerator, denominator)
+    return [pair[0] for pair in pairs.values()], [pair[1] for pair in pairs.values()]
+
+
+def _pairs(
+    numerator: Sequence[RequestRecord], denominator: Sequence[RequestRecord]
+) -> dict[tuple[str, int], tuple[float, float]]:
     means = [_mean_ttft_s(records) for records in (numerator, denominator)]
-    both = [name for name in means[0] if name in means[1]]
-    return [means[0][name] for name in both], [means[1][name] for name in both]
+    return {name: (means[0][name], means[1][name]) for name in means[0] if name in means[1]}
 
 
 def _mean_ttft_s(records: Sequence[RequestRecord]) -> dict[tuple[str, int], float]:
@@ -81,12 +87,23 @@ def _mean_ttft_s(records: Sequence[RequestRecord]) -> dict[tuple[str, int], floa
     return {name: sum(found) / len(found) for name, found in values.items()}
 
 
-def add_ratio(report: Report, name: str, top: Sequence[RequestRecord], bottom: Sequence[RequestRecord]) -> Interval:
-    """Ratio of mean TTFTs over requests in pairs, with the ends of its 95 % interval."""
-    found = ratio_of_means(*paired_ttft_s(top, bottom))
-    report.figure(name, found.value)
+def add_ratio(
+    report: Report,
+    name: str,
+    top: Sequence[RequestRecord],
+    bottom: Sequence[RequestRecord],
+    groups: Mapping[str, int] | None = None,
+    limits: tuple[float, float] | None = None,
+) -> Interval:
+    """Ratio of mean TTFTs over requests in pairs, with the ends of its 95 % interval. `groups` is by session (see
+    `ratio_of_means`); `limits` are those of the ratio and of the interval's upper end."""
+    pairs = _pairs(top, bottom)
+    tops, bottoms = [pair[0] for pair in pairs.values()], [pair[1] for pair in pairs.values()]
+    named = None if groups is None else [groups[session] for session, _ in pairs]
+    found = ratio_of_means(tops, bottoms, groups=named)
+    report.figure(name, found.value, limits and limits[0])
     report.figure(f"{name}_low", found.low)
-    report.figure(f"{name}_high", found.high)
+    report.figure(f"{name}_high", found.high, limits and limits[1])
     return found
 
 

@@ -31,6 +31,20 @@ def test_paired_ratio_is_tighter_than_the_spread_of_its_parts() -> None:
     assert found.high - found.low < 1e-9
 
 
+def test_pairs_that_queued_for_each_other_are_one_sample() -> None:
+    """A slow second meets all requests of a group: resampled one by one, 20 groups would look like 400 samples."""
+    rng = np.random.default_rng(3)
+    groups = [f"slice {i // 20}" for i in range(400)]
+    bottom = rng.uniform(0.9, 1.1, size=400)
+    top = bottom * np.repeat(rng.lognormal(0.0, 0.1, size=20), 20)
+    alone = ratio_of_means(list(top), list(bottom))
+    grouped = ratio_of_means(list(top), list(bottom), groups=groups)
+    assert grouped.value == pytest.approx(alone.value) == pytest.approx(top.mean() / bottom.mean())
+    assert grouped.high - grouped.low > 3 * (alone.high - alone.low)
+    each = ratio_of_means(list(top), list(bottom), groups=list(range(400)))
+    assert (each.low, each.high) == pytest.approx((alone.low, alone.high))
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -39,6 +53,7 @@ def test_paired_ratio_is_tighter_than_the_spread_of_its_parts() -> None:
         lambda: bootstrap([]),
         lambda: ratio_of_means([1.0], []),
         lambda: ratio_of_means([1.0], [0.0]),
+        lambda: ratio_of_means([1.0], [1.0], groups=[]),
     ],
 )
 def test_no_values_are_refused(call) -> None:  # type: ignore[no-untyped-def]
