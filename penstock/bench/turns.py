@@ -15,8 +15,10 @@ from penstock.bench.replay import RequestRecord
 from penstock.bench.served import Bed, Run, Served, System
 from penstock.bench.workloads import Workload
 
-SLICE_REQUESTS = 10
-PAUSE_S = 1.0  # between two systems: what the first still saves is saved by then
+SLICE_REQUESTS = (
+    2  # few, so that they hardly queue: queueing multiplies the noise of the machine, not only what is asked
+)
+PAUSE_S = 0.1  # between two systems: what the first still saves is saved by then
 
 
 def slices(workload: Workload, requests: int = SLICE_REQUESTS) -> list[Workload]:
