@@ -15,9 +15,7 @@ from penstock.bench.replay import RequestRecord
 from penstock.bench.served import Bed, Run, Served, System
 from penstock.bench.workloads import Workload
 
-SLICE_REQUESTS = (
-    2  # few, so that they hardly queue: queueing multiplies the noise of the machine, not only what is asked
-)
+SLICE_REQUESTS = 2  # few, so that they hardly queue: queues multiply the noise of the machine
 PAUSE_S = 0.1  # between two systems: what the first still saves is saved by then
 
 

@@ -19,7 +19,15 @@ from penstock.bench.progress import progress_bar
 from penstock.bench.replay import RequestRecord
 from penstock.bench.report import Report
 from penstock.bench.served import Bed, Calibration, Run, System, SystemFailed, calibrate, run_system
-from penstock.bench.summary import add_figures, add_ratio, facts, outputs_equal, print_table, summarize_records
+from penstock.bench.summary import (
+    add_figures,
+    add_p99_ratio,
+    add_ratio,
+    facts,
+    outputs_equal,
+    print_table,
+    summarize_records,
+)
 from penstock.bench.timeline import Panel, write_figure, write_html
 from penstock.bench.traces import Scaling, TraceError, read_trace
 from penstock.bench.turns import PAUSE_S, run_in_turns, slices
@@ -235,14 +243,13 @@ def _add_ratios(report: Report, runs: Sequence[Run], groups: Mapping[str, int] |
     """Penstock's TTFT over that of the others; `groups` is for a control, whose ratios have limits."""
     records = {system: _records(runs, system) for system in SYSTEMS}
     summaries = {system: summarize_records(records[system]) for system in SYSTEMS}
-    ttfts = {system: summary.ttft for system, summary in summaries.items() if summary.ttft is not None}
-    if len(ttfts) < len(SYSTEMS):
+    if any(summary.ttft is None for summary in summaries.values()):
         return
     limits = None if groups is None else CONTROL_LIMITS
     for other in ("coupled", "no_pool"):
         add_ratio(report, f"ttft_ratio_to_{other}", records["penstock"], records[other], groups, limits)
-        p99 = ttfts["penstock"].p99 / ttfts[other].p99
-        report.figure(f"ttft_p99_ratio_to_{other}", p99, 1.0 if other == "coupled" or groups is not None else None)
+        p99 = 1.0 if other == "coupled" or groups is not None else None
+        add_p99_ratio(report, f"ttft_p99_ratio_to_{other}", records["penstock"], records[other], groups, p99)
     report.figure("ttft_cut", 1.0 - report.figures["ttft_ratio_to_coupled"])
     attained = [summaries[system].slo_attainment for system in ("penstock", "coupled")]
     if attained[0] is not None and attained[1]:
