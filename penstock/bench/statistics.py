@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,21 +66,62 @@ def ratio_of_means(
     numerator: Sequence[float],
     denominator: Sequence[float],
     *,
+    groups: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
     seed: int = 0,
     resamples: int = BOOTSTRAP_RESAMPLES,
 ) -> Interval:
     """Mean(numerator) / mean(denominator) of paired values (the same request under two systems); pairs are resampled
-    together. Raises ValueError when the lengths differ, are zero, or the denominator's mean is not above zero."""
-    if len(numerator) != len(denominator) or not len(numerator):
-        raise ValueError(f"pairs are needed; there are {len(numerator)} numerators and {len(denominator)} denominators")
-    top, bottom = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
+    together. `groups` names the group of each pair, where those of a group are not independent (they queued for each
+    other): then whole groups are resampled. Raises ValueError when the lengths differ, are zero, or the denominator's
+    mean is not above zero."""
+    top, bottom, members = _pairs(numerator, denominator, groups)
     if not bottom.mean() > 0:
         raise ValueError("the denominator's mean is not above zero")
+    tops, bottoms = (np.array([values[group].sum() for group in members]) for values in (top, bottom))
     rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(top), size=(resamples, len(top)))
-    bottoms = np.maximum(bottom[picks].mean(axis=1), np.finfo(float).tiny)
-    return _interval(float(top.mean() / bottom.mean()), top[picks].mean(axis=1) / bottoms, confidence)
+    picks = rng.integers(0, len(members), size=(resamples, len(members)))
+    drawn = np.maximum(bottoms[picks].sum(axis=1), np.finfo(float).tiny)
+    return _interval(float(top.mean() / bottom.mean()), tops[picks].sum(axis=1) / drawn, confidence)
+
+
+def ratio_of_percentiles(
+    numerator: Sequence[float],
+    denominator: Sequence[float],
+    percent: float,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+    resamples: int = BOOTSTRAP_RESAMPLES,
+) -> Interval:
+    """The same of a percentile of each in place of their means. Raises ValueError when the lengths differ or are zero,
+    or a value of the denominator is not above zero."""
+    top, bottom, members = _pairs(numerator, denominator, groups)
+    if not bottom.min() > 0:
+        raise ValueError("a value of the denominator is not above zero")
+    rng = np.random.default_rng(seed)
+    draws = np.empty(resamples)
+    for i in range(resamples):
+        pick = np.concatenate([members[group] for group in rng.integers(0, len(members), size=len(members))])
+        draws[i] = np.percentile(top[pick], percent) / np.percentile(bottom[pick], percent)
+    return _interval(float(np.percentile(top, percent) / np.percentile(bottom, percent)), draws, confidence)
+
+
+def _pairs(
+    numerator: Sequence[float], denominator: Sequence[float], groups: Sequence[Hashable] | None
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Both as arrays, and the indices of each group's pairs."""
+    if len(numerator) != len(denominator) or not len(numerator):
+        raise ValueError(f"pairs are needed; there are {len(numerator)} numerators and {len(denominator)} denominators")
+    names = range(len(numerator)) if groups is None else groups
+    if len(names) != len(numerator):
+        raise ValueError(f"each pair needs a group; there are {len(numerator)} pairs and {len(names)} groups")
+    members: dict[Hashable, list[int]] = {}
+    for i, name in enumerate(names):
+        members.setdefault(name, []).append(i)
+    indices = [np.array(found) for found in members.values()]
+    return np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float), indices
 
 
 def _interval(value: float, draws: np.ndarray, confidence: float) -> Interval:

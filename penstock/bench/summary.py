@@ -11,7 +11,7 @@ from rich.table import Table
 
 from penstock.bench.replay import RequestRecord, seconds_by_label
 from penstock.bench.report import Report
-from penstock.bench.statistics import Interval, Summary, ratio_of_means, summarize
+from penstock.bench.statistics import Interval, Summary, ratio_of_means, ratio_of_percentiles, summarize
 
 SHARE_SHOWN = 0.001  # of the time to the first token; what is less is in the JSON only
 
@@ -68,9 +68,15 @@ def paired_ttft_s(
     numerator: Sequence[RequestRecord], denominator: Sequence[RequestRecord]
 ) -> tuple[list[float], list[float]]:
     """Mean TTFT of each request that succeeded on both systems, in the same order."""
+    pairs = _pairs(numerator, denominator)
+    return [pair[0] for pair in pairs.values()], [pair[1] for pair in pairs.values()]
+
+
+def _pairs(
+    numerator: Sequence[RequestRecord], denominator: Sequence[RequestRecord]
+) -> dict[tuple[str, int], tuple[float, float]]:
     means = [_mean_ttft_s(records) for records in (numerator, denominator)]
-    both = [name for name in means[0] if name in means[1]]
-    return [means[0][name] for name in both], [means[1][name] for name in both]
+    return {name: (means[0][name], means[1][name]) for name in means[0] if name in means[1]}
 
 
 def _mean_ttft_s(records: Sequence[RequestRecord]) -> dict[tuple[str, int], float]:
@@ -81,13 +87,46 @@ def _mean_ttft_s(records: Sequence[RequestRecord]) -> dict[tuple[str, int], floa
     return {name: sum(found) / len(found) for name, found in values.items()}
 
 
-def add_ratio(report: Report, name: str, top: Sequence[RequestRecord], bottom: Sequence[RequestRecord]) -> Interval:
-    """Ratio of mean TTFTs over requests in pairs, with the ends of its 95 % interval."""
-    found = ratio_of_means(*paired_ttft_s(top, bottom))
-    report.figure(name, found.value)
-    report.figure(f"{name}_low", found.low)
-    report.figure(f"{name}_high", found.high)
+def add_ratio(
+    report: Report,
+    name: str,
+    top: Sequence[RequestRecord],
+    bottom: Sequence[RequestRecord],
+    groups: Mapping[str, int] | None = None,
+    limits: tuple[float, float] | None = None,
+) -> Interval:
+    """Ratio of mean TTFTs over requests in pairs, with the ends of its 95 % interval. `groups` is by session (see
+    `ratio_of_means`); `limits` are those of the ratio and of the interval's upper end."""
+    found = ratio_of_means(*paired_ttft_s(top, bottom), groups=_groups_of_pairs(top, bottom, groups))
+    _add_interval(report, name, found, limits or (None, None))
     return found
+
+
+def add_p99_ratio(
+    report: Report,
+    name: str,
+    top: Sequence[RequestRecord],
+    bottom: Sequence[RequestRecord],
+    groups: Mapping[str, int] | None = None,
+    limit: float | None = None,
+) -> Interval:
+    """The same of the 99th percentiles: the slowest few, so that the interval is wide."""
+    tops, bottoms = paired_ttft_s(top, bottom)
+    found = ratio_of_percentiles(tops, bottoms, 99, groups=_groups_of_pairs(top, bottom, groups))
+    _add_interval(report, name, found, (limit, None))
+    return found
+
+
+def _groups_of_pairs(
+    top: Sequence[RequestRecord], bottom: Sequence[RequestRecord], groups: Mapping[str, int] | None
+) -> list[int] | None:
+    return None if groups is None else [groups[session] for session, _ in _pairs(top, bottom)]
+
+
+def _add_interval(report: Report, name: str, found: Interval, limits: tuple[float | None, float | None]) -> None:
+    report.figure(name, found.value, limits[0])
+    report.figure(f"{name}_low", found.low)
+    report.figure(f"{name}_high", found.high, limits[1])
 
 
 def outputs_equal(one: Sequence[RequestRecord], other: Sequence[RequestRecord]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from penstock.bench.statistics import bootstrap, percentile, ratio_of_means, summarize
+from penstock.bench.statistics import bootstrap, percentile, ratio_of_means, ratio_of_percentiles, summarize
 
 
 def test_summary_of_known_values() -> None:
@@ -31,6 +31,31 @@ def test_paired_ratio_is_tighter_than_the_spread_of_its_parts() -> None:
     assert found.high - found.low < 1e-9
 
 
+def test_pairs_that_queued_for_each_other_are_one_sample() -> None:
+    """A slow second meets all requests of a group: resampled one by one, 20 groups would look like 400 samples."""
+    rng = np.random.default_rng(3)
+    groups = [f"slice {i // 20}" for i in range(400)]
+    bottom = rng.uniform(0.9, 1.1, size=400)
+    top = bottom * np.repeat(rng.lognormal(0.0, 0.1, size=20), 20)
+    alone = ratio_of_means(list(top), list(bottom))
+    grouped = ratio_of_means(list(top), list(bottom), groups=groups)
+    assert grouped.value == pytest.approx(alone.value) == pytest.approx(top.mean() / bottom.mean())
+    assert grouped.high - grouped.low > 3 * (alone.high - alone.low)
+    each = ratio_of_means(list(top), list(bottom), groups=list(range(400)))
+    assert (each.low, each.high) == pytest.approx((alone.low, alone.high))
+
+
+def test_ratio_of_percentiles_says_how_little_the_slowest_few_tell() -> None:
+    rng = np.random.default_rng(4)
+    bottom = rng.exponential(1.0, size=100) + 0.01
+    same = ratio_of_percentiles(list(2 * bottom), list(bottom), 99, resamples=300)
+    assert (same.value, same.low, same.high) == pytest.approx((2.0, 2.0, 2.0))
+    top = bottom.copy()
+    top[np.argmax(top)] *= 3  # one request was unlucky
+    found = ratio_of_percentiles(list(top), list(bottom), 99, groups=[i // 2 for i in range(100)], resamples=300)
+    assert found.low == pytest.approx(1.0) and found.low < found.value <= found.high
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -39,6 +64,9 @@ def test_paired_ratio_is_tighter_than_the_spread_of_its_parts() -> None:
         lambda: bootstrap([]),
         lambda: ratio_of_means([1.0], []),
         lambda: ratio_of_means([1.0], [0.0]),
+        lambda: ratio_of_means([1.0], [1.0], groups=[]),
+        lambda: ratio_of_percentiles([], [], 99),
+        lambda: ratio_of_percentiles([1.0], [0.0], 99),
     ],
 )
 def test_no_values_are_refused(call) -> None:  # type: ignore[no-untyped-def]

@@ -19,9 +19,18 @@ from penstock.bench.progress import progress_bar
 from penstock.bench.replay import RequestRecord
 from penstock.bench.report import Report
 from penstock.bench.served import Bed, Calibration, Run, System, SystemFailed, calibrate, run_system
-from penstock.bench.summary import add_figures, add_ratio, facts, outputs_equal, print_table, summarize_records
+from penstock.bench.summary import (
+    add_figures,
+    add_p99_ratio,
+    add_ratio,
+    facts,
+    outputs_equal,
+    print_table,
+    summarize_records,
+)
 from penstock.bench.timeline import Panel, write_figure, write_html
 from penstock.bench.traces import Scaling, TraceError, read_trace
+from penstock.bench.turns import PAUSE_S, run_in_turns, slices
 from penstock.bench.workloads import Workload
 from penstock.units import parse_rate
 
@@ -36,6 +45,7 @@ UTILISATION = 0.7  # of an open loop: offered work without a pool, over time
 TIME_DIVISOR = 8.0  # of think times
 TURNS_OF_A_SESSION = 8  # about how many of each agent session are replayed
 SESSION_EVERY_S = 0.75  # agent sessions start one after the other
+CONTROL_LIMITS = (1.02, 1.05)  # of TTFT where nothing is loaded: the ratio, and its interval's upper end
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +125,8 @@ def busy_s(workload: Workload, alone: Calibration, cached: Callable[[RequestName
     return total
 
 
-ORDERS: tuple[tuple[System, ...], ...] = (
-    ("penstock", "coupled", "no_pool", "no_pool", "coupled", "penstock"),
-    ("penstock", "coupled", "no_pool"),
-)
+SYSTEMS: tuple[System, ...] = ("penstock", "coupled", "no_pool")
+ORDERS: tuple[tuple[System, ...], ...] = ((*SYSTEMS, *reversed(SYSTEMS)), SYSTEMS)
 
 
 def wanted_s(workload: Workload, order: Sequence[System], reusable: Mapping[RequestName, int], a: Calibration) -> float:
@@ -129,15 +137,16 @@ def wanted_s(workload: Workload, order: Sequence[System], reusable: Mapping[Requ
     return sum(without if system == "no_pool" else busy_s(workload, a, reusable.__getitem__) for system in order)
 
 
-def make_plan(options: Options, bed: Bed, alone: Calibration, left_s: float) -> Plan:
-    """The largest number of requests whose runs (two of each) fit into
-    `left_s`; when that is few, one run of each."""
-    for order in ORDERS:
+def make_plan(options: Options, bed: Bed, alone: Calibration, left_s: float, control: bool = False) -> Plan:
+    """The largest number of requests whose runs (two of each) fit into `left_s`; when that is few, one run of each. A
+    `control` is one run of each, in turns."""
+    for order in ORDERS[1:] if control else ORDERS:
         replay_s = left_s - START_S * len(order)
         requests = REQUESTS_MAX
         while requests > REQUESTS_MIN:
             workload = options.read(requests)
             needed_s = wanted_s(workload, order, reusable_tokens(workload, bed.vocabulary, BLOCK_TOKENS), alone)
+            needed_s += len(order) * len(slices(workload)) * PAUSE_S * control
             if needed_s <= replay_s:
                 break
             requests = max(REQUESTS_MIN, min(workload.requests - 1, int(workload.requests * replay_s / needed_s)))
@@ -186,10 +195,11 @@ def serve(
                 bed = make_bed(build_demo_checkpoint(Path(folder), seed=seed), first, options)
             with progress_bar(console) as progress:
                 alone = calibrate(bed, first, CALIBRATION_REQUESTS, min(CALIBRATION_S_MAX, minutes * 12), progress)
-                plan = make_plan(options, bed, alone, minutes * 60 - (time.monotonic() - started_s))
-                runs = _run(plan, alone, progress)
+                plan = make_plan(options, bed, alone, minutes * 60 - (time.monotonic() - started_s), control)
+                runs, groups = _run(plan, alone, progress, control)
             check = _load_check(plan, runs, options)
             report = _report(plan, runs, alone, options)
+            _add_ratios(report, runs, groups)
             check.add_to(report)
     except SystemFailed as error:
         console.print(f"penstock bench serve: {error}", markup=False)
@@ -215,10 +225,39 @@ def _load_check(plan: Plan, runs: Sequence[Run], options: Options) -> LoadCheck:
     return LoadCheck(held, bed.l1_tokens, loaded_bytes(records), prompt_bytes(records, kv), link)
 
 
-def _run(plan: Plan, alone: Calibration, progress: Progress) -> list[Run]:
+def _run(
+    plan: Plan, alone: Calibration, progress: Progress, control: bool
+) -> tuple[list[Run], Mapping[str, int] | None]:
+    """The runs; of a control also the slice that each session was in."""
     reusable = reusable_tokens(plan.workload, plan.bed.vocabulary, BLOCK_TOKENS)
     deadlines = deadlines_s(plan.workload, reusable, alone.ttft)
-    return [run_system(plan.bed, system, plan.workload, deadlines, plan.run_s_max, progress) for system in plan.order]
+    if control:
+        turns = run_in_turns(plan.bed, SYSTEMS, plan.workload, deadlines, plan.run_s_max, progress)
+        return turns.runs, turns.groups
+    runs = [run_system(plan.bed, system, plan.workload, deadlines, plan.run_s_max, progress) for system in plan.order]
+    return runs, None
+
+
+def _add_ratios(report: Report, runs: Sequence[Run], groups: Mapping[str, int] | None) -> None:
+    """Penstock's TTFT over that of the others; `groups` is for a control, whose ratios have limits."""
+    records = {system: _records(runs, system) for system in SYSTEMS}
+    summaries = {system: summarize_records(records[system]) for system in SYSTEMS}
+    if any(summary.ttft is None for summary in summaries.values()):
+        return
+    limits = None if groups is None else CONTROL_LIMITS
+    for other in ("coupled", "no_pool"):
+        add_ratio(report, f"ttft_ratio_to_{other}", records["penstock"], records[other], groups, limits)
+        p99 = 1.0 if other == "coupled" or groups is not None else None
+        add_p99_ratio(report, f"ttft_p99_ratio_to_{other}", records["penstock"], records[other], groups, p99)
+    report.figure("ttft_cut", 1.0 - report.figures["ttft_ratio_to_coupled"])
+    attained = [summaries[system].slo_attainment for system in ("penstock", "coupled")]
+    if attained[0] is not None and attained[1]:
+        report.figure("slo_gain", attained[0] / attained[1])
+    if groups is not None:
+        report.notes.append(
+            f"all systems are up at once; each of {len(set(groups.values()))} slices of the trace runs on each in its "
+            "turn, and their order changes; the intervals resample slices"
+        )
 
 
 def _records(runs: Sequence[Run], system: System) -> list[RequestRecord]:
@@ -252,13 +291,6 @@ def _report(plan: Plan, runs: Sequence[Run], alone: Calibration, options: Option
     penstock, coupled, no_pool = (_records(runs, system) for system in ("penstock", "coupled", "no_pool"))
     report.figure("outputs_equal", outputs_equal(penstock, no_pool), limit=1.0)
     report.figure("outputs_equal_coupled", outputs_equal(coupled, no_pool), limit=1.0)
-    if all(summary.ttft is not None for summary in summaries.values()):
-        ratio = add_ratio(report, "ttft_ratio_to_coupled", penstock, coupled)
-        add_ratio(report, "ttft_ratio_to_no_pool", penstock, no_pool)
-        report.figure("ttft_cut", 1.0 - ratio.value)
-    attained = [summaries[system].slo_attainment for system in ("penstock", "coupled")]
-    if attained[0] is not None and attained[1]:
-        report.figure("slo_gain", attained[0] / attained[1])
     return report
 
 
@@ -267,7 +299,7 @@ def _write(
 ) -> None:
     summaries = {system: summarize_records(_records(runs, system)) for system in dict.fromkeys(plan.order)}
     print_table(Console(), f"{report.experiment}: {report.command}", summaries)
-    names = ("failed_requests", "outputs_equal", "ttft_ratio_to_coupled", "ttft_ratio_to_no_pool", "slo_gain")
+    names = ("failed_requests", "outputs_equal", "ttft_ratio_to_", "ttft_p99_ratio_to_", "slo_gain")
     short = replace(report, figures={k: v for k, v in report.figures.items() if k.startswith(names)})
     short.print(Console())
     if json is not None:
