@@ -141,10 +141,11 @@ def is_keepable(request: Request) -> bool:
 
 
 def salt_of(request: Request, adapter: str | None = None) -> str:
-    """What besides tokens and media decides all of a request's KV: its tenant, and the content of its adapter."""
-    if adapter is None:
-        return request.cache_salt or ""
-    return msgspec.json.encode([request.cache_salt or "", [["lora", adapter]]]).decode()
+    """What besides tokens and media decides all of a request's KV: its tenant, and the content of its adapter. A client
+    writes `cache_salt`, so that whatever it is, it never reads as somebody's adapter."""
+    if adapter is None and not request.cache_salt:
+        return ""
+    return msgspec.json.encode([request.cache_salt or "", [] if adapter is None else [["lora", adapter]]]).decode()
 
 
 def media_of(request: Request) -> list[Span] | None:

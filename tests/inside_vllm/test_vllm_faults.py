@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_rig import BLOCK, PoolProcess, prompt_of, running, wait_until
+from vllm_rig import BLOCK, VLLM_BLOCK, PoolProcess, prompt_of, running, wait_until
 
 from penstock.core.keys import BlockKey
 from penstock.pool.api import Done, PoolError
@@ -107,6 +107,43 @@ def test_lost_late_and_corrupt_blocks_are_computed(
                 assert pool.faults > 0, fault
                 pool.fault = ""
         assert engine.again(PROMPTS, LOADABLE) == expected
+
+
+@pytest.mark.parametrize("architecture", ["llama", "sliding"])
+def test_vllm_that_gives_other_blocks_than_it_was_offered_computes_those_requests(
+    architecture: str,
+    model: Callable[[str], Path],
+    computed: Callable[..., list[list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And a defect of Penstock's in one request ends neither vLLM nor the loads of others."""
+    from penstock.vllm import compat
+
+    expected = computed(architecture, PROMPTS)
+    with running(model(architecture), {"memory": ["64MiB"]}) as engine:
+        assert engine.ask(PROMPTS) == expected
+        connector, media_of = engine.connector, compat.media_of
+        offer, counts = connector.get_num_new_matched_tokens, connector.side.host.activity.counts
+        for tokens in (VLLM_BLOCK, -VLLM_BLOCK):
+
+            def other(request: Any, held: int, tokens: int = tokens) -> tuple[int | None, bool]:
+                found, is_async = offer(request, held)
+                return (found - tokens, is_async) if found else (found, is_async)
+
+            monkeypatch.setattr(connector, "get_num_new_matched_tokens", other)
+            before = counts["loads_refused"]
+            assert engine.again(PROMPTS, 0) == expected
+            assert counts["loads_refused"] - before == len(PROMPTS)
+        monkeypatch.setattr(connector, "get_num_new_matched_tokens", offer)
+
+        def defect(request: Any) -> Any:
+            if list(request.prompt_token_ids) == PROMPTS[0]:
+                raise RuntimeError("a defect")
+            return media_of(request)
+
+        monkeypatch.setattr(compat, "media_of", defect)
+        assert engine.again(PROMPTS, LOADABLE * 2 // 3) == expected
+        assert counts["requests_not_followed"] == 1 and connector.side.host.fatal is None
 
 
 def test_flipped_bits_on_a_slab_are_computed(

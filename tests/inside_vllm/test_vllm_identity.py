@@ -235,6 +235,21 @@ def test_media_are_named_by_their_content_where_their_tokens_are() -> None:
     assert compat.media_of(request(("holiday.jpg", 10, 20))) is None, "a client's name may stand for another image"
 
 
+def test_a_client_cannot_write_a_salt_that_reads_as_an_adapter() -> None:
+    adapted = compat.salt_of(request(cache_salt="mine"), "content")
+    for salt in (adapted, "mine", ""):
+        assert compat.salt_of(request(cache_salt=salt)) != adapted
+    given = [(salt, adapter) for salt in ("", "a", adapted) for adapter in (None, "x")]
+    assert len({compat.salt_of(request(cache_salt=salt), adapter) for salt, adapter in given}) == len(given)
+
+
+def test_names_that_vllm_looks_up_elsewhere_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "1")
+    with pytest.raises(ConfigError, match="VLLM_USE_MODELSCOPE"):
+        identity(config("org/model"))
+    assert identity(config(checkpoint(tmp_path / "m"))), "a folder is what it is"
+
+
 def test_input_that_tokens_do_not_say_is_not_kept() -> None:
     assert compat.is_keepable(request())
     for change in ({"prompt_embeds": torch.zeros(1)}, {"prompt_token_ids": None}, {"resumable": True}):
