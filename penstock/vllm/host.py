@@ -176,7 +176,8 @@ class Host:
 
     def refuse(self, request_id: str) -> None:
         """vLLM gave blocks for a load that does not begin: it hears that the load failed, and computes the request."""
-        self._workers.tell(self._notices.new(wire.Finished(request_id, [], True)))
+        notice = self._notices.new(wire.Finished(request_id, [], True))
+        self._inbox.put(lambda: self._workers.tell(notice))
 
     def acknowledged(self, request_id: str) -> None:
         self._notices.acknowledged(request_id)

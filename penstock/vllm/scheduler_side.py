@@ -21,6 +21,7 @@ from penstock.rate_limited_log import RateLimitedLog
 from penstock.vllm import compat
 from penstock.vllm.adapters import Adapters
 from penstock.vllm.host import Host, Ids
+from penstock.vllm.media import Media
 from penstock.vllm.metrics import PenstockStats, StatsTaker
 from penstock.vllm.settings import choose_block_tokens, read_settings
 from penstock.vllm.shape import Shape
@@ -103,6 +104,7 @@ class SchedulerSide:
         self._fingerprint = _fingerprint(self._identity, self._weights.part, self._block_tokens)
         self._stale = False  # vLLM's own cache may hold KV of weights that were replaced
         self._adapters = Adapters()
+        self._media = Media()
         self._log = RateLimitedLog(log)
         self._default_slo_s = settings.default_slo_ttft_s
         self._guesses = config.speculative_config is not None
@@ -175,12 +177,12 @@ class SchedulerSide:
             return "input"
         if adapter is None and request.lora_request is not None:
             return "adapter"
-        media = compat.media_of(request)
+        media = self._media.spans(request)
         if media is None:
             self._log.warning(
                 "media",
-                "requests whose media a client names (multi_modal_uuids) are computed without the pool: "
-                "such a name does not say what it stands for",
+                "requests with media are computed without the pool: their content is not in this process; "
+                "--mm-processor-cache-type lru brings it here",
             )
             return "media"
         return RequestSpec(

@@ -119,10 +119,10 @@ def test_vllm_that_gives_other_blocks_than_it_was_offered_computes_those_request
     """And a defect of Penstock's in one request ends neither vLLM nor the loads of others."""
     from penstock.vllm import compat
 
-    expected = computed(architecture, PROMPTS)
+    expected, is_keepable = computed(architecture, PROMPTS), compat.is_keepable
     with running(model(architecture), {"memory": ["64MiB"]}) as engine:
         assert engine.ask(PROMPTS) == expected
-        connector, media_of = engine.connector, compat.media_of
+        connector = engine.connector
         offer, counts = connector.get_num_new_matched_tokens, connector.side.host.activity.counts
         for tokens in (VLLM_BLOCK, -VLLM_BLOCK):
 
@@ -139,9 +139,9 @@ def test_vllm_that_gives_other_blocks_than_it_was_offered_computes_those_request
         def defect(request: Any) -> Any:
             if list(request.prompt_token_ids) == PROMPTS[0]:
                 raise RuntimeError("a defect")
-            return media_of(request)
+            return is_keepable(request)
 
-        monkeypatch.setattr(compat, "media_of", defect)
+        monkeypatch.setattr(compat, "is_keepable", defect)
         assert engine.again(PROMPTS, LOADABLE * 2 // 3) == expected
         assert counts["requests_not_followed"] == 1 and connector.side.host.fatal is None
 
