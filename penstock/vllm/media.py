@@ -44,7 +44,7 @@ class Media:
         if known is not None and known[0]() is item:
             self._known.move_to_end(id(item))
             return known[1]
-        data = None if item is None else item.get_data()
+        data: dict[str, Any] = {} if item is None else item.get_data()
         if not _has_tensor(data):
             return None
         content = _digest(data)
