@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,17 +125,28 @@ def test_vllm_that_gives_other_blocks_than_it_was_offered_computes_those_request
         assert engine.ask(PROMPTS) == expected
         connector = engine.connector
         offer, counts = connector.get_num_new_matched_tokens, connector.side.host.activity.counts
-        for tokens in (VLLM_BLOCK, -VLLM_BLOCK):
+        less = [0]
 
-            def other(request: Any, held: int, tokens: int = tokens) -> tuple[int | None, bool]:
-                found, is_async = offer(request, held)
-                return (found - tokens, is_async) if found else (found, is_async)
+        def shorter(request: Any, held: int) -> tuple[int | None, bool]:
+            found, is_async = offer(request, held)
+            return (found - less[0], is_async) if found else (found, is_async)
 
-            monkeypatch.setattr(connector, "get_num_new_matched_tokens", other)
+        monkeypatch.setattr(connector, "get_num_new_matched_tokens", shorter)
+        for less[0], refused in ((VLLM_BLOCK, len(PROMPTS)), (BLOCK, 0)):
             before = counts["loads_refused"]
-            assert engine.again(PROMPTS, 0) == expected
-            assert counts["loads_refused"] - before == len(PROMPTS)
-        monkeypatch.setattr(connector, "get_num_new_matched_tokens", offer)
+            assert engine.again(PROMPTS, LOADABLE - len(PROMPTS) * BLOCK) == expected
+            assert counts["loads_refused"] - before == refused
+        less[0] = 0
+        give = connector.update_state_after_alloc
+        monkeypatch.setattr(
+            connector,
+            "update_state_after_alloc",
+            lambda request, given, tokens: give(
+                request, SimpleNamespace(blocks=tuple(group[:3] for group in given.blocks)), tokens
+            ),
+        )
+        assert engine.again(PROMPTS, 0) == expected and counts["loads_refused"] == 2 * len(PROMPTS)
+        monkeypatch.setattr(connector, "update_state_after_alloc", give)
 
         def defect(request: Any) -> Any:
             if list(request.prompt_token_ids) == PROMPTS[0]:
