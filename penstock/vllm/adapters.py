@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import secrets
 import threading
 import time
@@ -21,18 +22,21 @@ from typing import Any
 from penstock.engine.weights_identity import FileState, weights_identity
 from penstock.guarded_thread import GuardedWorker
 from penstock.rate_limited_log import RateLimitedLog
+from penstock.vllm.identity import uses_modelscope
 
 log = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")  # vLLM takes the first there is
 ADAPTERS_MAX = 4096  # numbers that are remembered; about 1 KB each
+NAMES_MAX = 1 << 16  # of adapters whose KV vLLM's own cache may hold; about 300 bytes each
 INLINE_BYTES = 64 << 20  # hashed at once; larger ones on a thread, and requests until then go without the pool
 WAITING_MAX = 64
 SETTLED_S = 2.0  # files younger than this may change again under the same time stamp
 CLOSE_TIMEOUT_S = 2.0
 
 Stamp = tuple[tuple[str, FileState], ...]  # changes with every file that is written anew
+Content = tuple[int, Stamp]  # files, and the number under which vLLM read them, where it may have read others (else 0)
 
 
 @dataclass(slots=True)
@@ -42,17 +46,22 @@ class _Adapter:
 
     files: list[Path]
     stamp: Stamp
+    certain: bool
     identity: str | None = None
     lost: bool = False
 
 
 class Adapters:
-    """Threading: for vLLM's scheduler thread; large adapters are read on a thread of their own."""
+    """vLLM's own cache knows an adapter by name and path only: when its content changed, the cache goes on with KV of
+    the content before. So requests with such an adapter have no identity until that cache was emptied.
+
+    Threading: for vLLM's scheduler thread; large adapters are read on a thread of their own."""
 
     def __init__(self, now_s: Callable[[], float] = time.time) -> None:
         self._now_s = now_s
         self._start_s = now_s()
         self._known: OrderedDict[int, _Adapter] = OrderedDict()
+        self._cached: dict[tuple[str, str], Content | None] = {}  # what vLLM's own cache is filled with; None: mixed
         self._own = secrets.token_hex(16)
         self._lock = threading.Lock()
         self._reader: GuardedWorker | None = None
@@ -62,6 +71,41 @@ class Adapters:
         """A text that stands for what vLLM computes with a LoRARequest; None when that cannot be known (yet)."""
         files = adapter_files(adapter.lora_path)
         stamp = stamp_of(files)
+        found = self._identity(adapter, files, stamp)
+        if not self._fills_cache_with(adapter, self._content_of(adapter, stamp)) and found is not None:
+            self._refuse(adapter, "vLLM's own cache may hold KV of what it was before, until reset_prefix_cache")
+            return None
+        return found
+
+    def cache_emptied(self) -> None:
+        """vLLM's own cache holds nothing any more."""
+        self._cached.clear()
+
+    def _content_of(self, adapter: Any, stamp: Stamp) -> Content | None:
+        """What vLLM computes with now, as far as it can be told from what it computed with before; None: not at all."""
+        if not stamp or adapter.load_inplace:  # vLLM reads it with this request
+            return (0, stamp) if stamp else None
+        known = self._known.get(adapter.lora_int_id)
+        if known is not None and (known.lost or known.stamp != stamp):
+            return None
+        certain = self._is_certain(adapter, stamp) if known is None else known.certain
+        return (0 if certain else adapter.lora_int_id, stamp)
+
+    def _is_certain(self, adapter: Any, stamp: Stamp) -> bool:
+        """Whether vLLM read just these files: it may have read ones that changed after its start before they did."""
+        return adapter.load_inplace or _changed_s(stamp) + SETTLED_S < self._start_s
+
+    def _fills_cache_with(self, adapter: Any, content: Content | None) -> bool:
+        """vLLM computes with `content` now; whether its own cache has KV of nothing else."""
+        name = (adapter.lora_name, adapter.lora_path)
+        if name not in self._cached and len(self._cached) >= NAMES_MAX:
+            return False
+        before = self._cached.setdefault(name, content)
+        if before != content:
+            self._cached[name] = None
+        return content is not None and before == content
+
+    def _identity(self, adapter: Any, files: list[Path], stamp: Stamp) -> str | None:
         known = self._known.get(adapter.lora_int_id)
         if not stamp:
             self._refuse(adapter, "its files cannot be read")
@@ -87,12 +131,13 @@ class Adapters:
         if adapter.lora_int_id not in self._known and len(self._known) >= ADAPTERS_MAX:
             number, _ = self._known.popitem(last=False)
             log.warning("more than %d LoRA adapters: number %d is forgotten", ADAPTERS_MAX, number)
-        known = _Adapter(files, stamp)
+        certain = self._is_certain(adapter, stamp)  # else only this process may find what it computes
+        known = _Adapter(files, stamp, certain)
         self._known[adapter.lora_int_id] = known
         self._known.move_to_end(adapter.lora_int_id)
-        # vLLM may have read files that changed after its start before they did: then only this process may find them
-        certain = adapter.load_inplace or _changed_s(stamp) + SETTLED_S < self._start_s
         prefix = "" if certain else f"{self._own}:{adapter.lora_int_id}:"
+        if getattr(adapter, "is_3d_lora_weight", False):  # another way to read the same files
+            prefix = f"3d:{prefix}"
         if sum(state.size_bytes for _, state in stamp) <= INLINE_BYTES:
             self._read(adapter, known, prefix)
             return known.identity
@@ -133,9 +178,11 @@ def adapter_files(path: str) -> list[Path]:
 
 def _folder(path: str) -> Path | None:
     """Where vLLM finds an adapter (`vllm.lora.utils.get_adapter_absolute_path`), without fetching anything."""
-    folder = Path(path).expanduser()
-    if folder.exists() or folder.is_absolute() or path.startswith("~"):
+    folder = Path(os.path.expanduser(path))  # pathlib's raises where there is no such user
+    if os.path.exists(folder) or folder.is_absolute() or path.startswith("~"):
         return folder
+    if uses_modelscope():
+        return None
     from huggingface_hub import try_to_load_from_cache
 
     with contextlib.suppress(Exception):  # of whatever kind: the name is a client's

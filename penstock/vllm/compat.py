@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ import msgspec
 
 from penstock.core.config import ConfigError
 from penstock.core.guest.costs import prefill_tokens_max
-from penstock.core.keys import Span
 from penstock.vllm.identity import model_identity as model_identity
 
 if TYPE_CHECKING:
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TESTED_VERSIONS = ("0.32", "0.33")
-CONTENT_HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{128}")  # of media, as vLLM's hashers write it
 NEEDED = {
     "vllm.distributed.kv_transfer.kv_connector.v1.base": (
         "KVConnectorBase_V1",
@@ -141,23 +138,11 @@ def is_keepable(request: Request) -> bool:
 
 
 def salt_of(request: Request, adapter: str | None = None) -> str:
-    """What besides tokens and media decides all of a request's KV: its tenant, and the content of its adapter."""
-    if adapter is None:
-        return request.cache_salt or ""
-    return msgspec.json.encode([request.cache_salt or "", [["lora", adapter]]]).decode()
-
-
-def media_of(request: Request) -> list[Span] | None:
-    """The request's media, each where its tokens are; None when one is named by a client instead of by its content, as
-    vLLM allows it, so that another one may have the same name."""
-    spans = []
-    for feature in request.mm_features:
-        name = str(getattr(feature, "mm_hash", None) or feature.identifier)
-        if not CONTENT_HASH.fullmatch(name):
-            return None
-        position = feature.mm_position
-        spans.append(Span(position.offset, position.length, f"{feature.modality}:{feature.identifier}".encode()))
-    return spans
+    """What besides tokens and media decides all of a request's KV: its tenant, and the content of its adapter. A client
+    writes `cache_salt`, so that whatever it is, it never reads as somebody's adapter."""
+    if adapter is None and not request.cache_salt:
+        return ""
+    return msgspec.json.encode([request.cache_salt or "", [] if adapter is None else [["lora", adapter]]]).decode()
 
 
 def kernels_of(config: VllmConfig, names: Iterable[str]) -> dict[str, str]:

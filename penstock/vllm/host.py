@@ -174,6 +174,11 @@ class Host:
             self._land(Landed(request_id, first))  # before `fatal`, `_give_up` does
         self._wake()
 
+    def refuse(self, request_id: str) -> None:
+        """vLLM gave blocks for a load that does not begin: it hears that the load failed, and computes the request."""
+        notice = self._notices.new(wire.Finished(request_id, [], True))
+        self._inbox.put(lambda: self._workers.tell(notice))
+
     def acknowledged(self, request_id: str) -> None:
         self._notices.acknowledged(request_id)
         self._call(lambda: self.brain.acknowledged(request_id), None)

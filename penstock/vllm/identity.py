@@ -44,7 +44,14 @@ _MEDIA = (
     "video_pruning_method",
 )
 _MODEL = ("model_impl", "model_class_overrides", "quantization_config", "disable_sliding_window")
-_ADAPTERS = ("lora_dtype", "target_modules", "default_mm_loras", "enable_tower_connector_lora")
+_ADAPTERS = (
+    "lora_dtype",
+    "target_modules",
+    "default_mm_loras",
+    "enable_tower_connector_lora",
+    "enable_mixed_moe_lora_format",
+    "enable_moe_shared_loras",
+)
 _ENVIRONMENT = ("VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT", "VLLM_BATCH_INVARIANT")  # same shapes, other bytes
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ADVICE = "set model_id in kv_connector_extra_config to a text that is theirs alone"
@@ -120,11 +127,21 @@ def folder_of(model: Any, load: Any) -> Path:
     folder = Path(model.model)
     if folder.is_dir():
         return folder
+    if uses_modelscope():
+        raise ConfigError(
+            f"the weights of {model.model} cannot be told from others (VLLM_USE_MODELSCOPE fetches them elsewhere); "
+            f"name their folder instead, or {_ADVICE}"
+        )
     try:
         cache = getattr(load, "download_dir", None)
         return resolve_folder(model.model, "auto", revision=getattr(model, "revision", None), cache_dir=cache)
     except Exception as error:
         raise ConfigError(f"the weights of {model.model} cannot be told from others ({error}); {_ADVICE}") from None
+
+
+def uses_modelscope() -> bool:
+    """Whether vLLM fetches by name from ModelScope, where the same name may mean other files than in the hub cache."""
+    return os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true")
 
 
 def weight_files(folder: Path, load_format: str) -> list[Path]:

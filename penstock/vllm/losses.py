@@ -18,7 +18,8 @@ LOSSES = {
     "saves_failed": "blocks could not be saved",
     "saves_dropped": "blocks were not saved: vLLM needed their place, or too many were queued",
     "saves_incomplete": "blocks were not saved: a sliding window had let go of a part of them",
-    "requests_not_followed": "requests are served without the pool: embeddings instead of tokens, or an id in use",
+    "requests_not_followed": "requests are served without the pool: an id in use, or Penstock failed for them",
+    "loads_refused": "loads did not begin, and are computed: vLLM gave other blocks than it was offered",
     "copies_late": "copies in a worker take long; the pages of what they load stay taken until they end",
 }
 

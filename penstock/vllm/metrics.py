@@ -42,7 +42,8 @@ COUNTER_HELP = {
     "hits_of_other_size": "Hits that were left out, because the pool's block has another size",
     "hits_withdrawn": "Blocks that were offered to vLLM and lost before it gave pages for them",
     "requests_without_loads": "Requests that load nothing, because more wait than max_waiting allows",
-    "requests_not_followed": "Requests that are served without the pool: embeddings, or an id in use",
+    "requests_not_followed": "Requests that are served without the pool: an id in use, or Penstock failed for them",
+    "loads_refused": "Loads that did not begin and are computed: vLLM gave other blocks than it was offered",
     "copies_late": "Copies in a worker that take longer than 30 s",
     "given_up": "1 when Penstock has failed in this engine, and vLLM goes on without it",
 }

@@ -94,6 +94,8 @@ class _InOrder(Scheduler):  # type: ignore[misc]
             if reset_connector:
                 side.reset()
             raise
+        if done:
+            side.own_cache_emptied()
         return done
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:

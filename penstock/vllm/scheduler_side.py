@@ -21,6 +21,7 @@ from penstock.rate_limited_log import RateLimitedLog
 from penstock.vllm import compat
 from penstock.vllm.adapters import Adapters
 from penstock.vllm.host import Host, Ids
+from penstock.vllm.media import Media
 from penstock.vllm.metrics import PenstockStats, StatsTaker
 from penstock.vllm.settings import choose_block_tokens, read_settings
 from penstock.vllm.shape import Shape
@@ -52,6 +53,7 @@ class _Known:
 
     request: Request
     asked_held: int = 0  # tokens that vLLM held when it asked last
+    offered: int = 0  # tokens that it was offered then
     saved_to: int = 0  # full blocks that were looked at for saving
     put_off: list[int] = field(default_factory=list)  # of them, those for which there was no room
     adapter: str | None = None  # what it is computed with, where it has an adapter
@@ -102,6 +104,7 @@ class SchedulerSide:
         self._fingerprint = _fingerprint(self._identity, self._weights.part, self._block_tokens)
         self._stale = False  # vLLM's own cache may hold KV of weights that were replaced
         self._adapters = Adapters()
+        self._media = Media()
         self._log = RateLimitedLog(log)
         self._default_slo_s = settings.default_slo_ttft_s
         self._guesses = config.speculative_config is not None
@@ -131,10 +134,24 @@ class SchedulerSide:
 
     # -- requests -----------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _for_one(self, request_id: str) -> Iterator[None]:
+        """What fails within ends Penstock's part in this request, and neither vLLM nor another request."""
+        try:
+            yield
+        except Exception:
+            self._log.exception("request", "Penstock failed for request %s, which goes on without the pool", request_id)
+            self.host.lost("requests_not_followed")
+            self._known.pop(request_id, None)
+            self.host.finish(request_id)
+
     def arrived(self, request: Request) -> None:
         """Look the request up and begin to fetch it, before the scheduler gets to it."""
-        if self.host.fatal:
-            return
+        if not self.host.fatal:
+            with self._for_one(request.request_id):
+                self._arrived(request)
+
+    def _arrived(self, request: Request) -> None:
         if request.request_id in self._known:
             self.host.lost("requests_not_followed")
             return
@@ -160,12 +177,12 @@ class SchedulerSide:
             return "input"
         if adapter is None and request.lora_request is not None:
             return "adapter"
-        media = compat.media_of(request)
+        media = self._media.spans(request)
         if media is None:
             self._log.warning(
                 "media",
-                "requests whose media a client names (multi_modal_uuids) are computed without the pool: "
-                "such a name does not say what it stands for",
+                "requests with media are computed without the pool: their content is not in this process; "
+                "--mm-processor-cache-type lru brings it here",
             )
             return "media"
         return RequestSpec(
@@ -194,19 +211,26 @@ class SchedulerSide:
 
     def matched(self, request: Request, held_tokens: int) -> int | None:
         """See `GuestScheduler.matched`."""
+        with self._for_one(request.request_id):
+            return self._matched(request, held_tokens)
+        return 0
+
+    def _matched(self, request: Request, held_tokens: int) -> int | None:
         known = self._known.get(request.request_id)
         if known is None or self.host.fatal:
             return 0
         if request.num_output_tokens:
             self.host.extend(request.request_id, request.all_token_ids)
-        known.asked_held = held_tokens
+        known.asked_held, known.offered = held_tokens, 0
         self._make_room(request)
         if request.skip_reading_prefix_cache:
             return 0
         found = self.host.matched(request.request_id, held_tokens)
         if found and self._pins is not None and not self._fits(held_tokens, found):
             rank = self.rank(request.request_id)
-            return None if rank is None or rank[0] != AGED else found  # what can be computed goes on meanwhile
+            if rank is None or rank[0] != AGED:
+                return None  # what can be computed goes on meanwhile
+        known.offered = found or 0
         return found
 
     def _fits(self, held_tokens: int, loaded_tokens: int) -> bool:
@@ -231,15 +255,35 @@ class SchedulerSide:
         return self.host.query(lambda brain: brain.step_tokens_max(), None)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
-        """vLLM's blocks for what `matched` had offered; those that it holds already stay untouched."""
-        known = self._known[request.request_id]
-        held, size = known.asked_held, self._block_tokens
+        """vLLM's blocks for what `matched` had offered, or the first of it; those that it holds already stay untouched.
+        Where it is anything else, the load has failed, and vLLM computes the request."""
+        begun = False
+        with self._for_one(request.request_id):
+            begun = self._allocated(request, blocks, external_tokens)
+        if not begun:
+            self.host.refuse(request.request_id)
+
+    def _allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> bool:
+        known, size = self._known.get(request.request_id), self._block_tokens
+        held = 0 if known is None else known.asked_held
         end = held + external_tokens
-        assert end % size == 0, f"vLLM loads up to token {end}; a multiple of {size} was offered"
+        offered = 0 if known is None else known.offered
+        if known is None or external_tokens > offered or end % size or not self._covers(blocks.blocks, end):
+            text = "vLLM gave blocks for %d tokens behind %d, %d were offered: requests go on without the pool"
+            self._log.warning("allocated", text, external_tokens, held, offered)
+            self.host.lost("loads_refused")
+            if known is not None:
+                self._forget(known)
+            return False
         first = held // size
         ids = [self._ids(blocks.blocks, i, held) for i in range(first, end // size)]
         after_step = self._step + (not self._ahead) if self._zeroes else -1
         self.host.allocated(request.request_id, first, ids, after_step)
+        return True
+
+    def _covers(self, groups: Any, tokens: int) -> bool:
+        """Whether every group has blocks up to token `tokens`."""
+        return all(len(blocks) * size >= tokens for blocks, size in zip(groups, self._group_tokens, strict=True))
 
     @contextlib.contextmanager
     def loading_ahead(self) -> Iterator[None]:
@@ -269,7 +313,8 @@ class SchedulerSide:
         if known is None:
             return
         computed = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
-        self._offer(known, computed, self._step, computed)
+        with self._for_one(request.request_id):
+            self._offer(known, computed, self._step, computed)
         lost = [index for index in known.put_off if self.host.wants(request.request_id, index)]
         if lost:
             self.host.not_saved(len(lost))
@@ -286,6 +331,10 @@ class SchedulerSide:
         if self._stale:
             log.warning("after a reset %s", STALE)
         return not self._stale
+
+    def own_cache_emptied(self) -> None:
+        """vLLM's own cache was reset, with or without the connector."""
+        self._adapters.cache_emptied()
 
     def drop_saves(self) -> None:
         """Before a reset: saves that have not begun give vLLM's blocks back, and are dropped."""
@@ -318,6 +367,7 @@ class SchedulerSide:
         self._stale = not unused or not (self._manager is None or compat.holds_nothing(self._manager))
         self._fingerprint = _fingerprint(self._identity, self._weights.part, self._block_tokens)
         if not self._stale:
+            self.own_cache_emptied()
             for one in known:
                 if not one.request.num_computed_tokens:
                     self.arrived(one.request)
@@ -340,6 +390,8 @@ class SchedulerSide:
         """vLLM's own cache is emptied as soon as nothing uses it, as a reset had asked for."""
         if self._manager is not None and compat.holds_nothing(self._manager):
             self._stale = not self._manager.reset_prefix_cache()
+            if not self._stale:
+                self.own_cache_emptied()
         return not self._stale
 
     # -- steps --------------------------------------------------------------------------------------------------
@@ -352,27 +404,31 @@ class SchedulerSide:
         self._look_at_adapters(output.num_scheduled_tokens)
         for request_id, count in output.num_scheduled_tokens.items():
             known = self._known.get(request_id)
-            if known is None:
-                continue
-            request = known.request
-            computed = request.num_computed_tokens
-            spans.append((count, computed))
-            if not known.computing:
-                known.computing = True
-                self.host.started(request_id)
-            elif not known.answering:
-                self._advanced(request_id, computed)
-            if request.num_output_tokens and not known.answering:
-                known.answering = True
-                self.host.prefilled(request_id)
-            done = computed + count
-            if self._guesses:  # guessed tokens may be taken back
-                done = max(0, computed - request.num_in_flight_tokens)
-            self._offer(known, done, self._step, computed)
+            if known is not None:
+                spans.append((count, known.request.num_computed_tokens))
+                with self._for_one(request_id):
+                    self._computes(known, count)
         if spans:
             self._steps.append(_Step(self._step, spans, time.monotonic()))
         self._give_back()
         return self._step
+
+    def _computes(self, known: _Known, count: int) -> None:
+        """This step computes `count` tokens of the request."""
+        request = known.request
+        request_id, computed = request.request_id, request.num_computed_tokens
+        if not known.computing:
+            known.computing = True
+            self.host.started(request_id)
+        elif not known.answering:
+            self._advanced(request_id, computed)
+        if request.num_output_tokens and not known.answering:
+            known.answering = True
+            self.host.prefilled(request_id)
+        done = computed + count
+        if self._guesses:  # guessed tokens may be taken back
+            done = max(0, computed - request.num_in_flight_tokens)
+        self._offer(known, done, self._step, computed)
 
     def _look_at_adapters(self, scheduled: Iterable[str]) -> None:
         """vLLM may read an adapter with any step that needs it: requests whose adapter changed go on without us."""
@@ -381,11 +437,12 @@ class SchedulerSide:
             known = self._known.get(request_id)
             if known is None or known.adapter is None:
                 continue
-            adapter: Any = known.request.lora_request
-            if adapter.lora_int_id not in now:
-                now[adapter.lora_int_id] = self._adapters.identity(adapter)
-            if now[adapter.lora_int_id] != known.adapter:
-                self._forget(known)
+            with self._for_one(request_id):
+                adapter: Any = known.request.lora_request
+                if adapter.lora_int_id not in now:
+                    now[adapter.lora_int_id] = self._adapters.identity(adapter)
+                if now[adapter.lora_int_id] != known.adapter:
+                    self._forget(known)
 
     def _advanced(self, request_id: str, computed_tokens: int) -> None:
         self.host.query(lambda brain: brain.advanced(request_id, computed_tokens), None)
@@ -414,13 +471,13 @@ class SchedulerSide:
             if partly and (index + 1) * self._block_tokens <= before_tokens:
                 self.host.lost("saves_incomplete")
                 continue
-            page, room = self.host.offer(request.request_id, index, ids, step)
             kept = [
                 blocks[at]
                 for blocks, rows in zip(groups, self._rows, strict=True)
                 for at in range(index * rows, (index + 1) * rows)
                 if not blocks[at].is_null
             ]
+            page, room = self.host.offer(request.request_id, index, ids, step)
             pins.keep(page, kept)
 
     def step_ended(self, finished_recving: Iterable[str], step: int | None) -> None:

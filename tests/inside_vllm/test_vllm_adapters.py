@@ -114,3 +114,24 @@ def test_an_adapter_that_was_replaced_before_its_first_request_is_not_shared(
         engine.forget()
     with running(llama, {"pool": pool.address}, **FLAGS) as engine:
         assert ask(engine, folder) == (truth[2], 0)
+
+
+def test_kv_of_the_content_before_never_gets_under_the_keys_of_the_new_one(
+    llama: Path, truth: dict[int, list[int]], tmp_path: Path, pool_process: Callable[..., PoolProcess]
+) -> None:
+    """vLLM's own cache knows an adapter by name and path, and says nothing when its content changes; a reset helps."""
+    pool = pool_process("--memory", "64MiB")
+    folder = tmp_path / "adapter"
+    train(llama, folder, 1)
+    with running(llama, {"pool": pool.address}, **FLAGS) as engine:
+        assert ask(engine, folder) == (truth[1], 0)
+        train(llama, folder, 2)
+        for number, in_place in ((1, True), (2, False)):
+            assert ask(engine, folder, number, in_place)[1] == 0
+        engine.forget()
+        assert ask(engine, folder, in_place=True) == (truth[2], 0)
+        engine.forget()
+        assert ask(engine, folder, in_place=True) == (truth[2], LOADABLE)
+        engine.forget()
+    with running(llama, {"pool": pool.address}, **FLAGS) as engine:
+        assert ask(engine, folder) == (truth[2], LOADABLE)

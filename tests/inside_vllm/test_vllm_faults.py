@@ -6,10 +6,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm_rig import BLOCK, PoolProcess, prompt_of, running, wait_until
+from vllm_rig import BLOCK, VLLM_BLOCK, PoolProcess, prompt_of, running, wait_until
 
 from penstock.core.keys import BlockKey
 from penstock.pool.api import Done, PoolError
@@ -107,6 +108,54 @@ def test_lost_late_and_corrupt_blocks_are_computed(
                 assert pool.faults > 0, fault
                 pool.fault = ""
         assert engine.again(PROMPTS, LOADABLE) == expected
+
+
+@pytest.mark.parametrize("architecture", ["llama", "sliding"])
+def test_vllm_that_gives_other_blocks_than_it_was_offered_computes_those_requests(
+    architecture: str,
+    model: Callable[[str], Path],
+    computed: Callable[..., list[list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And a defect of Penstock's in one request ends neither vLLM nor the loads of others."""
+    from penstock.vllm import compat
+
+    expected, is_keepable = computed(architecture, PROMPTS), compat.is_keepable
+    with running(model(architecture), {"memory": ["64MiB"]}) as engine:
+        assert engine.ask(PROMPTS) == expected
+        connector = engine.connector
+        offer, counts = connector.get_num_new_matched_tokens, connector.side.host.activity.counts
+        less = [0]
+
+        def shorter(request: Any, held: int) -> tuple[int | None, bool]:
+            found, is_async = offer(request, held)
+            return (found - less[0], is_async) if found else (found, is_async)
+
+        monkeypatch.setattr(connector, "get_num_new_matched_tokens", shorter)
+        for less[0], refused in ((VLLM_BLOCK, len(PROMPTS)), (BLOCK, 0)):
+            before = counts["loads_refused"]
+            assert engine.again(PROMPTS, LOADABLE - len(PROMPTS) * BLOCK) == expected
+            assert counts["loads_refused"] - before == refused
+        less[0] = 0
+        give = connector.update_state_after_alloc
+        monkeypatch.setattr(
+            connector,
+            "update_state_after_alloc",
+            lambda request, given, tokens: give(
+                request, SimpleNamespace(blocks=tuple(group[:3] for group in given.blocks)), tokens
+            ),
+        )
+        assert engine.again(PROMPTS, 0) == expected and counts["loads_refused"] == 2 * len(PROMPTS)
+        monkeypatch.setattr(connector, "update_state_after_alloc", give)
+
+        def defect(request: Any) -> Any:
+            if list(request.prompt_token_ids) == PROMPTS[0]:
+                raise RuntimeError("a defect")
+            return is_keepable(request)
+
+        monkeypatch.setattr(compat, "is_keepable", defect)
+        assert engine.again(PROMPTS, LOADABLE * 2 // 3) == expected
+        assert counts["requests_not_followed"] == 1 and connector.side.host.fatal is None
 
 
 def test_flipped_bits_on_a_slab_are_computed(

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 from penstock.core.config import ConfigError
-from penstock.core.keys import Span
 from penstock.vllm import compat
 from penstock.vllm.identity import weight_files
 
@@ -213,26 +212,71 @@ def test_groups_whose_kv_no_prefix_names_are_refused() -> None:
         check()
 
 
-def request(*media: tuple[str, int, int], **more: Any) -> Any:
-    features = [
-        SimpleNamespace(
-            identifier=name,
-            mm_hash=name,
-            modality="image",
-            mm_position=SimpleNamespace(offset=offset, length=length),
-        )
-        for name, offset, length in media
-    ]
+def picture(value: float, at: int = 10, name: str = "a" * 64, **more: Any) -> Any:
+    """An image of a request, as vLLM's scheduler has it."""
+    from vllm.multimodal.inputs import (
+        MultiModalFeatureSpec,
+        MultiModalFieldElem,
+        MultiModalKwargsItem,
+        MultiModalSharedField,
+        PlaceholderRange,
+    )
+
+    data = {"pixel_values": torch.full((3, 8, 8), value, dtype=torch.bfloat16), "grid": torch.tensor([1, 2, 2]), **more}
+    field = MultiModalSharedField(batch_size=1)
+    item = MultiModalKwargsItem({key: MultiModalFieldElem(data=one, field=field) for key, one in data.items()})
+    return MultiModalFeatureSpec(item, "image", name, PlaceholderRange(offset=at, length=20), name)
+
+
+def request(*media: Any, **more: Any) -> Any:
     options = {"prompt_embeds": None, "prompt_token_ids": [1], "all_token_ids": [1], "lora_request": None}
-    return SimpleNamespace(**(options | {"mm_features": features, "cache_salt": None} | more))
+    return SimpleNamespace(**(options | {"mm_features": list(media), "cache_salt": None} | more))
 
 
 def test_media_are_named_by_their_content_where_their_tokens_are() -> None:
-    first, second = "a" * 64, "b" * 64
-    one, two = compat.media_of(request((first, 10, 20))), compat.media_of(request((first, 10, 20), (second, 40, 5)))
-    assert one == [Span(10, 20, b"image:" + first.encode())] and two is not None and two[:1] == one
-    assert compat.salt_of(request((first, 10, 20))) == compat.salt_of(request()), "no medium is in the root"
-    assert compat.media_of(request(("holiday.jpg", 10, 20))) is None, "a client's name may stand for another image"
+    """Whatever vLLM or a client calls them."""
+    from penstock.vllm.media import Media
+
+    media, twice = Media(), picture(1.0)
+    one, two = media.spans(request(twice)), media.spans(request(twice, picture(2.0, 40)))
+    assert one is not None and two is not None and two[:1] == one
+    assert (two[1].offset, two[1].length) == (40, 20) and two[1].name != one[0].name
+    assert media.spans(request(picture(1.0, name="holiday.jpg"))) == one, "the same content under another name"
+    others = [picture(2.0), picture(1.0, grid=torch.tensor([1, 4, 1])), picture(1.0, pixel_values=torch.ones(3, 8, 8))]
+    names = {spans[0].name for spans in map(media.spans, map(request, others)) if spans}
+    assert len(names) == 3 and one[0].name not in names, "the same name, other content"
+    assert compat.salt_of(request(twice)) == compat.salt_of(request()), "no medium is in the root"
+
+
+def test_media_whose_content_is_elsewhere_are_not_kept() -> None:
+    from vllm.multimodal.inputs import MultiModalFieldElem, MultiModalKwargsItem, MultiModalSharedField
+
+    from penstock.vllm.media import Media
+
+    address = {"address": 4096, "monotonic_id": 1, "signature": [1, 2]}
+    field = MultiModalSharedField(batch_size=1)
+    for item in (
+        None,
+        MultiModalKwargsItem({key: MultiModalFieldElem(data=one, field=field) for key, one in address.items()}),
+    ):
+        feature = picture(1.0)
+        feature.data = item
+        assert Media().spans(request(picture(1.0), feature)) is None
+
+
+def test_a_client_cannot_write_a_salt_that_reads_as_an_adapter() -> None:
+    adapted = compat.salt_of(request(cache_salt="mine"), "content")
+    for salt in (adapted, "mine", ""):
+        assert compat.salt_of(request(cache_salt=salt)) != adapted
+    given = [(salt, adapter) for salt in ("", "a", adapted) for adapter in (None, "x")]
+    assert len({compat.salt_of(request(cache_salt=salt), adapter) for salt, adapter in given}) == len(given)
+
+
+def test_names_that_vllm_looks_up_elsewhere_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "1")
+    with pytest.raises(ConfigError, match="VLLM_USE_MODELSCOPE"):
+        identity(config("org/model"))
+    assert identity(config(checkpoint(tmp_path / "m"))), "a folder is what it is"
 
 
 def test_input_that_tokens_do_not_say_is_not_kept() -> None:

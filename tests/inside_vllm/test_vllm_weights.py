@@ -48,8 +48,7 @@ def reset(engine: VllmEngine) -> None:
     assert engine.llm.reset_prefix_cache(reset_connector=True)
 
 
-@pytest.mark.parametrize("clear", [reset, reset_all])
-@pytest.mark.parametrize("scheduler", [True, False])
+@pytest.mark.parametrize(("scheduler", "clear"), [(True, reset_all), (False, reset)])
 def test_after_a_reset_nothing_of_the_weights_before_is_loaded(
     llama: Path,
     computed: Callable[..., list[list[int]]],

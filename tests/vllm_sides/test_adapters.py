@@ -28,6 +28,7 @@ class Lora:
     lora_path: str
     lora_name: str = "a"
     load_inplace: bool = False
+    is_3d_lora_weight: bool = False
 
 
 def train(folder: Path, seed: int) -> None:
@@ -72,6 +73,8 @@ def test_an_adapter_that_changes_while_vllm_has_it_is_refused_until_it_is_loaded
     assert len(caplog.records) == 1 and "files changed" in caplog.records[0].getMessage()
     train(tmp_path / "a", 1)
     assert known.identity(Lora(1, str(tmp_path / "a"))) is None, "vLLM may have read either meanwhile"
+    assert known.identity(Lora(1, str(tmp_path / "a"), load_inplace=True)) is None, "its own cache has KV of both"
+    known.cache_emptied()
     assert known.identity(Lora(1, str(tmp_path / "a"), load_inplace=True)) == first, "vLLM reads it with this request"
     assert known.identity(Lora(1, str(tmp_path / "a"))) == first
     assert known.identity(Lora(1, str(tmp_path / "b"))) is None, "another folder under the same number"
@@ -85,9 +88,12 @@ def test_what_was_written_after_the_start_is_this_engines_own(tmp_path: Path) ->
     train(tmp_path / "a", 1)
     assert engines[0].identity(Lora(1, str(tmp_path / "a"))) is None, "it may still be written"
     clock.ahead_s = 3 * SETTLED_S
-    found = [engine.identity(Lora(number, str(tmp_path / "a"))) for engine in engines for number in (1, 2)]
+    path = str(tmp_path / "a")
+    found = [engine.identity(Lora(number, path, f"a{number}")) for engine in engines for number in (1, 2)]
     assert None not in found and len(set(found)) == 4
-    assert engines[0].identity(Lora(1, str(tmp_path / "a"))) == found[0]
+    assert engines[0].identity(Lora(3, path, "a1")) is None, "vLLM may have read other files under this number"
+    engines[0].cache_emptied()
+    assert engines[0].identity(Lora(1, path, "a1")) == found[0]
     again = Adapters(clock).identity(Lora(1, str(tmp_path / "a")))
     assert again not in (None, *found), "after a restart it is known by its content"
 
@@ -137,3 +143,40 @@ def test_a_hub_name_is_what_the_hubs_cache_has(tmp_path: Path, monkeypatch: pyte
     assert Adapters(Clock()).identity(Lora(1, "owner/adapter")) == Adapters(Clock()).identity(Lora(1, "snapshot"))
     shutil.rmtree(tmp_path / "snapshot")
     assert not os.path.exists("snapshot") and Adapters(Clock()).identity(Lora(1, "owner/adapter")) is None
+
+
+def test_what_vllms_own_cache_may_hold_of_another_content_is_refused_until_it_is_emptied(tmp_path: Path) -> None:
+    """It goes by name and path, whatever the number is."""
+    train(tmp_path / "a", 1)
+    train(tmp_path / "v2", 2)
+    (tmp_path / "now").symlink_to("a")
+    known, path = Adapters(Clock()), str(tmp_path / "now")
+    first = known.identity(Lora(1, path))
+    assert first is not None and known.identity(Lora(2, path)) == first, "unloaded, and loaded again"
+    (tmp_path / "now").unlink()
+    (tmp_path / "now").symlink_to("v2")
+    assert known.identity(Lora(3, path)) is None, "another number, the same name"
+    second = known.identity(Lora(4, path, "b"))
+    assert second not in (None, first), "under another name vLLM's cache has nothing of it"
+    assert known.identity(Lora(3, path)) is None
+    known.cache_emptied()
+    assert known.identity(Lora(3, path)) == second and known.identity(Lora(1, path)) is None
+    assert known.identity(Lora(3, path)) is None, "what number 1 stands for is in the cache, too"
+
+
+def test_the_way_in_which_the_files_are_read_is_part_of_it(tmp_path: Path) -> None:
+    train(tmp_path / "a", 1)
+    found = [Adapters(Clock()).identity(Lora(1, str(tmp_path / "a"), is_3d_lora_weight=how)) for how in (False, True)]
+    assert None not in found and found[0] != found[1]
+
+
+def test_an_unreadable_name_is_refused_and_ends_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    known = Adapters(Clock())
+    assert [known.identity(Lora(1, path)) for path in ("~nobody-here/a", "a\0b")] == [None, None]
+    import huggingface_hub
+
+    train(tmp_path / "snapshot", 1)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: str(tmp_path / "snapshot" / file))
+    assert known.identity(Lora(2, "owner/adapter")) is not None
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "True")
+    assert known.identity(Lora(3, "owner/adapter", "b")) is None, "vLLM looks for it elsewhere"
