@@ -80,11 +80,16 @@ def _pairs(
 
 
 def _mean_ttft_s(records: Sequence[RequestRecord]) -> dict[tuple[str, int], float]:
+    return {name: sum(found) / len(found) for name, found in _ttfts_s(records).items()}
+
+
+def _ttfts_s(records: Sequence[RequestRecord]) -> dict[tuple[str, int], list[float]]:
+    """TTFT of each request in each repeat in which it succeeded."""
     values: dict[tuple[str, int], list[float]] = {}
     for record in records:
         if record.error is None and record.ttft_s is not None:
             values.setdefault((record.session, record.turn), []).append(record.ttft_s)
-    return {name: sum(found) / len(found) for name, found in values.items()}
+    return values
 
 
 def add_ratio(
@@ -110,9 +115,17 @@ def add_p99_ratio(
     groups: Mapping[str, int] | None = None,
     limit: float | None = None,
 ) -> Interval:
-    """The same of the 99th percentiles: the slowest few, so that the interval is wide."""
-    tops, bottoms = paired_ttft_s(top, bottom)
-    found = ratio_of_percentiles(tops, bottoms, 99, groups=_groups_of_pairs(top, bottom, groups))
+    """The same of the 99th percentiles over every repeat of a request: of the slowest few, so it is wide. Sessions are
+    resampled."""
+    tops, bottoms = _ttfts_s(top), _ttfts_s(bottom)
+    pairs = [
+        (session if groups is None else groups[session], *pair)
+        for session, turn in tops
+        for pair in zip(tops[session, turn], bottoms.get((session, turn), ()), strict=False)
+    ]
+    found = ratio_of_percentiles(
+        [pair[1] for pair in pairs], [pair[2] for pair in pairs], 99, groups=[pair[0] for pair in pairs]
+    )
     _add_interval(report, name, found, (limit, None))
     return found
 

@@ -12,6 +12,7 @@ from penstock.bench.replay import RequestRecord
 from penstock.bench.report import Report
 from penstock.bench.summary import (
     add_figures,
+    add_p99_ratio,
     add_ratio,
     outputs_equal,
     paired_ttft_s,
@@ -61,6 +62,16 @@ def test_ratio_is_of_requests_in_pairs() -> None:
     add_ratio(report, "ratio", penstock, coupled)
     assert report.figures["ratio"] == pytest.approx(0.5)
     assert report.figures["ratio_low"] <= 0.5 <= report.figures["ratio_high"]
+
+
+def test_ratio_of_p99_is_over_every_repeat_as_the_systems_own_p99_are() -> None:
+    """A request that was slow in one of two repeats is in the tail; its mean would hide half of that."""
+    calm = [_record(i) for i in range(50)]
+    slow_once = [*calm, *(_record(i, ttft_s=0.9 if i < 3 else 0.1) for i in range(50))]
+    report = Report("x")
+    found = add_p99_ratio(report, "p99", slow_once, calm + calm, limit=1.0)
+    assert found.value == pytest.approx(9.0) == report.figures["p99"] and report.limits["p99"] == 1.0
+    assert report.figures["p99_low"] <= found.value <= report.figures["p99_high"]
 
 
 def test_outputs_are_equal_only_when_both_succeeded_with_the_same_tokens() -> None:
