@@ -432,7 +432,7 @@ def test_a_table_that_cannot_be_written_stops_stores_until_it_can(tmp_path: Path
 
 
 WRITER = """
-import sys, time
+import sys, threading, time
 sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 from typing import Any
@@ -440,9 +440,12 @@ from helpers import chain, new_block, staged
 from penstock.pool.open import open_local_pool
 pool = open_local_pool([], [(Path(sys.argv[1]), 2 << 20)])
 blocks = chain("a", 3000)
-print("ready", flush=True)
+stored = threading.Event()
 for key, parent in blocks * 1000:
-    pool.write(new_block(key, parent, 9000), staged(key, 9000), 10.0, lambda error: None)
+    pool.write(new_block(key, parent, 9000), staged(key, 9000), 10.0, lambda error: error or stored.set())
+    if not stored.is_set():
+        stored.wait(60.0)
+        print("ready", flush=True)
     time.sleep(0.0005)
 """
 

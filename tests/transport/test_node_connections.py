@@ -289,7 +289,8 @@ class Balancer:
     def cut_one(self) -> None:
         """End the connection that came last."""
         for sock in self._socks[-2:]:
-            sock.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):  # the end of the first may have ended the other already
+                sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         for sock in self._socks:
