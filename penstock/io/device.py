@@ -87,12 +87,13 @@ def _open(path: Path) -> tuple[int, bool, bool]:
             return os.open(path, flags), False, created
     except OSError as error:
         if error.errno == errno.EBUSY:
-            raise _in_use(path) from error
+            raise in_use(path, "the device is in use: mounted, or by another process", path) from error
         raise _explained(error, path) from error
 
 
-def _in_use(path: Path) -> BlockingIOError:
-    """Why a device cannot be claimed. After a process was killed, the kernel releases its claim a moment later."""
+def in_use(path: Path, otherwise: str, named: Path) -> BlockingIOError:
+    """Why the block device at `path` cannot be claimed: one of us has locked it, or `otherwise`; said of `named`. After a
+    process was killed, the kernel releases its claim a moment later."""
     with contextlib.suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -101,7 +102,7 @@ def _in_use(path: Path) -> BlockingIOError:
             return error
         finally:
             os.close(fd)
-    return BlockingIOError(errno.EBUSY, "the device is in use: mounted, or by another process", str(path))
+    return BlockingIOError(errno.EBUSY, otherwise, str(named))
 
 
 def _explained(error: OSError, path: Path) -> OSError:

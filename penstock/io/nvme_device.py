@@ -13,7 +13,7 @@ from pathlib import Path
 
 from penstock.core.layout import STAGING_ALIGNMENT_BYTES
 from penstock.io import nvme_abi
-from penstock.io.device import Device
+from penstock.io.device import Device, in_use
 from penstock.io.nvme_abi import NamespaceFormat
 
 _PAGE_BYTES = 4096
@@ -127,11 +127,11 @@ def _hold_block_device(device: NvmeDevice, block_name: str) -> None:
         device.notes.append(f"{node} is not visible here: others are not kept from using it as a block device")
         return
     except OSError as error:
-        texts = {
-            errno.EBUSY: f"its block device {node} is in use, for example mounted",
-            errno.EACCES: f"no permission to hold its block device {node}",
-        }
-        text = texts.get(error.errno or 0, f"its block device {node} cannot be held: {error.strerror}")
+        if error.errno == errno.EBUSY:
+            raise in_use(node, f"its block device {node} is in use, for example mounted", path) from error
+        text = f"its block device {node} cannot be held: {error.strerror}"
+        if error.errno == errno.EACCES:
+            text = f"no permission to hold its block device {node}"
         raise OSError(error.errno or errno.EIO, text, str(path)) from error
     device.block_fd = block_fd
     _lock(block_fd, node)
