@@ -92,8 +92,8 @@ def _open(path: Path) -> tuple[int, bool, bool]:
 
 
 def in_use(path: Path, otherwise: str, named: Path) -> BlockingIOError:
-    """Why the block device at `path` cannot be claimed: one of us has locked it, or `otherwise`; said of `named`. After a
-    process was killed, the kernel releases its claim a moment later."""
+    """Why the block device at `path` cannot be claimed: one of us has locked it, or `otherwise`; said of `named`. After
+    a process was killed, the kernel releases its claim a moment later."""
     with contextlib.suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
