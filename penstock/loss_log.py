@@ -11,10 +11,11 @@ from penstock.rate_limited_log import RateLimitedLog
 class LossLog:
     """Threading: one thread at a time."""
 
-    def __init__(self, log: logging.Logger, texts: Mapping[str, str]) -> None:
-        """`texts`: by the name of each count that means a loss, what was lost and why."""
+    def __init__(self, log: logging.Logger, texts: Mapping[str, str], prefix: str = "") -> None:
+        """`texts`: by the name of each count that means a loss, what was lost and why. `prefix` begins each line."""
         self._rare = RateLimitedLog(log)
         self._texts = texts
+        self._prefix = prefix
         self._logged = dict.fromkeys(texts, 0)
 
     def look(self, counts: Mapping[str, int]) -> None:
@@ -23,4 +24,4 @@ class LossLog:
             count = counts.get(name, 0)
             if count > self._logged[name]:
                 self._logged[name] = count
-                self._rare.warning(name, "%d %s", count, text)
+                self._rare.warning(name, "%s%d %s", self._prefix, count, text)

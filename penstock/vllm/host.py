@@ -24,11 +24,12 @@ from penstock.core.guest.scheduler import GuestOperation, GuestScheduler
 from penstock.core.operations import BlockHit, Drop, Fetch, Lookup, RequestSpec, Save, Upload
 from penstock.engine.executors import PoolStages
 from penstock.guarded_thread import GuardedThread, GuardedWorker
+from penstock.loss_log import LossLog
 from penstock.pool.block_size import expect_blocks
 from penstock.pool.open import link_bytes_per_s
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.vllm import link as wire
-from penstock.vllm.losses import LossLog
+from penstock.vllm.losses import LOSSES, PREFIX
 from penstock.vllm.notices import Notices
 from penstock.vllm.settings import Settings
 from penstock.vllm.shape import Shape, check_frees, open_pool_of, scheduler_config
@@ -85,7 +86,7 @@ class Host:
         self._load_steps: dict[int, int] = {}  # page of a load -> the step that it has to come behind
         self._save_steps: dict[int, int] = {}
         self._notices = Notices()
-        self._losses = LossLog(log)
+        self._losses = LossLog(log, LOSSES, PREFIX)
         self._last_page = 0
         self._epoch = 0  # counts `forget_all`
         self._stopping = False

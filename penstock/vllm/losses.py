@@ -1,11 +1,8 @@
-"""Each hit or save that is lost says so: a line of the log where one of the scheduler core's counts of losses grows."""
+"""What is lost inside vLLM, by the scheduler core's count of it: `penstock.loss_log` logs each that grows."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
-
-from penstock.rate_limited_log import RateLimitedLog
+PREFIX = "Penstock: "  # these lines are among vLLM's own
 
 LOSSES = {
     "lookup_failures": "lookups failed: the pool could not be asked, and requests are computed",
@@ -22,19 +19,3 @@ LOSSES = {
     "loads_refused": "loads did not begin, and are computed: vLLM gave other blocks than it was offered",
     "copies_late": "copies in a worker take long; the pages of what they load stay taken until they end",
 }
-
-
-class LossLog:
-    """Threading: one thread at a time."""
-
-    def __init__(self, log: logging.Logger) -> None:
-        self._log = RateLimitedLog(log)
-        self._told: dict[str, int] = {}
-
-    def look(self, counters: Mapping[str, int]) -> None:
-        """Say which counts have grown since the last call, each at most once per interval."""
-        for name, text in LOSSES.items():
-            count = counters.get(name, 0)
-            if count > self._told.get(name, 0):
-                self._told[name] = count
-                self._log.warning(name, "Penstock: %d %s", count, text)

@@ -17,11 +17,12 @@ from penstock.core.guest.scheduler import GuestOperation
 from penstock.core.keys import root_key
 from penstock.core.new_block import NewBlock
 from penstock.core.operations import RequestSpec
+from penstock.loss_log import LossLog
 from penstock.pool.api import Done, Pool
 from penstock.pool.wrapped import WrappedPool
 from penstock.vllm import host as host_module
 from penstock.vllm.host import Host
-from penstock.vllm.losses import LOSSES, LossLog
+from penstock.vllm.losses import LOSSES, PREFIX
 from penstock.vllm.settings import Settings
 from penstock.vllm.shape import Shape
 from penstock.vllm.worker import WorkerSide
@@ -265,7 +266,7 @@ def test_a_block_of_a_step_that_failed_is_not_saved() -> None:
 
 
 def test_every_loss_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    losses = LossLog(logging.getLogger("penstock.test"))
+    losses = LossLog(logging.getLogger("penstock.test"), LOSSES, PREFIX)
     for count in (1, 1, 2, 3):
         losses.look(dict.fromkeys(LOSSES, count))
     assert [record.getMessage() for record in caplog.records] == [f"Penstock: 1 {text}" for text in LOSSES.values()]
