@@ -71,6 +71,14 @@ def vllm(
         float | None,
         typer.Option(min=0.1, max=600, help="Seconds after which Penstock lets a request go first. Default: its own."),
     ] = None,
+    age_delays: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1e6,
+            help="How many of first come, first served's delays a request may be passed for, 0: any. Default: its own.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of lengths, arrivals and deadlines' multipliers.")] = 0,
 ) -> None:
     """Serve the same requests with four systems over a link of one rate: TTFT, SLO attainment, throughput."""
@@ -99,6 +107,7 @@ def vllm(
                 lmcache_python=lmcache_python or own,
                 policy=policy,
                 age_bound_s=age_bound,
+                age_delays=age_delays,
             )
             systems = _without_missing(systems, bed, report, console)
             plan = Plan(
@@ -197,3 +206,5 @@ def _describe(report: Report, bed: Bed, plan: Plan, geometry: Geometry, link: st
     ]
     if bed.age_bound_s is not None:
         report.notes.append(f"Penstock's ageing bound {bed.age_bound_s:g} s")
+    if bed.age_delays is not None:
+        report.notes.append(f"Penstock's ageing at {bed.age_delays:g} delays of first come, first served")

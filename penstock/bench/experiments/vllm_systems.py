@@ -85,6 +85,7 @@ class Bed:
     lmcache_python: Path
     policy: str | None = None
     age_bound_s: float | None = None
+    age_delays: float | None = None
 
 
 def probe(python: Path) -> dict[str, str]:
@@ -156,6 +157,8 @@ def vllm_command(bed: Bed, system: str, port: int, store: str) -> list[str]:
             extra["policy"] = bed.policy
         if bed.age_bound_s is not None:
             extra["age_bound_s"] = bed.age_bound_s
+        if bed.age_delays is not None:
+            extra["age_delays"] = bed.age_delays
         command += ["--kv-transfer-config", json.dumps(connector_config(extra))]
     if system == WITH_SCHEDULER:
         command += ["--scheduler-cls", SCHEDULER]
