@@ -71,7 +71,8 @@ def test_the_one_most_over_its_quota_pays_first() -> None:
     assert evict(kept, A) == [key(("b", 0))]
     kept.quotas.credit(B, 30)
     kept.quotas.charge(B, 10)
-    assert evict(kept, A) == [key(("b", 1))], "nobody is over: the least worth"
+    assert evict(kept, A) == [key("a")], "nobody is over: the writer itself"
+    assert evict(kept, A) == [], "and nobody else"
 
 
 def test_whoever_is_over_and_has_nothing_there_takes_nothing_from_those_within() -> None:
