@@ -110,6 +110,11 @@ class PrefixIndex(Generic[Key]):
         """How many present keys have no pin. All of them can be evicted where ancestors of pinned keys are pinned."""
         return len(self._entries) - self._pinned
 
+    @property
+    def groups(self) -> int:
+        """How many groups have a heap."""
+        return len(self._heaps)
+
     def parent(self, key: Key) -> Key:
         return self._entries[key].parent
 

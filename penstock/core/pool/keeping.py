@@ -69,6 +69,11 @@ class Keeping:
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._kept
 
+    @property
+    def groups(self) -> int:
+        """How many orders of leaves are kept: at most those of accounts with blocks, and of blocks that left lately."""
+        return self._index.groups
+
     def value(self, key: BlockKey) -> float:
         """What the block is worth, in its member's terms; for a durable table."""
         return self._index.last_use(self._kept[key].name)
