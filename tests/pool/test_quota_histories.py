@@ -252,16 +252,31 @@ def test_where_all_are_within_their_quotas_the_writer_gives_way_or_is_refused(ma
 
 
 def test_nobody_gives_way_on_one_member_while_another_is_over_on_the_other(made: Maker) -> None:
+    """Both honest tenants fill one member, the one that is over fills the other."""
     pool = made(2, default_quota_bytes=DEFAULT)
+    first = [located(pool, write_at(pool, ("probe", i), i, "probe")) for i in range(4)]
+    on_one = next(i for i in range(4) if first[i] == "memory:0")
+    on_two = next(i for i in range(4) if first[i] == "memory:1")
+    assert pool.evict([key_of(("probe", i)) for i in range(4)]) == 4
+    honest = [write_at(pool, ("honest", i), on_one, f"honest {i % 2}") for i in range(128)]
     for i in range(128):
-        owner, position = ("honest", 0) if i < 50 else ("evil", 1)
-        assert write(pool, key_of(i), ROOT, BLOCK, position=position + 2 * i, tenant=owner) == "ok"
-    for i in range(128, 256):
-        assert write(pool, key_of(i), ROOT, BLOCK, position=i, tenant="evil") == "ok"
-    for i in range(256, 270):
-        assert write(pool, key_of(i), ROOT, BLOCK, position=2 * i, tenant="third") == "ok"
-    assert held(pool, [key_of(i) for i in range(50)]) == 50
-    assert held(pool, [key_of(i) for i in range(256, 270)]) == 14
+        write_at(pool, ("evil", i), on_two, "evil")
+    assert {located(pool, key) for key in honest} == {"memory:0"}
+    third = [write_at(pool, ("third", i), on_one, "third") for i in range(14)]
+    assert held(pool, honest) == 128 and held(pool, third) == 14
+    assert dict(pool.stat(1.0).evictions_by)["over_quota"] == 14
+
+
+def write_at(pool: LocalPool, name: object, position: int, tenant: str) -> bytes:
+    key = key_of(name)
+    assert write(pool, key, key_of((name, "parent")), BLOCK, position=position, tenant=tenant) == "ok"
+    return key
+
+
+def located(pool: LocalPool, key: bytes) -> str:
+    found = pool.lookup([key], 1.0)[0]
+    assert found is not None
+    return found.route[0]
 
 
 def test_one_that_writes_children_of_anothers_blocks_is_charged_and_holds_up_nothing(made: Maker) -> None:
