@@ -14,11 +14,13 @@ from penstock.core.layout import staging_bytes
 from penstock.core.new_block import NewBlock
 from penstock.core.pool.keeping import STEPS, Keeping
 from penstock.core.pool.placement import CYCLE_BLOCKS, Placement
-from penstock.core.pool.quota import TenantQuotas
+from penstock.core.pool.quota import SHARED, TenantQuotas
 from penstock.pool.block import Block
 from penstock.pool.room import MemberSpace
 
 EVICTION_REASONS = ("own", "shared", "over_quota")
+SCAN_BLOCKS_FREE = 1024  # blocks of a member that a search may look at at any time
+SCAN_BLOCKS_PER_CHANGE = 64  # how many more for each block that came or went since a search that found nothing
 SEEDS_MAX = 8  # holes around which neighbours are looked at when free space is in pieces
 
 
@@ -65,6 +67,8 @@ class Table:
         self._writing: dict[BlockKey, Block] = {}
         self._moving: dict[BlockKey, Block] = {}  # the copies that are being made
         self._detached: set[Block] = set()
+        self._changes = 0  # extents taken and given back
+        self._no_scan_before: dict[int, int] = {}  # by member: changes at which a search may be of use again
         self._note_capacity()
 
     def __len__(self) -> int:
@@ -146,7 +150,7 @@ class Table:
                 offset = self._make_room(member, length, account, step, gone)
                 if offset is not None:
                     return self._start(new, member, offset, account), gone
-        for member in order:
+        for member in order if self._keeping.may_gain(account, length) else ():
             offset = self._clear_anywhere(member, length, account, gone)
             if offset is not None:
                 return self._start(new, member, offset, account), gone
@@ -324,6 +328,7 @@ class Table:
     def _start(self, new: NewBlock, member: int, offset: int, account: bytes) -> Block:
         block = Block(new.key, new.parent, member, offset, new.size_bytes, new.position % CYCLE_BLOCKS)
         block.tenant, block.rebuild_s, block.account = new.tenant, new.rebuild_s, account
+        self._changes += 1
         self.quotas.charge(account, block.extent_bytes)
         self._writing[block.key] = block
         return block
@@ -350,6 +355,7 @@ class Table:
 
     def _give_back(self, block: Block) -> int:
         self.quotas.credit(block.account, block.extent_bytes)
+        self._changes += 1
         return self._space(block.member).allocator.give(block.offset, block.extent_bytes)
 
     def _make_room(self, member: int, length: int, writer: bytes, step: int, gone: list[Block]) -> int | None:
@@ -382,11 +388,14 @@ class Table:
         return self._clear(space, run, length, writer, gone)
 
     def _clear_anywhere(self, member: int, length: int, writer: bytes, gone: list[Block]) -> int | None:
-        """Evict the cheapest neighbours of the whole member: where no member has a leaf whose surroundings can go."""
+        """Evict the cheapest neighbours of the whole member: where no member has a leaf whose surroundings can go. Not
+        soon again after it found none: writes that cannot be had must not make the pool search all the time."""
         space = self._space(member)
-        if length > space.capacity_bytes:
+        if length > space.capacity_bytes or self._changes < self._no_scan_before.get(member, 0):
             return None
         self.scans += 1
+        pause = max(0, len(space.blocks) - SCAN_BLOCKS_FREE) // SCAN_BLOCKS_PER_CHANGE
+        self._no_scan_before[member] = self._changes + pause
         run = space.cheapest_anywhere(length, lambda block: self._movable(block, writer, length))
         return self._clear(space, run, length, writer, gone)
 
@@ -414,7 +423,7 @@ class Table:
         return True
 
     def _count_eviction(self, block: Block, writer: bytes) -> None:
-        if block.account == writer:
+        if block.account == writer != SHARED:
             reason = "own"
         else:
             reason = "shared" if self.quotas.payer(block.account) == self.quotas.payer(writer) else "over_quota"

@@ -140,6 +140,37 @@ def test_after_a_restart_those_whose_blocks_are_worth_most_have_the_default_quot
     table.check_integrity()
 
 
+def full_table(pages: int, owners: tuple[str, ...]) -> Table:
+    """One-page blocks of tenants that have all of the pool by name, in turns."""
+    table = Table(
+        [(0, pages * PAGE)], [1.0], TenantQuotas({tenant_tag(o): pages // len(owners) * PAGE for o in owners})
+    )
+    for number in range(pages):
+        block, _ = table.reserve(new_block(key_of(number), ROOT, PAGE, number, owners[number % len(owners)]))
+        assert block is not None
+        table.commit(block)
+    return table
+
+
+def test_a_write_that_cannot_be_had_searches_nothing() -> None:
+    table = full_table(4096, ("a", "b"))
+    for number in range(500):
+        assert table.reserve(new_block(key_of(("new", number)), ROOT, PAGE, number)) == (None, [])
+    assert table.scans == 0
+
+
+def test_writes_that_find_no_hole_search_the_pool_seldom() -> None:
+    """Each gives up two pages of its own, between pages of one within its quota: no two are side by side."""
+    table = full_table(4096, ("a", "b"))
+    left = 0
+    for number in range(500):
+        block, gone = table.reserve(new_block(key_of(("new", number)), ROOT, 2 * PAGE, number, "a"))
+        assert block is None and all(old.tenant == tenant_tag("a") for old in gone)
+        left += len(gone)
+    table.check_integrity()
+    assert left > 500 and table.scans <= 1 + left * 64 // (4096 - 1024 - left)
+
+
 # --- the attacks, at a whole pool ---
 
 Maker = Callable[..., LocalPool]

@@ -106,8 +106,11 @@ class TenantQuotas:
 
     def excess_bytes(self, account: bytes, more_bytes: int = 0) -> float:
         """How far the account's payer is over its quota with `more_bytes` on top; below 0 when it is not."""
-        held = self._shared_held if self.payer(account) == SHARED else self._held.get(account, 0)
-        return held + more_bytes - self.quota_bytes(account)
+        return self.paid_bytes(account) + more_bytes - self.quota_bytes(account)
+
+    def paid_bytes(self, account: bytes) -> int:
+        """What the account's payer holds."""
+        return self._shared_held if self.payer(account) == SHARED else self._held.get(account, 0)
 
     def most_over(self, accepts: Callable[[bytes], bool], above_bytes: float = 0) -> bytes | None:
         """The payer that is most over its quota, by more than `above_bytes`, of those that `accepts` takes."""
