@@ -137,24 +137,34 @@ class Table:
         are in use again from now on). None when no member that takes blocks, save those in `without`, can hold it, or
         when all that could leave is that of tenants within their quotas. Whose blocks leave is decided over all
         members: nobody within its quota gives way on one because nobody else is over his there."""
-        order = [member for member in self.placement.order(new.position) if member not in without]
-        account = self.quotas.account(new.tenant)
-        length = staging_bytes(new.size_bytes)
+        account, length = self.quotas.account(new.tenant), staging_bytes(new.size_bytes)
         gone: list[Block] = []
+        # First of all it counts, so that who pays for the writer stays the same while its own blocks leave.
+        self.quotas.charge(account, length)
+        order = [member for member in self.placement.order(new.position) if member not in without]
+        found = self._find_room(order, length, account, gone)
+        if found is None:
+            self.quotas.credit(account, length)
+            return None, gone
+        self.quotas.note_written(account, length)
+        return self._start(new, *found, account), gone
+
+    def _find_room(self, order: list[int], length: int, account: bytes, gone: list[Block]) -> tuple[int, int] | None:
+        """A member and an offset on it for a block that is charged already."""
         for member in order:
             offset = self._space(member).allocator.take(length)
             if offset is not None:
-                return self._start(new, member, offset, account), gone
+                return member, offset
         for step in STEPS:
             for member in order:
                 offset = self._make_room(member, length, account, step, gone)
                 if offset is not None:
-                    return self._start(new, member, offset, account), gone
+                    return member, offset
         for member in order if self._keeping.may_gain(account, length) else ():
             offset = self._clear_anywhere(member, length, account, gone)
             if offset is not None:
-                return self._start(new, member, offset, account), gone
-        return None, gone
+                return member, offset
+        return None
 
     def commit(self, block: Block) -> Block | None:
         """A written block becomes present; returns the one that its key named until now (on a fenced member), which is
@@ -329,7 +339,6 @@ class Table:
         block = Block(new.key, new.parent, member, offset, new.size_bytes, new.position % CYCLE_BLOCKS)
         block.tenant, block.rebuild_s, block.account = new.tenant, new.rebuild_s, account
         self._changes += 1
-        self.quotas.charge(account, block.extent_bytes)
         self._writing[block.key] = block
         return block
 
@@ -368,7 +377,7 @@ class Table:
         holes: list[int] = []
         freed_bytes = 0
         while freed_bytes < length:
-            blocks = [self._blocks[key] for key in self._keeping.evict(member, writer, length, (step,))]
+            blocks = [self._blocks[key] for key in self._keeping.evict(member, writer, 0, (step,))]
             freed = 0
             for block in blocks:
                 self._count_eviction(block, writer)
@@ -384,7 +393,7 @@ class Table:
                 break
             freed_bytes += freed
         holes = [hole for hole in holes if space.allocator.hole_at(hole)]
-        run = space.cheapest_near(holes[:SEEDS_MAX], length, lambda block: self._movable(block, writer, length))
+        run = space.cheapest_near(holes[:SEEDS_MAX], length, lambda block: self._movable(block, writer))
         return self._clear(space, run, length, writer, gone)
 
     def _clear_anywhere(self, member: int, length: int, writer: bytes, gone: list[Block]) -> int | None:
@@ -396,16 +405,16 @@ class Table:
         self.scans += 1
         pause = max(0, len(space.blocks) - SCAN_BLOCKS_FREE) // SCAN_BLOCKS_PER_CHANGE
         self._no_scan_before[member] = self._changes + pause
-        run = space.cheapest_anywhere(length, lambda block: self._movable(block, writer, length))
+        run = space.cheapest_anywhere(length, lambda block: self._movable(block, writer))
         return self._clear(space, run, length, writer, gone)
 
-    def _movable(self, block: Block, writer: bytes, length: int) -> bool:
-        return not block.pins and self._keeping.may_displace(block.key, writer, length)
+    def _movable(self, block: Block, writer: bytes) -> bool:
+        return not block.pins and self._keeping.may_displace(block.key, writer, 0)
 
     def _clear(
         self, space: MemberSpace, run: list[Block] | None, length: int, writer: bytes, gone: list[Block]
     ) -> int | None:
-        if run is None or not self._keeping.may_displace_all([block.key for block in run], writer, length):
+        if run is None or not self._keeping.may_displace_all([block.key for block in run], writer, 0):
             return None
         for block in run:
             self._count_eviction(block, writer)

@@ -20,6 +20,7 @@ def invented(number: int) -> bytes:
 def write(quotas: TenantQuotas, tenant: bytes, size: int = 10) -> bytes:
     account = quotas.account(tenant)
     quotas.charge(account, size)
+    quotas.note_written(account, size)
     return account
 
 

@@ -42,10 +42,11 @@ class Histories(RuleBasedStateMachine):
             new = new_block(key_of(self.number), parent, pages * PAGE, self.number, tenant)
             quotas = self.table.quotas
             account = quotas.account(new.tenant)
-            own = quotas.payer(account)
+            quotas.charge(account, pages * PAGE)
+            own, writer_excess = quotas.payer(account), quotas.excess_bytes(account)
             excess = {quotas.payer(name): quotas.excess_bytes(name) for name, _ in quotas}
-            writer_excess = quotas.excess_bytes(account, pages * PAGE)
             payers = {block.key: quotas.payer(block.account) for block in self.present.values()}
+            quotas.credit(account, pages * PAGE)
             block, gone = self.table.reserve(new)
             own_left = False
             for old in gone:
@@ -58,7 +59,7 @@ class Histories(RuleBasedStateMachine):
                         assert not own_left, "others give way first what they are over by"
                 excess[payer] -= old.extent_bytes
             if block is None:
-                still = {quotas.payer(old.account) for old in self.present.values()}
+                still = {payers[key] for key in self.present}
                 hindered = self.readers or self.moves or not all(state.healthy for state in self.table.members)
                 may = {payer for payer in still if payer == own or excess[payer] > max(0, writer_excess)}
                 assert hindered or pages > 1 or not may, "what could give way did not"

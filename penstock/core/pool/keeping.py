@@ -168,10 +168,13 @@ class Keeping:
             lost[payer] = lost.get(payer, 0) + kept.size_bytes
         return True
 
-    def may_gain(self, writer: bytes, more_bytes: int) -> bool:
-        """Whether there is any payer whose blocks may leave for a write of `more_bytes` to the account `writer`."""
-        own, floor = self.quotas.payer(writer), max(0.0, self.quotas.excess_bytes(writer, more_bytes))
-        return self.quotas.paid_bytes(own) > 0 or self.quotas.most_over(lambda one: one != own, floor) is not None
+    def may_gain(self, writer: bytes, charged_bytes: int) -> bool:
+        """Whether there is any payer whose blocks may leave for a write that the account `writer` is charged with."""
+        own, floor = self.quotas.payer(writer), max(0.0, self.quotas.excess_bytes(writer))
+        return (
+            self.quotas.paid_bytes(own) > charged_bytes
+            or self.quotas.most_over(lambda one: one != own, floor) is not None
+        )
 
     def evict(self, member: int, writer: bytes, more_bytes: int, steps: Sequence[int] = STEPS) -> list[BlockKey]:
         """Take out the block that leaves `member` for a write of `more_bytes` to the account `writer`, after any leaves

@@ -122,12 +122,15 @@ class TenantQuotas:
         return self._over.looks
 
     def charge(self, account: bytes, size_bytes: int) -> None:
-        """Count a new block; the account of a tenant without a quota gets a default one when there is one left."""
+        """Count a block; the account of a tenant without a quota gets a default one when there is one left."""
+        if account not in self._quotas and account != SHARED and account not in self._places and self._places.free:
+            self._change_payer(account, lambda: self._places.take(account))
+        self._add(account, size_bytes)
+
+    def note_written(self, account: bytes, size_bytes: int) -> None:
+        """A block that was charged is new, and will be written: what the time until a default quota is lost counts."""
         if account not in self._quotas:
             self._places.written(size_bytes)
-            if account != SHARED and account not in self._places and self._places.free:
-                self._change_payer(account, lambda: self._places.take(account))
-        self._add(account, size_bytes)
 
     def recharge(self, account: bytes, other: bytes, size_bytes: int) -> None:
         """A block that is there counts against another account from now on."""
