@@ -84,7 +84,8 @@ class PrefixIndex(Generic[Key]):
     """
 
     def __init__(self, family_of: Callable[[Hashable], Hashable] | None = None) -> None:
-        """`family_of` puts groups into families, for `least_group`; without it there are none."""
+        """`family_of` puts groups into families, for `least_group`; a group whose family is None has none. `refamily`
+        must be called when it has another answer for a group."""
         self._entries: dict[Key, _Entry[Key]] = {}
         self._children: dict[Key, int] = {}
         self._heaps: dict[Hashable, list[tuple[tuple[float, int], int, Key]]] = {}
@@ -108,6 +109,11 @@ class PrefixIndex(Generic[Key]):
     def unpinned(self) -> int:
         """How many present keys have no pin. All of them can be evicted where ancestors of pinned keys are pinned."""
         return len(self._entries) - self._pinned
+
+    @property
+    def groups(self) -> int:
+        """How many groups have a heap."""
+        return len(self._heaps)
 
     def parent(self, key: Key) -> Key:
         return self._entries[key].parent
@@ -176,16 +182,16 @@ class PrefixIndex(Generic[Key]):
 
     def next_use(self, group: Hashable) -> float | None:
         """Use of the candidate that `evict_one(group)` would take; None when there is none."""
-        heap = self._heaps.get(group)
-        return heap[0][0][0] if heap and self._settle(heap) else None
+        heap = self._settled(group)
+        return heap[0][0][0] if heap else None
 
     def least_group(self, family: Hashable) -> Hashable | None:
         """The group of a family whose candidate has the least use; None when none has a candidate."""
         groups = self._families.get(family, [])
         while groups:
             use, _, group = groups[0]
-            heap = self._heaps.get(group)
-            if not heap or not self._settle(heap):
+            heap = self._settled(group)
+            if self._family_of is None or self._family_of(group) != family or not heap:
                 heapq.heappop(groups)
             elif heap[0][0] != use:
                 heapq.heapreplace(groups, (heap[0][0], self._next_ticket(), group))
@@ -193,10 +199,16 @@ class PrefixIndex(Generic[Key]):
                 return group
         return None
 
+    def refamily(self, group: Hashable) -> None:
+        """A group belongs to another family than before: `least_group` finds it there from now on."""
+        heap = self._settled(group)
+        if heap:
+            self._lead(heap[0][0], group)
+
     def evict_one(self, group: Hashable = None) -> Key | None:
         """Take out the candidate of `group` with the least use (None: of all groups); None when there is none."""
-        heap = self._heaps.get(group) if group is not None else self._least_heap()
-        if not heap or not self._settle(heap):
+        heap = self._settled(group) if group is not None else self._least_heap()
+        if not heap:
             return None
         key = heap[0][2]
         self._drop(key, self._entries[key])
@@ -222,8 +234,9 @@ class PrefixIndex(Generic[Key]):
                 assert key in live, f"I1: candidate {key!r} is in no heap"
                 assert live[key] <= entry.use, f"I1: {key!r} is queued after its last use"
         for group, heap in self._heaps.items():
-            if self._family_of is not None and self._settle(heap):
-                uses = [use for use, _, member in self._families[self._family_of(group)] if member == group]
+            family = self._family_of(group) if self._family_of is not None else None
+            if family is not None and self._settle(heap):
+                uses = [use for use, _, member in self._families.get(family, []) if member == group]
                 assert uses and min(uses) <= heap[0][0], f"I4: group {group!r} is not in the heap of its family"
         assert children == self._children, "I2: children are miscounted"
         assert self._pinned == sum(entry.pins > 0 for entry in self._entries.values())
@@ -236,16 +249,19 @@ class PrefixIndex(Generic[Key]):
         heap = self._heaps.setdefault(entry.group, [])
         heapq.heappush(heap, (entry.use, entry.ticket, key))
         self._queued += 1
-        if self._family_of is not None and heap[0][1] == entry.ticket:
-            self._lead(self._family_of(entry.group), entry.use, entry.group)
+        if heap[0][1] == entry.ticket:
+            self._lead(entry.use, entry.group)
         self._bound_heaps()
 
     def _next_ticket(self) -> int:
         self._ticket += 1
         return self._ticket
 
-    def _lead(self, family: Hashable, use: tuple[float, int], group: Hashable) -> None:
+    def _lead(self, use: tuple[float, int], group: Hashable) -> None:
         """A group has a new next candidate. Items that it left behind are forgotten when they are half of the heap."""
+        family = self._family_of(group) if self._family_of is not None else None
+        if family is None:
+            return
         groups = self._families.setdefault(family, [])
         heapq.heappush(groups, (use, self._next_ticket(), group))
         if len(groups) > 2 * len(self._heaps) + 64:
@@ -266,6 +282,14 @@ class PrefixIndex(Generic[Key]):
         if parent is not None:
             self._offer(entry.parent, parent)
         self._bound_heaps()
+
+    def _settled(self, group: Hashable) -> list[tuple[tuple[float, int], int, Key]] | None:
+        """The heap of a group with a candidate on top; one without any is forgotten."""
+        heap = self._heaps.get(group)
+        if heap is None or self._settle(heap):
+            return heap
+        del self._heaps[group]
+        return None
 
     def _settle(self, heap: list[tuple[tuple[float, int], int, Key]]) -> bool:
         """Bring the group's candidate of least use to the top of its heap; False when there is none."""

@@ -9,11 +9,14 @@ from penstock.pool.api import PoolStat
 
 
 def pool_series(stat: PoolStat) -> dict[str, dict[str, float]]:
-    """The pool's members as series by member name."""
-    return {
+    """The pool's members as series by member name, who is over its quota by tag, and evictions by reason."""
+    series = {
         f"pool_member_{name}": {member.name: float(getattr(member, name)) for member in stat.members}
         for name in ("capacity_bytes", "used_bytes", "blocks", "healthy", "weight", "errors")
     }
+    series["pool_over_quota_bytes"] = {tenant: float(excess) for tenant, excess in stat.over_quota}
+    series["pool_evictions"] = {reason: float(count) for reason, count in stat.evictions_by}
+    return series
 
 
 def report_of(request: GenerationRequest, account: Account, config: SchedulerConfig) -> RequestReport:

@@ -64,6 +64,10 @@ class MemberStat:
 class PoolStat:
     """`writes_not_admitted`: writes that were kept from the SSD whose turn it was, because their block was new.
     `moved_blocks`: blocks that drains took to other members. `tenants`: tag in hex and bytes, the largest first.
+    `over_quota`: those that hold more than their quota, and by how many bytes; "others" in hex is all without a quota
+    of their own. `evictions_by`: of `evictions`, those that were `asked` for, and of those for a new block whose block
+    left: the writer's `own`, that of another one without a quota (`shared`), that of one `over_quota`.
+    `writes_refused`: writes of tenants without a quota by name, where only those with one may write.
     `losses` and `thread_failures`: by kind, of the whole process (`pool.losses`, `guarded_thread`)."""
 
     members: tuple[MemberStat, ...]
@@ -75,6 +79,9 @@ class PoolStat:
     tenants: tuple[tuple[str, int], ...] = ()
     losses: tuple[tuple[str, int], ...] = ()
     thread_failures: tuple[tuple[str, int], ...] = ()
+    over_quota: tuple[tuple[str, int], ...] = ()
+    evictions_by: tuple[tuple[str, int], ...] = ()
+    writes_refused: int = 0
 
 
 class Lease(Protocol):

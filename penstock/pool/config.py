@@ -67,7 +67,8 @@ class Quota:
 @dataclass(frozen=True, slots=True)
 class PoolConfig:
     """A pool. `file` is where it was read from. `state` is the folder of the tables of SSD members, `profile` what
-    `penstock profile` wrote; `default_quota` bounds each tenant that `quotas` (by `cache_salt`) does not name.
+    `penstock profile` wrote; `default_quota` is that of each tenant that `quotas` (by `cache_salt`) does not name;
+    with `named_tenants_only` those store nothing.
     `staging_bytes` is what a node may stage blocks in (None: as much as they need).
     `secret_file` holds what clients of this node, and nodes that are its members, must have."""
 
@@ -81,6 +82,7 @@ class PoolConfig:
     block_bytes: int = BLOCK_BYTES
     default_quota: Quota | None = None
     quotas: tuple[tuple[str, Quota], ...] = ()
+    named_tenants_only: bool = False
     secret_file: Path | None = None
     staging_bytes: int | None = None
     file: Path | None = None

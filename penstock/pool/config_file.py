@@ -197,16 +197,24 @@ def _capacity(kind: str, text: str) -> int | None:
 
 
 def _quotas(found: Mapping[str, Any]) -> dict[str, Any]:
-    """`default = ...` and `tenants = { salt = ... }`."""
-    unknown = set(found) - {"default", "tenants"}
+    """`default = ...`, `tenants = { salt = ... }` and `unknown = "share"` or `"refuse"`."""
+    unknown = set(found) - {"default", "tenants", "unknown"}
     if unknown:
-        raise ConfigError(f"[quota] has {min(unknown)!r}; allowed: default, tenants")
+        raise ConfigError(f"[quota] has {min(unknown)!r}; allowed: default, tenants, unknown")
     tenants = found.get("tenants", {})
     if not isinstance(tenants, dict) or "" in tenants:
         raise ConfigError('[quota] tenants is not understood; allowed: a table of cache_salt = "SIZE" or "PERCENT%"')
+    strangers = found.get("unknown", "share")
+    if strangers not in ("share", "refuse"):
+        raise ConfigError(f"[quota] unknown is {strangers!r}; allowed: share, refuse")
+    if strangers == "refuse" and not tenants:
+        raise ConfigError('[quota] unknown is "refuse" and tenants is empty; allowed: at least one tenant by name')
+    if strangers == "refuse" and "default" in found:
+        raise ConfigError('[quota] has a default for tenants that unknown = "refuse" refuses; allowed: one of the two')
     return {
         "default_quota": _quota("default", found["default"]) if "default" in found else None,
         "quotas": tuple((tenant, _quota(f"tenants.{tenant}", text)) for tenant, text in tenants.items()),
+        "named_tenants_only": strangers == "refuse",
     }
 
 

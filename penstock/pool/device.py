@@ -208,6 +208,8 @@ class DeviceMember:
             self._register(self._to_register.pop())
         for late in self._queue.expired():
             finish_work(late, PoolError("deadline", f"waited too long for {self.name}"))
+        for one in self._queue.displaced():
+            finish_work(one, PoolError("dropped", f"others have less waiting for {self.name}"))
         self._journal.expire()
         if self._journal.failed:
             for store in self._queue.drain("store"):

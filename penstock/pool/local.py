@@ -52,12 +52,14 @@ class LocalPool:
         self._table = Table(ranges, weights, TenantQuotas(policy.quota_bytes, policy.default_quota_bytes))
         self._admission = WriteAdmission(policy.write_admission)
         self._follow_bandwidth = policy.follow_bandwidth
+        self._named_tenants_only = policy.named_tenants_only
         self._bandwidths = [_bandwidth(weight) for weight in weights]
         self._next_observation_s = 0.0
         self._registered: list[memoryview] = []
         self._drains: dict[int, Drain] = {}
         self._closed = False
         self._writes_dropped = self._writes_not_admitted = self._evictions = self._checksum_errors = 0
+        self._writes_refused = 0
         self._moved_blocks = 0
         self._callbacks = callback_worker()
         for number, member in enumerate(self.members):
@@ -163,11 +165,14 @@ class LocalPool:
             return PoolStat(
                 members=tuple(self._member_stat(number) for number in present),
                 writes_dropped=self._writes_dropped,
-                evictions=self._evictions,
+                evictions=self._evictions + sum(self._table.evictions.values()),
                 checksum_errors=self._checksum_errors,
                 writes_not_admitted=self._writes_not_admitted,
                 moved_blocks=self._moved_blocks + sum(drain.moved for drain in self._drains.values()),
                 tenants=tuple((account.hex(), held) for account, held in tenants),
+                over_quota=tuple((payer.hex(), excess) for payer, excess in self._table.quotas.over_quota()),
+                evictions_by=(("asked", self._evictions), *self._table.evictions.items()),
+                writes_refused=self._writes_refused,
                 losses=tuple(sorted(losses().items())),
                 thread_failures=tuple(sorted(thread_failures().items())),
             )
@@ -246,6 +251,7 @@ class LocalPool:
             if policy.write_admission != self._admission.mode:
                 self._admission = WriteAdmission(policy.write_admission)
             self._follow_bandwidth = policy.follow_bandwidth
+            self._named_tenants_only = policy.named_tenants_only
 
     # --- for a pool node (`pool.served`): blocks whose bytes the other side verifies ---
 
@@ -384,6 +390,9 @@ class LocalPool:
                 if not (is_durable(member) and member.confirm(present, done, deadline_s)):
                     call_soon(self._callbacks, done, None)
                 return None, None, None
+            if self._named_tenants_only and not self._table.quotas.has_name(new.tenant):
+                self._writes_refused += 1
+                return None, None, PoolError("dropped", "only tenants that [quota] names may write here")
             if self._table.being_written(new.key):
                 return None, None, PoolError("dropped", f"block {new.key.hex()} is being written already")
             refused = {n: why for n, member in enumerate(self.members) if (why := member.refuses_stores)}
@@ -393,11 +402,13 @@ class LocalPool:
             if error is not None:
                 return None, None, error
             block, gone = self._table.reserve(new, refused)
-            self._evictions += len(gone)
             for number in {old.member for old in gone}:
                 self.members[number].forget([old for old in gone if old.member == number])
             if block is None:
-                detail = f"no member has room for {new.size_bytes} bytes that are not in use"
+                detail = (
+                    f"no member has room for {new.size_bytes} bytes: the rest is in use, or held by tenants within "
+                    "their quotas"
+                )
                 return None, None, PoolError("full", detail)
             return block, self.members[block.member], None
 

@@ -169,6 +169,8 @@ class MemoryMember:
         while not self._queue.closed:
             for late in self._queue.expired():
                 finish_work(late, PoolError("deadline", f"waited too long for {self.name}"))
+            for one in self._queue.displaced():
+                finish_work(one, PoolError("dropped", f"others have less waiting for {self.name}"))
             work = self._queue.take_load() or self._queue.take_store(0)
             if work is None:
                 self._queue.wait()

@@ -23,6 +23,7 @@ from penstock.pool.memory import MemoryMember
 from penstock.pool.pairing import device_of
 from penstock.pool.profile import PoolProfile, read_profile
 from penstock.pool.served import ServedPool
+from penstock.units import format_bytes
 
 if TYPE_CHECKING:
     from penstock.io.spdk.environment import SpdkEnvironment
@@ -158,7 +159,14 @@ def policy_of(config: PoolConfig, capacity_bytes: int) -> PoolPolicy:
     """Quotas are of this node's members. Shares follow the bandwidth where no weight was given."""
     default, named = config.quota_bytes(capacity_bytes)
     follow = len(config.members) > 1 and all(member.weight is None for member in config.members)
-    return PoolPolicy(config.write_admission, default, named, follow_bandwidth=follow)
+    wanted = sum(named.values())
+    if wanted > capacity_bytes:
+        log.warning(
+            "the quotas of [quota] tenants are %s together, the pool has %s: each counts for its part of that",
+            format_bytes(wanted),
+            format_bytes(capacity_bytes),
+        )
+    return PoolPolicy(config.write_admission, default, named, follow, config.named_tenants_only)
 
 
 def link_bytes_per_s(config: PoolConfig) -> dict[str, float]:

@@ -54,7 +54,7 @@ class LiveConfig:
             self._pool.set_policy(policy_of(new, capacity_bytes))
         if new.write_admission != old.write_admission:
             changes.append(f"write admission {new.write_admission}")
-        if (new.default_quota, new.quotas) != (old.default_quota, old.quotas):
+        if _quotas_of(new) != _quotas_of(old):
             changes.append("quotas")
         self.config = new
         return changes
@@ -140,3 +140,7 @@ class LiveConfig:
                     raise ConfigError(f"{place}{member.where} is still that of {holder}; allowed: once it is gone")
             if member.name in self._leaving:
                 raise ConfigError(f"{place}{member.name} is being drained; allowed: once it is gone, or another name")
+
+
+def _quotas_of(config: PoolConfig) -> tuple[object, ...]:
+    return config.default_quota, config.quotas, config.named_tenants_only

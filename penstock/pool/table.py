@@ -12,12 +12,15 @@ from itertools import pairwise
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
 from penstock.core.new_block import NewBlock
-from penstock.core.pool.keeping import Keeping
+from penstock.core.pool.keeping import STEPS, Keeping
 from penstock.core.pool.placement import CYCLE_BLOCKS, Placement
-from penstock.core.pool.quota import TenantQuotas
+from penstock.core.pool.quota import SHARED, TenantQuotas
 from penstock.pool.block import Block
 from penstock.pool.room import MemberSpace
 
+EVICTION_REASONS = ("own", "shared", "over_quota")
+SCAN_BLOCKS_FREE = 1024  # blocks of a member that a search may look at at any time
+SCAN_BLOCKS_PER_CHANGE = 64  # how many more for each block that came or went since a search that found nothing
 SEEDS_MAX = 8  # holes around which neighbours are looked at when free space is in pieces
 
 
@@ -58,11 +61,15 @@ class Table:
         self.placement = Placement(weights)
         self.quotas = quotas or TenantQuotas()
         self.scans = 0  # searches over a whole member
+        self.evictions = dict.fromkeys(EVICTION_REASONS, 0)  # blocks that left for a new one, by why it was they
         self._keeping = Keeping(len(self.members), self.quotas)
         self._blocks: dict[BlockKey, Block] = {}
         self._writing: dict[BlockKey, Block] = {}
         self._moving: dict[BlockKey, Block] = {}  # the copies that are being made
         self._detached: set[Block] = set()
+        self._changes = 0  # extents taken and given back
+        self._no_scan_before: dict[int, int] = {}  # by member: changes at which a search may be of use again
+        self._note_capacity()
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -83,7 +90,10 @@ class Table:
         return key in self._writing
 
     def touch(self, block: Block) -> float:
-        """Note a use; returns what the block is worth now."""
+        """Note a use; returns what the block is worth now. Its tenant may have an account of its own from now on, which
+        then is charged with it."""
+        if self._charge_user(block):
+            self._keeping.set_account(block.key, block.account)
         value = self._keeping.touch(block.key)
         block.uses = self._keeping.uses(block.key)
         return value
@@ -124,24 +134,37 @@ class Table:
 
     def reserve(self, new: NewBlock, without: Container[int] = ()) -> tuple[Block | None, list[Block]]:
         """An extent for a block that is about to be written, and the blocks that had to leave for it (their extents
-        are in use again from now on). None when no member that takes blocks, save those in `without`, can hold it."""
-        order = [member for member in self.placement.order(new.position) if member not in without]
-        account = self.quotas.account(new.tenant)
-        length = staging_bytes(new.size_bytes)
+        are in use again from now on). None when no member that takes blocks, save those in `without`, can hold it, or
+        when all that could leave is that of tenants within their quotas. Whose blocks leave is decided over all
+        members: nobody within its quota gives way on one because nobody else is over his there."""
+        account, length = self.quotas.account(new.tenant), staging_bytes(new.size_bytes)
         gone: list[Block] = []
+        # First of all it counts, so that who pays for the writer stays the same while its own blocks leave.
+        self.quotas.charge(account, length)
+        order = [member for member in self.placement.order(new.position) if member not in without]
+        found = self._find_room(order, length, account, gone)
+        if found is None:
+            self.quotas.credit(account, length)
+            return None, gone
+        self.quotas.note_written(account, length)
+        return self._start(new, *found, account), gone
+
+    def _find_room(self, order: list[int], length: int, account: bytes, gone: list[Block]) -> tuple[int, int] | None:
+        """A member and an offset on it for a block that is charged already."""
         for member in order:
             offset = self._space(member).allocator.take(length)
             if offset is not None:
-                return self._start(new, member, offset, account), gone
-        for member in order:
-            offset = self._make_room(member, length, account, gone)
-            if offset is not None:
-                return self._start(new, member, offset, account), gone
-        for member in order:
+                return member, offset
+        for step in STEPS:
+            for member in order:
+                offset = self._make_room(member, length, account, step, gone)
+                if offset is not None:
+                    return member, offset
+        for member in order if self._keeping.may_gain(account, length) else ():
             offset = self._clear_anywhere(member, length, account, gone)
             if offset is not None:
-                return self._start(new, member, offset, account), gone
-        return None, gone
+                return member, offset
+        return None
 
     def commit(self, block: Block) -> Block | None:
         """A written block becomes present; returns the one that its key named until now (on a fenced member), which is
@@ -173,13 +196,18 @@ class Table:
         space = self._space(member)
         taken = space.allocator.take_listed([(block.offset, block.extent_bytes) for block, _ in fit])
         kept = set()
-        for (block, value), ok in zip(fit, taken, strict=True):
-            if ok:
-                block.member = member
-                block.account = self.quotas.account(block.tenant)
-                self.quotas.charge(block.account, block.extent_bytes)
-                self._add(block, value)
-                kept.add(id(block))
+        fitting = [one for one, ok in zip(fit, taken, strict=True) if ok]
+        for block, _ in reversed(
+            fitting
+        ):  # those worth most first: their tenants get the default quotas that there are
+            block.account = self.quotas.account(block.tenant)
+            self.quotas.charge(block.account, block.extent_bytes)
+        for block, value in fitting:
+            block.member = member
+            if block.uses > 1:
+                self._charge_user(block)
+            self._add(block, value)
+            kept.add(id(block))
         return [block for block, _ in known if id(block) not in kept]
 
     # --- moving a block to another member ---
@@ -222,6 +250,9 @@ class Table:
             return False
         del self._moving[copy.key]
         copy.uses = block.uses
+        if copy.account != block.account:
+            self.quotas.recharge(copy.account, block.account, copy.extent_bytes)
+            copy.account = block.account
         if block.pins:
             self._keeping.unpin(block.key)
         self._keeping.move(block.key, copy.member)
@@ -249,9 +280,11 @@ class Table:
                 self.members[number] = MemberState(MemberSpace(start, end))
                 self.placement.set_weight(number, weight)
                 self.placement.set_health(number, True)
+                self._note_capacity()
                 return number
         self.members.append(MemberState(MemberSpace(start, end)))
         self._keeping.add_member()
+        self._note_capacity()
         return self.placement.add(weight)
 
     def start_drain(self, member: int) -> None:
@@ -267,6 +300,7 @@ class Table:
         self._keeping.set_fenced(member, False)
         self.placement.set_health(member, False)
         self.placement.set_weight(member, 0.0)
+        self._note_capacity()
 
     def check_integrity(self) -> None:
         """Assert I1..I6 and those of the parts; O(n log n)."""
@@ -304,13 +338,14 @@ class Table:
     def _start(self, new: NewBlock, member: int, offset: int, account: bytes) -> Block:
         block = Block(new.key, new.parent, member, offset, new.size_bytes, new.position % CYCLE_BLOCKS)
         block.tenant, block.rebuild_s, block.account = new.tenant, new.rebuild_s, account
-        self.quotas.charge(account, block.extent_bytes)
+        self._changes += 1
         self._writing[block.key] = block
         return block
 
     def _add(self, block: Block, value: float | None) -> None:
         size, uses = block.extent_bytes, block.uses
-        self._keeping.add(block.key, block.parent, block.member, block.account, size, block.rebuild_s, uses, value)
+        account, tenant = block.account, block.tenant
+        self._keeping.add(block.key, block.parent, block.member, account, size, block.rebuild_s, uses, value, tenant)
         self._place(block)
 
     def _place(self, block: Block) -> None:
@@ -329,20 +364,23 @@ class Table:
 
     def _give_back(self, block: Block) -> int:
         self.quotas.credit(block.account, block.extent_bytes)
+        self._changes += 1
         return self._space(block.member).allocator.give(block.offset, block.extent_bytes)
 
-    def _make_room(self, member: int, length: int, writer: bytes, gone: list[Block]) -> int | None:
+    def _make_room(self, member: int, length: int, writer: bytes, step: int, gone: list[Block]) -> int | None:
         """Evict leaves of a member, `length` bytes of them or a little more, until a hole of `length` exists; then, if
-        the free space is in pieces, the cheapest neighbours of what was evicted, leaves or not."""
+        the free space is in pieces, the cheapest neighbours of what was evicted, leaves or not. `step` is which leaves
+        (`Keeping.evict`)."""
         space = self._space(member)
         if length > space.capacity_bytes:
             return None
         holes: list[int] = []
         freed_bytes = 0
         while freed_bytes < length:
-            blocks = [self._blocks[key] for key in self._keeping.evict(member, writer, length)]
+            blocks = [self._blocks[key] for key in self._keeping.evict(member, writer, 0, (step,))]
             freed = 0
             for block in blocks:
+                self._count_eviction(block, writer)
                 hole = self._leave(block)
                 gone.append(block)
                 if block.member == member and hole is not None:
@@ -355,25 +393,50 @@ class Table:
                 break
             freed_bytes += freed
         holes = [hole for hole in holes if space.allocator.hole_at(hole)]
-        run = space.cheapest_near(holes[:SEEDS_MAX], length, lambda block: self._movable(block, writer, length))
-        return self._clear(space, run, length, gone)
+        run = space.cheapest_near(holes[:SEEDS_MAX], length, lambda block: self._movable(block, writer))
+        return self._clear(space, run, length, writer, gone)
 
     def _clear_anywhere(self, member: int, length: int, writer: bytes, gone: list[Block]) -> int | None:
-        """Evict the cheapest neighbours of the whole member: where no member has a leaf whose surroundings can go."""
+        """Evict the cheapest neighbours of the whole member: where no member has a leaf whose surroundings can go. Not
+        soon again after it found none: writes that cannot be had must not make the pool search all the time."""
         space = self._space(member)
-        if length > space.capacity_bytes:
+        if length > space.capacity_bytes or self._changes < self._no_scan_before.get(member, 0):
             return None
         self.scans += 1
-        run = space.cheapest_anywhere(length, lambda block: self._movable(block, writer, length))
-        return self._clear(space, run, length, gone)
+        pause = max(0, len(space.blocks) - SCAN_BLOCKS_FREE) // SCAN_BLOCKS_PER_CHANGE
+        self._no_scan_before[member] = self._changes + pause
+        run = space.cheapest_anywhere(length, lambda block: self._movable(block, writer))
+        return self._clear(space, run, length, writer, gone)
 
-    def _movable(self, block: Block, writer: bytes, length: int) -> bool:
-        return not block.pins and self._keeping.may_displace(block.key, writer, length)
+    def _movable(self, block: Block, writer: bytes) -> bool:
+        return not block.pins and self._keeping.may_displace(block.key, writer, 0)
 
-    def _clear(self, space: MemberSpace, run: list[Block] | None, length: int, gone: list[Block]) -> int | None:
-        if run is None:
+    def _clear(
+        self, space: MemberSpace, run: list[Block] | None, length: int, writer: bytes, gone: list[Block]
+    ) -> int | None:
+        if run is None or not self._keeping.may_displace_all([block.key for block in run], writer, 0):
             return None
         for block in run:
+            self._count_eviction(block, writer)
             self.drop(block)
             gone.append(block)
         return space.allocator.take(length)
+
+    def _charge_user(self, block: Block) -> bool:
+        """Note that a block was used again; whether another account is charged with it from now on."""
+        account = self.quotas.used(block.tenant, block.account)
+        if account == block.account:
+            return False
+        self.quotas.recharge(block.account, account, block.extent_bytes)
+        block.account = account
+        return True
+
+    def _count_eviction(self, block: Block, writer: bytes) -> None:
+        if block.account == writer != SHARED:
+            reason = "own"
+        else:
+            reason = "shared" if self.quotas.payer(block.account) == self.quotas.payer(writer) else "over_quota"
+        self.evictions[reason] += 1
+
+    def _note_capacity(self) -> None:
+        self.quotas.set_capacity(sum(state.space.capacity_bytes for state in self.members if not state.gone))

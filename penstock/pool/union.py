@@ -203,6 +203,9 @@ class UnionPool:
             _added_up(stat.tenants for stat in counted),
             _added_up(stat.losses for stat in counted),
             _added_up(stat.thread_failures for stat in counted),
+            _added_up(stat.over_quota for stat in counted),
+            _added_up(stat.evictions_by for stat in counted),
+            sum(stat.writes_refused for stat in counted),
         )
 
     def close(self, timeout_s: float) -> None:

@@ -43,13 +43,15 @@ def finish_work(work: Work, error: PoolError | None) -> None:
 
 
 class WorkQueue:
-    """Many threads put, the member's worker takes. Loads are taken fairly among the tenants whose blocks they are,
-    stores in order."""
+    """Many threads put, the member's worker takes. Loads, and stores, are taken fairly among the accounts that their
+    blocks are charged to, those of one account in order. A full queue takes an account's work in the place of the last
+    work of the account that has most in it."""
 
     def __init__(self, loads_max: int, stores_max: int) -> None:
         self._max = {"load": loads_max, "store": stores_max}
         self._loads: FairQueue[Work] = FairQueue()
-        self._stores: deque[Work] = deque()
+        self._stores: FairQueue[Work] = FairQueue()
+        self._displaced: deque[Work] = deque()  # to be ended by the worker
         self._changed = threading.Condition()
         self._closed = False
         self._kicked = False
@@ -68,13 +70,16 @@ class WorkQueue:
         with self._changed:
             if self._closed:
                 return PoolError("closed", "the pool is closing")
-            waiting = len(self._loads) if work.kind == "load" else len(self._stores)
-            if waiting >= self._max[work.kind]:
-                return PoolError("dropped", f"{waiting} {work.kind}s wait for this member; that is the limit")
-            if work.kind == "load":
-                self._loads.put(work, work.block.tenant, work.block.extent_bytes)
-            else:
-                self._stores.append(work)
+            queue = self._loads if work.kind == "load" else self._stores
+            account = work.block.account
+            if len(queue) >= self._max[work.kind]:
+                # As many more may wait to be ended as may wait: a worker that hangs ends nothing.
+                room = len(self._displaced) < self._max[work.kind]
+                displaced = queue.displace(account) if room else None
+                if displaced is None:
+                    return PoolError("dropped", f"{len(queue)} {work.kind}s wait for this member; that is the limit")
+                self._displaced.append(displaced)
+            queue.put(work, account, work.block.extent_bytes)
             self._changed.notify()
             return None
 
@@ -83,16 +88,18 @@ class WorkQueue:
             return self._loads.take()
 
     def take_store(self, committed: int) -> Work | None:
-        """The oldest store, unless a load waits or the store's extent is not free of its old row yet."""
+        """The next store, unless a load waits or the store's extent is not free of its old row yet."""
         with self._changed:
-            if self._loads or not self._stores or self._stores[0].after > committed:
+            store = self._stores.peek()
+            if self._loads or store is None or store.after > committed:
                 return None
-            return self._stores.popleft()
+            return self._stores.take()
 
     def ready(self, committed: int, stores: bool) -> bool:
         """Whether `take_load`, or `take_store` where `stores` may start, would give something now."""
         with self._changed:
-            return bool(self._loads) or (stores and bool(self._stores) and self._stores[0].after <= committed)
+            store = self._stores.peek() if stores else None
+            return bool(self._loads) or (store is not None and store.after <= committed)
 
     def expired(self) -> list[Work]:
         """Work whose deadline has passed, taken out; looked for every `EXPIRY_CHECK_S`."""
@@ -104,10 +111,16 @@ class WorkQueue:
             late: list[Work] = []
             if self._loads:
                 late = self._loads.remove_if(lambda work: work.deadline_s <= now_s)
-            if any(work.deadline_s <= now_s for work in self._stores):
-                late.extend(work for work in self._stores if work.deadline_s <= now_s)
-                self._stores = deque(work for work in self._stores if work.deadline_s > now_s)
+            if self._stores:
+                late += self._stores.remove_if(lambda work: work.deadline_s <= now_s)
         return late
+
+    def displaced(self) -> list[Work]:
+        """Work that made way for that of another account, to be ended as `dropped`."""
+        with self._changed:
+            gone = list(self._displaced)
+            self._displaced.clear()
+        return gone
 
     def wait(self, timeout_s: float = 1.0) -> None:
         """Return when something was put, kicked or closed; at the latest in time for the next deadline check."""
@@ -138,6 +151,8 @@ class WorkQueue:
             if not kinds or "load" in kinds:
                 rest.extend(self._loads.drain())
             if not kinds or "store" in kinds:
-                rest.extend(self._stores)
-                self._stores.clear()
+                rest.extend(self._stores.drain())
+            if not kinds:
+                rest.extend(self._displaced)
+                self._displaced.clear()
             return rest

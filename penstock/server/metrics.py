@@ -29,7 +29,7 @@ _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 _RATIOS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0, 2.0, 5.0)
 _NOT_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
 # Labelled series of the engine that only grow.
-_COUNTED = ("request_seconds", "load_failures", "save_failures", "hand_off_failures")
+_COUNTED = ("request_seconds", "load_failures", "save_failures", "hand_off_failures", "pool_evictions")
 MEASURABLE_S = 1e-3  # a predicted time is compared with a measured one from here on
 
 

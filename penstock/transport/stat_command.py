@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -65,19 +66,31 @@ def _print(found: PoolStat) -> None:
         table.add_row(*_row(member))
     console.print(table)
     if found.tenants:
-        tenants = Table("tenant", "holds")
+        over = dict(found.over_quota)
+        tenants = Table("tenant", "holds", "over its quota by")
         for tag, held_bytes in found.tenants:
-            tenants.add_row(tag or "(none)", format_bytes(held_bytes))
+            by = format_bytes(over.pop(tag)) if tag in over else "-"
+            tenants.add_row(_TENANTS.get(tag, tag), format_bytes(held_bytes), by)
+        for tag, excess_bytes in over.items():
+            tenants.add_row(_TENANTS.get(tag, tag), "-", format_bytes(excess_bytes))
         console.print(tenants)
     console.print(
-        f"evicted {found.evictions} blocks, moved {found.moved_blocks}; writes dropped {found.writes_dropped}, "
-        f"not admitted to SSDs {found.writes_not_admitted}; checksum errors {found.checksum_errors}"
+        f"evicted {found.evictions} blocks{_by(found.evictions_by)}, moved {found.moved_blocks}; "
+        f"writes dropped {found.writes_dropped}, not admitted to SSDs {found.writes_not_admitted}, "
+        f"refused {found.writes_refused}; checksum errors {found.checksum_errors}"
     )
     for what, counts in (("lost", found.losses), ("thread failures", found.thread_failures)):
         if counts:
             console.print(f"{what}: " + ", ".join(f"{name} {count}" for name, count in counts))
 
 
+def _by(counts: Sequence[tuple[str, int]]) -> str:
+    """Counts above 0 in brackets, ready to follow their sum."""
+    shown = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts if count)
+    return f" ({shown})" if shown else ""
+
+
+_TENANTS = {"": "(none)", b"others".hex(): "(all without a quota of their own)"}
 _COLUMNS = ("member", "kind", "state", "blocks", "used", "capacity", "share", "reads at", "waiting", "errors")
 
 

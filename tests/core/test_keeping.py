@@ -71,7 +71,8 @@ def test_the_one_most_over_its_quota_pays_first() -> None:
     assert evict(kept, A) == [key(("b", 0))]
     kept.quotas.credit(B, 30)
     kept.quotas.charge(B, 10)
-    assert evict(kept, A) == [key(("b", 1))], "nobody is over: the least worth"
+    assert evict(kept, A) == [key("a")], "nobody is over: the writer itself"
+    assert evict(kept, A) == [], "and nobody else"
 
 
 def test_whoever_is_over_and_has_nothing_there_takes_nothing_from_those_within() -> None:
@@ -171,3 +172,54 @@ def test_charges_and_credits_in_any_order(steps: list[tuple[int, int]], default:
 def test_a_negative_quota_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 0"):
         TenantQuotas({A: -1})
+
+
+def test_a_child_of_another_tenants_block_does_not_keep_it() -> None:
+    """By a child each, before or after it, a stranger would fill a tenant's quota with blocks that cannot go."""
+    kept = keeping({A: 20})
+    kept.quotas.charge(B, 20)
+    kept.add(b"early", b"a0", 0, B, 10, 0.0)
+    for name in (b"a0", b"a1"):
+        kept.quotas.charge(A, 10)
+        kept.add(name, ROOT, 0, A, 10, 0.0)
+    kept.add(b"late", b"a1", 0, B, 10, 0.0)
+    assert [evict(kept, A), evict(kept, A)] == [[b"a0"], [b"a1"]]
+
+
+def test_a_payer_that_is_not_over_keeps_its_blocks_on_fenced_members_too() -> None:
+    kept = keeping({A: 10, B: 100})
+    add(kept, "within", B, member=1)
+    for i in range(3):
+        add(kept, ("over", i), A, member=1)
+    add(kept, "own", C)
+    kept.set_fenced(1, True)
+    assert evict(kept, B) == [key(("over", 0)), key(("over", 1))], "what A is over by, and no more"
+    kept.quotas.credit(A, 20)
+    assert evict(kept, C) == [key("own")]
+
+
+def test_a_search_looks_at_few_of_many_that_are_over() -> None:
+    quotas = TenantQuotas({i.to_bytes(8, "little"): 5 for i in range(5000)})
+    kept = Keeping(2, quotas)
+    for i in range(5000):
+        add(kept, i, i.to_bytes(8, "little"), size=10 + i % 7)
+    before = quotas.looks
+    for _ in range(1000):
+        gone = kept.evict(0, SHARED, 10)
+        for one in gone:
+            quotas.credit(int(one).to_bytes(8, "little"), 10 + int(one) % 7)
+        assert len(gone) == 1
+    kept.check_integrity()
+    assert quotas.looks - before <= 4 * 1000
+
+
+def test_what_invented_tenants_leave_behind_is_forgotten() -> None:
+    kept = keeping()
+    for i in range(20_000):
+        tenant = i.to_bytes(8, "little")
+        account = kept.quotas.account(tenant)
+        add(kept, i, tenant)
+        kept.quotas.credit(account, 10)
+        assert kept.evict(0, account, 10) == [key(i)]
+    kept.check_integrity()
+    assert kept.groups <= 1

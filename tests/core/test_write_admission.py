@@ -50,6 +50,15 @@ def test_what_was_seen_is_bounded_and_the_oldest_is_forgotten() -> None:
     assert not admission.admits(key(0)) and admission.admits(key(99))
 
 
+def test_a_flood_of_lookups_does_not_make_it_forget_what_was_written() -> None:
+    admission = WriteAdmission("reused", keys_max=100)
+    assert not admission.admits(key(1))
+    for i in range(1000, 3000):
+        admission.asked(key(i))
+        admission.asked(key(i))
+    assert len(admission) <= 100 and admission.admits(key(1))
+
+
 @pytest.mark.parametrize(("mode", "keys"), [("some", 10), ("reused", 0)])
 def test_wrong_values_are_refused(mode: str, keys: int) -> None:
     with pytest.raises(ValueError, match="must be"):

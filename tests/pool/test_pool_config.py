@@ -11,6 +11,7 @@ from penstock.core.config import ConfigError
 from penstock.core.new_block import tenant_tag
 from penstock.pool.config import KINDS, PoolConfig, config_of_flags
 from penstock.pool.config_file import read_pool_config
+from penstock.pool.open import policy_of
 
 MIB = 1 << 20
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "pool.toml"
@@ -81,6 +82,20 @@ def test_every_kind_and_key_is_read(tmp_path: Path) -> None:
     assert read.state == tmp_path / "tables" and read.profile == tmp_path / "profile.json"
     assert read.block_bytes == 8 * MIB and read.pace_bytes_per_s == 200e6 and read.write_admission == "reused"
     assert read.quota_bytes(8 * MIB) == (2 * MIB, {tenant_tag("alice"): MIB})
+
+
+def test_unknown_tenants_are_refused_where_the_file_says_so(tmp_path: Path) -> None:
+    whole = "[quota]\nunknown = 'refuse'\ntenants = { bob = '1MiB' }\n"
+    assert config(tmp_path, MEMORY + whole).named_tenants_only
+    assert not config(tmp_path, MEMORY + whole.replace("refuse", "share")).named_tenants_only
+
+
+def test_quotas_by_name_beyond_the_pool_are_said_at_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    policy_of(config(tmp_path, MEMORY + "[quota]\ntenants = { a = '75%', b = '50%' }"), 4 * MIB)
+    assert "the quotas of [quota] tenants are 5 MiB together, the pool has 4 MiB" in caplog.text
+    caplog.clear()
+    policy_of(config(tmp_path, MEMORY + "[quota]\ntenants = { a = '50%', b = '50%' }"), 4 * MIB)
+    assert caplog.text == ""
 
 
 def test_the_example_is_read_as_it_stands_and_with_all_that_is_commented_out(tmp_path: Path) -> None:
@@ -158,6 +173,15 @@ MEMORY = '[[member]]\nkind = "memory"\ncapacity = "1MiB"\n'
         (MEMORY + "[quota]\nbob = '1MiB'", "[quota] has 'bob'; allowed: default, tenants"),
         (MEMORY + "[quota]\ndefault = '120%'", "[quota] default is '120%'; allowed: a size"),
         (MEMORY + "[quota]\ntenants = { bob = 7 }", "[quota] tenants.bob is 7"),
+        (MEMORY + "[quota]\ntenants = 7", "[quota] tenants is not understood; allowed: a table of cache_salt"),
+        (MEMORY + "[quota]\nunknown = 'deny'", "[quota] unknown is 'deny'; allowed: share, refuse"),
+        (MEMORY + "[quota]\nunknown = 1", "[quota] unknown is 1; allowed: share, refuse"),
+        (MEMORY + "[quota]\nunknown = ['refuse']", "[quota] unknown is ['refuse']; allowed: share, refuse"),
+        (MEMORY + "[quota]\nunknown = 'refuse'", '[quota] unknown is "refuse" and tenants is empty'),
+        (
+            MEMORY + "[quota]\nunknown = 'refuse'\ndefault = '1%'\ntenants = { bob = '1MiB' }",
+            '[quota] has a default for tenants that unknown = "refuse" refuses',
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line_with_its_place(tmp_path: Path, text: str, expected: str) -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import chain, read, until, write
+from helpers import chain, key_of, read, until, write
 
+from penstock.core.new_block import tenant_tag
 from penstock.transport.connect import connect_pool
 
 COMMAND = [sys.executable, "-m", "penstock"]
@@ -134,6 +135,44 @@ def test_weights_quotas_and_admission_change(node: Node) -> None:
         assert write(client, key, parent) in ("ok", "dropped")
     assert {m["name"]: m["blocks"] for m in node.stat()["members"]}["ssd:0"] == 0
     client.close(5.0)
+
+
+def test_invented_tenants_and_nobody_take_nothing_of_one_within_its_quota(tmp_path: Path) -> None:
+    file = tmp_path / "pool.toml"
+    file.write_text(MEMORY + '[quota]\ndefault = "25%"\ntenants = { named = "10%" }\n')
+    node = Node(file)
+    client = connect_pool(node.address)
+
+    def fill(tenant: str, count: int) -> list[bytes]:
+        keys = [key_of((tenant, i)) for i in range(count)]
+        for key in keys:
+            assert write(client, key, key_of((key, "parent")), tenant=tenant) in ("ok", "full")
+        return keys
+
+    def held(keys: list[bytes]) -> int:
+        return sum(found is not None for found in client.lookup(keys, WAIT_S))
+
+    honest, named = fill("honest", 30), fill("named", 20)
+    assert held(honest) == 30
+    for number in range(256):
+        fill(f"invented {number}", 1)
+    fill("", 300)
+    assert held(honest) == 30 and held(named) == 20
+    late = fill("late", 10)
+    assert held(late) == 10
+    found = node.stat()
+    assert sum(count for _, count in found["evictions_by"]) == found["evictions"] > 300
+    over = dict(found["over_quota"])
+    assert over and not over.keys() & {tenant_tag(name).hex() for name in ("honest", "named")}
+    shown = subprocess.run([*COMMAND, "pool", "stat", node.address], capture_output=True, text=True).stdout
+    assert "over its quota by" in shown and "own " in shown and "(all without a quota of their own)" in shown
+    node.reload(MEMORY + '[quota]\nunknown = "refuse"\ntenants = { named = "10%" }\n')
+    assert node.out.get(timeout=WAIT_S) == "pool node pool reloaded: quotas"
+    assert write(client, key_of("refused"), tenant="honest") == write(client, key_of("refused")) == "dropped"
+    assert write(client, key_of("taken"), tenant="named") == "ok" and held(honest) >= 29
+    assert node.stat()["writes_refused"] == 2
+    client.close(5.0)
+    node.end()
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,16 @@ class FairQueue(Generic[Item]):
         self._length -= len(removed)
         return removed
 
+    def displace(self, tenant: bytes) -> Item | None:
+        """Where the queue is full: take out the last item of the tenant with the most, for an item of `tenant`. None
+        when `tenant` would then have as many as that one; O(tenants)."""
+        longest = max(self._queues, key=lambda name: len(self._queues[name]), default=None)
+        if longest is None or len(self._queues[longest]) < len(self._queues.get(tenant, ())) + 2:
+            return None
+        item, _ = self._queues[longest].pop()
+        self._length -= 1
+        return item
+
     def drain(self) -> list[Item]:
         """Everything, taken out in the order of `take`."""
         rest: list[Item] = []

@@ -1,22 +1,28 @@
 """Which blocks of the pool stay and which leave: worth, quotas, leaf before root, one order per member.
 
-K1  A block that is pinned, or has a child in the pool, never leaves by itself.
-K2  Of a member's blocks the least worth leaves (`RebuildValue`); worth is compared within a member.
-K3  Whoever writes within its quota takes room from the tenant that is most over its own, else by K2.
-K4  Whoever writes over its quota takes room from itself, else from a tenant further over than it, else not at all.
-K5  A fenced member's leaf leaves before a block that is worth more: it stands in the way of its ancestors elsewhere.
+K1  A block that is pinned, or has a child of its own tenant in the pool, never leaves by itself.
+K2  Of what a payer has on a member the least worth leaves (`RebuildValue`); worth is compared within a member.
+K3  Whoever writes within its quota takes room from the payer that is most over its own, else from itself.
+K4  Whoever writes over its quota takes room from itself, else from a payer further over than it, else not at all.
+K5  A fenced member's leaf leaves before a block of the same payer that is worth more: it stands in the way of its
+    ancestors elsewhere.
+
+So a payer that is not over its quota loses blocks by its own writes only. A payer is a tenant with a quota, or all
+without one together (`TenantQuotas.payer`); where nobody has a quota, the least worth leaves, whoever writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from penstock.core.eviction import PrefixIndex, RebuildValue
 from penstock.core.keys import BlockKey
-from penstock.core.pool.quota import TenantQuotas
+from penstock.core.pool.quota import SHARED, TenantQuotas
 
 FENCED_EVICTIONS_MAX = 64  # leaves of fenced members that one search for room lets go
+STEPS = (0, 1)  # of a search for room: first those whom K3 and K4 name first, on any member, then the other ones
 
 
 @dataclass(slots=True)
@@ -28,11 +34,16 @@ class _Kept:
     size_bytes: int
     rebuild_s: float
     uses: int
+    name: BlockKey
 
 
-def _member_of(group: Hashable) -> int:
-    assert isinstance(group, tuple)
-    return int(group[0])
+def _name(key: BlockKey, tenant: bytes) -> BlockKey:
+    """What the order of leaves knows a block by: nobody makes a leaf of another tenant's into none, by a child."""
+    return key + tenant + bytes((len(tenant),))
+
+
+def _key(name: BlockKey) -> BlockKey:
+    return name[: -1 - name[-1]]
 
 
 class Keeping:
@@ -43,13 +54,14 @@ class Keeping:
 
     def __init__(self, members: int, quotas: TenantQuotas) -> None:
         self.quotas = quotas
-        self._index: PrefixIndex[BlockKey] = PrefixIndex(family_of=_member_of)
+        self._index: PrefixIndex[BlockKey] = PrefixIndex(family_of=self._family)
         self._kept: dict[BlockKey, _Kept] = {}
         self._worth = [RebuildValue() for _ in range(members)]
         self._uses = 0  # of all members
         self._seen = [0] * members  # uses that each member's worth has aged by
         self._accounts: list[dict[bytes, int]] = [{} for _ in range(members)]
         self._fenced: set[int] = set()
+        quotas.on_payer_changed = self._payer_changed
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -57,9 +69,14 @@ class Keeping:
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._kept
 
+    @property
+    def groups(self) -> int:
+        """How many orders of leaves are kept: at most those of accounts with blocks, and of blocks that left lately."""
+        return self._index.groups
+
     def value(self, key: BlockKey) -> float:
         """What the block is worth, in its member's terms; for a durable table."""
-        return self._index.last_use(key)
+        return self._index.last_use(self._kept[key].name)
 
     def uses(self, key: BlockKey) -> int:
         return self._kept[key].uses
@@ -82,14 +99,18 @@ class Keeping:
         rebuild_s: float,
         uses: int = 1,
         value: float | None = None,
+        tenant: bytes | None = None,
     ) -> None:
-        """Keep a block that became present; `value` is its worth from a durable table, None for a new one."""
+        """Keep a block that became present; `value` is its worth from a durable table, None for a new one; `tenant`
+        whose it is (None: that of its account)."""
         if value is None:
             value = self._used(member, uses, rebuild_s, size_bytes)
         else:
             value = self._worth[member].restored(value, uses, rebuild_s, size_bytes)
-        self._index.add(key, parent, value, (member, account))
-        self._kept[key] = _Kept(member, account, size_bytes, rebuild_s, uses)
+        tenant = account if tenant is None else tenant
+        name = _name(key, tenant)
+        self._index.add(name, _name(parent, tenant), value, (member, account))
+        self._kept[key] = _Kept(member, account, size_bytes, rebuild_s, uses, name)
         self._count(member, account, 1)
 
     def touch(self, key: BlockKey) -> float:
@@ -97,63 +118,88 @@ class Keeping:
         kept = self._kept[key]
         kept.uses += 1
         value = self._used(kept.member, kept.uses, kept.rebuild_s, kept.size_bytes)
-        self._index.touch(key, value)
+        self._index.touch(kept.name, value)
         return value
 
     def pin(self, key: BlockKey) -> None:
-        self._index.pin(key)
+        self._index.pin(self._kept[key].name)
 
     def unpin(self, key: BlockKey) -> None:
-        self._index.unpin(key)
+        self._index.unpin(self._kept[key].name)
 
     def pinned(self, key: BlockKey) -> bool:
-        return self._index.pins(key) > 0
+        return self._index.pins(self._kept[key].name) > 0
 
     def remove(self, key: BlockKey) -> None:
         """A block is no longer present. Raises ValueError when it is pinned."""
-        self._index.remove(key)
+        self._index.remove(self._kept[key].name)
         self._forget(key)
 
     def move(self, key: BlockKey, member: int) -> None:
         """A block lies on another member now; it is worth there what it was here."""
         kept = self._kept[key]
-        above = self._index.last_use(key) - self._aged(kept.member).inflation
+        above = self.value(key) - self._aged(kept.member).inflation
         self._count(kept.member, kept.account, -1)
         self._count(member, kept.account, 1)
         kept.member = member
-        self._index.regroup(key, (member, kept.account), self._aged(member).inflation + above)
+        self._index.regroup(kept.name, (member, kept.account), self._aged(member).inflation + above)
+
+    def set_account(self, key: BlockKey, account: bytes) -> None:
+        """A block counts against another account; the caller charges it."""
+        kept = self._kept[key]
+        self._count(kept.member, kept.account, -1)
+        kept.account = account
+        self._count(kept.member, account, 1)
+        self._index.regroup(kept.name, (kept.member, account), self.value(key))
 
     def may_displace(self, key: BlockKey, writer: bytes, more_bytes: int) -> bool:
         """Whether a write of `more_bytes` to the account `writer` may push out this unpinned block (K3, K4)."""
-        account = self._kept[key].account
-        excess = self.quotas.excess_bytes(writer, more_bytes)
-        return excess <= 0 or account == writer or self.quotas.excess_bytes(account) > excess
+        return self.may_displace_all((key,), writer, more_bytes)
 
-    def evict(self, member: int, writer: bytes, more_bytes: int) -> list[BlockKey]:
+    def may_displace_all(self, keys: Iterable[BlockKey], writer: bytes, more_bytes: int) -> bool:
+        """The same of several blocks, one after the other: nobody loses more than what he is over by, and what is left
+        of the last block."""
+        own, floor = self.quotas.payer(writer), max(0.0, self.quotas.excess_bytes(writer, more_bytes))
+        lost: dict[bytes, int] = {}
+        for kept in (self._kept[key] for key in keys):
+            payer = self.quotas.payer(kept.account)
+            if payer != own and self.quotas.excess_bytes(payer) - lost.get(payer, 0) <= floor:
+                return False
+            lost[payer] = lost.get(payer, 0) + kept.size_bytes
+        return True
+
+    def may_gain(self, writer: bytes, charged_bytes: int) -> bool:
+        """Whether there is any payer whose blocks may leave for a write that the account `writer` is charged with."""
+        own, floor = self.quotas.payer(writer), max(0.0, self.quotas.excess_bytes(writer))
+        return (
+            self.quotas.paid_bytes(own) > charged_bytes
+            or self.quotas.most_over(lambda one: one != own, floor) is not None
+        )
+
+    def evict(self, member: int, writer: bytes, more_bytes: int, steps: Sequence[int] = STEPS) -> list[BlockKey]:
         """Take out the block that leaves `member` for a write of `more_bytes` to the account `writer`, after any leaves
-        of fenced members that had to go first (K5). Empty when none may leave."""
-        account = self._payer(member, writer, more_bytes)
-        if account is not None:
-            return [self._evict_from((member, account))]
-        if self.quotas.excess_bytes(writer, more_bytes) > 0:
-            return []
-        gone: list[BlockKey] = []
-        while True:
-            group = self._least(member)
-            fenced = self._least_fenced() if len(gone) < FENCED_EVICTIONS_MAX else None
-            if fenced is not None and (group is None or self._above(fenced) < self._above(group)):
-                gone.append(self._evict_from(fenced))
-                continue
-            return [*gone, self._evict_from(group)] if group is not None else gone
+        of fenced members that had to go first (K5). Empty when none may leave in these `steps`; the caller tries the
+        first step on all members before the second."""
+        own, excess = self.quotas.payer(writer), self.quotas.excess_bytes(writer, more_bytes)
+        for step in steps:
+            if (step == 0) == (excess > 0):
+                gone = self._evict_of(own, member, math.inf)
+            else:
+                floor = max(0.0, excess)
+                payer = self.quotas.most_over(lambda one: one != own and self._has_leaf(member, one), floor)
+                gone = [] if payer is None else self._evict_of(payer, member, self.quotas.excess_bytes(payer) - floor)
+            if gone:
+                return gone
+        return []
 
     def check_integrity(self) -> None:
         """Assert I1 and those of the parts; O(n)."""
         self._index.check_integrity()
         self.quotas.check_integrity()
-        assert set(self._index) == set(self._kept)
+        assert {_key(name) for name in self._index} == set(self._kept) and len(self._index) == len(self._kept)
         counted: list[dict[bytes, int]] = [{} for _ in self._accounts]
         for key, kept in self._kept.items():
-            assert self._index.group(key) == (kept.member, kept.account), f"I1: {key.hex()} is in another group"
+            assert self._index.group(kept.name) == (kept.member, kept.account), f"I1: {key.hex()} is in another group"
             counted[kept.member][kept.account] = counted[kept.member].get(kept.account, 0) + 1
         assert counted == self._accounts, "I1: accounts of members are miscounted"
 
@@ -170,28 +216,47 @@ class Keeping:
         self._seen[member] = self._uses
         return value
 
-    def _payer(self, member: int, writer: bytes, more_bytes: int) -> bytes | None:
-        """The account that gives way by its quota and has a candidate on the member; None when quotas say nothing."""
-        excess = self.quotas.excess_bytes(writer, more_bytes)
-        if excess > 0 and self._index.next_use((member, writer)) is not None:
-            return writer
-        here = self._accounts[member]
-        over = [account for account in self.quotas.over if account in here]
-        for account in sorted(over, key=lambda account: (-self.quotas.excess_bytes(account), account)):
-            if excess > 0 and self.quotas.excess_bytes(account) <= excess:
-                return None
-            if self._index.next_use((member, account)) is not None:
-                return account
-        return None
+    def _evict_of(self, payer: bytes, member: int, over_bytes: float) -> list[BlockKey]:
+        """What a payer gives up on a member, after leaves on fenced ones (K5), while it is over by `over_bytes`."""
+        gone: list[BlockKey] = []
+        while over_bytes > 0:
+            group = self._least(member, payer)
+            fenced = self._least_fenced(payer) if len(gone) < FENCED_EVICTIONS_MAX else None
+            first = fenced is not None and (group is None or self._above(fenced) < self._above(group))
+            leaves = fenced if first else group
+            if leaves is None:
+                break
+            key, size_bytes = self._evict_from(leaves)
+            gone.append(key)
+            if not first:
+                break
+            over_bytes -= size_bytes
+        return gone
 
-    def _least(self, member: int) -> tuple[int, bytes] | None:
-        """The group of a member whose candidate is worth least."""
+    def _has_leaf(self, member: int, payer: bytes) -> bool:
+        return self._least(member, payer) is not None or self._least_fenced(payer) is not None
+
+    def _family(self, group: Hashable) -> Hashable:
+        """Accounts that pay together are a family on each member; the others are not."""
+        assert isinstance(group, tuple)
+        return group[0] if self.quotas.payer(group[1]) == SHARED else None
+
+    def _payer_changed(self, account: bytes) -> None:
+        for member, accounts in enumerate(self._accounts):
+            if account in accounts:
+                self._index.refamily((member, account))
+
+    def _least(self, member: int, payer: bytes) -> tuple[int, bytes] | None:
+        """The group of a payer on a member whose candidate is worth least; its own one where it pays for itself."""
+        if payer != SHARED:
+            own = (member, payer)
+            return own if payer in self._accounts[member] and self._index.next_use(own) is not None else None
         group = self._index.least_group(member)
         assert group is None or isinstance(group, tuple)
         return group
 
-    def _least_fenced(self) -> tuple[int, bytes] | None:
-        groups = [group for member in self._fenced if (group := self._least(member)) is not None]
+    def _least_fenced(self, payer: bytes) -> tuple[int, bytes] | None:
+        groups = [group for member in self._fenced if (group := self._least(member, payer)) is not None]
         return min(groups, key=self._above, default=None)
 
     def _above(self, group: tuple[int, bytes]) -> float:
@@ -200,13 +265,16 @@ class Keeping:
         assert use is not None
         return use - self._aged(group[0]).inflation
 
-    def _evict_from(self, group: tuple[int, bytes]) -> BlockKey:
+    def _evict_from(self, group: tuple[int, bytes]) -> tuple[BlockKey, int]:
+        """The block that left, and its bytes."""
         value = self._index.next_use(group)
-        key = self._index.evict_one(group)
-        assert key is not None and value is not None
+        name = self._index.evict_one(group)
+        assert name is not None and value is not None
         self._worth[group[0]].evicted(value)
+        key = _key(name)
+        size_bytes = self._kept[key].size_bytes
         self._forget(key)
-        return key
+        return key, size_bytes
 
     def _forget(self, key: BlockKey) -> None:
         kept = self._kept.pop(key)

@@ -10,11 +10,13 @@ from penstock.core.pool.write_admission import WriteAdmissionMode
 
 @dataclass(frozen=True, slots=True)
 class PoolPolicy:
-    """`quota_bytes` is by tenant tag (`core.new_block.tenant_tag`), `default_quota_bytes` for every other tenant (None:
-    no limit). `follow_bandwidth` moves shares when a member reads slower than its weight says, or recovers; weights
-    must be bytes per second then."""
+    """`quota_bytes` is by tenant tag (`core.new_block.tenant_tag`), `default_quota_bytes` for every other tenant, and
+    for blocks without one (None: no limit, no guarantee); with `named_tenants_only` nothing of those is stored.
+    `follow_bandwidth` moves shares when a member reads slower than its weight says, or recovers; weights must be bytes
+    per second then."""
 
     write_admission: WriteAdmissionMode = "all"
     default_quota_bytes: int | None = None
     quota_bytes: Mapping[bytes, int] = field(default_factory=dict)
     follow_bandwidth: bool = False
+    named_tenants_only: bool = False

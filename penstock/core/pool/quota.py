@@ -1,93 +1,256 @@
-"""How many bytes of the pool each tenant holds, and who is over its quota."""
+"""How many bytes of the pool each tenant holds, what is guaranteed to it, and who holds more than that."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-ACCOUNTS_MAX = 256  # tenants without a quota of their own that are told apart; the rest share one account
+from penstock.core.pool.most_over import MostOver
+from penstock.core.pool.quota_places import QuotaPlaces
+
+ACCOUNTS_MAX = 256  # tenants without a quota by name that are counted one by one; the rest share one account
 SHARED = b"others"  # no tenant's tag has this length
 
 
 class TenantQuotas:
-    """Bytes by account. A tenant has an account of its own while it holds bytes, as far as there are any left.
+    """Bytes by account, and who pays when space is short (`core.pool.keeping`).
 
-    Quotas are soft: free space may be used beyond them. They decide who gives way when space is short (`core.keeping`).
+    Q1  A tenant with a quota by name has it whatever others do. Where these quotas exceed the pool, all of them shrink
+        in proportion.
+    Q2  The default quota goes to as many other tenants as fit into what names leave, less one
+        (`core.pool.quota_places`): that one default quota, and the remainder, is what all further tenants share.
+    Q3  Blocks without a tenant (empty tag) are those of a tenant like others.
+    Q4  The quotas together are the pool: when it is full, somebody is over, or everybody holds exactly what is his.
 
-    I1  an account without bytes is not kept
-    I2  `over` names exactly the accounts that hold more than their quota
-    I3  at most `ACCOUNTS_MAX` accounts besides those that once had a quota of their own, that of nobody and the shared
+    Each account with a quota of its own pays for itself; those without pay together, as `SHARED`. Quotas are soft: free
+    space may be used beyond them.
+
+    I1  an account without bytes is not kept, and has no place
+    I2  `over` names exactly the payers that hold more than their quota
+    I3  at most `2 * ACCOUNTS_MAX` accounts besides those that have, or once had, a quota by name, and `SHARED`
+    I4  what the accounts of a payer hold is what it holds
     """
 
-    def __init__(self, quota_bytes: Mapping[bytes, int] | None = None, default_bytes: int | None = None) -> None:
-        """Quotas by tenant tag, and that of every other tenant (None: without limit). Blocks of nobody (empty tag) have
-        a quota only by name. Raises ValueError for a quota below 0."""
-        self._quotas: dict[bytes, int] = {}
+    def __init__(
+        self,
+        quota_bytes: Mapping[bytes, int] | None = None,
+        default_bytes: int | None = None,
+        capacity_bytes: int | None = None,
+    ) -> None:
+        """Quotas by tenant tag, and that of every other tenant (None: no limit, and no guarantee). `capacity_bytes` is
+        the pool's size (None: not known; nothing shrinks). Raises ValueError for a quota below 0."""
+        self.on_payer_changed: Callable[[bytes], None] = lambda account: None
+        self._given: dict[bytes, int] = {}  # as configured
+        self._quotas: dict[bytes, int] = {}  # as far as the pool has room for them
         self._default: int | None = None
-        self._named: set[bytes] = set()  # that have, or once had, a quota of their own
+        self._shared_quota: float = math.inf
+        self._capacity = capacity_bytes
+        self._named: set[bytes] = set()  # that have, or once had, a quota by name
         self._held: dict[bytes, int] = {}
+        self._shared_held = 0  # of all accounts that pay as `SHARED`
         self._unnamed = 0
-        self.over: set[bytes] = set()
+        self._places = QuotaPlaces()
+        self._over = MostOver()
         self.set_quotas(quota_bytes or {}, default_bytes)
+
+    # --- what is guaranteed ---
 
     def set_quotas(self, quota_bytes: Mapping[bytes, int], default_bytes: int | None) -> None:
         """Other quotas from now on; what is held stays charged where it is. Raises ValueError for a quota below 0."""
         for quota in (*quota_bytes.values(), default_bytes or 0):
             if quota < 0:
                 raise ValueError(f"a quota of {quota} bytes; it must be at least 0")
-        self._quotas, self._default = dict(quota_bytes), default_bytes
-        self._named |= quota_bytes.keys()
-        self._unnamed = sum(map(self._counted, self._held))
-        self.over = {account for account in self._held if self.excess_bytes(account) > 0}
+        self._given, self._default = dict(quota_bytes), default_bytes
+        self._named = (self._named & self._held.keys()) | quota_bytes.keys()
+        self._share_out()
+
+    def set_capacity(self, capacity_bytes: int) -> None:
+        """The pool has another size from now on."""
+        if capacity_bytes != self._capacity:
+            self._capacity = capacity_bytes
+            self._share_out()
+
+    def has_name(self, tenant: bytes) -> bool:
+        """Whether the tenant has a quota by name."""
+        return tenant in self._given
+
+    @property
+    def over(self) -> set[bytes]:
+        """The payers that hold more than their quota."""
+        return set(self._over)
+
+    def quota_bytes(self, account: bytes) -> float:
+        """The quota that the account pays by: its own, or that of all without one together."""
+        payer = self.payer(account)
+        if payer == SHARED:
+            return self._shared_quota
+        quota = self._quotas.get(payer, self._default)
+        assert quota is not None, "a tenant without a quota has a place"
+        return quota
+
+    # --- accounts ---
 
     def account(self, tenant: bytes) -> bytes:
         """The account that a new block of this tenant is charged to."""
-        if not tenant or tenant in self._held or tenant in self._quotas or self._unnamed < ACCOUNTS_MAX:
+        if tenant in self._quotas or tenant in self._held:
             return tenant
-        return SHARED
+        open_one = self._places.free if self._default is not None else self._unnamed < ACCOUNTS_MAX
+        return tenant if open_one and self._unnamed < 2 * ACCOUNTS_MAX else SHARED
 
-    def quota_bytes(self, account: bytes) -> float:
-        quota = self._quotas.get(account, self._default if account else None)
-        return math.inf if quota is None else quota
+    def payer(self, account: bytes) -> bytes:
+        """Who gives way for what the account holds: itself, or `SHARED`."""
+        return account if account in self._quotas or account in self._places else SHARED
 
     def held_bytes(self, account: bytes) -> int:
         return self._held.get(account, 0)
 
     def excess_bytes(self, account: bytes, more_bytes: int = 0) -> float:
-        """How far the account is over its quota with `more_bytes` on top; below 0 when it is not."""
-        return self._held.get(account, 0) + more_bytes - self.quota_bytes(account)
+        """How far the account's payer is over its quota with `more_bytes` on top; below 0 when it is not."""
+        return self.paid_bytes(account) + more_bytes - self.quota_bytes(account)
+
+    def paid_bytes(self, account: bytes) -> int:
+        """What the account's payer holds."""
+        return self._shared_held if self.payer(account) == SHARED else self._held.get(account, 0)
+
+    def most_over(self, accepts: Callable[[bytes], bool], above_bytes: float = 0) -> bytes | None:
+        """The payer that is most over its quota, by more than `above_bytes`, of those that `accepts` takes."""
+        return self._over.first(accepts, above_bytes)
+
+    @property
+    def looks(self) -> int:
+        """How many payers all searches have looked at."""
+        return self._over.looks
 
     def charge(self, account: bytes, size_bytes: int) -> None:
-        if account not in self._held and self._counted(account):
-            self._unnamed += 1
-        self._set(account, self._held.get(account, 0) + size_bytes)
+        """Count a block; the account of a tenant without a quota gets a default one when there is one left."""
+        if account not in self._quotas and account != SHARED and account not in self._places and self._places.free:
+            self._change_payer(account, lambda: self._places.take(account))
+        self._add(account, size_bytes)
+
+    def note_written(self, account: bytes, size_bytes: int) -> None:
+        """A block that was charged is new, and will be written: what the time until a default quota is lost counts."""
+        if account not in self._quotas:
+            self._places.written(size_bytes)
+
+    def recharge(self, account: bytes, other: bytes, size_bytes: int) -> None:
+        """A block that is there counts against another account from now on."""
+        self._add(other, size_bytes)
+        self.credit(account, size_bytes)
 
     def credit(self, account: bytes, size_bytes: int) -> None:
+        """A block is gone."""
         left = self._held[account] - size_bytes
         assert left >= 0, f"account {account.hex()} is credited {-left} bytes more than it holds"
         self._set(account, left)
-        if left == 0 and self._counted(account):
-            self._unnamed -= 1
+        if left == 0:
+            self._unnamed -= self._counted(account)
+            self._places.give_up(account)
+
+    def used(self, tenant: bytes, account: bytes) -> bytes:
+        """Note that a block of a tenant, charged to `account`, was used again. Returns the account that the caller must
+        charge it to now (`recharge`): its tenant may have got one of its own."""
+        if self._places.used(tenant) or tenant in self._quotas:
+            return tenant
+        if self._default is None or (tenant not in self._held and self._unnamed >= 2 * ACCOUNTS_MAX):
+            return account
+        if not self._places.free:
+            idle = self._places.idle()
+            if idle is None:
+                return account
+            self._change_payer(idle, lambda: self._places.give_up(idle))
+        self._change_payer(tenant, lambda: self._places.take(tenant))
+        self._places.used(tenant)
+        return tenant
 
     def __iter__(self) -> Iterator[tuple[bytes, int]]:
         """Accounts and the bytes they hold."""
         return iter(self._held.items())
 
+    def over_quota(self) -> list[tuple[bytes, int]]:
+        """Payers that hold more than their quota, and by how many bytes, the most first; O(n log n)."""
+        return sorted(((name, int(self.excess_bytes(name))) for name in self._over), key=lambda one: (-one[1], one[0]))
+
     def check_integrity(self) -> None:
-        """Assert I1..I3; O(accounts)."""
+        """Assert I1..I4 and those of the parts; O(accounts)."""
+        self._over.check_integrity()
+        self._places.check_integrity()
         assert all(held > 0 for held in self._held.values()), "I1: an empty account is kept"
-        assert self.over == {account for account in self._held if self.excess_bytes(account) > 0}, "I2: over is wrong"
-        assert self._unnamed == sum(map(self._counted, self._held)) <= ACCOUNTS_MAX, "I3: accounts are miscounted"
+        assert all(account in self._held for account in self._places), "I1: an empty account has a place"
+        payers = {self.payer(account) for account in self._held}
+        assert self.over == {payer for payer in payers if self.excess_bytes(payer) > 0}, "I2: over is wrong"
+        assert self._unnamed == sum(map(self._counted, self._held)) <= 2 * ACCOUNTS_MAX, "I3: accounts are miscounted"
+        shared = sum(held for account, held in self._held.items() if self.payer(account) == SHARED)
+        assert shared == self._shared_held, "I4: what is shared is miscounted"
+
+    # --- inside ---
+
+    def _share_out(self) -> None:
+        """Work out quotas and places anew, and who pays for what; O(accounts)."""
+        before = {account: self.payer(account) for account in self._held}
+        named_bytes, capacity = sum(self._given.values()), self._capacity
+        self._quotas = dict(self._given)
+        if capacity is not None and named_bytes > capacity:
+            self._quotas = {name: quota * capacity // named_bytes for name, quota in self._given.items()}
+        left = None if capacity is None else max(0, capacity - named_bytes)
+        if self._default is None or self._default == 0:
+            places = 0
+            self._shared_quota = 0 if self._default == 0 else math.inf if left is None else left
+        else:
+            fit = ACCOUNTS_MAX if left is None else left // self._default - 1
+            places = max(0, min(ACCOUNTS_MAX, fit))
+            self._shared_quota = self._default if left is None else left - places * self._default
+        self._places.places_max, self._places.pool_bytes = places, capacity
+        for name in [name for name in self._places if name in self._quotas]:
+            self._places.give_up(name)
+        for name in self._places.surplus():
+            self._places.give_up(name)
+        for account in self._held:
+            if self._places.free and account != SHARED and account not in self._quotas and account not in self._places:
+                self._places.take(account)
+        self._count_anew()
+        for account, payer in before.items():
+            if self.payer(account) != payer:
+                self.on_payer_changed(account)
+
+    def _count_anew(self) -> None:
+        self._unnamed = sum(map(self._counted, self._held))
+        self._shared_held = sum(held for account, held in self._held.items() if self.payer(account) == SHARED)
+        self._over.clear()
+        for account in self._held:
+            self._note_excess(account)
+
+    def _change_payer(self, account: bytes, change: Callable[[], None]) -> None:
+        """Give or take a place; what the account holds is paid for by another one from now on."""
+        held = self._held.get(account, 0)
+        before = self.payer(account)
+        change()
+        after = self.payer(account)
+        if before == after:
+            return
+        self._shared_held += held if after == SHARED else -held
+        self._over.set(account, 0)
+        self._note_excess(SHARED)
+        if held:
+            self._note_excess(account)
+            self.on_payer_changed(account)
+
+    def _note_excess(self, account: bytes) -> None:
+        excess = self.excess_bytes(account)
+        self._over.set(self.payer(account), int(excess) if excess > 0 else 0)
 
     def _counted(self, account: bytes) -> bool:
-        return bool(account) and account != SHARED and account not in self._named
+        return account != SHARED and account not in self._named
+
+    def _add(self, account: bytes, size_bytes: int) -> None:
+        if account not in self._held and self._counted(account):
+            self._unnamed += 1
+        self._set(account, self._held.get(account, 0) + size_bytes)
 
     def _set(self, account: bytes, held: int) -> None:
+        if self.payer(account) == SHARED:
+            self._shared_held += held - self._held.get(account, 0)
         if held:
             self._held[account] = held
         else:
             self._held.pop(account, None)
-        if held > 0 and held > self.quota_bytes(account):
-            self.over.add(account)
-        else:
-            self.over.discard(account)
+        self._note_excess(account)

@@ -9,12 +9,13 @@ from penstock.core.keys import BlockKey
 
 WriteAdmissionMode = Literal["all", "reused"]
 KEYS_MAX = 262_144  # about 40 MB of memory; 16 million tokens in blocks of 64
-_WRITTEN, _ASKED, _WANTED = 1, 2, 3
 
 
 class WriteAdmission:
     """With `reused`, SSDs take a block only on its second sign of use: an earlier write, or two earlier lookups (the
-    first lookup is that of the request which computes it). What was seen is remembered for the last `keys_max` keys."""
+    first lookup is that of the request which computes it). The last `keys_max` keys are remembered: one half of keys
+    that were written, one of keys that were asked for. Asking costs next to nothing, so a flood of lookups must not
+    make the pool forget what was written."""
 
     def __init__(self, mode: WriteAdmissionMode = "all", keys_max: int = KEYS_MAX) -> None:
         """Raises ValueError for another mode or no keys."""
@@ -25,27 +26,28 @@ class WriteAdmission:
         if keys_max < 1:
             raise ValueError(f"keys_max is {keys_max}; it must be at least 1")
         self.mode = mode
-        self._keys_max = keys_max
-        self._seen: OrderedDict[BlockKey, int] = OrderedDict()
+        self._half = max(1, keys_max // 2)
+        self._written: OrderedDict[BlockKey, bool] = OrderedDict()
+        self._asked: OrderedDict[BlockKey, bool] = OrderedDict()  # whether a second sign of use was seen
 
     def __len__(self) -> int:
-        return len(self._seen)
+        return len(self._written) + len(self._asked)
 
     def asked(self, key: BlockKey) -> None:
         """Note a lookup of a block that no SSD holds."""
         if self.mode == "reused":
-            self._note(key, _ASKED if key not in self._seen else _WANTED)
+            self._note(self._asked, key, key in self._asked or key in self._written)
 
     def admits(self, key: BlockKey) -> bool:
         """Whether SSDs may take this write; notes it."""
         if self.mode == "all":
             return True
-        seen = self._seen.get(key, 0)
-        self._note(key, max(seen, _WRITTEN) if seen != _ASKED else _WRITTEN)
-        return seen in (_WRITTEN, _WANTED)
+        reused = key in self._written or self._asked.get(key, False)
+        self._note(self._written, key, True)
+        return reused
 
-    def _note(self, key: BlockKey, seen: int) -> None:
-        self._seen[key] = seen
-        self._seen.move_to_end(key)
-        if len(self._seen) > self._keys_max:
-            self._seen.popitem(last=False)
+    def _note(self, keys: OrderedDict[BlockKey, bool], key: BlockKey, reused: bool) -> None:
+        keys[key] = reused
+        keys.move_to_end(key)
+        if len(keys) > self._half:
+            keys.popitem(last=False)
