@@ -26,7 +26,11 @@ STEP_S = 0.005  # so that tokens come in chunks of their own
 
 def main(hold_after: int, max_open: int, port: int) -> None:
     codec = TextCodec(build_tokenizer(TINY_VOCABULARY))
-    app = ServerApp(EchoEngine(hold_after=hold_after, max_open=max_open, step_s=STEP_S), codec, ServerSettings("echo"))
+    app = ServerApp(
+        EchoEngine(hold_after=hold_after, max_open=max_open, step_s=STEP_S),
+        codec,
+        ServerSettings("echo", drain_timeout_s=1.0),
+    )
     listener = bind("127.0.0.1", port)
     server = HttpServer(app, listener, lambda: print(f"listening on {url_of(listener)}", flush=True))
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
