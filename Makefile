@@ -1,24 +1,28 @@
-# make demo, make test (.venv), make test-vllm (.venv-vllm): each makes its own environment first, and is quick when it is there.
+# make demo, make test (.venv), make test-vllm (.venv-vllm), make test-clients (.venv-clients): each makes its own environment first, and is quick when it is there.
 
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+CLIENTS_VENV ?= .venv-clients
 OUT ?= out
 TORCH_ARGS ?=
 BIN := $(VENV)/bin
 VLLM_BIN := $(VLLM_VENV)/bin
+CLIENTS_BIN := $(CLIENTS_VENV)/bin
+NODE_PACKAGES := tests/clients/node/node_modules
 TESTED := penstock/tested_versions.txt
 TORCH := $(shell grep '^torch==' $(TESTED))
 PIP := pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm demo test test-vllm test-vllm-next lint types unit clean
+.PHONY: help venv venv-vllm venv-clients demo test test-vllm test-vllm-next test-clients lint types unit clean
 
 help:
 	@echo "make demo   replay agent sessions over HTTP, coupled against penstock; table, out/demo.html, out/demo.png"
 	@echo "make test   lint, types and every test this machine can run, and what was skipped and why"
 	@echo "make test-vllm   the tests of Penstock inside vLLM, in an environment of their own with vLLM's build for CPUs"
 	@echo "make test-vllm-next   the Python of the next vLLM (340 MB) over that build, and a part of those tests in it"
+	@echo "make test-clients   clients that people use (Python, Node, Java, curl) against penstock serve, in an environment of their own"
 	@echo "make lint   ruff;  make types  mypy --strict;  make venv, make venv-vllm  an environment only;  make clean  remove all of it"
 
 venv: $(VENV)/.installed
@@ -103,6 +107,29 @@ test-vllm:
 		*) exit 1 ;; \
 	esac
 
+# The clients' exact versions, with the hashes of what is downloaded. The servers run in $(VENV).
+$(CLIENTS_VENV)/.installed: tests/clients/requirements.txt
+	@$(call python_fits)
+	@rm -f $@
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_BIN)/$(PIP) --no-deps --require-hashes --requirement tests/clients/requirements.txt
+	@touch $@
+
+$(NODE_PACKAGES)/.installed: tests/clients/node/package.json tests/clients/node/package-lock.json
+	@if ! command -v node >/dev/null || ! command -v npm >/dev/null; then \
+		echo "there is no node or npm here; tests of clients for node are skipped"; \
+	elif (cd tests/clients/node && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error); then touch $@; \
+	else echo "npm could not install the clients for node; their tests are skipped"; rm -rf $(NODE_PACKAGES); fi
+
+venv-clients: venv $(CLIENTS_VENV)/.installed $(NODE_PACKAGES)/.installed
+
+# out/part-clients.txt says how it ended.
+test-clients: venv-clients
+	@mkdir -p $(OUT); rm -f $(OUT)/tests-clients.xml; echo failed > $(OUT)/part-clients.txt; \
+	PENSTOCK_PYTHON=$(abspath $(BIN))/python \
+		$(CLIENTS_BIN)/python -m pytest --disable-warnings --junit-xml=$(OUT)/tests-clients.xml tests/clients && \
+	echo passed > $(OUT)/part-clients.txt
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(OUT) build .pytest_cache .mypy_cache .ruff_cache .hypothesis penstock.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(CLIENTS_VENV) $(NODE_PACKAGES) $(OUT) build .pytest_cache .mypy_cache .ruff_cache .hypothesis penstock.egg-info
 	find penstock tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -201,7 +201,16 @@ class ServerApp:
                     options.session,
                     resume_label=f"{label}-{len(choices)}" if label else "",
                 )
-                choices.append(Choice(len(choices), request, self._codec, options.stop, channels=prepared.chat))
+                choices.append(
+                    Choice(
+                        len(choices),
+                        request,
+                        self._codec,
+                        options.stop,
+                        chat=prepared.chat,
+                        echo_tokens=prepared.echo_tokens,
+                    )
+                )
         generation = Generation(
             self._engine,
             choices,

@@ -1,51 +1,179 @@
-"""Token ids to text as they come: incomplete characters are held back, stop strings are found across tokens."""
+"""Token ids to text as they come: the pieces add up to what the tokenizer says of the whole sequence.
+
+What may still change is held back: incomplete characters, bytes whose run is under way, spaces that a clean-up may
+remove, and what may become a stop string. Tokens without text never come here (`TokenText` drops them).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import codecs
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 REPLACEMENT = "\ufffd"
 HELD_MAX = 3  # an incomplete UTF-8 character has at most three bytes, each shown as one replacement character
 WINDOW_TOKENS_MAX = 64
+WINDOW_KEPT_TOKENS = 16  # of a window that grew too long; UTF-8 is in step again after three bytes
+RUN_BYTES_MAX = 64  # of one run of byte tokens that are held back
+_PRINTABLE = range(0x21, 0x7F)  # bytes that are text alone
+_CONTINUATION = range(0x80, 0xC0)  # bytes that no character begins with
 
 Decode = Callable[[Sequence[int]], str]
 
 
-class IncrementalDecoder:
-    """Text of a growing sequence of tokens. Each token is decoded together with those of the piece before it, because
-    decoders look at neighbours (leading spaces, characters split over tokens). The pieces add up to the text of
-    the whole sequence."""
+class TokenDecoder(Protocol):
+    """Text of a growing sequence of tokens. `after` may be called once, at the beginning: the sequence continues these
+    tokens, whose text is not given out again; an incomplete character at their end is."""
 
-    __slots__ = ("_decode", "_emitted", "_fresh", "_window")
-
-    def __init__(self, decode: Decode) -> None:
-        self._decode = decode
-        self._window: list[int] = []  # tokens of the piece before, then fresh ones
-        self._fresh = 0  # index in the window of the first token of the piece under way
-        self._emitted = 0  # characters of the window's text that were given out
+    def after(self, tokens: Sequence[int]) -> None: ...
 
     def push(self, token: int) -> str:
-        """The text that became certain with this token; empty while a character is incomplete."""
-        self._window.append(token)
-        text = self._decode(self._window)
-        complete = not text.endswith(REPLACEMENT)
-        piece = self._take(text if complete else _without_tail(text))
-        if complete or len(self._window) > WINDOW_TOKENS_MAX:
-            if not complete:
-                piece += self._take(text)
-            self._window = self._window[self._fresh :]
-            self._fresh = len(self._window)
-            self._emitted = len(self._decode(self._window))
-        return piece
+        """The text that became certain with this token."""
+        ...
 
     def flush(self) -> str:
         """What was held back, at the end of the sequence."""
+        ...
+
+
+class ByteLevelDecoder:
+    """For tokenizers whose tokens are bytes of UTF-8 (GPT-2, Llama 3, Qwen)."""
+
+    __slots__ = ("_bytes_of", "_utf8")
+
+    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+        self._bytes_of = bytes_of
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def after(self, tokens: Sequence[int]) -> None:
+        self._utf8.decode(b"".join(map(self._bytes_of, tokens[-WINDOW_KEPT_TOKENS:])))
+
+    def push(self, token: int) -> str:
+        return self._utf8.decode(self._bytes_of(token))
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", True)
+
+
+class IncrementalDecoder:
+    """For all other tokenizers. Each token is decoded together with those of the piece before it, because decoders look
+    at neighbours (leading spaces, joined parts of words, characters split over tokens).
+
+    `byte_of`: tokens that stand for one byte each (Llama 2, Gemma). Their decoder says a whole run of them is text, or,
+    where one byte of it does not fit, that each is a replacement character; so a run is held until it ends or breaks.
+    One of more than RUN_BYTES_MAX is given out as text, and what comes after counts as a run of its own."""
+
+    __slots__ = ("_byte_of", "_decode", "_emitted", "_fresh", "_run", "_window")
+
+    def __init__(self, decode: Decode, byte_of: Mapping[int, int] | None = None) -> None:
+        self._decode = decode
+        self._byte_of = byte_of or {}
+        self._window: list[int] = []  # tokens of the piece before, then fresh ones
+        self._fresh = 0  # index in the window of the first token of the piece under way
+        self._emitted = 0  # characters of the window's text that were given out
+        self._run: _ByteRun | None = None
+
+    def after(self, tokens: Sequence[int]) -> None:
+        known = list(tokens[-WINDOW_KEPT_TOKENS:])
+        held = 0
+        if known and known[-1] in self._byte_of:  # a run that is given out already, but for its last character
+            held = _incomplete_bytes([self._byte_of.get(token, 0) for token in known[-HELD_MAX:]])
+            self._begin_with(self._byte_token(_PRINTABLE))
+        else:
+            self._window, self._fresh = known, len(known)
+            self._emitted = len(_without_tail(self._decode(known)))
+        for token in known[len(known) - held :]:
+            self.push(token)
+
+    def push(self, token: int) -> str:
+        self._window.append(token)
+        byte = self._byte_of.get(token)
+        if byte is not None:
+            return self._push_byte(byte)
+        self._run = None
+        text = self._decode(self._window)
+        complete = not text.endswith(REPLACEMENT)
+        piece = self._take(text if complete else _without_tail(text))
+        if complete and piece:  # some decoders say nothing of an incomplete character
+            self._begin_with(self._window[self._fresh :])
+        elif len(self._window) > WINDOW_TOKENS_MAX:
+            piece += self._shorten(text)
+        return piece
+
+    def flush(self) -> str:
         return self._take(self._decode(self._window))
+
+    def _push_byte(self, byte: int) -> str:
+        self._run = self._run or _ByteRun()
+        self._run.add(byte)
+        if self._run.broken:  # it stays broken, whatever comes
+            piece = self._take(self._decode(self._window))
+            self._begin_with(self._byte_token(_CONTINUATION))
+            return piece
+        if self._run.bytes < RUN_BYTES_MAX:
+            return ""
+        end = len(self._window) - self._run.incomplete
+        piece, rest = self._take(self._decode(self._window[:end])), self._window[end:]
+        self._begin_with(self._byte_token(_PRINTABLE))
+        self._window += rest
+        self._run = _ByteRun([self._byte_of[token] for token in rest])
+        return piece
+
+    def _begin_with(self, context: list[int]) -> None:
+        """The next piece comes after these tokens, whose text is given out."""
+        self._window, self._fresh = list(context), len(context)
+        self._emitted = len(self._decode(self._window))
+
+    def _byte_token(self, wanted: range) -> list[int]:
+        """A token for a byte of these; none where the vocabulary has none."""
+        return next(([token] for token, byte in sorted(self._byte_of.items()) if byte in wanted), [])
+
+    def _shorten(self, text: str) -> str:
+        """Drop the beginning of a long window; returns text that had to be given out for it."""
+        pending = text[self._emitted :]
+        window = self._window[-WINDOW_KEPT_TOKENS:]
+        shorter = self._decode(window)
+        piece = "" if shorter.endswith(pending) else pending
+        self._window, self._fresh = window, 0
+        self._emitted = len(shorter) - (0 if piece else len(pending))
+        return piece
 
     def _take(self, text: str) -> str:
         piece = text[self._emitted :]
         self._emitted = max(self._emitted, len(text))
         return piece
+
+
+class _ByteRun:
+    """Bytes that came one after the other: whether they can be UTF-8, and how many await the end of a character."""
+
+    __slots__ = ("_utf8", "broken", "bytes")
+
+    def __init__(self, given: Sequence[int] = ()) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("strict")
+        self.broken = False
+        self.bytes = 0
+        for byte in given:
+            self.add(byte)
+
+    def add(self, byte: int) -> None:
+        self.bytes += 1
+        if self.broken:
+            return
+        try:
+            self._utf8.decode(bytes([byte]))
+        except UnicodeDecodeError:
+            self.broken = True
+
+    @property
+    def incomplete(self) -> int:
+        return 0 if self.broken else len(self._utf8.getstate()[0])
+
+
+def _incomplete_bytes(given: Sequence[int]) -> int:
+    """How many of these bytes, at their end, are the beginning of a character."""
+    sizes = range(1, len(given) + 1)
+    return next((size for size in sizes if _ByteRun(given[-size:]).incomplete == size), 0)
 
 
 def _without_tail(text: str) -> str:
@@ -56,8 +184,60 @@ def _without_tail(text: str) -> str:
     return text[:end]
 
 
+_CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+
+
+def clean_spaces(text: str) -> str:
+    """The spaces before punctuation and English endings removed, as `clean_up_tokenization_spaces` means it."""
+    for pattern in _CLEANED:
+        text = text.replace(pattern, pattern.strip())
+    return text
+
+
+class CleanedDecoder:
+    """Another decoder's text without the spaces that the tokenizer's clean-up removes."""
+
+    __slots__ = ("_held", "_inner")
+
+    def __init__(self, inner: TokenDecoder) -> None:
+        self._inner = inner
+        self._held = ""
+
+    def after(self, tokens: Sequence[int]) -> None:
+        self._inner.after(tokens)
+
+    def push(self, token: int) -> str:
+        text = self._held + self._inner.push(token)
+        cut = certain_length(text)
+        self._held = text[cut:]
+        return clean_spaces(text[:cut])
+
+    def flush(self) -> str:
+        text, self._held = self._held + self._inner.flush(), ""
+        return clean_spaces(text)
+
+
+def certain_length(text: str) -> int:
+    """Characters at the beginning of `text` that are cleaned alike whatever follows."""
+    start = len(text)
+    if text.endswith((" n", " v", "'v", " r", "'r")):
+        start -= 1
+    start = _before_joints(text, start)
+    if start < len(text) and text[:start].endswith(" n"):  # " n't", whose quote has come
+        start = _before_joints(text, start - 1)
+    spaces = len(text) - start - len(text[start:].lstrip(" "))
+    return start + max(spaces - 2, 0)  # of spaces alone the last two matter: one for a pattern, one for what it leaves
+
+
+def _before_joints(text: str, end: int) -> int:
+    while end > 0 and text[end - 1] in " '":
+        end -= 1
+    return end
+
+
 class StopFinder:
-    """Cuts a growing text before the first stop string in it; holds back an end that may become one."""
+    """Cuts a growing text before the first stop string in it; holds back an end that may become one. The first is the
+    one that ends first, so that it does not matter in which pieces the text comes."""
 
     __slots__ = ("_held", "_stops", "stopped")
 
@@ -71,14 +251,14 @@ class StopFinder:
         if not self._stops or self.stopped:
             return "" if self.stopped else text
         text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self.stopped = True
             self._held = ""
-            return text[: min(found)]
-        keep = max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            return text[: min(found)[1]]
+        held = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
 
     def flush(self) -> str:
         """What was held back, at the end of the text."""

@@ -61,9 +61,11 @@ def json_response(body: Any, status: int = 200, headers: dict[str, str] | None =
 
 
 def context_overflow(limit: int, instead: str, param: str) -> ApiError:
-    """A 400 in OpenAI's words, by which clients recognise it: "However, " is followed by `instead`."""
+    """A 400 in OpenAI's words, by which clients recognise it: "However, " is followed by `instead`. LiteLLM looks for
+    the first sentence, LangChain for the code in the text that the client's exception has, which is the message."""
+    code = "context_length_exceeded"
     message = f"This model's maximum context length is {limit} tokens. However, {instead}. Please reduce the length"
-    return ApiError(400, f"{message} of the {param}.", param=param, code="context_length_exceeded")
+    return ApiError(400, f"{message} of the {param} ({code}).", param=param, code=code)
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -21,7 +21,7 @@ from penstock.engine.api import (
     RequestReport,
     TokenEvent,
 )
-from penstock.server.detokenize import IncrementalDecoder, StopFinder
+from penstock.server.detokenize import StopFinder, TokenDecoder
 from penstock.server.errors import ApiError, bad_request, context_overflow
 from penstock.server.harmony import ChannelSplitter, Destination
 from penstock.server.text import TextCodec
@@ -105,8 +105,10 @@ class _Gained:
 
 
 class Choice:
-    """One engine request and the text made of its tokens; with `channels`, reasoning apart from what is answered, where
-    the model says which is which."""
+    """One engine request and the text made of its tokens.
+
+    `chat`: an answer is a text of its own, with reasoning apart from what is answered, where the model says which is
+    which; otherwise it continues the prompt's text. `echo_tokens`: it follows the echo of a prompt of tokens."""
 
     def __init__(
         self,
@@ -115,7 +117,8 @@ class Choice:
         codec: TextCodec | None,
         stops: Sequence[str],
         *,
-        channels: bool = False,
+        chat: bool = False,
+        echo_tokens: bool = False,
     ) -> None:
         self.index = index
         self.request = request
@@ -125,11 +128,13 @@ class Choice:
         self.ended = False  # the engine's last event has come
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
-        self._decoder: IncrementalDecoder | ChannelSplitter | None = None
-        if codec is not None and codec.harmony is not None and channels:
-            self._decoder = ChannelSplitter(codec.harmony, codec.decode)
+        self._decoder: TokenDecoder | ChannelSplitter | None = None
+        if codec is not None and codec.harmony is not None and chat:
+            self._decoder = ChannelSplitter(codec.harmony, codec.tokens)
+        elif codec is not None and echo_tokens:
+            self._decoder = codec.tokens.echo_decoder(request.prompt_tokens)
         elif codec is not None:
-            self._decoder = IncrementalDecoder(codec.decode)
+            self._decoder = codec.tokens.decoder(() if chat else request.prompt_tokens)
         self._stops = StopFinder(stops)
 
     def take(self, events: Sequence[TokenEvent], eos: frozenset[int], now_s: float) -> Piece | None:

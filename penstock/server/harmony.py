@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from penstock.server.detokenize import Decode, IncrementalDecoder
+from penstock.server.detokenize import TokenDecoder
+from penstock.server.token_text import TokenText
 
 HEADER_TOKENS_MAX = 64
 
@@ -36,12 +37,12 @@ class ChannelSplitter:
     """Splits a growing answer into reasoning and content, token by token. An answer that does not begin with a channel
     is content, as is every channel but `analysis` and calls of tools (`commentary to=...`)."""
 
-    __slots__ = ("_decode", "_decoder", "_destination", "_header", "_tokens")
+    __slots__ = ("_decoder", "_destination", "_header", "_text", "_tokens")
 
-    def __init__(self, tokens: HarmonyTokens, decode: Decode) -> None:
+    def __init__(self, tokens: HarmonyTokens, text: TokenText) -> None:
         self._tokens = tokens
-        self._decode = decode
-        self._decoder = IncrementalDecoder(decode)
+        self._text = text
+        self._decoder: TokenDecoder = text.decoder()
         self._destination: Destination = "content"
         self._header: list[int] | None = None  # of the message that begins; None inside of a message
 
@@ -65,18 +66,18 @@ class ChannelSplitter:
             return self._destination, self._decoder.push(token)
         self._header.append(token)
         if len(self._header) > HEADER_TOKENS_MAX:  # no header: nothing that the model says is lost
-            text, self._header = self._decode(self._header), None
+            text, self._header = self._text.whole(self._header), None
             return "content", text
         return "content", ""
 
     def flush(self) -> tuple[Destination, str]:
         """What was held back of the message under way."""
         held = self._destination, self._decoder.flush()
-        self._decoder = IncrementalDecoder(self._decode)
+        self._decoder = self._text.decoder()
         return held
 
     def _begin_message(self) -> None:
-        header = self._decode(self._header or [])
+        header = self._text.whole(self._header or [])
         self._header = None
         words = header.removeprefix("assistant").split()
         is_call = any(word.startswith("to=") for word in words)

@@ -54,8 +54,9 @@ class Prepared:
     options: Options
     prompts: list[list[int]]
     max_tokens: list[int]
-    prefixes: tuple[str, ...]
+    prefixes: tuple[str, ...]  # of completions, where they are echoed: as sent, or the text of the tokens that were
     chat: bool
+    echo_tokens: bool = False  # the prompts were tokens, and are echoed
 
 
 class RequestPreparation:
@@ -92,6 +93,7 @@ class RequestPreparation:
             raise bad_request("stop needs a tokenizer, and this checkpoint has none", "stop")
         chat = isinstance(body, ChatBody)
         prefixes: tuple[str, ...] = ()
+        echo_tokens = False
         if isinstance(body, ChatBody):
             self._check_choices(1, options)
             prompts = [await self._chat_tokens(body)]
@@ -100,9 +102,10 @@ class RequestPreparation:
             given = prompts_of(body)
             self._check_choices(len(given), options)
             prompts, prefixes = await self._completion_tokens(given, bool(body.echo))
+            echo_tokens = bool(body.echo) and not isinstance(given[0], str)
         param = "messages" if chat else "prompt"
         room = [self._room(tokens, options, param) for tokens in prompts]
-        return Prepared(options, prompts, room, prefixes, chat)
+        return Prepared(options, prompts, room, prefixes, chat, echo_tokens)
 
     # -- bodies -------------------------------------------------------------------------------------------------
 
@@ -146,7 +149,7 @@ class RequestPreparation:
             codec = self._need_codec("echo")
             for tokens in found:
                 self._check_tokens(tokens, "prompt")
-            texts = [await _on(self._long_texts, partial(codec.decode, tokens)) for tokens in found]
+            texts = [await _on(self._long_texts, partial(codec.tokens.echo_text, tokens)) for tokens in found]
         return found, tuple(texts) if echo else ()
 
     async def _tokens_of(self, codec: TextCodec, text: str, param: str, *, special_tokens: bool = True) -> list[int]:

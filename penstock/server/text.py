@@ -14,6 +14,7 @@ from penstock.server.errors import bad_request
 from penstock.server.harmony import HarmonyTokens
 from penstock.server.template_renderer import CPU_S_MAX, RenderError
 from penstock.server.token_bytes import token_bytes_max
+from penstock.server.token_text import TokenText
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class TextCodec:
             self._backend.no_padding()
             self.token_bytes_max = token_bytes_max(self._backend)
             self.harmony = HarmonyTokens.of(self._backend)
+        self.tokens = TokenText(tokenizer, self._lock)
         source = _template_of(tokenizer)
         self._template = ChatTemplate(tokenizer, source, RENDERED_CHARACTERS_MAX, render_cpu_s) if source else None
 
@@ -123,14 +125,8 @@ class TextCodec:
         return template.render(list(messages), template.check_variables(variables))
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, without special ones."""
-        if self._backend is not None:
-            text: str = self._backend.decode(list(tokens), skip_special_tokens=True)
-            return text
-        with self._lock:
-            return str(
-                self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            )
+        """Text of tokens, without special ones, as the tokenizer's own `decode` says it."""
+        return self.tokens.whole(tokens)
 
 
 def _template_of(tokenizer: Any) -> str | None:

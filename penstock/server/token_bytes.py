@@ -11,6 +11,15 @@ _KEEP_EVERY_BYTE = {"ByteLevel", "Metaspace", "Digits", "Punctuation", "Split"}
 _NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 
 
+def _byte_level_letters() -> dict[int, str]:
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + at) for at, byte in enumerate(others)}
+
+
+BYTE_LEVEL_LETTERS = _byte_level_letters()  # how byte-level vocabularies write bytes
+
+
 def token_bytes_max(backend: Any) -> int | None:
     """Bytes of text that one token represents at most. None where there is no bound, because the tokenizer drops or
     joins text of any length: whitespace, unknown characters, whole unknown words.
@@ -73,7 +82,4 @@ def _shrinks(part: dict[str, Any] | None) -> int | None:
 
 def _every_byte_has_a_token(vocabulary: dict[str, int]) -> bool:
     """Whether a byte-level vocabulary has each byte that text can have."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + at) for at, byte in enumerate(others)}
-    return all(letter in vocabulary for byte, letter in letters.items() if byte not in _NEVER_IN_UTF8)
+    return all(letter in vocabulary for byte, letter in BYTE_LEVEL_LETTERS.items() if byte not in _NEVER_IN_UTF8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -25,13 +26,22 @@ def codec() -> TextCodec:
 
 @pytest.fixture
 def start(codec: TextCodec) -> Iterator[Start]:
-    """Start servers: `start(engine, codec=None, setting=value, ...)`; they are stopped after the test."""
+    """Start servers: `start(engine, codec=None, setting=value, ...)`; they are stopped after the test.
+    `send_buffer_bytes`: of the system, for each connection."""
     running: list[Served] = []
 
-    def begin(engine: EchoEngine | None = None, codec: TextCodec | None = codec, **settings: Any) -> Served:
+    def begin(
+        engine: EchoEngine | None = None,
+        codec: TextCodec | None = codec,
+        *,
+        send_buffer_bytes: int | None = None,
+        **settings: Any,
+    ) -> Served:
         engine = engine or EchoEngine()
         app = ServerApp(engine, codec, ServerSettings("tiny", **{"drain_timeout_s": 0.5, **settings}))
         listener, ready = bind("127.0.0.1", 0), threading.Event()
+        if send_buffer_bytes is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
         url = url_of(listener)
         server = HttpServer(app, listener, ready.set)
         thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -29,7 +29,7 @@ class _Active:
 
 class EchoEngine:
     """`hold_after`: requests stop there until cancelled or `release`d. `fail_after`: they fail there.
-    `max_open`: further ones are refused."""
+    `max_open`: further ones are refused. `step_s`: how long a step of all requests takes."""
 
     def __init__(
         self,
@@ -39,6 +39,7 @@ class EchoEngine:
         hold_after: int | None = None,
         fail_after: int | None = None,
         max_open: int = 100,
+        step_s: float = 0.0,
     ) -> None:
         self.max_context_tokens = max_context_tokens
         self.vocab_size = vocab_size
@@ -46,6 +47,7 @@ class EchoEngine:
         self.requests: list[GenerationRequest] = []
         self.ended: list[tuple[str, FinishReason]] = []
         self._hold_after, self._fail_after, self._max_open = hold_after, fail_after, max_open
+        self._step_s = step_s
         self._active: dict[str, _Active] = {}
         self._changed = threading.Condition()
         self._closing = False
@@ -109,6 +111,8 @@ class EchoEngine:
                         return
                     self._changed.wait(1.0)
                     continue
+            if self._step_s:
+                time.sleep(self._step_s)
             for active in ready:
                 self._step(active)
 

@@ -29,7 +29,8 @@ P = {"prompt": [70, 71], "max_tokens": 4}
 
 
 def test_an_overflow_is_said_in_openai_s_words(start: Start) -> None:
-    """LiteLLM looks for the sentence's beginning, LangChain for the code."""
+    """LiteLLM looks for the sentence's beginning, LangChain for the code in what the client's exception says: the body
+    in older clients, the message alone in newer ones."""
     served = start(EchoEngine(max_context_tokens=32))
     chat = {"messages": [{"role": "user", "content": "word " * 20}]}
     for path, body, param in (
@@ -40,6 +41,7 @@ def test_an_overflow_is_said_in_openai_s_words(start: Start) -> None:
         error = served.http.post(f"/v1/{path}", json=body).json()["error"]
         assert error["message"].startswith("This model's maximum context length is 32 tokens. However, you")
         assert error["code"] == "context_length_exceeded" and error["param"] == param
+        assert error["code"] in error["message"]
     message = served.complete(prompt=[70] * 30, max_tokens=9).json()["error"]["message"]
     assert "you requested 39 tokens (30 in the prompt, 9 in the completion)" in message
 

@@ -163,9 +163,9 @@ def test_a_client_that_leaves_cancels_its_request(start: Start, stream: bool) ->
     assert served.engine.wait(lambda engine: [reason for _, reason in engine.ended] == ["cancelled"] * 2)
 
 
-@pytest.mark.parametrize("limit", [{"send_timeout_s": 0.2}, {"queue_tokens_max": 100}])
+@pytest.mark.parametrize("limit", [{"send_timeout_s": 0.2, "queue_tokens_max": 2**30}, {"queue_tokens_max": 100}])
 def test_a_client_that_does_not_read_is_cut_off(start: Start, limit: dict[str, Any]) -> None:
-    served = start(EchoEngine(max_context_tokens=2**30), **limit)
+    served = start(EchoEngine(max_context_tokens=2**30), send_buffer_bytes=4096, **limit)
     host, port = served.url.removeprefix("http://").split(":")
     body = json.dumps(P | {"stream": True, "max_tokens": 2**29}).encode()
     with socket.socket() as client:

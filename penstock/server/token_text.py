@@ -1,0 +1,163 @@
+"""What a tokenizer says of tokens: the text of all of them, and decoders that say the same token by token."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from penstock.server.detokenize import (
+    RUN_BYTES_MAX,
+    WINDOW_KEPT_TOKENS,
+    ByteLevelDecoder,
+    CleanedDecoder,
+    IncrementalDecoder,
+    TokenDecoder,
+    clean_spaces,
+)
+from penstock.server.token_bytes import BYTE_LEVEL_LETTERS
+
+LOOKED_BACK_TOKENS_MAX = 256  # of a prompt; of those only few have no text
+REPLAYED_TOKENS, REPLAYED_RUN_TOKENS = 24, RUN_BYTES_MAX + 16  # of a prompt, to find what is held back at its end
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_BYTE_OF_LETTER = {letter: byte for byte, letter in BYTE_LEVEL_LETTERS.items()}
+
+
+class TokenText:
+    """Text of tokens as the tokenizer's own `decode(tokens, skip_special_tokens=True)` says it. Threading: every method
+    may be called from any thread."""
+
+    def __init__(self, tokenizer: Any, lock: threading.Lock) -> None:
+        """`lock`: held while a tokenizer that is not thread-safe works."""
+        self._tokenizer = tokenizer
+        self._lock = lock
+        self._backend = tokenizer.backend_tokenizer if _decodes_by_backend(tokenizer) else None
+        self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self._without_text = frozenset(tokenizer.all_special_ids)
+        self._byte_of: dict[int, int] = {}
+        self._byte_level = False
+        self._known_bytes: dict[int, bytes] = {}  # of tokens of a byte-level vocabulary, as they were asked for
+        if self._backend is not None:
+            added = self._backend.get_added_tokens_decoder()
+            self._without_text = frozenset(number for number, token in added.items() if token.special)
+            parts = msgspec.json.decode(self._backend.to_str())
+            self._cleans = self._cleans and _may_clean(tokenizer, parts)
+            kinds = _kinds(parts.get("decoder"))
+            self._byte_level = kinds == ["ByteLevel"]
+            if "ByteFallback" in kinds:
+                self._byte_of = _byte_tokens(self._backend, self._without_text)
+
+    def whole(self, tokens: Sequence[int]) -> str:
+        """Text of all these tokens, without special ones."""
+        text = self._raw(tokens)
+        return clean_spaces(text) if self._cleans else text
+
+    def decoder(self, after: Sequence[int] = ()) -> TokenDecoder:
+        """For a sequence of tokens that is a text of its own, or continues the text of other tokens."""
+        decoder: TokenDecoder = IncrementalDecoder(self._raw, self._byte_of)
+        if self._byte_level:
+            decoder = ByteLevelDecoder(self._bytes_of)
+        decoder = CleanedDecoder(decoder) if self._cleans else decoder
+        if last := self._last_with_text(after, WINDOW_KEPT_TOKENS):
+            decoder.after(last)
+        return _TextTokensOnly(decoder, self._has_no_text)
+
+    def echo_decoder(self, prompt: Sequence[int]) -> TokenDecoder:
+        """The decoder of what follows `echo_text(prompt)`: both together are the text of all tokens."""
+        last = self._last_with_text(prompt, LOOKED_BACK_TOKENS_MAX)
+        in_run = bool(last) and last[-1] in self._byte_of
+        start = max(len(last) - (REPLAYED_RUN_TOKENS if in_run else REPLAYED_TOKENS), 0)
+        decoder = self.decoder(last[:start])
+        for token in last[start:]:
+            decoder.push(token)
+        return decoder
+
+    def echo_text(self, prompt: Sequence[int]) -> str:
+        """The text of a prompt of tokens, without what the next tokens may change."""
+        decoder = self.decoder()
+        return "".join(map(decoder.push, prompt))
+
+    def _last_with_text(self, tokens: Sequence[int], count: int) -> list[int]:
+        """The last of the tokens that have text, at most `count`."""
+        found: list[int] = []
+        for token in reversed(tokens[-LOOKED_BACK_TOKENS_MAX:]):
+            if len(found) == count:
+                break
+            if not self._has_no_text(token):
+                found.append(token)
+        return found[::-1]
+
+    def _raw(self, tokens: Sequence[int]) -> str:
+        if self._backend is not None:
+            text: str = self._backend.decode(list(tokens), skip_special_tokens=True)
+            return text
+        with self._lock:
+            return str(
+                self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            )
+
+    def _has_no_text(self, token: int) -> bool:
+        return token in self._without_text or (self._backend is not None and self._backend.id_to_token(token) is None)
+
+    def _bytes_of(self, token: int) -> bytes:
+        found = self._known_bytes.get(token)
+        if found is None:
+            name = self._backend.id_to_token(token) if self._backend is not None else None
+            letters = [_BYTE_OF_LETTER.get(letter) for letter in name or ""]
+            plain = [byte for byte in letters if byte is not None]
+            # A token that has a letter outside of the byte alphabet, as only added ones have, is text.
+            found = bytes(plain) if len(plain) == len(letters) else (name or "").encode()
+            self._known_bytes[token] = found
+        return found
+
+
+class _TextTokensOnly:
+    """A decoder that never sees tokens without text: special ones, and numbers that the vocabulary does not have."""
+
+    __slots__ = ("_has_no_text", "_inner")
+
+    def __init__(self, inner: TokenDecoder, has_no_text: Callable[[int], bool]) -> None:
+        self._inner = inner
+        self._has_no_text = has_no_text
+
+    def after(self, tokens: Sequence[int]) -> None:
+        self._inner.after([token for token in tokens if not self._has_no_text(token)])
+
+    def push(self, token: int) -> str:
+        return "" if self._has_no_text(token) else self._inner.push(token)
+
+    def flush(self) -> str:
+        return self._inner.flush()
+
+
+def _decodes_by_backend(tokenizer: Any) -> bool:
+    """Whether `decode` is that of the `tokenizers` library and no other class's."""
+    from transformers import PreTrainedTokenizerFast
+
+    return bool(tokenizer.is_fast) and type(tokenizer)._decode is PreTrainedTokenizerFast._decode
+
+
+def _may_clean(tokenizer: Any, parts: dict[str, Any]) -> bool:
+    """`transformers` does not clean the text of BPE, whatever the checkpoint's flag says, unless it is told twice."""
+    forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    return parts["model"].get("type") != "BPE" or bool(getattr(tokenizer, forced, False))
+
+
+def _kinds(part: dict[str, Any] | None) -> list[str]:
+    if part is None:
+        return []
+    if part["type"] == "Sequence":
+        return [kind for one in part["decoders"] for kind in _kinds(one)]
+    return [part["type"]]
+
+
+def _byte_tokens(backend: Any, without_text: frozenset[int]) -> dict[int, int]:
+    """The byte that each token of the form <0xE2> stands for."""
+    found = {}
+    for name, number in backend.get_vocab(with_added_tokens=True).items():
+        if number not in without_text and (match := _BYTE_TOKEN.fullmatch(name)):
+            found[number] = int(match[1], 16)
+    return found
