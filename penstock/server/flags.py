@@ -13,9 +13,11 @@ import msgspec
 
 from penstock.core.config import ConfigError, check_range
 from penstock.engine.config import EngineConfig
+from penstock.private_file import read_private
 from penstock.server.settings import ServerSettings
 from penstock.units import parse_bytes
 
+KEY_FILE_BYTES_MAX = 64 << 10
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -172,8 +174,10 @@ def read_api_key(key: str | None, file: str | None) -> str | None:
         raise ConfigError("api_key is set together with api_key_file; allowed: one of them")
     if file is not None:
         try:
-            key = Path(file).read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
+            key = read_private(Path(file), KEY_FILE_BYTES_MAX).decode().strip()
+        except OSError as error:
+            raise ConfigError(f"api_key_file {file} cannot be read: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
             raise ConfigError(f"api_key_file {file} cannot be read: {error}") from None
     if key is not None and not key.strip():
         raise ConfigError("api_key is empty; allowed: at least one character")

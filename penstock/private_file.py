@@ -1,0 +1,175 @@
+"""Files that are this user's alone: secrets, tables, slabs, state. No other local user can put his own in their place.
+
+FILE-1  A symlink on the way is followed only when this user or root made it, and each is looked at as it is followed:
+        one that is planted meanwhile ends the open. What is made is made new (O_EXCL), with mode 600 under any umask.
+FILE-2  A file to be written, and a secret, belongs to this user or to root, and others have no access to it; the group
+        has some only where the file is root's (a secret at 640 for a service's group, as PostgreSQL allows it).
+Verification: tests/test_private_file.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections import deque
+from pathlib import Path
+
+LINKS_MAX = 40  # the kernel's own bound
+_READ_BYTES = 1 << 20
+
+
+class NotPrivate(PermissionError):
+    """The file, or a link to it, is not this user's alone; `strerror` says why and what is allowed."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(errno.EPERM, reason, str(path))
+
+
+def read_private(path: Path, bytes_max: int) -> bytes:
+    """The content of a secret file. Raises OSError with the reason in `strerror`: `NotPrivate` where others can read or
+    replace it; also for more than `bytes_max` bytes, and for what is no regular file."""
+    fd = open_own(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "this is not a regular file", str(path))
+        refuse_others(found, path, secret=True)
+        content = bytearray()
+        while part := os.read(fd, min(_READ_BYTES, bytes_max + 1 - len(content))):
+            content += part
+            if len(content) > bytes_max:
+                raise OSError(errno.EFBIG, f"it has more than the {bytes_max} bytes that are allowed", str(path))
+        return bytes(content)
+    finally:
+        os.close(fd)
+
+
+def refuse_others(found: os.stat_result, path: Path, secret: bool = False) -> None:
+    """Raises NotPrivate where the open file `found` is another user's, or, for a `secret`, where others have access."""
+    refuse_owner(found, path)
+    mode = stat.S_IMODE(found.st_mode)
+    allowed = 0o750 if found.st_uid == 0 and os.geteuid() != 0 else 0o700
+    if secret and mode & ~allowed & 0o777:
+        fix = "chmod 600, or 640 for a file of root" if allowed & 0o070 else "chmod 600"
+        raise NotPrivate(path, f"others have access to it (mode {mode:o}); allowed: its owner alone ({fix})")
+
+
+def refuse_owner(found: os.stat_result, path: Path) -> None:
+    """Raises NotPrivate unless the file belongs to this user or to root."""
+    if found.st_uid not in (os.geteuid(), 0):
+        raise NotPrivate(path, f"it belongs to user {found.st_uid}; allowed: user {os.geteuid()} or root")
+
+
+def narrow(fd: int, path: Path) -> str | None:
+    """Make an open file that is to be written this user's alone: mode 600. Returns a line when it was wider. Raises
+    NotPrivate where it is another user's, or root's and open to others, so that it cannot be narrowed."""
+    found = os.fstat(fd)
+    refuse_owner(found, path)
+    mode = stat.S_IMODE(found.st_mode)
+    if not mode & 0o077:
+        return None
+    if found.st_uid != os.geteuid():
+        refuse_others(found, path, secret=True)
+        return None
+    os.fchmod(fd, mode & 0o700)
+    return f"{path} was open to other users (mode {mode:o}); it has mode {mode & 0o700:o} now"
+
+
+def make_private(path: Path) -> int:
+    """A new file of mode 600, open for reading and writing. Raises FileExistsError for whatever has the name, links
+    that lead nowhere included, and other OSErrors."""
+    fd = open_own(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    os.fchmod(fd, 0o600)  # whatever the umask took away
+    return fd
+
+
+def make_private_folder(folder: Path) -> None:
+    """A folder of mode 700 with its parents, where they are missing; one that exists is left as it is."""
+    if not folder.is_dir():
+        for one in (*reversed(folder.parents), folder):
+            with contextlib.suppress(FileExistsError):
+                one.mkdir(mode=0o700)
+
+
+def replace_private(path: Path, content: bytes) -> None:
+    """Put a file of mode 600 in the place of `path` at once: a reader sees the old one or the new one. The name that it
+    has until then cannot be foreseen."""
+    aside = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    fd = make_private(aside)
+    try:
+        with open(fd, "wb") as file:
+            file.write(content)
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def open_own(path: Path, flags: int) -> int:
+    """`os.open`, following only symlinks that this user or root made; O_CREAT makes files of mode 600. Raises OSError:
+    `NotPrivate` for a link of somebody else's."""
+    parts, links = deque(path.absolute().parts[1:]), 0
+    folder = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        while parts:
+            name = parts.popleft()
+            try:
+                here = _step(name, folder)
+            except FileNotFoundError:
+                if parts or not flags & os.O_CREAT:
+                    raise
+                break
+            found = os.fstat(here)
+            if stat.S_ISLNK(found.st_mode):
+                links += 1
+                target = Path(_target(here, found, path, links))
+                if not parts and flags & os.O_EXCL and flags & os.O_CREAT:
+                    raise FileExistsError(errno.EEXIST, "a symlink has this name", str(path))
+                if target.is_absolute():
+                    os.close(folder)
+                    folder = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                parts.extendleft(reversed(target.parts[1:] if target.is_absolute() else target.parts))
+                name = "."
+            elif parts:
+                os.close(folder)
+                folder = here
+            else:
+                os.close(here)
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
+    except OSError as error:
+        raise _named(error, path) from None
+    finally:
+        os.close(folder)
+
+
+def _step(name: str, folder: int) -> int:
+    """One component of a path, a link itself. As a folder first: that mounts what is mounted on first use."""
+    flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(name, flags | os.O_DIRECTORY, dir_fd=folder)
+    except NotADirectoryError:
+        return os.open(name, flags, dir_fd=folder)
+
+
+def _target(here: int, found: os.stat_result, path: Path, links: int) -> str:
+    """Where a symlink leads, which is closed. Raises NotPrivate."""
+    try:
+        if links > LINKS_MAX:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+        if found.st_uid not in (os.geteuid(), 0):
+            reason = f"a symlink on the way to it belongs to user {found.st_uid}; allowed: user {os.geteuid()} or root"
+            raise NotPrivate(path, reason)
+        return os.readlink("", dir_fd=here)
+    finally:
+        os.close(here)
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The error with the whole path, of the same class."""
+    if isinstance(error, NotPrivate):
+        return error
+    return OSError(error.errno, error.strerror, str(path))
