@@ -3,7 +3,7 @@
 FILE-1  A symlink on the way is followed only when this user or root made it, and each is looked at as it is followed:
         one that is planted meanwhile ends the open. What is made is made new (O_EXCL), with mode 600 under any umask.
 FILE-2  A file to be written, and a secret, belongs to this user or to root, and others have no access to it; the group
-        has some only where the file is root's (a secret at 640 for a service's group, as PostgreSQL allows it).
+        has some only where root gave it (a secret at 640, a slab at 660, for the group of a service).
 Verification: tests/test_private_file.py.
 """
 
@@ -16,6 +16,7 @@ import secrets
 import stat
 from collections import deque
 from pathlib import Path
+from typing import BinaryIO
 
 LINKS_MAX = 40  # the kernel's own bound
 _READ_BYTES = 1 << 20
@@ -36,7 +37,7 @@ def read_private(path: Path, bytes_max: int) -> bytes:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "this is not a regular file", str(path))
-        refuse_others(found, path, secret=True)
+        refuse_others(found, path)
         content = bytearray()
         while part := os.read(fd, min(_READ_BYTES, bytes_max + 1 - len(content))):
             content += part
@@ -47,20 +48,22 @@ def read_private(path: Path, bytes_max: int) -> bytes:
         os.close(fd)
 
 
-def refuse_others(found: os.stat_result, path: Path, secret: bool = False) -> None:
-    """Raises NotPrivate where the open file `found` is another user's, or, for a `secret`, where others have access."""
+def refuse_others(found: os.stat_result, path: Path, group_bits: int = 0o050) -> None:
+    """Raises NotPrivate where the file `found` is another user's, or where others have access to it. `group_bits`: what
+    the group may do with a file of root."""
     refuse_owner(found, path)
     mode = stat.S_IMODE(found.st_mode)
-    allowed = 0o750 if found.st_uid == 0 and os.geteuid() != 0 else 0o700
-    if secret and mode & ~allowed & 0o777:
-        fix = "chmod 600, or 640 for a file of root" if allowed & 0o070 else "chmod 600"
+    allowed = 0o700 | (group_bits if found.st_uid == 0 and os.geteuid() != 0 else 0)
+    if mode & ~allowed & 0o777:
+        fix = f"chmod 600, or {allowed & 0o666:o} for a file of root" if allowed & 0o070 else "chmod 600"
         raise NotPrivate(path, f"others have access to it (mode {mode:o}); allowed: its owner alone ({fix})")
 
 
 def refuse_owner(found: os.stat_result, path: Path) -> None:
     """Raises NotPrivate unless the file belongs to this user or to root."""
     if found.st_uid not in (os.geteuid(), 0):
-        raise NotPrivate(path, f"it belongs to user {found.st_uid}; allowed: user {os.geteuid()} or root")
+        reason = f"it belongs to user {found.st_uid}; allowed: a process of that user, or a file of user {os.geteuid()}"
+        raise NotPrivate(path, reason)
 
 
 def narrow(fd: int, path: Path) -> str | None:
@@ -72,9 +75,9 @@ def narrow(fd: int, path: Path) -> str | None:
     if not mode & 0o077:
         return None
     if found.st_uid != os.geteuid():
-        refuse_others(found, path, secret=True)
+        refuse_others(found, path, 0o070)
         return None
-    os.fchmod(fd, mode & 0o700)
+    os.chmod(f"/proc/self/fd/{fd}", mode & 0o700)  # also for a descriptor of O_PATH
     return f"{path} was open to other users (mode {mode:o}); it has mode {mode & 0o700:o} now"
 
 
@@ -94,12 +97,14 @@ def make_private_folder(folder: Path) -> None:
                 one.mkdir(mode=0o700)
 
 
-def replace_private(path: Path, content: bytes) -> None:
-    """Put a file of mode 600 in the place of `path` at once: a reader sees the old one or the new one. The name that it
-    has until then cannot be foreseen."""
+def replace_file(path: Path, content: bytes, private: bool = True) -> None:
+    """Put a file in the place of `path` at once: a reader sees the old one or the new one. It has mode 600, or what the
+    umask allows, and until then a name that cannot be foreseen."""
     aside = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     fd = make_private(aside)
     try:
+        if not private:
+            os.fchmod(fd, 0o666 & ~_umask())
         with open(fd, "wb") as file:
             file.write(content)
         os.replace(aside, path)
@@ -107,6 +112,14 @@ def replace_private(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
+
+
+def _umask() -> int:
+    """Read where no other thread sees it changed."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("Umask:"):
+            return int(line.split()[1], 8)
+    return 0o077
 
 
 def open_own(path: Path, flags: int) -> int:
@@ -144,6 +157,20 @@ def open_own(path: Path, flags: int) -> int:
         raise _named(error, path) from None
     finally:
         os.close(folder)
+
+
+def open_stored(path: Path) -> BinaryIO:
+    """A regular file or block device of any owner, for reading. Nothing else is opened: a device may act on that, and
+    a pipe would make the caller wait. Raises OSError."""
+    fd = open_own(path, os.O_PATH)
+    try:
+        if not stat.S_ISREG(mode := os.fstat(fd).st_mode) and not stat.S_ISBLK(mode):
+            raise OSError(errno.ENODEV, "this is neither a regular file nor a block device", str(path))
+        return open(f"/proc/self/fd/{fd}", "rb")
+    except OSError as error:
+        raise _named(error, path) from None
+    finally:
+        os.close(fd)
 
 
 def _step(name: str, folder: int) -> int:

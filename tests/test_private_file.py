@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from penstock.private_file import (
     narrow,
     open_own,
     read_private,
-    replace_private,
+    replace_file,
 )
 from penstock.transport.secret import Secret
 
@@ -37,11 +38,16 @@ def secret(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(params=[0o000, 0o077, 0o177, 0o777])
-def any_umask(request: pytest.FixtureRequest) -> object:
-    old = os.umask(request.param)
+@pytest.fixture(autouse=True)
+def same_umask_after() -> Iterator[None]:
+    old = os.umask(0o022)
     yield
     os.umask(old)
+
+
+@pytest.fixture(params=[0o000, 0o077, 0o177, 0o777])
+def any_umask(request: pytest.FixtureRequest) -> None:
+    os.umask(request.param)
 
 
 def test_a_secret_is_read_through_links_of_this_user(secret: Path) -> None:
@@ -91,7 +97,7 @@ def test_files_and_links_of_another_user_are_refused(secret: Path) -> None:
         open_own(folder / "new", os.O_RDWR | os.O_CREAT)
     assert not (secret.parent / "new").exists()
     os.chown(secret, STRANGER, STRANGER)
-    with pytest.raises(NotPrivate, match=f"it belongs to user {STRANGER}; allowed: user 0"):
+    with pytest.raises(NotPrivate, match=f"it belongs to user {STRANGER}; allowed: a process"):
         read_private(secret, 100)
 
 
@@ -119,7 +125,7 @@ def test_a_secret_of_root_may_be_read_by_the_services_group(secret: Path, mode: 
     assert done.stdout.startswith(answer), done
 
 
-def test_what_is_made_is_made_new_and_private(tmp_path: Path, any_umask: object) -> None:
+def test_what_is_made_is_made_new_and_private(tmp_path: Path, any_umask: None) -> None:
     os.close(make_private(tmp_path / "new"))
     assert mode_of(tmp_path / "new") == 0o600
     (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
@@ -130,22 +136,21 @@ def test_what_is_made_is_made_new_and_private(tmp_path: Path, any_umask: object)
 
 
 def test_a_folder_is_made_with_its_parents(tmp_path: Path) -> None:
-    old = os.umask(0)
-    try:
-        make_private_folder(tmp_path / "a" / "b" / "c")
-        make_private_folder(tmp_path / "a" / "b" / "c")
-    finally:
-        os.umask(old)
+    os.umask(0)
+    make_private_folder(tmp_path / "a" / "b" / "c")
+    make_private_folder(tmp_path / "a" / "b" / "c")
     assert [mode_of(tmp_path / name) for name in ("a", "a/b", "a/b/c")] == [0o700] * 3
 
 
 def test_a_file_is_replaced_and_not_what_its_name_leads_to(tmp_path: Path) -> None:
     (tmp_path / "other").write_text("somebody's")
     (tmp_path / "state").symlink_to(tmp_path / "other")
-    replace_private(tmp_path / "state", b"ours")
+    replace_file(tmp_path / "state", b"ours")
     assert (tmp_path / "other").read_text() == "somebody's"
     assert (tmp_path / "state").read_bytes() == b"ours" and mode_of(tmp_path / "state") == 0o600
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["other", "state"]
+    replace_file(tmp_path / "figures", b"anybody's", private=False)
+    assert mode_of(tmp_path / "figures") == 0o644
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["figures", "other", "state"]
 
 
 def test_what_is_wider_is_narrowed(tmp_path: Path) -> None:

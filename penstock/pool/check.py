@@ -31,6 +31,7 @@ from penstock.pool.rows import (
     read_rows,
     readable_rows,
 )
+from penstock.private_file import open_stored
 from penstock.units import format_bytes
 
 DEPTH = 32
@@ -115,7 +116,7 @@ def open_whole_slab(path: Path) -> BlockEngine:
     in use, no permission, too small)."""
     if not os.path.exists(path):
         raise FileNotFoundError(errno.ENOENT, "there is no such slab", str(path))
-    with path.open("rb") as slab:
+    with open_stored(path) as slab:
         size_bytes = os.lseek(slab.fileno(), 0, os.SEEK_END)
     capacity_bytes = size_bytes - size_bytes % STAGING_ALIGNMENT_BYTES
     if capacity_bytes < HEADER_BYTES:

@@ -26,6 +26,7 @@ from penstock.pool.probe import Probe
 from penstock.pool.read_meter import ReadMeter
 from penstock.pool.rows import Stored, Use
 from penstock.pool.work import EXPIRY_CHECK_S, Work, WorkQueue, finish_work
+from penstock.private_file import open_stored
 
 log = logging.getLogger(__name__)
 
@@ -392,7 +393,7 @@ def _data_bytes(path: Path) -> int:
     """How long a slab is before it is opened; 0 where there is none."""
     if not os.path.exists(path):
         return 0
-    with path.open("rb") as slab:
+    with open_stored(path) as slab:
         return slab.seek(0, os.SEEK_END)
 
 

@@ -36,6 +36,7 @@ from penstock.pool.header import (
     write_header,
 )
 from penstock.pool.rows import RowTable, connect_read_only, is_outside_cause, meta_of, move_aside, readable_rows
+from penstock.private_file import open_stored
 
 TABLES_MAX = 4096  # in one folder that is looked through
 PROOF_BLOCKS = 16
@@ -284,7 +285,7 @@ def _tables_in(folders: Iterable[Path], but: Path) -> list[TableFile]:
             with contextlib.suppress(OSError):
                 if not path.is_file() or (but.exists() and path.samefile(but)):
                     continue
-                with path.open("rb") as file:
+                with open_stored(path) as file:
                     is_database = file.read(len(_SQLITE)) == _SQLITE
                 table = look_at(path) if is_database else None
                 if table is not None:
@@ -295,7 +296,7 @@ def _tables_in(folders: Iterable[Path], but: Path) -> list[TableFile]:
 def _holds_slab(place: str, identity: bytes) -> bool:
     """Whether the slab of this id lies at `place`, as far as that can be read."""
     try:
-        with open(place, "rb") as slab:
+        with open_stored(Path(place)) as slab:
             return parse_header(slab.read(HEADER_BYTES), place) == identity
     except (OSError, ValueError):
         return False

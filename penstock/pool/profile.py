@@ -14,6 +14,7 @@ import msgspec
 
 from penstock.core.config import ConfigError
 from penstock.pool.api import PoolError
+from penstock.private_file import replace_file
 
 VERSION = 1
 ALONE_S = 1.5  # of each member and direction
@@ -93,9 +94,7 @@ def read_profile(file: Path) -> PoolProfile:
 
 def write_profile(profile: PoolProfile, file: Path) -> None:
     """Replaces the file at once, so that a reader never sees half of it."""
-    aside = file.with_name(file.name + ".new")
-    aside.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
-    aside.replace(file)
+    replace_file(file, msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n", private=False)
 
 
 @dataclass(frozen=True, slots=True)

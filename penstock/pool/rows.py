@@ -19,6 +19,7 @@ import xxhash
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.pool.block import Block
 from penstock.pool.header import SlabRefused
+from penstock.pool.table_file import own_table
 
 TABLE_FORMAT = 2
 LOCKED_WAIT_S = 1.0
@@ -115,8 +116,8 @@ def read_rows(db: sqlite3.Connection) -> Iterator[Row]:
 
 
 def connect_read_only(path: Path) -> sqlite3.Connection:
-    """The table as it is, never changed. Raises sqlite3.Error."""
-    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=LOCKED_WAIT_S)
+    """The table as it is, never changed. Raises sqlite3.Error, or OSError where it is not this user's."""
+    db = sqlite3.connect(f"{own_table(path).as_uri()}?mode=ro", uri=True, timeout=LOCKED_WAIT_S)
     db.text_factory = _text
     return db
 
@@ -258,7 +259,8 @@ class RowTable:
 
     def _connect(self) -> tuple[sqlite3.Connection, str | None]:
         """The open file and what is wrong with it. It is handed from the opening thread to the journal's."""
-        db = sqlite3.connect(self.path, check_same_thread=False, timeout=LOCKED_WAIT_S, isolation_level=None)
+        real = own_table(self.path, self.notes)
+        db = sqlite3.connect(real, check_same_thread=False, timeout=LOCKED_WAIT_S, isolation_level=None)
         db.text_factory = _text
         try:
             damage = damage_of(db)
