@@ -97,14 +97,13 @@ def make_private_folder(folder: Path) -> None:
                 one.mkdir(mode=0o700)
 
 
-def replace_file(path: Path, content: bytes, private: bool = True) -> None:
-    """Put a file in the place of `path` at once: a reader sees the old one or the new one. It has mode 600, or what the
-    umask allows, and until then a name that cannot be foreseen."""
+def replace_file(path: Path, content: bytes, mode: int | None = 0o600) -> None:
+    """Put a file in the place of `path` at once: a reader sees the old one or the new one. Until then its name cannot be
+    foreseen. `mode` None: what the umask allows."""
     aside = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     fd = make_private(aside)
     try:
-        if not private:
-            os.fchmod(fd, 0o666 & ~_umask())
+        os.fchmod(fd, 0o666 & ~_umask() if mode is None else mode)
         with open(fd, "wb") as file:
             file.write(content)
         os.replace(aside, path)
@@ -157,6 +156,27 @@ def open_own(path: Path, flags: int) -> int:
         raise _named(error, path) from None
     finally:
         os.close(folder)
+
+
+def refuse_replaceable(path: Path) -> Path:
+    """Where a file that is to be executed really lies. Raises NotPrivate where another user could have put it there: it,
+    its folder or a link to it is of another user, or open to others for writing; and other OSErrors."""
+    fd = open_own(path, os.O_PATH)
+    try:
+        real = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        refuse_writable(os.fstat(fd), real)
+    finally:
+        os.close(fd)
+    refuse_writable(os.stat(real.parent), real.parent)
+    return real
+
+
+def refuse_writable(found: os.stat_result, path: Path) -> None:
+    """Raises NotPrivate for a file or folder of another user's, or in which others can change something."""
+    refuse_owner(found, path)
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & 0o022 and not (stat.S_ISDIR(found.st_mode) and mode & stat.S_ISVTX):
+        raise NotPrivate(path, f"others can write to it (mode {mode:o}); allowed: its owner alone (chmod go-w)")
 
 
 def open_stored(path: Path) -> BinaryIO:

@@ -148,7 +148,7 @@ def test_a_file_is_replaced_and_not_what_its_name_leads_to(tmp_path: Path) -> No
     replace_file(tmp_path / "state", b"ours")
     assert (tmp_path / "other").read_text() == "somebody's"
     assert (tmp_path / "state").read_bytes() == b"ours" and mode_of(tmp_path / "state") == 0o600
-    replace_file(tmp_path / "figures", b"anybody's", private=False)
+    replace_file(tmp_path / "figures", b"anybody's", mode=None)
     assert mode_of(tmp_path / "figures") == 0o644
     assert sorted(one.name for one in tmp_path.iterdir()) == ["figures", "other", "state"]
 

@@ -94,7 +94,7 @@ def read_profile(file: Path) -> PoolProfile:
 
 def write_profile(profile: PoolProfile, file: Path) -> None:
     """Replaces the file at once, so that a reader never sees half of it."""
-    replace_file(file, msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n", private=False)
+    replace_file(file, msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n", mode=None)
 
 
 @dataclass(frozen=True, slots=True)
