@@ -98,7 +98,7 @@ def make_private_folder(folder: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes, mode: int | None = 0o600) -> None:
-    """Put a file in the place of `path` at once: a reader sees the old one or the new one. Until then its name cannot be
+    """Put a file in the place of `path` at once: a reader sees the old or the new one. Until then its name cannot be
     foreseen. `mode` None: what the umask allows."""
     aside = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     fd = make_private(aside)
@@ -159,7 +159,7 @@ def open_own(path: Path, flags: int) -> int:
 
 
 def refuse_replaceable(path: Path) -> Path:
-    """Where a file that is to be executed really lies. Raises NotPrivate where another user could have put it there: it,
+    """Where a file to be executed really lies. Raises NotPrivate where another user could have put it there: it,
     its folder or a link to it is of another user, or open to others for writing; and other OSErrors."""
     fd = open_own(path, os.O_PATH)
     try:

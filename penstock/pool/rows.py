@@ -350,7 +350,7 @@ def readable_rows(path: Path) -> tuple[bytes | None, list[Stored]]:
         identity = meta_of(db).get("slab")
         for order in ("ASC", "DESC"):
             with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
-                for row in db.execute(f"SELECT * FROM blocks ORDER BY key {order}"):
+                for row in db.execute(f"SELECT * FROM blocks ORDER BY key {order}"):  # noqa: S608 (one of two words)
                     stored = block_of(row) if len(row) == _COLUMNS else None
                     if stored is not None:
                         found[stored[0].key] = stored

@@ -85,7 +85,7 @@ def vllm(
     reason = cannot_serve()
     if reason is not None:
         refuse("penstock vllm", reason)
-    os.execve(sys.executable, python_command(*SERVE, *arguments), child_environment())
+    os.execve(sys.executable, python_command(*SERVE, *arguments), child_environment())  # noqa: S606
 
 
 def arguments_of(words: Sequence[str]) -> list[str]:
