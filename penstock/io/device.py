@@ -39,10 +39,11 @@ class Device:
         os.close(self.fd)
 
 
-def open_device(path: Path, capacity_bytes: int) -> Device:
+def open_device(path: Path, capacity_bytes: int, claims_space: bool = True) -> Device:
     """Open `path` for reading and writing. A missing file is created; a file is given space for all of
     `capacity_bytes` now, so that no later write can find the disk full; its content is kept. A file that other users
     have access to is narrowed, one of another user, or behind such a user's symlink, is refused (FILE-1, FILE-2).
+    Without `claims_space` a file is taken as it is, holes and all.
 
     Raises ValueError for a bad capacity, OSError with the reason for everything else.
     """
@@ -54,7 +55,8 @@ def open_device(path: Path, capacity_bytes: int) -> Device:
     try:
         _lock(fd, path)
         wider = narrow(fd, path) if stat.S_ISREG(os.fstat(fd).st_mode) else None
-        _claim_space(fd, path, capacity_bytes)
+        if claims_space:
+            _claim_space(fd, path, capacity_bytes)
         device = Device(path, fd, capacity_bytes, direct, _piece_bytes(os.fstat(fd)))
         device.notes += [wider] if wider else []
         filesystem = None if path.is_block_device() else _MEMORY_FILESYSTEMS.get(_filesystem_magic(fd))

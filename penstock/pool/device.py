@@ -397,11 +397,11 @@ def _data_bytes(path: Path) -> int:
         return slab.seek(0, os.SEEK_END)
 
 
-def open_engine_patiently(path: Path, capacity_bytes: int, depth: int) -> BlockEngine:
+def open_engine_patiently(path: Path, capacity_bytes: int, depth: int, claims_space: bool = True) -> BlockEngine:
     """As `open_engine`, but waits a moment for the lock of a process that was killed."""
     from penstock.io.open import open_engine
 
-    return patiently(lambda: open_engine(path, capacity_bytes, depth))
+    return patiently(lambda: open_engine(path, capacity_bytes, depth, claims_space=claims_space))
 
 
 def patiently(open_it: Callable[[], BlockEngine]) -> BlockEngine:
