@@ -6,6 +6,7 @@ VLLM_VENV ?= .venv-vllm
 CLIENTS_VENV ?= .venv-clients
 OUT ?= out
 TORCH_ARGS ?=
+AUDIT_ARGS ?=
 BIN := $(VENV)/bin
 VLLM_BIN := $(VLLM_VENV)/bin
 CLIENTS_BIN := $(CLIENTS_VENV)/bin
@@ -13,9 +14,13 @@ NODE_PACKAGES := tests/clients/node/node_modules
 TESTED := penstock/tested_versions.txt
 TORCH := $(shell grep '^torch==' $(TESTED))
 PIP := pip install --quiet --disable-pip-version-check
+# Exactly these files, whichever mirror they come from, and nothing that a package asks for beside them.
+LOCKED := --no-deps --require-hashes --requirement
+UV ?= uv==0.13.9
+AUDIT ?= pip-audit==2.10.1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm venv-clients demo test test-vllm test-vllm-next test-clients lint types unit clean
+.PHONY: help venv venv-vllm venv-clients demo test test-vllm test-vllm-next test-clients lint types unit clean lock audit
 
 help:
 	@echo "make demo   replay agent sessions over HTTP, coupled against penstock; table, out/demo.html, out/demo.png"
@@ -23,36 +28,53 @@ help:
 	@echo "make test-vllm   the tests of Penstock inside vLLM, in an environment of their own with vLLM's build for CPUs"
 	@echo "make test-vllm-next   the Python of the next vLLM (340 MB) over that build, and a part of those tests in it"
 	@echo "make test-clients   clients that people use (Python, Node, Java, curl) against penstock serve, in an environment of their own"
+	@echo "make lock   pin anew, with hashes, what these environments are made of;  make audit  look its versions up for known faults"
 	@echo "make lint   ruff;  make types  mypy --strict;  make venv, make venv-vllm  an environment only;  make clean  remove all of it"
 
 venv: $(VENV)/.installed
 
 venv-vllm: $(VLLM_VENV)/.installed
 
-# Torch goes first and alone, so that nothing else chooses its build. Where pip's own sources give a CUDA build and there
-# is no GPU, TORCH_ARGS takes the pip options that select a CPU build (an index of your choice).
-$(VENV)/.installed: pyproject.toml $(TESTED)
+# Torch comes alone, so that nothing else chooses its build, and last, so that what it needs is there by hash. Where pip's
+# own sources give a CUDA build and there is no GPU, TORCH_ARGS takes the pip options that select a CPU build (an index of
+# your choice).
+$(VENV)/.installed: pyproject.toml $(TESTED) .ci/locked.txt
 	@$(call python_fits)
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/$(PIP) $(LOCKED) .ci/locked.txt
 	$(BIN)/$(PIP) $(TORCH_ARGS) "$(TORCH)"
-	$(BIN)/$(PIP) --constraint $(TESTED) --editable '.[dev]'
+	$(BIN)/$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# Anew from the versions that pyproject.toml, $(TESTED) and tests/inside_vllm/requirements.txt name. What they leave open
+# stays as it is locked; LOCK_ARGS=--upgrade takes the newest.
+LOCK_ARGS ?=
+LOCK := $(OUT)/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--no-header $(LOCK_ARGS)
+lock:
+	@$(call python_fits)
+	$(PYTHON) -m venv $(OUT)/lock
+	$(OUT)/lock/bin/$(PIP) "$(UV)"
+	echo 'torch ; sys_platform == "never"' > $(OUT)/lock/no_torch.txt
+	$(LOCK) --extra dev --constraint $(TESTED) --override $(OUT)/lock/no_torch.txt --output-file .ci/locked.txt \
+		pyproject.toml .ci/lock.in
+	$(LOCK) --no-deps --output-file tests/inside_vllm/locked.txt tests/inside_vllm/requirements.txt
+
 define python_fits
-$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	{ echo "Python 3.11 or newer is needed; $$($(PYTHON) --version) is here. Name another: make PYTHON=python3.12" >&2; exit 1; }; \
+$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
+	{ echo "Python 3.11 to 3.14 is needed; $$($(PYTHON) --version) is here. Name another: make PYTHON=python3.12" >&2; exit 1; }; \
 $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	{ echo "Python's venv module is missing. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 endef
 
 # Everything but torch by exact version and without looking at what packages ask for: tests/inside_vllm/requirements.txt says why.
-$(VLLM_VENV)/.installed: pyproject.toml $(TESTED) tests/inside_vllm/requirements.txt tests/inside_vllm/vllm_metadata.toml
+$(VLLM_VENV)/.installed: pyproject.toml $(TESTED) tests/inside_vllm/locked.txt tests/inside_vllm/vllm_metadata.toml
 	@$(call python_fits)
 	@rm -f $@
 	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/$(PIP) $(LOCKED) tests/inside_vllm/locked.txt
 	$(VLLM_BIN)/$(PIP) $(TORCH_ARGS) "$(TORCH)"
-	$(VLLM_BIN)/$(PIP) --no-deps --requirement tests/inside_vllm/requirements.txt
 	@mkdir -p $(VLLM_VENV)/vllm_metadata && cp tests/inside_vllm/vllm_metadata.toml $(VLLM_VENV)/vllm_metadata/pyproject.toml
 	$(VLLM_BIN)/$(PIP) --no-deps --no-build-isolation $(VLLM_VENV)/vllm_metadata
 	$(VLLM_BIN)/$(PIP) --no-deps --no-build-isolation --editable .
@@ -70,6 +92,19 @@ $(VLLM_VENV)/vllm-next/.installed: $(VLLM_VENV)/.installed tests/inside_vllm/ove
 
 test-vllm-next: $(VLLM_VENV)/vllm-next/.installed
 	$(VLLM_BIN)/python -m pytest tests/inside_vllm/test_vllm_next.py
+
+# Not part of lint: it asks a service on the network for advisories. It fails where a version has a known fault, and where
+# the service does not answer or does not know a version, because then nothing was looked up.
+audit:
+	@$(call python_fits)
+	$(PYTHON) -m venv $(OUT)/audit
+	$(OUT)/audit/bin/$(PIP) "$(AUDIT)"
+	@echo "$(TORCH)" > $(OUT)/audit/torch.txt
+	@for file in .ci/locked.txt tests/inside_vllm/locked.txt $(OUT)/audit/torch.txt; do \
+		$(OUT)/audit/bin/pip-audit --strict --disable-pip --no-deps $(AUDIT_ARGS) --requirement $$file || failed=1; \
+	done; if [ -n "$$failed" ]; then \
+		echo "make audit: a version has a known fault, or could not be looked up (AUDIT_ARGS='-s osv' asks another service)" >&2; \
+		exit 1; fi
 
 demo: venv
 	$(BIN)/penstock bench demo --out $(OUT)

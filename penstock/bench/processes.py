@@ -8,12 +8,13 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, Self
+
+from penstock.child_python import child_environment, python_command
 
 POOL_READY = re.compile(r"pool node \S+ ready on ([\w.\-\[\]:]+:\d+)")
 SERVE_READY = re.compile(r"listening on (https?://[\w.\-\[\]:]+:\d+)", re.IGNORECASE)
@@ -65,7 +66,7 @@ class ReadyProcess:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
-                env=self._environment,
+                env=child_environment() | dict(self._environment or {}),
             )
             self.address = self._await_ready(time.monotonic() + self._ready_s)
         except BaseException:
@@ -128,7 +129,7 @@ class ReadyProcess:
 
 
 def _penstock(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "penstock", *arguments]
+    return python_command("-m", "penstock", *arguments)
 
 
 def pool_process(*arguments: str, ready_s: float = 60.0) -> ReadyProcess:

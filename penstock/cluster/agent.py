@@ -176,7 +176,7 @@ class EngineAgent:
             if (why := self._unhealthy()) is not None:
                 self._fail(f"the engine has failed: {why}")
                 return
-            self._closing.wait(pause_s * random.uniform(0.7, 1.3))
+            self._closing.wait(pause_s * random.uniform(0.7, 1.3))  # noqa: S311 (apart in time, not secret)
             pause_s = min(2 * pause_s, PAUSES_S[1])
 
     def _fail(self, why: str) -> None:

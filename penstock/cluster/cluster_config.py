@@ -55,7 +55,7 @@ class ProcessSpec:
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     engine: list[dict[str, Any]]
     model: str = ""
-    secret_file: str = "secret"
+    secret_file: str = "secret"  # noqa: S105 (a file's name)
     pool: list[dict[str, Any]] = []
     router: dict[str, Any] = {}
     serve: dict[str, Any] = {}

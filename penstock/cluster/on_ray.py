@@ -6,6 +6,7 @@ actor or its machine dies. Only command lines, addresses and lines of output go 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -83,7 +84,8 @@ class RaySupervisor:
         self._ray = ray
         try:
             if not ray.is_initialized():
-                ray.init(address=address, log_to_driver=False, configure_logging=False)
+                with contextlib.chdir("/"):  # Ray makes its workers import modules from this process's folder first
+                    ray.init(address=address, log_to_driver=False, configure_logging=False)
         except Exception as error:  # what Ray raises here is of many kinds
             why = " ".join(str(error).split())[:300]
             raise ConfigError(f"no Ray cluster at {address!r}: {why}") from None

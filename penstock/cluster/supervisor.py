@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -17,6 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import IO
 
+from penstock.child_python import child_environment, python_command
 from penstock.cluster.cluster_config import READY, Kind, ProcessSpec
 from penstock.guarded_thread import GuardedThread
 from penstock.rate_limited_log import RateLimitedLog
@@ -74,7 +74,7 @@ class Child:
     def _start(self) -> None:
         self.ready.clear()
         process = subprocess.Popen(
-            [sys.executable, "-m", "penstock", *self._command],
+            python_command("-m", "penstock", *self._command),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -82,6 +82,7 @@ class Child:
             errors="replace",
             start_new_session=True,
             preexec_fn=_die_with_parent,
+            env=child_environment(),
         )
         self._process, self.pid = process, process.pid
         self._again_s = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import signal
 import sys
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from penstock.command_line import refuse
+from penstock.private_file import make_private
 
 FAILED = 1
 
@@ -81,8 +81,8 @@ class _Printer:
 def _make_secret(path: Path) -> None:
     """A secret of this cluster's own, where there is none."""
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        handle = make_private(path)
     except FileExistsError:
         return
-    with os.fdopen(handle, "w") as file:
+    with open(handle, "w") as file:
         file.write(secrets.token_hex(32) + "\n")

@@ -9,6 +9,7 @@ from penstock.core.keys import BlockKey
 
 TENANT_BYTES = 8
 REBUILD_S_MAX = 1e6
+BLOCK_BYTES_MAX = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)

@@ -241,9 +241,9 @@ def check_shared_memory(machine: Machine) -> Check:
     try:
         stats = os.statvfs(machine.root / "dev/shm")
     except OSError as error:
-        return Check("shared memory", "note", f"/dev/shm: {error.strerror}", "mount a tmpfs there")
+        return Check("shared memory", "note", f"/dev/shm: {error.strerror}", "mount a tmpfs there")  # noqa: S108 (told, not used)
     size, free = stats.f_blocks * stats.f_frsize, stats.f_bavail * stats.f_frsize
-    found = f"/dev/shm: {_size(free)} free of {_size(size)}"
+    found = f"/dev/shm: {_size(free)} free of {_size(size)}"  # noqa: S108 (told, not used)
     if free < SHARED_MEMORY_MIN_BYTES:
         return Check("shared memory", "note", found, "give it more (docker: --shm-size=8g) to place members there")
     return Check("shared memory", "ok", found)

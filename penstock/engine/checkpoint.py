@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
+import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,10 +20,13 @@ import torch
 from penstock.engine import attention
 from penstock.engine.weights_identity import WeightsChanged, states_of
 from penstock.engine.weights_identity import weights_identity as weights_identity  # of a checkpoint: offered here
+from penstock.toml_file import read_bounded
 
 LoadFormat = Literal["auto", "dummy"]
 _CONFIG_NAMES_WITHOUT_MEANING = ("_name_or_path", "transformers_version")  # differ between copies of one model
 _HUB_TIMEOUT_S = 20.0
+_JSON_BYTES_MAX = 64 << 20
+_HEADER_BYTES_MAX = 100_000_000  # the safetensors library's own bound
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 SERVED_MODELS = "served are models whose every layer goes through transformers' AttentionInterface once"
@@ -123,8 +128,10 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted(set(json.loads(read_bounded(index, _JSON_BYTES_MAX))["weight_map"].values()))
+            if not all(_stays_inside(name) for name in names):
+                raise ValueError("it names a file outside of its folder")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{index} is not a weight index: {one_line(error)}") from error
         files = [folder / name for name in names]
     else:
@@ -136,20 +143,24 @@ def weight_files(folder: Path) -> list[Path]:
     return list(dict.fromkeys([*files, *sorted(folder.glob("*.safetensors"))]))
 
 
+def _stays_inside(name: object) -> bool:
+    return isinstance(name, str) and not os.path.isabs(name) and ".." not in Path(name).parts
+
+
 def _check_safetensors(file: Path) -> None:
     size_bytes = file.stat().st_size
     with file.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
-        if size_bytes < 8 or header_bytes > size_bytes - 8:
+        if size_bytes < 8 or header_bytes > min(size_bytes - 8, _HEADER_BYTES_MAX):
             raise CheckpointError(
                 f"{file} is cut off or no safetensors file: {size_bytes} bytes, header {header_bytes}"
             )
         try:
             header = json.loads(stream.read(header_bytes))
             ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            needed_bytes = 8 + header_bytes + max(map(operator.index, ends), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise CheckpointError(f"{file} has a broken safetensors header: {one_line(error)}") from error
-    needed_bytes = 8 + header_bytes + max(ends, default=0)
     if size_bytes != needed_bytes:
         raise CheckpointError(f"{file} is cut off or overlong: {size_bytes} bytes, its header names {needed_bytes}")
 
@@ -167,8 +178,8 @@ def end_tokens(folder: Path, config: Any) -> frozenset[int]:
     found = None
     if file.is_file():
         try:
-            found = json.loads(file.read_text()).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
+            found = json.loads(read_bounded(file, _JSON_BYTES_MAX)).get("eos_token_id")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{file} is not usable: {one_line(error)}") from error
     if found is None:
         found = getattr(config, "eos_token_id", None)

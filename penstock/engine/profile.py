@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +10,7 @@ import msgspec
 
 from penstock.core.config import ConfigError, check_range
 from penstock.core.cost import ComputeCost
+from penstock.toml_file import parse_toml
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +78,14 @@ def profile_names() -> list[str]:
 def load_profile(name: str) -> Profile:
     """A shipped profile by name, or one in a TOML file by path. Raises ConfigError."""
     if name in profile_names():
-        data = files("penstock.engine").joinpath("profiles").joinpath(f"{name}.toml").read_bytes()
+        file = Path(str(files("penstock.engine").joinpath("profiles").joinpath(f"{name}.toml")))
     elif name.endswith(".toml") and Path(name).is_file():
-        data = Path(name).read_bytes()
+        file = Path(name)
     else:
         raise ConfigError(f"profile is {name!r}; allowed: {', '.join(profile_names())}, or the path of a .toml file")
     try:
-        return msgspec.convert(tomllib.loads(data.decode()), Profile)
+        return msgspec.convert(parse_toml(file), Profile)
+    except OSError as error:
+        raise ConfigError(f"profile {name} cannot be read: {error.strerror or error}") from None
     except ValueError as error:  # not UTF-8, not TOML, a field of another type or out of its range
         raise ConfigError(f"profile {name}: {error}") from None

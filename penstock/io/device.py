@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from penstock.core.layout import STAGING_ALIGNMENT_BYTES
+from penstock.private_file import NotPrivate, make_private, narrow, open_own
 
 _MEMORY_FILESYSTEMS = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}
 # A file's transfer is split by the filesystem in place, so large pieces cost least. A block device refuses to split one
@@ -38,9 +39,11 @@ class Device:
         os.close(self.fd)
 
 
-def open_device(path: Path, capacity_bytes: int) -> Device:
+def open_device(path: Path, capacity_bytes: int, claims_space: bool = True) -> Device:
     """Open `path` for reading and writing. A missing file is created; a file is given space for all of
-    `capacity_bytes` now, so that no later write can find the disk full; its content is kept.
+    `capacity_bytes` now, so that no later write can find the disk full; its content is kept. A file that other users
+    have access to is narrowed, one of another user, or behind such a user's symlink, is refused (FILE-1, FILE-2).
+    Without `claims_space` a file is taken as it is, holes and all.
 
     Raises ValueError for a bad capacity, OSError with the reason for everything else.
     """
@@ -51,8 +54,11 @@ def open_device(path: Path, capacity_bytes: int) -> Device:
     fd, direct, created = _open(path)
     try:
         _lock(fd, path)
-        _claim_space(fd, path, capacity_bytes)
+        wider = narrow(fd, path) if stat.S_ISREG(os.fstat(fd).st_mode) else None
+        if claims_space:
+            _claim_space(fd, path, capacity_bytes)
         device = Device(path, fd, capacity_bytes, direct, _piece_bytes(os.fstat(fd)))
+        device.notes += [wider] if wider else []
         filesystem = None if path.is_block_device() else _MEMORY_FILESYSTEMS.get(_filesystem_magic(fd))
         if filesystem:
             device.direct = False
@@ -70,21 +76,23 @@ def open_device(path: Path, capacity_bytes: int) -> Device:
 
 def _open(path: Path) -> tuple[int, bool, bool]:
     """The open file, whether I/O bypasses the page cache, and whether this call made the file."""
-    flags = os.O_RDWR | os.O_CLOEXEC
+    flags = os.O_RDWR
     created = False
     try:
         if not os.path.exists(path):  # unlike Path.exists, no error for a folder that may not be entered
             with contextlib.suppress(FileExistsError):  # made by another process a moment ago
-                os.close(os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600))
+                os.close(make_private(path))
                 created = True
         if path.is_block_device():
             flags |= os.O_EXCL  # the lock is of one device file, this is of the device: neither mounted nor claimed
         try:
-            return os.open(path, flags | os.O_DIRECT), True, created
+            return open_own(path, flags | os.O_DIRECT), True, created
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            return os.open(path, flags), False, created
+            return open_own(path, flags), False, created
+    except NotPrivate:
+        raise
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise in_use(path, "the device is in use: mounted, or by another process", path) from error

@@ -15,11 +15,16 @@ from penstock.io.uring import UringEngine
 
 
 def open_engine(
-    path: Path, capacity_bytes: int, depth: int, prefer: Literal["uring", "threads"] = "uring"
+    path: Path,
+    capacity_bytes: int,
+    depth: int,
+    prefer: Literal["uring", "threads"] = "uring",
+    claims_space: bool = True,
 ) -> BlockEngine:
     """A block engine on the slab file or block device `path`, for `depth` (1 to 256) operations at once.
 
-    A slab file is created where absent, with all of its space; existing content is kept. Where io_uring or direct I/O
+    A slab file is created where absent, with all of its space (without `claims_space` one is taken as it is, holes and
+    all); existing content is kept. Where io_uring or direct I/O
     is refused, the engine is `threads`, and `notes` says why. Raises ValueError for a wrong argument and OSError with
     path and reason: no such folder, no permission, in use (BlockingIOError), too small or disk full (ENOSPC).
     """
@@ -27,7 +32,7 @@ def open_engine(
         raise ValueError(f"prefer is {prefer!r}; it must be 'uring' or 'threads'")
     if not 1 <= depth <= 256:
         raise ValueError(f"depth is {depth}; it must be from 1 to 256")
-    device = open_device(Path(path), capacity_bytes)
+    device = open_device(Path(path), capacity_bytes, claims_space)
     try:
         if prefer == "uring" and not device.direct:
             device.notes.append("engine threads instead of uring: io_uring gains nothing without direct I/O")

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.layout import staging_bytes
-from penstock.core.new_block import REBUILD_S_MAX, TENANT_BYTES, NewBlock
+from penstock.core.new_block import BLOCK_BYTES_MAX, REBUILD_S_MAX, TENANT_BYTES, NewBlock
 
 
 class PoolError(Exception):
@@ -142,6 +142,8 @@ def check_write(block: NewBlock, data: memoryview) -> PoolError | None:
             "layout",
             f"rebuild_s is {block.rebuild_s}, position {block.position}; allowed: 0 to {REBUILD_S_MAX:g} s, 0 or more",
         )
+    if block.size_bytes > BLOCK_BYTES_MAX:
+        return PoolError("layout", f"a block of {block.size_bytes} bytes; allowed: at most {BLOCK_BYTES_MAX}")
     if block.size_bytes < 1 or len(data) < staging_bytes(block.size_bytes):
         return PoolError(
             "layout", f"{len(data)} bytes of data for a block of {block.size_bytes}, padded to the alignment"

@@ -27,10 +27,12 @@ from penstock.pool.rows import (
     block_of,
     connect_read_only,
     damage_of,
+    identity_of,
     meta_of,
     read_rows,
     readable_rows,
 )
+from penstock.private_file import open_stored
 from penstock.units import format_bytes
 
 DEPTH = 32
@@ -111,16 +113,16 @@ def check_file(
 
 
 def open_whole_slab(path: Path) -> BlockEngine:
-    """All of a slab file or block device that is there, never made or grown, for one caller. Raises OSError (absent,
-    in use, no permission, too small)."""
+    """All of a slab file or block device that is there, never made, grown or filled up, for one caller. Raises OSError
+    (absent, in use, no permission, too small)."""
     if not os.path.exists(path):
         raise FileNotFoundError(errno.ENOENT, "there is no such slab", str(path))
-    with path.open("rb") as slab:
+    with open_stored(path) as slab:
         size_bytes = os.lseek(slab.fileno(), 0, os.SEEK_END)
     capacity_bytes = size_bytes - size_bytes % STAGING_ALIGNMENT_BYTES
     if capacity_bytes < HEADER_BYTES:
         raise SlabRefused(f"{path} is not a Penstock slab: it has {size_bytes} bytes")
-    return open_engine_patiently(path, capacity_bytes, DEPTH)
+    return open_engine_patiently(path, capacity_bytes, DEPTH, claims_space=False)
 
 
 def check_slab(
@@ -183,11 +185,13 @@ def _read_table(path: Path, report: CheckReport) -> tuple[bytes | None, list[Blo
                     raise SlabRefused(
                         f"{path} is a table of format {version}, this version reads formats 1 and {TABLE_FORMAT}"
                     )
-                rows = list(read_rows(db)) if meta else []
-                found = [(row, block_of(row)) for row in rows]
-                bad = [row[0] for row, stored in found if stored is None]
-                report.rows, report.bad_rows = len(rows), len(bad)
-                return meta.get("slab"), [stored[0] for _, stored in found if stored is not None], bad
+                good: list[Block] = []
+                bad: list[Any] = []
+                for row in read_rows(db) if meta else ():
+                    stored = block_of(row)
+                    good.append(stored[0]) if stored is not None else bad.append(row[0])
+                report.rows, report.bad_rows = len(good) + len(bad), len(bad)
+                return identity_of(meta), good, bad
     except sqlite3.Error as error:
         raise OSError(f"the table {path} cannot be read: {error}") from error
     identity, kept = readable_rows(path)

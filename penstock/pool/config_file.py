@@ -251,7 +251,8 @@ def _named(
 def _check_state(config: PoolConfig) -> None:
     for member in config.members:
         path = str(member.path or "")
-        needed = member.kind in ("nvme", "spdk") or (path.startswith("/dev/") and not path.startswith("/dev/shm/"))
+        device = path.startswith("/dev/") and not path.startswith("/dev/shm/")  # noqa: S108 (compared, not used)
+        needed = member.kind in ("nvme", "spdk") or device
         if needed and config.state is None:
             raise ConfigError(
                 f"state is missing; allowed: a folder that keeps the table of {member.name} ({member.where})"

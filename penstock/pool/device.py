@@ -26,6 +26,7 @@ from penstock.pool.probe import Probe
 from penstock.pool.read_meter import ReadMeter
 from penstock.pool.rows import Stored, Use
 from penstock.pool.work import EXPIRY_CHECK_S, Work, WorkQueue, finish_work
+from penstock.private_file import open_stored
 
 log = logging.getLogger(__name__)
 
@@ -392,15 +393,15 @@ def _data_bytes(path: Path) -> int:
     """How long a slab is before it is opened; 0 where there is none."""
     if not os.path.exists(path):
         return 0
-    with path.open("rb") as slab:
+    with open_stored(path) as slab:
         return slab.seek(0, os.SEEK_END)
 
 
-def open_engine_patiently(path: Path, capacity_bytes: int, depth: int) -> BlockEngine:
+def open_engine_patiently(path: Path, capacity_bytes: int, depth: int, claims_space: bool = True) -> BlockEngine:
     """As `open_engine`, but waits a moment for the lock of a process that was killed."""
     from penstock.io.open import open_engine
 
-    return patiently(lambda: open_engine(path, capacity_bytes, depth))
+    return patiently(lambda: open_engine(path, capacity_bytes, depth, claims_space=claims_space))
 
 
 def patiently(open_it: Callable[[], BlockEngine]) -> BlockEngine:

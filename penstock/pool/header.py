@@ -11,6 +11,7 @@ from typing import Literal
 from penstock.core.layout import STAGING_ALIGNMENT_BYTES
 from penstock.io.api import BlockEngine, IoOp
 from penstock.io.memory import aligned_buffer
+from penstock.private_file import open_stored
 
 HEADER_BYTES = STAGING_ALIGNMENT_BYTES
 HEADER_FORMAT = 1
@@ -48,7 +49,7 @@ def parse_header(raw: bytes, where: str) -> bytes | None:
 def refuse_foreign_file(path: Path) -> None:
     """Raise SlabRefused where a file holds something else: asked before an engine gives the file its space."""
     if path.is_file():
-        with path.open("rb") as slab:
+        with open_stored(path) as slab:
             parse_header(slab.read(HEADER_BYTES), str(path))
 
 

@@ -35,7 +35,16 @@ from penstock.pool.header import (
     transfer,
     write_header,
 )
-from penstock.pool.rows import RowTable, connect_read_only, is_outside_cause, meta_of, move_aside, readable_rows
+from penstock.pool.rows import (
+    RowTable,
+    connect_read_only,
+    identity_of,
+    is_outside_cause,
+    meta_of,
+    move_aside,
+    readable_rows,
+)
+from penstock.private_file import open_stored
 
 TABLES_MAX = 4096  # in one folder that is looked through
 PROOF_BLOCKS = 16
@@ -85,16 +94,15 @@ def look_at(path: Path) -> TableFile | None:
             meta = meta_of(db) if "meta" in names else {}
             if names and "blocks" not in names and "format" not in meta:
                 return TableFile(path, foreign=True)
-            identity, place = meta.get("slab"), meta.get("place")
+            identity, place = identity_of(meta), meta.get("place")
             rows = "blocks" in names and db.execute("SELECT 1 FROM blocks LIMIT 1").fetchone() is not None
     except (sqlite3.Error, UnicodeDecodeError) as error:
         if isinstance(error, sqlite3.Error) and is_outside_cause(error):
             raise OSError(f"the table {path} cannot be opened: {error}") from error
         return TableFile(path, damaged=True)
-    known = isinstance(identity, bytes) and len(identity) == 16
-    if not known and not rows and log_bytes:
+    if identity is None and not rows and log_bytes:
         return TableFile(path, damaged=True, log_lost=True)
-    return TableFile(path, identity if known else None, place if isinstance(place, str) else None, rows)
+    return TableFile(path, identity, place if isinstance(place, str) else None, rows)
 
 
 def _size_bytes(path: Path) -> int:
@@ -284,7 +292,7 @@ def _tables_in(folders: Iterable[Path], but: Path) -> list[TableFile]:
             with contextlib.suppress(OSError):
                 if not path.is_file() or (but.exists() and path.samefile(but)):
                     continue
-                with path.open("rb") as file:
+                with open_stored(path) as file:
                     is_database = file.read(len(_SQLITE)) == _SQLITE
                 table = look_at(path) if is_database else None
                 if table is not None:
@@ -295,7 +303,7 @@ def _tables_in(folders: Iterable[Path], but: Path) -> list[TableFile]:
 def _holds_slab(place: str, identity: bytes) -> bool:
     """Whether the slab of this id lies at `place`, as far as that can be read."""
     try:
-        with open(place, "rb") as slab:
+        with open_stored(Path(place)) as slab:
             return parse_header(slab.read(HEADER_BYTES), place) == identity
     except (OSError, ValueError):
         return False

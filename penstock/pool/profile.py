@@ -14,8 +14,11 @@ import msgspec
 
 from penstock.core.config import ConfigError
 from penstock.pool.api import PoolError
+from penstock.private_file import replace_file
+from penstock.toml_file import read_bounded
 
 VERSION = 1
+PROFILE_BYTES_MAX = 16 << 20
 ALONE_S = 1.5  # of each member and direction
 TOGETHER_S = 3.0  # of each direction
 TOTAL_S = 45.0  # over everything; the parts shrink where there are many members
@@ -76,10 +79,10 @@ class PoolProfile:
 def read_profile(file: Path) -> PoolProfile:
     """Raises ConfigError, one line with the file and what is wrong."""
     try:
-        profile = msgspec.json.decode(file.read_bytes(), type=PoolProfile)
+        profile = msgspec.json.decode(read_bounded(file, PROFILE_BYTES_MAX), type=PoolProfile)
     except OSError as error:
         raise ConfigError(f"profile {file} cannot be read: {error.strerror or error}") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"profile {file} is not one that penstock profile wrote: {error}") from None
     if profile.version != VERSION:
         raise ConfigError(
@@ -93,9 +96,7 @@ def read_profile(file: Path) -> PoolProfile:
 
 def write_profile(profile: PoolProfile, file: Path) -> None:
     """Replaces the file at once, so that a reader never sees half of it."""
-    aside = file.with_name(file.name + ".new")
-    aside.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
-    aside.replace(file)
+    replace_file(file, msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n", mode=None)
 
 
 @dataclass(frozen=True, slots=True)

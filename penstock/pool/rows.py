@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import xxhash
 
 from penstock.core.keys import KEY_BYTES, BlockKey
+from penstock.core.new_block import BLOCK_BYTES_MAX, REBUILD_S_MAX, TENANT_BYTES
 from penstock.pool.block import Block
 from penstock.pool.header import SlabRefused
+from penstock.pool.table_file import own_table
 
 TABLE_FORMAT = 2
 LOCKED_WAIT_S = 1.0
@@ -35,6 +38,8 @@ _BLOCKS = (
 )
 _INSERT = "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _UPDATE = "UPDATE blocks SET used = ?, uses = ?, use_check = ? WHERE key = ?"
+_VALUE_BYTES_MAX = 1 << 20  # of a value, a row or a statement; a row of ours has some 200
+_META_ROWS_MAX = 64
 _COLUMNS = 12
 _COLUMNS_FORMAT_1 = 7
 _ROW_REFUSED = (  # by one row, for what it holds
@@ -82,10 +87,22 @@ def block_of(row: Row) -> Stored | None:
     key, parent, offset, size, position, checksum, tenant, rebuild_s, row_check, used, uses, use_check = row
     if row_check != _check(row[:8]) or use_check != _check((key, used, uses)):
         return None
-    if len(key) != KEY_BYTES or len(parent) != KEY_BYTES:
+    if not _is_possible(row):  # its checksum is no secret: whoever can write the file can make up a row that matches
         return None
     number = int.from_bytes(checksum, "little")
     return Block(key, parent, 0, offset, size, position, number, tenant, rebuild_s, uses), used
+
+
+def _is_possible(row: Row) -> bool:
+    """Whether a block as `pool.api.check_write` allows it could have such a row."""
+    key, parent, offset, size, position, checksum, tenant, rebuild_s, _, used, uses, _ = row
+    names = all(isinstance(one, bytes) for one in (key, parent, checksum, tenant))
+    if not names or not all(isinstance(one, int) and one >= 0 for one in (offset, size, position, uses)):
+        return False
+    if not all(isinstance(one, float) and math.isfinite(one) for one in (rebuild_s, used)):
+        return False
+    lengths = (len(key), len(parent), len(checksum)) == (KEY_BYTES, KEY_BYTES, 8) and len(tenant) in (0, TENANT_BYTES)
+    return lengths and 1 <= size <= BLOCK_BYTES_MAX and 0 <= rebuild_s <= REBUILD_S_MAX
 
 
 def _use_columns(key: BlockKey, used: float, uses: int) -> Row:
@@ -111,14 +128,31 @@ def _row_of_format_1(row: Row) -> Row:
 
 def read_rows(db: sqlite3.Connection) -> Iterator[Row]:
     """Every row as it stands there; ends with sqlite3.Error where the file is damaged."""
+    _refuse_made_up(db, "blocks")
     yield from db.execute("SELECT * FROM blocks")
 
 
 def connect_read_only(path: Path) -> sqlite3.Connection:
-    """The table as it is, never changed. Raises sqlite3.Error."""
-    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=LOCKED_WAIT_S)
-    db.text_factory = _text
+    """The table as it is, never changed. Raises sqlite3.Error, or OSError where it is not this user's."""
+    db = sqlite3.connect(f"{own_table(path).as_uri()}?mode=ro", uri=True, timeout=LOCKED_WAIT_S)
+    _bound(db)
     return db
+
+
+def _bound(db: sqlite3.Connection) -> None:
+    """Whatever lies in the file: nothing in it is executed, and no value of it fills the memory."""
+    db.text_factory = _text
+    for limit in (sqlite3.SQLITE_LIMIT_LENGTH, sqlite3.SQLITE_LIMIT_SQL_LENGTH):
+        db.setlimit(limit, _VALUE_BYTES_MAX)
+    db.execute("PRAGMA trusted_schema = OFF")
+
+
+def _refuse_made_up(db: sqlite3.Connection, name: str) -> None:
+    """Raises sqlite3.DatabaseError where `name` is a view, or a table whose rows are not in the file: they could be
+    without end."""
+    found = db.execute("SELECT type, sql FROM sqlite_schema WHERE name = ?", (name,)).fetchone()
+    if found is not None and (found[0] != "table" or not str(found[1]).upper().startswith("CREATE TABLE")):
+        raise sqlite3.DatabaseError(f"{name} is not a table")
 
 
 def damage_of(db: sqlite3.Connection) -> str | None:
@@ -127,9 +161,12 @@ def damage_of(db: sqlite3.Connection) -> str | None:
         answer = db.execute("PRAGMA quick_check(1)").fetchone()
         if answer != ("ok",):
             return " ".join(str(answer[0] if answer else "no answer").split())
-        found = dict(db.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'table'").fetchall())
+        schema = db.execute("SELECT type, name, sql FROM sqlite_schema").fetchmany(_META_ROWS_MAX)
+        found = {name: sql for kind, name, sql in schema if kind == "table"}
         version = meta_of(db).get("format")
-        if found and version is None:
+        if any(kind in ("view", "trigger") for kind, _, _ in schema):
+            return "its schema was changed"
+        if found and not isinstance(version, int):
             return "it does not say which format it has"
         if version == TABLE_FORMAT and found != {"meta": _META, "blocks": _BLOCKS}:
             return "its schema was changed"
@@ -146,7 +183,14 @@ def meta_of(db: sqlite3.Connection) -> dict[str, Any]:
     """`format`, `slab`: the id of the slab, and `place`: where that was last opened. Empty for an empty table."""
     if not db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'meta'").fetchone():
         return {}
-    return dict(db.execute("SELECT name, value FROM meta").fetchall())
+    _refuse_made_up(db, "meta")
+    return dict(db.execute("SELECT name, value FROM meta").fetchmany(_META_ROWS_MAX))
+
+
+def identity_of(meta: Mapping[str, Any]) -> bytes | None:
+    """The id of the slab that a table names; None where that is none."""
+    found = meta.get("slab")
+    return found if isinstance(found, bytes) and len(found) == 16 else None
 
 
 def _text(raw: bytes) -> str:
@@ -258,9 +302,10 @@ class RowTable:
 
     def _connect(self) -> tuple[sqlite3.Connection, str | None]:
         """The open file and what is wrong with it. It is handed from the opening thread to the journal's."""
-        db = sqlite3.connect(self.path, check_same_thread=False, timeout=LOCKED_WAIT_S, isolation_level=None)
-        db.text_factory = _text
+        real = own_table(self.path, self.notes)
+        db = sqlite3.connect(real, check_same_thread=False, timeout=LOCKED_WAIT_S, isolation_level=None)
         try:
+            _bound(db)
             damage = damage_of(db)
             if damage is None:
                 db.execute("PRAGMA journal_mode = WAL")
@@ -296,15 +341,14 @@ class RowTable:
         if version is None:
             self._create(None, [])
         elif version == 1:
-            self._upgrade(meta.get("slab"))
+            self._upgrade(identity_of(meta))
         elif version != TABLE_FORMAT:
             self._db.close()
             raise SlabRefused(
                 f"{self.path} is a table of format {version}, this version reads format {TABLE_FORMAT}; "
                 f"delete it and its slab to start empty"
             )
-        identity = meta_of(self._db).get("slab")
-        return identity if isinstance(identity, bytes) and len(identity) == 16 else None
+        return identity_of(meta_of(self._db))
 
     def _create(self, identity: bytes | None, rows: Iterable[Stored]) -> None:
         with self._transaction():
@@ -316,7 +360,7 @@ class RowTable:
             self._db.executemany("INSERT INTO meta VALUES (?, ?)", values)
             self._db.executemany(_INSERT, [row_of(block, use) for block, use in rows])
 
-    def _upgrade(self, identity: Any) -> None:
+    def _upgrade(self, identity: bytes | None) -> None:
         """From format 1, in place and in one step."""
         rows = [found for row in read_rows(self._db) if (found := block_of(row))]
         self._create(identity, rows)
@@ -345,11 +389,12 @@ def readable_rows(path: Path) -> tuple[bytes | None, list[Stored]]:
     found: dict[BlockKey, Stored] = {}
     identity = None
     with contextlib.suppress(sqlite3.Error, UnicodeDecodeError), contextlib.closing(connect_read_only(path)) as db:
-        identity = meta_of(db).get("slab")
+        identity = identity_of(meta_of(db))
+        _refuse_made_up(db, "blocks")
         for order in ("ASC", "DESC"):
             with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
-                for row in db.execute(f"SELECT * FROM blocks ORDER BY key {order}"):
+                for row in db.execute(f"SELECT * FROM blocks ORDER BY key {order}"):  # noqa: S608 (one of two words)
                     stored = block_of(row) if len(row) == _COLUMNS else None
                     if stored is not None:
                         found[stored[0].key] = stored
-    return (identity, list(found.values())) if isinstance(identity, bytes) else (None, [])
+    return (identity, list(found.values())) if identity is not None else (None, [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -13,9 +12,12 @@ import msgspec
 
 from penstock.core.config import ConfigError, check_range
 from penstock.engine.config import EngineConfig
+from penstock.private_file import read_private
 from penstock.server.settings import ServerSettings
+from penstock.toml_file import parse_toml
 from penstock.units import parse_bytes
 
+KEY_FILE_BYTES_MAX = 64 << 10
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -127,10 +129,10 @@ def server_settings(flags: ServeFlags) -> ServerSettings:
 
 def _read_file(path: Path, kind: type[msgspec.Struct]) -> dict[str, Any]:
     try:
-        found = tomllib.loads(path.read_text())
+        found = parse_toml(path)
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"config file {path} is not TOML: {error}") from None
     values = {name.replace("-", "_"): value for name, value in found.items()}
     unknown = sorted(set(values) - set(kind.__struct_fields__))
@@ -172,8 +174,10 @@ def read_api_key(key: str | None, file: str | None) -> str | None:
         raise ConfigError("api_key is set together with api_key_file; allowed: one of them")
     if file is not None:
         try:
-            key = Path(file).read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
+            key = read_private(Path(file), KEY_FILE_BYTES_MAX).decode().strip()
+        except OSError as error:
+            raise ConfigError(f"api_key_file {file} cannot be read: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
             raise ConfigError(f"api_key_file {file} cannot be read: {error}") from None
     if key is not None and not key.strip():
         raise ConfigError("api_key is empty; allowed: at least one character")

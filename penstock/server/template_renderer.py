@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from penstock.child_python import child_environment, python_command
 from penstock.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
@@ -134,10 +133,10 @@ class _Process:
         self._sock, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(_SCRIPT)],
+                python_command(str(_SCRIPT)),
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
-                env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"},
+                env=child_environment() | {"TRANSFORMERS_VERBOSITY": "error"},
             )
         self.usable = True
 

@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from penstock.private_file import read_private
+
 NONCE_BYTES = 32
 PROOF_BYTES = 32
 PROOF_S = 10.0
@@ -38,10 +40,10 @@ class Secret:
 
     @classmethod
     def read(cls, path: Path) -> Secret:
-        """The content of a file, without white space around it. Raises ValueError with one line."""
+        """The content of a file that others cannot read, without white space around it. Raises ValueError with one
+        line."""
         try:
-            with path.open("rb") as file:
-                return cls(file.read(SECRET_BYTES_MAX + 2).strip())
+            return cls(read_private(path, SECRET_BYTES_MAX + 2).strip())
         except OSError as error:
             raise ValueError(f"secret file {path} cannot be read: {error.strerror or error}") from None
         except ValueError as error:

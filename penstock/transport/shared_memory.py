@@ -1,6 +1,7 @@
 """One-sided reads between processes of one host: memory files without a name, opened through the owner's process.
 
-Nothing is left behind by a process that is killed: the kernel frees the memory with its last mapping.
+Nothing is left behind by a process that is killed: the kernel frees the memory with its last mapping. The files are
+sealed: what its owner could make shorter is not mapped.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import mmap
 import os
 import secrets
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
 
 from penstock.io.memory import address_of
+from penstock.io.sealed_memory import check_sealed, create_sealed
 from penstock.pool.api import PoolError
 from penstock.transport.one_sided import FarMemory, RelayTransport
 
@@ -25,10 +28,10 @@ class _Description(msgspec.Struct, array_like=True):
 
     boot_id: str
     processes: str
-    pid: int
-    fd: int
+    pid: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+    fd: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
     name: str
-    size_bytes: int
+    size_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
 
 
 def _this_host() -> tuple[str, str]:
@@ -45,8 +48,7 @@ class SharedMemoryMover:
 
     def allocate(self, size_bytes: int) -> memoryview:
         name = f"penstock-{secrets.token_hex(8)}"
-        fd = os.memfd_create(name, os.MFD_CLOEXEC)
-        os.ftruncate(fd, size_bytes)
+        fd = create_sealed(name, size_bytes)
         memory = memoryview(mmap.mmap(fd, size_bytes))
         self._files[address_of(memory)] = (fd, name, size_bytes)
         return memory
@@ -63,10 +65,9 @@ class SharedMemoryMover:
             path = f"/proc/{there.pid}/fd/{there.fd}"
             if os.readlink(path).split(" ")[0] != f"/memfd:{there.name}":
                 raise PoolError("network", f"process {there.pid} does not have that memory any more")
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
-                if os.fstat(fd).st_size != there.size_bytes:
-                    raise PoolError("network", f"process {there.pid} has memory of another size there")
+                check_sealed(fd, there.size_bytes)
                 mapped = mmap.mmap(fd, there.size_bytes, prot=mmap.PROT_READ)
             finally:
                 os.close(fd)

@@ -63,18 +63,24 @@ def accept_scheduler(listener: socket.socket, engine_id: str, stopped: Callable[
 
 
 def _accept(listener: socket.socket) -> socket.socket | None:
-    """None when whoever connected is gone, or when the listener was shut down, which `stopped` says."""
+    """None when whoever connected is gone or belongs to another user, who takes nobody's place among the candidates;
+    also when the listener was shut down, which `stopped` says."""
     try:
         connected, _ = listener.accept()
     except OSError:
         time.sleep(0.01)
+        return None
+    try:
+        check_same_user(connected)
+    except LinkError as error:
+        connected.close()
+        warnings.warning("stranger", "a connection to Penstock's worker was closed: %s", error)
         return None
     connected.setblocking(True)
     return connected
 
 
 def _greeted(connected: socket.socket, engine_id: str) -> Link:
-    check_same_user(connected)
     link = Link(connected)
     message = link.receive(READ_TIMEOUT_S)
     if not isinstance(message, Greet):

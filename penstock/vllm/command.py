@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from penstock.child_python import child_environment, python_command
 from penstock.command_line import refuse
 from penstock.vllm.flags import FlagError, connector_extra, serve_arguments
 
@@ -84,7 +85,7 @@ def vllm(
     reason = cannot_serve()
     if reason is not None:
         refuse("penstock vllm", reason)
-    os.execv(sys.executable, [sys.executable, *SERVE, *arguments])
+    os.execve(sys.executable, python_command(*SERVE, *arguments), child_environment())  # noqa: S606
 
 
 def arguments_of(words: Sequence[str]) -> list[str]:

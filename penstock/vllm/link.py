@@ -19,6 +19,8 @@ from typing import Annotated
 
 import msgspec
 
+from penstock.io.sealed_memory import create_sealed
+
 MESSAGE_BYTES_MAX = 64 << 20
 SEND_TIMEOUT_S = 5.0  # the other end reads all the time; one that does not is given up
 BACKLOG = 16  # connections that wait to be looked at
@@ -287,10 +289,9 @@ def connect(engine_id: str, rank: int, timeout_s: float) -> Link:
 
 
 def create_memory(size_bytes: int) -> tuple[int, mmap.mmap]:
-    """Shared memory without a name: its descriptor, and this process' mapping."""
-    descriptor = os.memfd_create("penstock-staging", os.MFD_CLOEXEC)
+    """Shared memory without a name, of this size for ever: its descriptor, and this process' mapping."""
+    descriptor = create_sealed("penstock-staging", size_bytes)
     try:
-        os.ftruncate(descriptor, size_bytes)
         return descriptor, map_memory(descriptor, size_bytes)
     except BaseException:
         os.close(descriptor)

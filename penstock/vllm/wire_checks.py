@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
+from penstock.io.sealed_memory import check_sealed
 from penstock.vllm.link import Attach, Hello, LinkError
 
 BLOCK_BYTES_MAX = 1 << 40
@@ -41,9 +41,12 @@ def check_attach(attach: object, descriptor: int, row_bytes: Sequence[Sequence[i
         raise LinkError(
             f"a part of {part_bytes} bytes at {attach.part_offset} does not fit into slots of {attach.slot_bytes} bytes"
         )
-    size_bytes = os.fstat(descriptor).st_size
-    if size_bytes != attach.slots * attach.slot_bytes:
-        raise LinkError(f"staging memory of {size_bytes} bytes for {attach.slots} slots of {attach.slot_bytes} bytes")
+    try:
+        check_sealed(descriptor, attach.slots * attach.slot_bytes)
+    except OSError as error:
+        raise LinkError(
+            f"{attach.slots} slots of {attach.slot_bytes} bytes of staging memory: {error.strerror}"
+        ) from None
     return attach, part_bytes
 
 

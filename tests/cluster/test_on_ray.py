@@ -66,9 +66,14 @@ def answer(url: str) -> list[int]:
     return tokens
 
 
-def test_two_raylets_serve_and_start_again_what_dies(raylets: str, tmp_path: Path, llama: Path) -> None:
+def test_two_raylets_serve_and_start_again_what_dies(
+    raylets: str, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder with a file that has the name of a module: neither actors nor their processes execute it."""
     from penstock.cluster.on_ray import RaySupervisor
 
+    (tmp_path / "xxhash.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write('x')\n")
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "cluster.toml"
     file.write_text(CLUSTER.format(model=llama))
     config = read_cluster_config(file)
@@ -109,5 +114,6 @@ def test_two_raylets_serve_and_start_again_what_dies(raylets: str, tmp_path: Pat
             time.sleep(0.1)
         until_serving()
         assert answer(supervisor.url) == first
+        assert not (tmp_path / "executed").exists()
     finally:
         supervisor.stop()

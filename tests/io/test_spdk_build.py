@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +68,61 @@ def test_nothing_of_spdk_is_in_the_shims_interface(shim):
     names = subprocess.run(["nm", "-D", "--defined-only", shim], capture_output=True, text=True, check=True).stdout
     exported = {line.split()[-1] for line in names.splitlines()}
     assert exported and all(name.startswith("psp_") for name in exported)
+
+
+def test_the_shim_is_hardened(shim, pkg_config, tmp_path, monkeypatch):
+    """Also where SPDK's flags, or those of the compiler's command, want less."""
+    if shutil.which("readelf") is None:
+        pytest.skip("needs readelf")
+    for module in ("spdk_nvme", "spdk_env_dpdk"):
+        text = (pkg_config / f"{module}.pc").read_text()
+        less = "-O0 -fno-stack-protector -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=0"
+        (tmp_path / f"{module}.pc").write_text(text.replace("Cflags:", f"Cflags: {less}"))
+    loosely = build(tmp_path, cc="cc -Wl,-z,lazy -Wl,-z,norelro -Wl,-z,execstack", out=tmp_path / "shim.so").path
+    for path in (shim, loosely):
+        show = ["readelf", "--wide", "--dynamic", "--program-headers", "--dyn-syms", path]
+        found = subprocess.run(show, capture_output=True, text=True, check=True).stdout
+        assert "GNU_RELRO" in found and "BIND_NOW" in found and "__stack_chk_fail" in found
+        assert any(f"{name}_chk@" in found for name in ("__snprintf", "__memcpy", "__vsnprintf"))
+        (stack,) = [line for line in found.splitlines() if "GNU_STACK" in line]
+        assert " RW " in stack and "RWE" not in stack
+
+
+def test_the_shims_sources_have_no_warnings(pkg_config, tmp_path):
+    built = build(pkg_config, cc="cc -Werror", out=tmp_path / "shim.so")
+    assert built.path == tmp_path / "shim.so"
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_only_this_user_can_change_what_was_built(pkg_config, tmp_path, umask):
+    old = os.umask(umask)
+    try:
+        out = build(pkg_config, out=tmp_path / "a" / "b" / "shim.so").path
+    finally:
+        os.umask(old)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (out, *out.parents[:2])] == [0o755, 0o700, 0o700]
+    SpdkLibrary(out)
+
+
+def test_a_shim_that_others_could_have_put_there_is_neither_built_nor_loaded(shim, pkg_config, tmp_path):
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(BuildError, match=r"shared: others can write to it \(mode 777\)"):
+        build(pkg_config, out=folder / "shim.so")
+    shutil.copy(shim, folder / "shim.so")
+    with pytest.raises(OSError, match="others can write to it"):
+        SpdkLibrary(folder / "shim.so")
+    folder.chmod(0o755)
+    SpdkLibrary(folder / "shim.so")
+    (folder / "shim.so").chmod(0o775)
+    with pytest.raises(OSError, match="others can write to it"):
+        SpdkLibrary(folder / "shim.so")
+    (folder / "shim.so").chmod(0o755)
+    if os.geteuid() == 0:
+        os.chown(folder / "shim.so", 65534, 65534)
+        with pytest.raises(OSError, match="belongs to user 65534"):
+            SpdkLibrary(folder / "shim.so")
 
 
 def test_it_builds_against_static_libraries(tmp_path):

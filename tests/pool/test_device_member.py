@@ -421,6 +421,9 @@ def test_the_slab_of_another_user_is_refused_in_one_line(tmp_path: Path) -> None
 
     assert "permission" in refusal().lower()
     path.chmod(0o666)
+    assert "others have access to it (mode 666)" in refusal()
+    os.chown(path, 0, 65534)
+    path.chmod(0o660)  # as root lends a slab to the group of a service
     assert "kv.slab.db cannot be opened" in refusal()
 
 

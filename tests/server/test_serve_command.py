@@ -67,7 +67,11 @@ def test_command_line_goes_before_the_file(tmp_path: Path) -> None:
 def test_key_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text("secret\n")
+    file.chmod(0o600)
     assert server_settings(read_flags({"model": "m", "api_key_file": str(file)}, None)).api_key == "secret"
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match=r"api_key_file .* cannot be read: others have access to it \(mode 644\)"):
+        server_settings(read_flags({"model": "m", "api_key_file": str(file)}, None))
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import msgspec
 import pytest
 from gated_rows import PLACES, ROW_BYTES, ROWS, WAIT_S, GatedRows
 
+from penstock.vllm import accepting, worker_links
 from penstock.vllm import link as link_module
-from penstock.vllm import worker_links
 from penstock.vllm.link import (
     Attach,
     Done,
@@ -301,6 +301,27 @@ def test_strangers_do_not_end_a_start(engine: str, caplog: pytest.LogCaptureFixt
         assert scheduler.told == [None]
         scheduler.links.close()
     assert "a connection to Penstock's worker was closed" in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can connect as another user")
+def test_another_users_connections_take_nobodys_place(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that has not greeted gives way to newer ones; those of others are closed at once instead."""
+    monkeypatch.setattr(accepting, "GREET_TIMEOUT_S", 10 * WAIT_S)
+    with worker(engine, 0, GatedRows()), contextlib.ExitStack() as strangers:
+        early = strangers.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        early.connect(socket_name(engine, 0))
+        for _ in range(3 * accepting.CANDIDATES_MAX):
+            one = strangers.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            os.seteuid(65534)
+            try:
+                one.connect(socket_name(engine, 0))
+            finally:
+                os.seteuid(0)
+            one.settimeout(WAIT_S)
+            with contextlib.suppress(ConnectionError):
+                assert one.recv(1) == b"", "it is closed at once"
+        Link(early).send(Greet(engine))
+        assert isinstance(Link(early).receive(WAIT_S), Hello)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import hashlib
 import os
 import queue
 import statistics
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -26,6 +25,7 @@ from penstock.bench.experiments.transport_bare import SET_BYTES, TIMEOUT_S, bare
 from penstock.bench.plots import bar_chart
 from penstock.bench.processes import POOL_READY, ProcessFailed, ReadyProcess
 from penstock.bench.report import Report
+from penstock.child_python import python_command
 from penstock.core.keys import BlockKey
 from penstock.core.new_block import NewBlock
 from penstock.io.memory import aligned_buffer
@@ -92,7 +92,7 @@ def _measure(console: Console, loads: list[tuple[str, int]], repeats: int, run_b
     """All loads, interleaved: each repeat runs both contestants of every load, in turns first."""
     results: Results = defaultdict(Samples)
     members = ["--memory", str(len(SIZES) * SET_BYTES)]
-    command = [sys.executable, "-m", "penstock", "pool", "--listen", "127.0.0.1:0", *members]
+    command = python_command("-m", "penstock", "pool", "--listen", "127.0.0.1:0", *members)
     with contextlib.ExitStack() as stack:
         node = stack.enter_context(ReadyProcess(command, POOL_READY, ready_s=30.0))
         bare = stack.enter_context(bare_process())

@@ -7,11 +7,11 @@ import os
 import re
 import socket
 import struct
-import sys
 import threading
 import time
 
 from penstock.bench.processes import ReadyProcess
+from penstock.child_python import python_command
 from penstock.io.memory import aligned_buffer
 
 READY = re.compile(r"bare server ready on ([\w.:]+:\d+)")
@@ -22,7 +22,7 @@ TIMEOUT_S = 20.0
 
 def bare_process() -> ReadyProcess:
     """The sending side."""
-    return ReadyProcess([sys.executable, "-m", __name__], READY, ready_s=30.0)
+    return ReadyProcess(python_command("-m", __name__), READY, ready_s=30.0)
 
 
 def serve() -> None:

@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from penstock.bench.processes import ReadyProcess
+from penstock.child_python import python_command
 from penstock.transport.pacer import Pacer
 
 PIECE_BYTES = 64 << 10
@@ -139,7 +140,7 @@ class LinkProcess:
     """A `PacedLink` in a process of its own."""
 
     def __init__(self, target: str, bytes_per_s: float) -> None:
-        module = [sys.executable, "-m", "penstock.bench.experiments.vllm_link"]
+        module = python_command("-m", "penstock.bench.experiments.vllm_link")
         self._process = ReadyProcess(
             [*module, "--target", target, "--bytes-per-s", f"{bytes_per_s:.0f}"], READY, ready_s=30.0
         )

@@ -22,6 +22,7 @@ from penstock.bench.processes import ProcessFailed, ReadyProcess, pool_process
 from penstock.bench.replay import ReplaySettings, RequestRecord, replay
 from penstock.bench.served import SystemFailed
 from penstock.bench.workloads import Workload
+from penstock.child_python import child_environment
 from penstock.vllm.flags import SCHEDULER, connector_config
 
 STOCK, LMCACHE, CONNECTOR, WITH_SCHEDULER = "stock", "lmcache", "connector", "scheduler"
@@ -91,7 +92,14 @@ class Bed:
 def probe(python: Path) -> dict[str, str]:
     """Versions of what an interpreter can import of vllm, lmcache, penstock and torch. Raises SystemFailed."""
     try:
-        done = subprocess.run([str(python), "-c", _PROBE], capture_output=True, timeout=PROBE_S, text=True, check=True)
+        done = subprocess.run(
+            [str(python), "-c", _PROBE],
+            capture_output=True,
+            timeout=PROBE_S,
+            text=True,
+            check=True,
+            env=child_environment(),
+        )
         found: dict[str, str] = json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, json.JSONDecodeError) as error:
         raise SystemFailed(f"{python} cannot be asked for its packages: {error}") from error
@@ -124,7 +132,7 @@ def free_port() -> int:
 
 def vllm_environment() -> dict[str, str]:
     """The servers' environment: one unbound OpenMP thread each, nothing from a hub, the calls that reset caches."""
-    return os.environ | {
+    return child_environment() | {
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_SERVER_DEV_MODE": "1",

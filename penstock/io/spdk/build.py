@@ -12,12 +12,20 @@ from importlib import resources
 from pathlib import Path
 
 from penstock.io.spdk.library import SpdkLibrary, default_library_path
+from penstock.private_file import NotPrivate, make_private_folder, refuse_writable, replace_file
 
 SOURCES = ("shim_environment.c", "shim_transfer.c", "shim_thread.c", "shim_device.c")
 HEADERS = ("shim.h", "shim_common.h", "shim_device.h")
 NEEDED = ("spdk_nvme", "spdk_env_dpdk")
 WANTED = ("spdk_sock_posix",)  # NVMe/TCP has no sockets without it
 _COMPILE_TIMEOUT_S = 300.0
+_HARDENED = (  # behind the flags of SPDK and of the user, so that none of theirs takes it away
+    "-O2", "-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=3", "-fno-strict-overflow",
+    "-Wall", "-Wextra", "-Wformat", "-Werror=format-security", "-Werror=implicit-function-declaration",
+    "-Werror=incompatible-pointer-types", "-Werror=int-conversion",
+)  # fmt: skip
+_LINKED = ("-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack")
+_OPTIONAL = ("-fstack-clash-protection", "-fcf-protection=full", "-mbranch-protection=standard")  # as the processor has
 _FEATURES = {
     "PSP_HAS_NO_HUGE": "#include <spdk/env.h>\nvoid f(struct spdk_env_opts *o) { o->no_huge = 1; }\n",
     "PSP_HAS_ENV_OPTS_SIZE": "#include <spdk/env.h>\nvoid f(struct spdk_env_opts *o) { o->opts_size = 1; }\n",
@@ -56,12 +64,13 @@ def build(pkg_config_path: Path | None = None, cc: str | None = None, out: Path 
         result = folder / "libpenstock_spdk.so"
         rpaths = [f"-Wl,-rpath,{path}" for path in folders]
         command = [
-            *compiler, "-std=gnu11", "-O2", "-g", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wall",
-            "-Werror=implicit-function-declaration", "-Werror=incompatible-pointer-types", "-Werror=int-conversion",
-            *(f"-D{feature}" for feature in features), *cflags, "-o", str(result),
-            *(str(folder / source) for source in SOURCES), *rpaths, *libs,
+            *compiler, "-std=gnu11", "-g", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden",
+            *(f"-D{feature}" for feature in features), *cflags, *_HARDENED,
+            *(flag for flag in _OPTIONAL if _compiles(compiler, ["-Werror", flag], "int f;\n", folder)),
+            "-o", str(result), *(str(folder / source) for source in SOURCES), *rpaths, *libs, *_LINKED,
         ]  # fmt: skip
         _run(command, "compiling the shim against this SPDK failed")
+        result.chmod(0o755)
         try:
             library = SpdkLibrary(result)
         except OSError as error:
@@ -159,11 +168,13 @@ def _last_line(output: str) -> str:
 
 
 def _install(result: Path, target: Path) -> None:
-    """Replaced in one step: a process that has the old one loaded keeps it."""
+    """Into a folder that nobody else can write to. Replaced in one step: a process that has the old one loaded keeps
+    it."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}")
-        shutil.copy2(result, partial)
-        partial.replace(target)
+        make_private_folder(target.parent)
+        refuse_writable(os.stat(target.parent), target.parent)
+        replace_file(target, result.read_bytes(), mode=0o755)
+    except NotPrivate as error:
+        raise BuildError(f"the shim is not stored at {target}: {error.filename}: {error.strerror}") from error
     except OSError as error:
         raise BuildError(f"the shim cannot be stored at {target}: {error.strerror}") from error

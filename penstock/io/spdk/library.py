@@ -8,6 +8,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from penstock.private_file import NotPrivate, refuse_replaceable
+
 ABI = 1
 TEXT_BYTES = 240
 READ, WRITE = 0, 1
@@ -95,12 +97,15 @@ class SpdkLibrary:
     """A loaded shim. Every method that fails raises OSError with SPDK's reason in words."""
 
     def __init__(self, path: Path) -> None:
-        """Load the shim at `path`. Raises OSError: absent, not loadable, or built for another Penstock."""
+        """Load the shim at `path`. Raises OSError: absent, not loadable, built for another Penstock, or where another
+        user could have put it."""
         self.path = path
         if not path.is_file():
             raise OSError(errno.ENOENT, "the SPDK shim is not built; run: penstock spdk build", str(path))
         try:
-            self._dll = ctypes.CDLL(str(path))
+            self._dll = ctypes.CDLL(str(refuse_replaceable(path)))
+        except NotPrivate:
+            raise
         except OSError as error:
             text = f"the SPDK shim cannot be loaded ({error}); where SPDK was changed, run again: penstock spdk build"
             raise OSError(errno.ELIBACC, text, str(path)) from error
