@@ -147,7 +147,7 @@ $(CLIENTS_VENV)/.installed: tests/clients/requirements.txt
 	@$(call python_fits)
 	@rm -f $@
 	$(PYTHON) -m venv $(CLIENTS_VENV)
-	$(CLIENTS_BIN)/$(PIP) --no-deps --require-hashes --requirement tests/clients/requirements.txt
+	$(CLIENTS_BIN)/$(PIP) $(LOCKED) tests/clients/requirements.txt
 	@touch $@
 
 $(NODE_PACKAGES)/.installed: tests/clients/node/package.json tests/clients/node/package-lock.json
