@@ -126,6 +126,10 @@ class _RelayServed(Served):
     def _is_urgent(self, lane: str) -> bool:
         return lane != "read"
 
+    @property
+    def _asks_nobody(self) -> bool:
+        return True
+
     def _open(self, request: wire.Open) -> None:
         def reply(found: bytes | PoolError) -> None:
             if isinstance(found, PoolError):
