@@ -29,8 +29,8 @@ from penstock.rate_limited_log import RateLimitedLog
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
-EARLY_MAX = 4096  # openings of hand-offs before the router's word of them came
-EARLY_OF_SOURCE_MAX = 1024  # of these, from one address
+EARLY_MAX = 4096  # hand-offs opened before the router's word of them came
+EARLY_OF_SOURCE_MAX = 1024  # such openings of one address
 OPENINGS_MAX = 8  # of one hand-off that wait
 LOOKUP_THREADS = 4
 LOOKUPS_WAITING_MAX = 256  # of each of these threads
@@ -147,9 +147,9 @@ class Incoming:
                 error = PoolError("closed", "the decode engine is closing")
             elif part is not None and part.started:
                 error = PoolError("missing", f"hand-off {name!r} has ended")
-            elif part is None and self._early_of.total() >= EARLY_MAX:
+            elif part is None and len(self._early) >= EARLY_MAX:
                 error = PoolError("dropped", f"{EARLY_MAX} hand-offs were opened before the router named them")
-            elif part is None and self._early_of[source] >= EARLY_OF_SOURCE_MAX:
+            elif part is None and source and self._early_of[source] >= EARLY_OF_SOURCE_MAX:
                 detail = f"{EARLY_OF_SOURCE_MAX} hand-offs were opened from this address before the router named them"
                 error = PoolError("dropped", detail)
             elif not granted and len(part.openings if part is not None else self._early.get(name, ())) >= OPENINGS_MAX:

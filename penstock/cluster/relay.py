@@ -43,7 +43,8 @@ class Desk(Protocol):
     def opening(
         self, name: str, reads: bool, timeout_s: float, reply: Callable[[bytes | PoolError], None], source: str = ""
     ) -> Callable[[], None]:
-        """Returns what withdraws it, where nobody waits for the reply any more. `source`: the client's address."""
+        """Returns what withdraws it, where nobody waits for the reply any more. `source`: the client's address,
+        of which openings have a share; empty: not said."""
 
     def handed_over(self, name: str, token: int, missing: int) -> PoolError | None: ...
 

@@ -117,7 +117,13 @@ def pool(
         if log_level not in LOG_LEVELS:
             raise ValueError(f"log-level is {log_level!r}; allowed is one of {', '.join(LOG_LEVELS)}")
         logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        over: dict[str, Any] = {"listen": listen, "name": name, "pace": pace, "state": state, "secret_file": secret_file}
+        over: dict[str, Any] = {
+            "listen": listen,
+            "name": name,
+            "pace": pace,
+            "state": state,
+            "secret_file": secret_file,
+        }
         over |= {"staging": staging, "connections": connections, "connections_per_address": connections_per_address}
         read = partial(_config, config, memory or [], slab or [], weight or None, over)
         _serve(read(), read)

@@ -78,7 +78,7 @@ def _give(sock: socket.socket, data: bytes) -> Steps:
     """Send over a socket that does not block. Raises OSError."""
     while data:
         try:
-            data = data[sock.send(data) :]
+            data = data[sock.sendmsg([data]) :]
         except BlockingIOError:
             yield selectors.EVENT_WRITE
 
@@ -133,7 +133,7 @@ class Served:
         if self._node.secret is None:
             version = b"" if self._said_version else wire.greeting()
             with contextlib.suppress(OSError):
-                self._sock.send(version + wire.frame(wire.Failed(0, "network", detail)))
+                self._sock.sendmsg([version + wire.frame(wire.Failed(0, "network", detail))])
 
     def _challenge(self, secret: Secret) -> Steps:
         nonce = os.urandom(NONCE_BYTES)
