@@ -44,8 +44,15 @@ class Flat:
     """Holds a process to what it holds now."""
 
     def __init__(self, pid: int | None = None) -> None:
+        """Once its threads and descriptors stay the same for a moment: what ended just now is being put away."""
         self._pid = pid
+        same, until_s = 0, time.monotonic() + WAIT_S
         self.before = usage(pid)
+        while same < 5 and time.monotonic() < until_s:
+            time.sleep(0.05)
+            now = usage(pid)
+            same = same + 1 if (now.threads, now.descriptors) == (self.before.threads, self.before.descriptors) else 0
+            self.before = now
 
     def check(self, grown_bytes_max: int, wait_s: float = WAIT_S) -> str:
         """Wait until threads and descriptors are no more than before and memory has grown by `grown_bytes_max` at most;
