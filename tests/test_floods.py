@@ -74,8 +74,8 @@ def flooded(what: str) -> Iterator[tuple[int, str]]:
 def unix(engine_id: str) -> Connect:
     def connect_it() -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.connect(socket_name(engine_id, 0))  # waits where the backlog is full, as it would not with a timeout
         sock.settimeout(WAIT_S)
-        sock.connect(socket_name(engine_id, 0))
         return sock
 
     return connect_it
