@@ -18,6 +18,15 @@ class Turns:
         self._working = 0
         self._waiting: OrderedDict[str, deque[threading.Event]] = OrderedDict()
 
+    @property
+    def working(self) -> int:
+        return self._working
+
+    @property
+    def waiting(self) -> int:
+        with self._lock:
+            return sum(map(len, self._waiting.values()))
+
     @contextlib.contextmanager
     def turn(self, source: str) -> Iterator[None]:
         """Wait for a turn, have it, and pass it on at the end."""
