@@ -37,6 +37,7 @@ ENGINES_MAX = 4096
 ENGINES_OF_ADDRESS_MAX = 1024
 STRANGERS_MAX = 512  # connections that have not registered
 BACKLOG = 1024
+ACCEPT_AT_ONCE = 8  # before those that were accepted have their turn: a storm would displace them unheard
 FRAMES_AT_ONCE = 16  # of one engine, before the others have their turn
 UNSENT_BYTES_MAX = 256 << 20  # of one engine; one that takes less is lost
 BEATS_PER_LEASE = 4
@@ -111,7 +112,11 @@ class ClusterPort:
         self._closed = False
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._connected, sock=self._sock, limit=1 << 20, backlog=BACKLOG)
+        # asyncio accepts as many at once as its backlog says.
+        self._server = await asyncio.start_server(
+            self._connected, sock=self._sock, limit=1 << 20, backlog=ACCEPT_AT_ONCE
+        )
+        self._sock.listen(BACKLOG)
         expire = asyncio.create_task(self._expire())
         self._keep(expire)
 

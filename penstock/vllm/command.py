@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from penstock.command_line import refuse
+from penstock.file_limit import raise_file_limit
 from penstock.vllm.flags import FlagError, connector_extra, serve_arguments
 
 SETTINGS = (
@@ -84,6 +85,7 @@ def vllm(
     reason = cannot_serve()
     if reason is not None:
         refuse("penstock vllm", reason)
+    raise_file_limit()
     os.execv(sys.executable, [sys.executable, *SERVE, *arguments])
 
 
