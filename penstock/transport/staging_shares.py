@@ -1,9 +1,10 @@
 """How much of a node's staging memory a connection, and a source address, may hold: so that the others' blocks go on.
 
 A connection may hold half, all connections of an address three quarters; of blocks of other nodes, half of that. Of a
-block larger than its share a connection may have one, and nothing beside it. What finds no room in its share waits for
-what that connection, or that address, gives back, in the order in which it came; each connection's turn follows the
-others' of its address.
+block larger than its share a connection may have one, and nothing beside it. An address has at most
+BLOCKS_OF_SOURCE_MAX blocks in it, so that small ones do not fill the queues behind it either. What finds no room in its
+share waits for what that connection, or that address, gives back, in the order in which it came; each connection's turn
+follows the others' of its address.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
+BLOCKS_OF_SOURCE_MAX = 1024
 _Waiting = tuple[int, Callable[[], None], Callable[[], None]]  # bytes, begin, or refuse at the connection's end
 
 
 class _Source:
     """One address: what its connections hold, and those of them that wait."""
 
-    __slots__ = ("held_bytes", "users", "waiting")
+    __slots__ = ("blocks", "held_bytes", "users", "waiting")
 
     def __init__(self) -> None:
+        self.blocks = 0
         self.held_bytes = 0
         self.users = 0  # connections
         self.waiting: OrderedDict[StagingShare, deque[_Waiting]] = OrderedDict()
@@ -84,6 +87,7 @@ class StagingShares:
         with self._lock:
             share.held_bytes -= length
             share.of_source.held_bytes -= length
+            share.of_source.blocks -= 1
             begun = self._begun(share.of_source)
             self._forget_unused(share)
         for begin in begun:
@@ -96,6 +100,8 @@ class StagingShares:
 
     def _take(self, share: StagingShare, length: int) -> bool:
         far, source = share.far, share.of_source
+        if source.blocks >= BLOCKS_OF_SOURCE_MAX:
+            return False
         if self.is_large(length, far):
             if share.held_bytes:
                 return False
@@ -105,6 +111,7 @@ class StagingShares:
             return False
         share.held_bytes += length
         source.held_bytes += length
+        source.blocks += 1
         return True
 
     def _begun(self, source: _Source) -> list[Callable[[], None]]:

@@ -14,7 +14,7 @@ from node_rig import MIB, WAIT_S, HandMade, NodeRig
 
 from penstock.pool.losses import losses
 from penstock.transport import node as node_module
-from penstock.transport import node_connection, wire
+from penstock.transport import node_connection, staging_shares, wire
 from penstock.transport.node import PoolNode
 from penstock.transport.pool_connection import FIRST_BYTES
 from penstock.transport.remote import RemotePool
@@ -203,6 +203,18 @@ def test_shares_wait_their_turn_by_connection() -> None:
     assert begun[-1] == "withdrawn"
     other = staging.share("b", lambda: None)
     assert other.take(4 * 4096), "another address"
+
+
+def test_small_blocks_of_one_address_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging_shares, "BLOCKS_OF_SOURCE_MAX", 3)
+    staging = Staging(64 * 4096)
+    first, second, other = (staging.share(source, lambda: None) for source in ("a", "a", "b"))
+    slots = [staging.take(10, 0.0, share=share) for share in (first, first, second)]
+    assert all(slots) and staging.take(10, 0.0, share=second) is None
+    assert staging.take(10, 0.0, share=other) is not None
+    assert slots[0] is not None
+    slots[0].give()
+    assert staging.take(10, 0.0, share=second) is not None
 
 
 def test_turns_go_round_by_address() -> None:
