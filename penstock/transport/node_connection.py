@@ -95,6 +95,7 @@ class Served:
         self.source = source_of(peer.rpartition(":")[0])
         self.greet_by_s = time.monotonic() + wire.GREET_S
         self._said_version = False
+        self._ready: wire.Reply | None = None
         self._send_lock = threading.Lock()
         self._count_lock = threading.Lock()
         self._in_flight = 0
@@ -104,7 +105,8 @@ class Served:
         self._sender: GuardedWorker | None = None
 
     def greet(self) -> Steps:
-        """Versions, secret, Hello and the answer to it. Raises ProtocolError, SecretRefused or OSError."""
+        """Versions, secret, Hello. What is answered to it follows once the connection has its threads (`start`): before
+        that it may still be refused. Raises ProtocolError, SecretRefused or OSError."""
         secret, sock = self._node.secret, self._sock
         first = yield from _take(sock, wire.GREETING.size)
         self._said_version = True
@@ -124,9 +126,10 @@ class Served:
         if payload_bytes:
             raise wire.ProtocolError("only Write has a payload")
         reply, refusal = self._answer_hello(request)
-        yield from _give(sock, wire.frame(reply))
         if refusal:
+            yield from _give(sock, wire.frame(reply))
             raise wire.ProtocolError(refusal)
+        self._ready = reply
 
     def say_refused(self, detail: str) -> None:
         """Tell a stranger why its connection ends. Not where there is a secret: it would take it for a nonce."""
@@ -169,6 +172,8 @@ class Served:
         sender = self._sender
         assert sender is not None
         try:
+            if self._ready is not None:
+                self._reply(self._ready)
             self._serve_requests()
         except (wire.ProtocolError, OSError) as error:
             self.say_ended(error)

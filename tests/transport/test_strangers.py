@@ -21,6 +21,7 @@ from penstock.pool.api import PoolError
 from penstock.transport import node as node_module
 from penstock.transport import wire
 from penstock.transport.node import PoolNode
+from penstock.transport.node_connection import Served
 from penstock.transport.remote import RemotePool
 from penstock.transport.secret import Secret
 
@@ -227,3 +228,34 @@ def test_a_long_lane_name_needs_more_than_one_head(rig: NodeRig) -> None:
     for at in range(0, len(data), 7):
         made.sock.sendall(data[at : at + 7])
     assert isinstance(made.reply(), wire.Ready)
+
+
+def test_a_client_for_whom_there_is_no_thread_is_not_told_that_the_node_is_ready(
+    rig: NodeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take the node for one that is up, and lose the connection again and again."""
+    node = rig.node()
+    real = node.connection_of
+    short = [True]
+
+    def connection_of(sock: socket.socket, peer: str) -> Served:
+        made = real(sock, peer)
+
+        def start() -> None:
+            raise RuntimeError("can't start new thread")
+
+        if short:
+            monkeypatch.setattr(made, "start", start)
+        return made
+
+    monkeypatch.setattr(node, "connection_of", connection_of)
+    with socket.create_connection(node.address, timeout=WAIT_S) as sock:
+        sock.sendall(wire.greeting() + wire.frame(wire.Hello("read")))
+        said = b""
+        with contextlib.suppress(ConnectionError):
+            while part := sock.recv(4096):
+                said += part
+    assert said == wire.greeting()
+    until(lambda: node.connections == 0, WAIT_S)
+    short.clear()
+    assert write(rig.client(node), key_of("a")) == "ok" and node.alive
