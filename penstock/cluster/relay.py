@@ -40,7 +40,11 @@ _STAGING_BYTES = 4096  # unused: blocks are received into the buffer and sent ou
 class Desk(Protocol):
     """Who knows which hand-offs are expected. Called from threads of connections; must not block."""
 
-    def opening(self, name: str, reads: bool, timeout_s: float, reply: Callable[[bytes | PoolError], None]) -> None: ...
+    def opening(
+        self, name: str, reads: bool, timeout_s: float, reply: Callable[[bytes | PoolError], None], source: str = ""
+    ) -> Callable[[], None]:
+        """Returns what withdraws it, where nobody waits for the reply any more. `source`: the client's address,
+        of which openings have a share; empty: not said."""
 
     def handed_over(self, name: str, token: int, missing: int) -> PoolError | None: ...
 
@@ -83,6 +87,10 @@ class RelayNode(PoolNode):
             self.lending.close(timeout_s)
 
 
+def _nothing() -> None:
+    """What withdraws an opening that is being made."""
+
+
 class _RelayServed(Served):
     """One connection of a prefill engine."""
 
@@ -91,6 +99,13 @@ class _RelayServed(Served):
         self._buffer = node.buffer
         self._desk = node.desk
         self._lending = node.lending
+        self._openings: dict[object, Callable[[], None]] = {}  # that wait for a reply: what withdraws them
+
+    def _leave(self) -> None:
+        with self._count_lock:
+            openings, self._openings = list(self._openings.values()), {}
+        for withdraw in openings:
+            withdraw()
 
     def _answer(self, request: wire.Request, payload_bytes: int, ready_s: float) -> None:
         match request:
@@ -113,7 +128,9 @@ class _RelayServed(Served):
             self._reply(wire.Failed(request.id, "layout", "this relay sends and receives blocks in messages"))
         elif isinstance(request, wire.Attach):
             try:
-                self._reply(wire.Attached(request.id, lending.attach(request.client, request.kind, request.memory)))
+                self._reply(
+                    wire.Attached(request.id, lending.attach(request.client, request.kind, request.memory, self.source))
+                )
             except PoolError as error:
                 self._reply(wire.Failed(request.id, error.reason, error.detail))
         elif request.size_bytes != self._buffer.block_bytes:
@@ -126,14 +143,27 @@ class _RelayServed(Served):
     def _is_urgent(self, lane: str) -> bool:
         return lane != "read"
 
+    @property
+    def _asks_nobody(self) -> bool:
+        return True
+
     def _open(self, request: wire.Open) -> None:
+        opening = object()
+
         def reply(found: bytes | PoolError) -> None:
+            with self._count_lock:
+                self._openings.pop(opening, None)
             if isinstance(found, PoolError):
                 self._later(partial(self._reply, wire.Failed(request.id, found.reason, found.detail)))
             else:
                 self._later(partial(self._reply, wire.Opened(request.id, found)))
 
-        self._desk.opening(request.name, request.reads, request.timeout_s, reply)
+        with self._count_lock:
+            self._openings[opening] = _nothing
+        withdraw = self._desk.opening(request.name, request.reads, request.timeout_s, reply, self.source)
+        with self._count_lock:
+            if opening in self._openings:
+                self._openings[opening] = withdraw
 
     # --- reads ---
 
@@ -250,7 +280,7 @@ class _RelayServed(Served):
         if held is None:
             found = error or PoolError("missing", "the hand-off ended")
         else:
-            found = lending.lend(id(self), request.id, held, until_s)
+            found = lending.lend(id(self), request.id, held, until_s, self.source)
             if self._ended:  # what a connection that is gone is lent is not taken back by its end
                 lending.returned(id(self), request.id)
         if isinstance(found, PoolError):
