@@ -27,6 +27,8 @@ from penstock.cluster.wire_types import clip
 from penstock.core.cluster.membership import Membership, NameTaken
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
+from penstock.transport.tls import PeerTls, TlsError
+from penstock.transport.tls_streams import begin_tls
 from penstock.units import format_address
 
 log = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ class Counts:
 
     connections: int = 0
     refused_secret: int = 0
+    refused_tls: int = 0
     refused_protocol: int = 0
     refused_registration: int = 0
     registered: int = 0
@@ -89,14 +92,25 @@ class Counts:
 class ClusterPort:
     """Serves the control protocol on a bound socket. `router_id` differs from start to start."""
 
-    def __init__(self, listener: Listener, sock: socket.socket, secret: Secret, lease_s: float) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        sock: socket.socket,
+        secret: Secret | None,
+        lease_s: float,
+        tls: PeerTls | None = None,
+    ) -> None:
+        """An engine proves the `secret`, shows a certificate (`tls`), or does both, where both are given. Raises
+        ValueError where neither is."""
+        if secret is None and tls is None:
+            raise ValueError("neither a secret nor certificates are given; allowed: one of them, or both")
         self.router_id = secrets.token_hex(8)
         self.lease_s = lease_s
         self.counts = Counts()
         self.engines: dict[str, Engine] = {}
         self._listener = listener
         self._sock = sock
-        self._secret = secret
+        self._secret, self._tls = secret, tls
         # Epochs of two routers are never the same but by chance: 2^40 beginnings.
         self._membership = Membership(lease_s, first_epoch=secrets.randbelow(1 << 40) << 20)
         self._strangers: dict[asyncio.Task[None], str] = {}  # their host, in the order in which they came
@@ -147,8 +161,9 @@ class ClusterPort:
         self.counts.connections += 1
         engine: Engine | None = None
         why = "the connection failed"
+        used = writer  # that one lives on below TLS: it would close its connection if it were dropped
         try:
-            engine = await self._admit(reader, writer, peer, task)
+            engine, reader, used = await self._admit(reader, writer, peer, task)
             if engine is not None:
                 why = await self._serve(engine, reader)
         except wire.ProtocolError as error:
@@ -158,6 +173,9 @@ class ClusterPort:
         except SecretRefused as error:
             self.counts.refused_secret += 1
             rare.warning(f"secret {error}", "connection of %s refused: %s", peer, error)
+        except TlsError as error:
+            self.counts.refused_tls += 1
+            rare.warning(f"tls {error}", "connection of %s refused: %s", peer, error)
         except (OSError, asyncio.IncompleteReadError) as error:
             why = "the connection ended" if isinstance(error, asyncio.IncompleteReadError) else str(error)
             log.debug("connection of %s ended: %s", peer, error)
@@ -171,27 +189,32 @@ class ClusterPort:
             self._dropped.discard(task)
             if engine is not None:
                 self._lose(engine, why)
-            writer.transport.abort() if engine is not None else writer.close()
+            used.transport.abort() if engine is not None else used.close()
 
     async def _admit(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str, task: asyncio.Task[None]
-    ) -> Engine | None:
-        """From a stranger to an engine. Raises ProtocolError, SecretRefused or OSError."""
+    ) -> tuple[Engine | None, asyncio.StreamReader, asyncio.StreamWriter]:
+        """From a stranger to an engine, and the streams of its connection from now on: others, once TLS has begun.
+        Raises ProtocolError, SecretRefused, TlsError or another OSError."""
+        secret, tls = self._secret, self._tls
         if len(self._strangers) >= STRANGERS_MAX:
             self._drop_stranger()
         self._strangers[task] = peer.rpartition(":")[0]
         try:
             async with asyncio.timeout(wire.HANDSHAKE_S):
                 first = await reader.readexactly(wire.GREETING.size)
-                writer.write(wire.greeting())
-                wire.check_greeting(first)
-                await self._challenge(reader, writer)
+                writer.write(wire.greeting(secret is not None, tls is not None))
+                wire.check_greeting(first, secret is not None, tls is not None)
+                if tls is not None:
+                    reader, writer = await begin_tls(writer, tls, 1 << 20)
+                if secret is not None:
+                    await self._challenge(secret, reader, writer)
                 register = await self._first_message(reader)
         except TimeoutError:
             raise wire.ProtocolError(f"it did not register within {wire.HANDSHAKE_S:g} s") from None
         finally:
             self._strangers.pop(task, None)
-        return self._register(register, writer, peer)
+        return self._register(register, writer, peer), reader, writer
 
     def _drop_stranger(self) -> None:
         """The oldest one of the address that has the most."""
@@ -216,11 +239,11 @@ class ClusterPort:
             self.counts.listener_failures += 1
             rare.exception("listener", "what an engine said could not be dealt with: %r", error)
 
-    async def _challenge(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _challenge(self, secret: Secret, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonce = os.urandom(NONCE_BYTES)
         writer.write(nonce)
         answer = await reader.readexactly(NONCE_BYTES + PROOF_BYTES)
-        writer.write(self._secret.check(wire.PURPOSE, nonce, answer))
+        writer.write(secret.check(wire.PURPOSE, nonce, answer))
 
     async def _first_message(self, reader: asyncio.StreamReader) -> wire.Register:
         message = wire.decode_from_engine(await _frame(reader))

@@ -33,6 +33,7 @@ from penstock.transport.pacer import Pacer
 from penstock.transport.pool_connection import PoolConnection
 from penstock.transport.secret import Secret
 from penstock.transport.staging import Staging
+from penstock.transport.tls import PeerTls
 from penstock.units import format_address
 
 log = logging.getLogger(__name__)
@@ -56,16 +57,19 @@ class PoolNode:
         pace_bytes_per_s: float | None = None,
         staging_capacity_bytes: int | None = None,
         secret: Secret | None = None,
+        tls: PeerTls | None = None,
     ) -> None:
         """`pace_bytes_per_s` limits the blocks sent over all connections together, to emulate a NIC of that speed.
         `staging_capacity_bytes` bounds staging memory, and with it the largest block; None: STAGING_BYTES, and more
-        once a larger block comes. With a `secret` only clients that prove it get anything.
+        once a larger block comes. With a `secret` only clients that prove it get anything, with `tls`
+        only those with a certificate of its CA.
 
         Raises OSError when the address or the memory cannot be had.
         """
         self.name = name
         self.pool = pool
         self.secret = secret
+        self.tls = tls
         self.node_id = pool.node_id or os.urandom(wire.NODE_ID_BYTES)
         self.pacer = Pacer(pace_bytes_per_s) if pace_bytes_per_s else None
         limit_bytes = STAGING_BYTES_MAX if staging_capacity_bytes is None else None

@@ -24,6 +24,8 @@ from penstock.pool.served import ServedPool
 from penstock.transport import lanes, wire
 from penstock.transport.pacer import PIECE_BYTES
 from penstock.transport.secret import SecretRefused, prove_as_server
+from penstock.transport.tls import TlsError
+from penstock.transport.tls_socket import Stream, begin_tls
 from penstock.units import format_address
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ class Served:
         """Raises RuntimeError or MemoryError where a thread cannot be had."""
         self._node = node
         self._pool: ServedPool = node.pool
-        self._sock = sock
+        self._sock: Stream = sock
         self.peer = peer
         self._send_lock = threading.Lock()
         self._count_lock = threading.Lock()
@@ -80,7 +82,7 @@ class Served:
         try:
             self._greet()
             self._serve_requests()
-        except (wire.ProtocolError, SecretRefused) as error:
+        except (wire.ProtocolError, SecretRefused, TlsError) as error:
             self._node.rare.warning(str(error), "connection of %s closed: %s", self.peer, error)
         except TimeoutError as error:
             self._node.rare.warning(str(error), "connection of %s ended: %s", self.peer, error)
@@ -94,14 +96,17 @@ class Served:
             self._node.left(self)
 
     def _greet(self) -> None:
-        """Versions, secret; GREET_S are left for all of it, up to the end of the first message."""
+        """Versions, TLS, secret; GREET_S are left for all of it, up to the end of the first message."""
         self._greet_by_s = time.monotonic() + wire.GREET_S
         wire.set_timeouts(self._sock)
         first = bytearray(wire.GREETING.size)
         wire.receive_exactly(self._sock, memoryview(first), until_s=self._greet_by_s)
-        secret = self._node.secret
-        self._sock.sendall(wire.greeting(secret is not None))
-        wire.check_greeting(first, secret is not None)
+        secret, tls = self._node.secret, self._node.tls
+        self._sock.sendall(wire.greeting(secret is not None, tls is not None))
+        wire.check_greeting(first, secret is not None, tls is not None)
+        if tls is not None:
+            assert isinstance(self._sock, socket.socket)
+            self._sock = begin_tls(self._sock, tls, "server", None, self._greet_by_s)
         if secret is not None:
             prove_as_server(self._sock, secret, wire.SECRET_PURPOSE)
 
