@@ -28,7 +28,7 @@ from penstock.core.cluster.membership import Membership, NameTaken
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
 from penstock.transport.tls import PeerTls, TlsError
-from penstock.transport.tls_streams import begin_tls
+from penstock.transport.tls_streams import Reader, Writer, begin_tls
 from penstock.units import format_address
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Engine:
     report: EngineReport
     peer: str
     since_s: float
-    writer: asyncio.StreamWriter
+    writer: Writer
     heard_s: float = 0.0
     placed_seen: int = 0  # Place messages that the report knows of
 
@@ -161,11 +161,10 @@ class ClusterPort:
         self.counts.connections += 1
         engine: Engine | None = None
         why = "the connection failed"
-        used = writer  # that one lives on below TLS: it would close its connection if it were dropped
         try:
-            engine, reader, used = await self._admit(reader, writer, peer, task)
+            engine, source = await self._admit(reader, writer, peer, task)
             if engine is not None:
-                why = await self._serve(engine, reader)
+                why = await self._serve(engine, source)
         except wire.ProtocolError as error:
             why = str(error)
             self.counts.refused_protocol += 1
@@ -189,14 +188,16 @@ class ClusterPort:
             self._dropped.discard(task)
             if engine is not None:
                 self._lose(engine, why)
-            used.transport.abort() if engine is not None else used.close()
+            writer.transport.abort() if engine is not None else writer.close()
 
     async def _admit(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str, task: asyncio.Task[None]
-    ) -> tuple[Engine | None, asyncio.StreamReader, asyncio.StreamWriter]:
-        """From a stranger to an engine, and the streams of its connection from now on: others, once TLS has begun.
-        Raises ProtocolError, SecretRefused, TlsError or another OSError."""
+    ) -> tuple[Engine | None, Reader]:
+        """From a stranger to an engine, and what is read from it. Raises ProtocolError, SecretRefused, TlsError or
+        another OSError."""
         secret, tls = self._secret, self._tls
+        source: Reader = reader
+        target: Writer = writer
         if len(self._strangers) >= STRANGERS_MAX:
             self._drop_stranger()
         self._strangers[task] = peer.rpartition(":")[0]
@@ -206,15 +207,15 @@ class ClusterPort:
                 writer.write(wire.greeting(secret is not None, tls is not None))
                 wire.check_greeting(first, secret is not None, tls is not None)
                 if tls is not None:
-                    reader, writer = await begin_tls(writer, tls, 1 << 20)
+                    source = target = await begin_tls(reader, writer, tls)
                 if secret is not None:
-                    await self._challenge(secret, reader, writer)
-                register = await self._first_message(reader)
+                    await self._challenge(secret, source, target)
+                register = await self._first_message(source)
         except TimeoutError:
             raise wire.ProtocolError(f"it did not register within {wire.HANDSHAKE_S:g} s") from None
         finally:
             self._strangers.pop(task, None)
-        return self._register(register, writer, peer), reader, writer
+        return self._register(register, target, peer), source
 
     def _drop_stranger(self) -> None:
         """The oldest one of the address that has the most."""
@@ -239,19 +240,19 @@ class ClusterPort:
             self.counts.listener_failures += 1
             rare.exception("listener", "what an engine said could not be dealt with: %r", error)
 
-    async def _challenge(self, secret: Secret, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _challenge(self, secret: Secret, reader: Reader, writer: Writer) -> None:
         nonce = os.urandom(NONCE_BYTES)
         writer.write(nonce)
         answer = await reader.readexactly(NONCE_BYTES + PROOF_BYTES)
         writer.write(secret.check(wire.PURPOSE, nonce, answer))
 
-    async def _first_message(self, reader: asyncio.StreamReader) -> wire.Register:
+    async def _first_message(self, reader: Reader) -> wire.Register:
         message = wire.decode_from_engine(await _frame(reader))
         if not isinstance(message, wire.Register):
             raise wire.ProtocolError(f"the first message is {type(message).__name__}; allowed: Register")
         return message
 
-    def _register(self, register: wire.Register, writer: asyncio.StreamWriter, peer: str) -> Engine | None:
+    def _register(self, register: wire.Register, writer: Writer, peer: str) -> Engine | None:
         card, now = register.card, _now()
         reason = self._listener.engine_fits(card)
         retry = False
@@ -290,7 +291,7 @@ class ClusterPort:
         self._tell(lambda: self._listener.engine_reported(engine))
         return engine
 
-    async def _serve(self, engine: Engine, reader: asyncio.StreamReader) -> str:
+    async def _serve(self, engine: Engine, reader: Reader) -> str:
         """Until the engine leaves or is fenced; returns why."""
         while True:
             message = wire.decode_from_engine(await _frame(reader))
@@ -347,7 +348,7 @@ class ClusterPort:
             self._tell(lambda: self._listener.engine_left(engine, why))
 
 
-async def _frame(reader: asyncio.StreamReader) -> bytes:
+async def _frame(reader: Reader) -> bytes:
     return await reader.readexactly(wire.frame_length(await reader.readexactly(wire.LENGTH.size)))
 
 

@@ -18,12 +18,25 @@ import stat
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 log = logging.getLogger(__name__)
 
 Side = Literal["client", "server"]
 Stamp = tuple[tuple[int, int, int], ...]  # of the files when they were read
+
+
+class TlsSettings(Protocol):
+    """Where configurations name the files."""
+
+    @property
+    def peer_tls_cert(self) -> str | Path | None: ...
+
+    @property
+    def peer_tls_key(self) -> str | Path | None: ...
+
+    @property
+    def peer_tls_ca(self) -> str | Path | None: ...
 
 
 class TlsError(ConnectionError):
@@ -62,6 +75,11 @@ class PeerTls:
         made = cls(Path(certificate), Path(key), Path(ca))
         made._check(made._contexts)
         return made
+
+    @classmethod
+    def of(cls, settings: TlsSettings) -> PeerTls | None:
+        """As `read`."""
+        return cls.read(settings.peer_tls_cert, settings.peer_tls_key, settings.peer_tls_ca)
 
     def context(self, side: Side) -> ssl.SSLContext:
         """For a new connection; of the files as they are now, if they can be used."""

@@ -1,4 +1,8 @@
-"""TLS for a server's asyncio streams: begun on a connection that is open, after its greeting."""
+"""TLS over a server's asyncio streams: begun on a connection that is open, after its greeting.
+
+`asyncio` could do this by itself, but it ends a handshake that fails without sending the alert, so that a client would
+not learn what is wrong with its certificate.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +10,83 @@ import asyncio
 import ssl
 
 from penstock.transport.tls import PeerTls, TlsError
-from penstock.transport.tls_socket import ACCEPTED
-
-HANDSHAKE_S = 60.0  # a bound of its own; the caller's is shorter
+from penstock.transport.tls_socket import ACCEPTED, RECEIVE_BYTES
 
 
-async def begin_tls(
-    writer: asyncio.StreamWriter, tls: PeerTls, limit_bytes: int
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """New streams, over TLS, for a connection whose client speaks TLS from its next byte on (`tls_socket.begin_tls`).
-    `limit_bytes` is the reader's. Raises TlsError, or another OSError; the caller closes the streams that it has, and
-    bounds the time.
+class TlsStreams:
+    """Reader and writer of one connection in one: what `asyncio.StreamReader` and `asyncio.StreamWriter` have, as far
+    as it is here. Used by one event loop."""
 
-    The reader is a new one, so that nothing which came before TLS is ever taken for what came through it.
-    """
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(limit_bytes, loop)
-    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-    try:
-        transport = await loop.start_tls(
-            writer.transport, protocol, tls.context("server"), server_side=True, ssl_handshake_timeout=HANDSHAKE_S
-        )
-    except ssl.SSLError as error:
-        raise TlsError(tls.explain(error)) from None
-    if transport is None:
-        raise ConnectionError("the peer closed the connection in the TLS handshake")
-    protocol.connection_made(transport)
-    made = asyncio.StreamWriter(transport, protocol, reader, loop)
-    made.write(ACCEPTED)
-    return reader, made
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tls: PeerTls) -> None:
+        self._reader, self._writer, self._tls = reader, writer, tls
+        self._arrived, self._leaving = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._object = tls.context("server").wrap_bio(self._arrived, self._leaving, server_side=True)
+        self._plain = bytearray()
+
+    async def shake_hands(self) -> None:
+        """As the server. Bytes that came before are taken for TLS, and never for what came through it. Raises TlsError
+        or IncompleteReadError; the caller bounds the time."""
+        while True:
+            try:
+                self._object.do_handshake()
+            except ssl.SSLWantReadError:
+                self._flush()
+                await self._take()
+            except ssl.SSLError as error:
+                self._flush()  # the alert that says why
+                raise TlsError(self._tls.explain(error)) from None
+            else:
+                self._flush()
+                self.write(ACCEPTED)
+                return
+
+    async def readexactly(self, size: int) -> bytes:
+        """Raises IncompleteReadError at the end of the stream, and TlsError."""
+        while len(self._plain) < size:
+            try:
+                part = self._object.read(RECEIVE_BYTES)
+            except ssl.SSLWantReadError:
+                await self._take()
+            except ssl.SSLError as error:
+                raise TlsError(self._tls.explain(error)) from None
+            else:
+                if not part:
+                    raise asyncio.IncompleteReadError(bytes(self._plain), size)
+                self._plain += part
+        found = bytes(self._plain[:size])
+        del self._plain[:size]
+        return found
+
+    def write(self, data: bytes) -> None:
+        self._object.write(data)
+        self._flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    @property
+    def transport(self) -> asyncio.WriteTransport:
+        """Of the TCP connection."""
+        return self._writer.transport
+
+    def _flush(self) -> None:
+        if data := self._leaving.read():
+            self._writer.write(data)
+
+    async def _take(self) -> None:
+        data = await self._reader.read(RECEIVE_BYTES)
+        if not data:
+            raise asyncio.IncompleteReadError(bytes(self._plain), None)
+        self._arrived.write(data)
+
+
+Reader = asyncio.StreamReader | TlsStreams
+Writer = asyncio.StreamWriter | TlsStreams
+
+
+async def begin_tls(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tls: PeerTls) -> TlsStreams:
+    """The connection, once both ends have accepted each other's certificates (`tls_socket.begin_tls`). Raises TlsError
+    or IncompleteReadError; the caller closes the streams, and bounds the time."""
+    made = TlsStreams(reader, writer, tls)
+    await made.shake_hands()
+    return made
