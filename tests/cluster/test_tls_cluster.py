@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from asking import prompt_of, wait_until
-from certificates import Authority, Files
+from certificates import Authority, new_authority
 from kill_rounds import CLUSTER, ask, prompts, running
 from paths_rig import BLOCK, beside
 from paths_rig import cluster as paths_cluster
@@ -23,6 +23,7 @@ from penstock.cluster.cluster_config import read_cluster_config
 from penstock.cluster.port import STRANGERS_MAX
 from penstock.core.config import ConfigError
 from penstock.pool.api import PoolError
+from penstock.testing.certificates import PeerFiles
 from penstock.transport.secret import Secret
 
 PROMPT = list(range(1, 30))
@@ -30,16 +31,16 @@ PROMPT = list(range(1, 30))
 
 @pytest.fixture(scope="module")
 def ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("ca"))
+    return new_authority(tmp_path_factory.mktemp("ca"))
 
 
 @pytest.fixture(scope="module")
-def peer(ca: Authority) -> Files:
+def peer(ca: Authority) -> PeerFiles:
     return ca.issue()
 
 
 @pytest.mark.parametrize("secret", [None, SECRET])
-def test_engines_register_and_serve_over_tls(peer: Files, secret: Secret | None) -> None:
+def test_engines_register_and_serve_over_tls(peer: PeerFiles, secret: Secret | None) -> None:
     with cluster(tls=peer.tls, secret=secret) as c:
         c.engine("p", "prefill")
         c.engine("d", "decode")
@@ -48,7 +49,7 @@ def test_engines_register_and_serve_over_tls(peer: Files, secret: Secret | None)
         assert c.router.port.counts.registered == 2 and c.router.port.counts.lost == 0
 
 
-def test_an_engine_whose_connection_is_cut_registers_again_over_tls(peer: Files) -> None:
+def test_an_engine_whose_connection_is_cut_registers_again_over_tls(peer: PeerFiles) -> None:
     with cluster(tls=peer.tls, secret=None) as c:
         c.engine("e1")
         session = c.agents["e1"]._session
@@ -72,11 +73,11 @@ MISMATCHES = {
 
 @pytest.mark.parametrize("case", MISMATCHES)
 def test_who_does_not_belong_is_one_clear_line_at_both_ends(
-    case: str, ca: Authority, peer: Files, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    case: str, ca: Authority, peer: PeerFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (engine_tls, engine_secret), (router_tls, router_secret), engine_says, router_says = MISMATCHES[case]
-    other = Authority(tmp_path / "other", "another CA").issue("other")
-    stray = Files(other.certificate, other.key, ca.ca)
+    other = new_authority(tmp_path / "other", "another CA").issue("other")
+    stray = PeerFiles(other.certificate, other.key, ca.ca)
     known = [None, peer.tls, other.tls, stray.tls, ca.issue("old", days=-1).tls]
     secrets = [None, SECRET, Secret(b"another secret, too")]
     caplog.set_level(logging.WARNING)
@@ -96,7 +97,7 @@ def test_who_does_not_belong_is_one_clear_line_at_both_ends(
         assert bool(counts.refused_tls) == (case in ("another CA", "of another CA", "expired"))
 
 
-def test_what_comes_before_tls_is_never_taken_for_what_comes_through_it(peer: Files) -> None:
+def test_what_comes_before_tls_is_never_taken_for_what_comes_through_it(peer: PeerFiles) -> None:
     """Somebody on the network puts a message behind the greeting, before the engine's handshake."""
     with cluster(tls=peer.tls, secret=None) as c:
         context = peer.tls.context("client")
@@ -121,7 +122,7 @@ def test_what_comes_before_tls_is_never_taken_for_what_comes_through_it(peer: Fi
         finished(c.ask(PROMPT, 9), PROMPT, 9)
 
 
-def test_handshakes_that_stall_end_and_keep_nobody_out(peer: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handshakes_that_stall_end_and_keep_nobody_out(peer: PeerFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "HANDSHAKE_S", 5.0)
     with cluster(tls=peer.tls, secret=None) as c:
         strangers = [socket.create_connection(c.address, timeout=20.0) for _ in range(STRANGERS_MAX + 8)]
@@ -140,7 +141,7 @@ def test_handshakes_that_stall_end_and_keep_nobody_out(peer: Files, monkeypatch:
                 sock.close()
 
 
-def test_a_prompt_is_handed_over_tls(llama: Path, expected: Callable[..., list[int]], peer: Files) -> None:
+def test_a_prompt_is_handed_over_tls(llama: Path, expected: Callable[..., list[int]], peer: PeerFiles) -> None:
     first = prompt_of(1, 9 * BLOCK + 5)
     with paths_cluster(llama, tls=peer.tls, engine=peer.settings) as c:
         question = c.start(first)
@@ -155,9 +156,9 @@ def test_a_prompt_is_handed_over_tls(llama: Path, expected: Callable[..., list[i
             pass
 
 
-def test_a_whole_cluster_of_processes_speaks_tls(tmp_path: Path, peer: Files) -> None:
+def test_a_whole_cluster_of_processes_speaks_tls(tmp_path: Path, peer: PeerFiles) -> None:
     settings = "".join(f'{name} = "{path}"\n' for name, path in peer.settings.items())
-    with running(tmp_path, settings + CLUSTER) as (supervisor, reference):
+    with running(tmp_path, settings + CLUSTER.replace("count = 2\n", "")) as (supervisor, reference):
         assert [ask(supervisor.url, prompt, f"again-{i}") for i, prompt in enumerate(prompts())] == reference
         pool = next(child.spec.command({}) for child in supervisor.children.values() if child.spec.kind == "pool")
         assert "--peer-tls-cert" in pool and "--secret-file" not in pool

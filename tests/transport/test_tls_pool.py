@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from certificates import Authority, Files
+from certificates import Authority, new_authority
 from helpers import chain, key_of, read, until, write
 from node_rig import MIB, WAIT_S, NodeRig
 from test_pool_live import COMMAND, MEMORY, Node
 
 from penstock.pool.api import PoolError
+from penstock.testing.certificates import PeerFiles
 from penstock.transport import wire
 from penstock.transport.connect import connect_pool, open_union
 from penstock.transport.node import PoolNode
@@ -30,11 +31,11 @@ SECRET = Secret(b"the secret of this test")
 
 @pytest.fixture(scope="module")
 def ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("ca"))
+    return new_authority(tmp_path_factory.mktemp("ca"))
 
 
 @pytest.fixture(scope="module")
-def peer(ca: Authority) -> Files:
+def peer(ca: Authority) -> PeerFiles:
     return ca.issue()
 
 
@@ -52,7 +53,7 @@ def client_of(rig: NodeRig, node: PoolNode, connections: int = 1, **proof: PeerT
 
 
 @pytest.mark.parametrize("secret", [None, SECRET])
-def test_blocks_come_back_as_they_were(rig: NodeRig, peer: Files, secret: Secret | None) -> None:
+def test_blocks_come_back_as_they_were(rig: NodeRig, peer: PeerFiles, secret: Secret | None) -> None:
     node = rig.node(rig.pool(memory=32 * MIB), tls=peer.tls, secret=secret)
     client = client_of(rig, node, tls=peer.tls, secret=secret)
     keys = chain("tls", 12)
@@ -68,7 +69,7 @@ def test_blocks_come_back_as_they_were(rig: NodeRig, peer: Files, secret: Secret
     assert client.stat(WAIT_S).members[0].blocks == 0
 
 
-def test_many_threads_share_the_lanes(rig: NodeRig, peer: Files) -> None:
+def test_many_threads_share_the_lanes(rig: NodeRig, peer: PeerFiles) -> None:
     node = rig.node(rig.pool(memory=64 * MIB), tls=peer.tls)
     client = client_of(rig, node, connections=2, tls=peer.tls)
     failures: list[object] = []
@@ -92,7 +93,7 @@ def test_many_threads_share_the_lanes(rig: NodeRig, peer: Files) -> None:
     assert not failures
 
 
-def test_a_node_of_several_members_asks_others_over_tls(rig: NodeRig, peer: Files) -> None:
+def test_a_node_of_several_members_asks_others_over_tls(rig: NodeRig, peer: PeerFiles) -> None:
     far = rig.node(tls=peer.tls)
     union = open_union(None, [f"127.0.0.1:{far.address[1]}"], for_node=True, tls=peer.tls)
     rig.undo.callback(union.close, 5.0)
@@ -115,11 +116,11 @@ MISMATCHES = {
 
 @pytest.mark.parametrize("case", MISMATCHES)
 def test_who_does_not_belong_is_one_clear_line_at_both_ends(
-    case: str, rig: NodeRig, ca: Authority, peer: Files, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    case: str, rig: NodeRig, ca: Authority, peer: PeerFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (client_tls, client_secret), (node_tls, node_secret), client_says, node_says = MISMATCHES[case]
-    other = Authority(tmp_path / "other", "another CA").issue("other")
-    known = [None, peer.tls, other.tls, Files(other.certificate, other.key, ca.ca).tls]
+    other = new_authority(tmp_path / "other", "another CA").issue("other")
+    known = [None, peer.tls, other.tls, PeerFiles(other.certificate, other.key, ca.ca).tls]
     secrets = [None, SECRET, Secret(b"another secret altogether")]
     node = rig.node(tls=known[node_tls], secret=secrets[node_secret])
     place = f"127.0.0.1:{node.address[1]}"
@@ -150,7 +151,7 @@ def test_a_node_is_called_by_a_name_that_its_certificate_has(name: str, rig: Nod
 
 @pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"])
 def test_a_handshake_that_stalls_gives_its_place_back(
-    rig: NodeRig, peer: Files, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, sent: bytes
+    rig: NodeRig, peer: PeerFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, sent: bytes
 ) -> None:
     monkeypatch.setattr(wire, "GREET_S", 0.5)
     node = rig.node(tls=peer.tls)
@@ -181,7 +182,7 @@ def test_a_lost_connection_comes_back_over_tls_and_with_renewed_certificates(rig
     assert tls is not None and tls.context("server") is tls.context("server")
 
 
-def test_processes_speak_tls_by_flags_and_by_file(tmp_path: Path, ca: Authority, peer: Files) -> None:
+def test_processes_speak_tls_by_flags_and_by_file(tmp_path: Path, ca: Authority, peer: PeerFiles) -> None:
     file = tmp_path / "far.toml"
     file.write_text(MEMORY)
     far = Node(file, *peer.flags)

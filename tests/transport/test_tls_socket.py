@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from certificates import Authority, Files
+from certificates import Authority, new_authority
 
+from penstock.testing.certificates import PeerFiles
 from penstock.transport import wire
 from penstock.transport.tls import PeerTls, TlsError
 from penstock.transport.tls_socket import TlsSocket, begin_tls
@@ -26,11 +27,11 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("ca"))
+    return new_authority(tmp_path_factory.mktemp("ca"))
 
 
 @pytest.fixture(scope="module")
-def peer(ca: Authority) -> Files:
+def peer(ca: Authority) -> PeerFiles:
     return ca.issue()
 
 
@@ -87,7 +88,7 @@ def joined(pair: tuple[socket.socket, socket.socket], tls: PeerTls) -> tuple[Tls
     return client, server
 
 
-def test_nothing_of_what_is_sent_can_be_read_on_the_wire(peer: Files) -> None:
+def test_nothing_of_what_is_sent_can_be_read_on_the_wire(peer: PeerFiles) -> None:
     text = b"the prompt of a tenant " * 40
     seen: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as between:
@@ -131,8 +132,8 @@ REFUSALS = {
 
 
 @pytest.fixture(scope="module")
-def peers(ca: Authority, peer: Files, tmp_path_factory: pytest.TempPathFactory) -> dict[str, PeerTls]:
-    other = Authority(tmp_path_factory.mktemp("other"), "another CA").issue("other")
+def peers(ca: Authority, peer: PeerFiles, tmp_path_factory: pytest.TempPathFactory) -> dict[str, PeerTls]:
+    other = new_authority(tmp_path_factory.mktemp("other"), "another CA").issue("other")
     found = {
         "good": peer,
         "old": ca.issue("old", days=-1),
@@ -157,7 +158,7 @@ def test_a_wrong_certificate_is_one_line_at_both_ends(
 
 
 def test_a_client_without_a_certificate_and_one_of_tls_1_2_are_refused(
-    peer: Files, pair: tuple[socket.socket, socket.socket]
+    peer: PeerFiles, pair: tuple[socket.socket, socket.socket]
 ) -> None:
     bare = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     bare.load_verify_locations(peer.ca)
@@ -176,7 +177,7 @@ def test_a_client_without_a_certificate_and_one_of_tls_1_2_are_refused(
             assert says in str(begun.result())
 
 
-def test_what_is_no_tls_is_said_to_be_none(peer: Files, pair: tuple[socket.socket, socket.socket]) -> None:
+def test_what_is_no_tls_is_said_to_be_none(peer: PeerFiles, pair: tuple[socket.socket, socket.socket]) -> None:
     pair[0].sendall(b"GET / HTTP/1.1\r\n\r\n" * 3)
     with pytest.raises(TlsError, match="does not speak TLS"):
         begin_tls(pair[1], peer.tls, "server", None, time.monotonic() + WAIT_S)
@@ -185,7 +186,7 @@ def test_what_is_no_tls_is_said_to_be_none(peer: Files, pair: tuple[socket.socke
 @pytest.mark.parametrize("side", ["server", "client"])
 @pytest.mark.parametrize("drips", [False, True])
 def test_a_handshake_that_stalls_or_drips_ends_by_its_deadline(
-    side: str, drips: bool, peer: Files, pair: tuple[socket.socket, socket.socket]
+    side: str, drips: bool, peer: PeerFiles, pair: tuple[socket.socket, socket.socket]
 ) -> None:
     mine, theirs = (pair[1], pair[0]) if side == "server" else pair
     stop = threading.Event()
@@ -211,7 +212,7 @@ def test_a_handshake_that_stalls_or_drips_ends_by_its_deadline(
 
 
 def test_a_peer_that_drips_pieces_of_a_record_has_sent_nothing(
-    peer: Files, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+    peer: PeerFiles, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wire, "STALL_S", 0.5)
     _client, server = joined(pair, peer.tls)
@@ -232,7 +233,7 @@ def test_a_peer_that_drips_pieces_of_a_record_has_sent_nothing(
 
 
 def test_a_peer_that_takes_nothing_is_given_up(
-    peer: Files, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+    peer: PeerFiles, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _client, server = joined(pair, peer.tls)
     monkeypatch.setattr(wire, "STALL_S", 0.3)
@@ -242,7 +243,7 @@ def test_a_peer_that_takes_nothing_is_given_up(
 
 
 def test_a_peer_that_takes_little_is_given_up_at_the_deadline_of_the_message(
-    peer: Files, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+    peer: PeerFiles, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _client, server = joined(pair, peer.tls)
     monkeypatch.setattr(wire, "STALL_S", 0.3)
@@ -262,7 +263,7 @@ def test_a_peer_that_takes_little_is_given_up_at_the_deadline_of_the_message(
 
 
 def test_an_end_in_the_middle_of_a_record_is_the_end_of_the_connection(
-    peer: Files, pair: tuple[socket.socket, socket.socket]
+    peer: PeerFiles, pair: tuple[socket.socket, socket.socket]
 ) -> None:
     client, server = joined(pair, peer.tls)
     client.sendall(b"whole")
@@ -276,7 +277,7 @@ def test_an_end_in_the_middle_of_a_record_is_the_end_of_the_connection(
 
 
 def test_bytes_that_were_changed_on_the_way_end_the_connection(
-    peer: Files, pair: tuple[socket.socket, socket.socket]
+    peer: PeerFiles, pair: tuple[socket.socket, socket.socket]
 ) -> None:
     _client, server = joined(pair, peer.tls)
     pair[0].sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
@@ -285,7 +286,7 @@ def test_bytes_that_were_changed_on_the_way_end_the_connection(
 
 
 def test_threads_read_and_write_at_once_in_both_directions(
-    peer: Files, pair: tuple[socket.socket, socket.socket]
+    peer: PeerFiles, pair: tuple[socket.socket, socket.socket]
 ) -> None:
     ends = joined(pair, peer.tls)
     data = os.urandom(24 * MIB)
@@ -323,7 +324,7 @@ def test_threads_read_and_write_at_once_in_both_directions(
 # --- files ---
 
 
-def test_files_that_cannot_be_used_are_refused_in_one_line(ca: Authority, peer: Files, tmp_path: Path) -> None:
+def test_files_that_cannot_be_used_are_refused_in_one_line(ca: Authority, peer: PeerFiles, tmp_path: Path) -> None:
     other = ca.issue("other-key")
     empty = tmp_path / "empty.pem"
     empty.write_text("")
@@ -353,12 +354,14 @@ def test_a_key_that_others_can_read_is_refused(ca: Authority) -> None:
     assert PeerTls.read(files.certificate, files.key, files.ca) is not None
 
 
-def test_a_certificate_that_no_peer_would_take_is_refused_at_start(ca: Authority, peer: Files, tmp_path: Path) -> None:
+def test_a_certificate_that_no_peer_would_take_is_refused_at_start(
+    ca: Authority, peer: PeerFiles, tmp_path: Path
+) -> None:
     old = ca.issue("too-old", days=-1)
     with pytest.raises(ValueError, match=r"too-old.pem is of no use: certificate has expired"):
         PeerTls.read(old.certificate, old.key, old.ca)
     with pytest.raises(ValueError, match=r"is of no use: .*this side's CA"):
-        PeerTls.read(peer.certificate, peer.key, Authority(tmp_path / "other").ca)
+        PeerTls.read(peer.certificate, peer.key, new_authority(tmp_path / "other").ca)
     client = ca.issue("client-only", usage="clientAuth")
     assert PeerTls.read(client.certificate, client.key, client.ca) is not None
 
