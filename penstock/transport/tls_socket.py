@@ -27,6 +27,7 @@ from penstock.transport.tls import PeerTls, Side, TlsError
 RECEIVE_BYTES = 256 << 10  # of the wire at a time: 16 records
 SEND_BYTES = 256 << 10  # encrypted at a time
 HANDSHAKES_MAX = max(1, (os.cpu_count() or 2) // 2)  # computed at once, so that strangers leave some processors alone
+RECORD_BYTES = (16 << 10) + 512  # of the wire, at most
 _HANDSHAKE_BYTES = 16 << 10
 ACCEPTED = b"\x01"
 
@@ -126,16 +127,21 @@ class TlsSocket:
                     return got
                 raise BlockingIOError(errno.EAGAIN, "the peer sent nothing in time")
             try:
-                if not self._take():
+                if not self._take(len(into) - got if whole else 0):
                     return got
             except (BlockingIOError, TimeoutError):
                 if got:
                     return got
                 raise
 
-    def _take(self) -> int:
-        """Bytes of the wire that came; 0 at the end of the stream. Raises OSError."""
-        received = self._sock.recv_into(self._wire)
+    def _take(self, wanted: int = 0) -> int:
+        """Bytes of the wire that came; 0 at the end of the stream. Raises OSError. Of `wanted` plain bytes none can be
+        there without one of the wire, but for what was taken of one record: so many are waited for at once."""
+        sure = min(wanted - self._arrived.pending - RECORD_BYTES, len(self._wire))
+        if sure > 0:
+            received = self._sock.recv_into(self._wire[:sure], 0, socket.MSG_WAITALL)
+        else:
+            received = self._sock.recv_into(self._wire)
         if received:
             with self._lock:
                 self._arrived.write(self._wire[:received])
