@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,8 @@ from penstock.pool.open import link_bytes_per_s
 from penstock.transport.one_sided import RELAY_TRANSPORTS, RelayTransport, open_mover
 from penstock.transport.tls import PeerTls
 from penstock.units import parse_address
+
+log = logging.getLogger(__name__)
 
 Role = Literal["mixed", "prefill", "decode"]
 ROLES: tuple[Role, ...] = ("mixed", "prefill", "decode")
@@ -73,6 +76,8 @@ def open_host(config: HostConfig) -> EngineHost:
     """Build and start one. Raises what `engine.build.build_engine` raises, ConfigError for a buffer that is too small,
     and OSError for a relay address that cannot be had; nothing stays open then."""
     storage = LinkMeter(_profiled_bytes_per_s(config.engine))
+    if config.role != "mixed" and config.relay_transport == "nixl" and config.engine.peer_tls_cert:
+        log.warning("blocks that NIXL moves between engines are not encrypted: TLS covers messages only")
     if config.role == "decode":
         return _decode_host(config, storage)
 

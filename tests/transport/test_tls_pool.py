@@ -6,10 +6,12 @@ import json
 import logging
 import re
 import socket
+import ssl
 import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from certificates import Authority, new_authority
@@ -17,6 +19,8 @@ from helpers import chain, key_of, read, until, write
 from node_rig import MIB, WAIT_S, NodeRig
 from test_pool_live import COMMAND, MEMORY, Node
 
+from penstock.core.config import ConfigError
+from penstock.doctor.check import Check
 from penstock.pool.api import PoolError
 from penstock.testing.certificates import PeerFiles
 from penstock.transport import wire
@@ -25,6 +29,10 @@ from penstock.transport.node import PoolNode
 from penstock.transport.remote import RemotePool
 from penstock.transport.secret import Secret
 from penstock.transport.tls import PeerTls
+from penstock.vllm.doctor import check_pool
+from penstock.vllm.flags import CONNECTOR
+from penstock.vllm.settings import read_settings
+from penstock.vllm.shape import open_pool_of
 
 SECRET = Secret(b"the secret of this test")
 
@@ -161,6 +169,54 @@ def test_a_handshake_that_stalls_gives_its_place_back(
             pass
     until(lambda: node.connections == 0, WAIT_S)
     assert "did not end its part of the TLS handshake in time" in caplog.text
+
+
+def test_strangers_that_cut_their_handshake_leave_nothing_behind(rig: NodeRig, peer: PeerFiles) -> None:
+    """At any byte of a real ClientHello, and behind it."""
+    node = rig.node(tls=peer.tls)
+    leaving = ssl.MemoryBIO()
+    with pytest.raises(ssl.SSLWantReadError):
+        peer.tls.context("client").wrap_bio(ssl.MemoryBIO(), leaving, server_hostname="127.0.0.1").do_handshake()
+    hello = leaving.read()
+    threads = threading.active_count()
+    for number in range(300):
+        with socket.create_connection(node.address, timeout=WAIT_S) as sock:
+            sock.sendall(wire.greeting(tls=True) + hello[: number * len(hello) // 250])
+            if number % 3 == 0:
+                sock.recv(4096)
+    until(lambda: node.connections == 0 and threading.active_count() <= threads, WAIT_S)
+    client = client_of(rig, node, tls=peer.tls)
+    assert write(client, key_of("a")) == read(client, key_of("a")) == "ok"
+
+
+def found_by_doctor(settings: dict[str, str]) -> Check:
+    """About the node."""
+    transfer = SimpleNamespace(kv_connector=CONNECTOR, kv_connector_extra_config=settings)
+    (found,) = check_pool(SimpleNamespace(kv_transfer_config=transfer))
+    assert found.name == f"pool {settings['pool']}"
+    return found
+
+
+@pytest.mark.parametrize("extra", [(), ("memory",)])
+def test_vllm_reaches_a_node_that_asks_for_secret_and_tls(
+    rig: NodeRig, peer: PeerFiles, tmp_path: Path, extra: tuple[str, ...]
+) -> None:
+    """With one node alone, and with members of its own process beside it."""
+    node = rig.node(tls=peer.tls, secret=SECRET)
+    file = tmp_path / "secret"
+    file.touch(0o600)
+    file.write_text("the secret of this test")
+    place = f"127.0.0.1:{node.address[1]}"
+    settings = {"pool": place, "secret_file": str(file), **peer.settings} | dict.fromkeys(extra, "1MiB")
+    pool = open_pool_of(read_settings(settings))
+    rig.undo.callback(pool.close, 5.0)
+    until(lambda: write(pool, key_of("a")) == "ok", WAIT_S)
+    assert read(pool, key_of("a")) == "ok"
+    assert found_by_doctor(settings).status == "ok"
+    without = found_by_doctor({"pool": place})
+    assert without.status == "problem" and "this side has no certificate" in without.found
+    with pytest.raises(ConfigError, match="peer_tls_ca is set together with pool_config"):
+        read_settings({"pool_config": "pool.toml", "peer_tls_ca": str(peer.ca)})
 
 
 def test_a_lost_connection_comes_back_over_tls_and_with_renewed_certificates(rig: NodeRig, ca: Authority) -> None:
