@@ -15,11 +15,12 @@ from __future__ import annotations
 import errno
 import os
 import select
+import selectors
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 from penstock.transport import wire
 from penstock.transport.tls import PeerTls, Side, TlsError
@@ -31,33 +32,35 @@ RECORD_BYTES = (16 << 10) + 512  # of the wire, at most
 _HANDSHAKE_BYTES = 16 << 10
 ACCEPTED = b"\x01"
 
+Steps = Generator[int, None, None]  # yield selectors.EVENT_READ or EVENT_WRITE
+
 _computing = threading.BoundedSemaphore(HANDSHAKES_MAX)
 
 
 def begin_tls(sock: socket.socket, tls: PeerTls, side: Side, host: str | None, until_s: float) -> TlsSocket:
-    """Turn a connected socket into one that speaks TLS. `host` is what a client dialled. Both sides know afterwards
-    that the other one has accepted them. Raises TlsError, or another OSError when the connection ends or all of it has
-    not happened at `until_s` (`time.monotonic`). The socket stays the caller's to close."""
+    """Turn a connected socket, in whatever mode, into one that speaks TLS. `host` is what a client dialled. Both sides
+    know afterwards that the other one has accepted them. Raises TlsError, or another OSError when the connection ends
+    or all of it has not happened at `until_s` (`time.monotonic`). The socket stays the caller's to close."""
     made = TlsSocket(sock, tls, side, host)
-    made.shake_hands(until_s)
-    # A client has ended its handshake before the server has looked at its certificate: it waits for the verdict here.
-    if side == "server":
-        made.sendall(ACCEPTED)
-    elif made.receive_until(len(ACCEPTED), until_s) != ACCEPTED:
-        raise TlsError("the peer does not speak the Penstock protocol inside TLS")
+    for wanted in made.handshake():
+        poll = select.poll()
+        poll.register(sock, select.POLLIN if wanted == selectors.EVENT_READ else select.POLLOUT)
+        if not poll.poll(max(0.0, until_s - time.monotonic()) * 1000):
+            raise TimeoutError("the peer did not end its part of the TLS handshake in time")
     return made
 
 
 class TlsSocket:
-    """See `begin_tls`. Operations are those of `socket.socket`, as far as they are here."""
+    """See `begin_tls`; where nothing may wait, `handshake` does the same. Operations are those of `socket.socket`, as
+    far as they are here, and wait where the socket waits: on one that does not block they raise BlockingIOError."""
 
     def __init__(self, sock: socket.socket, tls: PeerTls, side: Side, host: str | None) -> None:
         self._sock = sock
-        self._tls = tls
+        self._tls, self._server = tls, side == "server"
         self._lock = threading.Lock()
         self._arrived, self._leaving = ssl.MemoryBIO(), ssl.MemoryBIO()
         context = tls.context(side)
-        self._object = context.wrap_bio(self._arrived, self._leaving, side == "server", host)
+        self._object = context.wrap_bio(self._arrived, self._leaving, self._server, host)
         self._wire = memoryview(bytearray(_HANDSHAKE_BYTES))
         self._unsent = memoryview(b"")
         self._unsent_of = 0  # how many plain bytes it is of
@@ -65,47 +68,57 @@ class TlsSocket:
 
     # --- the handshake ---
 
-    def shake_hands(self, until_s: float) -> None:
-        """Raises TlsError, or another OSError."""
+    def handshake(self) -> Steps:
+        """Never waits: yields what the socket has to be ready for, and goes on when it is. Raises TlsError, or another
+        OSError."""
+        yield from self._exchange()
+        self._wire = memoryview(bytearray(RECEIVE_BYTES))
+        # A client has ended its part before the server has looked at its certificate: it waits for the verdict here.
+        if self._server:
+            with self._lock:
+                self._object.write(ACCEPTED)
+            yield from self._flush()
+            return
+        said = bytearray(len(ACCEPTED))
+        while not self._decrypt(memoryview(said)):
+            yield from self._arrive()
+        if said != ACCEPTED:
+            raise TlsError("the peer does not speak the Penstock protocol inside TLS")
+
+    def _exchange(self) -> Steps:
         while True:
             try:
                 with _computing, self._lock:
                     self._object.do_handshake()
             except ssl.SSLWantReadError:
-                self._flush()
-                self._take_by(until_s)
+                yield from self._flush()
+                yield from self._arrive()
             except ssl.SSLError as error:
-                self._flush()  # the alert that says why
+                yield from self._flush()  # the alert that says why
                 raise TlsError(self._tls.explain(error)) from None
             else:
-                self._flush()
-                self._wire = memoryview(bytearray(RECEIVE_BYTES))
+                yield from self._flush()
                 return
 
-    def receive_until(self, size: int, until_s: float) -> bytes:
-        """So many bytes, by that time. Raises OSError."""
-        found = bytearray(size)
-        got = 0
-        while True:
-            got += self._decrypt(memoryview(found)[got:])
-            if got == size:
-                return bytes(found)
-            self._take_by(until_s)
-
-    def _take_by(self, until_s: float) -> None:
-        """Wait for bytes of the wire until that time, whatever timeout the socket has. Raises OSError."""
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        if not poll.poll(max(0.0, until_s - time.monotonic()) * 1000):
-            raise TimeoutError("the peer did not end its part of the TLS handshake in time")
-        if not self._take():
+    def _arrive(self) -> Steps:
+        yield selectors.EVENT_READ
+        try:
+            received = self._sock.recv_into(self._wire, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        if not received:
             raise ConnectionError("the peer closed the connection in the TLS handshake")
+        with self._lock:
+            self._arrived.write(self._wire[:received])
 
-    def _flush(self) -> None:
+    def _flush(self) -> Steps:
         with self._lock:
             data = self._leaving.read()
-        if data:
-            self._sock.sendall(data)
+        while data:
+            try:
+                data = data[self._sock.send(data, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                yield selectors.EVENT_WRITE
 
     # --- receiving: by one thread ---
 
@@ -213,6 +226,9 @@ class TlsSocket:
 
     def close(self) -> None:
         self._sock.close()
+
+    def setblocking(self, blocks: bool) -> None:
+        self._sock.setblocking(blocks)
 
     def settimeout(self, timeout_s: float | None) -> None:
         self._sock.settimeout(timeout_s)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from asking import prompt_of, wait_until
-from certificates import Authority, new_authority
+from authorities import Authority, new_authority
 from kill_rounds import CLUSTER, ask, prompts, running
 from paths_rig import BLOCK, beside
 from paths_rig import cluster as paths_cluster

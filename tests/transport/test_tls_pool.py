@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from certificates import Authority, new_authority
+from authorities import Authority, new_authority
 from helpers import chain, key_of, read, until, write
 from node_rig import MIB, WAIT_S, NodeRig
 from test_pool_live import COMMAND, MEMORY, Node

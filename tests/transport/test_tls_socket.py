@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
+import selectors
 import socket
 import ssl
 import threading
@@ -14,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from certificates import Authority, new_authority
+from authorities import Authority, new_authority
 
 from penstock.testing.certificates import PeerFiles
 from penstock.transport import wire
@@ -181,6 +183,48 @@ def test_what_is_no_tls_is_said_to_be_none(peer: PeerFiles, pair: tuple[socket.s
     pair[0].sendall(b"GET / HTTP/1.1\r\n\r\n" * 3)
     with pytest.raises(TlsError, match="does not speak TLS"):
         begin_tls(pair[1], peer.tls, "server", None, time.monotonic() + WAIT_S)
+
+
+def test_one_thread_takes_many_clients_through_their_handshakes(peer: PeerFiles) -> None:
+    """As sockets that do not block; clients that stall or talk nonsense hold up nobody."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.create_connection(listener.getsockname(), WAIT_S)) for _ in range(10)]
+        plain = {sock.getpeername()[:2]: sock for sock in (listener.accept()[0] for _ in socks)}
+        until_s, tls = time.monotonic() + WAIT_S, peer.tls
+        silent, nonsense, *good = socks
+        nonsense.sendall(b"nonsense" * 100)
+        begun = [Begun(lambda s=sock: begin_tls(s, tls, "client", "127.0.0.1", until_s)) for sock in good]
+        with selectors.DefaultSelector() as selector:
+            steps = {}
+            for sock in plain.values():
+                stack.enter_context(sock).setblocking(False)
+                secured = TlsSocket(sock, tls, "server", None)
+                steps[sock] = (secured, secured.handshake())
+                selector.register(sock, next(steps[sock][1]))
+            ended: dict[socket.socket, TlsSocket | Exception] = {}
+            while len(ended) < len(socks) - 1:
+                assert time.monotonic() < until_s
+                for key, _ in selector.select(1.0):
+                    sock = key.fileobj
+                    assert isinstance(sock, socket.socket)
+                    secured, going = steps[sock]
+                    try:
+                        selector.modify(sock, next(going))
+                        continue
+                    except StopIteration:
+                        ended[sock] = secured
+                    except TlsError as error:
+                        ended[sock] = error
+                    selector.unregister(sock)
+        assert isinstance(ended[plain[nonsense.getsockname()]], TlsError) and plain[silent.getsockname()] not in ended
+        for client, sock in zip(begun, good, strict=True):
+            far, near = client.result(), ended[plain[sock.getsockname()]]
+            assert isinstance(far, TlsSocket) and isinstance(near, TlsSocket), (far, near)
+            with pytest.raises(BlockingIOError):
+                near.recv(5)
+            far.sendall(b"hello")
+            near.setblocking(True)
+            assert near.recv(5) == b"hello"
 
 
 @pytest.mark.parametrize("side", ["server", "client"])
