@@ -67,7 +67,7 @@ class RelayNode(PoolNode):
         self.buffer = buffer
         self.desk = desk
         self.lending = Lending(mover, buffer) if mover is not None else None
-        super().__init__(_ServedBuffer(buffer), host, port, name, pace_bytes_per_s, _STAGING_BYTES, secret, tls)
+        super().__init__(_ServedBuffer(buffer), host, port, name, pace_bytes_per_s, _STAGING_BYTES, secret, tls=tls)
 
     def connection_of(self, sock: socket.socket, peer: str) -> Served:
         return _RelayServed(self, sock, peer)

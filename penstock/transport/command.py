@@ -174,7 +174,7 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
         host, port = parse_address(config.listen)
         secret = Secret.read(config.secret_file) if config.secret_file else None
         pace, staging = config.pace_bytes_per_s, config.staging_bytes
-        node = PoolNode(served, host, port, config.name, pace, staging, secret, PeerTls.of(config))
+        node = PoolNode(served, host, port, config.name, pace, staging, secret, tls=PeerTls.of(config))
         try:
             members = ", ".join(
                 f"{m.name} ({m.kind}, {format_bytes(m.capacity_bytes)}, {m.blocks} blocks)"
