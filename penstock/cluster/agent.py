@@ -27,6 +27,8 @@ from penstock.guarded_thread import GuardedThread
 from penstock.pool.losses import count_loss
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport.secret import Secret, SecretRefused, prove_as_client
+from penstock.transport.tls import PeerTls
+from penstock.transport.tls_socket import Stream, begin_tls
 from penstock.units import format_address
 
 log = logging.getLogger(__name__)
@@ -59,12 +61,13 @@ class Host(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AgentSettings:
-    """`router` is (host, port) of its cluster port."""
+    """`router` is (host, port) of its cluster port. `secret`, `tls` or both prove who this engine is."""
 
     router: tuple[str, int]
-    secret: Secret
+    secret: Secret | None
     keep_s: float = KEEP_S
     unhealthy_s: float = UNHEALTHY_S
+    tls: PeerTls | None = None
 
 
 class RegistrationRefused(Exception):
@@ -78,7 +81,7 @@ class RegistrationRefused(Exception):
 class _Session:
     """One registration: its connection, epoch and lease."""
 
-    def __init__(self, sock: socket.socket, welcome: wire.Welcome, sent_s: float) -> None:
+    def __init__(self, sock: Stream, welcome: wire.Welcome, sent_s: float) -> None:
         self.sock = sock
         self.welcome = welcome
         self.placed = 0
@@ -210,11 +213,8 @@ class EngineAgent:
         finally:
             sock.close()
 
-    def _register(self, sock: socket.socket) -> _Session:
-        sock.settimeout(wire.HANDSHAKE_S)
-        sock.sendall(wire.greeting())
-        wire.check_greeting(_receive(sock, wire.GREETING.size))
-        prove_as_client(sock, self._settings.secret, wire.PURPOSE)
+    def _register(self, plain: socket.socket) -> _Session:
+        sock = self._prove(plain)
         with self._lock:
             held = self._held.records()
         sent_s = time.monotonic()
@@ -229,6 +229,20 @@ class EngineAgent:
         for request_id, attempt in dropped:
             self._cancel(request_id, attempt)
         return _Session(sock, answer, sent_s)
+
+    def _prove(self, plain: socket.socket) -> Stream:
+        """The connection once both ends have shown certificate and secret, whichever are asked for. Raises OSError,
+        ProtocolError or SecretRefused."""
+        secret, tls, until_s = self._settings.secret, self._settings.tls, time.monotonic() + wire.HANDSHAKE_S
+        plain.settimeout(wire.HANDSHAKE_S)
+        plain.sendall(wire.greeting(secret is not None, tls is not None))
+        wire.check_greeting(_receive(plain, wire.GREETING.size), secret is not None, tls is not None)
+        sock: Stream = plain
+        if tls is not None:
+            sock = begin_tls(plain, tls, "client", self._settings.router[0], until_s)
+        if secret is not None:
+            prove_as_client(sock, secret, wire.PURPOSE)
+        return sock
 
     # -- one registration ---------------------------------------------------------------------------------------
 
@@ -378,11 +392,11 @@ class EngineAgent:
             self._cancel(request_id, attempt)
 
 
-def _receive_frame(sock: socket.socket) -> bytes:
+def _receive_frame(sock: Stream) -> bytes:
     return _receive(sock, wire.frame_length(_receive(sock, wire.LENGTH.size)))
 
 
-def _receive(sock: socket.socket, size: int) -> bytes:
+def _receive(sock: Stream, size: int) -> bytes:
     """Raises OSError, TimeoutError among them."""
     parts = bytearray(size)
     view = memoryview(parts)

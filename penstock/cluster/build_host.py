@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,10 @@ from penstock.pool.api import Pool
 from penstock.pool.config_file import read_pool_config
 from penstock.pool.open import link_bytes_per_s
 from penstock.transport.one_sided import RELAY_TRANSPORTS, RelayTransport, open_mover
+from penstock.transport.tls import PeerTls
 from penstock.units import parse_address
+
+log = logging.getLogger(__name__)
 
 Role = Literal["mixed", "prefill", "decode"]
 ROLES: tuple[Role, ...] = ("mixed", "prefill", "decode")
@@ -72,6 +76,8 @@ def open_host(config: HostConfig) -> EngineHost:
     """Build and start one. Raises what `engine.build.build_engine` raises, ConfigError for a buffer that is too small,
     and OSError for a relay address that cannot be had; nothing stays open then."""
     storage = LinkMeter(_profiled_bytes_per_s(config.engine))
+    if config.role != "mixed" and config.relay_transport == "nixl" and config.engine.peer_tls_cert:
+        log.warning("blocks that NIXL moves between engines are not encrypted: TLS covers messages only")
     if config.role == "decode":
         return _decode_host(config, storage)
 
@@ -79,9 +85,8 @@ def open_host(config: HostConfig) -> EngineHost:
         return MeteredPool(pool, storage)
 
     if config.role == "prefill":
-        links = RelayLinks(
-            config.relay_connections, secret=read_secret(config.engine), mover=open_mover(config.relay_transport)
-        )
+        secret, tls = read_secret(config.engine), PeerTls.of(config.engine)
+        links = RelayLinks(config.relay_connections, secret=secret, mover=open_mover(config.relay_transport), tls=tls)
         try:
             running = build_engine(config.engine, peers=links, around_pool=metered)
         except BaseException:
@@ -123,7 +128,8 @@ def _decode_host(config: HostConfig, meter: LinkMeter) -> EngineHost:
         host, port = parse_address(config.relay_listen)
         secret = read_secret(config.engine)
         pace = config.relay_pace_bytes_per_s
-        relay = RelayNode(buffer, incoming, host, port, pace_bytes_per_s=pace, secret=secret, mover=mover)
+        tls = PeerTls.of(config.engine)
+        relay = RelayNode(buffer, incoming, host, port, pace_bytes_per_s=pace, secret=secret, mover=mover, tls=tls)
     except BaseException:
         incoming.close(1.0)
         running.close()

@@ -15,6 +15,7 @@ from penstock.toml_file import read_toml
 
 Kind = Literal["pool", "router", "engine"]
 ENGINES_MAX = 4096
+DEFAULT_SECRET = "secret"  # noqa: S105 (the name of a file)
 NODE_IP = "{node_ip}"  # in a value: the address of the machine that the process is placed on
 
 # The lines by which processes say where they listen; the last group is the one others connect to.
@@ -55,7 +56,10 @@ class ProcessSpec:
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     engine: list[dict[str, Any]]
     model: str = ""
-    secret_file: str = "secret"  # noqa: S105 (a file's name)
+    secret_file: str | None = None
+    peer_tls_cert: str | None = None
+    peer_tls_key: str | None = None
+    peer_tls_ca: str | None = None
     pool: list[dict[str, Any]] = []
     router: dict[str, Any] = {}
     serve: dict[str, Any] = {}
@@ -64,10 +68,11 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """`processes` in the order of their start. `fabric` is what `penstock fabric` reads."""
+    """`processes` in the order of their start. `secret_file` is None where certificates are enough. `fabric` is what
+    `penstock fabric` reads."""
 
     file: Path
-    secret_file: Path
+    secret_file: Path | None
     processes: tuple[ProcessSpec, ...]
     fabric: Mapping[str, Any]
 
@@ -89,12 +94,12 @@ def read_cluster_config(file: Path) -> ClusterConfig:
 
 
 def _cluster(raw: _File, file: Path) -> ClusterConfig:
-    secret = file.parent / raw.secret_file
+    proof = _proof(raw, file.parent)
     model = _model(raw.model, file.parent)
-    processes = [_pool(one, number, secret, file.parent) for number, one in enumerate(raw.pool)]
-    processes.append(_router(raw.router, model, secret))
+    processes = [_pool(one, number, proof, file.parent) for number, one in enumerate(raw.pool)]
+    processes.append(_router(raw.router, model, proof))
     for number, one in enumerate(raw.engine):
-        processes += _engines(one, number, raw.serve, model, secret)
+        processes += _engines(one, number, raw.serve, model, proof)
     engines = [process for process in processes if process.kind == "engine"]
     if not engines:
         raise ConfigError("the cluster has no [[engine]]; allowed: at least one")
@@ -107,7 +112,20 @@ def _cluster(raw: _File, file: Path) -> ClusterConfig:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two processes are named {name!r}; allowed: each name once")
-    return ClusterConfig(file, secret, tuple(processes), raw.fabric)
+    return ClusterConfig(file, proof.get("secret_file"), tuple(processes), raw.fabric)
+
+
+def _proof(raw: _File, folder: Path) -> dict[str, Path]:
+    """The flags by which all processes prove themselves to each other: certificates, a secret, or both. Raises
+    ConfigError."""
+    tls = {"peer_tls_cert": raw.peer_tls_cert, "peer_tls_key": raw.peer_tls_key, "peer_tls_ca": raw.peer_tls_ca}
+    proof = {name: folder / given for name, given in tls.items() if given}
+    if proof and len(proof) < len(tls):
+        missing = next(name for name in tls if name not in proof)
+        raise ConfigError(f"{next(iter(proof))} is given without {missing}; allowed: all of {', '.join(tls)}, or none")
+    if raw.secret_file or not proof:
+        proof["secret_file"] = folder / (raw.secret_file or DEFAULT_SECRET)
+    return proof
 
 
 def _model(given: str, folder: Path) -> tuple[str, ...]:
@@ -117,7 +135,7 @@ def _model(given: str, folder: Path) -> tuple[str, ...]:
     return (str(folder / given),) if (folder / given).is_dir() else (given,)
 
 
-def _pool(raw: dict[str, Any], number: int, secret: Path, folder: Path) -> ProcessSpec:
+def _pool(raw: dict[str, Any], number: int, proof: Mapping[str, Path], folder: Path) -> ProcessSpec:
     from penstock.transport.command import pool
 
     given, ray = _split(raw)
@@ -127,21 +145,20 @@ def _pool(raw: dict[str, Any], number: int, secret: Path, folder: Path) -> Proce
         if key in given:
             given[key] = str(folder / str(given[key]))
     _check_flags(f"[[pool]] {given['name']}", given, pool, {"context"})
-    return ProcessSpec(given["name"], "pool", ("pool",), {"secret_file": secret} | given, "listen", ray)
+    return ProcessSpec(given["name"], "pool", ("pool",), {**proof, **given}, "listen", ray)
 
 
-def _router(raw: dict[str, Any], model: tuple[str, ...], secret: Path) -> ProcessSpec:
+def _router(raw: dict[str, Any], model: tuple[str, ...], proof: Mapping[str, Path]) -> ProcessSpec:
     from penstock.cluster.command import router
 
     given, ray = _split(raw)
     given.setdefault("cluster_listen", "127.0.0.1:0")
     _check_flags("[router]", given, router, set())
-    flags = {"secret_file": secret} | given
-    return ProcessSpec("router", "router", ("router", *model), flags, "cluster_listen", ray)
+    return ProcessSpec("router", "router", ("router", *model), {**proof, **given}, "cluster_listen", ray)
 
 
 def _engines(
-    raw: dict[str, Any], number: int, common: dict[str, Any], model: tuple[str, ...], secret: Path
+    raw: dict[str, Any], number: int, common: dict[str, Any], model: tuple[str, ...], proof: Mapping[str, Path]
 ) -> list[ProcessSpec]:
     from penstock.server.command import serve
 
@@ -156,7 +173,7 @@ def _engines(
     _check_flags(place, given, serve, {"model", "router", "engine_name"})
     names = [base] if count == 1 else [f"{base}-{i}" for i in range(count)]
     return [
-        ProcessSpec(name, "engine", ("serve", *model), {"secret_file": secret, "engine_name": name} | given, None, ray)
+        ProcessSpec(name, "engine", ("serve", *model), {**proof, "engine_name": name, **given}, None, ray)
         for name in names
     ]
 

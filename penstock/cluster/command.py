@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,6 +25,7 @@ from penstock.server.api_flags import (
     Revision,
     ServedModelName,
 )
+from penstock.transport.tls_flags import PeerTlsCa, PeerTlsCert, PeerTlsKey
 
 if TYPE_CHECKING:
     from penstock.cluster.flags import RouterFlags
@@ -57,8 +57,11 @@ def router(
         str | None, flag(_CLUSTER, "127.0.0.1:7100", "Where engines register (their --router).", "HOST:PORT")
     ] = None,
     secret_file: Annotated[
-        str | None, flag(_CLUSTER, "none", "File that holds the cluster's shared secret; required.", "FILE")
+        str | None, flag(_CLUSTER, "none", "File with the cluster's secret; required without certificates.", "FILE")
     ] = None,
+    peer_tls_cert: PeerTlsCert = None,
+    peer_tls_key: PeerTlsKey = None,
+    peer_tls_ca: PeerTlsCa = None,
     read: Annotated[
         str | None,
         flag(
@@ -119,21 +122,18 @@ def router(
 
 def _serve(flags: RouterFlags) -> None:
     """Raises ValueError, OSError or RouterEnded with one line."""
-    from penstock.cluster.flags import router_settings, server_settings
+    from penstock.cluster.flags import proof_of, router_settings, server_settings
     from penstock.cluster.live_view import ui_routes
     from penstock.cluster.router import ClusterEngine
     from penstock.file_limit import raise_file_limit
     from penstock.server.app import ServerApp
     from penstock.server.run import HttpServer, bind, url_of
     from penstock.server.text import TextCodec, load_text_codec
-    from penstock.transport.secret import Secret
     from penstock.units import format_address, parse_address
 
     settings, server_side = router_settings(flags), server_settings(flags)
     raise_file_limit()
-    if flags.secret_file is None:
-        raise ValueError("secret_file is not given; allowed: a file with the cluster's secret (openssl rand -hex 32)")
-    secret = Secret.read(Path(flags.secret_file))
+    secret, tls = proof_of(flags)
     codec: TextCodec | None = None
     with bind(flags.host, flags.port) as listener, bind(*parse_address(flags.cluster_listen)) as cluster:
         if server_side.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
@@ -147,7 +147,7 @@ def _serve(flags: RouterFlags) -> None:
                 codec.start()
                 settings = replace(settings, vocabulary=codec.vocabulary_digest)
         cluster.listen()
-        engine = ClusterEngine(cluster, secret, settings)
+        engine = ClusterEngine(cluster, secret, settings, tls)
         try:
             app = ServerApp(engine, codec, server_side, ui_routes(engine, server_side.model_name))
             place = format_address(*cluster.getsockname()[:2])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from penstock.cluster.agent import AgentSettings, EngineAgent
 from penstock.cluster.build_host import HostConfig, open_host
+from penstock.cluster.flags import proof_of
 from penstock.cluster.host import EngineHost
 from penstock.cluster.wire import EngineCard
 from penstock.core.config import ConfigError
@@ -23,7 +24,6 @@ from penstock.server.app import ServerApp
 from penstock.server.run import HttpServer, bind, url_of
 from penstock.server.settings import ServerSettings
 from penstock.server.text import TokenizerError, load_text_codec
-from penstock.transport.secret import Secret
 from penstock.units import parse_address, parse_bytes, parse_rate
 
 if TYPE_CHECKING:
@@ -117,10 +117,9 @@ def _vocabulary(checkpoint: Path | None) -> str:
 
 def _settings(flags: ServeFlags) -> AgentSettings:
     assert flags.router is not None
-    if flags.secret_file is None:
-        raise ConfigError("secret_file is not given; allowed: a file with the cluster's secret (openssl rand -hex 32)")
+    secret, tls = proof_of(flags)
     try:
-        return AgentSettings(parse_address(flags.router), Secret.read(Path(flags.secret_file)))
+        return AgentSettings(parse_address(flags.router), secret, tls=tls)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

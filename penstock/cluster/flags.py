@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -13,6 +13,8 @@ from penstock.core.cluster.placing import InterEngineConfig
 from penstock.core.config import ConfigError, check_range
 from penstock.server.flags import LOG_LEVELS, read_api_key, read_origins, read_record
 from penstock.server.settings import ServerSettings
+from penstock.transport.secret import Secret
+from penstock.transport.tls import PeerTls, TlsSettings
 from penstock.units import parse_address
 
 
@@ -29,6 +31,9 @@ class RouterFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     revision: str | None = None
     cluster_listen: str = "127.0.0.1:7100"
     secret_file: str | None = None
+    peer_tls_cert: str | None = None
+    peer_tls_key: str | None = None
+    peer_tls_ca: str | None = None
     read: str = "split"
     placement: str = "balanced"
     recompute: bool = False
@@ -39,6 +44,28 @@ class RouterFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     request_timeout_s: float = 600.0
     drain_timeout_s: float = 10.0
     log_level: str = "info"
+
+
+class ProofFlags(TlsSettings, Protocol):
+    """What a process of a cluster proves itself by."""
+
+    @property
+    def secret_file(self) -> str | None: ...
+
+
+def proof_of(flags: ProofFlags) -> tuple[Secret | None, PeerTls | None]:
+    """The cluster's secret, certificates, or both. Raises ConfigError: for neither, or files that cannot be used."""
+    try:
+        secret = Secret.read(Path(flags.secret_file)) if flags.secret_file is not None else None
+        tls = PeerTls.of(flags)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if secret is None and tls is None:
+        raise ConfigError(
+            "secret_file is not given; allowed: a file with the cluster's secret (openssl rand -hex 32), or "
+            "certificates (peer_tls_cert, peer_tls_key, peer_tls_ca)"
+        )
+    return secret, tls
 
 
 def read_router_flags(given: Mapping[str, Any], config: Path | None) -> RouterFlags:

@@ -28,6 +28,8 @@ from penstock.core.connection_shares import ConnectionLimits, ConnectionShares, 
 from penstock.file_limit import file_limit
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
+from penstock.transport.tls import PeerTls, TlsError
+from penstock.transport.tls_streams import Reader, Writer, begin_tls
 from penstock.units import format_address
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class Engine:
     report: EngineReport
     peer: str
     since_s: float
-    writer: asyncio.StreamWriter
+    writer: Writer
     heard_s: float = 0.0
     placed_seen: int = 0  # Place messages that the report knows of
 
@@ -82,6 +84,7 @@ class Counts:
 
     connections: int = 0
     refused_secret: int = 0
+    refused_tls: int = 0
     refused_protocol: int = 0
     refused_registration: int = 0
     registered: int = 0
@@ -94,14 +97,25 @@ class Counts:
 class ClusterPort:
     """Serves the control protocol on a bound socket. `router_id` differs from start to start."""
 
-    def __init__(self, listener: Listener, sock: socket.socket, secret: Secret, lease_s: float) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        sock: socket.socket,
+        secret: Secret | None,
+        lease_s: float,
+        tls: PeerTls | None = None,
+    ) -> None:
+        """An engine proves the `secret`, shows a certificate (`tls`), or does both, where both are given. Raises
+        ValueError where neither is."""
+        if secret is None and tls is None:
+            raise ValueError("neither a secret nor certificates are given; allowed: one of them, or both")
         self.router_id = secrets.token_hex(8)
         self.lease_s = lease_s
         self.counts = Counts()
         self.engines: dict[str, Engine] = {}
         self._listener = listener
         self._sock = sock
-        self._secret = secret
+        self._secret, self._tls = secret, tls
         # Epochs of two routers are never the same but by chance: 2^40 beginnings.
         self._membership = Membership(lease_s, first_epoch=secrets.randbelow(1 << 40) << 20)
         limits = ConnectionLimits.within(file_limit(), STRANGERS_MAX, ENGINES_MAX, ENGINES_OF_ADDRESS_MAX)
@@ -162,9 +176,9 @@ class ClusterPort:
         try:
             if leaves is not None:
                 self._drop(leaves)
-            engine = await self._admit(reader, writer, peer, task)
+            engine, source = await self._admit(reader, writer, peer, task)
             if engine is not None:
-                why = await self._serve(engine, reader)
+                why = await self._serve(engine, source)
         except wire.ProtocolError as error:
             why = str(error)
             self.counts.refused_protocol += 1
@@ -172,6 +186,9 @@ class ClusterPort:
         except SecretRefused as error:
             self.counts.refused_secret += 1
             rare.warning(f"secret {error}", "connection of %s refused: %s", peer, error)
+        except TlsError as error:
+            self.counts.refused_tls += 1
+            rare.warning(f"tls {error}", "connection of %s refused: %s", peer, error)
         except (OSError, asyncio.IncompleteReadError) as error:
             why = "the connection ended" if isinstance(error, asyncio.IncompleteReadError) else str(error)
             log.debug("connection of %s ended: %s", peer, error)
@@ -190,18 +207,25 @@ class ClusterPort:
 
     async def _admit(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str, task: asyncio.Task[None]
-    ) -> Engine | None:
-        """From a stranger to an engine. Raises ProtocolError, SecretRefused or OSError."""
+    ) -> tuple[Engine | None, Reader]:
+        """From a stranger to an engine, and what is read from it. Raises ProtocolError, SecretRefused, TlsError or
+        another OSError."""
+        secret, tls = self._secret, self._tls
+        source: Reader = reader
+        target: Writer = writer
         try:
             async with asyncio.timeout(wire.HANDSHAKE_S):
                 first = await reader.readexactly(wire.GREETING.size)
-                writer.write(wire.greeting())
-                wire.check_greeting(first)
-                await self._challenge(reader, writer)
-                register = await self._first_message(reader)
+                writer.write(wire.greeting(secret is not None, tls is not None))
+                wire.check_greeting(first, secret is not None, tls is not None)
+                if tls is not None:
+                    source = target = await begin_tls(reader, writer, tls)
+                if secret is not None:
+                    await self._challenge(secret, source, target)
+                register = await self._first_message(source)
         except TimeoutError:
             raise wire.ProtocolError(f"it did not register within {wire.HANDSHAKE_S:g} s") from None
-        return self._register(register, writer, peer, task)
+        return self._register(register, target, peer, task), source
 
     def _drop(self, stranger: asyncio.Task[None]) -> None:
         """It makes room for another one."""
@@ -219,21 +243,19 @@ class ClusterPort:
             self.counts.listener_failures += 1
             rare.exception("listener", "what an engine said could not be dealt with: %r", error)
 
-    async def _challenge(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _challenge(self, secret: Secret, reader: Reader, writer: Writer) -> None:
         nonce = os.urandom(NONCE_BYTES)
         writer.write(nonce)
         answer = await reader.readexactly(NONCE_BYTES + PROOF_BYTES)
-        writer.write(self._secret.check(wire.PURPOSE, nonce, answer))
+        writer.write(secret.check(wire.PURPOSE, nonce, answer))
 
-    async def _first_message(self, reader: asyncio.StreamReader) -> wire.Register:
+    async def _first_message(self, reader: Reader) -> wire.Register:
         message = wire.decode_from_engine(await _frame(reader))
         if not isinstance(message, wire.Register):
             raise wire.ProtocolError(f"the first message is {type(message).__name__}; allowed: Register")
         return message
 
-    def _register(
-        self, register: wire.Register, writer: asyncio.StreamWriter, peer: str, task: asyncio.Task[None]
-    ) -> Engine | None:
+    def _register(self, register: wire.Register, writer: Writer, peer: str, task: asyncio.Task[None]) -> Engine | None:
         card, now = register.card, _now()
         reason = self._listener.engine_fits(card)
         retry = False
@@ -275,7 +297,7 @@ class ClusterPort:
         self._tell(lambda: self._listener.engine_reported(engine))
         return engine
 
-    async def _serve(self, engine: Engine, reader: asyncio.StreamReader) -> str:
+    async def _serve(self, engine: Engine, reader: Reader) -> str:
         """Until the engine leaves or is fenced; returns why."""
         frames = 0
         while True:
@@ -336,7 +358,7 @@ class ClusterPort:
             self._tell(lambda: self._listener.engine_left(engine, why))
 
 
-async def _frame(reader: asyncio.StreamReader) -> bytes:
+async def _frame(reader: Reader) -> bytes:
     return await reader.readexactly(wire.frame_length(await reader.readexactly(wire.LENGTH.size)))
 
 

@@ -29,6 +29,7 @@ from penstock.transport.node import PoolNode
 from penstock.transport.node_connection import IN_FLIGHT_MAX, Served
 from penstock.transport.one_sided import Mover
 from penstock.transport.secret import Secret
+from penstock.transport.tls import PeerTls
 
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
@@ -62,13 +63,15 @@ class RelayNode(PoolNode):
         pace_bytes_per_s: float | None = None,
         secret: Secret | None = None,
         mover: Mover | None = None,
+        tls: PeerTls | None = None,
     ) -> None:
-        """With a `secret` only engines that prove it get anything; with a `mover`, which allocated the buffer's memory,
-        they may read and be read one-sided. Raises OSError when the address cannot be had."""
+        """With a `secret` only engines that prove it get anything, with `tls` only those with a certificate; with a
+        `mover`, which allocated the buffer's memory, they may read and be read one-sided. Raises OSError when the
+        address cannot be had."""
         self.buffer = buffer
         self.desk = desk
         self.lending = Lending(mover, buffer) if mover is not None else None
-        super().__init__(_ServedBuffer(buffer), host, port, name, pace_bytes_per_s, _STAGING_BYTES, secret)
+        super().__init__(_ServedBuffer(buffer), host, port, name, pace_bytes_per_s, _STAGING_BYTES, secret, tls=tls)
 
     def connection_of(self, sock: socket.socket, peer: str) -> Served:
         return _RelayServed(self, sock, peer)

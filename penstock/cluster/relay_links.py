@@ -30,6 +30,7 @@ from penstock.transport import wire
 from penstock.transport.link import NodeLink
 from penstock.transport.one_sided import Mover
 from penstock.transport.secret import Secret
+from penstock.transport.tls import PeerTls
 from penstock.units import parse_address
 
 log = logging.getLogger(__name__)
@@ -65,10 +66,11 @@ class RelayLinks:
         connect_timeout_s: float = 2.0,
         secret: Secret | None = None,
         mover: Mover | None = None,
+        tls: PeerTls | None = None,
     ) -> None:
-        """`connections` for reads, to each relay; `secret` is what relays ask for; `mover`: relays of the same kind are
-        read, and read, one-sided."""
-        self._secret = secret
+        """`connections` for reads, to each relay; `secret` and `tls` are what relays ask for; `mover`: relays of its
+        kind are read, and read, one-sided."""
+        self._secret, self._tls = secret, tls
         self._one_sided = OneSidedLinks(mover) if mover is not None else None
         self._connections = connections
         self._connect_timeout_s = connect_timeout_s
@@ -210,7 +212,7 @@ class RelayLinks:
         host, port = parse_address(address)
         connections = NodeLink(
             host, port, self._connections, self._connect_timeout_s, False, urgent=URGENT_LANES, secret=self._secret,
-            what="the relay at",
+            what="the relay at", tls=self._tls,
         )  # fmt: skip
         made = _Link(connections)
         unused: list[_Link] = []

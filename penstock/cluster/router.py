@@ -51,6 +51,7 @@ from penstock.engine.api import (
 )
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport.secret import Secret
+from penstock.transport.tls import PeerTls
 
 __all__ = ["ClusterEngine", "RouterSettings"]
 
@@ -66,8 +67,11 @@ T = TypeVar("T")
 class ClusterEngine:
     """All engines that register on a cluster port, as one. Contract: `engine.api.EngineAPI`."""
 
-    def __init__(self, sock: socket.socket, secret: Secret, settings: RouterSettings) -> None:
-        """`sock` is bound; it is listened on from here on, and closed by `close`."""
+    def __init__(
+        self, sock: socket.socket, secret: Secret | None, settings: RouterSettings, tls: PeerTls | None = None
+    ) -> None:
+        """`sock` is bound; it is listened on from here on, and closed by `close`. `secret` and `tls` as of
+        `ClusterPort`."""
         self.settings = settings
         self.max_context_tokens = 0
         self.vocab_size = 0  # 0 until the first engine has registered
@@ -81,7 +85,7 @@ class ClusterEngine:
         self.requests = self._open.by_key  # by the router's own keys
         self._serial = 0
         self._failing_since_s: float | None = None
-        self.port = ClusterPort(self, sock, secret, settings.lease_s)
+        self.port = ClusterPort(self, sock, secret, settings.lease_s, tls)
         self.brain = InterEngineScheduler(settings.brain)
         self._accounts = EngineAccounts(self.brain)
         self._dispatch = Dispatch(self.port, self._accounts)

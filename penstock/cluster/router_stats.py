@@ -24,7 +24,7 @@ def router_stats(
     }
     counted = {name: float(count) for name, count in (*counters.items(), *brain.counts.items())}
     for name in (
-        "connections", "refused_secret", "refused_protocol", "refused_registration", "fenced_frames",
+        "connections", "refused_secret", "refused_tls", "refused_protocol", "refused_registration", "fenced_frames",
         "strangers_dropped", "listener_failures",
     ):  # fmt: skip
         counted[f"cluster_{name}"] = float(getattr(port.counts, name))

@@ -38,7 +38,8 @@ def up(
             raise ConfigError(f"on is {on!r}; allowed: local, ray")
         check_range("ready_s", ready_s, 1, 86400)
         cluster = read_cluster_config(config)
-        _make_secret(cluster.secret_file)
+        if cluster.secret_file is not None:
+            _make_secret(cluster.secret_file)
         supervisor = _supervisor(cluster, on, ray_address)
     except (ValueError, OSError) as error:
         refuse("penstock up", error)

@@ -1,7 +1,8 @@
 """The control protocol between engines and the router: greeting, frames, messages. KV never goes here.
 
-Both sides first send 8 bytes: magic and version; then they prove the shared secret (`transport.secret`). After that
-frames: a length, then msgpack. Times on the wire are durations, never clocks.
+Both sides first send 8 bytes: magic and version. Where both have certificates TLS begins here (`transport.tls_socket`),
+where both have a secret they prove it (`transport.secret`). After that frames: a length, then msgpack. Times on the
+wire are durations, never clocks.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from penstock.engine.api import RequestReport
 
 PROTOCOL_VERSION = 2
 GREETING = struct.Struct("<6sH")
+TLS_FLAG = 0x4000  # of the version
+NO_SECRET_FLAG = 0x8000  # so, too: certificates are enough
 MAGIC = b"PNSTCL"
 PURPOSE = b"cluster control 1"
 LENGTH = struct.Struct("<I")
@@ -233,14 +236,27 @@ def report_fault(report: RequestReport) -> str | None:
     return None
 
 
-def greeting() -> bytes:
-    return GREETING.pack(MAGIC, PROTOCOL_VERSION)
+def greeting(secret: bool = True, tls: bool = False) -> bytes:
+    """`secret`: this side has one, and goes on only with a peer that proves it (`transport.secret`); `tls`: it goes on
+    only with a peer that has a certificate of its CA."""
+    return GREETING.pack(MAGIC, PROTOCOL_VERSION | NO_SECRET_FLAG * (not secret) | TLS_FLAG * tls)
 
 
-def check_greeting(raw: bytes) -> None:
-    """Raises ProtocolError when the peer is something else or speaks another version."""
+def check_greeting(raw: bytes, secret: bool = True, tls: bool = False) -> None:
+    """Raises ProtocolError when the peer is something else, speaks another version, or only one side has a secret or
+    asks for TLS."""
     magic, version = GREETING.unpack(raw)
     if magic != MAGIC:
         raise ProtocolError("the peer does not speak the Penstock cluster protocol")
+    has_secret, has_tls = not version & NO_SECRET_FLAG, bool(version & TLS_FLAG)
+    version &= ~(NO_SECRET_FLAG | TLS_FLAG)
     if version != PROTOCOL_VERSION:
         raise ProtocolError(f"the peer speaks version {version} of the cluster protocol, this side {PROTOCOL_VERSION}")
+    if has_tls and not tls:
+        raise ProtocolError("the peer asks for TLS, and this side has no certificate (--peer-tls-cert)")
+    if tls and not has_tls:
+        raise ProtocolError("the peer does not ask for TLS, and this side does (--peer-tls-cert)")
+    if has_secret and not secret:
+        raise ProtocolError("the peer asks for the cluster's secret, and this side has none (--secret-file)")
+    if secret and not has_secret:
+        raise ProtocolError("the peer has no secret, and this side asks for one (--secret-file)")

@@ -24,6 +24,7 @@ from penstock.pool.config_file import read_pool_config
 from penstock.pool.open import link_bytes_per_s, open_pool
 from penstock.transport.connect import connect_pool
 from penstock.transport.secret import Secret
+from penstock.transport.tls import PeerTls
 
 log = logging.getLogger(__name__)
 
@@ -160,9 +161,13 @@ def _pool(config: EngineConfig) -> Pool | None:
     if config.pool_config:
         return open_pool(read_pool_config(Path(config.pool_config)))
     if len(config.pool) == 1 and not config.memory and not config.slab:
-        return connect_pool(config.pool[0], secret=read_secret(config))
+        return connect_pool(config.pool[0], secret=read_secret(config), tls=PeerTls.of(config))
     memory = config.memory or (() if config.slab or config.pool else (DEFAULT_POOL_BYTES,))
     secret_file = Path(config.secret_file) if config.secret_file else None
     slabs = [(Path(path), size) for path, size in config.slab]
-    members = config_of_flags(memory, slabs, nodes=config.pool, secret_file=secret_file)
+    files = (config.peer_tls_cert, config.peer_tls_key, config.peer_tls_ca)
+    cert, key, ca = (Path(file) if file else None for file in files)
+    members = config_of_flags(
+        memory, slabs, nodes=config.pool, secret_file=secret_file, peer_tls_cert=cert, peer_tls_key=key, peer_tls_ca=ca
+    )
     return open_pool(members)

@@ -71,8 +71,9 @@ class PoolConfig:
     `penstock profile` wrote; `default_quota` is that of each tenant that `quotas` (by `cache_salt`) does not name;
     with `named_tenants_only` those store nothing.
     `staging_bytes` is what a node may stage blocks in (None: as much as they need).
-    `secret_file` holds what clients of this node, and nodes that are its members, must have. `connections` of clients
-    are served at once, `connections_per_address` of one address (None: the node's own limits)."""
+    `secret_file` holds what clients of this node, and nodes that are its members, must have; so, with
+    certificates, `peer_tls_cert`, `peer_tls_key` and `peer_tls_ca` (`transport.tls`). `connections` of clients are
+    served at once, `connections_per_address` of one address (None: the node's own limits)."""
 
     members: tuple[MemberConfig, ...]
     name: str = "pool"
@@ -86,6 +87,9 @@ class PoolConfig:
     quotas: tuple[tuple[str, Quota], ...] = ()
     named_tenants_only: bool = False
     secret_file: Path | None = None
+    peer_tls_cert: Path | None = None
+    peer_tls_key: Path | None = None
+    peer_tls_ca: Path | None = None
     staging_bytes: int | None = None
     connections: int | None = None
     connections_per_address: int | None = None

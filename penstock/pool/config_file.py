@@ -81,6 +81,9 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     pace: str | None = None
     profile: str | None = None
     secret_file: str | None = None
+    peer_tls_cert: str | None = None
+    peer_tls_key: str | None = None
+    peer_tls_ca: str | None = None
     staging: str | None = None
     connections: int | None = None
     connections_per_address: int | None = None
@@ -130,6 +133,9 @@ def _read(
             pace_bytes_per_s=parse_rate(raw.pace) if raw.pace is not None else None,
             profile=file.parent / raw.profile if raw.profile else None,
             secret_file=file.parent / raw.secret_file if raw.secret_file else None,
+            peer_tls_cert=file.parent / raw.peer_tls_cert if raw.peer_tls_cert else None,
+            peer_tls_key=file.parent / raw.peer_tls_key if raw.peer_tls_key else None,
+            peer_tls_ca=file.parent / raw.peer_tls_ca if raw.peer_tls_ca else None,
             staging_bytes=parse_bytes(raw.staging) if raw.staging is not None else None,
             connections=raw.connections,
             connections_per_address=raw.connections_per_address,

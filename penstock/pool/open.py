@@ -178,12 +178,14 @@ def link_bytes_per_s(config: PoolConfig) -> dict[str, float]:
 def _open_union(config: PoolConfig, local: LocalPool | None, nodes: Sequence[MemberConfig], serves: bool) -> ServedPool:
     from penstock.transport.connect import open_union
     from penstock.transport.secret import Secret
+    from penstock.transport.tls import PeerTls
 
     known = link_bytes_per_s(config)
     weights: list[float | None] = [] if local is None else [None]
     weights += [known.get(f"net@{node.address}") if node.weight is None else node.weight for node in nodes]
     secret = Secret.read(config.secret_file) if config.secret_file else None
-    return open_union(local, [str(node.address) for node in nodes], weights, for_node=serves, secret=secret)
+    addresses = [str(node.address) for node in nodes]
+    return open_union(local, addresses, weights, for_node=serves, secret=secret, tls=PeerTls.of(config))
 
 
 def _open_nvme(member: MemberConfig) -> BlockEngine:

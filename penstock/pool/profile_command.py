@@ -89,6 +89,7 @@ def _links(config: PoolConfig) -> Iterator[dict[str, MeasurableLink]]:
     """Connections to the pool's nodes, by the name of the link."""
     from penstock.transport.remote import RemotePool
     from penstock.transport.secret import Secret
+    from penstock.transport.tls import PeerTls
 
     links: dict[str, MeasurableLink] = {}
     with contextlib.ExitStack() as stack:
@@ -96,7 +97,7 @@ def _links(config: PoolConfig) -> Iterator[dict[str, MeasurableLink]]:
             if member.kind == "node":
                 host, port = parse_address(str(member.address))
                 secret = Secret.read(config.secret_file) if config.secret_file else None
-                node = RemotePool(host, port, secret=secret)
+                node = RemotePool(host, port, secret=secret, tls=PeerTls.of(config))
                 stack.callback(node.close, 1.0)
                 links[f"net@{member.address}"] = node
         yield links

@@ -15,15 +15,9 @@ from penstock.pool.union import UnionPool
 STAT_TIMEOUT_S = 1.0
 DROP_TIMEOUT_S = 10.0  # for reads of a node that is left
 _FIXED = (  # need a restart
-    "name",
-    "listen",
-    "state",
-    "pace_bytes_per_s",
-    "staging_bytes",
-    "secret_file",
-    "connections",
-    "connections_per_address",
-)
+    "name", "listen", "state", "pace_bytes_per_s", "staging_bytes", "secret_file", "peer_tls_cert", "peer_tls_key",
+    "peer_tls_ca", "connections", "connections_per_address",
+)  # fmt: skip
 ReadConfig = Callable[[Sequence[MemberConfig], Collection[str]], PoolConfig]
 
 
@@ -86,11 +80,13 @@ class LiveConfig:
     def _add_node(self, new: PoolConfig, node: MemberConfig, undo: contextlib.ExitStack) -> None:
         from penstock.transport.connect import add_node
         from penstock.transport.secret import Secret
+        from penstock.transport.tls import PeerTls
 
         assert self._union is not None
         known = link_bytes_per_s(new).get(f"net@{node.address}")
         secret = Secret.read(new.secret_file) if new.secret_file else None
-        add_node(self._union, str(node.address), known if node.weight is None else node.weight, secret=secret)
+        weight = known if node.weight is None else node.weight
+        add_node(self._union, str(node.address), weight, secret=secret, tls=PeerTls.of(new))
         undo.callback(self._union.drop_node, str(node.address), DROP_TIMEOUT_S)
 
     def _weigh(self, new: PoolConfig, running: dict[str, MemberConfig]) -> list[str]:

@@ -24,6 +24,7 @@ from penstock.server.api_flags import (
     Revision,
     ServedModelName,
 )
+from penstock.transport.tls_flags import PeerTlsCa, PeerTlsCert, PeerTlsKey
 
 if TYPE_CHECKING:
     from penstock.server.flags import ServeFlags
@@ -111,8 +112,11 @@ def serve(
         flag(_CLUSTER, "mixed", "With --router: prefill (prompts), decode (what follows) or mixed (whole requests)."),
     ] = None,
     secret_file: Annotated[
-        str | None, flag(_CLUSTER, "none", "File that holds the cluster's shared secret; --router needs it.", "FILE")
+        str | None, flag(_CLUSTER, "none", "File with the secret of pool nodes, router and relays.", "FILE")
     ] = None,
+    peer_tls_cert: PeerTlsCert = None,
+    peer_tls_key: PeerTlsKey = None,
+    peer_tls_ca: PeerTlsCa = None,
     engine_name: Annotated[str | None, flag(_CLUSTER, "NODE-ROLE-PID", "Name in the cluster.")] = None,
     node: Annotated[
         str | None, flag(_CLUSTER, "host name", "Machine in the cluster: its engines share a storage NIC.")

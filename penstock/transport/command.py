@@ -21,6 +21,7 @@ from penstock.command_line import one_line, refuse
 from penstock.pool.check_command import check
 from penstock.pool.reset_command import reset
 from penstock.transport.stat_command import stat
+from penstock.transport.tls_flags import PeerTlsCa, PeerTlsCert, PeerTlsKey
 from penstock.units import format_address, format_bytes, parse_address, parse_bytes, parse_rate
 
 if TYPE_CHECKING:
@@ -106,6 +107,9 @@ def pool(
         Path | None,
         typer.Option(help="File with the cluster's secret: clients and member nodes must have it.", metavar="FILE"),
     ] = None,
+    peer_tls_cert: PeerTlsCert = None,
+    peer_tls_key: PeerTlsKey = None,
+    peer_tls_ca: PeerTlsCa = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
 ) -> None:
     """Serve a pool of memory and SSDs to engines on this and other machines; or look at one."""
@@ -125,10 +129,16 @@ def pool(
             "secret_file": secret_file,
         }
         over |= {"staging": staging, "connections": connections, "connections_per_address": connections_per_address}
+        over |= {"peer_tls_cert": _path(peer_tls_cert), "peer_tls_key": _path(peer_tls_key)}
+        over["peer_tls_ca"] = _path(peer_tls_ca)
         read = partial(_config, config, memory or [], slab or [], weight or None, over)
         _serve(read(), read)
     except (ValueError, OSError, PoolError) as error:
         refuse("penstock pool", error)
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text) if text is not None else None
 
 
 def parse_slab(text: str) -> tuple[Path, int]:
@@ -175,6 +185,7 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
     from penstock.pool.open import open_pool
     from penstock.transport.node import PoolNode
     from penstock.transport.secret import Secret
+    from penstock.transport.tls import PeerTls
 
     threading.excepthook = _thread_failed
     raise_file_limit()
@@ -189,7 +200,7 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
         secret = Secret.read(config.secret_file) if config.secret_file else None
         pace, staging = config.pace_bytes_per_s, config.staging_bytes
         limits = config.connections, config.connections_per_address
-        node = PoolNode(served, host, port, config.name, pace, staging, secret, *limits)
+        node = PoolNode(served, host, port, config.name, pace, staging, secret, *limits, tls=PeerTls.of(config))
         try:
             members = ", ".join(
                 f"{m.name} ({m.kind}, {format_bytes(m.capacity_bytes)}, {m.blocks} blocks)"

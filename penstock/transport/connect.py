@@ -9,6 +9,7 @@ from penstock.pool.served import ServedPool
 from penstock.pool.union import UnionPool
 from penstock.transport.remote import RemotePool
 from penstock.transport.secret import Secret
+from penstock.transport.tls import PeerTls
 from penstock.transport.wire import NODE_ID_BYTES
 from penstock.units import parse_address
 
@@ -18,11 +19,12 @@ def connect_pool(
     connections: int = 1,
     connect_timeout_s: float = 5.0,
     secret: Secret | None = None,
+    tls: PeerTls | None = None,
 ) -> RemotePool:
     """The pool node at "HOST:PORT". Raises ValueError for a malformed address, PoolError("network") when nobody answers
     or the node speaks another version of the protocol."""
     host, port = parse_address(address)
-    return RemotePool(host, port, connections, connect_timeout_s, secret=secret)
+    return RemotePool(host, port, connections, connect_timeout_s, secret=secret, tls=tls)
 
 
 def add_node(
@@ -31,12 +33,13 @@ def add_node(
     weight: float | None,
     connect_timeout_s: float = 5.0,
     secret: Secret | None = None,
+    tls: PeerTls | None = None,
 ) -> None:
     """A further node of a union that is served by a pool node. One that is down is used once it is up.
 
     Raises ValueError for a malformed address, or one that is in the union already."""
     host, port = parse_address(address)
-    node = RemotePool(host, port, 1, connect_timeout_s, False, union.node_id, True, secret)
+    node = RemotePool(host, port, 1, connect_timeout_s, False, union.node_id, True, secret, tls)
     union.add_node(node, weight)
 
 
@@ -49,6 +52,7 @@ def open_union(
     for_node: bool = False,
     follow_bandwidth: bool = True,
     secret: Secret | None = None,
+    tls: PeerTls | None = None,
 ) -> UnionPool:
     """The local pool, if there is one, and the nodes at these addresses as one pool, which takes the local pool over.
     A node that is down is a warning, as long as another child is up. `for_node`: the union is what a pool node serves.
@@ -66,7 +70,7 @@ def open_union(
         for address in addresses:
             host, port = parse_address(address)
             own_only = len(addresses) > 1
-            nodes.append(RemotePool(host, port, connections, connect_timeout_s, False, node_id, own_only, secret))
+            nodes.append(RemotePool(host, port, connections, connect_timeout_s, False, node_id, own_only, secret, tls))
     except BaseException:
         for node in nodes:
             node.close(1.0)

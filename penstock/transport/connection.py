@@ -24,6 +24,8 @@ from penstock.pool.api import PoolError
 from penstock.pool.checksum import checksum_seed
 from penstock.transport import lanes, wire
 from penstock.transport.secret import Secret, SecretRefused, prove_as_client
+from penstock.transport.tls import PeerTls
+from penstock.transport.tls_socket import Stream, begin_tls
 
 log = logging.getLogger(__name__)
 
@@ -72,27 +74,28 @@ class Connection:
         hello: wire.Hello,
         urgent: bool = False,
         secret: Secret | None = None,
+        tls: PeerTls | None = None,
     ) -> None:
         """Raises OSError, or wire.ProtocolError when the peer is no pool node of this version.
 
         `on_reply` follows each ended request, `on_closed` the end of the connection, before its open requests end.
         `hello` opens the lane that it names; an `urgent` one goes before bulk (`lanes`). With a `secret` both sides
-        prove that they have it.
+        prove that they have it; with `tls` both show certificates, and all that follows is encrypted.
         """
         self.lane = hello.lane
         self.heard_s = self._sent_s = time.monotonic()  # when the peer was last heard, and sent something
         self._on_reply, self._on_closed = on_reply, on_closed
-        self._secret = secret
+        self._secret, self._tls = secret, tls
         self._lock = threading.Lock()
         self._send_lock = threading.Lock()
         self._pending: dict[int, Pending] = {}
         self.in_flight_bytes = 0
         self._cut_reason: str | None = None
         self._outbox: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
-        self._sock = socket.create_connection(address, timeout=timeout_s)
+        self._sock: Stream = socket.create_connection(address, timeout=timeout_s)
         lanes.mark(self._sock, urgent)
         try:
-            self.node = self._greet(hello, timeout_s)
+            self.node = self._greet(hello, address[0], timeout_s)
         except BaseException:
             self._sock.close()
             raise
@@ -196,17 +199,23 @@ class Connection:
     def join(self, timeout_s: float) -> None:
         self._receiver.join(timeout_s)
 
-    def _greet(self, hello: wire.Hello, timeout_s: float) -> wire.Ready:
+    def _greet(self, hello: wire.Hello, host: str, timeout_s: float) -> wire.Ready:
         """Exchange versions and open the lane, within the connect timeout; then leave deadlines to the caller."""
-        secret, first, until_s = self._secret, bytearray(wire.GREETING.size), time.monotonic() + timeout_s
-        self._sock.sendall(wire.greeting(secret is not None) + (b"" if secret else wire.frame(hello)))
+        secret, tls, until_s = self._secret, self._tls, time.monotonic() + timeout_s
+        first = bytearray(wire.GREETING.size)
+        plain = secret is None and tls is None
+        self._sock.sendall(wire.greeting(secret is not None, tls is not None) + (wire.frame(hello) if plain else b""))
         wire.receive_exactly(self._sock, memoryview(first), until_s=until_s)
-        wire.check_greeting(first, secret is not None)
+        wire.check_greeting(first, secret is not None, tls is not None)
+        if tls is not None:
+            assert isinstance(self._sock, socket.socket)
+            self._sock = begin_tls(self._sock, tls, "client", host, until_s)
         if secret is not None:
             try:
                 prove_as_client(self._sock, secret, wire.SECRET_PURPOSE)
             except SecretRefused as error:
                 raise wire.ProtocolError(str(error)) from None
+        if not plain:
             self._sock.sendall(wire.frame(hello))
         header, _ = wire.FrameReader(self._sock).next(until_s=until_s)
         reply = wire.decode_reply(header)

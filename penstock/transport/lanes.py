@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from penstock.transport.tls_socket import Stream
 
 URGENT_DSCP = 46  # expedited forwarding
 BULK_DSCP = 8  # class selector 1: below best effort
@@ -15,7 +19,7 @@ URGENT_PRIORITY = 6  # the highest that needs no privilege
 BULK_PRIORITY = 2
 
 
-def mark(sock: socket.socket, urgent: bool) -> None:
+def mark(sock: Stream, urgent: bool) -> None:
     """Put a TCP socket on a lane, for what it sends. A system that knows no such marks sends without them."""
     traffic_class = (URGENT_DSCP if urgent else BULK_DSCP) << 2
     with contextlib.suppress(OSError):

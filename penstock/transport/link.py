@@ -27,6 +27,7 @@ from penstock.pool.losses import note_error
 from penstock.transport import wire
 from penstock.transport.connection import Connection, Pending
 from penstock.transport.secret import Secret
+from penstock.transport.tls import PeerTls
 from penstock.units import format_address, format_bytes
 
 log = logging.getLogger(__name__)
@@ -88,11 +89,12 @@ class NodeLink:
         urgent: frozenset[str] = frozenset({"control"}),
         secret: Secret | None = None,
         what: str = "pool node",
+        tls: PeerTls | None = None,
     ) -> None:
         """Connects at once. Raises PoolError("network") when nobody answers, the versions differ, or the node at the
         other end is `origin`, the node that this link belongs to; without `must_connect` it goes on trying instead.
         `urgent`: lanes that go before bulk. `secret`: what both ends prove that they have;
-        `what`: what the other end is called in errors and logs."""
+        `tls`: certificates that they show; `what`: what the other end is called in errors and logs."""
         if not 1 <= connections <= 64:
             raise ValueError(f"connections is {connections}; it must be from 1 to 64")
         self.address = (host, port)
@@ -100,7 +102,7 @@ class NodeLink:
         self.what = what
         self.node = wire.Ready("")
         self._origin, self._own_only = origin, own_only
-        self._urgent, self._secret = urgent, secret
+        self._urgent, self._secret, self._tls = urgent, secret, tls
         self._connect_timeout_s = connect_timeout_s
         self._control = _Lane("control", 1, [None])
         self._writes = _Lane("write", WRITES_WAITING_MAX, [None])
@@ -361,7 +363,7 @@ class NodeLink:
 
         hello = wire.Hello(lane.kind, self._origin, self._own_only)
         urgent = lane.kind in self._urgent
-        connection = Connection(self.address, timeout_s, replied, closed, hello, urgent, self._secret)
+        connection = Connection(self.address, timeout_s, replied, closed, hello, urgent, self._secret, self._tls)
         if self._origin and connection.node.node_id == self._origin:
             connection.abandon()
             raise wire.ProtocolError("that is this node itself; it must not be a member of its own pool")

@@ -38,6 +38,7 @@ from penstock.transport.pacer import Pacer
 from penstock.transport.pool_connection import PoolConnection
 from penstock.transport.secret import Secret
 from penstock.transport.staging import Staging
+from penstock.transport.tls import PeerTls
 from penstock.transport.turns import Turns
 from penstock.units import format_address
 
@@ -66,18 +67,21 @@ class PoolNode:
         secret: Secret | None = None,
         connections: int | None = None,
         connections_per_address: int | None = None,
+        tls: PeerTls | None = None,
     ) -> None:
         """`pace_bytes_per_s` limits the blocks sent over all connections together, to emulate a NIC of that speed.
         `staging_capacity_bytes` bounds staging memory, and with it the largest block; None: STAGING_BYTES, and more
-        once a larger block comes. With a `secret` only clients that prove it get anything. `connections` of clients are
-        served at once (None: CONNECTIONS_MAX), `connections_per_address` of one address (None: half of them); fewer
-        where the process may have too few files open.
+        once a larger block comes. With a `secret` only clients that prove it get anything, with `tls` only those with a
+        certificate of its CA. `connections` of clients are served at once (None: CONNECTIONS_MAX),
+        `connections_per_address` of one address (None: half of them); fewer where the process may have too few files
+        open.
 
         Raises OSError when the address or the memory cannot be had.
         """
         self.name = name
         self.pool = pool
         self.secret = secret
+        self.tls = tls
         self.node_id = pool.node_id or os.urandom(wire.NODE_ID_BYTES)
         self.pacer = Pacer(pace_bytes_per_s) if pace_bytes_per_s else None
         limit_bytes = STAGING_BYTES_MAX if staging_capacity_bytes is None else None

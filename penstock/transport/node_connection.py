@@ -29,6 +29,8 @@ from penstock.pool.served import ServedPool
 from penstock.transport import lanes, wire
 from penstock.transport.pacer import PIECE_BYTES
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
+from penstock.transport.tls import TlsError
+from penstock.transport.tls_socket import Stream, TlsSocket
 from penstock.units import format_address
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def not_counted(size_bytes: int) -> None:
     """Nobody asks how much of a payload has moved."""
 
 
-def _take(sock: socket.socket, size: int) -> Generator[int, None, bytes]:
+def _take(sock: Stream, size: int) -> Generator[int, None, bytes]:
     """So many bytes of a socket that does not block. Raises OSError."""
     taken = bytearray()
     while len(taken) < size:
@@ -74,7 +76,7 @@ def _take(sock: socket.socket, size: int) -> Generator[int, None, bytes]:
     return bytes(taken)
 
 
-def _give(sock: socket.socket, data: bytes) -> Steps:
+def _give(sock: Stream, data: bytes) -> Steps:
     """Send over a socket that does not block. Raises OSError."""
     while data:
         try:
@@ -90,7 +92,8 @@ class Served:
         """`sock` does not block until `start`."""
         self._node = node
         self._pool: ServedPool = node.pool
-        self.sock = self._sock = sock
+        self.sock = sock
+        self._sock: Stream = sock
         self.peer = peer
         self.source = source_of(peer.rpartition(":")[0])
         self.greet_by_s = time.monotonic() + wire.GREET_S
@@ -105,13 +108,17 @@ class Served:
         self._sender: GuardedWorker | None = None
 
     def greet(self) -> Steps:
-        """Versions, secret, Hello. What is answered to it follows once the connection has its threads (`start`): before
-        that it may still be refused. Raises ProtocolError, SecretRefused or OSError."""
-        secret, sock = self._node.secret, self._sock
+        """Versions, TLS, secret, Hello. What is answered to it follows once the connection has its threads (`start`):
+        before that it may still be refused. Raises ProtocolError, SecretRefused or OSError."""
+        secret, tls, sock = self._node.secret, self._node.tls, self._sock
         first = yield from _take(sock, wire.GREETING.size)
         self._said_version = True
-        yield from _give(sock, wire.greeting(secret is not None))
-        wire.check_greeting(first, secret is not None)
+        yield from _give(sock, wire.greeting(secret is not None, tls is not None))
+        wire.check_greeting(first, secret is not None, tls is not None)
+        if tls is not None:
+            secured = TlsSocket(self.sock, tls, "server", None)
+            yield from secured.handshake()
+            sock = self._sock = secured
         if secret is not None:
             yield from self._challenge(secret)
         head = yield from _take(sock, wire.HEAD_BYTES)
@@ -132,8 +139,9 @@ class Served:
         self._ready = reply
 
     def say_refused(self, detail: str) -> None:
-        """Tell a stranger why its connection ends. Not where there is a secret: it would take it for a nonce."""
-        if self._node.secret is None:
+        """Tell a stranger why its connection ends. Not where there is a secret or TLS: it would take it for a
+        nonce, or for a record."""
+        if self._node.secret is None and self._node.tls is None:
             version = b"" if self._said_version else wire.greeting()
             with contextlib.suppress(OSError):
                 self._sock.sendmsg([version + wire.frame(wire.Failed(0, "network", detail))])
@@ -187,7 +195,7 @@ class Served:
 
     def say_ended(self, error: wire.ProtocolError | SecretRefused | OSError) -> None:
         """Log why the connection ends."""
-        if isinstance(error, wire.ProtocolError | SecretRefused):
+        if isinstance(error, wire.ProtocolError | SecretRefused | TlsError):
             self._node.rare.warning(str(error), "connection of %s closed: %s", self.peer, error)
         elif isinstance(error, TimeoutError):
             self._node.rare.warning(str(error), "connection of %s ended: %s", self.peer, error)

@@ -20,6 +20,7 @@ from penstock.pool.losses import note_error
 from penstock.transport import wire
 from penstock.transport.link import NodeLink
 from penstock.transport.secret import Secret
+from penstock.transport.tls import PeerTls
 from penstock.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -44,12 +45,15 @@ class RemotePool:
         origin: bytes = b"",
         own_only: bool = False,
         secret: Secret | None = None,
+        tls: PeerTls | None = None,
     ) -> None:
         """Connects at once. Raises PoolError("network") when nobody answers or the versions differ; without
         `must_connect` such a node is a warning, and used once it is there. `origin`: the id of the node that this pool
         is a part of, if any. `own_only`: leave out the node's members of other nodes; a node is always asked so by
-        another one. `secret`: the node's, if it asks for one."""
-        self._link = NodeLink(host, port, connections, connect_timeout_s, must_connect, origin, own_only, secret=secret)
+        another one. `secret`: the node's, if it asks for one; `tls`: certificates, if it asks for TLS."""
+        self._link = NodeLink(
+            host, port, connections, connect_timeout_s, must_connect, origin, own_only, secret=secret, tls=tls
+        )
         self.address = self._link.address
         self.place = self._link.place
 

@@ -2,7 +2,7 @@
 
 The server gives a nonce; the client answers with its own nonce and proof, the server with its proof. So a stranger who
 connects gets 32 random bytes and nothing else. A proof covers both nonces, the side, and what the connection is for.
-Bytes after it are neither encrypted nor signed.
+Bytes after it are neither encrypted nor signed; `transport.tls` does that.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-import socket
 import time
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from penstock.transport.tls_socket import Stream
 
 from penstock.private_file import read_private
 
@@ -68,7 +70,7 @@ class Secret:
         return self.proof("server", purpose, server_nonce, nonce)
 
 
-def prove_as_client(sock: socket.socket, secret: Secret, purpose: bytes) -> None:
+def prove_as_client(sock: Stream, secret: Secret, purpose: bytes) -> None:
     """Answer the server's challenge. Raises SecretRefused, or OSError when the connection ends or stalls."""
     sent, expected = secret.answer(purpose, _receive(sock, NONCE_BYTES))
     sock.sendall(sent)
@@ -80,7 +82,7 @@ def prove_as_client(sock: socket.socket, secret: Secret, purpose: bytes) -> None
         raise SecretRefused("the peer does not have the same secret")
 
 
-def _receive(sock: socket.socket, size: int) -> bytes:
+def _receive(sock: Stream, size: int) -> bytes:
     """Raises OSError, also when all of it did not come within PROOF_S."""
     parts, end_s = bytearray(), time.monotonic() + PROOF_S
     while len(parts) < size:

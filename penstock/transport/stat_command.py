@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from penstock.command_line import refuse
+from penstock.transport.tls_flags import PeerTlsCa, PeerTlsCert, PeerTlsKey
 from penstock.units import format_bytes
 
 if TYPE_CHECKING:
@@ -23,17 +24,22 @@ def stat(
     secret_file: Annotated[
         Path | None, typer.Option(help="File with the secret that the node asks for.", metavar="FILE")
     ] = None,
+    peer_tls_cert: PeerTlsCert = None,
+    peer_tls_key: PeerTlsKey = None,
+    peer_tls_ca: PeerTlsCa = None,
 ) -> None:
     """Show the members and tenants of a running node."""
     from penstock.pool.api import PoolError
     from penstock.transport.connect import connect_pool
     from penstock.transport.secret import Secret
+    from penstock.transport.tls import PeerTls
 
     try:
         if not 0 < timeout_s <= 3600:
             raise ValueError(f"timeout-s is {timeout_s}; allowed: above 0, up to 3600")
         secret = Secret.read(secret_file) if secret_file else None
-        node = connect_pool(address, connect_timeout_s=timeout_s, secret=secret)
+        tls = PeerTls.read(peer_tls_cert, peer_tls_key, peer_tls_ca)
+        node = connect_pool(address, connect_timeout_s=timeout_s, secret=secret, tls=tls)
         try:
             found = _own_names(node.stat(timeout_s), f"@{node.place}")
         finally:

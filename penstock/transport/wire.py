@@ -3,7 +3,8 @@
 Every number and every length of a message has bounds, declared with its type. A message outside them is refused
 (`decode_request`, `decode_reply`), and ends its connection with one line of the log.
 
-Both sides first send 8 bytes: magic and protocol version; where both have a secret they prove it. Then frames: a prefix
+Both sides first send 8 bytes: magic and protocol version. Where both have certificates TLS begins here
+(`transport.tls_socket`), where both have a secret they prove it. Then frames: a prefix
 (header length, payload length), a msgpack header, padding up to 64 bytes, the raw payload. Replies may come in any
 order; `id` pairs them with requests.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 from msgspec import Meta
@@ -22,9 +23,13 @@ from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import REBUILD_S_MAX, TENANT_BYTES, NewBlock
 from penstock.pool.api import PoolStat
 
+if TYPE_CHECKING:
+    from penstock.transport.tls_socket import Stream
+
 PROTOCOL_VERSION = 2
 GREETING = struct.Struct("<6sH")
 SECRET_FLAG = 0x8000  # of the version
+TLS_FLAG = 0x4000  # so, too; it decides nothing: both ends know by themselves whether they ask for TLS
 SECRET_PURPOSE = b"pool"
 MAGIC = b"PNSTCK"
 PREFIX = struct.Struct("<II")
@@ -339,7 +344,7 @@ class MinimumRate:
 
 
 def receive_exactly(
-    sock: socket.socket,
+    sock: Stream,
     into: memoryview,
     idle_s: float | None = None,
     until_s: float | None = None,
@@ -388,7 +393,7 @@ def frame_lengths(head: bytes | memoryview) -> tuple[int, int]:
 class FrameReader:
     """Reads frame heads of one connection into one small buffer."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: Stream) -> None:
         self._sock = sock
         self._head = memoryview(bytearray(HEAD_BYTES))
 
@@ -429,26 +434,33 @@ def split_keys(keys: bytes) -> list[BlockKey]:
     return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
 
 
-def greeting(secret: bool = False) -> bytes:
-    """`secret`: this side has one, and goes on only with a peer that proves it (`transport.secret`)."""
-    return GREETING.pack(MAGIC, PROTOCOL_VERSION | SECRET_FLAG * secret)
+def greeting(secret: bool = False, tls: bool = False) -> bytes:
+    """`secret`: this side has one, and goes on only with a peer that proves it (`transport.secret`); `tls`: it goes on
+    only with a peer that has a certificate of its CA."""
+    return GREETING.pack(MAGIC, PROTOCOL_VERSION | SECRET_FLAG * secret | TLS_FLAG * tls)
 
 
-def check_greeting(raw: bytes | bytearray, secret: bool = False) -> None:
-    """Raises ProtocolError when the peer is something else, speaks another version, or only one side has a secret."""
+def check_greeting(raw: bytes | bytearray, secret: bool = False, tls: bool = False) -> None:
+    """Raises ProtocolError when the peer is something else, speaks another version, or only one side has a secret or
+    asks for TLS."""
     magic, version = GREETING.unpack(raw)
     if magic != MAGIC:
         raise ProtocolError("the peer does not speak the Penstock pool protocol")
-    version, has_secret = version & ~SECRET_FLAG, bool(version & SECRET_FLAG)
+    has_secret, has_tls = bool(version & SECRET_FLAG), bool(version & TLS_FLAG)
+    version &= ~(SECRET_FLAG | TLS_FLAG)
     if version != PROTOCOL_VERSION:
         raise ProtocolError(f"the peer speaks version {version} of the pool protocol, this side {PROTOCOL_VERSION}")
+    if has_tls and not tls:
+        raise ProtocolError("the peer asks for TLS, and this side has no certificate (--peer-tls-cert)")
+    if tls and not has_tls:
+        raise ProtocolError("the peer does not ask for TLS, and this side does (--peer-tls-cert)")
     if has_secret and not secret:
         raise ProtocolError("the peer asks for the cluster's secret, and this side has none (--secret-file)")
     if secret and not has_secret:
         raise ProtocolError("the peer has no secret, and this side asks for one (--secret-file)")
 
 
-def set_timeouts(sock: socket.socket) -> None:
+def set_timeouts(sock: Stream) -> None:
     """Kernel limits for a peer that stalls, or is gone without a word (its host lost power, a NAT forgot the flow); the
     socket stays blocking, so that threads may send and receive at once."""
     idle, every, probes = KEEPALIVE_S
@@ -462,18 +474,18 @@ def set_timeouts(sock: socket.socket) -> None:
     _set_limit(sock, socket.SO_RCVTIMEO, STALL_S)
 
 
-def look_at_payload(sock: socket.socket, under_way: bool) -> None:
+def look_at_payload(sock: Stream, under_way: bool) -> None:
     """While a payload is under way, a receive ends every LOOK_S, so that `receive_exactly` sees how fast it comes."""
     _set_limit(sock, socket.SO_RCVTIMEO, min(LOOK_S, STALL_S) if under_way else STALL_S)
 
 
-def _set_limit(sock: socket.socket, option: int, limit_s: float) -> None:
+def _set_limit(sock: Stream, option: int, limit_s: float) -> None:
     seconds = int(limit_s)
     sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, int((limit_s - seconds) * 1e6)))
 
 
 def send_all(
-    sock: socket.socket,
+    sock: Stream,
     *parts: bytes | memoryview,
     until_s: float | None = None,
     rate: MinimumRate | None = None,

@@ -15,6 +15,7 @@ import typer
 from penstock.child_python import child_environment, python_command
 from penstock.command_line import refuse
 from penstock.file_limit import raise_file_limit
+from penstock.transport.tls_flags import PeerTlsCa, PeerTlsCert, PeerTlsKey
 from penstock.vllm.flags import FlagError, connector_extra, serve_arguments
 
 SETTINGS = (
@@ -22,6 +23,10 @@ SETTINGS = (
     "pool_config",
     "memory",
     "slab",
+    "secret_file",
+    "peer_tls_cert",
+    "peer_tls_key",
+    "peer_tls_ca",
     "staging",
     "policy",
     "default_slo_ttft_s",
@@ -50,6 +55,12 @@ def vllm(
     slab: Annotated[
         list[str] | None, _flag(_POOL, "none", "A slab member of vLLM's process; may be repeated.", "PATH:SIZE")
     ] = None,
+    secret_file: Annotated[
+        str | None, _flag(_POOL, "none", "File with the secret that the pool nodes ask for.", "FILE")
+    ] = None,
+    peer_tls_cert: PeerTlsCert = None,
+    peer_tls_key: PeerTlsKey = None,
+    peer_tls_ca: PeerTlsCa = None,
     staging: Annotated[str | None, _flag(_POOL, "1GiB", "Host staging memory (L2).", "SIZE")] = None,
     policy: Annotated[
         str | None, _flag(_ORDER, "feasible", "fcfs, sjf-compute, sjf, srpt, edf, lstf or feasible.")

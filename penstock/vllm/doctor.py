@@ -10,11 +10,14 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from penstock.doctor.check import Check
 from penstock.units import format_bytes, parse_address
 from penstock.vllm.flags import CONNECTOR, CONNECTOR_MODULE, SCHEDULER
+
+if TYPE_CHECKING:
+    from penstock.pool.config import PoolConfig
 
 POOL_TIMEOUT_S = 5.0
 PARSER_MODULES = ("vllm.entrypoints.common.cli_args", "vllm.entrypoints.launchers.cli_args")  # of 0.33, of 0.32
@@ -238,32 +241,36 @@ CONFIGURATION_CHECKS: tuple[Callable[[Any], Check], ...] = (
 def check_pool(config: Any) -> list[Check]:
     """Each pool node is asked, each member's place is looked at; nothing is opened or written."""
     from penstock.core.config import ConfigError
-    from penstock.vllm.settings import members_of, read_settings
+    from penstock.vllm.settings import read_settings
 
     extra = _own_extra(config)
     try:
         settings = read_settings(extra or {})
-        members = members_of(settings)
+        open_config = settings.open_config()
     except (ConfigError, OSError) as error:
         return [] if extra is None else [Check("pool", "problem", str(error), "docs/pool.md", unusable=True)]
     found = []
+    members = open_config.members
     for member in members:
         if member.kind == "node":
-            found.append(_check_node(str(member.address)))
+            found.append(_check_node(str(member.address), open_config))
     if not found and members and all(member.kind == "memory" for member in members):
         text = "memory of this vLLM only: nothing is shared, and a restart forgets it"
         found.append(Check("pool", "note", text, "a pool node (--pool) or a slab (--slab)"))
     return found or [Check("pool", "ok", ", ".join(f"{member.name} ({member.kind})" for member in members))]
 
 
-def _check_node(address: str) -> Check:
+def _check_node(address: str, config: PoolConfig) -> Check:
     from penstock.pool.api import PoolError
     from penstock.transport.connect import connect_pool
+    from penstock.transport.secret import Secret
+    from penstock.transport.tls import PeerTls
 
     name = f"pool {address}"
     try:
         parse_address(address)
-        node = connect_pool(address, connect_timeout_s=POOL_TIMEOUT_S)
+        secret = Secret.read(config.secret_file) if config.secret_file else None
+        node = connect_pool(address, connect_timeout_s=POOL_TIMEOUT_S, secret=secret, tls=PeerTls.of(config))
         try:
             stat = node.stat(POOL_TIMEOUT_S)
         finally:

@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from penstock.core.config import POLICIES, ConfigError, Policy, check_range
-from penstock.pool.config import MemberConfig, PoolConfig, config_of_flags
+from penstock.pool.config import PoolConfig, config_of_flags
 from penstock.pool.config_file import read_pool_config
 from penstock.units import parse_address, parse_bytes
 
 DEFAULT_BLOCK_TOKENS = 64
+PROOF_KEYS = ("secret_file", "peer_tls_cert", "peer_tls_key", "peer_tls_ca")  # of the pool nodes; as in pool.toml
 OWN_KEYS = frozenset({"connectors"})  # of vLLM's MultiConnector, beside ours
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """`pool`: addresses of pool nodes; `memory` (bytes) and `slab` (path, bytes): members in the engine's process; all
-    of them are one pool. `pool_config` is a pool.toml that describes one instead. `staging_bytes` is host memory for
+    of them are one pool. `pool_config` is a pool.toml that describes one instead. `secret_file` and
+    `peer_tls_*` are what nodes ask for. `staging_bytes` is host memory for
     blocks on their way, `block_tokens` 0 the default for vLLM's block size. A request goes before all others when it
     was delayed `age_delays` times as long as first come, first served would delay it (0: never), and after
     `age_bound_s`. With `load_always` every hit is loaded, even where computing it seems faster. `weight_version` is
@@ -28,6 +30,10 @@ class Settings:
 
     pool: tuple[str, ...] = ()
     pool_config: Path | None = None
+    secret_file: Path | None = None
+    peer_tls_cert: Path | None = None
+    peer_tls_key: Path | None = None
+    peer_tls_ca: Path | None = None
     memory: tuple[int, ...] = ()
     slab: tuple[tuple[Path, int], ...] = ()
     staging_bytes: int = 1 << 30
@@ -49,7 +55,8 @@ class Settings:
         """The pool these settings name. Raises ConfigError."""
         if self.pool_config is not None:
             return read_pool_config(self.pool_config)
-        return config_of_flags(self.memory, self.slab, nodes=self.pool)
+        proof = {name: getattr(self, name) for name in PROOF_KEYS}
+        return config_of_flags(self.memory, self.slab, nodes=self.pool, **proof)
 
 
 def read_settings(extra: Mapping[str, Any]) -> Settings:
@@ -76,7 +83,7 @@ def _read(key: str, given: Any) -> Any:
     try:
         if key == "pool":
             return tuple(_list(key, given))
-        if key == "pool_config":
+        if key == "pool_config" or key in PROOF_KEYS:
             return Path(_text(given))
         if key == "memory":
             return tuple(_size(item) for item in _list(key, given))
@@ -135,6 +142,9 @@ def _check(settings: Settings) -> None:
     own = settings.pool or settings.memory or settings.slab
     if settings.pool_config is not None and own:
         raise ConfigError("pool_config is set together with pool, memory or slab; allowed: one or the other")
+    for key in PROOF_KEYS:
+        if settings.pool_config is not None and getattr(settings, key) is not None:
+            raise ConfigError(f"{key} is set together with pool_config; allowed: the key of that name in that file")
     if settings.pool_config is None and not own:
         raise ConfigError(
             "no pool is named; allowed: pool (HOST:PORT of a node), memory (a size), slab (PATH:SIZE) or pool_config"
@@ -166,8 +176,3 @@ def choose_block_tokens(wanted: int, unit_tokens: int) -> int:
             raise ConfigError(f"block_tokens is {wanted}; allowed: a multiple of vLLM's block size, {unit_tokens}")
         return wanted
     return -(-DEFAULT_BLOCK_TOKENS // unit_tokens) * unit_tokens
-
-
-def members_of(settings: Settings) -> tuple[MemberConfig, ...]:
-    """The pool's members, for who only looks."""
-    return settings.open_config().members

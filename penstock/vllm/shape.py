@@ -8,6 +8,8 @@ from penstock.core.config import ConfigError, SchedulerConfig
 from penstock.pool.api import Pool
 from penstock.pool.open import open_pool
 from penstock.transport.connect import connect_pool
+from penstock.transport.secret import Secret
+from penstock.transport.tls import PeerTls
 from penstock.vllm.settings import Settings
 from penstock.vllm.shared_staging import SPARE_SLOTS
 
@@ -43,7 +45,8 @@ def check_frees(shape: Shape, defers_frees: bool) -> None:
 def open_pool_of(settings: Settings) -> Pool:
     """One pool node alone is spoken to directly; anything else is one pool of several members."""
     if len(settings.pool) == 1 and not settings.memory and not settings.slab:
-        return connect_pool(settings.pool[0])
+        secret = Secret.read(settings.secret_file) if settings.secret_file else None
+        return connect_pool(settings.pool[0], secret=secret, tls=PeerTls.of(settings))
     return open_pool(settings.open_config())
 
 

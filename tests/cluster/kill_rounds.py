@@ -202,7 +202,8 @@ def running(folder: Path, described: str = CLUSTER) -> Iterator[tuple[Supervisor
     file = folder / "cluster.toml"
     file.write_text(described.format(port=free_port()))
     cluster = read_cluster_config(file)
-    _make_secret(cluster.secret_file)
+    if cluster.secret_file is not None:
+        _make_secret(cluster.secret_file)
     lines: list[str] = []
     supervisor = Supervisor(cluster.processes, lambda name, line: lines.append(f"{name} | {line}"))
     try:

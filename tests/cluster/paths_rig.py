@@ -18,6 +18,7 @@ from penstock.engine.config import EngineConfig
 from penstock.engine.runner import SamplingParams
 from penstock.pool.open import open_local_pool
 from penstock.transport.node import PoolNode
+from penstock.transport.tls import PeerTls
 
 BLOCK = 16
 MIB = 1 << 20
@@ -112,10 +113,10 @@ def engine_config(checkpoint: Path, node: PoolNode, **more: Any) -> EngineConfig
 
 
 @contextlib.contextmanager
-def cluster(checkpoint: Path, pool_bytes: int = 32 * MIB, **more: Any) -> Iterator[Cluster]:
-    """xPyD around one pool node; settings as of `beside`."""
+def cluster(checkpoint: Path, pool_bytes: int = 32 * MIB, tls: PeerTls | None = None, **more: Any) -> Iterator[Cluster]:
+    """xPyD around one pool node, which may ask for `tls`; settings as of `beside`."""
     local = open_local_pool((pool_bytes,), ())
-    node = PoolNode(local, "127.0.0.1", 0, staging_capacity_bytes=8 * MIB)
+    node = PoolNode(local, "127.0.0.1", 0, staging_capacity_bytes=8 * MIB, tls=tls)
     try:
         with beside(checkpoint, Cluster(node), **more) as made:
             yield made

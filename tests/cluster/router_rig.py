@@ -24,6 +24,7 @@ from penstock.server.app import ServerApp
 from penstock.server.run import HttpServer, bind, url_of
 from penstock.server.settings import ServerSettings
 from penstock.transport.secret import Secret
+from penstock.transport.tls import PeerTls
 
 VOCABULARY = 1000
 SECRET = Secret(b"a secret of these tests")
@@ -193,7 +194,10 @@ class Client:
 class Cluster:
     """Routers and engines that a test makes; `close` ends them all."""
 
-    def __init__(self, lease_s: float = 2.0, **settings: Any) -> None:
+    def __init__(
+        self, lease_s: float = 2.0, secret: Secret | None = SECRET, tls: PeerTls | None = None, **settings: Any
+    ) -> None:
+        self.secret, self.tls = secret, tls
         self.settings = RouterSettings(lease_s=lease_s, **({"grace_s": 0.0} | settings))
         self.address: tuple[str, int] = ("127.0.0.1", 0)
         self.agents: dict[str, EngineAgent] = {}
@@ -214,7 +218,7 @@ class Cluster:
                 time.sleep(0.01)
         if address is None:
             self.address = sock.getsockname()[:2]
-        router = ClusterEngine(sock, SECRET, replace(self.settings, **changes))
+        router = ClusterEngine(sock, self.secret, replace(self.settings, **changes), self.tls)
         if address is None:
             self.router = router
         return router
@@ -229,7 +233,9 @@ class Cluster:
 
     def engine(self, name: str, role: str = "mixed", host: CountingHost | None = None, **more: Any) -> CountingHost:
         """An engine that registers; waits until it has."""
-        agent_settings = {key: more.pop(key) for key in ("address", "secret", "keep_s", "unhealthy_s") if key in more}
+        agent_settings = {
+            key: more.pop(key) for key in ("address", "secret", "tls", "keep_s", "unhealthy_s") if key in more
+        }
         wait = more.pop("wait", True)
         card = self.card(name, role, **more)
         host = host or CountingHost()
@@ -240,9 +246,10 @@ class Cluster:
             other.peers |= {host.relay_address: host} if host.relay_address else {}
         settings = AgentSettings(
             agent_settings.get("address", self.address),
-            agent_settings.get("secret", SECRET),
+            agent_settings.get("secret", self.secret),
             agent_settings.get("keep_s", 60.0),
             agent_settings.get("unhealthy_s", 10.0),
+            agent_settings.get("tls", self.tls),
         )
         self.agents[name] = EngineAgent(host, card, settings)
         if wait:

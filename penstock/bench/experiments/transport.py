@@ -7,6 +7,7 @@ import hashlib
 import os
 import queue
 import statistics
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -30,8 +31,11 @@ from penstock.core.keys import BlockKey
 from penstock.core.new_block import NewBlock
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
+from penstock.testing.certificates import Authority
 from penstock.transport.connect import connect_pool
 from penstock.transport.remote import RemotePool
+from penstock.transport.secret import Secret
+from penstock.transport.tls import PeerTls
 
 SIZES = {"128k": 128 << 10, "2m": 2 << 20, "4m": 4 << 20}
 BUFFER_BYTES = 32 << 20
@@ -45,7 +49,8 @@ class Samples:
 
     bytes_per_s: list[float] = field(default_factory=list)
     moved_bytes: int = 0
-    cpu_s: float = 0.0
+    client_cpu_s: float = 0.0
+    node_cpu_s: float = 0.0
 
     @property
     def median(self) -> float:
@@ -53,7 +58,16 @@ class Samples:
 
     @property
     def cpu_s_per_gb(self) -> float:
-        return self.cpu_s / (self.moved_bytes / 1e9)
+        return (self.client_cpu_s + self.node_cpu_s) / (self.moved_bytes / 1e9)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What node and client of one contestant prove themselves by: the node's flags, and what the client has."""
+
+    flags: tuple[str, ...] = ()
+    secret: Secret | None = None
+    tls: PeerTls | None = None
 
 
 Results = dict[tuple[str, str, int], Samples]  # (contestant, size, connections)
@@ -62,6 +76,9 @@ Results = dict[tuple[str, str, int], Samples]  # (contestant, size, connections)
 def transport(
     repeats: Annotated[int, typer.Option(min=1, max=100, help="Runs of each load; the median counts.")] = 9,
     run_mib: Annotated[int, typer.Option(min=64, max=65536, help="MiB that one run moves.")] = 1024,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Compare with a secret and with mutual TLS, too (needs the openssl command).")
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG) to this file.")] = None,
 ) -> None:
@@ -70,37 +87,58 @@ def transport(
     report = Report("transport")
     loads = [("128k", 1), ("2m", 1), ("4m", 1), ("4m", 2)]
     try:
-        results = _measure(console, loads, repeats, run_mib << 20)
+        with tempfile.TemporaryDirectory() as folder:
+            proofs = {"tcp": Proof()} | (_proofs(Path(folder)) if tls else {})
+            results = _measure(console, loads, repeats, run_mib << 20, proofs)
     except (OSError, PoolError, ProcessFailed) as error:
         console.print(f"[red]bench transport: {error}[/red]")
         raise typer.Exit(1) from error
     _conclude(report, results, loads)
+    for who in ("tcp", "secret", "tls") if tls else ():
+        _add_costs(report, results, loads, who)
     report.print(console)
     if json is not None:
         report.write_json(json)
     if plot is not None:
         groups = {
             f"{size}, {connections} conn.": {
-                who: results[who, size, connections].median / 1e9 for who in ("bare", "tcp")
+                who: results[who, size, connections].median / 1e9 for who in ("bare", *proofs)
             }
             for size, connections in loads
         }
         bar_chart(plot, "Reads over loopback TCP, two processes", "GB/s", groups)
 
 
-def _measure(console: Console, loads: list[tuple[str, int]], repeats: int, run_bytes: int) -> Results:
-    """All loads, interleaved: each repeat runs both contestants of every load, in turns first."""
+def _proofs(folder: Path) -> dict[str, Proof]:
+    """Of a node with a secret, and of one with certificates. Raises OSError."""
+    key, file = os.urandom(32).hex(), folder / "secret"
+    file.touch(0o600)
+    file.write_text(key)
+    certificates = Authority(folder).issue()
+    return {
+        "secret": Proof(("--secret-file", str(file)), secret=Secret(key.encode())),
+        "tls": Proof(tuple(certificates.flags), tls=certificates.tls),
+    }
+
+
+def _measure(
+    console: Console, loads: list[tuple[str, int]], repeats: int, run_bytes: int, proofs: dict[str, Proof]
+) -> Results:
+    """All loads, interleaved: each repeat runs all contestants of every load, forwards and backwards in turns."""
     results: Results = defaultdict(Samples)
     members = ["--memory", str(len(SIZES) * SET_BYTES)]
     command = python_command("-m", "penstock", "pool", "--listen", "127.0.0.1:0", *members)
     with contextlib.ExitStack() as stack:
-        node = stack.enter_context(ReadyProcess(command, POOL_READY, ready_s=30.0))
+        nodes = {
+            who: stack.enter_context(ReadyProcess([*command, *proof.flags], POOL_READY, ready_s=30.0))
+            for who, proof in proofs.items()
+        }
         bare = stack.enter_context(bare_process())
         buffers = aligned_buffer(BUFFER_BYTES)
-        keys = _fill(node.address)
+        keys = {who: _fill(nodes[who].address, proof) for who, proof in proofs.items()}
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         progress = stack.enter_context(Progress(*columns, console=console))
-        bar = progress.add_task("reading", total=repeats * len(loads) * 2)
+        bar = progress.add_task("reading", total=repeats * len(loads) * (1 + len(nodes)))
         for repeat in range(repeats):
             for size, connections in loads:
                 size_bytes = SIZES[size]
@@ -108,14 +146,17 @@ def _measure(console: Console, loads: list[tuple[str, int]], repeats: int, run_b
                 load = (size_bytes, count, connections, buffers)
                 runs: dict[str, tuple[int, Callable[[], float]]] = {
                     "bare": (bare.pid, partial(run_bare, bare.address, *load)),
-                    "tcp": (node.pid, partial(_run_pool, node.address, keys[size], *load)),
                 }
+                for who, proof in proofs.items():
+                    node = nodes[who]
+                    runs[who] = (node.pid, partial(_run_pool, node.address, proof, keys[who][size], *load))
                 for who in sorted(runs, reverse=repeat % 2 == 1):
                     pid, run = runs[who]
-                    before_s = _cpu_s(pid)
+                    begin_s, node_begin_s = time.process_time(), _cpu_s(pid)
                     seconds = run()
                     found = results[who, size, connections]
-                    found.cpu_s += _cpu_s(pid) - before_s
+                    found.client_cpu_s += time.process_time() - begin_s
+                    found.node_cpu_s += _cpu_s(pid) - node_begin_s
                     found.moved_bytes += count * size_bytes
                     found.bytes_per_s.append(count * size_bytes / seconds)
                     progress.advance(bar)
@@ -140,6 +181,21 @@ def _conclude(report: Report, results: Results, loads: list[tuple[str, int]]) ->
     report.notes.append("limit of *_ratio: the goal; of *_cpu_s_per_gb: the bare loop's, both processes together")
 
 
+def _add_costs(report: Report, results: Results, loads: list[tuple[str, int]], who: str) -> None:
+    """What one way of proof costs: bandwidth, and the CPU time of each side."""
+    for size, connections in loads:
+        suffix = size if connections == 1 else f"{size}_{connections}conn"
+        found, plain = results[who, size, connections], results["tcp", size, connections]
+        gb = found.moved_bytes / 1e9
+        if who != "tcp":
+            report.figure(f"{who}_read_{suffix}_gb_per_s", found.median / 1e9)
+            report.figure(f"{who}_read_{suffix}_to_tcp_ratio", found.median / plain.median)
+        report.figure(f"{who}_read_{suffix}_client_cpu_s_per_gb", found.client_cpu_s / gb)
+        report.figure(f"{who}_read_{suffix}_node_cpu_s_per_gb", found.node_cpu_s / gb)
+    if who == "tls":
+        report.notes.append("tcp_*: whoever reaches the port; secret_*: a shared secret; tls_*: mutual TLS 1.3")
+
+
 def _checksum_cost() -> tuple[float, float]:
     """GB/s and CPU-s per GB of the checksum alone, over memory that no cache holds."""
     memory = aligned_buffer(SET_BYTES)
@@ -154,17 +210,17 @@ def _checksum_cost() -> tuple[float, float]:
 
 
 def _cpu_s(pid: int) -> float:
-    """CPU time of this process and the other one."""
+    """CPU time of another process."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return time.process_time() + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # --- Penstock: a pool node and a client ---
 
 
-def _fill(address: str) -> dict[str, list[BlockKey]]:
+def _fill(address: str, proof: Proof) -> dict[str, list[BlockKey]]:
     """Write the block sets; returns their keys."""
-    pool = connect_pool(address)
+    pool = connect_pool(address, secret=proof.secret, tls=proof.tls)
     data = aligned_buffer(max(SIZES.values()))
     data[:] = os.urandom(len(data))
     keys: dict[str, list[BlockKey]] = {}
@@ -234,9 +290,15 @@ class _Reader:
 
 
 def _run_pool(
-    address: str, keys: list[BlockKey], size_bytes: int, count: int, connections: int, buffers: memoryview
+    address: str,
+    proof: Proof,
+    keys: list[BlockKey],
+    size_bytes: int,
+    count: int,
+    connections: int,
+    buffers: memoryview,
 ) -> float:
-    pool = connect_pool(address, connections=connections)
+    pool = connect_pool(address, connections=connections, secret=proof.secret, tls=proof.tls)
     try:
         return _Reader(pool, keys, size_bytes, count, buffers).run()
     finally:
