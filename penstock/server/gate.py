@@ -27,9 +27,16 @@ _PATHS = {
     "/v1/models",
     "/v1/completions",
     "/v1/chat/completions",
+    "/tokenize",
+    "/detokenize",
 }
 REQUEST_ID_BYTES_MAX = 512
 UNREAD_MARGIN_S = 5.0  # answers that have a bound of their own on unread data end before this one does
+
+
+def is_api(path: str) -> bool:
+    """Whether this path is for everybody who has a key."""
+    return path.startswith("/v1/") or path in ("/tokenize", "/detokenize")
 
 
 class Gate:
@@ -85,7 +92,7 @@ class Gate:
         return headers
 
     def _refusal(self, scope: Scope) -> Response | None:
-        if not scope["path"].startswith("/v1/"):
+        if not is_api(scope["path"]):
             return None
         if self._key_digest is not None and not self._authorised(scope):
             return ApiError(401, "the API key is missing or wrong (Authorization: Bearer KEY)").response()
