@@ -11,7 +11,6 @@ from asking import Answer, prompt_of
 from paths_rig import BLOCK, Cluster, beside, cluster, mixed
 
 from penstock.engine.runner import SamplingParams
-from penstock.engine.shaping import Shaping
 from penstock.testing.tiny_models import build_tiny
 
 Expected = Callable[..., list[int]]
@@ -26,22 +25,6 @@ def test_a_prompt_is_handed_over_and_decoded(llama: Path, expected: Expected) ->
         assert question.prefill.report.handed_blocks == 9
         assert not question.prefill.report.hand_off_failures
         assert question.decode.report.cached_tokens == 9 * BLOCK
-
-
-def test_an_answer_is_shaped_alike_over_two_engines_and_on_one(llama: Path) -> None:
-    """Penalties look back at tokens that the prefill engine drew; min_tokens counts them."""
-    prompt = prompt_of(31, 3 * BLOCK + 5)
-    shaping = Shaping(frequency_penalty=2.0, repetition_penalty=1.3, min_tokens=9, logit_bias=((1, 30.0),))
-    sampling = SamplingParams(max_tokens=16, temperature=0.0, shaping=shaping)
-    with cluster(llama) as c, mixed(llama, c) as alone:
-        question = c.start(prompt, sampling)
-        whole = Answer()
-        c.place(alone, "mixed", whole, prompt, sampling)
-        assert whole.wait().finish_reason == "stop" and len(whole.tokens) >= 10
-        assert question.prefill.wait().finish_reason == "handed_over" and len(question.prefill.tokens) == 1
-        assert question.decode.wait().finish_reason == "stop"
-        assert question.prefill.tokens + question.decode.tokens == whole.tokens
-        assert 1 not in whole.tokens[:9]
 
 
 @contextlib.contextmanager
