@@ -89,7 +89,10 @@ def test_the_wire_has_bounds(shaping: Shaping) -> None:
     placed = PlacedRequest(request_id="r", epoch=1, prompt_tokens=[1], sampling=SamplingParams(shaping=shaping))
     with pytest.raises(msgspec.ValidationError):
         msgspec.msgpack.decode(msgspec.msgpack.encode(placed), type=PlacedRequest)
-    fine = PlacedRequest(
-        request_id="r", epoch=1, prompt_tokens=[1], sampling=SamplingParams(shaping=Shaping(min_p=0.5))
-    )
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(fine), type=PlacedRequest) == placed
+
+
+def test_what_is_asked_of_the_logits_comes_over_the_wire_as_it_was() -> None:
+    shaping = Shaping(min_p=0.5, stop_token_ids=(3,), logit_bias=((1, -2.0),))
+    sampling = SamplingParams(shaping=shaping, logprobs=4)
+    placed = PlacedRequest(request_id="r", epoch=1, prompt_tokens=[1], sampling=sampling)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(placed), type=PlacedRequest) == placed
