@@ -12,11 +12,14 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from penstock.rate_limited_log import RateLimitedLog
+from penstock.server.acceptor import Admission
 from penstock.server.reply import ABORT_EXTENSION
 
 rare = RateLimitedLog(logging.getLogger(__name__))
 
 HEAD_BYTES_MAX = 64 * 2**10
+HEAD_LINES_MAX = 256
+PIPELINED_MAX = 64  # requests of one connection that wait for the answer before theirs
 KEEP_ALIVE_GRACE_S = 1.0  # a connection is kept so much longer than its answers say: the client closes it first
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER of zero seconds
 _END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
@@ -31,10 +34,18 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
       header is hidden from the parser, which would otherwise take the body for another protocol.
     - Whenever no request is being served, the connection has a deadline: `header_timeout_s` for a head or for the rest
       of a body that nobody wants, `keep_alive_s` between requests. Line breaks between requests do not move it.
+    - While it waits for its client it may be closed to make room for another one (`admission`).
+    - Trailers are dropped: nobody looks at them, and they are no headers.
     """
 
     class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
+        def __init__(self, admission: Admission, **more: Any) -> None:
+            super().__init__(**more)
+            self._admission = admission
+            self._too_many = False
+
         def connection_made(self, transport: Any) -> None:
+            self._admission.close = self._make_room
             self._head = bytearray()  # of the next request, while the parser is between two messages
             self._between_messages = True
             self._bytes_without_body = 0  # that the parser took since it last gave out a piece of a body
@@ -44,6 +55,7 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._serve_without_deadline()
+            self._admission.ended()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -53,11 +65,20 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
                 self._feed(data)
 
         def on_message_begin(self) -> None:
+            if len(self.pipeline) >= PIPELINED_MAX:
+                self._too_many = True
+                raise ValueError(f"more than {PIPELINED_MAX} requests wait for an answer")
             super().on_message_begin()
             self._between_messages = False
+            self._headers_complete = False
             self.scope["extensions"] = {ABORT_EXTENSION: self._cut}
 
+        def on_header(self, name: bytes, value: bytes) -> None:
+            if not self._headers_complete:
+                super().on_header(name, value)
+
         def on_headers_complete(self) -> None:
+            self._headers_complete = True
             self._serve_without_deadline()
             self._bytes_without_body = 0
             super().on_headers_complete()
@@ -71,17 +92,29 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
             super().on_message_complete()
             if self._nothing_served():
                 self._end_when_idle()
+            else:
+                self._admission.serves()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
+            if self._nothing_served():
+                self._admission.waits()
             if self.transport.is_closing():
                 self._end_within(header_timeout_s)  # what was answered may still wait for the client to read it
             elif self._nothing_served():
                 self._end_when_idle()
 
         def send_400_response(self, msg: str) -> None:
-            super().send_400_response(msg)
-            self._end_within(header_timeout_s)
+            """What is no HTTP, or too many requests at once. It never goes into the middle of another answer."""
+            cycle = self.cycle
+            if self._too_many:
+                rare.warning("pipelined", "a connection was cut: more than %d requests at once", PIPELINED_MAX)
+                self._cut()
+            elif self.pipeline or (cycle is not None and cycle.response_started and not cycle.response_complete):
+                self._cut()
+            else:
+                super().send_400_response(msg)
+                self._end_within(header_timeout_s)
 
         # -- heads ----------------------------------------------------------------------------------------------
 
@@ -96,7 +129,8 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
             looked_at = max(0, len(head) - 3)
             head += data
             end = _END_OF_HEAD.search(head, looked_at)
-            if (end.end() if end else len(head)) > HEAD_BYTES_MAX:
+            size = end.end() if end else len(head)
+            if size > HEAD_BYTES_MAX or head.count(b"\n", 0, size) > HEAD_LINES_MAX:
                 self._refuse_head()
             elif end:
                 whole, self._head = bytes(head), bytearray()
@@ -114,9 +148,10 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
 
         def _refuse_head(self) -> None:
             self._head = bytearray()
-            rare.warning("head", "a request was refused: its head is larger than %d bytes", HEAD_BYTES_MAX)
+            limits = f"larger than {HEAD_BYTES_MAX} bytes or {HEAD_LINES_MAX} lines"
+            rare.warning("head", "a request was refused: its head is %s", limits)
             if self._nothing_served():
-                text = b"the request line and headers are larger than %d bytes" % HEAD_BYTES_MAX
+                text = f"the request line and headers are {limits}".encode()
                 lines = [
                     b"content-type: text/plain",
                     b"content-length: %d" % len(text),
@@ -153,6 +188,13 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
 
         def timeout_keep_alive_handler(self) -> None:
             """uvicorn's own timer, which any byte would cancel: `_deadline` does its work."""
+
+        def _make_room(self) -> None:
+            """Another connection is taken instead of this one, which waits for its client."""
+            if self.scheme == "https" or self.transport.get_write_buffer_size():
+                self._cut()
+            else:
+                self.transport.close()
 
         def _cut_late(self) -> None:
             if not self.transport.is_closing():

@@ -85,10 +85,10 @@ class RequestPreparation:
             return self._parse(raw, kind)
         return await _on(self._parsing, partial(self._parse, raw, kind))
 
-    async def prepare(self, request: Request, body: GenerationBody) -> Prepared:
-        """Raises ApiError."""
+    async def prepare(self, request: Request, body: GenerationBody, tenant: str) -> Prepared:
+        """`tenant`: that of the request's key. Raises ApiError."""
         default = COMPLETION_MAX_TOKENS if isinstance(body, CompletionBody) else None
-        options = check_options(body, request.headers, default, self.settings)
+        options = check_options(body, request.headers, default, self.settings, tenant)
         if options.stop and self._codec is None:
             raise bad_request("stop needs a tokenizer, and this checkpoint has none", "stop")
         chat = isinstance(body, ChatBody)

@@ -13,7 +13,9 @@ def connect(served: Served, timeout_s: float = 30.0) -> socket.socket:
 
 
 def head_of(method: str, path: str, length: int | None = None, *more: str) -> bytes:
-    lines = [f"{method} {path} HTTP/1.1", "host: a", *more]
+    lines = [f"{method} {path} HTTP/1.1", "host: localhost", *more]
+    if method == "POST":
+        lines.append("content-type: application/json")
     if length is not None:
         lines.append(f"content-length: {length}")
     return "\r\n".join([*lines, "", ""]).encode()
