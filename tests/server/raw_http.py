@@ -6,6 +6,8 @@ import socket
 
 from served import Served
 
+JSON_TYPE = {"content-type": "application/json"}
+
 
 def connect(served: Served, timeout_s: float = 30.0) -> socket.socket:
     host, port = served.url.removeprefix("http://").split(":")

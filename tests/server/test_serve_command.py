@@ -18,6 +18,7 @@ import psutil
 import pytest
 import typer
 from openai import OpenAI
+from raw_http import head_of
 from typer.testing import CliRunner
 
 from penstock.core.config import ConfigError
@@ -170,7 +171,7 @@ def test_sigterm_ends_the_command_while_chats_render_for_ever(checkpoint: Path, 
         assert found
         (renderer,) = psutil.Process(process.pid).children()
         body = b'{"messages": [{"role": "user", "content": "loop"}]}'
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body)
+        head = head_of("POST", "/v1/chat/completions", len(body))
         before_s = renderer.cpu_times().user
         with socket.create_connection((found[1], int(found[2]))) as client:
             client.sendall(head + body)
