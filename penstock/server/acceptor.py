@@ -17,7 +17,7 @@ from penstock.rate_limited_log import RateLimitedLog
 
 rare = RateLimitedLog(logging.getLogger(__name__))
 
-ACCEPTED_AT_ONCE = 8  # then the event loop does other work
+ACCEPTED_AT_ONCE = 4  # then the event loop does other work
 PAUSE_S = 0.05  # after an accept that failed for want of descriptors or memory
 TLS_CLOSE_S = 5.0  # how long a client may take to answer the end of TLS
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -34,6 +34,7 @@ class Admission:
 
     acceptor: Acceptor
     number: int
+    address: str  # what counts as one
     close: Callable[[], object]  # ends the connection, whatever it waits for
 
     def waits(self) -> None:
@@ -57,13 +58,16 @@ class Acceptor:
         listener: socket.socket,
         protocol: Callable[[Admission], asyncio.Protocol],
         budget: ConnectionBudget,
+        busy: Callable[[], bool],
         tls: ssl.SSLContext | None,
         handshake_timeout_s: float,
     ) -> None:
-        """`listener` listens; it stays the caller's."""
+        """`listener` listens; it stays the caller's. `busy`: whether there is work from connections before; then others
+        are accepted one by one, so that those who have sent their requests keep their places."""
         self.budget = budget
         self._listener = listener
         self._protocol = protocol
+        self._busy = busy
         self._tls = tls
         self._handshake_timeout_s = handshake_timeout_s
         self._loop = asyncio.get_running_loop()
@@ -101,7 +105,7 @@ class Acceptor:
         self._admitted.pop(number, None)
 
     def _accept(self) -> None:
-        for _ in range(ACCEPTED_AT_ONCE):
+        for _ in range(1 if self._busy() else ACCEPTED_AT_ONCE):
             try:
                 client, address = self._listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -131,7 +135,7 @@ class Acceptor:
         if victims is None:
             self._refuse(client)
             return
-        admission = Admission(self, number, client.close)
+        admission = Admission(self, number, host, client.close)
         self._admitted[number] = admission
         self.close_all(victims)
         task = self._loop.create_task(self._connect(client, admission))

@@ -7,18 +7,23 @@ import logging
 import re
 import socket
 import struct
+from collections import deque
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.server.acceptor import Admission
 from penstock.server.reply import ABORT_EXTENSION
+from penstock.server.turns import Turns
 
 rare = RateLimitedLog(logging.getLogger(__name__))
 
 HEAD_BYTES_MAX = 64 * 2**10
 HEAD_LINES_MAX = 256
+SLICE_BYTES = 4096  # parsed at once; a head of empty headers has a thousand of them in it
+PIPELINED_AND_READ = 16  # while fewer requests wait for the answer before theirs, the connection is read
 PIPELINED_MAX = 64  # requests of one connection that wait for the answer before theirs
 KEEP_ALIVE_GRACE_S = 1.0  # a connection is kept so much longer than its answers say: the client closes it first
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER of zero seconds
@@ -35,14 +40,20 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
     - Whenever no request is being served, the connection has a deadline: `header_timeout_s` for a head or for the rest
       of a body that nobody wants, `keep_alive_s` between requests. Line breaks between requests do not move it.
     - While it waits for its client it may be closed to make room for another one (`admission`).
+    - Connections take turns at being parsed (`turns`), a slice at a time.
     - Trailers are dropped: nobody looks at them, and they are no headers.
     """
 
     class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
-        def __init__(self, admission: Admission, **more: Any) -> None:
+        def __init__(self, admission: Admission, turns: Turns, **more: Any) -> None:
             super().__init__(**more)
+            self.address = admission.address
             self._admission = admission
+            self._turns = turns
+            self._received: deque[bytes] = deque()  # what has come and waits for its turn
+            self._body_has_length = False
             self._too_many = False
+            self._running: Any = None  # the request that is being answered; uvicorn's `cycle` is the newest one
 
         def connection_made(self, transport: Any) -> None:
             self._admission.close = self._make_room
@@ -55,14 +66,33 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._serve_without_deadline()
+            self._received.clear()
             self._admission.ended()
+            self._end_running()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
+            waits = bool(self._received)
+            self._received.append(data)
+            if waits or self._turns.received(self):
+                self.transport.pause_reading()
+
+        def take(self) -> bool:
+            """A slice of what has come: small where each byte may cost something, the whole of a plain body."""
+            if not self._received or self.transport.is_closing():
+                self._received.clear()
+                return False
+            data = self._received.popleft()
+            if not self._body_has_length and len(data) > SLICE_BYTES:
+                self._received.appendleft(data[SLICE_BYTES:])
+                data = data[:SLICE_BYTES]
             if self._between_messages:
                 self._collect_head(data)
             else:
                 self._feed(data)
+            if not self._received and not self.flow.read_paused and not self.transport.is_closing():
+                self.transport.resume_reading()
+            return bool(self._received)
 
         def on_message_begin(self) -> None:
             if len(self.pipeline) >= PIPELINED_MAX:
@@ -79,9 +109,13 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
 
         def on_headers_complete(self) -> None:
             self._headers_complete = True
+            self._body_has_length = any(name == b"content-length" for name, _ in self.headers)
+            self._turns.request()
             self._serve_without_deadline()
             self._bytes_without_body = 0
             super().on_headers_complete()
+            if 0 < len(self.pipeline) < PIPELINED_AND_READ:
+                self.flow.resume_reading()  # or nobody would see that the client has left
 
         def on_body(self, body: bytes) -> None:
             self._bytes_without_body = 0
@@ -89,6 +123,7 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
 
         def on_message_complete(self) -> None:
             self._between_messages = True
+            self._body_has_length = False
             super().on_message_complete()
             if self._nothing_served():
                 self._end_when_idle()
@@ -114,7 +149,18 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
                 self._cut()
             else:
                 super().send_400_response(msg)
+                self._end_running()
                 self._end_within(header_timeout_s)
+
+        def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+            self._running = cycle
+            super()._start_asgi_task(cycle, app)
+
+        def _end_running(self) -> None:
+            """The connection is gone or about to be: whoever answers a request writes no more, and learns it now."""
+            if self._running is not None:
+                self._running.disconnected = True
+                self._running.message_event.set()
 
         # -- heads ----------------------------------------------------------------------------------------------
 
@@ -141,7 +187,14 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
         def _feed(self, data: bytes) -> None:
             """To the parser. What is no body (trailers, a head behind another request) is bounded here."""
             self._bytes_without_body += len(data)
-            super().data_received(data)
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade:  # CONNECT: it is answered as any other method
+                pass
+            except httptools.HttpParserError as error:
+                rare.warning("invalid", "a connection sent what is no HTTP: %s", error)
+                self.send_400_response("Invalid HTTP request received.")
+                return
             if self._bytes_without_body > HEAD_BYTES_MAX:
                 rare.warning("trailers", "a connection was cut: more than %d bytes without a body", HEAD_BYTES_MAX)
                 self._cut()
@@ -195,6 +248,7 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
                 self._cut()
             else:
                 self.transport.close()
+                self._end_running()
 
         def _cut_late(self) -> None:
             if not self.transport.is_closing():
@@ -207,5 +261,6 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
             if peer is not None and not self.transport.is_closing():
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             self.transport.abort()
+            self._end_running()
 
     return BoundedProtocol

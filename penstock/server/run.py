@@ -7,6 +7,7 @@ import errno
 import ipaddress
 import logging
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -20,12 +21,14 @@ from penstock.server.connection import bounded_protocol
 from penstock.server.hosts import HostCheck
 from penstock.server.reload import reload_changed_files
 from penstock.server.settings import ServerSettings
+from penstock.server.turns import Turns
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024
 FILES_APART = 256  # open files that are no connections of clients: slabs, nodes of the pool, engines
 SHARE_MAX = 1024  # connections of one address that wait for their client, and a quarter of all
+SWITCH_INTERVAL_S = 0.0005  # how long the event loop may wait for a thread that renders or parses
 LAST_WORDS_S = 2.0  # after cancelling what runs, until connections are cut
 
 
@@ -97,6 +100,7 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
     def serve_forever(self) -> None:
         """Listen and serve. Raises BindError when another process listens there by now."""
         self._bound_connections(raise_file_limit())
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         try:
             self._listener.listen(BACKLOG)
         except OSError as error:
@@ -123,18 +127,21 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept within the budget of connections, instead of uvicorn's way."""
         settings, loop = self._server.settings, asyncio.get_running_loop()
+        turns = Turns(loop)
         share = max(1, min(self._connections_max // 4, SHARE_MAX))
 
         def protocol(admission: Admission) -> asyncio.Protocol:
             found = self.config.http_protocol_class(
-                admission, config=self.config, server_state=self.server_state, app_state={}, _loop=loop
+                admission, turns, config=self.config, server_state=self.server_state, app_state={}, _loop=loop
             )
             assert isinstance(found, asyncio.Protocol)
             return found
 
         budget = ConnectionBudget(self._connections_max, share)
         context = settings.tls.context if settings.tls is not None else None
-        self.servers = [Acceptor(self._listener, protocol, budget, context, settings.handshake_timeout_s)]
+        self.servers = [
+            Acceptor(self._listener, protocol, budget, lambda: turns.waiting > 0, context, settings.handshake_timeout_s)
+        ]
         self._reloading = loop.create_task(reload_changed_files(settings))
         self.started = True
         self._on_ready()

@@ -9,9 +9,13 @@ from served import Served
 JSON_TYPE = {"content-type": "application/json"}
 
 
-def connect(served: Served, timeout_s: float = 30.0) -> socket.socket:
+def connect_address(served: Served) -> tuple[str, int]:
     host, port = served.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=timeout_s)
+    return host, int(port)
+
+
+def connect(served: Served, timeout_s: float = 30.0) -> socket.socket:
+    return socket.create_connection(connect_address(served), timeout=timeout_s)
 
 
 def head_of(method: str, path: str, length: int | None = None, *more: str) -> bytes:

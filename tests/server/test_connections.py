@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from echo_engine import EchoEngine
-from raw_http import connect, ended, head_of, read_answer
+from raw_http import connect, connect_address, ended, head_of, read_answer
 from served import Start
 
 BODY = json.dumps({"prompt": [70, 71], "max_tokens": 2}).encode()
@@ -205,7 +205,7 @@ def test_one_address_has_a_share_of_the_connections_that_wait(start: Start, monk
         honest = stack.enter_context(socket.socket())
         honest.bind(("127.0.0.2", 0))
         honest.settimeout(30)
-        honest.connect(connect(served).getpeername())
+        honest.connect(connect_address(served))
         honest.sendall(FINE)
         assert read_answer(honest)[0] == 200
         for then in (b"", b"\r\n", b"GET", REFUSED, head_of("POST", "/v1/completions", 1000)):
@@ -255,6 +255,31 @@ def test_thousands_of_pipelined_requests_are_not_kept(start: Start) -> None:
         data = b""
         while data.count(b"HTTP/1.1 200") < 60:
             data += client.recv(2**16)
+
+
+def test_a_client_that_leaves_behind_a_pipelined_request_cancels_what_runs(start: Start) -> None:
+    """The request that is answered is not the newest one of its connection."""
+    served = start(EchoEngine(hold_after=1))
+    with connect(served) as client:
+        stream(client)
+        client.sendall(FINE)
+        while served.app.metrics.registry.get_sample_value("penstock_http_open_requests") != 1:
+            time.sleep(0.01)
+    assert served.engine.wait(lambda engine: engine.open_requests() == 0)
+
+
+def test_a_thousand_requests_at_once_from_one_address_are_all_served(start: Start, monkeypatch: Any) -> None:
+    """Nobody who has sent his request loses his place to those who come behind him."""
+    monkeypatch.setattr("penstock.server.run.raise_file_limit", lambda: 1024)  # 768 connections, 192 for an address
+    served = start()
+    with contextlib.ExitStack() as stack:
+        clients = [socket.socket() for _ in range(700)]
+        for client in clients:
+            stack.enter_context(client)
+            client.settimeout(60)
+            client.connect(connect_address(served))
+            client.sendall(head_of("GET", "/health", None, "connection: close"))
+        assert [read_answer(client)[0] for client in clients] == [200] * 700
 
 
 SMUGGLED = [
