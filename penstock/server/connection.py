@@ -22,6 +22,7 @@ rare = RateLimitedLog(logging.getLogger(__name__))
 
 HEAD_BYTES_MAX = 64 * 2**10
 HEAD_LINES_MAX = 256
+HELD_BACK_BYTES_MAX = 2**16  # behind a request that is not answered; then the connection is not read
 SLICE_BYTES = 4096  # parsed at once; a head of empty headers has a thousand of them in it
 PIPELINED_AND_READ = 16  # while fewer requests wait for the answer before theirs, the connection is read
 PIPELINED_MAX = 64  # requests of one connection that wait for the answer before theirs
@@ -50,8 +51,10 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
             self.address = admission.address
             self._admission = admission
             self._turns = turns
-            self._received: deque[bytes] = deque()  # what has come and waits for its turn
-            self._body_has_length = False
+            self._received: deque[memoryview] = deque()  # what has come and waits for its turn
+            self._received_bytes = 0
+            self._behind_another = False  # it waits for the answer to another request
+            self._body_left = 0  # of a body of known length
             self._too_many = False
             self._running: Any = None  # the request that is being answered; uvicorn's `cycle` is the newest one
 
@@ -66,33 +69,56 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._serve_without_deadline()
-            self._received.clear()
+            self._drop_received()
             self._admission.ended()
             self._end_running()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
             waits = bool(self._received)
-            self._received.append(data)
-            if waits or self._turns.received(self):
+            self._received.append(memoryview(data))
+            self._received_bytes += len(data)
+            if not waits:
+                self._take_turns()
+            elif not self._behind_another or self._received_bytes > HELD_BACK_BYTES_MAX:
+                self.transport.pause_reading()
+
+        def _take_turns(self) -> None:
+            self._behind_another = False
+            if self._turns.received(self) or self._received_bytes > HELD_BACK_BYTES_MAX:
                 self.transport.pause_reading()
 
         def take(self) -> bool:
-            """A slice of what has come: small where each byte may cost something, the whole of a plain body."""
+            """A slice of what has come: small where each byte may cost something, else as much as the body has. A
+            request behind one that is not answered waits unparsed."""
             if not self._received or self.transport.is_closing():
-                self._received.clear()
+                self._drop_received()
+                return False
+            if self._between_messages and not self._nothing_served():
+                self._behind_another = True
+                self._read_on(HELD_BACK_BYTES_MAX)
                 return False
             data = self._received.popleft()
-            if not self._body_has_length and len(data) > SLICE_BYTES:
-                self._received.appendleft(data[SLICE_BYTES:])
-                data = data[:SLICE_BYTES]
+            size = self._body_left or SLICE_BYTES
+            if len(data) > size:
+                self._received.appendleft(data[size:])
+                data = data[:size]
+            self._received_bytes -= len(data)
             if self._between_messages:
-                self._collect_head(data)
+                self._collect_head(bytes(data))
             else:
-                self._feed(data)
-            if not self._received and not self.flow.read_paused and not self.transport.is_closing():
-                self.transport.resume_reading()
+                self._feed(bytes(data))
+            self._read_on(0)
             return bool(self._received)
+
+        def _read_on(self, waiting_bytes: int) -> None:
+            """Unless more than this waits."""
+            if self._received_bytes <= waiting_bytes and not self.flow.read_paused and not self.transport.is_closing():
+                self.transport.resume_reading()
+
+        def _drop_received(self) -> None:
+            self._received.clear()
+            self._received_bytes = 0
 
         def on_message_begin(self) -> None:
             if len(self.pipeline) >= PIPELINED_MAX:
@@ -109,7 +135,8 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
 
         def on_headers_complete(self) -> None:
             self._headers_complete = True
-            self._body_has_length = any(name == b"content-length" for name, _ in self.headers)
+            length = next((value for name, value in self.headers if name == b"content-length"), b"0")
+            self._body_left = int(length) if length.isdigit() and len(length) < 20 else 0
             self._turns.request()
             self._serve_without_deadline()
             self._bytes_without_body = 0
@@ -119,11 +146,12 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
 
         def on_body(self, body: bytes) -> None:
             self._bytes_without_body = 0
+            self._body_left = max(0, self._body_left - len(body))
             super().on_body(body)
 
         def on_message_complete(self) -> None:
             self._between_messages = True
-            self._body_has_length = False
+            self._body_left = 0
             super().on_message_complete()
             if self._nothing_served():
                 self._end_when_idle()
@@ -138,6 +166,8 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
                 self._end_within(header_timeout_s)  # what was answered may still wait for the client to read it
             elif self._nothing_served():
                 self._end_when_idle()
+            if self._behind_another:
+                self._take_turns()
 
         def send_400_response(self, msg: str) -> None:
             """What is no HTTP, or too many requests at once. It never goes into the middle of another answer."""
@@ -179,10 +209,12 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
             if size > HEAD_BYTES_MAX or head.count(b"\n", 0, size) > HEAD_LINES_MAX:
                 self._refuse_head()
             elif end:
-                whole, self._head = bytes(head), bytearray()
-                if _UPGRADE.search(whole, 0, end.end()):
-                    whole = _UPGRADE.sub(b"x-upgrade:", whole[: end.end()]) + whole[end.end() :]
-                self._feed(whole)
+                rest = memoryview(head)[size:]
+                if rest:
+                    self._received.appendleft(rest)
+                    self._received_bytes += len(rest)
+                whole, self._head = bytes(head[:size]), bytearray()
+                self._feed(_UPGRADE.sub(b"x-upgrade:", whole))
 
         def _feed(self, data: bytes) -> None:
             """To the parser. What is no body (trailers, a head behind another request) is bounded here."""

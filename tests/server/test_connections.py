@@ -245,16 +245,30 @@ def test_without_descriptors_an_idle_connection_goes_and_the_server_goes_on(star
         acceptor._listener = listener
 
 
-def test_thousands_of_pipelined_requests_are_not_kept(start: Start) -> None:
+def test_pipelined_requests_wait_unparsed_for_the_answer_before_theirs(start: Start) -> None:
     served = start(EchoEngine(hold_after=1))
     with connect(served) as client:
-        client.sendall(head_of("POST", "/v1/completions", len(BODY)) + BODY + FINE * 1500)
-        assert ended(client)
-    with connect(served) as client:
-        client.sendall(FINE * 60)
+        client.sendall(head_of("POST", "/v1/completions", len(BODY)) + BODY + FINE * 3000)
+        assert served.engine.wait(lambda engine: engine.open_requests() == 1)
+        assert served.http.get("/health").status_code == 200
+        (connection,) = [one for one in served.server.server_state.connections if one.cycle.scope["method"] == "POST"]
+        assert not connection.pipeline
+        served.engine.release()
         data = b""
-        while data.count(b"HTTP/1.1 200") < 60:
+        while data.count(b"HTTP/1.1 200") < 3001:
             data += client.recv(2**16)
+        assert data.index(b'"total_tokens"') < data.index(b'{"status":"ok"}')
+
+
+def test_thousands_of_requests_behind_chunks_are_not_kept(start: Start) -> None:
+    """Where chunks end is known to the parser only, so that a slice has more than one request in it."""
+    chunked = head_of("POST", "/v1/completions", None, "transfer-encoding: chunked")
+    chunked += b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+    with connect(start(EchoEngine(hold_after=1))) as client:
+        client.sendall(chunked + b"GET / HTTP/1.1\r\n\r\n" * 180)
+        with contextlib.suppress(OSError):
+            client.sendall(FINE * 10_000)
+        assert ended(client)
 
 
 def test_a_client_that_leaves_behind_a_pipelined_request_cancels_what_runs(start: Start) -> None:
