@@ -56,6 +56,7 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
             self._behind_another = False  # it waits for the answer to another request
             self._body_left = 0  # of a body of known length
             self._too_many = False
+            self._gone = False
             self._running: Any = None  # the request that is being answered; uvicorn's `cycle` is the newest one
 
         def connection_made(self, transport: Any) -> None:
@@ -68,11 +69,21 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
             self._end_within(header_timeout_s)
 
         def connection_lost(self, exc: Exception | None) -> None:
+            """Instead of uvicorn's way, which tells the newest request, not the one that is answered, and all requests
+            of a thousand connections in one iteration of the loop."""
             self._serve_without_deadline()
-            self._drop_received()
+            self._unset_keepalive_if_required()
             self._admission.ended()
-            self._end_running()
-            super().connection_lost(exc)
+            self.connections.discard(self)
+            for cycle in (self.cycle, self._running):
+                if cycle is not None and not cycle.response_complete:
+                    cycle.disconnected = True  # it writes no more, and learns it in its turn
+            in_turn = bool(self._received) and not self._behind_another
+            self._drop_received()
+            self._gone = True
+            if not in_turn:
+                self._turns.received(self)
+            self.parser = None
 
         def data_received(self, data: bytes) -> None:
             waits = bool(self._received)
@@ -91,7 +102,11 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
         def take(self) -> bool:
             """A slice of what has come: small where each byte may cost something, else as much as the body has. A
             request behind one that is not answered waits unparsed."""
-            if not self._received or self.transport.is_closing():
+            if self._gone:
+                self._turns.request()
+                self._end_running()
+                self.flow.resume_writing()
+            if self._gone or not self._received or self.transport.is_closing():
                 self._drop_received()
                 return False
             if self._between_messages and not self._nothing_served():
