@@ -46,6 +46,8 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
     """
 
     class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
+        parser: Any  # None once the connection is lost
+
         def __init__(self, admission: Admission, turns: Turns, **more: Any) -> None:
             super().__init__(**more)
             self.address = admission.address

@@ -54,7 +54,7 @@ def test_tokens_go_on_beside_an_attack(running: Running, name: str) -> None:
 def test_bad_requests_and_cut_connections_leave_nothing_behind(running: Running) -> None:
     """As many as fit in some seconds; `attacks.py --flat` sends 10^5 and 10^4."""
     target, server, _ = running
-    with settled(server, 21):
+    with settled(server, server.num_fds()):
         send_bad_ones(target, 1000, 300, 6)
     threads, files, memory = server.num_threads(), server.num_fds(), server.memory_info().rss
     with settled(server, files):
