@@ -31,7 +31,8 @@ class Overloaded(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """`slo_ttft_s` is the deadline of the first token, from arrival; `tenant` separates caches (`cache_salt`).
+    """`slo_ttft_s` is the deadline of the first token, from arrival; `tenant` separates caches: a tenant, a
+    client's `cache_salt`, or a salt within a tenant (`core.tenants`).
 
     Of a request that is placed on engines: it arrived `waited_s` ago, its prompt ends with `first_index` generated
     tokens, hits among its first `recompute_tokens` are not loaded, and with `hand_off` it ends as "handed_over" after
