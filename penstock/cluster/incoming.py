@@ -234,6 +234,7 @@ class Incoming:
             part.started = True
         if part.deadline is not None:
             part.deadline.cancel()
+        missing = min(missing, len(part.keys))
         if missing:
             count_loss("blocks_not_handed_over", missing)
             rare.warning(

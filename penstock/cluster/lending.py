@@ -59,8 +59,8 @@ class Lending:
         block that was not returned in time may be taken back."""
         now_s = time.monotonic()
         with self._lock:
-            late = [name for name, (end_s, _) in self._lent.items() if end_s < now_s]
-            freed = [self._lent.pop(name)[1] for name in late]
+            late = [name for name, (end_s, _) in self._lent.items() if end_s < now_s or name == (lender, id)]
+            freed = [self._lent.pop(name)[1] for name in late]  # a client that uses an id again has done with the first
             full = len(self._lent) >= LENT_MAX
             if not full:
                 self._lent[lender, id] = (until_s, held)

@@ -311,7 +311,7 @@ class ClusterPort:
     def _lose(self, engine: Engine, why: str) -> None:
         if self._membership.end(engine.name, engine.epoch):
             if not self._closed:
-                log.warning("engine %s left: %s", engine.name, why)
+                rare.warning(f"left {engine.name}", "engine %s left: %s", engine.name, why)
             self._forget(engine, why)
 
     def _forget(self, engine: Engine, why: str, after_all: bool = False) -> None:

@@ -169,16 +169,11 @@ class Served:
     def _control(self, request: wire.Lookup | wire.Evict | wire.Stat) -> wire.Reply:
         """Raises PoolError when the pool cannot be asked."""
         if isinstance(request, wire.Stat):
-            return wire.Stats(request.id, self._pool.stat(request.timeout_s))
+            return wire.Stats(request.id, self._pool.stat(request.timeout_s).bounded())
         keys = wire.split_keys(request.keys)
         if isinstance(request, wire.Evict):
             return wire.Evicted(request.id, self._pool.evict(keys))
-        routes: dict[tuple[str, ...], int] = {}
-        sizes, members = [], []
-        for hit in self._pool.lookup(keys, request.timeout_s):
-            sizes.append(hit.size_bytes if hit else 0)
-            members.append(routes.setdefault(hit.route, len(routes)) if hit else 0)
-        return wire.Found(request.id, sizes, members, [list(route) for route in routes])
+        return wire.found(request.id, self._pool.lookup(keys, request.timeout_s))
 
     def _probe(self, request: wire.Probe, ready_s: float) -> None:
         if not 0 < request.size_bytes <= wire.PROBE_BYTES_MAX:

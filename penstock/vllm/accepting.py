@@ -17,6 +17,7 @@ warnings = RateLimitedLog(log)
 LOOK_S = 0.25  # how often the end of the wait is looked at
 GREET_TIMEOUT_S = 5.0  # for the first message; one that has begun to arrive has to be there `READ_TIMEOUT_S` later
 READ_TIMEOUT_S = 1.0
+_NAME_CHARS_SHOWN = 200
 CANDIDATES_MAX = 16  # connections that have not greeted; the oldest gives way to a new one
 
 
@@ -86,5 +87,5 @@ def _greeted(connected: socket.socket, engine_id: str) -> Link:
     if not isinstance(message, Greet):
         raise LinkError(f"its first message is a {type(message).__name__}, not a Greet")
     if message.engine_id != engine_id:
-        raise LinkError(f"it greets engine {message.engine_id!r}, this is {engine_id!r}")
+        raise LinkError(f"it greets engine {message.engine_id[:_NAME_CHARS_SHOWN]!r}, this is {engine_id!r}")
     return link
