@@ -30,13 +30,13 @@ _RDMA_DEVICES = Path("/sys/class/infiniband")
 _ABANDON_S = 60.0  # a transfer that neither ends nor fails for so long is told at each such interval
 
 
-class _Description(msgspec.Struct, array_like=True):
+class AgentMemory(msgspec.Struct, array_like=True):
     metadata: Description
     address: Annotated[int, Meta(ge=0, extra={"bits": 64})]
     size_bytes: Annotated[int, Meta(ge=1, le=ADDRESS_BYTES_MAX)]
 
 
-_descriptions = msgspec.msgpack.Decoder(_Description)
+_descriptions = msgspec.msgpack.Decoder(AgentMemory)
 
 
 def _leave_out_verbs() -> None:
@@ -79,7 +79,7 @@ class NixlMover:
     def export(self, memory: memoryview) -> bytes:
         with self._lock:
             metadata = self._agent.get_agent_metadata()
-        return msgspec.msgpack.encode(_Description(metadata, address_of(memory), len(memory)))
+        return msgspec.msgpack.encode(AgentMemory(metadata, address_of(memory), len(memory)))
 
     def attach(self, description: bytes) -> FarMemory:
         try:

@@ -25,7 +25,7 @@ from penstock.transport.wire import ADDRESS_BYTES_MAX, NO_MESSAGE, Label, said
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-class _Description(msgspec.Struct, array_like=True):
+class MemoryFile(msgspec.Struct, array_like=True):
     """Where the file is, and what shows that it is this one: the boot of the kernel, the process namespace, a name."""
 
     boot_id: Label
@@ -36,7 +36,7 @@ class _Description(msgspec.Struct, array_like=True):
     size_bytes: Annotated[int, Meta(ge=1, le=ADDRESS_BYTES_MAX)]
 
 
-_descriptions = msgspec.msgpack.Decoder(_Description)
+_descriptions = msgspec.msgpack.Decoder(MemoryFile)
 
 
 def _this_host() -> tuple[str, str]:
@@ -60,7 +60,7 @@ class SharedMemoryMover:
 
     def export(self, memory: memoryview) -> bytes:
         fd, name, size_bytes = self._files[address_of(memory)]
-        return msgspec.msgpack.encode(_Description(*_this_host(), os.getpid(), fd, name, size_bytes))
+        return msgspec.msgpack.encode(MemoryFile(*_this_host(), os.getpid(), fd, name, size_bytes))
 
     def attach(self, description: bytes) -> FarMemory:
         try:

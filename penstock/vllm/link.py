@@ -128,6 +128,17 @@ NO_MESSAGE = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, N
 Message = Greet | Hello | Attach | Upload | Download | Notice | Done | Leaving
 
 
+_messages: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+def decode(body: bytes) -> Message:
+    """Raises LinkError for what is no message, or one with a number or a length out of bounds."""
+    try:
+        return _messages.decode(body)
+    except NO_MESSAGE as error:
+        raise LinkError(f"a message that is none: {str(error)[:_SAID_CHARS_MAX]}") from None
+
+
 def socket_name(engine_id: str, rank: int) -> str:
     """Abstract address at which a worker of an engine listens."""
     name = hashlib.blake2b(f"{engine_id}|{rank}".encode(), digest_size=16).hexdigest()
@@ -143,7 +154,6 @@ class Link:
         self._lock = threading.Lock()
         self._broken: str | None = None
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
         seconds, rest = divmod(SEND_TIMEOUT_S, 1)
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(rest * 1e6)))
 
@@ -213,10 +223,7 @@ class Link:
         (length,) = _LENGTH.unpack(head)
         if length > MESSAGE_BYTES_MAX:
             raise LinkError(f"a message of {length} bytes; at most {MESSAGE_BYTES_MAX} are allowed")
-        try:
-            return self._decoder.decode(self._exactly(length))
-        except NO_MESSAGE as error:
-            raise LinkError(f"a message that is none: {str(error)[:_SAID_CHARS_MAX]}") from None
+        return decode(self._exactly(length))
 
     def _exactly(self, length: int) -> bytes:
         data = bytearray()
