@@ -25,7 +25,7 @@ from penstock.cluster import wire
 from penstock.cluster.placed import EngineReport
 from penstock.cluster.wire_types import clip
 from penstock.core.cluster.membership import Membership, NameTaken
-from penstock.rate_limited_log import RateLimitedLog
+from penstock.rate_limited_log import RateLimitedLog, kind_of
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
 from penstock.units import format_address
 
@@ -154,10 +154,10 @@ class ClusterPort:
         except wire.ProtocolError as error:
             why = str(error)
             self.counts.refused_protocol += 1
-            rare.warning(f"protocol {error}", "connection of %s closed: %s", peer, error)
+            rare.warning(f"protocol {kind_of(error)}", "connection of %s closed: %s", peer, error)
         except SecretRefused as error:
             self.counts.refused_secret += 1
-            rare.warning(f"secret {error}", "connection of %s refused: %s", peer, error)
+            rare.warning(f"secret {kind_of(error)}", "connection of %s refused: %s", peer, error)
         except (OSError, asyncio.IncompleteReadError) as error:
             why = "the connection ended" if isinstance(error, asyncio.IncompleteReadError) else str(error)
             log.debug("connection of %s ended: %s", peer, error)

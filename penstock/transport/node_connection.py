@@ -21,6 +21,7 @@ from penstock.guarded_thread import GuardedThread, GuardedWorker
 from penstock.pool.api import PoolError
 from penstock.pool.losses import note_loss
 from penstock.pool.served import ServedPool
+from penstock.rate_limited_log import kind_of
 from penstock.transport import lanes, wire
 from penstock.transport.pacer import PIECE_BYTES
 from penstock.transport.secret import SecretRefused, prove_as_server
@@ -81,9 +82,9 @@ class Served:
             self._greet()
             self._serve_requests()
         except (wire.ProtocolError, SecretRefused) as error:
-            self._node.rare.warning(str(error), "connection of %s closed: %s", self.peer, error)
+            self._node.rare.warning(kind_of(error), "connection of %s closed: %s", self.peer, error)
         except TimeoutError as error:
-            self._node.rare.warning(str(error), "connection of %s ended: %s", self.peer, error)
+            self._node.rare.warning(kind_of(error), "connection of %s ended: %s", self.peer, error)
         except OSError as error:
             log.debug("connection of %s ended: %s", self.peer, error)
         finally:

@@ -258,21 +258,18 @@ class Found(msgspec.Struct, array_like=True, tag=24):
 def found(id: int, hits: Sequence[Located | None]) -> Found:
     """The answer to a lookup. A hit that cannot travel, for its size or the route it names, is a miss: it costs itself,
     not the other hits of the message."""
-    routes: dict[tuple[str, ...], int] = {}
+    routes: dict[tuple[str, ...], int] = {}  # at most as many as there are keys
     sizes, members = [], []
     for hit in hits:
-        member = None
-        if hit is not None and 0 < hit.size_bytes <= PAYLOAD_BYTES_MAX:
-            member = routes.get(hit.route)
-            if member is None and len(routes) < ROUTES_MAX and _can_be_named(hit.route):
-                member = routes[hit.route] = len(routes)
-        sizes.append(hit.size_bytes if hit is not None and member is not None else 0)
-        members.append(member or 0)
+        travels = hit is not None and _travels(hit)
+        sizes.append(hit.size_bytes if hit is not None and travels else 0)
+        members.append(routes.setdefault(hit.route, len(routes)) if hit is not None and travels else 0)
     return Found(id, sizes, members, [list(route) for route in routes])
 
 
-def _can_be_named(route: tuple[str, ...]) -> bool:
-    return len(route) <= ROUTE_LINKS_MAX and all(len(link) <= LINK_CHARACTERS_MAX for link in route)
+def _travels(hit: Located) -> bool:
+    named = len(hit.route) <= ROUTE_LINKS_MAX and all(len(link) <= LINK_CHARACTERS_MAX for link in hit.route)
+    return named and 0 < hit.size_bytes <= PAYLOAD_BYTES_MAX
 
 
 class Evicted(msgspec.Struct, array_like=True, tag=25):
