@@ -28,7 +28,7 @@ from penstock.rate_limited_log import RateLimitedLog
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
-EARLY_MAX = 4096  # hand-offs opened before the router's word of them came
+EARLY_MAX = 16_384  # hand-offs opened before the router's word of them came
 OPENINGS_MAX = 8  # of one hand-off that wait
 LOOKUP_THREADS = 4
 LOOKUPS_WAITING_MAX = 256  # of each of these threads
@@ -81,6 +81,11 @@ class Incoming:
         names = [f"penstock-relay-lookup-{number}" for number in range(LOOKUP_THREADS)]
         self._lookups = [GuardedWorker(name, waiting_max=LOOKUPS_WAITING_MAX) for name in names]
         self._deadlines = Deadlines("penstock-hand-off-deadlines")
+
+    def __len__(self) -> int:
+        """Hand-offs that it knows of, named by the router or not."""
+        with self._lock:
+            return len(self._parts) + len(self._early)
 
     # --- from the router ---
 
@@ -155,6 +160,21 @@ class Incoming:
             self._reply(opening, error)
         elif part is not None and granted:
             self._answer(part, opening)
+
+    def abandoned(self, name: str, reply: Reply) -> None:
+        """See `relay.Desk`."""
+        with self._lock:
+            part = self._parts.get(name)
+            waiting = part.openings if part is not None else self._early.get(name, [])
+            gone = [opening for opening in waiting if opening.reply is reply]
+            for opening in gone:
+                waiting.remove(opening)
+                opening.answered = True
+            if part is None and not waiting:
+                self._early.pop(name, None)
+        for opening in gone:
+            if opening.deadline is not None:
+                opening.deadline.cancel()
 
     def _granted(self, part: _Part) -> None:
         """There is room for the part."""

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
 CLIENTS_MAX = 256
+CLIENTS_PER_CONNECTION = 4  # an engine has one
 LENT_MAX = 4096
 MOVES_WAITING_MAX = 4096
 
@@ -32,22 +33,26 @@ class Lending:
         self._mover = mover
         self._buffer = buffer
         self._lock = threading.Lock()
-        self._clients: OrderedDict[bytes, FarMemory] = OrderedDict()
+        self._clients: OrderedDict[bytes, tuple[int, FarMemory]] = OrderedDict()  # with the connection that attached it
         self._lent: dict[tuple[int, int], tuple[float, HeldBlock]] = {}  # (lender, id) -> until when, block
         self._moves = GuardedWorker("penstock-relay-one-sided", waiting_max=MOVES_WAITING_MAX)
 
-    def attach(self, client: bytes, kind: str, memory: bytes) -> bytes:
-        """The buffer's description for the client, whose memory is attached. Raises PoolError."""
+    def attach(self, lender: int, client: bytes, kind: str, memory: bytes) -> bytes:
+        """The buffer's description for the client of connection `lender`, whose memory is attached. One connection
+        keeps CLIENTS_PER_CONNECTION of them, its latest. Raises PoolError."""
         if kind != self._mover.kind:
             raise PoolError("layout", f"this relay offers {self._mover.kind}, not {kind}")
         far = self._mover.attach(memory)
         old: list[FarMemory] = []
         with self._lock:
             if client in self._clients:
-                old.append(self._clients.pop(client))
-            self._clients[client] = far
+                old.append(self._clients.pop(client)[1])
+            own = [name for name, (other, _) in self._clients.items() if other == lender]
+            if len(own) >= CLIENTS_PER_CONNECTION:
+                old.append(self._clients.pop(own[0])[1])
+            self._clients[client] = (lender, far)
             while len(self._clients) > CLIENTS_MAX:
-                old.append(self._clients.popitem(last=False)[1])
+                old.append(self._clients.popitem(last=False)[1][1])
         for gone in old:
             self._close_later(gone)
         return self._mover.export(self._buffer.memory)
@@ -101,7 +106,7 @@ class Lending:
     ) -> None:
         """Read an offered block into `into`; `ended` is called on another thread."""
         with self._lock:
-            far = self._clients.get(client)
+            _, far = self._clients.get(client, (0, None))
 
         def move() -> None:
             if far is None:
@@ -121,7 +126,7 @@ class Lending:
 
     def close(self, timeout_s: float) -> None:
         with self._lock:
-            clients, self._clients = list(self._clients.values()), OrderedDict()
+            clients, self._clients = [far for _, far in self._clients.values()], OrderedDict()
             lent, self._lent = [block for _, block in self._lent.values()], {}
         for block in lent:
             block.release()

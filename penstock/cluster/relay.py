@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
 BUFFER_LINK = "buffer"
+OPENINGS_MAX = 1024  # of one connection that wait; an engine itself has no more (`max_waiting`)
 _STAGING_BYTES = 4096  # unused: blocks are received into the buffer and sent out of it
 
 
@@ -41,6 +43,9 @@ class Desk(Protocol):
     """Who knows which hand-offs are expected. Called from threads of connections; must not block."""
 
     def opening(self, name: str, reads: bool, timeout_s: float, reply: Callable[[bytes | PoolError], None]) -> None: ...
+
+    def abandoned(self, name: str, reply: Callable[[bytes | PoolError], None]) -> None:
+        """Nobody waits for the reply to this `opening` any more."""
 
     def handed_over(self, name: str, token: int, missing: int) -> PoolError | None: ...
 
@@ -74,6 +79,8 @@ class RelayNode(PoolNode):
 
     def left(self, connection: Served) -> None:
         super().left(connection)
+        if isinstance(connection, _RelayServed):
+            connection.give_up_openings()
         if self.lending is not None:
             self.lending.gone(id(connection))
 
@@ -91,6 +98,8 @@ class _RelayServed(Served):
         self._buffer = node.buffer
         self._desk = node.desk
         self._lending = node.lending
+        self._openings_lock = threading.Lock()
+        self._openings: dict[Callable[[bytes | PoolError], None], str] = {}  # that were not answered
 
     def _answer(self, request: wire.Request, payload_bytes: int, ready_s: float) -> None:
         match request:
@@ -113,7 +122,9 @@ class _RelayServed(Served):
             self._reply(wire.Failed(request.id, "layout", "this relay sends and receives blocks in messages"))
         elif isinstance(request, wire.Attach):
             try:
-                self._reply(wire.Attached(request.id, lending.attach(request.client, request.kind, request.memory)))
+                self._reply(
+                    wire.Attached(request.id, lending.attach(id(self), request.client, request.kind, request.memory))
+                )
             except PoolError as error:
                 self._reply(wire.Failed(request.id, error.reason, error.detail))
         elif request.size_bytes != self._buffer.block_bytes:
@@ -128,12 +139,31 @@ class _RelayServed(Served):
 
     def _open(self, request: wire.Open) -> None:
         def reply(found: bytes | PoolError) -> None:
+            with self._openings_lock:
+                self._openings.pop(reply, None)
             if isinstance(found, PoolError):
                 self._later(partial(self._reply, wire.Failed(request.id, found.reason, found.detail)))
             else:
                 self._later(partial(self._reply, wire.Opened(request.id, found)))
 
+        with self._openings_lock:
+            full = len(self._openings) >= OPENINGS_MAX
+            if not full:
+                self._openings[reply] = request.name
+        if full:
+            count_loss("hand_offs_too_many")
+            rare.warning("openings", "a hand-off of %s is not opened: %d of it wait already", self.peer, OPENINGS_MAX)
+            detail = f"{OPENINGS_MAX} hand-offs of this connection wait already"
+            self._reply(wire.Failed(request.id, "dropped", detail))
+            return
         self._desk.opening(request.name, request.reads, request.timeout_s, reply)
+
+    def give_up_openings(self) -> None:
+        """The connection has ended: hand-offs that it asked for do not wait for hours."""
+        with self._openings_lock:
+            openings, self._openings = self._openings, {}
+        for reply, name in openings.items():
+            self._desk.abandoned(name, reply)
 
     # --- reads ---
 

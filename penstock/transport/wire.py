@@ -337,6 +337,21 @@ Request = (
 )
 Reply = Ready | Block | Failed | Written | Found | Evicted | Stats | Probed | Opened | Accepted | Attached | Lent
 
+Answer = Written | Found | Evicted | Stats | Opened | Accepted | Attached | Lent  # what has no payload and no error
+ANSWERS: dict[type[Request], type[Reply]] = {  # beside Failed
+    Read: Block,
+    Write: Written,
+    Lookup: Found,
+    Evict: Evicted,
+    Stat: Stats,
+    Probe: Probed,
+    Open: Opened,
+    HandedOver: Accepted,
+    Attach: Attached,
+    Lend: Lent,
+    Offer: Written,
+}
+
 # What decoding raises for bytes that are no message: NotImplementedError for msgpack's extensions of a wrong length.
 NO_MESSAGE = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, NotImplementedError)
 _ERROR_CHARACTERS_MAX = 300
