@@ -44,6 +44,7 @@ KEEPALIVE_S = (30, 10, 3)  # until the kernel's first probe, between probes, pro
 ROUTES_MAX = 4096
 ROUTE_LINKS_MAX = 16
 LINK_CHARACTERS_MAX = 1024
+DETAIL_CHARACTERS_MAX = 4096  # of what is said; the rest of a longer one is cut
 HAND_OFF_CHARACTERS_MAX = 1024  # `PlacedRequest.hand_off_id` has at most 532
 PROMPT_BLOCKS_MAX = 1 << 19  # full blocks of one prompt: 2^23 tokens in blocks of 16
 DESCRIPTION_BYTES_MAX = 256 << 10  # of memory that is read one-sided
@@ -228,11 +229,15 @@ class Block(msgspec.Struct, array_like=True, tag=21):
 
 
 class Failed(msgspec.Struct, array_like=True, tag=22):
-    """`reason` is one of `PoolError.REASONS`."""
+    """`reason` is one of `PoolError.REASONS`. `detail` is cut, and made such that it can be encoded: it may name a path
+    that is no text."""
 
     id: Id
     reason: Label
     detail: Detail
+
+    def __post_init__(self) -> None:
+        self.detail = self.detail[:DETAIL_CHARACTERS_MAX].encode(errors="replace").decode()
 
 
 class Written(msgspec.Struct, array_like=True, tag=23):

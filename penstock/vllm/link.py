@@ -125,6 +125,13 @@ class Leaving(msgspec.Struct, tag=True, frozen=True):
 
 # What decoding raises for bytes that are no message.
 NO_MESSAGE = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, NotImplementedError)
+
+
+def cut_error(text: str) -> str:
+    """As much of an error's text as Done takes, and such that it can be encoded."""
+    return text[:ERROR_CHARS_MAX].encode(errors="replace").decode()
+
+
 Message = Greet | Hello | Attach | Upload | Download | Notice | Done | Leaving
 
 

@@ -9,13 +9,17 @@ from typing import Annotated, Any
 import msgspec
 import pytest
 from fuzz_messages import MESSAGES, Protocol, fuzz_kind
+from helpers import Outcome, key_of, staged
 from msgspec import Meta
 
 import penstock
 from penstock.pool.api import AMOUNT_MAX, Located, MemberStat, PoolError, PoolStat
+from penstock.pool.open import open_local_pool
 from penstock.server.template_renderer import Answer
 from penstock.transport import wire
 from penstock.transport.nixl_mover import AgentMemory
+from penstock.transport.node import PoolNode
+from penstock.transport.remote import RemotePool
 from penstock.transport.shared_memory import MemoryFile, SharedMemoryMover
 
 SHARE = 0.5  # of PENSTOCK_FUZZ_MESSAGES; the cluster's and vLLM's have the rest
@@ -144,3 +148,28 @@ def test_a_block_of_a_prompt_is_here_or_readable_or_absent() -> None:
     for blocks in (b"\0\3", bytes(wire.PROMPT_BLOCKS_MAX + 1)):
         with pytest.raises(wire.ProtocolError):
             wire.decode_reply(memoryview(msgspec.msgpack.encode([28, 1, blocks])))
+
+
+def test_an_error_that_cannot_be_encoded_or_is_long_is_told_all_the_same(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path may be no UTF-8, and an error may name it."""
+    pool = open_local_pool([1 << 20], [])
+    failed = PoolError("device", "read of /pool/\udcff.slab failed " + "x" * 100_000)
+    monkeypatch.setattr(pool, "open_block", lambda key, size_bytes: failed)
+    node = PoolNode(pool, "127.0.0.1", 0)
+    client = RemotePool(*node.address)
+    outcome = Outcome()
+    client.read(key_of("a"), 4096, staged(key_of("a"), 4096), 20.0, outcome)
+    error = outcome.get()
+    assert error is not None and error.reason == "device" and error.detail.startswith("read of /pool/?.slab failed x")
+    assert len(error.detail) <= wire.DETAIL_CHARACTERS_MAX and client.up
+    assert not [record for record in caplog.records if record.exc_info]
+    client.close(5.0)
+    node.close(5.0)
+    pool.close(5.0)
+
+
+def test_a_detail_beyond_its_bound_is_no_message() -> None:
+    with pytest.raises(wire.ProtocolError):
+        wire.decode_reply(memoryview(msgspec.msgpack.encode([22, 1, "full", "x" * 70_000])))

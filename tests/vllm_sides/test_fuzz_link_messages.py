@@ -35,3 +35,9 @@ def test_bytes_that_are_no_message_are_refused_in_few_words(body: bytes) -> None
     with pytest.raises(link.LinkError) as refused:
         link.decode(body)
     assert len(str(refused.value)) < 500
+
+
+def test_an_error_of_a_copy_is_cut_and_can_be_sent() -> None:
+    for text in ("x" * 10_000, "\udcff", ""):
+        done = link.Done(1, link.cut_error(text))
+        assert link.decode(msgspec.msgpack.encode(done)) == done
