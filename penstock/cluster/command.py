@@ -122,6 +122,7 @@ def _serve(flags: RouterFlags) -> None:
     from penstock.cluster.flags import router_settings, server_settings
     from penstock.cluster.live_view import ui_routes
     from penstock.cluster.router import ClusterEngine
+    from penstock.file_limit import raise_file_limit
     from penstock.server.app import ServerApp
     from penstock.server.run import HttpServer, bind, url_of
     from penstock.server.text import TextCodec, load_text_codec
@@ -129,6 +130,7 @@ def _serve(flags: RouterFlags) -> None:
     from penstock.units import format_address, parse_address
 
     settings, server_side = router_settings(flags), server_settings(flags)
+    raise_file_limit()
     if flags.secret_file is None:
         raise ValueError("secret_file is not given; allowed: a file with the cluster's secret (openssl rand -hex 32)")
     secret = Secret.read(Path(flags.secret_file))

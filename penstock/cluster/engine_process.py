@@ -18,6 +18,7 @@ from penstock.cluster.host import EngineHost
 from penstock.cluster.wire import EngineCard
 from penstock.core.config import ConfigError
 from penstock.engine.pauses import settle
+from penstock.file_limit import raise_file_limit
 from penstock.server.app import ServerApp
 from penstock.server.run import HttpServer, bind, url_of
 from penstock.server.settings import ServerSettings
@@ -43,6 +44,7 @@ def serve_for_router(flags: ServeFlags) -> None:
     config, settings = host_config(flags), _settings(flags)
     name, node = _names(flags)
     listener = bind(flags.host, flags.port or 0)
+    raise_file_limit()
     with listener:
         host = open_host(config)
         settle()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +29,8 @@ from penstock.rate_limited_log import RateLimitedLog
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
-EARLY_MAX = 16_384  # hand-offs opened before the router's word of them came
+EARLY_MAX = 4096  # hand-offs opened before the router's word of them came
+EARLY_OF_SOURCE_MAX = 1024  # such openings of one address
 OPENINGS_MAX = 8  # of one hand-off that wait
 LOOKUP_THREADS = 4
 LOOKUPS_WAITING_MAX = 256  # of each of these threads
@@ -44,6 +46,7 @@ class _Opening:
     reads: bool
     reply: Reply
     deadline_s: float
+    source: str = ""
     answered: bool = False
     deadline: Deadline | None = None
 
@@ -77,6 +80,7 @@ class Incoming:
         self._lock = threading.Lock()
         self._parts: dict[str, _Part] = {}
         self._early: dict[str, list[_Opening]] = {}
+        self._early_of: Counter[str] = Counter()  # openings of `_early`, by source address
         self._closed = False
         names = [f"penstock-relay-lookup-{number}" for number in range(LOOKUP_THREADS)]
         self._lookups = [GuardedWorker(name, waiting_max=LOOKUPS_WAITING_MAX) for name in names]
@@ -104,6 +108,7 @@ class Incoming:
                 raise InvalidRequest(f"hand-off {name!r} is known already")
             self._parts[name] = part
             part.openings = self._early.pop(name, [])
+            self._not_early(part.openings)
             part.deadline = self._deadlines.after(self._hand_off_timeout_s, partial(self._too_late, part))
         try:
             self._buffer.reserve(name, part.keys, partial(self._granted, part))
@@ -135,9 +140,10 @@ class Incoming:
 
     # --- from prefill engines ---
 
-    def opening(self, name: str, reads: bool, timeout_s: float, reply: Reply) -> None:
+    def opening(self, name: str, reads: bool, timeout_s: float, reply: Reply, source: str = "") -> Callable[[], None]:
         timeout_s = within(timeout_s, OPEN_TIMEOUT_S_MAX)
-        opening = _Opening(reads, reply, time.monotonic() + timeout_s)
+        opening = _Opening(reads, reply, time.monotonic() + timeout_s, source)
+        withdraw = partial(self._withdraw, name, opening)
         error: PoolError | None = None
         with self._lock:
             part = self._parts.get(name)
@@ -148,10 +154,17 @@ class Incoming:
                 error = PoolError("missing", f"hand-off {name!r} has ended")
             elif part is None and len(self._early) >= EARLY_MAX:
                 error = PoolError("dropped", f"{EARLY_MAX} hand-offs were opened before the router named them")
+            elif part is None and source and self._early_of[source] >= EARLY_OF_SOURCE_MAX:
+                detail = f"{EARLY_OF_SOURCE_MAX} hand-offs were opened from this address before the router named them"
+                error = PoolError("dropped", detail)
             elif not granted and len(part.openings if part is not None else self._early.get(name, ())) >= OPENINGS_MAX:
                 error = PoolError("dropped", f"the hand-off is being opened {OPENINGS_MAX} times already")
             elif not granted:
-                (part.openings if part is not None else self._early.setdefault(name, [])).append(opening)
+                if part is not None:
+                    part.openings.append(opening)
+                else:
+                    self._early.setdefault(name, []).append(opening)
+                    self._early_of[source] += 1
                 opening.deadline = self._deadlines.after(timeout_s, partial(self._give_up, name, opening))
         if error is not None:
             if error.reason == "dropped":
@@ -160,21 +173,36 @@ class Incoming:
             self._reply(opening, error)
         elif part is not None and granted:
             self._answer(part, opening)
+        return withdraw
 
-    def abandoned(self, name: str, reply: Reply) -> None:
-        """See `relay.Desk`."""
+    def _not_early(self, openings: list[_Opening]) -> None:
+        """These are none of `_early` any more. With the lock held."""
+        for opening in openings:
+            self._early_of[opening.source] -= 1
+            if not self._early_of[opening.source]:
+                del self._early_of[opening.source]
+
+    def _removed(self, name: str, opening: _Opening) -> tuple[bool, bool]:
+        """Take an opening from those that wait; whether it did, and whether the router has named the hand-off."""
         with self._lock:
             part = self._parts.get(name)
             waiting = part.openings if part is not None else self._early.get(name, [])
-            gone = [opening for opening in waiting if opening.reply is reply]
-            for opening in gone:
-                waiting.remove(opening)
-                opening.answered = True
-            if part is None and not waiting:
-                self._early.pop(name, None)
-        for opening in gone:
-            if opening.deadline is not None:
-                opening.deadline.cancel()
+            if opening not in waiting:
+                return False, part is not None
+            waiting.remove(opening)
+            if part is None:
+                self._not_early([opening])
+                if not waiting:
+                    del self._early[name]
+            return True, part is not None
+
+    def _withdraw(self, name: str, opening: _Opening) -> None:
+        """Nobody waits for the reply any more."""
+        self._removed(name, opening)
+        with self._lock:
+            opening.answered = True
+        if opening.deadline is not None:
+            opening.deadline.cancel()
 
     def _granted(self, part: _Part) -> None:
         """There is room for the part."""
@@ -231,18 +259,13 @@ class Incoming:
 
     def _give_up(self, name: str, opening: _Opening) -> None:
         """The prefill engine has waited for as long as it said."""
-        with self._lock:
-            part = self._parts.get(name)
-            waiting = part.openings if part is not None else self._early.get(name, [])
-            if opening not in waiting:
-                return
-            waiting.remove(opening)
-            if part is None and not waiting:
-                del self._early[name]
-        reason = "the router has not named the hand-off" if part is None else "the decode buffer is full"
+        waited, named = self._removed(name, opening)
+        if not waited:
+            return
+        reason = "the decode buffer is full" if named else "the router has not named the hand-off"
         count_loss("hand_offs_not_opened")
         rare.warning("opening", "hand-off %s is not opened: %s", name, reason)
-        self._reply(opening, PoolError("deadline" if part is None else "full", reason))
+        self._reply(opening, PoolError("full" if named else "deadline", reason))
 
     def handed_over(self, name: str, token: int, missing: int) -> PoolError | None:
         with self._lock:
@@ -338,6 +361,7 @@ class Incoming:
             self._closed = True
             early = [opening for openings in self._early.values() for opening in openings]
             self._early.clear()
+            self._early_of.clear()
             parts = [part for part in self._parts.values() if not part.started]
         for worker in self._lookups:
             worker.stop()

@@ -1,14 +1,21 @@
-"""A relay's end of one-sided reads: it lends its blocks to prefill engines, and reads those that they offer."""
+"""A relay's end of one-sided reads: it lends its blocks to prefill engines, and reads those that they offer.
+
+A lent block stays in the buffer, so what is lent has bounds: LEND_S_MAX in time, half of the buffer for one connection,
+three quarters for all of one address.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 from penstock.cluster.buffer import DecodeBuffer, HeldBlock
+from penstock.cluster.deadlines import Deadline, Deadlines
 from penstock.cluster.one_sided_links import read_one_sided
 from penstock.core.keys import BlockKey
 from penstock.guarded_thread import GuardedWorker
@@ -21,9 +28,25 @@ log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
 CLIENTS_MAX = 256
-CLIENTS_PER_CONNECTION = 4  # an engine has one
 LENT_MAX = 4096
+LENT_FEW = 16  # of a small buffer
+LEND_S_MAX = 60.0
 MOVES_WAITING_MAX = 4096
+
+
+@dataclass(slots=True, eq=False)
+class _Lent:
+    """A block on loan to the connection `lender`, from the address `source`."""
+
+    held: HeldBlock
+    lender: int
+    source: str
+    deadline: Deadline | None = None
+
+    def end(self) -> None:
+        if self.deadline is not None:
+            self.deadline.cancel()
+        self.held.release()
 
 
 class Lending:
@@ -33,64 +56,98 @@ class Lending:
         self._mover = mover
         self._buffer = buffer
         self._lock = threading.Lock()
-        self._clients: OrderedDict[bytes, tuple[int, FarMemory]] = OrderedDict()  # with the connection that attached it
-        self._lent: dict[tuple[int, int], tuple[float, HeldBlock]] = {}  # (lender, id) -> until when, block
+        self._clients: OrderedDict[bytes, tuple[FarMemory, str]] = OrderedDict()  # and its source address
+        self._lent: dict[tuple[int, int], _Lent] = {}  # by lender and id
+        self._lent_of: Counter[int | str] = Counter()  # how many, by lender and by source
+        self._deadlines = Deadlines("penstock-relay-lends")
         self._moves = GuardedWorker("penstock-relay-one-sided", waiting_max=MOVES_WAITING_MAX)
 
-    def attach(self, lender: int, client: bytes, kind: str, memory: bytes) -> bytes:
-        """The buffer's description for the client of connection `lender`, whose memory is attached. One connection
-        keeps CLIENTS_PER_CONNECTION of them, its latest. Raises PoolError."""
+    def attach(self, client: bytes, kind: str, memory: bytes, source: str = "") -> bytes:
+        """The buffer's description for the client, whose memory is attached. Of too many the oldest of the address that
+        has the most is given up. Raises PoolError."""
         if kind != self._mover.kind:
             raise PoolError("layout", f"this relay offers {self._mover.kind}, not {kind}")
         far = self._mover.attach(memory)
         old: list[FarMemory] = []
         with self._lock:
             if client in self._clients:
-                old.append(self._clients.pop(client)[1])
-            own = [name for name, (other, _) in self._clients.items() if other == lender]
-            if len(own) >= CLIENTS_PER_CONNECTION:
-                old.append(self._clients.pop(own[0])[1])
-            self._clients[client] = (lender, far)
+                old.append(self._clients.pop(client)[0])
+            self._clients[client] = far, source
             while len(self._clients) > CLIENTS_MAX:
-                old.append(self._clients.popitem(last=False)[1][1])
+                most, _ = Counter(place for _, place in self._clients.values()).most_common(1)[0]
+                oldest = next(name for name, (_, place) in self._clients.items() if place == most)
+                old.append(self._clients.pop(oldest)[0])
         for gone in old:
             self._close_later(gone)
         return self._mover.export(self._buffer.memory)
 
     # --- lent ---
 
-    def lend(self, lender: int, id: int, held: HeldBlock, until_s: float) -> int | PoolError:
+    def lend(self, lender: int, id: int, held: HeldBlock, until_s: float, source: str = "") -> int | PoolError:
         """Keep a block for a client of connection `lender`; returns its offset. The client verifies what it reads, so a
-        block that was not returned in time may be taken back."""
-        now_s = time.monotonic()
+        block that was not returned in time is taken back."""
+        lent = _Lent(held, lender, source)
         with self._lock:
-            late = [name for name, (end_s, _) in self._lent.items() if end_s < now_s or name == (lender, id)]
-            freed = [self._lent.pop(name)[1] for name in late]  # a client that uses an id again has done with the first
-            full = len(self._lent) >= LENT_MAX
-            if not full:
-                self._lent[lender, id] = (until_s, held)
-        for block in freed:
-            block.release()
-        if full:
+            same = self._forget((lender, id))
+            why = self._refusal(lender, source)
+            if why is None:
+                self._lent[lender, id] = lent
+                self._lent_of[lender] += 1
+                self._lent_of[source] += 1
+                left_s = min(until_s - time.monotonic(), LEND_S_MAX)
+                lent.deadline = self._deadlines.after(left_s, partial(self._late, lender, id, lent))
+        if same is not None:  # its number is used again: nobody will return it
+            same.end()
+        if why is not None:
             held.release()
             count_loss("blocks_not_lent")
-            rare.warning("lent", "a block is not lent: %d are lent already", LENT_MAX)
-            return PoolError("dropped", f"{LENT_MAX} blocks are lent already")
+            rare.warning("lent", "a block is not lent: %s", why)
+            return PoolError("dropped", why)
         return self._buffer.offset(held)
+
+    def _refusal(self, lender: int, source: str) -> str | None:
+        blocks = self._buffer.blocks
+        if len(self._lent) >= LENT_MAX:
+            return f"{LENT_MAX} blocks are lent already"
+        if self._lent_of[lender] >= max(blocks // 2, LENT_FEW):
+            return f"{self._lent_of[lender]} blocks are lent to this connection already"
+        if self._lent_of[source] >= max(blocks * 3 // 4, LENT_FEW):
+            return f"{self._lent_of[source]} blocks are lent to this address already"
+        return None
+
+    def _forget(self, name: tuple[int, int]) -> _Lent | None:
+        """With the lock held; `end` must follow."""
+        lent = self._lent.pop(name, None)
+        if lent is not None:
+            for whose in (lent.lender, lent.source):
+                self._lent_of[whose] -= 1
+                if not self._lent_of[whose]:
+                    del self._lent_of[whose]
+        return lent
+
+    def _late(self, lender: int, id: int, lent: _Lent) -> None:
+        with self._lock:
+            if self._lent.get((lender, id)) is not lent:
+                return
+            self._forget((lender, id))
+        count_loss("lent_blocks_taken_back")
+        rare.warning("late", "a lent block was not returned in time: it is taken back")
+        lent.end()
 
     def returned(self, lender: int, id: int) -> None:
         with self._lock:
-            lent = self._lent.pop((lender, id), None)
+            lent = self._forget((lender, id))
         if lent is not None:
-            lent[1].release()
+            lent.end()
 
     def gone(self, lender: int) -> None:
         """The connection ended: nothing of it is lent any more."""
         with self._lock:
-            names = [name for name in self._lent if name[0] == lender]
-            blocks = [self._lent.pop(name)[1] for name in names]
-        for block in blocks:
-            block.release()
+            names = [name for name in self._lent if name[0] == lender] if self._lent_of[lender] else []
+            blocks = [self._forget(name) for name in names]
+        for lent in blocks:
+            if lent is not None:
+                lent.end()
 
     # --- offered ---
 
@@ -106,7 +163,7 @@ class Lending:
     ) -> None:
         """Read an offered block into `into`; `ended` is called on another thread."""
         with self._lock:
-            _, far = self._clients.get(client, (0, None))
+            far, _ = self._clients.get(client, (None, ""))
 
         def move() -> None:
             if far is None:
@@ -126,11 +183,13 @@ class Lending:
 
     def close(self, timeout_s: float) -> None:
         with self._lock:
-            clients, self._clients = [far for _, far in self._clients.values()], OrderedDict()
-            lent, self._lent = [block for _, block in self._lent.values()], {}
-        for block in lent:
-            block.release()
-        for far in clients:
+            clients, self._clients = list(self._clients.values()), OrderedDict()
+            lent, self._lent = list(self._lent.values()), {}
+            self._lent_of.clear()
+        for one in lent:
+            one.end()
+        self._deadlines.close(timeout_s)
+        for far, _ in clients:
             self._close_later(far)
         if not self._moves.put(self._mover.close):
             log.warning("the memory of one-sided reads is not given back: too many of them wait")

@@ -5,7 +5,7 @@ one of them raises is logged and counted, and ends nothing but a registration.
 
 A stranger has HANDSHAKE_S from the connection to its Register, all together. When STRANGERS_MAX are there the one that
 has been there longest, of the address with the most of them, makes room for the next: whoever knows the secret needs a
-few milliseconds.
+few milliseconds. Engines have a budget of their own, and an address a share of it (`core.connection_shares`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import logging
 import os
 import secrets
 import socket
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,8 @@ from penstock.cluster import wire
 from penstock.cluster.placed import EngineReport
 from penstock.cluster.wire_types import clip
 from penstock.core.cluster.membership import Membership, NameTaken
+from penstock.core.connection_shares import ConnectionLimits, ConnectionShares, source_of
+from penstock.file_limit import file_limit
 from penstock.rate_limited_log import RateLimitedLog, kind_of
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
 from penstock.units import format_address
@@ -33,7 +34,11 @@ log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
 ENGINES_MAX = 4096
-STRANGERS_MAX = 64  # connections that have not proved the secret
+ENGINES_OF_ADDRESS_MAX = 1024
+STRANGERS_MAX = 512  # connections that have not registered
+BACKLOG = 1024
+ACCEPT_AT_ONCE = 8  # before those that were accepted have their turn: a storm would displace them unheard
+FRAMES_AT_ONCE = 16  # of one engine, before the others have their turn
 UNSENT_BYTES_MAX = 256 << 20  # of one engine; one that takes less is lost
 BEATS_PER_LEASE = 4
 
@@ -99,14 +104,19 @@ class ClusterPort:
         self._secret = secret
         # Epochs of two routers are never the same but by chance: 2^40 beginnings.
         self._membership = Membership(lease_s, first_epoch=secrets.randbelow(1 << 40) << 20)
-        self._strangers: dict[asyncio.Task[None], str] = {}  # their host, in the order in which they came
+        limits = ConnectionLimits.within(file_limit(), STRANGERS_MAX, ENGINES_MAX, ENGINES_OF_ADDRESS_MAX)
+        self._shares: ConnectionShares[asyncio.Task[None]] = ConnectionShares(limits)
         self._dropped: set[asyncio.Task[None]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._closed = False
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._connected, sock=self._sock, limit=1 << 20)
+        # asyncio accepts as many at once as its backlog says.
+        self._server = await asyncio.start_server(
+            self._connected, sock=self._sock, limit=1 << 20, backlog=ACCEPT_AT_ONCE
+        )
+        self._sock.listen(BACKLOG)
         expire = asyncio.create_task(self._expire())
         self._keep(expire)
 
@@ -143,11 +153,15 @@ class ClusterPort:
         task = asyncio.current_task()
         assert task is not None
         self._keep(task)
-        peer = format_address(*(writer.get_extra_info("peername") or ("?", 0))[:2])
+        host, port = (writer.get_extra_info("peername") or ("?", 0))[:2]
+        peer = format_address(host, port)
         self.counts.connections += 1
         engine: Engine | None = None
         why = "the connection failed"
+        leaves = self._shares.came(task, source_of(host))
         try:
+            if leaves is not None:
+                self._drop(leaves)
             engine = await self._admit(reader, writer, peer, task)
             if engine is not None:
                 why = await self._serve(engine, reader)
@@ -169,6 +183,7 @@ class ClusterPort:
             rare.exception("connection", "connection of %s failed: %r", peer, error)
         finally:
             self._dropped.discard(task)
+            self._shares.left(task)
             if engine is not None:
                 self._lose(engine, why)
             writer.transport.abort() if engine is not None else writer.close()
@@ -177,9 +192,6 @@ class ClusterPort:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str, task: asyncio.Task[None]
     ) -> Engine | None:
         """From a stranger to an engine. Raises ProtocolError, SecretRefused or OSError."""
-        if len(self._strangers) >= STRANGERS_MAX:
-            self._drop_stranger()
-        self._strangers[task] = peer.rpartition(":")[0]
         try:
             async with asyncio.timeout(wire.HANDSHAKE_S):
                 first = await reader.readexactly(wire.GREETING.size)
@@ -189,24 +201,15 @@ class ClusterPort:
                 register = await self._first_message(reader)
         except TimeoutError:
             raise wire.ProtocolError(f"it did not register within {wire.HANDSHAKE_S:g} s") from None
-        finally:
-            self._strangers.pop(task, None)
-        return self._register(register, writer, peer)
+        return self._register(register, writer, peer, task)
 
-    def _drop_stranger(self) -> None:
-        """The oldest one of the address that has the most."""
-        most, _ = Counter(self._strangers.values()).most_common(1)[0]
-        task = next(task for task, host in self._strangers.items() if host == most)
-        del self._strangers[task]
-        self._dropped.add(task)
-        task.cancel()
+    def _drop(self, stranger: asyncio.Task[None]) -> None:
+        """It makes room for another one."""
+        self._dropped.add(stranger)
+        stranger.cancel()
         self.counts.strangers_dropped += 1
-        rare.warning(
-            "strangers",
-            "%d connections have not proved the secret; the oldest one of %s is closed",
-            STRANGERS_MAX,
-            most,
-        )
+        most = self._shares.limits.strangers
+        rare.warning("strangers", "%d connections have not registered, the limit: the oldest one is closed", most)
 
     def _tell(self, told: Callable[[], None]) -> None:
         """Call the listener; an exception in it is logged and ends no registration."""
@@ -228,12 +231,17 @@ class ClusterPort:
             raise wire.ProtocolError(f"the first message is {type(message).__name__}; allowed: Register")
         return message
 
-    def _register(self, register: wire.Register, writer: asyncio.StreamWriter, peer: str) -> Engine | None:
+    def _register(
+        self, register: wire.Register, writer: asyncio.StreamWriter, peer: str, task: asyncio.Task[None]
+    ) -> Engine | None:
         card, now = register.card, _now()
         reason = self._listener.engine_fits(card)
         retry = False
         if reason is None and len(self.engines) >= ENGINES_MAX and card.name not in self.engines:
             reason, retry = f"{ENGINES_MAX} engines are registered; that is the limit", True
+        refused = self._shares.proved(task) if reason is None else None
+        if refused is not None:
+            reason, retry = f"the router {refused}", True
         known = self.engines.get(card.name)
         epoch = 0
         if reason is None:
@@ -269,7 +277,11 @@ class ClusterPort:
 
     async def _serve(self, engine: Engine, reader: asyncio.StreamReader) -> str:
         """Until the engine leaves or is fenced; returns why."""
+        frames = 0
         while True:
+            frames += 1
+            if frames % FRAMES_AT_ONCE == 0:
+                await asyncio.sleep(0)  # what is there already is read without waiting
             message = wire.decode_from_engine(await _frame(reader))
             if isinstance(message, wire.Register):
                 raise wire.ProtocolError("it registered twice on one connection")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -35,17 +34,17 @@ log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
 BUFFER_LINK = "buffer"
-OPENINGS_MAX = 1024  # of one connection that wait; an engine itself has no more (`max_waiting`)
 _STAGING_BYTES = 4096  # unused: blocks are received into the buffer and sent out of it
 
 
 class Desk(Protocol):
     """Who knows which hand-offs are expected. Called from threads of connections; must not block."""
 
-    def opening(self, name: str, reads: bool, timeout_s: float, reply: Callable[[bytes | PoolError], None]) -> None: ...
-
-    def abandoned(self, name: str, reply: Callable[[bytes | PoolError], None]) -> None:
-        """Nobody waits for the reply to this `opening` any more."""
+    def opening(
+        self, name: str, reads: bool, timeout_s: float, reply: Callable[[bytes | PoolError], None], source: str = ""
+    ) -> Callable[[], None]:
+        """Returns what withdraws it, where nobody waits for the reply any more. `source`: the client's address,
+        of which openings have a share; empty: not said."""
 
     def handed_over(self, name: str, token: int, missing: int) -> PoolError | None: ...
 
@@ -79,8 +78,6 @@ class RelayNode(PoolNode):
 
     def left(self, connection: Served) -> None:
         super().left(connection)
-        if isinstance(connection, _RelayServed):
-            connection.give_up_openings()
         if self.lending is not None:
             self.lending.gone(id(connection))
 
@@ -88,6 +85,10 @@ class RelayNode(PoolNode):
         super().close(timeout_s)
         if self.lending is not None:
             self.lending.close(timeout_s)
+
+
+def _nothing() -> None:
+    """What withdraws an opening that is being made."""
 
 
 class _RelayServed(Served):
@@ -98,8 +99,13 @@ class _RelayServed(Served):
         self._buffer = node.buffer
         self._desk = node.desk
         self._lending = node.lending
-        self._openings_lock = threading.Lock()
-        self._openings: dict[Callable[[bytes | PoolError], None], str] = {}  # that were not answered
+        self._openings: dict[object, Callable[[], None]] = {}  # that wait for a reply: what withdraws them
+
+    def _leave(self) -> None:
+        with self._count_lock:
+            openings, self._openings = list(self._openings.values()), {}
+        for withdraw in openings:
+            withdraw()
 
     def _answer(self, request: wire.Request, payload_bytes: int, ready_s: float) -> None:
         match request:
@@ -123,7 +129,7 @@ class _RelayServed(Served):
         elif isinstance(request, wire.Attach):
             try:
                 self._reply(
-                    wire.Attached(request.id, lending.attach(id(self), request.client, request.kind, request.memory))
+                    wire.Attached(request.id, lending.attach(request.client, request.kind, request.memory, self.source))
                 )
             except PoolError as error:
                 self._reply(wire.Failed(request.id, error.reason, error.detail))
@@ -137,33 +143,27 @@ class _RelayServed(Served):
     def _is_urgent(self, lane: str) -> bool:
         return lane != "read"
 
+    @property
+    def _asks_nobody(self) -> bool:
+        return True
+
     def _open(self, request: wire.Open) -> None:
+        opening = object()
+
         def reply(found: bytes | PoolError) -> None:
-            with self._openings_lock:
-                self._openings.pop(reply, None)
+            with self._count_lock:
+                self._openings.pop(opening, None)
             if isinstance(found, PoolError):
                 self._later(partial(self._reply, wire.Failed(request.id, found.reason, found.detail)))
             else:
                 self._later(partial(self._reply, wire.Opened(request.id, found)))
 
-        with self._openings_lock:
-            full = len(self._openings) >= OPENINGS_MAX
-            if not full:
-                self._openings[reply] = request.name
-        if full:
-            count_loss("hand_offs_too_many")
-            rare.warning("openings", "a hand-off of %s is not opened: %d of it wait already", self.peer, OPENINGS_MAX)
-            detail = f"{OPENINGS_MAX} hand-offs of this connection wait already"
-            self._reply(wire.Failed(request.id, "dropped", detail))
-            return
-        self._desk.opening(request.name, request.reads, request.timeout_s, reply)
-
-    def give_up_openings(self) -> None:
-        """The connection has ended: hand-offs that it asked for do not wait for hours."""
-        with self._openings_lock:
-            openings, self._openings = self._openings, {}
-        for reply, name in openings.items():
-            self._desk.abandoned(name, reply)
+        with self._count_lock:
+            self._openings[opening] = _nothing
+        withdraw = self._desk.opening(request.name, request.reads, request.timeout_s, reply, self.source)
+        with self._count_lock:
+            if opening in self._openings:
+                self._openings[opening] = withdraw
 
     # --- reads ---
 
@@ -280,7 +280,7 @@ class _RelayServed(Served):
         if held is None:
             found = error or PoolError("missing", "the hand-off ended")
         else:
-            found = lending.lend(id(self), request.id, held, until_s)
+            found = lending.lend(id(self), request.id, held, until_s, self.source)
             if self._ended:  # what a connection that is gone is lent is not taken back by its end
                 lending.returned(id(self), request.id)
         if isinstance(found, PoolError):

@@ -18,6 +18,7 @@ DEPTH = 32
 DEPTH_MAX = 256
 BLOCK_BYTES = 2 << 20
 MEMBERS_MAX = 256
+CONNECTIONS_ALLOWED = 1 << 16
 _PREFIXES = {"memory": "memory", "uring": "ssd", "nvme": "ssd", "spdk": "ssd", "node": "node"}
 
 
@@ -70,7 +71,8 @@ class PoolConfig:
     `penstock profile` wrote; `default_quota` is that of each tenant that `quotas` (by `cache_salt`) does not name;
     with `named_tenants_only` those store nothing.
     `staging_bytes` is what a node may stage blocks in (None: as much as they need).
-    `secret_file` holds what clients of this node, and nodes that are its members, must have."""
+    `secret_file` holds what clients of this node, and nodes that are its members, must have. `connections` of clients
+    are served at once, `connections_per_address` of one address (None: the node's own limits)."""
 
     members: tuple[MemberConfig, ...]
     name: str = "pool"
@@ -85,6 +87,8 @@ class PoolConfig:
     named_tenants_only: bool = False
     secret_file: Path | None = None
     staging_bytes: int | None = None
+    connections: int | None = None
+    connections_per_address: int | None = None
     file: Path | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +96,9 @@ class PoolConfig:
             raise ConfigError("the pool has no member; allowed: at least one size of memory, slab or [[member]]")
         if len(self.members) > MEMBERS_MAX:
             raise ConfigError(f"the pool has {len(self.members)} members; allowed: at most {MEMBERS_MAX}")
+        for what in ("connections", "connections_per_address"):
+            if (given := getattr(self, what)) is not None and not 1 <= given <= CONNECTIONS_ALLOWED:
+                raise ConfigError(f"{what} is {given}; allowed: from 1 to {CONNECTIONS_ALLOWED}")
         for what in ("name", "where"):
             seen: set[str] = set()
             for member in self.members:

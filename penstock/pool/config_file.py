@@ -82,6 +82,8 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     profile: str | None = None
     secret_file: str | None = None
     staging: str | None = None
+    connections: int | None = None
+    connections_per_address: int | None = None
     block_bytes: str | int = BLOCK_BYTES
     quota: dict[str, Any] = {}
 
@@ -129,6 +131,8 @@ def _read(
             profile=file.parent / raw.profile if raw.profile else None,
             secret_file=file.parent / raw.secret_file if raw.secret_file else None,
             staging_bytes=parse_bytes(raw.staging) if raw.staging is not None else None,
+            connections=raw.connections,
+            connections_per_address=raw.connections_per_address,
             block_bytes=raw.block_bytes if isinstance(raw.block_bytes, int) else parse_bytes(raw.block_bytes),
             file=file,
             **_quotas(raw.quota),

@@ -14,7 +14,16 @@ from penstock.pool.union import UnionPool
 
 STAT_TIMEOUT_S = 1.0
 DROP_TIMEOUT_S = 10.0  # for reads of a node that is left
-_FIXED = ("name", "listen", "state", "pace_bytes_per_s", "staging_bytes", "secret_file")  # need a restart
+_FIXED = (  # need a restart
+    "name",
+    "listen",
+    "state",
+    "pace_bytes_per_s",
+    "staging_bytes",
+    "secret_file",
+    "connections",
+    "connections_per_address",
+)
 ReadConfig = Callable[[Sequence[MemberConfig], Collection[str]], PoolConfig]
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import resource
 import socket
-import sys
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 
+from penstock.file_limit import connections_within, raise_file_limit
 from penstock.server.app import ServerApp
 from penstock.server.connection import bounded_protocol
 
@@ -77,7 +76,7 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
 
     def serve_forever(self) -> None:
         """Listen and serve. Raises BindError when another process listens there by now."""
-        self._bound_connections(raise_open_files())
+        self._bound_connections(raise_file_limit())
         try:
             self._listener.listen(BACKLOG)
         except OSError as error:
@@ -88,7 +87,7 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
     def _bound_connections(self, files: int) -> None:
         """Requests beyond what the open files allow get a 503: without files, connections are reset and nobody says
         why."""
-        allowed = max(files // 2, files - FILES_APART)
+        allowed = connections_within(files, FILES_APART)
         if allowed < self._server.settings.connections_max:
             self.config.limit_concurrency = allowed
             log.warning(
@@ -123,17 +122,6 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
         await asyncio.sleep(self._server.settings.drain_timeout_s)
         log.warning("requests still running are cancelled")
         self._server.cancel_all()
-
-
-def raise_open_files() -> int:
-    """Let this process have as many files and sockets open as its hard limit allows; returns how many it may."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError) as error:
-        log.warning("the limit of open files cannot be raised to its hard limit: %s", error)
-        hard = soft
-    return hard if hard != resource.RLIM_INFINITY else sys.maxsize
 
 
 def _refused(host: str, port: int, error: OSError) -> BindError:

@@ -87,6 +87,22 @@ def pool(
             show_default="128MiB, and more once a larger block comes",
         ),
     ] = None,
+    connections: Annotated[
+        int | None,
+        typer.Option(
+            help="How many connections of clients are served at once; an engine has 3 or more.",
+            min=1,
+            show_default="1024",
+        ),
+    ] = None,
+    connections_per_address: Annotated[
+        int | None,
+        typer.Option(
+            help="How many of these may come from one address: a host, or all that are behind one NAT.",
+            min=1,
+            show_default="half of --connections",
+        ),
+    ] = None,
     secret_file: Annotated[
         Path | None,
         typer.Option(help="File with the cluster's secret: clients and member nodes must have it.", metavar="FILE"),
@@ -102,8 +118,14 @@ def pool(
         if log_level not in LOG_LEVELS:
             raise ValueError(f"log-level is {log_level!r}; allowed is one of {', '.join(LOG_LEVELS)}")
         log_to_stderr(log_level.upper())
-        over = {"listen": listen, "name": name, "pace": pace, "state": state, "secret_file": secret_file}
-        over["staging"] = staging
+        over: dict[str, Any] = {
+            "listen": listen,
+            "name": name,
+            "pace": pace,
+            "state": state,
+            "secret_file": secret_file,
+        }
+        over |= {"staging": staging, "connections": connections, "connections_per_address": connections_per_address}
         read = partial(_config, config, memory or [], slab or [], weight or None, over)
         _serve(read(), read)
     except (ValueError, OSError, PoolError) as error:
@@ -150,11 +172,13 @@ def _config(
 
 
 def _serve(config: PoolConfig, read: ReadConfig) -> None:
+    from penstock.file_limit import raise_file_limit
     from penstock.pool.open import open_pool
     from penstock.transport.node import PoolNode
     from penstock.transport.secret import Secret
 
     threading.excepthook = _thread_failed
+    raise_file_limit()
     inbox: Inbox = queue.SimpleQueue()
     if config.file is not None:  # from here on: opening large members takes its time, and SIGHUP would end the process
         signal.signal(signal.SIGHUP, lambda *_: inbox.put("reload"))
@@ -165,7 +189,8 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
         host, port = parse_address(config.listen)
         secret = Secret.read(config.secret_file) if config.secret_file else None
         pace, staging = config.pace_bytes_per_s, config.staging_bytes
-        node = PoolNode(served, host, port, config.name, pace, staging, secret)
+        limits = config.connections, config.connections_per_address
+        node = PoolNode(served, host, port, config.name, pace, staging, secret, *limits)
         try:
             members = ", ".join(
                 f"{m.name} ({m.kind}, {format_bytes(m.capacity_bytes)}, {m.blocks} blocks)"

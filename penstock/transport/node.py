@@ -1,13 +1,15 @@
 """A pool node: serves a pool of this process to other machines over TCP.
 
-Threads: one accepts; each connection has two of its own (`transport.node_connection`); a fetcher feeds reads of slabs
-with staging memory, and another one, with half of it, reads of other nodes: a slow node does not hold up what this one
-has. Each of them is guarded: an exception costs a request or a connection, is logged and counted, and the node goes on;
-one without its accepting thread ends.
+Threads: one accepts and greets (`transport.greeter`); each connection has two of its own once it has said Hello
+(`transport.node_connection`), and before that none; a fetcher feeds reads of slabs with staging memory, and another
+one, with half of it, reads of other nodes: a slow node does not hold up what this one has. Each of them is guarded: an
+exception costs a request or a connection, is logged and counted, and the node goes on; one without its accepting thread
+ends.
 
 Connections are bounded: one that has not said Hello after GREET_S, or sends no message for IDLE_S, is ended; so is one
-whose host is gone (`wire.set_timeouts`). At most GREETING_MAX connections have not said Hello, and
-the oldest of them leaves for a new one. A client that comes when CONNECTIONS_MAX are open is told so.
+whose host is gone (`wire.set_timeouts`). At most GREETING_MAX connections have not said Hello, apart from the
+CONNECTIONS_MAX that have; a source address has a share of both (`core.connection_shares`). A client that finds no place
+is told so.
 
 The pool may have members of other nodes. A node asks them on behalf of engines, and is itself asked by other nodes:
 these get what its own members hold and nothing else, so that no request ever goes further than one node, and nodes may
@@ -24,21 +26,27 @@ import threading
 import time
 from collections.abc import Callable
 
+from penstock.core.connection_shares import ConnectionLimits, ConnectionShares
+from penstock.file_limit import file_limit
 from penstock.guarded_thread import GuardedThread, GuardedWorker
 from penstock.pool.served import ServedPool
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport import wire
+from penstock.transport.greeter import Greeter
 from penstock.transport.node_connection import Served
 from penstock.transport.pacer import Pacer
 from penstock.transport.pool_connection import PoolConnection
 from penstock.transport.secret import Secret
 from penstock.transport.staging import Staging
+from penstock.transport.turns import Turns
 from penstock.units import format_address
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS_MAX = 256
-GREETING_MAX = 64  # connections that have not said Hello
+CONNECTIONS_MAX = 1024
+GREETING_MAX = 512  # connections that have not said Hello
+BACKLOG = 1024
+QUESTIONS_AT_ONCE = 2  # lookups and the like that are being answered by members of this process
 FETCHES_MAX = 4096
 STAGING_BYTES = 128 << 20  # at first, where nobody says how much
 STAGING_BYTES_MAX = STAGING_BYTES + 2 * wire.PAYLOAD_BYTES_MAX  # what it may grow to then: two of the largest blocks
@@ -56,10 +64,14 @@ class PoolNode:
         pace_bytes_per_s: float | None = None,
         staging_capacity_bytes: int | None = None,
         secret: Secret | None = None,
+        connections: int | None = None,
+        connections_per_address: int | None = None,
     ) -> None:
         """`pace_bytes_per_s` limits the blocks sent over all connections together, to emulate a NIC of that speed.
         `staging_capacity_bytes` bounds staging memory, and with it the largest block; None: STAGING_BYTES, and more
-        once a larger block comes. With a `secret` only clients that prove it get anything.
+        once a larger block comes. With a `secret` only clients that prove it get anything. `connections` of clients are
+        served at once (None: CONNECTIONS_MAX), `connections_per_address` of one address (None: half of them); fewer
+        where the process may have too few files open.
 
         Raises OSError when the address or the memory cannot be had.
         """
@@ -71,14 +83,20 @@ class PoolNode:
         limit_bytes = STAGING_BYTES_MAX if staging_capacity_bytes is None else None
         self.staging = Staging(staging_capacity_bytes or STAGING_BYTES, limit_bytes, pool.register)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, port), family=family, backlog=128)
+        self._listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         self.place = format_address(*self.address)
         self.rare = RateLimitedLog(log)  # for what a peer can cause as often as it likes
-        self.connections_max = CONNECTIONS_MAX
+        self.turns = Turns(QUESTIONS_AT_ONCE)
+        wanted = CONNECTIONS_MAX if connections is None else connections
+        limits = ConnectionLimits.within(file_limit(), GREETING_MAX, wanted, connections_per_address)
+        if limits.peers < wanted:
+            log.warning(
+                "this process may have %d files open: %d connections are served, not %d; allowed: a higher hard limit "
+                "(ulimit -Hn)", file_limit(), limits.peers, wanted,
+            )  # fmt: skip
         self._lock = threading.Lock()
-        self._connections: set[Served] = set()  # that said Hello
-        self._greeting: dict[Served, None] = {}  # that did not yet, the oldest first
+        self._shares: ConnectionShares[Served] = ConnectionShares(limits)  # strangers: that did not say Hello
         self._closed = False
         self._begin_s: float | None = None  # since when the connection that came last is being begun
         self._fetcher = GuardedWorker("penstock-node-fetch", FETCHES_MAX)
@@ -90,17 +108,17 @@ class PoolNode:
         """Stop listening, end every connection, stop the threads."""
         with self._lock:
             self._closed = True
-            connections = [*self._connections, *self._greeting]
+            connections = self._shares.everybody()
         deadline_s = time.monotonic() + timeout_s
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
         self.staging.close()
         for connection in connections:
             connection.cut()
         for fetcher in (self._fetcher, self._far_fetcher):
             fetcher.close(max(0.0, deadline_s - time.monotonic()))
         self._thread.join(max(0.0, deadline_s - time.monotonic()))
+        self._listener.close()
         for connection in connections:
             connection.join(max(0.0, deadline_s - time.monotonic()))
 
@@ -111,9 +129,18 @@ class PoolNode:
         return self._closed or all(thread.alive for thread in threads)
 
     @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def strangers_max(self) -> int:
+        """Connections that may be open and have not said Hello."""
+        return self._shares.limits.strangers
+
+    @property
     def connections(self) -> int:
         """How many are open, including those that have not said Hello."""
-        return len(self._connections) + len(self._greeting)
+        return self._shares.peers + self._shares.strangers
 
     @property
     def beginning_s(self) -> float:
@@ -135,62 +162,38 @@ class PoolNode:
         """What serves a connection that was accepted."""
         return PoolConnection(self, sock, peer)
 
-    def greeted(self, connection: Served) -> bool:
-        """The connection said Hello; False when as many as may be are open."""
+    def came(self, connection: Served) -> Served | None:
+        """A connection was accepted; returns the stranger that leaves for it."""
         with self._lock:
-            if connection in self._connections:
-                return True
-            if self._closed or connection not in self._greeting or len(self._connections) >= self.connections_max:
-                return False
-            del self._greeting[connection]
-            self._connections.add(connection)
-            return True
+            return self._shares.came(connection, connection.source)
+
+    def too_many(self) -> Served | None:
+        """The stranger that leaves where no more can be accepted."""
+        with self._lock:
+            return self._shares.displaced()
+
+    def greeted(self, connection: Served) -> str | None:
+        """The connection said Hello; or why it is not served."""
+        with self._lock:
+            return "is closing" if self._closed else self._shares.proved(connection)
 
     def left(self, connection: Served) -> None:
         with self._lock:
-            self._connections.discard(connection)
-            self._greeting.pop(connection, None)
+            self._shares.left(connection)
+
+    def begin(self, connection: Served) -> None:
+        """Serve a connection that has greeted; where memory or threads are short, only that one is refused."""
+        self._begin_s = time.monotonic()
+        try:
+            connection.start()
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not isinstance(error, OSError):
+                self.rare.warning("begin", "connection of %s refused: %s", connection.peer, error or "out of memory")
+            self.left(connection)
+            connection.abandon()
+        finally:
+            self._begin_s = None
 
     def _accept(self) -> None:
         self._begin_s = None
-        while not self._closed:
-            try:
-                sock, peer = self._listener.accept()
-            except OSError as error:
-                if not self._closed:
-                    self.rare.warning("accept", "a connection could not be accepted: %s", error)
-                    time.sleep(0.05)
-                continue
-            self._begin_s = time.monotonic()
-            try:
-                self._begin(sock, f"{peer[0]}:{peer[1]}")
-            except Exception:
-                sock.close()
-                raise
-            finally:
-                self._begin_s = None
-
-    def _begin(self, sock: socket.socket, peer: str) -> None:
-        """Serve a connection; where memory or threads are short, only that connection is refused."""
-        oldest: Served | None = None
-        connection: Served | None = None
-        try:
-            connection = self.connection_of(sock, peer)
-            with self._lock:
-                if self._closed:
-                    connection.abandon()
-                    return
-                if len(self._greeting) >= GREETING_MAX:
-                    oldest = next(iter(self._greeting))
-                    del self._greeting[oldest]
-                self._greeting[connection] = None
-            connection.start()
-        except (RuntimeError, MemoryError) as error:
-            self.rare.warning("begin", "connection of %s refused: %s", peer, error or "out of memory")
-            if connection is not None:
-                self.left(connection)
-                connection.abandon()
-            sock.close()
-        if oldest is not None:
-            self.rare.warning("greeting", "connection of %s ended: %d have not said Hello", oldest.peer, GREETING_MAX)
-            oldest.cut()
+        Greeter(self, self._listener).run()

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
+from penstock.core.layout import staging_bytes
 from penstock.pool.api import PoolError
 from penstock.pool.checksum import block_checksum
 from penstock.pool.served import OpenedBlock
 from penstock.transport import wire
-from penstock.transport.node_connection import IN_FLIGHT_MAX, Served
+from penstock.transport.node_connection import IN_FLIGHT_MAX, Served, not_counted
 from penstock.transport.staging import Slot
+from penstock.transport.staging_shares import StagingShare
 from penstock.units import format_bytes
+
+if TYPE_CHECKING:
+    from penstock.transport.node import PoolNode
+
+FIRST_BYTES = 32 << 10  # of a payload: what comes before staging memory is taken
 
 
 class _Staged:
@@ -38,6 +47,29 @@ class _Staged:
 class PoolConnection(Served):
     """One client of a pool."""
 
+    def __init__(self, node: PoolNode, sock: socket.socket, peer: str) -> None:
+        super().__init__(node, sock, peer)
+        self._near: StagingShare | None = None
+        self._far: StagingShare | None = None
+        self._first = memoryview(b"")
+
+    def start(self) -> None:
+        staging = self._node.staging
+        self._near = staging.share(self.source, self.cut)
+        self._far = staging.share(self.source, self.cut, far=True)
+        super().start()
+
+    def abandon(self) -> None:
+        super().abandon()
+        self._leave()
+
+    def _leave(self) -> None:
+        near, self._near = self._near, None
+        far, self._far = self._far, None
+        for share in (near, far):
+            if share is not None:
+                share.leave()
+
     # --- reads ---
 
     def _read(self, request: wire.Read, ready_s: float) -> None:
@@ -59,17 +91,30 @@ class PoolConnection(Served):
             self._fetch(request, opened, deadline_s)
 
     def _fetch(self, request: wire.Read, opened: OpenedBlock, deadline_s: float) -> None:
+        """Once there is room in the connection's share of staging memory, have a fetcher load the block."""
         staged = _Staged(self, opened=opened)
+        share = self._far if opened.far else self._near
+        if share is None:  # the connection has ended
+            staged.end()
+            return
 
         def failed(error: Exception) -> None:
             self._later(partial(self._fail_fetch, request.id, staged, "device", f"the node failed: {error!r}"))
 
-        if not self._node.later(opened.far, partial(self._fetch_block, request, opened, staged, deadline_s), failed):
-            self._fail_fetch(request.id, staged, "dropped", "too many reads wait in this node")
+        def begin() -> None:
+            fetch = partial(self._fetch_block, request, opened, staged, deadline_s, share)
+            if not self._node.later(opened.far, fetch, failed):
+                self._node.staging.give_reserved(staging_bytes(request.size_bytes), share)
+                detail = "too many reads wait in this node"
+                self._later(partial(self._fail_fetch, request.id, staged, "dropped", detail))
 
-    def _fetch_block(self, request: wire.Read, opened: OpenedBlock, staged: _Staged, deadline_s: float) -> None:
+        share.reserve(staging_bytes(request.size_bytes), begin, staged.end)
+
+    def _fetch_block(
+        self, request: wire.Read, opened: OpenedBlock, staged: _Staged, deadline_s: float, share: StagingShare
+    ) -> None:
         """On the fetcher's thread: find staging memory, let the member read into it."""
-        slot = self._node.staging.take(request.size_bytes, deadline_s, shared=opened.far)
+        slot = self._node.staging.take(request.size_bytes, deadline_s, opened.far, share, reserved=True)
         if slot is None:
             in_time, detail = self._no_staging(request.size_bytes, shared=opened.far)
             self._later(partial(self._fail_fetch, request.id, staged, "deadline" if in_time else "dropped", detail))
@@ -77,7 +122,7 @@ class PoolConnection(Served):
         staged.slot = slot
 
         def loaded(error: PoolError | None) -> None:
-            self._later(partial(self._finish_fetch, request, opened, staged, slot.view, deadline_s, error))
+            self._later(partial(self._finish_fetch, request, opened, staged, slot, deadline_s, error))
 
         opened.load(slot.view, deadline_s - time.monotonic(), loaded)
 
@@ -98,7 +143,7 @@ class PoolConnection(Served):
         request: wire.Read,
         opened: OpenedBlock,
         staged: _Staged,
-        view: memoryview,
+        slot: Slot,
         deadline_s: float,
         error: PoolError | None,
     ) -> None:
@@ -107,8 +152,10 @@ class PoolConnection(Served):
             if error is not None:
                 self._reply(wire.Failed(request.id, error.reason, error.detail))
             else:
-                data = view[: request.size_bytes]
-                self._send_block(request.id, opened.key, opened.checksum, data, deadline_s, time.monotonic())
+                data, now_s = slot.view[: request.size_bytes], time.monotonic()
+                moved = slot.moved if self._node.pacer is None else not_counted
+                moved(0)
+                self._send_block(request.id, opened.key, opened.checksum, data, deadline_s, now_s, moved)
         finally:
             staged.end()
 
@@ -122,23 +169,38 @@ class PoolConnection(Served):
             refusal = "dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already"
             self._refuse_write(request.id, payload_bytes, *refusal)
             return
-        slot = self._node.staging.take(payload_bytes, deadline_s)
+        first = self._receive_first(payload_bytes, deadline_s)
+        slot = self._node.staging.take(payload_bytes, deadline_s, share=self._near)
         if slot is None:
             self.leave()
             in_time, detail = self._no_staging(payload_bytes, shared=False)
-            self._refuse_write(request.id, payload_bytes, "dropped" if in_time else "full", detail)
+            self._refuse_write(request.id, payload_bytes - len(first), "dropped" if in_time else "full", detail)
             return
         staged = _Staged(self, slot)
         try:
-            self._store(request, staged, slot.view, deadline_s)
+            self._store(request, staged, slot, first, deadline_s)
         except BaseException:
             staged.end()
             raise
 
-    def _store(self, request: wire.Write, staged: _Staged, view: memoryview, deadline_s: float) -> None:
+    def _receive_first(self, payload_bytes: int, deadline_s: float) -> memoryview:
+        """The beginning of a payload: one that is announced and does not come takes no staging memory."""
+        if not len(self._first):
+            self._first = memoryview(bytearray(FIRST_BYTES))
+        first = self._first[:payload_bytes]
+        try:
+            self._receive(first, deadline_s)
+        except BaseException:
+            self.leave()
+            raise
+        return first
+
+    def _store(self, request: wire.Write, staged: _Staged, slot: Slot, first: memoryview, deadline_s: float) -> None:
         """Receive the payload, and have the pool store it; `staged` ends with that."""
-        data = view[: request.size_bytes]
-        self._receive(data, deadline_s)
+        view, data = slot.view, slot.view[: request.size_bytes]
+        data[: len(first)] = first
+        slot.moved(len(first))
+        self._receive(data[len(first) :], deadline_s, slot.moved)
         if block_checksum(request.key, data) != request.checksum:
             staged.end()
             self._lost("write_checksum", f"block {request.key.hex()} was damaged on its way here")

@@ -68,13 +68,6 @@ class Secret:
         return self.proof("server", purpose, server_nonce, nonce)
 
 
-def prove_as_server(sock: socket.socket, secret: Secret, purpose: bytes) -> None:
-    """Challenge the client. Raises SecretRefused, or OSError when the connection ends or stalls."""
-    nonce = os.urandom(NONCE_BYTES)
-    sock.sendall(nonce)
-    sock.sendall(secret.check(purpose, nonce, _receive(sock, NONCE_BYTES + PROOF_BYTES)))
-
-
 def prove_as_client(sock: socket.socket, secret: Secret, purpose: bytes) -> None:
     """Answer the server's challenge. Raises SecretRefused, or OSError when the connection ends or stalls."""
     sent, expected = secret.answer(purpose, _receive(sock, NONCE_BYTES))

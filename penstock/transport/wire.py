@@ -36,7 +36,9 @@ KEYS_PER_MESSAGE = 4096
 PROBE_BYTES_MAX = 1 << 20
 NODE_ID_BYTES = 16
 STALL_S = 10  # a peer that takes or gives no byte in the middle of a message for this long is gone
+LOOK_S = 1.0  # how often a payload under way is looked at
 HEADER_S = 20.0  # for a header of more than HEAD_BYTES
+HELLO_BYTES_MAX = 1024  # of the header of a connection's first message
 GREET_S = 10.0  # from a connection to its Hello, all in all
 IDLE_S = 60.0  # a client that sends no message for this long is gone; it sends Alive three times as often
 TIMEOUT_S_MAX = 86_400.0
@@ -374,13 +376,36 @@ def frame(message: Request | Reply, payload_bytes: int = 0) -> bytes:
     return (PREFIX.pack(len(header), payload_bytes) + header).ljust(HEAD_BYTES, b"\0")
 
 
+class MinimumRate:
+    """How fast a peer gives or takes a payload: it may take `grace_s` longer, all in all, than at `bytes_per_s`. Counts
+    only the time for which this end waits for it."""
+
+    __slots__ = ("_bytes_per_s", "_left_s")
+
+    def __init__(self, grace_s: float, bytes_per_s: float) -> None:
+        self._left_s = grace_s
+        self._bytes_per_s = bytes_per_s
+
+    def moved(self, size_bytes: int, waited_s: float) -> None:
+        """Raises TimeoutError for a peer that is too slow."""
+        self._left_s += size_bytes / self._bytes_per_s - waited_s
+        if self._left_s < 0:
+            raise TimeoutError(f"the peer moves a payload at less than {self._bytes_per_s / 1024:g} KiB/s")
+
+
 def receive_exactly(
-    sock: socket.socket, into: memoryview, idle_s: float | None = None, until_s: float | None = None
+    sock: socket.socket,
+    into: memoryview,
+    idle_s: float | None = None,
+    until_s: float | None = None,
+    rate: MinimumRate | None = None,
 ) -> None:
     """Fill `into`. Raises ConnectionError at the end of the stream, TimeoutError when the peer stalls in the middle
-    (sockets with SO_RCVTIMEO), or when not all is there at `until_s`, which is looked at every STALL_S. The first byte
-    may take `idle_s` seconds (None: as long as any other)."""
+    (sockets with SO_RCVTIMEO), when not all is there at `until_s`, or when it comes more slowly than `rate`; both are
+    looked at whenever the socket's timeout ends. The first byte may take `idle_s` seconds (None: as long as any other).
+    """
     got, size, begin_s = 0, len(into), time.monotonic()
+    looked_s = heard_s = begin_s
     while got < size:
         try:
             received = sock.recv_into(into[got:], 0, socket.MSG_WAITALL)
@@ -391,12 +416,28 @@ def receive_exactly(
             raise ConnectionError("the peer closed the connection")
         if received > 0:
             got += received
+            heard_s = now_s
         elif got or idle_s is None:
-            raise TimeoutError(f"the peer sent nothing for {STALL_S} s in the middle of a message")
+            if rate is None or now_s - heard_s >= STALL_S:
+                raise TimeoutError(f"the peer sent nothing for {STALL_S} s in the middle of a message")
         elif now_s - begin_s >= idle_s:
             raise TimeoutError(f"the peer sent no message for {idle_s:g} s")
         if until_s is not None and got < size and now_s >= until_s:
             raise TimeoutError("the peer did not send all of a message in time")
+        if rate is not None and got < size:
+            rate.moved(max(received, 0), now_s - looked_s)
+        looked_s = now_s
+
+
+def frame_lengths(head: bytes | memoryview) -> tuple[int, int]:
+    """Bytes of header and payload of the frame that begins so. Raises ProtocolError for too many."""
+    header_bytes, payload_bytes = PREFIX.unpack_from(head)
+    if header_bytes > HEADER_BYTES_MAX or payload_bytes > PAYLOAD_BYTES_MAX:
+        raise ProtocolError(
+            f"frame of {header_bytes} + {payload_bytes} bytes; "
+            f"{HEADER_BYTES_MAX} + {PAYLOAD_BYTES_MAX} are allowed (is the peer a Penstock pool?)"
+        )
+    return header_bytes, payload_bytes
 
 
 class FrameReader:
@@ -410,12 +451,7 @@ class FrameReader:
         """Header and payload length of the next frame, which begins within `idle_s` seconds; its header is there by
         `until_s`, or soon after it began. The payload is the caller's. Raises OSError or ProtocolError."""
         receive_exactly(self._sock, self._head, idle_s, until_s)
-        header_bytes, payload_bytes = PREFIX.unpack_from(self._head)
-        if header_bytes > HEADER_BYTES_MAX or payload_bytes > PAYLOAD_BYTES_MAX:
-            raise ProtocolError(
-                f"frame of {header_bytes} + {payload_bytes} bytes; "
-                f"{HEADER_BYTES_MAX} + {PAYLOAD_BYTES_MAX} are allowed (is the peer a Penstock pool?)"
-            )
+        header_bytes, payload_bytes = frame_lengths(self._head)
         room = HEAD_BYTES - PREFIX.size
         if header_bytes <= room:
             return self._head[PREFIX.size : PREFIX.size + header_bytes], payload_bytes
@@ -482,8 +518,13 @@ def set_timeouts(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, every)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * (idle + every * probes))
-    _set_limit(sock, socket.SO_SNDTIMEO, STALL_S)
+    _set_limit(sock, socket.SO_SNDTIMEO, min(LOOK_S, STALL_S))
     _set_limit(sock, socket.SO_RCVTIMEO, STALL_S)
+
+
+def look_at_payload(sock: socket.socket, under_way: bool) -> None:
+    """While a payload is under way, a receive ends every LOOK_S, so that `receive_exactly` sees how fast it comes."""
+    _set_limit(sock, socket.SO_RCVTIMEO, min(LOOK_S, STALL_S) if under_way else STALL_S)
 
 
 def _set_limit(sock: socket.socket, option: int, limit_s: float) -> None:
@@ -491,19 +532,32 @@ def _set_limit(sock: socket.socket, option: int, limit_s: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, int((limit_s - seconds) * 1e6)))
 
 
-def send_all(sock: socket.socket, *parts: bytes | memoryview, until_s: float | None = None) -> None:
-    """Send all parts in order, without joining them. Raises OSError, also when the peer stalls, or has not taken all at
-    `until_s`, which is looked at every STALL_S."""
+def send_all(
+    sock: socket.socket,
+    *parts: bytes | memoryview,
+    until_s: float | None = None,
+    rate: MinimumRate | None = None,
+) -> None:
+    """Send all parts in order, without joining them. Raises OSError, also when the peer takes nothing for STALL_S, has
+    not taken all at `until_s`, or takes it more slowly than `rate`; all of these are looked at every LOOK_S."""
     views = [memoryview(part) for part in parts if len(part)]
+    moved_s = looked_s = time.monotonic()
     while views:
         try:
             sent = sock.sendmsg(views)
         except BlockingIOError:
-            raise TimeoutError(f"the peer took nothing for {STALL_S} s") from None
-        if until_s is not None and sent < sum(map(len, views)) and time.monotonic() >= until_s:
-            raise TimeoutError("the peer did not take all of a message in time")
+            sent = 0
+        now_s = time.monotonic()
+        moved_s = now_s if sent else moved_s
+        if now_s - moved_s >= STALL_S:
+            raise TimeoutError(f"the peer took nothing for {STALL_S} s")
+        if rate is not None:
+            rate.moved(sent, now_s - looked_s)
+        looked_s = now_s
         while views and sent >= len(views[0]):
             sent -= len(views[0])
             del views[0]
         if sent:
             views[0] = views[0][sent:]
+        if until_s is not None and views and now_s >= until_s:
+            raise TimeoutError("the peer did not take all of a message in time")

@@ -14,6 +14,7 @@ import typer
 
 from penstock.child_python import child_environment, python_command
 from penstock.command_line import refuse
+from penstock.file_limit import raise_file_limit
 from penstock.vllm.flags import FlagError, connector_extra, serve_arguments
 
 SETTINGS = (
@@ -85,6 +86,7 @@ def vllm(
     reason = cannot_serve()
     if reason is not None:
         refuse("penstock vllm", reason)
+    raise_file_limit()
     os.execve(sys.executable, python_command(*SERVE, *arguments), child_environment())  # noqa: S606
 
 

@@ -28,7 +28,8 @@ GROUPS_MAX = 256
 LAYERS_MAX = 1 << 16
 PLACES_MAX = 1 << 22  # vLLM blocks of one list
 SEND_TIMEOUT_S = 5.0  # the other end reads all the time; one that does not is given up
-BACKLOG = 16  # connections that wait to be looked at
+BACKLOG = 128  # connections that wait to be looked at
+GREETING_BYTES_MAX = 4096
 ERROR_CHARS_MAX = 500
 _SAID_CHARS_MAX = 300  # of a decoder's error, which may cite what came
 _LENGTH = struct.Struct("<I")
@@ -193,11 +194,13 @@ class Link:
     def receive(self, timeout_s: float | None = None) -> Message:
         """The next message. Raises LinkError when the other end is gone, when what it sent is no message, or when it is
         not there in time (None: wait for it)."""
+        until_s = time.monotonic() + timeout_s if timeout_s is not None else None
         with self._deadline(timeout_s):
-            return self._body(self._exactly(_LENGTH.size))
+            return self._body(self._exactly(_LENGTH.size, until_s), until_s)
 
     def receive_with_descriptor(self, timeout_s: float | None = None) -> tuple[Message, int]:
         """A message that was sent with a descriptor, and the descriptor, which is the caller's to close."""
+        until_s = time.monotonic() + timeout_s if timeout_s is not None else None
         with self._deadline(timeout_s), contextlib.ExitStack() as undo:
             try:
                 head, descriptors, _, _ = socket.recv_fds(self._socket, _LENGTH.size, 1)
@@ -207,7 +210,7 @@ class Link:
                 undo.callback(os.close, descriptor)
             if len(head) < _LENGTH.size or not descriptors:
                 raise LinkError("the other end went away before it sent its memory")
-            message = self._body(head)
+            message = self._body(head, until_s)
             undo.pop_all()
             return message, descriptors[0]
 
@@ -226,16 +229,22 @@ class Link:
             with contextlib.suppress(OSError):
                 self._socket.settimeout(None)
 
-    def _body(self, head: bytes) -> Message:
+    def _body(self, head: bytes, until_s: float | None) -> Message:
         (length,) = _LENGTH.unpack(head)
         if length > MESSAGE_BYTES_MAX:
             raise LinkError(f"a message of {length} bytes; at most {MESSAGE_BYTES_MAX} are allowed")
-        return decode(self._exactly(length))
+        return decode(self._exactly(length, until_s))
 
-    def _exactly(self, length: int) -> bytes:
+    def _exactly(self, length: int, until_s: float | None) -> bytes:
+        """So many bytes, all of which are there by `until_s`: one that drips gets no more time."""
         data = bytearray()
         while len(data) < length:
             try:
+                if until_s is not None:
+                    left_s = until_s - time.monotonic()
+                    if left_s <= 0:
+                        raise LinkError("the other end did not send all of a message in time")
+                    self._socket.settimeout(left_s)
                 piece = self._socket.recv(length - len(data))
             except OSError as error:
                 raise LinkError(f"the link broke: {error}") from None
@@ -264,6 +273,37 @@ class Link:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+
+class GreetingReader:
+    """The first message of a socket that does not block, as far as it has come."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+        self._data = bytearray()
+
+    def more(self) -> Message | None:
+        """The message, once all of it is there. Raises LinkError for what is none, or when the other end is gone."""
+        while (wanted := self._wanted()) > 0:
+            try:
+                piece = self._socket.recv(wanted)
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                raise LinkError(f"the link broke: {error}") from None
+            if not piece:
+                raise LinkError("the other end went away")
+            self._data += piece
+        return decode(bytes(self._data[_LENGTH.size :]))
+
+    def _wanted(self) -> int:
+        """Bytes that are still to come."""
+        if len(self._data) < _LENGTH.size:
+            return _LENGTH.size - len(self._data)
+        (length,) = _LENGTH.unpack_from(self._data)
+        if length > GREETING_BYTES_MAX:
+            raise LinkError(f"a first message of {length} bytes; at most {GREETING_BYTES_MAX} are allowed")
+        return int(length) - (len(self._data) - _LENGTH.size)
 
 
 def check_same_user(connected: socket.socket) -> None:

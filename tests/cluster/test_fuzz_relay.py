@@ -22,7 +22,7 @@ from penstock.cluster.buffer import DecodeBuffer
 from penstock.cluster.incoming import Incoming
 from penstock.cluster.lending import Lending
 from penstock.cluster.placed import PlacedRequest
-from penstock.cluster.relay import OPENINGS_MAX, RelayNode
+from penstock.cluster.relay import RelayNode
 from penstock.core.keys import KeyChain, root_key
 from penstock.engine.api import GenerationRequest, TokenEvent
 from penstock.engine.runner import SamplingParams
@@ -228,44 +228,6 @@ def test_a_count_of_missing_blocks_is_at_most_that_of_the_hand_off(relay: Relay)
     assert events[-1].finish_reason == "length" and relay.begun[-1].prompt_tokens[-1] == 5
     assert losses()["blocks_not_handed_over"] - before <= 3
     peer.sock.close()
-
-
-def test_openings_of_one_connection_are_bounded_and_end_with_it(relay: Relay) -> None:
-    """4,096 of hand-offs that nobody names, of one connection, a day long each: no other one could be opened early,
-    for an hour after that connection had ended."""
-    far, near = Peer(relay), Peer(relay)
-    before = figures()
-    for number in range(OPENINGS_MAX + 10):
-        far.sock.sendall(wire.frame(wire.Open(number, f"unknown {number}#1", True, wire.TIMEOUT_S_MAX)))
-    for _ in range(10):
-        refused, _ = far.reply()
-        assert isinstance(refused, wire.Failed) and refused.reason == "dropped"
-    answer = near.ask(wire.Open(1, "early#1", False, 0.2))
-    assert isinstance(answer, wire.Failed) and answer.reason == "deadline", "it waited for the router's word"
-    far.sock.close()
-    end = time.monotonic() + WAIT_S
-    while len(relay.incoming):
-        assert time.monotonic() < end, f"{len(relay.incoming)} openings of a connection that ended still wait"
-        time.sleep(0.01)
-    assert len(hand_over(relay, near, "after")) == 1
-    near.sock.close()
-    back_to(before, 16 * MIB, lambda: relay.node.connections == 0)
-
-
-def test_clients_that_one_connection_invents_push_out_no_other_ones_memory(relay: Relay) -> None:
-    memory = relay.mover.allocate(BLOCK_BYTES)
-    memory[:] = b"o" * BLOCK_BYTES
-    near, far = Peer(relay), Peer(relay)
-    description = relay.mover.export(memory)
-    assert isinstance(near.ask(wire.Attach(1, b"honest", "shared-memory", description, 20.0)), wire.Attached)
-    for number in range(300):
-        assert isinstance(far.ask(wire.Attach(1, b"%d" % number, "shared-memory", description, 20.0)), wire.Attached)
-    keys, _ = relay.expect("offered", 1)
-    checksum = block_checksum(keys[0], memory)
-    offer = wire.Offer(2, b"honest", keys[0], BLOCK_BYTES, checksum, 0, 20.0)
-    assert isinstance(near.ask(offer), wire.Written)
-    near.sock.close()
-    far.sock.close()
 
 
 def test_an_opening_a_day_long_ends_no_other_ones_deadline(relay: Relay) -> None:

@@ -42,6 +42,8 @@ def test_every_kind_and_key_is_read(tmp_path: Path) -> None:
         pace = "200MB/s"
         profile = "profile.json"
         block_bytes = "8MiB"
+        connections = 2000
+        connections_per_address = 1500
         [[member]]
         kind = "memory"
         capacity = "2MiB"
@@ -80,6 +82,7 @@ def test_every_kind_and_key_is_read(tmp_path: Path) -> None:
     assert spdk.where == "0000:5e:00.0 namespace 2" and spdk.cpu == 3 and spdk.library == Path("/opt/shim.so")
     assert node.address == node.where == "10.0.0.7:7070"
     assert read.state == tmp_path / "tables" and read.profile == tmp_path / "profile.json"
+    assert (read.connections, read.connections_per_address) == (2000, 1500)
     assert read.block_bytes == 8 * MIB and read.pace_bytes_per_s == 200e6 and read.write_admission == "reused"
     assert read.quota_bytes(8 * MIB) == (2 * MIB, {tenant_tag("alice"): MIB})
 
@@ -191,3 +194,10 @@ def test_what_is_wrong_is_one_line_with_its_place(tmp_path: Path, text: str, exp
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read_pool_config(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize("key", ["connections", "connections_per_address"])
+def test_impossible_numbers_of_connections_are_refused(tmp_path: Path, key: str) -> None:
+    member = '[[member]]\nkind = "memory"\ncapacity = "1MiB"\n'
+    assert refused(tmp_path, f"{key} = 0\n{member}") == f"{key} is 0; allowed: from 1 to 65536"
+    assert refused(tmp_path, f'{key} = "many"\n{member}') == f"{key} is 'many'; allowed: a whole number"

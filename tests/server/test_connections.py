@@ -163,7 +163,7 @@ def test_clients_beyond_the_open_files_get_a_503_and_the_operator_a_line(
     start: Start, monkeypatch: Any, caplog: Any
 ) -> None:
     """With more connections than files the event loop resets them, and nothing says why."""
-    monkeypatch.setattr("penstock.server.run.raise_open_files", lambda: 8)
+    monkeypatch.setattr("penstock.server.run.raise_file_limit", lambda: 8)
     served = start()
     assert "may have 8 files open: requests get a 503 while 4 connections are" in caplog.text
     with contextlib.ExitStack() as stack:

@@ -40,8 +40,9 @@ class NodeRig:
         self.undo.callback(client.close, 5.0)
         return client
 
-    def by_hand(self, node: PoolNode, lane: str | None = "read") -> HandMade:
-        made = HandMade(node.address, lane)
+    def by_hand(self, node: PoolNode, lane: str | None = "read", source: str = "127.0.0.1") -> HandMade:
+        """`source`: the address that it comes from; all of 127.0.0.0/8 are this host's."""
+        made = HandMade(node.address, lane, source)
         self.undo.callback(made.sock.close)
         return made
 
@@ -49,8 +50,8 @@ class NodeRig:
 class HandMade:
     """A client's end of one connection: greeted, with a lane unless that is None."""
 
-    def __init__(self, address: tuple[str, int], lane: str | None) -> None:
-        self.sock = socket.create_connection(address, timeout=WAIT_S)
+    def __init__(self, address: tuple[str, int], lane: str | None, source: str = "127.0.0.1") -> None:
+        self.sock = socket.create_connection(address, WAIT_S, (source, 0))
         self.frames = wire.FrameReader(self.sock)
         self.sock.sendall(wire.greeting())
         wire.receive_exactly(self.sock, memoryview(bytearray(wire.GREETING.size)))

@@ -11,6 +11,7 @@ import pytest
 from helpers import chain, read, write
 from typer.testing import CliRunner
 
+from penstock.pool.api import PoolError
 from penstock.transport.command import parse_slab, pool_app
 from penstock.transport.connect import connect_pool
 from penstock.units import format_bytes, parse_bytes, parse_rate
@@ -113,3 +114,19 @@ def test_malformed_sizes_are_refused(text: str) -> None:
 def test_malformed_slabs_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"slab|size"):
         parse_slab(text)
+
+
+def test_connections_of_the_command_line_bound_them_and_the_open_files_are_raised() -> None:
+    flags = ("--connections", "6", "--connections-per-address", "3", "--memory", "1MiB")
+    process, address = start("--listen", "127.0.0.1:0", *flags)
+    try:
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+        line = next(line for line in limits.splitlines() if line.startswith("Max open files"))
+        assert line.split()[3] == line.split()[4], "the soft limit is the hard one"
+        client = connect_pool(address)
+        with pytest.raises(PoolError, match=f"node {address} has 3 connections of address 127.0.0.1, the limit"):
+            connect_pool(address)
+        client.close(5.0)
+    finally:
+        process.kill()
+        process.communicate()

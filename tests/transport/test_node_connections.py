@@ -20,6 +20,7 @@ from penstock.pool.losses import losses
 from penstock.transport import node as node_module
 from penstock.transport import node_connection, wire
 from penstock.transport.connect import connect_pool
+from penstock.transport.pool_connection import FIRST_BYTES
 from penstock.units import format_address
 
 
@@ -162,7 +163,7 @@ def test_a_payload_that_drips_holds_its_staging_for_a_bounded_time(
     monkeypatch.setattr(wire, "STALL_S", 0.25)
     node = rig.node(staging_capacity_bytes=MIB)
     slow = rig.by_hand(node, "write")
-    slow.send(message(1, MIB, 0.1), b"x", MIB)
+    slow.send(message(1, MIB, 0.1), bytes(FIRST_BYTES + 1), MIB)
     until(lambda: node.staging.free_bytes == 0, WAIT_S)
     sent = 0
     with pytest.raises(OSError):

@@ -16,6 +16,7 @@ from gated_rows import PLACES, ROW_BYTES, ROWS, WAIT_S, GatedRows
 
 from penstock.vllm import accepting, worker_links
 from penstock.vllm import link as link_module
+from penstock.vllm.accepting import CANDIDATES_MAX, accept_scheduler
 from penstock.vllm.link import (
     Attach,
     Done,
@@ -367,3 +368,61 @@ def test_a_worker_that_reads_nothing_stops_nobody(engine: str, monkeypatch: pyte
     while not scheduler.lost:
         scheduler.step()
     scheduler.links.close()
+
+
+@pytest.mark.parametrize("said", [b"", b"\x10", b"\x00\x10\0\0" + bytes(16)], ids=["nothing", "a byte", "half"])
+def test_candidates_that_drip_their_greeting_hold_up_no_scheduler(engine: str, said: bytes) -> None:
+    """Each byte had a second of its own, and nobody else was looked at meanwhile."""
+    stop, found = threading.Event(), queue.SimpleQueue[Link | None]()
+    listener = listen(engine, 0)
+    accepting = threading.Thread(target=lambda: found.put(accept_scheduler(listener, engine, stop.is_set)), daemon=True)
+    accepting.start()
+    dripping = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(CANDIDATES_MAX - 8)]
+    for sock in dripping:
+        sock.connect(socket_name(engine, 0))
+        sock.sendall(said)
+
+    def drip() -> None:
+        while not stop.wait(0.1):
+            for sock in dripping:
+                with contextlib.suppress(OSError):
+                    sock.sendall(b"\0")
+
+    dripper = threading.Thread(target=drip, daemon=True)
+    dripper.start()
+    try:
+        link = connect(engine, 0, WAIT_S)
+        accepted = found.get(timeout=4.0)  # long before a candidate is given up
+        assert accepted is not None
+        link.send(HELLO)
+        assert accepted.receive(WAIT_S) == HELLO
+        accepted.close()
+        link.close()
+    finally:
+        stop.set()
+        for thread in (dripper, accepting):
+            thread.join(WAIT_S)
+        for sock in (listener, *dripping):
+            sock.close()
+
+
+def test_a_message_that_drips_has_one_deadline_for_all_of_it() -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    stop = threading.Event()
+
+    def drip() -> None:
+        with contextlib.suppress(OSError):
+            while not stop.wait(0.05):
+                far.sendall(b"\x01")
+
+    far.sendall(b"\x10\x27\0\0")  # 10,000 bytes
+    dripper = threading.Thread(target=drip, daemon=True)
+    dripper.start()
+    link = Link(near)
+    with pytest.raises(LinkError):
+        link.receive(0.5)
+    assert dripper.is_alive(), "it was given up while it still sent"
+    stop.set()
+    dripper.join(WAIT_S)
+    link.close()
+    far.close()

@@ -1,0 +1,163 @@
+"""How much of a node's staging memory a connection, and a source address, may hold: so that the others' blocks go on.
+
+A connection may hold half, all connections of an address three quarters; of blocks of other nodes, half of that. Of a
+block larger than its share a connection may have one, and nothing beside it. An address has at most
+BLOCKS_OF_SOURCE_MAX blocks in it, so that small ones do not fill the queues behind it either. What finds no room in its
+share waits for what that connection, or that address, gives back, in the order in which it came; each connection's turn
+follows the others' of its address.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+
+BLOCKS_OF_SOURCE_MAX = 1024
+_Waiting = tuple[int, Callable[[], None], Callable[[], None]]  # bytes, begin, or refuse at the connection's end
+
+
+class _Source:
+    """One address: what its connections hold, and those of them that wait."""
+
+    __slots__ = ("blocks", "held_bytes", "users", "waiting")
+
+    def __init__(self) -> None:
+        self.blocks = 0
+        self.held_bytes = 0
+        self.users = 0  # connections
+        self.waiting: OrderedDict[StagingShare, deque[_Waiting]] = OrderedDict()
+
+
+class StagingShares:
+    """The shares of one staging memory."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self._lock = threading.Lock()
+        self._capacity_bytes = capacity_bytes
+        self._sources: dict[tuple[str, bool], _Source] = {}
+
+    def is_large(self, length: int, far: bool = False) -> bool:
+        """Whether a block is larger than the share of a connection."""
+        return length > self._of_connection(far)
+
+    def _of_connection(self, far: bool) -> int:
+        return self._capacity_bytes // (4 if far else 2)
+
+    def _of_source(self, far: bool) -> int:
+        return 3 * self._capacity_bytes // (8 if far else 4)
+
+    def grown(self, capacity_bytes: int) -> None:
+        """There is more memory: whoever waits may go on."""
+        with self._lock:
+            self._capacity_bytes = capacity_bytes
+            begun = [begin for source in self._sources.values() for begin in self._begun(source)]
+        for begin in begun:
+            begin()
+
+    def join(self, share: StagingShare) -> _Source:
+        with self._lock:
+            source = self._sources.setdefault((share.source, share.far), _Source())
+            source.users += 1
+            return source
+
+    def leave(self, share: StagingShare) -> None:
+        with self._lock:
+            waiting = share.of_source.waiting.pop(share, ())
+            share.of_source.users -= 1
+            self._forget_unused(share)
+        for _, _, refuse in waiting:
+            refuse()
+
+    def take(self, share: StagingShare, length: int) -> bool:
+        """Count this much as held, if there is room in the share."""
+        with self._lock:
+            return self._take(share, length)
+
+    def reserve(self, share: StagingShare, length: int, begin: Callable[[], None], refuse: Callable[[], None]) -> None:
+        with self._lock:
+            waiting = share.of_source.waiting
+            here = share not in waiting and self._take(share, length)
+            if not here:
+                waiting.setdefault(share, deque()).append((length, begin, refuse))
+        if here:
+            begin()
+
+    def give(self, share: StagingShare, length: int) -> None:
+        with self._lock:
+            share.held_bytes -= length
+            share.of_source.held_bytes -= length
+            share.of_source.blocks -= 1
+            begun = self._begun(share.of_source)
+            self._forget_unused(share)
+        for begin in begun:
+            begin()
+
+    def _forget_unused(self, share: StagingShare) -> None:
+        source = share.of_source
+        if not source.users and not source.held_bytes:
+            self._sources.pop((share.source, share.far), None)
+
+    def _take(self, share: StagingShare, length: int) -> bool:
+        far, source = share.far, share.of_source
+        if source.blocks >= BLOCKS_OF_SOURCE_MAX:
+            return False
+        if self.is_large(length, far):
+            if share.held_bytes:
+                return False
+        elif share.held_bytes + length > self._of_connection(far) or (
+            source.held_bytes and source.held_bytes + length > self._of_source(far)
+        ):
+            return False
+        share.held_bytes += length
+        source.held_bytes += length
+        source.blocks += 1
+        return True
+
+    def _begun(self, source: _Source) -> list[Callable[[], None]]:
+        """Those that wait at this address and have room now; they hold it from here on."""
+        begun: list[Callable[[], None]] = []
+        for share in list(source.waiting):
+            waiting = source.waiting[share]
+            if not self._take(share, waiting[0][0]):
+                continue
+            begun.append(waiting.popleft()[1])
+            if waiting:
+                source.waiting.move_to_end(share)
+            else:
+                del source.waiting[share]
+        return begun
+
+
+class StagingShare:
+    """What one connection holds, for blocks of this node or (`far`) of others. Any thread may call."""
+
+    __slots__ = ("_shares", "end_peer", "far", "held_bytes", "of_source", "source")
+
+    def __init__(self, shares: StagingShares, source: str, end_peer: Callable[[], None], far: bool) -> None:
+        """`end_peer` ends the connection; called with locks of the staging memory held."""
+        self._shares = shares
+        self.source, self.far = source, far
+        self.end_peer = end_peer
+        self.held_bytes = 0  # the lock of `StagingShares` is held where it changes
+        self.of_source = shares.join(self)
+
+    def is_large(self, length: int) -> bool:
+        return self._shares.is_large(length, self.far)
+
+    def take(self, length: int) -> bool:
+        """Count this much as held; False when the share has no room for it now."""
+        return self._shares.take(self, length)
+
+    def reserve(self, length: int, begin: Callable[[], None], refuse: Callable[[], None]) -> None:
+        """Have `begin` called once, when this much is held: now, or from another thread as soon as there is room; or
+        `refuse` when the connection leaves before."""
+        self._shares.reserve(self, length, begin, refuse)
+
+    def give(self, length: int) -> None:
+        """Hold this much less."""
+        self._shares.give(self, length)
+
+    def leave(self) -> None:
+        """The connection has ended; what it holds is still to be given."""
+        self._shares.leave(self)

@@ -1,0 +1,109 @@
+"""A process with one port that the tests flood: `python tests/flooded.py pool|relay|router|vllm`.
+
+It prints where it listens (of vLLM's link: the engine's id), serves until its standard input ends, and has no more in
+it than that port needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from penstock.cluster import wire as cluster_wire
+from penstock.cluster.buffer import DecodeBuffer
+from penstock.cluster.incoming import Incoming
+from penstock.cluster.port import ClusterPort, Engine
+from penstock.cluster.relay import RelayNode
+from penstock.file_limit import raise_file_limit
+from penstock.pool.open import open_local_pool
+from penstock.transport.node import PoolNode
+from penstock.transport.secret import Secret
+from penstock.transport.shared_memory import SharedMemoryMover
+from penstock.vllm.accepting import accept_scheduler
+from penstock.vllm.link import listen
+
+SECRET = Secret(b"the secret of the flooded ports")
+BLOCK_BYTES = 4096
+ENGINE_ID = "flooded"
+
+
+def _say(place: str) -> None:
+    print(place, flush=True)
+
+
+def _until_the_end() -> None:
+    sys.stdin.read()
+
+
+def pool() -> None:
+    node = PoolNode(open_local_pool([8 << 20], []), "127.0.0.1", 0)
+    _say(node.place)
+    _until_the_end()
+
+
+def relay() -> None:
+    storage = open_local_pool([1 << 20], [])
+    mover = SharedMemoryMover()
+    buffer = DecodeBuffer(BLOCK_BYTES, 64, storage, mover.allocate)
+    engine: Any = SimpleNamespace()
+    node = RelayNode(buffer, Incoming(engine, buffer, storage, 600.0, 2.0), "127.0.0.1", 0, mover=mover)
+    _say(node.place)
+    _until_the_end()
+
+
+class _Listener:
+    """Takes every engine, and asks nothing of it."""
+
+    def engine_fits(self, card: cluster_wire.EngineCard) -> str | None:
+        return None
+
+    def engine_joined(self, engine: Engine, held: Sequence[cluster_wire.Held]) -> list[tuple[str, int]]:
+        return []
+
+    def engine_left(self, engine: Engine, why: str) -> None:
+        """Nothing was placed there."""
+
+    def engine_reported(self, engine: Engine) -> None:
+        """Nobody asks."""
+
+    def engine_events(self, engine: Engine, events: Sequence[cluster_wire.Event]) -> None:
+        """Of nothing that was placed."""
+
+
+def router() -> None:
+    sock = socket.create_server(("127.0.0.1", 0))
+
+    async def serve() -> None:
+        port = ClusterPort(_Listener(), sock, SECRET, 3.0)
+        await port.start()
+        _say(f"127.0.0.1:{sock.getsockname()[1]}")
+        await asyncio.get_running_loop().run_in_executor(None, _until_the_end)
+        await port.close()
+
+    asyncio.run(serve())
+
+
+def vllm() -> None:
+    """Waits for its scheduler, and for another one after it has come."""
+    listener = listen(ENGINE_ID, 0)
+
+    def accept() -> None:
+        while (link := accept_scheduler(listener, ENGINE_ID, lambda: False)) is not None:
+            link.drain()
+            link.close()
+
+    threading.Thread(target=accept, daemon=True).start()
+    _say(ENGINE_ID)
+    _until_the_end()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level="WARNING")
+    raise_file_limit()
+    {"pool": pool, "relay": relay, "router": router, "vllm": vllm}[sys.argv[1]]()
