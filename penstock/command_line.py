@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sys
 from typing import Any, NoReturn
 
 import typer
+
+from penstock import log_lines
 
 log = logging.getLogger(__name__)
 
@@ -34,5 +35,5 @@ def one_line(error: Exception | str) -> str:
 
 def log_to_stderr(level: str) -> None:
     """Of a process that serves; uvicorn's own lines only where asked for."""
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    log_lines.log_to_stderr(level)
     logging.getLogger("uvicorn.error").setLevel("DEBUG" if level == "DEBUG" else "WARNING")

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
 
 INTERVAL_S = 30.0
 SUBJECTS_MAX = 256
+_VARIES = re.compile(r"[\d:'\"]")
+_KIND_CHARACTERS_MAX = 80
+
+
+def kind_of(error: Exception) -> str:
+    """A subject for what a peer can cause in many wordings: the error's text up to its first number, colon or quote."""
+    return _VARIES.split(str(error), maxsplit=1)[0][:_KIND_CHARACTERS_MAX]
 
 
 class RateLimitedLog:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
-import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,25 +10,30 @@ import typer
 from penstock.command_line import flag, log_to_stderr, refuse
 from penstock.server.api_flags import (
     LIMITS,
+    AllowedHost,
     ApiKey,
     ApiKeyFile,
+    ApiKeys,
     ConfigFile,
     CorsOrigin,
     DrainTimeout,
+    HideCachedTokens,
     Host,
     KeepAlive,
     LogLevel,
+    OpenMetrics,
     Port,
     RequestTimeout,
+    RequireTenant,
     Revision,
     ServedModelName,
+    TlsCert,
+    TlsKey,
 )
 from penstock.transport.tls_flags import PeerTlsCa, PeerTlsCert, PeerTlsKey
 
 if TYPE_CHECKING:
     from penstock.cluster.flags import RouterFlags
-
-log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0
 FAILED = 1
@@ -50,6 +53,13 @@ def router(
     port: Port = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
+    api_keys: ApiKeys = None,
+    require_tenant: RequireTenant = None,
+    hide_cached_tokens: HideCachedTokens = None,
+    open_metrics: OpenMetrics = None,
+    allowed_host: AllowedHost = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     cors_origin: CorsOrigin = None,
     served_model_name: ServedModelName = None,
     revision: Revision = None,
@@ -127,7 +137,7 @@ def _serve(flags: RouterFlags) -> None:
     from penstock.cluster.router import ClusterEngine
     from penstock.file_limit import raise_file_limit
     from penstock.server.app import ServerApp
-    from penstock.server.run import HttpServer, bind, url_of
+    from penstock.server.run import HttpServer, bind, url_of, warn_of_open_port
     from penstock.server.text import TextCodec, load_text_codec
     from penstock.units import format_address, parse_address
 
@@ -136,8 +146,8 @@ def _serve(flags: RouterFlags) -> None:
     secret, tls = proof_of(flags)
     codec: TextCodec | None = None
     with bind(flags.host, flags.port) as listener, bind(*parse_address(flags.cluster_listen)) as cluster:
-        if server_side.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-            log.warning("whoever reaches %s can use this router; --api-key-file asks for a key", url_of(listener))
+        url = url_of(listener, server_side.tls is not None)
+        warn_of_open_port(server_side, listener, url)
         if flags.model:
             from penstock.engine.checkpoint import quiet_transformers, resolve_folder
 
@@ -151,7 +161,7 @@ def _serve(flags: RouterFlags) -> None:
         try:
             app = ServerApp(engine, codec, server_side, ui_routes(engine, server_side.model_name))
             place = format_address(*cluster.getsockname()[:2])
-            ready = f"penstock: router {server_side.model_name} listening on {url_of(listener)}, engines on {place}"
+            ready = f"penstock: router {server_side.model_name} listening on {url}, engines on {place}"
             server = HttpServer(app, listener, lambda: print(ready, flush=True))
             engine.on_failed = server.stop
             server.serve_forever()

@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from penstock.cluster.wire import EngineCard
 from penstock.core.config import ConfigError
 from penstock.engine.pauses import settle
 from penstock.file_limit import raise_file_limit
+from penstock.server.api_settings import api_settings
 from penstock.server.app import ServerApp
 from penstock.server.run import HttpServer, bind, url_of
 from penstock.server.settings import ServerSettings
@@ -43,14 +45,15 @@ def serve_for_router(flags: ServeFlags) -> None:
     """Build the engine, register it, serve. Raises ValueError, OSError or PoolError with one line."""
     config, settings = host_config(flags), _settings(flags)
     name, node = _names(flags)
+    pages = _server_settings(flags, name)
     listener = bind(flags.host, flags.port or 0)
     raise_file_limit()
     with listener:
         host = open_host(config)
         settle()
         try:
-            app = ServerApp(host.engine, None, _server_settings(flags, name))
-            ready = f"penstock: engine {name} ({config.role}) listening on {url_of(listener)}"
+            app = ServerApp(host.engine, None, pages)
+            ready = f"penstock: engine {name} ({config.role}) listening on {url_of(listener, pages.tls is not None)}"
             server = HttpServer(app, listener, lambda: print(ready, flush=True))
             agent = EngineAgent(host, card_of(host, config, name, node), settings, on_refused=server.stop)
             try:
@@ -135,4 +138,5 @@ def _names(flags: ServeFlags) -> tuple[str, str]:
 
 
 def _server_settings(flags: ServeFlags, name: str) -> ServerSettings:
-    return ServerSettings(model_name=name, drain_timeout_s=flags.drain_timeout_s, api=False)
+    """Of its pages and metrics; the tenants are the router's matter. Raises ConfigError."""
+    return replace(api_settings(flags, name), model_name=name, tenant_keys=None, cors_origins=(), api=False)

@@ -6,29 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import msgspec
-
 from penstock.cluster.router import RouterSettings
 from penstock.core.cluster.placing import InterEngineConfig
 from penstock.core.config import ConfigError, check_range
-from penstock.server.flags import LOG_LEVELS, read_api_key, read_origins, read_record
+from penstock.server.api_settings import ApiFlags, api_settings, served_name
+from penstock.server.flags import LOG_LEVELS, read_record
 from penstock.server.settings import ServerSettings
 from penstock.transport.secret import Secret
 from penstock.transport.tls import PeerTls, TlsSettings
 from penstock.units import parse_address
 
 
-class RouterFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RouterFlags(ApiFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Every flag with its default."""
 
-    model: str = ""
-    host: str = "127.0.0.1"
     port: int = 8000
-    api_key: str | None = None
-    api_key_file: str | None = None
-    cors_origin: str | list[str] | None = None
-    served_model_name: str | None = None
-    revision: str | None = None
     cluster_listen: str = "127.0.0.1:7100"
     secret_file: str | None = None
     peer_tls_cert: str | None = None
@@ -40,10 +32,6 @@ class RouterFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     lease_s: float = 3.0
     grace_s: float = 2.0
     no_engine_s: float = 30.0
-    keep_alive_s: float = 75.0
-    request_timeout_s: float = 600.0
-    drain_timeout_s: float = 10.0
-    log_level: str = "info"
 
 
 class ProofFlags(TlsSettings, Protocol):
@@ -88,13 +76,5 @@ def router_settings(flags: RouterFlags) -> RouterSettings:
 
 
 def server_settings(flags: RouterFlags) -> ServerSettings:
-    """The HTTP side; reads the key file. Raises ConfigError."""
-    return ServerSettings(
-        model_name=flags.served_model_name or flags.model or "penstock",
-        api_key=read_api_key(flags.api_key, flags.api_key_file),
-        keep_alive_s=flags.keep_alive_s,
-        cors_origins=read_origins(flags.cors_origin),
-        request_timeout_s=flags.request_timeout_s,
-        drain_timeout_s=flags.drain_timeout_s,
-        resumable=True,
-    )
+    """The HTTP side; reads its files of keys. Raises ConfigError."""
+    return api_settings(flags, served_name(flags.model) or "penstock", resumable=True)

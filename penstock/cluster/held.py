@@ -16,7 +16,7 @@ from dataclasses import replace
 from itertools import islice
 
 from penstock.cluster.placed import PlacedRequest
-from penstock.cluster.wire import Event, Held
+from penstock.cluster.wire import Event, Held, pack_report
 from penstock.cluster.wire_types import LIST_MAX, clip
 from penstock.core.operations import FinishReason
 from penstock.engine.api import RequestReport, TokenEvent
@@ -91,7 +91,7 @@ class HeldPart:
         fresh = self.tokens[self.sent :]
         index = self._first + self.sent
         self.sent, self.sent_end = len(self.tokens), self.finish_reason is not None
-        return Event(*self.key, index, fresh, self.finish_reason, self.error, self.report)
+        return Event(*self.key, index, fresh, self.finish_reason, self.error, pack_report(self.report))
 
     def record(self) -> Held:
         """For a registration; what it holds counts as sent from now on."""
@@ -107,7 +107,7 @@ class HeldPart:
             tokens=list(self.tokens),
             finish_reason=self.finish_reason,
             error=self.error,
-            report=self.report,
+            report=pack_report(self.report),
         )
 
 

@@ -86,6 +86,11 @@ class Incoming:
         self._lookups = [GuardedWorker(name, waiting_max=LOOKUPS_WAITING_MAX) for name in names]
         self._deadlines = Deadlines("penstock-hand-off-deadlines")
 
+    def __len__(self) -> int:
+        """Hand-offs that it knows of, named by the router or not."""
+        with self._lock:
+            return len(self._parts) + len(self._early)
+
     # --- from the router ---
 
     def submit(self, placed: PlacedRequest, request: GenerationRequest, on_event: OnEvent) -> None:
@@ -272,6 +277,7 @@ class Incoming:
             part.started = True
         if part.deadline is not None:
             part.deadline.cancel()
+        missing = min(missing, len(part.keys))
         if missing:
             count_loss("blocks_not_handed_over", missing)
             rare.warning(

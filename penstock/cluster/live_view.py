@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from penstock.server.errors import json_response
-from penstock.server.live import live_page
+from penstock.server.live import live_page, page_response
 
 if TYPE_CHECKING:
     from penstock.cluster.router import ClusterEngine
@@ -25,7 +25,7 @@ def ui_routes(engine: ClusterEngine, model: str) -> Sequence[Route]:
     """`/ui` and its data."""
 
     async def page(request: Request) -> Response:
-        return Response(live_page("penstock.cluster", "ui.html"), media_type="text/html")
+        return page_response(live_page("penstock.cluster", "ui.html"))
 
     async def data(request: Request) -> Response:
         try:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from msgspec import Raw
+
 from penstock.cluster.wire import Event, Held
 from penstock.core.cluster.answer import Part
 from penstock.core.operations import FinishReason
-from penstock.engine.api import RequestReport
 
 PARTS_MAX = 65_536
+TOKENS_MAX = 32 << 20  # of all parts; an engine itself keeps 4 << 20 of those that have ended
 Asked = tuple[str, bytes]  # what the client calls its request, and the digest of what it asks for
 Cancel = tuple[str, str, int]  # engine, request id, attempt
 
@@ -27,11 +29,15 @@ class OrphanPart:
     index: int
     tokens: list[int]
     finish_reason: FinishReason | None
-    report: RequestReport | None
+    report: Raw  # `wire.report_in` unpacks it
     since_s: float
 
     def pieces(self) -> list[tuple[int, list[int]]]:
         return [(0, self.earlier), (self.index, self.tokens)]
+
+    @property
+    def size_tokens(self) -> int:
+        return len(self.earlier) + len(self.tokens)
 
 
 class Orphans:
@@ -43,33 +49,45 @@ class Orphans:
         self._parts: dict[str, list[OrphanPart]] = {}
         self._asked: dict[Asked, dict[str, None]] = {}  # request ids, in the order in which they were added
         self._count = 0
+        self._tokens = 0
 
     def __len__(self) -> int:
         return self._count
 
     def add(self, engine: str, held: Sequence[Held], now: float) -> list[tuple[str, int]]:
-        """Keep what an engine registered with; returns what it shall go on with."""
-        kept = []
+        """Keep what an engine registered with; returns what it shall go on with. Of a part that it names twice the
+        first counts."""
+        kept: list[tuple[str, int]] = []
+        named: set[tuple[str, int]] = set()
         for one in held[: max(0, PARTS_MAX - self._count)]:
+            name, size_tokens = (one.request_id, one.attempt), len(one.earlier) + len(one.tokens)
+            if name in named or self._tokens + size_tokens > TOKENS_MAX:
+                continue
+            named.add(name)
+            self._tokens += size_tokens
             asked = (one.label, one.digest)
             part = OrphanPart(
                 engine, one.part, one.attempt, asked, list(one.earlier), one.index, list(one.tokens),
-                one.finish_reason, one.report, now,
+                one.finish_reason, one.report.copy(), now,
             )  # fmt: skip
             self._parts.setdefault(one.request_id, []).append(part)
             self._asked.setdefault(asked, {})[one.request_id] = None
             self._count += 1
-            kept.append((one.request_id, one.attempt))
+            kept.append(name)
         return kept
 
     def event(self, engine: str, event: Event) -> bool:
         """Add what an engine generated for one of these parts; False when the event is of no such part."""
         for part in self._parts.get(event.request_id, ()):
             if part.engine == engine and part.attempt == event.attempt:
+                if self._tokens + len(event.tokens) > TOKENS_MAX:
+                    part.finish_reason = "restart"  # nobody is given it: it is cancelled in time
+                    return True
                 if event.index == part.index + len(part.tokens):
                     part.tokens += event.tokens
+                    self._tokens += len(event.tokens)
                 if event.finish_reason is not None:
-                    part.finish_reason, part.report = event.finish_reason, event.report
+                    part.finish_reason, part.report = event.finish_reason, event.report.copy()
                 return True
         return False
 
@@ -104,6 +122,7 @@ class Orphans:
     def _remove(self, request_id: str, parts: Sequence[OrphanPart]) -> None:
         """Forget these parts of a request."""
         left = [part for part in self._parts[request_id] if part not in parts]
+        self._tokens -= sum(part.size_tokens for part in self._parts[request_id] if part in parts)
         self._count -= len(self._parts[request_id]) - len(left)
         if left:
             self._parts[request_id] = left

@@ -26,7 +26,7 @@ from penstock.cluster.wire_types import clip
 from penstock.core.cluster.membership import Membership, NameTaken
 from penstock.core.connection_shares import ConnectionLimits, ConnectionShares, source_of
 from penstock.file_limit import file_limit
-from penstock.rate_limited_log import RateLimitedLog
+from penstock.rate_limited_log import RateLimitedLog, kind_of
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
 from penstock.transport.tls import PeerTls, TlsError
 from penstock.transport.tls_streams import Reader, Writer, begin_tls
@@ -182,13 +182,13 @@ class ClusterPort:
         except wire.ProtocolError as error:
             why = str(error)
             self.counts.refused_protocol += 1
-            rare.warning(f"protocol {error}", "connection of %s closed: %s", peer, error)
+            rare.warning(f"protocol {kind_of(error)}", "connection of %s closed: %s", peer, error)
         except SecretRefused as error:
             self.counts.refused_secret += 1
-            rare.warning(f"secret {error}", "connection of %s refused: %s", peer, error)
+            rare.warning(f"secret {kind_of(error)}", "connection of %s refused: %s", peer, error)
         except TlsError as error:
             self.counts.refused_tls += 1
-            rare.warning(f"tls {error}", "connection of %s refused: %s", peer, error)
+            rare.warning(f"tls {kind_of(error)}", "connection of %s refused: %s", peer, error)
         except (OSError, asyncio.IncompleteReadError) as error:
             why = "the connection ended" if isinstance(error, asyncio.IncompleteReadError) else str(error)
             log.debug("connection of %s ended: %s", peer, error)
@@ -345,7 +345,7 @@ class ClusterPort:
     def _lose(self, engine: Engine, why: str) -> None:
         if self._membership.end(engine.name, engine.epoch):
             if not self._closed:
-                log.warning("engine %s left: %s", engine.name, why)
+                rare.warning(f"left {engine.name}", "engine %s left: %s", engine.name, why)
             self._forget(engine, why)
 
     def _forget(self, engine: Engine, why: str, after_all: bool = False) -> None:

@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
+from msgspec import Raw
+
 from penstock.cluster import wire
 from penstock.cluster.dispatch import Dispatch
 from penstock.cluster.engine_accounts import EngineAccounts
@@ -290,7 +292,8 @@ class ClusterEngine:
             self._emit(routed, token)
         whole = ended.finish_reason if ended is not None else answer.complete()
         if whole is not None:
-            routed.reports += [part.report for part in found if part.report is not None]
+            for part in found:
+                self._note_report(routed, part.engine, part.report)
             self._end(routed, whole, None)
         return True
 
@@ -449,8 +452,16 @@ class ClusterEngine:
         if event.attempt != answer.attempt or engine.name not in answer.parts:
             self.counters["stale_events"] += 1
             return
-        if event.tokens:
-            self._follow(routed, answer.add(engine.name, event.attempt, event.index, event.tokens))
+        tokens = event.tokens[: max(0, answer.max_tokens - event.index)]  # an answer has no more
+        if tokens and max(tokens) >= engine.card.vocab_size:
+            self.counters["events_dropped"] += 1
+            why = f"it sent token {max(tokens)}; its vocabulary has {engine.card.vocab_size}"
+            rare.warning(f"token {engine.name}", "engine %s: a part of a request ends: %s", engine.name, why)
+            self._dispatch.cancel_part(engine.name, routed.id, event.attempt)
+            self._follow(routed, answer.part_ended(engine.name, event.attempt, "restart", why))
+            return
+        if tokens:
+            self._follow(routed, answer.add(engine.name, event.attempt, event.index, tokens))
         if event.finish_reason is not None:
             self._part_ended(routed, engine, event)
 
@@ -459,19 +470,24 @@ class ClusterEngine:
         if engine.name not in answer.parts:
             return
         part = answer.parts[engine.name]
-        if event.report is not None:
-            fault = wire.report_fault(event.report)
-            if fault is None:
-                routed.reports.append(event.report)
-            else:
-                self.counters["reports_dropped"] += 1
-                rare.warning("report fault", "a report of engine %s is not counted: %s", engine.name, fault)
+        self._note_report(routed, engine.name, event.report)
         if part == "prefill" and routed.brain_attempt is not None:
             self.brain.prefilled(routed.id, routed.brain_attempt)
         if self._seen is not None and event.finish_reason in ("handed_over", "stop", "length"):
             self._seen.add(routed.request.prompt_tokens, routed.request.tenant)
         assert event.finish_reason is not None
         self._follow(routed, answer.part_ended(engine.name, event.attempt, event.finish_reason, event.error))
+
+    def _note_report(self, routed: Routed, engine: str, packed: Raw) -> None:
+        """Count what an engine reports of its part; one out of bounds costs itself."""
+        try:
+            report = wire.report_in(packed)
+        except wire.ProtocolError as error:
+            self.counters["reports_dropped"] += 1
+            rare.warning("report fault", "a report of engine %s is not counted: %s", engine, error)
+            return
+        if report is not None:
+            routed.reports.append(report)
 
     def _follow(self, routed: Routed, outcome: Outcome, told_brain: bool = False) -> None:
         """Carry out what follows an event of one request."""

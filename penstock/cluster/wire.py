@@ -8,16 +8,14 @@ wire are durations, never clocks.
 from __future__ import annotations
 
 import struct
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 from penstock.cluster.placed import EngineReport, Part, PlacedRequest
 from penstock.cluster.wire_types import (
-    COUNT_MAX,
     LIST_MAX,
-    SECONDS_MAX,
     Count,
     Digest,
     LeaseSeconds,
@@ -29,6 +27,7 @@ from penstock.cluster.wire_types import (
 )
 from penstock.core.operations import FinishReason
 from penstock.engine.api import RequestReport
+from penstock.transport.wire import NO_MESSAGE, said
 
 PROTOCOL_VERSION = 3
 GREETING = struct.Struct("<6sH")
@@ -39,12 +38,22 @@ PURPOSE = b"cluster control 1"
 LENGTH = struct.Struct("<I")
 FRAME_BYTES_MAX = 64 << 20  # a prompt of a million tokens takes 5 MB
 HANDSHAKE_S = 5.0
-REPORT_NAMES_MAX = 4096  # spans and kinds of failure in one report
-STAGE_CHARACTERS_MAX = 64
+NO_REPORT = msgspec.Raw(b"\xc0")
 
 
 class ProtocolError(Exception):
     """The peer sent something that this version of the protocol does not allow; the connection is of no use now."""
+
+
+def pack_report(report: RequestReport | None) -> msgspec.Raw:
+    """A report as it travels in `Held` and `Event`, which are understood whatever it says (`report_in`)."""
+    return NO_REPORT if report is None else msgspec.Raw(_encoder.encode(report))
+
+
+def report_in(packed: msgspec.Raw) -> RequestReport | None:
+    """Raises ProtocolError for a report out of bounds. It is dropped then, and the connection goes on."""
+    report: RequestReport | None = _decode(_reports, packed)
+    return report
 
 
 class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,7 +91,7 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
     tokens: Tokens
     finish_reason: FinishReason | None = None
     error: Text | None = None
-    report: RequestReport | None = None
+    report: msgspec.Raw = NO_REPORT  # `pack_report`
 
 
 class Register(msgspec.Struct, array_like=True, tag=1):
@@ -111,7 +120,7 @@ class Event(msgspec.Struct, array_like=True):
     tokens: Tokens
     finish_reason: FinishReason | None = None
     error: Text | None = None
-    report: RequestReport | None = None
+    report: msgspec.Raw = NO_REPORT  # `pack_report`
 
 
 class Events(msgspec.Struct, array_like=True, tag=3):
@@ -180,7 +189,7 @@ FromRouter = Welcome | Refused | Beat | Place | Cancel | Fenced | Replan
 _encoder = msgspec.msgpack.Encoder()
 _from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 _from_router: msgspec.msgpack.Decoder[FromRouter] = msgspec.msgpack.Decoder(FromRouter)
-Message = TypeVar("Message")
+_reports: msgspec.msgpack.Decoder[RequestReport | None] = msgspec.msgpack.Decoder(RequestReport | None)
 
 
 def frame(message: FromEngine | FromRouter) -> bytes:
@@ -213,27 +222,8 @@ def decode_from_router(body: bytes) -> FromRouter:
 def _decode(decoder: Any, body: bytes) -> Any:
     try:
         return decoder.decode(body)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise ProtocolError(f"message not understood: {error}") from None
-
-
-def report_fault(report: RequestReport) -> str | None:
-    """What is wrong with a report that came over the wire, or None: what is counted of it has bounds as messages have.
-    A wrong one is dropped, and the connection goes on."""
-    times = [report.total_s, report.predicted_load_s, report.predicted_compute_s, report.measured_load_s]
-    times += [report.measured_compute_s, report.ttft_s or 0.0, report.slo_ttft_s or 0.0]
-    times += [time_s for _, *span in report.spans for time_s in span]
-    counts = [report.prompt_tokens, report.cached_tokens, report.loaded_bytes, report.generated_tokens]
-    counts += [report.recomputed_tokens, report.handed_blocks]
-    counts += [*report.load_failures.values(), *report.hand_off_failures.values()]
-    names = [label for label, *_ in report.spans] + [*report.load_failures, *report.hand_off_failures]
-    if not all(-SECONDS_MAX <= time_s <= SECONDS_MAX for time_s in times):
-        return f"it has a time beyond {SECONDS_MAX:g} s"
-    if not all(0 <= count <= COUNT_MAX for count in counts):
-        return f"it has a count outside 0 to {COUNT_MAX}"
-    if len(names) > REPORT_NAMES_MAX or not all(len(name) <= STAGE_CHARACTERS_MAX for name in names):
-        return f"it has {len(names)} stages; {REPORT_NAMES_MAX} of {STAGE_CHARACTERS_MAX} characters are allowed"
-    return None
+    except NO_MESSAGE as error:
+        raise ProtocolError(f"message not understood: {said(error)}") from None
 
 
 def greeting(secret: bool = True, tls: bool = False) -> bytes:

@@ -6,16 +6,26 @@ import logging
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
+
+from msgspec import Meta
 
 from penstock.core.operations import FinishReason, HandOff
-from penstock.engine.runner import SamplingParams
+from penstock.engine.runner import TEMPERATURE_MAX, TOP_K_MAX, SamplingParams
 from penstock.engine.shaping import LOGPROBS_MAX, TokenLogprobs, check_shaping
 
 log = logging.getLogger(__name__)
 
-TOP_K_MAX = 2**31 - 1
-SEED_MAX = 2**64 - 1
+SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1  # what a 64-bit word holds, signed or not
+REPORT_NAMES_MAX = 4096  # spans, and kinds of failure, of one report
+STAGE_CHARACTERS_MAX = 64
+
+# Bounds of a report that comes from another process. A stage may begin before the request arrived.
+ReportTime = Annotated[float, Meta(ge=-1e6, le=1e6)]
+ReportCount = Annotated[int, Meta(ge=0, le=1 << 53)]
+Stage = Annotated[str, Meta(max_length=STAGE_CHARACTERS_MAX)]
+ReportCounts = Annotated[dict[Stage, ReportCount], Meta(max_length=REPORT_NAMES_MAX)]
+Spans = Annotated[tuple[tuple[Stage, ReportTime, ReportTime], ...], Meta(max_length=REPORT_NAMES_MAX)]
 
 
 class InvalidRequest(ValueError):
@@ -40,7 +50,8 @@ class Overloaded(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """`slo_ttft_s` is the deadline of the first token, from arrival; `tenant` separates caches (`cache_salt`).
+    """`slo_ttft_s` is the deadline of the first token, from arrival; `tenant` separates caches: a tenant, a
+    client's `cache_salt`, or a salt within a tenant (`core.tenants`).
 
     Of a request that is placed on engines: it arrived `waited_s` ago, its prompt ends with `first_index` generated
     tokens, hits among its first `recompute_tokens` are not loaded, and with `hand_off` it ends as "handed_over" after
@@ -65,22 +76,22 @@ class RequestReport:
     are stages (`lookup`, `fetch`, `upload`, `compute`, `decode`) and reasons of waiting (`wait_fetch_link`,
     `wait_l2`, `wait_l1`, `wait_upload_link`, `wait_compute`, `wait_turn`)."""
 
-    prompt_tokens: int
-    cached_tokens: int  # prompt tokens whose KV was not computed by this request
-    loaded_bytes: int  # fetched from the pool
-    generated_tokens: int
-    ttft_s: float | None
-    total_s: float
-    slo_ttft_s: float | None
-    predicted_load_s: float
-    predicted_compute_s: float
-    measured_load_s: float  # how long its own blocks kept their slowest link busy
-    measured_compute_s: float  # of the batches its prompt was computed in
-    recomputed_tokens: int  # after a failed load
-    load_failures: dict[str, int]
-    spans: tuple[tuple[str, float, float], ...]
-    handed_blocks: int = 0  # handed to the decode engine by this one
-    hand_off_failures: dict[str, int] = field(default_factory=dict)  # blocks that it has to find or compute itself
+    prompt_tokens: ReportCount
+    cached_tokens: ReportCount  # prompt tokens whose KV was not computed by this request
+    loaded_bytes: ReportCount  # fetched from the pool
+    generated_tokens: ReportCount
+    ttft_s: ReportTime | None
+    total_s: ReportTime
+    slo_ttft_s: ReportTime | None
+    predicted_load_s: ReportTime
+    predicted_compute_s: ReportTime
+    measured_load_s: ReportTime  # how long its own blocks kept their slowest link busy
+    measured_compute_s: ReportTime  # of the batches its prompt was computed in
+    recomputed_tokens: ReportCount  # after a failed load
+    load_failures: ReportCounts
+    spans: Spans
+    handed_blocks: ReportCount = 0  # handed to the decode engine by this one
+    hand_off_failures: ReportCounts = field(default_factory=dict)  # blocks that it has to find or compute itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +128,13 @@ def check_request(request: GenerationRequest, vocab_size: int, max_context_token
         )
     if request.slo_ttft_s is not None and not 0 < request.slo_ttft_s < 1e6:
         raise InvalidRequest(f"slo_ttft_s is {request.slo_ttft_s}; it must be above 0 and below 1e6")
-    if sampling.seed is not None and not -SEED_MAX <= sampling.seed <= SEED_MAX:
-        raise InvalidRequest(f"seed is out of range; allowed: -{SEED_MAX} to {SEED_MAX}")
-    if not 0 <= sampling.temperature <= 100 or not 0 < sampling.top_p <= 1 or not 0 <= sampling.top_k <= TOP_K_MAX:
+    if sampling.seed is not None and not SEED_MIN <= sampling.seed <= SEED_MAX:
+        raise InvalidRequest(f"seed is out of range; allowed: {SEED_MIN} to {SEED_MAX}")
+    if (
+        not 0 <= sampling.temperature <= TEMPERATURE_MAX
+        or not 0 < sampling.top_p <= 1
+        or not 0 <= sampling.top_k <= TOP_K_MAX
+    ):
         raise InvalidRequest(
             f"temperature is {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}; allowed: "
             f"temperature 0 to 100, top_p above 0 up to 1, top_k 0 to {TOP_K_MAX}"

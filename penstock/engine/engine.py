@@ -23,6 +23,7 @@ from penstock.core.engine.standing import Standing
 from penstock.core.keys import BlockKey, root_key
 from penstock.core.new_block import tenant_tag
 from penstock.core.operations import Emit, RequestSpec
+from penstock.core.tenants import tenant_of
 from penstock.engine.api import (
     EngineStats,
     GenerationRequest,
@@ -266,7 +267,7 @@ class Engine:
             root,
             deadline_s,
             request.sampling.end_tokens(self.eos_token_ids),
-            tenant_tag(request.tenant),
+            tenant_tag(tenant_of(request.tenant)),
             request.hand_off,
             request.first_index,
             request.recompute_tokens,

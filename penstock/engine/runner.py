@@ -16,16 +16,21 @@ from penstock.core.layout import KVLayout
 from penstock.core.operations import ChunkOutcome
 from penstock.engine.shaping import LOGPROBS_MAX, Past, Shaping
 
+MAX_TOKENS_MAX = 1 << 53
+TEMPERATURE_MAX = 100.0
+TOP_K_MAX = 2**31 - 1
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn. `temperature` 0 is greedy; `seed` makes sampling repeatable per request."""
+    """How the next token is drawn. `temperature` 0 is greedy; `seed` makes sampling repeatable per request. The bounds
+    hold where it comes over a wire; `engine.api.check_request` says of a client's what is wrong with it."""
 
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS_MAX)] = 16
+    temperature: Annotated[float, Meta(ge=0.0, le=TEMPERATURE_MAX)] = 1.0
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=TOP_K_MAX)] = 0
+    seed: Annotated[int, Meta(ge=-(1 << 63), extra={"bits": 64})] | None = None
     ignore_eos: bool = False
     shaping: Shaping | None = None
     logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None  # of how many tokens beside the drawn one

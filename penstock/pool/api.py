@@ -9,12 +9,25 @@ local device is already moving cannot be cut off; it is reported when the device
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Protocol
+
+from msgspec import Meta
 
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.layout import staging_bytes
 from penstock.core.new_block import BLOCK_BYTES_MAX, REBUILD_S_MAX, TENANT_BYTES, NewBlock
+
+AMOUNT_MAX = 1 << 62
+FIGURE_MAX = 1e18
+STAT_NAME_CHARACTERS_MAX = 1024
+STAT_ROWS_MAX = 4096
+
+# Bounds of what a node says of itself over the wire (`transport.wire.Stats`); `bounded` brings figures within them.
+Amount = Annotated[int, Meta(ge=0, le=AMOUNT_MAX)]
+Figure = Annotated[float, Meta(ge=0.0, le=FIGURE_MAX)]
+StatName = Annotated[str, Meta(max_length=STAT_NAME_CHARACTERS_MAX)]
+StatCounts = Annotated[tuple[tuple[StatName, Amount], ...], Meta(max_length=STAT_ROWS_MAX)]
 
 
 class PoolError(Exception):
@@ -44,20 +57,20 @@ class MemberStat:
     "ok", "fenced", "draining" or, of a node, "down"; `read_bytes_per_s` what it gave lately while it was busy (0: not
     known)."""
 
-    name: str
-    kind: str
-    capacity_bytes: int
-    used_bytes: int
-    blocks: int
+    name: StatName
+    kind: StatName
+    capacity_bytes: Amount
+    used_bytes: Amount
+    blocks: Amount
     healthy: bool
-    weight: float
-    read_bytes: int
-    written_bytes: int
-    errors: int
-    state: str = "ok"
-    read_bytes_per_s: float = 0.0
-    queued_loads: int = 0
-    queued_stores: int = 0
+    weight: Figure
+    read_bytes: Amount
+    written_bytes: Amount
+    errors: Amount
+    state: StatName = "ok"
+    read_bytes_per_s: Figure = 0.0
+    queued_loads: Amount = 0
+    queued_stores: Amount = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +83,38 @@ class PoolStat:
     `writes_refused`: writes of tenants without a quota by name, where only those with one may write.
     `losses` and `thread_failures`: by kind, of the whole process (`pool.losses`, `guarded_thread`)."""
 
-    members: tuple[MemberStat, ...]
-    writes_dropped: int
-    evictions: int
-    checksum_errors: int
-    writes_not_admitted: int = 0
-    moved_blocks: int = 0
-    tenants: tuple[tuple[str, int], ...] = ()
-    losses: tuple[tuple[str, int], ...] = ()
-    thread_failures: tuple[tuple[str, int], ...] = ()
-    over_quota: tuple[tuple[str, int], ...] = ()
-    evictions_by: tuple[tuple[str, int], ...] = ()
-    writes_refused: int = 0
+    members: Annotated[tuple[MemberStat, ...], Meta(max_length=STAT_ROWS_MAX)]
+    writes_dropped: Amount
+    evictions: Amount
+    checksum_errors: Amount
+    writes_not_admitted: Amount = 0
+    moved_blocks: Amount = 0
+    tenants: StatCounts = ()
+    losses: StatCounts = ()
+    thread_failures: StatCounts = ()
+    over_quota: StatCounts = ()
+    evictions_by: StatCounts = ()
+    writes_refused: Amount = 0
+
+    def bounded(self) -> PoolStat:
+        """Every figure within what a message takes: one that is beyond it costs nobody the rest."""
+        return PoolStat(**{one.name: _bounded(getattr(self, one.name)) for one in fields(self)})
+
+
+def _bounded(value: Any) -> Any:
+    """A figure, a name, or a tuple of them, brought within bounds; 0 for what is no number."""
+    match value:
+        case bool():
+            return value
+        case int():
+            return min(max(value, 0), AMOUNT_MAX)
+        case float():
+            return min(max(value, 0.0), FIGURE_MAX) if value == value else 0.0
+        case str():
+            return value[:STAT_NAME_CHARACTERS_MAX].encode(errors="replace").decode()
+        case tuple():
+            return tuple(map(_bounded, value[:STAT_ROWS_MAX]))
+    return replace(value, **{one.name: _bounded(getattr(value, one.name)) for one in fields(value)})
 
 
 class Lease(Protocol):

@@ -24,6 +24,7 @@ from penstock.pool.header import SlabRefused
 from penstock.pool.table_file import own_table
 
 TABLE_FORMAT = 2
+WORTH_MAX = 1e20  # of format 1: a time in nanoseconds; whatever is worth more would make all later blocks worth as much
 LOCKED_WAIT_S = 1.0
 T = TypeVar("T")
 Row = tuple[Any, ...]
@@ -102,7 +103,7 @@ def _is_possible(row: Row) -> bool:
     if not all(isinstance(one, float) and math.isfinite(one) for one in (rebuild_s, used)):
         return False
     lengths = (len(key), len(parent), len(checksum)) == (KEY_BYTES, KEY_BYTES, 8) and len(tenant) in (0, TENANT_BYTES)
-    return lengths and 1 <= size <= BLOCK_BYTES_MAX and 0 <= rebuild_s <= REBUILD_S_MAX
+    return lengths and 1 <= size <= BLOCK_BYTES_MAX and 0 <= rebuild_s <= REBUILD_S_MAX and 0 <= used <= WORTH_MAX
 
 
 def _use_columns(key: BlockKey, used: float, uses: int) -> Row:

@@ -14,8 +14,22 @@ API, LIMITS = "API", "Limits and deadlines"
 Host = Annotated[str | None, flag(API, "127.0.0.1", "Address to listen on.")]
 Port = Annotated[int | None, flag(API, "8000", "Port to listen on; 0 takes any free one.")]
 ApiKey = Annotated[str | None, flag(API, "none", "Key that clients must send (visible to other users).")]
-ApiKeyFile = Annotated[str | None, flag(API, "none", "File that holds the key.", "FILE")]
-ServedModelName = Annotated[str | None, flag(API, "MODEL", "Name of the model in the API.")]
+ApiKeyFile = Annotated[str | None, flag(API, "none", "File that holds the key; it opens the live page too.", "FILE")]
+ApiKeys = Annotated[str | None, flag(API, "none", "Keys of tenants: KEY TENANT on each line.", "FILE")]
+RequireTenant = Annotated[
+    bool | None,
+    flag(API, "off", "Refuse requests without cache_salt or a tenant's key.", names=("--require-tenant",)),
+]
+HideCachedTokens = Annotated[
+    bool | None, flag(API, "off", "Tell clients nothing of what was cached.", names=("--hide-cached-tokens",))
+]
+OpenMetrics = Annotated[bool | None, flag(API, "off", "/metrics needs no key.", names=("--open-metrics",))]
+AllowedHost = Annotated[
+    list[str] | None, flag(API, "loopback", "A further name clients may call this server; may be repeated.", "NAME")
+]
+TlsCert = Annotated[str | None, flag(API, "none", "Serve HTTPS with this certificate chain (PEM).", "FILE")]
+TlsKey = Annotated[str | None, flag(API, "none", "Its key (PEM, without a passphrase).", "FILE")]
+ServedModelName = Annotated[str | None, flag(API, "last part of MODEL", "Name of the model in the API.")]
 CorsOrigin = Annotated[
     list[str] | None,
     flag(API, "none", "Web pages of this origin may use the API (* for all); may be repeated.", "ORIGIN"),

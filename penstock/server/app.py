@@ -19,9 +19,10 @@ from starlette.types import ASGIApp
 
 from penstock.engine.api import EngineAPI, GenerationRequest
 from penstock.server.errors import ApiError, bad_request, json_response
-from penstock.server.gate import Gate
+from penstock.server.gate import TENANT, Gate
 from penstock.server.generation import Choice, Generation
-from penstock.server.live import LiveWindow, live_page
+from penstock.server.hosts import HostCheck
+from penstock.server.live import LiveWindow, live_page, page_response
 from penstock.server.logprobs import LogprobsShape
 from penstock.server.metrics import CONTENT_TYPE, ServerMetrics
 from penstock.server.preparation import Prepared, RequestPreparation
@@ -55,6 +56,8 @@ class ServerApp:
         self.metrics = ServerMetrics(engine)
         self.live = LiveWindow(settings.model_name)
         self.draining = False
+        self.hosts: HostCheck | None = None  # set by whoever listens; None: any
+        self.requests_max = settings.connections_max  # at once, of all paths
         self._engine = engine
         self._codec = codec
         self._created = int(time.time())
@@ -79,7 +82,9 @@ class ServerApp:
         ]
         handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error, Exception: _internal_error}
         routes += api if settings.api else []
-        self.asgi: ASGIApp = Gate(Starlette(routes=routes, exception_handlers=handlers), self)
+        starlette = Starlette(routes=routes, exception_handlers=handlers)
+        starlette.router.redirect_slashes = False  # it would send clients to whatever stands in `Host`
+        self.asgi: ASGIApp = Gate(starlette, self)
         if settings.cors_origins:
             self.asgi = CORSMiddleware(
                 self.asgi,
@@ -130,7 +135,7 @@ class ServerApp:
             return Response(status_code=408)  # nobody reads it
 
     async def _page(self, request: Request) -> Response:
-        return Response(live_page("penstock.server", "page.html"), media_type="text/html")
+        return page_response(live_page("penstock.server", "page.html"))
 
     async def _live(self, request: Request) -> Response:
         return json_response(await self._inform(partial(self.live.record, self._engine)))
@@ -182,7 +187,7 @@ class ServerApp:
             with self._preparation.bodies.open() as lease:
                 body = await self._preparation.read(request, kind, lease)
                 self._check_model(body.model)
-                prepared = await self._preparation.prepare(request, body)
+                prepared = await self._preparation.prepare(request, body, request.scope.get(TENANT, ""))
             return self._reply(prepared, arrival_s, self._answer_id(request, prepared))
         except ClientDisconnect:
             return Response(status_code=408)  # nobody reads it
@@ -190,7 +195,7 @@ class ServerApp:
             self._preparing -= 1
 
     def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self.settings.model_name:
+        if name is not None and name != self.settings.model_name and name not in self.settings.model_aliases:
             message = f"model {name[:200]!r} does not exist; this server has {self.settings.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
@@ -252,7 +257,12 @@ class ServerApp:
             logprobs=None if options.logprobs is None else LogprobsShape(pieces, chat=prepared.chat),
         )
         how = ReplyOptions(
-            options.n, options.stream, options.include_usage, options.return_timing, settings.send_timeout_s
+            options.n,
+            options.stream,
+            options.include_usage,
+            options.return_timing,
+            settings.send_timeout_s,
+            settings.hide_cached_tokens,
         )
         self._generations.add(generation)
         return GenerationReply(generation, shape, how, self._ended, arrival_s)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
-import logging
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,26 +9,31 @@ import typer
 from penstock.command_line import flag, log_to_stderr, refuse
 from penstock.server.api_flags import (
     LIMITS,
+    AllowedHost,
     ApiKey,
     ApiKeyFile,
+    ApiKeys,
     ConfigFile,
     CorsOrigin,
     DrainTimeout,
+    HideCachedTokens,
     Host,
     KeepAlive,
     LogLevel,
+    OpenMetrics,
     Port,
     RequestTimeout,
+    RequireTenant,
     Revision,
     ServedModelName,
+    TlsCert,
+    TlsKey,
 )
 from penstock.transport.tls_flags import PeerTlsCa, PeerTlsCert, PeerTlsKey
 
 if TYPE_CHECKING:
     from penstock.server.flags import ServeFlags
     from penstock.server.text import TextCodec
-
-log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 8000
 _MODEL, _POOL, _ORDER, _CLUSTER = "Model", "KV cache", "Scheduling", "Cluster"
@@ -44,6 +47,13 @@ def serve(
     port: Port = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
+    api_keys: ApiKeys = None,
+    require_tenant: RequireTenant = None,
+    hide_cached_tokens: HideCachedTokens = None,
+    open_metrics: OpenMetrics = None,
+    allowed_host: AllowedHost = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     cors_origin: CorsOrigin = None,
     served_model_name: ServedModelName = None,
     revision: Revision = None,
@@ -162,7 +172,7 @@ def _serve(flags: ServeFlags) -> None:
     from penstock.pool.api import PoolError
     from penstock.server.app import ServerApp
     from penstock.server.flags import engine_config, server_settings
-    from penstock.server.run import BindError, HttpServer, bind, url_of
+    from penstock.server.run import BindError, HttpServer, bind, url_of, warn_of_open_port
 
     if flags.router is not None:
         from penstock.cluster.engine_process import serve_for_router
@@ -179,9 +189,8 @@ def _serve(flags: ServeFlags) -> None:
         listener = bind(flags.host, DEFAULT_PORT if flags.port is None else flags.port)
     except (ConfigError, BindError) as error:
         refuse("penstock serve", error)
-    url = url_of(listener)
-    if settings.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-        log.warning("whoever reaches %s can use this server; --api-key-file asks for a key", url)
+    url = url_of(listener, settings.tls is not None)
+    warn_of_open_port(settings, listener, url)
     with listener:
         try:
             from penstock.engine.build import build_engine

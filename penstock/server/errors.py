@@ -11,10 +11,12 @@ from starlette.responses import Response
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     408: "timeout_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
     504: "timeout_error",
@@ -32,6 +34,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: float | None = None,
+        challenge: str = "Bearer",
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -39,6 +42,7 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
+        self.challenge = challenge  # of a 401: how the client may say who it is
 
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "server_error")
@@ -49,7 +53,7 @@ class ApiError(Exception):
         if self.retry_after_s is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
         if self.status == 401:
-            headers["www-authenticate"] = "Bearer"
+            headers["www-authenticate"] = self.challenge
         if self.status == 413:
             headers["connection"] = "close"
         return json_response(self.body(), self.status, headers)

@@ -6,32 +6,23 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 
 from penstock.core.config import ConfigError, check_range
 from penstock.engine.config import EngineConfig
-from penstock.private_file import read_private
+from penstock.server.api_settings import ApiFlags, api_settings, listed, served_name
 from penstock.server.settings import ServerSettings
 from penstock.toml_file import parse_toml
 from penstock.units import parse_bytes
 
-KEY_FILE_BYTES_MAX = 64 << 10
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
-class ServeFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ServeFlags(ApiFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Every flag with its default. Sizes are text such as "2GiB"."""
 
-    model: str = ""
-    host: str = "127.0.0.1"
     port: int | None = None
-    api_key: str | None = None
-    api_key_file: str | None = None
-    cors_origin: str | list[str] | None = None
-    served_model_name: str | None = None
-    revision: str | None = None
     load_format: str = "auto"
     dtype: str = "auto"
     device: str = "auto"
@@ -62,9 +53,6 @@ class ServeFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     default_slo_ttft_s: float = 10.0
     fetch_timeout_s: float = 10.0
     lookup_timeout_s: float = 2.0
-    keep_alive_s: float = 75.0
-    request_timeout_s: float = 600.0
-    drain_timeout_s: float = 10.0
     router: str | None = None
     role: str = "mixed"
     secret_file: str | None = None
@@ -78,7 +66,6 @@ class ServeFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     relay_transport: str = "tcp"
     buffer: str = "1GiB"
     hand_off_timeout_s: float = 600.0
-    log_level: str = "info"
 
 
 Flags = TypeVar("Flags", bound=msgspec.Struct)
@@ -107,9 +94,9 @@ def read_record(given: Mapping[str, Any], config: Path | None, kind: type[Flags]
 def engine_config(flags: ServeFlags) -> EngineConfig:
     """The engine these flags describe: fields of one name are taken over, sizes are parsed. Raises ConfigError."""
     parsed: dict[str, Any] = {
-        "pool": tuple(_listed(flags.pool)),
-        "memory": tuple(_size("memory", text) for text in _listed(flags.memory)),
-        "slab": tuple(_slab(text) for text in _listed(flags.slab)),
+        "pool": tuple(listed(flags.pool)),
+        "memory": tuple(_size("memory", text) for text in listed(flags.memory)),
+        "slab": tuple(_slab(text) for text in listed(flags.slab)),
         "kv_memory_bytes": _size("kv_memory", flags.kv_memory),
         "staging_bytes": _size("staging", flags.staging),
         "max_context_tokens": flags.max_context,
@@ -119,15 +106,8 @@ def engine_config(flags: ServeFlags) -> EngineConfig:
 
 
 def server_settings(flags: ServeFlags) -> ServerSettings:
-    """The HTTP server these flags describe; reads the key file. Raises ConfigError."""
-    return ServerSettings(
-        model_name=flags.served_model_name or flags.model or flags.profile,
-        api_key=read_api_key(flags.api_key, flags.api_key_file),
-        keep_alive_s=flags.keep_alive_s,
-        cors_origins=read_origins(flags.cors_origin),
-        request_timeout_s=flags.request_timeout_s,
-        drain_timeout_s=flags.drain_timeout_s,
-    )
+    """The HTTP server these flags describe; reads its files of keys. Raises ConfigError."""
+    return api_settings(flags, served_name(flags.model) or served_name(flags.profile))
 
 
 def _read_file(path: Path, kind: type[msgspec.Struct]) -> dict[str, Any]:
@@ -153,10 +133,6 @@ def _explain(message: str, values: Mapping[str, Any]) -> str:
     return f"{name} is {values.get(name)!r}; allowed: {allowed}"
 
 
-def _listed(value: str | list[str] | None) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else value
-
-
 def _size(name: str, text: str) -> int:
     try:
         return parse_bytes(text)
@@ -169,29 +145,3 @@ def _slab(text: str) -> tuple[str, int]:
     if not colon or not path:
         raise ConfigError(f"slab is {text!r}; allowed: PATH:SIZE, for example /data/kv.slab:64GiB")
     return path, _size("slab", size)
-
-
-def read_api_key(key: str | None, file: str | None) -> str | None:
-    """The key itself, or that of a file. Raises ConfigError."""
-    if key is not None and file is not None:
-        raise ConfigError("api_key is set together with api_key_file; allowed: one of them")
-    if file is not None:
-        try:
-            key = read_private(Path(file), KEY_FILE_BYTES_MAX).decode().strip()
-        except OSError as error:
-            raise ConfigError(f"api_key_file {file} cannot be read: {error.strerror or error}") from None
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"api_key_file {file} cannot be read: {error}") from None
-    if key is not None and not key.strip():
-        raise ConfigError("api_key is empty; allowed: at least one character")
-    return key
-
-
-def read_origins(given: str | list[str] | None) -> tuple[str, ...]:
-    """Origins of web pages, as browsers send them. Raises ConfigError."""
-    origins = tuple(_listed(given))
-    for origin in origins:
-        parts = urlsplit(origin)
-        if origin != "*" and (parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}"):
-            raise ConfigError(f"cors_origin is {origin!r}; allowed: * or an origin such as https://example.org:8443")
-    return origins

@@ -1,16 +1,15 @@
-"""What every request passes, in and out: the key, counts by status, headers, and a bound on unread answers."""
+"""What every request passes, in and out: host, key and type, counts by status, headers, a bound on unread answers."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import uuid
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from penstock.server.api_keys import KeyCheck
 from penstock.server.errors import ApiError
 from penstock.server.reply import ABORT_EXTENSION
 
@@ -31,6 +30,10 @@ _PATHS = {
     "/detokenize",
 }
 REQUEST_ID_BYTES_MAX = 512
+TENANT = "penstock.tenant"
+_CHALLENGE = 'Basic realm="penstock", charset="UTF-8"'
+_OF_CURL = (b"application/x-www-form-urlencoded", b"")
+_NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 UNREAD_MARGIN_S = 5.0  # answers that have a bound of their own on unread data end before this one does
 
 
@@ -40,13 +43,15 @@ def is_api(path: str) -> bool:
 
 
 class Gate:
-    """Around everything: the API key, counts of requests by status, and no new work while shutting down."""
+    """Around everything: who may ask for what, counts of requests by status, no new work while shutting down.
+
+    A request's tenant, where a key names one, stands in the scope under TENANT; nothing that a client sends does."""
 
     def __init__(self, inner: ASGIApp, server: ServerApp) -> None:
         self._inner = inner
         self._server = server
-        key = server.settings.api_key
-        self._key_digest = None if key is None else hashlib.sha256(key.encode()).digest()
+        self._keys = KeyCheck(server.settings.api_key, server.settings.tenant_keys)
+        self._open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -73,9 +78,11 @@ class Gate:
                 abort()
 
         metrics.open_requests.inc()
+        self._open += 1
         try:
             await (self._refusal(scope) or self._inner)(scope, receive, counted)
         finally:
+            self._open -= 1
             metrics.open_requests.dec()
             path = scope["path"] if scope["path"] in _PATHS else "other"
             metrics.http_requests.labels(path, str(status or "none")).inc()
@@ -86,23 +93,62 @@ class Gate:
         label = given.get(b"x-request-id", b"")
         if not 0 < len(label) <= REQUEST_ID_BYTES_MAX or not all(0x20 < byte < 0x7F for byte in label):
             label = b"req-" + uuid.uuid4().hex.encode()
-        headers = [(b"x-request-id", label)]
+        headers = [(b"x-request-id", label), _NO_SNIFFING]
         if scope.get("http_version") == "1.1" and b"close" not in given.get(b"connection", b"").lower():
             headers.append((b"keep-alive", b"timeout=%d" % max(1, int(self._server.settings.keep_alive_s))))
         return headers
 
     def _refusal(self, scope: Scope) -> Response | None:
-        if not is_api(scope["path"]):
+        """What is answered instead: to a request for another host, without a key that it needs, of another type."""
+        hosts = self._server.hosts
+        if hosts is not None and not hosts.allows(scope["headers"], scope.get("http_version", "1.1")):
+            text = "this server is not known by the name in Host (--allowed-host adds names)"
+            return ApiError(403, text, code="host_not_allowed").response()
+        if self._open > self._server.requests_max:
+            text = f"{self._server.requests_max} requests are being answered; the open files allow no more"
+            return ApiError(503, text, code="overloaded", retry_after_s=1.0).response()
+        path = scope["path"]
+        if path == "/health":
             return None
-        if self._key_digest is not None and not self._authorised(scope):
-            return ApiError(401, "the API key is missing or wrong (Authorization: Bearer KEY)").response()
-        if self._server.draining:
-            return ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=5.0).response()
+        refusal = self._key_refusal(scope, path)
+        if refusal is None and is_api(path):
+            refusal = self._api_refusal(scope)
+        return None if refusal is None else refusal.response()
+
+    def _key_refusal(self, scope: Scope, path: str) -> ApiError | None:
+        """The API is for everybody with a key, the rest for the operator."""
+        settings, keys = self._server.settings, self._keys
+        if path == "/metrics" and settings.open_metrics:
+            return None
+        api = is_api(path)
+        if not keys.needed:
+            if settings.hide_cached_tokens and not api:
+                return ApiError(403, "what is cached is hidden: this needs a key, and there is none (--api-key-file)")
+            return None
+        caller = keys.caller(scope["headers"], basic=not api)
+        if caller is None:
+            if api:
+                return ApiError(401, "the API key is missing or wrong (Authorization: Bearer KEY)")
+            text = "the operator's key is missing or wrong (Authorization: Bearer KEY, or as a password)"
+            return ApiError(401, text, challenge=_CHALLENGE)
+        if not api and not caller.operator:
+            return ApiError(403, "this needs the operator's key (--api-key-file), not that of a tenant")
+        scope[TENANT] = caller.tenant
         return None
 
-    def _authorised(self, scope: Scope) -> bool:
-        assert self._key_digest is not None
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, key = given.partition(b" ")
-        same = hmac.compare_digest(hashlib.sha256(key.strip()).digest(), self._key_digest)
-        return same and bool(scheme.lower() == b"bearer")
+    def _api_refusal(self, scope: Scope) -> ApiError | None:
+        if self._server.draining:
+            return ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=5.0)
+        if scope["method"] != "POST":
+            return None
+        headers = dict(scope["headers"])
+        given = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if given != b"application/json":
+            text = f"Content-Type is {given.decode('latin-1')[:100] or 'missing'}; allowed: application/json"
+            hint = " (curl: -H 'Content-Type: application/json', or --json)" if given in _OF_CURL else ""
+            return ApiError(415, text + hint, code="unsupported_media_type")
+        encoding = headers.get(b"content-encoding", b"identity").strip().lower()
+        if encoding not in (b"", b"identity"):
+            text = f"Content-Encoding is {encoding.decode('latin-1')[:100]}; allowed: none"
+            return ApiError(415, text, code="unsupported_media_type")
+        return None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import time
 from collections import deque
 from importlib.resources import files
 from typing import Any
+
+from starlette.responses import Response
 
 from penstock.engine.api import EngineAPI, RequestReport
 from penstock.server.metrics import met_slo
@@ -57,6 +61,18 @@ class LiveWindow:
             "stages": _seconds_by_label(recent),
             "last": [{"spans": r.spans, "met": met_slo(r), "prompt_tokens": r.prompt_tokens} for r in recent[-BARS:]],
         }
+
+
+def page_response(page: bytes) -> Response:
+    """The page, which may run and show what stands in itself, ask this server, and be shown in no other page."""
+    allowed = ["default-src 'none'", "connect-src 'self'", "base-uri 'none'", "form-action 'none'"]
+    allowed += ["frame-ancestors 'none'"]
+    for source, tag in (("script-src", b"script"), ("style-src", b"style")):
+        inside = page.partition(b"<%s>" % tag)[2].partition(b"</%s>" % tag)[0]
+        allowed.append(f"{source} 'sha256-{base64.b64encode(hashlib.sha256(inside).digest()).decode()}'")
+    headers = {"content-security-policy": "; ".join(allowed), "referrer-policy": "no-referrer"}
+    headers |= {"cross-origin-resource-policy": "same-origin", "cache-control": "no-store"}
+    return Response(page, headers=headers, media_type="text/html")
 
 
 def live_page(package: str, name: str) -> bytes:

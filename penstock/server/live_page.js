@@ -24,7 +24,8 @@ function showLegend(entries, text) {
 }
 const longestOf = requests => Math.max(...requests.map(r => r.spans.length ? r.spans.at(-1)[2] : 0)) || 1;
 async function poll(url, show) {
-  try { show(await (await fetch(url, { signal: AbortSignal.timeout(8000) })).json()); }
+  // Without the name and password that may stand in the page's own address: fetch takes no address that has them.
+  try { show(await (await fetch(new URL(url, location.origin + location.pathname), { signal: AbortSignal.timeout(8000) })).json()); }
   catch (error) { $("state").textContent = "no answer"; $("dot").style.background = "#d64545"; }
   setTimeout(poll, 1000, url, show);
 }

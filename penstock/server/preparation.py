@@ -35,7 +35,8 @@ from penstock.server.text import TextCodec, TextTooLong
 from penstock.server.work_threads import TooMuchWork, WorkThreads
 
 COMPLETION_MAX_TOKENS = 16  # the OpenAI API's default for completions; chats get what the context has room for
-INLINE_BYTES = 2**16
+INLINE_BYTES = 2**13  # of a body that is parsed on the event loop
+SHORT_CHARACTERS = 2**16
 BODY_BYTES_MIN = 4 * 2**20  # that every context allows
 ID_BYTES = 12  # of a token id in JSON, with its separator
 ESCAPED = 6  # bytes of JSON for one byte of text, where it is written as \\u0061
@@ -86,10 +87,11 @@ class RequestPreparation:
             return self._parse(raw, kind)
         return await _on(self._parsing, partial(self._parse, raw, kind))
 
-    async def prepare(self, request: Request, body: GenerationBody) -> Prepared:
-        """Raises ApiError."""
+    async def prepare(self, request: Request, body: GenerationBody, tenant: str) -> Prepared:
+        """`tenant`: that of the request's key. Raises ApiError."""
         default = COMPLETION_MAX_TOKENS if isinstance(body, CompletionBody) else None
-        options = check_options(body, request.headers, default, self.settings, vocab_size=self._engine.vocab_size)
+        vocab_size = self._engine.vocab_size
+        options = check_options(body, request.headers, default, self.settings, tenant, vocab_size=vocab_size)
         if options.stop and self._codec is None:
             raise bad_request("stop needs a tokenizer, and this checkpoint has none", "stop")
         chat = isinstance(body, ChatBody)
@@ -176,7 +178,7 @@ class RequestPreparation:
 
     async def _tokens_of(self, codec: TextCodec, text: str, param: str, *, special_tokens: bool = True) -> list[int]:
         limit = self._engine.max_context_tokens
-        threads = self._short_texts if len(text) <= INLINE_BYTES else self._long_texts
+        threads = self._short_texts if len(text) <= SHORT_CHARACTERS else self._long_texts
         try:
             return await _on(threads, partial(codec.encode_within, text, limit, special_tokens=special_tokens))
         except TextTooLong as error:

@@ -32,6 +32,7 @@ class ReplyOptions:
     include_usage: bool
     return_timing: bool
     send_timeout_s: float
+    hide_cached_tokens: bool
 
 
 class GenerationReply:
@@ -102,7 +103,7 @@ class GenerationReply:
             for piece in pieces:
                 answers[piece.index].add(piece)
         await generation.reports()
-        body = self._shape.whole(answers, usage_of(generation.choices, self._options.n), self._timing())
+        body = self._shape.whole(answers, self._usage(), self._timing())
         headers = [*_JSON_HEADERS, (b"content-length", b"%d" % len(body))]
         await self._start(send, headers)
         await self._send(send, body, more=False)
@@ -116,9 +117,13 @@ class GenerationReply:
         tail = b""
         await generation.reports()
         if options.include_usage or options.return_timing:
-            usage = usage_of(generation.choices, options.n) if options.include_usage else None
+            usage = self._usage() if options.include_usage else None
             tail = self._shape.last_chunk(usage, self._timing())
         await self._send(send, tail + SSE_DONE, more=False)
+
+    def _usage(self) -> dict[str, Any]:
+        options = self._options
+        return usage_of(self._generation.choices, options.n, hide_cached_tokens=options.hide_cached_tokens)
 
     def _timing(self) -> dict[str, Any] | None:
         return timing_of(self._generation.choices[0].report) if self._options.return_timing else None

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import logging
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 
+from penstock.core.connection_budget import ConnectionBudget
 from penstock.file_limit import connections_within, raise_file_limit
+from penstock.server.acceptor import Acceptor, Admission
 from penstock.server.app import ServerApp
 from penstock.server.connection import bounded_protocol
+from penstock.server.hosts import HostCheck
+from penstock.server.reload import reload_changed_files
+from penstock.server.settings import ServerSettings
+from penstock.server.turns import Turns
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024
 FILES_APART = 256  # open files that are no connections of clients: slabs, nodes of the pool, engines
+SHARE_MAX = 1024  # connections of one address that wait for their client, and a quarter of all
+SWITCH_INTERVAL_S = 0.0005  # how long the event loop may wait for a thread that renders or parses
 LAST_WORDS_S = 2.0  # after cancelling what runs, until connections are cut
 
 
@@ -44,10 +54,21 @@ def bind(host: str, port: int) -> socket.socket:
     return found
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, tls: bool = False) -> str:
     """The base URL of a bound socket."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def warn_of_open_port(settings: ServerSettings, listener: socket.socket, url: str) -> None:
+    """Says so where others can reach a server without a key, or read what it is sent."""
+    if ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        return
+    if settings.api_key is None and settings.tenant_keys is None:
+        log.warning("whoever reaches %s can use it; --api-key-file asks for a key", url)
+    elif settings.tls is None:
+        log.warning("keys, prompts and answers go to %s unencrypted; --tls-cert and --tls-key encrypt them", url)
 
 
 class HttpServer(uvicorn.Server):  # type: ignore[misc]
@@ -66,17 +87,20 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
                 access_log=False,
                 server_header=False,
                 backlog=BACKLOG,
-                limit_concurrency=settings.connections_max,
+                proxy_headers=False,
                 timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s + LAST_WORDS_S)),
             )
         )
         self._server = server
         self._listener = listener
         self._on_ready = on_ready
+        self._connections_max = settings.connections_max
+        server.hosts = HostCheck(str(listener.getsockname()[0]), settings.allowed_hosts)
 
     def serve_forever(self) -> None:
         """Listen and serve. Raises BindError when another process listens there by now."""
         self._bound_connections(raise_file_limit())
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         try:
             self._listener.listen(BACKLOG)
         except OSError as error:
@@ -85,23 +109,41 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
         self.run([self._listener])
 
     def _bound_connections(self, files: int) -> None:
-        """Requests beyond what the open files allow get a 503: without files, connections are reset and nobody says
-        why."""
+        """What the open files allow: without files, connections are reset and nobody says why."""
         allowed = connections_within(files, FILES_APART)
-        if allowed < self._server.settings.connections_max:
-            self.config.limit_concurrency = allowed
+        if allowed < self._connections_max:
+            self._connections_max = allowed
             log.warning(
-                "this process may have %d files open: requests get a 503 while %d connections are; "
+                "this process may have %d files open: at most %d connections are kept, idle ones make room; "
                 "allowed: a higher hard limit (ulimit -Hn)",
                 files, allowed,
             )  # fmt: skip
+        self._server.requests_max = max(1, self._connections_max - self._connections_max // 8)
 
     def stop(self) -> None:
         """End as on SIGTERM; from any thread."""
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        """Accept within the budget of connections, instead of uvicorn's way."""
+        settings, loop = self._server.settings, asyncio.get_running_loop()
+        turns = Turns(loop)
+        share = max(1, min(self._connections_max // 4, SHARE_MAX))
+
+        def protocol(admission: Admission) -> asyncio.Protocol:
+            found = self.config.http_protocol_class(
+                admission, turns, config=self.config, server_state=self.server_state, app_state={}, _loop=loop
+            )
+            assert isinstance(found, asyncio.Protocol)
+            return found
+
+        budget = ConnectionBudget(self._connections_max, share)
+        context = settings.tls.context if settings.tls is not None else None
+        self.servers = [
+            Acceptor(self._listener, protocol, budget, lambda: turns.waiting > 0, context, settings.handshake_timeout_s)
+        ]
+        self._reloading = loop.create_task(reload_changed_files(settings))
+        self.started = True
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -111,6 +153,7 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
             await super().shutdown(sockets)
         finally:
             cutting.cancel()
+            self._reloading.cancel()
             self._server.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

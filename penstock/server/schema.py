@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from penstock.core.tenants import tenant_and_salt
 from penstock.engine.runner import SamplingParams
 from penstock.engine.shaping import Shaping
 from penstock.server.errors import bad_request, not_here, wrong_value
@@ -180,10 +181,12 @@ def check_options(
     headers: Mapping[str, str],
     default_max_tokens: int | None,
     limits: ServerSettings,
+    tenant: str = "",
     *,
     vocab_size: int,
 ) -> Options:
-    """Check every field but the prompt; header values stand in for absent body fields. Raises ApiError(400)."""
+    """Check every field but the prompt; header values stand in for absent body fields. `tenant`: that of the request's
+    key, outside the client's salt. Raises ApiError(400)."""
     _refuse_unsupported(body)
     max_tokens, field = body.max_tokens, "max_tokens"
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
@@ -202,6 +205,8 @@ def check_options(
     session = body.session_id if body.session_id is not None else headers.get("x-session-id")
     _check_length("session_id", session)
     _check_length("cache_salt", body.cache_salt)
+    if body.return_timing and limits.hide_cached_tokens:
+        raise wrong_value("return_timing", True, "false (this server tells nothing of what was cached)")
     return Options(
         max_tokens=default_max_tokens if max_tokens is None else max_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
@@ -214,7 +219,7 @@ def check_options(
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         slo_ttft_s=_slo_ttft_s(body, headers),
-        tenant=body.cache_salt or "",
+        tenant=_tenant(body.cache_salt or "", tenant, limits),
         session=session,
         return_timing=bool(body.return_timing),
         return_token_ids=bool(body.return_token_ids),
@@ -298,6 +303,18 @@ def _check_range(name: str, value: float | None, low: float, high: float) -> Non
 def _check_length(name: str, value: str | None) -> None:
     if value is not None and len(value) > NAME_CHARACTERS_MAX:
         raise wrong_value(name, value, f"at most {NAME_CHARACTERS_MAX} characters")
+
+
+def _tenant(salt: str, tenant: str, limits: ServerSettings) -> str:
+    """Whose KV the request uses and fills (`core.tenants`)."""
+    if limits.require_tenant and not salt and not tenant:
+        text = "cache_salt is missing; this server takes requests of a tenant only: give cache_salt"
+        text += ", or a tenant's API key" if limits.tenant_keys is not None else ""
+        raise bad_request(text, "cache_salt", "tenant_required")
+    try:
+        return tenant_and_salt(tenant, salt)
+    except ValueError:
+        raise wrong_value("cache_salt", salt, "text without characters of code 0") from None
 
 
 def _stop_strings(stop: str | list[str] | None, limits: ServerSettings) -> tuple[str, ...]:

@@ -14,18 +14,21 @@ from penstock.server.generation import Choice, Piece
 from penstock.server.logprobs import LogprobsShape
 
 
-def usage_of(choices: Sequence[Choice], n: int) -> dict[str, Any]:
-    """OpenAI's usage record; a prompt counts once, however many answers (`n`) it gets."""
+def usage_of(choices: Sequence[Choice], n: int, *, hide_cached_tokens: bool = False) -> dict[str, Any]:
+    """OpenAI's usage record; a prompt counts once, however many answers (`n`) it gets. Details that are hidden are left
+    out, as OpenAI's clients allow, so that no wrong number stands there."""
     prompts = choices[::n]
     prompt_tokens = sum(len(choice.request.prompt_tokens) for choice in prompts)
     completion_tokens = sum(choice.tokens for choice in choices)
-    cached_tokens = sum(choice.report.cached_tokens for choice in prompts if choice.report is not None)
-    return {
+    usage: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
+    if not hide_cached_tokens:
+        cached_tokens = sum(choice.report.cached_tokens for choice in prompts if choice.report is not None)
+        usage["prompt_tokens_details"] = {"cached_tokens": cached_tokens}
+    return usage
 
 
 def timing_of(report: RequestReport | None) -> dict[str, Any]:

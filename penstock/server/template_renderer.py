@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -26,6 +26,7 @@ WALL_S_MAX = 20.0  # for the same, however busy the machine is
 START_S_MAX = 60.0
 MEMORY_BYTES_MAX = 2**30  # that rendering may add to what the process has when it is ready
 ANSWER_BYTES_MAX = 2**30
+ERROR_CHARACTERS_MAX = 1000
 _SCRIPT = Path(__file__).with_name("template_process.py")
 
 
@@ -122,6 +123,25 @@ class TemplateRenderer:
             self._running.discard(process)
 
 
+class Answer(msgspec.Struct):
+    """Of the process that renders, which runs a template that somebody else wrote."""
+
+    text: Annotated[str, msgspec.Meta(max_length=ANSWER_BYTES_MAX)] = ""
+    error: Annotated[str, msgspec.Meta(max_length=ERROR_CHARACTERS_MAX)] | None = None
+
+
+_answers = msgspec.msgpack.Decoder(Answer)
+
+
+def decode_answer(body: bytes) -> Answer | None:
+    """None for what is no answer, or one out of bounds."""
+    try:
+        return _answers.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, NotImplementedError) as error:
+        log.warning("a chat template's process answered what is no answer: %s", str(error)[:300])
+        return None
+
+
 class _Ended(Exception):
     """The process is gone, or does not answer in time."""
 
@@ -150,10 +170,13 @@ class _Process:
 
     def ask(self, frame: bytes) -> str:
         """Raises RenderError with the template's own words, or _Ended."""
-        answer = msgspec.msgpack.decode(self._exchange(frame, WALL_S_MAX), type=dict[str, str])
-        if "error" in answer:
-            raise RenderError(answer["error"])
-        return answer["text"]
+        answer = decode_answer(self._exchange(frame, WALL_S_MAX))
+        if answer is None:
+            self.usable = False
+            raise _Ended("its answer is none")
+        if answer.error is not None:
+            raise RenderError(answer.error)
+        return answer.text
 
     def why_ended(self, cpu_s: float, error: _Ended) -> str:
         """One line; `cpu_s` is the limit of processor time, in seconds."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from penstock.command_line import one_line, refuse
+from penstock.log_lines import log_to_stderr
 from penstock.pool.check_command import check
 from penstock.pool.reset_command import reset
 from penstock.transport.stat_command import stat
@@ -120,7 +121,7 @@ def pool(
     try:
         if log_level not in LOG_LEVELS:
             raise ValueError(f"log-level is {log_level!r}; allowed is one of {', '.join(LOG_LEVELS)}")
-        logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        log_to_stderr(log_level.upper())
         over: dict[str, Any] = {
             "listen": listen,
             "name": name,

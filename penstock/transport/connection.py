@@ -2,7 +2,8 @@
 
 P1  Only the receiver thread writes into buffers, and only it ends requests; so after `end` no byte can land any more.
 P2  Cutting (`cut`) shuts the socket; the receiver then stops, waits for a send in progress, and ends all that is open.
-P3  A block is accepted only for the id, key and size that were asked for, and with a matching checksum.
+P3  A block is accepted only for the id, key and size that were asked for, and with a matching checksum; any other
+    reply only for a request that it answers (`wire.ANSWERS`).
 """
 
 from __future__ import annotations
@@ -245,7 +246,7 @@ class Connection:
                     known = reply.reason if reply.reason in PoolError.REASONS else "network"
                     self._end(self._take(reply.id), None, PoolError(known, reply.detail))
                 elif not isinstance(reply, wire.Ready):
-                    self._end(self._take(reply.id), reply, None)
+                    self._receive_answer(reply)
         except (OSError, wire.ProtocolError) as error:
             reason = str(error)
         except Exception as error:
@@ -277,6 +278,14 @@ class Connection:
             return
         self.tell(wire.Corrupt(message.key, reply.checksum))
         self._end(taken, reply, PoolError("checksum", f"block {message.key.hex()} does not match its checksum"))
+
+    def _receive_answer(self, reply: wire.Answer) -> None:
+        """A reply without bytes; one of another kind than was asked for would end a read whose buffer nobody filled."""
+        with self._lock:
+            pending = self._pending.get(reply.id)
+        if pending is not None and not isinstance(reply, wire.ANSWERS[type(pending.message)]):
+            raise wire.ProtocolError(f"the node answered {type(pending.message).__name__} with {type(reply).__name__}")
+        self._end(self._take(reply.id), reply, None)
 
     def _receive_probe(self, reply: wire.Probed, payload_bytes: int) -> None:
         with self._lock:

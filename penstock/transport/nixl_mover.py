@@ -12,14 +12,16 @@ import secrets
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from penstock.core.config import ConfigError
 from penstock.io.memory import address_of, aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.transport.one_sided import FarMemory, RelayTransport
+from penstock.transport.wire import ADDRESS_BYTES_MAX, Description, said
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +30,13 @@ _RDMA_DEVICES = Path("/sys/class/infiniband")
 _ABANDON_S = 60.0  # a transfer that neither ends nor fails for so long is told at each such interval
 
 
-class _Description(msgspec.Struct, array_like=True):
-    metadata: bytes
-    address: int
-    size_bytes: int
+class AgentMemory(msgspec.Struct, array_like=True):
+    metadata: Description
+    address: Annotated[int, Meta(ge=0, extra={"bits": 64})]
+    size_bytes: Annotated[int, Meta(ge=1, le=ADDRESS_BYTES_MAX)]
+
+
+_descriptions = msgspec.msgpack.Decoder(AgentMemory)
 
 
 def _leave_out_verbs() -> None:
@@ -74,15 +79,15 @@ class NixlMover:
     def export(self, memory: memoryview) -> bytes:
         with self._lock:
             metadata = self._agent.get_agent_metadata()
-        return msgspec.msgpack.encode(_Description(metadata, address_of(memory), len(memory)))
+        return msgspec.msgpack.encode(AgentMemory(metadata, address_of(memory), len(memory)))
 
     def attach(self, description: bytes) -> FarMemory:
         try:
-            there = msgspec.msgpack.decode(description, type=_Description)
+            there = _descriptions.decode(description)
             with self._lock:
                 name = self._agent.add_remote_agent(there.metadata)
         except Exception as error:
-            raise PoolError("network", f"NIXL cannot attach: {error}") from None
+            raise PoolError("network", f"NIXL cannot attach: {said(error)}") from None
         return _FarAgent(self._agent, self._lock, name, there.address, there.size_bytes)
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ from penstock.guarded_thread import GuardedThread, GuardedWorker
 from penstock.pool.api import PoolError
 from penstock.pool.losses import note_loss
 from penstock.pool.served import ServedPool
+from penstock.rate_limited_log import kind_of
 from penstock.transport import lanes, wire
 from penstock.transport.pacer import PIECE_BYTES
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
@@ -196,9 +197,9 @@ class Served:
     def say_ended(self, error: wire.ProtocolError | SecretRefused | OSError) -> None:
         """Log why the connection ends."""
         if isinstance(error, wire.ProtocolError | SecretRefused | TlsError):
-            self._node.rare.warning(str(error), "connection of %s closed: %s", self.peer, error)
+            self._node.rare.warning(kind_of(error), "connection of %s closed: %s", self.peer, error)
         elif isinstance(error, TimeoutError):
-            self._node.rare.warning(str(error), "connection of %s ended: %s", self.peer, error)
+            self._node.rare.warning(kind_of(error), "connection of %s ended: %s", self.peer, error)
         else:
             log.debug("connection of %s ended: %s", self.peer, error)
 
@@ -271,16 +272,11 @@ class Served:
         if isinstance(request, wire.Stat):
             with self._turn():
                 stat = self._pool.stat(request.timeout_s)
-            return wire.Stats(request.id, stat)
+            return wire.Stats(request.id, stat.bounded())
         keys = wire.split_keys(request.keys)
         if isinstance(request, wire.Evict):
             return wire.Evicted(request.id, sum(self._in_pieces(keys, lambda some: [self._pool.evict(some)])))
-        routes: dict[tuple[str, ...], int] = {}
-        sizes, members = [], []
-        for hit in self._in_pieces(keys, lambda some: self._pool.lookup(some, request.timeout_s)):
-            sizes.append(hit.size_bytes if hit else 0)
-            members.append(routes.setdefault(hit.route, len(routes)) if hit else 0)
-        return wire.Found(request.id, sizes, members, [list(route) for route in routes])
+        return wire.found(request.id, self._in_pieces(keys, lambda some: self._pool.lookup(some, request.timeout_s)))
 
     @property
     def _asks_nobody(self) -> bool:

@@ -14,24 +14,29 @@ from typing import Annotated
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from penstock.io.memory import address_of
 from penstock.io.sealed_memory import check_sealed, create_sealed
 from penstock.pool.api import PoolError
 from penstock.transport.one_sided import FarMemory, RelayTransport
+from penstock.transport.wire import ADDRESS_BYTES_MAX, NO_MESSAGE, Label, said
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-class _Description(msgspec.Struct, array_like=True):
+class MemoryFile(msgspec.Struct, array_like=True):
     """Where the file is, and what shows that it is this one: the boot of the kernel, the process namespace, a name."""
 
-    boot_id: str
-    processes: str
-    pid: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
-    fd: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
-    name: str
-    size_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
+    boot_id: Label
+    processes: Label
+    pid: Annotated[int, Meta(ge=1, le=1 << 31)]
+    fd: Annotated[int, Meta(ge=0, le=1 << 31)]
+    name: Label
+    size_bytes: Annotated[int, Meta(ge=1, le=ADDRESS_BYTES_MAX)]
+
+
+_descriptions = msgspec.msgpack.Decoder(MemoryFile)
 
 
 def _this_host() -> tuple[str, str]:
@@ -55,11 +60,11 @@ class SharedMemoryMover:
 
     def export(self, memory: memoryview) -> bytes:
         fd, name, size_bytes = self._files[address_of(memory)]
-        return msgspec.msgpack.encode(_Description(*_this_host(), os.getpid(), fd, name, size_bytes))
+        return msgspec.msgpack.encode(MemoryFile(*_this_host(), os.getpid(), fd, name, size_bytes))
 
     def attach(self, description: bytes) -> FarMemory:
         try:
-            there = msgspec.msgpack.decode(description, type=_Description)
+            there = _descriptions.decode(description)
             if (there.boot_id, there.processes) != _this_host():
                 raise PoolError("network", "the memory is on another host: shared memory needs the same one")
             path = f"/proc/{there.pid}/fd/{there.fd}"
@@ -71,8 +76,8 @@ class SharedMemoryMover:
                 mapped = mmap.mmap(fd, there.size_bytes, prot=mmap.PROT_READ)
             finally:
                 os.close(fd)
-        except (OSError, msgspec.MsgspecError) as error:
-            raise PoolError("network", f"shared memory cannot be attached: {error}") from None
+        except (OSError, *NO_MESSAGE) as error:
+            raise PoolError("network", f"shared memory cannot be attached: {said(error)}") from None
         return _Mapped(mapped)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from penstock.command_line import refuse
+from penstock.log_lines import printable
 from penstock.transport.tls_flags import PeerTlsCa, PeerTlsCert, PeerTlsKey
 from penstock.units import format_bytes
 
@@ -76,9 +77,9 @@ def _print(found: PoolStat) -> None:
         tenants = Table("tenant", "holds", "over its quota by")
         for tag, held_bytes in found.tenants:
             by = format_bytes(over.pop(tag)) if tag in over else "-"
-            tenants.add_row(_TENANTS.get(tag, tag), format_bytes(held_bytes), by)
+            tenants.add_row(_tenant(tag), format_bytes(held_bytes), by)
         for tag, excess_bytes in over.items():
-            tenants.add_row(_TENANTS.get(tag, tag), "-", format_bytes(excess_bytes))
+            tenants.add_row(_tenant(tag), "-", format_bytes(excess_bytes))
         console.print(tenants)
     console.print(
         f"evicted {found.evictions} blocks{_by(found.evictions_by)}, moved {found.moved_blocks}; "
@@ -87,15 +88,22 @@ def _print(found: PoolStat) -> None:
     )
     for what, counts in (("lost", found.losses), ("thread failures", found.thread_failures)):
         if counts:
-            console.print(f"{what}: " + ", ".join(f"{name} {count}" for name, count in counts))
+            named = (f"{printable(name, _NAME_CHARACTERS_SHOWN)} {count}" for name, count in counts)
+            console.print(f"{what}: " + ", ".join(named))
 
 
 def _by(counts: Sequence[tuple[str, int]]) -> str:
     """Counts above 0 in brackets, ready to follow their sum."""
-    shown = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts if count)
+    named = [(printable(name, _NAME_CHARACTERS_SHOWN).replace("_", " "), count) for name, count in counts if count]
+    shown = ", ".join(f"{name} {count}" for name, count in named)
     return f" ({shown})" if shown else ""
 
 
+def _tenant(tag: str) -> str:
+    return _TENANTS.get(tag, printable(tag, _NAME_CHARACTERS_SHOWN))
+
+
+_NAME_CHARACTERS_SHOWN = 200  # of what a node calls its members
 _TENANTS = {"": "(none)", b"others".hex(): "(all without a quota of their own)"}
 _COLUMNS = ("member", "kind", "state", "blocks", "used", "capacity", "share", "reads at", "waiting", "errors")
 
@@ -103,9 +111,9 @@ _COLUMNS = ("member", "kind", "state", "blocks", "used", "capacity", "share", "r
 def _row(member: MemberStat) -> tuple[str, ...]:
     rate = f"{member.read_bytes_per_s / 1e9:.2f} GB/s" if member.read_bytes_per_s else "-"
     return (
-        member.name,
-        member.kind,
-        member.state,
+        printable(member.name, _NAME_CHARACTERS_SHOWN),
+        printable(member.kind, _NAME_CHARACTERS_SHOWN),
+        printable(member.state, _NAME_CHARACTERS_SHOWN),
         str(member.blocks),
         format_bytes(member.used_bytes),
         format_bytes(member.capacity_bytes),

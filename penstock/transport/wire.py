@@ -14,6 +14,7 @@ from __future__ import annotations
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -21,7 +22,7 @@ from msgspec import Meta
 
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import REBUILD_S_MAX, TENANT_BYTES, NewBlock
-from penstock.pool.api import PoolStat
+from penstock.pool.api import Located, PoolStat
 
 if TYPE_CHECKING:
     from penstock.transport.tls_socket import Stream
@@ -49,6 +50,12 @@ TIMEOUT_S_MAX = 86_400.0
 KEEPALIVE_S = (30, 10, 3)  # until the kernel's first probe, between probes, probes without an answer
 ROUTES_MAX = 4096
 ROUTE_LINKS_MAX = 16
+LINK_CHARACTERS_MAX = 1024
+DETAIL_CHARACTERS_MAX = 4096  # of what is said; the rest of a longer one is cut
+HAND_OFF_CHARACTERS_MAX = 1024  # `PlacedRequest.hand_off_id` has at most 532
+PROMPT_BLOCKS_MAX = 1 << 19  # full blocks of one prompt: 2^23 tokens in blocks of 16
+DESCRIPTION_BYTES_MAX = 256 << 10  # of memory that is read one-sided
+ADDRESS_BYTES_MAX = 1 << 50  # of memory that is read one-sided; where something lies in it
 
 # Annotated floats refuse NaN too: it is neither above nor below a bound.
 Id = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
@@ -57,13 +64,17 @@ Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 Keys = Annotated[bytes, Meta(max_length=KEYS_PER_MESSAGE * KEY_BYTES)]
 BlockBytes = Annotated[int, Meta(ge=1, le=PAYLOAD_BYTES_MAX)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
-Checksum = Annotated[int, Meta(ge=0)]  # all of 64 bits
+Checksum = Annotated[int, Meta(ge=0, extra={"bits": 64})]
 Rate = Annotated[float, Meta(ge=0, le=1e18)]
 NodeId = Annotated[bytes, Meta(max_length=NODE_ID_BYTES)]
 Label = Annotated[str, Meta(max_length=64)]
 Name = Annotated[str, Meta(max_length=4096)]
 Detail = Annotated[str, Meta(max_length=1 << 16)]
-Link = Annotated[str, Meta(max_length=1024)]
+Link = Annotated[str, Meta(max_length=LINK_CHARACTERS_MAX)]
+HandOffName = Annotated[str, Meta(max_length=HAND_OFF_CHARACTERS_MAX)]
+ClientName = Annotated[bytes, Meta(max_length=64)]
+Description = Annotated[bytes, Meta(max_length=DESCRIPTION_BYTES_MAX)]
+Offset = Annotated[int, Meta(ge=0, le=ADDRESS_BYTES_MAX)]
 
 
 class ProtocolError(Exception):
@@ -144,7 +155,7 @@ class Open(msgspec.Struct, array_like=True, tag=9):
     pool. Answered by Opened once there is room, or Failed."""
 
     id: Id
-    name: Name
+    name: HandOffName
     reads: bool
     timeout_s: Seconds
 
@@ -154,9 +165,9 @@ class HandedOver(msgspec.Struct, array_like=True, tag=10):
     Accepted or Failed."""
 
     id: Id
-    name: Name
+    name: HandOffName
     token: Annotated[int, Meta(ge=-1, le=(1 << 32) - 1)]
-    missing: Count
+    missing: Annotated[int, Meta(ge=0, le=PROMPT_BLOCKS_MAX)]
     timeout_s: Seconds
 
 
@@ -165,9 +176,9 @@ class Attach(msgspec.Struct, array_like=True, tag=11):
     nobody else has, `memory` what `kind` needs to read the client's memory. Answered by Attached or Failed."""
 
     id: Id
-    client: Annotated[bytes, Meta(max_length=64)]
+    client: ClientName
     kind: Label
-    memory: bytes
+    memory: Description
     timeout_s: Seconds
 
 
@@ -191,11 +202,11 @@ class Offer(msgspec.Struct, array_like=True, tag=14):
     Failed."""
 
     id: Id
-    client: Annotated[bytes, Meta(max_length=64)]
+    client: ClientName
     key: Key
     size_bytes: BlockBytes
     checksum: Checksum
-    offset: Count
+    offset: Offset
     timeout_s: Seconds
 
 
@@ -225,11 +236,15 @@ class Block(msgspec.Struct, array_like=True, tag=21):
 
 
 class Failed(msgspec.Struct, array_like=True, tag=22):
-    """`reason` is one of `PoolError.REASONS`."""
+    """`reason` is one of `PoolError.REASONS`. `detail` is cut, and made such that it can be encoded: it may name a path
+    that is no text."""
 
     id: Id
     reason: Label
     detail: Detail
+
+    def __post_init__(self) -> None:
+        self.detail = self.detail[:DETAIL_CHARACTERS_MAX].encode(errors="replace").decode()
 
 
 class Written(msgspec.Struct, array_like=True, tag=23):
@@ -252,6 +267,23 @@ class Found(msgspec.Struct, array_like=True, tag=24):
             raise ValueError(f"a hit names a route that is not among the {len(self.routes)} of the message")
 
 
+def found(id: int, hits: Sequence[Located | None]) -> Found:
+    """The answer to a lookup. A hit that cannot travel, for its size or the route it names, is a miss: it costs itself,
+    not the other hits of the message."""
+    routes: dict[tuple[str, ...], int] = {}  # at most as many as there are keys
+    sizes, members = [], []
+    for hit in hits:
+        travels = hit is not None and _travels(hit)
+        sizes.append(hit.size_bytes if hit is not None and travels else 0)
+        members.append(routes.setdefault(hit.route, len(routes)) if hit is not None and travels else 0)
+    return Found(id, sizes, members, [list(route) for route in routes])
+
+
+def _travels(hit: Located) -> bool:
+    named = len(hit.route) <= ROUTE_LINKS_MAX and all(len(link) <= LINK_CHARACTERS_MAX for link in hit.route)
+    return named and 0 < hit.size_bytes <= PAYLOAD_BYTES_MAX
+
+
 class Evicted(msgspec.Struct, array_like=True, tag=25):
     id: Id
     blocks: Count
@@ -272,7 +304,11 @@ class Opened(msgspec.Struct, array_like=True, tag=28):
     """One byte for each full block of the prompt: 1, the relay has it; 2, it can read it from the pool; 0, neither."""
 
     id: Id
-    blocks: bytes
+    blocks: Annotated[bytes, Meta(max_length=PROMPT_BLOCKS_MAX)]
+
+    def __post_init__(self) -> None:
+        if self.blocks.translate(None, b"\0\1\2"):
+            raise ValueError("a block is neither here, nor readable, nor absent")
 
 
 class Accepted(msgspec.Struct, array_like=True, tag=29):
@@ -283,7 +319,7 @@ class Attached(msgspec.Struct, array_like=True, tag=30):
     """`memory` is what the client needs to read the relay's."""
 
     id: Id
-    memory: bytes
+    memory: Description
 
 
 class Lent(msgspec.Struct, array_like=True, tag=31):
@@ -291,7 +327,7 @@ class Lent(msgspec.Struct, array_like=True, tag=31):
 
     id: Id
     checksum: Checksum
-    offset: Count
+    offset: Offset
 
 
 Request = (
@@ -312,6 +348,25 @@ Request = (
     | Alive
 )
 Reply = Ready | Block | Failed | Written | Found | Evicted | Stats | Probed | Opened | Accepted | Attached | Lent
+
+Answer = Written | Found | Evicted | Stats | Opened | Accepted | Attached | Lent  # what has no payload and no error
+ANSWERS: dict[type[Request], type[Reply]] = {  # beside Failed
+    Read: Block,
+    Write: Written,
+    Lookup: Found,
+    Evict: Evicted,
+    Stat: Stats,
+    Probe: Probed,
+    Open: Opened,
+    HandedOver: Accepted,
+    Attach: Attached,
+    Lend: Lent,
+    Offer: Written,
+}
+
+# What decoding raises for bytes that are no message: NotImplementedError for msgpack's extensions of a wrong length.
+NO_MESSAGE = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, NotImplementedError)
+_ERROR_CHARACTERS_MAX = 300
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
@@ -415,16 +470,21 @@ def decode_request(header: memoryview) -> Request:
     """Raises ProtocolError for what is no message, or one with a number or a length out of bounds."""
     try:
         return _requests.decode(header)
-    except msgspec.MsgspecError as error:
-        raise ProtocolError(f"request not understood: {error}") from None
+    except NO_MESSAGE as error:
+        raise ProtocolError(f"request not understood: {said(error)}") from None
 
 
 def decode_reply(header: memoryview) -> Reply:
     """Raises ProtocolError as `decode_request`."""
     try:
         return _replies.decode(header)
-    except msgspec.MsgspecError as error:
-        raise ProtocolError(f"reply not understood: {error}") from None
+    except NO_MESSAGE as error:
+        raise ProtocolError(f"reply not understood: {said(error)}") from None
+
+
+def said(error: Exception) -> str:
+    """The text of a decoder's error, cut: it may cite what the peer sent."""
+    return str(error)[:_ERROR_CHARACTERS_MAX]
 
 
 def split_keys(keys: bytes) -> list[BlockKey]:

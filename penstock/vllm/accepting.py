@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 warnings = RateLimitedLog(log)
 
 LOOK_S = 0.25  # how often the end of the wait is looked at
+_NAME_CHARS_SHOWN = 200
 GREET_TIMEOUT_S = 5.0  # from the connection to the end of the first message
 CANDIDATES_MAX = 64  # connections of this user that have not greeted; the oldest gives way to a new one
 ACCEPT_AT_ONCE = 16  # before those that were accepted are looked at
@@ -102,5 +103,5 @@ def _greeted(greeting: GreetingReader, engine_id: str) -> bool:
     if not isinstance(message, Greet):
         raise LinkError(f"its first message is a {type(message).__name__}, not a Greet")
     if message.engine_id != engine_id:
-        raise LinkError(f"it greets engine {message.engine_id!r}, this is {engine_id!r}")
+        raise LinkError(f"it greets engine {message.engine_id[:_NAME_CHARS_SHOWN]!r}, this is {engine_id!r}")
     return True

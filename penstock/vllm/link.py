@@ -22,10 +22,16 @@ import msgspec
 from penstock.io.sealed_memory import create_sealed
 
 MESSAGE_BYTES_MAX = 64 << 20
+NAME_CHARACTERS_MAX = 1 << 17  # a client may name its request in a header of 64 KiB
+LAYOUT_CHARS_MAX = 1 << 24
+GROUPS_MAX = 256
+LAYERS_MAX = 1 << 16
+PLACES_MAX = 1 << 22  # vLLM blocks of one list
 SEND_TIMEOUT_S = 5.0  # the other end reads all the time; one that does not is given up
 BACKLOG = 128  # connections that wait to be looked at
 GREETING_BYTES_MAX = 4096
 ERROR_CHARS_MAX = 500
+_SAID_CHARS_MAX = 300  # of a decoder's error, which may cite what came
 _LENGTH = struct.Struct("<I")
 
 
@@ -37,14 +43,17 @@ Number = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]  # of an operation, a st
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
 Slots = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Place = Annotated[int, msgspec.Meta(ge=-1, le=1 << 31)]  # a vLLM block; -1: not to be touched
-Places = list[list[Place]]  # of one pool block, by KV cache group
+PlaceList = Annotated[list[Place], msgspec.Meta(max_length=PLACES_MAX)]
+Places = Annotated[list[PlaceList], msgspec.Meta(max_length=GROUPS_MAX)]  # of one pool block, by KV cache group
+Name = Annotated[str, msgspec.Meta(max_length=NAME_CHARACTERS_MAX)]
+RowBytes = Annotated[list[Bytes], msgspec.Meta(max_length=LAYERS_MAX)]
 Step = Annotated[int, msgspec.Meta(ge=-1, le=1 << 53)]  # -1: none
 
 
 class Greet(msgspec.Struct, tag=True, frozen=True):
     """The scheduler's first message: how a worker tells it from whoever else connects."""
 
-    engine_id: str
+    engine_id: Name
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
@@ -54,8 +63,8 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
     rank: Slots
     pid: Number
-    row_bytes: list[list[Bytes]]
-    layout: str
+    row_bytes: Annotated[list[RowBytes], msgspec.Meta(max_length=GROUPS_MAX)]
+    layout: Annotated[str, msgspec.Meta(max_length=LAYOUT_CHARS_MAX)]
     defers_frees: bool = True
 
 
@@ -66,7 +75,7 @@ class Attach(msgspec.Struct, tag=True, frozen=True):
     slots: Slots
     slot_bytes: Bytes
     part_offset: Bytes
-    rows: list[Slots]
+    rows: Annotated[list[Slots], msgspec.Meta(max_length=GROUPS_MAX)]
 
 
 class Upload(msgspec.Struct, tag=True, frozen=True):
@@ -74,7 +83,7 @@ class Upload(msgspec.Struct, tag=True, frozen=True):
     which may put zeros into blocks that it finds newly given."""
 
     op_id: Number
-    blocks: list[tuple[Slots, Places]]
+    blocks: Annotated[list[tuple[Slots, Places]], msgspec.Meta(max_length=PLACES_MAX)]
     after: Step = -1
 
 
@@ -91,8 +100,8 @@ class Finished(msgspec.Struct, tag=True, frozen=True):
     """Tell vLLM with the next step that the load of a request is over. `invalid` are blocks that did not arrive,
     `failed` that the load as a whole counts as failed."""
 
-    request_id: str
-    invalid: list[Place]
+    request_id: Name
+    invalid: PlaceList
     failed: bool
 
 
@@ -108,23 +117,34 @@ class Done(msgspec.Struct, tag=True, frozen=True):
     """An Upload or Download ended, and nothing of it is read or written any more; `error` says how it failed."""
 
     op_id: Number
-    error: str | None
+    error: Annotated[str, msgspec.Meta(max_length=ERROR_CHARS_MAX)] | None
 
 
 class Leaving(msgspec.Struct, tag=True, frozen=True):
     """vLLM closes this worker in good order; the link ends behind its last copy."""
 
 
+# What decoding raises for bytes that are no message.
+NO_MESSAGE = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, NotImplementedError)
+
+
+def cut_error(text: str) -> str:
+    """As much of an error's text as Done takes, and such that it can be encoded."""
+    return text[:ERROR_CHARS_MAX].encode(errors="replace").decode()
+
+
 Message = Greet | Hello | Attach | Upload | Download | Notice | Done | Leaving
+
+
 _messages: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
 def decode(body: bytes) -> Message:
-    """Raises LinkError for what is no message."""
+    """Raises LinkError for what is no message, or one with a number or a length out of bounds."""
     try:
         return _messages.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise LinkError(f"a message that is none: {error}") from None
+    except NO_MESSAGE as error:
+        raise LinkError(f"a message that is none: {str(error)[:_SAID_CHARS_MAX]}") from None
 
 
 def socket_name(engine_id: str, rank: int) -> str:

@@ -8,7 +8,6 @@ from penstock.io.sealed_memory import check_sealed
 from penstock.vllm.link import Attach, Hello, LinkError
 
 BLOCK_BYTES_MAX = 1 << 40
-LAYOUT_CHARS_MAX = 1 << 24
 
 
 def check_hello(hello: object, rank: int, rows: Sequence[int]) -> Hello:
@@ -25,8 +24,6 @@ def check_hello(hello: object, rank: int, rows: Sequence[int]) -> Hello:
     block_bytes = sum(sum(sizes) * count for sizes, count in zip(hello.row_bytes, rows, strict=True))
     if block_bytes > BLOCK_BYTES_MAX:
         raise LinkError(f"worker rank {rank} has blocks of {block_bytes} bytes; allowed: at most {BLOCK_BYTES_MAX}")
-    if len(hello.layout) > LAYOUT_CHARS_MAX:
-        raise LinkError(f"worker rank {rank} describes its layout with {len(hello.layout)} characters")
     return hello
 
 

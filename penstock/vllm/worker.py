@@ -26,7 +26,6 @@ from penstock.vllm.accepting import accept_scheduler
 from penstock.vllm.copy_gate import CopyGate
 from penstock.vllm.layout import KVRows
 from penstock.vllm.link import (
-    ERROR_CHARS_MAX,
     Attach,
     Done,
     Download,
@@ -37,6 +36,7 @@ from penstock.vllm.link import (
     LinkError,
     Notice,
     Upload,
+    cut_error,
     listen,
     map_memory,
 )
@@ -225,7 +225,7 @@ class WorkerSide:
     def _answer(self, link: Link, op_id: int, error: str | None) -> None:
         """The copy reads and writes nothing any more."""
         with contextlib.suppress(LinkError):  # the link's end says the same
-            link.send(Done(op_id, None if error is None else error[:ERROR_CHARS_MAX]))
+            link.send(Done(op_id, None if error is None else cut_error(error)))
         with self._lock:
             self._copies -= 1
         self._close_if_ended()

@@ -13,13 +13,15 @@ from asking import Answer, prompt_of, wait_until
 from engine_rig import BLOCK, WatchedPool, WatchedRunner, serving
 
 from penstock.core.config import POLICIES, ConfigError
+from penstock.core.new_block import NewBlock, tenant_tag
+from penstock.core.tenants import tenant_and_salt
 from penstock.engine.api import GenerationRequest
 from penstock.engine.build import build_engine
 from penstock.engine.config import EngineConfig
 from penstock.engine.engine import new_request_id
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import SamplingParams
-from penstock.pool.api import Pool, PoolError
+from penstock.pool.api import Done, Pool, PoolError
 from penstock.pool.open import open_local_pool
 from penstock.testing.tiny_models import ARCHITECTURES
 from penstock.transport.connect import connect_pool
@@ -151,6 +153,29 @@ def test_tenants_share_nothing(llama: HFRunner, computed: Callable[..., list[int
     with serving(llama, memory_pool) as rig:
         assert rig.ask(prompt, tenant="c").report.loaded_bytes == 0
         assert rig.ask(prompt, tenant="a").report.loaded_bytes > 0
+
+
+class TagsOfTenants(WatchedPool):
+    """Notes whose blocks are written."""
+
+    def __init__(self, inner: Pool) -> None:
+        super().__init__(inner)
+        self.tags: set[bytes] = set()
+
+    def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        self.tags.add(block.tenant)
+        super().write(block, data, timeout_s, done)
+
+
+def test_salts_part_a_tenant_s_kv_and_quotas_see_the_tenant(llama: HFRunner, memory_pool: Pool) -> None:
+    prompt = prompt_of(1, PROMPT_TOKENS)
+    watched = TagsOfTenants(memory_pool)
+    with serving(llama, watched) as rig:
+        for salt, cached in (("", 0), ("x", 0), ("y", 0), ("x", BLOCKS * BLOCK)):
+            answer = rig.ask(prompt, tenant=tenant_and_salt("alice", salt))
+            assert answer.report.cached_tokens == cached
+            rig.settle()
+    assert watched.tags == {tenant_tag("alice")}
 
 
 def test_decodes_that_do_not_fit_l1_preempt_and_give_the_same_tokens(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
+import xxhash
 from helpers import ROOT, block_bytes, chain, key_of, read, write
 
 from penstock.core.keys import BlockKey
@@ -62,6 +65,41 @@ def test_every_bit_of_every_column_counts(column: int) -> None:
         row[column] = other
         assert block_of(tuple(row)) is None, other
     assert block_of(tuple(row[:-1])) is None
+
+
+ODD_COLUMNS = {
+    "key": [b"k" * 15, "k" * 16, 7, None], "parent": [b"p" * 17, "p", None], "offset": [-4096, 0.5, None, "0"],
+    "size": [0, -1, 1 << 63, "4096", 1.0], "position": [-1, None, 1e300], "checksum": [b"c" * 7, b"", "c" * 8],
+    "tenant": [b"t" * 9, "tenant", None], "rebuild_s": [math.inf, -1.0, 1e300, "1", None, 1], "used": [math.inf, -1.0,
+    "now", None, 1e300], "uses": [-1, 1.5, None],
+}  # fmt: skip
+COLUMNS = [
+    "key",
+    "parent",
+    "offset",
+    "size",
+    "position",
+    "checksum",
+    "tenant",
+    "rebuild_s",
+    "row_check",
+    "used",
+    "uses",
+]
+
+
+@pytest.mark.parametrize(("column", "value"), [(name, value) for name, odd in ODD_COLUMNS.items() for value in odd])
+def test_a_row_whose_checksums_match_and_that_says_nonsense_costs_itself(column: str, value: Any) -> None:
+    """Whoever can write the table can make its checksums: they are not keyed."""
+    good, odd = list(row_of(block("good"), 5.5)), list(row_of(block("odd"), 6.5))
+    odd[COLUMNS.index(column)] = value
+    odd[8] = xxhash.xxh3_64_digest(repr(tuple(odd[:8])).encode())
+    odd[11] = xxhash.xxh3_64_digest(repr((odd[0], odd[9], odd[10])).encode())
+    assert block_of(tuple(good)) is not None and block_of(tuple(odd)) is None
+    if column not in ("offset", "size", "position"):
+        return
+    parent = odd[1]
+    assert block_of((b"o" * 16, parent, *odd[2:6], 5)) is None, "as a row of format 1, which had no checksum"
 
 
 def test_a_change_that_fails_changes_nothing(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ class _Active:
 
 class EchoEngine:
     """`hold_after`: requests stop there until cancelled or `release`d. `fail_after`: they fail there.
-    `max_open`: further ones are refused. `step_s`: how long a step of all requests takes."""
+    `max_open`: further ones are refused. `step_s`: how long a step of all requests takes. `pace_s`: seconds from one
+    token of a request to its next one."""
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class EchoEngine:
         fail_after: int | None = None,
         max_open: int = 100,
         step_s: float = 0.0,
+        pace_s: float = 0.0,
     ) -> None:
         self.max_context_tokens = max_context_tokens
         self.vocab_size = vocab_size
@@ -48,6 +50,7 @@ class EchoEngine:
         self.ended: list[tuple[str, FinishReason]] = []
         self._hold_after, self._fail_after, self._max_open = hold_after, fail_after, max_open
         self._step_s = step_s
+        self._pace_s = pace_s
         self._active: dict[str, _Active] = {}
         self._changed = threading.Condition()
         self._closing = False
@@ -109,7 +112,7 @@ class EchoEngine:
                 if not ready:
                     if self._closing and not self._active:
                         return
-                    self._changed.wait(1.0)
+                    self._changed.wait(self._pace_s / 10 or 1.0)
                     continue
             if self._step_s:
                 time.sleep(self._step_s)
@@ -117,7 +120,11 @@ class EchoEngine:
                 self._step(active)
 
     def _may_step(self, active: _Active) -> bool:
-        return active.cancelled or self._hold_after is None or active.done < self._hold_after
+        if active.cancelled:
+            return True
+        if self._pace_s and time.monotonic() < active.arrival_s + (active.done + 1) * self._pace_s:
+            return False
+        return self._hold_after is None or active.done < self._hold_after
 
     def _step(self, active: _Active) -> None:
         request, sampling = active.request, active.request.sampling

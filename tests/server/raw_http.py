@@ -6,14 +6,22 @@ import socket
 
 from served import Served
 
+JSON_TYPE = {"content-type": "application/json"}
+
+
+def connect_address(served: Served) -> tuple[str, int]:
+    host, port = served.url.removeprefix("http://").split(":")
+    return host, int(port)
+
 
 def connect(served: Served, timeout_s: float = 30.0) -> socket.socket:
-    host, port = served.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=timeout_s)
+    return socket.create_connection(connect_address(served), timeout=timeout_s)
 
 
 def head_of(method: str, path: str, length: int | None = None, *more: str) -> bytes:
-    lines = [f"{method} {path} HTTP/1.1", "host: a", *more]
+    lines = [f"{method} {path} HTTP/1.1", "host: localhost", *more]
+    if method == "POST":
+        lines.append("content-type: application/json")
     if length is not None:
         lines.append(f"content-length: {length}")
     return "\r\n".join([*lines, "", ""]).encode()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import resource
+import socket
 import time
 from typing import Any
 
 import pytest
-from raw_http import connect, ended, head_of, read_answer
+from echo_engine import EchoEngine
+from raw_http import connect, connect_address, ended, head_of, read_answer
 from served import Start
 
 BODY = json.dumps({"prompt": [70, 71], "max_tokens": 2}).encode()
@@ -49,9 +53,9 @@ def test_pipelined_requests_are_answered_in_order(start: Start) -> None:
 @pytest.mark.parametrize(
     "head",
     [
-        b"GET /" + b"a" * 2_000_000 + b" HTTP/1.1\r\nhost: a\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nhost: a\r\nx: " + b"a" * 2_000_000 + b"\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nhost: a\r\n" + b"a: b\r\n" * 100_000 + b"\r\n",
+        b"GET /" + b"a" * 2_000_000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 2_000_000 + b"\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + b"a: b\r\n" * 100_000 + b"\r\n",
     ],
 )
 def test_large_heads_are_refused_early(start: Start, head: bytes) -> None:
@@ -159,15 +163,210 @@ def test_files_are_raised_to_the_hard_limit(start: Start) -> None:
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == hard
 
 
-def test_clients_beyond_the_open_files_get_a_503_and_the_operator_a_line(
-    start: Start, monkeypatch: Any, caplog: Any
-) -> None:
-    """With more connections than files the event loop resets them, and nothing says why."""
+def stream(client: Any, tokens: int = 50) -> bytes:
+    """Ask for a stream, and wait for its first bytes."""
+    body = json.dumps({"prompt": [70, 71], "max_tokens": tokens, "stream": True}).encode()
+    client.sendall(head_of("POST", "/v1/completions", len(body)) + body)
+    return bytes(client.recv(2**16))
+
+
+def test_idle_connections_make_room_and_busy_ones_stay(start: Start, monkeypatch: Any, caplog: Any) -> None:
+    """With more connections than files the event loop resets new ones, and `serve` is closed for good."""
     monkeypatch.setattr("penstock.server.run.raise_file_limit", lambda: 8)
-    served = start()
-    assert "may have 8 files open: requests get a 503 while 4 connections are" in caplog.text
+    served = start(EchoEngine(hold_after=2))
+    assert "may have 8 files open: at most 4 connections are kept" in caplog.text
     with contextlib.ExitStack() as stack:
-        for status in (200, 200, 200, 503):
+        busy = []
+        for _ in range(3):
+            busy.append(stack.enter_context(connect(served)))
+            assert stream(busy[-1]).startswith(b"HTTP/1.1 200")
+        for _ in range(50):  # each takes the place of the one before, which waits for its client
             client = stack.enter_context(connect(served))
-            client.sendall(head_of("GET", "/health"))
-            assert read_answer(client)[0] == status
+            client.sendall(FINE + b"\r\n")
+            assert read_answer(client)[0] == 200
+        busy.append(stack.enter_context(connect(served)))
+        assert stream(busy[-1]).startswith(b"HTTP/1.1 200")
+        refused = stack.enter_context(connect(served))
+        assert read_answer(refused)[0] == 503 and ended(refused)
+        served.engine.release()
+        for client in busy:
+            data = b""
+            while b"[DONE]" not in data:
+                data += client.recv(2**16)
+        last = stack.enter_context(connect(served))
+        last.sendall(FINE)
+        assert read_answer(last)[0] == 200
+
+
+def test_one_address_has_a_share_of_the_connections_that_wait(start: Start, monkeypatch: Any) -> None:
+    monkeypatch.setattr("penstock.server.run.raise_file_limit", lambda: 80)  # 40 connections, 10 for an address
+    served = start()
+    with contextlib.ExitStack() as stack:
+        honest = stack.enter_context(socket.socket())
+        honest.bind(("127.0.0.2", 0))
+        honest.settimeout(30)
+        honest.connect(connect_address(served))
+        honest.sendall(FINE)
+        assert read_answer(honest)[0] == 200
+        for then in (b"", b"\r\n", b"GET", REFUSED, head_of("POST", "/v1/completions", 1000)):
+            for _ in range(30):
+                stack.enter_context(connect(served)).sendall(then)
+        honest.sendall(FINE)
+        assert read_answer(honest)[0] == 200
+        assert served.server.servers[0].budget.waiting <= 11
+        served.server.servers[0].budget.check_integrity()
+
+
+def test_without_descriptors_an_idle_connection_goes_and_the_server_goes_on(start: Start, monkeypatch: Any) -> None:
+    """Whatever uses them up: the next connection is taken when one is free again."""
+    served = start()
+    acceptor = served.server.servers[0]
+    failing = iter([errno.EMFILE, errno.ENFILE, errno.EMFILE])
+
+    class Listener:
+        def accept(self) -> Any:
+            number = next(failing, None)
+            if number is not None:
+                raise OSError(number, os.strerror(number))
+            return listener.accept()
+
+        def fileno(self) -> int:
+            return int(listener.fileno())
+
+    with connect(served) as idle:
+        idle.sendall(FINE)
+        read_answer(idle)
+        listener = acceptor._listener
+        acceptor._listener = Listener()
+        with connect(served) as client:
+            client.sendall(FINE)
+            assert read_answer(client)[0] == 200
+        assert ended(idle)
+        acceptor._listener = listener
+
+
+def test_pipelined_requests_wait_unparsed_for_the_answer_before_theirs(start: Start) -> None:
+    served = start(EchoEngine(hold_after=1))
+    with connect(served) as client:
+        client.sendall(head_of("POST", "/v1/completions", len(BODY)) + BODY + FINE * 3000)
+        assert served.engine.wait(lambda engine: engine.open_requests() == 1)
+        assert served.http.get("/health").status_code == 200
+        (connection,) = [one for one in served.server.server_state.connections if one.cycle.scope["method"] == "POST"]
+        assert not connection.pipeline
+        served.engine.release()
+        data = b""
+        while data.count(b"HTTP/1.1 200") < 3001:
+            data += client.recv(2**16)
+        assert data.index(b'"total_tokens"') < data.index(b'{"status":"ok"}')
+
+
+def test_thousands_of_requests_behind_chunks_are_not_kept(start: Start) -> None:
+    """Where chunks end is known to the parser only, so that a slice has more than one request in it."""
+    chunked = head_of("POST", "/v1/completions", None, "transfer-encoding: chunked")
+    chunked += b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+    with connect(start(EchoEngine(hold_after=1))) as client:
+        client.sendall(chunked + b"GET / HTTP/1.1\r\n\r\n" * 180)
+        with contextlib.suppress(OSError):
+            client.sendall(FINE * 10_000)
+        assert ended(client)
+
+
+def test_a_client_that_leaves_behind_a_pipelined_request_cancels_what_runs(start: Start) -> None:
+    """The request that is answered is not the newest one of its connection."""
+    served = start(EchoEngine(hold_after=1))
+    with connect(served) as client:
+        stream(client)
+        client.sendall(FINE)
+        while served.app.metrics.registry.get_sample_value("penstock_http_open_requests") != 1:
+            time.sleep(0.01)
+    assert served.engine.wait(lambda engine: engine.open_requests() == 0)
+
+
+def test_a_thousand_requests_at_once_from_one_address_are_all_served(start: Start, monkeypatch: Any) -> None:
+    """Nobody who has sent his request loses his place to those who come behind him."""
+    monkeypatch.setattr("penstock.server.run.raise_file_limit", lambda: 1024)  # 768 connections, 192 for an address
+    served = start()
+    with contextlib.ExitStack() as stack:
+        clients = [socket.socket() for _ in range(700)]
+        for client in clients:
+            stack.enter_context(client)
+            client.settimeout(60)
+            client.connect(connect_address(served))
+            client.sendall(head_of("GET", "/health", None, "connection: close"))
+        assert [read_answer(client)[0] for client in clients] == [200] * 700
+
+
+SMUGGLED = [
+    ("content-length: 5", "transfer-encoding: chunked"),
+    ("transfer-encoding: chunked", "content-length: 5"),
+    ("content-length: 5", "content-length: 6"),
+    ("content-length: +5",),
+    ("content-length: -5",),
+    ("content-length: 99999999999999999999999",),
+    ("transfer-encoding: xchunked",),
+    ("transfer-encoding : chunked",),
+    ("bad name: a",),
+    ("a: b\0c",),
+]
+
+
+@pytest.mark.parametrize("lines", SMUGGLED)
+def test_what_two_servers_may_read_differently_is_refused(start: Start, lines: tuple[str, ...]) -> None:
+    with connect(start()) as client:
+        client.sendall(head_of("POST", "/v1/completions", None, *lines) + b"0\r\n\r\n" + FINE)
+        assert read_answer(client)[0] == 400 and ended(client)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"5;" + b"a" * 500_000,  # an extension without an end
+        b"00000000000000000000000000000005\r\nhello" * 50_000,
+        b"0\r\n" + b"a:b\r\n" * 100_000,
+        b"fffffffffffffffffffff\r\n",
+        b"5\r\nhellogoodbye\r\n",
+    ],
+)
+def test_endless_framing_of_chunks_ends(start: Start, rest: bytes) -> None:
+    served = start()
+    with connect(served) as client:
+        with contextlib.suppress(OSError):
+            client.sendall(head_of("POST", "/v1/completions", None, "transfer-encoding: chunked") + rest)
+        assert ended(client)
+    assert served.http.get("/health").status_code == 200
+
+
+def test_trailers_are_no_headers(start: Start) -> None:
+    with connect(start()) as client:
+        head = head_of("POST", "/v1/completions", None, "transfer-encoding: chunked")
+        body = b"%x\r\n%s\r\n0\r\nx-slo-ttft-ms: no number\r\n\r\n" % (len(BODY), BODY)
+        client.sendall(head)
+        client.sendall(body)
+        assert read_answer(client)[0] == 200
+
+
+def test_ten_thousand_small_headers_are_refused(start: Start) -> None:
+    with connect(start()) as client:
+        client.sendall(head_of("GET", "/health", None, *["a:"] * 10_000))
+        assert read_answer(client)[0] == 431 and ended(client)
+
+
+def test_a_body_is_asked_for_where_it_is_wanted(start: Start) -> None:
+    served = start()
+    with connect(served) as client:
+        client.sendall(head_of("POST", "/v1/completions", len(BODY), "expect: 100-continue"))
+        assert client.recv(2**16).startswith(b"HTTP/1.1 100 ")
+        client.sendall(BODY)
+        assert read_answer(client)[0] == 200
+    with connect(served) as client:
+        client.sendall(head_of("POST", "/nothing", len(BODY), "expect: 100-continue"))
+        assert read_answer(client)[0] == 404
+
+
+def test_a_client_that_half_closes_is_one_that_leaves(start: Start) -> None:
+    served = start(EchoEngine(hold_after=1))
+    with connect(served) as client:
+        stream(client)
+        client.shutdown(socket.SHUT_WR)
+        assert ended(client)
+    assert served.engine.wait(lambda engine: engine.open_requests() == 0)

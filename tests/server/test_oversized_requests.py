@@ -13,7 +13,7 @@ import pytest
 from echo_engine import EchoEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from raw_http import connect, head_of
+from raw_http import JSON_TYPE, connect, head_of
 from served import Start
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
@@ -208,9 +208,9 @@ def test_unfinished_bodies_share_a_budget_and_small_ones_do_not_need_it(start: S
         holder.sendall(head_of("POST", "/v1/completions", len(body)) + body[:180_000])
         while served.app.body_bytes_in_use < 100_000:
             time.sleep(0.01)
-        refused = served.http.post("/v1/completions", content=body)
+        refused = served.http.post("/v1/completions", content=body, headers=JSON_TYPE)
         assert refused.status_code == 429 and refused.headers["retry-after"]
         assert served.complete(prompt=[70], max_tokens=1).status_code == 200
     while served.app.body_bytes_in_use:
         time.sleep(0.01)
-    assert served.http.post("/v1/completions", content=body[:190_000]).status_code == 400
+    assert served.http.post("/v1/completions", content=body[:190_000], headers=JSON_TYPE).status_code == 400

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -14,10 +15,13 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import typer
+from certificates import make_certificate
 from openai import OpenAI
+from raw_http import head_of
 from typer.testing import CliRunner
 
 from penstock.core.config import ConfigError
@@ -170,7 +174,7 @@ def test_sigterm_ends_the_command_while_chats_render_for_ever(checkpoint: Path, 
         assert found
         (renderer,) = psutil.Process(process.pid).children()
         body = b'{"messages": [{"role": "user", "content": "loop"}]}'
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body)
+        head = head_of("POST", "/v1/chat/completions", len(body))
         before_s = renderer.cpu_times().user
         with socket.create_connection((found[1], int(found[2]))) as client:
             client.sendall(head + body)
@@ -214,3 +218,36 @@ def test_sigterm_ends_the_command_in_order(served: tuple[str, subprocess.Popen[s
     assert process.wait(20) == 0
     stream.close()
     assert process.stderr is not None and "Traceback" not in process.stderr.read()
+
+
+def test_keys_and_certificates_are_read_again_on_sighup(checkpoint: Path, tmp_path: Path) -> None:
+    """The real command over TLS; without files to read again, SIGHUP ends it as ever."""
+    cert, key = make_certificate(tmp_path / "tls")
+    keys = tmp_path / "keys"
+    keys.write_text("key-a alice\n")
+    keys.chmod(0o600)
+    command = [sys.executable, "-m", "penstock", "serve", str(checkpoint), "--port", "0", "--kv-memory", "4MiB"]
+    command += ["--tls-cert", str(cert), "--tls-key", str(key), "--api-keys", str(keys), "--drain-timeout-s", "0.5"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        found = re.search(r"penstock: (\S+) listening on (https://\S+)", line)
+        assert found, process.communicate(timeout=10)
+        assert found[1] == checkpoint.name
+        with httpx.Client(verify=ssl.create_default_context(cafile=str(cert)), timeout=60) as client:
+            models = f"{found[2]}/v1/models"
+            assert client.get(models, headers={"authorization": "Bearer key-a"}).status_code == 200
+            keys.write_text("key-b alice\n")
+            process.send_signal(signal.SIGHUP)
+            end_s = time.monotonic() + 60
+            while client.get(models, headers={"authorization": "Bearer key-b"}).status_code != 200:
+                assert time.monotonic() < end_s
+                time.sleep(0.05)
+            assert client.get(models, headers={"authorization": "Bearer key-a"}).status_code == 401
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 0 and "read again" in said and "key-" not in said
+    finally:
+        process.kill()
+        process.communicate(timeout=10)

@@ -202,11 +202,9 @@ def test_metrics_have_what_threads_and_the_pool_lost(start: Start) -> None:
 
 
 def test_page_live_and_health(start: Start) -> None:
-    served = start(api_key="k")
+    served = start()
     assert "<title>Penstock" in served.http.get("/").text
-    served.http.post(
-        "/v1/completions", json={"prompt": [70, 71], "max_tokens": 3}, headers={"authorization": "Bearer k"}
-    )
+    served.complete(prompt=[70, 71], max_tokens=3)
     live = served.http.get("/live").json()
     assert live["finished"] == 1 and live["hit_rate"] == 0.5 and set(live["stages"]) == {"compute", "decode"}
     assert served.http.get("/health").json() == {"status": "ok"}
@@ -216,9 +214,10 @@ def test_page_live_and_health(start: Start) -> None:
 
 
 def test_the_page_in_a_headless_browser(start: Start, tmp_path: Path) -> None:
-    served = start()
-    served.http.post("/v1/completions", json={"prompt": [70, 71], "max_tokens": 3})
-    shown = shown_in_browser(f"{served.url}/", tmp_path)
+    served = start(api_key="k")
+    headers = {"authorization": "Bearer k"}
+    served.http.post("/v1/completions", json={"prompt": [70, 71], "max_tokens": 3}, headers=headers)
+    shown = shown_in_browser(served.url.replace("//", "//me:k@") + "/", tmp_path)
     assert "healthy" in shown and "no answer" not in shown, shown[-3000:]
     for text in ("<b>1</b><span>finished</span>", "<b>50.0 %</b><span>hit rate</span>", "compute", "decode"):
         assert text in shown, shown[-3000:]

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from echo_engine import EchoEngine
+from raw_http import JSON_TYPE, head_of
 from served import Start
 
 P = {"prompt": [70, 71]}
@@ -79,7 +80,7 @@ def test_bad_bodies_are_refused_by_name(start: Start) -> None:
     served = start()
     for path, body, param in BAD:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        answer = served.http.post(f"/v1/{path}", content=raw)
+        answer = served.http.post(f"/v1/{path}", content=raw, headers=JSON_TYPE)
         assert answer.status_code == 400, (body, answer.text)
         error = answer.json()["error"]
         assert error["type"] == "invalid_request_error" and error["message"], body
@@ -106,8 +107,8 @@ def test_context_and_headers_and_paths(start: Start) -> None:
 
 def test_large_body_is_refused_by_length_and_by_content(start: Start) -> None:
     served = start(body_bytes_max=1000)
-    assert served.http.post("/v1/completions", content=b"x" * 1001).status_code == 413
-    chunked = served.http.post("/v1/completions", content=iter([b"x" * 600] * 3))
+    assert served.http.post("/v1/completions", content=b"x" * 1001, headers=JSON_TYPE).status_code == 413
+    chunked = served.http.post("/v1/completions", content=iter([b"x" * 600] * 3), headers=JSON_TYPE)
     assert chunked.status_code == 413 and chunked.json()["error"]["code"] == "body_too_large"
 
 
@@ -115,7 +116,7 @@ def test_slow_body_and_slow_headers_are_cut_off(start: Start) -> None:
     served = start(body_timeout_s=0.1, header_timeout_s=0.1)
     address = served.url.removeprefix("http://").split(":")
     with socket.create_connection((address[0], int(address[1])), timeout=10) as body:
-        body.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n{")
+        body.sendall(head_of("POST", "/v1/completions", 9) + b"{")
         assert body.recv(100).startswith(b"HTTP/1.1 408")
     with socket.create_connection((address[0], int(address[1])), timeout=10) as headers:
         headers.sendall(b"POST /v1/completions HTTP/1.1\r\nhost")
@@ -153,7 +154,7 @@ def test_a_client_that_leaves_cancels_its_request(start: Start, stream: bool) ->
     host, port = served.url.removeprefix("http://").split(":")
     body = json.dumps(P | {"stream": stream, "max_tokens": 50, "n": 2}).encode()
     with socket.create_connection((host, int(port)), timeout=10) as client:
-        client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        client.sendall(head_of("POST", "/v1/completions", len(body)) + body)
         if stream:
             assert client.recv(100)
         assert served.engine.wait(lambda engine: len(engine.requests) == 2)
@@ -169,7 +170,7 @@ def test_a_client_that_does_not_read_is_cut_off(start: Start, limit: dict[str, A
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.settimeout(20)
         client.connect((host, int(port)))
-        client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        client.sendall(head_of("POST", "/v1/completions", len(body)) + body)
         assert served.engine.wait(lambda engine: [reason for _, reason in engine.ended] == ["cancelled"], 20)
         with pytest.raises(ConnectionResetError):
             while client.recv(2**16):

@@ -89,7 +89,6 @@ BAD_REPLIES: list[wire.Reply] = [
     wire.Block(1, KEY[:-1], 0),
     wire.Block(-1, KEY, 0),
     wire.Failed(1, "x" * 65, ""),
-    wire.Failed(1, "full", "x" * 70_000),
     wire.Evicted(1, -1),
     wire.Lent(1, 0, -1),
 ]

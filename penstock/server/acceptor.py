@@ -1,0 +1,172 @@
+"""Accepts the connections of an HTTP port within a budget, and lets TLS shake hands within a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from penstock.core.connection_budget import ConnectionBudget, network_of
+from penstock.rate_limited_log import RateLimitedLog
+
+rare = RateLimitedLog(logging.getLogger(__name__))
+
+ACCEPTED_AT_ONCE = 4  # then the event loop does other work
+PAUSE_S = 0.05  # after an accept that failed for want of descriptors or memory
+TLS_CLOSE_S = 5.0  # how long a client may take to answer the end of TLS
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_BUSY_TEXT = b"all connections that this server may have are serving requests"
+_BUSY = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: text/plain\r\nretry-after: 1\r\nconnection: close\r\n"
+    b"content-length: %d\r\n\r\n%s" % (len(_BUSY_TEXT), _BUSY_TEXT)
+)
+
+
+@dataclass(slots=True)
+class Admission:
+    """One connection's place in the budget."""
+
+    acceptor: Acceptor
+    number: int
+    address: str  # what counts as one
+    close: Callable[[], object]  # ends the connection, whatever it waits for
+
+    def waits(self) -> None:
+        """It waits for its client: others may need its place."""
+        self.acceptor.close_all(self.acceptor.budget.waits(self.number))
+
+    def serves(self) -> None:
+        """It serves a request, and keeps its place."""
+        self.acceptor.budget.serves(self.number)
+
+    def ended(self) -> None:
+        """It is gone."""
+        self.acceptor.forget(self.number)
+
+
+class Acceptor:
+    """Lives on one event loop. Has the methods of an asyncio server that uvicorn calls."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        protocol: Callable[[Admission], asyncio.Protocol],
+        budget: ConnectionBudget,
+        busy: Callable[[], bool],
+        tls: ssl.SSLContext | None,
+        handshake_timeout_s: float,
+    ) -> None:
+        """`listener` listens; it stays the caller's. `busy`: whether there is work from connections before; then others
+        are accepted one by one, so that those who have sent their requests keep their places."""
+        self.budget = budget
+        self._listener = listener
+        self._protocol = protocol
+        self._busy = busy
+        self._tls = tls
+        self._handshake_timeout_s = handshake_timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._admitted: dict[int, Admission] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._serial = 0
+        self._pause: asyncio.TimerHandle | None = None
+        listener.setblocking(False)
+        self._loop.add_reader(listener, self._accept)
+        self._open = True
+
+    def close(self) -> None:
+        """Accept no more; connections that shake hands are ended, others go on."""
+        if self._open:
+            self._open = False
+            self._loop.remove_reader(self._listener)
+            if self._pause is not None:
+                self._pause.cancel()
+            for task in self._tasks:
+                task.cancel()
+
+    async def wait_closed(self) -> None:
+        """Returns at once: what was accepted has its own end."""
+
+    def close_all(self, numbers: list[int]) -> None:
+        """End these connections, to make room."""
+        for number in numbers:
+            found = self._admitted.get(number)
+            if found is not None:
+                rare.warning("room", "connections that wait for their clients are closed, to take others")
+                found.close()
+
+    def forget(self, number: int) -> None:
+        self.budget.closed(number)
+        self._admitted.pop(number, None)
+
+    def _accept(self) -> None:
+        for _ in range(1 if self._busy() else ACCEPTED_AT_ONCE):
+            try:
+                client, address = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                self._failed(error)
+                return
+            self._admit(client, address)
+
+    def _failed(self, error: OSError) -> None:
+        """Descriptors ran out: an idle connection goes, and the next attempt is a moment later."""
+        rare.warning("accept", "no connection could be accepted: %s", error.strerror or error)
+        if error.errno in _NO_ROOM:
+            self.close_all(self.budget.make_room())
+        self._loop.remove_reader(self._listener)
+        self._pause = self._loop.call_later(PAUSE_S, self._go_on)
+
+    def _go_on(self) -> None:
+        if self._open:
+            self._loop.add_reader(self._listener, self._accept)
+
+    def _admit(self, client: socket.socket, address: Any) -> None:
+        self._serial += 1
+        number = self._serial
+        host = network_of(address[0]) if isinstance(address, tuple) else "local"
+        victims = self.budget.opened(number, host)
+        if victims is None:
+            self._refuse(client)
+            return
+        admission = Admission(self, number, host, client.close)
+        self._admitted[number] = admission
+        self.close_all(victims)
+        task = self._loop.create_task(self._connect(client, admission))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _refuse(self, client: socket.socket) -> None:
+        rare.warning("busy", "a connection was refused: all %d serve requests", self.budget.total)
+        with client, contextlib.suppress(OSError):
+            client.setblocking(False)
+            if self._tls is None:
+                client.send(_BUSY)
+                client.shutdown(socket.SHUT_WR)
+
+    async def _connect(self, client: socket.socket, admission: Admission) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        admission.close = task.cancel
+        more: dict[str, Any] = {}
+        if self._tls is not None:
+            more = {"ssl_handshake_timeout": self._handshake_timeout_s, "ssl_shutdown_timeout": TLS_CLOSE_S}
+        connected = False
+        try:
+            client.setblocking(False)
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await self._loop.connect_accepted_socket(lambda: self._protocol(admission), client, ssl=self._tls, **more)
+            connected = True
+        except OSError as error:  # ssl.SSLError is one: no TLS, no common version, too late, or gone
+            if self._tls is not None:
+                rare.warning("handshake", "a TLS handshake failed: %s", error)
+        finally:
+            if not connected:
+                client.close()
+                admission.ended()

@@ -1,0 +1,70 @@
+"""Reads keys of tenants and certificates again: when their files change, and on SIGHUP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from penstock.core.config import ConfigError
+from penstock.server.settings import ServerSettings
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 1.0  # between two looks at the files
+
+_Seen = tuple[int, int, int] | None  # inode, size and time of change; None: not there
+
+
+async def reload_changed_files(settings: ServerSettings) -> None:
+    """Runs until cancelled; ends at once where there is nothing to read again. What cannot be read or is wrong is one
+    line in the log, and what was read before goes on."""
+    watched: list[tuple[tuple[Path, ...], Callable[[], None]]] = []
+    if settings.tenant_keys is not None:
+        watched.append(((settings.tenant_keys.file,), settings.tenant_keys.reload))
+    if settings.tls is not None:
+        watched.append(((settings.tls.cert, settings.tls.key), settings.tls.reload))
+    if not watched:
+        return
+    loop, hang_up = asyncio.get_running_loop(), asyncio.Event()
+    if threading.current_thread() is threading.main_thread():
+        loop.add_signal_handler(signal.SIGHUP, hang_up.set)
+    seen: list[list[_Seen]] = [[] for _ in watched]  # so that what changed since it was read is read at first
+    while True:
+        forced = hang_up.is_set()
+        hang_up.clear()
+        for number, (files, reload) in enumerate(watched):
+            before, seen[number] = seen[number], await _look(files)
+            if forced or before != seen[number]:
+                await asyncio.to_thread(_reload, files, reload, logging.INFO if before else logging.DEBUG)
+        try:
+            async with asyncio.timeout(LOOK_S):
+                await hang_up.wait()
+        except TimeoutError:
+            pass
+
+
+async def _look(files: tuple[Path, ...]) -> list[_Seen]:
+    return await asyncio.to_thread(lambda: [_seen(file) for file in files])
+
+
+def _seen(file: Path) -> _Seen:
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _reload(files: tuple[Path, ...], reload: Callable[[], None], level: int) -> None:
+    names = ", ".join(map(str, files))
+    try:
+        reload()
+    except ConfigError as error:
+        log.error("%s: not taken, what was read before goes on: %s", names, error)
+    else:
+        log.log(level, "%s: read again", names)
