@@ -35,7 +35,8 @@ def asked_digest(prompt: Sequence[int], sampling: SamplingParams, tenant: str) -
     """Tells whether two requests ask for the same."""
     digest = hashlib.blake2b(array("q", prompt).tobytes(), digest_size=16)
     fields = (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed)
-    digest.update(repr((*fields, sampling.ignore_eos, tenant)).encode(errors="surrogatepass"))
+    fields_more = (sampling.ignore_eos, sampling.shaping, sampling.logprobs)
+    digest.update(repr((*fields, *fields_more, tenant)).encode(errors="surrogatepass"))
     return digest.digest()
 
 

@@ -48,6 +48,7 @@ from penstock.engine.api import (
     Overloaded,
     RequestReport,
     TokenEvent,
+    Unsupported,
     check_request,
     tell,
 )
@@ -114,11 +115,13 @@ class ClusterEngine:
             raise Overloaded(self.healthy()[1], 1.0)
         check_request(request, self.vocab_size, self.max_context_tokens)
         check_names(request)
+        if request.sampling.logprobs is not None:
+            raise Unsupported("logprobs are not passed on by a router; ask the engine of penstock serve", "logprobs")
         if self._open.of_client(request.request_id) is not None:
             raise InvalidRequest(f"request_id {request.request_id!r} is in use for another request")
         digest = asked_digest(request.prompt_tokens, request.sampling, request.tenant)
         asked = (request.resume_label, digest) if request.resume_label else None
-        end_tokens = frozenset() if request.sampling.ignore_eos else self.eos_token_ids
+        end_tokens = request.sampling.end_tokens(self.eos_token_ids)
         answer = Answer(request.sampling.max_tokens, end_tokens, self._attempt_base)
         routed = Routed("", request, {request.request_id: on_event}, time.monotonic(), answer, asked)
         if not self._open.same_answer(routed) and len(self.requests) >= self.settings.max_open:

@@ -29,7 +29,7 @@ from penstock.core.operations import FinishReason
 from penstock.engine.api import RequestReport
 from penstock.transport.wire import NO_MESSAGE, said
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 GREETING = struct.Struct("<6sH")
 TLS_FLAG = 0x4000  # of the version
 NO_SECRET_FLAG = 0x8000  # so, too: certificates are enough

@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from penstock.core.operations import FinishReason, HandOff
 from penstock.engine.runner import TEMPERATURE_MAX, TOP_K_MAX, SamplingParams
+from penstock.engine.shaping import LOGPROBS_MAX, TokenLogprobs, check_shaping
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,14 @@ Spans = Annotated[tuple[tuple[Stage, ReportTime, ReportTime], ...], Meta(max_len
 
 class InvalidRequest(ValueError):
     """The request cannot be served as given; the message names the parameter, what was given and what is allowed."""
+
+
+class Unsupported(InvalidRequest):
+    """This engine does not do what `param` asks for."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class Overloaded(RuntimeError):
@@ -93,6 +102,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     error: str | None = None
     report: RequestReport | None = None
+    logprobs: TokenLogprobs | None = None  # where they were asked for
 
 
 OnEvent = Callable[[TokenEvent], None]
@@ -129,6 +139,13 @@ def check_request(request: GenerationRequest, vocab_size: int, max_context_token
             f"temperature is {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}; allowed: "
             f"temperature 0 to 100, top_p above 0 up to 1, top_k 0 to {TOP_K_MAX}"
         )
+    if sampling.logprobs is not None and not 0 <= sampling.logprobs <= LOGPROBS_MAX:
+        raise InvalidRequest(f"logprobs is {sampling.logprobs}; allowed: 0 to {LOGPROBS_MAX}")
+    if sampling.shaping is not None:
+        try:
+            check_shaping(sampling.shaping, vocab_size)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from None
 
 
 def tell(on_event: OnEvent, event: TokenEvent) -> None:

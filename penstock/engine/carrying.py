@@ -27,6 +27,7 @@ from penstock.core.operations import (
 from penstock.engine.executors import PoolStages, RunnerStages, Staging
 from penstock.engine.peers import Peers
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
+from penstock.engine.shaping import Past
 from penstock.io.memory import aligned_buffer
 from penstock.loss_log import LossLog
 from penstock.pool.api import Pool
@@ -49,7 +50,8 @@ Post = Callable[[Callable[[], None]], None]
 
 class Carrying:
     """Owns staging memory and executors. Every method but `close` and `stuck` is the control thread's; what happened
-    goes through `post` and runs there too. `sampling_of` gives a request's sampling parameters."""
+    goes through `post` and runs there too. `sampling_of` gives a request's sampling parameters, and its past where they
+    look at it."""
 
     def __init__(
         self,
@@ -59,7 +61,7 @@ class Carrying:
         pool: Pool | None,
         peers: Peers | None,
         post: Post,
-        sampling_of: Callable[[str], SamplingParams],
+        sampling_of: Callable[[str], tuple[SamplingParams, Past | None]],
     ) -> None:
         self._config = config
         self._scheduler = scheduler
@@ -184,18 +186,22 @@ class Carrying:
     # -- compute ------------------------------------------------------------------------------------------------
 
     def _compute(self, op: Compute) -> None:
-        batch = [
-            Chunk(
-                chunk.request_id,
-                chunk.tokens,
-                chunk.start,
-                chunk.pages,
-                self._sampling_of(chunk.request_id) if chunk.sample else None,
-                chunk.sampled_index,
-                tuple(self._uploads[pending] for pending in chunk.pending),
+        batch = []
+        for chunk in op.chunks:
+            sampling, past = self._sampling_of(chunk.request_id) if chunk.sample else (None, None)
+            uploads = tuple(self._uploads[pending] for pending in chunk.pending)
+            batch.append(
+                Chunk(
+                    chunk.request_id,
+                    chunk.tokens,
+                    chunk.start,
+                    chunk.pages,
+                    sampling,
+                    chunk.sampled_index,
+                    uploads,
+                    past,
+                )
             )
-            for chunk in op.chunks
-        ]
         self._busy_since[op.op_id] = ("a batch", time.monotonic())
         self._runner_stages.compute(batch, lambda result: self._post(partial(self._computed, op, result)))
 

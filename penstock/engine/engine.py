@@ -38,6 +38,7 @@ from penstock.engine.carrying import Carrying
 from penstock.engine.peers import Peers
 from penstock.engine.reports import pool_series, report_of
 from penstock.engine.runner import ModelRunner, SamplingParams
+from penstock.engine.shaping import Past
 from penstock.guarded_thread import GuardedThread
 from penstock.pool.api import Pool, PoolError
 from penstock.rate_limited_log import RateLimitedLog
@@ -83,7 +84,7 @@ class Engine:
         self._scheduler = LoadScheduler(replace(config, max_waiting=config.max_waiting + config.max_running), cost)
         self.fingerprint = runner.layout.fingerprint(runner.model_id)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._clients: dict[str, tuple[GenerationRequest, OnEvent]] = {}
+        self._clients: dict[str, tuple[GenerationRequest, OnEvent, Past | None]] = {}
         self._carrying = Carrying(config, self._scheduler, runner, pool, peers, self._inbox.put, self._sampling_of)
         self._seconds_by_label: defaultdict[str, float] = defaultdict(float)
         self._asked: set[tuple[str, str]] = set()  # (request_id, what) in the inbox: cancel, reroute
@@ -110,7 +111,7 @@ class Engine:
             waiting = len(self._clients) - self._admitted
             if waiting >= self.config.max_waiting:
                 raise Overloaded(f"{waiting} requests wait already; at most {self.config.max_waiting} may", 1.0)
-            self._clients[request.request_id] = (request, on_event)
+            self._clients[request.request_id] = (request, on_event, _past_of(request))
             self._inbox.put(partial(self._submitted, request, root, time.monotonic() - request.waited_s))
 
     def check(self, request: GenerationRequest) -> BlockKey:
@@ -259,23 +260,22 @@ class Engine:
 
     def _spec_of(self, request: GenerationRequest, root: BlockKey, arrival_s: float) -> RequestSpec:
         deadline_s = None if request.slo_ttft_s is None else arrival_s + request.slo_ttft_s
-        eos = frozenset() if request.sampling.ignore_eos else self.eos_token_ids
         return RequestSpec(
             request.request_id,
             request.prompt_tokens,
             request.sampling.max_tokens,
             root,
             deadline_s,
-            eos,
+            request.sampling.end_tokens(self.eos_token_ids),
             tenant_tag(tenant_of(request.tenant)),
             request.hand_off,
             request.first_index,
             request.recompute_tokens,
         )
 
-    def _sampling_of(self, request_id: str) -> SamplingParams:
+    def _sampling_of(self, request_id: str) -> tuple[SamplingParams, Past | None]:
         client = self._clients.get(request_id)  # gone: it got its last event from `close`
-        return client[0].sampling if client is not None else SamplingParams()
+        return (client[0].sampling, client[2]) if client is not None else (SamplingParams(), None)
 
     def _end(self, request_id: str, event: TokenEvent) -> None:
         """The client's last event; nothing when it has had one."""
@@ -299,15 +299,16 @@ class Engine:
         client = self._clients.get(op.request_id)
         if client is None:  # it got its last event from `close`
             return
-        request, on_event = client
+        request, on_event, past = client
+        logprobs = past.drawn(op.token) if past is not None and op.token is not None else None
         if op.finish_reason is None:
-            tell(on_event, TokenEvent(op.token))
+            tell(on_event, TokenEvent(op.token, logprobs=logprobs))
             return
         assert op.account is not None
         for label, start_s, end_s in op.account.spans:
             self._seconds_by_label[label] += end_s - start_s
         report = report_of(request, op.account, self.config)
-        self._end(op.request_id, TokenEvent(op.token, op.finish_reason, op.error, report))
+        self._end(op.request_id, TokenEvent(op.token, op.finish_reason, op.error, report, logprobs))
 
     def _snapshot(self) -> EngineStats:
         scheduler = self._scheduler
@@ -325,6 +326,15 @@ class Engine:
             },
             extra={"mode": self.config.mode, "policy": self.config.policy, "inbox": self._inbox.qsize()},
         )
+
+
+def _past_of(request: GenerationRequest) -> Past | None:
+    """For requests whose sampling needs one."""
+    sampling, prompt = request.sampling, request.prompt_tokens
+    if sampling.logprobs is None and not (sampling.shaping is not None and sampling.shaping.penalises):
+        return None
+    answered = len(prompt) - request.first_index
+    return Past(prompt[:answered], prompt[answered:])
 
 
 def _answer(answer: Future[Answer], question: Callable[[], Answer]) -> None:

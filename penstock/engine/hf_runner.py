@@ -14,6 +14,7 @@ from penstock.engine.checkpoint import SERVED_MODELS, CheckpointError, LoadForma
 from penstock.engine.paged_kv import LayerShape, PagedKV, PagedUpload
 from penstock.engine.runner import Chunk, UploadGroup
 from penstock.engine.sampling import sample
+from penstock.engine.shaped_logits import say_logprobs, shaped
 
 
 class _Probe:
@@ -201,7 +202,10 @@ class HFRunner:
         result: list[int | None] = [None] * len(batch)
         if sampled:
             params = [chunk.sampling for chunk in batch if chunk.sampling is not None]
-            tokens = sample(output.logits[0], params, [batch[index].sampled_index for index in sampled])
+            logits, chunks = output.logits[0], [batch[index] for index in sampled]
+            scores = shaped(logits, chunks, self.eos_token_ids)
+            tokens = sample(scores, params, [chunk.sampled_index for chunk in chunks])
+            say_logprobs(logits, chunks, tokens)
             for index, token in zip(sampled, tokens, strict=True):
                 result[index] = token
         return result

@@ -14,6 +14,7 @@ from penstock.core.operations import ChunkOutcome
 from penstock.engine.link_clock import LinkClock
 from penstock.engine.profile import Profile
 from penstock.engine.runner import Chunk, UploadGroup
+from penstock.engine.shaping import TokenLogprobs
 from penstock.io.memory import aligned_buffer
 
 
@@ -26,8 +27,9 @@ class _Group:
 
 
 class ModelledRunner:
-    """A ModelRunner without a model. Tokens are a function of request and position; the KV of a page is written by
-    uploads only (computed blocks keep what the page held), so checksums of loaded blocks still prove the data path."""
+    """A ModelRunner without a model. Tokens are a function of position and the token before, whatever the sampling; the
+    KV of a page is written by uploads only (computed blocks keep what the page held), so checksums of loaded blocks
+    still prove the data path."""
 
     def __init__(self, profile: Profile, block_tokens: int) -> None:
         self.profile = profile
@@ -78,6 +80,9 @@ class ModelledRunner:
             else None
             for chunk in batch
         ]
+        for chunk, token in zip(batch, sampled, strict=True):
+            if chunk.past is not None and isinstance(token, int):  # there is one token that can come
+                chunk.past.said = TokenLogprobs(token, 0.0, ((token, 0.0),))
         time.sleep(max(0.0, started_s + seconds - time.monotonic()))
         return sampled
 

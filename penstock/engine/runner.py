@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from penstock.core.layout import KVLayout
 from penstock.core.operations import ChunkOutcome
+from penstock.engine.shaping import LOGPROBS_MAX, Past, Shaping
 
 MAX_TOKENS_MAX = 1 << 53
 TEMPERATURE_MAX = 100.0
@@ -31,6 +32,13 @@ class SamplingParams:
     top_k: Annotated[int, Meta(ge=0, le=TOP_K_MAX)] = 0
     seed: Annotated[int, Meta(ge=-(1 << 63), extra={"bits": 64})] | None = None
     ignore_eos: bool = False
+    shaping: Shaping | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None  # of how many tokens beside the drawn one
+
+    def end_tokens(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
+        """Tokens that end an answer; `eos_token_ids` are the model's."""
+        own = frozenset(self.shaping.stop_token_ids) if self.shaping is not None else frozenset()
+        return own if self.ignore_eos else own | eos_token_ids
 
 
 class UploadGroup(Protocol):
@@ -49,6 +57,7 @@ class Chunk:
     L1 already, except for blocks in `pending`, whose layers are waited for one by one.
     `sampling` is set when the last token of the chunk is to be followed by a sampled one; `sampled_index` is
     how many tokens the request has generated so far (so that a seed gives the same draw after a preemption).
+    `past` is given where penalties look back, or logprobs are to be said: into `past.said`.
     """
 
     request_id: str
@@ -58,6 +67,7 @@ class Chunk:
     sampling: SamplingParams | None = None
     sampled_index: int = 0
     pending: Sequence[UploadGroup] = field(default_factory=tuple)
+    past: Past | None = None
 
 
 class ModelRunner(Protocol):

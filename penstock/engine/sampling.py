@@ -28,7 +28,7 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], indices: Sequ
     """One token id per row of `logits` `[rows, vocabulary]`; None for a row that gives no distribution (it holds NaN,
     or its largest is infinite). `indices` counts the tokens each request already has.
 
-    Order: temperature, then top-k, then top-p (the smallest set that holds at least that probability)."""
+    Order: temperature, then min_p, then top-k, then top-p (the smallest set that holds at least that probability)."""
     if not len(params) == len(indices) == logits.shape[0]:
         raise ValueError(f"{logits.shape[0]} rows of logits, {len(params)} parameters, {len(indices)} indices")
     scores = logits.float()
@@ -59,7 +59,8 @@ def _draw(scores: torch.Tensor, params: Sequence[SamplingParams], indices: Seque
     weights = torch.exp((ordered - ordered[:, :1]).double() / temperature)
     rank = torch.arange(vocabulary, device=device)[None, :]
     top_k = column([param.top_k if param.top_k > 0 else vocabulary for param in params], torch.int64)
-    weights = weights.masked_fill(rank >= top_k, 0.0)
+    min_p = [param.shaping.min_p if param.shaping is not None else 0.0 for param in params]
+    weights = weights.masked_fill((rank >= top_k) | (weights < column(min_p, torch.float64)), 0.0)
     mass = weights / weights.sum(dim=-1, keepdim=True)
     before = mass.cumsum(dim=-1) - mass
     kept = (before < column([param.top_p for param in params], torch.float64)) & (mass > 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from penstock.server.gate import TENANT, Gate
 from penstock.server.generation import Choice, Generation
 from penstock.server.hosts import HostCheck
 from penstock.server.live import LiveWindow, live_page, page_response
+from penstock.server.logprobs import LogprobsShape
 from penstock.server.metrics import CONTENT_TYPE, ServerMetrics
 from penstock.server.preparation import Prepared, RequestPreparation
 from penstock.server.reply import GenerationReply, ReplyOptions
@@ -35,9 +36,11 @@ from penstock.server.schema import (
 from penstock.server.settings import ServerSettings
 from penstock.server.shapes import Shape
 from penstock.server.text import TextCodec
+from penstock.server.tokenize import DetokenizeBody, TokenizeBody, detokenize, tokenize
 from penstock.server.work_threads import TooMuchWork, WorkThreads
 
 INFORMATION_WAITING_MAX = 64
+A = TypeVar("A", TokenizeBody, DetokenizeBody)
 B = TypeVar("B", bound=GenerationBody)
 T = TypeVar("T")
 
@@ -74,6 +77,8 @@ class ServerApp:
             Route("/v1/models/{name:path}", self._model),
             Route("/v1/completions", self._completions, methods=["POST"]),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/tokenize", self._tokenize, methods=["POST"]),
+            Route("/detokenize", self._detokenize, methods=["POST"]),
         ]
         handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error, Exception: _internal_error}
         routes += api if settings.api else []
@@ -111,6 +116,23 @@ class ServerApp:
 
     async def _chat(self, request: Request) -> GenerationReply | Response:
         return await self._generate(request, ChatBody)
+
+    async def _tokenize(self, request: Request) -> Response:
+        return await self._answer_about_text(request, TokenizeBody, tokenize)
+
+    async def _detokenize(self, request: Request) -> Response:
+        return await self._answer_about_text(request, DetokenizeBody, detokenize)
+
+    async def _answer_about_text(
+        self, request: Request, kind: type[A], answer: Callable[[RequestPreparation, A], Awaitable[dict[str, Any]]]
+    ) -> Response:
+        try:
+            with self._preparation.bodies.open() as lease:
+                body = await self._preparation.read(request, kind, lease)
+                self._check_model(body.model)
+                return json_response(await answer(self._preparation, body))
+        except ClientDisconnect:
+            return Response(status_code=408)  # nobody reads it
 
     async def _page(self, request: Request) -> Response:
         return page_response(live_page("penstock.server", "page.html"))
@@ -223,6 +245,7 @@ class ServerApp:
             cancel_timeout_s=settings.cancel_timeout_s,
             queue_tokens_max=settings.queue_tokens_max,
         )
+        pieces = self._codec.pieces if self._codec is not None else None
         shape = Shape(
             answer_id,
             int(time.time()),
@@ -231,6 +254,7 @@ class ServerApp:
             token_ids=options.return_token_ids or self._codec is None,
             include_usage=options.stream and options.include_usage,
             prefixes=tuple(text for text in prepared.prefixes for _ in range(options.n)),
+            logprobs=None if options.logprobs is None else LogprobsShape(pieces, chat=prepared.chat),
         )
         how = ReplyOptions(
             options.n,

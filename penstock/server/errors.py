@@ -77,6 +77,15 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
+NOT_HERE = 'docs/api.md, "What is not here"'
+
+
+def not_here(name: str, allowed: str, hint: str = "") -> ApiError:
+    """A 400 for a field that is not implemented."""
+    message = f"{name} is not supported by this server; allowed: {allowed}{hint} (see {NOT_HERE})"
+    return bad_request(message, name, "unsupported_parameter")
+
+
 def wrong_value(param: str, given: object, allowed: str) -> ApiError:
     """A 400 that names the field, what was given and what is allowed."""
     shown = repr(given)

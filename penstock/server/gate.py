@@ -26,6 +26,8 @@ _PATHS = {
     "/v1/models",
     "/v1/completions",
     "/v1/chat/completions",
+    "/tokenize",
+    "/detokenize",
 }
 REQUEST_ID_BYTES_MAX = 512
 TENANT = "penstock.tenant"
@@ -33,6 +35,11 @@ _CHALLENGE = 'Basic realm="penstock", charset="UTF-8"'
 _OF_CURL = (b"application/x-www-form-urlencoded", b"")
 _NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 UNREAD_MARGIN_S = 5.0  # answers that have a bound of their own on unread data end before this one does
+
+
+def is_api(path: str) -> bool:
+    """Whether this path is for everybody who has a key."""
+    return path.startswith("/v1/") or path in ("/tokenize", "/detokenize")
 
 
 class Gate:
@@ -104,7 +111,7 @@ class Gate:
         if path == "/health":
             return None
         refusal = self._key_refusal(scope, path)
-        if refusal is None and path.startswith("/v1/"):
+        if refusal is None and is_api(path):
             refusal = self._api_refusal(scope)
         return None if refusal is None else refusal.response()
 
@@ -113,7 +120,7 @@ class Gate:
         settings, keys = self._server.settings, self._keys
         if path == "/metrics" and settings.open_metrics:
             return None
-        api = path.startswith("/v1/")
+        api = is_api(path)
         if not keys.needed:
             if settings.hide_cached_tokens and not api:
                 return ApiError(403, "what is cached is hidden: this needs a key, and there is none (--api-key-file)")

@@ -20,9 +20,11 @@ from penstock.engine.api import (
     Overloaded,
     RequestReport,
     TokenEvent,
+    Unsupported,
 )
+from penstock.engine.shaping import TokenLogprobs
 from penstock.server.detokenize import StopFinder, TokenDecoder
-from penstock.server.errors import ApiError, bad_request, context_overflow
+from penstock.server.errors import NOT_HERE, ApiError, bad_request, context_overflow
 from penstock.server.harmony import ChannelSplitter, Destination
 from penstock.server.text import TextCodec
 
@@ -48,6 +50,7 @@ class Piece:
     reasoning: str = ""
     token_ids: tuple[int, ...] = ()
     finish_reason: Literal["stop", "length"] | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of its tokens, but for one that ended it
 
 
 class Inbox:
@@ -102,6 +105,7 @@ class _Gained:
     texts: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class Choice:
@@ -136,6 +140,9 @@ class Choice:
         elif codec is not None:
             self._decoder = codec.tokens.decoder(() if chat else request.prompt_tokens)
         self._stops = StopFinder(stops)
+        shaping = request.sampling.shaping
+        self._min_tokens = shaping.min_tokens if shaping is not None else 0
+        self._stop_tokens = frozenset(shaping.stop_token_ids) if shaping is not None else frozenset()
 
     def take(self, events: Sequence[TokenEvent], eos: frozenset[int], now_s: float) -> Piece | None:
         """Add events; returns what they add to the answer, None when nothing. Raises ApiError for a failed request."""
@@ -147,14 +154,19 @@ class Choice:
             if self.finish_reason is not None:
                 continue
             if event.token_id is not None:
-                self._add(event.token_id, event.finish_reason == "stop" and event.token_id in eos, gained)
+                ends = event.token_id in eos or event.token_id in self._stop_tokens
+                is_end = ends and event.finish_reason == "stop"
+                self._add(event.token_id, is_end, gained)
+                if event.logprobs is not None and not is_end:
+                    gained.logprobs.append(event.logprobs)
                 self.first_token_s = self.first_token_s or now_s
                 self.last_token_s = now_s
             if event.finish_reason is not None and self.finish_reason is None:
                 self._finish(event.finish_reason, event.error, gained)
         if was_open and (gained.ids or self.finish_reason is not None):
             text, reasoning = "".join(gained.texts), "".join(gained.reasoning)
-            return Piece(self.index, text, reasoning, tuple(gained.ids), self.finish_reason)
+            said = tuple(gained.logprobs)
+            return Piece(self.index, text, reasoning, tuple(gained.ids), self.finish_reason, said)
         return None
 
     def _add(self, token: int, is_end: bool, gained: _Gained) -> None:
@@ -176,6 +188,9 @@ class Choice:
         destination, text = piece if isinstance(piece, tuple) else ("content", piece)
         if destination == "reasoning":
             gained.reasoning.append(text)
+            return
+        if self.tokens <= self._min_tokens:  # no stop string counts before
+            gained.texts.append(text)
             return
         gained.texts.append(self._stops.push(text))
         if self._stops.stopped:
@@ -218,6 +233,9 @@ class Generation:
             for choice in self.choices:
                 self._engine.submit(choice.request, partial(self._inbox.put, choice.index))
                 self._submitted += 1
+        except Unsupported as error:
+            self.close()
+            raise bad_request(f"{error} (see {NOT_HERE})", error.param, "unsupported_parameter") from None
         except InvalidRequest as error:
             self.close()
             if "context" in str(error):

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+import msgspec
 from starlette.requests import Request
 
 from penstock.engine.api import EngineAPI
 from penstock.server.bodies import BodyBudget, BodyLease, has_more_than, read_body
-from penstock.server.errors import ApiError, bad_request, context_overflow
+from penstock.server.errors import ApiError, bad_request, context_overflow, wrong_value
 from penstock.server.schema import (
     ChatBody,
     CompletionBody,
@@ -44,7 +45,7 @@ VALUES_MIN = 2**20
 LONG_THREADS = 2
 WAITING_MAX = 1024
 
-B = TypeVar("B", bound=GenerationBody)
+B = TypeVar("B", bound=msgspec.Struct)
 T = TypeVar("T")
 
 
@@ -89,7 +90,8 @@ class RequestPreparation:
     async def prepare(self, request: Request, body: GenerationBody, tenant: str) -> Prepared:
         """`tenant`: that of the request's key. Raises ApiError."""
         default = COMPLETION_MAX_TOKENS if isinstance(body, CompletionBody) else None
-        options = check_options(body, request.headers, default, self.settings, tenant)
+        vocab_size = self._engine.vocab_size
+        options = check_options(body, request.headers, default, self.settings, tenant, vocab_size=vocab_size)
         if options.stop and self._codec is None:
             raise bad_request("stop needs a tokenizer, and this checkpoint has none", "stop")
         chat = isinstance(body, ChatBody)
@@ -97,7 +99,7 @@ class RequestPreparation:
         echo_tokens = False
         if isinstance(body, ChatBody):
             self._check_choices(1, options)
-            prompts = [await self._chat_tokens(body)]
+            prompts = [await self.chat_tokens(body)]
         else:
             assert isinstance(body, CompletionBody)
             given = prompts_of(body)
@@ -110,7 +112,7 @@ class RequestPreparation:
 
     # -- bodies -------------------------------------------------------------------------------------------------
 
-    def _body_limit(self, request: Request, kind: type[GenerationBody]) -> tuple[int, ApiError]:
+    def _body_limit(self, request: Request, kind: type[msgspec.Struct]) -> tuple[int, ApiError]:
         """Bytes that a body may have, and what is answered to a larger one."""
         context = self._engine.max_context_tokens
         per_token = (self._codec.token_bytes_max if self._codec is not None else 0) or ID_BYTES
@@ -131,11 +133,32 @@ class RequestPreparation:
 
     # -- tokens -------------------------------------------------------------------------------------------------
 
-    async def _chat_tokens(self, body: ChatBody) -> list[int]:
+    @property
+    def max_context_tokens(self) -> int:
+        return self._engine.max_context_tokens
+
+    async def text_tokens(self, text: str, *, special_tokens: bool) -> list[int]:
+        """Raises ApiError, also for a text that is far over the context."""
+        return await self._tokens_of(self._need_codec("prompt"), text, "prompt", special_tokens=special_tokens)
+
+    async def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones included. Raises ApiError."""
+        codec = self._need_codec("tokens")
+        if tokens:
+            self._check_tokens(tokens, "tokens")
+        return await _on(self._long_texts, partial(codec.pieces.whole, tokens))
+
+    async def token_names(self, tokens: Sequence[int]) -> list[str]:
+        """As the vocabulary writes them. Raises ApiError."""
+        name = self._need_codec("prompt").pieces.name
+        return await _on(self._long_texts, lambda: [name(token) for token in tokens])
+
+    async def chat_tokens(self, body: ChatBody, *, special_tokens: bool = False) -> list[int]:
+        """Of the messages by the checkpoint's template. Raises ApiError."""
         codec = self._need_codec("messages")
         variables = template_variables(body, codec.template.variables)
         text = await _on(self._rendering, lambda: codec.render_chat(chat_messages(body), variables))
-        return await self._tokens_of(codec, text, "messages", special_tokens=False)
+        return await self._tokens_of(codec, text, "messages", special_tokens=special_tokens)
 
     async def _completion_tokens(
         self, prompts: list[str] | list[list[int]], echo: bool
@@ -195,6 +218,8 @@ class RequestPreparation:
         if len(tokens) + wanted > limit:
             parts = f"{len(tokens)} in the {param}, {wanted} in the completion"
             raise context_overflow(limit, f"you requested {len(tokens) + wanted} tokens ({parts})", param)
+        if options.shaping is not None and options.shaping.min_tokens > wanted:
+            raise wrong_value("min_tokens", options.shaping.min_tokens, f"at most the {wanted} tokens of the answer")
         return wanted
 
 

@@ -11,7 +11,9 @@ import msgspec
 
 from penstock.core.tenants import tenant_and_salt
 from penstock.engine.runner import SamplingParams
-from penstock.server.errors import bad_request, wrong_value
+from penstock.engine.shaping import Shaping
+from penstock.server.errors import bad_request, not_here, wrong_value
+from penstock.server.sampling_fields import SamplingFields, chat_logprobs, completion_logprobs, shaping_of
 from penstock.server.settings import ServerSettings
 
 SLO_MS_MAX = 1e9
@@ -22,23 +24,14 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class _Unsupported(msgspec.Struct, kw_only=True):
+class _Unsupported(SamplingFields, kw_only=True):
     """Fields that would change the output and are not implemented: refused unless they ask for nothing."""
 
-    logit_bias: Any = None
-    logprobs: Any = None
-    top_logprobs: Any = None
     prompt_logprobs: Any = None
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
-    repetition_penalty: Any = None
     length_penalty: Any = None
     best_of: Any = None
     use_beam_search: Any = None
     suffix: Any = None
-    min_p: Any = None
-    min_tokens: Any = None
-    stop_token_ids: Any = None
     bad_words: Any = None
     include_stop_str_in_output: Any = None
     skip_special_tokens: Any = None
@@ -59,18 +52,12 @@ class _Unsupported(msgspec.Struct, kw_only=True):
     web_search_options: Any = None
 
 
+_UNSUPPORTED = [name for name in _Unsupported.__struct_fields__ if name not in SamplingFields.__struct_fields__]
+
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
     "use_beam_search": (False,),
     "suffix": ("",),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "stop_token_ids": ([],),
     "bad_words": ([],),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
@@ -158,14 +145,18 @@ class Options:
     session: str | None
     return_timing: bool
     return_token_ids: bool
+    shaping: Shaping | None
+    logprobs: int | None  # of how many tokens beside each one; None: of none
 
     def sampling(self, choice: int, max_tokens: int) -> SamplingParams:
         """Sampling of the choice-th answer to one prompt; choices of one seed differ."""
         seed = None if self.seed is None else (self.seed + choice) % 2**63
-        return SamplingParams(max_tokens, self.temperature, self.top_p, self.top_k, seed, self.ignore_eos)
+        return SamplingParams(
+            max_tokens, self.temperature, self.top_p, self.top_k, seed, self.ignore_eos, self.shaping, self.logprobs
+        )
 
 
-B = TypeVar("B", bound=GenerationBody)
+B = TypeVar("B", bound=msgspec.Struct)
 
 
 def decode_body(raw: bytes, kind: type[B]) -> B:
@@ -191,6 +182,8 @@ def check_options(
     default_max_tokens: int | None,
     limits: ServerSettings,
     tenant: str = "",
+    *,
+    vocab_size: int,
 ) -> Options:
     """Check every field but the prompt; header values stand in for absent body fields. `tenant`: that of the request's
     key, outside the client's salt. Raises ApiError(400)."""
@@ -230,7 +223,16 @@ def check_options(
         session=session,
         return_timing=bool(body.return_timing),
         return_token_ids=bool(body.return_token_ids),
+        shaping=shaping_of(body, vocab_size),
+        logprobs=_logprobs(body),
     )
+
+
+def _logprobs(body: GenerationBody) -> int | None:
+    wanted = chat_logprobs(body) if isinstance(body, ChatBody) else completion_logprobs(body)
+    if wanted is not None and isinstance(body, CompletionBody) and body.echo:
+        raise not_here("logprobs", "leaving it out together with echo")
+    return wanted
 
 
 def prompts_of(body: CompletionBody) -> list[str] | list[list[int]]:
@@ -279,15 +281,12 @@ def template_variables(body: ChatBody, known: Collection[str]) -> dict[str, Any]
 
 
 def _refuse_unsupported(body: GenerationBody) -> None:
-    for name in _Unsupported.__struct_fields__:
+    for name in _UNSUPPORTED:
         value = getattr(body, name)
         if value is None or _asks_for_nothing(name, value) or (name == "best_of" and value == (body.n or 1)):
             continue
         neutral = " or ".join(msgspec.json.encode(one).decode() for one in _NEUTRAL.get(name, ()))
-        message = (
-            f"{name} is not supported by this server; allowed: {neutral or 'leaving it out'}{_HINTS.get(name, '')}"
-        )
-        raise bad_request(message, name, "unsupported_parameter")
+        raise not_here(name, neutral or "leaving it out", _HINTS.get(name, ""))
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:

@@ -9,7 +9,9 @@ from typing import Any
 import msgspec
 
 from penstock.engine.api import RequestReport
+from penstock.engine.shaping import TokenLogprobs
 from penstock.server.generation import Choice, Piece
+from penstock.server.logprobs import LogprobsShape
 
 
 def usage_of(choices: Sequence[Choice], n: int, *, hide_cached_tokens: bool = False) -> dict[str, Any]:
@@ -42,11 +44,13 @@ class Answer:
     reasoning: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def add(self, piece: Piece) -> None:
         self.texts.append(piece.text)
         self.reasoning.append(piece.reasoning)
         self.token_ids += piece.token_ids
+        self.logprobs += piece.logprobs
         self.finish_reason = piece.finish_reason or self.finish_reason
 
 
@@ -64,6 +68,7 @@ class Shape:
         token_ids: bool,
         include_usage: bool,
         prefixes: Sequence[str] = (),
+        logprobs: LogprobsShape | None = None,
     ) -> None:
         kind = ("chat.completion", "chat.completion.chunk") if chat else ("text_completion", "text_completion")
         self._head = {"id": answer_id, "object": kind[0], "created": created, "model": model}
@@ -72,13 +77,15 @@ class Shape:
         self._token_ids = token_ids
         self._include_usage = include_usage
         self._prefixes = prefixes
+        self._logprobs = logprobs
         self._begun: set[int] = set()
 
     def whole(self, answers: Sequence[Answer], usage: dict[str, Any], timing: dict[str, Any] | None) -> bytes:
         """The body of an answer that is not streamed."""
         choices = []
         for index, answer in enumerate(answers):
-            choice: dict[str, Any] = {"index": index, "finish_reason": answer.finish_reason, "logprobs": None}
+            logprobs = self._logprobs and self._logprobs.record(index, answer.logprobs)
+            choice: dict[str, Any] = {"index": index, "finish_reason": answer.finish_reason, "logprobs": logprobs}
             text = self._prefix(index) + "".join(answer.texts)
             if self._chat:
                 reasoning = _reasoning("".join(answer.reasoning))
@@ -112,7 +119,9 @@ class Shape:
     def _chunk_choice(self, piece: Piece) -> dict[str, Any]:
         first = piece.index not in self._begun
         self._begun.add(piece.index)
-        choice: dict[str, Any] = {"index": piece.index, "finish_reason": piece.finish_reason, "logprobs": None}
+        shape = self._logprobs if piece.logprobs else None
+        logprobs = shape and shape.record(piece.index, piece.logprobs)
+        choice: dict[str, Any] = {"index": piece.index, "finish_reason": piece.finish_reason, "logprobs": logprobs}
         text = (self._prefix(piece.index) if first else "") + piece.text
         if self._chat:
             delta: dict[str, Any] = {"role": "assistant", "content": text} if first else {"content": text}

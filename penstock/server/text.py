@@ -14,6 +14,7 @@ from penstock.server.errors import bad_request
 from penstock.server.harmony import HarmonyTokens
 from penstock.server.template_renderer import CPU_S_MAX, RenderError
 from penstock.server.token_bytes import token_bytes_max
+from penstock.server.token_pieces import TokenPieces
 from penstock.server.token_text import TokenText
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class TextCodec:
         self._backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
         self.token_bytes_max: int | None = None  # bytes of text that a token represents; None: no bound is known
         self.harmony: HarmonyTokens | None = None
+        self.pieces = TokenPieces(tokenizer)
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()

@@ -29,7 +29,7 @@ def test_anything_parses_or_is_an_api_error(body: dict[str, Any], prompt: Any) -
     for kind in (CompletionBody, ChatBody):
         try:
             parsed = decode_body(raw, kind)
-            options = check_options(parsed, {}, 16, SETTINGS)
+            options = check_options(parsed, {}, 16, SETTINGS, vocab_size=384)
             assert 0 <= options.temperature <= 2 and 0 < options.top_p <= 1 and options.n >= 1
             if isinstance(parsed, CompletionBody):
                 assert prompts_of(parsed)
@@ -57,7 +57,7 @@ def test_any_bytes_parse_or_are_an_api_error(raw: bytes) -> None:
 )
 def test_fields_that_ask_for_nothing_are_taken(given_value: dict[str, Any]) -> None:
     body = decode_body(json.dumps({"prompt": "x"} | given_value).encode(), CompletionBody)
-    check_options(body, {}, 16, SETTINGS)
+    check_options(body, {}, 16, SETTINGS, vocab_size=384)
 
 
 def test_deep_nesting_is_refused() -> None:
@@ -67,6 +67,6 @@ def test_deep_nesting_is_refused() -> None:
 
 def test_choices_of_one_seed_differ_and_repeat() -> None:
     body = decode_body(b'{"prompt": "x", "seed": -1, "n": 2}', CompletionBody)
-    options = check_options(body, {}, 16, SETTINGS)
+    options = check_options(body, {}, 16, SETTINGS, vocab_size=384)
     seeds = [options.sampling(choice, 4).seed for choice in (0, 1)]
     assert seeds == [2**63 - 1, 0]
