@@ -18,8 +18,9 @@ MIB = 2**20
 class EngineConfig:
     """Sizes are bytes. `pool` are addresses of pool nodes, `memory` and `slab` members of this process: all together
     are one pool; `pool_config` is a file that describes one. Without any of them it is some memory; `no_pool` turns it
-    off. `secret_file` holds what pool nodes ask for. `max_batch_s` None: DualPath's quota for prefill engines, no bound
-    for others. `profile`, `bytes_divisor` and `time_factor` belong to the modelled executor."""
+    off. `secret_file` holds what pool nodes ask for, `pool_key_file` the key that blocks are written and verified under
+    (`pool.mac`). `max_batch_s` None: DualPath's quota for prefill engines, no bound for others. `profile`,
+    `bytes_divisor` and `time_factor` belong to the modelled executor."""
 
     model: str = ""
     revision: str | None = None
@@ -39,6 +40,7 @@ class EngineConfig:
     pool_config: str | None = None
     no_pool: bool = False
     secret_file: str | None = None
+    pool_key_file: str | None = None
     block_tokens: int = 64
     kv_memory_bytes: int = 512 * MIB
     staging_bytes: int = 128 * MIB

@@ -236,7 +236,7 @@ class Table:
             if offset is not None:
                 copy = Block(block.key, block.parent, member, offset, block.size_bytes, block.position)
                 copy.checksum, copy.tenant, copy.rebuild_s = block.checksum, block.tenant, block.rebuild_s
-                copy.account = block.account
+                copy.account, copy.mac = block.account, block.mac
                 self.quotas.charge(copy.account, copy.extent_bytes)
                 self._moving[copy.key] = copy
                 return copy
@@ -338,6 +338,7 @@ class Table:
     def _start(self, new: NewBlock, member: int, offset: int, account: bytes) -> Block:
         block = Block(new.key, new.parent, member, offset, new.size_bytes, new.position % CYCLE_BLOCKS)
         block.tenant, block.rebuild_s, block.account = new.tenant, new.rebuild_s, account
+        block.mac, block.written_here = new.mac, True
         self._changes += 1
         self._writing[block.key] = block
         return block

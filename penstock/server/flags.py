@@ -68,6 +68,7 @@ class ServeFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     router: str | None = None
     role: str = "mixed"
     secret_file: str | None = None
+    pool_key_file: str | None = None
     engine_name: str | None = None
     node: str | None = None
     relay_listen: str = "127.0.0.1:0"

@@ -16,11 +16,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from penstock.core.keys import BlockKey
 from penstock.guarded_thread import GuardedThread, GuardedWorker
 from penstock.pool.api import PoolError
 from penstock.pool.losses import note_loss
-from penstock.pool.served import ServedPool
+from penstock.pool.served import ServedPool, StoredBlock
 from penstock.transport import lanes, wire
 from penstock.transport.pacer import PIECE_BYTES
 from penstock.transport.secret import SecretRefused, prove_as_server
@@ -135,8 +134,8 @@ class Served:
                     self._reply(self._control(request))
                 except PoolError as error:
                     self._reply(wire.Failed(id, error.reason, error.detail))
-            case wire.Corrupt(key, checksum):
-                self._pool.discard(key, checksum)
+            case wire.Corrupt(key, checksum, mac, refused):
+                self._pool.suspect(key, checksum, mac, refused)
             case wire.Alive():
                 pass  # that it came is all it says
             case wire.Probe():
@@ -203,14 +202,14 @@ class Served:
 
     # --- blocks ---
 
-    def _send_block(
-        self, id: int, key: BlockKey, checksum: int, data: memoryview, deadline_s: float, ready_s: float
-    ) -> None:
+    def _send_block(self, id: int, block: StoredBlock, data: memoryview, deadline_s: float, ready_s: float) -> None:
         if time.monotonic() > deadline_s:
             self._lost("read_deadline", "the node came to it too late")
             self._reply(wire.Failed(id, "deadline", "the node came to it too late"))
             return
-        self._send(wire.frame(wire.Block(id, key, checksum), len(data)), data, ready_s, deadline_s)
+        self._send(
+            wire.frame(wire.Block(id, block.key, block.checksum, block.mac), len(data)), data, ready_s, deadline_s
+        )
 
     def _send(self, head: bytes, data: memoryview, ready_s: float, deadline_s: float) -> None:
         """Send at the node's pace what was ready at `ready_s`; a client has given it up soon after `deadline_s`."""

@@ -47,7 +47,7 @@ class PoolConnection(Served):
             self._reply(wire.Failed(request.id, opened.reason, opened.detail))
         elif opened.view is not None:
             try:
-                self._send_block(request.id, opened.key, opened.checksum, opened.view, deadline_s, ready_s)
+                self._send_block(request.id, opened, opened.view, deadline_s, ready_s)
                 opened.note_read()
             finally:
                 opened.release()
@@ -108,7 +108,7 @@ class PoolConnection(Served):
                 self._reply(wire.Failed(request.id, error.reason, error.detail))
             else:
                 data = view[: request.size_bytes]
-                self._send_block(request.id, opened.key, opened.checksum, data, deadline_s, time.monotonic())
+                self._send_block(request.id, opened, data, deadline_s, time.monotonic())
         finally:
             staged.end()
 
