@@ -94,7 +94,7 @@ def _cluster(raw: _File, file: Path) -> ClusterConfig:
     processes = [_pool(one, number, secret, file.parent) for number, one in enumerate(raw.pool)]
     processes.append(_router(raw.router, model, secret))
     for number, one in enumerate(raw.engine):
-        processes += _engines(one, number, raw.serve, model, secret)
+        processes += _engines(one, number, raw.serve, model, secret, file.parent)
     engines = [process for process in processes if process.kind == "engine"]
     if not engines:
         raise ConfigError("the cluster has no [[engine]]; allowed: at least one")
@@ -141,7 +141,7 @@ def _router(raw: dict[str, Any], model: tuple[str, ...], secret: Path) -> Proces
 
 
 def _engines(
-    raw: dict[str, Any], number: int, common: dict[str, Any], model: tuple[str, ...], secret: Path
+    raw: dict[str, Any], number: int, common: dict[str, Any], model: tuple[str, ...], secret: Path, folder: Path
 ) -> list[ProcessSpec]:
     from penstock.server.command import serve
 
@@ -154,6 +154,8 @@ def _engines(
     role = given.setdefault("role", "mixed")
     base = str(given.pop("name", f"{role}-{number}"))
     _check_flags(place, given, serve, {"model", "router", "engine_name"})
+    if "pool_key_file" in given:
+        given["pool_key_file"] = str(folder / str(given["pool_key_file"]))
     names = [base] if count == 1 else [f"{base}-{i}" for i in range(count)]
     return [
         ProcessSpec(name, "engine", ("serve", *model), {"secret_file": secret, "engine_name": name} | given, None, ray)

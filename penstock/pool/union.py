@@ -30,7 +30,7 @@ from penstock.pool.union_child import BlockEnded, Child, NodePool
 
 log = logging.getLogger(__name__)
 
-_GONE = ("missing", "layout", "checksum", "mac", "device")  # a read that ends so was sent to the wrong place
+_GONE = ("missing", "layout", "checksum", "device")  # a read that ends so was sent to the wrong place
 _TRY_NEXT = ("network", "closed", "full", "device")  # a write that ends so may go to another child
 
 
@@ -151,7 +151,9 @@ class UnionPool:
         def end(checksum: int, mac: bytes, error: PoolError | None) -> None:
             with self._lock:
                 child.meter.ended(1, 0 if error else size_bytes, time.monotonic())
-                if error is not None and error.reason in _GONE:
+                if error is not None and error.reason == "mac":
+                    self._locations.refuse(key, self._children.all.index(child))
+                elif error is not None and error.reason in _GONE:
                     self._locations.forget(key, self._children.all.index(child))
             ended(checksum, mac, error)
 

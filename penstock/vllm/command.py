@@ -19,6 +19,7 @@ from penstock.vllm.flags import FlagError, connector_extra, serve_arguments
 SETTINGS = (
     "pool",
     "pool_config",
+    "pool_key_file",
     "memory",
     "slab",
     "staging",
@@ -48,6 +49,10 @@ def vllm(
     ] = None,
     slab: Annotated[
         list[str] | None, _flag(_POOL, "none", "A slab member of vLLM's process; may be repeated.", "PATH:SIZE")
+    ] = None,
+    pool_key_file: Annotated[
+        str | None,
+        _flag(_POOL, "none", "File (0600) with the key without which nobody writes what vLLM reads.", "FILE"),
     ] = None,
     staging: Annotated[str | None, _flag(_POOL, "1GiB", "Host staging memory (L2).", "SIZE")] = None,
     policy: Annotated[
