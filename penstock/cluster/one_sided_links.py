@@ -29,7 +29,7 @@ rare = RateLimitedLog(log)
 MOVES_WAITING_MAX = 4096
 
 ATTACH_TIMEOUT_S = 5.0
-_BROKEN = ("network", "closed", "layout", "checksum", "mac")  # what ends so was done with memory that may not be there
+_BROKEN = ("network", "closed", "layout", "checksum")  # what ends so was done with memory that may not be there
 
 
 class OneSidedLinks:
