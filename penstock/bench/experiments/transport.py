@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -26,14 +25,17 @@ from penstock.bench.plots import bar_chart
 from penstock.bench.processes import POOL_READY, ProcessFailed, ReadyProcess
 from penstock.bench.report import Report
 from penstock.child_python import python_command
-from penstock.core.keys import BlockKey
+from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import NewBlock
 from penstock.io.memory import aligned_buffer
-from penstock.pool.api import PoolError
+from penstock.pool.api import Pool, PoolError
+from penstock.pool.authenticated import authenticated
+from penstock.pool.checksum import block_checksum
+from penstock.pool.mac import PoolKey
 from penstock.transport.connect import connect_pool
-from penstock.transport.remote import RemotePool
 
 SIZES = {"128k": 128 << 10, "2m": 2 << 20, "4m": 4 << 20}
+ALONE_SIZES = {"64k": 64 << 10, "512k": 512 << 10, "4m": 4 << 20}
 BUFFER_BYTES = 32 << 20
 WINDOW = 8  # reads that the client keeps open
 RATIO_MIN = 0.9
@@ -62,6 +64,9 @@ Results = dict[tuple[str, str, int], Samples]  # (contestant, size, connections)
 def transport(
     repeats: Annotated[int, typer.Option(min=1, max=100, help="Runs of each load; the median counts.")] = 9,
     run_mib: Annotated[int, typer.Option(min=64, max=65536, help="MiB that one run moves.")] = 1024,
+    pool_key_file: Annotated[
+        Path | None, typer.Option(help="Also read with this pool key (mac_*): what MACs cost, in the same run.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG) to this file.")] = None,
 ) -> None:
@@ -70,26 +75,33 @@ def transport(
     report = Report("transport")
     loads = [("128k", 1), ("2m", 1), ("4m", 1), ("4m", 2)]
     try:
-        results = _measure(console, loads, repeats, run_mib << 20)
-    except (OSError, PoolError, ProcessFailed) as error:
+        pool_key = PoolKey.read(pool_key_file) if pool_key_file is not None else None
+        results = _measure(console, loads, repeats, run_mib << 20, pool_key)
+    except (OSError, ValueError, PoolError, ProcessFailed) as error:
         console.print(f"[red]bench transport: {error}[/red]")
         raise typer.Exit(1) from error
-    _conclude(report, results, loads)
+    _conclude(report, results, loads, pool_key)
     report.print(console)
     if json is not None:
         report.write_json(json)
     if plot is not None:
         groups = {
             f"{size}, {connections} conn.": {
-                who: results[who, size, connections].median / 1e9 for who in ("bare", "tcp")
+                who: results[who, size, connections].median / 1e9 for who in _contestants(pool_key)
             }
             for size, connections in loads
         }
         bar_chart(plot, "Reads over loopback TCP, two processes", "GB/s", groups)
 
 
-def _measure(console: Console, loads: list[tuple[str, int]], repeats: int, run_bytes: int) -> Results:
-    """All loads, interleaved: each repeat runs both contestants of every load, in turns first."""
+def _contestants(pool_key: PoolKey | None) -> tuple[str, ...]:
+    return ("bare", "tcp") if pool_key is None else ("bare", "tcp", "mac")
+
+
+def _measure(
+    console: Console, loads: list[tuple[str, int]], repeats: int, run_bytes: int, pool_key: PoolKey | None
+) -> Results:
+    """All loads, interleaved: each repeat runs all contestants of every load, in turns first."""
     results: Results = defaultdict(Samples)
     members = ["--memory", str(len(SIZES) * SET_BYTES)]
     command = python_command("-m", "penstock", "pool", "--listen", "127.0.0.1:0", *members)
@@ -97,10 +109,10 @@ def _measure(console: Console, loads: list[tuple[str, int]], repeats: int, run_b
         node = stack.enter_context(ReadyProcess(command, POOL_READY, ready_s=30.0))
         bare = stack.enter_context(bare_process())
         buffers = aligned_buffer(BUFFER_BYTES)
-        keys = _fill(node.address)
+        keys = _fill(node.address, pool_key)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         progress = stack.enter_context(Progress(*columns, console=console))
-        bar = progress.add_task("reading", total=repeats * len(loads) * 2)
+        bar = progress.add_task("reading", total=repeats * len(loads) * len(_contestants(pool_key)))
         for repeat in range(repeats):
             for size, connections in loads:
                 size_bytes = SIZES[size]
@@ -108,8 +120,10 @@ def _measure(console: Console, loads: list[tuple[str, int]], repeats: int, run_b
                 load = (size_bytes, count, connections, buffers)
                 runs: dict[str, tuple[int, Callable[[], float]]] = {
                     "bare": (bare.pid, partial(run_bare, bare.address, *load)),
-                    "tcp": (node.pid, partial(_run_pool, node.address, keys[size], *load)),
+                    "tcp": (node.pid, partial(_run_pool, node.address, None, keys[size], *load)),
                 }
+                if pool_key is not None:
+                    runs["mac"] = (node.pid, partial(_run_pool, node.address, pool_key, keys[size], *load))
                 for who in sorted(runs, reverse=repeat % 2 == 1):
                     pid, run = runs[who]
                     before_s = _cpu_s(pid)
@@ -122,7 +136,7 @@ def _measure(console: Console, loads: list[tuple[str, int]], repeats: int, run_b
     return results
 
 
-def _conclude(report: Report, results: Results, loads: list[tuple[str, int]]) -> None:
+def _conclude(report: Report, results: Results, loads: list[tuple[str, int]], pool_key: PoolKey | None) -> None:
     for size, connections in loads:
         suffix = size if connections == 1 else f"{size}_{connections}conn"
         bare, ours = results["bare", size, connections], results["tcp", size, connections]
@@ -133,22 +147,38 @@ def _conclude(report: Report, results: Results, loads: list[tuple[str, int]]) ->
         report.figure(f"tcp_read_{suffix}_ratio", ours.median / bare.median, limit)
         report.figure(f"tcp_read_{suffix}_paired_ratio", statistics.median(ratios))
         report.figure(f"tcp_read_{suffix}_cpu_s_per_gb", ours.cpu_s_per_gb, bare.cpu_s_per_gb)
-    gb_per_s, cpu_s_per_gb = _checksum_cost()
+        if pool_key is not None:
+            mac = results["mac", size, connections]
+            report.figure(f"mac_read_{suffix}_gb_per_s", mac.median / 1e9)
+            report.figure(f"mac_read_{suffix}_cpu_s_per_gb", mac.cpu_s_per_gb, ours.cpu_s_per_gb)
+    gb_per_s, cpu_s_per_gb = _alone(_checksum, SIZES["4m"])
     report.figure("checksum_4m_gb_per_s", gb_per_s)
     report.figure("checksum_4m_cpu_s_per_gb", cpu_s_per_gb)
+    if pool_key is not None:
+        for size, size_bytes in ALONE_SIZES.items():
+            checksum_s_per_gb = _alone(_checksum, size_bytes)[1]
+            gb_per_s, cpu_s_per_gb = _alone(pool_key.mac, size_bytes)
+            report.figure(f"mac_{size}_gb_per_s", gb_per_s)
+            report.figure(f"mac_{size}_cpu_s_per_gb", cpu_s_per_gb, checksum_s_per_gb)
+        report.notes.append(
+            "mac_* verifies MACs, not checksums; limit of its *_cpu_s_per_gb: the checksum's"
+        )
     report.notes.append("real bytes between two processes over loopback; tcp_* verifies the checksum of every block")
     report.notes.append("limit of *_ratio: the goal; of *_cpu_s_per_gb: the bare loop's, both processes together")
 
 
-def _checksum_cost() -> tuple[float, float]:
-    """GB/s and CPU-s per GB of the checksum alone, over memory that no cache holds."""
-    memory = aligned_buffer(SET_BYTES)
+def _checksum(key: BlockKey, data: memoryview) -> object:
+    return block_checksum(key, data)
+
+
+def _alone(digest: Callable[[BlockKey, memoryview], object], size_bytes: int) -> tuple[float, float]:
+    """GB/s and CPU-s per GB of a digest of blocks alone, over memory that no cache holds."""
+    memory, key = aligned_buffer(SET_BYTES), bytes(KEY_BYTES)
     memory[:] = os.urandom(1 << 20) * (SET_BYTES >> 20)
-    size_bytes = SIZES["4m"]
     begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
     for _ in range(8):
         for at in range(0, SET_BYTES, size_bytes):
-            xxhash.xxh3_64_intdigest(memory[at : at + size_bytes], seed=at)
+            digest(key, memory[at : at + size_bytes])
     gb = 8 * SET_BYTES / 1e9
     return gb / (time.perf_counter() - begin_s), (time.process_time() - begin_cpu_s) / gb
 
@@ -162,9 +192,9 @@ def _cpu_s(pid: int) -> float:
 # --- Penstock: a pool node and a client ---
 
 
-def _fill(address: str) -> dict[str, list[BlockKey]]:
+def _fill(address: str, pool_key: PoolKey | None) -> dict[str, list[BlockKey]]:
     """Write the block sets; returns their keys."""
-    pool = connect_pool(address)
+    pool = authenticated(connect_pool(address), pool_key)
     data = aligned_buffer(max(SIZES.values()))
     data[:] = os.urandom(len(data))
     keys: dict[str, list[BlockKey]] = {}
@@ -189,9 +219,7 @@ def _fill(address: str) -> dict[str, list[BlockKey]]:
 class _Reader:
     """Keeps `WINDOW` reads open until `count` have ended."""
 
-    def __init__(
-        self, pool: RemotePool, keys: list[BlockKey], size_bytes: int, count: int, buffers: memoryview
-    ) -> None:
+    def __init__(self, pool: Pool, keys: list[BlockKey], size_bytes: int, count: int, buffers: memoryview) -> None:
         self._pool, self._keys, self._size, self._count, self._buffers = pool, keys, size_bytes, count, buffers
         self._lock = threading.Lock()
         self._next = self._ended = 0
@@ -234,9 +262,15 @@ class _Reader:
 
 
 def _run_pool(
-    address: str, keys: list[BlockKey], size_bytes: int, count: int, connections: int, buffers: memoryview
+    address: str,
+    pool_key: PoolKey | None,
+    keys: list[BlockKey],
+    size_bytes: int,
+    count: int,
+    connections: int,
+    buffers: memoryview,
 ) -> float:
-    pool = connect_pool(address, connections=connections)
+    pool = authenticated(connect_pool(address, connections=connections), pool_key)
     try:
         return _Reader(pool, keys, size_bytes, count, buffers).run()
     finally:
