@@ -160,9 +160,7 @@ def _conclude(report: Report, results: Results, loads: list[tuple[str, int]], po
             gb_per_s, cpu_s_per_gb = _alone(pool_key.mac, size_bytes)
             report.figure(f"mac_{size}_gb_per_s", gb_per_s)
             report.figure(f"mac_{size}_cpu_s_per_gb", cpu_s_per_gb, checksum_s_per_gb)
-        report.notes.append(
-            "mac_* verifies MACs, not checksums; limit of its *_cpu_s_per_gb: the checksum's"
-        )
+        report.notes.append("mac_* verifies MACs, not checksums; limit of its *_cpu_s_per_gb: the checksum's")
     report.notes.append("real bytes between two processes over loopback; tcp_* verifies the checksum of every block")
     report.notes.append("limit of *_ratio: the goal; of *_cpu_s_per_gb: the bare loop's, both processes together")
 
