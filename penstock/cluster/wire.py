@@ -45,7 +45,7 @@ class ProtocolError(Exception):
 
 
 class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine is. All engines of one router have the same `model` (digest of weights, layout and pool key), block
+    """What an engine is. All engines of one router have the same `model` (of weights, layout and pool key), block
     geometry and vocabulary. `host` groups engines of one machine; `instance` differs from start to start.
     `vocabulary` is `TextCodec.vocabulary_digest` of its checkpoint; empty where that has no tokenizer."""
 
