@@ -311,6 +311,10 @@ def test_memory_that_this_process_wrote_is_leased_and_what_came_from_an_ssd_is_v
         assert put(ours, key_of("new")) == "ok"
         fresh = ours.lease(key_of("new"))
         assert fresh is not None and fresh.written_here and bytes(fresh.view) == block_bytes(key_of("new"), SIZE)
+        fresh.view[0] ^= 1  # memory of this process: nobody else writes there, so nobody looks
+        again = ours.lease(key_of("new"))
+        assert again is not None
+        again.release()
         for lease in (*leases, fresh):
             if lease is not None:
                 lease.release()
