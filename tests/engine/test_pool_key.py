@@ -77,7 +77,14 @@ def poison(node: str, keys: list[BlockKey], size_bytes: int) -> list[BlockKey]:
     were there."""
     client = connect_pool(node)
     found = [key for key, hit in zip(keys, client.lookup(keys, WAIT_S), strict=True) if hit is not None]
-    assert client.evict(found) == len(found)
+    left = len(found)
+
+    def evicted() -> bool:
+        nonlocal left
+        left -= client.evict(found)
+        return left == 0
+
+    wait_until(evicted, "nobody reads them any more")
     ends: list[PoolError | None] = []
     junk = aligned_buffer(staging_bytes(size_bytes))
     junk[:size_bytes] = struct.pack("<f", 3.0) * (size_bytes // 4)

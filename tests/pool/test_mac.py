@@ -101,6 +101,11 @@ def forge(pool: Pool, key: BlockKey, data: bytes, mac: bytes = b"") -> str:
     return outcome.reason()
 
 
+def evict(pool: Pool, key: BlockKey) -> None:
+    """Soon: a node lets go of a block that it sent a moment after its reader has it."""
+    until(lambda: pool.evict([key]) == 1)
+
+
 def put(pool: Pool, key: BlockKey, size_bytes: int = SIZE) -> str:
     return write(pool, key, size_bytes=size_bytes)
 
@@ -150,7 +155,8 @@ def test_forged_blocks_are_refused_and_replaced(kind: str, how: str, tmp_path: P
     with place(kind, tmp_path) as at, keyed(at.pool, OURS) as ours:
         assert put(ours, key_of("a")) == put(ours, key_of("b")) == "ok"
         data, mac = FORGERIES[how](block_bytes(key_of("a"), SIZE), mac_of(at.stranger, key_of("b")))
-        assert at.stranger.evict([key_of("a")]) == 1 and forge(at.stranger, key_of("a"), data, mac) == "ok"
+        evict(at.stranger, key_of("a"))
+        assert forge(at.stranger, key_of("a"), data, mac) == "ok"
         before = losses().get("mac_failures", 0)
         assert get(ours, key_of("a")) == "mac"
         assert losses()["mac_failures"] == before + 1
@@ -159,7 +165,7 @@ def test_forged_blocks_are_refused_and_replaced(kind: str, how: str, tmp_path: P
         def healed() -> bool:
             return put(ours, key_of("a")) == "ok" and get(ours, key_of("a")) == "ok"
 
-        until(healed)
+        until(healed, 60.0)
 
 
 @pytest.mark.parametrize("kind", PLACES)
@@ -172,9 +178,10 @@ def test_stored_bytes_of_a_good_mac_that_were_changed_are_refused(kind: str, tmp
             mac = mac_of(at.stranger, key)
             data = change(block_bytes(key, SIZE))
             size = len(data)
-            assert at.stranger.evict([key]) == 1 and forge(at.stranger, key, data, mac) == "ok"
+            evict(at.stranger, key)
+            assert forge(at.stranger, key, data, mac) == "ok"
             assert get(ours, key, size) == "mac"
-            until(lambda key=key, size=size: put(ours, key, size) == get(ours, key, size) == "ok")  # type: ignore[misc]
+            until(lambda key=key, size=size: put(ours, key, size) == get(ours, key, size) == "ok", 60.0)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("kind", PLACES)
@@ -439,9 +446,9 @@ def test_a_union_passes_over_a_node_that_has_a_forged_block(tmp_path: Path) -> N
             assert forge(lacks, key, bytes(SIZE)) == "ok"
             assert sorted([get(ours, key), get(ours, key)]) in (["mac", "ok"], ["ok", "ok"])
             assert get(ours, key) == "ok"
-            assert has.evict([key]) == 1
+            evict(has, key)
             get(ours, key)
             assert ours.lookup([key], 5.0) == [None], "no hit that would be refused again"
-            until(lambda key=key: put(ours, key) == get(ours, key) == "ok")  # type: ignore[misc]
+            until(lambda key=key: put(ours, key) == get(ours, key) == "ok", 60.0)  # type: ignore[misc]
     for one in (union, *nodes, *pools):
         one.close(5.0)

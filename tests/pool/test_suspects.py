@@ -81,8 +81,20 @@ def test_damage_that_a_client_found_is_found_here_and_dropped(rig: Rig) -> None:
         rig.damage(key)
     for key in keys:  # of good ones too, and faster than they can be read
         rig.client.suspect(key, block_checksum(key, memoryview(block_bytes(key, SIZE))), b"", False)
-    until(lambda: rig.pool.stat(1.0).checksum_errors == 20)
+    until(lambda: rig.pool.stat(1.0).checksum_errors == 20, 60.0)
     assert [hit is not None for hit in rig.client.lookup(keys, 10.0)] == [False, True] * 20
+
+
+def test_a_report_of_another_block_under_the_key_says_nothing(rig: Rig) -> None:
+    """It was replaced since, or is made up."""
+    key = key_of("a")
+    assert forge(rig.client, key, FORGED) == "ok"
+    rig.report(key, block_bytes(key, SIZE), refused=True)
+    with keyed(rig.client, OURS) as ours:
+        assert put(ours, key) == "ok" and stored(rig, key) == FORGED
+    rig.report(key, FORGED, b"", refused=True)
+    with keyed(rig.client, OURS) as ours:
+        assert put(ours, key) == "ok" and get(ours, key) == "ok"
 
 
 def test_no_more_is_remembered_than_is_allowed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
