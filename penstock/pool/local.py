@@ -399,15 +399,12 @@ class LocalPool:
         self, new: NewBlock, done: Done, deadline_s: float
     ) -> tuple[Block | None, Member | None, PoolError | None]:
         """An extent for a new block, and its member. None of all three when the block is there already: `done` is
-        called once it is durable. Takes the lock."""
+        called once it is durable. One that gives way to the new one stays until that is stored. Takes the lock."""
         with self._lock:
             self._check_open()
             self._check_members()
             present = self._table.find(new.key)
-            if present is not None and self._suspects.gives_way(present, new):
-                self._drop_locked(present)
-                present = None
-            if present is not None:
+            if present is not None and (self._table.being_moved(new.key) or not self._suspects.gives_way(present, new)):
                 member = self.members[present.member]
                 member.used([(new.key, self._table.touch(present), present.uses)])
                 if present.size_bytes != new.size_bytes:

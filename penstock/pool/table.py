@@ -89,6 +89,9 @@ class Table:
     def being_written(self, key: BlockKey) -> bool:
         return key in self._writing
 
+    def being_moved(self, key: BlockKey) -> bool:
+        return key in self._moving
+
     def touch(self, block: Block) -> float:
         """Note a use; returns what the block is worth now. Its tenant may have an account of its own from now on, which
         then is charged with it."""
@@ -167,8 +170,8 @@ class Table:
         return None
 
     def commit(self, block: Block) -> Block | None:
-        """A written block becomes present; returns the one that its key named until now (on a fenced member), which is
-        dropped."""
+        """A written block becomes present; returns the one that its key named until now (on a fenced member, or to be
+        replaced), which is dropped."""
         del self._writing[block.key]
         old = self._blocks.get(block.key)
         if old is not None:

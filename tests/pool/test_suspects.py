@@ -124,6 +124,17 @@ def test_what_is_refused_gives_way_to_a_writer_with_another_mac_alone(rig: Rig) 
         assert forge(rig.client, key, FORGED, b"y" * 32) == "ok" and get(ours, key) == "ok", "only once"
 
 
+def test_a_replacement_that_is_not_stored_costs_the_block_nothing(rig: Rig) -> None:
+    """Or a lie and a write that fails would delete it."""
+    key = key_of("a")
+    with keyed(rig.client, OURS) as ours:
+        assert put(ours, key) == "ok"
+        mac = mac_of(rig.client, key)
+        rig.report(key, block_bytes(key, SIZE), mac, refused=True)
+        assert forge(rig.client, key, bytes(16 * MIB), b"y" * 32) == "full"
+        assert get(ours, key) == "ok"
+
+
 def test_a_block_that_is_read_while_it_is_replaced_stays_until_then(rig: Rig) -> None:
     key = key_of("a")
     assert forge(rig.client, key, FORGED) == "ok"
