@@ -17,11 +17,12 @@ from penstock.cluster.relay import RelayNode
 from penstock.cluster.relay_links import RelayLinks
 from penstock.core.new_block import NewBlock
 from penstock.io.memory import aligned_buffer
-from penstock.pool.api import PoolError
+from penstock.pool.api import Done, PoolError, ReadCheck
 from penstock.pool.authenticated import authenticated
 from penstock.pool.losses import losses
 from penstock.pool.mac import PoolKey
 from penstock.pool.open import open_local_pool
+from penstock.pool.wrapped import WrappedPool
 from penstock.transport.one_sided import FarMemory
 from penstock.transport.shared_memory import SharedMemoryMover
 from penstock.units import format_address
@@ -211,3 +212,33 @@ def test_without_keys_it_goes_by_the_checksum(ends: Maker) -> None:
     mixed = ends(OURS, None, None)
     mixed.store(KEYS[0], DATA[0])
     assert mixed.read(KEYS[0]) == "ok", "who has no key takes it all the same"
+
+
+class Careless(WrappedPool):
+    """A path that does not ask whether a block is good."""
+
+    def read(
+        self,
+        key: bytes,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        done: Done,
+        check: ReadCheck | None = None,
+    ) -> None:
+        super().read(key, size_bytes, into, timeout_s, done)
+
+
+@pytest.mark.parametrize(("pool_key", "reason"), [(None, "checksum"), (OURS, "mac")])
+def test_a_buffer_takes_nothing_that_was_not_verified(pool_key: PoolKey | None, reason: str) -> None:
+    local = open_local_pool([MIB], [])
+    writer, ends = authenticated(local, pool_key), queue.SimpleQueue[Any]()
+    writer.write(NewBlock(KEYS[0], b"r" * 16, SIZE), aligned_buffer(SIZE), WAIT_S, ends.put)
+    assert ends.get(timeout=WAIT_S) is None
+    buffer = DecodeBuffer(SIZE, 2, authenticated(Careless(local), pool_key), pool_key=pool_key)
+    buffer.reserve("h", KEYS[:1], lambda: None)
+    buffer.load(KEYS[0], WAIT_S, ends.put)
+    assert ends.get(timeout=WAIT_S).reason == reason and buffer.has(KEYS[:1]) == [False]
+    buffer.release("h")
+    buffer.check_integrity()
+    writer.close(5.0)
