@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-import stat
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from penstock.core.new_block import MAC_BYTES
 from penstock.pool.api import PoolError, ReadCheck
 from penstock.pool.checksum import block_checksum
 from penstock.pool.losses import note_loss
+from penstock.private_file import read_private
 
 KEY_FILE_BYTES_MIN = 32
 KEY_FILE_BYTES_MAX = 4096
@@ -57,16 +57,10 @@ class PoolKey:
     @classmethod
     def read(cls, path: Path) -> PoolKey:
         """The content of a file: all of it where that is KEY_FILE_BYTES_MIN bytes, else without white space around it.
-        Raises ValueError with one line, also for a file that its group or others can read or write."""
+        Raises ValueError with one line, also for a file that others can read or replace."""
         try:
-            with path.open("rb") as file:
-                mode = os.fstat(file.fileno()).st_mode
-                if stat.S_ISREG(mode) and mode & 0o077:
-                    raise ValueError(
-                        f"its mode is {stat.S_IMODE(mode):04o}; allowed: read by its owner alone (chmod 0600)"
-                    )
-                content = file.read(KEY_FILE_BYTES_MAX + 2)
-                return cls(content if len(content) == KEY_FILE_BYTES_MIN else content.strip())
+            content = read_private(path, KEY_FILE_BYTES_MAX + 2)
+            return cls(content if len(content) == KEY_FILE_BYTES_MIN else content.strip())
         except OSError as error:
             raise ValueError(f"pool key file {path} cannot be read: {error.strerror or error}") from None
         except ValueError as error:

@@ -94,17 +94,15 @@ def block_of(row: Row) -> Stored | None:
     if row_check != _check(says) or use_check != _check((key, used, uses)):
         return None
     # its checksum is no secret: whoever can write the file can make up a row that matches
-    if not _is_possible(*says[:8], mac, used, uses):
+    if not _is_possible((*says[:8], mac, used, uses)):
         return None
     number = int.from_bytes(checksum, "little")
     return Block(key, parent, 0, offset, size, position, number, tenant, rebuild_s, uses, mac=mac), used
 
 
-def _is_possible(
-    key: Any, parent: Any, offset: Any, size: Any, position: Any, checksum: Any, tenant: Any, rebuild_s: Any, mac: Any,
-    used: Any, uses: Any,
-) -> bool:  # fmt: skip
+def _is_possible(values: Row) -> bool:
     """Whether a block as `pool.api.check_write` allows it could have such a row."""
+    key, parent, offset, size, position, checksum, tenant, rebuild_s, mac, used, uses = values
     names = all(isinstance(one, bytes) for one in (key, parent, checksum, tenant, mac))
     if not names or not all(isinstance(one, int) and one >= 0 for one in (offset, size, position, uses)):
         return False
