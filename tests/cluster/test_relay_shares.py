@@ -45,7 +45,7 @@ class Relay:
         for number in range(BLOCKS):
             into = self.buffer.begin_write(key_of(number))
             assert isinstance(into, memoryview)
-            self.buffer.end_write(key_of(number), block_checksum(key_of(number), into[:BLOCK_BYTES]))
+            self.buffer.end_write(key_of(number), (block_checksum(key_of(number), into[:BLOCK_BYTES]), b""))
         self.buffer.release("before")
         self.clients: list[Client] = []
 
