@@ -49,6 +49,11 @@ def test_a_switch_goes_into_the_connector_only_when_it_is_given() -> None:
     assert extra == {"pool": ["a:1"], "load_always": True}
 
 
+def test_the_pool_key_is_named_and_never_shown() -> None:
+    extra = transfer_of(command_of("M", "--pool", "a:1", "--pool-key-file", "/k"))["kv_connector_extra_config"]
+    assert extra == {"pool": ["a:1"], "pool_key_file": "/k"}
+
+
 def test_a_scheduler_of_the_users_stays() -> None:
     assert value_of(command_of("M", "--scheduler_cls", "mine.Scheduler"), "--scheduler-cls") == "mine.Scheduler"
     assert value_of(command_of("M", "--stock-scheduler"), "--scheduler-cls") is None

@@ -20,11 +20,13 @@ from penstock.core.layout import staging_bytes
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Done, Pool, PoolError
 from penstock.pool.callbacks import call_done
-from penstock.pool.checksum import block_checksum
+from penstock.pool.mac import PoolKey, check_block
 from penstock.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
+
+Stored = tuple[int, bytes]  # checksum and MAC that a block came with
 
 
 class Arrival(Enum):
@@ -43,6 +45,7 @@ class _Slot:
     number: int
     state: Arrival = Arrival.RESERVED
     checksum: int = 0
+    mac: bytes = b""
     wanted_by: int = 0
     users: int = 0
     loading: bool = False
@@ -60,8 +63,14 @@ class DecodeBuffer:
     callbacks run on the caller's thread or the pool's, and must not block."""
 
     def __init__(
-        self, block_bytes: int, blocks: int, storage: Pool, allocate: Callable[[int], memoryview] = aligned_buffer
+        self,
+        block_bytes: int,
+        blocks: int,
+        storage: Pool,
+        allocate: Callable[[int], memoryview] = aligned_buffer,
+        pool_key: PoolKey | None = None,
     ) -> None:
+        """With a `pool_key` no block is taken without a good MAC, from `storage` or from who writes here (`check`)."""
         if blocks < 1:
             raise ValueError(f"a decode buffer of {blocks} blocks; at least 1 is allowed")
         self.block_bytes = block_bytes
@@ -69,6 +78,7 @@ class DecodeBuffer:
         self._slot_bytes = staging_bytes(block_bytes)
         self.memory = allocate(self._slot_bytes * blocks)
         self._storage = storage
+        self._pool_key = pool_key
         storage.register(self.memory)
         self._lock = threading.Lock()
         self._free = list(range(blocks - 1, -1, -1))
@@ -200,11 +210,15 @@ class DecodeBuffer:
             slot.state = Arrival.ARRIVING
             return self.view(slot.number)
 
-    def end_write(self, key: BlockKey, checksum: int | None, error: PoolError | None = None) -> None:
-        """The block was received and matches `checksum`; None: it did not come, for the reason of `error`."""
-        if checksum is not None:
+    def check(self, key: BlockKey, data: memoryview, checksum: int, mac: bytes) -> PoolError | None:
+        """What is wrong with bytes that came; whoever writes here asks before `end_write`."""
+        return check_block(self._pool_key, key, data, checksum, mac)
+
+    def end_write(self, key: BlockKey, stored: Stored | None, error: PoolError | None = None) -> None:
+        """The block was received and passed `check` with `stored`; None: it did not come, for the reason of `error`."""
+        if stored is not None:
             self.received_bytes += self.block_bytes
-        self._arrived(key, checksum, error)
+        self._arrived(key, stored, error)
 
     def load(self, key: BlockKey, timeout_s: float, done: Done) -> None:
         """Call `done` when the block is here: at once, at the end of its arrival, or after loading it from storage."""
@@ -223,29 +237,36 @@ class DecodeBuffer:
             call_done(done, error)
             return
         into = self.view(slot.number)
+        found: list[Stored] = []  # what it came with, once it passed
+
+        def check(data: memoryview, checksum: int, mac: bytes) -> PoolError | None:
+            failed = self.check(key, data, checksum, mac)
+            if failed is None:
+                found.append((checksum, mac))
+            return failed
 
         def loaded(failed: PoolError | None) -> None:
-            checksum = None
+            if failed is None and not found:
+                failed = PoolError("checksum", f"block {key.hex()} came by a path that verifies nothing")
             if failed is None:
-                checksum = block_checksum(key, into[: self.block_bytes])
                 self.loaded_bytes += self.block_bytes
-            self._arrived(key, checksum, failed)
+            self._arrived(key, found[0] if failed is None else None, failed)
 
         try:
-            self._storage.read(key, self.block_bytes, into, timeout_s, loaded)
+            self._storage.read(key, self.block_bytes, into, timeout_s, loaded, check)
         except Exception as failed:  # or the slot would be arriving for ever
             rare.exception("load", "block %s could not be asked for: %r", key.hex(), failed)
             self._arrived(key, None, PoolError("network", repr(failed)))
 
-    def _arrived(self, key: BlockKey, checksum: int | None, error: PoolError | None) -> None:
+    def _arrived(self, key: BlockKey, stored: Stored | None, error: PoolError | None) -> None:
         with self._lock:
             slot = self._slots[key]
             assert slot.state is Arrival.ARRIVING
             waiting, slot.waiting = slot.waiting, []
             self._loads -= slot.loading
             slot.loading = False
-            if checksum is not None:
-                slot.state, slot.checksum = Arrival.READY, checksum
+            if stored is not None:
+                slot.state, (slot.checksum, slot.mac) = Arrival.READY, stored
             else:
                 slot.state = Arrival.RESERVED
                 error = error or PoolError("network", f"block {key.hex()} did not come")
@@ -295,9 +316,10 @@ class DecodeBuffer:
 
 
 class HeldBlock:
-    """A block of the buffer in place: `pool.api.Lease`. `key` and `checksum` are those it came with."""
+    """A block of the buffer in place: `pool.api.Lease`. `key`, `checksum` and `mac` are those it came with."""
 
     __slots__ = ("_buffer", "_slot", "view")
+    written_here = True  # or verified when it came
 
     def __init__(self, buffer: DecodeBuffer, slot: _Slot, view: memoryview) -> None:
         self._buffer: DecodeBuffer | None = buffer
@@ -311,6 +333,10 @@ class HeldBlock:
     @property
     def checksum(self) -> int:
         return self._slot.checksum
+
+    @property
+    def mac(self) -> bytes:
+        return self._slot.mac
 
     @property
     def slot_number(self) -> int:

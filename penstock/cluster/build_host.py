@@ -18,7 +18,7 @@ from penstock.cluster.relay import RelayNode
 from penstock.cluster.relay_links import RelayLinks
 from penstock.core.config import ConfigError, SchedulerConfig, check_range
 from penstock.core.layout import staging_bytes
-from penstock.engine.build import build_engine, read_secret
+from penstock.engine.build import build_engine, read_pool_key, read_secret
 from penstock.engine.config import GIB, EngineConfig
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Pool
@@ -85,8 +85,9 @@ def open_host(config: HostConfig) -> EngineHost:
         return MeteredPool(pool, storage)
 
     if config.role == "prefill":
-        secret, tls = read_secret(config.engine), PeerTls.of(config.engine)
-        links = RelayLinks(config.relay_connections, secret=secret, mover=open_mover(config.relay_transport), tls=tls)
+        secret, tls, pool_key = read_secret(config.engine), PeerTls.of(config.engine), read_pool_key(config.engine)
+        mover = open_mover(config.relay_transport)
+        links = RelayLinks(config.relay_connections, secret=secret, mover=mover, tls=tls, pool_key=pool_key)
         try:
             running = build_engine(config.engine, peers=links, around_pool=metered)
         except BaseException:
@@ -107,6 +108,7 @@ def _profiled_bytes_per_s(config: EngineConfig) -> float:
 
 def _decode_host(config: HostConfig, meter: LinkMeter) -> EngineHost:
     made: list[tuple[DecodeBuffer, Pool]] = []
+    pool_key = read_pool_key(config.engine)
     mover = open_mover(config.relay_transport)
     allocate = mover.allocate if mover is not None else aligned_buffer
 
@@ -117,7 +119,7 @@ def _decode_host(config: HostConfig, meter: LinkMeter) -> EngineHost:
             raise ConfigError(
                 f"buffer_bytes is {config.buffer_bytes}; allowed: at least two blocks of {settings.block_bytes} bytes"
             )
-        buffer = DecodeBuffer(settings.block_bytes, blocks, storage, allocate)
+        buffer = DecodeBuffer(settings.block_bytes, blocks, storage, allocate, pool_key)
         made.append((buffer, storage))
         return BufferedPool(buffer, storage)
 

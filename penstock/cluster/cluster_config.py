@@ -99,7 +99,7 @@ def _cluster(raw: _File, file: Path) -> ClusterConfig:
     processes = [_pool(one, number, proof, file.parent) for number, one in enumerate(raw.pool)]
     processes.append(_router(raw.router, model, proof))
     for number, one in enumerate(raw.engine):
-        processes += _engines(one, number, raw.serve, model, proof)
+        processes += _engines(one, number, raw.serve, model, proof, file.parent)
     engines = [process for process in processes if process.kind == "engine"]
     if not engines:
         raise ConfigError("the cluster has no [[engine]]; allowed: at least one")
@@ -158,7 +158,12 @@ def _router(raw: dict[str, Any], model: tuple[str, ...], proof: Mapping[str, Pat
 
 
 def _engines(
-    raw: dict[str, Any], number: int, common: dict[str, Any], model: tuple[str, ...], proof: Mapping[str, Path]
+    raw: dict[str, Any],
+    number: int,
+    common: dict[str, Any],
+    model: tuple[str, ...],
+    proof: Mapping[str, Path],
+    folder: Path,
 ) -> list[ProcessSpec]:
     from penstock.server.command import serve
 
@@ -171,6 +176,8 @@ def _engines(
     role = given.setdefault("role", "mixed")
     base = str(given.pop("name", f"{role}-{number}"))
     _check_flags(place, given, serve, {"model", "router", "engine_name"})
+    if "pool_key_file" in given:
+        given["pool_key_file"] = str(folder / str(given["pool_key_file"]))
     names = [base] if count == 1 else [f"{base}-{i}" for i in range(count)]
     return [
         ProcessSpec(name, "engine", ("serve", *model), {**proof, "engine_name": name, **given}, None, ray)

@@ -17,11 +17,11 @@ from functools import partial
 from penstock.cluster.buffer import DecodeBuffer, HeldBlock
 from penstock.cluster.deadlines import Deadline, Deadlines
 from penstock.cluster.one_sided_links import read_one_sided
-from penstock.core.keys import BlockKey
 from penstock.guarded_thread import GuardedWorker
 from penstock.pool.api import PoolError
 from penstock.pool.losses import count_loss
 from penstock.rate_limited_log import RateLimitedLog
+from penstock.transport import wire
 from penstock.transport.one_sided import FarMemory, Mover
 
 log = logging.getLogger(__name__)
@@ -153,23 +153,23 @@ class Lending:
 
     def take(
         self,
-        client: bytes,
-        key: BlockKey,
-        offset: int,
+        offer: wire.Offer,
         into: memoryview,
-        checksum: int,
         deadline_s: float,
         ended: Callable[[PoolError | None], None],
     ) -> None:
         """Read an offered block into `into`; `ended` is called on another thread."""
         with self._lock:
-            far, _ = self._clients.get(client, (None, ""))
+            far, _ = self._clients.get(offer.client, (None, ""))
+
+        def check(data: memoryview) -> PoolError | None:
+            return self._buffer.check(offer.key, data, offer.checksum, offer.mac)
 
         def move() -> None:
             if far is None:
                 ended(PoolError("layout", "the memory of that engine is not attached"))
             else:
-                ended(read_one_sided(far, key, offset, into, checksum, deadline_s))
+                ended(read_one_sided(far, offer.offset, into, deadline_s, check))
 
         if not self._moves.put(move, lambda error: ended(PoolError("network", f"a one-sided read failed: {error}"))):
             count_loss("one_sided_dropped")

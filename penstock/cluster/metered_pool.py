@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from penstock.cluster.link_meter import LinkMeter
 from penstock.core.keys import BlockKey
-from penstock.pool.api import Done, Pool
+from penstock.pool.api import Done, Pool, ReadCheck
 from penstock.pool.wrapped import WrappedPool
 
 
@@ -15,5 +15,13 @@ class MeteredPool(WrappedPool):
         super().__init__(storage)
         self._meter = meter
 
-    def read(self, key: BlockKey, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
-        super().read(key, size_bytes, into, timeout_s, self._meter.metered(size_bytes, done))
+    def read(
+        self,
+        key: BlockKey,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        done: Done,
+        check: ReadCheck | None = None,
+    ) -> None:
+        super().read(key, size_bytes, into, timeout_s, self._meter.metered(size_bytes, done), check)

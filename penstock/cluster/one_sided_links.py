@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from penstock.pool.api import Done, PoolError
 from penstock.pool.callbacks import call_done
 from penstock.pool.checksum import block_checksum
 from penstock.pool.losses import count_loss
+from penstock.pool.mac import PoolKey, block_mac, check_block
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport import wire
 from penstock.transport.link import NodeLink
@@ -33,8 +35,9 @@ _BROKEN = ("network", "closed", "layout", "checksum")  # what ends so was done w
 class OneSidedLinks:
     """Relays whose memory is attached, by address. Any thread may call; blocks are moved on a thread of its own."""
 
-    def __init__(self, mover: Mover) -> None:
+    def __init__(self, mover: Mover, pool_key: PoolKey | None = None) -> None:
         self._mover = mover
+        self._pool_key = pool_key
         self._client = os.urandom(16)
         self._memory = memoryview(b"")
         self._base = 0
@@ -134,7 +137,10 @@ class OneSidedLinks:
         deadline_s: float,
         done: Done,
     ) -> None:
-        error = read_one_sided(far, asked.key, reply.offset, into[: asked.size_bytes], reply.checksum, deadline_s)
+        def check(data: memoryview) -> PoolError | None:
+            return check_block(self._pool_key, asked.key, data, reply.checksum, reply.mac)
+
+        error = read_one_sided(far, reply.offset, into[: asked.size_bytes], deadline_s, check)
         link.tell(wire.Return(asked.id))
         self._end(address, done, error)
 
@@ -148,7 +154,8 @@ class OneSidedLinks:
         if far is None or not 0 <= offset <= len(self._memory) - len(data):
             return False
         checksum = block_checksum(key, data)
-        message = wire.Offer(link.next_id(), self._client, key, len(data), checksum, offset, 0.0)
+        mac = block_mac(self._pool_key, key, data)
+        message = wire.Offer(link.next_id(), self._client, key, len(data), checksum, offset, 0.0, mac)
 
         def ended(reply: Any, error: PoolError | None) -> None:
             if error is None and not isinstance(reply, wire.Written):
@@ -176,9 +183,13 @@ class OneSidedLinks:
 
 
 def read_one_sided(
-    far: FarMemory, key: BlockKey, offset: int, into: memoryview, checksum: int, deadline_s: float
+    far: FarMemory,
+    offset: int,
+    into: memoryview,
+    deadline_s: float,
+    check: Callable[[memoryview], PoolError | None],
 ) -> PoolError | None:
-    """Read a block out of a peer's memory and verify it; what went wrong, if anything."""
+    """Read a block out of a peer's memory and verify it by `check`; what went wrong, if anything."""
     remaining_s = deadline_s - time.monotonic()
     if remaining_s <= 0:
         return PoolError("deadline", "a one-sided read came to its turn too late")
@@ -189,6 +200,4 @@ def read_one_sided(
     except Exception as error:  # whatever the transport raises is a block that did not come
         log.exception("a one-sided read raised")
         return PoolError("network", f"a one-sided read failed: {error}")
-    if block_checksum(key, into) != checksum:
-        return PoolError("checksum", f"block {key.hex()} does not match its checksum")
-    return None
+    return check(into)

@@ -18,9 +18,8 @@ from penstock.cluster.buffer import DecodeBuffer, HeldBlock
 from penstock.cluster.lending import Lending
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import NewBlock
-from penstock.pool.api import Done, Located, MemberStat, PoolError, PoolStat
+from penstock.pool.api import Done, Located, MemberStat, PoolError, PoolStat, ReadCheck
 from penstock.pool.callbacks import call_done
-from penstock.pool.checksum import block_checksum
 from penstock.pool.losses import count_loss
 from penstock.pool.served import OpenedBlock, ServedPool
 from penstock.rate_limited_log import RateLimitedLog
@@ -203,7 +202,7 @@ class _RelayServed(Served):
 
     def _send_held(self, request: wire.Read, held: HeldBlock, deadline_s: float, ready_s: float) -> None:
         try:
-            self._send_block(request.id, held.key, held.checksum, held.view, deadline_s, ready_s)
+            self._send_block(request.id, held, held.view, deadline_s, ready_s)
         finally:
             held.release()
 
@@ -234,11 +233,11 @@ class _RelayServed(Served):
         except BaseException:
             self._buffer.end_write(key, None, PoolError("network", "the prefill engine went away"))
             raise
-        if block_checksum(key, into) == request.checksum:
-            self._buffer.end_write(key, request.checksum)
+        error = self._buffer.check(key, into, request.checksum, request.mac)
+        if error is None:
+            self._buffer.end_write(key, (request.checksum, request.mac))
             self._reply(wire.Written(request.id))
         else:
-            error = PoolError("checksum", f"block {key.hex()} was damaged on its way here")
             count_loss("relay_damaged")
             rare.warning("damaged", "%s of %s", error, self.peer)
             self._buffer.end_write(key, None, error)
@@ -290,7 +289,7 @@ class _RelayServed(Served):
             self._later(partial(self._reply, wire.Failed(request.id, found.reason, found.detail)))
         else:
             assert held is not None
-            self._later(partial(self._reply, wire.Lent(request.id, held.checksum, found)))
+            self._later(partial(self._reply, wire.Lent(request.id, held.checksum, found, held.mac)))
 
     def _take_offer(self, request: wire.Offer, lending: Lending) -> None:
         key = request.key
@@ -307,7 +306,7 @@ class _RelayServed(Served):
 
         def ended(error: PoolError | None) -> None:
             try:
-                self._buffer.end_write(key, request.checksum if error is None else None, error)
+                self._buffer.end_write(key, (request.checksum, request.mac) if error is None else None, error)
                 reply = wire.Failed(request.id, error.reason, error.detail) if error else wire.Written(request.id)
                 self._later(partial(self._reply, reply))
             finally:
@@ -315,7 +314,7 @@ class _RelayServed(Served):
 
         deadline_s = time.monotonic() + request.timeout_s
         view = into[: request.size_bytes]
-        lending.take(request.client, key, request.offset, view, request.checksum, deadline_s, ended)
+        lending.take(request, view, deadline_s, ended)
 
     def _answer_when_here(self, request: wire.Write | wire.Offer) -> None:
         """Another copy of the block is here or on its way."""
@@ -355,7 +354,15 @@ class _ServedBuffer:
     def open_block(self, key: BlockKey, size_bytes: int) -> OpenedBlock | PoolError:
         return PoolError("missing", "a relay reads its blocks itself")
 
-    def read(self, key: BlockKey, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
+    def read(
+        self,
+        key: BlockKey,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        done: Done,
+        check: ReadCheck | None = None,
+    ) -> None:
         call_done(done, PoolError("missing", "a relay reads its blocks itself"))
 
     def lease(self, key: BlockKey) -> HeldBlock | None:
@@ -367,7 +374,7 @@ class _ServedBuffer:
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         call_done(done, PoolError("dropped", "a relay takes blocks of hand-offs only"))
 
-    def discard(self, key: BlockKey, checksum: int) -> None:
+    def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
         """A reader found damage: it happened on the way, what is here matched when it came."""
 
     def evict(self, keys: Sequence[BlockKey]) -> int:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from penstock.cluster.link_meter import LinkMeter
@@ -25,6 +25,7 @@ from penstock.pool.api import Done, PoolError
 from penstock.pool.callbacks import call_done
 from penstock.pool.checksum import block_checksum
 from penstock.pool.losses import count_loss
+from penstock.pool.mac import PoolKey, block_mac, check_of
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport import wire
 from penstock.transport.link import NodeLink
@@ -67,11 +68,14 @@ class RelayLinks:
         secret: Secret | None = None,
         mover: Mover | None = None,
         tls: PeerTls | None = None,
+        pool_key: PoolKey | None = None,
     ) -> None:
         """`connections` for reads, to each relay; `secret` and `tls` are what relays ask for; `mover`: relays of its
-        kind are read, and read, one-sided."""
+        kind are read, and read, one-sided. With a `pool_key` blocks that are handed over have a MAC, and those that are
+        read are taken by it alone."""
+        self._pool_key = pool_key
         self._secret, self._tls = secret, tls
-        self._one_sided = OneSidedLinks(mover) if mover is not None else None
+        self._one_sided = OneSidedLinks(mover, pool_key) if mover is not None else None
         self._connections = connections
         self._connect_timeout_s = connect_timeout_s
         self._lock = threading.Lock()
@@ -143,7 +147,8 @@ class RelayLinks:
         if one_sided is not None and one_sided.read(address, connections, key, size_bytes, into, timeout_s, done):
             return
         message = wire.Read(connections.next_id(), key, size_bytes, 0.0)
-        connections.submit("read", message, into, timeout_s, lambda _, error: call_done(done, error))
+        check = check_of(self._pool_key, key) if self._pool_key is not None else None
+        connections.submit("read", message, into, timeout_s, lambda _, error: call_done(done, error), check)
 
     def hand_over(self, address: str, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         link = self._known(address)
@@ -155,7 +160,10 @@ class RelayLinks:
         one_sided, connections = self._one_sided, link.connections
         if one_sided is not None and one_sided.offer(address, connections, block.key, data, timeout_s, done):
             return
-        checksum = block_checksum(block.key, data)
+        checksum, block = (
+            block_checksum(block.key, data),
+            replace(block, mac=block_mac(self._pool_key, block.key, data)),
+        )
         message = wire.Write(connections.next_id(), **asdict(block), checksum=checksum, timeout_s=0.0)
         connections.submit("write", message, data, timeout_s, lambda _, error: call_done(done, error))
 

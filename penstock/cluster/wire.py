@@ -57,7 +57,7 @@ def report_in(packed: msgspec.Raw) -> RequestReport | None:
 
 
 class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine is. All engines of one router have the same `model` (fingerprint of weights and layout), block
+    """What an engine is. All engines of one router have the same `model` (of weights, layout and pool key), block
     geometry and vocabulary. `host` groups engines of one machine; `instance` differs from start to start.
     `vocabulary` is `TextCodec.vocabulary_digest` of its checkpoint; empty where that has no tokenizer."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from penstock.core.keys import BlockKey
 
 TENANT_BYTES = 8
+MAC_BYTES = 32
 REBUILD_S_MAX = 1e6
 BLOCK_BYTES_MAX = 1 << 30
 
@@ -16,7 +17,7 @@ BLOCK_BYTES_MAX = 1 << 30
 class NewBlock:
     """`position` is its place in the spread of its prefix over the members (`prefix_position`), `tenant` whose block it
     is (`tenant_tag`; empty: nobody's in particular), `rebuild_s` what computing it again takes where its prefix is
-    there already (0: not known)."""
+    there already (0: not known). `mac` shows who wrote its bytes (`pool.mac`; empty: nobody says)."""
 
     key: BlockKey
     parent: BlockKey
@@ -24,6 +25,7 @@ class NewBlock:
     position: int = 0
     tenant: bytes = b""
     rebuild_s: float = 0.0
+    mac: bytes = b""
 
 
 def prefix_position(first_key: BlockKey, index: int) -> int:

@@ -18,9 +18,11 @@ from penstock.engine.peers import Peers
 from penstock.engine.profile import load_profile
 from penstock.engine.runner import ModelRunner
 from penstock.pool.api import Pool
+from penstock.pool.authenticated import NO_POOL_KEY, authenticated
 from penstock.pool.block_size import expect_blocks
 from penstock.pool.config import config_of_flags
 from penstock.pool.config_file import read_pool_config
+from penstock.pool.mac import PoolKey
 from penstock.pool.open import link_bytes_per_s, open_pool
 from penstock.transport.connect import connect_pool
 from penstock.transport.secret import Secret
@@ -55,11 +57,12 @@ def build_engine(
     """Build runner and pool and start the engine. `peers`: decode engines that it may hand over to; `around_pool` gives
     what stands between engine and pool, and closes the pool. Raises ConfigError, CheckpointError, PoolError or OSError
     with one line that says what is wrong; nothing stays open then."""
+    pool_key = read_pool_key(config)
     runner = _runner(config)
     pool: Pool | None = None
     try:
         scheduler_config = _scheduler_config(config, runner, hands_off=peers is not None)
-        pool = _pool(config)  # before what takes time: a wrong address is told at once
+        pool = _pool(config, pool_key)  # before what takes time: a wrong address is told at once
         runner.allocate(scheduler_config.l1_pages)
         cost = _cost(runner, scheduler_config.l1_pages, config)
         if config.pool_config:
@@ -69,7 +72,7 @@ def build_engine(
             expect_blocks(pool, scheduler_config.block_bytes)
         if pool is not None and around_pool is not None:
             pool = around_pool(pool, scheduler_config)
-        return RunningEngine(Engine(scheduler_config, cost, runner, pool, peers), runner, pool)
+        return RunningEngine(Engine(scheduler_config, cost, runner, pool, peers, pool_key), runner, pool)
     except BaseException:
         if pool is not None:
             pool.close(CLOSE_TIMEOUT_S)
@@ -155,9 +158,20 @@ def read_secret(config: EngineConfig) -> Secret | None:
     return Secret.read(Path(config.secret_file)) if config.secret_file else None
 
 
-def _pool(config: EngineConfig) -> Pool | None:
+def read_pool_key(config: EngineConfig) -> PoolKey | None:
+    """What this engine's blocks are written and verified under. Raises ValueError."""
+    return PoolKey.read(Path(config.pool_key_file)) if config.pool_key_file else None
+
+
+def _pool(config: EngineConfig, pool_key: PoolKey | None) -> Pool | None:
     if config.no_pool:
         return None
+    if pool_key is None and (config.pool or config.slab or config.pool_config):
+        log.warning("%s", NO_POOL_KEY)
+    return authenticated(_open_pool(config), pool_key)
+
+
+def _open_pool(config: EngineConfig) -> Pool:
     if config.pool_config:
         return open_pool(read_pool_config(Path(config.pool_config)))
     if len(config.pool) == 1 and not config.memory and not config.slab:

@@ -19,8 +19,9 @@ class EngineConfig:
     """Sizes are bytes. `pool` are addresses of pool nodes, `memory` and `slab` members of this process: all together
     are one pool; `pool_config` is a file that describes one. Without any of them it is some memory; `no_pool` turns it
     off. `secret_file` holds what pool nodes ask for; `peer_tls_*` are certificate, key and CA for nodes that ask
-    for TLS. `max_batch_s` None: DualPath's quota for prefill engines, no bound
-    for others. `profile`, `bytes_divisor` and `time_factor` belong to the modelled executor."""
+    for TLS; `pool_key_file` holds the key that blocks are written and verified under (`pool.mac`). `max_batch_s` None:
+    DualPath's quota for prefill engines, no bound for others. `profile`, `bytes_divisor` and `time_factor` belong to
+    the modelled executor."""
 
     model: str = ""
     revision: str | None = None
@@ -43,6 +44,7 @@ class EngineConfig:
     peer_tls_cert: str | None = None
     peer_tls_key: str | None = None
     peer_tls_ca: str | None = None
+    pool_key_file: str | None = None
     block_tokens: int = 64
     kv_memory_bytes: int = 512 * MIB
     staging_bytes: int = 128 * MIB

@@ -41,6 +41,7 @@ from penstock.engine.runner import ModelRunner, SamplingParams
 from penstock.engine.shaping import Past
 from penstock.guarded_thread import GuardedThread
 from penstock.pool.api import Pool, PoolError
+from penstock.pool.mac import PoolKey
 from penstock.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
@@ -71,8 +72,10 @@ class Engine:
         runner: ModelRunner,
         pool: Pool | None,
         peers: Peers | None = None,
+        pool_key: PoolKey | None = None,
     ) -> None:
-        """`peers` are decode engines that prompts may be handed over to (`config.hands_off`)."""
+        """`peers` are decode engines that prompts may be handed over to (`config.hands_off`). With a `pool_key`, which
+        `pool` verifies blocks with, block keys are those of its group alone."""
         assert config.pool == (pool is not None)
         assert config.hands_off == (peers is not None)
         self.config = config
@@ -82,7 +85,8 @@ class Engine:
         self._pool = pool
         # `submit` bounds what waits; the brain's own bound is wider, because a preempted request waits again.
         self._scheduler = LoadScheduler(replace(config, max_waiting=config.max_waiting + config.max_running), cost)
-        self.fingerprint = runner.layout.fingerprint(runner.model_id)
+        fingerprint = runner.layout.fingerprint(runner.model_id)
+        self.fingerprint = pool_key.fingerprint(fingerprint) if pool_key is not None else fingerprint
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._clients: dict[str, tuple[GenerationRequest, OnEvent, Past | None]] = {}
         self._carrying = Carrying(config, self._scheduler, runner, pool, peers, self._inbox.put, self._sampling_of)

@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.layout import staging_bytes
-from penstock.core.new_block import BLOCK_BYTES_MAX, REBUILD_S_MAX, TENANT_BYTES, NewBlock
+from penstock.core.new_block import BLOCK_BYTES_MAX, MAC_BYTES, REBUILD_S_MAX, TENANT_BYTES, NewBlock
 
 AMOUNT_MAX = 1 << 62
 FIGURE_MAX = 1e18
@@ -33,7 +33,7 @@ StatCounts = Annotated[tuple[tuple[StatName, Amount], ...], Meta(max_length=STAT
 class PoolError(Exception):
     """Why a block could not be read or written; `reason` is one of the fixed labels below (used in metrics)."""
 
-    REASONS = ("missing", "deadline", "checksum", "device", "network", "full", "dropped", "layout", "closed")
+    REASONS = ("missing", "deadline", "checksum", "mac", "device", "network", "full", "dropped", "layout", "closed")
 
     def __init__(self, reason: str, detail: str) -> None:
         assert reason in self.REASONS, reason
@@ -122,11 +122,20 @@ class Lease(Protocol):
 
     @property
     def view(self) -> memoryview: ...
+    @property
+    def checksum(self) -> int: ...
+    @property
+    def mac(self) -> bytes: ...
+    @property
+    def written_here(self) -> bool:
+        """Whether this process wrote its bytes, or verified them as it asks for: they need no other check."""
 
     def release(self) -> None: ...
 
 
 Done = Callable[[PoolError | None], None]
+ReadCheck = Callable[[memoryview, int, bytes], PoolError | None]
+"""Judges a block that was read: its bytes, and the checksum and MAC that it was stored with (`pool.mac.check_of`)."""
 
 
 class Pool(Protocol):
@@ -137,9 +146,18 @@ class Pool(Protocol):
         """Where each block lies, None for a miss. Counts as a use of the hits. Raises PoolError when the pool
         cannot be asked within `timeout_s`; the caller goes on without hits."""
 
-    def read(self, key: BlockKey, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
-        """Copy a block of `size_bytes` into `into`, verify its checksum, then call `done`. Never raises: every failure
-        arrives as `done(PoolError)` (a block of another size is "layout").
+    def read(
+        self,
+        key: BlockKey,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        done: Done,
+        check: ReadCheck | None = None,
+    ) -> None:
+        """Copy a block of `size_bytes` into `into`, verify it by `check` (None: its checksum), then call `done`. Never
+        raises: every failure arrives as `done(PoolError)` (a block of another size is "layout"). `check` runs on a
+        thread of the pool and may take the time of a pass over the bytes.
 
         `into` is page-aligned and `core.layout.staging_bytes(size_bytes)` long; bytes past `size_bytes` are undefined.
         """
@@ -170,6 +188,8 @@ def check_write(block: NewBlock, data: memoryview) -> PoolError | None:
         return PoolError("layout", f"a key and its parent are {KEY_BYTES} bytes each and differ")
     if len(block.tenant) not in (0, TENANT_BYTES):
         return PoolError("layout", f"a tenant's tag of {len(block.tenant)} bytes; it has {TENANT_BYTES} or none")
+    if len(block.mac) not in (0, MAC_BYTES):
+        return PoolError("layout", f"a MAC of {len(block.mac)} bytes; it has {MAC_BYTES} or none")
     if not 0 <= block.rebuild_s <= REBUILD_S_MAX or block.position < 0:
         return PoolError(
             "layout",

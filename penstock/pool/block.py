@@ -11,7 +11,8 @@ from penstock.core.layout import staging_bytes
 @dataclass(slots=True, eq=False)
 class Block:
     """One block and its extent. `position` is its place in the spread of its prefix over the members, `tenant` whose it
-    is, `rebuild_s` what computing it again takes, `uses` how often it was written or looked up."""
+    is, `rebuild_s` what computing it again takes, `uses` how often it was written or looked up, `mac` what its writer
+    put beside it (`pool.mac`). `written_here`: by this process, since it started."""
 
     key: BlockKey
     parent: BlockKey
@@ -25,6 +26,8 @@ class Block:
     uses: int = 1
     account: bytes = b""  # which quota its bytes count against
     pins: int = 0
+    mac: bytes = b""
+    written_here: bool = False
 
     @property
     def extent_bytes(self) -> int:

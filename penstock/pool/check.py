@@ -22,6 +22,7 @@ from penstock.pool.device import open_engine_patiently
 from penstock.pool.header import HEADER_BYTES, SlabRefused, pack_header, parse_header, read_page, write_header
 from penstock.pool.pairing import default_table, find_table, folders_of, place_of
 from penstock.pool.rows import (
+    OLD_FORMATS,
     TABLE_FORMAT,
     RowTable,
     block_of,
@@ -181,9 +182,9 @@ def _read_table(path: Path, report: CheckReport) -> tuple[bytes | None, list[Blo
             if report.table_damage is None:
                 meta = meta_of(db)
                 version = meta.get("format")
-                if version not in (None, 1, TABLE_FORMAT):
+                if version not in (None, *OLD_FORMATS, TABLE_FORMAT):
                     raise SlabRefused(
-                        f"{path} is a table of format {version}, this version reads formats 1 and {TABLE_FORMAT}"
+                        f"{path} is a table of format {version}, this version reads formats 1 to {TABLE_FORMAT}"
                     )
                 good: list[Block] = []
                 bad: list[Any] = []

@@ -15,15 +15,16 @@ from penstock.core.pool.policy import PoolPolicy
 from penstock.core.pool.quota import TenantQuotas
 from penstock.core.pool.write_admission import WriteAdmission
 from penstock.guarded_thread import thread_failures
-from penstock.pool.api import Done, Located, MemberStat, PoolError, PoolStat, check_write
+from penstock.pool.api import Done, Located, MemberStat, PoolError, PoolStat, ReadCheck, check_write
 from penstock.pool.block import Block
 from penstock.pool.callbacks import call_done, call_soon, callback_worker
-from penstock.pool.checksum import block_checksum
 from penstock.pool.drain import Drain
 from penstock.pool.losses import losses, note_error, note_loss
+from penstock.pool.mac import check_of
 from penstock.pool.member import GoneMember, Member, Use, fenced_reason, is_durable, observed, queued
 from penstock.pool.memory import MemoryMember
 from penstock.pool.opened import MemoryLease, OpenBlock
+from penstock.pool.suspects import Suspects
 from penstock.pool.table import Table
 from penstock.pool.work import Work
 from penstock.units import format_bytes
@@ -61,6 +62,7 @@ class LocalPool:
         self._writes_dropped = self._writes_not_admitted = self._evictions = self._checksum_errors = 0
         self._writes_refused = 0
         self._moved_blocks = 0
+        self._suspects = Suspects(self)
         self._callbacks = callback_worker()
         for number, member in enumerate(self.members):
             self._restore(number, member)
@@ -96,15 +98,23 @@ class LocalPool:
                 self.members[number].used(noted)
         return found
 
-    def read(self, key: BlockKey, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
+    def read(
+        self,
+        key: BlockKey,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        done: Done,
+        check: ReadCheck | None = None,
+    ) -> None:
         opened = self.open_block(key, size_bytes)
         if isinstance(opened, PoolError):
             call_soon(self._callbacks, done, opened)
             return
 
         def finished(error: PoolError | None) -> None:
-            if error is None and opened.view is None:
-                error = self.verify(opened.block, into)
+            if error is None and (opened.view is None or check is not None):
+                error = self.verify(opened.block, into, check)
             opened.release()
             call_done(done, error)
 
@@ -335,13 +345,16 @@ class LocalPool:
             note_error("load", self.members[block.member].name, error)
             call_soon(self._callbacks, done, error)
 
-    def verify(self, block: Block, data: memoryview) -> PoolError | None:
-        """Check bytes that came from a device; a mismatch drops the block and is counted."""
-        if block_checksum(block.key, data[: block.size_bytes]) == block.checksum:
+    def verify(self, block: Block, data: memoryview, check: ReadCheck | None = None) -> PoolError | None:
+        """Check bytes that were read; a block that does not pass is dropped and counted."""
+        error = (check or check_of(None, block.key))(data[: block.size_bytes], block.checksum, block.mac)
+        if error is None:
             return None
-        self.discard(block.key, block.checksum)
-        name = self.members[block.member].name
-        return PoolError("checksum", f"block {block.key.hex()} on {name} does not match its checksum")
+        if error.reason == "checksum":
+            self.discard(block.key, block.checksum)
+        else:
+            self._drop(block)
+        return PoolError(error.reason, f"{self.members[block.member].name}: {error.detail}")
 
     def discard(self, key: BlockKey, checksum: int) -> None:
         """Drop a block that a reader found to differ from `checksum`; ignored when another block has taken its key."""
@@ -353,6 +366,16 @@ class LocalPool:
                 self._drop_locked(block)
         if dropped:
             note_loss("checksum", "", "block %s did not match its checksum and was dropped", key.hex())
+
+    def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
+        """As `pool.served.ServedPool`; ignored when another block has taken the key."""
+        with self._lock:
+            block = self._table.find(key)
+            same = block is not None and (block.checksum, block.mac) == (checksum, mac)
+        if same and refused:
+            self._suspects.refuse(key, mac)
+        elif same:
+            self._suspects.damaged(key, checksum)
 
     def unpin(self, block: Block) -> None:
         """End what `open_block` began."""
@@ -376,12 +399,12 @@ class LocalPool:
         self, new: NewBlock, done: Done, deadline_s: float
     ) -> tuple[Block | None, Member | None, PoolError | None]:
         """An extent for a new block, and its member. None of all three when the block is there already: `done` is
-        called once it is durable. Takes the lock."""
+        called once it is durable. One that gives way to the new one stays until that is stored. Takes the lock."""
         with self._lock:
             self._check_open()
             self._check_members()
             present = self._table.find(new.key)
-            if present is not None:
+            if present is not None and (self._table.being_moved(new.key) or not self._suspects.gives_way(present, new)):
                 member = self.members[present.member]
                 member.used([(new.key, self._table.touch(present), present.uses)])
                 if present.size_bytes != new.size_bytes:

@@ -10,6 +10,7 @@ from penstock.core.keys import BlockKey
 from penstock.pool.api import Located
 
 LOCATIONS_MAX = 1 << 18
+REFUSED_MAX = 4096  # blocks that a child has, and that were not written by who may; the latest ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Locations:
         self._nowhere: tuple[BlockKey | None, ...] = (None,) * children
         self._capacity = capacity
         self._known: OrderedDict[BlockKey, _Location] = OrderedDict()
+        self._refused: OrderedDict[tuple[BlockKey, int], None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._known)
@@ -50,6 +52,8 @@ class Locations:
         ancestors = list(self._nowhere)
         for at, key in enumerate(keys):
             holders = [(child, hit) for child, found in answered if (hit := found[at]) is not None]
+            if self._refused:
+                holders = [(child, hit) for child, hit in holders if (key, child) not in self._refused]
             for child, _ in holders:
                 ancestors[child] = key
             if holders:
@@ -73,11 +77,20 @@ class Locations:
         ancestors = [*before, *self._nowhere[len(before) :]]
         ancestors[child] = key
         self._note(key, _Location(child, tuple(ancestors)))
+        self._refused.pop((key, child), None)
 
     def forget(self, key: BlockKey, child: int) -> None:
         """The child does not hold this block (any more)."""
         if self.find(key) == child:
             del self._known[key]
+
+    def refuse(self, key: BlockKey, child: int) -> None:
+        """As `forget`; what the child says of it is no hit either, until the block was written there again."""
+        self.forget(key, child)
+        self._refused[key, child] = None
+        self._refused.move_to_end((key, child))
+        if len(self._refused) > REFUSED_MAX:
+            self._refused.popitem(last=False)
 
     def _note(self, key: BlockKey, location: _Location) -> None:
         self._known[key] = location

@@ -32,6 +32,10 @@ class OpenBlock:
     def checksum(self) -> int:
         return self.block.checksum
 
+    @property
+    def mac(self) -> bytes:
+        return self.block.mac
+
     def load(self, into: memoryview, timeout_s: float, done: Done) -> None:
         """Copy the block into `into` without verifying it. A device error drops the block."""
         assert self._pool is not None, "the block was released"
@@ -61,6 +65,18 @@ class MemoryLease:
     @property
     def view(self) -> memoryview:
         return self._view
+
+    @property
+    def checksum(self) -> int:
+        return self._opened.checksum
+
+    @property
+    def mac(self) -> bytes:
+        return self._opened.mac
+
+    @property
+    def written_here(self) -> bool:
+        return self._opened.block.written_here
 
     def release(self) -> None:
         self._opened.release()

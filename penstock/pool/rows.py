@@ -18,12 +18,13 @@ from typing import Any, TypeVar
 import xxhash
 
 from penstock.core.keys import KEY_BYTES, BlockKey
-from penstock.core.new_block import BLOCK_BYTES_MAX, REBUILD_S_MAX, TENANT_BYTES
+from penstock.core.new_block import BLOCK_BYTES_MAX, MAC_BYTES, REBUILD_S_MAX, TENANT_BYTES
 from penstock.pool.block import Block
 from penstock.pool.header import SlabRefused
 from penstock.pool.table_file import own_table
 
-TABLE_FORMAT = 2
+TABLE_FORMAT = 3
+OLD_FORMATS = (1, 2)  # what opening a table turns into TABLE_FORMAT
 WORTH_MAX = 1e20  # of format 1: a time in nanoseconds; whatever is worth more would make all later blocks worth as much
 LOCKED_WAIT_S = 1.0
 T = TypeVar("T")
@@ -35,13 +36,15 @@ _META = "CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID"
 _BLOCKS = (
     "CREATE TABLE blocks (key BLOB PRIMARY KEY, parent BLOB NOT NULL, offset INTEGER NOT NULL, size INTEGER NOT NULL, "
     "position INTEGER NOT NULL, checksum BLOB NOT NULL, tenant BLOB NOT NULL, rebuild_s REAL NOT NULL, "
-    "row_check BLOB NOT NULL, used REAL NOT NULL, uses INTEGER NOT NULL, use_check BLOB NOT NULL) WITHOUT ROWID"
+    "mac BLOB NOT NULL, row_check BLOB NOT NULL, used REAL NOT NULL, uses INTEGER NOT NULL, use_check BLOB NOT NULL"
+    ") WITHOUT ROWID"
 )
-_INSERT = "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_INSERT = "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _UPDATE = "UPDATE blocks SET used = ?, uses = ?, use_check = ? WHERE key = ?"
 _VALUE_BYTES_MAX = 1 << 20  # of a value, a row or a statement; a row of ours has some 200
 _META_ROWS_MAX = 64
-_COLUMNS = 12
+_COLUMNS = 13
+_COLUMNS_FORMAT_2 = 12  # no MAC
 _COLUMNS_FORMAT_1 = 7
 _ROW_REFUSED = (  # by one row, for what it holds
     sqlite3.IntegrityError,
@@ -75,6 +78,7 @@ def row_of(block: Block, use: float) -> Row:
         block.checksum.to_bytes(8, "little"),
         block.tenant,
         float(block.rebuild_s),
+        block.mac,
     )
     return (*says, _check(says), *_use_columns(block.key, use, block.uses))
 
@@ -83,26 +87,30 @@ def block_of(row: Row) -> Stored | None:
     """The block that a row names (`member` is 0 and for the caller to set); None for a row that must not be trusted."""
     if len(row) == _COLUMNS_FORMAT_1:
         row = _row_of_format_1(row)
-    if len(row) != _COLUMNS:
+    if len(row) not in (_COLUMNS, _COLUMNS_FORMAT_2):
         return None
-    key, parent, offset, size, position, checksum, tenant, rebuild_s, row_check, used, uses, use_check = row
-    if row_check != _check(row[:8]) or use_check != _check((key, used, uses)):
+    *says, row_check, used, uses, use_check = row
+    key, parent, offset, size, position, checksum, tenant, rebuild_s = says[:8]
+    mac = says[8] if len(row) == _COLUMNS else b""
+    if row_check != _check(says) or use_check != _check((key, used, uses)):
         return None
-    if not _is_possible(row):  # its checksum is no secret: whoever can write the file can make up a row that matches
+    # its checksum is no secret: whoever can write the file can make up a row that matches
+    if not _is_possible((*says[:8], mac, used, uses)):
         return None
     number = int.from_bytes(checksum, "little")
-    return Block(key, parent, 0, offset, size, position, number, tenant, rebuild_s, uses), used
+    return Block(key, parent, 0, offset, size, position, number, tenant, rebuild_s, uses, mac=mac), used
 
 
-def _is_possible(row: Row) -> bool:
+def _is_possible(values: Row) -> bool:
     """Whether a block as `pool.api.check_write` allows it could have such a row."""
-    key, parent, offset, size, position, checksum, tenant, rebuild_s, _, used, uses, _ = row
-    names = all(isinstance(one, bytes) for one in (key, parent, checksum, tenant))
+    key, parent, offset, size, position, checksum, tenant, rebuild_s, mac, used, uses = values
+    names = all(isinstance(one, bytes) for one in (key, parent, checksum, tenant, mac))
     if not names or not all(isinstance(one, int) and one >= 0 for one in (offset, size, position, uses)):
         return False
     if not all(isinstance(one, float) and math.isfinite(one) for one in (rebuild_s, used)):
         return False
     lengths = (len(key), len(parent), len(checksum)) == (KEY_BYTES, KEY_BYTES, 8) and len(tenant) in (0, TENANT_BYTES)
+    lengths = lengths and len(mac) in (0, MAC_BYTES)
     return lengths and 1 <= size <= BLOCK_BYTES_MAX and 0 <= rebuild_s <= REBUILD_S_MAX and 0 <= used <= WORTH_MAX
 
 
@@ -123,7 +131,7 @@ def _row_of_format_1(row: Row) -> Row:
     numbers = all(isinstance(number, int) for number in (offset, size, position))
     if not (all(sizes) and numbers):
         return ()
-    says = (key, parent, offset, size, position, checksum, b"", 0.0)
+    says = (key, parent, offset, size, position, checksum, b"", 0.0, b"")
     return (*says, _check(says), *_use_columns(key, used, 1))
 
 
@@ -341,8 +349,8 @@ class RowTable:
         version = meta.get("format")
         if version is None:
             self._create(None, [])
-        elif version == 1:
-            self._upgrade(identity_of(meta))
+        elif version in OLD_FORMATS:
+            self._upgrade(version, identity_of(meta))
         elif version != TABLE_FORMAT:
             self._db.close()
             raise SlabRefused(
@@ -361,11 +369,11 @@ class RowTable:
             self._db.executemany("INSERT INTO meta VALUES (?, ?)", values)
             self._db.executemany(_INSERT, [row_of(block, use) for block, use in rows])
 
-    def _upgrade(self, identity: bytes | None) -> None:
-        """From format 1, in place and in one step."""
+    def _upgrade(self, version: int, identity: bytes | None) -> None:
+        """From an older format, in place and in one step."""
         rows = [found for row in read_rows(self._db) if (found := block_of(row))]
         self._create(identity, rows)
-        self.notes.append(f"the table {self.path} was of format 1 and is of format {TABLE_FORMAT} now")
+        self.notes.append(f"the table {self.path} was of format {version} and is of format {TABLE_FORMAT} now")
 
 
 def move_aside(path: Path) -> Path:
@@ -395,7 +403,7 @@ def readable_rows(path: Path) -> tuple[bytes | None, list[Stored]]:
         for order in ("ASC", "DESC"):
             with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
                 for row in db.execute(f"SELECT * FROM blocks ORDER BY key {order}"):  # noqa: S608 (one of two words)
-                    stored = block_of(row) if len(row) == _COLUMNS else None
+                    stored = block_of(row) if len(row) in (_COLUMNS, _COLUMNS_FORMAT_2) else None
                     if stored is not None:
                         found[stored[0].key] = stored
     return (identity, list(found.values())) if identity is not None else (None, [])

@@ -8,14 +8,21 @@ from penstock.core.keys import BlockKey
 from penstock.pool.api import Done, Pool, PoolError
 
 
-class OpenedBlock(Protocol):
-    """A block that stays readable until `release`. `view` is its bytes in place, None when it must be loaded;
-    `checksum` is the one it was stored with, known from the start or after `load`."""
+class StoredBlock(Protocol):
+    """What goes with a block's bytes to who asked for it."""
 
     @property
     def key(self) -> BlockKey: ...
     @property
     def checksum(self) -> int: ...
+    @property
+    def mac(self) -> bytes: ...
+
+
+class OpenedBlock(StoredBlock, Protocol):
+    """A block that stays readable until `release`. `view` is its bytes in place, None when it must be loaded;
+    `checksum` and `mac` are those it was stored with, known from the start or after `load`."""
+
     @property
     def far(self) -> bool:
         """Whether another node has it."""
@@ -52,5 +59,7 @@ class ServedPool(Pool, Protocol):
     def open_block(self, key: BlockKey, size_bytes: int) -> OpenedBlock | PoolError:
         """Hold a block of `size_bytes`, or say why it cannot be read."""
 
-    def discard(self, key: BlockKey, checksum: int) -> None:
-        """Drop a block that a reader found to differ from `checksum`."""
+    def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
+        """A reader says that the block with this checksum and MAC came damaged, or (`refused`) that it is whole, but
+        was not written by who may. The reader's word alone drops nothing: damage is looked for here, and what is
+        refused stays until it is written anew."""

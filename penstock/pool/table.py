@@ -89,6 +89,9 @@ class Table:
     def being_written(self, key: BlockKey) -> bool:
         return key in self._writing
 
+    def being_moved(self, key: BlockKey) -> bool:
+        return key in self._moving
+
     def touch(self, block: Block) -> float:
         """Note a use; returns what the block is worth now. Its tenant may have an account of its own from now on, which
         then is charged with it."""
@@ -167,8 +170,8 @@ class Table:
         return None
 
     def commit(self, block: Block) -> Block | None:
-        """A written block becomes present; returns the one that its key named until now (on a fenced member), which is
-        dropped."""
+        """A written block becomes present; returns the one that its key named until now (on a fenced member, or to be
+        replaced), which is dropped."""
         del self._writing[block.key]
         old = self._blocks.get(block.key)
         if old is not None:
@@ -236,7 +239,7 @@ class Table:
             if offset is not None:
                 copy = Block(block.key, block.parent, member, offset, block.size_bytes, block.position)
                 copy.checksum, copy.tenant, copy.rebuild_s = block.checksum, block.tenant, block.rebuild_s
-                copy.account = block.account
+                copy.account, copy.mac = block.account, block.mac
                 self.quotas.charge(copy.account, copy.extent_bytes)
                 self._moving[copy.key] = copy
                 return copy
@@ -338,6 +341,7 @@ class Table:
     def _start(self, new: NewBlock, member: int, offset: int, account: bytes) -> Block:
         block = Block(new.key, new.parent, member, offset, new.size_bytes, new.position % CYCLE_BLOCKS)
         block.tenant, block.rebuild_s, block.account = new.tenant, new.rebuild_s, account
+        block.mac, block.written_here = new.mac, True
         self._changes += 1
         self._writing[block.key] = block
         return block

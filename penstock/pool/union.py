@@ -15,18 +15,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from penstock.core.keys import BlockKey
 from penstock.core.new_block import NewBlock
-from penstock.pool.api import Done, Lease, Located, MemberStat, PoolError, PoolStat, check_write
+from penstock.pool.api import Done, Lease, Located, MemberStat, PoolError, PoolStat, ReadCheck, check_write
 from penstock.pool.callbacks import call_done, call_soon, callback_worker
 from penstock.pool.children import Children
 from penstock.pool.locations import Locations
 from penstock.pool.losses import note_error, note_loss
 from penstock.pool.served import OpenedBlock, ServedPool
-from penstock.pool.union_child import Child, NodePool
+from penstock.pool.union_child import BlockEnded, Child, NodePool
 
 log = logging.getLogger(__name__)
 
@@ -117,15 +117,23 @@ class UnionPool:
             asked = [number for number in self._children.preference() if number < len(found)]
             return self._locations.note_prefix(keys, found, asked)
 
-    def read(self, key: BlockKey, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
+    def read(
+        self,
+        key: BlockKey,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        done: Done,
+        check: ReadCheck | None = None,
+    ) -> None:
         child = self._holder(key)
         if child is None or child.node is None:
             if self._local is not None:
-                self._local.read(key, size_bytes, into, timeout_s, done)
+                self._local.read(key, size_bytes, into, timeout_s, done, check)
             else:
                 call_soon(self._callbacks, done, _unknown(key))
             return
-        self.read_of_node(child, key, size_bytes, into, timeout_s, lambda _, error: call_done(done, error))
+        self.read_of_node(child, key, size_bytes, into, timeout_s, lambda *ended: call_done(done, ended[-1]), check)
 
     def read_of_node(
         self,
@@ -134,21 +142,24 @@ class UnionPool:
         size_bytes: int,
         into: memoryview,
         timeout_s: float,
-        ended: Callable[[int, PoolError | None], None],
+        ended: BlockEnded,
+        check: ReadCheck | None = None,
     ) -> None:
-        """Read from a node, metered; `ended` gets the checksum too."""
+        """Read from a node, metered; `ended` gets checksum and MAC too."""
         assert child.node is not None
 
-        def end(checksum: int, error: PoolError | None) -> None:
+        def end(checksum: int, mac: bytes, error: PoolError | None) -> None:
             with self._lock:
                 child.meter.ended(1, 0 if error else size_bytes, time.monotonic())
-                if error is not None and error.reason in _GONE:
+                if error is not None and error.reason == "mac":
+                    self._locations.refuse(key, self._children.all.index(child))
+                elif error is not None and error.reason in _GONE:
                     self._locations.forget(key, self._children.all.index(child))
-            ended(checksum, error)
+            ended(checksum, mac, error)
 
         with self._lock:
             child.meter.started(time.monotonic())
-        child.node.read_block(key, size_bytes, into, timeout_s, end)
+        child.node.read_block(key, size_bytes, into, timeout_s, end, check)
 
     def lease(self, key: BlockKey) -> Lease | None:
         child = self._holder(key)
@@ -239,12 +250,12 @@ class UnionPool:
             return _unknown(key)
         return self._local.open_block(key, size_bytes)
 
-    def discard(self, key: BlockKey, checksum: int) -> None:
+    def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
         child = self._holder(key)
         if child is not None and child.node is not None:
-            child.node.discard(key, checksum)
+            child.node.suspect(key, checksum, mac, refused)
         elif self._local is not None:
-            self._local.discard(key, checksum)
+            self._local.suspect(key, checksum, mac, refused)
 
     # --- asking ---
 
@@ -314,12 +325,12 @@ class _NodeBlock:
     def __init__(self, union: UnionPool, child: Child, key: BlockKey, size_bytes: int) -> None:
         self._union, self._child = union, child
         self.key = key
-        self.checksum = 0
+        self.checksum, self.mac = 0, b""
         self._size_bytes = size_bytes
 
     def load(self, into: memoryview, timeout_s: float, done: Done) -> None:
-        def ended(checksum: int, error: PoolError | None) -> None:
-            self.checksum = checksum
+        def ended(checksum: int, mac: bytes, error: PoolError | None) -> None:
+            self.checksum, self.mac = checksum, mac
             call_done(done, error)
 
         self._union.read_of_node(self._child, self.key, self._size_bytes, into, timeout_s, ended)

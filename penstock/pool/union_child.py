@@ -8,14 +8,16 @@ from typing import Protocol
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
 from penstock.core.pool.member_bandwidth import MemberBandwidth
-from penstock.pool.api import Located, Pool, PoolError, PoolStat
+from penstock.pool.api import Located, Pool, PoolError, PoolStat, ReadCheck
 from penstock.pool.read_meter import ReadMeter
 from penstock.pool.served import ServedPool
+
+BlockEnded = Callable[[int, bytes, PoolError | None], None]  # checksum and MAC that the block was stored with
 
 
 class NodePool(Pool, Protocol):
     """What the union asks of a pool node (`transport.remote.RemotePool`): questions that can be asked of many nodes at
-    once, and reads that hand on the checksum."""
+    once, and reads that hand on checksum and MAC."""
 
     @property
     def place(self) -> str: ...
@@ -42,9 +44,10 @@ class NodePool(Pool, Protocol):
         size_bytes: int,
         into: memoryview,
         timeout_s: float,
-        ended: Callable[[int, PoolError | None], None],
+        ended: BlockEnded,
+        check: ReadCheck | None = None,
     ) -> None: ...
-    def discard(self, key: BlockKey, checksum: int) -> None: ...
+    def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None: ...
     def measure_bytes_per_s(self, budget_s: float) -> float: ...
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from penstock.core.keys import BlockKey
 from penstock.core.new_block import NewBlock
-from penstock.pool.api import Done, Lease, Located, Pool, PoolStat
+from penstock.pool.api import Done, Lease, Located, Pool, PoolStat, ReadCheck
 from penstock.pool.block_size import expect_blocks
 
 
@@ -30,8 +30,16 @@ class WrappedPool:
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
         return self._inner.lookup(keys, timeout_s)
 
-    def read(self, key: BlockKey, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
-        self._inner.read(key, size_bytes, into, timeout_s, done)
+    def read(
+        self,
+        key: BlockKey,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        done: Done,
+        check: ReadCheck | None = None,
+    ) -> None:
+        self._inner.read(key, size_bytes, into, timeout_s, done, check)
 
     def lease(self, key: BlockKey) -> Lease | None:
         return self._inner.lease(key)

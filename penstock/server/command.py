@@ -80,6 +80,10 @@ def serve(
         str | None, flag(_POOL, "none", "TOML file that describes the pool, as of penstock pool.", "FILE")
     ] = None,
     no_pool: Annotated[bool | None, flag(_POOL, "off", "Serve without a pool.", names=("--no-pool",))] = None,
+    pool_key_file: Annotated[
+        str | None,
+        flag(_POOL, "none", "File (0600) with the key without which nobody writes what this engine reads.", "FILE"),
+    ] = None,
     kv_memory: Annotated[str | None, flag(_POOL, "512MiB", "Device memory for KV (L1).", "SIZE")] = None,
     staging: Annotated[str | None, flag(_POOL, "128MiB", "Host staging memory (L2).", "SIZE")] = None,
     block_tokens: Annotated[int | None, flag(_POOL, "64", "Tokens of one block.")] = None,

@@ -59,6 +59,7 @@ class ServeFlags(ApiFlags, frozen=True, kw_only=True, forbid_unknown_fields=True
     peer_tls_cert: str | None = None
     peer_tls_key: str | None = None
     peer_tls_ca: str | None = None
+    pool_key_file: str | None = None
     engine_name: str | None = None
     node: str | None = None
     relay_listen: str = "127.0.0.1:0"

@@ -2,8 +2,8 @@
 
 P1  Only the receiver thread writes into buffers, and only it ends requests; so after `end` no byte can land any more.
 P2  Cutting (`cut`) shuts the socket; the receiver then stops, waits for a send in progress, and ends all that is open.
-P3  A block is accepted only for the id, key and size that were asked for, and with a matching checksum; any other
-    reply only for a request that it answers (`wire.ANSWERS`).
+P3  A block is accepted only for the id, key and size that were asked for, and with a matching checksum, or as the
+    request's `check` says; any other reply only for a request that it answers (`wire.ANSWERS`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import xxhash
 
 from penstock.guarded_thread import GuardedThread, count_failure
-from penstock.pool.api import PoolError
+from penstock.pool.api import PoolError, ReadCheck
 from penstock.pool.checksum import checksum_seed
 from penstock.transport import lanes, wire
 from penstock.transport.secret import Secret, SecretRefused, prove_as_client
@@ -49,6 +49,7 @@ class Pending:
     connection: Connection | None = None
     ended: bool = False
     late: bool = False
+    check: ReadCheck | None = None  # of the block that is read; None: its checksum
 
     def tell(self, result: Any, error: PoolError | None) -> None:
         """Call `end`; an exception in it is logged and affects no other request."""
@@ -264,20 +265,25 @@ class Connection:
             raise wire.ProtocolError("the node sent a block that nobody asked for")
         if reply.key != message.key or payload_bytes != message.size_bytes:
             raise wire.ProtocolError("the node sent another block than the one asked for")
-        digest = xxhash.xxh3_64(seed=checksum_seed(message.key))
+        check = pending.check
+        digest = xxhash.xxh3_64(seed=checksum_seed(message.key)) if check is None else None
         for at in range(0, payload_bytes, VERIFY_BYTES):
             piece = pending.buffer[at : min(at + VERIFY_BYTES, payload_bytes)]
             if self._cut_reason is not None:
                 raise ConnectionError(self._cut_reason)
             wire.receive_exactly(self._sock, piece)
             self.heard_s = time.monotonic()
-            digest.update(piece)
+            if digest is not None:
+                digest.update(piece)
+        error: PoolError | None = None
+        if check is not None:  # a MAC is taken in one piece
+            error = check(pending.buffer[:payload_bytes], reply.checksum, reply.mac)
+        elif digest is not None and digest.intdigest() != reply.checksum:
+            error = PoolError("checksum", f"block {message.key.hex()} does not match its checksum")
         taken = self._take(reply.id)
-        if digest.intdigest() == reply.checksum:
-            self._end(taken, reply, None)
-            return
-        self.tell(wire.Corrupt(message.key, reply.checksum))
-        self._end(taken, reply, PoolError("checksum", f"block {message.key.hex()} does not match its checksum"))
+        if error is not None:
+            self.tell(wire.Corrupt(message.key, reply.checksum, reply.mac, error.reason == "mac"))
+        self._end(taken, reply, error)
 
     def _receive_answer(self, reply: wire.Answer) -> None:
         """A reply without bytes; one of another kind than was asked for would end a read whose buffer nobody filled."""

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from penstock.guarded_thread import GuardedThread
-from penstock.pool.api import PoolError
+from penstock.pool.api import PoolError, ReadCheck
 from penstock.pool.callbacks import call_soon, callback_worker
 from penstock.pool.losses import note_error
 from penstock.transport import wire
@@ -156,11 +156,17 @@ class NodeLink:
         return self._down_reason
 
     def submit(
-        self, lane: Literal["read", "write"], message: Payload, buffer: memoryview, timeout_s: float, ended: Ended
+        self,
+        lane: Literal["read", "write"],
+        message: Payload,
+        buffer: memoryview,
+        timeout_s: float,
+        ended: Ended,
+        check: ReadCheck | None = None,
     ) -> None:
-        """Send a request whose payload fills `buffer` or comes from it; `ended(reply, error)` is called once."""
-        pending = Pending(message, message.id, time.monotonic() + _bounded(timeout_s), ended, buffer)
-
+        """Send a request whose payload fills `buffer` or comes from it; `ended(reply, error)` is called once. `check`:
+        of a block that is read (None: its checksum)."""
+        pending = Pending(message, message.id, time.monotonic() + _bounded(timeout_s), ended, buffer, check=check)
         self._counted(pending, lane)
         with self._lock:
             refusal = self._refusal(self._lanes[lane])

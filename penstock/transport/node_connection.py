@@ -25,7 +25,7 @@ from penstock.core.keys import BlockKey
 from penstock.guarded_thread import GuardedThread, GuardedWorker
 from penstock.pool.api import PoolError
 from penstock.pool.losses import note_loss
-from penstock.pool.served import ServedPool
+from penstock.pool.served import ServedPool, StoredBlock
 from penstock.rate_limited_log import kind_of
 from penstock.transport import lanes, wire
 from penstock.transport.pacer import PIECE_BYTES
@@ -232,8 +232,8 @@ class Served:
                 except PoolError as error:
                     reply = wire.Failed(id, error.reason, error.detail)
                 self._reply(reply)
-            case wire.Corrupt(key, checksum):
-                self._pool.discard(key, checksum)
+            case wire.Corrupt(key, checksum, mac, refused):
+                self._pool.suspect(key, checksum, mac, refused)
             case wire.Alive():
                 pass  # that it came is all it says
             case wire.Probe():
@@ -325,8 +325,7 @@ class Served:
     def _send_block(
         self,
         id: int,
-        key: BlockKey,
-        checksum: int,
+        block: StoredBlock,
         data: memoryview,
         deadline_s: float,
         ready_s: float,
@@ -336,7 +335,8 @@ class Served:
             self._lost("read_deadline", "the node came to it too late")
             self._reply(wire.Failed(id, "deadline", "the node came to it too late"))
             return
-        self._send(wire.frame(wire.Block(id, key, checksum), len(data)), data, ready_s, deadline_s, moved)
+        head = wire.frame(wire.Block(id, block.key, block.checksum, block.mac), len(data))
+        self._send(head, data, ready_s, deadline_s, moved)
 
     def _send(
         self, head: bytes, data: memoryview, ready_s: float, deadline_s: float, moved: Moved = not_counted

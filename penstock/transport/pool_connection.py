@@ -79,7 +79,7 @@ class PoolConnection(Served):
             self._reply(wire.Failed(request.id, opened.reason, opened.detail))
         elif opened.view is not None:
             try:
-                self._send_block(request.id, opened.key, opened.checksum, opened.view, deadline_s, ready_s)
+                self._send_block(request.id, opened, opened.view, deadline_s, ready_s)
                 opened.note_read()
             finally:
                 opened.release()
@@ -155,7 +155,7 @@ class PoolConnection(Served):
                 data, now_s = slot.view[: request.size_bytes], time.monotonic()
                 moved = slot.moved if self._node.pacer is None else not_counted
                 moved(0)
-                self._send_block(request.id, opened.key, opened.checksum, data, deadline_s, now_s, moved)
+                self._send_block(request.id, opened, data, deadline_s, now_s, moved)
         finally:
             staged.end()
 

@@ -13,10 +13,11 @@ from typing import Any
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import NewBlock
 from penstock.io.memory import aligned_buffer
-from penstock.pool.api import Done, Located, PoolError, PoolStat, check_write
+from penstock.pool.api import Done, Located, PoolError, PoolStat, ReadCheck, check_write
 from penstock.pool.callbacks import call_done
 from penstock.pool.checksum import block_checksum
 from penstock.pool.losses import note_error
+from penstock.pool.union_child import BlockEnded
 from penstock.transport import wire
 from penstock.transport.link import NodeLink
 from penstock.transport.secret import Secret
@@ -103,8 +104,16 @@ class RemotePool:
 
         return wait
 
-    def read(self, key: BlockKey, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
-        self.read_block(key, size_bytes, into, timeout_s, lambda _, error: call_done(done, error))
+    def read(
+        self,
+        key: BlockKey,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        done: Done,
+        check: ReadCheck | None = None,
+    ) -> None:
+        self.read_block(key, size_bytes, into, timeout_s, lambda *ended: call_done(done, ended[-1]), check)
 
     def read_block(
         self,
@@ -112,18 +121,19 @@ class RemotePool:
         size_bytes: int,
         into: memoryview,
         timeout_s: float,
-        ended: Callable[[int, PoolError | None], None],
+        ended: BlockEnded,
+        check: ReadCheck | None = None,
     ) -> None:
-        """As `read`; `ended` also gets the checksum that the block was stored with, which its bytes match."""
+        """As `read`; `ended` also gets the checksum and the MAC that the block was stored with."""
 
         def end(reply: wire.Block | None, error: PoolError | None) -> None:
-            ended(reply.checksum if reply is not None else 0, error)
+            ended(reply.checksum if reply is not None else 0, reply.mac if reply is not None else b"", error)
 
         if not 0 < size_bytes <= min(len(into), wire.PAYLOAD_BYTES_MAX):
             detail = f"a block of {size_bytes} bytes into a buffer of {len(into)}"
             self._link.refuse(end, PoolError("layout", detail), "read")
             return
-        self._link.submit("read", wire.Read(self._link.next_id(), key, size_bytes, 0.0), into, timeout_s, end)
+        self._link.submit("read", wire.Read(self._link.next_id(), key, size_bytes, 0.0), into, timeout_s, end, check)
 
     def lease(self, key: BlockKey) -> None:
         """Nothing of a remote pool can be read in place."""
@@ -199,9 +209,9 @@ class RemotePool:
         """The largest block that the node said it takes, when it was reached last; what the wire takes until then."""
         return self._link.node.block_bytes_max or wire.PAYLOAD_BYTES_MAX
 
-    def discard(self, key: BlockKey, checksum: int) -> None:
-        """Tell the node that a reader found a block to differ from this checksum."""
-        self._link.tell(wire.Corrupt(key, checksum))
+    def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
+        """Tell the node what a reader found, as in `pool.served.ServedPool`."""
+        self._link.tell(wire.Corrupt(key, checksum, mac, refused))
 
     def measure_bytes_per_s(self, budget_s: float = 0.3) -> float:
         """Bandwidth of the link from the node to here, over about `budget_s`, at the node's pace: memory that holds

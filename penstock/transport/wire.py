@@ -21,13 +21,13 @@ import msgspec
 from msgspec import Meta
 
 from penstock.core.keys import KEY_BYTES, BlockKey
-from penstock.core.new_block import REBUILD_S_MAX, TENANT_BYTES, NewBlock
+from penstock.core.new_block import MAC_BYTES, REBUILD_S_MAX, TENANT_BYTES, NewBlock
 from penstock.pool.api import Located, PoolStat
 
 if TYPE_CHECKING:
     from penstock.transport.tls_socket import Stream
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 GREETING = struct.Struct("<6sH")
 SECRET_FLAG = 0x8000  # of the version
 TLS_FLAG = 0x4000  # so, too; it decides nothing: both ends know by themselves whether they ask for TLS
@@ -65,6 +65,7 @@ Keys = Annotated[bytes, Meta(max_length=KEYS_PER_MESSAGE * KEY_BYTES)]
 BlockBytes = Annotated[int, Meta(ge=1, le=PAYLOAD_BYTES_MAX)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
 Checksum = Annotated[int, Meta(ge=0, extra={"bits": 64})]
+Mac = Annotated[bytes, Meta(max_length=MAC_BYTES)]  # as the writer made it; only readers with its key look into it
 Rate = Annotated[float, Meta(ge=0, le=1e18)]
 NodeId = Annotated[bytes, Meta(max_length=NODE_ID_BYTES)]
 Label = Annotated[str, Meta(max_length=64)]
@@ -111,10 +112,11 @@ class Write(msgspec.Struct, array_like=True, tag=3):
     rebuild_s: Annotated[float, Meta(ge=0, le=REBUILD_S_MAX)]
     checksum: Checksum
     timeout_s: Seconds
+    mac: Mac = b""
 
     @property
     def block(self) -> NewBlock:
-        return NewBlock(self.key, self.parent, self.size_bytes, self.position, self.tenant, self.rebuild_s)
+        return NewBlock(self.key, self.parent, self.size_bytes, self.position, self.tenant, self.rebuild_s, self.mac)
 
 
 class Lookup(msgspec.Struct, array_like=True, tag=4):
@@ -137,10 +139,13 @@ class Stat(msgspec.Struct, array_like=True, tag=6):
 
 
 class Corrupt(msgspec.Struct, array_like=True, tag=7):
-    """The reader found that a block does not match this checksum. No answer."""
+    """The block that came with this checksum and MAC does not match its checksum; or (`refused`) it does, but was not
+    written under the reader's pool key. No answer: the node looks for damage itself (`pool.suspects`)."""
 
     key: Key
     checksum: Checksum
+    mac: Mac = b""
+    refused: bool = False
 
 
 class Probe(msgspec.Struct, array_like=True, tag=8):
@@ -208,6 +213,7 @@ class Offer(msgspec.Struct, array_like=True, tag=14):
     checksum: Checksum
     offset: Offset
     timeout_s: Seconds
+    mac: Mac = b""
 
 
 class Alive(msgspec.Struct, array_like=True, tag=15):
@@ -233,6 +239,7 @@ class Block(msgspec.Struct, array_like=True, tag=21):
     id: Id
     key: Key
     checksum: Checksum
+    mac: Mac = b""
 
 
 class Failed(msgspec.Struct, array_like=True, tag=22):
@@ -328,6 +335,7 @@ class Lent(msgspec.Struct, array_like=True, tag=31):
     id: Id
     checksum: Checksum
     offset: Offset
+    mac: Mac = b""
 
 
 Request = (

@@ -21,6 +21,7 @@ from penstock.vllm.flags import FlagError, connector_extra, serve_arguments
 SETTINGS = (
     "pool",
     "pool_config",
+    "pool_key_file",
     "memory",
     "slab",
     "secret_file",
@@ -61,6 +62,10 @@ def vllm(
     peer_tls_cert: PeerTlsCert = None,
     peer_tls_key: PeerTlsKey = None,
     peer_tls_ca: PeerTlsCa = None,
+    pool_key_file: Annotated[
+        str | None,
+        _flag(_POOL, "none", "File (0600) with the key without which nobody writes what vLLM reads.", "FILE"),
+    ] = None,
     staging: Annotated[str | None, _flag(_POOL, "1GiB", "Host staging memory (L2).", "SIZE")] = None,
     policy: Annotated[
         str | None, _flag(_ORDER, "feasible", "fcfs, sjf-compute, sjf, srpt, edf, lstf or feasible.")

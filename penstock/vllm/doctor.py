@@ -246,6 +246,7 @@ def check_pool(config: Any) -> list[Check]:
     extra = _own_extra(config)
     try:
         settings = read_settings(extra or {})
+        settings.read_pool_key()
         open_config = settings.open_config()
     except (ConfigError, OSError) as error:
         return [] if extra is None else [Check("pool", "problem", str(error), "docs/pool.md", unusable=True)]

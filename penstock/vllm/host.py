@@ -25,6 +25,7 @@ from penstock.core.operations import BlockHit, Drop, Fetch, Lookup, RequestSpec,
 from penstock.engine.executors import PoolStages
 from penstock.guarded_thread import GuardedThread, GuardedWorker
 from penstock.loss_log import LossLog
+from penstock.pool.authenticated import NO_POOL_KEY, authenticated
 from penstock.pool.block_size import expect_blocks
 from penstock.pool.open import link_bytes_per_s
 from penstock.rate_limited_log import RateLimitedLog
@@ -88,6 +89,7 @@ class Host:
         self._notices = Notices()
         self._losses = LossLog(log, LOSSES, PREFIX)
         self._last_page = 0
+        self.pool_key = settings.read_pool_key()
         self._epoch = 0  # counts `forget_all`
         self._stopping = False
         self.fatal: str | None = None
@@ -98,7 +100,9 @@ class Host:
             check_frees(shape, self._workers.defers_frees)
             config = scheduler_config(settings, shape, self.block_bytes, self._workers.slot_bytes)
             self._memory = self._workers.share(config.l2_slots + SPARE_SLOTS)
-            self._pool = open_pool_of(settings)
+            if self.pool_key is None and (settings.pool or settings.slab or settings.pool_config):
+                log.warning("%s", NO_POOL_KEY)
+            self._pool = authenticated(open_pool_of(settings), self.pool_key)
             undo.callback(self._pool.close, CLOSE_TIMEOUT_S)
             self._pool.register(memoryview(self._memory))
             expect_blocks(self._pool, self.block_bytes)

@@ -101,7 +101,7 @@ class SchedulerSide:
             self.host.close()
             raise
         self._weights = WeightVersion(settings.weight_version)
-        self._fingerprint = _fingerprint(self._identity, self._weights.part, self._block_tokens)
+        self._fingerprint = self._new_fingerprint()
         self._stale = False  # vLLM's own cache may hold KV of weights that were replaced
         self._adapters = Adapters()
         self._media = Media()
@@ -365,16 +365,20 @@ class SchedulerSide:
         known, self._known = list(self._known.values()), {}
         self.host.not_saved(sum(len(one.put_off) for one in known))
         self._stale = not unused or not (self._manager is None or compat.holds_nothing(self._manager))
-        self._fingerprint = _fingerprint(self._identity, self._weights.part, self._block_tokens)
+        self._fingerprint = self._new_fingerprint()
         if not self._stale:
             self.own_cache_emptied()
             for one in known:
                 if not one.request.num_computed_tokens:
                     self.arrived(one.request)
 
+    def _new_fingerprint(self) -> bytes:
+        found, pool_key = _fingerprint(self._identity, self._weights.part, self._block_tokens), self.host.pool_key
+        return pool_key.fingerprint(found) if pool_key is not None else found
+
     def _rename(self) -> None:
         """Another name for the same weights: what waits is looked up anew, what is computed keeps its keys."""
-        self._fingerprint = _fingerprint(self._identity, self._weights.part, self._block_tokens)
+        self._fingerprint = self._new_fingerprint()
         for known in list(self._known.values()):
             request = known.request
             if not request.num_computed_tokens and not known.computing:

@@ -10,6 +10,7 @@ from typing import Any
 from penstock.core.config import POLICIES, ConfigError, Policy, check_range
 from penstock.pool.config import PoolConfig, config_of_flags
 from penstock.pool.config_file import read_pool_config
+from penstock.pool.mac import PoolKey
 from penstock.units import parse_address, parse_bytes
 
 DEFAULT_BLOCK_TOKENS = 64
@@ -20,8 +21,9 @@ OWN_KEYS = frozenset({"connectors"})  # of vLLM's MultiConnector, beside ours
 @dataclass(frozen=True, slots=True)
 class Settings:
     """`pool`: addresses of pool nodes; `memory` (bytes) and `slab` (path, bytes): members in the engine's process; all
-    of them are one pool. `pool_config` is a pool.toml that describes one instead. `secret_file` and
-    `peer_tls_*` are what nodes ask for. `staging_bytes` is host memory for
+    of them are one pool. `pool_config` is a pool.toml that describes one instead. `secret_file` and `peer_tls_*` are
+    what nodes ask for; `pool_key_file` holds the key that blocks are written and verified under (`pool.mac`).
+    `staging_bytes` is host memory for
     blocks on their way, `block_tokens` 0 the default for vLLM's block size. A request goes before all others when it
     was delayed `age_delays` times as long as first come, first served would delay it (0: never), and after
     `age_bound_s`. With `load_always` every hit is loaded, even where computing it seems faster. `weight_version` is
@@ -34,6 +36,7 @@ class Settings:
     peer_tls_cert: Path | None = None
     peer_tls_key: Path | None = None
     peer_tls_ca: Path | None = None
+    pool_key_file: Path | None = None
     memory: tuple[int, ...] = ()
     slab: tuple[tuple[Path, int], ...] = ()
     staging_bytes: int = 1 << 30
@@ -57,6 +60,13 @@ class Settings:
             return read_pool_config(self.pool_config)
         proof = {name: getattr(self, name) for name in PROOF_KEYS}
         return config_of_flags(self.memory, self.slab, nodes=self.pool, **proof)
+
+    def read_pool_key(self) -> PoolKey | None:
+        """Raises ConfigError."""
+        try:
+            return PoolKey.read(self.pool_key_file) if self.pool_key_file is not None else None
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 def read_settings(extra: Mapping[str, Any]) -> Settings:
@@ -83,7 +93,7 @@ def _read(key: str, given: Any) -> Any:
     try:
         if key == "pool":
             return tuple(_list(key, given))
-        if key == "pool_config" or key in PROOF_KEYS:
+        if key in ("pool_config", "pool_key_file") or key in PROOF_KEYS:
             return Path(_text(given))
         if key == "memory":
             return tuple(_size(item) for item in _list(key, given))

@@ -50,6 +50,15 @@ def test_a_wrong_file_is_refused_in_one_line(text: str, says: str, tmp_path: Pat
     assert says in str(refused.value) and str(file) in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_a_pool_key_lies_beside_the_file_and_each_engine_may_have_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.toml"
+    file.write_text(
+        "[serve]\npool-key-file = 'one.key'\n[[engine]]\n[[engine]]\nname = 'x'\npool_key_file = '/keys/two.key'\n"
+    )
+    lines = [" ".join(process.command({})) for process in read_cluster_config(file).of("engine")]
+    assert f"--pool-key-file {tmp_path}/one.key" in lines[0] and "--pool-key-file /keys/two.key" in lines[1]
+
+
 INFINIBAND = """\
 qos TRUE
 qos_max_vls 4

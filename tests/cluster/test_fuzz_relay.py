@@ -209,7 +209,7 @@ def test_what_is_lent_twice_by_one_id_is_given_back_once(relay: Relay) -> None:
     into = relay.buffer.begin_write(keys[0])
     assert isinstance(into, memoryview)
     into[:BLOCK_BYTES] = data
-    relay.buffer.end_write(keys[0], block_checksum(keys[0], data))
+    relay.buffer.end_write(keys[0], (block_checksum(keys[0], data), b""))
     assert relay.node.lending is not None
     lending: Lending = relay.node.lending
     for _ in range(3):

@@ -134,7 +134,7 @@ def test_blocks_that_arrive_cost_the_same_while_a_hand_off_waits_for_room() -> N
     Key.looked_up = 0
     for key in first:
         assert not isinstance(buffer.begin_write(key), PoolError)
-        buffer.end_write(key, 1)
+        buffer.end_write(key, (1, b""))
         block = buffer.hold(key)
         assert block is not None
         block.release()

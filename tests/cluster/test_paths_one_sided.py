@@ -17,6 +17,7 @@ from paths_rig import BLOCK, beside, cluster
 from penstock.cluster.one_sided_links import read_one_sided
 from penstock.pool.api import PoolError
 from penstock.pool.checksum import block_checksum
+from penstock.pool.mac import check_block
 from penstock.transport.one_sided import Mover, open_mover
 
 Expected = Callable[..., list[int]]
@@ -105,16 +106,20 @@ def test_a_block_that_is_not_the_one_meant_is_refused() -> None:
     memory, into = mover.allocate(1 << 16), mover.allocate(1 << 16)
     memory[:4096] = b"k" * 4096
     checksum = block_checksum(KEY, memory[:4096])
+
+    def check(data: memoryview) -> PoolError | None:
+        return check_block(None, KEY, data, checksum, b"")
+
     far = mover.attach(mover.export(memory))
     soon = time.monotonic() + 5.0
-    assert read_one_sided(far, KEY, 0, into[:4096], checksum, soon) is None
+    assert read_one_sided(far, 0, into[:4096], soon, check) is None
     assert bytes(into[:4096]) == b"k" * 4096
     memory[100] = 0
-    error = read_one_sided(far, KEY, 0, into[:4096], checksum, soon)
+    error = read_one_sided(far, 0, into[:4096], soon, check)
     assert error is not None and error.reason == "checksum"
-    late = read_one_sided(far, KEY, 0, into[:4096], checksum, time.monotonic() - 1.0)
+    late = read_one_sided(far, 0, into[:4096], time.monotonic() - 1.0, check)
     assert late is not None and late.reason == "deadline"
     far.close()
-    gone = read_one_sided(far, KEY, 0, into[:4096], checksum, soon)
+    gone = read_one_sided(far, 0, into[:4096], soon, check)
     assert gone is not None and gone.reason == "layout"
     mover.close()

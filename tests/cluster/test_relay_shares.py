@@ -45,7 +45,7 @@ class Relay:
         for number in range(BLOCKS):
             into = self.buffer.begin_write(key_of(number))
             assert isinstance(into, memoryview)
-            self.buffer.end_write(key_of(number), block_checksum(key_of(number), into[:BLOCK_BYTES]))
+            self.buffer.end_write(key_of(number), (block_checksum(key_of(number), into[:BLOCK_BYTES]), b""))
         self.buffer.release("before")
         self.clients: list[Client] = []
 
@@ -197,6 +197,7 @@ def test_many_attached_memories_displace_none_of_another_address(relay: Relay, m
         ended.set()
 
     checksum = block_checksum(key_of(1), memory[:BLOCK_BYTES])
-    lending.take(b"honest", key_of(1), 0, memoryview(bytearray(BLOCK_BYTES)), checksum, float("inf"), end)
+    offer = wire.Offer(1, b"honest", key_of(1), BLOCK_BYTES, checksum, 0, WAIT_S)
+    lending.take(offer, memoryview(bytearray(BLOCK_BYTES)), float("inf"), end)
     assert ended.wait(WAIT_S) and found == [None]
     mover.close()

@@ -17,7 +17,7 @@ from penstock.core.operations import ChunkOutcome
 from penstock.engine.api import GenerationRequest
 from penstock.engine.engine import Engine, new_request_id
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
-from penstock.pool.api import Done, Lease, Located, Pool, PoolError
+from penstock.pool.api import Done, Lease, Located, Pool, PoolError, ReadCheck
 from penstock.pool.wrapped import WrappedPool
 
 BLOCK = 16
@@ -139,7 +139,15 @@ class WatchedPool(WrappedPool):
             return found
         return [hit and Located(hit.size_bytes, self.routes) for hit in found]
 
-    def read(self, key: bytes, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
+    def read(
+        self,
+        key: bytes,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        done: Done,
+        check: ReadCheck | None = None,
+    ) -> None:
         self.reads[key] += 1
         self.read_gate.arrived += 1
         reason = self.spoil(key)
@@ -150,9 +158,9 @@ class WatchedPool(WrappedPool):
         elif reason is not None:
             done(PoolError(reason, "injected"))
         elif self.read_gate.is_shut:
-            self._held.append(lambda: self._inner.read(key, size_bytes, into, timeout_s, done))
+            self._held.append(lambda: self._inner.read(key, size_bytes, into, timeout_s, done, check))
         else:
-            super().read(key, size_bytes, into, timeout_s, done)
+            super().read(key, size_bytes, into, timeout_s, done, check)
 
     def let_reads_go(self) -> None:
         self.read_gate.open()

@@ -9,7 +9,7 @@ from asking import prompt_of
 from engine_rig import BLOCK, WatchedPool, serving
 
 from penstock.engine.hf_runner import HFRunner
-from penstock.pool.api import Done, Pool
+from penstock.pool.api import Done, Pool, ReadCheck
 
 READ_S = 0.2  # of up to eight blocks at once; computing a block takes a few ms
 
@@ -17,8 +17,16 @@ READ_S = 0.2  # of up to eight blocks at once; computing a block takes a few ms
 class SlowPool(WatchedPool):
     """Each read ends `READ_S` after it began."""
 
-    def read(self, key: bytes, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
-        timer = threading.Timer(READ_S, super().read, (key, size_bytes, into, timeout_s, done))
+    def read(
+        self,
+        key: bytes,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        done: Done,
+        check: ReadCheck | None = None,
+    ) -> None:
+        timer = threading.Timer(READ_S, super().read, (key, size_bytes, into, timeout_s, done, check))
         self._timers.append(timer)
         timer.start()
 

@@ -19,7 +19,7 @@ from penstock.core.new_block import NewBlock
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import Chunk, SamplingParams
 from penstock.io.memory import aligned_buffer
-from penstock.pool.api import Done, Pool, PoolError
+from penstock.pool.api import Done, Pool, PoolError, ReadCheck
 from penstock.pool.open import open_local_pool
 from penstock.pool.wrapped import WrappedPool
 from penstock.testing.device_clock import Broken, DeviceClock
@@ -159,10 +159,19 @@ class HostPool(WrappedPool):
         super().__init__(inner)
         self._clock = clock
 
-    def read(self, key: bytes, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
-        self._move(
-            "reading a block", into, False, done, lambda end: self._inner.read(key, size_bytes, into, timeout_s, end)
-        )
+    def read(
+        self,
+        key: bytes,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        done: Done,
+        check: ReadCheck | None = None,
+    ) -> None:
+        def begin(end: Done) -> None:
+            self._inner.read(key, size_bytes, into, timeout_s, end, check)
+
+        self._move("reading a block", into, False, done, begin)
 
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         self._move("saving a block", data, True, done, lambda end: self._inner.write(block, data, timeout_s, end))

@@ -27,7 +27,7 @@ class DamagedBlock:
 
     def __init__(self, inner: Any, fault: str, released: threading.Event) -> None:
         self._inner, self._fault, self._released = inner, fault, released
-        self.key, self.checksum, self.far = inner.key, inner.checksum, inner.far
+        self.key, self.checksum, self.mac, self.far = inner.key, inner.checksum, inner.mac, inner.far
 
     @property
     def view(self) -> memoryview | None:
@@ -73,7 +73,7 @@ class FaultyPool:
             return PoolError("missing", "evicted a moment ago")
         return DamagedBlock(opened, self.fault, self.released)
 
-    def discard(self, key: BlockKey, checksum: int) -> None:
+    def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
         """Damage is on the way, not in the pool."""
 
 

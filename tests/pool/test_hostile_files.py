@@ -37,9 +37,9 @@ MEMORY_BYTES = 2 << 30  # of address space: the interpreter and its libraries ta
 CPU_S = 60
 KEYS = chain("hostile", 5)
 _ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c)"
-_TWELVE = ", ".join(["x"] * 12)
+_EACH = ", ".join(["x"] * 13)
 TABLES = {
-    "endless rows": f"DROP TABLE blocks; CREATE VIEW blocks AS {_ENDLESS} SELECT {_TWELVE} FROM c",
+    "endless rows": f"DROP TABLE blocks; CREATE VIEW blocks AS {_ENDLESS} SELECT {_EACH} FROM c",
     "endless rows, older": f"""DROP TABLE blocks; CREATE VIEW blocks AS {_ENDLESS} SELECT x, x, x, x, x, x, x FROM c;
         UPDATE meta SET value = 1 WHERE name = 'format'""",
     "endless names": f"DROP TABLE meta; CREATE VIEW meta AS {_ENDLESS} SELECT 'n' || x AS name, x AS value FROM c",
@@ -142,7 +142,8 @@ def possible(**changes: object) -> tuple[object, ...]:
         {"key": 7}, {"key": "k" * 16}, {"key": b"k" * 17}, {"parent": None}, {"parent": 1.5}, {"offset": -4096},
         {"offset": "4096"}, {"offset": 1.5}, {"size_bytes": 0}, {"size_bytes": -1}, {"size_bytes": (1 << 30) + 1},
         {"size_bytes": (1 << 62)}, {"position": -1}, {"position": "x"}, {"tenant": b"t"}, {"tenant": b"t" * 9},
-        {"rebuild_s": math.inf}, {"rebuild_s": -1.0}, {"rebuild_s": 1e300}, {"uses": -1},
+        {"rebuild_s": math.inf}, {"rebuild_s": -1.0}, {"rebuild_s": 1e300}, {"uses": -1}, {"mac": bytes(31)},
+        {"mac": 7},
     ],
 )  # fmt: skip
 def test_a_row_that_no_block_can_have_is_not_trusted_though_its_checksums_match(changes: dict[str, object]) -> None:
@@ -154,7 +155,7 @@ def test_a_row_of_a_huge_block_in_a_huge_sparse_slab_takes_no_memory(tmp_path: P
     os.truncate(slab, 1 << 40)
     row = possible(size_bytes=(1 << 40) - 8192)
     with contextlib.closing(sqlite3.connect(f"{slab}.db")) as db, db:
-        db.execute(f"INSERT INTO blocks VALUES ({', '.join('?' * 12)})", row)
+        db.execute(f"INSERT INTO blocks VALUES ({', '.join('?' * len(row))})", row)
     used_bytes = slab.stat().st_blocks * 512
     found = check_file(slab)
     assert (found.rows, found.bad_rows) == (6, 1)

@@ -27,6 +27,7 @@ ID = b"0123456789abcdef"
 def block(name: object, offset: int = HEADER_BYTES) -> Block:
     made = Block(key_of(name), ROOT, 0, offset, 5000, 17, 0xFEDCBA9876543210)
     made.tenant, made.rebuild_s, made.uses = b"tenant-1", 0.125, 9
+    made.mac = bytes(range(32))
     return made
 
 
@@ -49,10 +50,11 @@ def test_a_row_comes_back_as_it_was(tmp_path: Path) -> None:
     assert (use, one.uses) == (77.5, 12)
     assert (one.parent, one.offset, one.size_bytes, one.position) == (ROOT, HEADER_BYTES + 8192, 5000, 17)
     assert (one.checksum, one.tenant, one.rebuild_s) == (0xFEDCBA9876543210, b"tenant-1", 0.125)
+    assert one.mac == bytes(range(32))
     table.close()
 
 
-@pytest.mark.parametrize("column", range(12))
+@pytest.mark.parametrize("column", range(13))
 def test_every_bit_of_every_column_counts(column: int) -> None:
     row = list(row_of(block("a"), 5.5))
     assert block_of(tuple(row)) is not None
@@ -207,9 +209,9 @@ def test_a_table_of_a_later_format_is_refused_and_left_alone(tmp_path: Path) -> 
     path = tmp_path / "t.db"
     filled(path, 3).close()
     with contextlib.closing(sqlite3.connect(path)) as db, db:
-        db.execute("UPDATE meta SET value = 3 WHERE name = 'format'")
+        db.execute("UPDATE meta SET value = 4 WHERE name = 'format'")
     before = path.read_bytes()
-    with pytest.raises(SlabRefused, match="a table of format 3, this version reads format 2"):
+    with pytest.raises(SlabRefused, match="a table of format 4, this version reads format 3"):
         RowTable(path)
     assert path.read_bytes() == before
 

@@ -129,6 +129,11 @@ def test_what_cannot_be_served_is_one_line(tmp_path: Path, checkpoint: Path) -> 
     assert "No such option" in refusal(str(checkpoint), "--nope")
     assert refusal(str(checkpoint), "--port", "0", "--kv-memory", "1KiB").count("\n") == 1
     assert "127.0.0.1:9" in refusal(str(checkpoint), "--port", "0", "--pool", "127.0.0.1:9")
+    key = tmp_path / "pool.key"
+    key.write_text("k" * 40)
+    key.chmod(0o640)
+    said = refusal(str(checkpoint), "--port", "0", "--pool-key-file", str(key))
+    assert "mode 640" in said and "kkk" not in said and said.count("\n") == 1
 
 
 def test_broken_tokenizer_is_one_line(tmp_path: Path, checkpoint: Path) -> None:

@@ -65,6 +65,9 @@ BAD_REQUESTS: list[wire.Request] = [
     *(wire.Corrupt(bad, 1) for bad in BAD_KEYS),
     wire.Lookup(1, 1.0, bytes(16 * (wire.KEYS_PER_MESSAGE + 1))),
     wire.Corrupt(KEY, -1),
+    wire.Corrupt(KEY, 1, bytes(33)),
+    a_write(mac=bytes(33)),
+    wire.Offer(1, b"c", KEY, 4096, 0, 0, 1.0, bytes(33)),
     wire.Probe(1, -1),
     wire.Hello("x" * 65),
     wire.Hello("read", bytes(17)),
@@ -88,9 +91,11 @@ BAD_REPLIES: list[wire.Reply] = [
     wire.Ready("node", b"", 1.0, -1),
     wire.Block(1, KEY[:-1], 0),
     wire.Block(-1, KEY, 0),
+    wire.Block(1, KEY, 0, bytes(33)),
     wire.Failed(1, "x" * 65, ""),
     wire.Evicted(1, -1),
     wire.Lent(1, 0, -1),
+    wire.Lent(1, 0, 0, bytes(33)),
 ]
 
 
@@ -123,7 +128,8 @@ def test_hits_that_name_no_route_are_not_understood(
 
 def test_what_is_within_bounds_is_understood() -> None:
     for message in (
-        a_write(checksum=(1 << 64) - 1, timeout_s=86_400.0, rebuild_s=1e6, tenant=bytes(8)),
+        a_write(checksum=(1 << 64) - 1, timeout_s=86_400.0, rebuild_s=1e6, tenant=bytes(8), mac=bytes(32)),
+        wire.Corrupt(KEY, 1, bytes(32), True),
         wire.Lookup(1, 0.0, bytes(16 * wire.KEYS_PER_MESSAGE)),
         wire.HandedOver(1, "n", -1, 0, 1.0),
         wire.Hello("control", bytes(16), True),

@@ -8,6 +8,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from gated_rows import ROWS, WAIT_S, GatedRows
@@ -287,3 +289,25 @@ def test_a_wake_is_queued_once() -> None:
             one.host.wake()
         assert one.host.queued_events <= 2
         leave.set()
+
+
+def test_with_a_pool_key_no_other_block_is_loaded(tmp_path: Path) -> None:
+    """Saved under one key: hits for the same key are loaded, those that were written without are computed."""
+    path = tmp_path / "pool.key"
+    path.touch(0o600)
+    path.write_text("k" * 32)
+    slab = ((tmp_path / "kv.slab", 8 << 20),)
+    ours = replace(SETTINGS, memory=(), slab=slab, pool_key_file=path)
+    for first, then, failures in ((ours, ours, set()), (replace(ours, pool_key_file=None), ours, {"mac"})):
+        (tmp_path / "kv.slab").unlink(missing_ok=True)
+        (tmp_path / "kv.slab.db").unlink(missing_ok=True)
+        with engine(settings=first) as one:
+            one.submit("r", 2)
+            wait_for(lambda one=one: one.host.matched("r", 0) is not None, "the lookup is answered")  # type: ignore[misc]
+            one.save("r", 2)
+            wait_for(lambda one=one: one.counter("saved_blocks") == 2, "both blocks are saved")  # type: ignore[misc]
+        with engine(settings=then) as other:
+            other.begin_load("r", 2)
+            found = other.host.activity
+            wait_for(lambda found=found: found.uploaded_bytes > 0 or found.load_failures.total() > 0, "its end")  # type: ignore[misc]
+            assert set(found.load_failures) == failures

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -27,17 +26,20 @@ from penstock.bench.plots import bar_chart
 from penstock.bench.processes import POOL_READY, ProcessFailed, ReadyProcess
 from penstock.bench.report import Report
 from penstock.child_python import python_command
-from penstock.core.keys import BlockKey
+from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import NewBlock
 from penstock.io.memory import aligned_buffer
-from penstock.pool.api import PoolError
+from penstock.pool.api import Pool, PoolError
+from penstock.pool.authenticated import authenticated
+from penstock.pool.checksum import block_checksum
+from penstock.pool.mac import PoolKey
 from penstock.testing.certificates import Authority
 from penstock.transport.connect import connect_pool
-from penstock.transport.remote import RemotePool
 from penstock.transport.secret import Secret
 from penstock.transport.tls import PeerTls
 
 SIZES = {"128k": 128 << 10, "2m": 2 << 20, "4m": 4 << 20}
+ALONE_SIZES = {"64k": 64 << 10, "512k": 512 << 10, "4m": 4 << 20}
 BUFFER_BYTES = 32 << 20
 WINDOW = 8  # reads that the client keeps open
 RATIO_MIN = 0.9
@@ -63,11 +65,13 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What node and client of one contestant prove themselves by: the node's flags, and what the client has."""
+    """What node and client of one contestant prove themselves by: the node's flags, and what the client has; with a
+    pool key blocks have MACs, which the client verifies instead of checksums."""
 
     flags: tuple[str, ...] = ()
     secret: Secret | None = None
     tls: PeerTls | None = None
+    pool_key: PoolKey | None = None
 
 
 Results = dict[tuple[str, str, int], Samples]  # (contestant, size, connections)
@@ -79,6 +83,9 @@ def transport(
     tls: Annotated[
         bool, typer.Option("--tls", help="Compare with a secret and with mutual TLS, too (needs the openssl command).")
     ] = False,
+    pool_key_file: Annotated[
+        Path | None, typer.Option(help="Also read with this pool key (mac_*): what MACs cost, in the same run.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG) to this file.")] = None,
 ) -> None:
@@ -87,13 +94,16 @@ def transport(
     report = Report("transport")
     loads = [("128k", 1), ("2m", 1), ("4m", 1), ("4m", 2)]
     try:
+        pool_key = PoolKey.read(pool_key_file) if pool_key_file is not None else None
         with tempfile.TemporaryDirectory() as folder:
             proofs = {"tcp": Proof()} | (_proofs(Path(folder)) if tls else {})
+            if pool_key is not None:
+                proofs["mac"] = Proof(pool_key=pool_key)
             results = _measure(console, loads, repeats, run_mib << 20, proofs)
-    except (OSError, PoolError, ProcessFailed) as error:
+    except (OSError, ValueError, PoolError, ProcessFailed) as error:
         console.print(f"[red]bench transport: {error}[/red]")
         raise typer.Exit(1) from error
-    _conclude(report, results, loads)
+    _conclude(report, results, loads, pool_key)
     for who in ("tcp", "secret", "tls") if tls else ():
         _add_costs(report, results, loads, who)
     report.print(console)
@@ -163,7 +173,7 @@ def _measure(
     return results
 
 
-def _conclude(report: Report, results: Results, loads: list[tuple[str, int]]) -> None:
+def _conclude(report: Report, results: Results, loads: list[tuple[str, int]], pool_key: PoolKey | None) -> None:
     for size, connections in loads:
         suffix = size if connections == 1 else f"{size}_{connections}conn"
         bare, ours = results["bare", size, connections], results["tcp", size, connections]
@@ -174,9 +184,20 @@ def _conclude(report: Report, results: Results, loads: list[tuple[str, int]]) ->
         report.figure(f"tcp_read_{suffix}_ratio", ours.median / bare.median, limit)
         report.figure(f"tcp_read_{suffix}_paired_ratio", statistics.median(ratios))
         report.figure(f"tcp_read_{suffix}_cpu_s_per_gb", ours.cpu_s_per_gb, bare.cpu_s_per_gb)
-    gb_per_s, cpu_s_per_gb = _checksum_cost()
+        if pool_key is not None:
+            mac = results["mac", size, connections]
+            report.figure(f"mac_read_{suffix}_gb_per_s", mac.median / 1e9)
+            report.figure(f"mac_read_{suffix}_cpu_s_per_gb", mac.cpu_s_per_gb, ours.cpu_s_per_gb)
+    gb_per_s, cpu_s_per_gb = _alone(_checksum, SIZES["4m"])
     report.figure("checksum_4m_gb_per_s", gb_per_s)
     report.figure("checksum_4m_cpu_s_per_gb", cpu_s_per_gb)
+    if pool_key is not None:
+        for size, size_bytes in ALONE_SIZES.items():
+            checksum_s_per_gb = _alone(_checksum, size_bytes)[1]
+            gb_per_s, cpu_s_per_gb = _alone(pool_key.mac, size_bytes)
+            report.figure(f"mac_{size}_gb_per_s", gb_per_s)
+            report.figure(f"mac_{size}_cpu_s_per_gb", cpu_s_per_gb, checksum_s_per_gb)
+        report.notes.append("mac_* verifies MACs, not checksums; limit of its *_cpu_s_per_gb: the checksum's")
     report.notes.append("real bytes between two processes over loopback; tcp_* verifies the checksum of every block")
     report.notes.append("limit of *_ratio: the goal; of *_cpu_s_per_gb: the bare loop's, both processes together")
 
@@ -196,15 +217,18 @@ def _add_costs(report: Report, results: Results, loads: list[tuple[str, int]], w
         report.notes.append("tcp_*: whoever reaches the port; secret_*: a shared secret; tls_*: mutual TLS 1.3")
 
 
-def _checksum_cost() -> tuple[float, float]:
-    """GB/s and CPU-s per GB of the checksum alone, over memory that no cache holds."""
-    memory = aligned_buffer(SET_BYTES)
+def _checksum(key: BlockKey, data: memoryview) -> object:
+    return block_checksum(key, data)
+
+
+def _alone(digest: Callable[[BlockKey, memoryview], object], size_bytes: int) -> tuple[float, float]:
+    """GB/s and CPU-s per GB of a digest of blocks alone, over memory that no cache holds."""
+    memory, key = aligned_buffer(SET_BYTES), bytes(KEY_BYTES)
     memory[:] = os.urandom(1 << 20) * (SET_BYTES >> 20)
-    size_bytes = SIZES["4m"]
     begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
     for _ in range(8):
         for at in range(0, SET_BYTES, size_bytes):
-            xxhash.xxh3_64_intdigest(memory[at : at + size_bytes], seed=at)
+            digest(key, memory[at : at + size_bytes])
     gb = 8 * SET_BYTES / 1e9
     return gb / (time.perf_counter() - begin_s), (time.process_time() - begin_cpu_s) / gb
 
@@ -218,9 +242,14 @@ def _cpu_s(pid: int) -> float:
 # --- Penstock: a pool node and a client ---
 
 
+def _connect(address: str, proof: Proof, connections: int = 1) -> Pool:
+    pool = connect_pool(address, connections=connections, secret=proof.secret, tls=proof.tls)
+    return authenticated(pool, proof.pool_key)
+
+
 def _fill(address: str, proof: Proof) -> dict[str, list[BlockKey]]:
     """Write the block sets; returns their keys."""
-    pool = connect_pool(address, secret=proof.secret, tls=proof.tls)
+    pool = _connect(address, proof)
     data = aligned_buffer(max(SIZES.values()))
     data[:] = os.urandom(len(data))
     keys: dict[str, list[BlockKey]] = {}
@@ -245,9 +274,7 @@ def _fill(address: str, proof: Proof) -> dict[str, list[BlockKey]]:
 class _Reader:
     """Keeps `WINDOW` reads open until `count` have ended."""
 
-    def __init__(
-        self, pool: RemotePool, keys: list[BlockKey], size_bytes: int, count: int, buffers: memoryview
-    ) -> None:
+    def __init__(self, pool: Pool, keys: list[BlockKey], size_bytes: int, count: int, buffers: memoryview) -> None:
         self._pool, self._keys, self._size, self._count, self._buffers = pool, keys, size_bytes, count, buffers
         self._lock = threading.Lock()
         self._next = self._ended = 0
@@ -298,7 +325,7 @@ def _run_pool(
     connections: int,
     buffers: memoryview,
 ) -> float:
-    pool = connect_pool(address, connections=connections, secret=proof.secret, tls=proof.tls)
+    pool = _connect(address, proof, connections)
     try:
         return _Reader(pool, keys, size_bytes, count, buffers).run()
     finally:

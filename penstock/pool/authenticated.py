@@ -1,0 +1,115 @@
+"""The pool as an engine with a pool key sees it: what it writes has a MAC, and it takes nothing without a good one."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from penstock.core.keys import BlockKey
+from penstock.core.new_block import NewBlock
+from penstock.guarded_thread import GuardedWorker, WorkerClosedError
+from penstock.pool.api import Done, Lease, Pool, PoolError, ReadCheck, check_write
+from penstock.pool.callbacks import call_done, call_soon, callback_worker
+from penstock.pool.losses import note_error
+from penstock.pool.mac import PoolKey, check_of
+from penstock.pool.wrapped import WrappedPool
+
+NO_POOL_KEY = (
+    "there is no pool key (pool_key_file): whoever can write to the pool's nodes, slabs or connections decides what KV "
+    "this engine computes with"
+)
+WRITES_WAITING_MAX = 1024  # blocks; an engine's window of saves keeps far fewer under way
+
+
+class _Judged:
+    """One read's check, and whether the pool asked for it: a path that does not is not taken on trust (MAC-3)."""
+
+    __slots__ = ("_check", "_passed")
+
+    def __init__(self, check: ReadCheck) -> None:
+        self._check = check
+        self._passed = False
+
+    def __call__(self, data: memoryview, checksum: int, mac: bytes) -> PoolError | None:
+        error = self._check(data, checksum, mac)
+        self._passed = error is None
+        return error
+
+    def outcome(self, key: BlockKey, error: PoolError | None) -> PoolError | None:
+        if error is None and not self._passed:
+            return PoolError("mac", f"block {key.hex()} came by a path that verifies no MAC")
+        return error
+
+
+class AuthenticatedPool(WrappedPool):
+    """Contract: `pool.api.Pool`. MACs of writes are made on a thread of its own, those of reads verified where the pool
+    behind verifies its blocks."""
+
+    def __init__(self, inner: Pool, pool_key: PoolKey) -> None:
+        """Takes the pool over."""
+        super().__init__(inner)
+        self._pool_key = pool_key
+        self._writes = GuardedWorker("penstock-mac", WRITES_WAITING_MAX)
+        self._callbacks = callback_worker()
+
+    def read(
+        self,
+        key: BlockKey,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        done: Done,
+        check: ReadCheck | None = None,
+    ) -> None:
+        """A `check` takes the place of this pool's, for who keeps the MAC too."""
+        judged = _Judged(check or check_of(self._pool_key, key))
+        super().read(
+            key, size_bytes, into, timeout_s, lambda error: call_done(done, judged.outcome(key, error)), judged
+        )
+
+    def lease(self, key: BlockKey) -> Lease | None:
+        """Memory of this process that it wrote itself is taken as it is; a block that was moved there from an SSD is
+        verified first, and `read` says why it does not pass."""
+        lease = super().lease(key)
+        if lease is None or lease.written_here or self._pool_key.verifies(key, lease.view, lease.mac):
+            return lease
+        lease.release()
+        return None
+
+    def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        until_s = time.monotonic() + timeout_s
+
+        def failed(error: Exception) -> None:
+            reason = "closed" if isinstance(error, WorkerClosedError) else "dropped"
+            call_done(done, PoolError(reason, f"the block was not written: {error!r}"))
+
+        def write() -> None:
+            error = check_write(block, data)
+            left_s = until_s - time.monotonic()
+            if error is None and left_s <= 0:
+                error = PoolError("deadline", "the block's turn to be written came too late")
+                note_error("store", "the pool", error)
+            if error is not None:
+                call_done(done, error)
+                return
+            mac = self._pool_key.mac(block.key, data[: block.size_bytes])
+            self._write(replace(block, mac=mac), data, until_s - time.monotonic(), done)
+
+        if not self._writes.put(write, failed):
+            error = PoolError("dropped", f"{WRITES_WAITING_MAX} writes wait already, or the pool is closing")
+            note_error("store", "the pool", error)
+            call_soon(self._callbacks, done, error)
+
+    def _write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        super().write(block, data, timeout_s, done)
+
+    def close(self, timeout_s: float) -> None:
+        until_s = time.monotonic() + timeout_s
+        self._writes.close(timeout_s / 2)
+        super().close(max(0.1, until_s - time.monotonic()))
+        self._callbacks.close(max(0.1, until_s - time.monotonic()))
+
+
+def authenticated(pool: Pool, pool_key: PoolKey | None) -> Pool:
+    """The pool as it is without a key."""
+    return AuthenticatedPool(pool, pool_key) if pool_key is not None else pool
