@@ -110,8 +110,11 @@ class Ends:
         self._open()
 
     # `Desk`: every hand-off is expected
-    def opening(self, name: str, reads: bool, timeout_s: float, reply: Callable[[bytes | PoolError], None]) -> None:
+    def opening(
+        self, name: str, reads: bool, timeout_s: float, reply: Callable[[bytes | PoolError], None], source: str = ""
+    ) -> Callable[[], None]:
         self.buffer.reserve(name, KEYS, lambda: reply(b"\0" * len(KEYS)))
+        return lambda: None
 
     def handed_over(self, name: str, token: int, missing: int) -> PoolError | None:
         return None
