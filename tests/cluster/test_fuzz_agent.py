@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import random
 import socket
 import threading
@@ -19,7 +20,7 @@ from router_rig import SECRET, WAIT_S, CountingHost, cluster, expected
 from penstock.cluster import wire
 from penstock.cluster.agent import AgentSettings, EngineAgent
 from penstock.guarded_thread import thread_failures
-from penstock.transport.secret import prove_as_server
+from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES
 
 MIB = 1 << 20
 FROM_ROUTER = Protocol("from a router", wire.FromRouter, wire.decode_from_router, wire.ProtocolError)
@@ -56,7 +57,9 @@ class OddRouter:
     def _welcome(self, sock: socket.socket) -> None:
         sock.sendall(wire.greeting())
         sock.recv(wire.GREETING.size, socket.MSG_WAITALL)
-        prove_as_server(sock, SECRET, wire.PURPOSE)
+        nonce = os.urandom(NONCE_BYTES)
+        sock.sendall(nonce)
+        sock.sendall(SECRET.check(wire.PURPOSE, nonce, sock.recv(NONCE_BYTES + PROOF_BYTES, socket.MSG_WAITALL)))
         size = wire.frame_length(sock.recv(wire.LENGTH.size, socket.MSG_WAITALL))
         assert isinstance(wire.decode_from_engine(sock.recv(size, socket.MSG_WAITALL)), wire.Register)
         self.registrations += 1

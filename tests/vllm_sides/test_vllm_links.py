@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from gated_rows import PLACES, ROW_BYTES, ROWS, WAIT_S, GatedRows
 
+from penstock.rate_limited_log import RateLimitedLog
 from penstock.vllm import accepting, worker_links
 from penstock.vllm import link as link_module
 from penstock.vllm.accepting import CANDIDATES_MAX, accept_scheduler
@@ -287,8 +288,11 @@ def test_staging_memory_that_is_not_as_it_says_is_refused(
         link.receive(WAIT_S)
 
 
-def test_strangers_do_not_end_a_start(engine: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_strangers_do_not_end_a_start(
+    engine: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """One connects and is silent, one goes at once, one says something else, one greets another engine."""
+    monkeypatch.setattr(accepting, "warnings", RateLimitedLog(accepting.log))  # others had this line a moment ago
     with worker(engine, 0, GatedRows()), contextlib.ExitStack() as strangers:
         for says in (None, b"", b"GET / HTTP/1.1\r\n\r\n", msgspec.msgpack.encode(Greet("other"))):
             one = strangers.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
