@@ -441,11 +441,12 @@ from penstock.pool.open import open_local_pool
 pool = open_local_pool([], [(Path(sys.argv[1]), 2 << 20)])
 blocks = chain("a", 3000)
 stored = threading.Event()
+said = False
 for key, parent in blocks * 1000:
     pool.write(new_block(key, parent, 9000), staged(key, 9000), 10.0, lambda error: error or stored.set())
-    if not stored.is_set():
-        stored.wait(60.0)
+    if not said and stored.wait(60.0):
         print("ready", flush=True)
+        said = True
     time.sleep(0.0005)
 """
 
