@@ -340,7 +340,7 @@ def test_strangers_get_nothing(caplog: pytest.LogCaptureFixture) -> None:
         assert "does not speak the Penstock cluster protocol" in caplog.text
         older = wire.GREETING.pack(wire.MAGIC, 0)
         assert converse(c, older) == greeting
-        assert "speaks version 0 of the cluster protocol, this side 2" in caplog.text
+        assert "speaks version 0 of the cluster protocol, this side 3" in caplog.text
         answer = converse(c, greeting, b"x" * (NONCE_BYTES + PROOF_BYTES))
         assert len(answer) == len(greeting) + NONCE_BYTES
         assert "does not have the same secret" in caplog.text
