@@ -165,6 +165,11 @@ class PoolConnection(Served):
         if payload_bytes != request.size_bytes:
             raise wire.ProtocolError(f"write of {request.size_bytes} bytes with a payload of {payload_bytes}")
         deadline_s = time.monotonic() + request.timeout_s
+        at_most = self._pool.block_bytes_max
+        if payload_bytes > at_most:  # before staging memory would grow for it
+            detail = f"no member has room for blocks of {payload_bytes} bytes, at most {at_most} bytes do"
+            self._refuse_write(request.id, payload_bytes, "full", detail)
+            return
         if not self._enter():
             refusal = "dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already"
             self._refuse_write(request.id, payload_bytes, *refusal)

@@ -165,7 +165,7 @@ def test_invented_tenants_and_nobody_take_nothing_of_one_within_its_quota(tmp_pa
     over = dict(found["over_quota"])
     assert over and not over.keys() & {tenant_tag(name).hex() for name in ("honest", "named")}
     shown = subprocess.run([*COMMAND, "pool", "stat", node.address], capture_output=True, text=True).stdout
-    assert "over its quota by" in shown and "own " in shown and "(all without a quota of their own)" in shown
+    assert "over its quota by" in shown and "shared " in shown and "(all without a quota of their own)" in shown
     node.reload(MEMORY + '[quota]\nunknown = "refuse"\ntenants = { named = "10%" }\n')
     assert node.out.get(timeout=WAIT_S) == "pool node pool reloaded: quotas"
     assert write(client, key_of("refused"), tenant="honest") == write(client, key_of("refused")) == "dropped"

@@ -74,7 +74,7 @@ def told(what: str, alone_s: list[float], beside_s: list[float]) -> None:
 
 
 class Storm:
-    """Connections as fast as they can be made, each of which says a part of the greeting and stays."""
+    """Connections of another address, as fast as they can be made; each says a part of the greeting and stays."""
 
     def __init__(self, node: PoolNode, held: int) -> None:
         self._address = node.address
@@ -84,7 +84,7 @@ class Storm:
 
     def __call__(self) -> None:
         with contextlib.suppress(OSError):
-            sock = socket.create_connection(self._address, timeout=WAIT_S)
+            sock = socket.create_connection(self._address, timeout=WAIT_S, source_address=("127.0.0.2", 0))
             sock.sendall(wire.greeting(True)[: next(self._turn) % 9])
             self._socks.append(sock)
         if len(self._socks) > self._held:
