@@ -18,11 +18,12 @@ from paths_rig import cluster as paths_cluster
 from router_rig import SECRET, cluster
 from test_control_plane import finished
 
-from penstock.cluster import wire
+from penstock.cluster import port, wire
 from penstock.cluster.cluster_config import read_cluster_config
 from penstock.cluster.port import STRANGERS_MAX
 from penstock.core.config import ConfigError
 from penstock.pool.api import PoolError
+from penstock.rate_limited_log import RateLimitedLog
 from penstock.testing.certificates import PeerFiles
 from penstock.transport.secret import Secret
 
@@ -73,8 +74,14 @@ MISMATCHES = {
 
 @pytest.mark.parametrize("case", MISMATCHES)
 def test_who_does_not_belong_is_one_clear_line_at_both_ends(
-    case: str, ca: Authority, peer: PeerFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    case: str,
+    ca: Authority,
+    peer: PeerFiles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr(port, "rare", RateLimitedLog(port.log))  # the other cases' lines are of the same kind
     (engine_tls, engine_secret), (router_tls, router_secret), engine_says, router_says = MISMATCHES[case]
     other = new_authority(tmp_path / "other", "another CA").issue("other")
     stray = PeerFiles(other.certificate, other.key, ca.ca)
