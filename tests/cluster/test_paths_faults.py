@@ -209,7 +209,8 @@ def test_a_full_buffer_makes_hand_offs_wait_or_end(llama: Path, expected: Expect
         other = prompt_of(202, 6 * BLOCK)
         question = c.start(other)
         end = question.prefill.wait()
-        assert end.finish_reason == "restart" and "the decode buffer is full" in str(end.error)
+        said = "the decode buffer is full", "did not answer in time"  # both ends have the same deadline
+        assert end.finish_reason == "restart" and any(text in str(end.error) for text in said)
         assert not question.decode.ended
         again = Answer()
         c.place(c.prefill[0], "prefill", again, other, request_id=question.request_id)
