@@ -27,6 +27,7 @@ from penstock.cluster.wire_types import (
 )
 from penstock.core.operations import FinishReason
 from penstock.engine.api import RequestReport
+from penstock.transport.secret import proof_mismatch
 from penstock.transport.wire import NO_MESSAGE, said
 
 PROTOCOL_VERSION = 3
@@ -242,11 +243,6 @@ def check_greeting(raw: bytes, secret: bool = True, tls: bool = False) -> None:
     version &= ~(NO_SECRET_FLAG | TLS_FLAG)
     if version != PROTOCOL_VERSION:
         raise ProtocolError(f"the peer speaks version {version} of the cluster protocol, this side {PROTOCOL_VERSION}")
-    if has_tls and not tls:
-        raise ProtocolError("the peer asks for TLS, and this side has no certificate (--peer-tls-cert)")
-    if tls and not has_tls:
-        raise ProtocolError("the peer does not ask for TLS, and this side does (--peer-tls-cert)")
-    if has_secret and not secret:
-        raise ProtocolError("the peer asks for the cluster's secret, and this side has none (--secret-file)")
-    if secret and not has_secret:
-        raise ProtocolError("the peer has no secret, and this side asks for one (--secret-file)")
+    refused = proof_mismatch(has_secret, has_tls, secret, tls)
+    if refused is not None:
+        raise ProtocolError(refused)

@@ -23,6 +23,7 @@ from msgspec import Meta
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import MAC_BYTES, REBUILD_S_MAX, TENANT_BYTES, NewBlock
 from penstock.pool.api import Located, PoolStat
+from penstock.transport.secret import proof_mismatch
 
 if TYPE_CHECKING:
     from penstock.transport.tls_socket import Stream
@@ -518,14 +519,9 @@ def check_greeting(raw: bytes | bytearray, secret: bool = False, tls: bool = Fal
     version &= ~(SECRET_FLAG | TLS_FLAG)
     if version != PROTOCOL_VERSION:
         raise ProtocolError(f"the peer speaks version {version} of the pool protocol, this side {PROTOCOL_VERSION}")
-    if has_tls and not tls:
-        raise ProtocolError("the peer asks for TLS, and this side has no certificate (--peer-tls-cert)")
-    if tls and not has_tls:
-        raise ProtocolError("the peer does not ask for TLS, and this side does (--peer-tls-cert)")
-    if has_secret and not secret:
-        raise ProtocolError("the peer asks for the cluster's secret, and this side has none (--secret-file)")
-    if secret and not has_secret:
-        raise ProtocolError("the peer has no secret, and this side asks for one (--secret-file)")
+    refused = proof_mismatch(has_secret, has_tls, secret, tls)
+    if refused is not None:
+        raise ProtocolError(refused)
 
 
 def set_timeouts(sock: Stream) -> None:

@@ -109,7 +109,7 @@ class Ends:
         self.memory = self.links.allocate(4 * SIZE)
         self._open()
 
-    # `Desk`: every hand-off is expected
+    # What the relay asks: every hand-off is expected
     def opening(
         self, name: str, reads: bool, timeout_s: float, reply: Callable[[bytes | PoolError], None], source: str = ""
     ) -> Callable[[], None]:
