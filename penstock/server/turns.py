@@ -4,7 +4,7 @@ TURN-1  In one iteration of the loop, parsing takes about TURN_S, request by req
         beyond that waits, and its connection is not read meanwhile.
 TURN-2  Addresses take turns, and the connections of an address among themselves: many connections of one address do
         not delay another address's.
-Verification: tests/server/test_turns.py.
+Verification: tests/server/test_connection_turns.py.
 """
 
 from __future__ import annotations
