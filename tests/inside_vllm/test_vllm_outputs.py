@@ -35,12 +35,12 @@ def test_memory(architecture: str, model: Callable[[str], Path], computed: Calla
 def test_slab_over_a_restart_of_vllm(
     architecture: str, model: Callable[[str], Path], computed: Callable[..., list[list[int]]], tmp_path: Path
 ) -> None:
-    extra = {"slab": [f"{tmp_path}/kv.slab:64MiB"]}
+    extra, expected = {"slab": [f"{tmp_path}/kv.slab:64MiB"]}, computed(architecture, PROMPTS)
     with running(model(architecture), extra) as engine:
         engine.ask(PROMPTS)
-        assert engine.again(PROMPTS, LOADABLE) == computed(architecture, PROMPTS)
+        assert engine.again(PROMPTS, LOADABLE) == expected
     with running(model(architecture), extra) as engine:
-        assert engine.again(PROMPTS, LOADABLE) == computed(architecture, PROMPTS)
+        assert engine.again(PROMPTS, LOADABLE) == expected
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -50,18 +50,19 @@ def test_a_pool_node_that_two_vllms_share(
     computed: Callable[..., list[list[int]]],
     pool_process: Callable[..., PoolProcess],
 ) -> None:
-    pool = pool_process("--memory", "64MiB")
+    pool, expected = pool_process("--memory", "64MiB"), computed(architecture, PROMPTS)
     with running(model(architecture), {"pool": pool.address}) as engine:
         engine.ask(PROMPTS)
         pool.wait_for_blocks(LOADABLE // BLOCK)
     with running(model(architecture), {"pool": pool.address}) as engine:
-        assert engine.again(PROMPTS, LOADABLE) == computed(architecture, PROMPTS)
+        assert engine.again(PROMPTS, LOADABLE) == expected
 
 
 def test_stock_scheduler_of_vllm(llama: Path, computed: Callable[..., list[list[int]]]) -> None:
+    expected = computed("llama", PROMPTS)
     with running(llama, {"memory": ["64MiB"]}, scheduler=False) as engine:
         engine.ask(PROMPTS)
-        assert engine.again(PROMPTS, LOADABLE) == computed("llama", PROMPTS)
+        assert engine.again(PROMPTS, LOADABLE) == expected
 
 
 def test_sliding_window_models_keep_their_allocator(model: Callable[[str], Path]) -> None:
@@ -109,12 +110,12 @@ def test_a_pool_node_that_restarts_gives_its_hits_again(
 def test_another_type_layout_or_model_is_a_miss(
     other: dict[str, Any], llama: Path, computed: Callable[..., list[list[int]]], pool_process: Callable[..., Any]
 ) -> None:
-    pool = pool_process("--memory", "64MiB")
+    pool, expected = pool_process("--memory", "64MiB"), computed("llama", PROMPTS)
     with running(llama, {"pool": pool.address}, **other) as engine:
         engine.ask(PROMPTS)
         engine.again(PROMPTS, LOADABLE)
     with running(llama, {"pool": pool.address}) as engine:
-        assert engine.ask(PROMPTS) == computed("llama", PROMPTS)
+        assert engine.ask(PROMPTS) == expected
         assert engine.counts().external == 0
 
 

@@ -88,7 +88,11 @@ class VllmEngine:
     ) -> None:
         from vllm import LLM
         from vllm.config import KVTransferConfig
+        from vllm.distributed.kv_transfer import has_kv_transfer_group
 
+        assert not has_kv_transfer_group(), (
+            "another engine runs in this process: vLLM would give its connector to this one"
+        )
         settings: dict[str, Any] = {
             "dtype": "float32",
             "block_size": VLLM_BLOCK,
@@ -104,7 +108,11 @@ class VllmEngine:
             settings["kv_transfer_config"] = KVTransferConfig(**connector_config(given) | {"kv_role": role})
             if scheduler:
                 settings["scheduler_cls"] = SCHEDULER
-        self.llm = LLM(model=str(model), **settings | flags)
+        try:
+            self.llm = LLM(model=str(model), **settings | flags)
+        except BaseException:
+            _clean_up()
+            raise
 
     def ask(
         self, prompts: Sequence[Sequence[int]], new_tokens: int = 12, salt: str | None = None, **sampling: Any
@@ -158,14 +166,21 @@ class VllmEngine:
         return self.llm.llm_engine.engine_core.engine_core.scheduler.connector
 
     def close(self) -> None:
-        import gc
-
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        _clean_up()
+
+
+def _clean_up() -> None:
+    """What vLLM keeps for the whole process, also of an engine that did not start."""
+    import gc
+
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    ensure_kv_transfer_shutdown()
+    gc.collect()
+    cleanup_dist_env_and_memory()
 
 
 @contextlib.contextmanager
