@@ -14,10 +14,12 @@ from typing import Any
 
 from penstock.core.connection_budget import ConnectionBudget, network_of
 from penstock.rate_limited_log import RateLimitedLog
+from penstock.server.turns import WINDOW_S
 
 rare = RateLimitedLog(logging.getLogger(__name__))
 
-ACCEPTED_AT_ONCE = 4  # then the event loop does other work
+ACCEPTED_AT_ONCE = 8  # in WINDOW_S; then the event loop does other work
+ACCEPTED_WHILE_BUSY = 2  # as many as requests are started in it, see turns.REQUEST_S
 PAUSE_S = 0.05  # after an accept that failed for want of descriptors or memory
 TLS_CLOSE_S = 5.0  # how long a client may take to answer the end of TLS
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -62,8 +64,8 @@ class Acceptor:
         tls: ssl.SSLContext | None,
         handshake_timeout_s: float,
     ) -> None:
-        """`listener` listens; it stays the caller's. `busy`: whether there is work from connections before; then others
-        are accepted one by one, so that those who have sent their requests keep their places."""
+        """`listener` listens; it stays the caller's. `busy`: whether there is work from connections before; then fewer
+        are accepted, so that those who have sent their requests keep their places."""
         self.budget = budget
         self._listener = listener
         self._protocol = protocol
@@ -105,7 +107,7 @@ class Acceptor:
         self._admitted.pop(number, None)
 
     def _accept(self) -> None:
-        for _ in range(1 if self._busy() else ACCEPTED_AT_ONCE):
+        for _ in range(ACCEPTED_WHILE_BUSY if self._busy() else ACCEPTED_AT_ONCE):
             try:
                 client, address = self._listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -114,14 +116,18 @@ class Acceptor:
                 self._failed(error)
                 return
             self._admit(client, address)
+        self._pause_for(WINDOW_S)
 
     def _failed(self, error: OSError) -> None:
         """Descriptors ran out: an idle connection goes, and the next attempt is a moment later."""
         rare.warning("accept", "no connection could be accepted: %s", error.strerror or error)
         if error.errno in _NO_ROOM:
             self.close_all(self.budget.make_room())
+        self._pause_for(PAUSE_S)
+
+    def _pause_for(self, seconds: float) -> None:
         self._loop.remove_reader(self._listener)
-        self._pause = self._loop.call_later(PAUSE_S, self._go_on)
+        self._pause = self._loop.call_later(seconds, self._go_on)
 
     def _go_on(self) -> None:
         if self._open:

@@ -80,11 +80,12 @@ def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[HttpT
             for cycle in (self.cycle, self._running):
                 if cycle is not None and not cycle.response_complete:
                     cycle.disconnected = True  # it writes no more, and learns it in its turn
-            in_turn = bool(self._received) and not self._behind_another
             self._drop_received()
             self._gone = True
-            if not in_turn:
-                self._turns.received(self)
+            if self._running is not None and not self._running.response_complete:
+                self._turns.received(self)  # whoever answers is told in this connection's turn
+            else:
+                self._turns.forget(self)
             self.parser = None
 
         def data_received(self, data: bytes) -> None:
