@@ -1,4 +1,4 @@
-"""A process with one port that the tests flood: `python tests/flooded.py pool|relay|router|vllm`.
+"""A process with one port that the tests flood: `python -m tests.flooded pool|relay|router|vllm`.
 
 It prints where it listens (of vLLM's link: the engine's id), serves until its standard input ends, and has no more in
 it than that port needs.

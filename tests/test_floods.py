@@ -4,25 +4,23 @@ comes then is served."""
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from flood import WAIT_S, Connect, Flat, connect_to, cut_connections, said_and_ended
-from flooded import ENGINE_ID, SECRET
 
-import penstock
 from penstock.cluster import wire as cluster_wire
 from penstock.transport import wire
 from penstock.transport.secret import prove_as_client
 from penstock.units import parse_address
 from penstock.vllm.link import Greet, connect, socket_name
+from tests.children import with_tests
+from tests.flood import WAIT_S, Connect, Flat, connect_to, cut_connections, said_and_ended
+from tests.flooded import ENGINE_ID, SECRET
 
 CUT = 10_000
 BAD = 100_000
@@ -54,11 +52,9 @@ NODE_SAYS = [
 @contextlib.contextmanager
 def flooded(what: str) -> Iterator[tuple[int, str]]:
     """A process with that port: its number, and where it listens."""
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(Path(penstock.__file__).parents[1]), str(here)])
     process = subprocess.Popen(
-        [sys.executable, "-P", str(here / "flooded.py"), what], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True, env={**os.environ, "PYTHONPATH": paths},
+        [sys.executable, "-P", "-m", "tests.flooded", what], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True, env=with_tests(),
     )  # fmt: skip
     try:
         assert process.stdout is not None

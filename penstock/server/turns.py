@@ -7,7 +7,7 @@ TURN-1  In each WINDOW_S, parsing takes about TURN_S, request by request and sli
         that pipeline).
 TURN-2  Addresses take turns, and the connections of an address among themselves: many connections of one address do
         not delay another address's.
-Verification: tests/server/test_connection_turns.py; tests/server/attacks.py measures it.
+Verification: tests/server/test_connection_turns.py; `python -m tests.server.attacks` measures it.
 """
 
 from __future__ import annotations

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.children import CHECKOUT, with_tests
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-PYTHON = os.environ.get("PENSTOCK_PYTHON") or str(ROOT / ".venv/bin/python")
+PYTHON = os.environ.get("PENSTOCK_PYTHON") or str(CHECKOUT / ".venv/bin/python")
 MODEL, KEY, CONTEXT = "tiny", "sk-test-key", 512
 WAIT_S = 120.0
 TOO_LONG = "word " * 5000  # tokens beyond CONTEXT
@@ -89,14 +90,13 @@ def build_model(folder: Path, context: int) -> None:
 @contextmanager
 def serve(arguments: list[str], model: str) -> Iterator[Server]:
     """A server on the product's interpreter, until the end of the block; it has to end in order."""
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         [PYTHON, "-P", *arguments],
         stdout=subprocess.PIPE,
         stderr=sys.stderr,
         text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": paths},
+        cwd=CHECKOUT,
+        env=with_tests(),
     )
     try:
         assert process.stdout is not None
@@ -110,7 +110,7 @@ def serve(arguments: list[str], model: str) -> Iterator[Server]:
 
 def run(command: list[str], given: str = "") -> str:
     """What a command prints that gets `given` from stdin; it has to succeed."""
-    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=WAIT_S, cwd=ROOT)
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=WAIT_S, cwd=CHECKOUT)
     said = f"{done.stdout[-2000:]}{done.stderr[-2000:]}"
     assert done.returncode == 0, f"{command[0]} ended with {done.returncode}: {said}"
     return done.stdout

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
 
 if importlib.util.find_spec("litellm") is None:  # one test stays, and says why it is skipped
     collect_ignore = [path.name for path in HERE.glob("test_*.py") if path.name != "test_clients_environment.py"]
@@ -24,7 +22,7 @@ else:
         LANGSMITH_TRACING="false",
         OPENAI_API_KEY="unused",
     )
-    from client_rig import CONTEXT, KEY, MODEL, Server, build_model, serve
+    from tests.clients.client_rig import CONTEXT, KEY, MODEL, Server, build_model, serve
 
     @pytest.fixture(scope="session")
     def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -36,5 +34,5 @@ else:
 
     @pytest.fixture(scope="session")
     def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-        with serve([str(HERE / "echo_server.py"), "64", "2", "0"], "echo") as one:
+        with serve(["-m", "tests.clients.echo_server", "64", "2", "0"], "echo") as one:
             yield one

@@ -1,6 +1,6 @@
 """The product's HTTP server over an engine that answers with the prompt's own tokens; run by the product's interpreter.
 
-    python echo_server.py HOLD_AFTER MAX_OPEN PORT
+    python -m tests.clients.echo_server HOLD_AFTER MAX_OPEN PORT
 
 Requests stop at HOLD_AFTER tokens until their client leaves; MAX_OPEN are taken, and more get a 429.
 """
@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import signal
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "server"))
-
-from echo_engine import EchoEngine
 
 from penstock.server.app import ServerApp
 from penstock.server.run import HttpServer, bind, url_of
 from penstock.server.settings import ServerSettings
 from penstock.server.text import TextCodec
 from penstock.testing.tiny_models import TINY_VOCABULARY, build_tokenizer
+from tests.server.echo_engine import EchoEngine
 
 STEP_S = 0.005  # so that tokens come in chunks of their own
 

@@ -8,7 +8,8 @@ from collections import Counter
 
 import aiohttp
 import pytest
-from client_rig import KEY, MESSAGES, UNICODE, Server, wait_until
+
+from tests.clients.client_rig import KEY, MESSAGES, UNICODE, Server, wait_until
 
 HEADERS = {"authorization": f"Bearer {KEY}"}
 

@@ -6,7 +6,8 @@ import json
 import shutil
 
 import pytest
-from client_rig import KEY, MESSAGES, TOO_LONG, Server, run
+
+from tests.clients.client_rig import KEY, MESSAGES, TOO_LONG, Server, run
 
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
 VERSIONS = ["--http1.0", "--http1.1", "--http2"]

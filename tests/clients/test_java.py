@@ -6,7 +6,8 @@ import json
 import shutil
 
 import pytest
-from client_rig import HERE, KEY, Server, run, wait_until
+
+from tests.clients.client_rig import HERE, KEY, Server, run, wait_until
 
 VERSIONS = ["HTTP_1_1", "HTTP_2"]
 

@@ -6,10 +6,11 @@ import asyncio
 
 import openai
 import pytest
-from client_rig import CONTEXT, KEY, TOO_LONG, UNICODE, Server, wait_until
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI, OpenAI
+
+from tests.clients.client_rig import CONTEXT, KEY, TOO_LONG, UNICODE, Server, wait_until
 
 
 def model_of(server: Server, key: str = KEY, **more: object) -> ChatOpenAI:

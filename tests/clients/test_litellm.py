@@ -7,7 +7,8 @@ from typing import Any
 
 import litellm
 import pytest
-from client_rig import CONTEXT, HISTORY, KEY, MESSAGES, TOO_LONG, UNICODE, Server, wait_until
+
+from tests.clients.client_rig import CONTEXT, HISTORY, KEY, MESSAGES, TOO_LONG, UNICODE, Server, wait_until
 
 litellm.suppress_debug_info = True
 

@@ -7,7 +7,8 @@ import shutil
 from typing import Any
 
 import pytest
-from client_rig import HERE, KEY, UNICODE, Server, run, wait_until
+
+from tests.clients.client_rig import HERE, KEY, UNICODE, Server, run, wait_until
 
 NODE = HERE / "node"
 

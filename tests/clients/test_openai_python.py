@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from client_rig import CONTEXT, HERE, HISTORY, KEY, MESSAGES, TOO_LONG, UNICODE, Server, serve, wait_until
 
-ECHO_SERVER = str(HERE / "echo_server.py")
+from tests.clients.client_rig import CONTEXT, HISTORY, KEY, MESSAGES, TOO_LONG, UNICODE, Server, serve, wait_until
+
+ECHO_SERVER = ("-m", "tests.clients.echo_server")
 
 
 @pytest.fixture
@@ -167,7 +168,7 @@ def test_retries_outlast_a_restart() -> None:
         with openai.OpenAI(base_url=url, api_key="none", max_retries=40, timeout=120) as client:
             answers.append(client.completions.create(model="echo", prompt="abc", max_tokens=3).choices[0].text)
 
-    with serve([ECHO_SERVER, "2", "2", "0"], "echo") as old:
+    with serve([*ECHO_SERVER, "2", "2", "0"], "echo") as old:
         thread = threading.Thread(target=ask, args=[old.v1])
         thread.start()
         client = openai.OpenAI(base_url=old.v1, api_key="none", max_retries=0, timeout=120)
@@ -178,7 +179,7 @@ def test_retries_outlast_a_restart() -> None:
     with pytest.raises(openai.APIError) as cut:
         list(stream)
     assert cut.value.code == "shutting_down"
-    with serve([ECHO_SERVER, "64", "2", old.url.rpartition(":")[2]], "echo") as new:
+    with serve([*ECHO_SERVER, "64", "2", old.url.rpartition(":")[2]], "echo") as new:
         thread.join(200)
         assert answers == ["abc"] and time.monotonic() - ended_s > 5
         assert new.answered(200) >= 1

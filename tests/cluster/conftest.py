@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from paths_rig import GREEDY, MIB, mixed
 
 from penstock.engine.runner import SamplingParams
 from penstock.pool.open import open_local_pool
 from penstock.testing.tiny_models import build_tiny
 from penstock.transport.node import PoolNode
+from tests.cluster.paths_rig import GREEDY, MIB, mixed
 
 
 @pytest.fixture(scope="session")

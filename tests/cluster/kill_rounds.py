@@ -1,6 +1,6 @@
 """kill -9 of the processes of a real cluster at random times under load: no client gets a wrong or doubled token.
 
-By hand: `python tests/cluster/kill_rounds.py 100` kills 100 times and prints the counts; `20 --seed 2` are 20 rounds of
+By hand: `python -m tests.cluster.kill_rounds 100` kills 100 times and prints the counts; `20 --seed 2` are 20 rounds of
 other times and victims, `--out FOLDER` keeps what the processes said. The tests run a few rounds.
 """
 

@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from asking import WAIT_S, Answer
-
 from penstock.cluster.build_host import HostConfig, Role, open_host
 from penstock.cluster.host import EngineHost
 from penstock.cluster.placed import PlacedRequest
@@ -19,6 +17,7 @@ from penstock.engine.runner import SamplingParams
 from penstock.pool.open import open_local_pool
 from penstock.transport.node import PoolNode
 from penstock.transport.tls import PeerTls
+from tests.asking import WAIT_S, Answer
 
 BLOCK = 16
 MIB = 1 << 20

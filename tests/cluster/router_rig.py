@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from asking import WAIT_S
-
 from penstock.cluster.agent import AgentSettings, EngineAgent
 from penstock.cluster.live_view import ui_routes
 from penstock.cluster.placed import EngineReport, LinkReport, PlacedRequest
@@ -25,6 +23,7 @@ from penstock.server.run import HttpServer, bind, url_of
 from penstock.server.settings import ServerSettings
 from penstock.transport.secret import Secret
 from penstock.transport.tls import PeerTls
+from tests.asking import WAIT_S
 
 VOCABULARY = 1000
 SECRET = Secret(b"a secret of these tests")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 import time
 
 import pytest
-from asking import wait_until
-from router_rig import cluster, expected
+
+from tests.asking import wait_until
+from tests.children import with_tests
+from tests.cluster.router_rig import cluster, expected
 
 UNSHARE = ("unshare", "--fork", "--kill-child", "--time", "--monotonic", "600", "--boottime", "600")
 ENGINE = """
 import sys, time
-from router_rig import SECRET, Cluster, CountingHost
+from tests.cluster.router_rig import SECRET, Cluster, CountingHost
 from penstock.cluster.agent import AgentSettings, EngineAgent
 agent = EngineAgent(CountingHost(), Cluster.card(None, "far"), AgentSettings(("127.0.0.1", int(sys.argv[1])), SECRET))
 print(time.monotonic(), flush=True)
@@ -41,7 +42,7 @@ def test_an_engine_whose_clock_is_ten_minutes_ahead() -> None:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            env=with_tests(),
         ) as far:
             try:
                 assert far.stdout is not None and far.stdin is not None

@@ -8,10 +8,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from asking import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
-from router_rig import CountingHost, cluster, expected
 
 from penstock.cluster import wire
 from penstock.cluster.held import asked_digest
@@ -19,6 +17,8 @@ from penstock.cluster.placed import EngineReport, LinkReport, PlacedRequest
 from penstock.cluster.wire_types import clip, within
 from penstock.engine.api import RequestReport, TokenEvent
 from penstock.engine.runner import SamplingParams
+from tests.asking import wait_until
+from tests.cluster.router_rig import CountingHost, cluster, expected
 
 LINK = LinkReport(relay="d:1", direction="read", load_bytes_per_s=1.0, backlog_bytes=1, bytes_per_s=1.0)
 REPORT = EngineReport(compute=(1e-3, 1e-4, 1e-9), storage_bytes_per_s=1.0, links=[LINK])

@@ -7,8 +7,6 @@ import socket
 from pathlib import Path
 
 import pytest
-from asking import wait_until
-from router_rig import SECRET, Client, Cluster, CountingHost, Wire, cluster, expected
 
 from penstock.cluster import wire
 from penstock.cluster.build_host import HostConfig, open_host
@@ -21,6 +19,8 @@ from penstock.engine.config import EngineConfig
 from penstock.server.text import load_text_codec
 from penstock.testing.tiny_models import build_tiny
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES, Secret
+from tests.asking import wait_until
+from tests.cluster.router_rig import SECRET, Client, Cluster, CountingHost, Wire, cluster, expected
 
 PROMPT = [5, 6, 7, 8]
 

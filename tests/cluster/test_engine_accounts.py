@@ -7,10 +7,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from asking import prompt_of, wait_until
-from paths_rig import BLOCK, cluster
-from router_rig import CountingHost
-from router_rig import cluster as routers
 
 from penstock.cluster.build_host import HostConfig, open_host
 from penstock.cluster.engine_accounts import PREFILL_TOKENS_PER_S, prompt_tokens_per_s
@@ -21,6 +17,10 @@ from penstock.core.cluster.placing import InterEngineConfig
 from penstock.core.cost import ComputeCost
 from penstock.engine.config import EngineConfig
 from penstock.engine.profile import load_profile
+from tests.asking import prompt_of, wait_until
+from tests.cluster.paths_rig import BLOCK, cluster
+from tests.cluster.router_rig import CountingHost
+from tests.cluster.router_rig import cluster as routers
 
 COST = (0.01, 1e-4, 1e-9)
 MIB = 1 << 20

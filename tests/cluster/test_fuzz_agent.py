@@ -10,17 +10,17 @@ import socket
 import threading
 
 import pytest
-from asking import wait_until
-from fuzz_messages import MESSAGES, SEED, Piece, Protocol, mutants
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from process_figures import back_to, figures
-from router_rig import SECRET, WAIT_S, CountingHost, cluster, expected
 
 from penstock.cluster import wire
 from penstock.cluster.agent import AgentSettings, EngineAgent
 from penstock.guarded_thread import thread_failures
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES
+from tests.asking import wait_until
+from tests.cluster.router_rig import SECRET, WAIT_S, CountingHost, cluster, expected
+from tests.fuzz_messages import MESSAGES, SEED, Piece, Protocol, mutants
+from tests.process_figures import back_to, figures
 
 MIB = 1 << 20
 FROM_ROUTER = Protocol("from a router", wire.FromRouter, wire.decode_from_router, wire.ProtocolError)

@@ -7,11 +7,11 @@ from typing import Any
 
 import msgspec
 import pytest
-from fuzz_messages import MESSAGES, Protocol, fuzz_kind
 
 from penstock.cluster import wire
 from penstock.cluster.placed import EngineReport
 from penstock.engine.api import RequestReport
+from tests.fuzz_messages import MESSAGES, Protocol, fuzz_kind
 
 SHARE = 0.35  # of PENSTOCK_FUZZ_MESSAGES
 REPORTS = {(cls, "report"): RequestReport | None for cls in (wire.Held, wire.Event)}

@@ -13,10 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fuzz_messages import MESSAGES, SEED, Piece, Protocol, mutants
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from process_figures import back_to, figures
 
 from penstock.cluster.buffer import DecodeBuffer
 from penstock.cluster.incoming import Incoming
@@ -32,6 +30,8 @@ from penstock.pool.losses import losses
 from penstock.pool.open import open_local_pool
 from penstock.transport import wire
 from penstock.transport.one_sided import open_mover
+from tests.fuzz_messages import MESSAGES, SEED, Piece, Protocol, mutants
+from tests.process_figures import back_to, figures
 
 MIB = 1 << 20
 BLOCK, BLOCK_BYTES, BLOCKS = 16, 4096, 64

@@ -15,12 +15,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from asking import wait_until
-from fuzz_messages import MESSAGES, SEED, Piece, Protocol, mutants
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from process_figures import back_to, figures
-from router_rig import SECRET, VOCABULARY, WAIT_S, Cluster, cluster, expected
 
 from penstock.cluster import orphans, port, wire
 from penstock.cluster.held import asked_digest
@@ -34,6 +30,10 @@ from penstock.engine.runner import SamplingParams
 from penstock.guarded_thread import thread_failures
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES
+from tests.asking import wait_until
+from tests.cluster.router_rig import SECRET, VOCABULARY, WAIT_S, Cluster, cluster, expected
+from tests.fuzz_messages import MESSAGES, SEED, Piece, Protocol, mutants
+from tests.process_figures import back_to, figures
 
 MIB = 1 << 20
 REPORTS = {(cls, "report"): RequestReport | None for cls in (wire.Held, wire.Event)}

@@ -11,8 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from asking import WAIT_S, wait_until
-from router_rig import cluster
 
 from penstock.cluster import held
 from penstock.cluster.buffer import DecodeBuffer
@@ -28,6 +26,8 @@ from penstock.engine.runner import SamplingParams
 from penstock.pool.api import PoolError
 from penstock.pool.open import open_local_pool
 from penstock.transport.node import PoolNode
+from tests.asking import WAIT_S, wait_until
+from tests.cluster.router_rig import cluster
 
 BLOCK = 16
 

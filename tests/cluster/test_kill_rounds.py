@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kill_rounds import kill_rounds
+from tests.cluster.kill_rounds import kill_rounds
 
 
 def test_processes_are_killed_under_load(tmp_path: Path) -> None:

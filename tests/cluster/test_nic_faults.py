@@ -8,8 +8,6 @@ import secrets
 from collections.abc import Iterator
 
 import pytest
-from asking import wait_until
-from router_rig import Client
 
 from penstock.bench.experiments.dualpath_agents import BLOCK_TOKENS, Agent, AgentTurn
 from penstock.bench.experiments.dualpath_testbed import Scale, Topology
@@ -19,6 +17,8 @@ from penstock.cluster.router import ClusterEngine
 from penstock.engine.api import GenerationRequest
 from penstock.engine.runner import SamplingParams
 from penstock.sim.cluster_shape import SPLIT
+from tests.asking import wait_until
+from tests.cluster.router_rig import Client
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))

@@ -7,9 +7,8 @@ import threading
 import weakref
 from functools import partial
 
-from asking import WAIT_S
-
 from penstock.cluster.deadlines import SWEEP, Deadlines
+from tests.asking import WAIT_S
 
 
 class Held:

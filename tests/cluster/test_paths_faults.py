@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from asking import Answer, prompt_of, wait_until
-from faulty_wire import FaultyWire
-from paths_rig import BLOCK, GREEDY, Cluster, beside, cluster
 
 from penstock.engine.api import InvalidRequest
 from penstock.engine.runner import SamplingParams
+from tests.asking import Answer, prompt_of, wait_until
+from tests.cluster.faulty_wire import FaultyWire
+from tests.cluster.paths_rig import BLOCK, GREEDY, Cluster, beside, cluster
 
 Expected = Callable[..., list[int]]
 Wire = Callable[[Cluster], FaultyWire]

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from asking import Answer, prompt_of
-from paths_rig import BLOCK, Cluster, beside, cluster, mixed
 
 from penstock.engine.runner import SamplingParams
 from penstock.testing.tiny_models import build_tiny
+from tests.asking import Answer, prompt_of
+from tests.cluster.paths_rig import BLOCK, Cluster, beside, cluster, mixed
 
 Expected = Callable[..., list[int]]
 SIXTEEN = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import Answer, prompt_of
-from paths_rig import MIB, beside, cluster, mixed
 
 from penstock.engine.runner import SamplingParams
+from tests.asking import Answer, prompt_of
+from tests.cluster.paths_rig import MIB, beside, cluster, mixed
 
 PROFILE = "h100-llama-3.1-8b"
 TOKENS = 64

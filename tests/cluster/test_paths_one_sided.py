@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from asking import prompt_of
-from faulty_wire import FaultyWire
-from paths_rig import BLOCK, beside, cluster
 
 from penstock.cluster.one_sided_links import read_one_sided
 from penstock.pool.api import PoolError
 from penstock.pool.checksum import block_checksum
 from penstock.pool.mac import check_block
 from penstock.transport.one_sided import Mover, open_mover
+from tests.asking import prompt_of
+from tests.cluster.faulty_wire import FaultyWire
+from tests.cluster.paths_rig import BLOCK, beside, cluster
 
 Expected = Callable[..., list[int]]
 BLOCKS = 12

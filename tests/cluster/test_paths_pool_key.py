@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import prompt_of
-from paths_rig import BLOCK, MIB, beside, cluster
 
 from penstock.cluster.buffer import DecodeBuffer
 from penstock.cluster.relay import RelayNode
@@ -26,6 +24,8 @@ from penstock.pool.wrapped import WrappedPool
 from penstock.transport.one_sided import FarMemory
 from penstock.transport.shared_memory import SharedMemoryMover
 from penstock.units import format_address
+from tests.asking import prompt_of
+from tests.cluster.paths_rig import BLOCK, MIB, beside, cluster
 
 Expected = Callable[..., list[int]]
 BLOCKS, SIZE, WAIT_S = 12, 8192, 20.0

@@ -8,12 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-from kill_rounds import CLUSTER, Load, kill, running, until_up
-
 from penstock.cluster.supervisor import Child, Supervisor
 from penstock.pool.api import PoolError, PoolStat
 from penstock.transport.connect import connect_pool
 from penstock.transport.secret import Secret
+from tests.cluster.kill_rounds import CLUSTER, Load, kill, running, until_up
 
 ANSWERS = 12
 MORE_S = 60.0

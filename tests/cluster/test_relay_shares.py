@@ -8,8 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from asking import WAIT_S, wait_until
-from flooded import BLOCK_BYTES
 
 from penstock.cluster import incoming as incoming_module
 from penstock.cluster import lending as lending_module
@@ -24,6 +22,8 @@ from penstock.pool.open import open_local_pool
 from penstock.transport import wire
 from penstock.transport.connection import Connection, Pending
 from penstock.transport.shared_memory import SharedMemoryMover
+from tests.asking import WAIT_S, wait_until
+from tests.flooded import BLOCK_BYTES
 
 BLOCKS = 64
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import httpx
 import pytest
-from asking import WAIT_S, wait_until
-from router_rig import Client, Cluster, CountingHost, cluster, expected, page_of
 
 from penstock.cluster import wire
 from penstock.cluster.placed import PlacedRequest
 from penstock.engine.api import InvalidRequest, Overloaded, TokenEvent
+from tests.asking import WAIT_S, wait_until
+from tests.cluster.router_rig import Client, Cluster, CountingHost, cluster, expected, page_of
 
 PROMPT = [5, 6, 7, 8]
 HEADERS = {"x-request-id": "of-a-gateway"}

@@ -8,11 +8,11 @@ import threading
 from typing import Any
 
 import pytest
-from asking import WAIT_S, wait_until
-from router_rig import SECRET, Client, CountingHost, cluster, expected
 
 from penstock.cluster import wire
 from penstock.cluster.router import ClusterEngine, RouterSettings
+from tests.asking import WAIT_S, wait_until
+from tests.cluster.router_rig import SECRET, Client, CountingHost, cluster, expected
 
 PROMPT = [5, 6, 7, 8]
 

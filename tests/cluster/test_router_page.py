@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-from asking import wait_until
-from browser import shown_in_browser
-from router_rig import Cluster, CountingHost, cluster, page_of
 
 from penstock.cluster.placed import LinkReport
+from tests.asking import wait_until
+from tests.browser import shown_in_browser
+from tests.cluster.router_rig import Cluster, CountingHost, cluster, page_of
 
 LINKS = [
     LinkReport(relay="d:1", direction="read", load_bytes_per_s=30e6, backlog_bytes=60_000_000, bytes_per_s=40e6),

@@ -8,13 +8,13 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from asking import WAIT_S, wait_until
-from flood import reset
-from router_rig import SECRET, Client, CountingHost, cluster
 
 from penstock.cluster import port as port_module
 from penstock.cluster import wire
 from penstock.transport.secret import prove_as_client
+from tests.asking import WAIT_S, wait_until
+from tests.cluster.router_rig import SECRET, Client, CountingHost, cluster
+from tests.flood import reset
 
 PROMPT = [5, 6, 7, 8]
 KINDS = {"silent": b"", "greets": wire.greeting(), "drips": wire.greeting() + bytes(40)}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from router_rig import CountingHost, cluster
 
 from penstock.cluster.flags import read_router_flags, server_settings
 from penstock.core.config import ConfigError
@@ -18,6 +17,7 @@ from penstock.server.flags import read_flags
 from penstock.server.flags import server_settings as serve_settings
 from penstock.server.run import HttpServer, bind, url_of
 from penstock.server.settings import ServerSettings
+from tests.cluster.router_rig import CountingHost, cluster
 
 
 def key_file(folder: Path) -> Path:

@@ -9,16 +9,16 @@ from typing import Any
 
 import httpx
 import msgspec
-import paths_rig
 import pytest
-from asking import WAIT_S, Answer, prompt_of
-from router_rig import cluster, page_of
 
 from penstock.cluster.build_host import HostConfig, open_host
 from penstock.cluster.held import asked_digest
 from penstock.cluster.placed import PlacedRequest
 from penstock.engine.runner import SamplingParams
 from penstock.engine.shaping import Shaping
+from tests.asking import WAIT_S, Answer, prompt_of
+from tests.cluster import paths_rig
+from tests.cluster.router_rig import cluster, page_of
 
 EOS = 1
 

@@ -7,10 +7,10 @@ import sys
 from typing import Any
 
 import pytest
-from asking import wait_until
 
 from penstock.cluster.cluster_config import ProcessSpec
 from penstock.cluster.supervisor import Child, Supervisor
+from tests.asking import wait_until
 
 
 def spec(name: str) -> ProcessSpec:

@@ -10,13 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from asking import prompt_of, wait_until
-from authorities import Authority, new_authority
-from kill_rounds import CLUSTER, ask, prompts, running
-from paths_rig import BLOCK, beside
-from paths_rig import cluster as paths_cluster
-from router_rig import SECRET, cluster
-from test_control_plane import finished
 
 from penstock.cluster import port, wire
 from penstock.cluster.cluster_config import read_cluster_config
@@ -26,6 +19,13 @@ from penstock.pool.api import PoolError
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.testing.certificates import PeerFiles
 from penstock.transport.secret import Secret
+from tests.asking import prompt_of, wait_until
+from tests.authorities import Authority, new_authority
+from tests.cluster.kill_rounds import CLUSTER, ask, prompts, running
+from tests.cluster.paths_rig import BLOCK, beside
+from tests.cluster.paths_rig import cluster as paths_cluster
+from tests.cluster.router_rig import SECRET, cluster
+from tests.cluster.test_control_plane import finished
 
 PROMPT = list(range(1, 30))
 

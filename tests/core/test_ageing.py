@@ -5,13 +5,13 @@ from __future__ import annotations
 import statistics
 
 import pytest
-from brain_rig import BLOCK, Bench, prompt_of, spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.core.ageing import SHARE_OF_WORST, Ageing
 from penstock.core.config import ConfigError, SchedulerConfig
 from penstock.core.engine.request import Request
+from tests.core.brain_rig import BLOCK, Bench, prompt_of, spec
 
 OWN_S, BOUND_S = 1.0, 60.0
 

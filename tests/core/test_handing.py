@@ -8,14 +8,13 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Literal
 
-from test_scheduler_histories import BLOCK, BLOCK_BYTES, ROUTES, Histories, kv_of
-
 from penstock.core.config import POLICIES
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
 from penstock.core.engine.scheduler import LoadScheduler, WaitingQueueFull
 from penstock.core.engine.sides import route_hits
 from penstock.core.keys import KeyChain, root_key
 from penstock.core.operations import BlockHit, Drop, Emit, Fetch, Forward, HandOff, RequestSpec, Save, Upload
+from tests.core.test_scheduler_histories import BLOCK, BLOCK_BYTES, ROUTES, Histories, kv_of
 
 HISTORIES = 250
 STEPS = 70

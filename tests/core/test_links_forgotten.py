@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from brain_rig import BLOCK, Bench, prompt_of, spec
-
 from penstock.core.cost import LEARNED_LINKS_MAX, ComputeCost, CostModel, LinkCost
 from penstock.core.engine.fetching import LINK_FORGET_S, LINKS_IDLE_MAX
+from tests.core.brain_rig import BLOCK, Bench, prompt_of, spec
 
 
 def test_the_links_of_decode_engines_that_started_again_are_forgotten() -> None:

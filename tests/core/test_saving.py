@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from brain_rig import LINK, Bench, overlap_s
+
+from tests.core.brain_rig import LINK, Bench, overlap_s
 
 
 @pytest.mark.parametrize("saves_yield", [False, True])

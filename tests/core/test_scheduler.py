@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
-from brain_rig import BLOCK, BLOCK_BYTES, LINK, Bench, overlap_s, prompt_of, spec
 
 from penstock.core.config import ConfigError, SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
 from penstock.core.engine.scheduler import LoadScheduler, WaitingQueueFull
 from penstock.core.operations import BlockHit, Lookup, RequestSpec
+from tests.core.brain_rig import BLOCK, BLOCK_BYTES, LINK, Bench, overlap_s, prompt_of, spec
 
 LONG, SHORT = 60, 10  # blocks: 60 and 10 ms on the link
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 
-from test_scheduler_histories import ROUTES, Histories
-
 from penstock.core.config import POLICIES
+from tests.core.test_scheduler_histories import ROUTES, Histories
 
 HISTORIES = 1000
 STEPS = 60

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from brain_rig import BLOCK, BLOCK_BYTES, LINK, Bench, prompt_of, spec
 
 from penstock.core.cost import ComputeCost
+from tests.core.brain_rig import BLOCK, BLOCK_BYTES, LINK, Bench, prompt_of, spec
 
 
 def test_one_request_takes_what_arithmetic_says() -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_rig import serving
 
 from penstock.engine.hf_runner import HFRunner
 from penstock.pool.open import open_local_pool
 from penstock.testing.tiny_models import ARCHITECTURES, build_tiny
+from tests.engine.engine_rig import serving
 
 L1_PAGES = 128
 

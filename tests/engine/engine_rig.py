@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from asking import WAIT_S, Answer, wait_until
-
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel, LinkCost
 from penstock.core.new_block import NewBlock
@@ -19,6 +17,7 @@ from penstock.engine.engine import Engine, new_request_id
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
 from penstock.pool.api import Done, Lease, Located, Pool, PoolError, ReadCheck
 from penstock.pool.wrapped import WrappedPool
+from tests.asking import WAIT_S, Answer, wait_until
 
 BLOCK = 16
 

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from asking import Answer, prompt_of, wait_until
-from engine_rig import BLOCK, WatchedPool, WatchedRunner, serving
 
 from penstock.core.config import POLICIES, ConfigError
 from penstock.core.new_block import NewBlock, tenant_tag
@@ -26,6 +24,8 @@ from penstock.pool.open import open_local_pool
 from penstock.testing.tiny_models import ARCHITECTURES
 from penstock.transport.connect import connect_pool
 from penstock.transport.node import PoolNode
+from tests.asking import Answer, prompt_of, wait_until
+from tests.engine.engine_rig import BLOCK, WatchedPool, WatchedRunner, serving
 
 RunnerOf = Callable[[str], HFRunner]
 BLOCKS = 9  # full blocks of the long prompts

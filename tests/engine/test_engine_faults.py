@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import WAIT_S, Answer, prompt_of, wait_until
-from engine_rig import BLOCK, Rig, WatchedPool, WatchedRunner, serving
 
 from penstock.core.keys import block_keys
 from penstock.engine.api import GenerationRequest, InvalidRequest, Overloaded, TokenEvent
@@ -28,6 +26,8 @@ from penstock.pool.header import HEADER_BYTES
 from penstock.pool.open import open_local_pool
 from penstock.testing.tiny_models import build_tiny
 from penstock.transport.connect import connect_pool
+from tests.asking import WAIT_S, Answer, prompt_of, wait_until
+from tests.engine.engine_rig import BLOCK, Rig, WatchedPool, WatchedRunner, serving
 
 CLOSE_S = 5.0
 BLOCKS = 12

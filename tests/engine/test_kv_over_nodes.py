@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from asking import WAIT_S, Answer, prompt_of, wait_until
-from engine_rig import BLOCK, Rig, serving
 
 from penstock.engine.api import GenerationRequest
 from penstock.engine.build import build_engine
@@ -23,6 +21,8 @@ from penstock.pool.api import PoolError
 from penstock.pool.open import open_local_pool
 from penstock.pool.union import UnionPool
 from penstock.transport.connect import open_union
+from tests.asking import WAIT_S, Answer, prompt_of, wait_until
+from tests.engine.engine_rig import BLOCK, Rig, serving
 
 BLOCKS = 18
 PROMPT = prompt_of(301, BLOCKS * BLOCK + 5)

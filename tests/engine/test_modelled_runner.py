@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from asking import Answer, prompt_of
-from engine_rig import WatchedPool, serving
 
 from penstock.core.config import ConfigError
 from penstock.engine.api import GenerationRequest
@@ -21,6 +19,8 @@ from penstock.engine.profile import load_profile
 from penstock.engine.runner import Chunk, SamplingParams
 from penstock.pool.api import Pool
 from penstock.pool.open import open_local_pool
+from tests.asking import Answer, prompt_of
+from tests.engine.engine_rig import WatchedPool, serving
 
 GREEDY = SamplingParams(temperature=0.0)
 _sleep = time.sleep

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from asking import prompt_of, wait_until
-from engine_rig import BLOCK, Rig, WatchedRunner, serving
 from safetensors.torch import load_file, save_file
 
 from penstock.core.keys import block_keys
@@ -20,6 +18,8 @@ from penstock.engine.runner import Chunk, SamplingParams
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Pool, PoolError
 from penstock.testing.tiny_models import build_tiny
+from tests.asking import prompt_of, wait_until
+from tests.engine.engine_rig import BLOCK, Rig, WatchedRunner, serving
 
 BAD_TOKEN = 375  # no prompt of `prompt_of` has it
 PAGES = 24

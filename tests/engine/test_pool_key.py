@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import WAIT_S, Answer, prompt_of, wait_until
-from test_kv_over_nodes import Node, start  # noqa: F401  (a fixture)
 
 from penstock.core.keys import BlockKey, block_keys
 from penstock.core.layout import staging_bytes
@@ -25,6 +23,8 @@ from penstock.engine.runner import SamplingParams
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.transport.connect import connect_pool
+from tests.asking import WAIT_S, Answer, prompt_of, wait_until
+from tests.engine.test_kv_over_nodes import Node, start  # noqa: F401  (a fixture)
 
 BLOCK, BLOCKS, MIB = 16, 12, 1 << 20
 PROMPT = prompt_of(611, BLOCKS * BLOCK + 5)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from asking import prompt_of
-from engine_rig import BLOCK, WatchedPool, serving
-
 from penstock.engine.hf_runner import HFRunner
 from penstock.pool.api import Done, Pool, ReadCheck
+from tests.asking import prompt_of
+from tests.engine.engine_rig import BLOCK, WatchedPool, serving
 
 READ_S = 0.2  # of up to eight blocks at once; computing a block takes a few ms
 

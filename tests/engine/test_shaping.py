@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from asking import Answer, prompt_of
-from engine_rig import WatchedRunner, serving
 from transformers import AutoModelForCausalLM
 
 from penstock.engine.api import GenerationRequest, InvalidRequest, TokenEvent
@@ -20,6 +18,8 @@ from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import SamplingParams
 from penstock.engine.sampling import sample
 from penstock.engine.shaping import Shaping
+from tests.asking import Answer, prompt_of
+from tests.engine.engine_rig import WatchedRunner, serving
 
 EOS = 1
 NEW_TOKENS = 12

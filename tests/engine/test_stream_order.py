@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from asking import WAIT_S, prompt_of, wait_until
-from engine_rig import BLOCK, WatchedRunner, serving
 
 from penstock.core.new_block import NewBlock
 from penstock.engine.hf_runner import HFRunner
@@ -24,6 +22,8 @@ from penstock.pool.open import open_local_pool
 from penstock.pool.wrapped import WrappedPool
 from penstock.testing.device_clock import Broken, DeviceClock
 from penstock.testing.fake_cuda import OnDevice, fake_cuda, on_device
+from tests.asking import WAIT_S, prompt_of, wait_until
+from tests.engine.engine_rig import BLOCK, WatchedRunner, serving
 
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 PAGES = 24

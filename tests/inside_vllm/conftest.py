@@ -27,7 +27,7 @@ else:  # vLLM takes these from the environment only
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folders of tiny random checkpoints, by architecture; each is made once."""
-    from vllm_rig import build_model
+    from tests.inside_vllm.vllm_rig import build_model
 
     made: dict[str, Path] = {}
 
@@ -47,7 +47,7 @@ def llama(model: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="session")
 def computed(model: Callable[[str], Path]) -> Callable[..., list[list[int]]]:
     """What stock vLLM without a connector answers, each prompt computed from its start; asked once per question."""
-    from vllm_rig import running
+    from tests.inside_vllm.vllm_rig import running
 
     known: dict[Any, list[list[int]]] = {}
 
@@ -64,7 +64,7 @@ def computed(model: Callable[[str], Path]) -> Callable[..., list[list[int]]]:
 @pytest.fixture
 def pool_process() -> Iterator[Callable[..., Any]]:
     """Starts real pool nodes; ends them with the test."""
-    from vllm_rig import PoolProcess
+    from tests.inside_vllm.vllm_rig import PoolProcess
 
     started: list[PoolProcess] = []
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from vllm_rig import BLOCK, PoolProcess, VllmEngine, prompt_of, running
 
 from penstock.vllm import adapters
+from tests.inside_vllm.vllm_rig import BLOCK, PoolProcess, VllmEngine, prompt_of, running
 
 PROMPT = prompt_of(600, BLOCK * 6 + 9)
 LOADABLE = 6 * BLOCK

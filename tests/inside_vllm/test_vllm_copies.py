@@ -9,12 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_rig import BLOCK, KV_BYTES, MAX_TOKENS, MIB, VLLM_BLOCK, PoolProcess, prompt_of, running, wait_until
 
 from penstock.vllm.flags import connector_config
 from penstock.vllm.link import Link, Message, Upload
 from penstock.vllm.losses import LOSSES
 from penstock.vllm.metrics import COUNTER_HELP
+from tests.inside_vllm.vllm_rig import (
+    BLOCK,
+    KV_BYTES,
+    MAX_TOKENS,
+    MIB,
+    VLLM_BLOCK,
+    PoolProcess,
+    prompt_of,
+    running,
+    wait_until,
+)
 
 PROMPTS = [prompt_of(seed, BLOCK * 5 + 9) for seed in range(700, 703)]
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_rig import PoolProcess
 
 from penstock.doctor.check import Check
 from penstock.vllm import doctor
 from penstock.vllm.doctor import examine_vllm
 from penstock.vllm.flags import SCHEDULER, connector_config
+from tests.inside_vllm.vllm_rig import PoolProcess
 
 FLAGS = ["--dtype", "float32", "--block-size", "32", "--max-model-len", "512"]
 

@@ -304,7 +304,7 @@ def test_bytes_of_a_block_are_described_as_a_kernel_sees_them() -> None:
 
 def test_a_real_engines_identity_is_the_same_in_every_process(llama: Path, model: Callable[[str], Path]) -> None:
     """Nothing in it comes from addresses, hashes or the size of the cache."""
-    from vllm_rig import MIB, running
+    from tests.inside_vllm.vllm_rig import MIB, running
 
     found = set()
     for size in (16 * MIB, 32 * MIB):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vllm_rig import BLOCK, prompt_of, running, wait_until
+from tests.inside_vllm.vllm_rig import BLOCK, prompt_of, running, wait_until
 
 STEP_TOKENS, BLOCKS = 64, 5
 LONG, SHORT = prompt_of(500, 30 * STEP_TOKENS), prompt_of(501, BLOCKS * BLOCK + 9)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_rig import BLOCK, PoolProcess, prompt_of, running, wait_until
+
+from tests.inside_vllm.vllm_rig import BLOCK, PoolProcess, prompt_of, running, wait_until
 
 ARCHITECTURES = ("llama", "qwen3", "sliding")
 LENGTHS = (BLOCK * 7 + 13, BLOCK * 5, BLOCK * 3 + 63, 20)

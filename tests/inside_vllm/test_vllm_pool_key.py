@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from vllm_rig import BLOCK, PoolProcess, prompt_of, running
 
 from penstock.core.config import ConfigError
 from penstock.pool.checksum import block_checksum
 from penstock.pool.rows import RowTable
+from tests.inside_vllm.vllm_rig import BLOCK, PoolProcess, prompt_of, running
 
 PROMPTS = [prompt_of(seed, BLOCK * 4 + 9) for seed in range(60, 63)]
 LOADABLE = 3 * 4 * BLOCK

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_rig import BLOCK, MIB, PoolProcess, VllmEngine, prompt_of, running
+
+from tests.inside_vllm.vllm_rig import BLOCK, MIB, PoolProcess, VllmEngine, prompt_of, running
 
 PROMPTS = [prompt_of(seed, BLOCK * 5 + 9) for seed in range(400, 403)]
 BLOCKS = 3 * 5

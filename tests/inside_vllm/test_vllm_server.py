@@ -10,9 +10,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from vllm_rig import BLOCK, PoolProcess, ServerProcess, prompt_of
 
 from penstock.vllm.flags import SCHEDULER
+from tests.inside_vllm.vllm_rig import BLOCK, PoolProcess, ServerProcess, prompt_of
 
 pytestmark = pytest.mark.timeout(900)  # three servers start in here
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_rig import BLOCK, PoolProcess, VllmEngine, prompt_of, running
+
+from tests.inside_vllm.vllm_rig import BLOCK, PoolProcess, VllmEngine, prompt_of, running
 
 PROMPTS = [prompt_of(seed, BLOCK * 6 + 9) for seed in range(500, 503)]
 LOADABLE = 3 * 6 * BLOCK

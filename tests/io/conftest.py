@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from guest_drives import blank_namespace, generic_device
-from guest_tests import GuestItem, runs_in_guest
-from io_devices import loop_device, skip_without
-from spdk_rig import open_one as open_spdk_one
 
 from penstock.io import BlockEngine, IoOp, aligned_buffer, open_engine, open_nvme
 from penstock.io.ring import probe
+from tests.io.guest_drives import blank_namespace, generic_device
+from tests.io.guest_tests import GuestItem, runs_in_guest
+from tests.io.io_devices import loop_device, skip_without
+from tests.io.spdk_rig import open_one as open_spdk_one
 
 FIFREEZE, FITHAW = 0xC0045877, 0xC0045878
 ENGINES = (
@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.pluginmanager.has_plugin("guest_report"):  # it is there in the guest only
+    if not config.pluginmanager.has_plugin("tests.io.guest_report"):  # it is there in the guest only
         items[:] = [
             GuestItem.from_parent(item.parent, name=item.name) if runs_in_guest(item) else item for item in items
         ]

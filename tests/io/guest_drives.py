@@ -10,7 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from qemu_guest import Drive
+from tests.io.qemu_guest import Drive
 
 BLKZEROOUT = 0x127F
 FIND_TIMEOUT_S = 20.0

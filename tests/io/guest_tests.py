@@ -7,12 +7,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from guest_drives import EXTRA_ARGUMENTS, make_drives
-from qemu_guest import REPOSITORY, GuestError, missing, run_guest
+
+from tests.io.guest_drives import EXTRA_ARGUMENTS, make_drives
+from tests.io.qemu_guest import REPOSITORY, GuestError, missing, run_guest
 
 GUEST_TIMEOUT_S = 270.0
 ENGINE_FIXTURES = ("engine_of", "held")
-FILES = (REPOSITORY / "penstock", Path(__file__).parent)
+FILES = (REPOSITORY / "penstock", REPOSITORY / "tests" / "__init__.py", Path(__file__).parent)
 
 _outcomes = pytest.StashKey[dict[str, dict[str, str]]]()
 _ended = pytest.StashKey[str]()
@@ -72,7 +73,8 @@ def _run_all(session: pytest.Session) -> dict[str, dict[str, str]]:
 
 def _pytest_in_guest(folder: Path, tests: list[str]) -> tuple[str, str]:
     """What pytest printed, and how the guest ended."""
-    command = ["-m", "pytest", "-q", "-p", "guest_report", "-p", "no:cacheprovider", "--rootdir=/guest", *tests]
+    plugins = ["-p", "tests.io.guest_report", "-p", "no:cacheprovider"]
+    command = ["-m", "pytest", "-q", *plugins, "--rootdir=/guest", *tests]
     try:
         return run_guest(folder, command, make_drives(folder), FILES, GUEST_TIMEOUT_S, EXTRA_ARGUMENTS), "well"
     except GuestError as error:

@@ -114,7 +114,7 @@ def run_guest(
     wanted = {
         "command": [str(python), *command],
         "env": {
-            "PYTHONPATH": "/guest:/guest/site:/guest/tests/io",
+            "PYTHONPATH": "/guest:/guest/site",
             "PYTHONDONTWRITEBYTECODE": "1",
             "HOME": "/tmp",
             "PATH": "/bin",

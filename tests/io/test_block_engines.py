@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from block_io import drain, run
 
 from penstock.io import IoOp, QueueFull, aligned_buffer, open_engine
 from penstock.io.ring_engine import RingEngine
+from tests.io.block_io import drain, run
 
 MIB = 1 << 20
 PAGE = 4096

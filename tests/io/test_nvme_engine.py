@@ -14,16 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import block_io
 import pytest
-from guest_drives import (
-    FAULTY_OFFSET,
-    ODD_BYTES,
-    blank_namespace,
-    block_device,
-    controller,
-    generic_device,
-)
 
 from penstock.core.keys import KEY_BYTES
 from penstock.core.layout import staging_bytes
@@ -33,6 +24,15 @@ from penstock.pool.api import Done, PoolError
 from penstock.pool.device import open_device_member
 from penstock.pool.header import SlabRefused
 from penstock.pool.local import LocalPool
+from tests.io import block_io
+from tests.io.guest_drives import (
+    FAULTY_OFFSET,
+    ODD_BYTES,
+    blank_namespace,
+    block_device,
+    controller,
+    generic_device,
+)
 
 pytestmark = pytest.mark.in_guest
 

@@ -13,10 +13,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from io_devices import loop_device
 
 from penstock.io import IoOp, aligned_buffer, open_engine
 from penstock.io.device import open_device
+from tests.io.io_devices import loop_device
 
 MIB = 1 << 20
 

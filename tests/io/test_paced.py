@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from block_io import drain
 
 from penstock.io import BlockEngine, IoOp, QueueFull, aligned_buffer, open_engine
 from penstock.io.paced import PaceClock, PacedEngine
+from tests.io.block_io import drain
 
 PAGE, MIB = 4096, 1 << 20
 DEPTH = 8

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from spdk_rig import SOURCES, make_standin, skip_without_tools
 from typer.testing import CliRunner
 
 from penstock.io.spdk import open_spdk
 from penstock.io.spdk.build import BuildError, build
 from penstock.io.spdk.command import app
 from penstock.io.spdk.library import SpdkLibrary, default_library_path
+from tests.io.spdk_rig import SOURCES, make_standin, skip_without_tools
 
 MIB = 1 << 20
 

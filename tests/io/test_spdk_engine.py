@@ -9,15 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-import spdk_rig
-from block_io import outcomes, run
-from spdk_rig import StandIn
 
 from penstock.io import IoOp, aligned_buffer
 from penstock.io.memory import address_of
 from penstock.io.spdk import SpdkEngine, SpdkEnvironment, open_spdk
 from penstock.io.spdk import engine as engine_module
 from penstock.io.spdk.dma import CHUNK_BYTES
+from tests.io import spdk_rig
+from tests.io.block_io import outcomes, run
+from tests.io.spdk_rig import StandIn
 
 MIB = 1 << 20
 PAGE = 4096

@@ -6,13 +6,13 @@ import queue
 from pathlib import Path
 
 import pytest
-import spdk_rig
 
 from penstock.core.new_block import NewBlock
 from penstock.io import aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.pool.config_file import read_pool_config
 from penstock.pool.open import open_drive, open_members_pool
+from tests.io import spdk_rig
 
 ROOT = b"r" * 16
 SIZE = 8192

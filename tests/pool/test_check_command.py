@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from helpers import chain, read, write
 from typer.testing import CliRunner
 
 from penstock.pool.config_file import read_pool_config
 from penstock.pool.open import open_local_pool, open_members_pool
 from penstock.transport.command import pool_app
+from tests.pool.helpers import chain, read, write
 
 TEXT = '[[member]]\nkind = "uring"\npath = "kv.slab"\ncapacity = "1MiB"\n'
 

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from faulty_engine import FaultyEngine
-from helpers import ROOT, Outcome, block_bytes, chain, key_of, member, new_block, read, staged, until, write
 
 from penstock.core.layout import staging_bytes
 from penstock.io.memory import aligned_buffer
@@ -28,6 +26,8 @@ from penstock.pool.header import HEADER_BYTES, SlabRefused
 from penstock.pool.local import LocalPool
 from penstock.pool.open import open_local_pool
 from penstock.pool.work import Work
+from tests.pool.faulty_engine import FaultyEngine
+from tests.pool.helpers import ROOT, Outcome, block_bytes, chain, key_of, member, new_block, read, staged, until, write
 
 MIB = 1 << 20
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from helpers import ROOT, key_of, new_block
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.pool.extents import ExtentAllocator
 from penstock.pool.table import Table
+from tests.pool.helpers import ROOT, key_of, new_block
 
 PAGE = 4096
 

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import chain, key_of, read, write
 
 from penstock.child_python import child_environment, python_command
 from penstock.core.config import ConfigError
@@ -31,6 +30,7 @@ from penstock.pool.profile import read_profile
 from penstock.pool.rows import block_of, row_of
 from penstock.server.flags import read_flags
 from penstock.toml_file import TOML_BYTES_MAX
+from tests.pool.helpers import chain, key_of, read, write
 
 MIB = 1 << 20
 MEMORY_BYTES = 2 << 30  # of address space: the interpreter and its libraries take a good part of it

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import xxhash
-from helpers import ROOT, block_bytes, chain, key_of, read, write
 
 from penstock.core.keys import BlockKey
 from penstock.pool.block import Block
@@ -19,6 +18,7 @@ from penstock.pool.checksum import block_checksum
 from penstock.pool.header import HEADER_BYTES, SlabRefused, pack_header
 from penstock.pool.open import open_local_pool
 from penstock.pool.rows import RowTable, block_of, row_of
+from tests.pool.helpers import ROOT, block_bytes, chain, key_of, read, write
 
 MIB = 1 << 20
 ID = b"0123456789abcdef"

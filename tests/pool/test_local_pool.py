@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, Outcome, block_bytes, chain, key_of, member, new_block, read, staged, until, write
 
 from penstock.io.api import BlockEngine, IoCompletion, IoOp
 from penstock.io.memory import aligned_buffer
@@ -25,6 +24,8 @@ from penstock.pool.header import HEADER_BYTES
 from penstock.pool.local import LocalPool
 from penstock.pool.memory import MemoryMember
 from penstock.pool.open import open_local_pool
+from tests.children import with_tests
+from tests.pool.helpers import ROOT, Outcome, block_bytes, chain, key_of, member, new_block, read, staged, until, write
 
 MIB = 1 << 20
 Opener = Callable[..., LocalPool]
@@ -433,10 +434,9 @@ def test_a_table_that_cannot_be_written_stops_stores_until_it_can(tmp_path: Path
 
 WRITER = """
 import sys, threading, time
-sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 from typing import Any
-from helpers import chain, new_block, staged
+from tests.pool.helpers import chain, new_block, staged
 from penstock.pool.open import open_local_pool
 pool = open_local_pool([], [(Path(sys.argv[1]), 2 << 20)])
 blocks = chain("a", 3000)
@@ -455,8 +455,7 @@ def test_after_a_crash_every_row_names_complete_data(tmp_path: Path) -> None:
     """A process that writes and evicts all the time is killed, three times over one slab."""
     path = tmp_path / "kv.slab"
     for kill_after_s in (0.3, 0.5, 0.7):
-        folders = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path), *folders], stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, env=with_tests())
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(kill_after_s)

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, Outcome, block_bytes, chain, key_of, new_block, read, staged, until, write
-from test_journal_rows import block as row_block
 
 from penstock.core.keys import BlockKey, root_key
 from penstock.core.layout import staging_bytes
@@ -32,6 +30,8 @@ from penstock.transport import wire
 from penstock.transport.connect import connect_pool, open_union
 from penstock.transport.node import PoolNode
 from penstock.transport.remote import RemotePool
+from tests.pool.helpers import ROOT, Outcome, block_bytes, chain, key_of, new_block, read, staged, until, write
+from tests.pool.test_journal_rows import block as row_block
 
 MIB = 1 << 20
 SIZE = 5000

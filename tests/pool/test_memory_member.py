@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 
 import pytest
-from helpers import Outcome, key_of, new_block, read, staged, write
 
 from penstock.io.memory import aligned_buffer
 from penstock.io.numa import numa_nodes
 from penstock.pool.local import LocalPool
 from penstock.pool.memory import MemoryMember
+from tests.pool.helpers import Outcome, key_of, new_block, read, staged, write
 
 MIB = 1 << 20
 

@@ -10,12 +10,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers import Outcome, chain, new_block, read, staged
 
 from penstock.pool.check import check_file
 from penstock.pool.header import HEADER_BYTES
 from penstock.pool.open import open_local_pool
 from penstock.transport.connect import connect_pool
+from tests.pool.helpers import Outcome, chain, new_block, read, staged
 
 MIB = 1 << 20
 SIZE = 9000

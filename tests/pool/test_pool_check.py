@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faulty_engine import FaultyEngine
-from helpers import chain, key_of, read, write
 
 from penstock.io.open import open_engine
 from penstock.pool.check import check_file, check_slab, print_report
 from penstock.pool.header import HEADER_BYTES, SlabRefused
 from penstock.pool.open import open_local_pool
+from tests.pool.faulty_engine import FaultyEngine
+from tests.pool.helpers import chain, key_of, read, write
 
 MIB = 1 << 20
 BLOCKS = 40

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from faulty_engine import FaultyEngine
-from helpers import ROOT, Outcome, block_bytes, chain, key_of, member, new_block, read, staged, until, write
 
 from penstock.core.new_block import tenant_tag
 from penstock.core.pool.member_bandwidth import CHANGE_EVERY_S
@@ -22,6 +20,8 @@ from penstock.pool.device import DeviceMember, open_device_member, open_slab_mem
 from penstock.pool.header import HEADER_BYTES
 from penstock.pool.local import LocalPool
 from penstock.pool.memory import MemoryMember
+from tests.pool.faulty_engine import FaultyEngine
+from tests.pool.helpers import ROOT, Outcome, block_bytes, chain, key_of, member, new_block, read, staged, until, write
 
 MIB = 1 << 20
 PAGE = 4096

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import chain, read, write
 
 from penstock.core.config import ConfigError, SchedulerConfig
 from penstock.core.cost import CostModel
@@ -18,6 +17,7 @@ from penstock.pool.open import open_local_pool, open_pool
 from penstock.pool.profile import MemberProfile, PoolProfile, write_profile
 from penstock.transport.connect import connect_pool
 from penstock.transport.node import PoolNode
+from tests.pool.helpers import chain, read, write
 
 MIB = 1 << 20
 MEMORY = '[[member]]\nkind = "memory"\ncapacity = "1MiB"\n'

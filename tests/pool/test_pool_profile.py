@@ -8,7 +8,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from helpers import chain, read, write
 
 from penstock.core.config import ConfigError
 from penstock.pool.api import PoolError
@@ -18,6 +17,7 @@ from penstock.pool.memory import MemoryMember
 from penstock.pool.open import link_bytes_per_s, open_members_pool
 from penstock.pool.profile import MemberProfile, PoolProfile, Step, measure_pool, read_profile, write_profile
 from penstock.transport.node import PoolNode
+from tests.pool.helpers import chain, read, write
 
 MIB = 1 << 20
 TEXT = """

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_engine import FaultyEngine
-from helpers import Outcome, chain, key_of, member, new_block, read, staged, until, write
 
 from penstock import guarded_thread
 from penstock.guarded_thread import thread_failures
@@ -31,6 +29,8 @@ from penstock.pool.open import open_local_pool
 from penstock.pool.rows import RowTable
 from penstock.pool.union import UnionPool
 from penstock.pool.work import Work
+from tests.pool.faulty_engine import FaultyEngine
+from tests.pool.helpers import Outcome, chain, key_of, member, new_block, read, staged, until, write
 
 MIB = 1 << 20
 WAIT_S = 30.0

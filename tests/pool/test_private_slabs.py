@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import chain, read, write
 from typer.testing import CliRunner
 
 from penstock.pool.open import open_local_pool
 from penstock.transport.command import pool_app
+from tests.pool.helpers import chain, read, write
 
 MIB = 1 << 20
 STRANGER = 65534

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from helpers import ROOT, chain, key_of, new_block, write
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -17,6 +16,7 @@ from penstock.pool.block import Block
 from penstock.pool.local import LocalPool
 from penstock.pool.memory import MemoryMember
 from penstock.pool.table import Table
+from tests.pool.helpers import ROOT, chain, key_of, new_block, write
 
 PAGE = 4096
 TENANTS = ("", "named", "other", "honest", *(f"x{i}" for i in range(12)))

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import chain, read, write
 from typer.testing import CliRunner
 
 from penstock.core.config import ConfigError
@@ -21,6 +20,7 @@ from penstock.pool.check import check_file
 from penstock.pool.header import HEADER_BYTES, SlabRefused
 from penstock.pool.open import open_local_pool
 from penstock.transport.command import pool_app
+from tests.pool.helpers import chain, read, write
 
 MIB = 1 << 20
 BLOCKS = 12

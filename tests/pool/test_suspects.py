@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import Outcome, block_bytes, key_of, new_block, read, until, write
-from test_mac import MIB, OURS, SIZE, forge, get, keyed, mac_of, put
 
 from penstock.core.keys import BlockKey
 from penstock.io.memory import aligned_buffer
@@ -17,6 +15,8 @@ from penstock.pool.local import LocalPool
 from penstock.pool.open import open_local_pool
 from penstock.transport.node import PoolNode
 from penstock.transport.remote import RemotePool
+from tests.pool.helpers import Outcome, block_bytes, key_of, new_block, read, until, write
+from tests.pool.test_mac import MIB, OURS, SIZE, forge, get, keyed, mac_of, put
 
 FORGED = b"forged" + bytes(SIZE - 6)
 

@@ -6,7 +6,6 @@ import random
 from statistics import fmean
 
 import pytest
-from helpers import ROOT, key_of, new_block
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -15,6 +14,7 @@ from penstock.core.new_block import NewBlock, tenant_tag
 from penstock.core.pool.quota import TenantQuotas
 from penstock.pool.block import Block
 from penstock.pool.table import Table
+from tests.pool.helpers import ROOT, key_of, new_block
 
 PAGE = 4096
 NAMES = st.integers(0, 39)

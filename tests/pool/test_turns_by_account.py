@@ -7,8 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from faulty_engine import FaultyEngine
-from helpers import Outcome, key_of, new_block, staged, until, write
 
 from penstock.core.pool.fair_queue import FairQueue
 from penstock.core.pool.policy import PoolPolicy
@@ -17,6 +15,8 @@ from penstock.io.open import open_engine
 from penstock.pool.api import Done, PoolError
 from penstock.pool.device import open_device_member
 from penstock.pool.local import LocalPool
+from tests.pool.faulty_engine import FaultyEngine
+from tests.pool.helpers import Outcome, key_of, new_block, staged, until, write
 
 PAGE = 4096
 SLAB = 4 << 20

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from helpers import Outcome, block_bytes, chain, key_of, new_block, read, staged, until, write
 
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
@@ -25,6 +24,7 @@ from penstock.transport import wire
 from penstock.transport.connect import connect_pool, open_union
 from penstock.transport.node import PoolNode
 from penstock.transport.remote import RemotePool
+from tests.pool.helpers import Outcome, block_bytes, chain, key_of, new_block, read, staged, until, write
 
 MIB = 1 << 20
 GB_PER_S = 1e9

@@ -1,7 +1,7 @@
 """How an honest client fares while hostile ones are at work: its time between tokens, alone and beside each attack.
 
-    python tests/server/attacks.py [--seconds 5] [--only NAME] [--json FILE] [--files 1024]
-    python tests/server/attacks.py --flat
+    python -m tests.server.attacks [--seconds 5] [--only NAME] [--json FILE] [--files 1024]
+    python -m tests.server.attacks --flat
 
 The server, the attackers and the honest client are processes of their own; the attackers have the lowest priority, as
 they stand for other machines. The engine gives a token of each request every 10 ms, and everything before it is real:
@@ -28,10 +28,8 @@ from typing import Any
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from attack_kinds import ATTACKS, Target, bad_requests_of, cut_connections_of
-from echo_engine import EchoEngine
+from tests.server.attack_kinds import ATTACKS, Target, bad_requests_of, cut_connections_of
+from tests.server.echo_engine import EchoEngine
 
 PACE_S = 0.01
 WARM_UP_S = 0.7  # of each attack, before the client is measured

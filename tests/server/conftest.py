@@ -9,14 +9,14 @@ from typing import Any
 
 import httpx
 import pytest
-from echo_engine import EchoEngine
-from served import Served, Start
 
 from penstock.server.app import ServerApp
 from penstock.server.run import HttpServer, bind, url_of
 from penstock.server.settings import ServerSettings
 from penstock.server.text import TextCodec
 from penstock.testing.tiny_models import TINY_VOCABULARY, build_tokenizer
+from tests.server.echo_engine import EchoEngine
+from tests.server.served import Served, Start
 
 
 @pytest.fixture(scope="session")

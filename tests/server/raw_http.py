@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from served import Served
+from tests.server.served import Served
 
 JSON_TYPE = {"content-type": "application/json"}
 

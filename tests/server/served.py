@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from echo_engine import EchoEngine
 from openai import OpenAI
 
 from penstock.server.app import ServerApp
 from penstock.server.run import HttpServer
+from tests.server.echo_engine import EchoEngine
 
 
 @dataclass

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from raw_http import connect, head_of, read_answer
-from served import Served, Start
 
 from penstock.core.config import ConfigError
 from penstock.core.tenants import tenant_and_salt, tenant_of
@@ -17,6 +15,8 @@ from penstock.server.api_keys import TenantKeys
 from penstock.server.api_settings import api_settings, read_hosts, served_name
 from penstock.server.flags import read_flags
 from penstock.server.hosts import HostCheck
+from tests.server.raw_http import connect, head_of, read_answer
+from tests.server.served import Served, Start
 
 P = {"prompt": [70, 71], "max_tokens": 2}
 PAGES = ("/", "/live", "/metrics", "/ui", "/nothing")

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from attack_kinds import ATTACKS, Target
-from attacks import Measured, attacked, gaps_of, measure, running_server, send_bad_ones, settled
-from served import Start
+
+from tests.server.attack_kinds import ATTACKS, Target
+from tests.server.attacks import Measured, attacked, gaps_of, measure, running_server, send_bad_ones, settled
+from tests.server.served import Start
 
 SECONDS = 1.0
 FLOOR_S = 0.1  # what a busy machine alone may make of 10 ms

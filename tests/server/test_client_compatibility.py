@@ -11,9 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-from echo_engine import EchoEngine
-from served import Start
-from test_server_api import events_of
 
 import penstock
 from penstock.cluster.flags import read_router_flags
@@ -24,6 +21,9 @@ from penstock.server.flags import read_flags, server_settings
 from penstock.server.schema import ChatBody, chat_messages, decode_body
 from penstock.server.text import TextCodec
 from penstock.testing.tiny_models import TINY_VOCABULARY, build_tokenizer
+from tests.server.echo_engine import EchoEngine
+from tests.server.served import Start
+from tests.server.test_server_api import events_of
 
 P = {"prompt": [70, 71], "max_tokens": 4}
 

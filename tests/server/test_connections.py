@@ -12,9 +12,10 @@ import time
 from typing import Any
 
 import pytest
-from echo_engine import EchoEngine
-from raw_http import connect, connect_address, ended, head_of, read_answer
-from served import Start
+
+from tests.server.echo_engine import EchoEngine
+from tests.server.raw_http import connect, connect_address, ended, head_of, read_answer
+from tests.server.served import Start
 
 BODY = json.dumps({"prompt": [70, 71], "max_tokens": 2}).encode()
 H2C = ("connection: Upgrade, HTTP2-Settings", "http2-settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUA", "upgrade: h2c")

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from echo_engine import EchoEngine
-from served import Served, Start
 from transformers import AutoModelForCausalLM
 
 from penstock.engine.build import build_engine
 from penstock.engine.config import EngineConfig
 from penstock.server.text import TextCodec
 from penstock.testing.tiny_models import build_tiny
+from tests.server.echo_engine import EchoEngine
+from tests.server.served import Served, Start
 
 EOS = 1
 CHAT = [{"role": "user", "content": "Which is it? \u4e16"}]

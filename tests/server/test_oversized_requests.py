@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from echo_engine import EchoEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from raw_http import JSON_TYPE, connect, head_of
-from served import Start
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from penstock.server.bodies import has_more_than
 from penstock.server.text import TextCodec, TextTooLong
 from penstock.server.token_bytes import token_bytes_max
 from penstock.testing.tiny_models import TINY_VOCABULARY, build_tokenizer
+from tests.server.echo_engine import EchoEngine
+from tests.server.raw_http import JSON_TYPE, connect, head_of
+from tests.server.served import Start
 
 WORDS = "The quick brown fox jumps over the lazy dog. "
 OVERFLOW = re.compile(r"This model's maximum context length is \d+ tokens\. However, ")

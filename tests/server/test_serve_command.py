@@ -19,9 +19,7 @@ import httpx
 import psutil
 import pytest
 import typer
-from certificates import make_certificate
 from openai import OpenAI
-from raw_http import head_of
 from typer.testing import CliRunner
 
 from penstock.core.config import ConfigError
@@ -29,6 +27,8 @@ from penstock.engine.config import EngineConfig
 from penstock.server.command import serve
 from penstock.server.flags import ServeFlags, engine_config, read_flags, server_settings
 from penstock.testing.tiny_models import build_tiny
+from tests.server.certificates import make_certificate
+from tests.server.raw_http import head_of
 
 APP = typer.Typer(pretty_exceptions_enable=False)
 APP.command()(serve)

@@ -9,14 +9,14 @@ from typing import Any
 
 import openai
 import pytest
-from browser import shown_in_browser
-from echo_engine import EchoEngine
 from prometheus_client.parser import text_string_to_metric_families
-from served import Served, Start
 
 from penstock.guarded_thread import count_failure
 from penstock.pool.losses import note_loss
 from penstock.server.text import TextCodec
+from tests.browser import shown_in_browser
+from tests.server.echo_engine import EchoEngine
+from tests.server.served import Served, Start
 
 TEXT = "Grüße, 世界! 🙂 and more"
 

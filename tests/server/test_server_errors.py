@@ -9,9 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
-from echo_engine import EchoEngine
-from raw_http import JSON_TYPE, head_of
-from served import Start
+
+from tests.server.echo_engine import EchoEngine
+from tests.server.raw_http import JSON_TYPE, head_of
+from tests.server.served import Start
 
 P = {"prompt": [70, 71]}
 M = {"messages": [{"role": "user", "content": "a"}]}

@@ -8,11 +8,11 @@ from typing import Any
 
 import psutil
 import pytest
-from served import Start
 
 from penstock.server.errors import ApiError
 from penstock.server.text import TextCodec
 from penstock.testing.tiny_models import TINY_VOCABULARY, build_tokenizer
+from tests.server.served import Start
 
 HI = [{"role": "user", "content": "hi"}]
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

@@ -6,16 +6,16 @@ import random
 from typing import Any
 
 import pytest
-from echo_engine import EchoEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import Start
-from test_server_api import events_of
-from tokenizer_families import FAMILIES, WORDS, family
 
 from penstock.server.detokenize import RUN_BYTES_MAX, StopFinder, certain_length, clean_spaces
 from penstock.server.text import TextCodec
 from penstock.testing.tiny_models import TINY_VOCABULARY, build_tokenizer
+from tests.server.echo_engine import EchoEngine
+from tests.server.served import Start
+from tests.server.test_server_api import events_of
+from tests.server.tokenizer_families import FAMILIES, WORDS, family
 
 STOPS = ("a", "th", "世界", " '", "t's", "🙂", "\ufffd\ufffd", ". ")
 CODECS: dict[str, TextCodec] = {}

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sim_rig import LINK, SimBench
 
 from penstock.sim import chrome_trace
 from penstock.sim.chrome_trace import ChromeTrace
 from penstock.sim.clock import VirtualClock
+from tests.sim.sim_rig import LINK, SimBench
 
 
 def traced() -> tuple[SimBench, ChromeTrace]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import count
 
 import pytest
-from sim_rig import BLOCK, BLOCK_BYTES, LINK, ROOT, SimBench
 
 from penstock.core.keys import KeyChain
 from penstock.core.operations import BlockHit, Compute, Upload
 from penstock.sim.engine_body import Overheads
+from tests.sim.sim_rig import BLOCK, BLOCK_BYTES, LINK, ROOT, SimBench
 
 
 def test_one_request_takes_what_arithmetic_says() -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
-from sim_rig import LINK, SimBench
+from tests.children import with_tests
+from tests.sim.sim_rig import LINK, SimBench
 
-PROGRAM = "from test_sim_history import digest; print(digest(5))"
+PROGRAM = "from tests.sim.test_sim_history import digest; print(digest(5))"
 
 
 def digest(seed: int) -> str:
@@ -44,7 +43,7 @@ def test_a_history_does_not_depend_on_the_seed_of_hashes() -> None:
     found = set()
     for seed in ("0", "1", "4711"):
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM], cwd=Path(__file__).parent, env=os.environ | {"PYTHONHASHSEED": seed},
+            [sys.executable, "-c", PROGRAM], env=with_tests(PYTHONHASHSEED=seed),
             capture_output=True, text=True, timeout=120, check=True,
         )  # fmt: skip
         found.add(done.stdout.strip())

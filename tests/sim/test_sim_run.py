@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from penstock.engine.profile import load_profile
 from penstock.sim.cluster_file import Simulation, read_simulation
 from penstock.sim.experiments.run import simulate
 from penstock.sim.experiments.run_result import Result
+from tests.children import with_tests
 
 EXAMPLES = Path(__file__).parents[2] / "deploy"
 ENGINE = """
@@ -59,7 +59,7 @@ agents = 6
 turns_max = 6
 rate_per_s = 1.0
 """
-PROGRAM = "import sys; from test_sim_run import digest; print(digest(sys.argv[1]))"
+PROGRAM = "import sys; from tests.sim.test_sim_run import digest; print(digest(sys.argv[1]))"
 
 
 def written(folder: Path, text: str) -> Path:
@@ -119,8 +119,8 @@ def test_one_seed_is_one_result_whatever_the_seed_of_hashes(text: str, tmp_path:
     found = {digest(str(path))}
     for seed in ("1", "4711"):
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, str(path)], cwd=Path(__file__).parent,
-            env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, timeout=120, check=True,
+            [sys.executable, "-c", PROGRAM, str(path)], env=with_tests(PYTHONHASHSEED=seed),
+            capture_output=True, text=True, timeout=120, check=True,
         )  # fmt: skip
         found.add(done.stdout.strip())
     assert len(found) == 1

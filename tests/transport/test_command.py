@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import chain, read, write
 from typer.testing import CliRunner
 
 from penstock.pool.api import PoolError
 from penstock.transport.command import parse_slab, pool_app
 from penstock.transport.connect import connect_pool
 from penstock.units import format_bytes, parse_bytes, parse_rate
+from tests.pool.helpers import chain, read, write
 
 COMMAND = [sys.executable, "-m", "penstock", "pool"]
 

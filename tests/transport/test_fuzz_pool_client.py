@@ -14,17 +14,17 @@ from typing import get_args
 
 import msgspec
 import pytest
-from fuzz_messages import MESSAGES, SEED, Piece, Protocol, mutants
-from helpers import Outcome, key_of, new_block, read, staged, write
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from node_rig import MIB, NodeRig
-from process_figures import back_to, figures
 
 from penstock.guarded_thread import thread_failures
 from penstock.pool.api import PoolError
 from penstock.transport import wire
 from penstock.transport.remote import RemotePool
+from tests.fuzz_messages import MESSAGES, SEED, Piece, Protocol, mutants
+from tests.pool.helpers import Outcome, key_of, new_block, read, staged, write
+from tests.process_figures import back_to, figures
+from tests.transport.node_rig import MIB, NodeRig
 
 REPLIES = Protocol("reply", wire.Reply, lambda raw: wire.decode_reply(memoryview(raw)), wire.ProtocolError)
 ROUNDS = max(1, MESSAGES // 500_000)  # for each type of message

@@ -8,8 +8,6 @@ from typing import Annotated, Any
 
 import msgspec
 import pytest
-from fuzz_messages import MESSAGES, Protocol, fuzz_kind
-from helpers import Outcome, key_of, staged
 from msgspec import Meta
 
 import penstock
@@ -21,6 +19,8 @@ from penstock.transport.nixl_mover import AgentMemory
 from penstock.transport.node import PoolNode
 from penstock.transport.remote import RemotePool
 from penstock.transport.shared_memory import MemoryFile, SharedMemoryMover
+from tests.fuzz_messages import MESSAGES, Protocol, fuzz_kind
+from tests.pool.helpers import Outcome, key_of, staged
 
 SHARE = 0.5  # of PENSTOCK_FUZZ_MESSAGES; the cluster's and vLLM's have the rest
 REQUESTS = Protocol("request", wire.Request, lambda raw: wire.decode_request(memoryview(raw)), wire.ProtocolError)

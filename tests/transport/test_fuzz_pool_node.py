@@ -12,18 +12,18 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from fuzz_messages import MESSAGES, SEED, Protocol, mutants
-from helpers import key_of, read, write
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from node_rig import MIB, HandMade, NodeRig
-from process_figures import back_to, figures
 
 from penstock.guarded_thread import thread_failures
 from penstock.pool.checksum import block_checksum
 from penstock.transport import wire
 from penstock.transport.node import PoolNode
 from penstock.transport.remote import RemotePool
+from tests.fuzz_messages import MESSAGES, SEED, Protocol, mutants
+from tests.pool.helpers import key_of, read, write
+from tests.process_figures import back_to, figures
+from tests.transport.node_rig import MIB, HandMade, NodeRig
 
 REQUESTS = Protocol("request", wire.Request, lambda raw: wire.decode_request(memoryview(raw)), wire.ProtocolError)
 ROUNDS = max(2, MESSAGES // 100_000)  # for each type of message

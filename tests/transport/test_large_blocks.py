@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import key_of, read, until, write
-from node_rig import MIB, WAIT_S, NodeRig
 
 from penstock.pool.block_size import expect_blocks
 from penstock.pool.open import open_local_pool
@@ -20,6 +18,8 @@ from penstock.transport.connect import add_node, open_union
 from penstock.transport.node import PoolNode
 from penstock.transport.remote import RemotePool
 from penstock.transport.staging import Staging
+from tests.pool.helpers import key_of, read, until, write
+from tests.transport.node_rig import MIB, WAIT_S, NodeRig
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import Outcome, key_of, new_block, read, staged, until, write
-from node_rig import WAIT_S, NodeRig
 
 from penstock import guarded_thread
 from penstock.guarded_thread import thread_failures
@@ -17,6 +15,8 @@ from penstock.pool.api import PoolError
 from penstock.transport import connection as connection_module
 from penstock.transport import wire
 from penstock.transport.link import NodeLink
+from tests.pool.helpers import Outcome, key_of, new_block, read, staged, until, write
+from tests.transport.node_rig import WAIT_S, NodeRig
 
 
 @pytest.fixture

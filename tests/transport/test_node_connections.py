@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import Outcome, key_of, new_block, read, staged, until, write
-from node_rig import MIB, WAIT_S, HandMade, NodeRig
 
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
@@ -22,6 +20,8 @@ from penstock.transport import node_connection, wire
 from penstock.transport.connect import connect_pool
 from penstock.transport.pool_connection import FIRST_BYTES
 from penstock.units import format_address
+from tests.pool.helpers import Outcome, key_of, new_block, read, staged, until, write
+from tests.transport.node_rig import MIB, WAIT_S, HandMade, NodeRig
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import chain, key_of, read, until, write
 
 from penstock.core.new_block import tenant_tag
 from penstock.transport.connect import connect_pool
+from tests.pool.helpers import chain, key_of, read, until, write
 
 COMMAND = [sys.executable, "-m", "penstock"]
 WAIT_S = 30.0

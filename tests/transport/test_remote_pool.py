@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import Outcome, block_bytes, chain, key_of, new_block, read, staged, until, write
 
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
@@ -29,6 +28,7 @@ from penstock.transport.connect import connect_pool
 from penstock.transport.node import PoolNode
 from penstock.transport.remote import RemotePool
 from penstock.units import parse_address
+from tests.pool.helpers import Outcome, block_bytes, chain, key_of, new_block, read, staged, until, write
 
 MIB = 1 << 20
 

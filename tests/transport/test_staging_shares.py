@@ -8,9 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from flood import percentile
-from helpers import key_of, read, until, write
-from node_rig import MIB, WAIT_S, HandMade, NodeRig
 
 from penstock.pool.losses import losses
 from penstock.transport import node as node_module
@@ -19,6 +16,9 @@ from penstock.transport.node import PoolNode
 from penstock.transport.pool_connection import FIRST_BYTES
 from penstock.transport.remote import RemotePool
 from penstock.transport.staging import Staging
+from tests.flood import percentile
+from tests.pool.helpers import key_of, read, until, write
+from tests.transport.node_rig import MIB, WAIT_S, HandMade, NodeRig
 
 SMALL = 64 << 10
 LARGE = MIB

@@ -12,9 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from flood import percentile, reset, usage
-from helpers import key_of, read, until, write
-from node_rig import WAIT_S, HandMade, NodeRig
 
 from penstock.core.connection_shares import ConnectionLimits
 from penstock.pool.api import PoolError
@@ -24,6 +21,9 @@ from penstock.transport.node import PoolNode
 from penstock.transport.node_connection import Served
 from penstock.transport.remote import RemotePool
 from penstock.transport.secret import Secret
+from tests.flood import percentile, reset, usage
+from tests.pool.helpers import key_of, read, until, write
+from tests.transport.node_rig import WAIT_S, HandMade, NodeRig
 
 SECRET = Secret(b"what only honest peers have")
 

@@ -14,10 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from authorities import Authority, new_authority
-from helpers import chain, key_of, read, until, write
-from node_rig import MIB, WAIT_S, NodeRig
-from test_pool_live import COMMAND, MEMORY, Node
 
 from penstock.core.config import ConfigError
 from penstock.doctor.check import Check
@@ -33,6 +29,10 @@ from penstock.vllm.doctor import check_pool
 from penstock.vllm.flags import CONNECTOR
 from penstock.vllm.settings import read_settings
 from penstock.vllm.shape import open_pool_of
+from tests.authorities import Authority, new_authority
+from tests.pool.helpers import chain, key_of, read, until, write
+from tests.transport.node_rig import MIB, WAIT_S, NodeRig
+from tests.transport.test_pool_live import COMMAND, MEMORY, Node
 
 SECRET = Secret(b"the secret of this test")
 

@@ -16,12 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from authorities import Authority, new_authority
 
 from penstock.testing.certificates import PeerFiles
 from penstock.transport import wire
 from penstock.transport.tls import PeerTls, TlsError
 from penstock.transport.tls_socket import TlsSocket, begin_tls
+from tests.authorities import Authority, new_authority
 
 WAIT_S = 60.0
 MIB = 1 << 20

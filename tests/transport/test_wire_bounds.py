@@ -10,16 +10,16 @@ from typing import Any
 
 import msgspec
 import pytest
-from helpers import Outcome, chain, key_of, new_block, read, staged, until, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from node_rig import MIB, WAIT_S, HandMade, NodeRig
 
 from penstock.pool.api import PoolError
 from penstock.pool.open import open_local_pool
 from penstock.transport import wire
 from penstock.transport.node import PoolNode
 from penstock.transport.remote import RemotePool
+from tests.pool.helpers import Outcome, chain, key_of, new_block, read, staged, until, write
+from tests.transport.node_rig import MIB, WAIT_S, HandMade, NodeRig
 
 KEY, OTHER = b"k" * 16, b"p" * 16
 

@@ -13,17 +13,17 @@ import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
-from fuzz_messages import MESSAGES, SEED, Piece, Protocol, mutants
-from gated_rows import PLACES, ROW_BYTES, ROWS, WAIT_S, GatedRows
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from process_figures import back_to, figures
 
 from penstock.guarded_thread import thread_failures
 from penstock.vllm import link as wire
 from penstock.vllm.link import Attach, Done, Hello, Link, LinkError, Upload, connect, create_memory, listen, socket_name
 from penstock.vllm.worker import WorkerSide
 from penstock.vllm.worker_links import WorkerLinks
+from tests.fuzz_messages import MESSAGES, SEED, Piece, Protocol, mutants
+from tests.process_figures import back_to, figures
+from tests.vllm_sides.gated_rows import PLACES, ROW_BYTES, ROWS, WAIT_S, GatedRows
 
 MIB = 1 << 20
 SLOTS, SLOT_BYTES = 4, 4096

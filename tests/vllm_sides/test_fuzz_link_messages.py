@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from fuzz_messages import MESSAGES, Protocol, fuzz_kind
 
 from penstock.vllm import link
+from tests.fuzz_messages import MESSAGES, Protocol, fuzz_kind
 
 SHARE = 0.15  # of PENSTOCK_FUZZ_MESSAGES
 LINK = Protocol("link", link.Message, link.decode, link.LinkError)

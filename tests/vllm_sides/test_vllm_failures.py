@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from gated_rows import ROWS, WAIT_S, GatedRows
 
 from penstock.core.config import ConfigError
 from penstock.core.guest.scheduler import GuestOperation
@@ -28,6 +27,7 @@ from penstock.vllm.losses import LOSSES, PREFIX
 from penstock.vllm.settings import Settings
 from penstock.vllm.shape import Shape
 from penstock.vllm.worker import WorkerSide
+from tests.vllm_sides.gated_rows import ROWS, WAIT_S, GatedRows
 
 BLOCK = 8
 ROOT = root_key(b"0123456789abcdef", "")

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
-from gated_rows import PLACES, ROW_BYTES, ROWS, WAIT_S, GatedRows
 
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.vllm import accepting, worker_links
@@ -36,6 +35,7 @@ from penstock.vllm.link import (
 )
 from penstock.vllm.worker import WorkerSide
 from penstock.vllm.worker_links import WorkerLinks, WorkerLostError
+from tests.vllm_sides.gated_rows import PLACES, ROW_BYTES, ROWS, WAIT_S, GatedRows
 
 SLOTS, SLOT_BYTES = 4, 4096
 HELLO = Hello(0, 1, [[ROW_BYTES]], "a layout")

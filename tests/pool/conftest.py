@@ -1,8 +1,0 @@
-"""Makes `helpers` importable for the tests of pool and transport."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))

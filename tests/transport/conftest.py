@@ -1,8 +1,0 @@
-"""Makes the helpers of the pool's tests importable here too."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "pool"))
