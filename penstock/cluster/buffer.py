@@ -130,7 +130,7 @@ class DecodeBuffer:
                     self._take(key).wanted_by += 1
             try:
                 hand_off.granted()
-            except Exception as error:  # one hand-off's; those behind it are to be granted too
+            except Exception as error:  # noqa: BLE001 (one hand-off's; those behind it are to be granted too)
                 rare.exception("granted", "the callback of a hand-off that got room failed: %r", error)
 
     def _fits(self, keys: Sequence[BlockKey]) -> bool:
@@ -254,7 +254,7 @@ class DecodeBuffer:
 
         try:
             self._storage.read(key, self.block_bytes, into, timeout_s, loaded, check)
-        except Exception as failed:  # or the slot would be arriving for ever
+        except Exception as failed:  # noqa: BLE001 (or the slot would be arriving for ever)
             rare.exception("load", "block %s could not be asked for: %r", key.hex(), failed)
             self._arrived(key, None, PoolError("network", repr(failed)))
 

@@ -299,7 +299,7 @@ class Incoming:
             refused = TokenEvent(None, "restart" if isinstance(error, Overloaded) else "error", str(error))
             self._end(part, refused)
             return PoolError("dropped", str(error))
-        except Exception as error:  # the engine knows nothing of it: nobody else would end it
+        except Exception as error:  # noqa: BLE001 (the engine knows nothing of it: nobody else would end it)
             count_loss("failed_to_begin")
             rare.exception("begin", "request %s could not begin to decode: %r", name, error)
             self._end(part, TokenEvent(None, "error", f"the request could not begin to decode: {error!r}"))

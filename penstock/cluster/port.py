@@ -195,7 +195,7 @@ class ClusterPort:
         except asyncio.CancelledError:
             if not self._closed and task not in self._dropped:
                 raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (one engine's connection; the port serves the others)
             why = f"internal error: {error!r}"
             rare.exception("connection", "connection of %s failed: %r", peer, error)
         finally:
@@ -239,7 +239,7 @@ class ClusterPort:
         """Call the listener; an exception in it is logged and ends no registration."""
         try:
             told()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (one message's; the connection goes on)
             self.counts.listener_failures += 1
             rare.exception("listener", "what an engine said could not be dealt with: %r", error)
 
@@ -283,7 +283,7 @@ class ClusterPort:
         self.counts.registered += 1
         try:
             keep = self._listener.engine_joined(engine, register.held)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (this engine is refused; the others go on)
             self.counts.listener_failures += 1
             rare.exception("join", "engine %s could not be registered: %r", card.name, error)
             writer.write(wire.frame(wire.Refused(clip(f"internal error: {error!r}"), retry=True)))

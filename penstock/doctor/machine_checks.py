@@ -181,7 +181,7 @@ def check_cuda(machine: Machine) -> Check:
     cards = machine.names("dev", r"nvidia\d+")
     try:
         import torch
-    except Exception as error:  # a broken torch fails with errors of any kind
+    except Exception as error:  # noqa: BLE001 (a broken torch fails with errors of any kind)
         reason = f"torch cannot be imported: {type(error).__name__}: {error}"
         return Check("cuda", "problem", reason, "install Penstock again", unusable=True)
     if torch.cuda.is_available():

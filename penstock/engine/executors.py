@@ -102,7 +102,7 @@ class PoolStages:
         ended = self._transfers.begin(op.op_id, op.slot, op.timeout_s, done)
         try:
             self._begin_fetch(op, ended)
-        except Exception as error:  # the block's failure, not the control thread's
+        except Exception as error:  # noqa: BLE001 (the block's failure, not the control thread's)
             ended(_reason_of(error))
 
     def _begin_fetch(self, op: Fetch, ended: Callable[[str | None], None]) -> None:
@@ -125,7 +125,7 @@ class PoolStages:
         ended = self._transfers.begin(op.op_id, op.slot, op.timeout_s, done)
         try:
             self._pool.write(op.block, data, op.timeout_s, lambda error: ended(_reason(error)))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (the block's failure, not the control thread's)
             ended(_reason_of(error))
 
     def hand_over(self, op: Forward, done: Callable[[str | None], None]) -> None:
@@ -185,7 +185,7 @@ class RunnerStages:
         """Blocks whose upload cannot start count as misses; whoever waits for them fails at once."""
         try:
             group = self._runner.start_upload(blocks)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (the upload's failure, not the control thread's)
             done(error)
             return FailedUpload(error)
         refused = self._put(self._uploader, lambda: self._runner.upload(group), done)
@@ -203,7 +203,7 @@ class RunnerStages:
         def run() -> None:
             try:
                 work()
-            except Exception as error:  # whatever the device raises ends the operation, not the thread
+            except Exception as error:  # noqa: BLE001 (whatever the device raises ends the operation, not the thread)
                 done(error)
             else:
                 done(None)

@@ -50,7 +50,7 @@ class RingEngine(DeviceEngine):
         except BaseException:
             ring.close()
             raise
-        self._piece_bytes = device.piece_bytes
+        self.piece_bytes = device.piece_bytes
         self._pending: deque[_Transfer] = deque()
         self._pieces: dict[int, tuple[_Transfer, int, int]] = {}  # id -> (transfer, offset in it, length)
         self._next_piece = 0
@@ -58,7 +58,7 @@ class RingEngine(DeviceEngine):
         self._regions = Regions()
         self._registered: list[memoryview] = []
         self._slots_max = 0
-        self._region_bytes = 0
+        self.region_bytes = 0
 
     @abstractmethod
     def _pack_entry(self, piece: int, op: IoOp, offset: int, address: int, length: int, slot: int) -> None:
@@ -77,7 +77,7 @@ class RingEngine(DeviceEngine):
                 f"buffers are pinned at each I/O: no registered ones ({error.strerror}; Linux 5.13 or later has them)"
             )
         else:
-            self._slots_max, self._region_bytes = slots_max, region_bytes
+            self._slots_max, self.region_bytes = slots_max, region_bytes
 
     def register(self, buffer: memoryview) -> None:
         """Pin `buffer` once; it stays referenced until `close`. What cannot be pinned is used all the same, pinned at
@@ -90,7 +90,7 @@ class RingEngine(DeviceEngine):
             slot, room = self._regions.find(at)
             length = min(room, end - at)
             if slot < 0:
-                length = min(length, self._region_bytes)
+                length = min(length, self.region_bytes)
                 if not self._pin(at, length):
                     break
                 self._registered.append(buffer)
@@ -136,7 +136,7 @@ class RingEngine(DeviceEngine):
             transfer = self._pending[0]
             if transfer.error is None:
                 at = transfer.issued_bytes
-                length = self._pack(transfer, at, min(self._piece_bytes, transfer.length - at))
+                length = self._pack(transfer, at, min(self.piece_bytes, transfer.length - at))
                 transfer.issued_bytes = at + length
                 room -= 1
             if transfer.error is not None or transfer.issued_bytes == transfer.length:

@@ -61,7 +61,7 @@ class ThreadEngine(DeviceEngine):
                     return self._error(op, at, errno.EIO, f"moved only {at} bytes (was the device cut short?)")
         except OSError as error:
             return self._error(op, at, error.errno or errno.EIO, error.strerror or str(error))
-        except Exception as error:  # such as a buffer that was released: the operation ends, the thread goes on
+        except Exception as error:  # noqa: BLE001 (such as a released buffer: the operation ends, not the thread)
             count_failure("penstock-io")
             return OSError(errno.EIO, f"{op.kind} at {op.offset + at}: {error!r}", str(self._device.path))
         return None

@@ -178,7 +178,7 @@ def _together(
         try:
             start.wait(END_S)
             rates[name] = _run(member, direction, block_bytes, budget_s)
-        except Exception as error:  # raised again by the caller below
+        except Exception as error:  # noqa: BLE001 (raised again by the caller below)
             errors.append(error)
 
     threads = [threading.Thread(target=run, args=item, daemon=True) for item in members.items()]

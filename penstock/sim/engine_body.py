@@ -111,9 +111,9 @@ class EngineBody:
         self._links = links
         self._compute = compute
         self._layers = layers
-        self._save_route = save_route
+        self.save_route = save_route
         self._overheads = overheads or Overheads()
-        self._fetch_fault = fetch_fault
+        self.fetch_fault = fetch_fault
         self._save_fault = save_fault
         self._fails = fails
         self._forward_route = forward_route
@@ -204,7 +204,7 @@ class EngineBody:
         self._event_at(self.clock.now_s + delay_s, answer)
 
     def _fetch(self, op: Fetch) -> None:
-        error = self._fetch_fault(op.key)
+        error = self.fetch_fault(op.key)
         size = float("inf") if error == "deadline" else self.scheduler.config.block_bytes
 
         def through() -> None:
@@ -281,7 +281,7 @@ class EngineBody:
         return 1000 + position % 97
 
     def _save(self, op: Save) -> None:
-        route = self._save_route(op.block) if callable(self._save_route) else self._save_route
+        route = self.save_route(op.block) if callable(self.save_route) else self.save_route
         error = self._save_fault(op.block.key)
 
         def downloaded() -> None:

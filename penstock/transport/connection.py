@@ -136,7 +136,7 @@ class Connection:
             payload = pending.buffer[: pending.payload_bytes]
         try:
             head = wire.frame(pending.message, len(payload))
-        except Exception as error:  # a message that cannot be written down: nothing of it is on the wire
+        except Exception as error:  # noqa: BLE001 (a message that cannot be written down: nothing of it is on the wire)
             if self._take(pending.id) is pending:
                 pending.tell(None, PoolError("layout", f"the request cannot be sent: {error}"))
             return

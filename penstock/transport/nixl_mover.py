@@ -64,7 +64,7 @@ class NixlMover:
         name = f"penstock-{os.getpid()}-{secrets.token_hex(4)}"
         try:
             self._agent: Any = nixl_agent(name, nixl_agent_config(enable_prog_thread=True, backends=["UCX"]))
-        except Exception as error:  # the binding raises types of its own
+        except Exception as error:  # noqa: BLE001 (the binding raises types of its own)
             raise ConfigError(f"relay_transport is 'nixl', but its agent does not start: {error}") from None
         self._lock = threading.Lock()
         self._registered: list[tuple[memoryview, Any]] = []
@@ -86,7 +86,7 @@ class NixlMover:
             there = _descriptions.decode(description)
             with self._lock:
                 name = self._agent.add_remote_agent(there.metadata)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (the binding raises types of its own)
             raise PoolError("network", f"NIXL cannot attach: {said(error)}") from None
         return _FarAgent(self._agent, self._lock, name, there.address, there.size_bytes)
 
@@ -95,7 +95,7 @@ class NixlMover:
             for _, made in self._registered:
                 try:
                     self._agent.deregister_memory(made)
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 (the other registrations are still to be undone)
                     log.warning("NIXL: memory could not be deregistered: %s", error)
             self._registered.clear()
 
@@ -120,7 +120,7 @@ class _FarAgent:
                 far = agent.get_xfer_descs([(self._address + offset, size, 0)], "DRAM")
                 handle = agent.initialize_xfer("READ", near, far, self._name, b"")
                 state = agent.transfer(handle)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (the binding raises types of its own)
             raise PoolError("network", f"NIXL could not begin a read: {error}") from None
         state = self._wait(handle, state)
         if state != "DONE":
@@ -140,18 +140,18 @@ class _FarAgent:
                     log.error("a read by NIXL of %s neither ends nor fails", self._name)
                     told_s += _ABANDON_S
             return state
-        except Exception as error:  # the peer is gone: NIXL raises instead of a state
+        except Exception as error:  # noqa: BLE001 (the peer is gone: NIXL raises instead of a state)
             return f"an error: {error}"
         finally:
             try:
                 with self._lock:
                     self._agent.release_xfer_handle(handle)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (the read has ended, with or without its handle)
                 log.warning("NIXL: a transfer could not be released: %s", error)
 
     def close(self) -> None:
         try:
             with self._lock:
                 self._agent.remove_remote_agent(self._name)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (the peer may be gone already)
             log.info("NIXL: %s was gone already: %s", self._name, error)

@@ -397,7 +397,7 @@ class Served:
             self.cut()
             try:
                 self._try(send)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (any failure to send ends this connection)
                 self._failed(error)
 
     def _try(self, send: Callable[[], None]) -> None:

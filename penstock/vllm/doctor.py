@@ -91,7 +91,7 @@ def check_connector() -> Check:
         from vllm.distributed.kv_transfer.kv_connector.v1 import supports_hma
 
         from penstock.vllm.connector import PenstockConnector
-    except Exception as error:  # vLLM fails to import with errors of any kind
+    except Exception as error:  # noqa: BLE001 (vLLM fails to import with errors of any kind)
         reason = f"cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"
         return Check("connector", "problem", reason, "docs/vllm.md names the versions that fit", unusable=True)
     if not supports_hma(PenstockConnector):
@@ -123,7 +123,7 @@ def configuration(words: Sequence[str]) -> Any:
         return AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
     except ConfigurationError:
         raise
-    except (Exception, SystemExit) as error:  # of any kind: vLLM, pydantic, transformers
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (of any kind: vLLM, pydantic, transformers)
         raise ConfigurationError(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}") from None
 
 

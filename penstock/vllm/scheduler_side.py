@@ -139,7 +139,7 @@ class SchedulerSide:
         """What fails within ends Penstock's part in this request, and neither vLLM nor another request."""
         try:
             yield
-        except Exception:
+        except Exception:  # noqa: BLE001 (vLLM's request goes on without the pool)
             self._log.exception("request", "Penstock failed for request %s, which goes on without the pool", request_id)
             self.host.lost("requests_not_followed")
             self._known.pop(request_id, None)

@@ -98,20 +98,13 @@ def conclude(report: Report, plan: Plan, found: Found) -> None:
     """All figures. Ratios are taken within a repeat; the median over repeats counts, with the least and the most."""
     report.notes += [f"{system}: {ABOUT[system]}" for system in plan.systems]
     for name, runs in found.runs.items():
-        for system, value in found.capacity_per_s.items():
-            if system == name:
-                report.figure(f"{name}_capacity_per_s", value)
-                report.figure(f"{name}_alone_ttft_s", found.alone_s[name])
+        if name in found.capacity_per_s:
+            report.figure(f"{name}_capacity_per_s", found.capacity_per_s[name])
+            report.figure(f"{name}_alone_ttft_s", found.alone_s[name])
         if name in found.reuse:
             report.figure(f"{name}_reusable_share", found.reuse[name])
         for system in (s for s in SYSTEMS if s in runs):
-            for measure, value_of in MEASURES.items():
-                report.figure(f"{name}_{system}_{measure}", median(runs[system], value_of))
-            for label in sorted({name for run in runs[system] for name in run.counters if name.startswith(TIME)}):
-                report.figure(f"{name}_{system}_{label}_s", median(runs[system], partial(_time_of, label)))
-            if system != STOCK:
-                rate = median(runs[system], link_bytes_per_s) / report.figures["link_bytes_per_s"]
-                report.figure(f"{name}_{system}_link_share", rate, limit=1.0)
+            _measures(report, name, system, runs[system])
         if name == CONVERSATION:
             _against_stock(report, name, runs)
         else:
@@ -124,6 +117,17 @@ def conclude(report: Report, plan: Plan, found: Found) -> None:
     report.figure("failed_requests", sum(run.failed for run in every), limit=0)
     for system in (s for s in SYSTEMS[1:] if s in plan.systems):
         report.figure(f"{system}_outputs_equal", _equal(found, system), limit=1.0)
+
+
+def _measures(report: Report, name: str, system: str, runs: Sequence[Run]) -> None:
+    """The medians of one system's runs of one workload."""
+    for measure, value_of in MEASURES.items():
+        report.figure(f"{name}_{system}_{measure}", median(runs, value_of))
+    for label in sorted({counter for run in runs for counter in run.counters if counter.startswith(TIME)}):
+        report.figure(f"{name}_{system}_{label}_s", median(runs, partial(_time_of, label)))
+    if system != STOCK:
+        rate = median(runs, link_bytes_per_s) / report.figures["link_bytes_per_s"]
+        report.figure(f"{name}_{system}_link_share", rate, limit=1.0)
 
 
 def _costs(report: Report, found: Found) -> None:
