@@ -70,6 +70,7 @@ class GuardedThread:
 
     @property
     def alive(self) -> bool:
+        """Whether the thread runs."""
         return self._thread.is_alive()
 
     @property
@@ -158,6 +159,7 @@ class GuardedWorker:
 
     @property
     def alive(self) -> bool:
+        """Whether the thread runs."""
         return self._thread.is_alive()
 
     @property

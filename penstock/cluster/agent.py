@@ -46,17 +46,24 @@ class Host(Protocol):
     """The engine behind the agent (`cluster.host.EngineHost`)."""
 
     @property
-    def relay_address(self) -> str: ...
+    def relay_address(self) -> str:
+        """ "HOST:PORT" of the engine's relay; empty for an engine that takes no hand-offs."""
 
-    def submit(self, placed: PlacedRequest, on_event: Callable[[TokenEvent], None]) -> None: ...
+    def submit(self, placed: PlacedRequest, on_event: Callable[[TokenEvent], None]) -> None:
+        """Begin a part of a request; `on_event` is called from any thread, with exactly one last event. Raises
+        InvalidRequest or Overloaded, and then `on_event` is not called."""
 
-    def cancel(self, request_id: str, attempt: int | None = None) -> None: ...
+    def cancel(self, request_id: str, attempt: int | None = None) -> None:
+        """End a request soon, or only one attempt of it; unknown ones are ignored."""
 
-    def replan(self, request_id: str, attempt: int, side: Literal["prefill", "decode"]) -> None: ...
+    def replan(self, request_id: str, attempt: int, side: Literal["prefill", "decode"]) -> None:
+        """The storage NIC of that side is gone: what this attempt was still to read there is read on the other side."""
 
-    def report(self) -> EngineReport: ...
+    def report(self) -> EngineReport:
+        """The engine's load and counters now."""
 
-    def healthy(self) -> tuple[bool, str]: ...
+    def healthy(self) -> tuple[bool, str]:
+        """Whether the engine serves; if not, why."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ class ProcessActor:
         return child.ready.is_set(), child.addresses, child.pid, child.restarts, lines
 
     def stop(self) -> None:
+        """End the process, within STOP_S seconds."""
         self._child.stop(STOP_S)
 
 
@@ -169,6 +170,7 @@ class RaySupervisor:
                     raise StartFailed(f"Ray could not be asked for {RAY_GONE_S:g} s: {error!r}") from None
 
     def watch(self) -> None:
+        """Look at all actors once, and start again what died or must follow an address that moved."""
         self._look(list(self.known.values()))
         addresses = self._addresses()
         if addresses != self._given:

@@ -60,10 +60,13 @@ class Engine:
 
     @property
     def name(self) -> str:
+        """The name that the engine registered under."""
         return self.card.name
 
 
 class Listener(Protocol):
+    """What the port reports to: the router. Called on the port's event loop; must not block."""
+
     def engine_fits(self, card: wire.EngineCard) -> str | None:
         """One line that says why this engine cannot serve here, or None."""
 
@@ -73,9 +76,11 @@ class Listener(Protocol):
     def engine_left(self, engine: Engine, why: str) -> None:
         """It is fenced: nothing more comes from this epoch."""
 
-    def engine_reported(self, engine: Engine) -> None: ...
+    def engine_reported(self, engine: Engine) -> None:
+        """A new report of its load came with a heartbeat."""
 
-    def engine_events(self, engine: Engine, events: Sequence[wire.Event]) -> None: ...
+    def engine_events(self, engine: Engine, events: Sequence[wire.Event]) -> None:
+        """Tokens and ends of requests, in order."""
 
 
 @dataclass(slots=True)
@@ -126,6 +131,7 @@ class ClusterPort:
         self._closed = False
 
     async def start(self) -> None:
+        """Begin to accept connections, and to expire leases."""
         # asyncio accepts as many at once as its backlog says.
         self._server = await asyncio.start_server(
             self._connected, sock=self._sock, limit=1 << 20, backlog=ACCEPT_AT_ONCE

@@ -153,6 +153,7 @@ class Child:
         self._pause_s = min(2 * self._pause_s, PAUSES_S[1])
 
     def terminate(self) -> None:
+        """Send SIGTERM if it runs; does not wait."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
 

@@ -171,6 +171,8 @@ class EngineStats:
 
 
 class EngineAPI(Protocol):
+    """An engine, in this process or behind a router. Methods may be called from any thread."""
+
     max_context_tokens: int
     vocab_size: int
     eos_token_ids: frozenset[int]
@@ -182,7 +184,8 @@ class EngineAPI(Protocol):
     def cancel(self, request_id: str) -> None:
         """End a request soon (its last event is `cancelled`); unknown or ended requests are ignored."""
 
-    def stats(self) -> EngineStats: ...
+    def stats(self) -> EngineStats:
+        """What the engine does now, and its counters."""
 
     def healthy(self) -> tuple[bool, str]:
         """Whether the engine makes progress, and one line that says why not."""

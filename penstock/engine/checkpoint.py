@@ -327,6 +327,7 @@ def _load_weights(folder: Path, config: Any, dtype: torch.dtype) -> Any:
 
 
 def one_line(error: BaseException) -> str:
+    """An error's type and the first line of its message, at most 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
 

@@ -117,6 +117,7 @@ class RingEngine(DeviceEngine):
             self.notes.append(text)
 
     def submit(self, ops: Sequence[IoOp]) -> None:
+        """Split operations into pieces and issue as many as the ring takes; the rest go when pieces end."""
         self._check_open()
         addresses = checked_addresses(ops, self.in_flight(), self.depth, self.capacity_bytes, self.alignment_bytes)
         for op, address in zip(ops, addresses, strict=True):
@@ -156,6 +157,7 @@ class RingEngine(DeviceEngine):
         return length
 
     def poll(self, timeout_s: float) -> list[IoCompletion]:
+        """Operations that have ended; waits at most `timeout_s` for the first one, and issues what waited."""
         deadline_s = time.monotonic() + timeout_s
         while not self._closed and not self._ended and self._active:
             remaining_s = 0.0 if self._wake.woken else deadline_s - time.monotonic()
@@ -174,6 +176,7 @@ class RingEngine(DeviceEngine):
         return done
 
     def wake(self) -> None:
+        """End a wait of `poll`, from any thread."""
         self._wake.wake()
 
     def _fewest_completions(self) -> int:

@@ -39,7 +39,10 @@ class Measurable(Protocol):
 
 
 class MeasurableLink(Protocol):
-    def measure_bytes_per_s(self, budget_s: float) -> float: ...
+    """A link to a pool node that can measure itself."""
+
+    def measure_bytes_per_s(self, budget_s: float) -> float:
+        """Bytes per second over the link, measured for at most `budget_s`."""
 
 
 @dataclass(frozen=True, slots=True)

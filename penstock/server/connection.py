@@ -63,6 +63,7 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         self._running: Any = None  # the request that is being answered; uvicorn's `cycle` is the newest one
 
     def connection_made(self, transport: Any) -> None:
+        """The deadline of the first head begins."""
         self._admission.close = self._make_room
         self._head = bytearray()  # of the next request, while the parser is between two messages
         self._between_messages = True
@@ -90,6 +91,7 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         self.parser = None
 
     def data_received(self, data: bytes) -> None:
+        """Bytes are queued for this connection's turn; beyond the bound it is not read further."""
         waits = bool(self._received)
         self._received.append(memoryview(data))
         self._received_bytes += len(data)
@@ -140,6 +142,7 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         self._received_bytes = 0
 
     def on_message_begin(self) -> None:
+        """Raises ValueError when PIPELINED_MAX requests wait for an answer."""
         if len(self.pipeline) >= PIPELINED_MAX:
             self._too_many = True
             raise ValueError(f"more than {PIPELINED_MAX} requests wait for an answer")
@@ -149,10 +152,12 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         self.scope["extensions"] = {ABORT_EXTENSION: self._cut}
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """A header of a head; a trailer is dropped."""
         if not self._headers_complete:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        """A head is whole: the request is served, without a deadline."""
         self._headers_complete = True
         length = next((value for name, value in self.headers if name == b"content-length"), b"0")
         self._body_left = int(length) if length.isdigit() and len(length) < 20 else 0
@@ -164,11 +169,13 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
             self.flow.resume_reading()  # or nobody would see that the client has left
 
     def on_body(self, body: bytes) -> None:
+        """A piece of a body goes to whoever serves the request."""
         self._bytes_without_body = 0
         self._body_left = max(0, self._body_left - len(body))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        """A request is whole; the connection is idle if it was answered already."""
         self._between_messages = True
         self._body_left = 0
         super().on_message_complete()
@@ -178,6 +185,7 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
             self._admission.serves()
 
     def on_response_complete(self) -> None:
+        """A request was answered: the next one is taken up, or the connection is idle."""
         super().on_response_complete()
         if self._nothing_served():
             self._admission.waits()

@@ -61,19 +61,26 @@ class Observer:
     def began(self, operation: Operation) -> None:
         """The brain gave an operation."""
 
-    def looked_up(self, op: Lookup) -> None: ...
+    def looked_up(self, op: Lookup) -> None:
+        """A lookup was answered."""
 
-    def fetched(self, op: Fetch, error: str | None) -> None: ...
+    def fetched(self, op: Fetch, error: str | None) -> None:
+        """A block was read into its slot, or why not."""
 
-    def uploaded(self, op: Upload, failed: bool) -> None: ...
+    def uploaded(self, op: Upload, failed: bool) -> None:
+        """A group of blocks was uploaded into its pages, or failed."""
 
-    def computed(self, op: Compute, failed: bool) -> None: ...
+    def computed(self, op: Compute, failed: bool) -> None:
+        """A batch was computed, or failed."""
 
-    def saved(self, op: Save, error: str | None) -> None: ...
+    def saved(self, op: Save, error: str | None) -> None:
+        """A block was stored, or why not."""
 
-    def downloaded(self, op: Save | Forward) -> None: ...
+    def downloaded(self, op: Save | Forward) -> None:
+        """A page was copied to staging memory: it may be taken for another block."""
 
-    def forwarded(self, op: Forward, error: str | None) -> None: ...
+    def forwarded(self, op: Forward, error: str | None) -> None:
+        """A block was handed over, or why not."""
 
 
 class EngineBody:
@@ -140,6 +147,7 @@ class EngineBody:
         self._event_at(time_s, submit)
 
     def cancel_at(self, time_s: float, request_id: str) -> None:
+        """Cancel a request at a virtual time."""
         self._event_at(time_s, lambda: self.scheduler.cancel(request_id, self.clock.now_s))
 
     def fail_link(self, name: str) -> None:

@@ -67,6 +67,7 @@ def _bounded() -> Iterator[None]:
 
 
 def failure_of(case: AnyCase) -> str | None:
+    """Which invariant the case breaks; None for none."""
     return outcome_of(case)[1]
 
 

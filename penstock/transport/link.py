@@ -220,6 +220,7 @@ class NodeLink:
         return text
 
     def next_id(self) -> int:
+        """An id for a message; not given before on this link."""
         return next(self._ids)
 
     def ask(

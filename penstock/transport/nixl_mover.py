@@ -31,6 +31,8 @@ _ABANDON_S = 60.0  # a transfer that neither ends nor fails for so long is told 
 
 
 class AgentMemory(msgspec.Struct, array_like=True):
+    """What a peer needs to read memory of this agent: NIXL's metadata of the agent, and where the memory lies."""
+
     metadata: Description
     address: Annotated[int, Meta(ge=0, extra={"bits": 64})]
     size_bytes: Annotated[int, Meta(ge=1, le=ADDRESS_BYTES_MAX)]
@@ -70,6 +72,7 @@ class NixlMover:
         self._registered: list[tuple[memoryview, Any]] = []
 
     def allocate(self, size_bytes: int) -> memoryview:
+        """Page-aligned memory of `size_bytes`, registered with the agent."""
         memory = aligned_buffer(size_bytes)
         with self._lock:
             made = self._agent.register_memory([(address_of(memory), size_bytes, 0, "")], "DRAM")
@@ -77,11 +80,13 @@ class NixlMover:
         return memory
 
     def export(self, memory: memoryview) -> bytes:
+        """The agent's metadata and the place of memory of `allocate`, as bytes for `attach`."""
         with self._lock:
             metadata = self._agent.get_agent_metadata()
         return msgspec.msgpack.encode(AgentMemory(metadata, address_of(memory), len(memory)))
 
     def attach(self, description: bytes) -> FarMemory:
+        """Memory that a peer exported. Raises PoolError("network") when its agent cannot be reached."""
         try:
             there = _descriptions.decode(description)
             with self._lock:
@@ -91,6 +96,7 @@ class NixlMover:
         return _FarAgent(self._agent, self._lock, name, there.address, there.size_bytes)
 
     def close(self) -> None:
+        """Deregister all memory of `allocate`; a failure is logged."""
         with self._lock:
             for _, made in self._registered:
                 try:

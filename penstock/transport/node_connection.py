@@ -175,6 +175,7 @@ class Served:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def join(self, timeout_s: float) -> None:
+        """Wait at most `timeout_s` for the reading thread to end."""
         self._reader.join(timeout_s)
 
     def _serve(self) -> None:

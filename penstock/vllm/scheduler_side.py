@@ -520,6 +520,7 @@ class SchedulerSide:
         self._give_back()
 
     def keeps_blocks(self) -> bool:
+        """Whether vLLM still keeps blocks for saves."""
         self._give_back()
         return self._pins is not None and len(self._pins) > 0
 
@@ -547,6 +548,7 @@ class SchedulerSide:
         return True
 
     def close(self) -> None:
+        """Close the host and stop reading adapters."""
         self.host.close()
         self._adapters.close()
 

@@ -26,14 +26,17 @@ Value = Callable[[Run], float]
 
 
 def ttft_mean_s(run: Run) -> float:
+    """Mean seconds to the first token; infinite when no request succeeded."""
     return statistics.fmean(run.ttfts_s) if run.ttfts_s else float("inf")
 
 
 def ttft_p50_s(run: Run) -> float:
+    """Median seconds to the first token; infinite when no request succeeded."""
     return percentile(run.ttfts_s, 50) if run.ttfts_s else float("inf")
 
 
 def ttft_p99_s(run: Run) -> float:
+    """99th percentile of seconds to the first token; infinite when no request succeeded."""
     return percentile(run.ttfts_s, 99) if run.ttfts_s else float("inf")
 
 
@@ -44,6 +47,7 @@ def slo_attainment(run: Run) -> float:
 
 
 def requests_per_s(run: Run) -> float:
+    """Requests that succeeded, per second of the run."""
     return (len(run.records) - run.failed) / run.wall_s
 
 
@@ -70,10 +74,12 @@ def _time_of(label: str, run: Run) -> float:
 
 
 def link_bytes_per_s(run: Run) -> float:
+    """Bytes per second that came over the link (loads)."""
     return run.carried.down_bytes / run.wall_s
 
 
 def link_gb(run: Run) -> float:
+    """10^9 bytes that came over the link (loads)."""
     return run.carried.down_bytes / 1e9
 
 
@@ -91,6 +97,7 @@ MEASURES: dict[str, Value] = {
 
 
 def median(runs: Sequence[Run], value: Value) -> float:
+    """Median of a value over runs."""
     return statistics.median(value(run) for run in runs)
 
 
