@@ -238,7 +238,7 @@ class Host:
         return page, room
 
     def wants(self, request_id: str, index: int) -> bool:
-        """Whether the request's full block `index` should be saved: the pool may not hold it, and no save of it runs."""
+        """Whether the request's full block `index` should be saved: the pool may not hold it, and none saves it."""
         return self._call(lambda: self.brain.wants(request_id, index), False)
 
     @property
