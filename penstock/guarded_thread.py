@@ -70,6 +70,7 @@ class GuardedThread:
 
     @property
     def alive(self) -> bool:
+        """Whether the thread runs."""
         return self._thread.is_alive()
 
     @property
@@ -94,7 +95,7 @@ class GuardedThread:
             try:
                 self._run()
                 return
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (any failure ends in `failed`, not with a silent thread)
                 count_failure(self._kind)
                 _log_exception("the thread %s failed", self.name)
                 _call_failed(self._failed, error, self.name)
@@ -110,7 +111,7 @@ def _call_failed(failed: Callable[[Exception], None] | None, error: Exception, t
         return
     try:
         failed(error)
-    except Exception:
+    except Exception:  # noqa: BLE001 (a handler's; there is nobody left to be called)
         _log_exception("what handles failures on the thread %s failed itself", thread)
 
 
@@ -158,6 +159,7 @@ class GuardedWorker:
 
     @property
     def alive(self) -> bool:
+        """Whether the thread runs."""
         return self._thread.is_alive()
 
     @property
@@ -197,7 +199,7 @@ class GuardedWorker:
         while (work := self._take()) is not None:
             try:
                 work.run()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (one piece of work's; the thread goes on)
                 count_failure(self._kind)
                 _log_exception("work on the thread %s failed", self.name)
                 _call_failed(work.failed, error, self.name)

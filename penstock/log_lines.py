@@ -22,6 +22,7 @@ class OneLineFormatter(logging.Formatter):
     """The message of a record as `printable`; a traceback behind it keeps its lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
+        """The record's line, with its message made printable."""
         record.message = printable(record.message)
         return super().formatMessage(record)
 

@@ -39,6 +39,7 @@ class TtftModel:
         return cls(fixed, cached, query, attention, least_s=float(ttft_s.min()))
 
     def ttft_s(self, cached_tokens: int, query_tokens: int) -> float:
+        """Seconds to the first token of a request alone; never less than `least_s`."""
         weights = (self.fixed_s, self.cached_s, self.query_s, self.attention_s)
         terms = _terms(cached_tokens, query_tokens)
         return max(self.least_s, sum(w * t for w, t in zip(weights, terms, strict=True)))

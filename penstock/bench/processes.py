@@ -81,6 +81,7 @@ class ReadyProcess:
 
     @property
     def pid(self) -> int:
+        """Its process id."""
         assert self._process is not None, "the process was not started"
         return self._process.pid
 

@@ -13,6 +13,7 @@ __all__ = ["Counter", "Progress", "progress_bar"]
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
+    """A bar on this console for as long as the context is open."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         yield progress
@@ -26,6 +27,7 @@ class Counter:
         self._task: TaskID = progress.add_task(description, total=total)
 
     def __call__(self, finished: object) -> None:
+        """One step further."""
         self._progress.advance(self._task)
 
     def describe(self, text: str) -> None:

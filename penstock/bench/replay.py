@@ -67,6 +67,7 @@ class RequestRecord:
 
     @property
     def loaded_bytes(self) -> int:
+        """Bytes of KV that the server loaded for it; 0 without a report."""
         return int((self.report or {}).get("loaded_bytes", 0))
 
 

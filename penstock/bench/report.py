@@ -57,6 +57,7 @@ class Report:
         self.notes += [f"{prefix}: {text}" for text in other.notes]
 
     def print(self, console: Console) -> None:
+        """The table of figures and limits, then what was modelled, and the notes."""
         table = Table(title=f"{self.experiment}: {self.command}", title_justify="left")
         table.add_column("figure")
         table.add_column("value", justify="right")

@@ -49,18 +49,22 @@ class Bed:
 
     @property
     def vocabulary(self) -> int:
+        """Tokens in the model's vocabulary."""
         return self._config()["vocab_size"]
 
     @property
     def kv_bytes_per_token(self) -> int:
+        """Bytes of KV of one token, in float32."""
         config = self._config()
         return 2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
 
     def pool_command(self) -> list[str]:
+        """Arguments of `penstock pool serve`."""
         pace = [] if self.pace is None else ["--pace", self.pace]
         return ["--listen", "127.0.0.1:0", "--memory", f"{self.pool_bytes}B", *pace]
 
     def serve_command(self, system: System, pool: str | None) -> list[str]:
+        """Arguments of `penstock serve` for a system; `pool` is the node's address, None for no pool."""
         where = ["--no-pool"] if pool is None else ["--pool", pool]
         policy = [] if self.policy is None or system == "coupled" else ["--policy", self.policy]
         return [

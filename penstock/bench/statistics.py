@@ -21,6 +21,8 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
+    """Count, mean and percentiles of measured values, in their unit."""
+
     count: int
     mean: float
     p50: float

@@ -59,6 +59,7 @@ class Scaling:
         return scaled if self.answer_tokens_max is None else min(scaled, self.answer_tokens_max)
 
     def fits(self, turn: Turn) -> bool:
+        """Whether prompt and answer fit the context."""
         return self.context_tokens_max is None or turn.prompt_tokens + turn.max_tokens <= self.context_tokens_max
 
 

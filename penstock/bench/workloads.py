@@ -46,6 +46,7 @@ class Turn:
 
     @property
     def prompt_tokens(self) -> int:
+        """Tokens of its prompt."""
         return sum(segment.length for segment in self.prompt)
 
 
@@ -61,15 +62,19 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
+    """Sessions to replay, under a name."""
+
     name: str
     sessions: tuple[Session, ...]
 
     @property
     def requests(self) -> int:
+        """Requests of all sessions."""
         return sum(len(session.turns) for session in self.sessions)
 
     @property
     def prompt_tokens(self) -> int:
+        """Prompt tokens of all requests."""
         return sum(turn.prompt_tokens for session in self.sessions for turn in session.turns)
 
     @property

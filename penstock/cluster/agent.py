@@ -46,17 +46,24 @@ class Host(Protocol):
     """The engine behind the agent (`cluster.host.EngineHost`)."""
 
     @property
-    def relay_address(self) -> str: ...
+    def relay_address(self) -> str:
+        """ "HOST:PORT" of the engine's relay; empty for an engine that takes no hand-offs."""
 
-    def submit(self, placed: PlacedRequest, on_event: Callable[[TokenEvent], None]) -> None: ...
+    def submit(self, placed: PlacedRequest, on_event: Callable[[TokenEvent], None]) -> None:
+        """Begin a part of a request; `on_event` is called from any thread, with exactly one last event. Raises
+        InvalidRequest or Overloaded, and then `on_event` is not called."""
 
-    def cancel(self, request_id: str, attempt: int | None = None) -> None: ...
+    def cancel(self, request_id: str, attempt: int | None = None) -> None:
+        """End a request soon, or only one attempt of it; unknown ones are ignored."""
 
-    def replan(self, request_id: str, attempt: int, side: Literal["prefill", "decode"]) -> None: ...
+    def replan(self, request_id: str, attempt: int, side: Literal["prefill", "decode"]) -> None:
+        """The storage NIC of that side is gone: what this attempt was still to read there is read on the other side."""
 
-    def report(self) -> EngineReport: ...
+    def report(self) -> EngineReport:
+        """The engine's load and counters now."""
 
-    def healthy(self) -> tuple[bool, str]: ...
+    def healthy(self) -> tuple[bool, str]:
+        """Whether the engine serves; if not, why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +176,7 @@ class EngineAgent:
                     return
             except (OSError, wire.ProtocolError, SecretRefused) as error:
                 self._tell(f"router {self._place}: {error}; it is tried again")
-            except Exception as error:  # not this engine's end: it registers anew
+            except Exception as error:  # noqa: BLE001 (not this engine's end: it registers anew)
                 count_loss("registrations")
                 rare.exception("registration", "the connection to router %s failed: %r", self._place, error)
             with self._lock:
@@ -319,7 +326,7 @@ class EngineAgent:
             self._event(part, TokenEvent(None, "error", str(error)))
         except Overloaded as error:
             self._event(part, TokenEvent(None, "restart", str(error)))
-        except Exception as error:  # this request's, not that of all others here
+        except Exception as error:  # noqa: BLE001 (this request's, not that of all others here)
             count_loss("failed_to_begin")
             rare.exception("begin", "request %s could not begin: %r", placed.request_id, error)
             self._event(part, TokenEvent(None, "error", f"the request could not begin: {error!r}"))
@@ -333,14 +340,14 @@ class EngineAgent:
     def _cancel(self, request_id: str, attempt: int | None) -> None:
         try:
             self._host.cancel(request_id, attempt)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (one request's; the connection goes on)
             count_loss("cancels")
             rare.exception("cancel", "request %s could not be cancelled: %r", request_id, error)
 
     def _replan(self, message: wire.Replan) -> None:
         try:
             self._host.replan(message.request_id, message.attempt, message.side)
-        except Exception as error:  # its reads end by their deadlines
+        except Exception as error:  # noqa: BLE001 (its reads end by their deadlines)
             count_loss("replans")
             rare.exception("replan", "request %s could not be planned anew: %r", message.request_id, error)
 

@@ -130,7 +130,7 @@ class DecodeBuffer:
                     self._take(key).wanted_by += 1
             try:
                 hand_off.granted()
-            except Exception as error:  # one hand-off's; those behind it are to be granted too
+            except Exception as error:  # noqa: BLE001 (one hand-off's; those behind it are to be granted too)
                 rare.exception("granted", "the callback of a hand-off that got room failed: %r", error)
 
     def _fits(self, keys: Sequence[BlockKey]) -> bool:
@@ -192,6 +192,7 @@ class DecodeBuffer:
             return HeldBlock(self, slot, self.view(slot.number)[: self.block_bytes])
 
     def let_go(self, slot: _Slot) -> None:
+        """A user of the slot is gone; a slot without users may be taken for another block."""
         with self._lock:
             slot.users -= 1
             room = self._settle(slot)
@@ -254,7 +255,7 @@ class DecodeBuffer:
 
         try:
             self._storage.read(key, self.block_bytes, into, timeout_s, loaded, check)
-        except Exception as failed:  # or the slot would be arriving for ever
+        except Exception as failed:  # noqa: BLE001 (or the slot would be arriving for ever)
             rare.exception("load", "block %s could not be asked for: %r", key.hex(), failed)
             self._arrived(key, None, PoolError("network", repr(failed)))
 
@@ -286,6 +287,7 @@ class DecodeBuffer:
 
     @property
     def used_blocks(self) -> int:
+        """Slots that are taken."""
         with self._lock:
             return self.blocks - len(self._free)
 
@@ -296,6 +298,7 @@ class DecodeBuffer:
 
     @property
     def waiting_hand_offs(self) -> int:
+        """Hand-offs that wait for room."""
         return len(self._queue)
 
     def check_integrity(self) -> None:
@@ -328,18 +331,22 @@ class HeldBlock:
 
     @property
     def key(self) -> BlockKey:
+        """The block's key."""
         return self._slot.key
 
     @property
     def checksum(self) -> int:
+        """The checksum that the block came with."""
         return self._slot.checksum
 
     @property
     def mac(self) -> bytes:
+        """The MAC that the block came with; empty when it had none."""
         return self._slot.mac
 
     @property
     def slot_number(self) -> int:
+        """Number of the buffer's slot that holds the block."""
         return self._slot.number
 
     def release(self) -> None:

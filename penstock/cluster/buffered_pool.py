@@ -44,7 +44,9 @@ class BufferedPool(WrappedPool):
         return found
 
     def lease(self, key: BlockKey) -> Lease | None:
+        """The block in the buffer's memory, else in a memory member of the pool behind."""
         return self._buffer.hold(key) or super().lease(key)
 
     def host_buffers(self) -> list[memoryview]:
+        """The buffer's memory, and the buffers of the pool behind."""
         return [self._buffer.memory, *super().host_buffers()]

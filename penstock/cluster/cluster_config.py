@@ -77,6 +77,7 @@ class ClusterConfig:
     fabric: Mapping[str, Any]
 
     def of(self, kind: Kind) -> list[ProcessSpec]:
+        """The processes of one kind, in the order of their start."""
         return [process for process in self.processes if process.kind == kind]
 
 

@@ -104,6 +104,6 @@ class Deadlines:
                 continue
             try:
                 action()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (one action's; the other deadlines are still to be met)
                 rare.exception("deadline", "what was to happen at a deadline failed: %r", error)
             del action, deadline

@@ -38,7 +38,8 @@ class ProofFlags(TlsSettings, Protocol):
     """What a process of a cluster proves itself by."""
 
     @property
-    def secret_file(self) -> str | None: ...
+    def secret_file(self) -> str | None:
+        """File of the secret that all processes of the cluster share; None where certificates are enough."""
 
 
 def proof_of(flags: ProofFlags) -> tuple[Secret | None, PeerTls | None]:

@@ -77,9 +77,11 @@ class HeldPart:
 
     @property
     def size_tokens(self) -> int:
+        """Tokens that are held, those of earlier attempts included."""
         return len(self.tokens) + len(self.earlier)
 
     def take(self, event: TokenEvent) -> None:
+        """Note a token, or the end, of this part."""
         if event.token_id is not None:
             self.tokens.append(event.token_id)
         if event.finish_reason is not None:
@@ -129,6 +131,7 @@ class HeldParts:
         return key in self._parts
 
     def add(self, placed: PlacedRequest) -> HeldPart:
+        """Hold a new part; an old one of the same attempt is dropped."""
         part = HeldPart(placed)
         self.drop([part.key])
         self._parts[part.key] = part
@@ -136,6 +139,7 @@ class HeldParts:
         return part
 
     def attempts(self, request_id: str) -> list[HeldPart]:
+        """All parts of one request."""
         return list(self._of_request.get(request_id, {}).values())
 
     def fresh(self, part: HeldPart) -> None:
@@ -144,6 +148,7 @@ class HeldParts:
             self._fresh[part.key] = part
 
     def anything_to_send(self) -> bool:
+        """Whether a part has something that was not sent yet."""
         return bool(self._fresh)
 
     def to_send(self, events_max: int = LIST_MAX) -> list[Event]:
@@ -200,6 +205,7 @@ class HeldParts:
         return self.drop([key for key in self._parts if key not in keys])
 
     def resumable(self) -> set[Key]:
+        """The parts that may be asked for again."""
         return {key for key, part in self._parts.items() if part.resumable}
 
     def drop_old(self, now: float) -> None:

@@ -141,6 +141,8 @@ class Incoming:
     # --- from prefill engines ---
 
     def opening(self, name: str, reads: bool, timeout_s: float, reply: Reply, source: str = "") -> Callable[[], None]:
+        """A prefill engine opens a hand-off: `reply` is called once, when there is room, or with an error, within
+        `timeout_s`. What is returned withdraws the opening."""
         timeout_s = within(timeout_s, OPEN_TIMEOUT_S_MAX)
         opening = _Opening(reads, reply, time.monotonic() + timeout_s, source)
         withdraw = partial(self._withdraw, name, opening)
@@ -268,6 +270,8 @@ class Incoming:
         self._reply(opening, PoolError("full" if named else "deadline", reason))
 
     def handed_over(self, name: str, token: int, missing: int) -> PoolError | None:
+        """A hand-off is complete but for `missing` blocks, and `token` is its first token: decoding begins. The error
+        says why not. A second call does nothing."""
         with self._lock:
             part = self._parts.get(name)
             if part is None or not part.granted:
@@ -299,7 +303,7 @@ class Incoming:
             refused = TokenEvent(None, "restart" if isinstance(error, Overloaded) else "error", str(error))
             self._end(part, refused)
             return PoolError("dropped", str(error))
-        except Exception as error:  # the engine knows nothing of it: nobody else would end it
+        except Exception as error:  # noqa: BLE001 (the engine knows nothing of it: nobody else would end it)
             count_loss("failed_to_begin")
             rare.exception("begin", "request %s could not begin to decode: %r", name, error)
             self._end(part, TokenEvent(None, "error", f"the request could not begin to decode: {error!r}"))

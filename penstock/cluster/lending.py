@@ -135,6 +135,7 @@ class Lending:
         lent.end()
 
     def returned(self, lender: int, id: int) -> None:
+        """A client no longer reads a block that it was lent."""
         with self._lock:
             lent = self._forget((lender, id))
         if lent is not None:
@@ -182,6 +183,7 @@ class Lending:
             far.close()
 
     def close(self, timeout_s: float) -> None:
+        """End everything that is lent, then the deadlines, within about `timeout_s`."""
         with self._lock:
             clients, self._clients = list(self._clients.values()), OrderedDict()
             lent, self._lent = list(self._lent.values()), {}

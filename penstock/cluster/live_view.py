@@ -128,6 +128,7 @@ def _queues(engine: ClusterEngine) -> dict[str, int]:
 
 
 def stage_of(routed: Any) -> str:
+    """Where a request is, as the live page names it."""
     parts = set(routed.answer.parts.values())
     if not parts:
         return "wait_router"

@@ -24,4 +24,5 @@ class MeteredPool(WrappedPool):
         done: Done,
         check: ReadCheck | None = None,
     ) -> None:
+        """Read from the pool behind; bytes and time are noted."""
         super().read(key, size_bytes, into, timeout_s, self._meter.metered(size_bytes, done), check)

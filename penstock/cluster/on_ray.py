@@ -57,6 +57,7 @@ class ProcessActor:
         return child.ready.is_set(), child.addresses, child.pid, child.restarts, lines
 
     def stop(self) -> None:
+        """End the process, within STOP_S seconds."""
         self._child.stop(STOP_S)
 
 
@@ -86,7 +87,7 @@ class RaySupervisor:
             if not ray.is_initialized():
                 with contextlib.chdir("/"):  # Ray makes its workers import modules from this process's folder first
                     ray.init(address=address, log_to_driver=False, configure_logging=False)
-        except Exception as error:  # what Ray raises here is of many kinds
+        except Exception as error:  # noqa: BLE001 (what Ray raises here is of many kinds)
             why = " ".join(str(error).split())[:300]
             raise ConfigError(f"no Ray cluster at {address!r}: {why}") from None
         self.known = {spec.name: _Known(spec) for spec in processes}
@@ -163,12 +164,13 @@ class RaySupervisor:
             try:
                 self.watch()
                 asked_s = time.monotonic()
-            except Exception as error:  # of many kinds; Ray may answer again
+            except Exception as error:  # noqa: BLE001 (of many kinds; Ray may answer again)
                 rare.exception("watch", "the actors could not be looked at: %r", error)
                 if time.monotonic() - asked_s > RAY_GONE_S:
                     raise StartFailed(f"Ray could not be asked for {RAY_GONE_S:g} s: {error!r}") from None
 
     def watch(self) -> None:
+        """Look at all actors once, and start again what died or must follow an address that moved."""
         self._look(list(self.known.values()))
         addresses = self._addresses()
         if addresses != self._given:
@@ -189,11 +191,11 @@ class RaySupervisor:
                 ended = [one.actor.stop.remote() for one in group]
                 if ended:
                     self._ray.wait(ended, num_returns=len(ended), timeout=STOP_S + 10.0)
-            except Exception as error:  # the others are to end too
+            except Exception as error:  # noqa: BLE001 (the others are to end too)
                 log.error("%s processes could not be asked to end: %r", kind, error)
             for one in group:
                 try:
                     self._ray.kill(one.actor, no_restart=True)
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 (the other actors are to end too)
                     log.error("the actor of %s could not be ended: %r", one.spec.name, error)
                 one.actor = None

@@ -64,7 +64,7 @@ class OneSidedLinks:
                 if error is not None:
                     raise error
                 far = self._mover.attach(reply.memory)
-            except Exception as failed:  # whatever the transport raises: blocks travel in messages
+            except Exception as failed:  # noqa: BLE001 (whatever the transport raises: blocks travel in messages)
                 count_loss("one_sided_not_attached")
                 rare.warning(f"attach {address}", "%s: blocks travel in messages: %s", address, failed)
                 if not isinstance(failed, PoolError) or failed.reason != "layout":

@@ -33,10 +33,12 @@ class OrphanPart:
     since_s: float
 
     def pieces(self) -> list[tuple[int, list[int]]]:
+        """Its tokens as (index of the first one, tokens)."""
         return [(0, self.earlier), (self.index, self.tokens)]
 
     @property
     def size_tokens(self) -> int:
+        """Tokens that it holds, those of earlier attempts included."""
         return len(self.earlier) + len(self.tokens)
 
 

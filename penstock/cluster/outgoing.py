@@ -107,7 +107,7 @@ class Outgoing:
             self._end(part, TokenEvent(None, "restart", str(refused)))
         except InvalidRequest as refused:
             self._end(part, TokenEvent(None, "error", str(refused)))
-        except Exception as failed:  # the engine knows nothing of it: nobody else would end it
+        except Exception as failed:  # noqa: BLE001 (the engine knows nothing of it: nobody else would end it)
             count_loss("failed_to_begin")
             rare.exception("begin", "request %s could not begin: %r", placed.hand_off_id, failed)
             self._end(part, TokenEvent(None, "error", f"the request could not begin: {failed!r}"))
@@ -134,7 +134,7 @@ class Outgoing:
                 self._links.close_hand_off(
                     relay, name, part.token, missing, CLOSE_HAND_OFF_S, partial(self._closed, part, event)
                 )
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (or the hand-off would never end)
                 rare.exception("close", "hand-off %s could not be closed: %r", name, error)
                 self._closed(part, event, PoolError("network", repr(error)))
 

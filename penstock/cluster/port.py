@@ -60,10 +60,13 @@ class Engine:
 
     @property
     def name(self) -> str:
+        """The name that the engine registered under."""
         return self.card.name
 
 
 class Listener(Protocol):
+    """What the port reports to: the router. Called on the port's event loop; must not block."""
+
     def engine_fits(self, card: wire.EngineCard) -> str | None:
         """One line that says why this engine cannot serve here, or None."""
 
@@ -73,9 +76,11 @@ class Listener(Protocol):
     def engine_left(self, engine: Engine, why: str) -> None:
         """It is fenced: nothing more comes from this epoch."""
 
-    def engine_reported(self, engine: Engine) -> None: ...
+    def engine_reported(self, engine: Engine) -> None:
+        """A new report of its load came with a heartbeat."""
 
-    def engine_events(self, engine: Engine, events: Sequence[wire.Event]) -> None: ...
+    def engine_events(self, engine: Engine, events: Sequence[wire.Event]) -> None:
+        """Tokens and ends of requests, in order."""
 
 
 @dataclass(slots=True)
@@ -126,6 +131,7 @@ class ClusterPort:
         self._closed = False
 
     async def start(self) -> None:
+        """Begin to accept connections, and to expire leases."""
         # asyncio accepts as many at once as its backlog says.
         self._server = await asyncio.start_server(
             self._connected, sock=self._sock, limit=1 << 20, backlog=ACCEPT_AT_ONCE
@@ -195,7 +201,7 @@ class ClusterPort:
         except asyncio.CancelledError:
             if not self._closed and task not in self._dropped:
                 raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (one engine's connection; the port serves the others)
             why = f"internal error: {error!r}"
             rare.exception("connection", "connection of %s failed: %r", peer, error)
         finally:
@@ -239,7 +245,7 @@ class ClusterPort:
         """Call the listener; an exception in it is logged and ends no registration."""
         try:
             told()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (one message's; the connection goes on)
             self.counts.listener_failures += 1
             rare.exception("listener", "what an engine said could not be dealt with: %r", error)
 
@@ -283,7 +289,7 @@ class ClusterPort:
         self.counts.registered += 1
         try:
             keep = self._listener.engine_joined(engine, register.held)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (this engine is refused; the others go on)
             self.counts.listener_failures += 1
             rare.exception("join", "engine %s could not be registered: %r", card.name, error)
             writer.write(wire.frame(wire.Refused(clip(f"internal error: {error!r}"), retry=True)))

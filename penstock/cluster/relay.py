@@ -46,7 +46,8 @@ class Desk(Protocol):
         """Returns what withdraws it, where nobody waits for the reply any more. `source`: the client's address,
         of which openings have a share; empty: not said."""
 
-    def handed_over(self, name: str, token: int, missing: int) -> PoolError | None: ...
+    def handed_over(self, name: str, token: int, missing: int) -> PoolError | None:
+        """The blocks of a hand-off are there, but for `missing`, and its first token; or why it is refused."""
 
 
 class RelayNode(PoolNode):
@@ -73,17 +74,21 @@ class RelayNode(PoolNode):
         super().__init__(_ServedBuffer(buffer), host, port, name, pace_bytes_per_s, _STAGING_BYTES, secret, tls=tls)
 
     def connection_of(self, sock: socket.socket, peer: str) -> Served:
+        """A connection that speaks the relay's part of the protocol."""
         return _RelayServed(self, sock, peer)
 
     def block_bytes_max(self, pool: ServedPool) -> int:
+        """Size of the buffer's blocks in bytes."""
         return self.buffer.block_bytes
 
     def left(self, connection: Served) -> None:
+        """A connection has ended: what was lent to it is returned."""
         super().left(connection)
         if self.lending is not None:
             self.lending.gone(id(connection))
 
     def close(self, timeout_s: float = 5.0) -> None:
+        """Close all connections, then what is lent, within about `timeout_s`."""
         super().close(timeout_s)
         if self.lending is not None:
             self.lending.close(timeout_s)

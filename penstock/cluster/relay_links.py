@@ -135,9 +135,11 @@ class RelayLinks:
     # --- engine.peers.Peers ---
 
     def allocate(self, size_bytes: int) -> memoryview:
+        """Page-aligned memory that one-sided reads may fill, where there are any."""
         return self._one_sided.allocate(size_bytes) if self._one_sided is not None else aligned_buffer(size_bytes)
 
     def read(self, address: str, key: bytes, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
+        """Read a block through the relay at `address`: one-sided where that works, in messages otherwise."""
         link = self._known(address)
         if link is None:
             call_done(done, PoolError("network", f"no connection to {address}"))
@@ -151,6 +153,7 @@ class RelayLinks:
         connections.submit("read", message, into, timeout_s, lambda _, error: call_done(done, error), check)
 
     def hand_over(self, address: str, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        """Send a block to the relay at `address`: one-sided where that works, in messages otherwise."""
         link = self._known(address)
         if link is None:
             call_done(done, PoolError("network", f"no connection to {address}"))
@@ -241,6 +244,7 @@ class RelayLinks:
         return link
 
     def close(self, timeout_s: float) -> None:
+        """Close all connections, within about `timeout_s`."""
         with self._lock:
             self._closed = True
             links = list(self._links.values())

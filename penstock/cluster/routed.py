@@ -70,10 +70,12 @@ class Routed:
         return self.asked is not None and (sampling.temperature == 0 or sampling.seed is not None)
 
     def tell(self, event: TokenEvent) -> None:
+        """Give an event to every client that waits for this request."""
         for on_event in list(self.clients.values()):
             tell(on_event, event)
 
     def mark(self, stage: str, now: float) -> None:
+        """Note when a stage began, unless it is the last one noted; at most MARKS_MAX."""
         if len(self.marks) < MARKS_MAX and (not self.marks or self.marks[-1][0] != stage):
             self.marks.append((stage, now))
 

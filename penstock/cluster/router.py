@@ -325,7 +325,7 @@ class ClusterEngine:
         report: RequestReport | None = None
         try:
             report = routed.report(time.monotonic())
-        except Exception as failed:
+        except Exception as failed:  # noqa: BLE001 (the request is answered, with or without a report)
             self.counters["internal_errors"] += 1
             rare.exception("report", "a request's report could not be made: %r", failed)
         if report is not None and reason in ("stop", "length"):
@@ -356,7 +356,7 @@ class ClusterEngine:
         except DecisionFailed as error:
             self._decision_failed(error)
             return
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (the next decision may succeed; it is counted)
             self.counters["internal_errors"] += 1
             self._failing_since_s = self._failing_since_s or time.monotonic()
             rare.exception("decide", "the router could not decide: %r; it tries again", error)

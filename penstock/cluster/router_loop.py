@@ -102,7 +102,7 @@ class RouterLoop:
         """Call it; a fault in it is logged and counted, and `failed` is called with it."""
         try:
             function()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (one event's; the loop goes on)
             self._counters["internal_errors"] += 1
             rare.exception("router", "the router failed at %s: %r", getattr(function, "__name__", function), error)
             if failed is not None:

@@ -105,7 +105,7 @@ class Child:
     def _say(self, line: str) -> None:
         try:
             self._told(self.spec.name, line)
-        except Exception as error:  # nobody listens; the process goes on
+        except Exception as error:  # noqa: BLE001 (nobody listens; the process goes on)
             rare.warning("output", "a line of %s could not be printed: %r", self.spec.name, error)
 
     def await_ready(self, timeout_s: float, stopping: threading.Event) -> None:
@@ -153,6 +153,7 @@ class Child:
         self._pause_s = min(2 * self._pause_s, PAUSES_S[1])
 
     def terminate(self) -> None:
+        """Send SIGTERM if it runs; does not wait."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
 
@@ -222,7 +223,7 @@ class Supervisor:
         for child in self.children.values():
             try:
                 child.watch(time.monotonic())
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (the other children are still to be watched)
                 rare.exception(f"watch {child.spec.name}", "%s could not be watched: %r", child.spec.name, error)
 
     def stop(self, timeout_s: float = STOP_S) -> None:

@@ -125,6 +125,8 @@ class Event(msgspec.Struct, array_like=True):
 
 
 class Events(msgspec.Struct, array_like=True, tag=3):
+    """Tokens and ends of requests, in order; from an engine."""
+
     epoch: Number
     events: Annotated[list[Event], Meta(max_length=LIST_MAX)]
 
@@ -154,10 +156,14 @@ class Refused(msgspec.Struct, array_like=True, tag=21):
 
 
 class Beat(msgspec.Struct, array_like=True, tag=22):
+    """The answer to a heartbeat of this sequence number."""
+
     sequence: Number
 
 
 class Place(msgspec.Struct, array_like=True, tag=23):
+    """A part of a request that the engine is to serve."""
+
     placed: PlacedRequest
 
 
@@ -216,6 +222,7 @@ def decode_from_engine(body: bytes) -> FromEngine:
 
 
 def decode_from_router(body: bytes) -> FromRouter:
+    """A message of the router. Raises ProtocolError for what is none."""
     message: FromRouter = _decode(_from_router, body)
     return message
 

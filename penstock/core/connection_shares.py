@@ -55,19 +55,23 @@ class ConnectionShares(Generic[Who]):
 
     @property
     def strangers(self) -> int:
+        """Connections that have not proved who they are."""
         return len(self._strangers)
 
     @property
     def peers(self) -> int:
+        """Connections that have."""
         return len(self._peers)
 
     def __contains__(self, who: Who) -> bool:
         return who in self._strangers or who in self._peers
 
     def everybody(self) -> list[Who]:
+        """Every connection, peers first."""
         return [*self._peers, *self._strangers]
 
     def oldest_stranger(self) -> Who | None:
+        """The stranger that came first; None when there is none."""
         return next(iter(self._strangers), None)
 
     def came(self, who: Who, source: str) -> Who | None:

@@ -67,6 +67,7 @@ class LinkCost:
             self.bytes_per_s = self._bytes_bytes / self._bytes_seconds
 
     def seconds(self, size_bytes: float) -> float:
+        """Predicted seconds for a transfer of this size."""
         return size_bytes / self.bytes_per_s
 
 
@@ -115,6 +116,7 @@ class ComputeCost:
         return cls(a, b, c)
 
     def seconds(self, spans: Iterable[tuple[int, int]]) -> float:
+        """Predicted seconds of a batch; `spans` are (query tokens, context tokens) of its chunks."""
         one, queries, attention = compute_features(spans)
         return self.a * one + self.b * queries + self.c * attention
 
@@ -161,6 +163,7 @@ class RelativeError:
     mean: float = 0.0
 
     def observe(self, predicted: float, measured: float) -> None:
+        """Count one measurement; one of 0 s or less is ignored."""
         if measured <= 0:
             return
         self.count += 1

@@ -116,12 +116,15 @@ class PrefixIndex(Generic[Key]):
         return len(self._heaps)
 
     def parent(self, key: Key) -> Key:
+        """The key before this one. Raises KeyError for a key that is not present."""
         return self._entries[key].parent
 
     def pins(self, key: Key) -> int:
+        """How many hold this key. Raises KeyError for a key that is not present."""
         return self._entries[key].pins
 
     def last_use(self, key: Key) -> float:
+        """The use that orders this key, a time or a worth. Raises KeyError for a key that is not present."""
         return self._entries[key].use[0]
 
     def is_leaf(self, key: Key) -> bool:
@@ -129,6 +132,7 @@ class PrefixIndex(Generic[Key]):
         return key not in self._children
 
     def group(self, key: Key) -> Hashable:
+        """The group of this key, as it was given. Raises KeyError for a key that is not present."""
         return self._entries[key].group
 
     def add(self, key: Key, parent: Key, now: float, group: Hashable = None) -> None:

@@ -34,6 +34,7 @@ class KVLayout:
 
     @property
     def layers(self) -> int:
+        """Number of layers."""
         return len(self.layer_bytes_per_token)
 
     @cached_property

@@ -32,6 +32,8 @@ def policy_key(policy: Policy, arrival_s: float, deadline_s: float, load_s: floa
 
 
 class Ranked(Protocol):
+    """What has a rank; the least goes first."""
+
     rank: Rank
 
 
@@ -65,6 +67,7 @@ class RankedQueue(Generic[T]):
             heapq.heapify(self._heap)
 
     def discard(self, item: T) -> None:
+        """Take a member out; one that is not in is ignored."""
         self._entries.pop(item, None)
 
     def peek(self) -> T | None:

@@ -27,6 +27,7 @@ def _size(size_bytes: float) -> str:
 
 
 def check_python(machine: Machine) -> Check:
+    """Python's version and the platform."""
     found = f"Python {sys.version.split()[0]} on {sys.platform}; block keys do not depend on PYTHONHASHSEED"
     if sys.version_info < (3, 11) or sys.platform != "linux":
         return Check("python", "problem", found, "use Python 3.11 or later on Linux", unusable=True)
@@ -61,6 +62,7 @@ def check_packages(machine: Machine) -> Check:
 
 
 def check_cpus(machine: Machine) -> Check:
+    """CPUs that this process may use, its control group's quota included."""
     cpus: float = len(os.sched_getaffinity(0))
     found = f"{cpus} CPUs for this process"
     quota = (machine.text("sys/fs/cgroup/cpu.max") or "max").split()
@@ -73,6 +75,7 @@ def check_cpus(machine: Machine) -> Check:
 
 
 def check_memory(machine: Machine) -> Check:
+    """Memory that is available to this process."""
     fields = machine.meminfo()
     available = fields.get("MemAvailable", 0) << 10
     found = f"{_size(available)} available of {_size(fields.get('MemTotal', 0) << 10)}"
@@ -101,6 +104,7 @@ def check_io_uring(machine: Machine) -> Check:
 
 
 def check_memory_lock(machine: Machine) -> Check:
+    """How much memory may be locked, which registered buffers need."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     capabilities = re.search(r"CapEff:\s*([0-9a-f]+)", machine.text("proc/self/status") or "")
     if capabilities and int(capabilities[1], 16) >> CAP_IPC_LOCK & 1:
@@ -115,6 +119,7 @@ def check_memory_lock(machine: Machine) -> Check:
 
 
 def check_huge_pages(machine: Machine) -> Check:
+    """Transparent huge pages and reserved ones."""
     modes = machine.text("sys/kernel/mm/transparent_hugepage/enabled")
     chosen = re.search(r"\[(\w+)\]", modes or "")
     fields = machine.meminfo()
@@ -127,6 +132,7 @@ def check_huge_pages(machine: Machine) -> Check:
 
 
 def check_numa(machine: Machine) -> Check:
+    """Memory nodes of this machine."""
     nodes = machine.names("sys/devices/system/node", r"node\d+")
     if len(nodes) <= 1:
         return Check("numa", "ok", "one memory node")
@@ -157,6 +163,7 @@ def check_nics(machine: Machine) -> Check:
 
 
 def check_tcp_buffers(machine: Machine) -> Check:
+    """Limits of TCP buffers, which bound one connection's rate."""
     limits = {name: machine.number(f"proc/sys/net/core/{name}") for name in ("rmem_max", "wmem_max")}
     automatic = {}
     for name in ("tcp_rmem", "tcp_wmem"):
@@ -181,7 +188,7 @@ def check_cuda(machine: Machine) -> Check:
     cards = machine.names("dev", r"nvidia\d+")
     try:
         import torch
-    except Exception as error:  # a broken torch fails with errors of any kind
+    except Exception as error:  # noqa: BLE001 (a broken torch fails with errors of any kind)
         reason = f"torch cannot be imported: {type(error).__name__}: {error}"
         return Check("cuda", "problem", reason, "install Penstock again", unusable=True)
     if torch.cuda.is_available():
@@ -198,6 +205,7 @@ def check_cuda(machine: Machine) -> Check:
 
 
 def check_rdma(machine: Machine) -> Check:
+    """RDMA ports and whether they are active."""
     ports = []
     for device in machine.names("sys/class/infiniband"):
         for port in machine.names(f"sys/class/infiniband/{device}/ports"):
@@ -215,6 +223,7 @@ def check_rdma(machine: Machine) -> Check:
 
 
 def check_nvme(machine: Machine) -> Check:
+    """NVMe drives, and whether passthrough is possible."""
     drives = []
     for name in machine.names("sys/class/nvme", r"nvme\d+"):
         model = machine.text(f"sys/class/nvme/{name}/model") or "unknown model"
@@ -230,6 +239,7 @@ def check_nvme(machine: Machine) -> Check:
 
 
 def check_open_files(machine: Machine) -> Check:
+    """Limit of open files, which bounds client connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = f"{soft} open files (up to {hard})"
     if soft != resource.RLIM_INFINITY and soft < OPEN_FILES_MIN:
@@ -238,6 +248,7 @@ def check_open_files(machine: Machine) -> Check:
 
 
 def check_shared_memory(machine: Machine) -> Check:
+    """Size and free space of /dev/shm."""
     try:
         stats = os.statvfs(machine.root / "dev/shm")
     except OSError as error:
@@ -250,6 +261,7 @@ def check_shared_memory(machine: Machine) -> Check:
 
 
 def check_loopback(machine: Machine) -> Check:
+    """Whether 127.0.0.1 accepts connections."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
             socket.create_connection(server.getsockname(), timeout=5).close()

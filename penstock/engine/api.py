@@ -128,6 +128,10 @@ def check_request(request: GenerationRequest, vocab_size: int, max_context_token
         )
     if request.slo_ttft_s is not None and not 0 < request.slo_ttft_s < 1e6:
         raise InvalidRequest(f"slo_ttft_s is {request.slo_ttft_s}; it must be above 0 and below 1e6")
+    _check_sampling(sampling, vocab_size)
+
+
+def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     if sampling.seed is not None and not SEED_MIN <= sampling.seed <= SEED_MAX:
         raise InvalidRequest(f"seed is out of range; allowed: {SEED_MIN} to {SEED_MAX}")
     if (
@@ -167,6 +171,8 @@ class EngineStats:
 
 
 class EngineAPI(Protocol):
+    """An engine, in this process or behind a router. Methods may be called from any thread."""
+
     max_context_tokens: int
     vocab_size: int
     eos_token_ids: frozenset[int]
@@ -178,7 +184,8 @@ class EngineAPI(Protocol):
     def cancel(self, request_id: str) -> None:
         """End a request soon (its last event is `cancelled`); unknown or ended requests are ignored."""
 
-    def stats(self) -> EngineStats: ...
+    def stats(self) -> EngineStats:
+        """What the engine does now, and its counters."""
 
     def healthy(self) -> tuple[bool, str]:
         """Whether the engine makes progress, and one line that says why not."""

@@ -44,7 +44,8 @@ class Attend(Protocol):
 
     def attend(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        """Attention of one layer over the batch; shapes as above."""
 
 
 _current: ContextVar[Attend | None] = ContextVar("penstock_attend", default=None)

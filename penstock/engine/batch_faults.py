@@ -40,7 +40,7 @@ def _attempt(run: Run, batch: Sequence[Chunk]) -> tuple[list[ChunkOutcome] | Non
     """The outcomes, or None and the error. The exception is not kept: its frames hold the batch's device memory."""
     try:
         outcomes = list(run(batch))
-    except Exception as raised:
+    except Exception as raised:  # noqa: BLE001 (the batch's requests fail one by one; the engine goes on)
         error = f"compute failed: {raised!r}"
         rare.warning(
             type(raised).__name__, "a batch of %d chunks failed: %s\n%s", len(batch), error, traceback.format_exc()

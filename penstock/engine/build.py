@@ -43,6 +43,7 @@ class RunningEngine:
     pool: Pool | None
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """End requests, then the pool, then the runner; about `timeout_s` for each of the first two."""
         self.engine.close(timeout_s)
         if self.pool is not None:
             self.pool.close(timeout_s)

@@ -90,6 +90,7 @@ class Carrying:
 
     @property
     def stages(self) -> PoolStages:
+        """The executors of pool operations; only where there is a pool."""
         assert self._pool_stages is not None, "the brain knows that there is no pool"
         return self._pool_stages
 

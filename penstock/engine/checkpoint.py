@@ -90,7 +90,8 @@ def read_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(f"{folder / 'config.json'} is not usable: {one_line(error)}") from error
-    if getattr(config, "is_encoder_decoder", False) or type(config) not in AutoModelForCausalLM._model_mapping:
+    served = AutoModelForCausalLM._model_mapping  # noqa: SLF001 (no public name says which types have a causal LM)
+    if getattr(config, "is_encoder_decoder", False) or type(config) not in served:
         raise CheckpointError(f"{folder}: model type {config.model_type!r} is not a causal language model")
     if getattr(config, "transformers_weights", None) is not None:
         raise CheckpointError(
@@ -326,6 +327,7 @@ def _load_weights(folder: Path, config: Any, dtype: torch.dtype) -> Any:
 
 
 def one_line(error: BaseException) -> str:
+    """An error's type and the first line of its message, at most 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
 

@@ -344,7 +344,7 @@ def _past_of(request: GenerationRequest) -> Past | None:
 def _answer(answer: Future[Answer], question: Callable[[], Answer]) -> None:
     try:
         answer.set_result(question())
-    except Exception as error:  # the asker's, not the control thread's
+    except Exception as error:  # noqa: BLE001 (the asker's, not the control thread's)
         answer.set_exception(error)
 
 

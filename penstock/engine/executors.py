@@ -51,6 +51,7 @@ class Staging:
         return (lease.view if lease is not None else self.slot(slot))[:size_bytes]
 
     def hold(self, slot: int, lease: Lease) -> None:
+        """The slot stands for a leased block until `release`."""
         self._leases[slot] = lease
 
     def replace(self, slot: int) -> None:
@@ -58,6 +59,7 @@ class Staging:
         self._replaced[slot] = aligned_buffer(self._slot_bytes)
 
     def release(self, slot: int) -> None:
+        """The slot's content is not needed any more; a lease ends."""
         lease = self._leases.pop(slot, None)
         if lease is not None:
             lease.release()
@@ -90,6 +92,7 @@ class PoolStages:
         self._hand_offs = GuardedWorker("penstock-hand-off", HAND_OFFS_WAITING_MAX) if peers is not None else None
 
     def lookup(self, op: Lookup, done: Answer) -> None:
+        """Ask the pool; `done` gets the answer."""
         self._lookups.ask(op, done)
 
     def discard(self, op: Discard) -> None:
@@ -102,7 +105,7 @@ class PoolStages:
         ended = self._transfers.begin(op.op_id, op.slot, op.timeout_s, done)
         try:
             self._begin_fetch(op, ended)
-        except Exception as error:  # the block's failure, not the control thread's
+        except Exception as error:  # noqa: BLE001 (the block's failure, not the control thread's)
             ended(_reason_of(error))
 
     def _begin_fetch(self, op: Fetch, ended: Callable[[str | None], None]) -> None:
@@ -121,11 +124,12 @@ class PoolStages:
         self._pool.read(op.key, self._block_bytes, into, op.timeout_s, lambda error: ended(_reason(error)))
 
     def write(self, op: Save, done: Callable[[str | None], None]) -> None:
+        """Store the block in the operation's slot; `done` gets None, or why it was not stored."""
         data = self._staging.slot(op.slot)
         ended = self._transfers.begin(op.op_id, op.slot, op.timeout_s, done)
         try:
             self._pool.write(op.block, data, op.timeout_s, lambda error: ended(_reason(error)))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (the block's failure, not the control thread's)
             ended(_reason_of(error))
 
     def hand_over(self, op: Forward, done: Callable[[str | None], None]) -> None:
@@ -154,6 +158,7 @@ class PoolStages:
         return worker.name if worker is not None and not worker.alive else None
 
     def close(self) -> None:
+        """Stop the threads that ask and hand over."""
         self._lookups.close()
         if self._hand_offs is not None:
             self._hand_offs.stop()
@@ -166,6 +171,7 @@ class FailedUpload:
         self._cause = cause
 
     def wait_layer(self, layer: int) -> None:
+        """Raises RuntimeError with the cause."""
         raise RuntimeError(f"layer {layer} does not come: the upload failed to start: {self._cause}")
 
 
@@ -185,13 +191,14 @@ class RunnerStages:
         """Blocks whose upload cannot start count as misses; whoever waits for them fails at once."""
         try:
             group = self._runner.start_upload(blocks)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (the upload's failure, not the control thread's)
             done(error)
             return FailedUpload(error)
         refused = self._put(self._uploader, lambda: self._runner.upload(group), done)
         return group if refused is None else FailedUpload(refused)
 
     def download(self, page: int, into: memoryview, done: Callable[[BaseException | None], None]) -> None:
+        """Copy a page from the device into host memory, on the saver's thread."""
         self._put(self._saver, lambda: self._runner.download(page, into), done)
 
     @staticmethod
@@ -203,7 +210,7 @@ class RunnerStages:
         def run() -> None:
             try:
                 work()
-            except Exception as error:  # whatever the device raises ends the operation, not the thread
+            except Exception as error:  # noqa: BLE001 (whatever the device raises ends the operation, not the thread)
                 done(error)
             else:
                 done(None)

@@ -119,6 +119,7 @@ class HFRunner:
 
     @property
     def device(self) -> torch.device:
+        """Where the model and L1 are."""
         return self._device
 
     @property

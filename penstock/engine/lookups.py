@@ -69,7 +69,7 @@ class Lookups:
                 self._pool.evict(op.keys)
             elif op.op_id in self._open:  # not given up while it waited for a thread
                 self._ask(op)
-        except Exception as error:  # of a Discard
+        except Exception as error:  # noqa: BLE001 (of a Discard; the thread goes on)
             self._rare.warning("discard", "unusable blocks stay in the pool: %r", error)
         finally:
             with self._lock:

@@ -47,6 +47,7 @@ class ModelledRunner:
         self._pages = np.zeros((0, 0), dtype=np.uint8)
 
     def allocate(self, pages: int) -> None:
+        """Make L1: host memory for so many pages."""
         size = self.layout.full_block_bytes
         memory = aligned_buffer(pages * size)
         self._pages = np.frombuffer(memory, dtype=np.uint8).reshape(pages, size)
@@ -55,9 +56,11 @@ class ModelledRunner:
         """Nothing to lock: there is no device."""
 
     def start_upload(self, blocks: Sequence[tuple[memoryview, int]]) -> UploadGroup:
+        """Note blocks (host memory, page) that `upload` will copy."""
         return _Group(list(blocks))
 
     def upload(self, group: UploadGroup) -> None:
+        """Copy the group's blocks into their pages, at the profile's rate."""
         assert isinstance(group, _Group)
         started_s = time.monotonic()
         size = self.layout.full_block_bytes
@@ -66,12 +69,14 @@ class ModelledRunner:
         self._upload_link.wait(size * len(group.blocks), started_s)
 
     def download(self, page: int, into: memoryview) -> None:
+        """Copy a page into host memory, at the profile's rate."""
         started_s = time.monotonic()
         size = self.layout.full_block_bytes
         np.copyto(np.frombuffer(into, dtype=np.uint8, count=size), self._pages[page])
         self._download_link.wait(size, started_s)
 
     def run(self, batch: Sequence[Chunk]) -> list[ChunkOutcome]:
+        """Take the time that the profile gives the batch; a token for each chunk that samples."""
         started_s = time.monotonic()
         seconds = self._cost.seconds([(len(chunk.tokens), chunk.start) for chunk in batch])
         sampled: list[ChunkOutcome] = [
@@ -87,4 +92,5 @@ class ModelledRunner:
         return sampled
 
     def close(self) -> None:
+        """Free L1."""
         self._pages = np.zeros((0, 0), dtype=np.uint8)

@@ -40,10 +40,12 @@ class LayerShape:
 
     @property
     def key_elements(self) -> int:
+        """Elements of all keys of one token."""
         return self.kv_heads * self.key_dim
 
     @property
     def elements_per_token(self) -> int:
+        """Elements of all keys and values of one token."""
         return self.kv_heads * (self.key_dim + self.value_dim)
 
 

@@ -21,9 +21,8 @@ class Peers(Protocol):
     def allocate(self, size_bytes: int) -> memoryview:
         """Page-aligned staging memory; called once."""
 
-    def read(
-        self, address: str, key: bytes, size_bytes: int, into: memoryview, timeout_s: float, done: Done
-    ) -> None: ...
+    def read(self, address: str, key: bytes, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
+        """Read a block through the decode engine at `address` into `into`."""
 
     def hand_over(self, address: str, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         """Send a block of `block.size_bytes`; `data` must stay unchanged until `done`."""

@@ -41,6 +41,7 @@ class Profile:
             check_range(name, getattr(self, name), 0, 1e6)
 
     def compute_cost(self) -> ComputeCost:
+        """The cost model of a batch."""
         return ComputeCost(self.a_s, self.b_s, self.c_s)
 
     def scaled(self, bytes_divisor: int, time_factor: float) -> Profile:

@@ -37,19 +37,23 @@ class DeviceEngine(ABC):
         """Operations that the device has not ended yet."""
 
     @abstractmethod
-    def poll(self, timeout_s: float) -> list[IoCompletion]: ...
+    def poll(self, timeout_s: float) -> list[IoCompletion]:
+        """Operations that have ended; waits at most `timeout_s` for the first one."""
 
     @abstractmethod
-    def wake(self) -> None: ...
+    def wake(self) -> None:
+        """End a wait of `poll`, from any thread."""
 
     @abstractmethod
     def _release(self) -> None:
         """Give back what the engine holds besides the device; nothing is in flight."""
 
     def in_flight(self) -> int:
+        """Operations that were submitted and that `poll` has not returned."""
         return self._in_device() + len(self._ended)
 
     def sync(self) -> None:
+        """Make completed writes durable. Raises OSError when the device fails, and once closed."""
         with self._syncing:
             self._check_open()
             self._make_durable()

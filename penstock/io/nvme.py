@@ -48,7 +48,7 @@ class NvmeEngine(RingEngine):
         page = aligned_buffer(ALIGNMENT_BYTES)
         self._registered.append(page)
         self._read_page(page)
-        self._make_buffer_table(BUFFER_SLOTS, self._piece_bytes)
+        self._make_buffer_table(BUFFER_SLOTS, self.piece_bytes)
         if not self._slots_max or not self._pin(address_of(page), len(page)):
             return
         try:

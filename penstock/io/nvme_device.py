@@ -34,6 +34,7 @@ class NvmeDevice(Device):
     block_fd: int | None = None
 
     def close(self) -> None:
+        """Give the namespace back to others and close both devices."""
         if self.block_fd is not None:
             fcntl.flock(self.block_fd, fcntl.LOCK_UN)
             os.close(self.block_fd)

@@ -70,9 +70,11 @@ class PacedEngine:
         self._held: list[tuple[float, int, IoCompletion]] = []  # ended by the inner engine, by when they may end
 
     def register(self, buffer: memoryview) -> None:
+        """Register the buffer with the inner engine."""
         self._inner.register(buffer)
 
     def submit(self, ops: Sequence[IoOp]) -> None:
+        """Submit to the inner engine. Raises QueueFull beyond `depth`, counting what waits for its turn."""
         if self.in_flight() + len(ops) > self.depth:
             raise QueueFull(f"{len(ops)} operations on top of {self.in_flight()} in flight; the depth is {self.depth}")
         now_s = time.monotonic()
@@ -84,6 +86,7 @@ class PacedEngine:
             self._due_s[inside.tag] = self.clock.turn(seconds, now_s) if seconds else now_s
 
     def poll(self, timeout_s: float) -> list[IoCompletion]:
+        """Operations whose turn has come; waits at most `timeout_s` for the first one."""
         deadline_s = time.monotonic() + timeout_s
         while True:
             self._collect(0.0)
@@ -99,6 +102,7 @@ class PacedEngine:
                 self._woken.wait(max(0.0, until_s - now_s))
 
     def wake(self) -> None:
+        """End a wait of `poll`, from any thread."""
         self._woken.set()
         self._inner.wake()
 
@@ -116,9 +120,11 @@ class PacedEngine:
         return done
 
     def in_flight(self) -> int:
+        """Operations that were submitted and that `poll` has not returned."""
         return len(self._due_s) + len(self._held)
 
     def sync(self) -> None:
+        """Make completed writes durable; takes the inner engine's time."""
         self._inner.sync()
 
     def close(self, timeout_s: float) -> None:

@@ -14,6 +14,7 @@ class Regions:
         self._slots: list[int] = []
 
     def add(self, start: int, end: int, slot: int) -> None:
+        """Add a range that overlaps none that is there."""
         at = bisect.bisect(self._starts, start)
         self._starts.insert(at, start)
         self._ends.insert(at, end)
@@ -28,6 +29,7 @@ class Regions:
         return -1, following - address
 
     def clear(self) -> None:
+        """Forget all ranges."""
         self._starts.clear()
         self._ends.clear()
         self._slots.clear()

@@ -50,7 +50,7 @@ class RingEngine(DeviceEngine):
         except BaseException:
             ring.close()
             raise
-        self._piece_bytes = device.piece_bytes
+        self.piece_bytes = device.piece_bytes
         self._pending: deque[_Transfer] = deque()
         self._pieces: dict[int, tuple[_Transfer, int, int]] = {}  # id -> (transfer, offset in it, length)
         self._next_piece = 0
@@ -58,7 +58,7 @@ class RingEngine(DeviceEngine):
         self._regions = Regions()
         self._registered: list[memoryview] = []
         self._slots_max = 0
-        self._region_bytes = 0
+        self.region_bytes = 0
 
     @abstractmethod
     def _pack_entry(self, piece: int, op: IoOp, offset: int, address: int, length: int, slot: int) -> None:
@@ -77,7 +77,7 @@ class RingEngine(DeviceEngine):
                 f"buffers are pinned at each I/O: no registered ones ({error.strerror}; Linux 5.13 or later has them)"
             )
         else:
-            self._slots_max, self._region_bytes = slots_max, region_bytes
+            self._slots_max, self.region_bytes = slots_max, region_bytes
 
     def register(self, buffer: memoryview) -> None:
         """Pin `buffer` once; it stays referenced until `close`. What cannot be pinned is used all the same, pinned at
@@ -90,7 +90,7 @@ class RingEngine(DeviceEngine):
             slot, room = self._regions.find(at)
             length = min(room, end - at)
             if slot < 0:
-                length = min(length, self._region_bytes)
+                length = min(length, self.region_bytes)
                 if not self._pin(at, length):
                     break
                 self._registered.append(buffer)
@@ -117,6 +117,7 @@ class RingEngine(DeviceEngine):
             self.notes.append(text)
 
     def submit(self, ops: Sequence[IoOp]) -> None:
+        """Split operations into pieces and issue as many as the ring takes; the rest go when pieces end."""
         self._check_open()
         addresses = checked_addresses(ops, self.in_flight(), self.depth, self.capacity_bytes, self.alignment_bytes)
         for op, address in zip(ops, addresses, strict=True):
@@ -136,7 +137,7 @@ class RingEngine(DeviceEngine):
             transfer = self._pending[0]
             if transfer.error is None:
                 at = transfer.issued_bytes
-                length = self._pack(transfer, at, min(self._piece_bytes, transfer.length - at))
+                length = self._pack(transfer, at, min(self.piece_bytes, transfer.length - at))
                 transfer.issued_bytes = at + length
                 room -= 1
             if transfer.error is not None or transfer.issued_bytes == transfer.length:
@@ -156,6 +157,7 @@ class RingEngine(DeviceEngine):
         return length
 
     def poll(self, timeout_s: float) -> list[IoCompletion]:
+        """Operations that have ended; waits at most `timeout_s` for the first one, and issues what waited."""
         deadline_s = time.monotonic() + timeout_s
         while not self._closed and not self._ended and self._active:
             remaining_s = 0.0 if self._wake.woken else deadline_s - time.monotonic()
@@ -174,6 +176,7 @@ class RingEngine(DeviceEngine):
         return done
 
     def wake(self) -> None:
+        """End a wait of `poll`, from any thread."""
         self._wake.wake()
 
     def _fewest_completions(self) -> int:

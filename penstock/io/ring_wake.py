@@ -33,6 +33,7 @@ class RingWake:
         self.woken = False
 
     def wake(self) -> None:
+        """End the wait in the kernel, from any thread; ignored once closed."""
         with self._closing:
             if not self.woken and not self._closed:
                 self.woken = True

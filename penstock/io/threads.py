@@ -61,7 +61,7 @@ class ThreadEngine(DeviceEngine):
                     return self._error(op, at, errno.EIO, f"moved only {at} bytes (was the device cut short?)")
         except OSError as error:
             return self._error(op, at, error.errno or errno.EIO, error.strerror or str(error))
-        except Exception as error:  # such as a buffer that was released: the operation ends, the thread goes on
+        except Exception as error:  # noqa: BLE001 (such as a released buffer: the operation ends, not the thread)
             count_failure("penstock-io")
             return OSError(errno.EIO, f"{op.kind} at {op.offset + at}: {error!r}", str(self._device.path))
         return None
@@ -75,6 +75,7 @@ class ThreadEngine(DeviceEngine):
         self._check_open()
 
     def submit(self, ops: Sequence[IoOp]) -> None:
+        """Queue operations for the threads. Raises QueueFull beyond `depth`."""
         self._check_open()
         checked_addresses(ops, self.in_flight(), self.depth, self.capacity_bytes, ALIGNMENT_BYTES)
         self._in_flight += len(ops)
@@ -82,6 +83,7 @@ class ThreadEngine(DeviceEngine):
             self._todo.put(op)
 
     def poll(self, timeout_s: float) -> list[IoCompletion]:
+        """Operations that have ended; waits at most `timeout_s` for the first one."""
         done, self._ended = self._ended, []
         deadline_s = time.monotonic() + timeout_s
         with contextlib.suppress(queue.Empty):
@@ -98,6 +100,7 @@ class ThreadEngine(DeviceEngine):
             self._in_flight -= 1
 
     def wake(self) -> None:
+        """End a wait of `poll`, from any thread."""
         if not self._woken:
             self._woken = True
             self._done.put(None)  # ends the wait of a poll in progress; ignored when it comes late

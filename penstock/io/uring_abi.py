@@ -60,6 +60,8 @@ CQE_BYTES = 16
 
 
 class SqOffsets(ctypes.Structure):
+    """`struct io_sqring_offsets`."""
+
     _fields_ = [
         (name, ctypes.c_uint32)
         for name in ("head", "tail", "ring_mask", "ring_entries", "flags", "dropped", "array", "resv1")
@@ -67,6 +69,8 @@ class SqOffsets(ctypes.Structure):
 
 
 class CqOffsets(ctypes.Structure):
+    """`struct io_cqring_offsets`."""
+
     _fields_ = [
         (name, ctypes.c_uint32)
         for name in ("head", "tail", "ring_mask", "ring_entries", "overflow", "cqes", "flags", "resv1")
@@ -74,6 +78,8 @@ class CqOffsets(ctypes.Structure):
 
 
 class Params(ctypes.Structure):
+    """`struct io_uring_params`."""
+
     _fields_ = [
         ("sq_entries", ctypes.c_uint32),
         ("cq_entries", ctypes.c_uint32),
@@ -89,10 +95,14 @@ class Params(ctypes.Structure):
 
 
 class Timespec(ctypes.Structure):
+    """`struct __kernel_timespec`."""
+
     _fields_ = [("tv_sec", ctypes.c_int64), ("tv_nsec", ctypes.c_int64)]
 
 
 class GeteventsArg(ctypes.Structure):
+    """`struct io_uring_getevents_arg`."""
+
     _fields_ = [
         ("sigmask", ctypes.c_uint64),
         ("sigmask_sz", ctypes.c_uint32),
@@ -102,10 +112,14 @@ class GeteventsArg(ctypes.Structure):
 
 
 class Iovec(ctypes.Structure):
+    """`struct iovec`."""
+
     _fields_ = [("base", ctypes.c_uint64), ("length", ctypes.c_uint64)]
 
 
 class RsrcRegister(ctypes.Structure):
+    """`struct io_uring_rsrc_register`."""
+
     _fields_ = [
         ("nr", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
@@ -116,6 +130,8 @@ class RsrcRegister(ctypes.Structure):
 
 
 class RsrcUpdate2(ctypes.Structure):
+    """`struct io_uring_rsrc_update2`."""
+
     _fields_ = [
         ("offset", ctypes.c_uint32),
         ("resv", ctypes.c_uint32),

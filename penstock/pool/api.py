@@ -121,16 +121,23 @@ class Lease(Protocol):
     """A pinned block that can be read in place, without a copy, until `release`."""
 
     @property
-    def view(self) -> memoryview: ...
+    def view(self) -> memoryview:
+        """The block's bytes in place, valid until `release`."""
+
     @property
-    def checksum(self) -> int: ...
+    def checksum(self) -> int:
+        """The checksum that the block was stored with."""
+
     @property
-    def mac(self) -> bytes: ...
+    def mac(self) -> bytes:
+        """The MAC that the block was stored with; empty when it has none."""
+
     @property
     def written_here(self) -> bool:
         """Whether this process wrote its bytes, or verified them as it asks for: they need no other check."""
 
-    def release(self) -> None: ...
+    def release(self) -> None:
+        """Unpin the block; `view` must not be used afterwards."""
 
 
 Done = Callable[[PoolError | None], None]
@@ -139,6 +146,9 @@ ReadCheck = Callable[[memoryview, int, bytes], PoolError | None]
 
 
 class Pool(Protocol):
+    """Blocks of KV cache by key, stored on members. Sizes are in bytes, deadlines in seconds from the call; `done` is
+    called exactly once, from any thread, and must not block."""
+
     def register(self, buffer: memoryview) -> None:
         """Announce the staging memory that reads will target and writes will come from (page-aligned)."""
 

@@ -77,6 +77,7 @@ class AuthenticatedPool(WrappedPool):
         return None
 
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        """Make the block's MAC, then write it; both have to be done within `timeout_s`."""
         until_s = time.monotonic() + timeout_s
 
         def failed(error: Exception) -> None:
@@ -104,6 +105,7 @@ class AuthenticatedPool(WrappedPool):
         super().write(block, data, timeout_s, done)
 
     def close(self, timeout_s: float) -> None:
+        """End the writes that wait for their MAC, then close the pool behind, within about `timeout_s`."""
         until_s = time.monotonic() + timeout_s
         self._writes.close(timeout_s / 2)
         super().close(max(0.1, until_s - time.monotonic()))

@@ -31,4 +31,5 @@ class Block:
 
     @property
     def extent_bytes(self) -> int:
+        """Bytes that the block takes on its member: its size, rounded up to the alignment of reads and writes."""
         return staging_bytes(self.size_bytes)

@@ -64,6 +64,7 @@ class CheckReport:
 
     @property
     def clean(self) -> bool:
+        """Whether nothing damaged was found."""
         damaged = self.bad_rows or self.beyond or self.overlapping or self.bad_data or self.unreadable
         return not (damaged or self.table_damage or self.header_damage)
 

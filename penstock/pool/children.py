@@ -58,6 +58,7 @@ class Children:
 
     @property
     def closing(self) -> bool:
+        """Whether `close` was called."""
         return self._closing.is_set()
 
     @property
@@ -67,6 +68,7 @@ class Children:
 
     @property
     def read_bytes_per_s(self) -> float:
+        """Bytes per second that the shares of all usable children go by, added up."""
         with self.lock:
             return self._placement.total_weight
 

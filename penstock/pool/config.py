@@ -62,6 +62,7 @@ class Quota:
     share: float | None = None
 
     def bytes_of(self, capacity_bytes: int) -> int:
+        """The limit in bytes for a pool of this capacity."""
         return self.limit_bytes if self.limit_bytes is not None else int((self.share or 0.0) * capacity_bytes)
 
 

@@ -170,6 +170,15 @@ def _member(raw: msgspec.Struct, folder: Path) -> MemberConfig:
         values["capacity_bytes"] = _capacity(values["kind"], given["capacity"])
     if given.get("pace") is not None:
         values["pace_bytes_per_s"] = parse_rate(given["pace"])
+    _check_ranges(values)
+    if values["kind"] == "spdk":
+        _check_spdk_device(values["pcie"], values["target"])
+    if values["kind"] == "node":
+        parse_address(values["address"])
+    return MemberConfig(**values)
+
+
+def _check_ranges(values: Mapping[str, Any]) -> None:
     for name, low, high in (
         ("depth", 1, DEPTH_MAX),
         ("namespace", 1, 2**32 - 2),
@@ -178,14 +187,13 @@ def _member(raw: msgspec.Struct, folder: Path) -> MemberConfig:
     ):
         if values.get(name) is not None and not low <= values[name] <= high:
             raise ValueError(f"{name} is {values[name]}; allowed: {low} to {high}")
-    if values["kind"] == "spdk":
-        if (values["pcie"] is None) == (values["target"] is None):
-            raise ValueError("an spdk member lies on one device; allowed: either pcie or target")
-        if values["pcie"] is not None and not _PCIE.fullmatch(values["pcie"]):
-            raise ValueError(f"pcie is {values['pcie']!r}; allowed: an address such as 0000:01:00.0")
-    if values["kind"] == "node":
-        parse_address(values["address"])
-    return MemberConfig(**values)
+
+
+def _check_spdk_device(pcie: str | None, target: str | None) -> None:
+    if (pcie is None) == (target is None):
+        raise ValueError("an spdk member lies on one device; allowed: either pcie or target")
+    if pcie is not None and not _PCIE.fullmatch(pcie):
+        raise ValueError(f"pcie is {pcie!r}; allowed: an address such as 0000:01:00.0")
 
 
 def _weight(given: float | str) -> float | None:

@@ -89,10 +89,13 @@ class DeviceMember:
         self._journal.on_lost = lost
 
     def start(self) -> None:
+        """Start the worker thread, which owns the engine from here on."""
         self._measured = None
         self._thread.start()
 
     def put(self, work: Work) -> PoolError | None:
+        """Queue an operation; returns at once. The error says why it was not accepted, and its end is then not
+        called."""
         refused = self.refuses_stores if work.kind == "store" else self.fenced
         if refused:
             return PoolError("device", refused)
@@ -119,6 +122,7 @@ class DeviceMember:
         return self._journal.rows()
 
     def forget(self, blocks: Iterable[Block]) -> None:
+        """Delete the rows of blocks that left the table; a row that is not committed yet is never written."""
         self._journal.forget(blocks)
 
     def record(self, block: Block, use: float, done: Done, deadline_s: float) -> None:
@@ -130,6 +134,7 @@ class DeviceMember:
         return self._journal.confirm(block, done, deadline_s)
 
     def used(self, uses: Iterable[Use]) -> None:
+        """Note new uses of blocks, to be committed with their rows."""
         self._journal.used(uses)
 
     def measure(self, direction: Literal["read", "write"], block_bytes: int, budget_s: float) -> float:

@@ -78,6 +78,7 @@ class Drain:
         )
 
     def start(self) -> None:
+        """Start the thread that empties the member."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -86,6 +87,7 @@ class Drain:
         self._thread.stop_restarting()
 
     def join(self, timeout_s: float) -> None:
+        """Wait at most `timeout_s` for the thread to end."""
         self._thread.join(timeout_s)
 
     def _run(self) -> None:

@@ -99,6 +99,7 @@ class Journal:
 
     @property
     def committed(self) -> int:
+        """The highest sequence number whose rows are durable."""
         return self._committed
 
     @property

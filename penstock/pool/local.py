@@ -73,6 +73,7 @@ class LocalPool:
     # --- the interface ---
 
     def register(self, buffer: memoryview) -> None:
+        """Announce staging memory to every member, also to those that are added later."""
         with self._lock:
             self._registered.append(buffer)
             members = list(self.members)
@@ -80,6 +81,7 @@ class LocalPool:
             member.register(buffer)
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
+        """Where each block lies, None for a miss; a hit's use is noted with its row. Raises PoolError once closed."""
         found: list[Located | None] = []
         uses: dict[int, list[Use]] = {}
         with self._lock:
@@ -107,6 +109,7 @@ class LocalPool:
         done: Done,
         check: ReadCheck | None = None,
     ) -> None:
+        """Copy a block into `into`; `check` is called with its bytes, checksum and MAC before `done`."""
         opened = self.open_block(key, size_bytes)
         if isinstance(opened, PoolError):
             call_soon(self._callbacks, done, opened)
@@ -121,6 +124,7 @@ class LocalPool:
         self.load(opened, into, timeout_s, finished)
 
     def lease(self, key: BlockKey) -> MemoryLease | None:
+        """Pin a block of a memory member to be read in place. None for a miss, and for a block on a device."""
         opened = self.open_block(key, None)
         if isinstance(opened, PoolError):
             return None
@@ -131,9 +135,11 @@ class LocalPool:
         return MemoryLease(opened, opened.view)
 
     def host_buffers(self) -> list[memoryview]:
+        """The mappings of the memory members, for a device that reads from them directly."""
         return [member.memory for member in self.members if isinstance(member, MemoryMember)]
 
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        """Copy a block in; `done` gets None when it can be read back, durably on a device member."""
         deadline_s = time.monotonic() + timeout_s
         error, reserved = check_write(block, data), None
         if error is None:
@@ -159,6 +165,7 @@ class LocalPool:
         call_soon(self._callbacks, done, error)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
+        """Drop those of the blocks that nobody holds; how many were dropped."""
         with self._lock:
             found = {key: block for key in keys if (block := self._table.evictable(key)) is not None}
             for block in found.values():
@@ -167,6 +174,7 @@ class LocalPool:
         return len(found)
 
     def stat(self, timeout_s: float) -> PoolStat:
+        """State of the pool, its members and tenants. It asks nobody, so `timeout_s` is not used."""
         with self._lock:
             if not self._closed:
                 self._check_members()
@@ -188,6 +196,8 @@ class LocalPool:
             )
 
     def close(self, timeout_s: float) -> None:
+        """End drains and operations, commit what is journalled and close the members, within about `timeout_s`. A
+        second call does nothing."""
         with self._lock:
             if self._closed:
                 return
@@ -267,20 +277,24 @@ class LocalPool:
 
     @property
     def node_id(self) -> bytes:
+        """Empty: an embedded pool is no node's own."""
         return b""
 
     @property
     def own(self) -> LocalPool:
+        """This pool: all of its members are of this machine."""
         return self
 
     @property
     def read_bytes_per_s(self) -> float:
+        """Bytes per second that the shares of the members go by, added up."""
         with self._lock:
             states = zip(self._bandwidths, self._table.members, strict=True)
             return sum(bandwidth.share_bytes_per_s for bandwidth, state in states if bandwidth and not state.gone)
 
     @property
     def block_bytes_max(self) -> int:
+        """Size of the largest block that a member which takes blocks could hold, in bytes; 0 when none takes any."""
         with self._lock:
             return max((self._room_of(number) for number in self._taking()), default=0)
 

@@ -36,9 +36,11 @@ class Locations:
         return len(self._known)
 
     def add_child(self) -> None:
+        """Count one more child; no block is known to lie there yet."""
         self._nowhere = (*self._nowhere, None)
 
     def find(self, key: BlockKey) -> int | None:
+        """Number of the child that a block was last seen at; None when it is not known."""
         location = self._known.get(key)
         return location.child if location is not None else None
 
@@ -72,6 +74,7 @@ class Locations:
         return (known.ancestors[child] if known is not None and child < len(known.ancestors) else None) or parent
 
     def note_written(self, key: BlockKey, parent: BlockKey, child: int) -> None:
+        """A block was written to a child, behind the ancestors of its parent."""
         known = self._known.get(parent)
         before = known.ancestors if known is not None else ()
         ancestors = [*before, *self._nowhere[len(before) :]]

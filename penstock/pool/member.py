@@ -27,19 +27,42 @@ class Member(Protocol):
     errors: int
 
     @property
-    def barrier(self) -> int: ...
+    def barrier(self) -> int:
+        """The journal's sequence number that a store into an extent reserved now must wait for."""
+
     @property
-    def refuses_stores(self) -> str | None: ...
-    def start(self) -> None: ...
-    def put(self, work: Work) -> PoolError | None: ...
-    def register(self, buffer: memoryview) -> None: ...
-    def rows(self) -> list[tuple[Block, float]]: ...
-    def on_lost(self, lost: Callable[[Block], None]) -> None: ...
-    def forget(self, blocks: Iterable[Block]) -> None: ...
-    def record(self, block: Block, use: float, done: Done, deadline_s: float) -> None: ...
-    def confirm(self, block: Block, done: Done, deadline_s: float) -> bool: ...
-    def used(self, uses: Iterable[Use]) -> None: ...
-    def close(self, timeout_s: float) -> None: ...
+    def refuses_stores(self) -> str | None:
+        """Why nothing can be stored here at present; None when it can."""
+
+    def start(self) -> None:
+        """Start the worker thread."""
+
+    def put(self, work: Work) -> PoolError | None:
+        """Queue an operation. The error says why it was not accepted; `work` is then not ended."""
+
+    def register(self, buffer: memoryview) -> None:
+        """Announce staging memory that operations will use (page-aligned)."""
+
+    def rows(self) -> list[tuple[Block, float]]:
+        """The blocks that survived a restart, each with what it was worth."""
+
+    def on_lost(self, lost: Callable[[Block], None]) -> None:
+        """Set whom to call with a stored block whose row could not be committed."""
+
+    def forget(self, blocks: Iterable[Block]) -> None:
+        """Delete the rows of blocks that left the table."""
+
+    def record(self, block: Block, use: float, done: Done, deadline_s: float) -> None:
+        """A stored block is in the table: `done` is called once, with None when that is durable."""
+
+    def confirm(self, block: Block, done: Done, deadline_s: float) -> bool:
+        """Call `done` once a block that is in the table is durable; False when it is already."""
+
+    def used(self, uses: Iterable[Use]) -> None:
+        """Note new uses of blocks, to be kept with their rows."""
+
+    def close(self, timeout_s: float) -> None:
+        """End what is queued and under way, within about `timeout_s`."""
 
 
 def is_durable(member: Member) -> bool:
@@ -81,12 +104,14 @@ class GoneMember:
         """Nothing is here."""
 
     def put(self, work: Work) -> PoolError | None:
+        """Refuses every operation with an error of reason "device"."""
         return PoolError("device", f"{self.name} was drained and is gone")
 
     def register(self, buffer: memoryview) -> None:
         """Nothing is here."""
 
     def rows(self) -> list[tuple[Block, float]]:
+        """No blocks."""
         return []
 
     def on_lost(self, lost: Callable[[Block], None]) -> None:
@@ -99,6 +124,7 @@ class GoneMember:
         """Nothing is here."""
 
     def confirm(self, block: Block, done: Done, deadline_s: float) -> bool:
+        """False: there is nothing to wait for."""
         return False
 
     def used(self, uses: Iterable[Use]) -> None:

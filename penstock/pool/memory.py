@@ -85,9 +85,11 @@ class MemoryMember:
         self._thread = GuardedThread(f"penstock-{name}", self._run, restarts=True, kind="penstock-memory-member")
 
     def start(self) -> None:
+        """Start the worker thread."""
         self._thread.start()
 
     def put(self, work: Work) -> PoolError | None:
+        """Queue a copy; returns at once. The error says why it was not accepted."""
         return self._queue.put(work)
 
     def queued(self) -> tuple[int, int]:

@@ -26,14 +26,17 @@ class OpenBlock:
 
     @property
     def key(self) -> BlockKey:
+        """The block's key."""
         return self.block.key
 
     @property
     def checksum(self) -> int:
+        """The checksum that it was stored with."""
         return self.block.checksum
 
     @property
     def mac(self) -> bytes:
+        """The MAC that it was stored with; empty when it has none."""
         return self.block.mac
 
     def load(self, into: memoryview, timeout_s: float, done: Done) -> None:
@@ -64,19 +67,24 @@ class MemoryLease:
 
     @property
     def view(self) -> memoryview:
+        """The block's bytes in the member's memory, valid until `release`."""
         return self._view
 
     @property
     def checksum(self) -> int:
+        """The checksum that the block was stored with."""
         return self._opened.checksum
 
     @property
     def mac(self) -> bytes:
+        """The MAC that the block was stored with; empty when it has none."""
         return self._opened.mac
 
     @property
     def written_here(self) -> bool:
+        """Whether this process wrote its bytes, or verified them already."""
         return self._opened.block.written_here
 
     def release(self) -> None:
+        """Unpin the block."""
         self._opened.release()

@@ -37,13 +37,16 @@ class Probe:
         self._next_s = now_s + self._pause_s
 
     def unfenced(self, now_s: float) -> None:
+        """The member takes operations again."""
         self.answered = False
         self._good_since_s = now_s
 
     def due(self, now_s: float) -> bool:
+        """Whether the member is to be tried now."""
         return self._under_way is None and now_s >= self._next_s
 
     def owns(self, work: Work) -> bool:
+        """Whether an operation that ended is the probe's."""
         return work is self._under_way
 
     def work(self, now_s: float) -> Work:

@@ -39,7 +39,10 @@ class Measurable(Protocol):
 
 
 class MeasurableLink(Protocol):
-    def measure_bytes_per_s(self, budget_s: float) -> float: ...
+    """A link to a pool node that can measure itself."""
+
+    def measure_bytes_per_s(self, budget_s: float) -> float:
+        """Bytes per second over the link, measured for at most `budget_s`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +181,7 @@ def _together(
         try:
             start.wait(END_S)
             rates[name] = _run(member, direction, block_bytes, budget_s)
-        except Exception as error:  # raised again by the caller below
+        except Exception as error:  # noqa: BLE001 (raised again by the caller below)
             errors.append(error)
 
     threads = [threading.Thread(target=run, args=item, daemon=True) for item in members.items()]

@@ -25,6 +25,7 @@ class ReadMeter:
         return self._reads
 
     def started(self, now_s: float) -> None:
+        """One more read went to the device."""
         self._reads += 1
         if self._reads == BUSY_READS:
             self._since_s = now_s

@@ -21,13 +21,16 @@ class MemberSpace:
 
     @property
     def capacity_bytes(self) -> int:
+        """Bytes of the member that blocks may take."""
         return self.allocator.end - self.allocator.start
 
     @property
     def used_bytes(self) -> int:
+        """Bytes of extents that are not free, those of blocks under way included."""
         return self.capacity_bytes - self.allocator.free_bytes
 
     def add(self, block: Block) -> None:
+        """A block is present in its extent, which was allocated before."""
         self.blocks[block.offset] = block
         self._ending[block.offset + block.extent_bytes] = block
 

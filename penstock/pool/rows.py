@@ -295,6 +295,7 @@ class RowTable:
         return refused
 
     def close(self) -> None:
+        """Close the file; an error of SQLite is ignored, as every commit is durable already."""
         with contextlib.suppress(sqlite3.Error):
             self._db.close()
 

@@ -12,11 +12,16 @@ class StoredBlock(Protocol):
     """What goes with a block's bytes to who asked for it."""
 
     @property
-    def key(self) -> BlockKey: ...
+    def key(self) -> BlockKey:
+        """The block's key."""
+
     @property
-    def checksum(self) -> int: ...
+    def checksum(self) -> int:
+        """The checksum that it was stored with."""
+
     @property
-    def mac(self) -> bytes: ...
+    def mac(self) -> bytes:
+        """The MAC that it was stored with; empty when it has none."""
 
 
 class OpenedBlock(StoredBlock, Protocol):
@@ -28,7 +33,8 @@ class OpenedBlock(StoredBlock, Protocol):
         """Whether another node has it."""
 
     @property
-    def view(self) -> memoryview | None: ...
+    def view(self) -> memoryview | None:
+        """The block's bytes in place; None when it must be loaded."""
 
     def load(self, into: memoryview, timeout_s: float, done: Done) -> None:
         """Copy the block into `into`; who reads it verifies it."""
@@ -36,10 +42,13 @@ class OpenedBlock(StoredBlock, Protocol):
     def note_read(self) -> None:
         """Count a block that was read in place."""
 
-    def release(self) -> None: ...
+    def release(self) -> None:
+        """Unpin the block; nothing of it may be used afterwards."""
 
 
 class ServedPool(Pool, Protocol):
+    """A pool as the node that serves it uses it: with blocks that are read without being verified here."""
+
     @property
     def node_id(self) -> bytes:
         """The id that its members of other nodes know this node by; empty when it has none and any id will do."""

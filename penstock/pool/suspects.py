@@ -68,7 +68,7 @@ class Suspects:
     def _load(self, opened: OpenBlock) -> None:
         try:
             buffer = aligned_buffer(opened.block.extent_bytes)
-        except Exception as error:  # no memory: the next reader says it again
+        except Exception as error:  # noqa: BLE001 (no memory: the next reader says it again)
             note_loss("suspects_not_read", "", "block %s is not looked at: %r", opened.key.hex(), error)
             self._end(opened)
             return

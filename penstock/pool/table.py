@@ -35,10 +35,12 @@ class MemberState:
 
     @property
     def label(self) -> str:
+        """The state as `penstock pool stat` prints it: ok, draining or fenced."""
         return "draining" if self.draining else "ok" if self.healthy else "fenced"
 
     @property
     def free(self) -> bool:
+        """Whether the member is gone with all of its blocks, so that its number may be given again."""
         return self.gone and not self.space.used_bytes
 
 
@@ -87,9 +89,11 @@ class Table:
         return block if block is not None and block.member == member else None
 
     def being_written(self, key: BlockKey) -> bool:
+        """Whether a write of this block is under way."""
         return key in self._writing
 
     def being_moved(self, key: BlockKey) -> bool:
+        """Whether a copy of this block to another member is under way."""
         return key in self._moving
 
     def touch(self, block: Block) -> float:
@@ -264,6 +268,7 @@ class Table:
         return True
 
     def abandon_move(self, copy: Block) -> None:
+        """A copy did not succeed: its extent is given back and the original stays."""
         del self._moving[copy.key]
         self._give_back(copy)
 

@@ -101,10 +101,12 @@ class UnionPool:
         return any(child.up for child in self._children.all)
 
     def register(self, buffer: memoryview) -> None:
+        """Announce staging memory to every child."""
         for child in self._children.all:
             child.pool.register(buffer)
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
+        """Ask all children at once; each block's best place, None where no child that answered has it."""
         answers = self._children.ask_all(
             lambda node: node.begin_lookup(keys, timeout_s), lambda local: local.lookup(keys, timeout_s)
         )
@@ -126,6 +128,7 @@ class UnionPool:
         done: Done,
         check: ReadCheck | None = None,
     ) -> None:
+        """Read from the child that the block was last seen at, and note how fast it came."""
         child = self._holder(key)
         if child is None or child.node is None:
             if self._local is not None:
@@ -162,15 +165,19 @@ class UnionPool:
         child.node.read_block(key, size_bytes, into, timeout_s, end, check)
 
     def lease(self, key: BlockKey) -> Lease | None:
+        """A block of the local child in place; None when it is elsewhere or unknown."""
         child = self._holder(key)
         if self._local is None or (child is not None and child.node is not None):
             return None
         return self._local.lease(key)
 
     def host_buffers(self) -> list[memoryview]:
+        """The buffers of the local child; none without one."""
         return self._local.host_buffers() if self._local is not None else []
 
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        """Write to the child that the placement chooses, and to the next one where it is refused or fails, within
+        `timeout_s`."""
         error = check_write(block, data)
         if error is not None:
             call_soon(self._callbacks, done, error)
@@ -179,6 +186,7 @@ class UnionPool:
         self._write_to(ready, block, data, time.monotonic() + timeout_s, done, PoolError("network", "no child is up"))
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
+        """Drop the blocks at every child; how many were dropped in all. A child that fails is logged and counts 0."""
         answers = self._children.ask_all(lambda node: node.begin_evict(keys), lambda local: local.evict(keys))
         for child, answer in zip(self._children.all, answers, strict=False):
             if isinstance(answer, PoolError) and not child.left:
@@ -220,6 +228,7 @@ class UnionPool:
         )
 
     def close(self, timeout_s: float) -> None:
+        """Close the children, then end callbacks, within about `timeout_s`."""
         deadline_s = time.monotonic() + timeout_s
         self._children.close(timeout_s)
         self._callbacks.close(max(0.1, deadline_s - time.monotonic()))
@@ -228,14 +237,17 @@ class UnionPool:
 
     @property
     def own(self) -> ServedPool | None:
+        """The local child; None when all children are nodes."""
         return self._local
 
     @property
     def read_bytes_per_s(self) -> float:
+        """Bytes per second that the children's shares go by, added up."""
         return self._children.read_bytes_per_s
 
     @property
     def block_bytes_max(self) -> int:
+        """Size in bytes of the largest block that any child takes."""
         return self._children.block_bytes_max
 
     def expect_blocks(self, block_bytes: int) -> list[str]:
@@ -243,6 +255,7 @@ class UnionPool:
         return self._children.expect_blocks(block_bytes)
 
     def open_block(self, key: BlockKey, size_bytes: int) -> OpenedBlock | PoolError:
+        """Hold a block at the child that it was last seen at, or say why it cannot be read."""
         child = self._holder(key)
         if child is not None and child.node is not None:
             return _NodeBlock(self, child, key, size_bytes)
@@ -251,6 +264,7 @@ class UnionPool:
         return self._local.open_block(key, size_bytes)
 
     def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
+        """Pass on a reader's complaint about a block to the child that the block was last seen at."""
         child = self._holder(key)
         if child is not None and child.node is not None:
             child.node.suspect(key, checksum, mac, refused)

@@ -20,13 +20,21 @@ class NodePool(Pool, Protocol):
     once, and reads that hand on checksum and MAC."""
 
     @property
-    def place(self) -> str: ...
+    def place(self) -> str:
+        """The node's address as text."""
+
     @property
-    def up(self) -> bool: ...
+    def up(self) -> bool:
+        """Whether a connection to the node is open."""
+
     @property
-    def down_reason(self) -> str: ...
+    def down_reason(self) -> str:
+        """Why a connection to the node ended last."""
+
     @property
-    def node_id(self) -> bytes: ...
+    def node_id(self) -> bytes:
+        """The node's id, as it said when it was reached; empty before."""
+
     @property
     def read_bytes_per_s(self) -> float:
         """What its members' shares go by, added up, as it said when it was reached."""
@@ -35,9 +43,15 @@ class NodePool(Pool, Protocol):
     def block_bytes_max(self) -> int:
         """The largest block that it takes, as it said when it was reached."""
 
-    def begin_lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> Callable[[], list[Located | None]]: ...
-    def begin_evict(self, keys: Sequence[BlockKey]) -> Callable[[], int]: ...
-    def begin_stat(self, timeout_s: float) -> Callable[[], PoolStat]: ...
+    def begin_lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> Callable[[], list[Located | None]]:
+        """Send the question of `lookup`; the result waits for the answer. Raises PoolError, now or then."""
+
+    def begin_evict(self, keys: Sequence[BlockKey]) -> Callable[[], int]:
+        """Send the question of `evict`; the result waits for the answer. Raises PoolError, now or then."""
+
+    def begin_stat(self, timeout_s: float) -> Callable[[], PoolStat]:
+        """Send the question of `stat`; the result waits for the answer. Raises PoolError, now or then."""
+
     def read_block(
         self,
         key: BlockKey,
@@ -46,9 +60,15 @@ class NodePool(Pool, Protocol):
         timeout_s: float,
         ended: BlockEnded,
         check: ReadCheck | None = None,
-    ) -> None: ...
-    def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None: ...
-    def measure_bytes_per_s(self, budget_s: float) -> float: ...
+    ) -> None:
+        """Read a block into `into`; `ended` is called once with the checksum and MAC that it was stored with, or an
+        error."""
+
+    def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
+        """Tell the node that a block came damaged, or (`refused`) under another pool key."""
+
+    def measure_bytes_per_s(self, budget_s: float) -> float:
+        """Bytes per second over the link to the node, measured for at most `budget_s`."""
 
 
 class Child:
@@ -70,18 +90,22 @@ class Child:
 
     @property
     def up(self) -> bool:
+        """Whether the child can be asked: it has not left, and a node is connected."""
         return not self.left and (self.node is None or self.node.up)
 
     @property
     def block_bytes_max(self) -> int:
+        """Size in bytes of the largest block that it takes."""
         return self.node.block_bytes_max if self.node is not None else self.as_local.block_bytes_max
 
     @property
     def as_local(self) -> ServedPool:
+        """The local pool; the child must not be a node."""
         assert self.local is not None
         return self.local
 
     def has_room(self, size_bytes: int) -> bool:
+        """Whether a block of this size is expected to fit; True as long as its room is not known."""
         return self.room_bytes is None or self.room_bytes >= staging_bytes(size_bytes)
 
     def note_written(self, size_bytes: int) -> None:
@@ -90,5 +114,6 @@ class Child:
             self.room_bytes = max(0, self.room_bytes - staging_bytes(size_bytes))
 
     def note_stat(self, stat: PoolStat) -> None:
+        """Note the free bytes of its healthy members."""
         self.stat = stat
         self.room_bytes = sum(m.capacity_bytes - m.used_bytes for m in stat.members if m.healthy)

@@ -59,6 +59,7 @@ class WorkQueue:
 
     @property
     def closed(self) -> bool:
+        """Whether `close` was called: nothing is accepted any more."""
         return self._closed
 
     def lengths(self) -> tuple[int, int]:
@@ -84,6 +85,7 @@ class WorkQueue:
             return None
 
     def take_load(self) -> Work | None:
+        """The next load, fairly among accounts; None when there is none. Does not wait."""
         with self._changed:
             return self._loads.take()
 

@@ -22,12 +22,15 @@ class WrappedPool:
         return bool(getattr(self._inner, "up", True))
 
     def expect_blocks(self, block_bytes: int) -> list[str]:
+        """Prepare for blocks of this size in bytes; notes for the log."""
         return expect_blocks(self._inner, block_bytes)
 
     def register(self, buffer: memoryview) -> None:
+        """Announce staging memory to the pool behind."""
         self._inner.register(buffer)
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
+        """Look blocks up in the pool behind."""
         return self._inner.lookup(keys, timeout_s)
 
     def read(
@@ -39,22 +42,29 @@ class WrappedPool:
         done: Done,
         check: ReadCheck | None = None,
     ) -> None:
+        """Read a block from the pool behind."""
         self._inner.read(key, size_bytes, into, timeout_s, done, check)
 
     def lease(self, key: BlockKey) -> Lease | None:
+        """Pin a block of the pool behind."""
         return self._inner.lease(key)
 
     def host_buffers(self) -> list[memoryview]:
+        """Buffers of the pool behind."""
         return self._inner.host_buffers()
 
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        """Write a block to the pool behind."""
         self._inner.write(block, data, timeout_s, done)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
+        """Drop blocks of the pool behind; how many were dropped."""
         return self._inner.evict(keys)
 
     def stat(self, timeout_s: float) -> PoolStat:
+        """State of the pool behind."""
         return self._inner.stat(timeout_s)
 
     def close(self, timeout_s: float) -> None:
+        """Close the pool behind."""
         self._inner.close(timeout_s)

@@ -103,6 +103,7 @@ class Acceptor:
                 found.close()
 
     def forget(self, number: int) -> None:
+        """A connection has ended: its place in the budget is free."""
         self.budget.closed(number)
         self._admitted.pop(number, None)
 

@@ -25,7 +25,8 @@ class TokenDecoder(Protocol):
     """Text of a growing sequence of tokens. `after` may be called once, at the beginning: the sequence continues these
     tokens, whose text is not given out again; an incomplete character at their end is."""
 
-    def after(self, tokens: Sequence[int]) -> None: ...
+    def after(self, tokens: Sequence[int]) -> None:
+        """Continue these tokens, whose text is not given out."""
 
     def push(self, token: int) -> str:
         """The text that became certain with this token."""
@@ -46,12 +47,15 @@ class ByteLevelDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def after(self, tokens: Sequence[int]) -> None:
+        """Continue these tokens, whose text is not given out."""
         self._utf8.decode(b"".join(map(self._bytes_of, tokens[-WINDOW_KEPT_TOKENS:])))
 
     def push(self, token: int) -> str:
+        """The text that is certain with one more token; empty inside a character."""
         return self._utf8.decode(self._bytes_of(token))
 
     def flush(self) -> str:
+        """The text of what is left; an incomplete character is U+FFFD."""
         return self._utf8.decode(b"", True)
 
 
@@ -74,6 +78,7 @@ class IncrementalDecoder:
         self._run: _ByteRun | None = None
 
     def after(self, tokens: Sequence[int]) -> None:
+        """Continue these tokens, whose text is not given out."""
         known = list(tokens[-WINDOW_KEPT_TOKENS:])
         held = 0
         if known and known[-1] in self._byte_of:  # a run that is given out already, but for its last character
@@ -86,6 +91,7 @@ class IncrementalDecoder:
             self.push(token)
 
     def push(self, token: int) -> str:
+        """The text that is certain with one more token; empty inside a character."""
         self._window.append(token)
         byte = self._byte_of.get(token)
         if byte is not None:
@@ -101,6 +107,7 @@ class IncrementalDecoder:
         return piece
 
     def flush(self) -> str:
+        """The text of what is left; an incomplete character is U+FFFD."""
         return self._take(self._decode(self._window))
 
     def _push_byte(self, byte: int) -> str:
@@ -204,15 +211,18 @@ class CleanedDecoder:
         self._held = ""
 
     def after(self, tokens: Sequence[int]) -> None:
+        """Continue these tokens, whose text is not given out."""
         self._inner.after(tokens)
 
     def push(self, token: int) -> str:
+        """The cleaned text that is certain with one more token."""
         text = self._held + self._inner.push(token)
         cut = certain_length(text)
         self._held = text[cut:]
         return clean_spaces(text[:cut])
 
     def flush(self) -> str:
+        """The cleaned text of what is left."""
         text, self._held = self._held + self._inner.flush(), ""
         return clean_spaces(text)
 

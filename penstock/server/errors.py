@@ -45,10 +45,12 @@ class ApiError(Exception):
         self.challenge = challenge  # of a 401: how the client may say who it is
 
     def body(self) -> dict[str, Any]:
+        """The answer's JSON."""
         kind = _TYPES.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
+        """The answer, with the headers that belong to its status."""
         headers = {}
         if self.retry_after_s is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))

@@ -54,6 +54,7 @@ class Gate:
         self._open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve or refuse one request (ASGI)."""
         if scope["type"] != "http":
             await self._inner(scope, receive, send)
             return

@@ -28,6 +28,7 @@ class LiveWindow:
         self._finished = 0
 
     def add(self, report: RequestReport) -> None:
+        """Count a finished request and show it."""
         self._recent.append(report)
         self._finished += 1
 

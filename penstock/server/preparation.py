@@ -135,6 +135,7 @@ class RequestPreparation:
 
     @property
     def max_context_tokens(self) -> int:
+        """Tokens of prompt and answer together that the engine takes."""
         return self._engine.max_context_tokens
 
     async def text_tokens(self, text: str, *, special_tokens: bool) -> list[int]:

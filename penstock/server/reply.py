@@ -27,6 +27,9 @@ _SSE_HEADERS = [
 
 @dataclass(frozen=True, slots=True)
 class ReplyOptions:
+    """How one request wants to be answered: `n` choices, streamed or whole, with or without usage and timing. A client
+    that reads nothing for `send_timeout_s` seconds is cut off."""
+
     n: int
     stream: bool
     include_usage: bool
@@ -58,6 +61,7 @@ class GenerationReply:
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the request (ASGI); the generation has ended when this returns."""
         generation = self._generation
         watch = asyncio.create_task(self._watch(receive))
         outcome = "ok"

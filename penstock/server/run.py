@@ -147,6 +147,7 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """No new work; requests under way may end, within the settings' `drain_timeout_s`."""
         self._server.draining = True
         cutting = asyncio.create_task(self._cut())
         try:

@@ -21,6 +21,8 @@ NAME_CHARACTERS_MAX = 512
 
 
 class StreamOptions(msgspec.Struct):
+    """`stream_options` of a request."""
+
     include_usage: bool | None = None
 
 
@@ -105,11 +107,15 @@ class CompletionBody(GenerationBody, kw_only=True):
 
 
 class ContentPart(msgspec.Struct):
+    """A part of a message's content; only text is served."""
+
     type: str
     text: str | None = None
 
 
 class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A message of a chat, as the template gets it."""
+
     role: str
     content: str | list[ContentPart] | None = None
     name: str | None = None
@@ -120,6 +126,8 @@ class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class ChatBody(GenerationBody, kw_only=True):
+    """The body of `/v1/chat/completions`."""
+
     messages: list[Message]
     max_completion_tokens: int | None = None
     reasoning_effort: str | None = None

@@ -47,6 +47,7 @@ class Answer:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def add(self, piece: Piece) -> None:
+        """Append a piece of text, with its tokens; it may end the choice."""
         self.texts.append(piece.text)
         self.reasoning.append(piece.reasoning)
         self.token_ids += piece.token_ids

@@ -137,7 +137,8 @@ def _decodes_by_backend(tokenizer: Any) -> bool:
     """Whether `decode` is that of the `tokenizers` library and no other class's."""
     from transformers import PreTrainedTokenizerFast
 
-    return bool(tokenizer.is_fast) and type(tokenizer)._decode is PreTrainedTokenizerFast._decode
+    backend = PreTrainedTokenizerFast._decode  # noqa: SLF001 (compared, not called)
+    return bool(tokenizer.is_fast) and type(tokenizer)._decode is backend  # noqa: SLF001 (the same)
 
 
 def _may_clean(tokenizer: Any, parts: dict[str, Any]) -> bool:

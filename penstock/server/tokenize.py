@@ -27,6 +27,8 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
 
 
 class DetokenizeBody(msgspec.Struct, kw_only=True):
+    """The body of `/detokenize`."""
+
     tokens: list[int]
     model: str | None = None
 

@@ -60,7 +60,7 @@ class WorkThreads:
             if not future.cancelled():
                 try:
                     result = work()
-                except Exception as raised:  # it is raised again, where it is awaited
+                except Exception as raised:  # noqa: BLE001 (it is raised again, where it is awaited)
                     error = raised
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(ended, result, error)

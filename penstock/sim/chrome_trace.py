@@ -34,6 +34,7 @@ class ChromeTrace(Observer):
     # -- as an observer -----------------------------------------------------------------------------------------
 
     def began(self, operation: Operation) -> None:
+        """An operation gets the first free lane of its row."""
         row = _row_of(operation)
         if row is None or not isinstance(operation, Fetch | Upload | Compute | Save | Forward):
             return
@@ -43,20 +44,25 @@ class ChromeTrace(Observer):
         self._began[operation.op_id] = self._clock.now_s, (row, lane)
 
     def fetched(self, op: Fetch, error: str | None) -> None:
+        """A bar for a block's read."""
         self._ended(op.op_id, f"fetch {op.key.hex()[:8]}", {"slot": op.slot, "error": error})
 
     def uploaded(self, op: Upload, failed: bool) -> None:
+        """A bar for a group's upload."""
         self._ended(op.op_id, f"upload {len(op.blocks)} blocks", {"failed": failed})
 
     def computed(self, op: Compute, failed: bool) -> None:
+        """A bar for a batch, with its tokens and predicted seconds."""
         requests = [chunk.request_id for chunk in op.chunks]
         tokens = sum(len(chunk.tokens) for chunk in op.chunks)
         self._ended(op.op_id, ",".join(requests), {"tokens": tokens, "predicted_s": op.predicted_s, "failed": failed})
 
     def saved(self, op: Save, error: str | None) -> None:
+        """A bar for a block's save."""
         self._ended(op.op_id, f"save {op.block.key.hex()[:8]}", {"error": error})
 
     def forwarded(self, op: Forward, error: str | None) -> None:
+        """A bar for a block that is handed over."""
         self._ended(op.op_id, f"hand over {op.block.key.hex()[:8]}", {"error": error})
 
     def _ended(self, op_id: int, name: str, detail: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ class Event:
         self.cancelled = False
 
     def cancel(self) -> None:
+        """It will not happen."""
         self.cancelled = True
 
 
@@ -37,6 +38,7 @@ class VirtualClock:
         return event
 
     def after(self, delay_s: float, happen: Callable[[], None]) -> Event:
+        """Have something happen `delay_s` virtual seconds from now."""
         return self.at(self.now_s + delay_s, happen)
 
     def next_s(self) -> float | None:

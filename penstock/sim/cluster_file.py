@@ -92,6 +92,7 @@ class Engine(_Table, frozen=True):
 
     @property
     def model(self) -> Profile:
+        """The compute profile it names."""
         return load_profile(self.profile)
 
     def config(self) -> SchedulerConfig:
@@ -135,10 +136,12 @@ class Cluster(_Table, frozen=True):
 
     @property
     def served(self) -> ServedModel:
+        """The model it names."""
         return load_model(self.model)
 
     @property
     def policies(self) -> System:
+        """The policies that `system` names."""
         return SYSTEMS[self.system]
 
 

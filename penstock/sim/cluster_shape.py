@@ -41,10 +41,12 @@ class ClusterShape:
 
     @property
     def name(self) -> str:
+        """For example "2P1D"."""
         return f"{self.prefill_nodes}P{self.decode_nodes}D"
 
     @property
     def links(self) -> NodeLinks:
+        """Rates of one node's links."""
         return NodeLinks(
             self.gpus, self.compute_nic_bytes_per_s, self.storage_nic_bytes_per_s, self.memory_bytes_per_s
         )  # fmt: skip

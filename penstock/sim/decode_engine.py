@@ -40,6 +40,7 @@ class DecodeEngine:
         self.reset(0.0)
 
     def reset(self, now: float) -> None:
+        """Empty the engine at time `now`."""
         self.running: list[tuple[float, int, Sequence]] = []
         self.waiting: deque[Sequence] = deque()
         self.progress = 0.0
@@ -52,6 +53,7 @@ class DecodeEngine:
         self.mark = 0
 
     def has_room(self, sequence: Sequence) -> bool:
+        """Whether the sequence's KV fits beside that of the batch."""
         return self.used + sequence.length <= self.capacity
 
     def _advance(self, now: float) -> None:

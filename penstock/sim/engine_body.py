@@ -61,19 +61,26 @@ class Observer:
     def began(self, operation: Operation) -> None:
         """The brain gave an operation."""
 
-    def looked_up(self, op: Lookup) -> None: ...
+    def looked_up(self, op: Lookup) -> None:
+        """A lookup was answered."""
 
-    def fetched(self, op: Fetch, error: str | None) -> None: ...
+    def fetched(self, op: Fetch, error: str | None) -> None:
+        """A block was read into its slot, or why not."""
 
-    def uploaded(self, op: Upload, failed: bool) -> None: ...
+    def uploaded(self, op: Upload, failed: bool) -> None:
+        """A group of blocks was uploaded into its pages, or failed."""
 
-    def computed(self, op: Compute, failed: bool) -> None: ...
+    def computed(self, op: Compute, failed: bool) -> None:
+        """A batch was computed, or failed."""
 
-    def saved(self, op: Save, error: str | None) -> None: ...
+    def saved(self, op: Save, error: str | None) -> None:
+        """A block was stored, or why not."""
 
-    def downloaded(self, op: Save | Forward) -> None: ...
+    def downloaded(self, op: Save | Forward) -> None:
+        """A page was copied to staging memory: it may be taken for another block."""
 
-    def forwarded(self, op: Forward, error: str | None) -> None: ...
+    def forwarded(self, op: Forward, error: str | None) -> None:
+        """A block was handed over, or why not."""
 
 
 class EngineBody:
@@ -111,9 +118,9 @@ class EngineBody:
         self._links = links
         self._compute = compute
         self._layers = layers
-        self._save_route = save_route
+        self.save_route = save_route
         self._overheads = overheads or Overheads()
-        self._fetch_fault = fetch_fault
+        self.fetch_fault = fetch_fault
         self._save_fault = save_fault
         self._fails = fails
         self._forward_route = forward_route
@@ -140,6 +147,7 @@ class EngineBody:
         self._event_at(time_s, submit)
 
     def cancel_at(self, time_s: float, request_id: str) -> None:
+        """Cancel a request at a virtual time."""
         self._event_at(time_s, lambda: self.scheduler.cancel(request_id, self.clock.now_s))
 
     def fail_link(self, name: str) -> None:
@@ -204,7 +212,7 @@ class EngineBody:
         self._event_at(self.clock.now_s + delay_s, answer)
 
     def _fetch(self, op: Fetch) -> None:
-        error = self._fetch_fault(op.key)
+        error = self.fetch_fault(op.key)
         size = float("inf") if error == "deadline" else self.scheduler.config.block_bytes
 
         def through() -> None:
@@ -281,7 +289,7 @@ class EngineBody:
         return 1000 + position % 97
 
     def _save(self, op: Save) -> None:
-        route = self._save_route(op.block) if callable(self._save_route) else self._save_route
+        route = self.save_route(op.block) if callable(self.save_route) else self.save_route
         error = self._save_fault(op.block.key)
 
         def downloaded() -> None:

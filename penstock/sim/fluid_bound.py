@@ -24,6 +24,7 @@ class FluidBound:
 
     @property
     def seconds(self) -> float:
+        """The largest of all bounds."""
         return max(float(getattr(self, field.name)) for field in fields(self))
 
     @property

@@ -54,6 +54,7 @@ class FluidLinks:
 
     @property
     def speeds(self) -> dict[str, float]:
+        """Rate of each link, in bytes per second."""
         return dict(self._speed)
 
     def start(self, route: Sequence[str], size_bytes: float, done: Callable[[], None], lane: int = 0) -> Flow:

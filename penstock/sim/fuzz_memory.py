@@ -80,6 +80,7 @@ class CheckedMemory(Observer):
     # -- operations that begin ----------------------------------------------------------------------------------
 
     def began(self, operation: Operation) -> None:
+        """Check an operation that begins against what slots and pages hold, and against the bounds."""
         if isinstance(operation, Fetch):
             hold(operation.slot not in self._slots, "F3: a fetch into a slot whose content is needed")
             for name in operation.route:
@@ -149,9 +150,11 @@ class CheckedMemory(Observer):
     # -- operations that end ------------------------------------------------------------------------------------
 
     def looked_up(self, op: Lookup) -> None:
+        """One lookup less is in flight."""
         self._in_flight["lookup"] -= 1
 
     def fetched(self, op: Fetch, error: str | None) -> None:
+        """The slot holds the block's content, if the read succeeded."""
         self._in_flight.subtract(op.route)
         if error is None:
             self._slots[op.slot] = list(self._pool[op.key])
@@ -160,6 +163,7 @@ class CheckedMemory(Observer):
                 self._delivered.setdefault(to, set()).add(op.key)
 
     def uploaded(self, op: Upload, failed: bool) -> None:
+        """The pages hold the slots' content; slots that are not kept are free."""
         self._in_flight["upload"] -= 1
         del self._uploads[op.op_id]
         for slot, page in op.blocks:
@@ -169,6 +173,7 @@ class CheckedMemory(Observer):
             self._pages[page] = [-1] * self._config.block_tokens if failed else list(content)
 
     def computed(self, op: Compute, failed: bool) -> None:
+        """The pages hold the KV of the batch's tokens; of a failed batch, none that is right."""
         self._in_flight["batch"] -= 1
         size = self._config.block_tokens
         for chunk in op.chunks:
@@ -178,6 +183,7 @@ class CheckedMemory(Observer):
                 page[position % size] = -1 if failed else values[position]
 
     def saved(self, op: Save, error: str | None) -> None:
+        """The pool holds the block, if the save succeeded."""
         self._in_flight["save"] -= 1
         content = self._saving.pop(op.op_id)
         if error is None:
@@ -185,6 +191,7 @@ class CheckedMemory(Observer):
             self._pool[op.block.key] = content
 
     def downloaded(self, op: Save | Forward) -> None:
+        """Check the page's content, and hold it for the save."""
         assert op.page is not None
         if isinstance(op, Save):
             self._saving[op.op_id] = list(self._pages[op.page])
@@ -192,6 +199,7 @@ class CheckedMemory(Observer):
         hold(self._pages.get(op.page) == self._blocks[op.block.key], "F2: other KV is handed over than the block's")
 
     def forwarded(self, op: Forward, error: str | None) -> None:
+        """The decode engine holds the block, if the hand-over succeeded."""
         self._in_flight[f"to {op.to}"] -= 1
         if op.page is None:
             self._check_forward(op)

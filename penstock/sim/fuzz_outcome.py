@@ -39,7 +39,7 @@ def outcome_of(case: AnyCase) -> tuple[int, str | None]:
             run.run()
     except _NoEnd:
         return 0, f"F5: no end within {END_S:g} s of processor time"
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (any failure of a seed is its outcome)
         frames = error.__traceback__
         while frames is not None and frames.tb_next is not None:
             frames = frames.tb_next
@@ -67,6 +67,7 @@ def _bounded() -> Iterator[None]:
 
 
 def failure_of(case: AnyCase) -> str | None:
+    """Which invariant the case breaks; None for none."""
     return outcome_of(case)[1]
 
 

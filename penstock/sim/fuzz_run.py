@@ -85,6 +85,7 @@ class EngineRun:
 
     @property
     def events(self) -> int:
+        """Events that happened so far."""
         return self.clock.events
 
     def run(self) -> None:

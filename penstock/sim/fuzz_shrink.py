@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from penstock.sim.fuzz_case import FuzzCase
+from penstock.sim.fuzz_case import FuzzCase, FuzzRequest
 
 Case = TypeVar("Case")
 TRIES_MAX = 600
@@ -61,19 +61,22 @@ def smaller_engines(case: FuzzCase) -> Iterator[FuzzCase]:
         if getattr(case, name):
             yield msgspec.structs.replace(case, **{name: 0.0})
     for i, request in enumerate(case.requests):
-        for field, least in (("shared", 0), ("own", 1), ("new_tokens", 1)):
-            value = getattr(request, field)
-            for less in {least, (value + least) // 2, value - 1}:
-                if least <= less < value:
-                    changed = msgspec.structs.replace(request, **{field: less})
-                    yield msgspec.structs.replace(case, requests=_with(case.requests, i, changed))
-        for field, plain in PLAIN_REQUEST.items():
-            if getattr(request, field) != plain:
-                changed = msgspec.structs.replace(request, **{field: plain})
-                yield msgspec.structs.replace(case, requests=_with(case.requests, i, changed))
+        for changed in _smaller_requests(request):
+            yield msgspec.structs.replace(case, requests=_with(case.requests, i, changed))
     for name, plain in PLAIN.items():
         if case.config[name] != plain:
             yield msgspec.structs.replace(case, config={**case.config, name: plain})
+
+
+def _smaller_requests(request: FuzzRequest) -> Iterator[FuzzRequest]:
+    for field, least in (("shared", 0), ("own", 1), ("new_tokens", 1)):
+        value = getattr(request, field)
+        for less in {least, (value + least) // 2, value - 1}:
+            if least <= less < value:
+                yield msgspec.structs.replace(request, **{field: less})
+    for field, plain in PLAIN_REQUEST.items():
+        if getattr(request, field) != plain:
+            yield msgspec.structs.replace(request, **{field: plain})
 
 
 def _with(items: tuple[Any, ...], at: int, item: Any) -> tuple[Any, ...]:

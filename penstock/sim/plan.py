@@ -45,6 +45,7 @@ class Plan:
 
     @property
     def nodes(self) -> int:
+        """Prefill and decode nodes together."""
         return self.shape.prefill_nodes + self.shape.decode_nodes
 
     @property

@@ -57,10 +57,12 @@ class ServedModel:
                 check_range(field.name, value, 0.0 if zero else 1.0, 1e18)
 
     def attention(self, gpu: Gpu) -> AttentionCost:
+        """Cost of prefill attention on this GPU."""
         rate = gpu.flop_per_s
         return AttentionCost(self.attention_flop_per_token / rate, self.attention_flop_per_pair / rate)
 
     def step_overhead_s(self) -> float:
+        """Seconds of a decode step that do not depend on the batch."""
         return self.layers * self.layer_overhead_s
 
     def prefill_cost(self, gpu: Gpu) -> ComputeCost:
@@ -69,6 +71,7 @@ class ServedModel:
         return ComputeCost(0.0, per_token / gpu.flop_per_s, self.attention_flop_per_pair / gpu.flop_per_s)
 
     def weights_on_gpu(self, engines_in_group: int) -> float:
+        """Bytes of weights on each GPU of a group."""
         spread = engines_in_group if self.ranks_in_step else 1
         return self.replicated_weight_bytes + (self.weight_bytes - self.replicated_weight_bytes) / spread
 

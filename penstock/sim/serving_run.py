@@ -26,6 +26,7 @@ class Outcome:
 
     @property
     def job_s(self) -> float:
+        """Seconds until the last request ended."""
         return self.record.end_s
 
     @property
@@ -35,6 +36,7 @@ class Outcome:
 
     @property
     def ttft_mean_s(self) -> float:
+        """Mean seconds to the first token."""
         return float(np.mean(self.record.ttft_s))
 
     @property

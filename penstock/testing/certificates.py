@@ -27,6 +27,7 @@ class PeerFiles:
 
     @property
     def flags(self) -> list[str]:
+        """The command-line flags that name these files."""
         return [word for name, file in self.settings.items() for word in ("--" + name.replace("_", "-"), file)]
 
     @property

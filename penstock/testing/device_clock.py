@@ -130,6 +130,7 @@ class DeviceClock:
 
     @contextmanager
     def on_stream(self, stream: FakeStream) -> Iterator[None]:
+        """This thread's work goes to `stream` inside the context."""
         before, self._threads.stream = self.current, stream
         try:
             yield
@@ -167,6 +168,7 @@ class DeviceClock:
             self.host_waits(stream.clock, "device synchronize")
 
     def is_broken(self, order: Broken) -> bool:
+        """Whether the device does not give this order."""
         return order in self._broken
 
     # -- accesses -----------------------------------------------------------------------------------------------

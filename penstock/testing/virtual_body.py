@@ -48,6 +48,7 @@ class VirtualBody(EngineBody):
 
     @property
     def now(self) -> float:
+        """Virtual time in seconds."""
         return self.clock.now_s
 
     def at(self, time_s: float, event: Callable[[], None]) -> None:
@@ -61,6 +62,7 @@ class VirtualBody(EngineBody):
         self._event_at(time_s, happen)
 
     def submit_at(self, time_s: float, spec: RequestSpec) -> None:
+        """Submit a request at a virtual time."""
         self._to_come += 1
         super().submit_at(time_s, spec)
         self.clock.at(time_s, self._arrived)

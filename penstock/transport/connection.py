@@ -61,6 +61,7 @@ class Pending:
 
     @property
     def payload_bytes(self) -> int:
+        """Bytes of payload that travel with the request or its reply."""
         return self.message.size_bytes if isinstance(self.message, wire.Read | wire.Write | wire.Probe) else 0
 
 
@@ -114,10 +115,12 @@ class Connection:
 
     @property
     def in_flight(self) -> int:
+        """Requests that were sent and have not ended."""
         return len(self._pending)
 
     @property
     def open(self) -> bool:
+        """Whether requests can be sent: nothing has cut the connection."""
         return self._cut_reason is None
 
     def add(self, pending: Pending) -> bool:
@@ -136,7 +139,7 @@ class Connection:
             payload = pending.buffer[: pending.payload_bytes]
         try:
             head = wire.frame(pending.message, len(payload))
-        except Exception as error:  # a message that cannot be written down: nothing of it is on the wire
+        except Exception as error:  # noqa: BLE001 (a message that cannot be written down: nothing of it is on the wire)
             if self._take(pending.id) is pending:
                 pending.tell(None, PoolError("layout", f"the request cannot be sent: {error}"))
             return
@@ -199,6 +202,7 @@ class Connection:
         self._sock.close()
 
     def join(self, timeout_s: float) -> None:
+        """Wait at most `timeout_s` for the receiver thread to end."""
         self._receiver.join(timeout_s)
 
     def _greet(self, hello: wire.Hello, host: str, timeout_s: float) -> wire.Ready:

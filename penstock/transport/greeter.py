@@ -79,7 +79,7 @@ class Greeter:
                 return
             try:
                 self._begin(sock, f"{peer[0]}:{peer[1]}")
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (one peer's; the next is still to be accepted)
                 sock.close()
                 count_failure("penstock-node-accept")
                 self._node.rare.exception("begin", "connection of %s could not be begun: %r", peer, error)
@@ -106,7 +106,7 @@ class Greeter:
         except (wire.ProtocolError, SecretRefused, OSError) as error:
             connection.say_ended(error)
             self._end(connection)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (one peer's greeting; its connection ends, the thread goes on)
             count_failure("penstock-node-accept")
             self._node.rare.exception("greet", "the greeting of %s failed: %r", connection.peer, error)
             self._end(connection)

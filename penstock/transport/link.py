@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -220,6 +220,7 @@ class NodeLink:
         return text
 
     def next_id(self) -> int:
+        """An id for a message; not given before on this link."""
         return next(self._ids)
 
     def ask(
@@ -482,10 +483,7 @@ class NodeLink:
                 if self._closed:
                     return
                 now_s = time.monotonic()
-                while self._deadlines and (self._deadlines[0][2].ended or self._deadlines[0][0] <= now_s):
-                    pending = heapq.heappop(self._deadlines)[2]
-                    if pending.ended:
-                        continue
+                for pending in self._overdue(now_s):
                     if pending.connection is None:
                         pending.ended = True
                         unsent.append(pending)
@@ -503,3 +501,10 @@ class NodeLink:
                     pending.connection.cut_late(pending)
                 elif pending.connection.forget(pending):
                     pending.tell(None, PoolError("deadline", f"{self.place} did not answer in time"))
+
+    def _overdue(self, now_s: float) -> Iterator[Pending]:
+        """Takes the requests that have not ended by their deadline off the heap. With the lock held."""
+        while self._deadlines and (self._deadlines[0][2].ended or self._deadlines[0][0] <= now_s):
+            pending = heapq.heappop(self._deadlines)[2]
+            if not pending.ended:
+                yield pending

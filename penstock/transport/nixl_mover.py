@@ -31,6 +31,8 @@ _ABANDON_S = 60.0  # a transfer that neither ends nor fails for so long is told 
 
 
 class AgentMemory(msgspec.Struct, array_like=True):
+    """What a peer needs to read memory of this agent: NIXL's metadata of the agent, and where the memory lies."""
+
     metadata: Description
     address: Annotated[int, Meta(ge=0, extra={"bits": 64})]
     size_bytes: Annotated[int, Meta(ge=1, le=ADDRESS_BYTES_MAX)]
@@ -64,12 +66,13 @@ class NixlMover:
         name = f"penstock-{os.getpid()}-{secrets.token_hex(4)}"
         try:
             self._agent: Any = nixl_agent(name, nixl_agent_config(enable_prog_thread=True, backends=["UCX"]))
-        except Exception as error:  # the binding raises types of its own
+        except Exception as error:  # noqa: BLE001 (the binding raises types of its own)
             raise ConfigError(f"relay_transport is 'nixl', but its agent does not start: {error}") from None
         self._lock = threading.Lock()
         self._registered: list[tuple[memoryview, Any]] = []
 
     def allocate(self, size_bytes: int) -> memoryview:
+        """Page-aligned memory of `size_bytes`, registered with the agent."""
         memory = aligned_buffer(size_bytes)
         with self._lock:
             made = self._agent.register_memory([(address_of(memory), size_bytes, 0, "")], "DRAM")
@@ -77,25 +80,28 @@ class NixlMover:
         return memory
 
     def export(self, memory: memoryview) -> bytes:
+        """The agent's metadata and the place of memory of `allocate`, as bytes for `attach`."""
         with self._lock:
             metadata = self._agent.get_agent_metadata()
         return msgspec.msgpack.encode(AgentMemory(metadata, address_of(memory), len(memory)))
 
     def attach(self, description: bytes) -> FarMemory:
+        """Memory that a peer exported. Raises PoolError("network") when its agent cannot be reached."""
         try:
             there = _descriptions.decode(description)
             with self._lock:
                 name = self._agent.add_remote_agent(there.metadata)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (the binding raises types of its own)
             raise PoolError("network", f"NIXL cannot attach: {said(error)}") from None
         return _FarAgent(self._agent, self._lock, name, there.address, there.size_bytes)
 
     def close(self) -> None:
+        """Deregister all memory of `allocate`; a failure is logged."""
         with self._lock:
             for _, made in self._registered:
                 try:
                     self._agent.deregister_memory(made)
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 (the other registrations are still to be undone)
                     log.warning("NIXL: memory could not be deregistered: %s", error)
             self._registered.clear()
 
@@ -120,7 +126,7 @@ class _FarAgent:
                 far = agent.get_xfer_descs([(self._address + offset, size, 0)], "DRAM")
                 handle = agent.initialize_xfer("READ", near, far, self._name, b"")
                 state = agent.transfer(handle)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (the binding raises types of its own)
             raise PoolError("network", f"NIXL could not begin a read: {error}") from None
         state = self._wait(handle, state)
         if state != "DONE":
@@ -140,18 +146,18 @@ class _FarAgent:
                     log.error("a read by NIXL of %s neither ends nor fails", self._name)
                     told_s += _ABANDON_S
             return state
-        except Exception as error:  # the peer is gone: NIXL raises instead of a state
+        except Exception as error:  # noqa: BLE001 (the peer is gone: NIXL raises instead of a state)
             return f"an error: {error}"
         finally:
             try:
                 with self._lock:
                     self._agent.release_xfer_handle(handle)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (the read has ended, with or without its handle)
                 log.warning("NIXL: a transfer could not be released: %s", error)
 
     def close(self) -> None:
         try:
             with self._lock:
                 self._agent.remove_remote_agent(self._name)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (the peer may be gone already)
             log.info("NIXL: %s was gone already: %s", self._name, error)

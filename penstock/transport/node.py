@@ -134,6 +134,7 @@ class PoolNode:
 
     @property
     def closed(self) -> bool:
+        """Whether `close` was called."""
         return self._closed
 
     @property
@@ -182,6 +183,7 @@ class PoolNode:
             return "is closing" if self._closed else self._shares.proved(connection)
 
     def left(self, connection: Served) -> None:
+        """A connection has ended: its share is free for others."""
         with self._lock:
             self._shares.left(connection)
 

@@ -175,6 +175,7 @@ class Served:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def join(self, timeout_s: float) -> None:
+        """Wait at most `timeout_s` for the reading thread to end."""
         self._reader.join(timeout_s)
 
     def _serve(self) -> None:
@@ -397,7 +398,7 @@ class Served:
             self.cut()
             try:
                 self._try(send)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (any failure to send ends this connection)
                 self._failed(error)
 
     def _try(self, send: Callable[[], None]) -> None:

@@ -19,14 +19,16 @@ class FarMemory(Protocol):
         """Fill `into`, which lies in memory of `Mover.allocate`. Raises PoolError. What a network card is already
         moving cannot be cut off: the call then ends late, but never before the last byte."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of the peer's memory; it must not be read afterwards."""
 
 
 class Mover(Protocol):
     """A way to read a peer's memory. Methods but `FarMemory.read` may be called from any thread."""
 
     @property
-    def kind(self) -> RelayTransport: ...
+    def kind(self) -> RelayTransport:
+        """The name of the transport in configurations."""
 
     def allocate(self, size_bytes: int) -> memoryview:
         """Page-aligned memory that peers may read, and that `FarMemory.read` may fill."""
@@ -37,7 +39,8 @@ class Mover(Protocol):
     def attach(self, description: bytes) -> FarMemory:
         """Raises PoolError("network") when this host cannot read that memory."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release all memory of `allocate`, which nobody may read any more."""
 
 
 def open_mover(kind: RelayTransport) -> Mover | None:

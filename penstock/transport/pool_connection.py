@@ -54,12 +54,14 @@ class PoolConnection(Served):
         self._first = memoryview(b"")
 
     def start(self) -> None:
+        """Join the shares of the staging memory, then begin to serve."""
         staging = self._node.staging
         self._near = staging.share(self.source, self.cut)
         self._far = staging.share(self.source, self.cut, far=True)
         super().start()
 
     def abandon(self) -> None:
+        """End a connection that was not started, and leave the shares of the staging memory."""
         super().abandon()
         self._leave()
 

@@ -65,6 +65,7 @@ class RemotePool:
 
     @property
     def down_reason(self) -> str:
+        """Why a connection to the node ended last."""
         return self._link.down_reason
 
     @property
@@ -83,6 +84,7 @@ class RemotePool:
         """Nothing: sockets need no registration."""
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
+        """Ask the node where blocks lie. Raises PoolError when it does not answer in time."""
         return self.begin_lookup(keys, timeout_s)()
 
     def begin_lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> Callable[[], list[Located | None]]:
@@ -113,6 +115,7 @@ class RemotePool:
         done: Done,
         check: ReadCheck | None = None,
     ) -> None:
+        """Receive a block straight into `into`, and verify it, before `done` is called."""
         self.read_block(key, size_bytes, into, timeout_s, lambda *ended: call_done(done, ended[-1]), check)
 
     def read_block(
@@ -140,9 +143,13 @@ class RemotePool:
         return None
 
     def host_buffers(self) -> list[memoryview]:
+        """None: the node's memory is on another machine."""
         return []
 
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        """Send a block; `done` gets None once the node has stored it. A block too large for the node is refused
+        here."""
+
         def ended(_: Any, error: PoolError | None) -> None:
             call_done(done, error)
 
@@ -160,6 +167,7 @@ class RemotePool:
         self._link.submit("write", message, data, timeout_s, ended)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
+        """Drop blocks at the node; how many were dropped, 0 when it cannot be asked, which is logged."""
         try:
             return self.begin_evict(keys)()
         except PoolError as error:
@@ -173,6 +181,7 @@ class RemotePool:
         return lambda: sum(wait().blocks for wait in waits)
 
     def stat(self, timeout_s: float) -> PoolStat:
+        """State of the node's pool. Raises PoolError when it does not answer in time."""
         return self.begin_stat(timeout_s)()
 
     def begin_stat(self, timeout_s: float) -> Callable[[], PoolStat]:
@@ -187,6 +196,7 @@ class RemotePool:
         return named
 
     def close(self, timeout_s: float) -> None:
+        """Close all connections to the node, within about `timeout_s`."""
         self._link.close(timeout_s)
 
     # --- beyond it ---

@@ -52,6 +52,7 @@ class SharedMemoryMover:
         self._files: dict[int, tuple[int, str, int]] = {}  # address -> fd, name, size
 
     def allocate(self, size_bytes: int) -> memoryview:
+        """A sealed memory file of `size_bytes`, mapped."""
         name = f"penstock-{secrets.token_hex(8)}"
         fd = create_sealed(name, size_bytes)
         memory = memoryview(mmap.mmap(fd, size_bytes))
@@ -59,10 +60,13 @@ class SharedMemoryMover:
         return memory
 
     def export(self, memory: memoryview) -> bytes:
+        """Host, process and file of memory of `allocate`, as bytes for `attach`."""
         fd, name, size_bytes = self._files[address_of(memory)]
         return msgspec.msgpack.encode(MemoryFile(*_this_host(), os.getpid(), fd, name, size_bytes))
 
     def attach(self, description: bytes) -> FarMemory:
+        """Map memory that a process of this host exported. Raises PoolError("network") when it is another host's, or
+        gone."""
         try:
             there = _descriptions.decode(description)
             if (there.boot_id, there.processes) != _this_host():

@@ -98,6 +98,7 @@ class Staging:
 
     @property
     def free_bytes(self) -> int:
+        """Bytes of all arenas that no slot takes."""
         return sum(arena.free.free_bytes for arena in self._arenas)
 
     def largest_bytes(self, shared: bool) -> int:

@@ -56,12 +56,14 @@ class StagingShares:
             begin()
 
     def join(self, share: StagingShare) -> _Source:
+        """Count a new share with its source address; the counts of that address."""
         with self._lock:
             source = self._sources.setdefault((share.source, share.far), _Source())
             source.users += 1
             return source
 
     def leave(self, share: StagingShare) -> None:
+        """Forget a share whose connection has ended; what waits for its room is refused."""
         with self._lock:
             waiting = share.of_source.waiting.pop(share, ())
             share.of_source.users -= 1
@@ -75,6 +77,7 @@ class StagingShares:
             return self._take(share, length)
 
     def reserve(self, share: StagingShare, length: int, begin: Callable[[], None], refuse: Callable[[], None]) -> None:
+        """Call `begin` once `length` bytes are counted as held by the share, or `refuse` when it leaves before."""
         with self._lock:
             waiting = share.of_source.waiting
             here = share not in waiting and self._take(share, length)
@@ -84,6 +87,7 @@ class StagingShares:
             begin()
 
     def give(self, share: StagingShare, length: int) -> None:
+        """Count `length` bytes less, and begin what waits for that room."""
         with self._lock:
             share.held_bytes -= length
             share.of_source.held_bytes -= length
@@ -143,6 +147,7 @@ class StagingShare:
         self.of_source = shares.join(self)
 
     def is_large(self, length: int) -> bool:
+        """Whether a block of `length` bytes is larger than this share."""
         return self._shares.is_large(length, self.far)
 
     def take(self, length: int) -> bool:

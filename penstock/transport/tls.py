@@ -32,13 +32,16 @@ class TlsSettings(Protocol):
     """Where configurations name the files."""
 
     @property
-    def peer_tls_cert(self) -> str | Path | None: ...
+    def peer_tls_cert(self) -> str | Path | None:
+        """File of this process's certificate and its chain, in PEM."""
 
     @property
-    def peer_tls_key(self) -> str | Path | None: ...
+    def peer_tls_key(self) -> str | Path | None:
+        """File of the certificate's private key, in PEM."""
 
     @property
-    def peer_tls_ca(self) -> str | Path | None: ...
+    def peer_tls_ca(self) -> str | Path | None:
+        """File of the authorities that sign peers' certificates, in PEM."""
 
 
 class TlsError(ConnectionError):

@@ -123,6 +123,7 @@ class TlsSocket:
     # --- receiving: by one thread ---
 
     def recv(self, size: int) -> bytes:
+        """At most `size` decrypted bytes; none at the end of the stream."""
         found = bytearray(size)
         return bytes(found[: self.recv_into(found)])
 
@@ -225,18 +226,23 @@ class TlsSocket:
         self._sock.shutdown(how)
 
     def close(self) -> None:
+        """Close the TCP socket, without a closing message of TLS."""
         self._sock.close()
 
     def setblocking(self, blocks: bool) -> None:
+        """As `socket.socket.setblocking`."""
         self._sock.setblocking(blocks)
 
     def settimeout(self, timeout_s: float | None) -> None:
+        """As `socket.socket.settimeout`, for each read and write of the TCP socket."""
         self._sock.settimeout(timeout_s)
 
     def setsockopt(self, level: int, option: int, value: int | bytes) -> None:
+        """As `socket.socket.setsockopt`."""
         self._sock.setsockopt(level, option, value)
 
     def getsockname(self) -> tuple[str, int]:
+        """Address and port of this end."""
         place: tuple[str, int] = self._sock.getsockname()[:2]
         return place
 

@@ -58,10 +58,12 @@ class TlsStreams:
         return found
 
     def write(self, data: bytes) -> None:
+        """Encrypt `data` and hand it to the writer below."""
         self._object.write(data)
         self._flush()
 
     def close(self) -> None:
+        """Close the connection below, without a closing message of TLS."""
         self._writer.close()
 
     @property

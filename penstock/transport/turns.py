@@ -20,10 +20,12 @@ class Turns:
 
     @property
     def working(self) -> int:
+        """Callers that work now."""
         return self._working
 
     @property
     def waiting(self) -> int:
+        """Callers that wait for their turn."""
         with self._lock:
             return sum(map(len, self._waiting.values()))
 

@@ -117,6 +117,7 @@ class Write(msgspec.Struct, array_like=True, tag=3):
 
     @property
     def block(self) -> NewBlock:
+        """The block as the pool takes it."""
         return NewBlock(self.key, self.parent, self.size_bytes, self.position, self.tenant, self.rebuild_s, self.mac)
 
 
@@ -129,12 +130,16 @@ class Lookup(msgspec.Struct, array_like=True, tag=4):
 
 
 class Evict(msgspec.Struct, array_like=True, tag=5):
+    """Drop these blocks; answered by Evicted or Failed."""
+
     id: Id
     timeout_s: Seconds
     keys: Keys
 
 
 class Stat(msgspec.Struct, array_like=True, tag=6):
+    """How the node and its pool are; answered by Stats or Failed."""
+
     id: Id
     timeout_s: Seconds
 
@@ -256,6 +261,8 @@ class Failed(msgspec.Struct, array_like=True, tag=22):
 
 
 class Written(msgspec.Struct, array_like=True, tag=23):
+    """The block of a Write is stored."""
+
     id: Id
 
 
@@ -293,11 +300,15 @@ def _travels(hit: Located) -> bool:
 
 
 class Evicted(msgspec.Struct, array_like=True, tag=25):
+    """How many of the keys of an Evict were dropped."""
+
     id: Id
     blocks: Count
 
 
 class Stats(msgspec.Struct, array_like=True, tag=26):
+    """The answer to Stat."""
+
     id: Id
     stat: PoolStat
 
@@ -320,6 +331,8 @@ class Opened(msgspec.Struct, array_like=True, tag=28):
 
 
 class Accepted(msgspec.Struct, array_like=True, tag=29):
+    """The decode engine has taken the hand-off over."""
+
     id: Id
 
 

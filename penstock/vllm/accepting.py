@@ -29,20 +29,57 @@ class _Candidate:
         self.greeting = GreetingReader(connected)
 
 
+class _Candidates:
+    """The connections that have not greeted yet, the oldest first, and a selector that watches them."""
+
+    def __init__(self, selector: selectors.BaseSelector, engine_id: str) -> None:
+        self._selector = selector
+        self._engine_id = engine_id
+        self._waiting: dict[socket.socket, _Candidate] = {}
+
+    def add(self, connected: socket.socket) -> None:
+        self._waiting[connected] = _Candidate(connected)
+        self._selector.register(connected, selectors.EVENT_READ)
+
+    def take(self, one: socket.socket) -> Link | None:
+        """What is readable of this connection is read: a link once its greeting is whole and right."""
+        if one not in self._waiting:
+            return None
+        try:
+            if not _greeted(self._waiting[one].greeting, self._engine_id):
+                return None
+        except (LinkError, OSError) as error:
+            self._drop(one, str(error))
+            return None
+        del self._waiting[one]
+        one.setblocking(True)
+        return Link(one)
+
+    def drop_silent(self) -> None:
+        """Those that said nothing in time, and the oldest beyond CANDIDATES_MAX."""
+        for one in [one for one, its in self._waiting.items() if its.until_s <= time.monotonic()]:
+            self._drop(one, f"it said nothing for {GREET_TIMEOUT_S:g} s")
+        while len(self._waiting) > CANDIDATES_MAX:
+            self._drop(next(iter(self._waiting)), f"more than {CANDIDATES_MAX} connections have not greeted")
+
+    def close(self) -> None:
+        for one in self._waiting:
+            one.close()
+
+    def _drop(self, one: socket.socket, why: str) -> None:
+        del self._waiting[one]
+        self._selector.unregister(one)
+        one.close()
+        warnings.warning("stranger", "a connection to Penstock's worker was closed: %s", why)
+
+
 def accept_scheduler(listener: socket.socket, engine_id: str, stopped: Callable[[], bool]) -> Link | None:
     """The first connection that greets as the scheduler of `engine_id`; None once `stopped`. Waits for it without a
     deadline: vLLM begins its scheduler when it likes."""
-    candidates: dict[socket.socket, _Candidate] = {}  # the oldest first
     listener.setblocking(False)
     with selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
-
-        def drop(one: socket.socket, why: str) -> None:
-            del candidates[one]
-            selector.unregister(one)
-            one.close()
-            warnings.warning("stranger", "a connection to Penstock's worker was closed: %s", why)
-
+        candidates = _Candidates(selector, engine_id)
         try:
             while not stopped():
                 for key, _ in selector.select(LOOK_S):
@@ -50,25 +87,14 @@ def accept_scheduler(listener: socket.socket, engine_id: str, stopped: Callable[
                     assert isinstance(found, socket.socket)
                     if found is listener:
                         for connected in _accept(listener):
-                            candidates[connected] = _Candidate(connected)
-                            selector.register(connected, selectors.EVENT_READ)
-                    elif found in candidates:
-                        try:
-                            if not _greeted(candidates[found].greeting, engine_id):
-                                continue
-                        except (LinkError, OSError) as error:
-                            drop(found, str(error))
-                            continue
-                        del candidates[found]
-                        found.setblocking(True)
-                        return Link(found)
-                for one in [one for one, its in candidates.items() if its.until_s <= time.monotonic()]:
-                    drop(one, f"it said nothing for {GREET_TIMEOUT_S:g} s")
-                while len(candidates) > CANDIDATES_MAX:
-                    drop(next(iter(candidates)), f"more than {CANDIDATES_MAX} connections have not greeted")
+                            candidates.add(connected)
+                    else:
+                        link = candidates.take(found)
+                        if link is not None:
+                            return link
+                candidates.drop_silent()
         finally:
-            for one in candidates:
-                one.close()
+            candidates.close()
     return None
 
 

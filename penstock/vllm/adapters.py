@@ -124,6 +124,7 @@ class Adapters:
         return self._first(adapter, files, stamp)
 
     def close(self) -> None:
+        """Stop reading adapters, within CLOSE_TIMEOUT_S seconds."""
         if self._reader is not None:
             self._reader.close(CLOSE_TIMEOUT_S)
 

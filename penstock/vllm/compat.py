@@ -182,14 +182,17 @@ class Pins:
         return blocks
 
     def keep(self, page: int, blocks: list[KVCacheBlock]) -> None:
+        """Take a reference to each of these blocks, under the number of a page."""
         self._pool.touch(blocks)
         self._kept[page] = blocks
 
     def give_back(self, page: int) -> None:
+        """Give the references of a page back, the last block first, as vLLM frees a request's."""
         self._pool.free_blocks(reversed(self._kept.pop(page)))
 
     @property
     def free_blocks(self) -> int:
+        """Blocks that vLLM could give out now."""
         return int(self._pool.get_num_free_blocks())
 
 
@@ -210,6 +213,7 @@ def reorder(queue: Any, order: Callable[[Request], Any]) -> None:
 
 
 def is_preempted(request: Request) -> bool:
+    """Whether vLLM took the request's blocks back before it ended."""
     from vllm.v1.request import RequestStatus
 
     return bool(request.status == RequestStatus.PREEMPTED)

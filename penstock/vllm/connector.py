@@ -88,6 +88,7 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # -- worker -------------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Worker: vLLM's KV tensors by layer; from here on this worker can be reached by the scheduler's side."""
         rows = KVRows.of(self._kv_cache_config, kv_caches, compat.kernels_of(self._vllm_config, kv_caches))
         self._worker = WorkerSide(self._engine_id, compat.rank_of_this_worker(), rows, compat.defers_frees())
 
@@ -109,6 +110,7 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker.gate.close()
 
     def restore_kv_caches(self) -> None:
+        """Worker: the KV tensors are usable again after a sleep."""
         if self._worker is not None:
             self._worker.gate.open()
 
@@ -135,6 +137,7 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker.steps.fail(metadata.step)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Worker: the loads that ended since the last call, and those of them that failed."""
         results = KVConnectorTransferResults()
         self._invalid = set()
         for over in self._worker.take_finished() if self._worker is not None else ():
@@ -145,6 +148,7 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return results
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Worker: the requests whose loads ended, as vLLM asks for them before `get_transfer_results`."""
         return None, self.get_transfer_results(finished_req_ids).finished_recving or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -153,10 +157,12 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return invalid
 
     def build_connector_worker_meta(self) -> StepResult | None:
+        """Worker: which step was computed, for the scheduler's side; None when nothing was."""
         metadata = self._connector_metadata
         return StepResult(metadata.step) if isinstance(metadata, StepMetadata) and metadata.computes else None
 
     def shutdown(self) -> None:
+        """End both sides, as far as they are in this process."""
         if self._side is not None:
             self._side.close()
         if self._worker is not None:
@@ -172,37 +178,46 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self._side
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        """Scheduler: the manager whose blocks are pinned while they are saved."""
         super().bind_kv_cache_manager(kv_cache_manager)
         self.side.bind(kv_cache_manager)
 
     def on_new_request(self, request: Request) -> None:
+        """Scheduler: a request arrived; its blocks are looked up in the pool."""
         self.side.arrived(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Scheduler: tokens of the prompt that will be loaded beyond those that vLLM holds, None while that is not
+        known yet; and whether they come later than this step."""
         found = self.side.matched(request, num_computed_tokens)
         return found, bool(found)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """Scheduler: vLLM gave blocks for the tokens that are loaded."""
         if num_external_tokens:
             self.side.allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
+        """Scheduler: what the workers have to know of this step."""
         computes = scheduler_output.total_num_scheduled_tokens > 0
         zeroes = bool(scheduler_output.new_block_ids_to_zero)
         return StepMetadata(self.side.scheduled(scheduler_output), computes, zeroes, self.side.host.notices())
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Scheduler: what the workers said after a step."""
         result = connector_output.kv_connector_worker_meta
         step = result.step if isinstance(result, StepResult) else None
         self.side.step_ended(connector_output.finished_recving or (), step)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Scheduler: a request ended. vLLM may free its blocks at once: saves hold references of their own."""
         self.side.finished(request)
         return False, None
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
+        """As `request_finished`, for models with several groups of KV cache."""
         self.side.finished(request)
         return False, None
 
@@ -216,6 +231,7 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PenstockStats | None:
+        """Statistics that vLLM sends between processes."""
         return PenstockStats(data=data or {})
 
     @classmethod
@@ -226,9 +242,11 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
     ) -> PenstockPromMetrics:
+        """The `vllm:penstock_*` series of vLLM's metrics endpoint."""
         return PenstockPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def has_pending_block_frees(self) -> bool:
+        """Scheduler: whether blocks that saves hold come back soon, so that nothing need be preempted."""
         return self.side.short_of_blocks()
 
     def has_pending_push_work(self) -> bool:

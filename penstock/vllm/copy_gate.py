@@ -41,5 +41,6 @@ class CopyGate:
                 raise RuntimeError(f"{self._copies} copies of Penstock's did not end within {timeout_s:g} s")
 
     def open(self) -> None:
+        """vLLM's memory is its own again: copies go on."""
         with self._changed:
             self._closed = False

@@ -45,6 +45,7 @@ class ConfigurationError(ValueError):
 
 
 def check_installed() -> Check:
+    """Whether vLLM is installed, in a version that Penstock was tested with."""
     from penstock.vllm.compat import TESTED_VERSIONS
 
     if importlib.util.find_spec("vllm") is None:
@@ -91,7 +92,7 @@ def check_connector() -> Check:
         from vllm.distributed.kv_transfer.kv_connector.v1 import supports_hma
 
         from penstock.vllm.connector import PenstockConnector
-    except Exception as error:  # vLLM fails to import with errors of any kind
+    except Exception as error:  # noqa: BLE001 (vLLM fails to import with errors of any kind)
         reason = f"cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"
         return Check("connector", "problem", reason, "docs/vllm.md names the versions that fit", unusable=True)
     if not supports_hma(PenstockConnector):
@@ -123,7 +124,7 @@ def configuration(words: Sequence[str]) -> Any:
         return AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
     except ConfigurationError:
         raise
-    except (Exception, SystemExit) as error:  # of any kind: vLLM, pydantic, transformers
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (of any kind: vLLM, pydantic, transformers)
         raise ConfigurationError(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}") from None
 
 
@@ -169,6 +170,7 @@ def check_transfer(config: Any) -> Check:
 
 
 def check_failure_policy(config: Any) -> Check:
+    """Whether a request whose load failed is computed, or ends with an error."""
     transfer = config.kv_transfer_config
     if transfer is None:
         return Check("load failures", "note", "no connector, no loads", "see the connector in use")
@@ -180,6 +182,7 @@ def check_failure_policy(config: Any) -> Check:
 
 
 def check_prefix_caching(config: Any) -> Check:
+    """Whether vLLM hashes blocks: without that nothing is found in the pool."""
     if not config.cache_config.enable_prefix_caching:
         found = "prefix caching is off: vLLM hashes no blocks, so nothing is found, in its cache or in the pool"
         return Check("prefix caching", "problem", found, "leave out --no-enable-prefix-caching")
@@ -187,6 +190,7 @@ def check_prefix_caching(config: Any) -> Check:
 
 
 def check_scheduler(config: Any) -> Check:
+    """Whether waiting requests are ordered by load and compute time."""
     chosen = config.scheduler_config.scheduler_cls
     name = chosen if isinstance(chosen, str) else getattr(chosen, "__qualname__", None)
     if name is None or not str(name).endswith(SCHEDULER.rpartition(".")[2]):
@@ -196,6 +200,7 @@ def check_scheduler(config: Any) -> Check:
 
 
 def check_hybrid(config: Any) -> Check:
+    """Whether layers with a sliding window have blocks of their own."""
     window = getattr(config.model_config.hf_text_config, "sliding_window", None)
     if config.scheduler_config.disable_hybrid_kv_cache_manager and window:
         found = f"off, and the model has a sliding window of {window}: all its layers keep the whole context"

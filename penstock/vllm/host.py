@@ -160,6 +160,7 @@ class Host:
         self._wake()
 
     def matched(self, request_id: str, held_tokens: int) -> int | None:
+        """Tokens that will be loaded beyond the `held_tokens` that vLLM has; None while that is not known yet."""
         computed: int | None = 0
         return self._call(lambda: self.brain.matched(request_id, held_tokens, time.monotonic()), computed)
 
@@ -185,6 +186,7 @@ class Host:
         self._inbox.put(lambda: self._workers.tell(notice))
 
     def acknowledged(self, request_id: str) -> None:
+        """vLLM has heard that the request's load is over."""
         self._notices.acknowledged(request_id)
         self._call(lambda: self.brain.acknowledged(request_id), None)
 
@@ -193,12 +195,15 @@ class Host:
         return [] if self.fatal is None else self._notices.open()
 
     def started(self, request_id: str) -> None:
+        """vLLM schedules the request for the first time."""
         self._call(lambda: self.brain.started(request_id, time.monotonic()), None)
 
     def prefilled(self, request_id: str) -> None:
+        """The request's first token is there."""
         self._call(lambda: self.brain.prefilled(request_id, time.monotonic()), None)
 
     def finish(self, request_id: str) -> None:
+        """The request ended, or is not to be served any further."""
         self._call(lambda: self.brain.finish(request_id, time.monotonic()), None)
         self._wake()
 
@@ -233,13 +238,16 @@ class Host:
         return page, room
 
     def wants(self, request_id: str, index: int) -> bool:
+        """Whether the request's full block `index` should be saved: the pool may not hold it, and none saves it."""
         return self._call(lambda: self.brain.wants(request_id, index), False)
 
     @property
     def can_keep(self) -> bool:
+        """Whether vLLM may keep one more block for a save."""
         return self._call(lambda: self.brain.can_keep, False)
 
     def not_saved(self, blocks: int) -> None:
+        """Count blocks that were full and are not saved, for lack of room."""
         self._call(lambda: self.brain.not_saved(blocks), None)
 
     def lost(self, name: str, count: int = 1) -> None:
@@ -261,6 +269,7 @@ class Host:
         self._call(lambda: self.brain.press(pages), None)
 
     def stepped(self, spans: Sequence[tuple[int, int]], seconds: float) -> None:
+        """A step took so many seconds for these (query tokens, context tokens): the compute cost is refined."""
         self._call(lambda: self.brain.stepped(spans, seconds), None)
 
     def take_stats(self, taker: StatsTaker) -> PenstockStats | None:

@@ -135,7 +135,7 @@ def folder_of(model: Any, load: Any) -> Path:
     try:
         cache = getattr(load, "download_dir", None)
         return resolve_folder(model.model, "auto", revision=getattr(model, "revision", None), cache_dir=cache)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (the hub's client raises many kinds; all mean that there is no folder)
         raise ConfigError(f"the weights of {model.model} cannot be told from others ({error}); {_ADVICE}") from None
 
 

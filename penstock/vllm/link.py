@@ -270,6 +270,7 @@ class Link:
                 pass
 
     def close(self) -> None:
+        """Close the socket; a thread in `receive` returns."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()

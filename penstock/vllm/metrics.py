@@ -64,9 +64,11 @@ class PenstockStats(KVConnectorStats):  # type: ignore[misc]
     data: dict[str, Any]
 
     def reset(self) -> None:
+        """Forget everything that was counted."""
         self.data = {}
 
     def is_empty(self) -> bool:
+        """Whether nothing was counted."""
         return not self.data
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
@@ -168,6 +170,7 @@ class PenstockPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add what one engine counted since the last call."""
         labels = self.per_engine_labelvalues[engine_idx]
         for name, count in transfer_stats_data.get(COUNTERS, {}).items():
             if name in self._counters:

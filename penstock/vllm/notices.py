@@ -17,6 +17,7 @@ class Notices:
         self._next = 0
 
     def new(self, finished: Finished) -> Notice:
+        """Number a load that is over; kept until it is acknowledged."""
         with self._lock:
             notice = Notice(self._next, finished)
             self._next += 1
@@ -24,6 +25,7 @@ class Notices:
         return notice
 
     def acknowledged(self, request_id: str) -> None:
+        """vLLM has heard that this request's load is over."""
         with self._lock:
             self._open.pop(request_id, None)
 

@@ -124,6 +124,7 @@ class PenstockScheduler(_InOrder, AsyncScheduler):  # type: ignore[misc]
     """For `--scheduler-cls`; where vLLM does not schedule ahead it is a `PenstockSyncScheduler`."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A `PenstockSyncScheduler` where vLLM does not schedule ahead."""
         config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
         if cls is PenstockScheduler and not config.scheduler_config.async_scheduling:
             return PenstockSyncScheduler(*args, **kwargs)

@@ -139,7 +139,7 @@ class SchedulerSide:
         """What fails within ends Penstock's part in this request, and neither vLLM nor another request."""
         try:
             yield
-        except Exception:
+        except Exception:  # noqa: BLE001 (vLLM's request goes on without the pool)
             self._log.exception("request", "Penstock failed for request %s, which goes on without the pool", request_id)
             self.host.lost("requests_not_followed")
             self._known.pop(request_id, None)
@@ -520,6 +520,7 @@ class SchedulerSide:
         self._give_back()
 
     def keeps_blocks(self) -> bool:
+        """Whether vLLM still keeps blocks for saves."""
         self._give_back()
         return self._pins is not None and len(self._pins) > 0
 
@@ -547,6 +548,7 @@ class SchedulerSide:
         return True
 
     def close(self) -> None:
+        """Close the host and stop reading adapters."""
         self.host.close()
         self._adapters.close()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -91,29 +91,33 @@ def _key(name: str) -> str:
 
 def _read(key: str, given: Any) -> Any:
     try:
-        if key == "pool":
-            return tuple(_list(key, given))
+        if key in ("pool", "memory", "slab"):
+            return tuple(_ITEM_OF[key](item) for item in _list(key, given))
         if key in ("pool_config", "pool_key_file") or key in PROOF_KEYS:
             return Path(_text(given))
-        if key == "memory":
-            return tuple(_size(item) for item in _list(key, given))
-        if key == "slab":
-            return tuple(_slab(item) for item in _list(key, given))
         if key == "staging":
             return _size(given)
         if key in ("policy", "model_id", "weight_version"):
             return _text(given)
         if key == "load_always":
-            if not isinstance(given, bool):
-                raise ValueError("allowed: true or false")
-            return given
-        if isinstance(given, bool) or not isinstance(given, (int, float)):
-            raise ValueError("allowed: a number")
-        if not key.endswith("_s") and given != int(given):
-            raise ValueError("allowed: a whole number")
-        return float(given) if key.endswith("_s") else int(given)
+            return _flag(given)
+        return _number(given, whole=not key.endswith("_s"))
     except ValueError as error:
         raise ConfigError(f"{key} is {given!r}; {error}") from None
+
+
+def _flag(given: Any) -> bool:
+    if not isinstance(given, bool):
+        raise ValueError("allowed: true or false")
+    return given
+
+
+def _number(given: Any, whole: bool) -> int | float:
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        raise ValueError("allowed: a number")
+    if whole and given != int(given):
+        raise ValueError("allowed: a whole number")
+    return int(given) if whole else float(given)
 
 
 def _text(given: Any) -> str:
@@ -144,6 +148,9 @@ def _slab(given: Any) -> tuple[Path, int]:
     if not path:
         raise ValueError("allowed: PATH:SIZE, for example /data/kv.slab:64GiB")
     return Path(path), parse_bytes(size)
+
+
+_ITEM_OF: dict[str, Callable[[Any], Any]] = {"pool": str, "memory": _size, "slab": _slab}
 
 
 def _check(settings: Settings) -> None:

@@ -18,6 +18,7 @@ class Unleased(WrappedPool):
     """The pool without blocks in place: workers of other processes cannot see them."""
 
     def lease(self, key: BlockKey) -> Lease | None:
+        """None: every block is read into staging memory."""
         return None
 
 
@@ -38,12 +39,14 @@ class SharedStaging(Staging):
         return None if slot in self._dead else self._places[slot]
 
     def slot(self, slot: int) -> memoryview:
+        """Memory of a slot, where it is now."""
         if slot in self._dead:
             return self._dead[slot]
         begin = self._places[slot] * self._slot_size
         return self._all[begin : begin + self._slot_size]
 
     def replace(self, slot: int) -> None:
+        """Give a slot other memory, because a device may still write to the old one."""
         if self._spares:
             self._places[slot] = self._spares.pop()
             return

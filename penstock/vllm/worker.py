@@ -63,6 +63,7 @@ class Staged:
     part_bytes: int
 
     def part(self, slot: int) -> torch.Tensor:
+        """This worker's bytes of a slot."""
         begin = slot * self.attach.slot_bytes + self.attach.part_offset
         return self.bytes[begin : begin + self.part_bytes]
 

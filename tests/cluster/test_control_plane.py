@@ -160,7 +160,7 @@ def test_an_engine_whose_connection_is_reset_registers_again_and_serves() -> Non
         client = c.ask(PROMPT, 9)
         wait_until(lambda: len(client.tokens) == 3, "three tokens")
         engine = c.router.port.engines["e1"]
-        c.router._loop.call(engine.writer.transport.abort)
+        c.router._loop.call(engine.writer.transport.abort)  # noqa: SLF001 (on the router's own thread)
         c.hosts["e1"].release()
         finished(client, PROMPT, 9)
         assert c.router.port.engines["e1"].epoch != engine.epoch
@@ -310,7 +310,7 @@ def test_two_routers_by_mistake_serve_with_engines_of_their_own() -> None:
             assert other.healthy() == (False, "no engine has registered")
             with pytest.raises(Overloaded):
                 c.ask(PROMPT, 3, router=other)
-            c.engine("e2", address=other.port._sock.getsockname()[:2])
+            c.engine("e2", address=other.port._sock.getsockname()[:2])  # noqa: SLF001 (the address it listens on)
             finished(c.ask(PROMPT, 9), PROMPT, 9)
             finished(c.ask(PROMPT, 9, router=other), PROMPT, 9)
             assert set(c.router.port.engines) == {"e1"} and set(other.port.engines) == {"e2"}
@@ -381,7 +381,7 @@ def test_frames_of_an_old_epoch_are_refused() -> None:
     with cluster() as c:
         c.engine("e1")
         agent = c.agents["e1"]
-        session = agent._session
+        session = agent._session  # noqa: SLF001 (the connection as it is under way)
         assert session is not None
         session.send(wire.Events(session.welcome.epoch - 1, []))
         wait_until(lambda: c.router.port.counts.fenced_frames == 1, "the refusal")
@@ -419,7 +419,7 @@ def test_an_agent_whose_thread_fails_ends_the_engine_and_says_so() -> None:
         host = BrokenHost()
         c.engine("e1", host=host)
         ended: list[str] = []
-        c.agents["e1"]._on_refused = lambda: ended.append("told")
+        c.agents["e1"]._on_refused = lambda: ended.append("told")  # noqa: SLF001 (a fault is put in here)
         host.failed = True
         assert c.agents["e1"].ended.wait(20.0)
         assert "an error of the engine's own" in str(c.agents["e1"].failure) and ended == ["told"]

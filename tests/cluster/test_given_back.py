@@ -192,7 +192,7 @@ def test_ended_parts_go_in_time_although_nothing_else_is_sent() -> None:
     with cluster(lease_s=0.6) as c:
         c.engine("e1", keep_s=0.2)
         assert c.ask([1, 2], 3, "label", resumable=True).wait().finish_reason == "length"
-        parts = c.agents["e1"]._held
+        parts = c.agents["e1"]._held  # noqa: SLF001 (nothing may be left behind)
         wait_until(lambda: len(parts) == 0, "the end of what nobody asked for again")
 
 
@@ -212,7 +212,7 @@ def test_unclaimed_parts_leave_nothing_behind() -> None:
         pass
     orphans.unclaimed(10.0)
     assert len(orphans) == 0 and orphans.claim(asked) is None
-    assert not orphans._asked and not orphans._parts
+    assert not orphans._asked and not orphans._parts  # noqa: SLF001 (nothing may be left behind)
 
 
 # --- links to relays ---

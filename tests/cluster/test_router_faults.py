@@ -64,7 +64,7 @@ def test_a_request_that_cannot_be_decided_on_ends_and_those_behind_it_are_placed
     with cluster() as c:
         c.engine("p", "prefill")
         c.engine("d", "decode")
-        planner = c.router.brain._planner
+        planner = c.router.brain._planner  # noqa: SLF001 (a fault is put in here)
         planner.plan = Failing(planner.plan, lambda hit, miss, *_: hit + miss == 7)  # type: ignore[method-assign]
         prompts = [[1] * 6, [2] * 7, [3] * 6]
         clients = c.router.ask(lambda: [c.ask(prompt, 6) for prompt in prompts])
@@ -77,7 +77,7 @@ def test_a_request_that_cannot_be_decided_on_ends_and_those_behind_it_are_placed
 def test_a_fault_of_the_clock_is_met_and_the_router_goes_on() -> None:
     with cluster() as c:
         c.engine("e1")
-        orphans = c.router._orphans
+        orphans = c.router._orphans  # noqa: SLF001 (a fault is put in here)
         failing = Failing(orphans.unclaimed, lambda _: failing.failed < 2)
         orphans.unclaimed = failing  # type: ignore[method-assign]
         wait_until(lambda: failing.failed == 2, "the faults")
@@ -115,7 +115,7 @@ def test_a_report_that_cannot_be_dealt_with_ends_no_registration() -> None:
     with cluster() as c:
         c.engine("e1")
         epoch = c.agents["e1"].epoch
-        accounts = c.router._accounts
+        accounts = c.router._accounts  # noqa: SLF001 (a fault is put in here)
         accounts.reported = failing = Failing(accounts.reported, lambda *_: True)  # type: ignore[method-assign]
         wait_until(lambda: failing.failed >= 3, "three reports")
         ends_well(c.ask(PROMPT, 6), PROMPT, 6)
@@ -129,7 +129,7 @@ def test_a_router_whose_thread_ends_ends_every_request_and_says_so() -> None:
     ended = threading.Event()
     router.on_failed = ended.set
 
-    router._loop.call(lambda: _kill(router))
+    router._loop.call(lambda: _kill(router))  # noqa: SLF001 (on the router's own thread)
     assert ended.wait(WAIT_S)
     assert router.healthy()[0] is False and "injected" in str(router.failure)
     router.close(5.0)
@@ -140,4 +140,4 @@ def _kill(router: ClusterEngine) -> None:
         raise KeyError("an injected fault")
 
     task = asyncio.get_running_loop().create_task(fails())
-    task.add_done_callback(router._loop.ticking_ended)
+    task.add_done_callback(router._loop.ticking_ended)  # noqa: SLF001 (on the router's own thread)

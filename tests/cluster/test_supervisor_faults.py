@@ -38,9 +38,9 @@ def test_a_process_that_cannot_be_started_now_is_tried_again_and_others_are_watc
     try:
         supervisor.start(120.0)
         for child in supervisor.children.values():
-            assert child._process is not None
-            child._process.kill()
-            child._process.wait()
+            assert child._process is not None  # noqa: SLF001 (the process dies behind its supervisor's back)
+            child._process.kill()  # noqa: SLF001 (the process dies behind its supervisor's back)
+            child._process.wait()  # noqa: SLF001 (the process dies behind its supervisor's back)
         popen, refused = subprocess.Popen, []
 
         def scarce(*arguments: Any, **named: Any) -> Any:
@@ -74,8 +74,8 @@ def test_a_process_is_read_although_nobody_listens_and_a_line_has_no_end(monkeyp
 
     monkeypatch.setattr(subprocess, "Popen", other)
     child.start(["pool"])
-    assert child._process is not None
-    assert child._process.wait(60.0) == 0
+    assert child._process is not None  # noqa: SLF001 (the process dies behind its supervisor's back)
+    assert child._process.wait(60.0) == 0  # noqa: SLF001 (the process dies behind its supervisor's back)
     wait_until(lambda: "done" in told.lines, "the last line")
     wait_until(lambda: sum(len(line) for line in told.lines if line[:1] == "x") == 3_000_000, "all of the long one")
     assert max(map(len, told.lines)) <= 65_536

@@ -53,7 +53,7 @@ def test_engines_register_and_serve_over_tls(peer: PeerFiles, secret: Secret | N
 def test_an_engine_whose_connection_is_cut_registers_again_over_tls(peer: PeerFiles) -> None:
     with cluster(tls=peer.tls, secret=None) as c:
         c.engine("e1")
-        session = c.agents["e1"]._session
+        session = c.agents["e1"]._session  # noqa: SLF001 (the connection as it is under way)
         assert session is not None
         session.sock.shutdown(socket.SHUT_RDWR)
         wait_until(lambda: c.router.port.counts.registered == 2, "the second registration")

@@ -10,7 +10,7 @@ from tests.core.brain_rig import LINK, Bench, overlap_s
 @pytest.mark.parametrize("saves_yield", [False, True])
 def test_saves_go_between_batches_where_they_share_the_processor(saves_yield: bool) -> None:
     bench = Bench(saves_yield=saves_yield)
-    bench.body._save_route = (LINK,)
+    bench.body.save_route = (LINK,)
     for i in range(5):
         bench.submit(i * 0.5, f"r{i}", i, 0, 1000)  # computed for 0.1 s, ten blocks to save
     bench.submit(0.05, "second", 5, 0, 1000)  # keeps compute busy after the first ended
@@ -24,7 +24,7 @@ def test_saves_go_between_batches_where_they_share_the_processor(saves_yield: bo
 def test_saves_that_yield_are_not_lost_when_compute_never_rests() -> None:
     """Twenty requests back to back through an L1 that holds four of them: pins press, so saves go beside batches."""
     bench = Bench(saves_yield=True, l1_pages=44)
-    bench.body._save_route = (LINK,)
+    bench.body.save_route = (LINK,)
     for i in range(20):
         bench.submit(0.0, f"r{i}", i, 0, 1000)
     bench.body.run()

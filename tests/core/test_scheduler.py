@@ -237,7 +237,7 @@ def test_a_hole_in_a_prefix_is_recomputed_and_the_blocks_behind_it_are_used() ->
     prompt = prompt_of(1, 20 * BLOCK + 30)
     bench.stored(prompt, 20)
     lost = list(bench.pool)[7]
-    bench.body._fetch_fault = lambda key: "checksum" if key == lost else None
+    bench.body.fetch_fault = lambda key: "checksum" if key == lost else None
     bench.body.submit_at(0.0, spec("r", prompt))
     bench.body.run()
     account = bench.body.ended["r"].account
@@ -249,7 +249,7 @@ def test_a_hole_in_a_prefix_is_recomputed_and_the_blocks_behind_it_are_used() ->
 @pytest.mark.parametrize("mode", ["penstock", "coupled"])
 def test_every_fetch_failing_is_a_request_without_hits(mode: str) -> None:
     bench = Bench(mode=mode)
-    bench.body._fetch_fault = lambda key: "network"
+    bench.body.fetch_fault = lambda key: "network"
     bench.submit(0.0, "r", 1, 20, 30)
     bench.body.run()
     end = bench.body.ended["r"]

@@ -30,7 +30,7 @@ def test_a_route_over_two_links_takes_the_slower_one() -> None:
 
 def test_saved_blocks_are_hits_later() -> None:
     bench = Bench(l1_pages=12)
-    bench.body._save_route = (LINK,)
+    bench.body.save_route = (LINK,)
     first, other = prompt_of(1, 8 * BLOCK + 5), prompt_of(2, 9 * BLOCK)
     for at_s, name, prompt in ((0.0, "a", first), (10.0, "b", other), (20.0, "c", first)):
         bench.body.submit_at(at_s, spec(name, prompt))

@@ -47,7 +47,7 @@ def now_is_later(monkeypatch: pytest.MonkeyPatch) -> None:
 def read_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files whose content is read, as they are."""
     names: list[str] = []
-    real = weights_identity._sha256
+    real = weights_identity._sha256  # noqa: SLF001 (a fault is put in here)
 
     def seen(file: Path, progress: Any) -> str:
         names.append(file.name)
@@ -123,7 +123,8 @@ def test_a_file_of_the_last_moments_is_not_remembered(tmp_path: Path, cache: Pat
 def test_a_file_that_was_remembered_and_is_of_the_last_moments_is_hashed(tmp_path: Path, read_files: list[str]) -> None:
     (file,) = weights(tmp_path / "a", 50_000)
     memory = RememberedDigests.of_user()
-    memory.remember({str(file): (weights_identity._key(FileState.of(file)), "0" * 64)})
+    as_it_is = weights_identity._key(FileState.of(file))  # noqa: SLF001 (a wrong entry is put in)
+    memory.remember({str(file): (as_it_is, "0" * 64)})
     identity([file])
     assert read_files == [file.name]
 
@@ -325,7 +326,7 @@ def test_a_file_that_is_written_to_while_it_is_hashed_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (file,) = weights(tmp_path / "a", 50_000)
-    real = weights_identity._sha256
+    real = weights_identity._sha256  # noqa: SLF001 (a fault is put in here)
 
     def meanwhile(path: Path, progress: Any) -> str:
         digest = real(path, progress)
@@ -390,7 +391,7 @@ def test_a_checkpoint_that_is_replaced_in_place_does_not_change_a_model_that_run
 def test_weights_that_are_written_to_while_they_are_loaded_are_refused(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = checkpoint._load_weights
+    real = checkpoint._load_weights  # noqa: SLF001 (a fault is put in here)
 
     def meanwhile(*arguments: Any) -> Any:
         model = real(*arguments)
@@ -426,7 +427,7 @@ def test_weights_under_a_name_of_the_configurations_own_are_refused(tiny: Path) 
 
 def test_an_error_while_loading_ends_the_hashing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended, began = threading.Event(), threading.Event()
-    real = weights_identity._Progress.add
+    real = weights_identity._Progress.add  # noqa: SLF001 (a fault is put in here)
 
     def slowly(self: Any, moved_bytes: int) -> None:
         began.set()
@@ -441,7 +442,7 @@ def test_an_error_while_loading_ends_the_hashing(tiny: Path, monkeypatch: pytest
         assert began.wait(60.0)
         raise ValueError("a broken model")
 
-    monkeypatch.setattr(weights_identity._Progress, "add", slowly)
+    monkeypatch.setattr(weights_identity._Progress, "add", slowly)  # noqa: SLF001 (a fault is put in here)
     monkeypatch.setattr(checkpoint, "_load_weights", failing)
     with pytest.raises(CheckpointError, match="a broken model"):
         load_model(str(tiny), "auto", "auto", CPU, 0)

@@ -42,7 +42,7 @@ def core_of(engine: VllmEngine) -> Any:
 
 def reset_all(engine: VllmEngine) -> None:
     """What a pause with `clear_cache` and sleep do."""
-    core_of(engine)._reset_caches()
+    core_of(engine)._reset_caches()  # noqa: SLF001 (vLLM's own)
 
 
 def reset(engine: VllmEngine) -> None:

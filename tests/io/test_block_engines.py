@@ -43,7 +43,7 @@ def test_registered_memory_and_memory_beside_it(engine_of):
     """Registration in several regions; operations inside one, across two, and half outside."""
     engine = engine_of(16 * MIB, 8)
     if isinstance(engine, RingEngine):
-        engine._region_bytes = min(engine._region_bytes, MIB)
+        engine.region_bytes = min(engine.region_bytes, MIB)
     memory = aligned_buffer(8 * MIB)
     engine.register(memory[PAGE : 2 * MIB + PAGE])
     engine.register(memory[4 * MIB : 5 * MIB])
@@ -134,7 +134,7 @@ def test_full_queue_starts_nothing(engine_of):
 def test_more_pieces_than_the_rings_hold(engine_of):
     engine = engine_of(64 * MIB, 64)
     if isinstance(engine, RingEngine):
-        engine._piece_bytes = 64 << 10  # 1024 pieces in all, four times what goes out at once
+        engine.piece_bytes = 64 << 10  # 1024 pieces in all, four times what goes out at once
     memory = aligned_buffer(64 * MIB)
     engine.register(memory[: 32 * MIB])
     pattern = os.urandom(MIB - 1)
@@ -226,7 +226,7 @@ def test_one_failing_piece_fails_the_operation_once(prefer: Literal["uring", "th
         request.getfixturevalue("skip_without_uring")
     engine = open_engine(tmp_path / "slab", 64 * MIB, 2, prefer)
     if prefer == "uring":
-        engine._piece_bytes = 64 << 10  # the first of many pieces fails while later ones wait for room
+        engine.piece_bytes = 64 << 10  # the first of many pieces fails while later ones wait for room
     memory = aligned_buffer(64 * MIB)
     os.truncate(tmp_path / "slab", 32 << 10)
     outcome = run(engine, IoOp("read", 0, memory, "bad"))
@@ -250,7 +250,7 @@ def test_wake_ends_a_poll_that_would_wait(held):
     """The operation is of many pieces: a wait for all of them ends too."""
     engine = held.engine
     if isinstance(engine, RingEngine):
-        engine._piece_bytes = 128 << 10
+        engine.piece_bytes = 128 << 10
     held.write("stuck")
     engine.wake()
     engine.wake()
@@ -287,7 +287,7 @@ def test_sync_and_wake_from_other_threads_during_operations(engine_of):
         while not ending.wait(0.0005):
             try:
                 call()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (the test asserts on it)
                 failed.append(error)
                 return
 

@@ -72,7 +72,7 @@ def test_pieces_fit_the_device_and_registered_memory_is_used():
         memory = aligned_buffer(4 * MIB)
         engine.register(memory)
         assert engine.notes == []
-        assert 64 << 10 <= engine._piece_bytes <= limit_bytes
+        assert 64 << 10 <= engine.piece_bytes <= limit_bytes
         engine.close(1)
 
 

@@ -237,13 +237,13 @@ def test_without_descriptors_an_idle_connection_goes_and_the_server_goes_on(star
     with connect(served) as idle:
         idle.sendall(FINE)
         read_answer(idle)
-        listener = acceptor._listener
-        acceptor._listener = Listener()
+        listener = acceptor._listener  # noqa: SLF001 (a fault is put in here)
+        acceptor._listener = Listener()  # noqa: SLF001 (a fault is put in here)
         with connect(served) as client:
             client.sendall(FINE)
             assert read_answer(client)[0] == 200
         assert ended(idle)
-        acceptor._listener = listener
+        acceptor._listener = listener  # noqa: SLF001 (a fault is put in here)
 
 
 def test_pipelined_requests_wait_unparsed_for_the_answer_before_theirs(start: Start) -> None:

@@ -69,7 +69,7 @@ def _second_end(patch: pytest.MonkeyPatch) -> None:
 
 def _no_decision(patch: pytest.MonkeyPatch) -> None:
     """Two requests take each other's place in L1 for ever: what an admitted one's rank was while it waited is lost."""
-    right = admission.Admission._try_admit
+    right = admission.Admission._try_admit  # noqa: SLF001 (a fault is put in here)
 
     def wrong(self: admission.Admission, request: Request, now: float) -> bool:
         admitted = right(self, request, now)
@@ -81,7 +81,7 @@ def _no_decision(patch: pytest.MonkeyPatch) -> None:
 
 def _no_end(patch: pytest.MonkeyPatch) -> None:
     """What waited a second is never admitted."""
-    right = admission.Admission._try_admit
+    right = admission.Admission._try_admit  # noqa: SLF001 (a fault is put in here)
 
     def wrong(self: admission.Admission, request: Request, now: float) -> bool:
         return now < request.arrival_s + 1.0 and right(self, request, now)
@@ -91,7 +91,7 @@ def _no_end(patch: pytest.MonkeyPatch) -> None:
 
 def _ready_before_loaded(patch: pytest.MonkeyPatch) -> None:
     """A block counts as ready when its upload begins."""
-    right = uploading.Uploading._issue
+    right = uploading.Uploading._issue  # noqa: SLF001 (a fault is put in here)
 
     def wrong(self: uploading.Uploading, group: list[BlockLoad], request: Request, now: float) -> None:
         right(self, group, request, now)
@@ -126,7 +126,7 @@ def _page_leaks(patch: pytest.MonkeyPatch) -> None:
 
 def _page_twice(patch: pytest.MonkeyPatch) -> None:
     """A page is given back and used on."""
-    right = uploading.Uploading._issue
+    right = uploading.Uploading._issue  # noqa: SLF001 (a fault is put in here)
 
     def wrong(self: uploading.Uploading, group: list[BlockLoad], request: Request, now: float) -> None:
         right(self, group, request, now)
@@ -175,7 +175,7 @@ def _idle_upload(patch: pytest.MonkeyPatch) -> None:
 
 def _request_forgotten(patch: pytest.MonkeyPatch) -> None:
     """A request that lost its engine is not placed again."""
-    right = inter_engine.InterEngineScheduler._start_over
+    right = inter_engine.InterEngineScheduler._start_over  # noqa: SLF001 (a fault is put in here)
 
     def wrong(self: inter_engine.InterEngineScheduler, request: Any, lost: str | None) -> None:
         right(self, request, lost)
@@ -188,7 +188,7 @@ def _request_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 def _tokens_leak(patch: pytest.MonkeyPatch) -> None:
     """A restart forgets the read it leaves."""
-    right = inter_engine.InterEngineScheduler._read_off
+    right = inter_engine.InterEngineScheduler._read_off  # noqa: SLF001 (a fault is put in here)
     patch.setattr(inter_engine.InterEngineScheduler, "_read_off", _every(15, right, _nothing))
 
 
@@ -199,7 +199,7 @@ def _loss_ignored(patch: pytest.MonkeyPatch) -> None:
 
 def _attempts_unbounded(patch: pytest.MonkeyPatch) -> None:
     """Nobody counts how often a request is placed."""
-    right = inter_engine.InterEngineScheduler._start_over
+    right = inter_engine.InterEngineScheduler._start_over  # noqa: SLF001 (a fault is put in here)
 
     def wrong(self: inter_engine.InterEngineScheduler, request: Any, lost: str | None) -> None:
         attempt, request.attempt = request.attempt, 0

@@ -76,7 +76,7 @@ def test_requests_that_wait_end_by_their_deadline_although_one_before_them_raise
 def test_a_link_comes_back_after_its_reconnecting_thread_raised(rig: NodeRig, monkeypatch: pytest.MonkeyPatch) -> None:
     node = rig.node()
     client = rig.client(node)
-    real, times = NodeLink._connect, [3]
+    real, times = NodeLink._connect, [3]  # noqa: SLF001 (a fault is put in here)
     before = thread_failures().get("penstock-reconnect", 0)
 
     def broken(self: NodeLink, *arguments: object) -> None:

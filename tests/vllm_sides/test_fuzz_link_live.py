@@ -115,7 +115,7 @@ def test_a_worker_that_gets_mutants_answers_or_ends_its_link(caplog: pytest.LogC
             assert link.receive(WAIT_S) == Done(1, None)
             with contextlib.suppress(LinkError, OSError):
                 for body in bodies:
-                    link._socket.sendall(framed(body))
+                    link._socket.sendall(framed(body))  # noqa: SLF001 (bytes that no method sends)
                 link.end_sending()
                 while True:
                     assert isinstance(link.receive(WAIT_S), Done | wire.Leaving)

@@ -46,10 +46,12 @@ class Scale:
     fetch_bytes_per_s: float = FETCH_BYTES_PER_S
 
     def profile(self) -> Profile:
+        """The paper's compute profile at this scale."""
         return load_profile("h100-llama-3.1-8b").scaled(self.bytes_divisor, self.time_factor)
 
     @property
     def paced_bytes_per_s(self) -> float:
+        """Rate of the fetch link at this scale."""
         return self.fetch_bytes_per_s / self.bytes_divisor / self.time_factor
 
 
@@ -77,6 +79,7 @@ class RunResult:
 
     @property
     def met(self) -> list[float]:
+        """1.0 for each request that met its deadline, 0.0 for each other."""
         return [float(ttft <= slo) for ttft, slo in zip(self.ttfts_s, self.slos_s, strict=True)]
 
 
@@ -149,6 +152,7 @@ class Testbed:
         pool.close(10.0)
 
     def config(self, mode: Mode, policy: Policy) -> SchedulerConfig:
+        """Settings of the engine's scheduler for one mode and policy."""
         return SchedulerConfig(
             block_tokens=BLOCK_TOKENS,
             block_bytes=self.block_bytes,

@@ -45,6 +45,7 @@ class Cell:
 
     @property
     def label(self) -> str:
+        """Topology and workload, as figures are named."""
         return f"{self.topology.name}_{self.workload}"
 
     def job_s(self, system: System) -> float:

@@ -35,14 +35,17 @@ class Answered:
 
     @property
     def ttft_s(self) -> float:
+        """Seconds from arrival to the first token."""
         return self.first_s - self.arrival_s
 
     @property
     def tokens(self) -> int:
+        """Tokens of the answer."""
         return len(self.output)
 
     @property
     def tpot_s(self) -> float:
+        """Mean seconds between tokens; 0 for an answer of one token."""
         return (self.last_s - self.first_s) / (self.tokens - 1) if self.tokens > 1 else 0.0
 
     @property
@@ -65,6 +68,7 @@ class Run:
 
     @property
     def job_s(self) -> float:
+        """Seconds from the first request to the end of the last one."""
         return self.end_s - self.begin_s
 
     @property
@@ -84,10 +88,12 @@ class Run:
 
     @property
     def storage_bytes(self) -> float:
+        """Bytes that the storage NICs received during the run."""
         return sum(self.loads.between(self.begin_s, self.end_s))
 
     @property
     def ttft_mean_s(self) -> float:
+        """Mean seconds to the first token."""
         return sum(a.ttft_s for a in self.answered) / len(self.answered)
 
     @property
@@ -99,6 +105,7 @@ class Run:
 
     @property
     def nic_max_over_mean(self) -> float:
+        """The busiest storage NIC over the mean of all, averaged over windows of WINDOW_S seconds."""
         return self.loads.max_over_mean(self.begin_s, self.busy_until_s, WINDOW_S)
 
 

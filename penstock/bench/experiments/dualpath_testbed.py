@@ -58,19 +58,23 @@ class Scale:
     fetch_window_blocks: int = 8
 
     def profile(self) -> Profile:
+        """The paper's compute profile at this scale."""
         return load_profile(PROFILE).scaled(self.bytes_divisor, self.time_factor)
 
     @property
     def block_bytes(self) -> int:
+        """Bytes of KV in one block, at this scale."""
         profile = self.profile()
         return profile.layers * profile.layer_bytes_per_token * BLOCK_TOKENS
 
     @property
     def bytes_per_token(self) -> float:
+        """Bytes of KV of one token, at this scale."""
         return self.block_bytes / BLOCK_TOKENS
 
     @property
     def compute_bytes_per_s(self) -> float:
+        """Rate of a compute NIC at this scale."""
         return self.storage_bytes_per_s * self.compute_ratio
 
 
@@ -83,6 +87,7 @@ class Topology:
 
     @property
     def name(self) -> str:
+        """For example "2P1D"."""
         return f"{self.prefill}P{self.decode}D"
 
     @property
@@ -332,6 +337,7 @@ class NicLoads:
         self._counts: list[list[int]] = []
 
     def add(self, now: float, counts: list[int]) -> None:
+        """Note the counters of all NICs, in bytes, at `now`."""
         self._times.append(now)
         self._counts.append(counts)
 

@@ -98,6 +98,7 @@ class BareRing:
             self._opcode = abi.OP_READ_FIXED
 
     def run(self, load: Load) -> Sample:
+        """Read at the load's depth for its `run_s` seconds."""
         ring, size, offsets = self._ring, load.chunk_bytes, load.offsets()
         meter = _Meter()
         deadline_s = time.perf_counter() + load.run_s

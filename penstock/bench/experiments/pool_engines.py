@@ -38,10 +38,12 @@ class OneAtATime(ABC):
         """Nothing to pin."""
 
     def submit(self, ops: Sequence[IoOp]) -> None:
+        """Queue operations; `poll` carries them out."""
         checked_addresses(ops, self.in_flight(), self.depth, self.capacity_bytes, ALIGNMENT_BYTES)
         self._waiting.extend(ops)
 
     def poll(self, timeout_s: float) -> list[IoCompletion]:
+        """Carry out one operation, if one waits; those that have ended. Does not wait."""
         if self._waiting:
             self._step()
         done, self._ended = self._ended, []
@@ -57,6 +59,7 @@ class OneAtATime(ABC):
         self._ended.append(IoCompletion(op.tag, error))
 
     def in_flight(self) -> int:
+        """Operations that were submitted and that `poll` has not returned."""
         return len(self._waiting) + len(self._ended)
 
     def wake(self) -> None:  # noqa: B027
@@ -66,6 +69,7 @@ class OneAtATime(ABC):
         """Nothing outlives the benchmark."""
 
     def close(self, timeout_s: float) -> None:
+        """Carry out all that waits."""
         while self._waiting:
             self._step()
 

@@ -143,7 +143,7 @@ def _timed(loops: Sequence[Callable[[threading.Event, _Counter], None]], run_s: 
     def guarded(loop: Callable[[threading.Event, _Counter], None], counter: _Counter) -> None:
         try:
             loop(stop, counter)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 (the caller raises it again)
             failed.append(error)
 
     threads = [threading.Thread(target=guarded, args=pair) for pair in zip(loops, counters, strict=True)]

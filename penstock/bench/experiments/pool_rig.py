@@ -55,6 +55,7 @@ class Model:
 
     @property
     def bytes_per_token(self) -> int:
+        """Bytes of KV of one token."""
         profile = load_profile(self.profile)
         return profile.layers * profile.layer_bytes_per_token
 
@@ -163,6 +164,7 @@ class Document:
 
     @property
     def keys(self) -> list[BlockKey]:
+        """Keys of its blocks, in order."""
         return self.chain.keys
 
 
@@ -193,6 +195,7 @@ class Rig:
     speeds: list[float] = field(default_factory=list)
 
     def pace(self, on: bool) -> None:
+        """Let the devices run at their stated rates, or at their own."""
         for engine, speed in zip(self.paced, self.speeds, strict=True):
             engine.bytes_per_s = speed if on else 0.0
 

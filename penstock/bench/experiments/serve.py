@@ -61,6 +61,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Options:
+    """What the command line asks for: the trace, its scale, and how it is replayed."""
+
     trace: Path
     token_divisor: int
     pace: str | None
@@ -88,6 +90,7 @@ class Options:
 
 
 def is_open_loop(workload: Workload) -> bool:
+    """Whether no request waits for the answer to another one."""
     return all(len(session.turns) == 1 for session in workload.sessions)
 
 

@@ -56,10 +56,12 @@ class Samples:
 
     @property
     def median(self) -> float:
+        """Median of the repeats, in bytes per second."""
         return statistics.median(self.bytes_per_s)
 
     @property
     def cpu_s_per_gb(self) -> float:
+        """Processor seconds per 10^9 bytes, of both processes."""
         return (self.client_cpu_s + self.node_cpu_s) / (self.moved_bytes / 1e9)
 
 

@@ -38,6 +38,7 @@ class Carried:
     up_bytes: int
 
     def since(self, before: Carried) -> Carried:
+        """What was carried after `before`."""
         return Carried(self.down_bytes - before.down_bytes, self.up_bytes - before.up_bytes)
 
 
@@ -99,10 +100,12 @@ class PacedLink:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def close(self) -> None:
+        """Stop listening; connections that are open go on."""
         _cut(self._listener)
         self._listener.close()
 
     def carried(self) -> Carried:
+        """Bytes that were carried so far."""
         return Carried(self._down.carried_bytes, self._up.carried_bytes)
 
     def _serve(self, client: socket.socket) -> None:
@@ -214,6 +217,7 @@ def _serve_counters(listener: socket.socket, link: PacedLink) -> None:
 
 
 def main() -> None:
+    """Run one link until the process is ended; prints its addresses."""
     parser = argparse.ArgumentParser(description="Forward TCP connections over a link of a stated rate.")
     parser.add_argument("--target", required=True, help="HOST:PORT of the server behind the link")
     parser.add_argument("--bytes-per-s", required=True, type=float, help="each way, all connections together")

@@ -41,9 +41,11 @@ class Geometry:
 
     @property
     def kv_bytes_per_token(self) -> int:
+        """Bytes of KV of one token, in float32."""
         return 2 * 4 * self.layers * self.kv_heads * self.head_dim
 
     def describe(self) -> str:
+        """The model in one line, for the report's notes."""
         return (
             f"Llama of {self.layers} layers, width {self.hidden} / {self.intermediate}, {self.heads} heads and "
             f"{self.kv_heads} KV heads of {self.head_dim}, float32, random weights: {self.kv_bytes_per_token} B of KV "
@@ -157,6 +159,7 @@ class Trace:
 
     @property
     def reuse(self) -> float:
+        """Share of all prompt tokens that an unbounded cache would hold."""
         return sum(self.reusable.values()) / self.workload.prompt_tokens
 
 

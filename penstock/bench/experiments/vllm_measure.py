@@ -81,6 +81,7 @@ class Found:
     model: TtftModel | None = None
 
     def add(self, workload: str, run: Run) -> None:
+        """Keep a run, in the order of repeats."""
         self.runs.setdefault(workload, {}).setdefault(run.system, []).append(run)
 
 

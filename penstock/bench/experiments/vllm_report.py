@@ -26,14 +26,17 @@ Value = Callable[[Run], float]
 
 
 def ttft_mean_s(run: Run) -> float:
+    """Mean seconds to the first token; infinite when no request succeeded."""
     return statistics.fmean(run.ttfts_s) if run.ttfts_s else float("inf")
 
 
 def ttft_p50_s(run: Run) -> float:
+    """Median seconds to the first token; infinite when no request succeeded."""
     return percentile(run.ttfts_s, 50) if run.ttfts_s else float("inf")
 
 
 def ttft_p99_s(run: Run) -> float:
+    """99th percentile of seconds to the first token; infinite when no request succeeded."""
     return percentile(run.ttfts_s, 99) if run.ttfts_s else float("inf")
 
 
@@ -44,6 +47,7 @@ def slo_attainment(run: Run) -> float:
 
 
 def requests_per_s(run: Run) -> float:
+    """Requests that succeeded, per second of the run."""
     return (len(run.records) - run.failed) / run.wall_s
 
 
@@ -70,10 +74,12 @@ def _time_of(label: str, run: Run) -> float:
 
 
 def link_bytes_per_s(run: Run) -> float:
+    """Bytes per second that came over the link (loads)."""
     return run.carried.down_bytes / run.wall_s
 
 
 def link_gb(run: Run) -> float:
+    """10^9 bytes that came over the link (loads)."""
     return run.carried.down_bytes / 1e9
 
 
@@ -91,6 +97,7 @@ MEASURES: dict[str, Value] = {
 
 
 def median(runs: Sequence[Run], value: Value) -> float:
+    """Median of a value over runs."""
     return statistics.median(value(run) for run in runs)
 
 
@@ -98,20 +105,13 @@ def conclude(report: Report, plan: Plan, found: Found) -> None:
     """All figures. Ratios are taken within a repeat; the median over repeats counts, with the least and the most."""
     report.notes += [f"{system}: {ABOUT[system]}" for system in plan.systems]
     for name, runs in found.runs.items():
-        for system, value in found.capacity_per_s.items():
-            if system == name:
-                report.figure(f"{name}_capacity_per_s", value)
-                report.figure(f"{name}_alone_ttft_s", found.alone_s[name])
+        if name in found.capacity_per_s:
+            report.figure(f"{name}_capacity_per_s", found.capacity_per_s[name])
+            report.figure(f"{name}_alone_ttft_s", found.alone_s[name])
         if name in found.reuse:
             report.figure(f"{name}_reusable_share", found.reuse[name])
         for system in (s for s in SYSTEMS if s in runs):
-            for measure, value_of in MEASURES.items():
-                report.figure(f"{name}_{system}_{measure}", median(runs[system], value_of))
-            for label in sorted({name for run in runs[system] for name in run.counters if name.startswith(TIME)}):
-                report.figure(f"{name}_{system}_{label}_s", median(runs[system], partial(_time_of, label)))
-            if system != STOCK:
-                rate = median(runs[system], link_bytes_per_s) / report.figures["link_bytes_per_s"]
-                report.figure(f"{name}_{system}_link_share", rate, limit=1.0)
+            _measures(report, name, system, runs[system])
         if name == CONVERSATION:
             _against_stock(report, name, runs)
         else:
@@ -124,6 +124,17 @@ def conclude(report: Report, plan: Plan, found: Found) -> None:
     report.figure("failed_requests", sum(run.failed for run in every), limit=0)
     for system in (s for s in SYSTEMS[1:] if s in plan.systems):
         report.figure(f"{system}_outputs_equal", _equal(found, system), limit=1.0)
+
+
+def _measures(report: Report, name: str, system: str, runs: Sequence[Run]) -> None:
+    """The medians of one system's runs of one workload."""
+    for measure, value_of in MEASURES.items():
+        report.figure(f"{name}_{system}_{measure}", median(runs, value_of))
+    for label in sorted({counter for run in runs for counter in run.counters if counter.startswith(TIME)}):
+        report.figure(f"{name}_{system}_{label}_s", median(runs, partial(_time_of, label)))
+    if system != STOCK:
+        rate = median(runs, link_bytes_per_s) / report.figures["link_bytes_per_s"]
+        report.figure(f"{name}_{system}_link_share", rate, limit=1.0)
 
 
 def _costs(report: Report, found: Found) -> None:

@@ -245,6 +245,7 @@ class Server:
         self._stack.close()
 
     def carried(self) -> Carried:
+        """Bytes that its link has carried so far; 0 for a system without a link."""
         return Carried(0, 0) if self._link is None else self._link.carried()
 
     def counters(self) -> dict[str, float]:
@@ -328,10 +329,12 @@ class Run:
 
     @property
     def failed(self) -> int:
+        """Requests that ended with an error."""
         return sum(record.error is not None for record in self.records)
 
     @property
     def ttfts_s(self) -> list[float]:
+        """Seconds to the first token of each request that succeeded."""
         return [record.ttft_s for record in self.records if record.error is None and record.ttft_s is not None]
 
 

@@ -45,6 +45,7 @@ class LinkUse:
 
     @property
     def free_of_bottlenecks(self) -> bool:
+        """Whether no link is used beyond its rate when all storage NICs are at full rate."""
         return self.worst[1] <= 1.0 + 1e-9
 
 

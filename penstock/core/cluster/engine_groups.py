@@ -84,6 +84,7 @@ class Node:
 
     @property
     def rate(self) -> float:
+        """Tokens of KV per second that its storage NIC reads; 0 while the NIC is down."""
         return self.tokens_per_s if self.nic_up else 0.0
 
 
@@ -110,10 +111,12 @@ class Engine:
 
     @property
     def tokens(self) -> int:
+        """Unfinished tokens of the requests placed on it."""
         return self.group.tokens[self.index]
 
     @property
     def unfinished(self) -> int:
+        """Requests placed on it that have not ended."""
         return self.group.unfinished[self.index]
 
 
@@ -134,6 +137,7 @@ class Group:
         self.beta_max = 0.0  # beta_tokens of the fastest engine
 
     def add(self, spec: EngineSpec, node: Node, beta_s: float) -> Engine:
+        """A new engine at the end of the lists, with nothing unfinished."""
         engine = Engine(spec, node, self, len(self.engines), beta_s)
         self.engines.append(engine)
         self.tokens.append(0)
@@ -144,6 +148,7 @@ class Group:
         return engine
 
     def remove(self, engine: Engine) -> None:
+        """Take an engine out; those behind it move up by one index."""
         index = engine.index
         self.total -= self.tokens[index]
         self.capacity_total -= self.capacity[index]
@@ -155,6 +160,7 @@ class Group:
         self.beta_max = max((other.beta_tokens for other in self.engines), default=0.0)
 
     def charge(self, engine: Engine, tokens: int, requests: int) -> None:
+        """Add tokens and requests to what is unfinished on an engine; negative numbers take them off."""
         index = engine.index
         self.tokens[index] += tokens
         self.unfinished[index] += requests
@@ -226,6 +232,7 @@ class Groups:
         self.capacity_max = max((e.capacity_tokens for e in self.engines.values() if e.role != "prefill"), default=0)
 
     def set_nic(self, node: Node, up: bool) -> None:
+        """Note that a node's storage NIC went up or down."""
         if node.nic_up != up:
             node.nic_up = up
             self.nics_down += -1 if up else 1

@@ -95,4 +95,5 @@ class OwnLease:
                 self.until_s = max(self.until_s, at_s + self.lease_s)
 
     def valid(self, now: float) -> bool:
+        """Whether the engine may serve at `now` (seconds of its own clock)."""
         return now < self.until_s

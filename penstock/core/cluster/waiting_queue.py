@@ -107,6 +107,7 @@ class WaitingQueue(Generic[Item]):
         return min(heads) if heads and self._alive else None
 
     def items(self) -> list[Item]:
+        """Everything that waits, requests placed again first; in no order of cost."""
         return [entry.item for queue in (self._again, self._arrived) for entry in queue if entry.alive]
 
     def check_integrity(self) -> None:

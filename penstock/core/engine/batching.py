@@ -32,10 +32,12 @@ class Batching:
 
     @property
     def busy(self) -> bool:
+        """Whether a batch is in flight."""
         return self._batch is not None
 
     @property
     def decoding(self) -> int:
+        """Requests that add one token to every batch."""
         return len(self._decoding)
 
     def update_readiness(self, request: Request) -> None:
@@ -64,6 +66,7 @@ class Batching:
         return load is not None and load.state is LoadState.UPLOADING and self._shared.config.layerwise
 
     def leave(self, request: Request) -> None:
+        """A request ended, or is no longer to be computed."""
         self._computable.discard(request)
         self._decoding.pop(request, None)
 
@@ -273,6 +276,7 @@ class Batching:
                 self._saving.offer(block_to_save(shared, request, index))
 
     def start_decoding(self, request: Request) -> None:
+        """From now on the request adds one token to every batch."""
         self._decoding[request] = None
 
     def check_integrity(self) -> None:

@@ -26,6 +26,7 @@ class AttentionCost:
     per_pair_s: float
 
     def seconds(self, query_tokens: int, context_tokens: float) -> float:
+        """Predicted seconds of attention for one chunk."""
         return query_tokens * (self.per_query_s + self.per_pair_s * (context_tokens + 0.5 * query_tokens))
 
     def tokens_within(self, query_tokens: int, context_tokens: float, left_s: float) -> int:

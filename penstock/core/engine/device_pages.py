@@ -25,15 +25,18 @@ class DevicePages:
 
     @property
     def cached(self) -> int:
+        """Pages that hold a block under its key."""
         return len(self._page_of)
 
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._page_of
 
     def is_pinned(self, key: BlockKey) -> bool:
+        """Whether somebody uses the block of this key, so that its page is not taken."""
         return self._index.pins(key) > 0
 
     def is_cached(self, page: int) -> bool:
+        """Whether this page holds a block under its key."""
         return page in self._key_of
 
     def take(self) -> int | None:
@@ -78,6 +81,7 @@ class DevicePages:
         return self._page_of[key]
 
     def page_of(self, key: BlockKey) -> int:
+        """The page that holds this block. Raises KeyError when none does."""
         return self._page_of[key]
 
     def unpin(self, page: int) -> None:

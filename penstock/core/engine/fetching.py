@@ -140,6 +140,7 @@ class Fetching:
         return load, busy_s
 
     def loads_in_flight(self) -> list[BlockLoad]:
+        """Blocks whose read has begun and not ended."""
         return list(self._in_flight.values())
 
     def in_flight(self) -> dict[str, int]:

@@ -167,6 +167,7 @@ class Request:
 
     @property
     def request_id(self) -> str:
+        """The id that it was submitted under."""
         return self.spec.request_id
 
     @property
@@ -189,6 +190,7 @@ class Request:
         return index < len(self.ready) and self.ready[index]
 
     def key_at(self, index: int) -> BlockKey:
+        """Key of the full block at this index of the prompt and of what was generated."""
         return self.chain.keys[index]
 
     def count_cached(self, tokens: int) -> None:

@@ -104,4 +104,5 @@ class Saving:
         self._shared.count("saved_blocks" if error is None else "saves_failed")
 
     def slots_in_use(self) -> list[int]:
+        """L2 slots of the saves in flight."""
         return [slot for slot, _ in self._in_flight.values()]

@@ -29,10 +29,12 @@ class SharedState:
         self.preempt_for: Callable[[Request, float], bool] = lambda request, now: False
 
     def next_op(self) -> int:
+        """A number for an operation, greater than all before."""
         self._last_op += 1
         return self._last_op
 
     def count(self, name: str, by: int = 1) -> None:
+        """Add to a counter of this name."""
         self.counters[name] = self.counters.get(name, 0) + by
 
     def promise(self, request: Request, pages: int) -> None:

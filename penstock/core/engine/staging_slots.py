@@ -22,14 +22,17 @@ class StagingSlots:
 
     @property
     def free_for_loads(self) -> int:
+        """Slots that loads may still take."""
         return min(len(self._free), self.total - 1 - self._hands_off - self.loads)
 
     def take_for_load(self) -> int:
+        """A slot for a load; there must be one (`free_for_loads`)."""
         assert self.free_for_loads > 0
         self.loads += 1
         return self._free.pop()
 
     def take_for_save(self) -> int | None:
+        """A slot for a save; None when saves have their share, or no slot may be taken."""
         left_to_forwards = self._hands_off and not self.forwards
         if self.saves >= self.save_limit or len(self._free) <= left_to_forwards:
             return None
@@ -37,20 +40,24 @@ class StagingSlots:
         return self._free.pop()
 
     def take_for_forward(self) -> int | None:
+        """A slot for a block of a hand-off; None when hand-offs have their share, or no slot is free."""
         if self.forwards >= self.forward_limit or not self._free:
             return None
         self.forwards += 1
         return self._free.pop()
 
     def free_load(self, slot: int) -> None:
+        """Give a load's slot back."""
         self.loads -= 1
         self._free.append(slot)
 
     def free_save(self, slot: int) -> None:
+        """Give a save's slot back."""
         self.saves -= 1
         self._free.append(slot)
 
     def free_forward(self, slot: int) -> None:
+        """Give a hand-off's slot back."""
         self.forwards -= 1
         self._free.append(slot)
 

@@ -108,6 +108,7 @@ class Uploading:
         return group, self._link.finished(issued_s, now)
 
     def loads_in_flight(self) -> list[BlockLoad]:
+        """Blocks whose upload has begun and not ended."""
         return [load for group, _ in self._in_flight.values() for load in group]
 
     @property

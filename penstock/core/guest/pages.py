@@ -27,22 +27,27 @@ class GuestPages(DevicePages):
 
     @property
     def available(self) -> int:
+        """0: the engine around it gives pages, nothing is taken here."""
         return 0
 
     @property
     def cached(self) -> int:
+        """Blocks that a save under way keeps."""
         return len(self._saving)
 
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._saving or key in self._noted
 
     def is_saving(self, key: BlockKey) -> bool:
+        """Whether a save under way keeps this block."""
         return key in self._saving
 
     def is_pinned(self, key: BlockKey) -> bool:
+        """As `is_saving`: only saves hold blocks here."""
         return key in self._saving
 
     def is_cached(self, page: int) -> bool:
+        """Whether a save under way keeps this page."""
         return page in self._names
 
     def note(self, keys: Iterable[BlockKey]) -> None:
@@ -65,23 +70,29 @@ class GuestPages(DevicePages):
         self._pins[page] = 1
 
     def take(self) -> int | None:
+        """None: there is no page to be taken."""
         return None
 
     def give_back(self, page: int) -> None:
+        """A load's page is no longer needed here."""
         self.settled.append(page)
 
     def insert(self, key: BlockKey, parent: BlockKey, page: int, pins: int) -> None:
+        """A load's page is filled: it is the engine's from now on."""
         self.settled.append(page)
 
     def pin(self, key: BlockKey) -> int:
+        """Hold the page of a block that is being saved; its number."""
         page = self._saving[key]
         self._pins[page] += 1
         return page
 
     def page_of(self, key: BlockKey) -> int:
+        """The page of a block that is being saved. Raises KeyError for any other."""
         return self._saving[key]
 
     def unpin(self, page: int) -> None:
+        """Let go of a page once; after the last time it is released to the engine."""
         self._pins[page] -= 1
         if not self._pins[page]:
             del self._pins[page]

@@ -79,14 +79,17 @@ class Keeping:
         return self._index.last_use(self._kept[key].name)
 
     def uses(self, key: BlockKey) -> int:
+        """How often the block was used."""
         return self._kept[key].uses
 
     def add_member(self) -> None:
+        """Count one more member; its number is the next one."""
         self._worth.append(RebuildValue())
         self._seen.append(self._uses)
         self._accounts.append({})
 
     def set_fenced(self, member: int, fenced: bool) -> None:
+        """Note that a member is fenced, or no longer."""
         (self._fenced.add if fenced else self._fenced.discard)(member)
 
     def add(
@@ -122,12 +125,15 @@ class Keeping:
         return value
 
     def pin(self, key: BlockKey) -> None:
+        """Hold a block: it does not leave until every `pin` was undone."""
         self._index.pin(self._kept[key].name)
 
     def unpin(self, key: BlockKey) -> None:
+        """Undo one `pin`."""
         self._index.unpin(self._kept[key].name)
 
     def pinned(self, key: BlockKey) -> bool:
+        """Whether somebody holds the block."""
         return self._index.pins(self._kept[key].name) > 0
 
     def remove(self, key: BlockKey) -> None:

@@ -39,6 +39,7 @@ class MostOver:
             heapq.heapify(self._heap)
 
     def clear(self) -> None:
+        """Forget all accounts."""
         self._excess.clear()
         self._heap.clear()
 

@@ -102,6 +102,7 @@ class TenantQuotas:
         return account if account in self._quotas or account in self._places else SHARED
 
     def held_bytes(self, account: bytes) -> int:
+        """Bytes that are charged to this account."""
         return self._held.get(account, 0)
 
     def excess_bytes(self, account: bytes, more_bytes: int = 0) -> float:

@@ -38,6 +38,7 @@ class QuotaPlaces:
 
     @property
     def free(self) -> bool:
+        """Whether one more tenant would find a place."""
         return len(self) < self.places_max
 
     def written(self, size_bytes: int) -> None:
@@ -72,6 +73,7 @@ class QuotaPlaces:
         return None
 
     def give_up(self, tenant: bytes) -> None:
+        """A tenant loses its place; one that has none is ignored."""
         self._unproven.pop(tenant, None)
         self._proven.pop(tenant, None)
 

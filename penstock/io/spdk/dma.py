@@ -30,6 +30,7 @@ class Registrations:
         return taken
 
     def remove(self, library: SpdkLibrary, chunks: set[int]) -> None:
+        """An engine no longer uses these chunks; those that none uses are unregistered."""
         with self._lock:
             for chunk in chunks:
                 self._uses[chunk] -= 1

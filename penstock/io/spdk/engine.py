@@ -111,6 +111,7 @@ class SpdkEngine:
         return False
 
     def submit(self, ops: Sequence[IoOp]) -> None:
+        """Give operations to the polling thread. Raises QueueFull beyond `depth`."""
         self._check_open()
         addresses = checked_addresses(ops, self.in_flight(), self.depth, self.capacity_bytes, ALIGNMENT_BYTES)
         if not ops:
@@ -135,6 +136,7 @@ class SpdkEngine:
         return abi.DIRECT if chunks and all(chunk in chunks for chunk in chunks_touched(address, length)) else 0
 
     def poll(self, timeout_s: float) -> list[IoCompletion]:
+        """Operations that have ended; waits at most `timeout_s` for the first one."""
         done, self._ended = self._ended, []
         if self._closed:
             return done
@@ -150,6 +152,7 @@ class SpdkEngine:
         return OSError(number, reason, self._target.name)
 
     def in_flight(self) -> int:
+        """Operations that were submitted and that `poll` has not returned."""
         return len(self._ops) + len(self._ended)
 
     def wake(self) -> None:

@@ -175,6 +175,7 @@ class SpdkLibrary:
         return int(self._dll.psp_memory_register(address, length))
 
     def memory_unregister(self, address: int, length: int) -> int:
+        """Let go of memory that was registered; 0, or a negative error number."""
         return int(self._dll.psp_memory_unregister(address, length))
 
     def open(self, target: Target, name: str) -> tuple[ctypes.c_void_p, Info]:
@@ -187,6 +188,7 @@ class SpdkLibrary:
         return device, info
 
     def submit(self, device: ctypes.c_void_p, ops: ctypes.Array[Op]) -> int:
+        """Give all of `ops` to the device's polling thread, or none; 0, or -EAGAIN where they exceed the depth."""
         return int(self._dll.psp_submit(device, ops, len(ops)))
 
     def poll(self, device: ctypes.c_void_p, done: ctypes.Array[Done], timeout_s: float) -> int:
@@ -194,9 +196,11 @@ class SpdkLibrary:
         return int(self._dll.psp_poll(device, done, len(done), _timeout_ns(timeout_s)))
 
     def wake(self, device: ctypes.c_void_p) -> None:
+        """End a wait of `poll` on this device, from any thread."""
         self._dll.psp_wake(device)
 
     def flush(self, device: ctypes.c_void_p, timeout_s: float, name: str) -> None:
+        """Make completed writes durable, within `timeout_s`."""
         error = ctypes.create_string_buffer(TEXT_BYTES)
         result = self._dll.psp_flush(device, _timeout_ns(timeout_s), error, TEXT_BYTES)
         if result != 0:

@@ -64,13 +64,16 @@ class Machine:
 
     @property
     def profile(self) -> Profile:
+        """Compute profile of its model."""
         return load_profile(MODELS[self.model])
 
     @property
     def block_bytes(self) -> int:
+        """Bytes of KV in one block."""
         return BLOCK_TOKENS * self.profile.layers * self.profile.layer_bytes_per_token
 
     def scheduler(self, mode: Mode, policy: Policy) -> LoadScheduler:
+        """A scheduler for this machine with one mode and policy."""
         profile = self.profile
         l1_bytes = HBM_BYTES - ACTIVATION_BYTES - WEIGHT_BYTES[self.model]
         config = SchedulerConfig(
@@ -118,6 +121,7 @@ class Machine:
         return self.load_s(whole) / self.profile.compute_cost().seconds([(tokens, 0)])
 
     def compute_s(self, job: Job) -> float:
+        """Seconds to compute a job's tokens that are not cached."""
         return self.profile.compute_cost().seconds([(len(job.tokens) - job.warm_tokens, job.warm_tokens)])
 
     def fluid_bound_s(self, jobs: Sequence[Job], starts_s: Sequence[float]) -> float:
@@ -172,14 +176,17 @@ class Cell:
 
     @property
     def ttft_s(self) -> float:
+        """Mean seconds to the first token."""
         return statistics.mean(self.ttfts_s)
 
     @property
     def attainment(self) -> float:
+        """Share of requests that met their deadline."""
         return statistics.mean(self.met)
 
     @property
     def over_bound(self) -> float:
+        """Mean seconds to the first token over the mean of the lower bounds."""
         return self.ttft_s / statistics.mean(self.bounds_s)
 
 
@@ -193,6 +200,7 @@ class Dataset:
         self.capacity_per_s = len(self.jobs) / sum(self.alone_s)
 
     def run(self, policy: str, rate_per_s: float, cell: Cell, *, recompute: bool = False) -> None:
+        """Run one policy at a rate, and add what it gave to `cell`."""
         starts_s = [job.arrival / rate_per_s for job in self.jobs]
         slos_s = [alone * job.slo_multiplier for alone, job in zip(self.alone_s, self.jobs, strict=True)]
         mode: Mode = "coupled" if policy == COUPLED else "penstock"

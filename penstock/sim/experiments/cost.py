@@ -36,6 +36,7 @@ class TimedScheduler(LoadScheduler):
         self.decisions_s: list[float] = []
 
     def decide(self, now: float) -> list[Operation]:
+        """As the scheduler's, and the thread's processor seconds are noted."""
         started_s = time.thread_time()
         operations = super().decide(now)
         self.decisions_s.append(time.thread_time() - started_s)
@@ -71,6 +72,7 @@ def decisions_s(policy: Policy, waiting: int) -> tuple[list[float], float]:
 
 
 def tables(report: Report, policies: Sequence[Policy]) -> None:
+    """Figures of every policy with each number of waiting requests."""
     for policy in policies:
         for waiting, goal_s in WAITING_GOAL_S.items():
             costs_s, event_s = decisions_s(policy, waiting)

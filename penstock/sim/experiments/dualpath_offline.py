@@ -31,6 +31,7 @@ class SetUp:
     paper_gain: float | None
 
     def bench(self, length: str) -> Bench:
+        """The cluster with agents of this context length."""
         return Bench(self.shape, load_model(self.model), trajectories(length))
 
 
