@@ -351,7 +351,6 @@ class ClusterEngine:
     def _decide(self) -> None:
         self._deciding = False
         try:
-            self._accounts.deciding()
             decisions = self.brain.decide(time.monotonic())
         except DecisionFailed as error:
             self._decision_failed(error)
@@ -399,7 +398,7 @@ class ClusterEngine:
     def engine_joined(self, engine: Engine, held: Sequence[wire.Held]) -> list[tuple[str, int]]:
         """See `port.Listener`. A request that is placed meanwhile is not kept."""
         self._learn(engine.card)
-        self._accounts.joined(engine, list(self.port.engines.values()))
+        self._accounts.joined(engine)
         self._usable_s = time.monotonic()
         wanted = [one for one in held if one.label and one.request_id not in self.requests]
         kept = self._orphans.add(engine.name, wanted, time.monotonic())
@@ -422,7 +421,7 @@ class ClusterEngine:
     def engine_left(self, engine: Engine, why: str) -> None:
         """See `port.Listener`."""
         self.counters["engines_lost"] += 1
-        self._accounts.left(engine, list(self.port.engines.values()), time.monotonic())
+        self._accounts.left(engine, time.monotonic())
         self._orphans.engine_left(engine.name)
         for routed in list(self.requests.values()):
             if engine.name in routed.answer.parts:
@@ -434,7 +433,7 @@ class ClusterEngine:
 
     def engine_reported(self, engine: Engine) -> None:
         """See `port.Listener`."""
-        self._accounts.reported(engine, list(self.port.engines.values()), time.monotonic())
+        self._accounts.reported(engine, time.monotonic())
         self._decide_soon()
 
     def engine_events(self, engine: Engine, events: Sequence[wire.Event]) -> None:
