@@ -82,9 +82,8 @@ class LocalPool:
             member.register(buffer)
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
-        """Where each block lies, None for a miss; a hit's use is noted with its row. Of many keys each part is looked up
-        for itself: a block may come or go in between, as it may before the answer is used. Raises PoolError once
-        closed."""
+        """Where each block lies, None for a miss; a hit's use is noted with its row. Many keys are looked up in parts:
+        a block may come or go in between, as it may before the answer is used. Raises PoolError once closed."""
         found: list[Located | None] = []
         for some in _in_turns(keys):
             with self._lock:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from asking import WAIT_S, wait_until
-from router_rig import cluster, expected
 
 from penstock.cluster.router import KEYS_INLINE_TOKENS
 from penstock.core.cluster import seen_prefixes
 from penstock.core.keys import BlockKey, block_keys
+from tests.asking import WAIT_S, wait_until
+from tests.cluster.router_rig import cluster, expected
 
 LONG = [1, 2, 3, 4] * (KEYS_INLINE_TOKENS // 4 + 16)
 SHORT = [5, 6, 7, 8] * 8

@@ -70,6 +70,7 @@ class Node:
 
     @property
     def alpha_tokens(self) -> float:
+        """Above so many tokens its read queue is long."""
         return self._alpha_s * self.tokens_per_s
 
     def assign(self, tokens: int, joined_to: int = 0) -> int:
