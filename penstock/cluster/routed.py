@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -15,6 +16,7 @@ from penstock.cluster.wire_types import NAME_CHARACTERS_MAX, SECONDS_MAX, TENANT
 from penstock.core.cluster.answer import Answer
 from penstock.core.cluster.placing import InterEngineConfig, Place
 from penstock.core.config import check_range
+from penstock.core.keys import BlockKey
 from penstock.engine.api import GenerationRequest, InvalidRequest, OnEvent, RequestReport, TokenEvent, tell
 
 MARKS_MAX = 64
@@ -59,6 +61,7 @@ class Routed:
     first_token_s: float | None = None
     read: str = ""
     hit_tokens: int = 0
+    keys: Sequence[BlockKey] | None = None  # of its prompt's full blocks, for `SeenPrefixes`; None: nobody asked yet
     reports: list[RequestReport] = field(default_factory=list)
     marks: list[tuple[str, float]] = field(default_factory=list)  # (stage, when it began)
 

@@ -39,6 +39,7 @@ from penstock.core.cluster.answer import Answer, Outcome
 from penstock.core.cluster.inter_engine import InterEngineScheduler
 from penstock.core.cluster.placing import Decision, DecisionFailed, GiveUp, Place, Replan, Revoke, TooManyRequests
 from penstock.core.cluster.seen_prefixes import SeenPrefixes
+from penstock.core.keys import BlockKey
 from penstock.core.operations import FinishReason
 from penstock.engine.api import (
     EngineStats,
@@ -52,6 +53,7 @@ from penstock.engine.api import (
     check_request,
     tell,
 )
+from penstock.guarded_thread import GuardedWorker
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport.secret import Secret
 from penstock.transport.tls import PeerTls
@@ -62,6 +64,8 @@ log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
 RECENT_MAX = 256
+KEYS_INLINE_TOKENS = 4096  # of a prompt whose keys are made on the router's loop: about 0.2 ms
+KEYS_WAITING_MAX = 1024  # prompts whose keys a thread is to make
 FAILING_S = 5.0  # a router that has decided nothing for so long because of faults says that it is not healthy
 
 T = TypeVar("T")
@@ -93,6 +97,7 @@ class ClusterEngine:
         self._accounts = EngineAccounts(self.brain)
         self._dispatch = Dispatch(self.port, self._accounts)
         self._seen: SeenPrefixes | None = None
+        self._key_maker = GuardedWorker("penstock-prompt-keys", KEYS_WAITING_MAX)
         self._orphans = Orphans(settings.claim_s)
         # Attempts of two routers are never the same: an engine may still be at one of the router before this one.
         self._attempt_base = int.from_bytes(os.urandom(4)) << 16
@@ -161,6 +166,7 @@ class ClusterEngine:
     def close(self, timeout_s: float) -> None:
         """See EngineAPI. Requests end; engines are told nothing, and register with the next router."""
         self._loop.close(self.port.close, timeout_s)
+        self._key_maker.stop()
 
     def ask(self, question: Callable[[], T]) -> T:
         """The answer of the router's thread. Raises TimeoutError."""
@@ -170,11 +176,9 @@ class ClusterEngine:
         """The pool holds the KV of these tokens: what a router learns as it serves, told to one that has just begun.
         Without engines nothing is remembered. Raises TimeoutError."""
 
-        def add() -> None:
-            if self._seen is not None:
-                self._seen.add(prompt_tokens, tenant)
-
-        self.ask(add)
+        seen = self.ask(lambda: self._seen)
+        if seen is not None:
+            self.ask(partial(seen.add, seen.keys_of(prompt_tokens, tenant)))
 
     # -- timers -------------------------------------------------------------------------------------------------
 
@@ -253,11 +257,38 @@ class ClusterEngine:
             return
         self._queue(routed)
 
+    def _with_keys(self, routed: Routed, then: Callable[[SeenPrefixes, Sequence[BlockKey]], None]) -> None:
+        """Call it with the keys of the request's prompt, which are made once: those of a long prompt on a thread, so
+        that the loop goes on meanwhile, and shorter requests that came after it."""
+        seen, request = self._seen, routed.request
+        assert seen is not None, "no engine has registered, and a request was checked against it"
+
+        def made(keys: Sequence[BlockKey]) -> None:
+            routed.keys = keys
+            self._guarded(partial(then, seen, keys), routed)
+
+        def make() -> None:
+            keys = seen.keys_of(request.prompt_tokens, request.tenant)
+            self._loop.call(partial(made, keys))
+
+        def failed(error: Exception) -> None:
+            self._loop.call(partial(self._fail, routed, error))
+
+        if routed.keys is not None:
+            then(seen, routed.keys)
+        elif len(request.prompt_tokens) <= KEYS_INLINE_TOKENS or not self._key_maker.put(make, failed):
+            routed.keys = seen.keys_of(request.prompt_tokens, request.tenant)
+            then(seen, routed.keys)
+
     def _queue(self, routed: Routed) -> None:
-        request = routed.request
-        assert self._seen is not None, "no engine has registered, and a request was checked against it"
         routed.waiting = "its turn"
-        routed.hit_tokens = self._seen.hit_tokens(request.prompt_tokens, request.tenant)
+        self._with_keys(routed, partial(self._give_to_scheduler, routed))
+
+    def _give_to_scheduler(self, routed: Routed, seen: SeenPrefixes, keys: Sequence[BlockKey]) -> None:
+        if self.requests.get(routed.id) is not routed:
+            return  # it ended while its keys were made
+        request = routed.request
+        routed.hit_tokens = seen.hit_tokens(keys, len(request.prompt_tokens))
         try:
             self.brain.submit(
                 routed.id, len(request.prompt_tokens), routed.hit_tokens, request.sampling.max_tokens, time.monotonic()
@@ -351,7 +382,6 @@ class ClusterEngine:
     def _decide(self) -> None:
         self._deciding = False
         try:
-            self._accounts.deciding()
             decisions = self.brain.decide(time.monotonic())
         except DecisionFailed as error:
             self._decision_failed(error)
@@ -399,7 +429,7 @@ class ClusterEngine:
     def engine_joined(self, engine: Engine, held: Sequence[wire.Held]) -> list[tuple[str, int]]:
         """See `port.Listener`. A request that is placed meanwhile is not kept."""
         self._learn(engine.card)
-        self._accounts.joined(engine, list(self.port.engines.values()))
+        self._accounts.joined(engine)
         self._usable_s = time.monotonic()
         wanted = [one for one in held if one.label and one.request_id not in self.requests]
         kept = self._orphans.add(engine.name, wanted, time.monotonic())
@@ -422,7 +452,7 @@ class ClusterEngine:
     def engine_left(self, engine: Engine, why: str) -> None:
         """See `port.Listener`."""
         self.counters["engines_lost"] += 1
-        self._accounts.left(engine, list(self.port.engines.values()), time.monotonic())
+        self._accounts.left(engine, time.monotonic())
         self._orphans.engine_left(engine.name)
         for routed in list(self.requests.values()):
             if engine.name in routed.answer.parts:
@@ -434,7 +464,7 @@ class ClusterEngine:
 
     def engine_reported(self, engine: Engine) -> None:
         """See `port.Listener`."""
-        self._accounts.reported(engine, list(self.port.engines.values()), time.monotonic())
+        self._accounts.reported(engine, time.monotonic())
         self._decide_soon()
 
     def engine_events(self, engine: Engine, events: Sequence[wire.Event]) -> None:
@@ -473,8 +503,8 @@ class ClusterEngine:
         self._note_report(routed, engine.name, event.report)
         if part == "prefill" and routed.brain_attempt is not None:
             self.brain.prefilled(routed.id, routed.brain_attempt)
-        if self._seen is not None and event.finish_reason in ("handed_over", "stop", "length"):
-            self._seen.add(routed.request.prompt_tokens, routed.request.tenant)
+        if event.finish_reason in ("handed_over", "stop", "length"):
+            self._with_keys(routed, SeenPrefixes.add)
         assert event.finish_reason is not None
         self._follow(routed, answer.part_ended(engine.name, event.attempt, event.finish_reason, event.error))
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
@@ -26,6 +27,8 @@ MASK_ELEMENTS_MAX = 1 << 21  # of one mask; longer chunks are attended slice by 
 SCORE_ELEMENTS_MAX = 1 << 26  # of one explicit score matrix, over all heads
 SLICE_ROWS_MIN = 16  # the limits above give way to this
 DECODE_PADDING_RATIO_MAX = 2.0  # padded over real tokens of decode chunks attended together
+
+Pages = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ class _Span:
     end_row: int
     start: int
     end: int
-    pages: Sequence[int]
+    pages: Pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,8 @@ class _DecodeGroup:
 class PagedBatch:
     """One batch on its way through the layers."""
 
-    def __init__(self, kv: PagedKV, batch: Sequence[Chunk]) -> None:
+    def __init__(self, kv: PagedKV, batch: Sequence[Chunk], pages: Sequence[Pages]) -> None:
+        """`pages` of each chunk, as far as it uses them; arrays of those with one token."""
         self._kv = kv
         self._block_tokens = kv.layout.block_tokens
         self._pending: tuple[UploadGroup, ...] = tuple(
@@ -126,12 +130,12 @@ class PagedBatch:
         slot_pages: list[int] = []
         positions: list[int] = []
         row = 0
-        for chunk in batch:
+        for chunk, used in zip(batch, pages, strict=True):
             end = chunk.start + len(chunk.tokens)
-            spans.append(_Span(row, row + len(chunk.tokens), chunk.start, end, chunk.pages))
+            spans.append(_Span(row, row + len(chunk.tokens), chunk.start, end, used))
             row += len(chunk.tokens)
             positions.extend(range(chunk.start, end))
-            slot_pages.extend(chunk.pages[at // self._block_tokens] for at in range(chunk.start, end))
+            slot_pages.extend(int(used[at // self._block_tokens]) for at in range(chunk.start, end))
         self.positions = torch.tensor(positions, device=kv.device)
         self._slot_pages = torch.tensor(slot_pages, device=kv.device)
         self._slot_offsets = self.positions % self._block_tokens
@@ -146,7 +150,7 @@ class PagedBatch:
         there yet, and a NaN that an earlier owner left would spread. At most one page per chunk, in one operation."""
         size = self._block_tokens
         begun = [
-            span.pages[span.end // size]
+            int(span.pages[span.end // size])
             for span in (*self._prefills, *self._decodes)
             if span.end % size and span.end // size * size >= span.start
         ]
@@ -223,10 +227,10 @@ class PagedBatch:
     def _decode_group(self, members: Sequence[tuple[_Span, int, int]], window: int) -> _DecodeGroup:
         device, size = self.positions.device, self._block_tokens
         width = max(count for _, _, count in members)
-        pages = [
-            [*span.pages[first : first + count], *([span.pages[first]] * (width - count))]
-            for span, first, count in members
-        ]
+        pages = np.empty((len(members), width), np.int64)
+        for row, (span, first, count) in zip(pages, members, strict=True):
+            row[:count] = span.pages[first : first + count]
+            row[count:] = row[0]
         starts = torch.tensor([span.start for span, _, _ in members], device=device)[:, None]
         firsts = torch.tensor([first * size for _, first, _ in members], device=device)[:, None]
         at = firsts + torch.arange(width * size, device=device)[None, :]
@@ -234,7 +238,7 @@ class PagedBatch:
         if window:
             mask &= at > starts - window
         rows = torch.tensor([span.first_row for span, _, _ in members], device=device)
-        return _DecodeGroup(rows, torch.tensor(pages, device=device), mask[:, None, None])
+        return _DecodeGroup(rows, torch.from_numpy(pages).to(device), mask[:, None, None])
 
     def _decode(self, layer: int, group: _DecodeGroup, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
         """Query `[b, heads, d]`, one token of each chunk; gives `[b, heads, value_dim]`."""

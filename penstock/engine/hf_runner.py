@@ -9,8 +9,9 @@ import torch
 
 from penstock.core.layout import KVLayout
 from penstock.core.operations import ChunkFault, ChunkOutcome
-from penstock.engine.attention import AttentionArgs, PagedBatch, attending
+from penstock.engine.attention import AttentionArgs, PagedBatch, Pages, attending
 from penstock.engine.checkpoint import SERVED_MODELS, CheckpointError, LoadFormat, load_model, one_line
+from penstock.engine.page_tables import PageTables
 from penstock.engine.paged_kv import LayerShape, PagedKV, PagedUpload
 from penstock.engine.runner import Chunk, UploadGroup
 from penstock.engine.sampling import sample
@@ -87,6 +88,7 @@ class HFRunner:
         )
         self.notes = _notes(loaded.config, self._shapes)  # what a report of KV sizes should say
         self._kv: PagedKV | None = None
+        self._tables = PageTables()
 
     def _probe(self, config: Any) -> _Probe:
         """Run two tokens through the model to see the KV of each layer; refuse what the interface does not show whole.
@@ -165,11 +167,10 @@ class HFRunner:
         ValueError for a chunk that does not fit, UploadFailed when pending blocks did not come."""
         if not batch:
             return []
-        for chunk in batch:
-            self._check(chunk)
+        pages = [self._check(chunk) for chunk in batch]
         try:
             with torch.inference_mode():
-                tokens = self._compute(batch)
+                tokens = self._compute(batch, pages)
                 unusable = self._unusable_blocks(batch, tokens)
         finally:
             self._synchronize()
@@ -186,7 +187,7 @@ class HFRunner:
             self.lost = f"the device failed: {one_line(error)}"
             raise
 
-    def _compute(self, batch: Sequence[Chunk]) -> list[int | None]:
+    def _compute(self, batch: Sequence[Chunk], pages: Sequence[Pages]) -> list[int | None]:
         """The sampled token per chunk; None where none was asked for, or the logits give none."""
         sampled = [index for index, chunk in enumerate(batch) if chunk.sampling is not None]
         last_rows, row = [], 0
@@ -195,7 +196,7 @@ class HFRunner:
             last_rows.append(row - 1)
         ids = torch.tensor([token for chunk in batch for token in chunk.tokens], device=self._device)
         keep = torch.tensor([last_rows[index] for index in sampled], dtype=torch.long, device=self._device)
-        paged = PagedBatch(self.kv, batch)
+        paged = PagedBatch(self.kv, batch, pages)
         with attending(paged):
             output = self._model(
                 input_ids=ids[None], position_ids=paged.positions[None], use_cache=False, logits_to_keep=keep
@@ -227,7 +228,8 @@ class HFRunner:
             for chunk, indices in zip(batch, filled, strict=True)
         ]
 
-    def _check(self, chunk: Chunk) -> None:
+    def _check(self, chunk: Chunk) -> Pages:
+        """The pages that it uses: of a chunk of one token those that are new were looked at. Raises ValueError."""
         end = chunk.start + len(chunk.tokens)
         needed = -(-end // self.layout.block_tokens)
         if not chunk.tokens or chunk.start < 0:
@@ -236,11 +238,14 @@ class HFRunner:
             raise ValueError(f"request {chunk.request_id}: {end} tokens; at most {self.max_context_tokens} are allowed")
         if len(chunk.pages) < needed:
             raise ValueError(f"request {chunk.request_id}: {len(chunk.pages)} pages for {end} tokens; {needed} needed")
+        if min(chunk.tokens) < 0 or max(chunk.tokens) >= self.vocab_size:
+            raise ValueError(f"request {chunk.request_id}: token ids must be 0 to {self.vocab_size - 1}")
+        if len(chunk.tokens) == 1:
+            return self._tables.of(chunk, needed, self.kv.pages)
         used = chunk.pages[:needed]  # what comes after the end of the chunk is not looked at
         if min(used) < 0 or max(used) >= self.kv.pages:
             raise ValueError(f"request {chunk.request_id}: pages must be 0 to {self.kv.pages - 1}")
-        if min(chunk.tokens) < 0 or max(chunk.tokens) >= self.vocab_size:
-            raise ValueError(f"request {chunk.request_id}: token ids must be 0 to {self.vocab_size - 1}")
+        return used
 
     def close(self) -> None:
         """Release L1 and the model; may be called again."""

@@ -55,6 +55,8 @@ class Chunk:
     `tokens` are at positions `start .. start+len(tokens)`; their KV goes into `pages` (the request's pages in prefix
     order, `block_tokens` tokens each, covering at least the end of the chunk). Everything before `start` is in
     L1 already, except for blocks in `pending`, whose layers are waited for one by one.
+    Chunks of one token that follow each other may have the same list of pages, to which pages are added and in which
+    none is replaced meanwhile: a runner need not read it anew.
     `sampling` is set when the last token of the chunk is to be followed by a sampled one; `sampled_index` is
     how many tokens the request has generated so far (so that a seed gives the same draw after a preemption).
     `past` is given where penalties look back, or logprobs are to be said: into `past.said`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
@@ -32,6 +32,7 @@ from penstock.units import format_bytes
 log = logging.getLogger(__name__)
 
 OBSERVE_EVERY_S = 1.0
+KEYS_AT_ONCE = 256  # that are looked up or dropped before others have their turn at the lock
 
 
 class LocalPool:
@@ -81,24 +82,30 @@ class LocalPool:
             member.register(buffer)
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
-        """Where each block lies, None for a miss; a hit's use is noted with its row. Raises PoolError once closed."""
+        """Where each block lies, None for a miss; a hit's use is noted with its row. Many keys are looked up in parts:
+        a block may come or go in between, as it may before the answer is used. Raises PoolError once closed."""
         found: list[Located | None] = []
-        uses: dict[int, list[Use]] = {}
-        with self._lock:
-            self._check_open()
-            self._check_members()
-            for key in keys:
-                block = self._table.find(key)
-                if block is None:
-                    self._admission.asked(key)
-                    found.append(None)
-                    continue
-                value = self._table.touch(block)
-                uses.setdefault(block.member, []).append((key, value, block.uses))
-                found.append(Located(block.size_bytes, (self.members[block.member].name,)))
-            for number, noted in uses.items():
-                self.members[number].used(noted)
+        for some in _in_turns(keys):
+            with self._lock:
+                self._check_open()
+                self._check_members()
+                self._look_up(some, found)
         return found
+
+    def _look_up(self, keys: Sequence[BlockKey], found: list[Located | None]) -> None:
+        """Add what is known of these keys, and note the uses; the lock is held."""
+        uses: dict[int, list[Use]] = {}
+        for key in keys:
+            block = self._table.find(key)
+            if block is None:
+                self._admission.asked(key)
+                found.append(None)
+                continue
+            value = self._table.touch(block)
+            uses.setdefault(block.member, []).append((key, value, block.uses))
+            found.append(Located(block.size_bytes, (self.members[block.member].name,)))
+        for number, noted in uses.items():
+            self.members[number].used(noted)
 
     def read(
         self,
@@ -166,12 +173,15 @@ class LocalPool:
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
         """Drop those of the blocks that nobody holds; how many were dropped."""
-        with self._lock:
-            found = {key: block for key in keys if (block := self._table.evictable(key)) is not None}
-            for block in found.values():
-                self._drop_locked(block)
-            self._evictions += len(found)
-        return len(found)
+        evicted = 0
+        for some in _in_turns(keys):
+            with self._lock:
+                found = {key: block for key in some if (block := self._table.evictable(key)) is not None}
+                for block in found.values():
+                    self._drop_locked(block)
+                self._evictions += len(found)
+            evicted += len(found)
+        return evicted
 
     def stat(self, timeout_s: float) -> PoolStat:
         """State of the pool, its members and tenants. It asks nobody, so `timeout_s` is not used."""
@@ -549,6 +559,14 @@ class LocalPool:
             if changed is not None and not self._table.members[number].gone:
                 self._table.placement.set_weight(number, changed)
                 log.warning("%s reads at %.0f MB/s: its share follows", member.name, changed / 1e6)
+
+
+def _in_turns(keys: Sequence[BlockKey]) -> Iterator[Sequence[BlockKey]]:
+    """The keys in parts, one at least; in between, who waits for the lock has it."""
+    yield keys[:KEYS_AT_ONCE]
+    for at in range(KEYS_AT_ONCE, len(keys), KEYS_AT_ONCE):
+        time.sleep(0)
+        yield keys[at : at + KEYS_AT_ONCE]
 
 
 def _bandwidth(weight: float) -> MemberBandwidth | None:

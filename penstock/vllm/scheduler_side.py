@@ -55,7 +55,7 @@ class _Known:
     asked_held: int = 0  # tokens that vLLM held when it asked last
     offered: int = 0  # tokens that it was offered then
     saved_to: int = 0  # full blocks that were looked at for saving
-    put_off: list[int] = field(default_factory=list)  # of them, those for which there was no room
+    put_off: deque[int] = field(default_factory=deque)  # of them, those for which there was no room
     adapter: str | None = None  # what it is computed with, where it has an adapter
     computing: bool = False
     answering: bool = False
@@ -461,13 +461,12 @@ class SchedulerSide:
         self.host.extend(request.request_id, request.all_token_ids)
         groups = pins.blocks(request.request_id)
         end = min(end, *(len(blocks) // rows for blocks, rows in zip(groups, self._rows, strict=True)))
-        open_blocks = [*known.put_off, *range(known.saved_to, end)]
-        known.saved_to, known.put_off = max(end, known.saved_to), []
+        open_blocks = known.put_off
+        open_blocks.extend(range(known.saved_to, end))
+        known.saved_to = max(end, known.saved_to)
         room = self.host.can_keep
-        for at, index in enumerate(open_blocks):
-            if not room:
-                known.put_off = open_blocks[at:]
-                return
+        while open_blocks and room:
+            index = open_blocks.popleft()
             if not self.host.wants(request.request_id, index):
                 continue
             ids = self._ids(groups, index, 0)

@@ -21,7 +21,7 @@ from penstock.io.open import open_engine
 from penstock.pool.api import PoolError
 from penstock.pool.device import DeviceMember, open_device_member
 from penstock.pool.header import HEADER_BYTES
-from penstock.pool.local import LocalPool
+from penstock.pool.local import KEYS_AT_ONCE, LocalPool
 from penstock.pool.memory import MemoryMember
 from penstock.pool.open import open_local_pool
 from tests.children import with_tests
@@ -541,3 +541,38 @@ def test_queued_writes_over_the_limit_are_dropped_not_kept(faulty: tuple[LocalPo
     assert "dropped" in reasons
     assert set(reasons) <= {"ok", "dropped", "full", "deadline"}
     assert pool.stat(1.0).writes_dropped == len(reasons) - reasons.count("ok")
+
+
+class Turns(Sequence[bytes]):
+    """Keys that ask the pool something each time a part of them is taken: nobody may hold its lock then."""
+
+    def __init__(self, keys: Sequence[bytes], pool: LocalPool) -> None:
+        self._keys, self._pool = keys, pool
+        self.parts: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, at: Any) -> Any:
+        part = self._keys[at]
+        self.parts.append(len(part))
+        asked = threading.Thread(target=self._pool.stat, args=(1.0,), daemon=True)
+        asked.start()
+        asked.join(10.0)
+        assert not asked.is_alive(), "the pool's lock is held while a part of the keys is taken"
+        return part
+
+
+def test_many_keys_are_looked_up_and_evicted_in_turns_with_others(opened: Opener) -> None:
+    pool = opened([4 * MIB])
+    keys = [key_of(number) for number in range(10 * KEYS_AT_ONCE + 5)]
+    for key in (keys[0], keys[700], keys[-1]):
+        assert write(pool, key, size_bytes=1000) == "ok"
+    asked = Turns(keys, pool)
+    found = pool.lookup(asked, 1.0)
+    assert asked.parts == [KEYS_AT_ONCE] * 10 + [5]
+    assert [at for at, hit in enumerate(found) if hit is not None] == [0, 700, len(keys) - 1]
+    dropped = Turns(keys, pool)
+    assert pool.evict(dropped) == 3
+    assert dropped.parts == [KEYS_AT_ONCE] * 10 + [5]
+    assert pool.lookup([], 1.0) == [] and pool.evict([]) == 0

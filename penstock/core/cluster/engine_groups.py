@@ -12,10 +12,12 @@ Invariants, checked by `check_integrity`:
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from penstock.core.cluster.nic_speed import NicSpeed
 from penstock.core.config import ConfigError, check_range
 from penstock.core.cost import ComputeCost
 
@@ -44,38 +46,61 @@ class EngineSpec:
 
 
 class Node:
-    """A host: its storage NIC, what is queued on it, and whether it is up. `tokens_per_s` is in tokens of KV.
+    """A host: its storage NIC, what is queued on it, and whether it is up.
 
     Reads are numbered as they are assigned, so that a report can say which of them it knows of."""
 
-    __slots__ = ("alpha_tokens", "assigned", "name", "nic_up", "read_tokens", "tokens_per_s", "unread")
+    __slots__ = ("_alpha_s", "assigned", "name", "nic", "nic_up", "read_tokens", "unread", "unread_tokens")
 
-    def __init__(self, name: str, tokens_per_s: float, alpha_s: float) -> None:
+    def __init__(self, name: str, nic: float | NicSpeed, alpha_s: float) -> None:
         self.name = name
-        self.tokens_per_s = tokens_per_s
-        self.alpha_tokens = alpha_s * tokens_per_s
+        self.nic = nic
+        self._alpha_s = alpha_s
         self.nic_up = True
         self.read_tokens = 0.0
         self.assigned = 0
-        self.unread: dict[int, int] = {}  # tokens of reads that have not ended, by number
+        self.unread: dict[int, int] = {}  # tokens of reads that have not ended, by number, in the order of that
+        self.unread_tokens = 0  # of all of them
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of its storage NIC, in tokens of KV."""
+        nic = self.nic
+        return nic.tokens_per_s if isinstance(nic, NicSpeed) else nic
+
+    @property
+    def alpha_tokens(self) -> float:
+        """Above so many tokens its read queue is long."""
+        return self._alpha_s * self.tokens_per_s
 
     def assign(self, tokens: int, joined_to: int = 0) -> int:
         """Another read of so many tokens; its number. One that is `joined_to` an unread one ends with it."""
         self.read_tokens += tokens
+        self.unread_tokens += tokens
         self.assigned += 1
         self.unread[self.assigned] = tokens + self.unread.pop(joined_to, 0)
         return self.assigned
 
     def read_off(self, number: int) -> None:
         """A read has ended, or nobody waits for it any more."""
-        self.read_tokens = max(0.0, self.read_tokens - self.unread.pop(number))
+        tokens = self.unread.pop(number)
+        self.unread_tokens -= tokens
+        self.read_tokens = max(0.0, self.read_tokens - tokens)
         if not self.unread:
             self.read_tokens = 0.0
 
     def correct(self, read_tokens: float, assigned_seen: int) -> None:
         """A report: `read_tokens` are left of the reads numbered up to `assigned_seen`."""
-        later = sum(tokens for number, tokens in self.unread.items() if number > assigned_seen)
-        self.read_tokens = max(0.0, read_tokens) + later
+        self.read_tokens = max(0.0, read_tokens) + self.unread_after(assigned_seen)
+
+    def unread_after(self, number: int) -> int:
+        """Tokens to be read of reads with higher numbers. O(those reads): the latest come first."""
+        later = 0
+        for at, tokens in reversed(self.unread.items()):
+            if at <= number:
+                break
+            later += tokens
+        return later
 
     @property
     def wait_s(self) -> float:
@@ -123,7 +148,7 @@ class Engine:
 class Group:
     """Engines of one role that are told apart by load only. The lists run parallel to `engines`."""
 
-    __slots__ = ("beta_max", "capacity", "capacity_total", "engines", "name", "role", "tokens", "total", "unfinished")
+    __slots__ = ("_betas", "capacity", "capacity_total", "engines", "name", "role", "tokens", "total", "unfinished")
 
     def __init__(self, name: str, role: Role) -> None:
         self.name = name
@@ -134,7 +159,12 @@ class Group:
         self.capacity: list[int] = []
         self.capacity_total = 0
         self.total = 0
-        self.beta_max = 0.0  # beta_tokens of the fastest engine
+        self._betas: list[float] = []  # beta_tokens of all engines, in order
+
+    @property
+    def beta_max(self) -> float:
+        """beta_tokens of the fastest engine."""
+        return self._betas[-1] if self._betas else 0.0
 
     def add(self, spec: EngineSpec, node: Node, beta_s: float) -> Engine:
         """A new engine at the end of the lists, with nothing unfinished."""
@@ -144,8 +174,15 @@ class Group:
         self.unfinished.append(0)
         self.capacity.append(spec.capacity_tokens)
         self.capacity_total += spec.capacity_tokens
-        self.beta_max = max(self.beta_max, engine.beta_tokens)
+        insort(self._betas, engine.beta_tokens)
         return engine
+
+    def set_beta(self, engine: Engine, beta_tokens: float) -> None:
+        """O(log engines)."""
+        if beta_tokens != engine.beta_tokens:
+            del self._betas[bisect_left(self._betas, engine.beta_tokens)]
+            insort(self._betas, beta_tokens)
+            engine.beta_tokens = beta_tokens
 
     def remove(self, engine: Engine) -> None:
         """Take an engine out; those behind it move up by one index."""
@@ -157,7 +194,7 @@ class Group:
         del self.engines[index]
         for i, other in enumerate(self.engines):
             other.index = i
-        self.beta_max = max((other.beta_tokens for other in self.engines), default=0.0)
+        del self._betas[bisect_left(self._betas, engine.beta_tokens)]
 
     def charge(self, engine: Engine, tokens: int, requests: int) -> None:
         """Add tokens and requests to what is unfinished on an engine; negative numbers take them off."""
@@ -185,13 +222,14 @@ class Groups:
 
     # -- machines come and go -----------------------------------------------------------------------------------
 
-    def add_node(self, name: str, tokens_per_s: float) -> Node:
-        """A node, or a node's new speed. `tokens_per_s` of its storage NIC. Raises ConfigError."""
-        check_range("tokens_per_s", tokens_per_s, 1e-9, 1e15)
+    def add_node(self, name: str, nic: float | NicSpeed) -> Node:
+        """A node, or a node's new speed: tokens per second of its storage NIC, or what says so whenever it is asked.
+        Raises ConfigError."""
+        check_range("tokens_per_s", nic.tokens_per_s if isinstance(nic, NicSpeed) else nic, 1e-9, 1e15)
         node = self.nodes.get(name)
         if node is None:
-            node = self.nodes[name] = Node(name, tokens_per_s, self._alpha_s)
-        node.tokens_per_s, node.alpha_tokens = tokens_per_s, self._alpha_s * tokens_per_s
+            node = self.nodes[name] = Node(name, nic, self._alpha_s)
+        node.nic = nic
         return node
 
     def add(self, spec: EngineSpec) -> Engine:
@@ -217,9 +255,8 @@ class Groups:
     def set_speed(self, engine: Engine, tokens_per_s: float, compute: ComputeCost | None) -> None:
         """What the engine is known to do now. Raises ConfigError."""
         check_range("tokens_per_s", tokens_per_s, 1e-9, 1e15)
-        engine.tokens_per_s, engine.beta_tokens, engine.compute = tokens_per_s, self._beta_s * tokens_per_s, compute
-        group = engine.group
-        group.beta_max = max(other.beta_tokens for other in group.engines)
+        engine.tokens_per_s, engine.compute = tokens_per_s, compute
+        engine.group.set_beta(engine, self._beta_s * tokens_per_s)
 
     def remove(self, engine: Engine) -> None:
         """The engine is gone; its requests are the caller's."""
@@ -336,6 +373,7 @@ class Groups:
             assert group.engines, f"G3: group {group.name} is empty"
             assert group.total == sum(group.tokens), f"G1: the total of group {group.name} is not its engines' sum"
             assert group.capacity_total == sum(group.capacity), f"G1: capacity of group {group.name}"
+            assert group.beta_max == max(e.beta_tokens for e in group.engines), f"G3: beta of group {group.name}"
             for i, engine in enumerate(group.engines):
                 assert engine.index == i and engine.role == group.role, f"G3: engine {engine.name}"
                 assert group.unfinished[i] == len(engine.requests) and group.tokens[i] >= 0, f"G1: engine {engine.name}"
@@ -344,3 +382,5 @@ class Groups:
         assert self.nics_down == sum(not node.nic_up for node in self.nodes.values()), "G2: NICs that are down"
         for node in self.nodes.values():
             assert node.read_tokens >= 0 and all(0 < n <= node.assigned for n in node.unread), f"G2: node {node.name}"
+            assert node.unread_tokens == sum(node.unread.values()), f"G2: what is unread on node {node.name}"
+            assert list(node.unread) == sorted(node.unread), f"G2: the order of reads on node {node.name}"

@@ -21,6 +21,7 @@ import math
 from typing import Literal
 
 from penstock.core.cluster.engine_groups import Engine, EngineSpec, Groups, Node
+from penstock.core.cluster.nic_speed import NicSpeed
 from penstock.core.cluster.placing import (
     Decision,
     DecisionFailed,
@@ -73,6 +74,7 @@ class InterEngineScheduler:
         self._out: list[Decision] = []
         self._blocked: Literal["", "prefill", "decode", "any"] = ""  # what the first request waits for
         self._planner = ReadPlanner(config)
+        self._assigned_before: dict[str, int] = {}  # reads of nodes that the latest `decide` assigned reads to
         self.counts = {"placed": 0, "restarted": 0, "replanned": 0, "given up": 0, "cancelled": 0}
 
     def __len__(self) -> int:
@@ -86,9 +88,9 @@ class InterEngineScheduler:
 
     # -- events: machines ---------------------------------------------------------------------------------------
 
-    def node_registered(self, node: str, storage_tokens_per_s: float) -> None:
+    def node_registered(self, node: str, storage_nic: float | NicSpeed) -> None:
         """A node and the speed of its storage NIC, in tokens of KV; or its speed as it is now. Raises ConfigError."""
-        self.groups.add_node(node, storage_tokens_per_s)
+        self.groups.add_node(node, storage_nic)
 
     def engine_registered(self, spec: EngineSpec) -> None:
         """An engine may get requests from now on; a fenced one registers anew when it is lost. Raises ConfigError."""
@@ -97,12 +99,20 @@ class InterEngineScheduler:
 
     def engine_speed(self, engine_id: str, tokens_per_s: float, compute: ComputeCost | None) -> None:
         """What a registered engine is known to do now (see `EngineSpec`); beta follows. Unknown engines are ignored.
-        Raises ConfigError."""
+        O(log engines), and so is the next `decide` where nothing can be placed for it. Raises ConfigError."""
         engine = self.groups.engines.get(engine_id)
         if engine is not None:
             self.groups.set_speed(engine, tokens_per_s, compute)
-            if self._blocked == "prefill":
+            self._look_again(engine)
+
+    def _look_again(self, engine: Engine) -> None:
+        """An engine is faster or slower, and its node's read queue may be another: that lets the first request go on
+        where it waits for this engine, or where what is picked for it, or whose turn it is, depends on either."""
+        if self._blocked == "prefill" and self.config.order == "fcfs":
+            if engine.role != "decode" and engine.tokens <= engine.beta_tokens:
                 self._blocked = ""
+        elif self._blocked != "decode" or self.config.order != "fcfs" or len(self.groups.prefill) > 1:
+            self._blocked = ""
 
     def engine_lost(self, engine_id: str, now: float) -> None:
         """The engine is gone or fenced: its requests start over elsewhere. Unknown engines are ignored."""
@@ -157,13 +167,18 @@ class InterEngineScheduler:
         node = self.groups.nodes.get(node_id)
         return node.assigned if node is not None else 0
 
+    def assigned_before(self, node_id: str) -> int:
+        """`assigned` as it was before the latest `decide`; 0 for an unknown node."""
+        before = self._assigned_before.get(node_id)
+        return self.assigned(node_id) if before is None else before
+
     def unread_tokens(self, node_id: str, assigned_seen: int | None = None) -> int:
         """What is to be read on a node for requests that are not prefilled, of the reads numbered up to `assigned_seen`
         (None: of all); 0 for an unknown node."""
         node = self.groups.nodes.get(node_id)
         if node is None:
             return 0
-        return sum(t for number, t in node.unread.items() if assigned_seen is None or number <= assigned_seen)
+        return node.unread_tokens - (0 if assigned_seen is None else node.unread_after(assigned_seen))
 
     # -- events: requests ---------------------------------------------------------------------------------------
 
@@ -249,6 +264,7 @@ class InterEngineScheduler:
         request that could not be decided on, which is known no more; what was decided before comes with the next call.
         """
         self._now = now
+        self._assigned_before.clear()
         for entry in self._queue.since_before(now - self.config.waiting_timeout_s):
             self._give_up(entry.item, "timeout", self._out)
             self._blocked = ""
@@ -316,6 +332,8 @@ class InterEngineScheduler:
         request.prefill_tokens = self._prefill_tokens(request, prefill, decode)
         request.attempt += 1
         request.prefill, request.decode, request.prefilled = prefill, decode, False
+        for node in (prefill.node, decode.node):
+            self._assigned_before.setdefault(node.name, node.assigned)
         if plan.prefill_tokens:
             request.prefill_read = prefill.node.assign(plan.prefill_tokens)
         if plan.decode_tokens:

@@ -15,7 +15,8 @@ BLOCKS_MAX = 1 << 20  # about 150 bytes of memory each
 
 
 class SeenPrefixes:
-    """The latest `blocks_max` blocks of all tenants."""
+    """The latest `blocks_max` blocks of all tenants, by their keys: `keys_of` says those of a prompt, and takes long
+    where that is long; it may be called on any thread."""
 
     def __init__(self, block_tokens: int, blocks_max: int = BLOCKS_MAX) -> None:
         self._block_tokens = block_tokens
@@ -25,23 +26,24 @@ class SeenPrefixes:
     def __len__(self) -> int:
         return len(self._seen)
 
-    def hit_tokens(self, tokens: Sequence[int], tenant: str) -> int:
-        """Tokens of the longest prefix that was added before, in full blocks, less than all tokens."""
+    def keys_of(self, tokens: Sequence[int], tenant: str) -> list[BlockKey]:
+        """Of a prompt's full blocks."""
+        return block_keys(tokens, b"seen prefixes", tenant, self._block_tokens)
+
+    def hit_tokens(self, keys: Sequence[BlockKey], prompt_tokens: int) -> int:
+        """Tokens of the longest prefix that was added before, in full blocks, less than all `prompt_tokens`."""
         blocks = 0
-        for key in self._keys(tokens, tenant):
+        for key in keys:
             if key not in self._seen:
                 break
             self._seen.move_to_end(key)
             blocks += 1
-        return max(0, min(blocks * self._block_tokens, len(tokens) - 1) // self._block_tokens * self._block_tokens)
+        return max(0, min(blocks * self._block_tokens, prompt_tokens - 1) // self._block_tokens * self._block_tokens)
 
-    def add(self, tokens: Sequence[int], tenant: str) -> None:
-        """The KV of these tokens was computed, and its full blocks go to the pool."""
-        for key in reversed(self._keys(tokens, tenant)):  # so that a prefix outlives what follows it
+    def add(self, keys: Sequence[BlockKey]) -> None:
+        """The KV of a prompt with these keys was computed, and its full blocks go to the pool."""
+        for key in reversed(keys):  # so that a prefix outlives what follows it
             self._seen[key] = None
             self._seen.move_to_end(key)
         while len(self._seen) > self._blocks_max:
             self._seen.popitem(last=False)
-
-    def _keys(self, tokens: Sequence[int], tenant: str) -> list[BlockKey]:
-        return block_keys(tokens, b"seen prefixes", tenant, self._block_tokens)

@@ -15,7 +15,7 @@ from penstock.sim.cluster_shape import BASIC, LEVEL, ORACLE, PAPER, SPLIT
 from penstock.sim.experiments.dualpath_beyond import beyond
 from penstock.sim.experiments.dualpath_offline import SET_UPS, ablation, offline, ratios
 from penstock.sim.experiments.dualpath_online import online
-from penstock.sim.experiments.dualpath_scale import decision_cost, scale
+from penstock.sim.experiments.dualpath_scale import decision_cost, heartbeat_cost, scale
 
 PARTS = ("offline", "ablation", "ratios", "online", "beyond", "scale")
 FULL_AGENTS, QUICK_AGENTS = (256, 512, 1024, 2048, 4096), (256, 1024)
@@ -45,6 +45,7 @@ def tables(report: Report, quick: bool, trace: Path | None = None, parts: Sequen
 
 def _scale(report: Report, quick: bool) -> None:
     decision_cost(report)
+    heartbeat_cost(report)
     scale(report, 4 if quick else 24, 4 if quick else 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import resource
 import time
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 from penstock.bench.report import Report
 from penstock.core.cluster.engine_groups import EngineSpec, Role
 from penstock.core.cluster.inter_engine import InterEngineScheduler
+from penstock.core.cluster.nic_speed import StorageSpeeds
 from penstock.core.cluster.placing import InterEngineConfig, Place
 from penstock.sim.cluster_shape import PAPER
 from penstock.sim.experiments.dualpath_offline import SET_UPS
@@ -16,6 +18,7 @@ from penstock.sim.serving_run import Bench
 
 PAPER_JOB_S = {1: 3167.0, 24: 3201.0}
 AGENTS = 2000
+HEARTBEATS = 2000
 
 
 def scale(report: Report, factor: int, divisor: int = 1) -> None:
@@ -53,6 +56,31 @@ def decision_cost(report: Report) -> None:
             placed += len(brain.decide(1.0))
         took_s = time.thread_time() - before
         report.figure(f"decision_{waiting}_waiting_us", took_s / max(1, placed) * 1e6, limit_us)
+
+
+def heartbeat_cost(report: Report) -> None:
+    """Processor time of what an engine's heartbeat tells the brain, and of the decision after it, with 100 and 1,152
+    engines of which none has room for the request that waits."""
+    dice = random.Random(1)
+    for engines in (100, 1152):
+        brain, speeds = InterEngineScheduler(InterEngineConfig()), StorageSpeeds()
+        for number in range(engines):
+            node, role = f"n{number // 8}", "prefill" if number % 3 == 0 else "decode"
+            brain.node_registered(node, speeds.see(node, 1e9, 64, 1 << 21))
+            brain.engine_registered(EngineSpec(str(number), role, role, node, 3.7e5, 2_000_000))  # type: ignore[arg-type]
+        for number in range(22 * engines):
+            brain.submit(number, 33_000, 32_704, 150, 0.0)
+        brain.decide(0.0)
+        assert brain.waiting, "an engine has room"
+        before = time.thread_time()
+        for _ in range(HEARTBEATS):
+            number = dice.randrange(engines)
+            node = f"n{number // 8}"
+            brain.node_registered(node, speeds.see(node, dice.uniform(1e9, 2e9), 64, 1 << 21))
+            brain.engine_speed(str(number), dice.uniform(3.6e5, 3.7e5), None)
+            brain.report(node, brain.unread_tokens(node))
+            brain.decide(0.0)
+        report.figure(f"heartbeat_{engines}_engines_us", (time.thread_time() - before) / HEARTBEATS * 1e6)
 
 
 def _brain(waiting: int) -> InterEngineScheduler:
