@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from penstock.core.engine.blocks_in_use import BlocksInUse
 from penstock.core.eviction import PrefixIndex
 from penstock.core.keys import BlockKey
 
 
 class DevicePages:
     """Pages are free, private (one request's, not yet a full block), or cached under a key. A cached page stays after
-    its requests end, until its space is needed. A pinned one (in use, or being saved) is never evicted."""
+    its requests end, until its space is needed. A pinned one (in use, or being saved) is never evicted. `in_use`: the
+    pinned ones, and what loads have taken pages for."""
 
     def __init__(self, pages: int) -> None:
         self.total = pages
@@ -16,6 +18,7 @@ class DevicePages:
         self._page_of: dict[BlockKey, int] = {}
         self._key_of: dict[int, BlockKey] = {}
         self._index: PrefixIndex[BlockKey] = PrefixIndex()
+        self.in_use = BlocksInUse()
         self.evictions = 0
 
     @property
@@ -30,10 +33,6 @@ class DevicePages:
 
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._page_of
-
-    def is_pinned(self, key: BlockKey) -> bool:
-        """Whether somebody uses the block of this key, so that its page is not taken."""
-        return self._index.pins(key) > 0
 
     def is_cached(self, page: int) -> bool:
         """Whether this page holds a block under its key."""
@@ -73,11 +72,14 @@ class DevicePages:
         self._index.add(key, parent, 0.0)  # order of use, not time, decides
         for _ in range(pins):
             self._index.pin(key)
+        if pins:
+            self.in_use.add(key)
 
     def pin(self, key: BlockKey) -> int:
         """Use a cached block; returns its page."""
         self._index.touch(key, 0.0)
         self._index.pin(key)
+        self.in_use.add(key)
         return self._page_of[key]
 
     def page_of(self, key: BlockKey) -> int:
@@ -86,7 +88,10 @@ class DevicePages:
 
     def unpin(self, page: int) -> None:
         """End one use of a cached block."""
-        self._index.unpin(self._key_of[page])
+        key = self._key_of[page]
+        self._index.unpin(key)
+        if not self._index.pins(key):
+            self.in_use.discard(key)
 
     def discard(self, key: BlockKey) -> None:
         """A cached block is of no use: its page is free, unless somebody uses it still."""
@@ -96,8 +101,9 @@ class DevicePages:
             del self._key_of[page]
             self._free.append(page)
 
-    def check_integrity(self, private: set[int]) -> None:
-        """Every page is exactly one of free, private (`private`: those held by requests and loads), cached."""
+    def check_integrity(self, private: set[int], reserved: set[BlockKey]) -> None:
+        """Every page is exactly one of free, private (`private`: those held by requests and loads), cached. `reserved`:
+        blocks on their way that have pages."""
         free = set(self._free)
         cached = set(self._key_of)
         assert len(free) == len(self._free), "a page is free twice"
@@ -105,3 +111,4 @@ class DevicePages:
         assert len(free) + len(private) + len(cached) == self.total, "a page leaked"
         assert {page: key for key, page in self._page_of.items()} == self._key_of
         self._index.check_integrity()
+        self.in_use.check_integrity({key for key in self._index if self._index.pins(key)} | reserved)
