@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+
 from penstock.core.engine.blocks_in_use import BlocksInUse
 from penstock.core.eviction import PrefixIndex
 from penstock.core.keys import BlockKey
@@ -19,6 +21,9 @@ class DevicePages:
         self._key_of: dict[int, BlockKey] = {}
         self._index: PrefixIndex[BlockKey] = PrefixIndex()
         self.in_use = BlocksInUse()
+        self._inserted: dict[BlockKey, int] = {}  # cached blocks, in the order in which they came
+        self._insertions = 0
+        self._unpinned: list[tuple[int, BlockKey]] = []  # heap of those that lost their last pin; some have gone since
         self.evictions = 0
 
     @property
@@ -46,18 +51,29 @@ class DevicePages:
         if key is None:
             return None
         self.evictions += 1
-        page = self._page_of.pop(key)
-        del self._key_of[page]
-        return page
+        return self._forget(key)
 
     def _unpinned_root(self) -> BlockKey | None:
-        """Takes out an unpinned block with pinned descendants (the save of a descendant may outlast the request that
-        pinned them both)."""
-        if not self._index.unpinned:
-            return None
-        key = next(key for key in self._index if not self._index.pins(key))
-        self._index.remove(key)
-        return key
+        """Takes out the oldest unpinned block with pinned descendants (the save of a descendant may outlast the request
+        that pinned them both). O(log n) amortised."""
+        while self._unpinned:
+            number, key = heapq.heappop(self._unpinned)
+            if self._inserted.get(key) == number and not self._index.pins(key):
+                self._index.remove(key)
+                return key
+        return None
+
+    def _forget(self, key: BlockKey) -> int:
+        """The block is not cached any more; its page."""
+        page = self._page_of.pop(key)
+        del self._key_of[page], self._inserted[key]
+        return page
+
+    def _note_unpinned(self, key: BlockKey) -> None:
+        """The block may be given up from now on."""
+        heapq.heappush(self._unpinned, (self._inserted[key], key))
+        if len(self._unpinned) > 2 * self.total + 64:
+            self._unpinned = [(number, key) for key, number in self._inserted.items() if not self._index.pins(key)]
 
     def give_back(self, page: int) -> None:
         """Free a private page."""
@@ -69,11 +85,15 @@ class DevicePages:
         assert key not in self._page_of and page not in self._key_of
         self._page_of[key] = page
         self._key_of[page] = key
+        self._insertions += 1
+        self._inserted[key] = self._insertions
         self._index.add(key, parent, 0.0)  # order of use, not time, decides
         for _ in range(pins):
             self._index.pin(key)
         if pins:
             self.in_use.add(key)
+        else:
+            self._note_unpinned(key)
 
     def pin(self, key: BlockKey) -> int:
         """Use a cached block; returns its page."""
@@ -92,14 +112,13 @@ class DevicePages:
         self._index.unpin(key)
         if not self._index.pins(key):
             self.in_use.discard(key)
+            self._note_unpinned(key)
 
     def discard(self, key: BlockKey) -> None:
         """A cached block is of no use: its page is free, unless somebody uses it still."""
         if key in self._page_of and not self._index.pins(key):
             self._index.remove(key)
-            page = self._page_of.pop(key)
-            del self._key_of[page]
-            self._free.append(page)
+            self._free.append(self._forget(key))
 
     def check_integrity(self, private: set[int], reserved: set[BlockKey]) -> None:
         """Every page is exactly one of free, private (`private`: those held by requests and loads), cached. `reserved`:
@@ -109,6 +128,10 @@ class DevicePages:
         assert len(free) == len(self._free), "a page is free twice"
         assert not free & private and not free & cached and not private & cached, "a page has two owners"
         assert len(free) + len(private) + len(cached) == self.total, "a page leaked"
+        unpinned = {key for key in self._index if not self._index.pins(key)}
+        assert unpinned <= {key for number, key in self._unpinned if self._inserted.get(key) == number}
+        assert len(self._unpinned) <= 2 * self.total + 64
+        assert list(self._inserted) == list(self._index), "the order of insertion is wrong"
         assert {page: key for key, page in self._page_of.items()} == self._key_of
         self._index.check_integrity()
         self.in_use.check_integrity({key for key in self._index if self._index.pins(key)} | reserved)

@@ -94,6 +94,8 @@ class Loading:
 
     def _release_if_unwanted(self, load: BlockLoad) -> None:
         """After a waiter left: nobody may need the load any more, or only requests that are not admitted."""
+        if load.waiters and load.page is None and load.slot is None:
+            return  # it holds nothing, and somebody still waits for it
         if load.state is LoadState.UPLOADING or any(waiter.state is State.PREFILL for waiter in load.waiters):
             return
         self._table.give_back_page(load)

@@ -580,6 +580,8 @@ class GuestScheduler:
             begin, end = guest.run
             assert all(index in request.hits for index in range(begin, end))
             assert begin == end or end not in request.hits
+            shared = any(request.key_at(index) in self._granting for index in range(begin, end))
+            assert begin == end or self._granting.any_of(request, begin, end) == shared
         self._pages.check_integrity(set(), set())
         self._shared.l2.check_integrity(self._loading.slots_in_use() + self._saving.slots_in_use())
         self._loading.check_integrity()
