@@ -94,7 +94,7 @@ def test_a_decision_costs_little_with_many_waiting(policy: str) -> None:
 def test_an_event_costs_no_more_with_ten_times_the_blocks_and_ten_times_the_requests() -> None:
     """Counted work, not time: in the engine's scheduler and in that inside vLLM."""
     report = Report("sim cost")
-    cost.long_prompts(report, 1000, 400)
+    cost.long_prompts(report, 2000, 500)
     growth = {name: value for name, value in report.figures.items() if name.endswith("_growth")}
     assert len(growth) == 4 and set(growth) <= set(report.limits)
     assert all(value <= report.limits[name] for name, value in growth.items()), growth
