@@ -91,6 +91,20 @@ def test_a_decision_costs_little_with_many_waiting(policy: str) -> None:
     assert len(seconds) >= 100 and sum(seconds) / len(seconds) < 2e-3 and event_s < 5e-3
 
 
+def test_an_event_costs_no_more_with_ten_times_the_blocks_and_ten_times_the_requests() -> None:
+    """Counted work, not time: in the engine's scheduler and in that inside vLLM."""
+    report = Report("sim cost")
+    cost.long_prompts(report, 2000, 500)
+    growth = {name: value for name, value in report.figures.items() if name.endswith("_growth")}
+    assert len(growth) == 4 and set(growth) <= set(report.limits)
+    assert all(value <= report.limits[name] for name, value in growth.items()), growth
+
+
+def test_counted_work_follows_what_is_done() -> None:
+    few, many = (cost.bytecodes(lambda n=n: [number + 1 for number in range(n)]) for n in (100, 1000))
+    assert few > 100 and 9 < many / few < 11
+
+
 def test_plan_shows_a_frontier_that_keeps_the_slo(tmp_path: Path) -> None:
     figures = tmp_path / "plan.json"
     options = ["--rate", "0.3", "--length", "32K", "--gbit", "400", "--nodes-max", "3", "--arrivals-s", "60"]

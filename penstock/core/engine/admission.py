@@ -43,12 +43,13 @@ class Admission:
         self._room_pages = 0  # when admission came to a stop
         self._held_up: Request | None = None  # the aged request that L1 has no room for
         self._passers: dict[Request, int] = {}  # who was admitted before it meanwhile, and their pages
+        self._passed_pages = 0  # of all of them
 
     def enqueue(self, request: Request) -> None:
         """The request waits for admission from now on."""
         request.state = State.WAITING
         self.waiting.push(request)
-        request.queues.append(self.waiting)
+        request.queues[self.waiting] = None
         self.blocked = False
 
     def left(self, request: Request) -> None:
@@ -57,9 +58,9 @@ class Admission:
             self.prefills -= 1
         self.waiting.discard(request)
         self.admitted.pop(request, None)
-        self._passers.pop(request, None)
+        self._passed_pages -= self._passers.pop(request, 0)
         if request is self._held_up:
-            self._held_up, self._passers = None, {}
+            self._hold_up(None)
         self.blocked = False
 
     def admit(self, now: float) -> None:
@@ -82,6 +83,7 @@ class Admission:
             if may_go and self._try_admit(request, now):
                 if held_up is not None:
                     self._passers[request] = self._pages(request)
+                    self._passed_pages += self._pages(request)
                 return True
             if request.aged_s is not None:
                 if held_up is None:
@@ -90,15 +92,15 @@ class Admission:
                 pass_until_s = min(pass_until_s, request.aged_s)
         return False
 
-    def _hold_up(self, request: Request) -> None:
+    def _hold_up(self, request: Request | None) -> None:
         """The request, aged, is the first in line, and L1 has no room for it."""
         if request is not self._held_up:
-            self._held_up, self._passers = request, {}
+            self._held_up, self._passers, self._passed_pages = request, {}, 0
 
     def _leaves_room(self, held_up: Request, request: Request) -> bool:
         """Whether all who pass `held_up`, `request` with them, leave room for it beside them. So from when an aged
         request is the first in line it waits for those that were admitted by then, and for nobody else."""
-        pages = self._pages(request) + sum(self._passers.values())
+        pages = self._pages(request) + self._passed_pages
         return pages + -(-held_up.target // self._shared.config.block_tokens) <= self._shared.l1.total
 
     def _pages(self, request: Request) -> int:
@@ -117,17 +119,10 @@ class Admission:
     def _try_admit(self, request: Request, now: float) -> bool:
         shared = self._shared
         total = -(-request.target // shared.config.block_tokens)
-        unpinned, need = 0, total
-        hittable = request.hittable_blocks
-        for index in range(hittable):
-            key = request.key_at(index)
-            if key in shared.l1:
-                need -= 1
-                unpinned += not shared.l1.is_pinned(key)
-            elif (load := self._loading.loads.get(key)) is not None and load.page is not None:
-                need -= 1
-        if need + unpinned > self._room() and not self._revoke(request, need + unpinned, now):
+        need = total - shared.l1.in_use.count(request)  # what is cached and not pinned counts as room that it takes
+        if need > self._room() and not self._revoke(request, need, now):
             return False
+        request.counted = None
         self.waiting.discard(request)
         request.waiting_rank = request.rank
         request.state = State.PREFILL
@@ -140,7 +135,7 @@ class Admission:
         need = total
         front = front_to_compute(shared, request, self.admitted, self._loading.loads)
         shared.count("computed_instead_tokens", len(front) * shared.config.block_tokens)
-        for index in range(hittable):
+        for index in range(request.hittable_blocks):
             key = request.key_at(index)
             if key in shared.l1:
                 request.pages[index] = shared.l1.pin(key)
@@ -166,7 +161,7 @@ class Admission:
         nothing yet, the highest first; none of them if all of them together would not do. Ranks as they wait count too:
         what is known of an admitted request's loads may make its rank higher, and two could take each other's place for
         ever."""
-        if self._shared.config.mode == "coupled":
+        if self._shared.config.mode == "coupled" or need > self._room() + self._shared.promised:
             return False
         candidates = [
             other
@@ -176,7 +171,7 @@ class Admission:
             and not other.held
             and not other.own_pages
             and other.position == 0
-            and all(load.state is LoadState.WANTED for load in other.loads.values())
+            and other.load_counts[LoadState.WANTED] == len(other.loads)
         ]
         if need > self._room() + sum(other.promise for other in candidates):
             return False

@@ -51,8 +51,7 @@ class Batching:
             self._computable.discard(request)
         else:
             self._computable.push(request)
-            if self._computable not in request.queues:
-                request.queues.append(self._computable)
+            request.queues[self._computable] = None
 
     def _pass_ready(self, request: Request) -> None:
         size = self._shared.config.block_tokens
@@ -138,7 +137,7 @@ class Batching:
         start = request.position
         pending = {
             load.upload_op
-            for index, load in request.loads.items()
+            for index, load in (request.loads if request.load_counts[LoadState.UPLOADING] else {}).items()
             if load.state is LoadState.UPLOADING and index * self._shared.config.block_tokens < start
         }
         return ComputeChunk(

@@ -39,8 +39,7 @@ class Fetching:
         queues = self._admitted if request.state is State.PREFILL else self._reactive
         queue = queues.setdefault(route, RankedQueue())
         queue.push(request)
-        if queue not in request.queues:
-            request.queues.append(queue)
+        request.queues[queue] = None
 
     def not_reactive(self, request: Request) -> None:
         """The request was admitted: what it wants is no reactive fetch any more."""
@@ -74,16 +73,17 @@ class Fetching:
         if chosen is None:
             return None
         route, request = chosen
-        return request.wanted[route].popleft(), request
+        return request.wanted[route].popitem(last=False)[0], request
 
     def _first_wanting(self, queue: RankedQueue[Request], route: Route) -> Request | None:
         """The request of least rank with a block to fetch over the route: the first that it wants there."""
         while (request := queue.peek()) is not None:
             wanted = request.wanted.get(route)
             while wanted:
-                if wanted[0].state is LoadState.WANTED and request in wanted[0].waiters:
+                load = next(iter(wanted))
+                if load.state is LoadState.WANTED and request in load.waiters:
                     return request
-                wanted.popleft()
+                del wanted[load]
             queue.discard(request)
         return None
 

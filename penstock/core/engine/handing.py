@@ -6,7 +6,7 @@ copied into a slot first. A block that was read through the decode engine is the
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,8 +24,12 @@ class _Block:
     index: int
     slot: int | None
     of_load: bool
+    number: int  # in the order in which they are offered
     retried: bool = False
     downloading: bool = False
+
+
+_Queue = OrderedDict[tuple[Request, int], _Block]
 
 
 class Handing:
@@ -38,8 +42,9 @@ class Handing:
     def __init__(self, shared: SharedState, settled: Callable[[Request, float], None]) -> None:
         self._shared = shared
         self._settled = settled
-        self._staged: dict[str, deque[_Block]] = {}
-        self._in_l1: dict[str, deque[_Block]] = {}
+        self._staged: dict[str, _Queue] = {}
+        self._in_l1: dict[str, _Queue] = {}
+        self._offered = 0
         self._in_flight: dict[int, _Block] = {}
         self._windows: Counter[str] = Counter()
         self._keepers: Counter[int] = Counter()  # staged blocks by slot
@@ -61,7 +66,7 @@ class Handing:
         assert load.slot is not None
         self._keepers[load.slot] += 1
         request.forwarding.add(index)
-        self._staged.setdefault(hand_off.to, deque()).append(_Block(request, index, load.slot, True))
+        self._offer(self._staged, request, index, slot=load.slot)
 
     def in_l1(self, request: Request, index: int) -> None:
         """A full block of the request is in L1."""
@@ -69,7 +74,15 @@ class Handing:
         if hand_off is None or index in request.handed or index in request.forwarding:
             return
         request.forwarding.add(index)
-        self._in_l1.setdefault(hand_off.to, deque()).append(_Block(request, index, None, False))
+        self._offer(self._in_l1, request, index)
+
+    def _offer(
+        self, queues: dict[str, _Queue], request: Request, index: int, slot: int | None = None, retried: bool = False
+    ) -> None:
+        assert request.spec.hand_off is not None
+        self._offered += 1
+        block = _Block(request, index, slot, slot is not None, self._offered, retried)
+        queues.setdefault(request.spec.hand_off.to, OrderedDict())[request, index] = block
 
     def skip(self, request: Request, index: int) -> None:
         """The block, which has just been computed, is not to leave this engine: the decode engine has to compute it."""
@@ -93,10 +106,11 @@ class Handing:
         hand_off = request.spec.hand_off
         if hand_off is None or not request.forwarding:
             return
+        own = [(request, index) for index in request.forwarding]
         for queues in (self._staged, self._in_l1):
-            queue = queues.get(hand_off.to, deque())
-            for block in [block for block in queue if block.request is request]:
-                queue.remove(block)
+            queue = queues.get(hand_off.to, OrderedDict())
+            waiting = [queue.pop(name) for name in own if name in queue]
+            for block in sorted(waiting, key=lambda block: block.number):
                 request.forwarding.discard(block.index)
                 if block.of_load:
                     self._let_go(block.slot)
@@ -128,13 +142,13 @@ class Handing:
         window = self._shared.config.forward_window_blocks
         for to, queue in self._staged.items():
             while queue and self._windows[to] < window:
-                self._issue(to, queue.popleft())
+                self._issue(to, queue.popitem(last=False)[1])
         for to, queue in self._in_l1.items():
             while queue and self._windows[to] < window:
                 slot = self._shared.l2.take_for_forward()
                 if slot is None:
                     break
-                block = queue.popleft()
+                _, block = queue.popitem(last=False)
                 block.slot, block.downloading = slot, True
                 block.request.downloading += 1
                 self._issue(to, block)
@@ -184,9 +198,8 @@ class Handing:
             request.handed.add(block.index)
             request.account.handed_blocks += 1
         elif not block.retried and request.state is not State.DONE and request.is_ready(block.index):
-            again = _Block(request, block.index, None, False, retried=True)
             request.forwarding.add(block.index)
-            self._in_l1.setdefault(hand_off.to, deque()).append(again)
+            self._offer(self._in_l1, request, block.index, retried=True)
         elif block.retried or request.state is State.HANDING:
             self._not_handed(request, error)
             request.handed.add(block.index)
@@ -203,7 +216,9 @@ class Handing:
 
     def check_integrity(self) -> None:
         """A block waits or is in flight once; windows are kept; every kept slot has as many keepers as blocks in it."""
-        queued = [block for queues in (self._staged, self._in_l1) for queue in queues.values() for block in queue]
+        queued = [
+            block for queues in (self._staged, self._in_l1) for queue in queues.values() for block in queue.values()
+        ]
         everything = [*queued, *self._in_flight.values()]
         on_their_way = [(id(block.request), block.index) for block in everything]
         assert len(set(on_their_way)) == len(on_their_way), "a block goes out twice at once"

@@ -6,7 +6,7 @@ own, are in `fetching.py` and `uploading.py`.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 
 from penstock.core.engine.fetching import Fetching
@@ -15,18 +15,24 @@ from penstock.core.engine.loads import Loads
 from penstock.core.engine.request import NO_PAGE, BlockLoad, LoadState, Request, State
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.engine.uploading import Uploading
+from penstock.core.keys import BlockKey
 from penstock.core.operations import BlockHit, Route
 
 
 class Loading:
     """`changed(request, now)` is called whenever a block of a request moved, so that its rank, label and readiness for
-    compute follow."""
+    compute follow; before that `lost(request, index)` for a block that became a miss."""
 
     def __init__(
-        self, shared: SharedState, changed: Callable[[Request, float], None], handing: Handing | None = None
+        self,
+        shared: SharedState,
+        changed: Callable[[Request, float], None],
+        handing: Handing | None = None,
+        lost: Callable[[Request, int], None] = lambda request, index: None,
     ) -> None:
         self._shared = shared
         self._changed = changed
+        self._lost = lost
         self._table = Loads(shared, handing)
         self._fetching = Fetching(shared, self._table, changed)
         self._uploading = Uploading(shared, self._table, changed)
@@ -46,9 +52,9 @@ class Loading:
         request.loads[index] = load
         request.load_counts[load.state] += 1
         if load.state is LoadState.WANTED:
-            request.wanted.setdefault(load.hit.route, deque()).append(load)
+            request.wanted.setdefault(load.hit.route, OrderedDict())[load] = None
         elif load.state is LoadState.STAGED:
-            request.staged.append(load)
+            request.staged[load] = None
             self._table.hand_over(request, index, load)
 
     def enqueue(self, request: Request) -> None:
@@ -69,11 +75,11 @@ class Loading:
         for load in list(request.loads.values()):
             del load.waiters[request]
             self._release_if_unwanted(load)
-        request.loads, request.wanted, request.staged = {}, {}, deque()
+        request.loads, request.wanted, request.staged = {}, {}, OrderedDict()
         request.load_counts = dict.fromkeys(LoadState, 0)
         for queue in request.queues:
             queue.discard(request)
-        request.queues = []
+        request.queues = {}
 
     def forgo(self, request: Request, index: int) -> None:
         """The request does not wait for its block `index` any more."""
@@ -82,19 +88,17 @@ class Loading:
         request.load_counts[load.state] -= 1
         request.upload_bytes -= load.hit.size_bytes
         if load.state in (LoadState.WANTED, LoadState.FETCHING):
-            route = load.hit.route
-            request.bytes_by_route[route] = request.bytes_by_route.get(route, 0) - load.hit.size_bytes
-        if load in request.staged:
-            request.staged.remove(load)
+            self._less_to_fetch(request, load)
+        request.staged.pop(load, None)
         self._release_if_unwanted(load)
 
     def _release_if_unwanted(self, load: BlockLoad) -> None:
         """After a waiter left: nobody may need the load any more, or only requests that are not admitted."""
+        if load.waiters and load.page is None and load.slot is None:
+            return  # it holds nothing, and somebody still waits for it
         if load.state is LoadState.UPLOADING or any(waiter.state is State.PREFILL for waiter in load.waiters):
             return
-        if load.page is not None:
-            self._shared.l1.give_back(load.page)
-            load.page = None
+        self._table.give_back_page(load)
         if load.slot is not None:
             self._table.set_reactive(load)
         if load.state is LoadState.STAGED:
@@ -118,15 +122,20 @@ class Loading:
         self._table.move(load, LoadState.WANTED)
         load.hit = hit
         for waiter in load.waiters:
-            if load in waiter.staged:
-                waiter.staged.remove(load)
-            if load in waiter.wanted.get(old, ()):
-                waiter.wanted[old].remove(load)
+            waiter.staged.pop(load, None)
+            if old in waiter.wanted:
+                waiter.wanted[old].pop(load, None)
             if counted:
                 waiter.bytes_by_route[old] = waiter.bytes_by_route.get(old, 0) - size
             waiter.bytes_by_route[route] = waiter.bytes_by_route.get(route, 0) + size
-            waiter.wanted.setdefault(route, deque()).append(load)
+            waiter.wanted.setdefault(route, OrderedDict())[load] = None
             self._fetching.offer(waiter, route)
+            self._shared.revalued(waiter)
+
+    def _less_to_fetch(self, request: Request, load: BlockLoad) -> None:
+        route = load.hit.route
+        request.bytes_by_route[route] = request.bytes_by_route.get(route, 0) - load.hit.size_bytes
+        self._shared.revalued(request)
 
     def reroute(self, request: Request, away_from: Callable[[Route], bool]) -> None:
         """Fetch what has not begun over such a route on the request's other side, where that can read it."""
@@ -161,9 +170,8 @@ class Loading:
             account = waiter.account
             account.loaded_bytes += load.hit.size_bytes
             account.measured_fetch_s += busy_s
-            route = load.hit.route
-            waiter.bytes_by_route[route] = waiter.bytes_by_route.get(route, 0) - load.hit.size_bytes
-            waiter.staged.append(load)
+            self._less_to_fetch(waiter, load)
+            waiter.staged[load] = None
             if waiter.state is State.PREFILL:
                 self._uploading.offer(waiter)
             self._changed(waiter, now)
@@ -191,11 +199,11 @@ class Loading:
         for waiter, index in load.waiters.items():
             del waiter.loads[index]
             waiter.hits.pop(index, None)
+            self._lost(waiter, index)
             waiter.load_counts[load.state] -= 1
             waiter.upload_bytes -= size
             if load.state is LoadState.FETCHING:
-                route = load.hit.route
-                waiter.bytes_by_route[route] = waiter.bytes_by_route.get(route, 0) - size
+                self._less_to_fetch(waiter, load)
             failures = waiter.account.load_failures
             failures[error] = failures.get(error, 0) + 1
             waiter.account.recomputed_tokens += shared.config.block_tokens
@@ -203,8 +211,7 @@ class Loading:
                 waiter.pages[index] = NO_PAGE
                 waiter.position = min(waiter.position, index * shared.config.block_tokens)
                 shared.promise(waiter, 1 if load.page is not None else 0)
-        if load.page is not None:
-            shared.l1.give_back(load.page)
+        self._table.give_back_page(load)
         for waiter in load.waiters:
             self._changed(waiter, now)
 
@@ -240,6 +247,8 @@ class Loading:
         del self.loads[load.key]
         self._table.free_slot(load)
         users = [(waiter, index) for waiter, index in load.waiters.items() if waiter.state is State.PREFILL]
+        if not users:
+            l1.in_use.discard(load.key)
         l1.insert(load.key, load.parent, page, pins=len(users))  # nobody caches a block that is being loaded
         for waiter, index in load.waiters.items():
             del waiter.loads[index]
@@ -259,6 +268,10 @@ class Loading:
     def reserved_pages(self) -> set[int]:
         """Private pages that loads hold."""
         return self._table.reserved_pages()
+
+    def reserved_keys(self) -> set[BlockKey]:
+        """Blocks of loads that hold pages."""
+        return {key for key, load in self.loads.items() if load.page is not None}
 
     def in_flight(self) -> dict[str, int]:
         """Operations in flight by link."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from penstock.core.engine.handing import Handing
 from penstock.core.engine.request import BlockLoad, LoadState, Request
 from penstock.core.engine.shared_state import SharedState
@@ -31,8 +33,16 @@ class Loads:
             self._shared.count("reactive_allocations")
             return
         load.page = page
+        self._shared.l1.in_use.add(load.key)
         for waiter in load.waiters:
             self._shared.keep_promise(waiter)
+
+    def give_back_page(self, load: BlockLoad) -> None:
+        """The load does without its page, if it has one."""
+        if load.page is not None:
+            self._shared.l1.in_use.discard(load.key)
+            self._shared.l1.give_back(load.page)
+            load.page = None
 
     def kept_after_upload(self, load: BlockLoad) -> bool:
         """Whether its slot is read again after it went up, by a hand-off."""
@@ -97,4 +107,7 @@ class Loads:
             for waiter, index in load.waiters.items():
                 assert waiter.loads.get(index) is load and waiter.key_at(index) == key
             assert load.waiters or load.state in (LoadState.FETCHING, LoadState.UPLOADING), "nobody waits for a load"
+        for waiter in {waiter for load in self.by_key.values() for waiter in load.waiters}:
+            counts = Counter(load.state for load in waiter.loads.values())
+            assert +Counter(waiter.load_counts) == counts, "states of a request's loads are miscounted"
         assert self.reactive_slots == sum(load.reactive for load in self.by_key.values())

@@ -40,6 +40,7 @@ class Ranking:
         context = cached * config.block_tokens
         request.front_s = 0.0
         request.compute_s = self._shared.cost.compute.seconds([(request.target - context, context)])
+        self._shared.revalued(request)
 
     def count_loads(self, request: Request) -> None:
         """What is still to fetch and to upload, block by block."""
@@ -49,6 +50,7 @@ class Ranking:
             request.upload_bytes += size
             if load.state in (LoadState.WANTED, LoadState.FETCHING):
                 request.bytes_by_route[route] = request.bytes_by_route.get(route, 0) + size
+        self._shared.revalued(request)
 
     def load_s(self, request: Request) -> float:
         """T_load of what remains."""
@@ -71,6 +73,7 @@ class Ranking:
         rank = (request.tier, key, request.sequence)
         if rank != request.rank:
             request.rank = rank
+            self._shared.revalued(request)
             for queue in request.queues:
                 if request in queue:
                     queue.push(request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from enum import Enum
 
 from penstock.core.keys import BlockKey, KeyChain
@@ -35,6 +35,17 @@ class LoadState(Enum):
     FETCHING = "fetching"
     STAGED = "staged"
     UPLOADING = "uploading"
+
+
+class Counted:
+    """What `BlocksInUse` counted of a request that waits: its blocks, how many are in use, and after which change."""
+
+    __slots__ = ("at_change", "in_use", "keys")
+
+    def __init__(self, keys: frozenset[BlockKey]) -> None:
+        self.keys = keys
+        self.in_use = 0
+        self.at_change = -1
 
 
 class BlockLoad:
@@ -82,6 +93,7 @@ class Request:
         "bytes_by_route",
         "chain",
         "compute_s",
+        "counted",
         "deadline_s",
         "distrusts_pool",
         "downloading",
@@ -134,7 +146,7 @@ class Request:
         self.static_key: float | None = None
         self.rank: Rank = (ORDINARY, now, sequence)
         self.waiting_rank = self.rank  # as it was when the request was admitted, or changed its tier since
-        self.queues: list[RankedQueue[Request]] = []
+        self.queues: dict[RankedQueue[Request], None] = {}  # that it stands in, or stood in
         self.bytes_by_route: dict[Route, int] = {}
         self.upload_bytes = 0
         self.compute_s = 0.0
@@ -148,9 +160,10 @@ class Request:
         self.promise = 0  # pages it may still take; set aside at admission
         self.reactive = False
         self.loads: dict[int, BlockLoad] = {}
-        self.wanted: dict[Route, deque[BlockLoad]] = {}
-        self.staged: deque[BlockLoad] = deque()
+        self.wanted: dict[Route, OrderedDict[BlockLoad, None]] = {}
+        self.staged: OrderedDict[BlockLoad, None] = OrderedDict()
         self.load_counts: dict[LoadState, int] = dict.fromkeys(LoadState, 0)
+        self.counted: Counted | None = None  # while it waits
         self.position = 0
         # hand-off
         # blocks that the decode engine has, or will not get from here
@@ -214,8 +227,9 @@ class Request:
     def forget_blocks(self) -> None:
         """Back to the state before admission, keeping the tokens: for a preemption or a revoked admission."""
         self.ready, self.pages, self.own_pages, self.promise = [], [], 0, 0
-        self.loads, self.wanted, self.staged = {}, {}, deque()
+        self.loads, self.wanted, self.staged = {}, {}, OrderedDict()
         self.load_counts = dict.fromkeys(LoadState, 0)
         self.position = 0
         self.reactive = False
+        self.counted = None
         self.target = len(self.tokens)

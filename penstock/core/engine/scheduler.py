@@ -493,7 +493,7 @@ class LoadScheduler:
                 if index in request.loads:
                     assert not request.ready[index], "S3: a block is ready before it arrived"
         assert len(set(private)) == len(private), "S2: a private page has two owners"
-        shared.l1.check_integrity(set(private))
+        shared.l1.check_integrity(set(private), self._loading.reserved_keys())
         slots = self._loading.slots_in_use() + self._saving.slots_in_use() + self._handing.slots_in_use()
         shared.l2.check_integrity(slots)
         assert shared.promised == sum(request.promise for request in self._admission.admitted), "S4"

@@ -15,7 +15,8 @@ from penstock.core.operations import Operation
 class SharedState:
     """`promised` is the number of pages set aside for admitted requests; it stays at or below `l1.available` except
     after a failed load, when the shortage is met by preempting the request of the highest rank number. `l1`: the
-    pages of somebody else's engine (`guest_pages`)."""
+    pages of somebody else's engine (`guest_pages`). `revalued(request)` is called when a request's rank changed, or
+    what it has to load or to compute."""
 
     def __init__(self, config: SchedulerConfig, cost: CostModel, l1: DevicePages | None = None) -> None:
         self.config = config
@@ -26,6 +27,7 @@ class SharedState:
         self.promised = 0
         self.counters: dict[str, int] = {}
         self._last_op = 0
+        self.revalued: Callable[[Request], None] = lambda request: None
         self.preempt_for: Callable[[Request, float], bool] = lambda request, now: False
 
     def next_op(self) -> int:

@@ -30,8 +30,7 @@ class Uploading:
     def offer(self, request: Request) -> None:
         """The request, an admitted one, has a staged block."""
         self._queue.push(request)
-        if self._queue not in request.queues:
-            request.queues.append(self._queue)
+        request.queues[self._queue] = None
 
     def dispatch(self, now: float) -> None:
         """Issue uploads while the window has room: staged blocks of the request of least rank, in groups."""
@@ -66,16 +65,17 @@ class Uploading:
             limit = max(limit, len(request.staged))
         group: list[BlockLoad] = []
         while request.staged and len(group) < limit:
-            load = request.staged[0]
+            load = next(iter(request.staged))
             if load.state is not LoadState.STAGED or request not in load.waiters:
-                request.staged.popleft()
+                del request.staged[load]
                 continue
             if load.page is None:
                 page = shared.page_for(request, now)
                 if page is None:
                     break
                 self._loads.reserve_page(load, page)
-            group.append(request.staged.popleft())
+            del request.staged[load]
+            group.append(load)
         return group
 
     def _issue(self, group: list[BlockLoad], request: Request, now: float) -> None:

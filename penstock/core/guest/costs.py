@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from penstock.core.engine.ranking import Ranking
 from penstock.core.engine.recompute_front import MIN_SAMPLES
-from penstock.core.engine.request import State
+from penstock.core.engine.request import Request, State
 from penstock.core.engine.shared_state import SharedState
+from penstock.core.guest.ranked_sums import RankedSums
 from penstock.core.guest.records import Guest
+from penstock.core.operations import Route
+from penstock.core.ordering import Rank
 
 PROBE_EVERY = 8  # of the loads that costs speak against, one is made all the same: a link may be faster again
 STEP_S_MAX, STEP_TOKENS_LEAST = 0.1, 128  # of a batch of the host while loads land
+COMPUTE_UNIT = 2.0**-64  # seconds: sums of whole numbers of them depend on no order
+COMPUTE_S_MAX = 1e9
 GRANT_AHEAD_S = 0.5  # pages are asked for ahead as long as what has pages already keeps its links busy for less
 
 
@@ -21,11 +28,36 @@ def prefill_tokens_max(step_tokens: int, landed_tokens: int) -> int:
     return max(step_tokens - landed_tokens, step_tokens - step_tokens // 2)
 
 
-class GuestCosts:
-    """Judges by measured costs, and never against a load before there are enough measurements."""
+@dataclass(slots=True)
+class _Counted:
+    """What one request is counted with. `ranked`: its bytes by route and, under None, its compute, where only those of
+    less rank go before it; `granted`: bytes of its grant, which goes before everybody, `loading` while it loads;
+    `computing`: what the host computes now."""
 
-    def __init__(self, shared: SharedState, ranking: Ranking) -> None:
-        self._shared, self._ranking = shared, ranking
+    rank: Rank
+    ranked: dict[Route | None, int] = field(default_factory=dict)
+    granted: dict[Route, int] = field(default_factory=dict)
+    loading: dict[Route, int] = field(default_factory=dict)
+    computing: int = 0
+
+
+class GuestCosts:
+    """Judges by measured costs, and never against a load before there are enough measurements.
+
+    Sums over all requests follow each one's rank, costs, state and grant: `changed` has to be called after any of these
+    changed. Every call is O(log n) for each route, and so is each `changed` at the next question.
+
+    C1  the sums are those over all requests
+    """
+
+    def __init__(self, shared: SharedState, ranking: Ranking, guests: Mapping[str, Guest]) -> None:
+        self._shared, self._ranking, self._guests = shared, ranking, guests
+        self._counted: dict[Request, _Counted] = {}
+        self._stale: dict[Request, None] = {}  # that changed since they were counted
+        self._ranked: RankedSums[Route | None] = RankedSums()
+        self._granted: Counter[Route] = Counter()
+        self._loading: Counter[Route] = Counter()
+        self._computing = 0
         self._steps = 0
         self._fetches = 0
         self._refusals = 0
@@ -41,59 +73,115 @@ class GuestCosts:
         """A fetch ended."""
         self._fetches += 1
 
-    def worth_fetching(self, guest: Guest, guests: Iterable[Guest]) -> bool:
+    def worth_fetching(self, guest: Guest) -> bool:
         """Whether a request that arrived should load at all: not over a link that alone takes longer than computing,
         the processor's queue included. One in `PROBE_EVERY` of these does in any case."""
-        if not self._measured or self._ranking.load_s(guest.request) <= self._compute_s(guest, guests):
+        if not self._measured or self._ranking.load_s(guest.request) <= self._compute_s(guest):
             return True
         self._refusals += 1
         guest.probe = self._refusals % PROBE_EVERY == 0
         return guest.probe
 
-    def arrives_first(self, guest: Guest, guests: Iterable[Guest]) -> bool:
+    def arrives_first(self, guest: Guest) -> bool:
         """Whether the request's blocks arrive before they could be computed, each behind what goes first on its link or
         on the processor. Asked when the host could begin to compute it, and not before: so whichever of link and
         processor is free first takes the next request, and neither is idle while the other has a queue. Never refused
         before costs were measured."""
         if not self._measured:
             return True
-        request = guest.request
-        links: dict[tuple[str, ...], int] = dict(request.bytes_by_route)
-        for other in guests:
-            peer = other.request
-            if other is guest or peer.state not in (State.WAITING, State.PREFILL):
-                continue
-            if peer.rank <= request.rank or other.grant is not None:
-                for route, size_bytes in peer.bytes_by_route.items():
-                    links[route] = links.get(route, 0) + size_bytes
-        return self._shared.cost.load_s(links, request.upload_bytes, serial=False) < self._compute_s(guest, guests)
+        compute_s = self._compute_s(guest)
+        links = Counter({route: n for route, n in self._ranked.up_to(guest.request.rank).items() if route is not None})
+        links.update(self._loading)
+        return self._shared.cost.load_s(links, guest.request.upload_bytes, serial=False) < compute_s
 
     @property
     def _measured(self) -> bool:
         return self._shared.config.recompute and min(self._steps, self._fetches) >= MIN_SAMPLES
 
-    def _compute_s(self, guest: Guest, guests: Iterable[Guest]) -> float:
+    def _compute_s(self, guest: Guest) -> float:
         """Until a request would be computed, loading aside: what computing its blocks adds to it, behind requests that
         are being computed or go first."""
         request, compute = guest.request, self._shared.cost.compute
         first = guest.held * self._shared.config.block_tokens
-        total_s = compute.seconds([(request.target - first, first)]) - request.compute_s
-        for other in guests:
-            peer = other.request
-            if other is guest or peer.state not in (State.WAITING, State.PREFILL):
-                continue
-            if peer.rank <= request.rank or (peer.state is State.PREFILL and other.grant is None):
-                total_s += peer.compute_s
-        return total_s
+        self._count()
+        before = self._ranked.up_to(request.rank).get(None, 0) + self._computing - self._counted[request].ranked[None]
+        return compute.seconds([(request.target - first, first)]) - request.compute_s + before * COMPUTE_UNIT
 
-    def enough_granted(self, guests: Iterable[Guest]) -> bool:
+    def enough_granted(self) -> bool:
         """Whether what has pages keeps the links busy long enough, so that no more pages are asked for yet."""
-        links: dict[tuple[str, ...], int] = {}
-        for guest in guests:
-            if guest.grant is not None:
-                for route, size_bytes in guest.request.bytes_by_route.items():
-                    links[route] = links.get(route, 0) + size_bytes
-        return self._shared.cost.load_s(links, 0, serial=False) > GRANT_AHEAD_S
+        self._count()
+        return self._shared.cost.load_s(self._granted, 0, serial=False) > GRANT_AHEAD_S
+
+    def changed(self, request: Request) -> None:
+        """The request came, or its rank, its costs, its state or its grant are others than before."""
+        self._stale[request] = None
+
+    def gone(self, request: Request) -> None:
+        """The request is not known any more."""
+        self._stale.pop(request, None)
+        if (counted := self._counted.pop(request, None)) is not None:
+            self._ranked.remove(counted.rank)
+            self._count_one(counted, _Counted(request.rank))
+
+    def _count(self) -> None:
+        """Bring the sums up to date."""
+        for request in self._stale:
+            new = self._shares_of(self._guests[request.request_id])
+            old = self._counted.get(request)
+            if old is not None and old.rank == new.rank:
+                self._ranked.change(new.rank, new.ranked)
+            else:
+                if old is not None:
+                    self._ranked.remove(old.rank)
+                self._ranked.add(new.rank, new.ranked)
+            self._count_one(old or _Counted(new.rank), new)
+            self._counted[request] = new
+        self._stale.clear()
+
+    def _count_one(self, old: _Counted, new: _Counted) -> None:
+        self._computing += new.computing - old.computing
+        for sums, was, now in (
+            (self._granted, old.granted, new.granted), (self._loading, old.loading, new.loading)
+        ):  # fmt: skip
+            for route in was.keys() | now.keys():
+                sums[route] += now.get(route, 0) - was.get(route, 0)
+                if not sums[route]:
+                    del sums[route]
+
+    def _shares_of(self, guest: Guest) -> _Counted:
+        request, granted = guest.request, guest.grant is not None
+        waits = request.state in (State.WAITING, State.PREFILL)
+        compute = int(min(request.compute_s, COMPUTE_S_MAX) / COMPUTE_UNIT) if waits else 0
+        computing = request.state is State.PREFILL and not granted
+        ranked: dict[Route | None, int] = {None: 0 if computing else compute}
+        if granted:
+            loads = dict(request.bytes_by_route)
+            return _Counted(request.rank, ranked, loads, loads if waits else {})
+        if waits:
+            ranked.update(request.bytes_by_route.items())
+        return _Counted(request.rank, ranked, computing=compute if computing else 0)
+
+    def check_integrity(self) -> None:
+        """Assert C1. O(everything)."""
+        self._count()
+        assert self._counted.keys() == {guest.request for guest in self._guests.values()} and len(self._ranked) == len(
+            self._counted
+        ), "C1: a request is missing, or counted although it is gone"
+        shares = [self._shares_of(guest) for guest in self._guests.values()]
+        for one in shares:
+            less = [other.ranked for other in shares if other.rank <= one.rank]
+            names = {name for ranked in less for name in ranked}
+            sums = {name: sum(ranked.get(name, 0) for ranked in less) for name in names}
+            assert self._ranked.up_to(one.rank) == {name: n for name, n in sums.items() if n}, "C1: sums by rank"
+        for sums_kept, parts in (
+            (self._granted, [s.granted for s in shares]),
+            (self._loading, [s.loading for s in shares]),
+        ):
+            anew: Counter[Route] = Counter()
+            for part in parts:
+                anew.update(part)
+            assert sums_kept == anew, "C1: bytes of grants"
+        assert self._computing == sum(one.computing for one in shares), "C1: what is computed"
 
     def step_tokens_max(self) -> int | None:
         """How many tokens the host should compute in one step while loads land, so that what has landed does not wait

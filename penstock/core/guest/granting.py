@@ -8,9 +8,10 @@ Invariants, checked by `check_integrity`:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from penstock.core.engine.request import State
+from penstock.core.engine.request import Request, State
 from penstock.core.guest.pages import GuestPages
 from penstock.core.guest.records import Grant, Guest, Landed
 from penstock.core.keys import BlockKey
@@ -25,6 +26,7 @@ class Granting:
         self._pages = pages
         self._limit = max(1, int(host_pages * GRANT_SHARE))
         self._granted: dict[BlockKey, Guest] = {}  # until the host took note
+        self._begins: Counter[int] = Counter()  # at which blocks of their prefixes grants begin
         self._of_page: dict[int, Guest] = {}  # until it is settled
         self._landed: list[Landed] = []
 
@@ -34,6 +36,13 @@ class Granting:
 
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._granted
+
+    def any_of(self, request: Request, first: int, end: int) -> bool:
+        """Whether any of the request's blocks from `first` up to `end` has a page for another's load. What a grant and
+        the request have in common begins where the later of both does: a block's key names all blocks before it. O(1)
+        for each block that grants begin at."""
+        begins = (begin for begin in self._begins if first < begin < end)
+        return bool(self._granted) and any(request.key_at(index) in self._granted for index in (first, *begins))
 
     def has_room(self, blocks: int) -> bool:
         """Whether so many blocks more may get pages."""
@@ -45,10 +54,12 @@ class Granting:
         guest.grant = Grant(first, end, [guest.request.key_at(index) for index in range(first, end)])
         return guest.grant
 
-    def add(self, guest: Guest, key: BlockKey, page: int) -> None:
-        """A load writes to `page` from now on."""
+    def add(self, guest: Guest, index: int, page: int) -> None:
+        """A load of the next block, `index`, writes to `page` from now on."""
         assert guest.grant is not None
-        self._granted[key] = guest
+        if index == guest.grant.first:
+            self._begins[index] += 1
+        self._granted[guest.request.key_at(index)] = guest
         self._of_page[page] = guest
         guest.grant.unsettled.add(page)
 
@@ -84,9 +95,13 @@ class Granting:
     def end(self, guest: Guest) -> None:
         """The host took note of `Landed`; its own cache answers for those blocks from now on."""
         assert guest.grant is not None and guest.grant.landed
-        for key in guest.grant.keys:
-            if self._granted.get(key) is guest:
-                del self._granted[key]
+        for index, key in enumerate(guest.grant.keys, guest.grant.first):
+            if self._granted.get(key) is not guest:
+                break  # it and those behind it were another's, or no hits any more
+            del self._granted[key]
+            if index == guest.grant.first:
+                self._begins.subtract((index,))
+        self._begins = +self._begins
         guest.grant = None
 
     def check_integrity(self, guests: Iterable[Guest], pages_of_loads: set[int]) -> None:
@@ -101,5 +116,7 @@ class Granting:
             assert guest.request.state in (State.PREFILL, State.DECODE, State.DONE)
         assert len(set(pages)) == len(pages) == len(self._of_page), "G2: a page has two owners"
         assert pages_of_loads == set(pages), "G2: unsettled pages are those that loads hold"
+        begins = Counter(grant.first for guest, grant in granted if self._granted.get(grant.keys[0]) is guest)
+        assert begins == self._begins, "grants begin elsewhere"
         keys = {id(guest): set(grant.keys) for guest, grant in granted}
         assert all(key in keys.get(id(guest), ()) for key, guest in self._granted.items()), "G1"

@@ -42,10 +42,6 @@ class GuestPages(DevicePages):
         """Whether a save under way keeps this block."""
         return key in self._saving
 
-    def is_pinned(self, key: BlockKey) -> bool:
-        """As `is_saving`: only saves hold blocks here."""
-        return key in self._saving
-
     def is_cached(self, page: int) -> bool:
         """Whether a save under way keeps this page."""
         return page in self._names
@@ -99,7 +95,7 @@ class GuestPages(DevicePages):
             del self._saving[self._names.pop(page)]
             self.released.append(page)
 
-    def check_integrity(self, private: set[int]) -> None:
+    def check_integrity(self, private: set[int], reserved: set[BlockKey]) -> None:
         """Names and pins are of the same pages, each pinned at least once."""
         assert set(self._names) == set(self._pins) == set(self._saving.values())
         assert all(count > 0 for count in self._pins.values())

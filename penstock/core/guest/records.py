@@ -37,6 +37,7 @@ class Guest:
     loads: bool  # whether anything is loaded for it
     end: int = 0  # blocks from `held` up to here can be loaded
     lookup_until_s: float = 0.0
+    run: tuple[int, int] = (0, 0)  # blocks that are known to be an unbroken run of hits, and not to go on behind
     grant: Grant | None = None
     leaving: bool = False
     probe: bool = False  # it loads although computing seemed faster

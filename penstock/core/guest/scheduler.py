@@ -53,13 +53,14 @@ class GuestScheduler:
         self._seen = SeenBlocks(SEEN_BLOCKS_MAX)
         self._moving: dict[int, bytes] = {}  # fetches and saves under way: operation -> block
         self._ranking = Ranking(self._shared)
-        self._loading = Loading(self._shared, self._changed)
-        self._costs = GuestCosts(self._shared, self._ranking)
+        self._loading = Loading(self._shared, self._changed, lost=self._lost)
         self._guests: dict[str, Guest] = {}
+        self._costs = GuestCosts(self._shared, self._ranking, self._guests)
+        self._shared.revalued = self._costs.changed
         self._lookups: deque[Guest] = deque()
         self._looking_up: dict[int, Request] = {}
         self._granting = Granting(self._pages, config.l1_pages)
-        self._holes: dict[Request, None] = {}  # requests that lost a block since the last look
+        self._holes: dict[Request, list[int]] = {}  # blocks that requests lost since the last look
         self._ageing = Ageing(config.age_bound_s, config.age_delays)
         self._ended: list[Account] = []
         self._sequence = 0
@@ -89,7 +90,8 @@ class GuestScheduler:
         request = guest.request
         request.state = State.LOOKUP
         request.switch_label("lookup", now)
-        request.hits = {}
+        self._forget_hits(guest)
+        self._costs.changed(request)
         self._hold(guest, held_tokens)
         if guest.loads and guest.held < request.hittable_blocks:
             guest.lookup_until_s = now + self.config.lookup_timeout_s
@@ -113,7 +115,7 @@ class GuestScheduler:
         if hits is None:
             self._shared.count("lookup_failures")
         else:
-            request.hits = {}
+            self._forget_hits(guest)
             for index, hit in enumerate(hits):
                 if hit is not None and hit.size_bytes != self.config.block_bytes:
                     self._shared.count("hits_of_other_size")
@@ -141,7 +143,7 @@ class GuestScheduler:
         request.ready = [False] * len(request.pages)
         request.static_key = None
         self._ranking.set_rank(request)
-        if guest.end > guest.held and not self._costs.worth_fetching(guest, self._guests.values()):
+        if guest.end > guest.held and not self._costs.worth_fetching(guest):
             self._compute_instead(guest)
         for index in range(guest.held, guest.end):
             self._loading.join(request, index, request.hits[index])
@@ -150,11 +152,18 @@ class GuestScheduler:
         self._relabel(request, now)
 
     def _run_end(self, guest: Guest, first: int) -> int:
-        """The end of the unbroken run of hits from block `first` on."""
-        end = first
-        while end < guest.request.hittable_blocks and end in guest.request.hits:
-            end += 1
+        """The end of the unbroken run of hits from block `first` on; O(1) where it is known."""
+        begin, end = guest.run
+        if not begin <= first < end:
+            end = first
+            while end < guest.request.hittable_blocks and end in guest.request.hits:
+                end += 1
+            if end > first:
+                guest.run = (first, end)
         return end
+
+    def _forget_hits(self, guest: Guest) -> None:
+        guest.request.hits, guest.run = {}, (0, 0)
 
     def _compute_instead(self, guest: Guest) -> None:
         """Nothing is loaded for the request any more; the host computes it."""
@@ -162,7 +171,8 @@ class GuestScheduler:
         self._shared.count("computed_instead_tokens", (guest.end - guest.held) * self.config.block_tokens)
         for index in list(request.loads):
             self._loading.forgo(request, index)
-        request.hits, guest.end = {}, guest.held
+        self._forget_hits(guest)
+        guest.end = guest.held
         self._ranking.estimate(request)
         request.static_key = None
         self._ranking.set_rank(request)
@@ -190,6 +200,7 @@ class GuestScheduler:
         self._ageing.ended(request)
         self._loading.leave(request)
         request.state = State.DONE
+        self._costs.changed(request)
         request.switch_label("done", now)
         request.account.end_s = now
         if len(self._ended) < self.config.max_waiting:
@@ -202,6 +213,7 @@ class GuestScheduler:
         if guest.leaving and guest.grant is None:
             self._pages.forget(guest.noted)
             guest.noted = []
+            self._costs.gone(guest.request)
             del self._guests[guest.request.request_id]
 
     def forget_all(self, now: float) -> None:
@@ -243,7 +255,7 @@ class GuestScheduler:
         end = self._run_end(guest, first)
         if end * size <= held_tokens:
             return 0
-        if self._granting and any(request.key_at(index) in self._granting for index in range(first, end)):
+        if self._granting.any_of(request, first, end):
             request.switch_label("wait_shared", now)
             return None  # it will find those blocks in the host's own cache
         if not self._granting.has_room(end - first):
@@ -251,10 +263,10 @@ class GuestScheduler:
             return None
         begun = request.load_counts[LoadState.FETCHING] + request.load_counts[LoadState.STAGED]
         may_refuse = not begun and request.loads and not guest.probe
-        if may_refuse and not self._costs.arrives_first(guest, self._guests.values()):
+        if may_refuse and not self._costs.arrives_first(guest):
             guest.refused_tokens = end * size - held_tokens
             return 0  # its blocks are still fetched in their turn, should the host not get to it before
-        if request.bytes_by_route and self._costs.enough_granted(self._guests.values()):
+        if request.bytes_by_route and self._costs.enough_granted():
             return None  # its blocks are fetched in its turn all the same
         return end * size - held_tokens
 
@@ -289,7 +301,7 @@ class GuestScheduler:
             if index not in request.loads:
                 self._loading.join(request, index, hit)
             request.loads[index].page = page
-            self._granting.add(guest, key, page)
+            self._granting.add(guest, index, page)
         self._ranking.count_loads(request)
         self._ranking.progressed(request)
         self._loading.enqueue(request)
@@ -304,6 +316,7 @@ class GuestScheduler:
             return
         self._version += 1
         self._granting.end(guest)
+        self._costs.changed(guest.request)
         self._forget_if_gone(guest)
 
     def started(self, request_id: str, now: float) -> None:
@@ -315,7 +328,8 @@ class GuestScheduler:
         if request.state in (State.LOOKUP, State.WAITING):
             self._shared.count("computed_instead_tokens", guest.refused_tokens)
             self._loading.leave(request)
-            request.hits, guest.end = {}, guest.held
+            self._forget_hits(guest)
+            guest.end = guest.held
             self._ranking.estimate(request)
             request.state = State.PREFILL
             self._version += 1
@@ -328,6 +342,7 @@ class GuestScheduler:
         if guest is not None and guest.request.state is State.PREFILL and computed_tokens < guest.request.target:
             left = guest.request.target - computed_tokens
             guest.request.compute_s = self.cost.compute.seconds([(left, computed_tokens)])
+            self._costs.changed(guest.request)
 
     def prefilled(self, request_id: str, now: float) -> None:
         """The request's first token is there."""
@@ -336,6 +351,7 @@ class GuestScheduler:
             return
         request = guest.request
         request.state = State.DECODE
+        self._costs.changed(request)
         request.switch_label("decode", now)
         if request.account.first_token_s is None:
             request.account.first_token_s = now
@@ -368,23 +384,26 @@ class GuestScheduler:
 
     def _changed(self, request: Request, now: float) -> None:
         """A block of the request moved, or was lost."""
-        self._holes[request] = None
         counts = request.load_counts
         if not counts[LoadState.WANTED] and not counts[LoadState.FETCHING]:
             self._version += 1  # its links are free for others
         self._ranking.progressed(request)
         self._relabel(request, now)
 
+    def _lost(self, request: Request, index: int) -> None:
+        self._holes.setdefault(request, []).append(index)
+
     def _close_holes(self) -> None:
         """Requests that lost a block do without those behind it."""
-        changed, self._holes = self._holes, {}
-        for request in changed:
+        holes, self._holes = self._holes, {}
+        for request, lost in holes.items():
             guest = self._guests.get(request.request_id)
             if guest is None or guest.request is not request or guest.leaving:
                 continue
             grant = guest.grant
             first = grant.first if grant is not None else guest.held
-            end = self._run_end(guest, first)
+            guest.run = (0, 0)
+            end = min((index for index in lost if index >= first), default=guest.end)
             if end < guest.end:
                 self._version += 1
                 guest.bad.add(end)
@@ -550,6 +569,7 @@ class GuestScheduler:
 
     def check_integrity(self) -> None:
         """Assert the invariants G1 to G5 and those of the parts. O(everything); for tests."""
+        self._costs.check_integrity()
         self._granting.check_integrity(self._guests.values(), self._loading.reserved_pages())
         for guest in self._guests.values():
             request = guest.request
@@ -557,7 +577,12 @@ class GuestScheduler:
             if request.loads:
                 assert max(request.loads) < guest.end, "G4: a load behind a hole"
             assert not (guest.leaving and request.loads)
-        self._pages.check_integrity(set())
+            begin, end = guest.run
+            assert all(index in request.hits for index in range(begin, end))
+            assert begin == end or end not in request.hits
+            shared = any(request.key_at(index) in self._granting for index in range(begin, end))
+            assert begin == end or self._granting.any_of(request, begin, end) == shared
+        self._pages.check_integrity(set(), set())
         self._shared.l2.check_integrity(self._loading.slots_in_use() + self._saving.slots_in_use())
         self._loading.check_integrity()
         self._ageing.check_integrity()
