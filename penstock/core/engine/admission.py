@@ -17,9 +17,9 @@ LOOKAHEAD = 8  # requests looked at behind one that does not fit
 
 
 class Admission:
-    """Requests that wait, and those admitted (in PREFILL or DECODE). `blocked` is set when nobody more fits, until
-    something changes or L1 has more room. `changed(request, now)` follows each admission, and
-    `back_to_waiting(request, now)` revokes one."""
+    """Requests that wait, and those admitted (in PREFILL or DECODE). `blocked`: no waiting request fits; cleared when
+    something changes or L1 has more room. `changed(request, now)` is called after each admission, and
+    `back_to_waiting(request, now)` when one is revoked."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Admission:
         self.blocked = False
 
     def left(self, request: Request) -> None:
-        """The request gave up its place, wherever it stood."""
+        """The request neither waits nor is admitted any more."""
         if request.state is State.PREFILL:
             self.prefills -= 1
         self.waiting.discard(request)
@@ -91,13 +91,13 @@ class Admission:
         return False
 
     def _hold_up(self, request: Request) -> None:
-        """The request, aged, is the first in line, and L1 has no room for it."""
+        """Note that an aged request is the first in line and does not fit into L1: room is kept for it from now on."""
         if request is not self._held_up:
             self._held_up, self._passers = request, {}
 
     def _leaves_room(self, held_up: Request, request: Request) -> bool:
-        """Whether all who pass `held_up`, `request` with them, leave room for it beside them. So from when an aged
-        request is the first in line it waits for those that were admitted by then, and for nobody else."""
+        """Whether `held_up` would still fit beside `request` and all that were admitted since it became the first in
+        line. So an aged request waits only for requests that were admitted before that, and for nobody else."""
         pages = self._pages(request) + sum(self._passers.values())
         return pages + -(-held_up.target // self._shared.config.block_tokens) <= self._shared.l1.total
 
@@ -106,7 +106,7 @@ class Admission:
         return -(-(len(request.spec.prompt) + request.spec.max_tokens) // self._shared.config.block_tokens)
 
     def _stop(self) -> None:
-        """Nobody who waits is tried again before something changes."""
+        """Try no waiting request again until something changes."""
         self.blocked = True
         self._room_pages = self._room()
 

@@ -89,7 +89,7 @@ class DevicePages:
         self._index.unpin(self._key_of[page])
 
     def discard(self, key: BlockKey) -> None:
-        """A cached block is of no use: its page is free, unless somebody uses it still."""
+        """Drop a cached block and free its page; nothing happens while somebody uses it."""
         if key in self._page_of and not self._index.pins(key):
             self._index.remove(key)
             page = self._page_of.pop(key)
