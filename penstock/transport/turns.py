@@ -1,4 +1,5 @@
-"""Turns at work that holds the interpreter, by source address: who asks in a loop waits for its own address only."""
+"""Turns at work that holds the interpreter, by source address: a client that asks in a loop delays only its own
+address."""
 
 from __future__ import annotations
 
