@@ -1,7 +1,8 @@
-"""Accepts connections at a node and greets them, all on one thread that never waits for one peer.
+"""Accepts connections at a node and takes them through their greeting, all on one thread that never waits for one peer.
 
-A connection that has not said Hello costs a file and some hundred bytes. It is closed GREET_S seconds after it came, or
-when there are too many (`core.connection_shares`). Once it says Hello it gets threads of its own."""
+So a stranger costs a file and some hundred bytes, and is given up GREET_S after it came, or when there are too many
+(`core.connection_shares`). Whoever says Hello leaves the greeter for threads of its own.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Turns at work that holds the interpreter, by source address: a client that asks in a loop delays only its own
-address."""
+"""Turns at work that holds the interpreter, by source address: who asks in a loop waits for its own address only."""
 
 from __future__ import annotations
 

@@ -283,8 +283,8 @@ class Found(msgspec.Struct, array_like=True, tag=24):
 
 
 def found(id: int, hits: Sequence[Located | None]) -> Found:
-    """The answer to a lookup. A hit whose size or route exceeds the bounds of a message is sent as a miss, so that the
-    other hits of the message are kept."""
+    """The answer to a lookup. A hit that cannot travel, for its size or the route it names, is a miss: it costs itself,
+    not the other hits of the message."""
     routes: dict[tuple[str, ...], int] = {}  # at most as many as there are keys
     sizes, members = [], []
     for hit in hits:
@@ -404,8 +404,8 @@ def frame(message: Request | Reply, payload_bytes: int = 0) -> bytes:
 
 
 class MinimumRate:
-    """The least rate at which a peer must give or take a payload: `bytes_per_s`, with `grace_s` seconds more for all of
-    it. Only the time for which this end waits for the peer counts."""
+    """How fast a peer gives or takes a payload: it may take `grace_s` longer, all in all, than at `bytes_per_s`. Counts
+    only the time for which this end waits for it."""
 
     __slots__ = ("_bytes_per_s", "_left_s")
 
@@ -505,7 +505,7 @@ def decode_reply(header: memoryview) -> Reply:
 
 
 def said(error: Exception) -> str:
-    """The text of a decoder's error, cut to a bounded length: it may quote what the peer sent."""
+    """The text of a decoder's error, cut: it may cite what the peer sent."""
     return str(error)[:_ERROR_CHARACTERS_MAX]
 
 

@@ -1,4 +1,4 @@
-"""The speed that each host's storage NIC is given when reads are placed, from what was measured of all of them."""
+"""Which speed each host's storage NIC counts for when reads are placed, given what was seen of all of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ SLOW = 0.2  # a storage NIC below this part of the fastest is taken for what it 
 
 
 def storage_speeds(seen_bytes_per_s: Mapping[str, float]) -> dict[str, float]:
-    """Bytes per second for each host's NIC, from what was measured of it (0: nothing yet): the measured speed where it
-    is far below the others, their median for all others. A NIC with little to do shows little of its speed."""
+    """Bytes per second of each host's NIC, given what was seen of it (0: nothing yet): that, where it is far below the
+    others. What is seen of a NIC with little to do says little of its speed, so all others count as their median."""
     slow = SLOW * max(seen_bytes_per_s.values(), default=0.0)
     usual = [seen for seen in seen_bytes_per_s.values() if seen and seen >= slow]
     common = statistics.median(usual) if usual else UNKNOWN_BYTES_PER_S

@@ -91,13 +91,13 @@ class Admission:
         return False
 
     def _hold_up(self, request: Request) -> None:
-        """Note that an aged request is the first in line and does not fit into L1: room is kept for it from now on."""
+        """The request, aged, is the first in line, and L1 has no room for it."""
         if request is not self._held_up:
             self._held_up, self._passers = request, {}
 
     def _leaves_room(self, held_up: Request, request: Request) -> bool:
-        """Whether `held_up` would still fit beside `request` and all that were admitted since it became the first in
-        line. So an aged request waits only for requests that were admitted before that, and for nobody else."""
+        """Whether all who pass `held_up`, `request` with them, leave room for it beside them. So from when an aged
+        request is the first in line it waits for those that were admitted by then, and for nobody else."""
         pages = self._pages(request) + sum(self._passers.values())
         return pages + -(-held_up.target // self._shared.config.block_tokens) <= self._shared.l1.total
 

@@ -89,8 +89,7 @@ class Loading:
         self._release_if_unwanted(load)
 
     def _release_if_unwanted(self, load: BlockLoad) -> None:
-        """Called after a waiter left. Frees what the load held for admitted requests where none of them waits any more,
-        and drops the load when nobody does; a transfer under way is left alone."""
+        """After a waiter left: nobody may need the load any more, or only requests that are not admitted."""
         if load.state is LoadState.UPLOADING or any(waiter.state is State.PREFILL for waiter in load.waiters):
             return
         if load.page is not None:

@@ -376,7 +376,7 @@ class GuestScheduler:
         self._relabel(request, now)
 
     def _close_holes(self) -> None:
-        """For requests that lost a block, load nothing behind it."""
+        """Requests that lost a block do without those behind it."""
         changed, self._holes = self._holes, {}
         for request in changed:
             guest = self._guests.get(request.request_id)
