@@ -156,12 +156,12 @@ def strategy_of(kind: inspect.Type, later: Kinds) -> st.SearchStrategy[Any]:
             near = [st.integers(low, min(high, low + most)) for most in (3, 300)]
             return st.one_of(*near, st.integers(low, high))
         case inspect.FloatType():
-            low, high = kind.ge, kind.le
+            least, most_of_all = kind.ge, kind.le
             return st.floats(
-                low if low is not None else kind.gt,
-                high if high is not None else kind.lt,
-                exclude_min=low is None and kind.gt is not None,
-                exclude_max=high is None and kind.lt is not None,
+                least if least is not None else kind.gt,
+                most_of_all if most_of_all is not None else kind.lt,
+                exclude_min=least is None and kind.gt is not None,
+                exclude_max=most_of_all is None and kind.lt is not None,
                 allow_nan=False,
             )
         case inspect.StrType():
@@ -200,7 +200,7 @@ def _limits(kind: inspect.IntType, bits: int) -> tuple[int, int]:
 
 def _type_of(kind: Any, one: Any, later: Kinds) -> inspect.Type:
     inner = later.get((kind.cls, one.name))
-    return inspect.type_info(inner) if inner is not None else one.type  # type: ignore[no-any-return]
+    return inspect.type_info(inner) if inner is not None else one.type
 
 
 # --- mutants ---
@@ -297,8 +297,8 @@ def _alternatives(kind: inspect.Type, bits: int) -> list[bytes]:
             return [_encode(number) for number in wanted] + [_encode(number) for number in (1e300, math.nan, 1.0)]
         case inspect.FloatType():
             limits = [limit for limit in (kind.ge, kind.gt, kind.le, kind.lt) if limit is not None]
-            near = [math.nextafter(limit, to) for limit in limits for to in (-math.inf, math.inf)]
-            numbers = [float(number) for number in (*limits, *near, *_FLOATS)]
+            beside = [math.nextafter(limit, to) for limit in limits for to in (-math.inf, math.inf)]
+            numbers = [float(number) for number in (*limits, *beside, *_FLOATS)]
             return [*map(_encode, numbers), *map(_encode, _NUMBERS), _NAN32]
         case inspect.StrType():
             return [_encode("y" * size) for size in _sizes(kind)] + list(_TEXTS)

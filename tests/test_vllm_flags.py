@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -26,10 +27,11 @@ def refused(*arguments: str) -> str:
     return result.stderr
 
 
-def transfer_of(arguments: list[str]) -> dict:
+def transfer_of(arguments: list[str]) -> dict[str, Any]:
     given = value_of(arguments, "--kv-transfer-config")
     assert given is not None
-    return json.loads(given)
+    found: dict[str, Any] = json.loads(given)
+    return found
 
 
 def test_flags_of_vllm_are_passed_through_in_their_order_and_penstocks_go_into_the_connector() -> None:

@@ -70,9 +70,9 @@ class RelayLinks:
         tls: PeerTls | None = None,
         pool_key: PoolKey | None = None,
     ) -> None:
-        """`connections` for reads, to each relay; `secret` and `tls` are what relays ask for; `mover`: relays of its
-        kind are read, and read, one-sided. With a `pool_key` blocks that are handed over have a MAC, and those that are
-        read are taken by it alone."""
+        """`connections` for reads, to each relay; `secret` and `tls` are what relays ask for. With a `mover`, blocks
+        move between this engine and relays of the mover's kind by one-sided reads in both directions. With a `pool_key`
+        blocks that are handed over have a MAC, and those that are read are accepted only with a good one."""
         self._pool_key = pool_key
         self._secret, self._tls = secret, tls
         self._one_sided = OneSidedLinks(mover, pool_key) if mover is not None else None

@@ -132,7 +132,7 @@ class ComputeCost:
         p = self._inverse
         px = [sum(p[i][j] * x[j] for j in range(3)) for i in range(3)]
         gain_base = self.forget + sum(x[i] * px[i] for i in range(3))
-        if gain_base < self.forget:  # rounding has taken the matrix's sense
+        if gain_base < self.forget:  # rounding made the covariance indefinite: reset it
             self._reset()
             return
         before = self.a * x[0] + self.b * x[1] + self.c * x[2]
@@ -141,16 +141,16 @@ class ComputeCost:
         self.a = max(self.a + gain[0] * error, 0.0)
         self.b = max(self.b + gain[1] * error, 0.0)
         self.c = max(self.c + gain[2] * error, 0.0)
-        # Least squares lands between what was predicted and what was measured. A coefficient that was raised to zero
-        # leaves it above both, and again with each batch like it: without end.
+        # Least squares predicts a value between the old prediction and the measurement. A coefficient that was clamped
+        # to 0 moves it above both, and further with each batch of the same kind: scale the coefficients down.
         after, most = self.a * x[0] + self.b * x[1] + self.c * x[2], max(before, seconds * weight)
         if after > most:
             self.a, self.b, self.c = (value * most / after for value in (self.a, self.b, self.c))
         for i in range(3):
             for j in range(3):
                 p[i][j] = (p[i][j] - gain[i] * px[j]) / self.forget
-        # Forgetting without news (batches that are all alike) lets the doubt about some direction grow until noise is
-        # taken for knowledge: start again from what is known.
+        # Identical batches inflate the covariance in the directions that they say nothing of: reset before noise
+        # dominates.
         if any(not 0 <= p[i][i] <= GROWTH_MAX * self._prior[i] for i in range(3)):
             self._reset()
 

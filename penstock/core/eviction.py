@@ -37,11 +37,11 @@ class RebuildValue:
         return self.inflation + _cost(uses, rebuild_s, size_bytes)
 
     def passed(self, uses: int) -> None:
-        """So many uses happened elsewhere meanwhile: what is used next is later than all of them."""
+        """So many uses happened elsewhere meanwhile: the next use counts as later than all of them."""
         self.inflation += uses * TICK
 
     def evicted(self, value: float) -> None:
-        """A block of this value had to go: what is worth less than that now is worth nothing."""
+        """A block of this value was evicted: from now on values are counted from there (inflation)."""
         self.inflation = max(self.inflation, value)
 
     def restored(self, value: float, uses: int, rebuild_s: float, size_bytes: int) -> float:

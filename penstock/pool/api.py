@@ -53,9 +53,9 @@ class Located:
 
 @dataclass(frozen=True, slots=True)
 class MemberStat:
-    """One member as it stands. `kind` is "memory", or the name of its block engine ("uring", "threads"); `state` is
-    "ok", "fenced", "draining" or, of a node, "down"; `read_bytes_per_s` what it gave lately while it was busy (0: not
-    known)."""
+    """State of one member. `kind` is "memory", or the name of its block engine ("uring", "threads"); `state` is "ok",
+    "fenced", "draining" or, of a node, "down"; `read_bytes_per_s` is the rate of its latest reads while it was busy (0:
+    not known)."""
 
     name: StatName
     kind: StatName
@@ -97,7 +97,8 @@ class PoolStat:
     writes_refused: Amount = 0
 
     def bounded(self) -> PoolStat:
-        """Every figure within what a message takes: one that is beyond it costs nobody the rest."""
+        """The same with every figure within the bounds of a message, so that one absurd figure does not cost the
+        others."""
         return PoolStat(**{one.name: _bounded(getattr(self, one.name)) for one in fields(self)})
 
 

@@ -22,7 +22,8 @@ WRITES_WAITING_MAX = 1024  # blocks; an engine's window of saves keeps far fewer
 
 
 class _Judged:
-    """One read's check, and whether the pool asked for it: a path that does not is not taken on trust (MAC-3)."""
+    """The check of one read, and whether the pool called it: a block that came by a path without a check is refused
+    (MAC-3)."""
 
     __slots__ = ("_check", "_passed")
 
@@ -61,15 +62,15 @@ class AuthenticatedPool(WrappedPool):
         done: Done,
         check: ReadCheck | None = None,
     ) -> None:
-        """A `check` takes the place of this pool's, for who keeps the MAC too."""
+        """As `Pool.read`; a `check` replaces this pool's own, for callers that also keep the MAC."""
         judged = _Judged(check or check_of(self._pool_key, key))
         super().read(
             key, size_bytes, into, timeout_s, lambda error: call_done(done, judged.outcome(key, error)), judged
         )
 
     def lease(self, key: BlockKey) -> Lease | None:
-        """Memory of this process that it wrote itself is taken as it is; a block that was moved there from an SSD is
-        verified first, and `read` says why it does not pass."""
+        """A block that this process wrote is leased without a check; one that was moved into memory from an SSD is
+        verified first. None when it does not pass: `read` then says why."""
         lease = super().lease(key)
         if lease is None or lease.written_here or self._pool_key.verifies(key, lease.view, lease.mac):
             return lease
@@ -113,5 +114,5 @@ class AuthenticatedPool(WrappedPool):
 
 
 def authenticated(pool: Pool, pool_key: PoolKey | None) -> Pool:
-    """The pool as it is without a key."""
+    """The pool with MACs under this key; the pool itself without one."""
     return AuthenticatedPool(pool, pool_key) if pool_key is not None else pool

@@ -1,4 +1,5 @@
-"""Blocks and the places that are to hold them: compared once, when both sizes are known, rather than at each write."""
+"""Compares the size of blocks with what members and nodes can hold: once, when both are known, rather than at each
+write."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The children of a union of pools: asked all at once, weighed by the bandwidth at which they are read, with an eye on
-who is up and who has room."""
+"""The children of a union of pools: asks all of them at once, weighs them by the bandwidth at which they are read, and
+knows which are up and which have room."""
 
 from __future__ import annotations
 
@@ -210,7 +210,8 @@ class Children:
             self._look()
 
     def _look(self) -> None:
-        """Weigh nodes that are reached for the first time, learn each child's room, follow each node's bandwidth."""
+        """Weigh nodes that are reached for the first time, update each child's free space, and follow each node's
+        bandwidth."""
         for at, child in enumerate(self.all):
             if child.node is not None and not child.weighed and child.up:
                 self._weigh(at, child, child.node)

@@ -91,7 +91,7 @@ class Drain:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        """Called again after it raised: what it could not do then may be possible now."""
+        """Called again after it raised: what failed then may succeed now."""
         while self._in_flight:
             self._next_event()
         while not self._stopping.is_set() and self._pass():
@@ -119,7 +119,7 @@ class Drain:
         return bool(blocks or writing)
 
     def _worth(self, block: Block) -> float:
-        """Without the lock: a block that leaves meanwhile is found out later."""
+        """Read without the lock: a block that left meanwhile is noticed when its copy begins."""
         try:
             return self._table.value(block.key)
         except KeyError:
@@ -217,7 +217,7 @@ class Drain:
             self._table.unpin(block)
 
     def _recorded(self, move: _Move) -> None:
-        """The copy is present: its row first, then the block's goes; the lock is held."""
+        """The copy is present: its row is committed first, then the old row is deleted; the lock is held."""
         source, target = self._member, self._pool.members[move.copy.member]
         if is_durable(target):
             value = self._table.value(move.copy.key)

@@ -38,7 +38,7 @@ EXPIRY_CHECK_S = 0.01
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    """Somebody who is told once that a block is durable, or that it is not in time."""
+    """A `done` that is called once: the block is durable, or its deadline has passed."""
 
     key: BlockKey
     deadline_s: float
@@ -155,8 +155,8 @@ class Journal:
             self._next.uses.update((use[0], use) for use in uses)
 
     def expire(self) -> None:
-        """End as "deadline" who waited too long; looked for every `EXPIRY_CHECK_S`. Called by the member's worker, so
-        that a device which hangs in a sync keeps nobody waiting."""
+        """End waiters whose deadline has passed with "deadline"; looks every `EXPIRY_CHECK_S`. Called by the member's
+        worker, so that a device that hangs in a sync blocks no waiter."""
         now_s = time.monotonic()
         if now_s < self._next_check_s or not self.waiting:
             return
@@ -218,11 +218,12 @@ class Journal:
                 return
 
     def _urgent(self) -> bool:
-        """Whether a commit should not wait for company; the lock is held."""
+        """Whether a commit should not wait for more rows; the lock is held."""
         return self._closing or self._sequence > self._committed
 
     def _enough(self) -> bool:
-        """Whether a commit now serves more than it leaves waiting for the next; the lock is held."""
+        """Whether to commit now rather than wait for rows of stores under way: at least as many rows wait already; the
+        lock is held."""
         return self._urgent() or len(self._next.inserts) >= self.on_their_way()
 
     def _commit_until_closing(self, batch: _Batch) -> None:
@@ -270,7 +271,7 @@ class Journal:
             call_done(waiter.done, PoolError("device", f"the row of block {key.hex()} is refused: {why}"))
 
     def _told(self, call: Callable[[], None]) -> None:
-        """Call somebody else's code; what it raises does not cost the commits of others."""
+        """Call a callback of somebody else; what it raises must not cost other commits."""
         try:
             call()
         except Exception:
@@ -286,7 +287,7 @@ class Journal:
         self._end(batch, PoolError("device", why))
 
     def _end(self, batch: _Batch, error: PoolError | None) -> None:
-        """Tell everybody who waits for this batch; what joins it after this is told by the next try or `close`."""
+        """Call every waiter of this batch; waiters that join it later are called by the next try or by `close`."""
         with self._changed:
             batch.inserts = {}
             waiters, batch.waiters = list(batch.waiters.values()), {}

@@ -1,8 +1,7 @@
 """Losses of the pool and of the cluster in front of it: counted by kind, and logged at a bounded rate.
 
-A loss is a hit, save, load, hand-off or request that came to nothing. A miss is none, nor is what ended because its
-pool was closed.
-"""
+A loss is a hit, save, load, hand-off or request that failed. A miss is no loss, nor is what ended because its pool was
+closed."""
 
 from __future__ import annotations
 
@@ -24,12 +23,12 @@ def losses() -> dict[str, int]:
 
 
 def count_loss(kind: str, by: int = 1) -> None:
-    """Count losses that the caller says itself. `kind` is one of few names in the code, never what a peer sent."""
+    """Count losses that the caller logs itself. `kind` is one of few names in the code, never text from a peer."""
     _counts.add(kind, by)
 
 
 def note_loss(kind: str, where: str, message: str, *args: object) -> None:
-    """Count a loss, and log `message % args` unless the same kind was said of `where` a moment ago."""
+    """Count a loss, and log `message % args` unless the same kind was logged for `where` a moment ago."""
     count_loss(kind)
     rare.warning(f"{kind} {where}", message, *args)
 

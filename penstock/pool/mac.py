@@ -39,7 +39,7 @@ BlockCheck = Callable[[BlockKey, memoryview, int, bytes], PoolError | None]
 
 
 class PoolKey:
-    """A key that only who may write what is read has; never part of a message or of a text."""
+    """The key of all who may write blocks for each other; never part of a message or of a text."""
 
     def __init__(self, secret: bytes) -> None:
         """Raises ValueError for fewer than KEY_FILE_BYTES_MIN bytes, or more than KEY_FILE_BYTES_MAX."""
@@ -67,8 +67,8 @@ class PoolKey:
             raise ValueError(f"pool key file {path}: {error}") from None
 
     def fingerprint(self, fingerprint: bytes) -> bytes:
-        """What block keys start from in the place of `fingerprint`, 16 bytes: who does not have this pool key cannot
-        compute them, and groups with different keys share no block key."""
+        """The start of block keys, in the place of `fingerprint` (16 bytes): without this pool key nobody can compute
+        them, and groups with different keys share no block key."""
         return hashlib.blake2b(fingerprint, digest_size=16, key=self._name_key).digest()
 
     def mac(self, key: BlockKey, data: memoryview) -> bytes:

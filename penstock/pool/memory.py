@@ -187,7 +187,7 @@ class MemoryMember:
             finish_work(rest, PoolError("closed", "the pool is closing"))
 
     def _outcome(self, work: Work) -> PoolError | None:
-        """Do the work; whatever goes wrong is its own error."""
+        """Do the work; an exception ends this work only."""
         try:
             return self._do(work)
         except Exception as problem:

@@ -1,4 +1,4 @@
-"""A block that somebody holds: it stays where it is until it is released."""
+"""A pinned block: it is neither evicted nor moved until it is released."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class LiveConfig:
         return changes
 
     def _let_go(self, member: MemberConfig) -> str:
-        """A member of this machine drains; a node is left alone with its blocks."""
+        """Drain a member of this machine; a node is disconnected and keeps its blocks."""
         if member.kind == "node":
             assert self._union is not None
             self._union.drop_node(str(member.address), DROP_TIMEOUT_S)

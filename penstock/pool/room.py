@@ -39,8 +39,8 @@ class MemberSpace:
         del self.blocks[block.offset], self._ending[block.offset + block.extent_bytes]
 
     def cheapest_near(self, seeds: Sequence[int], length: int, movable: Callable[[Block], bool]) -> list[Block] | None:
-        """Neighbours around one of the holes that begin at `seeds` whose leaving makes a hole of `length`: those with
-        the fewest bytes; None when none of them can. Looks `length` bytes to either side of each seed."""
+        """Blocks around one of the holes that begin at `seeds` whose eviction would make a hole of `length` bytes: the
+        set with the fewest bytes; None when there is no such set. Looks `length` bytes to either side of each seed."""
         best: list[Block] | None = None
         best_bytes = 0
         for seed in seeds:
@@ -52,7 +52,8 @@ class MemberSpace:
         return best
 
     def cheapest_anywhere(self, length: int, movable: Callable[[Block], bool]) -> list[Block] | None:
-        """The same over the whole member; O(n log n), for the rare case that no stretch near a leaf can be had."""
+        """As `cheapest_near` over the whole member; O(n log n), for the rare case that nothing near a leaf can be
+        evicted."""
         best: list[Block] | None = None
         best_bytes = 0
         run: list[Block] = []

@@ -216,8 +216,8 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
-    """A node without one of its threads would leave requests to their deadlines: it ends, and what it had is missing
-    until it is started again. What is on SSDs is as after a crash."""
+    """End the node when one of its threads has failed: otherwise requests would wait for their deadlines. Its memory
+    blocks are lost; what is on SSDs is as after a crash."""
     name = failed.thread.name if failed.thread is not None else "a thread"
     with contextlib.suppress(Exception):
         traceback.print_exception(failed.exc_value)
@@ -225,7 +225,7 @@ def _thread_failed(failed: threading.ExceptHookArgs) -> None:
 
 
 def _end_now(why: str) -> NoReturn:
-    """Without waiting for anything: whatever it waited for might need memory."""
+    """End the process without waiting for anything: what it waited for might need memory."""
     with contextlib.suppress(Exception):
         print(f"penstock pool: {why}; the node ends", file=sys.stderr, flush=True)
     os._exit(FAILED_STATUS)
@@ -251,8 +251,8 @@ def _wait(config: PoolConfig, served: ServedPool, node: PoolNode, read: ReadConf
 
 
 def _asked(inbox: Inbox, node: PoolNode) -> Literal["stop", "reload"]:
-    """What the next signal asks for. The system may give a signal to a thread that does not wait here (as it does right
-    after SIGCONT), and Python sees it only when this one runs: so it looks every now and then."""
+    """What the next signal asks for. The system may deliver a signal to a thread that does not wait here (as it does
+    right after SIGCONT), and Python handles it only when this thread runs: so it wakes up from time to time."""
     while True:
         with contextlib.suppress(queue.Empty):
             return inbox.get(timeout=SIGNAL_POLL_S)

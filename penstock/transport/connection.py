@@ -191,7 +191,7 @@ class Connection:
         return True
 
     def forget(self, pending: Pending) -> bool:
-        """Nobody waits for this request any more (the control lane: it has no buffer); False when it has just ended."""
+        """Nobody waits for this control request any more (it has no buffer); False when it has just ended."""
         with self._lock:
             return self._pending.pop(pending.id, None) is not None
 
@@ -290,7 +290,8 @@ class Connection:
         self._end(taken, reply, error)
 
     def _receive_answer(self, reply: wire.Answer) -> None:
-        """A reply without bytes; one of another kind than was asked for would end a read whose buffer nobody filled."""
+        """Receive a reply without payload. A reply of another kind than was asked for is refused: it would end a read
+        whose buffer was never filled."""
         with self._lock:
             pending = self._pending.get(reply.id)
         if pending is not None and not isinstance(reply, wire.ANSWERS[type(pending.message)]):

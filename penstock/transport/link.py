@@ -38,7 +38,7 @@ READS_WAITING_MAX = 8192
 WRITES_WAITING_MAX = 64
 BACKOFF_S = (0.05, 2.0)
 SILENT_S = 2.0
-ALIVE_S_MIN = 0.1  # whatever a node says
+ALIVE_S_MIN = 0.1  # lower bound of the interval, whatever a node asks for
 ALIVE_PER_IDLE = 3  # how often an idle connection is used within the time after which the node would end it
 NODE_MARGIN = 0.1  # the node is told to give up this share of the time earlier, so that its answer still arrives
 
@@ -180,7 +180,7 @@ class NodeLink:
         self._dispatch(self._lanes[lane])
 
     def _counted(self, pending: Pending, what: str) -> None:
-        """Its end is taken off what is live here, then told."""
+        """Wrap `ended`: the request no longer counts as live when it is called."""
         ended = pending.end
 
         def end(result: Any, error: PoolError | None) -> None:
@@ -390,9 +390,9 @@ class NodeLink:
             connection.cut("closed")
 
     def _check_one_node(self, connection: Connection) -> None:
-        """A block that one node has would be looked for at another, where several stand behind one address, or where an
-        address moved while connections to the node before live on: all are connected anew then. Raises ProtocolError.
-        """
+        """Raise ProtocolError when a connection reaches another node than the ones before, because several stand behind
+        one address or the address moved: then all are connected anew. Otherwise blocks would be looked for at the wrong
+        node."""
         with self._lock:
             others = [one for lane in self._lanes.values() for one in lane.open()]
         known, found = self.node.node_id, connection.node.node_id

@@ -59,7 +59,7 @@ Moved = Callable[[int], None]
 
 
 def not_counted(size_bytes: int) -> None:
-    """Nobody asks how much of a payload has moved."""
+    """For payloads of which nobody needs the bytes moved so far."""
 
 
 def _take(sock: Stream, size: int) -> Generator[int, None, bytes]:
@@ -140,8 +140,8 @@ class Served:
         self._ready = reply
 
     def say_refused(self, detail: str) -> None:
-        """Tell a stranger why its connection ends. Not where there is a secret or TLS: it would take it for a
-        nonce, or for a record."""
+        """Tell a stranger why its connection ends. Not where there is a secret or TLS: the peer would read the message
+        as a nonce, or as a TLS record."""
         if self._node.secret is None and self._node.tls is None:
             version = b"" if self._said_version else wire.greeting()
             with contextlib.suppress(OSError):
@@ -288,8 +288,8 @@ class Served:
         return self._node.turns.turn(self.source) if self._asks_nobody else contextlib.nullcontext()
 
     def _in_pieces(self, keys: list[BlockKey], ask: Callable[[list[BlockKey]], Sequence[Answer]]) -> list[Answer]:
-        """Answers of members of this process, with pauses in which other connections are served; of other nodes, who
-        do the same, all at once."""
+        """Answer for members of this process in pieces, with pauses in which other connections are served; for members
+        of other nodes in one piece, as those nodes pause themselves."""
         if not self._asks_nobody:
             return list(ask(keys))
         answers: list[Answer] = []
@@ -318,7 +318,7 @@ class Served:
         raise NotImplementedError
 
     def _lost(self, kind: str, detail: str) -> None:
-        """A request of this client comes to nothing, for a reason of the node's own."""
+        """Count and log that a request of this client failed, for a reason of the node's own."""
         note_loss(kind, self._node.place, "node %s: a request of %s ended: %s", self._node.place, self.peer, detail)
 
     # --- blocks ---
@@ -392,8 +392,8 @@ class Served:
             wire.send_all(self._sock, wire.frame(message), until_s=time.monotonic() + PAYLOAD_S)
 
     def _later(self, send: Callable[[], None]) -> None:
-        """Have the sender's thread send something. It also gives slots and pins back, so it runs in any case: here and
-        now, without sending, when the connection has ended or takes nothing any more."""
+        """Have the sender's thread send something. `send` also gives slots and pins back, so it is always called: at
+        once and without sending, when the connection has ended or takes nothing any more."""
         if self._sender is None or not self._sender.put(partial(self._try, send), self._failed):
             self.cut()
             try:

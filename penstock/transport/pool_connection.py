@@ -25,8 +25,8 @@ FIRST_BYTES = 32 << 10  # of a payload: what comes before staging memory is take
 
 
 class _Staged:
-    """A request of a connection that is under way, with its staging memory and, for a read, its block: all of it is
-    given back once, by whoever comes first to the end."""
+    """A request of a connection that is under way, with its staging memory and, for a read, its block. All of it is
+    given back exactly once, by the first thread that ends the request."""
 
     def __init__(self, connection: Served, slot: Slot | None = None, opened: OpenedBlock | None = None) -> None:
         self._leave: Callable[[], None] | None = connection.leave
@@ -129,7 +129,8 @@ class PoolConnection(Served):
         opened.load(slot.view, deadline_s - time.monotonic(), loaded)
 
     def _no_staging(self, size_bytes: int, shared: bool) -> tuple[bool, str]:
-        """Whether only time was missing for a slot, and what there was not."""
+        """Why there is no slot: (True, detail) when none became free in time, (False, detail) when blocks of this size
+        never fit."""
         at_most = self._node.staging.largest_bytes(shared)
         if size_bytes > at_most:
             return False, f"blocks of {format_bytes(size_bytes)} do not fit staging memory, at most {at_most} bytes do"
@@ -191,7 +192,8 @@ class PoolConnection(Served):
             raise
 
     def _receive_first(self, payload_bytes: int, deadline_s: float) -> memoryview:
-        """The beginning of a payload: one that is announced and does not come takes no staging memory."""
+        """Receive the beginning of a payload before staging memory is taken: a payload that is announced but never sent
+        takes none."""
         if not len(self._first):
             self._first = memoryview(bytearray(FIRST_BYTES))
         first = self._first[:payload_bytes]

@@ -229,7 +229,8 @@ class RemotePool:
         return _Measuring(self._link, budget_s).run()
 
     def _full(self, name: str) -> str:
-        """A member's or link's name with its node; one of a node behind this one has its own."""
+        """A member's or link's name with this node's address; names from nodes behind this one have an address
+        already."""
         return name if "@" in name else f"{name}@{self.place}"
 
 

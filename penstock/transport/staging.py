@@ -3,10 +3,10 @@
 It begins with one arena. A block that is too large for it gets another one, as long as all together stay within
 `limit_bytes`: what a node has to hold is known only when the first such block comes.
 
-A connection has at most half of it, and all connections of one address three quarters (`transport.staging_shares`). A
-single block larger than that gets its slot nevertheless where the memory may not grow, and goes on while nobody else
-waits: whoever does then ends it, if its peer moves it more slowly than LARGE_BYTES_PER_S_MIN.
-"""
+A connection has at most half of it, and all connections of one address three quarters (`transport.staging_shares`).
+Where the memory may not grow, a single block larger than that gets its slot nevertheless. It may keep the slot while
+nobody else waits; when somebody does, its connection is ended if the peer moves it more slowly than
+LARGE_BYTES_PER_S_MIN."""
 
 from __future__ import annotations
 
@@ -54,13 +54,14 @@ class Slot:
             staging.take_back(self, self._arena, self._offset, len(self.view), self._share)
 
     def moved(self, size_bytes: int) -> None:
-        """The peer, which gives or takes what is in the slot from the first call on, moved so much more of it."""
+        """The peer has given or taken so many more bytes of the slot; the first call starts the time that it is
+        measured by."""
         if self._moving_s is None:
             self._moving_s = time.monotonic()
         self._moved_bytes += size_bytes
 
     def end_if_slow(self, now_s: float) -> bool:
-        """End the connection of a peer that is slow with it; whether it was."""
+        """End the connection of a peer that is slow with the slot; returns whether it did."""
         if self._moving_s is None or self._share is None or now_s - self._moving_s < LARGE_LOOK_S:
             return False
         if self._moved_bytes >= (now_s - self._moving_s) * LARGE_BYTES_PER_S_MIN:
@@ -159,7 +160,8 @@ class Staging:
         return None
 
     def _end_slow(self) -> None:
-        """With the lock held, by somebody who waits: end peers that are slow with a block larger than a share."""
+        """End peers that are slow with a block larger than a share. Called by a thread that waits for memory, with the
+        lock held."""
         now_s = time.monotonic()
         for slot in [slot for slot in self._large if slot.end_if_slow(now_s)]:
             self._large.discard(slot)

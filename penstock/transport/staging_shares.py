@@ -1,11 +1,11 @@
-"""How much of a node's staging memory a connection, and a source address, may hold: so that the others' blocks go on.
+"""How much of a node's staging memory one connection, and one source address, may hold, so that it never blocks the
+others.
 
-A connection may hold half, all connections of an address three quarters; of blocks of other nodes, half of that. Of a
-block larger than its share a connection may have one, and nothing beside it. An address has at most
-BLOCKS_OF_SOURCE_MAX blocks in it, so that small ones do not fill the queues behind it either. What finds no room in its
-share waits for what that connection, or that address, gives back, in the order in which it came; each connection's turn
-follows the others' of its address.
-"""
+A connection may hold half, all connections of an address three quarters; of blocks of other nodes, half of that. A
+connection may have one block that is larger than its share, and then nothing beside it. An address has at most
+BLOCKS_OF_SOURCE_MAX blocks in it, so that small blocks do not fill the queues behind it either. A request that finds no
+room in its share waits until that connection, or that address, gives some back. Requests of a connection keep their
+order; connections of an address take turns."""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
 """Mutual TLS between engines, pool nodes, relays and the router: certificates, contexts, and what goes wrong in words.
 
-Both sides have a certificate that one CA has signed, and check the other's: a client that the node's is for the address
-that it dialled (host name or IP address among the subject's alternative names), a server that the client's is signed by
-the CA. TLS 1.3 and nothing older; the system's own list of CAs is not used.
+Both sides have a certificate that one CA has signed, and check the other's. A client checks that the node's certificate
+is for the address that it dialled (host name or IP address among the subject's alternative names); a server checks that
+the client's is signed by the CA. TLS 1.3 and nothing older; the system's own list of CAs is not used.
 
-Files that are renewed in place are taken up by the next connection. Those that cannot be used are told once, and the
-ones before them go on.
-"""
+Files that are renewed in place are used from the next connection on. Files that cannot be used are logged once, and the
+previous ones stay in use."""
 
 from __future__ import annotations
 
@@ -87,7 +86,7 @@ class PeerTls:
         return cls.read(settings.peer_tls_cert, settings.peer_tls_key, settings.peer_tls_ca)
 
     def context(self, side: Side) -> ssl.SSLContext:
-        """For a new connection; of the files as they are now, if they can be used."""
+        """A context for a new connection, made from the files as they are now if they can be used."""
         with self._lock:
             stamp = self._stamp()
             if stamp not in (self._contexts.stamp, self._refused):

@@ -78,7 +78,7 @@ def running(server: Server) -> Iterator[Server]:
         await original(sockets)
         started.set()
 
-    runner.startup = startup  # type: ignore[method-assign]
+    runner.startup = startup
     thread = threading.Thread(target=runner.run, daemon=True)
     thread.start()
     assert started.wait(20)

@@ -18,7 +18,7 @@ def test_bootstrap_covers_the_true_mean_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     covered = 0
     for i in range(100):
-        found = bootstrap(rng.exponential(2.0, size=80), seed=i, resamples=300)
+        found = bootstrap(rng.exponential(2.0, size=80).tolist(), seed=i, resamples=300)
         covered += found.low <= 2.0 <= found.high
     assert covered >= 85
 

@@ -167,7 +167,7 @@ def test_paths_that_are_no_trace(tmp_path: Path) -> None:
 def test_scaling_refuses_nonsense(tmp_path: Path) -> None:
     for wrong in ({"token_divisor": 0}, {"time_divisor": 0.0}, {"think_s_max": -1.0}, {"requests_max": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            Scaling(**wrong)  # type: ignore[arg-type]
+            Scaling(**wrong)
     _write(tmp_path, a=_session([_request([1], 64)]))
     with pytest.raises(TraceError, match="token_divisor 100 leaves nothing of a block of 64 tokens"):
         read_agent_sessions(tmp_path, Scaling(token_divisor=100))

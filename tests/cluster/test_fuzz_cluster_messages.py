@@ -11,10 +11,10 @@ import pytest
 from penstock.cluster import wire
 from penstock.cluster.placed import EngineReport
 from penstock.engine.api import RequestReport
-from tests.fuzz_messages import MESSAGES, Protocol, fuzz_kind
+from tests.fuzz_messages import MESSAGES, Kinds, Protocol, fuzz_kind
 
 SHARE = 0.35  # of PENSTOCK_FUZZ_MESSAGES
-REPORTS = {(cls, "report"): RequestReport | None for cls in (wire.Held, wire.Event)}
+REPORTS: Kinds = {(cls, "report"): RequestReport | None for cls in (wire.Held, wire.Event)}
 FROM_ENGINE = Protocol(
     "from an engine", wire.FromEngine, wire.decode_from_engine, wire.ProtocolError, REPORTS, wire.report_in
 )
@@ -61,7 +61,7 @@ def test_an_error_cites_little_of_what_the_peer_sent() -> None:
 def test_a_bad_report_costs_itself_and_not_the_events_beside_it() -> None:
     good = RequestReport(1, 1, 1, 1, 0.5, 1.0, None, 0.0, 0.0, 0.0, 0.0, 0, {"late": 1}, (("compute", 0.0, 1.0),))
     packed = [wire.pack_report(good), wire.pack_report(None)]
-    odd = [
+    odd: list[dict[str, Any]] = [
         {"total_s": float("nan")}, {"ttft_s": 1e300}, {"prompt_tokens": -1}, {"loaded_bytes": 1 << 60},
         {"load_failures": {"x" * 65: 1}}, {"spans": (("x", 0.0, float("inf")),)}, {"spans": (("x", 0.0, 1.0),) * 4097},
     ]  # fmt: skip

@@ -114,10 +114,11 @@ def hand_over(relay: Relay, peer: Peer, name: str, missing: int = 0, token: int 
     assert isinstance(opened, wire.Opened) and len(opened.blocks) == 3
     for number, key in enumerate(keys):
         data = bytes([number + 1]) * BLOCK_BYTES
-        message = wire.Write(2, key, b"p" * 16, BLOCK_BYTES, 0, b"", 0.0, block_checksum(key, data), 20.0)
+        message = wire.Write(2, key, b"p" * 16, BLOCK_BYTES, 0, b"", 0.0, block_checksum(key, memoryview(data)), 20.0)
         assert isinstance(peer.ask(message, data), wire.Written)
     peer.sock.sendall(wire.frame(wire.Read(3, keys[1], BLOCK_BYTES, 20.0)))
-    assert peer.reply() == (wire.Block(3, keys[1], block_checksum(keys[1], b"\2" * BLOCK_BYTES)), b"\2" * BLOCK_BYTES)
+    twos = b"\2" * BLOCK_BYTES
+    assert peer.reply() == (wire.Block(3, keys[1], block_checksum(keys[1], memoryview(twos))), twos)
     assert isinstance(peer.ask(wire.HandedOver(4, f"{name}#1", token, missing, 20.0)), wire.Accepted)
     return events
 
@@ -191,7 +192,7 @@ def test_an_id_that_is_used_twice_to_borrow_keeps_no_block(relay: Relay) -> None
     peer = Peer(relay)
     for key in keys:
         data = b"d" * BLOCK_BYTES
-        message = wire.Write(1, key, b"p" * 16, BLOCK_BYTES, 0, b"", 0.0, block_checksum(key, data), 20.0)
+        message = wire.Write(1, key, b"p" * 16, BLOCK_BYTES, 0, b"", 0.0, block_checksum(key, memoryview(data)), 20.0)
         assert isinstance(peer.ask(message, data), wire.Written)
     for key in keys * 20:
         assert isinstance(peer.ask(wire.Lend(7, key, BLOCK_BYTES, wire.TIMEOUT_S_MAX)), wire.Lent)
@@ -209,7 +210,7 @@ def test_what_is_lent_twice_by_one_id_is_given_back_once(relay: Relay) -> None:
     into = relay.buffer.begin_write(keys[0])
     assert isinstance(into, memoryview)
     into[:BLOCK_BYTES] = data
-    relay.buffer.end_write(keys[0], (block_checksum(keys[0], data), b""))
+    relay.buffer.end_write(keys[0], (block_checksum(keys[0], memoryview(data)), b""))
     assert relay.node.lending is not None
     lending: Lending = relay.node.lending
     for _ in range(3):

@@ -32,11 +32,11 @@ from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES
 from tests.asking import wait_until
 from tests.cluster.router_rig import SECRET, VOCABULARY, WAIT_S, Cluster, cluster, expected
-from tests.fuzz_messages import MESSAGES, SEED, Piece, Protocol, mutants
+from tests.fuzz_messages import MESSAGES, SEED, Kinds, Piece, Protocol, mutants
 from tests.process_figures import back_to, figures
 
 MIB = 1 << 20
-REPORTS = {(cls, "report"): RequestReport | None for cls in (wire.Held, wire.Event)}
+REPORTS: Kinds = {(cls, "report"): RequestReport | None for cls in (wire.Held, wire.Event)}
 FROM_ENGINE = Protocol(
     "from an engine", wire.FromEngine, wire.decode_from_engine, wire.ProtocolError, REPORTS, wire.report_in
 )
@@ -240,7 +240,7 @@ def test_a_report_with_the_largest_figures_ends_no_decision_and_no_page(c: Clust
     c.engine("honest")
     peer = Peer(c)
     epoch = peer.register(c.card("odd", "prefill", max_context_tokens=1 << 53))
-    largest = {
+    largest: dict[str, Any] = {
         field: 1 << 53 for field in EngineReport.__struct_fields__
         if field not in ("storage_bytes_per_s", "storage_load_bytes_per_s", "compute", "links", "storage_up")
     }  # fmt: skip

@@ -73,7 +73,8 @@ def request_of(placed: PlacedRequest) -> GenerationRequest:
 @pytest.mark.parametrize("end", ["cancelled", "refused", "failed to begin"])
 def test_a_decode_part_that_ended_holds_no_prompt(incoming: Incoming, end: str) -> None:
     """Its deadline is ten minutes ahead."""
-    gone, ends = [], []
+    gone: list[weakref.ref[Tokens]] = []
+    ends: list[TokenEvent] = []
     for number in range(200):
         tokens = Tokens(range(BLOCK * (65 if end == "refused" else 4)))
         gone.append(weakref.ref(tokens))

@@ -77,6 +77,7 @@ def test_two_raylets_serve_and_start_again_what_dies(
     file = tmp_path / "cluster.toml"
     file.write_text(CLUSTER.format(model=llama))
     config = read_cluster_config(file)
+    assert config.secret_file is not None
     _make_secret(config.secret_file)
     lines: list[str] = []
     supervisor = RaySupervisor(config.processes, lambda name, line: lines.append(f"{name} | {line}"), raylets)

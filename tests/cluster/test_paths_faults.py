@@ -94,7 +94,7 @@ def test_a_decode_side_that_hangs(told: bool, llama: Path, expected: Expected, w
             counters = pair.prefill[0].engine.stats
             faulty.hold_down()
             question = pair.start(PROMPT, read="decode", decode_relay=faulty.address)
-            wait_until(lambda: faulty.held_down, "a block on the wire")
+            wait_until(lambda: faulty.held_down > 0, "a block on the wire")
             if told:
                 pair.prefill[0].replan(question.request_id, 0, "decode")
                 wait_until(lambda: counters().counters.get("rerouted_blocks", 0) == BLOCKS - 2, "reads on the own side")

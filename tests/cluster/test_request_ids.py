@@ -92,7 +92,7 @@ def test_sampled_answers_of_one_label_are_resumed_each_by_one_client() -> None:
     """Without a seed two of them differ; after a restart of the router each retry gets one of them, whole."""
     with cluster(grace_s=1.0) as c:
         host = c.engine("e1", host=CountingHost(hold_after=4))
-        ask = {"request_id": "mine", "resumable": True, "temperature": 1.0}
+        ask: dict[str, Any] = {"request_id": "mine", "resumable": True, "temperature": 1.0}
         clients = [c.ask(PROMPT, 9, **ask) for _ in range(2)]
         wait_until(lambda: all(len(client.tokens) == 4 for client in clients), "four tokens each")
         c.router.close(5.0)

@@ -78,7 +78,7 @@ def test_a_fault_of_the_clock_is_met_and_the_router_goes_on() -> None:
     with cluster() as c:
         c.engine("e1")
         orphans = c.router._orphans  # noqa: SLF001 (a fault is put in here)
-        failing = Failing(orphans.unclaimed, lambda _: failing.failed < 2)
+        failing: Failing = Failing(orphans.unclaimed, lambda _: failing.failed < 2)
         orphans.unclaimed = failing  # type: ignore[method-assign]
         wait_until(lambda: failing.failed == 2, "the faults")
         ends_well(c.ask(PROMPT, 6), PROMPT, 6)

@@ -41,7 +41,8 @@ def test_a_process_that_cannot_be_started_now_is_tried_again_and_others_are_watc
             assert child._process is not None  # noqa: SLF001 (the process dies behind its supervisor's back)
             child._process.kill()  # noqa: SLF001 (the process dies behind its supervisor's back)
             child._process.wait()  # noqa: SLF001 (the process dies behind its supervisor's back)
-        popen, refused = subprocess.Popen, []
+        popen = subprocess.Popen
+        refused: list[int] = []
 
         def scarce(*arguments: Any, **named: Any) -> Any:
             if len(refused) < 2:

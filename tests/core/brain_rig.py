@@ -65,7 +65,8 @@ class RecordedBody(VirtualBody):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         stages = Stages()
-        super().__init__(*arguments, observer=stages, **options)
+        options["observer"] = stages
+        super().__init__(*arguments, **options)
         stages.now = lambda: self.now
         self.busy, self.order = stages.busy, stages.order
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -145,7 +146,7 @@ def test_a_wrong_setting_is_refused_and_zero_is_none() -> None:
 # -- in an engine ------------------------------------------------------------------------------------------------
 
 
-def burst_ttfts_s(policy: str, mode: str = "penstock", **config: float) -> list[float]:
+def burst_ttfts_s(policy: str, mode: str = "penstock", **config: Any) -> list[float]:
     """Small requests keep a link full behind which some large ones wait; TTFTs in order of arrival."""
     bench = Bench(policy=policy, mode=mode, fetch_window_blocks=2, max_running=8, check=False, **config)
     for i in range(8):

@@ -112,7 +112,7 @@ def test_one_odd_sample_does_not_upset_a_link() -> None:
 def test_the_slowest_link_decides_and_shared_links_add_up() -> None:
     cost = CostModel(LinkCost(4e9), ComputeCost(*PLANTED))
     cost.links = {"ssd:0": LinkCost(1e9), "ssd:1": LinkCost(2e9), "net": LinkCost(1.5e9)}
-    by_route = {("ssd:0", "net"): 10**9, ("ssd:1", "net"): 10**9}
+    by_route: dict[tuple[str, ...], int] = {("ssd:0", "net"): 10**9, ("ssd:1", "net"): 10**9}
     assert cost.load_s(by_route, 2 * 10**9, serial=False) == pytest.approx(2 / 1.5)
     assert cost.load_s(by_route, 2 * 10**9, serial=True) == pytest.approx(2 / 1.5 + 0.5)
     assert cost.load_s({}, 8 * 10**9, serial=False) == pytest.approx(2.0)

@@ -14,7 +14,7 @@ from penstock.core.cost import ComputeCost, CostModel, LinkCost
 from penstock.core.guest.records import Landed
 from penstock.core.guest.scheduler import GuestScheduler
 from penstock.core.keys import block_keys, root_key
-from penstock.core.operations import BlockHit, Drop, Fetch, Lookup, RequestSpec, Save, Upload
+from penstock.core.operations import BlockHit, Discard, Drop, Emit, Fetch, Lookup, RequestSpec, Save, Upload
 
 BLOCK = 4
 BLOCK_BYTES = 4096
@@ -219,6 +219,7 @@ class Guests(RuleBasedStateMachine):
             if isinstance(op, Upload):
                 pages = {page for blocks in self.granted.values() for page in blocks.values()}
                 assert all(page in pages for _, page in op.blocks), "G2: an upload into pages that were given up"
+            assert not isinstance(op, Discard | Emit)
             self.open[op.op_id] = op
         for page in self.brain.released():
             del self.kept[page]
@@ -274,7 +275,7 @@ Guests.TestCase.settings = settings(
 )
 
 
-class TestGuestHistories(Guests.TestCase):
+class TestGuestHistories(Guests.TestCase):  # type: ignore[misc, valid-type]
     pass
 
 

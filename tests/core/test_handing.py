@@ -95,7 +95,7 @@ class HandOffs(Histories):
                 assert op.slot not in self.slots, "a fetch into a slot whose content is needed"
             elif isinstance(op, Forward) and op.page is None:
                 assert self.slots[op.slot] == self.values[op.block.key]
-        real, self.brain.decide = self.brain.decide, lambda now: decided  # type: ignore[method-assign, assignment]
+        real, self.brain.decide = self.brain.decide, lambda now: decided  # type: ignore[method-assign]
         try:
             super()._decide()
         finally:
@@ -181,7 +181,7 @@ def test_hits_are_spread_over_both_sides() -> None:
     hits = [BlockHit(BLOCK_BYTES, ("ssd:0", "net"))] * 10
     everywhere = set(range(10))
 
-    def sides(going: HandOff, own: list[BlockHit] = hits) -> str:  # type: ignore[assignment]
+    def sides(going: HandOff, own: list[BlockHit] = hits) -> str:
         routed, other = route_hits(own, going, BLOCK_BYTES, 10)
         assert all(other[i].route != routed[i].route for i in other)
         letters = {("ssd:0", "net"): "p", ("snic@one", "relay@one"): "d", ("relay@one",): "b"}

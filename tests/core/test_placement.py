@@ -78,7 +78,7 @@ def test_a_weight_that_changes_moves_the_share_and_a_new_member_gets_one() -> No
     placement.set_weight(1, 0.0)
     assert {placement.owner(i) for i in range(20)} == {0}
     placement.set_weight(0, 0.0)
-    assert placement.owner(0) is None and placement.order(5) == [] and placement.weights == (0.0, 0.0, 0.0)
+    assert placement.owner(0) is None and placement.order(5) == [] and [*placement.weights] == [0.0] * 3
     for refused in (lambda: placement.set_weight(0, -1.0), lambda: placement.add(-1.0)):
         with pytest.raises(ValueError, match="at least 0"):
             refused()

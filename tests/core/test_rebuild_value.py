@@ -81,8 +81,8 @@ def load(seed: int, kind: str) -> list[list[tuple[int, int, float]]]:
     requests = []
     for number in range(4000):
         if kind == "bursts":
-            document = documents[(number // 12 + generator.randrange(24)) % 600]
-            requests.append([(key + number // 7200 * 10**7, size, rebuild_s(0)) for key, size, _ in document])
+            burst = documents[(number // 12 + generator.randrange(24)) % 600]
+            requests.append([(key + number // 7200 * 10**7, size, rebuild_s(0)) for key, size, _ in burst])
             continue
         if kind == "scan" and number % 2:
             requests.append([(10**7 + number * 100 + i, 2 * MIB, rebuild_s(i)) for i in range(32)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -148,7 +149,12 @@ def test_feasible_meets_the_most_deadlines_under_overload() -> None:
 @pytest.mark.parametrize("policy", ["sjf", "sjf-compute", "srpt", "edf", "lstf", "feasible"])
 def test_ageing_bounds_the_wait_behind_an_endless_stream(policy: str) -> None:
     def wait_of_the_long_one(age_bound_s: float, age_delays: float = 0.0) -> float:
-        settings = {"fetch_window_blocks": 2, "age_bound_s": age_bound_s, "age_delays": age_delays, "max_running": 8}
+        settings: dict[str, Any] = {
+            "fetch_window_blocks": 2,
+            "age_bound_s": age_bound_s,
+            "age_delays": age_delays,
+            "max_running": 8,
+        }
         bench = Bench(policy=policy, check=False, **settings)
         bench.submit(0.001, "long", 1, LONG, 900, 50.0)
         for i in range(250):  # each takes 10 ms of a link that gets one every 9 ms, and is more urgent
@@ -324,7 +330,7 @@ def test_requests_time_out_wherever_they_are() -> None:
     wakeup = one.next_wakeup_s()
     assert wakeup is not None and wakeup <= 5.0
     ends = one.decide(5.0)
-    assert [(op.request_id, op.finish_reason) for op in ends] == [("a", "timeout")]  # type: ignore[union-attr]
+    assert [(op.request_id, op.finish_reason) for op in ends] == [("a", "timeout")]
 
 
 @pytest.mark.parametrize("field", ["l1_pages", "max_batch_tokens", "max_running", "save_window_blocks", "age_bound_s"])

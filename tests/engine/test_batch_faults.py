@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,8 @@ def test_a_batch_without_a_fault_is_run_once() -> None:
 @pytest.mark.parametrize("culprit", [0, 17, 63])
 @pytest.mark.parametrize("how", ["raising", "spoiling"])
 def test_one_of_many_is_found_in_few_runs(culprit: int, how: str) -> None:
-    runs = Runs(**{how: [culprit]})
+    sick: dict[str, Any] = {how: [culprit]}
+    runs = Runs(**sick)
     assert failed(outcomes_of(runs, batch_of(64))) == [culprit]
     assert runs.count <= 1 + 2 * 6
 
@@ -62,7 +64,7 @@ def test_several_have_their_own_errors_and_runs_are_bounded() -> None:
     runs = Runs(raising=[3, 4], spoiling=[9])
     outcomes = outcomes_of(runs, batch_of(16))
     assert failed(outcomes) == [3, 4, 9]
-    assert [outcomes[i].error for i in (3, 9)] == ["compute failed: RuntimeError('injected by 3')", "no numbers"]  # type: ignore[union-attr]
+    assert [outcomes[i].error for i in (3, 9)] == ["compute failed: RuntimeError('injected by 3')", "no numbers"]
     runs = Runs(raising=range(32))
     assert len(failed(outcomes_of(runs, batch_of(32)))) == 32 and runs.count <= 64
 

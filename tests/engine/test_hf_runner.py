@@ -82,7 +82,7 @@ def decode(runner: HFRunner, prompt: list[int], pages: list[int], first: int) ->
     while len(tokens) < NEW_TOKENS:
         at = len(prompt) + len(tokens) - 1
         (token,) = runner.run([Chunk("r", [tokens[-1]], at, pages, GREEDY, len(tokens))])
-        assert token is not None
+        assert isinstance(token, int)
         tokens.append(token)
     return tokens
 
@@ -127,6 +127,7 @@ def test_batched_chunks_and_decodes_equal_transformers(architecture: str, checkp
             computed[index] += len(chunk.tokens)
             assert (token is None) == (chunk.sampling is None)
             if token is not None:
+                assert isinstance(token, int)
                 tokens[index].append(token)
     assert tokens == expected
     assert len(set(tokens[0])) > 2, "a model that repeats itself proves nothing"
@@ -145,7 +146,7 @@ def test_uploaded_kv_and_a_recomputed_hole_give_the_same_tokens(
     prompt = prompt_of(first, 6 * BLOCK + 5, 4)
     pages = list(range(20, 28))
     (token,) = first.run([Chunk("r", prompt, 0, pages, GREEDY)])
-    assert token is not None
+    assert isinstance(token, int)
     expected = decode(first, prompt, pages, token)
     blocks = host_blocks(first, pages[:6])
 
@@ -158,7 +159,7 @@ def test_uploaded_kv_and_a_recomputed_hole_give_the_same_tokens(
     refill = Chunk("r", prompt[hole * BLOCK : (hole + 1) * BLOCK], hole * BLOCK, other_pages)
     tail = Chunk("r", prompt[6 * BLOCK :], 6 * BLOCK, other_pages, GREEDY)
     _, token = second.run([refill, tail])
-    assert token is not None
+    assert isinstance(token, int)
     assert decode(second, prompt, other_pages, token) == expected
     for index, block in zip(loaded, host_blocks(second, [other_pages[index] for index in loaded]), strict=True):
         assert block == blocks[index]
@@ -270,7 +271,7 @@ def test_reduced_precision_pages_carry_over(checkpoints: dict[str, Path]) -> Non
     tail = Chunk("r", prompt[3 * BLOCK :], 3 * BLOCK, [10, 11, 12, 13], GREEDY)
     assert first.run([tail]) == first.run([Chunk("r", prompt[3 * BLOCK :], 3 * BLOCK, [0, 1, 2, 3], GREEDY)])
     assert host_blocks(first, [10, 11, 12]) == blocks
-    assert token is not None
+    assert isinstance(token, int)
 
 
 def reference_attention(

@@ -79,7 +79,7 @@ def test_a_batch_takes_what_the_profile_says(slept: list[float]) -> None:
     took_s = time.monotonic() - started_s
     assert expected_s > 0.05
     assert took_s >= expected_s >= sum(slept)
-    assert sampled[0] is not None and 0 <= sampled[0] < runner.vocab_size and sampled[1] is None
+    assert isinstance(sampled[0], int) and 0 <= sampled[0] < runner.vocab_size and sampled[1] is None
 
 
 def test_tokens_depend_on_position_and_text_only(runner: ModelledRunner) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from penstock.core.keys import block_keys
 from penstock.core.layout import staging_bytes
 from penstock.core.new_block import NewBlock
+from penstock.core.operations import ChunkFault
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import Chunk, SamplingParams
 from penstock.io.memory import aligned_buffer
@@ -152,6 +153,6 @@ def test_a_chunk_says_which_of_its_blocks_are_not_finite(poisoned: HFRunner) -> 
     )
     assert isinstance(fine, int) and spoiled is None
     (fault,) = poisoned.run([Chunk("b", BAD[4 * BLOCK : 7 * BLOCK], 4 * BLOCK, pages)])
-    assert fault.error is None and fault.unusable >= {5, 6}
+    assert isinstance(fault, ChunkFault) and fault.error is None and fault.unusable >= {5, 6}
     (fault,) = poisoned.run([Chunk("b", BAD[7 * BLOCK :], 7 * BLOCK, pages, GREEDY)])
-    assert fault.token is None and "not numbers" in fault.error
+    assert isinstance(fault, ChunkFault) and fault.token is None and "not numbers" in str(fault.error)

@@ -14,7 +14,7 @@ from penstock.engine.sampling import sample, uniform_draw
 LOGITS = torch.log(torch.tensor([0.05, 0.5, 0.3, 0.15]))
 
 
-def draws(params: SamplingParams, count: int = 2000) -> Counter[int]:
+def draws(params: SamplingParams, count: int = 2000) -> Counter[int | None]:
     rows = LOGITS.expand(count, -1)
     return Counter(sample(rows, [params] * count, range(count)))
 

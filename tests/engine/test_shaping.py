@@ -43,7 +43,8 @@ def model(tiny: Callable[[str], Path]) -> Model:
 
 def reference(model: Model, prompt: list[int], sampling: SamplingParams) -> list[int]:
     """Greedy tokens, with everything that `Shaping` says done one number at a time."""
-    shaping, answer = sampling.shaping or Shaping(), []
+    shaping = sampling.shaping or Shaping()
+    answer: list[int] = []
     for index in range(sampling.max_tokens):
         scores, counts = model(prompt + answer), Counter(answer)
         for token, bias in shaping.logit_bias:

@@ -110,10 +110,11 @@ def test_an_upload_and_a_download_that_fail_half_way_have_ended(tiny: Callable[[
         memory = aligned_buffer(size)
         runner.page_lock(memory)
         whole = (address_of(memory), address_of(memory) + size)
-        for move in (
+        moves: list[Callable[[], None]] = [
             lambda: runner.download(3, memory),
             lambda: runner.upload(runner.start_upload([(memory, 3)])),
-        ):
+        ]
+        for move in moves:
             clock.refuses_events = True
             with pytest.raises(RuntimeError, match="injected"):
                 move()
@@ -203,16 +204,17 @@ def test_an_engine_leaves_nothing_unordered(happens: str, layerwise: bool, tiny:
     documents = [prompt_of(10 + i, 8 * BLOCK) for i in range(3)]
     prompts = [documents[i % 3][: BLOCK * (4 + i % 5)] + prompt_of(20 + i, 20) for i in range(12)]
     with device_runner(tiny("llama")) as (inner, clock):
-        runner = WatchedRunner(FailingHalfWay(inner))
+        failing = FailingHalfWay(inner)
+        runner = WatchedRunner(failing)
         local = open_local_pool((16 << 20,), ())
-        sizes = {"l1_pages": PAGES, "l2_slots": 8, "layerwise": layerwise, "upload_group_blocks": 2}
+        sizes: dict[str, Any] = {"l1_pages": PAGES, "l2_slots": 8, "layerwise": layerwise, "upload_group_blocks": 2}
         with serving(runner, HostPool(local, clock), **sizes) as rig:
             ends: list[str | None] = []
             for first in range(0, len(prompts), 6):
                 ids = [f"request-{first + i}" for i in range(6)]
                 answers = [rig.start(prompts[first + i], request_id=name) for i, name in enumerate(ids)]
                 if happens == "batches fail":
-                    runner.inner.fail = 1
+                    failing.fail = 1
                 if happens == "requests are cancelled":
                     wait_until(lambda: any(answer.first.is_set() for answer in answers), "a first token")  # noqa: B023
                     for name in ids[::2]:

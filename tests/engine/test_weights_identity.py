@@ -40,7 +40,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def now_is_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """An hour has gone by since the files were made (their ctime cannot be set back)."""
     real = time.time_ns
-    monkeypatch.setattr(weights_identity.time, "time_ns", lambda: real() + int(OLD_S * 1e9))
+    monkeypatch.setattr(time, "time_ns", lambda: real() + int(OLD_S * 1e9))
 
 
 @pytest.fixture

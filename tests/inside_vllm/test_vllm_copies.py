@@ -98,7 +98,7 @@ def test_an_outer_connector_that_only_produces_is_refused(llama: Path, monkeypat
     def start(role: str) -> None:
         outer = KVTransferConfig(
             kv_connector="MultiConnector",
-            kv_role=role,  # type: ignore[arg-type]
+            kv_role=role,
             kv_load_failure_policy="recompute",
             kv_connector_extra_config={"connectors": [inner]},
         )

@@ -81,7 +81,7 @@ class FaultyPool:
 def faulty() -> Iterator[tuple[FaultyPool, str]]:
     """A real node over TCP, and its address."""
     pool = FaultyPool(open_local_pool((64 << 20,), ()))
-    node = PoolNode(pool, "127.0.0.1", 0)  # type: ignore[arg-type]
+    node = PoolNode(pool, "127.0.0.1", 0)
     yield pool, f"127.0.0.1:{node.address[1]}"
     pool.released.set()
     node.close(5.0)

@@ -75,7 +75,7 @@ def config(model: str | Path, load: dict[str, Any] | None = None, draft: Any = N
 
 
 def identity(made: Any, model_id: str = "", layouts: tuple[str, ...] = ("l",)) -> str:
-    return compat.model_identity(made, KV, list(layouts), model_id)  # type: ignore[arg-type]
+    return compat.model_identity(made, KV, list(layouts), model_id)
 
 
 def test_a_revision_and_a_download_folder_are_where_the_weights_are_looked_for(
@@ -184,7 +184,7 @@ def test_every_rank_holds_the_same_only_where_vllm_says_so_of_every_layer() -> N
             parallel_config=SimpleNamespace(tensor_parallel_size=ranks, pipeline_parallel_size=stages),
             model_config=SimpleNamespace(use_mla=True),
         )
-        return compat.same_on_all_ranks(made, SimpleNamespace(kv_tp_replicas=replicas))  # type: ignore[arg-type]
+        return compat.same_on_all_ranks(made, SimpleNamespace(kv_tp_replicas=replicas))
 
     assert same(4, 1, 4) and not same(4, 2, 4)
     assert not same(4, 1, 1), "an MLA model with a draft that has heads of its own"
@@ -202,7 +202,7 @@ def test_groups_whose_kv_no_prefix_names_are_refused() -> None:
 
     def check(**more: Any) -> None:
         group = KVCacheGroupSpec(["l"], spec, **more)
-        compat.check_model(made, SimpleNamespace(kv_cache_groups=[group]))  # type: ignore[arg-type]
+        compat.check_model(made, SimpleNamespace(kv_cache_groups=[group]))
 
     check()
     with pytest.raises(ConfigError, match="no prefix names"):

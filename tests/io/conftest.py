@@ -39,7 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.pluginmanager.has_plugin("tests.io.guest_report"):  # it is there in the guest only
         items[:] = [
-            GuestItem.from_parent(item.parent, name=item.name) if runs_in_guest(item) else item for item in items
+            GuestItem.from_parent(item.parent, name=item.name) if item.parent and runs_in_guest(item) else item
+            for item in items
         ]
 
 

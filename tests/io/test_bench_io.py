@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import typer
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from penstock.bench.experiments.io import io
 
@@ -16,12 +17,14 @@ app.command()(io)
 SMALL = ["--size-mib", "64", "--run-s", "0.05", "--repeats", "1"]
 
 
-def run(*arguments: str):
+def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, [*SMALL, *arguments])
 
 
 @pytest.mark.parametrize("with_fio", [True, False])
-def test_measures_and_writes(with_fio, tmp_path, monkeypatch, skip_without_uring):
+def test_measures_and_writes(
+    with_fio: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip_without_uring: None
+) -> None:
     if with_fio and shutil.which("fio") is None:
         pytest.skip("fio is not installed")
     if not with_fio:
@@ -42,7 +45,7 @@ def test_measures_and_writes(with_fio, tmp_path, monkeypatch, skip_without_uring
     assert not list(tmp_path.glob("penstock-bench-*"))
 
 
-def test_says_why_it_cannot_run(tmp_path):
+def test_says_why_it_cannot_run(tmp_path: Path) -> None:
     result = run("--path", "/dev/shm")
     assert result.exit_code == 1 and "tmpfs" in result.output
     result = run("--path", str(tmp_path / "absent"))

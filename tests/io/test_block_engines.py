@@ -6,8 +6,9 @@ import errno
 import os
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
@@ -15,11 +16,14 @@ from penstock.io import IoOp, QueueFull, aligned_buffer, open_engine
 from penstock.io.ring_engine import RingEngine
 from tests.io.block_io import drain, run
 
+if TYPE_CHECKING:
+    from tests.io.conftest import Held, OpenOne
+
 MIB = 1 << 20
 PAGE = 4096
 
 
-def test_what_is_written_is_read_back_in_pieces(engine_of):
+def test_what_is_written_is_read_back_in_pieces(engine_of: OpenOne) -> None:
     engine = engine_of(16 * MIB, 4)
     length = 5 * MIB + PAGE
     source, target = aligned_buffer(length), aligned_buffer(length)
@@ -30,7 +34,7 @@ def test_what_is_written_is_read_back_in_pieces(engine_of):
     assert target == source
 
 
-def test_the_last_block_of_the_device_is_usable(engine_of):
+def test_the_last_block_of_the_device_is_usable(engine_of: OpenOne) -> None:
     engine = engine_of(MIB, 1)
     source, target = aligned_buffer(PAGE), aligned_buffer(PAGE)
     source[:] = os.urandom(PAGE)
@@ -39,7 +43,7 @@ def test_the_last_block_of_the_device_is_usable(engine_of):
     assert target == source
 
 
-def test_registered_memory_and_memory_beside_it(engine_of):
+def test_registered_memory_and_memory_beside_it(engine_of: OpenOne) -> None:
     """Registration in several regions; operations inside one, across two, and half outside."""
     engine = engine_of(16 * MIB, 8)
     if isinstance(engine, RingEngine):
@@ -60,7 +64,7 @@ def test_registered_memory_and_memory_beside_it(engine_of):
     assert not isinstance(engine, RingEngine) or not [note for note in engine.notes if "register" in note]
 
 
-def test_registering_odd_addresses(engine_of):
+def test_registering_odd_addresses(engine_of: OpenOne) -> None:
     engine = engine_of(MIB, 1)
     memory = aligned_buffer(4 * PAGE)
     engine.register(memory[100:200])  # holds no aligned page
@@ -68,7 +72,7 @@ def test_registering_odd_addresses(engine_of):
     assert run(engine, IoOp("write", 0, memory, 1)) == {1: None}
 
 
-def test_write_from_read_only_memory(engine_of):
+def test_write_from_read_only_memory(engine_of: OpenOne) -> None:
     engine = engine_of(MIB, 1)
     source, target = aligned_buffer(PAGE), aligned_buffer(PAGE)
     source[:] = os.urandom(PAGE)
@@ -90,7 +94,9 @@ def test_write_from_read_only_memory(engine_of):
         ("erase", 0, 0, PAGE, "'read' or 'write'"),
     ],
 )
-def test_a_bad_operation_starts_nothing(engine_of, kind, offset, start, end, message):
+def test_a_bad_operation_starts_nothing(
+    engine_of: OpenOne, kind: Any, offset: int, start: int, end: int, message: str
+) -> None:
     engine = engine_of(MIB, 4)
     memory = aligned_buffer(2 * PAGE)
     good = aligned_buffer(PAGE)
@@ -103,7 +109,7 @@ def test_a_bad_operation_starts_nothing(engine_of, kind, offset, start, end, mes
     assert target == bytes(PAGE)
 
 
-def test_bad_buffers_are_refused(engine_of):
+def test_bad_buffers_are_refused(engine_of: OpenOne) -> None:
     engine = engine_of(MIB, 4)
     memory = aligned_buffer(2 * PAGE)
     for buffer in (memory.toreadonly()[:PAGE], memory[::2], memory.cast("I")[:1024]):
@@ -112,7 +118,7 @@ def test_bad_buffers_are_refused(engine_of):
     assert engine.in_flight() == 0
 
 
-def test_full_queue_starts_nothing(engine_of):
+def test_full_queue_starts_nothing(engine_of: OpenOne) -> None:
     engine = engine_of(MIB, 4)
     memory = aligned_buffer(8 * PAGE)
     memory[:] = b"x" * len(memory)
@@ -131,7 +137,7 @@ def test_full_queue_starts_nothing(engine_of):
     assert target == bytes(PAGE)
 
 
-def test_more_pieces_than_the_rings_hold(engine_of):
+def test_more_pieces_than_the_rings_hold(engine_of: OpenOne) -> None:
     engine = engine_of(64 * MIB, 64)
     if isinstance(engine, RingEngine):
         engine.piece_bytes = 64 << 10  # 1024 pieces in all, four times what goes out at once
@@ -148,13 +154,13 @@ def test_more_pieces_than_the_rings_hold(engine_of):
     assert all(memory[at : at + MIB] == bytes([at // MIB]) + pattern for at in range(0, len(memory), MIB))
 
 
-def test_poll_without_work_returns_at_once(engine_of):
+def test_poll_without_work_returns_at_once(engine_of: OpenOne) -> None:
     engine = engine_of(MIB, 1)
     assert engine.poll(0) == []
     assert engine.poll(60) == []
 
 
-def test_close_waits_for_operations_in_flight(engine_of):
+def test_close_waits_for_operations_in_flight(engine_of: OpenOne) -> None:
     engine = engine_of(8 * MIB, 8)
     memory = aligned_buffer(8 * MIB)
     engine.register(memory)
@@ -163,12 +169,13 @@ def test_close_waits_for_operations_in_flight(engine_of):
     assert {done.tag: done.error for done in engine.poll(0)} == dict.fromkeys(range(0, 8 * MIB, MIB))
     assert engine.in_flight() == 0 and engine.poll(1) == []
     engine.close(0)
-    for call in (lambda: engine.submit([]), lambda: engine.register(memory), engine.sync):
+    calls: list[Callable[[], None]] = [lambda: engine.submit([]), lambda: engine.register(memory), engine.sync]
+    for call in calls:
         with pytest.raises(ValueError, match="is closed"):
             call()
 
 
-def test_ten_thousand_random_operations_against_a_model(engine_of):
+def test_ten_thousand_random_operations_against_a_model(engine_of: OpenOne) -> None:
     rng = random.Random(1)
     pages, depth, operations = 2048, 32, 10_000
     engine = engine_of(pages * PAGE, depth)
@@ -178,7 +185,7 @@ def test_ten_thousand_random_operations_against_a_model(engine_of):
     engine.register(memory[: len(memory) // 2])
     slots = [memory[n * 16 * PAGE : (n + 1) * 16 * PAGE] for n in range(depth)]
     free = list(range(depth))
-    busy: dict[int, tuple[str, int, int]] = {}  # slot -> kind, first page, pages
+    busy: dict[int, tuple[Literal["read", "write"], int, int]] = {}  # slot -> kind, first page, pages
     started = 0
     while started < operations or busy:
         batch = []
@@ -187,7 +194,8 @@ def test_ten_thousand_random_operations_against_a_model(engine_of):
             page = rng.randrange(pages - length)
             if any(page < first + count and first < page + length for _, first, count in busy.values()):
                 break  # the engine promises no order between overlapping operations
-            slot, kind = free.pop(), rng.choice(("read", "write"))
+            slot = free.pop()
+            kind: Literal["read", "write"] = rng.choice(("read", "write"))
             view = slots[slot][: length * PAGE]
             if kind == "write":
                 at = rng.randrange(len(noise) - len(view))
@@ -207,7 +215,9 @@ def test_ten_thousand_random_operations_against_a_model(engine_of):
 
 @pytest.mark.parametrize("prefer", ["uring", "threads"])
 @pytest.mark.parametrize("left_bytes", [0, MIB, MIB + PAGE // 2])
-def test_a_device_cut_short_is_an_error(prefer: Literal["uring", "threads"], left_bytes: int, tmp_path: Path, request):
+def test_a_device_cut_short_is_an_error(
+    prefer: Literal["uring", "threads"], left_bytes: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     if prefer == "uring":
         request.getfixturevalue("skip_without_uring")
     engine = open_engine(tmp_path / "slab", 4 * MIB, 4, prefer)
@@ -221,11 +231,13 @@ def test_a_device_cut_short_is_an_error(prefer: Literal["uring", "threads"], lef
 
 
 @pytest.mark.parametrize("prefer", ["uring", "threads"])
-def test_one_failing_piece_fails_the_operation_once(prefer: Literal["uring", "threads"], tmp_path: Path, request):
+def test_one_failing_piece_fails_the_operation_once(
+    prefer: Literal["uring", "threads"], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     if prefer == "uring":
         request.getfixturevalue("skip_without_uring")
     engine = open_engine(tmp_path / "slab", 64 * MIB, 2, prefer)
-    if prefer == "uring":
+    if isinstance(engine, RingEngine):
         engine.piece_bytes = 64 << 10  # the first of many pieces fails while later ones wait for room
     memory = aligned_buffer(64 * MIB)
     os.truncate(tmp_path / "slab", 32 << 10)
@@ -235,7 +247,7 @@ def test_one_failing_piece_fails_the_operation_once(prefer: Literal["uring", "th
     engine.close(1)
 
 
-def test_close_gives_up_on_a_dead_device(held):
+def test_close_gives_up_on_a_dead_device(held: Held) -> None:
     held.write("stuck")
     assert held.engine.poll(0.05) == []
     with pytest.raises(TimeoutError, match="1 operations"):
@@ -246,7 +258,7 @@ def test_close_gives_up_on_a_dead_device(held):
     assert [(done.tag, done.error) for done in held.engine.poll(0)] == [("stuck", None)]
 
 
-def test_wake_ends_a_poll_that_would_wait(held):
+def test_wake_ends_a_poll_that_would_wait(held: Held) -> None:
     """The operation is of many pieces: a wait for all of them ends too."""
     engine = held.engine
     if isinstance(engine, RingEngine):
@@ -266,7 +278,7 @@ def test_wake_ends_a_poll_that_would_wait(held):
     assert [done.error for done in drain(engine, 30)] == [None]
 
 
-def test_wake_without_work_and_after_close(engine_of):
+def test_wake_without_work_and_after_close(engine_of: OpenOne) -> None:
     engine = engine_of(MIB, 1)
     engine.wake()
     assert engine.poll(60) == []
@@ -277,13 +289,13 @@ def test_wake_without_work_and_after_close(engine_of):
     engine.wake()
 
 
-def test_sync_and_wake_from_other_threads_during_operations(engine_of):
+def test_sync_and_wake_from_other_threads_during_operations(engine_of: OpenOne) -> None:
     engine = engine_of(4 * MIB, 16)
     memory = aligned_buffer(16 * PAGE)
     ending = threading.Event()
     failed: list[Exception] = []
 
-    def repeat(call) -> None:
+    def repeat(call: Callable[[], None]) -> None:
         while not ending.wait(0.0005):
             try:
                 call()

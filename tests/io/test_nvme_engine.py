@@ -20,6 +20,7 @@ from penstock.core.keys import KEY_BYTES
 from penstock.core.layout import staging_bytes
 from penstock.core.new_block import NewBlock
 from penstock.io import IoOp, aligned_buffer, open_engine, open_nvme
+from penstock.io.ring_engine import RingEngine
 from penstock.pool.api import Done, PoolError
 from penstock.pool.device import open_device_member
 from penstock.pool.header import SlabRefused
@@ -43,14 +44,14 @@ GUEST_WAIT_S = 30.0  # the guest is emulated
 drain, run = partial(block_io.drain, timeout_s=GUEST_WAIT_S), partial(block_io.run, timeout_s=GUEST_WAIT_S)
 
 
-def test_the_whole_namespace_rounded_down():
+def test_the_whole_namespace_rounded_down() -> None:
     engine = open_nvme(generic_device("odd"), None, 2)
     assert engine.capacity_bytes == ODD_BYTES // PAGE * PAGE and engine.alignment_bytes == PAGE
     assert engine.name == "nvme" and engine.notes == []
     engine.close(1)
 
 
-def test_bytes_lie_where_the_block_device_has_them():
+def test_bytes_lie_where_the_block_device_has_them() -> None:
     path = blank_namespace("lba4096", 4 * MIB)
     source = aligned_buffer(MIB + PAGE)
     source[:] = os.urandom(len(source))
@@ -66,17 +67,17 @@ def test_bytes_lie_where_the_block_device_has_them():
     assert target == source
 
 
-def test_pieces_fit_the_device_and_registered_memory_is_used():
+def test_pieces_fit_the_device_and_registered_memory_is_used() -> None:
     for serial, limit_bytes in (("lba512", 512 << 10), ("lba4096", 128 << 10)):
         engine = open_nvme(generic_device(serial), None, 4)
         memory = aligned_buffer(4 * MIB)
         engine.register(memory)
-        assert engine.notes == []
+        assert isinstance(engine, RingEngine) and engine.notes == []
         assert 64 << 10 <= engine.piece_bytes <= limit_bytes
         engine.close(1)
 
 
-def test_a_second_engine_of_either_kind_is_refused_until_the_first_closes():
+def test_a_second_engine_of_either_kind_is_refused_until_the_first_closes() -> None:
     path = generic_device("lba512")
     engine = open_nvme(path, None, 2)
     with pytest.raises(BlockingIOError, match="already locked"):
@@ -94,7 +95,7 @@ def test_a_second_engine_of_either_kind_is_refused_until_the_first_closes():
     open_nvme(path, None, 2).close(1)
 
 
-def test_a_process_that_dies_leaves_no_lock():
+def test_a_process_that_dies_leaves_no_lock() -> None:
     path = generic_device("lba512")
     code = f"from pathlib import Path; from penstock.io import *; e = open_nvme(Path({str(path)!r}), None, 2)\n"
     code += "import os; os.kill(os.getpid(), 9)"
@@ -109,7 +110,7 @@ def test_a_process_that_dies_leaves_no_lock():
             time.sleep(0.02)
 
 
-def test_a_mounted_namespace_is_refused(tmp_path):
+def test_a_mounted_namespace_is_refused(tmp_path: Path) -> None:
     try:
         controller("mounted")
     except TimeoutError:
@@ -128,7 +129,7 @@ def test_a_mounted_namespace_is_refused(tmp_path):
     open_nvme(generic_device("mounted"), None, 2).close(1)
 
 
-def test_a_namespace_with_partitions_is_refused():
+def test_a_namespace_with_partitions_is_refused() -> None:
     path = blank_namespace("lba512", MIB)
     entry = struct.pack("<B3xB3xII", 0, 0x83, 2048, 2048)
     fd = os.open(block_device("lba512"), os.O_RDWR)
@@ -151,19 +152,19 @@ def test_a_namespace_with_partitions_is_refused():
     ("serial", "message"),
     [("metadata", "8 bytes of metadata per block"), ("zoned", "zoned namespace")],
 )
-def test_formats_without_support_are_refused(serial, message):
+def test_formats_without_support_are_refused(serial: str, message: str) -> None:
     with pytest.raises(OSError, match=message) as caught:
         open_nvme(generic_device(serial), None, 2)
     assert caught.value.errno == errno.EOPNOTSUPP
 
 
-def test_a_namespace_smaller_than_the_capacity():
+def test_a_namespace_smaller_than_the_capacity() -> None:
     with pytest.raises(OSError, match=f"has {ODD_BYTES} bytes, fewer than the capacity of 2097152") as caught:
         open_nvme(generic_device("odd"), 2 * MIB, 2)
     assert caught.value.errno == errno.ENOSPC
 
 
-def test_wrong_paths(tmp_path):
+def test_wrong_paths(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such device"):
         open_nvme(Path("/dev/ng77n1"), None, 2)
     with pytest.raises(OSError, match="this is a block device; the nvme engine takes"):
@@ -179,13 +180,13 @@ def test_wrong_paths(tmp_path):
 
 
 @pytest.mark.parametrize(("capacity_bytes", "depth"), [(0, 2), (PAGE + 1, 2), (MIB, 0), (MIB, 257)])
-def test_wrong_arguments(capacity_bytes, depth):
+def test_wrong_arguments(capacity_bytes: int, depth: int) -> None:
     with pytest.raises(ValueError, match="must be"):
         open_nvme(generic_device("lba512"), capacity_bytes, depth)
     open_nvme(generic_device("lba512"), None, 2).close(1)
 
 
-def test_no_permission():
+def test_no_permission() -> None:
     path = generic_device("lba512")
     code = f"""
 import os
@@ -207,7 +208,7 @@ except PermissionError as error:
     assert "needs root" in said[0] and "hold its block device" in said[1] and "needs root" in said[2], said
 
 
-def test_an_address_beyond_the_namespace_is_an_error_in_words():
+def test_an_address_beyond_the_namespace_is_an_error_in_words() -> None:
     """As after a namespace was shrunk while it was open."""
     engine = open_nvme(generic_device("odd"), None, 2)
     engine.capacity_bytes = 4 * MIB
@@ -218,7 +219,7 @@ def test_an_address_beyond_the_namespace_is_an_error_in_words():
     assert "address beyond the end of the namespace" in str(outcome["r"]) and "ng" in str(outcome["r"])
 
 
-def test_a_drive_that_refuses_writes():
+def test_a_drive_that_refuses_writes() -> None:
     engine = open_nvme(generic_device("readonly"), None, 2)
     outcome = run(engine, IoOp("write", 0, aligned_buffer(PAGE), "w"))
     assert outcome["w"].errno == errno.EIO and "NVMe status 0x" in str(outcome["w"])
@@ -226,7 +227,7 @@ def test_a_drive_that_refuses_writes():
     engine.close(1)
 
 
-def test_one_bad_sector_fails_its_operations_once_and_no_other():
+def test_one_bad_sector_fails_its_operations_once_and_no_other() -> None:
     engine = open_nvme(generic_device("faulty"), None, 4)
     memory = aligned_buffer(4 * MIB)
     engine.register(memory)
@@ -240,7 +241,7 @@ def test_one_bad_sector_fails_its_operations_once_and_no_other():
     engine.close(1)
 
 
-def test_close_with_operations_in_flight_at_a_controller_reset():
+def test_close_with_operations_in_flight_at_a_controller_reset() -> None:
     """The kernel ends what was in flight with or without an error; none is lost, and the drive works again."""
     engine = open_nvme(generic_device("slow"), None, 8)
     memory = aligned_buffer(2 * MIB)
@@ -251,7 +252,7 @@ def test_close_with_operations_in_flight_at_a_controller_reset():
     engine.close(10)
 
 
-def test_a_drive_that_is_taken_away():
+def test_a_drive_that_is_taken_away() -> None:
     """What is in flight ends, later operations fail, and close is clean."""
     path = generic_device("removed")
     engine = open_nvme(path, None, 64)
@@ -278,7 +279,7 @@ def ended(start: Callable[[Done], None]) -> PoolError | None:
     return done.get(timeout=30)
 
 
-def test_a_pool_on_the_namespace_keeps_its_blocks(tmp_path):
+def test_a_pool_on_the_namespace_keeps_its_blocks(tmp_path: Path) -> None:
     path, size_bytes = blank_namespace("lba512", 64 * MIB), 300_000
     keys = [bytes([n + 1]) * KEY_BYTES for n in range(20)]
     data = aligned_buffer(20 * staging_bytes(size_bytes))
@@ -302,7 +303,7 @@ def test_a_pool_on_the_namespace_keeps_its_blocks(tmp_path):
         pool.close(20.0)
 
 
-def test_a_pool_refuses_a_namespace_with_other_content(tmp_path):
+def test_a_pool_refuses_a_namespace_with_other_content(tmp_path: Path) -> None:
     path = blank_namespace("lba4096", 4 * MIB)
     page = aligned_buffer(PAGE)
     page[:] = b"somebody's data " * (PAGE // 16)
@@ -321,7 +322,7 @@ def test_a_pool_refuses_a_namespace_with_other_content(tmp_path):
         (errno.EPERM, "forbidden"),
     ],
 )
-def test_a_kernel_without_passthrough(number, message):
+def test_a_kernel_without_passthrough(number: int, message: str) -> None:
     """io_uring_setup answers as such a kernel does; nothing stands in for the engine, and the namespace is let go."""
     path = generic_device("lba512")
     code = f"""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def run_restricted(restriction: str, value: int, code: str) -> str:
     return done.stdout
 
 
-def test_a_slab_keeps_its_content_and_grows(tmp_path):
+def test_a_slab_keeps_its_content_and_grows(tmp_path: Path) -> None:
     path = tmp_path / "slab"
     page = aligned_buffer(4096)
     page[:] = os.urandom(4096)
@@ -46,7 +47,7 @@ def test_a_slab_keeps_its_content_and_grows(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM])
-def test_falls_back_where_io_uring_is_refused(number, tmp_path):
+def test_falls_back_where_io_uring_is_refused(number: int, tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
 from penstock.io import *
@@ -65,7 +66,7 @@ engine.close(1)
     assert ("no io_uring" if number == errno.ENOSYS else "io_uring_disabled") in said
 
 
-def test_works_over_the_memory_lock_limit_and_says_so(skip_without_uring):
+def test_works_over_the_memory_lock_limit_and_says_so(skip_without_uring: None) -> None:
     code = """
 import tempfile
 from pathlib import Path
@@ -86,7 +87,7 @@ with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
     assert said.startswith("uring None") and said.count("over the memory lock limit") == 1
 
 
-def test_says_when_a_slab_lies_in_memory():
+def test_says_when_a_slab_lies_in_memory() -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         engine = open_engine(Path(folder) / "slab", MIB, 2)
         assert engine.name == "threads"
@@ -94,7 +95,7 @@ def test_says_when_a_slab_lies_in_memory():
         engine.close(1)
 
 
-def test_a_second_engine_is_refused_until_the_first_closes(tmp_path):
+def test_a_second_engine_is_refused_until_the_first_closes(tmp_path: Path) -> None:
     for prefer in ("uring", "threads"):
         engine = open_engine(tmp_path / "slab", MIB, 2, prefer)
         with pytest.raises(BlockingIOError, match="already locked"):
@@ -102,7 +103,7 @@ def test_a_second_engine_is_refused_until_the_first_closes(tmp_path):
         engine.close(1)
 
 
-def test_a_lock_of_another_process_counts(tmp_path):
+def test_a_lock_of_another_process_counts(tmp_path: Path) -> None:
     path = tmp_path / "slab"
     path.write_bytes(b"")
     with path.open() as other:  # a lock belongs to the open file, not to the process
@@ -113,7 +114,7 @@ def test_a_lock_of_another_process_counts(tmp_path):
     open_engine(path, MIB, 2).close(1)
 
 
-def test_missing_folder_folder_and_special_files(tmp_path):
+def test_missing_folder_folder_and_special_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"folder .*absent does not exist"):
         open_engine(tmp_path / "absent" / "slab", MIB, 2)
     with pytest.raises(IsADirectoryError, match="this is a folder"):
@@ -126,7 +127,7 @@ def test_missing_folder_folder_and_special_files(tmp_path):
 
 
 @pytest.mark.parametrize("level", ["file", "folder"])
-def test_no_permission(tmp_path, level):
+def test_no_permission(tmp_path: Path, level: str) -> None:
     path = tmp_path / "slab"
     path.write_bytes(b"")
     (path if level == "file" else tmp_path).chmod(0)
@@ -144,14 +145,14 @@ except PermissionError as error:
         tmp_path.chmod(0o700)
 
 
-def test_disk_full_leaves_nothing_behind(tmp_path):
+def test_disk_full_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"no space for a slab of .* are free") as caught:
         open_engine(tmp_path / "slab", 1 << 60, 2)
     assert caught.value.errno == errno.ENOSPC
     assert not (tmp_path / "slab").exists()
 
 
-def test_a_refused_allocation_leaves_the_file_as_it_was(tmp_path):
+def test_a_refused_allocation_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "slab"
     path.write_bytes(b"kept")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -166,7 +167,7 @@ def test_a_refused_allocation_leaves_the_file_as_it_was(tmp_path):
     assert caught.value.errno == errno.EFBIG and path.read_bytes() == b"kept"
 
 
-def test_block_device_smaller_than_the_capacity(tmp_path):
+def test_block_device_smaller_than_the_capacity(tmp_path: Path) -> None:
     with loop_device(tmp_path / "image", MIB) as device:
         with pytest.raises(OSError, match="has 1048576 bytes, fewer than the capacity of 2097152") as caught:
             open_engine(device, 2 * MIB, 2)
@@ -186,7 +187,7 @@ def test_block_device_smaller_than_the_capacity(tmp_path):
         (MIB, 2, "spdk", "prefer is 'spdk'"),
     ],
 )
-def test_wrong_arguments(tmp_path, capacity_bytes, depth, prefer, message):
+def test_wrong_arguments(tmp_path: Path, capacity_bytes: int, depth: int, prefer: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_engine(tmp_path / "slab", capacity_bytes, depth, prefer)
     assert not (tmp_path / "slab").exists()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import time
+from typing import Literal
 
 import pytest
 
@@ -13,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("skip_without_uring")
 
 
 @pytest.mark.parametrize("sqe_bytes", [64, 128])
-def test_entries_come_back_over_many_turns_of_the_ring(sqe_bytes):
+def test_entries_come_back_over_many_turns_of_the_ring(sqe_bytes: Literal[64, 128]) -> None:
     ring = Ring(8, sqe_bytes)
     sent = 0
     got: list[int] = []
@@ -31,7 +33,7 @@ def test_entries_come_back_over_many_turns_of_the_ring(sqe_bytes):
     ring.close()
 
 
-def test_a_wait_ends_at_its_deadline():
+def test_a_wait_ends_at_its_deadline() -> None:
     ring = Ring(8)
     start_s = time.monotonic()
     ring.wait(1, 0.05)
@@ -40,10 +42,10 @@ def test_a_wait_ends_at_its_deadline():
     ring.close()
 
 
-def test_the_barrier_of_weakly_ordered_machines(monkeypatch):
+def test_the_barrier_of_weakly_ordered_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     """On x86-64 the call is not needed; it is made here with this machine's number to see that it is right."""
     numbers = abi._SYS_MEMBARRIER  # noqa: SLF001 (another machine's barrier)
-    monkeypatch.setitem(numbers, "aarch64", 324 if abi.platform.machine() == "x86_64" else 283)
+    monkeypatch.setitem(numbers, "aarch64", 324 if platform.machine() == "x86_64" else 283)
     barrier = abi._Barrier("aarch64")  # noqa: SLF001 (another machine's barrier)
     assert barrier.needed
     barrier()
@@ -51,6 +53,6 @@ def test_the_barrier_of_weakly_ordered_machines(monkeypatch):
         abi._Barrier("s390x")  # noqa: SLF001 (another machine's barrier)
 
 
-def test_a_bad_ring_size_is_an_error():
+def test_a_bad_ring_size_is_an_error() -> None:
     with pytest.raises(OSError, match="io_uring_setup"):
         Ring(1 << 20)

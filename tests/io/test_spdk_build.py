@@ -49,7 +49,7 @@ def link(folder: Path, *commands: str) -> None:
         (folder / command).symlink_to(found)
 
 
-def test_it_builds_against_shared_libraries_and_says_against_what(pkg_config, tmp_path):
+def test_it_builds_against_shared_libraries_and_says_against_what(pkg_config: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache/shim.so"
     answer = CliRunner().invoke(app, ["build", "--pkg-config-path", str(pkg_config), "--out", str(out)])
     assert answer.exit_code == 0, answer.output
@@ -62,7 +62,7 @@ def test_it_builds_against_shared_libraries_and_says_against_what(pkg_config, tm
     assert set(built.features) == {"PSP_HAS_NO_HUGE", "PSP_HAS_ENV_OPTS_SIZE"}
 
 
-def test_nothing_of_spdk_is_in_the_shims_interface(shim):
+def test_nothing_of_spdk_is_in_the_shims_interface(shim: Path) -> None:
     if shutil.which("nm") is None:
         pytest.skip("needs nm")
     names = subprocess.run(["nm", "-D", "--defined-only", shim], capture_output=True, text=True, check=True).stdout
@@ -70,7 +70,7 @@ def test_nothing_of_spdk_is_in_the_shims_interface(shim):
     assert exported and all(name.startswith("psp_") for name in exported)
 
 
-def test_the_shim_is_hardened(shim, pkg_config, tmp_path, monkeypatch):
+def test_the_shim_is_hardened(shim: Path, pkg_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where SPDK's flags, or those of the compiler's command, want less."""
     if shutil.which("readelf") is None:
         pytest.skip("needs readelf")
@@ -80,7 +80,7 @@ def test_the_shim_is_hardened(shim, pkg_config, tmp_path, monkeypatch):
         (tmp_path / f"{module}.pc").write_text(text.replace("Cflags:", f"Cflags: {less}"))
     loosely = build(tmp_path, cc="cc -Wl,-z,lazy -Wl,-z,norelro -Wl,-z,execstack", out=tmp_path / "shim.so").path
     for path in (shim, loosely):
-        show = ["readelf", "--wide", "--dynamic", "--program-headers", "--dyn-syms", path]
+        show = ["readelf", "--wide", "--dynamic", "--program-headers", "--dyn-syms", str(path)]
         found = subprocess.run(show, capture_output=True, text=True, check=True).stdout
         assert "GNU_RELRO" in found and "BIND_NOW" in found and "__stack_chk_fail" in found
         assert any(f"{name}_chk@" in found for name in ("__snprintf", "__memcpy", "__vsnprintf"))
@@ -88,13 +88,13 @@ def test_the_shim_is_hardened(shim, pkg_config, tmp_path, monkeypatch):
         assert " RW " in stack and "RWE" not in stack
 
 
-def test_the_shims_sources_have_no_warnings(pkg_config, tmp_path):
+def test_the_shims_sources_have_no_warnings(pkg_config: Path, tmp_path: Path) -> None:
     built = build(pkg_config, cc="cc -Werror", out=tmp_path / "shim.so")
     assert built.path == tmp_path / "shim.so"
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o077])
-def test_only_this_user_can_change_what_was_built(pkg_config, tmp_path, umask):
+def test_only_this_user_can_change_what_was_built(pkg_config: Path, tmp_path: Path, umask: int) -> None:
     old = os.umask(umask)
     try:
         out = build(pkg_config, out=tmp_path / "a" / "b" / "shim.so").path
@@ -104,7 +104,9 @@ def test_only_this_user_can_change_what_was_built(pkg_config, tmp_path, umask):
     SpdkLibrary(out)
 
 
-def test_a_shim_that_others_could_have_put_there_is_neither_built_nor_loaded(shim, pkg_config, tmp_path):
+def test_a_shim_that_others_could_have_put_there_is_neither_built_nor_loaded(
+    shim: Path, pkg_config: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "shared"
     folder.mkdir()
     folder.chmod(0o777)
@@ -125,13 +127,13 @@ def test_a_shim_that_others_could_have_put_there_is_neither_built_nor_loaded(shi
             SpdkLibrary(folder / "shim.so")
 
 
-def test_it_builds_against_static_libraries(tmp_path):
+def test_it_builds_against_static_libraries(tmp_path: Path) -> None:
     pkg_config = make_standin(tmp_path / "prefix", static=True)
     built = build(pkg_config, out=tmp_path / "shim.so")
     assert built.linkage == "static" and built.built_against == "the stand-in of Penstock's tests"
 
 
-def test_an_older_spdk_has_fewer_options(tmp_path):
+def test_an_older_spdk_has_fewer_options(tmp_path: Path) -> None:
     pkg_config = make_standin(tmp_path / "prefix", cflags="-DSTANDIN_OLD")
     out = tmp_path / "shim.so"
     answer = CliRunner().invoke(app, ["build", "--pkg-config-path", str(pkg_config), "--out", str(out)])
@@ -140,12 +142,12 @@ def test_an_older_spdk_has_fewer_options(tmp_path):
         SpdkLibrary(out).start_environment(0, 64, True, True, False, ())
 
 
-def test_the_default_place_is_in_the_users_cache(monkeypatch):
+def test_the_default_place_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert default_library_path() == Path("/home/somebody/.cache/penstock/spdk/libpenstock_spdk.so")
 
 
-def test_what_is_missing_is_said_in_one_line(only, pkg_config, tmp_path):
+def test_what_is_missing_is_said_in_one_line(only: Path, pkg_config: Path, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="no C compiler; install one"):
         build(pkg_config)
     with pytest.raises(BuildError, match="no C compiler 'icc'"):
@@ -163,7 +165,7 @@ def test_what_is_missing_is_said_in_one_line(only, pkg_config, tmp_path):
     assert answer.stderr.startswith("penstock spdk build: pkg-config does not find") and answer.stderr.count("\n") == 1
 
 
-def test_an_spdk_that_does_not_compile_is_said_with_the_compilers_words(pkg_config, tmp_path):
+def test_an_spdk_that_does_not_compile_is_said_with_the_compilers_words(pkg_config: Path, tmp_path: Path) -> None:
     include = tmp_path / "include"
     shutil.copytree(SOURCES / "include", include)
     header = include / "spdk/nvme.h"
@@ -176,7 +178,7 @@ def test_an_spdk_that_does_not_compile_is_said_with_the_compilers_words(pkg_conf
     assert not (tmp_path / "shim.so").exists()
 
 
-def test_a_place_that_cannot_be_written_is_said(pkg_config, tmp_path):
+def test_a_place_that_cannot_be_written_is_said(pkg_config: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BuildError, match="cannot be stored at"):
         build(pkg_config, out=tmp_path / "file" / "shim.so")
@@ -190,7 +192,7 @@ def test_a_place_that_cannot_be_written_is_said(pkg_config, tmp_path):
         ("unsigned gone(void); unsigned psp_abi(void) { return gone(); }", "cannot be loaded"),
     ],
 )
-def test_a_library_that_is_not_the_shim_is_refused(source, message, tmp_path):
+def test_a_library_that_is_not_the_shim_is_refused(source: str, message: str, tmp_path: Path) -> None:
     skip_without_tools()
     (tmp_path / "x.c").write_text(source)
     library = tmp_path / "x.so"
@@ -200,7 +202,7 @@ def test_a_library_that_is_not_the_shim_is_refused(source, message, tmp_path):
     assert str(library) in str(caught.value)
 
 
-def test_an_absent_shim_is_one_line_that_says_what_to_run(tmp_path):
+def test_an_absent_shim_is_one_line_that_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="run: penstock spdk build"):
         open_spdk("0000:01:00.0", 1, MIB, 1, tmp_path / "none.so")
     (tmp_path / "text.so").write_text("not a library")
@@ -250,8 +252,8 @@ TCP = "trtype:TCP adrfam:IPv4 traddr:127.0.0.1 trsvcid:1 subnqn:one"
     ],
 )  # fmt: skip
 def test_the_first_target_decides_how_the_environment_starts(
-    pkg_config, shim, tmp_path, target, setting, pages, wanted
-):
+    pkg_config: Path, shim: Path, tmp_path: Path, target: str, setting: str, pages: int, wanted: list[str]
+) -> None:
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(MIB))
     arguments = [shim, pkg_config / "libspdk_nvme.so", disk, target, setting, str(pages)]

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,8 @@ from penstock.io.spdk.dma import CHUNK_BYTES
 from tests.io import spdk_rig
 from tests.io.block_io import outcomes, run
 from tests.io.spdk_rig import StandIn
+
+Opened = Callable[[SpdkEngine], SpdkEngine]
 
 MIB = 1 << 20
 PAGE = 4096
@@ -33,7 +36,7 @@ def standin() -> Iterator[StandIn]:
 
 
 @pytest.fixture
-def opened() -> Iterator[Callable[[SpdkEngine], SpdkEngine]]:
+def opened() -> Iterator[Opened]:
     """Engines that are closed at the end."""
     engines: list[SpdkEngine] = []
 
@@ -60,7 +63,7 @@ def chunk_aligned(length: int) -> memoryview:
 
 
 @pytest.mark.parametrize("transport", ["TCP", "PCIE", "VFIOUSER", "RDMA"])
-def test_operations_go_out_in_pieces_of_the_drives_limit(standin, opened, transport):
+def test_operations_go_out_in_pieces_of_the_drives_limit(standin: StandIn, opened: Opened, transport: str) -> None:
     drive = standin.drive(transport, transfer_bytes=(64 << 10) + 512)
     engine = opened(drive.open())
     source, target = noise(MIB + PAGE), aligned_buffer(MIB + PAGE)
@@ -71,7 +74,7 @@ def test_operations_go_out_in_pieces_of_the_drives_limit(standin, opened, transp
     assert (drive.get("largest"), drive.get("writes"), drive.get("reads")) == (64 << 10, 17, 17)
 
 
-def test_memory_of_a_drive_without_iommu_is_copied_and_a_note_says_so(standin, opened):
+def test_memory_of_a_drive_without_iommu_is_copied_and_a_note_says_so(standin: StandIn, opened: Opened) -> None:
     drive = standin.drive("PCIE", size_bytes=48 * MIB, transfer_bytes=MIB)
     engine = opened(drive.open(depth=2))
     memory = chunk_aligned(24 * MIB)
@@ -85,7 +88,7 @@ def test_memory_of_a_drive_without_iommu_is_copied_and_a_note_says_so(standin, o
     assert memory == before and drive.get("direct") == 0
 
 
-def test_registered_memory_is_used_directly_by_two_engines_until_both_closed(standin, opened):
+def test_registered_memory_is_used_directly_by_two_engines_until_both_closed(standin: StandIn, opened: Opened) -> None:
     standin.set_global("iommu", 1)
     drives = [standin.drive("PCIE", size_bytes=8 * MIB) for _ in range(2)]
     engines = [opened(drive.open()) for drive in drives]
@@ -110,7 +113,7 @@ def test_registered_memory_is_used_directly_by_two_engines_until_both_closed(sta
     assert standin.dma_regions(registered=True) == 0 and standin.dma_regions(registered=False) == 0
 
 
-def test_memory_that_spdk_refuses_is_copied(standin, opened):
+def test_memory_that_spdk_refuses_is_copied(standin: StandIn, opened: Opened) -> None:
     standin.set_global("iommu", 1)
     standin.set_global("no_register", 1)
     engine = opened(standin.drive("PCIE").open())
@@ -121,7 +124,7 @@ def test_memory_that_spdk_refuses_is_copied(standin, opened):
 
 
 @pytest.mark.parametrize("transport", ["TCP", "PCIE"])
-def test_an_nvme_error_fails_its_operation_once_and_no_other(standin, opened, transport):
+def test_an_nvme_error_fails_its_operation_once_and_no_other(standin: StandIn, opened: Opened, transport: str) -> None:
     drive = standin.drive(transport)
     engine = opened(drive.open())
     for name, value in {"fail_from": 2048, "fail_to": 2049, "sct": 2, "sc": 0x81}.items():
@@ -135,7 +138,7 @@ def test_an_nvme_error_fails_its_operation_once_and_no_other(standin, opened, tr
     assert run(engine, IoOp("read", 0, memory[: 4 * MIB], "again")) == {"again": None}
 
 
-def test_a_drive_cut_short_is_an_error(standin, opened):
+def test_a_drive_cut_short_is_an_error(standin: StandIn, opened: Opened) -> None:
     drive = standin.drive()
     engine = opened(drive.open())
     os.truncate(drive.path, MIB)
@@ -146,7 +149,9 @@ def test_a_drive_cut_short_is_an_error(standin, opened):
 @pytest.mark.parametrize("how", ["removed", "removed_admin"])
 @pytest.mark.parametrize("silent", [0, 1])
 @pytest.mark.parametrize("transport", ["TCP", "PCIE"])
-def test_a_lost_controller_ends_every_operation_with_an_error(standin, opened, how, silent, transport):
+def test_a_lost_controller_ends_every_operation_with_an_error(
+    standin: StandIn, opened: Opened, how: str, silent: int, transport: str
+) -> None:
     drive = standin.drive(transport)
     engine = opened(drive.open(depth=4))
     drive.set("held")
@@ -170,7 +175,7 @@ def test_a_lost_controller_ends_every_operation_with_an_error(standin, opened, h
     assert run(again, IoOp("read", 0, memory[:PAGE], 1)) == {1: None}
 
 
-def test_a_refusal_for_want_of_requests_is_only_a_delay(standin, opened):
+def test_a_refusal_for_want_of_requests_is_only_a_delay(standin: StandIn, opened: Opened) -> None:
     drive = standin.drive()
     engine = opened(drive.open())
     drive.set("busy_submits", 40)
@@ -182,7 +187,7 @@ def test_a_refusal_for_want_of_requests_is_only_a_delay(standin, opened):
     assert target == source and drive.get("busy_submits") == 0 and drive.get("flushes") == 1
 
 
-def test_close_with_operations_that_never_end(standin):
+def test_close_with_operations_that_never_end(standin: StandIn) -> None:
     drive = standin.drive()
     engine = drive.open(depth=2)
     drive.set("held")
@@ -199,7 +204,7 @@ def test_close_with_operations_that_never_end(standin):
         engine.sync()
 
 
-def test_wake_ends_a_poll_in_progress_or_the_next_one(standin, opened):
+def test_wake_ends_a_poll_in_progress_or_the_next_one(standin: StandIn, opened: Opened) -> None:
     drive = standin.drive()
     engine = opened(drive.open())
     drive.set("held")
@@ -218,7 +223,7 @@ def test_wake_ends_a_poll_in_progress_or_the_next_one(standin, opened):
     assert outcomes(engine) == {1: None}
 
 
-def test_sync_flushes_from_another_thread_while_polling(standin, opened):
+def test_sync_flushes_from_another_thread_while_polling(standin: StandIn, opened: Opened) -> None:
     drive = standin.drive()
     engine = opened(drive.open())
     drive.set("delay_us", 2000)
@@ -230,7 +235,9 @@ def test_sync_flushes_from_another_thread_while_polling(standin, opened):
     assert not thread.is_alive() and drive.get("flushes") == 1
 
 
-def test_sync_says_when_the_flush_fails_and_skips_a_drive_without_a_cache(standin, opened, monkeypatch):
+def test_sync_says_when_the_flush_fails_and_skips_a_drive_without_a_cache(
+    standin: StandIn, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drive = standin.drive()
     engine = opened(drive.open())
     drive.set("flush_sc", 6)
@@ -248,13 +255,13 @@ def test_sync_says_when_the_flush_fails_and_skips_a_drive_without_a_cache(standi
     assert without.get("flushes") == 0
 
 
-def test_the_admin_queue_is_polled_while_nothing_else_happens(standin, opened):
+def test_the_admin_queue_is_polled_while_nothing_else_happens(standin: StandIn, opened: Opened) -> None:
     drive = standin.drive()
     opened(drive.open())
     drive.until("admin_polls", drive.get("admin_polls") + 5)
 
 
-def test_a_polling_thread_on_a_core_of_its_own(standin, opened):
+def test_a_polling_thread_on_a_core_of_its_own(standin: StandIn, opened: Opened) -> None:
     drive = standin.drive()
     engine = opened(drive.open(cpu=min(os.sched_getaffinity(0))))
     source, target = noise(2 * MIB), aligned_buffer(2 * MIB)
@@ -263,7 +270,7 @@ def test_a_polling_thread_on_a_core_of_its_own(standin, opened):
     assert target == source and not any("no core of its own" in note for note in engine.notes)
 
 
-def test_two_engines_work_side_by_side_and_one_namespace_opens_once(standin, opened):
+def test_two_engines_work_side_by_side_and_one_namespace_opens_once(standin: StandIn, opened: Opened) -> None:
     drives = [standin.drive("TCP"), standin.drive("PCIE")]
     engines = [opened(drive.open()) for drive in drives]
     with pytest.raises(BlockingIOError, match="open in this process"):
@@ -285,7 +292,9 @@ def test_two_engines_work_side_by_side_and_one_namespace_opens_once(standin, ope
         ({}, {"transfer_bytes": 2048}, "less than 4096 bytes at once"),
     ],
 )
-def test_drives_that_do_not_do_are_refused_in_one_line(standin, settings, shape, message):
+def test_drives_that_do_not_do_are_refused_in_one_line(
+    standin: StandIn, settings: dict[str, int], shape: dict[str, Any], message: str
+) -> None:
     drive = standin.drive(**shape)
     for name, value in settings.items():
         drive.set(name, value)
@@ -294,7 +303,7 @@ def test_drives_that_do_not_do_are_refused_in_one_line(standin, settings, shape,
     assert drive.key in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_too_small_absent_or_without_memory(standin):
+def test_too_small_absent_or_without_memory(standin: StandIn) -> None:
     with pytest.raises(OSError, match="has 8388608 bytes, fewer than the capacity of 16777216") as caught:
         standin.drive().open(capacity_bytes=16 * MIB)
     assert caught.value.errno == errno.ENOSPC
@@ -308,7 +317,9 @@ def test_too_small_absent_or_without_memory(standin):
     assert standin.dma_regions(registered=False) == 0
 
 
-def test_a_target_that_does_not_answer_is_given_up_and_can_be_opened_later(standin, opened, monkeypatch):
+def test_a_target_that_does_not_answer_is_given_up_and_can_be_opened_later(
+    standin: StandIn, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drive = standin.drive()
     drive.set("connect_held")
     monkeypatch.setattr(engine_module, "OPEN_TIMEOUT_S", 0.05)
@@ -319,7 +330,9 @@ def test_a_target_that_does_not_answer_is_given_up_and_can_be_opened_later(stand
     assert run(opened(drive.open()), IoOp("read", 0, aligned_buffer(PAGE), 1)) == {1: None}
 
 
-def test_a_controller_that_does_not_detach_does_not_hold_close(standin, monkeypatch):
+def test_a_controller_that_does_not_detach_does_not_hold_close(
+    standin: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drive = standin.drive()
     engine = drive.open()
     drive.set("detach_held")
@@ -329,7 +342,7 @@ def test_a_controller_that_does_not_detach_does_not_hold_close(standin, monkeypa
     assert any("did not detach" in note for note in engine.notes)
 
 
-def test_the_environment_of_the_process_serves_what_it_was_started_for(standin, opened):
+def test_the_environment_of_the_process_serves_what_it_was_started_for(standin: StandIn, opened: Opened) -> None:
     opened(standin.drive().open())
     with pytest.raises(OSError, match=r"is for 0000:01:00\.0") as caught:
         open_spdk("0000:ff:00.0", 1, MIB, 1, standin.shim)
@@ -350,12 +363,12 @@ def test_the_environment_of_the_process_serves_what_it_was_started_for(standin, 
         (("0000:01:00.0", 1, MIB, 1, None, -1), "cpu is -1"),
     ],
 )
-def test_wrong_arguments_are_refused_by_name(arguments, message):
+def test_wrong_arguments_are_refused_by_name(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_spdk(*arguments)
 
 
-def test_environments_that_make_no_sense_are_refused():
+def test_environments_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="pci_allowed is empty"):
         SpdkEnvironment()
     with pytest.raises(ValueError, match="pci_allowed has 'nvme0'"):
@@ -364,7 +377,7 @@ def test_environments_that_make_no_sense_are_refused():
         SpdkEnvironment(no_pci=True, no_huge=True, hugepage_single_segments=True)
 
 
-def test_a_real_target_that_dies_ends_every_operation_with_an_error(opened):
+def test_a_real_target_that_dies_ends_every_operation_with_an_error(opened: Opened) -> None:
     """The last test of a run with a real SPDK: its target is gone then."""
     rig = spdk_rig.real()
     engine = opened(rig.open(64 * MIB, 16))

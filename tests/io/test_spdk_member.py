@@ -24,8 +24,8 @@ def test_spdk_members_of_a_pool_keep_their_blocks(tmp_path: Path) -> None:
     drives[0].open().close(10.0)  # the environment of this process
     (tmp_path / "tables").mkdir()
     text = "state = 'tables'\nblock_bytes = '64KiB'\n"
-    for key, drive in zip(("pcie", "target"), drives, strict=True):
-        text += f"[[member]]\nkind = 'spdk'\n{key} = '{drive.target}'\nlibrary = '{standin.shim}'\nweight = 1\n"
+    for name, drive in zip(("pcie", "target"), drives, strict=True):
+        text += f"[[member]]\nkind = 'spdk'\n{name} = '{drive.target}'\nlibrary = '{standin.shim}'\nweight = 1\n"
     file = tmp_path / "pool.toml"
     file.write_text(text)
     config = read_pool_config(file)

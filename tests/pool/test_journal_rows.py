@@ -69,7 +69,7 @@ def test_every_bit_of_every_column_counts(column: int) -> None:
     assert block_of(tuple(row[:-1])) is None
 
 
-ODD_COLUMNS = {
+ODD_COLUMNS: dict[str, list[Any]] = {
     "key": [b"k" * 15, "k" * 16, 7, None], "parent": [b"p" * 17, "p", None], "offset": [-4096, 0.5, None, "0"],
     "size": [0, -1, 1 << 63, "4096", 1.0], "position": [-1, None, 1e300], "checksum": [b"c" * 7, b"", "c" * 8],
     "tenant": [b"t" * 9, "tenant", None], "rebuild_s": [math.inf, -1.0, 1e300, "1", None, 1], "used": [math.inf, -1.0,

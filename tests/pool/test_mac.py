@@ -172,7 +172,12 @@ def test_forged_blocks_are_refused_and_replaced(kind: str, how: str, tmp_path: P
 def test_stored_bytes_of_a_good_mac_that_were_changed_are_refused(kind: str, tmp_path: Path) -> None:
     """One bit more, one byte less, or a block of another time under the MAC of this one."""
     with place(kind, tmp_path) as at, keyed(at.pool, OURS) as ours:
-        for number, change in enumerate((lambda b: bytes([b[0] ^ 1]) + b[1:], lambda b: b[:-1], lambda b: b + b"\0")):
+        changes: list[Callable[[bytes], bytes]] = [
+            lambda b: bytes([b[0] ^ 1]) + b[1:],
+            lambda b: b[:-1],
+            lambda b: b + b"\0",
+        ]
+        for number, change in enumerate(changes):
             key = key_of(number)
             assert put(ours, key) == "ok"
             mac = mac_of(at.stranger, key)
@@ -452,5 +457,6 @@ def test_a_union_passes_over_a_node_that_has_a_forged_block(tmp_path: Path) -> N
             get(ours, key)
             assert ours.lookup([key], 5.0) == [None], "no hit that would be refused again"
             until(lambda key=key: put(ours, key) == get(ours, key) == "ok", 60.0)  # type: ignore[misc]
-    for one in (union, *nodes, *pools):
+    everything: tuple[Pool | PoolNode, ...] = (union, *nodes, *pools)
+    for one in everything:
         one.close(5.0)

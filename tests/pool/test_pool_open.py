@@ -64,7 +64,7 @@ def test_an_engine_embeds_a_pool_from_its_file_with_the_profile_of_its_links(
     members = (MemberProfile("memory:0", "memory", None, 3e9, None, 3e9, None),)
     write_profile(PoolProfile(65536, members), tmp_path / "profile.json")
     file = file_of(tmp_path, 'profile = "profile.json"\n' + MEMORY + 'name = "memory:0"\n')
-    sizes = {"kv_memory_bytes": MIB, "staging_bytes": MIB}
+    sizes: dict[str, Any] = {"kv_memory_bytes": MIB, "staging_bytes": MIB}
     config = EngineConfig(executor="modelled", bytes_divisor=1024, pool_config=str(file), **sizes)
     built = build.build_engine(config)
     try:
@@ -84,7 +84,7 @@ def test_an_engine_says_at_start_which_members_and_nodes_its_blocks_do_not_fit(
     pool = open_local_pool([MIB], [])
     node = PoolNode(pool, "127.0.0.1", 0, staging_capacity_bytes=4096)
     place = f"127.0.0.1:{node.address[1]}"
-    sizes = {"kv_memory_bytes": MIB, "staging_bytes": MIB, "bytes_divisor": 1024}
+    sizes: dict[str, Any] = {"kv_memory_bytes": MIB, "staging_bytes": MIB, "bytes_divisor": 1024}
     built = build.build_engine(EngineConfig(executor="modelled", memory=(4096,), pool=(place,), **sizes))
     alone = build.build_engine(EngineConfig(executor="modelled", pool=(place,), **sizes))
     try:

@@ -63,15 +63,15 @@ def test_measures_writes_the_file_and_leaves_blocks_alone(tmp_path: Path) -> Non
     assert done.returncode == 0 and "ssd:0" in done.stdout and f"written to {tmp_path}/profile.json" in done.stdout, (
         done
     )
-    found = read_profile(tmp_path / "profile.json")
-    assert found.block_bytes == 65536 and [m.name for m in found.members] == ["memory:0", "ssd:0"]
-    memory, slab = found.members
+    profile = read_profile(tmp_path / "profile.json")
+    assert profile.block_bytes == 65536 and [m.name for m in profile.members] == ["memory:0", "ssd:0"]
+    memory, slab = profile.members
     assert 0 < slab.read_bytes_per_s < 75e6 and 0 < memory.read_bytes_per_s < 150e6 and slab.write_bytes_per_s
     pool = open_members_pool(described(tmp_path))
     assert {read(pool, key) for key in kept} == {"ok"}
     shares = {member.name: member.weight for member in pool.stat(1.0).members}
-    total = sum(found.weights().values())
-    assert shares == {name: pytest.approx(rate / total) for name, rate in found.weights().items()}
+    total = sum(profile.weights().values())
+    assert shares == {name: pytest.approx(rate / total) for name, rate in profile.weights().items()}
     pool.close(5.0)
 
 

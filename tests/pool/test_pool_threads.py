@@ -12,13 +12,14 @@ import pytest
 
 from penstock import guarded_thread
 from penstock.guarded_thread import thread_failures
-from penstock.io.api import IoOp
+from penstock.io.api import IoCompletion, IoOp
 from penstock.io.memory import aligned_buffer
 from penstock.io.open import open_engine
 from penstock.pool import callbacks, children, drain, probe
 from penstock.pool.api import PoolError
 from penstock.pool.block import Block
 from penstock.pool.callbacks import call_soon, callback_worker
+from penstock.pool.checksum import block_checksum
 from penstock.pool.children import Children
 from penstock.pool.device import open_device_member
 from penstock.pool.journal import Journal
@@ -198,7 +199,7 @@ def test_a_drain_goes_on_after_a_block_that_it_could_not_move(tmp_path: Path, mo
     pool = open_local_pool([MIB, 4 * MIB], [], weights=[1.0, 1.0])
     for key, parent in chain("a", 40):
         assert write(pool, key, parent) == "ok"
-    monkeypatch.setattr(drain, "block_checksum", once(drain.block_checksum, 3))
+    monkeypatch.setattr(drain, "block_checksum", once(block_checksum, 3))
     monkeypatch.setattr(drain.Drain, "_pass", once(drain.Drain._pass))  # noqa: SLF001 (a fault is put in here)
     pool.drain_member("memory:0")
     until(lambda: [m.name for m in pool.stat(1.0).members] == ["memory:1"], WAIT_S)
@@ -249,7 +250,7 @@ def test_callbacks_that_raise_or_find_no_room_are_called_all_the_same(monkeypatc
 
 
 def test_an_io_thread_outlives_a_buffer_that_was_released(tmp_path: Path) -> None:
-    engine = open_engine(tmp_path / "kv.slab", MIB, 1, prefer="threads")
+    engine: Any = open_engine(tmp_path / "kv.slab", MIB, 1, prefer="threads")
     pages = [aligned_buffer(4096) for _ in range(2)]
     op = IoOp("write", 0, pages[0], "released")
     real = engine._move  # noqa: SLF001 (a fault is put in here)
@@ -257,11 +258,12 @@ def test_an_io_thread_outlives_a_buffer_that_was_released(tmp_path: Path) -> Non
     def move(op: IoOp) -> OSError | None:
         if op.tag == "released":
             op.buffer.release()
-        return real(op)
+        failed: OSError | None = real(op)
+        return failed
 
     engine._move = move  # noqa: SLF001 (a fault is put in here)
     engine.submit([op])
-    ended = []
+    ended: list[IoCompletion] = []
     until(lambda: bool(ended.extend(engine.poll(0.1)) or ended), WAIT_S)
     assert ended[0].tag == "released" and isinstance(ended[0].error, OSError)
     engine.submit([IoOp("write", 0, pages[1], "next")])

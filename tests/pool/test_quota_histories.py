@@ -134,9 +134,9 @@ def test_after_a_restart_those_whose_blocks_are_worth_most_have_the_default_quot
     assert table.restore(0, rows) == []
     table.check_integrity()
     for number in range(100):
-        block, gone = table.reserve(new_block(key_of(("new", number)), ROOT, PAGE, number, f"y{number}"))
-        assert block is not None
-        table.commit(block)
+        new, gone = table.reserve(new_block(key_of(("new", number)), ROOT, PAGE, number, f"y{number}"))
+        assert new is not None
+        table.commit(new)
         assert not any(old.tenant == tenant_tag("honest") for old in gone)
     table.check_integrity()
 

@@ -143,9 +143,9 @@ def test_a_block_that_is_read_while_it_is_replaced_stays_until_then(rig: Rig) ->
     with keyed(rig.client, OURS) as ours:
         assert put(ours, key) == get(ours, key) == "ok"
     outcome, into = Outcome(), aligned_buffer(8192)
-    opened.load(into, 10.0, outcome)  # type: ignore[union-attr]
+    opened.load(into, 10.0, outcome)
     assert outcome.reason() == "ok" and bytes(into[:SIZE]) == FORGED
-    opened.release()  # type: ignore[union-attr]
+    opened.release()
     rig.pool.check_integrity()
     assert new_block(key).mac == b""
 

@@ -238,7 +238,7 @@ def test_without_descriptors_an_idle_connection_goes_and_the_server_goes_on(star
         idle.sendall(FINE)
         read_answer(idle)
         listener = acceptor._listener  # noqa: SLF001 (a fault is put in here)
-        acceptor._listener = Listener()  # noqa: SLF001 (a fault is put in here)
+        acceptor._listener = Listener()  # type: ignore[assignment]  # noqa: SLF001 (a fault is put in here)
         with connect(served) as client:
             client.sendall(FINE)
             assert read_answer(client)[0] == 200

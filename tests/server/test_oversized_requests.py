@@ -138,7 +138,7 @@ def bytes_fallback() -> Tokenizer:
 
 
 def byte_level(normalizer: Any = None, **added: Any) -> Tokenizer:
-    found = build_tokenizer(TINY_VOCABULARY).backend_tokenizer
+    found: Tokenizer = build_tokenizer(TINY_VOCABULARY).backend_tokenizer
     if normalizer is not None:
         found.normalizer = normalizer
     if added:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -198,7 +199,7 @@ def test_the_real_engine_serves_and_reuses(served: tuple[str, subprocess.Popen[s
     client = OpenAI(base_url=f"{served[0]}/v1", api_key="none", max_retries=0, timeout=30)
     prompt = "The quick brown fox jumps over the lazy dog. " * 8
     extra = {"return_timing": True, "return_token_ids": True}
-    asked = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "temperature": 0, "extra_body": extra}
+    asked: dict[str, Any] = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "temperature": 0, "extra_body": extra}
     first, second = (client.completions.create(**asked) for _ in range(2))
     assert first.choices[0].text == second.choices[0].text
     assert second.usage.prompt_tokens_details.cached_tokens > 64
@@ -207,7 +208,7 @@ def test_the_real_engine_serves_and_reuses(served: tuple[str, subprocess.Popen[s
         chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True) if chunk.choices
     )
     assert streamed == first.choices[0].text
-    message = {"role": "user", "content": "Hello"}
+    message: Any = {"role": "user", "content": "Hello"}
     chat = client.chat.completions.create(model="tiny", messages=[message], max_tokens=5, temperature=0)
     assert chat.usage.completion_tokens == 5 or chat.choices[0].finish_reason == "stop"
 

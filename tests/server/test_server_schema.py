@@ -34,6 +34,7 @@ def test_anything_parses_or_is_an_api_error(body: dict[str, Any], prompt: Any) -
             if isinstance(parsed, CompletionBody):
                 assert prompts_of(parsed)
             else:
+                assert isinstance(parsed, ChatBody)
                 assert all(isinstance(m["content"], str) for m in chat_messages(parsed))
         except ApiError as error:
             assert error.status == 400 and error.message

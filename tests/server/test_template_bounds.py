@@ -147,7 +147,7 @@ def test_what_a_message_says_is_text(hostile: TextCodec, content: str) -> None:
 def test_it_renders_as_transformers_does(hostile: TextCodec) -> None:
     tokenizer = build_tokenizer(TINY_VOCABULARY)
     codec = TextCodec(tokenizer)
-    messages = [{"role": "system", "content": "be brief", "name": None}, *HI]
+    messages: list[Any] = [{"role": "system", "content": "be brief", "name": None}, *HI]
     whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert codec.render_chat(messages, {}) == whole
     codec.close()

@@ -81,7 +81,7 @@ class OddNode:
         except wire.ProtocolError:
             return body
         if self._draws.random() < self._share_named and hasattr(reply, "id"):
-            reply.id = request.id  # type: ignore[union-attr]
+            reply.id = request.id
             if isinstance(reply, wire.Block) and isinstance(request, wire.Read):
                 reply.key = request.key
         return msgspec.msgpack.encode(reply)

@@ -106,8 +106,8 @@ def test_descriptions_of_memory_are_refused_or_attached() -> None:
     good = mover.export(mover.allocate(4096))
     mover.attach(good).close()
     record = msgspec.msgpack.decode(good)
-    bad = [[*record[:at], other, *record[at + 1 :]] for at in range(len(record)) for other in
-           (-1, 0, 1 << 63, "x" * 70, "\0", None, 1.5, b"", [[]], "../../etc")]  # fmt: skip
+    others: tuple[Any, ...] = (-1, 0, 1 << 63, "x" * 70, "\0", None, 1.5, b"", [[]], "../../etc")
+    bad = [[*record[:at], other, *record[at + 1 :]] for at in range(len(record)) for other in others]
     cut = [good[:at] for at in range(len(good))]
     nested = b"\x97" + good[1:] + b"\x91" * 100_000 + b"\xc0"
     for description in [*map(msgspec.msgpack.encode, bad), *cut, nested, b"\x96\xa1\xff" + good[2:]]:

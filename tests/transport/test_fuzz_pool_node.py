@@ -9,6 +9,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -133,7 +134,7 @@ def test_a_node_that_gets_mutants_serves_honest_clients(rig: NodeRig, caplog: py
     assert len(caplog.records) < 100 and max(len(record.getMessage()) for record in caplog.records) < 1000
 
 
-ABSURD = [
+ABSURD: list[dict[str, Any]] = [
     {"timeout_s": wire.TIMEOUT_S_MAX, "rebuild_s": 1e6, "position": 1 << 62, "id": (1 << 63) - 1},
     {"timeout_s": 0.0, "rebuild_s": 0.0, "position": 0, "id": 0},
     {"timeout_s": 5e-324, "rebuild_s": 5e-324, "tenant": b"\xff" * 8},
@@ -155,12 +156,12 @@ def test_values_at_their_bounds_harm_only_their_sender(rig: NodeRig, caplog: pyt
     for turn in range(40):
         for number, odd in enumerate(ABSURD):
             key = key_of(f"odd {turn} {number}")
-            fields = {"id": 7, "key": key, "parent": key_of("p"), "size_bytes": 4096, "position": 1, "tenant": b"",
-                      "rebuild_s": 0.0, "checksum": 0, "timeout_s": 5.0} | odd  # fmt: skip
+            fields: dict[str, Any] = {"id": 7, "key": key, "parent": key_of("p"), "size_bytes": 4096, "position": 1,
+                      "tenant": b"", "rebuild_s": 0.0, "checksum": 0, "timeout_s": 5.0} | odd  # fmt: skip
             fields["parent"] = fields["parent"] or key
             data = bytes(int(str(fields["size_bytes"])))
-            fields["checksum"] = block_checksum(key, data)
-            stranger.send(wire.Write(**fields), data)  # type: ignore[arg-type]
+            fields["checksum"] = block_checksum(key, memoryview(data))
+            stranger.send(wire.Write(**fields), data)
             stranger.send(wire.Read(7, key, len(data), wire.TIMEOUT_S_MAX))
             stranger.send(wire.Lookup(7, wire.TIMEOUT_S_MAX, key * wire.KEYS_PER_MESSAGE))
         stranger.send(wire.Corrupt(key_of("unknown"), (1 << 64) - 1))

@@ -57,7 +57,7 @@ def test_a_write_that_the_pool_refuses_by_an_exception_gives_its_place_back(rig:
     node = rig.node(pool)
     client = rig.client(node)
     assert write(client, key_of("a")) == "ok"
-    pool.write, working = broken, pool.write  # type: ignore[method-assign]
+    pool.write, working = broken, pool.write  # type: ignore[method-assign, assignment]
     assert write(client, key_of("b")) == "network"
     pool.write = working  # type: ignore[method-assign]
     until(lambda: node.staging.free_bytes == node.staging.capacity_bytes, WAIT_S)

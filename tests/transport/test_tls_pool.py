@@ -85,10 +85,10 @@ def test_many_threads_share_the_lanes(rig: NodeRig, peer: PeerFiles) -> None:
     def one(number: int) -> None:
         try:
             for key, parent in chain(f"thread {number}", 8):
-                outcomes = (write(client, key, parent, size_bytes=200_000, timeout_s=WAIT_S),)
-                outcomes += (read(client, key, size_bytes=200_000, timeout_s=WAIT_S),)
-                outcomes += ("ok" if client.lookup([key], WAIT_S)[0] is not None else "no hit",)
-                if outcomes != ("ok", "ok", "ok"):
+                outcomes = [write(client, key, parent, size_bytes=200_000, timeout_s=WAIT_S)]
+                outcomes.append(read(client, key, size_bytes=200_000, timeout_s=WAIT_S))
+                outcomes.append("ok" if client.lookup([key], WAIT_S)[0] is not None else "no hit")
+                if outcomes != ["ok", "ok", "ok"]:
                     failures.append(outcomes)
         except Exception as error:  # noqa: BLE001 (the test asserts on it)
             failures.append(error)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -172,7 +173,7 @@ def test_a_client_without_a_certificate_and_one_of_tls_1_2_are_refused(
             client = socket.create_connection(listener.getsockname(), timeout=WAIT_S)
             server, _ = listener.accept()
         with client, server:
-            begun = Begun(lambda s=server: begin_tls(s, peer.tls, "server", None, time.monotonic() + WAIT_S))
+            begun = Begun(partial(begin_tls, server, peer.tls, "server", None, time.monotonic() + WAIT_S))
             with pytest.raises(OSError):
                 context.wrap_socket(client, server_hostname="127.0.0.1").recv(1)
                 raise ConnectionError
@@ -193,7 +194,7 @@ def test_one_thread_takes_many_clients_through_their_handshakes(peer: PeerFiles)
         until_s, tls = time.monotonic() + WAIT_S, peer.tls
         silent, nonsense, *good = socks
         nonsense.sendall(b"nonsense" * 100)
-        begun = [Begun(lambda s=sock: begin_tls(s, tls, "client", "127.0.0.1", until_s)) for sock in good]
+        begun = [Begun(partial(begin_tls, sock, tls, "client", "127.0.0.1", until_s)) for sock in good]
         with selectors.DefaultSelector() as selector:
             steps = {}
             for sock in plain.values():
@@ -205,8 +206,8 @@ def test_one_thread_takes_many_clients_through_their_handshakes(peer: PeerFiles)
             while len(ended) < len(socks) - 1:
                 assert time.monotonic() < until_s
                 for key, _ in selector.select(1.0):
+                    assert isinstance(key.fileobj, socket.socket)
                     sock = key.fileobj
-                    assert isinstance(sock, socket.socket)
                     secured, going = steps[sock]
                     try:
                         selector.modify(sock, next(going))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from penstock.engine.weights_identity import weights_identity
 from penstock.vllm import adapters as module
 from penstock.vllm.adapters import SETTLED_S, Adapters
 
@@ -112,7 +113,7 @@ def test_a_large_adapter_is_read_beside_the_scheduler(tmp_path: Path, monkeypatc
     train(tmp_path / "a", 1)
     small = Adapters(Clock()).identity(Lora(1, str(tmp_path / "a")))
     monkeypatch.setattr(module, "INLINE_BYTES", 10)
-    held, read = threading.Event(), module.weights_identity
+    held, read = threading.Event(), weights_identity
 
     def slow(files: list[Path]) -> str:
         assert held.wait(WAIT_S) and threading.current_thread().name == "penstock-adapters"

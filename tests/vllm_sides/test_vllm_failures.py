@@ -25,7 +25,7 @@ from penstock.vllm import host as host_module
 from penstock.vllm.host import Host
 from penstock.vllm.losses import LOSSES, PREFIX
 from penstock.vllm.settings import Settings
-from penstock.vllm.shape import Shape
+from penstock.vllm.shape import Shape, open_pool_of
 from penstock.vllm.worker import WorkerSide
 from tests.vllm_sides.gated_rows import ROWS, WAIT_S, GatedRows
 
@@ -129,7 +129,7 @@ class SlowWrites(WrappedPool):
 def test_vllms_scheduler_waits_for_no_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     opened: list[SlowWrites] = []
-    real = host_module.open_pool_of
+    real = open_pool_of
 
     def slow(settings: Settings) -> Pool:
         opened.append(SlowWrites(real(settings), gate))

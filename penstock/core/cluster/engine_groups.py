@@ -114,7 +114,7 @@ class Node:
 
 
 class Engine:
-    """One engine in the accounts; its numbers are in its group's lists at `index`."""
+    """One engine in the accounts of what is placed; its numbers are in its group's lists at `index`."""
 
     __slots__ = (
         "beta_tokens", "capacity_tokens", "compute", "compute_s", "group", "index", "name", "node", "requests", "role",

@@ -236,7 +236,7 @@ class InterEngineScheduler:
             del self._requests[request_id]
 
     def restart(self, request_id: RequestId, attempt: int) -> None:
-        """An engine says that the attempt came to nothing through no fault of the request."""
+        """An engine says that the attempt failed through no fault of the request: it is placed again."""
         request = self._requests.get(request_id)
         if request is not None and request.attempt == attempt and request.decode is not None:
             self._release(request)
@@ -285,7 +285,7 @@ class InterEngineScheduler:
                 raise DecisionFailed(request.request_id, error) from error
 
     def _decide_on(self, request: _Request) -> bool:
-        """Place the first request, or give it up; False when it goes on waiting."""
+        """Place the first request, or give it up; False when it keeps waiting."""
         pair = self._pick(request)
         if pair is not None:
             place = self._place(request, *pair)

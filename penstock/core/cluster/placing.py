@@ -17,7 +17,7 @@ Side = Literal["prefill", "decode"]
 
 
 class DecisionFailed(RuntimeError):
-    """No decision could be made on one request, for a fault of the scheduler's own; it is not known any more."""
+    """A fault of the scheduler itself: no decision could be made on one request, which it has forgotten."""
 
     def __init__(self, request_id: RequestId, error: Exception) -> None:
         super().__init__(f"internal error: {error!r}")

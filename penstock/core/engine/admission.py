@@ -17,9 +17,9 @@ LOOKAHEAD = 8  # requests looked at behind one that does not fit
 
 
 class Admission:
-    """Requests that wait, and those admitted (in PREFILL or DECODE). `blocked` is set when nobody more fits, until
-    something changes or L1 has more room. `changed(request, now)` follows each admission, and
-    `back_to_waiting(request, now)` revokes one."""
+    """Requests that wait, and those admitted (in PREFILL or DECODE). `blocked`: no waiting request fits; cleared when
+    something changes or L1 has more room. `changed(request, now)` is called after each admission, and
+    `back_to_waiting(request, now)` when one is revoked."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Admission:
         self.blocked = False
 
     def left(self, request: Request) -> None:
-        """The request gave up its place, wherever it stood."""
+        """The request neither waits nor is admitted any more."""
         if request.state is State.PREFILL:
             self.prefills -= 1
         self.waiting.discard(request)
@@ -108,7 +108,7 @@ class Admission:
         return -(-(len(request.spec.prompt) + request.spec.max_tokens) // self._shared.config.block_tokens)
 
     def _stop(self) -> None:
-        """Nobody who waits is tried again before something changes."""
+        """Try no waiting request again until something changes."""
         self.blocked = True
         self._room_pages = self._room()
 

@@ -109,7 +109,7 @@ class Batching:
         return [request for request, _ in chunks]
 
     def _bounding_cost(self) -> AttentionCost | None:
-        """What `max_batch_s` is measured by; None where no batch can be longer."""
+        """The cost model that `max_batch_s` is checked against; None where no batch can be longer than that."""
         config, compute = self._shared.config, self._shared.cost.compute
         if config.max_batch_s >= NO_QUOTA_S:
             return None
@@ -216,8 +216,8 @@ class Batching:
     def computed(
         self, op_id: int, outcomes: Sequence[ChunkOutcome], now: float
     ) -> list[tuple[Request, ChunkFault, bool]]:
-        """A batch ended; returns each request with its token or error, and whether its chunk waited for uploads. A
-        chunk that failed leaves no block behind; of one that did not, blocks that are not finite stay private."""
+        """A batch ended; returns each request with its token or error, and whether its chunk waited for uploads. The
+        blocks of a failed chunk are not cached, nor are blocks with values that are not finite."""
         assert self._batch is not None and self._batch[0] == op_id
         _, chunks, issued_s = self._batch
         self._batch = None
@@ -243,7 +243,7 @@ class Batching:
         return results
 
     def failed(self, op_id: int) -> tuple[list[Request], bool]:
-        """The batch came to nothing; returns its requests, and whether it waited for uploads."""
+        """The batch failed as a whole; returns its requests, and whether it waited for uploads."""
         assert self._batch is not None and self._batch[0] == op_id
         _, chunks, _ = self._batch
         self._batch = None

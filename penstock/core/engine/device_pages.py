@@ -115,7 +115,7 @@ class DevicePages:
             self._note_unpinned(key)
 
     def discard(self, key: BlockKey) -> None:
-        """A cached block is of no use: its page is free, unless somebody uses it still."""
+        """Drop a cached block and free its page; nothing happens while somebody uses it."""
         if key in self._page_of and not self._index.pins(key):
             self._index.remove(key)
             self._free.append(self._forget(key))

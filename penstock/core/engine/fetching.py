@@ -1,9 +1,8 @@
 """The fetching stage (L3 -> L2): which block is read next on which route.
 
-One dispatcher per route; each issues while a block of the request of least rank is wanted there and L2 has a slot, and
-goes on to the next request that can use the route when the first cannot (CALVO, mechanism). Issuing a fetch takes the
-L1 page at once (proactive).
-"""
+One dispatcher per route. While L2 has a slot it issues what the request of least rank wants there; when that request
+cannot use the route, it goes on to the next one (CALVO, mechanism). Issuing a fetch takes the L1 page at once
+(proactive)."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ class Fetching:
         request.queues[queue] = None
 
     def not_reactive(self, request: Request) -> None:
-        """The request was admitted: what it wants is no reactive fetch any more."""
+        """The request was admitted: its fetches no longer count as reactive."""
         for queue in self._reactive.values():
             queue.discard(request)
 
@@ -102,8 +101,9 @@ class Fetching:
         return use
 
     def _forget_links(self) -> None:
-        """A node or decode engine that starts again has another address: links that nothing uses go, with what was
-        learned of them. A link without anything in flight begins as a new one does (`LinkUse.finished`)."""
+        """Forget links without anything in flight, with what was learned of them: a node or decode engine that is
+        restarted has another address. A forgotten link that is used again begins as a new one does
+        (`LinkUse.finished`)."""
         idle = sorted((use.last_done_s, name) for name, use in self._links.items() if not use.in_flight)
         spare = len(idle) - LINKS_IDLE_MAX
         for number, (last_done_s, name) in enumerate(idle):

@@ -85,7 +85,7 @@ class Handing:
         queues.setdefault(request.spec.hand_off.to, OrderedDict())[request, index] = block
 
     def skip(self, request: Request, index: int) -> None:
-        """The block, which has just been computed, is not to leave this engine: the decode engine has to compute it."""
+        """Do not hand over a block that was just computed: the decode engine computes it itself."""
         if request.spec.hand_off is None or index >= request.prompt_blocks or index in request.handed:
             return
         request.handed.add(index)
@@ -97,12 +97,13 @@ class Handing:
         failures[reason] = failures.get(reason, 0) + 1
 
     def finish(self, request: Request) -> None:
-        """The whole prompt is in L1: what is not on its way yet goes now."""
+        """The whole prompt is in L1: hand over every block that is not on its way yet."""
         for index in range(request.prompt_blocks):
             self.in_l1(request, index)
 
     def leave(self, request: Request) -> None:
-        """The request gives up its pages, maybe to begin again: what waits is forgotten, what is on its way goes on."""
+        """The request gives up its pages, and may begin again: blocks that wait are forgotten, transfers under way go
+        on."""
         hand_off = request.spec.hand_off
         if hand_off is None or not request.forwarding:
             return
@@ -118,7 +119,7 @@ class Handing:
     # -- slots of loads -----------------------------------------------------------------------------------------
 
     def keeps(self, slot: int) -> bool:
-        """Whether a load's slot is needed here."""
+        """Whether a hand-off still needs a load's slot."""
         return self._keepers[slot] > 0
 
     def adopt(self, slot: int) -> None:

@@ -109,7 +109,7 @@ class Loading:
             del self.loads[load.key]
 
     def _bound_reactive(self, load: BlockLoad) -> None:
-        """A staged block beyond the share of reactive loads gives its slot back and is wanted again."""
+        """Where reactive loads exceed their share of L2, this staged block gives its slot back and is wanted again."""
         if not load.reactive or not load.waiters or self._table.reactive_slots <= self._shared.l2.reactive_limit:
             return
         self._table.drop_staged(load)
@@ -234,7 +234,7 @@ class Loading:
             self._changed(waiter, now)
 
     def upload_failed(self, op_id: int, error: str, now: float) -> None:
-        """An upload came to nothing: its blocks are misses."""
+        """An upload failed: its blocks count as misses."""
         group, _ = self._uploading.ended(op_id, now)
         self._shared.count("upload_failures")
         for load in group:

@@ -91,8 +91,8 @@ class Ranking:
             self.set_rank(request)
 
     def sort_feasible(self, requests: Iterable[Request], now: float) -> None:
-        """Put off the requests that stand in the way of more deadlines than their own; the earliest deadlines first.
-        So seldom where many wait that it costs a decision little."""
+        """Put off the requests that stand in the way of more deadlines than their own; the earliest deadlines are
+        looked at first. Runs less often as the queue grows, to bound the cost per decision."""
         if not self.stale or self.policy != "feasible":
             return
         self._pause -= 1

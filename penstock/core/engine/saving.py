@@ -79,7 +79,7 @@ class Saving:
             self._shared.outbox.append(Save(op_id, block, page, slot, config.save_timeout_s))
 
     def drop_queued(self, blocks: int | None = None) -> None:
-        """So many (None: all) that have not begun are not saved, the latest first: their pages are needed."""
+        """Drop so many queued saves (None: all), the latest first: their pages are needed."""
         left = len(self._queue) if blocks is None else min(blocks, len(self._queue))
         for _ in range(left):
             block, pinned = self._queue.pop()

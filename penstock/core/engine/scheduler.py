@@ -156,7 +156,7 @@ class LoadScheduler:
         self._loading.uploaded(op_id, now)
 
     def upload_failed(self, op_id: int, error: str, now: float) -> None:
-        """An Upload came to nothing; `error` is the reason label. A batch that waits for it fails too."""
+        """An Upload failed; `error` is the reason label. A batch that waits for it fails too."""
         self._loading.upload_failed(op_id, error, now)
 
     def downloaded(self, op_id: int, now: float = 0.0) -> None:
@@ -198,7 +198,7 @@ class LoadScheduler:
                 self._token(request, outcome.token, now)
 
     def compute_failed(self, op_id: int, error: str, now: float) -> None:
-        """A Compute came to nothing, and nobody knows why: all its requests end with an error, or start over."""
+        """A Compute failed as a whole, and nobody knows why: its requests end with an error, or start over."""
         requests, waited = self._batching.failed(op_id)
         for request in requests:
             self._failed(request, error, waited, now)
@@ -221,7 +221,7 @@ class LoadScheduler:
         return True
 
     def _failed(self, request: Request, error: str, waited: bool, now: float) -> None:
-        """The request's chunk came to nothing. When it `waited` for uploads those may be the cause: then the request
+        """A chunk of the request failed. If the batch `waited` for uploads, they may be the cause: then the request
         starts over, once."""
         if waited and not request.restarted and request.ending is None and not request.downloading:
             request.restarted = True
@@ -448,7 +448,7 @@ class LoadScheduler:
         return found
 
     def standing(self) -> Standing:
-        """What is unfinished here, for whoever places requests."""
+        """Load snapshot for the router."""
         return standing(self._requests.values())
 
     def links(self) -> dict[str, tuple[int, float]]:

@@ -1,4 +1,4 @@
-"""What is unfinished in one engine: what whoever places requests goes by (DualPath: seq_e, tok_e, read_q)."""
+"""Load snapshot that an engine sends to the router (DualPath: seq_e, tok_e, read_q)."""
 
 from __future__ import annotations
 

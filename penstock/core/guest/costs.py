@@ -1,4 +1,5 @@
-"""What costs say to a guest: whether loading beats computing, how far to load ahead, how long a step may be."""
+"""Decisions by measured costs inside another engine: whether loading beats computing, how far to load ahead, how long a
+step may be."""
 
 from __future__ import annotations
 

@@ -85,7 +85,8 @@ class Granting:
         return landed
 
     def spoil(self, guests: Sequence[Guest]) -> None:
-        """What these guests were granted pages for is of no use: their loads end, and land with nothing."""
+        """The blocks that these requests were granted pages for are of no use any more: their loads end, and `Landed`
+        says that none arrived."""
         for guest in guests:
             if guest.grant is not None:
                 guest.grant.hole = guest.grant.first

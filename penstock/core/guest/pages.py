@@ -9,12 +9,12 @@ from penstock.core.keys import BlockKey
 
 
 class GuestPages(DevicePages):
-    """Numbers of pages mean what the body made them mean; every use of a page has a number of its own. Nothing is
-    taken or evicted here.
+    """The driver chooses the numbers of pages; every use of a page has a number of its own. Nothing is taken or evicted
+    here.
 
     `settled` lists pages of loads that nothing is written to any more, `released` pages of saves that nothing is read
-    from any more; whoever looks empties them. A key counts as contained while a request says that the host holds it
-    (`note`), or while it is being saved."""
+    from any more; whoever reads these lists empties them. A key counts as contained while a request says that the host
+    holds it (`note`), or while it is being saved."""
 
     def __init__(self) -> None:
         super().__init__(0)

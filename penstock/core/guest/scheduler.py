@@ -217,8 +217,8 @@ class GuestScheduler:
             del self._guests[guest.request.request_id]
 
     def forget_all(self, now: float) -> None:
-        """What the keys so far name is of no use to the host any more: every request ends here, whatever is loaded for
-        it lands with nothing, and saves that have not begun are dropped. Requests may be submitted anew."""
+        """The host can no longer use anything that the keys so far name: every request ends here, its loads land
+        without a block, and saves that have not begun are dropped. Requests may be submitted anew."""
         guests = list(self._guests.values())
         self._granting.spoil(guests)
         for guest in guests:
@@ -378,7 +378,7 @@ class GuestScheduler:
         self._close_holes()
 
     def upload_failed(self, op_id: int, error: str, now: float) -> None:
-        """An Upload came to nothing; nothing more is written to its pages."""
+        """An Upload failed; nothing more is written to its pages."""
         self._loading.upload_failed(op_id, error, now)
         self._close_holes()
 
@@ -468,8 +468,8 @@ class GuestScheduler:
             self._seen.discard(key)
 
     def press(self, pages: int | None = None) -> None:
-        """The host is short of pages: so many saves that have not begun (None: all) give theirs back, the latest first,
-        and are dropped."""
+        """The host is short of pages: drop so many saves that have not begun (None: all), the latest first, and give
+        their pages back."""
         self._saving.drop_queued(pages)
 
     # -- decide -------------------------------------------------------------------------------------------------

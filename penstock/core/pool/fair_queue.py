@@ -118,7 +118,7 @@ class FairQueue(Generic[Item]):
         heapq.heappush(self._heap, (start, self._serial, tenant))
 
     def _idle(self, tenant: bytes, end: int) -> None:
-        """Remember how far an idle tenant was served: coming back at once gains it nothing."""
+        """Remember how far an idle tenant was served, so that it gains nothing by leaving the queue and coming back."""
         del self._queues[tenant]
         self._ends[tenant] = end
         if len(self._ends) > IDLE_TENANTS_MAX:

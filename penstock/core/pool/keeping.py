@@ -163,8 +163,8 @@ class Keeping:
         return self.may_displace_all((key,), writer, more_bytes)
 
     def may_displace_all(self, keys: Iterable[BlockKey], writer: bytes, more_bytes: int) -> bool:
-        """The same of several blocks, one after the other: nobody loses more than what he is over by, and what is left
-        of the last block."""
+        """As `may_displace`, for several blocks one after the other: no payer loses more than what it is over its quota
+        by, but for the rest of the last block."""
         own, floor = self.quotas.payer(writer), max(0.0, self.quotas.excess_bytes(writer, more_bytes))
         lost: dict[bytes, int] = {}
         for kept in (self._kept[key] for key in keys):

@@ -1,4 +1,4 @@
-"""Whether a block may wear a drive: at once, or only when it was asked for or written before."""
+"""Whether SSDs take a block that is new to them: always, or only when it was asked for or written before."""
 
 from __future__ import annotations
 
