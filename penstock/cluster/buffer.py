@@ -296,11 +296,6 @@ class DecodeBuffer:
         """What is on its way from storage."""
         return self._loads * self.block_bytes
 
-    @property
-    def waiting_hand_offs(self) -> int:
-        """Hand-offs that wait for room."""
-        return len(self._queue)
-
     def check_integrity(self) -> None:
         """Every slot is free or one block's; a block is kept exactly as often as hand-offs have it; what nobody needs
         may be given up. For tests."""

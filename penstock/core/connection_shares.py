@@ -70,10 +70,6 @@ class ConnectionShares(Generic[Who]):
         """Every connection, peers first."""
         return [*self._peers, *self._strangers]
 
-    def oldest_stranger(self) -> Who | None:
-        """The stranger that came first; None when there is none."""
-        return next(iter(self._strangers), None)
-
     def came(self, who: Who, source: str) -> Who | None:
         """A stranger came; returns the one that has to leave for it, which has left already as far as this goes."""
         leaves = self.displaced() if len(self._strangers) >= self.limits.strangers else None

@@ -126,10 +126,6 @@ class TextCodec:
         template = self.template
         return template.render(list(messages), template.check_variables(variables))
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, without special ones, as the tokenizer's own `decode` says it."""
-        return self.tokens.whole(tokens)
-
 
 def _template_of(tokenizer: Any) -> str | None:
     """The source of the template for chats without tools; None without one."""

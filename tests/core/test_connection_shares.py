@@ -57,7 +57,7 @@ def test_every_history_keeps_the_limits(steps: list[tuple[str, int, int]]) -> No
     for who in shares.everybody():
         shares.left(who)
     shares.check_integrity()
-    assert not shares.everybody() and shares.oldest_stranger() is None
+    assert not shares.everybody() and not shares.strangers
 
 
 def test_limits_follow_from_the_open_files() -> None:
