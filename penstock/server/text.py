@@ -13,8 +13,7 @@ from penstock.server.chat_template import ChatTemplate
 from penstock.server.errors import bad_request
 from penstock.server.harmony import HarmonyTokens
 from penstock.server.template_renderer import CPU_S_MAX, RenderError
-from penstock.server.token_bytes import token_bytes_max
-from penstock.server.token_pieces import TokenPieces
+from penstock.server.token_bytes import TokenPieces, token_bytes_max
 from penstock.server.token_text import TokenText
 
 log = logging.getLogger(__name__)
