@@ -183,29 +183,6 @@ def calvo(
     return Workload(f"calvo-{dataset}", tuple(sessions))
 
 
-LONG_DOC_CONTEXT_TOKENS = (16_384, 32_768, 65_536, 131_072)
-
-
-def long_doc_qa(
-    seed: int,
-    *,
-    context_tokens: Sequence[int] = LONG_DOC_CONTEXT_TOKENS,
-    documents: int = 4,
-    query_tokens: int = 128,
-    max_tokens: int = 1,
-) -> Workload:
-    """The pooling paper's Long Doc QA (PAPERS.md section 2): documents of 16K to 128K tokens that the pool holds, one
-    question each, one request at a time. `context_tokens` counts document and question."""
-    turns = []
-    for length in context_tokens:
-        for i in range(documents):
-            name = f"{seed}-{length}-{i}"
-            document = length - query_tokens
-            prompt = (Segment(f"document/{name}", document), Segment(f"question/{name}", query_tokens))
-            turns.append(Turn(prompt, max_tokens, warm_tokens=document))
-    return Workload("long-doc-qa", (Session(f"long-doc-qa-{seed}", tuple(turns)),))
-
-
 @dataclass(frozen=True, slots=True)
 class AgentTable:
     """One row of DualPath's table of agent trajectories (PAPERS.md section 3): means per trajectory."""

@@ -45,10 +45,6 @@ _RECEIVE_POLL_S = 0.25
 class Host(Protocol):
     """The engine behind the agent (`cluster.host.EngineHost`)."""
 
-    @property
-    def relay_address(self) -> str:
-        """ "HOST:PORT" of the engine's relay; empty for an engine that takes no hand-offs."""
-
     def submit(self, placed: PlacedRequest, on_event: Callable[[TokenEvent], None]) -> None:
         """Begin a part of a request; `on_event` is called from any thread, with exactly one last event. Raises
         InvalidRequest or Overloaded, and then `on_event` is not called."""

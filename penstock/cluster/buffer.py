@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import ClassVar
 
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
@@ -21,6 +22,7 @@ from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Done, Pool, PoolError
 from penstock.pool.callbacks import call_done
 from penstock.pool.mac import PoolKey, check_block
+from penstock.pool.pinned_block import PinnedBlock
 from penstock.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,10 @@ class _Slot:
     users: int = 0
     loading: bool = False
     waiting: list[Done] = field(default_factory=list)  # for the end of its arrival
+    written_here: ClassVar[bool] = True  # or verified when it came
+
+
+HeldBlock = PinnedBlock[_Slot, memoryview]
 
 
 @dataclass(slots=True)
@@ -179,7 +185,7 @@ class DecodeBuffer:
 
     def offset(self, held: HeldBlock) -> int:
         """Where a held block lies in `memory`."""
-        return held.slot_number * self._slot_bytes
+        return held.block.number * self._slot_bytes
 
     def hold(self, key: BlockKey) -> HeldBlock | None:
         """A block that is here, kept until it is released; None when it is not."""
@@ -189,9 +195,9 @@ class DecodeBuffer:
                 return None
             slot.users += 1
             self._idle.pop(key, None)
-            return HeldBlock(self, slot, self.view(slot.number)[: self.block_bytes])
+            return PinnedBlock(slot, self.view(slot.number)[: self.block_bytes], self._let_go)
 
-    def let_go(self, slot: _Slot) -> None:
+    def _let_go(self, slot: _Slot) -> None:
         """A user of the slot is gone; a slot without users may be taken for another block."""
         with self._lock:
             slot.users -= 1
@@ -296,11 +302,6 @@ class DecodeBuffer:
         """What is on its way from storage."""
         return self._loads * self.block_bytes
 
-    @property
-    def waiting_hand_offs(self) -> int:
-        """Hand-offs that wait for room."""
-        return len(self._queue)
-
     def check_integrity(self) -> None:
         """Every slot is free or one block's; a block is kept exactly as often as hand-offs have it; what nobody needs
         may be given up. For tests."""
@@ -316,41 +317,3 @@ class DecodeBuffer:
                 assert slot.wanted_by or slot.users or idle or slot.state is Arrival.ARRIVING, "a slot leaked"
                 assert not slot.waiting or slot.state is Arrival.ARRIVING
             assert self._loads == sum(slot.loading for slot in self._slots.values())
-
-
-class HeldBlock:
-    """A block of the buffer in place: `pool.api.Lease`. `key`, `checksum` and `mac` are those it came with."""
-
-    __slots__ = ("_buffer", "_slot", "view")
-    written_here = True  # or verified when it came
-
-    def __init__(self, buffer: DecodeBuffer, slot: _Slot, view: memoryview) -> None:
-        self._buffer: DecodeBuffer | None = buffer
-        self._slot = slot
-        self.view = view
-
-    @property
-    def key(self) -> BlockKey:
-        """The block's key."""
-        return self._slot.key
-
-    @property
-    def checksum(self) -> int:
-        """The checksum that the block came with."""
-        return self._slot.checksum
-
-    @property
-    def mac(self) -> bytes:
-        """The MAC that the block came with; empty when it had none."""
-        return self._slot.mac
-
-    @property
-    def slot_number(self) -> int:
-        """Number of the buffer's slot that holds the block."""
-        return self._slot.number
-
-    def release(self) -> None:
-        """Undo the hold; later calls do nothing."""
-        buffer, self._buffer = self._buffer, None
-        if buffer is not None:
-            buffer.let_go(self._slot)

@@ -5,7 +5,7 @@ one of them raises is logged and counted, and ends nothing but a registration.
 
 A stranger has HANDSHAKE_S from the connection to its Register, all together. When STRANGERS_MAX are there the one that
 has been there longest, of the address with the most of them, makes room for the next: whoever knows the secret needs a
-few milliseconds. Engines have a budget of their own, and an address a share of it (`core.connection_shares`).
+few milliseconds. Engines have a budget of their own, and an address a share of it (`core.connection_limits`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from penstock.cluster import wire
 from penstock.cluster.placed import EngineReport
 from penstock.cluster.wire_types import clip
 from penstock.core.cluster.membership import Membership, NameTaken
-from penstock.core.connection_shares import ConnectionLimits, ConnectionShares, source_of
+from penstock.core.connection_limits import ConnectionLimits, ConnectionShares, network_of
 from penstock.file_limit import file_limit
 from penstock.rate_limited_log import RateLimitedLog, kind_of
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
@@ -178,7 +178,7 @@ class ClusterPort:
         self.counts.connections += 1
         engine: Engine | None = None
         why = "the connection failed"
-        leaves = self._shares.came(task, source_of(host))
+        leaves = self._shares.came(task, network_of(host))
         try:
             if leaves is not None:
                 self._drop(leaves)

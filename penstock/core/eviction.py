@@ -115,10 +115,6 @@ class PrefixIndex(Generic[Key]):
         """How many groups have a heap."""
         return len(self._heaps)
 
-    def parent(self, key: Key) -> Key:
-        """The key before this one. Raises KeyError for a key that is not present."""
-        return self._entries[key].parent
-
     def pins(self, key: Key) -> int:
         """How many hold this key. Raises KeyError for a key that is not present."""
         return self._entries[key].pins
@@ -126,10 +122,6 @@ class PrefixIndex(Generic[Key]):
     def last_use(self, key: Key) -> float:
         """The use that orders this key, a time or a worth. Raises KeyError for a key that is not present."""
         return self._entries[key].use[0]
-
-    def is_leaf(self, key: Key) -> bool:
-        """Whether no present key has `key` as its parent."""
-        return key not in self._children
 
     def group(self, key: Key) -> Hashable:
         """The group of this key, as it was given. Raises KeyError for a key that is not present."""

@@ -16,7 +16,6 @@ SYS_IO_URING_ENTER = 426
 SYS_IO_URING_REGISTER = 427
 _SYS_MEMBARRIER = {"aarch64": 283, "riscv64": 283}
 
-SETUP_CQSIZE = 1 << 3
 SETUP_SUBMIT_ALL = 1 << 7  # Linux 5.18
 SETUP_COOP_TASKRUN = 1 << 8  # Linux 5.19: no interrupt of the submitting thread at each completion
 SETUP_SQE128 = 1 << 10  # Linux 5.19
@@ -53,7 +52,6 @@ REGISTER_BUFFERS_UPDATE = 16
 # struct io_uring_sqe of a read or write: opcode, flags, ioprio, fd, offset, address, length, rw_flags, user_data,
 # buf_index, personality, splice_fd_in, addr3, pad
 SQE_RW = struct.Struct("<BBHiQQIIQHHiQQ")
-SQE_BYTES = 64
 # struct io_uring_cqe: user_data, res, flags
 CQE = struct.Struct("<QiI")
 CQE_BYTES = 16

@@ -23,7 +23,7 @@ from penstock.pool.losses import losses, note_error, note_loss
 from penstock.pool.mac import check_of
 from penstock.pool.member import GoneMember, Member, Use, fenced_reason, is_durable, observed, queued
 from penstock.pool.memory import MemoryMember
-from penstock.pool.opened import MemoryLease, OpenBlock
+from penstock.pool.pinned_block import OpenBlock, PinnedBlock
 from penstock.pool.suspects import Suspects
 from penstock.pool.table import Table
 from penstock.pool.work import Work
@@ -130,7 +130,7 @@ class LocalPool:
 
         self.load(opened, into, timeout_s, finished)
 
-    def lease(self, key: BlockKey) -> MemoryLease | None:
+    def lease(self, key: BlockKey) -> PinnedBlock[Block, memoryview] | None:
         """Pin a block of a memory member to be read in place. None for a miss, and for a block on a device."""
         opened = self.open_block(key, None)
         if isinstance(opened, PoolError):
@@ -139,7 +139,7 @@ class LocalPool:
             opened.release()
             return None
         self.note_read(opened)
-        return MemoryLease(opened, opened.view)
+        return PinnedBlock(opened.block, opened.view, self.unpin)
 
     def host_buffers(self) -> list[memoryview]:
         """The mappings of the memory members, for a device that reads from them directly."""
@@ -347,7 +347,7 @@ class LocalPool:
             self._table.pin(block)
             member = self.members[block.member]
         view = member.view(block) if isinstance(member, MemoryMember) else None
-        return OpenBlock(self, block, member.name, view)
+        return OpenBlock(self, block, view)
 
     def note_read(self, opened: OpenBlock) -> None:
         """Count a block that was read in place."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -34,8 +33,6 @@ KEY_FILE_BYTES_MIN = 32
 KEY_FILE_BYTES_MAX = 4096
 SALT_BYTES = MAC_BYTES // 2
 _NONCE = bytes(12)  # each key is used once
-
-BlockCheck = Callable[[BlockKey, memoryview, int, bytes], PoolError | None]
 
 
 class PoolKey:

@@ -23,7 +23,7 @@ from penstock.pool.losses import note_loss
 
 if TYPE_CHECKING:
     from penstock.pool.local import LocalPool
-    from penstock.pool.opened import OpenBlock
+    from penstock.pool.pinned_block import OpenBlock
 
 LOOKS_MAX = 2  # blocks that are read at once because somebody says that they are damaged
 WAITING_MAX = 1024  # that wait for it; what is beyond is found by its next reader

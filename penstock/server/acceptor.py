@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from penstock.core.connection_budget import ConnectionBudget, network_of
+from penstock.core.connection_limits import ConnectionBudget, network_of
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.server.turns import WINDOW_S
 

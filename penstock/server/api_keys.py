@@ -97,11 +97,6 @@ class KeyCheck:
         """Whether there are keys at all."""
         return self._operator is not None or self._tenants is not None
 
-    @property
-    def has_operator(self) -> bool:
-        """Whether there is a key that opens the pages."""
-        return self._operator is not None
-
     def caller(self, headers: Iterable[tuple[bytes, bytes]], *, basic: bool) -> Caller | None:
         """Who gave a valid key; None: nobody. `basic`: a browser may give it as a password, with any user name."""
         given = [value for name, value in headers if name == b"authorization"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from penstock.engine.shaping import TokenLogprobs
-from penstock.server.token_pieces import TokenPieces
+from penstock.server.token_bytes import TokenPieces
 
 
 class LogprobsShape:

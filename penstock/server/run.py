@@ -13,7 +13,7 @@ from types import FrameType
 
 import uvicorn
 
-from penstock.core.connection_budget import ConnectionBudget
+from penstock.core.connection_limits import ConnectionBudget
 from penstock.file_limit import connections_within, raise_file_limit
 from penstock.server.acceptor import Acceptor, Admission
 from penstock.server.app import ServerApp

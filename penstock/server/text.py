@@ -13,8 +13,7 @@ from penstock.server.chat_template import ChatTemplate
 from penstock.server.errors import bad_request
 from penstock.server.harmony import HarmonyTokens
 from penstock.server.template_renderer import CPU_S_MAX, RenderError
-from penstock.server.token_bytes import token_bytes_max
-from penstock.server.token_pieces import TokenPieces
+from penstock.server.token_bytes import TokenPieces, token_bytes_max
 from penstock.server.token_text import TokenText
 
 log = logging.getLogger(__name__)
@@ -125,10 +124,6 @@ class TextCodec:
         is no template, it takes no such variable, or it cannot render the messages."""
         template = self.template
         return template.render(list(messages), template.check_variables(variables))
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, without special ones, as the tokenizer's own `decode` says it."""
-        return self.tokens.whole(tokens)
 
 
 def _template_of(tokenizer: Any) -> str | None:

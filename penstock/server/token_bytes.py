@@ -1,7 +1,9 @@
-"""How many bytes of text one token of a tokenizer can represent, where that has a bound."""
+"""Tokens as bytes: those of one token, which need not be whole characters, and how many one can represent at most."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -9,6 +11,8 @@ import msgspec
 _NFC_SHRINKS = 3  # canonical composition: at most three bytes become one (three Hangul letters one syllable)
 _KEEP_EVERY_BYTE = {"ByteLevel", "Metaspace", "Digits", "Punctuation", "Split"}
 _NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
 def _byte_level_letters() -> dict[int, str]:
@@ -18,6 +22,66 @@ def _byte_level_letters() -> dict[int, str]:
 
 
 BYTE_LEVEL_LETTERS = _byte_level_letters()  # how byte-level vocabularies write bytes
+_BYTE_OF_LETTER = {letter: byte for byte, letter in BYTE_LEVEL_LETTERS.items()}
+
+
+def byte_level_bytes(name: str) -> bytes:
+    """What a token of a byte-level vocabulary stands for, by its name there. One that has a letter outside of the byte
+    alphabet, as only added ones have, is text."""
+    plain = [byte for letter in name if (byte := _BYTE_OF_LETTER.get(letter)) is not None]
+    return bytes(plain) if len(plain) == len(name) else name.encode()
+
+
+def byte_of_name(name: str) -> int | None:
+    """The byte that a token of the form <0xE2> stands for; None for every other name."""
+    match = _BYTE_TOKEN.fullmatch(name)
+    return int(match[1], 16) if match else None
+
+
+def kinds(part: dict[str, Any] | None) -> list[str]:
+    """Of the steps of a tokenizer's pre-tokenizer, normalizer or decoder, in order."""
+    if part is None:
+        return []
+    if part["type"] == "Sequence":
+        return [kind for one in _members(part) for kind in kinds(one)]
+    return [part["type"]]
+
+
+class TokenPieces:
+    """One token by itself: its bytes, and how it is shown. Threading: every method may be called from any thread."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
+        self._backend = backend
+        self._byte_level = False
+        self._added: dict[int, str] = {}
+        if backend is not None:
+            self._byte_level = "ByteLevel" in kinds(msgspec.json.decode(backend.to_str()).get("decoder"))
+            self._added = {number: token.content for number, token in backend.get_added_tokens_decoder().items()}
+
+    def name(self, token: int) -> str:
+        """As the vocabulary writes it; empty for an id that it does not have."""
+        if self._backend is not None:
+            return self._backend.id_to_token(token) or ""
+        return str(self._tokenizer.convert_ids_to_tokens([token])[0] or "")
+
+    def bytes_of(self, token: int) -> bytes:
+        """What it adds to a text in UTF-8; of a special token, its name."""
+        name = self.name(token)
+        if token in self._added:
+            return name.encode()
+        if self._byte_level:
+            return byte_level_bytes(name)
+        byte = byte_of_name(name)
+        return name.replace(_SPACE, " ").encode() if byte is None else bytes([byte])
+
+    def whole(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, special ones included."""
+        if self._backend is not None:
+            text: str = self._backend.decode(list(tokens), skip_special_tokens=False)
+            return text
+        return str(self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
 
 def token_bytes_max(backend: Any) -> int | None:
@@ -32,7 +96,7 @@ def token_bytes_max(backend: Any) -> int | None:
     swallows = any(token["lstrip"] or token["rstrip"] for token in added)
     if shrinks is None or swallows or not _keeps_every_byte(parts.get("pre_tokenizer")) or not vocabulary:
         return None
-    byte_level = "ByteLevel" in _kinds(parts.get("pre_tokenizer"))
+    byte_level = "ByteLevel" in kinds(parts.get("pre_tokenizer"))
     if not (_every_byte_has_a_token(vocabulary) if byte_level else parts["model"].get("byte_fallback")):
         return None
     plain = {token["content"] for token in added}
@@ -40,16 +104,10 @@ def token_bytes_max(backend: Any) -> int | None:
     return longest * shrinks
 
 
-def _kinds(part: dict[str, Any] | None) -> set[str]:
-    if part is None:
-        return set()
-    if part["type"] == "Sequence":
-        return {kind for one in _members(part) for kind in _kinds(one)}
-    return {part["type"]}
-
-
 def _members(part: dict[str, Any]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = part.get("pretokenizers") or part.get("normalizers") or []
+    found: list[dict[str, Any]] = next(
+        (part[name] for name in ("pretokenizers", "normalizers", "decoders") if part.get(name)), []
+    )
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,12 +17,10 @@ from penstock.server.detokenize import (
     TokenDecoder,
     clean_spaces,
 )
-from penstock.server.token_bytes import BYTE_LEVEL_LETTERS
+from penstock.server.token_bytes import byte_level_bytes, byte_of_name, kinds
 
 LOOKED_BACK_TOKENS_MAX = 256  # of a prompt; of those only few have no text
 REPLAYED_TOKENS, REPLAYED_RUN_TOKENS = 24, RUN_BYTES_MAX + 16  # of a prompt, to find what is held back at its end
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_BYTE_OF_LETTER = {letter: byte for byte, letter in BYTE_LEVEL_LETTERS.items()}
 
 
 class TokenText:
@@ -45,9 +42,9 @@ class TokenText:
             self._without_text = frozenset(number for number, token in added.items() if token.special)
             parts = msgspec.json.decode(self._backend.to_str())
             self._cleans = self._cleans and _may_clean(tokenizer, parts)
-            kinds = _kinds(parts.get("decoder"))
-            self._byte_level = kinds == ["ByteLevel"]
-            if "ByteFallback" in kinds:
+            decoders = kinds(parts.get("decoder"))
+            self._byte_level = decoders == ["ByteLevel"]
+            if "ByteFallback" in decoders:
                 self._byte_of = _byte_tokens(self._backend, self._without_text)
 
     def whole(self, tokens: Sequence[int]) -> str:
@@ -106,11 +103,7 @@ class TokenText:
         found = self._known_bytes.get(token)
         if found is None:
             name = self._backend.id_to_token(token) if self._backend is not None else None
-            letters = [_BYTE_OF_LETTER.get(letter) for letter in name or ""]
-            plain = [byte for byte in letters if byte is not None]
-            # A token that has a letter outside of the byte alphabet, as only added ones have, is text.
-            found = bytes(plain) if len(plain) == len(letters) else (name or "").encode()
-            self._known_bytes[token] = found
+            found = self._known_bytes[token] = byte_level_bytes(name or "")
         return found
 
 
@@ -147,18 +140,10 @@ def _may_clean(tokenizer: Any, parts: dict[str, Any]) -> bool:
     return parts["model"].get("type") != "BPE" or bool(getattr(tokenizer, forced, False))
 
 
-def _kinds(part: dict[str, Any] | None) -> list[str]:
-    if part is None:
-        return []
-    if part["type"] == "Sequence":
-        return [kind for one in part["decoders"] for kind in _kinds(one)]
-    return [part["type"]]
-
-
 def _byte_tokens(backend: Any, without_text: frozenset[int]) -> dict[int, int]:
     """The byte that each token of the form <0xE2> stands for."""
     found = {}
     for name, number in backend.get_vocab(with_added_tokens=True).items():
-        if number not in without_text and (match := _BYTE_TOKEN.fullmatch(name)):
-            found[number] = int(match[1], 16)
+        if number not in without_text and (byte := byte_of_name(name)) is not None:
+            found[number] = byte
     return found

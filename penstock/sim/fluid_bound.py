@@ -27,11 +27,6 @@ class FluidBound:
         """The largest of all bounds."""
         return max(float(getattr(self, field.name)) for field in fields(self))
 
-    @property
-    def by(self) -> str:
-        """Which of them it is."""
-        return max((field.name for field in fields(self)), key=lambda name: float(getattr(self, name)))
-
 
 def fluid_bound(
     shape: ClusterShape,

@@ -52,11 +52,6 @@ class FluidLinks:
         self.moved_bytes = dict.fromkeys(bytes_per_s, 0.0)
         self.busy_s = dict.fromkeys(bytes_per_s, 0.0)
 
-    @property
-    def speeds(self) -> dict[str, float]:
-        """Rate of each link, in bytes per second."""
-        return dict(self._speed)
-
     def start(self, route: Sequence[str], size_bytes: float, done: Callable[[], None], lane: int = 0) -> Flow:
         """Begin to move bytes; `done` is called when the last one is through."""
         self._started += 1

@@ -1,7 +1,7 @@
 """Accepts connections at a node and takes them through their greeting, all on one thread that never waits for one peer.
 
 So a stranger costs a file and some hundred bytes, and is given up GREET_S after it came, or when there are too many
-(`core.connection_shares`). Whoever says Hello leaves the greeter for threads of its own.
+(`core.connection_limits`). Whoever says Hello leaves the greeter for threads of its own.
 """
 
 from __future__ import annotations

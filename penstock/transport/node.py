@@ -8,7 +8,7 @@ ends.
 
 Connections are bounded: one that has not said Hello after GREET_S, or sends no message for IDLE_S, is ended; so is one
 whose host is gone (`wire.set_timeouts`). At most GREETING_MAX connections have not said Hello, apart from the
-CONNECTIONS_MAX that have; a source address has a share of both (`core.connection_shares`). A client that finds no place
+CONNECTIONS_MAX that have; a source address has a share of both (`core.connection_limits`). A client that finds no place
 is told so.
 
 The pool may have members of other nodes. A node asks them on behalf of engines, and is itself asked by other nodes:
@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from penstock.core.connection_shares import ConnectionLimits, ConnectionShares
+from penstock.core.connection_limits import ConnectionLimits, ConnectionShares
 from penstock.file_limit import file_limit
 from penstock.guarded_thread import GuardedThread, GuardedWorker
 from penstock.pool.served import ServedPool

@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from penstock.core.connection_shares import source_of
+from penstock.core.connection_limits import network_of
 from penstock.core.keys import BlockKey
 from penstock.guarded_thread import GuardedThread, GuardedWorker
 from penstock.pool.api import PoolError
@@ -96,7 +96,7 @@ class Served:
         self.sock = sock
         self._sock: Stream = sock
         self.peer = peer
-        self.source = source_of(peer.rpartition(":")[0])
+        self.source = network_of(peer.rpartition(":")[0])
         self.greet_by_s = time.monotonic() + wire.GREET_S
         self._said_version = False
         self._ready: wire.Reply | None = None

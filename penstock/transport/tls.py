@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from penstock.private_file import read_private
+from penstock.core.config import ConfigError
+from penstock.tls_files import check_readable, load_certificate
 
 log = logging.getLogger(__name__)
-
-KEY_FILE_BYTES_MAX = 1 << 20
 
 Side = Literal["client", "server"]
 Stamp = tuple[tuple[int, int, int], ...]  # of the files when they were read
@@ -58,7 +57,7 @@ class PeerTls:
     """This side's certificate chain and key, and the CA of all peers; each a PEM file."""
 
     def __init__(self, certificate: Path, key: Path, ca: Path) -> None:
-        """Raises ValueError with one line for files that cannot be read, do not belong together, or where others can
+        """Raises ConfigError with one line for files that cannot be read, do not belong together, or where others can
         read the key. See `read`."""
         self.certificate, self.key, self.ca = certificate, key, ca
         self._lock = threading.Lock()
@@ -68,14 +67,14 @@ class PeerTls:
     @classmethod
     def read(cls, certificate: str | Path | None, key: str | Path | None, ca: str | Path | None) -> PeerTls | None:
         """What the three settings name, checked: the certificate is one that peers would take, today. None without any
-        of them. Raises ValueError with one line."""
+        of them. Raises ConfigError with one line."""
         given = {"peer_tls_cert": certificate, "peer_tls_key": key, "peer_tls_ca": ca}
         missing = [name for name, value in given.items() if not value]
         if len(missing) == len(given):
             return None
         if not certificate or not key or not ca:
             has = next(name for name, value in given.items() if value)
-            raise ValueError(f"{has} is given without {missing[0]}; allowed: all of {', '.join(given)}, or none")
+            raise ConfigError(f"{has} is given without {missing[0]}; allowed: all of {', '.join(given)}, or none")
         made = cls(Path(certificate), Path(key), Path(ca))
         made._check(made._contexts)
         return made
@@ -131,7 +130,7 @@ class PeerTls:
         try:
             contexts = self._load(stamp)
             self._check(contexts)
-        except ValueError as error:
+        except ConfigError as error:
             self._refused = stamp
             log.warning("%s; the certificate, key and CA before go on", error)
         else:
@@ -139,45 +138,35 @@ class PeerTls:
             log.info("certificate %s, its key and the CA are read anew", self.certificate)
 
     def _load(self, stamp: Stamp) -> _Contexts:
-        """Raises ValueError."""
-        _refuse_open_key(self.key)
+        """Raises ConfigError."""
         return _Contexts(self._made(ssl.PROTOCOL_TLS_CLIENT), self._made(ssl.PROTOCOL_TLS_SERVER), stamp)
 
     def _made(self, protocol: int) -> ssl.SSLContext:
-        """Raises ValueError."""
+        """Raises ConfigError."""
         context = ssl.SSLContext(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_REQUIRED
         if protocol == ssl.PROTOCOL_TLS_SERVER:
             context.num_tickets = 0  # sessions are not resumed: each connection shows its certificate
-        for what, file in (("peer_tls_cert", self.certificate), ("peer_tls_ca", self.ca)):
-            try:
-                file.read_bytes()
-            except OSError as error:
-                raise ValueError(f"{what} {file} cannot be read: {error.strerror or error}") from None
-        try:
-            context.load_cert_chain(self.certificate, self.key, password=_no_password)
-        except (ssl.SSLError, OSError, ValueError) as error:
-            reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
-            what = f"peer_tls_cert {self.certificate} and peer_tls_key {self.key} cannot be used"
-            raise ValueError(f"{what}: {reason.lower().replace('_', ' ')}") from None
+        load_certificate(context, self.certificate, self.key, "peer_")
+        check_readable("peer_tls_ca", self.ca)
         try:
             context.load_verify_locations(self.ca)
         except (ssl.SSLError, OSError) as error:
-            raise ValueError(f"peer_tls_ca {self.ca} has no certificate that can be read: {error}") from None
+            raise ConfigError(f"peer_tls_ca {self.ca} has no certificate that can be read: {error}") from None
         return context
 
     def _check(self, contexts: _Contexts) -> None:
-        """Raises ValueError where no peer with the same CA would take this certificate: it is another CA's, or not
+        """Raises ConfigError where no peer with the same CA would take this certificate: it is another CA's, or not
         valid today. What it may be used for shows at a connection."""
         contexts.client.check_hostname, kept = False, contexts.client.check_hostname
         try:
             _shake_hands(contexts)
         except ssl.SSLCertVerificationError as error:
             if error.verify_code != _PURPOSE:
-                raise ValueError(f"peer_tls_cert {self.certificate} is of no use: {self._verdict(error)}") from None
+                raise ConfigError(f"peer_tls_cert {self.certificate} is of no use: {self._verdict(error)}") from None
         except ssl.SSLError as error:
-            raise ValueError(f"peer_tls_cert {self.certificate} is of no use: {error.reason or error}") from None
+            raise ConfigError(f"peer_tls_cert {self.certificate} is of no use: {error.reason or error}") from None
         finally:
             contexts.client.check_hostname = kept
 
@@ -195,18 +184,6 @@ _HINTS = {
     "bad certificate": " (is the address that the peer dials among its alternative names?)",
     "unknown ca": " (another CA has signed it)",
 }
-
-
-def _no_password() -> str:
-    raise ValueError("the key is encrypted; allowed: a key without a password")
-
-
-def _refuse_open_key(key: Path) -> None:
-    """Raises ValueError for a key file that others can read or replace."""
-    try:
-        read_private(key, KEY_FILE_BYTES_MAX)
-    except OSError as error:
-        raise ValueError(f"peer_tls_key {key} cannot be read: {error.strerror or error}") from None
 
 
 def _shake_hands(contexts: _Contexts) -> None:

@@ -157,7 +157,7 @@ class Host:
         refused = self._call(submit, None)
         if refused is not None:
             raise refused
-        self._wake()
+        self.wake()
 
     def matched(self, request_id: str, held_tokens: int) -> int | None:
         """Tokens that will be loaded beyond the `held_tokens` that vLLM has; None while that is not known yet."""
@@ -178,7 +178,7 @@ class Host:
 
         if not self._call(allocated, False) and self.fatal is not None:
             self._land(Landed(request_id, first))  # before `fatal`, `_give_up` does
-        self._wake()
+        self.wake()
 
     def refuse(self, request_id: str) -> None:
         """vLLM gave blocks for a load that does not begin: it hears that the load failed, and computes the request."""
@@ -205,13 +205,13 @@ class Host:
     def finish(self, request_id: str) -> None:
         """The request ended, or is not to be served any further."""
         self._call(lambda: self.brain.finish(request_id, time.monotonic()), None)
-        self._wake()
+        self.wake()
 
     def forget_all(self) -> None:
         """See `GuestScheduler.forget_all`. A save whose copy is under way ends unwritten."""
         self._epoch += 1
         self._call(lambda: self.brain.forget_all(time.monotonic()), None)
-        self._wake()
+        self.wake()
 
     def extend(self, request_id: str, tokens: Sequence[int]) -> None:
         """The request's tokens so far; what the brain has not heard of is new."""
@@ -234,7 +234,7 @@ class Host:
             return self.brain.can_keep
 
         room = self._call(offer, False)
-        self._wake()
+        self.wake()
         return page, room
 
     def wants(self, request_id: str, index: int) -> bool:
@@ -302,16 +302,13 @@ class Host:
         with self._lock:
             return question(self.brain)
 
-    def wake(self) -> None:
-        """Have the brain decide again."""
-        self._wake()
-
     @property
     def queued_events(self) -> int:
         """Events that the control thread has not taken."""
         return self._inbox.qsize()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Have the brain decide again."""
         if self.fatal is None and not self._waking:
             self._waking = True
             self._inbox.put(self._woken)

@@ -12,14 +12,12 @@ import pytest
 from penstock.bench.workloads import (
     AGENT_TABLES,
     CALVO_DATASETS,
-    LONG_DOC_CONTEXT_TOKENS,
     RESERVED_TOKEN_IDS,
     SLO_MULTIPLIERS,
     Segment,
     Workload,
     agent_trajectories,
     calvo,
-    long_doc_qa,
     prompt_tokens,
     stream_tokens,
 )
@@ -101,14 +99,6 @@ def test_calvo_hit_ratios_are_drawn_from_the_list() -> None:
 def test_wrong_parameters_are_named(call, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_long_doc_qa_covers_its_lengths_one_request_at_a_time() -> None:
-    work = long_doc_qa(0, documents=2)
-    assert len(work.sessions) == 1
-    lengths = [turn.prompt_tokens for turn in work.sessions[0].turns]
-    assert lengths == [length for length in LONG_DOC_CONTEXT_TOKENS for _ in range(2)]
-    assert all(0 < turn.warm_tokens < turn.prompt_tokens for turn in work.sessions[0].turns)
 
 
 def _means(work: Workload) -> dict[str, float]:

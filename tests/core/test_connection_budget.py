@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.core.connection_budget import ConnectionBudget, network_of
+from penstock.core.connection_limits import ConnectionBudget, network_of
 
 STEP = st.tuples(st.sampled_from(["open", "serve", "wait", "close", "room"]), st.integers(0, 40), st.integers(0, 3))
 

@@ -233,9 +233,7 @@ def test_waiting_ends_by_its_timeout() -> None:
     brain = InterEngineScheduler(InterEngineConfig(waiting_timeout_s=5.0))
     brain.submit("a", 100, 0, 10, 0.0)
     assert brain.decide(4.0) == []
-    assert brain.next_deadline_s() == 5.0
     assert brain.decide(6.0) == [GiveUp("a", "timeout")]
-    assert brain.next_deadline_s() is None
 
 
 def test_what_waits_is_bounded_and_bad_requests_are_refused() -> None:

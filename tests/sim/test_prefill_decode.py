@@ -129,7 +129,7 @@ def test_dual_path_beats_basic_where_storage_is_the_bottleneck_and_nobody_beats_
     assert jobs["split"] <= jobs["scheduler"] * 1.02
     assert jobs["oracle"] < jobs["split"]
     bound = fluid_bound(SLOW, MODEL, WARM, 200, storage_nics=None)
-    assert bound.by == "storage_s"
+    assert bound.seconds == bound.storage_s
     assert bound.seconds <= min(jobs["split"], jobs["scheduler"], jobs["short first"])
     assert fluid_bound(SLOW, MODEL, WARM, 200, storage_nics=2).seconds <= jobs["basic"]
 

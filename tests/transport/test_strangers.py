@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.core.connection_shares import ConnectionLimits
+from penstock.core.connection_limits import ConnectionLimits
 from penstock.pool.api import PoolError
 from penstock.transport import node as node_module
 from penstock.transport import wire

@@ -295,9 +295,3 @@ def _drive(engine: Engine, requests: Sequence[Arrival], slos_s: Sequence[float],
     fetched = int(stats.counters.get("fetched_bytes", 0))
     speeds = stats.labelled["link_bytes_per_s"]
     return RunResult(tuple(reports), tuple(slos_s), ttfts_s, tuple(starts_s), wall_s, fetched, speeds)
-
-
-def median_error(predicted: Sequence[float], measured: Sequence[float]) -> float:
-    """Median of |predicted - measured| / measured; zero where nothing was measured."""
-    errors = [abs(p - m) / m for p, m in zip(predicted, measured, strict=True) if m > 0]
-    return statistics.median(errors) if errors else 0.0

@@ -82,11 +82,6 @@ class Run:
         return sum(self.loads.between(self.begin_s, self.busy_until_s)) / (self.busy_until_s - self.begin_s)
 
     @property
-    def loaded_bytes(self) -> int:
-        """What prefill engines loaded, from storage or through decode engines."""
-        return sum(a.report.loaded_bytes for a in self.answered if a.report is not None)
-
-    @property
     def storage_bytes(self) -> float:
         """Bytes that the storage NICs received during the run."""
         return sum(self.loads.between(self.begin_s, self.end_s))

@@ -43,11 +43,6 @@ class LinkUse:
         name = max(found, key=lambda n: found[n])
         return name, found[name]
 
-    @property
-    def free_of_bottlenecks(self) -> bool:
-        """Whether no link is used beyond its rate when all storage NICs are at full rate."""
-        return self.worst[1] <= 1.0 + 1e-9
-
 
 def link_use(links: NodeLinks, prefill_nodes: int, decode_nodes: int) -> LinkUse:
     """The paper's per-resource inequalities as used fractions, reads balanced over all storage NICs."""

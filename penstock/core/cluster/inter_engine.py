@@ -260,7 +260,7 @@ class InterEngineScheduler:
     # -- decisions ----------------------------------------------------------------------------------------------
 
     def decide(self, now: float) -> list[Decision]:
-        """What to do now, in order. To be called after events, and at `next_deadline_s`. Raises DecisionFailed for a
+        """What to do now, in order. To be called after events, and from time to time. Raises DecisionFailed for a
         request that could not be decided on, which is known no more; what was decided before comes with the next call.
         """
         self._now = now
@@ -296,11 +296,6 @@ class InterEngineScheduler:
             self._give_up(request, "too long", self._out)
             return True
         return False
-
-    def next_deadline_s(self) -> float | None:
-        """When to call `decide` at the latest, to give up what has waited too long; None while nothing waits."""
-        since_s = self._queue.oldest_since_s()
-        return None if since_s is None else since_s + self.config.waiting_timeout_s
 
     def _pick(self, request: _Request) -> tuple[Engine, Engine] | None:
         groups = self.groups

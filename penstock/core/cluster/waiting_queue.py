@@ -101,11 +101,6 @@ class WaitingQueue(Generic[Item]):
                     found.append(entry)
         return found
 
-    def oldest_since_s(self) -> float | None:
-        """Since when the oldest entry waits (one that left may still count); None when nothing waits."""
-        heads = [queue[0].since_s for queue in (self._again, self._arrived) if queue]
-        return min(heads) if heads and self._alive else None
-
     def items(self) -> list[Item]:
         """Everything that waits, requests placed again first; in no order of cost."""
         return [entry.item for queue in (self._again, self._arrived) for entry in queue if entry.alive]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from penstock.core.config import NO_QUOTA_S
 from penstock.core.engine.compute_quota import AttentionCost
@@ -10,10 +10,8 @@ from penstock.core.engine.handing import Handing
 from penstock.core.engine.request import NO_PAGE, BlockLoad, LoadState, Request, State
 from penstock.core.engine.saving import Saving, block_to_save
 from penstock.core.engine.shared_state import SharedState
-from penstock.core.operations import ChunkFault, ChunkOutcome, Compute, ComputeChunk, FinishReason
+from penstock.core.operations import ChunkFault, ChunkOutcome, Compute, ComputeChunk
 from penstock.core.ordering import RankedQueue
-
-Finish = Callable[[Request, FinishReason, str | None, float], None]
 
 
 class Batching:

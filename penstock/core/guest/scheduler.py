@@ -517,11 +517,6 @@ class GuestScheduler:
         """How many tokens the host should compute in one step while loads land; None: as many as it likes."""
         return self._costs.step_tokens_max() if self._granting else None
 
-    def is_loading(self, request_id: str) -> bool:
-        """Whether blocks of the request are on their way, or its pages wait for the host to take note."""
-        guest = self._guests.get(request_id)
-        return guest is not None and (guest.grant is not None or bool(guest.request.loads))
-
     @property
     def counters(self) -> dict[str, int]:
         """Counts since start, by name."""

@@ -132,10 +132,6 @@ class Keeping:
         """Undo one `pin`."""
         self._index.unpin(self._kept[key].name)
 
-    def pinned(self, key: BlockKey) -> bool:
-        """Whether somebody holds the block."""
-        return self._index.pins(self._kept[key].name) > 0
-
     def remove(self, key: BlockKey) -> None:
         """A block is no longer present. Raises ValueError when it is pinned."""
         self._index.remove(self._kept[key].name)
