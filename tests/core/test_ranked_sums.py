@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 
@@ -22,7 +23,7 @@ def plain_sums(members: dict[Rank, dict[str, int]], rank: Rank) -> dict[str, int
 
 def dearest(sums: RankedSums[str], ranks: list[Rank]) -> int:
     """Bytecodes of the question that costs most."""
-    return max(bytecodes(lambda rank=rank: sums.up_to(rank)) for rank in ranks)
+    return max(bytecodes(partial(sums.up_to, rank)) for rank in ranks)
 
 
 @pytest.mark.parametrize("seed", range(20))
