@@ -179,7 +179,7 @@ def engine_events(blocks: int, waiting: int) -> dict[str, EventCost]:
         fetches.extend(op.op_id for op in scheduler.decide(0.0) if isinstance(op, Fetch))
 
     return {
-        "save": _cost_of([lambda op_id=op, done=done: saved(op_id, done) for done in (False, True) for op in saves]),
+        "save": _cost_of([partial(saved, op, done) for done in (False, True) for op in saves]),
         "fetch": _cost_of([fetched] * EVENTS),
     }  # fmt: skip
 
