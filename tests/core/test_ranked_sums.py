@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import random
+from functools import partial
 
 import pytest
 
 from penstock.core.guest.ranked_sums import RankedSums
 from penstock.core.ordering import Rank
+from penstock.sim.experiments.cost import bytecodes
 
 
 def plain_sums(members: dict[Rank, dict[str, int]], rank: Rank) -> dict[str, int]:
@@ -20,12 +21,9 @@ def plain_sums(members: dict[Rank, dict[str, int]], rank: Rank) -> dict[str, int
     return {name: amount for name, amount in total.items() if amount}
 
 
-def depth(sums: RankedSums[str]) -> int:
-    level, found = [sums._root], 0
-    while level := [node for node in level if node is not None]:
-        found += 1
-        level = [child for node in level for child in (node.left, node.right)]
-    return found
+def dearest(sums: RankedSums[str], ranks: list[Rank]) -> int:
+    """Bytecodes of the question that costs most."""
+    return max(bytecodes(partial(sums.up_to, rank)) for rank in ranks)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -63,7 +61,7 @@ def test_a_path_is_logarithmic_in_every_order(order: str) -> None:
     sums: RankedSums[str] = RankedSums()
     for rank in ranks:
         sums.add(rank, {"a": 1})
-    assert depth(sums) <= 5 * math.log2(len(ranks))
+    assert dearest(sums, ranks[::40]) < 100 * 40, "more than 40 levels of 100 bytecodes"
     for rank in ranks[::2]:
         sums.remove(rank)
-    assert depth(sums) <= 5 * math.log2(len(ranks)) and sums.up_to((9, 0.0, 0)) == {"a": 2000}
+    assert dearest(sums, ranks[::40]) < 100 * 40 and sums.up_to((9, 0.0, 0)) == {"a": 2000}

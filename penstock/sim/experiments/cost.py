@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -178,7 +179,7 @@ def engine_events(blocks: int, waiting: int) -> dict[str, EventCost]:
         fetches.extend(op.op_id for op in scheduler.decide(0.0) if isinstance(op, Fetch))
 
     return {
-        "save": _cost_of([lambda op_id=op, done=done: saved(op_id, done) for done in (False, True) for op in saves]),
+        "save": _cost_of([partial(saved, op, done) for done in (False, True) for op in saves]),
         "fetch": _cost_of([fetched] * EVENTS),
     }  # fmt: skip
 
@@ -217,9 +218,13 @@ def guest_events(blocks: int, waiting: int) -> dict[str, EventCost]:
     for _ in range(EVENTS // 2):
         run()
         fetched()
-    asked = range(waiting - 2 * EVENTS, waiting)
-    step = _cost_of([lambda name=str(n): (fetched(), scheduler.matched(name, 0, 0.0)) for n in asked])
-    return {"fetch": _cost_of([fetched] * EVENTS), "fetch_and_matched": step}
+
+    def step(name: str) -> None:
+        fetched()
+        scheduler.matched(name, 0, 0.0)
+
+    asked = [partial(step, str(number)) for number in range(waiting - 2 * EVENTS, waiting)]
+    return {"fetch": _cost_of([fetched] * EVENTS), "fetch_and_matched": _cost_of(asked)}
 
 
 def long_prompts(report: Report, blocks: int, waiting: int) -> None:
