@@ -16,7 +16,7 @@ from tests.cluster.router_rig import cluster, expected
 
 LONG = [1, 2, 3, 4] * (KEYS_INLINE_TOKENS // 4 + 16)
 SHORT = [5, 6, 7, 8] * 8
-CARD = {"max_context_tokens": 2 * KEYS_INLINE_TOKENS}
+CARD: dict[str, Any] = {"max_context_tokens": 2 * KEYS_INLINE_TOKENS}
 
 
 class Made:
@@ -82,7 +82,7 @@ def test_a_hit_is_estimated_by_what_went_through_before(made: Made) -> None:
             hits.append(hit)
             submit(request_id, prompt, hit, answer, now)
 
-        c.router.brain.submit = noted  # type: ignore[method-assign]
+        c.router.brain.submit = noted  # type: ignore[method-assign, assignment]
         c.router.remember(SHORT)
         for prompt in (SHORT, [*SHORT, 9], LONG, LONG):
             assert c.ask(prompt, 2).wait().finish_reason == "length"
