@@ -2,21 +2,87 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 
 from penstock import log_lines
+from penstock.core.settings import Declared, settings_of
+from penstock.units import format_bytes
 
 log = logging.getLogger(__name__)
 
 BAD_USAGE = 2
+ARGUMENTS = ("model",)  # given without a flag's name
+
+ConfigFile = Annotated[
+    Path | None, typer.Option(help="TOML file with flags of the same names; the command line goes before it.")
+]
 
 
-def flag(group: str, default: str, text: str, metavar: str | None = None, names: tuple[str, ...] = ()) -> Any:
-    """An option without a default of its own: `default` is what the help shows, a file may say otherwise."""
-    return typer.Option(*names, help=text, show_default=default, rich_help_panel=group, metavar=metavar)
+def with_flags(
+    record: type, panels: Mapping[str, Sequence[str]]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replaces a command's parameter `given` by the flags of a record's settings: those named in `panels`, by the title
+    of their part of the help ("": the untitled one) and in its order. A flag has no default of its own, because a file
+    may say otherwise: `given` holds those that were given, by name."""
+    declared = settings_of(record)
+    flags = {name: _flag(declared[name], name, panel) for panel, names in panels.items() for name in names}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def run(**values: Any) -> None:
+            asked = {name: values.pop(name) for name in flags}
+            command(given={name: value for name, value in asked.items() if value is not None and value != []}, **values)
+
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        listed = [flag for one in own for flag in (flags.values() if one.name == "given" else [one])]
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in listed]
+        )
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
+
+
+def _flag(one: Declared, name: str, panel: str) -> inspect.Parameter:
+    if name in ARGUMENTS:
+        option = typer.Argument(help=one.setting.help)
+    else:
+        shown = shown_default(one)
+        option = typer.Option(
+            *([f"--{name.replace('_', '-')}"] if one.kind is bool else []),
+            help=one.setting.help,
+            show_default=shown or False,
+            rich_help_panel=panel or None,
+            metavar=one.setting.metavar,
+            min=one.setting.least,
+        )
+    kind = get_args(one.kind)[0] if one.repeats else one.kind
+    if kind not in (bool, int, float) or one.setting.parse is not None:
+        kind = Path if kind is Path and one.setting.metavar is None else str  # as text, to be parsed with a file's
+    kind = list[kind] if one.repeats else kind  # type: ignore[valid-type]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def shown_default(one: Declared) -> str:
+    """The default of a setting, as a user would write it."""
+    default: Any = one.field.default
+    if one.setting.shown is not None:
+        return one.setting.shown
+    if default is None or default == ():
+        return "none"
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if one.kind is int and one.setting.parse is not None:
+        return format_bytes(default).replace(" ", "")
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def refuse(command: str, error: Exception | str, status: int = BAD_USAGE) -> NoReturn:

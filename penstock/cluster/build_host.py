@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from penstock.cluster.buffer import DecodeBuffer
 from penstock.cluster.buffered_pool import BufferedPool
@@ -16,50 +15,32 @@ from penstock.cluster.metered_pool import MeteredPool
 from penstock.cluster.outgoing import Outgoing
 from penstock.cluster.relay import RelayNode
 from penstock.cluster.relay_links import RelayLinks
-from penstock.core.config import ConfigError, SchedulerConfig, check_range
+from penstock.cluster.settings import HandOffSettings
+from penstock.core.config import ConfigError, SchedulerConfig, check_choices, check_range
 from penstock.core.layout import staging_bytes
 from penstock.engine.build import build_engine, read_pool_key, read_secret
-from penstock.engine.config import GIB, EngineConfig
+from penstock.engine.config import EngineConfig
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Pool
 from penstock.pool.config_file import read_pool_config
 from penstock.pool.open import link_bytes_per_s
-from penstock.transport.one_sided import RELAY_TRANSPORTS, RelayTransport, open_mover
+from penstock.transport.one_sided import open_mover
 from penstock.transport.tls import PeerTls
 from penstock.units import parse_address
 
 log = logging.getLogger(__name__)
 
-Role = Literal["mixed", "prefill", "decode"]
-ROLES: tuple[Role, ...] = ("mixed", "prefill", "decode")
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostConfig(HandOffSettings):
+    """An engine of the cluster. `open_timeout_s`: how long a prompt waits for room at its decode engine."""
 
-@dataclass(frozen=True, slots=True)
-class HostConfig:
-    """An engine of the cluster. `relay_listen` and `buffer_bytes` belong to a decode engine: where prefill engines hand
-    over to (an address on the compute network, port 0 for any), and the memory in which prompts gather.
-
-    `open_timeout_s`: how long a prompt waits for room at its decode engine. `hand_off_timeout_s`: how long a decode
-    engine waits from placement to the end of the hand-off. `relay_pace_bytes_per_s` limits what prefill engines read
-    through a decode engine. `relay_transport`: how blocks move between prefill and decode engines: in messages over
-    TCP, by shared memory (engines of one host), or by NIXL (RDMA; the `nixl` extra). Where the ends differ, in
-    messages."""
-
-    engine: EngineConfig
-    role: Role = "mixed"
-    relay_listen: str = "127.0.0.1:0"
-    buffer_bytes: int = GIB
-    relay_pace_bytes_per_s: float | None = None
+    engine: EngineConfig = field(kw_only=False)
     relay_connections: int = 1
-    relay_transport: RelayTransport = "tcp"
     open_timeout_s: float = 60.0
-    hand_off_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise ConfigError(f"role is {self.role!r}; allowed: {', '.join(ROLES)}")
-        if self.relay_transport not in RELAY_TRANSPORTS:
-            raise ConfigError(f"relay_transport is {self.relay_transport!r}; allowed: {', '.join(RELAY_TRANSPORTS)}")
+        check_choices(self)
         if self.role != "mixed" and self.engine.no_pool:
             raise ConfigError(f"no_pool is set for role {self.role!r}; allowed with role 'mixed' only")
         try:

@@ -2,119 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from penstock.command_line import flag, log_to_stderr, refuse
-from penstock.server.api_flags import (
-    LIMITS,
-    AllowedHost,
-    ApiKey,
-    ApiKeyFile,
-    ApiKeys,
-    ConfigFile,
-    CorsOrigin,
-    DrainTimeout,
-    HideCachedTokens,
-    Host,
-    KeepAlive,
-    LogLevel,
-    OpenMetrics,
-    Port,
-    RequestTimeout,
-    RequireTenant,
-    Revision,
-    ServedModelName,
-    TlsCert,
-    TlsKey,
-)
-from penstock.transport.tls_flags import PeerTlsCa, PeerTlsCert, PeerTlsKey
+from penstock.cluster.flags import RouterFlags, read_router_flags
+from penstock.command_line import ConfigFile, log_to_stderr, refuse, with_flags
+from penstock.core.config import ConfigError
+from penstock.server.api_flags import API, API_FLAGS, API_LIMITS, CLUSTER, LIMITS
+from penstock.server.api_settings import DEFAULT_PORT
+from penstock.transport.tls_flags import TLS_NAMES, TLS_PANEL
 
 if TYPE_CHECKING:
-    from penstock.cluster.flags import RouterFlags
+    from penstock.server.text import TextCodec
 
 CLOSE_TIMEOUT_S = 5.0
 FAILED = 1
-_CLUSTER = "Cluster"
+PANELS = {
+    API: API_FLAGS,
+    CLUSTER: ("cluster_listen", "secret_file", "read", "placement", "recompute", "lease_s", "grace_s"),
+    TLS_PANEL: TLS_NAMES,
+    LIMITS: ("no_engine_s", *API_LIMITS),
+    "": ("log_level",),
+}
 
 
 class RouterEnded(RuntimeError):
     """The router has failed inside and serves no more."""
 
 
-def router(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Checkpoint folder or hub id, for its tokenizer; without it clients send token ids."),
-    ] = None,
-    host: Host = None,
-    port: Port = None,
-    api_key: ApiKey = None,
-    api_key_file: ApiKeyFile = None,
-    api_keys: ApiKeys = None,
-    require_tenant: RequireTenant = None,
-    hide_cached_tokens: HideCachedTokens = None,
-    open_metrics: OpenMetrics = None,
-    allowed_host: AllowedHost = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    cors_origin: CorsOrigin = None,
-    served_model_name: ServedModelName = None,
-    revision: Revision = None,
-    cluster_listen: Annotated[
-        str | None, flag(_CLUSTER, "127.0.0.1:7100", "Where engines register (their --router).", "HOST:PORT")
-    ] = None,
-    secret_file: Annotated[
-        str | None, flag(_CLUSTER, "none", "File with the cluster's secret; required without certificates.", "FILE")
-    ] = None,
-    peer_tls_cert: PeerTlsCert = None,
-    peer_tls_key: PeerTlsKey = None,
-    peer_tls_ca: PeerTlsCa = None,
-    read: Annotated[
-        str | None,
-        flag(
-            _CLUSTER,
-            "split",
-            "Which side reads a request's KV from the pool: split (both, each a share), shorter (the one with the "
-            "shorter queue), alternate, or prefill.",
-        ),
-    ] = None,
-    placement: Annotated[
-        str | None,
-        flag(_CLUSTER, "balanced", "How engines are chosen: balanced (by what is unfinished on each), or turns."),
-    ] = None,
-    recompute: Annotated[
-        bool | None,
-        flag(
-            _CLUSTER,
-            "off",
-            "Let prefill engines that would wait for a load compute the front of a hit while the rest is read.",
-            names=("--recompute",),
-        ),
-    ] = None,
-    lease_s: Annotated[
-        float | None,
-        flag(_CLUSTER, "3", "An engine not heard of for so long is fenced: its requests are placed again."),
-    ] = None,
-    grace_s: Annotated[
-        float | None, flag(_CLUSTER, "2", "After a start, wait so long for engines that have a request's answer begun.")
-    ] = None,
-    no_engine_s: Annotated[
-        float | None, flag(LIMITS, "30", "A request that no engine can serve for so long ends with a 503.")
-    ] = None,
-    keep_alive_s: KeepAlive = None,
-    request_timeout_s: RequestTimeout = None,
-    drain_timeout_s: DrainTimeout = None,
-    log_level: LogLevel = None,
-    config: ConfigFile = None,
-) -> None:
+@with_flags(RouterFlags, PANELS)
+def router(given: Mapping[str, Any], config: ConfigFile = None) -> None:
     """Serve the OpenAI-compatible API with the engines that register."""
-    given = {name: value for name, value in locals().items() if name != "config" and value != []}
-    from penstock.cluster.flags import read_router_flags
-    from penstock.core.config import ConfigError
-
     try:
         flags = read_router_flags(given, config)
     except ConfigError as error:
@@ -138,14 +59,17 @@ def _serve(flags: RouterFlags) -> None:
     from penstock.file_limit import raise_file_limit
     from penstock.server.app import ServerApp
     from penstock.server.run import HttpServer, bind, url_of, warn_of_open_port
-    from penstock.server.text import TextCodec, load_text_codec
+    from penstock.server.text import load_text_codec
     from penstock.units import format_address, parse_address
 
     settings, server_side = router_settings(flags), server_settings(flags)
     raise_file_limit()
     secret, tls = proof_of(flags)
     codec: TextCodec | None = None
-    with bind(flags.host, flags.port) as listener, bind(*parse_address(flags.cluster_listen)) as cluster:
+    with (
+        bind(flags.host, DEFAULT_PORT if flags.port is None else flags.port) as listener,
+        bind(*parse_address(flags.cluster_listen)) as cluster,
+    ):
         url = url_of(listener, server_side.tls is not None)
         warn_of_open_port(server_side, listener, url)
         if flags.model:

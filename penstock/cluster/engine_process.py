@@ -18,8 +18,10 @@ from penstock.cluster.agent import AgentSettings, EngineAgent
 from penstock.cluster.build_host import HostConfig, open_host
 from penstock.cluster.flags import proof_of
 from penstock.cluster.host import EngineHost
+from penstock.cluster.settings import HandOffSettings
 from penstock.cluster.wire import EngineCard
 from penstock.core.config import ConfigError
+from penstock.core.settings import taken_over
 from penstock.engine.pauses import settle
 from penstock.file_limit import raise_file_limit
 from penstock.server.api_settings import api_settings
@@ -27,7 +29,7 @@ from penstock.server.app import ServerApp
 from penstock.server.run import HttpServer, bind, url_of
 from penstock.server.settings import ServerSettings
 from penstock.server.text import TokenizerError, load_text_codec
-from penstock.units import parse_address, parse_bytes, parse_rate
+from penstock.units import parse_address
 
 if TYPE_CHECKING:
     from penstock.server.flags import ServeFlags
@@ -71,22 +73,7 @@ def host_config(flags: ServeFlags) -> HostConfig:
     """The engine and its role that these flags describe. Raises ConfigError."""
     from penstock.server.flags import engine_config
 
-    if flags.role not in ("mixed", "prefill", "decode"):
-        raise ConfigError(f"role is {flags.role!r}; allowed: mixed, prefill, decode")
-    try:
-        buffer_bytes = parse_bytes(flags.buffer)
-        pace = parse_rate(flags.relay_pace) if flags.relay_pace is not None else None
-    except ValueError as error:
-        raise ConfigError(f"buffer or relay_pace: {error}") from None
-    return HostConfig(
-        engine=engine_config(flags),
-        role=flags.role,  # type: ignore[arg-type]
-        relay_listen=flags.relay_listen,
-        buffer_bytes=buffer_bytes,
-        relay_pace_bytes_per_s=pace,
-        relay_transport=flags.relay_transport,  # type: ignore[arg-type]
-        hand_off_timeout_s=flags.hand_off_timeout_s,
-    )
+    return HostConfig(engine_config(flags), **taken_over(HandOffSettings, flags))
 
 
 def card_of(host: EngineHost, config: HostConfig, name: str, node: str) -> EngineCard:

@@ -3,49 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from penstock.cluster.router import RouterSettings
-from penstock.core.cluster.placing import InterEngineConfig
-from penstock.core.config import ConfigError, check_range
+from penstock.cluster.settings import RouterTimes
+from penstock.core.cluster.placing import InterEngineConfig, PathSettings
+from penstock.core.config import ConfigError, check_choices, check_range
+from penstock.core.settings import setting, taken_over
 from penstock.server.api_settings import ApiFlags, api_settings, served_name
-from penstock.server.flags import LOG_LEVELS, read_record
 from penstock.server.settings import ServerSettings
+from penstock.settings_file import read_record
 from penstock.transport.secret import Secret
-from penstock.transport.tls import PeerTls, TlsSettings
+from penstock.transport.tls import PeerTls
+from penstock.transport.tls_flags import PeerSettings, named_file
 from penstock.units import parse_address
 
-
-class RouterFlags(ApiFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Every flag with its default."""
-
-    port: int = 8000
-    cluster_listen: str = "127.0.0.1:7100"
-    secret_file: str | None = None
-    peer_tls_cert: str | None = None
-    peer_tls_key: str | None = None
-    peer_tls_ca: str | None = None
-    read: str = "split"
-    placement: str = "balanced"
-    recompute: bool = False
-    lease_s: float = 3.0
-    grace_s: float = 2.0
-    no_engine_s: float = 30.0
+if TYPE_CHECKING:
+    from penstock.cluster.routed import RouterSettings
 
 
-class ProofFlags(TlsSettings, Protocol):
-    """What a process of a cluster proves itself by."""
+@dataclass(frozen=True, kw_only=True)
+class RouterFlags(PeerSettings, RouterTimes, PathSettings, ApiFlags):
+    """All of them."""
 
-    @property
-    def secret_file(self) -> str | None:
-        """File of the secret that all processes of the cluster share; None where certificates are enough."""
+    model: str = setting("", "Checkpoint folder or hub id, for its tokenizer; without it clients send token ids.")
+    cluster_listen: str = setting("127.0.0.1:7100", "Where engines register (their --router).", "HOST:PORT")
+    secret_file: Path | None = setting(
+        None, "File with the cluster's secret; required without certificates.", "FILE", parse=named_file
+    )
 
 
-def proof_of(flags: ProofFlags) -> tuple[Secret | None, PeerTls | None]:
+def proof_of(flags: PeerSettings) -> tuple[Secret | None, PeerTls | None]:
     """The cluster's secret, certificates, or both. Raises ConfigError: for neither, or files that cannot be used."""
     try:
-        secret = Secret.read(Path(flags.secret_file)) if flags.secret_file is not None else None
+        secret = Secret.read(flags.secret_file) if flags.secret_file is not None else None
         tls = PeerTls.of(flags)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -60,9 +52,8 @@ def proof_of(flags: ProofFlags) -> tuple[Secret | None, PeerTls | None]:
 def read_router_flags(given: Mapping[str, Any], config: Path | None) -> RouterFlags:
     """The flags that were given (None: not given), over those of the file. Raises ConfigError."""
     flags = read_record(given, config, RouterFlags)
-    if flags.log_level not in LOG_LEVELS:
-        raise ConfigError(f"log_level is {flags.log_level!r}; allowed: {', '.join(LOG_LEVELS)}")
-    check_range("port", flags.port, 0, 65535)
+    check_choices(flags, ApiFlags)
+    check_range("port", flags.port or 0, 0, 65535)
     try:
         parse_address(flags.cluster_listen)
     except ValueError as error:
@@ -72,8 +63,10 @@ def read_router_flags(given: Mapping[str, Any], config: Path | None) -> RouterFl
 
 def router_settings(flags: RouterFlags) -> RouterSettings:
     """Raises ConfigError."""
-    brain = InterEngineConfig(placement=flags.placement, read=flags.read, recompute=flags.recompute)  # type: ignore[arg-type]
-    return RouterSettings(flags.lease_s, flags.no_engine_s, flags.grace_s, brain=brain)
+    from penstock.cluster.routed import RouterSettings
+
+    brain = InterEngineConfig(**taken_over(PathSettings, flags))
+    return RouterSettings(**taken_over(RouterTimes, flags), brain=brain)
 
 
 def server_settings(flags: RouterFlags) -> ServerSettings:

@@ -12,6 +12,7 @@ from penstock.cluster.merged_report import merged_report
 from penstock.cluster.orphans import Asked
 from penstock.cluster.placed import Part, PlacedRequest, ReadSide
 from penstock.cluster.port import Engine
+from penstock.cluster.settings import RouterTimes
 from penstock.cluster.wire_types import NAME_CHARACTERS_MAX, SECONDS_MAX, TENANT_CHARACTERS_MAX
 from penstock.core.cluster.answer import Answer
 from penstock.core.cluster.placing import InterEngineConfig, Place
@@ -23,15 +24,10 @@ MARKS_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
-class RouterSettings:
-    """`lease_s`: an engine that is not heard for so long is fenced. `no_engine_s`: a request that no engine can serve
-    for so long ends. `grace_s`: for so long after its start the router waits with requests that may be under way on
-    engines that have not registered again. `claim_s`: for so long it keeps what nobody has asked for again.
-    `vocabulary`: `TextCodec.vocabulary_digest` of the tokenizer in front of it; empty where there is none."""
+class RouterSettings(RouterTimes):
+    """`claim_s`: for so long it keeps what nobody has asked for again. `vocabulary`: `TextCodec.vocabulary_digest` of
+    the tokenizer in front of it; empty where there is none."""
 
-    lease_s: float = 3.0
-    no_engine_s: float = 30.0
-    grace_s: float = 2.0
     claim_s: float = 60.0
     vocabulary: str = ""
     max_open: int = 16_384

@@ -1,15 +1,18 @@
-"""The brain's settings: one frozen record, checked when it is made."""
+"""The scheduler's settings: frozen records, checked when they are made."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from penstock.core.settings import choices_of, setting
 
 Policy = Literal["fcfs", "sjf-compute", "sjf", "srpt", "edf", "lstf", "feasible"]
 Mode = Literal["penstock", "coupled"]
 POLICIES: tuple[str, ...] = get_args(Policy)
 MODES: tuple[str, ...] = get_args(Mode)
 NO_QUOTA_S = 1e9
+BLOCK_TOKENS = 64  # of a block in the pool, where nobody says otherwise
 PREFILL_QUOTA_S = 0.3  # DualPath's
 
 
@@ -23,11 +26,61 @@ def check_range(field_name: str, value: float, low: float, high: float) -> None:
         raise ConfigError(f"{field_name} is {value!r}; allowed: {low:g} to {high:g}")
 
 
+def check_choices(record: Any, kind: type | None = None) -> None:
+    """Raises ConfigError for a field (of those of `kind`) that is none of the texts that its type allows."""
+    for name, allowed in choices_of(kind or type(record)).items():
+        if getattr(record, name) not in allowed:
+            raise ConfigError(f"{name} is {getattr(record, name)!r}; allowed: {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderSettings:
+    """In which order requests wait, and for how long: of the built-in engine, and inside another one."""
+
+    policy: Policy = setting("feasible", "fcfs, sjf-compute, sjf, srpt, edf, lstf or feasible.")
+    max_waiting: int = setting(1024, "Requests waiting; further ones get a 429.")
+    fetch_window_blocks: int = setting(8, "Blocks in flight per link.")
+    age_bound_s: float = setting(60.0, "Who waited longer goes first.")
+    age_delays: float = setting(
+        0.75, "A request goes first once its delay is this many times that of arrival order; 0: off."
+    )
+    default_slo_ttft_s: float = setting(10.0, "Deadline of the first token for requests that name none.")
+    fetch_timeout_s: float = setting(10.0, "A slower load is computed instead.")
+    lookup_timeout_s: float = setting(2.0, "A slower lookup counts as a miss.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveSettings:
+    """How long a write to the pool may take."""
+
+    save_timeout_s: float = setting(30.0, "A slower write is given up.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings:
+    """What the built-in engine computes at once. `mode` "coupled" is the baseline: first come first served, one batch
+    fetched, then uploaded, then computed."""
+
+    mode: Mode = setting("penstock", "penstock, or coupled: the baseline that loads, then computes.")
+    max_batch_tokens: int = setting(2048, "Tokens computed in one batch.")
+    recompute: bool = setting(False, "Compute the front of a hit while the rest loads, where sooner.")
+    max_running: int = setting(64, "Requests loading or computing at once.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestDeadline:
+    """How long a whole request may take, in the engine and in the server."""
+
+    request_timeout_s: float = setting(600.0, "A slower request is ended with a 504.")
+
+
 @dataclass(frozen=True, slots=True)
-class SchedulerConfig:
+class SchedulerConfig(RequestDeadline, SaveSettings, BatchSettings, OrderSettings):
     """Limits and policy of one engine's `LoadScheduler`.
 
-    `mode` "coupled" is the baseline: first come first served, one batch fetched, then uploaded, then computed.
+    With `recompute` a hit, or its front, is computed where that ends before the rest of it is loaded. `max_running`
+    counts requests past admission (loading, in prefill or decoding). A request that waited `age_bound_s` for its first
+    token, or was delayed `age_delays` times as long as first come, first served would, goes before all others.
     Windows bound what is in flight on a link: enough to keep it busy, little enough that a more urgent request
     that arrives waits for few blocks of others.
     """
@@ -36,18 +89,11 @@ class SchedulerConfig:
     block_bytes: int
     l1_pages: int  # full blocks that fit in device memory
     l2_slots: int  # full blocks that fit in host staging memory
-    policy: Policy = "feasible"
-    mode: Mode = "penstock"
     pool: bool = True  # False: no L3, nothing is looked up, loaded or saved
     layerwise: bool = False  # compute of a layer starts when that layer is up, not when all of them are
-    recompute: bool = False  # a hit, or its front, is computed where that ends before the rest of it is loaded
-    max_batch_tokens: int = 2048
     max_batch_s: float = NO_QUOTA_S  # compute quota: predicted seconds of a batch
     max_prefills: int = 8  # requests in prefill in one batch
-    max_running: int = 64  # requests past admission (loading, in prefill or decoding)
-    max_waiting: int = 1024
     coupled_batch_requests: int = 1
-    fetch_window_blocks: int = 8  # in flight per link
     upload_group_blocks: int = 4  # blocks in one upload operation
     upload_window_groups: int = 2
     lookup_window: int = 4
@@ -57,19 +103,9 @@ class SchedulerConfig:
     forward_window_blocks: int = 8  # in flight to one decode engine
     forward_timeout_s: float = 10.0
     saves_yield: bool = False  # saves and batches share a processor: saves go between batches while nothing presses
-    age_bound_s: float = 60.0  # a request that waited longer for its first token goes before all others
-    age_delays: float = 0.75  # as does one delayed so many times as long as first come, first served would; 0: none
-    default_slo_ttft_s: float = 10.0  # deadline of requests that name none
-    lookup_timeout_s: float = 2.0
-    fetch_timeout_s: float = 10.0
-    save_timeout_s: float = 30.0
-    request_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise ConfigError(f"policy is {self.policy!r}; allowed: {', '.join(POLICIES)}")
-        if self.mode not in MODES:
-            raise ConfigError(f"mode is {self.mode!r}; allowed: {', '.join(MODES)}")
+        check_choices(self)
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):

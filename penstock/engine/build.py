@@ -8,10 +8,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from penstock.core.config import NO_QUOTA_S, PREFILL_QUOTA_S, ConfigError, SchedulerConfig
+from penstock.core.config import (
+    NO_QUOTA_S,
+    PREFILL_QUOTA_S,
+    BatchSettings,
+    ConfigError,
+    OrderSettings,
+    RequestDeadline,
+    SchedulerConfig,
+)
 from penstock.core.cost import CostModel, LinkCost
 from penstock.core.layout import staging_bytes
-from penstock.engine.config import EngineConfig
+from penstock.core.settings import taken_over
+from penstock.engine.config import DEFAULT_POOL_BYTES, EngineConfig
 from penstock.engine.engine import Engine
 from penstock.engine.modelled_runner import ModelledRunner
 from penstock.engine.peers import Peers
@@ -27,10 +36,10 @@ from penstock.pool.open import link_bytes_per_s, open_pool
 from penstock.transport.connect import connect_pool
 from penstock.transport.secret import Secret
 from penstock.transport.tls import PeerTls
+from penstock.transport.tls_flags import PeerSettings
 
 log = logging.getLogger(__name__)
 
-DEFAULT_POOL_BYTES = 2**30
 CLOSE_TIMEOUT_S = 10.0
 
 
@@ -99,24 +108,14 @@ def _scheduler_config(config: EngineConfig, runner: ModelRunner, hands_off: bool
         block_bytes=block_bytes,
         l1_pages=l1_pages,
         l2_slots=l2_slots,
-        policy=config.policy,
-        mode=config.mode,
         pool=not config.no_pool,
         layerwise=runner.layerwise and config.mode == "penstock",
         saves_yield=runner.computes_on_host,
-        recompute=config.recompute,
-        max_batch_tokens=config.max_batch_tokens,
         max_batch_s=(config.max_batch_s or (PREFILL_QUOTA_S if hands_off else NO_QUOTA_S)) * config.time_factor,
-        max_running=config.max_running,
-        max_waiting=config.max_waiting,
-        fetch_window_blocks=config.fetch_window_blocks,
         hands_off=hands_off,
-        age_bound_s=config.age_bound_s,
-        age_delays=config.age_delays,
-        default_slo_ttft_s=config.default_slo_ttft_s,
-        fetch_timeout_s=config.fetch_timeout_s,
-        lookup_timeout_s=config.lookup_timeout_s,
-        request_timeout_s=config.request_timeout_s,
+        **taken_over(OrderSettings, config),
+        **taken_over(BatchSettings, config),
+        **taken_over(RequestDeadline, config),
     )
 
 
@@ -156,7 +155,7 @@ def _cost(runner: ModelRunner, pages: int, config: EngineConfig) -> CostModel:
 
 def read_secret(config: EngineConfig) -> Secret | None:
     """What pool nodes ask for. Raises ValueError."""
-    return Secret.read(Path(config.secret_file)) if config.secret_file else None
+    return Secret.read(config.secret_file) if config.secret_file else None
 
 
 def read_pool_key(config: EngineConfig) -> PoolKey | None:
@@ -178,11 +177,5 @@ def _open_pool(config: EngineConfig) -> Pool:
     if len(config.pool) == 1 and not config.memory and not config.slab:
         return connect_pool(config.pool[0], secret=read_secret(config), tls=PeerTls.of(config))
     memory = config.memory or (() if config.slab or config.pool else (DEFAULT_POOL_BYTES,))
-    secret_file = Path(config.secret_file) if config.secret_file else None
     slabs = [(Path(path), size) for path, size in config.slab]
-    files = (config.peer_tls_cert, config.peer_tls_key, config.peer_tls_ca)
-    cert, key, ca = (Path(file) if file else None for file in files)
-    members = config_of_flags(
-        memory, slabs, nodes=config.pool, secret_file=secret_file, peer_tls_cert=cert, peer_tls_key=key, peer_tls_ca=ca
-    )
-    return open_pool(members)
+    return open_pool(config_of_flags(memory, slabs, nodes=config.pool, **taken_over(PeerSettings, config)))

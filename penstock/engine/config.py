@@ -1,21 +1,50 @@
-"""Everything that makes one engine: one frozen record, the same names as the flags of `penstock serve`."""
+"""Everything that makes one engine: the settings of `penstock serve`, from which its flags come, and their checks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from penstock.core.config import MODES, NO_QUOTA_S, POLICIES, ConfigError, Mode, Policy, check_range
-from penstock.units import parse_address
+from penstock.core.config import (
+    BLOCK_TOKENS,
+    NO_QUOTA_S,
+    PREFILL_QUOTA_S,
+    BatchSettings,
+    ConfigError,
+    OrderSettings,
+    RequestDeadline,
+    check_choices,
+    check_range,
+)
+from penstock.core.settings import setting
+from penstock.transport.tls_flags import PeerSettings
+from penstock.units import format_bytes, parse_address, parse_bytes
 
 Executor = Literal["real", "modelled"]
 
 GIB = 2**30
 MIB = 2**20
+DEFAULT_POOL_BYTES = GIB
 
 
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
+def parse_slab(text: str) -> tuple[str, int]:
+    """Path and bytes of "PATH:SIZE". Raises ValueError."""
+    path, colon, size = text.rpartition(":")
+    if not colon or not path:
+        raise ConfigError(f"slab is {text!r}; allowed: PATH:SIZE, for example /data/kv.slab:64GiB")
+    return path, parse_bytes(size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model; of engines and of the router, which needs its tokenizer."""
+
+    model: str = setting("", "A Hugging Face checkpoint folder or hub id (none: --executor modelled).")
+    revision: str | None = setting(None, "Branch, tag or commit of a hub id.", shown="default branch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings(PeerSettings, RequestDeadline, BatchSettings, OrderSettings, ModelSettings):
     """Sizes are bytes. `pool` are addresses of pool nodes, `memory` and `slab` members of this process: all together
     are one pool; `pool_config` is a file that describes one. Without any of them it is some memory; `no_pool` turns it
     off. `secret_file` holds what pool nodes ask for; `peer_tls_*` are certificate, key and CA for nodes that ask
@@ -23,55 +52,47 @@ class EngineConfig:
     DualPath's quota for prefill engines, no bound for others. `profile`, `bytes_divisor` and `time_factor` belong to
     the modelled executor."""
 
-    model: str = ""
-    revision: str | None = None
-    load_format: Literal["auto", "dummy"] = "auto"
-    dtype: str = "auto"
-    device: str = "auto"
-    seed: int = 0
-    executor: Executor = "real"
-    profile: str = "h100-llama-3.1-8b"
-    bytes_divisor: int = 1
-    time_factor: float = 1.0
-    policy: Policy = "feasible"
-    mode: Mode = "penstock"
-    pool: tuple[str, ...] = ()
-    memory: tuple[int, ...] = ()
-    slab: tuple[tuple[str, int], ...] = ()
-    pool_config: str | None = None
-    no_pool: bool = False
-    secret_file: str | None = None
-    peer_tls_cert: str | None = None
-    peer_tls_key: str | None = None
-    peer_tls_ca: str | None = None
-    pool_key_file: str | None = None
-    block_tokens: int = 64
-    kv_memory_bytes: int = 512 * MIB
-    staging_bytes: int = 128 * MIB
-    max_context_tokens: int | None = None
-    recompute: bool = False
-    max_batch_tokens: int = 2048
-    max_batch_s: float | None = None
-    max_running: int = 64
-    max_waiting: int = 1024
-    fetch_window_blocks: int = 8
-    age_bound_s: float = 60.0
-    age_delays: float = 0.75
-    default_slo_ttft_s: float = 10.0
-    fetch_timeout_s: float = 10.0
-    lookup_timeout_s: float = 2.0
-    request_timeout_s: float = 600.0
+    load_format: Literal["auto", "dummy"] = setting("auto", "auto, or dummy for random weights.")
+    dtype: str = setting("auto", "Type of weights and KV, for example bfloat16.")
+    device: str = setting("auto", "cpu, cuda, cuda:1, ...")
+    seed: int = setting(0, "Seed of random weights.")
+    executor: Executor = setting("real", "real, or modelled: real bytes, compute that takes a profile's time.")
+    profile: str = setting("h100-llama-3.1-8b", "Profile of the modelled executor: a name or a .toml file.")
+    bytes_divisor: int = setting(1, "Modelled executor: KV bytes divided by this.")
+    time_factor: float = setting(1.0, "Modelled executor: times multiplied by this.")
+    pool: tuple[str, ...] = setting((), "A pool node; may be repeated.", "HOST:PORT")
+    memory: tuple[int, ...] = setting(
+        (),
+        "A memory member of this process; may be repeated.",
+        "SIZE",
+        parse=parse_bytes,
+        shown=f"{format_bytes(DEFAULT_POOL_BYTES).replace(' ', '')} if alone",
+    )
+    slab: tuple[tuple[str, int], ...] = setting(
+        (), "A slab member of this process; may be repeated.", "PATH:SIZE", parse=parse_slab
+    )
+    pool_config: str | None = setting(None, "TOML file that describes the pool, as of penstock pool.", "FILE")
+    no_pool: bool = setting(False, "Serve without a pool.")
+    pool_key_file: str | None = setting(
+        None, "File (0600) with the key without which nobody writes what this engine reads.", "FILE"
+    )
+    kv_memory_bytes: int = setting(512 * MIB, "Device memory for KV (L1).", "SIZE", name="kv_memory", parse=parse_bytes)
+    staging_bytes: int = setting(128 * MIB, "Host staging memory (L2).", "SIZE", name="staging", parse=parse_bytes)
+    block_tokens: int = setting(BLOCK_TOKENS, "Tokens of one block.")
+    max_context_tokens: int | None = setting(
+        None, "Tokens of prompt and answer together.", name="max_context", shown="the model's"
+    )
+    max_batch_s: float | None = setting(
+        None, "Predicted seconds of one batch.", shown=f"none; prefill engines {PREFILL_QUOTA_S:g}"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig(EngineSettings):
+    """These settings, checked. Raises ConfigError."""
 
     def __post_init__(self) -> None:
-        allowed = {
-            "load_format": ("auto", "dummy"),
-            "executor": ("real", "modelled"),
-            "policy": POLICIES,
-            "mode": MODES,
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(values)}")
+        check_choices(self)
         if self.executor == "real" and not self.model:
             raise ConfigError("model is empty; allowed: a checkpoint folder or a hub id (or executor 'modelled')")
         if self.no_pool and (self.pool or self.memory or self.slab):

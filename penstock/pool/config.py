@@ -10,6 +10,9 @@ from typing import Any, Literal, get_args
 
 from penstock.core.config import ConfigError
 from penstock.core.new_block import tenant_tag
+from penstock.core.settings import setting
+from penstock.transport.tls_flags import PeerSettings, named_file
+from penstock.units import parse_bytes, parse_rate
 
 Kind = Literal["memory", "uring", "nvme", "spdk", "node"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -66,34 +69,63 @@ class Quota:
         return self.limit_bytes if self.limit_bytes is not None else int((self.share or 0.0) * capacity_bytes)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NodeSettings(PeerSettings):
+    """What a pool node has, by flag or by key: it needs a restart to change. `state` is the folder of the tables of SSD
+    members. `staging_bytes` is what a node may stage blocks in (None: as much as they need). `connections` of clients
+    are served at once, `connections_per_address` of one address (None: the node's own limits). What `secret_file` and
+    `peer_tls_*` name, clients of this node, and nodes that are its members, must have (`transport.tls`)."""
+
+    name: str = setting("pool", "What this node calls itself.")
+    listen: str = setting("127.0.0.1:7070", "HOST:PORT to serve on; port 0 picks a free one.")
+    state: Path | None = setting(
+        None, "Folder for the tables of slabs; beside each slab when not given.", parse=named_file, shown=""
+    )
+    pace_bytes_per_s: float | None = setting(
+        None,
+        "Send blocks no faster than this, such as 200MB/s: a NIC of that speed.",
+        name="pace",
+        parse=parse_rate,
+        shown="",
+    )
+    staging_bytes: int | None = setting(
+        None,
+        "SIZE of the memory that blocks pass through on their way to and from SSDs and other nodes. No larger block is "
+        "taken.",
+        name="staging",
+        parse=parse_bytes,
+        shown="128MiB, and more once a larger block comes",
+    )
+    connections: int | None = setting(
+        None, "How many connections of clients are served at once; an engine has 3 or more.", least=1, shown="1024"
+    )
+    connections_per_address: int | None = setting(
+        None,
+        "How many of these may come from one address: a host, or all that are behind one NAT.",
+        least=1,
+        shown="half of --connections",
+    )
+    secret_file: Path | None = setting(
+        None,
+        "File with the cluster's secret: clients and member nodes must have it.",
+        "FILE",
+        parse=named_file,
+        shown="",
+    )
+
+
 @dataclass(frozen=True, slots=True)
-class PoolConfig:
-    """A pool. `file` is where it was read from. `state` is the folder of the tables of SSD members, `profile` what
-    `penstock profile` wrote; `default_quota` is that of each tenant that `quotas` (by `cache_salt`) does not name;
-    with `named_tenants_only` those store nothing.
-    `staging_bytes` is what a node may stage blocks in (None: as much as they need).
-    `secret_file` holds what clients of this node, and nodes that are its members, must have; so, with
-    certificates, `peer_tls_cert`, `peer_tls_key` and `peer_tls_ca` (`transport.tls`). `connections` of clients are
-    served at once, `connections_per_address` of one address (None: the node's own limits)."""
+class PoolConfig(NodeSettings):
+    """A pool. `file` is where it was read from. `profile` is what `penstock profile` wrote; `default_quota` is that of
+    each tenant that `quotas` (by `cache_salt`) does not name; with `named_tenants_only` those store nothing."""
 
     members: tuple[MemberConfig, ...]
-    name: str = "pool"
-    listen: str = "127.0.0.1:7070"
-    state: Path | None = None
     write_admission: WriteAdmission = "all"
-    pace_bytes_per_s: float | None = None
     profile: Path | None = None
     block_bytes: int = BLOCK_BYTES
     default_quota: Quota | None = None
     quotas: tuple[tuple[str, Quota], ...] = ()
     named_tenants_only: bool = False
-    secret_file: Path | None = None
-    peer_tls_cert: Path | None = None
-    peer_tls_key: Path | None = None
-    peer_tls_ca: Path | None = None
-    staging_bytes: int | None = None
-    connections: int | None = None
-    connections_per_address: int | None = None
     file: Path | None = None
 
     def __post_init__(self) -> None:

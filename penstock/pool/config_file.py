@@ -11,18 +11,21 @@ from typing import Any
 import msgspec
 
 from penstock.core.config import ConfigError
+from penstock.core.settings import settings_of
 from penstock.pool.config import (
-    BLOCK_BYTES,
     DEPTH,
     DEPTH_MAX,
     KINDS,
     MemberConfig,
+    NodeSettings,
     PoolConfig,
     Quota,
     WriteAdmission,
     default_names,
 )
+from penstock.settings_file import written_fields
 from penstock.toml_file import read_toml
+from penstock.transport.tls_flags import TLS_NAMES
 from penstock.units import parse_address, parse_bytes, parse_rate
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
@@ -72,25 +75,21 @@ class _Node(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     weight: float | str = "auto"
 
 
-class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    member: list[_Memory | _Uring | _Nvme | _Spdk | _Node]
-    name: str = "pool"
-    listen: str = "127.0.0.1:7070"
-    state: str | None = None
-    write_admission: WriteAdmission = "all"
-    pace: str | None = None
-    profile: str | None = None
-    secret_file: str | None = None
-    peer_tls_cert: str | None = None
-    peer_tls_key: str | None = None
-    peer_tls_ca: str | None = None
-    staging: str | None = None
-    connections: int | None = None
-    connections_per_address: int | None = None
-    block_bytes: str | int = BLOCK_BYTES
-    quota: dict[str, Any] = {}
-
-
+# The whole file: the settings of a node by their names, and what only a file has. None: not given.
+_NODE: Any = sorted(written_fields(NodeSettings), key=lambda one: one[0] in ("secret_file", *TLS_NAMES))
+_FILE_ONLY: Any = [
+    ("write_admission", WriteAdmission | None, None),
+    ("profile", str | None, None),
+    ("block_bytes", str | int | None, None),
+    ("quota", dict[str, Any], {}),
+]
+_File = msgspec.defstruct(
+    "_File",
+    [("member", list[_Memory | _Uring | _Nvme | _Spdk | _Node]), *_NODE, *_FILE_ONLY],
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+)
 _RECORDS: dict[str, type[msgspec.Struct]] = dict(
     zip(KINDS, (_Memory, _Uring, _Nvme, _Spdk, _Node), strict=True),
 )
@@ -113,7 +112,7 @@ def _read(
     found: Mapping[str, Any], file: Path, running: Sequence[MemberConfig], reserved: Collection[str]
 ) -> PoolConfig:
     try:
-        raw = msgspec.convert(found, _File)
+        raw: Any = msgspec.convert(found, _File)
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(str(error), found)) from None
     members: list[tuple[MemberConfig, bool]] = []
@@ -123,26 +122,10 @@ def _read(
         except ValueError as error:
             raise ConfigError(f"{_place(number, item.name)}: {error}") from None
     try:
-        parse_address(raw.listen)
         config = PoolConfig(
-            tuple(_named(members, running, reserved)),
-            name=raw.name,
-            listen=raw.listen,
-            state=file.parent / raw.state if raw.state else None,
-            write_admission=raw.write_admission,
-            pace_bytes_per_s=parse_rate(raw.pace) if raw.pace is not None else None,
-            profile=file.parent / raw.profile if raw.profile else None,
-            secret_file=file.parent / raw.secret_file if raw.secret_file else None,
-            peer_tls_cert=file.parent / raw.peer_tls_cert if raw.peer_tls_cert else None,
-            peer_tls_key=file.parent / raw.peer_tls_key if raw.peer_tls_key else None,
-            peer_tls_ca=file.parent / raw.peer_tls_ca if raw.peer_tls_ca else None,
-            staging_bytes=parse_bytes(raw.staging) if raw.staging is not None else None,
-            connections=raw.connections,
-            connections_per_address=raw.connections_per_address,
-            block_bytes=raw.block_bytes if isinstance(raw.block_bytes, int) else parse_bytes(raw.block_bytes),
-            file=file,
-            **_quotas(raw.quota),
+            tuple(_named(members, running, reserved)), file=file, **_settings(raw, file.parent), **_quotas(raw.quota)
         )
+        parse_address(config.listen)
     except ConfigError:
         raise
     except ValueError as error:
@@ -151,6 +134,22 @@ def _read(
         raise ConfigError(f"block_bytes is {config.block_bytes}; allowed: 4KiB to 1GiB")
     _check_state(config)
     return config
+
+
+def _settings(raw: Any, folder: Path) -> dict[str, Any]:
+    """What the file sets of a PoolConfig. Raises ValueError."""
+    found: dict[str, Any] = {}
+    for name, one in settings_of(NodeSettings).items():
+        if (written := getattr(raw, name)) is not None:
+            value = one.read(written)
+            found[one.field.name] = folder / value if isinstance(value, Path) else value
+    if raw.write_admission is not None:
+        found["write_admission"] = raw.write_admission
+    if raw.profile:
+        found["profile"] = folder / raw.profile
+    if raw.block_bytes is not None:
+        found["block_bytes"] = raw.block_bytes if isinstance(raw.block_bytes, int) else parse_bytes(raw.block_bytes)
+    return found
 
 
 def _member(raw: msgspec.Struct, folder: Path) -> MemberConfig:

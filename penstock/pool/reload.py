@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
 
 from penstock.core.config import ConfigError
-from penstock.pool.config import MemberConfig, PoolConfig
+from penstock.pool.config import MemberConfig, NodeSettings, PoolConfig
 from penstock.pool.local import LocalPool
 from penstock.pool.open import check_weights, link_bytes_per_s, open_members, policy_of, weights_of
 from penstock.pool.profile import read_profile
@@ -14,10 +15,6 @@ from penstock.pool.union import UnionPool
 
 STAT_TIMEOUT_S = 1.0
 DROP_TIMEOUT_S = 10.0  # for reads of a node that is left
-_FIXED = (  # need a restart
-    "name", "listen", "state", "pace_bytes_per_s", "staging_bytes", "secret_file", "peer_tls_cert", "peer_tls_key",
-    "peer_tls_ca", "connections", "connections_per_address",
-)  # fmt: skip
 ReadConfig = Callable[[Sequence[MemberConfig], Collection[str]], PoolConfig]
 
 
@@ -119,7 +116,7 @@ class LiveConfig:
     def _check(self, old: PoolConfig, new: PoolConfig, running: dict[str, MemberConfig]) -> None:
         """Raises ConfigError for what cannot change while the pool runs."""
         place = f"{new.file}: " if new.file else ""
-        for name in _FIXED:
+        for name in (one.name for one in fields(NodeSettings)):
             if getattr(new, name) != getattr(old, name):
                 raise ConfigError(
                     f"{place}{name.removesuffix('_bytes_per_s')} is changed; allowed: with a restart only"

@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
-
-import msgspec
+from typing import Any, Literal
 
 from penstock.core.config import ConfigError
+from penstock.core.settings import setting, taken_over
+from penstock.engine.config import ModelSettings
 from penstock.private_file import read_private
 from penstock.server.api_keys import TenantKeys
-from penstock.server.hosts import read_host
-from penstock.server.settings import ServerSettings
+from penstock.server.settings import ServerSettings, ServingRules
 from penstock.server.tls import ServerTls
 
 KEY_FILE_BYTES_MAX = 64 << 10
+DEFAULT_PORT = 8000
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
-class ApiFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Flags of one name and default in `serve` and `router`."""
+@dataclass(frozen=True, kw_only=True)
+class ApiFlags(ServingRules, ModelSettings):
+    """The settings of every command with an OpenAI-compatible API."""
 
-    model: str = ""
-    host: str = "127.0.0.1"
-    api_key: str | None = None
-    api_key_file: str | None = None
-    api_keys: str | None = None
-    require_tenant: bool = False
-    hide_cached_tokens: bool = False
-    open_metrics: bool = False
-    allowed_host: str | list[str] | None = None
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    cors_origin: str | list[str] | None = None
-    served_model_name: str | None = None
-    revision: str | None = None
-    keep_alive_s: float = 75.0
-    request_timeout_s: float = 600.0
-    drain_timeout_s: float = 10.0
-    log_level: str = "info"
+    host: str = setting("127.0.0.1", "Address to listen on.")
+    port: int | None = setting(None, "Port to listen on; 0 takes any free one.", shown=str(DEFAULT_PORT))
+    api_key: str | None = setting(None, "Key that clients must send (visible to other users).")
+    api_key_file: str | None = setting(None, "File that holds the key; it opens the live page too.", "FILE")
+    api_keys: str | None = setting(None, "Keys of tenants: KEY TENANT on each line.", "FILE")
+    tls_cert: str | None = setting(None, "Serve HTTPS with this certificate chain (PEM).", "FILE")
+    tls_key: str | None = setting(None, "Its key (PEM, without a passphrase).", "FILE")
+    served_model_name: str | None = setting(None, "Name of the model in the API.", shown="last part of MODEL")
+    log_level: LogLevel = setting("info", "debug, info, warning or error.")
 
 
 def api_settings(flags: ApiFlags, model_name: str, **more: Any) -> ServerSettings:
@@ -50,15 +43,8 @@ def api_settings(flags: ApiFlags, model_name: str, **more: Any) -> ServerSetting
         model_aliases=aliases,
         api_key=read_api_key(flags.api_key, flags.api_key_file),
         tenant_keys=TenantKeys(Path(flags.api_keys)) if flags.api_keys is not None else None,
-        require_tenant=flags.require_tenant,
-        hide_cached_tokens=flags.hide_cached_tokens,
-        open_metrics=flags.open_metrics,
-        allowed_hosts=read_hosts(flags.allowed_host),
         tls=_tls(flags.tls_cert, flags.tls_key),
-        keep_alive_s=flags.keep_alive_s,
-        cors_origins=read_origins(flags.cors_origin),
-        request_timeout_s=flags.request_timeout_s,
-        drain_timeout_s=flags.drain_timeout_s,
+        **taken_over(ServingRules, flags),
         **more,
     )
 
@@ -71,11 +57,6 @@ def served_name(model: str) -> str:
         return model
     name = path.name if path.name not in ("", "..") else path.resolve().name
     return name.removesuffix(".toml") or "model"
-
-
-def listed(value: str | list[str] | None) -> list[str]:
-    """A flag that may be repeated."""
-    return [] if value is None else [value] if isinstance(value, str) else value
 
 
 def read_api_key(key: str | None, file: str | None) -> str | None:
@@ -92,27 +73,6 @@ def read_api_key(key: str | None, file: str | None) -> str | None:
     if key is not None and not key.strip():
         raise ConfigError("api_key is empty; allowed: at least one character")
     return key
-
-
-def read_origins(given: str | list[str] | None) -> tuple[str, ...]:
-    """Origins of web pages, as browsers send them. Raises ConfigError."""
-    origins = tuple(listed(given))
-    for origin in origins:
-        parts = urlsplit(origin)
-        if origin != "*" and (parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}"):
-            raise ConfigError(f"cors_origin is {origin!r}; allowed: * or an origin such as https://example.org:8443")
-    return origins
-
-
-def read_hosts(given: str | list[str] | None) -> tuple[str, ...]:
-    """Names of this server, as they stand in `Host`. Raises ConfigError."""
-    found = []
-    for text in listed(given):
-        name = read_host(text)
-        if name is None or name != text.strip().lower().strip("[]").rstrip("."):
-            raise ConfigError(f"allowed_host is {text!r}; allowed: a host name or address without a port")
-        found.append(name)
-    return tuple(found)
 
 
 def _tls(cert: str | None, key: str | None) -> ServerTls | None:

@@ -10,20 +10,23 @@ import signal
 import sys
 import threading
 import traceback
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from penstock.command_line import one_line, refuse
+from penstock.command_line import one_line, refuse, with_flags
+from penstock.core.settings import setting, settings_of
 from penstock.log_lines import log_to_stderr
 from penstock.pool.check_command import check
+from penstock.pool.config import NodeSettings
 from penstock.pool.reset_command import reset
 from penstock.transport.stat_command import stat
-from penstock.transport.tls_flags import PeerTlsCa, PeerTlsCert, PeerTlsKey
-from penstock.units import format_address, format_bytes, parse_address, parse_bytes, parse_rate
+from penstock.transport.tls_flags import TLS_NAMES, TLS_PANEL
+from penstock.units import format_address, format_bytes, parse_address, parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -49,68 +52,51 @@ pool_app.command()(check)
 pool_app.command()(reset)
 
 
+def parse_slab(text: str) -> tuple[Path, int]:
+    """Path and bytes of "PATH:SIZE". Raises ValueError."""
+    path, colon, size = text.rpartition(":")
+    if not colon or not path:
+        raise ValueError(f"slab {text!r} is not understood; allowed is PATH:SIZE, for example /data/kv.slab:100GiB")
+    return Path(path), parse_bytes(size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeFlags(NodeSettings):
+    """With the members that can be given without a file."""
+
+    memory: tuple[int, ...] = setting(
+        (), "A memory member of this SIZE, such as 2GiB. May be given several times.", parse=parse_bytes, shown=""
+    )
+    slab: tuple[tuple[Path, int], ...] = setting(
+        (),
+        "A slab member PATH:SIZE on a file or block device, such as /data/kv.slab:100GiB. Its blocks survive a "
+        "restart. May be given several times.",
+        parse=parse_slab,
+        shown="",
+    )
+    weight: tuple[float, ...] = setting(
+        (), "Share of new blocks, one per member: memory first, then slabs. Measured when not given.", shown=""
+    )
+
+
+PANELS = {
+    "": (
+        *("listen", "memory", "slab", "weight", "state", "name", "pace", "staging", "connections"),
+        *("connections_per_address", "secret_file"),
+    ),
+    TLS_PANEL: TLS_NAMES,
+}
+
+
 @pool_app.callback()
+@with_flags(NodeFlags, PANELS)
 def pool(
     context: typer.Context,
+    *,
     config: Annotated[
         Path | None, typer.Option(help="TOML file that describes the pool; read again on SIGHUP.", metavar="FILE")
     ] = None,
-    listen: Annotated[
-        str | None,
-        typer.Option(help="HOST:PORT to serve on; port 0 picks a free one.", show_default="127.0.0.1:7070"),
-    ] = None,
-    memory: Annotated[
-        list[str] | None, typer.Option(help="A memory member of this SIZE, such as 2GiB. May be given several times.")
-    ] = None,
-    slab: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A slab member PATH:SIZE on a file or block device, such as /data/kv.slab:100GiB. Its blocks survive "
-            "a restart. May be given several times."
-        ),
-    ] = None,
-    weight: Annotated[
-        list[float] | None,
-        typer.Option(help="Share of new blocks, one per member: memory first, then slabs. Measured when not given."),
-    ] = None,
-    state: Annotated[
-        Path | None, typer.Option(help="Folder for the tables of slabs; beside each slab when not given.")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="What this node calls itself.", show_default="pool")] = None,
-    pace: Annotated[
-        str | None, typer.Option(help="Send blocks no faster than this, such as 200MB/s: a NIC of that speed.")
-    ] = None,
-    staging: Annotated[
-        str | None,
-        typer.Option(
-            help="SIZE of the memory that blocks pass through on their way to and from SSDs and other nodes. No larger "
-            "block is taken.",
-            show_default="128MiB, and more once a larger block comes",
-        ),
-    ] = None,
-    connections: Annotated[
-        int | None,
-        typer.Option(
-            help="How many connections of clients are served at once; an engine has 3 or more.",
-            min=1,
-            show_default="1024",
-        ),
-    ] = None,
-    connections_per_address: Annotated[
-        int | None,
-        typer.Option(
-            help="How many of these may come from one address: a host, or all that are behind one NAT.",
-            min=1,
-            show_default="half of --connections",
-        ),
-    ] = None,
-    secret_file: Annotated[
-        Path | None,
-        typer.Option(help="File with the cluster's secret: clients and member nodes must have it.", metavar="FILE"),
-    ] = None,
-    peer_tls_cert: PeerTlsCert = None,
-    peer_tls_key: PeerTlsKey = None,
-    peer_tls_ca: PeerTlsCa = None,
+    given: Mapping[str, Any],
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
 ) -> None:
     """Serve a pool of memory and SSDs to engines on this and other machines; or look at one."""
@@ -122,63 +108,32 @@ def pool(
         if log_level not in LOG_LEVELS:
             raise ValueError(f"log-level is {log_level!r}; allowed is one of {', '.join(LOG_LEVELS)}")
         log_to_stderr(log_level.upper())
-        over: dict[str, Any] = {
-            "listen": listen,
-            "name": name,
-            "pace": pace,
-            "state": state,
-            "secret_file": secret_file,
-        }
-        over |= {"staging": staging, "connections": connections, "connections_per_address": connections_per_address}
-        over |= {"peer_tls_cert": _path(peer_tls_cert), "peer_tls_key": _path(peer_tls_key)}
-        over["peer_tls_ca"] = _path(peer_tls_ca)
-        read = partial(_config, config, memory or [], slab or [], weight or None, over)
+        read = partial(_config, config, given)
         _serve(read(), read)
     except (ValueError, OSError, PoolError) as error:
         refuse("penstock pool", error)
 
 
-def _path(text: str | None) -> Path | None:
-    return Path(text) if text is not None else None
-
-
-def parse_slab(text: str) -> tuple[Path, int]:
-    """Path and bytes of "PATH:SIZE". Raises ValueError."""
-    path, colon, size = text.rpartition(":")
-    if not colon or not path:
-        raise ValueError(f"slab {text!r} is not understood; allowed is PATH:SIZE, for example /data/kv.slab:100GiB")
-    return Path(path), parse_bytes(size)
-
-
 def _config(
-    file: Path | None,
-    memory: list[str],
-    slab: list[str],
-    weights: list[float] | None,
-    over: dict[str, Any],
-    running: Sequence[MemberConfig] = (),
-    reserved: Collection[str] = (),
+    file: Path | None, flags: Mapping[str, Any], running: Sequence[MemberConfig] = (), reserved: Collection[str] = ()
 ) -> PoolConfig:
     """The file's pool or that of the flags; what is given on the command line goes before the file."""
     from penstock.pool.config import config_of_flags
     from penstock.pool.config_file import read_pool_config
 
-    given = {name: value for name, value in over.items() if value is not None}
+    members = {name: flags[name] for name in ("memory", "slab", "weight") if flags.get(name)}
+    given = {one.field.name: one.read(flags[name]) for name, one in settings_of(NodeSettings).items() if name in flags}
     if "listen" in given:
         parse_address(given["listen"])
-    if "pace" in given:
-        given["pace_bytes_per_s"] = parse_rate(given.pop("pace"))
-    if "staging" in given:
-        given["staging_bytes"] = parse_bytes(given.pop("staging"))
     if file is not None:
-        members = [flag for flag, value in (("memory", memory), ("slab", slab), ("weight", weights)) if value]
         if members:
-            raise ValueError(f"--config is given together with --{members[0]}; allowed: one or the other")
+            raise ValueError(f"--config is given together with --{next(iter(members))}; allowed: one or the other")
         return replace(read_pool_config(file, running, reserved), **given)
-    sizes, slabs = [parse_bytes(text) for text in memory], [parse_slab(text) for text in slab]
+    sizes = [parse_bytes(text) for text in members.get("memory", ())]
+    slabs = [parse_slab(text) for text in members.get("slab", ())]
     if not sizes and not slabs:
         raise ValueError("the pool has no member; give --config FILE, --memory SIZE or --slab PATH:SIZE")
-    return config_of_flags(sizes, slabs, weights, **given)
+    return config_of_flags(sizes, slabs, members.get("weight"), **given)
 
 
 def _serve(config: PoolConfig, read: ReadConfig) -> None:

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from penstock.command_line import refuse
+from penstock.command_line import refuse, with_flags
 from penstock.log_lines import printable
-from penstock.transport.tls_flags import PeerTlsCa, PeerTlsCert, PeerTlsKey
+from penstock.transport.tls_flags import TLS_NAMES, TLS_PANEL, PeerTlsSettings
 from penstock.units import format_bytes
 
 if TYPE_CHECKING:
     from penstock.pool.api import MemberStat, PoolStat
 
 
+@with_flags(PeerTlsSettings, {TLS_PANEL: TLS_NAMES})
 def stat(
     address: Annotated[str, typer.Argument(help="HOST:PORT of the node.", metavar="HOST:PORT")],
+    given: Mapping[str, Any],
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     timeout_s: Annotated[float, typer.Option(help="How long to wait for the node.")] = 5.0,
     secret_file: Annotated[
         Path | None, typer.Option(help="File with the secret that the node asks for.", metavar="FILE")
     ] = None,
-    peer_tls_cert: PeerTlsCert = None,
-    peer_tls_key: PeerTlsKey = None,
-    peer_tls_ca: PeerTlsCa = None,
 ) -> None:
     """Show the members and tenants of a running node."""
     from penstock.pool.api import PoolError
@@ -39,7 +38,7 @@ def stat(
         if not 0 < timeout_s <= 3600:
             raise ValueError(f"timeout-s is {timeout_s}; allowed: above 0, up to 3600")
         secret = Secret.read(secret_file) if secret_file else None
-        tls = PeerTls.read(peer_tls_cert, peer_tls_key, peer_tls_ca)
+        tls = PeerTls.read(*(given.get(name) for name in TLS_NAMES))
         node = connect_pool(address, connect_timeout_s=timeout_s, secret=secret, tls=tls)
         try:
             found = _own_names(node.stat(timeout_s), f"@{node.place}")

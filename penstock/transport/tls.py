@@ -15,31 +15,16 @@ import ssl
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from penstock.core.config import ConfigError
 from penstock.tls_files import check_readable, load_certificate
+from penstock.transport.tls_flags import PeerTlsSettings
 
 log = logging.getLogger(__name__)
 
 Side = Literal["client", "server"]
 Stamp = tuple[tuple[int, int, int], ...]  # of the files when they were read
-
-
-class TlsSettings(Protocol):
-    """Where configurations name the files."""
-
-    @property
-    def peer_tls_cert(self) -> str | Path | None:
-        """File of this process's certificate and its chain, in PEM."""
-
-    @property
-    def peer_tls_key(self) -> str | Path | None:
-        """File of the certificate's private key, in PEM."""
-
-    @property
-    def peer_tls_ca(self) -> str | Path | None:
-        """File of the authorities that sign peers' certificates, in PEM."""
 
 
 class TlsError(ConnectionError):
@@ -80,7 +65,7 @@ class PeerTls:
         return made
 
     @classmethod
-    def of(cls, settings: TlsSettings) -> PeerTls | None:
+    def of(cls, settings: PeerTlsSettings) -> PeerTls | None:
         """As `read`."""
         return cls.read(settings.peer_tls_cert, settings.peer_tls_key, settings.peer_tls_ca)
 

@@ -1,19 +1,43 @@
-"""The flags of mutual TLS between Penstock's processes, the same in every command that has such connections.
+"""What Penstock's processes prove themselves to each other by: a secret, mutual TLS, or both.
 
-The API's own TLS, which its clients see, is another matter and has other flags.
+The API's own TLS, which its clients see, is another matter and has other settings.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
+from pathlib import Path
 
-from penstock.command_line import flag
+from penstock.core.settings import setting
 
-_GROUP = "TLS between Penstock's processes"
+TLS_PANEL = "TLS between Penstock's processes"
+TLS_NAMES = ("peer_tls_cert", "peer_tls_key", "peer_tls_ca")
 
-PeerTlsCert = Annotated[
-    str | None,
-    flag(_GROUP, "none", "This process's certificate, which names its addresses; PEM, with its chain.", "FILE"),
-]
-PeerTlsKey = Annotated[str | None, flag(_GROUP, "none", "The certificate's key; readable by its owner alone.", "FILE")]
-PeerTlsCa = Annotated[str | None, flag(_GROUP, "none", "The CA that has signed all peers' certificates.", "FILE")]
+
+def named_file(text: str) -> Path | None:
+    """The file that a setting names; None where it names none."""
+    return Path(text) if text else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerTlsSettings:
+    """Files of this process's certificate and key, and of the CA of all peers (`transport.tls`)."""
+
+    peer_tls_cert: Path | None = setting(
+        None, "This process's certificate, which names its addresses; PEM, with its chain.", "FILE", parse=named_file
+    )
+    peer_tls_key: Path | None = setting(
+        None, "The certificate's key; readable by its owner alone.", "FILE", parse=named_file
+    )
+    peer_tls_ca: Path | None = setting(
+        None, "The CA that has signed all peers' certificates.", "FILE", parse=named_file
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerSettings(PeerTlsSettings):
+    """The same, and the file of the secret."""
+
+    secret_file: Path | None = setting(
+        None, "File with the secret of pool nodes, router and relays.", "FILE", parse=named_file
+    )

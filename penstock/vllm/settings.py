@@ -2,57 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from penstock.core.config import POLICIES, ConfigError, Policy, check_range
+from penstock.core.config import BLOCK_TOKENS, ConfigError, OrderSettings, SaveSettings, check_choices, check_range
+from penstock.core.settings import Declared, setting, settings_of
 from penstock.pool.config import PoolConfig, config_of_flags
 from penstock.pool.config_file import read_pool_config
 from penstock.pool.mac import PoolKey
+from penstock.transport.tls_flags import PeerSettings, named_file
 from penstock.units import parse_address, parse_bytes
+from penstock.vllm.flags import DEFAULT_MEMORY
 
-DEFAULT_BLOCK_TOKENS = 64
 PROOF_KEYS = ("secret_file", "peer_tls_cert", "peer_tls_key", "peer_tls_ca")  # of the pool nodes; as in pool.toml
 OWN_KEYS = frozenset({"connectors"})  # of vLLM's MultiConnector, beside ours
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+def _text(given: Any) -> str:
+    if not isinstance(given, str) or not given:
+        raise ValueError("allowed: a text that is not empty")
+    return given
+
+
+def _size(given: Any) -> int:
+    if isinstance(given, int) and not isinstance(given, bool):
+        return parse_bytes(str(given))
+    return parse_bytes(_text(given))
+
+
+def _slab(given: Any) -> tuple[Path, int]:
+    path, _, size = _text(given).rpartition(":")
+    if not path:
+        raise ValueError("allowed: PATH:SIZE, for example /data/kv.slab:64GiB")
+    return Path(path), parse_bytes(size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings(OrderSettings, SaveSettings, PeerSettings):
     """`pool`: addresses of pool nodes; `memory` (bytes) and `slab` (path, bytes): members in the engine's process; all
     of them are one pool. `pool_config` is a pool.toml that describes one instead. `secret_file` and `peer_tls_*` are
     what nodes ask for; `pool_key_file` holds the key that blocks are written and verified under (`pool.mac`).
-    `staging_bytes` is host memory for
-    blocks on their way, `block_tokens` 0 the default for vLLM's block size. A request goes before all others when it
-    was delayed `age_delays` times as long as first come, first served would delay it (0: never), and after
-    `age_bound_s`. With `load_always` every hit is loaded, even where computing it seems faster. `weight_version` is
-    the name of a run whose weights change, so that versions that vLLM is told mean the same in every engine with that
-    name."""
+    `staging_bytes` is host memory for blocks on their way, `block_tokens` 0 the default for vLLM's block size. With
+    `load_always` every hit is loaded, even where computing it seems faster. `weight_version` is the name of a run whose
+    weights change, so that versions that vLLM is told mean the same in every engine with that name."""
 
-    pool: tuple[str, ...] = ()
-    pool_config: Path | None = None
-    secret_file: Path | None = None
-    peer_tls_cert: Path | None = None
-    peer_tls_key: Path | None = None
-    peer_tls_ca: Path | None = None
-    pool_key_file: Path | None = None
-    memory: tuple[int, ...] = ()
-    slab: tuple[tuple[Path, int], ...] = ()
-    staging_bytes: int = 1 << 30
-    block_tokens: int = 0
-    policy: Policy = "feasible"
-    fetch_timeout_s: float = 10.0
-    lookup_timeout_s: float = 2.0
-    save_timeout_s: float = 30.0
-    age_bound_s: float = 60.0
-    age_delays: float = 0.75
-    default_slo_ttft_s: float = 10.0
-    fetch_window_blocks: int = 8
-    max_waiting: int = 4096
-    model_id: str = ""
-    weight_version: str = ""
-    load_always: bool = False
+    pool: tuple[str, ...] = setting((), "A pool node; may be repeated.", "HOST:PORT", parse=str)
+    pool_config: Path | None = setting(None, "TOML file that describes the pool, as of penstock pool.", "FILE")
+    memory: tuple[int, ...] = setting(
+        (),
+        "A memory member of vLLM's process; may be repeated.",
+        "SIZE",
+        parse=_size,
+        shown=f"{DEFAULT_MEMORY} if alone",
+    )
+    slab: tuple[tuple[Path, int], ...] = setting(
+        (), "A slab member of vLLM's process; may be repeated.", "PATH:SIZE", parse=_slab
+    )
+    secret_file: Path | None = setting(
+        None, "File with the secret that the pool nodes ask for.", "FILE", parse=named_file
+    )
+    pool_key_file: Path | None = setting(
+        None, "File (0600) with the key without which nobody writes what vLLM reads.", "FILE"
+    )
+    staging_bytes: int = setting(1 << 30, "Host staging memory (L2).", "SIZE", name="staging", parse=_size)
+    block_tokens: int = setting(
+        0, "Tokens of one block in the pool.", shown=f"{BLOCK_TOKENS}, or the next multiple of vLLM's block"
+    )
+    max_waiting: int = setting(4096, "Requests that wait at once; further ones load nothing.")
+    model_id: str = setting("", "Stands for the weights.", shown="what the weights' files say")
+    weight_version: str = setting("", "Names a run whose weights are replaced while vLLM runs.", shown="none")
+    load_always: bool = setting(False, "Load every hit, even where computing is faster.", shown="")
 
     def open_config(self) -> PoolConfig:
         """The pool these settings name. Raises ConfigError."""
@@ -71,37 +92,31 @@ class Settings:
 
 def read_settings(extra: Mapping[str, Any]) -> Settings:
     """Settings of a `kv_connector_extra_config`. Raises ConfigError: key, what was given, what is allowed."""
-    names = {_key(field.name) for field in fields(Settings)}
-    unknown = sorted(set(extra) - names - OWN_KEYS)
+    declared = settings_of(Settings)
+    unknown = sorted(set(extra) - set(declared) - OWN_KEYS)
     if unknown:
-        raise ConfigError(f"kv_connector_extra_config has the key {unknown[0]!r}; allowed: {', '.join(sorted(names))}")
-    values: dict[str, Any] = {}
-    for field in fields(Settings):
-        key = _key(field.name)
-        if key in extra:
-            values[field.name] = _read(key, extra[key])
-    settings = Settings(**values)
+        raise ConfigError(
+            f"kv_connector_extra_config has the key {unknown[0]!r}; allowed: {', '.join(sorted(declared))}"
+        )
+    settings = Settings(
+        **{one.field.name: _read(key, one, extra[key]) for key, one in declared.items() if key in extra}
+    )
     _check(settings)
     return settings
 
 
-def _key(name: str) -> str:
-    return "staging" if name == "staging_bytes" else name
-
-
-def _read(key: str, given: Any) -> Any:
+def _read(key: str, one: Declared, given: Any) -> Any:
+    """What was given as JSON: unlike a flag, it may be a number where that is meant, and a list."""
     try:
-        if key in ("pool", "memory", "slab"):
-            return tuple(_ITEM_OF[key](item) for item in _list(key, given))
-        if key in ("pool_config", "pool_key_file") or key in PROOF_KEYS:
-            return Path(_text(given))
-        if key == "staging":
-            return _size(given)
-        if key in ("policy", "model_id", "weight_version"):
-            return _text(given)
-        if key == "load_always":
+        if one.repeats:
+            return tuple(one.read(item) for item in _list(key, given))
+        if one.kind is bool:
             return _flag(given)
-        return _number(given, whole=not key.endswith("_s"))
+        if one.kind is Path:
+            return Path(_text(given))
+        if one.setting.parse is not None:
+            return one.read(given)
+        return _number(given, one.kind) if one.kind in (int, float) else _text(given)
     except ValueError as error:
         raise ConfigError(f"{key} is {given!r}; {error}") from None
 
@@ -112,18 +127,12 @@ def _flag(given: Any) -> bool:
     return given
 
 
-def _number(given: Any, whole: bool) -> int | float:
+def _number(given: Any, kind: type[int] | type[float]) -> int | float:
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise ValueError("allowed: a number")
-    if whole and given != int(given):
+    if kind is int and given != int(given):
         raise ValueError("allowed: a whole number")
-    return int(given) if whole else float(given)
-
-
-def _text(given: Any) -> str:
-    if not isinstance(given, str) or not given:
-        raise ValueError("allowed: a text that is not empty")
-    return given
+    return kind(given)
 
 
 def _list(key: str, given: Any) -> list[Any]:
@@ -137,25 +146,8 @@ def _list(key: str, given: Any) -> list[Any]:
     raise ValueError("allowed: a text, or a list of them")
 
 
-def _size(given: Any) -> int:
-    if isinstance(given, int) and not isinstance(given, bool):
-        return parse_bytes(str(given))
-    return parse_bytes(_text(given))
-
-
-def _slab(given: Any) -> tuple[Path, int]:
-    path, _, size = _text(given).rpartition(":")
-    if not path:
-        raise ValueError("allowed: PATH:SIZE, for example /data/kv.slab:64GiB")
-    return Path(path), parse_bytes(size)
-
-
-_ITEM_OF: dict[str, Callable[[Any], Any]] = {"pool": str, "memory": _size, "slab": _slab}
-
-
 def _check(settings: Settings) -> None:
-    if settings.policy not in POLICIES:
-        raise ConfigError(f"policy is {settings.policy!r}; allowed: {', '.join(POLICIES)}")
+    check_choices(settings)
     own = settings.pool or settings.memory or settings.slab
     if settings.pool_config is not None and own:
         raise ConfigError("pool_config is set together with pool, memory or slab; allowed: one or the other")
@@ -192,4 +184,4 @@ def choose_block_tokens(wanted: int, unit_tokens: int) -> int:
         if wanted % unit_tokens:
             raise ConfigError(f"block_tokens is {wanted}; allowed: a multiple of vLLM's block size, {unit_tokens}")
         return wanted
-    return -(-DEFAULT_BLOCK_TOKENS // unit_tokens) * unit_tokens
+    return -(-BLOCK_TOKENS // unit_tokens) * unit_tokens

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from penstock.core.config import ConfigError, SchedulerConfig
+from penstock.core.config import ConfigError, OrderSettings, SaveSettings, SchedulerConfig
+from penstock.core.settings import taken_over
 from penstock.pool.api import Pool
 from penstock.pool.open import open_pool
 from penstock.transport.connect import connect_pool
@@ -63,14 +64,7 @@ def scheduler_config(settings: Settings, shape: Shape, block_bytes: int, slot_by
         block_bytes=block_bytes,
         l1_pages=max(1, shape.l1_blocks),
         l2_slots=slots,
-        policy=settings.policy,
         recompute=not settings.load_always,
-        max_waiting=settings.max_waiting,
-        fetch_window_blocks=settings.fetch_window_blocks,
-        age_bound_s=settings.age_bound_s,
-        age_delays=settings.age_delays,
-        default_slo_ttft_s=settings.default_slo_ttft_s,
-        lookup_timeout_s=settings.lookup_timeout_s,
-        fetch_timeout_s=settings.fetch_timeout_s,
-        save_timeout_s=settings.save_timeout_s,
+        **taken_over(OrderSettings, settings),
+        **taken_over(SaveSettings, settings),
     )

@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from penstock.cluster.build_host import HostConfig, Role, open_host
+from penstock.cluster.build_host import HostConfig, open_host
 from penstock.cluster.host import EngineHost
 from penstock.cluster.placed import PlacedRequest
+from penstock.cluster.settings import Role
 from penstock.engine.config import EngineConfig
 from penstock.engine.runner import SamplingParams
 from penstock.pool.open import open_local_pool

@@ -221,7 +221,9 @@ def test_an_engine_whose_tokenizer_is_not_the_routers_is_refused() -> None:
 
 def test_an_engine_tells_which_vocabulary_its_checkpoint_has(tmp_path: Path) -> None:
     folder = build_tiny("llama", tmp_path / "tiny")
-    config = EngineConfig(str(folder), memory=(1 << 20,), device="cpu", kv_memory_bytes=4 << 20, staging_bytes=1 << 20)
+    config = EngineConfig(
+        model=str(folder), memory=(1 << 20,), device="cpu", kv_memory_bytes=4 << 20, staging_bytes=1 << 20
+    )
     host_config = HostConfig(config)
     host = open_host(host_config)
     try:

@@ -12,9 +12,10 @@ import pytest
 from penstock.core.config import ConfigError
 from penstock.core.tenants import tenant_and_salt, tenant_of
 from penstock.server.api_keys import TenantKeys
-from penstock.server.api_settings import api_settings, read_hosts, served_name
+from penstock.server.api_settings import api_settings, served_name
 from penstock.server.flags import read_flags
 from penstock.server.hosts import HostCheck
+from penstock.server.settings import parse_host
 from tests.server.raw_http import connect, head_of, read_answer
 from tests.server.served import Served, Start
 
@@ -247,10 +248,10 @@ def test_a_server_for_other_machines_checks_names_that_are_given() -> None:
     for host, known in ((b"penstock.example", True), (b"localhost", True), (b"evil.example", False)):
         assert anybody.allows([(b"host", host)], "1.1") and named.allows([(b"host", host)], "1.1") == known
     assert HostCheck("::1", ()).allows([(b"host", b"[::1]:9")], "1.1")
-    assert read_hosts(["A.example", "[::1]", "10.0.0.1"]) == ("a.example", "::1", "10.0.0.1")
+    assert [parse_host(one) for one in ("A.example", "[::1]", "10.0.0.1")] == ["a.example", "::1", "10.0.0.1"]
     for wrong in ("http://a", "a:80", "a b", "", "*"):
         with pytest.raises(ConfigError, match="allowed_host is"):
-            read_hosts([wrong])
+            parse_host(wrong)
 
 
 @pytest.mark.parametrize(

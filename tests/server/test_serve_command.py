@@ -24,6 +24,7 @@ from openai import OpenAI
 from typer.testing import CliRunner
 
 from penstock.core.config import ConfigError
+from penstock.core.settings import settings_of
 from penstock.engine.config import EngineConfig
 from penstock.server.command import serve
 from penstock.server.flags import ServeFlags, engine_config, read_flags, server_settings
@@ -42,10 +43,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_flags_config_and_help_agree() -> None:
     in_help = set(inspect.signature(serve).parameters) - {"config"}
-    assert in_help == set(ServeFlags.__struct_fields__)
-    renamed = {"kv_memory_bytes": "kv_memory", "staging_bytes": "staging", "max_context_tokens": "max_context"}
-    missing = {renamed.get(field.name, field.name) for field in fields(EngineConfig)} - in_help
-    assert not missing
+    assert in_help == set(settings_of(ServeFlags))
+    assert {one.field.name for one in settings_of(ServeFlags).values()} == {one.name for one in fields(ServeFlags)}
+    missing = set(settings_of(EngineConfig)) - in_help
+    assert not missing and len(settings_of(EngineConfig)) == len(fields(EngineConfig))
 
 
 def test_help_shows_every_flag() -> None:

@@ -6,10 +6,11 @@ from collections.abc import Hashable
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
-from penstock.core.cluster.paths import READ_POLICIES, ReadPolicy, ReadSide
+from penstock.core.cluster.paths import ReadPolicy, ReadSide
 from penstock.core.cluster.waiting_queue import Order
-from penstock.core.config import ConfigError, check_range
+from penstock.core.config import BLOCK_TOKENS, check_choices, check_range
 from penstock.core.cost import ComputeCost
+from penstock.core.settings import setting
 
 RequestId = Hashable
 Placement = Literal["balanced", "turns"]
@@ -28,36 +29,46 @@ class TooManyRequests(RuntimeError):
     """There are `max_waiting` requests already."""
 
 
-@dataclass(frozen=True, slots=True)
-class InterEngineConfig:
-    """Policy and limits. `placement` "turns" (round robin) and `read` "prefill" (Basic), "alternate" and "none"
-    (Oracle: nothing is read) are what DualPath is measured against."""
+@dataclass(frozen=True, kw_only=True)
+class PathSettings:
+    """What users set. `placement` "turns" (round robin) and `read` "prefill" (Basic), "alternate" and "none" (Oracle:
+    nothing is read) are what DualPath is measured against."""
 
-    placement: Placement = "balanced"
-    read: ReadPolicy = "split"
+    placement: Placement = setting(
+        "balanced", "How engines are chosen: balanced (by what is unfinished on each), or turns."
+    )
+    read: ReadPolicy = setting(
+        "split",
+        "Which side reads a request's KV from the pool: split (both, each a share), shorter (the one with the "
+        "shorter queue), alternate, or prefill.",
+    )
+    recompute: bool = setting(
+        False,
+        "Let prefill engines that would wait for a load compute the front of a hit while the rest is read.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class InterEngineConfig(PathSettings):
+    """Policy and limits. `recompute` works where compute costs are known."""
+
     replan: bool = True  # loads and requests of what is lost are planned anew
     weigh_reads: bool = True  # a decode engine is also picked by its node's read queue
     weigh_compute: bool = True  # prefill engines are balanced by predicted compute, where its cost is known
-    recompute: bool = False  # the front of a hit is computed while the rest is read, where compute costs are known
     compute: ComputeCost | None = None  # a prompt's cost on an engine that does not say
     order: Order = "fcfs"  # "sjf": least compute first, beyond the paper
     age_bound_s: float = 60.0  # a request that waited longer goes before all others
     alpha_s: float = 3.0
     beta_s: float = 5.0
     decode_slack: float = 1.05
-    block_tokens: int = 64
+    block_tokens: int = BLOCK_TOKENS
     part_tokens_min: int = 1024  # smallest part of a split read
     max_waiting: int = 65_536
     max_attempts: int = 8
     waiting_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        if self.placement not in ("balanced", "turns"):
-            raise ConfigError(f"placement is {self.placement!r}; allowed: balanced, turns")
-        if self.order not in ("fcfs", "sjf"):
-            raise ConfigError(f"order is {self.order!r}; allowed: fcfs, sjf")
-        if self.read not in READ_POLICIES:
-            raise ConfigError(f"read is {self.read!r}; allowed: {', '.join(READ_POLICIES)}")
+        check_choices(self)
         for field in fields(self):
             value = getattr(self, field.name)
             if not isinstance(value, bool) and isinstance(value, (int, float)):

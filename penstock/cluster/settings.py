@@ -1,0 +1,60 @@
+"""What users set of an engine in a cluster, and of the router."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from penstock.core.settings import setting
+from penstock.engine.config import GIB
+from penstock.transport.one_sided import RelayTransport
+from penstock.units import parse_bytes, parse_rate
+
+Role = Literal["mixed", "prefill", "decode"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HandOffSettings:
+    """Of one engine. `relay_listen` and `buffer_bytes` belong to a decode engine: where prefill engines hand over to
+    (an address on the compute network, port 0 for any), and the memory in which prompts gather. `hand_off_timeout_s`:
+    how long a decode engine waits from placement to the end of the hand-off. `relay_pace_bytes_per_s` limits what
+    prefill engines read through a decode engine. `relay_transport`: how blocks move between prefill and decode engines:
+    in messages over TCP, by shared memory (engines of one host), or by NIXL (RDMA; the `nixl` extra). Where the ends
+    differ, in messages."""
+
+    role: Role = setting("mixed", "With --router: prefill (prompts), decode (what follows) or mixed (whole requests).")
+    relay_listen: str = setting(
+        "127.0.0.1:0", "Decode: where prefill engines hand over to (compute network).", "HOST:PORT"
+    )
+    relay_pace_bytes_per_s: float | None = setting(
+        None, "Decode: send blocks to prefill engines no faster than this.", "RATE", name="relay_pace", parse=parse_rate
+    )
+    relay_transport: RelayTransport = setting(
+        "tcp", "How blocks move between prefill and decode engines: tcp, shared-memory or nixl."
+    )
+    buffer_bytes: int = setting(
+        GIB, "Decode: memory in which prompts gather.", "SIZE", name="buffer", parse=parse_bytes
+    )
+    hand_off_timeout_s: float = setting(
+        600.0, "Decode: a request whose prompt is not handed over by then is placed again."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterEngineSettings(HandOffSettings):
+    """The same, and its place in the cluster."""
+
+    router: str | None = setting(None, "Serve for this router (its --cluster-listen), without an API.", "HOST:PORT")
+    engine_name: str | None = setting(None, "Name in the cluster.", shown="NODE-ROLE-PID")
+    node: str | None = setting(None, "Machine in the cluster: its engines share a storage NIC.", shown="host name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterTimes:
+    """`lease_s`: an engine that is not heard for so long is fenced. `grace_s`: for so long after its start the router
+    waits with requests that may be under way on engines that have not registered again. `no_engine_s`: a request that
+    no engine can serve for so long ends."""
+
+    lease_s: float = setting(3.0, "An engine not heard of for so long is fenced: its requests are placed again.")
+    grace_s: float = setting(2.0, "After a start, wait so long for engines that have a request's answer begun.")
+    no_engine_s: float = setting(30.0, "A request that no engine can serve for so long ends with a 503.")
