@@ -43,8 +43,8 @@ list there. `penstock up` takes the flags of `pool`, `router` and `serve` as key
 """
 MENTION = re.compile(r"`--([a-z0-9-]+)` \(([^)`]+)\)")
 NAMED = re.compile(r"`--([a-z][a-z0-9-]*)")
-# Of pool check, which has them behind a PATH; cut short; and of other programs.
-OTHERS = {"repair", "peer-tls-", "enable-lora", "enable-auto-tool-choice", "trust-request-chat-template", "http2"}
+# Cut short, and of other programs.
+OTHERS = {"peer-tls-", "enable-lora", "enable-auto-tool-choice", "trust-request-chat-template", "http2"}
 OWN_PAGES = ("api.md", "cluster.md", "operations.md", "peers.md", "pool.md", "security.md")
 
 
