@@ -176,7 +176,7 @@ venv-clients: venv $(CLIENTS_VENV)/.installed $(NODE_PACKAGES)/.installed
 test-clients: venv-clients
 	@mkdir -p $(OUT); rm -f $(OUT)/tests-clients.xml; echo failed > $(OUT)/part-clients.txt; \
 	PENSTOCK_PYTHON=$(abspath $(BIN))/python \
-		$(CLIENTS_BIN)/python -m pytest --disable-warnings --junit-xml=$(OUT)/tests-clients.xml tests/clients && \
+		$(CLIENTS_BIN)/python -m pytest $(BESIDE) --disable-warnings --junit-xml=$(OUT)/tests-clients.xml tests/clients && \
 	echo passed > $(OUT)/part-clients.txt
 
 clean:

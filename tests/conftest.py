@@ -18,7 +18,17 @@ import pytest
 
 from tests.serving import serves
 
-GUEST_FILES = {"tests/io/test_block_engines.py", "tests/io/test_nvme_engine.py"}  # one start of the guest runs them all
+# Files whose tests run one after another: one start of the QEMU guest runs all of its tests, and two cores start one
+# cluster of processes in time, not two.
+TOGETHER = {
+    "tests/io/test_block_engines.py": "guest",
+    "tests/io/test_nvme_engine.py": "guest",
+    "tests/bench/test_end_to_end.py": "cluster",
+    "tests/cluster/test_kill_rounds.py": "cluster",
+    "tests/cluster/test_on_ray.py": "cluster",
+    "tests/cluster/test_pool_out_of_memory.py": "cluster",
+    "tests/cluster/test_tls_cluster.py": "cluster",
+}
 
 if "PENSTOCK_TESTS_CACHE" not in os.environ:  # not in a child of the tests
     os.environ["PENSTOCK_TESTS_CACHE"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="penstock-tests-cache-")
@@ -62,8 +72,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 
 @pytest.fixture(autouse=True)
 def _listens_only_if_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test whose server was not found does not get into `make quick` unseen."""
-    if request.node.get_closest_marker("server") is not None or request.node.get_closest_marker("slow") is not None:
+    """In `make quick`, a test whose server was not found fails when it listens."""
+    if "not server" not in request.config.option.markexpr:
         return
     listen = socket.socket.listen
 
@@ -76,7 +86,7 @@ def _listens_only_if_marked(request: pytest.FixtureRequest, monkeypatch: pytest.
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """The tests of a file run in one process, those with tests of the QEMU guest together."""
+    """The tests of a file run in one process, those of some files too."""
     if config.getvalue("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -84,7 +94,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = str(super()._split_scope(nodeid))
-            return "guest" if file in GUEST_FILES else file
+            return TOGETHER.get(file, file)
 
     config.option.loadscopereorder = False  # the order of collection: files with slow tests first
     return ByFile(config, log)

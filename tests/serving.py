@@ -1,6 +1,6 @@
 """Which tests have a server: those whose function, fixtures or helpers in tests/ name something that listens, or that
 starts a process that does. Found in their code, so that no list of tests has to be kept; a test that is overlooked
-fails when it listens (tests/conftest.py)."""
+fails in `make quick` when it listens (tests/conftest.py)."""
 
 from __future__ import annotations
 
