@@ -24,7 +24,7 @@ def serves(item: pytest.Item) -> bool:
     if item.nodeid.startswith("tests/io/") or not isinstance(item, pytest.Function):
         return not isinstance(item, pytest.Function)
     functions = [item.function]
-    for definitions in item._fixtureinfo.name2fixturedefs.values():
+    for definitions in item._fixtureinfo.name2fixturedefs.values():  # noqa: SLF001 (pytest names them nowhere else)
         functions += [definition.func for definition in definitions]
     return any(starts(function) for function in functions)
 
