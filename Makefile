@@ -7,6 +7,9 @@ CLIENTS_VENV ?= .venv-clients
 OUT ?= out
 TORCH_ARGS ?=
 AUDIT_ARGS ?=
+# Processes that tests run in, each with files of its own; where there is one CPU, WORKERS=0 runs them in pytest itself.
+WORKERS ?= 2
+BESIDE := -n $(WORKERS) --dist loadfile
 BIN := $(VENV)/bin
 VLLM_BIN := $(VLLM_VENV)/bin
 CLIENTS_BIN := $(CLIENTS_VENV)/bin
@@ -20,10 +23,11 @@ UV ?= uv==0.13.9
 AUDIT ?= pip-audit==2.10.1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm venv-clients demo test test-vllm test-vllm-next test-clients lint types unit clean lock audit
+.PHONY: help venv venv-vllm venv-clients demo quick quick-unit test test-vllm test-vllm-next test-clients lint types unit clean lock audit
 
 help:
 	@echo "make demo   replay agent sessions over HTTP, coupled against penstock; table, out/demo.html, out/demo.png"
+	@echo "make quick  lint, types and the tests that are not slow and need no server, all at once: some minutes"
 	@echo "make test   lint, types and every test this machine can run, and what was skipped and why"
 	@echo "make test-vllm   the tests of Penstock inside vLLM, in an environment of their own with vLLM's build for CPUs"
 	@echo "make test-vllm-next   the Python of the next vLLM (340 MB) over that build, and a part of those tests in it"
@@ -116,13 +120,23 @@ lint: venv
 types: venv
 	$(BIN)/mypy
 
+# What measures time or memory runs last, and with nothing beside it.
 unit: venv
-	@mkdir -p $(OUT)
-	$(BIN)/python -m pytest -ra --junit-xml=$(OUT)/tests.xml
+	@mkdir -p $(OUT); rm -f $(OUT)/tests.xml $(OUT)/tests-alone.xml; \
+	$(BIN)/python -m pytest $(BESIDE) -m "not alone" --junit-xml=$(OUT)/tests.xml; beside=$$?; \
+	$(BIN)/python -m pytest -m alone --ignore=tests/inside_vllm --ignore=tests/clients --junit-xml=$(OUT)/tests-alone.xml; \
+	alone=$$?; \
+	exit $$((beside ? beside : alone))
+
+quick: venv
+	@$(MAKE) --no-print-directory --keep-going --jobs=3 --output-sync=target lint types quick-unit
+
+quick-unit: venv
+	$(BIN)/python -m pytest $(BESIDE) -q -m "not slow and not server and not alone"
 
 # Each part runs even when one before it failed, so that one run shows everything; out/parts.txt says how each ended.
 test: venv
-	@mkdir -p $(OUT); rm -f $(OUT)/parts.txt $(OUT)/tests.xml; \
+	@mkdir -p $(OUT); rm -f $(OUT)/parts.txt; \
 	for part in lint types unit; do \
 		if $(MAKE) --no-print-directory $$part; then end=passed; else end=failed; fi; \
 		echo "$$part $$end" >> $(OUT)/parts.txt; \
@@ -136,7 +150,7 @@ test-vllm:
 	@mkdir -p $(OUT); rm -f $(OUT)/tests-vllm.xml; echo failed > $(OUT)/part-vllm.txt; \
 	why=$$($(PYTHON) tests/inside_vllm/supported.py); case $$? in \
 		0) $(MAKE) --no-print-directory venv-vllm && \
-			$(VLLM_BIN)/python -m pytest --junit-xml=$(OUT)/tests-vllm.xml tests/inside_vllm && \
+			$(VLLM_BIN)/python -m pytest $(BESIDE) --junit-xml=$(OUT)/tests-vllm.xml tests/inside_vllm && \
 			echo passed > $(OUT)/part-vllm.txt ;; \
 		3) echo skipped > $(OUT)/part-vllm.txt; echo "make test-vllm: skipped: $$why" ;; \
 		*) exit 1 ;; \
@@ -162,7 +176,7 @@ venv-clients: venv $(CLIENTS_VENV)/.installed $(NODE_PACKAGES)/.installed
 test-clients: venv-clients
 	@mkdir -p $(OUT); rm -f $(OUT)/tests-clients.xml; echo failed > $(OUT)/part-clients.txt; \
 	PENSTOCK_PYTHON=$(abspath $(BIN))/python \
-		$(CLIENTS_BIN)/python -m pytest --disable-warnings --junit-xml=$(OUT)/tests-clients.xml tests/clients && \
+		$(CLIENTS_BIN)/python -m pytest $(BESIDE) --disable-warnings --junit-xml=$(OUT)/tests-clients.xml tests/clients && \
 	echo passed > $(OUT)/part-clients.txt
 
 clean:

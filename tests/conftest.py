@@ -1,13 +1,34 @@
-"""Settings of all tests: how long a property's example takes says nothing on a loaded machine, and processes that tests
-start are interrupted by SIGINT even where the tests themselves run with it ignored (`nohup make test &`). What they
-remember of checkpoints does not go into the cache of the user who runs them."""
+"""Settings of all tests: which are slow or have a server, how they are divided among processes, how long a property's
+example takes (that says nothing on a loaded machine), and SIGINT: what tests start is interrupted by it even where the
+tests run with it ignored (`nohup make test &`). What they remember of checkpoints does not go into the user's cache."""
+
+from __future__ import annotations
 
 import atexit
 import importlib.util
 import os
 import shutil
 import signal
+import socket
 import tempfile
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from tests.serving import serves
+
+# Files whose tests run one after another: one start of the QEMU guest runs all of its tests, and two cores start one
+# cluster of processes in time, not two.
+TOGETHER = {
+    "tests/io/test_block_engines.py": "guest",
+    "tests/io/test_nvme_engine.py": "guest",
+    "tests/bench/test_end_to_end.py": "cluster",
+    "tests/cluster/test_kill_rounds.py": "cluster",
+    "tests/cluster/test_on_ray.py": "cluster",
+    "tests/cluster/test_pool_out_of_memory.py": "cluster",
+    "tests/cluster/test_tls_cluster.py": "cluster",
+}
 
 if "PENSTOCK_TESTS_CACHE" not in os.environ:  # not in a child of the tests
     os.environ["PENSTOCK_TESTS_CACHE"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="penstock-tests-cache-")
@@ -21,3 +42,59 @@ if importlib.util.find_spec("hypothesis") is not None:  # not in the environment
 
     settings.register_profile("penstock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("penstock")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes seconds of CPU; not in `make quick`")
+    config.addinivalue_line("markers", "server: has a server, found by tests/serving.py; not in `make quick`")
+    config.addinivalue_line("markers", "alone: measures time or memory; runs while no other test does")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests that have a server. Files with slow tests come first, so that none is left when others are done."""
+    for item in items:
+        if serves(item):
+            item.add_marker(pytest.mark.server)
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A test leaves SIGINT as it was: pytest itself would not end on it any more."""
+    before = signal.getsignal(signal.SIGINT)
+    result = yield
+    after = signal.signal(signal.SIGINT, before)
+    assert after == before, f"SIGINT was left to {after}"
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _listens_only_if_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In `make quick`, a test whose server was not found fails when it listens with a backlog, as all servers do."""
+    if "not server" not in request.config.option.markexpr:
+        return
+    listen = socket.socket.listen
+
+    def refuse(sock: socket.socket, *backlog: int) -> None:
+        assert sock.family == socket.AF_UNIX or not backlog, f"a server: name what starts it in {serves.__module__}"
+        listen(sock, *backlog)
+
+    monkeypatch.setattr(socket.socket, "listen", refuse)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of a file run in one process, those of some files too."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return TOGETHER.get(file, file)
+
+    config.option.loadscopereorder = False  # the order of collection: files with slow tests first
+    return ByFile(config, log)

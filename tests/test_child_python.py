@@ -38,6 +38,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert not (tmp_path / "executed").exists(), (tmp_path / "executed").read_text()
 
 
+@pytest.mark.slow
 def test_processes_of_a_cluster(planted: Path) -> None:
     flags = {"memory": ["1MiB"], "listen": "127.0.0.1:0"}
     supervisor = Supervisor([ProcessSpec("pool-0", "pool", ("pool",), flags, "listen")], lambda name, line: None)
@@ -54,6 +55,7 @@ def test_the_process_that_renders_templates(planted: Path) -> None:
     renderer.close()
 
 
+@pytest.mark.slow
 def test_processes_of_benchmarks(planted: Path) -> None:
     with pool_process("--memory", "1MiB", "--listen", "127.0.0.1:0", ready_s=START_S) as node, bare_process():
         assert node.address

@@ -118,6 +118,7 @@ def serve_honest(what: str, place: str) -> None:
         assert isinstance(wire.decode_reply(frames.next()[0]), wire.Stats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["pool", "relay", "router", "vllm"])
 def test_a_flood_leaves_nothing_behind(what: str) -> None:
     begin_s = time.monotonic()

@@ -1,15 +1,45 @@
-"""Tests that interrupt what they started hold where SIGINT is ignored, as in a shell's background job."""
+"""What tests start is interrupted by SIGINT where it is ignored, as in the background job of a shell; so is pytest."""
 
+from __future__ import annotations
+
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.children import with_tests
 
 CHILD = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
 PARENT = f"import subprocess, sys, tests.conftest; subprocess.run([sys.executable, '-c', {CHILD!r}], check=True)"
+WITHOUT_SIGINT = ("sh", "-c", 'trap "" INT; exec "$0" "$@"', sys.executable)
+WAITS = """
+import threading
+
+def test_that_waits():
+    print('it runs', flush=True)
+    threading.Event().wait(240)
+"""
+INTERRUPTED = 2  # pytest's exit status
 
 
 def test_what_tests_start_can_be_interrupted_where_sigint_is_ignored() -> None:
-    command = ["sh", "-c", 'trap "" INT; exec "$0" "$@"', sys.executable, "-c", PARENT]
+    command = [*WITHOUT_SIGINT, "-c", PARENT]
     ended = subprocess.run(command, env=with_tests(), capture_output=True, text=True, timeout=60)
     assert ended.stdout.split() == ["True"], ended.stderr
+
+
+def test_pytest_itself_ends_on_sigint_where_it_was_ignored(tmp_path: Path) -> None:
+    (tmp_path / "test_waits.py").write_text(WAITS)
+    command = [*WITHOUT_SIGINT, "-P", "-m", "pytest", "-s", "-p", "tests.conftest", "-p", "no:cacheprovider"]
+    with subprocess.Popen(
+        [*command, "--rootdir", str(tmp_path), str(tmp_path)], env=with_tests(), stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        try:
+            while "it runs" not in (line := child.stdout.readline()):
+                assert line, "pytest did not come to the test"
+            child.send_signal(signal.SIGINT)
+            said = child.communicate(timeout=60)[0]
+        finally:
+            child.kill()
+        assert child.returncode == INTERRUPTED and "KeyboardInterrupt" in said, said

@@ -66,6 +66,7 @@ def test_balance_of_nics_is_weighed_by_their_load() -> None:
     assert loads.max_over_mean(0.0, 2.0, 1.0) == pytest.approx((10 + 30) / (10 + 15))
 
 
+@pytest.mark.slow
 @needs_namespaces
 def test_agents_over_both_paths_on_hosts_with_two_nics() -> None:
     agents = generated("32K", 3, 2, 16, 1, SMALL.profile().vocab_size)
@@ -94,6 +95,7 @@ with Testbed(Topology(1, 1), Scale()) as bed, bed.engines("penstock"):
 """
 
 
+@pytest.mark.slow
 @needs_namespaces
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_when_the_bench_ends_in_the_middle(how: signal.Signals) -> None:

@@ -117,6 +117,7 @@ def test_the_baseline_takes_the_papers_time() -> None:
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_part_runs_in_short(tmp_path: Path, needs_uring: None) -> None:
     code, output, report = run(tmp_path, "--quick", "--model", "gpt_oss", "--context", "16k")
     assert code == 0, output
@@ -151,6 +152,7 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert code == 1 and "absent" in output
 
 
+@pytest.mark.slow
 def test_the_comparison_leaves_out_peers_that_cannot_be_installed(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLE), str(tmp_path / "scratch"), "--blocks", "2", "--repeats", "1"]
     without = os.environ | {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}

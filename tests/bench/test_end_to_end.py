@@ -42,6 +42,7 @@ def _figures(path: Path) -> dict[str, float]:
     return figures
 
 
+@pytest.mark.slow
 def test_demo_writes_its_table_page_and_picture(tmp_path: Path) -> None:
     arguments = ["demo", "--out", str(tmp_path), "--sessions", "6", "--turns", "3", "--pace", "50MB/s"]
     done = _bench(arguments, 200, marker=str(tmp_path))
@@ -61,6 +62,7 @@ def test_demo_writes_its_table_page_and_picture(tmp_path: Path) -> None:
     assert not _left_behind(str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "trace",
     ["claude_code", "mooncake/conversation.jsonl"],

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from penstock.bench.processes import serve_process
 from penstock.testing.tiny_models import build_tiny
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
+@pytest.mark.slow
 def test_agent_session_reuses_its_context(tmp_path: Path) -> None:
     model = build_tiny("llama", tmp_path / "model")
     with serve_process(str(model), "--host", "127.0.0.1", "--port", "0", "--block-tokens", "16") as server:

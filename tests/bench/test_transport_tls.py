@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from penstock.cli import app
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl command")
 def test_the_costs_of_plain_secret_and_tls_are_measured_together(tmp_path: Path) -> None:
     out = tmp_path / "transport.json"

@@ -84,6 +84,7 @@ def of_epoch(body: bytes, epoch: int) -> bytes:
     return changed if len(changed) == len(body) else body
 
 
+@pytest.mark.slow
 def test_an_agent_that_gets_mutants_registers_again_and_serves(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR, "penstock")
     failed = thread_failures()

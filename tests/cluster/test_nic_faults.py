@@ -65,6 +65,7 @@ def two_hosts() -> Iterator[tuple[Bed, ClusterEngine]]:
         yield bed, router
 
 
+@pytest.mark.slow
 def test_a_storage_nic_is_cut_healed_and_slowed() -> None:
     with two_hosts() as (bed, router):
         some = Asking(bed, router, 14)

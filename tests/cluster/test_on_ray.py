@@ -66,6 +66,7 @@ def answer(url: str) -> list[int]:
     return tokens
 
 
+@pytest.mark.slow
 def test_two_raylets_serve_and_start_again_what_dies(
     raylets: str, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

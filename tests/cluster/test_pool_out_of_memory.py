@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from penstock.cluster.supervisor import Child, Supervisor
 from penstock.pool.api import PoolError, PoolStat
 from penstock.transport.connect import connect_pool
@@ -61,6 +63,7 @@ def leave_no_memory(pid: int) -> None:
     resource.prlimit(pid, resource.RLIMIT_AS, (pages * resource.getpagesize() // 2, resource.RLIM_INFINITY))
 
 
+@pytest.mark.slow
 def test_a_pool_node_out_of_memory_under_load(tmp_path: Path) -> None:
     with running(tmp_path, TWO_POOLS) as (supervisor, reference):
         load = Load(supervisor.url, reference, 1)
@@ -85,6 +88,7 @@ def test_a_pool_node_out_of_memory_under_load(tmp_path: Path) -> None:
     assert "refused: " in said or "the node ends" in said, "it said that it was out of memory"
 
 
+@pytest.mark.slow
 def test_a_pool_that_is_full_under_load(tmp_path: Path) -> None:
     with running(tmp_path, SMALL_POOL) as (supervisor, reference):
         load = Load(supervisor.url, reference, 2)

@@ -30,6 +30,7 @@ class Lines:
             raise BrokenPipeError("nobody listens")
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_be_started_now_is_tried_again_and_others_are_watched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -129,6 +129,7 @@ def test_what_comes_before_tls_is_never_taken_for_what_comes_through_it(peer: Pe
         finished(c.ask(PROMPT, 9), PROMPT, 9)
 
 
+@pytest.mark.slow
 def test_handshakes_that_stall_end_and_keep_nobody_out(peer: PeerFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "HANDSHAKE_S", 5.0)
     with cluster(tls=peer.tls, secret=None) as c:
@@ -162,6 +163,7 @@ def test_a_prompt_is_handed_over_tls(llama: Path, expected: Callable[..., list[i
             pass
 
 
+@pytest.mark.slow
 def test_a_whole_cluster_of_processes_speaks_tls(tmp_path: Path, peer: PeerFiles) -> None:
     settings = "".join(f'{name} = "{path}"\n' for name, path in peer.settings.items())
     with running(tmp_path, settings + CLUSTER.replace("count = 2\n", "")) as (supervisor, reference):

@@ -268,7 +268,7 @@ class Histories(RuleBasedStateMachine):
         self.brain.computed(op.op_id, outcomes, self.now)
 
 
-TestHistories = Histories.TestCase
+TestHistories = pytest.mark.slow(Histories.TestCase)
 TestHistories.settings = settings(
     max_examples=200,
     stateful_step_count=60,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from penstock.core.config import POLICIES
 from tests.core.test_scheduler_histories import ROUTES, Histories
 
@@ -51,6 +53,7 @@ def run_history(seed: int) -> None:
     history.teardown()
 
 
+@pytest.mark.slow
 def test_a_thousand_seeded_histories() -> None:
     for seed in range(HISTORIES):
         try:

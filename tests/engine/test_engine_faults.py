@@ -657,6 +657,7 @@ def test_a_request_that_cannot_be_taken_harms_nobody(llama: HFRunner, computed: 
         assert rig.ask(PROMPT).tokens == computed(PROMPT)
 
 
+@pytest.mark.slow
 def test_a_lookup_that_a_pool_never_answers_is_given_up(
     llama: HFRunner, computed: Callable[..., list[int]], memory_pool: Pool
 ) -> None:

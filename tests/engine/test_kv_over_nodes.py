@@ -78,6 +78,7 @@ def ask(rig: Rig, prompt: list[int], want: list[int]) -> Answer:
     return answer
 
 
+@pytest.mark.slow
 def test_kv_on_two_nodes_and_in_local_memory_gives_the_same_tokens(
     llama: HFRunner, computed: Callable[..., list[int]], start: Callable[..., Node]
 ) -> None:
@@ -94,6 +95,7 @@ def test_kv_on_two_nodes_and_in_local_memory_gives_the_same_tokens(
     pool.close(CLOSE_S)
 
 
+@pytest.mark.slow
 def test_one_of_two_nodes_killed_in_the_middle_of_a_load(
     llama: HFRunner, computed: Callable[..., list[int]], start: Callable[..., Node]
 ) -> None:
@@ -129,6 +131,7 @@ def test_one_of_two_nodes_killed_in_the_middle_of_a_load(
     pool.close(CLOSE_S)
 
 
+@pytest.mark.slow
 def test_a_node_that_hangs_is_found_and_costs_its_blocks_only(
     llama: HFRunner, computed: Callable[..., list[int]], start: Callable[..., Node]
 ) -> None:
@@ -158,6 +161,7 @@ def test_a_node_that_hangs_is_found_and_costs_its_blocks_only(
     pool.close(CLOSE_S)
 
 
+@pytest.mark.slow
 def test_build_engine_takes_nodes_and_members_together(
     tiny: Callable[[str], Path], computed: Callable[..., list[int]], start: Callable[..., Node]
 ) -> None:

@@ -16,6 +16,7 @@ if importlib.util.find_spec("vllm") is None:  # one test stays, and says why it 
 else:  # vLLM takes these from the environment only
     os.environ.update(
         OMP_NUM_THREADS="1",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",  # two servers would share the one core that vLLM chooses for each
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_LOGGING_LEVEL="ERROR",
         VLLM_NO_USAGE_STATS="1",

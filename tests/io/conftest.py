@@ -36,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "in_guest: runs in the QEMU guest, as root, with the drives of guest_drives.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # and as the later one, before that of tests/conftest.py
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.pluginmanager.has_plugin("tests.io.guest_report"):  # it is there in the guest only
         items[:] = [

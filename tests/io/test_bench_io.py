@@ -21,6 +21,7 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, [*SMALL, *arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_fio", [True, False])
 def test_measures_and_writes(
     with_fio: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip_without_uring: None

@@ -23,6 +23,7 @@ MIB = 1 << 20
 PAGE = 4096
 
 
+@pytest.mark.slow
 def test_what_is_written_is_read_back_in_pieces(engine_of: OpenOne) -> None:
     engine = engine_of(16 * MIB, 4)
     length = 5 * MIB + PAGE
@@ -175,6 +176,7 @@ def test_close_waits_for_operations_in_flight(engine_of: OpenOne) -> None:
             call()
 
 
+@pytest.mark.slow
 def test_ten_thousand_random_operations_against_a_model(engine_of: OpenOne) -> None:
     rng = random.Random(1)
     pages, depth, operations = 2048, 32, 10_000
@@ -247,6 +249,7 @@ def test_one_failing_piece_fails_the_operation_once(
     engine.close(1)
 
 
+@pytest.mark.slow
 def test_close_gives_up_on_a_dead_device(held: Held) -> None:
     held.write("stuck")
     assert held.engine.poll(0.05) == []
@@ -258,6 +261,7 @@ def test_close_gives_up_on_a_dead_device(held: Held) -> None:
     assert [(done.tag, done.error) for done in held.engine.poll(0)] == [("stuck", None)]
 
 
+@pytest.mark.slow
 def test_wake_ends_a_poll_that_would_wait(held: Held) -> None:
     """The operation is of many pieces: a wait for all of them ends too."""
     engine = held.engine

@@ -186,6 +186,7 @@ def test_wrong_arguments(capacity_bytes: int, depth: int) -> None:
     open_nvme(generic_device("lba512"), None, 2).close(1)
 
 
+@pytest.mark.slow
 def test_no_permission() -> None:
     path = generic_device("lba512")
     code = f"""

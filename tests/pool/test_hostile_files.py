@@ -98,6 +98,7 @@ def change(slab: Path, script: str) -> None:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
+@pytest.mark.slow
 def test_commands_over_made_up_tables_end_in_a_report_or_one_line(slab: Path, tmp_path: Path) -> None:
     words, slabs = [], {}
     for made_up, script in TABLES.items():

@@ -472,6 +472,7 @@ def test_after_a_crash_every_row_names_complete_data(tmp_path: Path) -> None:
         pool.close(5.0)
 
 
+@pytest.mark.slow
 def test_random_operations_against_a_dictionary(tmp_path: Path) -> None:
     """Writes, reads, evictions, leases and restarts in random order: nothing but the right bytes is ever served."""
     generator = random.Random(20)

@@ -99,6 +99,7 @@ def test_what_was_moved_to_a_slab_survives_a_restart_and_the_old_rows_are_gone(m
     assert member(pool.stat(1.0), "ssd:0").blocks == 0 and not pool.notes
 
 
+@pytest.mark.slow
 def test_reads_work_at_every_moment_of_a_drain(made: Maker, tmp_path: Path) -> None:
     pool = made(slab(tmp_path, 0, 2048), slab(tmp_path, 1, 4096))
     keys = fill(pool, "a", 300, 8 * PAGE)

@@ -50,6 +50,7 @@ def profile_of(rates: dict[str, float], links: dict[str, float] | None = None) -
     return PoolProfile(65536, members, links or {})
 
 
+@pytest.mark.slow
 def test_measures_writes_the_file_and_leaves_blocks_alone(tmp_path: Path) -> None:
     weighed = described(tmp_path, TEXT.replace('profile = "profile.json"', ""))
     pool = open_members_pool(weighed)

@@ -154,7 +154,7 @@ class Histories(RuleBasedStateMachine):
             assert found is (block if self.table.members[block.member].healthy else None)
 
 
-TestHistories = Histories.TestCase
+TestHistories = pytest.mark.slow(Histories.TestCase)
 TestHistories.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 
 

@@ -39,6 +39,8 @@ def test_every_attack_that_ci_runs_is_known() -> None:
     assert set(IN_CI) <= set(ATTACKS)
 
 
+@pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("name", IN_CI)
 def test_tokens_go_on_beside_an_attack(running: Running, name: str) -> None:
     target, server, alone = running
@@ -52,6 +54,8 @@ def test_tokens_go_on_beside_an_attack(running: Running, name: str) -> None:
     raise AssertionError(f"{alone}: {seen}")
 
 
+@pytest.mark.slow
+@pytest.mark.alone
 def test_bad_requests_and_cut_connections_leave_nothing_behind(running: Running) -> None:
     """As many as fit in some seconds; `attacks.py --flat` sends 10^5 and 10^4."""
     target, server, _ = running

@@ -246,6 +246,7 @@ def test_without_descriptors_an_idle_connection_goes_and_the_server_goes_on(star
         acceptor._listener = listener  # noqa: SLF001 (a fault is put in here)
 
 
+@pytest.mark.slow
 def test_pipelined_requests_wait_unparsed_for_the_answer_before_theirs(start: Start) -> None:
     served = start(EchoEngine(hold_after=1))
     with connect(served) as client:

@@ -182,6 +182,7 @@ def counts(value: Any) -> tuple[int, int]:
     return 1 + sum(c for c, _ in inner), max(len(value) - 1, 0) + sum(v for _, v in inner)
 
 
+@pytest.mark.slow
 @given(st.lists(NESTED, max_size=30), st.integers(0, 40))
 @settings(max_examples=300)
 def test_a_text_is_counted_as_it_would_be_parsed(value: list[Any], limit: int) -> None:

@@ -117,6 +117,7 @@ def refusal(*arguments: str) -> str:
     return result.stderr
 
 
+@pytest.mark.slow
 def test_what_cannot_be_served_is_one_line(tmp_path: Path, checkpoint: Path) -> None:
     assert refusal() == (
         "penstock serve: error: model is empty; allowed: a checkpoint folder or a hub id (or executor 'modelled')\n"
@@ -169,6 +170,7 @@ def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         process.communicate(timeout=10)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_command_while_chats_render_for_ever(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -196,6 +198,7 @@ def test_sigterm_ends_the_command_while_chats_render_for_ever(checkpoint: Path, 
         process.communicate(timeout=30)
 
 
+@pytest.mark.slow
 def test_the_real_engine_serves_and_reuses(served: tuple[str, subprocess.Popen[str]]) -> None:
     client = OpenAI(base_url=f"{served[0]}/v1", api_key="none", max_retries=0, timeout=30)
     prompt = "The quick brown fox jumps over the lazy dog. " * 8
@@ -227,6 +230,7 @@ def test_sigterm_ends_the_command_in_order(served: tuple[str, subprocess.Popen[s
     assert process.stderr is not None and "Traceback" not in process.stderr.read()
 
 
+@pytest.mark.slow
 def test_keys_and_certificates_are_read_again_on_sighup(checkpoint: Path, tmp_path: Path) -> None:
     """The real command over TLS; without files to read again, SIGHUP ends it as ever."""
     cert, key = make_certificate(tmp_path / "tls")

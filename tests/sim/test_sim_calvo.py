@@ -43,6 +43,7 @@ def test_the_baseline_never_recomputes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cell(one, calvo.COUPLED, recompute=True).ttfts_s == cell(one, calvo.COUPLED).ttfts_s
 
 
+@pytest.mark.slow
 def test_shortest_compute_first_loses_where_loading_a_token_takes_longer_than_computing_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -57,6 +57,7 @@ def test_a_file_that_is_no_recording_is_refused_in_one_line(tmp_path: Path) -> N
     assert done.exit_code == 2 and done.output.count("\n") == 1 and "label" in done.output
 
 
+@pytest.mark.slow
 def test_calvo_penstock_beats_the_coupled_baseline_and_never_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     everything = calvo.jobs_of
     monkeypatch.setattr(calvo, "jobs_of", lambda *arguments: everything(*arguments)[:50])

@@ -239,6 +239,7 @@ def first_failure() -> tuple[AnyCase, str]:
     raise AssertionError(f"{SEEDS_TO_FIND} seeds do not find it")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plant", "words"), PLANTS, ids=lambda value: getattr(value, "__name__", "").strip("_"))
 def test_a_planted_defect_is_found(plant: Plant, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
@@ -285,6 +286,7 @@ def test_a_file_that_holds_no_case_is_refused_in_one_line(tmp_path: Path) -> Non
     assert refused.exit_code == 2 and refused.output.count("\n") == 1 and "dice" in refused.output
 
 
+@pytest.mark.slow
 def test_the_brain_keeps_its_invariants() -> None:
     """10,000 seeds, on all processors."""
     workers = min(4, len(os.sched_getaffinity(0)))

@@ -14,6 +14,7 @@ from penstock.io.ring import probe
 from penstock.sim.experiments.validate import predicted_ttfts_s
 
 
+@pytest.mark.slow
 def test_every_system_of_the_pool_is_recorded_and_no_faster_than_ideal(tmp_path: Path) -> None:
     reason = probe()
     if reason:

@@ -49,6 +49,7 @@ def test_a_node_starts_serves_and_ends_with_its_blocks_on_the_slab(tmp_path: Pat
         client.close(5.0)
 
 
+@pytest.mark.slow
 def test_what_is_in_use_or_impossible_is_refused_in_one_line(tmp_path: Path) -> None:
     slab = f"{tmp_path}/kv.slab:8MiB"
     process, address = start("--listen", "127.0.0.1:0", "--slab", slab)
@@ -85,6 +86,7 @@ def test_sizes_and_rates_are_read_as_written() -> None:
     assert format_bytes(1536) == "1.5 KiB" and format_bytes(12) == "12 B" and format_bytes(5 << 40) == "5 TiB"
 
 
+@pytest.mark.slow
 def test_staging_of_the_command_line_and_of_the_file_bounds_the_blocks(tmp_path: Path) -> None:
     (tmp_path / "pool.toml").write_text('staging = "2MiB"\n[[member]]\nkind = "memory"\ncapacity = "16MiB"\n')
     for more, at_most in ((["--config", f"{tmp_path}/pool.toml"], 2 << 20), (["--memory", "16MiB"], 16 << 20)):

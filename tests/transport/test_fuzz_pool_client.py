@@ -156,6 +156,7 @@ def attack(rounds: int) -> None:
         run()
 
 
+@pytest.mark.slow
 def test_a_client_of_a_node_that_sends_mutants_ends_every_request(
     rig: NodeRig, caplog: pytest.LogCaptureFixture
 ) -> None:

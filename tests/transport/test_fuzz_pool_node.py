@@ -112,6 +112,7 @@ def attack(node: PoolNode, protocol: Protocol, rounds: int) -> None:
         run()
 
 
+@pytest.mark.slow
 def test_a_node_that_gets_mutants_serves_honest_clients(rig: NodeRig, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     failed = thread_failures()
@@ -145,6 +146,7 @@ ABSURD: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 def test_values_at_their_bounds_harm_only_their_sender(rig: NodeRig, caplog: pytest.LogCaptureFixture) -> None:
     """Blocks that are stored with the largest numbers there are, ids that are used twice, deadlines a day away: among
     honest writes to the same slab, whose rows share commits with theirs."""

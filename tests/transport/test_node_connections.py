@@ -133,6 +133,7 @@ def test_a_client_that_is_refused_is_told_why(rig: NodeRig, monkeypatch: pytest.
     rig.client(node)
 
 
+@pytest.mark.slow
 def test_a_client_that_falls_silent_is_ended_and_an_honest_idle_one_stays(
     rig: NodeRig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -175,6 +176,7 @@ def test_a_payload_that_drips_holds_its_staging_for_a_bounded_time(
     until(lambda: node.staging.free_bytes == node.staging.capacity_bytes, WAIT_S)
 
 
+@pytest.mark.slow
 def test_a_client_that_takes_a_block_in_drops_holds_it_for_a_bounded_time(
     rig: NodeRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

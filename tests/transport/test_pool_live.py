@@ -71,6 +71,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
     node.end()
 
 
+@pytest.mark.slow
 def test_members_come_and_go_and_no_block_is_lost(node: Node) -> None:
     assert "memory:0 (memory, 1 MiB, 0 blocks), ssd:0 (" in node.ready
     client = connect_pool(node.address)
@@ -88,6 +89,7 @@ def test_members_come_and_go_and_no_block_is_lost(node: Node) -> None:
     client.close(5.0)
 
 
+@pytest.mark.slow
 def test_nodes_come_and_go(tmp_path: Path) -> None:
     """A node that is left keeps its blocks, and brings them when it comes back."""
     far = []
@@ -137,6 +139,7 @@ def test_weights_quotas_and_admission_change(node: Node) -> None:
     client.close(5.0)
 
 
+@pytest.mark.slow
 def test_invented_tenants_and_nobody_take_nothing_of_one_within_its_quota(tmp_path: Path) -> None:
     file = tmp_path / "pool.toml"
     file.write_text(MEMORY + '[quota]\ndefault = "25%"\ntenants = { named = "10%" }\n')
@@ -200,6 +203,7 @@ def test_a_file_that_cannot_be_applied_changes_nothing_and_is_one_line(node: Nod
     assert node.err.empty() and node.out.empty()
 
 
+@pytest.mark.slow
 def test_a_file_that_is_refused_at_its_last_member_is_applied_once_it_is_mended(tmp_path: Path) -> None:
     """Whatever was begun is undone: nothing drains, no node stays behind that the file is refused for ever after."""
     far = []
@@ -249,6 +253,7 @@ def test_a_sighup_while_the_members_are_opened_is_a_reload_once_they_are(tmp_pat
     node.end()
 
 
+@pytest.mark.slow
 def test_stat_shows_a_table_and_refuses_in_one_line(node: Node) -> None:
     shown = subprocess.run([*COMMAND, "pool", "stat", node.address], capture_output=True, text=True, timeout=WAIT_S)
     assert shown.returncode == 0 and "memory:0" in shown.stdout and "share" in shown.stdout, shown

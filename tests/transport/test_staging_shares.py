@@ -144,6 +144,7 @@ def test_a_connection_that_ends_withdraws_what_waits_for_its_share(rig: NodeRig)
     assert pool.stat(1.0).members[0].blocks == 0, "nothing is held any more"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["given", "taken"])
 def test_a_payload_below_the_minimum_rate_ends_its_connection(
     rig: NodeRig, monkeypatch: pytest.MonkeyPatch, what: str

@@ -238,6 +238,7 @@ def test_a_lost_connection_comes_back_over_tls_and_with_renewed_certificates(rig
     assert tls is not None and tls.context("server") is tls.context("server")
 
 
+@pytest.mark.slow
 def test_processes_speak_tls_by_flags_and_by_file(tmp_path: Path, ca: Authority, peer: PeerFiles) -> None:
     file = tmp_path / "far.toml"
     file.write_text(MEMORY)

@@ -151,6 +151,7 @@ VALUES = st.recursive(
 MESSAGES = st.tuples(st.integers(0, 32), st.lists(VALUES, max_size=10)).map(lambda made: [made[0], *made[1]])
 
 
+@pytest.mark.slow
 @settings(max_examples=2000, deadline=None)
 @given(MESSAGES)
 def test_any_message_is_understood_within_bounds_or_refused(message: list[Any]) -> None:
