@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import NO_QUOTA_S, PREFILL_QUOTA_S, ConfigError, SchedulerConfig
-from penstock.core.cost import CostModel, LinkCost
+from penstock.core.cost import CostModel
 from penstock.core.layout import staging_bytes
 from penstock.engine.config import EngineConfig
 from penstock.engine.engine import Engine
