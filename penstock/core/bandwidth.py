@@ -66,6 +66,7 @@ class BusyMeter:
         return moved_bytes, busy_s if since_s is None or not self._failed_time else busy_s + max(0.0, now_s - since_s)
 
     def started(self, now_s: float) -> None:
+        """One more transfer is under way."""
         self.in_flight += 1
         if self.in_flight == self._busy_from:
             self._seen = *self._seen[:2], now_s
@@ -126,6 +127,7 @@ class MemberBandwidth(SeenBandwidth):
         self._changed_s: float | None = None
 
     def observe(self, moved_bytes: int, busy_s: float) -> float:
+        """As `SeenBandwidth.observe`."""
         more_s = super().observe(moved_bytes, busy_s)
         self._fresh_busy_s += more_s
         return more_s
@@ -162,10 +164,11 @@ class LinkSpeed:
         self._recent_s = self._moved_s = now_s
 
     def started(self, now_s: float) -> None:
+        """A transfer begins."""
         self._meter.started(now_s)
 
     def ended(self, moved_bytes: int, now_s: float) -> None:
-        """0 bytes: it failed."""
+        """A transfer ended, with `moved_bytes`; 0 bytes: it failed."""
         if moved_bytes:
             if now_s - self._moved_s > FORGET_S:
                 self._seen = SeenBandwidth(*self._meter.observed(now_s))
@@ -209,4 +212,5 @@ class LinkCost:
             self.bytes_per_s = self._bytes_bytes / self._bytes_seconds
 
     def seconds(self, size_bytes: float) -> float:
+        """What so many bytes take."""
         return size_bytes / self.bytes_per_s
