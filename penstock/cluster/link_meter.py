@@ -68,4 +68,5 @@ class MeteredPool(WrappedPool):
         done: Done,
         check: ReadCheck | None = None,
     ) -> None:
+        """As the pool behind it; its time and bytes count for the meter."""
         super().read(key, size_bytes, into, timeout_s, self._meter.metered(size_bytes, done), check)
