@@ -12,7 +12,7 @@ from penstock.cluster.build_host import HostConfig, open_host
 from penstock.cluster.engine_accounts import PREFILL_TOKENS_PER_S, prompt_tokens_per_s
 from penstock.cluster.link_meter import LinkMeter
 from penstock.cluster.placed import EngineReport
-from penstock.core.bandwidth import UNKNOWN_BYTES_PER_S
+from penstock.core.cluster.nic_speed import UNKNOWN_BYTES_PER_S
 from penstock.core.cluster.placing import InterEngineConfig
 from penstock.core.cost import ComputeCost
 from penstock.engine.config import EngineConfig
