@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import statistics
 
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import POLICIES, Policy, SchedulerConfig
-from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import KeyChain, root_key
 from penstock.core.operations import BlockHit, RequestSpec

@@ -10,8 +10,7 @@ from penstock.cluster.buffer import DecodeBuffer
 from penstock.cluster.buffered_pool import BufferedPool
 from penstock.cluster.host import EngineHost
 from penstock.cluster.incoming import Incoming
-from penstock.cluster.link_meter import LinkMeter
-from penstock.cluster.metered_pool import MeteredPool
+from penstock.cluster.link_meter import LinkMeter, MeteredPool
 from penstock.cluster.outgoing import Outgoing
 from penstock.cluster.relay import RelayNode
 from penstock.cluster.relay_links import RelayLinks

@@ -8,7 +8,7 @@ wire are durations, never clocks.
 from __future__ import annotations
 
 import struct
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -27,23 +27,16 @@ from penstock.cluster.wire_types import (
 )
 from penstock.core.operations import FinishReason
 from penstock.engine.api import RequestReport
-from penstock.transport.secret import proof_mismatch
-from penstock.transport.wire import NO_MESSAGE, said
+from penstock.framing import Greeting, decode
+from penstock.framing import ProtocolError as ProtocolError
 
-PROTOCOL_VERSION = 3
-GREETING = struct.Struct("<6sH")
-TLS_FLAG = 0x4000  # of the version
-NO_SECRET_FLAG = 0x8000  # so, too: certificates are enough
-MAGIC = b"PNSTCL"
+GREETING = Greeting("cluster", b"PNSTCL", version=3, usual_secret=True)  # without one, certificates are enough
+greeting, check_greeting = GREETING.pack, GREETING.check
 PURPOSE = b"cluster control 1"
 LENGTH = struct.Struct("<I")
 FRAME_BYTES_MAX = 64 << 20  # a prompt of a million tokens takes 5 MB
 HANDSHAKE_S = 5.0
 NO_REPORT = msgspec.Raw(b"\xc0")
-
-
-class ProtocolError(Exception):
-    """The peer sent something that this version of the protocol does not allow; the connection is of no use now."""
 
 
 def pack_report(report: RequestReport | None) -> msgspec.Raw:
@@ -53,8 +46,7 @@ def pack_report(report: RequestReport | None) -> msgspec.Raw:
 
 def report_in(packed: msgspec.Raw) -> RequestReport | None:
     """Raises ProtocolError for a report out of bounds. It is dropped then, and the connection goes on."""
-    report: RequestReport | None = _decode(_reports, packed)
-    return report
+    return decode(_reports, packed)
 
 
 class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -217,39 +209,9 @@ def frame_length(head: bytes) -> int:
 
 def decode_from_engine(body: bytes) -> FromEngine:
     """Raises ProtocolError."""
-    message: FromEngine = _decode(_from_engine, body)
-    return message
+    return decode(_from_engine, body)
 
 
 def decode_from_router(body: bytes) -> FromRouter:
     """A message of the router. Raises ProtocolError for what is none."""
-    message: FromRouter = _decode(_from_router, body)
-    return message
-
-
-def _decode(decoder: Any, body: bytes) -> Any:
-    try:
-        return decoder.decode(body)
-    except NO_MESSAGE as error:
-        raise ProtocolError(f"message not understood: {said(error)}") from None
-
-
-def greeting(secret: bool = True, tls: bool = False) -> bytes:
-    """`secret`: this side has one, and goes on only with a peer that proves it (`transport.secret`); `tls`: it goes on
-    only with a peer that has a certificate of its CA."""
-    return GREETING.pack(MAGIC, PROTOCOL_VERSION | NO_SECRET_FLAG * (not secret) | TLS_FLAG * tls)
-
-
-def check_greeting(raw: bytes, secret: bool = True, tls: bool = False) -> None:
-    """Raises ProtocolError when the peer is something else, speaks another version, or only one side has a secret or
-    asks for TLS."""
-    magic, version = GREETING.unpack(raw)
-    if magic != MAGIC:
-        raise ProtocolError("the peer does not speak the Penstock cluster protocol")
-    has_secret, has_tls = not version & NO_SECRET_FLAG, bool(version & TLS_FLAG)
-    version &= ~(NO_SECRET_FLAG | TLS_FLAG)
-    if version != PROTOCOL_VERSION:
-        raise ProtocolError(f"the peer speaks version {version} of the cluster protocol, this side {PROTOCOL_VERSION}")
-    refused = proof_mismatch(has_secret, has_tls, secret, tls)
-    if refused is not None:
-        raise ProtocolError(refused)
+    return decode(_from_router, body)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from penstock.core.bandwidth import LinkCost
+
 LEARNED_LINKS_MAX = 1024
 GROWTH_MAX = 10.0  # of the doubt about a coefficient, against its prior
 
@@ -41,34 +43,6 @@ def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
     for i in reversed(range(n)):
         x[i] = (rows[i][n] - sum(rows[i][k] * x[k] for k in range(i + 1, n))) / rows[i][i]
     return x
-
-
-@dataclass(slots=True)
-class LinkCost:
-    """Seconds per byte of one link: least squares through the origin over decayed sums of (bytes, busy seconds)."""
-
-    bytes_per_s: float
-    forget: float = 0.995
-    _bytes_seconds: float = 0.0
-    _bytes_bytes: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.bytes_per_s <= 0:
-            raise ValueError(f"bytes_per_s is {self.bytes_per_s}; a link needs a bandwidth above 0")
-        weight = 1e6  # the prior counts as one block of a megabyte
-        self._bytes_bytes = weight * weight
-        self._bytes_seconds = weight * weight / self.bytes_per_s
-
-    def observe(self, size_bytes: int, busy_s: float) -> None:
-        """The link was busy for `busy_s` seconds moving `size_bytes`."""
-        self._bytes_seconds = self._bytes_seconds * self.forget + size_bytes * busy_s
-        self._bytes_bytes = self._bytes_bytes * self.forget + float(size_bytes) * size_bytes
-        if self._bytes_seconds > 0:
-            self.bytes_per_s = self._bytes_bytes / self._bytes_seconds
-
-    def seconds(self, size_bytes: float) -> float:
-        """Predicted seconds for a transfer of this size."""
-        return size_bytes / self.bytes_per_s
 
 
 def compute_features(spans: Iterable[tuple[int, int]]) -> tuple[float, float, float]:

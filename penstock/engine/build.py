@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import (
     NO_QUOTA_S,
     PREFILL_QUOTA_S,
@@ -17,7 +18,7 @@ from penstock.core.config import (
     RequestDeadline,
     SchedulerConfig,
 )
-from penstock.core.cost import CostModel, LinkCost
+from penstock.core.cost import CostModel
 from penstock.core.layout import staging_bytes
 from penstock.core.settings import taken_over
 from penstock.engine.config import DEFAULT_POOL_BYTES, EngineConfig

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.bandwidth import LinkCost
+from penstock.core.cost import ComputeCost, CostModel
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams
 from penstock.io.memory import aligned_buffer
 

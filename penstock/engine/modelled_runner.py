@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections.abc import Sequence
@@ -11,11 +12,11 @@ import numpy as np
 
 from penstock.core.layout import KVLayout
 from penstock.core.operations import ChunkOutcome
-from penstock.engine.link_clock import LinkClock
 from penstock.engine.profile import Profile
 from penstock.engine.runner import Chunk, UploadGroup
 from penstock.engine.shaping import TokenLogprobs
 from penstock.io.memory import aligned_buffer
+from penstock.pacing import Pacer
 
 
 @dataclass(slots=True)
@@ -42,8 +43,8 @@ class ModelledRunner:
         self.lost: str | None = None
         self.computes_on_host = False
         self._cost = profile.compute_cost()
-        self._upload_link = LinkClock(profile.upload_bytes_per_s)
-        self._download_link = LinkClock(profile.upload_bytes_per_s)
+        self._upload_link = Pacer(profile.upload_bytes_per_s, credit_s=math.inf)
+        self._download_link = Pacer(profile.upload_bytes_per_s, credit_s=math.inf)
         self._pages = np.zeros((0, 0), dtype=np.uint8)
 
     def allocate(self, pages: int) -> None:

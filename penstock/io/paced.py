@@ -9,43 +9,7 @@ import time
 from collections.abc import Sequence
 
 from penstock.io.api import BlockEngine, IoCompletion, IoOp, QueueFull
-
-
-class PaceClock:
-    """The time of one device: operations take turns, each for its bytes over a bandwidth.
-
-    Turns follow each other without a gap while operations wait, so waking up late costs nothing as long as the queue
-    is not empty. Engines that share a clock take turns with each other: only one of them works at a time.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._free_s = 0.0
-        self._busy_s = 0.0
-
-    def turn(self, seconds: float, now_s: float) -> float:
-        """When an operation that was submitted `now_s` and takes `seconds` ends."""
-        with self._lock:
-            self._free_s = max(self._free_s, now_s) + seconds
-            self._busy_s += seconds
-            return self._free_s
-
-    def busy(self, now_s: float) -> bool:
-        """Whether an operation has the device at `now_s`."""
-        with self._lock:
-            return now_s < self._free_s
-
-    @property
-    def busy_s(self) -> float:
-        """Device time of all operations so far."""
-        with self._lock:
-            return self._busy_s
-
-    @property
-    def free_s(self) -> float:
-        """When the last operation so far ends, or ended."""
-        with self._lock:
-            return self._free_s
+from penstock.pacing import PaceClock
 
 
 class PacedEngine:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
 
-from penstock.core.pool.member_bandwidth import MemberBandwidth
+from penstock.core.bandwidth import MemberBandwidth
 from penstock.core.pool.placement import Placement
 from penstock.guarded_thread import GuardedThread
 from penstock.pool.api import PoolError, PoolStat
@@ -98,7 +98,7 @@ class Children:
             child.left = True
             self._placement.set_weight(number, 0.0)
         deadline_s = time.monotonic() + timeout_s
-        while child.meter.reads and time.monotonic() < deadline_s and not self._closing.wait(0.01):
+        while child.meter.in_flight and time.monotonic() < deadline_s and not self._closing.wait(0.01):
             pass
         child.pool.close(1.0)
 

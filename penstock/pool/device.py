@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from penstock.core.bandwidth import BusyMeter
 from penstock.core.layout import STAGING_ALIGNMENT_BYTES, staging_bytes
 from penstock.guarded_thread import GuardedThread
 from penstock.io.api import BlockEngine, IoCompletion, IoOp
@@ -23,7 +24,6 @@ from penstock.pool.header import HEADER_BYTES, pack_header, refuse_foreign_file
 from penstock.pool.journal import Journal
 from penstock.pool.pairing import default_table, folders_of, refuse_dangling_link
 from penstock.pool.probe import Probe
-from penstock.pool.read_meter import ReadMeter
 from penstock.pool.rows import Stored, Use
 from penstock.pool.work import EXPIRY_CHECK_S, Work, WorkQueue, finish_work
 from penstock.private_file import open_stored
@@ -63,7 +63,7 @@ class DeviceMember:
         self._in_a_row = 0
         self._polling = False
         self._measured: FreePieces | None = None
-        self._meter = ReadMeter()
+        self._meter = BusyMeter(busy_from=2, failed_time=True)
         self._probe = Probe(pack_header(journal.identity))
         self._to_register: list[memoryview] = []
         self._completions: deque[IoCompletion] = deque()  # of the last poll, not looked at yet

@@ -7,10 +7,10 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
+from penstock.core.bandwidth import MemberBandwidth
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
 from penstock.core.new_block import NewBlock
-from penstock.core.pool.member_bandwidth import MemberBandwidth
 from penstock.core.pool.policy import PoolPolicy
 from penstock.core.pool.quota import TenantQuotas
 from penstock.core.pool.write_admission import WriteAdmission

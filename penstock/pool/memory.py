@@ -15,7 +15,7 @@ from penstock.core.layout import STAGING_ALIGNMENT_BYTES, staging_bytes
 from penstock.guarded_thread import GuardedThread, count_failure
 from penstock.io.memory import aligned_buffer
 from penstock.io.numa import bind_memory, check_node, stay_on_node
-from penstock.io.paced import PaceClock
+from penstock.pacing import PaceClock
 from penstock.pool.api import Done, PoolError
 from penstock.pool.block import Block
 from penstock.pool.checksum import block_checksum

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from penstock.core.bandwidth import BusyMeter, MemberBandwidth
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
-from penstock.core.pool.member_bandwidth import MemberBandwidth
 from penstock.pool.api import Located, Pool, PoolError, PoolStat, ReadCheck
-from penstock.pool.read_meter import ReadMeter
 from penstock.pool.served import ServedPool
 
 BlockEnded = Callable[[int, bytes, PoolError | None], None]  # checksum and MAC that the block was stored with
@@ -78,7 +77,7 @@ class Child:
         self.pool: Pool = pool
         self.local, self.node = local, node
         self.name = node.place if node is not None else "local"
-        self.meter = ReadMeter()
+        self.meter = BusyMeter(busy_from=2, failed_time=True)
         self.bandwidth: MemberBandwidth | None = None  # None until the weight is known, or when it was given
         self.weighed = False  # its weight was given, or measured
         self.given = False

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import random
 
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import SchedulerConfig
-from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import BlockKey, KeyChain, root_key
 from penstock.core.operations import BlockHit, Forward, HandOff, Operation, RequestSpec, Upload

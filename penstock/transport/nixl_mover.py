@@ -18,10 +18,11 @@ import msgspec
 from msgspec import Meta
 
 from penstock.core.config import ConfigError
+from penstock.framing import said
 from penstock.io.memory import address_of, aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.transport.one_sided import FarMemory, RelayTransport
-from penstock.transport.wire import ADDRESS_BYTES_MAX, Description, said
+from penstock.transport.wire import ADDRESS_BYTES_MAX, Description
 
 log = logging.getLogger(__name__)
 

@@ -29,12 +29,12 @@ from collections.abc import Callable
 from penstock.core.connection_limits import ConnectionLimits, ConnectionShares
 from penstock.file_limit import file_limit
 from penstock.guarded_thread import GuardedThread, GuardedWorker
+from penstock.pacing import Pacer
 from penstock.pool.served import ServedPool
 from penstock.rate_limited_log import RateLimitedLog
 from penstock.transport import wire
 from penstock.transport.greeter import Greeter
 from penstock.transport.node_connection import Served
-from penstock.transport.pacer import Pacer
 from penstock.transport.pool_connection import PoolConnection
 from penstock.transport.secret import Secret
 from penstock.transport.staging import Staging

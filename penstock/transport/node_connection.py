@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, TypeVar
 from penstock.core.connection_limits import network_of
 from penstock.core.keys import BlockKey
 from penstock.guarded_thread import GuardedThread, GuardedWorker
+from penstock.pacing import PIECE_BYTES
 from penstock.pool.api import PoolError
 from penstock.pool.losses import note_loss
 from penstock.pool.served import ServedPool, StoredBlock
 from penstock.rate_limited_log import kind_of
 from penstock.transport import lanes, wire
-from penstock.transport.pacer import PIECE_BYTES
 from penstock.transport.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
 from penstock.transport.tls import TlsError
 from penstock.transport.tls_socket import Stream, TlsSocket

@@ -70,19 +70,6 @@ class Secret:
         return self.proof("server", purpose, server_nonce, nonce)
 
 
-def proof_mismatch(peer_secret: bool, peer_tls: bool, secret: bool, tls: bool) -> str | None:
-    """Why two sides cannot go on whose greetings ask for these proofs; None when both ask for the same."""
-    if peer_tls and not tls:
-        return "the peer asks for TLS, and this side has no certificate (--peer-tls-cert)"
-    if tls and not peer_tls:
-        return "the peer does not ask for TLS, and this side does (--peer-tls-cert)"
-    if peer_secret and not secret:
-        return "the peer asks for the cluster's secret, and this side has none (--secret-file)"
-    if secret and not peer_secret:
-        return "the peer has no secret, and this side asks for one (--secret-file)"
-    return None
-
-
 def prove_as_client(sock: Stream, secret: Secret, purpose: bytes) -> None:
     """Answer the server's challenge. Raises SecretRefused, or OSError when the connection ends or stalls."""
     sent, expected = secret.answer(purpose, _receive(sock, NONCE_BYTES))

@@ -16,11 +16,12 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from penstock.framing import NO_MESSAGE, said
 from penstock.io.memory import address_of
 from penstock.io.sealed_memory import check_sealed, create_sealed
 from penstock.pool.api import PoolError
 from penstock.transport.one_sided import FarMemory, RelayTransport
-from penstock.transport.wire import ADDRESS_BYTES_MAX, NO_MESSAGE, Label, said
+from penstock.transport.wire import ADDRESS_BYTES_MAX, Label
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 

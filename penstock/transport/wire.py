@@ -22,18 +22,16 @@ from msgspec import Meta
 
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import MAC_BYTES, REBUILD_S_MAX, TENANT_BYTES, NewBlock
+from penstock.framing import Greeting, decode
+from penstock.framing import ProtocolError as ProtocolError
 from penstock.pool.api import Located, PoolStat
-from penstock.transport.secret import proof_mismatch
 
 if TYPE_CHECKING:
     from penstock.transport.tls_socket import Stream
 
-PROTOCOL_VERSION = 3
-GREETING = struct.Struct("<6sH")
-SECRET_FLAG = 0x8000  # of the version
-TLS_FLAG = 0x4000  # so, too; it decides nothing: both ends know by themselves whether they ask for TLS
+GREETING = Greeting("pool", b"PNSTCK", version=3, usual_secret=False)
+greeting, check_greeting = GREETING.pack, GREETING.check
 SECRET_PURPOSE = b"pool"
-MAGIC = b"PNSTCK"
 PREFIX = struct.Struct("<II")
 HEAD_BYTES = 64  # every frame begins with at least this many, so that one receive gets most headers whole
 HEADER_BYTES_MAX = 1 << 20
@@ -77,10 +75,6 @@ HandOffName = Annotated[str, Meta(max_length=HAND_OFF_CHARACTERS_MAX)]
 ClientName = Annotated[bytes, Meta(max_length=64)]
 Description = Annotated[bytes, Meta(max_length=DESCRIPTION_BYTES_MAX)]
 Offset = Annotated[int, Meta(ge=0, le=ADDRESS_BYTES_MAX)]
-
-
-class ProtocolError(Exception):
-    """The peer sent something that this version of the protocol does not allow; the connection is of no use now."""
 
 
 class Hello(msgspec.Struct, array_like=True, tag=1):
@@ -386,10 +380,6 @@ ANSWERS: dict[type[Request], type[Reply]] = {  # beside Failed
     Offer: Written,
 }
 
-# What decoding raises for bytes that are no message: NotImplementedError for msgpack's extensions of a wrong length.
-NO_MESSAGE = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, NotImplementedError)
-_ERROR_CHARACTERS_MAX = 300
-
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
@@ -490,23 +480,12 @@ class FrameReader:
 
 def decode_request(header: memoryview) -> Request:
     """Raises ProtocolError for what is no message, or one with a number or a length out of bounds."""
-    try:
-        return _requests.decode(header)
-    except NO_MESSAGE as error:
-        raise ProtocolError(f"request not understood: {said(error)}") from None
+    return decode(_requests, header, "request")
 
 
 def decode_reply(header: memoryview) -> Reply:
     """Raises ProtocolError as `decode_request`."""
-    try:
-        return _replies.decode(header)
-    except NO_MESSAGE as error:
-        raise ProtocolError(f"reply not understood: {said(error)}") from None
-
-
-def said(error: Exception) -> str:
-    """The text of a decoder's error, cut: it may cite what the peer sent."""
-    return str(error)[:_ERROR_CHARACTERS_MAX]
+    return decode(_replies, header, "reply")
 
 
 def split_keys(keys: bytes) -> list[BlockKey]:
@@ -514,27 +493,6 @@ def split_keys(keys: bytes) -> list[BlockKey]:
     if len(keys) % KEY_BYTES or len(keys) > KEYS_PER_MESSAGE * KEY_BYTES:
         raise ProtocolError(f"{len(keys)} bytes of keys; at most {KEYS_PER_MESSAGE} keys of {KEY_BYTES} bytes")
     return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
-
-
-def greeting(secret: bool = False, tls: bool = False) -> bytes:
-    """`secret`: this side has one, and goes on only with a peer that proves it (`transport.secret`); `tls`: it goes on
-    only with a peer that has a certificate of its CA."""
-    return GREETING.pack(MAGIC, PROTOCOL_VERSION | SECRET_FLAG * secret | TLS_FLAG * tls)
-
-
-def check_greeting(raw: bytes | bytearray, secret: bool = False, tls: bool = False) -> None:
-    """Raises ProtocolError when the peer is something else, speaks another version, or only one side has a secret or
-    asks for TLS."""
-    magic, version = GREETING.unpack(raw)
-    if magic != MAGIC:
-        raise ProtocolError("the peer does not speak the Penstock pool protocol")
-    has_secret, has_tls = bool(version & SECRET_FLAG), bool(version & TLS_FLAG)
-    version &= ~(SECRET_FLAG | TLS_FLAG)
-    if version != PROTOCOL_VERSION:
-        raise ProtocolError(f"the peer speaks version {version} of the pool protocol, this side {PROTOCOL_VERSION}")
-    refused = proof_mismatch(has_secret, has_tls, secret, tls)
-    if refused is not None:
-        raise ProtocolError(refused)
 
 
 def set_timeouts(sock: Stream) -> None:

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.bandwidth import LinkCost
+from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.guest.records import Landed
 from penstock.core.guest.scheduler import GuestOperation, GuestScheduler
 from penstock.core.operations import BlockHit, Drop, Fetch, Lookup, RequestSpec, Save, Upload

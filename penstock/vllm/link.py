@@ -19,6 +19,7 @@ from typing import Annotated
 
 import msgspec
 
+from penstock.framing import NO_MESSAGE, said
 from penstock.io.sealed_memory import create_sealed
 
 MESSAGE_BYTES_MAX = 64 << 20
@@ -31,7 +32,6 @@ SEND_TIMEOUT_S = 5.0  # the other end reads all the time; one that does not is g
 BACKLOG = 128  # connections that wait to be looked at
 GREETING_BYTES_MAX = 4096
 ERROR_CHARS_MAX = 500
-_SAID_CHARS_MAX = 300  # of a decoder's error, which may cite what came
 _LENGTH = struct.Struct("<I")
 
 
@@ -124,10 +124,6 @@ class Leaving(msgspec.Struct, tag=True, frozen=True):
     """vLLM closes this worker in good order; the link ends behind its last copy."""
 
 
-# What decoding raises for bytes that are no message.
-NO_MESSAGE = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, NotImplementedError)
-
-
 def cut_error(text: str) -> str:
     """As much of an error's text as Done takes, and such that it can be encoded."""
     return text[:ERROR_CHARS_MAX].encode(errors="replace").decode()
@@ -144,7 +140,7 @@ def decode(body: bytes) -> Message:
     try:
         return _messages.decode(body)
     except NO_MESSAGE as error:
-        raise LinkError(f"a message that is none: {str(error)[:_SAID_CHARS_MAX]}") from None
+        raise LinkError(f"a message that is none: {said(error)}") from None
 
 
 def socket_name(engine_id: str, rank: int) -> str:

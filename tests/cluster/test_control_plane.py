@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -340,7 +341,7 @@ def test_strangers_get_nothing(caplog: pytest.LogCaptureFixture) -> None:
         greeting = wire.greeting()
         assert converse(c, b"GET / HTTP/1.1\r\n\r\n") == greeting
         assert "does not speak the Penstock cluster protocol" in caplog.text
-        older = wire.GREETING.pack(wire.MAGIC, 0)
+        older = replace(wire.GREETING, version=0).pack(secret=True)
         assert converse(c, older) == greeting
         assert "speaks version 0 of the cluster protocol, this side 3" in caplog.text
         answer = converse(c, greeting, b"x" * (NONCE_BYTES + PROOF_BYTES))

@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import SchedulerConfig
-from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import block_keys, root_key
 from penstock.core.layout import KVLayout

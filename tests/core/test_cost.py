@@ -6,14 +6,8 @@ import random
 
 import pytest
 
-from penstock.core.cost import (
-    ComputeCost,
-    CostModel,
-    LinkCost,
-    RelativeError,
-    compute_features,
-    least_squares,
-)
+from penstock.core.bandwidth import LinkCost
+from penstock.core.cost import ComputeCost, CostModel, RelativeError, compute_features, least_squares
 
 PLANTED = (4e-3, 5e-5, 2e-9)
 

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import POLICIES, SchedulerConfig
-from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.guest.records import Landed
 from penstock.core.guest.scheduler import GuestScheduler
 from penstock.core.keys import block_keys, root_key

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import SchedulerConfig
-from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.guest.costs import PROBE_EVERY, STEP_TOKENS_LEAST, prefill_tokens_max
 from penstock.core.guest.records import Landed
 from penstock.core.guest.scheduler import GuestOperation, GuestScheduler

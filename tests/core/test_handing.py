@@ -8,8 +8,9 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Literal
 
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import POLICIES
-from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.engine.scheduler import LoadScheduler, WaitingQueueFull
 from penstock.core.engine.sides import route_hits
 from penstock.core.keys import KeyChain, root_key

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from penstock.core.cost import LEARNED_LINKS_MAX, ComputeCost, CostModel, LinkCost
+from penstock.core.bandwidth import LinkCost
+from penstock.core.cost import LEARNED_LINKS_MAX, ComputeCost, CostModel
 from penstock.core.engine.fetching import LINK_FORGET_S, LINKS_IDLE_MAX
 from tests.core.brain_rig import BLOCK, Bench, prompt_of, spec
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from penstock.core.pool.member_bandwidth import CHANGE_EVERY_S, DEGRADED, FLOOR, MemberBandwidth
+from penstock.core.bandwidth import CHANGE_EVERY_S, DEGRADED, FLOOR, MemberBandwidth
 
 
 class Load:

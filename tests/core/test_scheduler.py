@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import ConfigError, SchedulerConfig
-from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.engine.scheduler import LoadScheduler, WaitingQueueFull
 from penstock.core.operations import BlockHit, Lookup, RequestSpec
 from tests.core.brain_rig import BLOCK, BLOCK_BYTES, LINK, Bench, overlap_s, prompt_of, spec

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import POLICIES, SchedulerConfig
-from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.engine.scheduler import LoadScheduler, WaitingQueueFull
 from penstock.core.keys import KeyChain, root_key
 from penstock.core.operations import (

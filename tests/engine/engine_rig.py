@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import SchedulerConfig
-from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.new_block import NewBlock
 from penstock.core.operations import ChunkOutcome
 from penstock.engine.api import GenerationRequest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -13,10 +14,10 @@ from penstock.core.config import ConfigError
 from penstock.engine.api import GenerationRequest
 from penstock.engine.build import build_engine
 from penstock.engine.config import EngineConfig
-from penstock.engine.link_clock import LinkClock
 from penstock.engine.modelled_runner import ModelledRunner
 from penstock.engine.profile import load_profile
 from penstock.engine.runner import Chunk, SamplingParams
+from penstock.pacing import Pacer
 from penstock.pool.api import Pool
 from penstock.pool.open import open_local_pool
 from tests.asking import Answer, prompt_of
@@ -100,7 +101,7 @@ def test_uploads_take_turns_on_the_link(slept: list[float]) -> None:
     assert took_s >= expected_s >= sum(slept)
 
 
-def test_a_link_clock_does_not_add_up_lateness(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_modelled_link_does_not_add_up_lateness(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [100.0]
 
     def oversleep(seconds: float) -> None:
@@ -108,7 +109,7 @@ def test_a_link_clock_does_not_add_up_lateness(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
     monkeypatch.setattr(time, "sleep", oversleep)
-    clock = LinkClock(1e6)
+    clock = Pacer(1e6, credit_s=math.inf)
     for _ in range(50):
         clock.wait(1000, 100.0)  # all of them were asked for at the beginning
     assert 0.05 <= now_s[0] - 100.0 < 0.05 + 0.011, "late by one sleep, not by fifty"

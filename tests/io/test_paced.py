@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from penstock.io import BlockEngine, IoOp, QueueFull, aligned_buffer, open_engine
-from penstock.io.paced import PaceClock, PacedEngine
+from penstock.io.paced import PacedEngine
+from penstock.pacing import PaceClock
 from tests.io.block_io import drain
 
 PAGE, MIB = 4096, 1 << 20

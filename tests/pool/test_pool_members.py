@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from penstock.core.bandwidth import CHANGE_EVERY_S
 from penstock.core.new_block import tenant_tag
-from penstock.core.pool.member_bandwidth import CHANGE_EVERY_S
 from penstock.core.pool.policy import PoolPolicy
 from penstock.io.memory import aligned_buffer
 from penstock.io.open import open_engine

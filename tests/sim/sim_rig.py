@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import SchedulerConfig
-from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import BlockKey, KeyChain, root_key
 from penstock.core.operations import BlockHit, Compute, Fetch, Operation, RequestSpec, Save, Upload

@@ -34,9 +34,9 @@ NO_MESSAGES = {
     "a text that is longer than the message": b"\x92\x01\xdb\xff\xff\xff\xff",
     "nothing": b"",
 }
-DECODING = {  # modules that decode what another process sends, each fuzzed or tested by itself
-    "cluster/wire.py", "server/template_process.py", "server/template_renderer.py", "transport/nixl_mover.py",
-    "transport/shared_memory.py", "transport/wire.py", "vllm/link.py",
+DECODING = {  # modules that decode what another process sends, each fuzzed or tested by itself; framing: for others
+    "cluster/wire.py", "framing.py", "server/template_process.py", "server/template_renderer.py",
+    "transport/nixl_mover.py", "transport/shared_memory.py", "transport/wire.py", "vllm/link.py",
 }  # fmt: skip
 
 

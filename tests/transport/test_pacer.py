@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from penstock.transport.pacer import CREDIT_S, PIECE_BYTES, Pacer
+from penstock.pacing import CREDIT_S, PIECE_BYTES, Pacer
 
 RATE = 100e6
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,7 +159,7 @@ class FakeNode:
     """A real socket that answers greetings and hellos, then does with reads what a test says."""
 
     def __init__(
-        self, on_read: Callable[[socket.socket, wire.Read], None], version: int = wire.PROTOCOL_VERSION
+        self, on_read: Callable[[socket.socket, wire.Read], None], version: int = wire.GREETING.version
     ) -> None:
         self._on_read, self._version = on_read, version
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -182,7 +183,7 @@ class FakeNode:
     def _serve(self, sock: socket.socket) -> None:
         try:
             wire.receive_exactly(sock, memoryview(bytearray(wire.GREETING.size)))
-            sock.sendall(wire.GREETING.pack(wire.MAGIC, self._version))
+            sock.sendall(replace(wire.GREETING, version=self._version).pack())
             frames = wire.FrameReader(sock)
             while True:
                 request = wire.decode_request(frames.next()[0])
@@ -254,7 +255,7 @@ def test_the_node_refuses_strangers_and_lives(setup: Setup) -> None:
     node = setup.node(setup.local(MIB))
     client = setup.client(node)
     generator = random.Random(3)
-    for first in (b"GET / HTTP/1.1\r\n\r\n", wire.GREETING.pack(wire.MAGIC, 7), generator.randbytes(4000)):
+    for first in (b"GET / HTTP/1.1\r\n\r\n", replace(wire.GREETING, version=7).pack(), generator.randbytes(4000)):
         refused(node.address, first)
     for _ in range(30):
         prefix = wire.PREFIX.pack(40, generator.choice((0, 1 << 31)))

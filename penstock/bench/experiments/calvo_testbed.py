@@ -13,8 +13,9 @@ from penstock.bench.pool_fill import fill_pool
 from penstock.bench.processes import pool_process
 from penstock.bench.recording import RecordedProfile, RecordedRequest, RecordedRun
 from penstock.bench.workloads import CALVO_DATASETS, SLO_MULTIPLIERS, Workload, calvo, prompt_tokens
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import Mode, Policy, SchedulerConfig
-from penstock.core.cost import CostModel, LinkCost
+from penstock.core.cost import CostModel
 from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import BlockKey, KeyChain, root_key
 from penstock.core.new_block import NewBlock, prefix_position

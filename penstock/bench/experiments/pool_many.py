@@ -26,7 +26,8 @@ from penstock.bench.experiments.pool_rig import (
 )
 from penstock.bench.experiments.pool_ttft import engine_config, last_event
 from penstock.bench.report import Report
-from penstock.core.cost import CostModel, LinkCost
+from penstock.core.bandwidth import LinkCost
+from penstock.core.cost import CostModel
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
 from penstock.engine.api import GenerationRequest

@@ -18,7 +18,8 @@ from penstock.core.new_block import NewBlock, prefix_position, tenant_tag
 from penstock.engine.profile import Profile, load_profile
 from penstock.io.api import BlockEngine
 from penstock.io.open import open_engine
-from penstock.io.paced import PaceClock, PacedEngine
+from penstock.io.paced import PacedEngine
+from penstock.pacing import PaceClock
 from penstock.pool.device import DeviceMember, open_device_member
 from penstock.pool.header import HEADER_BYTES
 from penstock.pool.local import LocalPool

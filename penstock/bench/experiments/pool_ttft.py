@@ -36,8 +36,9 @@ from penstock.bench.experiments.pool_rig import (
 )
 from penstock.bench.recording import RecordedProfile, RecordedRequest, RecordedRun
 from penstock.bench.report import Report
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import Mode, SchedulerConfig
-from penstock.core.cost import CostModel, LinkCost
+from penstock.core.cost import CostModel
 from penstock.engine.api import GenerationRequest, RequestReport, TokenEvent
 from penstock.engine.engine import Engine, new_request_id
 from penstock.engine.modelled_runner import ModelledRunner

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from penstock.bench.processes import ReadyProcess
 from penstock.child_python import python_command
-from penstock.transport.pacer import Pacer
+from penstock.pacing import Pacer
 
 PIECE_BYTES = 64 << 10
 SOCKET_BUFFER_BYTES = 256 << 10  # of each socket on the way: what the line holds beyond its rate

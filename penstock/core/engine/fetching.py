@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from penstock.core.engine.link_use import LinkUse
+from penstock.core.bandwidth import LinkUse
 from penstock.core.engine.loads import Loads
 from penstock.core.engine.request import BlockLoad, LoadState, Request, State
 from penstock.core.engine.shared_state import SharedState

@@ -16,8 +16,9 @@ from penstock.bench.plots import line_chart
 from penstock.bench.report import Report
 from penstock.bench.statistics import percentile
 from penstock.bench.workloads import CALVO_DATASETS, calvo, prompt_tokens
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import POLICIES, Mode, Policy, SchedulerConfig
-from penstock.core.cost import CostModel, LinkCost
+from penstock.core.cost import CostModel
 from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import KeyChain, root_key
 from penstock.core.operations import BlockHit, RequestSpec

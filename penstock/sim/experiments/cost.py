@@ -23,8 +23,9 @@ from rich.console import Console
 
 from penstock.bench.report import Report
 from penstock.bench.statistics import percentile
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import POLICIES, Policy, SchedulerConfig
-from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.guest.records import Landed
 from penstock.core.guest.scheduler import GuestScheduler

@@ -25,8 +25,9 @@ from penstock.bench.experiments.pool_rig import (
 )
 from penstock.bench.experiments.pool_ttft import ABLATION_PAPER, BASELINES, GOAL_CONTEXT, OURS, System, systems
 from penstock.bench.report import Report
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import SchedulerConfig
-from penstock.core.cost import CostModel, LinkCost
+from penstock.core.cost import CostModel
 from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.operations import BlockHit, RequestSpec
 from penstock.core.pool.placement import Placement

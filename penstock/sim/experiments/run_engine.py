@@ -10,8 +10,9 @@ import numpy as np
 
 from penstock.bench.traces import Scaling, TraceError, read_trace
 from penstock.bench.workloads import Session, Workload, agent_trajectories, calvo, poisson_starts_s, prompt_tokens
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import ConfigError, SchedulerConfig
-from penstock.core.cost import CostModel, LinkCost
+from penstock.core.cost import CostModel
 from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import KeyChain, root_key
 from penstock.core.new_block import NewBlock, prefix_position

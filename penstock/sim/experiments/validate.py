@@ -13,8 +13,9 @@ from rich.progress import track
 from penstock.bench.recording import RecordedRun, read_runs
 from penstock.bench.report import Report
 from penstock.bench.statistics import percentile
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import ConfigError, SchedulerConfig
-from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import KeyChain, root_key
 from penstock.core.operations import BlockHit, RequestSpec

@@ -1,0 +1,216 @@
+"""How fast a link or a device is, as far as its transfers show; without a clock: the time goes in.
+
+Two measures of being busy, and two estimates, each pair for a reason:
+
+- `BusyMeter` counts all bytes and the time in which *anything* was moved: for a bandwidth. `LinkUse` says for how long
+  *one* operation kept its link busy; the time in which others overtook it is theirs: for a cost by size.
+- `SeenBandwidth` forgets by busy time, has no answer before it saw enough, and weighs bytes evenly: what is reported,
+  and what shares follow. `LinkCost` forgets by operation, begins with a prior, so that it always has an answer, and
+  weighs an operation by its size, so that fixed costs of small ones count little: what the scheduler predicts by.
+
+What one host's storage NIC counts for among all hosts is a question of the cluster: `core.cluster.nic_speed`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+BUSY_MIN_S = 0.25  # an estimate needs this much busy time
+HALF_LIFE_BUSY_S = 2.0  # of older observations, in busy time
+
+DEGRADED = 0.8  # below this part of its share's bandwidth a member's share falls
+RECOVERED = 1.1  # above this part it rises again, never above what it was given
+CHANGE_EVERY_S = 10.0
+WHOLE = 0.95  # at this part of what it was given a member has recovered in full
+FLOOR = 0.02  # of the bandwidth it was given: a member keeps a share, or it would never be measured again
+
+LOAD_S = 2.0  # a link's load is a decaying mean over about so long
+FORGET_S = 30.0  # a link's speed that was not seen for so long may be another one now
+
+
+class LinkUse:
+    """Operations in flight on one link, and when it last finished one."""
+
+    __slots__ = ("in_flight", "last_done_s")
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self.last_done_s = 0.0
+
+    def finished(self, issued_s: float, now: float) -> float:
+        """One operation ended; returns for how long it alone kept the link busy, in seconds."""
+        self.in_flight -= 1
+        busy_s = now - max(issued_s, self.last_done_s)
+        self.last_done_s = now
+        return busy_s
+
+
+class BusyMeter:
+    """Bytes moved and busy seconds, both cumulative. Fed by one thread or under a lock; any thread may read."""
+
+    __slots__ = ("_busy_from", "_failed_time", "_seen", "in_flight")
+
+    def __init__(self, busy_from: int, failed_time: bool) -> None:
+        """Busy while `busy_from` transfers are under way: 2 for what overlaps them, of which one alone shows the
+        latency. `failed_time`: the time before a failed transfer counts, so that the share of a device that runs into
+        deadlines falls; of a link to a peer that may be gone it says nothing."""
+        self._busy_from = busy_from
+        self._failed_time = failed_time
+        self.in_flight = 0
+        self._seen: tuple[int, float, float | None] = (0, 0.0, None)  # bytes, seconds; while busy: counted up to when
+
+    def observed(self, now_s: float) -> tuple[int, float]:
+        """Bytes and busy seconds so far."""
+        moved_bytes, busy_s, since_s = self._seen
+        return moved_bytes, busy_s if since_s is None or not self._failed_time else busy_s + max(0.0, now_s - since_s)
+
+    def started(self, now_s: float) -> None:
+        """One more transfer is under way."""
+        self.in_flight += 1
+        if self.in_flight == self._busy_from:
+            self._seen = *self._seen[:2], now_s
+
+    def ended(self, transfers: int, moved_bytes: int, now_s: float) -> None:
+        """`transfers` ended together, with `moved_bytes`; 0 bytes: they failed."""
+        self.in_flight -= transfers
+        before_bytes, busy_s, since_s = self._seen
+        if since_s is not None:
+            if moved_bytes or self._failed_time:
+                busy_s += now_s - since_s
+            self._seen = before_bytes + moved_bytes, busy_s, now_s if self.in_flight >= self._busy_from else None
+
+
+class SeenBandwidth:
+    """Decayed bytes over decayed busy seconds, from cumulative `(bytes, busy seconds)`."""
+
+    def __init__(self, moved_bytes: int = 0, busy_s: float = 0.0) -> None:
+        """The counters as they are now: what they count from here on is looked at."""
+        self._last = (moved_bytes, busy_s)
+        self._bytes = 0.0
+        self._busy_s = 0.0
+
+    @property
+    def observed_bytes_per_s(self) -> float | None:
+        """The decayed estimate; None before enough was seen."""
+        return self._bytes / self._busy_s if self._busy_s >= BUSY_MIN_S else None
+
+    def observe(self, moved_bytes: int, busy_s: float) -> float:
+        """Note the counters as they are; those that ran backwards start anew. Returns the busy seconds that are new."""
+        more_bytes, more_s = moved_bytes - self._last[0], busy_s - self._last[1]
+        self._last = (moved_bytes, busy_s)
+        if more_bytes < 0 or more_s <= 0:
+            return 0.0
+        kept = 0.5 ** (more_s / HALF_LIFE_BUSY_S)
+        self._bytes = self._bytes * kept + more_bytes
+        self._busy_s = self._busy_s * kept + more_s
+        return more_s
+
+
+class MemberBandwidth(SeenBandwidth):
+    """When a pool member's share of new blocks should follow the bandwidth that it really gives.
+
+    B1  A change needs `BUSY_MIN_S` of busy time since the last one, and `CHANGE_EVERY_S` since then.
+    B2  A share falls when the estimate is below `DEGRADED` of it, and rises when above `RECOVERED` of it; between them
+        it stays, so that noise moves no blocks.
+    B3  A share is never above what was given at start, and never below `FLOOR` of that.
+    """
+
+    def __init__(self, given_bytes_per_s: float) -> None:
+        """`given_bytes_per_s` is the weight that the member began with, measured or configured."""
+        if given_bytes_per_s <= 0:
+            raise ValueError(f"given_bytes_per_s is {given_bytes_per_s}; it must be above 0")
+        super().__init__()
+        self.given_bytes_per_s = given_bytes_per_s
+        self.share_bytes_per_s = given_bytes_per_s  # what its share is computed from
+        self._fresh_busy_s = 0.0
+        self._changed_s: float | None = None
+
+    def observe(self, moved_bytes: int, busy_s: float) -> float:
+        """As `SeenBandwidth.observe`."""
+        more_s = super().observe(moved_bytes, busy_s)
+        self._fresh_busy_s += more_s
+        return more_s
+
+    def change(self, now_s: float) -> float | None:
+        """A new bandwidth to compute the member's share from, or None to leave it."""
+        observed = self.observed_bytes_per_s
+        if observed is None or self._fresh_busy_s < BUSY_MIN_S:
+            return None
+        if self._changed_s is not None and now_s - self._changed_s < CHANGE_EVERY_S:
+            return None
+        given = self.given_bytes_per_s
+        wanted = given if observed >= WHOLE * given else max(observed, FLOOR * given)
+        ratio = wanted / self.share_bytes_per_s
+        returned = wanted == given > self.share_bytes_per_s
+        if DEGRADED <= ratio <= RECOVERED and not returned:
+            return None
+        self.share_bytes_per_s = wanted
+        self._changed_s = now_s
+        self._fresh_busy_s = 0.0
+        return wanted
+
+
+class LinkSpeed:
+    """One direction of a link between hosts: what it carries, and how fast it is while it is busy.
+
+    `given_bytes_per_s` (0: not known) is its speed until it was busy for long enough, and when that is long ago."""
+
+    def __init__(self, given_bytes_per_s: float, now_s: float) -> None:
+        self._given_bytes_per_s = given_bytes_per_s
+        self._meter = BusyMeter(busy_from=1, failed_time=False)
+        self._seen = SeenBandwidth()
+        self._recent_bytes = 0.0
+        self._recent_s = self._moved_s = now_s
+
+    def started(self, now_s: float) -> None:
+        """A transfer begins."""
+        self._meter.started(now_s)
+
+    def ended(self, moved_bytes: int, now_s: float) -> None:
+        """A transfer ended, with `moved_bytes`; 0 bytes: it failed."""
+        if moved_bytes:
+            if now_s - self._moved_s > FORGET_S:
+                self._seen = SeenBandwidth(*self._meter.observed(now_s))
+            self._moved_s = now_s
+        self._meter.ended(1, moved_bytes, now_s)
+        self._recent_bytes = self.load_bytes_per_s(now_s) * LOAD_S + moved_bytes
+        self._recent_s = now_s
+
+    def load_bytes_per_s(self, now_s: float) -> float:
+        """What it carried lately, idle times included."""
+        return self._recent_bytes * math.exp((self._recent_s - now_s) / LOAD_S) / LOAD_S
+
+    def bytes_per_s(self, now_s: float) -> float:
+        """How fast it is while it is busy: as it was seen lately, or as it was given."""
+        self._seen.observe(*self._meter.observed(now_s))
+        seen = self._seen.observed_bytes_per_s if now_s - self._moved_s <= FORGET_S else None
+        return seen or self._given_bytes_per_s
+
+
+@dataclass(slots=True)
+class LinkCost:
+    """Seconds per byte of one link: least squares through the origin over decayed sums of (bytes, busy seconds)."""
+
+    bytes_per_s: float
+    forget: float = 0.995
+    _bytes_seconds: float = 0.0
+    _bytes_bytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.bytes_per_s <= 0:
+            raise ValueError(f"bytes_per_s is {self.bytes_per_s}; a link needs a bandwidth above 0")
+        weight = 1e6  # the prior counts as one block of a megabyte
+        self._bytes_bytes = weight * weight
+        self._bytes_seconds = weight * weight / self.bytes_per_s
+
+    def observe(self, size_bytes: int, busy_s: float) -> None:
+        """The link was busy for `busy_s` seconds moving `size_bytes` (`LinkUse.finished`)."""
+        self._bytes_seconds = self._bytes_seconds * self.forget + size_bytes * busy_s
+        self._bytes_bytes = self._bytes_bytes * self.forget + float(size_bytes) * size_bytes
+        if self._bytes_seconds > 0:
+            self.bytes_per_s = self._bytes_bytes / self._bytes_seconds
+
+    def seconds(self, size_bytes: float) -> float:
+        """What so many bytes take."""
+        return size_bytes / self.bytes_per_s
