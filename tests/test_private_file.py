@@ -21,6 +21,7 @@ from penstock.private_file import (
     replace_file,
 )
 from penstock.transport.secret import Secret
+from tests.children import let_others_reach
 
 STRANGER = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user, which only root can")
@@ -118,8 +119,7 @@ except OSError as error:
 def test_a_secret_of_root_may_be_read_by_the_services_group(secret: Path, mode: int, answer: str) -> None:
     os.chown(secret, 0, STRANGER)
     secret.chmod(mode)
-    for folder in (secret.parent, secret.parent.parent, secret.parent.parent.parent):
-        folder.chmod(0o711)
+    let_others_reach(secret)
     command = [sys.executable, "-P", "-c", _AS_STRANGER, str(secret), str(STRANGER)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith(answer), done

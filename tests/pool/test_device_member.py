@@ -26,6 +26,7 @@ from penstock.pool.header import HEADER_BYTES, SlabRefused
 from penstock.pool.local import LocalPool
 from penstock.pool.open import open_local_pool
 from penstock.pool.work import Work
+from tests.children import let_others_reach
 from tests.pool.faulty_engine import FaultyEngine
 from tests.pool.helpers import ROOT, Outcome, block_bytes, chain, key_of, member, new_block, read, staged, until, write
 
@@ -409,8 +410,8 @@ def test_the_slab_of_another_user_is_refused_in_one_line(tmp_path: Path) -> None
     folder = tmp_path / "open"
     folder.mkdir()
     path = folder / "kv.slab"
-    for at in (folder, *folder.parents[:3]):
-        at.chmod(0o755)
+    folder.chmod(0o755)
+    let_others_reach(path)
     open_local_pool([], [(path, MIB)]).close(5.0)
     script = [sys.executable, "-c", AS_NOBODY, str(Path(__file__).parents[2]), str(path)]
 
