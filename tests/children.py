@@ -16,7 +16,7 @@ def with_tests(**variables: str) -> dict[str, str]:
 
 
 def let_others_reach(path: Path) -> None:
-    """Another user may pass through the folders above `path`, which pytest makes for its own user alone."""
+    """Another user may read the folders above `path`, which pytest makes for its own user alone."""
     for folder in path.parents:
         if folder.is_relative_to(tempfile.gettempdir()) and str(folder) != tempfile.gettempdir():
-            folder.chmod(folder.stat().st_mode | 0o011)
+            folder.chmod(folder.stat().st_mode | 0o055)
