@@ -11,7 +11,7 @@ from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import KeyChain, root_key
 from penstock.core.operations import BlockHit, RequestSpec
-from penstock.testing.virtual_body import Ended, VirtualBody
+from penstock.testing.virtual_driver import Ended, VirtualBody
 
 BLOCK_TOKENS, BLOCK_BYTES = 256, 256 * 131_072  # Llama-3.1-8B
 FETCH, UPLOAD = 17.2e9, 25e9  # bytes per second

@@ -64,7 +64,7 @@ def penstock_reader(folder: Path, blocks: int, memory: bool) -> Iterator[Run]:
     from penstock.core.new_block import NewBlock
     from penstock.io.memory import aligned_buffer
     from penstock.pool.api import PoolError
-    from penstock.pool.open import open_local_pool
+    from penstock.pool.setup.open import open_local_pool
 
     room = (blocks + 8) * BLOCK_BYTES
     pool = open_local_pool([room] if memory else [], [] if memory else [(folder / "slab", room)])

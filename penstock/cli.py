@@ -8,15 +8,15 @@ import typer
 
 from penstock import __version__
 from penstock.bench.command import bench
-from penstock.cluster.command import router
-from penstock.cluster.fabric_command import fabric
-from penstock.cluster.up_command import up
+from penstock.cluster.deploy.fabric_command import fabric
+from penstock.cluster.deploy.up_command import up
+from penstock.cluster.engine.serve_command import serve
+from penstock.cluster.router.router_command import router
 from penstock.doctor.command import doctor
 from penstock.io.spdk.command import app as spdk_app
-from penstock.pool.profile_command import profile
-from penstock.server.command import serve
+from penstock.pool.setup.pool_command import pool_app
+from penstock.pool.setup.profile_command import profile
 from penstock.sim.command import sim
-from penstock.transport.command import pool_app
 from penstock.vllm.command import PASSED_THROUGH, vllm
 
 app = typer.Typer(

@@ -10,8 +10,8 @@ from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 
-from penstock import log_lines
 from penstock.core.settings import Declared, settings_of
+from penstock.process import log_lines
 from penstock.units import format_bytes
 
 log = logging.getLogger(__name__)

@@ -23,9 +23,9 @@ from tests.serving import serves
 TOGETHER = {
     "tests/io/test_block_engines.py": "guest",
     "tests/io/test_nvme_engine.py": "guest",
-    "tests/bench/test_end_to_end.py": "cluster",
+    "tests/benchmarks/test_end_to_end.py": "cluster",
     "tests/cluster/test_kill_rounds.py": "cluster",
-    "tests/cluster/test_on_ray.py": "cluster",
+    "tests/cluster/deploy/test_on_ray.py": "cluster",
     "tests/cluster/test_pool_out_of_memory.py": "cluster",
     "tests/cluster/test_tls_cluster.py": "cluster",
 }

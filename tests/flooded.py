@@ -16,15 +16,15 @@ from types import SimpleNamespace
 from typing import Any
 
 from penstock.cluster import wire as cluster_wire
-from penstock.cluster.buffer import DecodeBuffer
-from penstock.cluster.incoming import Incoming
-from penstock.cluster.port import ClusterPort, Engine
-from penstock.cluster.relay import RelayNode
-from penstock.file_limit import raise_file_limit
-from penstock.pool.open import open_local_pool
-from penstock.transport.node import PoolNode
-from penstock.transport.secret import Secret
-from penstock.transport.shared_memory import SharedMemoryMover
+from penstock.cluster.handoff.buffer import DecodeBuffer
+from penstock.cluster.handoff.incoming import Incoming
+from penstock.cluster.handoff.relay import RelayNode
+from penstock.cluster.router.engine_registry import ClusterPort, Engine
+from penstock.pool.net.node import PoolNode
+from penstock.pool.net.secret import Secret
+from penstock.pool.net.shared_memory import SharedMemoryMover
+from penstock.pool.setup.open import open_local_pool
+from penstock.process.file_limit import raise_file_limit
 from penstock.vllm.accepting import accept_scheduler
 from penstock.vllm.link import listen
 

@@ -15,16 +15,16 @@ import pytest
 from typer.main import get_command
 
 from penstock.cli import app
-from penstock.cluster.command import PANELS as ROUTER_PANELS
-from penstock.cluster.flags import RouterFlags
+from penstock.cluster.engine.serve_command import PANELS as SERVE_PANELS
+from penstock.cluster.engine.serve_flags import ServeFlags
+from penstock.cluster.router.router_command import PANELS as ROUTER_PANELS
+from penstock.cluster.router.router_flags import RouterFlags
 from penstock.command_line import ARGUMENTS, shown_default
 from penstock.core.settings import Declared, settings_of
-from penstock.pool.config import NodeSettings, PoolConfig
-from penstock.server.command import PANELS as SERVE_PANELS
-from penstock.server.flags import ServeFlags
-from penstock.transport.command import PANELS as POOL_PANELS
-from penstock.transport.command import NodeFlags
-from penstock.transport.node import CONNECTIONS_MAX, STAGING_BYTES
+from penstock.pool.net.node import CONNECTIONS_MAX, STAGING_BYTES
+from penstock.pool.setup.config import NodeSettings, PoolConfig
+from penstock.pool.setup.pool_command import PANELS as POOL_PANELS
+from penstock.pool.setup.pool_command import NodeFlags
 from penstock.units import format_bytes
 from penstock.vllm.command import PANELS as VLLM_PANELS
 from penstock.vllm.settings import Settings

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import pytest
 
 from penstock.cluster import wire as cluster_wire
-from penstock.transport import wire
-from penstock.transport.secret import prove_as_client
+from penstock.pool.net import wire
+from penstock.pool.net.secret import prove_as_client
 from penstock.units import parse_address
 from penstock.vllm.link import Greet, connect, socket_name
 from tests.children import with_tests

@@ -9,7 +9,7 @@ import pytest
 
 from penstock.cluster import wire as cluster_wire
 from penstock.framing import Greeting, ProtocolError
-from penstock.transport import wire
+from penstock.pool.net import wire
 
 NAMES = ("pool", "cluster")
 GREETINGS = {"pool": wire.GREETING, "cluster": cluster_wire.GREETING}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from penstock.pool.net.secret import Secret
 from penstock.private_file import (
     NotPrivate,
     make_private,
@@ -20,7 +21,6 @@ from penstock.private_file import (
     read_private,
     replace_file,
 )
-from penstock.transport.secret import Secret
 from tests.children import let_others_reach
 
 STRANGER = 65534

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import typer
 
-from penstock.bench.experiments.calvo import calvo
-from penstock.bench.experiments.demo import demo
-from penstock.bench.experiments.dualpath import dualpath
-from penstock.bench.experiments.gpu import gpu
-from penstock.bench.experiments.io import io
-from penstock.bench.experiments.pool import pool
-from penstock.bench.experiments.serve import serve
-from penstock.bench.experiments.transport import transport
-from penstock.bench.experiments.vllm import vllm
+from benchmarks.calvo.live import calvo
+from benchmarks.demo.demo import demo
+from benchmarks.dualpath.live import dualpath
+from benchmarks.peers.vllm import vllm
+from benchmarks.pooling.live import pool
+from penstock.bench.gpu import gpu
+from penstock.bench.io import io
+from penstock.bench.serve import serve
+from penstock.bench.transport import transport
 
 bench = typer.Typer(help="Measure Penstock against its limits on this machine.", no_args_is_help=True)
 bench.command()(calvo)

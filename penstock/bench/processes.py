@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, Self
 
-from penstock.child_python import child_environment, python_command
+from penstock.process.child_python import child_environment, python_command
 
 POOL_READY = re.compile(r"pool node \S+ ready on ([\w.\-\[\]:]+:\d+)")
 SERVE_READY = re.compile(r"listening on (https?://[\w.\-\[\]:]+:\d+)", re.IGNORECASE)

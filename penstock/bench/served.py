@@ -12,11 +12,11 @@ from typing import Literal
 
 import httpx
 
-from penstock.bench.deadlines import TtftModel, one_at_a_time
 from penstock.bench.processes import ProcessFailed, ReadyProcess, pool_process, serve_process
-from penstock.bench.progress import Counter, Progress
-from penstock.bench.replay import ReplaySettings, RequestRecord, replay
-from penstock.bench.workloads import Segment, Session, Turn, Workload
+from penstock.workloads.deadlines import TtftModel, one_at_a_time
+from penstock.workloads.generators import Segment, Session, Turn, Workload
+from penstock.workloads.progress import Counter, Progress
+from penstock.workloads.replay import ReplaySettings, RequestRecord, replay
 
 System = Literal["penstock", "coupled", "no_pool"]
 WARM_UP_TENANT = "warm-up"

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from penstock.bench.deadlines import RequestName
-from penstock.bench.progress import Counter, Progress
-from penstock.bench.replay import RequestRecord
 from penstock.bench.served import Bed, Run, Served, System
-from penstock.bench.workloads import Workload
+from penstock.workloads.deadlines import RequestName
+from penstock.workloads.generators import Workload
+from penstock.workloads.progress import Counter, Progress
+from penstock.workloads.replay import RequestRecord
 
 SLICE_REQUESTS = 2  # few, so that they hardly queue: queues multiply the noise of the machine
 PAUSE_S = 0.1  # between two systems: what the first still saves is saved by then

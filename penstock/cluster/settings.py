@@ -7,7 +7,7 @@ from typing import Literal
 
 from penstock.core.settings import setting
 from penstock.engine.config import GIB
-from penstock.transport.one_sided import RelayTransport
+from penstock.pool.net.one_sided import RelayTransport
 from penstock.units import parse_bytes, parse_rate
 
 Role = Literal["mixed", "prefill", "decode"]

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from penstock.cluster.placed import EngineReport, Part, PlacedRequest
+from penstock.cluster.messages import EngineReport, Part, PlacedRequest
 from penstock.cluster.wire_types import (
     LIST_MAX,
     Count,

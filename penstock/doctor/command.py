@@ -32,7 +32,7 @@ def doctor(
     With --vllm exit code 1 for every problem: vLLM itself tells of none of them.
     """
     if vllm:
-        from penstock.vllm.doctor import examine_vllm
+        from penstock.doctor.vllm_checks import examine_vllm
 
         _report("Penstock inside vLLM", examine_vllm(command or []), json, strict=True)
     elif command:
@@ -46,7 +46,7 @@ def _report(title: str, findings: list[Check], json: Path | None, strict: bool) 
     from rich.console import Console
     from rich.table import Table
 
-    from penstock.bench.report import environment
+    from penstock.report import environment
 
     table = Table(title=title, title_justify="left", show_lines=True)
     for column in ("check", "status", "found", "what to do"):

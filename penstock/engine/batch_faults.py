@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from penstock.core.operations import ChunkFault, ChunkOutcome
 from penstock.engine.runner import Chunk
-from penstock.rate_limited_log import RateLimitedLog
+from penstock.process.rate_limited_log import RateLimitedLog
 
 rare = RateLimitedLog(logging.getLogger(__name__))
 

@@ -30,14 +30,14 @@ from penstock.engine.runner import ModelRunner
 from penstock.pool.api import Pool
 from penstock.pool.authenticated import NO_POOL_KEY, authenticated
 from penstock.pool.block_size import expect_blocks
-from penstock.pool.config import config_of_flags
-from penstock.pool.config_file import read_pool_config
 from penstock.pool.mac import PoolKey
-from penstock.pool.open import link_bytes_per_s, open_pool
-from penstock.transport.connect import connect_pool
-from penstock.transport.secret import Secret
-from penstock.transport.tls import PeerTls
-from penstock.transport.tls_flags import PeerSettings
+from penstock.pool.net.connect import connect_pool
+from penstock.pool.net.secret import Secret
+from penstock.pool.net.tls import PeerTls
+from penstock.pool.net.tls_flags import PeerSettings
+from penstock.pool.setup.config import config_of_flags
+from penstock.pool.setup.config_file import read_pool_config
+from penstock.pool.setup.open import link_bytes_per_s, open_pool
 
 log = logging.getLogger(__name__)
 

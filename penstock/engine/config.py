@@ -17,7 +17,7 @@ from penstock.core.config import (
     check_range,
 )
 from penstock.core.settings import setting
-from penstock.transport.tls_flags import PeerSettings
+from penstock.pool.net.tls_flags import PeerSettings
 from penstock.units import format_bytes, parse_address, parse_bytes
 
 Executor = Literal["real", "modelled"]

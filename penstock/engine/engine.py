@@ -18,8 +18,8 @@ from typing import Literal, TypeVar
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
+from penstock.core.engine.engine_load import Standing
 from penstock.core.engine.scheduler import LoadScheduler, WaitingQueueFull
-from penstock.core.engine.standing import Standing
 from penstock.core.keys import BlockKey, root_key
 from penstock.core.new_block import tenant_tag
 from penstock.core.operations import Emit, RequestSpec
@@ -34,15 +34,15 @@ from penstock.engine.api import (
     check_request,
     tell,
 )
-from penstock.engine.carrying import Carrying
+from penstock.engine.operation_dispatcher import Carrying
 from penstock.engine.peers import Peers
 from penstock.engine.reports import pool_series, report_of
 from penstock.engine.runner import ModelRunner, SamplingParams
 from penstock.engine.shaping import Past
-from penstock.guarded_thread import GuardedThread
 from penstock.pool.api import Pool, PoolError
 from penstock.pool.mac import PoolKey
-from penstock.rate_limited_log import RateLimitedLog
+from penstock.process.guarded_thread import GuardedThread
+from penstock.process.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)

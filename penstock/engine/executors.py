@@ -17,10 +17,10 @@ from penstock.engine.lookups import Answer, Lookups
 from penstock.engine.peers import RELAY_LINK, Peers
 from penstock.engine.runner import Chunk, ModelRunner, UploadGroup
 from penstock.engine.transfers import Transfers
-from penstock.guarded_thread import GuardedWorker
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Lease, Pool, PoolError
-from penstock.rate_limited_log import RateLimitedLog
+from penstock.process.guarded_thread import GuardedWorker
+from penstock.process.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)

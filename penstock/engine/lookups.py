@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from penstock.core.operations import BlockHit, Discard, Lookup
 from penstock.engine.transfers import GRACE_S
 from penstock.pool.api import Pool, PoolError
-from penstock.rate_limited_log import RateLimitedLog
+from penstock.process.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ import queue
 import time
 from collections.abc import Sequence
 
-from penstock.guarded_thread import GuardedThread, count_failure
 from penstock.io.api import IoCompletion, IoOp
 from penstock.io.device import Device
 from penstock.io.device_engine import DeviceEngine
 from penstock.io.memory import checked_addresses
+from penstock.process.guarded_thread import GuardedThread, count_failure
 
 ALIGNMENT_BYTES = 4096
 THREADS_MAX = 16

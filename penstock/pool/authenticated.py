@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from penstock.core.keys import BlockKey
 from penstock.core.new_block import NewBlock
-from penstock.guarded_thread import GuardedWorker, WorkerClosedError
 from penstock.pool.api import Done, Lease, Pool, PoolError, ReadCheck, check_write
 from penstock.pool.callbacks import call_done, call_soon, callback_worker
 from penstock.pool.losses import note_error
 from penstock.pool.mac import PoolKey, check_of
 from penstock.pool.wrapped import WrappedPool
+from penstock.process.guarded_thread import GuardedWorker, WorkerClosedError
 
 NO_POOL_KEY = (
     "there is no pool key (pool_key_file): whoever can write to the pool's nodes, slabs or connections decides what KV "

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from functools import partial
 
-from penstock.guarded_thread import GuardedWorker, count_failure
 from penstock.pool.api import Done, PoolError
+from penstock.process.guarded_thread import GuardedWorker, count_failure
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 
-from penstock.kind_counts import KindCounts
 from penstock.pool.api import PoolError
-from penstock.rate_limited_log import RateLimitedLog
+from penstock.process.kind_counts import KindCounts
+from penstock.process.rate_limited_log import RateLimitedLog
 
 _NO_LOSS = ("missing", "closed")
 

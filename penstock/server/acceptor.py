@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from penstock.core.connection_limits import ConnectionBudget, network_of
-from penstock.rate_limited_log import RateLimitedLog
+from penstock.process.rate_limited_log import RateLimitedLog
 from penstock.server.turns import WINDOW_S
 
 rare = RateLimitedLog(logging.getLogger(__name__))

@@ -13,7 +13,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from penstock.rate_limited_log import RateLimitedLog
+from penstock.process.rate_limited_log import RateLimitedLog
 from penstock.server.acceptor import Admission
 from penstock.server.reply import ABORT_EXTENSION
 from penstock.server.turns import Turns

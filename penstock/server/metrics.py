@@ -18,8 +18,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from penstock.engine.api import EngineAPI, RequestReport
-from penstock.guarded_thread import thread_failures
 from penstock.pool.losses import losses
+from penstock.process.guarded_thread import thread_failures
 
 log = logging.getLogger(__name__)
 

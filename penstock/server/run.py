@@ -14,7 +14,7 @@ from types import FrameType
 import uvicorn
 
 from penstock.core.connection_limits import ConnectionBudget
-from penstock.file_limit import connections_within, raise_file_limit
+from penstock.process.file_limit import connections_within, raise_file_limit
 from penstock.server.acceptor import Acceptor, Admission
 from penstock.server.app import ServerApp
 from penstock.server.connection import bounded_protocol

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from penstock.child_python import child_environment, python_command
-from penstock.rate_limited_log import RateLimitedLog
+from penstock.process.child_python import child_environment, python_command
+from penstock.process.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)

@@ -8,8 +8,8 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from penstock.guarded_thread import GuardedWorker
-from penstock.rate_limited_log import RateLimitedLog
+from penstock.process.guarded_thread import GuardedWorker
+from penstock.process.rate_limited_log import RateLimitedLog
 
 T = TypeVar("T")
 rare = RateLimitedLog(logging.getLogger(__name__))

@@ -13,7 +13,7 @@ import msgspec
 
 from penstock.core.operations import Compute, Fetch, Forward, Operation, Save, Upload
 from penstock.sim.clock import VirtualClock
-from penstock.sim.engine_body import PCIE, Ended, Observer
+from penstock.sim.engine_driver import PCIE, Ended, Observer
 
 STAGES, REQUESTS = 1, 2  # process numbers
 EVENTS_MAX = 500_000

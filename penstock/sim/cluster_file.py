@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import msgspec
 
-from penstock.bench.workloads import AGENT_TABLES, CALVO_DATASETS
 from penstock.core.config import MODES, POLICIES, ConfigError, SchedulerConfig, check_range
 from penstock.engine.profile import Profile, load_profile
 from penstock.sim.cluster_shape import SYSTEMS, ClusterShape, System
-from penstock.sim.engine_body import PCIE
+from penstock.sim.engine_driver import PCIE
 from penstock.sim.prefill_decode import Fault
 from penstock.sim.served_model import Gpu, ServedModel, load_model
+from penstock.workloads.generators import AGENT_TABLES, CALVO_DATASETS
 
 DERIVED = ("block_bytes", "l1_pages", "l2_slots")  # from the model and the memories
 HIGH = 1e15

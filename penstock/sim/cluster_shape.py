@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from penstock.core.cluster.bounds import NodeLinks
+from penstock.core.cluster.decisions import InterEngineConfig, Placement
 from penstock.core.cluster.paths import ReadPolicy
-from penstock.core.cluster.placing import InterEngineConfig, Placement
 from penstock.core.cluster.waiting_queue import Order
 from penstock.core.config import ConfigError, check_range
 from penstock.sim.served_model import Gpu

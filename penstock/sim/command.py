@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import typer
 
-from penstock.sim.experiments.calvo import calvo_command
-from penstock.sim.experiments.cost import cost
-from penstock.sim.experiments.dualpath import dualpath
-from penstock.sim.experiments.fuzz import fuzz
-from penstock.sim.experiments.pool import pool
-from penstock.sim.experiments.run import run
-from penstock.sim.experiments.tables import tables
-from penstock.sim.experiments.validate import validate
-from penstock.sim.plan import plan
+from benchmarks.calvo.simulated import calvo_command
+from benchmarks.dualpath.simulated import dualpath
+from benchmarks.pooling.simulated import pool
+from benchmarks.tables import tables
+from penstock.sim.commands.cost import cost
+from penstock.sim.commands.fuzz import fuzz
+from penstock.sim.commands.plan import plan
+from penstock.sim.commands.run import run
+from penstock.sim.commands.validate import validate
 
 sim = typer.Typer(
     help="The same brain on a virtual clock: your cluster from a file (begin with `run deploy/sim-engine.toml`), "

@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from penstock.sim.agents import Trajectory
 from penstock.sim.cluster_shape import ClusterShape
 from penstock.sim.served_model import ServedModel
+from penstock.sim.trajectories import Trajectory
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import Any, Literal
 
+from penstock.core.cluster.decisions import Decision, GiveUp, Place, Replan, RequestId, Revoke, Side
 from penstock.core.cluster.engine_groups import EngineSpec
 from penstock.core.cluster.inter_engine import InterEngineScheduler
-from penstock.core.cluster.placing import Decision, GiveUp, Place, Replan, RequestId, Revoke, Side
 from penstock.core.config import ConfigError
 from penstock.core.engine.compute_quota import ComputeQuota
-from penstock.sim.agent import DECODING, IDLE, MOVING, READING, READY, WAITING, Agent
-from penstock.sim.agents import Load, Trajectory, load_of
 from penstock.sim.cluster_shape import ClusterShape, System
 from penstock.sim.decode_engine import DecodeEngine
 from penstock.sim.fifo_link import FifoLink
 from penstock.sim.prefill_group import PrefillEngine, PrefillGroup, StepCost
 from penstock.sim.served_model import ServedModel
 from penstock.sim.serving_record import Record
+from penstock.sim.sim_agent import DECODING, IDLE, MOVING, READING, READY, WAITING, Agent
+from penstock.sim.trajectories import Load, Trajectory, load_of
 
 READ, STEP, JOIN, DECODE, SUBMIT, FAULT, LATE = range(7)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from penstock.core.engine.compute_quota import ComputeQuota, level_s
 
 if TYPE_CHECKING:
-    from penstock.sim.agent import Agent
+    from penstock.sim.sim_agent import Agent
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from penstock.bench.workloads import poisson_starts_s
-from penstock.sim.agents import Trajectory
 from penstock.sim.cluster_shape import ClusterShape, System
 from penstock.sim.prefill_decode import Fault, PrefillDecodeCluster, Settings
 from penstock.sim.served_model import ServedModel
 from penstock.sim.serving_record import Balance, Record, balance
+from penstock.sim.trajectories import Trajectory
+from penstock.workloads.generators import poisson_starts_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from penstock.transport.tls import PeerTls
+from penstock.pool.net.tls import PeerTls
 
 HERE = "IP:127.0.0.1,DNS:localhost"
 OPENSSL_S = 60.0

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable
 
-from penstock.rate_limited_log import RateLimitedLog
+from penstock.process.rate_limited_log import RateLimitedLog
 from penstock.vllm.link import Greet, GreetingReader, Link, LinkError, check_same_user
 
 log = logging.getLogger(__name__)

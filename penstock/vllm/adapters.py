@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from penstock.engine.weights_identity import FileState, weights_identity
-from penstock.guarded_thread import GuardedWorker
-from penstock.rate_limited_log import RateLimitedLog
+from penstock.process.guarded_thread import GuardedWorker
+from penstock.process.rate_limited_log import RateLimitedLog
 from penstock.vllm.identity import uses_modelscope
 
 log = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name

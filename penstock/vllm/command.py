@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from penstock.child_python import child_environment, python_command
 from penstock.command_line import refuse, with_flags
 from penstock.core.config import ConfigError
-from penstock.file_limit import raise_file_limit
-from penstock.transport.tls_flags import TLS_NAMES, TLS_PANEL
+from penstock.pool.net.tls_flags import TLS_NAMES, TLS_PANEL
+from penstock.process.child_python import child_environment, python_command
+from penstock.process.file_limit import raise_file_limit
 from penstock.vllm.flags import FlagError, connector_extra, serve_arguments
 from penstock.vllm.settings import Settings, read_settings
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from penstock.core.config import ConfigError
-from penstock.core.guest.costs import prefill_tokens_max
+from penstock.core.connector.costs import prefill_tokens_max
 from penstock.vllm.identity import model_identity as model_identity
 
 if TYPE_CHECKING:

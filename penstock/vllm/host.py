@@ -19,17 +19,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from penstock.core.bandwidth import LinkCost
+from penstock.core.connector.records import Landed
+from penstock.core.connector.scheduler import GuestOperation, GuestScheduler
 from penstock.core.cost import ComputeCost, CostModel
-from penstock.core.guest.records import Landed
-from penstock.core.guest.scheduler import GuestOperation, GuestScheduler
 from penstock.core.operations import BlockHit, Drop, Fetch, Lookup, RequestSpec, Save, Upload
 from penstock.engine.executors import PoolStages
-from penstock.guarded_thread import GuardedThread, GuardedWorker
-from penstock.loss_log import LossLog
 from penstock.pool.authenticated import NO_POOL_KEY, authenticated
 from penstock.pool.block_size import expect_blocks
-from penstock.pool.open import link_bytes_per_s
-from penstock.rate_limited_log import RateLimitedLog
+from penstock.pool.setup.open import link_bytes_per_s
+from penstock.process.guarded_thread import GuardedThread, GuardedWorker
+from penstock.process.loss_log import LossLog
+from penstock.process.rate_limited_log import RateLimitedLog
 from penstock.vllm import link as wire
 from penstock.vllm.losses import LOSSES, PREFIX
 from penstock.vllm.notices import Notices

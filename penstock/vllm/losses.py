@@ -1,4 +1,4 @@
-"""What is lost inside vLLM, by the scheduler core's count of it: `penstock.loss_log` logs each that grows."""
+"""What is lost inside vLLM, by the scheduler core's count of it: `penstock.process.loss_log` logs each that grows."""
 
 from __future__ import annotations
 

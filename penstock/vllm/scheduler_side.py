@@ -17,7 +17,7 @@ from penstock.core.keys import root_key
 from penstock.core.new_block import tenant_tag
 from penstock.core.operations import RequestSpec
 from penstock.core.ordering import AGED, Rank
-from penstock.rate_limited_log import RateLimitedLog
+from penstock.process.rate_limited_log import RateLimitedLog
 from penstock.vllm import compat
 from penstock.vllm.adapters import Adapters
 from penstock.vllm.host import Host, Ids

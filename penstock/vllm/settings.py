@@ -9,10 +9,10 @@ from typing import Any
 
 from penstock.core.config import BLOCK_TOKENS, ConfigError, OrderSettings, SaveSettings, check_choices, check_range
 from penstock.core.settings import Declared, setting, settings_of
-from penstock.pool.config import PoolConfig, config_of_flags
-from penstock.pool.config_file import read_pool_config
 from penstock.pool.mac import PoolKey
-from penstock.transport.tls_flags import PeerSettings, named_file
+from penstock.pool.net.tls_flags import PeerSettings, named_file
+from penstock.pool.setup.config import PoolConfig, config_of_flags
+from penstock.pool.setup.config_file import read_pool_config
 from penstock.units import parse_address, parse_bytes
 from penstock.vllm.flags import DEFAULT_MEMORY
 

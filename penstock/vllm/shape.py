@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from penstock.core.config import ConfigError, OrderSettings, SaveSettings, SchedulerConfig
 from penstock.core.settings import taken_over
 from penstock.pool.api import Pool
-from penstock.pool.open import open_pool
-from penstock.transport.connect import connect_pool
-from penstock.transport.secret import Secret
-from penstock.transport.tls import PeerTls
+from penstock.pool.net.connect import connect_pool
+from penstock.pool.net.secret import Secret
+from penstock.pool.net.tls import PeerTls
+from penstock.pool.setup.open import open_pool
 from penstock.vllm.settings import Settings
 from penstock.vllm.shared_staging import SPARE_SLOTS
 

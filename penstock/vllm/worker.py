@@ -20,8 +20,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from penstock.guarded_thread import GuardedThread, GuardedWorker
-from penstock.rate_limited_log import RateLimitedLog
+from penstock.process.guarded_thread import GuardedThread, GuardedWorker
+from penstock.process.rate_limited_log import RateLimitedLog
 from penstock.vllm.accepting import accept_scheduler
 from penstock.vllm.copy_gate import CopyGate
 from penstock.vllm.layout import KVRows

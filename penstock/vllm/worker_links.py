@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from penstock.core.layout import staging_bytes
-from penstock.guarded_thread import GuardedThread
+from penstock.process.guarded_thread import GuardedThread
 from penstock.vllm import link as wire
 from penstock.vllm.wire_checks import check_hello
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from penstock.bench.turns import slices
-from penstock.bench.workloads import Segment, Session, Turn, Workload
+from penstock.workloads.generators import Segment, Session, Turn, Workload
 
 
 def workload(turns: list[int]) -> Workload:

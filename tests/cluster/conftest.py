@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from penstock.engine.runner import SamplingParams
-from penstock.pool.open import open_local_pool
+from penstock.pool.net.node import PoolNode
+from penstock.pool.setup.open import open_local_pool
 from penstock.testing.tiny_models import build_tiny
-from penstock.transport.node import PoolNode
 from tests.cluster.paths_rig import GREEDY, MIB, mixed
 
 

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import httpx
 
-from penstock.cluster.cluster_config import read_cluster_config
-from penstock.cluster.supervisor import Child, Supervisor
-from penstock.cluster.up_command import _make_secret
+from penstock.cluster.deploy.cluster_config import read_cluster_config
+from penstock.cluster.deploy.supervisor import Child, Supervisor
+from penstock.cluster.deploy.up_command import _make_secret
 from penstock.testing.tiny_models import build_tiny
 
 TOKENS = 24

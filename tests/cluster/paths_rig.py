@@ -9,15 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from penstock.cluster.build_host import HostConfig, open_host
-from penstock.cluster.host import EngineHost
-from penstock.cluster.placed import PlacedRequest
+from penstock.cluster.engine.build_host import HostConfig, open_host
+from penstock.cluster.engine.host import EngineHost
+from penstock.cluster.messages import PlacedRequest
 from penstock.cluster.settings import Role
 from penstock.engine.config import EngineConfig
 from penstock.engine.runner import SamplingParams
-from penstock.pool.open import open_local_pool
-from penstock.transport.node import PoolNode
-from penstock.transport.tls import PeerTls
+from penstock.pool.net.node import PoolNode
+from penstock.pool.net.tls import PeerTls
+from penstock.pool.setup.open import open_local_pool
 from tests.asking import WAIT_S, Answer
 
 BLOCK = 16

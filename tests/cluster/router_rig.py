@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from penstock.cluster.agent import AgentSettings, EngineAgent
-from penstock.cluster.live_view import ui_routes
-from penstock.cluster.placed import EngineReport, LinkReport, PlacedRequest
-from penstock.cluster.router import ClusterEngine, RouterSettings
+from penstock.cluster.engine.registration import AgentSettings, EngineAgent
+from penstock.cluster.messages import EngineReport, LinkReport, PlacedRequest
+from penstock.cluster.router.live_view import ui_routes
+from penstock.cluster.router.router import ClusterEngine, RouterSettings
 from penstock.cluster.wire import EngineCard
 from penstock.engine.api import GenerationRequest, TokenEvent
 from penstock.engine.runner import SamplingParams
+from penstock.pool.net.secret import Secret
+from penstock.pool.net.tls import PeerTls
 from penstock.server.app import ServerApp
 from penstock.server.run import HttpServer, bind, url_of
 from penstock.server.settings import ServerSettings
-from penstock.transport.secret import Secret
-from penstock.transport.tls import PeerTls
 from tests.asking import WAIT_S
 
 VOCABULARY = 1000

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.cluster import wire
-from penstock.cluster.held import asked_digest
-from penstock.cluster.placed import EngineReport, LinkReport, PlacedRequest
+from penstock.cluster.messages import EngineReport, LinkReport, PlacedRequest, asked_digest
 from penstock.cluster.wire_types import clip, within
 from penstock.engine.api import RequestReport, TokenEvent
 from penstock.engine.runner import SamplingParams

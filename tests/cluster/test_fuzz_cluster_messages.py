@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from penstock.cluster import wire
-from penstock.cluster.placed import EngineReport
+from penstock.cluster.messages import EngineReport
 from penstock.engine.api import RequestReport
 from tests.fuzz_messages import MESSAGES, Kinds, Protocol, fuzz_kind
 

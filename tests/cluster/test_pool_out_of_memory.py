@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from penstock.cluster.supervisor import Child, Supervisor
+from penstock.cluster.deploy.supervisor import Child, Supervisor
 from penstock.pool.api import PoolError, PoolStat
-from penstock.transport.connect import connect_pool
-from penstock.transport.secret import Secret
+from penstock.pool.net.connect import connect_pool
+from penstock.pool.net.secret import Secret
 from tests.cluster.kill_rounds import CLUSTER, Load, kill, running, until_up
 
 ANSWERS = 12
@@ -115,7 +115,8 @@ def test_a_node_that_cannot_have_its_memory_is_refused_in_one_line() -> None:
 
 _FAIL = """
 import sys, threading
-from penstock.transport import command, node
+from penstock.pool.net import node
+from penstock.pool.setup import pool_command
 def fail(): raise MemoryError
 real = node.PoolNode.__init__
 def begin(self, *args, **more):

@@ -11,21 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from penstock.cluster import port, wire
-from penstock.cluster.cluster_config import read_cluster_config
-from penstock.cluster.port import STRANGERS_MAX
+from penstock.cluster import wire
+from penstock.cluster.deploy.cluster_config import read_cluster_config
+from penstock.cluster.router import engine_registry
+from penstock.cluster.router.engine_registry import STRANGERS_MAX
 from penstock.core.config import ConfigError
 from penstock.pool.api import PoolError
-from penstock.rate_limited_log import RateLimitedLog
+from penstock.pool.net.secret import Secret
+from penstock.process.rate_limited_log import RateLimitedLog
 from penstock.testing.certificates import PeerFiles
-from penstock.transport.secret import Secret
 from tests.asking import prompt_of, wait_until
 from tests.authorities import Authority, new_authority
 from tests.cluster.kill_rounds import CLUSTER, ask, prompts, running
 from tests.cluster.paths_rig import BLOCK, beside
 from tests.cluster.paths_rig import cluster as paths_cluster
+from tests.cluster.router.test_control_plane import finished
 from tests.cluster.router_rig import SECRET, cluster
-from tests.cluster.test_control_plane import finished
 
 PROMPT = list(range(1, 30))
 
@@ -81,7 +82,8 @@ def test_who_does_not_belong_is_one_clear_line_at_both_ends(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(port, "rare", RateLimitedLog(port.log))  # the other cases' lines are of the same kind
+    # The other cases' lines are of the same kind.
+    monkeypatch.setattr(engine_registry, "rare", RateLimitedLog(engine_registry.log))
     (engine_tls, engine_secret), (router_tls, router_secret), engine_says, router_says = MISMATCHES[case]
     other = new_authority(tmp_path / "other", "another CA").issue("other")
     stray = PeerFiles(other.certificate, other.key, ca.ca)

@@ -73,8 +73,8 @@ def test_the_brain_opens_prints_and_reads_nothing(path: Path) -> None:
     [
         ("penstock", ("torch", "ray", "nixl", "vllm", "transformers", "numpy")),
         ("penstock.core.engine.scheduler", ("torch", "ray", "nixl", "vllm", "transformers", "numpy", "msgspec")),
-        ("penstock.testing.virtual_body", ("torch", "ray", "nixl", "vllm", "transformers", "numpy")),
-        ("penstock.pool.open", ("torch", "ray", "nixl", "vllm", "transformers")),
+        ("penstock.testing.virtual_driver", ("torch", "ray", "nixl", "vllm", "transformers", "numpy")),
+        ("penstock.pool.setup.open", ("torch", "ray", "nixl", "vllm", "transformers")),
         ("penstock.engine.build", ("torch", "ray", "nixl", "vllm", "transformers")),
         ("penstock.cli", ("torch", "ray", "nixl", "vllm", "transformers")),
     ],

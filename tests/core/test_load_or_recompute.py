@@ -6,7 +6,7 @@ import pytest
 
 from penstock.core.cost import ComputeCost
 from penstock.core.load_or_recompute import recompute_tokens
-from tests.core.brain_rig import BLOCK, Bench
+from tests.core.scheduler_rig import BLOCK, Bench
 
 LINK_BLOCK_S, COMPUTE_BLOCK_S = 1e-3, 2e-3  # of the rig: 1 MB at 1 GB/s; 100 tokens at 20 us
 FAST = ComputeCost(1e-3, COMPUTE_BLOCK_S / BLOCK, 0.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from penstock.engine.hf_runner import HFRunner
-from penstock.pool.open import open_local_pool
+from penstock.pool.setup.open import open_local_pool
 from penstock.testing.tiny_models import ARCHITECTURES, build_tiny
 from tests.engine.engine_rig import serving
 

@@ -20,10 +20,10 @@ from penstock.engine.engine import new_request_id
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import SamplingParams
 from penstock.pool.api import Done, Pool, PoolError
-from penstock.pool.open import open_local_pool
+from penstock.pool.net.connect import connect_pool
+from penstock.pool.net.node import PoolNode
+from penstock.pool.setup.open import open_local_pool
 from penstock.testing.tiny_models import ARCHITECTURES
-from penstock.transport.connect import connect_pool
-from penstock.transport.node import PoolNode
 from tests.asking import Answer, prompt_of, wait_until
 from tests.engine.engine_rig import BLOCK, WatchedPool, WatchedRunner, serving
 

@@ -20,12 +20,12 @@ from penstock.core.keys import block_keys
 from penstock.engine.api import GenerationRequest, InvalidRequest, Overloaded, TokenEvent
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import SamplingParams
-from penstock.guarded_thread import thread_failures
 from penstock.pool.api import Pool
-from penstock.pool.header import HEADER_BYTES
-from penstock.pool.open import open_local_pool
+from penstock.pool.members.header import HEADER_BYTES
+from penstock.pool.net.connect import connect_pool
+from penstock.pool.setup.open import open_local_pool
+from penstock.process.guarded_thread import thread_failures
 from penstock.testing.tiny_models import build_tiny
-from penstock.transport.connect import connect_pool
 from tests.asking import WAIT_S, Answer, prompt_of, wait_until
 from tests.engine.engine_rig import BLOCK, Rig, WatchedPool, WatchedRunner, serving
 

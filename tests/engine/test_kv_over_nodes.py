@@ -18,9 +18,9 @@ from penstock.engine.engine import new_request_id
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import SamplingParams
 from penstock.pool.api import PoolError
-from penstock.pool.open import open_local_pool
-from penstock.pool.union import UnionPool
-from penstock.transport.connect import open_union
+from penstock.pool.net.connect import open_union
+from penstock.pool.setup.open import open_local_pool
+from penstock.pool.union.union_pool import UnionPool
 from tests.asking import WAIT_S, Answer, prompt_of, wait_until
 from tests.engine.engine_rig import BLOCK, Rig, serving
 

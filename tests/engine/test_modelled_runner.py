@@ -19,7 +19,7 @@ from penstock.engine.profile import load_profile
 from penstock.engine.runner import Chunk, SamplingParams
 from penstock.pacing import Pacer
 from penstock.pool.api import Pool
-from penstock.pool.open import open_local_pool
+from penstock.pool.setup.open import open_local_pool
 from tests.asking import Answer, prompt_of
 from tests.engine.engine_rig import WatchedPool, serving
 

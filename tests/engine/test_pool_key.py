@@ -22,7 +22,7 @@ from penstock.engine.engine import new_request_id
 from penstock.engine.runner import SamplingParams
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
-from penstock.transport.connect import connect_pool
+from penstock.pool.net.connect import connect_pool
 from tests.asking import WAIT_S, Answer, prompt_of, wait_until
 from tests.engine.test_kv_over_nodes import Node, start  # noqa: F401  (a fixture)
 

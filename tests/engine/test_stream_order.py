@@ -18,7 +18,7 @@ from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import Chunk, SamplingParams
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Done, Pool, PoolError, ReadCheck
-from penstock.pool.open import open_local_pool
+from penstock.pool.setup.open import open_local_pool
 from penstock.pool.wrapped import WrappedPool
 from penstock.testing.device_clock import Broken, DeviceClock
 from penstock.testing.fake_cuda import OnDevice, fake_cuda, on_device

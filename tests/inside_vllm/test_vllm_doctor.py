@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from penstock.doctor import vllm_checks
 from penstock.doctor.check import Check
-from penstock.vllm import doctor
-from penstock.vllm.doctor import examine_vllm
+from penstock.doctor.vllm_checks import examine_vllm
 from penstock.vllm.flags import SCHEDULER, connector_config
 from tests.inside_vllm.vllm_rig import PoolProcess
 
@@ -130,7 +130,7 @@ def test_memory_alone_is_worth_a_note(llama: Path) -> None:
 def test_a_node_that_hangs(
     llama: Path, pool_process: Callable[..., PoolProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "POOL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(vllm_checks, "POOL_TIMEOUT_S", 0.5)
     pool = pool_process("--memory", "16MiB")
     pool.send(signal.SIGSTOP)
     try:
@@ -142,7 +142,8 @@ def test_a_node_that_hangs(
 
 def test_other_versions_and_companions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.version.__version__", "0.99.0")
-    assert doctor.check_installed().status == "problem" and "0.99.0 is untested" in doctor.check_installed().found
+    installed = vllm_checks.check_installed()
+    assert installed.status == "problem" and "0.99.0 is untested" in installed.found
     versions = {"torch": "2.13.0+cpu", "torchvision": "0.28.0"}
 
     def version(name: str) -> str:
@@ -150,10 +151,10 @@ def test_other_versions_and_companions(monkeypatch: pytest.MonkeyPatch) -> None:
             raise PackageNotFoundError(name)
         return versions[name]
 
-    monkeypatch.setattr(doctor, "version", version)
-    check = doctor.check_companions()
+    monkeypatch.setattr(vllm_checks, "version", version)
+    check = vllm_checks.check_companions()
     assert check.status == "problem" and "torchvision 0.28.0" in check.found and "pip uninstall" in check.advice
-    assert doctor.check_command().status == "problem" and "LLM() does" in doctor.check_command().found
+    assert vllm_checks.check_command().status == "problem" and "LLM() does" in vllm_checks.check_command().found
 
 
 def test_the_command_ends_with_a_status(llama: Path, tmp_path: Path) -> None:

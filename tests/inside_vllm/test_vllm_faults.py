@@ -13,9 +13,9 @@ import pytest
 
 from penstock.core.keys import BlockKey
 from penstock.pool.api import Done, PoolError
-from penstock.pool.header import HEADER_BYTES
-from penstock.pool.open import open_local_pool
-from penstock.transport.node import PoolNode
+from penstock.pool.members.header import HEADER_BYTES
+from penstock.pool.net.node import PoolNode
+from penstock.pool.setup.open import open_local_pool
 from tests.inside_vllm.vllm_rig import BLOCK, VLLM_BLOCK, PoolProcess, prompt_of, running, wait_until
 
 PROMPTS = [prompt_of(seed, BLOCK * 8 + 9) for seed in range(20, 23)]

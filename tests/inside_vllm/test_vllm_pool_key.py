@@ -9,7 +9,7 @@ import pytest
 
 from penstock.core.config import ConfigError
 from penstock.pool.checksum import block_checksum
-from penstock.pool.rows import RowTable
+from penstock.pool.members.slab_index import RowTable
 from tests.inside_vllm.vllm_rig import BLOCK, PoolProcess, prompt_of, running
 
 PROMPTS = [prompt_of(seed, BLOCK * 4 + 9) for seed in range(60, 63)]

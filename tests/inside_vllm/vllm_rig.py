@@ -223,7 +223,7 @@ class PoolProcess:
 
     def stat(self) -> PoolStat:
         """What the node says of itself."""
-        from penstock.transport.connect import connect_pool
+        from penstock.pool.net.connect import connect_pool
 
         node = connect_pool(self.address)
         try:

@@ -22,9 +22,9 @@ from penstock.core.new_block import NewBlock
 from penstock.io import IoOp, aligned_buffer, open_engine, open_nvme
 from penstock.io.ring_engine import RingEngine
 from penstock.pool.api import Done, PoolError
-from penstock.pool.device import open_device_member
-from penstock.pool.header import SlabRefused
-from penstock.pool.local import LocalPool
+from penstock.pool.local.local_pool import LocalPool
+from penstock.pool.members.device import open_device_member
+from penstock.pool.members.header import SlabRefused
 from tests.io import block_io
 from tests.io.guest_drives import (
     FAULTY_OFFSET,

@@ -12,7 +12,7 @@ import pytest
 
 from penstock.io.sealed_memory import check_sealed, create_sealed
 from penstock.pool.api import PoolError
-from penstock.transport.shared_memory import SharedMemoryMover
+from penstock.pool.net.shared_memory import SharedMemoryMover
 from penstock.vllm.link import Attach, LinkError, create_memory
 from penstock.vllm.wire_checks import check_attach
 

@@ -10,8 +10,8 @@ import pytest
 from penstock.core.new_block import NewBlock
 from penstock.io import aligned_buffer
 from penstock.pool.api import PoolError
-from penstock.pool.config_file import read_pool_config
-from penstock.pool.open import open_drive, open_members_pool
+from penstock.pool.setup.config_file import read_pool_config
+from penstock.pool.setup.open import open_drive, open_members_pool
 from tests.io import spdk_rig
 
 ROOT = b"r" * 16
@@ -32,7 +32,8 @@ def test_spdk_members_of_a_pool_keep_their_blocks(tmp_path: Path) -> None:
     keys = [bytes([number]) * 16 for number in range(1, 31)]
     ends: queue.SimpleQueue[PoolError | None] = queue.SimpleQueue()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("penstock.pool.open._spdk_environment", lambda config: None)  # it runs with all of the rig's
+        # It runs with all of the rig's.
+        patched.setattr("penstock.pool.setup.open._spdk_environment", lambda config: None)
         pool = open_members_pool(config)
         assert [m.capacity_bytes for m in pool.members] == [8 << 20] * 2
         with pytest.raises(BlockingIOError, match="is open in this process already"):
@@ -54,7 +55,7 @@ def test_spdk_members_of_a_pool_keep_their_blocks(tmp_path: Path) -> None:
 
 
 def test_drives_and_vfio_user_get_one_environment_that_serves_both(tmp_path: Path) -> None:
-    from penstock.pool import open as opening
+    from penstock.pool.setup import open as opening
 
     file = tmp_path / "pool.toml"
     member = "[[member]]\nkind = 'spdk'\n{}\n"

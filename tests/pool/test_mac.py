@@ -20,18 +20,18 @@ from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Done, Pool, PoolError, ReadCheck
 from penstock.pool.authenticated import AuthenticatedPool
 from penstock.pool.checksum import block_checksum
-from penstock.pool.local import LocalPool
+from penstock.pool.local.local_pool import LocalPool
 from penstock.pool.losses import losses
 from penstock.pool.mac import PoolKey, check_block
-from penstock.pool.open import open_local_pool
-from penstock.pool.rows import RowTable, block_of, row_of
+from penstock.pool.members.slab_index import RowTable, block_of, row_of
+from penstock.pool.net import wire
+from penstock.pool.net.connect import connect_pool, open_union
+from penstock.pool.net.node import PoolNode
+from penstock.pool.net.remote import RemotePool
+from penstock.pool.setup.open import open_local_pool
 from penstock.pool.wrapped import WrappedPool
-from penstock.transport import wire
-from penstock.transport.connect import connect_pool, open_union
-from penstock.transport.node import PoolNode
-from penstock.transport.remote import RemotePool
 from tests.pool.helpers import ROOT, Outcome, block_bytes, chain, key_of, new_block, read, staged, until, write
-from tests.pool.test_journal_rows import block as row_block
+from tests.pool.members.test_journal_rows import block as row_block
 
 MIB = 1 << 20
 SIZE = 5000

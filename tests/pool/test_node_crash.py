@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from penstock.pool.check import check_file
-from penstock.pool.header import HEADER_BYTES
-from penstock.pool.open import open_local_pool
-from penstock.transport.connect import connect_pool
+from penstock.pool.members.header import HEADER_BYTES
+from penstock.pool.net.connect import connect_pool
+from penstock.pool.setup.check import check_file
+from penstock.pool.setup.open import open_local_pool
 from tests.pool.helpers import Outcome, chain, new_block, read, staged
 
 MIB = 1 << 20

@@ -10,26 +10,29 @@ from typing import Any
 
 import pytest
 
-from penstock import guarded_thread
-from penstock.guarded_thread import thread_failures
 from penstock.io.api import IoCompletion, IoOp
 from penstock.io.memory import aligned_buffer
 from penstock.io.open import open_engine
-from penstock.pool import callbacks, children, drain, probe
+from penstock.pool import callbacks
 from penstock.pool.api import PoolError
 from penstock.pool.block import Block
 from penstock.pool.callbacks import call_soon, callback_worker
 from penstock.pool.checksum import block_checksum
-from penstock.pool.children import Children
-from penstock.pool.device import open_device_member
-from penstock.pool.journal import Journal
-from penstock.pool.local import LocalPool
+from penstock.pool.local import drain
+from penstock.pool.local.local_pool import LocalPool
 from penstock.pool.losses import losses
-from penstock.pool.memory import MemoryMember
-from penstock.pool.open import open_local_pool
-from penstock.pool.rows import RowTable
-from penstock.pool.union import UnionPool
-from penstock.pool.work import Work
+from penstock.pool.members import probe
+from penstock.pool.members.device import open_device_member
+from penstock.pool.members.journal import Journal
+from penstock.pool.members.memory import MemoryMember
+from penstock.pool.members.slab_index import RowTable
+from penstock.pool.members.work import Work
+from penstock.pool.setup.open import open_local_pool
+from penstock.pool.union import children
+from penstock.pool.union.children import Children
+from penstock.pool.union.union_pool import UnionPool
+from penstock.process import guarded_thread
+from penstock.process.guarded_thread import thread_failures
 from tests.pool.faulty_engine import FaultyEngine
 from tests.pool.helpers import Outcome, chain, key_of, member, new_block, read, staged, until, write
 

@@ -53,7 +53,7 @@ class Measured:
 
 def serve(pipe: Any, files: int | None) -> None:
     """The server's process: sends its address, ends when the pipe does."""
-    from penstock.engine.pauses import settle
+    from penstock.process.startup_objects import settle
     from penstock.server.app import ServerApp
     from penstock.server.run import HttpServer, bind
     from penstock.server.settings import ServerSettings

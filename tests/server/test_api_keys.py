@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from penstock.cluster.engine.serve_flags import read_flags
 from penstock.core.config import ConfigError
 from penstock.core.tenants import tenant_and_salt, tenant_of
 from penstock.server.api_keys import TenantKeys
 from penstock.server.api_settings import api_settings, served_name
-from penstock.server.flags import read_flags
 from penstock.server.hosts import HostCheck
 from penstock.server.settings import parse_host
 from tests.server.raw_http import connect, head_of, read_answer

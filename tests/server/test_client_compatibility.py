@@ -13,11 +13,11 @@ import httpx
 import pytest
 
 import penstock
-from penstock.cluster.flags import read_router_flags
-from penstock.cluster.flags import server_settings as router_settings
+from penstock.cluster.engine.serve_flags import read_flags, server_settings
+from penstock.cluster.router.router_flags import read_router_flags
+from penstock.cluster.router.router_flags import server_settings as router_settings
 from penstock.core.config import ConfigError
 from penstock.server.errors import ApiError
-from penstock.server.flags import read_flags, server_settings
 from penstock.server.schema import ChatBody, chat_messages, decode_body
 from penstock.server.text import TextCodec
 from penstock.testing.tiny_models import TINY_VOCABULARY, build_tokenizer

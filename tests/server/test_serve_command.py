@@ -23,11 +23,11 @@ import typer
 from openai import OpenAI
 from typer.testing import CliRunner
 
+from penstock.cluster.engine.serve_command import serve
+from penstock.cluster.engine.serve_flags import ServeFlags, engine_config, read_flags, server_settings
 from penstock.core.config import ConfigError
 from penstock.core.settings import settings_of
 from penstock.engine.config import EngineConfig
-from penstock.server.command import serve
-from penstock.server.flags import ServeFlags, engine_config, read_flags, server_settings
 from penstock.testing.tiny_models import build_tiny
 from tests.server.certificates import make_certificate
 from tests.server.raw_http import head_of

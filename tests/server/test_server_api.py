@@ -11,8 +11,8 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from penstock.guarded_thread import count_failure
 from penstock.pool.losses import note_loss
+from penstock.process.guarded_thread import count_failure
 from penstock.server.text import TextCodec
 from tests.browser import shown_in_browser
 from tests.server.echo_engine import EchoEngine

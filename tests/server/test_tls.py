@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from penstock.cluster.engine.serve_flags import read_flags
 from penstock.core.config import ConfigError
 from penstock.server.api_settings import api_settings
-from penstock.server.flags import read_flags
 from penstock.server.tls import ServerTls
 from tests.server.certificates import make_certificate
 from tests.server.raw_http import connect, ended, head_of, read_answer

@@ -13,7 +13,7 @@ from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import BlockKey, KeyChain, root_key
 from penstock.core.operations import BlockHit, Compute, Fetch, Operation, RequestSpec, Save, Upload
 from penstock.sim.clock import VirtualClock
-from penstock.sim.engine_body import EngineBody, Observer, ideal_links
+from penstock.sim.engine_driver import EngineBody, Observer, ideal_links
 
 BLOCK = 100  # tokens
 BLOCK_BYTES = 1_000_000  # 1 ms on a link of 1 GB/s

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.dualpath.simulated_online import bound_per_s
 from penstock.core.config import ConfigError
-from penstock.sim.agents import Trajectory, from_table, load_of
 from penstock.sim.cluster_shape import (
     ABLATION,
     BASIC,
@@ -22,12 +22,12 @@ from penstock.sim.cluster_shape import (
     System,
 )
 from penstock.sim.decode_engine import DecodeEngine
-from penstock.sim.experiments.dualpath_online import bound_per_s
 from penstock.sim.fifo_link import FifoLink
 from penstock.sim.fluid_bound import fluid_bound
 from penstock.sim.prefill_decode import Fault, PrefillDecodeCluster, Settings
 from penstock.sim.served_model import Gpu, load_model, model_names
 from penstock.sim.serving_run import Bench, Slo, capacity
+from penstock.sim.trajectories import Trajectory, from_table, load_of
 
 SHAPE = ClusterShape(2, 2, 2, 2, gpus=8)
 MODEL = load_model("deepseek-660b-like")

@@ -17,19 +17,19 @@ from penstock.core.engine import (
     admission,
     device_pages,
     fetching,
-    handing,
-    loading,
-    loads,
+    kv_handoff,
+    load_coordinator,
+    load_table,
     ranking,
-    saving,
     scheduler,
     uploading,
+    write_back,
 )
 from penstock.core.engine.request import BlockLoad, Request
 from penstock.core.ordering import AGED, ORDINARY
-from penstock.sim.experiments.fuzz import run_seeds
-from penstock.sim.fuzz_case import FuzzCase
-from penstock.sim.fuzz_outcome import AnyCase, case_of, failure_of, read_case, shrunk, write_case
+from penstock.sim.commands.fuzz import run_seeds
+from penstock.sim.fuzz.case import FuzzCase
+from penstock.sim.fuzz.outcome import AnyCase, case_of, failure_of, read_case, shrunk, write_case
 
 SEEDS = 10_000
 FOLDER = Path(__file__).parent / "cases"
@@ -105,18 +105,18 @@ def _ready_before_loaded(patch: pytest.MonkeyPatch) -> None:
 
 def _damage_is_used(patch: pytest.MonkeyPatch) -> None:
     """A fetch that failed counts as one that did not."""
-    right = loading.Loading.fetched
-    patch.setattr(loading.Loading, "fetched", lambda self, op_id, error, now: right(self, op_id, None, now))
+    right = load_coordinator.Loading.fetched
+    patch.setattr(load_coordinator.Loading, "fetched", lambda self, op_id, error, now: right(self, op_id, None, now))
 
 
 def _handed_from_a_slot_of_others(patch: pytest.MonkeyPatch) -> None:
     """A slot is free although its block is still to be handed over."""
-    patch.setattr(handing.Handing, "keeps", lambda self, slot: False)
+    patch.setattr(kv_handoff.Handing, "keeps", lambda self, slot: False)
 
 
 def _slot_leaks(patch: pytest.MonkeyPatch) -> None:
-    right = loads.Loads.free_slot
-    patch.setattr(loads.Loads, "free_slot", _every(20, right, _nothing))
+    right = load_table.Loads.free_slot
+    patch.setattr(load_table.Loads, "free_slot", _every(20, right, _nothing))
 
 
 def _page_leaks(patch: pytest.MonkeyPatch) -> None:
@@ -138,9 +138,9 @@ def _page_twice(patch: pytest.MonkeyPatch) -> None:
 
 def _save_leaks(patch: pytest.MonkeyPatch) -> None:
     """A save that fails keeps its slot."""
-    right = saving.Saving.saved
+    right = write_back.Saving.saved
     patch.setattr(
-        saving.Saving, "saved", lambda self, op_id, error: right(self, op_id, error) if error is None else None
+        write_back.Saving, "saved", lambda self, op_id, error: right(self, op_id, error) if error is None else None
     )
 
 
@@ -163,14 +163,14 @@ def _ageing_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 def _idle_link(patch: pytest.MonkeyPatch) -> None:
     """A fetch is put off now and then."""
-    right = loading.Loading.dispatch_fetches
-    patch.setattr(loading.Loading, "dispatch_fetches", _every(10, right, _nothing))
+    right = load_coordinator.Loading.dispatch_fetches
+    patch.setattr(load_coordinator.Loading, "dispatch_fetches", _every(10, right, _nothing))
 
 
 def _idle_upload(patch: pytest.MonkeyPatch) -> None:
     """An upload is put off now and then."""
-    right = loading.Loading.dispatch_uploads
-    patch.setattr(loading.Loading, "dispatch_uploads", _every(10, right, _nothing))
+    right = load_coordinator.Loading.dispatch_uploads
+    patch.setattr(load_coordinator.Loading, "dispatch_uploads", _every(10, right, _nothing))
 
 
 def _request_forgotten(patch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from penstock.bench.recording import read_runs
 from penstock.cli import app
 from penstock.io.ring import probe
-from penstock.sim.experiments.validate import predicted_ttfts_s
+from penstock.sim.commands.validate import predicted_ttfts_s
+from penstock.workloads.recording import read_runs
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from penstock.cli import app
 from penstock.engine.profile import load_profile
 from penstock.sim.cluster_file import Simulation, read_simulation
-from penstock.sim.experiments.run import simulate
-from penstock.sim.experiments.run_result import Result
+from penstock.sim.commands.run import simulate
+from penstock.sim.commands.run_result import Result
 from tests.children import with_tests
 
 EXAMPLES = Path(__file__).parents[2] / "deploy"

@@ -20,9 +20,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from penstock.core.cluster.engine_groups import Engine, EngineSpec, Groups, Node
-from penstock.core.cluster.nic_speed import NicSpeed
-from penstock.core.cluster.placing import (
+from penstock.core.cluster.decisions import (
     Decision,
     DecisionFailed,
     GiveUp,
@@ -34,6 +32,8 @@ from penstock.core.cluster.placing import (
     Side,
     TooManyRequests,
 )
+from penstock.core.cluster.engine_groups import Engine, EngineSpec, Groups, Node
+from penstock.core.cluster.nic_speed import NicSpeed
 from penstock.core.cluster.read_plan import ReadPlanner
 from penstock.core.cluster.waiting_queue import Entry, WaitingQueue
 from penstock.core.cost import ComputeCost

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from penstock.core.cluster.decisions import InterEngineConfig
 from penstock.core.cluster.engine_groups import Engine
 from penstock.core.cluster.paths import ReadSide, shorter_side, split_tokens
-from penstock.core.cluster.placing import InterEngineConfig
 from penstock.core.load_or_recompute import recompute_tokens
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from penstock.core.engine.handing import Handing
-from penstock.core.engine.loading import Loading
+from penstock.core.engine.kv_handoff import Handing
+from penstock.core.engine.load_coordinator import Loading
 from penstock.core.engine.ranking import Ranking
-from penstock.core.engine.recompute_front import front_to_compute
+from penstock.core.engine.recompute_prefix import front_to_compute
 from penstock.core.engine.request import NO_PAGE, LoadState, Request, State
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.ordering import RankedQueue

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from penstock.core.config import NO_QUOTA_S
 from penstock.core.engine.compute_quota import AttentionCost
-from penstock.core.engine.handing import Handing
+from penstock.core.engine.kv_handoff import Handing
 from penstock.core.engine.request import NO_PAGE, BlockLoad, LoadState, Request, State
-from penstock.core.engine.saving import Saving, block_to_save
 from penstock.core.engine.shared_state import SharedState
+from penstock.core.engine.write_back import Saving, block_to_save
 from penstock.core.operations import ChunkFault, ChunkOutcome, Compute, ComputeChunk
 from penstock.core.ordering import RankedQueue
 

@@ -19,19 +19,19 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Literal
 
-from penstock.core.ageing import Ageing
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
 from penstock.core.engine.admission import Admission
+from penstock.core.engine.ageing import Ageing
 from penstock.core.engine.batching import Batching
-from penstock.core.engine.handing import Handing
-from penstock.core.engine.loading import Loading
+from penstock.core.engine.engine_load import Standing, standing
+from penstock.core.engine.kv_handoff import Handing
+from penstock.core.engine.load_coordinator import Loading
 from penstock.core.engine.ranking import Ranking
+from penstock.core.engine.read_paths import is_far, route_hits
 from penstock.core.engine.request import NO_PAGE, Ending, LoadState, Request, State
-from penstock.core.engine.saving import Saving
 from penstock.core.engine.shared_state import SharedState
-from penstock.core.engine.sides import is_far, route_hits
-from penstock.core.engine.standing import Standing, standing
+from penstock.core.engine.write_back import Saving
 from penstock.core.operations import BlockHit, ChunkOutcome, Discard, Emit, FinishReason, Lookup, Operation, RequestSpec
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from penstock.core.bandwidth import LinkUse
-from penstock.core.engine.loads import Loads
+from penstock.core.engine.load_table import Loads
 from penstock.core.engine.request import BlockLoad, LoadState, Request, State
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.operations import Upload

@@ -1,0 +1,1 @@
+"""Experiments of the papers and comparisons with peers, from the checkout: `python -m benchmarks`."""

@@ -1,0 +1,298 @@
+"""CALVO's set-up at a stated scale: a paced pool node in a process of its own, modelled compute, all bytes for real."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+
+from benchmarks.pool_fill import fill_pool
+from penstock.bench.processes import pool_process
+from penstock.core.bandwidth import LinkCost
+from penstock.core.config import Mode, Policy, SchedulerConfig
+from penstock.core.cost import CostModel
+from penstock.core.engine.scheduler import LoadScheduler
+from penstock.core.keys import BlockKey, KeyChain, root_key
+from penstock.core.new_block import NewBlock, prefix_position
+from penstock.core.operations import BlockHit, RequestSpec
+from penstock.engine.api import GenerationRequest, RequestReport, TokenEvent
+from penstock.engine.engine import Engine
+from penstock.engine.modelled_runner import ModelledRunner
+from penstock.engine.profile import Profile, load_profile
+from penstock.engine.runner import SamplingParams
+from penstock.pool.net.connect import connect_pool
+from penstock.process.startup_objects import settle
+from penstock.testing.virtual_driver import VirtualBody
+from penstock.workloads.generators import CALVO_DATASETS, SLO_MULTIPLIERS, Workload, calvo, prompt_tokens
+from penstock.workloads.recording import RecordedProfile, RecordedRequest, RecordedRun
+
+FETCH_BYTES_PER_S = 17.2e9
+"""What the paper does not print. Its example loads 28.1K tokens (3.68 GB) in 0.361 s through both stages one after the
+other; with uploads at the profile's 25 GB/s (0.147 s), 0.214 s are left to the fetch."""
+L1_BYTES = 60e9  # an 80 GB GPU less weights and activations
+L2_BYTES = 128e9
+BLOCK_TOKENS = 256
+RUN_LIMIT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """KV bytes are the paper's divided by `bytes_divisor`; all times are the paper's multiplied by `time_factor`."""
+
+    bytes_divisor: int
+    time_factor: float
+    fetch_bytes_per_s: float = FETCH_BYTES_PER_S
+
+    def profile(self) -> Profile:
+        """The paper's compute profile at this scale."""
+        return load_profile("h100-llama-3.1-8b").scaled(self.bytes_divisor, self.time_factor)
+
+    @property
+    def paced_bytes_per_s(self) -> float:
+        """Rate of the fetch link at this scale."""
+        return self.fetch_bytes_per_s / self.bytes_divisor / self.time_factor
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request: its prompt, which leading blocks the pool holds, its SLO multiplier and its arrival."""
+
+    tokens: list[int]
+    warm_tokens: int
+    slo_multiplier: float
+    start_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """One policy on one workload: per request (in order of arrival) its report, deadline and TTFT."""
+
+    reports: tuple[RequestReport, ...]
+    slos_s: tuple[float, ...]
+    ttfts_s: tuple[float, ...]
+    starts_s: tuple[float, ...]
+    wall_s: float
+    fetched_bytes: int
+    link_bytes_per_s: dict[str, float]  # as the engine observed them
+
+    @property
+    def met(self) -> list[float]:
+        """1.0 for each request that met its deadline, 0.0 for each other."""
+        return [float(ttft <= slo) for ttft, slo in zip(self.ttfts_s, self.slos_s, strict=True)]
+
+
+def arrivals(
+    dataset: str, rate_per_s: float, seed: int, hit_ratios: Sequence[float], vocabulary: int, warm_only: bool
+) -> list[Arrival]:
+    """The workload with its tokens, contexts in whole blocks. With `warm_only` prompts have the warm part of their
+    context only: what is to load then varies with the hit ratio, what is to compute does not."""
+    workload: Workload = calvo(
+        dataset, rate_per_s, seed, hit_ratios=hit_ratios, context_tokens_multiple=BLOCK_TOKENS, context_spread=0.5
+    )
+    found = []
+    for session in workload.sessions:
+        turn = session.turns[0]
+        multiplier = turn.slo_multiplier or SLO_MULTIPLIERS[0]
+        context, query = turn.prompt
+        prompt = (replace(context, length=turn.warm_tokens), query) if warm_only else turn.prompt
+        tokens = prompt_tokens(prompt, vocabulary)
+        found.append(Arrival(tokens, turn.warm_tokens, multiplier, session.start_s))
+    return found
+
+
+class Testbed:
+    """A pool node that holds the contexts, and engines against it, one after the other."""
+
+    def __init__(self, scale: Scale, pool_address: str) -> None:
+        self.scale = scale
+        self.profile = scale.profile()
+        self._address = pool_address
+        self._runner = ModelledRunner(self.profile, BLOCK_TOKENS)
+        self.block_bytes = self._runner.layout.full_block_bytes
+        self.pages = int(L1_BYTES / scale.bytes_divisor) // self.block_bytes
+        self.slots = int(L2_BYTES / scale.bytes_divisor) // self.block_bytes
+        self._runner.allocate(self.pages)
+        self._root = root_key(self._runner.layout.fingerprint(self._runner.model_id), "")
+        self._warm: set[BlockKey] = set()
+
+    def _keys(self, arrival: Arrival) -> list[BlockKey]:
+        return KeyChain(self._root, BLOCK_TOKENS).extend(arrival.tokens)
+
+    def warm(self, requests: Sequence[Arrival]) -> None:
+        """Write every warm block into the pool."""
+        pool = connect_pool(self._address)
+        try:
+            fill_pool(pool, self._warm_blocks(requests), self.block_bytes, 30.0)
+        finally:
+            pool.close(10.0)
+
+    def _warm_blocks(self, requests: Sequence[Arrival]) -> Iterator[NewBlock]:
+        for arrival in requests:
+            chain = KeyChain(self._root, BLOCK_TOKENS)
+            keys = chain.extend(arrival.tokens[: arrival.warm_tokens])
+            self._warm.update(keys)
+            for index, key in enumerate(keys):
+                yield NewBlock(key, chain.parent_of(index), self.block_bytes, prefix_position(keys[0], index))
+
+    def forget(self, requests: Sequence[Arrival]) -> None:
+        """Evict what was not warm at first (blocks that runs computed and saved)."""
+        pool = connect_pool(self._address)
+        pool.evict([key for arrival in requests for key in self._keys(arrival) if key not in self._warm])
+        pool.close(10.0)
+
+    def drop(self, requests: Sequence[Arrival]) -> None:
+        """Evict the requests' blocks altogether."""
+        pool = connect_pool(self._address)
+        for arrival in requests:
+            keys = self._keys(arrival)
+            pool.evict(keys)
+            self._warm.difference_update(keys)
+        pool.close(10.0)
+
+    def config(self, mode: Mode, policy: Policy) -> SchedulerConfig:
+        """Settings of the engine's scheduler for one mode and policy."""
+        return SchedulerConfig(
+            block_tokens=BLOCK_TOKENS,
+            block_bytes=self.block_bytes,
+            l1_pages=self.pages,
+            l2_slots=self.slots,
+            mode=mode,
+            policy=policy,
+            max_batch_tokens=8192,
+            age_bound_s=60.0 * self.scale.time_factor,
+        )
+
+    def cost(self) -> CostModel:
+        """What a profile of this testbed says."""
+        model = CostModel(LinkCost(self.profile.upload_bytes_per_s), self.profile.compute_cost())
+        model.default_link_bytes_per_s = self.scale.paced_bytes_per_s
+        return model
+
+    def run(
+        self, requests: Sequence[Arrival], slos_s: Sequence[float], mode: Mode, policy: Policy, outstanding: int = 0
+    ) -> RunResult:
+        """Open loop by arrival times, or a closed loop of `outstanding` requests. L1 is empty at first."""
+        pool = connect_pool(self._address)
+        engine = Engine(self.config(mode, policy), self.cost(), self._runner, pool)
+        settle()
+        try:
+            return _drive(engine, requests, slos_s, outstanding)
+        finally:
+            engine.close(10.0)
+            pool.close(10.0)
+
+    def profile_of(self, alone: RunResult) -> RecordedProfile:
+        """What requests that ran one at a time, coupled, say of links and overheads."""
+        upload = alone.link_bytes_per_s["upload"]
+        loaded = sum(report.loaded_bytes for report in alone.reports)
+        fetching_s = sum(end - start for r in alone.reports for label, start, end in r.spans if label == "fetch")
+        links = {name: loaded / fetching_s for name in alone.link_bytes_per_s if name != "upload"}
+        compute = self.profile.compute_cost()
+        lookups, rests = [], []
+        for report in alone.reports:
+            lookups.append(sum(end - start for label, start, end in report.spans if label == "lookup"))
+            query = report.prompt_tokens - report.cached_tokens
+            modelled_s = compute.seconds([(query, report.cached_tokens)])
+            rests.append((report.ttft_s or 0.0) - lookups[-1] - report.measured_load_s - modelled_s)
+        return RecordedProfile(
+            [tuple(sorted(links))], links, upload, (compute.a, compute.b, compute.c),
+            statistics.median(lookups), 0.0, max(0.0, statistics.median(rests)),
+        )  # fmt: skip
+
+    def recorded(
+        self,
+        label: str,
+        requests: Sequence[Arrival],
+        result: RunResult,
+        profile: RecordedProfile,
+        mode: Mode,
+        policy: Policy,
+    ) -> RecordedRun:
+        """A run as it was, to be simulated."""
+        rows = [
+            RecordedRequest(start, len(a.tokens), [0] * (a.warm_tokens // BLOCK_TOKENS), slo, ttft)
+            for start, a, slo, ttft in zip(result.starts_s, requests, result.slos_s, result.ttfts_s, strict=True)
+        ]
+        return RecordedRun(label, asdict(self.config(mode, policy)), profile, rows)
+
+    def ideal(self, requests: Sequence[Arrival], slos_s: Sequence[float], mode: Mode, policy: Policy) -> list[float]:
+        """TTFTs of the same decisions on ideal links: no overhead, and no link idle while it has work."""
+        cost = self.cost()
+        speed = self.scale.paced_bytes_per_s
+        cost.links["net"] = LinkCost(speed)
+        config = replace(self.config(mode, policy), fetch_window_blocks=2)
+        compute = self.profile.compute_cost()
+        hit = BlockHit(self.block_bytes, ("net",))
+        keys = [self._keys(arrival)[: arrival.warm_tokens // BLOCK_TOKENS] for arrival in requests]
+        pool = {key: hit for chain in keys for key in chain}
+        body = VirtualBody(LoadScheduler(config, cost), pool, {"net": speed}, self.profile.upload_bytes_per_s, compute)
+        for i, (arrival, slo_s) in enumerate(zip(requests, slos_s, strict=True)):
+            spec = RequestSpec(str(i), arrival.tokens, 1, self._root, arrival.start_s + slo_s)
+            body.submit_at(arrival.start_s, spec)
+        body.run()
+        accounts = [body.ended[str(i)].account for i in range(len(requests))]
+        return [(a.first_token_s or float("inf")) - a.arrival_s for a in accounts if a is not None]
+
+
+@contextmanager
+def testbed(scale: Scale) -> Iterator[Testbed]:
+    """A testbed with room for one dataset at a time (two with some of its blocks rewritten)."""
+    tokens = max(row.requests * row.context_tokens_mean for row in CALVO_DATASETS.values())
+    profile = scale.profile()
+    size = int(tokens * profile.layers * profile.layer_bytes_per_token * 1.3)
+    pace = f"{int(scale.paced_bytes_per_s)}B/s"
+    with pool_process("--listen", "127.0.0.1:0", "--memory", f"{size}B", "--pace", pace) as node:
+        yield Testbed(scale, node.address)
+
+
+class _Collector:
+    """Gathers the reports of a run; `closed` is called after each end."""
+
+    def __init__(self, count: int, closed: Callable[[], None]) -> None:
+        self.reports: list[RequestReport | None] = [None] * count
+        self.errors: list[str] = []
+        self._left = count
+        self._closed = closed
+        self.done = threading.Event()
+
+    def event(self, index: int, event: TokenEvent) -> None:
+        if event.finish_reason is None:
+            return
+        if event.finish_reason in ("error", "timeout", "cancelled"):
+            self.errors.append(f"request {index}: {event.finish_reason} {event.error}")
+        self.reports[index] = event.report
+        self._left -= 1
+        if not self._left:
+            self.done.set()
+        self._closed()
+
+
+def _drive(engine: Engine, requests: Sequence[Arrival], slos_s: Sequence[float], outstanding: int) -> RunResult:
+    free = threading.Semaphore(outstanding)
+    collector = _Collector(len(requests), free.release)
+    sampling = SamplingParams(max_tokens=1, temperature=0.0)
+    started_s = time.monotonic()
+    starts_s = []
+    for index, (arrival, slo_s) in enumerate(zip(requests, slos_s, strict=True)):
+        if outstanding:
+            if not free.acquire(timeout=RUN_LIMIT_S):
+                raise TimeoutError(f"no request ended within {RUN_LIMIT_S:g} s")
+        else:
+            time.sleep(max(0.0, started_s + arrival.start_s - time.monotonic()))
+        request = GenerationRequest(str(index), arrival.tokens, sampling, slo_ttft_s=slo_s)
+        starts_s.append(time.monotonic() - started_s)
+        engine.submit(request, lambda event, index=index: collector.event(index, event))  # type: ignore[misc]
+    if not collector.done.wait(RUN_LIMIT_S):
+        raise TimeoutError(f"the run did not end within {RUN_LIMIT_S:g} s of its last arrival")
+    wall_s = time.monotonic() - started_s
+    if collector.errors:
+        raise RuntimeError(collector.errors[0])
+    reports = [report for report in collector.reports if report is not None]
+    ttfts_s = tuple(report.ttft_s if report.ttft_s is not None else float("inf") for report in reports)
+    stats = engine.stats()
+    fetched = int(stats.counters.get("fetched_bytes", 0))
+    speeds = stats.labelled["link_bytes_per_s"]
+    return RunResult(tuple(reports), tuple(slos_s), ttfts_s, tuple(starts_s), wall_s, fetched, speeds)

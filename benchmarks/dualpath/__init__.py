@@ -1,0 +1,1 @@
+"""DualPath: prefill and decode on different hosts read over both storage NICs; live and simulated."""

@@ -1,0 +1,154 @@
+"""`penstock bench dualpath`: prefill and decode hosts, loading over one path and over both, on network namespaces."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from penstock.pool.api import PoolError
+from penstock.report import Report
+from penstock.workloads.progress import Progress, progress_bar
+
+if TYPE_CHECKING:
+    from benchmarks.dualpath.testbed import Scale
+
+PARTS = ("offline", "simulated", "online", "lanes", "ablation", "outputs")
+WORKLOADS = ("64K", "48K", "32K")
+SKIPPED = 0
+
+
+def dualpath(
+    part: Annotated[list[str] | None, typer.Option(help=f"What to measure: {', '.join(PARTS)}. Default: all.")] = None,
+    workload: Annotated[
+        list[str] | None, typer.Option(help=f"Agents offline: {', '.join(WORKLOADS)}. Default: all.")
+    ] = None,
+    traces: Annotated[
+        Path | None, typer.Option(help="Folder of recorded agent sessions, replayed offline too.")
+    ] = None,
+    storage_mbytes_per_s: Annotated[
+        float, typer.Option(min=1, max=1000, help="Speed of a host's storage NIC; its compute NIC is 8 times faster.")
+    ] = 40.0,
+    repeats: Annotated[int, typer.Option(min=1, max=20, help="Of the first workload, systems in turn.")] = 2,
+    quick: Annotated[bool, typer.Option(help="As little as possible of everything: checks that it runs.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+) -> None:
+    """Prefill read, DualPath and split reads on hosts with storage and compute NICs: job times, rates, TPOT."""
+    from benchmarks.dualpath.namespaces import NamespaceError, why_not
+    from benchmarks.dualpath.testbed import Scale
+    from penstock.bench.processes import ProcessFailed
+
+    console = Console()
+    parts = _chosen("part", part, PARTS)
+    workloads = _chosen("workload", workload, WORKLOADS)
+    reason = why_not()
+    if reason is not None:
+        console.print(f"bench dualpath: skipped: {reason}", style="yellow", markup=False)
+        raise typer.Exit(SKIPPED)
+    scale = Scale(storage_bytes_per_s=storage_mbytes_per_s * 1e6)
+    report = Report("dualpath")
+    _say_what_is_modelled(report, scale)
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="penstock-bench-") as folder,
+            progress_bar(console) as progress,
+        ):
+            _measure(report, Path(folder), scale, parts, workloads, traces, repeats, quick, progress)
+    except (OSError, ValueError, RuntimeError, PoolError, ProcessFailed, NamespaceError) as error:
+        console.print(f"bench dualpath: {error}", style="red", markup=False)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    report.print(console)
+    if json is not None:
+        report.write_json(json)
+
+
+def _chosen(name: str, given: Sequence[str] | None, allowed: Sequence[str]) -> list[str]:
+    """What was asked for, in the order of `allowed`. Raises BadParameter."""
+    for value in given or ():
+        if value not in allowed:
+            raise typer.BadParameter(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+    return [value for value in allowed if not given or value in given]
+
+
+def _say_what_is_modelled(report: Report, scale: Scale) -> None:
+    from benchmarks.dualpath.agents import ANSWER_TOKENS_MAX
+
+    profile = scale.profile()
+    node_gbits = scale.storage_bytes_per_s * scale.bytes_divisor * scale.time_factor * 8 * 8 / 1e9
+    report.modelled += [
+        f"compute and copies to device memory: profile {profile.name}, times x {scale.time_factor:g} "
+        "(but for the part `outputs`, which computes)",
+        f"KV bytes: those of the model / {scale.bytes_divisor}, random content; agents: all lengths / "
+        f"{scale.token_divisor}, answers of at most {ANSWER_TOKENS_MAX} tokens",
+        f"NICs: veth with tc tbf; storage {scale.storage_bytes_per_s / 1e6:g} MB/s, compute "
+        f"{scale.compute_bytes_per_s / 1e6:g} MB/s a host: unscaled, {node_gbits:.0f} Gbit/s of storage for 8 GPUs",
+    ]
+    report.notes += [
+        "basic reads on the prefill side only, with the same engines (stages overlap); the ablation begins with "
+        "engines that load, copy and compute one request after the other",
+        "device memory and decode buffers are small against the KV of all agents: each turn's context comes from "
+        "storage; the pool holds what came before an agent's first turn",
+        "share_of_all_nics: bytes received by all storage NICs until the first agent has ended, against plain sockets "
+        "over all of them at once in the same run; whole_job: until the last one has",
+    ]
+
+
+def _measure(
+    report: Report,
+    folder: Path,
+    scale: Scale,
+    parts: Sequence[str],
+    workloads: Sequence[str],
+    traces: Path | None,
+    repeats: int,
+    quick: bool,
+    progress: Progress,
+) -> None:
+    from benchmarks.dualpath import live_offline as offline
+    from benchmarks.dualpath import live_online as online
+    from benchmarks.dualpath.outputs import measure_outputs
+    from benchmarks.dualpath.testbed import Topology
+
+    unique = _names()
+    size = offline.Size(4, 1, 1) if quick else offline.Size(repeats=repeats)
+    if {"offline", "simulated"} & set(parts):
+        names = [*workloads[: 1 if quick else None], *([offline.TRACE] if traces is not None else [])]
+        cells = []
+        for cell, count in offline.cells_of(names, scale, size, traces):
+            offline.measure_cell(cell, scale, offline.SYSTEMS, count, progress, unique)
+            cells.append(cell)
+            if "offline" in parts:
+                offline.report_cell(report, cell)
+        if "offline" in parts:
+            offline.report_equals(report, cells)
+        if "simulated" in parts:
+            offline.report_simulated(report, cells, scale)
+    if "ablation" in parts:
+        offline.measure_ablation(
+            report, scale, replace(size, turns=min(3, size.turns)), Topology(1, 2), progress, unique
+        )
+    if "online" in parts:
+        topologies = [Topology(1, 1)] if quick else [Topology(1, 1), Topology(1, 2)]
+        online.measure_online(report, scale, topologies, 1 if quick else online.STEPS, progress, unique)
+    if "lanes" in parts:
+        online.measure_tpot(report, scale, 1 if quick else online.TPOT_REPEATS, progress, unique)
+    if "outputs" in parts:
+        task = progress.add_task("outputs", total=None)
+        measure_outputs(report, folder, scale, unique, lambda text: progress.update(task, description=text))
+    if quick:
+        report.notes.append("--quick: one short run of each; it checks that everything runs, and measures nothing")
+
+
+def _names() -> Callable[[], str]:
+    """Each run's own tenant, so that nothing of an earlier run is hit."""
+    prefix, numbers = secrets.token_hex(4), itertools.count(1)
+    return lambda: f"{prefix}-{next(numbers)}"

@@ -1,0 +1,98 @@
+"""DualPath's scale: from 2P4D to 48P96D with 24 times the agents, the job time stays; and what simulating it costs."""
+
+from __future__ import annotations
+
+import random
+import resource
+import time
+from dataclasses import replace
+
+from benchmarks.dualpath.simulated_offline import SET_UPS
+from penstock.core.cluster.decisions import InterEngineConfig, Place
+from penstock.core.cluster.engine_groups import EngineSpec, Role
+from penstock.core.cluster.inter_engine import InterEngineScheduler
+from penstock.core.cluster.nic_speed import StorageSpeeds
+from penstock.report import Report
+from penstock.sim.cluster_shape import PAPER
+from penstock.sim.serving_run import Bench
+
+PAPER_JOB_S = {1: 3167.0, 24: 3201.0}
+AGENTS = 2000
+HEARTBEATS = 2000
+
+
+def scale(report: Report, factor: int, divisor: int = 1) -> None:
+    """`factor` times 2P4D with as many times 2,000 agents (both divided by `divisor` in agents)."""
+    set_up = SET_UPS["660b"]
+    times = {}
+    for times_over in (1, factor):
+        shape = replace(set_up.shape, prefill_nodes=2 * times_over, decode_nodes=4 * times_over)
+        base = set_up.bench("64K")
+        agents = AGENTS * times_over // divisor
+        run = Bench(shape, base.model, base.trajectories).offline(PAPER, agents)
+        times[times_over] = run.job_s
+        label = f"scale_{shape.name}_{agents}"
+        report.figure(f"{label}_job_s", run.job_s, PAPER_JOB_S.get(times_over) if divisor == 1 else None)
+        report.figure(f"{label}_requests", run.record.requests)
+        report.figure(f"{label}_simulator_cpu_s", run.busy_s, 1800.0)
+        report.figure(f"{label}_simulator_us_per_request", run.cost_us)
+        report.figure(f"{label}_simulator_us_per_event", run.busy_s / run.record.events * 1e6)
+    report.figure(f"scale_{factor}_over_1_job", times[factor] / times[1], 1.03)
+    report.figure("scale_memory_gib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 8.0)
+
+
+def decision_cost(report: Report) -> None:
+    """Processor time of one placement by the brain with 1,000 and 10,000 requests waiting, on 48P96D: 1,152 engines."""
+    for waiting, limit_us in ((1_000, 50.0), (10_000, 100.0)):
+        brain = _brain(waiting)
+        full = [d for d in brain.decide(0.0) if isinstance(d, Place)]
+        for number in range(waiting):
+            brain.submit(("more", number), 33_000, 32_704, 150, 0.0)
+        brain.decide(0.0)
+        before, placed = time.thread_time(), 0
+        for place in full[:2_000]:
+            brain.prefilled(place.request_id, place.attempt)
+            brain.ended(place.request_id, place.attempt)
+            placed += len(brain.decide(1.0))
+        took_s = time.thread_time() - before
+        report.figure(f"decision_{waiting}_waiting_us", took_s / max(1, placed) * 1e6, limit_us)
+
+
+def heartbeat_cost(report: Report) -> None:
+    """Processor time of what an engine's heartbeat tells the brain, and of the decision after it, with 100 and 1,152
+    engines of which none has room for the request that waits."""
+    dice = random.Random(1)
+    for engines in (100, 1152):
+        brain, speeds = InterEngineScheduler(InterEngineConfig()), StorageSpeeds()
+        for number in range(engines):
+            node, role = f"n{number // 8}", "prefill" if number % 3 == 0 else "decode"
+            brain.node_registered(node, speeds.see(node, 1e9, 64, 1 << 21))
+            brain.engine_registered(EngineSpec(str(number), role, role, node, 3.7e5, 2_000_000))  # type: ignore[arg-type]
+        for number in range(22 * engines):
+            brain.submit(number, 33_000, 32_704, 150, 0.0)
+        brain.decide(0.0)
+        assert brain.waiting, "an engine has room"
+        before = time.thread_time()
+        for _ in range(HEARTBEATS):
+            number = dice.randrange(engines)
+            node = f"n{number // 8}"
+            brain.node_registered(node, speeds.see(node, dice.uniform(1e9, 2e9), 64, 1 << 21))
+            brain.engine_speed(str(number), dice.uniform(3.6e5, 3.7e5), None)
+            brain.report(node, brain.unread_tokens(node))
+            brain.decide(0.0)
+        report.figure(f"heartbeat_{engines}_engines_us", (time.thread_time() - before) / HEARTBEATS * 1e6)
+
+
+def _brain(waiting: int) -> InterEngineScheduler:
+    """All engines full up to beta, and `waiting` requests more."""
+    brain = InterEngineScheduler(InterEngineConfig(max_waiting=1 << 20))
+    for node in range(144):
+        brain.node_registered(f"n{node}", 1e6)
+        for gpu in range(8):
+            prefill = node < 48
+            group = f"p{node // 2}" if prefill else f"d{node // 4}"
+            role: Role = "prefill" if prefill else "decode"
+            brain.engine_registered(EngineSpec(f"n{node}.{gpu}", role, group, f"n{node}", 3.7e5, 2_000_000))
+    for number in range(22_000 + waiting):
+        brain.submit(number, 33_000, 32_704, 150, 0.0)
+    return brain

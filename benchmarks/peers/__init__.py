@@ -1,0 +1,1 @@
+"""Penstock inside vLLM beside other stores of KV."""

@@ -1,0 +1,1 @@
+"""Unified pooling: many memories and SSDs read as one; live and simulated."""

@@ -1,1 +1,0 @@
-"""Experiments: each module measures one claim and is one sub-command of `penstock bench`."""

@@ -1,0 +1,334 @@
+"""`penstock bench transport`: reads from a pool node against a bare socket loop, both between two processes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import queue
+import statistics
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from penstock.bench.processes import POOL_READY, ProcessFailed, ReadyProcess
+from penstock.bench.transport_bare import SET_BYTES, TIMEOUT_S, bare_process, run_bare
+from penstock.core.keys import KEY_BYTES, BlockKey
+from penstock.core.new_block import NewBlock
+from penstock.io.memory import aligned_buffer
+from penstock.pool.api import Pool, PoolError
+from penstock.pool.authenticated import authenticated
+from penstock.pool.checksum import block_checksum
+from penstock.pool.mac import PoolKey
+from penstock.pool.net.connect import connect_pool
+from penstock.pool.net.secret import Secret
+from penstock.pool.net.tls import PeerTls
+from penstock.process.child_python import python_command
+from penstock.report import Report
+from penstock.testing.certificates import Authority
+from penstock.workloads.plots import bar_chart
+
+SIZES = {"128k": 128 << 10, "2m": 2 << 20, "4m": 4 << 20}
+ALONE_SIZES = {"64k": 64 << 10, "512k": 512 << 10, "4m": 4 << 20}
+BUFFER_BYTES = 32 << 20
+WINDOW = 8  # reads that the client keeps open
+RATIO_MIN = 0.9
+
+
+@dataclass(slots=True)
+class Samples:
+    """Bandwidths of the repeats of one contestant at one load, and what they cost in all."""
+
+    bytes_per_s: list[float] = field(default_factory=list)
+    moved_bytes: int = 0
+    client_cpu_s: float = 0.0
+    node_cpu_s: float = 0.0
+
+    @property
+    def median(self) -> float:
+        """Median of the repeats, in bytes per second."""
+        return statistics.median(self.bytes_per_s)
+
+    @property
+    def cpu_s_per_gb(self) -> float:
+        """Processor seconds per 10^9 bytes, of both processes."""
+        return (self.client_cpu_s + self.node_cpu_s) / (self.moved_bytes / 1e9)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What node and client of one contestant prove themselves by: the node's flags, and what the client has; with a
+    pool key blocks have MACs, which the client verifies instead of checksums."""
+
+    flags: tuple[str, ...] = ()
+    secret: Secret | None = None
+    tls: PeerTls | None = None
+    pool_key: PoolKey | None = None
+
+
+Results = dict[tuple[str, str, int], Samples]  # (contestant, size, connections)
+
+
+def transport(
+    repeats: Annotated[int, typer.Option(min=1, max=100, help="Runs of each load; the median counts.")] = 9,
+    run_mib: Annotated[int, typer.Option(min=64, max=65536, help="MiB that one run moves.")] = 1024,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Compare with a secret and with mutual TLS, too (needs the openssl command).")
+    ] = False,
+    pool_key_file: Annotated[
+        Path | None, typer.Option(help="Also read with this pool key (mac_*): what MACs cost, in the same run.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG) to this file.")] = None,
+) -> None:
+    """Read bandwidth and CPU of a pool node over loopback TCP against a bare socket loop."""
+    console = Console()
+    report = Report("transport")
+    loads = [("128k", 1), ("2m", 1), ("4m", 1), ("4m", 2)]
+    try:
+        pool_key = PoolKey.read(pool_key_file) if pool_key_file is not None else None
+        with tempfile.TemporaryDirectory() as folder:
+            proofs = {"tcp": Proof()} | (_proofs(Path(folder)) if tls else {})
+            if pool_key is not None:
+                proofs["mac"] = Proof(pool_key=pool_key)
+            results = _measure(console, loads, repeats, run_mib << 20, proofs)
+    except (OSError, ValueError, PoolError, ProcessFailed) as error:
+        console.print(f"[red]bench transport: {error}[/red]")
+        raise typer.Exit(1) from error
+    _conclude(report, results, loads, pool_key)
+    for who in ("tcp", "secret", "tls") if tls else ():
+        _add_costs(report, results, loads, who)
+    report.print(console)
+    if json is not None:
+        report.write_json(json)
+    if plot is not None:
+        groups = {
+            f"{size}, {connections} conn.": {
+                who: results[who, size, connections].median / 1e9 for who in ("bare", *proofs)
+            }
+            for size, connections in loads
+        }
+        bar_chart(plot, "Reads over loopback TCP, two processes", "GB/s", groups)
+
+
+def _proofs(folder: Path) -> dict[str, Proof]:
+    """Of a node with a secret, and of one with certificates. Raises OSError."""
+    key, file = os.urandom(32).hex(), folder / "secret"
+    file.touch(0o600)
+    file.write_text(key)
+    certificates = Authority(folder).issue()
+    return {
+        "secret": Proof(("--secret-file", str(file)), secret=Secret(key.encode())),
+        "tls": Proof(tuple(certificates.flags), tls=certificates.tls),
+    }
+
+
+def _measure(
+    console: Console, loads: list[tuple[str, int]], repeats: int, run_bytes: int, proofs: dict[str, Proof]
+) -> Results:
+    """All loads, interleaved: each repeat runs all contestants of every load, forwards and backwards in turns."""
+    results: Results = defaultdict(Samples)
+    members = ["--memory", str(len(SIZES) * SET_BYTES)]
+    command = python_command("-m", "penstock", "pool", "--listen", "127.0.0.1:0", *members)
+    with contextlib.ExitStack() as stack:
+        nodes = {
+            who: stack.enter_context(ReadyProcess([*command, *proof.flags], POOL_READY, ready_s=30.0))
+            for who, proof in proofs.items()
+        }
+        bare = stack.enter_context(bare_process())
+        buffers = aligned_buffer(BUFFER_BYTES)
+        keys = {who: _fill(nodes[who].address, proof) for who, proof in proofs.items()}
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        progress = stack.enter_context(Progress(*columns, console=console))
+        bar = progress.add_task("reading", total=repeats * len(loads) * (1 + len(nodes)))
+        for repeat in range(repeats):
+            for size, connections in loads:
+                size_bytes = SIZES[size]
+                count = run_bytes // size_bytes
+                load = (size_bytes, count, connections, buffers)
+                runs: dict[str, tuple[int, Callable[[], float]]] = {
+                    "bare": (bare.pid, partial(run_bare, bare.address, *load)),
+                }
+                for who, proof in proofs.items():
+                    node = nodes[who]
+                    runs[who] = (node.pid, partial(_run_pool, node.address, proof, keys[who][size], *load))
+                for who in sorted(runs, reverse=repeat % 2 == 1):
+                    pid, run = runs[who]
+                    begin_s, node_begin_s = time.process_time(), _cpu_s(pid)
+                    seconds = run()
+                    found = results[who, size, connections]
+                    found.client_cpu_s += time.process_time() - begin_s
+                    found.node_cpu_s += _cpu_s(pid) - node_begin_s
+                    found.moved_bytes += count * size_bytes
+                    found.bytes_per_s.append(count * size_bytes / seconds)
+                    progress.advance(bar)
+    return results
+
+
+def _conclude(report: Report, results: Results, loads: list[tuple[str, int]], pool_key: PoolKey | None) -> None:
+    for size, connections in loads:
+        suffix = size if connections == 1 else f"{size}_{connections}conn"
+        bare, ours = results["bare", size, connections], results["tcp", size, connections]
+        ratios = [a / b for a, b in zip(ours.bytes_per_s, bare.bytes_per_s, strict=True)]
+        report.figure(f"tcp_read_{suffix}_gb_per_s", ours.median / 1e9)
+        report.figure(f"bare_read_{suffix}_gb_per_s", bare.median / 1e9)
+        limit = RATIO_MIN if (size, connections) == ("4m", 1) else None
+        report.figure(f"tcp_read_{suffix}_ratio", ours.median / bare.median, limit)
+        report.figure(f"tcp_read_{suffix}_paired_ratio", statistics.median(ratios))
+        report.figure(f"tcp_read_{suffix}_cpu_s_per_gb", ours.cpu_s_per_gb, bare.cpu_s_per_gb)
+        if pool_key is not None:
+            mac = results["mac", size, connections]
+            report.figure(f"mac_read_{suffix}_gb_per_s", mac.median / 1e9)
+            report.figure(f"mac_read_{suffix}_cpu_s_per_gb", mac.cpu_s_per_gb, ours.cpu_s_per_gb)
+    gb_per_s, cpu_s_per_gb = _alone(_checksum, SIZES["4m"])
+    report.figure("checksum_4m_gb_per_s", gb_per_s)
+    report.figure("checksum_4m_cpu_s_per_gb", cpu_s_per_gb)
+    if pool_key is not None:
+        for size, size_bytes in ALONE_SIZES.items():
+            checksum_s_per_gb = _alone(_checksum, size_bytes)[1]
+            gb_per_s, cpu_s_per_gb = _alone(pool_key.mac, size_bytes)
+            report.figure(f"mac_{size}_gb_per_s", gb_per_s)
+            report.figure(f"mac_{size}_cpu_s_per_gb", cpu_s_per_gb, checksum_s_per_gb)
+        report.notes.append("mac_* verifies MACs, not checksums; limit of its *_cpu_s_per_gb: the checksum's")
+    report.notes.append("real bytes between two processes over loopback; tcp_* verifies the checksum of every block")
+    report.notes.append("limit of *_ratio: the goal; of *_cpu_s_per_gb: the bare loop's, both processes together")
+
+
+def _add_costs(report: Report, results: Results, loads: list[tuple[str, int]], who: str) -> None:
+    """What one way of proof costs: bandwidth, and the CPU time of each side."""
+    for size, connections in loads:
+        suffix = size if connections == 1 else f"{size}_{connections}conn"
+        found, plain = results[who, size, connections], results["tcp", size, connections]
+        gb = found.moved_bytes / 1e9
+        if who != "tcp":
+            report.figure(f"{who}_read_{suffix}_gb_per_s", found.median / 1e9)
+            report.figure(f"{who}_read_{suffix}_to_tcp_ratio", found.median / plain.median)
+        report.figure(f"{who}_read_{suffix}_client_cpu_s_per_gb", found.client_cpu_s / gb)
+        report.figure(f"{who}_read_{suffix}_node_cpu_s_per_gb", found.node_cpu_s / gb)
+    if who == "tls":
+        report.notes.append("tcp_*: whoever reaches the port; secret_*: a shared secret; tls_*: mutual TLS 1.3")
+
+
+def _checksum(key: BlockKey, data: memoryview) -> object:
+    return block_checksum(key, data)
+
+
+def _alone(digest: Callable[[BlockKey, memoryview], object], size_bytes: int) -> tuple[float, float]:
+    """GB/s and CPU-s per GB of a digest of blocks alone, over memory that no cache holds."""
+    memory, key = aligned_buffer(SET_BYTES), bytes(KEY_BYTES)
+    memory[:] = os.urandom(1 << 20) * (SET_BYTES >> 20)
+    begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
+    for _ in range(8):
+        for at in range(0, SET_BYTES, size_bytes):
+            digest(key, memory[at : at + size_bytes])
+    gb = 8 * SET_BYTES / 1e9
+    return gb / (time.perf_counter() - begin_s), (time.process_time() - begin_cpu_s) / gb
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU time of another process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# --- Penstock: a pool node and a client ---
+
+
+def _connect(address: str, proof: Proof, connections: int = 1) -> Pool:
+    pool = connect_pool(address, connections=connections, secret=proof.secret, tls=proof.tls)
+    return authenticated(pool, proof.pool_key)
+
+
+def _fill(address: str, proof: Proof) -> dict[str, list[BlockKey]]:
+    """Write the block sets; returns their keys."""
+    pool = _connect(address, proof)
+    data = aligned_buffer(max(SIZES.values()))
+    data[:] = os.urandom(len(data))
+    keys: dict[str, list[BlockKey]] = {}
+    try:
+        for size, size_bytes in SIZES.items():
+            parent = hashlib.blake2b(size.encode(), digest_size=16).digest()
+            keys[size] = []
+            for _ in range(SET_BYTES // size_bytes):
+                key = hashlib.blake2b(parent, digest_size=16).digest()
+                ended: queue.SimpleQueue[PoolError | None] = queue.SimpleQueue()
+                pool.write(NewBlock(key, parent, size_bytes), data, TIMEOUT_S, ended.put)
+                error = ended.get(timeout=TIMEOUT_S + 1)
+                if error is not None:
+                    raise error
+                keys[size].append(key)
+                parent = key
+    finally:
+        pool.close(5.0)
+    return keys
+
+
+class _Reader:
+    """Keeps `WINDOW` reads open until `count` have ended."""
+
+    def __init__(self, pool: Pool, keys: list[BlockKey], size_bytes: int, count: int, buffers: memoryview) -> None:
+        self._pool, self._keys, self._size, self._count, self._buffers = pool, keys, size_bytes, count, buffers
+        self._lock = threading.Lock()
+        self._next = self._ended = 0
+        self._failed: PoolError | None = None
+        self._all = threading.Event()
+
+    def run(self) -> float:
+        """Seconds until every read has ended. Raises the first PoolError."""
+        begin_s = time.perf_counter()
+        for slot in range(min(WINDOW, self._count)):
+            self._start(slot)
+        if not self._all.wait(TIMEOUT_S + 1):
+            raise PoolError("deadline", "reads did not end by their deadline")
+        if self._failed is not None:
+            raise self._failed
+        return time.perf_counter() - begin_s
+
+    def _start(self, slot: int) -> None:
+        with self._lock:
+            number = self._next
+            if number == self._count:
+                return
+            self._next += 1
+        # Buffers rotate so that a read lands in memory that no cache holds, as in the bare loop.
+        at = number % (BUFFER_BYTES // self._size // WINDOW) * WINDOW + slot
+        into = self._buffers[at * self._size : (at + 1) * self._size]
+        self._pool.read(self._keys[number % len(self._keys)], self._size, into, TIMEOUT_S, lambda e: self._end(slot, e))
+
+    def _end(self, slot: int, error: PoolError | None) -> None:
+        with self._lock:
+            self._ended += 1
+            if error is not None:
+                self._failed = self._failed or error
+                self._next = self._count
+            finished = self._ended == self._count or error is not None
+        if finished:
+            self._all.set()
+        else:
+            self._start(slot)
+
+
+def _run_pool(
+    address: str,
+    proof: Proof,
+    keys: list[BlockKey],
+    size_bytes: int,
+    count: int,
+    connections: int,
+    buffers: memoryview,
+) -> float:
+    pool = _connect(address, proof, connections)
+    try:
+        return _Reader(pool, keys, size_bytes, count, buffers).run()
+    finally:
+        pool.close(5.0)

@@ -1,0 +1,1 @@
+"""cluster.toml to running processes: by a supervisor, on Ray, with the settings of the network."""

@@ -1,0 +1,201 @@
+"""`penstock up --on ray`: each process of a cluster under a Ray core actor, which Ray places and starts again.
+
+An actor starts its process again when that dies; Ray starts an actor again, on another machine where it must, when the
+actor or its machine dies. Only command lines, addresses and lines of output go through Ray; tokens and KV never do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from penstock.cluster.deploy.cluster_config import NODE_IP, ProcessSpec
+from penstock.cluster.deploy.supervisor import Child, StartFailed
+from penstock.core.config import ConfigError
+from penstock.process.rate_limited_log import RateLimitedLog
+
+log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
+
+WATCH_S = 0.5
+CALL_S = 30.0
+STOP_S = 20.0
+RAY_GONE_S = 300.0  # a Ray that cannot be asked for so long does not come back
+LINES_MAX = 200  # of one process between two looks at it
+
+
+class ProcessActor:
+    """One process, on the machine that Ray chose. Ray calls everything on one thread."""
+
+    def __init__(self, spec: ProcessSpec, addresses: Mapping[str, list[str]]) -> None:
+        self._spec = spec
+        self._lines: deque[str] = deque(maxlen=LINES_MAX)
+        self._child = Child(spec, lambda _, line: self._lines.append(line))
+        self.start(addresses)
+
+    def start(self, addresses: Mapping[str, list[str]]) -> None:
+        """Begin, or begin again with other addresses."""
+        import ray
+
+        self._child.stop(STOP_S)
+        ip = ray.util.get_node_ip_address()
+        self._child.start([word.replace(NODE_IP, ip) for word in self._spec.command(addresses)])
+
+    def watch(self) -> tuple[bool, tuple[str, ...], int, int, list[str]]:
+        """Start a dead process again. Whether it is ready, its addresses, its pid, how often it was started again, and
+        its lines since the last look."""
+        child = self._child
+        child.watch(time.monotonic())
+        if child.ready.is_set():
+            child.keep_port()
+        lines = [self._lines.popleft() for _ in range(len(self._lines))]
+        return child.ready.is_set(), child.addresses, child.pid, child.restarts, lines
+
+    def stop(self) -> None:
+        """End the process, within STOP_S seconds."""
+        self._child.stop(STOP_S)
+
+
+class _Known:
+    """What the last look at an actor's process showed."""
+
+    def __init__(self, spec: ProcessSpec) -> None:
+        self.spec = spec
+        self.actor: Any = None
+        self.ready = False
+        self.addresses: tuple[str, ...] = ()
+        self.pid = 0
+        self.restarts = 0
+
+
+class RaySupervisor:
+    """As `supervisor.Supervisor`, with actors for processes. Everything but `stopping.set()` on one thread."""
+
+    def __init__(self, processes: Sequence[ProcessSpec], told: Callable[[str, str], None], address: str) -> None:
+        """Raises ConfigError with one line when there is no Ray, or no cluster at that address."""
+        try:
+            import ray
+        except ImportError:
+            raise ConfigError("on is 'ray', and Ray is not installed; allowed: pip install 'penstock[ray]'") from None
+        self._ray = ray
+        try:
+            if not ray.is_initialized():
+                with contextlib.chdir("/"):  # Ray makes its workers import modules from this process's folder first
+                    ray.init(address=address, log_to_driver=False, configure_logging=False)
+        except Exception as error:  # noqa: BLE001 (what Ray raises here is of many kinds)
+            why = " ".join(str(error).split())[:300]
+            raise ConfigError(f"no Ray cluster at {address!r}: {why}") from None
+        self.known = {spec.name: _Known(spec) for spec in processes}
+        self.stopping = threading.Event()
+        self._told = told
+        self._given: dict[str, list[str]] = {}
+
+    @property
+    def url(self) -> str:
+        """Of the router's API."""
+        return next(one.addresses[0] for one in self.known.values() if one.spec.kind == "router")
+
+    def start(self, ready_s: float) -> None:
+        """Pools, then the router, then all engines at once; until they are ready, or `stopping` is set. Raises
+        StartFailed; everything has ended then."""
+        end_s = time.monotonic() + ready_s
+        try:
+            for kind in ("pool", "router", "engine"):
+                group = [one for one in self.known.values() if one.spec.kind == kind]
+                self._given = self._addresses()
+                for one in group:
+                    if self.stopping.is_set():
+                        return
+                    one.actor = self._place(one.spec)
+                while not all(one.ready for one in group) and not self.stopping.is_set():
+                    self._look(group)
+                    waiting = next((one.spec.name for one in group if not one.ready), None)
+                    if time.monotonic() > end_s:
+                        raise StartFailed(f"{waiting} was not ready within {ready_s:g} s (can Ray place it?)")
+                    self.stopping.wait(0.1)
+            self._given = self._addresses()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _place(self, spec: ProcessSpec) -> Any:
+        options: dict[str, Any] = {"num_cpus": 1 if spec.kind == "engine" else 0, "max_restarts": -1}
+        try:
+            actor = self._ray.remote(ProcessActor).options(**(options | dict(spec.ray)))
+            return actor.remote(spec, self._given)
+        except (ValueError, TypeError) as error:
+            raise StartFailed(f"{spec.name}: ray: {' '.join(str(error).split())[:300]}") from None
+
+    def _look(self, group: Sequence[_Known]) -> None:
+        """Ask all actors how their processes are; those that Ray is starting again do not answer."""
+        asked = {one.actor.watch.remote(): one for one in group if one.actor is not None}
+        done, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=2.0) if asked else ([], [])
+        for answer in done:
+            one = asked[answer]
+            try:
+                one.ready, addresses, one.pid, one.restarts, lines = self._ray.get(answer, timeout=CALL_S)
+            except self._ray.exceptions.RayError as error:
+                if one.ready:
+                    self._told(one.spec.name, f"its actor is gone, Ray starts it again: {type(error).__name__}")
+                one.ready = False
+                continue
+            one.addresses = tuple(addresses) or one.addresses
+            for line in lines:
+                self._told(one.spec.name, line)
+
+    def _addresses(self) -> dict[str, list[str]]:
+        """What engines are told: the router, and all pools."""
+        found: dict[str, list[str]] = {}
+        for one in self.known.values():
+            if one.addresses and one.spec.kind in ("pool", "router"):
+                found.setdefault(one.spec.kind, []).append(one.addresses[-1])
+        return found
+
+    def run(self) -> None:
+        """Until `stopping` is set: processes and actors are started again, engines follow a router that moved. Raises
+        StartFailed when Ray cannot be asked any more."""
+        asked_s = time.monotonic()
+        while not self.stopping.wait(WATCH_S):
+            try:
+                self.watch()
+                asked_s = time.monotonic()
+            except Exception as error:  # noqa: BLE001 (of many kinds; Ray may answer again)
+                rare.exception("watch", "the actors could not be looked at: %r", error)
+                if time.monotonic() - asked_s > RAY_GONE_S:
+                    raise StartFailed(f"Ray could not be asked for {RAY_GONE_S:g} s: {error!r}") from None
+
+    def watch(self) -> None:
+        """Look at all actors once, and start again what died or must follow an address that moved."""
+        self._look(list(self.known.values()))
+        addresses = self._addresses()
+        if addresses != self._given:
+            self._given = addresses
+            for one in self.known.values():
+                if one.spec.kind == "engine":
+                    self._told(one.spec.name, "a pool or the router has moved: it begins again")
+                    one.ready = False
+                    if one.actor is not None:
+                        one.actor.start.remote(addresses)
+
+    def stop(self) -> None:
+        """The router first, then engines, then pools."""
+        self.stopping.set()
+        for kind in ("router", "engine", "pool"):
+            group = [one for one in self.known.values() if one.spec.kind == kind and one.actor is not None]
+            try:
+                ended = [one.actor.stop.remote() for one in group]
+                if ended:
+                    self._ray.wait(ended, num_returns=len(ended), timeout=STOP_S + 10.0)
+            except Exception as error:  # noqa: BLE001 (the others are to end too)
+                log.error("%s processes could not be asked to end: %r", kind, error)
+            for one in group:
+                try:
+                    self._ray.kill(one.actor, no_restart=True)
+                except Exception as error:  # noqa: BLE001 (the other actors are to end too)
+                    log.error("the actor of %s could not be ended: %r", one.spec.name, error)
+                one.actor = None

@@ -1,0 +1,319 @@
+"""The decode buffer: host memory in which the KV of prompts gathers before their decode begins.
+
+Each hand-off reserves room for its whole prompt before a byte of it moves, first come first served; so what has begun
+can always end, however full the buffer is. A block comes by being written (the prefill engine hands it over) or by
+being loaded from the storage pool (a prefill engine reads through this host); it stays for the decode engine. Blocks
+that no hand-off needs any more are a cache, given up least recently used first.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar
+
+from penstock.core.keys import BlockKey
+from penstock.core.layout import staging_bytes
+from penstock.io.memory import aligned_buffer
+from penstock.pool.api import Done, Pool, PoolError
+from penstock.pool.callbacks import call_done
+from penstock.pool.local.pinned_block import PinnedBlock
+from penstock.pool.mac import PoolKey, check_block
+from penstock.process.rate_limited_log import RateLimitedLog
+
+log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
+
+Stored = tuple[int, bytes]  # checksum and MAC that a block came with
+
+
+class Arrival(Enum):
+    """RESERVED: there is room for the block. ARRIVING: being written or loaded. READY: it is here."""
+
+    RESERVED = "reserved"
+    ARRIVING = "arriving"
+    READY = "ready"
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """One block. `wanted_by` counts hand-offs, `users` those who read it in place right now."""
+
+    key: BlockKey
+    number: int
+    state: Arrival = Arrival.RESERVED
+    checksum: int = 0
+    mac: bytes = b""
+    wanted_by: int = 0
+    users: int = 0
+    loading: bool = False
+    waiting: list[Done] = field(default_factory=list)  # for the end of its arrival
+    written_here: ClassVar[bool] = True  # or verified when it came
+
+
+HeldBlock = PinnedBlock[_Slot, memoryview]
+
+
+@dataclass(slots=True)
+class _HandOff:
+    keys: list[BlockKey]  # each once
+    granted: Callable[[], None]
+
+
+class DecodeBuffer:
+    """`blocks` slots of one full block each, over the storage pool that decode reads come from. Any thread may call;
+    callbacks run on the caller's thread or the pool's, and must not block."""
+
+    def __init__(
+        self,
+        block_bytes: int,
+        blocks: int,
+        storage: Pool,
+        allocate: Callable[[int], memoryview] = aligned_buffer,
+        pool_key: PoolKey | None = None,
+    ) -> None:
+        """With a `pool_key` no block is taken without a good MAC, from `storage` or from who writes here (`check`)."""
+        if blocks < 1:
+            raise ValueError(f"a decode buffer of {blocks} blocks; at least 1 is allowed")
+        self.block_bytes = block_bytes
+        self.blocks = blocks
+        self._slot_bytes = staging_bytes(block_bytes)
+        self.memory = allocate(self._slot_bytes * blocks)
+        self._storage = storage
+        self._pool_key = pool_key
+        storage.register(self.memory)
+        self._lock = threading.Lock()
+        self._free = list(range(blocks - 1, -1, -1))
+        self._slots: dict[BlockKey, _Slot] = {}
+        self._idle: OrderedDict[BlockKey, None] = OrderedDict()  # READY, not wanted, not used: may be given up
+        self._hand_offs: dict[str, _HandOff] = {}
+        self._queue: deque[str] = deque()  # hand-offs that wait for room
+        self._loads = 0
+        self.loaded_bytes = self.received_bytes = self.evictions = 0
+
+    # --- room ---
+
+    def reserve(self, name: str, keys: Sequence[BlockKey], granted: Callable[[], None]) -> None:
+        """Call `granted` once there is room for these blocks, which then stay until `release`. Raises ValueError for a
+        name that is in use, or more blocks than the buffer has."""
+        wanted = list(dict.fromkeys(keys))
+        if len(wanted) > self.blocks:
+            raise ValueError(f"the prompt has {len(wanted)} blocks; the decode buffer has room for {self.blocks}")
+        with self._lock:
+            if name in self._hand_offs:
+                raise ValueError(f"hand-off {name!r} is known already")
+            self._hand_offs[name] = _HandOff(wanted, granted)
+            self._queue.append(name)
+        self._grant()
+
+    def release(self, name: str) -> None:
+        """The hand-off needs its blocks no more, or its room was never granted; unknown ones are ignored."""
+        with self._lock:
+            hand_off = self._hand_offs.pop(name, None)
+            if hand_off is None:
+                return
+            if name in self._queue:
+                self._queue.remove(name)
+            else:
+                for key in hand_off.keys:
+                    slot = self._slots[key]
+                    slot.wanted_by -= 1
+                    self._settle(slot)
+        self._grant()
+
+    def _grant(self) -> None:
+        """Call after room was made. Costs O(blocks of the first hand-off that waits), so not where none was made."""
+        while True:
+            with self._lock:
+                if not self._queue or not self._fits(self._hand_offs[self._queue[0]].keys):
+                    return
+                hand_off = self._hand_offs[self._queue.popleft()]
+                for key in sorted(hand_off.keys, key=lambda key: key not in self._slots):  # what is here first
+                    self._take(key).wanted_by += 1
+            try:
+                hand_off.granted()
+            except Exception as error:  # noqa: BLE001 (one hand-off's; those behind it are to be granted too)
+                rare.exception("granted", "the callback of a hand-off that got room failed: %r", error)
+
+    def _fits(self, keys: Sequence[BlockKey]) -> bool:
+        missing = [key for key in keys if key not in self._slots]
+        idle_of_own = sum(key in self._idle for key in keys)
+        return len(missing) <= len(self._free) + len(self._idle) - idle_of_own
+
+    def _take(self, key: BlockKey) -> _Slot:
+        """The block's slot, taken out of what may be given up."""
+        slot = self._slots.get(key)
+        if slot is None:
+            if not self._free:
+                self._drop(self._slots[next(iter(self._idle))])
+                self.evictions += 1
+            slot = self._slots[key] = _Slot(key, self._free.pop())
+        self._idle.pop(key, None)
+        return slot
+
+    def _settle(self, slot: _Slot) -> bool:
+        """Call after a use of the slot ended. Whether it can be evicted or is free, so that there is more room."""
+        if slot.wanted_by or slot.users or slot.state is Arrival.ARRIVING:
+            return False
+        if slot.state is Arrival.READY:
+            self._idle[slot.key] = None
+            self._idle.move_to_end(slot.key)
+        else:
+            self._drop(slot)
+        return True
+
+    def _drop(self, slot: _Slot) -> None:
+        self._idle.pop(slot.key, None)
+        del self._slots[slot.key]
+        self._free.append(slot.number)
+
+    # --- blocks ---
+
+    def has(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Which blocks are here."""
+        with self._lock:
+            slots = [self._slots.get(key) for key in keys]
+            return [slot is not None and slot.state is Arrival.READY for slot in slots]
+
+    def view(self, slot_number: int) -> memoryview:
+        """A slot's memory, padded to the alignment."""
+        return self.memory[slot_number * self._slot_bytes : (slot_number + 1) * self._slot_bytes]
+
+    def offset(self, held: HeldBlock) -> int:
+        """Where a held block lies in `memory`."""
+        return held.block.number * self._slot_bytes
+
+    def hold(self, key: BlockKey) -> HeldBlock | None:
+        """A block that is here, kept until it is released; None when it is not."""
+        with self._lock:
+            slot = self._slots.get(key)
+            if slot is None or slot.state is not Arrival.READY:
+                return None
+            slot.users += 1
+            self._idle.pop(key, None)
+            return PinnedBlock(slot, self.view(slot.number)[: self.block_bytes], self._let_go)
+
+    def _let_go(self, slot: _Slot) -> None:
+        """A user of the slot is gone; a slot without users may be taken for another block."""
+        with self._lock:
+            slot.users -= 1
+            room = self._settle(slot)
+        if room:
+            self._grant()
+
+    def begin_write(self, key: BlockKey) -> memoryview | PoolError | None:
+        """Memory to receive a block into, `end_write` must follow; None when it is here or on its way already. An error
+        for a block that no hand-off expects."""
+        with self._lock:
+            slot = self._slots.get(key)
+            if slot is None or not slot.wanted_by:
+                return PoolError("missing", f"no hand-off expects block {key.hex()}")
+            if slot.state is not Arrival.RESERVED:
+                return None
+            slot.state = Arrival.ARRIVING
+            return self.view(slot.number)
+
+    def check(self, key: BlockKey, data: memoryview, checksum: int, mac: bytes) -> PoolError | None:
+        """What is wrong with bytes that came; whoever writes here asks before `end_write`."""
+        return check_block(self._pool_key, key, data, checksum, mac)
+
+    def end_write(self, key: BlockKey, stored: Stored | None, error: PoolError | None = None) -> None:
+        """The block was received and passed `check` with `stored`; None: it did not come, for the reason of `error`."""
+        if stored is not None:
+            self.received_bytes += self.block_bytes
+        self._arrived(key, stored, error)
+
+    def load(self, key: BlockKey, timeout_s: float, done: Done) -> None:
+        """Call `done` when the block is here: at once, at the end of its arrival, or after loading it from storage."""
+        error: PoolError | None = None
+        with self._lock:
+            slot = self._slots.get(key)
+            if slot is None or (not slot.wanted_by and slot.state is not Arrival.READY):
+                error = PoolError("missing", f"no hand-off expects block {key.hex()}")
+            elif slot.state is not Arrival.READY:
+                slot.waiting.append(done)
+                if slot.state is Arrival.ARRIVING:
+                    return
+                slot.state, slot.loading = Arrival.ARRIVING, True
+                self._loads += 1
+        if error is not None or slot is None or slot.state is Arrival.READY:
+            call_done(done, error)
+            return
+        into = self.view(slot.number)
+        found: list[Stored] = []  # what it came with, once it passed
+
+        def check(data: memoryview, checksum: int, mac: bytes) -> PoolError | None:
+            failed = self.check(key, data, checksum, mac)
+            if failed is None:
+                found.append((checksum, mac))
+            return failed
+
+        def loaded(failed: PoolError | None) -> None:
+            if failed is None and not found:
+                failed = PoolError("checksum", f"block {key.hex()} came by a path that verifies nothing")
+            if failed is None:
+                self.loaded_bytes += self.block_bytes
+            self._arrived(key, found[0] if failed is None else None, failed)
+
+        try:
+            self._storage.read(key, self.block_bytes, into, timeout_s, loaded, check)
+        except Exception as failed:  # noqa: BLE001 (or the slot would be arriving for ever)
+            rare.exception("load", "block %s could not be asked for: %r", key.hex(), failed)
+            self._arrived(key, None, PoolError("network", repr(failed)))
+
+    def _arrived(self, key: BlockKey, stored: Stored | None, error: PoolError | None) -> None:
+        with self._lock:
+            slot = self._slots[key]
+            assert slot.state is Arrival.ARRIVING
+            waiting, slot.waiting = slot.waiting, []
+            self._loads -= slot.loading
+            slot.loading = False
+            if stored is not None:
+                slot.state, (slot.checksum, slot.mac) = Arrival.READY, stored
+            else:
+                slot.state = Arrival.RESERVED
+                error = error or PoolError("network", f"block {key.hex()} did not come")
+            room = self._settle(slot)
+        for done in waiting:
+            call_done(done, error)
+        if room:
+            self._grant()
+
+    # --- views ---
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that a hand-off could take now."""
+        with self._lock:
+            return len(self._free) + len(self._idle)
+
+    @property
+    def used_blocks(self) -> int:
+        """Slots that are taken."""
+        with self._lock:
+            return self.blocks - len(self._free)
+
+    @property
+    def loading_bytes(self) -> int:
+        """What is on its way from storage."""
+        return self._loads * self.block_bytes
+
+    def check_integrity(self) -> None:
+        """Every slot is free or one block's; a block is kept exactly as often as hand-offs have it; what nobody needs
+        may be given up. For tests."""
+        with self._lock:
+            numbers = [slot.number for slot in self._slots.values()]
+            assert sorted([*numbers, *self._free]) == list(range(self.blocks)), "a slot leaked or has two owners"
+            granted = [h for name, h in self._hand_offs.items() if name not in self._queue]
+            for key, slot in self._slots.items():
+                assert slot.key == key and slot.users >= 0
+                assert slot.wanted_by == sum(key in hand_off.keys for hand_off in granted), "a block is kept for nobody"
+                idle = slot.state is Arrival.READY and not slot.wanted_by and not slot.users
+                assert (key in self._idle) == idle
+                assert slot.wanted_by or slot.users or idle or slot.state is Arrival.ARRIVING, "a slot leaked"
+                assert not slot.waiting or slot.state is Arrival.ARRIVING
+            assert self._loads == sum(slot.loading for slot in self._slots.values())

@@ -1,0 +1,198 @@
+"""A relay's end of one-sided reads: it lends its blocks to prefill engines, and reads those that they offer.
+
+A lent block stays in the buffer, so what is lent has bounds: LEND_S_MAX in time, half of the buffer for one connection,
+three quarters for all of one address.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from penstock.cluster.handoff.buffer import DecodeBuffer, HeldBlock
+from penstock.cluster.handoff.deadlines import Deadline, Deadlines
+from penstock.cluster.handoff.one_sided_links import read_one_sided
+from penstock.pool.api import PoolError
+from penstock.pool.losses import count_loss
+from penstock.pool.net import wire
+from penstock.pool.net.one_sided import FarMemory, Mover
+from penstock.process.guarded_thread import GuardedWorker
+from penstock.process.rate_limited_log import RateLimitedLog
+
+log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
+
+CLIENTS_MAX = 256
+LENT_MAX = 4096
+LENT_FEW = 16  # of a small buffer
+LEND_S_MAX = 60.0
+MOVES_WAITING_MAX = 4096
+
+
+@dataclass(slots=True, eq=False)
+class _Lent:
+    """A block on loan to the connection `lender`, from the address `source`."""
+
+    held: HeldBlock
+    lender: int
+    source: str
+    deadline: Deadline | None = None
+
+    def end(self) -> None:
+        if self.deadline is not None:
+            self.deadline.cancel()
+        self.held.release()
+
+
+class Lending:
+    """What is lent, and whose memory is attached. Any thread may call."""
+
+    def __init__(self, mover: Mover, buffer: DecodeBuffer) -> None:
+        self._mover = mover
+        self._buffer = buffer
+        self._lock = threading.Lock()
+        self._clients: OrderedDict[bytes, tuple[FarMemory, str]] = OrderedDict()  # and its source address
+        self._lent: dict[tuple[int, int], _Lent] = {}  # by lender and id
+        self._lent_of: Counter[int | str] = Counter()  # how many, by lender and by source
+        self._deadlines = Deadlines("penstock-relay-lends")
+        self._moves = GuardedWorker("penstock-relay-one-sided", waiting_max=MOVES_WAITING_MAX)
+
+    def attach(self, client: bytes, kind: str, memory: bytes, source: str = "") -> bytes:
+        """The buffer's description for the client, whose memory is attached. Of too many the oldest of the address that
+        has the most is given up. Raises PoolError."""
+        if kind != self._mover.kind:
+            raise PoolError("layout", f"this relay offers {self._mover.kind}, not {kind}")
+        far = self._mover.attach(memory)
+        old: list[FarMemory] = []
+        with self._lock:
+            if client in self._clients:
+                old.append(self._clients.pop(client)[0])
+            self._clients[client] = far, source
+            while len(self._clients) > CLIENTS_MAX:
+                most, _ = Counter(place for _, place in self._clients.values()).most_common(1)[0]
+                oldest = next(name for name, (_, place) in self._clients.items() if place == most)
+                old.append(self._clients.pop(oldest)[0])
+        for gone in old:
+            self._close_later(gone)
+        return self._mover.export(self._buffer.memory)
+
+    # --- lent ---
+
+    def lend(self, lender: int, id: int, held: HeldBlock, until_s: float, source: str = "") -> int | PoolError:
+        """Keep a block for a client of connection `lender`; returns its offset. The client verifies what it reads, so a
+        block that was not returned in time is taken back."""
+        lent = _Lent(held, lender, source)
+        with self._lock:
+            same = self._forget((lender, id))
+            why = self._refusal(lender, source)
+            if why is None:
+                self._lent[lender, id] = lent
+                self._lent_of[lender] += 1
+                self._lent_of[source] += 1
+                left_s = min(until_s - time.monotonic(), LEND_S_MAX)
+                lent.deadline = self._deadlines.after(left_s, partial(self._late, lender, id, lent))
+        if same is not None:  # its number is used again: nobody will return it
+            same.end()
+        if why is not None:
+            held.release()
+            count_loss("blocks_not_lent")
+            rare.warning("lent", "a block is not lent: %s", why)
+            return PoolError("dropped", why)
+        return self._buffer.offset(held)
+
+    def _refusal(self, lender: int, source: str) -> str | None:
+        blocks = self._buffer.blocks
+        if len(self._lent) >= LENT_MAX:
+            return f"{LENT_MAX} blocks are lent already"
+        if self._lent_of[lender] >= max(blocks // 2, LENT_FEW):
+            return f"{self._lent_of[lender]} blocks are lent to this connection already"
+        if self._lent_of[source] >= max(blocks * 3 // 4, LENT_FEW):
+            return f"{self._lent_of[source]} blocks are lent to this address already"
+        return None
+
+    def _forget(self, name: tuple[int, int]) -> _Lent | None:
+        """With the lock held; `end` must follow."""
+        lent = self._lent.pop(name, None)
+        if lent is not None:
+            for whose in (lent.lender, lent.source):
+                self._lent_of[whose] -= 1
+                if not self._lent_of[whose]:
+                    del self._lent_of[whose]
+        return lent
+
+    def _late(self, lender: int, id: int, lent: _Lent) -> None:
+        with self._lock:
+            if self._lent.get((lender, id)) is not lent:
+                return
+            self._forget((lender, id))
+        count_loss("lent_blocks_taken_back")
+        rare.warning("late", "a lent block was not returned in time: it is taken back")
+        lent.end()
+
+    def returned(self, lender: int, id: int) -> None:
+        """A client no longer reads a block that it was lent."""
+        with self._lock:
+            lent = self._forget((lender, id))
+        if lent is not None:
+            lent.end()
+
+    def gone(self, lender: int) -> None:
+        """The connection ended: nothing of it is lent any more."""
+        with self._lock:
+            names = [name for name in self._lent if name[0] == lender] if self._lent_of[lender] else []
+            blocks = [self._forget(name) for name in names]
+        for lent in blocks:
+            if lent is not None:
+                lent.end()
+
+    # --- offered ---
+
+    def take(
+        self,
+        offer: wire.Offer,
+        into: memoryview,
+        deadline_s: float,
+        ended: Callable[[PoolError | None], None],
+    ) -> None:
+        """Read an offered block into `into`; `ended` is called on another thread."""
+        with self._lock:
+            far, _ = self._clients.get(offer.client, (None, ""))
+
+        def check(data: memoryview) -> PoolError | None:
+            return self._buffer.check(offer.key, data, offer.checksum, offer.mac)
+
+        def move() -> None:
+            if far is None:
+                ended(PoolError("layout", "the memory of that engine is not attached"))
+            else:
+                ended(read_one_sided(far, offer.offset, into, deadline_s, check))
+
+        if not self._moves.put(move, lambda error: ended(PoolError("network", f"a one-sided read failed: {error}"))):
+            count_loss("one_sided_dropped")
+            rare.warning("moves", "a block is not read one-sided: %d moves wait already", MOVES_WAITING_MAX)
+            ended(PoolError("dropped", f"{MOVES_WAITING_MAX} one-sided moves wait already"))
+
+    def _close_later(self, far: FarMemory) -> None:
+        """Close the memory after the queued reads of it; at once when the queue takes nothing more."""
+        if not self._moves.put(far.close):
+            far.close()
+
+    def close(self, timeout_s: float) -> None:
+        """End everything that is lent, then the deadlines, within about `timeout_s`."""
+        with self._lock:
+            clients, self._clients = list(self._clients.values()), OrderedDict()
+            lent, self._lent = list(self._lent.values()), {}
+            self._lent_of.clear()
+        for one in lent:
+            one.end()
+        self._deadlines.close(timeout_s)
+        for far, _ in clients:
+            self._close_later(far)
+        if not self._moves.put(self._mover.close):
+            log.warning("the memory of one-sided reads is not given back: too many of them wait")
+        self._moves.close(timeout_s)

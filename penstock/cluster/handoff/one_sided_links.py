@@ -1,0 +1,203 @@
+"""A prefill engine's end of one-sided reads: it reads blocks that relays lend, and offers its own to be read."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from penstock.core.keys import BlockKey
+from penstock.io.memory import address_of
+from penstock.pool.api import Done, PoolError
+from penstock.pool.callbacks import call_done
+from penstock.pool.checksum import block_checksum
+from penstock.pool.losses import count_loss
+from penstock.pool.mac import PoolKey, block_mac, check_block
+from penstock.pool.net import wire
+from penstock.pool.net.link import NodeLink
+from penstock.pool.net.one_sided import FarMemory, Mover
+from penstock.process.guarded_thread import GuardedWorker
+from penstock.process.rate_limited_log import RateLimitedLog
+
+log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
+
+MOVES_WAITING_MAX = 4096
+
+ATTACH_TIMEOUT_S = 5.0
+_BROKEN = ("network", "closed", "layout", "checksum")  # what ends so was done with memory that may not be there
+
+
+class OneSidedLinks:
+    """Relays whose memory is attached, by address. Any thread may call; blocks are moved on a thread of its own."""
+
+    def __init__(self, mover: Mover, pool_key: PoolKey | None = None) -> None:
+        self._mover = mover
+        self._pool_key = pool_key
+        self._client = os.urandom(16)
+        self._memory = memoryview(b"")
+        self._base = 0
+        self._lock = threading.Lock()
+        self._far: dict[str, FarMemory | None] = {}  # None: being attached
+        self._moves = GuardedWorker("penstock-one-sided", waiting_max=MOVES_WAITING_MAX)
+
+    def allocate(self, size_bytes: int) -> memoryview:
+        """The engine's staging memory."""
+        self._memory = self._mover.allocate(size_bytes)
+        self._base = address_of(self._memory)
+        return self._memory
+
+    def attach(self, address: str, link: NodeLink) -> None:
+        """Ask for a relay's memory, unless it was asked for; until it is there, and without it, blocks travel in
+        messages."""
+        with self._lock:
+            if address in self._far or not len(self._memory):
+                return
+            self._far[address] = None
+
+        def ended(reply: Any, error: PoolError | None) -> None:
+            try:
+                if error is not None:
+                    raise error
+                far = self._mover.attach(reply.memory)
+            except Exception as failed:  # noqa: BLE001 (whatever the transport raises: blocks travel in messages)
+                count_loss("one_sided_not_attached")
+                rare.warning(f"attach {address}", "%s: blocks travel in messages: %s", address, failed)
+                if not isinstance(failed, PoolError) or failed.reason != "layout":
+                    self.drop(address)  # another try with the next hand-off
+                return
+            with self._lock:
+                wanted = address in self._far
+                if wanted:
+                    self._far[address] = far
+            if not wanted:  # the link was given up meanwhile
+                self._close_later(far)
+
+        message = wire.Attach(link.next_id(), self._client, self._mover.kind, self._mover.export(self._memory), 0.0)
+        link.begin(message, ATTACH_TIMEOUT_S, ended)
+
+    def drop(self, address: str) -> None:
+        """The relay may be another one by now: its memory is attached anew with the next hand-off."""
+        with self._lock:
+            far = self._far.pop(address, None)
+        if far is not None:
+            self._close_later(far)
+
+    def _close_later(self, far: FarMemory) -> None:
+        """Close the memory after the queued reads of it; at once when the queue takes nothing more."""
+        if not self._moves.put(far.close):
+            far.close()
+
+    def read(
+        self,
+        address: str,
+        link: NodeLink,
+        key: BlockKey,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        done: Done,
+    ) -> bool:
+        """Borrow a block and read it; False when the relay's memory is not attached."""
+        with self._lock:
+            far = self._far.get(address)
+        if far is None:
+            return False
+        deadline_s = time.monotonic() + timeout_s
+        message = wire.Lend(link.next_id(), key, size_bytes, 0.0)
+
+        def lent(reply: Any, error: PoolError | None) -> None:
+            if error is None and not isinstance(reply, wire.Lent):
+                error = PoolError("network", f"{address} answered with {type(reply).__name__}")
+            if error is not None:
+                self._end(address, done, error)
+                return
+            move = partial(self._move, address, link, far, message, reply, into, deadline_s, done)
+            if not self._moves.put(move, lambda error: self._end(address, done, PoolError("network", repr(error)))):
+                link.tell(wire.Return(message.id))
+                count_loss("one_sided_dropped")
+                rare.warning("moves", "a block is not read one-sided: %d moves wait already", MOVES_WAITING_MAX)
+                self._end(address, done, PoolError("dropped", f"{MOVES_WAITING_MAX} one-sided moves wait already"))
+
+        link.begin(message, timeout_s, lent)
+        return True
+
+    def _move(
+        self,
+        address: str,
+        link: NodeLink,
+        far: FarMemory,
+        asked: wire.Lend,
+        reply: wire.Lent,
+        into: memoryview,
+        deadline_s: float,
+        done: Done,
+    ) -> None:
+        def check(data: memoryview) -> PoolError | None:
+            return check_block(self._pool_key, asked.key, data, reply.checksum, reply.mac)
+
+        error = read_one_sided(far, reply.offset, into[: asked.size_bytes], deadline_s, check)
+        link.tell(wire.Return(asked.id))
+        self._end(address, done, error)
+
+    def offer(
+        self, address: str, link: NodeLink, key: BlockKey, data: memoryview, timeout_s: float, done: Done
+    ) -> bool:
+        """Have the relay read a block; False when it cannot, or when the block is not in the staging memory."""
+        with self._lock:
+            far = self._far.get(address)
+        offset = address_of(data) - self._base
+        if far is None or not 0 <= offset <= len(self._memory) - len(data):
+            return False
+        checksum = block_checksum(key, data)
+        mac = block_mac(self._pool_key, key, data)
+        message = wire.Offer(link.next_id(), self._client, key, len(data), checksum, offset, 0.0, mac)
+
+        def ended(reply: Any, error: PoolError | None) -> None:
+            if error is None and not isinstance(reply, wire.Written):
+                error = PoolError("network", f"{address} answered with {type(reply).__name__}")
+            self._end(address, done, error)
+
+        link.begin(message, timeout_s, ended)
+        return True
+
+    def _end(self, address: str, done: Done, error: PoolError | None) -> None:
+        if error is not None and error.reason in _BROKEN:
+            self.drop(address)
+        call_done(done, error)
+
+    def close(self, timeout_s: float) -> None:
+        """After the links are closed."""
+        with self._lock:
+            far, self._far = list(self._far.values()), {}
+        for memory in far:
+            if memory is not None:
+                self._close_later(memory)
+        if not self._moves.put(self._mover.close):
+            log.warning("the memory of one-sided reads is not given back: too many of them wait")
+        self._moves.close(timeout_s)
+
+
+def read_one_sided(
+    far: FarMemory,
+    offset: int,
+    into: memoryview,
+    deadline_s: float,
+    check: Callable[[memoryview], PoolError | None],
+) -> PoolError | None:
+    """Read a block out of a peer's memory and verify it by `check`; what went wrong, if anything."""
+    remaining_s = deadline_s - time.monotonic()
+    if remaining_s <= 0:
+        return PoolError("deadline", "a one-sided read came to its turn too late")
+    try:
+        far.read(offset, into, remaining_s)
+    except PoolError as error:
+        return error
+    except Exception as error:  # whatever the transport raises is a block that did not come
+        log.exception("a one-sided read raised")
+        return PoolError("network", f"a one-sided read failed: {error}")
+    return check(into)

@@ -1,0 +1,272 @@
+"""A prefill engine's connections to the relays of decode engines: opening hand-offs, reading through, handing over.
+
+Hand-off and control have a connection each, apart from the one that blocks are read over, and go before it (`lanes`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any, Literal
+
+from penstock.cluster.handoff.link_meter import LinkMeter
+from penstock.cluster.handoff.one_sided_links import OneSidedLinks
+from penstock.cluster.messages import LinkReport
+from penstock.cluster.wire_types import RATE_MAX, within
+from penstock.core.engine.engine_load import Standing
+from penstock.core.new_block import NewBlock
+from penstock.io.memory import aligned_buffer
+from penstock.pool.api import Done, PoolError
+from penstock.pool.callbacks import call_done
+from penstock.pool.checksum import block_checksum
+from penstock.pool.losses import count_loss
+from penstock.pool.mac import PoolKey, block_mac, check_of
+from penstock.pool.net import wire
+from penstock.pool.net.link import NodeLink
+from penstock.pool.net.one_sided import Mover
+from penstock.pool.net.secret import Secret
+from penstock.pool.net.tls import PeerTls
+from penstock.process.guarded_thread import GuardedWorker
+from penstock.process.rate_limited_log import RateLimitedLog
+from penstock.units import parse_address
+
+log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
+
+LINKS_MAX = 256
+DOWN_S = 60.0  # a relay that was not reached for so long, with nothing on its way, is given up: it comes back elsewhere
+CONNECT_THREADS = 4
+CONNECTS_WAITING_MAX = 1024  # of each of these threads
+LINKS_REPORTED_MAX = 32
+URGENT_LANES = frozenset({"control", "write"})
+
+Opened = Callable[[bytes | None, PoolError | None], None]
+
+
+class _Link:
+    """Connections to one relay, and a meter for each direction."""
+
+    __slots__ = ("connections", "down_s", "handed", "read")
+
+    def __init__(self, connections: NodeLink) -> None:
+        self.connections = connections
+        self.down_s: float | None = None  # since when it was seen to be down and idle
+        self.read, self.handed = LinkMeter(), LinkMeter()
+
+
+class RelayLinks:
+    """Links by address, made when they are first needed. Contract: `engine.peers.Peers`."""
+
+    def __init__(
+        self,
+        connections: int = 1,
+        connect_timeout_s: float = 2.0,
+        secret: Secret | None = None,
+        mover: Mover | None = None,
+        tls: PeerTls | None = None,
+        pool_key: PoolKey | None = None,
+    ) -> None:
+        """`connections` for reads, to each relay; `secret` and `tls` are what relays ask for. With a `mover`, blocks
+        move between this engine and relays of the mover's kind by one-sided reads in both directions. With a `pool_key`
+        blocks that are handed over have a MAC, and those that are read are accepted only with a good one."""
+        self._pool_key = pool_key
+        self._secret, self._tls = secret, tls
+        self._one_sided = OneSidedLinks(mover, pool_key) if mover is not None else None
+        self._connections = connections
+        self._connect_timeout_s = connect_timeout_s
+        self._lock = threading.Lock()
+        self._links: OrderedDict[str, _Link] = OrderedDict()
+        self._closed = False
+        names = [f"penstock-relay-connect-{number}" for number in range(CONNECT_THREADS)]
+        self._connecting = [GuardedWorker(name, waiting_max=CONNECTS_WAITING_MAX) for name in names]
+        self._closing = GuardedWorker("penstock-relay-close", waiting_max=LINKS_MAX)
+
+    def open(self, address: str, name: str, reads: bool, timeout_s: float, opened: Opened) -> None:
+        """Open a hand-off: `opened(blocks, None)` as in `wire.Opened`, or `opened(None, error)`, once."""
+        deadline_s = time.monotonic() + timeout_s
+
+        def failed(error: Exception) -> None:
+            opened(None, error if isinstance(error, PoolError) else PoolError("network", f"{address}: {error}"))
+
+        def ended(reply: Any, error: PoolError | None) -> None:
+            opened(reply.blocks if isinstance(reply, wire.Opened) else None, error or _unexpected(reply, wire.Opened))
+
+        def begin() -> None:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                failed(PoolError("deadline", f"{address}: its turn to be connected came too late"))
+                return
+            try:
+                link = self._link(address).connections
+                if self._one_sided is not None:
+                    self._one_sided.attach(address, link)
+            except (PoolError, OSError, ValueError) as error:
+                failed(error)
+                return
+            link.begin(wire.Open(link.next_id(), name, reads, left_s), left_s, ended)
+
+        # One relay's openings wait for each other only: one that does not answer holds up a fraction of the others.
+        worker = self._connecting[hash(address) % CONNECT_THREADS]
+        if not worker.put(begin, failed):
+            count_loss("hand_offs_too_many")
+            failed(
+                PoolError(
+                    "dropped", f"{CONNECTS_WAITING_MAX} hand-offs wait for a connection, or the engine is closing"
+                )
+            )
+
+    def close_hand_off(self, address: str, name: str, token: int, missing: int, timeout_s: float, done: Done) -> None:
+        """Everything is handed over, but `missing` blocks; decode may begin."""
+        link = self._known(address)
+        if link is None:
+            call_done(done, PoolError("network", f"no connection to {address}"))
+            return
+
+        def ended(reply: Any, error: PoolError | None) -> None:
+            call_done(done, error or _unexpected(reply, wire.Accepted))
+
+        connections = link.connections
+        connections.begin(wire.HandedOver(connections.next_id(), name, token, missing, timeout_s), timeout_s, ended)
+
+    # --- engine.peers.Peers ---
+
+    def allocate(self, size_bytes: int) -> memoryview:
+        """Page-aligned memory that one-sided reads may fill, where there are any."""
+        return self._one_sided.allocate(size_bytes) if self._one_sided is not None else aligned_buffer(size_bytes)
+
+    def read(self, address: str, key: bytes, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
+        """Read a block through the relay at `address`: one-sided where that works, in messages otherwise."""
+        link = self._known(address)
+        if link is None:
+            call_done(done, PoolError("network", f"no connection to {address}"))
+            return
+        done = link.read.metered(size_bytes, done)
+        one_sided, connections = self._one_sided, link.connections
+        if one_sided is not None and one_sided.read(address, connections, key, size_bytes, into, timeout_s, done):
+            return
+        message = wire.Read(connections.next_id(), key, size_bytes, 0.0)
+        check = check_of(self._pool_key, key) if self._pool_key is not None else None
+        connections.submit("read", message, into, timeout_s, lambda _, error: call_done(done, error), check)
+
+    def hand_over(self, address: str, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        """Send a block to the relay at `address`: one-sided where that works, in messages otherwise."""
+        link = self._known(address)
+        if link is None:
+            call_done(done, PoolError("network", f"no connection to {address}"))
+            return
+        data = data[: block.size_bytes]
+        done = link.handed.metered(block.size_bytes, done)
+        one_sided, connections = self._one_sided, link.connections
+        if one_sided is not None and one_sided.offer(address, connections, block.key, data, timeout_s, done):
+            return
+        checksum, block = (
+            block_checksum(block.key, data),
+            replace(block, mac=block_mac(self._pool_key, block.key, data)),
+        )
+        message = wire.Write(connections.next_id(), **asdict(block), checksum=checksum, timeout_s=0.0)
+        connections.submit("write", message, data, timeout_s, lambda _, error: call_done(done, error))
+
+    def reports(self, standing: Standing, block_bytes: int) -> list[LinkReport]:
+        """Both directions of every link, as far as there are not too many: the busiest ones then. `standing` says what
+        is still to be moved."""
+        self._give_up_down()
+        with self._lock:
+            links = list(self._links.items())
+        found = []
+        for address, link in links:
+            handing = standing.handing_blocks[address] * block_bytes
+            found.append(_report(address, "read", link.read, standing.far_bytes[address]))
+            found.append(_report(address, "hand-off", link.handed, handing))
+        found.sort(key=lambda report: (report.backlog_bytes, report.load_bytes_per_s), reverse=True)
+        return found[:LINKS_REPORTED_MAX]
+
+    # --- links ---
+
+    def _give_up_down(self) -> None:
+        """Links to relays that are gone give back their threads and memory: a decode engine that starts again has
+        another address. With each report to the router."""
+        now_s = time.monotonic()
+        unused: list[_Link] = []
+        with self._lock:
+            for address, link in list(self._links.items()):
+                if link.connections.up or not link.connections.idle:
+                    link.down_s = None
+                elif link.down_s is None:
+                    link.down_s = now_s
+                elif now_s - link.down_s > DOWN_S:
+                    unused.append(self._links.pop(address))
+        for link in unused:
+            self._close_later(link)
+
+    def _close_later(self, link: _Link) -> None:
+        """On a thread of its own: it waits for the link's threads."""
+        if self._one_sided is not None:
+            self._one_sided.drop(link.connections.place)
+        if not self._closing.put(lambda: link.connections.close(1.0)):
+            link.connections.close(1.0)
+
+    def _known(self, address: str) -> _Link | None:
+        with self._lock:
+            return self._links.get(address)
+
+    def _link(self, address: str) -> _Link:
+        """Raises PoolError, OSError or ValueError."""
+        with self._lock:
+            link = self._links.get(address)
+            if link is not None:
+                self._links.move_to_end(address)
+                return link
+        host, port = parse_address(address)
+        connections = NodeLink(
+            host, port, self._connections, self._connect_timeout_s, False, urgent=URGENT_LANES, secret=self._secret,
+            what="the relay at", tls=self._tls,
+        )  # fmt: skip
+        made = _Link(connections)
+        unused: list[_Link] = []
+        with self._lock:
+            link = self._links.setdefault(address, made)
+            if self._closed or link is not made:
+                unused.append(made)
+            idle = [place for place, other in self._links.items() if other.connections.idle and other is not made]
+            while len(self._links) > LINKS_MAX and idle:
+                unused.append(self._links.pop(idle.pop(0)))
+        for old in unused:
+            if old is made:
+                old.connections.close(1.0)
+            else:
+                self._close_later(old)
+        if self._closed:
+            raise PoolError("closed", "the engine is closing")
+        return link
+
+    def close(self, timeout_s: float) -> None:
+        """Close all connections, within about `timeout_s`."""
+        with self._lock:
+            self._closed = True
+            links = list(self._links.values())
+        for worker in self._connecting:
+            worker.stop()
+        for link in links:
+            link.connections.close(timeout_s)
+        for worker in (*self._connecting, self._closing):
+            worker.close(timeout_s)
+        if self._one_sided is not None:
+            self._one_sided.close(timeout_s)
+
+
+def _report(address: str, direction: Literal["read", "hand-off"], meter: LinkMeter, backlog_bytes: int) -> LinkReport:
+    return LinkReport(
+        relay=address,
+        direction=direction,
+        load_bytes_per_s=within(meter.load_bytes_per_s, RATE_MAX),
+        backlog_bytes=backlog_bytes,
+        bytes_per_s=within(meter.bytes_per_s, RATE_MAX),
+    )
+
+
+def _unexpected(reply: Any, kind: type) -> PoolError | None:
+    return None if isinstance(reply, kind) else PoolError("network", f"answered with {type(reply).__name__}")

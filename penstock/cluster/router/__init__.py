@@ -1,0 +1,1 @@
+"""The endpoint of a cluster: engines that registered, requests that are placed, their answers."""

@@ -1,0 +1,60 @@
+"""Sends engines what was decided of a request: placed, planned anew, cancelled. On the router's thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from penstock.cluster import wire
+from penstock.cluster.messages import Part
+from penstock.cluster.router.engine_accounts import EngineAccounts
+from penstock.cluster.router.engine_registry import ClusterPort
+from penstock.cluster.router.routed_request import Routed, part_of, placed_request
+from penstock.core.cluster.decisions import Place, Replan
+
+
+class Dispatch:
+    """What is sent to an engine that has left is sent to nobody: its parts end by themselves."""
+
+    def __init__(self, port: ClusterPort, accounts: EngineAccounts) -> None:
+        self._port = port
+        self._accounts = accounts
+
+    def place(self, routed: Routed, place: Place) -> bool:
+        """Begin an attempt on its engines; False, with nothing sent, when one of them has left. Raises ConfigError."""
+        parts: dict[str, Part]
+        prefill, decode = self._port.engines.get(place.prefill), self._port.engines.get(place.decode)
+        if prefill is None or decode is None:
+            return False
+        parts = {place.prefill: "mixed"} if prefill is decode else {place.prefill: "prefill", place.decode: "decode"}
+        routed.brain_attempt = place.attempt
+        attempt = routed.answer.begin(parts)
+        routed.waiting, routed.read = "", place.read
+        routed.mark("prefill", time.monotonic())
+        placed = placed_request(routed, place, attempt, decode if prefill is not decode else None)
+        for engine in {prefill.name: prefill, decode.name: decode}.values():
+            read_tokens = place.decode_tokens if engine is decode else 0
+            if engine is prefill:
+                read_tokens += place.hit_tokens - place.recompute_tokens - place.decode_tokens
+            if place.read != "none":
+                self._accounts.placed(engine, read_tokens)
+            self._port.send(engine, wire.Place(part_of(placed, parts[engine.name], engine.epoch)))
+        return True
+
+    def replan(self, routed: Routed, decision: Replan) -> None:
+        """Tell the prefill engine that the other side reads."""
+        for name, part in routed.answer.parts.items():
+            engine = self._port.engines.get(name)
+            if part == "prefill" and engine is not None:
+                self._port.send(engine, wire.Replan(engine.epoch, routed.id, routed.answer.attempt, decision.side))
+
+    def cancel_parts(self, routed: Routed, engines: Sequence[str]) -> None:
+        """Of the request's present attempt."""
+        for name in engines:
+            self.cancel_part(name, routed.id, routed.answer.attempt)
+
+    def cancel_part(self, name: str, request_id: str, attempt: int) -> None:
+        """Of any attempt, also of a request that this router does not know."""
+        engine = self._port.engines.get(name)
+        if engine is not None:
+            self._port.send(engine, wire.Cancel(engine.epoch, request_id, attempt))

@@ -1,0 +1,372 @@
+"""The router's cluster port: strangers out, engines registered, leases kept, frames of old epochs refused.
+
+Everything here runs on one event loop. What happens is told to a `Listener`, whose methods run on that loop too; what
+one of them raises is logged and counted, and ends nothing but a registration.
+
+A stranger has HANDSHAKE_S from the connection to its Register, all together. When STRANGERS_MAX are there the one that
+has been there longest, of the address with the most of them, makes room for the next: whoever knows the secret needs a
+few milliseconds. Engines have a budget of their own, and an address a share of it (`core.connection_limits`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from penstock.cluster import wire
+from penstock.cluster.messages import EngineReport
+from penstock.cluster.wire_types import clip
+from penstock.core.cluster.membership import Membership, NameTaken
+from penstock.core.connection_limits import ConnectionLimits, ConnectionShares, network_of
+from penstock.pool.net.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
+from penstock.pool.net.tls import PeerTls, TlsError
+from penstock.pool.net.tls_streams import Reader, Writer, begin_tls
+from penstock.process.file_limit import file_limit
+from penstock.process.rate_limited_log import RateLimitedLog, kind_of
+from penstock.units import format_address
+
+log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
+
+ENGINES_MAX = 4096
+ENGINES_OF_ADDRESS_MAX = 1024
+STRANGERS_MAX = 512  # connections that have not registered
+BACKLOG = 1024
+ACCEPT_AT_ONCE = 8  # before those that were accepted have their turn: a storm would displace them unheard
+FRAMES_AT_ONCE = 16  # of one engine, before the others have their turn
+UNSENT_BYTES_MAX = 256 << 20  # of one engine; one that takes less is lost
+BEATS_PER_LEASE = 4
+
+
+@dataclass(eq=False, slots=True)
+class Engine:
+    """A registered engine. `epoch` is current as long as the router knows it."""
+
+    card: wire.EngineCard
+    epoch: int
+    report: EngineReport
+    peer: str
+    since_s: float
+    writer: Writer
+    heard_s: float = 0.0
+    placed_seen: int = 0  # Place messages that the report knows of
+
+    @property
+    def name(self) -> str:
+        """The name that the engine registered under."""
+        return self.card.name
+
+
+class Listener(Protocol):
+    """What the port reports to: the router. Called on the port's event loop; must not block."""
+
+    def engine_fits(self, card: wire.EngineCard) -> str | None:
+        """One line that says why this engine cannot serve here, or None."""
+
+    def engine_joined(self, engine: Engine, held: Sequence[wire.Held]) -> list[tuple[str, int]]:
+        """Which of the held (request id, attempt) the engine shall keep."""
+
+    def engine_left(self, engine: Engine, why: str) -> None:
+        """It is fenced: nothing more comes from this epoch."""
+
+    def engine_reported(self, engine: Engine) -> None:
+        """A new report of its load came with a heartbeat."""
+
+    def engine_events(self, engine: Engine, events: Sequence[wire.Event]) -> None:
+        """Tokens and ends of requests, in order."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What came to the port."""
+
+    connections: int = 0
+    refused_secret: int = 0
+    refused_tls: int = 0
+    refused_protocol: int = 0
+    refused_registration: int = 0
+    registered: int = 0
+    lost: int = 0
+    fenced_frames: int = 0
+    strangers_dropped: int = 0
+    listener_failures: int = 0
+
+
+class ClusterPort:
+    """Serves the control protocol on a bound socket. `router_id` differs from start to start."""
+
+    def __init__(
+        self,
+        listener: Listener,
+        sock: socket.socket,
+        secret: Secret | None,
+        lease_s: float,
+        tls: PeerTls | None = None,
+    ) -> None:
+        """An engine proves the `secret`, shows a certificate (`tls`), or does both, where both are given. Raises
+        ValueError where neither is."""
+        if secret is None and tls is None:
+            raise ValueError("neither a secret nor certificates are given; allowed: one of them, or both")
+        self.router_id = secrets.token_hex(8)
+        self.lease_s = lease_s
+        self.counts = Counts()
+        self.engines: dict[str, Engine] = {}
+        self._listener = listener
+        self._sock = sock
+        self._secret, self._tls = secret, tls
+        # Epochs of two routers are never the same but by chance: 2^40 beginnings.
+        self._membership = Membership(lease_s, first_epoch=secrets.randbelow(1 << 40) << 20)
+        limits = ConnectionLimits.within(file_limit(), STRANGERS_MAX, ENGINES_MAX, ENGINES_OF_ADDRESS_MAX)
+        self._shares: ConnectionShares[asyncio.Task[None]] = ConnectionShares(limits)
+        self._dropped: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+        self._closed = False
+
+    async def start(self) -> None:
+        """Begin to accept connections, and to expire leases."""
+        # asyncio accepts as many at once as its backlog says.
+        self._server = await asyncio.start_server(
+            self._connected, sock=self._sock, limit=1 << 20, backlog=ACCEPT_AT_ONCE
+        )
+        self._sock.listen(BACKLOG)
+        expire = asyncio.create_task(self._expire())
+        self._keep(expire)
+
+    async def close(self) -> None:
+        """Stop listening and cut every connection: engines go on for a while, and register with the next router."""
+        self._closed = True
+        if self._server is not None:
+            self._server.close()
+        for engine in self.engines.values():
+            engine.writer.transport.abort()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def send(self, engine: Engine, message: wire.FromRouter) -> None:
+        """Queue a message for an engine; one that does not take what was sent is lost."""
+        if self.engines.get(engine.name) is not engine:
+            return
+        if engine.writer.transport.is_closing():
+            return  # its reader notices, and everything that it has is placed again
+        engine.writer.write(wire.frame(message))
+        if engine.writer.transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
+            self._lose(engine, f"it does not take what is sent: {UNSENT_BYTES_MAX >> 20} MiB wait")
+
+    # -- connections --------------------------------------------------------------------------------------------
+
+    def _keep(self, task: asyncio.Task[None] | None) -> None:
+        if task is not None:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._keep(task)
+        host, port = (writer.get_extra_info("peername") or ("?", 0))[:2]
+        peer = format_address(host, port)
+        self.counts.connections += 1
+        engine: Engine | None = None
+        why = "the connection failed"
+        leaves = self._shares.came(task, network_of(host))
+        try:
+            if leaves is not None:
+                self._drop(leaves)
+            engine, source = await self._admit(reader, writer, peer, task)
+            if engine is not None:
+                why = await self._serve(engine, source)
+        except wire.ProtocolError as error:
+            why = str(error)
+            self.counts.refused_protocol += 1
+            rare.warning(f"protocol {kind_of(error)}", "connection of %s closed: %s", peer, error)
+        except SecretRefused as error:
+            self.counts.refused_secret += 1
+            rare.warning(f"secret {kind_of(error)}", "connection of %s refused: %s", peer, error)
+        except TlsError as error:
+            self.counts.refused_tls += 1
+            rare.warning(f"tls {kind_of(error)}", "connection of %s refused: %s", peer, error)
+        except (OSError, asyncio.IncompleteReadError) as error:
+            why = "the connection ended" if isinstance(error, asyncio.IncompleteReadError) else str(error)
+            log.debug("connection of %s ended: %s", peer, error)
+        except asyncio.CancelledError:
+            if not self._closed and task not in self._dropped:
+                raise
+        except Exception as error:  # noqa: BLE001 (one engine's connection; the port serves the others)
+            why = f"internal error: {error!r}"
+            rare.exception("connection", "connection of %s failed: %r", peer, error)
+        finally:
+            self._dropped.discard(task)
+            self._shares.left(task)
+            if engine is not None:
+                self._lose(engine, why)
+            writer.transport.abort() if engine is not None else writer.close()
+
+    async def _admit(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str, task: asyncio.Task[None]
+    ) -> tuple[Engine | None, Reader]:
+        """From a stranger to an engine, and what is read from it. Raises ProtocolError, SecretRefused, TlsError or
+        another OSError."""
+        secret, tls = self._secret, self._tls
+        source: Reader = reader
+        target: Writer = writer
+        try:
+            async with asyncio.timeout(wire.HANDSHAKE_S):
+                first = await reader.readexactly(wire.GREETING.size)
+                writer.write(wire.greeting(secret is not None, tls is not None))
+                wire.check_greeting(first, secret is not None, tls is not None)
+                if tls is not None:
+                    source = target = await begin_tls(reader, writer, tls)
+                if secret is not None:
+                    await self._challenge(secret, source, target)
+                register = await self._first_message(source)
+        except TimeoutError:
+            raise wire.ProtocolError(f"it did not register within {wire.HANDSHAKE_S:g} s") from None
+        return self._register(register, target, peer, task), source
+
+    def _drop(self, stranger: asyncio.Task[None]) -> None:
+        """It makes room for another one."""
+        self._dropped.add(stranger)
+        stranger.cancel()
+        self.counts.strangers_dropped += 1
+        most = self._shares.limits.strangers
+        rare.warning("strangers", "%d connections have not registered, the limit: the oldest one is closed", most)
+
+    def _tell(self, told: Callable[[], None]) -> None:
+        """Call the listener; an exception in it is logged and ends no registration."""
+        try:
+            told()
+        except Exception as error:  # noqa: BLE001 (one message's; the connection goes on)
+            self.counts.listener_failures += 1
+            rare.exception("listener", "what an engine said could not be dealt with: %r", error)
+
+    async def _challenge(self, secret: Secret, reader: Reader, writer: Writer) -> None:
+        nonce = os.urandom(NONCE_BYTES)
+        writer.write(nonce)
+        answer = await reader.readexactly(NONCE_BYTES + PROOF_BYTES)
+        writer.write(secret.check(wire.PURPOSE, nonce, answer))
+
+    async def _first_message(self, reader: Reader) -> wire.Register:
+        message = wire.decode_from_engine(await _frame(reader))
+        if not isinstance(message, wire.Register):
+            raise wire.ProtocolError(f"the first message is {type(message).__name__}; allowed: Register")
+        return message
+
+    def _register(self, register: wire.Register, writer: Writer, peer: str, task: asyncio.Task[None]) -> Engine | None:
+        card, now = register.card, _now()
+        reason = self._listener.engine_fits(card)
+        retry = False
+        if reason is None and len(self.engines) >= ENGINES_MAX and card.name not in self.engines:
+            reason, retry = f"{ENGINES_MAX} engines are registered; that is the limit", True
+        refused = self._shares.proved(task) if reason is None else None
+        if refused is not None:
+            reason, retry = f"the router {refused}", True
+        known = self.engines.get(card.name)
+        epoch = 0
+        if reason is None:
+            try:
+                epoch = self._membership.register(card.name, card.instance, now)
+            except NameTaken as error:
+                reason, retry = str(error), True
+        if reason is not None:
+            self.counts.refused_registration += 1
+            rare.warning(f"not taken {card.name}", "engine %s (%s) is not taken: %s", card.name, peer, reason)
+            writer.write(wire.frame(wire.Refused(clip(reason), retry)))
+            return None
+        if known is not None:
+            self._forget(known, "it registered anew")
+        engine = Engine(card, epoch, register.report, peer, now, writer, now)
+        self.engines[card.name] = engine
+        self.counts.registered += 1
+        try:
+            keep = self._listener.engine_joined(engine, register.held)
+        except Exception as error:  # noqa: BLE001 (this engine is refused; the others go on)
+            self.counts.listener_failures += 1
+            rare.exception("join", "engine %s could not be registered: %r", card.name, error)
+            writer.write(wire.frame(wire.Refused(clip(f"internal error: {error!r}"), retry=True)))
+            self._membership.end(card.name, epoch)
+            self._forget(engine, "it could not be registered", after_all=True)
+            return None
+        welcome = wire.Welcome(epoch, self.router_id, self.lease_s, self.lease_s / BEATS_PER_LEASE, keep)
+        # The welcome goes first; what the listener places from now on follows it.
+        writer.write(wire.frame(welcome))
+        log.info("engine %s (%s) registered from %s: epoch %d", card.name, card.role, peer, epoch)
+        self._tell(lambda: self._listener.engine_reported(engine))
+        return engine
+
+    async def _serve(self, engine: Engine, reader: Reader) -> str:
+        """Until the engine leaves or is fenced; returns why."""
+        frames = 0
+        while True:
+            frames += 1
+            if frames % FRAMES_AT_ONCE == 0:
+                await asyncio.sleep(0)  # what is there already is read without waiting
+            message = wire.decode_from_engine(await _frame(reader))
+            if isinstance(message, wire.Register):
+                raise wire.ProtocolError("it registered twice on one connection")
+            if message.epoch != engine.epoch or not self._membership.is_current(engine.name, engine.epoch):
+                self.counts.fenced_frames += 1
+                engine.writer.write(wire.frame(wire.Fenced("its epoch is over")))
+                return "its epoch is over"
+            engine.heard_s = _now()
+            if isinstance(message, wire.Heartbeat):
+                if not self._membership.renew(engine.name, engine.epoch, engine.heard_s):
+                    self.counts.fenced_frames += 1
+                    engine.writer.write(wire.frame(wire.Fenced("its lease had ended")))
+                    return "its lease had ended"
+                self.send(engine, wire.Beat(message.sequence))
+                engine.report, engine.placed_seen = message.report, message.placed
+                self._tell(lambda: self._listener.engine_reported(engine))
+            elif isinstance(message, wire.Events):
+                events = message.events
+                self._tell(partial(self._listener.engine_events, engine, events))
+            else:
+                return message.why
+
+    # -- leases -------------------------------------------------------------------------------------------------
+
+    async def _expire(self) -> None:
+        """Fence whoever has not renewed."""
+        while True:
+            next_s = self._membership.next_expiry_s()
+            await asyncio.sleep(min(self.lease_s / 8, max(0.001, next_s - _now())) if next_s else self.lease_s / 8)
+            self._tell(self._fence_silent)
+
+    def _fence_silent(self) -> None:
+        for name, epoch in self._membership.expired(_now()):
+            engine = self.engines.get(name)
+            if engine is not None and engine.epoch == epoch:
+                log.warning("engine %s is fenced: nothing was heard of it for %.1f s", name, self.lease_s)
+                self._forget(engine, f"no heartbeat within {self.lease_s:g} s")
+
+    def _lose(self, engine: Engine, why: str) -> None:
+        if self._membership.end(engine.name, engine.epoch):
+            if not self._closed:
+                rare.warning(f"left {engine.name}", "engine %s left: %s", engine.name, why)
+            self._forget(engine, why)
+
+    def _forget(self, engine: Engine, why: str, after_all: bool = False) -> None:
+        """Its epoch is over: cut its connection (not when it is `after_all` being answered), tell the listener."""
+        if self.engines.get(engine.name) is engine:
+            del self.engines[engine.name]
+            self.counts.lost += 1
+            if not after_all:
+                engine.writer.transport.abort()
+            self._tell(lambda: self._listener.engine_left(engine, why))
+
+
+async def _frame(reader: Reader) -> bytes:
+    return await reader.readexactly(wire.frame_length(await reader.readexactly(wire.LENGTH.size)))
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,148 @@
+"""One request in the router: its record, the router's settings and limits, and what is sent of it to an engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import msgspec
+
+from penstock.cluster.messages import Part, PlacedRequest, ReadSide
+from penstock.cluster.router.engine_registry import Engine
+from penstock.cluster.router.merged_report import merged_report
+from penstock.cluster.router.unclaimed_parts import Asked
+from penstock.cluster.settings import RouterTimes
+from penstock.cluster.wire_types import NAME_CHARACTERS_MAX, SECONDS_MAX, TENANT_CHARACTERS_MAX
+from penstock.core.cluster.answer import Answer
+from penstock.core.cluster.decisions import InterEngineConfig, Place
+from penstock.core.config import check_range
+from penstock.core.keys import BlockKey
+from penstock.engine.api import GenerationRequest, InvalidRequest, OnEvent, RequestReport, TokenEvent, tell
+
+MARKS_MAX = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings(RouterTimes):
+    """`claim_s`: for so long it keeps what nobody has asked for again. `vocabulary`: `TextCodec.vocabulary_digest` of
+    the tokenizer in front of it; empty where there is none."""
+
+    claim_s: float = 60.0
+    vocabulary: str = ""
+    max_open: int = 16_384
+    brain: InterEngineConfig = field(default_factory=InterEngineConfig)
+
+    def __post_init__(self) -> None:
+        check_range("lease_s", self.lease_s, 0.05, 3600)
+        check_range("no_engine_s", self.no_engine_s, 0.05, 1e6)
+        check_range("grace_s", self.grace_s, 0, 3600)
+        check_range("claim_s", self.claim_s, 0.05, 1e6)
+        check_range("max_open", self.max_open, 1, 1 << 20)
+
+
+@dataclass(eq=False, slots=True)
+class Routed:
+    """One request in the router, under a key of the router's own. `clients` wait for its answer, by the id that each
+    submitted it under: more than one when the same request came again over another connection."""
+
+    id: str
+    request: GenerationRequest
+    clients: dict[str, OnEvent]
+    arrival_s: float
+    answer: Answer
+    asked: Asked | None  # what another client must ask for to get the same answer; None: it cannot
+    brain_attempt: int | None = None  # of the placement that it is at
+    waiting: str = "no engine yet"  # why it is not placed
+    first_token_s: float | None = None
+    read: str = ""
+    hit_tokens: int = 0
+    keys: Sequence[BlockKey] | None = None  # of its prompt's full blocks, for `SeenPrefixes`; None: nobody asked yet
+    reports: list[RequestReport] = field(default_factory=list)
+    marks: list[tuple[str, float]] = field(default_factory=list)  # (stage, when it began)
+
+    @property
+    def shared(self) -> bool:
+        """Whether a second client that asks for the same may be given this very answer: it would get the same tokens if
+        it were served by itself."""
+        sampling = self.request.sampling
+        return self.asked is not None and (sampling.temperature == 0 or sampling.seed is not None)
+
+    def tell(self, event: TokenEvent) -> None:
+        """Give an event to every client that waits for this request."""
+        for on_event in list(self.clients.values()):
+            tell(on_event, event)
+
+    def mark(self, stage: str, now: float) -> None:
+        """Note when a stage began, unless it is the last one noted; at most MARKS_MAX."""
+        if len(self.marks) < MARKS_MAX and (not self.marks or self.marks[-1][0] != stage):
+            self.marks.append((stage, now))
+
+    def spans(self, now: float) -> list[tuple[str, float, float]]:
+        """Stages from arrival until now."""
+        ends = [start_s for _, start_s in self.marks[1:]] + [now]
+        return [
+            (stage, start_s - self.arrival_s, end_s - self.arrival_s)
+            for (stage, start_s), end_s in zip(self.marks, ends, strict=True)
+        ]
+
+    def report(self, now: float) -> RequestReport:
+        """Of all its parts, as one. Raises what a part's report, which another process made, can cause."""
+        return merged_report(
+            self.reports,
+            prompt_tokens=len(self.request.prompt_tokens),
+            generated_tokens=len(self.answer.tokens),
+            ttft_s=None if self.first_token_s is None else self.first_token_s - self.arrival_s,
+            total_s=now - self.arrival_s,
+            slo_ttft_s=self.request.slo_ttft_s,
+        )
+
+
+def fresh_answer(answer: Answer) -> Answer:
+    """A new one for the same request."""
+    return Answer(answer.max_tokens, answer.end_tokens, answer.attempt)
+
+
+def placed_request(routed: Routed, place: Place, attempt: int, decode: Engine | None) -> PlacedRequest:
+    """What the engines of an attempt are told. `decode`: the one that is handed over to, None for one engine alone.
+    Raises ConfigError."""
+    request, answer = routed.request, routed.answer
+    read: ReadSide = place.read if place.read != "none" else "prefill"
+    return PlacedRequest(
+        request_id=routed.id,
+        epoch=0,
+        prompt_tokens=request.prompt_tokens + answer.tokens,
+        sampling=replace(request.sampling, max_tokens=answer.max_tokens - len(answer.tokens)),
+        attempt=attempt,
+        first_index=len(answer.tokens),
+        waited_s=min(time.monotonic() - routed.arrival_s, SECONDS_MAX),
+        slo_ttft_s=request.slo_ttft_s,
+        tenant=request.tenant,
+        session=request.session,
+        decode_engine=decode.name if decode is not None else "",
+        decode_relay=decode.card.relay_address if decode is not None else "",
+        read=read,
+        decode_share=place.decode_share if read == "split" else float(read == "decode"),
+        recompute_tokens=place.recompute_tokens,
+        resume_label=request.resume_label,
+    )
+
+
+def part_of(placed: PlacedRequest, part: Part, epoch: int) -> PlacedRequest:
+    """That engine's part of a request."""
+    return msgspec.structs.replace(placed, part=part, epoch=epoch)
+
+
+def check_names(request: GenerationRequest) -> None:
+    """Names that engines could not be told of are refused here, not on the way. Raises InvalidRequest."""
+    for what, name, most in (
+        ("tenant (cache_salt)", request.tenant, TENANT_CHARACTERS_MAX),
+        ("session", request.session or "", TENANT_CHARACTERS_MAX),
+        ("resume_label", request.resume_label, NAME_CHARACTERS_MAX),
+    ):
+        if len(name) > most:
+            raise InvalidRequest(f"{what} has {len(name)} characters; {most} are allowed")
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest(f"{what} is not valid Unicode text") from None

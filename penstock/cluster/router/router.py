@@ -1,0 +1,539 @@
+"""The router: many engines behind the interface of one. It owns the inter-engine brain and carries out its decisions.
+
+Threading: public methods may be called from any thread. Everything else, the cluster port included, runs on one event
+loop in a thread of its own; `on_event` is called from it.
+
+Requests are known by keys of the router's own, which no other request has, not even one of the router before it. What
+a client calls its request is a label: with the whole content of the request it finds what engines still have of an
+answer, or the answer that another connection waits for already (`Routed.shared`); it never ends anything.
+
+A fault ends the request that it was met at, and nothing else (`_guarded`); one that ends the thread ends every request
+with its error, and the process (`on_failed`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from msgspec import Raw
+
+from penstock.cluster import wire
+from penstock.cluster.messages import asked_digest
+from penstock.cluster.router.dispatch import Dispatch
+from penstock.cluster.router.engine_accounts import EngineAccounts
+from penstock.cluster.router.engine_fit import misfit
+from penstock.cluster.router.engine_registry import ClusterPort, Engine
+from penstock.cluster.router.open_requests import OpenRequests
+from penstock.cluster.router.routed_request import Routed, RouterSettings, check_names, fresh_answer
+from penstock.cluster.router.router_loop import RouterLoop
+from penstock.cluster.router.router_stats import router_stats
+from penstock.cluster.router.unclaimed_parts import Asked, Orphans
+from penstock.core.cluster.answer import Answer, Outcome
+from penstock.core.cluster.decisions import Decision, DecisionFailed, GiveUp, Place, Replan, Revoke, TooManyRequests
+from penstock.core.cluster.inter_engine import InterEngineScheduler
+from penstock.core.cluster.seen_prefixes import SeenPrefixes
+from penstock.core.keys import BlockKey
+from penstock.core.operations import FinishReason
+from penstock.engine.api import (
+    EngineStats,
+    GenerationRequest,
+    InvalidRequest,
+    OnEvent,
+    Overloaded,
+    RequestReport,
+    TokenEvent,
+    Unsupported,
+    check_request,
+    tell,
+)
+from penstock.pool.net.secret import Secret
+from penstock.pool.net.tls import PeerTls
+from penstock.process.guarded_thread import GuardedWorker
+from penstock.process.rate_limited_log import RateLimitedLog
+
+__all__ = ["ClusterEngine", "RouterSettings"]
+
+log = logging.getLogger(__name__)
+rare = RateLimitedLog(log)
+
+RECENT_MAX = 256
+KEYS_INLINE_TOKENS = 4096  # of a prompt whose keys are made on the router's loop: about 0.2 ms
+KEYS_WAITING_MAX = 1024  # prompts whose keys a thread is to make
+FAILING_S = 5.0  # a router that has decided nothing for so long because of faults says that it is not healthy
+
+T = TypeVar("T")
+
+
+class ClusterEngine:
+    """All engines that register on a cluster port, as one. Contract: `engine.api.EngineAPI`."""
+
+    def __init__(
+        self, sock: socket.socket, secret: Secret | None, settings: RouterSettings, tls: PeerTls | None = None
+    ) -> None:
+        """`sock` is bound; it is listened on from here on, and closed by `close`. `secret` and `tls` as of
+        `ClusterPort`."""
+        self.settings = settings
+        self.max_context_tokens = 0
+        self.vocab_size = 0  # 0 until the first engine has registered
+        self.eos_token_ids: frozenset[int] = frozenset()
+        self.model: str | None = None
+        self.counters: Counter[str] = Counter()
+        self.recent: deque[RequestReport] = deque(maxlen=RECENT_MAX)
+        self.start_s = time.monotonic()
+        self.on_failed: Callable[[], None] = lambda: None
+        self._open = OpenRequests()
+        self.requests = self._open.by_key  # by the router's own keys
+        self._serial = 0
+        self._failing_since_s: float | None = None
+        self.port = ClusterPort(self, sock, secret, settings.lease_s, tls)
+        self.brain = InterEngineScheduler(settings.brain)
+        self._accounts = EngineAccounts(self.brain)
+        self._dispatch = Dispatch(self.port, self._accounts)
+        self._seen: SeenPrefixes | None = None
+        self._key_maker = GuardedWorker("penstock-prompt-keys", KEYS_WAITING_MAX)
+        self._orphans = Orphans(settings.claim_s)
+        # Attempts of two routers are never the same: an engine may still be at one of the router before this one.
+        self._attempt_base = int.from_bytes(os.urandom(4)) << 16
+        self._early: dict[str, Routed] = {}  # wait for engines that may have them
+        self._usable_s = time.monotonic()  # when engines could serve last
+        self._deciding = False
+        due = (self._begin_early, self._cancel_unclaimed, self._give_up_without_engines, self._decide_soon)
+        self._loop = RouterLoop(self.counters, due, self._end_all, failed=lambda: self.on_failed())
+        self._loop.start(self.port.start)
+
+    # -- callers ------------------------------------------------------------------------------------------------
+
+    def submit(self, request: GenerationRequest, on_event: OnEvent) -> None:
+        """See EngineAPI. One with a `resume_label` that comes again, with everything else the same, gets the same
+        answer from its first token on: that of another connection which waits for it still, where that is what it
+        would get by itself too, or what engines have of it from the router before this one."""
+        if self._loop.refusal:
+            raise Overloaded(self._loop.refusal, retry_after_s=10.0)
+        if not self.vocab_size:
+            raise Overloaded(self.healthy()[1], 1.0)
+        check_request(request, self.vocab_size, self.max_context_tokens)
+        check_names(request)
+        if request.sampling.logprobs is not None:
+            raise Unsupported("logprobs are not passed on by a router; ask the engine of penstock serve", "logprobs")
+        if self._open.of_client(request.request_id) is not None:
+            raise InvalidRequest(f"request_id {request.request_id!r} is in use for another request")
+        digest = asked_digest(request.prompt_tokens, request.sampling, request.tenant)
+        asked = (request.resume_label, digest) if request.resume_label else None
+        end_tokens = request.sampling.end_tokens(self.eos_token_ids)
+        answer = Answer(request.sampling.max_tokens, end_tokens, self._attempt_base)
+        routed = Routed("", request, {request.request_id: on_event}, time.monotonic(), answer, asked)
+        if not self._open.same_answer(routed) and len(self.requests) >= self.settings.max_open:
+            raise Overloaded(self._full(), 1.0)
+        self._loop.call(partial(self._submitted, routed))
+
+    def _full(self) -> str:
+        return f"{self.settings.max_open} requests are open; that is the limit"
+
+    def cancel(self, request_id: str) -> None:
+        """See EngineAPI."""
+        self._loop.call(partial(self._cancelled, request_id))
+
+    def stats(self) -> EngineStats:
+        """See EngineAPI."""
+        return self.ask(lambda: router_stats(self.requests, self.port, self.brain, self.counters))
+
+    def healthy(self) -> tuple[bool, str]:
+        """See EngineAPI: whether engines are there that can serve a request."""
+        if self._loop.refusal or not self._loop.alive:
+            return False, self._loop.refusal or "the router's thread ended"
+        failing_s = self._failing_since_s
+        if failing_s is not None and time.monotonic() - failing_s > FAILING_S:
+            return False, f"internal errors: nothing was decided for {time.monotonic() - failing_s:.0f} s"
+        roles = {engine.card.role for engine in list(self.port.engines.values())}
+        if "mixed" in roles or {"prefill", "decode"} <= roles:
+            return True, "ok"
+        if not roles:
+            return False, "no engine has registered"
+        return False, f"only {roles.pop()} engines have registered; a request needs both, or a mixed one"
+
+    @property
+    def failure(self) -> str | None:
+        """Why the router failed inside and serves no more; None while it serves, and after `close`."""
+        return self._loop.failure
+
+    def close(self, timeout_s: float) -> None:
+        """See EngineAPI. Requests end; engines are told nothing, and register with the next router."""
+        self._loop.close(self.port.close, timeout_s)
+        self._key_maker.stop()
+
+    def ask(self, question: Callable[[], T]) -> T:
+        """The answer of the router's thread. Raises TimeoutError."""
+        return self._loop.ask(question)
+
+    def remember(self, prompt_tokens: Sequence[int], tenant: str = "") -> None:
+        """The pool holds the KV of these tokens: what a router learns as it serves, told to one that has just begun.
+        Without engines nothing is remembered. Raises TimeoutError."""
+
+        seen = self.ask(lambda: self._seen)
+        if seen is not None:
+            self.ask(partial(seen.add, seen.keys_of(prompt_tokens, tenant)))
+
+    # -- timers -------------------------------------------------------------------------------------------------
+
+    def _begin_early(self) -> None:
+        """Engines have had their time to register with what they have."""
+        if self._early and time.monotonic() >= self.start_s + self.settings.grace_s:
+            early, self._early = self._early, {}
+            for routed in early.values():
+                self._guarded(partial(self._begin, routed), routed)
+
+    def _cancel_unclaimed(self) -> None:
+        for name, request_id, attempt in self._orphans.unclaimed(time.monotonic()):
+            self.counters["unclaimed"] += 1
+            self._dispatch.cancel_part(name, request_id, attempt)
+
+    def _give_up_without_engines(self) -> None:
+        now = time.monotonic()
+        healthy, why = self.healthy()
+        if healthy:
+            self._usable_s = now
+        elif now - self._usable_s > self.settings.no_engine_s:
+            for routed in list(self.requests.values()):
+                if not routed.answer.parts and now - routed.arrival_s > self.settings.no_engine_s:
+                    rare.warning("no engine", "request %s ends: %s", routed.id, why)
+                    self._end(routed, "cancelled", f"{why}, for {now - self._usable_s:.0f} s")
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    def _guarded(self, function: Callable[[], None], routed: Routed) -> None:
+        """A fault in it ends this request, and no other one."""
+        self._loop.guarded(function, partial(self._fail, routed))
+
+    def _fail(self, routed: Routed, error: Exception) -> None:
+        self._loop.guarded(partial(self._cancel_all_parts, routed))
+        self._end(routed, "error", f"internal error: {error!r}")
+
+    def _cancel_all_parts(self, routed: Routed) -> None:
+        self._dispatch.cancel_parts(routed, tuple(routed.answer.parts))
+
+    def _submitted(self, routed: Routed) -> None:
+        (client, on_event), *_ = routed.clients.items()
+        if self._loop.refusal or self._open.of_client(client) is not None:
+            tell(on_event, TokenEvent(None, "error", self._loop.refusal or f"request_id {client!r} is in use"))
+            return
+        known = self._open.same_answer(routed)
+        if known is not None:
+            self._share(known, client, on_event)
+            return
+        if len(self.requests) >= self.settings.max_open:
+            tell(on_event, TokenEvent(None, "cancelled", self._full()))
+            return
+        self._serial += 1
+        routed.id = f"{self.port.router_id}-{self._serial}"
+        self._open.add(routed)
+        self.counters["requests"] += 1
+        routed.mark("wait_router", routed.arrival_s)
+        if routed.asked is not None and time.monotonic() < self.start_s + self.settings.grace_s:
+            self._early[routed.id] = routed
+            routed.waiting = "engines may register with it"
+            return
+        self._guarded(partial(self._begin, routed), routed)
+
+    def _share(self, known: Routed, client: str, on_event: OnEvent) -> None:
+        """The same request over another connection gets the whole answer from here on. Whoever waits for it already
+        goes on: one that is gone is cancelled by its own side."""
+        self.counters["shared"] += 1
+        self._open.share(known, client, on_event)
+        for token in known.answer.tokens:
+            tell(on_event, TokenEvent(token))
+
+    def _begin(self, routed: Routed) -> None:
+        """Go on with an answer that engines have from the router before this one; else queue the request."""
+        if self.requests.get(routed.id) is not routed:
+            return
+        if routed.asked is not None and self._adopt(routed, routed.asked):
+            return
+        self._queue(routed)
+
+    def _with_keys(self, routed: Routed, then: Callable[[SeenPrefixes, Sequence[BlockKey]], None]) -> None:
+        """Call it with the keys of the request's prompt, which are made once: those of a long prompt on a thread, so
+        that the loop goes on meanwhile, and shorter requests that came after it."""
+        seen, request = self._seen, routed.request
+        assert seen is not None, "no engine has registered, and a request was checked against it"
+
+        def made(keys: Sequence[BlockKey]) -> None:
+            routed.keys = keys
+            self._guarded(partial(then, seen, keys), routed)
+
+        def make() -> None:
+            keys = seen.keys_of(request.prompt_tokens, request.tenant)
+            self._loop.call(partial(made, keys))
+
+        def failed(error: Exception) -> None:
+            self._loop.call(partial(self._fail, routed, error))
+
+        if routed.keys is not None:
+            then(seen, routed.keys)
+        elif len(request.prompt_tokens) <= KEYS_INLINE_TOKENS or not self._key_maker.put(make, failed):
+            routed.keys = seen.keys_of(request.prompt_tokens, request.tenant)
+            then(seen, routed.keys)
+
+    def _queue(self, routed: Routed) -> None:
+        routed.waiting = "its turn"
+        self._with_keys(routed, partial(self._give_to_scheduler, routed))
+
+    def _give_to_scheduler(self, routed: Routed, seen: SeenPrefixes, keys: Sequence[BlockKey]) -> None:
+        if self.requests.get(routed.id) is not routed:
+            return  # it ended while its keys were made
+        request = routed.request
+        routed.hit_tokens = seen.hit_tokens(keys, len(request.prompt_tokens))
+        try:
+            self.brain.submit(
+                routed.id, len(request.prompt_tokens), routed.hit_tokens, request.sampling.max_tokens, time.monotonic()
+            )
+        except (TooManyRequests, ValueError) as error:
+            self._end(routed, "cancelled", str(error))
+            return
+        self._decide_soon()
+
+    def _adopt(self, routed: Routed, asked: Asked) -> bool:
+        """Whether engines have this request, from its first token on; what they have is sent. It goes on under the key
+        that they know it by."""
+        claimed = self._orphans.claim(asked)
+        if claimed is None:
+            return False
+        key, found, rest = claimed
+        for name, request_id, attempt in rest:
+            self._dispatch.cancel_part(name, request_id, attempt)
+        answer, fresh = routed.answer, fresh_answer(routed.answer)
+        running = {part.engine: part.part for part in found if part.finish_reason is None}
+        held = [piece for part in found for piece in part.pieces()]
+        ended = next((part for part in found if part.finish_reason in ("stop", "length")), None)
+        if not answer.resume(found[0].attempt, running, held) and ended is not None:
+            for name in running:
+                self._dispatch.cancel_part(name, key, found[0].attempt)
+            routed.answer = fresh
+            return False
+        self._open.change_key(routed, key)
+        self.counters["resumed"] += 1
+        routed.waiting = ""
+        for token in answer.tokens:
+            self._emit(routed, token)
+        whole = ended.finish_reason if ended is not None else answer.complete()
+        if whole is not None:
+            for part in found:
+                self._note_report(routed, part.engine, part.report)
+            self._end(routed, whole, None)
+        return True
+
+    def _cancelled(self, client: str) -> None:
+        """A client wants its answer no more; the last one that waits for it ends the request."""
+        routed = self._open.of_client(client)
+        if routed is None:
+            return
+        if len(routed.clients) > 1:
+            tell(self._open.drop_client(client), TokenEvent(None, "cancelled"))
+            return
+        self._loop.guarded(partial(self._cancel_all_parts, routed))
+        self._end(routed, "cancelled", None)
+
+    def _emit(self, routed: Routed, token: int) -> None:
+        if routed.first_token_s is None:
+            routed.first_token_s = time.monotonic()
+        if len(routed.marks) and routed.marks[-1][0] != "decode":
+            routed.mark("decode", time.monotonic())
+        routed.tell(TokenEvent(token))
+
+    def _end(self, routed: Routed, reason: FinishReason, error: str | None) -> None:
+        """The request's last event, whatever else goes wrong."""
+        if not self._open.remove(routed):
+            return
+        self._early.pop(routed.id, None)
+        self._loop.guarded(partial(self._end_in_scheduler, routed))
+        self.counters[f"ended_{reason}"] += 1
+        report: RequestReport | None = None
+        try:
+            report = routed.report(time.monotonic())
+        except Exception as failed:  # noqa: BLE001 (the request is answered, with or without a report)
+            self.counters["internal_errors"] += 1
+            rare.exception("report", "a request's report could not be made: %r", failed)
+        if report is not None and reason in ("stop", "length"):
+            self.recent.append(report)
+        routed.tell(TokenEvent(None, reason, error, report))
+        self._decide_soon()
+
+    def _end_in_scheduler(self, routed: Routed) -> None:
+        if routed.brain_attempt is not None:
+            self.brain.ended(routed.id, routed.brain_attempt)
+        self.brain.cancel(routed.id)
+
+    def _end_all(self, reason: FinishReason, error: str) -> None:
+        for routed in list(self.requests.values()):
+            self._end(routed, reason, error)
+
+    # -- decisions ----------------------------------------------------------------------------------------------
+
+    def _decide_soon(self) -> None:
+        if not self._deciding:
+            self._deciding = self._loop.soon(self._decide)
+
+    def _decide(self) -> None:
+        self._deciding = False
+        try:
+            decisions = self.brain.decide(time.monotonic())
+        except DecisionFailed as error:
+            self._decision_failed(error)
+            return
+        except Exception as error:  # noqa: BLE001 (the next decision may succeed; it is counted)
+            self.counters["internal_errors"] += 1
+            self._failing_since_s = self._failing_since_s or time.monotonic()
+            rare.exception("decide", "the router could not decide: %r; it tries again", error)
+            return
+        self._failing_since_s = None
+        for decision in decisions:
+            routed = self.requests.get(str(decision.request_id))
+            if routed is not None:
+                self._guarded(partial(self._carry_out, routed, decision), routed)
+
+    def _decision_failed(self, error: DecisionFailed) -> None:
+        """That request ends; the others are decided on anew."""
+        self.counters["internal_errors"] += 1
+        rare.exception("decision", "request %s could not be decided on: %r", error.request_id, error.__cause__)
+        routed = self.requests.get(str(error.request_id))
+        if routed is not None:
+            self._end(routed, "error", str(error))
+        self._decide_soon()
+
+    def _carry_out(self, routed: Routed, decision: Decision) -> None:
+        if isinstance(decision, Place):
+            if not self._dispatch.place(routed, decision):
+                self.brain.restart(decision.request_id, decision.attempt)
+        elif isinstance(decision, Replan):
+            self._dispatch.replan(routed, decision)
+        elif isinstance(decision, Revoke):
+            self._dispatch.cancel_parts(routed, decision.engines)
+        elif isinstance(decision, GiveUp):
+            rare.warning("given up", "request %s is given up (%s): %s", routed.id, decision.reason, routed.waiting)
+            self._cancel_all_parts(routed)
+            self._end(routed, "error", f"given up ({decision.reason}): {routed.waiting}")
+
+    # -- what engines say (the port's listener) -----------------------------------------------------------------
+
+    def engine_fits(self, card: wire.EngineCard) -> str | None:
+        """See `port.Listener`."""
+        others = [engine.card for engine in self.port.engines.values() if engine.name != card.name]
+        return misfit(card, others, self.settings.vocabulary)
+
+    def engine_joined(self, engine: Engine, held: Sequence[wire.Held]) -> list[tuple[str, int]]:
+        """See `port.Listener`. A request that is placed meanwhile is not kept."""
+        self._learn(engine.card)
+        self._accounts.joined(engine)
+        self._usable_s = time.monotonic()
+        wanted = [one for one in held if one.label and one.request_id not in self.requests]
+        kept = self._orphans.add(engine.name, wanted, time.monotonic())
+        if len(kept) < len(wanted):
+            self.counters["orphans_dropped"] += len(wanted) - len(kept)
+            rare.warning("orphans", "engine %s: %d parts of requests are not kept: too many wait to be asked for again",
+                         engine.name, len(wanted) - len(kept))  # fmt: skip
+        return kept
+
+    def _learn(self, card: wire.EngineCard) -> None:
+        """What the cluster serves follows from its engines."""
+        if self.model != card.model or self._seen is None:
+            self.model = card.model
+            self._seen = SeenPrefixes(card.block_tokens)
+        self.eos_token_ids = frozenset(card.eos_token_ids)
+        cards = [engine.card for engine in self.port.engines.values()]
+        self.max_context_tokens = min(one.max_context_tokens for one in cards)
+        self.vocab_size = card.vocab_size
+
+    def engine_left(self, engine: Engine, why: str) -> None:
+        """See `port.Listener`."""
+        self.counters["engines_lost"] += 1
+        self._accounts.left(engine, time.monotonic())
+        self._orphans.engine_left(engine.name)
+        for routed in list(self.requests.values()):
+            if engine.name in routed.answer.parts:
+                self._guarded(partial(self._engine_lost, routed, engine.name, why), routed)
+        self._decide_soon()
+
+    def _engine_lost(self, routed: Routed, name: str, why: str) -> None:
+        self._follow(routed, routed.answer.engine_lost(name, why), told_brain=True)
+
+    def engine_reported(self, engine: Engine) -> None:
+        """See `port.Listener`."""
+        self._accounts.reported(engine, time.monotonic())
+        self._decide_soon()
+
+    def engine_events(self, engine: Engine, events: Sequence[wire.Event]) -> None:
+        """See `port.Listener`."""
+        for event in events:
+            routed = self.requests.get(event.request_id)
+            if routed is None:
+                if not self._orphans.event(engine.name, event):
+                    self.counters["stale_events"] += 1
+                continue
+            self._guarded(partial(self._event, routed, engine, event), routed)
+
+    def _event(self, routed: Routed, engine: Engine, event: wire.Event) -> None:
+        answer = routed.answer
+        if event.attempt != answer.attempt or engine.name not in answer.parts:
+            self.counters["stale_events"] += 1
+            return
+        tokens = event.tokens[: max(0, answer.max_tokens - event.index)]  # an answer has no more
+        if tokens and max(tokens) >= engine.card.vocab_size:
+            self.counters["events_dropped"] += 1
+            why = f"it sent token {max(tokens)}; its vocabulary has {engine.card.vocab_size}"
+            rare.warning(f"token {engine.name}", "engine %s: a part of a request ends: %s", engine.name, why)
+            self._dispatch.cancel_part(engine.name, routed.id, event.attempt)
+            self._follow(routed, answer.part_ended(engine.name, event.attempt, "restart", why))
+            return
+        if tokens:
+            self._follow(routed, answer.add(engine.name, event.attempt, event.index, tokens))
+        if event.finish_reason is not None:
+            self._part_ended(routed, engine, event)
+
+    def _part_ended(self, routed: Routed, engine: Engine, event: wire.Event) -> None:
+        answer = routed.answer
+        if engine.name not in answer.parts:
+            return
+        part = answer.parts[engine.name]
+        self._note_report(routed, engine.name, event.report)
+        if part == "prefill" and routed.brain_attempt is not None:
+            self.brain.prefilled(routed.id, routed.brain_attempt)
+        if event.finish_reason in ("handed_over", "stop", "length"):
+            self._with_keys(routed, SeenPrefixes.add)
+        assert event.finish_reason is not None
+        self._follow(routed, answer.part_ended(engine.name, event.attempt, event.finish_reason, event.error))
+
+    def _note_report(self, routed: Routed, engine: str, packed: Raw) -> None:
+        """Count what an engine reports of its part; one out of bounds costs itself."""
+        try:
+            report = wire.report_in(packed)
+        except wire.ProtocolError as error:
+            self.counters["reports_dropped"] += 1
+            rare.warning("report fault", "a report of engine %s is not counted: %s", engine, error)
+            return
+        if report is not None:
+            routed.reports.append(report)
+
+    def _follow(self, routed: Routed, outcome: Outcome, told_brain: bool = False) -> None:
+        """Carry out what follows an event of one request."""
+        for token in outcome.tokens:
+            self._emit(routed, token)
+        self._dispatch.cancel_parts(routed, outcome.cancel)
+        if outcome.end is not None:
+            self._end(routed, outcome.end, outcome.error)
+        elif outcome.restart is not None:
+            self.counters["restarts"] += 1
+            log.info("request %s begins again: %s", routed.id, outcome.restart)
+            routed.waiting = outcome.restart
+            routed.mark("wait_router", time.monotonic())
+            attempt, routed.brain_attempt = routed.brain_attempt, None
+            if attempt is None:  # it was adopted: the brain does not know it yet
+                self._queue(routed)
+            elif not told_brain:
+                self.brain.restart(routed.id, attempt)
+            self._decide_soon()

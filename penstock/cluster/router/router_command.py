@@ -1,0 +1,98 @@
+"""`penstock router`: one OpenAI-compatible endpoint in front of many engines, until a signal ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from penstock.cluster.router.router_flags import RouterFlags, read_router_flags
+from penstock.command_line import ConfigFile, log_to_stderr, refuse, with_flags
+from penstock.core.config import ConfigError
+from penstock.pool.net.tls_flags import TLS_NAMES, TLS_PANEL
+from penstock.server.api_flags import API, API_FLAGS, API_LIMITS, CLUSTER, LIMITS
+from penstock.server.api_settings import DEFAULT_PORT
+
+if TYPE_CHECKING:
+    from penstock.server.text import TextCodec
+
+CLOSE_TIMEOUT_S = 5.0
+FAILED = 1
+PANELS = {
+    API: API_FLAGS,
+    CLUSTER: ("cluster_listen", "secret_file", "read", "placement", "recompute", "lease_s", "grace_s"),
+    TLS_PANEL: TLS_NAMES,
+    LIMITS: ("no_engine_s", *API_LIMITS),
+    "": ("log_level",),
+}
+
+
+class RouterEnded(RuntimeError):
+    """The router has failed inside and serves no more."""
+
+
+@with_flags(RouterFlags, PANELS)
+def router(given: Mapping[str, Any], config: ConfigFile = None) -> None:
+    """Serve the OpenAI-compatible API with the engines that register."""
+    try:
+        flags = read_router_flags(given, config)
+    except ConfigError as error:
+        refuse("penstock router", error)
+    log_to_stderr(flags.log_level.upper())
+    try:
+        _serve(flags)
+    except RouterEnded as error:
+        refuse("penstock router", error, FAILED)
+    except (ValueError, OSError) as error:
+        refuse("penstock router", error)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _serve(flags: RouterFlags) -> None:
+    """Raises ValueError, OSError or RouterEnded with one line."""
+    from penstock.cluster.peer_proof import proof_of
+    from penstock.cluster.router.live_view import ui_routes
+    from penstock.cluster.router.router import ClusterEngine
+    from penstock.cluster.router.router_flags import router_settings, server_settings
+    from penstock.process.file_limit import raise_file_limit
+    from penstock.server.app import ServerApp
+    from penstock.server.run import HttpServer, bind, url_of, warn_of_open_port
+    from penstock.server.text import load_text_codec
+    from penstock.units import format_address, parse_address
+
+    settings, server_side = router_settings(flags), server_settings(flags)
+    raise_file_limit()
+    secret, tls = proof_of(flags)
+    codec: TextCodec | None = None
+    with (
+        bind(flags.host, DEFAULT_PORT if flags.port is None else flags.port) as listener,
+        bind(*parse_address(flags.cluster_listen)) as cluster,
+    ):
+        url = url_of(listener, server_side.tls is not None)
+        warn_of_open_port(server_side, listener, url)
+        if flags.model:
+            from penstock.engine.checkpoint import quiet_transformers, resolve_folder
+
+            with quiet_transformers():
+                codec = load_text_codec(resolve_folder(flags.model, "dummy", flags.revision))
+            if codec is not None:
+                codec.start()
+                settings = replace(settings, vocabulary=codec.vocabulary_digest)
+        cluster.listen()
+        engine = ClusterEngine(cluster, secret, settings, tls)
+        try:
+            app = ServerApp(engine, codec, server_side, ui_routes(engine, server_side.model_name))
+            place = format_address(*cluster.getsockname()[:2])
+            ready = f"penstock: router {server_side.model_name} listening on {url}, engines on {place}"
+            server = HttpServer(app, listener, lambda: print(ready, flush=True))
+            engine.on_failed = server.stop
+            server.serve_forever()
+            if engine.failure is not None:  # whoever started this process starts it again
+                raise RouterEnded(engine.failure)
+        finally:
+            if codec is not None:
+                codec.close()
+            engine.close(CLOSE_TIMEOUT_S)

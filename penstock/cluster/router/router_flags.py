@@ -1,0 +1,57 @@
+"""The flags of `penstock router`: typed, merged from a TOML file and the command line, and mapped to settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from penstock.cluster.settings import RouterTimes
+from penstock.core.cluster.decisions import InterEngineConfig, PathSettings
+from penstock.core.config import ConfigError, check_choices, check_range
+from penstock.core.settings import setting, taken_over
+from penstock.pool.net.tls_flags import PeerSettings, named_file
+from penstock.server.api_settings import ApiFlags, api_settings, served_name
+from penstock.server.settings import ServerSettings
+from penstock.settings_file import read_record
+from penstock.units import parse_address
+
+if TYPE_CHECKING:
+    from penstock.cluster.router.routed_request import RouterSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterFlags(PeerSettings, RouterTimes, PathSettings, ApiFlags):
+    """All of them."""
+
+    model: str = setting("", "Checkpoint folder or hub id, for its tokenizer; without it clients send token ids.")
+    cluster_listen: str = setting("127.0.0.1:7100", "Where engines register (their --router).", "HOST:PORT")
+    secret_file: Path | None = setting(
+        None, "File with the cluster's secret; required without certificates.", "FILE", parse=named_file
+    )
+
+
+def read_router_flags(given: Mapping[str, Any], config: Path | None) -> RouterFlags:
+    """The flags that were given (None: not given), over those of the file. Raises ConfigError."""
+    flags = read_record(given, config, RouterFlags)
+    check_choices(flags, ApiFlags)
+    check_range("port", flags.port or 0, 0, 65535)
+    try:
+        parse_address(flags.cluster_listen)
+    except ValueError as error:
+        raise ConfigError(f"cluster_listen: {error}") from None
+    return flags
+
+
+def router_settings(flags: RouterFlags) -> RouterSettings:
+    """Raises ConfigError."""
+    from penstock.cluster.router.routed_request import RouterSettings
+
+    brain = InterEngineConfig(**taken_over(PathSettings, flags))
+    return RouterSettings(**taken_over(RouterTimes, flags), brain=brain)
+
+
+def server_settings(flags: RouterFlags) -> ServerSettings:
+    """The HTTP side; reads its files of keys. Raises ConfigError."""
+    return api_settings(flags, served_name(flags.model) or "penstock", resumable=True)

@@ -1,0 +1,584 @@
+"""The brain as a guest of somebody else's engine: that engine owns pages and batches, the brain owns loads and saves.
+
+The host (vLLM) has a scheduler, an allocator and a compute loop of its own. `GuestScheduler` decides what such an
+engine leaves open: what is looked up and fetched and in which order, whether loading beats computing, whose load others
+wait for, in which order requests should be considered, and what is saved. It is made of the parts that `LoadScheduler`
+is made of, so that a policy exists once. No clock, no threads, no I/O; one thread at a time may call it.
+
+A request's life: `submit` -> (lookup, fetches into L2) -> the host asks `matched`, as often as it likes -> `allocated`
+with pages -> uploads -> `Landed` -> `acknowledged` -> `started` -> `prefilled` -> `finish`. It may skip what it does
+not need and `finish` at any point; a request that asks again after it had started begins anew.
+
+Invariants, checked by `check_integrity` (G1 to G3 are those of `granting`):
+  G4 nothing is loaded behind a hole, and no request waits for a block that the pool does not hold for it;
+  G5 every queue and window is bounded; every slot is free or one load's or save's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from penstock.core.config import SchedulerConfig
+from penstock.core.connector.costs import GuestCosts
+from penstock.core.connector.granting import Granting
+from penstock.core.connector.pages import GuestPages
+from penstock.core.connector.records import Guest, Landed
+from penstock.core.connector.seen_blocks import SeenBlocks
+from penstock.core.cost import CostModel
+from penstock.core.engine.ageing import Ageing
+from penstock.core.engine.load_coordinator import Loading
+from penstock.core.engine.ranking import Ranking
+from penstock.core.engine.request import NO_PAGE, LoadState, Request, State
+from penstock.core.engine.shared_state import SharedState
+from penstock.core.engine.write_back import Saving, block_to_save
+from penstock.core.operations import Account, BlockHit, Fetch, Lookup, Operation, RequestSpec, Save
+from penstock.core.ordering import Rank
+
+SEEN_BLOCKS_MAX = 1 << 17  # of the pool; about 150 bytes each
+PIN_SHARE = 0.75  # of the host's pages that it may be asked to keep for saves, which give way when it is short of them
+
+GuestOperation = Operation | Landed
+
+
+class GuestScheduler:
+    """See the module. All times are seconds of the caller's clock and never go backwards."""
+
+    def __init__(self, config: SchedulerConfig, cost: CostModel) -> None:
+        self.config = config
+        self.cost = cost
+        self._pages = GuestPages()
+        self._shared = SharedState(config, cost, self._pages)
+        self._saving = Saving(self._shared, PIN_SHARE)
+        self._seen = SeenBlocks(SEEN_BLOCKS_MAX)
+        self._moving: dict[int, bytes] = {}  # fetches and saves under way: operation -> block
+        self._ranking = Ranking(self._shared)
+        self._loading = Loading(self._shared, self._changed, lost=self._lost)
+        self._guests: dict[str, Guest] = {}
+        self._costs = GuestCosts(self._shared, self._ranking, self._guests)
+        self._shared.revalued = self._costs.changed
+        self._lookups: deque[Guest] = deque()
+        self._looking_up: dict[int, Request] = {}
+        self._granting = Granting(self._pages, config.l1_pages)
+        self._holes: dict[Request, list[int]] = {}  # blocks that requests lost since the last look
+        self._ageing = Ageing(config.age_bound_s, config.age_delays)
+        self._ended: list[Account] = []
+        self._sequence = 0
+        self._version = 0  # of everything that `matched` looks at
+
+    # -- events: requests ---------------------------------------------------------------------------------------
+
+    def submit(self, spec: RequestSpec, held_tokens: int, now: float, load: bool = True) -> None:
+        """A request arrived; the host holds its first `held_tokens`. Without `load` it is only ranked and saved.
+        Raises ValueError when its id is in use."""
+        if spec.request_id in self._guests:
+            raise ValueError(f"request_id {spec.request_id!r} is in use")
+        self._sequence += 1
+        deadline_s = now + self.config.default_slo_ttft_s if spec.ttft_deadline_s is None else spec.ttft_deadline_s
+        request = Request(spec, self._sequence, now, self.config.block_tokens, deadline_s)
+        has_room = len(self._guests) < self.config.max_waiting
+        if load and self.config.pool and not has_room:
+            self._shared.count("requests_without_loads")
+        guest = Guest(request, 0, load and self.config.pool and has_room)
+        self._guests[spec.request_id] = guest
+        self._ageing.arrived(request)
+        self._shared.count("requests")
+        self._shared.count("prompt_tokens", request.target)
+        self._begin(guest, held_tokens, now)
+
+    def _begin(self, guest: Guest, held_tokens: int, now: float) -> None:
+        request = guest.request
+        request.state = State.LOOKUP
+        request.switch_label("lookup", now)
+        self._forget_hits(guest)
+        self._costs.changed(request)
+        self._hold(guest, held_tokens)
+        if guest.loads and guest.held < request.hittable_blocks:
+            guest.lookup_until_s = now + self.config.lookup_timeout_s
+            self._lookups.append(guest)
+        else:
+            self._wait(guest, now)
+
+    def _hold(self, guest: Guest, held_tokens: int) -> None:
+        """The host holds the first `held_tokens` of the request."""
+        self._pages.forget(guest.noted)
+        guest.held = held_tokens // self.config.block_tokens
+        guest.noted = guest.request.chain.keys[: guest.held]
+        self._pages.note(guest.noted)
+
+    def lookup_done(self, op_id: int, hits: Sequence[BlockHit | None] | None, now: float) -> None:
+        """The pool answered (None: it could not be asked; the request goes on without hits)."""
+        request = self._looking_up.pop(op_id)
+        guest = self._guests.get(request.request_id)
+        if guest is None or guest.request is not request or request.state is not State.LOOKUP:
+            return
+        if hits is None:
+            self._shared.count("lookup_failures")
+        else:
+            self._forget_hits(guest)
+            for index, hit in enumerate(hits):
+                if hit is not None and hit.size_bytes != self.config.block_bytes:
+                    self._shared.count("hits_of_other_size")
+                if hit is None or hit.size_bytes != self.config.block_bytes or index in guest.bad:
+                    self._seen.missed(request.key_at(index), op_id)
+                else:
+                    self._seen.add(request.key_at(index), op_id)
+                    request.hits[index] = hit
+        self._wait(guest, now)
+
+    def _wait(self, guest: Guest, now: float) -> None:
+        """Hits are known: rank the request, and fetch what it can use, unless its link is slower than computing."""
+        self._version += 1
+        request = guest.request
+        request.state = State.WAITING
+        guest.end = self._run_end(guest, guest.held)
+        for index in [index for index in request.hits if index >= guest.end]:
+            del request.hits[index]  # of no use behind a hole
+        self._shared.count("hit_tokens", (guest.end - guest.held) * self.config.block_tokens)
+        self._ranking.estimate(request)
+        request.account.predicted_load_s = self._ranking.load_s(request)
+        request.account.predicted_compute_s = request.compute_s
+        self._ageing.estimated(request)
+        request.pages = [NO_PAGE] * (request.target // self.config.block_tokens + 1)
+        request.ready = [False] * len(request.pages)
+        request.static_key = None
+        self._ranking.set_rank(request)
+        if guest.end > guest.held and not self._costs.worth_fetching(guest):
+            self._compute_instead(guest)
+        for index in range(guest.held, guest.end):
+            self._loading.join(request, index, request.hits[index])
+        self._loading.enqueue(request)
+        self._ranking.stale = True
+        self._relabel(request, now)
+
+    def _run_end(self, guest: Guest, first: int) -> int:
+        """The end of the unbroken run of hits from block `first` on; O(1) where it is known."""
+        begin, end = guest.run
+        if not begin <= first < end:
+            end = first
+            while end < guest.request.hittable_blocks and end in guest.request.hits:
+                end += 1
+            if end > first:
+                guest.run = (first, end)
+        return end
+
+    def _forget_hits(self, guest: Guest) -> None:
+        guest.request.hits, guest.run = {}, (0, 0)
+
+    def _compute_instead(self, guest: Guest) -> None:
+        """Nothing is loaded for the request any more; the host computes it."""
+        request = guest.request
+        self._shared.count("computed_instead_tokens", (guest.end - guest.held) * self.config.block_tokens)
+        for index in list(request.loads):
+            self._loading.forgo(request, index)
+        self._forget_hits(guest)
+        guest.end = guest.held
+        self._ranking.estimate(request)
+        request.static_key = None
+        self._ranking.set_rank(request)
+        self._ranking.stale = True
+
+    def extend(self, request_id: str, tokens: Sequence[int]) -> None:
+        """Tokens that the request generated, in order."""
+        request = self._guests[request_id].request
+        request.tokens.extend(tokens)
+        request.chain.extend(tokens)
+
+    def known_tokens(self, request_id: str) -> int:
+        """How many tokens of the request were told so far."""
+        return len(self._guests[request_id].request.tokens)
+
+    def finish(self, request_id: str, now: float) -> None:
+        """The request ended or was cancelled; unknown ones are ignored. Pages that were granted to it still end in
+        `Landed`."""
+        guest = self._guests.get(request_id)
+        if guest is None or guest.leaving:
+            return
+        self._version += 1
+        request = guest.request
+        guest.leaving = True
+        self._ageing.ended(request)
+        self._loading.leave(request)
+        request.state = State.DONE
+        self._costs.changed(request)
+        request.switch_label("done", now)
+        request.account.end_s = now
+        if len(self._ended) < self.config.max_waiting:
+            self._ended.append(request.account)
+        self._ranking.stale = True
+        self._granting.settle()
+        self._forget_if_gone(guest)
+
+    def _forget_if_gone(self, guest: Guest) -> None:
+        if guest.leaving and guest.grant is None:
+            self._pages.forget(guest.noted)
+            guest.noted = []
+            self._costs.gone(guest.request)
+            del self._guests[guest.request.request_id]
+
+    def forget_all(self, now: float) -> None:
+        """The host can no longer use anything that the keys so far name: every request ends here, its loads land
+        without a block, and saves that have not begun are dropped. Requests may be submitted anew."""
+        guests = list(self._guests.values())
+        self._granting.spoil(guests)
+        for guest in guests:
+            self.finish(guest.request.request_id, now)
+        self._saving.drop_queued(None)
+
+    # -- events: the host's scheduler ---------------------------------------------------------------------------
+
+    def matched(self, request_id: str, held_tokens: int, now: float) -> int | None:
+        """How many tokens behind the `held_tokens` that the host holds are worth a grant of pages; None: ask again
+        later. The same answer however often it is asked, as long as nothing happens in between."""
+        guest = self._guests.get(request_id)
+        if guest is None or guest.leaving:
+            return 0
+        request = guest.request
+        if guest.grant is not None:
+            return None
+        if request.state in (State.PREFILL, State.DECODE):
+            self._shared.count("preemptions")
+            self._restart(guest, held_tokens, now)
+        if request.state is State.LOOKUP:
+            if now < guest.lookup_until_s:
+                return None
+            self._shared.count("lookups_late")
+            self._wait(guest, now)
+        if guest.answer is None or guest.answer[:2] != (self._version, held_tokens):
+            guest.answer = (self._version, held_tokens, self._offer_of(guest, held_tokens, now))
+        return guest.answer[2]
+
+    def _offer_of(self, guest: Guest, held_tokens: int, now: float) -> int | None:
+        request, size = guest.request, self.config.block_tokens
+        guest.refused_tokens = 0
+        first = held_tokens // size
+        end = self._run_end(guest, first)
+        if end * size <= held_tokens:
+            return 0
+        if self._granting.any_of(request, first, end):
+            request.switch_label("wait_shared", now)
+            return None  # it will find those blocks in the host's own cache
+        if not self._granting.has_room(end - first):
+            request.switch_label("wait_l1", now)
+            return None
+        begun = request.load_counts[LoadState.FETCHING] + request.load_counts[LoadState.STAGED]
+        may_refuse = not begun and request.loads and not guest.probe
+        if may_refuse and not self._costs.arrives_first(guest):
+            guest.refused_tokens = end * size - held_tokens
+            return 0  # its blocks are still fetched in their turn, should the host not get to it before
+        if request.bytes_by_route and self._costs.enough_granted():
+            return None  # its blocks are fetched in its turn all the same
+        return end * size - held_tokens
+
+    def _restart(self, guest: Guest, held_tokens: int, now: float) -> None:
+        """A request that had its pages asks again: it was preempted, or its load failed as a whole."""
+        request = guest.request
+        request.account.preemptions += 1
+        self._loading.leave(request)
+        request.target = len(request.tokens)
+        self._begin(guest, held_tokens, now)
+
+    def allocated(self, request_id: str, first: int, pages: Sequence[int], now: float) -> None:
+        """The host gave pages for the blocks from `first` on, as many as `matched` had said. `Landed` follows."""
+        guest = self._guests[request_id]
+        self._version += 1
+        request = guest.request
+        end = first + len(pages)
+        grant = self._granting.begin(guest, first, end)
+        if guest.end > end or guest.held != first:
+            for index in [index for index in request.loads if not first <= index < end]:
+                self._loading.forgo(request, index)
+        guest.end = end
+        request.state = State.PREFILL
+        for index, page in zip(range(first, end), pages, strict=True):
+            key, hit = request.key_at(index), request.hits.get(index)
+            if hit is None or key in self._granting:
+                grant.hole = guest.end = index
+                self._shared.count("hits_withdrawn", end - index)
+                for behind in [behind for behind in request.loads if behind >= index]:
+                    self._loading.forgo(request, behind)
+                break
+            if index not in request.loads:
+                self._loading.join(request, index, hit)
+            request.loads[index].page = page
+            self._granting.add(guest, index, page)
+        self._ranking.count_loads(request)
+        self._ranking.progressed(request)
+        self._loading.enqueue(request)
+        self._relabel(request, now)
+        self._granting.settle()
+        self._granting.land(guest)
+
+    def acknowledged(self, request_id: str) -> None:
+        """The host took note of `Landed`; its own cache answers for those blocks from now on."""
+        guest = self._guests.get(request_id)
+        if guest is None or guest.grant is None or not guest.grant.landed:
+            return
+        self._version += 1
+        self._granting.end(guest)
+        self._costs.changed(guest.request)
+        self._forget_if_gone(guest)
+
+    def started(self, request_id: str, now: float) -> None:
+        """The host computes the request; what was not granted by now is not needed."""
+        guest = self._guests.get(request_id)
+        if guest is None or guest.leaving:
+            return
+        request = guest.request
+        if request.state in (State.LOOKUP, State.WAITING):
+            self._shared.count("computed_instead_tokens", guest.refused_tokens)
+            self._loading.leave(request)
+            self._forget_hits(guest)
+            guest.end = guest.held
+            self._ranking.estimate(request)
+            request.state = State.PREFILL
+            self._version += 1
+        if request.state is State.PREFILL:
+            request.switch_label("compute", now)
+
+    def advanced(self, request_id: str, computed_tokens: int) -> None:
+        """The host holds `computed_tokens` of a request that it computes."""
+        guest = self._guests.get(request_id)
+        if guest is not None and guest.request.state is State.PREFILL and computed_tokens < guest.request.target:
+            left = guest.request.target - computed_tokens
+            guest.request.compute_s = self.cost.compute.seconds([(left, computed_tokens)])
+            self._costs.changed(guest.request)
+
+    def prefilled(self, request_id: str, now: float) -> None:
+        """The request's first token is there."""
+        guest = self._guests.get(request_id)
+        if guest is None or guest.request.state is not State.PREFILL:
+            return
+        request = guest.request
+        request.state = State.DECODE
+        self._costs.changed(request)
+        request.switch_label("decode", now)
+        if request.account.first_token_s is None:
+            request.account.first_token_s = now
+            self._ageing.first_token(request)
+        self._version += 1
+        self._ranking.stale = True
+
+    def stepped(self, spans: Sequence[tuple[int, int]], seconds: float) -> None:
+        """A batch of `(query, context)` tokens took the host `seconds`."""
+        self._costs.stepped(spans, seconds)
+
+    # -- events: stages -----------------------------------------------------------------------------------------
+
+    def fetched(self, op_id: int, error: str | None, now: float) -> None:
+        """A Fetch ended; `error` is the reason label of a failure."""
+        self._costs.fetched()
+        self._moved(op_id, error)
+        self._loading.fetched(op_id, error, now)
+        self._close_holes()
+
+    def uploaded(self, op_id: int, now: float) -> None:
+        """An Upload ended: its bytes are in the host's pages."""
+        self._loading.uploaded(op_id, now)
+        self._close_holes()
+
+    def upload_failed(self, op_id: int, error: str, now: float) -> None:
+        """An Upload failed; nothing more is written to its pages."""
+        self._loading.upload_failed(op_id, error, now)
+        self._close_holes()
+
+    def _changed(self, request: Request, now: float) -> None:
+        """A block of the request moved, or was lost."""
+        counts = request.load_counts
+        if not counts[LoadState.WANTED] and not counts[LoadState.FETCHING]:
+            self._version += 1  # its links are free for others
+        self._ranking.progressed(request)
+        self._relabel(request, now)
+
+    def _lost(self, request: Request, index: int) -> None:
+        self._holes.setdefault(request, []).append(index)
+
+    def _close_holes(self) -> None:
+        """Requests that lost a block do without those behind it."""
+        holes, self._holes = self._holes, {}
+        for request, lost in holes.items():
+            guest = self._guests.get(request.request_id)
+            if guest is None or guest.request is not request or guest.leaving:
+                continue
+            grant = guest.grant
+            first = grant.first if grant is not None else guest.held
+            guest.run = (0, 0)
+            end = min((index for index in lost if index >= first), default=guest.end)
+            if end < guest.end:
+                self._version += 1
+                guest.bad.add(end)
+                guest.end = end
+                if grant is not None:
+                    grant.hole = end if grant.hole is None else min(grant.hole, end)
+                for index in [index for index in request.loads if index >= end]:
+                    self._loading.forgo(request, index)
+                for index in [index for index in request.hits if index >= end]:
+                    del request.hits[index]
+                self._ranking.estimate(request)
+                self._ranking.count_loads(request)
+                self._ranking.progressed(request)
+        self._granting.settle()
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def wants(self, request_id: str, index: int) -> bool:
+        """Whether the request's full block `index` should be saved: the pool may not hold it, and it is not on its way
+        there or from there."""
+        guest = self._guests.get(request_id)
+        if guest is None or not self.config.pool:
+            return False
+        key = guest.request.key_at(index)
+        return not (key in self._seen or self._pages.is_saving(key) or key in self._loading.loads)
+
+    @property
+    def can_keep(self) -> bool:
+        """Whether the host may be asked to keep a further page for a save."""
+        return self._saving.can_pin
+
+    def not_saved(self, blocks: int) -> None:
+        """So many blocks that `wants` asked for are not offered: the host could not keep them so long."""
+        self._shared.count("saves_dropped", blocks)
+
+    def offer(self, request_id: str, index: int, page: int) -> None:
+        """The host keeps `page`, which holds the full block `index` that `wants` asked for, until `released` names
+        it; only when `can_keep`."""
+        request = self._guests[request_id].request
+        self._pages.hold(request.key_at(index), page)
+        self._saving.offer(block_to_save(self._shared, request, index))
+        self._pages.unpin(page)  # from here on the queue's
+
+    def released(self) -> list[int]:
+        """Pages of saves that the host may have back."""
+        pages, self._pages.released = self._pages.released, []
+        return pages
+
+    def downloaded(self, op_id: int) -> None:
+        """The first half of a Save ended: the page's bytes are in its slot."""
+        self._saving.downloaded(op_id)
+
+    def saved(self, op_id: int, error: str | None) -> None:
+        """A Save ended."""
+        self._moved(op_id, error)
+        self._saving.saved(op_id, error)
+
+    def _moved(self, op_id: int, error: str | None) -> None:
+        """A block that the pool did not give or take is not seen there any more."""
+        key = self._moving.pop(op_id)
+        if error is not None:
+            self._seen.discard(key)
+
+    def press(self, pages: int | None = None) -> None:
+        """The host is short of pages: drop so many saves that have not begun (None: all), the latest first, and give
+        their pages back."""
+        self._saving.drop_queued(pages)
+
+    # -- decide -------------------------------------------------------------------------------------------------
+
+    def decide(self, now: float) -> list[GuestOperation]:
+        """The operations to carry out now, given all events so far."""
+        for request in self._ageing.due(now):
+            self._ranking.age(request)
+        self._ranking.sort_feasible((guest.request for guest in self._guests.values()), now)
+        while self._lookups and len(self._looking_up) < self.config.lookup_window:
+            guest = self._lookups.popleft()
+            request = guest.request
+            if request.state is State.LOOKUP and not guest.leaving:
+                op_id = self._shared.next_op()
+                self._looking_up[op_id] = request
+                keys = request.chain.keys[: request.hittable_blocks]
+                timeout_s = max(1e-3, guest.lookup_until_s - now)
+                self._shared.outbox.append(Lookup(op_id, request.request_id, keys, timeout_s))
+        self._loading.dispatch_fetches(now)
+        self._loading.dispatch_uploads(now)
+        self._saving.dispatch(computing=False)
+        self._granting.settle()
+        for operation in self._shared.outbox:
+            if isinstance(operation, Save):
+                self._moving[operation.op_id] = operation.block.key
+                self._seen.add(operation.block.key, operation.op_id)
+            elif isinstance(operation, Fetch):
+                self._moving[operation.op_id] = operation.key
+        operations: list[GuestOperation] = [*self._shared.outbox, *self._granting.take_landed()]
+        self._shared.outbox = []
+        return operations
+
+    def next_wakeup_s(self) -> float | None:
+        """When `decide` should be called although nothing happened; None: not before the next event."""
+        return self._ageing.next_s
+
+    # -- views --------------------------------------------------------------------------------------------------
+
+    def rank(self, request_id: str) -> Rank | None:
+        """Where the request stands, smallest first; None for one that is not known."""
+        guest = self._guests.get(request_id)
+        return None if guest is None else guest.request.rank
+
+    def step_tokens_max(self) -> int | None:
+        """How many tokens the host should compute in one step while loads land; None: as many as it likes."""
+        return self._costs.step_tokens_max() if self._granting else None
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Counts since start, by name."""
+        return self._shared.counters
+
+    def gauges(self) -> dict[str, float]:
+        """How things stand: requests, slots, pages granted, and how well costs are predicted."""
+        shared = self._shared
+        return {
+            "requests": len(self._guests),
+            "loads": len(self._loading.loads),
+            "granted_blocks": len(self._granting),
+            "l2_slots_total": shared.l2.total,
+            "l2_slots_loads": shared.l2.loads,
+            "l2_slots_saves": shared.l2.saves,
+            "saves_queued": len(self._saving),
+            "predicted_compute_error": self.cost.compute_error.mean,
+        }
+
+    def take_accounts(self) -> list[Account]:
+        """Accounts of the requests that ended since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    @property
+    def idle(self) -> bool:
+        """No request, save or transfer is left."""
+        return not (self._guests or len(self._saving) or self._loading.loads)
+
+    def _relabel(self, request: Request, now: float) -> None:
+        counts = request.load_counts
+        if request.state in (State.DONE, State.DECODE, State.LOOKUP):
+            return
+        if counts[LoadState.FETCHING]:
+            label = "fetch"
+        elif counts[LoadState.WANTED]:
+            label = "wait_l2" if self._shared.l2.free_for_loads <= 0 else "wait_fetch_link"
+        elif counts[LoadState.UPLOADING]:
+            label = "upload"
+        elif counts[LoadState.STAGED]:
+            label = "wait_upload_link" if request.state is State.PREFILL else "wait_turn"
+        else:
+            label = "wait_compute"
+        request.switch_label(label, now)
+
+    def check_integrity(self) -> None:
+        """Assert the invariants G1 to G5 and those of the parts. O(everything); for tests."""
+        self._costs.check_integrity()
+        self._granting.check_integrity(self._guests.values(), self._loading.reserved_pages())
+        for guest in self._guests.values():
+            request = guest.request
+            assert all(index in request.hits for index in request.loads), "G4: a load without a hit"
+            if request.loads:
+                assert max(request.loads) < guest.end, "G4: a load behind a hole"
+            assert not (guest.leaving and request.loads)
+            begin, end = guest.run
+            assert all(index in request.hits for index in range(begin, end))
+            assert begin == end or end not in request.hits
+            shared = any(request.key_at(index) in self._granting for index in range(begin, end))
+            assert begin == end or self._granting.any_of(request, begin, end) == shared
+        self._pages.check_integrity(set(), set())
+        self._shared.l2.check_integrity(self._loading.slots_in_use() + self._saving.slots_in_use())
+        self._loading.check_integrity()
+        self._ageing.check_integrity()
+        assert len(self._looking_up) <= self.config.lookup_window, "G5"

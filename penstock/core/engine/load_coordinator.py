@@ -1,0 +1,289 @@
+"""Loading, from L3 to L1: who waits for which block, and what its arrival, failure or desertion means to them.
+
+A block is fetched and uploaded once for all requests that wait for it. The two stages, each with a dispatcher of its
+own, are in `fetching.py` and `uploading.py`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from penstock.core.engine.fetching import Fetching
+from penstock.core.engine.kv_handoff import Handing
+from penstock.core.engine.load_table import Loads
+from penstock.core.engine.request import NO_PAGE, BlockLoad, LoadState, Request, State
+from penstock.core.engine.shared_state import SharedState
+from penstock.core.engine.uploading import Uploading
+from penstock.core.keys import BlockKey
+from penstock.core.operations import BlockHit, Route
+
+
+class Loading:
+    """`changed(request, now)` is called whenever a block of a request moved, so that its rank, label and readiness for
+    compute follow; before that `lost(request, index)` for a block that became a miss."""
+
+    def __init__(
+        self,
+        shared: SharedState,
+        changed: Callable[[Request, float], None],
+        handing: Handing | None = None,
+        lost: Callable[[Request, int], None] = lambda request, index: None,
+    ) -> None:
+        self._shared = shared
+        self._changed = changed
+        self._lost = lost
+        self._table = Loads(shared, handing)
+        self._fetching = Fetching(shared, self._table, changed)
+        self._uploading = Uploading(shared, self._table, changed)
+        self.loads = self._table.by_key
+
+    # -- joining and leaving ------------------------------------------------------------------------------------
+
+    def join(self, request: Request, index: int, hit: BlockHit) -> None:
+        """`request` waits for its block `index`, sharing the load when the block is on its way already."""
+        key = request.key_at(index)
+        load = self.loads.get(key)
+        if load is None:
+            load = self.loads[key] = BlockLoad(key, request.chain.parent_of(index), hit)
+        elif load.waiters:
+            self._shared.count("loads_shared")
+        load.waiters[request] = index
+        request.loads[index] = load
+        request.load_counts[load.state] += 1
+        if load.state is LoadState.WANTED:
+            request.wanted.setdefault(load.hit.route, OrderedDict())[load] = None
+        elif load.state is LoadState.STAGED:
+            request.staged[load] = None
+            self._table.hand_over(request, index, load)
+
+    def enqueue(self, request: Request) -> None:
+        """Offer the request's wanted and staged blocks to the stages."""
+        for route in request.wanted:
+            self._fetching.offer(request, route)
+        if request.state is State.PREFILL:
+            self._fetching.not_reactive(request)
+            for index, load in request.loads.items():
+                self._table.not_reactive(load)
+                if load.state is LoadState.UPLOADING and load.page is not None:
+                    request.pages[index] = load.page
+            if request.staged:
+                self._uploading.offer(request)
+
+    def leave(self, request: Request) -> None:
+        """The request does not wait any more. What nobody waits for is dropped, unless a transfer is under way."""
+        for load in list(request.loads.values()):
+            del load.waiters[request]
+            self._release_if_unwanted(load)
+        request.loads, request.wanted, request.staged = {}, {}, OrderedDict()
+        request.load_counts = dict.fromkeys(LoadState, 0)
+        for queue in request.queues:
+            queue.discard(request)
+        request.queues = {}
+
+    def forgo(self, request: Request, index: int) -> None:
+        """The request does not wait for its block `index` any more."""
+        load = request.loads.pop(index)
+        del load.waiters[request]
+        request.load_counts[load.state] -= 1
+        request.upload_bytes -= load.hit.size_bytes
+        if load.state in (LoadState.WANTED, LoadState.FETCHING):
+            self._less_to_fetch(request, load)
+        request.staged.pop(load, None)
+        self._release_if_unwanted(load)
+
+    def _release_if_unwanted(self, load: BlockLoad) -> None:
+        """After a waiter left: nobody may need the load any more, or only requests that are not admitted."""
+        if load.waiters and load.page is None and load.slot is None:
+            return  # it holds nothing, and somebody still waits for it
+        if load.state is LoadState.UPLOADING or any(waiter.state is State.PREFILL for waiter in load.waiters):
+            return
+        self._table.give_back_page(load)
+        if load.slot is not None:
+            self._table.set_reactive(load)
+        if load.state is LoadState.STAGED:
+            self._bound_reactive(load)
+        if not load.waiters and load.state is not LoadState.FETCHING:
+            if load.state is LoadState.STAGED:
+                self._table.drop_staged(load)
+            del self.loads[load.key]
+
+    def _bound_reactive(self, load: BlockLoad) -> None:
+        """Where reactive loads exceed their share of L2, this staged block gives its slot back and is wanted again."""
+        if not load.reactive or not load.waiters or self._table.reactive_slots <= self._shared.l2.reactive_limit:
+            return
+        self._table.drop_staged(load)
+        self._want_again(load, load.hit)
+
+    def _want_again(self, load: BlockLoad, hit: BlockHit) -> None:
+        """The load is to be fetched after all, over the route of `hit`."""
+        size, old, route = load.hit.size_bytes, load.hit.route, hit.route
+        counted = load.state in (LoadState.WANTED, LoadState.FETCHING)
+        self._table.move(load, LoadState.WANTED)
+        load.hit = hit
+        for waiter in load.waiters:
+            waiter.staged.pop(load, None)
+            if old in waiter.wanted:
+                waiter.wanted[old].pop(load, None)
+            if counted:
+                waiter.bytes_by_route[old] = waiter.bytes_by_route.get(old, 0) - size
+            waiter.bytes_by_route[route] = waiter.bytes_by_route.get(route, 0) + size
+            waiter.wanted.setdefault(route, OrderedDict())[load] = None
+            self._fetching.offer(waiter, route)
+            self._shared.revalued(waiter)
+
+    def _less_to_fetch(self, request: Request, load: BlockLoad) -> None:
+        route = load.hit.route
+        request.bytes_by_route[route] = request.bytes_by_route.get(route, 0) - load.hit.size_bytes
+        self._shared.revalued(request)
+
+    def reroute(self, request: Request, away_from: Callable[[Route], bool]) -> None:
+        """Fetch what has not begun over such a route on the request's other side, where that can read it."""
+        for index, load in request.loads.items():
+            if load.state is LoadState.WANTED and away_from(load.hit.route) and index in request.alternates:
+                self._want_again(load, request.alternates.pop(index))
+                self._shared.count("rerouted_blocks")
+
+    # -- fetches ------------------------------------------------------------------------------------------------
+
+    def dispatch_fetches(self, now: float) -> None:
+        """Issue fetches while links and L2 have room."""
+        self._fetching.dispatch(now)
+
+    def fetched(self, op_id: int, error: str | None, now: float) -> None:
+        """A fetch ended: the block is in its slot, or `error` names why not."""
+        shared = self._shared
+        load, busy_s = self._fetching.ended(op_id, error is not None, now)
+        if error is not None:
+            shared.count("fetch_failures")
+            if not self._other_side(load, error):
+                self._failed(load, error, now)
+            return
+        shared.count("fetched_blocks")
+        shared.count("fetched_bytes", load.hit.size_bytes)
+        self._table.move(load, LoadState.STAGED)
+        if not load.waiters:
+            self._release_if_unwanted(load)
+            return
+        for waiter, index in list(load.waiters.items()):
+            self._table.hand_over(waiter, index, load)
+            account = waiter.account
+            account.loaded_bytes += load.hit.size_bytes
+            account.measured_fetch_s += busy_s
+            self._less_to_fetch(waiter, load)
+            waiter.staged[load] = None
+            if waiter.state is State.PREFILL:
+                self._uploading.offer(waiter)
+            self._changed(waiter, now)
+        self._bound_reactive(load)
+
+    def _other_side(self, load: BlockLoad, error: str) -> bool:
+        """A fetch failed: have the block fetched on the other side of a request that waits for it, if there is one."""
+        hit = next((w.alternates.pop(i) for w, i in load.waiters.items() if i in w.alternates), None)
+        if hit is None:
+            return False
+        for waiter in load.waiters:
+            failures = waiter.account.load_failures
+            failures[error] = failures.get(error, 0) + 1
+        self._table.free_slot(load)
+        self._want_again(load, hit)
+        self._shared.count("rerouted_blocks")
+        return True
+
+    def _failed(self, load: BlockLoad, error: str, now: float) -> None:
+        """The block becomes a miss for everybody who waits for it: its tokens are recomputed."""
+        shared = self._shared
+        del self.loads[load.key]
+        self._table.free_slot(load)
+        size = load.hit.size_bytes
+        for waiter, index in load.waiters.items():
+            del waiter.loads[index]
+            waiter.hits.pop(index, None)
+            self._lost(waiter, index)
+            waiter.load_counts[load.state] -= 1
+            waiter.upload_bytes -= size
+            if load.state is LoadState.FETCHING:
+                self._less_to_fetch(waiter, load)
+            failures = waiter.account.load_failures
+            failures[error] = failures.get(error, 0) + 1
+            waiter.account.recomputed_tokens += shared.config.block_tokens
+            if waiter.state is State.PREFILL:
+                waiter.pages[index] = NO_PAGE
+                waiter.position = min(waiter.position, index * shared.config.block_tokens)
+                shared.promise(waiter, 1 if load.page is not None else 0)
+        self._table.give_back_page(load)
+        for waiter in load.waiters:
+            self._changed(waiter, now)
+
+    # -- uploads ------------------------------------------------------------------------------------------------
+
+    def dispatch_uploads(self, now: float) -> None:
+        """Issue uploads while the window has room."""
+        self._uploading.dispatch(now)
+
+    def uploaded(self, op_id: int, now: float) -> None:
+        """An upload ended: its blocks are in L1, cached for everybody."""
+        group, busy_s = self._uploading.ended(op_id, now)
+        self._shared.cost.upload.observe(sum(load.hit.size_bytes for load in group), busy_s)
+        changed: dict[Request, None] = {}
+        for load in group:
+            self._arrive(load)
+            changed.update(dict.fromkeys(load.waiters))
+        for waiter in changed:
+            waiter.account.measured_upload_s += busy_s
+            self._changed(waiter, now)
+
+    def upload_failed(self, op_id: int, error: str, now: float) -> None:
+        """An upload failed: its blocks count as misses."""
+        group, _ = self._uploading.ended(op_id, now)
+        self._shared.count("upload_failures")
+        for load in group:
+            self._failed(load, error, now)
+
+    def _arrive(self, load: BlockLoad) -> None:
+        shared = self._shared
+        l1, page = shared.l1, load.page
+        assert page is not None
+        del self.loads[load.key]
+        self._table.free_slot(load)
+        users = [(waiter, index) for waiter, index in load.waiters.items() if waiter.state is State.PREFILL]
+        if not users:
+            l1.in_use.discard(load.key)
+        l1.insert(load.key, load.parent, page, pins=len(users))  # nobody caches a block that is being loaded
+        for waiter, index in load.waiters.items():
+            del waiter.loads[index]
+            waiter.load_counts[LoadState.UPLOADING] -= 1
+            waiter.upload_bytes -= load.hit.size_bytes
+        for waiter, index in users:
+            waiter.ready[index] = True
+            waiter.count_cached(shared.config.block_tokens)
+            self._table.in_l1(waiter, index)
+
+    # -- for integrity and views --------------------------------------------------------------------------------
+
+    def slots_in_use(self) -> list[int]:
+        """Slots of L2 that loads hold."""
+        return self._table.slots_in_use()
+
+    def reserved_pages(self) -> set[int]:
+        """Private pages that loads hold."""
+        return self._table.reserved_pages()
+
+    def reserved_keys(self) -> set[BlockKey]:
+        """Blocks of loads that hold pages."""
+        return {key for key, load in self.loads.items() if load.page is not None}
+
+    def in_flight(self) -> dict[str, int]:
+        """Operations in flight by link."""
+        return self._fetching.in_flight() | {"upload": self._uploading.in_flight}
+
+    def check_work_conserving(self) -> None:
+        """No link is idle while a runnable block for it exists."""
+        self._fetching.check_work_conserving()
+        self._uploading.check_work_conserving()
+
+    def check_integrity(self) -> None:
+        """Loads, waiters, slots, pages and windows agree."""
+        self._table.check_integrity(self._fetching.loads_in_flight(), self._uploading.loads_in_flight())
+        self._fetching.check_integrity()
+        self._uploading.check_integrity()

@@ -1,0 +1,113 @@
+"""Loads by key, shared by all who wait for them: their states, their slots, and the share of reactive ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from penstock.core.engine.kv_handoff import Handing
+from penstock.core.engine.request import BlockLoad, LoadState, Request
+from penstock.core.engine.shared_state import SharedState
+from penstock.core.keys import BlockKey
+from penstock.core.operations import Drop
+
+
+class Loads:
+    """A load is reactive while its slot is held for requests that are not admitted; those have a share of L2."""
+
+    def __init__(self, shared: SharedState, handing: Handing | None) -> None:
+        self._shared = shared
+        self._handing = handing
+        self.by_key: dict[BlockKey, BlockLoad] = {}
+        self.reactive_slots = 0
+
+    def move(self, load: BlockLoad, state: LoadState) -> None:
+        """To another state, for everybody who waits for it."""
+        for waiter in load.waiters:
+            waiter.load_counts[load.state] -= 1
+            waiter.load_counts[state] += 1
+        load.state = state
+
+    def reserve_page(self, load: BlockLoad, page: int | None) -> None:
+        """Give the load its page of L1; None: there was none, it is taken at upload."""
+        if page is None:
+            self._shared.count("reactive_allocations")
+            return
+        load.page = page
+        self._shared.l1.in_use.add(load.key)
+        for waiter in load.waiters:
+            self._shared.keep_promise(waiter)
+
+    def give_back_page(self, load: BlockLoad) -> None:
+        """The load does without its page, if it has one."""
+        if load.page is not None:
+            self._shared.l1.in_use.discard(load.key)
+            self._shared.l1.give_back(load.page)
+            load.page = None
+
+    def kept_after_upload(self, load: BlockLoad) -> bool:
+        """Whether its slot is read again after it went up, by a hand-off."""
+        return self._handing is not None and load.slot is not None and self._handing.keeps(load.slot)
+
+    def hand_over(self, request: Request, index: int, load: BlockLoad) -> None:
+        """The request's block `index` is in L2: where the request is handed over, so is the block, now."""
+        if self._handing is not None and request.spec.hand_off is not None:
+            self._handing.staged(request, index, load)
+
+    def in_l1(self, request: Request, index: int) -> None:
+        """The request's block `index` is in L1."""
+        if self._handing is not None:
+            self._handing.in_l1(request, index)
+
+    def drop_staged(self, load: BlockLoad) -> None:
+        """Give back the slot of a staged load; the body forgets what is in it."""
+        load.kept = True  # the body holds its content until it is told
+        self.free_slot(load)
+
+    def free_slot(self, load: BlockLoad) -> None:
+        """Give back the load's slot, or leave it to the hand-off that still reads it."""
+        assert load.slot is not None
+        if self._handing is not None and self._handing.keeps(load.slot):
+            self._handing.adopt(load.slot)
+        else:
+            if load.kept:
+                self._shared.outbox.append(Drop(load.slot))
+            self._shared.l2.free_load(load.slot)
+        load.slot, load.kept = None, False
+        self.not_reactive(load)
+
+    def set_reactive(self, load: BlockLoad) -> None:
+        """The load's slot counts against the share of reactive loads."""
+        if not load.reactive:
+            load.reactive = True
+            self.reactive_slots += 1
+
+    def not_reactive(self, load: BlockLoad) -> None:
+        """The load's slot no longer counts against the share of reactive loads."""
+        if load.reactive:
+            load.reactive = False
+            self.reactive_slots -= 1
+
+    def slots_in_use(self) -> list[int]:
+        """Slots of L2 that loads hold."""
+        return [load.slot for load in self.by_key.values() if load.slot is not None]
+
+    def reserved_pages(self) -> set[int]:
+        """Private pages of L1 that loads hold."""
+        return {load.page for load in self.by_key.values() if load.page is not None}
+
+    def check_integrity(self, fetching: list[BlockLoad], uploading: list[BlockLoad]) -> None:
+        """A load is under its key, holds a slot exactly from FETCHING on, and is waited for or in flight; waiters and
+        loads agree; the reactive share is counted right."""
+        for key, load in self.by_key.items():
+            assert load.key == key
+            assert (load.slot is not None) == (load.state is not LoadState.WANTED), "a slot out of turn"
+            assert (load in fetching) == (load.state is LoadState.FETCHING)
+            assert (load in uploading) == (load.state is LoadState.UPLOADING)
+            assert load.state is not LoadState.UPLOADING or load.page is not None
+            for waiter, index in load.waiters.items():
+                assert waiter.loads.get(index) is load and waiter.key_at(index) == key
+            assert load.waiters or load.state in (LoadState.FETCHING, LoadState.UPLOADING), "nobody waits for a load"
+        for waiter in {waiter for load in self.by_key.values() for waiter in load.waiters}:
+            counts = Counter(load.state for load in waiter.loads.values())
+            assert +Counter(waiter.load_counts) == counts, "states of a request's loads are miscounted"
+        assert self.reactive_slots == sum(load.reactive for load in self.by_key.values())

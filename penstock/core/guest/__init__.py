@@ -1,1 +1,0 @@
-"""Decisions inside an engine of somebody else's, such as vLLM: it owns pages and batches, the brain loads and saves."""

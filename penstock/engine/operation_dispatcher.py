@@ -1,0 +1,266 @@
+"""Carries out the brain's operations with the executors, and puts what came of them into the control thread's inbox."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+
+from penstock.core.config import SchedulerConfig
+from penstock.core.engine.scheduler import LoadScheduler
+from penstock.core.layout import staging_bytes
+from penstock.core.operations import (
+    BlockHit,
+    ChunkOutcome,
+    Compute,
+    Discard,
+    Drop,
+    Fetch,
+    Forward,
+    Lookup,
+    Operation,
+    Save,
+    Upload,
+)
+from penstock.engine.executors import PoolStages, RunnerStages, Staging
+from penstock.engine.peers import Peers
+from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
+from penstock.engine.shaping import Past
+from penstock.io.memory import aligned_buffer
+from penstock.pool.api import Pool
+from penstock.process.loss_log import LossLog
+from penstock.process.rate_limited_log import RateLimitedLog
+
+log = logging.getLogger(__name__)
+
+STUCK_S = 120.0  # a batch, upload or download that takes longer makes the engine unhealthy
+
+# Counters of the scheduler that say that something was lost, with what is logged when one has grown.
+LOSSES = {
+    "saves_dropped": "blocks were not saved: the queue of saves was full, or their pages were needed",
+    "hits_of_another_size": "hits of the pool are not used: those blocks have another size than this engine's",
+    "distrusted_blocks": "blocks of the pool are dropped and computed again: their KV is not finite",
+    "unusable_blocks": "blocks were not cached, saved or handed over: their KV is not finite",
+}
+
+Post = Callable[[Callable[[], None]], None]
+
+
+class Carrying:
+    """Owns staging memory and executors. Every method but `close` and `stuck` is the control thread's; what happened
+    goes through `post` and runs there too. `sampling_of` gives a request's sampling parameters, and its past where they
+    look at it."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        scheduler: LoadScheduler,
+        runner: ModelRunner,
+        pool: Pool | None,
+        peers: Peers | None,
+        post: Post,
+        sampling_of: Callable[[str], tuple[SamplingParams, Past | None]],
+    ) -> None:
+        self._config = config
+        self._scheduler = scheduler
+        self._post = post
+        self._sampling_of = sampling_of
+        slot_bytes = staging_bytes(config.block_bytes)
+        size_bytes = slot_bytes * config.l2_slots
+        memory = peers.allocate(size_bytes) if peers is not None else aligned_buffer(size_bytes)
+        self._staging = Staging(memory, slot_bytes)
+        runner.page_lock(memory)
+        self._runner = runner
+        self._runner_stages = RunnerStages(runner)
+        self._pool_stages: PoolStages | None = None
+        if pool is not None:
+            pool.register(memory)
+            for buffer in pool.host_buffers():
+                runner.page_lock(buffer)
+            self._pool_stages = PoolStages(pool, self._staging, config.block_bytes, config.lookup_window, peers)
+        self._uploads: dict[int, UploadGroup] = {}
+        self._busy_since: dict[int, tuple[str, float]] = {}  # op -> what it is, when it began
+        self._rare = RateLimitedLog(log)
+        self._losses = LossLog(log, LOSSES)
+        self.load_failures: Counter[str] = Counter()
+        self.save_failures: Counter[str] = Counter()
+        self.forward_failures: Counter[str] = Counter()
+
+    @property
+    def stages(self) -> PoolStages:
+        """The executors of pool operations; only where there is a pool."""
+        assert self._pool_stages is not None, "the brain knows that there is no pool"
+        return self._pool_stages
+
+    def end_late(self) -> None:
+        """Give up transfers that the pool did not end by their deadline."""
+        if self._pool_stages is not None:
+            self._pool_stages.end_late()
+
+    def say_losses(self) -> None:
+        """Log what the scheduler has dropped since the last call."""
+        self._losses.look(self._scheduler.counters)
+
+    def _failed(self, counter: Counter[str], reason: str, blocks: int, what: str) -> None:
+        counter[reason] += blocks
+        self._rare.warning(f"{what} {reason}", "%s: %s", what, reason)
+
+    def stuck(self) -> str | None:
+        """What does not go on, if anything: the device, a thread, or what has been under way for too long; from any
+        thread."""
+        if self._runner.lost is not None:
+            return self._runner.lost
+        dead = self._runner_stages.dead_thread or (self._pool_stages.dead_thread if self._pool_stages else None)
+        if dead is not None:
+            return f"the thread {dead} ended"
+        now = time.monotonic()
+        for what, since in list(self._busy_since.values()):
+            if now - since > STUCK_S:
+                return f"{what} has been under way for {now - since:.0f} s"
+        return None
+
+    def close(self, timeout_s: float) -> bool:
+        """Stop the executors; False when one of them is stuck."""
+        stopped = self._runner_stages.close(timeout_s)
+        if self._pool_stages is not None:
+            self._pool_stages.close()
+        return stopped
+
+    def carry_out(self, operation: Operation) -> None:
+        """Begin any operation but Emit."""
+        if isinstance(operation, Fetch):
+            self._fetch(operation)
+        elif isinstance(operation, Upload):
+            self._upload(operation)
+        elif isinstance(operation, Compute):
+            self._compute(operation)
+        elif isinstance(operation, Save):
+            self._save(operation)
+        elif isinstance(operation, Forward):
+            self._forward(operation)
+        elif isinstance(operation, Lookup):
+            self._lookup(operation)
+        elif isinstance(operation, Drop):
+            self._staging.release(operation.slot)
+        elif isinstance(operation, Discard):
+            self.stages.discard(operation)
+
+    # -- loads --------------------------------------------------------------------------------------------------
+
+    def _lookup(self, op: Lookup) -> None:
+        def done(hits: list[BlockHit | None] | None) -> None:
+            self._post(lambda: self._scheduler.lookup_done(op.op_id, hits, time.monotonic()))
+
+        self.stages.lookup(op, done)
+
+    def _fetch(self, op: Fetch) -> None:
+        def ended(error: str | None) -> None:
+            if error is not None:
+                self._failed(self.load_failures, error, 1, "a block could not be loaded")
+            self._scheduler.fetched(op.op_id, error, time.monotonic())
+
+        self.stages.fetch(op, lambda error: self._post(partial(ended, error)))
+
+    def _upload(self, op: Upload) -> None:
+        size = self._config.block_bytes
+        blocks = [(self._staging.content(slot, size), page) for slot, page in op.blocks]
+        self._busy_since[op.op_id] = ("an upload", time.monotonic())
+        self._uploads[op.op_id] = self._runner_stages.upload(
+            blocks, lambda error: self._post(partial(self._uploaded, op, error))
+        )
+
+    def _uploaded(self, op: Upload, error: BaseException | None) -> None:
+        del self._busy_since[op.op_id]
+        del self._uploads[op.op_id]
+        for slot, _ in op.blocks:
+            if slot not in op.kept:
+                self._staging.release(slot)
+        if error is not None:
+            log.error("an upload failed", exc_info=error)
+            self._failed(self.load_failures, "device", len(op.blocks), "blocks could not be uploaded")
+            self._scheduler.upload_failed(op.op_id, "device", time.monotonic())
+        else:
+            self._scheduler.uploaded(op.op_id, time.monotonic())
+
+    # -- compute ------------------------------------------------------------------------------------------------
+
+    def _compute(self, op: Compute) -> None:
+        batch = []
+        for chunk in op.chunks:
+            sampling, past = self._sampling_of(chunk.request_id) if chunk.sample else (None, None)
+            uploads = tuple(self._uploads[pending] for pending in chunk.pending)
+            batch.append(
+                Chunk(
+                    chunk.request_id,
+                    chunk.tokens,
+                    chunk.start,
+                    chunk.pages,
+                    sampling,
+                    chunk.sampled_index,
+                    uploads,
+                    past,
+                )
+            )
+        self._busy_since[op.op_id] = ("a batch", time.monotonic())
+        self._runner_stages.compute(batch, lambda result: self._post(partial(self._computed, op, result)))
+
+    def _computed(self, op: Compute, result: list[ChunkOutcome] | BaseException) -> None:
+        del self._busy_since[op.op_id]
+        if isinstance(result, BaseException):
+            log.error("a batch failed", exc_info=result)
+            self._scheduler.compute_failed(op.op_id, f"compute failed: {result!r}", time.monotonic())
+        else:
+            self._scheduler.computed(op.op_id, result, time.monotonic())
+
+    # -- out of L1 ----------------------------------------------------------------------------------------------
+
+    def _save(self, op: Save) -> None:
+        def saved(error: str | None) -> None:
+            if error is not None:
+                self._failed(self.save_failures, error, 1, "a block could not be saved")
+            self._scheduler.saved(op.op_id, error)
+
+        def ended(error: str | None) -> None:
+            self._post(partial(saved, error))
+
+        self._download(op.op_id, op.page, op.slot, lambda: self.stages.write(op, ended), ended)
+
+    def _forward(self, op: Forward) -> None:
+        def forwarded(error: str | None) -> None:
+            if error is not None:
+                self._failed(self.forward_failures, error, 1, "a block could not be handed over")
+            self._scheduler.forwarded(op.op_id, error, time.monotonic())
+
+        def ended(error: str | None) -> None:
+            self._post(partial(forwarded, error))
+
+        if op.page is None:
+            self.stages.hand_over(op, ended)
+        else:
+            self._download(op.op_id, op.page, op.slot, lambda: self.stages.hand_over(op, ended), ended)
+
+    def _download(
+        self, op_id: int, page: int, slot: int, then: Callable[[], None], failed: Callable[[str | None], None]
+    ) -> None:
+        """Copy a page into a slot, tell the brain, go on."""
+
+        def left_l1() -> None:
+            del self._busy_since[op_id]
+            self._scheduler.downloaded(op_id, time.monotonic())
+
+        def stayed() -> None:
+            del self._busy_since[op_id]
+
+        def downloaded(error: BaseException | None) -> None:
+            if error is not None:
+                log.error("a page could not be copied out", exc_info=error)
+                self._post(stayed)
+                failed("device")
+                return
+            self._post(left_l1)
+            then()
+
+        self._busy_since[op_id] = ("a download", time.monotonic())
+        self._runner_stages.download(page, self._staging.slot(slot), downloaded)

@@ -1,0 +1,573 @@
+"""The embedded pool: members in this process behind the one interface of `pool.api`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+from penstock.core.bandwidth import MemberBandwidth
+from penstock.core.keys import BlockKey
+from penstock.core.layout import staging_bytes
+from penstock.core.new_block import NewBlock
+from penstock.core.pool.policy import PoolPolicy
+from penstock.core.pool.quota import TenantQuotas
+from penstock.core.pool.write_admission import WriteAdmission
+from penstock.pool.api import Done, Located, MemberStat, PoolError, PoolStat, ReadCheck, check_write
+from penstock.pool.block import Block
+from penstock.pool.callbacks import call_done, call_soon, callback_worker
+from penstock.pool.local.drain import Drain
+from penstock.pool.local.pinned_block import OpenBlock, PinnedBlock
+from penstock.pool.local.suspects import Suspects
+from penstock.pool.local.table import Table
+from penstock.pool.losses import losses, note_error, note_loss
+from penstock.pool.mac import check_of
+from penstock.pool.members.member import GoneMember, Member, Use, fenced_reason, is_durable, observed, queued
+from penstock.pool.members.memory import MemoryMember
+from penstock.pool.members.work import Work
+from penstock.process.guarded_thread import thread_failures
+from penstock.units import format_bytes
+
+log = logging.getLogger(__name__)
+
+OBSERVE_EVERY_S = 1.0
+KEYS_AT_ONCE = 256  # that are looked up or dropped before others have their turn at the lock
+
+
+class LocalPool:
+    """Members in this process. Contract: `pool.api.Pool`.
+
+    One gap against it: bytes that a device is already moving cannot be cut off; such a read or write is reported when
+    the device answers, at the latest by `close`. A device that does not answer for 10 s is fenced.
+    """
+
+    def __init__(self, members: Sequence[Member], weights: Sequence[float], policy: PoolPolicy | None = None) -> None:
+        """Takes the members over. `weights` are their shares of new blocks (any scale, such as bytes per second)."""
+        if not members or len(members) != len(weights):
+            raise ValueError(f"{len(members)} members and {len(weights)} weights; at least one, and as many of each")
+        policy = policy or PoolPolicy()
+        self.members = list(members)
+        self.notes = [note for member in members for note in member.notes]
+        self._lock = threading.Lock()
+        ranges = [(member.start_offset, member.capacity_bytes) for member in members]
+        self._table = Table(ranges, weights, TenantQuotas(policy.quota_bytes, policy.default_quota_bytes))
+        self._admission = WriteAdmission(policy.write_admission)
+        self._follow_bandwidth = policy.follow_bandwidth
+        self._named_tenants_only = policy.named_tenants_only
+        self._bandwidths = [_bandwidth(weight) for weight in weights]
+        self._next_observation_s = 0.0
+        self._registered: list[memoryview] = []
+        self._drains: dict[int, Drain] = {}
+        self._closed = False
+        self._writes_dropped = self._writes_not_admitted = self._evictions = self._checksum_errors = 0
+        self._writes_refused = 0
+        self._moved_blocks = 0
+        self._suspects = Suspects(self)
+        self._callbacks = callback_worker()
+        for number, member in enumerate(self.members):
+            self._restore(number, member)
+            member.on_lost(self._drop)
+        for member in self.members:
+            member.start()
+
+    # --- the interface ---
+
+    def register(self, buffer: memoryview) -> None:
+        """Announce staging memory to every member, also to those that are added later."""
+        with self._lock:
+            self._registered.append(buffer)
+            members = list(self.members)
+        for member in members:
+            member.register(buffer)
+
+    def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
+        """Where each block lies, None for a miss; a hit's use is noted with its row. Many keys are looked up in parts:
+        a block may come or go in between, as it may before the answer is used. Raises PoolError once closed."""
+        found: list[Located | None] = []
+        for some in _in_turns(keys):
+            with self._lock:
+                self._check_open()
+                self._check_members()
+                self._look_up(some, found)
+        return found
+
+    def _look_up(self, keys: Sequence[BlockKey], found: list[Located | None]) -> None:
+        """Add what is known of these keys, and note the uses; the lock is held."""
+        uses: dict[int, list[Use]] = {}
+        for key in keys:
+            block = self._table.find(key)
+            if block is None:
+                self._admission.asked(key)
+                found.append(None)
+                continue
+            value = self._table.touch(block)
+            uses.setdefault(block.member, []).append((key, value, block.uses))
+            found.append(Located(block.size_bytes, (self.members[block.member].name,)))
+        for number, noted in uses.items():
+            self.members[number].used(noted)
+
+    def read(
+        self,
+        key: BlockKey,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        done: Done,
+        check: ReadCheck | None = None,
+    ) -> None:
+        """Copy a block into `into`; `check` is called with its bytes, checksum and MAC before `done`."""
+        opened = self.open_block(key, size_bytes)
+        if isinstance(opened, PoolError):
+            call_soon(self._callbacks, done, opened)
+            return
+
+        def finished(error: PoolError | None) -> None:
+            if error is None and (opened.view is None or check is not None):
+                error = self.verify(opened.block, into, check)
+            opened.release()
+            call_done(done, error)
+
+        self.load(opened, into, timeout_s, finished)
+
+    def lease(self, key: BlockKey) -> PinnedBlock[Block, memoryview] | None:
+        """Pin a block of a memory member to be read in place. None for a miss, and for a block on a device."""
+        opened = self.open_block(key, None)
+        if isinstance(opened, PoolError):
+            return None
+        if opened.view is None:
+            opened.release()
+            return None
+        self.note_read(opened)
+        return PinnedBlock(opened.block, opened.view, self.unpin)
+
+    def host_buffers(self) -> list[memoryview]:
+        """The mappings of the memory members, for a device that reads from them directly."""
+        return [member.memory for member in self.members if isinstance(member, MemoryMember)]
+
+    def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        """Copy a block in; `done` gets None when it can be read back, durably on a device member."""
+        deadline_s = time.monotonic() + timeout_s
+        error, reserved = check_write(block, data), None
+        if error is None:
+            try:
+                reserved, member, error = self._reserve(block, done, deadline_s)
+            except PoolError as refused:
+                reserved, member, error = None, None, refused
+            if reserved is not None and member is not None:
+                work = Work(
+                    "store", reserved, data, deadline_s, lambda w, e: self._stored(w, done, e), after=member.barrier
+                )
+                error = member.put(work)
+                if error is None:
+                    return
+                with self._lock:
+                    self._table.abandon(reserved)
+            elif error is None:
+                return
+        with self._lock:
+            self._writes_dropped += 1
+        if error is not None and not (error.reason == "dropped" and reserved is None):  # new to SSDs, or on its way
+            note_error("store", "the pool", error)
+        call_soon(self._callbacks, done, error)
+
+    def evict(self, keys: Sequence[BlockKey]) -> int:
+        """Drop those of the blocks that nobody holds; how many were dropped."""
+        evicted = 0
+        for some in _in_turns(keys):
+            with self._lock:
+                found = {key: block for key in some if (block := self._table.evictable(key)) is not None}
+                for block in found.values():
+                    self._drop_locked(block)
+                self._evictions += len(found)
+            evicted += len(found)
+        return evicted
+
+    def stat(self, timeout_s: float) -> PoolStat:
+        """State of the pool, its members and tenants. It asks nobody, so `timeout_s` is not used."""
+        with self._lock:
+            if not self._closed:
+                self._check_members()
+            present = [i for i, state in enumerate(self._table.members) if not state.gone]
+            tenants = sorted(self._table.quotas, key=lambda account: -account[1])
+            return PoolStat(
+                members=tuple(self._member_stat(number) for number in present),
+                writes_dropped=self._writes_dropped,
+                evictions=self._evictions + sum(self._table.evictions.values()),
+                checksum_errors=self._checksum_errors,
+                writes_not_admitted=self._writes_not_admitted,
+                moved_blocks=self._moved_blocks + sum(drain.moved for drain in self._drains.values()),
+                tenants=tuple((account.hex(), held) for account, held in tenants),
+                over_quota=tuple((payer.hex(), excess) for payer, excess in self._table.quotas.over_quota()),
+                evictions_by=(("asked", self._evictions), *self._table.evictions.items()),
+                writes_refused=self._writes_refused,
+                losses=tuple(sorted(losses().items())),
+                thread_failures=tuple(sorted(thread_failures().items())),
+            )
+
+    def close(self, timeout_s: float) -> None:
+        """End drains and operations, commit what is journalled and close the members, within about `timeout_s`. A
+        second call does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            drains = list(self._drains.values())
+        deadline_s = time.monotonic() + timeout_s
+        for drain in drains:
+            drain.stop()
+        for member in self.members:
+            member.close(max(0.1, deadline_s - time.monotonic()))
+        for drain in drains:
+            drain.join(max(0.1, deadline_s - time.monotonic()))
+        self._callbacks.close(max(0.1, deadline_s - time.monotonic()))
+
+    # --- members that come and go ---
+
+    def add_member(self, member: Member, weight_bytes_per_s: float) -> None:
+        """Take a member over, with the blocks it holds, while the pool runs. Its weight is on the scale of the others'.
+        Raises ValueError for a name that is taken, PoolError when the pool is closed."""
+        with self._lock:
+            self._check_open()
+            if any(other.name == member.name and not isinstance(other, GoneMember) for other in self.members):
+                raise ValueError(f"the pool has a member {member.name} already; name another")
+            table = self._table
+            number = table.add_member(member.start_offset, member.capacity_bytes, weight_bytes_per_s)
+            if number == len(self.members):
+                self.members.append(member)
+                self._bandwidths.append(_bandwidth(weight_bytes_per_s))
+            else:
+                self.members[number] = member
+                self._bandwidths[number] = _bandwidth(weight_bytes_per_s)
+            self._restore(number, member)
+            member.on_lost(self._drop)
+            member.start()
+            for buffer in self._registered:
+                member.register(buffer)
+
+    def drain_member(self, name: str) -> None:
+        """Begin to empty a member: nothing is placed there any more, its blocks move to the free space of the others
+        (the most worth first), the rest is dropped, then it is closed and gone. Returns at once; `stat` shows how far
+        it is. Raises ValueError for an unknown member, one that drains already, or the last one that takes blocks."""
+        with self._lock:
+            self._check_open()
+            states = self._table.members
+            known = {member.name: n for n, member in enumerate(self.members) if not states[n].gone}
+            number = known.get(name)
+            if number is None:
+                raise ValueError(f"the pool has no member {name!r}; it has {', '.join(known)}")
+            if states[number].draining:
+                raise ValueError(f"member {name} is being drained already")
+            if not any(n != number and not states[n].draining for n in known.values()):
+                raise ValueError(f"member {name} is the last one that takes blocks; add another one first")
+            self._table.start_drain(number)
+            self._drains[number] = Drain(self, self._table, self._lock, number, self._drain_ended)
+            self._drains[number].start()
+
+    def set_weight(self, name: str, weight: float) -> None:
+        """Give a member another share of new blocks. Raises ValueError for an unknown member or a weight below 0."""
+        with self._lock:
+            states = self._table.members
+            known = {member.name: n for n, member in enumerate(self.members) if not states[n].gone}
+            if name not in known or states[known[name]].draining:
+                raise ValueError(f"the pool has no member {name!r} that takes blocks; it has {', '.join(known)}")
+            self._table.placement.set_weight(known[name], weight)
+            self._bandwidths[known[name]] = _bandwidth(weight)
+
+    def set_policy(self, policy: PoolPolicy) -> None:
+        """Quotas, write admission and following from now on. Raises ValueError for a value that is not allowed."""
+        with self._lock:
+            self._table.quotas.set_quotas(policy.quota_bytes, policy.default_quota_bytes)
+            if policy.write_admission != self._admission.mode:
+                self._admission = WriteAdmission(policy.write_admission)
+            self._follow_bandwidth = policy.follow_bandwidth
+            self._named_tenants_only = policy.named_tenants_only
+
+    # --- for a pool node (`pool.served`): blocks whose bytes the other side verifies ---
+
+    @property
+    def node_id(self) -> bytes:
+        """Empty: an embedded pool is no node's own."""
+        return b""
+
+    @property
+    def own(self) -> LocalPool:
+        """This pool: all of its members are of this machine."""
+        return self
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """Bytes per second that the shares of the members go by, added up."""
+        with self._lock:
+            states = zip(self._bandwidths, self._table.members, strict=True)
+            return sum(bandwidth.share_bytes_per_s for bandwidth, state in states if bandwidth and not state.gone)
+
+    @property
+    def block_bytes_max(self) -> int:
+        """Size of the largest block that a member which takes blocks could hold, in bytes; 0 when none takes any."""
+        with self._lock:
+            return max((self._room_of(number) for number in self._taking()), default=0)
+
+    def expect_blocks(self, block_bytes: int) -> list[str]:
+        """Say that blocks of this size will be written; returns, and logs, a line for each member that cannot hold a
+        single one."""
+        with self._lock:
+            small = [(self.members[n].name, self._room_of(n)) for n in self._taking()]
+        needed = staging_bytes(block_bytes)
+        lines = [
+            f"member {name} has room for {format_bytes(room)}, a block takes {format_bytes(needed)}: none is stored "
+            "there; allowed: a larger capacity, or fewer tokens per block"
+            for name, room in small
+            if room < needed
+        ]
+        for line in lines:
+            log.warning("%s", line)
+        return lines
+
+    def _taking(self) -> list[int]:
+        """Numbers of the members that take blocks, be they fenced at present; with the lock held."""
+        return [n for n, state in enumerate(self._table.members) if not state.gone and not state.draining]
+
+    def _room_of(self, number: int) -> int:
+        return self._table.members[number].space.capacity_bytes
+
+    def open_block(self, key: BlockKey, size_bytes: int | None) -> OpenBlock | PoolError:
+        """Pin a block of `size_bytes` (None: of any size), or say why it cannot be read."""
+        with self._lock:
+            if self._closed:
+                return PoolError("closed", "the pool is closed")
+            self._check_members()
+            block = self._table.find(key)
+            if block is None:
+                return PoolError("missing", f"block {key.hex()} is not in the pool")
+            if size_bytes is not None and block.size_bytes != size_bytes:
+                return PoolError(
+                    "layout", f"block {key.hex()} has {block.size_bytes} bytes, {size_bytes} were asked for"
+                )
+            self._table.pin(block)
+            member = self.members[block.member]
+        view = member.view(block) if isinstance(member, MemoryMember) else None
+        return OpenBlock(self, block, view)
+
+    def note_read(self, opened: OpenBlock) -> None:
+        """Count a block that was read in place."""
+        self.members[opened.block.member].read_bytes += opened.block.size_bytes
+
+    def load(self, opened: OpenBlock, into: memoryview, timeout_s: float, done: Done) -> None:
+        """Copy an open block into `into` without verifying it. A device error drops the block."""
+        block = opened.block
+
+        def finished(work: Work, error: PoolError | None) -> None:
+            if error is not None and error.reason == "device":
+                self._drop(block)
+            note_error("load", self.members[block.member].name, error)
+            call_done(done, error)
+
+        work = Work("load", block, into, time.monotonic() + timeout_s, finished)
+        error = self.members[block.member].put(work)
+        if error is not None:
+            note_error("load", self.members[block.member].name, error)
+            call_soon(self._callbacks, done, error)
+
+    def verify(self, block: Block, data: memoryview, check: ReadCheck | None = None) -> PoolError | None:
+        """Check bytes that were read; a block that does not pass is dropped and counted."""
+        error = (check or check_of(None, block.key))(data[: block.size_bytes], block.checksum, block.mac)
+        if error is None:
+            return None
+        if error.reason == "checksum":
+            self.discard(block.key, block.checksum)
+        else:
+            self._drop(block)
+        return PoolError(error.reason, f"{self.members[block.member].name}: {error.detail}")
+
+    def discard(self, key: BlockKey, checksum: int) -> None:
+        """Drop a block that a reader found to differ from `checksum`; ignored when another block has taken its key."""
+        with self._lock:
+            block = self._table.find(key)
+            dropped = block is not None and block.checksum == checksum
+            if block is not None and dropped:
+                self._checksum_errors += 1
+                self._drop_locked(block)
+        if dropped:
+            note_loss("checksum", "", "block %s did not match its checksum and was dropped", key.hex())
+
+    def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
+        """As `pool.served.ServedPool`; ignored when another block has taken the key."""
+        with self._lock:
+            block = self._table.find(key)
+            same = block is not None and (block.checksum, block.mac) == (checksum, mac)
+        if same and refused:
+            self._suspects.refuse(key, mac)
+        elif same:
+            self._suspects.damaged(key, checksum)
+
+    def unpin(self, block: Block) -> None:
+        """End what `open_block` began."""
+        with self._lock:
+            self._table.unpin(block)
+
+    def check_integrity(self) -> None:
+        """Assert the invariants of the table; for tests and idle moments."""
+        with self._lock:
+            self._table.check_integrity()
+
+    # --- inside ---
+
+    def _restore(self, number: int, member: Member) -> None:
+        lost = self._table.restore(number, member.rows())
+        if lost:
+            self.notes.append(f"{member.name}: {len(lost)} rows beyond the slab or doubled, dropped")
+            member.forget([block for block in lost if not self._table.holds(block.key, number)])
+
+    def _reserve(
+        self, new: NewBlock, done: Done, deadline_s: float
+    ) -> tuple[Block | None, Member | None, PoolError | None]:
+        """An extent for a new block, and its member. None of all three when the block is there already: `done` is
+        called once it is durable. One that gives way to the new one stays until that is stored. Takes the lock."""
+        with self._lock:
+            self._check_open()
+            self._check_members()
+            present = self._table.find(new.key)
+            if present is not None and (self._table.being_moved(new.key) or not self._suspects.gives_way(present, new)):
+                member = self.members[present.member]
+                member.used([(new.key, self._table.touch(present), present.uses)])
+                if present.size_bytes != new.size_bytes:
+                    detail = f"block {new.key.hex()} exists with {present.size_bytes} bytes"
+                    return None, None, PoolError("layout", detail)
+                if not (is_durable(member) and member.confirm(present, done, deadline_s)):
+                    call_soon(self._callbacks, done, None)
+                return None, None, None
+            if self._named_tenants_only and not self._table.quotas.has_name(new.tenant):
+                self._writes_refused += 1
+                return None, None, PoolError("dropped", "only tenants that [quota] names may write here")
+            if self._table.being_written(new.key):
+                return None, None, PoolError("dropped", f"block {new.key.hex()} is being written already")
+            refused = {n: why for n, member in enumerate(self.members) if (why := member.refuses_stores)}
+            if len(refused) == len(self.members):
+                return None, None, PoolError("device", "; ".join(dict.fromkeys(refused.values())))
+            error = self._keep_from_ssds(new, refused)
+            if error is not None:
+                return None, None, error
+            block, gone = self._table.reserve(new, refused)
+            for number in {old.member for old in gone}:
+                self.members[number].forget([old for old in gone if old.member == number])
+            if block is None:
+                detail = (
+                    f"no member has room for {new.size_bytes} bytes: the rest is in use, or held by tenants within "
+                    "their quotas"
+                )
+                return None, None, PoolError("full", detail)
+            return block, self.members[block.member], None
+
+    def _keep_from_ssds(self, new: NewBlock, refused: dict[int, str]) -> PoolError | None:
+        """Apply write admission: add the SSDs to `refused` for a block that they should not take; the lock is held."""
+        if self._admission.admits(new.key):
+            return None
+        ssds = {n: "the block is new" for n, m in enumerate(self.members) if m.kind != "memory" and n not in refused}
+        turn = next((n for n in self._table.placement.order(new.position) if n not in refused), None)
+        self._writes_not_admitted += turn in ssds
+        refused.update(ssds)
+        if len(refused) < len(self.members):
+            return None
+        return PoolError("dropped", f"block {new.key.hex()} is seen for the first time; SSDs take reused ones only")
+
+    def _stored(self, work: Work, done: Done, error: PoolError | None) -> None:
+        """The end of a store, on its member's thread: `done` follows once the block is durable. Takes the lock."""
+        block = work.block
+        with self._lock:
+            if error is not None:
+                self._table.abandon(block)
+                self._writes_dropped += 1
+            else:
+                old = self._table.commit(block)
+                if old is not None:
+                    self.members[old.member].forget([old])
+                member = self.members[block.member]
+                if is_durable(member):
+                    value = self._table.value(block.key)
+                    member.record(block, value, lambda late: self._recorded(done, late), work.deadline_s)
+                    return
+        note_error("store", self.members[block.member].name, error)
+        call_done(done, error)
+
+    def _recorded(self, done: Done, error: PoolError | None) -> None:
+        """A row was committed, or not in time. Takes the lock."""
+        if error is not None:
+            with self._lock:
+                self._writes_dropped += 1
+            note_error("store", "the pool", error)
+        call_done(done, error)
+
+    def _drop(self, block: Block) -> None:
+        """Make a block that could not be read a miss. Takes the lock."""
+        with self._lock:
+            if self._table.holds(block.key, block.member) is block:
+                self._drop_locked(block)
+
+    def _drop_locked(self, block: Block) -> None:
+        self._table.drop(block)
+        self.members[block.member].forget([block])
+
+    def _drain_ended(self, number: int) -> None:
+        """A member has no blocks any more and was closed; called under the lock by its `Drain`."""
+        self.members[number] = GoneMember(self.members[number].name)
+        drain = self._drains.pop(number, None)
+        self._moved_blocks += drain.moved if drain else 0
+
+    def _member_stat(self, number: int) -> MemberStat:
+        member, state = self.members[number], self._table.members[number]
+        bandwidth = self._bandwidths[number]
+        loads, stores = queued(member)
+        return MemberStat(
+            name=member.name,
+            kind=member.kind,
+            capacity_bytes=member.capacity_bytes,
+            used_bytes=state.space.used_bytes,
+            blocks=len(state.space.blocks),
+            healthy=state.healthy,
+            weight=self._table.placement.weights[number],
+            read_bytes=member.read_bytes,
+            written_bytes=member.written_bytes,
+            errors=member.errors,
+            state=state.label,
+            read_bytes_per_s=(bandwidth.observed_bytes_per_s or 0.0) if bandwidth else 0.0,
+            queued_loads=loads,
+            queued_stores=stores,
+        )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PoolError("closed", "the pool is closed")
+
+    def _check_members(self) -> None:
+        """Fence members that fail, take back those that answer again; now and then, look at how fast they read."""
+        for number, member in enumerate(self.members):
+            healthy = fenced_reason(member) is None
+            if self._table.members[number].healthy != healthy:
+                self._table.set_healthy(number, healthy)
+        now_s = time.monotonic()
+        if now_s >= self._next_observation_s:
+            self._next_observation_s = now_s + OBSERVE_EVERY_S
+            self._observe(now_s)
+
+    def _observe(self, now_s: float) -> None:
+        for number, (member, bandwidth) in enumerate(zip(self.members, self._bandwidths, strict=True)):
+            if bandwidth is None:
+                continue
+            bandwidth.observe(*observed(member))
+            changed = bandwidth.change(now_s) if self._follow_bandwidth else None
+            if changed is not None and not self._table.members[number].gone:
+                self._table.placement.set_weight(number, changed)
+                log.warning("%s reads at %.0f MB/s: its share follows", member.name, changed / 1e6)
+
+
+def _in_turns(keys: Sequence[BlockKey]) -> Iterator[Sequence[BlockKey]]:
+    """The keys in parts, one at least; in between, who waits for the lock has it."""
+    yield keys[:KEYS_AT_ONCE]
+    for at in range(KEYS_AT_ONCE, len(keys), KEYS_AT_ONCE):
+        time.sleep(0)
+        yield keys[at : at + KEYS_AT_ONCE]
+
+
+def _bandwidth(weight: float) -> MemberBandwidth | None:
+    return MemberBandwidth(weight) if weight > 0 else None

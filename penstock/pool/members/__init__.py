@@ -1,0 +1,1 @@
+"""What holds blocks: memory, and block devices with their index."""

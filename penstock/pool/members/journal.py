@@ -1,0 +1,295 @@
+"""The durable half of a device member: commits one row for each block, after the block's bytes, many at a time.
+
+P1  A row is committed after its block's bytes are on the device (`engine.sync`), so each row names complete data.
+P2  An extent is written again only after the deletion of its old row is committed (`committed`).
+P3  Rows count only together with the slab they were written for: both carry one random id.
+P4  A store is acknowledged after its row is committed; a block whose row cannot be committed is lost at once.
+P5  A row that the table refuses (a number that it cannot hold) costs its own block, not those of its commit.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from penstock.core.keys import BlockKey
+from penstock.io.api import BlockEngine
+from penstock.pool.api import Done, PoolError
+from penstock.pool.block import Block
+from penstock.pool.callbacks import call_done
+from penstock.pool.losses import note_loss
+from penstock.pool.members.pairing import open_pair
+from penstock.pool.members.slab_index import Stored, Use
+from penstock.process.guarded_thread import GuardedThread, count_failure
+
+log = logging.getLogger(__name__)
+
+INSERT_DELAY_S = 0.01  # how long rows wait for company that is on its way; what somebody waits for goes at once
+USE_FLUSH_S = 10.0
+RETRY_S = 1.0
+EXPIRY_CHECK_S = 0.01
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    """A `done` that is called once: the block is durable, or its deadline has passed."""
+
+    key: BlockKey
+    deadline_s: float
+    done: Done
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What one commit carries."""
+
+    inserts: dict[BlockKey, Stored] = field(default_factory=dict)
+    deletes: set[BlockKey] = field(default_factory=set)
+    uses: dict[BlockKey, Use] = field(default_factory=dict)
+    waiters: dict[int, _Waiter] = field(default_factory=dict)
+    sequence: int = 0
+
+
+class Journal:
+    """Rows of one slab. `record`, `confirm`, `forget` and `used` may be called from any thread and return at once; one
+    thread commits in order. Of the engine it uses `sync` only, once it is open."""
+
+    def __init__(
+        self,
+        where: str,
+        table: Path,
+        engine: BlockEngine,
+        data_bytes: int | None = None,
+        folders: Sequence[Path] = (),
+    ) -> None:
+        """`table`, `data_bytes` and `folders` as in `pairing.open_pair`. The calling thread owns the engine meanwhile.
+
+        Raises SlabRefused (wrong format, other content, no table) or OSError.
+        """
+        self.where = where
+        self.on_commit: Callable[[], None] = lambda: None  # after each try, on the journal's thread
+        self.on_lost: Callable[[Block], None] = lambda block: None  # its row cannot be committed; the same thread
+        self.on_their_way: Callable[[], int] = lambda: 0  # stores whose rows are still to come
+        self._engine = engine
+        self._changed = threading.Condition()
+        self._next = _Batch()
+        self._now = _Batch()  # being committed
+        self._serial = 0
+        self._sequence = 0  # last deletion asked for
+        self._committed = 0  # last deletion committed
+        self._closing = False
+        self._failed: str | None = None
+        self._next_check_s = 0.0
+        self._table, self.identity = open_pair(engine, where, table, data_bytes, folders)
+        self.notes = self._table.notes
+        self._thread = GuardedThread(
+            f"penstock-journal-{Path(where).name}",
+            self._commit_batches,
+            failed=self._broke,
+            restarts=True,
+            kind="penstock-journal",
+        )
+        self._thread.start()
+
+    @property
+    def committed(self) -> int:
+        """The highest sequence number whose rows are durable."""
+        return self._committed
+
+    @property
+    def failed(self) -> str | None:
+        """Why rows cannot be committed at present; None when they can."""
+        return self._failed
+
+    @property
+    def sequence(self) -> int:
+        """The last deletion asked for: a store into space freed so far waits until `committed` reaches it."""
+        return self._sequence
+
+    @property
+    def waiting(self) -> bool:
+        """Whether somebody waits for a commit."""
+        return bool(self._next.waiters or self._now.waiters)
+
+    def rows(self) -> list[Stored]:
+        """All blocks of the slab with their last use (`member` is 0 and for the caller to set). Before any change.
+        Without those beyond the engine: they are there again when the slab is opened with more room."""
+        end = self._engine.capacity_bytes
+        return [stored for stored in self._table.rows()[0] if stored[0].offset + stored[0].extent_bytes <= end]
+
+    def record(self, block: Block, use: float, done: Done, deadline_s: float) -> None:
+        """The block's bytes are on the device: commit its row. `done` is called once, with None when it is durable."""
+        with self._changed:
+            self._next.inserts[block.key] = (block, use)
+            self._wait(self._next, block.key, done, deadline_s)
+            self._changed.notify()
+
+    def confirm(self, block: Block, done: Done, deadline_s: float) -> bool:
+        """Call `done` when the row of a block that is present already is committed; False when it is."""
+        with self._changed:
+            for batch in (self._next, self._now):
+                if batch.inserts.get(block.key, (None, 0.0))[0] is block:
+                    self._wait(batch, block.key, done, deadline_s)
+                    return True
+        return False
+
+    def forget(self, blocks: Iterable[Block]) -> None:
+        """Delete rows; their extents may be written again once `committed` reaches the new `sequence`."""
+        with self._changed:
+            for block in blocks:
+                self._next.inserts.pop(block.key, None)
+                self._next.uses.pop(block.key, None)
+                self._next.deletes.add(block.key)
+            self._sequence += 1
+            self._changed.notify()
+
+    def used(self, uses: Iterable[Use]) -> None:
+        """Note last uses; committed lazily, every `USE_FLUSH_S` and at the end."""
+        with self._changed:
+            self._next.uses.update((use[0], use) for use in uses)
+
+    def expire(self) -> None:
+        """End waiters whose deadline has passed with "deadline"; looks every `EXPIRY_CHECK_S`. Called by the member's
+        worker, so that a device that hangs in a sync blocks no waiter."""
+        now_s = time.monotonic()
+        if now_s < self._next_check_s or not self.waiting:
+            return
+        self._next_check_s = now_s + EXPIRY_CHECK_S
+        late: list[_Waiter] = []
+        with self._changed:
+            for waiters in (self._next.waiters, self._now.waiters):
+                for serial in [serial for serial, waiter in waiters.items() if waiter.deadline_s <= now_s]:
+                    late.append(waiters.pop(serial))
+        for waiter in late:
+            call_done(waiter.done, PoolError("deadline", f"the row was not committed in time on {self.where}"))
+
+    def close(self, timeout_s: float) -> bool:
+        """Commit everything and close; False when the device holds it up, and the engine is still in use."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout_s)
+        ended = not self._thread.alive
+        if ended:
+            self._table.close()
+        else:
+            log.error("journal of %s did not end within %.1f s", self.where, timeout_s)
+        self._end(self._next, PoolError("closed", "the pool is closing"))
+        self._end(self._now, PoolError("closed", "the pool is closing"))
+        return ended
+
+    def _wait(self, batch: _Batch, key: BlockKey, done: Done, deadline_s: float) -> None:
+        self._serial += 1
+        batch.waiters[self._serial] = _Waiter(key, deadline_s, done)
+
+    def _broke(self, error: Exception) -> None:
+        """The loop raised, and is tried again: the rows under way are lost, the deletions are not (P2)."""
+        self._failed = f"the journal of {self.where} failed: {error!r}"
+        with self._changed:
+            self._next.deletes |= self._now.deletes
+        for batch in (self._now, self._next):
+            self._lose(batch, self._failed)
+
+    def _commit_batches(self) -> None:
+        next_flush_s = time.monotonic() + USE_FLUSH_S
+        if self._failed is not None:  # this loop raised: with a commit that succeeds, rows are taken again
+            self._commit_until_closing(_Batch(sequence=self._committed))
+        while True:
+            with self._changed:
+                if not (self._next.inserts or self._urgent()):
+                    self._changed.wait(USE_FLUSH_S)
+                if not self._urgent():
+                    self._changed.wait_for(self._enough, INSERT_DELAY_S)
+                closing = self._closing
+                self._now, self._next = self._next, _Batch()
+                self._now.sequence = self._sequence
+                if not (closing or time.monotonic() >= next_flush_s):
+                    self._now.uses, self._next.uses = {}, self._now.uses
+            if self._now.uses:
+                next_flush_s = time.monotonic() + USE_FLUSH_S
+            self._commit_until_closing(self._now)
+            if closing:
+                return
+
+    def _urgent(self) -> bool:
+        """Whether a commit should not wait for more rows; the lock is held."""
+        return self._closing or self._sequence > self._committed
+
+    def _enough(self) -> bool:
+        """Whether to commit now rather than wait for rows of stores under way: at least as many rows wait already; the
+        lock is held."""
+        return self._urgent() or len(self._next.inserts) >= self.on_their_way()
+
+    def _commit_until_closing(self, batch: _Batch) -> None:
+        """Commit. Where that fails (disk full, table locked, no sync), say so, lose the rows, and try the deletions
+        again until closing."""
+        while True:
+            try:
+                self._commit(batch)
+            except (sqlite3.Error, OSError) as error:
+                text = f"rows of {self.where} cannot be committed: {error}"
+                if self._failed is None:
+                    log.error("%s; nothing is stored there meanwhile", text)
+                self._failed = text
+                self._lose(batch, text)
+                self._told(self.on_commit)
+                with self._changed:
+                    if self._changed.wait_for(lambda: self._closing, RETRY_S):
+                        return
+            else:
+                self._failed = None
+                self._committed = batch.sequence
+                self._end(batch, None)
+                self._told(self.on_commit)
+                return
+
+    def _commit(self, batch: _Batch) -> None:
+        if batch.inserts or self._failed:
+            self._engine.sync()
+        if batch.inserts or batch.deletes or batch.uses:
+            refused = self._table.change(batch.deletes, batch.inserts.values(), batch.uses.values())
+            for key, why in refused:
+                self._refuse(batch, key, why)
+
+    def _refuse(self, batch: _Batch, key: BlockKey, why: str) -> None:
+        """Lose one block of a batch, whose row the table does not take (P5)."""
+        with self._changed:
+            stored = batch.inserts.pop(key, None)
+            batch.uses.pop(key, None)
+            waiters = [n for n, waiter in batch.waiters.items() if waiter.key == key]
+            told = [batch.waiters.pop(n) for n in waiters]
+        note_loss("row_refused", self.where, "the row of block %s on %s is refused: %s", key.hex(), self.where, why)
+        if stored is not None:
+            self._told(partial(self.on_lost, stored[0]))
+        for waiter in told:
+            call_done(waiter.done, PoolError("device", f"the row of block {key.hex()} is refused: {why}"))
+
+    def _told(self, call: Callable[[], None]) -> None:
+        """Call a callback of somebody else; what it raises must not cost other commits."""
+        try:
+            call()
+        except Exception:
+            count_failure("penstock-journal")
+            log.exception("a callback of the journal of %s raised", self.where)
+
+    def _lose(self, batch: _Batch, why: str) -> None:
+        """The blocks first, then their rows: whoever finds a block in between is not told that it is durable."""
+        with self._changed:
+            lost = [block for block, _ in batch.inserts.values()]
+        for block in lost:
+            self._told(partial(self.on_lost, block))
+        self._end(batch, PoolError("device", why))
+
+    def _end(self, batch: _Batch, error: PoolError | None) -> None:
+        """Call every waiter of this batch; waiters that join it later are called by the next try or by `close`."""
+        with self._changed:
+            batch.inserts = {}
+            waiters, batch.waiters = list(batch.waiters.values()), {}
+        for waiter in waiters:
+            call_done(waiter.done, error)

@@ -1,0 +1,134 @@
+"""What the embedded pool asks of a member: a memory or an SSD of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from penstock.core.keys import BlockKey
+from penstock.pool.api import Done, PoolError
+from penstock.pool.block import Block
+from penstock.pool.members.work import Work
+
+Use = tuple[BlockKey, float, int]  # a key, what its block is worth, how often it was used
+
+
+class Member(Protocol):
+    """One memory or SSD. `put` and the notes of rows return at once. What only some members have is asked for by the
+    functions below."""
+
+    name: str
+    kind: str
+    capacity_bytes: int
+    start_offset: int
+    notes: list[str]
+    read_bytes: int
+    written_bytes: int
+    errors: int
+
+    @property
+    def barrier(self) -> int:
+        """The journal's sequence number that a store into an extent reserved now must wait for."""
+
+    @property
+    def refuses_stores(self) -> str | None:
+        """Why nothing can be stored here at present; None when it can."""
+
+    def start(self) -> None:
+        """Start the worker thread."""
+
+    def put(self, work: Work) -> PoolError | None:
+        """Queue an operation. The error says why it was not accepted; `work` is then not ended."""
+
+    def register(self, buffer: memoryview) -> None:
+        """Announce staging memory that operations will use (page-aligned)."""
+
+    def rows(self) -> list[tuple[Block, float]]:
+        """The blocks that survived a restart, each with what it was worth."""
+
+    def on_lost(self, lost: Callable[[Block], None]) -> None:
+        """Set whom to call with a stored block whose row could not be committed."""
+
+    def forget(self, blocks: Iterable[Block]) -> None:
+        """Delete the rows of blocks that left the table."""
+
+    def record(self, block: Block, use: float, done: Done, deadline_s: float) -> None:
+        """A stored block is in the table: `done` is called once, with None when that is durable."""
+
+    def confirm(self, block: Block, done: Done, deadline_s: float) -> bool:
+        """Call `done` once a block that is in the table is durable; False when it is already."""
+
+    def used(self, uses: Iterable[Use]) -> None:
+        """Note new uses of blocks, to be kept with their rows."""
+
+    def close(self, timeout_s: float) -> None:
+        """End what is queued and under way, within about `timeout_s`."""
+
+
+def is_durable(member: Member) -> bool:
+    """Whether a block is safe only once its row is recorded, and survives a restart then."""
+    return bool(getattr(member, "durable", False))
+
+
+def fenced_reason(member: Member) -> str | None:
+    """Why a member is not used at present; None when it is. A member that answers again is used again."""
+    return getattr(member, "fenced", None)
+
+
+def queued(member: Member) -> tuple[int, int]:
+    """Loads and stores that wait in front of a member."""
+    ask = getattr(member, "queued", None)
+    return ask() if ask else (0, 0)
+
+
+def observed(member: Member) -> tuple[int, float]:
+    """Bytes that a member read, and the time it took, while it had enough to do; both cumulative."""
+    ask = getattr(member, "observed", None)
+    return ask() if ask else (0, 0.0)
+
+
+class GoneMember:
+    """In the place of a member that was drained: nothing is here any more."""
+
+    kind = "gone"
+    barrier = 0
+    refuses_stores = "the member is gone"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.capacity_bytes = self.start_offset = 0
+        self.notes: list[str] = []
+        self.read_bytes = self.written_bytes = self.errors = 0
+
+    def start(self) -> None:
+        """Nothing is here."""
+
+    def put(self, work: Work) -> PoolError | None:
+        """Refuses every operation with an error of reason "device"."""
+        return PoolError("device", f"{self.name} was drained and is gone")
+
+    def register(self, buffer: memoryview) -> None:
+        """Nothing is here."""
+
+    def rows(self) -> list[tuple[Block, float]]:
+        """No blocks."""
+        return []
+
+    def on_lost(self, lost: Callable[[Block], None]) -> None:
+        """Nothing is here."""
+
+    def forget(self, blocks: Iterable[Block]) -> None:
+        """Nothing is here."""
+
+    def record(self, block: Block, use: float, done: Done, deadline_s: float) -> None:
+        """Nothing is here."""
+
+    def confirm(self, block: Block, done: Done, deadline_s: float) -> bool:
+        """False: there is nothing to wait for."""
+        return False
+
+    def used(self, uses: Iterable[Use]) -> None:
+        """Nothing is here."""
+
+    def close(self, timeout_s: float) -> None:
+        """Nothing is here."""

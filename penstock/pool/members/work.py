@@ -1,0 +1,160 @@
+"""The queue in front of a member: loads before stores, both bounded, none kept past its deadline."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from penstock.core.pool.fair_queue import FairQueue
+from penstock.pool.api import PoolError
+from penstock.pool.block import Block
+from penstock.process.guarded_thread import count_failure
+
+log = logging.getLogger(__name__)
+
+EXPIRY_CHECK_S = 0.01
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """One load into, or store from, `buffer` (as long as the block's extent). `finish` is called exactly once, on the
+    member's thread. A store starts once the member's journal has committed up to `after`."""
+
+    kind: Literal["load", "store"]
+    block: Block
+    buffer: memoryview
+    deadline_s: float
+    finish: Callable[[Work, PoolError | None], None]
+    after: int = 0
+
+
+def finish_work(work: Work, error: PoolError | None) -> None:
+    """Call the work's `finish`; an exception in it is logged and counted, and affects no other work."""
+    try:
+        work.finish(work, error)
+    except Exception:
+        count_failure("penstock-work-callback")
+        log.exception("the callback at the end of a %s failed", work.kind)
+
+
+class WorkQueue:
+    """Many threads put, the member's worker takes. Loads, and stores, are taken fairly among the accounts that their
+    blocks are charged to, those of one account in order. A full queue takes an account's work in the place of the last
+    work of the account that has most in it."""
+
+    def __init__(self, loads_max: int, stores_max: int) -> None:
+        self._max = {"load": loads_max, "store": stores_max}
+        self._loads: FairQueue[Work] = FairQueue()
+        self._stores: FairQueue[Work] = FairQueue()
+        self._displaced: deque[Work] = deque()  # to be ended by the worker
+        self._changed = threading.Condition()
+        self._closed = False
+        self._kicked = False
+        self._next_check_s = 0.0
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called: nothing is accepted any more."""
+        return self._closed
+
+    def lengths(self) -> tuple[int, int]:
+        """Loads and stores that wait."""
+        return len(self._loads), len(self._stores)
+
+    def put(self, work: Work) -> PoolError | None:
+        """Queue work; the error says why it was not."""
+        with self._changed:
+            if self._closed:
+                return PoolError("closed", "the pool is closing")
+            queue = self._loads if work.kind == "load" else self._stores
+            account = work.block.account
+            if len(queue) >= self._max[work.kind]:
+                # As many more may wait to be ended as may wait: a worker that hangs ends nothing.
+                room = len(self._displaced) < self._max[work.kind]
+                displaced = queue.displace(account) if room else None
+                if displaced is None:
+                    return PoolError("dropped", f"{len(queue)} {work.kind}s wait for this member; that is the limit")
+                self._displaced.append(displaced)
+            queue.put(work, account, work.block.extent_bytes)
+            self._changed.notify()
+            return None
+
+    def take_load(self) -> Work | None:
+        """The next load, fairly among accounts; None when there is none. Does not wait."""
+        with self._changed:
+            return self._loads.take()
+
+    def take_store(self, committed: int) -> Work | None:
+        """The next store, unless a load waits or the store's extent is not free of its old row yet."""
+        with self._changed:
+            store = self._stores.peek()
+            if self._loads or store is None or store.after > committed:
+                return None
+            return self._stores.take()
+
+    def ready(self, committed: int, stores: bool) -> bool:
+        """Whether `take_load`, or `take_store` where `stores` may start, would give something now."""
+        with self._changed:
+            store = self._stores.peek() if stores else None
+            return bool(self._loads) or (store is not None and store.after <= committed)
+
+    def expired(self) -> list[Work]:
+        """Work whose deadline has passed, taken out; looked for every `EXPIRY_CHECK_S`."""
+        now_s = time.monotonic()
+        if now_s < self._next_check_s:
+            return []
+        self._next_check_s = now_s + EXPIRY_CHECK_S
+        with self._changed:
+            late: list[Work] = []
+            if self._loads:
+                late = self._loads.remove_if(lambda work: work.deadline_s <= now_s)
+            if self._stores:
+                late += self._stores.remove_if(lambda work: work.deadline_s <= now_s)
+        return late
+
+    def displaced(self) -> list[Work]:
+        """Work that made way for that of another account, to be ended as `dropped`."""
+        with self._changed:
+            gone = list(self._displaced)
+            self._displaced.clear()
+        return gone
+
+    def wait(self, timeout_s: float = 1.0) -> None:
+        """Return when something was put, kicked or closed; at the latest in time for the next deadline check."""
+        with self._changed:
+            waiting = bool(self._loads or self._stores)
+            if self._closed or self._kicked or self._loads:
+                self._kicked = False
+                return
+            self._changed.wait(min(timeout_s, EXPIRY_CHECK_S) if waiting else timeout_s)
+            self._kicked = False
+
+    def kick(self) -> None:
+        """Wake the worker: a commit may have freed extents that stores wait for."""
+        with self._changed:
+            self._kicked = True
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Take nothing any more; wakes the worker."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def drain(self, *kinds: Literal["load", "store"]) -> list[Work]:
+        """Everything of these kinds (none given: of both) that still waits, taken out."""
+        with self._changed:
+            rest: list[Work] = []
+            if not kinds or "load" in kinds:
+                rest.extend(self._loads.drain())
+            if not kinds or "store" in kinds:
+                rest.extend(self._stores.drain())
+            if not kinds:
+                rest.extend(self._displaced)
+                self._displaced.clear()
+            return rest

@@ -1,0 +1,1 @@
+"""The pool over the network: wire, node, client, connections, one-sided reads."""

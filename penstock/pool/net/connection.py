@@ -1,0 +1,347 @@
+"""One client connection to a pool node: requests out, replies straight into their buffers, and a clean end.
+
+P1  Only the receiver thread writes into buffers, and only it ends requests; so after `end` no byte can land any more.
+P2  Cutting (`cut`) shuts the socket; the receiver then stops, waits for a send in progress, and ends all that is open.
+P3  A block is accepted only for the id, key and size that were asked for, and with a matching checksum, or as the
+    request's `check` says; any other reply only for a request that it answers (`wire.ANSWERS`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from penstock.pool.api import PoolError, ReadCheck
+from penstock.pool.checksum import checksum_seed
+from penstock.pool.net import lanes, wire
+from penstock.pool.net.secret import Secret, SecretRefused, prove_as_client
+from penstock.pool.net.tls import PeerTls
+from penstock.pool.net.tls_socket import Stream, begin_tls
+from penstock.process.guarded_thread import GuardedThread, count_failure
+
+log = logging.getLogger(__name__)
+
+SENDER_END_S = 3.0 * wire.STALL_S  # what is being sent ends with the socket
+VERIFY_BYTES = (
+    4 << 20
+)  # received and verified in pieces of this size: smaller ones hand the interpreter over more often
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A request on its way. `end(result, error)` is called exactly once; `buffer` is what a read fills or a write
+    sends. `late` is set when its own deadline is the reason for a cut."""
+
+    message: wire.Request
+    id: int
+    deadline_s: float
+    end: Callable[[Any, PoolError | None], None]
+    buffer: memoryview | None = None
+    connection: Connection | None = None
+    ended: bool = False
+    late: bool = False
+    check: ReadCheck | None = None  # of the block that is read; None: its checksum
+
+    def tell(self, result: Any, error: PoolError | None) -> None:
+        """Call `end`; an exception in it is logged and affects no other request."""
+        try:
+            self.end(result, error)
+        except Exception:
+            count_failure("penstock-done-callback")
+            log.exception("the callback of a request failed")
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of payload that travel with the request or its reply."""
+        return self.message.size_bytes if isinstance(self.message, wire.Read | wire.Write | wire.Probe) else 0
+
+
+class Connection:
+    """Connected and greeted once constructed; `start` runs its receiver. `node` is what the peer said of itself."""
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        timeout_s: float,
+        on_reply: Callable[[Connection], None],
+        on_closed: Callable[[Connection, str], None],
+        hello: wire.Hello,
+        urgent: bool = False,
+        secret: Secret | None = None,
+        tls: PeerTls | None = None,
+    ) -> None:
+        """Raises OSError, or wire.ProtocolError when the peer is no pool node of this version.
+
+        `on_reply` follows each ended request, `on_closed` the end of the connection, before its open requests end.
+        `hello` opens the lane that it names; an `urgent` one goes before bulk (`lanes`). With a `secret` both sides
+        prove that they have it; with `tls` both show certificates, and all that follows is encrypted.
+        """
+        self.lane = hello.lane
+        self.heard_s = self._sent_s = time.monotonic()  # when the peer was last heard, and sent something
+        self._on_reply, self._on_closed = on_reply, on_closed
+        self._secret, self._tls = secret, tls
+        self._lock = threading.Lock()
+        self._send_lock = threading.Lock()
+        self._pending: dict[int, Pending] = {}
+        self.in_flight_bytes = 0
+        self._cut_reason: str | None = None
+        self._outbox: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
+        self._sock: Stream = socket.create_connection(address, timeout=timeout_s)
+        lanes.mark(self._sock, urgent)
+        try:
+            self.node = self._greet(hello, address[0], timeout_s)
+        except BaseException:
+            self._sock.close()
+            raise
+        self._receiver = GuardedThread(f"penstock-{self.lane}-receive", self._receive)
+        self._sender = GuardedThread(
+            f"penstock-{self.lane}-send", self._send_queued, failed=lambda error: self.cut(f"sending failed: {error!r}")
+        )
+
+    def start(self) -> None:
+        """Raises RuntimeError or MemoryError where a thread cannot be had; `abandon` must follow then."""
+        if self.lane == "write":
+            self._sender.start()
+        self._receiver.start()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were sent and have not ended."""
+        return len(self._pending)
+
+    @property
+    def open(self) -> bool:
+        """Whether requests can be sent: nothing has cut the connection."""
+        return self._cut_reason is None
+
+    def add(self, pending: Pending) -> bool:
+        """Take a request on; False when the connection is ending. `send` or `queue` must follow."""
+        with self._lock:
+            if self._cut_reason is not None:
+                return False
+            self._pending[pending.id] = pending
+            self.in_flight_bytes += pending.payload_bytes
+            return True
+
+    def send(self, pending: Pending) -> None:
+        """Send a request that was added. A failure ends the connection, and with it the request."""
+        payload = memoryview(b"")
+        if isinstance(pending.message, wire.Write) and pending.buffer is not None:
+            payload = pending.buffer[: pending.payload_bytes]
+        try:
+            head = wire.frame(pending.message, len(payload))
+        except Exception as error:  # noqa: BLE001 (a message that cannot be written down: nothing of it is on the wire)
+            if self._take(pending.id) is pending:
+                pending.tell(None, PoolError("layout", f"the request cannot be sent: {error}"))
+            return
+        try:
+            with self._send_lock:
+                if self._cut_reason is None:
+                    wire.send_all(self._sock, head, payload)
+                    self._sent_s = time.monotonic()
+        except (OSError, TypeError, ValueError) as error:
+            self.cut(str(error))
+
+    def say_alive(self, quiet_s: float) -> None:
+        """Tell the node that this end is there, if nothing was sent for `quiet_s`; never waits."""
+        if time.monotonic() - self._sent_s < quiet_s or not self._send_lock.acquire(blocking=False):
+            return
+        try:
+            if self._cut_reason is None:
+                wire.send_all(self._sock, wire.frame(wire.Alive()))
+                self._sent_s = time.monotonic()
+        except OSError as error:
+            self.cut(str(error))
+        finally:
+            self._send_lock.release()
+
+    def tell(self, message: wire.Corrupt | wire.Return) -> None:
+        """Send something that has no answer; a failure shows at the receiver."""
+        with self._send_lock, contextlib.suppress(OSError):
+            wire.send_all(self._sock, wire.frame(message))
+
+    def queue(self, pending: Pending) -> None:
+        """Have the sender thread send a request that was added (the write lane: its payload takes time)."""
+        self._outbox.put(pending)
+
+    def cut(self, reason: str) -> None:
+        """End the connection now; its open requests end from the receiver thread."""
+        with self._lock:
+            if self._cut_reason is None:
+                self._cut_reason = reason
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def cut_late(self, pending: Pending) -> bool:
+        """Cut the connection because this request missed its deadline; False when it has just ended."""
+        with self._lock:
+            if self._pending.get(pending.id) is not pending:
+                return False
+            pending.late = True
+        self.cut("a deadline was missed")
+        return True
+
+    def forget(self, pending: Pending) -> bool:
+        """Nobody waits for this control request any more (it has no buffer); False when it has just ended."""
+        with self._lock:
+            return self._pending.pop(pending.id, None) is not None
+
+    def abandon(self) -> None:
+        """End a connection that was not started."""
+        self.cut("not wanted")
+        self._outbox.put(None)
+        self._sock.close()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait at most `timeout_s` for the receiver thread to end."""
+        self._receiver.join(timeout_s)
+
+    def _greet(self, hello: wire.Hello, host: str, timeout_s: float) -> wire.Ready:
+        """Exchange versions and open the lane, within the connect timeout; then leave deadlines to the caller."""
+        secret, tls, until_s = self._secret, self._tls, time.monotonic() + timeout_s
+        first = bytearray(wire.GREETING.size)
+        plain = secret is None and tls is None
+        self._sock.sendall(wire.greeting(secret is not None, tls is not None) + (wire.frame(hello) if plain else b""))
+        wire.receive_exactly(self._sock, memoryview(first), until_s=until_s)
+        wire.check_greeting(first, secret is not None, tls is not None)
+        if tls is not None:
+            assert isinstance(self._sock, socket.socket)
+            self._sock = begin_tls(self._sock, tls, "client", host, until_s)
+        if secret is not None:
+            try:
+                prove_as_client(self._sock, secret, wire.SECRET_PURPOSE)
+            except SecretRefused as error:
+                raise wire.ProtocolError(str(error)) from None
+        if not plain:
+            self._sock.sendall(wire.frame(hello))
+        header, _ = wire.FrameReader(self._sock).next(until_s=until_s)
+        reply = wire.decode_reply(header)
+        if isinstance(reply, wire.Failed):
+            raise wire.ProtocolError(reply.detail)
+        if not isinstance(reply, wire.Ready):
+            raise wire.ProtocolError(f"the node answered the greeting with {type(reply).__name__}")
+        self._sock.settimeout(None)
+        wire.set_timeouts(self._sock)
+        return reply
+
+    def _receive(self) -> None:
+        reason = "the connection failed"
+        try:
+            frames = wire.FrameReader(self._sock)
+            while True:
+                header, payload_bytes = frames.next()
+                self.heard_s = time.monotonic()
+                reply = wire.decode_reply(header)
+                if isinstance(reply, wire.Block):
+                    self._receive_block(reply, payload_bytes)
+                elif isinstance(reply, wire.Probed):
+                    self._receive_probe(reply, payload_bytes)
+                elif payload_bytes:
+                    raise wire.ProtocolError("only Block and Probed have a payload")
+                elif isinstance(reply, wire.Failed):
+                    known = reply.reason if reply.reason in PoolError.REASONS else "network"
+                    self._end(self._take(reply.id), None, PoolError(known, reply.detail))
+                elif not isinstance(reply, wire.Ready):
+                    self._receive_answer(reply)
+        except (OSError, wire.ProtocolError) as error:
+            reason = str(error)
+        except Exception as error:
+            reason = f"receiving failed: {error!r}"
+            count_failure(self._receiver.name)
+            log.exception("the receiver of a %s connection failed", self.lane)
+        finally:
+            self._finish(reason)
+
+    def _receive_block(self, reply: wire.Block, payload_bytes: int) -> None:
+        with self._lock:
+            pending = self._pending.get(reply.id)
+        message = pending.message if pending else None
+        if pending is None or pending.buffer is None or not isinstance(message, wire.Read):
+            raise wire.ProtocolError("the node sent a block that nobody asked for")
+        if reply.key != message.key or payload_bytes != message.size_bytes:
+            raise wire.ProtocolError("the node sent another block than the one asked for")
+        check = pending.check
+        digest = xxhash.xxh3_64(seed=checksum_seed(message.key)) if check is None else None
+        for at in range(0, payload_bytes, VERIFY_BYTES):
+            piece = pending.buffer[at : min(at + VERIFY_BYTES, payload_bytes)]
+            if self._cut_reason is not None:
+                raise ConnectionError(self._cut_reason)
+            wire.receive_exactly(self._sock, piece)
+            self.heard_s = time.monotonic()
+            if digest is not None:
+                digest.update(piece)
+        error: PoolError | None = None
+        if check is not None:  # a MAC is taken in one piece
+            error = check(pending.buffer[:payload_bytes], reply.checksum, reply.mac)
+        elif digest is not None and digest.intdigest() != reply.checksum:
+            error = PoolError("checksum", f"block {message.key.hex()} does not match its checksum")
+        taken = self._take(reply.id)
+        if error is not None:
+            self.tell(wire.Corrupt(message.key, reply.checksum, reply.mac, error.reason == "mac"))
+        self._end(taken, reply, error)
+
+    def _receive_answer(self, reply: wire.Answer) -> None:
+        """Receive a reply without payload. A reply of another kind than was asked for is refused: it would end a read
+        whose buffer was never filled."""
+        with self._lock:
+            pending = self._pending.get(reply.id)
+        if pending is not None and not isinstance(reply, wire.ANSWERS[type(pending.message)]):
+            raise wire.ProtocolError(f"the node answered {type(pending.message).__name__} with {type(reply).__name__}")
+        self._end(self._take(reply.id), reply, None)
+
+    def _receive_probe(self, reply: wire.Probed, payload_bytes: int) -> None:
+        with self._lock:
+            pending = self._pending.get(reply.id)
+        message = pending.message if pending else None
+        if pending is None or pending.buffer is None or not isinstance(message, wire.Probe):
+            raise wire.ProtocolError("the node sent a probe that nobody asked for")
+        if payload_bytes != message.size_bytes:
+            raise wire.ProtocolError("the node sent another probe than the one asked for")
+        wire.receive_exactly(self._sock, pending.buffer[:payload_bytes])
+        self._end(self._take(reply.id), reply, None)
+
+    def _take(self, id: int) -> Pending | None:
+        with self._lock:
+            pending = self._pending.pop(id, None)
+            if pending is not None:
+                self.in_flight_bytes -= pending.payload_bytes
+        if pending is None and self.lane != "control":
+            raise wire.ProtocolError("the node answered a request that nobody made")
+        return pending
+
+    def _end(self, pending: Pending | None, result: Any, error: PoolError | None) -> None:
+        if pending is not None:
+            pending.tell(result, error)
+            self._on_reply(self)
+
+    def _finish(self, reason: str) -> None:
+        self.cut(reason)
+        reason = self._cut_reason or reason
+        self._outbox.put(None)
+        self._sender.join(SENDER_END_S)
+        with self._send_lock:
+            self._sock.close()
+        try:
+            self._on_closed(self, reason)
+        except Exception:  # what is open ends all the same
+            count_failure(self._receiver.name)
+            log.exception("the callback at the end of a %s connection failed", self.lane)
+        with self._lock:
+            rest, self._pending = list(self._pending.values()), {}
+            self.in_flight_bytes = 0
+        for pending in rest:
+            label = "deadline" if pending.late else "closed" if reason == "closed" else "network"
+            pending.tell(None, PoolError(label, "no answer in time" if pending.late else reason))
+
+    def _send_queued(self) -> None:
+        while (pending := self._outbox.get()) is not None:
+            self.send(pending)

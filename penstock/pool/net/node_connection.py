@@ -1,0 +1,426 @@
+"""One client's connection at a node of the pool protocol: greeting, requests that need no staging memory, and sending.
+
+The greeting takes no thread: `greet` is a generator that the node's accepting thread resumes when the socket is ready.
+After it, one thread reads requests (and sends memory blocks straight from the member), another one sends what slower
+work has finished. Both are guarded: an exception costs a request or the connection, is logged and counted, and the
+node goes on. How blocks are read and written is the subclass's: `transport.pool_connection` for a pool, `cluster.relay`
+for a relay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from penstock.core.connection_limits import network_of
+from penstock.core.keys import BlockKey
+from penstock.pacing import PIECE_BYTES
+from penstock.pool.api import PoolError
+from penstock.pool.losses import note_loss
+from penstock.pool.net import lanes, wire
+from penstock.pool.net.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
+from penstock.pool.net.tls import TlsError
+from penstock.pool.net.tls_socket import Stream, TlsSocket
+from penstock.pool.node_backend import ServedPool, StoredBlock
+from penstock.process.guarded_thread import GuardedThread, GuardedWorker
+from penstock.process.rate_limited_log import kind_of
+from penstock.units import format_address
+
+if TYPE_CHECKING:
+    from penstock.pool.net.node import PoolNode
+
+log = logging.getLogger(__name__)
+
+IN_FLIGHT_MAX = 128  # loads and writes of one connection that are not answered yet
+SENDS_MAX = 4 * IN_FLIGHT_MAX
+SENDER_END_S = 3.0 * wire.STALL_S  # what is being sent ends with the socket
+PAYLOAD_S = 30.0  # for a payload whose request has less time than this, and for what a client takes after its deadline
+PAYLOAD_BYTES_PER_S_MIN = 256 << 10  # a client that gives or takes a payload more slowly is ended
+PAYLOAD_GRACE_S = 10.0  # and this much later
+KEYS_AT_ONCE = 1024  # of a question to members of this process; then others are served
+PAUSE_S = 50e-6  # so long that another thread gets the interpreter
+_RECEIVE_BYTES = 1 << 20
+_SEND_BYTES = 4 << 20
+_DRAIN_BYTES = 64 << 10
+_PROBE = bytes(wire.PROBE_BYTES_MAX)
+
+Steps = Generator[int, None, None]  # each yields what its socket must be ready for: selectors.EVENT_READ or EVENT_WRITE
+
+Answer = TypeVar("Answer")
+Moved = Callable[[int], None]
+
+
+def not_counted(size_bytes: int) -> None:
+    """For payloads of which nobody needs the bytes moved so far."""
+
+
+def _take(sock: Stream, size: int) -> Generator[int, None, bytes]:
+    """So many bytes of a socket that does not block. Raises OSError."""
+    taken = bytearray()
+    while len(taken) < size:
+        try:
+            part = sock.recv(size - len(taken))
+        except BlockingIOError:
+            yield selectors.EVENT_READ
+            continue
+        if not part:
+            raise ConnectionError("the peer closed the connection")
+        taken += part
+    return bytes(taken)
+
+
+def _give(sock: Stream, data: bytes) -> Steps:
+    """Send over a socket that does not block. Raises OSError."""
+    while data:
+        try:
+            data = data[sock.sendmsg([data]) :]
+        except BlockingIOError:
+            yield selectors.EVENT_WRITE
+
+
+class Served:
+    """One connection at the node: a stranger's until `greet` has ended."""
+
+    def __init__(self, node: PoolNode, sock: socket.socket, peer: str) -> None:
+        """`sock` does not block until `start`."""
+        self._node = node
+        self._pool: ServedPool = node.pool
+        self.sock = sock
+        self._sock: Stream = sock
+        self.peer = peer
+        self.source = network_of(peer.rpartition(":")[0])
+        self.greet_by_s = time.monotonic() + wire.GREET_S
+        self._said_version = False
+        self._ready: wire.Reply | None = None
+        self._send_lock = threading.Lock()
+        self._count_lock = threading.Lock()
+        self._in_flight = 0
+        self._sent_s = 0.0  # when the last paced block left
+        self._ended = False  # nothing can be sent any more
+        self._reader = GuardedThread(f"penstock-node-{peer}", self._serve, kind="penstock-node-connection")
+        self._sender: GuardedWorker | None = None
+
+    def greet(self) -> Steps:
+        """Versions, TLS, secret, Hello. What is answered to it follows once the connection has its threads (`start`):
+        before that it may still be refused. Raises ProtocolError, SecretRefused or OSError."""
+        secret, tls, sock = self._node.secret, self._node.tls, self._sock
+        first = yield from _take(sock, wire.GREETING.size)
+        self._said_version = True
+        yield from _give(sock, wire.greeting(secret is not None, tls is not None))
+        wire.check_greeting(first, secret is not None, tls is not None)
+        if tls is not None:
+            secured = TlsSocket(self.sock, tls, "server", None)
+            yield from secured.handshake()
+            sock = self._sock = secured
+        if secret is not None:
+            yield from self._challenge(secret)
+        head = yield from _take(sock, wire.HEAD_BYTES)
+        header_bytes, payload_bytes = wire.frame_lengths(head)
+        if header_bytes > wire.HELLO_BYTES_MAX:
+            raise wire.ProtocolError(f"a first message of {header_bytes} bytes; {wire.HELLO_BYTES_MAX} are allowed")
+        header = head[wire.PREFIX.size : wire.PREFIX.size + header_bytes]
+        header += yield from _take(sock, header_bytes - len(header))
+        request = wire.decode_request(memoryview(header))
+        if not isinstance(request, wire.Hello):
+            raise wire.ProtocolError(f"the first message is {type(request).__name__}, not Hello")
+        if payload_bytes:
+            raise wire.ProtocolError("only Write has a payload")
+        reply, refusal = self._answer_hello(request)
+        if refusal:
+            yield from _give(sock, wire.frame(reply))
+            raise wire.ProtocolError(refusal)
+        self._ready = reply
+
+    def say_refused(self, detail: str) -> None:
+        """Tell a stranger why its connection ends. Not where there is a secret or TLS: the peer would read the message
+        as a nonce, or as a TLS record."""
+        if self._node.secret is None and self._node.tls is None:
+            version = b"" if self._said_version else wire.greeting()
+            with contextlib.suppress(OSError):
+                self._sock.sendmsg([version + wire.frame(wire.Failed(0, "network", detail))])
+
+    def _challenge(self, secret: Secret) -> Steps:
+        nonce = os.urandom(NONCE_BYTES)
+        yield from _give(self._sock, nonce)
+        answer = yield from _take(self._sock, NONCE_BYTES + PROOF_BYTES)
+        yield from _give(self._sock, secret.check(wire.SECRET_PURPOSE, nonce, answer))
+
+    def start(self) -> None:
+        """Serve the client that has greeted. Raises RuntimeError or MemoryError where a thread cannot be had, OSError
+        where the connection has ended; `abandon` must follow then."""
+        self._sock.setblocking(True)
+        wire.set_timeouts(self._sock)
+        self._sender = GuardedWorker(f"penstock-send-{self.peer}", SENDS_MAX, kind="penstock-node-send")
+        self._reader.start()
+
+    def abandon(self) -> None:
+        """End a connection that was not started."""
+        if self._sender is not None:
+            self._sender.stop()
+        self.cut()
+        self._sock.close()
+
+    def cut(self) -> None:
+        """End the connection; both threads notice."""
+        self._ended = True
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait at most `timeout_s` for the reading thread to end."""
+        self._reader.join(timeout_s)
+
+    def _serve(self) -> None:
+        sender = self._sender
+        assert sender is not None
+        try:
+            if self._ready is not None:
+                self._reply(self._ready)
+            self._serve_requests()
+        except (wire.ProtocolError, OSError) as error:
+            self.say_ended(error)
+        finally:
+            self.cut()
+            sender.stop()  # what ends from now on is given back where it ends
+            self._leave()
+            sender.join(SENDER_END_S)
+            self._sock.close()
+            self._node.left(self)
+
+    def say_ended(self, error: wire.ProtocolError | SecretRefused | OSError) -> None:
+        """Log why the connection ends."""
+        if isinstance(error, wire.ProtocolError | SecretRefused | TlsError):
+            self._node.rare.warning(kind_of(error), "connection of %s closed: %s", self.peer, error)
+        elif isinstance(error, TimeoutError):
+            self._node.rare.warning(kind_of(error), "connection of %s ended: %s", self.peer, error)
+        else:
+            log.debug("connection of %s ended: %s", self.peer, error)
+
+    def _leave(self) -> None:
+        """The connection has ended: nothing of it waits any more."""
+
+    def _serve_requests(self) -> None:
+        frames = wire.FrameReader(self._sock)
+        while True:
+            asked_s = time.monotonic()
+            header, payload_bytes = frames.next(wire.IDLE_S)
+            now_s = time.monotonic()
+            request = wire.decode_request(header)
+            if payload_bytes and not isinstance(request, wire.Write):
+                raise wire.ProtocolError("only Write has a payload")
+            # A request that was there already became ready while the link was busy with the one before.
+            ready_s = min(now_s, self._sent_s) if now_s - asked_s < 0.0001 else now_s
+            self._answer(request, payload_bytes, ready_s)
+
+    def _answer(self, request: wire.Request, payload_bytes: int, ready_s: float) -> None:
+        match request:
+            case wire.Read():
+                self._read(request, ready_s)
+            case wire.Write():
+                self._write(request, payload_bytes)
+            case wire.Lookup(id) | wire.Evict(id) | wire.Stat(id):
+                reply: wire.Reply
+                try:
+                    reply = self._control(request)
+                except PoolError as error:
+                    reply = wire.Failed(id, error.reason, error.detail)
+                self._reply(reply)
+            case wire.Corrupt(key, checksum, mac, refused):
+                self._pool.suspect(key, checksum, mac, refused)
+            case wire.Alive():
+                pass  # that it came is all it says
+            case wire.Probe():
+                self._probe(request, ready_s)
+            case wire.Hello():
+                reply, refusal = self._answer_hello(request)
+                self._reply(reply)
+                if refusal:
+                    raise wire.ProtocolError(refusal)
+            case wire.Open(id) | wire.HandedOver(id) | wire.Attach(id) | wire.Lend(id) | wire.Offer(id):
+                self._reply(wire.Failed(id, "layout", "this is a pool node, not the relay of a decode engine"))
+
+    def _answer_hello(self, hello: wire.Hello) -> tuple[wire.Reply, str | None]:
+        """The answer, and why this node has nothing for the client."""
+        if hello.origin or hello.own_only:
+            own = self._node.pool.own
+            if own is None:
+                refusal = "asked for members of its own, which this node does not have"
+                detail = "the node has no members of its own, and is asked for these"
+                return wire.Failed(0, "network", detail), refusal
+            self._pool = own
+        refused = self._node.greeted(self)
+        if refused is not None:
+            here = format_address(*self._sock.getsockname()[:2])
+            refusal = f"node {here} {refused}"
+            return wire.Failed(0, "network", refusal), refusal
+        lanes.mark(self._sock, self._is_urgent(hello.lane))
+        rate, block_bytes_max = self._pool.read_bytes_per_s, self._node.block_bytes_max(self._pool)
+        return wire.Ready(self._node.name, self._node.node_id, rate, block_bytes_max, wire.IDLE_S), None
+
+    def _is_urgent(self, lane: str) -> bool:
+        return lane == "control"
+
+    def _control(self, request: wire.Lookup | wire.Evict | wire.Stat) -> wire.Reply:
+        """Raises PoolError when the pool cannot be asked."""
+        if isinstance(request, wire.Stat):
+            with self._turn():
+                stat = self._pool.stat(request.timeout_s)
+            return wire.Stats(request.id, stat.bounded())
+        keys = wire.split_keys(request.keys)
+        if isinstance(request, wire.Evict):
+            return wire.Evicted(request.id, sum(self._in_pieces(keys, lambda some: [self._pool.evict(some)])))
+        return wire.found(request.id, self._in_pieces(keys, lambda some: self._pool.lookup(some, request.timeout_s)))
+
+    @property
+    def _asks_nobody(self) -> bool:
+        """Whether questions are answered by this process alone, without waiting for other nodes."""
+        return self._pool.own is self._pool
+
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        return self._node.turns.turn(self.source) if self._asks_nobody else contextlib.nullcontext()
+
+    def _in_pieces(self, keys: list[BlockKey], ask: Callable[[list[BlockKey]], Sequence[Answer]]) -> list[Answer]:
+        """Answer for members of this process in pieces, with pauses in which other connections are served; for members
+        of other nodes in one piece, as those nodes pause themselves."""
+        if not self._asks_nobody:
+            return list(ask(keys))
+        answers: list[Answer] = []
+        for at in range(0, len(keys), KEYS_AT_ONCE):
+            if at:
+                time.sleep(PAUSE_S)
+            with self._turn():
+                answers += ask(keys[at : at + KEYS_AT_ONCE])
+        return answers
+
+    def _probe(self, request: wire.Probe, ready_s: float) -> None:
+        if not 0 < request.size_bytes <= wire.PROBE_BYTES_MAX:
+            detail = f"a probe of {request.size_bytes} bytes; 1 to {wire.PROBE_BYTES_MAX} are allowed"
+            self._reply(wire.Failed(request.id, "layout", detail))
+            return
+        # Not from the staging memory: that holds blocks of tenants.
+        data = memoryview(_PROBE)[: request.size_bytes]
+        self._send(wire.frame(wire.Probed(request.id), len(data)), data, ready_s, ready_s)
+
+    def _read(self, request: wire.Read, ready_s: float) -> None:
+        """Answer with the block, or with Failed, now or later (`_later`); `ready_s`: since when the client waits."""
+        raise NotImplementedError
+
+    def _write(self, request: wire.Write, payload_bytes: int) -> None:
+        """Receive the payload, and answer with Written or Failed, now or later. Raises ProtocolError."""
+        raise NotImplementedError
+
+    def _lost(self, kind: str, detail: str) -> None:
+        """Count and log that a request of this client failed, for a reason of the node's own."""
+        note_loss(kind, self._node.place, "node %s: a request of %s ended: %s", self._node.place, self.peer, detail)
+
+    # --- blocks ---
+
+    def _send_block(
+        self,
+        id: int,
+        block: StoredBlock,
+        data: memoryview,
+        deadline_s: float,
+        ready_s: float,
+        moved: Moved = not_counted,
+    ) -> None:
+        if time.monotonic() > deadline_s:
+            self._lost("read_deadline", "the node came to it too late")
+            self._reply(wire.Failed(id, "deadline", "the node came to it too late"))
+            return
+        head = wire.frame(wire.Block(id, block.key, block.checksum, block.mac), len(data))
+        self._send(head, data, ready_s, deadline_s, moved)
+
+    def _send(
+        self, head: bytes, data: memoryview, ready_s: float, deadline_s: float, moved: Moved = not_counted
+    ) -> None:
+        """Send at the node's pace what was ready at `ready_s`; a client has given it up soon after `deadline_s`.
+        `moved(bytes)` is called for each part."""
+        pacer, until_s = self._node.pacer, max(deadline_s, time.monotonic()) + PAYLOAD_S
+        rate = wire.MinimumRate(PAYLOAD_GRACE_S, PAYLOAD_BYTES_PER_S_MIN)
+        piece_bytes = _SEND_BYTES if pacer is None else PIECE_BYTES
+        self._check_open()
+        with self._send_lock:
+            for at in range(0, len(data), piece_bytes):
+                piece = data[at : at + piece_bytes]
+                self._check_open()
+                if pacer is not None:
+                    self._sent_s = pacer.wait(len(piece), ready_s)
+                wire.send_all(self._sock, b"" if at else head, piece, until_s=until_s, rate=rate)
+                moved(len(piece))
+
+    def _receive(self, into: memoryview, deadline_s: float = 0.0, moved: Moved = not_counted) -> None:
+        """The payload of a write; at least PAYLOAD_S are left for it. `moved(bytes)` is called for each part of it.
+        Raises OSError."""
+        until_s = max(deadline_s, time.monotonic() + PAYLOAD_S)
+        rate = wire.MinimumRate(PAYLOAD_GRACE_S, PAYLOAD_BYTES_PER_S_MIN)
+        wire.look_at_payload(self._sock, True)
+        for at in range(0, len(into), _RECEIVE_BYTES):
+            part = into[at : at + _RECEIVE_BYTES]
+            wire.receive_exactly(self._sock, part, until_s=until_s, rate=rate)
+            moved(len(part))
+        wire.look_at_payload(self._sock, False)
+
+    def _drain(self, size_bytes: int) -> None:
+        scratch = memoryview(bytearray(min(size_bytes, _DRAIN_BYTES)))
+        rate, until_s = wire.MinimumRate(PAYLOAD_GRACE_S, PAYLOAD_BYTES_PER_S_MIN), time.monotonic() + 2 * PAYLOAD_S
+        wire.look_at_payload(self._sock, True)
+        while size_bytes:
+            part = scratch[: min(size_bytes, len(scratch))]
+            wire.receive_exactly(self._sock, part, until_s=until_s, rate=rate)
+            size_bytes -= len(part)
+        wire.look_at_payload(self._sock, False)
+
+    # --- sending ---
+
+    def _check_open(self) -> None:
+        """Raises ConnectionError once the connection is being ended: whoever sends then must not wait for others."""
+        if self._ended:
+            raise ConnectionError("the connection is ended")
+
+    def _reply(self, message: wire.Reply) -> None:
+        self._check_open()
+        with self._send_lock:
+            wire.send_all(self._sock, wire.frame(message), until_s=time.monotonic() + PAYLOAD_S)
+
+    def _later(self, send: Callable[[], None]) -> None:
+        """Have the sender's thread send something. `send` also gives slots and pins back, so it is always called: at
+        once and without sending, when the connection has ended or takes nothing any more."""
+        if self._sender is None or not self._sender.put(partial(self._try, send), self._failed):
+            self.cut()
+            try:
+                self._try(send)
+            except Exception as error:  # noqa: BLE001 (any failure to send ends this connection)
+                self._failed(error)
+
+    def _try(self, send: Callable[[], None]) -> None:
+        try:
+            send()
+        except OSError as error:
+            log.debug("connection of %s ended: %s", self.peer, error)
+            self.cut()
+
+    def _failed(self, error: Exception) -> None:
+        log.error("connection of %s failed: %r", self.peer, error)
+        self.cut()
+
+    def _enter(self) -> bool:
+        with self._count_lock:
+            self._in_flight += 1
+            if self._in_flight <= IN_FLIGHT_MAX:
+                return True
+            self._in_flight -= 1
+            return False
+
+    def leave(self) -> None:
+        """A request that `_enter` let in has ended."""
+        with self._count_lock:
+            self._in_flight -= 1

@@ -1,0 +1,294 @@
+"""The pool of another machine, behind the interface of `pool.api`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+from penstock.core.keys import KEY_BYTES, BlockKey
+from penstock.core.new_block import NewBlock
+from penstock.io.memory import aligned_buffer
+from penstock.pool.api import Done, Located, PoolError, PoolStat, ReadCheck, check_write
+from penstock.pool.callbacks import call_done
+from penstock.pool.checksum import block_checksum
+from penstock.pool.losses import note_error
+from penstock.pool.net import wire
+from penstock.pool.net.link import NodeLink
+from penstock.pool.net.secret import Secret
+from penstock.pool.net.tls import PeerTls
+from penstock.pool.union.child import BlockEnded
+from penstock.units import format_bytes
+
+log = logging.getLogger(__name__)
+
+EVICT_TIMEOUT_S = 2.0
+MEASURE_BYTES_MAX = 256 << 20
+MEASURE_TIMEOUT_S = 5.0
+_PROBE_FIRST_BYTES = 64 << 10
+_PROBES_OPEN = 4
+
+
+class RemotePool:
+    """A pool node at `host`:`port`. Contract: `pool.api.Pool`; as a child of a union: `pool.union.NodePool`."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        connections: int = 1,
+        connect_timeout_s: float = 5.0,
+        must_connect: bool = True,
+        origin: bytes = b"",
+        own_only: bool = False,
+        secret: Secret | None = None,
+        tls: PeerTls | None = None,
+    ) -> None:
+        """Connects at once. Raises PoolError("network") when nobody answers or the versions differ; without
+        `must_connect` such a node is a warning, and used once it is there. `origin`: the id of the node that this pool
+        is a part of, if any. `own_only`: leave out the node's members of other nodes; a node is always asked so by
+        another one. `secret`: the node's, if it asks for one; `tls`: certificates, if it asks for TLS."""
+        self._link = NodeLink(
+            host, port, connections, connect_timeout_s, must_connect, origin, own_only, secret=secret, tls=tls
+        )
+        self.address = self._link.address
+        self.place = self._link.place
+
+    @property
+    def up(self) -> bool:
+        """Whether the node can be used now."""
+        return self._link.up
+
+    @property
+    def down_reason(self) -> str:
+        """Why a connection to the node ended last."""
+        return self._link.down_reason
+
+    @property
+    def node_id(self) -> bytes:
+        """What tells this node from others; empty until it was reached once."""
+        return self._link.node.node_id
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """What its members' shares go by, added up, as it said when it was reached last."""
+        return self._link.node.read_bytes_per_s
+
+    # --- the interface ---
+
+    def register(self, buffer: memoryview) -> None:
+        """Nothing: sockets need no registration."""
+
+    def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
+        """Ask the node where blocks lie. Raises PoolError when it does not answer in time."""
+        return self.begin_lookup(keys, timeout_s)()
+
+    def begin_lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> Callable[[], list[Located | None]]:
+        """Send the lookup; what is returned waits for the answer. Both raise PoolError."""
+        deadline_s = time.monotonic() + timeout_s
+        parts = _messages(keys)
+        waits = [self._link.ask(wire.Found, partial(wire.Lookup, keys=part), deadline_s) for part in parts]
+
+        def wait() -> list[Located | None]:
+            located: list[Located | None] = []
+            for part, found in ((part, wait()) for part, wait in zip(parts, waits, strict=True)):
+                if len(found.sizes) * KEY_BYTES != len(part):
+                    detail = f"pool node {self.place} answered {len(found.sizes)} of {len(part) // KEY_BYTES} keys"
+                    raise PoolError("network", detail)
+                routes = [tuple(self._full(name) for name in (*route, "net")) for route in found.routes]
+                for size, member in zip(found.sizes, found.members, strict=True):
+                    located.append(Located(size, routes[member]) if size else None)
+            return located
+
+        return wait
+
+    def read(
+        self,
+        key: BlockKey,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        done: Done,
+        check: ReadCheck | None = None,
+    ) -> None:
+        """Receive a block straight into `into`, and verify it, before `done` is called."""
+        self.read_block(key, size_bytes, into, timeout_s, lambda *ended: call_done(done, ended[-1]), check)
+
+    def read_block(
+        self,
+        key: BlockKey,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        ended: BlockEnded,
+        check: ReadCheck | None = None,
+    ) -> None:
+        """As `read`; `ended` also gets the checksum and the MAC that the block was stored with."""
+
+        def end(reply: wire.Block | None, error: PoolError | None) -> None:
+            ended(reply.checksum if reply is not None else 0, reply.mac if reply is not None else b"", error)
+
+        if not 0 < size_bytes <= min(len(into), wire.PAYLOAD_BYTES_MAX):
+            detail = f"a block of {size_bytes} bytes into a buffer of {len(into)}"
+            self._link.refuse(end, PoolError("layout", detail), "read")
+            return
+        self._link.submit("read", wire.Read(self._link.next_id(), key, size_bytes, 0.0), into, timeout_s, end, check)
+
+    def lease(self, key: BlockKey) -> None:
+        """Nothing of a remote pool can be read in place."""
+        return None
+
+    def host_buffers(self) -> list[memoryview]:
+        """None: the node's memory is on another machine."""
+        return []
+
+    def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        """Send a block; `done` gets None once the node has stored it. A block too large for the node is refused
+        here."""
+
+        def ended(_: Any, error: PoolError | None) -> None:
+            call_done(done, error)
+
+        error = check_write(block, data)
+        if error is None and block.size_bytes > wire.PAYLOAD_BYTES_MAX:
+            error = PoolError("layout", f"a block of {block.size_bytes} bytes; {wire.PAYLOAD_BYTES_MAX} are allowed")
+        at_most = self._link.node.block_bytes_max
+        if error is None and 0 < at_most < block.size_bytes:  # what it would refuse is not sent first
+            error = PoolError("full", f"a block of {block.size_bytes} bytes; this node takes at most {at_most}")
+        if error is not None:
+            self._link.refuse(ended, error, "write")
+            return
+        checksum = block_checksum(block.key, data[: block.size_bytes])
+        message = wire.Write(self._link.next_id(), **asdict(block), checksum=checksum, timeout_s=0.0)
+        self._link.submit("write", message, data, timeout_s, ended)
+
+    def evict(self, keys: Sequence[BlockKey]) -> int:
+        """Drop blocks at the node; how many were dropped, 0 when it cannot be asked, which is logged."""
+        try:
+            return self.begin_evict(keys)()
+        except PoolError as error:
+            note_error("evict", f"pool node {self.place}", error)
+            return 0
+
+    def begin_evict(self, keys: Sequence[BlockKey]) -> Callable[[], int]:
+        """Send the keys to evict; what is returned waits for the answer. Both raise PoolError."""
+        deadline_s = time.monotonic() + EVICT_TIMEOUT_S
+        waits = [self._link.ask(wire.Evicted, partial(wire.Evict, keys=part), deadline_s) for part in _messages(keys)]
+        return lambda: sum(wait().blocks for wait in waits)
+
+    def stat(self, timeout_s: float) -> PoolStat:
+        """State of the node's pool. Raises PoolError when it does not answer in time."""
+        return self.begin_stat(timeout_s)()
+
+    def begin_stat(self, timeout_s: float) -> Callable[[], PoolStat]:
+        """Ask for `stat`; what is returned waits for the answer. Both raise PoolError."""
+        wait = self._link.ask(wire.Stats, wire.Stat, time.monotonic() + timeout_s)
+
+        def named() -> PoolStat:
+            stat = wait().stat
+            members = (replace(member, name=self._full(member.name)) for member in stat.members)
+            return replace(stat, members=tuple(members))
+
+        return named
+
+    def close(self, timeout_s: float) -> None:
+        """Close all connections to the node, within about `timeout_s`."""
+        self._link.close(timeout_s)
+
+    # --- beyond it ---
+
+    def expect_blocks(self, block_bytes: int) -> list[str]:
+        """Say that blocks of this size will be written and read; returns why this node cannot hold them. The reason is
+        also logged, once, and again when another node answers at this address."""
+        if block_bytes > wire.PAYLOAD_BYTES_MAX:
+            line = (
+                f"blocks of {format_bytes(block_bytes)} do not travel to pool node {self.place}, none is stored there; "
+                f"allowed: at most {format_bytes(wire.PAYLOAD_BYTES_MAX)}, so fewer tokens per block"
+            )
+            log.warning("%s", line)
+            return [line]
+        said = self._link.expect_blocks(block_bytes)
+        return [said] if said else []
+
+    @property
+    def block_bytes_max(self) -> int:
+        """The largest block that the node said it takes, when it was reached last; what the wire takes until then."""
+        return self._link.node.block_bytes_max or wire.PAYLOAD_BYTES_MAX
+
+    def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
+        """Tell the node what a reader found, as in `pool.served.ServedPool`."""
+        self._link.tell(wire.Corrupt(key, checksum, mac, refused))
+
+    def measure_bytes_per_s(self, budget_s: float = 0.3) -> float:
+        """Bandwidth of the link from the node to here, over about `budget_s`, at the node's pace: memory that holds
+        nothing is sent over the connections for reads. Raises PoolError."""
+        return _Measuring(self._link, budget_s).run()
+
+    def _full(self, name: str) -> str:
+        """A member's or link's name with this node's address; names from nodes behind this one have an address
+        already."""
+        return name if "@" in name else f"{name}@{self.place}"
+
+
+class _Measuring:
+    """Probes of the link: one small one to learn its order of magnitude, then several at once."""
+
+    def __init__(self, link: NodeLink, budget_s: float) -> None:
+        self._link = link
+        self._budget_s = budget_s
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._error: PoolError | None = None
+        self._open = 0
+        self._ends: list[tuple[float, int]] = []
+        self._scratch = aligned_buffer(wire.PROBE_BYTES_MAX)  # all probes land here: nobody looks at them
+
+    def run(self) -> float:
+        begin_s = time.monotonic()
+        self._probe(_PROBE_FIRST_BYTES)
+        self._wait(lambda: self._open == 0)
+        first_s = max(self._ends[0][0] - begin_s, 1e-6)
+        until_s = begin_s + self._budget_s
+        pieces = _PROBE_FIRST_BYTES / first_s * self._budget_s / 16
+        size_bytes = int(min(wire.PROBE_BYTES_MAX, max(pieces, _PROBE_FIRST_BYTES)))
+        sent_bytes = 0
+        while time.monotonic() < until_s and sent_bytes < MEASURE_BYTES_MAX:
+            self._probe(size_bytes)
+            sent_bytes += size_bytes
+            self._wait(lambda: self._open < _PROBES_OPEN)
+        self._wait(lambda: self._open == 0)
+        if len(self._ends) < 3:  # the first one took the whole budget
+            return _PROBE_FIRST_BYTES / first_s
+        # From one end to another, so that what was on the wire before does not count.
+        (from_s, _), *rest = self._ends[1:]
+        return sum(size for _, size in rest) / max(rest[-1][0] - from_s, 1e-6)
+
+    def _probe(self, size_bytes: int) -> None:
+        def ended(_: Any, error: PoolError | None) -> None:
+            with self._lock:
+                self._open -= 1
+                self._error = self._error or error
+                self._ends.append((time.monotonic(), size_bytes))
+                self._changed.notify()
+
+        with self._lock:
+            self._open += 1
+        message = wire.Probe(self._link.next_id(), size_bytes)
+        self._link.submit("read", message, self._scratch, MEASURE_TIMEOUT_S, ended)
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        with self._lock:
+            ended = self._changed.wait_for(condition, 2 * MEASURE_TIMEOUT_S)
+            if self._error is not None:
+                raise self._error
+            assert ended, "a request outlived its deadline"
+
+
+def _messages(keys: Sequence[BlockKey]) -> list[bytes]:
+    """Concatenations of as many keys as one message takes."""
+    at_most = wire.KEYS_PER_MESSAGE
+    return [b"".join(keys[at : at + at_most]) for at in range(0, len(keys), at_most)]

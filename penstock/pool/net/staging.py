@@ -1,0 +1,230 @@
+"""Staging memory of a pool node: slots of any aligned length out of bounded arenas.
+
+It begins with one arena. A block that is too large for it gets another one, as long as all together stay within
+`limit_bytes`: what a node has to hold is known only when the first such block comes.
+
+A connection has at most half of it, and all connections of one address three quarters (`transport.staging_shares`).
+Where the memory may not grow, a single block larger than that gets its slot nevertheless. It may keep the slot while
+nobody else waits; when somebody does, its connection is ended if the peer moves it more slowly than
+LARGE_BYTES_PER_S_MIN."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from penstock.core.layout import STAGING_ALIGNMENT_BYTES, staging_bytes
+from penstock.io.memory import aligned_buffer
+from penstock.pool.local.extents import ExtentAllocator
+from penstock.pool.losses import note_loss
+from penstock.pool.net.staging_shares import StagingShare, StagingShares
+from penstock.units import format_bytes
+
+log = logging.getLogger(__name__)
+
+GROW_BLOCKS = 2  # a new arena holds this many of the blocks that it is made for
+LARGE_LOOK_S = 0.25  # how often a block larger than a share is looked at while others wait
+LARGE_BYTES_PER_S_MIN = 32 << 20
+
+
+class _Arena:
+    def __init__(self, capacity_bytes: int) -> None:
+        self.memory = aligned_buffer(capacity_bytes)
+        self.free = ExtentAllocator(0, capacity_bytes)
+
+
+class Slot:
+    """A part of staging memory; `view` is valid until `give`."""
+
+    __slots__ = ("_arena", "_moved_bytes", "_moving_s", "_offset", "_share", "_staging", "view")
+
+    def __init__(self, staging: Staging, arena: _Arena, offset: int, length: int, share: StagingShare | None) -> None:
+        self._staging: Staging | None = staging
+        self._arena, self._offset, self._share = arena, offset, share
+        self._moved_bytes = 0
+        self._moving_s: float | None = None  # since when its peer gives or takes it
+        self.view = arena.memory[offset : offset + length]
+
+    def give(self) -> None:
+        """Return it; later calls do nothing."""
+        staging, self._staging = self._staging, None
+        if staging is not None:
+            staging.take_back(self, self._arena, self._offset, len(self.view), self._share)
+
+    def moved(self, size_bytes: int) -> None:
+        """The peer has given or taken so many more bytes of the slot; the first call starts the time that it is
+        measured by."""
+        if self._moving_s is None:
+            self._moving_s = time.monotonic()
+        self._moved_bytes += size_bytes
+
+    def end_if_slow(self, now_s: float) -> bool:
+        """End the connection of a peer that is slow with the slot; returns whether it did."""
+        if self._moving_s is None or self._share is None or now_s - self._moving_s < LARGE_LOOK_S:
+            return False
+        if self._moved_bytes >= (now_s - self._moving_s) * LARGE_BYTES_PER_S_MIN:
+            return False
+        self._share.end_peer()
+        return True
+
+
+class Staging:
+    """Arenas that many threads take slots from."""
+
+    def __init__(
+        self,
+        capacity_bytes: int,
+        limit_bytes: int | None = None,
+        register: Callable[[memoryview], None] = lambda memory: None,
+    ) -> None:
+        """`limit_bytes` is what it may grow to (None: it does not grow); each arena is given to `register`. Raises
+        OSError when the memory cannot be had."""
+        capacity_bytes = staging_bytes(capacity_bytes)
+        self.limit_bytes = max(capacity_bytes, limit_bytes or 0)
+        self._register = register
+        self._arenas = [_Arena(capacity_bytes)]
+        self._changed = threading.Condition()
+        self._growing = threading.Lock()
+        self._closed = False
+        self._shares = StagingShares(capacity_bytes)
+        self._large: set[Slot] = set()  # out, of blocks larger than a share
+        register(self._arenas[0].memory)
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Of all arenas there are."""
+        return sum(len(arena.memory) for arena in self._arenas)
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of all arenas that no slot takes."""
+        return sum(arena.free.free_bytes for arena in self._arenas)
+
+    def largest_bytes(self, shared: bool) -> int:
+        """The largest block that a slot can hold, with the arenas there are and what they may still grow by."""
+        arenas, total = self._arenas, self.capacity_bytes
+        there = max(len(arena.memory) for arena in arenas)
+        largest = max(min(there, total // 2) if shared else there, (self.limit_bytes - total) // GROW_BLOCKS)
+        return largest - largest % STAGING_ALIGNMENT_BYTES
+
+    def share(self, source: str, end_peer: Callable[[], None], far: bool = False) -> StagingShare:
+        """The share of a connection of that source address; `end_peer` ends the connection from any thread. Blocks of
+        other nodes (`far`) count apart. `StagingShare.leave` must follow."""
+        return StagingShare(self._shares, source, end_peer, far)
+
+    def take(
+        self,
+        size_bytes: int,
+        deadline_s: float,
+        shared: bool = False,
+        share: StagingShare | None = None,
+        reserved: bool = False,
+    ) -> Slot | None:
+        """A slot that holds `size_bytes`, padded to the alignment; None when there is none by the deadline, ever, or
+        after `close`. With `shared`, half of all stays free for others. It counts as part of `share` (None: nobody's),
+        and waits for room in that unless it is `reserved` there."""
+        length = staging_bytes(size_bytes)
+        found = None
+        if self._make_fit(length, shared, share is not None):
+            found = self._wait(length, deadline_s, shared, None if reserved else share)
+        if found is None:
+            if reserved and share is not None:
+                self.give_reserved(length, share)
+            return None
+        slot = Slot(self, *found, length, share)
+        if share is not None and share.is_large(length):
+            with self._changed:
+                self._large.add(slot)
+        return slot
+
+    def _wait(
+        self, length: int, deadline_s: float, shared: bool, share: StagingShare | None
+    ) -> tuple[_Arena, int] | None:
+        hurries = share is None or not share.is_large(length)
+        with self._changed:
+            while not self._closed:
+                if share is None or share.take(length):
+                    found = self._find(length, shared)
+                    if found is not None:
+                        return found
+                    if share is not None:
+                        share.give(length)
+                remaining_s = deadline_s - time.monotonic()
+                if remaining_s <= 0:
+                    return None
+                self._changed.wait(min(remaining_s, LARGE_LOOK_S) if self._large and hurries else remaining_s)
+                if self._large and hurries:
+                    self._end_slow()
+        return None
+
+    def _end_slow(self) -> None:
+        """End peers that are slow with a block larger than a share. Called by a thread that waits for memory, with the
+        lock held."""
+        now_s = time.monotonic()
+        for slot in [slot for slot in self._large if slot.end_if_slow(now_s)]:
+            self._large.discard(slot)
+            size = format_bytes(len(slot.view))
+            note_loss("staging_slow", "slow", "a connection is slow with a block of %s, and others wait: ended", size)
+
+    def take_back(self, slot: Slot, arena: _Arena, offset: int, length: int, share: StagingShare | None) -> None:
+        """Called by `Slot.give`."""
+        with self._changed:
+            arena.free.give(offset, length)
+            self._large.discard(slot)
+            if share is None:
+                self._changed.notify_all()
+        if share is not None:
+            self.give_reserved(length, share)
+
+    def give_reserved(self, length: int, share: StagingShare) -> None:
+        """What was reserved in a share, and has no slot, is not needed."""
+        share.give(length)
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End every wait; slots that are out may still come back."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _find(self, length: int, shared: bool) -> tuple[_Arena, int] | None:
+        if self.free_bytes < length + (self.capacity_bytes // 2 if shared else 0):
+            return None
+        for arena in self._arenas:
+            if length <= len(arena.memory) and (offset := arena.free.take(length)) is not None:
+                return arena, offset
+        return None
+
+    def _fits(self, length: int, shared: bool) -> bool:
+        capacity_bytes = self.capacity_bytes
+        enough = length + (capacity_bytes // 2 if shared else 0) <= capacity_bytes
+        return enough and any(length <= len(arena.memory) for arena in self._arenas)
+
+    def _make_fit(self, length: int, shared: bool, within_share: bool) -> bool:
+        """Whether there can be a slot of this length, if need be in a new arena; it is made too, where it may be, for a
+        slot that is to be `within_share`."""
+        if self._fits(length, shared) and not (within_share and self._shares.is_large(length)):
+            return True
+        with self._growing:
+            fits = self._fits(length, shared)
+            if fits and not (within_share and self._shares.is_large(length)):
+                return True
+            more_bytes = GROW_BLOCKS * length
+            if self._closed or self.capacity_bytes + more_bytes > self.limit_bytes:
+                return fits
+            try:
+                arena = _Arena(more_bytes)
+                self._register(arena.memory)
+            except (OSError, MemoryError) as error:
+                note_loss("staging", "grow", "no memory to stage blocks of %s: %s", format_bytes(length), error)
+                return fits
+            with self._changed:
+                self._arenas = [*self._arenas, arena]
+                self._changed.notify_all()
+            self._shares.grown(self.capacity_bytes)
+            total = format_bytes(self.capacity_bytes)
+            log.warning("staging memory grew to %s for blocks of %s", total, format_bytes(length))
+            return True

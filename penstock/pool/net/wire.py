@@ -1,0 +1,550 @@
+"""The pool protocol over TCP: greeting, frames, messages.
+
+Every number and every length of a message has bounds, declared with its type. A message outside them is refused
+(`decode_request`, `decode_reply`), and ends its connection with one line of the log.
+
+Both sides first send 8 bytes: magic and protocol version. Where both have certificates TLS begins here
+(`transport.tls_socket`), where both have a secret they prove it. Then frames: a prefix
+(header length, payload length), a msgpack header, padding up to 64 bytes, the raw payload. Replies may come in any
+order; `id` pairs them with requests.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+from msgspec import Meta
+
+from penstock.core.keys import KEY_BYTES, BlockKey
+from penstock.core.new_block import MAC_BYTES, REBUILD_S_MAX, TENANT_BYTES, NewBlock
+from penstock.framing import Greeting, decode
+from penstock.framing import ProtocolError as ProtocolError
+from penstock.pool.api import Located, PoolStat
+
+if TYPE_CHECKING:
+    from penstock.pool.net.tls_socket import Stream
+
+GREETING = Greeting("pool", b"PNSTCK", version=3, usual_secret=False)
+greeting, check_greeting = GREETING.pack, GREETING.check
+SECRET_PURPOSE = b"pool"
+PREFIX = struct.Struct("<II")
+HEAD_BYTES = 64  # every frame begins with at least this many, so that one receive gets most headers whole
+HEADER_BYTES_MAX = 1 << 20
+PAYLOAD_BYTES_MAX = 1 << 30
+KEYS_PER_MESSAGE = 4096
+PROBE_BYTES_MAX = 1 << 20
+NODE_ID_BYTES = 16
+STALL_S = 10  # a peer that takes or gives no byte in the middle of a message for this long is gone
+LOOK_S = 1.0  # how often a payload under way is looked at
+HEADER_S = 20.0  # for a header of more than HEAD_BYTES
+HELLO_BYTES_MAX = 1024  # of the header of a connection's first message
+GREET_S = 10.0  # from a connection to its Hello, all in all
+IDLE_S = 60.0  # a client that sends no message for this long is gone; it sends Alive three times as often
+TIMEOUT_S_MAX = 86_400.0
+KEEPALIVE_S = (30, 10, 3)  # until the kernel's first probe, between probes, probes without an answer
+ROUTES_MAX = 4096
+ROUTE_LINKS_MAX = 16
+LINK_CHARACTERS_MAX = 1024
+DETAIL_CHARACTERS_MAX = 4096  # of what is said; the rest of a longer one is cut
+HAND_OFF_CHARACTERS_MAX = 1024  # `PlacedRequest.hand_off_id` has at most 532
+PROMPT_BLOCKS_MAX = 1 << 19  # full blocks of one prompt: 2^23 tokens in blocks of 16
+DESCRIPTION_BYTES_MAX = 256 << 10  # of memory that is read one-sided
+ADDRESS_BYTES_MAX = 1 << 50  # of memory that is read one-sided; where something lies in it
+
+# Annotated floats refuse NaN too: it is neither above nor below a bound.
+Id = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Seconds = Annotated[float, Meta(ge=0, le=TIMEOUT_S_MAX)]
+Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
+Keys = Annotated[bytes, Meta(max_length=KEYS_PER_MESSAGE * KEY_BYTES)]
+BlockBytes = Annotated[int, Meta(ge=1, le=PAYLOAD_BYTES_MAX)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
+Checksum = Annotated[int, Meta(ge=0, extra={"bits": 64})]
+Mac = Annotated[bytes, Meta(max_length=MAC_BYTES)]  # as the writer made it; only readers with its key look into it
+Rate = Annotated[float, Meta(ge=0, le=1e18)]
+NodeId = Annotated[bytes, Meta(max_length=NODE_ID_BYTES)]
+Label = Annotated[str, Meta(max_length=64)]
+Name = Annotated[str, Meta(max_length=4096)]
+Detail = Annotated[str, Meta(max_length=1 << 16)]
+Link = Annotated[str, Meta(max_length=LINK_CHARACTERS_MAX)]
+HandOffName = Annotated[str, Meta(max_length=HAND_OFF_CHARACTERS_MAX)]
+ClientName = Annotated[bytes, Meta(max_length=64)]
+Description = Annotated[bytes, Meta(max_length=DESCRIPTION_BYTES_MAX)]
+Offset = Annotated[int, Meta(ge=0, le=ADDRESS_BYTES_MAX)]
+
+
+class Hello(msgspec.Struct, array_like=True, tag=1):
+    """First request of a connection; `lane` is "read", "write" or "control". A client that is itself a node
+    gives its id as `origin`. `own_only`: serve it from the node's own members, not from those of other nodes."""
+
+    lane: Label
+    origin: NodeId = b""
+    own_only: bool = False
+
+
+class Read(msgspec.Struct, array_like=True, tag=2):
+    """One block; answered by Block or Failed."""
+
+    id: Id
+    key: Key
+    size_bytes: BlockBytes
+    timeout_s: Seconds
+
+
+class Write(msgspec.Struct, array_like=True, tag=3):
+    """One block, its bytes are the payload; answered by Written or Failed."""
+
+    id: Id
+    key: Key
+    parent: Key
+    size_bytes: BlockBytes
+    position: Count
+    tenant: Annotated[bytes, Meta(max_length=TENANT_BYTES)]
+    rebuild_s: Annotated[float, Meta(ge=0, le=REBUILD_S_MAX)]
+    checksum: Checksum
+    timeout_s: Seconds
+    mac: Mac = b""
+
+    @property
+    def block(self) -> NewBlock:
+        """The block as the pool takes it."""
+        return NewBlock(self.key, self.parent, self.size_bytes, self.position, self.tenant, self.rebuild_s, self.mac)
+
+
+class Lookup(msgspec.Struct, array_like=True, tag=4):
+    """`keys` are concatenated; answered by Found."""
+
+    id: Id
+    timeout_s: Seconds
+    keys: Keys
+
+
+class Evict(msgspec.Struct, array_like=True, tag=5):
+    """Drop these blocks; answered by Evicted or Failed."""
+
+    id: Id
+    timeout_s: Seconds
+    keys: Keys
+
+
+class Stat(msgspec.Struct, array_like=True, tag=6):
+    """How the node and its pool are; answered by Stats or Failed."""
+
+    id: Id
+    timeout_s: Seconds
+
+
+class Corrupt(msgspec.Struct, array_like=True, tag=7):
+    """The block that came with this checksum and MAC does not match its checksum; or (`refused`) it does, but was not
+    written under the reader's pool key. No answer: the node looks for damage itself (`pool.suspects`)."""
+
+    key: Key
+    checksum: Checksum
+    mac: Mac = b""
+    refused: bool = False
+
+
+class Probe(msgspec.Struct, array_like=True, tag=8):
+    """So many bytes that mean nothing, to measure the link; answered by Probed or Failed."""
+
+    id: Id
+    size_bytes: Count
+
+
+class Open(msgspec.Struct, array_like=True, tag=9):
+    """To the relay of a decode engine: the hand-off `name` may begin. `reads`: say which blocks it can read from the
+    pool. Answered by Opened once there is room, or Failed."""
+
+    id: Id
+    name: HandOffName
+    reads: bool
+    timeout_s: Seconds
+
+
+class HandedOver(msgspec.Struct, array_like=True, tag=10):
+    """All blocks of a hand-off are there, but `missing` that could not be sent; `token` is the first one. Answered by
+    Accepted or Failed."""
+
+    id: Id
+    name: HandOffName
+    token: Annotated[int, Meta(ge=-1, le=(1 << 32) - 1)]
+    missing: Annotated[int, Meta(ge=0, le=PROMPT_BLOCKS_MAX)]
+    timeout_s: Seconds
+
+
+class Attach(msgspec.Struct, array_like=True, tag=11):
+    """To a relay: from now on blocks may be read one-sided, in both directions (`one_sided`). `client` is a name that
+    nobody else has, `memory` what `kind` needs to read the client's memory. Answered by Attached or Failed."""
+
+    id: Id
+    client: ClientName
+    kind: Label
+    memory: Description
+    timeout_s: Seconds
+
+
+class Lend(msgspec.Struct, array_like=True, tag=12):
+    """One block, to be read one-sided; answered by Lent or Failed."""
+
+    id: Id
+    key: Key
+    size_bytes: BlockBytes
+    timeout_s: Seconds
+
+
+class Return(msgspec.Struct, array_like=True, tag=13):
+    """A lent block was read. No answer; without it the block is taken back at the deadline of Lend."""
+
+    lend_id: Id
+
+
+class Offer(msgspec.Struct, array_like=True, tag=14):
+    """A block of a hand-off lies at `offset` of the client's memory, for the relay to read; answered by Written or
+    Failed."""
+
+    id: Id
+    client: ClientName
+    key: Key
+    size_bytes: BlockBytes
+    checksum: Checksum
+    offset: Offset
+    timeout_s: Seconds
+    mac: Mac = b""
+
+
+class Alive(msgspec.Struct, array_like=True, tag=15):
+    """The client is still there. No answer; sent only to a node whose Ready says `idle_s`."""
+
+
+class Ready(msgspec.Struct, array_like=True, tag=20):
+    """Answer to Hello. `node_id` differs from node to node, and from start to start; `read_bytes_per_s` is what its
+    members' shares go by, added up; `block_bytes_max` the largest block that it can store and serve (0: not said). It
+    ends a connection that sends no message for `idle_s` (0: never). Failed instead: the node has nothing for this
+    client."""
+
+    name: Name
+    node_id: NodeId = b""
+    read_bytes_per_s: Rate = 0.0
+    block_bytes_max: Count = 0
+    idle_s: Seconds = 0.0
+
+
+class Block(msgspec.Struct, array_like=True, tag=21):
+    """The payload is the block."""
+
+    id: Id
+    key: Key
+    checksum: Checksum
+    mac: Mac = b""
+
+
+class Failed(msgspec.Struct, array_like=True, tag=22):
+    """`reason` is one of `PoolError.REASONS`. `detail` is cut, and made such that it can be encoded: it may name a path
+    that is no text."""
+
+    id: Id
+    reason: Label
+    detail: Detail
+
+    def __post_init__(self) -> None:
+        self.detail = self.detail[:DETAIL_CHARACTERS_MAX].encode(errors="replace").decode()
+
+
+class Written(msgspec.Struct, array_like=True, tag=23):
+    """The block of a Write is stored."""
+
+    id: Id
+
+
+class Found(msgspec.Struct, array_like=True, tag=24):
+    """For each key its size (0: a miss) and the index of its route in `routes`: its member (of another node, after it
+    "@" and that node's address) and the links it crosses up to this node."""
+
+    id: Id
+    sizes: Annotated[list[Annotated[int, Meta(ge=0, le=PAYLOAD_BYTES_MAX)]], Meta(max_length=KEYS_PER_MESSAGE)]
+    members: Annotated[list[Annotated[int, Meta(ge=0, lt=ROUTES_MAX)]], Meta(max_length=KEYS_PER_MESSAGE)]
+    routes: Annotated[list[Annotated[list[Link], Meta(max_length=ROUTE_LINKS_MAX)]], Meta(max_length=ROUTES_MAX)]
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) != len(self.members):
+            raise ValueError(f"{len(self.sizes)} sizes and {len(self.members)} members")
+        if any(size and member >= len(self.routes) for size, member in zip(self.sizes, self.members, strict=True)):
+            raise ValueError(f"a hit names a route that is not among the {len(self.routes)} of the message")
+
+
+def found(id: int, hits: Sequence[Located | None]) -> Found:
+    """The answer to a lookup. A hit that cannot travel, for its size or the route it names, is a miss: it costs itself,
+    not the other hits of the message."""
+    routes: dict[tuple[str, ...], int] = {}  # at most as many as there are keys
+    sizes, members = [], []
+    for hit in hits:
+        travels = hit is not None and _travels(hit)
+        sizes.append(hit.size_bytes if hit is not None and travels else 0)
+        members.append(routes.setdefault(hit.route, len(routes)) if hit is not None and travels else 0)
+    return Found(id, sizes, members, [list(route) for route in routes])
+
+
+def _travels(hit: Located) -> bool:
+    named = len(hit.route) <= ROUTE_LINKS_MAX and all(len(link) <= LINK_CHARACTERS_MAX for link in hit.route)
+    return named and 0 < hit.size_bytes <= PAYLOAD_BYTES_MAX
+
+
+class Evicted(msgspec.Struct, array_like=True, tag=25):
+    """How many of the keys of an Evict were dropped."""
+
+    id: Id
+    blocks: Count
+
+
+class Stats(msgspec.Struct, array_like=True, tag=26):
+    """The answer to Stat."""
+
+    id: Id
+    stat: PoolStat
+
+
+class Probed(msgspec.Struct, array_like=True, tag=27):
+    """The payload is what was asked for."""
+
+    id: Id
+
+
+class Opened(msgspec.Struct, array_like=True, tag=28):
+    """One byte for each full block of the prompt: 1, the relay has it; 2, it can read it from the pool; 0, neither."""
+
+    id: Id
+    blocks: Annotated[bytes, Meta(max_length=PROMPT_BLOCKS_MAX)]
+
+    def __post_init__(self) -> None:
+        if self.blocks.translate(None, b"\0\1\2"):
+            raise ValueError("a block is neither here, nor readable, nor absent")
+
+
+class Accepted(msgspec.Struct, array_like=True, tag=29):
+    """The decode engine has taken the hand-off over."""
+
+    id: Id
+
+
+class Attached(msgspec.Struct, array_like=True, tag=30):
+    """`memory` is what the client needs to read the relay's."""
+
+    id: Id
+    memory: Description
+
+
+class Lent(msgspec.Struct, array_like=True, tag=31):
+    """The block lies at `offset` of the relay's memory."""
+
+    id: Id
+    checksum: Checksum
+    offset: Offset
+    mac: Mac = b""
+
+
+Request = (
+    Hello
+    | Read
+    | Write
+    | Lookup
+    | Evict
+    | Stat
+    | Corrupt
+    | Probe
+    | Open
+    | HandedOver
+    | Attach
+    | Lend
+    | Return
+    | Offer
+    | Alive
+)
+Reply = Ready | Block | Failed | Written | Found | Evicted | Stats | Probed | Opened | Accepted | Attached | Lent
+
+Answer = Written | Found | Evicted | Stats | Opened | Accepted | Attached | Lent  # what has no payload and no error
+ANSWERS: dict[type[Request], type[Reply]] = {  # beside Failed
+    Read: Block,
+    Write: Written,
+    Lookup: Found,
+    Evict: Evicted,
+    Stat: Stats,
+    Probe: Probed,
+    Open: Opened,
+    HandedOver: Accepted,
+    Attach: Attached,
+    Lend: Lent,
+    Offer: Written,
+}
+
+_encoder = msgspec.msgpack.Encoder()
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+
+def frame(message: Request | Reply, payload_bytes: int = 0) -> bytes:
+    """Prefix, header and padding of a message; the payload follows it on the wire."""
+    header = _encoder.encode(message)
+    if len(header) > HEADER_BYTES_MAX:
+        raise ProtocolError(f"header of {len(header)} bytes; {HEADER_BYTES_MAX} are allowed")
+    return (PREFIX.pack(len(header), payload_bytes) + header).ljust(HEAD_BYTES, b"\0")
+
+
+class MinimumRate:
+    """How fast a peer gives or takes a payload: it may take `grace_s` longer, all in all, than at `bytes_per_s`. Counts
+    only the time for which this end waits for it."""
+
+    __slots__ = ("_bytes_per_s", "_left_s")
+
+    def __init__(self, grace_s: float, bytes_per_s: float) -> None:
+        self._left_s = grace_s
+        self._bytes_per_s = bytes_per_s
+
+    def moved(self, size_bytes: int, waited_s: float) -> None:
+        """Raises TimeoutError for a peer that is too slow."""
+        self._left_s += size_bytes / self._bytes_per_s - waited_s
+        if self._left_s < 0:
+            raise TimeoutError(f"the peer moves a payload at less than {self._bytes_per_s / 1024:g} KiB/s")
+
+
+def receive_exactly(
+    sock: Stream,
+    into: memoryview,
+    idle_s: float | None = None,
+    until_s: float | None = None,
+    rate: MinimumRate | None = None,
+) -> None:
+    """Fill `into`. Raises ConnectionError at the end of the stream, TimeoutError when the peer stalls in the middle
+    (sockets with SO_RCVTIMEO), when not all is there at `until_s`, or when it comes more slowly than `rate`; both are
+    looked at whenever the socket's timeout ends. The first byte may take `idle_s` seconds (None: as long as any other).
+    """
+    got, size, begin_s = 0, len(into), time.monotonic()
+    looked_s = heard_s = begin_s
+    while got < size:
+        try:
+            received = sock.recv_into(into[got:], 0, socket.MSG_WAITALL)
+        except BlockingIOError:
+            received = -1
+        now_s = time.monotonic()
+        if received == 0:
+            raise ConnectionError("the peer closed the connection")
+        if received > 0:
+            got += received
+            heard_s = now_s
+        elif got or idle_s is None:
+            if rate is None or now_s - heard_s >= STALL_S:
+                raise TimeoutError(f"the peer sent nothing for {STALL_S} s in the middle of a message")
+        elif now_s - begin_s >= idle_s:
+            raise TimeoutError(f"the peer sent no message for {idle_s:g} s")
+        if until_s is not None and got < size and now_s >= until_s:
+            raise TimeoutError("the peer did not send all of a message in time")
+        if rate is not None and got < size:
+            rate.moved(max(received, 0), now_s - looked_s)
+        looked_s = now_s
+
+
+def frame_lengths(head: bytes | memoryview) -> tuple[int, int]:
+    """Bytes of header and payload of the frame that begins so. Raises ProtocolError for too many."""
+    header_bytes, payload_bytes = PREFIX.unpack_from(head)
+    if header_bytes > HEADER_BYTES_MAX or payload_bytes > PAYLOAD_BYTES_MAX:
+        raise ProtocolError(
+            f"frame of {header_bytes} + {payload_bytes} bytes; "
+            f"{HEADER_BYTES_MAX} + {PAYLOAD_BYTES_MAX} are allowed (is the peer a Penstock pool?)"
+        )
+    return header_bytes, payload_bytes
+
+
+class FrameReader:
+    """Reads frame heads of one connection into one small buffer."""
+
+    def __init__(self, sock: Stream) -> None:
+        self._sock = sock
+        self._head = memoryview(bytearray(HEAD_BYTES))
+
+    def next(self, idle_s: float = float("inf"), until_s: float | None = None) -> tuple[memoryview, int]:
+        """Header and payload length of the next frame, which begins within `idle_s` seconds; its header is there by
+        `until_s`, or soon after it began. The payload is the caller's. Raises OSError or ProtocolError."""
+        receive_exactly(self._sock, self._head, idle_s, until_s)
+        header_bytes, payload_bytes = frame_lengths(self._head)
+        room = HEAD_BYTES - PREFIX.size
+        if header_bytes <= room:
+            return self._head[PREFIX.size : PREFIX.size + header_bytes], payload_bytes
+        header = memoryview(bytearray(header_bytes))
+        header[:room] = self._head[PREFIX.size :]
+        receive_exactly(self._sock, header[room:], until_s=until_s or time.monotonic() + HEADER_S)
+        return header, payload_bytes
+
+
+def decode_request(header: memoryview) -> Request:
+    """Raises ProtocolError for what is no message, or one with a number or a length out of bounds."""
+    return decode(_requests, header, "request")
+
+
+def decode_reply(header: memoryview) -> Reply:
+    """Raises ProtocolError as `decode_request`."""
+    return decode(_replies, header, "reply")
+
+
+def split_keys(keys: bytes) -> list[BlockKey]:
+    """Keys of a concatenation. Raises ProtocolError for a broken or too long one."""
+    if len(keys) % KEY_BYTES or len(keys) > KEYS_PER_MESSAGE * KEY_BYTES:
+        raise ProtocolError(f"{len(keys)} bytes of keys; at most {KEYS_PER_MESSAGE} keys of {KEY_BYTES} bytes")
+    return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
+
+
+def set_timeouts(sock: Stream) -> None:
+    """Kernel limits for a peer that stalls, or is gone without a word (its host lost power, a NAT forgot the flow); the
+    socket stays blocking, so that threads may send and receive at once."""
+    idle, every, probes = KEEPALIVE_S
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, every)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * (idle + every * probes))
+    _set_limit(sock, socket.SO_SNDTIMEO, min(LOOK_S, STALL_S))
+    _set_limit(sock, socket.SO_RCVTIMEO, STALL_S)
+
+
+def look_at_payload(sock: Stream, under_way: bool) -> None:
+    """While a payload is under way, a receive ends every LOOK_S, so that `receive_exactly` sees how fast it comes."""
+    _set_limit(sock, socket.SO_RCVTIMEO, min(LOOK_S, STALL_S) if under_way else STALL_S)
+
+
+def _set_limit(sock: Stream, option: int, limit_s: float) -> None:
+    seconds = int(limit_s)
+    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, int((limit_s - seconds) * 1e6)))
+
+
+def send_all(
+    sock: Stream,
+    *parts: bytes | memoryview,
+    until_s: float | None = None,
+    rate: MinimumRate | None = None,
+) -> None:
+    """Send all parts in order, without joining them. Raises OSError, also when the peer takes nothing for STALL_S, has
+    not taken all at `until_s`, or takes it more slowly than `rate`; all of these are looked at every LOOK_S."""
+    views = [memoryview(part) for part in parts if len(part)]
+    moved_s = looked_s = time.monotonic()
+    while views:
+        try:
+            sent = sock.sendmsg(views)
+        except BlockingIOError:
+            sent = 0
+        now_s = time.monotonic()
+        moved_s = now_s if sent else moved_s
+        if now_s - moved_s >= STALL_S:
+            raise TimeoutError(f"the peer took nothing for {STALL_S} s")
+        if rate is not None:
+            rate.moved(sent, now_s - looked_s)
+        looked_s = now_s
+        while views and sent >= len(views[0]):
+            sent -= len(views[0])
+            del views[0]
+        if sent:
+            views[0] = views[0][sent:]
+        if until_s is not None and views and now_s >= until_s:
+            raise TimeoutError("the peer did not take all of a message in time")

@@ -1,0 +1,1 @@
+"""From files and flags to an open pool, and the commands around one."""

@@ -1,0 +1,217 @@
+"""`penstock pool`: serves memory and SSDs of this machine as a pool node, until a signal ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+from penstock.command_line import one_line, refuse, with_flags
+from penstock.core.settings import setting, settings_of
+from penstock.pool.net.tls_flags import TLS_NAMES, TLS_PANEL
+from penstock.pool.setup.check_command import check
+from penstock.pool.setup.config import NodeSettings
+from penstock.pool.setup.reset_command import reset
+from penstock.pool.setup.stat_command import stat
+from penstock.process.log_lines import log_to_stderr
+from penstock.units import format_address, format_bytes, parse_address, parse_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from penstock.pool.net.node import PoolNode
+    from penstock.pool.node_backend import ServedPool
+    from penstock.pool.setup.config import MemberConfig, PoolConfig
+    from penstock.pool.setup.reload import ReadConfig
+
+    Inbox = queue.SimpleQueue[Literal["stop", "reload"]]
+
+log = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 15.0
+SIGNAL_POLL_S = 0.5
+LOG_LEVELS = ("debug", "info", "warning", "error")
+FAILED_STATUS = 70
+BEGIN_S_MAX = 5.0
+
+pool_app = typer.Typer(name="pool", invoke_without_command=True)
+pool_app.command()(stat)
+pool_app.command()(check)
+pool_app.command()(reset)
+
+
+def parse_slab(text: str) -> tuple[Path, int]:
+    """Path and bytes of "PATH:SIZE". Raises ValueError."""
+    path, colon, size = text.rpartition(":")
+    if not colon or not path:
+        raise ValueError(f"slab {text!r} is not understood; allowed is PATH:SIZE, for example /data/kv.slab:100GiB")
+    return Path(path), parse_bytes(size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeFlags(NodeSettings):
+    """With the members that can be given without a file."""
+
+    memory: tuple[int, ...] = setting(
+        (), "A memory member of this SIZE, such as 2GiB. May be given several times.", parse=parse_bytes, shown=""
+    )
+    slab: tuple[tuple[Path, int], ...] = setting(
+        (),
+        "A slab member PATH:SIZE on a file or block device, such as /data/kv.slab:100GiB. Its blocks survive a "
+        "restart. May be given several times.",
+        parse=parse_slab,
+        shown="",
+    )
+    weight: tuple[float, ...] = setting(
+        (), "Share of new blocks, one per member: memory first, then slabs. Measured when not given.", shown=""
+    )
+
+
+PANELS = {
+    "": (
+        *("listen", "memory", "slab", "weight", "state", "name", "pace", "staging", "connections"),
+        *("connections_per_address", "secret_file"),
+    ),
+    TLS_PANEL: TLS_NAMES,
+}
+
+
+@pool_app.callback()
+@with_flags(NodeFlags, PANELS)
+def pool(
+    context: typer.Context,
+    *,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file that describes the pool; read again on SIGHUP.", metavar="FILE")
+    ] = None,
+    given: Mapping[str, Any],
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+) -> None:
+    """Serve a pool of memory and SSDs to engines on this and other machines; or look at one."""
+    if context.invoked_subcommand is not None:
+        return
+    from penstock.pool.api import PoolError
+
+    try:
+        if log_level not in LOG_LEVELS:
+            raise ValueError(f"log-level is {log_level!r}; allowed is one of {', '.join(LOG_LEVELS)}")
+        log_to_stderr(log_level.upper())
+        read = partial(_config, config, given)
+        _serve(read(), read)
+    except (ValueError, OSError, PoolError) as error:
+        refuse("penstock pool", error)
+
+
+def _config(
+    file: Path | None, flags: Mapping[str, Any], running: Sequence[MemberConfig] = (), reserved: Collection[str] = ()
+) -> PoolConfig:
+    """The file's pool or that of the flags; what is given on the command line goes before the file."""
+    from penstock.pool.setup.config import config_of_flags
+    from penstock.pool.setup.config_file import read_pool_config
+
+    members = {name: flags[name] for name in ("memory", "slab", "weight") if flags.get(name)}
+    given = {one.field.name: one.read(flags[name]) for name, one in settings_of(NodeSettings).items() if name in flags}
+    if "listen" in given:
+        parse_address(given["listen"])
+    if file is not None:
+        if members:
+            raise ValueError(f"--config is given together with --{next(iter(members))}; allowed: one or the other")
+        return replace(read_pool_config(file, running, reserved), **given)
+    sizes = [parse_bytes(text) for text in members.get("memory", ())]
+    slabs = [parse_slab(text) for text in members.get("slab", ())]
+    if not sizes and not slabs:
+        raise ValueError("the pool has no member; give --config FILE, --memory SIZE or --slab PATH:SIZE")
+    return config_of_flags(sizes, slabs, members.get("weight"), **given)
+
+
+def _serve(config: PoolConfig, read: ReadConfig) -> None:
+    from penstock.pool.net.node import PoolNode
+    from penstock.pool.net.secret import Secret
+    from penstock.pool.net.tls import PeerTls
+    from penstock.pool.setup.open import open_pool
+    from penstock.process.file_limit import raise_file_limit
+
+    threading.excepthook = _thread_failed
+    raise_file_limit()
+    inbox: Inbox = queue.SimpleQueue()
+    if config.file is not None:  # from here on: opening large members takes its time, and SIGHUP would end the process
+        signal.signal(signal.SIGHUP, lambda *_: inbox.put("reload"))
+    served = open_pool(config, serves=True)
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: inbox.put("stop"))
+        host, port = parse_address(config.listen)
+        secret = Secret.read(config.secret_file) if config.secret_file else None
+        pace, staging = config.pace_bytes_per_s, config.staging_bytes
+        limits = config.connections, config.connections_per_address
+        node = PoolNode(served, host, port, config.name, pace, staging, secret, *limits, tls=PeerTls.of(config))
+        try:
+            members = ", ".join(
+                f"{m.name} ({m.kind}, {format_bytes(m.capacity_bytes)}, {m.blocks} blocks)"
+                for m in served.stat(1.0).members
+            )
+            print(f"pool node {config.name} ready on {format_address(*node.address)}: {members}", flush=True)
+            _wait(config, served, node, read, inbox)
+        finally:
+            node.close(CLOSE_TIMEOUT_S)
+    finally:
+        served.close(CLOSE_TIMEOUT_S)
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """End the node when one of its threads has failed: otherwise requests would wait for their deadlines. Its memory
+    blocks are lost; what is on SSDs is as after a crash."""
+    name = failed.thread.name if failed.thread is not None else "a thread"
+    with contextlib.suppress(Exception):
+        traceback.print_exception(failed.exc_value)
+    _end_now(f"{name} failed: {failed.exc_value!r}")
+
+
+def _end_now(why: str) -> NoReturn:
+    """End the process without waiting for anything: what it waited for might need memory."""
+    with contextlib.suppress(Exception):
+        print(f"penstock pool: {why}; the node ends", file=sys.stderr, flush=True)
+    os._exit(FAILED_STATUS)
+
+
+def _wait(config: PoolConfig, served: ServedPool, node: PoolNode, read: ReadConfig, inbox: Inbox) -> None:
+    """Until a signal says stop. A file that cannot be applied changes nothing."""
+    from penstock.pool.api import PoolError
+    from penstock.pool.local.local_pool import LocalPool
+    from penstock.pool.setup.reload import LiveConfig
+    from penstock.pool.union.union_pool import UnionPool
+
+    local = served.own
+    assert local is None or isinstance(local, LocalPool)
+    live = LiveConfig(config, local, served if isinstance(served, UnionPool) else None, read)
+    while _asked(inbox, node) == "reload":
+        try:
+            changes = ", ".join(live.reload()) or "nothing changed"
+        except (ValueError, OSError, PoolError) as error:
+            log.error("%s; the pool goes on as it was", one_line(error))
+        else:
+            print(f"pool node {config.name} reloaded: {changes}", flush=True)
+
+
+def _asked(inbox: Inbox, node: PoolNode) -> Literal["stop", "reload"]:
+    """What the next signal asks for. The system may deliver a signal to a thread that does not wait here (as it does
+    right after SIGCONT), and Python handles it only when this thread runs: so it wakes up from time to time."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return inbox.get(timeout=SIGNAL_POLL_S)
+        if not node.alive:
+            _end_now("a thread without which the node serves nobody has ended")
+        if node.beginning_s > BEGIN_S_MAX:
+            _end_now(f"a connection could not be begun within {BEGIN_S_MAX:g} s: out of memory or threads")

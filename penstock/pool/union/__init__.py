@@ -1,0 +1,1 @@
+"""Several nodes, and a local pool, as one."""

@@ -1,0 +1,118 @@
+"""One child of a union of pools, local or a node: whether it can be used, its room, and how fast it really reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from penstock.core.bandwidth import BusyMeter, MemberBandwidth
+from penstock.core.keys import BlockKey
+from penstock.core.layout import staging_bytes
+from penstock.pool.api import Located, Pool, PoolError, PoolStat, ReadCheck
+from penstock.pool.node_backend import ServedPool
+
+BlockEnded = Callable[[int, bytes, PoolError | None], None]  # checksum and MAC that the block was stored with
+
+
+class NodePool(Pool, Protocol):
+    """What the union asks of a pool node (`transport.remote.RemotePool`): questions that can be asked of many nodes at
+    once, and reads that hand on checksum and MAC."""
+
+    @property
+    def place(self) -> str:
+        """The node's address as text."""
+
+    @property
+    def up(self) -> bool:
+        """Whether a connection to the node is open."""
+
+    @property
+    def down_reason(self) -> str:
+        """Why a connection to the node ended last."""
+
+    @property
+    def node_id(self) -> bytes:
+        """The node's id, as it said when it was reached; empty before."""
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """What its members' shares go by, added up, as it said when it was reached."""
+
+    @property
+    def block_bytes_max(self) -> int:
+        """The largest block that it takes, as it said when it was reached."""
+
+    def begin_lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> Callable[[], list[Located | None]]:
+        """Send the question of `lookup`; the result waits for the answer. Raises PoolError, now or then."""
+
+    def begin_evict(self, keys: Sequence[BlockKey]) -> Callable[[], int]:
+        """Send the question of `evict`; the result waits for the answer. Raises PoolError, now or then."""
+
+    def begin_stat(self, timeout_s: float) -> Callable[[], PoolStat]:
+        """Send the question of `stat`; the result waits for the answer. Raises PoolError, now or then."""
+
+    def read_block(
+        self,
+        key: BlockKey,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        ended: BlockEnded,
+        check: ReadCheck | None = None,
+    ) -> None:
+        """Read a block into `into`; `ended` is called once with the checksum and MAC that it was stored with, or an
+        error."""
+
+    def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
+        """Tell the node that a block came damaged, or (`refused`) under another pool key."""
+
+    def measure_bytes_per_s(self, budget_s: float) -> float:
+        """Bytes per second over the link to the node, measured for at most `budget_s`."""
+
+
+class Child:
+    """`pool` is the child, also as `local` or `node`. State changes under the union's lock."""
+
+    def __init__(self, pool: ServedPool | NodePool, local: ServedPool | None, node: NodePool | None) -> None:
+        self.pool: Pool = pool
+        self.local, self.node = local, node
+        self.name = node.place if node is not None else "local"
+        self.meter = BusyMeter(busy_from=2, failed_time=True)
+        self.bandwidth: MemberBandwidth | None = None  # None until the weight is known, or when it was given
+        self.weighed = False  # its weight was given, or measured
+        self.given = False
+        self.room_bytes: int | None = None  # None: not known
+        self.stat: PoolStat | None = None
+        self.failures = 0  # lookups that it did not answer
+        self.told_down = False
+        self.left = False  # the union uses it no more
+
+    @property
+    def up(self) -> bool:
+        """Whether the child can be asked: it has not left, and a node is connected."""
+        return not self.left and (self.node is None or self.node.up)
+
+    @property
+    def block_bytes_max(self) -> int:
+        """Size in bytes of the largest block that it takes."""
+        return self.node.block_bytes_max if self.node is not None else self.as_local.block_bytes_max
+
+    @property
+    def as_local(self) -> ServedPool:
+        """The local pool; the child must not be a node."""
+        assert self.local is not None
+        return self.local
+
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether a block of this size is expected to fit; True as long as its room is not known."""
+        return self.room_bytes is None or self.room_bytes >= staging_bytes(size_bytes)
+
+    def note_written(self, size_bytes: int) -> None:
+        """Less room, until `note_stat` knows better."""
+        if self.room_bytes is not None:
+            self.room_bytes = max(0, self.room_bytes - staging_bytes(size_bytes))
+
+    def note_stat(self, stat: PoolStat) -> None:
+        """Note the free bytes of its healthy members."""
+        self.stat = stat
+        self.room_bytes = sum(m.capacity_bytes - m.used_bytes for m in stat.members if m.healthy)

@@ -1,0 +1,259 @@
+"""The children of a union of pools: asks all of them at once, weighs them by the bandwidth at which they are read, and
+knows which are up and which have room."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from penstock.core.bandwidth import MemberBandwidth
+from penstock.core.pool.striping import Placement
+from penstock.pool.api import PoolError, PoolStat
+from penstock.pool.block_size import expect_blocks
+from penstock.pool.node_backend import ServedPool
+from penstock.pool.union.child import Child, NodePool
+from penstock.process.guarded_thread import GuardedThread
+
+log = logging.getLogger(__name__)
+A = TypeVar("A")
+
+SHARES_BELOW = 1e6  # weights below this are shares, not bytes per second
+MEASURE_S = 0.3  # of one node's link, when it is first reached
+LOOK_EVERY_S = 1.0  # at each child: room, health and bandwidth
+STAT_TIMEOUT_S = 2.0  # and so the time until a node that hangs is found
+
+
+class Children:
+    """`all` of them, the local one first if there is one; numbers are places in it. `lock` guards what they carry. The
+    list only grows: a node that left keeps its number, and further ones come behind."""
+
+    def __init__(
+        self,
+        local: ServedPool | None,
+        nodes: Sequence[NodePool],
+        weights: Sequence[float | None] | None,
+        follow_bandwidth: bool,
+    ) -> None:
+        """Takes the children over: see `UnionPool`. They are closed when this raises."""
+        self.local = local
+        self.all = [Child(local, local, None)] if local is not None else []
+        self.all += [Child(node, None, node) for node in nodes]
+        self.lock = threading.Lock()
+        self._follow = follow_bandwidth
+        self._block_bytes = 0  # what the blocks of this process have, once that is known
+        self._closing = threading.Event()
+        self._thread = GuardedThread("penstock-union", self._keep_looking, restarts=True)
+        try:
+            self._placement = self._place(weights)
+            self._check()
+        except BaseException:
+            self.close(1.0)
+            raise
+        self._look()
+        self._thread.start()
+
+    @property
+    def closing(self) -> bool:
+        """Whether `close` was called."""
+        return self._closing.is_set()
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of new blocks; with the lock held."""
+        return self._placement.weights
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """Bytes per second that the shares of all usable children go by, added up."""
+        with self.lock:
+            return self._placement.total_weight
+
+    def add(self, node: NodePool, weight: float | None) -> None:
+        """A further node, used from now on; closed when this raises. Raises ValueError when it is a child already."""
+        try:
+            with self.lock:
+                known = (child.node for child in self.all if child.node is not None and not child.left)
+                _check_different(node, known)
+                if weight is not None and (weight < SHARES_BELOW) != (self._placement.total_weight < SHARES_BELOW):
+                    raise ValueError(f"the weight of {node.place} is on another scale than the others'")
+                child = self._weighed_child(Child(node, None, node), weight)
+                self._placement.add(weight or 0.0)
+                self.all = [*self.all, child]
+                block_bytes = self._block_bytes
+            if block_bytes:
+                expect_blocks(node, block_bytes)
+        except BaseException:
+            node.close(1.0)
+            raise
+
+    def drop(self, place: str, timeout_s: float) -> None:
+        """Use a node no more: its blocks are misses from now on; reads under way may end within `timeout_s`."""
+        with self.lock:
+            number = next(i for i, child in enumerate(self.all) if child.name == place and not child.left)
+            child = self.all[number]
+            child.left = True
+            self._placement.set_weight(number, 0.0)
+        deadline_s = time.monotonic() + timeout_s
+        while child.meter.in_flight and time.monotonic() < deadline_s and not self._closing.wait(0.01):
+            pass
+        child.pool.close(1.0)
+
+    def set_weight(self, place: str, weight: float) -> None:
+        """Another weight for a node; it stays until the next one is given."""
+        with self.lock:
+            number = next(i for i, child in enumerate(self.all) if child.name == place and not child.left)
+            self._weighed_child(self.all[number], weight)
+            self._placement.set_weight(number, weight)
+
+    @property
+    def block_bytes_max(self) -> int:
+        """The largest block that any child can hold."""
+        return max((child.block_bytes_max for child in self.all if not child.left), default=0)
+
+    def expect_blocks(self, block_bytes: int) -> list[str]:
+        """Say that blocks of this size will be written and read; returns a line for each child that cannot hold them.
+        Nodes that are added later are asked then."""
+        with self.lock:
+            self._block_bytes = block_bytes
+            pools = [child.pool for child in self.all if not child.left]
+        return [line for pool in pools for line in expect_blocks(pool, block_bytes)]
+
+    def preference(self) -> list[int]:
+        """Whom to read a block from that several hold; with the lock held."""
+        shares = self.shares
+        return sorted(range(len(self.all)), key=lambda i: (self.all[i].node is not None, -shares[i]))
+
+    def order(self, position: int, size_bytes: int) -> list[int]:
+        """Whom to offer a block to: those that are up, those with room first."""
+        with self.lock:
+            for i, child in enumerate(self.all):
+                self._placement.set_health(i, child.up)
+            order = self._placement.order(position)
+        return sorted(order, key=lambda i: not self.all[i].has_room(size_bytes))
+
+    def position_on(self, number: int, position: int) -> int:
+        """What a position of the union is on one child; with the lock held."""
+        return self._placement.rank(position, number)
+
+    def close(self, timeout_s: float) -> None:
+        """Close all children."""
+        self._closing.set()
+        deadline_s = time.monotonic() + timeout_s
+        for child in self.all:
+            child.pool.close(max(0.1, deadline_s - time.monotonic()))
+        self._thread.join(max(0.1, deadline_s - time.monotonic()))
+
+    def ask_all(
+        self, begin: Callable[[NodePool], Callable[[], A]], at_once: Callable[[ServedPool], A]
+    ) -> list[A | PoolError]:
+        """What each child answers, in the order of `all` (a child may have come since): all nodes are asked before any
+        answer is waited for, the local pool meanwhile."""
+        waits: list[Callable[[], A] | PoolError] = []
+        for child in self.all:
+            try:
+                if child.node is not None and not child.up:
+                    raise PoolError("network", f"pool node {child.name} is down: {child.node.down_reason}")
+                waits.append(begin(child.node) if child.node is not None else partial(at_once, child.as_local))
+            except PoolError as error:
+                waits.append(error)
+        return [wait if isinstance(wait, PoolError) else _answer(wait) for wait in waits]
+
+    # --- weights, room and health ---
+
+    def _place(self, given: Sequence[float | None] | None) -> Placement:
+        """A node whose weight is not given begins at 0: it takes nothing until its link was measured."""
+        if given is not None and len(given) != len(self.all):
+            raise ValueError(f"{len(given)} weights for {len(self.all)} children; as many are allowed, or none")
+        weights: list[float | None] = []
+        for i, child in enumerate(self.all):
+            weight = given[i] if given is not None else None
+            if weight is None and child.node is None:
+                weight = child.as_local.read_bytes_per_s
+                child.weighed = True
+            else:
+                self._weighed_child(child, weight)
+            weights.append(weight)
+        if any(weight and weight < SHARES_BELOW for weight in weights) and len(weights) > 1:
+            mixed = [child.name for child, w in zip(self.all, weights, strict=True) if w is None or w >= SHARES_BELOW]
+            if mixed:
+                raise ValueError(
+                    f"some members have weights that are shares, {', '.join(mixed)} goes by bytes per second; "
+                    "give all of them weights, or none"
+                )
+        placement = Placement([1.0] * len(weights))
+        for i, weight in enumerate(weights):
+            placement.set_weight(i, weight or 0.0)
+        return placement
+
+    def _weighed_child(self, child: Child, weight: float | None) -> Child:
+        """Note what weight a child was given, if any."""
+        child.given = child.weighed = weight is not None
+        if self._follow and child.node is not None and weight and weight >= SHARES_BELOW:
+            child.bandwidth = MemberBandwidth(weight)
+        return child
+
+    def _check(self) -> None:
+        """Raises ValueError or PoolError for children that make no pool."""
+        nodes = [child.node for child in self.all if child.node is not None]
+        for i, node in enumerate(nodes):
+            _check_different(node, nodes[:i])
+        if not any(child.up for child in self.all):
+            reasons = "; ".join(f"pool node {node.place}: {node.down_reason}" for node in nodes)
+            raise PoolError("network", f"no pool node can be used: {reasons}")
+
+    def _keep_looking(self) -> None:
+        while not self._closing.wait(LOOK_EVERY_S):
+            self._look()
+
+    def _look(self) -> None:
+        """Weigh nodes that are reached for the first time, update each child's free space, and follow each node's
+        bandwidth."""
+        for at, child in enumerate(self.all):
+            if child.node is not None and not child.weighed and child.up:
+                self._weigh(at, child, child.node)
+        answers = self.ask_all(lambda node: node.begin_stat(STAT_TIMEOUT_S), lambda local: local.stat(STAT_TIMEOUT_S))
+        now_s, local_weight = time.monotonic(), self.local.read_bytes_per_s if self.local is not None else 0.0
+        with self.lock:
+            for at, (child, answer) in enumerate(zip(self.all, answers, strict=False)):
+                if isinstance(answer, PoolStat):
+                    child.note_stat(answer)
+                if child.node is None and not child.given:
+                    self._placement.set_weight(at, local_weight)
+                if child.bandwidth is None or child.left:
+                    continue
+                child.bandwidth.observe(*child.meter.observed(now_s))
+                changed = child.bandwidth.change(now_s)
+                if changed is not None:
+                    log.warning("pool node %s is read at %.2f GB/s; its share follows", child.name, changed / 1e9)
+                    self._placement.set_weight(at, changed)
+
+    def _weigh(self, at: int, child: Child, node: NodePool) -> None:
+        try:
+            link = node.measure_bytes_per_s(MEASURE_S)
+        except PoolError as error:
+            log.info("the link to pool node %s could not be measured: %s", child.name, error)
+            return
+        log.info("the link to pool node %s moves %.2f GB/s", child.name, link / 1e9)
+        members = node.read_bytes_per_s
+        weight = min(link, members) if members >= SHARES_BELOW else link
+        with self.lock:
+            child.weighed, child.bandwidth = True, MemberBandwidth(weight) if self._follow else None
+            self._placement.set_weight(at, weight)
+
+
+def _check_different(node: NodePool, others: Iterable[NodePool]) -> None:
+    """Raises ValueError when a node is one of the others, under whatever address."""
+    for other in others:
+        if other.place == node.place or (other.node_id and other.node_id == node.node_id):
+            raise ValueError(f"{other.place} and {node.place} are one pool node; name it once")
+
+
+def _answer(wait: Callable[[], A]) -> A | PoolError:
+    try:
+        return wait()
+    except PoolError as error:
+        return error

@@ -1,0 +1,372 @@
+"""The pools of several hosts as one: a local pool, if there is one, and any number of pool nodes.
+
+P1  New blocks are spread over the children by bandwidth (core.placement): a child's weight is the bandwidth at which
+    its members can be read from here, so a node's is bounded by its link. Every engine that knows the same weights
+    places a block alike, and a child's own members get its blocks in turn.
+P2  Children that are up share the blocks. One that has no room, or refuses a block, leaves it to the next. When none
+    has room, the one whose turn it is evicts.
+P3  All children are asked at once, within one deadline. A child that fails or is late has misses, and is counted.
+P4  A block that several children hold is read from the first of: the local pool, then the nodes by weight.
+P5  A child that is down costs its blocks, never the pool; it is used again when it is back.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from penstock.core.keys import BlockKey
+from penstock.core.new_block import NewBlock
+from penstock.pool.api import Done, Lease, Located, MemberStat, PoolError, PoolStat, ReadCheck, check_write
+from penstock.pool.callbacks import call_done, call_soon, callback_worker
+from penstock.pool.losses import note_error, note_loss
+from penstock.pool.node_backend import OpenedBlock, ServedPool
+from penstock.pool.union.child import BlockEnded, Child, NodePool
+from penstock.pool.union.children import Children
+from penstock.pool.union.locations import Locations
+
+log = logging.getLogger(__name__)
+
+_GONE = ("missing", "layout", "checksum", "device")  # a read that ends so was sent to the wrong place
+_TRY_NEXT = ("network", "closed", "full", "device")  # a write that ends so may go to another child
+
+
+class UnionPool:
+    """Children as one pool. Contract: `pool.api.Pool`, and `pool.served.ServedPool` for a node that serves it."""
+
+    def __init__(
+        self,
+        local: ServedPool | None,
+        nodes: Sequence[NodePool],
+        weights: Sequence[float | None] | None = None,
+        node_id: bytes = b"",
+        follow_bandwidth: bool = True,
+    ) -> None:
+        """Takes the children over. `weights` are bytes per second, of the local pool first if there is one; None: of a
+        node its link is measured, as soon as it is up; of the local pool, what its members were given. `node_id`: the
+        id that the nodes know this process by, when it is a node itself. `follow_bandwidth`: a node's share falls when
+        it is read more slowly.
+
+        Raises ValueError when two addresses are one node, or PoolError("network") when no child can be used; the
+        children are closed then.
+        """
+        self.node_id = node_id
+        self._callbacks = callback_worker()
+        try:
+            self._children = Children(local, nodes, weights, follow_bandwidth)
+        except BaseException:
+            self._callbacks.close(1.0)
+            raise
+        self._local = local
+        self._lock = self._children.lock
+        self._locations = Locations(len(self._children.all))
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Each child's share of new blocks: "local", and nodes by their address."""
+        with self._lock:
+            pairs = zip(self._children.all, self._children.shares, strict=True)
+            return {child.name: share for child, share in pairs if not child.left}
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Lookups that each child did not answer."""
+        return {child.name: child.failures for child in self._children.all if not child.left}
+
+    # --- nodes that come and go ---
+
+    def add_node(self, node: NodePool, weight: float | None) -> None:
+        """A further node, taken over and used from now on. Raises ValueError when it is there already."""
+        with self._lock:
+            self._locations.add_child()
+        self._children.add(node, weight)
+
+    def drop_node(self, place: str, timeout_s: float) -> None:
+        """Use the node at this address no more: what lies there are misses from now on, and it is left alone; reads
+        under way may end within `timeout_s`."""
+        self._children.drop(place, timeout_s)
+
+    def set_node_weight(self, place: str, weight: float) -> None:
+        """Bytes per second, or a share where the others have shares."""
+        self._children.set_weight(place, weight)
+
+    # --- the interface ---
+
+    @property
+    def up(self) -> bool:
+        """Whether any child can be used now."""
+        return any(child.up for child in self._children.all)
+
+    def register(self, buffer: memoryview) -> None:
+        """Announce staging memory to every child."""
+        for child in self._children.all:
+            child.pool.register(buffer)
+
+    def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
+        """Ask all children at once; each block's best place, None where no child that answered has it."""
+        answers = self._children.ask_all(
+            lambda node: node.begin_lookup(keys, timeout_s), lambda local: local.lookup(keys, timeout_s)
+        )
+        with self._lock:
+            for child, answer in zip(self._children.all, answers, strict=False):
+                self._note_answer(child, answer)
+            found = [None if isinstance(answer, PoolError) else answer for answer in answers]
+            if all(answer is None for answer in found):
+                raise next(answer for answer in answers if isinstance(answer, PoolError))
+            asked = [number for number in self._children.preference() if number < len(found)]
+            return self._locations.note_prefix(keys, found, asked)
+
+    def read(
+        self,
+        key: BlockKey,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        done: Done,
+        check: ReadCheck | None = None,
+    ) -> None:
+        """Read from the child that the block was last seen at, and note how fast it came."""
+        child = self._holder(key)
+        if child is None or child.node is None:
+            if self._local is not None:
+                self._local.read(key, size_bytes, into, timeout_s, done, check)
+            else:
+                call_soon(self._callbacks, done, _unknown(key))
+            return
+        self.read_of_node(child, key, size_bytes, into, timeout_s, lambda *ended: call_done(done, ended[-1]), check)
+
+    def read_of_node(
+        self,
+        child: Child,
+        key: BlockKey,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        ended: BlockEnded,
+        check: ReadCheck | None = None,
+    ) -> None:
+        """Read from a node, metered; `ended` gets checksum and MAC too."""
+        assert child.node is not None
+
+        def end(checksum: int, mac: bytes, error: PoolError | None) -> None:
+            with self._lock:
+                child.meter.ended(1, 0 if error else size_bytes, time.monotonic())
+                if error is not None and error.reason == "mac":
+                    self._locations.refuse(key, self._children.all.index(child))
+                elif error is not None and error.reason in _GONE:
+                    self._locations.forget(key, self._children.all.index(child))
+            ended(checksum, mac, error)
+
+        with self._lock:
+            child.meter.started(time.monotonic())
+        child.node.read_block(key, size_bytes, into, timeout_s, end, check)
+
+    def lease(self, key: BlockKey) -> Lease | None:
+        """A block of the local child in place; None when it is elsewhere or unknown."""
+        child = self._holder(key)
+        if self._local is None or (child is not None and child.node is not None):
+            return None
+        return self._local.lease(key)
+
+    def host_buffers(self) -> list[memoryview]:
+        """The buffers of the local child; none without one."""
+        return self._local.host_buffers() if self._local is not None else []
+
+    def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
+        """Write to the child that the placement chooses, and to the next one where it is refused or fails, within
+        `timeout_s`."""
+        error = check_write(block, data)
+        if error is not None:
+            call_soon(self._callbacks, done, error)
+            return
+        ready = self._children.order(block.position, block.size_bytes)
+        self._write_to(ready, block, data, time.monotonic() + timeout_s, done, PoolError("network", "no child is up"))
+
+    def evict(self, keys: Sequence[BlockKey]) -> int:
+        """Drop the blocks at every child; how many were dropped in all. A child that fails is logged and counts 0."""
+        answers = self._children.ask_all(lambda node: node.begin_evict(keys), lambda local: local.evict(keys))
+        for child, answer in zip(self._children.all, answers, strict=False):
+            if isinstance(answer, PoolError) and not child.left:
+                note_error("evict", child.name, answer)
+        return sum(answer for answer in answers if not isinstance(answer, PoolError))
+
+    def stat(self, timeout_s: float) -> PoolStat:
+        """Members of nodes have the node's address behind their name, and a share of the node's share. Those of a node
+        that does not answer are shown as they were last seen, not healthy."""
+        answers = self._children.ask_all(lambda node: node.begin_stat(timeout_s), lambda local: local.stat(timeout_s))
+        if all(isinstance(answer, PoolError) for answer in answers):
+            raise next(answer for answer in answers if isinstance(answer, PoolError))
+        members: list[MemberStat] = []
+        counted: list[PoolStat] = []
+        with self._lock:
+            shares = self._children.shares
+            for child, answer, share in zip(self._children.all, answers, shares, strict=False):
+                if child.left:
+                    continue
+                if isinstance(answer, PoolStat):
+                    child.note_stat(answer)
+                    counted.append(answer)
+                    members += [replace(m, weight=m.weight * share) for m in answer.members]
+                else:
+                    members += [replace(m, weight=m.weight * share) for m in _absent(child)]
+        return PoolStat(
+            tuple(members),
+            sum(stat.writes_dropped for stat in counted),
+            sum(stat.evictions for stat in counted),
+            sum(stat.checksum_errors for stat in counted),
+            sum(stat.writes_not_admitted for stat in counted),
+            sum(stat.moved_blocks for stat in counted),
+            _added_up(stat.tenants for stat in counted),
+            _added_up(stat.losses for stat in counted),
+            _added_up(stat.thread_failures for stat in counted),
+            _added_up(stat.over_quota for stat in counted),
+            _added_up(stat.evictions_by for stat in counted),
+            sum(stat.writes_refused for stat in counted),
+        )
+
+    def close(self, timeout_s: float) -> None:
+        """Close the children, then end callbacks, within about `timeout_s`."""
+        deadline_s = time.monotonic() + timeout_s
+        self._children.close(timeout_s)
+        self._callbacks.close(max(0.1, deadline_s - time.monotonic()))
+
+    # --- for a pool node: `pool.served` ---
+
+    @property
+    def own(self) -> ServedPool | None:
+        """The local child; None when all children are nodes."""
+        return self._local
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """Bytes per second that the children's shares go by, added up."""
+        return self._children.read_bytes_per_s
+
+    @property
+    def block_bytes_max(self) -> int:
+        """Size in bytes of the largest block that any child takes."""
+        return self._children.block_bytes_max
+
+    def expect_blocks(self, block_bytes: int) -> list[str]:
+        """Say that blocks of this size will be written and read; a line for each child that cannot hold them."""
+        return self._children.expect_blocks(block_bytes)
+
+    def open_block(self, key: BlockKey, size_bytes: int) -> OpenedBlock | PoolError:
+        """Hold a block at the child that it was last seen at, or say why it cannot be read."""
+        child = self._holder(key)
+        if child is not None and child.node is not None:
+            return _NodeBlock(self, child, key, size_bytes)
+        if self._local is None:
+            return _unknown(key)
+        return self._local.open_block(key, size_bytes)
+
+    def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
+        """Pass on a reader's complaint about a block to the child that the block was last seen at."""
+        child = self._holder(key)
+        if child is not None and child.node is not None:
+            child.node.suspect(key, checksum, mac, refused)
+        elif self._local is not None:
+            self._local.suspect(key, checksum, mac, refused)
+
+    # --- asking ---
+
+    def _holder(self, key: BlockKey) -> Child | None:
+        with self._lock:
+            found = self._locations.find(key)
+            child = self._children.all[found] if found is not None else None
+            return child if child is not None and not child.left else None
+
+    def _note_answer(self, child: Child, answer: object) -> None:
+        """With the lock held: count what a child did not answer, and say so once until it answers again."""
+        if child.left:
+            return
+        failed = isinstance(answer, PoolError)
+        child.failures += failed
+        if failed and not child.told_down:
+            log.warning("lookups go on without %s: %s", child.name, answer)
+        elif child.told_down and not failed:
+            log.warning("%s answers lookups again", child.name)
+        child.told_down = failed
+
+    # --- writing ---
+
+    def _write_to(
+        self, ready: list[int], block: NewBlock, data: memoryview, deadline_s: float, done: Done, last: PoolError
+    ) -> None:
+        """Write to the first child of `ready`, or the next one when it refuses; `last` is why the one before did."""
+        remaining_s = deadline_s - time.monotonic()
+        if not ready or remaining_s <= 0:
+            note_error("store", "the pool", last)
+            call_soon(self._callbacks, done, last)
+            return
+        at, *others = ready
+        child = self._children.all[at]
+
+        def written(error: PoolError | None) -> None:
+            if error is not None and error.reason in _TRY_NEXT and not self._children.closing:
+                self._write_to(others, block, data, deadline_s, done, error)
+                return
+            if error is None:
+                with self._lock:
+                    self._locations.note_written(block.key, block.parent, at)
+            call_done(done, error)
+
+        with self._lock:
+            parent = self._locations.parent_on(at, block.parent)
+            position = self._children.position_on(at, block.position)
+            child.note_written(block.size_bytes)
+        child.pool.write(replace(block, parent=parent, position=position), data, remaining_s, written)
+
+
+def _unknown(key: BlockKey) -> PoolError:
+    """The block was not looked up before it is read, or its place was forgotten since."""
+    note_loss(
+        "location_unknown", "", "block %s is read, but where it lies was not looked up, or is forgotten", key.hex()
+    )
+    return PoolError("missing", f"nothing was looked up of block {key.hex()}")
+
+
+class _NodeBlock:
+    """A block of a node, read on behalf of this node's client; it is not held there, so it may be gone when it is read.
+    `pool.served.OpenedBlock`."""
+
+    view = None
+    far = True
+
+    def __init__(self, union: UnionPool, child: Child, key: BlockKey, size_bytes: int) -> None:
+        self._union, self._child = union, child
+        self.key = key
+        self.checksum, self.mac = 0, b""
+        self._size_bytes = size_bytes
+
+    def load(self, into: memoryview, timeout_s: float, done: Done) -> None:
+        def ended(checksum: int, mac: bytes, error: PoolError | None) -> None:
+            self.checksum, self.mac = checksum, mac
+            call_done(done, error)
+
+        self._union.read_of_node(self._child, self.key, self._size_bytes, into, timeout_s, ended)
+
+    def note_read(self) -> None:
+        """The node counts it."""
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
+def _added_up(counts: Iterable[Sequence[tuple[str, int]]]) -> tuple[tuple[str, int], ...]:
+    """By name over all children, such as what each tenant holds; the largest first."""
+    total: Counter[str] = Counter()
+    for counted in counts:
+        for name, count in counted:
+            total[name] += count
+    return tuple(total.most_common())
+
+
+def _absent(child: Child) -> tuple[MemberStat, ...]:
+    """A child that does not answer, as it was last seen."""
+    if child.stat is not None:
+        return tuple(replace(member, healthy=False, state="down") for member in child.stat.members)
+    return (MemberStat(f"node@{child.name}", "node", 0, 0, 0, False, 1.0, 0, 0, 0, "down"),)

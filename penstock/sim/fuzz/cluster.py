@@ -1,0 +1,196 @@
+"""Random prefill/decode clusters against the brain of the paths: agents, and nodes and NICs lost and healed.
+
+C1 each request ends exactly once: in its answer, or given up after its attempts; nothing waits for ever;
+C2 the accounts of engines, groups, nodes and the queue are right after every decision (`check_integrity`), and empty
+   in the end: no token, read or request is leaked;
+C3 a request is placed on engines that are there, never twice at once, and no more often than is allowed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Literal
+
+import msgspec
+
+from penstock.core.cluster.decisions import Decision, GiveUp, Place
+from penstock.sim.cluster_shape import SYSTEMS, ClusterShape
+from penstock.sim.fuzz.memory import hold
+from penstock.sim.prefill_decode import Fault, PrefillDecodeCluster, Settings
+from penstock.sim.served_model import ServedModel
+from penstock.sim.trajectories import Trajectory
+
+Model = Literal["ranks", "single"]
+ENDS_S = 1e6
+PLAIN_SYSTEM = "scheduler"
+SYSTEM_NAMES = tuple(name for name, system in SYSTEMS.items() if system.read != "none")
+
+
+class ClusterAgent(msgspec.Struct, frozen=True):
+    """`turns` are (prompt, hit, answer) tokens."""
+
+    at_s: float
+    turns: tuple[tuple[int, int, int], ...]
+
+
+class ClusterFault(msgspec.Struct, frozen=True):
+    """`lasts_s` is None for a node that is lost for good; else its storage NIC is cut for so long."""
+
+    at_s: float
+    node: int
+    lasts_s: float | None
+
+
+class ClusterCase(msgspec.Struct, frozen=True, tag="cluster", tag_field="kind"):
+    """`nodes` and `groups` are those of prefill, then of decode."""
+
+    seed: int
+    nodes: tuple[int, int]
+    groups: tuple[int, int]
+    gpus: int
+    storage_bytes_per_s: float
+    buffer_bytes: float
+    system: str
+    model: Model
+    replan: bool
+    settings: dict[str, Any]
+    agents: tuple[ClusterAgent, ...]
+    faults: tuple[ClusterFault, ...]
+
+
+def random_cluster(seed: int) -> ClusterCase:
+    """The case of a seed, the same on every machine."""
+    rng = random.Random(seed)
+    groups = (rng.randint(1, 2), rng.randint(1, 2))
+    nodes = (groups[0] * rng.randint(1, 2), groups[1] * rng.randint(1, 2))
+    span_s = rng.choice((0.5, 5.0, 40.0))
+    settings = {
+        "alpha_s": rng.choice((0.5, 3.0)),
+        "beta_s": rng.choice((0.1, 1.0, 5.0)),
+        "max_attempts": rng.choice((2, 8)),
+        "age_bound_s": rng.choice((0.5, 60.0)),
+        "part_tokens_min": rng.choice((64, 1024)),
+    }
+    return ClusterCase(
+        seed, nodes, groups, rng.randint(1, 3), rng.choice((2e8, 2e9, 2e10)), rng.choice((1e9, 2e10)),
+        rng.choice(SYSTEM_NAMES), rng.choice(("ranks", "single")), rng.random() < 0.8, settings,
+        tuple(_agent(rng, span_s) for _ in range(rng.randint(1, 9))), _faults(rng, nodes, span_s),
+    )  # fmt: skip
+
+
+def _agent(rng: random.Random, span_s: float) -> ClusterAgent:
+    turns, context = [], 0
+    for _ in range(rng.randint(1, 4)):
+        hit = context // 64 * 64
+        prompt = context + rng.randint(1, rng.choice((200, 6000)))
+        answer = rng.randint(1, rng.choice((3, 200)))
+        turns.append((prompt, hit, answer))
+        context = prompt + answer
+    return ClusterAgent(round(rng.uniform(0, span_s), 3), tuple(turns))
+
+
+def _faults(rng: random.Random, nodes: tuple[int, int], span_s: float) -> tuple[ClusterFault, ...]:
+    """Of prefill, and of decode, one node stays; the others are lost once at most."""
+    found: list[ClusterFault] = []
+    stay = {0, nodes[0]}
+    for _ in range(rng.randint(0, 4)):
+        at_s, node = round(rng.uniform(0, span_s * 1.5), 3), rng.randrange(sum(nodes))
+        lasts_s = None if node not in stay and rng.random() < 0.4 else round(rng.uniform(0.1, 20.0), 3)
+        if lasts_s is None:
+            stay.add(node)
+        found.append(ClusterFault(at_s, node, lasts_s))
+    return tuple(found)
+
+
+def _model(kind: Model) -> ServedModel:
+    return ServedModel(
+        "fuzzed", "", layers=16, kv_bytes_per_token=100_000, linear_flop_per_token=2e9, attention_flop_per_token=0.0,
+        attention_flop_per_pair=1e4, decode_read_bytes_per_sequence=0.0, decode_read_bytes_per_token=1e5,
+        weight_bytes=2e10, replicated_weight_bytes=2e9 if kind == "ranks" else 2e10, ranks_in_step=kind == "ranks",
+        layer_overhead_s=5e-5,
+    )  # fmt: skip
+
+
+class ClusterRun:
+    """One case under way."""
+
+    def __init__(self, case: ClusterCase) -> None:
+        shape = ClusterShape(
+            *case.nodes, *case.groups, gpus=case.gpus, storage_nic_bytes_per_s=case.storage_bytes_per_s,
+            buffer_bytes=case.buffer_bytes,
+        )  # fmt: skip
+        trajectories = [
+            Trajectory([p for p, _, _ in a.turns], [h for _, h, _ in a.turns], [n for _, _, n in a.turns])
+            for a in case.agents
+        ]
+        settings = Settings(notice_s=0.3, read_timeout_s=2.0, inter_engine=dict(case.settings))
+        system = replace(SYSTEMS[case.system], replan=case.replan)
+        self._case = case
+        self.events = 0  # that a decision followed
+        self.body = PrefillDecodeCluster(shape, _model(case.model), system, trajectories, settings)
+        self._given_up: set[Any] = set()
+        self._decide = self.body.brain.decide
+        self.body.brain.decide = self._checked  # type: ignore[method-assign]
+
+    def _checked(self, now: float) -> list[Decision]:
+        decisions, brain = self._decide(now), self.body.brain
+        self.events += 1
+        brain.check_integrity()
+        for decision in decisions:
+            name = decision.request_id
+            if isinstance(decision, Place):
+                engines = brain.groups.engines
+                hold(decision.prefill in engines and decision.decode in engines, "C3: placed on an engine that is lost")
+                hold(decision.attempt <= brain.config.max_attempts, "C3: placed too often")
+                read = decision.hit_tokens - decision.recompute_tokens
+                hold(0 <= decision.decode_tokens <= read, "C3: more is read than there is")
+            elif isinstance(decision, GiveUp):
+                hold(name not in self._given_up, "C1: a request is given up twice")
+                self._given_up.add(name)
+        return decisions
+
+    def run(self) -> None:
+        """To the end. Raises AssertionError when an invariant does not hold."""
+        case, body = self._case, self.body
+        faults = [fault for one in case.faults for fault in _events(one)]
+        record = body.run([agent.at_s for agent in case.agents], ENDS_S, faults)
+        turns = sum(len(agent.turns) for agent in case.agents)
+        through = record.agents + len(self._given_up)
+        hold(through == len(case.agents), f"C1: {through} of {len(case.agents)} agents have an end")
+        hold(record.requests <= turns, "C1: a request ended more than once")
+        hold(record.requests == turns or bool(self._given_up), "C1: a request has no end")
+        hold(record.given_up == len(self._given_up), "C1: what was given up is not what is counted")
+        hold(len(body.brain) == 0, "C1: a request is left that nothing moves")
+        body.brain.check_integrity()
+        groups = body.brain.groups
+        hold(not any(engine.tokens or engine.unfinished for engine in groups.engines.values()), "C2: a token leaked")
+        hold(not any(node.unread or node.read_tokens for node in groups.nodes.values()), "C2: a read leaked")
+
+
+def _events(fault: ClusterFault) -> Iterator[Fault]:
+    if fault.lasts_s is None:
+        yield Fault(fault.at_s, "node lost", fault.node)
+    else:
+        yield Fault(fault.at_s, "nic lost", fault.node)
+        yield Fault(fault.at_s + fault.lasts_s, "nic healed", fault.node)
+
+
+def smaller_clusters(case: ClusterCase) -> Iterator[ClusterCase]:
+    """Cases one step smaller, the largest steps first."""
+    for name in ("faults", "agents"):
+        items = getattr(case, name)
+        for i in range(len(items)):
+            if len(items) > 1 or name == "faults":
+                yield msgspec.structs.replace(case, **{name: items[:i] + items[i + 1 :]})
+    for i, agent in enumerate(case.agents):
+        if len(agent.turns) > 1:
+            shorter = msgspec.structs.replace(agent, turns=agent.turns[:-1])
+            yield msgspec.structs.replace(case, agents=(*case.agents[:i], shorter, *case.agents[i + 1 :]))
+    if case.gpus > 1:
+        yield msgspec.structs.replace(case, gpus=1)
+    if not case.replan:
+        yield msgspec.structs.replace(case, replan=True)
+    if case.system != PLAIN_SYSTEM:
+        yield msgspec.structs.replace(case, system=PLAIN_SYSTEM)

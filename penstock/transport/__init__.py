@@ -1,1 +1,0 @@
-"""Moving blocks between hosts."""

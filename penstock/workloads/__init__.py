@@ -1,0 +1,1 @@
+"""Request streams and what is said of them: generators, traces, deadlines, replay, statistics, plots."""

@@ -1,0 +1,121 @@
+"""A cluster on Ray: two raylets on this machine, processes placed by their resources, started again when they die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from penstock.cluster.deploy.cluster_config import read_cluster_config
+from penstock.cluster.deploy.up_command import _make_secret
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'penstock[ray]'")
+
+WAIT_S = 240.0
+CLUSTER = """
+model = "{model}"
+[router]
+port = 0
+[[pool]]
+memory = ["16MiB"]
+[serve]
+kv_memory = "4MiB"
+staging = "2MiB"
+block_tokens = 16
+[[engine]]
+role = "prefill"
+node = "a"
+ray = {{ num_cpus = 1, resources = {{ host_a = 1 }} }}
+[[engine]]
+role = "decode"
+node = "b"
+buffer = "4MiB"
+ray = {{ num_cpus = 1, resources = {{ host_b = 1 }} }}
+"""
+
+
+@pytest.fixture
+def raylets(tmp_path: Path) -> Iterator[str]:
+    """The address of a Ray cluster of two raylets in local mode."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, "resources": {"host_a": 2}, "object_store_memory": 80 << 20,
+                        "include_dashboard": False},
+    )  # fmt: skip
+    try:
+        cluster.add_node(num_cpus=2, resources={"host_b": 2}, object_store_memory=80 << 20)
+        cluster.wait_for_nodes()
+        yield cluster.address
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def answer(url: str) -> list[int]:
+    body = {"prompt": list(range(6, 60)), "max_tokens": 8, "temperature": 0, "return_token_ids": True}
+    response = httpx.post(f"{url}/v1/completions", json=body, timeout=60.0)
+    assert response.status_code == 200, response.text
+    tokens: list[int] = response.json()["choices"][0]["token_ids"]
+    return tokens
+
+
+@pytest.mark.slow
+def test_two_raylets_serve_and_start_again_what_dies(
+    raylets: str, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder with a file that has the name of a module: neither actors nor their processes execute it."""
+    from penstock.cluster.deploy.on_ray import RaySupervisor
+
+    (tmp_path / "xxhash.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write('x')\n")
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "cluster.toml"
+    file.write_text(CLUSTER.format(model=llama))
+    config = read_cluster_config(file)
+    assert config.secret_file is not None
+    _make_secret(config.secret_file)
+    lines: list[str] = []
+    supervisor = RaySupervisor(config.processes, lambda name, line: lines.append(f"{name} | {line}"), raylets)
+
+    def until_serving() -> None:
+        end = time.monotonic() + WAIT_S
+        while True:
+            supervisor.watch()
+            if all(one.ready for one in supervisor.known.values()):
+                health = httpx.get(f"{supervisor.url}/health", timeout=10.0)
+                if health.status_code == 200:
+                    return
+            assert time.monotonic() < end, "\n".join(lines[-30:])
+            time.sleep(0.2)
+
+    try:
+        supervisor.start(WAIT_S)
+        until_serving()
+        first = answer(supervisor.url)
+        decode = supervisor.known["decode-1"]
+        before = decode.pid
+        os.kill(before, signal.SIGKILL)  # the process: its actor starts it again
+        while decode.pid == before or not decode.ready:
+            supervisor.watch()
+            time.sleep(0.1)
+        until_serving()
+        assert answer(supervisor.url) == first and decode.restarts == 1
+        prefill = supervisor.known["prefill-0"]
+        before = prefill.pid
+        ray.kill(prefill.actor, no_restart=False)  # the actor: Ray starts it again, and its process died with it
+        end = time.monotonic() + WAIT_S
+        while prefill.pid == before or not prefill.ready:
+            assert time.monotonic() < end, "\n".join(lines[-30:])
+            supervisor.watch()
+            time.sleep(0.1)
+        until_serving()
+        assert answer(supervisor.url) == first
+        assert not (tmp_path / "executed").exists()
+    finally:
+        supervisor.stop()
