@@ -111,7 +111,7 @@ audit:
 		exit 1; fi
 
 demo: venv
-	$(BIN)/penstock bench demo --out $(OUT)
+	$(BIN)/python -m benchmarks demo --out $(OUT)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""`penstock sim tables`: all tables of the three papers, each figure beside the paper's and the fluid lower bound."""
+"""`benchmarks sim-tables`: the three papers' tables, each figure beside the paper's and the fluid lower bound."""
 
 from __future__ import annotations
 

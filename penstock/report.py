@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +32,12 @@ def environment() -> dict[str, str | int]:
     return found
 
 
+def command_line(argv: Sequence[str]) -> list[str]:
+    """What the user typed: `penstock ...`, or `python -m benchmarks ...` in a checkout."""
+    benchmarks = Path(argv[0]).parent.name == "benchmarks"
+    return [*(["python", "-m", "benchmarks"] if benchmarks else ["penstock"]), *argv[1:]]
+
+
 @dataclass(slots=True)
 class Report:
     """Collects one experiment. Names are `snake_case` with the unit last (`ttft_mean_s`); limits share the figure's
@@ -41,7 +48,7 @@ class Report:
     limits: dict[str, float] = field(default_factory=dict)
     modelled: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    command: str = field(default_factory=lambda: shlex.join(["penstock", *sys.argv[1:]]))
+    command: str = field(default_factory=lambda: shlex.join(command_line(sys.argv)))
 
     def figure(self, name: str, value: float, limit: float | None = None) -> None:
         """Record a figure, and the limit (goal or measured bound) beside it."""

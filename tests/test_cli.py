@@ -23,6 +23,7 @@ from penstock.cli import app
         ["doctor"],
         ["vllm"],
         ["bench"],
+        ["sim"],
         ["spdk"],
         ["spdk", "build"],
     ],

@@ -1,4 +1,4 @@
-"""`penstock bench calvo`: CALVO's table live over TCP, the coupled baseline against every ordering."""
+"""`benchmarks calvo`: CALVO's table live over TCP, the coupled baseline against every ordering."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def calvo(
         report.write_json(json)
     if plot is not None:
         _plot(plot, cells)
-    refuse_empty("calvo", idle_links(report.figures), console)
+    refuse_empty("python -m benchmarks calvo", idle_links(report.figures), console)
 
 
 def _measure(

@@ -1,4 +1,4 @@
-"""`penstock sim calvo`: CALVO's table on the paper's hardware, the coupled baseline against every ordering."""
+"""`benchmarks sim-calvo`: CALVO's table on the paper's hardware, the coupled baseline against every ordering."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`penstock bench demo`: agent sessions over HTTP against a pool node, once coupled and once as Penstock."""
+"""`benchmarks demo`: agent sessions over HTTP against a pool node, once coupled and once as Penstock."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def demo(
             sizes = _sizes(bed, workload)
             check = _load_check(bed, workload, runs["penstock"])
     except SystemFailed as error:
-        console.print(f"penstock bench demo: {error}", markup=False)
+        console.print(f"python -m benchmarks demo: {error}", markup=False)
         raise typer.Exit(1) from None
     check.add_to(report)
     _finish(report, runs, sizes, pace, out, console)
@@ -133,7 +133,7 @@ def demo(
         errors = {record.error for run in runs.values() for record in run.records if record.error}
         console.print(f"failed requests: {sorted(map(str, errors))[:3]}", style="bold red")
         raise typer.Exit(1)
-    refuse_empty("demo", check.problems(), console)
+    refuse_empty("python -m benchmarks demo", check.problems(), console)
 
 
 def _load_check(bed: Bed, workload: Workload, run: Run) -> LoadCheck:
@@ -176,6 +176,6 @@ def _finish(report: Report, runs: dict[System, Run], sizes: str, pace: str, out:
     )
     write_figure(out / "demo.png", "Penstock demo: time of each request by stage and reason of waiting", panels)
     report.write_json(out / "demo.json")
-    print_table(Console(), "penstock bench demo", summaries)
+    print_table(Console(), "python -m benchmarks demo", summaries)
     console.print(f"modelled: {report.modelled[0]}")
     console.print(f"wrote {out / 'demo.html'}, {out / 'demo.png'}, {out / 'demo.json'}")

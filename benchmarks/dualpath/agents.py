@@ -1,4 +1,4 @@
-"""The agents of `bench dualpath`: a stretch of each trajectory's turns, whose earlier context the pool holds."""
+"""The agents of `benchmarks dualpath`: a stretch of each trajectory's turns, whose earlier context the pool holds."""
 
 from __future__ import annotations
 

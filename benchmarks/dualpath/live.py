@@ -1,4 +1,4 @@
-"""`penstock bench dualpath`: prefill and decode hosts, loading over one path and over both, on network namespaces."""
+"""`benchmarks dualpath`: prefill and decode hosts, loading over one path and over both, on network namespaces."""
 
 from __future__ import annotations
 

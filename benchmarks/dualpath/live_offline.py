@@ -1,4 +1,4 @@
-"""`bench dualpath` offline: job times of Basic, the paper's policy and split reads; the ablation; predicted times."""
+"""`benchmarks dualpath` offline: job times of Basic, the paper's policy, split reads; the ablation; predicted times."""
 
 from __future__ import annotations
 

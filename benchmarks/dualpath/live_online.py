@@ -1,4 +1,4 @@
-"""`bench dualpath` online: the highest rate of agents' turns within limits of TTFT and TPOT; TPOT beside bulk loads."""
+"""`benchmarks dualpath` online: the highest rate of agents' turns within limits of TTFT, TPOT; TPOT beside bulk loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of `bench dualpath`: agents as closed loops against a router, and what each run gave."""
+"""Runs of `benchmarks dualpath`: agents as closed loops against a router, and what each run gave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bench dualpath` outputs: with a real model, the answers on every path are those of one mixed engine."""
+"""`benchmarks dualpath` outputs: with a real model, the answers on every path are those of one mixed engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`penstock sim dualpath`: DualPath's tables on its own hardware, beside its figures and the fluid lower bound."""
+"""`benchmarks sim-dualpath`: DualPath's tables on its own hardware, beside its figures and the fluid lower bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hosts of `bench dualpath`: network namespaces with two NICs each, the pool, real engine processes, and a router."""
+"""Hosts of `benchmarks dualpath`: network namespaces with two NICs each, the pool, real engines, and a router."""
 
 from __future__ import annotations
 

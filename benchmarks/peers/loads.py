@@ -1,4 +1,4 @@
-"""What `penstock bench vllm` sends: CALVO's datasets and recorded traces at a scale for two cores, and the model."""
+"""What `benchmarks vllm` sends: CALVO's datasets and recorded traces at a scale for two cores, and the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs `penstock bench vllm`: fill, calibrate, then every system on every workload in turn."""
+"""Runs `benchmarks vllm`: fill, calibrate, then every system on every workload in turn."""
 
 from __future__ import annotations
 

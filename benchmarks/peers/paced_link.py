@@ -1,7 +1,7 @@
 """A link of a stated rate in front of any TCP server: a forwarder whose connections share one paced line each way.
 
 `python -m benchmarks.peers.paced_link --target HOST:PORT --bytes-per-s N` runs one as a process of its own.
-Both stores of `penstock bench vllm` stand behind it, so that neither has a faster wire than the other.
+Both stores of `python -m benchmarks vllm` stand behind it, so that neither has a faster wire than the other.
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ class LinkProcess:
     """A `PacedLink` in a process of its own."""
 
     def __init__(self, target: str, bytes_per_s: float) -> None:
-        module = python_command("-m", "benchmarks.peers.paced_link")
+        module = python_command(
+            __file__
+        )  # by its path: the folder of a checkout is not among those that modules are found in
         self._process = ReadyProcess(
             [*module, "--target", target, "--bytes-per-s", f"{bytes_per_s:.0f}"], READY, ready_s=30.0
         )

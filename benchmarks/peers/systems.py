@@ -1,4 +1,4 @@
-"""The systems of `penstock bench vllm`: one vLLM each, their stores behind links of one rate, as processes."""
+"""The systems of `benchmarks vllm`: one vLLM each, their stores behind links of one rate, as processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`penstock bench vllm`: stock vLLM, vLLM with LMCache, and vLLM with Penstock, on the same requests and link."""
+"""`benchmarks vllm`: stock vLLM, vLLM with LMCache, and vLLM with Penstock, on the same requests and link."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def vllm(
         _describe(report, bed, plan, geometry, link)
         conclude(report, plan, found)
     except (SystemFailed, TraceError, ValueError, OSError) as error:
-        console.print(f"penstock bench vllm: {error}", markup=False)
+        console.print(f"python -m benchmarks vllm: {error}", markup=False)
         raise typer.Exit(1) from None
     print_runs(Console(), plan, found)
     report.print(Console())
@@ -131,7 +131,7 @@ def vllm(
         console.print(f"wrote {plot}")
     if report.figures["failed_requests"]:
         raise typer.Exit(1)
-    refuse_empty("vllm", idle_links(report.figures, control="conversation_"), console)
+    refuse_empty("python -m benchmarks vllm", idle_links(report.figures, control="conversation_"), console)
 
 
 def _chosen(name: str, given: list[str] | None, allowed: tuple[str, ...]) -> tuple[str, ...]:

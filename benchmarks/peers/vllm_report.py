@@ -1,4 +1,4 @@
-"""What the runs of `penstock bench vllm` say: figures against their goals, a table per workload, a picture."""
+"""What the runs of `benchmarks vllm` say: figures against their goals, a table per workload, a picture."""
 
 from __future__ import annotations
 

@@ -1,19 +1,17 @@
-"""`penstock bench pool`: many memories and SSDs as one pool, against its bounds and the serial baseline."""
+"""`benchmarks pool`: many memories and SSDs as one pool, against its bounds and the serial baseline."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from penstock.pool.api import PoolError
 from penstock.report import Report
+from penstock.workloads.progress import steps_shown
 from penstock.workloads.recording import RecordedRun, write_runs
 
 PARTS = ("cpu", "sum", "reads", "ttft", "ablation", "many", "sweep")
@@ -49,17 +47,9 @@ def pool(
         contexts = contexts[:1]
     report = Report("pool")
     try:
-        with (
-            tempfile.TemporaryDirectory(prefix="penstock-bench-", dir=path) as folder,
-            Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bar,
-        ):
-            task = bar.add_task("start", total=None)
-            step = partial(bar.update, task)
+        with steps_shown(console, path) as (folder, step):
             runs: list[RecordedRun] = []
-            _measure(
-                report, Path(folder), parts, models, contexts, quick, time_factor,
-                lambda text: step(description=text), runs,
-            )  # fmt: skip
+            _measure(report, folder, parts, models, contexts, quick, time_factor, step, runs)
     except (OSError, ValueError, RuntimeError, PoolError) as error:
         console.print(f"bench pool: {error}", style="red", markup=False)
         raise typer.Exit(1) from error
@@ -90,10 +80,10 @@ def _measure(
     runs: list[RecordedRun],
 ) -> None:
     from benchmarks.pooling.many import measure_many
-    from benchmarks.pooling.raw import measure_cpu, measure_sum
     from benchmarks.pooling.reads import measure_reads
     from benchmarks.pooling.sweep import measure_sweep
     from benchmarks.pooling.ttft import measure_ttft
+    from penstock.bench.pool_raw import measure_cpu, measure_sum
 
     repeats = dict.fromkeys(REPEATS, 1) if quick else REPEATS
     run_s = {name: 0.1 if quick and name != "many" else value for name, value in RUN_S.items()}

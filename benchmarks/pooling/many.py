@@ -1,4 +1,4 @@
-"""Part `many` of `penstock bench pool`: 16 requests at once; idle devices, and what each of two tenants gets."""
+"""Part `many` of `benchmarks pool`: 16 requests at once; idle devices, and what each of two tenants gets."""
 
 from __future__ import annotations
 
@@ -11,20 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.pooling.rig import (
-    BLOCK_TOKENS,
-    CONTEXTS,
-    MODELS,
-    QUESTION_TOKENS,
-    Document,
-    Rig,
-    document,
-    document_root,
-    fill,
-    open_rig,
-    pooled,
-)
+from benchmarks.pooling.rig import CONTEXTS, MODELS, QUESTION_TOKENS, Rig, document_root, fill, open_rig, pooled
 from benchmarks.pooling.ttft import engine_config, last_event
+from penstock.bench.documents import BLOCK_TOKENS, Document, document
 from penstock.core.bandwidth import LinkCost
 from penstock.core.cost import CostModel
 from penstock.core.keys import BlockKey

@@ -1,4 +1,4 @@
-"""Block engines of `penstock bench pool` beside slabs: host memory, and a file per chunk through the kernel."""
+"""Block engines of `benchmarks pool` beside slabs: host memory, and a file per chunk through the kernel."""
 
 from __future__ import annotations
 

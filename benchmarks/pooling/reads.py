@@ -1,4 +1,4 @@
-"""Part `reads` of `penstock bench pool`: a whole context out of the pool, over the sum of its devices' bandwidths."""
+"""Part `reads` of `benchmarks pool`: a whole context out of the pool, over the sum of its devices' bandwidths."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from benchmarks.pooling.rig import (
     SSD_BYTES_PER_S,
     Model,
     Rig,
-    document,
     document_root,
     fill,
     open_rig,
     pooled,
 )
+from penstock.bench.documents import document
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
 from penstock.io.memory import aligned_buffer

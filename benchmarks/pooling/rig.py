@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from benchmarks.pool_fill import fill_pool
 from benchmarks.pooling.paced_engines import FilePerChunkEngine, MemoryEngine
-from penstock.core.keys import BlockKey, KeyChain, root_key
+from penstock.bench.documents import BLOCK_TOKENS, Document
+from penstock.bench.pool_raw import DEPTH
+from penstock.core.keys import BlockKey, root_key
 from penstock.core.layout import staging_bytes
 from penstock.core.new_block import NewBlock, prefix_position, tenant_tag
 from penstock.engine.profile import Profile, load_profile
@@ -32,9 +32,7 @@ reads 14 GB/s; a GPU takes 55 GB/s of pinned memory over PCIe 5.0 x16, a little 
 PAPER_BLOCKED_S = 13.8  # of its baseline on Qwen3-30B-A3B at 128K: the one time of a baseline that the paper prints
 PAPER_KERNEL_SHARE = 0.84  # of the baseline's SSD retrieval time
 BYTES_DIVISOR = 64
-BLOCK_TOKENS = 256  # LMCache's chunk
 QUESTION_TOKENS = 100
-DEPTH = 32
 
 Kind = Literal["memory", "ssd", "files"]
 
@@ -154,27 +152,6 @@ def memory_first(name: str, ssd: float, kind: Kind, memory_share: float, serial:
     """One memory until it is full, the rest on one SSD."""
     memory = Device("memory", MEMORY_BYTES_PER_S, 1.0, memory_share)
     return Arrangement(name, (memory, Device(kind, ssd, 1e-9)), serial)
-
-
-@dataclass(slots=True)
-class Document:
-    """Tokens that the pool holds, and the chain of their keys."""
-
-    tokens: list[int]
-    chain: KeyChain
-
-    @property
-    def keys(self) -> list[BlockKey]:
-        """Keys of its blocks, in order."""
-        return self.chain.keys
-
-
-def document(root: BlockKey, tokens: int, vocabulary: int, seed: int) -> Document:
-    """A document of whole blocks."""
-    drawn = np.random.default_rng(seed).integers(0, vocabulary, tokens).tolist()
-    chain = KeyChain(root, BLOCK_TOKENS)
-    chain.extend(drawn)
-    return Document(drawn, chain)
 
 
 def document_root(profile: Profile, block_tokens: int = BLOCK_TOKENS) -> BlockKey:

@@ -1,4 +1,4 @@
-"""`penstock sim pool`: the command; what it computes is in `pooling`, which is loaded when it runs."""
+"""`benchmarks sim-pool`: the command; what it computes is in `pooling`, which is loaded when it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`penstock sim pool`: Unified KV Pooling on its own hardware, against its baselines and the two halves of itself."""
+"""`benchmarks sim-pool`: Unified KV Pooling on its own hardware, against its baselines and its own two halves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from rich.progress import track
 
 from benchmarks.pooling.rig import (
-    BLOCK_TOKENS,
     CONTEXTS,
     MEMORY_BYTES_PER_S,
     MODELS,
@@ -16,14 +15,13 @@ from benchmarks.pooling.rig import (
     SSD_BYTES_PER_S,
     UPLOAD_BYTES_PER_S,
     Arrangement,
-    Document,
     Model,
-    document,
     document_root,
     paper_kernel_s_per_gb,
     pooled,
 )
 from benchmarks.pooling.ttft import ABLATION_PAPER, BASELINES, GOAL_CONTEXT, OURS, System, systems
+from penstock.bench.documents import BLOCK_TOKENS, Document, document
 from penstock.core.bandwidth import LinkCost
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel

@@ -1,4 +1,4 @@
-"""Part `sweep` of `penstock bench pool`: what the gains are at other values of what the paper does not print."""
+"""Part `sweep` of `benchmarks pool`: what the gains are at other values of what the paper does not print."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.pooling.rig import (
-    BLOCK_TOKENS,
     CONTEXTS,
     MEMORY_BYTES_PER_S,
     MODELS,
@@ -15,14 +14,13 @@ from benchmarks.pooling.rig import (
     SSD_BYTES_PER_S,
     UPLOAD_BYTES_PER_S,
     Arrangement,
-    Document,
     Model,
-    document,
     document_root,
     paper_kernel_s_per_gb,
     pooled,
     serial_s_per_byte,
 )
+from penstock.bench.documents import BLOCK_TOKENS, Document, document
 from penstock.core.bandwidth import LinkCost
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel

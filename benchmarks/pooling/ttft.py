@@ -1,4 +1,4 @@
-"""Parts `ttft` and `ablation` of `penstock bench pool`: the live engine over pooled and over serial arrangements."""
+"""Parts `ttft` and `ablation` of `benchmarks pool`: the live engine over pooled and over serial arrangements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.pooling.rig import (
-    BLOCK_TOKENS,
     CONTEXTS,
     MEMORY_BYTES_PER_S,
     MODELS,
@@ -21,10 +20,8 @@ from benchmarks.pooling.rig import (
     SSD_BYTES_PER_S,
     UPLOAD_BYTES_PER_S,
     Arrangement,
-    Document,
     Model,
     Rig,
-    document,
     document_root,
     file_bytes_per_s,
     fill,
@@ -34,6 +31,7 @@ from benchmarks.pooling.rig import (
     paper_kernel_s_per_gb,
     pooled,
 )
+from penstock.bench.documents import BLOCK_TOKENS, Document, document
 from penstock.core.bandwidth import LinkCost
 from penstock.core.config import Mode, SchedulerConfig
 from penstock.core.cost import CostModel

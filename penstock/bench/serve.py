@@ -215,7 +215,7 @@ def serve(
     problems = check.problems()
     if control:
         problems = [] if problems else [f"{check.loaded_share:.1%} of the prompts' KV was loaded: this is no control"]
-    refuse_empty("serve", problems, console)
+    refuse_empty("penstock bench serve", problems, console)
 
 
 def _load_check(plan: Plan, runs: Sequence[Run], options: Options) -> LoadCheck:

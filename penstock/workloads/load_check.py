@@ -64,10 +64,10 @@ class LoadCheck:
             report.figure("link_share", self.link_share, LINK_SHARE_MIN)
 
 
-def refuse_empty(bench: str, problems: Sequence[str], console: Console) -> None:
-    """Say that `penstock bench NAME` measured nothing, and exit with MEASURED_NOTHING; nothing without problems."""
+def refuse_empty(command: str, problems: Sequence[str], console: Console) -> None:
+    """Say that `command` measured nothing, and exit with MEASURED_NOTHING; nothing without problems."""
     if problems:
-        console.print(f"penstock bench {bench} measured nothing: {'; '.join(problems)}", markup=False, style="bold red")
+        console.print(f"{command} measured nothing: {'; '.join(problems)}", markup=False, style="bold red")
         raise typer.Exit(MEASURED_NOTHING)
 
 

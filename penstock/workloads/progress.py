@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-__all__ = ["Counter", "Progress", "progress_bar"]
+__all__ = ["Counter", "Progress", "progress_bar", "steps_shown"]
+
+
+@contextmanager
+def steps_shown(console: Console, folder: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """A temporary folder in `folder`, and what shows the step that an experiment is at. Raises OSError."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with (
+        tempfile.TemporaryDirectory(prefix="penstock-bench-", dir=folder) as name,
+        Progress(*columns, console=console) as bar,
+    ):
+        task = bar.add_task("start", total=None)
+        yield Path(name), lambda text: bar.update(task, description=text)
 
 
 @contextmanager

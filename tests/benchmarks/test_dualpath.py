@@ -1,4 +1,4 @@
-"""Hosts of `bench dualpath`: NICs have their speed, nothing is left behind, agents come out as they were asked for."""
+"""Hosts of `benchmarks dualpath`: NICs have their speed, nothing is left behind, agents are as they were asked for."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
 
 
 def _bench(arguments: list[str], timeout_s: float, marker: str = "") -> subprocess.CompletedProcess[str]:
-    """Run `penstock bench ...`; `marker` goes into the environment of every process that comes of it."""
-    command = [sys.executable, "-m", "penstock", "bench", *arguments]
+    """Run `python -m ...`; `marker` goes into the environment of every process that comes of it."""
+    command = [sys.executable, "-m", *arguments]
     environment = os.environ | {"PENSTOCK_TEST_MARKER": marker}
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL, env=environment
@@ -44,7 +44,7 @@ def _figures(path: Path) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_demo_writes_its_table_page_and_picture(tmp_path: Path) -> None:
-    arguments = ["demo", "--out", str(tmp_path), "--sessions", "6", "--turns", "3", "--pace", "50MB/s"]
+    arguments = ["benchmarks", "demo", "--out", str(tmp_path), "--sessions", "6", "--turns", "3", "--pace", "50MB/s"]
     done = _bench(arguments, 200, marker=str(tmp_path))
     assert done.returncode in (0, 3), done.stderr[-2000:]
     assert (done.returncode == 3) is ("measured nothing" in done.stderr)
@@ -73,7 +73,7 @@ def test_recorded_trace_is_served_with_equal_outputs(trace: str, tmp_path: Path)
         pytest.skip(f"no recorded trace beside the checkout: {Path('..') / 'shared' / 'traces' / trace}")
     out = tmp_path / "serve.json"
     arguments = [
-        "serve",
+        *("penstock", "bench", "serve"),
         "--trace",
         str(path),
         "--json",
@@ -98,7 +98,7 @@ def test_recorded_trace_is_served_with_equal_outputs(trace: str, tmp_path: Path)
 
 def test_a_trace_that_cannot_be_read_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"timestamp": 1}\n')
-    done = _bench(["serve", "--trace", str(tmp_path / "t.jsonl")], 60)
+    done = _bench(["penstock", "bench", "serve", "--trace", str(tmp_path / "t.jsonl")], 60)
     assert done.returncode == 2
     assert "line 1: field 'input_length' is missing" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr

@@ -1,5 +1,5 @@
-"""`penstock bench vllm` without vLLM: its link, its loads, its commands, its figures, and what it says where vLLM is
-missing."""
+"""`python -m benchmarks vllm` without vLLM: its link, its loads, its commands, its figures, and what it says where
+vLLM is missing."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
+from benchmarks.__main__ import app
 from benchmarks.peers.loads import (
     AGENT_SESSIONS,
     CONTEXT_TOKENS_MAX,
@@ -47,15 +47,12 @@ from benchmarks.peers.systems import (
     vllm_command,
 )
 from benchmarks.peers.vllm_report import conclude, plot_runs, write_requests
-from penstock.bench.command import bench
 from penstock.report import Report
 from penstock.workloads.deadlines import TtftModel, reusable_tokens
 from penstock.workloads.generators import prompt_tokens
 from penstock.workloads.replay import RequestRecord
 from penstock.workloads.traces import TraceError
 
-app = typer.Typer()
-app.add_typer(bench, name="bench")
 WAIT_S = 20.0
 VOCABULARY = 512
 
@@ -367,7 +364,7 @@ def test_failed_requests_are_counted_and_miss_their_deadline() -> None:
 
 
 def run(arguments: list[str]) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["bench", "vllm", *arguments])
+    result = CliRunner().invoke(app, ["vllm", *arguments])
     return result.exit_code, " ".join(result.output.replace("│", " ").split())
 
 

@@ -1,4 +1,4 @@
-"""`penstock bench pool`: its engines, its arrangements, every part of it in short, and clear errors."""
+"""`python -m benchmarks pool`: its engines, its arrangements, every part of it in short, and clear errors."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
+from benchmarks.__main__ import app
 from benchmarks.pooling.paced_engines import FilePerChunkEngine, MemoryEngine
 from benchmarks.pooling.reads import read_all
 from benchmarks.pooling.rig import (
     MODELS,
     PAPER_BLOCKED_S,
     SSD_BYTES_PER_S,
-    document,
     file_bytes_per_s,
     fill,
     memory_first,
@@ -27,13 +26,11 @@ from benchmarks.pooling.rig import (
     pooled,
 )
 from benchmarks.pooling.sweep import serial
-from penstock.bench.command import bench
+from penstock.bench.documents import document
 from penstock.core.layout import staging_bytes
 from penstock.io import IoOp, QueueFull, aligned_buffer
 from penstock.io.ring import probe
 
-app = typer.Typer()
-app.add_typer(bench, name="bench")
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "compare_stores.py"
 PAGE, ROOT = 4096, bytes(16)
 BLOCK = 16 * PAGE
@@ -41,7 +38,7 @@ BLOCK = 16 * PAGE
 
 def run(folder: Path, *arguments: str) -> tuple[int, str, dict[str, dict[str, float]]]:
     file = folder / "out" / "pool.json"
-    result = CliRunner().invoke(app, ["bench", "pool", "--path", str(folder), *arguments, "--json", str(file)])
+    result = CliRunner().invoke(app, ["pool", "--path", str(folder), *arguments, "--json", str(file)])
     return result.exit_code, result.output, json.loads(file.read_text()) if file.exists() else {}
 
 

@@ -1,4 +1,4 @@
-"""`penstock sim calvo`: what load-or-recompute adds, and when shortest compute first is worse than FIFO."""
+"""`python -m benchmarks sim-calvo`: what load-or-recompute adds, and when shortest compute first is worse than FIFO."""
 
 from __future__ import annotations
 

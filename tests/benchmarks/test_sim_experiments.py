@@ -1,4 +1,5 @@
-"""The commands of `penstock sim` at their smallest size: figures that must come out right, files, refusals."""
+"""The commands of `penstock sim`, and the simulated experiments, at their smallest size: figures that must come out
+right, files, refusals."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.__main__ import app as benchmarks
 from benchmarks.calvo import simulated as calvo
 from benchmarks.pooling import simulated_ttft as pooling
 from benchmarks.pooling.rig import MODELS
@@ -122,13 +124,13 @@ def test_plan_shows_a_frontier_that_keeps_the_slo(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["sim", "calvo", "--dataset", "x"], "loogle"),
-        (["sim", "pool", "--model", "x"], "llama"),
+        (["benchmarks", "sim-calvo", "--dataset", "x"], "loogle"),
+        (["benchmarks", "sim-pool", "--model", "x"], "llama"),
         (["sim", "cost", "--policy", "x"], "fcfs"),
-        (["sim", "tables", "--paper", "x"], "dualpath"),
+        (["benchmarks", "sim-tables", "--paper", "x"], "dualpath"),
         (["sim", "plan", "--model", "x"], "qwen2.5-32b"),
     ],
 )
 def test_wrong_choices_are_refused_with_what_is_allowed(options: list[str], says: str) -> None:
-    done = CliRunner().invoke(app, options)
+    done = CliRunner().invoke(benchmarks if options[0] == "benchmarks" else app, options[options[0] == "benchmarks" :])
     assert done.exit_code == 2 and says in done.output

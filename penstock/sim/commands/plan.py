@@ -206,7 +206,7 @@ def plan(
     chosen = frontier(plans)
     report = Report("sim plan")
     report.modelled.append(
-        f"everything, as in `penstock sim dualpath`; engines meet in groups of up to {group_nodes_max} nodes"
+        f"everything, as in `benchmarks sim-dualpath`; engines meet in groups of up to {group_nodes_max} nodes"
     )
     report.notes += left_out
     if not chosen:

@@ -54,7 +54,9 @@ def predicted_ttfts_s(run: RecordedRun) -> list[float]:
 
 
 def validate(
-    recording: Annotated[list[Path], typer.Argument(help="Files that penstock bench calvo and pool wrote (--record).")],
+    recording: Annotated[
+        list[Path], typer.Argument(help="Files that python -m benchmarks calvo and pool wrote (--record).")
+    ],
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
     """Simulate recorded live runs from their own profile: error of the predicted TTFT, request by request."""

@@ -1,4 +1,4 @@
-"""Parts `cpu` and `sum` of `penstock bench pool`: this machine's own memory and disk, at their own speed."""
+"""What `penstock bench pool` measures: this machine's own memory and disk, at their own speed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.pooling.rig import DEPTH, Document, document
+from penstock.bench.documents import Document, document
 from penstock.bench.io_loads import FilePerChunk, Load, Sample, run_engine
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import NewBlock
@@ -24,6 +24,7 @@ from penstock.pool.checksum import block_checksum
 from penstock.pool.setup.open import open_local_pool
 from penstock.report import Report
 
+DEPTH = 32  # operations that an engine has open
 CHUNK_BYTES = 2 << 20  # of part `cpu`
 BLOCK_BYTES = 8 << 20  # of part `sum`: 64 tokens of Llama-3.1-8B
 FILES = 128

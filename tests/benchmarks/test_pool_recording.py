@@ -1,4 +1,4 @@
-"""What `penstock bench pool --record` writes, simulated: a paced live run is never faster than its own ideal."""
+"""What `python -m benchmarks pool --record` writes, simulated: a paced live run is never faster than its own ideal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from penstock.cli import app
+from benchmarks.__main__ import app
 from penstock.io.ring import probe
 from penstock.sim.commands.validate import predicted_ttfts_s
 from penstock.workloads.recording import read_runs
@@ -21,9 +21,7 @@ def test_every_system_of_the_pool_is_recorded_and_no_faster_than_ideal(tmp_path:
         pytest.skip(reason)
     recording = tmp_path / "pool.rec"
     options = ["--part", "ttft", "--part", "ablation", "--model", "gpt_oss", "--context", "16k", "--time-factor", "1"]
-    done = CliRunner().invoke(
-        app, ["bench", "pool", "--path", str(tmp_path), "--quick", *options, "--record", str(recording)]
-    )
+    done = CliRunner().invoke(app, ["pool", "--path", str(tmp_path), "--quick", *options, "--record", str(recording)])
     assert done.exit_code == 0, done.output
     runs = read_runs(recording)
     systems = {run.label.split()[2].rstrip(",") for run in runs}
