@@ -33,7 +33,7 @@ help:
 	@echo "make test-vllm-next   the Python of the next vLLM (340 MB) over that build, and a part of those tests in it"
 	@echo "make test-clients   clients that people use (Python, Node, Java, curl) against penstock serve, in an environment of their own"
 	@echo "make lock   pin anew, with hashes, what these environments are made of;  make audit  look its versions up for known faults"
-	@echo "make lint   ruff;  make types  mypy --strict, tests and examples too;  make venv, make venv-vllm  an environment only;  make clean  remove all of it"
+	@echo "make lint   ruff, and who may import whom;  make types  mypy --strict, tests and examples too;  make venv, make venv-vllm  an environment only;  make clean  remove all of it"
 
 venv: $(VENV)/.installed
 
@@ -116,6 +116,7 @@ demo: venv
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 types: venv
 	$(BIN)/mypy

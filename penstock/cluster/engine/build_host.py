@@ -21,7 +21,7 @@ from penstock.engine.build import build_engine, read_pool_key, read_secret
 from penstock.engine.config import EngineConfig
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Pool
-from penstock.pool.net.one_sided import open_mover
+from penstock.pool.net.open_mover import open_mover
 from penstock.pool.net.tls import PeerTls
 from penstock.pool.setup.config_file import read_pool_config
 from penstock.pool.setup.open import link_bytes_per_s

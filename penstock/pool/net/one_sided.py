@@ -41,16 +41,3 @@ class Mover(Protocol):
 
     def close(self) -> None:
         """Release all memory of `allocate`, which nobody may read any more."""
-
-
-def open_mover(kind: RelayTransport) -> Mover | None:
-    """None for "tcp", where blocks travel in messages. Raises ConfigError where the transport is not installed."""
-    if kind == "shared-memory":
-        from penstock.pool.net.shared_memory import SharedMemoryMover
-
-        return SharedMemoryMover()
-    if kind == "nixl":
-        from penstock.pool.net.nixl_mover import NixlMover
-
-        return NixlMover()
-    return None

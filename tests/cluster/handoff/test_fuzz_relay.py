@@ -27,7 +27,7 @@ from penstock.engine.runner import SamplingParams
 from penstock.pool.checksum import block_checksum
 from penstock.pool.losses import losses
 from penstock.pool.net import wire
-from penstock.pool.net.one_sided import open_mover
+from penstock.pool.net.open_mover import open_mover
 from penstock.pool.setup.open import open_local_pool
 from penstock.process.guarded_thread import thread_failures
 from tests.fuzz_messages import MESSAGES, SEED, Piece, Protocol, mutants

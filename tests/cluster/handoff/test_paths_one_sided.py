@@ -15,7 +15,8 @@ from penstock.cluster.handoff.one_sided_links import read_one_sided
 from penstock.pool.api import PoolError
 from penstock.pool.checksum import block_checksum
 from penstock.pool.mac import check_block
-from penstock.pool.net.one_sided import Mover, open_mover
+from penstock.pool.net.one_sided import Mover
+from penstock.pool.net.open_mover import open_mover
 from tests.asking import prompt_of
 from tests.cluster.faulty_wire import FaultyWire
 from tests.cluster.paths_rig import BLOCK, beside, cluster
@@ -74,7 +75,7 @@ def test_another_process_reads_this_ones_memory(mover: Mover) -> None:
     memory[:] = bytes(range(256)) * (len(memory) // 256)
     code = (
         "import sys\n"
-        "from penstock.pool.net.one_sided import open_mover\n"
+        "from penstock.pool.net.open_mover import open_mover\n"
         f"mover = open_mover({mover.kind!r})\n"
         "into = mover.allocate(8192)\n"
         "far = mover.attach(bytes.fromhex(sys.stdin.readline()))\n"
