@@ -1,4 +1,4 @@
-"""`benchmarks dualpath` online: the highest rate of agents' turns within limits of TTFT, TPOT; TPOT beside bulk loads."""
+"""`benchmarks dualpath` online: the highest rate of turns within limits of TTFT, TPOT; TPOT beside bulk loads."""
 
 from __future__ import annotations
 
