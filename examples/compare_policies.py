@@ -11,7 +11,7 @@ from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import KeyChain, root_key
 from penstock.core.operations import BlockHit, RequestSpec
-from penstock.testing.virtual_driver import Ended, VirtualBody
+from penstock.testing.virtual_driver import Ended, VirtualDriver
 
 BLOCK_TOKENS, BLOCK_BYTES = 256, 256 * 131_072  # Llama-3.1-8B
 FETCH, UPLOAD = 17.2e9, 25e9  # bytes per second
@@ -23,7 +23,7 @@ def run(policy: Policy) -> list[Ended]:
     cost = CostModel(LinkCost(UPLOAD), ComputeCost(0.017, 4e-5, 1.3e-9), {"net": LinkCost(FETCH)})
     config = SchedulerConfig(BLOCK_TOKENS, BLOCK_BYTES, l1_pages=1800, l2_slots=3000, policy=policy)
     pool: dict[bytes, BlockHit] = {}
-    body = VirtualBody(LoadScheduler(config, cost), pool, {"net": FETCH}, UPLOAD, cost.compute)
+    driver = VirtualDriver(LoadScheduler(config, cost), pool, {"net": FETCH}, UPLOAD, cost.compute)
     rng = random.Random(1)
     at = 0.0
     for number in range(REQUESTS):
@@ -32,9 +32,9 @@ def run(policy: Policy) -> list[Ended]:
         for key in KeyChain(root, BLOCK_TOKENS).extend(context):
             pool[key] = BlockHit(BLOCK_BYTES, ("net",))
         at += rng.expovariate(RATE_PER_S)
-        body.submit_at(at, RequestSpec(str(number), [*context, 1, 2, 3], 1, root, at + rng.choice((1.0, 2.0, 4.0))))
-    body.run()
-    return list(body.ended.values())
+        driver.submit_at(at, RequestSpec(str(number), [*context, 1, 2, 3], 1, root, at + rng.choice((1.0, 2.0, 4.0))))
+    driver.run()
+    return list(driver.ended.values())
 
 
 for name in POLICIES:

@@ -19,7 +19,7 @@ from penstock.cluster import wire as cluster_wire
 from penstock.cluster.handoff.buffer import DecodeBuffer
 from penstock.cluster.handoff.incoming import Incoming
 from penstock.cluster.handoff.relay import RelayNode
-from penstock.cluster.router.engine_registry import ClusterPort, Engine
+from penstock.cluster.router.engine_registry import EngineRegistry, RegisteredEngine
 from penstock.pool.net.node import PoolNode
 from penstock.pool.net.secret import Secret
 from penstock.pool.net.shared_memory import SharedMemoryMover
@@ -63,16 +63,16 @@ class _Listener:
     def engine_fits(self, card: cluster_wire.EngineCard) -> str | None:
         return None
 
-    def engine_joined(self, engine: Engine, held: Sequence[cluster_wire.Held]) -> list[tuple[str, int]]:
+    def engine_joined(self, engine: RegisteredEngine, held: Sequence[cluster_wire.Held]) -> list[tuple[str, int]]:
         return []
 
-    def engine_left(self, engine: Engine, why: str) -> None:
+    def engine_left(self, engine: RegisteredEngine, why: str) -> None:
         """Nothing was placed there."""
 
-    def engine_reported(self, engine: Engine) -> None:
+    def engine_reported(self, engine: RegisteredEngine) -> None:
         """Nobody asks."""
 
-    def engine_events(self, engine: Engine, events: Sequence[cluster_wire.Event]) -> None:
+    def engine_events(self, engine: RegisteredEngine, events: Sequence[cluster_wire.Event]) -> None:
         """Of nothing that was placed."""
 
 
@@ -80,7 +80,7 @@ def router() -> None:
     sock = socket.create_server(("127.0.0.1", 0))
 
     async def serve() -> None:
-        port = ClusterPort(_Listener(), sock, SECRET, 3.0)
+        port = EngineRegistry(_Listener(), sock, SECRET, 3.0)
         await port.start()
         _say(f"127.0.0.1:{sock.getsockname()[1]}")
         await asyncio.get_running_loop().run_in_executor(None, _until_the_end)

@@ -153,8 +153,8 @@ def strategy_of(kind: inspect.Type, later: Kinds) -> st.SearchStrategy[Any]:
     match kind:
         case inspect.IntType():
             low, high = _limits(kind, bits)
-            near = [st.integers(low, min(high, low + most)) for most in (3, 300)]
-            return st.one_of(*near, st.integers(low, high))
+            local = [st.integers(low, min(high, low + most)) for most in (3, 300)]
+            return st.one_of(*local, st.integers(low, high))
         case inspect.FloatType():
             least, most_of_all = kind.ge, kind.le
             return st.floats(
@@ -292,8 +292,8 @@ def _alternatives(kind: inspect.Type, bits: int) -> list[bytes]:
     match kind:
         case inspect.IntType():
             low, high = _limits(kind, bits)
-            near = (low, low - 1, low + 1, high, high - 1, high + 1)
-            wanted = [number for number in (*near, *_NUMBERS) if -(1 << 63) <= number < 1 << 64]
+            local = (low, low - 1, low + 1, high, high - 1, high + 1)
+            wanted = [number for number in (*local, *_NUMBERS) if -(1 << 63) <= number < 1 << 64]
             return [_encode(number) for number in wanted] + [_encode(number) for number in (1e300, math.nan, 1.0)]
         case inspect.FloatType():
             limits = [limit for limit in (kind.ge, kind.gt, kind.le, kind.lt) if limit is not None]

@@ -13,8 +13,8 @@ import pytest
 
 STARTERS = frozenset(
     {
-        "PoolNode", "RelayNode", "ClusterEngine", "ClusterPort", "HttpServer", "Supervisor", "create_server", "Popen",
-        "pool_process", "bare_process", "LinkProcess", "Testbed", "RaySupervisor", "run_guest",
+        "PoolNode", "RelayNode", "ClusterEngine", "EngineRegistry", "HttpServer", "Supervisor", "create_server",
+        "Popen", "pool_process", "bare_process", "LinkProcess", "Testbed", "RaySupervisor", "run_guest",
     }
 )  # fmt: skip
 

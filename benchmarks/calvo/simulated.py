@@ -21,7 +21,7 @@ from penstock.core.operations import BlockHit, RequestSpec
 from penstock.engine.profile import Profile, load_profile
 from penstock.report import Report
 from penstock.sim.clock import VirtualClock
-from penstock.sim.engine_driver import EngineBody, ideal_links
+from penstock.sim.engine_driver import EngineDriver, ideal_links
 from penstock.workloads.generators import CALVO_DATASETS, calvo, prompt_tokens
 from penstock.workloads.plots import line_chart
 from penstock.workloads.statistics import percentile
@@ -101,11 +101,11 @@ class Machine:
         root = root_key(MODELS[self.model].encode(), "")
         hit = BlockHit(self.block_bytes, (FETCH,))
         pool = {key: hit for job in jobs for key in KeyChain(root, BLOCK_TOKENS).extend(job.tokens[: job.warm_tokens])}
-        body = EngineBody(clock, self.scheduler(mode, policy), pool, links, self.profile.compute_cost())
+        driver = EngineDriver(clock, self.scheduler(mode, policy), pool, links, self.profile.compute_cost())
         for number, (job, start_s, slo_s) in enumerate(zip(jobs, starts_s, slos_s, strict=True)):
-            body.submit_at(start_s, RequestSpec(str(number), job.tokens, 1, root, start_s + slo_s))
-        body.run()
-        accounts = [body.ended[str(number)].account for number in range(len(jobs))]
+            driver.submit_at(start_s, RequestSpec(str(number), job.tokens, 1, root, start_s + slo_s))
+        driver.run()
+        accounts = [driver.ended[str(number)].account for number in range(len(jobs))]
         return [
             (a.first_token_s - a.arrival_s) if a is not None and a.first_token_s is not None else float("inf")
             for a in accounts

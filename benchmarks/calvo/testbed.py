@@ -24,8 +24,8 @@ from penstock.engine.modelled_runner import ModelledRunner
 from penstock.engine.profile import Profile, load_profile
 from penstock.engine.runner import SamplingParams
 from penstock.pool.net.connect import connect_pool
-from penstock.process.startup_objects import settle
-from penstock.testing.virtual_driver import VirtualBody
+from penstock.process.startup_objects import freeze_startup_objects
+from penstock.testing.virtual_driver import VirtualDriver
 from penstock.workloads.generators import CALVO_DATASETS, SLO_MULTIPLIERS, Workload, calvo, prompt_tokens
 from penstock.workloads.recording import RecordedProfile, RecordedRequest, RecordedRun
 
@@ -177,7 +177,7 @@ class Testbed:
         """Open loop by arrival times, or a closed loop of `outstanding` requests. L1 is empty at first."""
         pool = connect_pool(self._address)
         engine = Engine(self.config(mode, policy), self.cost(), self._runner, pool)
-        settle()
+        freeze_startup_objects()
         try:
             return _drive(engine, requests, slos_s, outstanding)
         finally:
@@ -228,12 +228,14 @@ class Testbed:
         hit = BlockHit(self.block_bytes, ("net",))
         keys = [self._keys(arrival)[: arrival.warm_tokens // BLOCK_TOKENS] for arrival in requests]
         pool = {key: hit for chain in keys for key in chain}
-        body = VirtualBody(LoadScheduler(config, cost), pool, {"net": speed}, self.profile.upload_bytes_per_s, compute)
+        driver = VirtualDriver(
+            LoadScheduler(config, cost), pool, {"net": speed}, self.profile.upload_bytes_per_s, compute
+        )
         for i, (arrival, slo_s) in enumerate(zip(requests, slos_s, strict=True)):
             spec = RequestSpec(str(i), arrival.tokens, 1, self._root, arrival.start_s + slo_s)
-            body.submit_at(arrival.start_s, spec)
-        body.run()
-        accounts = [body.ended[str(i)].account for i in range(len(requests))]
+            driver.submit_at(arrival.start_s, spec)
+        driver.run()
+        accounts = [driver.ended[str(i)].account for i in range(len(requests))]
         return [(a.first_token_s or float("inf")) - a.arrival_s for a in accounts if a is not None]
 
 

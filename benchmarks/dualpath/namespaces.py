@@ -126,34 +126,34 @@ class Namespace:
 
 
 def connect(
-    near: Namespace,
-    near_name: str,
-    near_address: str,
-    far: Namespace,
-    far_name: str,
-    far_address: str,
+    local: Namespace,
+    local_name: str,
+    local_address: str,
+    remote: Namespace,
+    remote_name: str,
+    remote_address: str,
     bytes_per_s: float,
 ) -> None:
     """A veth pair between two namespaces, both directions at `bytes_per_s`. Addresses are ADDRESS/BITS; an empty one
     leaves that end without (the port of a switch)."""
-    near.run(
+    local.run(
         "ip",
         "link",
         "add",
-        near_name,
+        local_name,
         "mtu",
         MTU,
         "type",
         "veth",
         "peer",
         "name",
-        far_name,
+        remote_name,
         "mtu",
         MTU,
         "netns",
-        far.path,
+        remote.path,
     )
-    for namespace, name, address in ((near, near_name, near_address), (far, far_name, far_address)):
+    for namespace, name, address in ((local, local_name, local_address), (remote, remote_name, remote_address)):
         if address:
             namespace.run("ip", "addr", "add", address, "dev", name)
         namespace.run("ip", "link", "set", name, "up")

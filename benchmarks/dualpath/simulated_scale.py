@@ -42,57 +42,57 @@ def scale(report: Report, factor: int, divisor: int = 1) -> None:
 
 
 def decision_cost(report: Report) -> None:
-    """Processor time of one placement by the brain with 1,000 and 10,000 requests waiting, on 48P96D: 1,152 engines."""
+    """Processor time of one placement by the core with 1,000 and 10,000 requests waiting, on 48P96D: 1,152 engines."""
     for waiting, limit_us in ((1_000, 50.0), (10_000, 100.0)):
-        brain = _brain(waiting)
-        full = [d for d in brain.decide(0.0) if isinstance(d, Place)]
+        scheduler = _scheduler(waiting)
+        full = [d for d in scheduler.decide(0.0) if isinstance(d, Place)]
         for number in range(waiting):
-            brain.submit(("more", number), 33_000, 32_704, 150, 0.0)
-        brain.decide(0.0)
+            scheduler.submit(("more", number), 33_000, 32_704, 150, 0.0)
+        scheduler.decide(0.0)
         before, placed = time.thread_time(), 0
         for place in full[:2_000]:
-            brain.prefilled(place.request_id, place.attempt)
-            brain.ended(place.request_id, place.attempt)
-            placed += len(brain.decide(1.0))
+            scheduler.prefilled(place.request_id, place.attempt)
+            scheduler.ended(place.request_id, place.attempt)
+            placed += len(scheduler.decide(1.0))
         took_s = time.thread_time() - before
         report.figure(f"decision_{waiting}_waiting_us", took_s / max(1, placed) * 1e6, limit_us)
 
 
 def heartbeat_cost(report: Report) -> None:
-    """Processor time of what an engine's heartbeat tells the brain, and of the decision after it, with 100 and 1,152
+    """Processor time of what an engine's heartbeat tells the core, and of the decision after it, with 100 and 1,152
     engines of which none has room for the request that waits."""
     dice = random.Random(1)
     for engines in (100, 1152):
-        brain, speeds = InterEngineScheduler(InterEngineConfig()), StorageSpeeds()
+        scheduler, speeds = InterEngineScheduler(InterEngineConfig()), StorageSpeeds()
         for number in range(engines):
             node, role = f"n{number // 8}", "prefill" if number % 3 == 0 else "decode"
-            brain.node_registered(node, speeds.see(node, 1e9, 64, 1 << 21))
-            brain.engine_registered(EngineSpec(str(number), role, role, node, 3.7e5, 2_000_000))  # type: ignore[arg-type]
+            scheduler.node_registered(node, speeds.see(node, 1e9, 64, 1 << 21))
+            scheduler.engine_registered(EngineSpec(str(number), role, role, node, 3.7e5, 2_000_000))  # type: ignore[arg-type]
         for number in range(22 * engines):
-            brain.submit(number, 33_000, 32_704, 150, 0.0)
-        brain.decide(0.0)
-        assert brain.waiting, "an engine has room"
+            scheduler.submit(number, 33_000, 32_704, 150, 0.0)
+        scheduler.decide(0.0)
+        assert scheduler.waiting, "an engine has room"
         before = time.thread_time()
         for _ in range(HEARTBEATS):
             number = dice.randrange(engines)
             node = f"n{number // 8}"
-            brain.node_registered(node, speeds.see(node, dice.uniform(1e9, 2e9), 64, 1 << 21))
-            brain.engine_speed(str(number), dice.uniform(3.6e5, 3.7e5), None)
-            brain.report(node, brain.unread_tokens(node))
-            brain.decide(0.0)
+            scheduler.node_registered(node, speeds.see(node, dice.uniform(1e9, 2e9), 64, 1 << 21))
+            scheduler.engine_speed(str(number), dice.uniform(3.6e5, 3.7e5), None)
+            scheduler.report(node, scheduler.unread_tokens(node))
+            scheduler.decide(0.0)
         report.figure(f"heartbeat_{engines}_engines_us", (time.thread_time() - before) / HEARTBEATS * 1e6)
 
 
-def _brain(waiting: int) -> InterEngineScheduler:
+def _scheduler(waiting: int) -> InterEngineScheduler:
     """All engines full up to beta, and `waiting` requests more."""
-    brain = InterEngineScheduler(InterEngineConfig(max_waiting=1 << 20))
+    scheduler = InterEngineScheduler(InterEngineConfig(max_waiting=1 << 20))
     for node in range(144):
-        brain.node_registered(f"n{node}", 1e6)
+        scheduler.node_registered(f"n{node}", 1e6)
         for gpu in range(8):
             prefill = node < 48
             group = f"p{node // 2}" if prefill else f"d{node // 4}"
             role: Role = "prefill" if prefill else "decode"
-            brain.engine_registered(EngineSpec(f"n{node}.{gpu}", role, group, f"n{node}", 3.7e5, 2_000_000))
+            scheduler.engine_registered(EngineSpec(f"n{node}.{gpu}", role, group, f"n{node}", 3.7e5, 2_000_000))
     for number in range(22_000 + waiting):
-        brain.submit(number, 33_000, 32_704, 150, 0.0)
-    return brain
+        scheduler.submit(number, 33_000, 32_704, 150, 0.0)
+    return scheduler

@@ -96,7 +96,7 @@ class Topology:
         return [(f"p{i}", "prefill") for i in range(self.prefill)] + [(f"d{i}", "decode") for i in range(self.decode)]
 
 
-def brain_of(system: System, scale: Scale, agents: Sequence[Agent] = ()) -> InterEngineConfig:
+def scheduler_of(system: System, scale: Scale, agents: Sequence[Agent] = ()) -> InterEngineConfig:
     """The policies of a system, for the live router. Where prefill engines are balanced by tokens, as in the paper, an
     engine gets through as many in a second as of these agents' prompts, hits included (as the simulator has it)."""
     beta_s = BETA_S
@@ -104,7 +104,7 @@ def brain_of(system: System, scale: Scale, agents: Sequence[Agent] = ()) -> Inte
         cost = scale.profile().compute_cost()
         load = load_of(trajectories(agents), cost)
         beta_s *= load.prompt_tokens / load.compute_s / prompt_tokens_per_s(cost)
-    return system.brain(beta_s=beta_s, part_tokens_min=max(BLOCK_TOKENS, 1024 // scale.token_divisor))
+    return system.scheduler(beta_s=beta_s, part_tokens_min=max(BLOCK_TOKENS, 1024 // scale.token_divisor))
 
 
 def mode_of(system: System) -> Mode:
@@ -202,7 +202,7 @@ class Testbed:
         """A router of that system's policies for these agents, with every engine registered. Raises TimeoutError."""
         sock = self.switch_host.listen(ROUTER_ADDRESS, ROUTER_PORT)
         sock.listen()
-        settings = RouterSettings(grace_s=0.0, brain=brain_of(system, self.scale, agents))
+        settings = RouterSettings(grace_s=0.0, scheduler=scheduler_of(system, self.scale, agents))
         router = ClusterEngine(sock, Secret(self.secret.encode()), settings)
         try:
             end_s = time.monotonic() + REGISTER_S
@@ -283,12 +283,12 @@ class Testbed:
                 listener = stack.enter_context(self.pool_host.listen(f"10.1.{number}.1"))
                 listener.listen()
                 with host.namespace.entered():
-                    far = stack.enter_context(socket.create_connection(listener.getsockname(), timeout=5.0))
-                near, _ = listener.accept()
-                pairs.append((stack.enter_context(near), far))
+                    remote = stack.enter_context(socket.create_connection(listener.getsockname(), timeout=5.0))
+                local, _ = listener.accept()
+                pairs.append((stack.enter_context(local), remote))
             stop = threading.Event()
-            threads = [threading.Thread(target=_send, args=(near, stop), daemon=True) for near, _ in pairs]
-            threads += [threading.Thread(target=_receive, args=(far, stop), daemon=True) for _, far in pairs]
+            threads = [threading.Thread(target=_send, args=(local, stop), daemon=True) for local, _ in pairs]
+            threads += [threading.Thread(target=_receive, args=(remote, stop), daemon=True) for _, remote in pairs]
             for thread in threads:
                 thread.start()
             rates = []
@@ -297,8 +297,8 @@ class Testbed:
                 time.sleep(window_s)
                 rates.append((self._received() - before) / (time.monotonic() - start_s))
             stop.set()
-            for near, far in pairs:
-                for end in (near, far):
+            for local, remote in pairs:
+                for end in (local, remote):
                     with contextlib.suppress(OSError):
                         end.shutdown(socket.SHUT_RDWR)
             for thread in threads:

@@ -30,7 +30,7 @@ from penstock.core.operations import BlockHit, RequestSpec
 from penstock.core.pool.striping import Placement
 from penstock.report import Report
 from penstock.sim.clock import VirtualClock
-from penstock.sim.engine_driver import EngineBody, ideal_links
+from penstock.sim.engine_driver import EngineDriver, ideal_links
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +58,10 @@ def simulate(model: Model, system: System, one: Document) -> Simulated:
     clock = VirtualClock()
     pool = {key: BlockHit(size, (owner,)) for key, owner in zip(one.keys, owners, strict=True)}
     wires = ideal_links(clock, links, UPLOAD_BYTES_PER_S)
-    body = EngineBody(clock, LoadScheduler(config, cost), pool, wires, compute, profile.layers)
-    body.submit_at(0.0, RequestSpec("one", one.tokens + [1] * QUESTION_TOKENS, 1, one.chain.parent_of(0)))
-    body.run()
-    account = body.ended["one"].account
+    driver = EngineDriver(clock, LoadScheduler(config, cost), pool, wires, compute, profile.layers)
+    driver.submit_at(0.0, RequestSpec("one", one.tokens + [1] * QUESTION_TOKENS, 1, one.chain.parent_of(0)))
+    driver.run()
+    account = driver.ended["one"].account
     assert account is not None and account.first_token_s is not None
     return Simulated(account.first_token_s, account.first_token_s - account.measured_compute_s)
 

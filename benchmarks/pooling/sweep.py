@@ -28,7 +28,7 @@ from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.operations import BlockHit, RequestSpec
 from penstock.core.pool.striping import Placement
 from penstock.report import Report
-from penstock.testing.virtual_driver import VirtualBody
+from penstock.testing.virtual_driver import VirtualDriver
 
 CONTEXT = "128k"
 MEMORY_RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -44,7 +44,7 @@ class Point:
 
 
 def measure_sweep(report: Report, models: Sequence[str], kernel_s_per_gb: float) -> None:
-    """Gains on a virtual clock: ours by the brain itself over ideal links, the serial baseline by its sum of times."""
+    """Gains on a virtual clock: ours by the core itself over ideal links, the serial baseline by its sum of times."""
     kernels = {
         "none": 0.0,
         "here": kernel_s_per_gb,
@@ -66,7 +66,7 @@ def measure_sweep(report: Report, models: Sequence[str], kernel_s_per_gb: float)
             gain = (base.ttft_s + other_s) / (usual.ttft_s + other_s)
             report.figure(f"sweep_{name}_other_{other_s:g}s_ttft_gain_serial", gain, model.gain_goals["serial"])
     report.modelled.append(
-        "sweep_*: no byte moves; ours is the brain on a virtual clock over ideal links, the serial baseline the sum of "
+        "sweep_*: no byte moves; ours is the core on a virtual clock over ideal links, the serial baseline the sum of "
         "its times. kernel_WHAT: what the kernel's filesystem adds to a byte of the baseline's SSD (nothing; as "
         "measured here; 84 % of its retrieval time as in the paper; so that it takes the paper's 13.8 s). other_S: "
         "time in both TTFTs that is neither load nor compute of the question (of the paper's 5.6 s for Llama, 5 s are "
@@ -96,7 +96,7 @@ def serial(model: Model, kernel_s_per_gb: float, memory: float = MEMORY_BYTES_PE
 
 
 def ideal(model: Model, one: Document, arrangement: Arrangement) -> Point:
-    """Ours at 128K: the brain's decisions over ideal links, blocks placed by the pool's placement."""
+    """Ours at 128K: the scheduler core's decisions over ideal links, blocks placed by the pool's placement."""
     size = BLOCK_TOKENS * model.bytes_per_token
     placement = Placement([device.weight for device in arrangement.devices])
     pool = {}
@@ -109,10 +109,12 @@ def ideal(model: Model, one: Document, arrangement: Arrangement) -> Point:
     cost = CostModel(LinkCost(UPLOAD_BYTES_PER_S), compute)
     pages = len(one.keys) + 8
     config = SchedulerConfig(block_tokens=BLOCK_TOKENS, block_bytes=size, l1_pages=pages, l2_slots=pages)
-    body = VirtualBody(LoadScheduler(config, cost), pool, links, UPLOAD_BYTES_PER_S, model.scaled(1.0).compute_cost())
-    body.submit_at(0.0, RequestSpec("one", one.tokens + [1] * QUESTION_TOKENS, 1, one.chain.parent_of(0)))
-    body.run()
-    account = body.ended["one"].account
+    driver = VirtualDriver(
+        LoadScheduler(config, cost), pool, links, UPLOAD_BYTES_PER_S, model.scaled(1.0).compute_cost()
+    )
+    driver.submit_at(0.0, RequestSpec("one", one.tokens + [1] * QUESTION_TOKENS, 1, one.chain.parent_of(0)))
+    driver.run()
+    account = driver.ended["one"].account
     assert account is not None and account.first_token_s is not None
     ttft_s = account.first_token_s
     return Point(ttft_s, ttft_s - _compute_s(model))

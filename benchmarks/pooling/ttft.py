@@ -40,7 +40,7 @@ from penstock.engine.engine import Engine, new_request_id
 from penstock.engine.modelled_runner import ModelledRunner
 from penstock.engine.profile import Profile
 from penstock.engine.runner import SamplingParams
-from penstock.process.startup_objects import settle
+from penstock.process.startup_objects import freeze_startup_objects
 from penstock.report import Report
 from penstock.workloads.recording import RecordedProfile, RecordedRequest, RecordedRun
 
@@ -201,7 +201,7 @@ def ask(rig: Rig, mode: Mode, runner: ModelledRunner, asked: Sequence[Document],
     cost = CostModel(LinkCost(profile.upload_bytes_per_s), profile.compute_cost())
     cost.default_link_bytes_per_s = rig.speeds[0]
     engine = Engine(engine_config(runner, mode, blocks, blocks), cost, runner, rig.pool)
-    settle()
+    freeze_startup_objects()
     try:
         return [_ask_one(engine, one, len(one.keys) * runner.layout.full_block_bytes) for one in asked]
     finally:

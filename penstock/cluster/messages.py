@@ -78,7 +78,7 @@ class LinkReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
-    """How an engine stands, for the router's brain; goes with each heartbeat.
+    """How an engine stands, for the router's scheduler core; goes with each heartbeat.
 
     `unfinished` and `tokens` are DualPath's seq_e and tok_e: requests that have not ended here and all their tokens.
     `read_queue_bytes` is read_q: what is still to come over this host's storage NIC, for its own loads and, on a decode

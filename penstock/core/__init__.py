@@ -1,1 +1,1 @@
-"""The brain: every decision, as plain state machines. No I/O, clock, threads or torch."""
+"""The scheduler core: every decision, as plain state machines. No I/O, clock, threads or torch."""

@@ -3,7 +3,7 @@
 `ConnectionBudget` is that of an HTTP port, whose clients prove nothing:
 
 CONN-1  At most `total` connections are open, and of those that wait for their client (for a handshake, a head, the rest
-        of a body, the next request) at most `share` belong to one address.
+        of a driver, the next request) at most `share` belong to one address.
 CONN-2  A connection that serves a request is never closed for another one.
 CONN-3  While any connection waits for its client, a new one is taken: the one that has waited longest goes, of the same
         address where that has its share.

@@ -1,7 +1,7 @@
-"""What goes into the brain and what comes out: request specifications, operations for the stages, and notices.
+"""What goes into the scheduler core and what comes out: request specifications, operations for the stages, and notices.
 
 Every operation with an `op_id` is answered by exactly one event of its stage (`lookup_done`, `fetched`, `uploaded`,
-`computed`, `saved`, `forwarded`); until then its pages, slots and buffers belong to the body.
+`computed`, `saved`, `forwarded`); until then its pages, slots and buffers belong to the driver.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class HandOff:
 
 @dataclass(frozen=True, slots=True)
 class RequestSpec:
-    """A request as the brain sees it. `root_key` separates model, layout and tenant (`keys.root_key`).
+    """A request as the scheduler core sees it. `root_key` separates model, layout and tenant (`keys.root_key`).
 
     `prompt` are token ids. `ttft_deadline_s` is an absolute time, None for the default SLO. `tenant` is the tag its
     blocks are counted under in the pool (`new_block.tenant_tag`). With `hand_off` the request ends after its first
@@ -180,7 +180,7 @@ Operation = Lookup | Fetch | Upload | Drop | Compute | Save | Forward | Discard 
 
 @dataclass(slots=True)
 class Account:
-    """Where one request's time and bytes went; times are the body's clock."""
+    """Where one request's time and bytes went; times are the driver's clock."""
 
     arrival_s: float
     prompt_tokens: int

@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeVar
 from penstock.core.config import Policy
 
 Rank = tuple[int, float, int]
-AGED, ORDINARY, HOPELESS = 0, 1, 2
+AGED, ORDINARY, DEFERRED = 0, 1, 2
 
 
 def policy_key(policy: Policy, arrival_s: float, deadline_s: float, load_s: float, compute_s: float) -> float:

@@ -1,1 +1,1 @@
-"""The live body: executors that carry out what the brain decides, on real memory and models."""
+"""The live body: executors that carry out what the scheduler core decides, on real memory and models."""

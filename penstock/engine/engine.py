@@ -1,4 +1,4 @@
-"""The live body: one control thread feeds the brain and hands its operations to the executors."""
+"""The live body: one control thread feeds the scheduler core and hands its operations to the executors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
-from penstock.core.engine.engine_load import Standing
+from penstock.core.engine.engine_load import EngineLoad
 from penstock.core.engine.scheduler import LoadScheduler, WaitingQueueFull
 from penstock.core.keys import BlockKey, root_key
 from penstock.core.new_block import tenant_tag
@@ -34,7 +34,7 @@ from penstock.engine.api import (
     check_request,
     tell,
 )
-from penstock.engine.operation_dispatcher import Carrying
+from penstock.engine.operation_dispatcher import OperationDispatcher
 from penstock.engine.peers import Peers
 from penstock.engine.reports import pool_series, report_of
 from penstock.engine.runner import ModelRunner, SamplingParams
@@ -61,7 +61,7 @@ Answer = TypeVar("Answer")
 class Engine:
     """Serves requests with a runner (L1 and compute) and a pool (L3), deciding with `LoadScheduler`.
 
-    Threading: public methods may be called from any thread. The control thread alone touches the brain; executors and
+    Threading: public methods may be called from any thread. The control thread alone touches the core; executors and
     the pool put what happened into its inbox.
     """
 
@@ -83,13 +83,15 @@ class Engine:
         self.vocab_size = runner.vocab_size
         self.eos_token_ids = runner.eos_token_ids
         self._pool = pool
-        # `submit` bounds what waits; the brain's own bound is wider, because a preempted request waits again.
+        # `submit` bounds what waits; the scheduler core's own bound is wider, because a preempted request waits again.
         self._scheduler = LoadScheduler(replace(config, max_waiting=config.max_waiting + config.max_running), cost)
         fingerprint = runner.layout.fingerprint(runner.model_id)
         self.fingerprint = pool_key.fingerprint(fingerprint) if pool_key is not None else fingerprint
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._clients: dict[str, tuple[GenerationRequest, OnEvent, Past | None]] = {}
-        self._carrying = Carrying(config, self._scheduler, runner, pool, peers, self._inbox.put, self._sampling_of)
+        self._dispatcher = OperationDispatcher(
+            config, self._scheduler, runner, pool, peers, self._inbox.put, self._sampling_of
+        )
         self._seconds_by_label: defaultdict[str, float] = defaultdict(float)
         self._asked: set[tuple[str, str]] = set()  # (request_id, what) in the inbox: cancel, reroute
         self._questions = threading.BoundedSemaphore(QUESTIONS_MAX)
@@ -182,15 +184,15 @@ class Engine:
             return False, self._fatal
         if not self._thread.alive:
             return False, "the control thread ended"
-        stuck = self._carrying.stuck()
+        stuck = self._dispatcher.stuck()
         return (False, stuck) if stuck else (True, "ok")
 
-    def standing(self) -> Standing:
+    def engine_load(self) -> EngineLoad:
         """What is unfinished here. Raises TimeoutError when the control thread does not answer."""
-        return self._ask(self._scheduler.standing)
+        return self._ask(self._scheduler.engine_load)
 
     def gauges(self) -> dict[str, float]:
-        """How the brain stands. Raises TimeoutError when the control thread does not answer."""
+        """How the scheduler core stands. Raises TimeoutError when the control thread does not answer."""
         return self._ask(self._scheduler.gauges)
 
     def compute_cost(self) -> tuple[float, float, float]:
@@ -199,7 +201,7 @@ class Engine:
         return cost.a, cost.b, cost.c
 
     def check_integrity(self) -> None:
-        """Assert the brain's invariants; for tests. Raises TimeoutError when the control thread does not answer."""
+        """Assert the core's invariants; for tests. Raises TimeoutError when the control thread does not answer."""
         self._ask(self._scheduler.check_integrity)
 
     def wait_idle(self, timeout_s: float) -> bool:
@@ -219,7 +221,7 @@ class Engine:
             self._stopping = True
             self._inbox.put(self._cancel_all)
         self._thread.join(timeout_s + CLOSE_GRACE_S)
-        stopped = self._carrying.close(CLOSE_GRACE_S)
+        stopped = self._dispatcher.close(CLOSE_GRACE_S)
         if self._thread.alive or not stopped:
             log.error("an engine thread did not stop within %.1f s", timeout_s)
         self._fail_everything(f"the engine was closed and could not end the request within {timeout_s:g} s")
@@ -244,13 +246,13 @@ class Engine:
                 self._inbox.get_nowait()()
         except queue.Empty:
             pass
-        self._carrying.end_late()
+        self._dispatcher.end_late()
         for operation in self._scheduler.decide(time.monotonic()):
             if isinstance(operation, Emit):
                 self._emit(operation)
             else:
-                self._carrying.carry_out(operation)
-        self._carrying.say_losses()
+                self._dispatcher.carry_out(operation)
+        self._dispatcher.say_losses()
         self._admitted = self._scheduler.admitted
 
     def _submitted(self, request: GenerationRequest, root: BlockKey, arrival_s: float) -> None:
@@ -322,9 +324,9 @@ class Engine:
             counters=dict(scheduler.counters),
             labelled={
                 "request_seconds": dict(self._seconds_by_label),
-                "load_failures": dict(self._carrying.load_failures),
-                "save_failures": dict(self._carrying.save_failures),
-                "hand_off_failures": dict(self._carrying.forward_failures),
+                "load_failures": dict(self._dispatcher.load_failures),
+                "save_failures": dict(self._dispatcher.save_failures),
+                "hand_off_failures": dict(self._dispatcher.forward_failures),
                 "link_blocks_in_flight": {name: count for name, (count, _) in links.items()},
                 "link_bytes_per_s": {name: speed for name, (_, speed) in links.items()},
             },

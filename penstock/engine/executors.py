@@ -1,4 +1,4 @@
-"""The executors of the stages: they carry out operations of the brain on threads of their own and report the end.
+"""The executors of the stages: they carry out operations of the core on threads of their own and report the end.
 
 A load never waits for a step of the compute loop: uploads, saves and compute have a thread each, fetches are
 asynchronous in the pool, lookups have a few threads because a remote pool answers after a round trip.

@@ -24,7 +24,7 @@ class _Group:
     blocks: list[tuple[memoryview, int]]
 
     def wait_layer(self, layer: int) -> None:
-        """Uploads of this runner are whole: the brain starts compute after them."""
+        """Uploads of this runner are whole: the scheduler core starts compute after them."""
 
 
 class ModelledRunner:

@@ -1,4 +1,4 @@
-"""Carries out the brain's operations with the executors, and puts what came of them into the control thread's inbox."""
+"""Carries out the core's operations with the executors, and puts what came of them into the control thread's inbox."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ LOSSES = {
 Post = Callable[[Callable[[], None]], None]
 
 
-class Carrying:
+class OperationDispatcher:
     """Owns staging memory and executors. Every method but `close` and `stuck` is the control thread's; what happened
     goes through `post` and runs there too. `sampling_of` gives a request's sampling parameters, and its past where they
     look at it."""
@@ -91,7 +91,7 @@ class Carrying:
     @property
     def stages(self) -> PoolStages:
         """The executors of pool operations; only where there is a pool."""
-        assert self._pool_stages is not None, "the brain knows that there is no pool"
+        assert self._pool_stages is not None, "the scheduler core knows that there is no pool"
         return self._pool_stages
 
     def end_late(self) -> None:
@@ -244,7 +244,7 @@ class Carrying:
     def _download(
         self, op_id: int, page: int, slot: int, then: Callable[[], None], failed: Callable[[str | None], None]
     ) -> None:
-        """Copy a page into a slot, tell the brain, go on."""
+        """Copy a page into a slot, tell the scheduler core, go on."""
 
         def left_l1() -> None:
             del self._busy_since[op_id]

@@ -1,4 +1,4 @@
-"""What the engine tells about requests and pools: the brain's accounts with times from arrival, members as series."""
+"""What the engine tells about requests and pools: the core's accounts with times from arrival, members as series."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pool_series(stat: PoolStat) -> dict[str, dict[str, float]]:
 
 
 def report_of(request: GenerationRequest, account: Account, config: SchedulerConfig) -> RequestReport:
-    """The brain's account with times counted from arrival."""
+    """The scheduler core's account with times counted from arrival."""
     arrival_s = account.arrival_s
     end_s = account.end_s if account.end_s is not None else arrival_s
     fetch_s, upload_s = account.measured_fetch_s, account.measured_upload_s

@@ -1,4 +1,4 @@
-"""Reads and writes that the pool has not ended: each ends by its deadline for the brain, whatever its device does.
+"""Reads and writes that the pool has not ended: each ends by its deadline for the core, whatever its device does.
 
 A local device that hangs keeps the memory it was given. Its slot gets other memory then, so that what comes late lands
 where nobody looks; the old memory goes when the device lets go of it.

@@ -29,7 +29,7 @@ class OpenedBlock(StoredBlock, Protocol):
     `checksum` and `mac` are those it was stored with, known from the start or after `load`."""
 
     @property
-    def far(self) -> bool:
+    def remote(self) -> bool:
         """Whether another node has it."""
 
     @property
@@ -46,7 +46,7 @@ class OpenedBlock(StoredBlock, Protocol):
         """Unpin the block; nothing of it may be used afterwards."""
 
 
-class ServedPool(Pool, Protocol):
+class NodeBackend(Pool, Protocol):
     """A pool as the node that serves it uses it: with blocks that are read without being verified here."""
 
     @property
@@ -54,7 +54,7 @@ class ServedPool(Pool, Protocol):
         """The id that its members of other nodes know this node by; empty when it has none and any id will do."""
 
     @property
-    def own(self) -> ServedPool | None:
+    def own(self) -> NodeBackend | None:
         """The members of this node alone: what it answers other nodes from. None when it has none."""
 
     @property

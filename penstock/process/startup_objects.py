@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 
 
-def settle() -> None:
+def freeze_startup_objects() -> None:
     """To be called when all that lives as long as the process is there: modules, model, engine. A full collection
     looks at all of it (0.1 s with torch and transformers), and nothing is served meanwhile; from now on it looks at
     newer objects only."""

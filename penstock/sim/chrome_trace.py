@@ -21,7 +21,7 @@ US_PER_S = 1e6
 
 
 class ChromeTrace(Observer):
-    """Records what an `EngineBody` does; give it as its observer. After `EVENTS_MAX` events it only counts."""
+    """Records what an `EngineDriver` does; give it as its observer. After `EVENTS_MAX` events it only counts."""
 
     def __init__(self, clock: VirtualClock) -> None:
         self.dropped = 0

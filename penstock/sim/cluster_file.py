@@ -55,7 +55,7 @@ class LinkFault(_Table, frozen=True):
         check_range("factor", self.factor, 0, 1e3)
 
 
-class Engine(_Table, frozen=True):
+class EngineTable(_Table, frozen=True):
     """One engine and its pool. `scheduler` are fields of `SchedulerConfig`. Transfers share a link `in order` of their
     start, as requests to a device do, or as a `fair` network does."""
 
@@ -96,7 +96,7 @@ class Engine(_Table, frozen=True):
         return load_profile(self.profile)
 
     def config(self) -> SchedulerConfig:
-        """The brain's settings. Raises ConfigError, also when the model does not fit its GPU."""
+        """The scheduler core's settings. Raises ConfigError, also when the model does not fit its GPU."""
         block_tokens = self.scheduler.get("block_tokens", 64)
         if not isinstance(block_tokens, int) or block_tokens < 1:
             raise ConfigError(f"scheduler.block_tokens is {block_tokens!r}; allowed: a whole number above 0")
@@ -207,7 +207,7 @@ class Simulation(_Table, frozen=True):
     """The whole file: `[engine]` or `[cluster]`, and `[workload]`."""
 
     workload: Workload
-    engine: Engine | None = None
+    engine: EngineTable | None = None
     cluster: Cluster | None = None
     seed: int = 0
 

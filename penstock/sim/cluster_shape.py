@@ -54,7 +54,7 @@ class ClusterShape:
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """What is compared: the policies of the brain, and whether engines load and hand over layer by layer."""
+    """What is compared: the policies of the scheduler core, and whether engines load and hand over layer by layer."""
 
     name: str
     placement: Placement
@@ -67,7 +67,7 @@ class System:
     recompute: bool = False
     level: bool = False  # ranks of a prefill step take equal shares of attention, beyond the paper
 
-    def brain(self, **settings: Any) -> InterEngineConfig:
+    def scheduler(self, **settings: Any) -> InterEngineConfig:
         """Its policies, with other settings of the inter-engine scheduler."""
         return InterEngineConfig(
             placement=self.placement,

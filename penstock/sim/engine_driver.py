@@ -1,6 +1,6 @@
-"""The simulated body of one engine: `LoadScheduler` on a virtual clock, fluid links, modelled compute, faults.
+"""The simulated driver of one engine: `LoadScheduler` on a virtual clock, fluid links, modelled compute, faults.
 
-It holds no policy: it calls the brain's events, carries out its operations, and lets time pass. A block's bytes cross
+It holds no policy: it calls the core's events, carries out its operations, and lets time pass. A block's bytes cross
 its route's links, uploads cross the link "pcie", a batch takes what the compute model says; with `layerwise` a batch
 whose blocks are still going up ends one layer after the last of them at the earliest.
 """
@@ -50,16 +50,16 @@ class Overheads:
     """What an operation costs beside its bytes, seconds: measured on the live engine, zero on an ideal one."""
 
     lookup_s: float = 0.0
-    fetch_s: float = 0.0  # from a fetch's end on the link to the brain
+    fetch_s: float = 0.0  # from a fetch's end on the link to the scheduler core
     upload_s: float = 0.0
     compute_s: float = 0.0
 
 
 class Observer:
-    """Told of each operation that ended, before the brain is. Does nothing by itself."""
+    """Told of each operation that ended, before the scheduler core is. Does nothing by itself."""
 
     def began(self, operation: Operation) -> None:
-        """The brain gave an operation."""
+        """The scheduler core gave an operation."""
 
     def looked_up(self, op: Lookup) -> None:
         """A lookup was answered."""
@@ -83,8 +83,8 @@ class Observer:
         """A block was handed over, or why not."""
 
 
-class EngineBody:
-    """Drives one brain. `hits` is the pool: what is saved joins it under `save_route`, which may depend on the block.
+class EngineDriver:
+    """Drives one core. `hits` is the pool: what is saved joins it under `save_route`, which may depend on the block.
     Writes cross it too, after all reads. What is handed over crosses the links `forward_route(operation)`.
 
     `fetch_fault(key)` may name the reason for which a fetch comes to nothing: with "deadline" its bytes never end,
@@ -136,7 +136,7 @@ class EngineBody:
     # -- what happens -------------------------------------------------------------------------------------------
 
     def submit_at(self, time_s: float, spec: RequestSpec) -> None:
-        """A request arrives; one that the brain refuses ends as "refused"."""
+        """A request arrives; one that the scheduler core refuses ends as "refused"."""
 
         def submit() -> None:
             try:
@@ -164,7 +164,7 @@ class EngineBody:
         self.decide()
 
     def decide(self) -> None:
-        """Ask the brain, and carry out what it says; again at the time it names."""
+        """Ask the scheduler core, and carry out what it says; again at the time it names."""
         for operation in self.scheduler.decide(self.clock.now_s):
             self._carry_out(operation)
         self._after_event()
@@ -179,7 +179,7 @@ class EngineBody:
             self.decide()
 
     def run(self, until_s: float = float("inf")) -> None:
-        """Let events happen in order of time until none is left, the brain idles, or the next is past `until_s`."""
+        """Let events happen in order of time until none is left, the core idles, or the next is past `until_s`."""
         while (next_s := self.clock.next_s()) is not None and next_s <= until_s:
             self.clock.step()
 

@@ -1,4 +1,4 @@
-"""The simulated cluster of prefill and decode nodes: the body that carries out what `core.inter_engine` decides.
+"""The simulated cluster of prefill and decode nodes: the driver that carries out what `core.inter_engine` decides.
 
 Few events per request: the end of its reads, of its prefill step, of its way to the decode engine, of its decoding.
 Storage NICs are FIFO links whose ends are known at once; a prefill step has a closed form; a decode engine is a fluid.
@@ -47,7 +47,7 @@ class Settings:
     quota_attention_s: float = 0.3
     tokens_max: int = 8192  # of a batch without the compute quota
     window_s: float = 10.0  # of the balance between storage NICs
-    notice_s: float = 1.0  # until the brain learns of a fault (a lease)
+    notice_s: float = 1.0  # until the scheduler core learns of a fault (a lease)
     read_timeout_s: float = 10.0  # of a read that nothing plans anew
     inter_engine: dict[str, Any] = field(default_factory=dict)  # other values of `InterEngineConfig`
 
@@ -93,8 +93,8 @@ class PrefillDecodeCluster:
         self.prefill_groups: list[PrefillGroup] = []
         self._prefill: dict[str, PrefillEngine] = {}
         self._decode: dict[str, DecodeEngine] = {}
-        self.brain = InterEngineScheduler(
-            system.brain(
+        self.scheduler = InterEngineScheduler(
+            system.scheduler(
                 recompute=system.recompute,
                 compute=self._cost,
                 max_waiting=1 << 30,
@@ -123,7 +123,7 @@ class PrefillDecodeCluster:
             prefill = number < shape.prefill_nodes
             node = f"n{number}"
             self.links.append(FifoLink(node, rate, self.settings.window_s))
-            self.brain.node_registered(node, rate)
+            self.scheduler.node_registered(node, rate)
             within = number if prefill else number - shape.prefill_nodes
             size = shape.prefill_group_nodes if prefill else shape.decode_group_nodes
             for gpu in range(shape.gpus):
@@ -135,7 +135,7 @@ class PrefillDecodeCluster:
                     self._add_prefill(name, number, group)
                 else:
                     self._decode[name] = DecodeEngine(name, number, kv_tokens, step)
-                self.brain.engine_registered(
+                self.scheduler.engine_registered(
                     EngineSpec(
                         name, "prefill" if prefill else "decode", group, node, prompt_rate, kv_tokens + buffer_tokens
                     )
@@ -182,7 +182,7 @@ class PrefillDecodeCluster:
         heappush(self._heap, (at, self._sequence, kind, target, mark, extra))
 
     def _decide(self, now: float) -> None:
-        for decision in self.brain.decide(now):
+        for decision in self.scheduler.decide(now):
             self._carry_out(decision, now)
 
     def _carry_out(self, decision: Decision, now: float) -> None:
@@ -214,7 +214,7 @@ class PrefillDecodeCluster:
         agent.length = prompt + answer
         agent.steps = answer - 1
         agent.state = WAITING
-        self.brain.submit(agent.number, prompt, trajectory.hits[turn], answer, now)
+        self.scheduler.submit(agent.number, prompt, trajectory.hits[turn], answer, now)
 
     def _placed(self, place: Place, now: float) -> None:
         agent = self._agent(place.request_id)
@@ -222,25 +222,25 @@ class PrefillDecodeCluster:
         agent.placement += 1
         engine = agent.prefill = self._prefill[place.prefill]
         decode = agent.decode = self._decode[place.decode]
-        front, far = place.recompute_tokens, place.decode_tokens
+        front, remote = place.recompute_tokens, place.decode_tokens
         hit = place.hit_tokens
         agent.miss = agent.prompt - hit
         agent.front = front
         agent.loaded = False
-        agent.far = far
+        agent.remote = remote
         agent.state = READING
-        agent.near_reads = agent.far_reads = 0
+        agent.local_reads = agent.remote_reads = 0
         if place.read == "none":
-            agent.near, agent.parts = 0, 0
+            agent.local, agent.parts = 0, 0
             agent.loaded = True
             agent.handed_at = now
         else:
-            near = agent.near = hit - front - far
+            local = agent.local = hit - front - remote
             agent.parts = 1 if front else 0
-            if near:
-                self._read_from(self.links[engine.node], agent, near, "prefill", now)
-            if far:
-                self._read_from(self.links[decode.node], agent, far, "decode", now)
+            if local:
+                self._read_from(self.links[engine.node], agent, local, "prefill", now)
+            if remote:
+                self._read_from(self.links[decode.node], agent, remote, "decode", now)
         if front:
             agent.query, agent.context, agent.loaded = front, 0, True
             self.record.recomputed_tokens += front
@@ -251,11 +251,11 @@ class PrefillDecodeCluster:
     def _read_from(self, link: FifoLink, agent: Agent, tokens: int, side: Side, now: float) -> None:
         agent.parts += 1
         if side == "prefill":
-            agent.near_reads += 1
-            mark = agent.near_mark << 1
+            agent.local_reads += 1
+            mark = agent.local_mark << 1
         else:
-            agent.far_reads += 1
-            mark = (agent.far_mark << 1) | 1
+            agent.remote_reads += 1
+            mark = (agent.remote_mark << 1) | 1
         if link.up:
             self._push(link.give(tokens, now), READ, agent, agent.placement, mark)
         else:
@@ -265,24 +265,24 @@ class PrefillDecodeCluster:
         if self._is_stale(agent, placement, extra):
             return
         if extra & 1:
-            agent.far_reads -= 1
-            if not agent.far_reads:
-                self.brain.read_done(agent.number, agent.attempt, "decode")
+            agent.remote_reads -= 1
+            if not agent.remote_reads:
+                self.scheduler.read_done(agent.number, agent.attempt, "decode")
         else:
-            agent.near_reads -= 1
-            if not agent.near_reads:
-                self.brain.read_done(agent.number, agent.attempt, "prefill")
+            agent.local_reads -= 1
+            if not agent.local_reads:
+                self.scheduler.read_done(agent.number, agent.attempt, "prefill")
         self._part_done(agent, now)
 
     @staticmethod
     def _is_stale(agent: Agent, placement: int, extra: int) -> bool:
-        mark = agent.far_mark if extra & 1 else agent.near_mark
+        mark = agent.remote_mark if extra & 1 else agent.local_mark
         return placement != agent.placement or extra >> 1 != mark or agent.state != READING
 
     def _late(self, agent: Agent, placement: int, extra: int, now: float) -> None:
         """A read ended by its deadline, and nothing was planned anew: the request starts over."""
         if not self._is_stale(agent, placement, extra):
-            self.brain.restart(agent.number, agent.attempt)
+            self.scheduler.restart(agent.number, agent.attempt)
             self._decide(now)
 
     def _part_done(self, agent: Agent, now: float) -> None:
@@ -310,7 +310,7 @@ class PrefillDecodeCluster:
         self._push(now + took, STEP, group, 0, 0)
 
     def _step_end(self, group: PrefillGroup, mark: int, extra: int, now: float) -> None:
-        record, brain = self.record, self.brain
+        record, scheduler = self.record, self.scheduler
         nic_s = self._step_cost.nic_s
         layerwise = self._step_cost.layerwise
         tail_s = nic_s / self._step_cost.layers
@@ -328,14 +328,14 @@ class PrefillDecodeCluster:
             agent.state = MOVING
             decode, engine = agent.decode, agent.prefill
             assert decode is not None and engine is not None
-            brain.prefilled(agent.number, agent.attempt)
+            scheduler.prefilled(agent.number, agent.attempt)
             if not agent.steps:
                 self._ended(agent, now)
                 continue
             if layerwise:
                 there = max(agent.handed_at, now + agent.miss * tail_s)
             else:
-                tokens = (agent.near + agent.miss) * nic_s
+                tokens = (agent.local + agent.miss) * nic_s
                 engine.out_free = max(now, engine.out_free) + tokens
                 decode.in_free = max(now, decode.in_free) + tokens
                 there = max(engine.out_free, decode.in_free)
@@ -395,7 +395,7 @@ class PrefillDecodeCluster:
         record.tpot_s.append((now - agent.token_s) / agent.steps if agent.steps else 0.0)
         record.end_at_s.append(now)
         record.end_s = now
-        self.brain.ended(agent.number, agent.attempt)
+        self.scheduler.ended(agent.number, agent.attempt)
         agent.turn = turn = turn + 1
         if turn == len(trajectory.prompts):
             agent.state = IDLE
@@ -411,7 +411,7 @@ class PrefillDecodeCluster:
     # -- faults -------------------------------------------------------------------------------------------------
 
     def _fault(self, fault: Any, mark: int, extra: int, now: float) -> None:
-        """The machines first; the brain learns of it `notice_s` later (`mark` 1)."""
+        """The machines first; the scheduler core learns of it `notice_s` later (`mark` 1)."""
         link = self.links[fault.node]
         if not mark:
             if fault.what == "nic healed":
@@ -422,12 +422,12 @@ class PrefillDecodeCluster:
             self._push(now + self.settings.notice_s, FAULT, fault, 1, 0)
             return
         if fault.what == "nic healed":
-            self.brain.nic_healed(link.name)
+            self.scheduler.nic_healed(link.name)
         elif fault.what == "nic lost":
-            self.brain.nic_lost(link.name, now)
+            self.scheduler.nic_lost(link.name, now)
         else:
             self._drop_engines(fault.node)
-            self.brain.node_lost(link.name, now)
+            self.scheduler.node_lost(link.name, now)
         self._decide(now)
 
     def _cut(self, link: FifoLink, now: float) -> None:
@@ -459,18 +459,18 @@ class PrefillDecodeCluster:
         prefill, decode = agent.prefill, agent.decode
         assert prefill is not None and decode is not None and agent.attempt == replan.attempt
         if replan.side == "prefill":
-            tokens, agent.near = agent.near, 0
-            agent.parts -= agent.near_reads
-            agent.near_reads = 0
-            agent.far += tokens
-            agent.near_mark += 1
+            tokens, agent.local = agent.local, 0
+            agent.parts -= agent.local_reads
+            agent.local_reads = 0
+            agent.remote += tokens
+            agent.local_mark += 1
             self._read_from(self.links[decode.node], agent, tokens, "decode", now)
         else:
-            tokens, agent.far = agent.far, 0
-            agent.parts -= agent.far_reads
-            agent.far_reads = 0
-            agent.near += tokens
-            agent.far_mark += 1
+            tokens, agent.remote = agent.remote, 0
+            agent.parts -= agent.remote_reads
+            agent.remote_reads = 0
+            agent.local += tokens
+            agent.remote_mark += 1
             self._read_from(self.links[prefill.node], agent, tokens, "prefill", now)
 
     def _revoked(self, revoke: Revoke) -> None:

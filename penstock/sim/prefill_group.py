@@ -122,16 +122,16 @@ class PrefillGroup:
         """The request's KV goes up (its own copy, or relayed by its decode engine), and on to the decode engine; when
         its last byte is up."""
         agent.loaded = True
-        near, far = agent.near, agent.far
+        local, remote = agent.local, agent.remote
         nic_s, decode = cost.nic_s, agent.decode
         assert decode is not None
-        end = engine.in_free = max(now, engine.in_free) + (near + far) * nic_s
-        if far:
-            relay = decode.out_free = max(now, decode.out_free) + far * nic_s
+        end = engine.in_free = max(now, engine.in_free) + (local + remote) * nic_s
+        if remote:
+            relay = decode.out_free = max(now, decode.out_free) + remote * nic_s
             end = max(end, relay)
         if cost.layerwise:
-            out = engine.out_free = max(now, engine.out_free) + (2 * near + agent.front + agent.miss) * nic_s
-            into = decode.in_free = max(now, decode.in_free) + (near + agent.front + agent.miss) * nic_s
+            out = engine.out_free = max(now, engine.out_free) + (2 * local + agent.front + agent.miss) * nic_s
+            into = decode.in_free = max(now, decode.in_free) + (local + agent.front + agent.miss) * nic_s
             agent.handed_at = max(out, into)
         return end
 

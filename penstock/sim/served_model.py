@@ -66,7 +66,7 @@ class ServedModel:
         return self.layers * self.layer_overhead_s
 
     def prefill_cost(self, gpu: Gpu) -> ComputeCost:
-        """Of one prompt on one GPU, as the brain's cost model has it: a + b.q + c.q.(context + q/2)."""
+        """Of one prompt on one GPU, as the scheduler core's cost model has it: a + b.q + c.q.(context + q/2)."""
         per_token = self.linear_flop_per_token + self.attention_flop_per_token
         return ComputeCost(0.0, per_token / gpu.flop_per_s, self.attention_flop_per_pair / gpu.flop_per_s)
 

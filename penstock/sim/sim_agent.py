@@ -24,23 +24,23 @@ class Agent:
         "attempt",
         "context",
         "decode",
-        "far",
-        "far_mark",
-        "far_reads",
         "front",
         "handed_at",
         "length",
         "loaded",
+        "local",
+        "local_mark",
+        "local_reads",
         "miss",
-        "near",
-        "near_mark",
-        "near_reads",
         "number",
         "parts",
         "placement",
         "prefill",
         "prompt",
         "query",
+        "remote",
+        "remote_mark",
+        "remote_reads",
         "state",
         "steps",
         "token_s",
@@ -55,12 +55,12 @@ class Agent:
         self.arrival_s = 0.0
         self.attempt = 0
         self.prompt = self.length = self.steps = 0
-        self.query = self.miss = self.near = self.far = self.front = 0
+        self.query = self.miss = self.local = self.remote = self.front = 0
         self.context: float = 0
         self.parts = 0  # reads and front computing still under way
-        self.near_reads = self.far_reads = 0  # of these
+        self.local_reads = self.remote_reads = 0  # of these
         self.placement = 0
-        self.near_mark = self.far_mark = 0
+        self.local_mark = self.remote_mark = 0
         self.loaded = False
         self.handed_at = 0.0
         self.token_s = 0.0

@@ -1,6 +1,6 @@
-"""A body of the brain on a virtual clock, ready made: the simulator's engine on links that serve block by block.
+"""A driver of the core on a virtual clock, ready made: the simulator's engine on links that serve block by block.
 
-One history per input. It carries the brain's tests, and gives live experiments their bound: the same decisions with no
+One history per input. It carries the core's tests, and gives live experiments their bound: the same decisions with no
 overhead anywhere and no link idle while it has work.
 """
 
@@ -13,12 +13,12 @@ from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import BlockKey
 from penstock.core.operations import BlockHit, Fetch, Operation, RequestSpec, Route
 from penstock.sim.clock import VirtualClock
-from penstock.sim.engine_driver import Ended, EngineBody, Observer, ideal_links
+from penstock.sim.engine_driver import Ended, EngineDriver, Observer, ideal_links
 
-__all__ = ["Ended", "VirtualBody"]
+__all__ = ["Ended", "VirtualDriver"]
 
 
-class VirtualBody(EngineBody):
+class VirtualDriver(EngineDriver):
     """Runs a `LoadScheduler` to the end of a list of arrivals.
 
     `pool` maps keys to hits; blocks that are saved join it under `save_route`. `link_bytes_per_s` names each link's
@@ -52,7 +52,7 @@ class VirtualBody(EngineBody):
         return self.clock.now_s
 
     def at(self, time_s: float, event: Callable[[], None]) -> None:
-        """Run `event` at a virtual time; the brain decides after it."""
+        """Run `event` at a virtual time; the scheduler core decides after it."""
         self._to_come += 1
 
         def happen() -> None:

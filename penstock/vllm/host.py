@@ -1,4 +1,4 @@
-"""The scheduler's side: owns brain, pool and staging; feeds the brain from vLLM's calls, the pool and the workers.
+"""The scheduler's side: owns core, pool and staging; feeds the core from vLLM's calls, the pool and the workers.
 
 One control thread hands operations on, so that a fetch or an upload waits for no step of vLLM's loop. vLLM's scheduler
 calls in from its own thread and gets its answer at once; a lock keeps the two apart, for as long as a decision takes.
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from penstock.core.bandwidth import LinkCost
 from penstock.core.connector.records import Landed
-from penstock.core.connector.scheduler import GuestOperation, GuestScheduler
+from penstock.core.connector.scheduler import ConnectorOperation, ConnectorScheduler
 from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.operations import BlockHit, Drop, Fetch, Lookup, RequestSpec, Save, Upload
 from penstock.engine.executors import PoolStages
@@ -58,14 +58,16 @@ Ids = list[list[int]]  # vLLM blocks of one pool block, by group; -1: not to be 
 
 @dataclass(slots=True)
 class Activity:
-    """Counts since start that the brain does not keep."""
+    """Counts since start that the scheduler core does not keep."""
 
     load_failures: Counter[str] = field(default_factory=Counter)
     save_failures: Counter[str] = field(default_factory=Counter)
     requests_without_pool: Counter[str] = field(default_factory=Counter)
     uploaded_bytes: int = 0
     saved_bytes: int = 0
-    counts: Counter[str] = field(default_factory=Counter)  # of what is lost on the way to the brain: see `losses`
+    counts: Counter[str] = field(
+        default_factory=Counter
+    )  # of what is lost on the way to the scheduler core: see `losses`
 
 
 class Host:
@@ -111,7 +113,7 @@ class Host:
         cost = CostModel(LinkCost(UPLOAD_BYTES_PER_S), COMPUTE)
         for name, rate in link_bytes_per_s(settings.open_config()).items():
             cost.links[name] = LinkCost(rate)
-        self.brain = GuestScheduler(config, cost)
+        self.scheduler = ConnectorScheduler(config, cost)
         self._staging = SharedStaging(memoryview(self._memory), self._workers.slot_bytes, config.l2_slots)
         self._stages = PoolStages(Unleased(self._pool), self._staging, self.block_bytes, config.lookup_window)
         self._writer = GuardedWorker("penstock-write", config.save_window_blocks)
@@ -124,7 +126,7 @@ class Host:
     # -- vLLM's scheduler ---------------------------------------------------------------------------------------
 
     def _call(self, question: Callable[[], T], default: T) -> T:
-        """What the brain says, on vLLM's scheduler thread: which never waits long, and never fails with Penstock."""
+        """What the core says, on vLLM's scheduler thread: which never waits long, and never fails with Penstock."""
         if self._broken is not None:
             return default
         if not self._lock.acquire(timeout=LOCK_TIMEOUT_S):
@@ -150,7 +152,7 @@ class Host:
 
         def submit() -> ValueError | None:
             try:
-                self.brain.submit(spec, held_tokens, arrival_s, load and self.shape.loads)
+                self.scheduler.submit(spec, held_tokens, arrival_s, load and self.shape.loads)
             except ValueError as error:
                 return error
             return None
@@ -163,7 +165,7 @@ class Host:
     def matched(self, request_id: str, held_tokens: int) -> int | None:
         """Tokens that will be loaded beyond the `held_tokens` that vLLM has; None while that is not known yet."""
         computed: int | None = 0
-        return self._call(lambda: self.brain.matched(request_id, held_tokens, time.monotonic()), computed)
+        return self._call(lambda: self.scheduler.matched(request_id, held_tokens, time.monotonic()), computed)
 
     def allocated(self, request_id: str, first: int, ids: Sequence[Ids], after_step: int = -1) -> None:
         """vLLM gave blocks for the pool blocks from `first` on; nothing is written to them before `after_step` has
@@ -174,7 +176,7 @@ class Host:
         self._grants[request_id] = (first, pages)
 
         def allocated() -> bool:
-            self.brain.allocated(request_id, first, pages, time.monotonic())
+            self.scheduler.allocated(request_id, first, pages, time.monotonic())
             return True
 
         if not self._call(allocated, False) and self.fatal is not None:
@@ -189,7 +191,7 @@ class Host:
     def acknowledged(self, request_id: str) -> None:
         """vLLM has heard that the request's load is over."""
         self._notices.acknowledged(request_id)
-        self._call(lambda: self.brain.acknowledged(request_id), None)
+        self._call(lambda: self.scheduler.acknowledged(request_id), None)
 
     def notices(self) -> list[wire.Notice]:
         """What the workers have to hear with the next step, because they may not hear it over their links."""
@@ -197,30 +199,30 @@ class Host:
 
     def started(self, request_id: str) -> None:
         """vLLM schedules the request for the first time."""
-        self._call(lambda: self.brain.started(request_id, time.monotonic()), None)
+        self._call(lambda: self.scheduler.started(request_id, time.monotonic()), None)
 
     def prefilled(self, request_id: str) -> None:
         """The request's first token is there."""
-        self._call(lambda: self.brain.prefilled(request_id, time.monotonic()), None)
+        self._call(lambda: self.scheduler.prefilled(request_id, time.monotonic()), None)
 
     def finish(self, request_id: str) -> None:
         """The request ended, or is not to be served any further."""
-        self._call(lambda: self.brain.finish(request_id, time.monotonic()), None)
+        self._call(lambda: self.scheduler.finish(request_id, time.monotonic()), None)
         self.wake()
 
     def forget_all(self) -> None:
-        """See `GuestScheduler.forget_all`. A save whose copy is under way ends unwritten."""
+        """See `ConnectorScheduler.forget_all`. A save whose copy is under way ends unwritten."""
         self._epoch += 1
-        self._call(lambda: self.brain.forget_all(time.monotonic()), None)
+        self._call(lambda: self.scheduler.forget_all(time.monotonic()), None)
         self.wake()
 
     def extend(self, request_id: str, tokens: Sequence[int]) -> None:
-        """The request's tokens so far; what the brain has not heard of is new."""
+        """The request's tokens so far; what the scheduler core has not heard of is new."""
 
         def extend() -> None:
-            known = self.brain.known_tokens(request_id)
+            known = self.scheduler.known_tokens(request_id)
             if known < len(tokens):
-                self.brain.extend(request_id, list(tokens[known:]))
+                self.scheduler.extend(request_id, list(tokens[known:]))
 
         self._call(extend, None)
 
@@ -231,8 +233,8 @@ class Host:
         self._save_steps[page] = step
 
         def offer() -> bool:
-            self.brain.offer(request_id, index, page)
-            return self.brain.can_keep
+            self.scheduler.offer(request_id, index, page)
+            return self.scheduler.can_keep
 
         room = self._call(offer, False)
         self.wake()
@@ -240,26 +242,26 @@ class Host:
 
     def wants(self, request_id: str, index: int) -> bool:
         """Whether the request's full block `index` should be saved: the pool may not hold it, and none saves it."""
-        return self._call(lambda: self.brain.wants(request_id, index), False)
+        return self._call(lambda: self.scheduler.wants(request_id, index), False)
 
     @property
     def can_keep(self) -> bool:
         """Whether vLLM may keep one more block for a save."""
-        return self._call(lambda: self.brain.can_keep, False)
+        return self._call(lambda: self.scheduler.can_keep, False)
 
     def not_saved(self, blocks: int) -> None:
         """Count blocks that were full and are not saved, for lack of room."""
-        self._call(lambda: self.brain.not_saved(blocks), None)
+        self._call(lambda: self.scheduler.not_saved(blocks), None)
 
     def lost(self, name: str, count: int = 1) -> None:
-        """A hit or a save is lost before the brain hears of it; `name` is one of `losses.LOSSES`."""
+        """A hit or a save is lost before the scheduler core hears of it; `name` is one of `losses.LOSSES`."""
         self.activity.counts[name] += count
 
     def released(self) -> list[int]:
         """Pages that `offer` returned and that vLLM may have back."""
         everything = self.fatal is not None  # what is still read from them is thrown away
         none: list[int] = []
-        pages = list(self._save_steps) if everything else self._call(lambda: self.brain.released(), none)
+        pages = list(self._save_steps) if everything else self._call(lambda: self.scheduler.released(), none)
         for page in pages:
             self._pages.pop(page, None)
             self._save_steps.pop(page, None)
@@ -267,11 +269,11 @@ class Host:
 
     def press(self, pages: int | None) -> None:
         """vLLM is short of blocks: give back so much (None: all) of what is kept for saves that have not begun."""
-        self._call(lambda: self.brain.press(pages), None)
+        self._call(lambda: self.scheduler.press(pages), None)
 
     def stepped(self, spans: Sequence[tuple[int, int]], seconds: float) -> None:
         """A step took so many seconds for these (query tokens, context tokens): the compute cost is refined."""
-        self._call(lambda: self.brain.stepped(spans, seconds), None)
+        self._call(lambda: self.scheduler.stepped(spans, seconds), None)
 
     def take_stats(self, taker: StatsTaker) -> PenstockStats | None:
         """Counts of the interval since the last call."""
@@ -280,7 +282,7 @@ class Host:
             return taker.take({**activity.counts, "given_up": 1}, {}, {}, [], {})
 
         def counted() -> PenstockStats | None:
-            counters: dict[str, float] = {**self.brain.counters, **activity.counts}
+            counters: dict[str, float] = {**self.scheduler.counters, **activity.counts}
             counters["uploaded_bytes"] = activity.uploaded_bytes
             counters["saved_bytes"] = activity.saved_bytes
             labelled: dict[str, dict[str, float]] = {
@@ -288,20 +290,20 @@ class Host:
                 "save_failures": dict(activity.save_failures),
                 "requests_without_pool": dict(activity.requests_without_pool),
             }
-            links = {name: link.bytes_per_s for name, link in self.brain.cost.links.items()}
-            links["upload"] = self.brain.cost.upload.bytes_per_s
-            return taker.take(counters, labelled, self.brain.gauges(), self.brain.take_accounts(), links)
+            links = {name: link.bytes_per_s for name, link in self.scheduler.cost.links.items()}
+            links["upload"] = self.scheduler.cost.upload.bytes_per_s
+            return taker.take(counters, labelled, self.scheduler.gauges(), self.scheduler.take_accounts(), links)
 
         return self._call(counted, None)
 
-    def query(self, question: Callable[[GuestScheduler], T], default: T) -> T:
-        """What the brain says to a question; `default` after a failure of Penstock's."""
-        return self._call(lambda: question(self.brain), default)
+    def query(self, question: Callable[[ConnectorScheduler], T], default: T) -> T:
+        """What the scheduler core says to a question; `default` after a failure of Penstock's."""
+        return self._call(lambda: question(self.scheduler), default)
 
-    def ask(self, question: Callable[[GuestScheduler], Any]) -> Any:
+    def ask(self, question: Callable[[ConnectorScheduler], Any]) -> Any:
         """As `query`, but waits for the lock and raises what the question raises: for tests and views."""
         with self._lock:
-            return question(self.brain)
+            return question(self.scheduler)
 
     @property
     def queued_events(self) -> int:
@@ -309,7 +311,7 @@ class Host:
         return self._inbox.qsize()
 
     def wake(self) -> None:
-        """Have the brain decide again."""
+        """Have the scheduler core decide again."""
         if self.fatal is None and not self._waking:
             self._waking = True
             self._inbox.put(self._woken)
@@ -357,7 +359,7 @@ class Host:
         )
         with self._lock:
             self.fatal = reason
-            self.brain = GuestScheduler(replace(self.brain.config, pool=False), self.brain.cost)
+            self.scheduler = ConnectorScheduler(replace(self.scheduler.config, pool=False), self.scheduler.cost)
         while self._workers.writing and not self._stopping:
             self._say_late()
             with contextlib.suppress(Exception):  # what the copies were for is gone
@@ -366,7 +368,7 @@ class Host:
             self._land(Landed(request_id, first))
 
     def _step(self) -> None:
-        wakeup = self.brain.next_wakeup_s()
+        wakeup = self.scheduler.next_wakeup_s()
         wait_s = IDLE_WAIT_S if wakeup is None else min(max(wakeup - time.monotonic(), 0.0), IDLE_WAIT_S)
         with contextlib.suppress(queue.Empty):
             self._events.append(self._inbox.get(timeout=wait_s))
@@ -378,7 +380,7 @@ class Host:
             while self._events:  # what one that fails leaves behind is looked at by `_give_up`
                 self._events.popleft()()
             self._stages.end_late()
-            operations = self.brain.decide(time.monotonic())
+            operations = self.scheduler.decide(time.monotonic())
             work = [self._prepare(operation) for operation in operations]
         for do in work:
             do()
@@ -389,7 +391,7 @@ class Host:
         if now_s >= self._next_look_s:
             self._next_look_s = now_s + IDLE_WAIT_S
             self._say_late()
-            self._losses.look({**self.brain.counters, **self.activity.counts})
+            self._losses.look({**self.scheduler.counters, **self.activity.counts})
 
     def _say_late(self) -> None:
         for op_id, ranks in self._workers.late():
@@ -397,7 +399,7 @@ class Host:
             text = "worker ranks %s have not ended copy %d for %g s; it holds its pages until they do, or die"
             warnings.warning("late", text, ranks, op_id, LATE_S)
 
-    def _prepare(self, operation: GuestOperation) -> Callable[[], None]:
+    def _prepare(self, operation: ConnectorOperation) -> Callable[[], None]:
         """What to do for an operation, once the lock is released."""
         if isinstance(operation, Fetch):
             return partial(self._fetch, operation)
@@ -417,7 +419,7 @@ class Host:
 
     def _lookup(self, op: Lookup) -> None:
         def done(hits: list[BlockHit | None] | None) -> None:
-            self._inbox.put(lambda: self.brain.lookup_done(op.op_id, hits, time.monotonic()))
+            self._inbox.put(lambda: self.scheduler.lookup_done(op.op_id, hits, time.monotonic()))
 
         self._stages.lookup(op, done)
 
@@ -425,7 +427,7 @@ class Host:
         def ended(error: str | None) -> None:
             if error is not None:
                 self.activity.load_failures[error] += 1
-            self.brain.fetched(op.op_id, error, time.monotonic())
+            self.scheduler.fetched(op.op_id, error, time.monotonic())
 
         if self._staging.place(op.slot) is None:
             self._inbox.put(partial(ended, "device"))
@@ -437,10 +439,10 @@ class Host:
             if error is not None:
                 self.activity.load_failures["device"] += len(op.blocks)
                 warnings.warning("upload", "blocks could not be copied into vLLM's cache, and are computed: %s", error)
-                self.brain.upload_failed(op.op_id, "device", time.monotonic())
+                self.scheduler.upload_failed(op.op_id, "device", time.monotonic())
             else:
                 self.activity.uploaded_bytes += len(op.blocks) * self.block_bytes
-                self.brain.uploaded(op.op_id, time.monotonic())
+                self.scheduler.uploaded(op.op_id, time.monotonic())
 
         places = [(self._staging.place(slot), ids) for slot, ids in blocks]
         found = [(place, ids) for place, ids in places if place is not None]
@@ -458,7 +460,7 @@ class Host:
             if epoch != self._epoch:
                 self._saved(op, "reset")
                 return
-            self.brain.downloaded(op.op_id)
+            self.scheduler.downloaded(op.op_id)
             if not self._writer.put(partial(self._write, op), partial(self._not_written, op)):
                 self._saved(op, "closed")
 
@@ -480,7 +482,7 @@ class Host:
             self.activity.saved_bytes += self.block_bytes
         else:
             self.activity.save_failures[error] += 1
-        self.brain.saved(op.op_id, error)
+        self.scheduler.saved(op.op_id, error)
 
     def _land(self, notice: Landed) -> None:
         """Tell the workers, and so vLLM, that a load is over."""

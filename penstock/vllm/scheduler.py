@@ -1,4 +1,4 @@
-"""`PenstockScheduler`: vLLM's scheduler, with waiting requests in the brain's order and loads that start ahead.
+"""`PenstockScheduler`: vLLM's scheduler, with waiting requests in the core's order and loads that start ahead.
 
 What leans on vLLM's internals is in `compat`. Without a Penstock connector it does as vLLM's own scheduler does.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 LOOKS_PER_STEP = 16  # requests that are looked at for a load ahead
-FIRST: Rank = (ORDINARY, float("-inf"), 0)  # where requests stand that the brain does not know
+FIRST: Rank = (ORDINARY, float("-inf"), 0)  # where requests stand that the scheduler core does not know
 
 
 class _InOrder(Scheduler):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The connector in the scheduler's process: vLLM's requests, blocks and steps, told to the brain by way of `host`."""
+"""The connector in the scheduler's process: vLLM's requests, blocks and steps, told to the core by way of `host`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class _Known:
     asked_held: int = 0  # tokens that vLLM held when it asked last
     offered: int = 0  # tokens that it was offered then
     saved_to: int = 0  # full blocks that were looked at for saving
-    put_off: deque[int] = field(default_factory=deque)  # of them, those for which there was no room
+    tardy_jobs: deque[int] = field(default_factory=deque)  # of them, those for which there was no room
     adapter: str | None = None  # what it is computed with, where it has an adapter
     computing: bool = False
     answering: bool = False
@@ -123,7 +123,7 @@ class SchedulerSide:
             "Penstock: blocks of %d tokens, %d bytes; staging of %d blocks; vLLM's blocks have %s tokens",
             self._block_tokens,
             self.host.block_bytes,
-            self.host.brain.config.l2_slots,
+            self.host.scheduler.config.l2_slots,
             "/".join(map(str, self._group_tokens)),
         )
 
@@ -169,7 +169,7 @@ class SchedulerSide:
         self._known[request.request_id] = _Known(request, adapter=adapter)
 
     def _spec(self, request: Request, adapter: str | None) -> RequestSpec | str:
-        """What the brain has to know of a request; a word where it has to do without the pool."""
+        """What the scheduler core has to know of a request; a word where it has to do without the pool."""
         if self._stale and not self._finish_reset():
             self._log.warning("stale", STALE)
             return "reset"
@@ -210,7 +210,7 @@ class SchedulerSide:
         return None
 
     def matched(self, request: Request, held_tokens: int) -> int | None:
-        """See `GuestScheduler.matched`."""
+        """See `ConnectorScheduler.matched`."""
         with self._for_one(request.request_id):
             return self._matched(request, held_tokens)
         return 0
@@ -240,19 +240,19 @@ class SchedulerSide:
         return needed + self.reserved_blocks <= self._pins.free_blocks
 
     def rank(self, request_id: str) -> Rank | None:
-        """Where the brain sees a request, smallest first; None for one that it does not know."""
-        return self.host.query(lambda brain: brain.rank(request_id), None)
+        """Where the scheduler core sees a request, smallest first; None for one that it does not know."""
+        return self.host.query(lambda scheduler: scheduler.rank(request_id), None)
 
     def ranks(self, request_ids: Iterable[str]) -> dict[str, Rank]:
         """`rank` of many requests."""
         ids = list(request_ids)
         nobody: list[Rank | None] = [None] * len(ids)
-        found = self.host.query(lambda brain: [brain.rank(request_id) for request_id in ids], nobody)
+        found = self.host.query(lambda scheduler: [scheduler.rank(request_id) for request_id in ids], nobody)
         return {request_id: rank for request_id, rank in zip(ids, found, strict=True) if rank is not None}
 
     def step_tokens_max(self) -> int | None:
-        """See `GuestScheduler.step_tokens_max`."""
-        return self.host.query(lambda brain: brain.step_tokens_max(), None)
+        """See `ConnectorScheduler.step_tokens_max`."""
+        return self.host.query(lambda scheduler: scheduler.step_tokens_max(), None)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
         """vLLM's blocks for what `matched` had offered, or the first of it; those that it holds already stay untouched.
@@ -315,7 +315,7 @@ class SchedulerSide:
         computed = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
         with self._for_one(request.request_id):
             self._offer(known, computed, self._step, computed)
-        lost = [index for index in known.put_off if self.host.wants(request.request_id, index)]
+        lost = [index for index in known.tardy_jobs if self.host.wants(request.request_id, index)]
         if lost:
             self.host.not_saved(len(lost))
         self.host.finish(request.request_id)
@@ -363,7 +363,7 @@ class SchedulerSide:
         self.host.forget_all()
         self._give_back()
         known, self._known = list(self._known.values()), {}
-        self.host.not_saved(sum(len(one.put_off) for one in known))
+        self.host.not_saved(sum(len(one.tardy_jobs) for one in known))
         self._stale = not unused or not (self._manager is None or compat.holds_nothing(self._manager))
         self._fingerprint = self._new_fingerprint()
         if not self._stale:
@@ -449,19 +449,19 @@ class SchedulerSide:
                     self._forget(known)
 
     def _advanced(self, request_id: str, computed_tokens: int) -> None:
-        self.host.query(lambda brain: brain.advanced(request_id, computed_tokens), None)
+        self.host.query(lambda scheduler: scheduler.advanced(request_id, computed_tokens), None)
 
     def _offer(self, known: _Known, computed_tokens: int, step: int, before_tokens: int) -> None:
         """Offer full blocks up to `computed_tokens`; those up to `before_tokens` were there before the step, so that
         a window may have dropped some of their parts. What there is no room for is put off to a later step."""
         pins, request = self._pins, known.request
         end = min(computed_tokens, len(request.all_token_ids)) // self._block_tokens
-        if pins is None or not self.host.shape.saves or (known.saved_to >= end and not known.put_off):
+        if pins is None or not self.host.shape.saves or (known.saved_to >= end and not known.tardy_jobs):
             return
         self.host.extend(request.request_id, request.all_token_ids)
         groups = pins.blocks(request.request_id)
         end = min(end, *(len(blocks) // rows for blocks, rows in zip(groups, self._rows, strict=True)))
-        open_blocks = known.put_off
+        open_blocks = known.tardy_jobs
         open_blocks.extend(range(known.saved_to, end))
         known.saved_to = max(end, known.saved_to)
         room = self.host.can_keep

@@ -80,9 +80,9 @@ def test_agents_over_both_paths_on_hosts_with_two_nics() -> None:
                 assert len(run.answered) == 6
                 assert run.storage_bytes > 0
                 outputs.append({(a.agent, a.turn): a.output for a in run.answered})
-                near, far = run.loads.between(run.begin_s, run.end_s)
-                assert near > 0.3 * SMALL.block_bytes
-                assert (far > near / 10) == (system is SPLIT) or system is PAPER
+                local, remote = run.loads.between(run.begin_s, run.end_s)
+                assert local > 0.3 * SMALL.block_bytes
+                assert (remote > local / 10) == (system is SPLIT) or system is PAPER
             assert outputs[0] == outputs[1] == outputs[2]
 
 

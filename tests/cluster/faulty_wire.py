@@ -63,20 +63,20 @@ class FaultyWire:
     def _accept(self) -> None:
         while True:
             try:
-                near, _ = self._listener.accept()
+                local, _ = self._listener.accept()
                 if self._is_cut:
-                    near.close()
+                    local.close()
                     continue
-                far = socket.create_connection(self._target, timeout=5)
+                remote = socket.create_connection(self._target, timeout=5)
             except OSError:
                 if self._listener.fileno() < 0 or self._is_cut:
                     return
-                near.close()
+                local.close()
                 continue
-            far.settimeout(None)
+            remote.settimeout(None)
             with self._lock:
-                self._sockets |= {near, far}
-            for source, sink, up in ((near, far, True), (far, near, False)):
+                self._sockets |= {local, remote}
+            for source, sink, up in ((local, remote, True), (remote, local, False)):
                 threading.Thread(target=self._pipe, args=(source, sink, up), daemon=True).start()
 
     def _pipe(self, source: socket.socket, sink: socket.socket, up: bool) -> None:

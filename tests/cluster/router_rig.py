@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from penstock.cluster.engine.registration import AgentSettings, EngineAgent
+from penstock.cluster.engine.registration import EngineRegistration, RegistrationSettings
 from penstock.cluster.messages import EngineReport, LinkReport, PlacedRequest
 from penstock.cluster.router.live_view import ui_routes
 from penstock.cluster.router.router import ClusterEngine, RouterSettings
@@ -199,7 +199,7 @@ class Cluster:
         self.secret, self.tls = secret, tls
         self.settings = RouterSettings(lease_s=lease_s, **({"grace_s": 0.0} | settings))
         self.address: tuple[str, int] = ("127.0.0.1", 0)
-        self.agents: dict[str, EngineAgent] = {}
+        self.agents: dict[str, EngineRegistration] = {}
         self.hosts: dict[str, CountingHost] = {}
         self.router = self.start_router()
 
@@ -243,14 +243,14 @@ class Cluster:
         for other in self.hosts.values():
             host.peers |= {h.relay_address: h for h in self.hosts.values() if h.relay_address}
             other.peers |= {host.relay_address: host} if host.relay_address else {}
-        settings = AgentSettings(
+        settings = RegistrationSettings(
             agent_settings.get("address", self.address),
             agent_settings.get("secret", self.secret),
             agent_settings.get("keep_s", 60.0),
             agent_settings.get("unhealthy_s", 10.0),
             agent_settings.get("tls", self.tls),
         )
-        self.agents[name] = EngineAgent(host, card, settings)
+        self.agents[name] = EngineRegistration(host, card, settings)
         if wait:
             assert self.agents[name].registered.wait(WAIT_S)
         return host
@@ -340,13 +340,13 @@ class Wire:
     def _accept(self) -> None:
         while not self._closed:
             try:
-                near, _ = self._listener.accept()
+                local, _ = self._listener.accept()
                 self._open.wait(WAIT_S)
-                far = socket.create_connection(self._to)
+                remote = socket.create_connection(self._to)
             except OSError:
                 continue
-            self._socks += [near, far]
-            for one, other in ((near, far), (far, near)):
+            self._socks += [local, remote]
+            for one, other in ((local, remote), (remote, local)):
                 threading.Thread(target=self._carry, args=(one, other), daemon=True).start()
 
     def _carry(self, one: socket.socket, other: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""What the brain's tests share: brains of round numbers, requests whose prefix the pool holds, recorded stages."""
+"""What the core's tests share: cores of round numbers, requests whose prefix the pool holds, recorded stages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from penstock.core.keys import block_keys, root_key
 from penstock.core.layout import KVLayout
 from penstock.core.operations import BlockHit, Compute, Fetch, Operation, RequestSpec, Save, Upload
 from penstock.sim.engine_driver import Observer
-from penstock.testing.virtual_driver import VirtualBody
+from penstock.testing.virtual_driver import VirtualDriver
 
 BLOCK = 100  # tokens
 BLOCK_BYTES = 1_000_000  # 1 ms on a link of 1 GB/s
@@ -61,7 +61,7 @@ class Stages(Observer):
         self.busy[stage].append((self._began.pop(op_id), self.now(), who))
 
 
-class RecordedBody(VirtualBody):
+class RecordedDriver(VirtualDriver):
     """Keeps when each stage was busy and with which requests; checks in the end that no link idles."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -82,7 +82,7 @@ def overlap_s(one: list[tuple[float, float, str]], other: list[tuple[float, floa
 
 
 class Bench:
-    """One brain on a virtual body: a fetch link of 1 GB/s, uploads of 4 GB/s, compute of 1 ms + 0.1 ms per token."""
+    """One core on a virtual driver: a fetch link of 1 GB/s, uploads of 4 GB/s, compute of 1 ms + 0.1 ms per token."""
 
     def __init__(
         self,
@@ -107,9 +107,9 @@ class Bench:
             ComputeCost(compute.a, compute.b, compute.c),
             {name: LinkCost(speed) for name, speed in speeds.items()},
         )
-        self.brain = LoadScheduler(SchedulerConfig(**given), cost)
+        self.scheduler = LoadScheduler(SchedulerConfig(**given), cost)
         self.pool: dict[bytes, BlockHit] = {}
-        self.body = RecordedBody(self.brain, self.pool, speeds, upload_bytes_per_s, compute, check=check)
+        self.driver = RecordedDriver(self.scheduler, self.pool, speeds, upload_bytes_per_s, compute, check=check)
 
     def stored(self, prompt: list[int], blocks: int, route: tuple[str, ...] = (LINK,)) -> None:
         """The pool holds the prompt's first `blocks` blocks."""
@@ -122,9 +122,9 @@ class Bench:
         """A request of its own whose first `hit_blocks` blocks the pool holds."""
         prompt = prompt_of(family, hit_blocks * BLOCK + query_tokens)
         self.stored(prompt, hit_blocks)
-        self.body.submit_at(at_s, spec(name, prompt, 1, deadline_s))
+        self.driver.submit_at(at_s, spec(name, prompt, 1, deadline_s))
 
     def ttft(self, name: str) -> float:
-        account = self.body.ended[name].account
+        account = self.driver.ended[name].account
         assert account.first_token_s is not None
         return account.first_token_s - account.arrival_s

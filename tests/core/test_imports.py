@@ -1,4 +1,4 @@
-"""What may import what: the brain stands alone, and the package is light to import."""
+"""What may import what: the scheduler core stands alone, and the package is light to import."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import penstock
 
 PACKAGE = Path(penstock.__file__).parent
 CORE = sorted((PACKAGE / "core").rglob("*.py"))
-# No clock, threads, I/O or chance in the brain: events and the time go in, operations come out.
+# No clock, threads, I/O or chance in the scheduler core: events and the time go in, operations come out.
 FORBIDDEN = {
     "asyncio",
     "concurrent",

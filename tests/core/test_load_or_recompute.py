@@ -29,11 +29,11 @@ def test_front_and_rest_meet() -> None:
         one = bench(recompute)
         warm(one)
         one.submit(5.0, "asked", 1, 60, 50)
-        one.body.run()
+        one.driver.run()
         times[recompute] = one.ttft("asked")
-        computed = one.brain.counters.get("computed_instead_tokens", 0)
+        computed = one.scheduler.counters.get("computed_instead_tokens", 0)
         assert (computed > 0) == recompute
-        assert one.body.ended["asked"].account.cached_tokens + computed >= 60 * BLOCK
+        assert one.driver.ended["asked"].account.cached_tokens + computed >= 60 * BLOCK
     assert times[False] == pytest.approx(60 * LINK_BLOCK_S + 2e-3, rel=0.05)
     assert times[True] == pytest.approx(40 * LINK_BLOCK_S + 4e-3, rel=0.1)
 
@@ -42,16 +42,16 @@ def test_nothing_is_computed_where_loading_is_faster() -> None:
     one = bench(True, ComputeCost(1e-3, 1.0, 0.0))
     warm(one)
     one.submit(5000.0, "asked", 1, 60, 50)
-    one.body.run()
-    assert one.brain.counters["computed_instead_tokens"] == 0
-    assert one.body.ended["asked"].account.cached_tokens == 60 * BLOCK
+    one.driver.run()
+    assert one.scheduler.counters["computed_instead_tokens"] == 0
+    assert one.driver.ended["asked"].account.cached_tokens == 60 * BLOCK
 
 
 def test_nothing_is_computed_before_costs_are_known() -> None:
     one = bench(True)
     one.submit(0.0, "asked", 1, 60, 50)
-    one.body.run()
-    assert one.brain.counters["computed_instead_tokens"] == 0
+    one.driver.run()
+    assert one.scheduler.counters["computed_instead_tokens"] == 0
 
 
 def test_what_lies_in_l1_or_is_on_its_way_is_not_computed() -> None:
@@ -60,9 +60,9 @@ def test_what_lies_in_l1_or_is_on_its_way_is_not_computed() -> None:
     one.submit(5.0, "first", 1, 60, 50)
     one.submit(5.01, "second", 1, 60, 50)  # shares the first one's loads
     one.submit(6.0, "third", 1, 60, 50)  # finds all of it in L1
-    one.body.run()
-    assert one.body.ended["third"].account.cached_tokens == 60 * BLOCK
-    assert len(one.body.fetches) == len(set(one.body.fetches))
+    one.driver.run()
+    assert one.driver.ended["third"].account.cached_tokens == 60 * BLOCK
+    assert len(one.driver.fetches) == len(set(one.driver.fetches))
 
 
 def test_a_busy_processor_leaves_the_front_to_the_link() -> None:
@@ -71,8 +71,8 @@ def test_a_busy_processor_leaves_the_front_to_the_link() -> None:
     warm(one)
     one.submit(5.0, "miss", 2, 0, 5000)
     one.submit(5.001, "asked", 1, 60, 50)
-    one.body.run()
-    assert one.brain.counters["computed_instead_tokens"] == 0
+    one.driver.run()
+    assert one.scheduler.counters["computed_instead_tokens"] == 0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.config import POLICIES, Policy
-from penstock.core.engine.feasibility import Job, put_off
+from penstock.core.engine.feasibility import Job, tardy_jobs
 from penstock.core.ordering import Rank, RankedQueue, policy_key
 from penstock.engine.profile import load_profile
 
@@ -78,7 +78,7 @@ def test_no_other_choice_meets_more_deadlines_on_one_stage(jobs: list[tuple[int,
                 return False
         return True
 
-    late = put_off([Job(float(deadline), stages(seconds)) for seconds, deadline in jobs], float(now))
+    late = tardy_jobs([Job(float(deadline), stages(seconds)) for seconds, deadline in jobs], float(now))
     everyone = range(len(jobs))
     assert on_time(tuple(i for i in everyone if i not in late))
     best = max(size for size in range(len(jobs) + 1) if any(map(on_time, itertools.combinations(everyone, size))))

@@ -63,7 +63,7 @@ class Rig:
 
 @contextlib.contextmanager
 def serving(runner: ModelRunner, pool: Pool | None, settle: bool = True, **settings: Any) -> Iterator[Rig]:
-    """An engine with nothing in L1 (its brain is new). The runner must hold `l1_pages` pages."""
+    """An engine with nothing in L1 (its scheduler core is new). The runner must hold `l1_pages` pages."""
     given: dict[str, Any] = {"l1_pages": 64, "l2_slots": 16, "max_batch_tokens": 64} | settings
     config = SchedulerConfig(
         block_tokens=runner.layout.block_tokens,

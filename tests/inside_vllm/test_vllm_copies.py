@@ -30,7 +30,7 @@ PROMPTS = [prompt_of(seed, BLOCK * 5 + 9) for seed in range(700, 703)]
 
 
 def counted(engine: Any, name: str) -> int:
-    return int(engine.connector.side.host.ask(lambda brain: brain.counters.get(name, 0)))
+    return int(engine.connector.side.host.ask(lambda scheduler: scheduler.counters.get(name, 0)))
 
 
 def test_vllm_goes_on_when_a_workers_link_thread_fails_in_the_middle_of_a_load(

@@ -27,7 +27,7 @@ class DamagedBlock:
 
     def __init__(self, inner: Any, fault: str, released: threading.Event) -> None:
         self._inner, self._fault, self._released = inner, fault, released
-        self.key, self.checksum, self.mac, self.far = inner.key, inner.checksum, inner.mac, inner.far
+        self.key, self.checksum, self.mac, self.remote = inner.key, inner.checksum, inner.mac, inner.remote
 
     @property
     def view(self) -> memoryview | None:

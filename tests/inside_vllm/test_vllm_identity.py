@@ -164,7 +164,7 @@ def test_a_drafts_weights_are_part_of_it(tmp_path: Path) -> None:
 def test_the_models_own_code_is_part_of_it(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m")
     local = {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}
-    far = {"auto_map": {"AutoModelForCausalLM": "org/code--modeling.Model"}}
+    remote = {"auto_map": {"AutoModelForCausalLM": "org/code--modeling.Model"}}
 
     def of(auto_map: dict[str, Any], **more: Any) -> str:
         return identity(config(folder, trust_remote_code=True, hf_config=hf_config(**PLAIN, **auto_map), **more))
@@ -174,8 +174,8 @@ def test_the_models_own_code_is_part_of_it(tmp_path: Path) -> None:
     (folder / "modeling.py").write_text("second = 2")
     assert of(local) != first
     with pytest.raises(ConfigError, match="another repository; give --code-revision"):
-        of(far, code_revision="main")
-    assert of(far, code_revision="a" * 40) != of(far, code_revision="b" * 40)
+        of(remote, code_revision="main")
+    assert of(remote, code_revision="a" * 40) != of(remote, code_revision="b" * 40)
 
 
 def test_every_rank_holds_the_same_only_where_vllm_says_so_of_every_layer() -> None:

@@ -23,7 +23,8 @@ def test_a_request_whose_load_is_over_joins_a_step_beside_a_long_prefill(llama: 
         vllm.step()
         vllm.add_request("short", {"prompt_token_ids": SHORT}, parameters)
         wait_until(
-            lambda: ask(lambda brain: brain.counters.get("fetched_blocks", 0)) == BLOCKS, "its blocks are staged"
+            lambda: ask(lambda scheduler: scheduler.counters.get("fetched_blocks", 0)) == BLOCKS,
+            "its blocks are staged",
         )
         ended: list[str] = []
         while len(ended) < 2:

@@ -17,7 +17,7 @@ BLOCKS = 3 * 5
 
 
 def counted(engine: VllmEngine, name: str) -> int:
-    return int(engine.connector.side.host.ask(lambda brain: brain.counters.get(name, 0)))
+    return int(engine.connector.side.host.ask(lambda scheduler: scheduler.counters.get(name, 0)))
 
 
 def test_a_block_is_written_once(
@@ -80,16 +80,16 @@ def test_vllm_goes_on_when_penstock_fails_in_the_middle_of_loads(
         assert engine.ask(PROMPTS) == expected
         engine.forget()
         host = engine.connector.side.host
-        decide, begun = host.brain.decide, []
+        decide, begun = host.scheduler.decide, []
 
         def fails_later(now: float) -> Any:
-            if host.brain.gauges()["granted_blocks"]:
+            if host.scheduler.gauges()["granted_blocks"]:
                 begun.append(now)
                 if len(begun) > 2:
                     raise RuntimeError("a defect")
             return decide(now)
 
-        monkeypatch.setattr(host.brain, "decide", fails_later)
+        monkeypatch.setattr(host.scheduler, "decide", fails_later)
         assert engine.ask(PROMPTS) == expected
         assert host.fatal is not None and "a defect" in host.fatal
         engine.forget()

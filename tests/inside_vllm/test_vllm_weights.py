@@ -164,7 +164,7 @@ def test_a_reset_while_loads_are_under_way_ends_them(
         sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
         for number, prompt in enumerate(PROMPTS):
             inner.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
-        while not side.host.ask(lambda brain: brain.gauges()["granted_blocks"]):
+        while not side.host.ask(lambda scheduler: scheduler.gauges()["granted_blocks"]):
             inner.step()
         update(engine)
         assert core_of(engine).reset_prefix_cache(False, True) is False

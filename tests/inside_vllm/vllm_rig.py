@@ -150,7 +150,7 @@ class VllmEngine:
             self.ask([prompt_of(999, 5)], 1)
         if self.connector is not None and self.connector.side.host.fatal is None:
             ask = self.connector.side.host.ask
-            wait_until(lambda: not ask(lambda brain: brain.gauges()["saves_queued"]), "the last saves are over")
+            wait_until(lambda: not ask(lambda scheduler: scheduler.gauges()["saves_queued"]), "the last saves are over")
 
     def again(self, prompts: Sequence[Sequence[int]], least_external: int, **more: Any) -> list[list[int]]:
         """Ask with vLLM's cache empty: at least so many tokens came from the pool, none from vLLM."""

@@ -98,7 +98,7 @@ def test_a_reader_survives_an_owner_that_wants_its_memory_shorter() -> None:
     mover = SharedMemoryMover()
     memory = mover.allocate(SIZE)
     memory[:5] = b"bytes"
-    far = mover.attach(mover.export(memory))
+    remote = mover.attach(mover.export(memory))
     own = [one for one in Path("/proc/self/fd").iterdir() if one.exists() or one.is_symlink()]
     named = [int(one.name) for one in own if "penstock-" in os.readlink(one)]
     assert named
@@ -106,9 +106,9 @@ def test_a_reader_survives_an_owner_that_wants_its_memory_shorter() -> None:
         with pytest.raises(OSError):  # sealed, or open for reading only
             os.ftruncate(fd, 0)
     into = memoryview(bytearray(SIZE))
-    far.read(0, into, 1.0)
+    remote.read(0, into, 1.0)
     assert bytes(into[:5]) == b"bytes"
-    far.close()
+    remote.close()
     mover.close()
 
 

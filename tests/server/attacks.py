@@ -53,7 +53,7 @@ class Measured:
 
 def serve(pipe: Any, files: int | None) -> None:
     """The server's process: sends its address, ends when the pipe does."""
-    from penstock.process.startup_objects import settle
+    from penstock.process.startup_objects import freeze_startup_objects
     from penstock.server.app import ServerApp
     from penstock.server.run import HttpServer, bind
     from penstock.server.settings import ServerSettings
@@ -75,7 +75,7 @@ def serve(pipe: Any, files: int | None) -> None:
         server.stop()
 
     threading.Thread(target=wait_for_the_end, daemon=True).start()
-    settle()  # as `penstock serve` does
+    freeze_startup_objects()  # as `penstock serve` does
     server.serve_forever()
     codec.close()
     engine.close(5)

@@ -13,7 +13,7 @@ from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import BlockKey, KeyChain, root_key
 from penstock.core.operations import BlockHit, Compute, Fetch, Operation, RequestSpec, Save, Upload
 from penstock.sim.clock import VirtualClock
-from penstock.sim.engine_driver import EngineBody, Observer, ideal_links
+from penstock.sim.engine_driver import EngineDriver, Observer, ideal_links
 
 BLOCK = 100  # tokens
 BLOCK_BYTES = 1_000_000  # 1 ms on a link of 1 GB/s
@@ -53,7 +53,7 @@ class Log(Observer):
 
 
 class SimBench:
-    """One brain on a simulated engine: fetches at 1 GB/s, uploads at 4 GB/s, compute of 1 ms + 0.1 ms per token."""
+    """One core on a simulated engine: fetches at 1 GB/s, uploads at 4 GB/s, compute of 1 ms + 0.1 ms per token."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class SimBench:
         upload_bytes_per_s: float = 4e9,
         observer: Observer | None = None,
         clock: VirtualClock | None = None,
-        body: dict[str, Any] | None = None,
+        driver: dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         given: dict[str, Any] = {
@@ -78,15 +78,15 @@ class SimBench:
         self.links = ideal_links(self.clock, speeds, upload_bytes_per_s)
         self.pool: dict[BlockKey, BlockHit] = {}
         self.log = Log(self.clock)
-        self.brain = LoadScheduler(SchedulerConfig(**given), cost)
-        self.body = EngineBody(
-            self.clock, self.brain, self.pool, self.links, COMPUTE,
-            observer=observer or self.log, after_event=self._check, **(body or {}),
+        self.scheduler = LoadScheduler(SchedulerConfig(**given), cost)
+        self.driver = EngineDriver(
+            self.clock, self.scheduler, self.pool, self.links, COMPUTE,
+            observer=observer or self.log, after_event=self._check, **(driver or {}),
         )  # fmt: skip
 
     def _check(self) -> None:
-        self.brain.check_integrity()
-        self.brain.check_work_conserving()
+        self.scheduler.check_integrity()
+        self.scheduler.check_work_conserving()
 
     def stored(self, prompt: list[int], blocks: int, route: tuple[str, ...] = (LINK,)) -> None:
         """The pool holds the prompt's first `blocks` blocks."""
@@ -100,10 +100,10 @@ class SimBench:
         """A request whose first `hit_blocks` blocks the pool holds; its prompt."""
         prompt = [family * 100_000 + i for i in range(hit_blocks * BLOCK + query_tokens)]
         self.stored(prompt, hit_blocks)
-        self.body.submit_at(at_s, RequestSpec(name, prompt, new_tokens, ROOT, deadline_s))
+        self.driver.submit_at(at_s, RequestSpec(name, prompt, new_tokens, ROOT, deadline_s))
         return prompt
 
     def ttft_s(self, name: str) -> float:
-        account = self.body.ended[name].account
+        account = self.driver.ended[name].account
         assert account is not None and account.first_token_s is not None
         return account.first_token_s - account.arrival_s

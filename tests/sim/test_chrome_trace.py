@@ -19,11 +19,11 @@ from tests.sim.sim_rig import LINK, SimBench
 def traced() -> tuple[SimBench, ChromeTrace]:
     clock = VirtualClock()
     trace = ChromeTrace(clock)
-    bench = SimBench(clock=clock, observer=trace, fetch_window_blocks=3, body={"save_route": (LINK,)})
+    bench = SimBench(clock=clock, observer=trace, fetch_window_blocks=3, driver={"save_route": (LINK,)})
     for i in range(4):
         bench.submit(i * 5e-3, f"r{i}", 10 + i, 150, family=i)
-    bench.body.run()
-    trace.requests(bench.body.ended)
+    bench.driver.run()
+    trace.requests(bench.driver.ended)
     return bench, trace
 
 
@@ -49,9 +49,9 @@ def test_every_operation_is_there_and_no_two_overlap_on_a_row(tmp_path: Path) ->
         row.sort()
         assert all(before[1] <= after[0] + 1e-3 for before, after in pairwise(row))
     fetches = [span for span in spans if span["name"].startswith("fetch ")]
-    assert len(fetches) == 10 + 11 + 12 + 13 == bench.brain.counters["fetched_blocks"]
+    assert len(fetches) == 10 + 11 + 12 + 13 == bench.scheduler.counters["fetched_blocks"]
     assert {rows[span["pid"], span["tid"]] for span in fetches} == {LINK, f"{LINK} +1", f"{LINK} +2"}
-    assert sum(span["name"].startswith("save ") for span in spans) == bench.brain.counters["saved_blocks"] > 0
+    assert sum(span["name"].startswith("save ") for span in spans) == bench.scheduler.counters["saved_blocks"] > 0
     assert {"compute", "pcie", "save", "r0", "r1", "r2", "r3"} <= set(rows.values())
 
 

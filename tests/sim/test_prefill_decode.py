@@ -56,7 +56,7 @@ def test_agents_have_the_means_of_the_table() -> None:
         assert t.hits == [0, *(c // 64 * 64 for c in context[:-1])]
 
 
-def test_kv_to_load_per_compute_is_near_the_papers_row() -> None:
+def test_kv_to_load_per_compute_is_local_the_papers_row() -> None:
     """GB/PFLOP at 16K to 64K with 429 appended tokens: Qwen2.5-32B 117-267, DeepSeek-V3.2 13-36."""
     gpu = Gpu()
     for name, low, high in (("qwen2.5-32b", 117, 267), ("deepseek-660b-like", 13, 36)):
@@ -110,9 +110,9 @@ def test_every_request_ends_and_its_tokens_are_all_there(system: System, model: 
     assert record.requests == load.requests == len(record.ttft_s) == len(record.tpot_s)
     assert (record.prompt_tokens, record.hit_tokens) == (load.prompt_tokens, load.hit_tokens)
     assert record.answer_tokens == load.answer_tokens
-    assert record.agents == 60 and len(run.brain) == 0
-    run.brain.check_integrity()
-    assert all(node.read_tokens == 0 and not node.unread for node in run.brain.groups.nodes.values())
+    assert record.agents == 60 and len(run.scheduler) == 0
+    run.scheduler.check_integrity()
+    assert all(node.read_tokens == 0 and not node.unread for node in run.scheduler.groups.nodes.values())
     read = sum(link.tokens_total for link in run.links)
     assert read == (0 if system.read == "none" else load.hit_tokens - record.recomputed_tokens)
 
@@ -158,8 +158,8 @@ def test_a_node_that_is_lost_restarts_its_requests_and_all_end(node: int) -> Non
     record = run.run([0.0] * 150, faults=[Fault(4.0, "node lost", number)])
     assert record.requests == sum(len(SHORT[i % len(SHORT)].prompts) for i in range(150))
     assert record.restarts > 0 and record.given_up == 0
-    run.brain.check_integrity()
-    assert not any(engine.node.name == f"n{number}" for engine in run.brain.groups.engines.values())
+    run.scheduler.check_integrity()
+    assert not any(engine.node.name == f"n{number}" for engine in run.scheduler.groups.engines.values())
 
 
 def test_slo_is_kept_at_a_low_rate_and_not_at_a_high_one() -> None:

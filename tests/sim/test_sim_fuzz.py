@@ -1,4 +1,4 @@
-"""Fuzz finds what is planted: each defect breaks the invariant it should, shrinks, and replays; the brain has none."""
+"""Fuzz finds what is planted: each defect breaks the invariant it should, shrinks, and replays; the core has none."""
 
 from __future__ import annotations
 
@@ -105,18 +105,20 @@ def _ready_before_loaded(patch: pytest.MonkeyPatch) -> None:
 
 def _damage_is_used(patch: pytest.MonkeyPatch) -> None:
     """A fetch that failed counts as one that did not."""
-    right = load_coordinator.Loading.fetched
-    patch.setattr(load_coordinator.Loading, "fetched", lambda self, op_id, error, now: right(self, op_id, None, now))
+    right = load_coordinator.LoadCoordinator.fetched
+    patch.setattr(
+        load_coordinator.LoadCoordinator, "fetched", lambda self, op_id, error, now: right(self, op_id, None, now)
+    )
 
 
 def _handed_from_a_slot_of_others(patch: pytest.MonkeyPatch) -> None:
     """A slot is free although its block is still to be handed over."""
-    patch.setattr(kv_handoff.Handing, "keeps", lambda self, slot: False)
+    patch.setattr(kv_handoff.KVHandoff, "keeps", lambda self, slot: False)
 
 
 def _slot_leaks(patch: pytest.MonkeyPatch) -> None:
-    right = load_table.Loads.free_slot
-    patch.setattr(load_table.Loads, "free_slot", _every(20, right, _nothing))
+    right = load_table.LoadTable.free_slot
+    patch.setattr(load_table.LoadTable, "free_slot", _every(20, right, _nothing))
 
 
 def _page_leaks(patch: pytest.MonkeyPatch) -> None:
@@ -138,9 +140,11 @@ def _page_twice(patch: pytest.MonkeyPatch) -> None:
 
 def _save_leaks(patch: pytest.MonkeyPatch) -> None:
     """A save that fails keeps its slot."""
-    right = write_back.Saving.saved
+    right = write_back.WriteBackQueue.saved
     patch.setattr(
-        write_back.Saving, "saved", lambda self, op_id, error: right(self, op_id, error) if error is None else None
+        write_back.WriteBackQueue,
+        "saved",
+        lambda self, op_id, error: right(self, op_id, error) if error is None else None,
     )
 
 
@@ -163,14 +167,14 @@ def _ageing_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 def _idle_link(patch: pytest.MonkeyPatch) -> None:
     """A fetch is put off now and then."""
-    right = load_coordinator.Loading.dispatch_fetches
-    patch.setattr(load_coordinator.Loading, "dispatch_fetches", _every(10, right, _nothing))
+    right = load_coordinator.LoadCoordinator.dispatch_fetches
+    patch.setattr(load_coordinator.LoadCoordinator, "dispatch_fetches", _every(10, right, _nothing))
 
 
 def _idle_upload(patch: pytest.MonkeyPatch) -> None:
     """An upload is put off now and then."""
-    right = load_coordinator.Loading.dispatch_uploads
-    patch.setattr(load_coordinator.Loading, "dispatch_uploads", _every(10, right, _nothing))
+    right = load_coordinator.LoadCoordinator.dispatch_uploads
+    patch.setattr(load_coordinator.LoadCoordinator, "dispatch_uploads", _every(10, right, _nothing))
 
 
 def _request_forgotten(patch: pytest.MonkeyPatch) -> None:
@@ -299,7 +303,7 @@ def test_the_brain_keeps_its_invariants() -> None:
 
 def test_two_requests_that_take_each_others_place_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by a seed: a block that only another request's load brings made an admitted request rank higher than it did
-    while it waited. A brain that comes to no decision is a failure like others."""
+    while it waited. A scheduler core that comes to no decision is a failure like others."""
     case = read_case(FOLDER / "two_take_turns.json")
     assert failure_of(case) is None
     _no_decision(monkeypatch)

@@ -17,7 +17,7 @@ def digest(seed: int) -> str:
     rng = random.Random(seed)
     bench = SimBench(
         {LINK: 1e9, "ssd": 3e8}, policy="feasible", l1_pages=60, l2_slots=20, max_running=6,
-        body={"save_route": (LINK,), "fetch_fault": lambda key: "checksum" if rng.random() < 0.05 else None},
+        driver={"save_route": (LINK,), "fetch_fault": lambda key: "checksum" if rng.random() < 0.05 else None},
     )  # fmt: skip
     for i in range(25):
         at_s = rng.uniform(0, 0.2)
@@ -26,11 +26,11 @@ def digest(seed: int) -> str:
             deadline_s=at_s + rng.uniform(0.01, 0.5),
         )  # fmt: skip
         bench.stored(prompt, rng.randrange(6), ("ssd", LINK))
-    bench.body.cancel_at(0.1, "r3")
+    bench.driver.cancel_at(0.1, "r3")
     bench.clock.at(0.05, lambda: bench.links.set_speed(LINK, 1e8))
     bench.clock.at(0.15, lambda: bench.links.set_speed(LINK, 1e9))
-    bench.body.run()
-    assert len(bench.body.ended) == 25 and bench.brain.idle
+    bench.driver.run()
+    assert len(bench.driver.ended) == 25 and bench.scheduler.idle
     return bench.log.digest
 
 

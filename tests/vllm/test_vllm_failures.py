@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from penstock.core.config import ConfigError
-from penstock.core.connector.scheduler import GuestOperation
+from penstock.core.connector.scheduler import ConnectorOperation
 from penstock.core.keys import root_key
 from penstock.core.new_block import NewBlock
 from penstock.core.operations import RequestSpec
@@ -73,7 +73,7 @@ class Engine:
             worker.steps.record(1)
 
     def counter(self, name: str) -> int:
-        return int(self.host.ask(lambda brain: brain.counters.get(name, 0)))
+        return int(self.host.ask(lambda scheduler: scheduler.counters.get(name, 0)))
 
     def begin_load(self, name: str, blocks: int) -> None:
         self.submit(name, blocks)
@@ -165,12 +165,12 @@ def test_vllms_scheduler_waits_for_a_decision_only_so_long(
     with engine() as one:
         one.submit("r", 1)
 
-        def stuck(now: float) -> list[GuestOperation]:
+        def stuck(now: float) -> list[ConnectorOperation]:
             entered.set()
             leave.wait(WAIT_S)
             return []
 
-        monkeypatch.setattr(one.host.brain, "decide", stuck)
+        monkeypatch.setattr(one.host.scheduler, "decide", stuck)
         one.host.wake()
         assert entered.wait(WAIT_S)
         calls: list[Callable[[], object]] = [
@@ -197,7 +197,7 @@ def test_a_defect_on_vllms_thread_does_not_end_vllm(call: str, monkeypatch: pyte
         def broken(*given: object) -> None:
             raise KeyError("a defect")
 
-        monkeypatch.setattr(one.host.brain, call if call != "extend" else "known_tokens", broken)
+        monkeypatch.setattr(one.host.scheduler, call if call != "extend" else "known_tokens", broken)
         arguments: dict[str, tuple[object, ...]] = {
             "extend": ("r", [1, 2, 3]),
             "offer": ("r", 0, [[0, 1]], 1),
@@ -260,7 +260,9 @@ def test_a_load_waits_for_the_step_that_may_zero_its_blocks() -> None:
         while one.rows[0].begun.acquire(blocking=False):
             pass
         one.host.allocated("second", 0, [[[20, 21]]], after_step=7)
-        wait_for(lambda: one.host.ask(lambda brain: brain.gauges()["l2_slots_loads"]) == 1, "the block is staged")
+        wait_for(
+            lambda: one.host.ask(lambda scheduler: scheduler.gauges()["l2_slots_loads"]) == 1, "the block is staged"
+        )
         one.workers[0].steps.begin(6, zeroes=True)
         assert not one.rows[0].begun.acquire(timeout=0.3), "step 7 may still put zeros there"
         one.workers[0].steps.begin(7, zeroes=True)

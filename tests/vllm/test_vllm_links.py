@@ -411,22 +411,22 @@ def test_candidates_that_drip_their_greeting_hold_up_no_scheduler(engine: str, s
 
 
 def test_a_message_that_drips_has_one_deadline_for_all_of_it() -> None:
-    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    local, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     stop = threading.Event()
 
     def drip() -> None:
         with contextlib.suppress(OSError):
             while not stop.wait(0.05):
-                far.sendall(b"\x01")
+                remote.sendall(b"\x01")
 
-    far.sendall(b"\x10\x27\0\0")  # 10,000 bytes
+    remote.sendall(b"\x10\x27\0\0")  # 10,000 bytes
     dripper = threading.Thread(target=drip, daemon=True)
     dripper.start()
-    link = Link(near)
+    link = Link(local)
     with pytest.raises(LinkError):
         link.receive(0.5)
     assert dripper.is_alive(), "it was given up while it still sent"
     stop.set()
     dripper.join(WAIT_S)
     link.close()
-    far.close()
+    remote.close()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from penstock.core.config import ConfigError
-from penstock.core.connector.scheduler import GuestOperation
+from penstock.core.connector.scheduler import ConnectorOperation
 from penstock.core.keys import root_key
 from penstock.core.operations import RequestSpec
 from penstock.pool.net.node import PoolNode
@@ -86,7 +86,7 @@ class Rig:
         wait_for(lambda: self.saved() >= blocks, "blocks are saved")
 
     def saved(self) -> int:
-        return int(self.host.ask(lambda brain: brain.counters.get("saved_blocks", 0)))
+        return int(self.host.ask(lambda scheduler: scheduler.counters.get("saved_blocks", 0)))
 
     def landed(self, name: str) -> Finished:
         """What every worker was told about a load."""
@@ -171,7 +171,9 @@ def test_a_copy_under_way_when_all_is_forgotten_is_not_written(rig: Rig) -> None
     rig.submit("r", 2)
     pages = {rig.host.offer("r", index, [[2 * index, 2 * index + 1]], step=5)[0] for index in range(2)}
     rig.host.wake()
-    wait_for(lambda: not rig.host.ask(lambda brain: brain.gauges()["saves_queued"]) - 2, "both wait for their step")
+    wait_for(
+        lambda: not rig.host.ask(lambda scheduler: scheduler.gauges()["saves_queued"]) - 2, "both wait for their step"
+    )
     rig.host.forget_all()
     rig.workers[0].steps.record(5)
 
@@ -180,7 +182,7 @@ def test_a_copy_under_way_when_all_is_forgotten_is_not_written(rig: Rig) -> None
         return not pages
 
     wait_for(given_back, "vLLM has its blocks back")
-    wait_for(lambda: rig.host.ask(lambda brain: brain.idle), "nothing is left")
+    wait_for(lambda: rig.host.ask(lambda scheduler: scheduler.idle), "nothing is left")
     rig.submit("r", 2)
     wait_for(lambda: rig.host.matched("r", 0) is not None, "the lookup is answered")
     assert rig.host.matched("r", 0) == 0 and rig.saved() == 0, "the pool got a block whose weights nobody knows"
@@ -257,7 +259,7 @@ def test_the_end_of_a_cancelled_load_is_told_once_its_pages_are_safe() -> None:
             rig.host.finish("second")
             rig.landed("second")
             rig.host.acknowledged("second")
-            rig.host.ask(lambda brain: brain.check_integrity())
+            rig.host.ask(lambda scheduler: scheduler.check_integrity())
         finally:
             rig.close()
 
@@ -278,10 +280,10 @@ def test_when_penstock_fails_inside_vllm_gets_everything_back(monkeypatch: pytes
             kept, _ = rig.host.offer("saves", 4, [[8, 9]], step=2)  # a step that is never computed
             rig.host.released()
 
-            def broken(now: float) -> list[GuestOperation]:
+            def broken(now: float) -> list[ConnectorOperation]:
                 raise RuntimeError("a defect")
 
-            monkeypatch.setattr(rig.host.brain, "decide", broken)
+            monkeypatch.setattr(rig.host.scheduler, "decide", broken)
             rig.host.wake()
             told = rig.landed("loads")
             assert told.invalid == list(range(20, 28)), "no block of the load is believed"

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 
 from penstock.cluster.engine.build_host import HostConfig, open_host
 from penstock.cluster.engine.host import EngineHost
-from penstock.cluster.engine.registration import AgentSettings, EngineAgent
+from penstock.cluster.engine.registration import EngineRegistration, RegistrationSettings
 from penstock.cluster.peer_proof import proof_of
 from penstock.cluster.settings import HandOffSettings
 from penstock.cluster.wire import EngineCard
 from penstock.core.config import ConfigError
 from penstock.core.settings import taken_over
 from penstock.process.file_limit import raise_file_limit
-from penstock.process.startup_objects import settle
+from penstock.process.startup_objects import freeze_startup_objects
 from penstock.server.api_settings import api_settings
 from penstock.server.app import ServerApp
 from penstock.server.run import HttpServer, bind, url_of
@@ -53,12 +53,12 @@ def serve_for_router(flags: ServeFlags) -> None:
     raise_file_limit()
     with listener:
         host = open_host(config)
-        settle()
+        freeze_startup_objects()
         try:
             app = ServerApp(host.engine, None, pages)
             ready = f"penstock: engine {name} ({config.role}) listening on {url_of(listener, pages.tls is not None)}"
             server = HttpServer(app, listener, lambda: print(ready, flush=True))
-            agent = EngineAgent(host, card_of(host, config, name, node), settings, on_refused=server.stop)
+            agent = EngineRegistration(host, card_of(host, config, name, node), settings, on_refused=server.stop)
             try:
                 server.serve_forever()
             finally:
@@ -111,11 +111,11 @@ def _vocabulary(checkpoint: Path | None) -> str:
     return codec.vocabulary_digest if codec is not None else ""
 
 
-def _settings(flags: ServeFlags) -> AgentSettings:
+def _settings(flags: ServeFlags) -> RegistrationSettings:
     assert flags.router is not None
     secret, tls = proof_of(flags)
     try:
-        return AgentSettings(parse_address(flags.router), secret, tls=tls)
+        return RegistrationSettings(parse_address(flags.router), secret, tls=tls)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -133,13 +133,13 @@ class EngineHost:
 
     def report(self) -> EngineReport:
         """How things stand. Raises TimeoutError when the engine does not answer."""
-        standing = self.engine.standing()
+        engine_load = self.engine.engine_load()
         gauges = self.engine.gauges()
         pages = int(gauges["l1_pages_total"])
         block_bytes = self.engine.config.block_bytes
         cost = self.engine.compute_cost()
-        unfinished, tokens = standing.unfinished, standing.tokens
-        prefill_tokens, read_bytes = standing.prefill_tokens, standing.read_bytes
+        unfinished, tokens = engine_load.unfinished, engine_load.tokens
+        prefill_tokens, read_bytes = engine_load.prefill_tokens, engine_load.read_bytes
         if self._outgoing is not None:
             opening, waiting_tokens = self._outgoing.opening()
             unfinished += opening
@@ -154,7 +154,7 @@ class EngineHost:
             unfinished=unfinished,
             tokens=tokens,
             prefill_tokens=prefill_tokens,
-            decoding=standing.decoding,
+            decoding=engine_load.decoding,
             read_queue_bytes=read_bytes,
             read_queue_tokens=read_bytes * self.engine.config.block_tokens // block_bytes,
             storage_bytes_per_s=within(self._storage.bytes_per_s, RATE_MAX),
@@ -164,7 +164,7 @@ class EngineHost:
             total_pages=pages,
             buffer_free_blocks=self.buffer.free_blocks if self.buffer is not None else 0,
             buffer_blocks=self.buffer.blocks if self.buffer is not None else 0,
-            links=self._links.reports(standing, block_bytes) if self._links is not None else [],
+            links=self._links.reports(engine_load, block_bytes) if self._links is not None else [],
             storage_up=getattr(self._running.pool, "up", True),
         )
 

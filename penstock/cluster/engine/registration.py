@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from penstock.cluster import wire
-from penstock.cluster.engine.resumable_parts import HeldPart, HeldParts
+from penstock.cluster.engine.resumable_parts import ResumablePart, ResumableParts
 from penstock.cluster.messages import EngineReport, PlacedRequest
 from penstock.cluster.wire_types import clip
 from penstock.core.cluster.membership import OwnLease
@@ -63,7 +63,7 @@ class Host(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class AgentSettings:
+class RegistrationSettings:
     """`router` is (host, port) of its cluster port. `secret`, `tls` or both prove who this engine is."""
 
     router: tuple[str, int]
@@ -104,7 +104,7 @@ class _Session:
             self.sock.shutdown(socket.SHUT_RDWR)
 
 
-class EngineAgent:
+class EngineRegistration:
     """Runs from construction to `close`. `ended` is set, with `failure`, when the router refuses it for good, or
     when the engine itself has failed."""
 
@@ -112,7 +112,7 @@ class EngineAgent:
         self,
         host: Host,
         card: wire.EngineCard,
-        settings: AgentSettings,
+        settings: RegistrationSettings,
         on_refused: Callable[[], None] = lambda: None,
     ) -> None:
         """`on_refused` is called once, when this engine will not serve again (see `failure`)."""
@@ -126,7 +126,7 @@ class EngineAgent:
         self._place = format_address(*settings.router)
         self._lock = threading.Lock()
         self._to_send = threading.Condition(self._lock)
-        self._held = HeldParts(settings.keep_s)
+        self._held = ResumableParts(settings.keep_s)
         self._session: _Session | None = None
         self._closing = threading.Event()
         self._told = ""
@@ -347,7 +347,7 @@ class EngineAgent:
             count_loss("replans")
             rare.exception("replan", "request %s could not be planned anew: %r", message.request_id, error)
 
-    def _event(self, part: HeldPart, event: TokenEvent) -> None:
+    def _event(self, part: ResumablePart, event: TokenEvent) -> None:
         """From a thread of the engine."""
         with self._lock:
             if part.finish_reason is None:

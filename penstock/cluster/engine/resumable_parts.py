@@ -28,7 +28,7 @@ ENDED_TOKENS_MAX = 4 << 20  # tokens of them all
 Key = tuple[str, int]  # request id, attempt
 
 
-class HeldPart:
+class ResumablePart:
     """One part of one attempt, as this engine knows it. Of its prompt it keeps only the tokens that earlier attempts
     generated: the engine has the prompt while it runs, and nobody needs it afterwards."""
 
@@ -101,15 +101,15 @@ class HeldPart:
         )
 
 
-class HeldParts:
+class ResumableParts:
     """All parts of this engine. Not locked: the agent's lock covers it."""
 
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
-        self._parts: dict[Key, HeldPart] = {}
-        self._of_request: dict[str, dict[Key, HeldPart]] = {}
-        self._fresh: dict[Key, HeldPart] = {}  # with something to send, in order
-        self._ended: dict[Key, HeldPart] = {}  # sent to the end and kept, in the order of their ends
+        self._parts: dict[Key, ResumablePart] = {}
+        self._of_request: dict[str, dict[Key, ResumablePart]] = {}
+        self._fresh: dict[Key, ResumablePart] = {}  # with something to send, in order
+        self._ended: dict[Key, ResumablePart] = {}  # sent to the end and kept, in the order of their ends
         self._ended_tokens = 0
 
     def __len__(self) -> int:
@@ -118,19 +118,19 @@ class HeldParts:
     def __contains__(self, key: Key) -> bool:
         return key in self._parts
 
-    def add(self, placed: PlacedRequest) -> HeldPart:
+    def add(self, placed: PlacedRequest) -> ResumablePart:
         """Hold a new part; an old one of the same attempt is dropped."""
-        part = HeldPart(placed)
+        part = ResumablePart(placed)
         self.drop([part.key])
         self._parts[part.key] = part
         self._of_request.setdefault(part.key[0], {})[part.key] = part
         return part
 
-    def attempts(self, request_id: str) -> list[HeldPart]:
+    def attempts(self, request_id: str) -> list[ResumablePart]:
         """All parts of one request."""
         return list(self._of_request.get(request_id, {}).values())
 
-    def fresh(self, part: HeldPart) -> None:
+    def fresh(self, part: ResumablePart) -> None:
         """The part has something to send."""
         if self._parts.get(part.key) is part:
             self._fresh[part.key] = part
@@ -152,7 +152,7 @@ class HeldParts:
         self.drop_old(now)
         return events
 
-    def _sent_to_the_end(self, part: HeldPart, now: float) -> None:
+    def _sent_to_the_end(self, part: ResumablePart, now: float) -> None:
         if not part.resumable:
             self.drop([part.key])
         elif part.key not in self._ended:

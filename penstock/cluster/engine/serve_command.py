@@ -81,13 +81,13 @@ def _serve(flags: ServeFlags) -> None:
     with listener:
         try:
             from penstock.engine.build import build_engine
-            from penstock.process.startup_objects import settle
+            from penstock.process.startup_objects import freeze_startup_objects
 
             codec = _codec(flags)
             if codec is not None:
                 codec.start()
             running = build_engine(config)
-            settle()
+            freeze_startup_objects()
         except (ValueError, OSError, PoolError) as error:
             refuse("penstock serve", error)
         app = ServerApp(running.engine, codec, settings)

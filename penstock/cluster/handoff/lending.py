@@ -20,7 +20,7 @@ from penstock.cluster.handoff.one_sided_links import read_one_sided
 from penstock.pool.api import PoolError
 from penstock.pool.losses import count_loss
 from penstock.pool.net import wire
-from penstock.pool.net.one_sided import FarMemory, Mover
+from penstock.pool.net.one_sided import Mover, RemoteMemory
 from penstock.process.guarded_thread import GuardedWorker
 from penstock.process.rate_limited_log import RateLimitedLog
 
@@ -56,7 +56,7 @@ class Lending:
         self._mover = mover
         self._buffer = buffer
         self._lock = threading.Lock()
-        self._clients: OrderedDict[bytes, tuple[FarMemory, str]] = OrderedDict()  # and its source address
+        self._clients: OrderedDict[bytes, tuple[RemoteMemory, str]] = OrderedDict()  # and its source address
         self._lent: dict[tuple[int, int], _Lent] = {}  # by lender and id
         self._lent_of: Counter[int | str] = Counter()  # how many, by lender and by source
         self._deadlines = Deadlines("penstock-relay-lends")
@@ -67,12 +67,12 @@ class Lending:
         has the most is given up. Raises PoolError."""
         if kind != self._mover.kind:
             raise PoolError("layout", f"this relay offers {self._mover.kind}, not {kind}")
-        far = self._mover.attach(memory)
-        old: list[FarMemory] = []
+        remote = self._mover.attach(memory)
+        old: list[RemoteMemory] = []
         with self._lock:
             if client in self._clients:
                 old.append(self._clients.pop(client)[0])
-            self._clients[client] = far, source
+            self._clients[client] = remote, source
             while len(self._clients) > CLIENTS_MAX:
                 most, _ = Counter(place for _, place in self._clients.values()).most_common(1)[0]
                 oldest = next(name for name, (_, place) in self._clients.items() if place == most)
@@ -161,26 +161,26 @@ class Lending:
     ) -> None:
         """Read an offered block into `into`; `ended` is called on another thread."""
         with self._lock:
-            far, _ = self._clients.get(offer.client, (None, ""))
+            remote, _ = self._clients.get(offer.client, (None, ""))
 
         def check(data: memoryview) -> PoolError | None:
             return self._buffer.check(offer.key, data, offer.checksum, offer.mac)
 
         def move() -> None:
-            if far is None:
+            if remote is None:
                 ended(PoolError("layout", "the memory of that engine is not attached"))
             else:
-                ended(read_one_sided(far, offer.offset, into, deadline_s, check))
+                ended(read_one_sided(remote, offer.offset, into, deadline_s, check))
 
         if not self._moves.put(move, lambda error: ended(PoolError("network", f"a one-sided read failed: {error}"))):
             count_loss("one_sided_dropped")
             rare.warning("moves", "a block is not read one-sided: %d moves wait already", MOVES_WAITING_MAX)
             ended(PoolError("dropped", f"{MOVES_WAITING_MAX} one-sided moves wait already"))
 
-    def _close_later(self, far: FarMemory) -> None:
+    def _close_later(self, remote: RemoteMemory) -> None:
         """Close the memory after the queued reads of it; at once when the queue takes nothing more."""
-        if not self._moves.put(far.close):
-            far.close()
+        if not self._moves.put(remote.close):
+            remote.close()
 
     def close(self, timeout_s: float) -> None:
         """End everything that is lent, then the deadlines, within about `timeout_s`."""
@@ -191,8 +191,8 @@ class Lending:
         for one in lent:
             one.end()
         self._deadlines.close(timeout_s)
-        for far, _ in clients:
-            self._close_later(far)
+        for remote, _ in clients:
+            self._close_later(remote)
         if not self._moves.put(self._mover.close):
             log.warning("the memory of one-sided reads is not given back: too many of them wait")
         self._moves.close(timeout_s)

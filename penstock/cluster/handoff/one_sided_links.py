@@ -19,7 +19,7 @@ from penstock.pool.losses import count_loss
 from penstock.pool.mac import PoolKey, block_mac, check_block
 from penstock.pool.net import wire
 from penstock.pool.net.link import NodeLink
-from penstock.pool.net.one_sided import FarMemory, Mover
+from penstock.pool.net.one_sided import Mover, RemoteMemory
 from penstock.process.guarded_thread import GuardedWorker
 from penstock.process.rate_limited_log import RateLimitedLog
 
@@ -42,7 +42,7 @@ class OneSidedLinks:
         self._memory = memoryview(b"")
         self._base = 0
         self._lock = threading.Lock()
-        self._far: dict[str, FarMemory | None] = {}  # None: being attached
+        self._remote: dict[str, RemoteMemory | None] = {}  # None: being attached
         self._moves = GuardedWorker("penstock-one-sided", waiting_max=MOVES_WAITING_MAX)
 
     def allocate(self, size_bytes: int) -> memoryview:
@@ -55,15 +55,15 @@ class OneSidedLinks:
         """Ask for a relay's memory, unless it was asked for; until it is there, and without it, blocks travel in
         messages."""
         with self._lock:
-            if address in self._far or not len(self._memory):
+            if address in self._remote or not len(self._memory):
                 return
-            self._far[address] = None
+            self._remote[address] = None
 
         def ended(reply: Any, error: PoolError | None) -> None:
             try:
                 if error is not None:
                     raise error
-                far = self._mover.attach(reply.memory)
+                remote = self._mover.attach(reply.memory)
             except Exception as failed:  # noqa: BLE001 (whatever the transport raises: blocks travel in messages)
                 count_loss("one_sided_not_attached")
                 rare.warning(f"attach {address}", "%s: blocks travel in messages: %s", address, failed)
@@ -71,11 +71,11 @@ class OneSidedLinks:
                     self.drop(address)  # another try with the next hand-off
                 return
             with self._lock:
-                wanted = address in self._far
+                wanted = address in self._remote
                 if wanted:
-                    self._far[address] = far
+                    self._remote[address] = remote
             if not wanted:  # the link was given up meanwhile
-                self._close_later(far)
+                self._close_later(remote)
 
         message = wire.Attach(link.next_id(), self._client, self._mover.kind, self._mover.export(self._memory), 0.0)
         link.begin(message, ATTACH_TIMEOUT_S, ended)
@@ -83,14 +83,14 @@ class OneSidedLinks:
     def drop(self, address: str) -> None:
         """The relay may be another one by now: its memory is attached anew with the next hand-off."""
         with self._lock:
-            far = self._far.pop(address, None)
-        if far is not None:
-            self._close_later(far)
+            remote = self._remote.pop(address, None)
+        if remote is not None:
+            self._close_later(remote)
 
-    def _close_later(self, far: FarMemory) -> None:
+    def _close_later(self, remote: RemoteMemory) -> None:
         """Close the memory after the queued reads of it; at once when the queue takes nothing more."""
-        if not self._moves.put(far.close):
-            far.close()
+        if not self._moves.put(remote.close):
+            remote.close()
 
     def read(
         self,
@@ -104,8 +104,8 @@ class OneSidedLinks:
     ) -> bool:
         """Borrow a block and read it; False when the relay's memory is not attached."""
         with self._lock:
-            far = self._far.get(address)
-        if far is None:
+            remote = self._remote.get(address)
+        if remote is None:
             return False
         deadline_s = time.monotonic() + timeout_s
         message = wire.Lend(link.next_id(), key, size_bytes, 0.0)
@@ -116,7 +116,7 @@ class OneSidedLinks:
             if error is not None:
                 self._end(address, done, error)
                 return
-            move = partial(self._move, address, link, far, message, reply, into, deadline_s, done)
+            move = partial(self._move, address, link, remote, message, reply, into, deadline_s, done)
             if not self._moves.put(move, lambda error: self._end(address, done, PoolError("network", repr(error)))):
                 link.tell(wire.Return(message.id))
                 count_loss("one_sided_dropped")
@@ -130,7 +130,7 @@ class OneSidedLinks:
         self,
         address: str,
         link: NodeLink,
-        far: FarMemory,
+        remote: RemoteMemory,
         asked: wire.Lend,
         reply: wire.Lent,
         into: memoryview,
@@ -140,7 +140,7 @@ class OneSidedLinks:
         def check(data: memoryview) -> PoolError | None:
             return check_block(self._pool_key, asked.key, data, reply.checksum, reply.mac)
 
-        error = read_one_sided(far, reply.offset, into[: asked.size_bytes], deadline_s, check)
+        error = read_one_sided(remote, reply.offset, into[: asked.size_bytes], deadline_s, check)
         link.tell(wire.Return(asked.id))
         self._end(address, done, error)
 
@@ -149,9 +149,9 @@ class OneSidedLinks:
     ) -> bool:
         """Have the relay read a block; False when it cannot, or when the block is not in the staging memory."""
         with self._lock:
-            far = self._far.get(address)
+            remote = self._remote.get(address)
         offset = address_of(data) - self._base
-        if far is None or not 0 <= offset <= len(self._memory) - len(data):
+        if remote is None or not 0 <= offset <= len(self._memory) - len(data):
             return False
         checksum = block_checksum(key, data)
         mac = block_mac(self._pool_key, key, data)
@@ -173,8 +173,8 @@ class OneSidedLinks:
     def close(self, timeout_s: float) -> None:
         """After the links are closed."""
         with self._lock:
-            far, self._far = list(self._far.values()), {}
-        for memory in far:
+            remote, self._remote = list(self._remote.values()), {}
+        for memory in remote:
             if memory is not None:
                 self._close_later(memory)
         if not self._moves.put(self._mover.close):
@@ -183,7 +183,7 @@ class OneSidedLinks:
 
 
 def read_one_sided(
-    far: FarMemory,
+    remote: RemoteMemory,
     offset: int,
     into: memoryview,
     deadline_s: float,
@@ -194,7 +194,7 @@ def read_one_sided(
     if remaining_s <= 0:
         return PoolError("deadline", "a one-sided read came to its turn too late")
     try:
-        far.read(offset, into, remaining_s)
+        remote.read(offset, into, remaining_s)
     except PoolError as error:
         return error
     except Exception as error:  # whatever the transport raises is a block that did not come

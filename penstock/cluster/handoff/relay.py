@@ -23,11 +23,11 @@ from penstock.pool.callbacks import call_done
 from penstock.pool.losses import count_loss
 from penstock.pool.net import wire
 from penstock.pool.net.node import PoolNode
-from penstock.pool.net.node_connection import IN_FLIGHT_MAX, Served
+from penstock.pool.net.node_connection import IN_FLIGHT_MAX, ClientConnection
 from penstock.pool.net.one_sided import Mover
 from penstock.pool.net.secret import Secret
 from penstock.pool.net.tls import PeerTls
-from penstock.pool.node_backend import OpenedBlock, ServedPool
+from penstock.pool.node_backend import NodeBackend, OpenedBlock
 from penstock.process.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ BUFFER_LINK = "buffer"
 _STAGING_BYTES = 4096  # unused: blocks are received into the buffer and sent out of it
 
 
-class Desk(Protocol):
+class HandoffService(Protocol):
     """Who knows which hand-offs are expected. Called from threads of connections; must not block."""
 
     def opening(
@@ -56,7 +56,7 @@ class RelayNode(PoolNode):
     def __init__(
         self,
         buffer: DecodeBuffer,
-        desk: Desk,
+        service: HandoffService,
         host: str,
         port: int,
         name: str = "relay",
@@ -69,19 +69,19 @@ class RelayNode(PoolNode):
         `mover`, which allocated the buffer's memory, they may read and be read one-sided. Raises OSError when the
         address cannot be had."""
         self.buffer = buffer
-        self.desk = desk
+        self.service = service
         self.lending = Lending(mover, buffer) if mover is not None else None
         super().__init__(_ServedBuffer(buffer), host, port, name, pace_bytes_per_s, _STAGING_BYTES, secret, tls=tls)
 
-    def connection_of(self, sock: socket.socket, peer: str) -> Served:
+    def connection_of(self, sock: socket.socket, peer: str) -> ClientConnection:
         """A connection that speaks the relay's part of the protocol."""
-        return _RelayServed(self, sock, peer)
+        return _RelayConnection(self, sock, peer)
 
-    def block_bytes_max(self, pool: ServedPool) -> int:
+    def block_bytes_max(self, pool: NodeBackend) -> int:
         """Size of the buffer's blocks in bytes."""
         return self.buffer.block_bytes
 
-    def left(self, connection: Served) -> None:
+    def left(self, connection: ClientConnection) -> None:
         """A connection has ended: what was lent to it is returned."""
         super().left(connection)
         if self.lending is not None:
@@ -98,13 +98,13 @@ def _nothing() -> None:
     """What withdraws an opening that is being made."""
 
 
-class _RelayServed(Served):
+class _RelayConnection(ClientConnection):
     """One connection of a prefill engine."""
 
     def __init__(self, node: RelayNode, sock: socket.socket, peer: str) -> None:
         super().__init__(node, sock, peer)
         self._buffer = node.buffer
-        self._desk = node.desk
+        self._service = node.service
         self._lending = node.lending
         self._openings: dict[object, Callable[[], None]] = {}  # that wait for a reply: what withdraws them
 
@@ -119,7 +119,7 @@ class _RelayServed(Served):
             case wire.Open():
                 self._open(request)
             case wire.HandedOver(id, name, token, missing):
-                error = self._desk.handed_over(name, token, missing)
+                error = self._service.handed_over(name, token, missing)
                 self._reply(wire.Failed(id, error.reason, error.detail) if error else wire.Accepted(id))
             case wire.Attach() | wire.Lend() | wire.Return() | wire.Offer():
                 self._one_sided(request)
@@ -167,7 +167,7 @@ class _RelayServed(Served):
 
         with self._count_lock:
             self._openings[opening] = _nothing
-        withdraw = self._desk.opening(request.name, request.reads, request.timeout_s, reply, self.source)
+        withdraw = self._service.opening(request.name, request.reads, request.timeout_s, reply, self.source)
         with self._count_lock:
             if opening in self._openings:
                 self._openings[opening] = withdraw
@@ -339,10 +339,10 @@ class _RelayServed(Served):
 
 class _ServedBuffer:
     """The buffer as what a node serves: what it holds can be looked up and read, nothing can be evicted from outside.
-    `pool.served.ServedPool`."""
+    `pool.served.NodeBackend`."""
 
     node_id = b""
-    own: ServedPool | None = None
+    own: NodeBackend | None = None
     read_bytes_per_s = 0.0
 
     def __init__(self, buffer: DecodeBuffer) -> None:

@@ -17,7 +17,7 @@ from penstock.cluster.handoff.link_meter import LinkMeter
 from penstock.cluster.handoff.one_sided_links import OneSidedLinks
 from penstock.cluster.messages import LinkReport
 from penstock.cluster.wire_types import RATE_MAX, within
-from penstock.core.engine.engine_load import Standing
+from penstock.core.engine.engine_load import EngineLoad
 from penstock.core.new_block import NewBlock
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Done, PoolError
@@ -170,16 +170,15 @@ class RelayLinks:
         message = wire.Write(connections.next_id(), **asdict(block), checksum=checksum, timeout_s=0.0)
         connections.submit("write", message, data, timeout_s, lambda _, error: call_done(done, error))
 
-    def reports(self, standing: Standing, block_bytes: int) -> list[LinkReport]:
-        """Both directions of every link, as far as there are not too many: the busiest ones then. `standing` says what
-        is still to be moved."""
+    def reports(self, engine_load: EngineLoad, block_bytes: int) -> list[LinkReport]:
+        """Both directions of every link; the busiest ones where there are too many. `engine_load`: what is still to move."""
         self._give_up_down()
         with self._lock:
             links = list(self._links.items())
         found = []
         for address, link in links:
-            handing = standing.handing_blocks[address] * block_bytes
-            found.append(_report(address, "read", link.read, standing.far_bytes[address]))
+            handing = engine_load.handoff_blocks[address] * block_bytes
+            found.append(_report(address, "read", link.read, engine_load.remote_bytes[address]))
             found.append(_report(address, "hand-off", link.handed, handing))
         found.sort(key=lambda report: (report.backlog_bytes, report.load_bytes_per_s), reverse=True)
         return found[:LINKS_REPORTED_MAX]

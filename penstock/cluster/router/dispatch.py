@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from penstock.cluster import wire
 from penstock.cluster.messages import Part
 from penstock.cluster.router.engine_accounts import EngineAccounts
-from penstock.cluster.router.engine_registry import ClusterPort
-from penstock.cluster.router.routed_request import Routed, part_of, placed_request
+from penstock.cluster.router.engine_registry import EngineRegistry
+from penstock.cluster.router.routed_request import RoutedRequest, part_of, placed_request
 from penstock.core.cluster.decisions import Place, Replan
 
 
 class Dispatch:
     """What is sent to an engine that has left is sent to nobody: its parts end by themselves."""
 
-    def __init__(self, port: ClusterPort, accounts: EngineAccounts) -> None:
+    def __init__(self, port: EngineRegistry, accounts: EngineAccounts) -> None:
         self._port = port
         self._accounts = accounts
 
-    def place(self, routed: Routed, place: Place) -> bool:
+    def place(self, routed: RoutedRequest, place: Place) -> bool:
         """Begin an attempt on its engines; False, with nothing sent, when one of them has left. Raises ConfigError."""
         parts: dict[str, Part]
         prefill, decode = self._port.engines.get(place.prefill), self._port.engines.get(place.decode)
@@ -41,14 +41,14 @@ class Dispatch:
             self._port.send(engine, wire.Place(part_of(placed, parts[engine.name], engine.epoch)))
         return True
 
-    def replan(self, routed: Routed, decision: Replan) -> None:
+    def replan(self, routed: RoutedRequest, decision: Replan) -> None:
         """Tell the prefill engine that the other side reads."""
         for name, part in routed.answer.parts.items():
             engine = self._port.engines.get(name)
             if part == "prefill" and engine is not None:
                 self._port.send(engine, wire.Replan(engine.epoch, routed.id, routed.answer.attempt, decision.side))
 
-    def cancel_parts(self, routed: Routed, engines: Sequence[str]) -> None:
+    def cancel_parts(self, routed: RoutedRequest, engines: Sequence[str]) -> None:
         """Of the request's present attempt."""
         for name in engines:
             self.cancel_part(name, routed.id, routed.answer.attempt)

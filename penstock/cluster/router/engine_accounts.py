@@ -1,6 +1,6 @@
-"""Tells the inter-engine brain of engines and nodes: what they are, what they can do, and what they report.
+"""Tells the inter-engine scheduler core of engines and nodes: what they are, what they can do, and what they report.
 
-A report costs O(engines of its host), however many others there are: the brain hears of every host only when an engine
+A report costs O(engines of its host), however many others there are: the core hears of every host only when an engine
 came or went, or when the first host reaches its pool again.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from penstock.cluster.messages import EngineReport
-from penstock.cluster.router.engine_registry import Engine
+from penstock.cluster.router.engine_registry import RegisteredEngine
 from penstock.core.cluster.engine_groups import EngineSpec
 from penstock.core.cluster.inter_engine import InterEngineScheduler
 from penstock.core.cluster.nic_speed import StorageSpeeds
@@ -29,7 +29,7 @@ class _Account:
     """Of one engine: `unseen` are placements with reads that its report may not know of: (number of the placement,
     number of the read on its node)."""
 
-    engine: Engine
+    engine: RegisteredEngine
     placed: int = 0
     unseen: deque[tuple[int, int]] = field(default_factory=deque)
 
@@ -51,19 +51,19 @@ def speed_of(report: EngineReport) -> tuple[float, ComputeCost | None]:
 
 
 class EngineAccounts:
-    """A node of the brain is a host: its engines share a storage NIC."""
+    """A node of the scheduler core is a host: its engines share a storage NIC."""
 
-    def __init__(self, brain: InterEngineScheduler) -> None:
-        self._brain = brain
+    def __init__(self, scheduler: InterEngineScheduler) -> None:
+        self._scheduler = scheduler
         self._accounts: dict[str, _Account] = {}
         self._hosts: dict[str, dict[str, _Account]] = {}  # of the engines that each has
         self._speeds = StorageSpeeds()
         self._left: set[str] = set()  # hosts that engines left since somebody said how fast his storage NIC is
-        self._reach: dict[str, bool] = {}  # hosts, and whether they reach their pools, as the brain was told
+        self._reach: dict[str, bool] = {}  # hosts, and whether they reach their pools, as the scheduler core was told
         self._reaching = 0  # hosts that do
-        self._changed = False  # an engine came or went since the brain was told
+        self._changed = False  # an engine came or went since the scheduler core was told
 
-    def joined(self, engine: Engine) -> None:
+    def joined(self, engine: RegisteredEngine) -> None:
         """It has registered."""
         card, report = engine.card, engine.report
         account = _Account(engine)
@@ -72,11 +72,11 @@ class EngineAccounts:
         speed, compute = speed_of(report)
         self._tell_storage_speed(engine)
         capacity = report.total_pages * card.block_tokens or card.max_context_tokens
-        self._brain.engine_registered(
+        self._scheduler.engine_registered(
             EngineSpec(engine.name, card.role, card.role, card.host, speed, capacity, compute)
         )
 
-    def left(self, engine: Engine, now: float) -> None:
+    def left(self, engine: RegisteredEngine, now: float) -> None:
         """Its requests start over."""
         host = engine.card.host
         here = self._hosts.get(host, {})
@@ -86,19 +86,19 @@ class EngineAccounts:
         self._accounts.pop(engine.name, None)
         self._left.add(host)
         self._changed = True
-        self._brain.engine_lost(engine.name, now)
+        self._scheduler.engine_lost(engine.name, now)
         if not here:
-            self._brain.node_lost(host, now)
+            self._scheduler.node_lost(host, now)
 
-    def placed(self, engine: Engine, read_tokens: int) -> None:
+    def placed(self, engine: RegisteredEngine, read_tokens: int) -> None:
         """A request was placed on the engine, which is to read so much for it."""
         account = self._accounts.get(engine.name)
         if account is not None:
             account.placed += 1
             if read_tokens:
-                account.unseen.append((account.placed, self._brain.assigned_before(engine.card.host) + 1))
+                account.unseen.append((account.placed, self._scheduler.assigned_before(engine.card.host) + 1))
 
-    def reported(self, engine: Engine, now: float) -> None:
+    def reported(self, engine: RegisteredEngine, now: float) -> None:
         """The engine's report has changed."""
         account = self._accounts.get(engine.name)
         if account is None:
@@ -108,12 +108,12 @@ class EngineAccounts:
         host = engine.card.host
         here = self._hosts[host].values()
         self._tell_storage_speed(engine)
-        self._brain.engine_speed(engine.name, *speed_of(engine.report))
+        self._scheduler.engine_speed(engine.name, *speed_of(engine.report))
         seen = min((one.unseen[0][1] - 1 for one in here if one.unseen), default=None)
         # An engine's queue has neither what waits for room in a decode buffer, nor what a prefill engine is still to
-        # ask of this host's relay: a report adds to what the brain counts itself, and takes nothing off.
+        # ask of this host's relay: a report adds to what the scheduler core counts itself, and takes nothing off.
         reported = sum(one.engine.report.read_queue_tokens for one in here)
-        self._brain.report(host, max(reported, self._brain.unread_tokens(host, seen)), seen)
+        self._scheduler.report(host, max(reported, self._scheduler.unread_tokens(host, seen)), seen)
         self._tell_nic(host, now)
 
     def _tell_nic(self, host: str, now: float) -> None:
@@ -136,11 +136,11 @@ class EngineAccounts:
                 tell = self._reach if some_reached != (self._reaching > 0) else (host,)
         for one in tell:
             if not self._reach[one] and self._reaching:
-                self._brain.nic_lost(one, now)
+                self._scheduler.nic_lost(one, now)
             else:
-                self._brain.nic_healed(one)
+                self._scheduler.nic_healed(one)
 
-    def _tell_storage_speed(self, engine: Engine) -> None:
+    def _tell_storage_speed(self, engine: RegisteredEngine) -> None:
         """What one host's storage NIC does tells something of the others'. Engines of a host share it: the fastest of
         them saw most of it."""
         card = engine.card
@@ -152,5 +152,5 @@ class EngineAccounts:
                 continue
             fastest = min(max(account.engine.report.storage_bytes_per_s for account in here.values()), SPEED_MAX)
             nic = self._speeds.see(host, fastest, card.block_tokens, card.block_bytes)
-            self._brain.node_registered(host, nic)
+            self._scheduler.node_registered(host, nic)
         self._left.clear()

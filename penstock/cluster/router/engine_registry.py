@@ -46,7 +46,7 @@ BEATS_PER_LEASE = 4
 
 
 @dataclass(eq=False, slots=True)
-class Engine:
+class RegisteredEngine:
     """A registered engine. `epoch` is current as long as the router knows it."""
 
     card: wire.EngineCard
@@ -70,16 +70,16 @@ class Listener(Protocol):
     def engine_fits(self, card: wire.EngineCard) -> str | None:
         """One line that says why this engine cannot serve here, or None."""
 
-    def engine_joined(self, engine: Engine, held: Sequence[wire.Held]) -> list[tuple[str, int]]:
+    def engine_joined(self, engine: RegisteredEngine, held: Sequence[wire.Held]) -> list[tuple[str, int]]:
         """Which of the held (request id, attempt) the engine shall keep."""
 
-    def engine_left(self, engine: Engine, why: str) -> None:
+    def engine_left(self, engine: RegisteredEngine, why: str) -> None:
         """It is fenced: nothing more comes from this epoch."""
 
-    def engine_reported(self, engine: Engine) -> None:
+    def engine_reported(self, engine: RegisteredEngine) -> None:
         """A new report of its load came with a heartbeat."""
 
-    def engine_events(self, engine: Engine, events: Sequence[wire.Event]) -> None:
+    def engine_events(self, engine: RegisteredEngine, events: Sequence[wire.Event]) -> None:
         """Tokens and ends of requests, in order."""
 
 
@@ -99,7 +99,7 @@ class Counts:
     listener_failures: int = 0
 
 
-class ClusterPort:
+class EngineRegistry:
     """Serves the control protocol on a bound socket. `router_id` differs from start to start."""
 
     def __init__(
@@ -117,7 +117,7 @@ class ClusterPort:
         self.router_id = secrets.token_hex(8)
         self.lease_s = lease_s
         self.counts = Counts()
-        self.engines: dict[str, Engine] = {}
+        self.engines: dict[str, RegisteredEngine] = {}
         self._listener = listener
         self._sock = sock
         self._secret, self._tls = secret, tls
@@ -152,7 +152,7 @@ class ClusterPort:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def send(self, engine: Engine, message: wire.FromRouter) -> None:
+    def send(self, engine: RegisteredEngine, message: wire.FromRouter) -> None:
         """Queue a message for an engine; one that does not take what was sent is lost."""
         if self.engines.get(engine.name) is not engine:
             return
@@ -176,7 +176,7 @@ class ClusterPort:
         host, port = (writer.get_extra_info("peername") or ("?", 0))[:2]
         peer = format_address(host, port)
         self.counts.connections += 1
-        engine: Engine | None = None
+        engine: RegisteredEngine | None = None
         why = "the connection failed"
         leaves = self._shares.came(task, network_of(host))
         try:
@@ -213,7 +213,7 @@ class ClusterPort:
 
     async def _admit(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str, task: asyncio.Task[None]
-    ) -> tuple[Engine | None, Reader]:
+    ) -> tuple[RegisteredEngine | None, Reader]:
         """From a stranger to an engine, and what is read from it. Raises ProtocolError, SecretRefused, TlsError or
         another OSError."""
         secret, tls = self._secret, self._tls
@@ -261,7 +261,9 @@ class ClusterPort:
             raise wire.ProtocolError(f"the first message is {type(message).__name__}; allowed: Register")
         return message
 
-    def _register(self, register: wire.Register, writer: Writer, peer: str, task: asyncio.Task[None]) -> Engine | None:
+    def _register(
+        self, register: wire.Register, writer: Writer, peer: str, task: asyncio.Task[None]
+    ) -> RegisteredEngine | None:
         card, now = register.card, _now()
         reason = self._listener.engine_fits(card)
         retry = False
@@ -284,7 +286,7 @@ class ClusterPort:
             return None
         if known is not None:
             self._forget(known, "it registered anew")
-        engine = Engine(card, epoch, register.report, peer, now, writer, now)
+        engine = RegisteredEngine(card, epoch, register.report, peer, now, writer, now)
         self.engines[card.name] = engine
         self.counts.registered += 1
         try:
@@ -303,7 +305,7 @@ class ClusterPort:
         self._tell(lambda: self._listener.engine_reported(engine))
         return engine
 
-    async def _serve(self, engine: Engine, reader: Reader) -> str:
+    async def _serve(self, engine: RegisteredEngine, reader: Reader) -> str:
         """Until the engine leaves or is fenced; returns why."""
         frames = 0
         while True:
@@ -348,13 +350,13 @@ class ClusterPort:
                 log.warning("engine %s is fenced: nothing was heard of it for %.1f s", name, self.lease_s)
                 self._forget(engine, f"no heartbeat within {self.lease_s:g} s")
 
-    def _lose(self, engine: Engine, why: str) -> None:
+    def _lose(self, engine: RegisteredEngine, why: str) -> None:
         if self._membership.end(engine.name, engine.epoch):
             if not self._closed:
                 rare.warning(f"left {engine.name}", "engine %s left: %s", engine.name, why)
             self._forget(engine, why)
 
-    def _forget(self, engine: Engine, why: str, after_all: bool = False) -> None:
+    def _forget(self, engine: RegisteredEngine, why: str, after_all: bool = False) -> None:
         """Its epoch is over: cut its connection (not when it is `after_all` being answered), tell the listener."""
         if self.engines.get(engine.name) is engine:
             del self.engines[engine.name]

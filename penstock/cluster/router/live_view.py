@@ -46,8 +46,8 @@ def live_record(engine: ClusterEngine, model: str) -> dict[str, Any]:
         "healthy": healthy,
         "reason": why,
         "uptime_s": now - engine.start_s,
-        "read": engine.settings.brain.read,
-        "counters": dict(engine.counters) | engine.brain.counts,
+        "read": engine.settings.scheduler.read,
+        "counters": dict(engine.counters) | engine.scheduler.counts,
         "hosts": _hosts(engine, engines),
         "links": _links(engine),
         "requests": [_request(one, now) for one in list(engine.requests.values())[:REQUESTS_SHOWN]],
@@ -76,7 +76,7 @@ def _engine(one: Any, now: float) -> dict[str, Any]:
 
 def _hosts(engine: ClusterEngine, engines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each with its storage link: load is what waits against what it carries in a second."""
-    nodes = engine.brain.groups.nodes
+    nodes = engine.scheduler.groups.nodes
     hosts = []
     for name in sorted({one["host"] for one in engines}):
         node = nodes.get(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penstock.cluster.router.routed_request import Routed
+from penstock.cluster.router.routed_request import RoutedRequest
 from penstock.cluster.router.unclaimed_parts import Asked
 from penstock.engine.api import OnEvent
 
@@ -13,23 +13,23 @@ class OpenRequests:
     """Changed on the router's thread only; any thread may ask. A client's id is never that of two."""
 
     def __init__(self) -> None:
-        self.by_key: dict[str, Routed] = {}
-        self._of_client: dict[str, Routed] = {}
-        self._shared: dict[Asked, Routed] = {}
+        self.by_key: dict[str, RoutedRequest] = {}
+        self._of_client: dict[str, RoutedRequest] = {}
+        self._shared: dict[Asked, RoutedRequest] = {}
 
     def __len__(self) -> int:
         return len(self.by_key)
 
-    def of_client(self, client: str) -> Routed | None:
+    def of_client(self, client: str) -> RoutedRequest | None:
         """The request for which this client waits."""
         return self._of_client.get(client)
 
-    def same_answer(self, routed: Routed) -> Routed | None:
+    def same_answer(self, routed: RoutedRequest) -> RoutedRequest | None:
         """The open request whose answer this one may have too."""
         known = self._shared.get(routed.asked) if routed.asked is not None else None
         return known if known is not None and len(known.clients) < SHARING_MAX else None
 
-    def add(self, routed: Routed) -> None:
+    def add(self, routed: RoutedRequest) -> None:
         """Under `routed.id`, for all its clients."""
         self.by_key[routed.id] = routed
         for client in routed.clients:
@@ -37,7 +37,7 @@ class OpenRequests:
         if routed.shared and routed.asked is not None:
             self._shared.setdefault(routed.asked, routed)
 
-    def share(self, known: Routed, client: str, on_event: OnEvent) -> None:
+    def share(self, known: RoutedRequest, client: str, on_event: OnEvent) -> None:
         """One more client waits for the answer of an open request."""
         known.clients[client] = on_event
         self._of_client[client] = known
@@ -46,13 +46,13 @@ class OpenRequests:
         """A client waits no more. Raises KeyError where none of that id does."""
         return self._of_client.pop(client).clients.pop(client)
 
-    def change_key(self, routed: Routed, key: str) -> None:
+    def change_key(self, routed: RoutedRequest, key: str) -> None:
         """It goes on under another key, by which engines know it already."""
         del self.by_key[routed.id]
         routed.id = key
         self.by_key[key] = routed
 
-    def remove(self, routed: Routed) -> bool:
+    def remove(self, routed: RoutedRequest) -> bool:
         """False when it was not open."""
         if self.by_key.get(routed.id) is not routed:
             return False

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from penstock.cluster.messages import Part, PlacedRequest, ReadSide
-from penstock.cluster.router.engine_registry import Engine
+from penstock.cluster.router.engine_registry import RegisteredEngine
 from penstock.cluster.router.merged_report import merged_report
 from penstock.cluster.router.unclaimed_parts import Asked
 from penstock.cluster.settings import RouterTimes
@@ -31,7 +31,7 @@ class RouterSettings(RouterTimes):
     claim_s: float = 60.0
     vocabulary: str = ""
     max_open: int = 16_384
-    brain: InterEngineConfig = field(default_factory=InterEngineConfig)
+    scheduler: InterEngineConfig = field(default_factory=InterEngineConfig)
 
     def __post_init__(self) -> None:
         check_range("lease_s", self.lease_s, 0.05, 3600)
@@ -42,7 +42,7 @@ class RouterSettings(RouterTimes):
 
 
 @dataclass(eq=False, slots=True)
-class Routed:
+class RoutedRequest:
     """One request in the router, under a key of the router's own. `clients` wait for its answer, by the id that each
     submitted it under: more than one when the same request came again over another connection."""
 
@@ -103,7 +103,7 @@ def fresh_answer(answer: Answer) -> Answer:
     return Answer(answer.max_tokens, answer.end_tokens, answer.attempt)
 
 
-def placed_request(routed: Routed, place: Place, attempt: int, decode: Engine | None) -> PlacedRequest:
+def placed_request(routed: RoutedRequest, place: Place, attempt: int, decode: RegisteredEngine | None) -> PlacedRequest:
     """What the engines of an attempt are told. `decode`: the one that is handed over to, None for one engine alone.
     Raises ConfigError."""
     request, answer = routed.request, routed.answer

@@ -1,11 +1,11 @@
-"""The router: many engines behind the interface of one. It owns the inter-engine brain and carries out its decisions.
+"""The router: many engines behind the interface of one. It owns the inter-engine core and carries out its decisions.
 
 Threading: public methods may be called from any thread. Everything else, the cluster port included, runs on one event
 loop in a thread of its own; `on_event` is called from it.
 
 Requests are known by keys of the router's own, which no other request has, not even one of the router before it. What
 a client calls its request is a label: with the whole content of the request it finds what engines still have of an
-answer, or the answer that another connection waits for already (`Routed.shared`); it never ends anything.
+answer, or the answer that another connection waits for already (`RoutedRequest.shared`); it never ends anything.
 
 A fault ends the request that it was met at, and nothing else (`_guarded`); one that ends the thread ends every request
 with its error, and the process (`on_failed`).
@@ -29,12 +29,12 @@ from penstock.cluster.messages import asked_digest
 from penstock.cluster.router.dispatch import Dispatch
 from penstock.cluster.router.engine_accounts import EngineAccounts
 from penstock.cluster.router.engine_fit import misfit
-from penstock.cluster.router.engine_registry import ClusterPort, Engine
+from penstock.cluster.router.engine_registry import EngineRegistry, RegisteredEngine
 from penstock.cluster.router.open_requests import OpenRequests
-from penstock.cluster.router.routed_request import Routed, RouterSettings, check_names, fresh_answer
+from penstock.cluster.router.routed_request import RoutedRequest, RouterSettings, check_names, fresh_answer
 from penstock.cluster.router.router_loop import RouterLoop
 from penstock.cluster.router.router_stats import router_stats
-from penstock.cluster.router.unclaimed_parts import Asked, Orphans
+from penstock.cluster.router.unclaimed_parts import Asked, UnclaimedParts
 from penstock.core.cluster.answer import Answer, Outcome
 from penstock.core.cluster.decisions import Decision, DecisionFailed, GiveUp, Place, Replan, Revoke, TooManyRequests
 from penstock.core.cluster.inter_engine import InterEngineScheduler
@@ -78,7 +78,7 @@ class ClusterEngine:
         self, sock: socket.socket, secret: Secret | None, settings: RouterSettings, tls: PeerTls | None = None
     ) -> None:
         """`sock` is bound; it is listened on from here on, and closed by `close`. `secret` and `tls` as of
-        `ClusterPort`."""
+        `EngineRegistry`."""
         self.settings = settings
         self.max_context_tokens = 0
         self.vocab_size = 0  # 0 until the first engine has registered
@@ -92,16 +92,16 @@ class ClusterEngine:
         self.requests = self._open.by_key  # by the router's own keys
         self._serial = 0
         self._failing_since_s: float | None = None
-        self.port = ClusterPort(self, sock, secret, settings.lease_s, tls)
-        self.brain = InterEngineScheduler(settings.brain)
-        self._accounts = EngineAccounts(self.brain)
+        self.port = EngineRegistry(self, sock, secret, settings.lease_s, tls)
+        self.scheduler = InterEngineScheduler(settings.scheduler)
+        self._accounts = EngineAccounts(self.scheduler)
         self._dispatch = Dispatch(self.port, self._accounts)
         self._seen: SeenPrefixes | None = None
         self._key_maker = GuardedWorker("penstock-prompt-keys", KEYS_WAITING_MAX)
-        self._orphans = Orphans(settings.claim_s)
+        self._unclaimed = UnclaimedParts(settings.claim_s)
         # Attempts of two routers are never the same: an engine may still be at one of the router before this one.
         self._attempt_base = int.from_bytes(os.urandom(4)) << 16
-        self._early: dict[str, Routed] = {}  # wait for engines that may have them
+        self._early: dict[str, RoutedRequest] = {}  # wait for engines that may have them
         self._usable_s = time.monotonic()  # when engines could serve last
         self._deciding = False
         due = (self._begin_early, self._cancel_unclaimed, self._give_up_without_engines, self._decide_soon)
@@ -128,7 +128,7 @@ class ClusterEngine:
         asked = (request.resume_label, digest) if request.resume_label else None
         end_tokens = request.sampling.end_tokens(self.eos_token_ids)
         answer = Answer(request.sampling.max_tokens, end_tokens, self._attempt_base)
-        routed = Routed("", request, {request.request_id: on_event}, time.monotonic(), answer, asked)
+        routed = RoutedRequest("", request, {request.request_id: on_event}, time.monotonic(), answer, asked)
         if not self._open.same_answer(routed) and len(self.requests) >= self.settings.max_open:
             raise Overloaded(self._full(), 1.0)
         self._loop.call(partial(self._submitted, routed))
@@ -142,7 +142,7 @@ class ClusterEngine:
 
     def stats(self) -> EngineStats:
         """See EngineAPI."""
-        return self.ask(lambda: router_stats(self.requests, self.port, self.brain, self.counters))
+        return self.ask(lambda: router_stats(self.requests, self.port, self.scheduler, self.counters))
 
     def healthy(self) -> tuple[bool, str]:
         """See EngineAPI: whether engines are there that can serve a request."""
@@ -190,7 +190,7 @@ class ClusterEngine:
                 self._guarded(partial(self._begin, routed), routed)
 
     def _cancel_unclaimed(self) -> None:
-        for name, request_id, attempt in self._orphans.unclaimed(time.monotonic()):
+        for name, request_id, attempt in self._unclaimed.unclaimed(time.monotonic()):
             self.counters["unclaimed"] += 1
             self._dispatch.cancel_part(name, request_id, attempt)
 
@@ -207,18 +207,18 @@ class ClusterEngine:
 
     # -- requests -----------------------------------------------------------------------------------------------
 
-    def _guarded(self, function: Callable[[], None], routed: Routed) -> None:
+    def _guarded(self, function: Callable[[], None], routed: RoutedRequest) -> None:
         """A fault in it ends this request, and no other one."""
         self._loop.guarded(function, partial(self._fail, routed))
 
-    def _fail(self, routed: Routed, error: Exception) -> None:
+    def _fail(self, routed: RoutedRequest, error: Exception) -> None:
         self._loop.guarded(partial(self._cancel_all_parts, routed))
         self._end(routed, "error", f"internal error: {error!r}")
 
-    def _cancel_all_parts(self, routed: Routed) -> None:
+    def _cancel_all_parts(self, routed: RoutedRequest) -> None:
         self._dispatch.cancel_parts(routed, tuple(routed.answer.parts))
 
-    def _submitted(self, routed: Routed) -> None:
+    def _submitted(self, routed: RoutedRequest) -> None:
         (client, on_event), *_ = routed.clients.items()
         if self._loop.refusal or self._open.of_client(client) is not None:
             tell(on_event, TokenEvent(None, "error", self._loop.refusal or f"request_id {client!r} is in use"))
@@ -241,7 +241,7 @@ class ClusterEngine:
             return
         self._guarded(partial(self._begin, routed), routed)
 
-    def _share(self, known: Routed, client: str, on_event: OnEvent) -> None:
+    def _share(self, known: RoutedRequest, client: str, on_event: OnEvent) -> None:
         """The same request over another connection gets the whole answer from here on. Whoever waits for it already
         goes on: one that is gone is cancelled by its own side."""
         self.counters["shared"] += 1
@@ -249,7 +249,7 @@ class ClusterEngine:
         for token in known.answer.tokens:
             tell(on_event, TokenEvent(token))
 
-    def _begin(self, routed: Routed) -> None:
+    def _begin(self, routed: RoutedRequest) -> None:
         """Go on with an answer that engines have from the router before this one; else queue the request."""
         if self.requests.get(routed.id) is not routed:
             return
@@ -257,7 +257,7 @@ class ClusterEngine:
             return
         self._queue(routed)
 
-    def _with_keys(self, routed: Routed, then: Callable[[SeenPrefixes, Sequence[BlockKey]], None]) -> None:
+    def _with_keys(self, routed: RoutedRequest, then: Callable[[SeenPrefixes, Sequence[BlockKey]], None]) -> None:
         """Call it with the keys of the request's prompt, which are made once: those of a long prompt on a thread, so
         that the loop goes on meanwhile, and shorter requests that came after it."""
         seen, request = self._seen, routed.request
@@ -280,17 +280,17 @@ class ClusterEngine:
             routed.keys = seen.keys_of(request.prompt_tokens, request.tenant)
             then(seen, routed.keys)
 
-    def _queue(self, routed: Routed) -> None:
+    def _queue(self, routed: RoutedRequest) -> None:
         routed.waiting = "its turn"
         self._with_keys(routed, partial(self._give_to_scheduler, routed))
 
-    def _give_to_scheduler(self, routed: Routed, seen: SeenPrefixes, keys: Sequence[BlockKey]) -> None:
+    def _give_to_scheduler(self, routed: RoutedRequest, seen: SeenPrefixes, keys: Sequence[BlockKey]) -> None:
         if self.requests.get(routed.id) is not routed:
             return  # it ended while its keys were made
         request = routed.request
         routed.hit_tokens = seen.hit_tokens(keys, len(request.prompt_tokens))
         try:
-            self.brain.submit(
+            self.scheduler.submit(
                 routed.id, len(request.prompt_tokens), routed.hit_tokens, request.sampling.max_tokens, time.monotonic()
             )
         except (TooManyRequests, ValueError) as error:
@@ -298,10 +298,10 @@ class ClusterEngine:
             return
         self._decide_soon()
 
-    def _adopt(self, routed: Routed, asked: Asked) -> bool:
+    def _adopt(self, routed: RoutedRequest, asked: Asked) -> bool:
         """Whether engines have this request, from its first token on; what they have is sent. It goes on under the key
         that they know it by."""
-        claimed = self._orphans.claim(asked)
+        claimed = self._unclaimed.claim(asked)
         if claimed is None:
             return False
         key, found, rest = claimed
@@ -339,14 +339,14 @@ class ClusterEngine:
         self._loop.guarded(partial(self._cancel_all_parts, routed))
         self._end(routed, "cancelled", None)
 
-    def _emit(self, routed: Routed, token: int) -> None:
+    def _emit(self, routed: RoutedRequest, token: int) -> None:
         if routed.first_token_s is None:
             routed.first_token_s = time.monotonic()
         if len(routed.marks) and routed.marks[-1][0] != "decode":
             routed.mark("decode", time.monotonic())
         routed.tell(TokenEvent(token))
 
-    def _end(self, routed: Routed, reason: FinishReason, error: str | None) -> None:
+    def _end(self, routed: RoutedRequest, reason: FinishReason, error: str | None) -> None:
         """The request's last event, whatever else goes wrong."""
         if not self._open.remove(routed):
             return
@@ -364,10 +364,10 @@ class ClusterEngine:
         routed.tell(TokenEvent(None, reason, error, report))
         self._decide_soon()
 
-    def _end_in_scheduler(self, routed: Routed) -> None:
+    def _end_in_scheduler(self, routed: RoutedRequest) -> None:
         if routed.brain_attempt is not None:
-            self.brain.ended(routed.id, routed.brain_attempt)
-        self.brain.cancel(routed.id)
+            self.scheduler.ended(routed.id, routed.brain_attempt)
+        self.scheduler.cancel(routed.id)
 
     def _end_all(self, reason: FinishReason, error: str) -> None:
         for routed in list(self.requests.values()):
@@ -382,7 +382,7 @@ class ClusterEngine:
     def _decide(self) -> None:
         self._deciding = False
         try:
-            decisions = self.brain.decide(time.monotonic())
+            decisions = self.scheduler.decide(time.monotonic())
         except DecisionFailed as error:
             self._decision_failed(error)
             return
@@ -406,10 +406,10 @@ class ClusterEngine:
             self._end(routed, "error", str(error))
         self._decide_soon()
 
-    def _carry_out(self, routed: Routed, decision: Decision) -> None:
+    def _carry_out(self, routed: RoutedRequest, decision: Decision) -> None:
         if isinstance(decision, Place):
             if not self._dispatch.place(routed, decision):
-                self.brain.restart(decision.request_id, decision.attempt)
+                self.scheduler.restart(decision.request_id, decision.attempt)
         elif isinstance(decision, Replan):
             self._dispatch.replan(routed, decision)
         elif isinstance(decision, Revoke):
@@ -426,13 +426,13 @@ class ClusterEngine:
         others = [engine.card for engine in self.port.engines.values() if engine.name != card.name]
         return misfit(card, others, self.settings.vocabulary)
 
-    def engine_joined(self, engine: Engine, held: Sequence[wire.Held]) -> list[tuple[str, int]]:
+    def engine_joined(self, engine: RegisteredEngine, held: Sequence[wire.Held]) -> list[tuple[str, int]]:
         """See `port.Listener`. A request that is placed meanwhile is not kept."""
         self._learn(engine.card)
         self._accounts.joined(engine)
         self._usable_s = time.monotonic()
         wanted = [one for one in held if one.label and one.request_id not in self.requests]
-        kept = self._orphans.add(engine.name, wanted, time.monotonic())
+        kept = self._unclaimed.add(engine.name, wanted, time.monotonic())
         if len(kept) < len(wanted):
             self.counters["orphans_dropped"] += len(wanted) - len(kept)
             rare.warning("orphans", "engine %s: %d parts of requests are not kept: too many wait to be asked for again",
@@ -449,35 +449,35 @@ class ClusterEngine:
         self.max_context_tokens = min(one.max_context_tokens for one in cards)
         self.vocab_size = card.vocab_size
 
-    def engine_left(self, engine: Engine, why: str) -> None:
+    def engine_left(self, engine: RegisteredEngine, why: str) -> None:
         """See `port.Listener`."""
         self.counters["engines_lost"] += 1
         self._accounts.left(engine, time.monotonic())
-        self._orphans.engine_left(engine.name)
+        self._unclaimed.engine_left(engine.name)
         for routed in list(self.requests.values()):
             if engine.name in routed.answer.parts:
                 self._guarded(partial(self._engine_lost, routed, engine.name, why), routed)
         self._decide_soon()
 
-    def _engine_lost(self, routed: Routed, name: str, why: str) -> None:
-        self._follow(routed, routed.answer.engine_lost(name, why), told_brain=True)
+    def _engine_lost(self, routed: RoutedRequest, name: str, why: str) -> None:
+        self._follow(routed, routed.answer.engine_lost(name, why), told_scheduler=True)
 
-    def engine_reported(self, engine: Engine) -> None:
+    def engine_reported(self, engine: RegisteredEngine) -> None:
         """See `port.Listener`."""
         self._accounts.reported(engine, time.monotonic())
         self._decide_soon()
 
-    def engine_events(self, engine: Engine, events: Sequence[wire.Event]) -> None:
+    def engine_events(self, engine: RegisteredEngine, events: Sequence[wire.Event]) -> None:
         """See `port.Listener`."""
         for event in events:
             routed = self.requests.get(event.request_id)
             if routed is None:
-                if not self._orphans.event(engine.name, event):
+                if not self._unclaimed.event(engine.name, event):
                     self.counters["stale_events"] += 1
                 continue
             self._guarded(partial(self._event, routed, engine, event), routed)
 
-    def _event(self, routed: Routed, engine: Engine, event: wire.Event) -> None:
+    def _event(self, routed: RoutedRequest, engine: RegisteredEngine, event: wire.Event) -> None:
         answer = routed.answer
         if event.attempt != answer.attempt or engine.name not in answer.parts:
             self.counters["stale_events"] += 1
@@ -495,20 +495,20 @@ class ClusterEngine:
         if event.finish_reason is not None:
             self._part_ended(routed, engine, event)
 
-    def _part_ended(self, routed: Routed, engine: Engine, event: wire.Event) -> None:
+    def _part_ended(self, routed: RoutedRequest, engine: RegisteredEngine, event: wire.Event) -> None:
         answer = routed.answer
         if engine.name not in answer.parts:
             return
         part = answer.parts[engine.name]
         self._note_report(routed, engine.name, event.report)
         if part == "prefill" and routed.brain_attempt is not None:
-            self.brain.prefilled(routed.id, routed.brain_attempt)
+            self.scheduler.prefilled(routed.id, routed.brain_attempt)
         if event.finish_reason in ("handed_over", "stop", "length"):
             self._with_keys(routed, SeenPrefixes.add)
         assert event.finish_reason is not None
         self._follow(routed, answer.part_ended(engine.name, event.attempt, event.finish_reason, event.error))
 
-    def _note_report(self, routed: Routed, engine: str, packed: Raw) -> None:
+    def _note_report(self, routed: RoutedRequest, engine: str, packed: Raw) -> None:
         """Count what an engine reports of its part; one out of bounds costs itself."""
         try:
             report = wire.report_in(packed)
@@ -519,7 +519,7 @@ class ClusterEngine:
         if report is not None:
             routed.reports.append(report)
 
-    def _follow(self, routed: Routed, outcome: Outcome, told_brain: bool = False) -> None:
+    def _follow(self, routed: RoutedRequest, outcome: Outcome, told_scheduler: bool = False) -> None:
         """Carry out what follows an event of one request."""
         for token in outcome.tokens:
             self._emit(routed, token)
@@ -532,8 +532,8 @@ class ClusterEngine:
             routed.waiting = outcome.restart
             routed.mark("wait_router", time.monotonic())
             attempt, routed.brain_attempt = routed.brain_attempt, None
-            if attempt is None:  # it was adopted: the brain does not know it yet
+            if attempt is None:  # it was adopted: the scheduler core does not know it yet
                 self._queue(routed)
-            elif not told_brain:
-                self.brain.restart(routed.id, attempt)
+            elif not told_scheduler:
+                self.scheduler.restart(routed.id, attempt)
             self._decide_soon()

@@ -48,8 +48,8 @@ def router_settings(flags: RouterFlags) -> RouterSettings:
     """Raises ConfigError."""
     from penstock.cluster.router.routed_request import RouterSettings
 
-    brain = InterEngineConfig(**taken_over(PathSettings, flags))
-    return RouterSettings(**taken_over(RouterTimes, flags), brain=brain)
+    scheduler = InterEngineConfig(**taken_over(PathSettings, flags))
+    return RouterSettings(**taken_over(RouterTimes, flags), scheduler=scheduler)
 
 
 def server_settings(flags: RouterFlags) -> ServerSettings:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from penstock.cluster.router.engine_registry import ClusterPort
-from penstock.cluster.router.routed_request import Routed
+from penstock.cluster.router.engine_registry import EngineRegistry
+from penstock.cluster.router.routed_request import RoutedRequest
 from penstock.core.cluster.inter_engine import InterEngineScheduler
 from penstock.engine.api import EngineStats
 
 
 def router_stats(
-    requests: Mapping[str, Routed], port: ClusterPort, brain: InterEngineScheduler, counters: Mapping[str, int]
+    requests: Mapping[str, RoutedRequest],
+    port: EngineRegistry,
+    scheduler: InterEngineScheduler,
+    counters: Mapping[str, int],
 ) -> EngineStats:
     """On the router's thread."""
     waiting = sum(1 for routed in requests.values() if not routed.answer.parts)
@@ -22,7 +25,7 @@ def router_stats(
         "requests_decoding": float(decoding),
         "engines": float(len(port.engines)),
     }
-    counted = {name: float(count) for name, count in (*counters.items(), *brain.counts.items())}
+    counted = {name: float(count) for name, count in (*counters.items(), *scheduler.counts.items())}
     for name in (
         "connections", "refused_secret", "refused_tls", "refused_protocol", "refused_registration", "fenced_frames",
         "strangers_dropped", "listener_failures",
@@ -33,4 +36,4 @@ def router_stats(
         f"engine_{name}": {engine.name: float(getattr(engine.report, name)) for engine in engines}
         for name in ("unfinished", "tokens", "decoding", "read_queue_bytes", "free_pages", "buffer_free_blocks")
     }
-    return EngineStats(gauges, counted, labelled, {"mode": "router", "policy": brain.config.read})
+    return EngineStats(gauges, counted, labelled, {"mode": "router", "policy": scheduler.config.read})

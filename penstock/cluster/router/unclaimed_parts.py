@@ -18,7 +18,7 @@ Cancel = tuple[str, str, int]  # engine, request id, attempt
 
 
 @dataclass(eq=False, slots=True)
-class OrphanPart:
+class UnclaimedPart:
     """What one engine has of one attempt; grows while the engine goes on."""
 
     engine: str
@@ -42,13 +42,13 @@ class OrphanPart:
         return len(self.earlier) + len(self.tokens)
 
 
-class Orphans:
+class UnclaimedParts:
     """By the request id of the router that placed them; one that no client claims within `claim_s` is to be cancelled.
     A client claims by what it calls its request and all that it asks for; of several alike each claim gets one."""
 
     def __init__(self, claim_s: float) -> None:
         self._claim_s = claim_s
-        self._parts: dict[str, list[OrphanPart]] = {}
+        self._parts: dict[str, list[UnclaimedPart]] = {}
         self._asked: dict[Asked, dict[str, None]] = {}  # request ids, in the order in which they were added
         self._count = 0
         self._tokens = 0
@@ -68,7 +68,7 @@ class Orphans:
             named.add(name)
             self._tokens += size_tokens
             asked = (one.label, one.digest)
-            part = OrphanPart(
+            part = UnclaimedPart(
                 engine, one.part, one.attempt, asked, list(one.earlier), one.index, list(one.tokens),
                 one.finish_reason, one.report.copy(), now,
             )  # fmt: skip
@@ -93,7 +93,7 @@ class Orphans:
                 return True
         return False
 
-    def claim(self, asked: Asked) -> tuple[str, list[OrphanPart], list[Cancel]] | None:
+    def claim(self, asked: Asked) -> tuple[str, list[UnclaimedPart], list[Cancel]] | None:
         """One request of the same label and content whose answer is there from the first token on and may come to an
         end: its request id, the parts of its latest attempt, which are the caller's then, and earlier attempts' parts
         to be cancelled."""
@@ -105,7 +105,7 @@ class Orphans:
                 return request_id, parts, [(part.engine, request_id, part.attempt) for part in rest]
         return None
 
-    def _whole(self, request_id: str, asked: Asked) -> list[OrphanPart] | None:
+    def _whole(self, request_id: str, asked: Asked) -> list[UnclaimedPart] | None:
         found = self._parts[request_id]
         latest = max(part.attempt for part in found)
         parts = {part.part: part for part in found if part.attempt == latest and part.asked == asked}
@@ -121,7 +121,7 @@ class Orphans:
             return None
         return list(parts.values())
 
-    def _remove(self, request_id: str, parts: Sequence[OrphanPart]) -> None:
+    def _remove(self, request_id: str, parts: Sequence[UnclaimedPart]) -> None:
         """Forget these parts of a request."""
         left = [part for part in self._parts[request_id] if part not in parts]
         self._tokens -= sum(part.size_tokens for part in self._parts[request_id] if part in parts)

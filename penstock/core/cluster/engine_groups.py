@@ -113,7 +113,7 @@ class Node:
         return self.tokens_per_s if self.nic_up else 0.0
 
 
-class Engine:
+class EngineAccount:
     """One engine in the accounts of what is placed; its numbers are in its group's lists at `index`."""
 
     __slots__ = (
@@ -153,7 +153,7 @@ class Group:
     def __init__(self, name: str, role: Role) -> None:
         self.name = name
         self.role = role
-        self.engines: list[Engine] = []
+        self.engines: list[EngineAccount] = []
         self.tokens: list[int] = []
         self.unfinished: list[int] = []
         self.capacity: list[int] = []
@@ -166,9 +166,9 @@ class Group:
         """beta_tokens of the fastest engine."""
         return self._betas[-1] if self._betas else 0.0
 
-    def add(self, spec: EngineSpec, node: Node, beta_s: float) -> Engine:
+    def add(self, spec: EngineSpec, node: Node, beta_s: float) -> EngineAccount:
         """A new engine at the end of the lists, with nothing unfinished."""
-        engine = Engine(spec, node, self, len(self.engines), beta_s)
+        engine = EngineAccount(spec, node, self, len(self.engines), beta_s)
         self.engines.append(engine)
         self.tokens.append(0)
         self.unfinished.append(0)
@@ -177,14 +177,14 @@ class Group:
         insort(self._betas, engine.beta_tokens)
         return engine
 
-    def set_beta(self, engine: Engine, beta_tokens: float) -> None:
+    def set_beta(self, engine: EngineAccount, beta_tokens: float) -> None:
         """O(log engines)."""
         if beta_tokens != engine.beta_tokens:
             del self._betas[bisect_left(self._betas, engine.beta_tokens)]
             insort(self._betas, beta_tokens)
             engine.beta_tokens = beta_tokens
 
-    def remove(self, engine: Engine) -> None:
+    def remove(self, engine: EngineAccount) -> None:
         """Take an engine out; those behind it move up by one index."""
         index = engine.index
         self.total -= self.tokens[index]
@@ -196,7 +196,7 @@ class Group:
             other.index = i
         del self._betas[bisect_left(self._betas, engine.beta_tokens)]
 
-    def charge(self, engine: Engine, tokens: int, requests: int) -> None:
+    def charge(self, engine: EngineAccount, tokens: int, requests: int) -> None:
         """Add tokens and requests to what is unfinished on an engine; negative numbers take them off."""
         index = engine.index
         self.tokens[index] += tokens
@@ -212,7 +212,7 @@ class Groups:
         self._beta_s = beta_s
         self._slack = decode_slack
         self.nodes: dict[str, Node] = {}
-        self.engines: dict[str, Engine] = {}
+        self.engines: dict[str, EngineAccount] = {}
         self.groups: dict[str, Group] = {}
         self.prefill: list[Group] = []  # prefill and mixed
         self.decode: list[Group] = []
@@ -232,7 +232,7 @@ class Groups:
         node.nic = nic
         return node
 
-    def add(self, spec: EngineSpec) -> Engine:
+    def add(self, spec: EngineSpec) -> EngineAccount:
         """Raises ConfigError for a name in use, an unknown node, or a group of another role."""
         if spec.engine in self.engines:
             raise ConfigError(f"engine is {spec.engine!r}, which is registered; allowed: a name that is not")
@@ -252,13 +252,13 @@ class Groups:
             self.capacity_max = max(self.capacity_max, spec.capacity_tokens)
         return engine
 
-    def set_speed(self, engine: Engine, tokens_per_s: float, compute: ComputeCost | None) -> None:
+    def set_speed(self, engine: EngineAccount, tokens_per_s: float, compute: ComputeCost | None) -> None:
         """What the engine is known to do now. Raises ConfigError."""
         check_range("tokens_per_s", tokens_per_s, 1e-9, 1e15)
         engine.tokens_per_s, engine.compute = tokens_per_s, compute
         engine.group.set_beta(engine, self._beta_s * tokens_per_s)
 
-    def remove(self, engine: Engine) -> None:
+    def remove(self, engine: EngineAccount) -> None:
         """The engine is gone; its requests are the caller's."""
         group = engine.group
         group.remove(engine)
@@ -276,7 +276,7 @@ class Groups:
 
     # -- whom to pick -------------------------------------------------------------------------------------------
 
-    def pick_prefill(self) -> Engine | None:
+    def pick_prefill(self) -> EngineAccount | None:
         """The paper's categories: C1 tok_e > beta never; C2 read_q <= alpha, then C3 the others; the least tok_e in C2,
         else in C3. Groups in the order of their total. O(engines of a group) where the first group has room."""
         for group in self._by_total(self.prefill):
@@ -293,8 +293,8 @@ class Groups:
         return None
 
     @staticmethod
-    def _pick_by_category(group: Group) -> Engine | None:
-        best: Engine | None = None
+    def _pick_by_category(group: Group) -> EngineAccount | None:
+        best: EngineAccount | None = None
         best_key = (2, 0)
         for engine, tokens in zip(group.engines, group.tokens, strict=True):
             if tokens > engine.beta_tokens:
@@ -306,7 +306,7 @@ class Groups:
 
     def pick_decode(
         self, length_tokens: int, waiting_tokens: int, need_nic: bool, read_tokens: int = 0
-    ) -> Engine | None:
+    ) -> EngineAccount | None:
         """Phase 1: the group with the least total tok_e. Phase 2, in it: `Z = slack (sum_R len + sum_E tok_e) / |E|`;
         among engines with room those with tok_e + len <= Z, of them the least seq_e; otherwise the least tok_e.
 
@@ -352,7 +352,7 @@ class Groups:
             rest = sorted((i for i in range(len(groups)) if i != first), key=totals.__getitem__)
             yield from (groups[i] for i in rest)
 
-    def next_in_turn(self, side: Literal["prefill", "decode"]) -> Engine | None:
+    def next_in_turn(self, side: Literal["prefill", "decode"]) -> EngineAccount | None:
         """The baseline: engines in turn, whatever is unfinished on them."""
         groups = self.prefill if side == "prefill" else self.decode
         count = sum(len(group.engines) for group in groups)

@@ -1,6 +1,6 @@
 """The inter-engine scheduler of DualPath: which prefill and decode engine serve a request, and which side reads its KV.
 
-Events and the time go in, operations come out of `decide`. The router and the simulator are bodies of this one class;
+Events and the time go in, operations come out of `decide`. The router and the simulator are drivers of this one class;
 it has no clock, no threads and no I/O, and one thread at a time may call it. Reports may come late: a report says how
 many of the reads assigned to its node it knows of, and later ones are added to what it says.
 
@@ -32,7 +32,7 @@ from penstock.core.cluster.decisions import (
     Side,
     TooManyRequests,
 )
-from penstock.core.cluster.engine_groups import Engine, EngineSpec, Groups, Node
+from penstock.core.cluster.engine_groups import EngineAccount, EngineSpec, Groups, Node
 from penstock.core.cluster.nic_speed import NicSpeed
 from penstock.core.cluster.read_plan import ReadPlanner
 from penstock.core.cluster.waiting_queue import Entry, WaitingQueue
@@ -52,8 +52,8 @@ class _Request:
         self.length_tokens = prompt + answer
         self.entry: Entry[_Request] | None = None  # while it waits
         self.attempt = 0
-        self.prefill: Engine | None = None
-        self.decode: Engine | None = None
+        self.prefill: EngineAccount | None = None
+        self.decode: EngineAccount | None = None
         self.prefilled = False
         self.prefill_tokens = 0  # what it counts on its prefill engine
         self.compute_s: float | None = None  # predicted, where that is used
@@ -105,7 +105,7 @@ class InterEngineScheduler:
             self.groups.set_speed(engine, tokens_per_s, compute)
             self._look_again(engine)
 
-    def _look_again(self, engine: Engine) -> None:
+    def _look_again(self, engine: EngineAccount) -> None:
         """An engine is faster or slower, and its node's read queue may be another: that lets the first request go on
         where it waits for this engine, or where what is picked for it, or whose turn it is, depends on either."""
         if self._blocked == "prefill" and self.config.order == "fcfs":
@@ -297,7 +297,7 @@ class InterEngineScheduler:
             return True
         return False
 
-    def _pick(self, request: _Request) -> tuple[Engine, Engine] | None:
+    def _pick(self, request: _Request) -> tuple[EngineAccount, EngineAccount] | None:
         groups = self.groups
         if self.config.placement == "turns":
             prefill, decode = groups.next_in_turn("prefill"), groups.next_in_turn("decode")
@@ -320,7 +320,7 @@ class InterEngineScheduler:
             return None
         return prefill, decode
 
-    def _place(self, request: _Request, prefill: Engine, decode: Engine) -> Place:
+    def _place(self, request: _Request, prefill: EngineAccount, decode: EngineAccount) -> Place:
         # All that can fail comes first: a failure leaves no account of it.
         plan = self._planner.plan(request.hit_tokens, request.prompt_tokens - request.hit_tokens, prefill, decode)
         request.compute_s = self._compute_s(request, plan.recompute_tokens, prefill)
@@ -345,7 +345,7 @@ class InterEngineScheduler:
             plan.decode_tokens, plan.recompute_tokens,
         )  # fmt: skip
 
-    def _compute_s(self, request: _Request, front: int, prefill: Engine) -> float | None:
+    def _compute_s(self, request: _Request, front: int, prefill: EngineAccount) -> float | None:
         """What its prefill engine computes for a request: what storage does not hold, and the front of what it holds.
         None where nothing looks at it, or costs are not known."""
         config = self.config
@@ -355,7 +355,7 @@ class InterEngineScheduler:
         seconds = compute.rebuild_s(request.prompt_tokens - request.hit_tokens, request.hit_tokens)
         return seconds + compute.a + compute.rebuild_s(front, 0) if front else seconds
 
-    def _prefill_tokens(self, request: _Request, prefill: Engine, decode: Engine) -> int:
+    def _prefill_tokens(self, request: _Request, prefill: EngineAccount, decode: EngineAccount) -> int:
         """What a request counts on its prefill engine: tokens, or its compute at that engine's speed."""
         if prefill is decode:
             return request.length_tokens

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from penstock.core.connector.ranked_sums import RankedSums
-from penstock.core.connector.records import Guest
+from penstock.core.connector.records import ConnectorRequest
 from penstock.core.engine.ranking import Ranking
 from penstock.core.engine.recompute_prefix import MIN_SAMPLES
 from penstock.core.engine.request import Request, State
@@ -42,7 +42,7 @@ class _Counted:
     computing: int = 0
 
 
-class GuestCosts:
+class ConnectorCosts:
     """Judges by measured costs, and never against a load before there are enough measurements.
 
     Sums over all requests follow each one's rank, costs, state and grant: `changed` has to be called after any of these
@@ -51,8 +51,8 @@ class GuestCosts:
     C1  the sums are those over all requests
     """
 
-    def __init__(self, shared: SharedState, ranking: Ranking, guests: Mapping[str, Guest]) -> None:
-        self._shared, self._ranking, self._guests = shared, ranking, guests
+    def __init__(self, shared: SharedState, ranking: Ranking, entries: Mapping[str, ConnectorRequest]) -> None:
+        self._shared, self._ranking, self._entries = shared, ranking, entries
         self._counted: dict[Request, _Counted] = {}
         self._stale: dict[Request, None] = {}  # that changed since they were counted
         self._ranked: RankedSums[Route | None] = RankedSums()
@@ -74,36 +74,36 @@ class GuestCosts:
         """A fetch ended."""
         self._fetches += 1
 
-    def worth_fetching(self, guest: Guest) -> bool:
+    def worth_fetching(self, entry: ConnectorRequest) -> bool:
         """Whether a request that arrived should load at all: not over a link that alone takes longer than computing,
         the processor's queue included. One in `PROBE_EVERY` of these does in any case."""
-        if not self._measured or self._ranking.load_s(guest.request) <= self._compute_s(guest):
+        if not self._measured or self._ranking.load_s(entry.request) <= self._compute_s(entry):
             return True
         self._refusals += 1
-        guest.probe = self._refusals % PROBE_EVERY == 0
-        return guest.probe
+        entry.probe = self._refusals % PROBE_EVERY == 0
+        return entry.probe
 
-    def arrives_first(self, guest: Guest) -> bool:
+    def arrives_first(self, entry: ConnectorRequest) -> bool:
         """Whether the request's blocks arrive before they could be computed, each behind what goes first on its link or
         on the processor. Asked when the host could begin to compute it, and not before: so whichever of link and
         processor is free first takes the next request, and neither is idle while the other has a queue. Never refused
         before costs were measured."""
         if not self._measured:
             return True
-        compute_s = self._compute_s(guest)
-        links = Counter({route: n for route, n in self._ranked.up_to(guest.request.rank).items() if route is not None})
+        compute_s = self._compute_s(entry)
+        links = Counter({route: n for route, n in self._ranked.up_to(entry.request.rank).items() if route is not None})
         links.update(self._loading)
-        return self._shared.cost.load_s(links, guest.request.upload_bytes, serial=False) < compute_s
+        return self._shared.cost.load_s(links, entry.request.upload_bytes, serial=False) < compute_s
 
     @property
     def _measured(self) -> bool:
         return self._shared.config.recompute and min(self._steps, self._fetches) >= MIN_SAMPLES
 
-    def _compute_s(self, guest: Guest) -> float:
+    def _compute_s(self, entry: ConnectorRequest) -> float:
         """Until a request would be computed, loading aside: what computing its blocks adds to it, behind requests that
         are being computed or go first."""
-        request, compute = guest.request, self._shared.cost.compute
-        first = guest.held * self._shared.config.block_tokens
+        request, compute = entry.request, self._shared.cost.compute
+        first = entry.held * self._shared.config.block_tokens
         self._count()
         before = self._ranked.up_to(request.rank).get(None, 0) + self._computing - self._counted[request].ranked[None]
         return compute.seconds([(request.target - first, first)]) - request.compute_s + before * COMPUTE_UNIT
@@ -127,7 +127,7 @@ class GuestCosts:
     def _count(self) -> None:
         """Bring the sums up to date."""
         for request in self._stale:
-            new = self._shares_of(self._guests[request.request_id])
+            new = self._shares_of(self._entries[request.request_id])
             old = self._counted.get(request)
             if old is not None and old.rank == new.rank:
                 self._ranked.change(new.rank, new.ranked)
@@ -149,8 +149,8 @@ class GuestCosts:
                 if not sums[route]:
                     del sums[route]
 
-    def _shares_of(self, guest: Guest) -> _Counted:
-        request, granted = guest.request, guest.grant is not None
+    def _shares_of(self, entry: ConnectorRequest) -> _Counted:
+        request, granted = entry.request, entry.grant is not None
         waits = request.state in (State.WAITING, State.PREFILL)
         compute = int(min(request.compute_s, COMPUTE_S_MAX) / COMPUTE_UNIT) if waits else 0
         computing = request.state is State.PREFILL and not granted
@@ -165,10 +165,10 @@ class GuestCosts:
     def check_integrity(self) -> None:
         """Assert C1. O(everything)."""
         self._count()
-        assert self._counted.keys() == {guest.request for guest in self._guests.values()} and len(self._ranked) == len(
+        assert self._counted.keys() == {entry.request for entry in self._entries.values()} and len(self._ranked) == len(
             self._counted
         ), "C1: a request is missing, or counted although it is gone"
-        shares = [self._shares_of(guest) for guest in self._guests.values()]
+        shares = [self._shares_of(entry) for entry in self._entries.values()]
         for one in shares:
             less = [other.ranked for other in shares if other.rank <= one.rank]
             names = {name for ranked in less for name in ranked}

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from penstock.core.connector.pages import GuestPages
-from penstock.core.connector.records import Grant, Guest, Landed
+from penstock.core.connector.pages import ConnectorPages
+from penstock.core.connector.records import ConnectorRequest, Grant, Landed
 from penstock.core.engine.request import Request, State
 from penstock.core.keys import BlockKey
 
@@ -22,12 +22,12 @@ GRANT_SHARE = 0.75  # of the host's pages that loads may hold together; a load a
 class Granting:
     """Grants under way, of `host_pages` in all."""
 
-    def __init__(self, pages: GuestPages, host_pages: int) -> None:
+    def __init__(self, pages: ConnectorPages, host_pages: int) -> None:
         self._pages = pages
         self._limit = max(1, int(host_pages * GRANT_SHARE))
-        self._granted: dict[BlockKey, Guest] = {}  # until the host took note
+        self._granted: dict[BlockKey, ConnectorRequest] = {}  # until the host took note
         self._begins: Counter[int] = Counter()  # at which blocks of their prefixes grants begin
-        self._of_page: dict[int, Guest] = {}  # until it is settled
+        self._of_page: dict[int, ConnectorRequest] = {}  # until it is settled
         self._landed: list[Landed] = []
 
     def __len__(self) -> int:
@@ -48,76 +48,76 @@ class Granting:
         """Whether so many blocks more may get pages."""
         return not self._granted or len(self._granted) + blocks <= self._limit
 
-    def begin(self, guest: Guest, first: int, end: int) -> Grant:
+    def begin(self, entry: ConnectorRequest, first: int, end: int) -> Grant:
         """The host gave pages for these blocks; `add` says which of them are loaded."""
-        assert guest.grant is None and not guest.leaving
-        guest.grant = Grant(first, end, [guest.request.key_at(index) for index in range(first, end)])
-        return guest.grant
+        assert entry.grant is None and not entry.leaving
+        entry.grant = Grant(first, end, [entry.request.key_at(index) for index in range(first, end)])
+        return entry.grant
 
-    def add(self, guest: Guest, index: int, page: int) -> None:
+    def add(self, entry: ConnectorRequest, index: int, page: int) -> None:
         """A load of the next block, `index`, writes to `page` from now on."""
-        assert guest.grant is not None
-        if index == guest.grant.first:
+        assert entry.grant is not None
+        if index == entry.grant.first:
             self._begins[index] += 1
-        self._granted[guest.request.key_at(index)] = guest
-        self._of_page[page] = guest
-        guest.grant.unsettled.add(page)
+        self._granted[entry.request.key_at(index)] = entry
+        self._of_page[page] = entry
+        entry.grant.unsettled.add(page)
 
     def settle(self) -> None:
         """Grants whose last page nothing is written to any more have landed."""
         settled, self._pages.settled = self._pages.settled, []
         for page in settled:
-            guest = self._of_page.pop(page)
-            assert guest.grant is not None
-            guest.grant.unsettled.remove(page)
-            self.land(guest)
+            entry = self._of_page.pop(page)
+            assert entry.grant is not None
+            entry.grant.unsettled.remove(page)
+            self.land(entry)
 
-    def land(self, guest: Guest) -> None:
+    def land(self, entry: ConnectorRequest) -> None:
         """A grant without unsettled pages ends."""
-        grant = guest.grant
+        grant = entry.grant
         if grant is not None and not grant.unsettled and not grant.landed:
             grant.landed = True
-            self._landed.append(Landed(guest.request.request_id, grant.hole))
+            self._landed.append(Landed(entry.request.request_id, grant.hole))
 
     def take_landed(self) -> list[Landed]:
         """Grants that ended since the last call."""
         landed, self._landed = self._landed, []
         return landed
 
-    def spoil(self, guests: Sequence[Guest]) -> None:
+    def spoil(self, entries: Sequence[ConnectorRequest]) -> None:
         """The blocks that these requests were granted pages for are of no use any more: their loads end, and `Landed`
         says that none arrived."""
-        for guest in guests:
-            if guest.grant is not None:
-                guest.grant.hole = guest.grant.first
-        holes = {guest.request.request_id: guest.grant.first for guest in guests if guest.grant is not None}
+        for entry in entries:
+            if entry.grant is not None:
+                entry.grant.hole = entry.grant.first
+        holes = {entry.request.request_id: entry.grant.first for entry in entries if entry.grant is not None}
         self._landed = [Landed(one.request_id, holes.get(one.request_id, one.hole)) for one in self._landed]
 
-    def end(self, guest: Guest) -> None:
+    def end(self, entry: ConnectorRequest) -> None:
         """The host took note of `Landed`; its own cache answers for those blocks from now on."""
-        assert guest.grant is not None and guest.grant.landed
-        for index, key in enumerate(guest.grant.keys, guest.grant.first):
-            if self._granted.get(key) is not guest:
+        assert entry.grant is not None and entry.grant.landed
+        for index, key in enumerate(entry.grant.keys, entry.grant.first):
+            if self._granted.get(key) is not entry:
                 break  # it and those behind it were another's, or no hits any more
             del self._granted[key]
-            if index == guest.grant.first:
+            if index == entry.grant.first:
                 self._begins.subtract((index,))
         self._begins = +self._begins
-        guest.grant = None
+        entry.grant = None
 
-    def check_integrity(self, guests: Iterable[Guest], pages_of_loads: set[int]) -> None:
+    def check_integrity(self, entries: Iterable[ConnectorRequest], pages_of_loads: set[int]) -> None:
         """Assert the invariants of the module. O(everything)."""
-        granted = [(guest, guest.grant) for guest in guests if guest.grant is not None]
+        granted = [(entry, entry.grant) for entry in entries if entry.grant is not None]
         pages: list[int] = []
-        for guest, grant in granted:
+        for entry, grant in granted:
             pages += grant.unsettled
-            assert all(self._of_page[page] is guest for page in grant.unsettled), "G2"
+            assert all(self._of_page[page] is entry for page in grant.unsettled), "G2"
             assert grant.landed or grant.unsettled, "G3: a grant without pages has not landed"
             assert not (grant.landed and grant.unsettled), "G3: landed with pages under way"
-            assert guest.request.state in (State.PREFILL, State.DECODE, State.DONE)
+            assert entry.request.state in (State.PREFILL, State.DECODE, State.DONE)
         assert len(set(pages)) == len(pages) == len(self._of_page), "G2: a page has two owners"
         assert pages_of_loads == set(pages), "G2: unsettled pages are those that loads hold"
-        begins = Counter(grant.first for guest, grant in granted if self._granted.get(grant.keys[0]) is guest)
+        begins = Counter(grant.first for entry, grant in granted if self._granted.get(grant.keys[0]) is entry)
         assert begins == self._begins, "grants begin elsewhere"
-        keys = {id(guest): set(grant.keys) for guest, grant in granted}
-        assert all(key in keys.get(id(guest), ()) for key, guest in self._granted.items()), "G1"
+        keys = {id(entry): set(grant.keys) for entry, grant in granted}
+        assert all(key in keys.get(id(entry), ()) for key, entry in self._granted.items()), "G1"

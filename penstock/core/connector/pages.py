@@ -8,7 +8,7 @@ from penstock.core.engine.device_pages import DevicePages
 from penstock.core.keys import BlockKey
 
 
-class GuestPages(DevicePages):
+class ConnectorPages(DevicePages):
     """The driver chooses the numbers of pages; every use of a page has a number of its own. Nothing is taken or evicted
     here.
 

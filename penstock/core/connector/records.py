@@ -1,4 +1,4 @@
-"""What the brain as a guest keeps of a request: what it can load, the pages it was granted, and that they landed."""
+"""What the core as a guest keeps of a request: what it can load, the pages it was granted, and that they landed."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Grant:
 
 
 @dataclass(slots=True)
-class Guest:
-    """A request as the brain of a guest follows it."""
+class ConnectorRequest:
+    """A request as the scheduler core of a guest follows it."""
 
     request: Request
     held: int  # leading blocks that the host holds, as it said last

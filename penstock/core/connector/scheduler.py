@@ -1,6 +1,6 @@
-"""The brain as a guest of somebody else's engine: that engine owns pages and batches, the brain owns loads and saves.
+"""The core as a guest of somebody else's engine: that engine owns pages and batches, the core owns loads and saves.
 
-The host (vLLM) has a scheduler, an allocator and a compute loop of its own. `GuestScheduler` decides what such an
+The host (vLLM) has a scheduler, an allocator and a compute loop of its own. `ConnectorScheduler` decides what such an
 engine leaves open: what is looked up and fetched and in which order, whether loading beats computing, whose load others
 wait for, in which order requests should be considered, and what is saved. It is made of the parts that `LoadScheduler`
 is made of, so that a policy exists once. No clock, no threads, no I/O; one thread at a time may call it.
@@ -20,44 +20,44 @@ from collections import deque
 from collections.abc import Sequence
 
 from penstock.core.config import SchedulerConfig
-from penstock.core.connector.costs import GuestCosts
+from penstock.core.connector.costs import ConnectorCosts
 from penstock.core.connector.granting import Granting
-from penstock.core.connector.pages import GuestPages
-from penstock.core.connector.records import Guest, Landed
+from penstock.core.connector.pages import ConnectorPages
+from penstock.core.connector.records import ConnectorRequest, Landed
 from penstock.core.connector.seen_blocks import SeenBlocks
 from penstock.core.cost import CostModel
 from penstock.core.engine.ageing import Ageing
-from penstock.core.engine.load_coordinator import Loading
+from penstock.core.engine.load_coordinator import LoadCoordinator
 from penstock.core.engine.ranking import Ranking
 from penstock.core.engine.request import NO_PAGE, LoadState, Request, State
 from penstock.core.engine.shared_state import SharedState
-from penstock.core.engine.write_back import Saving, block_to_save
+from penstock.core.engine.write_back import WriteBackQueue, block_to_save
 from penstock.core.operations import Account, BlockHit, Fetch, Lookup, Operation, RequestSpec, Save
 from penstock.core.ordering import Rank
 
 SEEN_BLOCKS_MAX = 1 << 17  # of the pool; about 150 bytes each
 PIN_SHARE = 0.75  # of the host's pages that it may be asked to keep for saves, which give way when it is short of them
 
-GuestOperation = Operation | Landed
+ConnectorOperation = Operation | Landed
 
 
-class GuestScheduler:
+class ConnectorScheduler:
     """See the module. All times are seconds of the caller's clock and never go backwards."""
 
     def __init__(self, config: SchedulerConfig, cost: CostModel) -> None:
         self.config = config
         self.cost = cost
-        self._pages = GuestPages()
+        self._pages = ConnectorPages()
         self._shared = SharedState(config, cost, self._pages)
-        self._saving = Saving(self._shared, PIN_SHARE)
+        self._saving = WriteBackQueue(self._shared, PIN_SHARE)
         self._seen = SeenBlocks(SEEN_BLOCKS_MAX)
         self._moving: dict[int, bytes] = {}  # fetches and saves under way: operation -> block
         self._ranking = Ranking(self._shared)
-        self._loading = Loading(self._shared, self._changed, lost=self._lost)
-        self._guests: dict[str, Guest] = {}
-        self._costs = GuestCosts(self._shared, self._ranking, self._guests)
+        self._loading = LoadCoordinator(self._shared, self._changed, lost=self._lost)
+        self._entries: dict[str, ConnectorRequest] = {}
+        self._costs = ConnectorCosts(self._shared, self._ranking, self._entries)
         self._shared.revalued = self._costs.changed
-        self._lookups: deque[Guest] = deque()
+        self._lookups: deque[ConnectorRequest] = deque()
         self._looking_up: dict[int, Request] = {}
         self._granting = Granting(self._pages, config.l1_pages)
         self._holes: dict[Request, list[int]] = {}  # blocks that requests lost since the last look
@@ -71,70 +71,70 @@ class GuestScheduler:
     def submit(self, spec: RequestSpec, held_tokens: int, now: float, load: bool = True) -> None:
         """A request arrived; the host holds its first `held_tokens`. Without `load` it is only ranked and saved.
         Raises ValueError when its id is in use."""
-        if spec.request_id in self._guests:
+        if spec.request_id in self._entries:
             raise ValueError(f"request_id {spec.request_id!r} is in use")
         self._sequence += 1
         deadline_s = now + self.config.default_slo_ttft_s if spec.ttft_deadline_s is None else spec.ttft_deadline_s
         request = Request(spec, self._sequence, now, self.config.block_tokens, deadline_s)
-        has_room = len(self._guests) < self.config.max_waiting
+        has_room = len(self._entries) < self.config.max_waiting
         if load and self.config.pool and not has_room:
             self._shared.count("requests_without_loads")
-        guest = Guest(request, 0, load and self.config.pool and has_room)
-        self._guests[spec.request_id] = guest
+        entry = ConnectorRequest(request, 0, load and self.config.pool and has_room)
+        self._entries[spec.request_id] = entry
         self._ageing.arrived(request)
         self._shared.count("requests")
         self._shared.count("prompt_tokens", request.target)
-        self._begin(guest, held_tokens, now)
+        self._begin(entry, held_tokens, now)
 
-    def _begin(self, guest: Guest, held_tokens: int, now: float) -> None:
-        request = guest.request
+    def _begin(self, entry: ConnectorRequest, held_tokens: int, now: float) -> None:
+        request = entry.request
         request.state = State.LOOKUP
         request.switch_label("lookup", now)
-        self._forget_hits(guest)
+        self._forget_hits(entry)
         self._costs.changed(request)
-        self._hold(guest, held_tokens)
-        if guest.loads and guest.held < request.hittable_blocks:
-            guest.lookup_until_s = now + self.config.lookup_timeout_s
-            self._lookups.append(guest)
+        self._hold(entry, held_tokens)
+        if entry.loads and entry.held < request.hittable_blocks:
+            entry.lookup_until_s = now + self.config.lookup_timeout_s
+            self._lookups.append(entry)
         else:
-            self._wait(guest, now)
+            self._wait(entry, now)
 
-    def _hold(self, guest: Guest, held_tokens: int) -> None:
+    def _hold(self, entry: ConnectorRequest, held_tokens: int) -> None:
         """The host holds the first `held_tokens` of the request."""
-        self._pages.forget(guest.noted)
-        guest.held = held_tokens // self.config.block_tokens
-        guest.noted = guest.request.chain.keys[: guest.held]
-        self._pages.note(guest.noted)
+        self._pages.forget(entry.noted)
+        entry.held = held_tokens // self.config.block_tokens
+        entry.noted = entry.request.chain.keys[: entry.held]
+        self._pages.note(entry.noted)
 
     def lookup_done(self, op_id: int, hits: Sequence[BlockHit | None] | None, now: float) -> None:
         """The pool answered (None: it could not be asked; the request goes on without hits)."""
         request = self._looking_up.pop(op_id)
-        guest = self._guests.get(request.request_id)
-        if guest is None or guest.request is not request or request.state is not State.LOOKUP:
+        entry = self._entries.get(request.request_id)
+        if entry is None or entry.request is not request or request.state is not State.LOOKUP:
             return
         if hits is None:
             self._shared.count("lookup_failures")
         else:
-            self._forget_hits(guest)
+            self._forget_hits(entry)
             for index, hit in enumerate(hits):
                 if hit is not None and hit.size_bytes != self.config.block_bytes:
                     self._shared.count("hits_of_other_size")
-                if hit is None or hit.size_bytes != self.config.block_bytes or index in guest.bad:
+                if hit is None or hit.size_bytes != self.config.block_bytes or index in entry.bad:
                     self._seen.missed(request.key_at(index), op_id)
                 else:
                     self._seen.add(request.key_at(index), op_id)
                     request.hits[index] = hit
-        self._wait(guest, now)
+        self._wait(entry, now)
 
-    def _wait(self, guest: Guest, now: float) -> None:
+    def _wait(self, entry: ConnectorRequest, now: float) -> None:
         """Hits are known: rank the request, and fetch what it can use, unless its link is slower than computing."""
         self._version += 1
-        request = guest.request
+        request = entry.request
         request.state = State.WAITING
-        guest.end = self._run_end(guest, guest.held)
-        for index in [index for index in request.hits if index >= guest.end]:
+        entry.end = self._run_end(entry, entry.held)
+        for index in [index for index in request.hits if index >= entry.end]:
             del request.hits[index]  # of no use behind a hole
-        self._shared.count("hit_tokens", (guest.end - guest.held) * self.config.block_tokens)
+        self._shared.count("hit_tokens", (entry.end - entry.held) * self.config.block_tokens)
         self._ranking.estimate(request)
         request.account.predicted_load_s = self._ranking.load_s(request)
         request.account.predicted_compute_s = request.compute_s
@@ -143,36 +143,36 @@ class GuestScheduler:
         request.ready = [False] * len(request.pages)
         request.static_key = None
         self._ranking.set_rank(request)
-        if guest.end > guest.held and not self._costs.worth_fetching(guest):
-            self._compute_instead(guest)
-        for index in range(guest.held, guest.end):
+        if entry.end > entry.held and not self._costs.worth_fetching(entry):
+            self._compute_instead(entry)
+        for index in range(entry.held, entry.end):
             self._loading.join(request, index, request.hits[index])
         self._loading.enqueue(request)
         self._ranking.stale = True
         self._relabel(request, now)
 
-    def _run_end(self, guest: Guest, first: int) -> int:
+    def _run_end(self, entry: ConnectorRequest, first: int) -> int:
         """The end of the unbroken run of hits from block `first` on; O(1) where it is known."""
-        begin, end = guest.run
+        begin, end = entry.run
         if not begin <= first < end:
             end = first
-            while end < guest.request.hittable_blocks and end in guest.request.hits:
+            while end < entry.request.hittable_blocks and end in entry.request.hits:
                 end += 1
             if end > first:
-                guest.run = (first, end)
+                entry.run = (first, end)
         return end
 
-    def _forget_hits(self, guest: Guest) -> None:
-        guest.request.hits, guest.run = {}, (0, 0)
+    def _forget_hits(self, entry: ConnectorRequest) -> None:
+        entry.request.hits, entry.run = {}, (0, 0)
 
-    def _compute_instead(self, guest: Guest) -> None:
+    def _compute_instead(self, entry: ConnectorRequest) -> None:
         """Nothing is loaded for the request any more; the host computes it."""
-        request = guest.request
-        self._shared.count("computed_instead_tokens", (guest.end - guest.held) * self.config.block_tokens)
+        request = entry.request
+        self._shared.count("computed_instead_tokens", (entry.end - entry.held) * self.config.block_tokens)
         for index in list(request.loads):
             self._loading.forgo(request, index)
-        self._forget_hits(guest)
-        guest.end = guest.held
+        self._forget_hits(entry)
+        entry.end = entry.held
         self._ranking.estimate(request)
         request.static_key = None
         self._ranking.set_rank(request)
@@ -180,23 +180,23 @@ class GuestScheduler:
 
     def extend(self, request_id: str, tokens: Sequence[int]) -> None:
         """Tokens that the request generated, in order."""
-        request = self._guests[request_id].request
+        request = self._entries[request_id].request
         request.tokens.extend(tokens)
         request.chain.extend(tokens)
 
     def known_tokens(self, request_id: str) -> int:
         """How many tokens of the request were told so far."""
-        return len(self._guests[request_id].request.tokens)
+        return len(self._entries[request_id].request.tokens)
 
     def finish(self, request_id: str, now: float) -> None:
         """The request ended or was cancelled; unknown ones are ignored. Pages that were granted to it still end in
         `Landed`."""
-        guest = self._guests.get(request_id)
-        if guest is None or guest.leaving:
+        entry = self._entries.get(request_id)
+        if entry is None or entry.leaving:
             return
         self._version += 1
-        request = guest.request
-        guest.leaving = True
+        request = entry.request
+        entry.leaving = True
         self._ageing.ended(request)
         self._loading.leave(request)
         request.state = State.DONE
@@ -207,22 +207,22 @@ class GuestScheduler:
             self._ended.append(request.account)
         self._ranking.stale = True
         self._granting.settle()
-        self._forget_if_gone(guest)
+        self._forget_if_gone(entry)
 
-    def _forget_if_gone(self, guest: Guest) -> None:
-        if guest.leaving and guest.grant is None:
-            self._pages.forget(guest.noted)
-            guest.noted = []
-            self._costs.gone(guest.request)
-            del self._guests[guest.request.request_id]
+    def _forget_if_gone(self, entry: ConnectorRequest) -> None:
+        if entry.leaving and entry.grant is None:
+            self._pages.forget(entry.noted)
+            entry.noted = []
+            self._costs.gone(entry.request)
+            del self._entries[entry.request.request_id]
 
     def forget_all(self, now: float) -> None:
         """The host can no longer use anything that the keys so far name: every request ends here, its loads land
         without a block, and saves that have not begun are dropped. Requests may be submitted anew."""
-        guests = list(self._guests.values())
-        self._granting.spoil(guests)
-        for guest in guests:
-            self.finish(guest.request.request_id, now)
+        entries = list(self._entries.values())
+        self._granting.spoil(entries)
+        for entry in entries:
+            self.finish(entry.request.request_id, now)
         self._saving.drop_queued(None)
 
     # -- events: the host's scheduler ---------------------------------------------------------------------------
@@ -230,29 +230,29 @@ class GuestScheduler:
     def matched(self, request_id: str, held_tokens: int, now: float) -> int | None:
         """How many tokens behind the `held_tokens` that the host holds are worth a grant of pages; None: ask again
         later. The same answer however often it is asked, as long as nothing happens in between."""
-        guest = self._guests.get(request_id)
-        if guest is None or guest.leaving:
+        entry = self._entries.get(request_id)
+        if entry is None or entry.leaving:
             return 0
-        request = guest.request
-        if guest.grant is not None:
+        request = entry.request
+        if entry.grant is not None:
             return None
         if request.state in (State.PREFILL, State.DECODE):
             self._shared.count("preemptions")
-            self._restart(guest, held_tokens, now)
+            self._restart(entry, held_tokens, now)
         if request.state is State.LOOKUP:
-            if now < guest.lookup_until_s:
+            if now < entry.lookup_until_s:
                 return None
             self._shared.count("lookups_late")
-            self._wait(guest, now)
-        if guest.answer is None or guest.answer[:2] != (self._version, held_tokens):
-            guest.answer = (self._version, held_tokens, self._offer_of(guest, held_tokens, now))
-        return guest.answer[2]
+            self._wait(entry, now)
+        if entry.answer is None or entry.answer[:2] != (self._version, held_tokens):
+            entry.answer = (self._version, held_tokens, self._offer_of(entry, held_tokens, now))
+        return entry.answer[2]
 
-    def _offer_of(self, guest: Guest, held_tokens: int, now: float) -> int | None:
-        request, size = guest.request, self.config.block_tokens
-        guest.refused_tokens = 0
+    def _offer_of(self, entry: ConnectorRequest, held_tokens: int, now: float) -> int | None:
+        request, size = entry.request, self.config.block_tokens
+        entry.refused_tokens = 0
         first = held_tokens // size
-        end = self._run_end(guest, first)
+        end = self._run_end(entry, first)
         if end * size <= held_tokens:
             return 0
         if self._granting.any_of(request, first, end):
@@ -262,38 +262,38 @@ class GuestScheduler:
             request.switch_label("wait_l1", now)
             return None
         begun = request.load_counts[LoadState.FETCHING] + request.load_counts[LoadState.STAGED]
-        may_refuse = not begun and request.loads and not guest.probe
-        if may_refuse and not self._costs.arrives_first(guest):
-            guest.refused_tokens = end * size - held_tokens
+        may_refuse = not begun and request.loads and not entry.probe
+        if may_refuse and not self._costs.arrives_first(entry):
+            entry.refused_tokens = end * size - held_tokens
             return 0  # its blocks are still fetched in their turn, should the host not get to it before
         if request.bytes_by_route and self._costs.enough_granted():
             return None  # its blocks are fetched in its turn all the same
         return end * size - held_tokens
 
-    def _restart(self, guest: Guest, held_tokens: int, now: float) -> None:
+    def _restart(self, entry: ConnectorRequest, held_tokens: int, now: float) -> None:
         """A request that had its pages asks again: it was preempted, or its load failed as a whole."""
-        request = guest.request
+        request = entry.request
         request.account.preemptions += 1
         self._loading.leave(request)
         request.target = len(request.tokens)
-        self._begin(guest, held_tokens, now)
+        self._begin(entry, held_tokens, now)
 
     def allocated(self, request_id: str, first: int, pages: Sequence[int], now: float) -> None:
         """The host gave pages for the blocks from `first` on, as many as `matched` had said. `Landed` follows."""
-        guest = self._guests[request_id]
+        entry = self._entries[request_id]
         self._version += 1
-        request = guest.request
+        request = entry.request
         end = first + len(pages)
-        grant = self._granting.begin(guest, first, end)
-        if guest.end > end or guest.held != first:
+        grant = self._granting.begin(entry, first, end)
+        if entry.end > end or entry.held != first:
             for index in [index for index in request.loads if not first <= index < end]:
                 self._loading.forgo(request, index)
-        guest.end = end
+        entry.end = end
         request.state = State.PREFILL
         for index, page in zip(range(first, end), pages, strict=True):
             key, hit = request.key_at(index), request.hits.get(index)
             if hit is None or key in self._granting:
-                grant.hole = guest.end = index
+                grant.hole = entry.end = index
                 self._shared.count("hits_withdrawn", end - index)
                 for behind in [behind for behind in request.loads if behind >= index]:
                     self._loading.forgo(request, behind)
@@ -301,35 +301,35 @@ class GuestScheduler:
             if index not in request.loads:
                 self._loading.join(request, index, hit)
             request.loads[index].page = page
-            self._granting.add(guest, index, page)
+            self._granting.add(entry, index, page)
         self._ranking.count_loads(request)
         self._ranking.progressed(request)
         self._loading.enqueue(request)
         self._relabel(request, now)
         self._granting.settle()
-        self._granting.land(guest)
+        self._granting.land(entry)
 
     def acknowledged(self, request_id: str) -> None:
         """The host took note of `Landed`; its own cache answers for those blocks from now on."""
-        guest = self._guests.get(request_id)
-        if guest is None or guest.grant is None or not guest.grant.landed:
+        entry = self._entries.get(request_id)
+        if entry is None or entry.grant is None or not entry.grant.landed:
             return
         self._version += 1
-        self._granting.end(guest)
-        self._costs.changed(guest.request)
-        self._forget_if_gone(guest)
+        self._granting.end(entry)
+        self._costs.changed(entry.request)
+        self._forget_if_gone(entry)
 
     def started(self, request_id: str, now: float) -> None:
         """The host computes the request; what was not granted by now is not needed."""
-        guest = self._guests.get(request_id)
-        if guest is None or guest.leaving:
+        entry = self._entries.get(request_id)
+        if entry is None or entry.leaving:
             return
-        request = guest.request
+        request = entry.request
         if request.state in (State.LOOKUP, State.WAITING):
-            self._shared.count("computed_instead_tokens", guest.refused_tokens)
+            self._shared.count("computed_instead_tokens", entry.refused_tokens)
             self._loading.leave(request)
-            self._forget_hits(guest)
-            guest.end = guest.held
+            self._forget_hits(entry)
+            entry.end = entry.held
             self._ranking.estimate(request)
             request.state = State.PREFILL
             self._version += 1
@@ -338,18 +338,18 @@ class GuestScheduler:
 
     def advanced(self, request_id: str, computed_tokens: int) -> None:
         """The host holds `computed_tokens` of a request that it computes."""
-        guest = self._guests.get(request_id)
-        if guest is not None and guest.request.state is State.PREFILL and computed_tokens < guest.request.target:
-            left = guest.request.target - computed_tokens
-            guest.request.compute_s = self.cost.compute.seconds([(left, computed_tokens)])
-            self._costs.changed(guest.request)
+        entry = self._entries.get(request_id)
+        if entry is not None and entry.request.state is State.PREFILL and computed_tokens < entry.request.target:
+            left = entry.request.target - computed_tokens
+            entry.request.compute_s = self.cost.compute.seconds([(left, computed_tokens)])
+            self._costs.changed(entry.request)
 
     def prefilled(self, request_id: str, now: float) -> None:
         """The request's first token is there."""
-        guest = self._guests.get(request_id)
-        if guest is None or guest.request.state is not State.PREFILL:
+        entry = self._entries.get(request_id)
+        if entry is None or entry.request.state is not State.PREFILL:
             return
-        request = guest.request
+        request = entry.request
         request.state = State.DECODE
         self._costs.changed(request)
         request.switch_label("decode", now)
@@ -397,17 +397,17 @@ class GuestScheduler:
         """Requests that lost a block do without those behind it."""
         holes, self._holes = self._holes, {}
         for request, lost in holes.items():
-            guest = self._guests.get(request.request_id)
-            if guest is None or guest.request is not request or guest.leaving:
+            entry = self._entries.get(request.request_id)
+            if entry is None or entry.request is not request or entry.leaving:
                 continue
-            grant = guest.grant
-            first = grant.first if grant is not None else guest.held
-            guest.run = (0, 0)
-            end = min((index for index in lost if index >= first), default=guest.end)
-            if end < guest.end:
+            grant = entry.grant
+            first = grant.first if grant is not None else entry.held
+            entry.run = (0, 0)
+            end = min((index for index in lost if index >= first), default=entry.end)
+            if end < entry.end:
                 self._version += 1
-                guest.bad.add(end)
-                guest.end = end
+                entry.bad.add(end)
+                entry.end = end
                 if grant is not None:
                     grant.hole = end if grant.hole is None else min(grant.hole, end)
                 for index in [index for index in request.loads if index >= end]:
@@ -424,10 +424,10 @@ class GuestScheduler:
     def wants(self, request_id: str, index: int) -> bool:
         """Whether the request's full block `index` should be saved: the pool may not hold it, and it is not on its way
         there or from there."""
-        guest = self._guests.get(request_id)
-        if guest is None or not self.config.pool:
+        entry = self._entries.get(request_id)
+        if entry is None or not self.config.pool:
             return False
-        key = guest.request.key_at(index)
+        key = entry.request.key_at(index)
         return not (key in self._seen or self._pages.is_saving(key) or key in self._loading.loads)
 
     @property
@@ -442,7 +442,7 @@ class GuestScheduler:
     def offer(self, request_id: str, index: int, page: int) -> None:
         """The host keeps `page`, which holds the full block `index` that `wants` asked for, until `released` names
         it; only when `can_keep`."""
-        request = self._guests[request_id].request
+        request = self._entries[request_id].request
         self._pages.hold(request.key_at(index), page)
         self._saving.offer(block_to_save(self._shared, request, index))
         self._pages.unpin(page)  # from here on the queue's
@@ -474,19 +474,19 @@ class GuestScheduler:
 
     # -- decide -------------------------------------------------------------------------------------------------
 
-    def decide(self, now: float) -> list[GuestOperation]:
+    def decide(self, now: float) -> list[ConnectorOperation]:
         """The operations to carry out now, given all events so far."""
         for request in self._ageing.due(now):
             self._ranking.age(request)
-        self._ranking.sort_feasible((guest.request for guest in self._guests.values()), now)
+        self._ranking.sort_feasible((entry.request for entry in self._entries.values()), now)
         while self._lookups and len(self._looking_up) < self.config.lookup_window:
-            guest = self._lookups.popleft()
-            request = guest.request
-            if request.state is State.LOOKUP and not guest.leaving:
+            entry = self._lookups.popleft()
+            request = entry.request
+            if request.state is State.LOOKUP and not entry.leaving:
                 op_id = self._shared.next_op()
                 self._looking_up[op_id] = request
                 keys = request.chain.keys[: request.hittable_blocks]
-                timeout_s = max(1e-3, guest.lookup_until_s - now)
+                timeout_s = max(1e-3, entry.lookup_until_s - now)
                 self._shared.outbox.append(Lookup(op_id, request.request_id, keys, timeout_s))
         self._loading.dispatch_fetches(now)
         self._loading.dispatch_uploads(now)
@@ -498,7 +498,7 @@ class GuestScheduler:
                 self._seen.add(operation.block.key, operation.op_id)
             elif isinstance(operation, Fetch):
                 self._moving[operation.op_id] = operation.key
-        operations: list[GuestOperation] = [*self._shared.outbox, *self._granting.take_landed()]
+        operations: list[ConnectorOperation] = [*self._shared.outbox, *self._granting.take_landed()]
         self._shared.outbox = []
         return operations
 
@@ -510,8 +510,8 @@ class GuestScheduler:
 
     def rank(self, request_id: str) -> Rank | None:
         """Where the request stands, smallest first; None for one that is not known."""
-        guest = self._guests.get(request_id)
-        return None if guest is None else guest.request.rank
+        entry = self._entries.get(request_id)
+        return None if entry is None else entry.request.rank
 
     def step_tokens_max(self) -> int | None:
         """How many tokens the host should compute in one step while loads land; None: as many as it likes."""
@@ -526,7 +526,7 @@ class GuestScheduler:
         """How things stand: requests, slots, pages granted, and how well costs are predicted."""
         shared = self._shared
         return {
-            "requests": len(self._guests),
+            "requests": len(self._entries),
             "loads": len(self._loading.loads),
             "granted_blocks": len(self._granting),
             "l2_slots_total": shared.l2.total,
@@ -544,7 +544,7 @@ class GuestScheduler:
     @property
     def idle(self) -> bool:
         """No request, save or transfer is left."""
-        return not (self._guests or len(self._saving) or self._loading.loads)
+        return not (self._entries or len(self._saving) or self._loading.loads)
 
     def _relabel(self, request: Request, now: float) -> None:
         counts = request.load_counts
@@ -565,14 +565,14 @@ class GuestScheduler:
     def check_integrity(self) -> None:
         """Assert the invariants G1 to G5 and those of the parts. O(everything); for tests."""
         self._costs.check_integrity()
-        self._granting.check_integrity(self._guests.values(), self._loading.reserved_pages())
-        for guest in self._guests.values():
-            request = guest.request
+        self._granting.check_integrity(self._entries.values(), self._loading.reserved_pages())
+        for entry in self._entries.values():
+            request = entry.request
             assert all(index in request.hits for index in request.loads), "G4: a load without a hit"
             if request.loads:
-                assert max(request.loads) < guest.end, "G4: a load behind a hole"
-            assert not (guest.leaving and request.loads)
-            begin, end = guest.run
+                assert max(request.loads) < entry.end, "G4: a load behind a hole"
+            assert not (entry.leaving and request.loads)
+            begin, end = entry.run
             assert all(index in request.hits for index in range(begin, end))
             assert begin == end or end not in request.hits
             shared = any(request.key_at(index) in self._granting for index in range(begin, end))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from penstock.core.engine.kv_handoff import Handing
-from penstock.core.engine.load_coordinator import Loading
+from penstock.core.engine.kv_handoff import KVHandoff
+from penstock.core.engine.load_coordinator import LoadCoordinator
 from penstock.core.engine.ranking import Ranking
-from penstock.core.engine.recompute_prefix import front_to_compute
+from penstock.core.engine.recompute_prefix import prefix_to_compute
 from penstock.core.engine.request import NO_PAGE, LoadState, Request, State
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.ordering import RankedQueue
@@ -24,15 +24,15 @@ class Admission:
     def __init__(
         self,
         shared: SharedState,
-        loading: Loading,
-        handing: Handing,
+        loading: LoadCoordinator,
+        handing: KVHandoff,
         ranking: Ranking,
         changed: Callable[[Request, float], None],
         back_to_waiting: Callable[[Request, float], None],
     ) -> None:
         self._shared = shared
         self._loading = loading
-        self._handing = handing
+        self._handoff = handing
         self._ranking = ranking
         self._changed = changed
         self._back_to_waiting = back_to_waiting
@@ -133,7 +133,7 @@ class Admission:
         request.pages = [NO_PAGE] * total
         request.ready = [False] * total
         need = total
-        front = front_to_compute(shared, request, self.admitted, self._loading.loads)
+        front = prefix_to_compute(shared, request, self.admitted, self._loading.loads)
         shared.count("computed_instead_tokens", len(front) * shared.config.block_tokens)
         for index in range(request.hittable_blocks):
             key = request.key_at(index)
@@ -141,7 +141,7 @@ class Admission:
                 request.pages[index] = shared.l1.pin(key)
                 request.ready[index] = True
                 request.count_cached(self._shared.config.block_tokens)
-                self._handing.in_l1(request, index)
+                self._handoff.in_l1(request, index)
                 need -= 1
             elif (index in request.hits and index not in front) or key in self._loading.loads:
                 if index not in request.loads:
@@ -149,7 +149,7 @@ class Admission:
                 need -= request.loads[index].page is not None
         shared.promise(request, need)
         self._ranking.count_loads(request)
-        request.front_s = shared.cost.compute.rebuild_s(
+        request.recompute_prefix_s = shared.cost.compute.rebuild_s(
             len(front) * shared.config.block_tokens, front.start * shared.config.block_tokens
         )
         self._loading.enqueue(request)

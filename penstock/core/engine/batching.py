@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from penstock.core.config import NO_QUOTA_S
 from penstock.core.engine.compute_quota import AttentionCost
-from penstock.core.engine.kv_handoff import Handing
+from penstock.core.engine.kv_handoff import KVHandoff
 from penstock.core.engine.request import NO_PAGE, BlockLoad, LoadState, Request, State
 from penstock.core.engine.shared_state import SharedState
-from penstock.core.engine.write_back import Saving, block_to_save
+from penstock.core.engine.write_back import WriteBackQueue, block_to_save
 from penstock.core.operations import ChunkFault, ChunkOutcome, Compute, ComputeChunk
 from penstock.core.ordering import RankedQueue
 
@@ -19,9 +19,11 @@ class Batching:
     in order of rank up to the token budget. A request can compute as soon as the block at its position is not being
     loaded: a hole left by a failed load is filled while the blocks behind it still come."""
 
-    def __init__(self, shared: SharedState, saving: Saving, handing: Handing, loads: dict[bytes, BlockLoad]) -> None:
+    def __init__(
+        self, shared: SharedState, saving: WriteBackQueue, handing: KVHandoff, loads: dict[bytes, BlockLoad]
+    ) -> None:
         self._shared = shared
-        self._handing = handing
+        self._handoff = handing
         self._saving = saving
         self._loads = loads
         self._computable: RankedQueue[Request] = RankedQueue()
@@ -181,7 +183,7 @@ class Batching:
             request.ready[index] = True
             shared.keep_promise(request)
             request.count_cached(size)
-            self._handing.in_l1(request, index)
+            self._handoff.in_l1(request, index)
             self._pass_ready(request)
 
     def _take_page(self, request: Request, index: int, now: float) -> bool:
@@ -259,10 +261,10 @@ class Batching:
             request.ready[index] = True
             if index in unusable:
                 shared.count("unusable_blocks")
-                self._handing.skip(request, index)
+                self._handoff.skip(request, index)
                 continue
             if index < request.prompt_blocks:
-                self._handing.in_l1(request, index)
+                self._handoff.in_l1(request, index)
             key, page = request.key_at(index), request.pages[index]
             if key in shared.l1 or key in self._loads:
                 continue  # another copy is cached or on its way; this one stays private

@@ -21,7 +21,7 @@ class Job:
     stage_s: tuple[float, float, float]
 
 
-def put_off(jobs: Sequence[Job], now: float) -> set[int]:
+def tardy_jobs(jobs: Sequence[Job], now: float) -> set[int]:
     """Indices of the jobs that should come after all others. O(n log n) while few are late."""
     busy = [0.0] * STAGES
     accepted: set[int] = set()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from penstock.core.bandwidth import LinkUse
-from penstock.core.engine.load_table import Loads
+from penstock.core.engine.load_table import LoadTable
 from penstock.core.engine.request import BlockLoad, LoadState, Request, State
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.operations import Fetch, Route
@@ -23,7 +23,7 @@ QUEUES_MAX = 64  # with empty ones among them
 class Fetching:
     """Queues of requests by route, admitted ones apart from reactive ones, and what is in flight on each link."""
 
-    def __init__(self, shared: SharedState, loads: Loads, changed: Callable[[Request, float], None]) -> None:
+    def __init__(self, shared: SharedState, loads: LoadTable, changed: Callable[[Request, float], None]) -> None:
         self._shared = shared
         self._loads = loads
         self._changed = changed

@@ -32,7 +32,7 @@ class _Block:
 _Queue = OrderedDict[tuple[Request, int], _Block]
 
 
-class Handing:
+class KVHandoff:
     """Queues by decode engine, a window of blocks in flight to each. A block that fails is tried once more out of L1;
     then the decode engine computes it. `settled(request, now)` is called when one of a request's blocks ended or its
     pages are free again.
@@ -48,7 +48,7 @@ class Handing:
         self._in_flight: dict[int, _Block] = {}
         self._windows: Counter[str] = Counter()
         self._keepers: Counter[int] = Counter()  # staged blocks by slot
-        self._orphans: set[int] = set()
+        self._unclaimed: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._in_flight)
@@ -124,15 +124,15 @@ class Handing:
 
     def adopt(self, slot: int) -> None:
         """The load gave up its slot."""
-        self._orphans.add(slot)
+        self._unclaimed.add(slot)
 
     def _let_go(self, slot: int | None) -> None:
         assert slot is not None
         self._keepers[slot] -= 1
         if not self._keepers[slot]:
             del self._keepers[slot]
-            if slot in self._orphans:
-                self._orphans.discard(slot)
+            if slot in self._unclaimed:
+                self._unclaimed.discard(slot)
                 self._shared.outbox.append(Drop(slot))
                 self._shared.l2.free_load(slot)
 
@@ -213,7 +213,7 @@ class Handing:
 
     def slots_in_use(self) -> list[int]:
         """Slots that no load and no save has."""
-        return [*self._orphans, *(b.slot for b in self._in_flight.values() if not b.of_load and b.slot is not None)]
+        return [*self._unclaimed, *(b.slot for b in self._in_flight.values() if not b.of_load and b.slot is not None)]
 
     def check_integrity(self) -> None:
         """A block waits or is in flight once; windows are kept; every kept slot has as many keepers as blocks in it."""
@@ -228,7 +228,7 @@ class Handing:
             "an ended request waits to be handed over"
         )
         assert +Counter(b.slot for b in everything if b.of_load) == self._keepers, "a slot is kept for nobody"
-        assert self._orphans <= set(self._keepers)
+        assert self._unclaimed <= set(self._keepers)
         window = self._shared.config.forward_window_blocks
         assert all(0 <= count <= window for count in self._windows.values())
         assert sum(self._windows.values()) == len(self._in_flight)

@@ -10,8 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from penstock.core.engine.fetching import Fetching
-from penstock.core.engine.kv_handoff import Handing
-from penstock.core.engine.load_table import Loads
+from penstock.core.engine.kv_handoff import KVHandoff
+from penstock.core.engine.load_table import LoadTable
 from penstock.core.engine.request import NO_PAGE, BlockLoad, LoadState, Request, State
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.engine.uploading import Uploading
@@ -19,7 +19,7 @@ from penstock.core.keys import BlockKey
 from penstock.core.operations import BlockHit, Route
 
 
-class Loading:
+class LoadCoordinator:
     """`changed(request, now)` is called whenever a block of a request moved, so that its rank, label and readiness for
     compute follow; before that `lost(request, index)` for a block that became a miss."""
 
@@ -27,13 +27,13 @@ class Loading:
         self,
         shared: SharedState,
         changed: Callable[[Request, float], None],
-        handing: Handing | None = None,
+        handing: KVHandoff | None = None,
         lost: Callable[[Request, int], None] = lambda request, index: None,
     ) -> None:
         self._shared = shared
         self._changed = changed
         self._lost = lost
-        self._table = Loads(shared, handing)
+        self._table = LoadTable(shared, handing)
         self._fetching = Fetching(shared, self._table, changed)
         self._uploading = Uploading(shared, self._table, changed)
         self.loads = self._table.by_key

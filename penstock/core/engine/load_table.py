@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 
-from penstock.core.engine.kv_handoff import Handing
+from penstock.core.engine.kv_handoff import KVHandoff
 from penstock.core.engine.request import BlockLoad, LoadState, Request
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.keys import BlockKey
 from penstock.core.operations import Drop
 
 
-class Loads:
+class LoadTable:
     """A load is reactive while its slot is held for requests that are not admitted; those have a share of L2."""
 
-    def __init__(self, shared: SharedState, handing: Handing | None) -> None:
+    def __init__(self, shared: SharedState, handing: KVHandoff | None) -> None:
         self._shared = shared
-        self._handing = handing
+        self._handoff = handing
         self.by_key: dict[BlockKey, BlockLoad] = {}
         self.reactive_slots = 0
 
@@ -46,28 +46,28 @@ class Loads:
 
     def kept_after_upload(self, load: BlockLoad) -> bool:
         """Whether its slot is read again after it went up, by a hand-off."""
-        return self._handing is not None and load.slot is not None and self._handing.keeps(load.slot)
+        return self._handoff is not None and load.slot is not None and self._handoff.keeps(load.slot)
 
     def hand_over(self, request: Request, index: int, load: BlockLoad) -> None:
         """The request's block `index` is in L2: where the request is handed over, so is the block, now."""
-        if self._handing is not None and request.spec.hand_off is not None:
-            self._handing.staged(request, index, load)
+        if self._handoff is not None and request.spec.hand_off is not None:
+            self._handoff.staged(request, index, load)
 
     def in_l1(self, request: Request, index: int) -> None:
         """The request's block `index` is in L1."""
-        if self._handing is not None:
-            self._handing.in_l1(request, index)
+        if self._handoff is not None:
+            self._handoff.in_l1(request, index)
 
     def drop_staged(self, load: BlockLoad) -> None:
-        """Give back the slot of a staged load; the body forgets what is in it."""
-        load.kept = True  # the body holds its content until it is told
+        """Give back the slot of a staged load; the driver forgets what is in it."""
+        load.kept = True  # the driver holds its content until it is told
         self.free_slot(load)
 
     def free_slot(self, load: BlockLoad) -> None:
         """Give back the load's slot, or leave it to the hand-off that still reads it."""
         assert load.slot is not None
-        if self._handing is not None and self._handing.keeps(load.slot):
-            self._handing.adopt(load.slot)
+        if self._handoff is not None and self._handoff.keeps(load.slot):
+            self._handoff.adopt(load.slot)
         else:
             if load.kept:
                 self._shared.outbox.append(Drop(load.slot))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from heapq import nsmallest
 
-from penstock.core.engine.feasibility import Job, put_off
+from penstock.core.engine.feasibility import Job, tardy_jobs
 from penstock.core.engine.request import LoadState, Request, State
 from penstock.core.engine.shared_state import SharedState
-from penstock.core.ordering import AGED, HOPELESS, ORDINARY, policy_key
+from penstock.core.ordering import AGED, DEFERRED, ORDINARY, policy_key
 
 FEASIBILITY_HORIZON = 128  # requests of earliest deadline that `feasible` looks at
 FEASIBILITY_SHARE = 8  # with many requests it looks once in as many decisions as this share of them
@@ -38,7 +38,7 @@ class Ranking:
                 by_route[hit.route] = by_route.get(hit.route, 0) + config.block_bytes
         request.bytes_by_route, request.upload_bytes = by_route, upload
         context = cached * config.block_tokens
-        request.front_s = 0.0
+        request.recompute_prefix_s = 0.0
         request.compute_s = self._shared.cost.compute.seconds([(request.target - context, context)])
         self._shared.revalued(request)
 
@@ -66,7 +66,7 @@ class Ranking:
             )
         if request.tier == AGED:
             key = request.arrival_s
-        elif self.policy == "srpt" or request.tier == HOPELESS:
+        elif self.policy == "srpt" or request.tier == DEFERRED:
             key = load_s + request.compute_s
         else:
             key = request.static_key
@@ -87,7 +87,7 @@ class Ranking:
 
     def progressed(self, request: Request) -> None:
         """Some of the request's load or compute is done; its rank follows where the policy looks at what remains."""
-        if request.tier != AGED and (self.policy == "srpt" or request.tier == HOPELESS):
+        if request.tier != AGED and (self.policy == "srpt" or request.tier == DEFERRED):
             self.set_rank(request)
 
     def sort_feasible(self, requests: Iterable[Request], now: float) -> None:
@@ -102,9 +102,9 @@ class Ranking:
         waiting = [r for r in requests if r.state in (State.WAITING, State.PREFILL) and r.tier != AGED]
         self._pause = len(waiting) // FEASIBILITY_SHARE if len(waiting) > FEASIBILITY_OFTEN else 0
         waiting = nsmallest(FEASIBILITY_HORIZON, waiting, key=lambda request: request.deadline_s)
-        late = put_off([Job(request.deadline_s, self._stage_s(request)) for request in waiting], now)
+        late = tardy_jobs([Job(request.deadline_s, self._stage_s(request)) for request in waiting], now)
         for index, request in enumerate(waiting):
-            tier = HOPELESS if index in late else ORDINARY
+            tier = DEFERRED if index in late else ORDINARY
             if tier != request.tier:
                 request.tier = tier
                 self.set_rank(request)
@@ -114,4 +114,4 @@ class Ranking:
         """Seconds that remain on fetch, upload and compute."""
         cost = self._shared.cost
         fetch_s = cost.load_s(request.bytes_by_route, 0, serial=False)
-        return fetch_s, cost.upload.seconds(request.upload_bytes), request.compute_s + request.front_s
+        return fetch_s, cost.upload.seconds(request.upload_bytes), request.compute_s + request.recompute_prefix_s

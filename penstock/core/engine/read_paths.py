@@ -10,7 +10,9 @@ from penstock.core.operations import BlockHit, HandOff, Route
 Hits = dict[int, BlockHit]
 
 
-def route_hits(hits: Sequence[BlockHit | None], hand_off: HandOff, block_bytes: int, blocks: int) -> tuple[Hits, Hits]:
+def assign_read_paths(
+    hits: Sequence[BlockHit | None], hand_off: HandOff, block_bytes: int, blocks: int
+) -> tuple[Hits, Hits]:
     """The hits of a prompt's first `blocks` blocks with their routes, and with the routes of the other side where both
     can read them: `hits` are what this side's lookup found (all None when it failed). A block in the decode engine's
     buffer is taken from there; one that only one side can read is read there."""
@@ -24,21 +26,21 @@ def route_hits(hits: Sequence[BlockHit | None], hand_off: HandOff, block_bytes: 
             if own is not None:
                 other[index] = own
             continue
-        far = BlockHit(block_bytes, hand_off.read_route) if index in hand_off.readable else None
-        if own is not None and far is not None:
+        remote = BlockHit(block_bytes, hand_off.read_route) if index in hand_off.readable else None
+        if own is not None and remote is not None:
             due += share  # spread evenly, so that both sides serve the prefix from its front
             if due >= 1.0 - 1e-9:
                 due -= 1.0
                 other[index], own = own, None
             else:
-                other[index] = far
-        found = own or far
+                other[index] = remote
+        found = own or remote
         if found is not None:
             routed[index] = found
     return routed, other
 
 
-def is_far(route: Route, hand_off: HandOff) -> bool:
+def is_remote(route: Route, hand_off: HandOff) -> bool:
     """Whether the route crosses the decode engine's storage NIC."""
     return route == hand_off.read_route
 

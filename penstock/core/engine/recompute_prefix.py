@@ -13,7 +13,7 @@ from penstock.core.operations import Route
 MIN_SAMPLES = 8  # batches and blocks before costs may speak against a load
 
 
-def front_to_compute(
+def prefix_to_compute(
     shared: SharedState, request: Request, admitted: Iterable[Request], loading: Container[BlockKey]
 ) -> range:
     """The blocks of the request that are computed although the pool holds them: from the first one that is neither in
@@ -43,7 +43,7 @@ def front_to_compute(
     for other in admitted:
         if other is request or other.state is not State.PREFILL:
             continue
-        compute_s += other.compute_s + other.front_s
+        compute_s += other.compute_s + other.recompute_prefix_s
         if other.rank < request.rank:
             upload += other.upload_bytes
             for route, waiting in other.bytes_by_route.items():

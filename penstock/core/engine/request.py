@@ -1,4 +1,4 @@
-"""One request's life inside the brain: its tokens, blocks, pages and the account of its time."""
+"""One request's life inside the scheduler core: its tokens, blocks, pages and the account of its time."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class BlockLoad:
         self.hit = hit
         self.state = LoadState.WANTED
         self.slot: int | None = None
-        self.kept = False  # the body was told to keep the slot as it is until a Drop
+        self.kept = False  # the driver was told to keep the slot as it is until a Drop
         self.reactive = False  # fetched before any request that waits for it was admitted
         self.page: int | None = None
         self.upload_op: int | None = None
@@ -80,7 +80,7 @@ class BlockLoad:
 
 
 class Request:
-    """A request in the brain. `position` is the first token whose KV is not in L1; `target` is how many tokens
+    """A request in the scheduler core. `position` is the first token whose KV is not in L1; `target` is how many tokens
     prefill has to cover (prompt, plus what was generated before a preemption)."""
 
     __slots__ = (
@@ -99,7 +99,6 @@ class Request:
         "downloading",
         "ending",
         "forwarding",
-        "front_s",
         "handed",
         "hits",
         "label",
@@ -114,6 +113,7 @@ class Request:
         "rank",
         "reactive",
         "ready",
+        "recompute_prefix_s",
         "restarted",
         "sequence",
         "spec",
@@ -150,7 +150,7 @@ class Request:
         self.bytes_by_route: dict[Route, int] = {}
         self.upload_bytes = 0
         self.compute_s = 0.0
-        self.front_s = 0.0  # of blocks that are computed although the pool holds them; counts in no rank
+        self.recompute_prefix_s = 0.0  # of blocks that are computed although the pool holds them; counts in no rank
         # blocks, by index in the prefix
         self.hits: dict[int, BlockHit] = {}
         self.alternates: dict[int, BlockHit] = {}  # where the other side could read them

@@ -1,7 +1,7 @@
-"""The brain of one engine: events and the time go in, operations for the stages come out.
+"""The scheduler core of one engine: events and the time go in, operations for the stages come out.
 
 `LoadScheduler` owns every decision about requests: their order, admission, loads, batches, saves, preemption, ends.
-Bodies (the live engine, the simulator, plug-ins) call an event method for each thing that happened, then `decide`, and
+Drivers (the live engine, the simulator, plug-ins) call an event method for each thing that happened, then `decide`, and
 carry out what it returns. It has no clock, no threads and no I/O, and one thread at a time may call it.
 
 Invariants, checked by `check_integrity`:
@@ -24,14 +24,14 @@ from penstock.core.cost import CostModel
 from penstock.core.engine.admission import Admission
 from penstock.core.engine.ageing import Ageing
 from penstock.core.engine.batching import Batching
-from penstock.core.engine.engine_load import Standing, standing
-from penstock.core.engine.kv_handoff import Handing
-from penstock.core.engine.load_coordinator import Loading
+from penstock.core.engine.engine_load import EngineLoad, engine_load
+from penstock.core.engine.kv_handoff import KVHandoff
+from penstock.core.engine.load_coordinator import LoadCoordinator
 from penstock.core.engine.ranking import Ranking
-from penstock.core.engine.read_paths import is_far, route_hits
+from penstock.core.engine.read_paths import assign_read_paths, is_remote
 from penstock.core.engine.request import NO_PAGE, Ending, LoadState, Request, State
 from penstock.core.engine.shared_state import SharedState
-from penstock.core.engine.write_back import Saving
+from penstock.core.engine.write_back import WriteBackQueue
 from penstock.core.operations import BlockHit, ChunkOutcome, Discard, Emit, FinishReason, Lookup, Operation, RequestSpec
 
 
@@ -47,14 +47,14 @@ class LoadScheduler:
         self.cost = cost
         self._shared = SharedState(config, cost)
         self._shared.preempt_for = self._preempt_for
-        self._saving = Saving(self._shared)
+        self._saving = WriteBackQueue(self._shared)
         self._ranking = Ranking(self._shared)
-        self._handing = Handing(self._shared, self._settled)
-        self._loading = Loading(self._shared, self._changed, self._handing)
+        self._handoff = KVHandoff(self._shared, self._settled)
+        self._loading = LoadCoordinator(self._shared, self._changed, self._handoff)
         self._admission = Admission(
-            self._shared, self._loading, self._handing, self._ranking, self._changed, self._back_to_waiting
+            self._shared, self._loading, self._handoff, self._ranking, self._changed, self._back_to_waiting
         )
-        self._batching = Batching(self._shared, self._saving, self._handing, self._loading.loads)
+        self._batching = Batching(self._shared, self._saving, self._handoff, self._loading.loads)
         self._requests: dict[str, Request] = {}
         self._lookups: deque[Request] = deque()
         self._looking_up: dict[int, Request] = {}
@@ -116,7 +116,7 @@ class LoadScheduler:
             self._shared.count("hits_of_another_size", refused)
         hand_off = request.spec.hand_off
         if hand_off is not None:
-            request.hits, request.alternates = route_hits(own, hand_off, size, request.hittable_blocks)
+            request.hits, request.alternates = assign_read_paths(own, hand_off, size, request.hittable_blocks)
         else:
             request.hits = {i: hit for i, hit in enumerate(own) if hit is not None}
         for index in range(request.spec.recompute_tokens // self.config.block_tokens):
@@ -141,8 +141,8 @@ class LoadScheduler:
         request = self._requests.get(request_id)
         hand_off = request.spec.hand_off if request is not None else None
         if request is not None and hand_off is not None:
-            far = side == "decode"
-            self._loading.reroute(request, lambda route: is_far(route, hand_off) == far)
+            remote = side == "decode"
+            self._loading.reroute(request, lambda route: is_remote(route, hand_off) == remote)
             self._changed(request, now)
 
     # -- events: stages -----------------------------------------------------------------------------------------
@@ -161,13 +161,13 @@ class LoadScheduler:
 
     def downloaded(self, op_id: int, now: float = 0.0) -> None:
         """The first half of a Save or a Forward ended: the page's bytes are in its slot."""
-        if not self._handing.downloaded(op_id, now):
+        if not self._handoff.downloaded(op_id, now):
             self._saving.downloaded(op_id)
         self._admission.blocked = False
 
     def forwarded(self, op_id: int, error: str | None, now: float) -> None:
         """A Forward ended: the decode engine has the block, or `error` is the reason label of a failure."""
-        self._handing.forwarded(op_id, error, now)
+        self._handoff.forwarded(op_id, error, now)
         self._admission.blocked = False
 
     def _settled(self, request: Request, now: float) -> None:
@@ -250,7 +250,7 @@ class LoadScheduler:
         elif handing:
             self._shared.outbox.append(Emit(request.request_id, token))
             self._relabel(request, now)
-            self._handing.finish(request)
+            self._handoff.finish(request)
             self._settled(request, now)
         elif account.generated_tokens >= request.spec.max_tokens:
             self._finish(request, "length", None, now, token)
@@ -301,7 +301,7 @@ class LoadScheduler:
         """Give back everything the request holds; blocks that became full stay cached."""
         l1 = self._shared.l1
         assert not request.downloading
-        self._handing.leave(request)
+        self._handoff.leave(request)
         self._batching.leave(request)
         held = [(page, index) for index, page in enumerate(request.pages) if page != NO_PAGE]
         for page, index in reversed(held):
@@ -390,7 +390,7 @@ class LoadScheduler:
         if self._shared.counters.get("preemptions", 0) > preemptions:  # that freed slots, after the links were served
             self._dispatch_lookups()
             self._loading.dispatch_fetches(now)
-        self._handing.dispatch()
+        self._handoff.dispatch()
         self._saving.dispatch(self._batching.busy)
         operations, self._shared.outbox = self._shared.outbox, []
         return operations
@@ -447,9 +447,9 @@ class LoadScheduler:
         }
         return found
 
-    def standing(self) -> Standing:
+    def engine_load(self) -> EngineLoad:
         """Load snapshot for the router."""
-        return standing(self._requests.values())
+        return engine_load(self._requests.values())
 
     def links(self) -> dict[str, tuple[int, float]]:
         """Each link's blocks in flight and observed bytes/s."""
@@ -467,7 +467,7 @@ class LoadScheduler:
     @property
     def idle(self) -> bool:
         """No request, save or transfer is left."""
-        in_flight = len(self._saving) or len(self._handing) or self._loading.loads or self._batching.busy
+        in_flight = len(self._saving) or len(self._handoff) or self._loading.loads or self._batching.busy
         return not (self._requests or in_flight)
 
     def check_work_conserving(self) -> None:
@@ -494,12 +494,12 @@ class LoadScheduler:
                     assert not request.ready[index], "S3: a block is ready before it arrived"
         assert len(set(private)) == len(private), "S2: a private page has two owners"
         shared.l1.check_integrity(set(private), self._loading.reserved_keys())
-        slots = self._loading.slots_in_use() + self._saving.slots_in_use() + self._handing.slots_in_use()
+        slots = self._loading.slots_in_use() + self._saving.slots_in_use() + self._handoff.slots_in_use()
         shared.l2.check_integrity(slots)
         assert shared.promised == sum(request.promise for request in self._admission.admitted), "S4"
         assert self._admission.prefills == sum(request.state is State.PREFILL for request in self._admission.admitted)
         assert len(self._admission.admitted) <= self.config.max_running, "S5"
         self._loading.check_integrity()
-        self._handing.check_integrity()
+        self._handoff.check_integrity()
         self._batching.check_integrity()
         self._ageing.check_integrity()

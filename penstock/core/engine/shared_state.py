@@ -1,4 +1,4 @@
-"""What the parts of one brain share: settings, costs, L1, L2, the outbox of operations, and pages set aside."""
+"""What the parts of one core share: settings, costs, L1, L2, the outbox of operations, and pages set aside."""
 
 from __future__ import annotations
 

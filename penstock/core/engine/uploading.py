@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from penstock.core.bandwidth import LinkUse
-from penstock.core.engine.load_table import Loads
+from penstock.core.engine.load_table import LoadTable
 from penstock.core.engine.request import BlockLoad, LoadState, Request, State
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.operations import Upload
@@ -19,7 +19,7 @@ from penstock.core.ordering import RankedQueue
 class Uploading:
     """One queue of admitted requests with staged blocks, and the groups in flight."""
 
-    def __init__(self, shared: SharedState, loads: Loads, changed: Callable[[Request, float], None]) -> None:
+    def __init__(self, shared: SharedState, loads: LoadTable, changed: Callable[[Request, float], None]) -> None:
         self._shared = shared
         self._loads = loads
         self._changed = changed

@@ -23,7 +23,7 @@ def block_to_save(shared: SharedState, request: Request, index: int) -> NewBlock
     )
 
 
-class Saving:
+class WriteBackQueue:
     """A bounded queue of computed blocks. They are pinned in L1 until their bytes have left it, as long as that takes
     no more than `pin_share` of L1; what is evicted before its turn, or finds the queue full, is dropped and counted (it
     will be a miss, not an error).

@@ -46,7 +46,7 @@ def _key(name: BlockKey) -> BlockKey:
     return name[: -1 - name[-1]]
 
 
-class Keeping:
+class PoolEviction:
     """Present blocks by worth. Accounts are charged by the caller, which knows of blocks not yet or no longer present.
 
     I1  a key is kept in the group of its member and account, and each member's accounts are counted right

@@ -392,7 +392,7 @@ class LocalPool:
             note_loss("checksum", "", "block %s did not match its checksum and was dropped", key.hex())
 
     def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
-        """As `pool.served.ServedPool`; ignored when another block has taken the key."""
+        """As `pool.served.NodeBackend`; ignored when another block has taken the key."""
         with self._lock:
             block = self._table.find(key)
             same = block is not None and (block.checksum, block.mac) == (checksum, mac)

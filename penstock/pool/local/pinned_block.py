@@ -66,7 +66,7 @@ class OpenBlock(PinnedBlock[Block, memoryview | None]):
     """A pinned block that can also be loaded, for a node to send (`pool.served.OpenedBlock`)."""
 
     __slots__ = ("_pool",)
-    far = False
+    remote = False
 
     def __init__(self, pool: LocalPool, block: Block, view: memoryview | None) -> None:
         super().__init__(block, view, pool.unpin)

@@ -38,7 +38,7 @@ class MemberSpace:
         """A block is no longer present; its extent is given back by the caller, now or later."""
         del self.blocks[block.offset], self._ending[block.offset + block.extent_bytes]
 
-    def cheapest_near(self, seeds: Sequence[int], length: int, movable: Callable[[Block], bool]) -> list[Block] | None:
+    def cheapest_local(self, seeds: Sequence[int], length: int, movable: Callable[[Block], bool]) -> list[Block] | None:
         """Blocks around one of the holes that begin at `seeds` whose eviction would make a hole of `length` bytes: the
         set with the fewest bytes; None when there is no such set. Looks `length` bytes to either side of each seed."""
         best: list[Block] | None = None

@@ -12,7 +12,7 @@ from itertools import pairwise
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
 from penstock.core.new_block import NewBlock
-from penstock.core.pool.pool_eviction import STEPS, Keeping
+from penstock.core.pool.pool_eviction import STEPS, PoolEviction
 from penstock.core.pool.quota import SHARED, TenantQuotas
 from penstock.core.pool.striping import CYCLE_BLOCKS, Placement
 from penstock.pool.block import Block
@@ -64,7 +64,7 @@ class Table:
         self.quotas = quotas or TenantQuotas()
         self.scans = 0  # searches over a whole member
         self.evictions = dict.fromkeys(EVICTION_REASONS, 0)  # blocks that left for a new one, by why it was they
-        self._keeping = Keeping(len(self.members), self.quotas)
+        self._eviction = PoolEviction(len(self.members), self.quotas)
         self._blocks: dict[BlockKey, Block] = {}
         self._writing: dict[BlockKey, Block] = {}
         self._moving: dict[BlockKey, Block] = {}  # the copies that are being made
@@ -100,20 +100,20 @@ class Table:
         """Note a use; returns what the block is worth now. Its tenant may have an account of its own from now on, which
         then is charged with it."""
         if self._charge_user(block):
-            self._keeping.set_account(block.key, block.account)
-        value = self._keeping.touch(block.key)
-        block.uses = self._keeping.uses(block.key)
+            self._eviction.set_account(block.key, block.account)
+        value = self._eviction.touch(block.key)
+        block.uses = self._eviction.uses(block.key)
         return value
 
     def value(self, key: BlockKey) -> float:
         """What a present block is worth, as a durable table stores it."""
-        return self._keeping.value(key)
+        return self._eviction.value(key)
 
     def pin(self, block: Block) -> None:
         """Keep a present block where it is until as many `unpin` calls."""
         block.pins += 1
         if block.pins == 1:
-            self._keeping.pin(block.key)
+            self._eviction.pin(block.key)
 
     def unpin(self, block: Block) -> None:
         """Undo a pin; the extent of a detached block is free after its last one."""
@@ -125,13 +125,13 @@ class Table:
             self._detached.discard(block)
             self._give_back(block)
         else:
-            self._keeping.unpin(block.key)
+            self._eviction.unpin(block.key)
 
     def drop(self, block: Block) -> None:
         """Make a present block a miss. Its row must be forgotten now; its extent is free once nobody reads it."""
         if block.pins:
-            self._keeping.unpin(block.key)
-        self._keeping.remove(block.key)
+            self._eviction.unpin(block.key)
+        self._eviction.remove(block.key)
         self._leave(block)
 
     def evictable(self, key: BlockKey) -> Block | None:
@@ -167,7 +167,7 @@ class Table:
                 offset = self._make_room(member, length, account, step, gone)
                 if offset is not None:
                     return member, offset
-        for member in order if self._keeping.may_gain(account, length) else ():
+        for member in order if self._eviction.may_gain(account, length) else ():
             offset = self._clear_anywhere(member, length, account, gone)
             if offset is not None:
                 return member, offset
@@ -261,8 +261,8 @@ class Table:
             self.quotas.recharge(copy.account, block.account, copy.extent_bytes)
             copy.account = block.account
         if block.pins:
-            self._keeping.unpin(block.key)
-        self._keeping.move(block.key, copy.member)
+            self._eviction.unpin(block.key)
+        self._eviction.move(block.key, copy.member)
         self._leave(block)
         self._place(copy)
         return True
@@ -278,7 +278,7 @@ class Table:
         """Fence a member, whose blocks are misses meanwhile, or take it back with those not rewritten elsewhere."""
         state = self.members[member]
         state.healthy = healthy
-        self._keeping.set_fenced(member, not healthy)
+        self._eviction.set_fenced(member, not healthy)
         self.placement.set_health(member, state.healthy and not state.draining)
 
     def add_member(self, start: int, end: int, weight: float) -> int:
@@ -291,7 +291,7 @@ class Table:
                 self._note_capacity()
                 return number
         self.members.append(MemberState(MemberSpace(start, end)))
-        self._keeping.add_member()
+        self._eviction.add_member()
         self._note_capacity()
         return self.placement.add(weight)
 
@@ -305,14 +305,14 @@ class Table:
         state = self.members[member]
         assert not state.space.blocks, "a member with blocks cannot go"
         state.gone, state.draining, state.healthy = True, False, True
-        self._keeping.set_fenced(member, False)
+        self._eviction.set_fenced(member, False)
         self.placement.set_health(member, False)
         self.placement.set_weight(member, 0.0)
         self._note_capacity()
 
     def check_integrity(self) -> None:
         """Assert I1..I6 and those of the parts; O(n log n)."""
-        self._keeping.check_integrity()
+        self._eviction.check_integrity()
         used: list[list[tuple[int, int]]] = [[] for _ in self.members]
         held: dict[bytes, int] = {}
         for block in (*self._blocks.values(), *self._writing.values(), *self._moving.values(), *self._detached):
@@ -324,7 +324,7 @@ class Table:
         )
         assert not self._writing.keys() & self._moving.keys(), "I3: a key is written and moved"
         assert held == dict(self.quotas), "I4: accounts are charged wrong"
-        assert len(self._keeping) == len(self._blocks) and all(key in self._keeping for key in self._blocks), "I6"
+        assert len(self._eviction) == len(self._blocks) and all(key in self._eviction for key in self._blocks), "I6"
         for number, (state, extents) in enumerate(zip(self.members, used, strict=True)):
             assert not (state.gone and state.space.blocks), "I5: a block lies on a member that is gone"
             state.space.check_integrity()
@@ -354,7 +354,7 @@ class Table:
     def _add(self, block: Block, value: float | None) -> None:
         size, uses = block.extent_bytes, block.uses
         account, tenant = block.account, block.tenant
-        self._keeping.add(block.key, block.parent, block.member, account, size, block.rebuild_s, uses, value, tenant)
+        self._eviction.add(block.key, block.parent, block.member, account, size, block.rebuild_s, uses, value, tenant)
         self._place(block)
 
     def _place(self, block: Block) -> None:
@@ -379,14 +379,14 @@ class Table:
     def _make_room(self, member: int, length: int, writer: bytes, step: int, gone: list[Block]) -> int | None:
         """Evict leaves of a member, `length` bytes of them or a little more, until a hole of `length` exists; then, if
         the free space is in pieces, the cheapest neighbours of what was evicted, leaves or not. `step` is which leaves
-        (`Keeping.evict`)."""
+        (`PoolEviction.evict`)."""
         space = self._space(member)
         if length > space.capacity_bytes:
             return None
         holes: list[int] = []
         freed_bytes = 0
         while freed_bytes < length:
-            blocks = [self._blocks[key] for key in self._keeping.evict(member, writer, 0, (step,))]
+            blocks = [self._blocks[key] for key in self._eviction.evict(member, writer, 0, (step,))]
             freed = 0
             for block in blocks:
                 self._count_eviction(block, writer)
@@ -402,7 +402,7 @@ class Table:
                 break
             freed_bytes += freed
         holes = [hole for hole in holes if space.allocator.hole_at(hole)]
-        run = space.cheapest_near(holes[:SEEDS_MAX], length, lambda block: self._movable(block, writer))
+        run = space.cheapest_local(holes[:SEEDS_MAX], length, lambda block: self._movable(block, writer))
         return self._clear(space, run, length, writer, gone)
 
     def _clear_anywhere(self, member: int, length: int, writer: bytes, gone: list[Block]) -> int | None:
@@ -418,12 +418,12 @@ class Table:
         return self._clear(space, run, length, writer, gone)
 
     def _movable(self, block: Block, writer: bytes) -> bool:
-        return not block.pins and self._keeping.may_displace(block.key, writer, 0)
+        return not block.pins and self._eviction.may_displace(block.key, writer, 0)
 
     def _clear(
         self, space: MemberSpace, run: list[Block] | None, length: int, writer: bytes, gone: list[Block]
     ) -> int | None:
-        if run is None or not self._keeping.may_displace_all([block.key for block in run], writer, 0):
+        if run is None or not self._eviction.may_displace_all([block.key for block in run], writer, 0):
             return None
         for block in run:
             self._count_eviction(block, writer)

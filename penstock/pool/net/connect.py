@@ -9,7 +9,7 @@ from penstock.pool.net.remote import RemotePool
 from penstock.pool.net.secret import Secret
 from penstock.pool.net.tls import PeerTls
 from penstock.pool.net.wire import NODE_ID_BYTES
-from penstock.pool.node_backend import ServedPool
+from penstock.pool.node_backend import NodeBackend
 from penstock.pool.union.union_pool import UnionPool
 from penstock.units import parse_address
 
@@ -44,7 +44,7 @@ def add_node(
 
 
 def open_union(
-    local: ServedPool | None,
+    local: NodeBackend | None,
     addresses: Sequence[str],
     weights: Sequence[float | None] | None = None,
     connections: int = 1,

@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 from penstock.pool.net import wire
-from penstock.pool.net.node_connection import Served, Steps
+from penstock.pool.net.node_connection import ClientConnection, Steps
 from penstock.pool.net.secret import SecretRefused
 from penstock.process.guarded_thread import count_failure
 
@@ -35,8 +35,8 @@ class Greeter:
         self._node = node
         self._listener = listener
         self._selector = selectors.DefaultSelector()
-        self._greeting: dict[Served, Steps] = {}  # the oldest first
-        self._wanted: dict[Served, int] = {}  # what its socket is registered for
+        self._greeting: dict[ClientConnection, Steps] = {}  # the oldest first
+        self._wanted: dict[ClientConnection, int] = {}  # what its socket is registered for
 
     def run(self) -> None:
         """Until the node is closed."""
@@ -96,7 +96,7 @@ class Greeter:
             self._end(leaves)
         self._go_on(connection)
 
-    def _go_on(self, connection: Served) -> None:
+    def _go_on(self, connection: ClientConnection) -> None:
         """As far as the greeting goes without waiting."""
         try:
             wanted = next(self._greeting[connection])
@@ -113,7 +113,7 @@ class Greeter:
         else:
             self._want(connection, wanted)
 
-    def _want(self, connection: Served, wanted: int) -> None:
+    def _want(self, connection: ClientConnection, wanted: int) -> None:
         before = self._wanted.get(connection)
         if before is None:
             self._selector.register(connection.sock, wanted, connection)
@@ -129,13 +129,13 @@ class Greeter:
             connection.say_ended(TimeoutError(f"the peer did not say Hello within {wire.GREET_S:g} s"))
             self._end(connection)
 
-    def _forget(self, connection: Served) -> None:
+    def _forget(self, connection: ClientConnection) -> None:
         self._greeting.pop(connection, None)
         if self._wanted.pop(connection, None) is not None:
             with contextlib.suppress(KeyError, ValueError, OSError):
                 self._selector.unregister(connection.sock)
 
-    def _end(self, connection: Served) -> None:
+    def _end(self, connection: ClientConnection) -> None:
         self._forget(connection)
         self._node.left(connection)
         connection.abandon()

@@ -21,7 +21,7 @@ from penstock.core.config import ConfigError
 from penstock.framing import said
 from penstock.io.memory import address_of, aligned_buffer
 from penstock.pool.api import PoolError
-from penstock.pool.net.one_sided import FarMemory, RelayTransport
+from penstock.pool.net.one_sided import RelayTransport, RemoteMemory
 from penstock.pool.net.wire import ADDRESS_BYTES_MAX, Description
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class NixlMover:
             metadata = self._agent.get_agent_metadata()
         return msgspec.msgpack.encode(AgentMemory(metadata, address_of(memory), len(memory)))
 
-    def attach(self, description: bytes) -> FarMemory:
+    def attach(self, description: bytes) -> RemoteMemory:
         """Memory that a peer exported. Raises PoolError("network") when its agent cannot be reached."""
         try:
             there = _descriptions.decode(description)
@@ -94,7 +94,7 @@ class NixlMover:
                 name = self._agent.add_remote_agent(there.metadata)
         except Exception as error:  # noqa: BLE001 (the binding raises types of its own)
             raise PoolError("network", f"NIXL cannot attach: {said(error)}") from None
-        return _FarAgent(self._agent, self._lock, name, there.address, there.size_bytes)
+        return _RemoteAgent(self._agent, self._lock, name, there.address, there.size_bytes)
 
     def close(self) -> None:
         """Deregister all memory of `allocate`; a failure is logged."""
@@ -107,7 +107,7 @@ class NixlMover:
             self._registered.clear()
 
 
-class _FarAgent:
+class _RemoteAgent:
     """A peer's memory behind its agent."""
 
     def __init__(self, agent: Any, lock: threading.Lock, name: Any, address: int, size_bytes: int) -> None:
@@ -123,9 +123,9 @@ class _FarAgent:
         try:
             with self._lock:
                 agent = self._agent
-                near = agent.get_xfer_descs([(address_of(into), size, 0)], "DRAM")
-                far = agent.get_xfer_descs([(self._address + offset, size, 0)], "DRAM")
-                handle = agent.initialize_xfer("READ", near, far, self._name, b"")
+                local = agent.get_xfer_descs([(address_of(into), size, 0)], "DRAM")
+                remote = agent.get_xfer_descs([(self._address + offset, size, 0)], "DRAM")
+                handle = agent.initialize_xfer("READ", local, remote, self._name, b"")
                 state = agent.transfer(handle)
         except Exception as error:  # noqa: BLE001 (the binding raises types of its own)
             raise PoolError("network", f"NIXL could not begin a read: {error}") from None

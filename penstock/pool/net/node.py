@@ -30,13 +30,13 @@ from penstock.core.connection_limits import ConnectionLimits, ConnectionShares
 from penstock.pacing import Pacer
 from penstock.pool.net import wire
 from penstock.pool.net.greeter import Greeter
-from penstock.pool.net.node_connection import Served
+from penstock.pool.net.node_connection import ClientConnection
 from penstock.pool.net.pool_connection import PoolConnection
 from penstock.pool.net.secret import Secret
 from penstock.pool.net.staging import Staging
 from penstock.pool.net.tls import PeerTls
 from penstock.pool.net.turns import Turns
-from penstock.pool.node_backend import ServedPool
+from penstock.pool.node_backend import NodeBackend
 from penstock.process.file_limit import file_limit
 from penstock.process.guarded_thread import GuardedThread, GuardedWorker
 from penstock.process.rate_limited_log import RateLimitedLog
@@ -58,7 +58,7 @@ class PoolNode:
 
     def __init__(
         self,
-        pool: ServedPool,
+        pool: NodeBackend,
         host: str,
         port: int,
         name: str = "pool",
@@ -100,11 +100,11 @@ class PoolNode:
                 "(ulimit -Hn)", file_limit(), limits.peers, wanted,
             )  # fmt: skip
         self._lock = threading.Lock()
-        self._shares: ConnectionShares[Served] = ConnectionShares(limits)  # strangers: that did not say Hello
+        self._shares: ConnectionShares[ClientConnection] = ConnectionShares(limits)  # strangers: that did not say Hello
         self._closed = False
         self._begin_s: float | None = None  # since when the connection that came last is being begun
         self._fetcher = GuardedWorker("penstock-node-fetch", FETCHES_MAX)
-        self._far_fetcher = GuardedWorker("penstock-node-far-fetch", FETCHES_MAX)
+        self._remote_fetcher = GuardedWorker("penstock-node-far-fetch", FETCHES_MAX)
         self._thread = GuardedThread("penstock-node-accept", self._accept, restarts=True)
         self._thread.start()
 
@@ -119,7 +119,7 @@ class PoolNode:
         self.staging.close()
         for connection in connections:
             connection.cut()
-        for fetcher in (self._fetcher, self._far_fetcher):
+        for fetcher in (self._fetcher, self._remote_fetcher):
             fetcher.close(max(0.0, deadline_s - time.monotonic()))
         self._thread.join(max(0.0, deadline_s - time.monotonic()))
         self._listener.close()
@@ -129,7 +129,7 @@ class PoolNode:
     @property
     def alive(self) -> bool:
         """Whether the threads without which it serves nobody run, or it was closed."""
-        threads = (self._thread, self._fetcher, self._far_fetcher)
+        threads = (self._thread, self._fetcher, self._remote_fetcher)
         return self._closed or all(thread.alive for thread in threads)
 
     @property
@@ -154,40 +154,40 @@ class PoolNode:
         begin_s = self._begin_s
         return time.monotonic() - begin_s if begin_s is not None else 0.0
 
-    def block_bytes_max(self, pool: ServedPool) -> int:
+    def block_bytes_max(self, pool: NodeBackend) -> int:
         """The largest block of `pool` that can be written here, and read."""
         staged = self.staging.largest_bytes(shared=pool.own is not pool)
         return min(staged, pool.block_bytes_max, wire.PAYLOAD_BYTES_MAX)
 
-    def later(self, far: bool, fetch: Callable[[], None], failed: Callable[[Exception], None]) -> bool:
+    def later(self, remote: bool, fetch: Callable[[], None], failed: Callable[[Exception], None]) -> bool:
         """Queue a load for a fetcher; False when too many wait."""
-        return (self._far_fetcher if far else self._fetcher).put(fetch, failed)
+        return (self._remote_fetcher if remote else self._fetcher).put(fetch, failed)
 
-    def connection_of(self, sock: socket.socket, peer: str) -> Served:
+    def connection_of(self, sock: socket.socket, peer: str) -> ClientConnection:
         """What serves a connection that was accepted."""
         return PoolConnection(self, sock, peer)
 
-    def came(self, connection: Served) -> Served | None:
+    def came(self, connection: ClientConnection) -> ClientConnection | None:
         """A connection was accepted; returns the stranger that leaves for it."""
         with self._lock:
             return self._shares.came(connection, connection.source)
 
-    def too_many(self) -> Served | None:
+    def too_many(self) -> ClientConnection | None:
         """The stranger that leaves where no more can be accepted."""
         with self._lock:
             return self._shares.displaced()
 
-    def greeted(self, connection: Served) -> str | None:
+    def greeted(self, connection: ClientConnection) -> str | None:
         """The connection said Hello; or why it is not served."""
         with self._lock:
             return "is closing" if self._closed else self._shares.proved(connection)
 
-    def left(self, connection: Served) -> None:
+    def left(self, connection: ClientConnection) -> None:
         """A connection has ended: its share is free for others."""
         with self._lock:
             self._shares.left(connection)
 
-    def begin(self, connection: Served) -> None:
+    def begin(self, connection: ClientConnection) -> None:
         """Serve a connection that has greeted; where memory or threads are short, only that one is refused."""
         self._begin_s = time.monotonic()
         try:

@@ -29,7 +29,7 @@ from penstock.pool.net import lanes, wire
 from penstock.pool.net.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
 from penstock.pool.net.tls import TlsError
 from penstock.pool.net.tls_socket import Stream, TlsSocket
-from penstock.pool.node_backend import ServedPool, StoredBlock
+from penstock.pool.node_backend import NodeBackend, StoredBlock
 from penstock.process.guarded_thread import GuardedThread, GuardedWorker
 from penstock.process.rate_limited_log import kind_of
 from penstock.units import format_address
@@ -86,13 +86,13 @@ def _give(sock: Stream, data: bytes) -> Steps:
             yield selectors.EVENT_WRITE
 
 
-class Served:
+class ClientConnection:
     """One connection at the node: a stranger's until `greet` has ended."""
 
     def __init__(self, node: PoolNode, sock: socket.socket, peer: str) -> None:
         """`sock` does not block until `start`."""
         self._node = node
-        self._pool: ServedPool = node.pool
+        self._pool: NodeBackend = node.pool
         self.sock = sock
         self._sock: Stream = sock
         self.peer = peer

@@ -12,7 +12,7 @@ RelayTransport = Literal["tcp", "shared-memory", "nixl"]
 RELAY_TRANSPORTS: tuple[RelayTransport, ...] = get_args(RelayTransport)
 
 
-class FarMemory(Protocol):
+class RemoteMemory(Protocol):
     """Memory of a peer."""
 
     def read(self, offset: int, into: memoryview, timeout_s: float) -> None:
@@ -24,19 +24,19 @@ class FarMemory(Protocol):
 
 
 class Mover(Protocol):
-    """A way to read a peer's memory. Methods but `FarMemory.read` may be called from any thread."""
+    """A way to read a peer's memory. Methods but `RemoteMemory.read` may be called from any thread."""
 
     @property
     def kind(self) -> RelayTransport:
         """The name of the transport in configurations."""
 
     def allocate(self, size_bytes: int) -> memoryview:
-        """Page-aligned memory that peers may read, and that `FarMemory.read` may fill."""
+        """Page-aligned memory that peers may read, and that `RemoteMemory.read` may fill."""
 
     def export(self, memory: memoryview) -> bytes:
         """What a peer needs to read memory of `allocate`."""
 
-    def attach(self, description: bytes) -> FarMemory:
+    def attach(self, description: bytes) -> RemoteMemory:
         """Raises PoolError("network") when this host cannot read that memory."""
 
     def close(self) -> None:

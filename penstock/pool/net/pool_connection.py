@@ -12,7 +12,7 @@ from penstock.core.layout import staging_bytes
 from penstock.pool.api import PoolError
 from penstock.pool.checksum import block_checksum
 from penstock.pool.net import wire
-from penstock.pool.net.node_connection import IN_FLIGHT_MAX, Served, not_counted
+from penstock.pool.net.node_connection import IN_FLIGHT_MAX, ClientConnection, not_counted
 from penstock.pool.net.staging import Slot
 from penstock.pool.net.staging_shares import StagingShare
 from penstock.pool.node_backend import OpenedBlock
@@ -28,7 +28,9 @@ class _Staged:
     """A request of a connection that is under way, with its staging memory and, for a read, its block. All of it is
     given back exactly once, by the first thread that ends the request."""
 
-    def __init__(self, connection: Served, slot: Slot | None = None, opened: OpenedBlock | None = None) -> None:
+    def __init__(
+        self, connection: ClientConnection, slot: Slot | None = None, opened: OpenedBlock | None = None
+    ) -> None:
         self._leave: Callable[[], None] | None = connection.leave
         self.slot = slot
         self._opened = opened
@@ -44,20 +46,20 @@ class _Staged:
         leave()
 
 
-class PoolConnection(Served):
+class PoolConnection(ClientConnection):
     """One client of a pool."""
 
     def __init__(self, node: PoolNode, sock: socket.socket, peer: str) -> None:
         super().__init__(node, sock, peer)
-        self._near: StagingShare | None = None
-        self._far: StagingShare | None = None
+        self._local: StagingShare | None = None
+        self._remote: StagingShare | None = None
         self._first = memoryview(b"")
 
     def start(self) -> None:
         """Join the shares of the staging memory, then begin to serve."""
         staging = self._node.staging
-        self._near = staging.share(self.source, self.cut)
-        self._far = staging.share(self.source, self.cut, far=True)
+        self._local = staging.share(self.source, self.cut)
+        self._remote = staging.share(self.source, self.cut, remote=True)
         super().start()
 
     def abandon(self) -> None:
@@ -66,9 +68,9 @@ class PoolConnection(Served):
         self._leave()
 
     def _leave(self) -> None:
-        near, self._near = self._near, None
-        far, self._far = self._far, None
-        for share in (near, far):
+        local, self._local = self._local, None
+        remote, self._remote = self._remote, None
+        for share in (local, remote):
             if share is not None:
                 share.leave()
 
@@ -95,7 +97,7 @@ class PoolConnection(Served):
     def _fetch(self, request: wire.Read, opened: OpenedBlock, deadline_s: float) -> None:
         """Once there is room in the connection's share of staging memory, have a fetcher load the block."""
         staged = _Staged(self, opened=opened)
-        share = self._far if opened.far else self._near
+        share = self._remote if opened.remote else self._local
         if share is None:  # the connection has ended
             staged.end()
             return
@@ -105,7 +107,7 @@ class PoolConnection(Served):
 
         def begin() -> None:
             fetch = partial(self._fetch_block, request, opened, staged, deadline_s, share)
-            if not self._node.later(opened.far, fetch, failed):
+            if not self._node.later(opened.remote, fetch, failed):
                 self._node.staging.give_reserved(staging_bytes(request.size_bytes), share)
                 detail = "too many reads wait in this node"
                 self._later(partial(self._fail_fetch, request.id, staged, "dropped", detail))
@@ -116,9 +118,9 @@ class PoolConnection(Served):
         self, request: wire.Read, opened: OpenedBlock, staged: _Staged, deadline_s: float, share: StagingShare
     ) -> None:
         """On the fetcher's thread: find staging memory, let the member read into it."""
-        slot = self._node.staging.take(request.size_bytes, deadline_s, opened.far, share, reserved=True)
+        slot = self._node.staging.take(request.size_bytes, deadline_s, opened.remote, share, reserved=True)
         if slot is None:
-            in_time, detail = self._no_staging(request.size_bytes, shared=opened.far)
+            in_time, detail = self._no_staging(request.size_bytes, shared=opened.remote)
             self._later(partial(self._fail_fetch, request.id, staged, "deadline" if in_time else "dropped", detail))
             return
         staged.slot = slot
@@ -178,7 +180,7 @@ class PoolConnection(Served):
             self._refuse_write(request.id, payload_bytes, *refusal)
             return
         first = self._receive_first(payload_bytes, deadline_s)
-        slot = self._node.staging.take(payload_bytes, deadline_s, share=self._near)
+        slot = self._node.staging.take(payload_bytes, deadline_s, share=self._local)
         if slot is None:
             self.leave()
             in_time, detail = self._no_staging(payload_bytes, shared=False)

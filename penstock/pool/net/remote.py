@@ -220,7 +220,7 @@ class RemotePool:
         return self._link.node.block_bytes_max or wire.PAYLOAD_BYTES_MAX
 
     def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
-        """Tell the node what a reader found, as in `pool.served.ServedPool`."""
+        """Tell the node what a reader found, as in `pool.served.NodeBackend`."""
         self._link.tell(wire.Corrupt(key, checksum, mac, refused))
 
     def measure_bytes_per_s(self, budget_s: float = 0.3) -> float:

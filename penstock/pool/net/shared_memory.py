@@ -20,7 +20,7 @@ from penstock.framing import NO_MESSAGE, said
 from penstock.io.memory import address_of
 from penstock.io.sealed_memory import check_sealed, create_sealed
 from penstock.pool.api import PoolError
-from penstock.pool.net.one_sided import FarMemory, RelayTransport
+from penstock.pool.net.one_sided import RelayTransport, RemoteMemory
 from penstock.pool.net.wire import ADDRESS_BYTES_MAX, Label
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -65,7 +65,7 @@ class SharedMemoryMover:
         fd, name, size_bytes = self._files[address_of(memory)]
         return msgspec.msgpack.encode(MemoryFile(*_this_host(), os.getpid(), fd, name, size_bytes))
 
-    def attach(self, description: bytes) -> FarMemory:
+    def attach(self, description: bytes) -> RemoteMemory:
         """Map memory that a process of this host exported. Raises PoolError("network") when it is another host's, or
         gone."""
         try:

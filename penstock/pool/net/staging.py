@@ -109,10 +109,10 @@ class Staging:
         largest = max(min(there, total // 2) if shared else there, (self.limit_bytes - total) // GROW_BLOCKS)
         return largest - largest % STAGING_ALIGNMENT_BYTES
 
-    def share(self, source: str, end_peer: Callable[[], None], far: bool = False) -> StagingShare:
+    def share(self, source: str, end_peer: Callable[[], None], remote: bool = False) -> StagingShare:
         """The share of a connection of that source address; `end_peer` ends the connection from any thread. Blocks of
         other nodes (`far`) count apart. `StagingShare.leave` must follow."""
-        return StagingShare(self._shares, source, end_peer, far)
+        return StagingShare(self._shares, source, end_peer, remote)
 
     def take(
         self,

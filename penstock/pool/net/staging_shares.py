@@ -37,15 +37,15 @@ class StagingShares:
         self._capacity_bytes = capacity_bytes
         self._sources: dict[tuple[str, bool], _Source] = {}
 
-    def is_large(self, length: int, far: bool = False) -> bool:
+    def is_large(self, length: int, remote: bool = False) -> bool:
         """Whether a block is larger than the share of a connection."""
-        return length > self._of_connection(far)
+        return length > self._of_connection(remote)
 
-    def _of_connection(self, far: bool) -> int:
-        return self._capacity_bytes // (4 if far else 2)
+    def _of_connection(self, remote: bool) -> int:
+        return self._capacity_bytes // (4 if remote else 2)
 
-    def _of_source(self, far: bool) -> int:
-        return 3 * self._capacity_bytes // (8 if far else 4)
+    def _of_source(self, remote: bool) -> int:
+        return 3 * self._capacity_bytes // (8 if remote else 4)
 
     def grown(self, capacity_bytes: int) -> None:
         """There is more memory: whoever waits may go on."""
@@ -58,7 +58,7 @@ class StagingShares:
     def join(self, share: StagingShare) -> _Source:
         """Count a new share with its source address; the counts of that address."""
         with self._lock:
-            source = self._sources.setdefault((share.source, share.far), _Source())
+            source = self._sources.setdefault((share.source, share.remote), _Source())
             source.users += 1
             return source
 
@@ -100,17 +100,17 @@ class StagingShares:
     def _forget_unused(self, share: StagingShare) -> None:
         source = share.of_source
         if not source.users and not source.held_bytes:
-            self._sources.pop((share.source, share.far), None)
+            self._sources.pop((share.source, share.remote), None)
 
     def _take(self, share: StagingShare, length: int) -> bool:
-        far, source = share.far, share.of_source
+        remote, source = share.remote, share.of_source
         if source.blocks >= BLOCKS_OF_SOURCE_MAX:
             return False
-        if self.is_large(length, far):
+        if self.is_large(length, remote):
             if share.held_bytes:
                 return False
-        elif share.held_bytes + length > self._of_connection(far) or (
-            source.held_bytes and source.held_bytes + length > self._of_source(far)
+        elif share.held_bytes + length > self._of_connection(remote) or (
+            source.held_bytes and source.held_bytes + length > self._of_source(remote)
         ):
             return False
         share.held_bytes += length
@@ -136,19 +136,19 @@ class StagingShares:
 class StagingShare:
     """What one connection holds, for blocks of this node or (`far`) of others. Any thread may call."""
 
-    __slots__ = ("_shares", "end_peer", "far", "held_bytes", "of_source", "source")
+    __slots__ = ("_shares", "end_peer", "held_bytes", "of_source", "remote", "source")
 
-    def __init__(self, shares: StagingShares, source: str, end_peer: Callable[[], None], far: bool) -> None:
+    def __init__(self, shares: StagingShares, source: str, end_peer: Callable[[], None], remote: bool) -> None:
         """`end_peer` ends the connection; called with locks of the staging memory held."""
         self._shares = shares
-        self.source, self.far = source, far
+        self.source, self.remote = source, remote
         self.end_peer = end_peer
         self.held_bytes = 0  # the lock of `StagingShares` is held where it changes
         self.of_source = shares.join(self)
 
     def is_large(self, length: int) -> bool:
         """Whether a block of `length` bytes is larger than this share."""
-        return self._shares.is_large(length, self.far)
+        return self._shares.is_large(length, self.remote)
 
     def take(self, length: int) -> bool:
         """Count this much as held; False when the share has no room for it now."""

@@ -19,7 +19,7 @@ from penstock.pool.local.local_pool import LocalPool
 from penstock.pool.members.device import DeviceMember, open_device_member, open_slab_member, patiently
 from penstock.pool.members.memory import MemoryMember
 from penstock.pool.members.pairing import device_of
-from penstock.pool.node_backend import ServedPool
+from penstock.pool.node_backend import NodeBackend
 from penstock.pool.setup.config import DEPTH, MemberConfig, PoolConfig, config_of_flags
 from penstock.pool.setup.profile import PoolProfile, read_profile
 from penstock.pool.union.children import SHARES_BELOW
@@ -37,7 +37,7 @@ DRIVE_CLOSE_S = 5.0
 OpenMember = MemoryMember | DeviceMember
 
 
-def open_pool(config: PoolConfig, serves: bool = False) -> ServedPool:
+def open_pool(config: PoolConfig, serves: bool = False) -> NodeBackend:
     """The pool that a configuration describes, nodes included: embedded in an engine, or (`serves`) for a pool node.
     What its members could not have here is logged. What was opened before an error is closed again.
 
@@ -175,7 +175,9 @@ def link_bytes_per_s(config: PoolConfig) -> dict[str, float]:
     return profile.link_bytes_per_s() if profile else {}
 
 
-def _open_union(config: PoolConfig, local: LocalPool | None, nodes: Sequence[MemberConfig], serves: bool) -> ServedPool:
+def _open_union(
+    config: PoolConfig, local: LocalPool | None, nodes: Sequence[MemberConfig], serves: bool
+) -> NodeBackend:
     from penstock.pool.net.connect import open_union
     from penstock.pool.net.secret import Secret
     from penstock.pool.net.tls import PeerTls

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from penstock.pool.net.node import PoolNode
-    from penstock.pool.node_backend import ServedPool
+    from penstock.pool.node_backend import NodeBackend
     from penstock.pool.setup.config import MemberConfig, PoolConfig
     from penstock.pool.setup.reload import ReadConfig
 
@@ -186,7 +186,7 @@ def _end_now(why: str) -> NoReturn:
     os._exit(FAILED_STATUS)
 
 
-def _wait(config: PoolConfig, served: ServedPool, node: PoolNode, read: ReadConfig, inbox: Inbox) -> None:
+def _wait(config: PoolConfig, served: NodeBackend, node: PoolNode, read: ReadConfig, inbox: Inbox) -> None:
     """Until a signal says stop. A file that cannot be applied changes nothing."""
     from penstock.pool.api import PoolError
     from penstock.pool.local.local_pool import LocalPool

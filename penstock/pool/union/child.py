@@ -9,7 +9,7 @@ from penstock.core.bandwidth import BusyMeter, MemberBandwidth
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
 from penstock.pool.api import Located, Pool, PoolError, PoolStat, ReadCheck
-from penstock.pool.node_backend import ServedPool
+from penstock.pool.node_backend import NodeBackend
 
 BlockEnded = Callable[[int, bytes, PoolError | None], None]  # checksum and MAC that the block was stored with
 
@@ -73,7 +73,7 @@ class NodePool(Pool, Protocol):
 class Child:
     """`pool` is the child, also as `local` or `node`. State changes under the union's lock."""
 
-    def __init__(self, pool: ServedPool | NodePool, local: ServedPool | None, node: NodePool | None) -> None:
+    def __init__(self, pool: NodeBackend | NodePool, local: NodeBackend | None, node: NodePool | None) -> None:
         self.pool: Pool = pool
         self.local, self.node = local, node
         self.name = node.place if node is not None else "local"
@@ -98,7 +98,7 @@ class Child:
         return self.node.block_bytes_max if self.node is not None else self.as_local.block_bytes_max
 
     @property
-    def as_local(self) -> ServedPool:
+    def as_local(self) -> NodeBackend:
         """The local pool; the child must not be a node."""
         assert self.local is not None
         return self.local

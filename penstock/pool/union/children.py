@@ -14,7 +14,7 @@ from penstock.core.bandwidth import MemberBandwidth
 from penstock.core.pool.striping import Placement
 from penstock.pool.api import PoolError, PoolStat
 from penstock.pool.block_size import expect_blocks
-from penstock.pool.node_backend import ServedPool
+from penstock.pool.node_backend import NodeBackend
 from penstock.pool.union.child import Child, NodePool
 from penstock.process.guarded_thread import GuardedThread
 
@@ -33,7 +33,7 @@ class Children:
 
     def __init__(
         self,
-        local: ServedPool | None,
+        local: NodeBackend | None,
         nodes: Sequence[NodePool],
         weights: Sequence[float | None] | None,
         follow_bandwidth: bool,
@@ -148,7 +148,7 @@ class Children:
         self._thread.join(max(0.1, deadline_s - time.monotonic()))
 
     def ask_all(
-        self, begin: Callable[[NodePool], Callable[[], A]], at_once: Callable[[ServedPool], A]
+        self, begin: Callable[[NodePool], Callable[[], A]], at_once: Callable[[NodeBackend], A]
     ) -> list[A | PoolError]:
         """What each child answers, in the order of `all` (a child may have come since): all nodes are asked before any
         answer is waited for, the local pool meanwhile."""

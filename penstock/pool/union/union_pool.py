@@ -23,7 +23,7 @@ from penstock.core.new_block import NewBlock
 from penstock.pool.api import Done, Lease, Located, MemberStat, PoolError, PoolStat, ReadCheck, check_write
 from penstock.pool.callbacks import call_done, call_soon, callback_worker
 from penstock.pool.losses import note_error, note_loss
-from penstock.pool.node_backend import OpenedBlock, ServedPool
+from penstock.pool.node_backend import NodeBackend, OpenedBlock
 from penstock.pool.union.child import BlockEnded, Child, NodePool
 from penstock.pool.union.children import Children
 from penstock.pool.union.locations import Locations
@@ -35,11 +35,11 @@ _TRY_NEXT = ("network", "closed", "full", "device")  # a write that ends so may 
 
 
 class UnionPool:
-    """Children as one pool. Contract: `pool.api.Pool`, and `pool.served.ServedPool` for a node that serves it."""
+    """Children as one pool. Contract: `pool.api.Pool`, and `pool.served.NodeBackend` for a node that serves it."""
 
     def __init__(
         self,
-        local: ServedPool | None,
+        local: NodeBackend | None,
         nodes: Sequence[NodePool],
         weights: Sequence[float | None] | None = None,
         node_id: bytes = b"",
@@ -236,7 +236,7 @@ class UnionPool:
     # --- for a pool node: `pool.served` ---
 
     @property
-    def own(self) -> ServedPool | None:
+    def own(self) -> NodeBackend | None:
         """The local child; None when all children are nodes."""
         return self._local
 
@@ -334,7 +334,7 @@ class _NodeBlock:
     `pool.served.OpenedBlock`."""
 
     view = None
-    far = True
+    remote = True
 
     def __init__(self, union: UnionPool, child: Child, key: BlockKey, size_bytes: int) -> None:
         self._union, self._child = union, child

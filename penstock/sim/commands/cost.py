@@ -24,14 +24,14 @@ from rich.console import Console
 from penstock.core.bandwidth import LinkCost
 from penstock.core.config import POLICIES, Policy, SchedulerConfig
 from penstock.core.connector.records import Landed
-from penstock.core.connector.scheduler import GuestScheduler
+from penstock.core.connector.scheduler import ConnectorScheduler
 from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import KeyChain, root_key
 from penstock.core.operations import BlockHit, Compute, Fetch, Lookup, Operation, RequestSpec, Save
 from penstock.report import Report
 from penstock.sim.clock import VirtualClock
-from penstock.sim.engine_driver import EngineBody, ideal_links
+from penstock.sim.engine_driver import EngineDriver, ideal_links
 from penstock.workloads.statistics import percentile
 
 WAITING_GOAL_S = {1000: 50e-6, 10_000: 100e-6}
@@ -65,26 +65,26 @@ def decisions_s(policy: Policy, waiting: int) -> tuple[list[float], float]:
         block_tokens=BLOCK_TOKENS, block_bytes=BLOCK_BYTES, l1_pages=4000, l2_slots=4000, policy=policy,
         max_waiting=waiting + 1000, age_bound_s=1e6, request_timeout_s=1e7, lookup_window=64,
     )  # fmt: skip
-    brain = TimedScheduler(config, CostModel(LinkCost(2e9), ComputeCost(1e-3, 1e-5, 1e-10)))
+    scheduler = TimedScheduler(config, CostModel(LinkCost(2e9), ComputeCost(1e-3, 1e-5, 1e-10)))
     clock, root, dice = VirtualClock(), root_key(b"cost", ""), random.Random(1)
     pool: dict[bytes, BlockHit] = {}
-    body = EngineBody(clock, brain, pool, ideal_links(clock, {"net": 1e9}, 2e9), ComputeCost(1e-3, 1e-5, 1e-10))
+    driver = EngineDriver(clock, scheduler, pool, ideal_links(clock, {"net": 1e9}, 2e9), ComputeCost(1e-3, 1e-5, 1e-10))
     admitted = config.max_running
     for number in range(waiting + admitted + DECISIONS // 10):
         tokens = [number, *(dice.randrange(1000) for _ in range(BLOCKS * BLOCK_TOKENS + 9))]
         for key in KeyChain(root, BLOCK_TOKENS).extend(tokens):
             pool[key] = BlockHit(BLOCK_BYTES, ("net",))
-        body.submit_at(number * 1e-9, RequestSpec(str(number), tokens, 1, root, dice.uniform(1, 1e4)))
-    while brain.gauges()["requests_waiting"] < waiting + DECISIONS // 10 and clock.step():
+        driver.submit_at(number * 1e-9, RequestSpec(str(number), tokens, 1, root, dice.uniform(1, 1e4)))
+    while scheduler.gauges()["requests_waiting"] < waiting + DECISIONS // 10 and clock.step():
         pass
-    brain.decisions_s.clear()
+    scheduler.decisions_s.clear()
     gc.disable()
     started_s, events = time.thread_time(), clock.events
-    while len(brain.decisions_s) < DECISIONS and clock.step():
+    while len(scheduler.decisions_s) < DECISIONS and clock.step():
         pass
     event_s = (time.thread_time() - started_s) / (clock.events - events)
     gc.enable()
-    return brain.decisions_s, event_s
+    return scheduler.decisions_s, event_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +188,7 @@ def engine_events(blocks: int, waiting: int) -> dict[str, EventCost]:
 def guest_events(blocks: int, waiting: int) -> dict[str, EventCost]:
     """The scheduler inside vLLM while so many requests wait whose prompts can be loaded: a block is fetched; and after
     each such event the host asks for one request what is worth a grant of pages."""
-    scheduler = GuestScheduler(_long_config(4 * blocks, waiting), _costs())
+    scheduler = ConnectorScheduler(_long_config(4 * blocks, waiting), _costs())
     hit = BlockHit(BLOCK_BYTES, ("net",))
     for number in range(waiting):
         scheduler.submit(_long_spec(number, blocks), 0, 0.0)

@@ -1,4 +1,4 @@
-"""`penstock sim fuzz`: random engines, clusters, requests and faults against the brain; a failing one is shrunk."""
+"""`penstock sim fuzz`: random engines, clusters, requests and faults against the core; a failing one is shrunk."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def fuzz(
     out: Annotated[Path, typer.Option(help="Where the shrunk case of a failure goes.")] = Path("out/fuzz-failure.json"),
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
-    """Random engines, clusters, requests and faults against the brain, its invariants asserted after every event."""
+    """Random engines, clusters, requests and faults against the core, its invariants asserted after every event."""
     console = Console()
     if replay is not None:
         raise typer.Exit(_replay(replay, console))

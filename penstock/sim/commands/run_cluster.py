@@ -49,7 +49,7 @@ class ClusterSimulation:
         self._trajectories, self._starts_s = sessions_of(simulation, folder)
         self.result = Result(simulation.workload.slo_ttft_s)
         self.trace = ChromeTrace(VirtualClock())
-        self._body = PrefillDecodeCluster(
+        self._driver = PrefillDecodeCluster(
             cluster.shape, cluster.served, cluster.policies, self._trajectories, Settings(window_s=1.0)
         )
         self._since: dict[RequestId, tuple[str, float]] = {}  # what each request does, and since when
@@ -58,8 +58,8 @@ class ClusterSimulation:
     def run(self, traced: bool = False) -> Result:
         """To the end of all sessions. The same simulation gives the same result."""
         self._listen(traced)
-        body, result = self._body, self.result
-        record = body.run(self._starts_s, faults=self._cluster.fault)
+        driver, result = self._driver, self.result
+        record = driver.run(self._starts_s, faults=self._cluster.fault)
         result.requests = len(record.ttft_s) + record.given_up
         result.ended["length"] = record.requests
         if record.given_up:
@@ -71,7 +71,7 @@ class ClusterSimulation:
         result.prompt_tokens, result.cached_tokens = record.prompt_tokens, record.hit_tokens
         result.answer_tokens = record.answer_tokens
         self._link_use()
-        figures = balance(body.links, body.prefill_groups, record.end_s)
+        figures = balance(driver.links, driver.prefill_groups, record.end_s)
         result.more = {
             "attention_max_avg": figures.attention_max_avg,
             "prefill_busy": figures.prefill_busy,
@@ -84,23 +84,23 @@ class ClusterSimulation:
     def _link_use(self) -> None:
         """Of storage NICs, merged to windows that make about `WINDOWS` of the run."""
         result = self.result
-        count = max((len(link.windows) for link in self._body.links), default=0)
+        count = max((len(link.windows) for link in self._driver.links), default=0)
         merged = max(1, count // WINDOWS)
         result.window_s = float(merged)
-        for link in self._body.links:
+        for link in self._driver.links:
             windows = np.zeros(-(-count // merged) * merged)
             windows[: len(link.windows)] = link.windows
             shares = windows.reshape(-1, merged).sum(axis=1) * link.seconds_per_token / merged
             result.link_use[f"snic@{link.name}"] = [float(share) for share in shares]
         result.storage = tuple(result.link_use)
 
-    # -- what the body and the brain say to each other ----------------------------------------------------------
+    # -- what the driver and the core say to each other ----------------------------------------------------------
 
     def _listen(self, traced: bool) -> None:
         """Notes when each agent's last answer ended and, for a trace, what each request did meanwhile."""
-        brain, record = self._body.brain, self._body.record
-        ended, decide = brain.ended, brain.decide
-        submit, prefilled = brain.submit, brain.prefilled
+        scheduler, record = self._driver.scheduler, self._driver.record
+        ended, decide = scheduler.ended, scheduler.decide
+        submit, prefilled = scheduler.submit, scheduler.prefilled
 
         def on_ended(request_id: RequestId, attempt: int) -> None:
             self._ended_s[request_id] = record.end_at_s[-1]
@@ -125,11 +125,11 @@ class ClusterSimulation:
                     self._now(decision.request_id, f"read and prefill on {decision.prefill}", now)
             return decisions
 
-        brain.ended = on_ended  # type: ignore[method-assign]
+        scheduler.ended = on_ended  # type: ignore[method-assign]
         if traced:
-            brain.submit = on_submit  # type: ignore[method-assign]
-            brain.prefilled = on_prefilled  # type: ignore[method-assign]
-            brain.decide = on_decide  # type: ignore[method-assign]
+            scheduler.submit = on_submit  # type: ignore[method-assign]
+            scheduler.prefilled = on_prefilled  # type: ignore[method-assign]
+            scheduler.decide = on_decide  # type: ignore[method-assign]
 
     def _now(self, request_id: RequestId, label: str, now: float) -> None:
         before, since_s = self._since.get(request_id, ("", now))

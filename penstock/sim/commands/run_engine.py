@@ -18,9 +18,9 @@ from penstock.core.operations import BlockHit, Emit, RequestSpec, Route
 from penstock.core.pool.striping import Placement
 from penstock.sim.chrome_trace import ChromeTrace
 from penstock.sim.clock import VirtualClock
-from penstock.sim.cluster_file import AgentLoad, CalvoLoad, Engine, LinkFault, Simulation
+from penstock.sim.cluster_file import AgentLoad, CalvoLoad, EngineTable, LinkFault, Simulation
 from penstock.sim.commands.run_result import WINDOWS, Result
-from penstock.sim.engine_driver import PCIE, EngineBody
+from penstock.sim.engine_driver import PCIE, EngineDriver
 from penstock.sim.fluid_links import FluidLinks
 from penstock.workloads.generators import (
     Session,
@@ -85,14 +85,14 @@ class EngineSimulation:
         self._sessions: dict[str, tuple[Session, int, float]] = {}  # request: its session, turn and when that began
         self._left = len(self._workload.sessions)
         self._windows: list[dict[str, float]] = []
-        self._body: EngineBody | None = None
+        self._driver: EngineDriver | None = None
 
     def run(self, traced: bool = False) -> Result:
         """To the end of all sessions. The same simulation gives the same result."""
         profile = self._profile
         cost = CostModel(LinkCost(profile.upload_bytes_per_s), profile.compute_cost())
         cost.links = {name: LinkCost(speed) for name, speed in self._speeds.items() if name != PCIE}
-        body = self._body = EngineBody(
+        driver = self._driver = EngineDriver(
             self.clock, LoadScheduler(self._config, cost), self._warm(), self._links, profile.compute_cost(),
             profile.layers, save_route=self._route_of, observer=self.trace if traced else None, emitted=self._emitted,
         )  # fmt: skip
@@ -101,10 +101,10 @@ class EngineSimulation:
         for fault in self._engine.fault:
             self.clock.at(fault.at_s, lambda fault=fault: self._strike(fault))  # type: ignore[misc]
         self._sample()
-        while (self._left or not body.scheduler.idle) and self.clock.step():
+        while (self._left or not driver.scheduler.idle) and self.clock.step():
             pass
         self._windows.append(self._links.moved_now())
-        self._conclude(body)
+        self._conclude(driver)
         return self.result
 
     # -- the pool -----------------------------------------------------------------------------------------------
@@ -129,27 +129,27 @@ class EngineSimulation:
     def _strike(self, fault: LinkFault) -> None:
         speed = self._speeds[fault.link]
         self._links.set_speed(fault.link, speed * fault.factor)
-        if fault.loses and self._body is not None:
-            self._body.fail_link(fault.link)
+        if fault.loses and self._driver is not None:
+            self._driver.fail_link(fault.link)
         self.clock.after(fault.lasts_s, lambda: self._links.set_speed(fault.link, speed))
 
     # -- clients ------------------------------------------------------------------------------------------------
 
     def _send(self, session: Session, turn: int, began_s: float) -> None:
-        body, now_s, asked = self._body, self.clock.now_s, session.turns[turn]
-        assert body is not None
+        driver, now_s, asked = self._driver, self.clock.now_s, session.turns[turn]
+        assert driver is not None
         name = f"{session.name}/{turn}"
         tokens = prompt_tokens(asked.prompt, self._profile.vocab_size)
         self._sessions[name] = session, turn, began_s
         self.result.requests += 1
         deadline_s = now_s + self.result.slo_ttft_s
-        body.submit_at(now_s, RequestSpec(name, tokens, asked.max_tokens, self._root, deadline_s))
+        driver.submit_at(now_s, RequestSpec(name, tokens, asked.max_tokens, self._root, deadline_s))
         self.clock.at(now_s, lambda: self._unless_refused(name))
 
     def _unless_refused(self, name: str) -> None:
         """A session ends with a request that the engine does not take."""
-        assert self._body is not None
-        end = self._body.ended.get(name)
+        assert self._driver is not None
+        end = self._driver.ended.get(name)
         if end is not None and end.reason == "refused":
             self.result.ended["refused"] += 1
             self._left -= 1
@@ -190,21 +190,21 @@ class EngineSimulation:
             self.result.window_s *= 2
         self.clock.after(self.result.window_s, self._sample)
 
-    def _conclude(self, body: EngineBody) -> None:
+    def _conclude(self, driver: EngineDriver) -> None:
         result = self.result
         for name, speed in self._speeds.items():
             moved = [window[name] for window in self._windows]
             room = speed * result.window_s
             result.link_use[name] = [(after - before) / room for before, after in pairwise(moved)]
         result.storage = tuple(device.name for device in self._engine.device)
-        counters = body.scheduler.counters
+        counters = driver.scheduler.counters
         for name in ("fetched_bytes", "fetch_failures", "preemptions", "saved_blocks", "saves_dropped"):
             result.more[name] = counters.get(name, 0)
         result.more["events"] = self.clock.events
-        self.trace.requests(body.ended)
+        self.trace.requests(driver.ended)
 
 
-def _check_fit(engine: Engine, config: SchedulerConfig, workload: Workload) -> None:
+def _check_fit(engine: EngineTable, config: SchedulerConfig, workload: Workload) -> None:
     longest, room = workload.context_tokens_max, config.l1_pages * config.block_tokens
     if longest > room:
         raise ConfigError(

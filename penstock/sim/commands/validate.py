@@ -18,7 +18,7 @@ from penstock.core.keys import KeyChain, root_key
 from penstock.core.operations import BlockHit, RequestSpec
 from penstock.report import Report
 from penstock.sim.clock import VirtualClock
-from penstock.sim.engine_driver import EngineBody, Overheads, ideal_links
+from penstock.sim.engine_driver import EngineDriver, Overheads, ideal_links
 from penstock.workloads.recording import RecordedRun, read_runs
 from penstock.workloads.statistics import percentile
 
@@ -26,7 +26,7 @@ MEDIAN_GOAL, P99_GOAL = 0.10, 0.25
 
 
 def predicted_ttfts_s(run: RecordedRun) -> list[float]:
-    """TTFT of each request of a run, simulated: the same brain, settings, arrivals and hits, its profile's links."""
+    """TTFT of each request of a run, simulated: the same core, settings, arrivals and hits, its profile's links."""
     fields: dict[str, Any] = dict(run.config)
     config, profile = SchedulerConfig(**fields), run.profile
     cost = CostModel(LinkCost(profile.upload_bytes_per_s), ComputeCost(*profile.compute))
@@ -36,18 +36,18 @@ def predicted_ttfts_s(run: RecordedRun) -> list[float]:
     pool: dict[bytes, BlockHit] = {}
     overheads = Overheads(profile.lookup_s, profile.fetch_overhead_s, 0.0, profile.compute_overhead_s)
     links = ideal_links(clock, profile.link_bytes_per_s, profile.upload_bytes_per_s)
-    brain = LoadScheduler(config, cost)
-    body = EngineBody(clock, brain, pool, links, ComputeCost(*profile.compute), overheads=overheads)
+    scheduler = LoadScheduler(config, cost)
+    driver = EngineDriver(clock, scheduler, pool, links, ComputeCost(*profile.compute), overheads=overheads)
     for number, request in enumerate(run.requests):
         tokens = [number, *range(1, request.prompt_tokens)]
         keys = KeyChain(root, config.block_tokens).extend(tokens)
         for key, route in zip(keys, request.held, strict=False):
             pool[key] = BlockHit(config.block_bytes, profile.routes[route])
-        body.submit_at(request.start_s, RequestSpec(str(number), tokens, 1, root, request.start_s + request.slo_s))
-    body.run()
+        driver.submit_at(request.start_s, RequestSpec(str(number), tokens, 1, root, request.start_s + request.slo_s))
+    driver.run()
     found = []
     for number in range(len(run.requests)):
-        account = body.ended[str(number)].account
+        account = driver.ended[str(number)].account
         assert account is not None and account.first_token_s is not None
         found.append(account.first_token_s - account.arrival_s)
     return found

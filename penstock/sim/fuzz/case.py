@@ -1,4 +1,4 @@
-"""One random case for an engine's brain: its pool, requests, and what goes wrong when. Plain data, from a seed."""
+"""One random case for an engine's core: its pool, requests, and what goes wrong when. Plain data, from a seed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FuzzHandOff(msgspec.Struct, frozen=True):
 
 class FuzzRequest(msgspec.Struct, frozen=True):
     """Its prompt are the first `shared` tokens of a family, then tokens of its own. One that `stops` ends at the first
-    token that the brain takes for its end."""
+    token that the scheduler core takes for its end."""
 
     at_s: float
     family: int

@@ -1,4 +1,4 @@
-"""Random prefill/decode clusters against the brain of the paths: agents, and nodes and NICs lost and healed.
+"""Random prefill/decode clusters against the scheduler core of the paths: agents, and nodes and NICs lost and healed.
 
 C1 each request ends exactly once: in its answer, or given up after its attempts; nothing waits for ever;
 C2 the accounts of engines, groups, nodes and the queue are right after every decision (`check_integrity`), and empty
@@ -129,21 +129,21 @@ class ClusterRun:
         system = replace(SYSTEMS[case.system], replan=case.replan)
         self._case = case
         self.events = 0  # that a decision followed
-        self.body = PrefillDecodeCluster(shape, _model(case.model), system, trajectories, settings)
+        self.driver = PrefillDecodeCluster(shape, _model(case.model), system, trajectories, settings)
         self._given_up: set[Any] = set()
-        self._decide = self.body.brain.decide
-        self.body.brain.decide = self._checked  # type: ignore[method-assign]
+        self._decide = self.driver.scheduler.decide
+        self.driver.scheduler.decide = self._checked  # type: ignore[method-assign]
 
     def _checked(self, now: float) -> list[Decision]:
-        decisions, brain = self._decide(now), self.body.brain
+        decisions, scheduler = self._decide(now), self.driver.scheduler
         self.events += 1
-        brain.check_integrity()
+        scheduler.check_integrity()
         for decision in decisions:
             name = decision.request_id
             if isinstance(decision, Place):
-                engines = brain.groups.engines
+                engines = scheduler.groups.engines
                 hold(decision.prefill in engines and decision.decode in engines, "C3: placed on an engine that is lost")
-                hold(decision.attempt <= brain.config.max_attempts, "C3: placed too often")
+                hold(decision.attempt <= scheduler.config.max_attempts, "C3: placed too often")
                 read = decision.hit_tokens - decision.recompute_tokens
                 hold(0 <= decision.decode_tokens <= read, "C3: more is read than there is")
             elif isinstance(decision, GiveUp):
@@ -153,18 +153,18 @@ class ClusterRun:
 
     def run(self) -> None:
         """To the end. Raises AssertionError when an invariant does not hold."""
-        case, body = self._case, self.body
+        case, driver = self._case, self.driver
         faults = [fault for one in case.faults for fault in _events(one)]
-        record = body.run([agent.at_s for agent in case.agents], ENDS_S, faults)
+        record = driver.run([agent.at_s for agent in case.agents], ENDS_S, faults)
         turns = sum(len(agent.turns) for agent in case.agents)
         through = record.agents + len(self._given_up)
         hold(through == len(case.agents), f"C1: {through} of {len(case.agents)} agents have an end")
         hold(record.requests <= turns, "C1: a request ended more than once")
         hold(record.requests == turns or bool(self._given_up), "C1: a request has no end")
         hold(record.given_up == len(self._given_up), "C1: what was given up is not what is counted")
-        hold(len(body.brain) == 0, "C1: a request is left that nothing moves")
-        body.brain.check_integrity()
-        groups = body.brain.groups
+        hold(len(driver.scheduler) == 0, "C1: a request is left that nothing moves")
+        driver.scheduler.check_integrity()
+        groups = driver.scheduler.groups
         hold(not any(engine.tokens or engine.unfinished for engine in groups.engines.values()), "C2: a token leaked")
         hold(not any(node.unread or node.read_tokens for node in groups.nodes.values()), "C2: a read leaked")
 

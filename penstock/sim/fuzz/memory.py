@@ -1,6 +1,6 @@
 """Slots and pages of the fuzzed engine that hold what stands for KV: every batch, save and hand-off must find its own.
 
-Also what a body sees of the brain's bounds: transfers in flight by link, batches, lookups.
+Also what a driver sees of the scheduler core's bounds: transfers in flight by link, batches, lookups.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class CheckedMemory(Observer):
         self._in_flight: Counter[str] = Counter()
 
     def submitted(self, spec: RequestSpec, keys: list[BlockKey]) -> None:
-        """A request with its prompt's block keys, before the brain sees it."""
+        """A request with its prompt's block keys, before the scheduler core sees it."""
         size = self._config.block_tokens
         tokens = self._tokens[spec.request_id] = list(spec.prompt)
         values = self._values[spec.request_id] = kv_of(tokens)

@@ -23,7 +23,7 @@ END_S = 3.0  # of processor time; a case takes some hundredths of a second
 
 
 class _NoEnd(BaseException):
-    """The brain came to no decision; nothing of it may catch this."""
+    """The scheduler core came to no decision; nothing of it may catch this."""
 
 
 def case_of(seed: int) -> AnyCase:

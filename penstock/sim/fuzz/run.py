@@ -1,9 +1,9 @@
-"""One case against the brain, with the invariants asserted after every event.
+"""One case against the scheduler core, with the invariants asserted after every event.
 
 F1 each request ends exactly once, and by its timeout only where that is short (all faults pass);
 F2 no KV is used, saved or handed over that is not its tokens', loaded and verified, or computed;
 F3 no page or slot is leaked or used twice (`LoadScheduler.check_integrity`, and all are free in the end);
-F4 every bound is kept (likewise, and as the body counts);
+F4 every bound is kept (likewise, and as the driver counts);
 F5 nobody who arrives after another has waited beyond the ageing bound gets its first token before that one is
    admitted, and every case comes to an end;
 F6 no link is idle while a runnable block for it exists (`check_work_conserving`).
@@ -20,7 +20,7 @@ from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import BlockKey, KeyChain, root_key
 from penstock.core.operations import BlockHit, Forward, HandOff, Operation, RequestSpec, Upload
 from penstock.sim.clock import VirtualClock
-from penstock.sim.engine_driver import PCIE, EngineBody
+from penstock.sim.engine_driver import PCIE, EngineDriver
 from penstock.sim.fluid_links import FluidLinks
 from penstock.sim.fuzz.case import LINKS, ROUTES, FuzzCase, FuzzFault, FuzzHandOff, FuzzRequest
 from penstock.sim.fuzz.memory import CheckedMemory, hold, kv_of
@@ -46,7 +46,7 @@ class EngineRun:
             block_tokens=BLOCK_TOKENS, block_bytes=BLOCK_BYTES, fetch_timeout_s=FETCH_TIMEOUT_S, **case.config,
         )  # fmt: skip
         compute = ComputeCost(1e-3, 1e-4, 1e-8)
-        self.brain = LoadScheduler(config, CostModel(LinkCost(1e6), ComputeCost(1e-3, 1e-4, 1e-8)))
+        self.scheduler = LoadScheduler(config, CostModel(LinkCost(1e6), ComputeCost(1e-3, 1e-4, 1e-8)))
         speeds = {name: v * BLOCK_BYTES for name, v in zip(LINKS, case.link_blocks_per_s, strict=True)}
         self._links = FluidLinks(self.clock, {**speeds, PCIE: UPLOAD_BLOCKS_PER_S * BLOCK_BYTES})
         self._speeds = speeds
@@ -56,8 +56,8 @@ class EngineRun:
         self._memory = CheckedMemory(config, self._stored)
         hits = self._warm()
         self._readable = frozenset(hits)
-        self.body = EngineBody(
-            self.clock, self.brain, hits, self._links, compute, layers=4, save_route=ROUTES[0],
+        self.driver = EngineDriver(
+            self.clock, self.scheduler, hits, self._links, compute, layers=4, save_route=ROUTES[0],
             fetch_fault=self._fetch_fault, save_fault=lambda key: "full" if self._full else None, fails=self._fails,
             forward_route=lambda op: (f"relay@{op.to}",), observer=self._memory, after_event=self._check,
         )  # fmt: skip
@@ -81,8 +81,8 @@ class EngineRun:
         return self._dice.random() < (case.fetch_fails if isinstance(operation, Forward) else chance)
 
     def _check(self) -> None:
-        self.brain.check_integrity()
-        self.brain.check_work_conserving()
+        self.scheduler.check_integrity()
+        self.scheduler.check_work_conserving()
 
     @property
     def events(self) -> int:
@@ -98,7 +98,7 @@ class EngineRun:
         while self.clock.next_s() is not None and self.clock.now_s < TIME_MAX_S:
             self.clock.step()
             hold(self.clock.events < EVENTS_MAX, "F5: the case comes to no end")
-            if len(self.body.ended) == len(self._case.requests) and self.brain.idle:
+            if len(self.driver.ended) == len(self._case.requests) and self.scheduler.idle:
                 break
         self._conclude()
 
@@ -114,24 +114,24 @@ class EngineRun:
             STOPS if request.stops else frozenset(), hand_off=hand_off, recompute_tokens=request.recompute_tokens,
         )  # fmt: skip
         self._memory.submitted(spec, keys)
-        self.body.submit_at(request.at_s, spec)
+        self.driver.submit_at(request.at_s, spec)
 
     def _hand_off(self, given: FuzzHandOff, tokens: list[int], keys: list[BlockKey]) -> HandOff:
-        values, near = kv_of(tokens), f"relay@{given.to}"
+        values, local = kv_of(tokens), f"relay@{given.to}"
         for i, key in enumerate(keys[: given.present]):
             self._stored[key] = values[i * BLOCK_TOKENS : (i + 1) * BLOCK_TOKENS]
         readable = (i for i, key in enumerate(keys) if key in self._readable and i >= given.present)
         present = frozenset(range(min(given.present, len(keys))))
-        route = (f"snic@{given.to}", near)
+        route = (f"snic@{given.to}", local)
         return HandOff(
-            str(given.to), present, frozenset(readable), (near,), route, given.read, given.decode_share
+            str(given.to), present, frozenset(readable), (local,), route, given.read, given.decode_share
         )  # fmt: skip
 
     def _strike(self, fault: FuzzFault) -> None:
         end_s = self.clock.now_s + fault.lasts_s
         link = LINKS[fault.target % len(LINKS)]
         if fault.kind == "cancel":
-            self.body.cancel_at(self.clock.now_s, str(fault.target % len(self._case.requests)))
+            self.driver.cancel_at(self.clock.now_s, str(fault.target % len(self._case.requests)))
         elif fault.kind == "clock jump":
             self.clock.jump(fault.lasts_s)
         elif fault.kind == "link slow":
@@ -141,17 +141,17 @@ class EngineRun:
             self._nic_lost(fault, end_s)
         elif fault.kind == "pool silent":
             self._silent += 1
-            self.body.pool_answers = False
+            self.driver.pool_answers = False
             self.clock.at(end_s, self._answers_again)
         elif fault.kind == "pool full":
             self._full += 1
             self.clock.at(end_s, self._has_room_again)
         else:
-            hits = self.body.hits
+            hits = self.driver.hits
             gone = {key: hit for key, hit in hits.items() if link in hit.route}
             for key in gone:
                 del hits[key]
-            self.body.fail_link(link)
+            self.driver.fail_link(link)
             self.clock.at(end_s, lambda: hits.update(gone))
 
     def _nic_lost(self, fault: FuzzFault, end_s: float) -> None:
@@ -159,21 +159,21 @@ class EngineRun:
         name = f"snic@{fault.target % 2}"
         self._links.set_speed(name, 0.0)
         self.clock.at(end_s, lambda: self._links.set_speed(name, self._speeds[name]))
-        self.body.fail_link(name)
+        self.driver.fail_link(name)
         for number, request in enumerate(self._case.requests):
             if request.hand_off is not None and request.hand_off.to == fault.target % 2:
-                self.brain.reroute(str(number), "decode", self.clock.now_s)
-        self.body.decide()
+                self.scheduler.reroute(str(number), "decode", self.clock.now_s)
+        self.driver.decide()
 
     def _answers_again(self) -> None:
         self._silent -= 1
-        self.body.pool_answers = not self._silent
+        self.driver.pool_answers = not self._silent
 
     def _has_room_again(self) -> None:
         self._full -= 1
 
     def _conclude(self) -> None:
-        ended = self.body.ended
+        ended = self.driver.ended
         for number in range(len(self._case.requests)):
             hold(str(number) in ended, f"F1: request {number} has no end")
             late = ended[str(number)].reason == "timeout"
@@ -181,8 +181,8 @@ class EngineRun:
                 not late or self._case.config["request_timeout_s"] < TIME_MAX_S,
                 f"F1: request {number} ended by its timeout",
             )
-        hold(self.brain.idle, "F3: work is left that nothing moves")
-        gauges = self.brain.gauges()
+        hold(self.scheduler.idle, "F3: work is left that nothing moves")
+        gauges = self.scheduler.gauges()
         hold(gauges["l1_pages_available"] == gauges["l1_pages_total"], "F3: a page leaked")
         slots = [gauges[f"l2_slots_{use}"] for use in ("loads", "saves", "forwards")]
         hold(slots == [0, 0, 0], "F3: a slot leaked")
@@ -191,7 +191,7 @@ class EngineRun:
     def _check_turns(self) -> None:
         """None that arrived after another had waited beyond the ageing bound gets its first token before that one is
         admitted."""
-        accounts = {name: end.account for name, end in self.body.ended.items() if end.account is not None}
+        accounts = {name: end.account for name, end in self.driver.ended.items() if end.account is not None}
         if self._case.config["mode"] == "coupled":
             return
         for name, one in accounts.items():

@@ -17,8 +17,9 @@ UNSHARE = ("unshare", "--fork", "--kill-child", "--time", "--monotonic", "600", 
 ENGINE = """
 import sys, time
 from tests.cluster.router_rig import SECRET, Cluster, CountingHost
-from penstock.cluster.engine.registration import AgentSettings, EngineAgent
-agent = EngineAgent(CountingHost(), Cluster.card(None, "far"), AgentSettings(("127.0.0.1", int(sys.argv[1])), SECRET))
+from penstock.cluster.engine.registration import RegistrationSettings, EngineRegistration
+settings = RegistrationSettings(("127.0.0.1", int(sys.argv[1])), SECRET)
+agent = EngineRegistration(CountingHost(), Cluster.card(None, "far"), settings)
 print(time.monotonic(), flush=True)
 sys.stdin.read()
 agent.close(5.0)
@@ -43,10 +44,10 @@ def test_an_engine_whose_clock_is_ten_minutes_ahead() -> None:
             stdout=subprocess.PIPE,
             text=True,
             env=with_tests(),
-        ) as far:
+        ) as remote:
             try:
-                assert far.stdout is not None and far.stdin is not None
-                assert float(far.stdout.readline()) - time.monotonic() > 500
+                assert remote.stdout is not None and remote.stdin is not None
+                assert float(remote.stdout.readline()) - time.monotonic() > 500
                 wait_until(lambda: "far" in c.router.port.engines, "the engine")
                 epoch = c.router.port.engines["far"].epoch
                 until_s = time.monotonic() + 3.0  # three leases
@@ -56,7 +57,7 @@ def test_an_engine_whose_clock_is_ten_minutes_ahead() -> None:
                     client = c.ask([number, 1], 20)
                     assert client.wait().finish_reason == "length" and client.tokens == expected([number, 1], 20)
                 assert c.router.port.engines["far"].epoch == epoch
-                far.stdin.close()
+                remote.stdin.close()
                 wait_until(lambda: not c.router.port.engines, "its leave")
             finally:
-                far.kill()
+                remote.kill()

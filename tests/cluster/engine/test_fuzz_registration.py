@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from penstock.cluster import wire
-from penstock.cluster.engine.registration import AgentSettings, EngineAgent
+from penstock.cluster.engine.registration import EngineRegistration, RegistrationSettings
 from penstock.pool.net.secret import NONCE_BYTES, PROOF_BYTES
 from penstock.process.guarded_thread import thread_failures
 from tests.asking import wait_until
@@ -101,7 +101,7 @@ def test_an_agent_that_gets_mutants_registers_again_and_serves(caplog: pytest.Lo
                     made = list(mutants(base, 200, draws))
                     draws.shuffle(made)
                     router, host = OddRouter(made[:6], draws), CountingHost()
-                    agent = EngineAgent(host, c.card("odd"), AgentSettings(router.address, SECRET))
+                    agent = EngineRegistration(host, c.card("odd"), RegistrationSettings(router.address, SECRET))
                     refused = wire.Refused in {type(one) for one in map(understood, made[:6])}
                     wait_until(lambda: router.registrations >= 2 or (refused and agent.ended.is_set()), "another try")
                     agent.close(WAIT_S)

@@ -232,11 +232,11 @@ def test_a_count_of_missing_blocks_is_at_most_that_of_the_hand_off(relay: Relay)
 
 
 def test_an_opening_a_day_long_ends_no_other_ones_deadline(relay: Relay) -> None:
-    far, near = Peer(relay), Peer(relay)
+    remote, local = Peer(relay), Peer(relay)
     for number in range(40):
-        far.sock.sendall(wire.frame(wire.Open(number, f"unknown {number}#1", True, wire.TIMEOUT_S_MAX)))
-    answer = near.ask(wire.Open(1, "honest#1", False, 0.2))
+        remote.sock.sendall(wire.frame(wire.Open(number, f"unknown {number}#1", True, wire.TIMEOUT_S_MAX)))
+    answer = local.ask(wire.Open(1, "honest#1", False, 0.2))
     assert isinstance(answer, wire.Failed) and answer.reason == "deadline"
-    assert len(hand_over(relay, near, "after")) == 1
-    far.sock.close()
-    near.sock.close()
+    assert len(hand_over(relay, local, "after")) == 1
+    remote.sock.close()
+    local.sock.close()

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from penstock.cluster.engine import resumable_parts
-from penstock.cluster.engine.resumable_parts import HeldParts
+from penstock.cluster.engine.resumable_parts import ResumableParts
 from penstock.cluster.handoff.buffer import DecodeBuffer
 from penstock.cluster.handoff.incoming import EARLY_MAX, OPENINGS_MAX, Incoming
 from penstock.cluster.handoff.relay_links import RelayLinks
 from penstock.cluster.messages import PlacedRequest
-from penstock.cluster.router.unclaimed_parts import Orphans
-from penstock.core.engine.engine_load import Standing
+from penstock.cluster.router.unclaimed_parts import UnclaimedParts
+from penstock.core.engine.engine_load import EngineLoad
 from penstock.core.keys import root_key
 from penstock.engine.api import GenerationRequest, InvalidRequest, TokenEvent
 from penstock.engine.runner import SamplingParams
@@ -163,7 +163,7 @@ def test_a_hand_off_that_cannot_be_told_of_its_room_holds_up_no_other_one() -> N
 # --- the engine's side of the control connection ---
 
 
-def ended(parts: HeldParts, placed: PlacedRequest, tokens: int = 3) -> None:
+def ended(parts: ResumableParts, placed: PlacedRequest, tokens: int = 3) -> None:
     one = parts.add(placed)
     for token in range(tokens):
         one.take(TokenEvent(token))
@@ -173,7 +173,7 @@ def ended(parts: HeldParts, placed: PlacedRequest, tokens: int = 3) -> None:
 
 
 def test_ended_parts_keep_no_prompt_and_are_bounded_by_number_tokens_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = HeldParts(keep_s=600.0)
+    parts = ResumableParts(keep_s=600.0)
     gone = []
     for number in range(600):
         tokens = Tokens(range(1000))
@@ -198,22 +198,22 @@ def test_ended_parts_go_in_time_although_nothing_else_is_sent() -> None:
 
 
 def test_unclaimed_parts_leave_nothing_behind() -> None:
-    parts = HeldParts(keep_s=600.0)
+    parts = ResumableParts(keep_s=600.0)
     for number in range(20):
         ended(parts, part(f"r{number % 5}", [number % 3, 1], f"label{number % 2}", "mixed"))
-    orphans = Orphans(claim_s=1.0)
+    unclaimed = UnclaimedParts(claim_s=1.0)
     records = parts.records()
     for engine in ("e1", "e2", "e3"):
-        orphans.add(engine, records, 0.0)
+        unclaimed.add(engine, records, 0.0)
     asked = (records[0].label, records[0].digest)
-    claimed = orphans.claim(asked)
+    claimed = unclaimed.claim(asked)
     assert claimed is not None and claimed[0] == records[0].request_id
-    orphans.engine_left("e2")
-    while orphans.claim(asked) is not None:
+    unclaimed.engine_left("e2")
+    while unclaimed.claim(asked) is not None:
         pass
-    orphans.unclaimed(10.0)
-    assert len(orphans) == 0 and orphans.claim(asked) is None
-    assert not orphans._asked and not orphans._parts  # noqa: SLF001 (nothing may be left behind)
+    unclaimed.unclaimed(10.0)
+    assert len(unclaimed) == 0 and unclaimed.claim(asked) is None
+    assert not unclaimed._asked and not unclaimed._parts  # noqa: SLF001 (nothing may be left behind)
 
 
 # --- links to relays ---
@@ -224,7 +224,7 @@ def test_links_to_relays_that_are_gone_are_given_up(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("penstock.cluster.handoff.relay_links.DOWN_S", 0.0)
     links = RelayLinks()
     pool = open_local_pool((1 << 20,), ())
-    standing = Standing(0, 0, 0, 0, 0)
+    engine_load = EngineLoad(0, 0, 0, 0, 0)
     before = threading.active_count()
     try:
         for _ in range(4):
@@ -234,7 +234,7 @@ def test_links_to_relays_that_are_gone_are_given_up(monkeypatch: pytest.MonkeyPa
             links.open(address, "r#1", False, 5.0, lambda blocks, error, told=answered: told.set())  # type: ignore[misc]
             assert answered.wait(WAIT_S)
             node.close(5.0)
-        wait_until(lambda: not links.reports(standing, 1), "the end of all links")
+        wait_until(lambda: not links.reports(engine_load, 1), "the end of all links")
         wait_until(lambda: threading.active_count() <= before + 1, "the end of their threads")
     finally:
         links.close(5.0)

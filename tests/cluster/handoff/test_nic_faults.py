@@ -73,7 +73,7 @@ def test_a_storage_nic_is_cut_healed_and_slowed() -> None:
         under_way = some.ask(3)
         bed.pool_host.run("ip", "link", "set", PREFILL_NIC, "down")
         answered(under_way)
-        nodes = router.brain.groups.nodes
+        nodes = router.scheduler.groups.nodes
         wait_until(lambda: not nodes["p0"].nic_up, "the notice of the cut NIC", ANSWER_S)
         assert nodes["d0"].nic_up
         answered(some.ask(2))

@@ -95,9 +95,9 @@ def test_what_cannot_be_read_is_an_error(mover: Mover) -> None:
     with pytest.raises(PoolError, match="network"):
         mover.attach(b"nonsense")
     if mover.kind == "shared-memory":
-        far = mover.attach(mover.export(memory))
+        remote = mover.attach(mover.export(memory))
         with pytest.raises(PoolError, match="layout"):
-            far.read((1 << 16) - 10, memory[:11], 1.0)
+            remote.read((1 << 16) - 10, memory[:11], 1.0)
 
 
 def test_a_block_that_is_not_the_one_meant_is_refused() -> None:
@@ -111,16 +111,16 @@ def test_a_block_that_is_not_the_one_meant_is_refused() -> None:
     def check(data: memoryview) -> PoolError | None:
         return check_block(None, KEY, data, checksum, b"")
 
-    far = mover.attach(mover.export(memory))
+    remote = mover.attach(mover.export(memory))
     soon = time.monotonic() + 5.0
-    assert read_one_sided(far, 0, into[:4096], soon, check) is None
+    assert read_one_sided(remote, 0, into[:4096], soon, check) is None
     assert bytes(into[:4096]) == b"k" * 4096
     memory[100] = 0
-    error = read_one_sided(far, 0, into[:4096], soon, check)
+    error = read_one_sided(remote, 0, into[:4096], soon, check)
     assert error is not None and error.reason == "checksum"
-    late = read_one_sided(far, 0, into[:4096], time.monotonic() - 1.0, check)
+    late = read_one_sided(remote, 0, into[:4096], time.monotonic() - 1.0, check)
     assert late is not None and late.reason == "deadline"
-    far.close()
-    gone = read_one_sided(far, 0, into[:4096], soon, check)
+    remote.close()
+    gone = read_one_sided(remote, 0, into[:4096], soon, check)
     assert gone is not None and gone.reason == "layout"
     mover.close()

@@ -19,7 +19,7 @@ from penstock.pool.api import Done, PoolError, ReadCheck
 from penstock.pool.authenticated import authenticated
 from penstock.pool.losses import losses
 from penstock.pool.mac import PoolKey
-from penstock.pool.net.one_sided import FarMemory
+from penstock.pool.net.one_sided import RemoteMemory
 from penstock.pool.net.shared_memory import SharedMemoryMover
 from penstock.pool.setup.open import open_local_pool
 from penstock.pool.wrapped import WrappedPool
@@ -78,16 +78,16 @@ class CountingMover(SharedMemoryMover):
 
     reads = 0
 
-    def attach(self, description: bytes) -> FarMemory:
-        mover, far = self, super().attach(description)
+    def attach(self, description: bytes) -> RemoteMemory:
+        mover, remote = self, super().attach(description)
 
         class Counting:
             def read(self, offset: int, into: memoryview, timeout_s: float) -> None:
-                far.read(offset, into, timeout_s)
+                remote.read(offset, into, timeout_s)
                 mover.reads += 1
 
             def close(self) -> None:
-                far.close()
+                remote.close()
 
         return Counting()
 

@@ -117,9 +117,9 @@ def test_a_prefill_engine_that_goes_before_its_first_token() -> None:
 
 
 def test_reads_of_a_storage_nic_that_is_cut_go_to_the_other_side_and_back_when_it_heals() -> None:
-    brain = InterEngineConfig(read="prefill", block_tokens=16)
+    scheduler = InterEngineConfig(read="prefill", block_tokens=16)
     prompt = list(range(200))
-    with cluster(brain=brain) as c:
+    with cluster(scheduler=scheduler) as c:
         c.engine("p", "prefill")
         c.engine("d", "decode")
         finished(c.ask(prompt, 3), prompt, 3)  # its prefix is a hit from now on
@@ -129,9 +129,9 @@ def test_reads_of_a_storage_nic_that_is_cut_go_to_the_other_side_and_back_when_i
         c.hosts["p"].storage_up = False
         wait_until(lambda: bool(c.hosts["p"].replanned), "the new plan")
         assert c.hosts["p"].replanned[0][1] == "prefill"
-        assert c.router.ask(lambda: c.router.brain.groups.nodes["host-p"].nic_up) is False
+        assert c.router.ask(lambda: c.router.scheduler.groups.nodes["host-p"].nic_up) is False
         c.hosts["p"].storage_up = True
-        wait_until(lambda: c.router.ask(lambda: c.router.brain.groups.nodes["host-p"].nic_up), "the healed NIC")
+        wait_until(lambda: c.router.ask(lambda: c.router.scheduler.groups.nodes["host-p"].nic_up), "the healed NIC")
         c.hosts["p"].release()
         finished(client, prompt, 3)
 

@@ -40,7 +40,7 @@ class SayingHost(CountingHost):
 def test_alpha_and_beta_follow_from_what_an_engine_says_of_itself() -> None:
     with routers() as c:
         host = c.engine("p", "prefill", SayingHost(compute=COST, storage_bytes_per_s=40e6))
-        groups = c.router.brain.groups
+        groups = c.router.scheduler.groups
         engine, node = groups.engines["p"], groups.nodes["host-p"]
         assert engine.beta_tokens == pytest.approx(5.0 * prompt_tokens_per_s(ComputeCost(*COST)))
         assert node.alpha_tokens == pytest.approx(3.0 * 40e6 * 16 / 4096)
@@ -55,7 +55,7 @@ def test_the_router_has_a_hits_front_computed_where_the_engine_would_wait_for_th
     """As a router with `recompute` sees it: a slow storage NIC, a fast engine, and a prompt it has seen before."""
     prompt = prompt_of(302, 1024)
     for recompute in (False, True):
-        with routers(brain=InterEngineConfig(recompute=recompute)) as c:
+        with routers(scheduler=InterEngineConfig(recompute=recompute)) as c:
             host = c.engine("p", "prefill", SayingHost(compute=(0.0, 1e-6, 0.0), storage_bytes_per_s=1e5))
             c.engine("d", "decode", SayingHost(storage_bytes_per_s=1e5))
             for _ in range(2):
@@ -68,7 +68,7 @@ def test_the_router_has_a_hits_front_computed_where_the_engine_would_wait_for_th
 def test_an_engine_that_says_nothing_has_the_defaults() -> None:
     with routers() as c:
         c.engine("p", "prefill", SayingHost())
-        groups = c.router.brain.groups
+        groups = c.router.scheduler.groups
         assert groups.engines["p"].beta_tokens == 5.0 * PREFILL_TOKENS_PER_S
         assert groups.nodes["host-p"].alpha_tokens == pytest.approx(3.0 * UNKNOWN_BYTES_PER_S * 16 / 4096)
 
@@ -78,7 +78,7 @@ def test_a_storage_nic_that_nobody_has_measured_is_taken_for_one_like_the_others
         c.engine("p", "prefill", SayingHost(storage_bytes_per_s=40e6))
         c.engine("d", "decode", SayingHost())
         c.engine("e", "decode", SayingHost(storage_bytes_per_s=4e6))
-        nodes = c.router.brain.groups.nodes
+        nodes = c.router.scheduler.groups.nodes
         assert nodes["host-d"].tokens_per_s == pytest.approx(nodes["host-p"].tokens_per_s)
         assert nodes["host-e"].tokens_per_s == pytest.approx(nodes["host-p"].tokens_per_s / 10)
 
@@ -88,7 +88,9 @@ def test_what_one_engine_says_of_its_storage_nic_tells_of_hosts_that_came_before
     with routers() as c:
         c.engine("d", "decode", SayingHost())
         c.engine("p", "prefill", SayingHost(storage_bytes_per_s=40e6))
-        speeds = c.router.ask(lambda: {name: node.tokens_per_s for name, node in c.router.brain.groups.nodes.items()})
+        speeds = c.router.ask(
+            lambda: {name: node.tokens_per_s for name, node in c.router.scheduler.groups.nodes.items()}
+        )
         assert speeds == {name: pytest.approx(40e6 * 16 / 4096) for name in ("host-d", "host-p")}
 
 

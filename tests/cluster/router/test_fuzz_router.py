@@ -23,7 +23,7 @@ from penstock.cluster.messages import EngineReport, asked_digest
 from penstock.cluster.router import engine_registry, unclaimed_parts
 from penstock.cluster.router.live_view import live_record
 from penstock.cluster.router.routed_request import check_names
-from penstock.cluster.router.unclaimed_parts import Orphans
+from penstock.cluster.router.unclaimed_parts import UnclaimedParts
 from penstock.core.operations import FinishReason
 from penstock.engine.api import GenerationRequest, InvalidRequest, RequestReport
 from penstock.engine.runner import SamplingParams
@@ -265,14 +265,14 @@ def numbers_of(value: Any) -> list[float]:
 
 def test_parts_of_answers_are_kept_up_to_a_number_of_tokens_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unclaimed_parts, "TOKENS_MAX", 10)
-    kept = Orphans(60.0)
+    kept = UnclaimedParts(60.0)
     first = held("l", "r", tokens=[1, 2, 3])
     assert kept.add("e", [first, first, held("l", "s", tokens=[1] * 8), held("m", "t", tokens=[1] * 7)], 0.0) == [
         ("r", 1), ("t", 1)
     ]  # fmt: skip
     assert len(kept) == 2
     running: FinishReason | None = None
-    kept = Orphans(60.0)
+    kept = UnclaimedParts(60.0)
     kept.add("e", [held("l", "r", tokens=[1, 2], finish_reason=running)], 0.0)
     assert kept.event("e", wire.Event("r", 1, 2, [1] * 8)) and kept.event("e", wire.Event("r", 1, 10, [1]))
     assert kept.claim(("l", first.digest)) is None, "a part that was cut off is nobody's answer"

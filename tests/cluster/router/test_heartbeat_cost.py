@@ -12,7 +12,7 @@ import pytest
 
 from penstock.cluster.messages import EngineReport
 from penstock.cluster.router.engine_accounts import EngineAccounts
-from penstock.cluster.router.engine_registry import Engine
+from penstock.cluster.router.engine_registry import RegisteredEngine
 from penstock.cluster.wire import EngineCard
 from penstock.core.cluster.decisions import Decision, InterEngineConfig, Place
 from penstock.core.cluster.engine_groups import EngineSpec
@@ -47,7 +47,7 @@ class Cluster:
         self.dice = random.Random(seed)
         self.scheduler = InterEngineScheduler(InterEngineConfig(**settings))
         self.accounts = EngineAccounts(self.scheduler)
-        self.engines: list[Engine] = []
+        self.engines: list[RegisteredEngine] = []
         self.now, self.slower = 0.0, 1.0
         for number in range(hosts * GPUS):
             host = number // GPUS
@@ -55,7 +55,7 @@ class Cluster:
                 name=f"e{number}", role="prefill" if host % 3 == 0 else "decode", host=f"h{host}", instance="i",
                 model="m", block_tokens=64, block_bytes=1 << 21, max_context_tokens=1 << 20, vocab_size=1000,
             )  # fmt: skip
-            engine = Engine(card, 1, self.report(), "peer", 0.0, cast(Any, None))
+            engine = RegisteredEngine(card, 1, self.report(), "peer", 0.0, cast(Any, None))
             self.engines.append(engine)
             self.accounts.joined(engine)
             self.accounts.reported(engine, 0.0)
@@ -68,7 +68,7 @@ class Cluster:
             compute=cost, storage_bytes_per_s=speed, total_pages=4096, read_queue_tokens=dice.randrange(1 << 20)
         )
 
-    def beat(self, engine: Engine) -> list[Decision]:
+    def beat(self, engine: RegisteredEngine) -> list[Decision]:
         """A heartbeat with another report, and what the router does after it."""
         engine.report, engine.placed_seen = self.report(), 1 << 30
         self.accounts.reported(engine, self.now)

@@ -76,13 +76,13 @@ def test_a_hit_is_estimated_by_what_went_through_before(made: Made) -> None:
         c.engine("p", "prefill", **CARD)
         c.engine("d", "decode", **CARD)
         hits: list[int] = []
-        submit = c.router.brain.submit
+        submit = c.router.scheduler.submit
 
         def noted(request_id: Any, prompt: int, hit: int, answer: int, now: float) -> None:
             hits.append(hit)
             submit(request_id, prompt, hit, answer, now)
 
-        c.router.brain.submit = noted  # type: ignore[method-assign, assignment]
+        c.router.scheduler.submit = noted  # type: ignore[method-assign, assignment]
         c.router.remember(SHORT)
         for prompt in (SHORT, [*SHORT, 9], LONG, LONG):
             assert c.ask(prompt, 2).wait().finish_reason == "length"

@@ -64,22 +64,22 @@ def test_a_request_that_cannot_be_decided_on_ends_and_those_behind_it_are_placed
     with cluster() as c:
         c.engine("p", "prefill")
         c.engine("d", "decode")
-        planner = c.router.brain._planner  # noqa: SLF001 (a fault is put in here)
+        planner = c.router.scheduler._planner  # noqa: SLF001 (a fault is put in here)
         planner.plan = Failing(planner.plan, lambda hit, miss, *_: hit + miss == 7)  # type: ignore[method-assign]
         prompts = [[1] * 6, [2] * 7, [3] * 6]
         clients = c.router.ask(lambda: [c.ask(prompt, 6) for prompt in prompts])
         ends_well(clients[0], prompts[0], 6)
         assert clients[1].wait().finish_reason == "error"
         ends_well(clients[2], prompts[2], 6)
-        c.router.ask(c.router.brain.check_integrity)
+        c.router.ask(c.router.scheduler.check_integrity)
 
 
 def test_a_fault_of_the_clock_is_met_and_the_router_goes_on() -> None:
     with cluster() as c:
         c.engine("e1")
-        orphans = c.router._orphans  # noqa: SLF001 (a fault is put in here)
-        failing: Failing = Failing(orphans.unclaimed, lambda _: failing.failed < 2)
-        orphans.unclaimed = failing  # type: ignore[method-assign]
+        unclaimed = c.router._unclaimed  # noqa: SLF001 (a fault is put in here)
+        failing: Failing = Failing(unclaimed.unclaimed, lambda _: failing.failed < 2)
+        unclaimed.unclaimed = failing  # type: ignore[method-assign]
         wait_until(lambda: failing.failed == 2, "the faults")
         ends_well(c.ask(PROMPT, 6), PROMPT, 6)
         assert c.router.healthy() == (True, "ok")

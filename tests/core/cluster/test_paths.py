@@ -41,13 +41,13 @@ def test_link_use_is_the_sum_of_the_traffic_of_requests() -> None:
     """Reads balanced over one prefill and two decode nodes put on each compute NIC what the inequalities say. A request
     with 3,000 hit tokens: read by the prefill side, and by the decode side. A local copy counts in both directions."""
     hits = 3000
-    near = {"prefill_in": hits, "prefill_out": 2 * hits, "decode_in": 2 * hits, "decode_out": hits}
-    far = {"prefill_in": hits, "prefill_out": 0, "decode_in": hits, "decode_out": 2 * hits}
+    local = {"prefill_in": hits, "prefill_out": 2 * hits, "decode_in": 2 * hits, "decode_out": hits}
+    remote = {"prefill_in": hits, "prefill_out": 0, "decode_in": hits, "decode_out": 2 * hits}
     use = link_use(NodeLinks(1, 1000.0, 1000.0, 1e9), 1, 2)  # in a second each storage NIC reads 1000 tokens
-    assert (near["prefill_out"] + 2 * far["prefill_out"]) / 3 == pytest.approx(use.prefill_out * 1000)
-    assert (near["prefill_in"] + 2 * far["prefill_in"]) / 3 == pytest.approx(use.prefill_in * 1000)
-    assert (near["decode_out"] + 2 * far["decode_out"]) / 3 / 2 == pytest.approx(use.decode_out * 1000)
-    assert (near["decode_in"] + 2 * far["decode_in"]) / 3 / 2 == pytest.approx(use.decode_in * 1000)
+    assert (local["prefill_out"] + 2 * remote["prefill_out"]) / 3 == pytest.approx(use.prefill_out * 1000)
+    assert (local["prefill_in"] + 2 * remote["prefill_in"]) / 3 == pytest.approx(use.prefill_in * 1000)
+    assert (local["decode_out"] + 2 * remote["decode_out"]) / 3 / 2 == pytest.approx(use.decode_out * 1000)
+    assert (local["decode_in"] + 2 * remote["decode_in"]) / 3 / 2 == pytest.approx(use.decode_in * 1000)
 
 
 def test_the_shorter_queue_reads_and_equal_queues_read_where_nothing_is_relayed() -> None:
@@ -58,21 +58,21 @@ def test_the_shorter_queue_reads_and_equal_queues_read_where_nothing_is_relayed(
 
 @given(
     hit=st.integers(0, 2000).map(lambda n: n * BLOCK),
-    near_s=st.floats(0, 10),
-    far_s=st.floats(0, 10),
-    near_rate=st.floats(1e3, 1e7),
-    far_rate=st.floats(1e3, 1e7),
+    local_s=st.floats(0, 10),
+    remote_s=st.floats(0, 10),
+    local_rate=st.floats(1e3, 1e7),
+    remote_rate=st.floats(1e3, 1e7),
 )
 def test_a_split_read_ends_on_both_sides_at_once(
-    hit: int, near_s: float, far_s: float, near_rate: float, far_rate: float
+    hit: int, local_s: float, remote_s: float, local_rate: float, remote_rate: float
 ) -> None:
-    tokens = split_tokens(hit, near_s, far_s, near_rate, far_rate, BLOCK, BLOCK)
+    tokens = split_tokens(hit, local_s, remote_s, local_rate, remote_rate, BLOCK, BLOCK)
     assert 0 <= tokens <= hit and tokens % BLOCK == 0
-    ends = near_s + (hit - tokens) / near_rate, far_s + tokens / far_rate
-    block_s = BLOCK / near_rate + BLOCK / far_rate
+    ends = local_s + (hit - tokens) / local_rate, remote_s + tokens / remote_rate
+    block_s = BLOCK / local_rate + BLOCK / remote_rate
     if 0 < tokens < hit:
         assert abs(ends[0] - ends[1]) <= block_s
-    one_side = min(near_s + hit / near_rate, far_s + hit / far_rate)
+    one_side = min(local_s + hit / local_rate, remote_s + hit / remote_rate)
     assert max(ends[0] if tokens < hit else 0, ends[1] if tokens else 0) <= one_side + block_s
 
 

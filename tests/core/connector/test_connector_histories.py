@@ -1,4 +1,4 @@
-"""Random histories of a host engine against the brain as its guest: what is in a page is always what its key says."""
+"""Random histories of a host engine against the core as its guest: what is in a page is always what its key says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from penstock.core.bandwidth import LinkCost
 from penstock.core.config import POLICIES, SchedulerConfig
 from penstock.core.connector.records import Landed
-from penstock.core.connector.scheduler import GuestScheduler
+from penstock.core.connector.scheduler import ConnectorScheduler
 from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.keys import block_keys, root_key
 from penstock.core.operations import BlockHit, Discard, Drop, Emit, Fetch, Lookup, RequestSpec, Save, Upload
@@ -23,8 +23,8 @@ ROUTES = (("memory:0",), ("ssd:0", "net"))
 FINGERPRINT = b"0123456789abcdef"
 
 
-class Guests(RuleBasedStateMachine):
-    """A host that allocates, schedules, preempts and aborts as it likes, and a body that completes operations in any
+class ConnectorHistories(RuleBasedStateMachine):
+    """A host that allocates, schedules, preempts and aborts as it likes, and a driver that completes operations in any
     order or fails them. Slots and pages hold the keys of what was copied into them."""
 
     @initialize(
@@ -50,7 +50,7 @@ class Guests(RuleBasedStateMachine):
             lookup_timeout_s=1.0,
             recompute=samples,
         )
-        self.brain = GuestScheduler(config, CostModel(LinkCost(1e9), ComputeCost(1e-3, 1e-4, 1e-8)))
+        self.scheduler = ConnectorScheduler(config, CostModel(LinkCost(1e9), ComputeCost(1e-3, 1e-4, 1e-8)))
         self.now = 0.0
         self.serial = 0
         self.pages = 0
@@ -66,7 +66,7 @@ class Guests(RuleBasedStateMachine):
         self.pool: dict[bytes, BlockHit] = {}
         if samples:
             for _ in range(10):
-                self.brain.stepped([(8, 0)], 1e-3)
+                self.scheduler.stepped([(8, 0)], 1e-3)
         self.decide()
 
     # -- the host -----------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ class Guests(RuleBasedStateMachine):
         for index, key in enumerate(self.keys[name][:stored]):
             self.pool.setdefault(key, BlockHit(BLOCK_BYTES, ROUTES[index % 2]))
         spec = RequestSpec(name, prompt, 1, root_key(FINGERPRINT, ""))
-        self.brain.submit(spec, min(held, len(prompt) - 1), self.now)
+        self.scheduler.submit(spec, min(held, len(prompt) - 1), self.now)
         self.decide()
 
     def live(self, data: st.DataObject) -> str | None:
@@ -96,8 +96,8 @@ class Guests(RuleBasedStateMachine):
         if name is None or name in self.granted or name in self.landed:
             return
         held = min(held_blocks * BLOCK, (len(self.prompts[name]) - 1) // BLOCK * BLOCK)
-        found = self.brain.matched(name, held, self.now)
-        assert self.brain.matched(name, held, self.now) == found, "asking changed the answer"
+        found = self.scheduler.matched(name, held, self.now)
+        assert self.scheduler.matched(name, held, self.now) == found, "asking changed the answer"
         if not found or not room:
             self.decide()
             return
@@ -110,7 +110,7 @@ class Guests(RuleBasedStateMachine):
             self.pages += 1
             pages[index] = self.pages
         self.granted[name] = pages
-        self.brain.allocated(name, first, list(pages.values()), self.now)
+        self.scheduler.allocated(name, first, list(pages.values()), self.now)
         self.decide()
 
     @rule(data=st.data())
@@ -118,7 +118,7 @@ class Guests(RuleBasedStateMachine):
         if self.landed:
             name = data.draw(st.sampled_from(sorted(self.landed)))
             del self.landed[name]
-            self.brain.acknowledged(name)
+            self.scheduler.acknowledged(name)
             self.decide()
 
     @rule(data=st.data(), first_token=st.booleans())
@@ -126,13 +126,13 @@ class Guests(RuleBasedStateMachine):
         name = self.live(data)
         if name is None or name in self.granted:
             return
-        self.brain.started(name, self.now)
+        self.scheduler.started(name, self.now)
         if first_token:
-            self.brain.prefilled(name, self.now)
-            self.brain.extend(name, [1, 2, 3])
+            self.scheduler.prefilled(name, self.now)
+            self.scheduler.extend(name, [1, 2, 3])
             self.prompts[name] += [1, 2, 3]
             self.keys[name] = block_keys(self.prompts[name], FINGERPRINT, "", BLOCK)
-        self.brain.stepped([(5, 0)], 2e-3)
+        self.scheduler.stepped([(5, 0)], 2e-3)
         self.decide()
 
     @rule(data=st.data())
@@ -141,15 +141,15 @@ class Guests(RuleBasedStateMachine):
         if name is None or name in self.granted:
             return
         for index, key in enumerate(self.keys[name]):
-            if self.brain.wants(name, index):
+            if self.scheduler.wants(name, index):
                 self.pages += 1
                 self.content[self.pages] = self.kept[self.pages] = key
-                self.brain.offer(name, index, self.pages)
+                self.scheduler.offer(name, index, self.pages)
         self.decide()
 
     @rule()
     def press(self) -> None:
-        self.brain.press()
+        self.scheduler.press()
         self.decide()
 
     @rule(data=st.data())
@@ -157,20 +157,20 @@ class Guests(RuleBasedStateMachine):
         name = self.live(data)
         if name is not None:
             del self.prompts[name]
-            self.brain.finish(name, self.now)
+            self.scheduler.finish(name, self.now)
             self.decide()
 
     @rule(anew=st.booleans())
     def forget_all(self, anew: bool) -> None:
         """What the keys name is of no use any more, say because the host has other weights."""
-        self.brain.forget_all(self.now)
+        self.scheduler.forget_all(self.now)
         self.spoilt |= {name for name in self.granted}
         prompts, self.prompts = self.prompts, {}
         self.decide()
         if anew:
             for name, prompt in prompts.items():
                 if name not in self.granted and name not in self.landed:
-                    self.brain.submit(RequestSpec(name, prompt, 1, root_key(FINGERPRINT, "")), 0, self.now)
+                    self.scheduler.submit(RequestSpec(name, prompt, 1, root_key(FINGERPRINT, "")), 0, self.now)
                     self.prompts[name] = prompt
         self.decide()
 
@@ -179,7 +179,7 @@ class Guests(RuleBasedStateMachine):
         self.now += seconds
         self.decide()
 
-    # -- the body -----------------------------------------------------------------------------------------------
+    # -- the driver -----------------------------------------------------------------------------------------------
 
     @rule(data=st.data(), fails=st.integers(0, 5))
     def complete(self, data: st.DataObject, fails: int) -> None:
@@ -189,29 +189,29 @@ class Guests(RuleBasedStateMachine):
         self.now += 1e-4
         failed = fails == 0
         if isinstance(op, Lookup):
-            self.brain.lookup_done(op.op_id, None if failed else [self.pool.get(key) for key in op.keys], self.now)
+            self.scheduler.lookup_done(op.op_id, None if failed else [self.pool.get(key) for key in op.keys], self.now)
         elif isinstance(op, Fetch):
             missing = failed or op.key not in self.pool
             if not missing:
                 self.slots[op.slot] = op.key
-            self.brain.fetched(op.op_id, "missing" if missing else None, self.now)
+            self.scheduler.fetched(op.op_id, "missing" if missing else None, self.now)
         elif isinstance(op, Upload):
             if failed:
-                self.brain.upload_failed(op.op_id, "device", self.now)
+                self.scheduler.upload_failed(op.op_id, "device", self.now)
             else:
                 for slot, page in op.blocks:
                     self.content[page] = self.slots[slot]
-                self.brain.uploaded(op.op_id, self.now)
+                self.scheduler.uploaded(op.op_id, self.now)
         elif isinstance(op, Save):
             assert self.content[op.page] == op.block.key and op.page in self.kept, "G2: a page was reused while saved"
             if not failed:
-                self.brain.downloaded(op.op_id)
+                self.scheduler.downloaded(op.op_id)
                 self.pool[op.block.key] = BlockHit(BLOCK_BYTES, ROUTES[0])
-            self.brain.saved(op.op_id, "device" if failed else None)
+            self.scheduler.saved(op.op_id, "device" if failed else None)
         self.decide()
 
     def decide(self) -> None:
-        for op in self.brain.decide(self.now):
+        for op in self.scheduler.decide(self.now):
             if isinstance(op, Drop):
                 continue
             if isinstance(op, Landed):
@@ -222,7 +222,7 @@ class Guests(RuleBasedStateMachine):
                 assert all(page in pages for _, page in op.blocks), "G2: an upload into pages that were given up"
             assert not isinstance(op, Discard | Emit)
             self.open[op.op_id] = op
-        for page in self.brain.released():
+        for page in self.scheduler.released():
             del self.kept[page]
             del self.content[page]
 
@@ -241,42 +241,42 @@ class Guests(RuleBasedStateMachine):
     @invariant()
     def sound(self) -> None:
         if hasattr(self, "brain"):
-            self.brain.check_integrity()
+            self.scheduler.check_integrity()
 
     def teardown(self) -> None:
         """Whatever is under way ends; then nothing is left."""
         if not hasattr(self, "brain"):
             return
         for name in list(self.prompts):
-            self.brain.finish(name, self.now)
+            self.scheduler.finish(name, self.now)
         self.prompts.clear()
         self.decide()
         for _ in range(10_000):
             for name in list(self.landed):
                 del self.landed[name]
-                self.brain.acknowledged(name)
+                self.scheduler.acknowledged(name)
             if not self.open:
                 break
             op = self.open.pop(next(iter(self.open)))
             if isinstance(op, Lookup):
-                self.brain.lookup_done(op.op_id, None, self.now)
+                self.scheduler.lookup_done(op.op_id, None, self.now)
             elif isinstance(op, Fetch):
-                self.brain.fetched(op.op_id, "missing", self.now)
+                self.scheduler.fetched(op.op_id, "missing", self.now)
             elif isinstance(op, Upload):
-                self.brain.upload_failed(op.op_id, "device", self.now)
+                self.scheduler.upload_failed(op.op_id, "device", self.now)
             else:
-                self.brain.saved(op.op_id, "device")
+                self.scheduler.saved(op.op_id, "device")
             self.decide()
-        self.brain.check_integrity()
-        assert self.brain.idle and not self.granted and not self.kept, "something is left"
+        self.scheduler.check_integrity()
+        assert self.scheduler.idle and not self.granted and not self.kept, "something is left"
 
 
-Guests.TestCase.settings = settings(
+ConnectorHistories.TestCase.settings = settings(
     max_examples=120, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
-class TestGuestHistories(Guests.TestCase):  # type: ignore[misc, valid-type]
+class TestConnectorHistories(ConnectorHistories.TestCase):  # type: ignore[misc, valid-type]
     pass
 
 

@@ -153,8 +153,8 @@ def burst_ttfts_s(policy: str, mode: str = "penstock", **config: Any) -> list[fl
         bench.submit(0.001 * i, f"large{i}", i, 60, 90, 0.001 * i + 0.1)
     for i in range(200):
         bench.submit(0.01 + i * 0.011, f"small{i}", 100 + i, 10, 20, 0.01 + i * 0.011 + 0.3)
-    bench.body.run()
-    return [bench.ttft(name) for name in bench.body.ended]
+    bench.driver.run()
+    return [bench.ttft(name) for name in bench.driver.ended]
 
 
 @pytest.mark.parametrize("policy", ["sjf", "srpt", "feasible"])
@@ -184,8 +184,8 @@ def test_nobody_waits_longer_than_the_work_that_there_was(
     for number, (hit, gap_s, slo_s) in enumerate(arrivals):
         now += gap_s
         bench.submit(now, f"r{number}", number, hit, 50, now + slo_s)
-    bench.body.run()
-    accounts = [bench.body.ended[f"r{number}"].account for number in range(len(arrivals))]
+    bench.driver.run()
+    accounts = [bench.driver.ended[f"r{number}"].account for number in range(len(arrivals))]
     total_s = sum(a.predicted_load_s + a.predicted_compute_s for a in accounts if a is not None)
     # delayed as in order of arrival, at most by all others; then behind those that aged before, and those admitted
     assert max(bench.ttft(f"r{number}") for number in range(len(arrivals))) < 3 * total_s + 0.2
@@ -199,16 +199,16 @@ def aged_and_held_up(small_at_s: float) -> Bench:
     small one fits beside it when the first does."""
     bench = Bench(policy="sjf", l1_pages=100, age_bound_s=0.2, max_batch_tokens=1000, age_delays=0)
     for family, (blocks, answer) in enumerate(((25, 1000), (30, 600), (20, 300))):
-        bench.body.submit_at(0.0, spec(f"hold{family}", prompt_of(family, blocks * BLOCK), new_tokens=answer))
+        bench.driver.submit_at(0.0, spec(f"hold{family}", prompt_of(family, blocks * BLOCK), new_tokens=answer))
     bench.submit(0.85, "large", 3, 60, 50, 50.0)
-    bench.body.submit_at(small_at_s, spec("small", prompt_of(4, 30 * BLOCK), new_tokens=2))
-    bench.body.run()
+    bench.driver.submit_at(small_at_s, spec("small", prompt_of(4, 30 * BLOCK), new_tokens=2))
+    bench.driver.run()
     return bench
 
 
 def test_a_small_one_passes_a_large_aged_one_that_has_room_beside_it() -> None:
     bench = aged_and_held_up(small_at_s=0.9)
-    small, large = (bench.body.ended[name].account for name in ("small", "large"))
+    small, large = (bench.driver.ended[name].account for name in ("small", "large"))
     assert small is not None and large is not None and small.admitted_s is not None and large.admitted_s is not None
     assert small.admitted_s > 0.9 and large.admitted_s > 1.05, "it is not held up; the test shows nothing"
     assert small.admitted_s < large.admitted_s
@@ -216,7 +216,7 @@ def test_a_small_one_passes_a_large_aged_one_that_has_room_beside_it() -> None:
 
 def test_one_that_comes_after_it_aged_does_not_pass() -> None:
     bench = aged_and_held_up(small_at_s=1.1)
-    small, large = (bench.body.ended[name].account for name in ("small", "large"))
+    small, large = (bench.driver.ended[name].account for name in ("small", "large"))
     assert small is not None and large is not None and small.admitted_s is not None and large.admitted_s is not None
     assert large.admitted_s > 1.1, "it is not held up any more; the test shows nothing"
     assert small.admitted_s >= large.admitted_s
@@ -225,15 +225,15 @@ def test_one_that_comes_after_it_aged_does_not_pass() -> None:
 def test_those_that_pass_leave_room_for_the_aged_one() -> None:
     """Many that were there pass; the large one still enters as soon as those admitted before it are gone."""
     bench = Bench(policy="sjf", l1_pages=100, age_bound_s=0.05, max_batch_tokens=1000, max_running=64, age_delays=0)
-    bench.body.submit_at(0.0, spec("hold", prompt_of(1, 50 * BLOCK), new_tokens=600))
-    bench.body.submit_at(0.0, spec("short", prompt_of(2, 45 * BLOCK), new_tokens=200))
+    bench.driver.submit_at(0.0, spec("hold", prompt_of(1, 50 * BLOCK), new_tokens=600))
+    bench.driver.submit_at(0.0, spec("short", prompt_of(2, 45 * BLOCK), new_tokens=200))
     bench.submit(1.0, "large", 3, 80, 50, 50.0)
     for number in range(20):
-        bench.body.submit_at(1.02, spec(f"small{number}", prompt_of(10 + number, 9 * BLOCK), new_tokens=400))
-    bench.body.run()
-    hold, large = (bench.body.ended[name].account for name in ("hold", "large"))
+        bench.driver.submit_at(1.02, spec(f"small{number}", prompt_of(10 + number, 9 * BLOCK), new_tokens=400))
+    bench.driver.run()
+    hold, large = (bench.driver.ended[name].account for name in ("hold", "large"))
     assert hold is not None and large is not None and hold.end_s is not None and large.admitted_s is not None
     assert large.admitted_s <= hold.end_s + 1e-6
-    smalls = [bench.body.ended[f"small{number}"].account for number in range(20)]
+    smalls = [bench.driver.ended[f"small{number}"].account for number in range(20)]
     passed = [a for a in smalls if a is not None and a.admitted_s is not None and a.admitted_s < large.admitted_s]
     assert 0 < len(passed) < 4, "some pass, as many as leave room"

@@ -10,7 +10,7 @@ from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import root_key
 from penstock.core.operations import Compute, Operation, RequestSpec
-from penstock.testing.virtual_driver import VirtualBody
+from penstock.testing.virtual_driver import VirtualDriver
 
 
 @pytest.mark.parametrize(("fixed_s", "first_s", "second_s"), [(1.0, 2.3, 2.3), (0.0, 0.2, 0.3)])
@@ -19,12 +19,12 @@ def test_a_second_prefill_joins_only_when_the_fixed_cost_is_worth_the_delay(
 ) -> None:
     compute = ComputeCost(fixed_s, 0.01, 0.0)
     config = SchedulerConfig(block_tokens=4, block_bytes=64, l1_pages=64, l2_slots=4, pool=False, policy="fcfs")
-    body = VirtualBody(LoadScheduler(config, CostModel(LinkCost(1e9), compute)), {}, {}, 1e9, compute, check=True)
+    driver = VirtualDriver(LoadScheduler(config, CostModel(LinkCost(1e9), compute)), {}, {}, 1e9, compute, check=True)
     for name in ("x", "a", "b"):  # the other two meet while x is computed
-        body.submit_at(0.0, RequestSpec(name, [ord(name)] * 10, 1, root_key(b"k" * 16, "")))
-    body.run()
-    assert body.ended["a"].account.first_token_s == pytest.approx(first_s, rel=0.01, abs=0.002)
-    assert body.ended["b"].account.first_token_s == pytest.approx(second_s, rel=0.01, abs=0.002)
+        driver.submit_at(0.0, RequestSpec(name, [ord(name)] * 10, 1, root_key(b"k" * 16, "")))
+    driver.run()
+    assert driver.ended["a"].account.first_token_s == pytest.approx(first_s, rel=0.01, abs=0.002)
+    assert driver.ended["b"].account.first_token_s == pytest.approx(second_s, rel=0.01, abs=0.002)
 
 
 @pytest.mark.parametrize(("quota_s", "longest"), [(1e9, 400), (1.0, 100), (1e-3, 4)])
@@ -36,14 +36,14 @@ def test_the_compute_quota_bounds_a_batch_and_every_prefill_gets_on(quota_s: flo
     )
     batches: list[int] = []
 
-    class Counted(VirtualBody):
+    class Counted(VirtualDriver):
         def _carry_out(self, operation: Operation) -> None:
             if isinstance(operation, Compute):
                 batches.append(max(len(chunk.tokens) for chunk in operation.chunks))
             super()._carry_out(operation)
 
-    body = Counted(LoadScheduler(config, CostModel(LinkCost(1e9), compute)), {}, {}, 1e9, compute, check=True)
-    body.submit_at(0.0, RequestSpec("a", list(range(400)), 3, root_key(b"k" * 16, "")))
-    body.run()
-    assert body.ended["a"].reason == "length"
+    driver = Counted(LoadScheduler(config, CostModel(LinkCost(1e9), compute)), {}, {}, 1e9, compute, check=True)
+    driver.submit_at(0.0, RequestSpec("a", list(range(400)), 3, root_key(b"k" * 16, "")))
+    driver.run()
+    assert driver.ended["a"].reason == "length"
     assert max(batches) == longest

@@ -11,7 +11,7 @@ from typing import Literal
 from penstock.core.bandwidth import LinkCost
 from penstock.core.config import POLICIES
 from penstock.core.cost import ComputeCost, CostModel
-from penstock.core.engine.read_paths import route_hits
+from penstock.core.engine.read_paths import assign_read_paths
 from penstock.core.engine.scheduler import LoadScheduler, WaitingQueueFull
 from penstock.core.keys import KeyChain, root_key
 from penstock.core.operations import BlockHit, Drop, Emit, Fetch, Forward, HandOff, RequestSpec, Save, Upload
@@ -24,9 +24,9 @@ SIDES: list[Literal["prefill", "decode"]] = ["prefill", "decode"]
 
 
 def hand_off(to: str, present: set[int], readable: set[int], read: str = "prefill", share: float = 0.0) -> HandOff:
-    near = (f"relay@{to}",)
-    far = (f"snic@{to}", f"relay@{to}")
-    return HandOff(to, frozenset(present), frozenset(readable), near, far, read, share)  # type: ignore[arg-type]
+    local = (f"relay@{to}",)
+    remote = (f"snic@{to}", f"relay@{to}")
+    return HandOff(to, frozenset(present), frozenset(readable), local, remote, read, share)  # type: ignore[arg-type]
 
 
 class HandOffs(Histories):
@@ -43,7 +43,7 @@ class HandOffs(Histories):
             running=chance.randint(1, 5),
         )
         self.config = replace(self.config, hands_off=True, forward_window_blocks=chance.randint(1, 3))
-        self.brain = LoadScheduler(self.config, CostModel(LinkCost(1e6), ComputeCost(1e-3, 1e-4, 1e-8)))
+        self.scheduler = LoadScheduler(self.config, CostModel(LinkCost(1e6), ComputeCost(1e-3, 1e-4, 1e-8)))
         self.going_to: dict[str, tuple[HandOff, list[bytes]]] = {}
         self.values: dict[bytes, list[int]] = {}
         self.at_decode: defaultdict[str, set[bytes]] = defaultdict(set)
@@ -69,7 +69,7 @@ class HandOffs(Histories):
         eos = frozenset({990}) if self.serial % 3 == 0 else frozenset()
         spec = RequestSpec(request_id, prompt, 1, root, None, eos, b"", going, chance.randint(0, 3))
         try:
-            self.brain.submit(spec, self.now)
+            self.scheduler.submit(spec, self.now)
         except (ValueError, WaitingQueueFull):
             return
         self.tokens[request_id] = prompt
@@ -89,18 +89,18 @@ class HandOffs(Histories):
             assert len(lacking) <= missing, "a block is neither there nor said to be missing"
 
     def _decide(self) -> None:
-        for op in (decided := self.brain.decide(self.now)):
+        for op in (decided := self.scheduler.decide(self.now)):
             if isinstance(op, Drop):
                 self.slots.pop(op.slot, None)
             elif isinstance(op, Fetch):
                 assert op.slot not in self.slots, "a fetch into a slot whose content is needed"
             elif isinstance(op, Forward) and op.page is None:
                 assert self.slots[op.slot] == self.values[op.block.key]
-        real, self.brain.decide = self.brain.decide, lambda now: decided  # type: ignore[method-assign]
+        real, self.scheduler.decide = self.scheduler.decide, lambda now: decided  # type: ignore[method-assign]
         try:
             super()._decide()
         finally:
-            self.brain.decide = real  # type: ignore[method-assign]
+            self.scheduler.decide = real  # type: ignore[method-assign]
 
     def _complete(self, op_id: int, fails: bool) -> None:
         op = self.pending[op_id]
@@ -108,7 +108,7 @@ class HandOffs(Histories):
             if op.page is not None and op_id not in self.downloaded and not fails:
                 self.slots[op.slot] = list(self.pages[op.page])
                 self.downloaded.add(op_id)
-                self.brain.downloaded(op_id, self.now)
+                self.scheduler.downloaded(op_id, self.now)
                 return
             del self.pending[op_id]
             if not fails:
@@ -116,7 +116,7 @@ class HandOffs(Histories):
                 self.at_decode[op.to].add(op.block.key)
             if op.page is not None:
                 self.slots.pop(op.slot, None)
-            self.brain.forwarded(op_id, "network" if fails else None, self.now)
+            self.scheduler.forwarded(op_id, "network" if fails else None, self.now)
             return
         kept = {slot: self.slots[slot] for slot in op.kept} if isinstance(op, Upload) else {}
         if isinstance(op, Fetch) and op.route[-1].startswith("relay@") and not fails and op.key in self.pool:
@@ -154,7 +154,7 @@ def run_history(seed: int) -> HandOffs:
                 history.cancel(chance.randint(0, 10**6))
         elif step < 0.95:
             if history.going_to:
-                history.brain.reroute(chance.choice(sorted(history.going_to)), chance.choice(SIDES), history.now)
+                history.scheduler.reroute(chance.choice(sorted(history.going_to)), chance.choice(SIDES), history.now)
         else:
             history.wait(chance.choice([0.0, chance.uniform(0, 8)]))
         history.integrity()
@@ -173,8 +173,8 @@ def test_hundreds_of_seeded_histories_with_hand_offs() -> None:
             raise
         for reason, count in history.outcomes.items():
             outcomes[reason] += count
-        failures += history.brain.counters.get("hand_off_failures", 0)
-        rerouted += history.brain.counters.get("rerouted_blocks", 0)
+        failures += history.scheduler.counters.get("hand_off_failures", 0)
+        rerouted += history.scheduler.counters.get("rerouted_blocks", 0)
     assert outcomes["handed_over"] > HISTORIES and outcomes["cancelled"] and outcomes["stop"] and failures and rerouted
 
 
@@ -183,7 +183,7 @@ def test_hits_are_spread_over_both_sides() -> None:
     everywhere = set(range(10))
 
     def sides(going: HandOff, own: list[BlockHit] = hits) -> str:
-        routed, other = route_hits(own, going, BLOCK_BYTES, 10)
+        routed, other = assign_read_paths(own, going, BLOCK_BYTES, 10)
         assert all(other[i].route != routed[i].route for i in other)
         letters = {("ssd:0", "net"): "p", ("snic@one", "relay@one"): "d", ("relay@one",): "b"}
         return "".join(letters[routed[i].route] if i in routed else "-" for i in range(10))

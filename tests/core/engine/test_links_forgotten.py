@@ -12,26 +12,26 @@ def test_the_links_of_decode_engines_that_started_again_are_forgotten() -> None:
     """Each has an address of its own, and so links of its own."""
     count = LINKS_IDLE_MAX + 200
     bench = Bench(links={f"relay@d:{number}": 1e9 for number in range(count)})
-    links = bench.brain.cost.links
+    links = bench.scheduler.cost.links
     links.clear()  # nothing was given: all is learned
     for number in range(count):
         prompt = prompt_of(number, BLOCK + 10)
         bench.stored(prompt, 1, (f"relay@d:{number}",))
-        bench.body.submit_at(float(number), spec(f"r{number}", prompt, 1))
-    bench.body.run()
-    assert len(bench.body.ended) == count
+        bench.driver.submit_at(float(number), spec(f"r{number}", prompt, 1))
+    bench.driver.run()
+    assert len(bench.driver.ended) == count
     assert len(relays(bench)) <= LINKS_IDLE_MAX + 1
     assert len(links) <= LINKS_IDLE_MAX + 1 and f"relay@d:{count - 1}" in links
     late = prompt_of(count, BLOCK + 10)
     bench.stored(late, 1, ("relay@d:0",))
-    bench.body.submit_at(count + LINK_FORGET_S + 1.0, spec("late", late, 1))
-    bench.body.run()
+    bench.driver.submit_at(count + LINK_FORGET_S + 1.0, spec("late", late, 1))
+    bench.driver.run()
     assert relays(bench) == {"relay@d:0"} == set(links)
 
 
 def relays(bench: Bench) -> set[str]:
     """Links to decode engines that the metrics show."""
-    return {name for name in bench.brain.links() if name.startswith("relay@")}
+    return {name for name in bench.scheduler.links() if name.startswith("relay@")}
 
 
 def test_what_was_given_is_not_forgotten() -> None:

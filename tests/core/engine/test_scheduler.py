@@ -1,4 +1,4 @@
-"""The brain's promises, each on a virtual clock: orders, overlap, sharing, bounds, failures."""
+"""The scheduler core's promises, each on a virtual clock: orders, overlap, sharing, bounds, failures."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def burst(bench: Bench, count: int = 12, seed: int = 0) -> None:
     for i in range(count):
         hit = chance.choice((SHORT, 20, 40, LONG))
         bench.submit(i * 1e-3, f"r{i}", i, hit, chance.choice((30, 99, 250)), i * 1e-3 + chance.uniform(0.05, 0.6))
-    bench.body.run()
-    assert len(bench.body.ended) == count
-    assert bench.brain.idle
+    bench.driver.run()
+    assert len(bench.driver.ended) == count
+    assert bench.scheduler.idle
 
 
 # -- the coupled baseline, and Penstock against it ---------------------------------------------------------------
@@ -34,10 +34,10 @@ def burst(bench: Bench, count: int = 12, seed: int = 0) -> None:
 def test_coupled_serves_one_request_after_the_other_stage_by_stage() -> None:
     bench = Bench(mode="coupled")
     burst(bench)
-    busy = bench.body.busy
+    busy = bench.driver.busy
     for one, other in (("fetch", "upload"), ("fetch", "compute"), ("upload", "compute")):
         assert overlap_s(busy[one], busy[other]) == pytest.approx(0.0, abs=1e-12), f"{one} overlaps {other}"
-    assert bench.body.order == [f"r{i}" for i in range(12)], "first come first served"
+    assert bench.driver.order == [f"r{i}" for i in range(12)], "first come first served"
 
 
 @pytest.mark.parametrize(("mode", "overlaps"), [("coupled", False), ("penstock", True)])
@@ -49,10 +49,10 @@ def test_a_hole_at_the_front_is_computed_while_the_rest_loads_but_not_by_the_bas
     bench.stored(prompt, 40)
     for key in list(bench.pool)[:3]:
         del bench.pool[key]
-    bench.body.submit_at(0.0, spec("r", prompt))
-    bench.body.run()
-    assert (overlap_s(bench.body.busy["fetch"], bench.body.busy["compute"]) > 0) is overlaps
-    assert bench.body.ended["r"].account.cached_tokens == 37 * BLOCK
+    bench.driver.submit_at(0.0, spec("r", prompt))
+    bench.driver.run()
+    assert (overlap_s(bench.driver.busy["fetch"], bench.driver.busy["compute"]) > 0) is overlaps
+    assert bench.driver.ended["r"].account.cached_tokens == 37 * BLOCK
 
 
 def test_coupled_gives_the_example_of_calvo() -> None:
@@ -61,7 +61,7 @@ def test_coupled_gives_the_example_of_calvo() -> None:
     bench = Bench(compute, {LINK: 281 * BLOCK_BYTES / 0.361}, 1e15, mode="coupled", l2_slots=400)
     bench.submit(0.0, "R1", 1, 281, 28)
     bench.submit(0.0, "R2", 2, 155, 134)
-    bench.body.run()
+    bench.driver.run()
     assert bench.ttft("R1") == pytest.approx(0.380, abs=1e-3)
     assert bench.ttft("R2") == pytest.approx(0.604, abs=1e-3)
     assert round((bench.ttft("R1") + bench.ttft("R2")) / 2, 2) == 0.49
@@ -73,9 +73,9 @@ def test_overlap_shortens_the_example_and_keeps_its_order(policy: str, first: st
     bench = Bench(compute, {LINK: 281 * BLOCK_BYTES / 0.361}, 1e15, policy=policy, l2_slots=400)
     bench.submit(0.0, "R1", 1, 281, 28)
     bench.submit(0.0, "R2", 2, 155, 134)
-    bench.body.run()
+    bench.driver.run()
     mean = (bench.ttft("R1") + bench.ttft("R2")) / 2
-    assert bench.body.order[0] == first
+    assert bench.driver.order[0] == first
     assert mean < (0.49 if first == "R1" else 0.41)
     assert mean > (0.47 if first == "R1" else 0.39)
 
@@ -85,19 +85,19 @@ def test_penstock_overlaps_stages_and_beats_the_baseline(policy: str) -> None:
     coupled, bench = Bench(mode="coupled"), Bench(policy=policy)
     burst(coupled)
     burst(bench)
-    busy = bench.body.busy
+    busy = bench.driver.busy
     assert overlap_s(busy["fetch"], busy["upload"]) > 0
     assert overlap_s(busy["fetch"], busy["compute"]) > 0
-    names = list(bench.body.ended)
+    names = list(bench.driver.ended)
     mean = sum(map(bench.ttft, names)) / len(names)
     assert mean < sum(map(coupled.ttft, names)) / len(names)
-    assert bench.body.now < coupled.body.now
+    assert bench.driver.now < coupled.driver.now
 
 
 def test_the_link_is_never_idle_while_a_block_waits_for_it() -> None:
     bench = Bench(policy="sjf", fetch_window_blocks=4)
     burst(bench)
-    spans = sorted((start, end) for start, end, _ in bench.body.busy["fetch"])
+    spans = sorted((start, end) for start, end, _ in bench.driver.busy["fetch"])
     blocks = len(spans)
     assert max(end for _, end in spans) == pytest.approx(blocks * 1e-3, rel=1e-6), "gaps between fetches"
 
@@ -107,9 +107,9 @@ def test_a_request_on_a_busy_link_leaves_the_other_link_to_others() -> None:
     first, second = prompt_of(1, 50 * BLOCK + 10), prompt_of(2, 20 * BLOCK + 10)
     bench.stored(first, 50, ("ssd:0",))
     bench.stored(second, 20, ("ssd:1",))
-    bench.body.submit_at(0.0, spec("first", first))
-    bench.body.submit_at(0.0, spec("second", second))
-    bench.body.run()
+    bench.driver.submit_at(0.0, spec("first", first))
+    bench.driver.submit_at(0.0, spec("second", second))
+    bench.driver.run()
     assert bench.ttft("second") < 0.030 < 0.050 < bench.ttft("first")
 
 
@@ -121,16 +121,16 @@ def test_feasible_puts_the_hopeless_last() -> None:
     bench.submit(0.0, "hopeless", 1, LONG, 50, 0.010)
     for i in range(3):
         bench.submit(0.0, f"fits{i}", 10 + i, SHORT, 50, 0.06 + i * 0.01)
-    bench.body.run()
-    assert bench.body.order[-1] == "hopeless"
+    bench.driver.run()
+    assert bench.driver.order[-1] == "hopeless"
     for i in range(3):
         assert bench.ttft(f"fits{i}") <= 0.06 + i * 0.01
     lstf = Bench(policy="lstf", fetch_window_blocks=2)
     lstf.submit(0.0, "hopeless", 1, LONG, 50, 0.010)
     for i in range(3):
         lstf.submit(0.0, f"fits{i}", 10 + i, SHORT, 50, 0.06 + i * 0.01)
-    lstf.body.run()
-    assert lstf.body.order[0] == "hopeless", "least slack alone serves it first"
+    lstf.driver.run()
+    assert lstf.driver.order[0] == "hopeless", "least slack alone serves it first"
 
 
 def test_feasible_meets_the_most_deadlines_under_overload() -> None:
@@ -139,7 +139,7 @@ def test_feasible_meets_the_most_deadlines_under_overload() -> None:
         for seed in range(5):
             bench = Bench(policy=policy, fetch_window_blocks=2, check=False)
             burst(bench, 20, seed)
-            accounts = [ended.account for ended in bench.body.ended.values()]
+            accounts = [ended.account for ended in bench.driver.ended.values()]
             found += sum(a.first_token_s is not None and a.first_token_s <= a.deadline_s for a in accounts)
         return found
 
@@ -160,7 +160,7 @@ def test_ageing_bounds_the_wait_behind_an_endless_stream(policy: str) -> None:
         bench.submit(0.001, "long", 1, LONG, 900, 50.0)
         for i in range(250):  # each takes 10 ms of a link that gets one every 9 ms, and is more urgent
             bench.submit(i * 0.009, f"s{i}", 10 + i, SHORT, 20, i * 0.009 + 0.05)
-        bench.body.run()
+        bench.driver.run()
         return bench.ttft("long")
 
     unbounded, bounded = wait_of_the_long_one(1e5), wait_of_the_long_one(0.5)
@@ -177,33 +177,33 @@ def test_a_shared_prefix_is_loaded_once() -> None:
     base = prompt_of(1, 30 * BLOCK)
     bench.stored(base, 30)
     for i in range(6):
-        bench.body.submit_at(i * 1e-3, spec(f"r{i}", base + prompt_of(2 + i, 40)))
-    bench.body.run()
-    assert len(bench.body.fetches) == len(set(bench.body.fetches)) == 30
-    assert all(e.account.cached_tokens == 30 * BLOCK for e in bench.body.ended.values())
-    assert bench.brain.counters["loads_shared"] > 0
+        bench.driver.submit_at(i * 1e-3, spec(f"r{i}", base + prompt_of(2 + i, 40)))
+    bench.driver.run()
+    assert len(bench.driver.fetches) == len(set(bench.driver.fetches)) == 30
+    assert all(e.account.cached_tokens == 30 * BLOCK for e in bench.driver.ended.values())
+    assert bench.scheduler.counters["loads_shared"] > 0
 
 
 def test_a_prefix_in_l1_is_not_loaded_again() -> None:
     bench = Bench()
     base = prompt_of(1, 10 * BLOCK)
     bench.stored(base, 10)
-    bench.body.submit_at(0.0, spec("a", [*base, 1, 2, 3]))
-    bench.body.submit_at(5.0, spec("b", [*base, 4, 5, 6]))
-    bench.body.run()
-    assert len(bench.body.fetches) == 10
-    assert bench.body.ended["b"].account.loaded_bytes == 0
-    assert bench.body.ended["b"].account.cached_tokens == 10 * BLOCK
+    bench.driver.submit_at(0.0, spec("a", [*base, 1, 2, 3]))
+    bench.driver.submit_at(5.0, spec("b", [*base, 4, 5, 6]))
+    bench.driver.run()
+    assert len(bench.driver.fetches) == 10
+    assert bench.driver.ended["b"].account.loaded_bytes == 0
+    assert bench.driver.ended["b"].account.cached_tokens == 10 * BLOCK
 
 
 def test_the_last_token_is_always_computed() -> None:
     bench = Bench()
     prompt = prompt_of(1, 10 * BLOCK)
     bench.stored(prompt, 10)
-    bench.body.submit_at(0.0, spec("r", prompt))
-    bench.body.run()
-    assert len(bench.body.fetches) == 9
-    assert len(bench.body.ended["r"].tokens) == 1
+    bench.driver.submit_at(0.0, spec("r", prompt))
+    bench.driver.run()
+    assert len(bench.driver.fetches) == 9
+    assert len(bench.driver.ended["r"].tokens) == 1
 
 
 @pytest.mark.parametrize("mode", ["penstock", "coupled"])
@@ -211,11 +211,11 @@ def test_decodes_beyond_l1_preempt_and_end_with_the_same_tokens(mode: str) -> No
     def tokens(pages: int) -> tuple[dict[str, tuple[int, ...]], int]:
         bench = Bench(l1_pages=pages, mode=mode, policy="fcfs")
         for i in range(5):
-            bench.body.submit_at(i * 1e-3, spec(f"r{i}", prompt_of(i, 150), 500))
-        bench.body.run()
-        ends = bench.body.ended
+            bench.driver.submit_at(i * 1e-3, spec(f"r{i}", prompt_of(i, 150), 500))
+        bench.driver.run()
+        ends = bench.driver.ended
         assert {end.reason for end in ends.values()} == {"length"}
-        return {name: end.tokens for name, end in ends.items()}, bench.brain.counters.get("preemptions", 0)
+        return {name: end.tokens for name, end in ends.items()}, bench.scheduler.counters.get("preemptions", 0)
 
     plenty, none = tokens(1000)
     little, some = tokens(14)
@@ -225,15 +225,15 @@ def test_decodes_beyond_l1_preempt_and_end_with_the_same_tokens(mode: str) -> No
 
 def test_a_request_without_room_in_l1_fetches_ahead_into_l2() -> None:
     bench = Bench(l1_pages=40, l2_slots=60, policy="fcfs")
-    bench.body.submit_at(0.0, spec("first", prompt_of(1, 30 * BLOCK), 200))
+    bench.driver.submit_at(0.0, spec("first", prompt_of(1, 30 * BLOCK), 200))
     second = prompt_of(2, 25 * BLOCK + 10)
     bench.stored(second, 25)
-    bench.body.submit_at(0.001, spec("second", second))
-    bench.body.run()
-    assert any(label == "fetch" for label, _, _ in bench.body.ended["second"].account.spans)
-    first_end = bench.body.ended["first"].account.end_s
+    bench.driver.submit_at(0.001, spec("second", second))
+    bench.driver.run()
+    assert any(label == "fetch" for label, _, _ in bench.driver.ended["second"].account.spans)
+    first_end = bench.driver.ended["first"].account.end_s
     assert first_end is not None
-    assert bench.body.busy["fetch"][0][0] < first_end, "it waited for L1 before it fetched anything"
+    assert bench.driver.busy["fetch"][0][0] < first_end, "it waited for L1 before it fetched anything"
 
 
 # -- failures ----------------------------------------------------------------------------------------------------
@@ -244,25 +244,25 @@ def test_a_hole_in_a_prefix_is_recomputed_and_the_blocks_behind_it_are_used() ->
     prompt = prompt_of(1, 20 * BLOCK + 30)
     bench.stored(prompt, 20)
     lost = list(bench.pool)[7]
-    bench.body.fetch_fault = lambda key: "checksum" if key == lost else None
-    bench.body.submit_at(0.0, spec("r", prompt))
-    bench.body.run()
-    account = bench.body.ended["r"].account
+    bench.driver.fetch_fault = lambda key: "checksum" if key == lost else None
+    bench.driver.submit_at(0.0, spec("r", prompt))
+    bench.driver.run()
+    account = bench.driver.ended["r"].account
     assert account.load_failures == {"checksum": 1}
     assert account.recomputed_tokens == BLOCK and account.cached_tokens == 19 * BLOCK
-    assert bench.brain.counters["computed_tokens"] == BLOCK + 30
+    assert bench.scheduler.counters["computed_tokens"] == BLOCK + 30
 
 
 @pytest.mark.parametrize("mode", ["penstock", "coupled"])
 def test_every_fetch_failing_is_a_request_without_hits(mode: str) -> None:
     bench = Bench(mode=mode)
-    bench.body.fetch_fault = lambda key: "network"
+    bench.driver.fetch_fault = lambda key: "network"
     bench.submit(0.0, "r", 1, 20, 30)
-    bench.body.run()
-    end = bench.body.ended["r"]
+    bench.driver.run()
+    end = bench.driver.ended["r"]
     assert end.reason == "length" and end.account.cached_tokens == 0
     assert end.account.load_failures == {"network": 20}
-    assert bench.brain.counters["computed_tokens"] == 20 * BLOCK + 30
+    assert bench.scheduler.counters["computed_tokens"] == 20 * BLOCK + 30
 
 
 def test_hits_of_another_size_are_not_used() -> None:
@@ -271,15 +271,15 @@ def test_hits_of_another_size_are_not_used() -> None:
     bench.stored(prompt, 5)
     for key in bench.pool:
         bench.pool[key] = BlockHit(BLOCK_BYTES // 2, (LINK,))
-    bench.body.submit_at(0.0, spec("r", prompt))
-    bench.body.run()
-    assert not bench.body.fetches and bench.body.ended["r"].reason == "length"
+    bench.driver.submit_at(0.0, spec("r", prompt))
+    bench.driver.run()
+    assert not bench.driver.fetches and bench.driver.ended["r"].reason == "length"
 
 
 # -- bounds and refusals -----------------------------------------------------------------------------------------
 
 
-def brain(**settings: object) -> LoadScheduler:
+def scheduler(**settings: object) -> LoadScheduler:
     given = {"block_tokens": 4, "block_bytes": 4096, "l1_pages": 10, "l2_slots": 4} | settings
     return LoadScheduler(SchedulerConfig(**given), CostModel(LinkCost(1e9), ComputeCost(1e-3, 1e-5, 0.0)))  # type: ignore[arg-type]
 
@@ -289,7 +289,7 @@ def request(name: str, tokens: int = 8, new_tokens: int = 1) -> RequestSpec:
 
 
 def test_what_can_never_be_served_is_refused() -> None:
-    one = brain()
+    one = scheduler()
     for tokens, new_tokens, message in ((0, 1, "at least one prompt"), (4, 0, "at least 1"), (40, 1, "need 11 blocks")):
         with pytest.raises(ValueError, match=message):
             one.submit(request("r", tokens, new_tokens), 0.0)
@@ -299,7 +299,7 @@ def test_what_can_never_be_served_is_refused() -> None:
 
 
 def test_the_waiting_queue_and_the_lookup_window_are_bounded() -> None:
-    one = brain(max_waiting=3, lookup_window=2)
+    one = scheduler(max_waiting=3, lookup_window=2)
     for i in range(3):
         one.submit(request(f"r{i}"), 0.0)
     with pytest.raises(WaitingQueueFull, match="3 requests are waiting"):
@@ -311,7 +311,7 @@ def test_the_waiting_queue_and_the_lookup_window_are_bounded() -> None:
 
 
 def test_a_lookup_that_failed_and_one_of_a_cancelled_request() -> None:
-    one = brain()
+    one = scheduler()
     for name in ("a", "b"):
         one.submit(request(name), 0.0)
     lookups = [op for op in one.decide(0.0) if isinstance(op, Lookup)]
@@ -325,7 +325,7 @@ def test_a_lookup_that_failed_and_one_of_a_cancelled_request() -> None:
 
 
 def test_requests_time_out_wherever_they_are() -> None:
-    one = brain(request_timeout_s=5.0)
+    one = scheduler(request_timeout_s=5.0)
     one.submit(request("a"), 0.0)
     one.decide(0.0)
     wakeup = one.next_wakeup_s()
@@ -337,4 +337,4 @@ def test_requests_time_out_wherever_they_are() -> None:
 @pytest.mark.parametrize("field", ["l1_pages", "max_batch_tokens", "max_running", "save_window_blocks", "age_bound_s"])
 def test_settings_below_their_range_are_refused_by_name(field: str) -> None:
     with pytest.raises(ConfigError, match=f"{field} is 0"):
-        brain(**{field: 0})
+        scheduler(**{field: 0})

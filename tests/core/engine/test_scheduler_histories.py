@@ -1,4 +1,4 @@
-"""Random histories of events against the brain: every answer must come from the right KV, whatever happens."""
+"""Random histories of events against the scheduler core: every answer must come from the right KV, whatever happens."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def kv_of(tokens: list[int]) -> list[int]:
 
 
 class Histories(RuleBasedStateMachine):
-    """A body whose memories hold real values, and which completes operations in any order, or fails them."""
+    """A driver whose memories hold real values, and which completes operations in any order, or fails them."""
 
     @initialize(
         policy=st.sampled_from(POLICIES),
@@ -76,7 +76,7 @@ class Histories(RuleBasedStateMachine):
             request_timeout_s=200.0,
         )
         cost = CostModel(LinkCost(1e6), ComputeCost(1e-3, 1e-4, 1e-8))
-        self.brain = LoadScheduler(self.config, cost)
+        self.scheduler = LoadScheduler(self.config, cost)
         self.now = 0.0
         self.pending: dict[int, Operation] = {}
         self.pool: dict[bytes, tuple[list[int], BlockHit]] = {}
@@ -105,7 +105,7 @@ class Histories(RuleBasedStateMachine):
         eos = frozenset({990}) if self.serial % 3 == 0 else frozenset()
         spec = RequestSpec(request_id, prompt, new_tokens, root_key(b"f" * 16, str(family % 2)), deadline, eos)
         try:
-            self.brain.submit(spec, self.now)
+            self.scheduler.submit(spec, self.now)
         except ValueError:
             assert -(-(len(prompt) + new_tokens) // BLOCK) > self.config.l1_pages
             return
@@ -133,7 +133,7 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: self.tokens)
     @rule(pick=st.integers(0, 10**6))
     def cancel(self, pick: int) -> None:
-        self.brain.cancel(sorted(self.tokens)[pick % len(self.tokens)], self.now)
+        self.scheduler.cancel(sorted(self.tokens)[pick % len(self.tokens)], self.now)
         self._decide()
 
     @rule(seconds=st.floats(0, 8))
@@ -144,7 +144,7 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def integrity(self) -> None:
         if hasattr(self, "brain"):
-            self.brain.check_integrity()
+            self.scheduler.check_integrity()
 
     def teardown(self) -> None:
         if not hasattr(self, "brain"):
@@ -155,17 +155,17 @@ class Histories(RuleBasedStateMachine):
             self.now += 0.01
             self._complete(min(self.pending), False)
             self._decide()
-        assert self.brain.idle, "work is left that nothing moves"
+        assert self.scheduler.idle, "work is left that nothing moves"
         assert not self.tokens, f"requests without an end: {sorted(self.tokens)}"
-        gauges = self.brain.gauges()
+        gauges = self.scheduler.gauges()
         assert gauges["l1_pages_available"] == self.config.l1_pages
         assert gauges["l2_slots_loads"] == gauges["l2_slots_saves"] == 0
-        self.brain.check_integrity()
+        self.scheduler.check_integrity()
 
-    # -- the body -----------------------------------------------------------------------------------------------
+    # -- the driver -----------------------------------------------------------------------------------------------
 
     def _decide(self) -> None:
-        for op in self.brain.decide(self.now):
+        for op in self.scheduler.decide(self.now):
             if isinstance(op, Emit):
                 self._emit(op)
                 continue
@@ -177,7 +177,7 @@ class Histories(RuleBasedStateMachine):
                 self._check_batch(op)
             elif isinstance(op, Upload):
                 assert all(slot in self.slots for slot, _ in op.blocks), "an upload of a slot that was not fetched"
-        self.brain.check_work_conserving()
+        self.scheduler.check_work_conserving()
 
     def _emit(self, op: Emit) -> None:
         assert op.request_id in self.tokens and op.request_id not in self.ended
@@ -210,7 +210,7 @@ class Histories(RuleBasedStateMachine):
         if isinstance(op, Save) and op_id not in self.downloaded and not fails:
             self.slots[op.slot] = list(self.pages[op.page])
             self.downloaded.add(op_id)
-            self.brain.downloaded(op_id)
+            self.scheduler.downloaded(op_id)
             return
         fails = fails or op_id in self.doomed
         if isinstance(op, Compute) and not fails:
@@ -219,14 +219,14 @@ class Histories(RuleBasedStateMachine):
         del self.pending[op_id]
         if isinstance(op, Lookup):
             hits = [self.pool[key][1] if key in self.pool else None for key in op.keys]
-            self.brain.lookup_done(op_id, None if fails else hits, self.now)
+            self.scheduler.lookup_done(op_id, None if fails else hits, self.now)
         elif isinstance(op, Fetch):
             if fails or op.key not in self.pool:
                 self.pool.pop(op.key, None)
-                self.brain.fetched(op_id, "missing", self.now)
+                self.scheduler.fetched(op_id, "missing", self.now)
             else:
                 self.slots[op.slot] = list(self.pool[op.key][0])
-                self.brain.fetched(op_id, None, self.now)
+                self.scheduler.fetched(op_id, None, self.now)
         elif isinstance(op, Upload):
             if fails:  # a batch that waits for it fails too
                 self.doomed |= {
@@ -234,21 +234,21 @@ class Histories(RuleBasedStateMachine):
                     for other in self.pending.values()
                     if isinstance(other, Compute) and any(op_id in chunk.pending for chunk in other.chunks)
                 }
-                self.brain.upload_failed(op_id, "device", self.now)
+                self.scheduler.upload_failed(op_id, "device", self.now)
                 return
             for slot, page in op.blocks:
                 self.pages[page] = list(self.slots.pop(slot))
-            self.brain.uploaded(op_id, self.now)
+            self.scheduler.uploaded(op_id, self.now)
         elif isinstance(op, Compute):
             self._compute(op, fails)
         elif isinstance(op, Save):
             if not fails:
                 self.pool[op.block.key] = (self.slots[op.slot], BlockHit(BLOCK_BYTES, ROUTES[0]))
-            self.brain.saved(op_id, "dropped" if fails else None)
+            self.scheduler.saved(op_id, "dropped" if fails else None)
 
     def _compute(self, op: Compute, fails: bool) -> None:
         if fails and op.op_id % 2:
-            self.brain.compute_failed(op.op_id, "injected", self.now)
+            self.scheduler.compute_failed(op.op_id, "injected", self.now)
             return
         outcomes: list[ChunkOutcome] = []
         for number, chunk in enumerate(op.chunks):
@@ -266,7 +266,7 @@ class Histories(RuleBasedStateMachine):
                 page[position % BLOCK] = values[position]
             token = 990 if chunk.sample and end % 11 == 0 else 500 + end % 7 if chunk.sample else None
             outcomes.append(ChunkFault(None, frozenset(range(end // BLOCK)), token) if fails else token)
-        self.brain.computed(op.op_id, outcomes, self.now)
+        self.scheduler.computed(op.op_id, outcomes, self.now)
 
 
 TestHistories = pytest.mark.slow(Histories.TestCase)

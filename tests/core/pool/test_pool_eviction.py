@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.core.pool.pool_eviction import FENCED_EVICTIONS_MAX, Keeping
+from penstock.core.pool.pool_eviction import FENCED_EVICTIONS_MAX, PoolEviction
 from penstock.core.pool.quota import ACCOUNTS_MAX, SHARED, TenantQuotas
 
 ROOT = b"root"
@@ -17,18 +17,20 @@ def key(name: object) -> bytes:
     return str(name).encode()
 
 
-def keeping(quotas: dict[bytes, int] | None = None, default: int | None = None, members: int = 2) -> Keeping:
-    return Keeping(members, TenantQuotas(quotas, default))
+def keeping(quotas: dict[bytes, int] | None = None, default: int | None = None, members: int = 2) -> PoolEviction:
+    return PoolEviction(members, TenantQuotas(quotas, default))
 
 
-def add(kept: Keeping, name: object, tenant: bytes = b"", member: int = 0, size: int = 10, cost: float = 0.0) -> None:
+def add(
+    kept: PoolEviction, name: object, tenant: bytes = b"", member: int = 0, size: int = 10, cost: float = 0.0
+) -> None:
     """A block without a parent in the pool."""
     account = kept.quotas.account(tenant)
     kept.quotas.charge(account, size)
     kept.add(key(name), ROOT + key(name), member, account, size, cost)
 
 
-def evict(kept: Keeping, tenant: bytes = b"", more: int = 10, member: int = 0) -> list[bytes]:
+def evict(kept: PoolEviction, tenant: bytes = b"", more: int = 10, member: int = 0) -> list[bytes]:
     gone = kept.evict(member, kept.quotas.account(tenant), more)
     kept.check_integrity()
     return gone
@@ -200,7 +202,7 @@ def test_a_payer_that_is_not_over_keeps_its_blocks_on_fenced_members_too() -> No
 
 def test_a_search_looks_at_few_of_many_that_are_over() -> None:
     quotas = TenantQuotas({i.to_bytes(8, "little"): 5 for i in range(5000)})
-    kept = Keeping(2, quotas)
+    kept = PoolEviction(2, quotas)
     for i in range(5000):
         add(kept, i, i.to_bytes(8, "little"), size=10 + i % 7)
     before = quotas.looks

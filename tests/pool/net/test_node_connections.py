@@ -226,7 +226,7 @@ def test_the_accepting_thread_outlives_what_it_did_not_expect(rig: NodeRig, monk
     node = rig.node()
     real, broken = node.connection_of, [True]
 
-    def connection_of(sock: socket.socket, peer: str) -> node_connection.Served:
+    def connection_of(sock: socket.socket, peer: str) -> node_connection.ClientConnection:
         if broken.pop() if broken else False:
             raise KeyError("as planned")
         return real(sock, peer)
@@ -274,10 +274,10 @@ class Balancer:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                near, _ = self._listener.accept()
-                far = socket.create_connection(self._choose())
-                self._socks += [near, far]
-                for one, other in ((near, far), (far, near)):
+                local, _ = self._listener.accept()
+                remote = socket.create_connection(self._choose())
+                self._socks += [local, remote]
+                for one, other in ((local, remote), (remote, local)):
                     threading.Thread(target=self._copy, args=(one, other), daemon=True).start()
 
     @staticmethod

@@ -18,7 +18,7 @@ from penstock.pool.api import PoolError
 from penstock.pool.net import node as node_module
 from penstock.pool.net import wire
 from penstock.pool.net.node import PoolNode
-from penstock.pool.net.node_connection import Served
+from penstock.pool.net.node_connection import ClientConnection
 from penstock.pool.net.remote import RemotePool
 from penstock.pool.net.secret import Secret
 from tests.flood import percentile, reset, usage
@@ -238,7 +238,7 @@ def test_a_client_for_whom_there_is_no_thread_is_not_told_that_the_node_is_ready
     real = node.connection_of
     short = [True]
 
-    def connection_of(sock: socket.socket, peer: str) -> Served:
+    def connection_of(sock: socket.socket, peer: str) -> ClientConnection:
         made = real(sock, peer)
 
         def start() -> None:

@@ -96,7 +96,7 @@ def test_nothing_of_what_is_sent_can_be_read_on_the_wire(peer: PeerFiles) -> Non
     seen: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as between:
         client = socket.create_connection(between.getsockname(), timeout=WAIT_S)
-        near, _ = between.accept()
+        local, _ = between.accept()
         away = socket.create_connection(listener.getsockname(), timeout=WAIT_S)
         server, _ = listener.accept()
 
@@ -106,10 +106,10 @@ def test_nothing_of_what_is_sent_can_be_read_on_the_wire(peer: PeerFiles) -> Non
             target.sendall(data)
         target.shutdown(socket.SHUT_WR)
 
-    threads = [threading.Thread(target=pass_on, args=way, daemon=True) for way in ((near, away), (away, near))]
+    threads = [threading.Thread(target=pass_on, args=way, daemon=True) for way in ((local, away), (away, local))]
     for thread in threads:
         thread.start()
-    with client, near, away, server:
+    with client, local, away, server:
         secured, received = joined((client, server), peer.tls)
         secured.sendall(text)
         assert received.recv(len(text)) == text
@@ -219,13 +219,13 @@ def test_one_thread_takes_many_clients_through_their_handshakes(peer: PeerFiles)
                     selector.unregister(sock)
         assert isinstance(ended[plain[nonsense.getsockname()]], TlsError) and plain[silent.getsockname()] not in ended
         for client, sock in zip(begun, good, strict=True):
-            far, near = client.result(), ended[plain[sock.getsockname()]]
-            assert isinstance(far, TlsSocket) and isinstance(near, TlsSocket), (far, near)
+            remote, local = client.result(), ended[plain[sock.getsockname()]]
+            assert isinstance(remote, TlsSocket) and isinstance(local, TlsSocket), (remote, local)
             with pytest.raises(BlockingIOError):
-                near.recv(5)
-            far.sendall(b"hello")
-            near.setblocking(True)
-            assert near.recv(5) == b"hello"
+                local.recv(5)
+            remote.sendall(b"hello")
+            local.setblocking(True)
+            assert local.recv(5) == b"hello"
 
 
 @pytest.mark.parametrize("side", ["server", "client"])

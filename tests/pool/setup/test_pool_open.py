@@ -30,8 +30,8 @@ def file_of(folder: Path, text: str) -> Path:
 
 
 def test_a_node_serves_its_own_members_and_those_of_another_node(tmp_path: Path) -> None:
-    far = open_local_pool([2 * MIB], [])
-    behind = PoolNode(far, "127.0.0.1", 0)
+    remote = open_local_pool([2 * MIB], [])
+    behind = PoolNode(remote, "127.0.0.1", 0)
     address = f"127.0.0.1:{behind.address[1]}"
     text = MEMORY + f'weight = 1e9\n[[member]]\nkind = "node"\naddress = "{address}"\nweight = 1e9\n'
     front_pool = open_pool(read_pool_config(file_of(tmp_path, text)), serves=True)
@@ -40,7 +40,7 @@ def test_a_node_serves_its_own_members_and_those_of_another_node(tmp_path: Path)
     try:
         keys = chain("both", 60)
         assert [write(client, key, parent) for key, parent in keys] == ["ok"] * 60
-        assert far.stat(1.0).members[0].blocks > 15
+        assert remote.stat(1.0).members[0].blocks > 15
         client.lookup([key for key, _ in keys], 5.0)
         assert [read(client, key) for key, _ in keys] == ["ok"] * 60
     finally:
@@ -48,7 +48,7 @@ def test_a_node_serves_its_own_members_and_those_of_another_node(tmp_path: Path)
         front.close(5.0)
         front_pool.close(5.0)
         behind.close(5.0)
-        far.close(5.0)
+        remote.close(5.0)
 
 
 def test_an_engine_embeds_a_pool_from_its_file_with_the_profile_of_its_links(
