@@ -171,7 +171,7 @@ class RelayLinks:
         connections.submit("write", message, data, timeout_s, lambda _, error: call_done(done, error))
 
     def reports(self, engine_load: EngineLoad, block_bytes: int) -> list[LinkReport]:
-        """Both directions of every link; the busiest ones where there are too many. `engine_load`: what is still to move."""
+        """Both directions of each link, the busiest where there are too many; `engine_load`: what is still to move."""
         self._give_up_down()
         with self._lock:
             links = list(self._links.items())
