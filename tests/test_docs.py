@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
-FILE_NAMED = re.compile(r"`((?:penstock|tests|docs|deploy|examples)/[\w./-]*)`")
-PART_NAMED = re.compile(r"`((?:core|pool|transport|engine|server|cluster|vllm|sim|bench|io|doctor)(?:\.\w+)+)`")
+FILE_NAMED = re.compile(r"`((?:penstock|benchmarks|tests|docs|deploy|examples)/[\w./-]*)`")
+PART_NAMED = re.compile(r"`((?:core|pool|engine|server|cluster|vllm|sim|bench|workloads|process|io|doctor)(?:\.\w+)+)`")
 TEST_NAMED = re.compile(r"`(test_\w+)`")
 LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(#[^)\s]+)?\)")
 SUFFIXES = (".toml", ".json", ".md", ".py", ".slab", ".db")

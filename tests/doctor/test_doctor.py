@@ -21,7 +21,7 @@ from penstock.doctor.machine_checks import examine
 
 app = typer.Typer()
 app.command()(doctor)
-RESTRICTED = Path(__file__).parent / "io" / "restricted.py"
+RESTRICTED = Path(__file__).parents[1] / "io" / "restricted.py"
 
 
 class Laid(Machine):
