@@ -48,15 +48,17 @@ class Histories(RuleBasedStateMachine):
             payers = {block.key: quotas.payer(block.account) for block in self.present.values()}
             quotas.credit(account, pages * PAGE)
             block, gone = self.table.reserve(new)
-            own_left = False
+            own_left, still_over = False, writer_excess
             for old in gone:
                 assert old not in self.readers and self.present.pop(old.key) is old
                 payer = payers[old.key]
                 own_left = own_left or payer == own
                 if payer != own:
-                    assert excess[payer] > max(0, writer_excess), "one within its quota, or less over, gave way"
+                    assert excess[payer] > max(0, still_over), "one within its quota, or less over, gave way"
                     if writer_excess <= 0:
                         assert not own_left, "others give way first what they are over by"
+                else:  # what it gave up itself may have brought it within its quota
+                    still_over -= old.extent_bytes
                 excess[payer] -= old.extent_bytes
             if block is None:
                 still = {payers[key] for key in self.present}
@@ -116,6 +118,40 @@ class Histories(RuleBasedStateMachine):
         if hasattr(self, "table"):
             self.table.check_integrity()
             assert len(self.table) == len(self.present)
+
+
+def test_a_writer_that_gave_way_until_it_is_within_its_quota_displaces_one_that_is_over() -> None:
+    """Found by a random history: both of its own that may leave are gone, and it is over by nothing any more."""
+    state = Histories()
+    state.begin(default=None, named=20)
+    state.begin_move(number=0)
+    state.write(child=True, count=8, pages=4, tenant="")
+    state.write(child=True, count=3, pages=1, tenant="x4")
+    state.begin_move(number=11)
+    state.write(child=True, count=1, pages=2, tenant="")
+    for number in (0, 43, 60):
+        state.begin_move(number=number)
+    state.end_move()
+    state.begin_move(number=0)
+    state.end_move()
+    state.begin_move(number=0)
+    state.use(hold=True, number=115)
+    state.end_move()
+    for _ in range(2):
+        state.begin_move(number=0)
+        state.end_move()
+    state.write(child=True, count=2, pages=3, tenant="named")
+    state.write(child=True, count=5, pages=3, tenant="named")
+    state.begin_move(number=99)
+    state.begin_move(number=16)
+    state.end_move()
+    state.begin_move(number=23)
+    state.begin_move(number=26)
+    state.write(child=False, count=8, pages=2, tenant="x7")
+    state.write(child=True, count=1, pages=4, tenant="other")
+    state.begin_move(number=46)
+    state.write(child=False, count=4, pages=4, tenant="named")
+    state.holds()
 
 
 TestHistories = Histories.TestCase
