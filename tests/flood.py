@@ -2,7 +2,8 @@
 
 `usage(pid)` counts memory, threads and descriptors; `Flat` compares them before and after a flood, with the warm-up
 that the caller gives. `cut_connections` opens connections and cuts them at random points of what it is given to say;
-`said_and_ended` sends bytes over one connection and waits until the other end closes it.
+`said_and_ended` sends bytes over one connection and waits until the other end closes it. `flooded` is a process with a
+port to flood.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ import os
 import random
 import socket
 import struct
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.children import with_tests
 
 WAIT_S = 60.0
 _LINGER_NONE = struct.pack("ii", 1, 0)
@@ -125,3 +130,21 @@ def percentile(times_s: Sequence[float], share: float) -> float:
     """The time within which that share of them lies."""
     ordered = sorted(times_s)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+@contextlib.contextmanager
+def flooded(*what: str) -> Iterator[tuple[int, str]]:
+    """A process with that port (arguments of `tests.flooded`): its number, and where it listens."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "tests.flooded", *what], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True, env=with_tests(),
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        place = process.stdout.readline().strip()
+        assert place, "it did not begin"
+        yield process.pid, place
+        assert process.poll() is None, "it ended"
+    finally:
+        process.kill()
+        process.communicate()

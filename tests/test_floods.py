@@ -3,13 +3,9 @@ comes then is served."""
 
 from __future__ import annotations
 
-import contextlib
 import random
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -18,8 +14,7 @@ from penstock.pool.net import wire
 from penstock.pool.net.secret import prove_as_client
 from penstock.units import parse_address
 from penstock.vllm.link import Greet, connect, socket_name
-from tests.children import with_tests
-from tests.flood import WAIT_S, Connect, Flat, connect_to, cut_connections, said_and_ended
+from tests.flood import WAIT_S, Connect, Flat, connect_to, cut_connections, flooded, said_and_ended
 from tests.flooded import ENGINE_ID, SECRET
 
 CUT = 10_000
@@ -47,24 +42,6 @@ NODE_SAYS = [
     HELLO + OPEN,
     b"GET / HTTP/1.1\r\n\r\n",
 ]
-
-
-@contextlib.contextmanager
-def flooded(what: str) -> Iterator[tuple[int, str]]:
-    """A process with that port: its number, and where it listens."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "tests.flooded", what], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True, env=with_tests(),
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        place = process.stdout.readline().strip()
-        assert place, "it did not begin"
-        yield process.pid, place
-        assert process.poll() is None, "it ended"
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def unix(engine_id: str) -> Connect:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,10 +13,10 @@ import numpy as np
 import torch
 
 from penstock.core.operations import ChunkOutcome
-from penstock.engine.engine import SWITCH_INTERVAL_S
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import Chunk, SamplingParams, UploadGroup
 from penstock.io.memory import aligned_buffer
+from penstock.process.switch_interval import switch_often
 from penstock.report import Report
 
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
@@ -124,7 +123,7 @@ class _Hit:
 
 def measure_hidden_share(runner: HFRunner, host: HostBlocks, sizes: UploadSizes, report: Report) -> None:
     """(load alone + compute alone - both at once) / load alone, with enough compute to hide the load under."""
-    sys.setswitchinterval(SWITCH_INTERVAL_S)  # as in an engine
+    switch_often()  # as in an engine
     hit = _Hit(runner, host, sizes.hit_blocks, sizes.query_tokens[0])
     hit.fill_host()
     load_s = statistics.median(timed(runner, hit.load) for _ in range(sizes.repeats))

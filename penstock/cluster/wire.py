@@ -8,7 +8,8 @@ wire are durations, never clocks.
 from __future__ import annotations
 
 import struct
-from typing import Annotated, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -30,18 +31,25 @@ from penstock.engine.api import RequestReport
 from penstock.framing import Greeting, decode
 from penstock.framing import ProtocolError as ProtocolError
 
-GREETING = Greeting("cluster", b"PNSTCL", version=3, usual_secret=True)  # without one, certificates are enough
+GREETING = Greeting("cluster", b"PNSTCL", version=4, usual_secret=True)  # without one, certificates are enough
 greeting, check_greeting = GREETING.pack, GREETING.check
 PURPOSE = b"cluster control 1"
 LENGTH = struct.Struct("<I")
-FRAME_BYTES_MAX = 64 << 20  # a prompt of a million tokens takes 5 MB
+FRAME_BYTES_MAX = 64 << 20  # to an engine: a prompt of a million tokens takes 5 MB
+ENGINE_FRAME_BYTES_MAX = 256 << 10  # from one: the router decodes it in 1 to 2 ms, between what other engines say
+HELD_FRAMES_MAX = 512  # after a Register
+HELD_TOKENS_MAX = 24_576  # of one part: with its report it fits a frame
+_REPORT_BYTES_MAX = 96 << 10
+_RECORDS_BYTES = ENGINE_FRAME_BYTES_MAX // 2  # in one frame, of events or of what is held, unless one is larger
 HANDSHAKE_S = 5.0
 NO_REPORT = msgspec.Raw(b"\xc0")
 
 
 def pack_report(report: RequestReport | None) -> msgspec.Raw:
-    """A report as it travels in `Held` and `Event`, which are understood whatever it says (`report_in`)."""
-    return NO_REPORT if report is None else msgspec.Raw(_encoder.encode(report))
+    """A report as it travels in `Held` and `Event`, which are understood whatever it says (`report_in`). One that is
+    too long is left out."""
+    packed = b"" if report is None else _encoder.encode(report)
+    return msgspec.Raw(packed) if 0 < len(packed) <= _REPORT_BYTES_MAX else NO_REPORT
 
 
 def report_in(packed: msgspec.Raw) -> RequestReport | None:
@@ -88,11 +96,12 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Register(msgspec.Struct, array_like=True, tag=1):
-    """First message of an engine; answered by Welcome or Refused."""
+    """First message of an engine. It is answered, by Welcome or Refused, after so many `more` messages MoreHeld."""
 
     card: EngineCard
     report: EngineReport
     held: Annotated[list[Held], Meta(max_length=LIST_MAX)]
+    more: Annotated[int, Meta(ge=0, le=HELD_FRAMES_MAX)] = 0
 
 
 class Heartbeat(msgspec.Struct, array_like=True, tag=2):
@@ -128,6 +137,12 @@ class Leave(msgspec.Struct, array_like=True, tag=4):
 
     epoch: Number
     why: Text
+
+
+class MoreHeld(msgspec.Struct, array_like=True, tag=5):
+    """What else the engine has that registers."""
+
+    held: Annotated[list[Held], Meta(max_length=LIST_MAX)]
 
 
 class Welcome(msgspec.Struct, array_like=True, tag=20):
@@ -182,7 +197,7 @@ class Replan(msgspec.Struct, array_like=True, tag=26):
     side: Literal["prefill", "decode"]
 
 
-FromEngine = Register | Heartbeat | Events | Leave
+FromEngine = Register | Heartbeat | Events | Leave | MoreHeld
 FromRouter = Welcome | Refused | Beat | Place | Cancel | Fenced | Replan
 
 _encoder = msgspec.msgpack.Encoder()
@@ -194,17 +209,53 @@ _reports: msgspec.msgpack.Decoder[RequestReport | None] = msgspec.msgpack.Decode
 def frame(message: FromEngine | FromRouter) -> bytes:
     """Raises ProtocolError for one that is too long."""
     body = _encoder.encode(message)
-    if len(body) > FRAME_BYTES_MAX:
-        raise ProtocolError(f"a frame of {len(body)} bytes; {FRAME_BYTES_MAX} are allowed")
+    _check_length(len(body), ENGINE_FRAME_BYTES_MAX if isinstance(message, FromEngine) else FRAME_BYTES_MAX)
     return LENGTH.pack(len(body)) + body
 
 
-def frame_length(head: bytes) -> int:
+def register_frames(card: EngineCard, report: EngineReport, held: Sequence[Held]) -> list[bytes]:
+    """Register and what follows it; of too many parts the oldest are left out. Raises ProtocolError."""
+    more = _grouped([_encoder.encode(one) for one in held])[-HELD_FRAMES_MAX:]
+    return [frame(Register(card, report, [], len(more))), *(frame(MoreHeld(group)) for group in more)]
+
+
+def event_frames(epoch: int, events: Sequence[Event]) -> list[bytes]:
+    """Events in as many frames as they need. Raises ProtocolError."""
+    packed = [_encoder.encode(part) for event in events for part in _split(event)]
+    return [frame(Events(epoch, group)) for group in _grouped(packed)]
+
+
+def _split(event: Event) -> Iterator[Event]:
+    while len(event.tokens) > HELD_TOKENS_MAX:
+        yield Event(event.request_id, event.attempt, event.index, event.tokens[:HELD_TOKENS_MAX])
+        rest, index = event.tokens[HELD_TOKENS_MAX:], event.index + HELD_TOKENS_MAX
+        event = msgspec.structs.replace(event, index=index, tokens=rest)
+    yield event
+
+
+def _grouped(packed: Sequence[bytes]) -> list[Any]:
+    """Encoded records of about _RECORDS_BYTES together, in order: what a message has in place of them."""
+    groups: list[list[msgspec.Raw]] = []
+    room = 0
+    for one in packed:
+        if len(one) > room:
+            groups.append([])
+            room = _RECORDS_BYTES
+        groups[-1].append(msgspec.Raw(one))
+        room -= len(one)
+    return groups
+
+
+def frame_length(head: bytes, most: int = FRAME_BYTES_MAX) -> int:
     """Raises ProtocolError for one that is too long."""
     size: int = LENGTH.unpack(head)[0]
-    if size > FRAME_BYTES_MAX:
-        raise ProtocolError(f"a frame of {size} bytes; {FRAME_BYTES_MAX} are allowed")
+    _check_length(size, most)
     return size
+
+
+def _check_length(size: int, most: int) -> None:
+    if size > most:
+        raise ProtocolError(f"a frame of {size} bytes; {most} are allowed")
 
 
 def decode_from_engine(body: bytes) -> FromEngine:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import queue
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -43,11 +42,11 @@ from penstock.pool.api import Pool, PoolError
 from penstock.pool.mac import PoolKey
 from penstock.process.guarded_thread import GuardedThread
 from penstock.process.rate_limited_log import RateLimitedLog
+from penstock.process.switch_interval import switch_often
 
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
-SWITCH_INTERVAL_S = 5e-4  # how long a thread may hold the interpreter while another, say a finished load, waits for it
 MAX_EVENTS_PER_DECISION = 256
 IDLE_WAIT_S = 1.0
 ANSWER_TIMEOUT_S = 5.0
@@ -100,7 +99,7 @@ class Engine:
         self._stopping = False
         self._stop_by_s = 0.0
         self._fatal: str | None = None
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        switch_often()
         self._thread = GuardedThread("penstock-control", self._run, failed=self._control_failed)
         self._thread.start()
 

@@ -7,7 +7,6 @@ import errno
 import ipaddress
 import logging
 import socket
-import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -15,6 +14,7 @@ import uvicorn
 
 from penstock.core.connection_limits import ConnectionBudget
 from penstock.process.file_limit import connections_within, raise_file_limit
+from penstock.process.switch_interval import switch_often
 from penstock.server.acceptor import Acceptor, Admission
 from penstock.server.app import ServerApp
 from penstock.server.connection import bounded_protocol
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 BACKLOG = 1024
 FILES_APART = 256  # open files that are no connections of clients: slabs, nodes of the pool, engines
 SHARE_MAX = 1024  # connections of one address that wait for their client, and a quarter of all
-SWITCH_INTERVAL_S = 0.0005  # how long the event loop may wait for a thread that renders or parses
 LAST_WORDS_S = 2.0  # after cancelling what runs, until connections are cut
 
 
@@ -100,7 +99,7 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
     def serve_forever(self) -> None:
         """Listen and serve. Raises BindError when another process listens there by now."""
         self._bound_connections(raise_file_limit())
-        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
+        switch_often()
         try:
             self._listener.listen(BACKLOG)
         except OSError as error:

@@ -38,6 +38,7 @@ FROM_ENGINE: list[Any] = [
     wire.Heartbeat(1, 2, REPORT, 3),
     wire.Events(1, [wire.Event("r", 1, 0, [5], "stop")]),
     wire.Leave(1, "why"),
+    wire.MoreHeld([HELD]),
 ]
 FROM_ROUTER: list[Any] = [
     wire.Welcome(1, "router", 3.0, 0.75, [("r", 1)]),

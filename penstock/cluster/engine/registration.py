@@ -92,11 +92,11 @@ class _Session:
         self.over: str | None = None
         self._lock = threading.Lock()
 
-    def send(self, message: wire.FromEngine) -> None:
+    def send(self, *frames: bytes) -> None:
         """Raises OSError, also when the router takes nothing for a lease's time."""
-        data = wire.frame(message)
-        with self._lock:
-            self.sock.sendall(data)
+        for data in frames:
+            with self._lock:
+                self.sock.sendall(data)
 
     def cut(self, why: str) -> None:
         self.over = self.over or why
@@ -150,7 +150,7 @@ class EngineRegistration:
             session = self._session
         if session is not None:
             try:
-                session.send(wire.Leave(session.welcome.epoch, clip(why)))
+                session.send(wire.frame(wire.Leave(session.welcome.epoch, clip(why))))
             except (OSError, wire.ProtocolError) as error:
                 log.debug("the router was not told: %s", error)
             session.cut("closed")
@@ -221,7 +221,7 @@ class EngineRegistration:
         with self._lock:
             held = self._held.records()
         sent_s = time.monotonic()
-        sock.sendall(wire.frame(wire.Register(self.card, self._host.report(), held)))
+        sock.sendall(b"".join(wire.register_frames(self.card, self._host.report(), held)))
         answer = wire.decode_from_router(_receive_frame(sock))
         if isinstance(answer, wire.Refused):
             raise RegistrationRefused(answer.reason, not answer.retry)
@@ -368,7 +368,8 @@ class EngineRegistration:
                     sequence += 1
                     session.lease.sent(sequence, now)
                     placed = session.placed
-                    session.send(wire.Heartbeat(session.welcome.epoch, sequence, self._host.report(), placed))
+                    beat = wire.Heartbeat(session.welcome.epoch, sequence, self._host.report(), placed)
+                    session.send(wire.frame(beat))
                     next_beat_s = now + session.welcome.heartbeat_s
                 with self._lock:
                     self._held.drop_old(now)
@@ -378,7 +379,7 @@ class EngineRegistration:
                         return
                     events = self._held.to_send()
                 if events and session.lease.valid(time.monotonic()):
-                    session.send(wire.Events(session.welcome.epoch, events))
+                    session.send(*wire.event_frames(session.welcome.epoch, events))
         except (OSError, wire.ProtocolError) as error:
             session.cut(str(error))
 

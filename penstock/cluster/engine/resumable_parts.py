@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import islice
 
 from penstock.cluster.messages import PlacedRequest, asked_digest
-from penstock.cluster.wire import Event, Held, pack_report
+from penstock.cluster.wire import HELD_TOKENS_MAX, Event, Held, pack_report
 from penstock.cluster.wire_types import LIST_MAX, clip
 from penstock.core.operations import FinishReason
 from penstock.engine.api import RequestReport, TokenEvent
@@ -161,8 +161,8 @@ class ResumableParts:
             self._ended_tokens += part.size_tokens
 
     def records(self) -> list[Held]:
-        """For a registration: what may be asked for again."""
-        parts = [part for part in self._parts.values() if part.resumable]
+        """For a registration: what may be asked for again, but for parts that fit no frame."""
+        parts = [part for part in self._parts.values() if part.resumable and part.size_tokens <= HELD_TOKENS_MAX]
         records = [part.record() for part in parts[-LIST_MAX:]]
         now = time.monotonic()
         for part in parts:

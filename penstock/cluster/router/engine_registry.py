@@ -3,6 +3,10 @@
 Everything here runs on one event loop. What happens is told to a `Listener`, whose methods run on that loop too; what
 one of them raises is logged and counted, and ends nothing but a registration.
 
+An engine's frames are short, and others have their turn after each piece of work (AT_ONCE_S). What is of no use to a
+request (heartbeats, and events of what nobody waits for) has a share of the time, by address
+(`pool.net.message_budget`): an engine that sends without end does not hold up the others.
+
 A stranger has HANDSHAKE_S from the connection to its Register, all together. When STRANGERS_MAX are there the one that
 has been there longest, of the address with the most of them, makes room for the next: whoever knows the secret needs a
 few milliseconds. Engines have a budget of their own, and an address a share of it (`core.connection_limits`).
@@ -15,16 +19,17 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from penstock.cluster import wire
 from penstock.cluster.messages import EngineReport
 from penstock.cluster.wire_types import clip
 from penstock.core.cluster.membership import Membership, NameTaken
 from penstock.core.connection_limits import ConnectionLimits, ConnectionShares, network_of
+from penstock.pool.net.message_budget import MessageBudget
 from penstock.pool.net.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
 from penstock.pool.net.tls import PeerTls, TlsError
 from penstock.pool.net.tls_streams import Reader, Writer, begin_tls
@@ -40,9 +45,13 @@ ENGINES_OF_ADDRESS_MAX = 1024
 STRANGERS_MAX = 512  # connections that have not registered
 BACKLOG = 1024
 ACCEPT_AT_ONCE = 8  # before those that were accepted have their turn: a storm would displace them unheard
-FRAMES_AT_ONCE = 16  # of one engine, before the others have their turn
+AT_ONCE_S = 0.0002  # of one engine's messages, before the others have their turn
+MESSAGE_S = 1e-5  # what reading a message takes, beside what it says
+REGISTER_S = 0.001  # what a registration costs, and its end
 UNSENT_BYTES_MAX = 256 << 20  # of one engine; one that takes less is lost
 BEATS_PER_LEASE = 4
+
+First = TypeVar("First", wire.Register, wire.MoreHeld)
 
 
 @dataclass(eq=False, slots=True)
@@ -79,8 +88,8 @@ class Listener(Protocol):
     def engine_reported(self, engine: RegisteredEngine) -> None:
         """A new report of its load came with a heartbeat."""
 
-    def engine_events(self, engine: RegisteredEngine, events: Sequence[wire.Event]) -> None:
-        """Tokens and ends of requests, in order."""
+    def engine_events(self, engine: RegisteredEngine, events: Sequence[wire.Event]) -> int:
+        """Tokens and ends of requests, in order. Returns how many of them are of use."""
 
 
 @dataclass(slots=True)
@@ -128,6 +137,7 @@ class EngineRegistry:
         self._dropped: set[asyncio.Task[None]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self._budget = MessageBudget()
         self._closed = False
 
     async def start(self) -> None:
@@ -178,13 +188,14 @@ class EngineRegistry:
         self.counts.connections += 1
         engine: RegisteredEngine | None = None
         why = "the connection failed"
-        leaves = self._shares.came(task, network_of(host))
+        address = network_of(host)
+        leaves = self._shares.came(task, address)
         try:
             if leaves is not None:
                 self._drop(leaves)
-            engine, source = await self._admit(reader, writer, peer, task)
+            engine, source = await self._admit(reader, writer, peer, address, task)
             if engine is not None:
-                why = await self._serve(engine, source)
+                why = await self._serve(engine, source, address)
         except wire.ProtocolError as error:
             why = str(error)
             self.counts.refused_protocol += 1
@@ -212,7 +223,12 @@ class EngineRegistry:
             writer.transport.abort() if engine is not None else writer.close()
 
     async def _admit(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str, task: asyncio.Task[None]
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        peer: str,
+        address: str,
+        task: asyncio.Task[None],
     ) -> tuple[RegisteredEngine | None, Reader]:
         """From a stranger to an engine, and what is read from it. Raises ProtocolError, SecretRefused, TlsError or
         another OSError."""
@@ -228,10 +244,10 @@ class EngineRegistry:
                     source = target = await begin_tls(reader, writer, tls)
                 if secret is not None:
                     await self._challenge(secret, source, target)
-                register = await self._first_message(source)
+                register, held = await self._first_messages(source, address)
         except TimeoutError:
             raise wire.ProtocolError(f"it did not register within {wire.HANDSHAKE_S:g} s") from None
-        return self._register(register, target, peer, task), source
+        return self._register(register, held, target, peer, task), source
 
     def _drop(self, stranger: asyncio.Task[None]) -> None:
         """It makes room for another one."""
@@ -255,14 +271,28 @@ class EngineRegistry:
         answer = await reader.readexactly(NONCE_BYTES + PROOF_BYTES)
         writer.write(secret.check(wire.PURPOSE, nonce, answer))
 
-    async def _first_message(self, reader: Reader) -> wire.Register:
-        message = wire.decode_from_engine(await _frame(reader))
-        if not isinstance(message, wire.Register):
-            raise wire.ProtocolError(f"the first message is {type(message).__name__}; allowed: Register")
+    async def _first_messages(self, reader: Reader, address: str) -> tuple[wire.Register, list[wire.Held]]:
+        """What an engine registers with, and all that it has."""
+        register = await self._first(wire.Register, reader, address)
+        held = list(register.held)
+        for _ in range(register.more):
+            held += (await self._first(wire.MoreHeld, reader, address)).held
+        return register, held
+
+    async def _first(self, kind: type[First], reader: Reader, address: str) -> First:
+        body, begin_s = await _frame(reader), time.thread_time()
+        message = wire.decode_from_engine(body)
+        if not isinstance(message, kind):
+            raise wire.ProtocolError(f"{type(message).__name__} before it is registered; allowed: {kind.__name__}")
+        await self._pause(address, time.thread_time() - begin_s + REGISTER_S)
         return message
 
+    async def _pause(self, address: str, used_s: float) -> None:
+        """After what took so long and was of no use to a request. Others have their turn, also where it is short."""
+        await asyncio.sleep(self._budget.used(address, used_s, _now()))
+
     def _register(
-        self, register: wire.Register, writer: Writer, peer: str, task: asyncio.Task[None]
+        self, register: wire.Register, held: Sequence[wire.Held], writer: Writer, peer: str, task: asyncio.Task[None]
     ) -> RegisteredEngine | None:
         card, now = register.card, _now()
         reason = self._listener.engine_fits(card)
@@ -290,7 +320,7 @@ class EngineRegistry:
         self.engines[card.name] = engine
         self.counts.registered += 1
         try:
-            keep = self._listener.engine_joined(engine, register.held)
+            keep = self._listener.engine_joined(engine, held)
         except Exception as error:  # noqa: BLE001 (this engine is refused; the others go on)
             self.counts.listener_failures += 1
             rare.exception("join", "engine %s could not be registered: %r", card.name, error)
@@ -305,21 +335,20 @@ class EngineRegistry:
         self._tell(lambda: self._listener.engine_reported(engine))
         return engine
 
-    async def _serve(self, engine: RegisteredEngine, reader: Reader) -> str:
+    async def _serve(self, engine: RegisteredEngine, reader: Reader, address: str) -> str:
         """Until the engine leaves or is fenced; returns why."""
-        frames = 0
+        busy_s = wasted_s = 0.0
         while True:
-            frames += 1
-            if frames % FRAMES_AT_ONCE == 0:
-                await asyncio.sleep(0)  # what is there already is read without waiting
-            message = wire.decode_from_engine(await _frame(reader))
-            if isinstance(message, wire.Register):
+            body, begin_s = await _frame(reader), time.thread_time()
+            message = wire.decode_from_engine(body)
+            if isinstance(message, wire.Register | wire.MoreHeld):
                 raise wire.ProtocolError("it registered twice on one connection")
             if message.epoch != engine.epoch or not self._membership.is_current(engine.name, engine.epoch):
                 self.counts.fenced_frames += 1
                 engine.writer.write(wire.frame(wire.Fenced("its epoch is over")))
                 return "its epoch is over"
             engine.heard_s = _now()
+            useful = 0.0
             if isinstance(message, wire.Heartbeat):
                 if not self._membership.renew(engine.name, engine.epoch, engine.heard_s):
                     self.counts.fenced_frames += 1
@@ -329,10 +358,20 @@ class EngineRegistry:
                 engine.report, engine.placed_seen = message.report, message.placed
                 self._tell(lambda: self._listener.engine_reported(engine))
             elif isinstance(message, wire.Events):
-                events = message.events
-                self._tell(partial(self._listener.engine_events, engine, events))
+                useful = self._events(engine, message.events)
             else:
                 return message.why
+            used_s = time.thread_time() - begin_s + MESSAGE_S
+            busy_s, wasted_s = busy_s + used_s, wasted_s + used_s * (1.0 - useful)
+            if busy_s >= AT_ONCE_S:  # what is there already is read without waiting
+                await (self._pause(address, wasted_s) if wasted_s else asyncio.sleep(0))
+                busy_s = wasted_s = 0.0
+
+    def _events(self, engine: RegisteredEngine, events: Sequence[wire.Event]) -> float:
+        """Returns the part of them that is of use."""
+        useful: list[int] = []
+        self._tell(lambda: useful.append(self._listener.engine_events(engine, events)))
+        return sum(useful) / max(1, len(events))
 
     # -- leases -------------------------------------------------------------------------------------------------
 
@@ -367,7 +406,8 @@ class EngineRegistry:
 
 
 async def _frame(reader: Reader) -> bytes:
-    return await reader.readexactly(wire.frame_length(await reader.readexactly(wire.LENGTH.size)))
+    head = await reader.readexactly(wire.LENGTH.size)
+    return await reader.readexactly(wire.frame_length(head, wire.ENGINE_FRAME_BYTES_MAX))
 
 
 def _now() -> float:

@@ -467,8 +467,9 @@ class ClusterEngine:
         self._accounts.reported(engine, time.monotonic())
         self._decide_soon()
 
-    def engine_events(self, engine: RegisteredEngine, events: Sequence[wire.Event]) -> None:
+    def engine_events(self, engine: RegisteredEngine, events: Sequence[wire.Event]) -> int:
         """See `port.Listener`."""
+        stale = self.counters["stale_events"]
         for event in events:
             routed = self.requests.get(event.request_id)
             if routed is None:
@@ -476,6 +477,7 @@ class ClusterEngine:
                     self.counters["stale_events"] += 1
                 continue
             self._guarded(partial(self._event, routed, engine, event), routed)
+        return len(events) - (self.counters["stale_events"] - stale)
 
     def _event(self, routed: RoutedRequest, engine: RegisteredEngine, event: wire.Event) -> None:
         answer = routed.answer

@@ -58,6 +58,7 @@ def _serve(flags: RouterFlags) -> None:
     from penstock.cluster.router.router import ClusterEngine
     from penstock.cluster.router.router_flags import router_settings, server_settings
     from penstock.process.file_limit import raise_file_limit
+    from penstock.process.startup_objects import freeze_startup_objects
     from penstock.server.app import ServerApp
     from penstock.server.run import HttpServer, bind, url_of, warn_of_open_port
     from penstock.server.text import load_text_codec
@@ -89,6 +90,7 @@ def _serve(flags: RouterFlags) -> None:
             ready = f"penstock: router {server_side.model_name} listening on {url}, engines on {place}"
             server = HttpServer(app, listener, lambda: print(ready, flush=True))
             engine.on_failed = server.stop
+            freeze_startup_objects()
             server.serve_forever()
             if engine.failure is not None:  # whoever started this process starts it again
                 raise RouterEnded(engine.failure)

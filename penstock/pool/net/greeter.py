@@ -1,5 +1,7 @@
 """Accepts connections at a node and takes them through their greeting, all on one thread that never waits for one peer.
 
+It has the node's `greeting_share` of each window of time (`pool.net.turns`): however many come, the threads that
+serve peers go on.
 So a stranger costs a file and some hundred bytes, and is given up GREET_S after it came, or when there are too many
 (`core.connection_limits`). Whoever says Hello leaves the greeter for threads of its own.
 """
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 from penstock.pool.net import wire
 from penstock.pool.net.node_connection import ClientConnection, Steps
 from penstock.pool.net.secret import SecretRefused
+from penstock.pool.net.turns import Windows
 from penstock.process.guarded_thread import count_failure
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ACCEPT_AT_ONCE = 32  # before those that were accepted are looked at
+WINDOW_S = 0.002
 NO_FILES_S = 0.05
 LOOK_S = 1.0
 
@@ -37,6 +41,7 @@ class Greeter:
         self._selector = selectors.DefaultSelector()
         self._greeting: dict[ClientConnection, Steps] = {}  # the oldest first
         self._wanted: dict[ClientConnection, int] = {}  # what its socket is registered for
+        self._windows = Windows(WINDOW_S, WINDOW_S * node.greeting_share)
 
     def run(self) -> None:
         """Until the node is closed."""
@@ -45,6 +50,7 @@ class Greeter:
             self._selector.register(self._listener, selectors.EVENT_READ)
             while not self._node.closed:
                 for key, _ in self._selector.select(self._wait_s()):
+                    self._pause()
                     if key.data is None:
                         self._accept()
                     elif key.data in self._greeting:
@@ -62,8 +68,14 @@ class Greeter:
         first = next(iter(self._greeting), None)
         return LOOK_S if first is None else max(0.0, min(LOOK_S, first.greet_by_s - time.monotonic()))
 
+    def _pause(self) -> None:
+        pause_s = self._windows.pause(time.monotonic(), time.thread_time())
+        if pause_s:
+            time.sleep(pause_s)
+
     def _accept(self) -> None:
         for _ in range(ACCEPT_AT_ONCE):
+            self._pause()
             try:
                 sock, peer = self._listener.accept()
             except BlockingIOError:

@@ -30,6 +30,7 @@ from penstock.core.connection_limits import ConnectionLimits, ConnectionShares
 from penstock.pacing import Pacer
 from penstock.pool.net import wire
 from penstock.pool.net.greeter import Greeter
+from penstock.pool.net.message_budget import SHARE, MessageBudget
 from penstock.pool.net.node_connection import ClientConnection
 from penstock.pool.net.pool_connection import PoolConnection
 from penstock.pool.net.secret import Secret
@@ -40,6 +41,7 @@ from penstock.pool.node_backend import NodeBackend
 from penstock.process.file_limit import file_limit
 from penstock.process.guarded_thread import GuardedThread, GuardedWorker
 from penstock.process.rate_limited_log import RateLimitedLog
+from penstock.process.switch_interval import switch_often
 from penstock.units import format_address
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,9 @@ STAGING_BYTES_MAX = STAGING_BYTES + 2 * wire.PAYLOAD_BYTES_MAX  # what it may gr
 
 class PoolNode:
     """Listens from construction on; `address` is the real one. The pool stays the caller's to close, after `close`."""
+
+    greeting_share = 0.5  # of a thread's time, for greetings
+    message_share = SHARE  # and for messages that move no block (`message_budget`)
 
     def __init__(
         self,
@@ -78,6 +83,7 @@ class PoolNode:
 
         Raises OSError when the address or the memory cannot be had.
         """
+        switch_often()
         self.name = name
         self.pool = pool
         self.secret = secret
@@ -92,6 +98,8 @@ class PoolNode:
         self.place = format_address(*self.address)
         self.rare = RateLimitedLog(log)  # for what a peer can cause as often as it likes
         self.turns = Turns(QUESTIONS_AT_ONCE)
+        self._budget = MessageBudget(self.message_share)
+        self._budget_lock = threading.Lock()
         wanted = CONNECTIONS_MAX if connections is None else connections
         limits = ConnectionLimits.within(file_limit(), GREETING_MAX, wanted, connections_per_address)
         if limits.peers < wanted:
@@ -162,6 +170,16 @@ class PoolNode:
     def later(self, remote: bool, fetch: Callable[[], None], failed: Callable[[Exception], None]) -> bool:
         """Queue a load for a fetcher; False when too many wait."""
         return (self._remote_fetcher if remote else self._fetcher).put(fetch, failed)
+
+    def pause_after(self, source: str, cost_s: float) -> float:
+        """For how long a connection of that address reads no further message (`message_budget`)."""
+        with self._budget_lock:
+            return self._budget.used(source, cost_s, time.monotonic())
+
+    def pause_of(self, source: str) -> float:
+        """For how long a new connection of that address reads no message."""
+        with self._budget_lock:
+            return self._budget.used(source, 0.0, time.monotonic())
 
     def connection_of(self, sock: socket.socket, peer: str) -> ClientConnection:
         """What serves a connection that was accepted."""

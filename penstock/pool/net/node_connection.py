@@ -51,6 +51,10 @@ _RECEIVE_BYTES = 1 << 20
 _SEND_BYTES = 4 << 20
 _DRAIN_BYTES = 64 << 10
 _PROBE = bytes(wire.PROBE_BYTES_MAX)
+_OF_BLOCKS = (wire.Read, wire.Write, wire.Probe, wire.Lend, wire.Offer)  # what moves bytes, and is not refused
+_REFUSED_BYTES_MAX = 64 << 10  # a payload beyond this costs more than its message, also where it is refused
+
+_CONNECTION_S = 0.0005  # what the threads of a connection cost beside its messages
 
 Steps = Generator[int, None, None]  # each yields what its socket must be ready for: selectors.EVENT_READ or EVENT_WRITE
 
@@ -104,8 +108,11 @@ class ClientConnection:
         self._count_lock = threading.Lock()
         self._in_flight = 0
         self._sent_s = 0.0  # when the last paced block left
+        self._refused = False  # the last request was answered with an error, by the reading thread
+        self._reader_id = 0
         self._ended = False  # nothing can be sent any more
-        self._reader = GuardedThread(f"penstock-node-{peer}", self._serve, kind="penstock-node-connection")
+        self._pause: threading.Event | None = None  # set at the end: nothing waits any more
+        self._reader: GuardedThread | None = None  # strangers come by the thousand: none is made for them
         self._sender: GuardedWorker | None = None
 
     def greet(self) -> Steps:
@@ -158,7 +165,9 @@ class ClientConnection:
         where the connection has ended; `abandon` must follow then."""
         self._sock.setblocking(True)
         wire.set_timeouts(self._sock)
+        self._pause = threading.Event()
         self._sender = GuardedWorker(f"penstock-send-{self.peer}", SENDS_MAX, kind="penstock-node-send")
+        self._reader = GuardedThread(f"penstock-node-{self.peer}", self._serve, kind="penstock-node-connection")
         self._reader.start()
 
     def abandon(self) -> None:
@@ -171,12 +180,15 @@ class ClientConnection:
     def cut(self) -> None:
         """End the connection; both threads notice."""
         self._ended = True
+        if self._pause is not None:
+            self._pause.set()
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def join(self, timeout_s: float) -> None:
         """Wait at most `timeout_s` for the reading thread to end."""
-        self._reader.join(timeout_s)
+        if self._reader is not None:
+            self._reader.join(timeout_s)
 
     def _serve(self) -> None:
         sender = self._sender
@@ -209,16 +221,31 @@ class ClientConnection:
 
     def _serve_requests(self) -> None:
         frames = wire.FrameReader(self._sock)
-        while True:
-            asked_s = time.monotonic()
-            header, payload_bytes = frames.next(wire.IDLE_S)
-            now_s = time.monotonic()
-            request = wire.decode_request(header)
-            if payload_bytes and not isinstance(request, wire.Write):
-                raise wire.ProtocolError("only Write has a payload")
-            # A request that was there already became ready while the link was busy with the one before.
-            ready_s = min(now_s, self._sent_s) if now_s - asked_s < 0.0001 else now_s
-            self._answer(request, payload_bytes, ready_s)
+        self._reader_id, counted_s = threading.get_ident(), time.thread_time()
+        self._wait(self._node.pause_of(self.source))
+        try:
+            while True:
+                asked_s = time.monotonic()
+                header, payload_bytes = frames.next(wire.IDLE_S)
+                now_s = time.monotonic()
+                request = wire.decode_request(header)
+                if payload_bytes and not isinstance(request, wire.Write):
+                    raise wire.ProtocolError("only Write has a payload")
+                # A request that was there already became ready while the link was busy with the one before.
+                ready_s = min(now_s, self._sent_s) if now_s - asked_s < 0.0001 else now_s
+                self._refused = False
+                self._answer(request, payload_bytes, ready_s)
+                used_s, counted_s = time.thread_time() - counted_s, time.thread_time()
+                refused = self._refused and payload_bytes <= _REFUSED_BYTES_MAX
+                if refused or not isinstance(request, _OF_BLOCKS):
+                    self._wait(self._node.pause_after(self.source, used_s))
+        except (wire.ProtocolError, OSError):  # what it did not take, or did not understand, was in vain
+            self._node.pause_after(self.source, time.thread_time() - counted_s + _CONNECTION_S)
+            raise
+
+    def _wait(self, pause_s: float) -> None:
+        if pause_s and self._pause is not None:
+            self._pause.wait(pause_s)
 
     def _answer(self, request: wire.Request, payload_bytes: int, ready_s: float) -> None:
         match request:
@@ -388,6 +415,8 @@ class ClientConnection:
 
     def _reply(self, message: wire.Reply) -> None:
         self._check_open()
+        if isinstance(message, wire.Failed) and threading.get_ident() == self._reader_id:
+            self._refused = True
         with self._send_lock:
             wire.send_all(self._sock, wire.frame(message), until_s=time.monotonic() + PAYLOAD_S)
 

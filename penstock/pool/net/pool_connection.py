@@ -118,6 +118,10 @@ class PoolConnection(ClientConnection):
         self, request: wire.Read, opened: OpenedBlock, staged: _Staged, deadline_s: float, share: StagingShare
     ) -> None:
         """On the fetcher's thread: find staging memory, let the member read into it."""
+        if self._ended:  # what a peer that is gone has asked for keeps no drive busy
+            self._node.staging.give_reserved(staging_bytes(request.size_bytes), share)
+            staged.end()
+            return
         slot = self._node.staging.take(request.size_bytes, deadline_s, opened.remote, share, reserved=True)
         if slot is None:
             in_time, detail = self._no_staging(request.size_bytes, shared=opened.remote)
@@ -170,8 +174,8 @@ class PoolConnection(ClientConnection):
         if payload_bytes != request.size_bytes:
             raise wire.ProtocolError(f"write of {request.size_bytes} bytes with a payload of {payload_bytes}")
         deadline_s = time.monotonic() + request.timeout_s
-        at_most = self._pool.block_bytes_max
-        if payload_bytes > at_most:  # before staging memory would grow for it
+        at_most = self._pool.block_bytes_max if self._node.staging.would_grow(payload_bytes) else payload_bytes
+        if payload_bytes > at_most:
             detail = f"no member has room for blocks of {payload_bytes} bytes, at most {at_most} bytes do"
             self._refuse_write(request.id, payload_bytes, "full", detail)
             return

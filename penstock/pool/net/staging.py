@@ -203,6 +203,11 @@ class Staging:
         enough = length + (capacity_bytes // 2 if shared else 0) <= capacity_bytes
         return enough and any(length <= len(arena.memory) for arena in self._arenas)
 
+    def would_grow(self, size_bytes: int) -> bool:
+        """Whether a block of this size asks for more than there is, as part of a connection's share."""
+        length = staging_bytes(size_bytes)
+        return self._shares.is_large(length) or not self._fits(length, False)
+
     def _make_fit(self, length: int, shared: bool, within_share: bool) -> bool:
         """Whether there can be a slot of this length, if need be in a new arena; it is made too, where it may be, for a
         slot that is to be `within_share`."""

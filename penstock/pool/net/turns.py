@@ -1,4 +1,5 @@
-"""Turns at work that holds the interpreter, by source address: who asks in a loop waits for its own address only."""
+"""Turns at work that holds the interpreter: by source address, who asks in a loop waits for its own address only; and
+of one thread among the others."""
 
 from __future__ import annotations
 
@@ -56,3 +57,19 @@ class Turns:
             if waiting:
                 self._waiting[source] = waiting
         following.set()
+
+
+class Windows:
+    """A thread that is always busy has a turn of each window of time, and sleeps for the rest: it would get the
+    interpreter back before a thread that waits for it has woken up."""
+
+    def __init__(self, window_s: float, turn_s: float) -> None:
+        self._window_s, self._turn_s = window_s, turn_s
+        self._end_s = 0.0
+        self._used_s = 0.0  # of the thread's time, when the window began
+
+    def pause(self, now_s: float, used_s: float) -> float:
+        """Before a step: for how long the thread sleeps. `used_s`: of its time so far (`time.thread_time`)."""
+        if now_s >= self._end_s:
+            self._end_s, self._used_s = now_s + self._window_s, used_s
+        return self._end_s - now_s if used_s - self._used_s >= self._turn_s else 0.0

@@ -142,6 +142,7 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
     from penstock.pool.net.tls import PeerTls
     from penstock.pool.setup.open import open_pool
     from penstock.process.file_limit import raise_file_limit
+    from penstock.process.startup_objects import freeze_startup_objects
 
     threading.excepthook = _thread_failed
     raise_file_limit()
@@ -163,6 +164,7 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
                 for m in served.stat(1.0).members
             )
             print(f"pool node {config.name} ready on {format_address(*node.address)}: {members}", flush=True)
+            freeze_startup_objects()
             _wait(config, served, node, read, inbox)
         finally:
             node.close(CLOSE_TIMEOUT_S)

@@ -343,7 +343,7 @@ def test_strangers_get_nothing(caplog: pytest.LogCaptureFixture) -> None:
         assert "does not speak the Penstock cluster protocol" in caplog.text
         older = replace(wire.GREETING, version=0).pack(secret=True)
         assert converse(c, older) == greeting
-        assert "speaks version 0 of the cluster protocol, this side 3" in caplog.text
+        assert "speaks version 0 of the cluster protocol, this side 4" in caplog.text
         answer = converse(c, greeting, b"x" * (NONCE_BYTES + PROOF_BYTES))
         assert len(answer) == len(greeting) + NONCE_BYTES
         assert "does not have the same secret" in caplog.text
@@ -386,7 +386,7 @@ def test_frames_of_an_old_epoch_are_refused() -> None:
         agent = c.agents["e1"]
         session = agent._session  # noqa: SLF001 (the connection as it is under way)
         assert session is not None
-        session.send(wire.Events(session.welcome.epoch - 1, []))
+        session.send(wire.frame(wire.Events(session.welcome.epoch - 1, [])))
         wait_until(lambda: c.router.port.counts.fenced_frames == 1, "the refusal")
         assert agent.registered.wait(20.0)
         wait_until(lambda: "e1" in c.router.port.engines, "the engine's new registration")

@@ -151,7 +151,7 @@ def with_epoch(body: bytes, epoch: int) -> bytes:
         message = wire.decode_from_engine(body)
     except wire.ProtocolError:
         return body
-    if isinstance(message, wire.Register):
+    if isinstance(message, wire.Register | wire.MoreHeld):
         return body
     message.epoch = epoch
     return wire.frame(message)[4:]
