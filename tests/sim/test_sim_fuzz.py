@@ -25,7 +25,8 @@ from penstock.core.engine import (
     uploading,
     write_back,
 )
-from penstock.core.engine.request import BlockLoad, Request
+from penstock.core.engine.request import Request
+from penstock.core.engine.request_loads import BlockLoad
 from penstock.core.ordering import AGED, ORDINARY
 from penstock.sim.commands.fuzz import run_seeds
 from penstock.sim.fuzz.case import FuzzCase
@@ -97,8 +98,8 @@ def _ready_before_loaded(patch: pytest.MonkeyPatch) -> None:
         right(self, group, request, now)
         for load in group:
             for waiter, index in load.waiters.items():
-                if waiter.ready:
-                    waiter.ready[index] = True
+                if waiter.loads.ready:
+                    waiter.loads.fill(index)
 
     patch.setattr(uploading.Uploading, "_issue", wrong)
 
@@ -216,7 +217,7 @@ def _attempts_unbounded(patch: pytest.MonkeyPatch) -> None:
 PLANTS: list[tuple[Plant, str]] = [
     (_second_end, "ended twice"),
     (_no_end, "F1|F5"),
-    (_ready_before_loaded, "S3"),
+    (_ready_before_loaded, "LOADS-3"),
     (_damage_is_used, "F2"),
     (_handed_from_a_slot_of_others, "F2|F3|slot"),
     (_slot_leaks, "slot"),

@@ -93,7 +93,7 @@ class ConnectorCosts:
         compute_s = self._compute_s(entry)
         links = Counter({route: n for route, n in self._ranked.up_to(entry.request.rank).items() if route is not None})
         links.update(self._loading)
-        return self._shared.cost.load_s(links, entry.request.upload_bytes, serial=False) < compute_s
+        return self._shared.cost.load_s(links, entry.request.loads.upload_bytes, serial=False) < compute_s
 
     @property
     def _measured(self) -> bool:
@@ -156,10 +156,10 @@ class ConnectorCosts:
         computing = request.state is State.PREFILL and not granted
         ranked: dict[Route | None, int] = {None: 0 if computing else compute}
         if granted:
-            loads = dict(request.bytes_by_route)
+            loads = dict(request.loads.bytes_by_route)
             return _Counted(request.rank, ranked, loads, loads if waits else {})
         if waits:
-            ranked.update(request.bytes_by_route.items())
+            ranked.update(request.loads.bytes_by_route.items())
         return _Counted(request.rank, ranked, computing=compute if computing else 0)
 
     def check_integrity(self) -> None:

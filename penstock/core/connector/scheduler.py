@@ -29,7 +29,8 @@ from penstock.core.cost import CostModel
 from penstock.core.engine.ageing import Ageing
 from penstock.core.engine.load_coordinator import LoadCoordinator
 from penstock.core.engine.ranking import Ranking
-from penstock.core.engine.request import NO_PAGE, LoadState, Request, State
+from penstock.core.engine.request import Request, State
+from penstock.core.engine.request_loads import LoadState
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.engine.write_back import WriteBackQueue, block_to_save
 from penstock.core.operations import Account, BlockHit, Fetch, Lookup, Operation, RequestSpec, Save
@@ -139,8 +140,7 @@ class ConnectorScheduler:
         request.account.predicted_load_s = self._ranking.load_s(request)
         request.account.predicted_compute_s = request.compute_s
         self._ageing.estimated(request)
-        request.pages = [NO_PAGE] * (request.target // self.config.block_tokens + 1)
-        request.ready = [False] * len(request.pages)
+        request.loads.begin(request.target // self.config.block_tokens + 1)
         request.static_key = None
         self._ranking.set_rank(request)
         if entry.end > entry.held and not self._costs.worth_fetching(entry):
@@ -169,7 +169,7 @@ class ConnectorScheduler:
         """Nothing is loaded for the request any more; the host computes it."""
         request = entry.request
         self._shared.count("computed_instead_tokens", (entry.end - entry.held) * self.config.block_tokens)
-        for index in list(request.loads):
+        for index in list(request.loads.by_index):
             self._loading.forgo(request, index)
         self._forget_hits(entry)
         entry.end = entry.held
@@ -261,12 +261,12 @@ class ConnectorScheduler:
         if not self._granting.has_room(end - first):
             request.switch_label("wait_l1", now)
             return None
-        begun = request.load_counts[LoadState.FETCHING] + request.load_counts[LoadState.STAGED]
+        begun = request.loads.counts[LoadState.FETCHING] + request.loads.counts[LoadState.STAGED]
         may_refuse = not begun and request.loads and not entry.probe
         if may_refuse and not self._costs.arrives_first(entry):
             entry.refused_tokens = end * size - held_tokens
             return 0  # its blocks are still fetched in their turn, should the host not get to it before
-        if request.bytes_by_route and self._costs.enough_granted():
+        if request.loads.bytes_by_route and self._costs.enough_granted():
             return None  # its blocks are fetched in its turn all the same
         return end * size - held_tokens
 
@@ -286,7 +286,7 @@ class ConnectorScheduler:
         end = first + len(pages)
         grant = self._granting.begin(entry, first, end)
         if entry.end > end or entry.held != first:
-            for index in [index for index in request.loads if not first <= index < end]:
+            for index in [index for index in request.loads.by_index if not first <= index < end]:
                 self._loading.forgo(request, index)
         entry.end = end
         request.state = State.PREFILL
@@ -295,12 +295,12 @@ class ConnectorScheduler:
             if hit is None or key in self._granting:
                 grant.hole = entry.end = index
                 self._shared.count("hits_withdrawn", end - index)
-                for behind in [behind for behind in request.loads if behind >= index]:
+                for behind in [behind for behind in request.loads.by_index if behind >= index]:
                     self._loading.forgo(request, behind)
                 break
             if index not in request.loads:
                 self._loading.join(request, index, hit)
-            request.loads[index].page = page
+            request.loads.by_index[index].page = page
             self._granting.add(entry, index, page)
         self._ranking.count_loads(request)
         self._ranking.progressed(request)
@@ -384,7 +384,7 @@ class ConnectorScheduler:
 
     def _changed(self, request: Request, now: float) -> None:
         """A block of the request moved, or was lost."""
-        counts = request.load_counts
+        counts = request.loads.counts
         if not counts[LoadState.WANTED] and not counts[LoadState.FETCHING]:
             self._version += 1  # its links are free for others
         self._ranking.progressed(request)
@@ -410,7 +410,7 @@ class ConnectorScheduler:
                 entry.end = end
                 if grant is not None:
                     grant.hole = end if grant.hole is None else min(grant.hole, end)
-                for index in [index for index in request.loads if index >= end]:
+                for index in [index for index in request.loads.by_index if index >= end]:
                     self._loading.forgo(request, index)
                 for index in [index for index in request.hits if index >= end]:
                     del request.hits[index]
@@ -547,7 +547,7 @@ class ConnectorScheduler:
         return not (self._entries or len(self._saving) or self._loading.loads)
 
     def _relabel(self, request: Request, now: float) -> None:
-        counts = request.load_counts
+        counts = request.loads.counts
         if request.state in (State.DONE, State.DECODE, State.LOOKUP):
             return
         if counts[LoadState.FETCHING]:
@@ -568,9 +568,10 @@ class ConnectorScheduler:
         self._granting.check_integrity(self._entries.values(), self._loading.reserved_pages())
         for entry in self._entries.values():
             request = entry.request
-            assert all(index in request.hits for index in request.loads), "G4: a load without a hit"
+            request.loads.check_integrity(counted=request.state is State.PREFILL)
+            assert all(index in request.hits for index in request.loads.by_index), "G4: a load without a hit"
             if request.loads:
-                assert max(request.loads) < entry.end, "G4: a load behind a hole"
+                assert max(request.loads.by_index) < entry.end, "G4: a load behind a hole"
             assert not (entry.leaving and request.loads)
             begin, end = entry.run
             assert all(index in request.hits for index in range(begin, end))

@@ -9,7 +9,8 @@ from penstock.core.engine.kv_handoff import KVHandoff
 from penstock.core.engine.load_coordinator import LoadCoordinator
 from penstock.core.engine.ranking import Ranking
 from penstock.core.engine.recompute_prefix import prefix_to_compute
-from penstock.core.engine.request import NO_PAGE, LoadState, Request, State
+from penstock.core.engine.request import Request, State
+from penstock.core.engine.request_loads import LoadState
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.ordering import RankedQueue
 
@@ -130,23 +131,21 @@ class Admission:
             request.account.admitted_s = now
         self.admitted[request] = None
         self.prefills += 1
-        request.pages = [NO_PAGE] * total
-        request.ready = [False] * total
+        request.loads.begin(total)
         need = total
         front = prefix_to_compute(shared, request, self.admitted, self._loading.loads)
         shared.count("computed_instead_tokens", len(front) * shared.config.block_tokens)
         for index in range(request.hittable_blocks):
             key = request.key_at(index)
             if key in shared.l1:
-                request.pages[index] = shared.l1.pin(key)
-                request.ready[index] = True
+                request.loads.set_page(index, shared.l1.pin(key), ready=True)
                 request.count_cached(self._shared.config.block_tokens)
                 self._handoff.in_l1(request, index)
                 need -= 1
             elif (index in request.hits and index not in front) or key in self._loading.loads:
                 if index not in request.loads:
                     self._loading.join(request, index, request.hits.get(index) or self._loading.loads[key].hit)
-                need -= request.loads[index].page is not None
+                need -= request.loads.by_index[index].page is not None
         shared.promise(request, need)
         self._ranking.count_loads(request)
         request.recompute_prefix_s = shared.cost.compute.rebuild_s(
@@ -171,7 +170,7 @@ class Admission:
             and not other.held
             and not other.own_pages
             and other.position == 0
-            and other.load_counts[LoadState.WANTED] == len(other.loads)
+            and other.loads.counts[LoadState.WANTED] == len(other.loads)
         ]
         if need > self._room() + sum(other.promise for other in candidates):
             return False

@@ -39,9 +39,9 @@ def engine_load(requests: Iterable[Request]) -> EngineLoad:
             prefill_tokens += max(0, request.target - max(request.position, coming))
         hand_off = request.spec.hand_off
         remote = hand_off.present_route[-1] if hand_off is not None else None
-        own_bytes = sum(size for route, size in request.bytes_by_route.items() if route[-1] != remote)
+        own_bytes = sum(size for route, size in request.loads.bytes_by_route.items() if route[-1] != remote)
         read_bytes += own_bytes
         if hand_off is not None:
-            remote_bytes[hand_off.to] += sum(request.bytes_by_route.values()) - own_bytes
+            remote_bytes[hand_off.to] += sum(request.loads.bytes_by_route.values()) - own_bytes
             handoff_blocks[hand_off.to] += len(request.forwarding)
     return EngineLoad(unfinished, tokens, prefill_tokens, decoding, read_bytes, remote_bytes, handoff_blocks)

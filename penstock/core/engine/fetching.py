@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from penstock.core.bandwidth import LinkUse
 from penstock.core.engine.load_table import LoadTable
-from penstock.core.engine.request import BlockLoad, LoadState, Request, State
+from penstock.core.engine.request import Request, State
+from penstock.core.engine.request_loads import BlockLoad, LoadState
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.operations import Fetch, Route
 from penstock.core.ordering import Rank, RankedQueue
@@ -72,17 +73,13 @@ class Fetching:
         if chosen is None:
             return None
         route, request = chosen
-        return request.wanted[route].popitem(last=False)[0], request
+        return next(iter(request.loads.wanted[route])), request
 
     def _first_wanting(self, queue: RankedQueue[Request], route: Route) -> Request | None:
         """The request of least rank with a block to fetch over the route: the first that it wants there."""
         while (request := queue.peek()) is not None:
-            wanted = request.wanted.get(route)
-            while wanted:
-                load = next(iter(wanted))
-                if load.state is LoadState.WANTED and request in load.waiters:
-                    return request
-                del wanted[load]
+            if request.loads.wanted.get(route):
+                return request
             queue.discard(request)
         return None
 

@@ -10,7 +10,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from penstock.core.engine.request import NO_PAGE, BlockLoad, Request, State
+from penstock.core.engine.request import Request, State
+from penstock.core.engine.request_loads import NO_PAGE, BlockLoad
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.engine.write_back import block_to_save
 from penstock.core.operations import Drop, Forward
@@ -160,7 +161,7 @@ class KVHandoff:
 
     def _issue(self, to: str, block: _Block) -> None:
         shared, request, index = self._shared, block.request, block.index
-        page = request.pages[index] if block.downloading else None
+        page = request.loads.pages[index] if block.downloading else None
         assert block.slot is not None and page != NO_PAGE
         self._windows[to] += 1
         op_id = shared.next_op()
@@ -198,7 +199,7 @@ class KVHandoff:
             shared.count("handed_blocks")
             request.handed.add(block.index)
             request.account.handed_blocks += 1
-        elif not block.retried and request.state is not State.DONE and request.is_ready(block.index):
+        elif not block.retried and request.state is not State.DONE and request.loads.is_ready(block.index):
             request.forwarding.add(block.index)
             self._offer(self._in_l1, request, block.index, retried=True)
         elif block.retried or request.state is State.HANDING:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from penstock.core.engine.kv_handoff import KVHandoff
-from penstock.core.engine.request import BlockLoad, LoadState, Request
+from penstock.core.engine.request import Request
+from penstock.core.engine.request_loads import BlockLoad, LoadState
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.keys import BlockKey
-from penstock.core.operations import Drop
+from penstock.core.operations import BlockHit, Drop
 
 
 class LoadTable:
@@ -20,12 +19,13 @@ class LoadTable:
         self.by_key: dict[BlockKey, BlockLoad] = {}
         self.reactive_slots = 0
 
-    def move(self, load: BlockLoad, state: LoadState) -> None:
-        """To another state, for everybody who waits for it."""
+    def move(self, load: BlockLoad, state: LoadState, hit: BlockHit | None = None) -> None:
+        """To another state, for everybody who waits for it; `hit`: it is to be fetched as that says."""
+        hit = load.hit if hit is None else hit
         for waiter in load.waiters:
-            waiter.load_counts[load.state] -= 1
-            waiter.load_counts[state] += 1
-        load.state = state
+            waiter.loads.move(load, state, hit)
+            self._shared.revalued(waiter)
+        load.state, load.hit = state, hit
 
     def reserve_page(self, load: BlockLoad, page: int | None) -> None:
         """Give the load its page of L1; None: there was none, it is taken at upload."""
@@ -60,7 +60,7 @@ class LoadTable:
 
     def drop_staged(self, load: BlockLoad) -> None:
         """Give back the slot of a staged load; the driver forgets what is in it."""
-        load.kept = True  # the driver holds its content until it is told
+        load.retained = True  # the driver holds its content until the Drop
         self.free_slot(load)
 
     def free_slot(self, load: BlockLoad) -> None:
@@ -69,10 +69,10 @@ class LoadTable:
         if self._handoff is not None and self._handoff.keeps(load.slot):
             self._handoff.adopt(load.slot)
         else:
-            if load.kept:
+            if load.retained:
                 self._shared.outbox.append(Drop(load.slot))
             self._shared.l2.free_load(load.slot)
-        load.slot, load.kept = None, False
+        load.slot, load.retained = None, False
         self.not_reactive(load)
 
     def set_reactive(self, load: BlockLoad) -> None:
@@ -105,9 +105,6 @@ class LoadTable:
             assert (load in uploading) == (load.state is LoadState.UPLOADING)
             assert load.state is not LoadState.UPLOADING or load.page is not None
             for waiter, index in load.waiters.items():
-                assert waiter.loads.get(index) is load and waiter.key_at(index) == key
+                assert waiter.loads.by_index.get(index) is load and waiter.key_at(index) == key
             assert load.waiters or load.state in (LoadState.FETCHING, LoadState.UPLOADING), "nobody waits for a load"
-        for waiter in {waiter for load in self.by_key.values() for waiter in load.waiters}:
-            counts = Counter(load.state for load in waiter.loads.values())
-            assert +Counter(waiter.load_counts) == counts, "states of a request's loads are miscounted"
         assert self.reactive_slots == sum(load.reactive for load in self.by_key.values())

@@ -45,8 +45,8 @@ def prefix_to_compute(
             continue
         compute_s += other.compute_s + other.recompute_prefix_s
         if other.rank < request.rank:
-            upload += other.upload_bytes
-            for route, waiting in other.bytes_by_route.items():
+            upload += other.loads.upload_bytes
+            for route, waiting in other.loads.bytes_by_route.items():
                 ahead[route] = ahead.get(route, 0) + waiting
     tokens = recompute_tokens(
         (end - first) * size,

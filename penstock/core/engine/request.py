@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from enum import Enum
 
+from penstock.core.engine.request_loads import RequestLoads
 from penstock.core.keys import BlockKey, KeyChain
-from penstock.core.operations import Account, BlockHit, FinishReason, RequestSpec, Route
+from penstock.core.operations import Account, BlockHit, FinishReason, RequestSpec
 from penstock.core.ordering import ORDINARY, Rank, RankedQueue
 
-NO_PAGE = -1
 MAX_SPANS = 256
 
 Ending = tuple[FinishReason, str | None, int | None]  # reason, error, last token
@@ -28,15 +27,6 @@ class State(Enum):
     DONE = "done"
 
 
-class LoadState(Enum):
-    """A block on its way up: WANTED, FETCHING (L3 -> L2), STAGED (in L2), UPLOADING (L2 -> L1)."""
-
-    WANTED = "wanted"
-    FETCHING = "fetching"
-    STAGED = "staged"
-    UPLOADING = "uploading"
-
-
 class Counted:
     """What `BlocksInUse` counted of a request that waits: its blocks, how many are in use, and after which change."""
 
@@ -46,37 +36,6 @@ class Counted:
         self.keys = keys
         self.in_use = 0
         self.at_change = -1
-
-
-class BlockLoad:
-    """One block on its way to L1, shared by every request that waits for it (`waiters`: request -> block index)."""
-
-    __slots__ = (
-        "hit",
-        "issued_s",
-        "kept",
-        "key",
-        "page",
-        "parent",
-        "reactive",
-        "slot",
-        "state",
-        "upload_op",
-        "waiters",
-    )
-
-    def __init__(self, key: BlockKey, parent: BlockKey, hit: BlockHit) -> None:
-        self.key = key
-        self.parent = parent
-        self.hit = hit
-        self.state = LoadState.WANTED
-        self.slot: int | None = None
-        self.kept = False  # the driver was told to keep the slot as it is until a Drop
-        self.reactive = False  # fetched before any request that waits for it was admitted
-        self.page: int | None = None
-        self.upload_op: int | None = None
-        self.issued_s = 0.0
-        self.waiters: dict[Request, int] = {}
 
 
 class Request:
@@ -90,7 +49,6 @@ class Request:
         "arrival_s",
         "batched",
         "block_tokens",
-        "bytes_by_route",
         "chain",
         "compute_s",
         "counted",
@@ -103,29 +61,23 @@ class Request:
         "hits",
         "label",
         "label_since_s",
-        "load_counts",
         "loads",
         "own_pages",
-        "pages",
         "position",
         "promise",
         "queues",
         "rank",
         "reactive",
-        "ready",
         "recompute_prefix_s",
         "restarted",
         "sequence",
         "spec",
-        "staged",
         "state",
         "static_key",
         "target",
         "tier",
         "tokens",
-        "upload_bytes",
         "waiting_rank",
-        "wanted",
     )
 
     def __init__(self, spec: RequestSpec, sequence: int, now: float, block_tokens: int, deadline_s: float) -> None:
@@ -147,22 +99,15 @@ class Request:
         self.rank: Rank = (ORDINARY, now, sequence)
         self.waiting_rank = self.rank  # as it was when the request was admitted, or changed its tier since
         self.queues: dict[RankedQueue[Request], None] = {}  # that it stands in, or stood in
-        self.bytes_by_route: dict[Route, int] = {}
-        self.upload_bytes = 0
         self.compute_s = 0.0
         self.recompute_prefix_s = 0.0  # of blocks that are computed although the pool holds them; counts in no rank
         # blocks, by index in the prefix
         self.hits: dict[int, BlockHit] = {}
         self.alternates: dict[int, BlockHit] = {}  # where the other side could read them
-        self.ready: list[bool] = []  # KV of the block is in L1, in pages[i]
-        self.pages: list[int] = []
+        self.loads = RequestLoads()
         self.own_pages = 0  # pages taken from the free ones on this request's account since admission
         self.promise = 0  # pages it may still take; set aside at admission
         self.reactive = False
-        self.loads: dict[int, BlockLoad] = {}
-        self.wanted: dict[Route, OrderedDict[BlockLoad, None]] = {}
-        self.staged: OrderedDict[BlockLoad, None] = OrderedDict()
-        self.load_counts: dict[LoadState, int] = dict.fromkeys(LoadState, 0)
         self.counted: Counted | None = None  # while it waits
         self.position = 0
         # hand-off
@@ -198,10 +143,6 @@ class Request:
         """Full blocks of the prompt."""
         return len(self.spec.prompt) // self.block_tokens
 
-    def is_ready(self, index: int) -> bool:
-        """Whether the KV of a block is in L1."""
-        return index < len(self.ready) and self.ready[index]
-
     def key_at(self, index: int) -> BlockKey:
         """Key of the full block at this index of the prompt and of what was generated."""
         return self.chain.keys[index]
@@ -226,9 +167,7 @@ class Request:
 
     def forget_blocks(self) -> None:
         """Back to the state before admission, keeping the tokens: for a preemption or a revoked admission."""
-        self.ready, self.pages, self.own_pages, self.promise = [], [], 0, 0
-        self.loads, self.wanted, self.staged = {}, {}, OrderedDict()
-        self.load_counts = dict.fromkeys(LoadState, 0)
+        self.own_pages, self.promise = 0, 0
         self.position = 0
         self.reactive = False
         self.counted = None

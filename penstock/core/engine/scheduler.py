@@ -29,7 +29,8 @@ from penstock.core.engine.kv_handoff import KVHandoff
 from penstock.core.engine.load_coordinator import LoadCoordinator
 from penstock.core.engine.ranking import Ranking
 from penstock.core.engine.read_paths import assign_read_paths, is_remote
-from penstock.core.engine.request import NO_PAGE, Ending, LoadState, Request, State
+from penstock.core.engine.request import Ending, Request, State
+from penstock.core.engine.request_loads import NO_PAGE, LoadState
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.engine.write_back import WriteBackQueue
 from penstock.core.operations import BlockHit, ChunkOutcome, Discard, Emit, FinishReason, Lookup, Operation, RequestSpec
@@ -207,7 +208,7 @@ class LoadScheduler:
         """Where a chunk failed over cached blocks that are not finite, drop those and start over without the pool,
         once, or return False. They came from the pool: what is computed here is looked at before it is cached."""
         l1 = self._shared.l1
-        pages = {i: request.pages[i] for i in unusable if i < len(request.pages)}
+        pages = {i: request.loads.pages[i] for i in unusable if i < len(request.loads.pages)}
         keys = tuple(request.key_at(i) for i, page in sorted(pages.items()) if page != NO_PAGE and l1.is_cached(page))
         if not keys or request.distrusts_pool or request.ending is not None or request.downloading:
             return False
@@ -281,7 +282,7 @@ class LoadScheduler:
             return str(request.state.value)
         if request.batched:
             return "compute"
-        counts = request.load_counts
+        counts = request.loads.counts
         if counts[LoadState.FETCHING]:
             return "fetch"
         if request.state is State.WAITING:
@@ -303,9 +304,9 @@ class LoadScheduler:
         assert not request.downloading
         self._handoff.leave(request)
         self._batching.leave(request)
-        held = [(page, index) for index, page in enumerate(request.pages) if page != NO_PAGE]
+        held = [(page, index) for index, page in enumerate(request.loads.pages) if page != NO_PAGE]
         for page, index in reversed(held):
-            load = request.loads.get(index)
+            load = request.loads.by_index.get(index)
             if load is not None and load.page == page:
                 continue  # the load's own, still going up
             if l1.is_cached(page):
@@ -485,13 +486,9 @@ class LoadScheduler:
             assert (request in self._admission.admitted) == admitted, "S1"
             assert (request in self._admission.waiting) == (request.state is State.WAITING), "S1"
             assert request.promise >= 0
-            for index, page in enumerate(request.pages):
-                if page == NO_PAGE:
-                    assert not request.ready[index], "S3: a block without a page is ready"
-                elif not shared.l1.is_cached(page) and page not in reserved:
-                    private.append(page)
-                if index in request.loads:
-                    assert not request.ready[index], "S3: a block is ready before it arrived"
+            request.loads.check_integrity(counted=admitted)
+            pages = (page for page in request.loads.pages if page != NO_PAGE)
+            private += [page for page in pages if not shared.l1.is_cached(page) and page not in reserved]
         assert len(set(private)) == len(private), "S2: a private page has two owners"
         shared.l1.check_integrity(set(private), self._loading.reserved_keys())
         slots = self._loading.slots_in_use() + self._saving.slots_in_use() + self._handoff.slots_in_use()
