@@ -115,31 +115,39 @@ class DecodeBuffer:
     def release(self, name: str) -> None:
         """The hand-off needs its blocks no more, or its room was never granted; unknown ones are ignored."""
         with self._lock:
-            hand_off = self._hand_offs.pop(name, None)
+            hand_off = self._hand_offs.get(name)
             if hand_off is None:
                 return
             if name in self._queue:
-                del self._queue[name]
+                self._leave_queue(name)
             else:
                 for key in hand_off.keys:
                     slot = self._slots[key]
                     slot.wanted_by -= 1
                     self._settle(slot)
+            del self._hand_offs[name]
         self._grant()
 
     def _grant(self) -> None:
         """Call after room was made. O(1) where the first hand-off that waits does not fit."""
         while True:
             with self._lock:
-                if not self._queue or not self._fits(self._hand_offs[next(iter(self._queue))]):
+                name = next(iter(self._queue), None)
+                if name is None or not self._fits(self._hand_offs[name]):
                     return
-                hand_off = self._hand_offs[self._queue.popitem(last=False)[0]]
+                hand_off = self._hand_offs[name]
+                self._leave_queue(name)
                 for key in sorted(hand_off.keys, key=lambda key: key not in self._slots):  # what is here first
                     self._take(key).wanted_by += 1
             try:
                 hand_off.granted()
             except Exception as error:  # noqa: BLE001 (one hand-off's; those behind it are to be granted too)
                 rare.exception("granted", "the callback of a hand-off that got room failed: %r", error)
+
+    def _leave_queue(self, name: str) -> None:
+        del self._queue[name]
+        if self._first is self._hand_offs.get(name):
+            self._first = None
 
     def _fits(self, hand_off: _HandOff) -> bool:
         """Whether the first hand-off that waits can have its slots. Counted once, then kept up to date (`_in_use`)."""
