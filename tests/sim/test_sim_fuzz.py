@@ -114,7 +114,7 @@ def _damage_is_used(patch: pytest.MonkeyPatch) -> None:
 
 def _handed_from_a_slot_of_others(patch: pytest.MonkeyPatch) -> None:
     """A slot is free although its block is still to be handed over."""
-    patch.setattr(kv_handoff.KVHandoff, "keeps", lambda self, slot: False)
+    patch.setattr(kv_handoff.KVHandoff, "needs_slot", lambda self, slot: False)
 
 
 def _slot_leaks(patch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ PLANTS: list[tuple[Plant, str]] = [
     (_request_forgotten, "C1"),
     (_tokens_leak, "C2"),
     (_loss_ignored, "C1"),
-    (_attempts_unbounded, "C3|N3"),
+    (_attempts_unbounded, "C3|INTER-3"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Admission: who may take pages of L1, by rank, so that every admitted request can finish its prefill."""
+"""Admission: which requests may take pages of L1, by rank, so that every admitted one can finish its prefill."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Admission:
         self,
         shared: SharedState,
         loading: LoadCoordinator,
-        handing: KVHandoff,
+        handoff: KVHandoff,
         ranking: Ranking,
         changed: Callable[[Request, float], None],
         back_to_waiting: Callable[[Request, float], None],
     ) -> None:
         self._shared = shared
         self._loading = loading
-        self._handoff = handing
+        self._handoff = handoff
         self._ranking = ranking
         self._changed = changed
         self._back_to_waiting = back_to_waiting
@@ -42,8 +42,8 @@ class Admission:
         self.prefills = 0
         self.blocked = False
         self._room_pages = 0  # when admission came to a stop
-        self._held_up: Request | None = None  # the aged request that L1 has no room for
-        self._passers: dict[Request, int] = {}  # who was admitted before it meanwhile, and their pages
+        self._held_up: Request | None = None  # the aged request that does not fit into L1
+        self._passers: dict[Request, int] = {}  # requests admitted before it since then, and their pages
         self._passed_pages = 0  # of all of them
 
     def enqueue(self, request: Request) -> None:
@@ -67,7 +67,7 @@ class Admission:
     def admit(self, now: float) -> None:
         """Admit by rank while L1 has pages to set aside. One that does not fit lets later ones pass, unless aged."""
         config = self._shared.config
-        if self.blocked and self._room() > self._room_pages:  # whatever it was that gave pages back
+        if self.blocked and self._room() > self._room_pages:  # pages were given back, for any reason
             self.blocked = False
         while len(self.waiting) and not self.blocked and len(self.admitted) < config.max_running:
             if config.mode == "coupled" and self.prefills >= config.coupled_batch_requests:
@@ -78,7 +78,7 @@ class Admission:
     def _admit_one(self, lookahead: int, now: float) -> bool:
         """Admit the first of so many that fits and may go; False when there is none."""
         held_up: Request | None = None
-        pass_until_s = math.inf  # who arrived later may not pass those that wait here
+        pass_until_s = math.inf  # requests that arrived later may not pass
         for request in self.waiting.first(lookahead):
             may_go = held_up is None or (request.arrival_s <= pass_until_s and self._leaves_room(held_up, request))
             if may_go and self._try_admit(request, now):
@@ -99,8 +99,8 @@ class Admission:
             self._held_up, self._passers, self._passed_pages = request, {}, 0
 
     def _leaves_room(self, held_up: Request, request: Request) -> bool:
-        """Whether all who pass `held_up`, `request` with them, leave room for it beside them. So from when an aged
-        request is the first in line it waits for those that were admitted by then, and for nobody else."""
+        """Whether all that pass `held_up`, including `request`, leave room for it. So once an aged request is first in
+        line, it waits only for requests that were admitted before."""
         pages = self._pages(request) + self._passed_pages
         return pages + -(-held_up.target // self._shared.config.block_tokens) <= self._shared.l1.total
 
@@ -157,8 +157,8 @@ class Admission:
 
     def _revoke(self, request: Request, need: int, now: float) -> bool:
         """Make room for `need` pages by taking back the admission of requests of higher rank number that have taken
-        nothing yet, the highest first; none of them if all of them together would not do. Ranks as they wait count too:
-        what is known of an admitted request's loads may make its rank higher, and two could take each other's place for
+        nothing yet, the highest first; none of them if all of them together would not do. The rank before admission
+        counts too: an admitted request's known loads may worsen its rank, and two requests could replace each other for
         ever."""
         if self._shared.config.mode == "coupled" or need > self._room() + self._shared.promised:
             return False

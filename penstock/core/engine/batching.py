@@ -21,10 +21,10 @@ class Batching:
     loaded: a hole left by a failed load is filled while the blocks behind it still come."""
 
     def __init__(
-        self, shared: SharedState, saving: WriteBackQueue, handing: KVHandoff, loads: dict[bytes, BlockLoad]
+        self, shared: SharedState, saving: WriteBackQueue, handoff: KVHandoff, loads: dict[bytes, BlockLoad]
     ) -> None:
         self._shared = shared
-        self._handoff = handing
+        self._handoff = handoff
         self._saving = saving
         self._loads = loads
         self._computable: RankedQueue[Request] = RankedQueue()
@@ -110,7 +110,7 @@ class Batching:
         return [request for request, _ in chunks]
 
     def _bounding_cost(self) -> AttentionCost | None:
-        """The cost model that `max_batch_s` is checked against; None where no batch can be longer than that."""
+        """The cost model to check `max_batch_s` with; None where no batch can be longer than that."""
         config, compute = self._shared.config, self._shared.cost.compute
         if config.max_batch_s >= NO_QUOTA_S:
             return None
@@ -181,7 +181,7 @@ class Batching:
             if key not in shared.l1:
                 return
             loads.set_page(index, shared.l1.pin(key), ready=True)
-            shared.keep_promise(request)
+            shared.use_promise(request)
             request.count_cached(size)
             self._handoff.in_l1(request, index)
             self._pass_ready(request)
@@ -192,7 +192,7 @@ class Batching:
             return False
         request.loads.set_page(index, page)
         request.own_pages += 1
-        self._shared.keep_promise(request)
+        self._shared.use_promise(request)
         return True
 
     def _page_at_position(self, request: Request, now: float) -> bool:
@@ -236,7 +236,7 @@ class Batching:
             results.append((request, result, bool(chunk.pending)))
         shared.count("batches")
         shared.count("computed_tokens", sum(len(chunk.tokens) for _, chunk in chunks))
-        if all(result.error is None for _, result, _ in results):  # else it was computed in parts, more than once
+        if all(result.error is None for _, result, _ in results):  # after an error parts were computed twice
             shared.cost.compute_error.observe(shared.cost.compute.seconds(spans), seconds)
             shared.cost.compute.observe(spans, seconds)
         return results
@@ -252,7 +252,7 @@ class Batching:
 
     def _advance(self, request: Request, position: int, unusable: frozenset[int]) -> None:
         """Everything before `position` is in L1: cache the blocks that became full, and offer them to the pool. Those
-        that are `unusable` stay this request's own: neither cached, saved nor handed over."""
+        that are `unusable` are only used by this request: neither cached, saved nor sent to a decode engine."""
         shared = self._shared
         size = shared.config.block_tokens
         first, request.position = request.position // size, position
@@ -278,8 +278,8 @@ class Batching:
         self._decoding[request] = None
 
     def check_integrity(self) -> None:
-        """Only requests in DECODE decode, only those in PREFILL are computable, and only the batch in flight is marked
-        as batched."""
+        """Assert that only requests in DECODE decode, only those in PREFILL are computable, and only those of the batch
+        in flight are marked as batched."""
         assert all(request.state is State.DECODE for request in self._decoding)
         assert all(request.state is State.PREFILL and not request.batched for request in self._computable)
         batched = {request for request, _ in self._batch[1]} if self._batch else set()

@@ -12,8 +12,8 @@ from penstock.core.engine.request import Request, State
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
     """`read_bytes` are still to be fetched over this engine's own storage NIC; `prefill_tokens` are neither in L1 nor
-    among the hits. By decode engine: `remote_bytes` are still to be read through it, `handoff_blocks` wait to be handed
-    over to it or are on their way."""
+    among the hits. By decode engine: `remote_bytes` are still to be read through it, `handoff_blocks` wait to be sent
+    to it or are on their way."""
 
     unfinished: int
     tokens: int
@@ -34,7 +34,7 @@ def engine_load(requests: Iterable[Request]) -> EngineLoad:
         tokens += len(request.tokens)
         if request.state is State.DECODE:
             decoding += 1
-        elif request.state is not State.HANDING:
+        elif request.state is not State.HANDOFF:
             coming = len(request.hits) * request.block_tokens
             prefill_tokens += max(0, request.target - max(request.position, coming))
         hand_off = request.spec.hand_off

@@ -1,4 +1,4 @@
-"""Loading, from L3 to L1: who waits for which block, and what its arrival, failure or desertion means to them.
+"""Loading, from L3 to L1: which request waits for which block, and what follows when it arrives, fails or is dropped.
 
 A block is fetched and uploaded once for all requests that wait for it. The two stages, each with a dispatcher of its
 own, are in `fetching.py` and `uploading.py`.
@@ -27,13 +27,13 @@ class LoadCoordinator:
         self,
         shared: SharedState,
         changed: Callable[[Request, float], None],
-        handing: KVHandoff | None = None,
+        handoff: KVHandoff | None = None,
         lost: Callable[[Request, int], None] = lambda request, index: None,
     ) -> None:
         self._shared = shared
         self._changed = changed
         self._lost = lost
-        self._table = LoadTable(shared, handing)
+        self._table = LoadTable(shared, handoff)
         self._fetching = Fetching(shared, self._table, changed)
         self._uploading = Uploading(shared, self._table, changed)
         self.loads = self._table.by_key
@@ -67,7 +67,7 @@ class LoadCoordinator:
                 self._uploading.offer(request)
 
     def leave(self, request: Request) -> None:
-        """The request does not wait any more. What nobody waits for is dropped, unless a transfer is under way."""
+        """The request waits for nothing any more. Loads without waiters are dropped, unless in transfer."""
         for load in request.loads.by_index.values():
             del load.waiters[request]
             self._release_if_unwanted(load)
@@ -84,7 +84,7 @@ class LoadCoordinator:
         self._release_if_unwanted(load)
 
     def _release_if_unwanted(self, load: BlockLoad) -> None:
-        """After a waiter left: nobody may need the load any more, or only requests that are not admitted."""
+        """A waiter left. Drop the load if it was the last one; free its page if no admitted request waits."""
         if load.waiters and load.page is None and load.slot is None:
             return  # it holds nothing, and somebody still waits for it
         if load.state is LoadState.UPLOADING or any(waiter.state is State.PREFILL for waiter in load.waiters):
@@ -113,7 +113,7 @@ class LoadCoordinator:
             self._fetching.offer(waiter, hit.route)
 
     def reroute(self, request: Request, away_from: Callable[[Route], bool]) -> None:
-        """Fetch what has not begun over such a route on the request's other side, where that can read it."""
+        """Blocks whose fetch over such a route has not begun are fetched by the other side, if it can read them."""
         for index, load in request.loads.by_index.items():
             if load.state is LoadState.WANTED and away_from(load.hit.route) and index in request.alternates:
                 self._want_again(load, request.alternates.pop(index))
@@ -218,7 +218,7 @@ class LoadCoordinator:
         users = [(waiter, index) for waiter, index in load.waiters.items() if waiter.state is State.PREFILL]
         if not users:
             l1.in_use.discard(load.key)
-        l1.insert(load.key, load.parent, page, pins=len(users))  # nobody caches a block that is being loaded
+        l1.insert(load.key, load.parent, page, pins=len(users))  # no other request caches a block that is being loaded
         for waiter, index in load.waiters.items():
             waiter.loads.remove(index)
         for waiter, index in users:
@@ -250,7 +250,7 @@ class LoadCoordinator:
         self._uploading.check_work_conserving()
 
     def check_integrity(self) -> None:
-        """Loads, waiters, slots, pages and windows agree."""
+        """Assert that loads, waiters, slots, pages and windows agree."""
         self._table.check_integrity(self._fetching.loads_in_flight(), self._uploading.loads_in_flight())
         self._fetching.check_integrity()
         self._uploading.check_integrity()

@@ -13,9 +13,9 @@ from penstock.core.operations import BlockHit, Drop
 class LoadTable:
     """A load is reactive while its slot is held for requests that are not admitted; those have a share of L2."""
 
-    def __init__(self, shared: SharedState, handing: KVHandoff | None) -> None:
+    def __init__(self, shared: SharedState, handoff: KVHandoff | None) -> None:
         self._shared = shared
-        self._handoff = handing
+        self._handoff = handoff
         self.by_key: dict[BlockKey, BlockLoad] = {}
         self.reactive_slots = 0
 
@@ -28,28 +28,28 @@ class LoadTable:
         load.state, load.hit = state, hit
 
     def reserve_page(self, load: BlockLoad, page: int | None) -> None:
-        """Give the load its page of L1; None: there was none, it is taken at upload."""
+        """Give the load its page of L1. None: no page is free; it takes one when it is uploaded."""
         if page is None:
             self._shared.count("reactive_allocations")
             return
         load.page = page
         self._shared.l1.in_use.add(load.key)
         for waiter in load.waiters:
-            self._shared.keep_promise(waiter)
+            self._shared.use_promise(waiter)
 
     def give_back_page(self, load: BlockLoad) -> None:
-        """The load does without its page, if it has one."""
+        """Free the load's page, if it has one."""
         if load.page is not None:
             self._shared.l1.in_use.discard(load.key)
             self._shared.l1.give_back(load.page)
             load.page = None
 
-    def kept_after_upload(self, load: BlockLoad) -> bool:
-        """Whether its slot is read again after it went up, by a hand-off."""
-        return self._handoff is not None and load.slot is not None and self._handoff.keeps(load.slot)
+    def needed_after_upload(self, load: BlockLoad) -> bool:
+        """Whether a hand-off still reads the slot after the upload."""
+        return self._handoff is not None and load.slot is not None and self._handoff.needs_slot(load.slot)
 
     def hand_over(self, request: Request, index: int, load: BlockLoad) -> None:
-        """The request's block `index` is in L2: where the request is handed over, so is the block, now."""
+        """The request's block `index` is in L2: send it to the decode engine, if the request has one."""
         if self._handoff is not None and request.spec.hand_off is not None:
             self._handoff.staged(request, index, load)
 
@@ -66,7 +66,7 @@ class LoadTable:
     def free_slot(self, load: BlockLoad) -> None:
         """Give back the load's slot, or leave it to the hand-off that still reads it."""
         assert load.slot is not None
-        if self._handoff is not None and self._handoff.keeps(load.slot):
+        if self._handoff is not None and self._handoff.needs_slot(load.slot):
             self._handoff.adopt(load.slot)
         else:
             if load.retained:

@@ -1,4 +1,4 @@
-"""How requests are ranked: what each has to load and to compute, the policy's key, and who is put off (`feasible`)."""
+"""The rank of requests: what each has to load and to compute, the policy's key, and deferral (`feasible`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FEASIBILITY_OFTEN = 32  # up to so many requests it looks at every decision that
 
 
 class Ranking:
-    """Keeps `rank` of every request true as its costs change, and moves it in the queues it stands in."""
+    """Updates the `rank` of each request as its costs change, and its place in the queues."""
 
     def __init__(self, shared: SharedState) -> None:
         self._shared = shared
@@ -25,7 +25,7 @@ class Ranking:
         self._pause = 0  # decisions until `sort_feasible` looks again
 
     def estimate(self, request: Request) -> None:
-        """What is to load and to compute, as L1 and the pool stand now."""
+        """What is to be loaded and computed, by the present content of L1 and the hits."""
         config, l1 = self._shared.config, self._shared.l1
         by_route: dict[tuple[str, ...], int] = {}
         cached = 0
@@ -52,7 +52,7 @@ class Ranking:
         return self._shared.cost.load_s(request.loads.bytes_by_route, request.loads.upload_bytes, serial)
 
     def set_rank(self, request: Request) -> None:
-        """Rank the request by its costs as they stand, and place it anew where it is queued."""
+        """Rank the request by its present costs, and update its place in the queues."""
         load_s = self.load_s(request)
         if request.static_key is None:
             request.static_key = policy_key(
@@ -85,8 +85,8 @@ class Ranking:
             self.set_rank(request)
 
     def sort_feasible(self, requests: Iterable[Request], now: float) -> None:
-        """Put off the requests that stand in the way of more deadlines than their own; the earliest deadlines are
-        looked at first. Runs less often as the queue grows, to bound the cost per decision."""
+        """Defer requests that would make several others miss their deadlines. The earliest deadlines are considered
+        first. Runs less often as the queue grows, to bound the cost per decision."""
         if not self.stale or self.policy != "feasible":
             return
         self._pause -= 1

@@ -10,7 +10,7 @@ from penstock.core.keys import BlockKey
 from penstock.core.load_or_recompute import recompute_tokens
 from penstock.core.operations import Route
 
-MIN_SAMPLES = 8  # batches and blocks before costs may speak against a load
+MIN_SAMPLES = 8  # batches and blocks measured before costs may rule out a load
 
 
 def prefix_to_compute(

@@ -16,19 +16,19 @@ Ending = tuple[FinishReason, str | None, int | None]  # reason, error, last toke
 
 class State(Enum):
     """LOOKUP: the pool is asked for its hits. WAITING: not admitted. PREFILL: admitted, its blocks load and its missing
-    tokens are computed. DECODE: after the first token. HANDING: after the first token, the rest of its KV goes to the
-    decode engine. DONE: ended."""
+    tokens are computed. DECODE: after the first token. HANDOFF: after the first token, the rest of its KV is sent to
+    the decode engine. DONE: ended."""
 
     LOOKUP = "lookup"
     WAITING = "waiting"
     PREFILL = "prefill"
     DECODE = "decode"
-    HANDING = "hand_off"
+    HANDOFF = "hand_off"
     DONE = "done"
 
 
 class Counted:
-    """What `BlocksInUse` counted of a request that waits: its blocks, how many are in use, and after which change."""
+    """The latest count of `BlocksInUse` for a waiting request: its blocks, how many are in use, and at which change."""
 
     __slots__ = ("at_change", "in_use", "keys")
 
@@ -57,7 +57,7 @@ class Request:
         "downloading",
         "ending",
         "forwarding",
-        "handed",
+        "handoff_done",
         "hits",
         "label",
         "label_since_s",
@@ -98,12 +98,12 @@ class Request:
         self.static_key: float | None = None
         self.rank: Rank = (ORDINARY, now, sequence)
         self.waiting_rank = self.rank  # as it was when the request was admitted, or changed its tier since
-        self.queues: dict[RankedQueue[Request], None] = {}  # that it stands in, or stood in
+        self.queues: dict[RankedQueue[Request], None] = {}  # that it is in, or was in
         self.compute_s = 0.0
-        self.recompute_prefix_s = 0.0  # of blocks that are computed although the pool holds them; counts in no rank
+        self.recompute_prefix_s = 0.0  # of blocks computed although the pool holds them; not part of the rank
         # blocks, by index in the prefix
         self.hits: dict[int, BlockHit] = {}
-        self.alternates: dict[int, BlockHit] = {}  # where the other side could read them
+        self.alternates: dict[int, BlockHit] = {}  # the same blocks, as the other side could read them
         self.loads = RequestLoads()
         self.own_pages = 0  # pages taken from the free ones on this request's account since admission
         self.promise = 0  # pages it may still take; set aside at admission
@@ -111,14 +111,14 @@ class Request:
         self.counted: Counted | None = None  # while it waits
         self.position = 0
         # hand-off
-        # blocks that the decode engine has, or will not get from here
-        self.handed: set[int] = set(spec.hand_off.present) if spec.hand_off else set()
+        # blocks that the decode engine has, or that will not be sent
+        self.handoff_done: set[int] = set(spec.hand_off.present) if spec.hand_off else set()
         self.forwarding: set[int] = set()  # blocks on their way there
         self.downloading = 0  # of them, those whose pages are being read
         # compute
         self.batched = False
         self.restarted = False  # a batch of it failed that waited for uploads
-        self.distrusts_pool = False  # blocks from there had values that are not finite: it computes all of its own
+        self.distrusts_pool = False  # its blocks had values that are not finite: compute all of them
         self.ending: Ending | None = None
         self.label = "lookup"
         self.label_since_s = now
@@ -148,7 +148,7 @@ class Request:
         return self.chain.keys[index]
 
     def count_cached(self, tokens: int) -> None:
-        """`tokens` of the prompt need no computing. What a preempted request finds again of its own does not count."""
+        """`tokens` of the prompt need no computing. Blocks that a preempted request computed itself do not count."""
         if not self.account.preemptions:
             self.account.cached_tokens += tokens
 
@@ -166,7 +166,7 @@ class Request:
         self.label = label
 
     def forget_blocks(self) -> None:
-        """Back to the state before admission, keeping the tokens: for a preemption or a revoked admission."""
+        """Back to the state before admission, with the tokens: for a preemption or a revoked admission."""
         self.own_pages, self.promise = 0, 0
         self.position = 0
         self.reactive = False

@@ -79,14 +79,14 @@ class Uploading:
         shared = self._shared
         op_id = shared.next_op()
         blocks = []
-        kept = set()
+        retained = set()
         changed: dict[Request, None] = {}
         for load in group:
             assert load.slot is not None and load.page is not None
             blocks.append((load.slot, load.page))
-            if self._loads.kept_after_upload(load):
+            if self._loads.needed_after_upload(load):
                 load.retained = True
-                kept.add(load.slot)
+                retained.add(load.slot)
             load.upload_op = op_id
             self._loads.move(load, LoadState.UPLOADING)
             for waiter, index in load.waiters.items():
@@ -95,12 +95,12 @@ class Uploading:
                 changed[waiter] = None
         self._link.in_flight += 1
         self._in_flight[op_id] = (tuple(group), now)
-        shared.outbox.append(Upload(op_id, tuple(blocks), frozenset(kept)))
+        shared.outbox.append(Upload(op_id, tuple(blocks), frozenset(retained)))
         for waiter in changed:
             self._changed(waiter, now)
 
     def ended(self, op_id: int, now: float) -> tuple[tuple[BlockLoad, ...], float]:
-        """An upload ended: its loads, and for how long it kept the link busy, in seconds."""
+        """An upload ended: its loads, and how many seconds it kept the link busy."""
         group, issued_s = self._in_flight.pop(op_id)
         return group, self._link.finished(issued_s, now)
 
@@ -114,7 +114,7 @@ class Uploading:
         return self._link.in_flight
 
     def check_work_conserving(self) -> None:
-        """While the window has room no staged block of the request that goes up next has a page."""
+        """Assert that the link is not idle although the next request has a staged block with a page."""
         request = self._queue.peek()
         if request is None or self._link.in_flight >= self._shared.config.upload_window_groups:
             return
@@ -123,5 +123,5 @@ class Uploading:
             assert first is None or first.page is None, "upload is idle although a block waits for it"
 
     def check_integrity(self) -> None:
-        """The window is kept."""
+        """Assert that the window is not exceeded."""
         assert 0 <= self._link.in_flight <= self._shared.config.upload_window_groups
