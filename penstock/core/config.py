@@ -12,7 +12,7 @@ Mode = Literal["penstock", "coupled"]
 POLICIES: tuple[str, ...] = get_args(Policy)
 MODES: tuple[str, ...] = get_args(Mode)
 NO_QUOTA_S = 1e9
-BLOCK_TOKENS = 64  # of a block in the pool, where nobody says otherwise
+BLOCK_TOKENS = 64  # default size of a block in the pool
 PREFILL_QUOTA_S = 0.3  # DualPath's
 
 

@@ -41,7 +41,7 @@ class RequestSpec:
     `prompt` are token ids. `ttft_deadline_s` is an absolute time, None for the default SLO. `tenant` is the tag its
     blocks are counted under in the pool (`new_block.tenant_tag`). With `hand_off` the request ends after its first
     token, when its full blocks were sent. `first_index` is how many tokens of the prompt were generated.
-    Hits among its first `recompute_tokens` are not loaded. `spans` are tokens that stand for media.
+    Hits among its first `recompute_tokens` are not loaded. `spans` are placeholder tokens of media.
     """
 
     request_id: str

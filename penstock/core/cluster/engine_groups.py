@@ -83,7 +83,7 @@ class Node:
         return self.assigned
 
     def read_off(self, number: int) -> None:
-        """A read has ended, or nobody waits for it any more."""
+        """A read has ended, or is not needed any more."""
         tokens = self.unread.pop(number)
         self.unread_tokens -= tokens
         self.read_tokens = max(0.0, self.read_tokens - tokens)

@@ -322,7 +322,7 @@ class InterEngineScheduler:
         return prefill, decode
 
     def _place(self, request: _Request, prefill: EngineAccount, decode: EngineAccount) -> Place:
-        # All that can fail comes first: a failure leaves no account of it.
+        # What may fail comes first, so that a failure changes no account.
         plan = self._planner.plan(request.hit_tokens, request.prompt_tokens - request.hit_tokens, prefill, decode)
         request.compute_s = self._compute_s(request, plan.recompute_tokens, prefill)
         request.prefill_tokens = self._prefill_tokens(request, prefill, decode)
@@ -348,7 +348,7 @@ class InterEngineScheduler:
 
     def _compute_s(self, request: _Request, front: int, prefill: EngineAccount) -> float | None:
         """What its prefill engine computes for a request: what storage does not hold, and the front of what it holds.
-        None where nothing looks at it, or costs are not known."""
+        None where it is not used, or costs are not known."""
         config = self.config
         compute = prefill.compute or config.compute
         if compute is None or not (config.recompute or config.weigh_compute):
@@ -383,7 +383,7 @@ class InterEngineScheduler:
         engine.compute_s = max(0.0, engine.compute_s - (request.compute_s or 0.0)) if engine.requests else 0.0
 
     def _release(self, request: _Request) -> None:
-        """A placed request leaves all accounts of its engines."""
+        """Take a placed request out of the accounts of its engines."""
         self._read_off(request, "prefill")
         self._read_off(request, "decode")
         decode = request.decode
@@ -395,7 +395,7 @@ class InterEngineScheduler:
             del decode.requests[request.request_id]
 
     def _engines_of(self, request: _Request) -> tuple[str, ...]:
-        """Engines that work for a placed request still."""
+        """Engines that still work on a placed request."""
         prefill, decode = request.prefill, request.decode
         assert prefill is not None and decode is not None
         if request.prefilled or prefill is decode:

@@ -175,14 +175,14 @@ class ConnectorCosts:
             names = {name for ranked in less for name in ranked}
             sums = {name: sum(ranked.get(name, 0) for ranked in less) for name in names}
             assert self._ranked.up_to(one.rank) == {name: n for name, n in sums.items() if n}, "COSTS-1: sums by rank"
-        for sums, parts in (
+        for total, parts in (
             (self._granted, [s.granted for s in shares]),
             (self._loading, [s.loading for s in shares]),
         ):
             anew: Counter[Route] = Counter()
             for part in parts:
                 anew.update(part)
-            assert sums == anew, "COSTS-1: bytes of grants"
+            assert total == anew, "COSTS-1: bytes of grants"
         assert self._computing == sum(one.computing for one in shares), "COSTS-1: what is computed"
 
     def step_tokens_max(self) -> int | None:

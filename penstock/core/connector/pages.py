@@ -13,7 +13,7 @@ class ConnectorPages(DevicePages):
     here.
 
     `settled` lists pages of loads that nothing is written to any more, `released` pages of saves that nothing is read
-    from any more; whoever reads these lists empties them. A key counts as contained while a request says that the host
+    from any more; the reader empties these lists. A key counts as contained while a request says that the host
     holds it (`note`), or while it is being saved."""
 
     def __init__(self) -> None:

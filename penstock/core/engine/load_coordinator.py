@@ -86,7 +86,7 @@ class LoadCoordinator:
     def _release_if_unwanted(self, load: BlockLoad) -> None:
         """A waiter left. Drop the load if it was the last one; free its page if no admitted request waits."""
         if load.waiters and load.page is None and load.slot is None:
-            return  # it holds nothing, and somebody still waits for it
+            return  # it holds nothing, and a request still waits for it
         if load.state is LoadState.UPLOADING or any(waiter.state is State.PREFILL for waiter in load.waiters):
             return
         self._table.give_back_page(load)

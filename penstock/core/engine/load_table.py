@@ -106,5 +106,5 @@ class LoadTable:
             assert load.state is not LoadState.UPLOADING or load.page is not None
             for waiter, index in load.waiters.items():
                 assert waiter.loads.by_index.get(index) is load and waiter.key_at(index) == key
-            assert load.waiters or load.state in (LoadState.FETCHING, LoadState.UPLOADING), "nobody waits for a load"
+            assert load.waiters or load.state in (LoadState.FETCHING, LoadState.UPLOADING), "a load has no waiter"
         assert self.reactive_slots == sum(load.reactive for load in self.by_key.values())

@@ -331,7 +331,7 @@ class LoadScheduler:
 
     def _preempt_for(self, request: Request, now: float) -> bool:
         """Make room for `request`: the admitted one of highest rank number gives up its pages and starts over (its full
-        blocks stay cached or go to the pool). False when nobody can, or when it is `request` itself, decoding."""
+        blocks stay cached or go to the pool). False when none can, or when `request` itself (decoding) was."""
         candidates = [
             other
             for other in self._admission.admitted

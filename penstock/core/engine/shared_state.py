@@ -50,7 +50,7 @@ class SharedState:
             self.promise(request, -1)
 
     def page_for(self, request: Request, now: float) -> int | None:
-        """A page for an admitted request; preempts others when L1 is short. None when nobody can be preempted now."""
+        """A page for an admitted request; preempts others when L1 is short. None when none can be preempted now."""
         page = self.l1.take()
         while page is None and self.preempt_for(request, now):
             page = self.l1.take()

@@ -23,7 +23,8 @@ class TenantQuotas:
     QUOTA-4  The quotas add up to the pool: when it is full, some payer exceeds its quota, or each holds exactly that.
     QUOTA-5  An account without bytes is forgotten, and has no place.
     QUOTA-6  `over` names exactly the payers that hold more than their quota.
-    QUOTA-7  Besides `SHARED` and those with a quota by name (even earlier) there are at most `2 * ACCOUNTS_MAX` accounts.
+    QUOTA-7  There are at most `2 * ACCOUNTS_MAX` accounts besides `SHARED` and those that have, or once had, a quota by
+             name.
     QUOTA-8  A payer holds the sum of its accounts.
     Verification: tests/pool/local/test_quota_histories.py, tests/core/pool/test_quota_*.py.
 
