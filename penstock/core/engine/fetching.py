@@ -135,9 +135,9 @@ class Fetching:
                 self._shared.cost.link(name).observe(load.hit.size_bytes, link_s)
         return load, busy_s
 
-    def loads_in_flight(self) -> list[BlockLoad]:
+    def loads_in_flight(self) -> set[BlockLoad]:
         """Blocks whose read has begun and not ended."""
-        return list(self._in_flight.values())
+        return set(self._in_flight.values())
 
     def in_flight(self) -> dict[str, int]:
         """Fetches in flight by link."""

@@ -95,7 +95,7 @@ class LoadTable:
         """Private pages of L1 that loads hold."""
         return {load.page for load in self.by_key.values() if load.page is not None}
 
-    def check_integrity(self, fetching: list[BlockLoad], uploading: list[BlockLoad]) -> None:
+    def check_integrity(self, fetching: set[BlockLoad], uploading: set[BlockLoad]) -> None:
         """A load is under its key, holds a slot exactly from FETCHING on, and is waited for or in flight; waiters and
         loads agree; the reactive share is counted right."""
         for key, load in self.by_key.items():

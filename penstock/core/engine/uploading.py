@@ -104,9 +104,9 @@ class Uploading:
         group, issued_s = self._in_flight.pop(op_id)
         return group, self._link.finished(issued_s, now)
 
-    def loads_in_flight(self) -> list[BlockLoad]:
+    def loads_in_flight(self) -> set[BlockLoad]:
         """Blocks whose upload has begun and not ended."""
-        return [load for group, _ in self._in_flight.values() for load in group]
+        return {load for group, _ in self._in_flight.values() for load in group}
 
     @property
     def in_flight(self) -> int:
