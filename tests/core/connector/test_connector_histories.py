@@ -240,12 +240,12 @@ class ConnectorHistories(RuleBasedStateMachine):
 
     @invariant()
     def sound(self) -> None:
-        if hasattr(self, "brain"):
+        if hasattr(self, "scheduler"):
             self.scheduler.check_integrity()
 
     def teardown(self) -> None:
         """Whatever is under way ends; then nothing is left."""
-        if not hasattr(self, "brain"):
+        if not hasattr(self, "scheduler"):
             return
         for name in list(self.prompts):
             self.scheduler.finish(name, self.now)
