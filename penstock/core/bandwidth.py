@@ -1,14 +1,14 @@
-"""How fast a link or a device is, as far as its transfers show; without a clock: the time goes in.
+"""The speed of links and devices, measured by their transfers. No clock: callers pass the time.
 
-Two measures of being busy, and two estimates, each pair for a reason:
+There are two measures of busy time and two estimates:
 
-- `BusyMeter` counts all bytes and the time in which *anything* was moved: for a bandwidth. `LinkUse` says for how long
-  *one* operation kept its link busy; the time in which others overtook it is theirs: for a cost by size.
-- `SeenBandwidth` forgets by busy time, has no answer before it saw enough, and weighs bytes evenly: what is reported,
-  and what shares follow. `LinkCost` forgets by operation, begins with a prior, so that it always has an answer, and
-  weighs an operation by its size, so that fixed costs of small ones count little: what the scheduler predicts by.
+- `BusyMeter` counts all bytes and the time in which *anything* was moved: for a bandwidth. `LinkUse` says how long
+  *one* operation kept its link busy, without the time of operations that overtook it: for a cost by size.
+- `SeenBandwidth` decays with busy time, has no value before enough was seen, and weighs all bytes the same: for reports
+  and for shares. `LinkCost` decays with each operation, begins with a prior, so that it always has a value, and weighs
+  operations by size, so that fixed costs of small ones count little: for the scheduler's predictions.
 
-What one host's storage NIC counts for among all hosts is a question of the cluster: `core.cluster.nic_speed`.
+The speed that a host's storage NIC is assumed to have within a cluster is in `core.cluster.nic_speed`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ DEGRADED = 0.8  # below this part of its share's bandwidth a member's share fall
 RECOVERED = 1.1  # above this part it rises again, never above what it was given
 CHANGE_EVERY_S = 10.0
 WHOLE = 0.95  # at this part of what it was given a member has recovered in full
-FLOOR = 0.02  # of the bandwidth it was given: a member keeps a share, or it would never be measured again
+FLOOR = 0.02  # of the given bandwidth: without a share a member would never be measured again
 
 LOAD_S = 2.0  # a link's load is a decaying mean over about so long
-FORGET_S = 30.0  # a link's speed that was not seen for so long may be another one now
+FORGET_S = 30.0  # a speed measured longer ago is not used any more
 
 
 class LinkUse:
@@ -39,7 +39,7 @@ class LinkUse:
         self.last_done_s = 0.0
 
     def finished(self, issued_s: float, now: float) -> float:
-        """One operation ended; returns for how long it alone kept the link busy, in seconds."""
+        """One operation ended; returns the seconds that it alone kept the link busy."""
         self.in_flight -= 1
         busy_s = now - max(issued_s, self.last_done_s)
         self.last_done_s = now
@@ -53,8 +53,8 @@ class BusyMeter:
 
     def __init__(self, busy_from: int, failed_time: bool) -> None:
         """Busy while `busy_from` transfers are under way: 2 for what overlaps them, of which one alone shows the
-        latency. `failed_time`: the time before a failed transfer counts, so that the share of a device that runs into
-        deadlines falls; of a link to a peer that may be gone it says nothing."""
+        latency. `failed_time`: the time of failed transfers counts, so that the share of a device that misses
+        deadlines falls. Not for a link to a peer, which may be gone."""
         self._busy_from = busy_from
         self._failed_time = failed_time
         self.in_flight = 0
@@ -101,19 +101,20 @@ class SeenBandwidth:
         self._last = (moved_bytes, busy_s)
         if more_bytes < 0 or more_s <= 0:
             return 0.0
-        kept = 0.5 ** (more_s / HALF_LIFE_BUSY_S)
-        self._bytes = self._bytes * kept + more_bytes
-        self._busy_s = self._busy_s * kept + more_s
+        decay = 0.5 ** (more_s / HALF_LIFE_BUSY_S)
+        self._bytes = self._bytes * decay + more_bytes
+        self._busy_s = self._busy_s * decay + more_s
         return more_s
 
 
 class MemberBandwidth(SeenBandwidth):
     """When a pool member's share of new blocks should follow the bandwidth that it really gives.
 
-    B1  A change needs `BUSY_MIN_S` of busy time since the last one, and `CHANGE_EVERY_S` since then.
-    B2  A share falls when the estimate is below `DEGRADED` of it, and rises when above `RECOVERED` of it; between them
-        it stays, so that noise moves no blocks.
-    B3  A share is never above what was given at start, and never below `FLOOR` of that.
+    BANDWIDTH-1  A change needs `BUSY_MIN_S` of busy time, and `CHANGE_EVERY_S`, since the last one.
+    BANDWIDTH-2  A share falls when the estimate is below `DEGRADED` of it, and rises when above `RECOVERED` of it;
+                 between them it stays, so that noise moves no blocks.
+    BANDWIDTH-3  A share is never above what was given at start, and never below `FLOOR` of that.
+    Verification: tests/core/test_member_bandwidth.py.
     """
 
     def __init__(self, given_bytes_per_s: float) -> None:
@@ -152,7 +153,7 @@ class MemberBandwidth(SeenBandwidth):
 
 
 class LinkSpeed:
-    """One direction of a link between hosts: what it carries, and how fast it is while it is busy.
+    """One direction of a link between hosts: its load, and its speed while it is busy.
 
     `given_bytes_per_s` (0: not known) is its speed until it was busy for long enough, and when that is long ago."""
 
@@ -178,11 +179,11 @@ class LinkSpeed:
         self._recent_s = now_s
 
     def load_bytes_per_s(self, now_s: float) -> float:
-        """What it carried lately, idle times included."""
+        """Bytes per second moved lately, idle time included."""
         return self._recent_bytes * math.exp((self._recent_s - now_s) / LOAD_S) / LOAD_S
 
     def bytes_per_s(self, now_s: float) -> float:
-        """How fast it is while it is busy: as it was seen lately, or as it was given."""
+        """Speed while busy: as measured lately, or as given."""
         self._seen.observe(*self._meter.observed(now_s))
         seen = self._seen.observed_bytes_per_s if now_s - self._moved_s <= FORGET_S else None
         return seen or self._given_bytes_per_s

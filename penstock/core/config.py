@@ -12,7 +12,7 @@ Mode = Literal["penstock", "coupled"]
 POLICIES: tuple[str, ...] = get_args(Policy)
 MODES: tuple[str, ...] = get_args(Mode)
 NO_QUOTA_S = 1e9
-BLOCK_TOKENS = 64  # of a block in the pool, where nobody says otherwise
+BLOCK_TOKENS = 64  # default size of a block in the pool
 PREFILL_QUOTA_S = 0.3  # DualPath's
 
 
@@ -81,7 +81,7 @@ class SchedulerConfig(RequestDeadline, SaveSettings, BatchSettings, OrderSetting
     With `recompute` a hit, or its front, is computed where that ends before the rest of it is loaded. `max_running`
     counts requests past admission (loading, in prefill or decoding). A request that waited `age_bound_s` for its first
     token, or was delayed `age_delays` times as long as first come, first served would, goes before all others.
-    Windows bound what is in flight on a link: enough to keep it busy, little enough that a more urgent request
+    Windows bound what is in flight on a link: enough that it is never idle, little enough that a more urgent request
     that arrives waits for few blocks of others.
     """
 
@@ -99,7 +99,7 @@ class SchedulerConfig(RequestDeadline, SaveSettings, BatchSettings, OrderSetting
     lookup_window: int = 4
     save_window_blocks: int = 4
     save_queue_blocks: int = 4096
-    hands_off: bool = False  # requests may go on to a decode engine: staging memory keeps room for that
+    hands_off: bool = False  # requests may go on to a decode engine: staging slots are reserved for that
     forward_window_blocks: int = 8  # in flight to one decode engine
     forward_timeout_s: float = 10.0
     saves_yield: bool = False  # saves and batches share a processor: saves go between batches while nothing presses

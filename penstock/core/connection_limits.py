@@ -215,13 +215,13 @@ class ConnectionShares(Generic[Who]):
         return [*self._peers, *self._strangers]
 
     def came(self, who: Who, address: str) -> Who | None:
-        """A stranger came; returns the one that has to leave for it, which has left already as far as this goes."""
+        """A stranger came; returns the one that has to be closed for it, which is no longer counted."""
         leaves = self.displaced() if len(self._strangers) >= self.limits.strangers else None
         self._strangers.add(who, address)
         return leaves
 
     def displaced(self) -> Who | None:
-        """The stranger that makes room where there is none, which has left then; None when there is no stranger."""
+        """The stranger to close to make room, which is no longer counted; None when there is no stranger."""
         who = self._strangers.first_of_most()
         if who is not None:
             self.left(who)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from penstock.core.bandwidth import LinkCost
 
 LEARNED_LINKS_MAX = 1024
-GROWTH_MAX = 10.0  # of the doubt about a coefficient, against its prior
+GROWTH_MAX = 10.0  # of the variance of a coefficient, relative to its prior
 
 
 def least_squares(rows: Sequence[Sequence[float]], values: Sequence[float], ridge: float = 1e-12) -> list[float]:
-    """Coefficients that minimise the squared error of `rows @ x = values`; columns are scaled first, and `ridge` keeps
+    """Coefficients that minimise the squared error of `rows @ x = values`; columns are scaled first, and `ridge` holds
     columns without variation at zero. Raises ValueError without rows."""
     if not rows or len(rows) != len(values):
         raise ValueError(f"least squares needs as many rows as values and at least one; got {len(rows)}, {len(values)}")
@@ -95,7 +95,7 @@ class ComputeCost:
         return self.a * one + self.b * queries + self.c * attention
 
     def rebuild_s(self, tokens: int, context_tokens: int) -> float:
-        """What `tokens` behind a present context add to a batch."""
+        """Seconds that computing `tokens` after a present context adds to a batch."""
         _, queries, attention = compute_features([(tokens, context_tokens)])
         return self.b * queries + self.c * attention
 
@@ -147,7 +147,7 @@ class RelativeError:
 
 @dataclass(slots=True)
 class CostModel:
-    """Costs of one engine: its links by name, its upload link, its compute; and how well they predict."""
+    """Costs of one engine: its links by name, its upload link, its compute; and the errors of predictions."""
 
     upload: LinkCost
     compute: ComputeCost
@@ -158,8 +158,7 @@ class CostModel:
     _learned: dict[str, None] = field(default_factory=dict)  # links that were given no speed, oldest first
 
     def link(self, name: str) -> LinkCost:
-        """The link's cost; of one that is not known, the default, to be learned. The oldest of too many are
-        forgotten."""
+        """The link's cost; an unknown link begins with the default. The oldest of too many are forgotten."""
         cost = self.links.get(name)
         if cost is None:
             if len(self._learned) >= LEARNED_LINKS_MAX:
@@ -169,7 +168,7 @@ class CostModel:
         return cost
 
     def forget(self, name: str) -> None:
-        """What was learned of a link that is gone; what was given stays."""
+        """Forget the learned cost of a link; a cost that was given stays."""
         if name in self._learned:
             del self._learned[name]
             self.links.pop(name, None)

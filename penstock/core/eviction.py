@@ -1,4 +1,4 @@
-"""Which block goes next: the least worth keeping, leaf before root, never a pinned one.
+"""Which block is evicted next: the one of least worth, leaf before root, never a pinned one.
 
 One index serves both the pool (a group is a tenant's blocks on a member) and L1 of the engine (one group). It has no
 clock: callers pass what a key is worth at each use. The time makes it least recently used; `RebuildValue` makes it
@@ -14,13 +14,13 @@ from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 
-USES_MAX = 4  # uses beyond these make a block no dearer: what was hot once can leave
-NS_PER_BYTE_MAX = 1024.0  # 2 s for a block of 2 MiB; more is not believed
-TICK = 2.0**-30  # what one use adds: equal costs are ordered by last use, and a stored value restores that order
+USES_MAX = 4  # further uses add no worth, so that blocks that were hot once can leave
+NS_PER_BYTE_MAX = 1024.0  # 2 s for a block of 2 MiB: an upper limit
+TICK = 2.0**-30  # added by each use: equal costs are ordered by last use, also after values were stored
 
 
 class RebuildValue:
-    """What a block is worth keeping: `inflation + uses * rebuild_s / size_bytes`, in nanoseconds per byte.
+    """The worth of a block: `inflation + uses * rebuild_s / size_bytes`, in nanoseconds per byte.
 
     Inflation is the value of what was evicted last, so that worth ages with evictions, plus one `TICK` per use. With
     costs of 0 (not known) the order is that of last use.
@@ -37,7 +37,7 @@ class RebuildValue:
         return self.inflation + _cost(uses, rebuild_s, size_bytes)
 
     def passed(self, uses: int) -> None:
-        """So many uses happened elsewhere meanwhile: the next use counts as later than all of them."""
+        """So many uses happened elsewhere: the next use counts as later than all of them."""
         self.inflation += uses * TICK
 
     def evicted(self, value: float) -> None:
@@ -45,7 +45,7 @@ class RebuildValue:
         self.inflation = max(self.inflation, value)
 
     def restored(self, value: float, uses: int, rebuild_s: float, size_bytes: int) -> float:
-        """Take over a value given by an earlier life of this object; later uses are worth no less."""
+        """Take over a value that an earlier process computed; later uses are worth no less."""
         value = value if math.isfinite(value) else 0.0
         self.inflation = max(self.inflation, value - _cost(uses, rebuild_s, size_bytes))
         return value
@@ -77,10 +77,11 @@ class PrefixIndex(Generic[Key]):
     A *leaf* has no present child; children count by their parent's key even while that parent is absent.
     A *candidate* is an unpinned leaf. Equal uses are ordered by the order of the calls.
 
-    I1  each candidate has exactly one live heap item, in the heap of its group, whose use is not above its own
-    I2  children[k] is the number of present keys whose parent is k, and is never 0
-    I3  all heaps together hold at most 2 n + 64 items, and are counted right
-    I4  each group with a candidate has an item in the heap of its family, whose use is not above its next one
+    PREFIX-1  Each candidate has exactly one live heap item, in the heap of its group, whose use is not above its own.
+    PREFIX-2  `children[k]` is the number of present keys whose parent is k, and is never 0.
+    PREFIX-3  All heaps together hold at most 2 n + 64 items, and are counted right.
+    PREFIX-4  Each group with a candidate has an item in the heap of its family, whose use is not above its next one.
+    Verification: tests/core/test_eviction.py.
     """
 
     def __init__(self, family_of: Callable[[Hashable], Hashable] | None = None) -> None:
@@ -116,7 +117,7 @@ class PrefixIndex(Generic[Key]):
         return len(self._heaps)
 
     def pins(self, key: Key) -> int:
-        """How many hold this key. Raises KeyError for a key that is not present."""
+        """Number of pins of this key. Raises KeyError for a key that is not present."""
         return self._entries[key].pins
 
     def last_use(self, key: Key) -> float:
@@ -153,7 +154,7 @@ class PrefixIndex(Generic[Key]):
         self._offer(key, entry)
 
     def pin(self, key: Key) -> None:
-        """Keep a present key from eviction until as many `unpin` calls. Pins nest."""
+        """Protect a present key from eviction until as many `unpin` calls. Pins nest."""
         entry = self._entries[key]
         entry.pins += 1
         if entry.pins == 1:
@@ -211,30 +212,30 @@ class PrefixIndex(Generic[Key]):
         return key
 
     def check_integrity(self) -> None:
-        """Assert I1..I3 and the counters; O(n), for tests and idle moments."""
+        """Assert PREFIX-1..PREFIX-4 and the counters; O(n), for tests and idle moments."""
         live: dict[Key, tuple[float, int]] = {}
-        assert self._queued <= 2 * len(self._entries) + 64, "I3: the heaps outgrew the index"
-        assert self._queued == sum(map(len, self._heaps.values())), "I3: heap items are miscounted"
+        assert self._queued <= 2 * len(self._entries) + 64, "PREFIX-3: the heaps outgrew the index"
+        assert self._queued == sum(map(len, self._heaps.values())), "PREFIX-3: heap items are miscounted"
         for group, heap in self._heaps.items():
             for use, ticket, key in heap:
                 entry = self._entries.get(key)
                 if entry is not None and entry.ticket == ticket:
-                    assert key not in live, f"I1: {key!r} has two live heap items"
-                    assert entry.group == group, f"I1: {key!r} is queued in another group"
+                    assert key not in live, f"PREFIX-1: {key!r} has two live heap items"
+                    assert entry.group == group, f"PREFIX-1: {key!r} is queued in another group"
                     live[key] = use
         children: dict[Key, int] = {}
         for key, entry in self._entries.items():
             children[entry.parent] = children.get(entry.parent, 0) + 1
             assert entry.pins >= 0
             if entry.pins == 0 and key not in self._children:
-                assert key in live, f"I1: candidate {key!r} is in no heap"
-                assert live[key] <= entry.use, f"I1: {key!r} is queued after its last use"
+                assert key in live, f"PREFIX-1: candidate {key!r} is in no heap"
+                assert live[key] <= entry.use, f"PREFIX-1: {key!r} is queued after its last use"
         for group, heap in self._heaps.items():
             family = self._family_of(group) if self._family_of is not None else None
             if family is not None and self._settle(heap):
                 uses = [use for use, _, member in self._families.get(family, []) if member == group]
-                assert uses and min(uses) <= heap[0][0], f"I4: group {group!r} is not in the heap of its family"
-        assert children == self._children, "I2: children are miscounted"
+                assert uses and min(uses) <= heap[0][0], f"PREFIX-4: group {group!r} is not in the heap of its family"
+        assert children == self._children, "PREFIX-2: children are miscounted"
         assert self._pinned == sum(entry.pins > 0 for entry in self._entries.values())
 
     def _offer(self, key: Key, entry: _Entry[Key]) -> None:
@@ -254,7 +255,7 @@ class PrefixIndex(Generic[Key]):
         return self._ticket
 
     def _lead(self, use: tuple[float, int], group: Hashable) -> None:
-        """A group has a new next candidate. Items that it left behind are forgotten when they are half of the heap."""
+        """A group has a new next candidate. Its stale items are dropped when they are half of the heap."""
         family = self._family_of(group) if self._family_of is not None else None
         if family is None:
             return
@@ -310,7 +311,7 @@ class PrefixIndex(Generic[Key]):
         return min(settled, key=lambda heap: heap[0][0], default=None)
 
     def _bound_heaps(self) -> None:
-        """Keep I3: forget heap items whose key is gone or was queued anew. Amortised over the calls that left them."""
+        """For PREFIX-3: drop heap items whose key is gone or was queued anew. Amortised over calls."""
         if self._queued <= 2 * len(self._entries) + 64:
             return
         for group, heap in list(self._heaps.items()):

@@ -1,8 +1,8 @@
 """Block keys: 128-bit prefix hashes, chained over tokens, media, the tenant's salt and the model's fingerprint.
 
-A key names one full block *and everything before it*, so two blocks with one key hold the same KV. What comes behind a
-block, say a later image of the same chat, is in none of the keys before it.
-BLAKE2b keeps a tenant from forging another's key; nothing here depends on `PYTHONHASHSEED`.
+A key names one full block *and everything before it*, so two blocks with one key hold the same KV. It does not depend
+on what follows the block, such as a later image of the same chat.
+With BLAKE2b a tenant cannot forge another's key; nothing here depends on `PYTHONHASHSEED`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _SPAN = struct.Struct("<qI")  # where it begins, from the block's first token on
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """`length` tokens from `offset` on that stand for something else, an image say. `name` says for what: equal names,
-    equal KV. Every block that has one of these tokens is also named by it, and by where it begins."""
+    """`length` tokens from `offset` on that are placeholders, of an image for example. `name` identifies the content:
+    equal names, equal KV. It is part of the key of every block with one of these tokens, and so is its offset."""
 
     offset: int
     length: int
@@ -34,8 +34,7 @@ def root_key(fingerprint: bytes, salt: str) -> BlockKey:
 
 
 class KeyChain:
-    """Prefix hashes of a growing sequence of tokens, some of which may be `spans`; one key for each full block so
-    far."""
+    """Prefix hashes of a growing sequence of tokens, some of which may be `spans`: one key for each full block."""
 
     __slots__ = ("_block_tokens", "_partial", "_spans", "keys", "root")
 

@@ -1,7 +1,6 @@
 """Load or recompute, per block: from the front a prefix is computed, from the back it is loaded, until they meet.
 
-Worth it only where the engine would wait for the load anyway (DESIGN section 4: where computing a block is faster than
-its backlog). The engine is free at `compute_free_s`, the loads of the whole hit would end at `load_end_s`.
+Useful only where the engine would wait for the load anyway: where computing a block is faster than waiting for it.
 """
 
 from __future__ import annotations

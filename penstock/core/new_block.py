@@ -1,4 +1,4 @@
-"""A block on its way into the pool: its name, and what the pool needs to place it, to keep it, or to let it go."""
+"""A block on its way into the pool: its name, and what the pool needs to place and to evict it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ BLOCK_BYTES_MAX = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class NewBlock:
-    """`position` is its place in the spread of its prefix over the members (`prefix_position`), `tenant` whose block it
-    is (`tenant_tag`; empty: nobody's in particular), `rebuild_s` what computing it again takes where its prefix is
-    there already (0: not known). `mac` shows who wrote its bytes (`pool.mac`; empty: nobody says)."""
+    """`position` is its place in the spread of its prefix over the members (`prefix_position`), `tenant` its owner
+    (`tenant_tag`; empty: none), `rebuild_s` the seconds to compute it again where its prefix is present (0: not known).
+    `mac` authenticates its bytes (`pool.mac`; empty: not authenticated)."""
 
     key: BlockKey
     parent: BlockKey

@@ -19,11 +19,11 @@ FinishReason = Literal["stop", "length", "cancelled", "error", "timeout", "hande
 
 @dataclass(frozen=True, slots=True)
 class HandOff:
-    """Where the KV of a prompt goes as it becomes ready, and what the decode engine there has or can read.
+    """Where the KV of a prompt is sent as it becomes ready, and what the decode engine there has or can read.
 
     Blocks in `present` are in its buffer already, those in `readable` it can read from the pool: reading them through
     it crosses `present_route` or `read_route`, and leaves them in its buffer. `read` and `decode_share` are the choice
-    of sides (`core.sides`)."""
+    of sides (`core.cluster.paths`)."""
 
     to: str
     present: frozenset[int]
@@ -40,8 +40,8 @@ class RequestSpec:
 
     `prompt` are token ids. `ttft_deadline_s` is an absolute time, None for the default SLO. `tenant` is the tag its
     blocks are counted under in the pool (`new_block.tenant_tag`). With `hand_off` the request ends after its first
-    token, when its full blocks are handed over. `first_index` is how many tokens of the prompt were generated.
-    Hits among its first `recompute_tokens` are not loaded. `spans` are tokens that stand for media.
+    token, when its full blocks were sent. `first_index` is how many tokens of the prompt were generated.
+    Hits among its first `recompute_tokens` are not loaded. `spans` are placeholder tokens of media.
     """
 
     request_id: str
@@ -80,17 +80,17 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """L2 -> L1: move staged blocks `(slot, page)` together. What is in the slots `kept` is needed beyond the end of the
+    """L2 -> L1: move staged blocks `(slot, page)` together. The content of the slots `retained` is needed after the
     upload, until a `Drop`."""
 
     op_id: int
     blocks: tuple[tuple[int, int], ...]
-    kept: frozenset[int] = frozenset()
+    retained: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Nobody waits for the staged block in `slot` any more; the slot is free."""
+    """The staged block in `slot` is no longer needed; the slot is free."""
 
     slot: int
 
@@ -135,7 +135,7 @@ ChunkOutcome = int | ChunkFault | None  # the sampled token, None where none was
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """L1 -> L2 -> L3, in the background: copy `page` into `slot`, say `downloaded`, write `block`, say `saved`."""
+    """L1 -> L2 -> L3, in the background: copy `page` to `slot`, report `downloaded`, write `block`, report `saved`."""
 
     op_id: int
     block: NewBlock
@@ -146,8 +146,8 @@ class Save:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Hand `block` to the decode engine `to`: out of `slot`, where it is staged; with a `page`, copy that into `slot`
-    first and say `downloaded`. Then say `forwarded`."""
+    """Send `block` to the decode engine `to` from `slot`, where it is staged. With a `page`, first copy that to
+    `slot` and report `downloaded`. Then report `forwarded`."""
 
     op_id: int
     block: NewBlock
@@ -159,7 +159,7 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class Discard:
-    """The pool's blocks `keys` are of no use to anybody; nobody waits for the end of this."""
+    """Discard the blocks `keys` of the pool; no event answers this."""
 
     keys: tuple[BlockKey, ...]
 
@@ -195,11 +195,11 @@ class Account:
     preemptions: int = 0
     predicted_load_s: float = 0.0
     predicted_compute_s: float = 0.0
-    measured_fetch_s: float = 0.0  # how long its blocks alone kept their slowest link busy
+    measured_fetch_s: float = 0.0  # in which its blocks alone kept their slowest link busy
     measured_upload_s: float = 0.0
     measured_compute_s: float = 0.0
     handed_blocks: int = 0
-    hand_off_failures: dict[str, int] = field(default_factory=dict)  # blocks that could not be handed over
+    hand_off_failures: dict[str, int] = field(default_factory=dict)  # blocks that could not be sent, by reason
     load_failures: dict[str, int] = field(default_factory=dict)
     spans: list[tuple[str, float, float]] = field(default_factory=list)
 

@@ -1,6 +1,6 @@
-"""Which request first: the policies as ranks, and a queue ordered by rank whose members may change rank.
+"""The order of requests: policies as ranks, and a queue ordered by rank whose members may change rank.
 
-A rank is `(tier, key, sequence)`, smallest first. Tiers: 0 waited beyond the ageing bound, 1 ordinary, 2 put off so
+A rank is `(tier, key, sequence)`, smallest first. Tiers: 0 waited beyond the ageing bound, 1 ordinary, 2 deferred so
 that others meet their deadlines (policy `feasible` only, see `feasibility`). CALVO gives `sjf` and `lstf`; `srpt` and
 `feasible` go beyond it.
 """

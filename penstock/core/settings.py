@@ -14,9 +14,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a field says beside type and default. `name` is that of flag and key where it is not the field's; `parse`
-    reads what a user writes as text (each of several), and raises ValueError. `shown` is the default as the help shows
-    it where it is not the value ("": none is shown), `least` what the command line takes at least."""
+    """The metadata of a field beside type and default. `name` is that of flag and key where it is not the field's.
+    `parse` reads what a user writes as text (each of several), and raises ValueError. `shown` is the default as the
+    help shows it where it is not the value ("": none is shown), `least` what the command line takes at least."""
 
     help: str
     metavar: str | None = None

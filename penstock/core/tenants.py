@@ -6,7 +6,7 @@ client's salt is the tenant.
 
 from __future__ import annotations
 
-SEPARATOR = "\0"  # stands in no salt of a client, so that no client can name another one's tenant
+SEPARATOR = "\0"  # not allowed in a client's salt, so that no client can name another tenant
 
 
 def tenant_and_salt(tenant: str, salt: str) -> str:

@@ -175,7 +175,7 @@ class OperationDispatcher:
         del self._busy_since[op.op_id]
         del self._uploads[op.op_id]
         for slot, _ in op.blocks:
-            if slot not in op.kept:
+            if slot not in op.retained:
                 self._staging.release(slot)
         if error is not None:
             log.error("an upload failed", exc_info=error)

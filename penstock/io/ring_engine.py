@@ -206,8 +206,8 @@ class RingEngine(DeviceEngine):
 
     def _finish(self, transfer: _Transfer) -> None:
         self._active.discard(transfer)
-        if transfer.issued_bytes < transfer.length and transfer in self._pending:
-            self._pending.remove(transfer)
+        if self._pending and self._pending[0] is transfer:  # it failed; of those pending only the first was begun
+            self._pending.popleft()
         self._ended.append(IoCompletion(transfer.op.tag, transfer.error))
 
     def _in_device(self) -> int:

@@ -243,13 +243,9 @@ def step_of(scheduler: Scheduler, tokens_max: int | None) -> Iterator[None]:
 
 
 def _landed_tokens(scheduler: Scheduler) -> int:
-    """Tokens to compute of requests that hold all blocks they loaded and wait for a place in a step."""
-    landed = scheduler.finished_recving_kv_req_ids
-    return sum(
-        max(1, request.num_tokens - request.num_computed_tokens)
-        for request in scheduler.kv_holding_waiting
-        if request.request_id in landed
-    )
+    """Tokens to compute of requests that hold all blocks they loaded and wait for a place in a step. O(these)."""
+    found = (scheduler.requests.get(request_id) for request_id in scheduler.finished_recving_kv_req_ids)
+    return sum(max(1, request.num_tokens - request.num_computed_tokens) for request in found if request is not None)
 
 
 def reserved_blocks(scheduler: Scheduler) -> int:

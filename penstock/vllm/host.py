@@ -234,7 +234,7 @@ class Host:
 
         def offer() -> bool:
             self.scheduler.offer(request_id, index, page)
-            return self.scheduler.can_keep
+            return self.scheduler.can_pin
 
         room = self._call(offer, False)
         self.wake()
@@ -247,7 +247,7 @@ class Host:
     @property
     def can_keep(self) -> bool:
         """Whether vLLM may keep one more block for a save."""
-        return self._call(lambda: self.scheduler.can_keep, False)
+        return self._call(lambda: self.scheduler.can_pin, False)
 
     def not_saved(self, blocks: int) -> None:
         """Count blocks that were full and are not saved, for lack of room."""

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -246,6 +247,36 @@ def test_one_failing_piece_fails_the_operation_once(
     outcome = run(engine, IoOp("read", 0, memory, "bad"))
     assert isinstance(outcome["bad"], OSError) and engine.in_flight() == 0
     assert run(engine, IoOp("read", 0, memory[:PAGE], "good")) == {"good": None}
+    engine.close(1)
+
+
+class _CountedQueue(deque[Any]):
+    """Counts the operations that are looked at to find one of them."""
+
+    looks = 0
+
+    def __contains__(self, one: object) -> bool:
+        _CountedQueue.looks += len(self)
+        return super().__contains__(one)
+
+    def remove(self, one: Any) -> None:
+        _CountedQueue.looks += len(self)
+        super().remove(one)
+
+
+def test_an_operation_that_fails_costs_the_same_however_many_wait(
+    skip_without_uring: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penstock.io.ring_engine.deque", _CountedQueue)
+    monkeypatch.setattr(_CountedQueue, "looks", 0)
+    engine = open_engine(tmp_path / "slab", 64 * MIB, 64, "uring")
+    assert isinstance(engine, RingEngine)
+    engine.piece_bytes = PAGE  # so that each operation has more pieces than go out at once
+    memory = aligned_buffer(8 * MIB)
+    os.truncate(tmp_path / "slab", 0)
+    outcome = run(engine, *(IoOp("read", 0, memory, number) for number in range(64)))
+    assert all(isinstance(error, OSError) for error in outcome.values()) and len(outcome) == 64
+    assert _CountedQueue.looks <= 64 and engine.in_flight() == 0
     engine.close(1)
 
 

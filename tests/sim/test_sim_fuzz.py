@@ -25,7 +25,8 @@ from penstock.core.engine import (
     uploading,
     write_back,
 )
-from penstock.core.engine.request import BlockLoad, Request
+from penstock.core.engine.request import Request
+from penstock.core.engine.request_loads import BlockLoad
 from penstock.core.ordering import AGED, ORDINARY
 from penstock.sim.commands.fuzz import run_seeds
 from penstock.sim.fuzz.case import FuzzCase
@@ -97,8 +98,8 @@ def _ready_before_loaded(patch: pytest.MonkeyPatch) -> None:
         right(self, group, request, now)
         for load in group:
             for waiter, index in load.waiters.items():
-                if waiter.ready:
-                    waiter.ready[index] = True
+                if waiter.loads.ready:
+                    waiter.loads.fill(index)
 
     patch.setattr(uploading.Uploading, "_issue", wrong)
 
@@ -113,7 +114,7 @@ def _damage_is_used(patch: pytest.MonkeyPatch) -> None:
 
 def _handed_from_a_slot_of_others(patch: pytest.MonkeyPatch) -> None:
     """A slot is free although its block is still to be handed over."""
-    patch.setattr(kv_handoff.KVHandoff, "keeps", lambda self, slot: False)
+    patch.setattr(kv_handoff.KVHandoff, "needs_slot", lambda self, slot: False)
 
 
 def _slot_leaks(patch: pytest.MonkeyPatch) -> None:
@@ -216,7 +217,7 @@ def _attempts_unbounded(patch: pytest.MonkeyPatch) -> None:
 PLANTS: list[tuple[Plant, str]] = [
     (_second_end, "ended twice"),
     (_no_end, "F1|F5"),
-    (_ready_before_loaded, "S3"),
+    (_ready_before_loaded, "LOADS-3"),
     (_damage_is_used, "F2"),
     (_handed_from_a_slot_of_others, "F2|F3|slot"),
     (_slot_leaks, "slot"),
@@ -230,7 +231,7 @@ PLANTS: list[tuple[Plant, str]] = [
     (_request_forgotten, "C1"),
     (_tokens_leak, "C2"),
     (_loss_ignored, "C1"),
-    (_attempts_unbounded, "C3|N3"),
+    (_attempts_unbounded, "C3|INTER-3"),
 ]
 
 

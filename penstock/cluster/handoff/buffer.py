@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -60,8 +60,9 @@ HeldBlock = PinnedBlock[_Slot, memoryview]
 
 @dataclass(slots=True)
 class _HandOff:
-    keys: list[BlockKey]  # each once
+    keys: dict[BlockKey, None]  # in the order of the prompt
     granted: Callable[[], None]
+    needs: int = 0  # slots that its grant would take, while it is the first that waits
 
 
 class DecodeBuffer:
@@ -91,7 +92,8 @@ class DecodeBuffer:
         self._slots: dict[BlockKey, _Slot] = {}
         self._idle: OrderedDict[BlockKey, None] = OrderedDict()  # READY, not wanted, not used: may be given up
         self._hand_offs: dict[str, _HandOff] = {}
-        self._queue: deque[str] = deque()  # hand-offs that wait for room
+        self._queue: OrderedDict[str, None] = OrderedDict()  # hand-offs that wait for room
+        self._first: _HandOff | None = None  # of these, once its `needs` were counted
         self._loads = 0
         self.loaded_bytes = self.received_bytes = self.evictions = 0
 
@@ -100,38 +102,41 @@ class DecodeBuffer:
     def reserve(self, name: str, keys: Sequence[BlockKey], granted: Callable[[], None]) -> None:
         """Call `granted` once there is room for these blocks, which then stay until `release`. Raises ValueError for a
         name that is in use, or more blocks than the buffer has."""
-        wanted = list(dict.fromkeys(keys))
+        wanted = dict.fromkeys(keys)
         if len(wanted) > self.blocks:
             raise ValueError(f"the prompt has {len(wanted)} blocks; the decode buffer has room for {self.blocks}")
         with self._lock:
             if name in self._hand_offs:
                 raise ValueError(f"hand-off {name!r} is known already")
             self._hand_offs[name] = _HandOff(wanted, granted)
-            self._queue.append(name)
+            self._queue[name] = None
         self._grant()
 
     def release(self, name: str) -> None:
         """The hand-off needs its blocks no more, or its room was never granted; unknown ones are ignored."""
         with self._lock:
-            hand_off = self._hand_offs.pop(name, None)
+            hand_off = self._hand_offs.get(name)
             if hand_off is None:
                 return
             if name in self._queue:
-                self._queue.remove(name)
+                self._leave_queue(name)
             else:
                 for key in hand_off.keys:
                     slot = self._slots[key]
                     slot.wanted_by -= 1
                     self._settle(slot)
+            del self._hand_offs[name]
         self._grant()
 
     def _grant(self) -> None:
-        """Call after room was made. Costs O(blocks of the first hand-off that waits), so not where none was made."""
+        """Call after room was made. O(1) where the first hand-off that waits does not fit."""
         while True:
             with self._lock:
-                if not self._queue or not self._fits(self._hand_offs[self._queue[0]].keys):
+                name = next(iter(self._queue), None)
+                if name is None or not self._fits(self._hand_offs[name]):
                     return
-                hand_off = self._hand_offs[self._queue.popleft()]
+                hand_off = self._hand_offs[name]
+                self._leave_queue(name)
                 for key in sorted(hand_off.keys, key=lambda key: key not in self._slots):  # what is here first
                     self._take(key).wanted_by += 1
             try:
@@ -139,10 +144,22 @@ class DecodeBuffer:
             except Exception as error:  # noqa: BLE001 (one hand-off's; those behind it are to be granted too)
                 rare.exception("granted", "the callback of a hand-off that got room failed: %r", error)
 
-    def _fits(self, keys: Sequence[BlockKey]) -> bool:
-        missing = [key for key in keys if key not in self._slots]
-        idle_of_own = sum(key in self._idle for key in keys)
-        return len(missing) <= len(self._free) + len(self._idle) - idle_of_own
+    def _leave_queue(self, name: str) -> None:
+        del self._queue[name]
+        if self._first is self._hand_offs.get(name):
+            self._first = None
+
+    def _fits(self, hand_off: _HandOff) -> bool:
+        """Whether the first hand-off that waits can have its slots. Counted once, then kept up to date (`_in_use`)."""
+        if self._first is not hand_off:
+            self._first = hand_off
+            hand_off.needs = sum(key not in self._slots or key in self._idle for key in hand_off.keys)
+        return hand_off.needs <= len(self._free) + len(self._idle)
+
+    def _in_use(self, key: BlockKey, begins: bool) -> None:
+        """A slot came into use for the block, or went out of it: it is idle or free."""
+        if self._first is not None and key in self._first.keys:
+            self._first.needs += -1 if begins else 1
 
     def _take(self, key: BlockKey) -> _Slot:
         """The block's slot, taken out of what may be given up."""
@@ -152,16 +169,23 @@ class DecodeBuffer:
                 self._drop(self._slots[next(iter(self._idle))])
                 self.evictions += 1
             slot = self._slots[key] = _Slot(key, self._free.pop())
-        self._idle.pop(key, None)
+            self._in_use(key, begins=True)
+        else:
+            self._use_idle(key)
         return slot
+
+    def _use_idle(self, key: BlockKey) -> None:
+        if key in self._idle:
+            del self._idle[key]
+            self._in_use(key, begins=True)
 
     def _settle(self, slot: _Slot) -> bool:
         """Call after a use of the slot ended. Whether it can be evicted or is free, so that there is more room."""
         if slot.wanted_by or slot.users or slot.state is Arrival.ARRIVING:
             return False
+        self._in_use(slot.key, begins=False)
         if slot.state is Arrival.READY:
             self._idle[slot.key] = None
-            self._idle.move_to_end(slot.key)
         else:
             self._drop(slot)
         return True
@@ -194,7 +218,7 @@ class DecodeBuffer:
             if slot is None or slot.state is not Arrival.READY:
                 return None
             slot.users += 1
-            self._idle.pop(key, None)
+            self._use_idle(key)
             return PinnedBlock(slot, self.view(slot.number)[: self.block_bytes], self._let_go)
 
     def _let_go(self, slot: _Slot) -> None:
@@ -317,3 +341,6 @@ class DecodeBuffer:
                 assert slot.wanted_by or slot.users or idle or slot.state is Arrival.ARRIVING, "a slot leaked"
                 assert not slot.waiting or slot.state is Arrival.ARRIVING
             assert self._loads == sum(slot.loading for slot in self._slots.values())
+            if self._queue and self._first is self._hand_offs[next(iter(self._queue))]:
+                needed = [key for key in self._first.keys if key not in self._slots or key in self._idle]
+                assert self._first.needs == len(needed), "what the first hand-off needs is miscounted"

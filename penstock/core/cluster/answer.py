@@ -1,10 +1,10 @@
-"""One answer, put together from what engines generate: parts, attempts, order of tokens, and what follows a failure.
+"""One answer, assembled from the tokens of its engines: parts, attempts, order of tokens, and restarts.
 
-P1  A token counts once, at its index, from the engine and the attempt that are at it now. Everything else is dropped.
-P2  Tokens go out in order: a decode engine's may come before the prefill engine's first one, and then wait for it.
-P3  A part that ends through no fault of the request, or whose engine is lost, begins a new attempt: the prompt of that
-    is the prompt and all tokens that went out. A prefill engine that has handed over is not needed any more.
-P4  Attempts are bounded; after the last one the answer ends with an error.
+ANSWER-1  A token counts once, at its index, from an engine of the current attempt. Everything else is dropped.
+ANSWER-2  Tokens are sent in order: those of a decode engine wait for the prefill engine's first one.
+ANSWER-3  A part that ends through no fault of the request, or whose engine is lost, leads to a new attempt. Its prompt
+          is the prompt and all tokens that were sent. A prefill engine whose hand-off is complete is not needed.
+ANSWER-4  Attempts are bounded; after the last one the answer ends with an error.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Answer:
         self.attempt, self.attempts = attempt, self.attempts + 1
         self.parts = dict(parts)
         for index, tokens in held:
-            self._keep(index, tokens)
+            self._buffer(index, tokens)
         self.tokens += self._in_order()
         return not self._ahead
 
@@ -69,7 +69,7 @@ class Answer:
         """Tokens that an engine generated, the first of them at `index` of the answer."""
         if attempt != self.attempt or engine not in self.parts:
             return Outcome()
-        self._keep(index, tokens)
+        self._buffer(index, tokens)
         fresh = self._in_order()
         self.tokens += fresh
         if self._closing is not None and not self._ahead:
@@ -123,7 +123,7 @@ class Answer:
     def _others(self, engine: str) -> tuple[str, ...]:
         return tuple(name for name in self.parts if name != engine)
 
-    def _keep(self, index: int, tokens: Sequence[int]) -> None:
+    def _buffer(self, index: int, tokens: Sequence[int]) -> None:
         """Tokens beyond what may be generated, and those that went out, are dropped."""
         for at, token in enumerate(tokens, index):
             if len(self.tokens) <= at < self.max_tokens:

@@ -1,12 +1,13 @@
-"""The engines that requests are placed on: nodes, engines, groups, what is unfinished on each, and whom to pick next.
+"""The engines that requests are placed on: nodes, engines, groups, unfinished work of each, and which to pick next.
 
-The accounts are the scheduler's own (what it placed and what ended since), corrected by reports. A group's engines have
-one role and lie in parallel lists, so that picking costs one pass over the group's numbers.
+The accounts count what the scheduler placed and what ended since, corrected by reports. The engines of a group have one
+role and are in parallel lists, so that a pick is one pass over the group's numbers.
 
 Invariants, checked by `check_integrity`:
-  G1 an engine's tokens and requests are those of the requests placed on it; a group's total is its engines' sum;
-  G2 a node's read queue is what is unread there, corrected by its last report, and never below zero;
-  G3 every engine is in one group, and every group has one role.
+  GROUPS-1 An engine's tokens and requests are those of the requests placed on it; a group's total is their sum.
+  GROUPS-2 A node's read queue is what is unread there, corrected by its last report, and never below zero.
+  GROUPS-3 Every engine is in one group, and every group has one role.
+Verification: tests/core/cluster/test_inter_engine.py, `penstock sim fuzz`.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Node:
         return self.assigned
 
     def read_off(self, number: int) -> None:
-        """A read has ended, or nobody waits for it any more."""
+        """A read has ended, or is not needed any more."""
         tokens = self.unread.pop(number)
         self.unread_tokens -= tokens
         self.read_tokens = max(0.0, self.read_tokens - tokens)
@@ -146,7 +147,7 @@ class EngineAccount:
 
 
 class Group:
-    """Engines of one role that are told apart by load only. The lists run parallel to `engines`."""
+    """Engines of one role that differ by load only. The lists are parallel to `engines`."""
 
     __slots__ = ("_betas", "capacity", "capacity_total", "engines", "name", "role", "tokens", "total", "unfinished")
 
@@ -205,7 +206,7 @@ class Group:
 
 
 class Groups:
-    """All nodes, engines and groups, and the paper's rules of whom to pick."""
+    """All nodes, engines and groups, and the paper's rules to pick engines."""
 
     def __init__(self, alpha_s: float, beta_s: float, decode_slack: float) -> None:
         self._alpha_s = alpha_s
@@ -274,7 +275,7 @@ class Groups:
             node.nic_up = up
             self.nics_down += -1 if up else 1
 
-    # -- whom to pick -------------------------------------------------------------------------------------------
+    # -- which to pick -------------------------------------------------------------------------------------------
 
     def pick_prefill(self) -> EngineAccount | None:
         """The paper's categories: C1 tok_e > beta never; C2 read_q <= alpha, then C3 the others; the least tok_e in C2,
@@ -367,20 +368,22 @@ class Groups:
         return None
 
     def check_integrity(self) -> None:
-        """Assert what can be seen here of G1 and G3; O(engines)."""
+        """Assert what can be seen here of GROUPS-1 and GROUPS-3; O(engines)."""
         seen = 0
         for group in self.groups.values():
-            assert group.engines, f"G3: group {group.name} is empty"
-            assert group.total == sum(group.tokens), f"G1: the total of group {group.name} is not its engines' sum"
-            assert group.capacity_total == sum(group.capacity), f"G1: capacity of group {group.name}"
-            assert group.beta_max == max(e.beta_tokens for e in group.engines), f"G3: beta of group {group.name}"
+            assert group.engines, f"GROUPS-3: group {group.name} is empty"
+            assert group.total == sum(group.tokens), f"GROUPS-1: the total of group {group.name}"
+            assert group.capacity_total == sum(group.capacity), f"GROUPS-1: capacity of group {group.name}"
+            assert group.beta_max == max(e.beta_tokens for e in group.engines), f"GROUPS-3: beta of group {group.name}"
             for i, engine in enumerate(group.engines):
-                assert engine.index == i and engine.role == group.role, f"G3: engine {engine.name}"
-                assert group.unfinished[i] == len(engine.requests) and group.tokens[i] >= 0, f"G1: engine {engine.name}"
+                assert engine.index == i and engine.role == group.role, f"GROUPS-3: engine {engine.name}"
+                assert group.unfinished[i] == len(engine.requests), f"GROUPS-1: engine {engine.name}"
+                assert group.tokens[i] >= 0, f"GROUPS-1: engine {engine.name}"
             seen += len(group.engines)
-        assert seen == len(self.engines), "G3: an engine is in no group"
-        assert self.nics_down == sum(not node.nic_up for node in self.nodes.values()), "G2: NICs that are down"
+        assert seen == len(self.engines), "GROUPS-3: an engine is in no group"
+        assert self.nics_down == sum(not node.nic_up for node in self.nodes.values()), "GROUPS-2: NICs that are down"
         for node in self.nodes.values():
-            assert node.read_tokens >= 0 and all(0 < n <= node.assigned for n in node.unread), f"G2: node {node.name}"
-            assert node.unread_tokens == sum(node.unread.values()), f"G2: what is unread on node {node.name}"
-            assert list(node.unread) == sorted(node.unread), f"G2: the order of reads on node {node.name}"
+            assert node.read_tokens >= 0, f"GROUPS-2: node {node.name}"
+            assert all(0 < n <= node.assigned for n in node.unread), f"GROUPS-2: node {node.name}"
+            assert node.unread_tokens == sum(node.unread.values()), f"GROUPS-2: what is unread on node {node.name}"
+            assert list(node.unread) == sorted(node.unread), f"GROUPS-2: the order of reads on node {node.name}"

@@ -1,8 +1,8 @@
 """The inter-engine scheduler of DualPath: which prefill and decode engine serve a request, and which side reads its KV.
 
-Events and the time go in, operations come out of `decide`. The router and the simulator are drivers of this one class;
-it has no clock, no threads and no I/O, and one thread at a time may call it. Reports may come late: a report says how
-many of the reads assigned to its node it knows of, and later ones are added to what it says.
+Drivers (the router, the simulator) pass events and the time in and execute what `decide` returns. It has no clock, no
+threads and no I/O. One thread at a time may call it. Reports may come late: a report says how many of the reads of
+its node it includes; later ones are added.
 
 Requests are placed first come first served, or least compute first; those that lost an engine go before all. A placed
 request ends by `ended` or `cancel`, starts over by `restart` or the loss of an engine, and is given up by `decide`.
@@ -10,9 +10,10 @@ request ends by `ended` or `cancel`, starts over by `restart` or the loss of an 
 Beyond the paper: reads split over both sides, load or recompute, re-planning after the loss of a NIC, engine or node.
 
 Invariants, checked by `check_integrity` (and those of `engine_groups`):
-  N1 a request is waiting or placed, and ends exactly once;
-  N2 a placed request's engines are registered and have it in their accounts; no other engine has;
-  N3 what waits, and how often a request is placed, is bounded.
+  INTER-1 A request is waiting or placed, and ends exactly once.
+  INTER-2 The engines of a placed request are registered and have it in their accounts; no other engine has.
+  INTER-3 The waiting requests, and the attempts of a request, are bounded.
+Verification: tests/core/cluster/test_inter_engine.py, `penstock sim fuzz`.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ class InterEngineScheduler:
             self._look_again(engine)
 
     def _look_again(self, engine: EngineAccount) -> None:
-        """An engine is faster or slower, and its node's read queue may be another: that lets the first request go on
-        where it waits for this engine, or where what is picked for it, or whose turn it is, depends on either."""
+        """The speed of an engine changed, and perhaps its node's read queue: try to place the first request again where
+        it waits for this engine, or where the pick or the order depends on either."""
         if self._blocked == "prefill" and self.config.order == "fcfs":
             if engine.role != "decode" and engine.tokens <= engine.beta_tokens:
                 self._blocked = ""
@@ -137,7 +138,7 @@ class InterEngineScheduler:
             self.groups.nics_down -= 1
 
     def nic_lost(self, node_id: str, now: float) -> None:
-        """The node's storage NIC carries nothing any more: what it was to read, the other side reads (`replan`)."""
+        """The node's storage NIC is down: the other side reads what it was to read (`replan`)."""
         node = self.groups.nodes.get(node_id)
         if node is None or not node.nic_up or not self.config.replan:
             return
@@ -149,7 +150,7 @@ class InterEngineScheduler:
             self._replan(self._requests[request_id], node)
 
     def nic_healed(self, node_id: str) -> None:
-        """The node's storage NIC carries reads again."""
+        """The node's storage NIC is up again."""
         node = self.groups.nodes.get(node_id)
         if node is not None:
             self.groups.set_nic(node, True)
@@ -214,7 +215,7 @@ class InterEngineScheduler:
             self._read_off(request, side)
 
     def prefilled(self, request_id: RequestId, attempt: int) -> None:
-        """The prefill engine is through with a request: it has its first token, and its KV is handed over."""
+        """The prefill engine has finished a request: the first token is computed, and the KV was sent."""
         request = self._requests.get(request_id)
         if request is None or request.attempt != attempt or request.prefill is None or request.prefilled:
             return
@@ -285,7 +286,7 @@ class InterEngineScheduler:
                 raise DecisionFailed(request.request_id, error) from error
 
     def _decide_on(self, request: _Request) -> bool:
-        """Place the first request, or give it up; False when it keeps waiting."""
+        """Place the first request, or give it up; False when it goes on waiting."""
         pair = self._pick(request)
         if pair is not None:
             place = self._place(request, *pair)
@@ -321,7 +322,7 @@ class InterEngineScheduler:
         return prefill, decode
 
     def _place(self, request: _Request, prefill: EngineAccount, decode: EngineAccount) -> Place:
-        # All that can fail comes first: a failure leaves no account of it.
+        # What may fail comes first, so that a failure changes no account.
         plan = self._planner.plan(request.hit_tokens, request.prompt_tokens - request.hit_tokens, prefill, decode)
         request.compute_s = self._compute_s(request, plan.recompute_tokens, prefill)
         request.prefill_tokens = self._prefill_tokens(request, prefill, decode)
@@ -347,7 +348,7 @@ class InterEngineScheduler:
 
     def _compute_s(self, request: _Request, front: int, prefill: EngineAccount) -> float | None:
         """What its prefill engine computes for a request: what storage does not hold, and the front of what it holds.
-        None where nothing looks at it, or costs are not known."""
+        None where it is not used, or costs are not known."""
         config = self.config
         compute = prefill.compute or config.compute
         if compute is None or not (config.recompute or config.weigh_compute):
@@ -382,7 +383,7 @@ class InterEngineScheduler:
         engine.compute_s = max(0.0, engine.compute_s - (request.compute_s or 0.0)) if engine.requests else 0.0
 
     def _release(self, request: _Request) -> None:
-        """A placed request leaves all accounts of its engines."""
+        """Take a placed request out of the accounts of its engines."""
         self._read_off(request, "prefill")
         self._read_off(request, "decode")
         decode = request.decode
@@ -394,7 +395,7 @@ class InterEngineScheduler:
             del decode.requests[request.request_id]
 
     def _engines_of(self, request: _Request) -> tuple[str, ...]:
-        """Engines that work for a placed request still."""
+        """Engines that still work on a placed request."""
         prefill, decode = request.prefill, request.decode
         assert prefill is not None and decode is not None
         if request.prefilled or prefill is decode:
@@ -456,20 +457,20 @@ class InterEngineScheduler:
         self.groups.check_integrity()
         self._queue.check_integrity()
         waiting = self._queue.items()
-        assert all(self._requests.get(r.request_id) is r and r.decode is None for r in waiting), "N1: who waits"
+        assert all(self._requests.get(r.request_id) is r and r.decode is None for r in waiting), "INTER-1: who waits"
         placed = [r for r in self._requests.values() if r.decode is not None]
-        assert len(placed) + len(waiting) == len(self._requests), "N1: a request is neither waiting nor placed"
-        assert self._waiting_tokens == sum(r.length_tokens for r in waiting), "N3: tokens that wait"
-        assert len(waiting) <= self.config.max_waiting + len(self._requests), "N3: too many wait"
-        assert all(r.attempt <= self.config.max_attempts for r in placed), "N3: placed too often"
+        assert len(placed) + len(waiting) == len(self._requests), "INTER-1: a request is neither waiting nor placed"
+        assert self._waiting_tokens == sum(r.length_tokens for r in waiting), "INTER-3: tokens that wait"
+        assert len(waiting) <= self.config.max_waiting + len(self._requests), "INTER-3: too many wait"
+        assert all(r.attempt <= self.config.max_attempts for r in placed), "INTER-3: placed too often"
         owed: dict[str, set[RequestId]] = {name: set() for name in self.groups.engines}
         for request in placed:
             assert request.prefill is not None and request.decode is not None
             for name in self._engines_of(request):
                 owed[name].add(request.request_id)
         for name, engine in self.groups.engines.items():
-            assert owed[name] == set(engine.requests), f"N2: the requests of engine {name}"
+            assert owed[name] == set(engine.requests), f"INTER-2: the requests of engine {name}"
             seconds = sum(
                 r.compute_s or 0.0 for r in placed if r.prefill is engine and (r.decode is engine or not r.prefilled)
             )
-            assert math.isclose(engine.compute_s, seconds, rel_tol=1e-6, abs_tol=1e-6), f"N2: compute of engine {name}"
+            assert math.isclose(engine.compute_s, seconds, rel_tol=1e-6, abs_tol=1e-6), f"INTER-2: compute of {name}"

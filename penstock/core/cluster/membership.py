@@ -1,10 +1,10 @@
-"""Who belongs to the cluster: leases, epochs and fencing, seen from the router and from an engine.
+"""Membership of the cluster: leases, epochs and fencing, seen from the router and from an engine.
 
-P1  A registration gives an epoch that no other one has. What comes with another epoch than the current one is refused.
-P2  The router counts a lease from when it received a heartbeat, the engine from when it sent it. So the engine's ends
-    first, and no two clocks are compared.
-P3  A lease that ended is not renewed: the engine registers anew and gets a new epoch before it serves again.
-P4  A name is one engine's while its lease lasts. The same instance may take its own name over at once.
+MEMBER-1  Each registration gets a unique epoch. A message with any epoch but the current one is refused.
+MEMBER-2  The router counts a lease from when it received a heartbeat, the engine from when it sent it. So the engine's
+          lease ends first, and no two clocks are compared.
+MEMBER-3  A lease that ended is not renewed: the engine registers anew, with a new epoch, before it serves again.
+MEMBER-4  A name belongs to one engine while its lease lasts. The same instance may register again at once.
 """
 
 from __future__ import annotations

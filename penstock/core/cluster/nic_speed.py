@@ -1,11 +1,11 @@
-"""Which speed each host's storage NIC counts for when reads are placed, given what was seen of all of them."""
+"""The speed of each host's storage NIC that reads are placed by, estimated from measurements of all NICs."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 
-UNKNOWN_BYTES_PER_S = 1e9  # of storage NICs of which nobody knows anything
-SLOW = 0.2  # a storage NIC below this part of the fastest is taken for what it gives
+UNKNOWN_BYTES_PER_S = 1e9  # of storage NICs before any measurement
+SLOW = 0.2  # a storage NIC below this part of the fastest counts with its measured speed
 
 
 class NicSpeed:
@@ -27,9 +27,9 @@ class NicSpeed:
 
 
 class StorageSpeeds:
-    """The storage NICs of all hosts. Each counts for what was seen of it where that is far below the others. What is
-    seen of a NIC with little to do says little of its speed, so all others count as their median. A word about one
-    costs O(log hosts): what the others count for follows when it is asked for."""
+    """The storage NICs of all hosts. A NIC much slower than the others counts with its measured speed. The measured
+    speed of a NIC with little load is unreliable, so all others count with their median. An update of one costs
+    O(log hosts): the speeds of the others are derived when they are read."""
 
     def __init__(self) -> None:
         self.slow_bytes_per_s = 0.0
@@ -53,7 +53,7 @@ class StorageSpeeds:
         return nic
 
     def forget(self, host: str) -> None:
-        """A host is gone; what the others count for follows with the next word about one of them."""
+        """A host is gone; the speeds of the others are updated with the next measurement."""
         nic = self._hosts.pop(host, None)
         if nic is not None:
             self._drop(nic)

@@ -23,7 +23,7 @@ NOTHING = ReadPlan("none", 0, 0, 0)
 
 
 class ReadPlanner:
-    """The read policy of an `InterEngineConfig`; its only state is whose turn it is where sides alternate."""
+    """The read policy of an `InterEngineConfig`; its only state is the next side where sides alternate."""
 
     def __init__(self, config: InterEngineConfig) -> None:
         self._config = config

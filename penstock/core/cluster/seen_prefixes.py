@@ -1,7 +1,7 @@
-"""What a prompt will probably hit: the prefixes that went through a router before, as hashes of their full blocks.
+"""An estimate of what a prompt will hit: prefixes that passed a router before, as hashes of their full blocks.
 
-The pool knows what it holds; this is an estimate without a round trip, for the choice of engines and sides. A wrong one
-costs time, never a wrong token: engines look up for themselves.
+It needs no round trip to the pool, and serves the choice of engines and sides. A wrong estimate costs time, never a
+wrong token: engines ask the pool themselves.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Requests that wait to be placed: first come first served, or least cost first with bounded ageing.
 
-Those that start over go before all others. Entries leave in any order: one that left is skipped when it is met, and
-swept when such entries are the most.
+Requests that start over go before all others. Entries leave in any order: a removed entry is skipped when it is found,
+and swept when such entries are the majority.
 
 Invariant, checked by `check_integrity`:
-  W1 `len` counts the entries that are alive, and no more than as many again (or `SWEEP`) are kept.
+  WAIT-1 `len` counts the live entries. Each list holds at most twice as many entries, and `SWEEP` more.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class WaitingQueue(Generic[Item]):
         return entry
 
     def first(self, now: float) -> Entry[Item] | None:
-        """Whose turn it is; stays in the queue."""
+        """The next entry; it stays in the queue."""
         for queue in (self._again, self._arrived):
             while queue and not queue[0].alive:
                 queue.popleft()
@@ -83,8 +83,8 @@ class WaitingQueue(Generic[Item]):
         assert entry.alive
         entry.alive = False
         self._alive -= 1
-        kept = len(self._again) + len(self._arrived)
-        if kept > SWEEP + 2 * self._alive or len(self._cheapest) > SWEEP + 2 * self._alive:
+        listed = len(self._again) + len(self._arrived)
+        if listed > SWEEP + 2 * self._alive or len(self._cheapest) > SWEEP + 2 * self._alive:
             self._again = deque(e for e in self._again if e.alive)
             self._arrived = deque(e for e in self._arrived if e.alive)
             self._cheapest = [e for e in self._cheapest if e[2].alive]
@@ -106,7 +106,7 @@ class WaitingQueue(Generic[Item]):
         return [entry.item for queue in (self._again, self._arrived) for entry in queue if entry.alive]
 
     def check_integrity(self) -> None:
-        """Assert W1; O(n)."""
-        assert len(self.items()) == self._alive, "W1: the entries alive are miscounted"
-        kept = len(self._again) + len(self._arrived)
-        assert max(kept, len(self._cheapest)) <= SWEEP + 2 * self._alive + 1, "W1: too many entries that left are kept"
+        """Assert WAIT-1; O(n)."""
+        assert len(self.items()) == self._alive, "WAIT-1: the entries alive are miscounted"
+        listed = len(self._again) + len(self._arrived)
+        assert max(listed, len(self._cheapest)) <= SWEEP + 2 * self._alive + 1, "WAIT-1: too many removed entries"

@@ -1,5 +1,4 @@
-"""Decisions by measured costs inside another engine: whether loading beats computing, how far to load ahead, how long a
-step may be."""
+"""Decisions by measured costs inside another engine: load or compute, how much to load ahead, the length of a step."""
 
 from __future__ import annotations
 
@@ -16,11 +15,11 @@ from penstock.core.engine.shared_state import SharedState
 from penstock.core.operations import Route
 from penstock.core.ordering import Rank
 
-PROBE_EVERY = 8  # of the loads that costs speak against, one is made all the same: a link may be faster again
+PROBE_EVERY = 8  # of so many loads that seem too slow, one is made: the link may have become faster
 STEP_S_MAX, STEP_TOKENS_LEAST = 0.1, 128  # of a batch of the host while loads land
 COMPUTE_UNIT = 2.0**-64  # seconds: sums of whole numbers of them depend on no order
 COMPUTE_S_MAX = 1e9
-GRANT_AHEAD_S = 0.5  # pages are asked for ahead as long as what has pages already keeps its links busy for less
+GRANT_AHEAD_S = 0.5  # no pages are requested ahead while loads with pages keep the links busy for longer
 
 
 def prefill_tokens_max(step_tokens: int, landed_tokens: int) -> int:
@@ -43,12 +42,13 @@ class _Counted:
 
 
 class ConnectorCosts:
-    """Judges by measured costs, and never against a load before there are enough measurements.
+    """Never decides against a load before there are enough measurements.
 
     Sums over all requests follow each one's rank, costs, state and grant: `changed` has to be called after any of these
     changed. Every call is O(log n) for each route, and so is each `changed` at the next question.
 
-    C1  the sums are those over all requests
+    COSTS-1  The sums are those over all requests.
+    Verification: `check_integrity` in tests/core/connector.
     """
 
     def __init__(self, shared: SharedState, ranking: Ranking, entries: Mapping[str, ConnectorRequest]) -> None:
@@ -85,15 +85,16 @@ class ConnectorCosts:
 
     def arrives_first(self, entry: ConnectorRequest) -> bool:
         """Whether the request's blocks arrive before they could be computed, each behind what goes first on its link or
-        on the processor. Asked when the host could begin to compute it, and not before: so whichever of link and
-        processor is free first takes the next request, and neither is idle while the other has a queue. Never refused
+        on the processor. Called when the host could begin to compute it, and not before: so the
+        link or the processor, whichever is free first, takes the next request, and neither is idle while the other has
+        a queue. Never refused
         before costs were measured."""
         if not self._measured:
             return True
         compute_s = self._compute_s(entry)
         links = Counter({route: n for route, n in self._ranked.up_to(entry.request.rank).items() if route is not None})
         links.update(self._loading)
-        return self._shared.cost.load_s(links, entry.request.upload_bytes, serial=False) < compute_s
+        return self._shared.cost.load_s(links, entry.request.loads.upload_bytes, serial=False) < compute_s
 
     @property
     def _measured(self) -> bool:
@@ -109,12 +110,12 @@ class ConnectorCosts:
         return compute.seconds([(request.target - first, first)]) - request.compute_s + before * COMPUTE_UNIT
 
     def enough_granted(self) -> bool:
-        """Whether what has pages keeps the links busy long enough, so that no more pages are asked for yet."""
+        """Whether loads with pages keep the links busy long enough, so that no more pages are requested yet."""
         self._count()
         return self._shared.cost.load_s(self._granted, 0, serial=False) > GRANT_AHEAD_S
 
     def changed(self, request: Request) -> None:
-        """The request came, or its rank, its costs, its state or its grant are others than before."""
+        """The request is new, or its rank, costs, state or grant changed."""
         self._stale[request] = None
 
     def gone(self, request: Request) -> None:
@@ -156,37 +157,37 @@ class ConnectorCosts:
         computing = request.state is State.PREFILL and not granted
         ranked: dict[Route | None, int] = {None: 0 if computing else compute}
         if granted:
-            loads = dict(request.bytes_by_route)
+            loads = dict(request.loads.bytes_by_route)
             return _Counted(request.rank, ranked, loads, loads if waits else {})
         if waits:
-            ranked.update(request.bytes_by_route.items())
+            ranked.update(request.loads.bytes_by_route.items())
         return _Counted(request.rank, ranked, computing=compute if computing else 0)
 
     def check_integrity(self) -> None:
-        """Assert C1. O(everything)."""
+        """Assert COSTS-1. O(everything)."""
         self._count()
         assert self._counted.keys() == {entry.request for entry in self._entries.values()} and len(self._ranked) == len(
             self._counted
-        ), "C1: a request is missing, or counted although it is gone"
+        ), "COSTS-1: a request is missing, or counted although it is gone"
         shares = [self._shares_of(entry) for entry in self._entries.values()]
         for one in shares:
             less = [other.ranked for other in shares if other.rank <= one.rank]
             names = {name for ranked in less for name in ranked}
             sums = {name: sum(ranked.get(name, 0) for ranked in less) for name in names}
-            assert self._ranked.up_to(one.rank) == {name: n for name, n in sums.items() if n}, "C1: sums by rank"
-        for sums_kept, parts in (
+            assert self._ranked.up_to(one.rank) == {name: n for name, n in sums.items() if n}, "COSTS-1: sums by rank"
+        for total, parts in (
             (self._granted, [s.granted for s in shares]),
             (self._loading, [s.loading for s in shares]),
         ):
             anew: Counter[Route] = Counter()
             for part in parts:
                 anew.update(part)
-            assert sums_kept == anew, "C1: bytes of grants"
-        assert self._computing == sum(one.computing for one in shares), "C1: what is computed"
+            assert total == anew, "COSTS-1: bytes of grants"
+        assert self._computing == sum(one.computing for one in shares), "COSTS-1: what is computed"
 
     def step_tokens_max(self) -> int | None:
-        """How many tokens the host should compute in one step while loads land, so that what has landed does not wait
-        long for a batch that began before; None: as many as it likes."""
+        """How many tokens the host should compute in one step while loads land, so that loads that landed do not wait
+        long for a batch that began before; None: no limit."""
         compute = self._shared.cost.compute
         if self._steps < MIN_SAMPLES or compute.b <= 0:
             return None

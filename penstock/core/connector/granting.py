@@ -1,9 +1,10 @@
-"""Pages that the host gave for loads: whose each is, until nothing is written to it any more and the host took note.
+"""Pages that the host granted for loads: the load that owns each, until nothing is written to it and the host knows.
 
 Invariants, checked by `check_integrity`:
-  G1 a block is granted pages of at most one request at a time; whoever else needs it waits for that load;
-  G2 a granted page is unsettled exactly as long as a load holds it, and nothing is written to it afterwards;
-  G3 every grant ends in exactly one `Landed`, not before its last page is settled.
+  GRANT-1 A block has pages of at most one request at a time; other requests that need it wait for that load.
+  GRANT-2 A granted page is unsettled exactly as long as a load holds it; nothing is written to it afterwards.
+  GRANT-3 Every grant ends in exactly one `Landed`, not before its last page is settled.
+Verification: tests/core/connector/test_connector_histories.py.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Granting:
         entry.grant.unsettled.add(page)
 
     def settle(self) -> None:
-        """Grants whose last page nothing is written to any more have landed."""
+        """Note pages that are no longer written to; a grant lands with its last one."""
         settled, self._pages.settled = self._pages.settled, []
         for page in settled:
             entry = self._of_page.pop(page)
@@ -111,13 +112,13 @@ class Granting:
         pages: list[int] = []
         for entry, grant in granted:
             pages += grant.unsettled
-            assert all(self._of_page[page] is entry for page in grant.unsettled), "G2"
-            assert grant.landed or grant.unsettled, "G3: a grant without pages has not landed"
-            assert not (grant.landed and grant.unsettled), "G3: landed with pages under way"
+            assert all(self._of_page[page] is entry for page in grant.unsettled), "GRANT-2"
+            assert grant.landed or grant.unsettled, "GRANT-3: a grant without pages has not landed"
+            assert not (grant.landed and grant.unsettled), "GRANT-3: landed with pages under way"
             assert entry.request.state in (State.PREFILL, State.DECODE, State.DONE)
-        assert len(set(pages)) == len(pages) == len(self._of_page), "G2: a page has two owners"
-        assert pages_of_loads == set(pages), "G2: unsettled pages are those that loads hold"
+        assert len(set(pages)) == len(pages) == len(self._of_page), "GRANT-2: a page has two owners"
+        assert pages_of_loads == set(pages), "GRANT-2: unsettled pages are those that loads hold"
         begins = Counter(grant.first for entry, grant in granted if self._granted.get(grant.keys[0]) is entry)
         assert begins == self._begins, "grants begin elsewhere"
         keys = {id(entry): set(grant.keys) for entry, grant in granted}
-        assert all(key in keys.get(id(entry), ()) for key, entry in self._granted.items()), "G1"
+        assert all(key in keys.get(id(entry), ()) for key, entry in self._granted.items()), "GRANT-1"

@@ -1,4 +1,4 @@
-"""L1 where it is somebody else's: pages that a host engine gave for loads, and pages it keeps for saves under way."""
+"""L1 of another engine: pages that it granted for loads, and pages that it pins for saves under way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class ConnectorPages(DevicePages):
     here.
 
     `settled` lists pages of loads that nothing is written to any more, `released` pages of saves that nothing is read
-    from any more; whoever reads these lists empties them. A key counts as contained while a request says that the host
+    from any more; the reader empties these lists. A key counts as contained while a request says that the host
     holds it (`note`), or while it is being saved."""
 
     def __init__(self) -> None:
@@ -32,22 +32,22 @@ class ConnectorPages(DevicePages):
 
     @property
     def cached(self) -> int:
-        """Blocks that a save under way keeps."""
+        """Blocks that are being saved."""
         return len(self._saving)
 
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._saving or key in self._noted
 
     def is_saving(self, key: BlockKey) -> bool:
-        """Whether a save under way keeps this block."""
+        """Whether this block is being saved."""
         return key in self._saving
 
     def is_cached(self, page: int) -> bool:
-        """Whether a save under way keeps this page."""
+        """Whether the block of this page is being saved."""
         return page in self._names
 
     def note(self, keys: Iterable[BlockKey]) -> None:
-        """The host holds these blocks, as far as one request knows."""
+        """One request reports that the host holds these blocks."""
         for key in keys:
             self._noted[key] = self._noted.get(key, 0) + 1
 
@@ -59,7 +59,7 @@ class ConnectorPages(DevicePages):
                 del self._noted[key]
 
     def hold(self, key: BlockKey, page: int) -> None:
-        """The host engine keeps `page`, which holds the computed block `key`, until it is released; pinned once."""
+        """The host engine pins `page`, which holds the computed block `key`, until it is released; one pin."""
         assert key not in self._saving and page not in self._names
         self._saving[key] = page
         self._names[page] = key
@@ -96,7 +96,7 @@ class ConnectorPages(DevicePages):
             self.released.append(page)
 
     def check_integrity(self, private: set[int], reserved: set[BlockKey]) -> None:
-        """Names and pins are of the same pages, each pinned at least once."""
+        """Assert that names and pins are of the same pages, each pinned at least once."""
         assert set(self._names) == set(self._pins) == set(self._saving.values())
         assert all(count > 0 for count in self._pins.values())
         assert all(count > 0 for count in self._noted.values())

@@ -1,4 +1,4 @@
-"""What the core as a guest keeps of a request: what it can load, the pages it was granted, and that they landed."""
+"""A request inside another engine: what it can load, the pages it was granted, and whether they landed."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class Grant:
 
 @dataclass(slots=True)
 class ConnectorRequest:
-    """A request as the scheduler core of a guest follows it."""
+    """The connector scheduler's record of one request."""
 
     request: Request
-    held: int  # leading blocks that the host holds, as it said last
+    held: int  # leading blocks that the host holds, by its latest report
     loads: bool  # whether anything is loaded for it
     end: int = 0  # blocks from `held` up to here can be loaded
     lookup_until_s: float = 0.0
-    run: tuple[int, int] = (0, 0)  # blocks that are known to be an unbroken run of hits, and not to go on behind
+    run: tuple[int, int] = (0, 0)  # a longest unbroken run of hits: first block, end
     grant: Grant | None = None
     leaving: bool = False
     probe: bool = False  # it loads although computing seemed faster
-    refused_tokens: int = 0  # of what can be loaded, those that `matched` would rather have computed
+    refused_tokens: int = 0  # could be loaded, but `matched` prefers to compute them
     noted: list[bytes] = field(default_factory=list)
     bad: set[int] = field(default_factory=set)  # blocks that failed once; computed from then on
     answer: tuple[int, int, int | None] | None = None  # of `matched`: version, held tokens, what was said

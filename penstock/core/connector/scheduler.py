@@ -1,17 +1,18 @@
-"""The core as a guest of somebody else's engine: that engine owns pages and batches, the core owns loads and saves.
+"""The scheduler core inside another engine: that engine owns pages and batches, the core owns loads and saves.
 
-The host (vLLM) has a scheduler, an allocator and a compute loop of its own. `ConnectorScheduler` decides what such an
-engine leaves open: what is looked up and fetched and in which order, whether loading beats computing, whose load others
-wait for, in which order requests should be considered, and what is saved. It is made of the parts that `LoadScheduler`
-is made of, so that a policy exists once. No clock, no threads, no I/O; one thread at a time may call it.
+The host engine (vLLM) has its own scheduler, allocator and compute loop. `ConnectorScheduler` decides the rest: what is
+looked up and fetched and in which order, whether to load or to compute, which requests wait for the load of another
+one, in which order requests are considered, and what is saved. It consists of the same parts as `LoadScheduler`, so
+each policy exists once. No clock, no threads, no I/O; one thread at a time may call it.
 
 A request's life: `submit` -> (lookup, fetches into L2) -> the host asks `matched`, as often as it likes -> `allocated`
 with pages -> uploads -> `Landed` -> `acknowledged` -> `started` -> `prefilled` -> `finish`. It may skip what it does
 not need and `finish` at any point; a request that asks again after it had started begins anew.
 
-Invariants, checked by `check_integrity` (G1 to G3 are those of `granting`):
-  G4 nothing is loaded behind a hole, and no request waits for a block that the pool does not hold for it;
-  G5 every queue and window is bounded; every slot is free or one load's or save's.
+Invariants, checked by `check_integrity` (GRANT-1 to GRANT-3 are those of `granting`):
+  CONNECTOR-1 Nothing is loaded behind a hole, and no request waits for a block that is not among its hits.
+  CONNECTOR-2 Every queue and window is bounded; every slot is free or used by one load or save.
+Verification: tests/core/connector/test_connector_histories.py.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ from penstock.core.cost import CostModel
 from penstock.core.engine.ageing import Ageing
 from penstock.core.engine.load_coordinator import LoadCoordinator
 from penstock.core.engine.ranking import Ranking
-from penstock.core.engine.request import NO_PAGE, LoadState, Request, State
+from penstock.core.engine.request import Request, State
+from penstock.core.engine.request_loads import LoadState
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.engine.write_back import WriteBackQueue, block_to_save
 from penstock.core.operations import Account, BlockHit, Fetch, Lookup, Operation, RequestSpec, Save
 from penstock.core.ordering import Rank
 
 SEEN_BLOCKS_MAX = 1 << 17  # of the pool; about 150 bytes each
-PIN_SHARE = 0.75  # of the host's pages that it may be asked to keep for saves, which give way when it is short of them
+PIN_SHARE = 0.75  # of the host's pages that saves may pin; they are released when the host runs short
 
 ConnectorOperation = Operation | Landed
 
@@ -139,8 +141,7 @@ class ConnectorScheduler:
         request.account.predicted_load_s = self._ranking.load_s(request)
         request.account.predicted_compute_s = request.compute_s
         self._ageing.estimated(request)
-        request.pages = [NO_PAGE] * (request.target // self.config.block_tokens + 1)
-        request.ready = [False] * len(request.pages)
+        request.loads.begin(request.target // self.config.block_tokens + 1)
         request.static_key = None
         self._ranking.set_rank(request)
         if entry.end > entry.held and not self._costs.worth_fetching(entry):
@@ -169,7 +170,7 @@ class ConnectorScheduler:
         """Nothing is loaded for the request any more; the host computes it."""
         request = entry.request
         self._shared.count("computed_instead_tokens", (entry.end - entry.held) * self.config.block_tokens)
-        for index in list(request.loads):
+        for index in list(request.loads.by_index):
             self._loading.forgo(request, index)
         self._forget_hits(entry)
         entry.end = entry.held
@@ -185,7 +186,7 @@ class ConnectorScheduler:
         request.chain.extend(tokens)
 
     def known_tokens(self, request_id: str) -> int:
-        """How many tokens of the request were told so far."""
+        """How many tokens of the request are known here."""
         return len(self._entries[request_id].request.tokens)
 
     def finish(self, request_id: str, now: float) -> None:
@@ -217,8 +218,8 @@ class ConnectorScheduler:
             del self._entries[entry.request.request_id]
 
     def forget_all(self, now: float) -> None:
-        """The host can no longer use anything that the keys so far name: every request ends here, its loads land
-        without a block, and saves that have not begun are dropped. Requests may be submitted anew."""
+        """All keys so far are void for the host: every request ends here, its loads land without a block, and saves
+        that have not begun are dropped. Requests may be submitted anew."""
         entries = list(self._entries.values())
         self._granting.spoil(entries)
         for entry in entries:
@@ -257,17 +258,17 @@ class ConnectorScheduler:
             return 0
         if self._granting.any_of(request, first, end):
             request.switch_label("wait_shared", now)
-            return None  # it will find those blocks in the host's own cache
+            return None  # those blocks will be in the host's own cache
         if not self._granting.has_room(end - first):
             request.switch_label("wait_l1", now)
             return None
-        begun = request.load_counts[LoadState.FETCHING] + request.load_counts[LoadState.STAGED]
+        begun = request.loads.counts[LoadState.FETCHING] + request.loads.counts[LoadState.STAGED]
         may_refuse = not begun and request.loads and not entry.probe
         if may_refuse and not self._costs.arrives_first(entry):
             entry.refused_tokens = end * size - held_tokens
-            return 0  # its blocks are still fetched in their turn, should the host not get to it before
-        if request.bytes_by_route and self._costs.enough_granted():
-            return None  # its blocks are fetched in its turn all the same
+            return 0  # its blocks are still fetched in turn, unless the host computes them first
+        if request.loads.bytes_by_route and self._costs.enough_granted():
+            return None  # its blocks are still fetched in turn
         return end * size - held_tokens
 
     def _restart(self, entry: ConnectorRequest, held_tokens: int, now: float) -> None:
@@ -286,7 +287,7 @@ class ConnectorScheduler:
         end = first + len(pages)
         grant = self._granting.begin(entry, first, end)
         if entry.end > end or entry.held != first:
-            for index in [index for index in request.loads if not first <= index < end]:
+            for index in [index for index in request.loads.by_index if not first <= index < end]:
                 self._loading.forgo(request, index)
         entry.end = end
         request.state = State.PREFILL
@@ -295,12 +296,12 @@ class ConnectorScheduler:
             if hit is None or key in self._granting:
                 grant.hole = entry.end = index
                 self._shared.count("hits_withdrawn", end - index)
-                for behind in [behind for behind in request.loads if behind >= index]:
+                for behind in [behind for behind in request.loads.by_index if behind >= index]:
                     self._loading.forgo(request, behind)
                 break
             if index not in request.loads:
                 self._loading.join(request, index, hit)
-            request.loads[index].page = page
+            request.loads.by_index[index].page = page
             self._granting.add(entry, index, page)
         self._ranking.count_loads(request)
         self._ranking.progressed(request)
@@ -384,9 +385,9 @@ class ConnectorScheduler:
 
     def _changed(self, request: Request, now: float) -> None:
         """A block of the request moved, or was lost."""
-        counts = request.load_counts
+        counts = request.loads.counts
         if not counts[LoadState.WANTED] and not counts[LoadState.FETCHING]:
-            self._version += 1  # its links are free for others
+            self._version += 1  # its links are free for other requests
         self._ranking.progressed(request)
         self._relabel(request, now)
 
@@ -394,7 +395,7 @@ class ConnectorScheduler:
         self._holes.setdefault(request, []).append(index)
 
     def _close_holes(self) -> None:
-        """Requests that lost a block do without those behind it."""
+        """Requests that lost a block do not load those behind it."""
         holes, self._holes = self._holes, {}
         for request, lost in holes.items():
             entry = self._entries.get(request.request_id)
@@ -410,7 +411,7 @@ class ConnectorScheduler:
                 entry.end = end
                 if grant is not None:
                     grant.hole = end if grant.hole is None else min(grant.hole, end)
-                for index in [index for index in request.loads if index >= end]:
+                for index in [index for index in request.loads.by_index if index >= end]:
                     self._loading.forgo(request, index)
                 for index in [index for index in request.hits if index >= end]:
                     del request.hits[index]
@@ -431,17 +432,17 @@ class ConnectorScheduler:
         return not (key in self._seen or self._pages.is_saving(key) or key in self._loading.loads)
 
     @property
-    def can_keep(self) -> bool:
-        """Whether the host may be asked to keep a further page for a save."""
+    def can_pin(self) -> bool:
+        """Whether the host may pin one more page for a save."""
         return self._saving.can_pin
 
     def not_saved(self, blocks: int) -> None:
-        """So many blocks that `wants` asked for are not offered: the host could not keep them so long."""
+        """So many blocks that `wants` asked for are not offered: the host could not pin their pages."""
         self._shared.count("saves_dropped", blocks)
 
     def offer(self, request_id: str, index: int, page: int) -> None:
-        """The host keeps `page`, which holds the full block `index` that `wants` asked for, until `released` names
-        it; only when `can_keep`."""
+        """The host pins `page`, which holds the full block `index` that `wants` asked for, until `released` returns it.
+        Only when `can_pin`."""
         request = self._entries[request_id].request
         self._pages.hold(request.key_at(index), page)
         self._saving.offer(block_to_save(self._shared, request, index))
@@ -462,14 +463,14 @@ class ConnectorScheduler:
         self._saving.saved(op_id, error)
 
     def _moved(self, op_id: int, error: str | None) -> None:
-        """A block that the pool did not give or take is not seen there any more."""
+        """A fetch or save ended; after an error the block no longer counts as present in the pool."""
         key = self._moving.pop(op_id)
         if error is not None:
             self._seen.discard(key)
 
     def press(self, pages: int | None = None) -> None:
-        """The host is short of pages: drop so many saves that have not begun (None: all), the latest first, and give
-        their pages back."""
+        """The host is short of pages: drop so many saves that have not begun (None: all), the latest first, and release
+        their pages."""
         self._saving.drop_queued(pages)
 
     # -- decide -------------------------------------------------------------------------------------------------
@@ -509,12 +510,12 @@ class ConnectorScheduler:
     # -- views --------------------------------------------------------------------------------------------------
 
     def rank(self, request_id: str) -> Rank | None:
-        """Where the request stands, smallest first; None for one that is not known."""
+        """The rank of the request, smallest first; None for an unknown one."""
         entry = self._entries.get(request_id)
         return None if entry is None else entry.request.rank
 
     def step_tokens_max(self) -> int | None:
-        """How many tokens the host should compute in one step while loads land; None: as many as it likes."""
+        """How many tokens the host should compute in one step while loads land; None: no limit."""
         return self._costs.step_tokens_max() if self._granting else None
 
     @property
@@ -523,7 +524,7 @@ class ConnectorScheduler:
         return self._shared.counters
 
     def gauges(self) -> dict[str, float]:
-        """How things stand: requests, slots, pages granted, and how well costs are predicted."""
+        """Current numbers: requests, slots, pages granted, error of predictions."""
         shared = self._shared
         return {
             "requests": len(self._entries),
@@ -547,7 +548,7 @@ class ConnectorScheduler:
         return not (self._entries or len(self._saving) or self._loading.loads)
 
     def _relabel(self, request: Request, now: float) -> None:
-        counts = request.load_counts
+        counts = request.loads.counts
         if request.state in (State.DONE, State.DECODE, State.LOOKUP):
             return
         if counts[LoadState.FETCHING]:
@@ -563,14 +564,15 @@ class ConnectorScheduler:
         request.switch_label(label, now)
 
     def check_integrity(self) -> None:
-        """Assert the invariants G1 to G5 and those of the parts. O(everything); for tests."""
+        """Assert CONNECTOR-1 and CONNECTOR-2 and the invariants of the parts. O(everything); for tests."""
         self._costs.check_integrity()
         self._granting.check_integrity(self._entries.values(), self._loading.reserved_pages())
         for entry in self._entries.values():
             request = entry.request
-            assert all(index in request.hits for index in request.loads), "G4: a load without a hit"
+            request.loads.check_integrity(counted=request.state is State.PREFILL)
+            assert all(index in request.hits for index in request.loads.by_index), "CONNECTOR-1: a load without a hit"
             if request.loads:
-                assert max(request.loads) < entry.end, "G4: a load behind a hole"
+                assert max(request.loads.by_index) < entry.end, "CONNECTOR-1: a load behind a hole"
             assert not (entry.leaving and request.loads)
             begin, end = entry.run
             assert all(index in request.hits for index in range(begin, end))
@@ -581,4 +583,4 @@ class ConnectorScheduler:
         self._shared.l2.check_integrity(self._loading.slots_in_use() + self._saving.slots_in_use())
         self._loading.check_integrity()
         self._ageing.check_integrity()
-        assert len(self._looking_up) <= self.config.lookup_window, "G5"
+        assert len(self._looking_up) <= self.config.lookup_window, "CONNECTOR-2"

@@ -1,4 +1,4 @@
-"""Admission: who may take pages of L1, by rank, so that every admitted request can finish its prefill."""
+"""Admission: which requests may take pages of L1, by rank, so that every admitted one can finish its prefill."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from penstock.core.engine.kv_handoff import KVHandoff
 from penstock.core.engine.load_coordinator import LoadCoordinator
 from penstock.core.engine.ranking import Ranking
 from penstock.core.engine.recompute_prefix import prefix_to_compute
-from penstock.core.engine.request import NO_PAGE, LoadState, Request, State
+from penstock.core.engine.request import Request, State
+from penstock.core.engine.request_loads import LoadState
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.ordering import RankedQueue
 
@@ -25,14 +26,14 @@ class Admission:
         self,
         shared: SharedState,
         loading: LoadCoordinator,
-        handing: KVHandoff,
+        handoff: KVHandoff,
         ranking: Ranking,
         changed: Callable[[Request, float], None],
         back_to_waiting: Callable[[Request, float], None],
     ) -> None:
         self._shared = shared
         self._loading = loading
-        self._handoff = handing
+        self._handoff = handoff
         self._ranking = ranking
         self._changed = changed
         self._back_to_waiting = back_to_waiting
@@ -41,8 +42,8 @@ class Admission:
         self.prefills = 0
         self.blocked = False
         self._room_pages = 0  # when admission came to a stop
-        self._held_up: Request | None = None  # the aged request that L1 has no room for
-        self._passers: dict[Request, int] = {}  # who was admitted before it meanwhile, and their pages
+        self._held_up: Request | None = None  # the aged request that does not fit into L1
+        self._passers: dict[Request, int] = {}  # requests admitted before it since then, and their pages
         self._passed_pages = 0  # of all of them
 
     def enqueue(self, request: Request) -> None:
@@ -66,7 +67,7 @@ class Admission:
     def admit(self, now: float) -> None:
         """Admit by rank while L1 has pages to set aside. One that does not fit lets later ones pass, unless aged."""
         config = self._shared.config
-        if self.blocked and self._room() > self._room_pages:  # whatever it was that gave pages back
+        if self.blocked and self._room() > self._room_pages:  # pages were given back, for any reason
             self.blocked = False
         while len(self.waiting) and not self.blocked and len(self.admitted) < config.max_running:
             if config.mode == "coupled" and self.prefills >= config.coupled_batch_requests:
@@ -77,7 +78,7 @@ class Admission:
     def _admit_one(self, lookahead: int, now: float) -> bool:
         """Admit the first of so many that fits and may go; False when there is none."""
         held_up: Request | None = None
-        pass_until_s = math.inf  # who arrived later may not pass those that wait here
+        pass_until_s = math.inf  # requests that arrived later may not pass
         for request in self.waiting.first(lookahead):
             may_go = held_up is None or (request.arrival_s <= pass_until_s and self._leaves_room(held_up, request))
             if may_go and self._try_admit(request, now):
@@ -98,8 +99,8 @@ class Admission:
             self._held_up, self._passers, self._passed_pages = request, {}, 0
 
     def _leaves_room(self, held_up: Request, request: Request) -> bool:
-        """Whether all who pass `held_up`, `request` with them, leave room for it beside them. So from when an aged
-        request is the first in line it waits for those that were admitted by then, and for nobody else."""
+        """Whether all that pass `held_up`, including `request`, leave room for it. So once an aged request is first in
+        line, it waits only for requests that were admitted before."""
         pages = self._pages(request) + self._passed_pages
         return pages + -(-held_up.target // self._shared.config.block_tokens) <= self._shared.l1.total
 
@@ -130,23 +131,21 @@ class Admission:
             request.account.admitted_s = now
         self.admitted[request] = None
         self.prefills += 1
-        request.pages = [NO_PAGE] * total
-        request.ready = [False] * total
+        request.loads.begin(total)
         need = total
         front = prefix_to_compute(shared, request, self.admitted, self._loading.loads)
         shared.count("computed_instead_tokens", len(front) * shared.config.block_tokens)
         for index in range(request.hittable_blocks):
             key = request.key_at(index)
             if key in shared.l1:
-                request.pages[index] = shared.l1.pin(key)
-                request.ready[index] = True
+                request.loads.set_page(index, shared.l1.pin(key), ready=True)
                 request.count_cached(self._shared.config.block_tokens)
                 self._handoff.in_l1(request, index)
                 need -= 1
             elif (index in request.hits and index not in front) or key in self._loading.loads:
                 if index not in request.loads:
                     self._loading.join(request, index, request.hits.get(index) or self._loading.loads[key].hit)
-                need -= request.loads[index].page is not None
+                need -= request.loads.by_index[index].page is not None
         shared.promise(request, need)
         self._ranking.count_loads(request)
         request.recompute_prefix_s = shared.cost.compute.rebuild_s(
@@ -158,8 +157,8 @@ class Admission:
 
     def _revoke(self, request: Request, need: int, now: float) -> bool:
         """Make room for `need` pages by taking back the admission of requests of higher rank number that have taken
-        nothing yet, the highest first; none of them if all of them together would not do. Ranks as they wait count too:
-        what is known of an admitted request's loads may make its rank higher, and two could take each other's place for
+        nothing yet, the highest first; none of them if all of them together would not do. The rank before admission
+        counts too: an admitted request's known loads may worsen its rank, and two requests could replace each other for
         ever."""
         if self._shared.config.mode == "coupled" or need > self._room() + self._shared.promised:
             return False
@@ -171,7 +170,7 @@ class Admission:
             and not other.held
             and not other.own_pages
             and other.position == 0
-            and other.load_counts[LoadState.WANTED] == len(other.loads)
+            and other.loads.counts[LoadState.WANTED] == len(other.loads)
         ]
         if need > self._room() + sum(other.promise for other in candidates):
             return False

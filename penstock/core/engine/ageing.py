@@ -1,15 +1,14 @@
-"""When a request has waited so long that it goes before all others: one rule for every scheduler that orders requests.
+"""When a waiting request has aged, so that it goes before all others: one rule for all schedulers of requests.
 
-First come, first served makes each request wait for the work of those that were there before it. An order that looks
-at costs and deadlines may let others pass, but hardly longer than that: so the mean gains, and the tail stays where
-first come, first served has it. A request is allowed a share of the larger of that delay and of half of what it lately
-was at most (in an even flow nobody is passed for long, in a burst not even those that came first in it need hurry).
-Those that aged before go first still, so it ages earlier by their work. The rule follows the load by itself: no number
-of it is seconds.
+In first come, first served, a request waits for the work of all requests before it. A policy by costs or deadlines may
+let others pass, but a request should not wait much longer than that: so the mean improves and the tail does not suffer.
+The delay allowed is `delays` times the larger of that wait and half of the longest such wait seen lately: with an even
+load requests age early; in a burst even its first requests age late. Requests that aged before go first, so a request
+ages earlier by the time of their work. No parameter of the rule is in seconds, so it adapts to the load.
 
 Invariants, checked by `check_integrity`:
-  AGE-1 who waits for a first token ages once, at the latest `bound_s` after arrival and after the delay it is allowed;
-  AGE-2 the work that waits is that of those who wait; nothing is remembered of a request that got its token or ended.
+  AGE-1 A request without a first token ages once: after its allowed delay, at the latest `bound_s` after arrival.
+  AGE-2 The sums of work are those of the waiting requests; requests with a first token, or ended, are forgotten.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from penstock.core.engine.request import Request
 
 SHARE_OF_WORST = 0.5
 FORGET = 1 / 32  # of the worst delay, with each first token
-SWEEP_TIMERS = 64  # so many timers more than twice those who wait are swept
+SWEEP_TIMERS = 64  # timers beyond twice the waiting requests that trigger a sweep
 
 
 @dataclass(slots=True)
@@ -37,8 +36,8 @@ class _Waiter:
 
 
 class Ageing:
-    """Who ages when. `bound_s` after arrival everybody does; and once a request was delayed, beyond its own load and
-    compute, `delays` times as long as first come, first served would delay it (0: only the bound counts)."""
+    """Ages each request `bound_s` after arrival, or once it was delayed, beyond its own load and compute, `delays`
+    times as long as first come, first served would delay it (0: only the bound counts)."""
 
     def __init__(self, bound_s: float, delays: float) -> None:
         self._bound_s = bound_s
@@ -92,7 +91,7 @@ class Ageing:
                 self._set_timer(late_s, sequence)
             elif not waiter.aged:
                 waiter.aged = True
-                waiter.request.aged_s = late_s - self._aged_s  # looked for late, after a jump of the clock, say
+                waiter.request.aged_s = late_s - self._aged_s  # `due` may be called late
                 self._aged_s += waiter.own_s or 0.0
                 found.append(waiter.request)
         return found
@@ -116,7 +115,7 @@ class Ageing:
         self._sweep_timers()
 
     def _sweep_timers(self) -> None:
-        """Forget the timers of those who wait no more, where they outnumber the others."""
+        """Drop the timers of requests that no longer wait, once they are the majority."""
         if len(self._timers) > 2 * len(self._waiters) + SWEEP_TIMERS:
             self._timers = [(time_s, sequence) for time_s, sequence in self._timers if sequence in self._waiters]
             heapq.heapify(self._timers)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from penstock.core.config import NO_QUOTA_S
 from penstock.core.engine.compute_quota import AttentionCost
 from penstock.core.engine.kv_handoff import KVHandoff
-from penstock.core.engine.request import NO_PAGE, BlockLoad, LoadState, Request, State
+from penstock.core.engine.request import Request, State
+from penstock.core.engine.request_loads import NO_PAGE, BlockLoad, LoadState
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.engine.write_back import WriteBackQueue, block_to_save
 from penstock.core.operations import ChunkFault, ChunkOutcome, Compute, ComputeChunk
@@ -20,10 +21,10 @@ class Batching:
     loaded: a hole left by a failed load is filled while the blocks behind it still come."""
 
     def __init__(
-        self, shared: SharedState, saving: WriteBackQueue, handing: KVHandoff, loads: dict[bytes, BlockLoad]
+        self, shared: SharedState, saving: WriteBackQueue, handoff: KVHandoff, loads: dict[bytes, BlockLoad]
     ) -> None:
         self._shared = shared
-        self._handoff = handing
+        self._handoff = handoff
         self._saving = saving
         self._loads = loads
         self._computable: RankedQueue[Request] = RankedQueue()
@@ -59,9 +60,9 @@ class Batching:
             request.position += size
 
     def _passable(self, request: Request, index: int) -> bool:
-        if request.ready[index]:
+        if request.loads.ready[index]:
             return True
-        load = request.loads.get(index)
+        load = request.loads.by_index.get(index)
         return load is not None and load.state is LoadState.UPLOADING and self._shared.config.layerwise
 
     def leave(self, request: Request) -> None:
@@ -109,7 +110,7 @@ class Batching:
         return [request for request, _ in chunks]
 
     def _bounding_cost(self) -> AttentionCost | None:
-        """The cost model that `max_batch_s` is checked against; None where no batch can be longer than that."""
+        """The cost model to check `max_batch_s` with; None where no batch can be longer than that."""
         config, compute = self._shared.config, self._shared.cost.compute
         if config.max_batch_s >= NO_QUOTA_S:
             return None
@@ -137,14 +138,14 @@ class Batching:
         start = request.position
         pending = {
             load.upload_op
-            for index, load in (request.loads if request.load_counts[LoadState.UPLOADING] else {}).items()
+            for index, load in (request.loads.by_index if request.loads.counts[LoadState.UPLOADING] else {}).items()
             if load.state is LoadState.UPLOADING and index * self._shared.config.block_tokens < start
         }
         return ComputeChunk(
             request.request_id,
             request.tokens[start : start + count],
             start,
-            request.pages,
+            request.loads.pages,
             sample=start + count == len(request.tokens),
             sampled_index=request.spec.first_index + request.account.generated_tokens,
             pending=tuple(sorted(op for op in pending if op is not None)),
@@ -161,9 +162,9 @@ class Batching:
         end = min(request.target, position + budget)
         while position < end:
             index = position // size
-            if index in request.loads or request.ready[index]:
+            if index in request.loads or request.loads.ready[index]:
                 break
-            if request.pages[index] == NO_PAGE and not self._take_page(request, index, now):
+            if request.loads.pages[index] == NO_PAGE and not self._take_page(request, index, now):
                 break
             position = min((index + 1) * size, end)
         return position - request.position
@@ -171,17 +172,16 @@ class Batching:
     def _adopt(self, request: Request) -> None:
         """Use blocks that others have computed or loaded meanwhile, instead of computing them again."""
         shared = self._shared
-        size = shared.config.block_tokens
+        size, loads = shared.config.block_tokens, request.loads
         while request.position % size == 0:
             index = request.position // size
-            if (index + 1) * size >= request.target or request.pages[index] != NO_PAGE or index in request.loads:
+            if (index + 1) * size >= request.target or loads.pages[index] != NO_PAGE or index in loads:
                 return
             key = request.key_at(index)
             if key not in shared.l1:
                 return
-            request.pages[index] = shared.l1.pin(key)
-            request.ready[index] = True
-            shared.keep_promise(request)
+            loads.set_page(index, shared.l1.pin(key), ready=True)
+            shared.use_promise(request)
             request.count_cached(size)
             self._handoff.in_l1(request, index)
             self._pass_ready(request)
@@ -190,15 +190,15 @@ class Batching:
         page = self._shared.page_for(request, now)
         if page is None:
             return False
-        request.pages[index] = page
+        request.loads.set_page(index, page)
         request.own_pages += 1
-        self._shared.keep_promise(request)
+        self._shared.use_promise(request)
         return True
 
     def _page_at_position(self, request: Request, now: float) -> bool:
         """Make sure that a decoding request has a page for its next token."""
         index = request.position // self._shared.config.block_tokens
-        if index < len(request.pages):
+        if index < len(request.loads.pages):
             return True
         while self._shared.l1.available <= self._shared.promised:
             if not self._shared.preempt_for(request, now):
@@ -206,8 +206,7 @@ class Batching:
         page = self._shared.l1.take()
         if page is None:
             return False
-        request.pages.append(page)
-        request.ready.append(False)
+        request.loads.set_page(index, page)
         request.own_pages += 1
         return True
 
@@ -237,7 +236,7 @@ class Batching:
             results.append((request, result, bool(chunk.pending)))
         shared.count("batches")
         shared.count("computed_tokens", sum(len(chunk.tokens) for _, chunk in chunks))
-        if all(result.error is None for _, result, _ in results):  # else it was computed in parts, more than once
+        if all(result.error is None for _, result, _ in results):  # after an error parts were computed twice
             shared.cost.compute_error.observe(shared.cost.compute.seconds(spans), seconds)
             shared.cost.compute.observe(spans, seconds)
         return results
@@ -253,19 +252,19 @@ class Batching:
 
     def _advance(self, request: Request, position: int, unusable: frozenset[int]) -> None:
         """Everything before `position` is in L1: cache the blocks that became full, and offer them to the pool. Those
-        that are `unusable` stay this request's own: neither cached, saved nor handed over."""
+        that are `unusable` are only used by this request: neither cached, saved nor sent to a decode engine."""
         shared = self._shared
         size = shared.config.block_tokens
         first, request.position = request.position // size, position
         for index in range(first, position // size):
-            request.ready[index] = True
+            request.loads.fill(index)
             if index in unusable:
                 shared.count("unusable_blocks")
                 self._handoff.skip(request, index)
                 continue
             if index < request.prompt_blocks:
                 self._handoff.in_l1(request, index)
-            key, page = request.key_at(index), request.pages[index]
+            key, page = request.key_at(index), request.loads.pages[index]
             if key in shared.l1 or key in self._loads:
                 continue  # another copy is cached or on its way; this one stays private
             parent = request.chain.parent_of(index)
@@ -279,8 +278,8 @@ class Batching:
         self._decoding[request] = None
 
     def check_integrity(self) -> None:
-        """Only requests in DECODE decode, only those in PREFILL are computable, and only the batch in flight is marked
-        as batched."""
+        """Assert that only requests in DECODE decode, only those in PREFILL are computable, and only those of the batch
+        in flight are marked as batched."""
         assert all(request.state is State.DECODE for request in self._decoding)
         assert all(request.state is State.PREFILL and not request.batched for request in self._computable)
         batched = {request for request, _ in self._batch[1]} if self._batch else set()

@@ -1,20 +1,21 @@
-"""How many of a waiting request's blocks are in L1 to stay: counted by what changed, not by looking at all of them."""
+"""How many blocks of a waiting request are in use in L1, counted from the changes, without a look at all blocks."""
 
 from __future__ import annotations
 
 from penstock.core.engine.request import Counted, Request
 from penstock.core.keys import BlockKey
 
-CHANGES_MAX = 8192  # the latest ones that are remembered; a count that is older looks at all blocks again
+CHANGES_MAX = 8192  # remembered; a request counted before these is counted anew, block by block
 
 
 class BlocksInUse:
-    """Blocks that have a page which cannot be taken from them: pinned in L1, or on their way there with a page.
+    """Blocks whose page cannot be evicted: pinned in L1, or on their way there with a page.
 
     The first count of a request looks at all its blocks, a later one at the changes since the last. So a change costs
     O(1) for each request that is counted after it, however many blocks that has.
 
-    I1  what was counted of a request, with the changes since, is what its blocks say
+    IN-USE-1  The latest count of a request plus the changes since then is the number of its blocks in use.
+    Verification: tests/core/engine/test_blocks_in_use.py.
     """
 
     def __init__(self) -> None:
@@ -26,13 +27,13 @@ class BlocksInUse:
         return key in self._keys
 
     def add(self, key: BlockKey) -> None:
-        """The block is in use from now on; no matter if it was."""
+        """The block is in use from now on; it may be already."""
         if key not in self._keys:
             self._keys.add(key)
             self._note(key, 1)
 
     def discard(self, key: BlockKey) -> None:
-        """The block is not in use any more; no matter if it was not."""
+        """The block is no longer in use; it need not have been."""
         if key in self._keys:
             self._keys.remove(key)
             self._note(key, -1)
@@ -59,5 +60,5 @@ class BlocksInUse:
             del self._changes[:CHANGES_MAX]
 
     def check_integrity(self, keys: set[BlockKey]) -> None:
-        """Those in use are `keys`."""
+        """Assert that those in use are `keys`."""
         assert self._keys == keys, "a block counts as in use that is not, or the other way round"

@@ -4,8 +4,8 @@ First in, first out, packed by predicted attention time up to a quota, so that d
 layer spend about the same time on attention; the request that overflows is cut by binary search (chunked prefill).
 The baseline packs by tokens.
 
-Beyond the paper: ranks that meet take `level_s` of what they have ready, not up to a fixed quota; where few requests
-wait per rank, a fixed quota binds none of them, and the step takes as long as the rank with the most.
+Beyond the paper: ranks in step take `level_s` of their ready work instead of a fixed quota. With few requests per rank
+a fixed quota limits none of them, and the step takes as long as the rank with the most work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from penstock.core.config import ConfigError, check_range
 
-ROUNDING = 1e-9  # sums of the same times in another order differ by less
+ROUNDING = 1e-9  # sums of the same numbers in another order differ by less
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""L1: pages of device memory, which of them hold cached blocks, and their reuse (leaf before root)."""
+"""L1: pages of device memory, the cached blocks in them, and eviction (leaf before root)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from penstock.core.keys import BlockKey
 class DevicePages:
     """Pages are free, private (one request's, not yet a full block), or cached under a key. A cached page stays after
     its requests end, until its space is needed. A pinned one (in use, or being saved) is never evicted. `in_use`: the
-    pinned ones, and what loads have taken pages for."""
+    pinned blocks, and those of loads with a page."""
 
     def __init__(self, pages: int) -> None:
         self.total = pages
@@ -23,7 +23,7 @@ class DevicePages:
         self.in_use = BlocksInUse()
         self._inserted: dict[BlockKey, int] = {}  # cached blocks, in the order in which they came
         self._insertions = 0
-        self._unpinned: list[tuple[int, BlockKey]] = []  # heap of those that lost their last pin; some have gone since
+        self._unpinned: list[tuple[int, BlockKey]] = []  # heap of blocks without pins; may have stale items
         self.evictions = 0
 
     @property
@@ -54,8 +54,8 @@ class DevicePages:
         return self._forget(key)
 
     def _unpinned_root(self) -> BlockKey | None:
-        """Takes out the oldest unpinned block with pinned descendants (the save of a descendant may outlast the request
-        that pinned them both). O(log n) amortised."""
+        """Take out the oldest unpinned block with pinned descendants: the save of a descendant may last longer than the
+        request that pinned both. O(log n) amortised."""
         while self._unpinned:
             number, key = heapq.heappop(self._unpinned)
             if self._inserted.get(key) == number and not self._index.pins(key):
@@ -115,7 +115,7 @@ class DevicePages:
             self._note_unpinned(key)
 
     def discard(self, key: BlockKey) -> None:
-        """Drop a cached block and free its page; nothing happens while somebody uses it."""
+        """Drop a cached block and free its page; nothing happens while it is in use."""
         if key in self._page_of and not self._index.pins(key):
             self._index.remove(key)
             self._free.append(self._forget(key))

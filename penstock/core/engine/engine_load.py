@@ -12,8 +12,8 @@ from penstock.core.engine.request import Request, State
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
     """`read_bytes` are still to be fetched over this engine's own storage NIC; `prefill_tokens` are neither in L1 nor
-    among the hits. By decode engine: `remote_bytes` are still to be read through it, `handoff_blocks` wait to be handed
-    over to it or are on their way."""
+    among the hits. By decode engine: `remote_bytes` are still to be read through it, `handoff_blocks` wait to be sent
+    to it or are on their way."""
 
     unfinished: int
     tokens: int
@@ -34,14 +34,14 @@ def engine_load(requests: Iterable[Request]) -> EngineLoad:
         tokens += len(request.tokens)
         if request.state is State.DECODE:
             decoding += 1
-        elif request.state is not State.HANDING:
+        elif request.state is not State.HANDOFF:
             coming = len(request.hits) * request.block_tokens
             prefill_tokens += max(0, request.target - max(request.position, coming))
         hand_off = request.spec.hand_off
         remote = hand_off.present_route[-1] if hand_off is not None else None
-        own_bytes = sum(size for route, size in request.bytes_by_route.items() if route[-1] != remote)
+        own_bytes = sum(size for route, size in request.loads.bytes_by_route.items() if route[-1] != remote)
         read_bytes += own_bytes
         if hand_off is not None:
-            remote_bytes[hand_off.to] += sum(request.bytes_by_route.values()) - own_bytes
+            remote_bytes[hand_off.to] += sum(request.loads.bytes_by_route.values()) - own_bytes
             handoff_blocks[hand_off.to] += len(request.forwarding)
     return EngineLoad(unfinished, tokens, prefill_tokens, decoding, read_bytes, remote_bytes, handoff_blocks)

@@ -1,8 +1,8 @@
-"""Which requests to give up for now, so that the most of the others meet their deadlines (policy `feasible`).
+"""Which requests to defer so that most of the others meet their deadlines (policy `feasible`).
 
 Moore and Hodgson's rule for the most on-time jobs on one machine, with the stages of a load as machines that work at
-the same time: in order of deadlines, whenever one would be late, the job that takes most of the busiest stage is put
-off.
+the same time: in order of deadlines, whenever one would be late, the job that takes most of the busiest stage is
+deferred.
 """
 
 from __future__ import annotations

@@ -10,14 +10,15 @@ from collections.abc import Callable
 
 from penstock.core.bandwidth import LinkUse
 from penstock.core.engine.load_table import LoadTable
-from penstock.core.engine.request import BlockLoad, LoadState, Request, State
+from penstock.core.engine.request import Request, State
+from penstock.core.engine.request_loads import BlockLoad, LoadState
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.operations import Fetch, Route
 from penstock.core.ordering import Rank, RankedQueue
 
-LINKS_IDLE_MAX = 256  # links without anything in flight that are remembered
-LINK_FORGET_S = 600.0  # one that was not used for so long is forgotten when another one comes
-QUEUES_MAX = 64  # with empty ones among them
+LINKS_IDLE_MAX = 256  # idle links that are remembered
+LINK_FORGET_S = 600.0  # an idle link unused for longer is forgotten when a new one is used
+QUEUES_MAX = 64  # including empty ones
 
 
 class Fetching:
@@ -72,17 +73,13 @@ class Fetching:
         if chosen is None:
             return None
         route, request = chosen
-        return request.wanted[route].popitem(last=False)[0], request
+        return next(iter(request.loads.wanted[route])), request
 
     def _first_wanting(self, queue: RankedQueue[Request], route: Route) -> Request | None:
         """The request of least rank with a block to fetch over the route: the first that it wants there."""
         while (request := queue.peek()) is not None:
-            wanted = request.wanted.get(route)
-            while wanted:
-                load = next(iter(wanted))
-                if load.state is LoadState.WANTED and request in load.waiters:
-                    return request
-                del wanted[load]
+            if request.loads.wanted.get(route):
+                return request
             queue.discard(request)
         return None
 
@@ -101,9 +98,8 @@ class Fetching:
         return use
 
     def _forget_links(self) -> None:
-        """Forget links without anything in flight, with what was learned of them: a node or decode engine that is
-        restarted has another address. A forgotten link that is used again begins as a new one does
-        (`LinkUse.finished`)."""
+        """Forget idle links and their measured cost: a node or decode engine that restarts has another address. A
+        forgotten link that is used again is measured anew."""
         idle = sorted((use.last_done_s, name) for name, use in self._links.items() if not use.in_flight)
         spare = len(idle) - LINKS_IDLE_MAX
         for number, (last_done_s, name) in enumerate(idle):
@@ -129,7 +125,7 @@ class Fetching:
             self._changed(waiter, now)
 
     def ended(self, op_id: int, failed: bool, now: float) -> tuple[BlockLoad, float]:
-        """A fetch ended: its load, and for how long it kept its slowest link busy, in seconds."""
+        """A fetch ended: its load, and how many seconds it kept its slowest link busy."""
         load = self._in_flight.pop(op_id)
         busy_s = 0.0
         for name in load.hit.route:
@@ -139,9 +135,9 @@ class Fetching:
                 self._shared.cost.link(name).observe(load.hit.size_bytes, link_s)
         return load, busy_s
 
-    def loads_in_flight(self) -> list[BlockLoad]:
+    def loads_in_flight(self) -> set[BlockLoad]:
         """Blocks whose read has begun and not ended."""
-        return list(self._in_flight.values())
+        return set(self._in_flight.values())
 
     def in_flight(self) -> dict[str, int]:
         """Fetches in flight by link."""
@@ -158,6 +154,6 @@ class Fetching:
             assert not self._has_room(route, False), f"{route} is idle although a block waits for it"
 
     def check_integrity(self) -> None:
-        """Windows are kept."""
+        """Assert that no window is exceeded."""
         window = self._shared.config.fetch_window_blocks
         assert all(0 <= use.in_flight <= window for use in self._links.values())

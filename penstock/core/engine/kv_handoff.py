@@ -1,7 +1,7 @@
-"""Handing over: the full blocks of a prompt go to the decode engine one by one, as soon as each is in L2 or L1.
+"""KV hand-off: full blocks of a prompt are sent to the decode engine one by one, as soon as each is in L2 or L1.
 
-A block that this engine read itself goes out of the slot it was staged in; one that was computed, or found in L1, is
-copied into a slot first. A block that was read through the decode engine is there already.
+A block that this engine fetched is sent from the slot it was staged in; one that was computed, or found in L1, is first
+copied into a slot. A block that was read through the decode engine is there already.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from penstock.core.engine.request import NO_PAGE, BlockLoad, Request, State
+from penstock.core.engine.request import Request, State
+from penstock.core.engine.request_loads import NO_PAGE, BlockLoad
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.engine.write_back import block_to_save
 from penstock.core.operations import Drop, Forward
@@ -47,7 +48,7 @@ class KVHandoff:
         self._offered = 0
         self._in_flight: dict[int, _Block] = {}
         self._windows: Counter[str] = Counter()
-        self._keepers: Counter[int] = Counter()  # staged blocks by slot
+        self._blocks_in_slot: Counter[int] = Counter()  # how many staged blocks are to be sent from each slot
         self._unclaimed: set[int] = set()
 
     def __len__(self) -> int:
@@ -58,20 +59,20 @@ class KVHandoff:
     def staged(self, request: Request, index: int, load: BlockLoad) -> None:
         """A block of the request is in the slot of its load."""
         hand_off = request.spec.hand_off
-        if hand_off is None or index in request.handed or index in request.forwarding:
+        if hand_off is None or index in request.handoff_done or index in request.forwarding:
             return
         if load.hit.route[-1] == hand_off.present_route[-1]:
-            request.handed.add(index)  # it came through the decode engine's buffer
+            request.handoff_done.add(index)  # it came through the decode engine's buffer
             return
         assert load.slot is not None
-        self._keepers[load.slot] += 1
+        self._blocks_in_slot[load.slot] += 1
         request.forwarding.add(index)
         self._offer(self._staged, request, index, slot=load.slot)
 
     def in_l1(self, request: Request, index: int) -> None:
         """A full block of the request is in L1."""
         hand_off = request.spec.hand_off
-        if hand_off is None or index in request.handed or index in request.forwarding:
+        if hand_off is None or index in request.handoff_done or index in request.forwarding:
             return
         request.forwarding.add(index)
         self._offer(self._in_l1, request, index)
@@ -85,19 +86,19 @@ class KVHandoff:
         queues.setdefault(request.spec.hand_off.to, OrderedDict())[request, index] = block
 
     def skip(self, request: Request, index: int) -> None:
-        """Do not hand over a block that was just computed: the decode engine computes it itself."""
-        if request.spec.hand_off is None or index >= request.prompt_blocks or index in request.handed:
+        """Do not send a block that was just computed: the decode engine computes it itself."""
+        if request.spec.hand_off is None or index >= request.prompt_blocks or index in request.handoff_done:
             return
-        request.handed.add(index)
-        self._not_handed(request, "unusable")
+        request.handoff_done.add(index)
+        self._count_failure(request, "unusable")
 
-    def _not_handed(self, request: Request, reason: str) -> None:
+    def _count_failure(self, request: Request, reason: str) -> None:
         self._shared.count("hand_off_failures")
         failures = request.account.hand_off_failures
         failures[reason] = failures.get(reason, 0) + 1
 
     def finish(self, request: Request) -> None:
-        """The whole prompt is in L1: hand over every block that is not on its way yet."""
+        """The whole prompt is in L1: send every block that is not on its way yet."""
         for index in range(request.prompt_blocks):
             self.in_l1(request, index)
 
@@ -114,23 +115,23 @@ class KVHandoff:
             for block in sorted(waiting, key=lambda block: block.number):
                 request.forwarding.discard(block.index)
                 if block.of_load:
-                    self._let_go(block.slot)
+                    self._release_slot(block.slot)
 
     # -- slots of loads -----------------------------------------------------------------------------------------
 
-    def keeps(self, slot: int) -> bool:
+    def needs_slot(self, slot: int) -> bool:
         """Whether a hand-off still needs a load's slot."""
-        return self._keepers[slot] > 0
+        return self._blocks_in_slot[slot] > 0
 
     def adopt(self, slot: int) -> None:
-        """The load gave up its slot."""
+        """The load gave up its slot; it is freed here, after the last block was sent."""
         self._unclaimed.add(slot)
 
-    def _let_go(self, slot: int | None) -> None:
+    def _release_slot(self, slot: int | None) -> None:
         assert slot is not None
-        self._keepers[slot] -= 1
-        if not self._keepers[slot]:
-            del self._keepers[slot]
+        self._blocks_in_slot[slot] -= 1
+        if not self._blocks_in_slot[slot]:
+            del self._blocks_in_slot[slot]
             if slot in self._unclaimed:
                 self._unclaimed.discard(slot)
                 self._shared.outbox.append(Drop(slot))
@@ -160,7 +161,7 @@ class KVHandoff:
 
     def _issue(self, to: str, block: _Block) -> None:
         shared, request, index = self._shared, block.request, block.index
-        page = request.pages[index] if block.downloading else None
+        page = request.loads.pages[index] if block.downloading else None
         assert block.slot is not None and page != NO_PAGE
         self._windows[to] += 1
         op_id = shared.next_op()
@@ -191,19 +192,19 @@ class KVHandoff:
         self._windows[hand_off.to] -= 1
         request.forwarding.discard(block.index)
         if block.of_load:
-            self._let_go(block.slot)
+            self._release_slot(block.slot)
         else:
             shared.l2.free_forward(block.slot)
         if error is None:
             shared.count("handed_blocks")
-            request.handed.add(block.index)
+            request.handoff_done.add(block.index)
             request.account.handed_blocks += 1
-        elif not block.retried and request.state is not State.DONE and request.is_ready(block.index):
+        elif not block.retried and request.state is not State.DONE and request.loads.is_ready(block.index):
             request.forwarding.add(block.index)
             self._offer(self._in_l1, request, block.index, retried=True)
-        elif block.retried or request.state is State.HANDING:
-            self._not_handed(request, error)
-            request.handed.add(block.index)
+        elif block.retried or request.state is State.HANDOFF:
+            self._count_failure(request, error)
+            request.handoff_done.add(block.index)
         block_was_downloading = block.downloading
         self._stop_downloading(block, now)
         if not block_was_downloading:
@@ -216,7 +217,8 @@ class KVHandoff:
         return [*self._unclaimed, *(b.slot for b in self._in_flight.values() if not b.of_load and b.slot is not None)]
 
     def check_integrity(self) -> None:
-        """A block waits or is in flight once; windows are kept; every kept slot has as many keepers as blocks in it."""
+        """Assert that a block waits or is in flight once, that no window is exceeded, and that the blocks of each slot
+        are counted right."""
         queued = [
             block for queues in (self._staged, self._in_l1) for queue in queues.values() for block in queue.values()
         ]
@@ -224,11 +226,9 @@ class KVHandoff:
         on_their_way = [(id(block.request), block.index) for block in everything]
         assert len(set(on_their_way)) == len(on_their_way), "a block goes out twice at once"
         assert all(block.index in block.request.forwarding for block in everything)
-        assert all(block.request.state is not State.DONE for block in queued), (
-            "an ended request waits to be handed over"
-        )
-        assert +Counter(b.slot for b in everything if b.of_load) == self._keepers, "a slot is kept for nobody"
-        assert self._unclaimed <= set(self._keepers)
+        assert all(block.request.state is not State.DONE for block in queued), "a block of an ended request waits"
+        assert +Counter(b.slot for b in everything if b.of_load) == self._blocks_in_slot, "blocks in slots"
+        assert self._unclaimed <= set(self._blocks_in_slot)
         window = self._shared.config.forward_window_blocks
         assert all(0 <= count <= window for count in self._windows.values())
         assert sum(self._windows.values()) == len(self._in_flight)

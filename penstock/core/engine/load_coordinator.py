@@ -1,4 +1,4 @@
-"""Loading, from L3 to L1: who waits for which block, and what its arrival, failure or desertion means to them.
+"""Loading, from L3 to L1: which request waits for which block, and what follows when it arrives, fails or is dropped.
 
 A block is fetched and uploaded once for all requests that wait for it. The two stages, each with a dispatcher of its
 own, are in `fetching.py` and `uploading.py`.
@@ -6,13 +6,13 @@ own, are in `fetching.py` and `uploading.py`.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 
 from penstock.core.engine.fetching import Fetching
 from penstock.core.engine.kv_handoff import KVHandoff
 from penstock.core.engine.load_table import LoadTable
-from penstock.core.engine.request import NO_PAGE, BlockLoad, LoadState, Request, State
+from penstock.core.engine.request import Request, State
+from penstock.core.engine.request_loads import NO_PAGE, BlockLoad, LoadState
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.engine.uploading import Uploading
 from penstock.core.keys import BlockKey
@@ -27,13 +27,13 @@ class LoadCoordinator:
         self,
         shared: SharedState,
         changed: Callable[[Request, float], None],
-        handing: KVHandoff | None = None,
+        handoff: KVHandoff | None = None,
         lost: Callable[[Request, int], None] = lambda request, index: None,
     ) -> None:
         self._shared = shared
         self._changed = changed
         self._lost = lost
-        self._table = LoadTable(shared, handing)
+        self._table = LoadTable(shared, handoff)
         self._fetching = Fetching(shared, self._table, changed)
         self._uploading = Uploading(shared, self._table, changed)
         self.loads = self._table.by_key
@@ -49,53 +49,44 @@ class LoadCoordinator:
         elif load.waiters:
             self._shared.count("loads_shared")
         load.waiters[request] = index
-        request.loads[index] = load
-        request.load_counts[load.state] += 1
-        if load.state is LoadState.WANTED:
-            request.wanted.setdefault(load.hit.route, OrderedDict())[load] = None
-        elif load.state is LoadState.STAGED:
-            request.staged[load] = None
+        request.loads.add(index, load)
+        if load.state is LoadState.STAGED:
             self._table.hand_over(request, index, load)
 
     def enqueue(self, request: Request) -> None:
         """Offer the request's wanted and staged blocks to the stages."""
-        for route in request.wanted:
+        for route in request.loads.wanted:
             self._fetching.offer(request, route)
         if request.state is State.PREFILL:
             self._fetching.not_reactive(request)
-            for index, load in request.loads.items():
+            for index, load in request.loads.by_index.items():
                 self._table.not_reactive(load)
                 if load.state is LoadState.UPLOADING and load.page is not None:
-                    request.pages[index] = load.page
-            if request.staged:
+                    request.loads.set_page(index, load.page)
+            if request.loads.staged:
                 self._uploading.offer(request)
 
     def leave(self, request: Request) -> None:
-        """The request does not wait any more. What nobody waits for is dropped, unless a transfer is under way."""
-        for load in list(request.loads.values()):
+        """The request waits for nothing any more. Loads without waiters are dropped, unless in transfer."""
+        for load in request.loads.by_index.values():
             del load.waiters[request]
             self._release_if_unwanted(load)
-        request.loads, request.wanted, request.staged = {}, {}, OrderedDict()
-        request.load_counts = dict.fromkeys(LoadState, 0)
+        request.loads.clear()
         for queue in request.queues:
             queue.discard(request)
         request.queues = {}
 
     def forgo(self, request: Request, index: int) -> None:
         """The request does not wait for its block `index` any more."""
-        load = request.loads.pop(index)
+        load = request.loads.remove(index)
         del load.waiters[request]
-        request.load_counts[load.state] -= 1
-        request.upload_bytes -= load.hit.size_bytes
-        if load.state in (LoadState.WANTED, LoadState.FETCHING):
-            self._less_to_fetch(request, load)
-        request.staged.pop(load, None)
+        self._shared.revalued(request)
         self._release_if_unwanted(load)
 
     def _release_if_unwanted(self, load: BlockLoad) -> None:
-        """After a waiter left: nobody may need the load any more, or only requests that are not admitted."""
+        """A waiter left. Drop the load if it was the last one; free its page if no admitted request waits."""
         if load.waiters and load.page is None and load.slot is None:
-            return  # it holds nothing, and somebody still waits for it
+            return  # it holds nothing, and a request still waits for it
         if load.state is LoadState.UPLOADING or any(waiter.state is State.PREFILL for waiter in load.waiters):
             return
         self._table.give_back_page(load)
@@ -117,29 +108,13 @@ class LoadCoordinator:
 
     def _want_again(self, load: BlockLoad, hit: BlockHit) -> None:
         """The load is to be fetched after all, over the route of `hit`."""
-        size, old, route = load.hit.size_bytes, load.hit.route, hit.route
-        counted = load.state in (LoadState.WANTED, LoadState.FETCHING)
-        self._table.move(load, LoadState.WANTED)
-        load.hit = hit
+        self._table.move(load, LoadState.WANTED, hit)
         for waiter in load.waiters:
-            waiter.staged.pop(load, None)
-            if old in waiter.wanted:
-                waiter.wanted[old].pop(load, None)
-            if counted:
-                waiter.bytes_by_route[old] = waiter.bytes_by_route.get(old, 0) - size
-            waiter.bytes_by_route[route] = waiter.bytes_by_route.get(route, 0) + size
-            waiter.wanted.setdefault(route, OrderedDict())[load] = None
-            self._fetching.offer(waiter, route)
-            self._shared.revalued(waiter)
-
-    def _less_to_fetch(self, request: Request, load: BlockLoad) -> None:
-        route = load.hit.route
-        request.bytes_by_route[route] = request.bytes_by_route.get(route, 0) - load.hit.size_bytes
-        self._shared.revalued(request)
+            self._fetching.offer(waiter, hit.route)
 
     def reroute(self, request: Request, away_from: Callable[[Route], bool]) -> None:
-        """Fetch what has not begun over such a route on the request's other side, where that can read it."""
-        for index, load in request.loads.items():
+        """Blocks whose fetch over such a route has not begun are fetched by the other side, if it can read them."""
+        for index, load in request.loads.by_index.items():
             if load.state is LoadState.WANTED and away_from(load.hit.route) and index in request.alternates:
                 self._want_again(load, request.alternates.pop(index))
                 self._shared.count("rerouted_blocks")
@@ -170,8 +145,6 @@ class LoadCoordinator:
             account = waiter.account
             account.loaded_bytes += load.hit.size_bytes
             account.measured_fetch_s += busy_s
-            self._less_to_fetch(waiter, load)
-            waiter.staged[load] = None
             if waiter.state is State.PREFILL:
                 self._uploading.offer(waiter)
             self._changed(waiter, now)
@@ -195,20 +168,16 @@ class LoadCoordinator:
         shared = self._shared
         del self.loads[load.key]
         self._table.free_slot(load)
-        size = load.hit.size_bytes
         for waiter, index in load.waiters.items():
-            del waiter.loads[index]
+            waiter.loads.remove(index)
             waiter.hits.pop(index, None)
             self._lost(waiter, index)
-            waiter.load_counts[load.state] -= 1
-            waiter.upload_bytes -= size
-            if load.state is LoadState.FETCHING:
-                self._less_to_fetch(waiter, load)
+            self._shared.revalued(waiter)
             failures = waiter.account.load_failures
             failures[error] = failures.get(error, 0) + 1
             waiter.account.recomputed_tokens += shared.config.block_tokens
             if waiter.state is State.PREFILL:
-                waiter.pages[index] = NO_PAGE
+                waiter.loads.set_page(index, NO_PAGE)
                 waiter.position = min(waiter.position, index * shared.config.block_tokens)
                 shared.promise(waiter, 1 if load.page is not None else 0)
         self._table.give_back_page(load)
@@ -249,13 +218,11 @@ class LoadCoordinator:
         users = [(waiter, index) for waiter, index in load.waiters.items() if waiter.state is State.PREFILL]
         if not users:
             l1.in_use.discard(load.key)
-        l1.insert(load.key, load.parent, page, pins=len(users))  # nobody caches a block that is being loaded
+        l1.insert(load.key, load.parent, page, pins=len(users))  # no other request caches a block that is being loaded
         for waiter, index in load.waiters.items():
-            del waiter.loads[index]
-            waiter.load_counts[LoadState.UPLOADING] -= 1
-            waiter.upload_bytes -= load.hit.size_bytes
+            waiter.loads.remove(index)
         for waiter, index in users:
-            waiter.ready[index] = True
+            waiter.loads.fill(index)
             waiter.count_cached(shared.config.block_tokens)
             self._table.in_l1(waiter, index)
 
@@ -283,7 +250,7 @@ class LoadCoordinator:
         self._uploading.check_work_conserving()
 
     def check_integrity(self) -> None:
-        """Loads, waiters, slots, pages and windows agree."""
+        """Assert that loads, waiters, slots, pages and windows agree."""
         self._table.check_integrity(self._fetching.loads_in_flight(), self._uploading.loads_in_flight())
         self._fetching.check_integrity()
         self._uploading.check_integrity()

@@ -2,54 +2,54 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from penstock.core.engine.kv_handoff import KVHandoff
-from penstock.core.engine.request import BlockLoad, LoadState, Request
+from penstock.core.engine.request import Request
+from penstock.core.engine.request_loads import BlockLoad, LoadState
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.keys import BlockKey
-from penstock.core.operations import Drop
+from penstock.core.operations import BlockHit, Drop
 
 
 class LoadTable:
     """A load is reactive while its slot is held for requests that are not admitted; those have a share of L2."""
 
-    def __init__(self, shared: SharedState, handing: KVHandoff | None) -> None:
+    def __init__(self, shared: SharedState, handoff: KVHandoff | None) -> None:
         self._shared = shared
-        self._handoff = handing
+        self._handoff = handoff
         self.by_key: dict[BlockKey, BlockLoad] = {}
         self.reactive_slots = 0
 
-    def move(self, load: BlockLoad, state: LoadState) -> None:
-        """To another state, for everybody who waits for it."""
+    def move(self, load: BlockLoad, state: LoadState, hit: BlockHit | None = None) -> None:
+        """To another state, for everybody who waits for it; `hit`: it is to be fetched as that says."""
+        hit = load.hit if hit is None else hit
         for waiter in load.waiters:
-            waiter.load_counts[load.state] -= 1
-            waiter.load_counts[state] += 1
-        load.state = state
+            waiter.loads.move(load, state, hit)
+            self._shared.revalued(waiter)
+        load.state, load.hit = state, hit
 
     def reserve_page(self, load: BlockLoad, page: int | None) -> None:
-        """Give the load its page of L1; None: there was none, it is taken at upload."""
+        """Give the load its page of L1. None: no page is free; it takes one when it is uploaded."""
         if page is None:
             self._shared.count("reactive_allocations")
             return
         load.page = page
         self._shared.l1.in_use.add(load.key)
         for waiter in load.waiters:
-            self._shared.keep_promise(waiter)
+            self._shared.use_promise(waiter)
 
     def give_back_page(self, load: BlockLoad) -> None:
-        """The load does without its page, if it has one."""
+        """Free the load's page, if it has one."""
         if load.page is not None:
             self._shared.l1.in_use.discard(load.key)
             self._shared.l1.give_back(load.page)
             load.page = None
 
-    def kept_after_upload(self, load: BlockLoad) -> bool:
-        """Whether its slot is read again after it went up, by a hand-off."""
-        return self._handoff is not None and load.slot is not None and self._handoff.keeps(load.slot)
+    def needed_after_upload(self, load: BlockLoad) -> bool:
+        """Whether a hand-off still reads the slot after the upload."""
+        return self._handoff is not None and load.slot is not None and self._handoff.needs_slot(load.slot)
 
     def hand_over(self, request: Request, index: int, load: BlockLoad) -> None:
-        """The request's block `index` is in L2: where the request is handed over, so is the block, now."""
+        """The request's block `index` is in L2: send it to the decode engine, if the request has one."""
         if self._handoff is not None and request.spec.hand_off is not None:
             self._handoff.staged(request, index, load)
 
@@ -60,19 +60,19 @@ class LoadTable:
 
     def drop_staged(self, load: BlockLoad) -> None:
         """Give back the slot of a staged load; the driver forgets what is in it."""
-        load.kept = True  # the driver holds its content until it is told
+        load.retained = True  # the driver holds its content until the Drop
         self.free_slot(load)
 
     def free_slot(self, load: BlockLoad) -> None:
         """Give back the load's slot, or leave it to the hand-off that still reads it."""
         assert load.slot is not None
-        if self._handoff is not None and self._handoff.keeps(load.slot):
+        if self._handoff is not None and self._handoff.needs_slot(load.slot):
             self._handoff.adopt(load.slot)
         else:
-            if load.kept:
+            if load.retained:
                 self._shared.outbox.append(Drop(load.slot))
             self._shared.l2.free_load(load.slot)
-        load.slot, load.kept = None, False
+        load.slot, load.retained = None, False
         self.not_reactive(load)
 
     def set_reactive(self, load: BlockLoad) -> None:
@@ -95,7 +95,7 @@ class LoadTable:
         """Private pages of L1 that loads hold."""
         return {load.page for load in self.by_key.values() if load.page is not None}
 
-    def check_integrity(self, fetching: list[BlockLoad], uploading: list[BlockLoad]) -> None:
+    def check_integrity(self, fetching: set[BlockLoad], uploading: set[BlockLoad]) -> None:
         """A load is under its key, holds a slot exactly from FETCHING on, and is waited for or in flight; waiters and
         loads agree; the reactive share is counted right."""
         for key, load in self.by_key.items():
@@ -105,9 +105,6 @@ class LoadTable:
             assert (load in uploading) == (load.state is LoadState.UPLOADING)
             assert load.state is not LoadState.UPLOADING or load.page is not None
             for waiter, index in load.waiters.items():
-                assert waiter.loads.get(index) is load and waiter.key_at(index) == key
-            assert load.waiters or load.state in (LoadState.FETCHING, LoadState.UPLOADING), "nobody waits for a load"
-        for waiter in {waiter for load in self.by_key.values() for waiter in load.waiters}:
-            counts = Counter(load.state for load in waiter.loads.values())
-            assert +Counter(waiter.load_counts) == counts, "states of a request's loads are miscounted"
+                assert waiter.loads.by_index.get(index) is load and waiter.key_at(index) == key
+            assert load.waiters or load.state in (LoadState.FETCHING, LoadState.UPLOADING), "a load has no waiter"
         assert self.reactive_slots == sum(load.reactive for load in self.by_key.values())

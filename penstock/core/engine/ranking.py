@@ -1,4 +1,4 @@
-"""How requests are ranked: what each has to load and to compute, the policy's key, and who is put off (`feasible`)."""
+"""The rank of requests: what each has to load and to compute, the policy's key, and deferral (`feasible`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from heapq import nsmallest
 
 from penstock.core.engine.feasibility import Job, tardy_jobs
-from penstock.core.engine.request import LoadState, Request, State
+from penstock.core.engine.request import Request, State
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.ordering import AGED, DEFERRED, ORDINARY, policy_key
 
@@ -16,7 +16,7 @@ FEASIBILITY_OFTEN = 32  # up to so many requests it looks at every decision that
 
 
 class Ranking:
-    """Keeps `rank` of every request true as its costs change, and moves it in the queues it stands in."""
+    """Updates the `rank` of each request as its costs change, and its place in the queues."""
 
     def __init__(self, shared: SharedState) -> None:
         self._shared = shared
@@ -25,18 +25,17 @@ class Ranking:
         self._pause = 0  # decisions until `sort_feasible` looks again
 
     def estimate(self, request: Request) -> None:
-        """What is to load and to compute, as L1 and the pool stand now."""
+        """What is to be loaded and computed, by the present content of L1 and the hits."""
         config, l1 = self._shared.config, self._shared.l1
         by_route: dict[tuple[str, ...], int] = {}
-        cached = upload = 0
+        cached = 0
         for index in range(request.hittable_blocks):
             if request.key_at(index) in l1:
                 cached += 1
             elif hit := request.hits.get(index):
                 cached += 1
-                upload += config.block_bytes
                 by_route[hit.route] = by_route.get(hit.route, 0) + config.block_bytes
-        request.bytes_by_route, request.upload_bytes = by_route, upload
+        request.loads.estimate(by_route)
         context = cached * config.block_tokens
         request.recompute_prefix_s = 0.0
         request.compute_s = self._shared.cost.compute.seconds([(request.target - context, context)])
@@ -44,21 +43,16 @@ class Ranking:
 
     def count_loads(self, request: Request) -> None:
         """What is still to fetch and to upload, block by block."""
-        request.bytes_by_route, request.upload_bytes = {}, 0
-        for load in request.loads.values():
-            size, route = load.hit.size_bytes, load.hit.route
-            request.upload_bytes += size
-            if load.state in (LoadState.WANTED, LoadState.FETCHING):
-                request.bytes_by_route[route] = request.bytes_by_route.get(route, 0) + size
+        request.loads.count()
         self._shared.revalued(request)
 
     def load_s(self, request: Request) -> float:
         """T_load of what remains."""
         serial = self._shared.config.mode == "coupled"
-        return self._shared.cost.load_s(request.bytes_by_route, request.upload_bytes, serial)
+        return self._shared.cost.load_s(request.loads.bytes_by_route, request.loads.upload_bytes, serial)
 
     def set_rank(self, request: Request) -> None:
-        """Rank the request by its costs as they stand, and place it anew where it is queued."""
+        """Rank the request by its present costs, and update its place in the queues."""
         load_s = self.load_s(request)
         if request.static_key is None:
             request.static_key = policy_key(
@@ -91,8 +85,8 @@ class Ranking:
             self.set_rank(request)
 
     def sort_feasible(self, requests: Iterable[Request], now: float) -> None:
-        """Put off the requests that stand in the way of more deadlines than their own; the earliest deadlines are
-        looked at first. Runs less often as the queue grows, to bound the cost per decision."""
+        """Defer requests that would make several others miss their deadlines. The earliest deadlines are considered
+        first. Runs less often as the queue grows, to bound the cost per decision."""
         if not self.stale or self.policy != "feasible":
             return
         self._pause -= 1
@@ -113,5 +107,5 @@ class Ranking:
     def _stage_s(self, request: Request) -> tuple[float, float, float]:
         """Seconds that remain on fetch, upload and compute."""
         cost = self._shared.cost
-        fetch_s = cost.load_s(request.bytes_by_route, 0, serial=False)
-        return fetch_s, cost.upload.seconds(request.upload_bytes), request.compute_s + request.recompute_prefix_s
+        fetch_s = cost.load_s(request.loads.bytes_by_route, 0, serial=False)
+        return fetch_s, cost.upload.seconds(request.loads.upload_bytes), request.compute_s + request.recompute_prefix_s

@@ -1,5 +1,5 @@
-"""Which side reads each hit block of a request that is handed over: over its own storage NIC, or through the decode
-engine's (DualPath section on data paths; a split read takes both at once)."""
+"""Which side reads each hit block of a request with a hand-off: over its own storage NIC, or through that of the decode
+engine (DualPath, section on data paths; a split read uses both at once)."""
 
 from __future__ import annotations
 

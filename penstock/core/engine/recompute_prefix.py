@@ -10,7 +10,7 @@ from penstock.core.keys import BlockKey
 from penstock.core.load_or_recompute import recompute_tokens
 from penstock.core.operations import Route
 
-MIN_SAMPLES = 8  # batches and blocks before costs may speak against a load
+MIN_SAMPLES = 8  # batches and blocks measured before costs may rule out a load
 
 
 def prefix_to_compute(
@@ -45,8 +45,8 @@ def prefix_to_compute(
             continue
         compute_s += other.compute_s + other.recompute_prefix_s
         if other.rank < request.rank:
-            upload += other.upload_bytes
-            for route, waiting in other.bytes_by_route.items():
+            upload += other.loads.upload_bytes
+            for route, waiting in other.loads.bytes_by_route.items():
                 ahead[route] = ahead.get(route, 0) + waiting
     tokens = recompute_tokens(
         (end - first) * size,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from enum import Enum
 
+from penstock.core.engine.request_loads import RequestLoads
 from penstock.core.keys import BlockKey, KeyChain
-from penstock.core.operations import Account, BlockHit, FinishReason, RequestSpec, Route
+from penstock.core.operations import Account, BlockHit, FinishReason, RequestSpec
 from penstock.core.ordering import ORDINARY, Rank, RankedQueue
 
-NO_PAGE = -1
 MAX_SPANS = 256
 
 Ending = tuple[FinishReason, str | None, int | None]  # reason, error, last token
@@ -17,28 +16,19 @@ Ending = tuple[FinishReason, str | None, int | None]  # reason, error, last toke
 
 class State(Enum):
     """LOOKUP: the pool is asked for its hits. WAITING: not admitted. PREFILL: admitted, its blocks load and its missing
-    tokens are computed. DECODE: after the first token. HANDING: after the first token, the rest of its KV goes to the
-    decode engine. DONE: ended."""
+    tokens are computed. DECODE: after the first token. HANDOFF: after the first token, the rest of its KV is sent to
+    the decode engine. DONE: ended."""
 
     LOOKUP = "lookup"
     WAITING = "waiting"
     PREFILL = "prefill"
     DECODE = "decode"
-    HANDING = "hand_off"
+    HANDOFF = "hand_off"
     DONE = "done"
 
 
-class LoadState(Enum):
-    """A block on its way up: WANTED, FETCHING (L3 -> L2), STAGED (in L2), UPLOADING (L2 -> L1)."""
-
-    WANTED = "wanted"
-    FETCHING = "fetching"
-    STAGED = "staged"
-    UPLOADING = "uploading"
-
-
 class Counted:
-    """What `BlocksInUse` counted of a request that waits: its blocks, how many are in use, and after which change."""
+    """The latest count of `BlocksInUse` for a waiting request: its blocks, how many are in use, and at which change."""
 
     __slots__ = ("at_change", "in_use", "keys")
 
@@ -46,37 +36,6 @@ class Counted:
         self.keys = keys
         self.in_use = 0
         self.at_change = -1
-
-
-class BlockLoad:
-    """One block on its way to L1, shared by every request that waits for it (`waiters`: request -> block index)."""
-
-    __slots__ = (
-        "hit",
-        "issued_s",
-        "kept",
-        "key",
-        "page",
-        "parent",
-        "reactive",
-        "slot",
-        "state",
-        "upload_op",
-        "waiters",
-    )
-
-    def __init__(self, key: BlockKey, parent: BlockKey, hit: BlockHit) -> None:
-        self.key = key
-        self.parent = parent
-        self.hit = hit
-        self.state = LoadState.WANTED
-        self.slot: int | None = None
-        self.kept = False  # the driver was told to keep the slot as it is until a Drop
-        self.reactive = False  # fetched before any request that waits for it was admitted
-        self.page: int | None = None
-        self.upload_op: int | None = None
-        self.issued_s = 0.0
-        self.waiters: dict[Request, int] = {}
 
 
 class Request:
@@ -90,7 +49,6 @@ class Request:
         "arrival_s",
         "batched",
         "block_tokens",
-        "bytes_by_route",
         "chain",
         "compute_s",
         "counted",
@@ -99,33 +57,27 @@ class Request:
         "downloading",
         "ending",
         "forwarding",
-        "handed",
+        "handoff_done",
         "hits",
         "label",
         "label_since_s",
-        "load_counts",
         "loads",
         "own_pages",
-        "pages",
         "position",
         "promise",
         "queues",
         "rank",
         "reactive",
-        "ready",
         "recompute_prefix_s",
         "restarted",
         "sequence",
         "spec",
-        "staged",
         "state",
         "static_key",
         "target",
         "tier",
         "tokens",
-        "upload_bytes",
         "waiting_rank",
-        "wanted",
     )
 
     def __init__(self, spec: RequestSpec, sequence: int, now: float, block_tokens: int, deadline_s: float) -> None:
@@ -146,34 +98,27 @@ class Request:
         self.static_key: float | None = None
         self.rank: Rank = (ORDINARY, now, sequence)
         self.waiting_rank = self.rank  # as it was when the request was admitted, or changed its tier since
-        self.queues: dict[RankedQueue[Request], None] = {}  # that it stands in, or stood in
-        self.bytes_by_route: dict[Route, int] = {}
-        self.upload_bytes = 0
+        self.queues: dict[RankedQueue[Request], None] = {}  # that it is in, or was in
         self.compute_s = 0.0
-        self.recompute_prefix_s = 0.0  # of blocks that are computed although the pool holds them; counts in no rank
+        self.recompute_prefix_s = 0.0  # of blocks computed although the pool holds them; not part of the rank
         # blocks, by index in the prefix
         self.hits: dict[int, BlockHit] = {}
-        self.alternates: dict[int, BlockHit] = {}  # where the other side could read them
-        self.ready: list[bool] = []  # KV of the block is in L1, in pages[i]
-        self.pages: list[int] = []
+        self.alternates: dict[int, BlockHit] = {}  # the same blocks, as the other side could read them
+        self.loads = RequestLoads()
         self.own_pages = 0  # pages taken from the free ones on this request's account since admission
         self.promise = 0  # pages it may still take; set aside at admission
         self.reactive = False
-        self.loads: dict[int, BlockLoad] = {}
-        self.wanted: dict[Route, OrderedDict[BlockLoad, None]] = {}
-        self.staged: OrderedDict[BlockLoad, None] = OrderedDict()
-        self.load_counts: dict[LoadState, int] = dict.fromkeys(LoadState, 0)
         self.counted: Counted | None = None  # while it waits
         self.position = 0
         # hand-off
-        # blocks that the decode engine has, or will not get from here
-        self.handed: set[int] = set(spec.hand_off.present) if spec.hand_off else set()
+        # blocks that the decode engine has, or that will not be sent
+        self.handoff_done: set[int] = set(spec.hand_off.present) if spec.hand_off else set()
         self.forwarding: set[int] = set()  # blocks on their way there
         self.downloading = 0  # of them, those whose pages are being read
         # compute
         self.batched = False
         self.restarted = False  # a batch of it failed that waited for uploads
-        self.distrusts_pool = False  # blocks from there had values that are not finite: it computes all of its own
+        self.distrusts_pool = False  # its blocks had values that are not finite: compute all of them
         self.ending: Ending | None = None
         self.label = "lookup"
         self.label_since_s = now
@@ -198,16 +143,12 @@ class Request:
         """Full blocks of the prompt."""
         return len(self.spec.prompt) // self.block_tokens
 
-    def is_ready(self, index: int) -> bool:
-        """Whether the KV of a block is in L1."""
-        return index < len(self.ready) and self.ready[index]
-
     def key_at(self, index: int) -> BlockKey:
         """Key of the full block at this index of the prompt and of what was generated."""
         return self.chain.keys[index]
 
     def count_cached(self, tokens: int) -> None:
-        """`tokens` of the prompt need no computing. What a preempted request finds again of its own does not count."""
+        """`tokens` of the prompt need no computing. Blocks that a preempted request computed itself do not count."""
         if not self.account.preemptions:
             self.account.cached_tokens += tokens
 
@@ -225,10 +166,8 @@ class Request:
         self.label = label
 
     def forget_blocks(self) -> None:
-        """Back to the state before admission, keeping the tokens: for a preemption or a revoked admission."""
-        self.ready, self.pages, self.own_pages, self.promise = [], [], 0, 0
-        self.loads, self.wanted, self.staged = {}, {}, OrderedDict()
-        self.load_counts = dict.fromkeys(LoadState, 0)
+        """Back to the state before admission, with the tokens: for a preemption or a revoked admission."""
+        self.own_pages, self.promise = 0, 0
         self.position = 0
         self.reactive = False
         self.counted = None

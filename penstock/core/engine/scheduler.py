@@ -1,15 +1,16 @@
 """The scheduler core of one engine: events and the time go in, operations for the stages come out.
 
 `LoadScheduler` owns every decision about requests: their order, admission, loads, batches, saves, preemption, ends.
-Drivers (the live engine, the simulator, plug-ins) call an event method for each thing that happened, then `decide`, and
-carry out what it returns. It has no clock, no threads and no I/O, and one thread at a time may call it.
+Drivers (the live engine, the simulator) call one event method for each thing that happened, then `decide`, and execute
+what it returns. It has no clock, no threads and no I/O. One thread at a time may call it.
 
-Invariants, checked by `check_integrity`:
-  S1 a request is in exactly one state, and ends exactly once;
-  S2 every page is free, private to one request or load, or cached; every slot is free or one transfer's;
-  S3 no block counts as ready before its upload or computation ended;
-  S4 pages set aside are those that admitted requests may still take;
-  S5 every queue and window is bounded.
+Invariants:
+  SCHED-1 A request is in exactly one state, and ends exactly once.
+  SCHED-2 Every page is free, private to one request or load, or cached; every slot is free or used by one transfer.
+  SCHED-3 No block counts as ready before its upload or computation ended (LOADS-3).
+  SCHED-4 The pages set aside are those that admitted requests may still take.
+  SCHED-5 Every queue and window is bounded.
+Verification: `check_integrity`, after every event, in tests/core/engine and `penstock sim fuzz`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from penstock.core.engine.kv_handoff import KVHandoff
 from penstock.core.engine.load_coordinator import LoadCoordinator
 from penstock.core.engine.ranking import Ranking
 from penstock.core.engine.read_paths import assign_read_paths, is_remote
-from penstock.core.engine.request import NO_PAGE, Ending, LoadState, Request, State
+from penstock.core.engine.request import Ending, Request, State
+from penstock.core.engine.request_loads import NO_PAGE, LoadState
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.engine.write_back import WriteBackQueue
 from penstock.core.operations import BlockHit, ChunkOutcome, Discard, Emit, FinishReason, Lookup, Operation, RequestSpec
@@ -171,12 +173,12 @@ class LoadScheduler:
         self._admission.blocked = False
 
     def _settled(self, request: Request, now: float) -> None:
-        """A block of the request was handed over, or its pages are not read any more."""
+        """The decode engine has one more block of the request, or its pages are no longer being read."""
         if request.state is State.DONE or request.held:
             return
         if request.ending is not None:
             self._finish_late(request, request.ending, now)
-        elif request.state is State.HANDING and not request.forwarding:
+        elif request.state is State.HANDOFF and not request.forwarding:
             self._finish(request, "handed_over", None, now)
 
     def saved(self, op_id: int, error: str | None) -> None:
@@ -198,16 +200,17 @@ class LoadScheduler:
                 self._token(request, outcome.token, now)
 
     def compute_failed(self, op_id: int, error: str, now: float) -> None:
-        """A Compute failed as a whole, and nobody knows why: its requests end with an error, or start over."""
+        """A Compute failed as a whole, for an unknown reason: its requests end with an error, or start over."""
         requests, waited = self._batching.failed(op_id)
         for request in requests:
             self._failed(request, error, waited, now)
 
     def _recompute(self, request: Request, unusable: frozenset[int], now: float) -> bool:
-        """Where a chunk failed over cached blocks that are not finite, drop those and start over without the pool,
-        once, or return False. They came from the pool: what is computed here is looked at before it is cached."""
+        """A chunk failed because cached blocks hold values that are not finite: drop them and start over without the
+        pool, once per request; else return False. Such blocks came from the pool: blocks computed here are checked
+        before they are cached."""
         l1 = self._shared.l1
-        pages = {i: request.pages[i] for i in unusable if i < len(request.pages)}
+        pages = {i: request.loads.pages[i] for i in unusable if i < len(request.loads.pages)}
         keys = tuple(request.key_at(i) for i, page in sorted(pages.items()) if page != NO_PAGE and l1.is_cached(page))
         if not keys or request.distrusts_pool or request.ending is not None or request.downloading:
             return False
@@ -239,15 +242,15 @@ class LoadScheduler:
             self._ageing.first_token(request)
             self._ranking.stale = True
             self._observe_load(request)
-        handing = request.spec.hand_off is not None
+        hands_off = request.spec.hand_off is not None
         if request.state is State.PREFILL:
-            request.state = State.HANDING if handing else State.DECODE
+            request.state = State.HANDOFF if hands_off else State.DECODE
             self._admission.prefills -= 1
-            if not handing:
+            if not hands_off:
                 self._batching.start_decoding(request)
         if token in request.spec.eos_token_ids:
             self._finish(request, "stop", None, now, token)
-        elif handing:
+        elif hands_off:
             self._shared.outbox.append(Emit(request.request_id, token))
             self._relabel(request, now)
             self._handoff.finish(request)
@@ -277,11 +280,11 @@ class LoadScheduler:
 
     def _label(self, request: Request) -> str:
         """The stage the request is in, or why it waits."""
-        if request.state in (State.LOOKUP, State.DECODE, State.HANDING):
+        if request.state in (State.LOOKUP, State.DECODE, State.HANDOFF):
             return str(request.state.value)
         if request.batched:
             return "compute"
-        counts = request.load_counts
+        counts = request.loads.counts
         if counts[LoadState.FETCHING]:
             return "fetch"
         if request.state is State.WAITING:
@@ -303,9 +306,9 @@ class LoadScheduler:
         assert not request.downloading
         self._handoff.leave(request)
         self._batching.leave(request)
-        held = [(page, index) for index, page in enumerate(request.pages) if page != NO_PAGE]
+        held = [(page, index) for index, page in enumerate(request.loads.pages) if page != NO_PAGE]
         for page, index in reversed(held):
-            load = request.loads.get(index)
+            load = request.loads.by_index.get(index)
             if load is not None and load.page == page:
                 continue  # the load's own, still going up
             if l1.is_cached(page):
@@ -328,11 +331,11 @@ class LoadScheduler:
 
     def _preempt_for(self, request: Request, now: float) -> bool:
         """Make room for `request`: the admitted one of highest rank number gives up its pages and starts over (its full
-        blocks stay cached or go to the pool). False when nobody can, or when it is `request` itself, decoding."""
+        blocks stay cached or go to the pool). False when none can, or when `request` itself (decoding) was."""
         candidates = [
             other
             for other in self._admission.admitted
-            if other is not request and not other.held and other.state is not State.HANDING
+            if other is not request and not other.held and other.state is not State.HANDOFF
         ]
         if not candidates:
             return False
@@ -346,7 +349,7 @@ class LoadScheduler:
         return victim is not request
 
     def _start_over(self, request: Request, now: float) -> None:
-        """Give up pages and progress, keep the tokens, and begin again with a lookup."""
+        """Give up pages and progress but not the tokens, and begin again with a lookup."""
         request.account.preemptions += 1
         self._release(request)
         request.hits = {}
@@ -387,7 +390,7 @@ class LoadScheduler:
         self._loading.dispatch_uploads(now)
         for request in self._batching.dispatch(now):
             self._relabel(request, now)
-        if self._shared.counters.get("preemptions", 0) > preemptions:  # that freed slots, after the links were served
+        if self._shared.counters.get("preemptions", 0) > preemptions:  # slots became free after the fetches were issued
             self._dispatch_lookups()
             self._loading.dispatch_fetches(now)
         self._handoff.dispatch()
@@ -427,7 +430,7 @@ class LoadScheduler:
         return self._shared.counters
 
     def gauges(self) -> dict[str, float]:
-        """How things stand: requests by state, pages, slots, in-flight operations by link."""
+        """Current numbers: requests by state, pages, slots, errors of predictions."""
         shared = self._shared
         found: dict[str, float] = {
             "requests_waiting": len(self._requests) - len(self._admission.admitted),
@@ -440,7 +443,7 @@ class LoadScheduler:
             "l2_slots_loads": shared.l2.loads,
             "l2_slots_saves": shared.l2.saves,
             "saves_queued": len(self._saving),
-            "requests_handing_over": sum(r.state is State.HANDING for r in self._admission.admitted),
+            "requests_handing_over": sum(r.state is State.HANDOFF for r in self._admission.admitted),
             "l2_slots_forwards": shared.l2.forwards,
             "predicted_load_error": self.cost.load_error.mean,
             "predicted_compute_error": self.cost.compute_error.mean,
@@ -475,30 +478,26 @@ class LoadScheduler:
         self._loading.check_work_conserving()
 
     def check_integrity(self) -> None:
-        """Assert the invariants S1 to S5 of this class and those of its parts. O(everything); for tests."""
+        """Assert SCHED-1 to SCHED-5 and the invariants of the parts. O(everything); for tests."""
         shared = self._shared
         private: list[int] = list(self._loading.reserved_pages())
         reserved = set(private)
         for request in self._requests.values():
-            assert request.state is not State.DONE, "S1: an ended request is still known"
-            admitted = request.state in (State.PREFILL, State.DECODE, State.HANDING)
-            assert (request in self._admission.admitted) == admitted, "S1"
-            assert (request in self._admission.waiting) == (request.state is State.WAITING), "S1"
+            assert request.state is not State.DONE, "SCHED-1: an ended request is still known"
+            admitted = request.state in (State.PREFILL, State.DECODE, State.HANDOFF)
+            assert (request in self._admission.admitted) == admitted, "SCHED-1"
+            assert (request in self._admission.waiting) == (request.state is State.WAITING), "SCHED-1"
             assert request.promise >= 0
-            for index, page in enumerate(request.pages):
-                if page == NO_PAGE:
-                    assert not request.ready[index], "S3: a block without a page is ready"
-                elif not shared.l1.is_cached(page) and page not in reserved:
-                    private.append(page)
-                if index in request.loads:
-                    assert not request.ready[index], "S3: a block is ready before it arrived"
-        assert len(set(private)) == len(private), "S2: a private page has two owners"
+            request.loads.check_integrity(counted=admitted)
+            pages = (page for page in request.loads.pages if page != NO_PAGE)
+            private += [page for page in pages if not shared.l1.is_cached(page) and page not in reserved]
+        assert len(set(private)) == len(private), "SCHED-2: a private page has two owners"
         shared.l1.check_integrity(set(private), self._loading.reserved_keys())
         slots = self._loading.slots_in_use() + self._saving.slots_in_use() + self._handoff.slots_in_use()
         shared.l2.check_integrity(slots)
-        assert shared.promised == sum(request.promise for request in self._admission.admitted), "S4"
+        assert shared.promised == sum(request.promise for request in self._admission.admitted), "SCHED-4"
         assert self._admission.prefills == sum(request.state is State.PREFILL for request in self._admission.admitted)
-        assert len(self._admission.admitted) <= self.config.max_running, "S5"
+        assert len(self._admission.admitted) <= self.config.max_running, "SCHED-5"
         self._loading.check_integrity()
         self._handoff.check_integrity()
         self._batching.check_integrity()

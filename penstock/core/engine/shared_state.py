@@ -1,4 +1,4 @@
-"""What the parts of one core share: settings, costs, L1, L2, the outbox of operations, and pages set aside."""
+"""State that the parts of one scheduler core share: settings, costs, L1, L2, operations to issue, pages set aside."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from penstock.core.operations import Operation
 class SharedState:
     """`promised` is the number of pages set aside for admitted requests; it stays at or below `l1.available` except
     after a failed load, when the shortage is met by preempting the request of the highest rank number. `l1`: the
-    pages of somebody else's engine (`guest_pages`). `revalued(request)` is called when a request's rank changed, or
+    pages of another engine (`core.connector.pages`). `revalued(request)` is called when the request's rank changed, or
     what it has to load or to compute."""
 
     def __init__(self, config: SchedulerConfig, cost: CostModel, l1: DevicePages | None = None) -> None:
@@ -44,13 +44,13 @@ class SharedState:
         request.promise += pages
         self.promised += pages
 
-    def keep_promise(self, request: Request) -> None:
+    def use_promise(self, request: Request) -> None:
         """One of the pages set aside for `request` is taken or not needed any more."""
         if request.promise:
             self.promise(request, -1)
 
     def page_for(self, request: Request, now: float) -> int | None:
-        """A page for an admitted request; preempts others when L1 is short. None when nobody can be preempted now."""
+        """A page for an admitted request; preempts others when L1 is short. None when none can be preempted now."""
         page = self.l1.take()
         while page is None and self.preempt_for(request, now):
             page = self.l1.take()

@@ -7,10 +7,12 @@ the whole batch is staged.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 
 from penstock.core.bandwidth import LinkUse
 from penstock.core.engine.load_table import LoadTable
-from penstock.core.engine.request import BlockLoad, LoadState, Request, State
+from penstock.core.engine.request import Request, State
+from penstock.core.engine.request_loads import BlockLoad, LoadState
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.operations import Upload
 from penstock.core.ordering import RankedQueue
@@ -44,37 +46,32 @@ class Uploading:
             group = self._take_group(request, now)
             if group:
                 self._issue(group, request, now)
-            elif request.staged:
+            elif request.loads.staged:
                 return  # no page for the request of least rank; wait until one is free
             else:
                 self._queue.discard(request)
 
     def _may_upload_coupled(self, request: Request) -> bool:
         """The baseline uploads when the whole batch is staged (or nothing more fits into L2)."""
-        counts = request.load_counts
+        counts = request.loads.counts
         if counts[LoadState.FETCHING]:
             return False
         return not counts[LoadState.WANTED] or self._shared.l2.free_for_loads <= 0
 
     def _take_group(self, request: Request, now: float) -> list[BlockLoad]:
         shared = self._shared
-        counts = request.load_counts
+        counts, staged = request.loads.counts, request.loads.staged
         all_staged = not counts[LoadState.WANTED] and not counts[LoadState.FETCHING]
         limit = shared.config.upload_group_blocks
         if shared.config.layerwise and all_staged:
-            limit = max(limit, len(request.staged))
+            limit = max(limit, len(staged))
         group: list[BlockLoad] = []
-        while request.staged and len(group) < limit:
-            load = next(iter(request.staged))
-            if load.state is not LoadState.STAGED or request not in load.waiters:
-                del request.staged[load]
-                continue
+        for load in islice(staged, limit):
             if load.page is None:
                 page = shared.page_for(request, now)
                 if page is None:
                     break
                 self._loads.reserve_page(load, page)
-            del request.staged[load]
             group.append(load)
         return group
 
@@ -82,34 +79,34 @@ class Uploading:
         shared = self._shared
         op_id = shared.next_op()
         blocks = []
-        kept = set()
+        retained = set()
         changed: dict[Request, None] = {}
         for load in group:
             assert load.slot is not None and load.page is not None
             blocks.append((load.slot, load.page))
-            if self._loads.kept_after_upload(load):
-                load.kept = True
-                kept.add(load.slot)
+            if self._loads.needed_after_upload(load):
+                load.retained = True
+                retained.add(load.slot)
             load.upload_op = op_id
             self._loads.move(load, LoadState.UPLOADING)
             for waiter, index in load.waiters.items():
                 if waiter.state is State.PREFILL:
-                    waiter.pages[index] = load.page
+                    waiter.loads.set_page(index, load.page)
                 changed[waiter] = None
         self._link.in_flight += 1
         self._in_flight[op_id] = (tuple(group), now)
-        shared.outbox.append(Upload(op_id, tuple(blocks), frozenset(kept)))
+        shared.outbox.append(Upload(op_id, tuple(blocks), frozenset(retained)))
         for waiter in changed:
             self._changed(waiter, now)
 
     def ended(self, op_id: int, now: float) -> tuple[tuple[BlockLoad, ...], float]:
-        """An upload ended: its loads, and for how long it kept the link busy, in seconds."""
+        """An upload ended: its loads, and how many seconds it kept the link busy."""
         group, issued_s = self._in_flight.pop(op_id)
         return group, self._link.finished(issued_s, now)
 
-    def loads_in_flight(self) -> list[BlockLoad]:
+    def loads_in_flight(self) -> set[BlockLoad]:
         """Blocks whose upload has begun and not ended."""
-        return [load for group, _ in self._in_flight.values() for load in group]
+        return {load for group, _ in self._in_flight.values() for load in group}
 
     @property
     def in_flight(self) -> int:
@@ -117,14 +114,14 @@ class Uploading:
         return self._link.in_flight
 
     def check_work_conserving(self) -> None:
-        """While the window has room no staged block of the request that goes up next has a page."""
+        """Assert that the link is not idle although the next request has a staged block with a page."""
         request = self._queue.peek()
         if request is None or self._link.in_flight >= self._shared.config.upload_window_groups:
             return
         if self._shared.config.mode == "penstock" or self._may_upload_coupled(request):
-            mine = [load for load in request.staged if load.state is LoadState.STAGED and request in load.waiters]
-            assert all(load.page is None for load in mine[:1]), "upload is idle although a block waits for it"
+            first = next(iter(request.loads.staged), None)
+            assert first is None or first.page is None, "upload is idle although a block waits for it"
 
     def check_integrity(self) -> None:
-        """The window is kept."""
+        """Assert that the window is not exceeded."""
         assert 0 <= self._link.in_flight <= self._shared.config.upload_window_groups

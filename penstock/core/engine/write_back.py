@@ -1,4 +1,4 @@
-"""Writing back: full blocks that were computed go to the pool in the background, never in the way of a load."""
+"""Write-back: full blocks that were computed are saved to the pool in the background, after loads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from penstock.core.operations import Save
 
 
 def block_to_save(shared: SharedState, request: Request, index: int) -> NewBlock:
-    """The name of a request's full block, and what the pool needs to place and to keep it."""
+    """A request's full block as the pool stores it: its key, place, tenant and rebuild cost."""
     size = shared.config.block_tokens
     return NewBlock(
         request.key_at(index),
@@ -28,8 +28,8 @@ class WriteBackQueue:
     no more than `pin_share` of L1; what is evicted before its turn, or finds the queue full, is dropped and counted (it
     will be a miss, not an error).
 
-    With `saves_yield` they wait while a batch is in flight, until they press on L1 or are half as many as may be
-    pinned."""
+    With `saves_yield` they wait while a batch is in flight, until L1 runs short of pages or half of the pages that may
+    be pinned are."""
 
     def __init__(self, shared: SharedState, pin_share: float = 0.25) -> None:
         self._shared = shared

@@ -1,1 +1,1 @@
-"""Decisions of the pool: where a block goes, what stays, whose turn it is, who may write."""
+"""Decisions of the pool: placement, eviction, fairness between tenants, admission of writes."""

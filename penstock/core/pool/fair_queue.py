@@ -1,4 +1,4 @@
-"""Whose item is served next: tenants with queued items get equal bytes, each tenant's own items in order.
+"""Which tenant is served next: tenants with queued items get equal bytes, each tenant's items in order.
 
 Start-time fair queueing (Goyal, Vin, Cheng 1996): an item starts, in virtual bytes, where its tenant's last one ended,
 but not before the item that was taken last; the earliest start is taken first.
@@ -20,11 +20,12 @@ class FairQueue(Generic[Item]):
     """Items with a tenant and a size; O(log tenants) to put and take.
 
     While two tenants both have items queued, the bytes taken of one exceed those of the other by at most the largest
-    item of each. Items of one tenant keep their order; with one tenant the queue is first in, first out.
+    item of each. Items of one tenant stay in order; with one tenant the queue is first in, first out.
 
-    I1  every tenant with queued items is in the heap once, with the start of its first item
-    I2  no tenant that is remembered as idle has queued items
-    I3  the length is the number of queued items
+    FAIR-1  Every tenant with queued items is in the heap once, with the start of its first item.
+    FAIR-2  No tenant that is remembered as idle has queued items.
+    FAIR-3  The length is the number of queued items.
+    Verification: tests/core/pool/test_fair_queue.py.
     """
 
     def __init__(self) -> None:
@@ -71,7 +72,7 @@ class FairQueue(Generic[Item]):
         return item
 
     def remove_if(self, condition: Callable[[Item], bool]) -> list[Item]:
-        """Take out every item that meets the condition; O(n). What goes this way was not served."""
+        """Take out every item that meets the condition; O(n). It does not count as served."""
         removed: list[Item] = []
         for start, _, tenant in list(self._heap):
             queue = self._queues[tenant]
@@ -106,11 +107,11 @@ class FairQueue(Generic[Item]):
         return rest
 
     def check_integrity(self) -> None:
-        """Assert I1..I3; O(n)."""
-        assert sorted(tenant for _, _, tenant in self._heap) == sorted(self._queues), "I1: a tenant is not in the heap"
-        assert all(self._queues.values()), "I1: a tenant without items is in the heap"
-        assert not self._queues.keys() & self._ends.keys(), "I2: a tenant is idle and not"
-        assert self._length == sum(map(len, self._queues.values())), "I3: the length is wrong"
+        """Assert FAIR-1..FAIR-3; O(n)."""
+        assert sorted(tenant for _, _, tenant in self._heap) == sorted(self._queues), "FAIR-1: a tenant is missing"
+        assert all(self._queues.values()), "FAIR-1: a tenant without items is in the heap"
+        assert not self._queues.keys() & self._ends.keys(), "FAIR-2: a tenant is idle and not"
+        assert self._length == sum(map(len, self._queues.values())), "FAIR-3: the length is wrong"
         assert len(self._ends) <= IDLE_TENANTS_MAX
 
     def _push(self, tenant: bytes, start: int) -> None:
@@ -118,7 +119,7 @@ class FairQueue(Generic[Item]):
         heapq.heappush(self._heap, (start, self._serial, tenant))
 
     def _idle(self, tenant: bytes, end: int) -> None:
-        """Remember how far an idle tenant was served, so that it gains nothing by leaving the queue and coming back."""
+        """Remember where service of an idle tenant ended, so that it gains nothing by leaving and coming back."""
         del self._queues[tenant]
         self._ends[tenant] = end
         if len(self._ends) > IDLE_TENANTS_MAX:

@@ -1,4 +1,4 @@
-"""Who holds how much more than its quota, the one that is most over first."""
+"""Accounts that exceed their quota, the largest excess first."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 class MostOver:
     """Accounts and their excess in bytes; O(log n) amortised to set one and to find the largest.
 
-    I1  every account has an item in the heap whose excess is not below its own
-    I2  the heap holds at most 2 n + 64 items
+    OVER-1  Every account has a heap item whose excess is not below its own.
+    OVER-2  The heap holds at most 2 n + 64 items.
     """
 
     def __init__(self) -> None:
         self._excess: dict[bytes, int] = {}
-        self._heap: list[tuple[int, bytes]] = []  # excess below 0, so that the largest is first
+        self._heap: list[tuple[int, bytes]] = []  # negated, so that the largest is first
         self.looks = 0  # heap items that searches have looked at
 
     def __contains__(self, account: bytes) -> bool:
@@ -26,7 +26,7 @@ class MostOver:
         return iter(self._excess)
 
     def set(self, account: bytes, excess_bytes: int) -> None:
-        """What an account holds beyond its quota now; 0 or less: nothing."""
+        """Set by how much an account exceeds its quota; 0 or less: it does not."""
         if excess_bytes <= 0:
             self._excess.pop(account, None)
         else:
@@ -44,8 +44,8 @@ class MostOver:
         self._heap.clear()
 
     def first(self, accepts: Callable[[bytes], bool], above_bytes: float = 0) -> bytes | None:
-        """The account that is most over its quota, by more than `above_bytes`, and that `accepts` takes; None when
-        there is none. O(log n) for each account that is looked at."""
+        """Of the accounts that `accepts` allows, the one most over its quota, by more than `above_bytes`; None when
+        there is none. O(log n) per account considered."""
         passed: dict[bytes, int] = {}
         found: bytes | None = None
         while self._heap and found is None:
@@ -68,10 +68,10 @@ class MostOver:
         return found
 
     def check_integrity(self) -> None:
-        """Assert I1 and I2; O(n)."""
+        """Assert OVER-1 and OVER-2; O(n)."""
         best: dict[bytes, int] = {}
         for excess, account in self._heap:
             best[account] = max(best.get(account, 0), -excess)
-        assert all(excess > 0 for excess in self._excess.values()), "an account without excess is kept"
-        assert all(best.get(name, 0) >= excess for name, excess in self._excess.items()), "I1: an account is not found"
-        assert len(self._heap) <= 2 * len(self._excess) + 64, "I2: the heap outgrew the accounts"
+        assert all(excess > 0 for excess in self._excess.values()), "an account without excess is remembered"
+        assert all(best.get(name, 0) >= excess for name, excess in self._excess.items()), "OVER-1: an account is lost"
+        assert len(self._heap) <= 2 * len(self._excess) + 64, "OVER-2: the heap outgrew the accounts"

@@ -1,4 +1,4 @@
-"""What an operator decides about a pool: who holds how much, what may wear a drive, whether shares follow reality."""
+"""An operator's settings of a pool: quotas, writes to SSDs, and whether shares follow measured bandwidth."""
 
 from __future__ import annotations
 

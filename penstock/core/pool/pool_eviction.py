@@ -1,14 +1,16 @@
-"""Which blocks of the pool stay and which leave: worth, quotas, leaf before root, one order per member.
+"""Which blocks of the pool are evicted: by worth, quotas, leaf before root, one order per member.
 
-K1  A block that is pinned, or has a child of its own tenant in the pool, never leaves by itself.
-K2  Of what a payer has on a member the least worth leaves (`RebuildValue`); worth is compared within a member.
-K3  Whoever writes within its quota takes room from the payer that is most over its own, else from itself.
-K4  Whoever writes over its quota takes room from itself, else from a payer further over than it, else not at all.
-K5  A fenced member's leaf leaves before a block of the same payer that is worth more: it stands in the way of its
-    ancestors elsewhere.
+EVICT-1  A block that is pinned, or has a child of its own tenant in the pool, is never evicted.
+EVICT-2  Of a payer's blocks on a member the one of least worth leaves (`RebuildValue`). Worth is compared only within a
+         member.
+EVICT-3  A writer within its quota takes room from the payer most over its own quota, else from itself.
+EVICT-4  A writer over its quota takes room from itself, else from a payer further over its quota, else from none.
+EVICT-5  A leaf on a fenced member leaves before a block of the same payer with more worth: it blocks the eviction of
+         its ancestors on other members.
+Verification: tests/core/pool/test_pool_eviction.py.
 
-So a payer that is not over its quota loses blocks by its own writes only. A payer is a tenant with a quota, or all
-without one together (`TenantQuotas.payer`); where nobody has a quota, the least worth leaves, whoever writes.
+So a payer within its quota loses blocks only by its own writes. A payer is a tenant with a quota, or all tenants
+without one together (`TenantQuotas.payer`). Without any quota the block of least worth leaves, for any writer.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from penstock.core.eviction import PrefixIndex, RebuildValue
 from penstock.core.keys import BlockKey
 from penstock.core.pool.quota import SHARED, TenantQuotas
 
-FENCED_EVICTIONS_MAX = 64  # leaves of fenced members that one search for room lets go
-STEPS = (0, 1)  # of a search for room: first those whom K3 and K4 name first, on any member, then the other ones
+FENCED_EVICTIONS_MAX = 64  # leaves on fenced members that one search for room may evict
+STEPS = (0, 1)  # of a search for room: first the first choice of EVICT-3 or EVICT-4 on any member, then the other
 
 
 @dataclass(slots=True)
-class _Kept:
-    """A present block as the policy sees it."""
+class _Present:
+    """A block that is present in the pool."""
 
     member: int
     account: bytes
@@ -38,7 +40,7 @@ class _Kept:
 
 
 def _name(key: BlockKey, tenant: bytes) -> BlockKey:
-    """What the order of leaves knows a block by: nobody makes a leaf of another tenant's into none, by a child."""
+    """The name of a block in the index. It has the tenant, so that a child protects only blocks of its own tenant."""
     return key + tenant + bytes((len(tenant),))
 
 
@@ -47,15 +49,15 @@ def _key(name: BlockKey) -> BlockKey:
 
 
 class PoolEviction:
-    """Present blocks by worth. Accounts are charged by the caller, which knows of blocks not yet or no longer present.
+    """Present blocks by worth. The caller charges accounts, also for blocks not yet or no longer present.
 
-    I1  a key is kept in the group of its member and account, and each member's accounts are counted right
+    EVICT-6  A key is in the group of its member and account; the accounts of each member are counted right.
     """
 
     def __init__(self, members: int, quotas: TenantQuotas) -> None:
         self.quotas = quotas
         self._index: PrefixIndex[BlockKey] = PrefixIndex(family_of=self._family)
-        self._kept: dict[BlockKey, _Kept] = {}
+        self._present: dict[BlockKey, _Present] = {}
         self._worth = [RebuildValue() for _ in range(members)]
         self._uses = 0  # of all members
         self._seen = [0] * members  # uses that each member's worth has aged by
@@ -64,23 +66,23 @@ class PoolEviction:
         quotas.on_payer_changed = self._payer_changed
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._present)
 
     def __contains__(self, key: BlockKey) -> bool:
-        return key in self._kept
+        return key in self._present
 
     @property
     def groups(self) -> int:
-        """How many orders of leaves are kept: at most those of accounts with blocks, and of blocks that left lately."""
+        """How many groups have a heap: those of accounts with blocks, and of blocks evicted lately."""
         return self._index.groups
 
     def value(self, key: BlockKey) -> float:
         """What the block is worth, in its member's terms; for a durable table."""
-        return self._index.last_use(self._kept[key].name)
+        return self._index.last_use(self._present[key].name)
 
     def uses(self, key: BlockKey) -> int:
         """How often the block was used."""
-        return self._kept[key].uses
+        return self._present[key].uses
 
     def add_member(self) -> None:
         """Count one more member; its number is the next one."""
@@ -104,8 +106,8 @@ class PoolEviction:
         value: float | None = None,
         tenant: bytes | None = None,
     ) -> None:
-        """Keep a block that became present; `value` is its worth from a durable table, None for a new one; `tenant`
-        whose it is (None: that of its account)."""
+        """A block became present. `value`: its worth from a durable table, None for a new one. `tenant`: its owner,
+        None for that of its account."""
         if value is None:
             value = self._used(member, uses, rebuild_s, size_bytes)
         else:
@@ -113,65 +115,65 @@ class PoolEviction:
         tenant = account if tenant is None else tenant
         name = _name(key, tenant)
         self._index.add(name, _name(parent, tenant), value, (member, account))
-        self._kept[key] = _Kept(member, account, size_bytes, rebuild_s, uses, name)
+        self._present[key] = _Present(member, account, size_bytes, rebuild_s, uses, name)
         self._count(member, account, 1)
 
     def touch(self, key: BlockKey) -> float:
         """Note a use; returns the new worth."""
-        kept = self._kept[key]
-        kept.uses += 1
-        value = self._used(kept.member, kept.uses, kept.rebuild_s, kept.size_bytes)
-        self._index.touch(kept.name, value)
+        block = self._present[key]
+        block.uses += 1
+        value = self._used(block.member, block.uses, block.rebuild_s, block.size_bytes)
+        self._index.touch(block.name, value)
         return value
 
     def pin(self, key: BlockKey) -> None:
-        """Hold a block: it does not leave until every `pin` was undone."""
-        self._index.pin(self._kept[key].name)
+        """Protect a block from eviction until every `pin` was undone."""
+        self._index.pin(self._present[key].name)
 
     def unpin(self, key: BlockKey) -> None:
         """Undo one `pin`."""
-        self._index.unpin(self._kept[key].name)
+        self._index.unpin(self._present[key].name)
 
     def remove(self, key: BlockKey) -> None:
         """A block is no longer present. Raises ValueError when it is pinned."""
-        self._index.remove(self._kept[key].name)
+        self._index.remove(self._present[key].name)
         self._forget(key)
 
     def move(self, key: BlockKey, member: int) -> None:
-        """A block lies on another member now; it is worth there what it was here."""
-        kept = self._kept[key]
-        above = self.value(key) - self._aged(kept.member).inflation
-        self._count(kept.member, kept.account, -1)
-        self._count(member, kept.account, 1)
-        kept.member = member
-        self._index.regroup(kept.name, (member, kept.account), self._aged(member).inflation + above)
+        """A block is on another member now, with the same worth over inflation."""
+        block = self._present[key]
+        above = self.value(key) - self._aged(block.member).inflation
+        self._count(block.member, block.account, -1)
+        self._count(member, block.account, 1)
+        block.member = member
+        self._index.regroup(block.name, (member, block.account), self._aged(member).inflation + above)
 
     def set_account(self, key: BlockKey, account: bytes) -> None:
-        """A block counts against another account; the caller charges it."""
-        kept = self._kept[key]
-        self._count(kept.member, kept.account, -1)
-        kept.account = account
-        self._count(kept.member, account, 1)
-        self._index.regroup(kept.name, (kept.member, account), self.value(key))
+        """A block belongs to another account, which the caller charges."""
+        block = self._present[key]
+        self._count(block.member, block.account, -1)
+        block.account = account
+        self._count(block.member, account, 1)
+        self._index.regroup(block.name, (block.member, account), self.value(key))
 
     def may_displace(self, key: BlockKey, writer: bytes, more_bytes: int) -> bool:
-        """Whether a write of `more_bytes` to the account `writer` may push out this unpinned block (K3, K4)."""
+        """Whether a write of `more_bytes` to the account `writer` may evict this unpinned block (EVICT-3, EVICT-4)."""
         return self.may_displace_all((key,), writer, more_bytes)
 
     def may_displace_all(self, keys: Iterable[BlockKey], writer: bytes, more_bytes: int) -> bool:
-        """As `may_displace`, for several blocks one after the other: no payer loses more than what it is over its quota
-        by, but for the rest of the last block."""
+        """As `may_displace`, for several blocks in turn: no payer loses more than its excess over the quota, rounded up
+        to a block."""
         own, floor = self.quotas.payer(writer), max(0.0, self.quotas.excess_bytes(writer, more_bytes))
         lost: dict[bytes, int] = {}
-        for kept in (self._kept[key] for key in keys):
-            payer = self.quotas.payer(kept.account)
+        for block in (self._present[key] for key in keys):
+            payer = self.quotas.payer(block.account)
             if payer != own and self.quotas.excess_bytes(payer) - lost.get(payer, 0) <= floor:
                 return False
-            lost[payer] = lost.get(payer, 0) + kept.size_bytes
+            lost[payer] = lost.get(payer, 0) + block.size_bytes
         return True
 
     def may_gain(self, writer: bytes, charged_bytes: int) -> bool:
-        """Whether there is any payer whose blocks may leave for a write that the account `writer` is charged with."""
+        """Whether any payer's blocks may be evicted for a write that is charged to the account `writer`."""
         own, floor = self.quotas.payer(writer), max(0.0, self.quotas.excess_bytes(writer))
         return (
             self.quotas.paid_bytes(own) > charged_bytes
@@ -180,8 +182,8 @@ class PoolEviction:
 
     def evict(self, member: int, writer: bytes, more_bytes: int, steps: Sequence[int] = STEPS) -> list[BlockKey]:
         """Take out the block that leaves `member` for a write of `more_bytes` to the account `writer`, after any leaves
-        of fenced members that had to go first (K5). Empty when none may leave in these `steps`; the caller tries the
-        first step on all members before the second."""
+        of fenced members that had to go first (EVICT-5). Empty when none may leave in these `steps`; the caller tries
+        the first step on all members before the second."""
         own, excess = self.quotas.payer(writer), self.quotas.excess_bytes(writer, more_bytes)
         for step in steps:
             if (step == 0) == (excess > 0):
@@ -195,18 +197,18 @@ class PoolEviction:
         return []
 
     def check_integrity(self) -> None:
-        """Assert I1 and those of the parts; O(n)."""
+        """Assert EVICT-6 and those of the parts; O(n)."""
         self._index.check_integrity()
         self.quotas.check_integrity()
-        assert {_key(name) for name in self._index} == set(self._kept) and len(self._index) == len(self._kept)
+        assert {_key(name) for name in self._index} == set(self._present) and len(self._index) == len(self._present)
         counted: list[dict[bytes, int]] = [{} for _ in self._accounts]
-        for key, kept in self._kept.items():
-            assert self._index.group(kept.name) == (kept.member, kept.account), f"I1: {key.hex()} is in another group"
-            counted[kept.member][kept.account] = counted[kept.member].get(kept.account, 0) + 1
-        assert counted == self._accounts, "I1: accounts of members are miscounted"
+        for key, block in self._present.items():
+            assert self._index.group(block.name) == (block.member, block.account), f"EVICT-6: group of {key.hex()}"
+            counted[block.member][block.account] = counted[block.member].get(block.account, 0) + 1
+        assert counted == self._accounts, "EVICT-6: accounts of members are miscounted"
 
     def _aged(self, member: int) -> RebuildValue:
-        """Worth on a member, aged by the uses that happened on others."""
+        """Worth on a member, aged by the uses on other members."""
         worth = self._worth[member]
         worth.passed(self._uses - self._seen[member])
         self._seen[member] = self._uses
@@ -219,7 +221,7 @@ class PoolEviction:
         return value
 
     def _evict_of(self, payer: bytes, member: int, over_bytes: float) -> list[BlockKey]:
-        """What a payer gives up on a member, after leaves on fenced ones (K5), while it is over by `over_bytes`."""
+        """Evict a payer's block from a member, after leaves on fenced ones (EVICT-5), at most `over_bytes` of them."""
         gone: list[BlockKey] = []
         while over_bytes > 0:
             group = self._least(member, payer)
@@ -239,7 +241,7 @@ class PoolEviction:
         return self._least(member, payer) is not None or self._least_fenced(payer) is not None
 
     def _family(self, group: Hashable) -> Hashable:
-        """Accounts that pay together are a family on each member; the others are not."""
+        """Accounts that pay together are one family on each member; others have none."""
         assert isinstance(group, tuple)
         return group[0] if self.quotas.payer(group[1]) == SHARED else None
 
@@ -249,7 +251,7 @@ class PoolEviction:
                 self._index.refamily((member, account))
 
     def _least(self, member: int, payer: bytes) -> tuple[int, bytes] | None:
-        """The group of a payer on a member whose candidate is worth least; its own one where it pays for itself."""
+        """Of a payer's groups on a member the one whose candidate has the least worth."""
         if payer != SHARED:
             own = (member, payer)
             return own if payer in self._accounts[member] and self._index.next_use(own) is not None else None
@@ -274,13 +276,13 @@ class PoolEviction:
         assert name is not None and value is not None
         self._worth[group[0]].evicted(value)
         key = _key(name)
-        size_bytes = self._kept[key].size_bytes
+        size_bytes = self._present[key].size_bytes
         self._forget(key)
         return key, size_bytes
 
     def _forget(self, key: BlockKey) -> None:
-        kept = self._kept.pop(key)
-        self._count(kept.member, kept.account, -1)
+        block = self._present.pop(key)
+        self._count(block.member, block.account, -1)
 
     def _count(self, member: int, account: bytes, change: int) -> None:
         counts = self._accounts[member]

@@ -1,4 +1,4 @@
-"""How many bytes of the pool each tenant holds, what is guaranteed to it, and who holds more than that."""
+"""Bytes of the pool by tenant: what each holds, what its quota guarantees, and which tenants exceed it."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from collections.abc import Callable, Iterator, Mapping
 from penstock.core.pool.most_over import MostOver
 from penstock.core.pool.quota_places import QuotaPlaces
 
-ACCOUNTS_MAX = 256  # tenants without a quota by name that are counted one by one; the rest share one account
+ACCOUNTS_MAX = 256  # tenants counted one by one without a quota by name; the rest share one account
 SHARED = b"others"  # no tenant's tag has this length
 
 
 class TenantQuotas:
-    """Bytes by account, and who pays when space is short (`core.pool.keeping`).
+    """Bytes by account, and which payer loses blocks when space is short (`core.pool.pool_eviction`).
 
-    Q1  A tenant with a quota by name has it whatever others do. Where these quotas exceed the pool, all of them shrink
-        in proportion.
-    Q2  The default quota goes to as many other tenants as fit into what names leave, less one
-        (`core.pool.quota_places`): that one default quota, and the remainder, is what all further tenants share.
-    Q3  Blocks without a tenant (empty tag) are those of a tenant like others.
-    Q4  The quotas together are the pool: when it is full, somebody is over, or everybody holds exactly what is his.
+    QUOTA-1  A quota by name does not depend on other tenants. Where these quotas exceed the pool, all of them shrink in
+             proportion.
+    QUOTA-2  The default quota goes to as many other tenants as fit into the rest of the pool, less one
+             (`core.pool.quota_places`): all further tenants share that one default quota and the remainder.
+    QUOTA-3  Blocks without a tenant (empty tag) count as those of one more tenant.
+    QUOTA-4  The quotas add up to the pool: when it is full, some payer exceeds its quota, or each holds exactly that.
+    QUOTA-5  An account without bytes is forgotten, and has no place.
+    QUOTA-6  `over` names exactly the payers that hold more than their quota.
+    QUOTA-7  There are at most `2 * ACCOUNTS_MAX` accounts besides `SHARED` and those that have, or once had, a quota by
+             name.
+    QUOTA-8  A payer holds the sum of its accounts.
+    Verification: tests/pool/local/test_quota_histories.py, tests/core/pool/test_quota_*.py.
 
-    Each account with a quota of its own pays for itself; those without pay together, as `SHARED`. Quotas are soft: free
-    space may be used beyond them.
-
-    I1  an account without bytes is not kept, and has no place
-    I2  `over` names exactly the payers that hold more than their quota
-    I3  at most `2 * ACCOUNTS_MAX` accounts besides those that have, or once had, a quota by name, and `SHARED`
-    I4  what the accounts of a payer hold is what it holds
+    Each account with its own quota pays for itself; the others pay together, as `SHARED`. Quotas are soft: free space
+    may be used beyond them.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class TenantQuotas:
         the pool's size (None: not known; nothing shrinks). Raises ValueError for a quota below 0."""
         self.on_payer_changed: Callable[[bytes], None] = lambda account: None
         self._given: dict[bytes, int] = {}  # as configured
-        self._quotas: dict[bytes, int] = {}  # as far as the pool has room for them
+        self._quotas: dict[bytes, int] = {}  # shrunk to the size of the pool
         self._default: int | None = None
         self._shared_quota: float = math.inf
         self._capacity = capacity_bytes
@@ -80,7 +81,7 @@ class TenantQuotas:
         return set(self._over)
 
     def quota_bytes(self, account: bytes) -> float:
-        """The quota that the account pays by: its own, or that of all without one together."""
+        """The quota of the account's payer: its own, or the shared one."""
         payer = self.payer(account)
         if payer == SHARED:
             return self._shared_quota
@@ -98,7 +99,7 @@ class TenantQuotas:
         return tenant if open_one and self._unnamed < 2 * ACCOUNTS_MAX else SHARED
 
     def payer(self, account: bytes) -> bytes:
-        """Who gives way for what the account holds: itself, or `SHARED`."""
+        """The payer of the account: itself, or `SHARED`."""
         return account if account in self._quotas or account in self._places else SHARED
 
     def held_bytes(self, account: bytes) -> int:
@@ -106,15 +107,15 @@ class TenantQuotas:
         return self._held.get(account, 0)
 
     def excess_bytes(self, account: bytes, more_bytes: int = 0) -> float:
-        """How far the account's payer is over its quota with `more_bytes` on top; below 0 when it is not."""
+        """By how many bytes the account's payer exceeds its quota with `more_bytes` more; below 0 when it does not."""
         return self.paid_bytes(account) + more_bytes - self.quota_bytes(account)
 
     def paid_bytes(self, account: bytes) -> int:
-        """What the account's payer holds."""
+        """Bytes that the account's payer holds."""
         return self._shared_held if self.payer(account) == SHARED else self._held.get(account, 0)
 
     def most_over(self, accepts: Callable[[bytes], bool], above_bytes: float = 0) -> bytes | None:
-        """The payer that is most over its quota, by more than `above_bytes`, of those that `accepts` takes."""
+        """Of the payers that `accepts` allows, the one most over its quota, by more than `above_bytes`."""
         return self._over.first(accepts, above_bytes)
 
     @property
@@ -172,16 +173,16 @@ class TenantQuotas:
         return sorted(((name, int(self.excess_bytes(name))) for name in self._over), key=lambda one: (-one[1], one[0]))
 
     def check_integrity(self) -> None:
-        """Assert I1..I4 and those of the parts; O(accounts)."""
+        """Assert QUOTA-5..QUOTA-8 and those of the parts; O(accounts)."""
         self._over.check_integrity()
         self._places.check_integrity()
-        assert all(held > 0 for held in self._held.values()), "I1: an empty account is kept"
-        assert all(account in self._held for account in self._places), "I1: an empty account has a place"
+        assert all(held > 0 for held in self._held.values()), "QUOTA-5: an empty account is remembered"
+        assert all(account in self._held for account in self._places), "QUOTA-5: an empty account has a place"
         payers = {self.payer(account) for account in self._held}
-        assert self.over == {payer for payer in payers if self.excess_bytes(payer) > 0}, "I2: over is wrong"
-        assert self._unnamed == sum(map(self._counted, self._held)) <= 2 * ACCOUNTS_MAX, "I3: accounts are miscounted"
+        assert self.over == {payer for payer in payers if self.excess_bytes(payer) > 0}, "QUOTA-6: over is wrong"
+        assert self._unnamed == sum(map(self._counted, self._held)) <= 2 * ACCOUNTS_MAX, "QUOTA-7: accounts"
         shared = sum(held for account, held in self._held.items() if self.payer(account) == SHARED)
-        assert shared == self._shared_held, "I4: what is shared is miscounted"
+        assert shared == self._shared_held, "QUOTA-8: what is shared is miscounted"
 
     # --- inside ---
 

@@ -1,7 +1,7 @@
-"""Which tenants without a quota of their own have the default one: as many as the pool has room for, not all that come.
+"""Which tenants without a quota by name have the default quota: as many as the pool has room for.
 
-Whoever invents tenants invents no room: a further tenant has no default quota until another one gives it up. The first
-that come have one; later it passes to those whose blocks are used again from those that nobody asks for.
+A client that makes up tenants gets no more room: a further tenant has no default quota until another one loses it. The
+first tenants get one; later it passes from tenants whose blocks are not used to tenants whose blocks are used again.
 """
 
 from __future__ import annotations
@@ -9,23 +9,24 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
-UNUSED_POOL_SIZES = 1  # of new blocks, after which a tenant none of whose blocks was used again may lose its place
+UNUSED_POOL_SIZES = 1  # of new blocks; then a tenant without a reused block may lose its place
 IDLE_POOL_SIZES = 8  # the same since the last use, for a tenant whose blocks were used again before
 
 
 class QuotaPlaces:
     """At most `places_max` tenants, each with the bytes that had been written when it was last used. O(1) each.
 
-    I1  no tenant has two places
-    I2  there are at most `places_max`
+    PLACES-1  No tenant has two places.
+    PLACES-2  There are at most `places_max`.
+    Verification: tests/core/pool/test_quota_places.py.
     """
 
     def __init__(self) -> None:
         self.places_max = 0
         self.pool_bytes: int | None = None  # what one pool size is; None: places are never lost
         self._written = 0  # bytes of new blocks of all tenants
-        self._unproven: OrderedDict[bytes, int] = OrderedDict()  # none of whose blocks was used again, oldest first
-        self._proven: OrderedDict[bytes, int] = OrderedDict()  # the one that was not used for longest first
+        self._unproven: OrderedDict[bytes, int] = OrderedDict()  # without a reused block, oldest first
+        self._proven: OrderedDict[bytes, int] = OrderedDict()  # with reused blocks, least recently used first
 
     def __len__(self) -> int:
         return len(self._unproven) + len(self._proven)
@@ -62,7 +63,7 @@ class QuotaPlaces:
         return True
 
     def idle(self) -> bytes | None:
-        """The tenant that must give up its place to one whose blocks are used, if any."""
+        """The tenant that loses its place to one whose blocks are used, if any."""
         if self.pool_bytes is None:
             return None
         for tenants, sizes in ((self._unproven, UNUSED_POOL_SIZES), (self._proven, IDLE_POOL_SIZES)):
@@ -78,11 +79,11 @@ class QuotaPlaces:
         self._proven.pop(tenant, None)
 
     def surplus(self) -> list[bytes]:
-        """Those that must go when there are fewer places: first the last that came and were never used again."""
+        """Tenants that lose their place when there are fewer: first the latest ones without a reuse."""
         order = [*reversed(self._unproven), *self._proven]
         return order[: max(0, len(self) - self.places_max)]
 
     def check_integrity(self) -> None:
-        """Assert I1 and I2."""
-        assert not self._proven.keys() & self._unproven.keys(), "I1: a tenant has two places"
-        assert len(self) <= max(0, self.places_max), "I2: more places are taken than there are"
+        """Assert PLACES-1 and PLACES-2."""
+        assert not self._proven.keys() & self._unproven.keys(), "PLACES-1: a tenant has two places"
+        assert len(self) <= max(0, self.places_max), "PLACES-2: more places are taken than there are"

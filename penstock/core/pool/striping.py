@@ -58,7 +58,7 @@ class Placement:
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        shares(weights, 1)  # refuses weights that no health can mend
+        shares(weights, 1)  # refuses weights that are never usable
         self._weights = [float(weight) for weight in weights]
         self._healthy = [True] * len(self._weights)
         self._cycle: list[int] = []
@@ -68,7 +68,7 @@ class Placement:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Share of each member, adding up to 1; a fenced member keeps its number. All 0 when no weight is above 0."""
+        """Share of each member, adding up to 1; a fenced member has a number too. All 0 when no weight is above 0."""
         total = sum(self._weights)
         return tuple(weight / total if total else 0.0 for weight in self._weights)
 
@@ -116,8 +116,8 @@ class Placement:
         return self._cycle[position % len(self._cycle)] if self._cycle else None
 
     def rank(self, position: int, member: int) -> int:
-        """How many of the positions from 0 up to `position` belong to `member`: the positions of one member count up
-        without a gap, so a member that spreads its blocks further does it as evenly."""
+        """How many of the positions from 0 up to `position` belong to `member`. The ranks of one member have no gaps,
+        so it can spread its blocks further as evenly."""
         turns, at = divmod(position, CYCLE_BLOCKS)
         owned = self._owned[member]
         return turns * len(owned) + bisect_left(owned, at)

@@ -1,4 +1,4 @@
-"""Whether SSDs take a block that is new to them: always, or only when it was asked for or written before."""
+"""Whether SSDs take a new block: always, or only when it was looked up or written before."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ KEYS_MAX = 262_144  # about 40 MB of memory; 16 million tokens in blocks of 64
 class WriteAdmission:
     """With `reused`, SSDs take a block only on its second sign of use: an earlier write, or two earlier lookups (the
     first lookup is that of the request which computes it). The last `keys_max` keys are remembered: one half of keys
-    that were written, one of keys that were asked for. Asking costs next to nothing, so a flood of lookups must not
-    make the pool forget what was written."""
+    that were written, one of keys that were looked up. Lookups are cheap, so a flood of them must not displace the keys
+    that were written."""
 
     def __init__(self, mode: WriteAdmissionMode = "all", keys_max: int = KEYS_MAX) -> None:
         """Raises ValueError for another mode or no keys."""

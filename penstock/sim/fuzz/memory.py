@@ -168,7 +168,7 @@ class CheckedMemory(Observer):
         del self._uploads[op.op_id]
         for slot, page in op.blocks:
             content = self._slots[slot]
-            if slot not in op.kept:
+            if slot not in op.retained:
                 del self._slots[slot]
             self._pages[page] = [-1] * self._config.block_tokens if failed else list(content)
 

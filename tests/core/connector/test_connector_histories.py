@@ -106,7 +106,7 @@ class ConnectorHistories(RuleBasedStateMachine):
         busy = {self.keys[other][index] for other, blocks in self.granted.items() for index in blocks}
         pages = {}
         for index in range(first, end):
-            assert self.keys[name][index] not in busy, "G1: two requests load one block"
+            assert self.keys[name][index] not in busy, "GRANT-1: two requests load one block"
             self.pages += 1
             pages[index] = self.pages
         self.granted[name] = pages
@@ -203,7 +203,7 @@ class ConnectorHistories(RuleBasedStateMachine):
                     self.content[page] = self.slots[slot]
                 self.scheduler.uploaded(op.op_id, self.now)
         elif isinstance(op, Save):
-            assert self.content[op.page] == op.block.key and op.page in self.kept, "G2: a page was reused while saved"
+            assert self.content[op.page] == op.block.key and op.page in self.kept, "GRANT-2: a page was reused"
             if not failed:
                 self.scheduler.downloaded(op.op_id)
                 self.pool[op.block.key] = BlockHit(BLOCK_BYTES, ROUTES[0])
@@ -219,7 +219,7 @@ class ConnectorHistories(RuleBasedStateMachine):
                 continue
             if isinstance(op, Upload):
                 pages = {page for blocks in self.granted.values() for page in blocks.values()}
-                assert all(page in pages for _, page in op.blocks), "G2: an upload into pages that were given up"
+                assert all(page in pages for _, page in op.blocks), "GRANT-2: an upload into pages that were given up"
             assert not isinstance(op, Discard | Emit)
             self.open[op.op_id] = op
         for page in self.scheduler.released():
@@ -227,12 +227,12 @@ class ConnectorHistories(RuleBasedStateMachine):
             del self.content[page]
 
     def land(self, notice: Landed) -> None:
-        pages = self.granted.pop(notice.request_id)  # G3: exactly once
+        pages = self.granted.pop(notice.request_id)  # GRANT-3: exactly once
         if notice.request_id in self.spoilt:
             assert notice.hole == min(pages), "a load of what was forgotten landed as if it were of use"
             self.spoilt.remove(notice.request_id)
         under_way = {page for op in self.open.values() if isinstance(op, Upload) for _, page in op.blocks}
-        assert not under_way & set(pages.values()), "G3: landed while a page is written"
+        assert not under_way & set(pages.values()), "GRANT-3: landed while a page is written"
         for index, page in pages.items():
             if notice.request_id in self.prompts and (notice.hole is None or index < notice.hole):
                 assert self.content[page] == self.keys[notice.request_id][index], "a page without its block"
@@ -240,12 +240,12 @@ class ConnectorHistories(RuleBasedStateMachine):
 
     @invariant()
     def sound(self) -> None:
-        if hasattr(self, "brain"):
+        if hasattr(self, "scheduler"):
             self.scheduler.check_integrity()
 
     def teardown(self) -> None:
         """Whatever is under way ends; then nothing is left."""
-        if not hasattr(self, "brain"):
+        if not hasattr(self, "scheduler"):
             return
         for name in list(self.prompts):
             self.scheduler.finish(name, self.now)

@@ -363,9 +363,9 @@ def test_the_host_keeps_at_most_three_quarters_of_its_pages_for_saves() -> None:
     rig = Rig(l1_pages=4, l2_slots=4)
     rig.submit("r", tokens_of(1, 5), hits=0)
     for index in range(3):
-        assert rig.scheduler.can_keep
+        assert rig.scheduler.can_pin
         rig.scheduler.offer("r", index, index + 1)
-    assert not rig.scheduler.can_keep
+    assert not rig.scheduler.can_pin
     rig.scheduler.not_saved(2)
     assert rig.scheduler.counters["saves_dropped"] == 2
 

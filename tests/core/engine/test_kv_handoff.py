@@ -118,7 +118,7 @@ class HandOffs(Histories):
                 self.slots.pop(op.slot, None)
             self.scheduler.forwarded(op_id, "network" if fails else None, self.now)
             return
-        kept = {slot: self.slots[slot] for slot in op.kept} if isinstance(op, Upload) else {}
+        kept = {slot: self.slots[slot] for slot in op.retained} if isinstance(op, Upload) else {}
         if isinstance(op, Fetch) and op.route[-1].startswith("relay@") and not fails and op.key in self.pool:
             self.at_decode[op.route[-1].removeprefix("relay@")].add(op.key)
         if isinstance(op, Upload):

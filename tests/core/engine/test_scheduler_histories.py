@@ -143,11 +143,11 @@ class Histories(RuleBasedStateMachine):
 
     @invariant()
     def integrity(self) -> None:
-        if hasattr(self, "brain"):
+        if hasattr(self, "scheduler"):
             self.scheduler.check_integrity()
 
     def teardown(self) -> None:
-        if not hasattr(self, "brain"):
+        if not hasattr(self, "scheduler"):
             return
         for _ in range(20000):
             if not self.pending:
