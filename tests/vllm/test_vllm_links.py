@@ -338,7 +338,7 @@ def test_another_users_connections_take_nobodys_place(engine: str, monkeypatch: 
         (Hello(0, 1, [[]], ""), "a group without layers"),
         (Hello(0, 1, [[ROW_BYTES, 0]], ""), "a layer without bytes"),
         (Hello(0, 1, [[1 << 45]], ""), "allowed: at most"),
-        ({"type": "Hello", "rank": 0, "pid": 1, "row_bytes": [[float("nan")]], "layout": ""}, "a message that is none"),
+        ({"type": "Hello", "rank": 0, "pid": 1, "row_bytes": [[float("nan")]], "layout": ""}, "an invalid message"),
         (Done(1, None), "answers with a Done; allowed: Hello"),
     ],
 )
