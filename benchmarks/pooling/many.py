@@ -1,4 +1,4 @@
-"""Part `many` of `benchmarks pool`: 16 requests at once; idle devices, and what each of two tenants gets."""
+"""Part `many` of `benchmarks pool`: 16 requests at once; idle devices, and the share of each of two tenants."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from penstock.report import Report
 
 TIME_FACTOR = 8.0
 MODEL, CONTEXT = "gpt_oss", "16k"
-REQUESTS = {"a": 12, "b": 4}  # two tenants, one of which asks three times as much
+REQUESTS = {"a": 12, "b": 4}  # two tenants; one has three times the requests
 READS_OPEN = 48  # of each request
 SAMPLE_S, WINDOW_S = 0.001, 0.5
 READ_TIMEOUT_S, END_TIMEOUT_S = 30.0, 60.0
@@ -67,12 +67,12 @@ def measure_many(report: Report, folder: Path, run_s: float, step: Callable[[str
 
 @dataclass(slots=True)
 class _Served:
-    """What readers and samplers share."""
+    """State shared by readers and samplers."""
 
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     bytes_by_tenant: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REQUESTS, 0))
-    waiting: dict[str, int] = field(default_factory=dict)  # member -> reads asked for and not ended
+    waiting: dict[str, int] = field(default_factory=dict)  # member -> reads submitted and not ended
     ended: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     errors: list[PoolError] = field(default_factory=list)
 
@@ -114,7 +114,7 @@ def _ask(
     tenant: str,
     block_bytes: int,
 ) -> None:
-    """Read a document over and over, in order, one read for each view open at any time."""
+    """Read a document repeatedly, in order, with one open read for each view."""
 
     def read(at: int, view: memoryview) -> None:
         member = members[at % len(keys)]
@@ -139,8 +139,8 @@ def _ask(
 
 
 def _sample(rig: Rig, served: _Served, run_s: float) -> tuple[dict[str, float], list[float]]:
-    """Share of the time that each member's device was idle while reads of it waited; bytes of the first tenant over
-    those of the second, by window. The first window fills the queues and does not count."""
+    """Share of the time that each member's device was idle while reads of it waited; and the first tenant's bytes over
+    the second's, by window. The first window fills the queues and does not count."""
     clocks = {member.name: clock for member, clock in zip(rig.pool.members, rig.clocks, strict=True)}
     idle = dict.fromkeys(clocks, 0)
     ratios: list[float] = []
@@ -170,7 +170,7 @@ def _bytes(served: _Served) -> dict[str, int]:
 
 
 def _through_an_engine(report: Report, rig: Rig, documents: Sequence[Document], runner: ModelledRunner) -> None:
-    """All documents asked for at once, of an engine with an empty L1 that they all fit in."""
+    """All documents requested at once, from an engine with an empty L1 that has room for all."""
     pages = sum(len(one.keys) + 2 for one in documents)
     runner.allocate(pages)
     cost = CostModel(LinkCost(runner.profile.upload_bytes_per_s), runner.profile.compute_cost())
