@@ -400,8 +400,7 @@ def test_waiting_requests_end_by_their_deadline_behind_a_slow_device(
     stuck = [Outcome(), Outcome()]
     for key, outcome in zip(on_slab, stuck, strict=False):
         pool.read(key, 4096, aligned_buffer(4096), 0.2, outcome)
-    while engine.in_flight() < 2:
-        threading.Event().wait(0.001)
+    until(lambda: engine.in_flight() >= 2)
     waiting = [Outcome() for _ in range(4)]
     for key, outcome in zip(on_slab[2:], waiting, strict=False):
         pool.read(key, 4096, aligned_buffer(4096), 0.2, outcome)
