@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from penstock.bench.served import Bed, Calibration, Run, System, SystemFailed, calibrate, run_system
+from penstock.bench.system_under_test import Bed, Calibration, Run, System, SystemFailed, calibrate, run_system
 from penstock.report import Report
 from penstock.units import parse_rate
 from penstock.workloads.deadlines import RequestName, deadlines_s, reusable_tokens, with_multipliers

@@ -23,7 +23,7 @@ from benchmarks.peers.loads import (
     warm_tokens,
 )
 from benchmarks.peers.systems import LMCACHE, STOCK, Bed, Run, Server
-from penstock.bench.served import SystemFailed
+from penstock.bench.system_under_test import SystemFailed
 from penstock.workloads.deadlines import RequestName, TtftModel, deadlines_s
 from penstock.workloads.generators import Segment, Session, Turn, Workload
 from penstock.workloads.replay import RequestRecord
@@ -138,11 +138,11 @@ class Measurement:
         wanted_bytes = unique_tokens(fill, self._bed.vocabulary) * self._bed.kv_bytes_per_token
 
         def one(server: Server) -> None:
-            before = server.carried()
+            before = server.transferred()
             for attempt in range(FILL_TRIES):
                 _check(server.replay(fill, {}, self._advance if attempt == 0 else _ignore), "fill")
                 server.reset()
-                sent_bytes = server.carried().since(before).up_bytes
+                sent_bytes = server.transferred().since(before).up_bytes
                 key, share = f"{name}_{server.system}", min(1.0, sent_bytes / wanted_bytes)
                 if share >= 1.0 or (attempt == FILL_TRIES - 1 and share >= FILLED_LEAST):
                     self.found.fills[key] = max(self.found.fills.get(key, 0), attempt + 1)

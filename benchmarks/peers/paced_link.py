@@ -31,15 +31,15 @@ READY = re.compile(r"link ready on (\S+ counters \S+)")
 
 
 @dataclass(frozen=True, slots=True)
-class Carried:
-    """Bytes that a link has carried: `down` from the server (loads), `up` to it (saves)."""
+class LinkBytes:
+    """Bytes that a link has transferred: `down` from the server (loads), `up` to it (saves)."""
 
     down_bytes: int
     up_bytes: int
 
-    def since(self, before: Carried) -> Carried:
+    def since(self, before: LinkBytes) -> LinkBytes:
         """The bytes since `before`."""
-        return Carried(self.down_bytes - before.down_bytes, self.up_bytes - before.up_bytes)
+        return LinkBytes(self.down_bytes - before.down_bytes, self.up_bytes - before.up_bytes)
 
 
 class _Line:
@@ -48,7 +48,7 @@ class _Line:
     def __init__(self, bytes_per_s: float) -> None:
         self._pacer = Pacer(bytes_per_s)
         self._lock = threading.Lock()
-        self.carried_bytes = 0
+        self.sent_bytes = 0
 
     def pump(self, source: socket.socket, sink: socket.socket) -> None:
         """Forward until the source ends or either side breaks; then the sink is shut down too."""
@@ -58,7 +58,7 @@ class _Line:
                 self._pacer.wait(size, 0.0)
                 sink.sendall(piece[:size])
                 with self._lock:
-                    self.carried_bytes += size
+                    self.sent_bytes += size
         except OSError:
             _cut(source)
         with contextlib.suppress(OSError):
@@ -104,9 +104,9 @@ class PacedLink:
         _cut(self._listener)
         self._listener.close()
 
-    def carried(self) -> Carried:
+    def transferred(self) -> LinkBytes:
         """Bytes forwarded until now."""
-        return Carried(self._down.carried_bytes, self._up.carried_bytes)
+        return LinkBytes(self._down.sent_bytes, self._up.sent_bytes)
 
     def _serve(self, client: socket.socket) -> None:
         """One connection, both ways. Closed at once beyond CONNECTIONS_MAX or if its server is not reachable."""
@@ -159,10 +159,10 @@ class LinkProcess:
     def __exit__(self, *_: object) -> None:
         self._process.stop()
 
-    def carried(self) -> Carried:
+    def transferred(self) -> LinkBytes:
         """Read the byte counts. Raises OSError if the process is gone."""
         with socket.create_connection(self._counters, CONNECT_S) as connection, connection.makefile() as lines:
-            return Carried(**json.loads(lines.readline()))
+            return LinkBytes(**json.loads(lines.readline()))
 
 
 def measure_link(bytes_per_s: float, seconds: float = 1.0) -> float:
@@ -210,7 +210,7 @@ def _serve_counters(listener: socket.socket, link: PacedLink) -> None:
     while True:
         connection, _ = listener.accept()
         with connection, contextlib.suppress(OSError):
-            found = link.carried()
+            found = link.transferred()
             connection.sendall(
                 json.dumps({"down_bytes": found.down_bytes, "up_bytes": found.up_bytes}).encode() + b"\n"
             )

@@ -17,9 +17,9 @@ from typing import Any
 
 import httpx
 
-from benchmarks.peers.paced_link import Carried, LinkProcess
+from benchmarks.peers.paced_link import LinkBytes, LinkProcess
 from penstock.bench.processes import ProcessFailed, ReadyProcess, pool_process
-from penstock.bench.served import SystemFailed
+from penstock.bench.system_under_test import SystemFailed
 from penstock.process.child_python import child_environment
 from penstock.vllm.flags import SCHEDULER, connector_config
 from penstock.workloads.generators import Workload
@@ -245,9 +245,9 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def carried(self) -> Carried:
+    def transferred(self) -> LinkBytes:
         """Bytes that its link has transferred until now; 0 for a system without a link."""
-        return Carried(0, 0) if self._link is None else self._link.carried()
+        return LinkBytes(0, 0) if self._link is None else self._link.transferred()
 
     def counters(self) -> dict[str, float]:
         """vLLM's own counters, by the names of `_COUNTERS`, and Penstock's time split: seconds of all requests by stage
@@ -273,10 +273,10 @@ class Server:
     def settle(self) -> None:
         """Wait until its link has been idle for a quarter of a second, at most RESET_S."""
         end_s = time.monotonic() + RESET_S
-        before = self.carried()
+        before = self.transferred()
         while time.monotonic() < end_s:
             time.sleep(0.25)
-            now = self.carried()
+            now = self.transferred()
             if now.since(before).down_bytes + now.since(before).up_bytes < 64 << 10:
                 return
             before = now
@@ -299,7 +299,7 @@ class Server:
             slo_s=deadlines,
             slo_fields=slo_fields,
         )
-        carried, counters = self.carried(), self.counters()
+        transferred, counters = self.transferred(), self.counters()
         start_s = time.monotonic()
         records = replay(self.url, workload, settings, on_record)
         wall_s = time.monotonic() - start_s
@@ -313,7 +313,7 @@ class Server:
             self.system,
             records,
             wall_s,
-            self.carried().since(carried),
+            self.transferred().since(transferred),
             {name: after[name] - counters.get(name, 0.0) for name in after},
         )
 
@@ -325,7 +325,7 @@ class Run:
     system: str
     records: Sequence[RequestRecord]
     wall_s: float
-    carried: Carried
+    transferred: LinkBytes
     counters: Mapping[str, float] = field(default_factory=dict)
 
     @property

@@ -17,7 +17,7 @@ from benchmarks.peers.measure import Found, Measurement, Plan, servers_up
 from benchmarks.peers.paced_link import measure_link
 from benchmarks.peers.systems import LMCACHE, SYSTEMS, Bed, lmcache_missing, probe
 from benchmarks.peers.vllm_report import conclude, plot_runs, print_runs, write_requests
-from penstock.bench.served import SystemFailed
+from penstock.bench.system_under_test import SystemFailed
 from penstock.report import Report
 from penstock.units import parse_rate
 from penstock.workloads.load_check import idle_links, refuse_empty

@@ -75,12 +75,12 @@ def _time_of(label: str, run: Run) -> float:
 
 def link_bytes_per_s(run: Run) -> float:
     """Bytes per second received over the link (loads)."""
-    return run.carried.down_bytes / run.wall_s
+    return run.transferred.down_bytes / run.wall_s
 
 
 def link_gb(run: Run) -> float:
     """10^9 bytes received over the link (loads)."""
-    return run.carried.down_bytes / 1e9
+    return run.transferred.down_bytes / 1e9
 
 
 MEASURES: dict[str, Value] = {

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from penstock.bench.served import Bed, Calibration, Run, System, SystemFailed, calibrate, run_system
+from penstock.bench.system_under_test import Bed, Calibration, Run, System, SystemFailed, calibrate, run_system
 from penstock.bench.turns import PAUSE_S, run_in_turns, slices
 from penstock.report import Report
 from penstock.units import parse_rate

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from penstock.bench.served import Bed, Run, Served, System
+from penstock.bench.system_under_test import Bed, Run, System, SystemUnderTest
 from penstock.workloads.deadlines import RequestName
 from penstock.workloads.generators import Workload
 from penstock.workloads.progress import Counter, Progress
@@ -66,7 +66,7 @@ def run_in_turns(
     records: dict[System, list[RequestRecord]] = {system: [] for system in systems}
     wall_s: dict[System, float] = dict.fromkeys(systems, 0.0)
     with ExitStack() as stack:
-        served = {system: stack.enter_context(Served(bed, system)) for system in systems}
+        served = {system: stack.enter_context(SystemUnderTest(bed, system)) for system in systems}
         for one in served.values():
             one.warm_up(workload.context_tokens_max)
         for part, order in zip(parts, orders, strict=False):

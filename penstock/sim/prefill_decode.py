@@ -25,7 +25,7 @@ from penstock.sim.fifo_link import FifoLink
 from penstock.sim.prefill_group import PrefillEngine, PrefillGroup, StepCost
 from penstock.sim.served_model import ServedModel
 from penstock.sim.serving_record import Record
-from penstock.sim.sim_agent import DECODING, IDLE, MOVING, READING, READY, WAITING, Agent
+from penstock.sim.sim_agent import DECODING, IDLE, MOVING, READING, READY, WAITING, SimAgent
 from penstock.sim.trajectories import Load, Trajectory, load_of
 
 READ, STEP, JOIN, DECODE, SUBMIT, FAULT, LATE = range(7)
@@ -69,7 +69,7 @@ class PrefillDecodeCluster:
         self._trajectories = trajectories
         self._heap: list[tuple[float, int, int, Any, int, int]] = []
         self._sequence = 0
-        self._agents: list[Agent] = []
+        self._agents: list[SimAgent] = []
         gpu = shape.gpu
         attention = model.attention(gpu)
         self._quota = ComputeQuota(
@@ -157,7 +157,7 @@ class PrefillDecodeCluster:
         for fault in faults:
             self._push(fault.at_s, FAULT, fault, 0, 0)
         for number, start_s in enumerate(starts_s):
-            agent = Agent(number, self._trajectories[number % len(self._trajectories)])
+            agent = SimAgent(number, self._trajectories[number % len(self._trajectories)])
             self._agents.append(agent)
             self._push(start_s, SUBMIT, agent, 0, 0)
         heap = self._heap
@@ -197,17 +197,17 @@ class PrefillDecodeCluster:
             self.record.given_up += 1
             self._agent(decision.request_id).state = IDLE
 
-    def _agent(self, request_id: RequestId) -> Agent:
+    def _agent(self, request_id: RequestId) -> SimAgent:
         assert isinstance(request_id, int)
         return self._agents[request_id]
 
     # -- a request's way ----------------------------------------------------------------------------------------
 
-    def _submit_event(self, agent: Agent, mark: int, extra: int, now: float) -> None:
+    def _submit_event(self, agent: SimAgent, mark: int, extra: int, now: float) -> None:
         self._submit(agent, now)
         self._decide(now)
 
-    def _submit(self, agent: Agent, now: float) -> None:
+    def _submit(self, agent: SimAgent, now: float) -> None:
         trajectory, turn = agent.trajectory, agent.turn
         agent.arrival_s = now
         prompt = agent.prompt = trajectory.prompts[turn]
@@ -234,7 +234,7 @@ class PrefillDecodeCluster:
         if place.read == "none":
             agent.local, agent.parts = 0, 0
             agent.loaded = True
-            agent.handed_at = now
+            agent.handed_off_s = now
         else:
             local = agent.local = hit - front - remote
             agent.parts = 1 if front else 0
@@ -249,7 +249,7 @@ class PrefillDecodeCluster:
         elif not agent.parts:
             self._all_there(agent, now)
 
-    def _read_from(self, link: FifoLink, agent: Agent, tokens: int, side: Side, now: float) -> None:
+    def _read_from(self, link: FifoLink, agent: SimAgent, tokens: int, side: Side, now: float) -> None:
         agent.parts += 1
         if side == "prefill":
             agent.local_reads += 1
@@ -262,7 +262,7 @@ class PrefillDecodeCluster:
         else:
             self._push(now + self.settings.read_timeout_s, LATE, agent, agent.placement, mark)
 
-    def _read(self, agent: Agent, placement: int, extra: int, now: float) -> None:
+    def _read(self, agent: SimAgent, placement: int, extra: int, now: float) -> None:
         if self._is_stale(agent, placement, extra):
             return
         if extra & 1:
@@ -276,22 +276,22 @@ class PrefillDecodeCluster:
         self._part_done(agent, now)
 
     @staticmethod
-    def _is_stale(agent: Agent, placement: int, extra: int) -> bool:
+    def _is_stale(agent: SimAgent, placement: int, extra: int) -> bool:
         mark = agent.remote_mark if extra & 1 else agent.local_mark
         return placement != agent.placement or extra >> 1 != mark or agent.state != READING
 
-    def _late(self, agent: Agent, placement: int, extra: int, now: float) -> None:
+    def _late(self, agent: SimAgent, placement: int, extra: int, now: float) -> None:
         """A read reached its deadline and was not planned again: the request starts over."""
         if not self._is_stale(agent, placement, extra):
             self.scheduler.restart(agent.number, agent.attempt)
             self._decide(now)
 
-    def _part_done(self, agent: Agent, now: float) -> None:
+    def _part_done(self, agent: SimAgent, now: float) -> None:
         agent.parts -= 1
         if not agent.parts:
             self._all_there(agent, now)
 
-    def _all_there(self, agent: Agent, now: float) -> None:
+    def _all_there(self, agent: SimAgent, now: float) -> None:
         """All hit blocks are in a buffer (or computed): the missed tokens may be computed."""
         agent.state = READY
         agent.query = agent.miss
@@ -299,7 +299,7 @@ class PrefillDecodeCluster:
         assert agent.prefill is not None
         self._ready(agent.prefill, agent, now)
 
-    def _ready(self, engine: PrefillEngine, agent: Agent, now: float) -> None:
+    def _ready(self, engine: PrefillEngine, agent: SimAgent, now: float) -> None:
         engine.ready.append(agent)
         group = engine.group
         group.waiting += 1
@@ -334,7 +334,7 @@ class PrefillDecodeCluster:
                 self._ended(agent, now)
                 continue
             if layerwise:
-                there = max(agent.handed_at, now + agent.miss * tail_s)
+                there = max(agent.handed_off_s, now + agent.miss * tail_s)
             else:
                 tokens = (agent.local + agent.miss) * nic_s
                 engine.out_free = max(now, engine.out_free) + tokens
@@ -347,7 +347,7 @@ class PrefillDecodeCluster:
         if group.waiting:
             self._start(group, now)
 
-    def _join(self, agent: Agent, placement: int, extra: int, now: float) -> None:
+    def _join(self, agent: SimAgent, placement: int, extra: int, now: float) -> None:
         if placement != agent.placement or agent.state != MOVING:
             return
         decode = agent.decode
@@ -360,7 +360,7 @@ class PrefillDecodeCluster:
         self._decode_from(decode, agent, now)
         self._arm(decode)
 
-    def _decode_from(self, decode: DecodeEngine, agent: Agent, now: float) -> None:
+    def _decode_from(self, decode: DecodeEngine, agent: SimAgent, now: float) -> None:
         decode.join(agent, now)
         self.record.ttst_s.append(now + decode.step - agent.arrival_s)
 
@@ -386,7 +386,7 @@ class PrefillDecodeCluster:
         if ended:
             self._decide(now)
 
-    def _ended(self, agent: Agent, now: float) -> None:
+    def _ended(self, agent: SimAgent, now: float) -> None:
         record = self.record
         trajectory, turn = agent.trajectory, agent.turn
         record.requests += 1

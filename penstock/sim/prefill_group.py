@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from penstock.core.engine.compute_quota import ComputeQuota, level_s
 
 if TYPE_CHECKING:
-    from penstock.sim.sim_agent import Agent
+    from penstock.sim.sim_agent import SimAgent
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class PrefillEngine:
         self.node = node
         self.group = group
         self.in_free = self.out_free = 0.0
-        self.ready: deque[Agent] = deque()
+        self.ready: deque[SimAgent] = deque()
 
 
 class PrefillGroup:
@@ -71,7 +71,7 @@ class PrefillGroup:
         self.engines: list[PrefillEngine] = []
         self.busy = False
         self.waiting = 0  # requests in the FIFOs of all ranks
-        self.stepping: list[tuple[Agent, int]] = []
+        self.stepping: list[tuple[SimAgent, int]] = []
         self.busy_s = 0.0
         self.attention_max_s = 0.0  # sums over steps
         self.attention_mean_s = 0.0
@@ -121,7 +121,7 @@ class PrefillGroup:
         )
 
     @staticmethod
-    def _load(agent: Agent, engine: PrefillEngine, now: float, cost: StepCost) -> float:
+    def _load(agent: SimAgent, engine: PrefillEngine, now: float, cost: StepCost) -> float:
         """The request's KV is uploaded (its own copy, or relayed by its decode engine) and sent to the decode engine;
         returns when its last byte is uploaded."""
         agent.loaded = True
@@ -135,11 +135,11 @@ class PrefillGroup:
         if cost.layerwise:
             out = engine.out_free = max(now, engine.out_free) + (2 * local + agent.front + agent.miss) * nic_s
             into = decode.in_free = max(now, decode.in_free) + (local + agent.front + agent.miss) * nic_s
-            agent.handed_at = max(out, into)
+            agent.handed_off_s = max(out, into)
         return end
 
 
-def _fitting(ready: Iterable[Agent], memory_tokens: int) -> Iterator[Agent]:
+def _fitting(ready: Iterable[SimAgent], memory_tokens: int) -> Iterator[SimAgent]:
     """Leading requests whose prompts fit in device memory together, at least one."""
     left = memory_tokens
     for agent in ready:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from penstock.sim.prefill_group import PrefillEngine
 
 
-class Agent:
+class SimAgent:
     """A closed loop of turns. The fields after `turn` belong to the current request.
 
     `query` tokens remain to be computed after `context` existing ones; `local` and `remote` tokens are read on the
@@ -26,7 +26,7 @@ class Agent:
         "context",
         "decode",
         "front",
-        "handed_at",
+        "handed_off_s",
         "length",
         "loaded",
         "local",
@@ -63,7 +63,7 @@ class Agent:
         self.placement = 0
         self.local_mark = self.remote_mark = 0
         self.loaded = False
-        self.handed_at = 0.0
+        self.handed_off_s = 0.0
         self.token_s = 0.0
         self.state = IDLE
         self.prefill: PrefillEngine | None = None

@@ -131,7 +131,7 @@ def defers_frees() -> bool:
     return bool(outer._kv_transfer_config.is_kv_consumer)
 
 
-def is_keepable(request: Request) -> bool:
+def is_storable(request: Request) -> bool:
     """Whether tokens and media determine a request's input completely: not with prompt embeddings, and not if vLLM
     takes tokens back (a request resumed with more input)."""
     embeds = request.prompt_embeds is not None or request.prompt_token_ids is None
@@ -182,12 +182,12 @@ class Pins:
         blocks: tuple[Sequence[KVCacheBlock], ...] = self._manager.get_blocks(request_id).blocks
         return blocks
 
-    def keep(self, page: int, blocks: list[KVCacheBlock]) -> None:
+    def pin(self, page: int, blocks: list[KVCacheBlock]) -> None:
         """Take a reference to each of these blocks, under a page number."""
         self._pool.touch(blocks)
         self._kept[page] = blocks
 
-    def give_back(self, page: int) -> None:
+    def unpin(self, page: int) -> None:
         """Release a page's references, the last block first, as vLLM does for a finished request."""
         self._pool.free_blocks(reversed(self._kept.pop(page)))
 

@@ -251,4 +251,4 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def has_pending_push_work(self) -> bool:
         """True while saves pin blocks, so that vLLM keeps stepping until they are released."""
-        return self.side.keeps_blocks()
+        return self.side.pins_blocks()

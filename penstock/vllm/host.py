@@ -36,7 +36,7 @@ from penstock.vllm.losses import LOSSES, PREFIX
 from penstock.vllm.notices import Notices
 from penstock.vllm.settings import Settings
 from penstock.vllm.shape import Shape, check_frees, open_pool_of, scheduler_config
-from penstock.vllm.shared_staging import SPARE_SLOTS, SharedStaging, Unleased
+from penstock.vllm.shared_staging import SPARE_SLOTS, LeaselessPool, SharedStaging
 from penstock.vllm.worker_links import LATE_S, WorkerLinks, WorkerLostError
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Host:
             cost.links[name] = LinkCost(rate)
         self.scheduler = ConnectorScheduler(config, cost)
         self._staging = SharedStaging(memoryview(self._memory), self._workers.slot_bytes, config.l2_slots)
-        self._stages = PoolStages(Unleased(self._pool), self._staging, self.block_bytes, config.lookup_window)
+        self._stages = PoolStages(LeaselessPool(self._pool), self._staging, self.block_bytes, config.lookup_window)
         self._writer = GuardedWorker("penstock-write", config.save_window_blocks)
         self._thread = GuardedThread("penstock-control", self._run, failed=self._failed)
         if sys.getswitchinterval() > SWITCH_INTERVAL_S:
@@ -190,7 +190,7 @@ class Host:
         """vLLM allocated blocks for a load that does not begin: report it as failed, so that vLLM computes the
         request."""
         notice = self._notices.new(wire.Finished(request_id, [], True))
-        self._inbox.put(lambda: self._workers.tell(notice))
+        self._inbox.put(lambda: self._workers.notify(notice))
 
     def acknowledged(self, request_id: str) -> None:
         """vLLM knows that the request's load has ended."""
@@ -503,7 +503,7 @@ class Host:
         if notice.hole is not None and len(self.shape.rows) == 1:
             invalid = [place for one in ids[notice.hole - first :] for place in one[0] if place >= 0]
             failed = not invalid  # vLLM then asks again
-        self._workers.tell(self._notices.new(wire.Finished(notice.request_id, invalid, failed)))
+        self._workers.notify(self._notices.new(wire.Finished(notice.request_id, invalid, failed)))
 
 
 def _nothing() -> None:

@@ -174,7 +174,7 @@ class SchedulerSide:
         if self._stale and not self._finish_reset():
             self._log.warning("stale", STALE)
             return "reset"
-        if not compat.is_keepable(request):
+        if not compat.is_storable(request):
             return "input"
         if adapter is None and request.lora_request is not None:
             return "adapter"
@@ -342,7 +342,7 @@ class SchedulerSide:
     def drop_saves(self) -> None:
         """Before a reset: saves that have not started are dropped and release vLLM's blocks."""
         self.host.press(None)
-        self._give_back()
+        self._unpin_ended()
 
     def results(self, weight_version: str | None) -> None:
         """The results of a step reported the version of its weights that vLLM was given (None: no version)."""
@@ -364,7 +364,7 @@ class SchedulerSide:
         """Change the fingerprint: everything under way ends, and waiting requests are looked up again, if the caller
         found vLLM's own cache `unused`."""
         self.host.forget_all()
-        self._give_back()
+        self._unpin_ended()
         known, self._known = list(self._known.values()), {}
         self.host.not_saved(sum(len(one.tardy_jobs) for one in known))
         self._stale = not unused or not (self._manager is None or compat.holds_nothing(self._manager))
@@ -406,7 +406,7 @@ class SchedulerSide:
 
     def scheduled(self, output: SchedulerOutput) -> int:
         """vLLM decided on a step: record what it computes, offer the blocks it completes. Returns the step's number."""
-        self._give_back()
+        self._unpin_ended()
         self._step += 1
         spans: list[tuple[int, int]] = []
         self._look_at_adapters(output.num_scheduled_tokens)
@@ -418,7 +418,7 @@ class SchedulerSide:
                     self._computes(known, count)
         if spans:
             self._steps.append(_Step(self._step, spans, time.monotonic()))
-        self._give_back()
+        self._unpin_ended()
         return self._step
 
     def _computes(self, known: _Known, count: int) -> None:
@@ -486,7 +486,7 @@ class SchedulerSide:
                 if not blocks[at].is_null
             ]
             page, room = self.host.offer(request.request_id, index, ids, step)
-            pins.keep(page, kept)
+            pins.pin(page, kept)
 
     def step_ended(self, finished_recving: Iterable[str], step: int | None) -> None:
         """Results of `step` arrived, if it computed anything. vLLM schedules a step while another one runs, so a step
@@ -499,17 +499,17 @@ class SchedulerSide:
             if ended.number == step:
                 self.host.stepped(ended.spans, now - max(ended.scheduled_s, self._last_result_s))
                 self._last_result_s = now
-        self._give_back()
+        self._unpin_ended()
 
-    def _give_back(self) -> None:
+    def _unpin_ended(self) -> None:
         if self._pins is not None:
             for page in self.host.released():
-                self._pins.give_back(page)
+                self._pins.unpin(page)
 
     def short_of_blocks(self) -> bool:
         """vLLM would have to preempt: whether blocks pinned for saves are released soon instead."""
         self._press(max(PRESS_BLOCKS, len(self._known)))
-        return self.keeps_blocks()
+        return self.pins_blocks()
 
     def _make_room(self, request: Request) -> None:
         """A request waits to start: if vLLM has no room for it, saves release blocks, down to their share."""
@@ -521,11 +521,11 @@ class SchedulerSide:
 
     def _press(self, blocks: int) -> None:
         self.host.press(blocks)
-        self._give_back()
+        self._unpin_ended()
 
-    def keeps_blocks(self) -> bool:
+    def pins_blocks(self) -> bool:
         """Whether saves still pin vLLM's blocks."""
-        self._give_back()
+        self._unpin_ended()
         return self._pins is not None and len(self._pins) > 0
 
     def take_stats(self) -> PenstockStats | None:
@@ -541,7 +541,7 @@ class SchedulerSide:
         are dropped."""
         begin = time.monotonic()
         pressed = False
-        while self.keeps_blocks():
+        while self.pins_blocks():
             waited_s = time.monotonic() - begin
             if waited_s > timeout_s:
                 return False

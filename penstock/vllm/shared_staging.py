@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 SPARE_SLOTS = 4  # replace slots whose memory a device still holds
 
 
-class Unleased(WrappedPool):
+class LeaselessPool(WrappedPool):
     """A pool that never lends blocks in place: workers in other processes could not see them."""
 
     def lease(self, key: BlockKey) -> Lease | None:

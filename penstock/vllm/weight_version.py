@@ -17,7 +17,7 @@ class WeightVersion:
 
     def __init__(self, scope: str) -> None:
         self._scope = scope
-        self._told = "default"  # the version vLLM reports before it was given one
+        self._reported = "default"  # the version vLLM reports before it was given one
         self._fresh = False  # reset, and no results of a step since
         self.part = _named(scope, "") if scope else ""
 
@@ -31,18 +31,18 @@ class WeightVersion:
         self.part = msgspec.json.encode(["own", secrets.token_hex(16)]).decode()
         self._fresh = True
 
-    def step_ended(self, told: str | None) -> bool | None:
+    def step_ended(self, reported: str | None) -> bool | None:
         """The results of a step came with vLLM's version (None: without one). Returns None if nothing changed, True
         if the weights have a name now, False if they changed without a reset, so that vLLM's own cache is of old
         weights."""
         fresh, self._fresh = self._fresh, False
-        if told is None or told == self._told:
+        if reported is None or reported == self._reported:
             return None
-        self._told = told
+        self._reported = reported
         if not fresh:
             return False
         if self._scope:
-            self.part = _named(self._scope, told)
+            self.part = _named(self._scope, reported)
             return True
         return None
 

@@ -73,9 +73,9 @@ class _Copy:
 
 class WorkerLinks:
     """One link to each worker. `post` queues an event for the control thread, which alone calls `upload`, `download`
-    and `tell`; a copy's end is such an event. A copy ends for a rank when that rank says so or when its link ends; the
-    worker closes its link after its last copy, and the kernel closes it when the process dies. Other ranks' copies
-    continue."""
+    and `notify`; a copy's end is such an event. A copy ends for a rank when that rank says so or when its link ends;
+    the worker closes its link after its last copy, and the kernel closes it when the process dies. Other ranks'
+    copies continue."""
 
     def __init__(self, engine_id: str, rows: tuple[int, ...], ranks: int, same_on_all_ranks: bool) -> None:
         """Connects to the workers. `rows` is the number of vLLM blocks of each group in a pool block; with
@@ -142,7 +142,7 @@ class WorkerLinks:
         """Every worker that holds unique bytes copies its part down."""
         self._copy(message.op_id, message, self._ranks[:1] if self._same else self._ranks, ended, writes=False)
 
-    def tell(self, message: wire.Notice) -> None:
+    def notify(self, message: wire.Notice) -> None:
         """Send to all workers, without an answer. A worker that cannot be reached will be reported lost."""
         for rank in self._ranks:
             with contextlib.suppress(wire.LinkError):

@@ -280,9 +280,9 @@ def test_names_that_vllm_looks_up_elsewhere_are_refused(tmp_path: Path, monkeypa
 
 
 def test_input_that_tokens_do_not_say_is_not_kept() -> None:
-    assert compat.is_keepable(request())
+    assert compat.is_storable(request())
     for change in ({"prompt_embeds": torch.zeros(1)}, {"prompt_token_ids": None}, {"resumable": True}):
-        assert not compat.is_keepable(request(**change)), change
+        assert not compat.is_storable(request(**change)), change
 
 
 def test_bytes_of_a_block_are_described_as_a_kernel_sees_them() -> None:

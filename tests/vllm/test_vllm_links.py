@@ -360,14 +360,14 @@ def test_a_worker_that_reads_nothing_stops_nobody(engine: str, monkeypatch: pyte
     scheduler = Scheduler(engine, 1)
     assert raw.ready.wait(WAIT_S)
 
-    def tell() -> None:
+    def notify() -> None:
         for number in range(2000):
-            scheduler.links.tell(Notice(number, Finished("r" * 1000, [], False)))
+            scheduler.links.notify(Notice(number, Finished("r" * 1000, [], False)))
 
-    telling = threading.Thread(target=tell, daemon=True)
-    telling.start()
-    telling.join(WAIT_S)
-    assert not telling.is_alive(), "vLLM's scheduler would wait"
+    notifying = threading.Thread(target=notify, daemon=True)
+    notifying.start()
+    notifying.join(WAIT_S)
+    assert not notifying.is_alive(), "vLLM's scheduler would wait"
     raw.close()
     while not scheduler.lost:
         scheduler.step()

@@ -171,7 +171,7 @@ def test_closed_pool_ends_everything_as_closed(opened: Opener) -> None:
         pool.lookup([key_of("a")], 1.0)
 
 
-def test_a_restart_keeps_blocks_and_their_order_of_use(tmp_path: Path) -> None:
+def test_a_restart_pins_blocks_and_their_order_of_use(tmp_path: Path) -> None:
     slab = [(tmp_path / "kv.slab", 8 * 4096 + HEADER_BYTES)]
     pool = open_local_pool([], slab)
     for key, parent in (*chain("a", 4), *chain("b", 4)):

@@ -90,7 +90,7 @@ class Run:
 
 
 @dataclass(slots=True)
-class Served:
+class SystemUnderTest:
     """The processes of one system between `__enter__` and `__exit__`: a new pool and a new engine."""
 
     bed: Bed
@@ -100,7 +100,7 @@ class Served:
     _stack: ExitStack = field(default_factory=ExitStack)
     _processes: list[ReadyProcess] = field(default_factory=list)
 
-    def __enter__(self) -> Served:
+    def __enter__(self) -> SystemUnderTest:
         """Start the processes. Raises SystemFailed."""
         try:
             with ExitStack() as stack:
@@ -177,7 +177,7 @@ def calibrate(bed: Bed, workload: Workload, requests: int, replay_s_max: float, 
     alone = one_at_a_time(workload, requests, CALIBRATION_SESSIONS)
     counter = Counter(progress, "calibration: coupled, one request at a time", alone.requests)
     longest = alone.context_tokens_max
-    with Served(replace(bed, l1_tokens=longest + longest // 8 + bed.block_tokens), "coupled") as served:
+    with SystemUnderTest(replace(bed, l1_tokens=longest + longest // 8 + bed.block_tokens), "coupled") as served:
         served.warm_up(longest)
         records = served.replay(alone, {}, replay_s_max, counter).records
     decoded = [
@@ -202,6 +202,6 @@ def run_system(
 ) -> Run:
     """One replay on a new pool node and engine, after the warm-up."""
     counter = Counter(progress, f"{system}: {workload.name}", workload.requests)
-    with Served(bed, system) as served:
+    with SystemUnderTest(bed, system) as served:
         served.warm_up(workload.context_tokens_max)
         return served.replay(workload, deadlines, replay_s_max, counter)
