@@ -293,7 +293,7 @@ def test_penstocks_settings_are_ones_that_the_connector_takes() -> None:
 
 def test_lmcache_is_skipped_with_its_reason(tmp_path: Path) -> None:
     assert "has no" in (lmcache_missing(make_bed()) or "")
-    assert "cannot be asked" in (lmcache_missing(make_bed(tmp_path / "nothing")) or "")
+    assert "cannot list its packages" in (lmcache_missing(make_bed(tmp_path / "nothing")) or "")
 
 
 def record(name: str, ttft_s: float | None, slo_s: float, cached: int = 900) -> RequestRecord:

@@ -205,7 +205,7 @@ def test_groups_whose_kv_no_prefix_names_are_refused() -> None:
         compat.check_model(made, SimpleNamespace(kv_cache_groups=[group]))
 
     check()
-    with pytest.raises(ConfigError, match="no prefix names"):
+    with pytest.raises(ConfigError, match="a prefix does not determine"):
         check(enable_kv_transfer=False)
     made.model_config.is_encoder_decoder = True
     with pytest.raises(ConfigError, match="encoder"):
