@@ -68,7 +68,7 @@ def check_cpus(machine: Machine) -> Check:
     quota = (machine.text("sys/fs/cgroup/cpu.max") or "max").split()
     if quota[0].isdigit() and int(quota[0]) / int(quota[1]) < cpus:
         cpus = int(quota[0]) / int(quota[1])
-        found += f", limited to {cpus:g} by its control group"
+        found += f", of which its control group may use {cpus:g}"
     if cpus < 2:
         return Check("cpus", "note", found, "give it two or more; with one, loading and computing share it")
     return Check("cpus", "ok", found)
