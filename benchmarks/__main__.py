@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME`, in a checkout: one command per experiment; each is a module of its own."""
+"""`python -m benchmarks NAME`, in a checkout: one command and module per experiment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes blocks of noise into a pool, some at a time: what experiments find there when they begin."""
+"""Writes blocks of noise into a pool, a few at a time, as the initial content for experiments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ SLOTS = 16
 
 
 def fill_pool(pool: Pool, blocks: Iterable[NewBlock], block_bytes: int, timeout_s: float = 60.0) -> None:
-    """Raises the first PoolError after all writes have ended, TimeoutError when nothing moves for `timeout_s`."""
+    """Write them. Raises the first PoolError after all writes have ended, TimeoutError after `timeout_s` without
+    progress."""
     padded = staging_bytes(block_bytes)
     memory = aligned_buffer(padded * SLOTS)
     memory[:] = np.random.default_rng(0).bytes(len(memory))

@@ -1,4 +1,4 @@
-"""`benchmarks sim-tables`: the three papers' tables, each figure beside the paper's and the fluid lower bound."""
+"""`benchmarks sim-tables`: the three papers' tables, each figure with the paper's and the fluid lower bound."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ PAPERS = ("calvo", "pool", "dualpath")
 def tables(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     paper: Annotated[list[str] | None, typer.Option(help=f"Papers: {', '.join(PAPERS)}. Default: all.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, max=100, help="Workloads of each CALVO dataset.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Number of workloads per CALVO dataset.")] = 1,
     trace: Annotated[
-        Path | None, typer.Option(help="Recorded sessions for what goes beyond DualPath: a folder of JSON files.")
+        Path | None, typer.Option(help="Recorded sessions for part `beyond` of DualPath: a folder of JSON files.")
     ] = None,
     full: Annotated[bool, typer.Option(help="All points of DualPath: an hour or more on one core.")] = False,
 ) -> None:

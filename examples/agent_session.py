@@ -1,7 +1,6 @@
-"""A chat of several turns against `penstock serve`: what each turn took from the cache, and when its first word came.
+"""A chat of several turns against `penstock serve`: cached tokens and time to the first word of each turn.
 
-penstock serve MODEL &
-python examples/agent_session.py http://127.0.0.1:8000
+penstock serve MODEL & python examples/agent_session.py http://127.0.0.1:8000
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ QUESTIONS = ("What is a penstock?", "And a turbine?", "Which of the two waits fo
 
 
 def ask(client: httpx.Client, model: str, messages: list[dict[str, str]]) -> tuple[str, float, int, int]:
-    """The answer, seconds to its first token, prompt tokens, and how many of them came from the cache."""
+    """The answer, seconds to its first token, prompt tokens, and how many of those were cached."""
     body = {
         "model": model,
         "messages": messages,

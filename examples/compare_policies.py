@@ -1,4 +1,5 @@
-"""Compare orderings on a virtual clock, in a second and without a model: `python examples/compare_policies.py`."""
+"""Compares request orderings on a virtual clock, in a second and without a model: `python
+examples/compare_policies.py`."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ REQUESTS, RATE_PER_S = 60, 3.2
 
 
 def run(policy: Policy) -> list[Ended]:
-    """The same requests under one policy: contexts of 8K to 60K tokens that the pool holds, deadlines of 1 to 4 s."""
+    """The same requests under one policy: contexts of 8K to 60K tokens, held by the pool, and deadlines of 1 to 4 s."""
     cost = CostModel(LinkCost(UPLOAD), ComputeCost(0.017, 4e-5, 1.3e-9), {"net": LinkCost(FETCH)})
     config = SchedulerConfig(BLOCK_TOKENS, BLOCK_BYTES, l1_pages=1800, l2_slots=3000, policy=policy)
     pool: dict[bytes, BlockHit] = {}

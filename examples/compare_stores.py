@@ -1,9 +1,9 @@
-"""The same blocks out of Penstock's pool, LMCache's disk backend and Mooncake's store, in turns, on this machine.
+"""Reads the same blocks from Penstock's pool, LMCache's disk backend and Mooncake's store, in turns, on this machine.
 
-    python examples/compare_stores.py /nvme0/scratch
+python examples/compare_stores.py /nvme0/scratch
 
-Both peers come from PyPI, into a virtual environment of their own in the folder; one that cannot be installed or run
-is left out with its reason. Files are read cold. CPU is that of the reading process.
+Both peers are installed from PyPI into a virtual environment in the folder; one that cannot be installed or run is
+skipped with its reason. Files are read cold. CPU time is the reading process's.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def drop_page_cache(folder: Path) -> None:
 
 @contextmanager
 def penstock_reader(folder: Path, blocks: int, memory: bool) -> Iterator[Run]:
-    """A pool of one member; every block is read, and verified where it comes from the slab."""
+    """A pool of one member; every block is read, and verified if it comes from the slab."""
     from penstock.core.keys import KeyChain
     from penstock.core.new_block import NewBlock
     from penstock.io.memory import aligned_buffer
@@ -187,7 +187,8 @@ def mooncake_reader(folder: Path, blocks: int) -> Run:
 
 
 def child(peer: str, folder: Path, blocks: int) -> None:
-    """Fill, say `ready`, then one run for each line of stdin. The process ends without the peers' own clean-up."""
+    """Fill the store, print `ready`, then run once for each line of stdin. The process exits without the peers'
+    clean-up."""
     run = {"lmcache": lmcache_reader, "mooncake": mooncake_reader}[peer](folder, blocks)
     print("ready", flush=True)
     for _ in sys.stdin:
@@ -236,7 +237,7 @@ def peer_reader(peer: str, python: Path, folder: Path, blocks: int) -> Iterator[
 
 
 def install(peer: str, home: Path) -> Path:
-    """The interpreter of an environment that has the peer, and what this one has (torch). Raises OSError."""
+    """The interpreter of an environment with the peer and this environment's packages (torch). Raises OSError."""
     python = home / "bin" / "python"
     if not python.exists():
         venv.create(home, with_pip=True)

@@ -1,6 +1,7 @@
-"""Ask a running `penstock serve` with the official client, with a deadline, and see what came from the cache.
+"""Sends a request with a deadline to a running `penstock serve` through the official client, and prints what was
+cached.
 
-penstock serve MODEL_DIR &  then  python examples/openai_client.py "Why is the sky blue?"   (needs: pip install openai)
+penstock serve MODEL_DIR & then python examples/openai_client.py "Why is the sky blue?" (needs: pip install openai)
 """
 
 from __future__ import annotations

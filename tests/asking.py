@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import random
 import threading
-import time
-from collections.abc import Callable
 
 from penstock.engine.api import RequestReport, TokenEvent
+from tests.waiting import WAIT_S, wait_until
 
-WAIT_S = 30.0
+__all__ = ("WAIT_S", "Answer", "prompt_of", "wait_until")
 
 
 def prompt_of(seed: int, tokens: int) -> list[int]:
     """Token ids of the tiny models, without a special one."""
     generator = random.Random(seed)
     return [generator.randrange(6, 370) for _ in range(tokens)]
-
-
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
-    """Return when the condition holds; fails after `timeout_s`."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"{what} did not come within {timeout_s} s"
-        time.sleep(0.001)
 
 
 class Answer:

@@ -1,6 +1,7 @@
-"""Settings of all tests: which are slow or have a server, how they are divided among processes, how long a property's
-example takes (that says nothing on a loaded machine), and SIGINT: what tests start is interrupted by it even where the
-tests run with it ignored (`nohup make test &`). What they remember of checkpoints does not go into the user's cache."""
+"""Settings of all tests: which are slow or have a server, how they are divided among processes, no deadline for a
+property's example (it would depend on the machine's load), and SIGINT: the tests and their child processes end on it
+even if it was ignored when the tests started (`nohup make test &`). Digests of checkpoints stay out of the
+user's cache."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ import pytest
 
 from tests.serving import serves
 
-# Files whose tests run one after another: one start of the QEMU guest runs all of its tests, and two cores start one
-# cluster of processes in time, not two.
+# Files whose tests run one after another: one start of the QEMU guest runs all of its tests, and two cores can start
+# only one cluster of processes within its deadline.
 TOGETHER = {
     "tests/io/test_block_engines.py": "guest",
     "tests/io/test_nvme_engine.py": "guest",
@@ -34,7 +35,7 @@ if "PENSTOCK_TESTS_CACHE" not in os.environ:  # not in a child of the tests
     os.environ["PENSTOCK_TESTS_CACHE"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="penstock-tests-cache-")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # what is ignored here would be ignored in every child
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # every child would inherit the ignored signal
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if importlib.util.find_spec("hypothesis") is not None:  # not in the environment of tests/inside_vllm
@@ -52,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks tests that have a server. Files with slow tests come first, so that none is left when others are done."""
+    """Marks tests that have a server. Files with slow tests start first, so that none runs alone at the end."""
     for item in items:
         if serves(item):
             item.add_marker(pytest.mark.server)
@@ -61,11 +62,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Restores SIGINT after each test, also after one that failed and after fixtures: pytest has to end on it."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        return (yield)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    """A test leaves SIGINT as it was: pytest itself would not end on it any more."""
+    """A test that changes SIGINT's handler and does not restore it fails."""
     before = signal.getsignal(signal.SIGINT)
     result = yield
-    after = signal.signal(signal.SIGINT, before)
+    after = signal.getsignal(signal.SIGINT)
     assert after == before, f"SIGINT was left to {after}"
     return result
 

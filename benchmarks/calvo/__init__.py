@@ -1,1 +1,1 @@
-"""CALVO: loading and computing as stages of their own, ordered by both; live and simulated."""
+"""CALVO: loading and computing as separate stages, ordered by the cost of both; live and simulated."""

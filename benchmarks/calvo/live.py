@@ -30,7 +30,7 @@ MIXED_POLICIES: tuple[Policy, ...] = ("fcfs", "sjf-compute", "sjf")
 MIXED_RATES = {
     "mixed": 1.0,
     "mixed-load": 1.5,
-}  # misses computed; and prompts of their hits only, nearer the link's limit
+}  # misses computed; and prompts of their hits only, closer to the link's limit
 COUPLED = "coupled"
 GAIN_GOAL, CUT_GOAL = 2.0, 0.813
 CALIBRATION_SEED = 1000
@@ -38,7 +38,7 @@ CALIBRATION_SEED = 1000
 
 @dataclass(slots=True)
 class Pooled:
-    """What the repeats of one (dataset, rate, policy) gave, request by request."""
+    """Results of the repeats of one (dataset, rate, policy), by request."""
 
     ttfts_s: list[float] = field(default_factory=list)
     met: list[float] = field(default_factory=list)
@@ -61,9 +61,9 @@ def calvo(
     policy: Annotated[
         list[str] | None, typer.Option(help="Orderings to run beside the baseline. Default: all.")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, max=50, help="Workloads (seeds) of each rate.")] = 2,
-    bytes_divisor: Annotated[int, typer.Option(min=1, help="KV bytes are the paper's divided by this.")] = 256,
-    time_factor: Annotated[float, typer.Option(min=0.01, max=100, help="Times are the paper's times this.")] = 0.25,
+    repeats: Annotated[int, typer.Option(min=1, max=50, help="Number of workloads (seeds) per rate.")] = 2,
+    bytes_divisor: Annotated[int, typer.Option(min=1, help="Divisor of the paper's KV bytes.")] = 256,
+    time_factor: Annotated[float, typer.Option(min=0.01, max=100, help="Multiplier of the paper's times.")] = 0.25,
     fetch_gbytes_per_s: Annotated[
         float, typer.Option(min=0.1, help="Bandwidth of the fetch link, unscaled, in GB/s (not in the paper).")
     ] = 17.2,
@@ -143,8 +143,8 @@ def _measure(
 
 
 class _Dataset:
-    """One dataset on the testbed. The requests (contexts, queries, SLO multipliers) are those of the calibration;
-    each repeat draws arrivals anew and deals the requests out in another order."""
+    """One dataset on the testbed. The requests (contexts, queries, SLO multipliers) are those of the calibration; each
+    repeat draws new arrivals and assigns the requests to them in another order."""
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ class _Dataset:
     def run_all(
         self, cells: dict[Cell, Pooled], rate: float, repeat: int, policies: Sequence[str], shuffle: random.Random
     ) -> None:
-        """Every policy on one workload, in random order."""
+        """Run every policy on one workload, in random order."""
         from benchmarks.calvo.testbed import Arrival
 
         rng = random.Random(f"{self._label}/{rate}/{repeat}")

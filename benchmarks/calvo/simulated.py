@@ -30,14 +30,14 @@ MODELS = {"llama": "h100-llama-3.1-8b", "qwen": "h100-qwen2.5-14b-1m"}
 WEIGHT_BYTES = {"llama": 16e9, "qwen": 29.6e9}
 HBM_BYTES, ACTIVATION_BYTES, HOST_BYTES = 80e9, 4e9, 128e9
 FETCH_BYTES_PER_S = 17.2e9
-"""Not in the paper: what its example (0.361 s for 28.1K tokens, in series) leaves beside 0.147 s of upload."""
+"""Not in the paper: the rest of its example (0.361 s for 28.1K tokens, in series) after 0.147 s of upload."""
 BLOCK_TOKENS = 256
 FETCH = "net"
 RATES = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5)
 COUPLED = "coupled"
 HIT_RATIOS = (0.25, 0.5, 0.75, 1.0)
 HIT_RATIO_RATE = 0.7
-MIXED_LINKS, MIXED_RATES = (1.0, 0.125), (0.5, 1.0, 1.5)  # shares of the fetch link, of the baseline's capacity
+MIXED_LINKS, MIXED_RATES = (1.0, 0.125), (0.5, 1.0, 1.5)  # shares of the fetch link, and of the baseline's capacity
 RECOMPUTE_LINKS = (1.0, 0.25)
 PAPER_TTFT_CUT = 0.813
 SLO_GAIN_GOAL = 2.0
@@ -45,8 +45,8 @@ SLO_GAIN_GOAL = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request: its tokens, how many of them the pool holds, its SLO as a multiple of its TTFT alone, its arrival
-    in units of the mean time between arrivals."""
+    """One request: its tokens, how many of them the pool holds, its SLO as a multiple of its TTFT alone, its arrival in
+    units of the mean time between arrivals."""
 
     tokens: list[int]
     warm_tokens: int
@@ -56,8 +56,8 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """One engine of the paper and its fetch link. `recompute`: it may compute the front of a hit while the rest loads
-    (the baseline never does)."""
+    """One engine of the paper and its fetch link. `recompute`: it may compute the first part of a hit while the rest
+    loads (the baseline never does)."""
 
     model: str
     fetch_bytes_per_s: float
@@ -112,7 +112,7 @@ class Machine:
         ]
 
     def load_s(self, job: Job) -> float:
-        """On the fetch link, the slowest."""
+        """Seconds on the fetch link, the slowest stage."""
         return job.warm_tokens * self.profile.layers * self.profile.layer_bytes_per_token / self.fetch_bytes_per_s
 
     def load_over_compute(self, job: Job) -> float:
@@ -126,15 +126,15 @@ class Machine:
         return self.profile.compute_cost().seconds([(len(job.tokens) - job.warm_tokens, job.warm_tokens)])
 
     def fluid_bound_s(self, jobs: Sequence[Job], starts_s: Sequence[float]) -> float:
-        """No order has a lower mean TTFT: shortest remaining load first on the fetch link, then each job's own compute
-        as if it were alone."""
+        """A lower bound of the mean TTFT for any order: shortest remaining load first on the fetch link, then each
+        job's own compute as if it were alone."""
         ends_s = shortest_remaining_first(starts_s, [self.load_s(job) for job in jobs])
         flows = [end + self.compute_s(job) - start for end, start, job in zip(ends_s, starts_s, jobs, strict=True)]
         return statistics.mean(flows)
 
 
 def shortest_remaining_first(starts_s: Sequence[float], sizes_s: Sequence[float]) -> list[float]:
-    """When each job ends on one machine that always serves the one with the least left."""
+    """When each job ends on a machine that always serves the job with the least remaining work."""
     order = sorted(range(len(starts_s)), key=lambda i: starts_s[i])
     left: dict[int, float] = {}
     ends, now = [0.0] * len(starts_s), 0.0
@@ -157,7 +157,7 @@ def shortest_remaining_first(starts_s: Sequence[float], sizes_s: Sequence[float]
 
 
 def jobs_of(dataset: str, seed: int, hit_ratios: Sequence[float], vocabulary: int) -> list[Job]:
-    """The dataset's requests, the arrivals at one a second."""
+    """The dataset's requests, with one arrival per second on average."""
     workload = calvo(dataset, 1.0, seed, hit_ratios=hit_ratios, context_tokens_multiple=BLOCK_TOKENS)
     found = []
     for session in workload.sessions:
@@ -192,7 +192,7 @@ class Cell:
 
 
 class Dataset:
-    """One dataset on one machine: what the baseline takes alone and can do, then runs at shares of that."""
+    """One dataset on one machine: the baseline's times alone and its capacity, then runs at shares of that."""
 
     def __init__(self, machine: Machine, name: str, seed: int, hit_ratios: Sequence[float] = (1.0,)) -> None:
         self.machine = machine
@@ -201,7 +201,7 @@ class Dataset:
         self.capacity_per_s = len(self.jobs) / sum(self.alone_s)
 
     def run(self, policy: str, rate_per_s: float, cell: Cell, *, recompute: bool = False) -> None:
-        """Run one policy at a rate, and add what it gave to `cell`."""
+        """Run one policy at a rate, and add the results to `cell`."""
         starts_s = [job.arrival / rate_per_s for job in self.jobs]
         slos_s = [alone * job.slo_multiplier for alone, job in zip(self.alone_s, self.jobs, strict=True)]
         mode: Mode = "coupled" if policy == COUPLED else "penstock"
@@ -214,7 +214,7 @@ class Dataset:
 
 
 def tables(report: Report, machine: Machine, datasets: Sequence[str], rates: Sequence[float], seeds: int) -> None:
-    """All figures, beside the paper's as limits."""
+    """All figures, with the paper's as limits."""
     report.modelled.append(
         f"everything: virtual clock; {machine.profile.name}; fetch link {machine.fetch_bytes_per_s / 1e9:g} GB/s (not "
         f"in the paper), upload {machine.profile.upload_bytes_per_s / 1e9:g} GB/s; *_over_bound: mean TTFT over that "
@@ -281,8 +281,8 @@ def _mixed(report: Report, machine: Machine, name: str, seeds: int) -> None:
 
 
 def _recompute(report: Report, machine: Machine, name: str, seeds: int) -> None:
-    """Beyond the paper: what load-or-recompute adds to each of its two orders, and to `feasible`, at the baseline's
-    capacity on the paper's fetch link and on a slower one."""
+    """Beyond the paper: the gain from load-or-recompute for each of its two orders, and for `feasible`, at the
+    baseline's capacity on the paper's fetch link and on a slower one."""
     for share in RECOMPUTE_LINKS:
         cells = {(policy, on): Cell() for policy in ("sjf", "lstf", "feasible") for on in (False, True)}
         for seed in range(seeds):
@@ -299,7 +299,7 @@ def _recompute(report: Report, machine: Machine, name: str, seeds: int) -> None:
 
 
 def _ratios(report: Report, machine: Machine, name: str, seeds: int) -> None:
-    """TTFT at fixed hit ratios, at one rate: that of the lowest ratio's load."""
+    """TTFT at fixed hit ratios, all at the rate of the lowest ratio's load."""
     means: dict[float, Cell] = {}
     for seed in range(seeds):
         rate_per_s = 0.0
@@ -319,7 +319,7 @@ def calvo_command(
     rate: Annotated[
         list[float] | None, typer.Option(help="Rates, as shares of the baseline's capacity. Default: 0.5 to 1.5.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, max=100, help="Workloads of each dataset.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Number of workloads per dataset.")] = 3,
     fetch_gbytes_per_s: Annotated[
         float, typer.Option(min=0.1, help="Bandwidth of the fetch link, GB/s (not in the paper).")
     ] = FETCH_BYTES_PER_S / 1e9,

@@ -1,4 +1,4 @@
-"""CALVO's set-up at a stated scale: a paced pool node in a process of its own, modelled compute, all bytes for real."""
+"""CALVO's set-up at a stated scale: a paced pool node in a separate process, modelled compute, real bytes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from penstock.workloads.generators import CALVO_DATASETS, SLO_MULTIPLIERS, Workl
 from penstock.workloads.recording import RecordedProfile, RecordedRequest, RecordedRun
 
 FETCH_BYTES_PER_S = 17.2e9
-"""What the paper does not print. Its example loads 28.1K tokens (3.68 GB) in 0.361 s through both stages one after the
-other; with uploads at the profile's 25 GB/s (0.147 s), 0.214 s are left to the fetch."""
-L1_BYTES = 60e9  # an 80 GB GPU less weights and activations
+"""Not in the paper. Its example loads 28.1K tokens (3.68 GB) in 0.361 s through both stages one after the other;
+uploads at the profile's 25 GB/s take 0.147 s, which leaves 0.214 s for the fetch."""
+L1_BYTES = 60e9  # an 80 GB GPU minus weights and activations
 L2_BYTES = 128e9
 BLOCK_TOKENS = 256
 RUN_LIMIT_S = 120.0
@@ -68,7 +68,7 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """One policy on one workload: per request (in order of arrival) its report, deadline and TTFT."""
+    """One policy on one workload: each request's report, deadline and TTFT, in order of arrival."""
 
     reports: tuple[RequestReport, ...]
     slos_s: tuple[float, ...]
@@ -87,8 +87,8 @@ class RunResult:
 def arrivals(
     dataset: str, rate_per_s: float, seed: int, hit_ratios: Sequence[float], vocabulary: int, warm_only: bool
 ) -> list[Arrival]:
-    """The workload with its tokens, contexts in whole blocks. With `warm_only` prompts have the warm part of their
-    context only: what is to load then varies with the hit ratio, what is to compute does not."""
+    """The workload with its tokens, contexts in whole blocks. With `warm_only`, prompts contain only the warm part of
+    their context: then the load varies with the hit ratio, and the compute does not."""
     workload: Workload = calvo(
         dataset, rate_per_s, seed, hit_ratios=hit_ratios, context_tokens_multiple=BLOCK_TOKENS, context_spread=0.5
     )
@@ -104,7 +104,7 @@ def arrivals(
 
 
 class Testbed:
-    """A pool node that holds the contexts, and engines against it, one after the other."""
+    """A pool node that holds the contexts, and engines that use it, one after the other."""
 
     def __init__(self, scale: Scale, pool_address: str) -> None:
         self.scale = scale
@@ -144,7 +144,7 @@ class Testbed:
         pool.close(10.0)
 
     def drop(self, requests: Sequence[Arrival]) -> None:
-        """Evict the requests' blocks altogether."""
+        """Evict all blocks of the requests."""
         pool = connect_pool(self._address)
         for arrival in requests:
             keys = self._keys(arrival)
@@ -166,7 +166,7 @@ class Testbed:
         )
 
     def cost(self) -> CostModel:
-        """What a profile of this testbed says."""
+        """The profile of this testbed."""
         model = CostModel(LinkCost(self.profile.upload_bytes_per_s), self.profile.compute_cost())
         model.default_link_bytes_per_s = self.scale.paced_bytes_per_s
         return model
@@ -185,7 +185,7 @@ class Testbed:
             pool.close(10.0)
 
     def profile_of(self, alone: RunResult) -> RecordedProfile:
-        """What requests that ran one at a time, coupled, say of links and overheads."""
+        """Link bandwidths and overheads, derived from requests that ran one at a time on the coupled baseline."""
         upload = alone.link_bytes_per_s["upload"]
         loaded = sum(report.loaded_bytes for report in alone.reports)
         fetching_s = sum(end - start for r in alone.reports for label, start, end in r.spans if label == "fetch")
@@ -211,7 +211,7 @@ class Testbed:
         mode: Mode,
         policy: Policy,
     ) -> RecordedRun:
-        """A run as it was, to be simulated."""
+        """The record of a run, for simulation."""
         rows = [
             RecordedRequest(start, len(a.tokens), [0] * (a.warm_tokens // BLOCK_TOKENS), slo, ttft)
             for start, a, slo, ttft in zip(result.starts_s, requests, result.slos_s, result.ttfts_s, strict=True)
@@ -251,7 +251,7 @@ def testbed(scale: Scale) -> Iterator[Testbed]:
 
 
 class _Collector:
-    """Gathers the reports of a run; `closed` is called after each end."""
+    """Collects the reports of a run; `closed` is called after each end."""
 
     def __init__(self, count: int, closed: Callable[[], None]) -> None:
         self.reports: list[RequestReport | None] = [None] * count

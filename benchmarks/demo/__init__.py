@@ -1,1 +1,1 @@
-"""Two systems and the same requests over HTTP: the picture of the README."""
+"""Two systems serve the same requests over HTTP: the picture of the README."""

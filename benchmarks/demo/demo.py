@@ -1,4 +1,4 @@
-"""`benchmarks demo`: agent sessions over HTTP against a pool node, once coupled and once as Penstock."""
+"""`benchmarks demo`: agent sessions over HTTP against a pool node, once coupled and once with Penstock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from penstock.bench.served import Bed, Calibration, Run, System, SystemFailed, calibrate, run_system
+from penstock.bench.system_under_test import Bed, Calibration, Run, System, SystemFailed, calibrate, run_system
 from penstock.report import Report
 from penstock.units import parse_rate
 from penstock.workloads.deadlines import RequestName, deadlines_s, reusable_tokens, with_multipliers
@@ -23,19 +23,19 @@ from penstock.workloads.timeline import Panel, write_figure, write_html
 
 CALIBRATION_REQUESTS = 20
 BLOCK_TOKENS = 16
-OFFERED_LOAD = 2.5  # of the open sessions' turns after the first, over what the baseline can do
-START_SPARE = 1.15  # time between two sessions over what computing a first prompt takes
-REPLAY_SHARE = 0.75  # of the time that a replay may take at most
+OFFERED_LOAD = 2.5  # demand of the open sessions' turns after the first, relative to the baseline's capacity
+START_SPARE = 1.15  # time between two sessions relative to the compute time of a first prompt
+REPLAY_SHARE = 0.75  # of the largest allowed replay time
 SYSTEMS: tuple[System, ...] = ("coupled", "penstock")
 
 
 def demo_workload(sessions: int, turns_max: int, seed: int) -> Workload:
-    """DualPath's 32K agents at a quarter of tokens and turns, answers cut, and a system prompt that all share."""
+    """DualPath's 32K agents at a quarter of tokens and turns, with shortened answers and a shared system prompt."""
     agents = agent_trajectories(
         "32K",
         sessions,
         seed,
-        rate_per_s=3.0,  # the order of the sessions; when they start and how long they think, `paced` says
+        rate_per_s=3.0,  # gives the order of the sessions; `paced` sets their start and think times
         token_divisor=4,
         turns_divisor=4,
         turns_max=turns_max,
@@ -48,8 +48,8 @@ def demo_workload(sessions: int, turns_max: int, seed: int) -> Workload:
 
 def paced(workload: Workload, alone: Calibration, reusable: Mapping[RequestName, int], replay_s_max: float) -> Workload:
     """The workload at this machine's speed, so that every machine shows the same picture: sessions start as fast as it
-    computes their first prompts, and think as long as makes their further turns `OFFERED_LOAD` times what the baseline
-    can do. On a slow machine there are fewer sessions, so that a replay ends in time."""
+    computes their first prompts, and think times are such that further turns demand `OFFERED_LOAD` times the baseline's
+    capacity. A slow machine gets fewer sessions, so that a replay ends in time."""
 
     def alone_s(name: str, turn: int) -> float:
         asked = turns[name][turn]
@@ -79,8 +79,8 @@ def paced(workload: Workload, alone: Calibration, reusable: Mapping[RequestName,
 
 
 def demo_bed(model: Path, workload: Workload, pace: str) -> Bed:
-    """Device memory for four of the longest contexts, but at most a third of what the sessions end with, so that a
-    session's KV has to come from the pool again at its next turn."""
+    """Device memory for four of the longest contexts, but at most a third of what the sessions hold at the end, so that
+    a session's KV has to come from the pool again at its next turn."""
     longest = workload.context_tokens_max
     working_set = sum(session.turns[-1].prompt_tokens for session in workload.sessions)
     return Bed(
@@ -97,12 +97,12 @@ def demo_bed(model: Path, workload: Workload, pace: str) -> Bed:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for demo.html, demo.png and demo.json.")] = Path("out"),
     sessions: Annotated[int, typer.Option(min=1, max=256, help="Agent sessions.")] = 30,
-    turns: Annotated[int, typer.Option(min=1, max=200, help="Turns of a session, at most.")] = 5,
-    pace: Annotated[str, typer.Option(help="What the pool node sends at most: a NIC of that speed.")] = "25MB/s",
+    turns: Annotated[int, typer.Option(min=1, max=200, help="Most turns of a session.")] = 5,
+    pace: Annotated[str, typer.Option(help="Rate limit of the pool node's sending, as of a NIC.")] = "25MB/s",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sessions and of the model's weights.")] = 0,
-    minutes: Annotated[float, typer.Option(min=0.1, max=60, help="Time for both replays together, at most.")] = 3.0,
+    minutes: Annotated[float, typer.Option(min=0.1, max=60, help="Longest time for both replays together.")] = 3.0,
 ) -> None:
-    """Replay multi-turn agent sessions over HTTP, coupled and as Penstock; table, page and picture."""
+    """Replays multi-turn agent sessions over HTTP, coupled and with Penstock; writes table, page and picture."""
     from penstock.testing.tiny_models import build_demo_checkpoint
 
     console = Console(stderr=True)

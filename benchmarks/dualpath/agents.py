@@ -1,4 +1,5 @@
-"""The agents of `benchmarks dualpath`: a stretch of each trajectory's turns, whose earlier context the pool holds."""
+"""The agents of `benchmarks dualpath`: some consecutive turns of each trajectory; the pool holds the earlier
+context."""
 
 from __future__ import annotations
 
@@ -12,13 +13,13 @@ from penstock.workloads.generators import Prompt, Session, agent_trajectories, p
 from penstock.workloads.traces import Scaling, read_trace
 
 BLOCK_TOKENS = 64
-ANSWER_TOKENS_MAX = 64  # with so few turns one long answer would be the whole job's time
-CONTEXT_TOKENS_MIN = 512  # of a stretch of a trace: below that little is to be loaded
+ANSWER_TOKENS_MAX = 64  # there are so few turns that one long answer would dominate the job's time
+CONTEXT_TOKENS_MIN = 512  # of a trace's turns; shorter contexts give little to load
 
 
 @dataclass(frozen=True, slots=True)
 class AgentTurn:
-    """`hit_tokens`: whole blocks that earlier turns of the agent have computed."""
+    """One turn. `hit_tokens`: whole blocks that earlier turns of the agent have computed."""
 
     prompt: list[int]
     hit_tokens: int
@@ -27,7 +28,7 @@ class AgentTurn:
 
 @dataclass(frozen=True, slots=True)
 class Agent:
-    """Turns that follow each other at once; the pool holds the first turn's `hit_tokens` when it starts."""
+    """Turns that follow each other without pause; the pool holds the first turn's `hit_tokens` at the start."""
 
     name: str
     turns: list[AgentTurn]
@@ -49,8 +50,8 @@ def generated(length: str, agents: int, turns: int, token_divisor: int, seed: in
 def recorded(
     path: Path, agents: int, turns: int, token_divisor: int, context_tokens_max: int, seed: int, vocabulary: int
 ) -> list[Agent]:
-    """Stretches of recorded sessions, each from a random turn on; sessions are used again, from other turns and with
-    tokens of their own, until there are enough. Raises TraceError."""
+    """Turns of recorded sessions, each from a random turn on; sessions are reused, from other turns and with other
+    tokens, until there are enough. Raises TraceError."""
     scaling = Scaling(
         token_divisor=token_divisor, context_tokens_max=context_tokens_max, answer_tokens_max=ANSWER_TOKENS_MAX
     )
@@ -68,7 +69,7 @@ def recorded(
 
 
 def _long_enough(session: Session, turns: int) -> list[int]:
-    """Where a stretch may begin."""
+    """The turns where an agent may begin."""
     return [
         first
         for first in range(1, len(session.turns) - turns + 1)
@@ -77,7 +78,7 @@ def _long_enough(session: Session, turns: int) -> list[int]:
 
 
 def _stretch(session: Session, first: int, turns: int, vocabulary: int, copy: int | None) -> Agent:
-    """`turns` turns from number `first` on. Tokens of a `copy` are shifted, so that copies share nothing."""
+    """`turns` turns from number `first` on. A `copy` has shifted tokens, so that copies share nothing."""
     shift = 0 if copy is None else (copy + 1) * 7919
 
     def tokens(prompt: Prompt) -> list[int]:
@@ -95,7 +96,7 @@ def _stretch(session: Session, first: int, turns: int, vocabulary: int, copy: in
 
 
 def _shared(left: Sequence[int], right: Sequence[int]) -> int:
-    """Tokens that two prompts begin with."""
+    """Number of tokens that two prompts have in common at their beginning."""
     size = min(len(left), len(right))
     if left[:size] == right[:size]:
         return size
@@ -103,7 +104,7 @@ def _shared(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 def trajectories(agents: Sequence[Agent]) -> list[Trajectory]:
-    """The same agents by token counts, for the simulator."""
+    """The same agents as token counts, for the simulator."""
     return [
         Trajectory(
             [len(turn.prompt) for turn in agent.turns],

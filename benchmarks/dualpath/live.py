@@ -1,4 +1,4 @@
-"""`benchmarks dualpath`: prefill and decode hosts, loading over one path and over both, on network namespaces."""
+"""`benchmarks dualpath`: prefill and decode hosts in network namespaces, loading over one path and over both."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def dualpath(
     storage_mbytes_per_s: Annotated[
         float, typer.Option(min=1, max=1000, help="Speed of a host's storage NIC; its compute NIC is 8 times faster.")
     ] = 40.0,
-    repeats: Annotated[int, typer.Option(min=1, max=20, help="Of the first workload, systems in turn.")] = 2,
-    quick: Annotated[bool, typer.Option(help="As little as possible of everything: checks that it runs.")] = False,
+    repeats: Annotated[int, typer.Option(min=1, max=20, help="Repeats of the first workload, systems in turn.")] = 2,
+    quick: Annotated[bool, typer.Option(help="The least of everything: checks that it runs.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
     """Prefill read, DualPath and split reads on hosts with storage and compute NICs: job times, rates, TPOT."""
@@ -72,7 +72,7 @@ def dualpath(
 
 
 def _chosen(name: str, given: Sequence[str] | None, allowed: Sequence[str]) -> list[str]:
-    """What was asked for, in the order of `allowed`. Raises BadParameter."""
+    """The chosen values, in the order of `allowed`. Raises BadParameter."""
     for value in given or ():
         if value not in allowed:
             raise typer.BadParameter(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
@@ -149,6 +149,6 @@ def _measure(
 
 
 def _names() -> Callable[[], str]:
-    """Each run's own tenant, so that nothing of an earlier run is hit."""
+    """A separate tenant for each run, so that it hits nothing of an earlier run."""
     prefix, numbers = secrets.token_hex(4), itertools.count(1)
     return lambda: f"{prefix}-{next(numbers)}"

@@ -35,7 +35,7 @@ class Size:
 
 @dataclass(slots=True)
 class Cell:
-    """One topology and workload: what plain sockets carry, and the runs of each system."""
+    """One topology and workload: the bandwidth of plain sockets, and the runs of each system."""
 
     topology: Topology
     workload: str
@@ -45,7 +45,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """Topology and workload, as figures are named."""
+        """Topology and workload, as in figures' names."""
         return f"{self.topology.name}_{self.workload}"
 
     def job_s(self, system: System) -> float:
@@ -55,7 +55,7 @@ class Cell:
 
 def workload(name: str, scale: Scale, size: Size, traces: Path | None, seed: int = 1) -> list[Agent]:
     """A row of DualPath's table, or recorded sessions, all lengths divided. Agents of shorter rows have fewer turns, as
-    in the table, and are more, so that the KV to read is as much. Raises TraceError or ValueError."""
+    in the table, and there are more of them, so that the KV to read is the same. Raises TraceError or ValueError."""
     vocabulary, divisor = scale.profile().vocab_size, scale.token_divisor
     if name == TRACE:
         assert traces is not None, "a trace without its path"
@@ -77,7 +77,7 @@ def cells_of(names: Sequence[str], scale: Scale, size: Size, traces: Path | None
 def measure_cell(
     cell: Cell, scale: Scale, systems: Sequence[System], repeats: int, progress: Progress, unique: Callable[[], str]
 ) -> None:
-    """All systems in turn, every other repeat in the reverse order, on the same hosts and engines."""
+    """All systems in turn, every other repeat in reverse order, on the same hosts and engines."""
     requests = sum(len(agent.turns) for agent in cell.agents)
     with Testbed(cell.topology, scale) as bed:
         cell.raw_bytes_per_s = bed.raw_bytes_per_s()
@@ -94,7 +94,7 @@ def measure_cell(
 
 
 def report_cell(report: Report, cell: Cell) -> None:
-    """Times, rates, gains over Basic, and the share of what plain sockets carry over all storage NICs."""
+    """Times, rates, gains over Basic, and the share of plain sockets' bandwidth over all storage NICs."""
     label = f"offline_{cell.label}"
     report.figure(f"{label}_plain_sockets_bytes_per_s", cell.raw_bytes_per_s)
     basic = cell.job_s(LAYERWISE)
@@ -119,7 +119,7 @@ def report_cell(report: Report, cell: Cell) -> None:
 
 
 def report_equals(report: Report, cells: Sequence[Cell]) -> None:
-    """Set-ups whose usable storage NICs are as many."""
+    """Set-ups with the same number of usable storage NICs."""
     first = cells[0].workload
     by_name = {cell.topology.name: cell for cell in cells if cell.workload == first}
     if len(by_name) < 3:
@@ -136,13 +136,13 @@ def report_equals(report: Report, cells: Sequence[Cell]) -> None:
 # -- ablation ---------------------------------------------------------------------------------------------------
 
 ABLATION = (BASIC, LAYERWISE, DUAL, PAPER, SPLIT)
-CUTS = {"layerwise": 0.1721, "dual path": 0.3819, "scheduler": 0.4562}  # of the paper, 660B
+CUTS = {"layerwise": 0.1721, "dual path": 0.3819, "scheduler": 0.4562}  # reductions in the paper, 660B
 
 
 def measure_ablation(
     report: Report, scale: Scale, size: Size, topology: Topology, progress: Progress, unique: Callable[[], str]
 ) -> None:
-    """Job time of each step, and its cut against the first."""
+    """Job time of each step, and its reduction from the first."""
     cell = Cell(topology, "64K", workload("64K", scale, size, None))
     measure_cell(cell, scale, ABLATION, 1, progress, unique)
     base = cell.job_s(BASIC)
@@ -159,7 +159,7 @@ def measure_ablation(
 
 
 def served_model(scale: Scale) -> ServedModel:
-    """The modelled runner's costs, as the simulator has them (at `UNIT` FLOP/s)."""
+    """The modelled runner's costs in the simulator's form (at `UNIT` FLOP/s)."""
     profile = scale.profile()
     return ServedModel(
         name=profile.name, source="the profile of the modelled runner", layers=profile.layers,
@@ -174,7 +174,7 @@ UNIT = 1e12
 
 
 def simulated_job(cell: Cell, scale: Scale, system: System) -> tuple[float, float]:
-    """Job time and mean TTFT of the same agents in the simulator; storage NICs as plain sockets drove them."""
+    """Job time and mean TTFT of the same agents in the simulator, with storage NICs at plain sockets' bandwidth."""
     hosts = cell.topology.prefill + cell.topology.decode
     gpu = Gpu(UNIT, scale.decode_memory_bytes, 1.0, 1e-3, UNIT)
     shape = ClusterShape(
@@ -188,7 +188,7 @@ def simulated_job(cell: Cell, scale: Scale, system: System) -> tuple[float, floa
 
 
 def report_simulated(report: Report, cells: Sequence[Cell], scale: Scale) -> None:
-    """Predicted against measured: relative errors of job times and of mean TTFTs."""
+    """Predictions against measurements: relative errors of job times and of mean TTFTs."""
     jobs, ttfts = [], []
     for cell in cells:
         for system in SYSTEMS:

@@ -1,4 +1,4 @@
-"""`benchmarks dualpath` online: the highest rate of turns within limits of TTFT, TPOT; TPOT beside bulk loads."""
+"""`benchmarks dualpath` online: the highest rate of turns within TTFT and TPOT limits; TPOT beside bulk loads."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ PAPER_TTFT_S, PAPER_TPOT_S = 4.0, 0.05
 CAPACITY_GOAL, TPOT_GOAL = 1.96, 1.05
 STEPS = 3
 TPOT_REPEATS = 5
-SHARES = (0.6, 1.0)  # of the rate at which a system's storage NICs are full: where its capacity is looked for
-AGENTS_PER_NIC = 70  # each with one turn: so few at work at once would find the turn before in memory, not in storage
+SHARES = (0.6, 1.0)  # of the rate that fills a system's storage NICs: the range in which its capacity is searched
+AGENTS_PER_NIC = 70  # each with one turn: with fewer, the previous turn would still be in memory, not in storage
 FOREGROUND, ANSWER_TOKENS, QUESTION_TOKENS = 4, 80, 600
 BULK = Size(agents=18, turns=4)
 
@@ -35,7 +35,7 @@ def limits(scale: Scale) -> tuple[float, float]:
 
 
 def kept(run: Run, scale: Scale, half_s: float) -> tuple[bool, float, float]:
-    """Whether the means over the requests that came after `half_s` keep both limits; the means."""
+    """Whether the means over the requests that arrived after `half_s` are within both limits; and the means."""
     late = [answered for answered in run.answered if answered.arrival_s - run.begin_s >= half_s]
     if not late or run.failed:
         return False, float("inf"), float("inf")
@@ -46,8 +46,8 @@ def kept(run: Run, scale: Scale, half_s: float) -> tuple[bool, float, float]:
 
 
 class _Search:
-    """Bisection for one system between two rates. Its arrivals are as many as its storage NICs, so that runs of all
-    systems take as long near their limits; every step has the same ones, stretched to the rate."""
+    """Bisection for one system between two rates. Its number of arrivals is proportional to its storage NICs, so that
+    all systems' runs near their limits take equally long; every step has the same arrivals, scaled to the rate."""
 
     def __init__(self, system: System, nics: int, bytes_per_s: float, scale: Scale) -> None:
         self.system = system
@@ -68,7 +68,7 @@ class _Search:
         return [start / self.rate for start in self._unit]
 
     def tried(self, run: Run, scale: Scale) -> None:
-        """The run at `rate` is over."""
+        """Take the result of the run at `rate`."""
         fine, ttft_s, tpot_s = kept(run, scale, self.starts_s[-1] / 2)
         if fine:
             self.best = (self.rate, ttft_s, tpot_s)
@@ -80,7 +80,7 @@ class _Search:
 def measure_capacity(
     report: Report, scale: Scale, topology: Topology, steps: int, progress: Progress, unique: Callable[[], str]
 ) -> float:
-    """The highest rates of Basic and of split reads, searched for in turn; the gain."""
+    """The highest rates of Basic and of split reads, searched in turn; and the gain."""
     hosts = topology.prefill + topology.decode
     with Testbed(topology, scale) as bed:
         per_nic = bed.raw_bytes_per_s() / hosts
@@ -112,9 +112,9 @@ def _title(topology: Topology, system: System, rate: float) -> str:
 
 
 def measure_tpot(report: Report, scale: Scale, repeats: int, progress: Progress, unique: Callable[[], str]) -> None:
-    """Time per token of requests that decode alone, and while others' KV is read through the same engine at full
-    speed; with and without the way to the decode engine. The others' prompts end with a whole block and one token, so
-    that the decode engine does not compute for them. Of each run the mean, of the runs the median."""
+    """Time per token of requests that decode alone, and while others' KV is read through the same engine at full speed;
+    with and without the transfer to the decode engine. The others' prompts end with a whole block and one token, so
+    that the decode engine does not compute for them. The mean of each run, and the median over runs."""
     rng = random.Random(5)
     foreground = [_question(rng, number, scale) for number in range(FOREGROUND)]
     bulk = [_whole_blocks(agent) for agent in workload("64K", scale, BULK, None, seed=4)]
@@ -125,7 +125,7 @@ def measure_tpot(report: Report, scale: Scale, repeats: int, progress: Progress,
         raw = bed.raw_bytes_per_s()
         with bed.engines("penstock"):
             for repeat in range(2 * repeats):
-                loaded = repeat % 4 in (1, 2)  # without, with, with, without
+                loaded = repeat % 4 in (1, 2)  # alternately without, with, with, without
                 agents = [*bulk, *foreground] if loaded else foreground
                 starts = [0.0] * len(bulk) + [0.3] * len(foreground) if loaded else [0.0] * len(foreground)
                 title = f"TPOT {'beside bulk loads' if loaded else 'alone'}"

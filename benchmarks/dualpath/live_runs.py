@@ -1,4 +1,4 @@
-"""Runs of `benchmarks dualpath`: agents as closed loops against a router, and what each run gave."""
+"""Runs of `benchmarks dualpath`: agents as closed loops against a router, and the results of each run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from penstock.engine.runner import SamplingParams
 from penstock.sim.cluster_shape import System
 
 RUN_S_MAX = 180.0
-WINDOW_S = 1.0  # of the balance between storage NICs
+WINDOW_S = 1.0  # for the balance between storage NICs
 
 
 @dataclass(slots=True)
 class Answered:
-    """One request as its client saw it; times of `time.monotonic`."""
+    """One request as its client observed it; times of `time.monotonic`."""
 
     agent: int
     turn: int
@@ -50,19 +50,19 @@ class Answered:
 
     @property
     def step_s(self) -> float:
-        """From the second token on: without the way to the decode engine."""
+        """Time per token from the second token on: without the transfer to the decode engine."""
         return (self.last_s - self.second_s) / (self.tokens - 2) if self.tokens > 2 else 0.0
 
 
 @dataclass(slots=True)
 class Run:
-    """Every request of one run, and what the storage NICs carried."""
+    """Every request of one run, and the storage NICs' bytes."""
 
     answered: list[Answered]
     loads: NicLoads
     begin_s: float
     end_s: float
-    busy_until_s: float  # the first agent had ended: from then on load falls
+    busy_until_s: float  # end of the first agent; the load decreases from there
     restarts: int = 0
     failed: list[str] = field(default_factory=list)
 
@@ -78,7 +78,7 @@ class Run:
 
     @property
     def storage_bytes_per_s(self) -> float:
-        """Of all NICs together, while every agent was at work."""
+        """Bytes per second of all NICs together while every agent was active."""
         return sum(self.loads.between(self.begin_s, self.busy_until_s)) / (self.busy_until_s - self.begin_s)
 
     @property
@@ -93,19 +93,19 @@ class Run:
 
     @property
     def tpot_mean_s(self) -> float:
-        """Each request weighs as its tokens do."""
+        """Mean weighted by each request's tokens."""
         several = [a for a in self.answered if a.tokens > 1]
         steps = sum(a.tokens - 1 for a in several)
         return sum(a.last_s - a.first_s for a in several) / steps if steps else 0.0
 
     @property
     def nic_max_over_mean(self) -> float:
-        """The busiest storage NIC over the mean of all, averaged over windows of WINDOW_S seconds."""
+        """Bytes of the busiest storage NIC over the mean of all, averaged over windows of WINDOW_S seconds."""
         return self.loads.max_over_mean(self.begin_s, self.busy_until_s, WINDOW_S)
 
 
 class _Driver:
-    """Sends each agent's turns, the next one when the one before has ended. Events come on the router's thread."""
+    """Sends each agent's turns, each after the previous one has ended. Events arrive on the router's thread."""
 
     def __init__(self, router: ClusterEngine, tenant: str, on_answer: Callable[[object], None]) -> None:
         self._router = router
@@ -186,7 +186,7 @@ def run_agents(
     on_answer: Callable[[object], None] = lambda _: None,
     starts_s: Sequence[float] | None = None,
 ) -> Run:
-    """All agents from the beginning (offline), or each from its start on. The pool holds their contexts, and the
+    """Run all agents from the beginning (offline), or each from its start time. The pool holds their contexts, and the
     router knows of them. Raises TimeoutError, PoolError or ProcessFailed."""
     bed.fill(agents, tenant)
     with bed.router(system, agents) as router, bed.watched() as loads:

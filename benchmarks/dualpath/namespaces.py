@@ -1,7 +1,8 @@
 """Network namespaces as hosts, veth pairs as NICs of a stated speed: nothing of them outlives the process.
 
-The namespaces have no names: a file descriptor of this process and the processes inside keep one alive, and with the
-last of them the kernel removes it, its NICs and their queues, however the process ended. Needs root, `ip` and `tc`.
+The namespaces have no names: they exist as long as a file descriptor of this process or a process inside refers to
+them. After that the kernel removes them with their NICs and queues, however the process ended. Needs root, `ip` and
+`tc`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from typing import Self
 
 COMMAND_S_MAX = 20.0
-BURST_BYTES = 256 << 10  # above the largest packet that a veth carries (64 KiB)
+BURST_BYTES = 256 << 10  # more than the largest packet on a veth (64 KiB)
 QUEUE_BYTES, QUEUE_PACKETS = 4 << 20, 128
 MTU = "9000"
 _CLONE_NEWNET = 0x40000000
@@ -24,11 +25,11 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class NamespaceError(RuntimeError):
-    """Something could not be set up; the message says what, and what the system said."""
+    """A set-up step failed; the message has the step and the system's error."""
 
 
 def why_not() -> str | None:
-    """One line that says why namespaces cannot be had here; None when they can."""
+    """Why namespaces are not available here, in one line; None if they are."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     for tool in ("ip", "tc"):
@@ -52,8 +53,8 @@ def _enter(fd: int) -> None:
 
 
 class Namespace:
-    """A host of its own network. Use as a context manager; processes started and sockets opened while it is `entered`
-    are inside and stay there."""
+    """A host with its own network. Use as a context manager; processes started and sockets opened while it is `entered`
+    are inside and remain there."""
 
     def __init__(self) -> None:
         self._fd = -1
@@ -78,19 +79,19 @@ class Namespace:
         self.close()
 
     def close(self) -> None:
-        """Give it up; it is gone when no process is inside any more. May be called again."""
+        """Release the namespace; it disappears when no process is inside any more. May be called again."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     @property
     def path(self) -> str:
-        """Names it to other processes, as long as this one holds it: `nsenter --net=PATH`."""
+        """A path for other processes while this one holds the namespace: `nsenter --net=PATH`."""
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """The calling thread (only) is inside."""
+        """A context in which the calling thread (only) is inside."""
         before = _open_own()
         try:
             _enter(self._fd)
@@ -102,7 +103,7 @@ class Namespace:
             os.close(before)
 
     def run(self, *command: str) -> str:
-        """Run a command inside; its output. Raises NamespaceError."""
+        """Run a command inside; returns its output. Raises NamespaceError."""
         with self.entered():
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S_MAX, check=False)
@@ -134,8 +135,8 @@ def connect(
     remote_address: str,
     bytes_per_s: float,
 ) -> None:
-    """A veth pair between two namespaces, both directions at `bytes_per_s`. Addresses are ADDRESS/BITS; an empty one
-    leaves that end without (the port of a switch)."""
+    """A veth pair between two namespaces, both directions at `bytes_per_s`. Addresses are ADDRESS/BITS; an empty
+    address leaves that end without one (the port of a switch)."""
     local.run(
         "ip",
         "link",
@@ -161,7 +162,7 @@ def connect(
 
 
 def set_speed(namespace: Namespace, nic: str, bytes_per_s: float) -> None:
-    """What leaves by this NIC: so many bytes a second, by the priority of the socket (`transport.lanes`)."""
+    """Limit what leaves through this NIC to this rate, with the sockets' priorities (`transport.lanes`)."""
     rate = f"{round(bytes_per_s * 8)}bit"
     namespace.run("ip", "link", "set", nic, "txqueuelen", str(QUEUE_PACKETS))
     tc = ("tc", "qdisc", "replace", "dev", nic)
@@ -180,7 +181,8 @@ def switch(namespace: Namespace, ports: list[str]) -> None:
 
 
 def received_bytes(pid: int | None, nic: str) -> int:
-    """What came in by a NIC of the namespace that process is in; None: the one the calling thread has entered."""
+    """Bytes received by a NIC of the namespace that process is in; None: the namespace that the calling thread has
+    entered."""
     with open(f"/proc/{pid}/net/dev" if pid is not None else "/proc/thread-self/net/dev") as lines:
         for line in lines:
             name, colon, numbers = line.partition(":")

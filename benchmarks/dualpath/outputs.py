@@ -1,4 +1,4 @@
-"""`benchmarks dualpath` outputs: with a real model, the answers on every path are those of one mixed engine."""
+"""`benchmarks dualpath` outputs: with a real model, every path gives the same answers as one mixed engine."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ MODELLED = (
 
 
 def tables(report: Report, quick: bool, trace: Path | None = None, parts: Sequence[str] = PARTS) -> None:
-    """All figures of the chosen parts, the paper's beside them as limits."""
+    """All figures of the chosen parts, with the paper's as limits."""
     report.modelled.append(MODELLED)
     run: dict[str, Callable[[], None]] = {
         "offline": lambda: offline(

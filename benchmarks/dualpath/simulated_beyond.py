@@ -1,4 +1,4 @@
-"""Beyond DualPath: what split reads, level steps, recomputing, order and re-planning each give over its policy."""
+"""Beyond DualPath: gains from split reads, level steps, recomputation, ordering and re-planning over its policy."""
 
 from __future__ import annotations
 
@@ -63,8 +63,9 @@ def _gains(report: Report, label: str, bench: Bench, agents: int) -> None:
 
 
 def _nic_lost(report: Report, label: str, bench: Bench, agents: int) -> None:
-    """A prefill node's storage NIC is cut at a third of the job and heals at two thirds: re-planned, or not noticed
-    (what ends by its deadline then starts over, as often as it takes, so that both do the same work)."""
+    """A prefill node's storage NIC fails at a third of the job and recovers at two thirds: with re-planning, or
+    unnoticed (reads that reach their deadline then start over until they succeed, so that both runs do the same
+    work)."""
     bench = replace(bench, settings=replace(bench.settings, inter_engine={"max_attempts": 10**6}))
     for system in (PAPER, SPLIT):
         whole = bench.offline(system, agents).job_s
@@ -82,7 +83,7 @@ def _nic_lost(report: Report, label: str, bench: Bench, agents: int) -> None:
 
 
 def _node_lost(report: Report, label: str, turns: Sequence[Trajectory], agents: int) -> None:
-    """A decode node of 2P5D in one group is lost at half of the job: all requests end, at the speed of what is left."""
+    """A decode node of 2P5D in one group is lost halfway through the job: all requests end, at the remaining speed."""
     bench = Bench(ClusterShape(2, 5, 2, 5), load_model("deepseek-660b-like"), turns)
     jobs_s = {}
     for system in (PAPER, SPLIT):

@@ -49,7 +49,8 @@ def trajectories(length: str) -> Sequence[Trajectory]:
 
 
 def offline(report: Report, names: Sequence[str], lengths: Sequence[str], agents: Sequence[int]) -> None:
-    """Job time of Basic, the paper's policy, ours and Oracle: gain over Basic, nearness to Oracle and fluid bound."""
+    """Job time of Basic, the paper's policy, ours and Oracle: gain over Basic, ratios to Oracle and to the fluid
+    bound."""
     cells = [(name, length, count) for name in names for length in lengths for count in agents]
     best: dict[str, float] = {}
     for name, length, count in track(cells, "offline", transient=True):

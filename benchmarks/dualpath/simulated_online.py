@@ -1,4 +1,4 @@
-"""DualPath online: the highest rate of agents within TTFT 4 s and TPOT 50 ms, and what each step gives below it."""
+"""DualPath online: the highest rate of agents within TTFT 4 s and TPOT 50 ms, and each step's gain below it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from penstock.sim.serving_run import Bench, Slo, capacity
 
 GAIN_660B, GAIN_27B, GAIN_MEAN = 2.25, 1.67, 1.96
 PAPER_GAINS = {"660b": GAIN_660B, "27b": GAIN_27B}
-LOW, HIGH = 0.5, 2.0  # where capacities are looked for, as shares of the fluid bound
+LOW, HIGH = 0.5, 2.0  # range in which capacities are searched, as shares of the fluid bound
 
 
 def online(report: Report, length: str, arrivals_s: float, steps: int) -> None:
     """Capacity of Basic, the paper's policy, ours (split, level) and Oracle beside the fluid bound of each, with the
-    latencies there and at the next rate tried (`_beyond_`); TTFT at half of Basic's capacity.
+    latencies there and at the next tried rate (`_beyond_`); TTFT at half of Basic's capacity.
 
-    Agents are closed loops: beyond the bound they pile up slowly, so a rate above it is kept while arrivals last."""
+    Agents are closed loops: beyond the bound they accumulate slowly, so a rate above it is sustained while arrivals
+    last.
+    """
     slo = Slo()
     gains = []
     for name in track(tuple(PAPER_GAINS), "online", transient=True):
@@ -47,7 +49,7 @@ def online(report: Report, length: str, arrivals_s: float, steps: int) -> None:
 
 
 def bound_per_s(bench: Bench, system: System) -> float:
-    """Agents per second that the busiest resource of the system can serve without loss, for ever."""
+    """Agents per second that the system's busiest resource can serve permanently, without losses."""
     nics = {"prefill": bench.shape.prefill_nodes, "none": 0}.get(system.read)
     agents = len(bench.trajectories)
     bound = fluid_bound(bench.shape, bench.model, bench.trajectories, agents, storage_nics=nics)

@@ -1,4 +1,5 @@
-"""DualPath's scale: from 2P4D to 48P96D with 24 times the agents, the job time stays; and what simulating it costs."""
+"""DualPath's scale: from 2P4D to 48P96D with 24 times the agents, job time stays equal; and the cost of simulating
+it."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ HEARTBEATS = 2000
 
 
 def scale(report: Report, factor: int, divisor: int = 1) -> None:
-    """`factor` times 2P4D with as many times 2,000 agents (both divided by `divisor` in agents)."""
+    """`factor` times 2P4D with `factor` times 2,000 agents (both divided by `divisor` in agents)."""
     set_up = SET_UPS["660b"]
     times = {}
     for times_over in (1, factor):
@@ -59,8 +60,8 @@ def decision_cost(report: Report) -> None:
 
 
 def heartbeat_cost(report: Report) -> None:
-    """Processor time of what an engine's heartbeat tells the core, and of the decision after it, with 100 and 1,152
-    engines of which none has room for the request that waits."""
+    """Processor time of processing an engine's heartbeat in the core, and of the next decision, with 100 and 1,152
+    engines of which none has room for the waiting request."""
     dice = random.Random(1)
     for engines in (100, 1152):
         scheduler, speeds = InterEngineScheduler(InterEngineConfig()), StorageSpeeds()
@@ -84,7 +85,7 @@ def heartbeat_cost(report: Report) -> None:
 
 
 def _scheduler(waiting: int) -> InterEngineScheduler:
-    """All engines full up to beta, and `waiting` requests more."""
+    """All engines filled up to beta, and `waiting` further requests."""
     scheduler = InterEngineScheduler(InterEngineConfig(max_waiting=1 << 20))
     for node in range(144):
         scheduler.node_registered(f"n{node}", 1e6)

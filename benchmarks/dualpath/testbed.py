@@ -42,8 +42,8 @@ STORAGE, COMPUTE = "storage", "compute"
 @dataclass(frozen=True, slots=True)
 class Scale:
     """KV bytes are the profile's divided by `bytes_divisor`, times multiplied by `time_factor`, the agents' lengths
-    divided by `token_divisor`. Sizes are what the engines get: small against the KV of all agents, so that a turn's
-    context comes from storage."""
+    divided by `token_divisor`. Engines' memories are small relative to the KV of all agents, so that a turn's context
+    comes from storage."""
 
     bytes_divisor: int = 64
     time_factor: float = 1.5
@@ -97,8 +97,8 @@ class Topology:
 
 
 def scheduler_of(system: System, scale: Scale, agents: Sequence[Agent] = ()) -> InterEngineConfig:
-    """The policies of a system, for the live router. Where prefill engines are balanced by tokens, as in the paper, an
-    engine gets through as many in a second as of these agents' prompts, hits included (as the simulator has it)."""
+    """A system's policies for the live router. If prefill engines are balanced by tokens, as in the paper, an engine's
+    rate is in prompt tokens of these agents, including hits (as in the simulator)."""
     beta_s = BETA_S
     if agents and not system.weigh:
         cost = scale.profile().compute_cost()
@@ -108,7 +108,7 @@ def scheduler_of(system: System, scale: Scale, agents: Sequence[Agent] = ()) -> 
 
 
 def mode_of(system: System) -> Mode:
-    """Engines that do not load layer by layer load, copy up and compute one request after the other."""
+    """Flags for engines without layerwise loading: they load, copy and compute one request after the other."""
     return "penstock" if system.layerwise else "coupled"
 
 
@@ -121,7 +121,7 @@ class _Host:
 
 
 class Testbed:
-    """Hosts, NICs and the pool from entering on; engines by `engines`, a router by `router`."""
+    """Hosts, NICs and the pool from `__enter__` on; engines by `engines`, a router by `router`."""
 
     def __init__(self, topology: Topology, scale: Scale, model: Path | None = None) -> None:
         """With a `model` (a checkpoint) engines compute for real; otherwise compute is modelled."""
@@ -134,7 +134,7 @@ class Testbed:
         self.secret = secrets.token_hex(32)
 
     def __enter__(self) -> Self:
-        """Raises NamespaceError, ProcessFailed or OSError."""
+        """Set everything up. Raises NamespaceError, ProcessFailed or OSError."""
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penstock-bench-")))
             self.secret_file = folder / "secret"
@@ -199,7 +199,7 @@ class Testbed:
 
     @contextlib.contextmanager
     def router(self, system: System, agents: Sequence[Agent] = ()) -> Iterator[ClusterEngine]:
-        """A router of that system's policies for these agents, with every engine registered. Raises TimeoutError."""
+        """A router with the system's policies for these agents, with every engine registered. Raises TimeoutError."""
         sock = self.switch_host.listen(ROUTER_ADDRESS, ROUTER_PORT)
         sock.listen()
         settings = RouterSettings(grace_s=0.0, scheduler=scheduler_of(system, self.scale, agents))
@@ -224,14 +224,15 @@ class Testbed:
 
     @property
     def pids(self) -> list[int]:
-        """Of the pool and of the engines that are up, prefill first."""
+        """Process ids of the pool and of the running engines, prefill first."""
         engines = [host.process.pid for host in self._hosts if host.process is not None]
         return [self.pool.pid, *engines]
 
     # -- KV -----------------------------------------------------------------------------------------------------
 
     def fill(self, agents: Sequence[Agent], tenant: str) -> None:
-        """Write what the pool holds of the agents' contexts, beside the NICs. Raises PoolError or TimeoutError."""
+        """Write the agents' initial contexts into the pool, without using the NICs. Raises PoolError or
+        TimeoutError."""
         with self.pool_host.entered():
             pool = connect_pool(f"127.0.0.1:{POOL_PORT}", secret=Secret(self.secret.encode()))
             try:
@@ -240,7 +241,7 @@ class Testbed:
                 pool.close(10.0)
 
     def _blocks(self, agents: Sequence[Agent], tenant: str) -> Iterator[NewBlock]:
-        """What the pool holds, each block once."""
+        """The pool's initial content, each block once."""
         size, seen = self.scale.block_bytes, set()
         for agent in agents:
             first = agent.turns[0]
@@ -255,7 +256,7 @@ class Testbed:
 
     @contextlib.contextmanager
     def watched(self, every_s: float = 0.1) -> Iterator[NicLoads]:
-        """What comes in by the storage NICs meanwhile."""
+        """Sample what the storage NICs receive while the context is open."""
         loads = NicLoads([host.name for host in self._hosts])
         pids = self.pids[1:]
         stop = threading.Event()
@@ -275,8 +276,8 @@ class Testbed:
             thread.join()
 
     def raw_bytes_per_s(self, windows: int = 4, window_s: float = 1.0) -> float:
-        """What plain sockets carry from the pool's host to all hosts at once, over their storage NICs together, as
-        these count it; of several windows the best one."""
+        """The bandwidth of plain sockets from the pool's host to all hosts at once, over all storage NICs, by these
+        NICs' counters; the best of several windows."""
         with contextlib.ExitStack() as stack:
             pairs = []
             for number, host in enumerate(self._hosts):
@@ -306,7 +307,7 @@ class Testbed:
         return max(rates)
 
     def _received(self) -> int:
-        """By all storage NICs so far."""
+        """Bytes received by all storage NICs until now."""
         total = 0
         for host in self._hosts:
             with host.namespace.entered():
@@ -329,7 +330,7 @@ def _receive(sock: socket.socket, stop: threading.Event) -> None:
 
 
 class NicLoads:
-    """Bytes that came in by each NIC, over time."""
+    """Bytes received by each NIC over time."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
@@ -337,7 +338,7 @@ class NicLoads:
         self._counts: list[list[int]] = []
 
     def add(self, now: float, counts: list[int]) -> None:
-        """Note the counters of all NICs, in bytes, at `now`."""
+        """Record the counters of all NICs, in bytes, at `now`."""
         self._times.append(now)
         self._counts.append(counts)
 
@@ -350,7 +351,7 @@ class NicLoads:
         return [float(x) for x in self._at(end_s) - self._at(start_s)]
 
     def max_over_mean(self, start_s: float, end_s: float, window_s: float) -> float:
-        """Most loaded NIC over their mean, over windows of time, each by its load."""
+        """Bytes of the busiest NIC over the mean, averaged over windows of time, weighted by load."""
         top = total = 0.0
         at = start_s
         while at + window_s <= end_s:

@@ -1,1 +1,1 @@
-"""Penstock inside vLLM beside other stores of KV."""
+"""Penstock inside vLLM compared with other KV stores."""

@@ -1,4 +1,4 @@
-"""What `benchmarks vllm` sends: CALVO's datasets and recorded traces at a scale for two cores, and the model."""
+"""The load of `benchmarks vllm`: CALVO's datasets and recorded traces at a scale for two cores, and the model."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ AGENT_SESSIONS = 12
 AGENT_THINK_S_MAX = 0.5
 AGENT_SESSION_EVERY_S = 0.25
 ANSWER_TOKENS_MAX = 8
-CONVERSATION_UTILISATION = 0.6  # of what stock vLLM can compute
+CONVERSATION_UTILISATION = 0.6  # of stock vLLM's compute capacity
 CONTEXT_TOKENS_MAX = 4096
 REUSE_BLOCK_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """A Llama in float32 whose KV is large compared with its compute: loading a token's KV over the link takes a
-    fraction of the time that computing it takes."""
+    """A Llama in float32 whose KV is large relative to its compute: loading a token's KV over the link takes a fraction
+    of the time of computing it."""
 
     hidden: int = 256
     intermediate: int = 768
@@ -70,8 +70,8 @@ def build_model(folder: Path, geometry: Geometry) -> int:
 
 
 def dataset(name: str, requests: int, seed: int) -> Workload:
-    """One of CALVO's datasets, lengths divided by TOKEN_DIVISOR, contexts in whole CONTEXT_UNIT_TOKENS; every request
-    at once (`arriving` spreads them). `warm_tokens` is the whole context."""
+    """One of CALVO's datasets, lengths divided by TOKEN_DIVISOR, contexts in whole CONTEXT_UNIT_TOKENS; all requests at
+    once (`arriving` spreads them). `warm_tokens` is the whole context."""
     unit = CONTEXT_UNIT_TOKENS * TOKEN_DIVISOR
     full = calvo(name, float("inf"), seed, requests=requests, context_tokens_multiple=unit)
     sessions = []
@@ -96,7 +96,7 @@ def arriving(workload: Workload, rate_per_s: float, seed: int) -> Workload:
 
 
 def contexts_of(workload: Workload) -> Workload:
-    """The contexts alone, one after the other: what fills a store."""
+    """The contexts alone, one after the other, for filling a store."""
     turns = tuple(
         Turn((turn.prompt[0], Segment(f"fill/{session.name}", 1)), 1)
         for session in workload.sessions
@@ -106,7 +106,7 @@ def contexts_of(workload: Workload) -> Workload:
 
 
 def unique_tokens(fill: Workload, vocabulary: int) -> int:
-    """Tokens of whole chunks of LMCache that a store holds after these prompts, each counted once."""
+    """Tokens in whole LMCache chunks that a store holds after these prompts, each counted once."""
     keys: set[bytes] = set()
     for session in fill.sessions:
         for turn in session.turns:
@@ -132,7 +132,7 @@ def never_seen(requests: int) -> Workload:
 
 
 def warm_tokens(workload: Workload) -> dict[RequestName, int]:
-    """What a store that was filled holds of each prompt; at least one token is computed."""
+    """What a filled store holds of each prompt; at least one token is computed."""
     return {
         (session.name, i): min(turn.warm_tokens, turn.prompt_tokens - 1)
         for session in workload.sessions
@@ -143,14 +143,14 @@ def warm_tokens(workload: Workload) -> dict[RequestName, int]:
 @dataclass(frozen=True, slots=True)
 class Trace:
     """A recorded trace at this scale. `reusable`: what an unbounded cache would hold of each prompt. `before`: prompts
-    that every store is given first; all else is cold."""
+    that every store gets first; everything else is cold."""
 
     workload: Workload
     reusable: Mapping[RequestName, int]
     before: Workload | None = None
 
     def again(self, run: str) -> Trace:
-        """The same requests with other tokens, so that nothing of an earlier run is in any cache."""
+        """The same requests with other tokens, so that no cache holds anything of an earlier run."""
         return Trace(
             _other_tokens(self.workload, run),
             self.reusable,
@@ -175,8 +175,8 @@ def _renamed(turn: Turn, run: str) -> Turn:
 
 
 def agents(folder: Path, requests: int, vocabulary: int, seed: int) -> Trace:
-    """Coding agents in the middle of their work: closed loops, one session after the other resumes at half of its
-    turns. Stores hold the turn before, as they do after a pause, so that reuse is that of the whole recording."""
+    """Coding agents in the middle of their work: closed loops; one session after the other resumes at half of its
+    turns. Stores hold the previous turn, as after a pause, so that reuse is that of the whole recording."""
     scaling = Scaling(
         token_divisor=AGENT_DIVISOR,
         time_divisor=8.0,
@@ -204,8 +204,8 @@ def agents(folder: Path, requests: int, vocabulary: int, seed: int) -> Trace:
 
 
 def conversation(file: Path, requests: int, vocabulary: int, seed: int, alone: TtftModel) -> Trace:
-    """Mooncake's conversations: an open loop by time stamps, stretched to a share of what stock vLLM can compute.
-    Whole conversations are taken, so that the trace's reuse (31 %) is kept."""
+    """Mooncake's conversations: an open loop by time stamps, scaled to a share of stock vLLM's compute capacity. Whole
+    conversations are taken, so that the trace's reuse (31 %) is preserved."""
     scaling = Scaling(
         token_divisor=CONVERSATION_DIVISOR, context_tokens_max=CONTEXT_TOKENS_MAX, answer_tokens_max=ANSWER_TOKENS_MAX
     )

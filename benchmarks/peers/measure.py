@@ -1,4 +1,4 @@
-"""Runs `benchmarks vllm`: fill, calibrate, then every system on every workload in turn."""
+"""Runs `benchmarks vllm`: fills stores, calibrates, then runs every system on every workload in turn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from benchmarks.peers.loads import (
     warm_tokens,
 )
 from benchmarks.peers.systems import LMCACHE, STOCK, Bed, Run, Server
-from penstock.bench.served import SystemFailed
+from penstock.bench.system_under_test import SystemFailed
 from penstock.workloads.deadlines import RequestName, TtftModel, deadlines_s
 from penstock.workloads.generators import Segment, Session, Turn, Workload
 from penstock.workloads.replay import RequestRecord
@@ -33,14 +33,14 @@ NEVER_SEEN_REQUESTS = 5
 CAPACITY_AT_ONCE = 8
 WARM_UP_TOKENS = (300, 1200, 300, 1200)
 FILL_TRIES = 4
-FILLED_LEAST = 0.99  # what a store still lacks then is computed by its own vLLM, and counts against it
+FILLED_LEAST = 0.99  # a store's missing rest is computed by its own vLLM, and counts against it
 
 Step = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is asked for. `rate` is a share of the baseline's capacity; traces are left out where there is no path."""
+    """What to run. `rate` is a share of the baseline's capacity; traces without a path are skipped."""
 
     systems: tuple[str, ...]
     datasets: tuple[str, ...]
@@ -54,13 +54,13 @@ class Plan:
 
     @property
     def baseline(self) -> str:
-        """Whose TTFT alone makes deadlines, and whose capacity the rate is a share of."""
+        """The system whose TTFT alone gives the deadlines, and whose capacity `rate` refers to."""
         stores = [system for system in self.systems if system != STOCK]
         return LMCACHE if LMCACHE in stores else stores[0] if stores else STOCK
 
     @property
     def replays(self) -> int:
-        """Requests of all runs, about."""
+        """Approximate number of requests of all runs."""
         stores = len([system for system in self.systems if system != STOCK])
         one = self.requests * (self.repeats * stores + (STOCK in self.systems) + 1 + stores) + ALONE_REQUESTS
         traces = bool(self.agent_traces) + bool(self.conversations)
@@ -69,8 +69,8 @@ class Plan:
 
 @dataclass(slots=True)
 class Found:
-    """Runs by workload and system, in the order of repeats; capacities and shares of reuse by workload;
-    how often a store was filled until it had everything, and the share that it had then."""
+    """Runs by workload and system, in the order of repeats; capacities and shares of reuse by workload; how often a
+    store was filled until it was complete, and its final share."""
 
     runs: dict[str, dict[str, list[Run]]] = field(default_factory=dict)
     capacity_per_s: dict[str, float] = field(default_factory=dict)
@@ -81,12 +81,12 @@ class Found:
     model: TtftModel | None = None
 
     def add(self, workload: str, run: Run) -> None:
-        """Keep a run, in the order of repeats."""
+        """Add a run, in the order of repeats."""
         self.runs.setdefault(workload, {}).setdefault(run.system, []).append(run)
 
 
 class Measurement:
-    """Servers that are up, and what is measured on them. Systems take turns in random order within each repeat."""
+    """Running servers, and the measurements on them. Systems take turns in random order within each repeat."""
 
     def __init__(
         self, bed: Bed, plan: Plan, servers: dict[str, Server], progress: Callable[[object], None], step: Step
@@ -106,7 +106,7 @@ class Measurement:
         workloads = [dataset(name, plan.requests, plan.seed) for name in plan.datasets]
         for workload in workloads:
             self._fill(contexts_of(workload))
-        if not workloads:  # traces only: what the baseline takes alone is still measured
+        if not workloads:  # traces only: the baseline alone is still measured
             self._fill(contexts_of(_some_requests(plan.seed)))
         self.found.model = model = self._alone(workloads or [_some_requests(plan.seed)])
         for workload in workloads:
@@ -118,7 +118,7 @@ class Measurement:
         return self.found
 
     def _warm_up(self) -> None:
-        """The same few requests for every system, each twice: code is loaded, costs have a first fit."""
+        """Send the same few requests to every system, twice each: loads code and gives a first cost fit."""
         turns = tuple(Turn((Segment(f"warm-up/{i}", size),), 4) for i, size in enumerate(WARM_UP_TOKENS))
         for system, server in self._servers.items():
             self._step(f"{system}: warm-up")
@@ -128,8 +128,8 @@ class Measurement:
                 server.reset()
 
     def _fill(self, fill: Workload) -> None:
-        """Every store gets these prompts, computed by its own vLLM; two of them at a time. What a store did not take
-        (saving may drop) is sent again."""
+        """Send these prompts to every store's own vLLM, two of them at a time. What a store did not save (saves may be
+        dropped) is sent again."""
         stores = [server for system, server in self._servers.items() if system != STOCK]
         if not stores:
             return
@@ -138,11 +138,11 @@ class Measurement:
         wanted_bytes = unique_tokens(fill, self._bed.vocabulary) * self._bed.kv_bytes_per_token
 
         def one(server: Server) -> None:
-            before = server.carried()
+            before = server.transferred()
             for attempt in range(FILL_TRIES):
                 _check(server.replay(fill, {}, self._advance if attempt == 0 else _ignore), "fill")
                 server.reset()
-                sent_bytes = server.carried().since(before).up_bytes
+                sent_bytes = server.transferred().since(before).up_bytes
                 key, share = f"{name}_{server.system}", min(1.0, sent_bytes / wanted_bytes)
                 if share >= 1.0 or (attempt == FILL_TRIES - 1 and share >= FILLED_LEAST):
                     self.found.fills[key] = max(self.found.fills.get(key, 0), attempt + 1)
@@ -155,8 +155,8 @@ class Measurement:
                 done.result()
 
     def _alone(self, workloads: Sequence[Workload]) -> TtftModel:
-        """The baseline without interference: some of the requests alone, and prompts that no store holds. The fit over
-        them gives every request's deadline."""
+        """The baseline without interference: some requests alone, and prompts that no store holds. The fit over them
+        gives every request's deadline."""
         server = self._servers[self._plan.baseline]
         self._step(f"{server.system}: requests alone")
         records: list[RequestRecord] = []
@@ -172,7 +172,7 @@ class Measurement:
         return TtftModel.fit([*records, *run.records])
 
     def _capacity(self, workload: Workload) -> None:
-        """What the baseline serves in a closed loop of all requests."""
+        """The baseline's throughput in a closed loop of all requests."""
         server = self._servers[self._plan.baseline]
         self._step(f"{server.system}: capacity for {workload.name}")
         run = server.replay(workload, {}, self._advance, at_once=CAPACITY_AT_ONCE)
@@ -181,8 +181,8 @@ class Measurement:
         self.found.capacity_per_s[workload.name] = workload.requests / run.wall_s
 
     def _dataset(self, workload: Workload, deadlines: dict[RequestName, float]) -> None:
-        """CALVO's requests: Poisson arrivals at the plan's share of the baseline's capacity. Without a store all of it
-        is computed, which takes several times as long: once is enough."""
+        """CALVO's requests: Poisson arrivals at the plan's share of the baseline's capacity. A system without a store
+        computes everything, which takes several times as long, so it runs once."""
         rate_per_s = self._plan.rate * self.found.capacity_per_s[workload.name]
         for repeat in range(self._plan.repeats):
             requests = arriving(workload, rate_per_s, repeat)
@@ -225,12 +225,12 @@ class Measurement:
 
 
 def _some_requests(seed: int) -> Workload:
-    """What is run alone where no dataset is asked for."""
+    """The requests that run alone if no dataset is chosen."""
     return replace(dataset(DATASETS[0], ALONE_REQUESTS, seed), name="alone")
 
 
 def _ignore(_: object) -> None:
-    """Nothing to show."""
+    """Shows nothing."""
 
 
 def _check(run: Run, what: str) -> None:
@@ -241,7 +241,7 @@ def _check(run: Run, what: str) -> None:
 
 @contextmanager
 def servers_up(bed: Bed, systems: Sequence[str], step: Step) -> Iterator[dict[str, Server]]:
-    """All systems at once; only one has work at a time. Raises SystemFailed."""
+    """Start all systems at once; only one has work at a time. Raises SystemFailed."""
     with ExitStack() as stack:
         servers: dict[str, Server] = {}
         for system in systems:

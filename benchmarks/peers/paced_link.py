@@ -1,7 +1,7 @@
-"""A link of a stated rate in front of any TCP server: a forwarder whose connections share one paced line each way.
+"""A link of a stated rate in front of any TCP server: a forwarder whose connections share one paced direction each way.
 
-`python -m benchmarks.peers.paced_link --target HOST:PORT --bytes-per-s N` runs one as a process of its own.
-Both stores of `python -m benchmarks vllm` stand behind it, so that neither has a faster wire than the other.
+`python -m benchmarks.peers.paced_link --target HOST:PORT --bytes-per-s N` runs one as a separate process. Both stores
+of `python -m benchmarks vllm` are behind such links, so that neither has a faster connection.
 """
 
 from __future__ import annotations
@@ -24,41 +24,41 @@ from penstock.pacing import Pacer
 from penstock.process.child_python import python_command
 
 PIECE_BYTES = 64 << 10
-SOCKET_BUFFER_BYTES = 256 << 10  # of each socket on the way: what the line holds beyond its rate
+SOCKET_BUFFER_BYTES = 256 << 10  # of each socket on the way: bytes in transit beyond the rate
 CONNECTIONS_MAX = 128
 CONNECT_S = 5.0
 READY = re.compile(r"link ready on (\S+ counters \S+)")
 
 
 @dataclass(frozen=True, slots=True)
-class Carried:
-    """Bytes that a link has carried: `down` from the server (loads), `up` to it (saves)."""
+class LinkBytes:
+    """Bytes that a link has transferred: `down` from the server (loads), `up` to it (saves)."""
 
     down_bytes: int
     up_bytes: int
 
-    def since(self, before: Carried) -> Carried:
-        """What was carried after `before`."""
-        return Carried(self.down_bytes - before.down_bytes, self.up_bytes - before.up_bytes)
+    def since(self, before: LinkBytes) -> LinkBytes:
+        """The bytes since `before`."""
+        return LinkBytes(self.down_bytes - before.down_bytes, self.up_bytes - before.up_bytes)
 
 
 class _Line:
-    """One direction: a pacer that all connections share, and what it carried."""
+    """One direction: a pacer shared by all connections, and its byte count."""
 
     def __init__(self, bytes_per_s: float) -> None:
         self._pacer = Pacer(bytes_per_s)
         self._lock = threading.Lock()
-        self.carried_bytes = 0
+        self.sent_bytes = 0
 
     def pump(self, source: socket.socket, sink: socket.socket) -> None:
-        """Forward until the source ends or either side breaks; then the sink hears of the end too."""
+        """Forward until the source ends or either side breaks; then the sink is shut down too."""
         piece = memoryview(bytearray(PIECE_BYTES))
         try:
             while size := source.recv_into(piece):
                 self._pacer.wait(size, 0.0)
                 sink.sendall(piece[:size])
                 with self._lock:
-                    self.carried_bytes += size
+                    self.sent_bytes += size
         except OSError:
             _cut(source)
         with contextlib.suppress(OSError):
@@ -100,16 +100,16 @@ class PacedLink:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def close(self) -> None:
-        """Stop listening; connections that are open go on."""
+        """Stop listening; open connections continue."""
         _cut(self._listener)
         self._listener.close()
 
-    def carried(self) -> Carried:
-        """Bytes that were carried so far."""
-        return Carried(self._down.carried_bytes, self._up.carried_bytes)
+    def transferred(self) -> LinkBytes:
+        """Bytes forwarded until now."""
+        return LinkBytes(self._down.sent_bytes, self._up.sent_bytes)
 
     def _serve(self, client: socket.socket) -> None:
-        """One connection, both ways. Beyond CONNECTIONS_MAX, or without its server, it is closed at once."""
+        """One connection, both ways. Closed at once beyond CONNECTIONS_MAX or if its server is not reachable."""
         if not self._free.acquire(blocking=False):
             client.close()
             return
@@ -132,7 +132,7 @@ class PacedLink:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """HOST:PORT in its parts. Raises ValueError."""
+    """Host and port of HOST:PORT. Raises ValueError."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise ValueError(f"address is {address!r}; HOST:PORT is needed")
@@ -140,12 +140,10 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 class LinkProcess:
-    """A `PacedLink` in a process of its own."""
+    """A `PacedLink` in a separate process."""
 
     def __init__(self, target: str, bytes_per_s: float) -> None:
-        module = python_command(
-            __file__
-        )  # by its path: the folder of a checkout is not among those that modules are found in
+        module = python_command(__file__)  # by its path: a checkout's folder is not on the module path
         self._process = ReadyProcess(
             [*module, "--target", target, "--bytes-per-s", f"{bytes_per_s:.0f}"], READY, ready_s=30.0
         )
@@ -161,10 +159,10 @@ class LinkProcess:
     def __exit__(self, *_: object) -> None:
         self._process.stop()
 
-    def carried(self) -> Carried:
-        """Raises OSError when the process is gone."""
+    def transferred(self) -> LinkBytes:
+        """Read the byte counts. Raises OSError if the process is gone."""
         with socket.create_connection(self._counters, CONNECT_S) as connection, connection.makefile() as lines:
-            return Carried(**json.loads(lines.readline()))
+            return LinkBytes(**json.loads(lines.readline()))
 
 
 def measure_link(bytes_per_s: float, seconds: float = 1.0) -> float:
@@ -175,7 +173,7 @@ def measure_link(bytes_per_s: float, seconds: float = 1.0) -> float:
         connection.settimeout(CONNECT_S)
         piece = bytearray(1 << 20)
         warm_bytes = 0
-        while warm_bytes < 2 * SOCKET_BUFFER_BYTES:  # what the buffers on the way held already
+        while warm_bytes < 2 * SOCKET_BUFFER_BYTES:  # the buffers on the way may hold this much in advance
             warm_bytes += connection.recv_into(piece)
         start_s, got_bytes = time.monotonic(), 0
         while time.monotonic() - start_s < seconds:
@@ -188,7 +186,7 @@ def measure_link(bytes_per_s: float, seconds: float = 1.0) -> float:
 
 @contextmanager
 def _source() -> Iterator[str]:
-    """A server that sends zeros to its one client without an end."""
+    """A server that sends zeros to its one client indefinitely."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(1)
@@ -208,11 +206,11 @@ def _source() -> Iterator[str]:
 
 
 def _serve_counters(listener: socket.socket, link: PacedLink) -> None:
-    """One JSON line to whoever connects."""
+    """Send one JSON line to each connecting client."""
     while True:
         connection, _ = listener.accept()
         with connection, contextlib.suppress(OSError):
-            found = link.carried()
+            found = link.transferred()
             connection.sendall(
                 json.dumps({"down_bytes": found.down_bytes, "up_bytes": found.up_bytes}).encode() + b"\n"
             )

@@ -1,4 +1,4 @@
-"""The systems of `benchmarks vllm`: one vLLM each, their stores behind links of one rate, as processes."""
+"""The systems of `benchmarks vllm` as processes: one vLLM each, with stores behind links of the same rate."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from typing import Any
 
 import httpx
 
-from benchmarks.peers.paced_link import Carried, LinkProcess
+from benchmarks.peers.paced_link import LinkBytes, LinkProcess
 from penstock.bench.processes import ProcessFailed, ReadyProcess, pool_process
-from penstock.bench.served import SystemFailed
+from penstock.bench.system_under_test import SystemFailed
 from penstock.process.child_python import child_environment
 from penstock.vllm.flags import SCHEDULER, connector_config
 from penstock.workloads.generators import Workload
@@ -69,8 +69,8 @@ print(json.dumps(found))
 
 @dataclass(frozen=True, slots=True)
 class Bed:
-    """Sizes that all systems share. `l1_bytes` is vLLM's KV memory; `staging_bytes` is Penstock's staging memory and
-    LMCache's L1; `store_bytes` bounds the pool node's memory. `python` runs vLLM, `lmcache_python` with LMCache."""
+    """Sizes common to all systems. `l1_bytes` is vLLM's KV memory; `staging_bytes` is Penstock's staging memory and
+    LMCache's L1; `store_bytes` limits the pool node's memory. `python` runs vLLM, `lmcache_python` with LMCache."""
 
     model: Path
     vocabulary: int
@@ -90,7 +90,7 @@ class Bed:
 
 
 def probe(python: Path) -> dict[str, str]:
-    """Versions of what an interpreter can import of vllm, lmcache, penstock and torch. Raises SystemFailed."""
+    """Versions of vllm, lmcache, penstock and torch in an interpreter's environment. Raises SystemFailed."""
     try:
         done = subprocess.run(
             [str(python), "-c", _PROBE],
@@ -102,12 +102,12 @@ def probe(python: Path) -> dict[str, str]:
         )
         found: dict[str, str] = json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, json.JSONDecodeError) as error:
-        raise SystemFailed(f"{python} cannot be asked for its packages: {error}") from error
+        raise SystemFailed(f"{python} cannot list its packages: {error}") from error
     return found
 
 
 def lmcache_missing(bed: Bed) -> str | None:
-    """Why LMCache cannot be run; None when it can."""
+    """Why LMCache cannot run; None if it can."""
     try:
         other, own = probe(bed.lmcache_python), probe(bed.python)
     except SystemFailed as error:
@@ -123,7 +123,7 @@ def lmcache_missing(bed: Bed) -> str | None:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on just now."""
+    """A currently free port of 127.0.0.1."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port: int = found.getsockname()[1]
@@ -131,7 +131,8 @@ def free_port() -> int:
 
 
 def vllm_environment() -> dict[str, str]:
-    """The servers' environment: one unbound OpenMP thread each, nothing from a hub, the calls that reset caches."""
+    """The servers' environment: one unbound OpenMP thread each, no downloads from a hub, the API calls that reset
+    caches."""
     return child_environment() | {
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -152,7 +153,7 @@ def vllm_command(bed: Bed, system: str, port: int, store: str) -> list[str]:
         *("--dtype", "float32", "--block-size", str(bed.block_tokens)),
         *("--kv-cache-memory-bytes", str(bed.l1_bytes), "--max-model-len", str(bed.context_tokens_max)),
         *("--max-num-batched-tokens", str(bed.batch_tokens_max), "--enable-prompt-tokens-details"),
-        "--enforce-eager",  # on a CPU as fast as compiled, and the start does not compile
+        "--enforce-eager",  # as fast as compiled code on a CPU, and starts faster
     ]
     if system == LMCACHE:
         host, _, server_port = store.rpartition(":")
@@ -174,7 +175,7 @@ def vllm_command(bed: Bed, system: str, port: int, store: str) -> list[str]:
 
 
 def lmcache_command(bed: Bed, port: int, redis: str) -> list[str]:
-    """`lmcache server` as its authors ship it for an engine without a GPU, with what makes it faster here: memory
+    """`lmcache server` in its authors' set-up for an engine without a GPU, with what makes it faster here: memory
     shared with vLLM instead of pickles, and no metrics."""
     host, _, redis_port = redis.rpartition(":")
     adapter = {"type": "resp", "host": host, "port": int(redis_port), "num_workers": 4}
@@ -189,7 +190,7 @@ def lmcache_command(bed: Bed, port: int, redis: str) -> list[str]:
 
 
 class Server:
-    """One system, up between `__enter__` and `__exit__`: its store, the link before it, and its vLLM."""
+    """One system between `__enter__` and `__exit__`: its store, its link, and its vLLM."""
 
     def __init__(self, bed: Bed, system: str) -> None:
         self.bed = bed
@@ -200,7 +201,7 @@ class Server:
         self._stack = ExitStack()
 
     def __enter__(self) -> Server:
-        """Raises SystemFailed."""
+        """Start the processes. Raises SystemFailed."""
         try:
             with ExitStack() as stack:
                 store = self._start_store(stack)
@@ -221,7 +222,7 @@ class Server:
         return process
 
     def _start_store(self, stack: ExitStack) -> str:
-        """The store, its link, and for LMCache its server; the address that vLLM is told."""
+        """Start the store, its link, and for LMCache its server; returns the address for vLLM."""
         bed = self.bed
         if self.system == STOCK:
             return ""
@@ -244,13 +245,13 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def carried(self) -> Carried:
-        """Bytes that its link has carried so far; 0 for a system without a link."""
-        return Carried(0, 0) if self._link is None else self._link.carried()
+    def transferred(self) -> LinkBytes:
+        """Bytes that its link has transferred until now; 0 for a system without a link."""
+        return LinkBytes(0, 0) if self._link is None else self._link.transferred()
 
     def counters(self) -> dict[str, float]:
         """vLLM's own counters, by the names of `_COUNTERS`, and Penstock's time split: seconds of all requests by stage
-        or reason of waiting, as `time_<label>`."""
+        or reason for waiting, as `time_<label>`."""
         text = httpx.get(f"{self.url}/metrics", timeout=30.0).text
         found = dict.fromkeys(_COUNTERS, 0.0)
         for name, metric in _COUNTERS.items():
@@ -261,7 +262,7 @@ class Server:
         return found
 
     def reset(self) -> None:
-        """Empty vLLM's own cache, once nothing is under way any more. Raises SystemFailed when it stays."""
+        """Empty vLLM's own cache once no request is running. Raises SystemFailed if it does not become empty."""
         self.settle()
         end_s = time.monotonic() + RESET_S
         while not httpx.post(f"{self.url}/reset_prefix_cache", timeout=RESET_S).json()["success"]:
@@ -270,12 +271,12 @@ class Server:
             time.sleep(0.1)
 
     def settle(self) -> None:
-        """Wait until its link has carried nothing for a quarter of a second, at most RESET_S."""
+        """Wait until its link has been idle for a quarter of a second, at most RESET_S."""
         end_s = time.monotonic() + RESET_S
-        before = self.carried()
+        before = self.transferred()
         while time.monotonic() < end_s:
             time.sleep(0.25)
-            now = self.carried()
+            now = self.transferred()
             if now.since(before).down_bytes + now.since(before).up_bytes < 64 << 10:
                 return
             before = now
@@ -288,7 +289,7 @@ class Server:
         at_once: int = 256,
         replay_s_max: float = 300.0,
     ) -> Run:
-        """Replay a workload. Raises SystemFailed when a process ended meanwhile."""
+        """Replay a workload. Raises SystemFailed if a process ended meanwhile."""
         settings = ReplaySettings(
             model="model",
             vocabulary=self.bed.vocabulary,
@@ -298,7 +299,7 @@ class Server:
             slo_s=deadlines,
             slo_fields=slo_fields,
         )
-        carried, counters = self.carried(), self.counters()
+        transferred, counters = self.transferred(), self.counters()
         start_s = time.monotonic()
         records = replay(self.url, workload, settings, on_record)
         wall_s = time.monotonic() - start_s
@@ -312,19 +313,19 @@ class Server:
             self.system,
             records,
             wall_s,
-            self.carried().since(carried),
+            self.transferred().since(transferred),
             {name: after[name] - counters.get(name, 0.0) for name in after},
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One replay of a workload on one system: what its link carried and what vLLM counted meanwhile."""
+    """One replay of a workload on one system, with its link's bytes and vLLM's counters."""
 
     system: str
     records: Sequence[RequestRecord]
     wall_s: float
-    carried: Carried
+    transferred: LinkBytes
     counters: Mapping[str, float] = field(default_factory=dict)
 
     @property

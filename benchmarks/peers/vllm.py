@@ -17,7 +17,7 @@ from benchmarks.peers.measure import Found, Measurement, Plan, servers_up
 from benchmarks.peers.paced_link import measure_link
 from benchmarks.peers.systems import LMCACHE, SYSTEMS, Bed, lmcache_missing, probe
 from benchmarks.peers.vllm_report import conclude, plot_runs, print_runs, write_requests
-from penstock.bench.served import SystemFailed
+from penstock.bench.system_under_test import SystemFailed
 from penstock.report import Report
 from penstock.units import parse_rate
 from penstock.workloads.load_check import idle_links, refuse_empty
@@ -36,11 +36,9 @@ def vllm(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     record: Annotated[Path | None, typer.Option(help="Write every request to this file, a line of JSON each.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG or SVG) to this file.")] = None,
-    python: Annotated[
-        Path | None, typer.Option(help="The interpreter that has vllm and penstock. Default: this one.")
-    ] = None,
+    python: Annotated[Path | None, typer.Option(help="Interpreter with vllm and penstock. Default: this one.")] = None,
     lmcache_python: Annotated[
-        Path | None, typer.Option(help="One that has the same vllm and lmcache. Default: --python.")
+        Path | None, typer.Option(help="Interpreter with the same vllm and lmcache. Default: --python.")
     ] = None,
     traces: Annotated[
         Path | None, typer.Option(help="Folder with claude_code/ and mooncake/conversation.jsonl. Default: no traces.")
@@ -59,22 +57,26 @@ def vllm(
     requests: Annotated[int, typer.Option(min=4, max=1000, help="Requests of a dataset.")] = 40,
     trace_requests: Annotated[int, typer.Option(min=4, max=2000, help="Requests of a trace.")] = 48,
     repeats: Annotated[int, typer.Option(min=1, max=50, help="Runs of each system on each workload.")] = 2,
-    policy: Annotated[str | None, typer.Option(help="Ordering of Penstock's scheduler. Default: its own.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Ordering of Penstock's scheduler. Default: the scheduler's.")
+    ] = None,
     age_bound: Annotated[
         float | None,
-        typer.Option(min=0.1, max=600, help="Seconds after which Penstock lets a request go first. Default: its own."),
+        typer.Option(
+            min=0.1, max=600, help="Seconds after which Penstock serves a request first. Default: the scheduler's."
+        ),
     ] = None,
     age_delays: Annotated[
         float | None,
         typer.Option(
             min=0,
             max=1e6,
-            help="How many of first come, first served's delays a request may be passed for, 0: any. Default: its own.",
+            help="How long others may overtake a request, in delays under fcfs; 0: no limit. Default: the scheduler's.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of lengths, arrivals and deadlines' multipliers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of lengths, arrivals and deadline multipliers.")] = 0,
 ) -> None:
-    """Serve the same requests with four systems over a link of one rate: TTFT, SLO attainment, throughput."""
+    """Serves the same requests with four systems over links of the same rate: TTFT, SLO attainment, throughput."""
     console = Console(stderr=True)
     systems = _chosen("system", system, SYSTEMS)
     wanted_traces = _chosen("trace", trace, (AGENTS, CONVERSATION))
@@ -144,12 +146,12 @@ def _chosen(name: str, given: list[str] | None, allowed: tuple[str, ...]) -> tup
 def _python(given: Path | None) -> Path:
     """The interpreter that runs vLLM with Penstock. Raises SystemFailed."""
     if given is None and importlib.util.find_spec("vllm") is None:
-        raise SystemFailed("this interpreter has no vllm; name one that has with --python (docs/vllm.md)")
+        raise SystemFailed("this interpreter has no vllm; give one that has it by --python (docs/vllm.md)")
     if given is None:
         return Path(sys.executable)
     found = shutil.which(str(given))
     if found is None:
-        raise SystemFailed(f"--python is {given}; that is no program")
+        raise SystemFailed(f"--python is {given}; that is not a program")
     missing = {"vllm", "penstock"} - set(probe(Path(found)))
     if missing:
         raise SystemFailed(f"{given} has no {' and no '.join(sorted(missing))}")
@@ -157,7 +159,7 @@ def _python(given: Path | None) -> Path:
 
 
 def _without_missing(systems: tuple[str, ...], bed: Bed, report: Report, console: Console) -> tuple[str, ...]:
-    """LMCache is left out, with the reason, where it is not installed."""
+    """Leave LMCache out, with the reason, if it is not installed."""
     why = lmcache_missing(bed) if LMCACHE in systems else None
     if why is None:
         return systems

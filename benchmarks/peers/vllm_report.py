@@ -1,4 +1,4 @@
-"""What the runs of `benchmarks vllm` say: figures against their goals, a table per workload, a picture."""
+"""Evaluates the runs of `benchmarks vllm`: figures against their goals, a table per workload, a picture."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ Value = Callable[[Run], float]
 
 
 def ttft_mean_s(run: Run) -> float:
-    """Mean seconds to the first token; infinite when no request succeeded."""
+    """Mean seconds to the first token; infinite if no request succeeded."""
     return statistics.fmean(run.ttfts_s) if run.ttfts_s else float("inf")
 
 
 def ttft_p50_s(run: Run) -> float:
-    """Median seconds to the first token; infinite when no request succeeded."""
+    """Median seconds to the first token; infinite if no request succeeded."""
     return percentile(run.ttfts_s, 50) if run.ttfts_s else float("inf")
 
 
 def ttft_p99_s(run: Run) -> float:
-    """99th percentile of seconds to the first token; infinite when no request succeeded."""
+    """99th percentile of seconds to the first token; infinite if no request succeeded."""
     return percentile(run.ttfts_s, 99) if run.ttfts_s else float("inf")
 
 
 def slo_attainment(run: Run) -> float:
-    """Share of requests whose first token came in time; failed ones did not."""
+    """Share of requests whose first token met the deadline; failed ones count as misses."""
     with_slo = [record for record in run.records if record.slo_s is not None]
     return sum(record.met_slo for record in with_slo) / max(1, len(with_slo))
 
@@ -52,35 +52,35 @@ def requests_per_s(run: Run) -> float:
 
 
 def hit_rate(run: Run) -> float:
-    """Prompt tokens that were in vLLM's own cache or came from the store."""
+    """Share of prompt tokens that were in vLLM's own cache or came from the store."""
     good = [record for record in run.records if record.error is None]
     return sum(record.cached_tokens for record in good) / max(1, sum(record.prompt_tokens for record in good))
 
 
 def local_hit_rate(run: Run) -> float:
-    """Prompt tokens that were in vLLM's own cache, by vLLM's counter."""
+    """Share of prompt tokens that were in vLLM's own cache, by vLLM's counter."""
     return run.counters.get("local_hit_tokens", 0.0) / max(1, sum(record.prompt_tokens for record in run.records))
 
 
 def computed_instead_share(run: Run) -> float:
-    """Prompt tokens that the store held and that Penstock had computed, because that was faster."""
+    """Share of prompt tokens that the store held and that Penstock computed because that was faster."""
     tokens = run.counters.get("computed_instead_tokens", 0.0)
     return tokens / max(1, sum(record.prompt_tokens for record in run.records))
 
 
 def _time_of(label: str, run: Run) -> float:
-    """Mean seconds of a request in a stage, or waiting for a reason."""
+    """Mean seconds per request in a stage, or waiting for a reason."""
     return run.counters.get(label, 0.0) / max(1, len(run.records))
 
 
 def link_bytes_per_s(run: Run) -> float:
-    """Bytes per second that came over the link (loads)."""
-    return run.carried.down_bytes / run.wall_s
+    """Bytes per second received over the link (loads)."""
+    return run.transferred.down_bytes / run.wall_s
 
 
 def link_gb(run: Run) -> float:
-    """10^9 bytes that came over the link (loads)."""
-    return run.carried.down_bytes / 1e9
+    """10^9 bytes received over the link (loads)."""
+    return run.transferred.down_bytes / 1e9
 
 
 MEASURES: dict[str, Value] = {
@@ -102,7 +102,7 @@ def median(runs: Sequence[Run], value: Value) -> float:
 
 
 def conclude(report: Report, plan: Plan, found: Found) -> None:
-    """All figures. Ratios are taken within a repeat; the median over repeats counts, with the least and the most."""
+    """All figures. Ratios are taken within a repeat; the median over repeats counts, with minimum and maximum."""
     report.notes += [f"{system}: {ABOUT[system]}" for system in plan.systems]
     for name, runs in found.runs.items():
         if name in found.capacity_per_s:
@@ -138,7 +138,7 @@ def _measures(report: Report, name: str, system: str, runs: Sequence[Run]) -> No
 
 
 def _costs(report: Report, found: Found) -> None:
-    """What a token costs the baseline alone: loaded, and computed."""
+    """The baseline's cost per token when alone: loaded, and computed."""
     model = found.model
     if model is None:
         return
@@ -150,7 +150,7 @@ def _costs(report: Report, found: Found) -> None:
 
 
 def _equal(found: Found, system: str) -> float:
-    """Share of requests whose tokens are those of stock vLLM, over the first run of each workload."""
+    """Share of requests with the same tokens as under stock vLLM, over the first run of each workload."""
     shares = [
         (outputs_equal(runs[system][0].records, runs[STOCK][0].records), len(runs[system][0].records))
         for runs in found.runs.values()
@@ -179,7 +179,7 @@ def _against_lmcache(report: Report, name: str, runs: dict[str, list[Run]]) -> N
 
 
 def _against_stock(report: Report, name: str, runs: dict[str, list[Run]]) -> None:
-    """At low reuse: over stock vLLM of the same repeat; the limit is how far stock's own repeats are apart."""
+    """At low reuse: relative to stock vLLM in the same repeat; the limit is the spread of stock's own repeats."""
     if STOCK not in runs:
         return
     stock = [ttft_mean_s(run) for run in runs[STOCK]]
@@ -198,7 +198,7 @@ def _against_stock(report: Report, name: str, runs: dict[str, list[Run]]) -> Non
 
 
 def _ratio(top: float, bottom: float) -> float:
-    """A bottom of zero (no deadline was met) counts as LEAST."""
+    """A ratio; a denominator of zero (no deadline was met) counts as LEAST."""
     return top / max(bottom, LEAST)
 
 
@@ -209,7 +209,7 @@ def _spread(report: Report, name: str, ratios: Sequence[float], limit: float | N
 
 
 def write_requests(path: Path, found: Found) -> None:
-    """Every request of every run as the client saw it, a line of JSON each; the folder is made when absent. Times are
+    """Write every request of every run as observed by the client, one line of JSON each; creates the folder. Times are
     seconds, `arrival_s` from the start of its run; `repeat` counts from 1."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:

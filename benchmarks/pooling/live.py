@@ -61,7 +61,7 @@ def pool(
 
 
 def _chosen(name: str, given: Sequence[str] | None, allowed: Sequence[str]) -> list[str]:
-    """What was asked for, in the order of `allowed`. Raises BadParameter."""
+    """The chosen values, in the order of `allowed`. Raises BadParameter."""
     for value in given or ():
         if value not in allowed:
             raise typer.BadParameter(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
@@ -89,7 +89,7 @@ def _measure(
     run_s = {name: 0.1 if quick and name != "many" else value for name, value in RUN_S.items()}
     slab_bytes = QUICK_SLAB_BYTES if quick else SLAB_BYTES
     kernel_s_per_gb = 0.0
-    if {"cpu", "ttft", "ablation", "sweep"} & set(parts):  # the baselines take what is measured here
+    if {"cpu", "ttft", "ablation", "sweep"} & set(parts):  # the baselines need what is measured here
         kernel_s_per_gb = measure_cpu(report, folder, repeats["cpu"], run_s["cpu"], slab_bytes, step)
     if "sum" in parts:
         measure_sum(report, folder, repeats["sum"], run_s["sum"], slab_bytes, step)

@@ -1,4 +1,4 @@
-"""Part `many` of `benchmarks pool`: 16 requests at once; idle devices, and what each of two tenants gets."""
+"""Part `many` of `benchmarks pool`: 16 requests at once; idle devices, and the share of each of two tenants."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from penstock.report import Report
 
 TIME_FACTOR = 8.0
 MODEL, CONTEXT = "gpt_oss", "16k"
-REQUESTS = {"a": 12, "b": 4}  # two tenants, one of which asks three times as much
+REQUESTS = {"a": 12, "b": 4}  # two tenants; one has three times the requests
 READS_OPEN = 48  # of each request
 SAMPLE_S, WINDOW_S = 0.001, 0.5
 READ_TIMEOUT_S, END_TIMEOUT_S = 30.0, 60.0
@@ -66,13 +66,13 @@ def measure_many(report: Report, folder: Path, run_s: float, step: Callable[[str
 
 
 @dataclass(slots=True)
-class _Served:
-    """What readers and samplers share."""
+class _ReadState:
+    """State shared by readers and samplers."""
 
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     bytes_by_tenant: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REQUESTS, 0))
-    waiting: dict[str, int] = field(default_factory=dict)  # member -> reads asked for and not ended
+    waiting: dict[str, int] = field(default_factory=dict)  # member -> reads submitted and not ended
     ended: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     errors: list[PoolError] = field(default_factory=list)
 
@@ -80,7 +80,7 @@ class _Served:
 def _at_the_pool(
     report: Report, rig: Rig, documents: Sequence[Document], tenants: Sequence[str], block_bytes: int, run_s: float
 ) -> None:
-    served = _Served()
+    state = _ReadState()
     padded = staging_bytes(block_bytes)
     memory = aligned_buffer(padded * READS_OPEN * len(documents))
     rig.pool.register(memory)
@@ -90,15 +90,15 @@ def _at_the_pool(
         members = [found.route[0] for found in located if found is not None]
         at = number * READS_OPEN * padded
         views = [memory[at + n * padded : at + (n + 1) * padded] for n in range(READS_OPEN)]
-        _ask(rig, served, one.keys, members, views, tenant, block_bytes)
+        _ask(rig, state, one.keys, members, views, tenant, block_bytes)
         opened += len(views)
-    idle, ratios = _sample(rig, served, run_s)
-    served.stop.set()
+    idle, ratios = _sample(rig, state, run_s)
+    state.stop.set()
     for _ in range(opened):
-        if not served.ended.acquire(timeout=END_TIMEOUT_S):
+        if not state.ended.acquire(timeout=END_TIMEOUT_S):
             raise TimeoutError(f"a read did not end within {END_TIMEOUT_S:g} s")
-    if served.errors:
-        raise served.errors[0]
+    if state.errors:
+        raise state.errors[0]
     report.figure("many_idle_while_queued_share", max(idle.values()), IDLE_GOAL)
     report.figure("many_tenant_bytes_ratio", statistics.median(ratios), 1.0)
     report.figure("many_tenant_bytes_ratio_low", min(ratios), FAIR_LOW)
@@ -107,53 +107,53 @@ def _at_the_pool(
 
 def _ask(
     rig: Rig,
-    served: _Served,
+    state: _ReadState,
     keys: Sequence[BlockKey],
     members: Sequence[str],
     views: Sequence[memoryview],
     tenant: str,
     block_bytes: int,
 ) -> None:
-    """Read a document over and over, in order, one read for each view open at any time."""
+    """Read a document repeatedly, in order, with one open read for each view."""
 
     def read(at: int, view: memoryview) -> None:
         member = members[at % len(keys)]
 
         def done(error: PoolError | None) -> None:
-            with served.lock:
-                served.waiting[member] -= 1
-                served.bytes_by_tenant[tenant] += block_bytes
+            with state.lock:
+                state.waiting[member] -= 1
+                state.bytes_by_tenant[tenant] += block_bytes
                 if error is not None:
-                    served.errors.append(error)
-            if error is not None or served.stop.is_set():
-                served.ended.release()
+                    state.errors.append(error)
+            if error is not None or state.stop.is_set():
+                state.ended.release()
             else:
                 read(at + len(views), view)
 
-        with served.lock:
-            served.waiting[member] = served.waiting.get(member, 0) + 1
+        with state.lock:
+            state.waiting[member] = state.waiting.get(member, 0) + 1
         rig.pool.read(keys[at % len(keys)], block_bytes, view, READ_TIMEOUT_S, done)
 
     for number, view in enumerate(views):
         read(number, view)
 
 
-def _sample(rig: Rig, served: _Served, run_s: float) -> tuple[dict[str, float], list[float]]:
-    """Share of the time that each member's device was idle while reads of it waited; bytes of the first tenant over
-    those of the second, by window. The first window fills the queues and does not count."""
+def _sample(rig: Rig, state: _ReadState, run_s: float) -> tuple[dict[str, float], list[float]]:
+    """Share of the time that each member's device was idle while reads of it waited; and the first tenant's bytes over
+    the second's, by window. The first window fills the queues and does not count."""
     clocks = {member.name: clock for member, clock in zip(rig.pool.members, rig.clocks, strict=True)}
     idle = dict.fromkeys(clocks, 0)
     ratios: list[float] = []
     samples = 0
     time.sleep(WINDOW_S)
     window_s = time.monotonic()
-    end_s, before = window_s + run_s, _bytes(served)
-    while (now_s := time.monotonic()) < end_s and not served.errors:
+    end_s, before = window_s + run_s, _bytes(state)
+    while (now_s := time.monotonic()) < end_s and not state.errors:
         samples += 1
         for name, clock in clocks.items():
-            idle[name] += served.waiting.get(name, 0) > 0 and not clock.busy(now_s)
+            idle[name] += state.waiting.get(name, 0) > 0 and not clock.busy(now_s)
         if now_s - window_s >= WINDOW_S:
-            after = _bytes(served)
+            after = _bytes(state)
             first, second = (after[name] - before[name] for name in REQUESTS)
             ratios.append(first / max(second, 1))
             window_s, before = now_s, after
@@ -161,16 +161,16 @@ def _sample(rig: Rig, served: _Served, run_s: float) -> tuple[dict[str, float], 
     return {name: count / max(samples, 1) for name, count in idle.items()}, ratios or [float("nan")]
 
 
-def _bytes(served: _Served) -> dict[str, int]:
-    with served.lock:
-        return dict(served.bytes_by_tenant)
+def _bytes(state: _ReadState) -> dict[str, int]:
+    with state.lock:
+        return dict(state.bytes_by_tenant)
 
 
 # -- through an engine ------------------------------------------------------------------------------------------------
 
 
 def _through_an_engine(report: Report, rig: Rig, documents: Sequence[Document], runner: ModelledRunner) -> None:
-    """All documents asked for at once, of an engine with an empty L1 that they all fit in."""
+    """All documents requested at once, from an engine with an empty L1 that has room for all."""
     pages = sum(len(one.keys) + 2 for one in documents)
     runner.allocate(pages)
     cost = CostModel(LinkCost(runner.profile.upload_bytes_per_s), runner.profile.compute_cost())

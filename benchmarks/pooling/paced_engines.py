@@ -1,4 +1,4 @@
-"""Block engines of `benchmarks pool` beside slabs: host memory, and a file per chunk through the kernel."""
+"""Block engines of `benchmarks pool` besides slabs: host memory, and one file per chunk through the kernel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALIGNMENT_BYTES = 4096
 
 
 class OneAtATime(ABC):
-    """Contract: `penstock.io.api.BlockEngine`. Operations are carried out by `poll`, one after the other."""
+    """Contract: `penstock.io.api.BlockEngine`. `poll` executes operations, one after the other."""
 
     name = "one-at-a-time"
     alignment_bytes = ALIGNMENT_BYTES
@@ -35,15 +35,15 @@ class OneAtATime(ABC):
         """Move all bytes of `op`. Raises OSError."""
 
     def register(self, buffer: memoryview) -> None:  # noqa: B027
-        """Nothing to pin."""
+        """Does nothing: there is nothing to pin."""
 
     def submit(self, ops: Sequence[IoOp]) -> None:
-        """Queue operations; `poll` carries them out."""
+        """Queue operations; `poll` executes them."""
         checked_addresses(ops, self.in_flight(), self.depth, self.capacity_bytes, ALIGNMENT_BYTES)
         self._waiting.extend(ops)
 
     def poll(self, timeout_s: float) -> list[IoCompletion]:
-        """Carry out one operation, if one waits; those that have ended. Does not wait."""
+        """Execute one waiting operation; returns the ended ones. Does not wait."""
         if self._waiting:
             self._step()
         done, self._ended = self._ended, []
@@ -63,13 +63,13 @@ class OneAtATime(ABC):
         return len(self._waiting) + len(self._ended)
 
     def wake(self) -> None:  # noqa: B027
-        """Nothing: `poll` never waits."""
+        """Does nothing: `poll` never waits."""
 
     def sync(self) -> None:  # noqa: B027
-        """Nothing outlives the benchmark."""
+        """Does nothing: no data outlives the benchmark."""
 
     def close(self, timeout_s: float) -> None:
-        """Carry out all that waits."""
+        """Execute all waiting operations."""
         while self._waiting:
             self._step()
 
@@ -90,9 +90,10 @@ class MemoryEngine(OneAtATime):
 
 
 class FilePerChunkEngine(OneAtATime):
-    """What most caches do: each chunk is a file of its own, read and written through the page cache.
+    """Like most caches: each chunk is a file, read and written through the page cache.
 
-    A chunk is what one write put at an offset; it is read whole."""
+    A chunk is what one write put at an offset; it is read whole.
+    """
 
     name = "file-per-chunk"
 
@@ -116,7 +117,7 @@ class FilePerChunkEngine(OneAtATime):
             raise OSError(errno.EIO, f"moved only {moved} of {op.buffer.nbytes} bytes", str(self._path(op.offset)))
 
     def drop_page_cache(self) -> None:
-        """Make the next read of every chunk a cold one."""
+        """Drop every chunk from the page cache."""
         for path in self._folder.glob("chunk-*"):
             with path.open("rb") as file:
                 os.fsync(file.fileno())

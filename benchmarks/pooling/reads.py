@@ -1,4 +1,4 @@
-"""Part `reads` of `benchmarks pool`: a whole context out of the pool, over the sum of its devices' bandwidths."""
+"""Part `reads` of `benchmarks pool`: reads a whole context from the pool, relative to the sum of device bandwidths."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.report import Report
 
-SLOWER = 12.0  # than TTFTs are driven: a context is then read in half a second and more
-RATIOS = (0.5, 1.0, 2.0, 4.0)  # bandwidth of a memory module over that of an SSD; 12 / 14 is the default
-SHORT_TOKENS, SHORT_REPEATS = 1 << 15, 3  # contexts up to this are read as many times more often
+SLOWER = 12.0  # slower than for TTFTs: a context then takes half a second or more to read
+RATIOS = (0.5, 1.0, 2.0, 4.0)  # bandwidth of a memory module over that of an SSD; the default is 12 / 14
+SHORT_TOKENS, SHORT_REPEATS = 1 << 15, 3  # contexts up to this length are read this many times more often
 READ_GOAL = 1.05
 READ_TIMEOUT_S = 120.0
 

@@ -1,4 +1,4 @@
-"""The paper's machine at a stated scale: models, devices with their bandwidths, and pools arranged over them."""
+"""The paper's machine at a stated scale: models, devices with their bandwidths, and pools over them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from penstock.pool.members.header import HEADER_BYTES
 MEMORY_BYTES_PER_S = 12e9
 SSD_BYTES_PER_S = 14e9
 UPLOAD_BYTES_PER_S = 55e9
-"""None of these is in the paper. One thread copies about 12 GB/s out of a memory module; an NVMe drive on PCIe 5.0 x4
-reads 14 GB/s; a GPU takes 55 GB/s of pinned memory over PCIe 5.0 x16, a little more than all four devices give."""
-PAPER_BLOCKED_S = 13.8  # of its baseline on Qwen3-30B-A3B at 128K: the one time of a baseline that the paper prints
+"""Not in the paper. One thread copies about 12 GB/s from a memory module; an NVMe drive on PCIe 5.0 x4 reads 14 GB/s; a
+GPU takes 55 GB/s of pinned memory over PCIe 5.0 x16, slightly more than all four devices provide."""
+PAPER_BLOCKED_S = 13.8  # of its baseline on Qwen3-30B-A3B at 128K: the only baseline time that the paper prints
 PAPER_KERNEL_SHARE = 0.84  # of the baseline's SSD retrieval time
 BYTES_DIVISOR = 64
 QUESTION_TOKENS = 100
@@ -39,7 +39,7 @@ Kind = Literal["memory", "ssd", "files"]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """`time_factor` is how much slower than the paper's machine its TTFTs are driven: short loads need more."""
+    """`time_factor`: how much slower than the paper's machine its TTFTs run; short loads need more."""
 
     name: str
     profile: str
@@ -60,7 +60,7 @@ class Model:
 
     @property
     def block_bytes(self) -> int:
-        """Of one scaled block."""
+        """Bytes of KV of one scaled block."""
         return BLOCK_TOKENS * self.bytes_per_token // BYTES_DIVISOR
 
 
@@ -95,8 +95,8 @@ CONTEXTS = {"16k": 1 << 14, "32k": 1 << 15, "64k": 1 << 16, "128k": 1 << 17}
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One device of the paper's machine: `bytes_per_s` as it is there (unscaled); `files` is an SSD behind a file per
-    chunk, whose bandwidth holds the time in the kernel's filesystem."""
+    """One device of the paper's machine: `bytes_per_s` is unscaled; with `files` it is an SSD with one file per chunk,
+    whose bandwidth includes the time in the kernel's filesystem."""
 
     kind: Kind
     bytes_per_s: float
@@ -106,7 +106,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """How the document lies on the devices, and whether they are read one at a time."""
+    """How the document is spread over the devices, and whether they are read one at a time."""
 
     name: str
     devices: tuple[Device, ...]
@@ -119,7 +119,7 @@ class Arrangement:
 
 
 def file_bytes_per_s(kernel_s_per_gb: float) -> float:
-    """An SSD behind a file per chunk: each byte takes its time in the device, then in the kernel's filesystem."""
+    """An SSD with one file per chunk: each byte takes time in the device, then in the kernel's filesystem."""
     return 1.0 / (1.0 / SSD_BYTES_PER_S + kernel_s_per_gb / 1e9)
 
 
@@ -130,7 +130,7 @@ def pooled(memory: float = MEMORY_BYTES_PER_S, ssd: float = SSD_BYTES_PER_S, kin
 
 
 def memory_share(memory: float = MEMORY_BYTES_PER_S) -> float:
-    """How much of a document the baseline's memory holds: as much as one memory module of the pooled arrangement."""
+    """Share of a document that the baseline's memory holds: as much as one memory module of the pooled arrangement."""
     return memory / pooled(memory).bytes_per_s
 
 
@@ -141,7 +141,7 @@ def serial_s_per_byte(kernel_s_per_gb: float, memory: float = MEMORY_BYTES_PER_S
 
 
 def paper_kernel_s_per_gb() -> float:
-    """What the kernel's filesystem adds to a byte when the serial baseline takes the time that the paper prints."""
+    """The kernel filesystem's time per byte with which the serial baseline takes the time that the paper prints."""
     whole = PAPER_BLOCKED_S / (MODELS["qwen3"].bytes_per_token * CONTEXTS["128k"])
     share = memory_share()
     without = serial_s_per_byte(0.0)
@@ -155,7 +155,7 @@ def memory_first(name: str, ssd: float, kind: Kind, memory_share: float, serial:
 
 
 def document_root(profile: Profile, block_tokens: int = BLOCK_TOKENS) -> BlockKey:
-    """The root key that an engine with a modelled runner of this profile looks under."""
+    """The root key of blocks for an engine with a modelled runner of this profile."""
     from penstock.engine.modelled_runner import ModelledRunner
 
     runner = ModelledRunner(profile, block_tokens)
@@ -164,7 +164,7 @@ def document_root(profile: Profile, block_tokens: int = BLOCK_TOKENS) -> BlockKe
 
 @dataclass(slots=True)
 class Rig:
-    """An open pool over paced devices. `pace(False)` lets them run at their own speed, to fill them."""
+    """An open pool over paced devices. `pace(False)` lets them run at full speed, to fill them."""
 
     pool: LocalPool
     paced: list[PacedEngine]
@@ -173,12 +173,12 @@ class Rig:
     speeds: list[float] = field(default_factory=list)
 
     def pace(self, on: bool) -> None:
-        """Let the devices run at their stated rates, or at their own."""
+        """Let the devices run at their stated rates, or at full speed."""
         for engine, speed in zip(self.paced, self.speeds, strict=True):
             engine.bytes_per_s = speed if on else 0.0
 
     def drop_page_cache(self) -> None:
-        """Files are read cold."""
+        """Drop files from the page cache."""
         for engine in self.files:
             engine.drop_page_cache()
 
@@ -222,7 +222,7 @@ def _engine(device: Device, place: Path, capacity: int, rig: Rig) -> BlockEngine
 
 
 def fill(rig: Rig, documents: Sequence[Document], block_bytes: int, tenant: str = "") -> None:
-    """Write every block of the documents, unpaced. Raises the first PoolError, TimeoutError when nothing moves."""
+    """Write every block of the documents, unpaced. Raises the first PoolError, or TimeoutError without progress."""
     tag = tenant_tag(tenant)
     rig.pace(False)
     try:

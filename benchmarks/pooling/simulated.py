@@ -1,4 +1,4 @@
-"""`benchmarks sim-pool`: the command; what it computes is in `pooling`, which is loaded when it runs."""
+"""`benchmarks sim-pool`: the command; its computation is in `simulated_ttft`, which is imported when it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`benchmarks sim-pool`: Unified KV Pooling on its own hardware, against its baselines and its own two halves."""
+"""`benchmarks sim-pool`: Unified KV Pooling on its own hardware, against its baselines and each of its two halves."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from penstock.sim.engine_driver import EngineDriver, ideal_links
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """One request on one system: its TTFT, and the part of it in which nothing was computed."""
+    """One request on one system: its TTFT, and the part of it without computation."""
 
     ttft_s: float
     blocked_s: float
@@ -67,8 +67,8 @@ def simulate(model: Model, system: System, one: Document) -> Simulated:
 
 
 def _devices(arrangement: Arrangement, blocks: int) -> tuple[dict[str, float], list[str]]:
-    """The links of an arrangement, and the one that each block of a document crosses. Devices that are read one at a
-    time are one link, with the time that each takes for its share."""
+    """The links of an arrangement, and the link of each block of a document. Devices that are read one at a time form
+    one link, with the time of each for its share."""
     devices = arrangement.devices
     placement = Placement([device.weight for device in devices])
     full = [int(blocks * device.room) for device in devices]
@@ -87,8 +87,8 @@ def _devices(arrangement: Arrangement, blocks: int) -> tuple[dict[str, float], l
 
 
 def tables(report: Report, models: Sequence[str], contexts: Sequence[str]) -> None:
-    """All figures, beside the paper's as limits. `*_blocked_s` has the fluid bound beside it: the document's bytes
-    over the sum of the devices' bandwidths, or over the upload link's."""
+    """All figures, with the paper's as limits. The limit of `*_blocked_s` is the fluid bound: the document's bytes over
+    the sum of the devices' bandwidths, or over the upload link's."""
     every = systems(0.0, paper_kernel_s_per_gb())
     names = [OURS, *BASELINES, *ABLATION_PAPER]
     for model, context in track([(m, c) for m in models for c in contexts], "documents", transient=True):
@@ -121,7 +121,7 @@ def _conclude(report: Report, model: Model, context: str, found: dict[str, Simul
 
 
 def ttft_bars(report: Report, models: Sequence[str], contexts: Sequence[str]) -> dict[str, dict[str, float]]:
-    """TTFT by system for a picture, out of the report's figures."""
+    """TTFT by system for a picture, from the report's figures."""
     return {
         f"{m} {c}": {
             name: report.figures[f"{m}_{c}_ttft_s" if name == OURS else f"{m}_{c}_{name}_ttft_s"]

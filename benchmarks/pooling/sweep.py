@@ -1,4 +1,4 @@
-"""Part `sweep` of `benchmarks pool`: what the gains are at other values of what the paper does not print."""
+"""Part `sweep` of `benchmarks pool`: the gains for other values of what the paper does not print."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Point:
 
 
 def measure_sweep(report: Report, models: Sequence[str], kernel_s_per_gb: float) -> None:
-    """Gains on a virtual clock: ours by the core itself over ideal links, the serial baseline by its sum of times."""
+    """Gains on a virtual clock: ours by the core over ideal links, the serial baseline by its sum of times."""
     kernels = {
         "none": 0.0,
         "here": kernel_s_per_gb,
@@ -96,7 +96,7 @@ def serial(model: Model, kernel_s_per_gb: float, memory: float = MEMORY_BYTES_PE
 
 
 def ideal(model: Model, one: Document, arrangement: Arrangement) -> Point:
-    """Ours at 128K: the scheduler core's decisions over ideal links, blocks placed by the pool's placement."""
+    """Ours at 128K: the scheduler core's decisions over ideal links, blocks placed by the pool's striping."""
     size = BLOCK_TOKENS * model.bytes_per_token
     placement = Placement([device.weight for device in arrangement.devices])
     pool = {}

@@ -45,18 +45,18 @@ from penstock.report import Report
 from penstock.workloads.recording import RecordedProfile, RecordedRequest, RecordedRun
 
 REQUEST_TIMEOUT_S = 300.0
-WARM_BLOCKS = 8  # of a document that is asked for first, so that threads, pinned memory and files are there
+WARM_BLOCKS = 8  # blocks of a first document, so that threads, pinned memory and files exist
 SPARE_BLOCKS = WARM_BLOCKS + 8
 GOAL_CONTEXT = "128k"
 OURS = "ours"
 BASELINES = ("serial", "layerwise", "async")
-ONCE = (*BASELINES, "serial_here")  # long runs, with little noise for their length
+ONCE = (*BASELINES, "serial_here")  # long runs, with little noise relative to their length
 ABLATION_PAPER = {"pooling_alone": 1.8, "passthrough_alone": 2.3}
 
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """An arrangement of the devices and the engine's mode over it."""
+    """An arrangement of the devices, and the engine's mode over it."""
 
     arrangement: Arrangement
     mode: Mode
@@ -64,15 +64,15 @@ class System:
 
 @dataclass(slots=True)
 class Measured:
-    """Unscaled seconds, one per repeat: the TTFT, and the part of it in which nothing was computed."""
+    """Unscaled seconds, one per repeat: the TTFT, and the part of it without computation."""
 
     ttft_s: list[float] = field(default_factory=list)
     blocked_s: list[float] = field(default_factory=list)
 
 
 def systems(kernel_s_per_gb: float, paper_kernel_s_per_gb: float) -> dict[str, System]:
-    """Ours; the two halves of ours; the paper's baselines. A file per chunk is as slow as the paper's, in those that
-    end with `here` as on this machine: the numbers are what the kernel's filesystem adds to each of its bytes."""
+    """Ours; the two halves of ours; the paper's baselines. One file per chunk is as slow as in the paper, or, for names
+    ending in `here`, as on this machine: the numbers are the kernel filesystem's time per byte."""
     here, paper = file_bytes_per_s(kernel_s_per_gb), file_bytes_per_s(paper_kernel_s_per_gb)
     share = memory_share()
     return {
@@ -99,8 +99,8 @@ def measure_ttft(
     step: Callable[[str], None],
     runs: list[RecordedRun],
 ) -> None:
-    """Part `ttft`: ours against the serial baseline at every context, against all baselines at the longest.
-    Part `ablation`: ours against each half of it, at the longest. `time_factor` None: each model's own."""
+    """Part `ttft`: ours against the serial baseline at every context, against all baselines at the longest. Part
+    `ablation`: ours against each half of it, at the longest. `time_factor` None: each model's own."""
     every = systems(kernel_s_per_gb, paper_kernel_s_per_gb())
     for name in models:
         model = replace(MODELS[name], time_factor=time_factor or MODELS[name].time_factor)
@@ -138,7 +138,7 @@ def _measure(
     step: Callable[[str], None],
     runs: list[RecordedRun],
 ) -> dict[str, Measured]:
-    """All systems take turns (the slow ones once); each has the document to itself, on devices of its own."""
+    """All systems take turns (the slow ones once); each has its own devices, with the document alone on them."""
     profile = model.scaled(model.time_factor)
     one = document(document_root(profile), CONTEXTS[context], profile.vocab_size, 1)
     warm = document(document_root(profile), WARM_BLOCKS * BLOCK_TOKENS, profile.vocab_size, 2)
@@ -179,7 +179,7 @@ def _measure(
 
 
 def engine_config(runner: ModelledRunner, mode: Mode, pages: int, slots: int) -> SchedulerConfig:
-    """The same tuning for every system."""
+    """The same settings for every system."""
     return SchedulerConfig(
         block_tokens=BLOCK_TOKENS,
         block_bytes=runner.layout.full_block_bytes,
@@ -195,8 +195,8 @@ def engine_config(runner: ModelledRunner, mode: Mode, pages: int, slots: int) ->
 
 
 def ask(rig: Rig, mode: Mode, runner: ModelledRunner, asked: Sequence[Document], blocks: int) -> list[RequestReport]:
-    """Each document and a question, one after the other, to an engine with an empty L1; their reports.
-    Raises RuntimeError when not all of a document was loaded."""
+    """Sends each document and a question, one after the other, to an engine with an empty L1; returns their reports.
+    Raises RuntimeError if a document was not loaded completely."""
     profile: Profile = runner.profile
     cost = CostModel(LinkCost(profile.upload_bytes_per_s), profile.compute_cost())
     cost.default_link_bytes_per_s = rig.speeds[0]
@@ -210,14 +210,14 @@ def ask(rig: Rig, mode: Mode, runner: ModelledRunner, asked: Sequence[Document],
 
 @dataclass(slots=True)
 class _Overheads:
-    """What small requests, which are not recorded, took beside the bytes and batches that are modelled."""
+    """The overhead of small unrecorded requests beyond the modelled bytes and batches."""
 
     lookups_s: list[float] = field(default_factory=list)
     fetches_s: list[float] = field(default_factory=list)
     batches_s: list[float] = field(default_factory=list)
 
     def add(self, small: RequestReport, fetch_s: float, profile: Profile) -> None:
-        """`fetch_s`: what its blocks take on the devices."""
+        """`fetch_s`: the time of its blocks on the devices."""
         ends_s = {label: end for label, _, end in small.spans if label in ("lookup", "fetch")}
         computed = [(small.prompt_tokens - small.cached_tokens, small.cached_tokens)]
         self.lookups_s.append(ends_s["lookup"])
@@ -233,7 +233,7 @@ def _held(rig: Rig, one: Document) -> tuple[list[str], dict[str, float]]:
 
 
 def _fetch_s(rig: Rig, system: System, one: Document, block_bytes: int) -> float:
-    """What a document's blocks take on the devices."""
+    """The time of a document's blocks on the devices."""
     held, speeds = _held(rig, one)
     devices_s = [held.count(name) * block_bytes / speed for name, speed in speeds.items()]
     return sum(devices_s) if system.arrangement.serial else max(devices_s)
@@ -249,9 +249,9 @@ def _recorded(
     overheads: _Overheads,
     report: RequestReport,
 ) -> RecordedRun:
-    """The request as it was, to be simulated; overheads are medians over the small requests."""
+    """The record of the request, for simulation; overheads are medians over the small requests."""
     held, speeds = _held(rig, one)
-    if system.arrangement.serial:  # devices that take turns are one link, with the time that each takes for its share
+    if system.arrangement.serial:  # devices read in turn form one link, with the time of each for its share
         speeds = {"devices": len(held) / sum(1 / speeds[name] for name in held)}
         held = ["devices"] * len(held)
     routes = sorted(set(held))
@@ -277,7 +277,7 @@ def _ask_one(engine: Engine, one: Document, wanted_bytes: int) -> RequestReport:
 
 
 def last_event(engine: Engine, request: GenerationRequest) -> Callable[[], RequestReport]:
-    """Submit a request; what comes back waits for its end. That raises TimeoutError or RuntimeError."""
+    """Submit a request; the returned function waits for its end, and raises TimeoutError or RuntimeError."""
     events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
     engine.submit(request, events.put)
     end_s = time.monotonic() + REQUEST_TIMEOUT_S

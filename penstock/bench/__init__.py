@@ -1,1 +1,1 @@
-"""Workloads, replay, experiments, reports and plots."""
+"""`penstock bench`: measurements that an operator runs on his own machines."""

@@ -1,4 +1,4 @@
-"""`penstock bench`: what an operator measures on his own machines; one sub-command per module."""
+"""`penstock bench`: measurements on an operator's own machines; one sub-command per module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents of random tokens, and the chain of keys under which a pool holds their blocks."""
+"""Documents of random tokens, with the keys under which a pool holds their blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BLOCK_TOKENS = 256  # LMCache's chunk
 
 @dataclass(slots=True)
 class Document:
-    """Tokens that the pool holds, and the chain of their keys."""
+    """Tokens that the pool holds, and the keys of their blocks."""
 
     tokens: list[int]
     chain: KeyChain

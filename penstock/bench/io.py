@@ -34,11 +34,12 @@ PATTERNS: tuple[Pattern, ...] = ("sequential", "random")
 DEPTHS = {"128k": 32, "2m": 8, "4m": 8}
 MEMORY_BYTES = 32 << 20
 FILES = 128
-BOUNDED: tuple[str, Pattern] = ("2m", "sequential")  # the load with a limit, run more often than the others
+# the load whose ratio has a limit; it is run more often than the others
+BOUNDED: tuple[str, Pattern] = ("2m", "sequential")
 BOUNDED_ROUNDS = 4
 RATIO_MIN = 0.95
 
-Samples = dict[tuple[str, str], list[Sample]]  # (who, load such as "read_2m") -> one per repeat
+Samples = dict[tuple[str, str], list[Sample]]  # (contestant, load such as "read_2m") -> one per repeat
 
 
 def io(
@@ -49,7 +50,7 @@ def io(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG) to this file.")] = None,
 ) -> None:
-    """Read bandwidth and CPU of the uring engine against fio, a bare ring and a file per chunk."""
+    """Read bandwidth and CPU time of the uring engine against fio, a bare ring and one file per chunk."""
     console = Console()
     report = Report("io")
     try:
@@ -70,7 +71,7 @@ def io(
 
 @contextlib.contextmanager
 def _work_folder(path: Path) -> Iterator[Path]:
-    """A folder that goes away again; beside a block device there is only the temporary one."""
+    """A temporary folder: in `path`, or elsewhere if that is a block device."""
     with tempfile.TemporaryDirectory(prefix="penstock-bench-", dir=None if path.is_block_device() else path) as name:
         yield Path(name)
 
@@ -84,7 +85,7 @@ def _prepare(
     if engine.name != "uring":
         raise OSError("the uring engine cannot run here: " + "; ".join(engine.notes))
     if device == path:
-        report.notes.append(f"{path} was read as it is; no random data was written to it")
+        report.notes.append(f"{path} was read without writing random data to it first")
         return engine, device
     memory = aligned_buffer(MEMORY_BYTES)
     memory[:] = os.urandom(MEMORY_BYTES)
@@ -109,7 +110,7 @@ def _measure(
     run_s: float,
     report: Report,
 ) -> Samples:
-    """All loads, interleaved: each repeat runs every contestant of every load once, so drift hits all alike."""
+    """All loads, interleaved: each repeat runs every contestant of every load once, so that drift affects all alike."""
     samples: Samples = defaultdict(list)
     with contextlib.ExitStack() as stack:
         memory = aligned_buffer(MEMORY_BYTES)
@@ -153,7 +154,7 @@ def _measure(
 
 
 def _conclude(report: Report, samples: Samples) -> None:
-    """Figures from medians; the limit of each load is the better of fio and the bare ring."""
+    """Figures from medians; each load's limit is the better of fio and the bare ring."""
     bandwidth = {key: statistics.median(one.gb_per_s for one in runs) for key, runs in samples.items()}
     cpu = {key: statistics.median(one.cpu_s_per_gb for one in runs) for key, runs in samples.items()}
     names = list(dict.fromkeys(name for _, name in samples))

@@ -1,4 +1,4 @@
-"""The loads of `penstock bench io`: timed reads through the engine, a bare ring, fio, and a file per chunk."""
+"""The loads of `penstock bench io`: timed reads through the engine, a bare ring, fio, and one file per chunk."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one run moved: bandwidth, and CPU seconds (user and system, all threads) per GB."""
+    """The result of one run: bandwidth, and CPU seconds (user and system, all threads) per GB."""
 
     gb_per_s: float
     cpu_s_per_gb: float
@@ -84,7 +84,7 @@ def run_engine(load: Load, engine: BlockEngine, memory: memoryview) -> Sample:
 
 
 class BareRing:
-    """The same reads straight on an io_uring, without the engine's checks, pieces and completions."""
+    """The same reads directly on an io_uring, without the engine's checks, splitting and completions."""
 
     def __init__(self, path: Path, memory: memoryview) -> None:
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
@@ -92,7 +92,7 @@ class BareRing:
         self._ring.register_file(self._fd)
         self._address = address_of(memory)
         self._opcode = abi.OP_READ
-        with contextlib.suppress(OSError):  # over the memory lock limit: the engine's notes say it for both
+        with contextlib.suppress(OSError):  # beyond the memory lock limit; the engine's notes mention it for both
             self._ring.register_buffer_table(1)
             self._ring.register_buffer(0, self._address, memory.nbytes)
             self._opcode = abi.OP_READ_FIXED
@@ -133,8 +133,8 @@ def free_huge_page_bytes() -> int:
 
 
 def run_fio(load: Load, fio: str) -> Sample:
-    """The same reads by fio: one process, io_uring, O_DIRECT, registered buffers and file, in huge pages where the
-    machine has them reserved. Raises OSError with what fio said."""
+    """The same reads by fio: one process, io_uring, O_DIRECT, registered buffers and file, in huge pages if the machine
+    has reserved some. Raises OSError with fio's message."""
     command = [
         fio, "--name=read", f"--filename={load.path}", "--readonly", "--thread", "--ioengine=io_uring", "--fixedbufs",
         "--registerfiles", "--direct=1", "--invalidate=0", f"--size={load.size_bytes}", f"--bs={load.chunk_bytes}",
@@ -153,7 +153,7 @@ def run_fio(load: Load, fio: str) -> Sample:
 
 
 class FilePerChunk:
-    """What most caches do: each chunk is a file, read through the page cache."""
+    """Like most caches: each chunk is a file, read through the page cache."""
 
     def __init__(self, folder: Path, chunk_bytes: int, files: int) -> None:
         self._paths = [folder / f"chunk-{number}" for number in range(files)]
@@ -163,7 +163,7 @@ class FilePerChunk:
             path.write_bytes(chunk)
 
     def run(self, memory: memoryview) -> Sample:
-        """Read every file once, cold (dropped from the page cache before)."""
+        """Read every file once, after dropping it from the page cache."""
         for path in self._paths:
             with path.open("rb") as file:
                 os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""`penstock bench pool`: this machine's memory and disk through the pool, against what they give by themselves."""
+"""`penstock bench pool`: this machine's memory and disk through the pool, compared with their bare speed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pool(
     quick: Annotated[bool, typer.Option(help="One short repeat of everything: checks that it runs.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
-    """CPU per GB beside a file per chunk, and reads of memory and disk as one pool over the sum of both alone."""
+    """CPU per GB against one file per chunk, and reads of memory and disk as one pool against the sum of both alone."""
     from penstock.bench.pool_raw import measure_cpu, measure_sum
 
     console = Console()
@@ -35,7 +35,9 @@ def pool(
         console.print(f"penstock bench pool: {error}", style="red", markup=False)
         raise typer.Exit(1) from error
     if quick:
-        report.notes.append("--quick: one short repeat of each; it checks that everything runs, and measures nothing")
+        report.notes.append(
+            "--quick: one short repeat of each; it checks that everything runs; the figures mean nothing"
+        )
     report.print(console)
     if json is not None:
         report.write_json(json)

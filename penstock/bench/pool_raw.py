@@ -1,4 +1,4 @@
-"""What `penstock bench pool` measures: this machine's own memory and disk, at their own speed."""
+"""The measurements of `penstock bench pool`: this machine's memory and disk at their own speed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from penstock.pool.checksum import block_checksum
 from penstock.pool.setup.open import open_local_pool
 from penstock.report import Report
 
-DEPTH = 32  # operations that an engine has open
+DEPTH = 32  # concurrent operations of an engine
 CHUNK_BYTES = 2 << 20  # of part `cpu`
 BLOCK_BYTES = 8 << 20  # of part `sum`: 64 tokens of Llama-3.1-8B
 FILES = 128
@@ -39,8 +39,8 @@ WAIT_S = 60.0
 def measure_cpu(
     report: Report, folder: Path, repeats: int, run_s: float, size_bytes: int, step: Callable[[str], None]
 ) -> float:
-    """CPU seconds per GB of a file per chunk (cold) and of `uring` on the same disk, taking turns; returns those of the
-    files. Raises OSError where io_uring cannot be had."""
+    """CPU seconds per GB of one file per chunk (cold) and of `uring` on the same disk, in turns; returns those of the
+    files. Raises OSError if io_uring is not available."""
     samples: defaultdict[str, list[Sample]] = defaultdict(list)
     with contextlib.ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
@@ -85,7 +85,7 @@ def _open_slab(path: Path, size_bytes: int) -> BlockEngine:
 
 @dataclass(slots=True)
 class _Counter:
-    """Bytes that one contestant moved while the window was open."""
+    """Bytes that one contestant moved during the measured time."""
 
     moved_bytes: int = 0
 
@@ -93,8 +93,8 @@ class _Counter:
 def measure_sum(
     report: Report, folder: Path, repeats: int, run_s: float, size_bytes: int, step: Callable[[str], None]
 ) -> None:
-    """`sum_over_alone`: a memory and a slab member read together through one pool, over what a bare copy loop and the
-    bare engine reach alone, summed; `sum_over_together`: over both of these running at once."""
+    """`sum_over_alone`: a memory and a slab member read together through one pool, relative to the sum of a bare copy
+    loop and the bare engine alone; `sum_over_together`: relative to both of these running at once."""
     runs: defaultdict[str, list[float]] = defaultdict(list)
     with contextlib.ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
@@ -136,7 +136,7 @@ def measure_sum(
 
 
 def _timed(loops: Sequence[Callable[[threading.Event, _Counter], None]], run_s: float) -> float:
-    """GB/s of loops running at once, each on a thread of its own, from when all run until the first is told to end."""
+    """GB/s of loops that run at once, each on its own thread, from when all run until the first is stopped."""
     stop = threading.Event()
     counters = [_Counter() for _ in loops]
     failed: list[BaseException] = []
@@ -212,7 +212,7 @@ class _Raw:
 
 
 class _PoolReader:
-    """Reads of all blocks of a pool, `READS_OPEN` at each member at any time."""
+    """Reads of all blocks of a pool, with `READS_OPEN` running at each member."""
 
     def __init__(self, pool: Pool, size_bytes: int) -> None:
         self._pool = pool

@@ -1,4 +1,4 @@
-"""Pool nodes and engines as processes of their own: started, awaited until ready, and never left behind."""
+"""Pool nodes and engines as child processes: started, awaited until ready, and always ended."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class ProcessFailed(RuntimeError):
-    """A process ended or did not get ready in time; the message holds the end of what it wrote."""
+    """A process ended or was not ready in time; the message includes the end of its output."""
 
 
 def _die_with_parent() -> None:
@@ -35,7 +35,8 @@ def _die_with_parent() -> None:
 class ReadyProcess:
     """A command that prints a line when it is ready; `address` is the first group of `ready` in that line.
 
-    Use as a context manager on a thread that outlives the process: the kernel kills it when that thread is gone.
+    Use it as a context manager on a thread that outlives the process: the kernel kills the process when that thread
+    ends.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class ReadyProcess:
         return os.pread(self._output.fileno(), OUTPUT_BYTES_SHOWN, start).decode(errors="replace")
 
     def check(self) -> None:
-        """Raises ProcessFailed when the process has ended by itself."""
+        """Raises ProcessFailed if the process has ended by itself."""
         assert self._process is not None, "the process was not started"
         code = self._process.poll()
         if code is not None:
@@ -114,7 +115,8 @@ class ReadyProcess:
             time.sleep(POLL_S)
 
     def stop(self) -> None:
-        """SIGTERM, then SIGKILL to its whole group after `stop_s`; returns when it has ended. May be called again."""
+        """Send SIGTERM, then after `stop_s` SIGKILL to its whole group; returns when it has ended. May be called
+        again."""
         process = self._process
         if process is not None and process.poll() is None:
             process.terminate()

@@ -1,4 +1,4 @@
-"""`penstock bench serve`: a recorded trace, scaled, through the HTTP API: as Penstock, coupled, and without a pool."""
+"""`penstock bench serve`: replays a scaled trace through the HTTP API: with Penstock, coupled, and without a pool."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from penstock.bench.served import Bed, Calibration, Run, System, SystemFailed, calibrate, run_system
+from penstock.bench.system_under_test import Bed, Calibration, Run, System, SystemFailed, calibrate, run_system
 from penstock.bench.turns import PAUSE_S, run_in_turns, slices
 from penstock.report import Report
 from penstock.units import parse_rate
@@ -35,7 +35,7 @@ from penstock.workloads.timeline import Panel, write_figure, write_html
 from penstock.workloads.traces import Scaling, TraceError, read_trace
 
 BLOCK_TOKENS = 16
-START_S = 14.0  # processes up, cost model measured, warm-up, and down again, for one run
+START_S = 14.0  # processes start, cost model is measured, warm-up, and processes end, for one run
 CALIBRATION_REQUESTS = 16
 CALIBRATION_S_MAX = 40.0
 REQUESTS_MAX = 600
@@ -43,9 +43,9 @@ REQUESTS_MIN = 12
 ANSWER_TOKENS_MAX = 8
 UTILISATION = 0.7  # of an open loop: offered work without a pool, over time
 TIME_DIVISOR = 8.0  # of think times
-TURNS_OF_A_SESSION = 8  # about how many of each agent session are replayed
-SESSION_EVERY_S = 0.75  # agent sessions start one after the other
-CONTROL_LIMITS = (1.02, 1.05)  # of TTFT where nothing is loaded: the ratio, and its interval's upper end
+TURNS_OF_A_SESSION = 8  # about how many turns of each agent session are replayed
+SESSION_EVERY_S = 0.75  # interval between the starts of agent sessions
+CONTROL_LIMITS = (1.02, 1.05)  # of TTFT if nothing is loaded: the ratio, and its interval's upper end
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line asks for: the trace, its scale, and how it is replayed."""
+    """The command line's options: the trace, its scale, and how it is replayed."""
 
     trace: Path
     token_divisor: int
@@ -72,7 +72,7 @@ class Options:
     sessions_at_once: int
 
     def read(self, requests_max: int, time_divisor: float = TIME_DIVISOR) -> Workload:
-        """The trace at this scale, with deadlines' multipliers."""
+        """The trace at this scale, with deadline multipliers."""
         scaling = Scaling(
             token_divisor=self.token_divisor,
             time_divisor=time_divisor,
@@ -95,8 +95,8 @@ def is_open_loop(workload: Workload) -> bool:
 
 
 def make_bed(model: Path, workload: Workload, options: Options) -> Bed:
-    """Device memory for the longest prompt and three of the mean, but at most a third of what the open sessions hold
-    together (where the longest fits into that), so that reuse has to come from the pool."""
+    """Device memory for the longest prompt plus three mean ones, but at most a third of what the open sessions hold
+    together (if the longest prompt fits into that), so that reuse has to come from the pool."""
     mean = workload.prompt_tokens // workload.requests
     longest = round(1.1 * workload.context_tokens_max)
     third = open_tokens(workload, options.sessions_at_once) // 3
@@ -113,13 +113,13 @@ def make_bed(model: Path, workload: Workload, options: Options) -> Bed:
 
 
 def open_tokens(workload: Workload, sessions_at_once: int) -> int:
-    """Tokens that the open sessions hold at most: the longest of them, each with its last prompt."""
+    """The most tokens that open sessions hold: the longest sessions, each with its last prompt."""
     longest = sorted((session.turns[-1].prompt_tokens for session in workload.sessions), reverse=True)
     return sum(longest if is_open_loop(workload) else longest[:sessions_at_once])
 
 
 def busy_s(workload: Workload, alone: Calibration, cached: Callable[[RequestName], int]) -> float:
-    """Time that the requests of a workload keep one engine busy, one after the other."""
+    """Time that a workload's requests keep one engine busy, one after the other."""
     total = 0.0
     for session in workload.sessions:
         for i, turn in enumerate(session.turns):
@@ -133,7 +133,7 @@ ORDERS: tuple[tuple[System, ...], ...] = ((*SYSTEMS, *reversed(SYSTEMS)), SYSTEM
 
 
 def wanted_s(workload: Workload, order: Sequence[System], reusable: Mapping[RequestName, int], a: Calibration) -> float:
-    """About how long replays in this order take: an engine that is busy all the time, or an open loop's duration."""
+    """Estimated duration of replays in this order: a continuously busy engine, or an open loop's duration."""
     without = busy_s(workload, a, lambda _: 0)
     if is_open_loop(workload):
         return len(order) * without / UTILISATION
@@ -141,7 +141,7 @@ def wanted_s(workload: Workload, order: Sequence[System], reusable: Mapping[Requ
 
 
 def make_plan(options: Options, bed: Bed, alone: Calibration, left_s: float, control: bool = False) -> Plan:
-    """The largest number of requests whose runs (two of each) fit into `left_s`; when that is few, one run of each. A
+    """The largest number of requests whose runs (two of each) fit into `left_s`; if that is small, one run of each. A
     `control` is one run of each, in turns."""
     for order in ORDERS[1:] if control else ORDERS:
         replay_s = left_s - START_S * len(order)
@@ -168,18 +168,18 @@ def serve(
     trace: Annotated[Path, typer.Option(help="A folder of agent sessions, or a Mooncake .jsonl file.")],
     json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the picture here (.html, .png or .svg).")] = None,
-    minutes: Annotated[float, typer.Option(min=0.5, max=240, help="About how long the whole may take.")] = 5.0,
-    token_divisor: Annotated[int, typer.Option(min=1, max=64, help="Recorded tokens for one sent token.")] = 32,
-    think_s_max: Annotated[float, typer.Option(min=0, help="Think times are divided by 8 and cut here.")] = 1.5,
-    sessions_at_once: Annotated[int, typer.Option(min=1, max=256, help="Open agent sessions.")] = 16,
-    pace: Annotated[str, typer.Option(help="What the pool node sends at most, or none.")] = "25MB/s",
+    minutes: Annotated[float, typer.Option(min=0.5, max=240, help="Approximate total duration.")] = 5.0,
+    token_divisor: Annotated[int, typer.Option(min=1, max=64, help="Number of recorded tokens per sent token.")] = 32,
+    think_s_max: Annotated[float, typer.Option(min=0, help="Upper limit of think times, after division by 8.")] = 1.5,
+    sessions_at_once: Annotated[int, typer.Option(min=1, max=256, help="Number of open agent sessions.")] = 16,
+    pace: Annotated[str, typer.Option(help="Rate limit of the pool node's sending, or none.")] = "25MB/s",
     control: Annotated[
         bool,
         typer.Option("--control", help="Measure the overhead where little can be reused."),
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and of deadlines' multipliers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and deadline multipliers.")] = 0,
 ) -> None:
-    """Replay a trace through the API with a real small model: penstock, coupled, and without a pool."""
+    """Replays a trace through the API with a real small model: with Penstock, coupled, and without a pool."""
     from penstock.testing.tiny_models import build_demo_checkpoint
 
     console = Console(stderr=True)
@@ -231,7 +231,7 @@ def _load_check(plan: Plan, runs: Sequence[Run], options: Options) -> LoadCheck:
 def _run(
     plan: Plan, alone: Calibration, progress: Progress, control: bool
 ) -> tuple[list[Run], Mapping[str, int] | None]:
-    """The runs; of a control also the slice that each session was in."""
+    """The runs; for a control also the slice of each session."""
     reusable = reusable_tokens(plan.workload, plan.bed.vocabulary, BLOCK_TOKENS)
     deadlines = deadlines_s(plan.workload, reusable, alone.ttft)
     if control:
@@ -242,7 +242,7 @@ def _run(
 
 
 def _add_ratios(report: Report, runs: Sequence[Run], groups: Mapping[str, int] | None) -> None:
-    """Penstock's TTFT over that of the others; `groups` is for a control, whose ratios have limits."""
+    """Penstock's TTFT relative to the others'; `groups` is for a control, whose ratios have limits."""
     records = {system: _records(runs, system) for system in SYSTEMS}
     summaries = {system: summarize_records(records[system]) for system in SYSTEMS}
     if any(summary.ttft is None for summary in summaries.values()):

@@ -1,4 +1,4 @@
-"""`penstock bench transport`: reads from a pool node against a bare socket loop, both between two processes."""
+"""`penstock bench transport`: reads from a pool node against a bare socket loop, each between two processes."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from penstock.workloads.plots import bar_chart
 SIZES = {"128k": 128 << 10, "2m": 2 << 20, "4m": 4 << 20}
 ALONE_SIZES = {"64k": 64 << 10, "512k": 512 << 10, "4m": 4 << 20}
 BUFFER_BYTES = 32 << 20
-WINDOW = 8  # reads that the client keeps open
+WINDOW = 8  # concurrent reads of the client
 RATIO_MIN = 0.9
 
 
 @dataclass(slots=True)
 class Samples:
-    """Bandwidths of the repeats of one contestant at one load, and what they cost in all."""
+    """Bandwidths of one contestant's repeats at one load, and their total cost."""
 
     bytes_per_s: list[float] = field(default_factory=list)
     moved_bytes: int = 0
@@ -67,8 +67,8 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What node and client of one contestant prove themselves by: the node's flags, and what the client has; with a
-    pool key blocks have MACs, which the client verifies instead of checksums."""
+    """Credentials of one contestant: the node's flags, and the client's. With a pool key, blocks have MACs, which the
+    client verifies instead of checksums."""
 
     flags: tuple[str, ...] = ()
     secret: Secret | None = None
@@ -83,15 +83,16 @@ def transport(
     repeats: Annotated[int, typer.Option(min=1, max=100, help="Runs of each load; the median counts.")] = 9,
     run_mib: Annotated[int, typer.Option(min=64, max=65536, help="MiB that one run moves.")] = 1024,
     tls: Annotated[
-        bool, typer.Option("--tls", help="Compare with a secret and with mutual TLS, too (needs the openssl command).")
+        bool, typer.Option("--tls", help="Also compare a shared secret and mutual TLS (needs the openssl command).")
     ] = False,
     pool_key_file: Annotated[
-        Path | None, typer.Option(help="Also read with this pool key (mac_*): what MACs cost, in the same run.")
+        Path | None,
+        typer.Option(help="Also read with this pool key (mac_*), to measure the cost of MACs in the same run."),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG) to this file.")] = None,
 ) -> None:
-    """Read bandwidth and CPU of a pool node over loopback TCP against a bare socket loop."""
+    """Read bandwidth and CPU time of a pool node over loopback TCP against a bare socket loop."""
     console = Console()
     report = Report("transport")
     loads = [("128k", 1), ("2m", 1), ("4m", 1), ("4m", 2)]
@@ -122,7 +123,7 @@ def transport(
 
 
 def _proofs(folder: Path) -> dict[str, Proof]:
-    """Of a node with a secret, and of one with certificates. Raises OSError."""
+    """Credentials with a secret, and with certificates. Raises OSError."""
     key, file = os.urandom(32).hex(), folder / "secret"
     file.touch(0o600)
     file.write_text(key)
@@ -136,7 +137,7 @@ def _proofs(folder: Path) -> dict[str, Proof]:
 def _measure(
     console: Console, loads: list[tuple[str, int]], repeats: int, run_bytes: int, proofs: dict[str, Proof]
 ) -> Results:
-    """All loads, interleaved: each repeat runs all contestants of every load, forwards and backwards in turns."""
+    """All loads, interleaved: each repeat runs all contestants of every load, in alternating order."""
     results: Results = defaultdict(Samples)
     members = ["--memory", str(len(SIZES) * SET_BYTES)]
     command = python_command("-m", "penstock", "pool", "--listen", "127.0.0.1:0", *members)
@@ -205,7 +206,7 @@ def _conclude(report: Report, results: Results, loads: list[tuple[str, int]], po
 
 
 def _add_costs(report: Report, results: Results, loads: list[tuple[str, int]], who: str) -> None:
-    """What one way of proof costs: bandwidth, and the CPU time of each side."""
+    """Cost of one kind of credentials: bandwidth, and CPU time of each side."""
     for size, connections in loads:
         suffix = size if connections == 1 else f"{size}_{connections}conn"
         found, plain = results[who, size, connections], results["tcp", size, connections]
@@ -216,7 +217,9 @@ def _add_costs(report: Report, results: Results, loads: list[tuple[str, int]], w
         report.figure(f"{who}_read_{suffix}_client_cpu_s_per_gb", found.client_cpu_s / gb)
         report.figure(f"{who}_read_{suffix}_node_cpu_s_per_gb", found.node_cpu_s / gb)
     if who == "tls":
-        report.notes.append("tcp_*: whoever reaches the port; secret_*: a shared secret; tls_*: mutual TLS 1.3")
+        report.notes.append(
+            "tcp_*: open to anyone who reaches the port; secret_*: a shared secret; tls_*: mutual TLS 1.3"
+        )
 
 
 def _checksum(key: BlockKey, data: memoryview) -> object:
@@ -224,7 +227,7 @@ def _checksum(key: BlockKey, data: memoryview) -> object:
 
 
 def _alone(digest: Callable[[BlockKey, memoryview], object], size_bytes: int) -> tuple[float, float]:
-    """GB/s and CPU-s per GB of a digest of blocks alone, over memory that no cache holds."""
+    """GB/s and CPU-s per GB of a digest of blocks, over memory that is not in a cache."""
     memory, key = aligned_buffer(SET_BYTES), bytes(KEY_BYTES)
     memory[:] = os.urandom(1 << 20) * (SET_BYTES >> 20)
     begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
@@ -274,7 +277,7 @@ def _fill(address: str, proof: Proof) -> dict[str, list[BlockKey]]:
 
 
 class _Reader:
-    """Keeps `WINDOW` reads open until `count` have ended."""
+    """Has `WINDOW` reads running until `count` have ended."""
 
     def __init__(self, pool: Pool, keys: list[BlockKey], size_bytes: int, count: int, buffers: memoryview) -> None:
         self._pool, self._keys, self._size, self._count, self._buffers = pool, keys, size_bytes, count, buffers
@@ -300,7 +303,7 @@ class _Reader:
             if number == self._count:
                 return
             self._next += 1
-        # Buffers rotate so that a read lands in memory that no cache holds, as in the bare loop.
+        # Buffers rotate so that a read goes to memory that is not in a cache, as in the bare loop.
         at = number % (BUFFER_BYTES // self._size // WINDOW) * WINDOW + slot
         into = self._buffers[at * self._size : (at + 1) * self._size]
         self._pool.read(self._keys[number % len(self._keys)], self._size, into, TIMEOUT_S, lambda e: self._end(slot, e))

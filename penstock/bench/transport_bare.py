@@ -15,8 +15,8 @@ from penstock.io.memory import aligned_buffer
 from penstock.process.child_python import python_command
 
 READY = re.compile(r"bare server ready on ([\w.:]+:\d+)")
-ORDER = struct.Struct("<QQ")  # size and count of the messages that a connection asks for
-SET_BYTES = 64 << 20  # different bytes, so that sends do not come from the processor's caches
+ORDER = struct.Struct("<QQ")  # size and count of the messages that a connection requests
+SET_BYTES = 64 << 20  # distinct bytes, so that sends do not come from the processor's caches
 TIMEOUT_S = 20.0
 
 
@@ -26,7 +26,7 @@ def bare_process() -> ReadyProcess:
 
 
 def serve() -> None:
-    """In a process of its own: each connection asks for `count` messages of a size, and gets them."""
+    """Runs in a separate process: each connection requests `count` messages of a size, and receives them."""
     memory = aligned_buffer(SET_BYTES)
     memory[:] = os.urandom(1 << 20) * (SET_BYTES >> 20)
     listener = socket.create_server(("127.0.0.1", 0))

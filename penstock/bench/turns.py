@@ -1,5 +1,5 @@
-"""Several systems at the same time, all up, one of them at work: each replays the same slice of a workload in its turn,
-so that the same request meets all of them within seconds, and a machine that drifts drifts for all."""
+"""Several running systems, one of them active at a time: each replays the same slice of a workload in its turn. So the
+same request reaches all of them within seconds, and drift of the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from penstock.bench.served import Bed, Run, Served, System
+from penstock.bench.system_under_test import Bed, Run, System, SystemUnderTest
 from penstock.workloads.deadlines import RequestName
 from penstock.workloads.generators import Workload
 from penstock.workloads.progress import Counter, Progress
 from penstock.workloads.replay import RequestRecord
 
-SLICE_REQUESTS = 2  # few, so that they hardly queue: queues multiply the noise of the machine
-PAUSE_S = 0.1  # between two systems: what the first still saves is saved by then
+SLICE_REQUESTS = 2  # small slices hardly queue; queueing multiplies the machine's noise
+PAUSE_S = 0.1  # between two systems, so that the first one's saves have ended
 
 
 def slices(workload: Workload, requests: int = SLICE_REQUESTS) -> list[Workload]:
-    """The sessions in order of their starts, whole, in groups of at least so many requests each (the last one joins
-    the group before it where it has fewer); each group begins at 0."""
+    """The sessions in order of their starts, whole, in groups of at least this many requests each (a smaller last group
+    is merged into the one before); each group begins at 0."""
     groups: list[list[int]] = [[]]
     counts = [0]
     order = sorted(range(len(workload.sessions)), key=lambda i: workload.sessions[i].start_s)
@@ -58,15 +58,15 @@ def run_in_turns(
     slice_s_max: float,
     progress: Progress,
 ) -> Turns:
-    """Replay a workload slice by slice, each on every system, whose order changes from slice to slice so that each
-    comes equally often before each other. Raises SystemFailed."""
+    """Replay a workload slice by slice, each on every system. Their order changes from slice to slice, so that each
+    runs equally often before each other. Raises SystemFailed."""
     parts = slices(workload)
     orders = itertools.cycle(itertools.permutations(systems))
     counter = Counter(progress, f"in turns: {workload.name}", workload.requests * len(systems))
     records: dict[System, list[RequestRecord]] = {system: [] for system in systems}
     wall_s: dict[System, float] = dict.fromkeys(systems, 0.0)
     with ExitStack() as stack:
-        served = {system: stack.enter_context(Served(bed, system)) for system in systems}
+        served = {system: stack.enter_context(SystemUnderTest(bed, system)) for system in systems}
         for one in served.values():
             one.warm_up(workload.context_tokens_max)
         for part, order in zip(parts, orders, strict=False):

@@ -1,1 +1,1 @@
-"""`penstock doctor`: says in plain words what is there, what is misconfigured, and what to do about it."""
+"""`penstock doctor`: reports what this machine offers, what is misconfigured, and how to repair it."""

@@ -1,4 +1,4 @@
-"""What a doctor finds."""
+"""The result of one doctor check."""
 
 from __future__ import annotations
 

@@ -25,24 +25,25 @@ def doctor(
         ),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the findings to this file as well.")] = None,
-    vllm: Annotated[bool, typer.Option("--vllm", help="Look at Penstock inside vLLM instead of the machine.")] = False,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Check Penstock inside vLLM instead of the machine.")] = False,
 ) -> None:
-    """What this machine offers, what is misconfigured, and what to do. Exit code 1 if Penstock cannot run here.
+    """What this machine offers, what is misconfigured, and how to repair it. Exit code 1 if Penstock cannot run here.
 
-    With --vllm exit code 1 for every problem: vLLM itself tells of none of them.
+    With --vllm, exit code 1 for every problem: vLLM itself reports none of them.
     """
     if vllm:
         from penstock.doctor.vllm_checks import examine_vllm
 
         _report("Penstock inside vLLM", examine_vllm(command or []), json, strict=True)
     elif command:
-        refuse("penstock doctor", f"{command[0]!r} is given without --vllm; allowed: no words")
+        refuse("penstock doctor", f"{command[0]!r} is given without --vllm; allowed: no arguments")
     else:
         _report("What this machine offers", examine(Machine()), json, strict=False)
 
 
 def _report(title: str, findings: list[Check], json: Path | None, strict: bool) -> None:
-    """A table, one line to sum it up, the file; exit status 1 when it is unusable, or has a problem and is `strict`."""
+    """Prints a table and a summary line, writes the file; exit status 1 if a check is unusable, or has a problem and
+    `strict` is set."""
     from rich.console import Console
     from rich.table import Table
 
@@ -61,7 +62,7 @@ def _report(title: str, findings: list[Check], json: Path | None, strict: bool) 
     problems = [check.name for check in findings if check.status == "problem"]
     end = f"Penstock {'can' if usable else 'cannot'} run here."
     if strict:
-        end = "As Penstock is meant to be used." if usable else "This must be repaired first."
+        end = "The installation is complete." if usable else "This must be repaired first."
     console.print(f"problems: {', '.join(problems) or 'none'}. {end}")
     if json is not None:
         record = {"usable": usable, "checks": [asdict(check) for check in findings], "environment": environment()}

@@ -1,4 +1,4 @@
-"""What this machine offers, and what on it is misconfigured: one check each."""
+"""Checks of what this machine offers and what is misconfigured on it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tested_versions() -> dict[str, str]:
 
 
 def check_packages(machine: Machine) -> Check:
-    """The versions Penstock was tested with against those that are installed."""
+    """The installed versions against those that Penstock was tested with."""
     tested = tested_versions()
     absent, other = [], []
     for name, wanted in tested.items():
@@ -62,7 +62,7 @@ def check_packages(machine: Machine) -> Check:
 
 
 def check_cpus(machine: Machine) -> Check:
-    """CPUs that this process may use, its control group's quota included."""
+    """CPUs that this process may use, including its control group's quota."""
     cpus: float = len(os.sched_getaffinity(0))
     found = f"{cpus} CPUs for this process"
     quota = (machine.text("sys/fs/cgroup/cpu.max") or "max").split()
@@ -70,7 +70,7 @@ def check_cpus(machine: Machine) -> Check:
         cpus = int(quota[0]) / int(quota[1])
         found += f", of which its control group may use {cpus:g}"
     if cpus < 2:
-        return Check("cpus", "note", found, "give it two or more: loading and computing share one otherwise")
+        return Check("cpus", "note", found, "give it two or more; with one, loading and computing share it")
     return Check("cpus", "ok", found)
 
 
@@ -88,7 +88,7 @@ def check_memory(machine: Machine) -> Check:
 
 
 def check_io_uring(machine: Machine) -> Check:
-    """Makes a real ring; the sysctl only explains a refusal."""
+    """Creates a real ring; the sysctl only explains a refusal."""
     from penstock.io.ring import probe
 
     reason = probe()
@@ -132,26 +132,26 @@ def check_huge_pages(machine: Machine) -> Check:
 
 
 def check_numa(machine: Machine) -> Check:
-    """Memory nodes of this machine."""
+    """NUMA nodes of this machine."""
     nodes = machine.names("sys/devices/system/node", r"node\d+")
     if len(nodes) <= 1:
-        return Check("numa", "ok", "one memory node")
+        return Check("numa", "ok", "one NUMA node")
     sizes = []
     for node in nodes:
         total = re.search(r"MemTotal:\s*(\d+)", machine.text(f"sys/devices/system/node/{node}/meminfo") or "")
         sizes.append(f"{node} {_size(int(total[1]) << 10)}" if total else node)
-    return Check("numa", "ok", f"{len(nodes)} memory nodes: {', '.join(sizes)}", "one memory member per node pays off")
+    return Check("numa", "ok", f"{len(nodes)} NUMA nodes: {', '.join(sizes)}", "use one memory member per NUMA node")
 
 
 def check_nics(machine: Machine) -> Check:
-    """Physical and virtual network interfaces that are up, with their speed where the driver tells it."""
+    """Physical and virtual network interfaces that are up, with their speed if the driver reports it."""
     cards, slow = [], []
     for name in machine.names("sys/class/net"):
         base = f"sys/class/net/{name}"
         if machine.number(f"{base}/type") != 1 or machine.text(f"{base}/operstate") not in ("up", "unknown"):
             continue
         speed_mbit = machine.number(f"{base}/speed") or -1
-        cards.append(f"{name} ({speed_mbit / 1000:g} Gbit/s)" if speed_mbit > 0 else f"{name} (speed not told)")
+        cards.append(f"{name} ({speed_mbit / 1000:g} Gbit/s)" if speed_mbit > 0 else f"{name} (speed unknown)")
         if 0 < speed_mbit < 10_000:
             slow.append(name)
     if not cards:
@@ -184,7 +184,7 @@ def check_tcp_buffers(machine: Machine) -> Check:
 
 
 def check_cuda(machine: Machine) -> Check:
-    """GPUs that the machine has, against what the installed torch can use."""
+    """GPUs of the machine, and whether the installed torch can use them."""
     cards = machine.names("dev", r"nvidia\d+")
     try:
         import torch

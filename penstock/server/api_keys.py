@@ -1,7 +1,9 @@
-"""API keys: the operator's one, which opens everything, and those of tenants, from a file that may change.
+"""API keys: the operator's key, which gives access to everything, and tenants' keys, read from a file that may change.
 
-KEY-1  A key is held as a keyed digest, compared in constant time, and stands in no log, error or text of an object.
-KEY-2  A file that is not understood as a whole changes nothing: who was let in before still is.
+KEY-1  A key is stored as a keyed digest, compared in constant time, and never appears in a log line, an error or a
+       repr.
+KEY-2  A key file with any error is rejected as a whole; the keys read before stay valid.
+
 Verification: tests/server/test_api_keys.py.
 """
 
@@ -29,17 +31,17 @@ _ALLOWED = 'KEY TENANT, or "KEY" = "TENANT", on a line; a line that begins with 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who sent a request. `tenant` is empty where the client's `cache_salt` is the tenant."""
+    """The sender of a request. `tenant` is empty if the client's `cache_salt` names the tenant."""
 
     tenant: str = ""
     operator: bool = False
 
 
 class TenantKeys:
-    """The keys of a file, one on a line, each with the tenant that it stands for."""
+    """The keys of a file: one per line, each with its tenant."""
 
     def __init__(self, file: Path) -> None:
-        """Raises ConfigError."""
+        """Read the file. Raises ConfigError."""
         self.file = file
         self._secret = os.urandom(32)
         self._tenants: dict[bytes, str] = {}
@@ -49,7 +51,7 @@ class TenantKeys:
         return len(self._tenants)
 
     def reload(self) -> None:
-        """Read the file again. Raises ConfigError, and goes on with the keys before."""
+        """Read the file again. On ConfigError the keys read before stay valid."""
         try:
             content = read_private(self.file, FILE_BYTES_MAX)
         except OSError as error:
@@ -57,8 +59,8 @@ class TenantKeys:
         self._tenants = self._parse(content)
 
     def tenant(self, key: bytes) -> str | None:
-        """The tenant of this key; None for a key that is not in the file."""
-        return self._tenants.get(self._digest(key))  # how long it takes depends on a digest that nobody can compute
+        """The tenant of this key, or None if the file does not contain it."""
+        return self._tenants.get(self._digest(key))  # not a timing leak: clients cannot compute the keyed digest
 
     def _digest(self, key: bytes) -> bytes:
         return hmac.digest(self._secret, key, "sha256")
@@ -85,7 +87,7 @@ class TenantKeys:
 
 
 class KeyCheck:
-    """Tells from a request's Authorization header who sent it."""
+    """Identifies the sender of a request from its Authorization header."""
 
     def __init__(self, operator_key: str | None, tenants: TenantKeys | None) -> None:
         self._secret = os.urandom(32)
@@ -94,11 +96,12 @@ class KeyCheck:
 
     @property
     def needed(self) -> bool:
-        """Whether there are keys at all."""
+        """Whether requests need a key."""
         return self._operator is not None or self._tenants is not None
 
     def caller(self, headers: Iterable[tuple[bytes, bytes]], *, basic: bool) -> Caller | None:
-        """Who gave a valid key; None: nobody. `basic`: a browser may give it as a password, with any user name."""
+        """The sender if the key is valid, else None. `basic`: also accept the key as a Basic password with any user
+        name, as a browser sends it."""
         given = [value for name, value in headers if name == b"authorization"]
         if len(given) != 1:
             return None
@@ -118,7 +121,7 @@ class KeyCheck:
 
 
 def _key_and_tenant(text: str, place: str) -> tuple[str, str]:
-    """Of one line. Raises ConfigError, without the key."""
+    """Parse one line. Raises ConfigError, whose text never contains the key."""
     words = text.split()
     if len(words) == 3 and words[1] == "=":
         del words[1]

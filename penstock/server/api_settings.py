@@ -1,4 +1,4 @@
-"""What the commands with an OpenAI-compatible API share: their flags, and the HTTP server that these describe."""
+"""Flags shared by all commands with an OpenAI-compatible API, and the server settings that they give."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class ApiFlags(ServingRules, ModelSettings):
 
     host: str = setting("127.0.0.1", "Address to listen on.")
     port: int | None = setting(None, "Port to listen on; 0 takes any free one.", shown=str(DEFAULT_PORT))
-    api_key: str | None = setting(None, "Key that clients must send (visible to other users).")
-    api_key_file: str | None = setting(None, "File that holds the key; it opens the live page too.", "FILE")
-    api_keys: str | None = setting(None, "Keys of tenants: KEY TENANT on each line.", "FILE")
+    api_key: str | None = setting(None, "Key that clients must send (other users of this machine can see it).")
+    api_key_file: str | None = setting(None, "File with the key; the live page needs it too.", "FILE")
+    api_keys: str | None = setting(None, "File with tenants' keys: KEY TENANT on each line.", "FILE")
     tls_cert: str | None = setting(None, "Serve HTTPS with this certificate chain (PEM).", "FILE")
-    tls_key: str | None = setting(None, "Its key (PEM, without a passphrase).", "FILE")
+    tls_key: str | None = setting(None, "Private key of --tls-cert (PEM, without a passphrase).", "FILE")
     served_model_name: str | None = setting(None, "Name of the model in the API.", shown="last part of MODEL")
     log_level: LogLevel = setting("info", "debug, info, warning or error.")
 
 
 def api_settings(flags: ApiFlags, model_name: str, **more: Any) -> ServerSettings:
-    """The HTTP server these flags describe; reads its files of keys and certificates. `model_name` counts where none is
-    given; then the model as given is understood too. Raises ConfigError."""
+    """The settings of the HTTP server that these flags describe; reads the key and certificate files. `model_name` is
+    used if no --served-model-name is given; then the full model name is accepted too. Raises ConfigError."""
     aliases = (flags.model,) if flags.served_model_name is None and flags.model not in ("", model_name) else ()
     return ServerSettings(
         model_name=flags.served_model_name or model_name,
@@ -50,8 +50,8 @@ def api_settings(flags: ApiFlags, model_name: str, **more: Any) -> ServerSetting
 
 
 def served_name(model: str) -> str:
-    """What clients call a model without --served-model-name: a hub id, or the last part of a path, which tells nobody
-    how this machine's folders are named."""
+    """The model's name in the API without --served-model-name: a hub id, or the last part of a path, so that clients do
+    not learn this machine's folder names."""
     path = Path(model)
     if not model or (not path.is_absolute() and model.count("/") == 1 and not path.exists() and model[0] not in ".~"):
         return model
@@ -60,7 +60,7 @@ def served_name(model: str) -> str:
 
 
 def read_api_key(key: str | None, file: str | None) -> str | None:
-    """The key itself, or that of a file. Raises ConfigError."""
+    """The key, given directly or in a file. Raises ConfigError."""
     if key is not None and file is not None:
         raise ConfigError("api_key is set together with api_key_file; allowed: one of them")
     if file is not None:

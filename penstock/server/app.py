@@ -1,4 +1,4 @@
-"""The OpenAI-compatible application: routes, and what happens to a request before and after its generation."""
+"""The OpenAI-compatible application: its routes, and the steps of a request before and after its generation."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class ServerApp:
     def __init__(
         self, engine: EngineAPI, codec: TextCodec | None, settings: ServerSettings, more: Sequence[Route] = ()
     ) -> None:
-        """`more`: routes beside the API."""
+        """`more`: further routes beside the API's."""
         self.settings = settings
         self.metrics = ServerMetrics(engine)
         self.live = LiveWindow(settings.model_name)
         self.draining = False
-        self.hosts: HostCheck | None = None  # set by whoever listens; None: any
-        self.requests_max = settings.connections_max  # at once, of all paths
+        self.hosts: HostCheck | None = None  # set by the listening server; None: any Host is accepted
+        self.requests_max = settings.connections_max  # requests open at once, on all paths
         self._engine = engine
         self._codec = codec
         self._created = int(time.time())
@@ -83,7 +83,7 @@ class ServerApp:
         handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error, Exception: _internal_error}
         routes += api if settings.api else []
         starlette = Starlette(routes=routes, exception_handlers=handlers)
-        starlette.router.redirect_slashes = False  # it would send clients to whatever stands in `Host`
+        starlette.router.redirect_slashes = False  # redirects would send clients to the address in their `Host` header
         self.asgi: ASGIApp = Gate(starlette, self)
         if settings.cors_origins:
             self.asgi = CORSMiddleware(
@@ -96,16 +96,16 @@ class ServerApp:
 
     @property
     def body_bytes_in_use(self) -> int:
-        """Bytes that large bodies of requests hold which do not generate yet."""
+        """Bytes of large request bodies that are held before their generation starts."""
         return self._preparation.bodies.in_use
 
     def cancel_all(self) -> None:
-        """End every generation under way with a 503."""
+        """End every running generation with a 503."""
         for generation in list(self._generations):
             generation.end("shutdown")
 
     def close(self) -> None:
-        """End the threads of this server; after its last request."""
+        """Stop the server's threads; call it after the last request."""
         self._preparation.close()
         self._information.stop()
 
@@ -132,7 +132,7 @@ class ServerApp:
                 self._check_model(body.model)
                 return json_response(await answer(self._preparation, body))
         except ClientDisconnect:
-            return Response(status_code=408)  # nobody reads it
+            return Response(status_code=408)  # the client is gone: nobody reads this answer
 
     async def _page(self, request: Request) -> Response:
         return page_response(live_page("penstock.server", "page.html"))
@@ -144,7 +144,7 @@ class ServerApp:
         return Response(await self._inform(self.metrics.render), headers={"content-type": CONTENT_TYPE})
 
     async def _inform(self, ask: Callable[[], T]) -> T:
-        """What the engine may take a moment to say. Raises ApiError(503) when too many ask."""
+        """Run a query of the engine that may block, on a thread. Raises ApiError(503) when too many are waiting."""
         try:
             return await self._information.run(ask)
         except TooMuchWork:
@@ -190,7 +190,7 @@ class ServerApp:
                 prepared = await self._preparation.prepare(request, body, request.scope.get(TENANT, ""))
             return self._reply(prepared, arrival_s, self._answer_id(request, prepared))
         except ClientDisconnect:
-            return Response(status_code=408)  # nobody reads it
+            return Response(status_code=408)  # the client is gone: nobody reads this answer
         finally:
             self._preparing -= 1
 
@@ -200,8 +200,8 @@ class ServerApp:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def _answer_id(self, request: Request, prepared: Prepared) -> tuple[str, str]:
-        """The answer's id, which no other answer has, and a label of what the client calls its request, under which it
-        may ask for the same again (empty: it may not)."""
+        """The answer's unique id, and the label under which the client may ask for the same answer again (empty: it may
+        not)."""
         kind = "chatcmpl" if prepared.chat else "cmpl"
         answer_id = f"{kind}-{uuid.uuid4().hex}"
         given = request.headers.get("x-request-id") if self.settings.resumable else None

@@ -1,4 +1,4 @@
-"""Bodies of requests: read within bounds of size, time and memory, and looked through before they are parsed."""
+"""Request bodies: read within bounds of size, time and memory, and checked for nesting before they are parsed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from starlette.requests import Request
 
 from penstock.server.errors import ApiError
 
-DRAINED_BYTES_MAX = 256 * 2**20  # of a body that is refused: read and dropped, so that the client reads the answer
-FREE_BYTES = 2**16  # of each body that are not counted: small requests are served whatever others send
+# a refused body is read and dropped up to this size, so that the client can read the answer
+DRAINED_BYTES_MAX = 256 * 2**20
+FREE_BYTES = 2**16  # of each body, not counted in the budget: small requests are served whatever others send
 _CHUNK_BYTES = 2**18
 _OPEN_BRACE, _OPEN_BRACKET, _COMMA, _QUOTE = (ord(letter) for letter in '{[,"')
 
 
 class BodyBudget:
-    """Memory for the bodies of all requests that are not yet generating. Lives on the event loop."""
+    """Memory budget for the bodies of all requests that do not generate yet. Lives on the event loop."""
 
     def __init__(self, bytes_max: int) -> None:
         self.bytes_max = bytes_max
@@ -27,7 +28,7 @@ class BodyBudget:
 
     @contextmanager
     def open(self) -> Iterator[BodyLease]:
-        """What one request takes of it, until the end of the block."""
+        """A lease for one request's body, released at the end of the block."""
         lease = BodyLease(self)
         try:
             yield lease
@@ -37,13 +38,13 @@ class BodyBudget:
 
 @dataclass(slots=True)
 class BodyLease:
-    """One request's part of a budget."""
+    """The part of the budget that one request's body takes."""
 
     budget: BodyBudget
     taken: int = 0
 
     def grow(self, size: int) -> None:
-        """The body has `size` bytes by now. Raises ApiError(429)."""
+        """The body has `size` bytes now. Raises ApiError(429) when the budget is spent."""
         more = max(size - FREE_BYTES, 0) - self.taken
         if self.budget.in_use + more > self.budget.bytes_max:
             message = f"{self.budget.bytes_max} bytes of large requests are being read, and no more are taken"
@@ -52,14 +53,14 @@ class BodyLease:
         self.taken += more
 
     def release(self) -> None:
-        """Give back what was taken; later calls do nothing."""
+        """Release the lease; later calls do nothing."""
         self.budget.in_use -= self.taken
         self.taken = 0
 
 
 async def read_body(request: Request, limit: int, too_large: ApiError, timeout_s: float, lease: BodyLease) -> bytes:
-    """The whole body. Raises `too_large` beyond `limit` bytes, after the rest was read and dropped where that is
-    feasible; ApiError(408) after `timeout_s`, and ApiError(429) when the budget is spent."""
+    """Read the whole body. Raises `too_large` beyond `limit` bytes (after the rest was read and dropped, up to
+    DRAINED_BYTES_MAX), ApiError(408) after `timeout_s`, and ApiError(429) when the budget is spent."""
     declared = request.headers.get("content-length", "")
     announced = int(declared) if declared.isdigit() and len(declared) < 20 else 0
     refusal = too_large if announced > limit else None
@@ -93,8 +94,8 @@ async def read_body(request: Request, limit: int, too_large: ApiError, timeout_s
 
 
 def has_more_than(raw: bytes, containers_max: int, values_max: int) -> str | None:
-    """What a JSON text has too many of, objects and lists or values; None when it has not. Costs little compared with
-    parsing, whatever the text is, and other threads run meanwhile."""
+    """Which limit a JSON text exceeds ("more than N objects and lists" or "values"), or None. Cheap compared with
+    parsing, whatever the text is; other threads run meanwhile."""
     if len(raw) <= containers_max or _seems_small(raw, containers_max, values_max):
         return None
     containers = values = inside = 0
@@ -102,7 +103,7 @@ def has_more_than(raw: bytes, containers_max: int, values_max: int) -> str | Non
     for at in range(0, len(raw), _CHUNK_BYTES):
         piece = backslash + raw[at : at + _CHUNK_BYTES]
         whole = piece.rstrip(b"\\")
-        backslash = b"\\" * ((len(piece) - len(whole)) % 2)  # an escape that the next chunk ends
+        backslash = b"\\" * ((len(piece) - len(whole)) % 2)  # an escape that the next chunk completes
         letters = np.frombuffer(whole.replace(b"\\\\", b"").replace(b'\\"', b""), np.uint8)
         outside = ((np.cumsum(letters == _QUOTE) + inside) & 1) == 0
         inside = (inside + int(np.count_nonzero(letters == _QUOTE))) & 1
@@ -117,6 +118,6 @@ def has_more_than(raw: bytes, containers_max: int, values_max: int) -> str | Non
 
 
 def _seems_small(raw: bytes, containers_max: int, values_max: int) -> bool:
-    """Whether it is small even if everything in strings counted."""
+    """Whether the text is within both limits even if every character inside strings counted."""
     containers = raw.count(b"{") + raw.count(b"[")
     return containers <= containers_max and containers + raw.count(b",") <= values_max

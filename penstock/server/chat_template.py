@@ -1,4 +1,4 @@
-"""A checkpoint's chat template: which variables a client may set, and how it wants tool calls written."""
+"""A checkpoint's chat template: which variables a client may set, and the form of tool calls that it takes."""
 
 from __future__ import annotations
 
@@ -28,30 +28,31 @@ LIST_MAX = 64
 INTEGER_MAX = 2**53
 _SET_BY_THE_SERVER = {"messages", "tools", "documents", "add_generation_prompt"}
 _SPECIAL_TOKENS = {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}
-_GLOBALS = {"raise_exception", "strftime_now", "namespace", "dict"}  # of the environment that renders
+_GLOBALS = {"raise_exception", "strftime_now", "namespace", "dict"}  # names that the rendering environment provides
 _NEEDLE = "argument_needle"
 
 
 class ChatTemplate:
-    """Threading: every method may be called from any thread; `render` waits for another process."""
+    """Threading: any method may be called from any thread; `render` waits for the rendering process."""
 
     def __init__(self, tokenizer: Any, source: str, characters_max: int, cpu_s: float) -> None:
         special_tokens = dict(tokenizer.special_tokens_map)
         self.variables = _variables(source) - _parameters(tokenizer) - set(special_tokens)
         self._renderer = TemplateRenderer(source, special_tokens, characters_max, cpu_s)
         self._arguments_lock = threading.Lock()
-        self._wants_objects: bool | None = None  # None: not found out yet
+        self._wants_objects: bool | None = None  # None: not yet determined
 
     def start(self) -> None:
-        """Get ready to render. Raises RenderError."""
+        """Start the renderer. Raises RenderError."""
         self._renderer.start()
 
     def close(self) -> None:
-        """End what is being rendered."""
+        """Stop the renderer and whatever it renders."""
         self._renderer.close()
 
     def render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
-        """The text of a chat, with the beginning of an answer. `variables` are checked. Raises ApiError."""
+        """The text of a chat, ending with the beginning of the answer. `variables` were checked by `check_variables`.
+        Raises ApiError."""
         messages = [{name: value for name, value in one.items() if value is not None} for one in messages]
         if any(_text_arguments(message) for message in messages) and self._takes_object_arguments():
             messages = [_with_object_arguments(message, at) for at, message in enumerate(messages)]
@@ -63,7 +64,7 @@ class ChatTemplate:
             raise bad_request(f"the chat template refused the messages: {error}", "messages") from None
 
     def check_variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """A client's `chat_template_kwargs`, if all of them are variables of this template. Raises ApiError(400)."""
+        """A client's `chat_template_kwargs` if this template takes all of them. Raises ApiError(400)."""
         if len(given) > VARIABLES_MAX:
             message = f"chat_template_kwargs has {len(given)} entries; allowed: at most {VARIABLES_MAX}"
             raise bad_request(message, "chat_template_kwargs")
@@ -85,7 +86,7 @@ class ChatTemplate:
         return dict(given)
 
     def _takes_object_arguments(self) -> bool:
-        """Whether the template writes out a tool call's arguments when they are an object. Some only join text."""
+        """Whether the template writes out tool-call arguments given as an object; some templates only join text."""
         with self._arguments_lock:
             if self._wants_objects is None:
                 self._wants_objects = self._writes_out_objects()
@@ -121,7 +122,7 @@ def _text_arguments(message: Mapping[str, Any]) -> bool:
 
 
 def _with_object_arguments(message: dict[str, Any], at: int) -> dict[str, Any]:
-    """The message with the arguments of its tool calls, which the API has as JSON text, as objects."""
+    """The message with its tool calls' arguments decoded from the API's JSON text to objects."""
     calls = message.get("tool_calls")
     if not calls:
         return message
@@ -143,7 +144,7 @@ def _decoded(call: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _variables(source: str) -> frozenset[str]:
-    """Names that a template takes from outside."""
+    """Names that the template reads but does not define."""
     environment = ImmutableSandboxedEnvironment(extensions=[_Generation, jinja2.ext.loopcontrols])
     try:
         found = jinja2.meta.find_undeclared_variables(environment.parse(source))
@@ -154,7 +155,7 @@ def _variables(source: str) -> frozenset[str]:
 
 
 def _parameters(tokenizer: Any) -> set[str]:
-    """Names that mean something to the tokenizer's own function rather than to its template."""
+    """Parameter names of the tokenizer's own function, which are not template variables."""
     from transformers import PreTrainedTokenizerBase
 
     functions = (tokenizer.apply_chat_template, PreTrainedTokenizerBase.apply_chat_template)
@@ -162,7 +163,7 @@ def _parameters(tokenizer: Any) -> set[str]:
 
 
 class _Generation(jinja2.ext.Extension):
-    """The tag `generation`, with which templates mark what the model says."""
+    """The tag `generation`, by which templates mark the model's answers."""
 
     tags = {"generation"}  # noqa: RUF012
 

@@ -1,4 +1,4 @@
-"""uvicorn's protocol for one connection, with bounds: on heads and trailers, and on time while no request is served."""
+"""uvicorn's protocol for one connection, with limits on heads and trailers and deadlines while no request is served."""
 
 from __future__ import annotations
 
@@ -22,76 +22,76 @@ rare = RateLimitedLog(logging.getLogger(__name__))
 
 HEAD_BYTES_MAX = 64 * 2**10
 HEAD_LINES_MAX = 256
-HELD_BACK_BYTES_MAX = 2**16  # behind a request that is not answered; then the connection is not read
-SLICE_BYTES = 4096  # parsed at once; a head of empty headers has a thousand of them in it
-PIPELINED_AND_READ = 16  # while fewer requests wait for the answer before theirs, the connection is read
-PIPELINED_MAX = 64  # requests of one connection that wait for the answer before theirs
-KEEP_ALIVE_GRACE_S = 1.0  # a connection is kept so much longer than its answers say: the client closes it first
+HELD_BACK_BYTES_MAX = 2**16  # bytes behind an unanswered request; beyond it the connection is not read
+SLICE_BYTES = 4096  # parsed at once; a slice of empty headers has about a thousand
+PIPELINED_AND_READ = 16  # below this number of waiting pipelined requests, the connection is read
+PIPELINED_MAX = 64  # pipelined requests of one connection that may wait
+KEEP_ALIVE_GRACE_S = 1.0  # kept this much longer than answers announce, so that the client closes first
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER of zero seconds
 _END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 _UPGRADE = re.compile(rb"(?im)^upgrade[ \t]*:")
 
 
 class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
-    """uvicorn's protocol for one connection; `bounded_protocol` gives it its deadlines.
+    """uvicorn's protocol for one connection; `bounded_protocol` sets its deadlines.
 
-    - A head is collected before the parser sees it, at most HEAD_BYTES_MAX of it: 431 beyond.
-    - A request to upgrade (h2c, websocket) is served as plain HTTP/1.1, as RFC 9110 section 7.8 allows: its Upgrade
-      header is hidden from the parser, which would otherwise take the body for another protocol.
-    - Whenever no request is being served, the connection has a deadline: `header_timeout_s` for a head or for the rest
-      of a body that nobody wants, `keep_alive_s` between requests. Line breaks between requests do not move it.
-    - While it waits for its client it may be closed to make room for another one (`admission`).
-    - Connections take turns at being parsed (`turns`), a slice at a time.
-    - Trailers are dropped: nobody looks at them, and they are no headers.
+    - A head is collected before the parser sees it, up to HEAD_BYTES_MAX bytes; a larger one gets a 431.
+    - A request to upgrade (h2c, websocket) is served as plain HTTP/1.1, as RFC 9110 section 7.8 allows. Its Upgrade
+      header is hidden from the parser, which would otherwise read the body as another protocol.
+    - While no request is served, the connection has a deadline: `header_timeout_s` for a head or for the rest of an
+      unwanted body, `keep_alive_s` between requests. Line breaks between requests do not extend it.
+    - An idle connection may be closed to make room for another one (`admission`).
+    - Connections take turns at being parsed (`turns`), one slice at a time.
+    - Trailers are dropped: no handler reads them, and they must not count as headers.
     """
 
     header_timeout_s: float
     keep_alive_s: float
-    parser: Any  # None once the connection is lost
+    parser: Any  # None after the connection is lost
 
     def __init__(self, admission: Admission, turns: Turns, **more: Any) -> None:
         super().__init__(**more)
         self.address = admission.address
         self._admission = admission
         self._turns = turns
-        self._received: deque[memoryview] = deque()  # what has come and waits for its turn
+        self._received: deque[memoryview] = deque()  # received, not parsed yet
         self._received_bytes = 0
-        self._behind_another = False  # it waits for the answer to another request
-        self._body_left = 0  # of a body of known length
+        self._behind_another = False  # the next request waits for the answer to an earlier one
+        self._body_left = 0  # of a body with a Content-Length
         self._too_many = False
         self._gone = False
-        self._running: Any = None  # the request that is being answered; uvicorn's `cycle` is the newest one
+        self._running: Any = None  # the request being answered; uvicorn's `cycle` is the newest request
 
     def connection_made(self, transport: Any) -> None:
-        """The deadline of the first head begins."""
+        """Start the deadline of the first head."""
         self._admission.close = self._make_room
-        self._head = bytearray()  # of the next request, while the parser is between two messages
+        self._head = bytearray()  # the next request's head, collected while the parser is between two messages
         self._between_messages = True
-        self._bytes_without_body = 0  # that the parser took since it last gave out a piece of a body
+        self._bytes_without_body = 0  # bytes parsed since the parser last delivered a piece of a body
         self._deadline: asyncio.TimerHandle | None = None
         super().connection_made(transport)
         self._end_within(self.header_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Instead of uvicorn's way, which tells the newest request, not the one that is answered, and all requests
-        of a thousand connections in one iteration of the loop."""
+        """Replaces uvicorn's method, which notifies the newest request instead of the running one, and would notify the
+        requests of a thousand lost connections in a single iteration of the loop."""
         self._serve_without_deadline()
         self._unset_keepalive_if_required()
         self._admission.ended()
         self.connections.discard(self)
         for cycle in (self.cycle, self._running):
             if cycle is not None and not cycle.response_complete:
-                cycle.disconnected = True  # it writes no more, and learns it in its turn
+                cycle.disconnected = True  # it sends nothing more; its task learns of it in this connection's turn
         self._drop_received()
         self._gone = True
         if self._running is not None and not self._running.response_complete:
-            self._turns.received(self)  # whoever answers is told in this connection's turn
+            self._turns.received(self)  # the task is notified in this connection's turn
         else:
             self._turns.forget(self)
         self.parser = None
 
     def data_received(self, data: bytes) -> None:
-        """Bytes are queued for this connection's turn; beyond the bound it is not read further."""
+        """Queue received bytes for this connection's turn; beyond the bound, stop reading."""
         waits = bool(self._received)
         self._received.append(memoryview(data))
         self._received_bytes += len(data)
@@ -106,8 +106,8 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
             self.transport.pause_reading()
 
     def take(self) -> bool:
-        """A slice of what has come: small where each byte may cost something, else as much as the body has. A
-        request behind one that is not answered waits unparsed."""
+        """Parse one slice: small for heads, where every byte may be expensive; up to the body's rest otherwise. A
+        request behind an unanswered one is not parsed."""
         if self._gone:
             self._turns.request()
             self._end_running()
@@ -133,7 +133,7 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         return bool(self._received)
 
     def _read_on(self, waiting_bytes: int) -> None:
-        """Unless more than this waits."""
+        """Read again if at most `waiting_bytes` are queued."""
         if self._received_bytes <= waiting_bytes and not self.flow.read_paused and not self.transport.is_closing():
             self.transport.resume_reading()
 
@@ -142,7 +142,7 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         self._received_bytes = 0
 
     def on_message_begin(self) -> None:
-        """Raises ValueError when PIPELINED_MAX requests wait for an answer."""
+        """Start of a request. Raises ValueError when PIPELINED_MAX requests wait for an answer."""
         if len(self.pipeline) >= PIPELINED_MAX:
             self._too_many = True
             raise ValueError(f"more than {PIPELINED_MAX} requests wait for an answer")
@@ -152,12 +152,12 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         self.scope["extensions"] = {ABORT_EXTENSION: self._cut}
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header of a head; a trailer is dropped."""
+        """A header of a head. Trailers are dropped."""
         if not self._headers_complete:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """A head is whole: the request is served, without a deadline."""
+        """The head is complete: serve the request, without a deadline."""
         self._headers_complete = True
         length = next((value for name, value in self.headers if name == b"content-length"), b"0")
         self._body_left = int(length) if length.isdigit() and len(length) < 20 else 0
@@ -166,16 +166,16 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         self._bytes_without_body = 0
         super().on_headers_complete()
         if 0 < len(self.pipeline) < PIPELINED_AND_READ:
-            self.flow.resume_reading()  # or nobody would see that the client has left
+            self.flow.resume_reading()  # otherwise the client's departure would not be noticed
 
     def on_body(self, body: bytes) -> None:
-        """A piece of a body goes to whoever serves the request."""
+        """Pass a piece of the body to the running request."""
         self._bytes_without_body = 0
         self._body_left = max(0, self._body_left - len(body))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """A request is whole; the connection is idle if it was answered already."""
+        """The request is complete; the connection is idle if it was answered already."""
         self._between_messages = True
         self._body_left = 0
         super().on_message_complete()
@@ -185,19 +185,19 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
             self._admission.serves()
 
     def on_response_complete(self) -> None:
-        """A request was answered: the next one is taken up, or the connection is idle."""
+        """A request was answered: start the next one, or become idle."""
         super().on_response_complete()
         if self._nothing_served():
             self._admission.waits()
         if self.transport.is_closing():
-            self._end_within(self.header_timeout_s)  # what was answered may still wait for the client to read it
+            self._end_within(self.header_timeout_s)  # the client may not have read the answer yet
         elif self._nothing_served():
             self._end_when_idle()
         if self._behind_another:
             self._take_turns()
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP, or too many requests at once. It never goes into the middle of another answer."""
+        """Answer invalid HTTP or too many pipelined requests with a 400, but never inside another answer."""
         cycle = self.cycle
         if self._too_many:
             rare.warning("pipelined", "a connection was cut: more than %d requests at once", PIPELINED_MAX)
@@ -214,7 +214,7 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         super()._start_asgi_task(cycle, app)
 
     def _end_running(self) -> None:
-        """The connection is gone or about to be: whoever answers a request writes no more, and learns it now."""
+        """The connection is lost or closing: the running request sends nothing more, and is notified now."""
         if self._running is not None:
             self._running.disconnected = True
             self._running.message_event.set()
@@ -226,7 +226,7 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         if not head:
             data = data.lstrip(b"\r\n")
             if not data:
-                return  # as RFC 9112 section 2.2 says, it is ignored; the deadline stays
+                return  # RFC 9112 section 2.2: empty lines are ignored; they do not extend the deadline
             if self._nothing_served():
                 self._end_within(self.header_timeout_s)
         looked_at = max(0, len(head) - 3)
@@ -244,14 +244,14 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
             self._feed(_UPGRADE.sub(b"x-upgrade:", whole))
 
     def _feed(self, data: bytes) -> None:
-        """To the parser. What is no body (trailers, a head behind another request) is bounded here."""
+        """Feed the parser. Limits everything outside bodies (trailers, a head behind another request)."""
         self._bytes_without_body += len(data)
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:  # CONNECT: it is answered as any other method
+        except httptools.HttpParserUpgrade:  # CONNECT: answered like any other method
             pass
         except httptools.HttpParserError as error:
-            rare.warning("invalid", "a connection sent what is no HTTP: %s", error)
+            rare.warning("invalid", "a connection sent invalid HTTP: %s", error)
             self.send_400_response("Invalid HTTP request received.")
             return
         if self._bytes_without_body > HEAD_BYTES_MAX:
@@ -299,10 +299,10 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
             self._deadline = None
 
     def timeout_keep_alive_handler(self) -> None:
-        """uvicorn's own timer, which any byte would cancel: `_deadline` does its work."""
+        """Disables uvicorn's own timer, which any received byte would cancel; `_deadline` replaces it."""
 
     def _make_room(self) -> None:
-        """Another connection is taken instead of this one, which waits for its client."""
+        """Close this idle connection, to make room for another one."""
         if self.scheme == "https" or self.transport.get_write_buffer_size():
             self._cut()
         else:
@@ -315,7 +315,7 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         self._cut()
 
     def _cut(self) -> None:
-        """Reset the connection: what the client has not read is dropped, in the kernel too."""
+        """Reset the connection: data that the client has not read is dropped, in the kernel too."""
         peer = self.transport.get_extra_info("socket")
         if peer is not None and not self.transport.is_closing():
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
@@ -324,6 +324,6 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
 
 
 def bounded_protocol(header_timeout_s: float, keep_alive_s: float) -> type[BoundedProtocol]:
-    """The class of protocol that a server with these deadlines (in seconds) gives to uvicorn."""
+    """The protocol class for uvicorn, with these deadlines in seconds."""
     deadlines = {"header_timeout_s": header_timeout_s, "keep_alive_s": keep_alive_s}
     return type("BoundedProtocol", (BoundedProtocol,), deadlines)

@@ -24,7 +24,7 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """An answer that is an error. `param` names the field at fault, `code` is what a program may branch on."""
+    """An error answer. `param` names the faulty field; `code` is for programs."""
 
     def __init__(
         self,
@@ -42,15 +42,15 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
-        self.challenge = challenge  # of a 401: how the client may say who it is
+        self.challenge = challenge  # of a 401: how the client may authenticate
 
     def body(self) -> dict[str, Any]:
-        """The answer's JSON."""
+        """The answer's JSON object."""
         kind = _TYPES.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        """The answer, with the headers that belong to its status."""
+        """The answer, with the headers that its status requires."""
         headers = {}
         if self.retry_after_s is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
@@ -67,8 +67,8 @@ def json_response(body: Any, status: int = 200, headers: dict[str, str] | None =
 
 
 def context_overflow(limit: int, instead: str, param: str) -> ApiError:
-    """A 400 in OpenAI's words, by which clients recognise it: "However, " is followed by `instead`. LiteLLM looks for
-    the first sentence, LangChain for the code in the text that the client's exception has, which is the message."""
+    """A 400 in OpenAI's words, by which clients recognise it; `instead` follows "However, ". LiteLLM looks for the
+    first sentence. LangChain looks for the code in the client exception's text, which is the message."""
     code = "context_length_exceeded"
     message = f"This model's maximum context length is {limit} tokens. However, {instead}. Please reduce the length"
     return ApiError(400, f"{message} of the {param} ({code}).", param=param, code=code)
@@ -89,7 +89,7 @@ def not_here(name: str, allowed: str, hint: str = "") -> ApiError:
 
 
 def wrong_value(param: str, given: object, allowed: str) -> ApiError:
-    """A 400 that names the field, what was given and what is allowed."""
+    """A 400 that names the field, the given value and the allowed values."""
     shown = repr(given)
     shown = shown if len(shown) <= 100 else shown[:100] + "..."
     return bad_request(f"{param} is {shown}; allowed: {allowed}", param)

@@ -1,4 +1,4 @@
-"""What every request passes, in and out: host, key and type, counts by status, headers, a bound on unread answers."""
+"""Checks around every request: host, key and content type, counts by status, headers, and a bound on unread answers."""
 
 from __future__ import annotations
 
@@ -34,18 +34,19 @@ TENANT = "penstock.tenant"
 _CHALLENGE = 'Basic realm="penstock", charset="UTF-8"'
 _OF_CURL = (b"application/x-www-form-urlencoded", b"")
 _NO_SNIFFING = (b"x-content-type-options", b"nosniff")
-UNREAD_MARGIN_S = 5.0  # answers that have a bound of their own on unread data end before this one does
+UNREAD_MARGIN_S = 5.0  # answers with their own bound on unread data end before this one does
 
 
 def is_api(path: str) -> bool:
-    """Whether this path is for everybody who has a key."""
+    """Whether any valid key gives access to this path."""
     return path.startswith("/v1/") or path in ("/tokenize", "/detokenize")
 
 
 class Gate:
-    """Around everything: who may ask for what, counts of requests by status, no new work while shutting down.
+    """ASGI middleware around all routes: access, counts by status, and no new work while shutting down.
 
-    A request's tenant, where a key names one, stands in the scope under TENANT; nothing that a client sends does."""
+    A request's tenant, if its key names one, is in the scope under TENANT; clients cannot set it.
+    """
 
     def __init__(self, inner: ASGIApp, server: ServerApp) -> None:
         self._inner = inner
@@ -72,7 +73,7 @@ class Gate:
             try:
                 async with asyncio.timeout(send_timeout_s):
                     await send(message)
-            except TimeoutError:  # the client reads nothing
+            except TimeoutError:  # the client does not read
                 abort = scope.get("extensions", {}).get(ABORT_EXTENSION)
                 if abort is None:
                     raise
@@ -89,7 +90,8 @@ class Gate:
             metrics.http_requests.labels(path, str(status or "none")).inc()
 
     def _more_headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        """The request's id, the client's own where it gave one; and how long the connection is kept, where it is."""
+        """Headers added to every answer: the request's id (the client's own if it sent one), and the keep-alive
+        time."""
         given = dict(scope["headers"])
         label = given.get(b"x-request-id", b"")
         if not 0 < len(label) <= REQUEST_ID_BYTES_MAX or not all(0x20 < byte < 0x7F for byte in label):
@@ -100,7 +102,7 @@ class Gate:
         return headers
 
     def _refusal(self, scope: Scope) -> Response | None:
-        """What is answered instead: to a request for another host, without a key that it needs, of another type."""
+        """The error for a wrong host, a missing key or a wrong content type; None to go on."""
         hosts = self._server.hosts
         if hosts is not None and not hosts.allows(scope["headers"], scope.get("http_version", "1.1")):
             text = "this server is not known by the name in Host (--allowed-host adds names)"
@@ -117,7 +119,7 @@ class Gate:
         return None if refusal is None else refusal.response()
 
     def _key_refusal(self, scope: Scope, path: str) -> ApiError | None:
-        """The API is for everybody with a key, the rest for the operator."""
+        """Access by key: the API needs any valid key, everything else the operator's."""
         settings, keys = self._server.settings, self._keys
         if path == "/metrics" and settings.open_metrics:
             return None

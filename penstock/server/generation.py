@@ -1,4 +1,4 @@
-"""The engine requests behind one HTTP request: submits them, and gives their tokens to a coroutine as text."""
+"""The engine requests behind one HTTP request: submits them and turns their tokens into text for one coroutine."""
 
 from __future__ import annotations
 
@@ -38,23 +38,24 @@ class ClientGone(Exception):
 
 
 class SlowReader(Exception):
-    """The client did not read what was sent in time."""
+    """The client did not read the answer in time."""
 
 
 @dataclass(slots=True)
 class Piece:
-    """What one choice gained: its text, its reasoning, its tokens, and why it ended (with the last piece)."""
+    """What one choice gained: text, reasoning, tokens, and in the last piece the finish reason."""
 
     index: int
     text: str = ""
     reasoning: str = ""
     token_ids: tuple[int, ...] = ()
     finish_reason: Literal["stop", "length"] | None = None
-    logprobs: tuple[TokenLogprobs, ...] = ()  # of its tokens, but for one that ended it
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of this piece's tokens, except one that ended the choice
 
 
 class Inbox:
-    """Events from engine threads to one coroutine. Bounded: what goes beyond `limit` is dropped, and said once."""
+    """Passes events from engine threads to one coroutine. Bounded: events beyond `limit` are dropped and logged
+    once."""
 
     def __init__(self, limit: int, on_overflow: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -66,7 +67,7 @@ class Inbox:
         self._overflowed = False
 
     def put(self, index: int, event: TokenEvent) -> None:
-        """Add an event; from any thread, never blocks."""
+        """Add an event; may be called from any thread, never blocks."""
         if len(self._events) >= self._limit and event.finish_reason is None:
             if not self._overflowed:
                 self._overflowed = True
@@ -78,11 +79,11 @@ class Inbox:
             self._call(self._ready.set)
 
     def wake(self) -> None:
-        """Let `take` return; from the loop's thread."""
+        """Make `take` return; call it on the loop's thread."""
         self._ready.set()
 
     async def take(self, timeout_s: float) -> list[tuple[int, TokenEvent]]:
-        """Wait for events; raises TimeoutError. Empty after `wake`."""
+        """Wait for events. Returns none after `wake`. Raises TimeoutError."""
         async with asyncio.timeout(timeout_s):
             await self._ready.wait()
         self._ready.clear()
@@ -94,13 +95,13 @@ class Inbox:
         return taken
 
     def _call(self, function: Callable[[], object]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed: no coroutine waits
             self._loop.call_soon_threadsafe(function)
 
 
 @dataclass(slots=True)
 class _Gained:
-    """What some events add to a choice."""
+    """What a batch of events adds to a choice."""
 
     texts: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
@@ -109,10 +110,11 @@ class _Gained:
 
 
 class Choice:
-    """One engine request and the text made of its tokens.
+    """One engine request and the text of its tokens.
 
-    `chat`: an answer is a text of its own, with reasoning apart from what is answered, where the model says which is
-    which; otherwise it continues the prompt's text. `echo_tokens`: it follows the echo of a prompt of tokens."""
+    `chat`: the answer is a text of its own, with reasoning separated if the model marks it; otherwise it continues the
+    prompt's text. `echo_tokens`: the answer follows the echo of a prompt given as tokens.
+    """
 
     def __init__(
         self,
@@ -129,7 +131,7 @@ class Choice:
         self.tokens = 0
         self.finish_reason: Literal["stop", "length"] | None = None
         self.report: RequestReport | None = None
-        self.ended = False  # the engine's last event has come
+        self.ended = False  # the engine's last event has arrived
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
         self._decoder: TokenDecoder | ChannelSplitter | None = None
@@ -145,7 +147,7 @@ class Choice:
         self._stop_tokens = frozenset(shaping.stop_token_ids) if shaping is not None else frozenset()
 
     def take(self, events: Sequence[TokenEvent], eos: frozenset[int], now_s: float) -> Piece | None:
-        """Add events; returns what they add to the answer, None when nothing. Raises ApiError for a failed request."""
+        """Process events; returns what they add to the answer, or None. Raises ApiError if the request failed."""
         was_open = self.finish_reason is None
         gained = _Gained()
         for event in events:
@@ -184,12 +186,12 @@ class Choice:
             gained.texts.append(self._stops.flush())
 
     def _take(self, piece: str | tuple[Destination, str], gained: _Gained) -> None:
-        """Text that the decoder gave out; a stop string counts in what is answered, not in reasoning."""
+        """Process decoded text. Stop strings are searched for in the answer, not in reasoning."""
         destination, text = piece if isinstance(piece, tuple) else ("content", piece)
         if destination == "reasoning":
             gained.reasoning.append(text)
             return
-        if self.tokens <= self._min_tokens:  # no stop string counts before
+        if self.tokens <= self._min_tokens:  # stop strings do not count before that
             gained.texts.append(text)
             return
         gained.texts.append(self._stops.push(text))
@@ -198,7 +200,7 @@ class Choice:
 
 
 def failure(reason: FinishReason, error: str | None) -> ApiError:
-    """The answer to a request that the engine ended without finishing it."""
+    """The error answer for a request that the engine ended without finishing it."""
     if reason == "timeout":
         return ApiError(504, error or "the request took longer than the server allows", code="request_timeout")
     if reason == "cancelled":
@@ -207,7 +209,7 @@ def failure(reason: FinishReason, error: str | None) -> ApiError:
 
 
 class Generation:
-    """All choices of one HTTP request. Lives in one coroutine of the event loop; `end` may be called beside it."""
+    """All choices of one HTTP request. Used by one coroutine; `end` may be called from others on the same loop."""
 
     def __init__(
         self,
@@ -228,7 +230,7 @@ class Generation:
         self._submitted = 0
 
     def submit(self) -> None:
-        """Give every choice to the engine, or none. Raises ApiError."""
+        """Submit every choice to the engine, or none. Raises ApiError."""
         try:
             for choice in self.choices:
                 self._engine.submit(choice.request, partial(self._inbox.put, choice.index))
@@ -246,27 +248,27 @@ class Generation:
             raise ApiError(429, str(error), code="rate_limit_exceeded", retry_after_s=error.retry_after_s) from None
 
     def end(self, reason: EndReason) -> None:
-        """Cancel everything and let `pieces` raise; the first reason counts."""
+        """Cancel everything and make `pieces` raise the reason; the first call's reason counts."""
         if self.end_reason is None:
             self.end_reason = reason
             self.close()
             self._inbox.wake()
 
     def close(self) -> None:
-        """Cancel what has not ended in the engine."""
+        """Cancel the requests that have not ended in the engine."""
         for choice in self.choices[: self._submitted]:
             if not choice.ended:
                 self._engine.cancel(choice.request.request_id)
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
-        """What the choices gain, until all have finished. Raises ApiError, ClientGone or SlowReader."""
+        """Yield what the choices gain until all have finished. Raises ApiError, ClientGone or SlowReader."""
         while any(choice.finish_reason is None for choice in self.choices):
             found = await self._step(self._deadline_s - time.monotonic())
             if found:
                 yield found
 
     async def reports(self) -> bool:
-        """Wait for the reports of choices that were cut at a stop string; False when one did not come in time."""
+        """Wait for the reports of choices that ended at a stop string; False when one did not arrive in time."""
         give_up_s = time.monotonic() + self._cancel_timeout_s
         while any(not choice.ended for choice in self.choices):
             try:
@@ -274,7 +276,7 @@ class Generation:
             except ApiError:
                 if self.end_reason is not None:
                     raise
-                log.warning("no report of a cancelled request within %.0f s", self._cancel_timeout_s)
+                log.warning("the engine sent no report of a cancelled request within %.0f s", self._cancel_timeout_s)
                 return False
         return True
 

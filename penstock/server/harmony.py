@@ -1,4 +1,4 @@
-"""Answers of GPT-OSS in channels: `<|channel|>analysis<|message|>...<|end|>` is reasoning, `final` the answer."""
+"""GPT-OSS answers in channels: `<|channel|>analysis<|message|>...<|end|>` is reasoning, `final` the answer."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class HarmonyTokens:
     start: int
     channel: int
     message: int
-    ends: frozenset[int]  # <|end|>, <|return|>, <|call|>, as far as the vocabulary has them
+    ends: frozenset[int]  # <|end|>, <|return|>, <|call|>: those that the vocabulary has
 
     @classmethod
     def of(cls, tokenizer: Any) -> HarmonyTokens | None:
-        """Of a `tokenizers.Tokenizer`; None when it is no tokenizer of this format."""
+        """The ids in a `tokenizers.Tokenizer`; None if it does not have this format."""
         special = {token.content: at for at, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         ends = frozenset(special[name] for name in ("<|end|>", "<|return|>", "<|call|>") if name in special)
         try:
@@ -35,7 +35,7 @@ class HarmonyTokens:
 
 class ChannelSplitter:
     """Splits a growing answer into reasoning and content, token by token. An answer that does not begin with a channel
-    is content, as is every channel but `analysis` and calls of tools (`commentary to=...`)."""
+    is content, and so is every channel except `analysis` and tool calls (`commentary to=...`)."""
 
     __slots__ = ("_decoder", "_destination", "_header", "_text", "_tokens")
 
@@ -44,10 +44,10 @@ class ChannelSplitter:
         self._text = text
         self._decoder: TokenDecoder = text.decoder()
         self._destination: Destination = "content"
-        self._header: list[int] | None = None  # of the message that begins; None inside of a message
+        self._header: list[int] | None = None  # of a message that begins; None inside a message
 
     def push(self, token: int) -> tuple[Destination, str]:
-        """The text that became certain with this token, and what it belongs to."""
+        """The text that this token makes final, and the kind of text it belongs to."""
         tokens = self._tokens
         if token in (tokens.start, tokens.channel):
             held = self.flush()
@@ -65,13 +65,13 @@ class ChannelSplitter:
         if self._header is None:
             return self._destination, self._decoder.push(token)
         self._header.append(token)
-        if len(self._header) > HEADER_TOKENS_MAX:  # no header: nothing that the model says is lost
+        if len(self._header) > HEADER_TOKENS_MAX:  # not a header after all: output it, so that no text is lost
             text, self._header = self._text.whole(self._header), None
             return "content", text
         return "content", ""
 
     def flush(self) -> tuple[Destination, str]:
-        """What was held back of the message under way."""
+        """The text still held back of the current message."""
         held = self._destination, self._decoder.flush()
         self._decoder = self._text.decoder()
         return held

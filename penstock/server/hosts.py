@@ -1,5 +1,5 @@
-"""Which names a server answers to. A web page that lets its own name lead to 127.0.0.1 (DNS rebinding) gets nothing:
-its requests have that name in `Host`."""
+"""The host names that a server accepts. This stops DNS rebinding: a web page whose own name resolves to 127.0.0.1 sends
+that name in `Host`, and is refused."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _PORT = re.compile(r":[0-9]{0,5}")
 
 
 class HostCheck:
-    """Checks `Host` where the server is bound to a loopback address, or where names are given."""
+    """Checks `Host` if the server is bound to a loopback address or names are configured."""
 
     def __init__(self, bound: str, allowed: Collection[str]) -> None:
-        """`bound`: the address that is listened on. `allowed`: further names, as `read_host` gives them."""
+        """`bound`: the address listened on. `allowed`: further names, in the form that `read_host` returns."""
         self._bound = bound.lower()
         self._names = {"localhost", self._bound, *allowed}
         self.checks = bool(allowed) or _is_loopback(self._bound)
 
     def allows(self, headers: Iterable[tuple[bytes, bytes]], http_version: str) -> bool:
-        """Whether the request is for this server. HTTP/1.0 may leave `Host` out."""
+        """Whether the `Host` header names this server. HTTP/1.0 may omit it."""
         given = [value for name, value in headers if name == b"host"]
         if not given:
             return http_version == "1.0" or not self.checks
@@ -34,7 +34,7 @@ class HostCheck:
 
 
 def read_host(text: str) -> str | None:
-    """The name or address in a `Host` header, lower case, without port and brackets; None for what is neither."""
+    """The lower-case name or address in a `Host` header, without port and brackets; None if it is invalid."""
     text = text.strip().lower()
     if text.startswith("["):
         address, bracket, port = text[1:].partition("]")

@@ -1,4 +1,4 @@
-"""What the live page shows: the last requests, and the engine as it stands."""
+"""Data of the live page: the last requests and the engine's current state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BARS = 48
 
 
 class LiveWindow:
-    """The last finished requests. Lives on the event loop; `record` asks the engine, so it may run on any thread."""
+    """The last finished requests. Lives on the event loop; `record` queries the engine and may run on any thread."""
 
     def __init__(self, model: str) -> None:
         self._model = model
@@ -28,12 +28,12 @@ class LiveWindow:
         self._finished = 0
 
     def add(self, report: RequestReport) -> None:
-        """Count a finished request and show it."""
+        """Add a finished request."""
         self._recent.append(report)
         self._finished += 1
 
     def record(self, engine: EngineAPI) -> dict[str, Any]:
-        """The page's data. `stages` and percentiles are over the last requests, seconds."""
+        """The page's data. `stages` and percentiles cover the last requests, in seconds."""
         healthy, why = engine.healthy()
         recent = list(self._recent)
         try:
@@ -65,7 +65,7 @@ class LiveWindow:
 
 
 def page_response(page: bytes) -> Response:
-    """The page, which may run and show what stands in itself, ask this server, and be shown in no other page."""
+    """The page with a policy that allows its own scripts and styles, requests to this server only, and no framing."""
     allowed = ["default-src 'none'", "connect-src 'self'", "base-uri 'none'", "form-action 'none'"]
     allowed += ["frame-ancestors 'none'"]
     for source, tag in (("script-src", b"script"), ("style-src", b"style")):
@@ -77,7 +77,7 @@ def page_response(page: bytes) -> Response:
 
 
 def live_page(package: str, name: str) -> bytes:
-    """A live page of `package`, with the style and the script that all of them share written into it."""
+    """The HTML of a live page in `package`, with the shared style and script inserted."""
     text = files(package).joinpath(name).read_text("utf-8")
     for shared in ("live_page.css", "live_page.js"):
         mark = f"/* {shared} */\n"

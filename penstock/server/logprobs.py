@@ -10,15 +10,15 @@ from penstock.server.token_bytes import TokenPieces
 
 
 class LogprobsShape:
-    """For the choices of one answer. Without `pieces` (no tokenizer) tokens are shown as `token_id:ID`."""
+    """For the choices of one answer. Without `pieces` (no tokenizer), tokens appear as `token_id:ID`."""
 
     def __init__(self, pieces: TokenPieces | None, *, chat: bool) -> None:
         self._pieces = pieces
         self._chat = chat
-        self._offsets: dict[int, int] = {}  # of each choice: characters of the tokens that were shown
+        self._offsets: dict[int, int] = {}  # by choice: characters of the tokens shown so far
 
     def record(self, index: int, said: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """Of the tokens that the choice `index` gained."""
+        """The JSON for the tokens that the choice `index` gained."""
         return self._chat_record(said) if self._chat else self._completion_record(index, said)
 
     def _chat_record(self, said: Sequence[TokenLogprobs]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class LogprobsShape:
             offset += len(token)
             likeliest: dict[str, float] = {}
             for other, logprob in one.top:
-                likeliest.setdefault(self._shown(other), logprob)  # the likelier of two that look alike
+                likeliest.setdefault(self._shown(other), logprob)  # of two tokens with the same text, the likelier
             top.append({token: one.logprob} | likeliest)
         self._offsets[index] = offset
         logprobs = [one.logprob for one in said]

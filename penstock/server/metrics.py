@@ -1,4 +1,4 @@
-"""Prometheus metrics of the server: what its clients saw, and the engine's own numbers read at each scrape."""
+"""Prometheus metrics of the server: what its clients observe, and the engine's statistics, read at each scrape."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0,
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _RATIOS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0, 2.0, 5.0)
 _NOT_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
-# Labelled series of the engine that only grow.
+# Labelled series of the engine that are counters.
 _COUNTED = ("request_seconds", "load_failures", "save_failures", "hand_off_failures", "pool_evictions")
-MEASURABLE_S = 1e-3  # a predicted time is compared with a measured one from here on
+MEASURABLE_S = 1e-3  # shorter predictions are not compared with measurements
 
 
 class ServerMetrics:
-    """Counters and histograms of one server; `render` is the text of `/metrics`."""
+    """Counters and histograms of one server; `render` returns the text of `/metrics`."""
 
     def __init__(self, engine: EngineAPI) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -53,17 +53,17 @@ class ServerMetrics:
             "penstock_request_seconds", "Arrival to the end of the answer", buckets=_SECONDS, registry=to
         )
         self.stage_seconds = Counter(
-            "penstock_request_stage_seconds", "Time of requests by stage or reason of waiting", ["stage"], registry=to
+            "penstock_request_stage_seconds", "Time of requests by stage or reason for waiting", ["stage"], registry=to
         )
         self.prediction_error = Histogram(
             "penstock_prediction_error_ratio",
-            "Absolute error of the predicted time over the measured one",
+            "Absolute error of the predicted time, relative to the measured time",
             ["part"],
             buckets=_RATIOS,
             registry=to,
         )
         self.prompt_tokens = Counter("penstock_prompt_tokens", "Prompt tokens of finished requests", registry=to)
-        self.cached_tokens = Counter("penstock_cached_tokens", "Prompt tokens whose KV was not computed", registry=to)
+        self.cached_tokens = Counter("penstock_cached_tokens", "Prompt tokens whose KV was reused", registry=to)
         self.generated_tokens = Counter("penstock_generated_tokens", "Generated tokens", registry=to)
         self.recomputed_tokens = Counter(
             "penstock_recomputed_tokens", "Tokens computed after a failed load", registry=to
@@ -97,12 +97,12 @@ class ServerMetrics:
                 self.prediction_error.labels(part).observe(abs(predicted_s - measured_s) / measured_s)
 
     def render(self) -> bytes:
-        """The exposition text; asks the engine, so not for the event loop's thread."""
+        """The exposition text. Queries the engine, so do not call it on the event loop's thread."""
         return generate_latest(self.registry)
 
 
 def met_slo(report: RequestReport) -> bool:
-    """Whether the first token came before its deadline (True when there is none)."""
+    """Whether the first token arrived before its deadline (True without a deadline)."""
     if report.slo_ttft_s is None:
         return True
     return report.ttft_s is not None and report.ttft_s <= report.slo_ttft_s
@@ -115,7 +115,7 @@ class _EngineCollector(Collector):
         self._engine = engine
 
     def describe(self) -> list[Metric]:
-        return []  # asked for at registration: what the engine has is known at a scrape
+        return []  # called at registration; the engine's series are known only at a scrape
 
     def collect(self) -> Iterator[Metric]:
         healthy, _ = self._engine.healthy()
@@ -123,7 +123,7 @@ class _EngineCollector(Collector):
         try:
             stats = self._engine.stats()
         except TimeoutError as error:
-            log.warning("metrics without the engine's: %s", error)
+            log.warning("the engine's metrics are not available: %s", error)
             return
         for name, value in stats.gauges.items():
             yield GaugeMetricFamily(_name(name), f"Engine: {name}", float(value))
@@ -138,17 +138,17 @@ class _EngineCollector(Collector):
 
 
 class _ProcessCollector(Collector):
-    """What went wrong in this process without a request to count it for."""
+    """Failures in this process that belong to no single request."""
 
     def describe(self) -> list[Metric]:
         return []  # as above
 
     def collect(self) -> Iterator[Metric]:
         threads = CounterMetricFamily(
-            "penstock_thread_failures", "Exceptions that a thread outlived or ended by", labels=["thread"]
+            "penstock_thread_failures", "Exceptions that a thread survived or ended with", labels=["thread"]
         )
         lost = CounterMetricFamily(
-            "penstock_pool_losses", "Loads, saves and other requests of the pool that came to nothing", labels=["kind"]
+            "penstock_pool_losses", "Loads, saves and other requests to the pool that failed", labels=["kind"]
         )
         for family, counts in ((threads, thread_failures()), (lost, losses())):
             for label, count in counts.items():

@@ -1,8 +1,8 @@
-"""From a request's body to what the engine is asked for: read, parse, render, tokenize, check; all of it bounded.
+"""From a request body to an engine request: read, parse, render, tokenize, check; every step is bounded.
 
 Nothing here blocks the event loop: bodies beyond INLINE_BYTES are parsed on a thread, chats are rendered in other
-processes, and text becomes tokens on threads that release the interpreter lock. Short texts have a thread of their own,
-so that they do not wait for long ones.
+processes, and text is tokenized on threads that release the interpreter lock. Short texts have their own thread, so
+that they do not wait for long ones.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from penstock.server.template_renderer import PROCESSES
 from penstock.server.text import TextCodec, TextTooLong
 from penstock.server.work_threads import TooMuchWork, WorkThreads
 
-COMPLETION_MAX_TOKENS = 16  # the OpenAI API's default for completions; chats get what the context has room for
-INLINE_BYTES = 2**13  # of a body that is parsed on the event loop
+COMPLETION_MAX_TOKENS = 16  # the OpenAI API's default for completions; chats may fill the context
+INLINE_BYTES = 2**13  # larger bodies are not parsed on the event loop
 SHORT_CHARACTERS = 2**16
-BODY_BYTES_MIN = 4 * 2**20  # that every context allows
+BODY_BYTES_MIN = 4 * 2**20  # allowed however short the context is
 ID_BYTES = 12  # of a token id in JSON, with its separator
-ESCAPED = 6  # bytes of JSON for one byte of text, where it is written as \\u0061
-CONTAINERS_MIN, CONTAINERS_MAX = 1024, 2**15  # objects and lists of one body: messages, parts of them, tool calls
+ESCAPED = 6  # JSON bytes for one byte of text that is written as \\u0061
+CONTAINERS_MIN, CONTAINERS_MAX = 1024, 2**15  # objects and lists in one body: messages, their parts, tool calls
 VALUES_MIN = 2**20
 LONG_THREADS = 2
 WAITING_MAX = 1024
@@ -56,9 +56,9 @@ class Prepared:
     options: Options
     prompts: list[list[int]]
     max_tokens: list[int]
-    prefixes: tuple[str, ...]  # of completions, where they are echoed: as sent, or the text of the tokens that were
+    prefixes: tuple[str, ...]  # text echoed before each completion: as sent, or the decoded prompt tokens
     chat: bool
-    echo_tokens: bool = False  # the prompts were tokens, and are echoed
+    echo_tokens: bool = False  # the prompts were token ids and are echoed
 
 
 class RequestPreparation:
@@ -75,12 +75,12 @@ class RequestPreparation:
         self._long_texts = WorkThreads("tokenize", LONG_THREADS, WAITING_MAX)
 
     def close(self) -> None:
-        """End the threads after what is queued; nobody waits for them."""
+        """End the threads after their queued work, without waiting for them."""
         for threads in (self._parsing, self._rendering, self._short_texts, self._long_texts):
             threads.stop()
 
     async def read(self, request: Request, kind: type[B], lease: BodyLease) -> B:
-        """The request's body, parsed. Raises ApiError."""
+        """Read and parse the request's body. Raises ApiError."""
         limit, too_large = self._body_limit(request, kind)
         raw = await read_body(request, limit, too_large, self.settings.body_timeout_s, lease)
         if len(raw) <= INLINE_BYTES:
@@ -88,7 +88,7 @@ class RequestPreparation:
         return await _on(self._parsing, partial(self._parse, raw, kind))
 
     async def prepare(self, request: Request, body: GenerationBody, tenant: str) -> Prepared:
-        """`tenant`: that of the request's key. Raises ApiError."""
+        """Check the request and tokenize its prompts. `tenant` is that of the request's key. Raises ApiError."""
         default = COMPLETION_MAX_TOKENS if isinstance(body, CompletionBody) else None
         vocab_size = self._engine.vocab_size
         options = check_options(body, request.headers, default, self.settings, tenant, vocab_size=vocab_size)
@@ -113,7 +113,7 @@ class RequestPreparation:
     # -- bodies -------------------------------------------------------------------------------------------------
 
     def _body_limit(self, request: Request, kind: type[msgspec.Struct]) -> tuple[int, ApiError]:
-        """Bytes that a body may have, and what is answered to a larger one."""
+        """The body's size limit in bytes, and the error for a larger body."""
         context = self._engine.max_context_tokens
         per_token = (self._codec.token_bytes_max if self._codec is not None else 0) or ID_BYTES
         limit = max(context * max(per_token, ID_BYTES) * ESCAPED, BODY_BYTES_MIN)
@@ -135,27 +135,27 @@ class RequestPreparation:
 
     @property
     def max_context_tokens(self) -> int:
-        """Tokens of prompt and answer together that the engine takes."""
+        """The engine's limit of tokens for prompt and answer together."""
         return self._engine.max_context_tokens
 
     async def text_tokens(self, text: str, *, special_tokens: bool) -> list[int]:
-        """Raises ApiError, also for a text that is far over the context."""
+        """Tokenize a text. Raises ApiError, also for a text that is far longer than the context."""
         return await self._tokens_of(self._need_codec("prompt"), text, "prompt", special_tokens=special_tokens)
 
     async def text_of(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, special ones included. Raises ApiError."""
+        """The text of tokens, including special ones. Raises ApiError."""
         codec = self._need_codec("tokens")
         if tokens:
             self._check_tokens(tokens, "tokens")
         return await _on(self._long_texts, partial(codec.pieces.whole, tokens))
 
     async def token_names(self, tokens: Sequence[int]) -> list[str]:
-        """As the vocabulary writes them. Raises ApiError."""
+        """The tokens' names in the vocabulary. Raises ApiError."""
         name = self._need_codec("prompt").pieces.name
         return await _on(self._long_texts, lambda: [name(token) for token in tokens])
 
     async def chat_tokens(self, body: ChatBody, *, special_tokens: bool = False) -> list[int]:
-        """Of the messages by the checkpoint's template. Raises ApiError."""
+        """The tokens of messages, by the checkpoint's chat template. Raises ApiError."""
         codec = self._need_codec("messages")
         variables = template_variables(body, codec.template.variables)
         text = await _on(self._rendering, lambda: codec.render_chat(chat_messages(body), variables))
@@ -164,7 +164,7 @@ class RequestPreparation:
     async def _completion_tokens(
         self, prompts: list[str] | list[list[int]], echo: bool
     ) -> tuple[list[list[int]], tuple[str, ...]]:
-        """Tokens of each prompt, and its text where it is to be echoed."""
+        """The tokens of each prompt, and its text if it is echoed."""
         texts = [one for one in prompts if isinstance(one, str)]
         found = [one for one in prompts if not isinstance(one, str)]
         if texts:
@@ -212,7 +212,7 @@ class RequestPreparation:
             raise bad_request(f"{param} has token id {worst}; allowed: 0 to {self._engine.vocab_size - 1}", param)
 
     def _room(self, tokens: Sequence[int], options: Options, param: str) -> int:
-        """Tokens that may be generated after this prompt. Raises ApiError(400)."""
+        """How many tokens may be generated after this prompt. Raises ApiError(400)."""
         self._check_tokens(tokens, param)
         limit = self._engine.max_context_tokens
         wanted = options.max_tokens if options.max_tokens is not None else max(limit - len(tokens), 1)
@@ -225,7 +225,7 @@ class RequestPreparation:
 
 
 async def _on(threads: WorkThreads, work: Callable[[], T]) -> T:
-    """Raises ApiError(429) when too much waits for these threads."""
+    """Run `work` on these threads. Raises ApiError(429) when too much is queued."""
     try:
         return await threads.run(work)
     except TooMuchWork:

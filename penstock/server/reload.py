@@ -1,4 +1,4 @@
-"""Reads keys of tenants and certificates again: when their files change, and on SIGHUP."""
+"""Reads tenants' keys and certificates again when their files change, and on SIGHUP."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from penstock.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 1.0  # between two looks at the files
+LOOK_S = 1.0  # interval between two checks of the files
 
-_Seen = tuple[int, int, int] | None  # inode, size and time of change; None: not there
+_Seen = tuple[int, int, int] | None  # inode, size and modification time; None: the file is missing
 
 
 async def reload_changed_files(settings: ServerSettings) -> None:
-    """Runs until cancelled; ends at once where there is nothing to read again. What cannot be read or is wrong is one
-    line in the log, and what was read before goes on."""
+    """Runs until cancelled; returns at once if there are no files. A file that is unreadable or wrong gives one log
+    line, and the content read before stays in use."""
     watched: list[tuple[tuple[Path, ...], Callable[[], None]]] = []
     if settings.tenant_keys is not None:
         watched.append(((settings.tenant_keys.file,), settings.tenant_keys.reload))
@@ -33,7 +33,7 @@ async def reload_changed_files(settings: ServerSettings) -> None:
     loop, hang_up = asyncio.get_running_loop(), asyncio.Event()
     if threading.current_thread() is threading.main_thread():
         loop.add_signal_handler(signal.SIGHUP, hang_up.set)
-    seen: list[list[_Seen]] = [[] for _ in watched]  # so that what changed since it was read is read at first
+    seen: list[list[_Seen]] = [[] for _ in watched]  # empty: a change between start and the first check is noticed
     while True:
         forced = hang_up.is_set()
         hang_up.clear()
@@ -65,6 +65,6 @@ def _reload(files: tuple[Path, ...], reload: Callable[[], None], level: int) -> 
     try:
         reload()
     except ConfigError as error:
-        log.error("%s: not taken, what was read before goes on: %s", names, error)
+        log.error("%s: not loaded; the previous content stays in use: %s", names, error)
     else:
         log.log(level, "%s: read again", names)

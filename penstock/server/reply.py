@@ -1,4 +1,4 @@
-"""Sends a generation to its client, streamed or whole, while watching whether the client is still there."""
+"""Sends a generation to its client, streamed or whole, and watches for the client's disconnect."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from penstock.server.errors import ApiError
 from penstock.server.generation import ClientGone, Generation, SlowReader
 from penstock.server.shapes import SSE_DONE, Answer, Shape, sse, timing_of, usage_of
 
-ABORT_EXTENSION = "penstock.abort"  # scope extension: a function that closes the connection without flushing it
+ABORT_EXTENSION = "penstock.abort"  # scope extension: a function that closes the connection without flushing
 ABORT_WAIT_S = 1.0
 
 _JSON_HEADERS = [(b"content-type", b"application/json")]
@@ -27,8 +27,8 @@ _SSE_HEADERS = [
 
 @dataclass(frozen=True, slots=True)
 class ReplyOptions:
-    """How one request wants to be answered: `n` choices, streamed or whole, with or without usage and timing. A client
-    that reads nothing for `send_timeout_s` seconds is cut off."""
+    """How one request is answered: `n` choices, streamed or whole, with or without usage and timing. A client that
+    reads nothing for `send_timeout_s` seconds is disconnected."""
 
     n: int
     stream: bool
@@ -39,10 +39,10 @@ class ReplyOptions:
 
 
 class GenerationReply:
-    """An ASGI application that answers one request. The status line waits for the first token, so that what fails
-    before it has a proper status; what fails later ends the stream with an error event.
+    """An ASGI application that answers one request. The status line is sent with the first token, so failures before it
+    get a proper status; later failures end the stream with an error event.
 
-    `on_end(generation, outcome, arrival_s)` is called once, with "ok", "gone", "slow" or the status of the error.
+    `on_end(generation, outcome, arrival_s)` is called once, with "ok", "gone", "slow" or the error's status.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class GenerationReply:
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer the request (ASGI); the generation has ended when this returns."""
+        """Answer the request (ASGI). The generation has ended when this returns."""
         generation = self._generation
         watch = asyncio.create_task(self._watch(receive))
         outcome = "ok"
@@ -94,7 +94,7 @@ class GenerationReply:
         self._generation.end("gone")
 
     async def _abort(self, scope: Scope, watch: asyncio.Task[None]) -> None:
-        """Cut the connection, where the server can, and wait until it is gone."""
+        """Close the connection without flushing, if the server supports it, and wait until it is closed."""
         abort = scope.get("extensions", {}).get(ABORT_EXTENSION)
         if abort is not None:
             abort()

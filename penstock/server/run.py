@@ -1,4 +1,4 @@
-"""Runs the application under uvicorn: the socket, deadlines of connections, signals and an orderly end."""
+"""Runs the application under uvicorn: the socket, connection deadlines, signals and an orderly shutdown."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from penstock.server.turns import Turns
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024
-FILES_APART = 256  # open files that are no connections of clients: slabs, nodes of the pool, engines
-SHARE_MAX = 1024  # connections of one address that wait for their client, and a quarter of all
-LAST_WORDS_S = 2.0  # after cancelling what runs, until connections are cut
+FILES_APART = 256  # open files for everything but clients' connections: slabs, pool nodes, engines
+SHARE_MAX = 1024  # idle connections of one address; at most a quarter of all connections
+LAST_WORDS_S = 2.0  # between cancelling running requests and closing connections
 
 
 class BindError(OSError):
-    """The address cannot be listened on: one line that says which and why."""
+    """The address cannot be bound: one line with the address and the reason."""
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet. Raises BindError."""
+    """A bound socket that is not listening yet. Raises BindError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -61,7 +61,7 @@ def url_of(listener: socket.socket, tls: bool = False) -> str:
 
 
 def warn_of_open_port(settings: ServerSettings, listener: socket.socket, url: str) -> None:
-    """Says so where others can reach a server without a key, or read what it is sent."""
+    """Warn if other machines can reach a server without a key or without encryption."""
     if ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
         return
     if settings.api_key is None and settings.tenant_keys is None:
@@ -71,8 +71,8 @@ def warn_of_open_port(settings: ServerSettings, listener: socket.socket, url: st
 
 
 class HttpServer(uvicorn.Server):  # type: ignore[misc]
-    """One listening server. `serve_forever` returns after a signal or `stop`, when requests have ended or been
-    cancelled (at most the settings' `drain_timeout_s`, then LAST_WORDS_S more)."""
+    """One listening server. `serve_forever` returns after a signal or `stop`, when all requests have ended or were
+    cancelled (after at most the settings' `drain_timeout_s` plus LAST_WORDS_S)."""
 
     def __init__(self, server: ServerApp, listener: socket.socket, on_ready: Callable[[], None] = lambda: None) -> None:
         settings = server.settings
@@ -97,7 +97,7 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
         server.hosts = HostCheck(str(listener.getsockname()[0]), settings.allowed_hosts)
 
     def serve_forever(self) -> None:
-        """Listen and serve. Raises BindError when another process listens there by now."""
+        """Listen and serve. Raises BindError if another process has taken the port meanwhile."""
         self._bound_connections(raise_file_limit())
         switch_often()
         try:
@@ -108,7 +108,7 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
         self.run([self._listener])
 
     def _bound_connections(self, files: int) -> None:
-        """What the open files allow: without files, connections are reset and nobody says why."""
+        """The number of connections that the open-file limit allows; beyond it the kernel would reset them silently."""
         allowed = connections_within(files, FILES_APART)
         if allowed < self._connections_max:
             self._connections_max = allowed
@@ -120,11 +120,11 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
         self._server.requests_max = max(1, self._connections_max - self._connections_max // 8)
 
     def stop(self) -> None:
-        """End as on SIGTERM; from any thread."""
+        """Shut down as on SIGTERM; may be called from any thread."""
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept within the budget of connections, instead of uvicorn's way."""
+        """Accept connections within the budget; replaces uvicorn's own accept loop."""
         settings, loop = self._server.settings, asyncio.get_running_loop()
         turns = Turns(loop)
         share = max(1, min(self._connections_max // 4, SHARE_MAX))
@@ -146,7 +146,7 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """No new work; requests under way may end, within the settings' `drain_timeout_s`."""
+        """Refuse new work, and let running requests end within the settings' `drain_timeout_s`."""
         self._server.draining = True
         cutting = asyncio.create_task(self._cut())
         try:
@@ -157,13 +157,13 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
             self._server.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal ends the server in order; a second one at once. The exit status stays the caller's."""
+        """The first signal starts an orderly shutdown, a second one ends at once. The caller sets the exit status."""
         self.force_exit = self.should_exit
         self.should_exit = True
 
     async def _cut(self) -> None:
         await asyncio.sleep(self._server.settings.drain_timeout_s)
-        log.warning("requests still running are cancelled")
+        log.warning("cancelling the requests that are still running")
         self._server.cancel_all()
 
 

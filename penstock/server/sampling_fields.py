@@ -1,4 +1,4 @@
-"""Fields of a request's body that change the logits, or ask what the model thought of each token."""
+"""Request fields that change the logits, and those that ask for log-probabilities."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMPLETION_LOGPROBS_MAX = 5
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):
-    """OpenAI's fields; `repetition_penalty`, `min_p`, `min_tokens` and `stop_token_ids` as vLLM has them."""
+    """OpenAI's fields, plus `repetition_penalty`, `min_p`, `min_tokens` and `stop_token_ids` as in vLLM."""
 
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -34,7 +34,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
 
 
 def shaping_of(body: SamplingFields, vocab_size: int) -> Shaping | None:
-    """None where nothing is asked for. Raises ApiError(400)."""
+    """The logits shaping that the fields ask for; None if they ask for nothing. Raises ApiError(400)."""
     _check("presence_penalty", body.presence_penalty, -PENALTY_MAX, PENALTY_MAX)
     _check("frequency_penalty", body.frequency_penalty, -PENALTY_MAX, PENALTY_MAX)
     _check("repetition_penalty", body.repetition_penalty, REPETITION_MIN, REPETITION_MAX)
@@ -58,7 +58,7 @@ def shaping_of(body: SamplingFields, vocab_size: int) -> Shaping | None:
 
 
 def chat_logprobs(body: SamplingFields) -> int | None:
-    """How many of the likeliest tokens are wanted beside each one; None: no logprobs. Raises ApiError(400)."""
+    """How many of the likeliest tokens to return with each token; None: no logprobs. Raises ApiError(400)."""
     if not isinstance(body.logprobs, bool | None):
         raise wrong_value("logprobs", body.logprobs, "true or false; top_logprobs says how many")
     _check("top_logprobs", body.top_logprobs, 0, LOGPROBS_MAX)
@@ -68,7 +68,7 @@ def chat_logprobs(body: SamplingFields) -> int | None:
 
 
 def completion_logprobs(body: SamplingFields) -> int | None:
-    """The same for completions, where `logprobs` is the number."""
+    """The same for completions, whose `logprobs` is that number."""
     if body.top_logprobs:
         raise wrong_value("top_logprobs", body.top_logprobs, "leaving it out; completions have logprobs, a number")
     if body.logprobs is True:

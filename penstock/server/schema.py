@@ -1,4 +1,4 @@
-"""The bodies of `/v1/completions` and `/v1/chat/completions`: typed records, and the checks that types cannot make."""
+"""The bodies of `/v1/completions` and `/v1/chat/completions`: typed records, and checks beyond types."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StreamOptions(msgspec.Struct):
 
 
 class _Unsupported(SamplingFields, kw_only=True):
-    """Fields that would change the output and are not implemented: refused unless they ask for nothing."""
+    """Fields that would change the output and are not implemented: refused unless their value has no effect."""
 
     prompt_logprobs: Any = None
     length_penalty: Any = None
@@ -78,7 +78,7 @@ _HINTS = {"tools": _CALLS, "tool_choice": _CALLS, "functions": _CALLS, "function
 
 
 class GenerationBody(_Unsupported, kw_only=True):
-    """What both endpoints share: OpenAI's fields, then the extensions."""
+    """Fields of both endpoints: OpenAI's, then the extensions."""
 
     model: str | None = None
     max_tokens: int | None = None
@@ -100,14 +100,14 @@ class GenerationBody(_Unsupported, kw_only=True):
 
 
 class CompletionBody(GenerationBody, kw_only=True):
-    """`prompt`: text, texts, token ids, or lists of token ids."""
+    """The body of `/v1/completions`. `prompt` is a text, texts, token ids, or lists of token ids."""
 
     prompt: str | list[Any]
     echo: bool | None = None
 
 
 class ContentPart(msgspec.Struct):
-    """A part of a message's content; only text is served."""
+    """A part of a message's content; only text is supported."""
 
     type: str
     text: str | None = None
@@ -122,7 +122,7 @@ class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
     tool_call_id: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     reasoning_content: str | None = None
-    reasoning: str | None = None  # another name for it
+    reasoning: str | None = None  # another name for reasoning_content
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -136,7 +136,7 @@ class ChatBody(GenerationBody, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """A checked request, without its prompt. `max_tokens` None: as many as the context has room for."""
+    """A checked request without its prompt. `max_tokens` None: as many as fit into the context."""
 
     max_tokens: int | None
     temperature: float
@@ -154,10 +154,10 @@ class Options:
     return_timing: bool
     return_token_ids: bool
     shaping: Shaping | None
-    logprobs: int | None  # of how many tokens beside each one; None: of none
+    logprobs: int | None  # number of alternatives per token; None: no logprobs
 
     def sampling(self, choice: int, max_tokens: int) -> SamplingParams:
-        """Sampling of the choice-th answer to one prompt; choices of one seed differ."""
+        """Sampling of choice number `choice`; choices of the same seed differ."""
         seed = None if self.seed is None else (self.seed + choice) % 2**63
         return SamplingParams(
             max_tokens, self.temperature, self.top_p, self.top_k, seed, self.ignore_eos, self.shaping, self.logprobs
@@ -168,7 +168,7 @@ B = TypeVar("B", bound=msgspec.Struct)
 
 
 def decode_body(raw: bytes, kind: type[B]) -> B:
-    """Parse a request's body. Raises ApiError(400) that names the field at fault."""
+    """Parse a request's body. Raises ApiError(400) that names the faulty field."""
     try:
         return msgspec.json.decode(raw, type=kind)
     except msgspec.ValidationError as error:
@@ -193,8 +193,8 @@ def check_options(
     *,
     vocab_size: int,
 ) -> Options:
-    """Check every field but the prompt; header values stand in for absent body fields. `tenant`: that of the request's
-    key, outside the client's salt. Raises ApiError(400)."""
+    """Check every field except the prompt; headers fill in missing body fields. `tenant` is that of the request's key;
+    the client's salt cannot change it. Raises ApiError(400)."""
     _refuse_unsupported(body)
     max_tokens, field = body.max_tokens, "max_tokens"
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
@@ -214,7 +214,7 @@ def check_options(
     _check_length("session_id", session)
     _check_length("cache_salt", body.cache_salt)
     if body.return_timing and limits.hide_cached_tokens:
-        raise wrong_value("return_timing", True, "false (this server tells nothing of what was cached)")
+        raise wrong_value("return_timing", True, "false (this server does not reveal what was cached)")
     return Options(
         max_tokens=default_max_tokens if max_tokens is None else max_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
@@ -244,7 +244,7 @@ def _logprobs(body: GenerationBody) -> int | None:
 
 
 def prompts_of(body: CompletionBody) -> list[str] | list[list[int]]:
-    """The prompts of a completion, all text or all token ids. Raises ApiError(400)."""
+    """The prompts of a completion: all texts or all token ids. Raises ApiError(400)."""
     prompt = body.prompt
     if isinstance(prompt, str):
         return [prompt]
@@ -264,7 +264,7 @@ def prompts_of(body: CompletionBody) -> list[str] | list[list[int]]:
 
 
 def chat_messages(body: ChatBody) -> list[dict[str, Any]]:
-    """The messages as a chat template takes them, text parts joined. Raises ApiError(400)."""
+    """The messages in the form that chat templates take, with text parts joined. Raises ApiError(400)."""
     if not body.messages:
         raise bad_request("messages is empty; allowed: at least one message", "messages")
     found = []
@@ -281,7 +281,7 @@ def chat_messages(body: ChatBody) -> list[dict[str, Any]]:
 
 
 def template_variables(body: ChatBody, known: Collection[str]) -> dict[str, Any]:
-    """What the chat template is given beside the messages; `reasoning_effort`, a field of the API, if it knows it."""
+    """The chat template's variables besides the messages, including `reasoning_effort` if the template knows it."""
     variables = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None and "reasoning_effort" in known:
         variables["reasoning_effort"] = body.reasoning_effort
@@ -298,7 +298,7 @@ def _refuse_unsupported(body: GenerationBody) -> None:
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:
-    """Whether the value is the default; 0 and False are told apart, as `logprobs: 0` asks for something."""
+    """Whether the value is the default. 0 and False differ here: `logprobs: 0` asks for something."""
     neutral = _NEUTRAL.get(name, ())
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
 
@@ -314,9 +314,9 @@ def _check_length(name: str, value: str | None) -> None:
 
 
 def _tenant(salt: str, tenant: str, limits: ServerSettings) -> str:
-    """Whose KV the request uses and fills (`core.tenants`)."""
+    """The tenant whose KV the request reads and writes (`core.tenants`)."""
     if limits.require_tenant and not salt and not tenant:
-        text = "cache_salt is missing; this server takes requests of a tenant only: give cache_salt"
+        text = "cache_salt is missing; this server serves tenants only: give cache_salt"
         text += ", or a tenant's API key" if limits.tenant_keys is not None else ""
         raise bad_request(text, "cache_salt", "tenant_required")
     try:

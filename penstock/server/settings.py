@@ -13,7 +13,7 @@ from penstock.server.tls import ServerTls
 
 
 def parse_origin(text: str) -> str:
-    """The origin of web pages, as browsers send it. Raises ConfigError."""
+    """Check the origin of web pages, in the form that browsers send. Raises ConfigError."""
     parts = urlsplit(text)
     if text != "*" and (parts.scheme not in ("http", "https") or text != f"{parts.scheme}://{parts.netloc}"):
         raise ConfigError(f"cors_origin is {text!r}; allowed: * or an origin such as https://example.org:8443")
@@ -21,7 +21,7 @@ def parse_origin(text: str) -> str:
 
 
 def parse_host(text: str) -> str:
-    """A name of this server, as it stands in `Host`. Raises ConfigError."""
+    """Check a host name of this server, in the form of the `Host` header. Raises ConfigError."""
     name = read_host(text)
     if name is None or name != text.strip().lower().strip("[]").rstrip("."):
         raise ConfigError(f"allowed_host is {text!r}; allowed: a host name or address without a port")
@@ -30,14 +30,14 @@ def parse_host(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ServingRules(RequestDeadline):
-    """What users set of the HTTP server, of an engine and of the router."""
+    """The HTTP server's settings that users may set, of an engine and of the router."""
 
     require_tenant: bool = setting(False, "Refuse requests without cache_salt or a tenant's key.")
-    hide_cached_tokens: bool = setting(False, "Tell clients nothing of what was cached.")
+    hide_cached_tokens: bool = setting(False, "Do not reveal to clients what was cached.")
     open_metrics: bool = setting(False, "/metrics needs no key.")
     allowed_hosts: tuple[str, ...] = setting(
         (),
-        "A further name clients may call this server; may be repeated.",
+        "A further host name that clients may use; may be repeated.",
         "NAME",
         name="allowed_host",
         parse=parse_host,
@@ -51,36 +51,35 @@ class ServingRules(RequestDeadline):
         parse=parse_origin,
     )
     keep_alive_s: float = setting(75.0, "How long an idle connection is kept.")
-    drain_timeout_s: float = setting(10.0, "On SIGTERM, how long running requests may go on.")
+    drain_timeout_s: float = setting(10.0, "On SIGTERM, how long running requests may continue.")
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings(ServingRules):
-    """Everything the server waits for or keeps has its bound here. With `require_tenant` a request of no tenant is
-    refused; with `hide_cached_tokens` nobody but the operator learns what was cached. `allowed_hosts` are names in
-    `Host` beside those of the address that is listened on. `drain_timeout_s`: on shutdown, until running requests are
-    cancelled."""
+    """All limits of the HTTP server. With `require_tenant`, a request without a tenant is refused; with
+    `hide_cached_tokens`, only the operator learns what was cached. `allowed_hosts` are accepted names in `Host` beside
+    those of the bound address. After `drain_timeout_s` of a shutdown, running requests are cancelled."""
 
     model_name: str
-    model_aliases: tuple[str, ...] = ()  # what clients may call it too
-    api_key: str | None = None  # the operator's: it opens the pages too
+    model_aliases: tuple[str, ...] = ()  # further accepted names of the model
+    api_key: str | None = None  # the operator's key, which also gives access to the pages
     tenant_keys: TenantKeys | None = None
     tls: ServerTls | None = None
-    body_bytes_max: int = 32 * 2**20  # less where the context is short
-    open_bodies_bytes_max: int = 256 * 2**20  # of all requests that do not generate yet, large ones
-    body_timeout_s: float = 30.0  # from the headers to the last byte of a request's body
+    body_bytes_max: int = 32 * 2**20  # less if the context is short
+    open_bodies_bytes_max: int = 256 * 2**20  # all large bodies of requests that do not generate yet
+    body_timeout_s: float = 30.0  # from the headers to the body's last byte
     handshake_timeout_s: float = 10.0  # of TLS
-    header_timeout_s: float = 30.0  # from the beginning of a connection or request to the end of the headers
-    send_timeout_s: float = 20.0  # how long a client may leave the connection full
-    cancel_timeout_s: float = 5.0  # how long a cancelled request's last event is waited for
-    queue_tokens_max: int = 16384  # generated tokens kept for a client that does not read
-    open_requests_max: int = 4096  # generation requests in the server at once, bodies being read included
-    connections_max: int = 16384  # less where fewer files may be open
+    header_timeout_s: float = 30.0  # from the start of a connection or request to the end of the headers
+    send_timeout_s: float = 20.0  # how long a client may leave the connection's send buffer full
+    cancel_timeout_s: float = 5.0  # how long to wait for a cancelled request's last event
+    queue_tokens_max: int = 16384  # generated tokens buffered for a slow client
+    open_requests_max: int = 4096  # generation requests at once, including those whose body is being read
+    connections_max: int = 16384  # less if the open-file limit is lower
     choices_max: int = 128  # prompts x n of one request
     stop_strings_max: int = 16
     stop_characters_max: int = 1024
     api: bool = True  # False: only health, metrics and the live page
-    resumable: bool = False  # a request that comes again with its x-request-id gets the same answer
+    resumable: bool = False  # a request repeated with its x-request-id gets the same answer
 
     def __post_init__(self) -> None:
         for one in fields(self):

@@ -15,8 +15,8 @@ from penstock.server.logprobs import LogprobsShape
 
 
 def usage_of(choices: Sequence[Choice], n: int, *, hide_cached_tokens: bool = False) -> dict[str, Any]:
-    """OpenAI's usage record; a prompt counts once, however many answers (`n`) it gets. Details that are hidden are left
-    out, as OpenAI's clients allow, so that no wrong number stands there."""
+    """OpenAI's usage record; a prompt counts once, however many answers (`n`) it gets. Hidden details are omitted, as
+    OpenAI's clients allow, rather than reported as a wrong number."""
     prompts = choices[::n]
     prompt_tokens = sum(len(choice.request.prompt_tokens) for choice in prompts)
     completion_tokens = sum(choice.tokens for choice in choices)
@@ -32,13 +32,13 @@ def usage_of(choices: Sequence[Choice], n: int, *, hide_cached_tokens: bool = Fa
 
 
 def timing_of(report: RequestReport | None) -> dict[str, Any]:
-    """The `penstock` extension: where the request's time went."""
+    """The `penstock` extension: the request's time by stage."""
     return {"report": None if report is None else msgspec.to_builtins(report)}
 
 
 @dataclass(slots=True)
 class Answer:
-    """One choice of a whole answer, as it grows."""
+    """One choice of a complete answer, as it grows."""
 
     texts: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Answer:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def add(self, piece: Piece) -> None:
-        """Append a piece of text, with its tokens; it may end the choice."""
+        """Append a piece of text with its tokens; the piece may end the choice."""
         self.texts.append(piece.text)
         self.reasoning.append(piece.reasoning)
         self.token_ids += piece.token_ids
@@ -56,8 +56,8 @@ class Answer:
 
 
 class Shape:
-    """Builds the records of one HTTP request's answer. `prefixes` (completions with `echo`) come before the text of
-    each choice."""
+    """Builds the records of one HTTP request's answer. `prefixes` (completions with `echo`) precede each choice's
+    text."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Shape:
         self._begun: set[int] = set()
 
     def whole(self, answers: Sequence[Answer], usage: dict[str, Any], timing: dict[str, Any] | None) -> bytes:
-        """The body of an answer that is not streamed."""
+        """The body of an unstreamed answer."""
         choices = []
         for index, answer in enumerate(answers):
             logprobs = self._logprobs and self._logprobs.record(index, answer.logprobs)
@@ -109,7 +109,7 @@ class Shape:
         return sse(body)
 
     def last_chunk(self, usage: dict[str, Any] | None, timing: dict[str, Any] | None) -> bytes:
-        """The event after all choices have ended: usage and timing, where they were asked for."""
+        """The last event, after all choices have ended: usage and timing if requested."""
         body: dict[str, Any] = self._chunk_head | {"choices": []}
         if usage is not None:
             body["usage"] = usage
@@ -138,7 +138,7 @@ class Shape:
 
 
 def _reasoning(text: str) -> dict[str, str]:
-    """Under the two names that clients look for; nothing of a model that does not say what is reasoning."""
+    """The reasoning under both names that clients look for; nothing for a model without marked reasoning."""
     return {"reasoning_content": text, "reasoning": text} if text else {}
 
 

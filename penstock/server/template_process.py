@@ -1,9 +1,9 @@
 """The process that renders chat templates: `TemplateRenderer` starts it as a script and can kill it.
 
-It imports nothing of Penstock. Frames on the socket that is its standard input: 4 bytes of length (big endian), then
-msgpack. The first frame is the set-up; each further one is a chat, and is answered by `{"text": ...}` or
-`{"error": ...}`. A chat that takes more processor time than the set-up allows ends the process by SIGPROF's default
-action, which nothing in a template can catch; more memory is an error.
+It imports nothing of Penstock. Its standard input is a socket. Each frame is 4 bytes of length (big endian), then
+msgpack. The first frame is the set-up; each later one is a chat, answered by `{"text": ...}` or `{"error": ...}`. A
+chat that takes more processor time than allowed ends the process by SIGPROF's default action, which a template cannot
+catch; too much memory gives an error.
 """
 
 import resource
@@ -16,8 +16,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 
 def main() -> None:
-    """Render until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which closes the socket
+    """Render until the socket is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then closes the socket
     with socket.socket(fileno=0) as sock, sock.makefile("rb") as stream:
         setup = _next(stream)
         if setup is None:

@@ -1,4 +1,4 @@
-"""Renders chats in processes of their own, which a deadline ends: no template and no message can block the server."""
+"""Renders chats in separate processes that a deadline ends: no template or message can block the server."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
 PROCESSES = 2
-CPU_S_MAX = 5.0  # of the process, for one chat; a template needs milliseconds
-WALL_S_MAX = 20.0  # for the same, however busy the machine is
+CPU_S_MAX = 5.0  # processor time for one chat; templates need milliseconds
+WALL_S_MAX = 20.0  # elapsed time for one chat, on a busy machine too
 START_S_MAX = 60.0
-MEMORY_BYTES_MAX = 2**30  # that rendering may add to what the process has when it is ready
+MEMORY_BYTES_MAX = 2**30  # that rendering may add to the memory of the started process
 ANSWER_BYTES_MAX = 2**30
 ERROR_CHARACTERS_MAX = 1000
 _SCRIPT = Path(__file__).with_name("template_process.py")
@@ -35,12 +35,12 @@ class RenderError(Exception):
 
 
 class RendererClosed(RenderError):
-    """The server is closing."""
+    """The server is shutting down."""
 
 
 class TemplateRenderer:
-    """Chats as text by one template. Threading: `render` may be called from any thread; at most PROCESSES at once, the
-    others wait. A process is started when it is first needed, and again after one ended."""
+    """Renders chats to text with one template. Threading: `render` may be called from any thread; at most PROCESSES
+    calls run at once, the others wait. A process starts when it is first needed, and again after one ended."""
 
     def __init__(self, template: str, special_tokens: dict[str, Any], characters_max: int, cpu_s: float) -> None:
         self._setup = {
@@ -59,7 +59,7 @@ class TemplateRenderer:
             self._slots.put(None)
 
     def start(self) -> None:
-        """Start one process, so that the first chat need not wait. Raises RenderError."""
+        """Start one process in advance, for the first chat. Raises RenderError."""
         slot = self._take()
         try:
             slot = slot or self._begin()
@@ -67,14 +67,14 @@ class TemplateRenderer:
             self._slots.put(slot)
 
     def render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
-        """The text of one chat, with the beginning of an answer. Raises RenderError."""
+        """The text of a chat, ending with the beginning of the answer. Raises RenderError."""
         try:
             frame = msgspec.msgpack.encode({"messages": messages, "variables": variables})
         except (OverflowError, TypeError, ValueError, RecursionError) as error:
-            raise RenderError(f"a value cannot be given to it: {error}") from None
+            raise RenderError(f"a value cannot be passed to the template: {error}") from None
         process = self._take()
         try:
-            if process is not None and not process.alive:  # for reasons of its own, while nothing was rendered
+            if process is not None and not process.alive:  # it ended on its own while idle
                 self._forget(process)
                 process = None
             process = process or self._begin()
@@ -82,7 +82,7 @@ class TemplateRenderer:
         except _Ended as error:
             assert process is not None
             reason = process.why_ended(self._cpu_s, error)
-            rare.warning("ended", "a process that rendered a chat was ended: %s", reason)
+            rare.warning("ended", "a chat rendering process ended: %s", reason)
             raise RenderError(reason) from None
         finally:
             if process is not None and not process.usable:
@@ -91,7 +91,7 @@ class TemplateRenderer:
             self._slots.put(process)
 
     def close(self) -> None:
-        """End the processes at once, and with them what they render."""
+        """Kill the processes, including their running work."""
         with self._lock:
             self._closed = True
             for process in self._running:
@@ -124,7 +124,7 @@ class TemplateRenderer:
 
 
 class Answer(msgspec.Struct):
-    """Of the process that renders, which runs a template that somebody else wrote."""
+    """An answer of the rendering process. That process runs an untrusted template."""
 
     text: Annotated[str, msgspec.Meta(max_length=ANSWER_BYTES_MAX)] = ""
     error: Annotated[str, msgspec.Meta(max_length=ERROR_CHARACTERS_MAX)] | None = None
@@ -134,16 +134,16 @@ _answers = msgspec.msgpack.Decoder(Answer)
 
 
 def decode_answer(body: bytes) -> Answer | None:
-    """None for what is no answer, or one out of bounds."""
+    """Decode an answer; None if it is invalid or too large."""
     try:
         return _answers.decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, NotImplementedError) as error:
-        log.warning("a chat template's process answered what is no answer: %s", str(error)[:300])
+        log.warning("the chat rendering process sent an invalid answer: %s", str(error)[:300])
         return None
 
 
 class _Ended(Exception):
-    """The process is gone, or does not answer in time."""
+    """The process ended, or did not answer in time."""
 
 
 class _Process:
@@ -169,17 +169,17 @@ class _Process:
         self._exchange(msgspec.msgpack.encode(setup), START_S_MAX)
 
     def ask(self, frame: bytes) -> str:
-        """Raises RenderError with the template's own words, or _Ended."""
+        """Render one chat. Raises RenderError with the template's own message, or _Ended."""
         answer = decode_answer(self._exchange(frame, WALL_S_MAX))
         if answer is None:
             self.usable = False
-            raise _Ended("its answer is none")
+            raise _Ended("its answer is invalid")
         if answer.error is not None:
             raise RenderError(answer.error)
         return answer.text
 
     def why_ended(self, cpu_s: float, error: _Ended) -> str:
-        """One line; `cpu_s` is the limit of processor time, in seconds."""
+        """Why the process ended, in one line; `cpu_s` is the limit of processor time in seconds."""
         try:
             status = self._process.wait(1.0)
         except subprocess.TimeoutExpired:
@@ -189,7 +189,7 @@ class _Process:
         return f"the process that renders ended with status {status}"
 
     def kill(self) -> None:
-        """From any thread; whoever waits for an answer gets _Ended."""
+        """Kill the process; from any thread. A thread that waits for an answer gets _Ended."""
         self.usable = False
         self._process.kill()
         self._process.wait()
@@ -199,7 +199,7 @@ class _Process:
             log.debug("the socket of a rendering process was closed already")
 
     def close(self) -> None:
-        """After `kill`, by the thread that used it."""
+        """Reap the process after `kill`; call it on the thread that used it."""
         self._sock.close()
 
     def _exchange(self, frame: bytes, timeout_s: float) -> bytes:

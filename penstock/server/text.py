@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer as the server uses it: text and chats to tokens, tokens to text."""
+"""A checkpoint's tokenizer: text and chats to tokens, tokens to text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from penstock.server.token_text import TokenText
 log = logging.getLogger(__name__)
 
 RENDERED_CHARACTERS_MAX = 2**26
-PROBES_CHARACTERS_PER_TOKEN = (4, 16)  # of the context: beginnings of a text that show when it is far over
+# with the context's tokens, lengths of text beginnings that reveal a far too long text
+PROBES_CHARACTERS_PER_TOKEN = (4, 16)
 PROBE_MARGIN_TOKENS = 1024
 
 _TOKENIZER_FILES = (
@@ -34,11 +35,11 @@ _TOKENIZER_FILES = (
 
 
 class TokenizerError(ValueError):
-    """The checkpoint has a tokenizer that cannot be loaded: one line that says what and where."""
+    """The checkpoint's tokenizer cannot be loaded: one line with the folder and the reason."""
 
 
 class TextTooLong(Exception):
-    """The text has more tokens than `limit`; `at_least` of them are certain."""
+    """The text has more than `limit` tokens, at least `at_least`."""
 
     def __init__(self, limit: int, at_least: int) -> None:
         super().__init__(f"at least {at_least} tokens, more than {limit}")
@@ -49,11 +50,11 @@ class TextCodec:
     """Wraps a `transformers` tokenizer. Threading: every method may be called from any thread."""
 
     def __init__(self, tokenizer: Any, *, render_cpu_s: float = CPU_S_MAX) -> None:
-        """`render_cpu_s`: processor time that the chat template may take for one chat."""
+        """`render_cpu_s`: processor time allowed for rendering one chat."""
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         self._backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
-        self.token_bytes_max: int | None = None  # bytes of text that a token represents; None: no bound is known
+        self.token_bytes_max: int | None = None  # bytes of text that one token can represent; None: unbounded
         self.harmony: HarmonyTokens | None = None
         self.pieces = TokenPieces(tokenizer)
         if self._backend is not None:
@@ -67,7 +68,7 @@ class TextCodec:
 
     @property
     def vocabulary_digest(self) -> str:
-        """Differs where token ids mean other text: 32 hex digits of a hash over every token with its id."""
+        """A hash over every token and its id (32 hex digits); differs if token ids mean different text."""
         digest = hashlib.blake2b(digest_size=16)
         for token, number in sorted(self._tokenizer.get_vocab().items()):
             digest.update(f"{number} {token}\0".encode("utf-8", "surrogatepass"))
@@ -75,13 +76,13 @@ class TextCodec:
 
     @property
     def template(self) -> ChatTemplate:
-        """Raises ApiError(400) when the checkpoint has none."""
+        """The chat template. Raises ApiError(400) if the checkpoint has none."""
         if self._template is None:
             raise bad_request("this checkpoint has no chat template; use /v1/completions", "messages")
         return self._template
 
     def start(self) -> None:
-        """Get ready, so that the first request need not wait."""
+        """Start the renderer in advance, for the first request."""
         if self._template is not None:
             try:
                 self._template.start()
@@ -89,12 +90,12 @@ class TextCodec:
                 log.warning("chats cannot be served now: %s", error)
 
     def close(self) -> None:
-        """End what is being rendered; chats get a 503 from here on."""
+        """Stop rendering; later chats get a 503."""
         if self._template is not None:
             self._template.close()
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Tokens of a text; `special_tokens` adds those that begin or end a sequence. Other threads run meanwhile."""
+        """Tokens of a text; `special_tokens` adds those that begin or end a sequence. Releases the interpreter lock."""
         if (
             self._backend is not None
         ):  # it changes nothing, so threads need no lock; `encode` would keep the interpreter
@@ -104,9 +105,9 @@ class TextCodec:
             return list(self._tokenizer.encode(text, add_special_tokens=special_tokens))
 
     def encode_within(self, text: str, limit: int, *, special_tokens: bool = True) -> list[int]:
-        """`encode`, for a text that has to fit into `limit` tokens. One that is far over is refused at little cost: by
-        its bytes, where a token represents a bounded number of them, or by the tokens of its beginning. Raises
-        TextTooLong; a text that is a little over is returned as it is."""
+        """`encode` for a text that must fit into `limit` tokens. A text far over the limit is refused cheaply: by its
+        size if a token represents a bounded number of bytes, or by the tokens of its beginning. Raises TextTooLong; a
+        text slightly over the limit is returned encoded."""
         if self.token_bytes_max is not None and len(text) > limit:
             at_least = -(-len(text.encode("utf-8", "surrogatepass")) // self.token_bytes_max)
             if at_least > limit:
@@ -115,24 +116,25 @@ class TextCodec:
             if len(text) <= 2 * probe:
                 break
             beginning = len(self.encode(text[:probe], special_tokens=special_tokens))
-            if beginning > 2 * limit + PROBE_MARGIN_TOKENS:  # what follows can only join with its last few tokens
+            # the rest of the text can merge only with the last few tokens
+            if beginning > 2 * limit + PROBE_MARGIN_TOKENS:
                 raise TextTooLong(limit, limit + 1)
         return self.encode(text, special_tokens=special_tokens)
 
     def render_chat(self, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any]) -> str:
-        """Text of a chat by the checkpoint's template, with the beginning of an answer. Raises ApiError(400) when there
-        is no template, it takes no such variable, or it cannot render the messages."""
+        """Text of a chat by the checkpoint's template, ending with the beginning of the answer. Raises ApiError(400) if
+        there is no template, it does not take a variable, or it cannot render the messages."""
         template = self.template
         return template.render(list(messages), template.check_variables(variables))
 
 
 def _template_of(tokenizer: Any) -> str | None:
-    """The source of the template for chats without tools; None without one."""
+    """The source of the template for chats without tools; None if there is none."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
         return str(tokenizer.get_chat_template())
-    except ValueError as error:  # several, and none is the default
+    except ValueError as error:  # several templates, none of them the default
         log.warning("chats are not served: %s", " ".join(str(error).split()))
         return None
 

@@ -1,4 +1,4 @@
-"""TLS of an HTTP port: its certificate and key, checked when they are read, and read again when they change."""
+"""TLS for an HTTP port: certificate and key are checked when read, and read again when they change."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from penstock.tls_files import load_certificate
 
 
 class ServerTls:
-    """`context` makes the handshakes of a port: TLS 1.2 or 1.3, HTTP/1.1 only. After `reload`, new connections get the
-    new certificate; open ones go on."""
+    """`context` serves the port's handshakes: TLS 1.2 or 1.3, HTTP/1.1 only. After `reload`, new connections get the
+    new certificate; open ones continue."""
 
     def __init__(self, cert: Path, key: Path) -> None:
-        """PEM files: the certificate with its chain, and its key without a passphrase. Raises ConfigError."""
+        """PEM files: the certificate chain, and its key without a passphrase. Raises ConfigError."""
         self.cert = cert
         self.key = key
         self.context = self._read()
 
     def reload(self) -> None:
-        """Read both files again. Raises ConfigError, and goes on with what was read before."""
+        """Read both files again. On ConfigError the previous certificate stays in use."""
         self._read()
         load_certificate(self.context, self.cert, self.key)
 

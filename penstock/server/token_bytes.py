@@ -1,4 +1,4 @@
-"""Tokens as bytes: those of one token, which need not be whole characters, and how many one can represent at most."""
+"""Tokens as bytes: those of a single token, which may be part of a character, and the most that a token represents."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import msgspec
 
-_NFC_SHRINKS = 3  # canonical composition: at most three bytes become one (three Hangul letters one syllable)
+_NFC_SHRINKS = 3  # canonical composition (NFC): at most three bytes become one (three Hangul letters make one syllable)
 _KEEP_EVERY_BYTE = {"ByteLevel", "Metaspace", "Digits", "Punctuation", "Split"}
 _NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_SPACE = "\u2581"  # what SentencePiece writes for a space
+_SPACE = "\u2581"  # SentencePiece's mark for a space
 
 
 def _byte_level_letters() -> dict[int, str]:
@@ -26,20 +26,20 @@ _BYTE_OF_LETTER = {letter: byte for byte, letter in BYTE_LEVEL_LETTERS.items()}
 
 
 def byte_level_bytes(name: str) -> bytes:
-    """What a token of a byte-level vocabulary stands for, by its name there. One that has a letter outside of the byte
-    alphabet, as only added ones have, is text."""
+    """The bytes of a token in a byte-level vocabulary, from its name. A name with a character outside the byte alphabet
+    (only added tokens have one) is taken as text."""
     plain = [byte for letter in name if (byte := _BYTE_OF_LETTER.get(letter)) is not None]
     return bytes(plain) if len(plain) == len(name) else name.encode()
 
 
 def byte_of_name(name: str) -> int | None:
-    """The byte that a token of the form <0xE2> stands for; None for every other name."""
+    """The byte of a token named like <0xE2>; None for any other name."""
     match = _BYTE_TOKEN.fullmatch(name)
     return int(match[1], 16) if match else None
 
 
 def kinds(part: dict[str, Any] | None) -> list[str]:
-    """Of the steps of a tokenizer's pre-tokenizer, normalizer or decoder, in order."""
+    """Types of the steps in a tokenizer's pre-tokenizer, normalizer or decoder, in order."""
     if part is None:
         return []
     if part["type"] == "Sequence":
@@ -48,7 +48,7 @@ def kinds(part: dict[str, Any] | None) -> list[str]:
 
 
 class TokenPieces:
-    """One token by itself: its bytes, and how it is shown. Threading: every method may be called from any thread."""
+    """A single token: its bytes and its printable form. Threading: any method may be called from any thread."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -61,13 +61,13 @@ class TokenPieces:
             self._added = {number: token.content for number, token in backend.get_added_tokens_decoder().items()}
 
     def name(self, token: int) -> str:
-        """As the vocabulary writes it; empty for an id that it does not have."""
+        """The token's name in the vocabulary; empty for an unknown id."""
         if self._backend is not None:
             return self._backend.id_to_token(token) or ""
         return str(self._tokenizer.convert_ids_to_tokens([token])[0] or "")
 
     def bytes_of(self, token: int) -> bytes:
-        """What it adds to a text in UTF-8; of a special token, its name."""
+        """The UTF-8 bytes that the token adds to a text; for a special token, its name."""
         name = self.name(token)
         if token in self._added:
             return name.encode()
@@ -77,7 +77,7 @@ class TokenPieces:
         return name.replace(_SPACE, " ").encode() if byte is None else bytes([byte])
 
     def whole(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, special ones included."""
+        """Text of tokens, including special ones."""
         if self._backend is not None:
             text: str = self._backend.decode(list(tokens), skip_special_tokens=False)
             return text
@@ -85,10 +85,11 @@ class TokenPieces:
 
 
 def token_bytes_max(backend: Any) -> int | None:
-    """Bytes of text that one token represents at most. None where there is no bound, because the tokenizer drops or
-    joins text of any length: whitespace, unknown characters, whole unknown words.
+    """The most bytes of text that one token represents. None if unbounded, because the tokenizer drops or joins text of
+    any length: whitespace, unknown characters, whole unknown words.
 
-    `backend` is a `tokenizers.Tokenizer`."""
+    `backend` is a `tokenizers.Tokenizer`.
+    """
     parts = msgspec.json.decode(backend.to_str())
     shrinks = _shrinks(parts.get("normalizer"))
     added = parts.get("added_tokens") or []
@@ -120,7 +121,7 @@ def _keeps_every_byte(part: dict[str, Any] | None) -> bool:
 
 
 def _shrinks(part: dict[str, Any] | None) -> int | None:
-    """By which factor a normalizer may make text shorter; None: without bound."""
+    """The largest factor by which a normalizer can shorten text; None: unbounded."""
     if part is None or part["type"] in ("Prepend", "ByteLevel"):
         return 1
     if part["type"] == "NFC":
@@ -139,5 +140,5 @@ def _shrinks(part: dict[str, Any] | None) -> int | None:
 
 
 def _every_byte_has_a_token(vocabulary: dict[str, int]) -> bool:
-    """Whether a byte-level vocabulary has each byte that text can have."""
+    """Whether a byte-level vocabulary covers every byte."""
     return all(letter in vocabulary for byte, letter in BYTE_LEVEL_LETTERS.items() if byte not in _NEVER_IN_UTF8)

@@ -1,4 +1,4 @@
-"""What a tokenizer says of tokens: the text of all of them, and decoders that say the same token by token."""
+"""Text of tokens, and incremental decoders whose pieces add up to the same text."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from penstock.server.detokenize import (
 )
 from penstock.server.token_bytes import byte_level_bytes, byte_of_name, kinds
 
-LOOKED_BACK_TOKENS_MAX = 256  # of a prompt; of those only few have no text
+LOOKED_BACK_TOKENS_MAX = 256  # of a prompt; few tokens have no text
 REPLAYED_TOKENS, REPLAYED_RUN_TOKENS = 24, RUN_BYTES_MAX + 16  # of a prompt, to find what is held back at its end
 
 
 class TokenText:
-    """Text of tokens as the tokenizer's own `decode(tokens, skip_special_tokens=True)` says it. Threading: every method
-    may be called from any thread."""
+    """Text of tokens, equal to the tokenizer's `decode(tokens, skip_special_tokens=True)`. Threading: any method may be
+    called from any thread."""
 
     def __init__(self, tokenizer: Any, lock: threading.Lock) -> None:
-        """`lock`: held while a tokenizer that is not thread-safe works."""
+        """`lock` is held around calls of a tokenizer that is not thread-safe."""
         self._tokenizer = tokenizer
         self._lock = lock
         self._backend = tokenizer.backend_tokenizer if _decodes_by_backend(tokenizer) else None
@@ -36,7 +36,7 @@ class TokenText:
         self._without_text = frozenset(tokenizer.all_special_ids)
         self._byte_of: dict[int, int] = {}
         self._byte_level = False
-        self._known_bytes: dict[int, bytes] = {}  # of tokens of a byte-level vocabulary, as they were asked for
+        self._known_bytes: dict[int, bytes] = {}  # cache: bytes of a byte-level vocabulary's tokens
         if self._backend is not None:
             added = self._backend.get_added_tokens_decoder()
             self._without_text = frozenset(number for number, token in added.items() if token.special)
@@ -53,7 +53,7 @@ class TokenText:
         return clean_spaces(text) if self._cleans else text
 
     def decoder(self, after: Sequence[int] = ()) -> TokenDecoder:
-        """For a sequence of tokens that is a text of its own, or continues the text of other tokens."""
+        """A decoder for tokens that are a text of their own, or that continue the text of other tokens."""
         decoder: TokenDecoder = IncrementalDecoder(self._raw, self._byte_of)
         if self._byte_level:
             decoder = ByteLevelDecoder(self._bytes_of)
@@ -63,7 +63,7 @@ class TokenText:
         return _TextTokensOnly(decoder, self._has_no_text)
 
     def echo_decoder(self, prompt: Sequence[int]) -> TokenDecoder:
-        """The decoder of what follows `echo_text(prompt)`: both together are the text of all tokens."""
+        """The decoder for tokens after `echo_text(prompt)`: both texts together are the text of all tokens."""
         last = self._last_with_text(prompt, LOOKED_BACK_TOKENS_MAX)
         in_run = bool(last) and last[-1] in self._byte_of
         start = max(len(last) - (REPLAYED_RUN_TOKENS if in_run else REPLAYED_TOKENS), 0)
@@ -73,12 +73,12 @@ class TokenText:
         return decoder
 
     def echo_text(self, prompt: Sequence[int]) -> str:
-        """The text of a prompt of tokens, without what the next tokens may change."""
+        """The text of a prompt given as tokens, without an ending that the next tokens may change."""
         decoder = self.decoder()
         return "".join(map(decoder.push, prompt))
 
     def _last_with_text(self, tokens: Sequence[int], count: int) -> list[int]:
-        """The last of the tokens that have text, at most `count`."""
+        """The last tokens that have text, at most `count`."""
         found: list[int] = []
         for token in reversed(tokens[-LOOKED_BACK_TOKENS_MAX:]):
             if len(found) == count:
@@ -108,7 +108,7 @@ class TokenText:
 
 
 class _TextTokensOnly:
-    """A decoder that never sees tokens without text: special ones, and numbers that the vocabulary does not have."""
+    """A decoder that skips tokens without text: special ones, and ids outside the vocabulary."""
 
     __slots__ = ("_has_no_text", "_inner")
 
@@ -127,7 +127,7 @@ class _TextTokensOnly:
 
 
 def _decodes_by_backend(tokenizer: Any) -> bool:
-    """Whether `decode` is that of the `tokenizers` library and no other class's."""
+    """Whether `decode` is the `tokenizers` library's and not overridden."""
     from transformers import PreTrainedTokenizerFast
 
     backend = PreTrainedTokenizerFast._decode  # noqa: SLF001 (compared, not called)
@@ -135,13 +135,14 @@ def _decodes_by_backend(tokenizer: Any) -> bool:
 
 
 def _may_clean(tokenizer: Any, parts: dict[str, Any]) -> bool:
-    """`transformers` does not clean the text of BPE, whatever the checkpoint's flag says, unless it is told twice."""
+    """Whether decoding cleans up spaces. `transformers` ignores the checkpoint's flag for BPE unless asked
+    explicitly."""
     forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
     return parts["model"].get("type") != "BPE" or bool(getattr(tokenizer, forced, False))
 
 
 def _byte_tokens(backend: Any, without_text: frozenset[int]) -> dict[int, int]:
-    """The byte that each token of the form <0xE2> stands for."""
+    """The byte of each token named like <0xE2>."""
     found = {}
     for name, number in backend.get_vocab(with_added_tokens=True).items():
         if number not in without_text and (byte := byte_of_name(name)) is not None:

@@ -17,7 +17,7 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
-    add_special_tokens: bool | None = None  # by default with a prompt; a chat template writes its own
+    add_special_tokens: bool | None = None  # default: True for a prompt; a chat template adds its own
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -34,7 +34,7 @@ class DetokenizeBody(msgspec.Struct, kw_only=True):
 
 
 async def tokenize(preparation: RequestPreparation, body: TokenizeBody) -> dict[str, Any]:
-    """The answer's record. Raises ApiError."""
+    """The answer of `/tokenize`. Raises ApiError."""
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("prompt and messages: exactly one of them must be given", "prompt")
     if body.prompt is not None:
@@ -50,7 +50,7 @@ async def tokenize(preparation: RequestPreparation, body: TokenizeBody) -> dict[
 
 
 async def detokenize(preparation: RequestPreparation, body: DetokenizeBody) -> dict[str, Any]:
-    """The answer's record. Raises ApiError."""
+    """The answer of `/detokenize`. Raises ApiError."""
     return {"prompt": await preparation.text_of(body.tokens)}
 
 

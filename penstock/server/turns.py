@@ -1,12 +1,12 @@
-"""Shares the event loop's time among connections that send, so that answers go on however much comes in.
+"""Shares the event loop's time among sending connections, so that answers continue under any incoming load.
 
-TURN-1  In each WINDOW_S, parsing takes about TURN_S, request by request and slice by slice; what has come beyond that
-        waits for the next window, and its connection is not read meanwhile. The rest of a window belongs to answers and
-        to other threads: a loop that always has something to do gets Python's interpreter lock back before a thread
-        that waits for it has woken up, and the engine stands still (measured: 200 ms at a time beside four connections
-        that pipeline).
-TURN-2  Addresses take turns, and the connections of an address among themselves: many connections of one address do
-        not delay another address's.
+TURN-1  In each WINDOW_S, parsing takes about TURN_S, request by request and slice by slice. Data beyond that waits for
+        the next window, and its connection is not read meanwhile. The rest of a window belongs to answers and to other
+        threads: an event loop that is never idle reacquires Python's interpreter lock before a waiting thread has woken
+        up, and the engine makes no progress (measured: 200 ms at a time beside four pipelining connections).
+TURN-2  Addresses take turns, and so do the connections of an address: many connections of one address do not delay
+        another address's.
+
 Verification: tests/server/test_connection_turns.py; `python -m tests.server.attacks` measures it.
 """
 
@@ -18,32 +18,32 @@ from typing import Protocol
 
 WINDOW_S = 0.002
 TURN_S = 0.001
-REQUEST_S = 0.0005  # what starting a request costs the loop later, counted with its parsing
+REQUEST_S = 0.0005  # what starting a request costs the loop later; counted with its parsing
 
 
 class Sender(Protocol):
-    """A connection that sends."""
+    """A connection that receives data from its client."""
 
     address: str
 
     def take(self) -> bool:
-        """Parse a slice of what has come; whether there is more. Never raises."""
+        """Parse one slice of the received data; returns whether there is more. Never raises."""
 
 
 class Turns:
-    """Lives on one event loop, and goes by its clock."""
+    """Lives on one event loop, and uses its clock."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._queues: OrderedDict[str, OrderedDict[Sender, None]] = OrderedDict()  # by address; none is empty
+        self._queues: OrderedDict[str, OrderedDict[Sender, None]] = OrderedDict()  # by address; no value is empty
         self._window_end_s = loop.time()
-        self._used_s = 0.0  # of this window
+        self._used_s = 0.0  # time used in this window
         self._scheduled = False
-        self.waiting = 0  # connections whose data waits
+        self.waiting = 0  # connections with waiting data
 
     def received(self, sender: Sender) -> bool:
-        """Something has come, and nothing of this connection waits yet. Parse it now, if this window has time for it;
-        returns whether some of it waits."""
+        """The connection received data while none of it was waiting. Parse it now if this window has time left; returns
+        whether some of it still waits."""
         if not self._queues:
             while self._has_time():
                 if not self._take(sender):
@@ -53,7 +53,7 @@ class Turns:
         return True
 
     def forget(self, sender: Sender) -> None:
-        """Nothing of this connection waits any more."""
+        """The connection has no waiting data any more."""
         queue = self._queues.get(sender.address)
         if queue is not None and sender in queue:
             del queue[sender]
@@ -62,7 +62,7 @@ class Turns:
                 del self._queues[sender.address]
 
     def request(self) -> None:
-        """A request is being started."""
+        """A request is being started; count its cost."""
         self._used_s += REQUEST_S
 
     def _has_time(self) -> bool:

@@ -1,4 +1,4 @@
-"""A few threads that do the event loop's longer work, with a bounded queue. They do not delay the process's exit."""
+"""A few threads for the event loop's longer work, with a bounded queue. They do not delay the process's exit."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ class TooMuchWork(Exception):
 
 
 class WorkThreads:
-    """`threads` guarded workers; work goes to the one that has least to do. `run` is called on one event loop."""
+    """`threads` guarded workers; work goes to the least loaded one. `run` is called on one event loop."""
 
     def __init__(self, name: str, threads: int, waiting_max: int) -> None:
-        """`waiting_max`: pieces of work that wait or run, all threads together."""
+        """`waiting_max`: limit of queued and running work items over all threads."""
         self._workers = [GuardedWorker(f"penstock-{name}-{number}", waiting_max) for number in range(threads)]
         self._name = name
-        self._open = [0] * threads  # pieces of work given to each thread and not ended
+        self._open = [0] * threads  # by thread: work items that have not ended
         self._waiting_max = waiting_max
 
     @property
     def open(self) -> int:
-        """Pieces of work that wait or run."""
+        """Number of queued and running work items."""
         return sum(self._open)
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Do it on a thread. Raises what it raises, and TooMuchWork."""
+        """Run it on a thread. Raises its exception, or TooMuchWork."""
         if self.open >= self._waiting_max:
             rare.warning(
-                self._name, "%d pieces of work wait for the threads %s: more is refused", self.open, self._name
+                self._name, "%d work items are queued for the threads %s: refusing more", self.open, self._name
             )
             raise TooMuchWork
         loop = asyncio.get_running_loop()
@@ -47,7 +47,7 @@ class WorkThreads:
 
         def ended(result: T | None, error: Exception | None) -> None:
             self._open[thread] -= 1
-            if future.done():  # cancelled: nobody waits
+            if future.done():  # cancelled by the awaiting coroutine
                 return
             if error is not None:
                 future.set_exception(error)
@@ -71,6 +71,6 @@ class WorkThreads:
         return await future
 
     def stop(self) -> None:
-        """The threads end when what is queued is done; nobody waits for them."""
+        """End the threads after their queued work, without waiting for them."""
         for worker in self._workers:
             worker.stop()

@@ -1,1 +1,1 @@
-"""The simulated driver: virtual clock, fluid links, modelled devices; it drives the core and holds no policy."""
+"""The simulated driver: virtual clock, fluid links, modelled devices. It drives the core and decides nothing itself."""

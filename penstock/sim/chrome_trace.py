@@ -1,6 +1,6 @@
-"""A picture of simulated time, as a Chrome trace (Perfetto reads it): what each link, the device and each request did.
+"""Writes simulated time as a Chrome trace (Perfetto reads it): the activity of each link, the device, each request.
 
-One process row per stage, one per request. Operations of one link that are under way at once lie in lanes of their own.
+One process row per stage and one per request. Concurrent operations of one link are drawn in separate lanes.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ US_PER_S = 1e6
 
 
 class ChromeTrace(Observer):
-    """Records what an `EngineDriver` does; give it as its observer. After `EVENTS_MAX` events it only counts."""
+    """Records an `EngineDriver`'s activity as its observer. After `EVENTS_MAX` events it only counts."""
 
     def __init__(self, clock: VirtualClock) -> None:
         self.dropped = 0
         self._clock = clock
         self._events: list[dict[str, Any]] = []
-        self._began: dict[int, tuple[float, tuple[str, int]]] = {}  # by operation: when, and its row and lane
+        self._began: dict[int, tuple[float, tuple[str, int]]] = {}  # by operation: start time, and its row and lane
         self._busy: dict[str, set[int]] = {}
         self._lanes: dict[tuple[int, str, int], int] = {}  # thread numbers
 
     # -- as an observer -----------------------------------------------------------------------------------------
 
     def began(self, operation: Operation) -> None:
-        """An operation gets the first free lane of its row."""
+        """Assign the operation to the first free lane of its row."""
         row = _row_of(operation)
         if row is None or not isinstance(operation, Fetch | Upload | Compute | Save | Forward):
             return
@@ -62,7 +62,7 @@ class ChromeTrace(Observer):
         self._ended(op.op_id, f"save {op.block.key.hex()[:8]}", {"error": error})
 
     def forwarded(self, op: Forward, error: str | None) -> None:
-        """A bar for a block that is handed over."""
+        """A bar for a block's hand-off."""
         self._ended(op.op_id, f"hand over {op.block.key.hex()[:8]}", {"error": error})
 
     def _ended(self, op_id: int, name: str, detail: dict[str, Any]) -> None:
@@ -73,7 +73,7 @@ class ChromeTrace(Observer):
     # -- what comes out -----------------------------------------------------------------------------------------
 
     def requests(self, ended: Mapping[str, Ended]) -> None:
-        """One row per request: what it did or waited for, label by label."""
+        """One row per request: its activity or reason for waiting, by label."""
         for name, end in ended.items():
             if end.account is None:
                 continue
@@ -81,7 +81,7 @@ class ChromeTrace(Observer):
                 self.span(name, label, begin_s, end_s)
 
     def span(self, name: str, label: str, begin_s: float, end_s: float) -> None:
-        """What one request did for a while, on its row."""
+        """A bar on a request's row."""
         self._span(REQUESTS, name, 0, label, begin_s, end_s, {})
 
     def write(self, path: Path) -> None:
@@ -111,7 +111,7 @@ class ChromeTrace(Observer):
 
 
 def _row_of(operation: Operation) -> str | None:
-    """Where an operation is drawn; None for one that takes no time."""
+    """The row of an operation; None for one that takes no time."""
     if isinstance(operation, Fetch):
         return " > ".join(operation.route)
     if isinstance(operation, Upload):

@@ -1,6 +1,6 @@
-"""One simulation as a TOML file: an engine or a cluster, what goes wrong when, a workload, policies, a seed.
+"""One simulation as a TOML file: an engine or a cluster, timed faults, a workload, policies, a seed.
 
-Bandwidths are bytes/s, sizes bytes. Every wrong value is refused in one line that names its field.
+Bandwidths are bytes/s, sizes bytes. A wrong value is refused in one line that names its field.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from penstock.sim.prefill_decode import Fault
 from penstock.sim.served_model import Gpu, ServedModel, load_model
 from penstock.workloads.generators import AGENT_TABLES, CALVO_DATASETS
 
-DERIVED = ("block_bytes", "l1_pages", "l2_slots")  # from the model and the memories
+DERIVED = ("block_bytes", "l1_pages", "l2_slots")  # computed from the model and the memory sizes
 HIGH = 1e15
 Sharing = Literal["in order", "fair"]
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A table of the file; names it does not know are refused."""
+    """A table of the file; unknown names are refused."""
 
 
 class Device(_Table, frozen=True):
@@ -41,7 +41,8 @@ class Device(_Table, frozen=True):
 
 
 class LinkFault(_Table, frozen=True):
-    """From `at_s` on, for `lasts_s`, a link or device has `factor` of its speed; `loses` what is on its way there."""
+    """From `at_s` on, for `lasts_s`, a link or device runs at `factor` of its speed; with `loses`, its running
+    transfers are lost."""
 
     at_s: float
     link: str
@@ -56,8 +57,8 @@ class LinkFault(_Table, frozen=True):
 
 
 class EngineTable(_Table, frozen=True):
-    """One engine and its pool. `scheduler` are fields of `SchedulerConfig`. Transfers share a link `in order` of their
-    start, as requests to a device do, or as a `fair` network does."""
+    """One engine and its pool. `scheduler` holds fields of `SchedulerConfig`. Transfers share a link `in order` of
+    their start, as on a device, or `fair`, as on a network."""
 
     profile: str
     device: tuple[Device, ...]
@@ -77,14 +78,14 @@ class EngineTable(_Table, frozen=True):
             check_range(f"links.{name}", speed, 1, HIGH)
         names = [*self.links, *(device.name for device in self.device)]
         if not self.device or len(set(names)) < len(names) or PCIE in names:
-            raise ConfigError(f"device is {names}; allowed: at least one, names of their own, none called {PCIE}")
+            raise ConfigError(f"device is {names}; allowed: at least one, unique names, none called {PCIE}")
         for asked in (*(link for device in self.device for link in device.over), *(f.link for f in self.fault)):
             if asked not in (*names, PCIE):
                 raise ConfigError(f"link is {asked!r}; allowed: {', '.join((*names, PCIE))}")
         known = [field.name for field in fields(SchedulerConfig) if field.name not in DERIVED]
         for name in self.scheduler:
             if name not in known:
-                raise ConfigError(f"scheduler.{name} is no setting; allowed: {', '.join(known)}")
+                raise ConfigError(f"scheduler.{name} is not a setting; allowed: {', '.join(known)}")
         for name, words in (("policy", POLICIES), ("mode", MODES)):
             if self.scheduler.get(name, words[0]) not in words:
                 raise ConfigError(f"scheduler.{name} is {self.scheduler[name]!r}; allowed: {', '.join(words)}")
@@ -92,11 +93,11 @@ class EngineTable(_Table, frozen=True):
 
     @property
     def model(self) -> Profile:
-        """The compute profile it names."""
+        """The compute profile that `profile` names."""
         return load_profile(self.profile)
 
     def config(self) -> SchedulerConfig:
-        """The scheduler core's settings. Raises ConfigError, also when the model does not fit its GPU."""
+        """The scheduler core's configuration. Raises ConfigError, also if the model does not fit into GPU memory."""
         block_tokens = self.scheduler.get("block_tokens", 64)
         if not isinstance(block_tokens, int) or block_tokens < 1:
             raise ConfigError(f"scheduler.block_tokens is {block_tokens!r}; allowed: a whole number above 0")
@@ -116,7 +117,7 @@ class EngineTable(_Table, frozen=True):
 
 
 class Cluster(_Table, frozen=True):
-    """Prefill and decode nodes; `shape` are fields of `ClusterShape`, `system` names the policies."""
+    """Prefill and decode nodes; `shape` holds fields of `ClusterShape`, `system` names the policies."""
 
     model: str
     shape: ClusterShape
@@ -136,7 +137,7 @@ class Cluster(_Table, frozen=True):
 
     @property
     def served(self) -> ServedModel:
-        """The model it names."""
+        """The model that `model` names."""
         return load_model(self.model)
 
     @property
@@ -146,7 +147,7 @@ class Cluster(_Table, frozen=True):
 
 
 class CalvoLoad(_Table, frozen=True, tag="calvo", tag_field="kind"):
-    """Single requests whose contexts the pool holds."""
+    """Single requests whose contexts are in the pool."""
 
     dataset: str = "icl"
     rate_per_s: float = 1.0
@@ -164,7 +165,7 @@ class CalvoLoad(_Table, frozen=True, tag="calvo", tag_field="kind"):
 
 
 class AgentLoad(_Table, frozen=True, tag="agents", tag_field="kind"):
-    """DualPath's agents, all at once or at a rate."""
+    """DualPath's agents, all started at once or at a rate."""
 
     length: str = "32K"
     agents: int = 8
@@ -224,7 +225,7 @@ class Simulation(_Table, frozen=True):
 
 
 def _fits_cluster(workload: Workload) -> None:
-    """A cluster follows whole recorded or generated sessions."""
+    """A cluster accepts only whole recorded or generated sessions."""
     if isinstance(workload, CalvoLoad):
         raise ConfigError("workload.kind is 'calvo'; allowed with [cluster]: agents, trace")
     if workload.token_divisor != 1:
@@ -234,7 +235,7 @@ def _fits_cluster(workload: Workload) -> None:
 
 
 def read_simulation(path: Path) -> Simulation:
-    """A simulation from its file. Raises ConfigError with one line: the file, the field, what is allowed."""
+    """Read a simulation from its file. Raises ConfigError with one line: the file, the field, the allowed values."""
     try:
         data = tomllib.loads(path.read_bytes().decode())
         _refuse_unknown(data)
@@ -244,7 +245,7 @@ def read_simulation(path: Path) -> Simulation:
 
 
 def _refuse_unknown(data: dict[str, Any]) -> None:
-    """A dataclass inside the file would let unknown names pass."""
+    """Refuses unknown names in dataclasses inside the file, which msgspec would ignore."""
     cluster = data.get("cluster")
     inside = cluster if isinstance(cluster, dict) else {}
     shape = inside.get("shape")
@@ -259,4 +260,4 @@ def _known(where: str, given: object, kind: type) -> None:
     names = [field.name for field in fields(kind)]
     for name in given if isinstance(given, dict) else ():
         if name not in names:
-            raise ConfigError(f"{where}.{name} is no setting; allowed: {', '.join(names)}")
+            raise ConfigError(f"{where}.{name} is not a setting; allowed: {', '.join(names)}")

@@ -1,4 +1,4 @@
-"""A cluster of prefill and decode nodes as DualPath has it, and the systems that are compared on it."""
+"""A cluster of prefill and decode nodes as in DualPath, and the systems compared on it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from penstock.sim.served_model import Gpu
 
 @dataclass(frozen=True, slots=True)
 class ClusterShape:
-    """Nodes and their links (the paper's set-up by default). Engines meet in groups of `*_group_nodes` nodes.
+    """Nodes and their links (defaults: the paper's set-up). Engines form groups of `*_group_nodes` nodes.
 
-    `buffer_bytes` is the host memory of a decode engine for prompts on their way to it."""
+    `buffer_bytes` is a decode engine's host memory for arriving prompts.
+    """
 
     prefill_nodes: int
     decode_nodes: int
@@ -54,7 +55,7 @@ class ClusterShape:
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """What is compared: the policies of the scheduler core, and whether engines load and hand over layer by layer."""
+    """A compared system: the policies of the scheduler core, and whether engines load and hand off layer by layer."""
 
     name: str
     placement: Placement
@@ -68,7 +69,7 @@ class System:
     level: bool = False  # ranks of a prefill step take equal shares of attention, beyond the paper
 
     def scheduler(self, **settings: Any) -> InterEngineConfig:
-        """Its policies, with other settings of the inter-engine scheduler."""
+        """The policies, with other settings of the inter-engine scheduler."""
         return InterEngineConfig(
             placement=self.placement,
             read=self.read,
@@ -89,6 +90,6 @@ LEVEL = System("level", "balanced", "split", weigh=True, level=True)
 RECOMPUTE = System("recompute", "balanced", "split", weigh=True, recompute=True, level=True)
 ORACLE = System("oracle", "balanced", "none", weigh=True, level=True)
 SHORT_FIRST = System("short first", "balanced", "split", weigh=True, order="sjf", level=True)
-"""Split reads, level steps, and the least compute first instead of first come first served."""
+"""Split reads, level steps, and shortest compute first instead of first come first served."""
 ABLATION = (BASIC, LAYERWISE, DUAL, PAPER, SPLIT, LEVEL, SHORT_FIRST)
 SYSTEMS = {system.name: system for system in (*ABLATION, RECOMPUTE, ORACLE)}

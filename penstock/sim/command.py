@@ -11,7 +11,7 @@ from penstock.sim.commands.run import run
 from penstock.sim.commands.validate import validate
 
 sim = typer.Typer(
-    help="The same scheduler core on a virtual clock: your cluster from a file (begin with `run "
+    help="The real scheduler core on a virtual clock: your cluster from a file (begin with `run "
     "deploy/sim-engine.toml`), plans, randomised faults. docs/simulator.md says what is modelled.",
     no_args_is_help=True,
 )

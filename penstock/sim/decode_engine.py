@@ -1,7 +1,7 @@
-"""A decode engine as a fluid: its batch gains one token per step, and a step's time follows from who is in the batch.
+"""A fluid model of a decode engine: its batch gains one token per step, and the batch determines the step time.
 
-Progress is one counter per engine: a sequence that joins at counter v and has n tokens to go ends at v + n, so that
-joining and leaving are O(log n) whatever the batch.
+One counter per engine holds the progress: a sequence that joins at counter v with n tokens to generate ends at v + n,
+so joining and leaving cost O(log n) for any batch.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ class Sequence(Protocol):
     """What the engine needs to know of a request."""
 
     number: int
-    length: int  # prompt and answer
+    length: int  # tokens of prompt and answer
     steps: int  # tokens to generate here
-    context: float  # mean tokens of context while it decodes
+    context: float  # mean tokens of context during decoding
 
 
 class DecodeEngine:
-    """One engine: a batch in device memory, and those that wait for room in it."""
+    """One engine: a batch in device memory, and sequences that wait for room in it."""
 
     __slots__ = (
         "a", "at", "b", "c", "capacity", "context", "count", "in_free", "mark", "name", "next_at", "node",
@@ -36,7 +36,7 @@ class DecodeEngine:
         self.node = node
         self.capacity = capacity_tokens
         self.a, self.b, self.c = step
-        self.in_free = self.out_free = 0.0  # when its compute NIC is through with what was given to it
+        self.in_free = self.out_free = 0.0  # when its compute NIC finishes its queued transfers, by direction
         self.reset(0.0)
 
     def reset(self, now: float) -> None:
@@ -53,7 +53,7 @@ class DecodeEngine:
         self.mark = 0
 
     def has_room(self, sequence: Sequence) -> bool:
-        """Whether the sequence's KV fits beside that of the batch."""
+        """Whether the sequence's KV fits beside the batch's."""
         return self.used + sequence.length <= self.capacity
 
     def _advance(self, now: float) -> None:
@@ -62,7 +62,7 @@ class DecodeEngine:
         self.at = now
 
     def join(self, sequence: Sequence, now: float) -> None:
-        """A sequence whose KV is in device memory takes part from now on."""
+        """Add a sequence, whose KV is in device memory, to the batch."""
         self._advance(now)
         self.count += 1
         self.used += sequence.length
@@ -71,7 +71,7 @@ class DecodeEngine:
         self.step = self.a + self.b * self.count + self.c * self.context
 
     def leave_finished(self, now: float) -> list[Sequence]:
-        """Sequences that have all their tokens now."""
+        """Remove and return the sequences that have all their tokens."""
         self._advance(now)
         running = self.running
         limit = self.progress + EPSILON
@@ -88,7 +88,7 @@ class DecodeEngine:
         return ended
 
     def drop(self, sequence: Sequence) -> None:
-        """A sequence that waits or decodes here does so no more; the step's time is set at the next event."""
+        """Remove a sequence that waits or decodes here; the step time is updated at the next event."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
             return
@@ -102,7 +102,7 @@ class DecodeEngine:
                 return
 
     def next_end(self) -> float:
-        """When the next sequence ends if nobody joins; NEVER when the batch is empty."""
+        """When the next sequence ends if none joins; NEVER for an empty batch."""
         if not self.running:
             return NEVER
         return self.at + max(0.0, self.running[0][0] - self.progress) * self.step

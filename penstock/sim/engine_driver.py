@@ -1,8 +1,8 @@
 """The simulated driver of one engine: `LoadScheduler` on a virtual clock, fluid links, modelled compute, faults.
 
-It holds no policy: it calls the core's events, carries out its operations, and lets time pass. A block's bytes cross
-its route's links, uploads cross the link "pcie", a batch takes what the compute model says; with `layerwise` a batch
-whose blocks are still going up ends one layer after the last of them at the earliest.
+It decides nothing: it calls the core's events, executes its operations, and advances time. A block's bytes cross its
+route's links; uploads cross the link "pcie"; a batch takes the time of the compute model. With `layerwise`, a batch
+whose blocks are still being uploaded ends at least one layer's time after the last upload.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from penstock.sim.clock import Event, VirtualClock
 from penstock.sim.fluid_links import Flow, FluidLinks
 
 PCIE = "pcie"
-DOWNLOAD_S = 1e-3  # L1 to a slot: the copy runs beside everything else
-READS, WRITES = 0, 1  # lanes: a write gives way to every load and hand-off
+DOWNLOAD_S = 1e-3  # L1 to a slot; the copy does not slow anything else
+READS, WRITES = 0, 1  # lanes: writes yield to all loads and hand-offs
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How one request ended, its tokens, and its account. A refused one has no account."""
+    """How one request ended, its tokens, and its account (None for a refused request)."""
 
     reason: str
     tokens: tuple[int, ...]
@@ -47,7 +47,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Overheads:
-    """What an operation costs beside its bytes, seconds: measured on the live engine, zero on an ideal one."""
+    """Fixed cost of operations in seconds, besides their bytes: measured on the live engine, zero on an ideal one."""
 
     lookup_s: float = 0.0
     fetch_s: float = 0.0  # from a fetch's end on the link to the scheduler core
@@ -56,16 +56,16 @@ class Overheads:
 
 
 class Observer:
-    """Told of each operation that ended, before the scheduler core is. Does nothing by itself."""
+    """Notified of each ended operation, before the scheduler core is. The default methods do nothing."""
 
     def began(self, operation: Operation) -> None:
-        """The scheduler core gave an operation."""
+        """The scheduler core issued an operation."""
 
     def looked_up(self, op: Lookup) -> None:
         """A lookup was answered."""
 
     def fetched(self, op: Fetch, error: str | None) -> None:
-        """A block was read into its slot, or why not."""
+        """A block was read into its slot, or the read failed with `error`."""
 
     def uploaded(self, op: Upload, failed: bool) -> None:
         """A group of blocks was uploaded into its pages, or failed."""
@@ -74,23 +74,23 @@ class Observer:
         """A batch was computed, or failed."""
 
     def saved(self, op: Save, error: str | None) -> None:
-        """A block was stored, or why not."""
+        """A block was stored, or the save failed with `error`."""
 
     def downloaded(self, op: Save | Forward) -> None:
-        """A page was copied to staging memory: it may be taken for another block."""
+        """A page was copied to staging memory; it may be reused."""
 
     def forwarded(self, op: Forward, error: str | None) -> None:
-        """A block was handed over, or why not."""
+        """A block was handed off, or failed with `error`."""
 
 
 class EngineDriver:
-    """Drives one core. `hits` is the pool: what is saved joins it under `save_route`, which may depend on the block.
-    Writes cross it too, after all reads. What is handed over crosses the links `forward_route(operation)`.
+    """Drives one core. `hits` is the pool: saved blocks join it under `save_route`, which may depend on the block.
+    Writes use the same route, after all reads. Hand-offs cross the links `forward_route(operation)`.
 
-    `fetch_fault(key)` may name the reason for which a fetch comes to nothing: with "deadline" its bytes never end,
-    every other one shows with the last byte. `fails(operation)` may make an upload, a batch or a hand-off come to
-    nothing.
-    `emitted` is called with each token and end, `after_event` after each event and the decision that follows."""
+    `fetch_fault(key)` may return the reason why a fetch fails: with "deadline" its bytes never finish, any other reason
+    appears with the last byte. `fails(operation)` may make an upload, a batch or a hand-off fail. `emitted` is called
+    with each token and end, `after_event` after each event and its decision.
+    """
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class EngineDriver:
         self._emitted = emitted
         self._after_event = after_event
         self._tokens: dict[str, list[int]] = {}
-        self._uploading: dict[int, Callable[[], None] | None] = {}  # op -> what waits for its end
+        self._uploading: dict[int, Callable[[], None] | None] = {}  # operation -> action after its end
         self._lost_uploads: set[int] = set()
         self._fetching: dict[int, tuple[Fetch, Flow, Event]] = {}
         self._wakeup_s = float("inf")
@@ -151,7 +151,7 @@ class EngineDriver:
         self._event_at(time_s, lambda: self.scheduler.cancel(request_id, self.clock.now_s))
 
     def fail_link(self, name: str) -> None:
-        """Everything on its way over a link is lost, as when its node dies."""
+        """Lose all transfers on a link, as when its node dies."""
         for op_id, (fetch, _, _) in list(self._fetching.items()):
             if name in fetch.route:
                 self._fetched(op_id, "network")
@@ -164,7 +164,7 @@ class EngineDriver:
         self.decide()
 
     def decide(self) -> None:
-        """Ask the scheduler core, and carry out what it says; again at the time it names."""
+        """Let the scheduler core decide, and execute its operations; repeat at the time that it requests."""
         for operation in self.scheduler.decide(self.clock.now_s):
             self._carry_out(operation)
         self._after_event()
@@ -179,7 +179,7 @@ class EngineDriver:
             self.decide()
 
     def run(self, until_s: float = float("inf")) -> None:
-        """Let events happen in order of time until none is left, the core idles, or the next is past `until_s`."""
+        """Process events in order of time until none is left, the core is idle, or the next is after `until_s`."""
         while (next_s := self.clock.next_s()) is not None and next_s <= until_s:
             self.clock.step()
 
@@ -226,7 +226,7 @@ class EngineDriver:
 
     def _fetched(self, op_id: int, error: str | None) -> None:
         if op_id not in self._fetching:
-            return  # given up before its last byte
+            return  # abandoned before its last byte
         op, flow, late = self._fetching.pop(op_id)
         late.cancel()
         self._links.cut(flow)
@@ -308,7 +308,8 @@ class EngineDriver:
     def _send(
         self, op: Save | Forward, route: Route, lane: int, error: str | None, ended: Callable[[str | None], None]
     ) -> None:
-        """A block out of its slot over `route` (none: at once); `ended` with `error`, or by its deadline."""
+        """Transfer a block from its slot over `route` (None: instantly); calls `ended` with the error, or at the
+        deadline."""
         if not route:
             self._event_at(self.clock.now_s, lambda: ended(error))
             return
@@ -362,5 +363,5 @@ def _both(first: Callable[[], None] | None, second: Callable[[int], None], numbe
 
 
 def ideal_links(clock: VirtualClock, bytes_per_s: Mapping[str, float], upload_bytes_per_s: float) -> FluidLinks:
-    """Links that serve block by block in order of issue, as a device or a paced node does, and the upload link."""
+    """Links that serve blocks in order of issue, as a device or a paced node does, and the upload link."""
     return FluidLinks(clock, {**bytes_per_s, PCIE: upload_bytes_per_s}, in_order=True)

@@ -1,11 +1,11 @@
-"""A link that serves first in, first out at a fixed rate: the end of a transfer is known when it is given."""
+"""A link that serves first in, first out at a fixed rate: a transfer's end is known when it is submitted."""
 
 from __future__ import annotations
 
 
 class FifoLink:
-    """Given `tokens` at a time, it says when they are through. `windows` holds how many tokens ended in each window of
-    time, for the balance between links."""
+    """Takes `tokens` per transfer and returns when they have passed. `windows` counts the tokens that ended in each
+    window of time, for the balance between links."""
 
     __slots__ = ("free_at", "name", "seconds_per_token", "tokens_total", "up", "window_s", "windows")
 
@@ -19,7 +19,7 @@ class FifoLink:
         self.tokens_total = 0
 
     def give(self, tokens: int, now: float) -> float:
-        """When these tokens are through, behind all that was given before."""
+        """When these tokens have passed, after all that was submitted before."""
         start = self.free_at if self.free_at > now else now
         end = self.free_at = start + tokens * self.seconds_per_token
         self.tokens_total += tokens
@@ -31,6 +31,6 @@ class FifoLink:
         return end
 
     def forget(self, now: float) -> None:
-        """What was given is lost: the link is free, and nothing after `now` counts."""
+        """Queued transfers are lost: the link is free, and nothing after `now` counts."""
         self.free_at = now
         del self.windows[int(now / self.window_s) + 1 :]

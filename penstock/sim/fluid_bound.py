@@ -1,4 +1,4 @@
-"""Lower bounds of a job's time on a cluster: no order and no path is faster than the busiest resource, or one agent."""
+"""Lower bounds of a job's time on a cluster: the busiest resource and the longest agent limit every schedule."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from penstock.sim.trajectories import Trajectory
 
 @dataclass(frozen=True, slots=True)
 class FluidBound:
-    """Seconds that each resource needs for the whole job, all of its kind sharing it without loss; and the longest
-    agent alone on the cluster."""
+    """Seconds that each resource needs for the whole job if all of its kind share it ideally, and the longest agent's
+    time alone on the cluster."""
 
     storage_s: float
     prefill_s: float
@@ -36,10 +36,11 @@ def fluid_bound(
     *,
     storage_nics: int | None,
 ) -> FluidBound:
-    """Of `agents` that follow the trajectories in turn; `storage_nics` may be used (None: all; 0: nothing is read).
+    """Bounds for `agents` that follow the trajectories in turn; `storage_nics` may be used (None: all; 0: no reads).
 
     Decoding: a step of n sequences with t tokens takes a + b.n + c.t and holds at most the memory's tokens, so a
-    sequence of length l takes at least a.l / memory of each of its steps."""
+    sequence of length l takes at least a.l / memory of each of its steps.
+    """
     counts = np.full(len(trajectories), agents // len(trajectories), dtype=float)
     counts[: agents % len(trajectories)] += 1
     nics = shape.prefill_nodes + shape.decode_nodes if storage_nics is None else storage_nics

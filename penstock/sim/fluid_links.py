@@ -1,7 +1,8 @@
-"""Links on which bytes flow like a fluid: each flow crosses a route, and gets a rate that its links can give.
+"""Links on which bytes flow like a fluid: each flow crosses a route, at a rate that its links can provide.
 
-Flows of a lower lane go first. Within a lane links share by max-min fairness, or, `in_order`, serve first come first
-served. Rates change only when a flow starts or ends or a link's speed changes, so a flow of any size costs two events.
+Flows of a lower lane go first. Within a lane, links share by max-min fairness, or serve first come first served
+(`in_order`). Rates change only when a flow starts or ends or a link's speed changes, so a flow of any size costs two
+events.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from math import inf
 from penstock.core.config import ConfigError
 from penstock.sim.clock import Event, VirtualClock
 
-DONE_BYTES = 1e-3  # what is less than this is rounding
+DONE_BYTES = 1e-3  # less than this is rounding error
 
 
 class Flow:
-    """Bytes on their way over `route`."""
+    """Bytes in transit over `route`."""
 
     __slots__ = ("bytes_per_s", "done", "lane", "left_bytes", "number", "route", "since_s")
 
@@ -37,7 +38,7 @@ class FluidLinks:
     """All links of a simulated machine or cluster. `moved_bytes` and `busy_s` are totals since start, by link."""
 
     def __init__(self, clock: VirtualClock, bytes_per_s: Mapping[str, float], in_order: bool = False) -> None:
-        """Raises ConfigError for a link that has no bandwidth."""
+        """Raises ConfigError for a link without bandwidth."""
         for name, speed in bytes_per_s.items():
             if not 0 < speed < inf:
                 raise ConfigError(f"bandwidth of link {name} is {speed!r} bytes/s; allowed: above 0")
@@ -53,7 +54,7 @@ class FluidLinks:
         self.busy_s = dict.fromkeys(bytes_per_s, 0.0)
 
     def start(self, route: Sequence[str], size_bytes: float, done: Callable[[], None], lane: int = 0) -> Flow:
-        """Begin to move bytes; `done` is called when the last one is through."""
+        """Start to move bytes; `done` is called when the last one has passed."""
         self._started += 1
         flow = Flow(self._started, tuple(route), size_bytes, lane, done)
         self._flows[flow.number] = flow
@@ -61,23 +62,23 @@ class FluidLinks:
         return flow
 
     def cut(self, flow: Flow) -> None:
-        """Take a flow off its links; `done` is not called. One that ended is ignored."""
+        """Remove a flow from its links; `done` is not called. Ignored for a flow that has ended."""
         if self._flows.pop(flow.number, None) is not None:
             self._changed()
 
     def set_speed(self, name: str, bytes_per_s: float) -> None:
-        """A link slows down, stands still (0) or is as before."""
+        """Change a link's speed: slower, stopped (0) or normal again."""
         self._advance()
         self._speed[name] = bytes_per_s
         self._changed()
 
     def backlog_bytes(self, name: str) -> float:
-        """Bytes that have begun and still have to cross a link."""
+        """Bytes of started flows that have not crossed yet."""
         self._advance()
         return sum(flow.left_bytes for flow in self._flows.values() if name in flow.route)
 
     def moved_now(self) -> dict[str, float]:
-        """Bytes that each link has moved up to now."""
+        """Bytes that each link has moved until now."""
         self._advance()
         return dict(self.moved_bytes)
 
@@ -112,7 +113,7 @@ class FluidLinks:
         self._due = self._clock.after(soonest_s, self._end) if soonest_s < inf else None
 
     def _groups(self) -> Iterator[list[Flow]]:
-        """Flows that share, those that go first first."""
+        """Groups of flows that share, in order of precedence."""
         if self._in_order:
             for flow in sorted(self._flows.values(), key=lambda flow: (flow.lane, flow.number)):
                 yield [flow]
@@ -132,8 +133,8 @@ class FluidLinks:
 
 
 def _share(flows: Iterable[Flow], free: dict[str, float]) -> None:
-    """Max-min fairness by progressive filling: the link that can give its flows least is full first, and so on. `free`
-    is what the links have left; it shrinks."""
+    """Max-min fairness by progressive filling: the link with the smallest share per flow fills first, and so on. `free`
+    is the remaining bandwidth of links; it is updated."""
     open_flows = list(flows)
     for flow in open_flows:
         flow.bytes_per_s = 0.0

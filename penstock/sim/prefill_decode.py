@@ -1,9 +1,9 @@
-"""The simulated cluster of prefill and decode nodes: the driver that carries out what `core.inter_engine` decides.
+"""The simulated cluster of prefill and decode nodes: the driver that executes what `core.inter_engine` decides.
 
-Few events per request: the end of its reads, of its prefill step, of its way to the decode engine, of its decoding.
-Storage NICs are FIFO links whose ends are known at once; a prefill step has a closed form; a decode engine is a fluid.
-Compute NICs are FIFO per direction, and a transfer counts at both ends. Writes (full blocks as they fill) go the other
-way of the storage NICs, not in the way of reads. Host memory bandwidth and switches are not modelled.
+Few events per request: the ends of its reads, its prefill step, its transfer to the decode engine, and its decoding.
+Storage NICs are FIFO links whose ends are known in advance; a prefill step has a closed form; a decode engine is a
+fluid. Compute NICs are FIFO per direction, and a transfer counts at both ends. Writes (full blocks as they fill) use
+the other direction of the storage NICs and do not slow reads. Host memory bandwidth and switches are not modelled.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from penstock.sim.fifo_link import FifoLink
 from penstock.sim.prefill_group import PrefillEngine, PrefillGroup, StepCost
 from penstock.sim.served_model import ServedModel
 from penstock.sim.serving_record import Record
-from penstock.sim.sim_agent import DECODING, IDLE, MOVING, READING, READY, WAITING, Agent
+from penstock.sim.sim_agent import DECODING, IDLE, MOVING, READING, READY, WAITING, SimAgent
 from penstock.sim.trajectories import Load, Trajectory, load_of
 
 READ, STEP, JOIN, DECODE, SUBMIT, FAULT, LATE = range(7)
@@ -33,7 +33,7 @@ READ, STEP, JOIN, DECODE, SUBMIT, FAULT, LATE = range(7)
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """At `at_s` something happens to node number `node`: its storage NIC is cut or healed, or all of it is lost."""
+    """At `at_s`, node number `node` fails: its storage NIC is lost or works again, or the whole node is lost."""
 
     at_s: float
     what: Literal["nic lost", "nic healed", "node lost"]
@@ -42,18 +42,18 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Limits of the engines, and how the run is measured."""
+    """Limits of the engines, and settings of the measurement."""
 
     quota_attention_s: float = 0.3
     tokens_max: int = 8192  # of a batch without the compute quota
-    window_s: float = 10.0  # of the balance between storage NICs
-    notice_s: float = 1.0  # until the scheduler core learns of a fault (a lease)
-    read_timeout_s: float = 10.0  # of a read that nothing plans anew
-    inter_engine: dict[str, Any] = field(default_factory=dict)  # other values of `InterEngineConfig`
+    window_s: float = 10.0  # for the balance between storage NICs
+    notice_s: float = 1.0  # delay until the scheduler core learns of a fault (a lease)
+    read_timeout_s: float = 10.0  # of a read that is not planned again
+    inter_engine: dict[str, Any] = field(default_factory=dict)  # overrides of `InterEngineConfig`
 
 
 class PrefillDecodeCluster:
-    """One run: build, `run`, read `record`. The same arguments give the same history."""
+    """One run: build, `run`, read `record`. The same arguments give the same result."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class PrefillDecodeCluster:
         self._trajectories = trajectories
         self._heap: list[tuple[float, int, int, Any, int, int]] = []
         self._sequence = 0
-        self._agents: list[Agent] = []
+        self._agents: list[SimAgent] = []
         gpu = shape.gpu
         attention = model.attention(gpu)
         self._quota = ComputeQuota(
@@ -152,11 +152,12 @@ class PrefillDecodeCluster:
     # -- the run ------------------------------------------------------------------------------------------------
 
     def run(self, starts_s: Sequence[float], until_s: float = float("inf"), faults: Sequence[Fault] = ()) -> Record:
-        """Agent i follows trajectory i (in turn) from `starts_s[i]`; ends when all have ended, or at `until_s`."""
+        """Agent i follows trajectory i (modulo their number) from `starts_s[i]`; ends when all have ended, or at
+        `until_s`."""
         for fault in faults:
             self._push(fault.at_s, FAULT, fault, 0, 0)
         for number, start_s in enumerate(starts_s):
-            agent = Agent(number, self._trajectories[number % len(self._trajectories)])
+            agent = SimAgent(number, self._trajectories[number % len(self._trajectories)])
             self._agents.append(agent)
             self._push(start_s, SUBMIT, agent, 0, 0)
         heap = self._heap
@@ -164,7 +165,7 @@ class PrefillDecodeCluster:
             self._read, self._step_end, self._join, self._decode_end, self._submit_event, self._fault, self._late,
         )  # fmt: skip
         collecting = gc.isenabled()
-        gc.disable()  # no cycles are made while events run
+        gc.disable()  # events create no reference cycles
         try:
             events = 0
             while heap and heap[0][0] <= until_s:
@@ -196,17 +197,17 @@ class PrefillDecodeCluster:
             self.record.given_up += 1
             self._agent(decision.request_id).state = IDLE
 
-    def _agent(self, request_id: RequestId) -> Agent:
+    def _agent(self, request_id: RequestId) -> SimAgent:
         assert isinstance(request_id, int)
         return self._agents[request_id]
 
     # -- a request's way ----------------------------------------------------------------------------------------
 
-    def _submit_event(self, agent: Agent, mark: int, extra: int, now: float) -> None:
+    def _submit_event(self, agent: SimAgent, mark: int, extra: int, now: float) -> None:
         self._submit(agent, now)
         self._decide(now)
 
-    def _submit(self, agent: Agent, now: float) -> None:
+    def _submit(self, agent: SimAgent, now: float) -> None:
         trajectory, turn = agent.trajectory, agent.turn
         agent.arrival_s = now
         prompt = agent.prompt = trajectory.prompts[turn]
@@ -233,7 +234,7 @@ class PrefillDecodeCluster:
         if place.read == "none":
             agent.local, agent.parts = 0, 0
             agent.loaded = True
-            agent.handed_at = now
+            agent.handed_off_s = now
         else:
             local = agent.local = hit - front - remote
             agent.parts = 1 if front else 0
@@ -248,7 +249,7 @@ class PrefillDecodeCluster:
         elif not agent.parts:
             self._all_there(agent, now)
 
-    def _read_from(self, link: FifoLink, agent: Agent, tokens: int, side: Side, now: float) -> None:
+    def _read_from(self, link: FifoLink, agent: SimAgent, tokens: int, side: Side, now: float) -> None:
         agent.parts += 1
         if side == "prefill":
             agent.local_reads += 1
@@ -261,7 +262,7 @@ class PrefillDecodeCluster:
         else:
             self._push(now + self.settings.read_timeout_s, LATE, agent, agent.placement, mark)
 
-    def _read(self, agent: Agent, placement: int, extra: int, now: float) -> None:
+    def _read(self, agent: SimAgent, placement: int, extra: int, now: float) -> None:
         if self._is_stale(agent, placement, extra):
             return
         if extra & 1:
@@ -275,30 +276,30 @@ class PrefillDecodeCluster:
         self._part_done(agent, now)
 
     @staticmethod
-    def _is_stale(agent: Agent, placement: int, extra: int) -> bool:
+    def _is_stale(agent: SimAgent, placement: int, extra: int) -> bool:
         mark = agent.remote_mark if extra & 1 else agent.local_mark
         return placement != agent.placement or extra >> 1 != mark or agent.state != READING
 
-    def _late(self, agent: Agent, placement: int, extra: int, now: float) -> None:
-        """A read ended by its deadline, and nothing was planned anew: the request starts over."""
+    def _late(self, agent: SimAgent, placement: int, extra: int, now: float) -> None:
+        """A read reached its deadline and was not planned again: the request starts over."""
         if not self._is_stale(agent, placement, extra):
             self.scheduler.restart(agent.number, agent.attempt)
             self._decide(now)
 
-    def _part_done(self, agent: Agent, now: float) -> None:
+    def _part_done(self, agent: SimAgent, now: float) -> None:
         agent.parts -= 1
         if not agent.parts:
             self._all_there(agent, now)
 
-    def _all_there(self, agent: Agent, now: float) -> None:
-        """All hit blocks are in a buffer (or computed): the miss tokens may be computed."""
+    def _all_there(self, agent: SimAgent, now: float) -> None:
+        """All hit blocks are in a buffer (or computed): the missed tokens may be computed."""
         agent.state = READY
         agent.query = agent.miss
         agent.context = agent.prompt - agent.miss
         assert agent.prefill is not None
         self._ready(agent.prefill, agent, now)
 
-    def _ready(self, engine: PrefillEngine, agent: Agent, now: float) -> None:
+    def _ready(self, engine: PrefillEngine, agent: SimAgent, now: float) -> None:
         engine.ready.append(agent)
         group = engine.group
         group.waiting += 1
@@ -318,7 +319,7 @@ class PrefillDecodeCluster:
         for agent, placement in stepping:
             if agent.placement != placement:
                 continue  # it lost an engine meanwhile
-            if agent.state == READING:  # the front of a hit is computed
+            if agent.state == READING:  # the first part of a hit is computed
                 agent.loaded = False
                 self._part_done(agent, now)
                 continue
@@ -333,7 +334,7 @@ class PrefillDecodeCluster:
                 self._ended(agent, now)
                 continue
             if layerwise:
-                there = max(agent.handed_at, now + agent.miss * tail_s)
+                there = max(agent.handed_off_s, now + agent.miss * tail_s)
             else:
                 tokens = (agent.local + agent.miss) * nic_s
                 engine.out_free = max(now, engine.out_free) + tokens
@@ -346,7 +347,7 @@ class PrefillDecodeCluster:
         if group.waiting:
             self._start(group, now)
 
-    def _join(self, agent: Agent, placement: int, extra: int, now: float) -> None:
+    def _join(self, agent: SimAgent, placement: int, extra: int, now: float) -> None:
         if placement != agent.placement or agent.state != MOVING:
             return
         decode = agent.decode
@@ -359,12 +360,12 @@ class PrefillDecodeCluster:
         self._decode_from(decode, agent, now)
         self._arm(decode)
 
-    def _decode_from(self, decode: DecodeEngine, agent: Agent, now: float) -> None:
+    def _decode_from(self, decode: DecodeEngine, agent: SimAgent, now: float) -> None:
         decode.join(agent, now)
         self.record.ttst_s.append(now + decode.step - agent.arrival_s)
 
     def _arm(self, decode: DecodeEngine) -> None:
-        """An event for the next end, unless one comes no later already (which then arms again)."""
+        """Schedule an event for the next end, unless an earlier one exists (which then reschedules)."""
         at = decode.next_end()
         if at < decode.next_at:
             decode.next_at = at
@@ -385,7 +386,7 @@ class PrefillDecodeCluster:
         if ended:
             self._decide(now)
 
-    def _ended(self, agent: Agent, now: float) -> None:
+    def _ended(self, agent: SimAgent, now: float) -> None:
         record = self.record
         trajectory, turn = agent.trajectory, agent.turn
         record.requests += 1
@@ -411,7 +412,7 @@ class PrefillDecodeCluster:
     # -- faults -------------------------------------------------------------------------------------------------
 
     def _fault(self, fault: Any, mark: int, extra: int, now: float) -> None:
-        """The machines first; the scheduler core learns of it `notice_s` later (`mark` 1)."""
+        """Apply a fault to the machines; the scheduler core learns of it `notice_s` later (`mark` 1)."""
         link = self.links[fault.node]
         if not mark:
             if fault.what == "nic healed":
@@ -431,7 +432,7 @@ class PrefillDecodeCluster:
         self._decide(now)
 
     def _cut(self, link: FifoLink, now: float) -> None:
-        """What the NIC was still to read ends by its deadline, unless it is planned anew before."""
+        """The NIC's remaining reads end at their deadline, unless they are planned again before."""
         link.up = False
         link.forget(now)
         number = self.links.index(link)
@@ -445,7 +446,7 @@ class PrefillDecodeCluster:
         self._heap[:] = kept
 
     def _drop_engines(self, node: int) -> None:
-        """The node's engines are gone with all they held."""
+        """The node's engines are gone with all their content."""
         for engine in [e for e in self._prefill.values() if e.node == node]:
             engine.group.waiting -= len(engine.ready)
             engine.ready.clear()
@@ -454,7 +455,7 @@ class PrefillDecodeCluster:
             decode.reset(self._heap[0][0] if self._heap else 0.0)
 
     def _replanned(self, replan: Replan, now: float) -> None:
-        """The rest of one side's read (all of it: a cut read starts over) is read on the other side."""
+        """The rest of one side's read (all of it, since an interrupted read starts over) is read on the other side."""
         agent = self._agent(replan.request_id)
         prefill, decode = agent.prefill, agent.decode
         assert prefill is not None and decode is not None and agent.attempt == replan.attempt
@@ -474,7 +475,7 @@ class PrefillDecodeCluster:
             self._read_from(self.links[prefill.node], agent, tokens, "prefill", now)
 
     def _revoked(self, revoke: Revoke) -> None:
-        """The attempt is over: its engines forget the request."""
+        """The attempt is over: its engines drop the request."""
         agent = self._agent(revoke.request_id)
         agent.placement += 1
         self.record.restarts += 1

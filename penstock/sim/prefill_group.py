@@ -1,8 +1,9 @@
-"""The prefill engines of one group: what each has ready, and how long their next step takes, in closed form.
+"""The prefill engines of one group: what each has ready, and the duration of their next step, in closed form.
 
-A step is one batch on every engine (rank) of the group. Layer by layer, loads run under compute: the step takes the
-longer of both, and the first layer's load before it. Without layers, loads come first. Ranks exchange tokens in every
-layer: attention is that of the slowest rank, the rest is spread evenly over all. (A group of one rank has it all.)
+A step is one batch on every engine (rank) of the group. Layer by layer, loads overlap compute: a step takes the longer
+of the two, plus the first layer's load. Without layers, loads come first. Ranks exchange tokens in every layer:
+attention takes as long as on the slowest rank, everything else is spread evenly over all. (A group of one rank computes
+it all.)
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from typing import TYPE_CHECKING
 from penstock.core.engine.compute_quota import ComputeQuota, level_s
 
 if TYPE_CHECKING:
-    from penstock.sim.sim_agent import Agent
+    from penstock.sim.sim_agent import SimAgent
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """What a step is made of: overhead, linear work per query token, compute NIC seconds per token, layers.
+    """Parameters of a step: overhead, linear work per query token, compute NIC seconds per token, layers.
 
-    Layer by layer only a layer's KV is in device memory; otherwise `memory_tokens` bound a rank's batch. `level`: ranks
-    take no more than what gets most done per step (`core.compute_quota.level_s`)."""
+    With layers, only one layer's KV is in device memory; otherwise `memory_tokens` limits a rank's batch. `level`:
+    ranks take only as much as completes the most work per step (`core.compute_quota.level_s`).
+    """
 
     overhead_s: float
     linear_s: float
@@ -35,7 +37,7 @@ class StepCost:
 
 
 class PrefillEngine:
-    """One rank: its FIFO of requests whose KV is in a buffer, and its compute NIC (when each direction is free)."""
+    """One rank: its FIFO of requests whose KV is in a buffer, and when each direction of its compute NIC is free."""
 
     __slots__ = ("group", "in_free", "name", "node", "out_free", "ready")
 
@@ -44,13 +46,14 @@ class PrefillEngine:
         self.node = node
         self.group = group
         self.in_free = self.out_free = 0.0
-        self.ready: deque[Agent] = deque()
+        self.ready: deque[SimAgent] = deque()
 
 
 class PrefillGroup:
     """Ranks that step together; `busy` between the start and the end of a step.
 
-    `stepping` are the requests whose part ends with the step, each with its placement."""
+    `stepping` holds the requests whose part ends with the step, each with its placement.
+    """
 
     __slots__ = (
         "attention_max_s",
@@ -68,13 +71,13 @@ class PrefillGroup:
         self.engines: list[PrefillEngine] = []
         self.busy = False
         self.waiting = 0  # requests in the FIFOs of all ranks
-        self.stepping: list[tuple[Agent, int]] = []
+        self.stepping: list[tuple[SimAgent, int]] = []
         self.busy_s = 0.0
         self.attention_max_s = 0.0  # sums over steps
         self.attention_mean_s = 0.0
 
     def start(self, now: float, quota: ComputeQuota, cost: StepCost) -> float:
-        """Take what fits of every rank; returns how long the step takes. The ending requests are in `stepping`."""
+        """Take what fits on every rank; returns the step's duration. The ending requests are in `stepping`."""
         slowest = attention_sum = load_max = 0.0
         queries = ranks = 0
         self.stepping = ended = []
@@ -118,9 +121,9 @@ class PrefillGroup:
         )
 
     @staticmethod
-    def _load(agent: Agent, engine: PrefillEngine, now: float, cost: StepCost) -> float:
-        """The request's KV goes up (its own copy, or relayed by its decode engine), and on to the decode engine; when
-        its last byte is up."""
+    def _load(agent: SimAgent, engine: PrefillEngine, now: float, cost: StepCost) -> float:
+        """The request's KV is uploaded (its own copy, or relayed by its decode engine) and sent to the decode engine;
+        returns when its last byte is uploaded."""
         agent.loaded = True
         local, remote = agent.local, agent.remote
         nic_s, decode = cost.nic_s, agent.decode
@@ -132,12 +135,12 @@ class PrefillGroup:
         if cost.layerwise:
             out = engine.out_free = max(now, engine.out_free) + (2 * local + agent.front + agent.miss) * nic_s
             into = decode.in_free = max(now, decode.in_free) + (local + agent.front + agent.miss) * nic_s
-            agent.handed_at = max(out, into)
+            agent.handed_off_s = max(out, into)
         return end
 
 
-def _fitting(ready: Iterable[Agent], memory_tokens: int) -> Iterator[Agent]:
-    """Leading requests whose prompts fit in device memory together; the first one always."""
+def _fitting(ready: Iterable[SimAgent], memory_tokens: int) -> Iterator[SimAgent]:
+    """Leading requests whose prompts fit in device memory together, at least one."""
     left = memory_tokens
     for agent in ready:
         if agent.prompt > left and left < memory_tokens:

@@ -1,4 +1,4 @@
-"""What a model costs on a GPU: KV bytes per token, prefill and decode times, by arithmetic from its published sizes."""
+"""A model's cost on a GPU (KV bytes per token, prefill and decode times), computed from its published sizes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from penstock.core.engine.compute_quota import AttentionCost
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU, at the rates that are reached. The defaults are one assumption for all models: Hopper with 80 GB, 400
-    TFLOP/s in prefill (40 % of dense bf16), 80 % of 3.35 TB/s of memory bandwidth."""
+    """One GPU, at achievable rates. The defaults are one assumption for all models: Hopper with 80 GB, 400 TFLOP/s in
+    prefill (40 % of dense bf16), 80 % of 3.35 TB/s of memory bandwidth."""
 
     flop_per_s: float = 400.0e12
     memory_bytes: float = 80.0e9
@@ -32,8 +32,8 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model by its sizes. `ranks_in_step`: the engines of a group exchange tokens in every layer (experts spread over
-    them), so that all wait for the slowest; otherwise each engine has all weights and runs on its own."""
+    """A model by its sizes. `ranks_in_step`: the engines of a group exchange tokens in every layer (experts are spread
+    over them), so all wait for the slowest; otherwise each engine has all weights and runs independently."""
 
     name: str
     source: str
@@ -66,7 +66,7 @@ class ServedModel:
         return self.layers * self.layer_overhead_s
 
     def prefill_cost(self, gpu: Gpu) -> ComputeCost:
-        """Of one prompt on one GPU, as the scheduler core's cost model has it: a + b.q + c.q.(context + q/2)."""
+        """Time of one prompt on one GPU, in the form of the core's cost model: a + b.q + c.q.(context + q/2)."""
         per_token = self.linear_flop_per_token + self.attention_flop_per_token
         return ComputeCost(0.0, per_token / gpu.flop_per_s, self.attention_flop_per_pair / gpu.flop_per_s)
 
@@ -76,7 +76,7 @@ class ServedModel:
         return self.replicated_weight_bytes + (self.weight_bytes - self.replicated_weight_bytes) / spread
 
     def kv_tokens(self, gpu: Gpu, engines_in_group: int) -> int:
-        """Tokens of KV that fit beside the weights. Raises ConfigError when the model does not fit."""
+        """Tokens of KV that fit beside the weights. Raises ConfigError if the model does not fit."""
         room = gpu.memory_bytes * gpu.memory_share - gpu.activation_bytes - self.weights_on_gpu(engines_in_group)
         tokens = int(room / self.kv_bytes_per_token)
         if tokens < 1:
@@ -88,7 +88,7 @@ class ServedModel:
         return tokens
 
     def fits(self, gpu: Gpu, engines_in_group: int, tokens: int) -> bool:
-        """Whether the weights and so many tokens of KV fit on each GPU of such a group."""
+        """Whether the weights and this many tokens of KV fit on each GPU of such a group."""
         try:
             return self.kv_tokens(gpu, engines_in_group) >= tokens
         except ConfigError:
@@ -105,7 +105,7 @@ class ServedModel:
 
 
 def model_names() -> list[str]:
-    """Names of the models that ship with Penstock."""
+    """Names of the models shipped with Penstock."""
     folder = files("penstock.sim").joinpath("models")
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 

@@ -1,4 +1,4 @@
-"""What a simulated run of the cluster leaves behind: latencies per request, balance of links and ranks, totals."""
+"""The record of a simulated cluster run: latencies per request, balance of links and ranks, totals."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from penstock.sim.prefill_group import PrefillGroup
 
 @dataclass(slots=True)
 class Record:
-    """Grows during a run; four bytes per figure and request."""
+    """Grows during a run by four bytes per figure and request."""
 
     ttft_s: array[float] = field(default_factory=lambda: array("f"))
-    ttst_s: array[float] = field(default_factory=lambda: array("f"))  # of those that decode, in order of joining
+    ttst_s: array[float] = field(default_factory=lambda: array("f"))  # of requests that decode, in order of joining
     tpot_s: array[float] = field(default_factory=lambda: array("f"))
-    arrival_s: array[float] = field(default_factory=lambda: array("f"))  # beside ttft_s
-    end_at_s: array[float] = field(default_factory=lambda: array("f"))  # beside tpot_s
+    arrival_s: array[float] = field(default_factory=lambda: array("f"))  # aligned with ttft_s
+    end_at_s: array[float] = field(default_factory=lambda: array("f"))  # aligned with tpot_s
     end_s: float = 0.0
     requests: int = 0
     agents: int = 0
@@ -34,8 +34,8 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """Most loaded over mean: storage NICs over windows of time (weighed by their load), attention over steps in which
-    every rank had work, and the use of what all storage NICs can carry."""
+    """Maximum load over mean load: of storage NICs over windows of time (weighted by load), and of attention over steps
+    in which every rank had work; and the used share of all storage NICs' bandwidth."""
 
     storage_max_avg: float
     attention_max_avg: float
@@ -44,7 +44,7 @@ class Balance:
 
 
 def balance(links: list[FifoLink], groups: list[PrefillGroup], end_s: float) -> Balance:
-    """Of a run that ended at `end_s`."""
+    """For a run that ended at `end_s`."""
     width = max((len(link.windows) for link in links), default=0)
     loads = np.zeros((len(links), width))
     for i, link in enumerate(links):

@@ -1,4 +1,4 @@
-"""Runs of the simulated cluster as experiments need them: jobs offline, arrivals online, capacity under an SLO."""
+"""Experiments on the simulated cluster: offline jobs, online arrivals, capacity under an SLO."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from penstock.workloads.generators import poisson_starts_s
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run gave, and what simulating it took."""
+    """The result of a run, and the cost of simulating it."""
 
     record: Record
     balance: Balance
@@ -41,13 +41,13 @@ class Outcome:
 
     @property
     def cost_us(self) -> float:
-        """Of simulating one request."""
+        """Seconds of CPU time to simulate one request."""
         return self.busy_s / max(1, self.record.requests) * 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A model on a cluster under a workload: what the systems are compared on."""
+    """A model on a cluster under a workload, on which systems are compared."""
 
     shape: ClusterShape
     model: ServedModel
@@ -59,7 +59,7 @@ class Bench:
         return self._run(system, [0.0] * agents, float("inf"), faults)
 
     def online(self, system: System, agents_per_s: float, arrivals_s: float, seed: int) -> Outcome:
-        """Agents arrive as a Poisson process for `arrivals_s`; the run ends with the arrivals and a minute."""
+        """Agents arrive as a Poisson process for `arrivals_s`; the run ends a minute after the arrivals."""
         rng = np.random.default_rng(seed)
         starts = [
             s for s in poisson_starts_s(rng, agents_per_s, int(2 * agents_per_s * arrivals_s) + 50) if s < arrivals_s
@@ -82,7 +82,7 @@ class Slo:
     tpot_s: float = 0.05
 
     def kept(self, record: Record, arrivals_s: float) -> tuple[bool, float, float]:
-        """Whether both are kept; mean TTFT and mean TPOT."""
+        """Whether mean TTFT and mean TPOT are within the SLO."""
         since = arrivals_s / 2
         arrivals = np.asarray(record.arrival_s)
         chosen = (arrivals >= since) & (arrivals < arrivals_s)
@@ -95,8 +95,8 @@ class Slo:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """The highest rate that keeps the SLO with the latencies there (0 agents/s: none did), and the latencies at the
-    lowest rate that does not: they say which limit binds (0 s: every rate kept it)."""
+    """The highest rate that meets the SLO, with its latencies (0 agents/s: none did), and the latencies at the lowest
+    rate that misses it, which show the binding limit (0 s: every rate met it)."""
 
     agents_per_s: float = 0.0
     ttft_s: float = float("inf")
@@ -108,7 +108,7 @@ class Capacity:
 def capacity(
     bench: Bench, system: System, slo: Slo, *, low: float, high: float, arrivals_s: float, seed: int, steps: int = 6
 ) -> Capacity:
-    """Bisection between two rates (in logarithms) in `steps` runs, all with the same seed."""
+    """Bisection (in logarithms) between two rates in `steps` runs, all with the same seed."""
     best = Capacity()
     for _ in range(steps):
         rate = float(np.sqrt(low * high))

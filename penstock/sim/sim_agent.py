@@ -1,4 +1,4 @@
-"""One agent in the simulated cluster: its trajectory and the one request it has at a time."""
+"""One agent in the simulated cluster: its trajectory and its current request."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from penstock.sim.prefill_group import PrefillEngine
 
 
-class Agent:
-    """A closed loop of turns. The fields after `turn` are those of the request at hand.
+class SimAgent:
+    """A closed loop of turns. The fields after `turn` belong to the current request.
 
-    `query` tokens are still to compute behind `context` that are there; `near` and `far` are read on the prefill and
-    the decode side; `front` is what load-or-recompute computes from the front while the rest is read. `placement`
-    counts the placements of all its requests, and their ends before time, the marks count the plans of each side's
-    reads: an event of an older one means nothing."""
+    `query` tokens remain to be computed after `context` existing ones; `local` and `remote` tokens are read on the
+    prefill and the decode side; `front` leading tokens are recomputed while the rest is read. `placement` counts the
+    placements and early ends of all its requests; the marks count the plans of each side's reads. An event of an older
+    placement or plan is ignored.
+    """
 
     __slots__ = (
         "arrival_s",
@@ -25,7 +26,7 @@ class Agent:
         "context",
         "decode",
         "front",
-        "handed_at",
+        "handed_off_s",
         "length",
         "loaded",
         "local",
@@ -57,12 +58,12 @@ class Agent:
         self.prompt = self.length = self.steps = 0
         self.query = self.miss = self.local = self.remote = self.front = 0
         self.context: float = 0
-        self.parts = 0  # reads and front computing still under way
-        self.local_reads = self.remote_reads = 0  # of these
+        self.parts = 0  # reads and recomputation under way
+        self.local_reads = self.remote_reads = 0  # of the current side's reads
         self.placement = 0
         self.local_mark = self.remote_mark = 0
         self.loaded = False
-        self.handed_at = 0.0
+        self.handed_off_s = 0.0
         self.token_s = 0.0
         self.state = IDLE
         self.prefill: PrefillEngine | None = None

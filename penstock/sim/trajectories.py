@@ -1,4 +1,4 @@
-"""Agent trajectories by token counts: what each turn sends, how much of it storage holds, how much it generates."""
+"""Agent trajectories as token counts: what each turn sends, what storage holds of it, and what it generates."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a workload asks for in all; sums over every turn of every trajectory."""
+    """A workload's total demand; sums over every turn of every trajectory."""
 
     requests: int
     prompt_tokens: int
     hit_tokens: int
     answer_tokens: int
-    compute_s: float  # of all misses on one GPU
+    compute_s: float  # of all missed tokens on one GPU
 
 
 def from_table(length: str, seed: int, trajectories: int = 500) -> list[Trajectory]:

@@ -1,4 +1,4 @@
-"""A CA and certificates of its peers, made by the `openssl` command: for tests and measurements, not for operation."""
+"""A CA and peers' certificates, made with the `openssl` command: for tests and measurements, not for production."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PeerFiles:
 
     @property
     def settings(self) -> dict[str, str]:
-        """As the keys of configuration files."""
+        """The files under their configuration keys."""
         return {"peer_tls_cert": str(self.certificate), "peer_tls_key": str(self.key), "peer_tls_ca": str(self.ca)}
 
     @property
@@ -32,12 +32,12 @@ class PeerFiles:
 
     @property
     def tls(self) -> PeerTls:
-        """Not checked, as an expired certificate could not be."""
+        """The files, unchecked: reading would refuse an expired certificate."""
         return PeerTls(self.certificate, self.key, self.ca)
 
 
 class Authority:
-    """A CA in a folder of its own. Raises FileNotFoundError without the command, and OSError when it fails."""
+    """A CA in a separate folder. Raises FileNotFoundError without the openssl command, and OSError if it fails."""
 
     def __init__(self, folder: Path, name: str = "test CA") -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ class Authority:
         self._openssl("req", "-x509", *self._new_key, *made)
 
     def issue(self, name: str = "peer", names: str = HERE, days: int = 30, usage: str = "") -> PeerFiles:
-        """A certificate for these alternative names, and this extended usage; one of -1 days has expired."""
+        """A certificate for these alternative names and extended usage; with -1 days it has expired."""
         self._openssl("req", *self._new_key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
         extensions = f"subjectAltName={names}\n" + (f"extendedKeyUsage={usage}\n" if usage else "")
         (self.folder / f"{name}.ext").write_text(extensions)

@@ -17,7 +17,7 @@ DEMO_VOCABULARY = 2048
 
 
 def _training_text() -> Iterator[str]:
-    """English and code that every Python has: the language reference it shows under `help()`."""
+    """English text and code available in every Python: the language reference of `help()`."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
@@ -52,7 +52,7 @@ def build_tokenizer(vocabulary: int) -> Any:
 
 
 def _common(vocabulary: int, max_context_tokens: int) -> dict[str, Any]:
-    """Wide enough weights that greedy tokens vary, small enough that a test model builds at once."""
+    """Weights wide enough that greedy tokens vary, in a model small enough to build at once."""
     return {
         "vocab_size": vocabulary,
         "hidden_size": 64,
@@ -134,7 +134,7 @@ ARCHITECTURES = tuple(_CONFIGS)
 
 
 def tiny_config(max_context_tokens: int, head_dim: int = 16) -> dict[str, Any]:
-    """What the configurations of all tiny checkpoints share, for an architecture that is not among ARCHITECTURES."""
+    """Configuration common to all tiny checkpoints, for an architecture that is not among ARCHITECTURES."""
     return _common(TINY_VOCABULARY, max_context_tokens) | {"head_dim": head_dim}
 
 

@@ -1,7 +1,7 @@
-"""A driver of the core on a virtual clock, ready made: the simulator's engine on links that serve block by block.
+"""A ready-made driver of the core on a virtual clock: the simulator's engine on links that serve block by block.
 
-One history per input. It carries the core's tests, and gives live experiments their bound: the same decisions with no
-overhead anywhere and no link idle while it has work.
+Deterministic. The core's tests use it, and live experiments use it as their bound: the same decisions without overhead,
+and no link idle while it has work.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ __all__ = ["Ended", "VirtualDriver"]
 class VirtualDriver(EngineDriver):
     """Runs a `LoadScheduler` to the end of a list of arrivals.
 
-    `pool` maps keys to hits; blocks that are saved join it under `save_route`. `link_bytes_per_s` names each link's
-    speed; `fail_fetch(key)` may return a reason label to make that fetch fail. `observer` is told of all operations.
+    `pool` maps keys to hits; saved blocks join it under `save_route`. `link_bytes_per_s` gives each link's speed;
+    `fail_fetch(key)` may return a reason label to make that fetch fail. `observer` is notified of all operations.
     """
 
     def __init__(

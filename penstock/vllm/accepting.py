@@ -1,4 +1,4 @@
-"""How a worker finds its scheduler among those who connect: a stranger, or one who is silent, ends nobody's start."""
+"""Finds a worker's scheduler among incoming connections; foreign or silent connections cannot stop the start-up."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from penstock.vllm.link import Greet, GreetingReader, Link, LinkError, check_sam
 log = logging.getLogger(__name__)
 warnings = RateLimitedLog(log)
 
-LOOK_S = 0.25  # how often the end of the wait is looked at
+LOOK_S = 0.25  # interval at which the waiting loop checks whether to stop
 _NAME_CHARS_SHOWN = 200
 GREET_TIMEOUT_S = 5.0  # from the connection to the end of the first message
-CANDIDATES_MAX = 64  # connections of this user that have not greeted; the oldest gives way to a new one
-ACCEPT_AT_ONCE = 16  # before those that were accepted are looked at
+CANDIDATES_MAX = 64  # connections of this user without a greeting; a new one replaces the oldest
+ACCEPT_AT_ONCE = 16  # accepted at most, before the accepted ones are read
 
 
 class _Candidate:
-    """A connection that has not greeted yet."""
+    """A connection without a complete greeting."""
 
     def __init__(self, connected: socket.socket) -> None:
         self.until_s = time.monotonic() + GREET_TIMEOUT_S
@@ -30,7 +30,7 @@ class _Candidate:
 
 
 class _Candidates:
-    """The connections that have not greeted yet, the oldest first, and a selector that watches them."""
+    """The connections without a complete greeting, oldest first, and a selector that watches them."""
 
     def __init__(self, selector: selectors.BaseSelector, engine_id: str) -> None:
         self._selector = selector
@@ -42,7 +42,7 @@ class _Candidates:
         self._selector.register(connected, selectors.EVENT_READ)
 
     def take(self, one: socket.socket) -> Link | None:
-        """What is readable of this connection is read: a link once its greeting is whole and right."""
+        """Read what the connection has sent; returns a link once its greeting is complete and correct."""
         if one not in self._waiting:
             return None
         try:
@@ -56,9 +56,9 @@ class _Candidates:
         return Link(one)
 
     def drop_silent(self) -> None:
-        """Those that said nothing in time, and the oldest beyond CANDIDATES_MAX."""
+        """Close connections that were silent too long, and the oldest beyond CANDIDATES_MAX."""
         for one in [one for one, its in self._waiting.items() if its.until_s <= time.monotonic()]:
-            self._drop(one, f"it said nothing for {GREET_TIMEOUT_S:g} s")
+            self._drop(one, f"it sent no greeting within {GREET_TIMEOUT_S:g} s")
         while len(self._waiting) > CANDIDATES_MAX:
             self._drop(next(iter(self._waiting)), f"more than {CANDIDATES_MAX} connections have not greeted")
 
@@ -74,8 +74,8 @@ class _Candidates:
 
 
 def accept_scheduler(listener: socket.socket, engine_id: str, stopped: Callable[[], bool]) -> Link | None:
-    """The first connection that greets as the scheduler of `engine_id`; None once `stopped`. Waits for it without a
-    deadline: vLLM begins its scheduler when it likes."""
+    """The first connection that greets as the scheduler of `engine_id`; None once `stopped`. Has no deadline of its
+    own: vLLM starts its scheduler whenever it is ready."""
     listener.setblocking(False)
     with selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
@@ -99,8 +99,8 @@ def accept_scheduler(listener: socket.socket, engine_id: str, stopped: Callable[
 
 
 def _accept(listener: socket.socket) -> list[socket.socket]:
-    """Those of this user that have connected; whoever else did is gone already. Nobody when the listener was shut down,
-    which `stopped` says."""
+    """The new connections of this user; others are closed. Empty when the listener was shut down, which `stopped`
+    reports."""
     accepted = []
     for _ in range(ACCEPT_AT_ONCE):
         try:
@@ -122,7 +122,7 @@ def _accept(listener: socket.socket) -> list[socket.socket]:
 
 
 def _greeted(greeting: GreetingReader, engine_id: str) -> bool:
-    """Whether the scheduler's greeting is there. Raises LinkError when what is there is none."""
+    """Whether the scheduler's greeting is complete. Raises LinkError if the first message is anything else."""
     message = greeting.more()
     if message is None:
         return False

@@ -1,7 +1,7 @@
-"""What a LoRA adapter is: the content of its files, as far as it is known that vLLM holds just that.
+"""Identifies LoRA adapters by the content of their files, as far as vLLM is known to hold that content.
 
 vLLM reads an adapter when it is added or first needed, keeps it under a number (`lora_int_id`), and may read it again
-later. Its files may change meanwhile; then nobody can say from outside which content a request was computed with.
+later. Its files may change meanwhile; then nothing outside vLLM shows with which content a request was computed.
 """
 
 from __future__ import annotations
@@ -27,22 +27,24 @@ from penstock.vllm.identity import uses_modelscope
 log = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
 CONFIG_FILE = "adapter_config.json"
-WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")  # vLLM takes the first there is
-ADAPTERS_MAX = 4096  # numbers that are remembered; about 1 KB each
-NAMES_MAX = 1 << 16  # of adapters whose KV vLLM's own cache may hold; about 300 bytes each
-INLINE_BYTES = 64 << 20  # hashed at once; larger ones on a thread, and requests until then go without the pool
+# vLLM takes the first that exists
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
+ADAPTERS_MAX = 4096  # numbers remembered; about 1 KB each
+NAMES_MAX = 1 << 16  # adapters whose KV vLLM's own cache may hold; about 300 bytes each
+INLINE_BYTES = 64 << 20  # hashed at once; larger files on a thread, and requests until then do not use the pool
 WAITING_MAX = 64
-SETTLED_S = 2.0  # files younger than this may change again under the same time stamp
+SETTLED_S = 2.0  # files younger than this may change again with the same time stamp
 CLOSE_TIMEOUT_S = 2.0
 
-Stamp = tuple[tuple[str, FileState], ...]  # changes with every file that is written anew
-Content = tuple[int, Stamp]  # files, and the number under which vLLM read them, where it may have read others (else 0)
+Stamp = tuple[tuple[str, FileState], ...]  # changes with every file that is rewritten
+# files, and the number under which vLLM read them if it may have read other content (else 0)
+Content = tuple[int, Stamp]
 
 
 @dataclass(slots=True)
 class _Adapter:
-    """What is known of the adapter that vLLM keeps under a number. `identity` is None while it is being read, and for
-    ever once it is `lost`: its files changed, and vLLM may hold the old or the new ones."""
+    """The adapter that vLLM holds under a number. `identity` is None while its files are being read, and permanently
+    once it is `lost`: its files changed, and vLLM may hold the old or the new content."""
 
     files: list[Path]
     stamp: Stamp
@@ -52,23 +54,24 @@ class _Adapter:
 
 
 class Adapters:
-    """vLLM's own cache knows an adapter by name and path only: when its content changed, the cache goes on with KV of
-    the content before. So requests with such an adapter have no identity until that cache was emptied.
+    """vLLM's own cache identifies an adapter by name and path only: after its content changed, the cache still serves
+    KV of the previous content. So requests with such an adapter have no identity until that cache has been reset.
 
-    Threading: for vLLM's scheduler thread; large adapters are read on a thread of their own."""
+    Threading: for vLLM's scheduler thread; large adapters are read on a separate thread.
+    """
 
     def __init__(self, now_s: Callable[[], float] = time.time) -> None:
         self._now_s = now_s
         self._start_s = now_s()
         self._known: OrderedDict[int, _Adapter] = OrderedDict()
-        self._cached: dict[tuple[str, str], Content | None] = {}  # what vLLM's own cache is filled with; None: mixed
+        self._cached: dict[tuple[str, str], Content | None] = {}  # adapter content in vLLM's own cache; None: mixed
         self._own = secrets.token_hex(16)
         self._lock = threading.Lock()
         self._reader: GuardedWorker | None = None
         self._log = RateLimitedLog(log)
 
     def identity(self, adapter: Any) -> str | None:
-        """A text that stands for what vLLM computes with a LoRARequest; None when that cannot be known (yet)."""
+        """A text that identifies what vLLM computes with a LoRARequest; None if it is not known (yet)."""
         files = adapter_files(adapter.lora_path)
         stamp = stamp_of(files)
         found = self._identity(adapter, files, stamp)
@@ -78,12 +81,12 @@ class Adapters:
         return found
 
     def cache_emptied(self) -> None:
-        """vLLM's own cache holds nothing any more."""
+        """vLLM's own cache is empty now."""
         self._cached.clear()
 
     def _content_of(self, adapter: Any, stamp: Stamp) -> Content | None:
-        """What vLLM computes with now, as far as it can be told from what it computed with before; None: not at all."""
-        if not stamp or adapter.load_inplace:  # vLLM reads it with this request
+        """The content vLLM computes with now, derived from the content before; None if it cannot be determined."""
+        if not stamp or adapter.load_inplace:  # vLLM reads the adapter with this request
             return (0, stamp) if stamp else None
         known = self._known.get(adapter.lora_int_id)
         if known is not None and (known.lost or known.stamp != stamp):
@@ -92,11 +95,12 @@ class Adapters:
         return (0 if certain else adapter.lora_int_id, stamp)
 
     def _is_certain(self, adapter: Any, stamp: Stamp) -> bool:
-        """Whether vLLM read just these files: it may have read ones that changed after its start before they did."""
+        """Whether vLLM read exactly these files: files that changed after vLLM's start may have been read before
+        that."""
         return adapter.load_inplace or _changed_s(stamp) + SETTLED_S < self._start_s
 
     def _fills_cache_with(self, adapter: Any, content: Content | None) -> bool:
-        """vLLM computes with `content` now; whether its own cache has KV of nothing else."""
+        """vLLM computes with `content` from now on; returns whether its own cache holds KV of this content only."""
         name = (adapter.lora_name, adapter.lora_path)
         if name not in self._cached and len(self._cached) >= NAMES_MAX:
             return False
@@ -116,7 +120,7 @@ class Adapters:
                 return known.identity
         if known is not None and not adapter.load_inplace:
             known.lost, known.identity = True, None
-            self._refuse(adapter, "its files changed since vLLM first had it; load it under another name")
+            self._refuse(adapter, "its files changed since vLLM first loaded it; load it under another name")
             return None
         if _changed_s(stamp) + SETTLED_S > self._now_s():
             self._refuse(adapter, f"its files are less than {SETTLED_S:g} s old, and may still change")
@@ -132,12 +136,12 @@ class Adapters:
         if adapter.lora_int_id not in self._known and len(self._known) >= ADAPTERS_MAX:
             number, _ = self._known.popitem(last=False)
             log.warning("more than %d LoRA adapters: number %d is forgotten", ADAPTERS_MAX, number)
-        certain = self._is_certain(adapter, stamp)  # else only this process may find what it computes
+        certain = self._is_certain(adapter, stamp)  # otherwise only this process may find what it computes
         known = _Adapter(files, stamp, certain)
         self._known[adapter.lora_int_id] = known
         self._known.move_to_end(adapter.lora_int_id)
         prefix = "" if certain else f"{self._own}:{adapter.lora_int_id}:"
-        if getattr(adapter, "is_3d_lora_weight", False):  # another way to read the same files
+        if getattr(adapter, "is_3d_lora_weight", False):  # such a model reads the same files differently
             prefix = f"3d:{prefix}"
         if sum(state.size_bytes for _, state in stamp) <= INLINE_BYTES:
             self._read(adapter, known, prefix)
@@ -169,7 +173,7 @@ class Adapters:
 
 
 def adapter_files(path: str) -> list[Path]:
-    """The files that vLLM reads of an adapter: its configuration and its weights; none when it is not here."""
+    """The files of an adapter that vLLM reads: configuration and weights; empty if they are not on this host."""
     folder = _folder(path)
     if folder is None:
         return []
@@ -178,15 +182,15 @@ def adapter_files(path: str) -> list[Path]:
 
 
 def _folder(path: str) -> Path | None:
-    """Where vLLM finds an adapter (`vllm.lora.utils.get_adapter_absolute_path`), without fetching anything."""
-    folder = Path(os.path.expanduser(path))  # pathlib's raises where there is no such user
+    """The folder where vLLM finds an adapter (`vllm.lora.utils.get_adapter_absolute_path`); nothing is downloaded."""
+    folder = Path(os.path.expanduser(path))  # pathlib's version raises for an unknown user
     if os.path.exists(folder) or folder.is_absolute() or path.startswith("~"):
         return folder
     if uses_modelscope():
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    with contextlib.suppress(Exception):  # of whatever kind: the name is a client's
+    with contextlib.suppress(Exception):  # any exception: the name comes from a client
         found = try_to_load_from_cache(path, CONFIG_FILE)
         if isinstance(found, str):
             return Path(found).parent
@@ -194,7 +198,7 @@ def _folder(path: str) -> Path | None:
 
 
 def stamp_of(files: Sequence[Path]) -> Stamp:
-    """Nothing when one of `files` is not there."""
+    """Empty if one of `files` is missing."""
     try:
         return tuple((str(file), FileState.of(file)) for file in files)
     except OSError:
@@ -206,7 +210,7 @@ def _changed_s(stamp: Stamp) -> float:
 
 
 def _content(files: Sequence[Path]) -> str | None:
-    """Of configuration and weights; None when they cannot be read."""
+    """Identity of configuration and weights; None if they cannot be read."""
     config, *weights = files
     try:
         return f"{hashlib.blake2b(config.read_bytes(), digest_size=16).hexdigest()}{weights_identity(weights)}"

@@ -1,4 +1,4 @@
-"""`penstock vllm`: `vllm serve` with Penstock's connector and scheduler, and every flag of vLLM passed through."""
+"""`penstock vllm`: `vllm serve` with Penstock's connector and scheduler; all flags of vLLM are passed through."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PANELS = {
     TLS_PANEL: TLS_NAMES,
     "Scheduling": ("policy", "default_slo_ttft_s", "fetch_timeout_s", "lookup_timeout_s", "load_always"),
 }
-SETTINGS = tuple(name for names in PANELS.values() for name in names)  # which keys of the connector are flags too
+SETTINGS = tuple(name for names in PANELS.values() for name in names)  # keys of the connector that are also flags
 SERVE = ("-m", "vllm.entrypoints.cli.main", "serve")
 PASSED_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]}
 
@@ -38,7 +38,7 @@ def vllm(
         bool, typer.Option("--stock-scheduler", help="Keep vLLM's own scheduler.", rich_help_panel="Scheduling")
     ] = False,
     print_command: Annotated[
-        bool, typer.Option("--print-command", help="Print the vllm serve command that does the same, and end.")
+        bool, typer.Option("--print-command", help="Print the equivalent vllm serve command and exit.")
     ] = False,
 ) -> None:
     """Serve MODEL with vLLM, its KV cache from Penstock's pool. Any flag of `vllm serve` may follow.
@@ -60,7 +60,7 @@ def vllm(
 
 
 def arguments_of(words: Sequence[str]) -> list[str]:
-    """The arguments of `vllm serve` that `penstock vllm` with these words would use; runs nothing.
+    """The arguments of `vllm serve` that `penstock vllm` would use for these words; runs nothing.
 
     Raises FlagError, ConfigError, or a usage error of the command line.
     """
@@ -72,7 +72,7 @@ def arguments_of(words: Sequence[str]) -> list[str]:
 
 
 def _arguments(rest: Sequence[str], given: Mapping[str, Any], stock_scheduler: bool) -> list[str]:
-    """What `vllm serve` gets, with the connector's settings checked. Raises FlagError or ConfigError."""
+    """The arguments of `vllm serve`; the connector's settings are checked. Raises FlagError or ConfigError."""
     arguments = serve_arguments(rest, given, stock_scheduler)
     extra = connector_extra(arguments)
     if extra is not None:
@@ -81,7 +81,7 @@ def _arguments(rest: Sequence[str], given: Mapping[str, Any], stock_scheduler: b
 
 
 def cannot_serve() -> str | None:
-    """Why the command `vllm serve` would not start in this environment; None when it should."""
+    """Why `vllm serve` would not start in this environment; None if it should start."""
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed here; pip install 'penstock[vllm]'"
     try:

@@ -1,4 +1,4 @@
-"""Everything that leans on vLLM's internals, the versions it was tested with, and the checks made at start-up."""
+"""All code that depends on vLLM's internals, the tested versions, and the checks at start-up."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ NEEDED = {
 
 
 def check_version() -> str | None:
-    """What is not as it was tested, in one line; None when all is well. Raises ConfigError when it cannot work."""
+    """How this vLLM differs from the tested ones, in one line; None if it does not. Raises ConfigError if it cannot
+    work."""
     import importlib
 
     import vllm
@@ -53,7 +54,7 @@ def check_version() -> str | None:
     if not str(vllm.__version__).startswith(TESTED_VERSIONS):
         return (
             f"Penstock was tested with vLLM {', '.join(TESTED_VERSIONS)}, this is {vllm.__version__}; "
-            "what it needs is there, but watch its output"
+            "everything it needs is present, but check the output"
         )
     return None
 
@@ -63,12 +64,12 @@ def _unusable(version: str, what: str) -> str:
 
 
 def check_model(config: VllmConfig, kv_cache: KVCacheConfig) -> None:
-    """Raises ConfigError for what cannot be kept in the pool."""
+    """Raises ConfigError for a model or setup whose KV cannot be stored in the pool."""
     from vllm.v1.kv_cache_interface import AttentionSpec, UniformTypeKVCacheSpecs
 
     parallel = config.parallel_config
     if getattr(config.model_config, "is_encoder_decoder", False):
-        raise ConfigError("the model has an encoder beside its decoder; Penstock can keep decoder-only models")
+        raise ConfigError("the model has an encoder beside its decoder; Penstock stores KV of decoder-only models only")
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise ConfigError("context parallelism is on; Penstock allows tensor and pipeline parallelism only")
     for group in kv_cache.kv_cache_groups:
@@ -76,13 +77,13 @@ def check_model(config: VllmConfig, kv_cache: KVCacheConfig) -> None:
         if not isinstance(spec, (AttentionSpec, UniformTypeKVCacheSpecs)):
             raise ConfigError(f"a group of layers has a cache of kind {type(spec).__name__}; allowed: attention")
         if not getattr(spec, "prefix_cacheable", True) or not getattr(group, "enable_kv_transfer", True):
-            raise ConfigError(f"a group of layers ({type(spec).__name__}) keeps KV that no prefix names")
+            raise ConfigError(f"a group of layers ({type(spec).__name__}) has KV that a prefix does not determine")
         if getattr(spec, "prefix_replay_tokens", 0):
             raise ConfigError("the model replays tokens behind a prefix; Penstock cannot load prefixes for it")
 
 
 def require_recompute(config: VllmConfig) -> None:
-    """A lost block must become recomputation. vLLM reads the policy after the connector is made."""
+    """Makes vLLM recompute lost blocks. vLLM reads this policy after the connector is made."""
     transfer = config.kv_transfer_config
     assert transfer is not None
     if transfer.kv_load_failure_policy != "recompute":
@@ -91,63 +92,63 @@ def require_recompute(config: VllmConfig) -> None:
 
 
 def block_tokens_of_groups(kv_cache: KVCacheConfig) -> list[int]:
-    """Tokens of a vLLM block, by KV cache group."""
+    """Tokens of a vLLM block, for each KV cache group."""
     return [group.kv_cache_spec.block_size for group in kv_cache.kv_cache_groups]
 
 
 def same_on_all_ranks(config: VllmConfig, kv_cache: KVCacheConfig) -> bool:
-    """Whether every worker holds the same bytes: only where that is so of every layer, a draft's included."""
+    """Whether every worker holds the same bytes: only if this is true of every layer, including a draft model's."""
     parallel = config.parallel_config
     return bool(parallel.pipeline_parallel_size == 1 and kv_cache.kv_tp_replicas == parallel.tensor_parallel_size)
 
 
 def holds_nothing(manager: KVCacheManager) -> bool:
-    """Whether no block of vLLM's is in use, so that its cache can be reset, or just was."""
+    """Whether no vLLM block is in use, so that vLLM's cache can be reset, or just was."""
     pool = manager.block_pool
     return bool(pool.num_gpu_blocks - pool.get_num_free_blocks() == 1)  # the null block
 
 
 def l1_blocks(kv_cache: KVCacheConfig, block_tokens: int) -> int:
-    """How many pool blocks vLLM's cache holds."""
+    """How many pool blocks fit into vLLM's cache."""
     rows = sum(block_tokens // tokens for tokens in block_tokens_of_groups(kv_cache))
     blocks: int = kv_cache.num_blocks
     return blocks // rows
 
 
 def rank_of_this_worker() -> int:
-    """Place of this worker among those of its engine."""
+    """Rank of this worker among its engine's workers."""
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
     return int(get_pp_group().rank_in_group) * int(get_tp_group().world_size) + int(get_tp_group().rank_in_group)
 
 
 def defers_frees() -> bool:
-    """In a worker: whether vLLM's outermost connector loads, so that its scheduler keeps freed blocks from being given
-    to a load while a step in flight may write them."""
+    """In a worker: whether vLLM's outermost connector loads. Then vLLM's scheduler gives no freed block to a load while
+    a step in flight may still write it."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     outer: Any = get_kv_transfer_group()
     return bool(outer._kv_transfer_config.is_kv_consumer)
 
 
-def is_keepable(request: Request) -> bool:
-    """Whether tokens and media say all about a request's input: not with embeddings, nor where vLLM takes tokens back
-    (a request that is resumed with more input)."""
+def is_storable(request: Request) -> bool:
+    """Whether tokens and media determine a request's input completely: not with prompt embeddings, and not if vLLM
+    takes tokens back (a request resumed with more input)."""
     embeds = request.prompt_embeds is not None or request.prompt_token_ids is None
     return not embeds and not getattr(request, "resumable", False) and bool(request.all_token_ids)
 
 
 def salt_of(request: Request, adapter: str | None = None) -> str:
-    """What besides tokens and media decides all of a request's KV: its tenant, and the content of its adapter. A client
-    writes `cache_salt`, so that whatever it is, it never reads as somebody's adapter."""
+    """What besides tokens and media determines a request's KV: its tenant, and its adapter's content. Clients choose
+    `cache_salt`, so the encoding ensures that no salt can equal an adapter's text."""
     if adapter is None and not request.cache_salt:
         return ""
     return msgspec.json.encode([request.cache_salt or "", [] if adapter is None else [["lora", adapter]]]).decode()
 
 
 def kernels_of(config: VllmConfig, names: Iterable[str]) -> dict[str, str]:
-    """What computes on the cache of each layer: backends order the bytes of a block as they like, on CPUs also by what
-    the processor can do."""
+    """The attention backend of each layer: backends choose the order of bytes in a block; on CPUs it also depends on
+    the processor's features."""
     layers: dict[str, Any] = config.compilation_config.static_forward_context
     found = {}
     for name in names:
@@ -165,7 +166,7 @@ def held_tokens(manager: KVCacheManager, request: Request) -> int:
 
 
 class Pins:
-    """vLLM blocks that are kept from reuse while they are saved: a reference each, taken and given on vLLM's
+    """References to vLLM blocks, so that they are not reused while they are saved. Taken and released on vLLM's
     scheduler thread."""
 
     def __init__(self, manager: KVCacheManager) -> None:
@@ -181,23 +182,23 @@ class Pins:
         blocks: tuple[Sequence[KVCacheBlock], ...] = self._manager.get_blocks(request_id).blocks
         return blocks
 
-    def keep(self, page: int, blocks: list[KVCacheBlock]) -> None:
-        """Take a reference to each of these blocks, under the number of a page."""
+    def pin(self, page: int, blocks: list[KVCacheBlock]) -> None:
+        """Take a reference to each of these blocks, under a page number."""
         self._pool.touch(blocks)
         self._kept[page] = blocks
 
-    def give_back(self, page: int) -> None:
-        """Give the references of a page back, the last block first, as vLLM frees a request's."""
+    def unpin(self, page: int) -> None:
+        """Release a page's references, the last block first, as vLLM does for a finished request."""
         self._pool.free_blocks(reversed(self._kept.pop(page)))
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that vLLM could give out now."""
+        """Number of blocks that vLLM could allocate now."""
         return int(self._pool.get_num_free_blocks())
 
 
 def is_first_come(scheduler: Scheduler) -> bool:
-    """Whether vLLM's waiting queues keep the order they are given (not with `--scheduling-policy priority`)."""
+    """Whether vLLM's waiting queues keep a given order (not with `--scheduling-policy priority`)."""
     from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 
     first_come: bool = isinstance(scheduler.waiting, FCFSRequestQueue)
@@ -213,7 +214,7 @@ def reorder(queue: Any, order: Callable[[Request], Any]) -> None:
 
 
 def is_preempted(request: Request) -> bool:
-    """Whether vLLM took the request's blocks back before it ended."""
+    """Whether vLLM took the request's blocks away before it ended."""
     from vllm.v1.request import RequestStatus
 
     return bool(request.status == RequestStatus.PREEMPTED)
@@ -221,10 +222,10 @@ def is_preempted(request: Request) -> bool:
 
 @contextlib.contextmanager
 def step_of(scheduler: Scheduler, tokens_max: int | None) -> Iterator[None]:
-    """Within, a step takes no more new tokens than `tokens_max` (None: as vLLM was told) beside what is decoded, and a
-    prefill leaves room for requests whose load is over, which vLLM looks at after those that are running."""
+    """A context in which a step schedules at most `tokens_max` new prefill tokens beside decoding (None: vLLM's own
+    limit), and a prefill leaves room for requests whose load has ended, which vLLM considers after running ones."""
     config: Any = scheduler.scheduler_config
-    if not config.enable_chunked_prefill:  # a prompt that does not fit into a step would never begin
+    if not config.enable_chunked_prefill:  # without it, a prompt that does not fit into a step would never start
         yield
         return
     told: int = scheduler.max_num_scheduled_tokens
@@ -249,13 +250,13 @@ def _landed_tokens(scheduler: Scheduler) -> int:
 
 
 def reserved_blocks(scheduler: Scheduler) -> int:
-    """vLLM blocks that prefills under way still need."""
+    """vLLM blocks that running prefills still need."""
     return int(scheduler._inflight_prefill_reserved_blocks()) + int(scheduler._spec_decode_step_blocks)
 
 
 def can_load_ahead(scheduler: Scheduler, request: Request) -> bool:
-    """Whether a waiting request may be given blocks for a load outside of vLLM's own scan: not where vLLM itself cuts
-    or puts off what a connector offers (0.33: `cap_external_hit` of an output connector, `defer_async_loads`)."""
+    """Whether a waiting request may get blocks for a load outside vLLM's own scan: not if vLLM itself reduces or delays
+    what a connector offers (0.33: `cap_external_hit` of an output connector, `defer_async_loads`)."""
     from vllm.v1.core.sched.interface import PauseState
     from vllm.v1.request import RequestStatus
 
@@ -272,8 +273,8 @@ def can_load_ahead(scheduler: Scheduler, request: Request) -> bool:
 
 
 def load_ahead(scheduler: Scheduler, request: Request, keep_free_blocks: int) -> bool | None:
-    """What vLLM's scan does for a request with an asynchronous load: give it blocks and let it wait for them. None when
-    the connector offers nothing now, False when there is no room."""
+    """What vLLM's scan does for a request with an asynchronous load: allocate its blocks and let it wait. None if the
+    connector offers nothing now, False if there is no room."""
     from vllm.v1.request import RequestStatus
 
     connector = scheduler.connector
@@ -281,7 +282,7 @@ def load_ahead(scheduler: Scheduler, request: Request, keep_free_blocks: int) ->
     manager = scheduler.kv_cache_manager
     blocks, held, boundary = manager.get_computed_blocks(request)
     if held % scheduler.block_size:
-        return None  # vLLM's scan knows what to do with part of a block
+        return None  # vLLM's scan handles partial blocks
     offered, is_async = connector.get_num_new_matched_tokens(request, held)
     if not offered or not is_async:
         return None

@@ -1,4 +1,4 @@
-"""`PenstockConnector`: vLLM's hooks, each handed to the scheduler's side (`host`) or the worker's side (`worker`)."""
+"""`PenstockConnector`: vLLM's hooks, each passed to the scheduler's side (`host`) or the worker's side (`worker`)."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ log = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
-    """What a worker gets with a step: its number, whether it computes anything, and whether it zeroes new blocks.
-    Everything else goes over the link, not in step with vLLM; but when Penstock has failed, `notices` that a link may
+    """What a worker gets with a step: its number, whether it computes anything, and whether it zeroes new blocks. Other
+    messages use the link, independently of steps; only after Penstock failed, `notices` repeat those that a link may
     have lost."""
 
     step: int
@@ -52,17 +52,17 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
 
 @dataclass
 class StepResult(KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """What comes back with the results of a step that computed."""
+    """What a worker returns with the results of a step that computed."""
 
     step: int
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepResult:
-        """Every worker says the same."""
+        """All workers return the same."""
         return self
 
 
 class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
-    """KV of finished prefixes lives in Penstock's pool; requests load it from there, full blocks at a time."""
+    """Stores KV of finished prefixes in Penstock's pool; requests load it from there in full blocks."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -82,18 +82,18 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """A save that is dropped is a later miss, nothing worse."""
+        """False: a dropped save only causes a later miss."""
         return False
 
     # -- worker -------------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Worker: vLLM's KV tensors by layer; from here on this worker can be reached by the scheduler's side."""
+        """Worker: receives vLLM's KV tensors by layer; from now on the scheduler's side can connect to this worker."""
         rows = KVRows.of(self._kv_cache_config, kv_caches, compat.kernels_of(self._vllm_config, kv_caches))
         self._worker = WorkerSide(self._engine_id, compat.rank_of_this_worker(), rows, compat.defers_frees())
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
-        """The step goes on to its forward pass; zeros that it puts into new blocks are on the stream."""
+        """The step starts its forward pass; the zeroing of its new blocks is already on the stream."""
         super().bind_connector_metadata(connector_metadata)
         if self._worker is not None and isinstance(connector_metadata, StepMetadata):
             self._worker.steps.begin(connector_metadata.step, connector_metadata.zeroes)
@@ -101,11 +101,11 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
-        """vLLM's memory has the same addresses after sleep, and nothing is copied meanwhile."""
+        """True: vLLM's memory has the same addresses after sleep, and no copies run meanwhile."""
         return True
 
     def unregister_kv_caches(self) -> None:
-        """vLLM goes to sleep. Raises RuntimeError when copies do not end: memory is not taken away below them."""
+        """vLLM goes to sleep. Raises RuntimeError if copies do not end: their memory must not be released."""
         if self._worker is not None:
             self._worker.gate.close()
 
@@ -115,19 +115,19 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker.gate.open()
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        """Nothing: uploads start when their blocks are staged."""
+        """Does nothing: uploads start when their blocks are staged."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: a request is scheduled when its load is over."""
+        """Does nothing: a request is scheduled only when its load has ended."""
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
     ) -> None:
-        """Nothing: full blocks are saved behind the step, all layers together."""
+        """Does nothing: full blocks are saved after the step, all layers together."""
 
     def wait_for_save(self) -> None:
-        """The step's KV is written (CPU) or on the stream (CUDA): its saves may begin, on their own thread. vLLM calls
-        this also while a step's exception passes through: then there is nothing to save."""
+        """The step's KV is written (CPU) or on the stream (CUDA): start its saves, on a separate thread. vLLM calls
+        this also while an exception of the step propagates; then there is nothing to save."""
         metadata = self._connector_metadata
         if self._worker is None or not isinstance(metadata, StepMetadata):
             return
@@ -137,7 +137,7 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker.steps.fail(metadata.step)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """Worker: the loads that ended since the last call, and those of them that failed."""
+        """Worker: the loads that ended since the last call, and which of them failed."""
         results = KVConnectorTransferResults()
         self._invalid = set()
         for over in self._worker.take_finished() if self._worker is not None else ():
@@ -148,21 +148,21 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return results
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Worker: the requests whose loads ended, as vLLM asks for them before `get_transfer_results`."""
+        """Worker: the requests whose loads ended; vLLM asks before it calls `get_transfer_results`."""
         return None, self.get_transfer_results(finished_req_ids).finished_recving or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Of the loads that `get_transfer_results` just said are over."""
+        """Failed blocks of the loads that `get_transfer_results` just reported."""
         invalid, self._invalid = self._invalid, set()
         return invalid
 
     def build_connector_worker_meta(self) -> StepResult | None:
-        """Worker: which step was computed, for the scheduler's side; None when nothing was."""
+        """Worker: the number of the computed step, for the scheduler's side; None if nothing was computed."""
         metadata = self._connector_metadata
         return StepResult(metadata.step) if isinstance(metadata, StepMetadata) and metadata.computes else None
 
     def shutdown(self) -> None:
-        """End both sides, as far as they are in this process."""
+        """End the sides that run in this process."""
         if self._side is not None:
             self._side.close()
         if self._worker is not None:
@@ -173,51 +173,51 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @property
     def side(self) -> SchedulerSide:
-        """The scheduler's side; only there in the scheduler's process."""
+        """The scheduler's side; exists in the scheduler's process only."""
         assert self._side is not None
         return self._side
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
-        """Scheduler: the manager whose blocks are pinned while they are saved."""
+        """Scheduler: receives the block manager, whose blocks are pinned while they are saved."""
         super().bind_kv_cache_manager(kv_cache_manager)
         self.side.bind(kv_cache_manager)
 
     def on_new_request(self, request: Request) -> None:
-        """Scheduler: a request arrived; its blocks are looked up in the pool."""
+        """Scheduler: a request arrived; look its blocks up in the pool."""
         self.side.arrived(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Scheduler: tokens of the prompt that will be loaded beyond those that vLLM holds, None while that is not
-        known yet; and whether they come later than this step."""
+        """Scheduler: tokens of the prompt that will be loaded beyond those vLLM holds (None while unknown), and whether
+        they arrive after this step."""
         found = self.side.matched(request, num_computed_tokens)
         return found, bool(found)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        """Scheduler: vLLM gave blocks for the tokens that are loaded."""
+        """Scheduler: vLLM allocated blocks for the loaded tokens."""
         if num_external_tokens:
             self.side.allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
-        """Scheduler: what the workers have to know of this step."""
+        """Scheduler: what the workers need to know about this step."""
         computes = scheduler_output.total_num_scheduled_tokens > 0
         zeroes = bool(scheduler_output.new_block_ids_to_zero)
         return StepMetadata(self.side.scheduled(scheduler_output), computes, zeroes, self.side.host.notices())
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        """Scheduler: what the workers said after a step."""
+        """Scheduler: what the workers returned after a step."""
         result = connector_output.kv_connector_worker_meta
         step = result.step if isinstance(result, StepResult) else None
         self.side.step_ended(connector_output.finished_recving or (), step)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Scheduler: a request ended. vLLM may free its blocks at once: saves hold references of their own."""
+        """Scheduler: a request ended. vLLM may free its blocks at once: saves hold their own references."""
         self.side.finished(request)
         return False, None
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """As `request_finished`, for models with several groups of KV cache."""
+        """As `request_finished`, for models with several KV cache groups."""
         self.side.finished(request)
         return False, None
 
@@ -226,12 +226,12 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self.side.reset()
 
     def get_kv_connector_stats(self) -> PenstockStats | None:
-        """Of the scheduler's side, which sees everything."""
+        """Statistics of the scheduler's side, which sees all events."""
         return None if self._side is None else self._side.take_stats()
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PenstockStats | None:
-        """Statistics that vLLM sends between processes."""
+        """Rebuild statistics that vLLM sends between processes."""
         return PenstockStats(data=data or {})
 
     @classmethod
@@ -246,9 +246,9 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return PenstockPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def has_pending_block_frees(self) -> bool:
-        """Scheduler: whether blocks that saves hold come back soon, so that nothing need be preempted."""
+        """Scheduler: whether blocks pinned by saves are released soon, so that no preemption is needed."""
         return self.side.short_of_blocks()
 
     def has_pending_push_work(self) -> bool:
-        """vLLM goes on stepping until the blocks kept for saves are given back."""
-        return self.side.keeps_blocks()
+        """True while saves pin blocks, so that vLLM keeps stepping until they are released."""
+        return self.side.pins_blocks()

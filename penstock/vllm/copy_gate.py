@@ -1,4 +1,4 @@
-"""Whether vLLM's cache may be copied from and to: not while vLLM sleeps and its memory is somebody else's."""
+"""Whether copies from and to vLLM's cache are allowed: not while vLLM sleeps, when its memory is released."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DRAIN_TIMEOUT_S = 60.0
 
 
 class CopyGate:
-    """Open at first. Threading: copies from any threads, `close` and `open` from vLLM's."""
+    """Initially open. Threading: copies from any threads, `close` and `open` from vLLM's thread."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -19,10 +19,10 @@ class CopyGate:
 
     @contextlib.contextmanager
     def copying(self) -> Iterator[None]:
-        """Within, the gate does not close. Raises RuntimeError where it is closed: the copy has failed."""
+        """A context in which the gate does not close. Raises RuntimeError if it is closed: the copy has failed."""
         with self._changed:
             if self._closed:
-                raise RuntimeError("vLLM sleeps: its cache is not there")
+                raise RuntimeError("vLLM sleeps: its cache is not in memory")
             self._copies += 1
         try:
             yield
@@ -32,8 +32,8 @@ class CopyGate:
                 self._changed.notify_all()
 
     def close(self, timeout_s: float = DRAIN_TIMEOUT_S) -> None:
-        """No copy begins any more; returns when none is under way. Raises RuntimeError, and is open again, when that
-        takes longer: memory that is copied to must not be given up."""
+        """Start no new copies, and wait until the running ones end. If that takes longer than `timeout_s`, reopens and
+        raises RuntimeError: memory that is being copied to must not be released."""
         with self._changed:
             self._closed = True
             if not self._changed.wait_for(lambda: not self._copies, timeout_s):
@@ -41,6 +41,6 @@ class CopyGate:
                 raise RuntimeError(f"{self._copies} copies of Penstock's did not end within {timeout_s:g} s")
 
     def open(self) -> None:
-        """vLLM's memory is its own again: copies go on."""
+        """vLLM's memory is valid again: copies may start."""
         with self._changed:
             self._closed = False

@@ -1,4 +1,5 @@
-"""Turns the flags of `penstock vllm` into those of `vllm serve`: adds connector and scheduler, keeps the rest."""
+"""Translates the flags of `penstock vllm` to those of `vllm serve`: adds connector and scheduler, passes on the
+rest."""
 
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ _SCHEDULER = "--scheduler-cls"
 
 
 class FlagError(ValueError):
-    """Flags that contradict each other, in one line."""
+    """Contradictory flags, in one line."""
 
 
 def value_of(arguments: Sequence[str], name: str) -> str | None:
-    """The value that `vllm serve` would take for a flag (the last one counts); None where it is not given.
+    """The value that `vllm serve` would use for a flag (the last one counts); None if it is not given.
 
-    vLLM takes "_" for "-" in names, and "=" between name and value.
+    vLLM accepts "_" for "-" in names, and "=" between name and value.
     """
     found = None
     for place, argument in enumerate(arguments):
@@ -50,11 +51,11 @@ def without(arguments: Sequence[str], name: str) -> list[str]:
 
 
 def serve_arguments(arguments: Sequence[str], extra: Mapping[str, Any], stock_scheduler: bool = False) -> list[str]:
-    """Arguments for `vllm serve`. `extra` goes into the connector's extra config. Raises FlagError.
+    """Arguments for `vllm serve`. `extra` is added to the connector's extra config. Raises FlagError.
 
-    A --kv-transfer-config that names PenstockConnector is completed; one that names another connector is refused, but
-    for a MultiConnector with PenstockConnector in it, which is left as it is. A --scheduler-cls of the user's stays.
-    Where no pool is named, it is some memory of vLLM's process.
+    A --kv-transfer-config with PenstockConnector is completed; one with another connector is refused, except a
+    MultiConnector that contains PenstockConnector, which is left unchanged. The user's --scheduler-cls is left
+    unchanged. If no pool is named, memory of vLLM's process is the pool.
     """
     if any(argument.replace("_", "-").startswith(f"{_TRANSFER}.") for argument in arguments):
         raise FlagError(f"{_TRANSFER}.NAME is given; allowed: one {_TRANSFER} with all of it as JSON")
@@ -79,7 +80,7 @@ def connector_config(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def connector_extra(arguments: Sequence[str]) -> dict[str, Any] | None:
-    """The extra config of a PenstockConnector that `serve_arguments` set up; None inside a MultiConnector."""
+    """The extra config of the PenstockConnector that `serve_arguments` set up; None inside a MultiConnector."""
     config = json.loads(value_of(arguments, _TRANSFER) or "{}")
     return dict(config["kv_connector_extra_config"]) if config.get("kv_connector") == CONNECTOR else None
 

@@ -1,7 +1,8 @@
-"""The scheduler's side: owns core, pool and staging; feeds the core from vLLM's calls, the pool and the workers.
+"""The scheduler's side: owns scheduler core, pool and staging memory, and passes the core all events of vLLM, the pool
+and the workers.
 
-One control thread hands operations on, so that a fetch or an upload waits for no step of vLLM's loop. vLLM's scheduler
-calls in from its own thread and gets its answer at once; a lock keeps the two apart, for as long as a decision takes.
+One control thread executes operations, so that a fetch or an upload does not wait for a step of vLLM's loop. vLLM's
+scheduler calls from its own thread and gets its answer at once; a lock separates the two for the length of a decision.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from penstock.vllm.losses import LOSSES, PREFIX
 from penstock.vllm.notices import Notices
 from penstock.vllm.settings import Settings
 from penstock.vllm.shape import Shape, check_frees, open_pool_of, scheduler_config
-from penstock.vllm.shared_staging import SPARE_SLOTS, SharedStaging, Unleased
+from penstock.vllm.shared_staging import SPARE_SLOTS, LeaselessPool, SharedStaging
 from penstock.vllm.worker_links import LATE_S, WorkerLinks, WorkerLostError
 
 if TYPE_CHECKING:
@@ -47,18 +48,19 @@ T = TypeVar("T")
 
 CLOSE_TIMEOUT_S = 5.0
 IDLE_WAIT_S = 0.25
-LOCK_TIMEOUT_S = 5.0  # that vLLM's scheduler waits for a decision, once
+LOCK_TIMEOUT_S = 5.0  # how long vLLM's scheduler waits for the lock, once; then Penstock gives up
 EVENTS_PER_DECISION = 64
-SWITCH_INTERVAL_S = 1e-3  # how long a thread may hold the interpreter while another, say a finished load, waits for it
-UPLOAD_BYTES_PER_S = 4e9  # until it is measured
-COMPUTE = ComputeCost(2e-3, 1e-4, 1e-9)  # until it is measured
+# how long a thread may hold the interpreter lock while another waits, for example to end a load
+SWITCH_INTERVAL_S = 1e-3
+UPLOAD_BYTES_PER_S = 4e9  # initial value until one is measured
+COMPUTE = ComputeCost(2e-3, 1e-4, 1e-9)  # initial value until one is measured
 
-Ids = list[list[int]]  # vLLM blocks of one pool block, by group; -1: not to be touched
+Ids = list[list[int]]  # vLLM blocks of one pool block, by group; -1: must not be written
 
 
 @dataclass(slots=True)
 class Activity:
-    """Counts since start that the scheduler core does not keep."""
+    """Counts since start that the scheduler core does not have."""
 
     load_failures: Counter[str] = field(default_factory=Counter)
     save_failures: Counter[str] = field(default_factory=Counter)
@@ -67,33 +69,34 @@ class Activity:
     saved_bytes: int = 0
     counts: Counter[str] = field(
         default_factory=Counter
-    )  # of what is lost on the way to the scheduler core: see `losses`
+    )  # losses before the scheduler core hears of them: see `losses`
 
 
 class Host:
     """See the module. Threading: public methods are for vLLM's scheduler thread."""
 
     def __init__(self, settings: Settings, shape: Shape) -> None:
-        """Connects to the workers and opens the pool. Raises LinkError, ConfigError, PoolError or OSError with one line
-        that says what is wrong; nothing stays open then."""
+        """Connects to the workers and opens the pool. On LinkError, ConfigError, PoolError or OSError (with a one-line
+        message) nothing stays open."""
         self.shape = shape
         self.settings = settings
         self.activity = Activity()
         self._lock = threading.Lock()
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # as long as operations are under way
-        self._events: deque[Callable[[], None]] = deque()  # taken from the inbox; the control thread's
+        # bounded by the operations that are under way
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._events: deque[Callable[[], None]] = deque()  # taken from the inbox; used by the control thread only
         self._waking = False
         self._broken: str | None = None
         self._next_look_s = 0.0
         self._pages: dict[int, Ids] = {}
         self._grants: dict[str, tuple[int, list[int]]] = {}
-        self._load_steps: dict[int, int] = {}  # page of a load -> the step that it has to come behind
+        self._load_steps: dict[int, int] = {}  # page of a load -> the step after which it may start
         self._save_steps: dict[int, int] = {}
         self._notices = Notices()
         self._losses = LossLog(log, LOSSES, PREFIX)
         self._last_page = 0
         self.pool_key = settings.read_pool_key()
-        self._epoch = 0  # counts `forget_all`
+        self._epoch = 0  # number of `forget_all` calls
         self._stopping = False
         self.fatal: str | None = None
         with contextlib.ExitStack() as undo:
@@ -115,7 +118,7 @@ class Host:
             cost.links[name] = LinkCost(rate)
         self.scheduler = ConnectorScheduler(config, cost)
         self._staging = SharedStaging(memoryview(self._memory), self._workers.slot_bytes, config.l2_slots)
-        self._stages = PoolStages(Unleased(self._pool), self._staging, self.block_bytes, config.lookup_window)
+        self._stages = PoolStages(LeaselessPool(self._pool), self._staging, self.block_bytes, config.lookup_window)
         self._writer = GuardedWorker("penstock-write", config.save_window_blocks)
         self._thread = GuardedThread("penstock-control", self._run, failed=self._failed)
         if sys.getswitchinterval() > SWITCH_INTERVAL_S:
@@ -126,11 +129,11 @@ class Host:
     # -- vLLM's scheduler ---------------------------------------------------------------------------------------
 
     def _call(self, question: Callable[[], T], default: T) -> T:
-        """What the core says, on vLLM's scheduler thread: which never waits long, and never fails with Penstock."""
+        """The core's answer, on vLLM's scheduler thread: it never waits long, and never fails because of Penstock."""
         if self._broken is not None:
             return default
         if not self._lock.acquire(timeout=LOCK_TIMEOUT_S):
-            self._break(f"the control thread held the lock for more than {LOCK_TIMEOUT_S:g} s")
+            self._break(f"the control thread held the lock longer than {LOCK_TIMEOUT_S:g} s")
             return default
         try:
             return default if self.fatal is not None else question()
@@ -142,12 +145,12 @@ class Host:
             self._lock.release()
 
     def _break(self, reason: str) -> None:
-        """Have the control thread end it all."""
+        """Make the control thread end Penstock in this engine."""
         self._broken = self._broken or reason
         self._inbox.put(_nothing)
 
     def submit(self, spec: RequestSpec, held_tokens: int, load: bool) -> None:
-        """A request arrived: its lookup begins now. Raises ValueError when its id is in use."""
+        """A request arrived: start its lookup. Raises ValueError if its id is in use."""
         arrival_s = time.monotonic()
 
         def submit() -> ValueError | None:
@@ -163,13 +166,13 @@ class Host:
         self.wake()
 
     def matched(self, request_id: str, held_tokens: int) -> int | None:
-        """Tokens that will be loaded beyond the `held_tokens` that vLLM has; None while that is not known yet."""
+        """Tokens that will be loaded beyond the `held_tokens` of vLLM; None while unknown."""
         computed: int | None = 0
         return self._call(lambda: self.scheduler.matched(request_id, held_tokens, time.monotonic()), computed)
 
     def allocated(self, request_id: str, first: int, ids: Sequence[Ids], after_step: int = -1) -> None:
-        """vLLM gave blocks for the pool blocks from `first` on; nothing is written to them before `after_step` has
-        begun, which may put zeros there."""
+        """vLLM allocated blocks for the pool blocks from `first` on. They are not written before step `after_step` has
+        begun, because that step may zero them."""
 
         pages = [self._page(one) for one in ids]
         self._load_steps.update(dict.fromkeys(pages, after_step))
@@ -180,21 +183,22 @@ class Host:
             return True
 
         if not self._call(allocated, False) and self.fatal is not None:
-            self._land(Landed(request_id, first))  # before `fatal`, `_give_up` does
+            self._land(Landed(request_id, first))  # before `fatal` is set, `_give_up` does this
         self.wake()
 
     def refuse(self, request_id: str) -> None:
-        """vLLM gave blocks for a load that does not begin: it hears that the load failed, and computes the request."""
+        """vLLM allocated blocks for a load that does not begin: report it as failed, so that vLLM computes the
+        request."""
         notice = self._notices.new(wire.Finished(request_id, [], True))
-        self._inbox.put(lambda: self._workers.tell(notice))
+        self._inbox.put(lambda: self._workers.notify(notice))
 
     def acknowledged(self, request_id: str) -> None:
-        """vLLM has heard that the request's load is over."""
+        """vLLM knows that the request's load has ended."""
         self._notices.acknowledged(request_id)
         self._call(lambda: self.scheduler.acknowledged(request_id), None)
 
     def notices(self) -> list[wire.Notice]:
-        """What the workers have to hear with the next step, because they may not hear it over their links."""
+        """Notices for the workers to be sent with the next step, because their links may have lost them."""
         return [] if self.fatal is None else self._notices.open()
 
     def started(self, request_id: str) -> None:
@@ -202,22 +206,22 @@ class Host:
         self._call(lambda: self.scheduler.started(request_id, time.monotonic()), None)
 
     def prefilled(self, request_id: str) -> None:
-        """The request's first token is there."""
+        """The request has its first token."""
         self._call(lambda: self.scheduler.prefilled(request_id, time.monotonic()), None)
 
     def finish(self, request_id: str) -> None:
-        """The request ended, or is not to be served any further."""
+        """The request ended, or is no longer followed."""
         self._call(lambda: self.scheduler.finish(request_id, time.monotonic()), None)
         self.wake()
 
     def forget_all(self) -> None:
-        """See `ConnectorScheduler.forget_all`. A save whose copy is under way ends unwritten."""
+        """See `ConnectorScheduler.forget_all`. A save whose copy is running ends without being written."""
         self._epoch += 1
         self._call(lambda: self.scheduler.forget_all(time.monotonic()), None)
         self.wake()
 
     def extend(self, request_id: str, tokens: Sequence[int]) -> None:
-        """The request's tokens so far; what the scheduler core has not heard of is new."""
+        """The request's tokens so far; those unknown to the scheduler core are new."""
 
         def extend() -> None:
             known = self.scheduler.known_tokens(request_id)
@@ -227,8 +231,8 @@ class Host:
         self._call(extend, None)
 
     def offer(self, request_id: str, index: int, ids: Ids, step: int) -> tuple[int, bool]:
-        """vLLM keeps the blocks `ids` of a full pool block that step `step` completes; returns their page, and whether
-        there is room for a further one. The save begins at once."""
+        """vLLM pins the blocks `ids` of a full pool block that step `step` completes. Returns their page, and whether
+        there is room for another. The save starts at once."""
         page = self._page(ids)
         self._save_steps[page] = step
 
@@ -241,25 +245,25 @@ class Host:
         return page, room
 
     def wants(self, request_id: str, index: int) -> bool:
-        """Whether the request's full block `index` should be saved: the pool may not hold it, and none saves it."""
+        """Whether to save the request's full block `index`: the pool may lack it, and no save of it is under way."""
         return self._call(lambda: self.scheduler.wants(request_id, index), False)
 
     @property
     def can_keep(self) -> bool:
-        """Whether vLLM may keep one more block for a save."""
+        """Whether vLLM may pin another block for a save."""
         return self._call(lambda: self.scheduler.can_pin, False)
 
     def not_saved(self, blocks: int) -> None:
-        """Count blocks that were full and are not saved, for lack of room."""
+        """Count full blocks that are not saved, for lack of room."""
         self._call(lambda: self.scheduler.not_saved(blocks), None)
 
     def lost(self, name: str, count: int = 1) -> None:
-        """A hit or a save is lost before the scheduler core hears of it; `name` is one of `losses.LOSSES`."""
+        """Count a hit or save that is lost before the scheduler core knows of it; `name` is one of `losses.LOSSES`."""
         self.activity.counts[name] += count
 
     def released(self) -> list[int]:
-        """Pages that `offer` returned and that vLLM may have back."""
-        everything = self.fatal is not None  # what is still read from them is thrown away
+        """Pages that `offer` returned and that vLLM may reuse now."""
+        everything = self.fatal is not None  # after a failure, the results of reads from these pages are discarded
         none: list[int] = []
         pages = list(self._save_steps) if everything else self._call(lambda: self.scheduler.released(), none)
         for page in pages:
@@ -268,15 +272,15 @@ class Host:
         return pages
 
     def press(self, pages: int | None) -> None:
-        """vLLM is short of blocks: give back so much (None: all) of what is kept for saves that have not begun."""
+        """vLLM lacks blocks: release this many (None: all) pinned for saves that have not started."""
         self._call(lambda: self.scheduler.press(pages), None)
 
     def stepped(self, spans: Sequence[tuple[int, int]], seconds: float) -> None:
-        """A step took so many seconds for these (query tokens, context tokens): the compute cost is refined."""
+        """A step took this many seconds for these (query tokens, context tokens): refine the compute cost."""
         self._call(lambda: self.scheduler.stepped(spans, seconds), None)
 
     def take_stats(self, taker: StatsTaker) -> PenstockStats | None:
-        """Counts of the interval since the last call."""
+        """Statistics of the interval since the last call."""
         activity = self.activity
         if self.fatal is not None:
             return taker.take({**activity.counts, "given_up": 1}, {}, {}, [], {})
@@ -297,21 +301,21 @@ class Host:
         return self._call(counted, None)
 
     def query(self, question: Callable[[ConnectorScheduler], T], default: T) -> T:
-        """What the scheduler core says to a question; `default` after a failure of Penstock's."""
+        """The scheduler core's answer to a question; `default` after Penstock failed."""
         return self._call(lambda: question(self.scheduler), default)
 
     def ask(self, question: Callable[[ConnectorScheduler], Any]) -> Any:
-        """As `query`, but waits for the lock and raises what the question raises: for tests and views."""
+        """As `query`, but waits for the lock and raises the question's exceptions: for tests and views."""
         with self._lock:
             return question(self.scheduler)
 
     @property
     def queued_events(self) -> int:
-        """Events that the control thread has not taken."""
+        """Number of events that the control thread has not taken."""
         return self._inbox.qsize()
 
     def wake(self) -> None:
-        """Have the scheduler core decide again."""
+        """Make the scheduler core decide again."""
         if self.fatal is None and not self._waking:
             self._waking = True
             self._inbox.put(self._woken)
@@ -325,7 +329,7 @@ class Host:
         return self._last_page
 
     def close(self) -> None:
-        """Stop; what is under way is given up."""
+        """Stop; operations under way are abandoned."""
         self._stopping = True
         self._inbox.put(_nothing)
         self._thread.join(CLOSE_TIMEOUT_S)
@@ -350,19 +354,21 @@ class Host:
         raise error
 
     def _give_up(self, reason: str, level: int = logging.ERROR) -> None:
-        """From now on vLLM computes everything: it gets back what it keeps for saves, and loads under way have failed,
-        as soon as no worker writes to their pages any more."""
+        """From now on vLLM computes everything. It gets back the blocks pinned for saves, and loads under way fail as
+        soon as no worker writes to their pages."""
         if self._stopping:
             return
         log.log(
-            level, "Penstock has ended in this engine; vLLM goes on without it, loading and saving nothing: %s", reason
+            level,
+            "Penstock has stopped in this engine; vLLM goes on without it, loading and saving nothing: %s",
+            reason,
         )
         with self._lock:
             self.fatal = reason
             self.scheduler = ConnectorScheduler(replace(self.scheduler.config, pool=False), self.scheduler.cost)
         while self._workers.writing and not self._stopping:
             self._say_late()
-            with contextlib.suppress(Exception):  # what the copies were for is gone
+            with contextlib.suppress(Exception):  # the copies' purpose is gone
                 (self._events.popleft() if self._events else self._inbox.get(timeout=IDLE_WAIT_S))()
         for request_id, (first, _) in list(self._grants.items()):
             self._land(Landed(request_id, first))
@@ -377,7 +383,7 @@ class Host:
         if self._broken is not None:
             raise WorkerLostError(self._broken)
         with self._lock:
-            while self._events:  # what one that fails leaves behind is looked at by `_give_up`
+            while self._events:  # if one raises, `_give_up` processes the rest
                 self._events.popleft()()
             self._stages.end_late()
             operations = self.scheduler.decide(time.monotonic())
@@ -396,11 +402,11 @@ class Host:
     def _say_late(self) -> None:
         for op_id, ranks in self._workers.late():
             self.activity.counts["copies_late"] += 1
-            text = "worker ranks %s have not ended copy %d for %g s; it holds its pages until they do, or die"
+            text = "worker ranks %s have not ended copy %d for %g s; its pages stay in use until they end it or exit"
             warnings.warning("late", text, ranks, op_id, LATE_S)
 
     def _prepare(self, operation: ConnectorOperation) -> Callable[[], None]:
-        """What to do for an operation, once the lock is released."""
+        """The action for an operation, to run after the lock is released."""
         if isinstance(operation, Fetch):
             return partial(self._fetch, operation)
         if isinstance(operation, Upload):
@@ -415,7 +421,7 @@ class Host:
         if isinstance(operation, Landed):
             return partial(self._land, operation)
         assert isinstance(operation, Drop), operation
-        return _nothing  # slots of a guest hold no lease
+        return _nothing  # a connector's slots have no lease
 
     def _lookup(self, op: Lookup) -> None:
         def done(hits: list[BlockHit | None] | None) -> None:
@@ -452,7 +458,7 @@ class Host:
     def _save(self, op: Save, ids: Ids, step: int, epoch: int) -> None:
         def ended(error: str | None) -> None:
             if self.fatal is not None:
-                return  # vLLM may have had the page back meanwhile
+                return  # vLLM may have reused the page meanwhile
             if error is not None:
                 warnings.warning("save", "a block could not be copied out of vLLM's cache: %s", error)
                 self._saved(op, "device")
@@ -471,7 +477,7 @@ class Host:
         self._workers.download(wire.Download(op.op_id, place, ids, step), ended)
 
     def _write(self, op: Save) -> None:
-        """On a thread of its own: the pool takes the checksum, 0.6 ms per MB, before it returns."""
+        """Runs on a separate thread: the pool computes the checksum, 0.6 ms per MB, before it returns."""
         self._stages.write(op, lambda reason: self._inbox.put(partial(self._saved, op, reason)))
 
     def _not_written(self, op: Save, error: Exception) -> None:
@@ -485,19 +491,19 @@ class Host:
         self.scheduler.saved(op.op_id, error)
 
     def _land(self, notice: Landed) -> None:
-        """Tell the workers, and so vLLM, that a load is over."""
+        """Report to the workers, and so to vLLM, that a load has ended."""
         first, pages = self._grants.pop(notice.request_id, (0, []))
         ids = [self._pages.pop(page) for page in pages]
         for page in pages:
             self._load_steps.pop(page, None)
         if not ids:
-            return  # told already
+            return  # reported already
         invalid: list[int] = []
         failed = notice.hole is not None
         if notice.hole is not None and len(self.shape.rows) == 1:
             invalid = [place for one in ids[notice.hole - first :] for place in one[0] if place >= 0]
             failed = not invalid  # vLLM then asks again
-        self._workers.tell(self._notices.new(wire.Finished(notice.request_id, invalid, failed)))
+        self._workers.notify(self._notices.new(wire.Finished(notice.request_id, invalid, failed)))
 
 
 def _nothing() -> None:

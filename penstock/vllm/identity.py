@@ -1,4 +1,4 @@
-"""What a vLLM computes KV with, as a text: equal texts mean equal KV. What cannot be known is refused."""
+"""Identifies how a vLLM computes KV, as a text: equal texts mean equal KV. What cannot be identified is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-# Formats whose files are in the model's folder, and which of them vLLM reads: those of the first pattern that fits
+# Formats whose files are in the model's folder, and the files that vLLM reads: the first pattern that matches
 _FORMATS: dict[str, tuple[str, ...]] = {
     "auto": ("consolidated*.safetensors", "*.safetensors", "*.bin", "*.pt"),
     "hf": ("*.safetensors", "*.bin", "*.pt"),
@@ -31,7 +31,7 @@ _FORMATS: dict[str, tuple[str, ...]] = {
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 # Kinds of rotary embedding whose angles follow from position and configuration alone
 _FIXED_ROPE = frozenset({"default", "linear", "yarn", "llama3", "mrope", "deepseek_yarn", "deepseek_llama_scaling"})
-_WITHOUT_KV = ("ngram", "suffix", "medusa", "mlp_speculator")  # ways to guess tokens that keep no KV
+_WITHOUT_KV = ("ngram", "suffix", "medusa", "mlp_speculator")  # speculation methods without KV of their own
 _MEDIA = (
     "mm_processor_kwargs",
     "media_io_kwargs",
@@ -54,13 +54,13 @@ _ADAPTERS = (
 )
 _ENVIRONMENT = ("VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT", "VLLM_BATCH_INVARIANT")  # same shapes, other bytes
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_ADVICE = "set model_id in kv_connector_extra_config to a text that is theirs alone"
+_ADVICE = "set model_id in kv_connector_extra_config to a text that no other weights use"
 
 
 def model_identity(config: VllmConfig, kv_cache: KVCacheConfig, layouts: Sequence[str], model_id: str) -> str:
-    """A text that differs whenever the bytes of a block would mean something else: weights, what is computed with
-    them, and how vLLM lays it out. `model_id`, if given, stands for the weights and the model's own code. Raises
-    ConfigError where weights or code cannot be told from others."""
+    """A text that differs whenever the bytes of a block would mean something else: it covers the weights, what computes
+    with them, and vLLM's layout of the result. `model_id`, if given, replaces the weights and the model's own code.
+    Raises ConfigError if weights or code cannot be identified."""
     import vllm
 
     from penstock.engine.checkpoint import config_identity
@@ -109,7 +109,7 @@ def _weights(model: Any, load: Any) -> str:
     elsewhere: str = getattr(model, "model_weights", None) or ""
     if elsewhere or load.load_format not in _FORMATS:
         what = elsewhere or f"load format {load.load_format!r}"
-        raise ConfigError(f"the weights of {model.model} cannot be told from others ({what}); {_ADVICE}")
+        raise ConfigError(f"the weights of {model.model} cannot be identified ({what}); {_ADVICE}")
     files = weight_files(folder_of(model, load), load.load_format)
     try:
         found = weights_identity(files)
@@ -120,8 +120,8 @@ def _weights(model: Any, load: Any) -> str:
 
 
 def folder_of(model: Any, load: Any) -> Path:
-    """Where the files are that vLLM loaded: a folder, or its snapshot in the hub cache that vLLM was given, at the
-    revision that vLLM was given. Raises ConfigError."""
+    """The folder of the files that vLLM loaded: the model's folder, or its snapshot in vLLM's hub cache at vLLM's
+    revision. Raises ConfigError."""
     from penstock.engine.checkpoint import resolve_folder
 
     folder = Path(model.model)
@@ -129,23 +129,23 @@ def folder_of(model: Any, load: Any) -> Path:
         return folder
     if uses_modelscope():
         raise ConfigError(
-            f"the weights of {model.model} cannot be told from others (VLLM_USE_MODELSCOPE fetches them elsewhere); "
+            f"the weights of {model.model} cannot be identified (VLLM_USE_MODELSCOPE fetches them elsewhere); "
             f"name their folder instead, or {_ADVICE}"
         )
     try:
         cache = getattr(load, "download_dir", None)
         return resolve_folder(model.model, "auto", revision=getattr(model, "revision", None), cache_dir=cache)
     except Exception as error:  # noqa: BLE001 (the hub's client raises many kinds; all mean that there is no folder)
-        raise ConfigError(f"the weights of {model.model} cannot be told from others ({error}); {_ADVICE}") from None
+        raise ConfigError(f"the weights of {model.model} cannot be identified ({error}); {_ADVICE}") from None
 
 
 def uses_modelscope() -> bool:
-    """Whether vLLM fetches by name from ModelScope, where the same name may mean other files than in the hub cache."""
+    """Whether vLLM downloads from ModelScope, where a name may mean other files than in the hub cache."""
     return os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true")
 
 
 def weight_files(folder: Path, load_format: str) -> list[Path]:
-    """The files of a folder that vLLM reads in a format. Raises ConfigError when there are none."""
+    """The files of a folder that vLLM reads in a format. Raises ConfigError if there are none."""
     for pattern in _FORMATS[load_format]:
         found = sorted(folder.glob(pattern))
         if found:
@@ -155,7 +155,7 @@ def weight_files(folder: Path, load_format: str) -> list[Path]:
 
 
 def _indexed(folder: Path, files: list[Path]) -> list[Path]:
-    """Of several safetensors files, those that their index names, as vLLM does; all of them where there is none."""
+    """Of several safetensors files, those in their index, as vLLM does; all of them without an index."""
     consolidated = files[0].name.startswith("consolidated")
     index = folder / ("consolidated.safetensors.index.json" if consolidated else "model.safetensors.index.json")
     try:
@@ -166,7 +166,7 @@ def _indexed(folder: Path, files: list[Path]) -> list[Path]:
 
 
 def _code(model: Any) -> str:
-    """The model's own Python code, where vLLM was allowed to run it."""
+    """The model's own Python code, if vLLM was allowed to run it."""
     if not getattr(model, "trust_remote_code", False):
         return ""
     auto_map = getattr(model.hf_config, "auto_map", None) or {}
@@ -189,14 +189,13 @@ def _code(model: Any) -> str:
     commit = revision if fixed else getattr(model.hf_config, "_commit_hash", None)
     if not commit or (revision and not fixed):
         raise ConfigError(
-            f"the code of {model.model} cannot be told from other versions of it; "
-            f"give --code-revision a commit of 40 digits, or {_ADVICE}"
+            f"the code of {model.model} cannot be identified; give --code-revision a commit of 40 digits, or {_ADVICE}"
         )
     return str(commit)
 
 
 def _rope(model: Any) -> list[list[Any]]:
-    """What the rotary embedding takes from the longest context vLLM allows, beyond the model's configuration."""
+    """What the rotary embedding derives from vLLM's longest allowed context, beyond the model's configuration."""
     found = []
     for source in (model.hf_config, getattr(model, "hf_text_config", None)):
         rope = getattr(source, "rope_parameters", None) or getattr(source, "rope_scaling", None) or {}
@@ -230,7 +229,7 @@ def _media(model: Any) -> dict[str, str]:
 
 
 def _draft(config: VllmConfig, model_id: str) -> list[str]:
-    """The model that guesses tokens, whose KV lies in the same blocks; `model_id` stands for its weights too."""
+    """The draft model of speculative decoding, whose KV is in the same blocks; `model_id` also replaces its weights."""
     from penstock.engine.checkpoint import config_identity
 
     guesses = getattr(config, "speculative_config", None)

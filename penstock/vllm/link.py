@@ -1,7 +1,7 @@
-"""The link between the scheduler's process and its workers: a local socket for messages, one memory that all map.
+"""The link between the scheduler's process and its workers: a local socket for messages, and memory that all map.
 
-The staging memory is an anonymous file whose descriptor travels over the socket, and the socket's name is an abstract
-one: nothing of either is left behind, however a process ends. Both ends have to be on one host.
+The staging memory is an anonymous file whose descriptor is sent over the socket, and the socket's name is abstract:
+neither leaves anything behind, however a process ends. Both ends must be on the same host.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from penstock.framing import NO_MESSAGE, said
 from penstock.io.sealed_memory import create_sealed
 
 MESSAGE_BYTES_MAX = 64 << 20
-NAME_CHARACTERS_MAX = 1 << 17  # a client may name its request in a header of 64 KiB
+NAME_CHARACTERS_MAX = 1 << 17  # a client may send its request's id in a header of 64 KiB
 LAYOUT_CHARS_MAX = 1 << 24
 GROUPS_MAX = 256
 LAYERS_MAX = 1 << 16
 PLACES_MAX = 1 << 22  # vLLM blocks of one list
-SEND_TIMEOUT_S = 5.0  # the other end reads all the time; one that does not is given up
-BACKLOG = 128  # connections that wait to be looked at
+SEND_TIMEOUT_S = 5.0  # the other end reads continuously; one that does not is disconnected
+BACKLOG = 128  # connections not accepted yet
 GREETING_BYTES_MAX = 4096
 ERROR_CHARS_MAX = 500
 _LENGTH = struct.Struct("<I")
 
 
 class LinkError(RuntimeError):
-    """The other end is not there, is not ours, or went away."""
+    """The other end is missing, belongs to another engine, or disconnected."""
 
 
-Number = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]  # of an operation, a step, a notice
+Number = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]  # of an operation, a step or a notice
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
 Slots = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
-Place = Annotated[int, msgspec.Meta(ge=-1, le=1 << 31)]  # a vLLM block; -1: not to be touched
+Place = Annotated[int, msgspec.Meta(ge=-1, le=1 << 31)]  # a vLLM block; -1: must not be touched
 PlaceList = Annotated[list[Place], msgspec.Meta(max_length=PLACES_MAX)]
 Places = Annotated[list[PlaceList], msgspec.Meta(max_length=GROUPS_MAX)]  # of one pool block, by KV cache group
 Name = Annotated[str, msgspec.Meta(max_length=NAME_CHARACTERS_MAX)]
@@ -51,15 +51,15 @@ Step = Annotated[int, msgspec.Meta(ge=-1, le=1 << 53)]  # -1: none
 
 
 class Greet(msgspec.Struct, tag=True, frozen=True):
-    """The scheduler's first message: how a worker tells it from whoever else connects."""
+    """The scheduler's first message, by which a worker recognises it."""
 
     engine_id: Name
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """A worker's answer to Greet: the bytes of its layers' rows (one row is one vLLM block of one layer), by KV cache
-    group, and a description of how they lie, for the fingerprint. `defers_frees`: vLLM's outermost connector loads
-    (`is_kv_consumer`), so that vLLM gives no block to a load that a step in flight may still write."""
+    """A worker's answer to Greet: the bytes of its layers' rows (one row is one vLLM block of one layer) by KV cache
+    group, and a description of their layout for the fingerprint. `defers_frees`: vLLM's outermost connector loads
+    (`is_kv_consumer`), so that vLLM gives a load no block that a step in flight may still write."""
 
     rank: Slots
     pid: Number
@@ -69,8 +69,8 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 
 class Attach(msgspec.Struct, tag=True, frozen=True):
-    """Answer to Hello, together with the staging memory's descriptor. `slot_bytes` is the distance of slots; in each
-    the worker's own part begins at `part_offset`. `rows` are how many vLLM blocks of each group one pool block has."""
+    """Answer to Hello, sent with the staging memory's descriptor. Slots are `slot_bytes` apart; in each, the worker's
+    own part begins at `part_offset`. `rows` is the number of vLLM blocks of each group in a pool block."""
 
     slots: Slots
     slot_bytes: Bytes
@@ -79,8 +79,8 @@ class Attach(msgspec.Struct, tag=True, frozen=True):
 
 
 class Upload(msgspec.Struct, tag=True, frozen=True):
-    """Copy slots into vLLM blocks: `(slot, ids by group)`; an id of -1 is left out. Not before step `after` has begun,
-    which may put zeros into blocks that it finds newly given."""
+    """Copy slots into vLLM blocks: `(slot, ids by group)`; an id of -1 is skipped. Not before step `after` has begun,
+    because that step may zero newly allocated blocks."""
 
     op_id: Number
     blocks: Annotated[list[tuple[Slots, Places]], msgspec.Meta(max_length=PLACES_MAX)]
@@ -88,7 +88,7 @@ class Upload(msgspec.Struct, tag=True, frozen=True):
 
 
 class Download(msgspec.Struct, tag=True, frozen=True):
-    """Copy vLLM blocks into a slot, once step `step` was computed."""
+    """Copy vLLM blocks into a slot, after step `step` was computed."""
 
     op_id: Number
     slot: Slots
@@ -97,8 +97,8 @@ class Download(msgspec.Struct, tag=True, frozen=True):
 
 
 class Finished(msgspec.Struct, tag=True, frozen=True):
-    """Tell vLLM with the next step that the load of a request is over. `invalid` are blocks that did not arrive,
-    `failed` that the load as a whole counts as failed."""
+    """Report to vLLM with the next step that a request's load has ended. `invalid` are blocks that did not arrive;
+    `failed`: the load as a whole counts as failed."""
 
     request_id: Name
     invalid: PlaceList
@@ -106,26 +106,26 @@ class Finished(msgspec.Struct, tag=True, frozen=True):
 
 
 class Notice(msgspec.Struct, tag=True, frozen=True):
-    """A Finished with a number of its own, so that a worker which gets a notice twice, over the link and with a step
-    of vLLM, tells it once."""
+    """A numbered Finished: a worker that gets a notice twice, over the link and with a step of vLLM, reports it only
+    once."""
 
     number: Number
     finished: Finished
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):
-    """An Upload or Download ended, and nothing of it is read or written any more; `error` says how it failed."""
+    """An Upload or Download ended; it reads and writes nothing any more. `error` is the reason if it failed."""
 
     op_id: Number
     error: Annotated[str, msgspec.Meta(max_length=ERROR_CHARS_MAX)] | None
 
 
 class Leaving(msgspec.Struct, tag=True, frozen=True):
-    """vLLM closes this worker in good order; the link ends behind its last copy."""
+    """vLLM closes this worker in an orderly way; the link ends after its last copy."""
 
 
 def cut_error(text: str) -> str:
-    """As much of an error's text as Done takes, and such that it can be encoded."""
+    """An error's text, shortened to what Done can carry and made encodable."""
     return text[:ERROR_CHARS_MAX].encode(errors="replace").decode()
 
 
@@ -136,11 +136,11 @@ _messages: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
 def decode(body: bytes) -> Message:
-    """Raises LinkError for what is no message, or one with a number or a length out of bounds."""
+    """Raises LinkError for an invalid message, or one with a number or length out of bounds."""
     try:
         return _messages.decode(body)
     except NO_MESSAGE as error:
-        raise LinkError(f"a message that is none: {said(error)}") from None
+        raise LinkError(f"an invalid message: {said(error)}") from None
 
 
 def socket_name(engine_id: str, rank: int) -> str:
@@ -150,8 +150,8 @@ def socket_name(engine_id: str, rank: int) -> str:
 
 
 class Link:
-    """One connected socket. `send` may be called from any thread, `receive` from one. A link on which a message could
-    not be sent whole sends no more."""
+    """One connected socket. `send` may be called from any thread, `receive` from one. After a message could not be sent
+    completely, the link sends nothing more."""
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
@@ -162,12 +162,12 @@ class Link:
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(rest * 1e6)))
 
     def send(self, message: Message) -> None:
-        """Raises LinkError when the other end is gone, or reads nothing for `SEND_TIMEOUT_S`."""
+        """Raises LinkError if the other end is gone, or reads nothing for `SEND_TIMEOUT_S`."""
         body = self._encoder.encode(message)
         self._send(lambda: self._socket.sendall(_LENGTH.pack(len(body)) + body))
 
     def send_with_descriptor(self, message: Message, descriptor: int) -> None:
-        """As `send`, and the other end gets its own copy of the file descriptor."""
+        """As `send`, with a file descriptor, of which the other end gets a copy."""
         body = self._encoder.encode(message)
 
         def send() -> None:
@@ -184,18 +184,18 @@ class Link:
                 send()
             except OSError as error:
                 self._broken = str(error)
-                self.end_sending()  # half a message may be on its way: the other end sees the link's end behind it
+                self.end_sending()  # half a message may have been sent: the other end sees the link end there
                 raise LinkError(f"the link broke: {error}") from None
 
     def receive(self, timeout_s: float | None = None) -> Message:
-        """The next message. Raises LinkError when the other end is gone, when what it sent is no message, or when it is
-        not there in time (None: wait for it)."""
+        """The next message. Raises LinkError if the other end is gone, if what it sent is no valid message, or if it
+        does not arrive in time (None: no deadline)."""
         until_s = time.monotonic() + timeout_s if timeout_s is not None else None
         with self._deadline(timeout_s):
             return self._body(self._exactly(_LENGTH.size, until_s), until_s)
 
     def receive_with_descriptor(self, timeout_s: float | None = None) -> tuple[Message, int]:
-        """A message that was sent with a descriptor, and the descriptor, which is the caller's to close."""
+        """A message sent with a descriptor, and the descriptor, which the caller has to close."""
         until_s = time.monotonic() + timeout_s if timeout_s is not None else None
         with self._deadline(timeout_s), contextlib.ExitStack() as undo:
             try:
@@ -212,7 +212,7 @@ class Link:
 
     @contextlib.contextmanager
     def _deadline(self, timeout_s: float | None) -> Iterator[None]:
-        """Only while nobody sends: a timeout of the socket is one for both directions."""
+        """Used only while no thread sends: a socket's timeout applies to both directions."""
         if timeout_s is None:
             yield
             return
@@ -232,7 +232,7 @@ class Link:
         return decode(self._exactly(length, until_s))
 
     def _exactly(self, length: int, until_s: float | None) -> bytes:
-        """So many bytes, all of which are there by `until_s`: one that drips gets no more time."""
+        """Exactly this many bytes before `until_s`, however slowly they arrive."""
         data = bytearray()
         while len(data) < length:
             try:
@@ -250,17 +250,17 @@ class Link:
         return bytes(data)
 
     def end_sending(self) -> None:
-        """Send no more; the other end sees the link's end, and ends what it does before it closes its own side."""
+        """Send no more. The other end sees the link end, and finishes its copies before it closes its own side."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
 
     def end_receiving(self) -> None:
-        """Whoever waits in `receive` sees the link's end; what is sent still arrives at the other end."""
+        """End `receive` in the thread that waits there; messages sent before still reach the other end."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD)
 
     def drain(self) -> None:
-        """Read, and throw away, until the other end has closed its side."""
+        """Read and discard until the other end has closed its side."""
         with contextlib.suppress(OSError):
             while self._socket.recv(1 << 16):
                 pass
@@ -273,14 +273,14 @@ class Link:
 
 
 class GreetingReader:
-    """The first message of a socket that does not block, as far as it has come."""
+    """Reads the first message of a non-blocking socket, piece by piece."""
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
         self._data = bytearray()
 
     def more(self) -> Message | None:
-        """The message, once all of it is there. Raises LinkError for what is none, or when the other end is gone."""
+        """The message, once it is complete. Raises LinkError if it is invalid or the other end is gone."""
         while (wanted := self._wanted()) > 0:
             try:
                 piece = self._socket.recv(wanted)
@@ -294,7 +294,7 @@ class GreetingReader:
         return decode(bytes(self._data[_LENGTH.size :]))
 
     def _wanted(self) -> int:
-        """Bytes that are still to come."""
+        """Number of bytes still missing."""
         if len(self._data) < _LENGTH.size:
             return _LENGTH.size - len(self._data)
         (length,) = _LENGTH.unpack_from(self._data)
@@ -312,7 +312,7 @@ def check_same_user(connected: socket.socket) -> None:
 
 
 def listen(engine_id: str, rank: int) -> socket.socket:
-    """The socket at which the scheduler's process finds a worker. Raises LinkError when the name is taken."""
+    """The socket where the scheduler's process reaches a worker. Raises LinkError if the name is taken."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(socket_name(engine_id, rank))
@@ -324,13 +324,13 @@ def listen(engine_id: str, rank: int) -> socket.socket:
 
 
 def connect(engine_id: str, rank: int, timeout_s: float) -> Link:
-    """A link to a worker, greeted. Raises LinkError when none answers by the deadline: it is on another host, or has
+    """A link to a worker, greeted. Raises LinkError if no worker answers by the deadline: it is on another host, or has
     ended."""
     end = time.monotonic() + timeout_s
     while True:
         connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            connected.settimeout(max(0.01, end - time.monotonic()))  # a full backlog makes it wait
+            connected.settimeout(max(0.01, end - time.monotonic()))  # connecting waits while the backlog is full
             connected.connect(socket_name(engine_id, rank))
             connected.settimeout(None)
             check_same_user(connected)
@@ -351,7 +351,7 @@ def connect(engine_id: str, rank: int, timeout_s: float) -> Link:
 
 
 def create_memory(size_bytes: int) -> tuple[int, mmap.mmap]:
-    """Shared memory without a name, of this size for ever: its descriptor, and this process' mapping."""
+    """Anonymous shared memory of a fixed size: its descriptor, and this process's mapping."""
     descriptor = create_sealed("penstock-staging", size_bytes)
     try:
         return descriptor, map_memory(descriptor, size_bytes)
@@ -361,7 +361,7 @@ def create_memory(size_bytes: int) -> tuple[int, mmap.mmap]:
 
 
 def map_memory(descriptor: int, size_bytes: int) -> mmap.mmap:
-    """Map shared memory; a forked child does not inherit it."""
+    """Map shared memory; a forked child does not inherit the mapping."""
     memory = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_SHARED)
     memory.madvise(mmap.MADV_DONTFORK)
     return memory

@@ -1,7 +1,7 @@
-"""What images, sounds and videos of a request are to a key: the content that the model gets, where their tokens are.
+"""Identifies a request's images, sounds and videos for block keys: by the content the model gets, at their tokens.
 
-vLLM's own names for them do not say that: a client may choose one (`multi_modal_uuids`, `uuid` of a part), also one
-that looks like a hash, or one that vLLM hashes together with its options.
+vLLM's own identifiers do not suffice: a client may choose one (`multi_modal_uuids`, `uuid` of a part), even one that
+looks like a hash, or one that vLLM hashes together with its options.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from penstock.core.keys import Span
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-ITEMS_MAX = 4096  # whose content is remembered as long as vLLM's own cache holds them; about 300 bytes each
+ITEMS_MAX = 4096  # items whose digest is remembered while vLLM's own cache holds them; about 300 bytes each
 ALGORITHM = "sha256"
 FAST_ALGORITHM = "blake3"  # vLLM's default; a fifth of the time
 
@@ -28,7 +28,7 @@ class Media:
         self._known: OrderedDict[int, tuple[weakref.ref[Any], str]] = OrderedDict()
 
     def spans(self, request: Request) -> list[Span] | None:
-        """The request's media, each where its tokens are; None when the content of one is not at hand in this process
+        """The request's media with their token positions; None if an item's content is not in this process
         (`--mm-processor-cache-type shm`)."""
         spans = []
         for feature in request.mm_features:
@@ -67,7 +67,7 @@ def _sorted(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _has_tensor(data: Any) -> bool:
-    """Whether there are numbers of a medium in it, and not just a place where they are."""
+    """Whether the item has numeric content, and not just a token position."""
     import torch
 
     if isinstance(data, dict):

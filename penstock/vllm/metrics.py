@@ -1,4 +1,4 @@
-"""What the connector tells vLLM's own metrics: counts, bytes, and each request's time split by stage and reason."""
+"""The connector's statistics in vLLM's metrics: counts, bytes, and each request's time by stage and reason."""
 
 from __future__ import annotations
 
@@ -12,46 +12,46 @@ from penstock.core.operations import Account
 
 COUNTERS = "counters"  # name -> count of the interval
 LABELLED = "labelled"  # name -> label -> count of the interval
-GAUGES = "gauges"  # name -> value as it is
+GAUGES = "gauges"  # name -> current value
 
 _LABEL_OF = {
-    "request_seconds": ("stage", "Time of ended requests by stage or by what they waited for"),
-    "load_failures": ("reason", "Blocks that did not arrive, and were computed instead"),
+    "request_seconds": ("stage", "Time of finished requests by stage or reason for waiting"),
+    "load_failures": ("reason", "Blocks that did not arrive and were computed instead"),
     "save_failures": ("reason", "Blocks that could not be saved"),
-    "requests_without_pool": ("reason", "Requests whose KV cannot be named by its content, computed by vLLM alone"),
-    "link_bytes_per_second": ("link", "What each link gave lately while it was busy"),
+    "requests_without_pool": ("reason", "Requests whose KV cannot be identified by content, computed without the pool"),
+    "link_bytes_per_second": ("link", "Recent bandwidth of each link while it was busy"),
 }
 COUNTER_HELP = {
     "requests": "Requests that arrived",
     "hit_tokens": "Prompt tokens that the pool held",
-    "computed_instead_tokens": "Tokens that were computed although the pool held them, because that was faster",
+    "computed_instead_tokens": "Tokens computed although the pool held them, because computing was faster",
     "fetched_blocks": "Blocks read from the pool",
     "fetched_bytes": "Bytes read from the pool",
     "uploaded_bytes": "Bytes copied into vLLM's cache",
     "saved_blocks": "Blocks written to the pool",
     "saved_bytes": "Bytes written to the pool",
-    "saves_dropped": "Blocks that were not saved, because saving would have been in the way",
+    "saves_dropped": "Blocks not saved, because vLLM needed their pages or too many were queued",
     "fetch_failures": "Fetches that failed",
     "lookup_failures": "Lookups that failed",
-    "lookups_late": "Requests that did not wait for their lookup any longer",
-    "loads_shared": "Blocks that a request got from another one's load",
-    "preemptions": "Requests that began anew",
+    "lookups_late": "Requests that stopped waiting for their lookup",
+    "loads_shared": "Blocks that a request got from another request's load",
+    "preemptions": "Requests that were preempted and restarted",
     "upload_failures": "Uploads that failed",
     "saves_failed": "Blocks that could not be saved",
-    "saves_incomplete": "Blocks that were not saved, because a sliding window had let go of a part of them",
-    "hits_of_other_size": "Hits that were left out, because the pool's block has another size",
-    "hits_withdrawn": "Blocks that were offered to vLLM and lost before it gave pages for them",
+    "saves_incomplete": "Blocks not saved, because a sliding window had freed a part of them",
+    "hits_of_other_size": "Hits ignored, because the pool's block has another size",
+    "hits_withdrawn": "Blocks offered to vLLM and lost before it allocated pages for them",
     "requests_without_loads": "Requests that load nothing, because more wait than max_waiting allows",
-    "requests_not_followed": "Requests that are served without the pool: an id in use, or Penstock failed for them",
-    "loads_refused": "Loads that did not begin and are computed: vLLM gave other blocks than it was offered",
+    "requests_not_followed": "Requests served without the pool: their id was in use, or Penstock failed for them",
+    "loads_refused": "Loads that did not begin and are computed: vLLM allocated other blocks than offered",
     "copies_late": "Copies in a worker that take longer than 30 s",
-    "given_up": "1 when Penstock has failed in this engine, and vLLM goes on without it",
+    "given_up": "1 after Penstock failed in this engine and vLLM continues without it",
 }
 _GAUGE_HELP = {
-    "l2_slots_total": "Blocks that fit into staging memory",
-    "l2_slots_loads": "Blocks in staging memory on their way up",
-    "l2_slots_saves": "Blocks in staging memory on their way down",
-    "loads": "Blocks on their way",
+    "l2_slots_total": "Capacity of staging memory in blocks",
+    "l2_slots_loads": "Blocks in staging memory for loads",
+    "l2_slots_saves": "Blocks in staging memory for saves",
+    "loads": "Blocks being loaded",
     "granted_blocks": "Blocks whose place in vLLM's cache is reserved for a load",
     "saves_queued": "Blocks that wait to be saved",
     "predicted_compute_error": "Relative error of predicted step times",
@@ -59,12 +59,12 @@ _GAUGE_HELP = {
 
 
 class PenstockStats(KVConnectorStats):  # type: ignore[misc]
-    """What happened since the stats were taken last; plain data, so that it can be sent."""
+    """Statistics since they were last taken; plain data, so that they can be sent."""
 
     data: dict[str, Any]
 
     def reset(self) -> None:
-        """Forget everything that was counted."""
+        """Clear all counts."""
         self.data = {}
 
     def is_empty(self) -> bool:
@@ -72,7 +72,7 @@ class PenstockStats(KVConnectorStats):  # type: ignore[misc]
         return not self.data
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
-        """This interval and a later one as one."""
+        """Merge a later interval into this one."""
         merged: dict[str, Any] = {COUNTERS: {}, LABELLED: {}, GAUGES: {}}
         for data in (self.data, other.data):
             _add(merged[COUNTERS], data.get(COUNTERS, {}))
@@ -83,7 +83,7 @@ class PenstockStats(KVConnectorStats):  # type: ignore[misc]
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """For vLLM's log line."""
+        """The values for vLLM's log line."""
         counters, labelled = self.data.get(COUNTERS, {}), self.data.get(LABELLED, {})
         line: dict[str, int | float] = {
             "loaded blocks": counters.get("fetched_blocks", 0),
@@ -104,7 +104,7 @@ def _add(into: dict[str, float], more: dict[str, float]) -> None:
 
 
 class StatsTaker:
-    """Turns counts since start into counts of an interval."""
+    """Converts counts since start to counts of an interval."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, str], float] = {}
@@ -117,7 +117,7 @@ class StatsTaker:
         ended: Iterable[Account],
         link_bytes_per_s: dict[str, float],
     ) -> PenstockStats | None:
-        """None when nothing happened. `counters` and `labelled` are counts since start."""
+        """Statistics of the interval; None if nothing happened. `counters` and `labelled` are counts since start."""
         seconds: dict[str, float] = {}
         for account in ended:
             for stage, begin_s, end_s in account.spans:
@@ -170,7 +170,7 @@ class PenstockPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        """Add what one engine counted since the last call."""
+        """Add one engine's counts since the last call."""
         labels = self.per_engine_labelvalues[engine_idx]
         for name, count in transfer_stats_data.get(COUNTERS, {}).items():
             if name in self._counters:

@@ -1,4 +1,5 @@
-"""Loads that are over and that vLLM has not taken note of: told over the links, and once more when those are gone."""
+"""Notices of ended loads that vLLM has not acknowledged: sent over the links, and again with steps if links are
+gone."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from penstock.vllm.link import Finished, Notice
 
 
 class Notices:
-    """Numbers notices and keeps them until vLLM acknowledged the load, so that one which a broken link lost can go with
-    a step instead. As many as loads are under way. Threading: any thread."""
+    """Numbers notices and stores them until vLLM acknowledged the load, so that a notice lost by a broken link can be
+    sent with a step. At most one per load under way. Threading: any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -17,7 +18,7 @@ class Notices:
         self._next = 0
 
     def new(self, finished: Finished) -> Notice:
-        """Number a load that is over; kept until it is acknowledged."""
+        """Number the notice of an ended load; it is stored until acknowledged."""
         with self._lock:
             notice = Notice(self._next, finished)
             self._next += 1
@@ -25,11 +26,11 @@ class Notices:
         return notice
 
     def acknowledged(self, request_id: str) -> None:
-        """vLLM has heard that this request's load is over."""
+        """vLLM knows that this request's load has ended."""
         with self._lock:
             self._open.pop(request_id, None)
 
     def open(self) -> list[Notice]:
-        """Those that vLLM has not acknowledged, the oldest first."""
+        """The notices that vLLM has not acknowledged, oldest first."""
         with self._lock:
             return sorted(self._open.values(), key=lambda notice: notice.number)

@@ -1,6 +1,6 @@
-"""`PenstockScheduler`: vLLM's scheduler, with waiting requests in the core's order and loads that start ahead.
+"""`PenstockScheduler`: vLLM's scheduler with waiting requests in the core's order and loads that start early.
 
-What leans on vLLM's internals is in `compat`. Without a Penstock connector it does as vLLM's own scheduler does.
+Code that depends on vLLM's internals is in `compat`. Without a Penstock connector it behaves like vLLM's scheduler.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 log = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
-LOOKS_PER_STEP = 16  # requests that are looked at for a load ahead
-FIRST: Rank = (ORDINARY, float("-inf"), 0)  # where requests stand that the scheduler core does not know
+LOOKS_PER_STEP = 16  # requests per step that are considered for an early load
+FIRST: Rank = (ORDINARY, float("-inf"), 0)  # rank of requests that the scheduler core does not know
 
 
 class _InOrder(Scheduler):  # type: ignore[misc]
@@ -34,7 +34,7 @@ class _InOrder(Scheduler):  # type: ignore[misc]
         self.penstock = _side_of(self.connector)
         self._outputs: dict[int, EngineCoreOutputs] | None = None
         if self.penstock is None:
-            log.warning("PenstockScheduler without PenstockConnector does as vLLM's own scheduler does")
+            log.warning("PenstockScheduler without PenstockConnector behaves like vLLM's own scheduler")
         elif not self.recompute_kv_load_failures:
             self.recompute_kv_load_failures: bool = True
             log.info("kv_load_failure_policy is set to 'recompute': a block that does not arrive is computed instead")
@@ -43,7 +43,7 @@ class _InOrder(Scheduler):  # type: ignore[misc]
             log.info("with --scheduling-policy priority vLLM's order stays; Penstock's policy orders the loads")
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """Sort what waits, let vLLM decide on the step, then start loads that its scan did not get to."""
+        """Sort the waiting requests, let vLLM decide on the step, then start loads that its scan did not reach."""
         side = self.penstock
         if side is None:
             return super().schedule(throttle_prefills)
@@ -71,16 +71,16 @@ class _InOrder(Scheduler):  # type: ignore[misc]
         compat.reorder(self.kv_holding_waiting, order)
 
     def _load_ahead(self) -> None:
-        """Give blocks to loads of requests that wait for a place in the batch. Every running request keeps a block for
-        its next tokens, so that none is preempted for a load."""
+        """Allocate blocks for loads of requests that wait for a place in the batch. One block per running request stays
+        free for its next tokens, so that none is preempted for a load."""
         keep_free = (len(self.running) + 1) * len(self.kv_cache_config.kv_cache_groups)
         for request in list(self.waiting)[:LOOKS_PER_STEP]:
             if compat.can_load_ahead(self, request) and compat.load_ahead(self, request, keep_free) is False:
                 return
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        """Blocks that a save holds are given back first, so that a reset does not fail for them. With
-        `reset_connector` the connector is reset even where vLLM raises before it gets there."""
+        """Blocks pinned by saves are released first, so that they do not make a reset fail. With `reset_connector` the
+        connector is reset even if vLLM raises before it does so."""
         side = self.penstock
         if side is None:
             done: bool = super().reset_prefix_cache(reset_running_requests, reset_connector)
@@ -99,7 +99,7 @@ class _InOrder(Scheduler):  # type: ignore[misc]
         return done
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
-        """The engine core writes the version of its weights into what it is given here, once this has returned."""
+        """vLLM's engine core writes the version of its weights into this argument after this method has returned."""
         self._take_version()
         outputs = super().update_from_output(*args, **kwargs)
         if self.penstock is not None:
@@ -109,7 +109,7 @@ class _InOrder(Scheduler):  # type: ignore[misc]
         return outputs
 
     def _take_version(self) -> None:
-        """What the results of the step before said."""
+        """Process what the results of the previous step reported."""
         if self.penstock is not None and self._outputs is not None:
             told = next((one.weight_version for one in self._outputs.values() if one.weight_version is not None), None)
             self._outputs = None
@@ -121,10 +121,10 @@ class PenstockSyncScheduler(_InOrder):
 
 
 class PenstockScheduler(_InOrder, AsyncScheduler):  # type: ignore[misc]
-    """For `--scheduler-cls`; where vLLM does not schedule ahead it is a `PenstockSyncScheduler`."""
+    """For `--scheduler-cls`; becomes a `PenstockSyncScheduler` if vLLM does not schedule ahead."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A `PenstockSyncScheduler` where vLLM does not schedule ahead."""
+        """Returns a `PenstockSyncScheduler` if vLLM does not schedule ahead."""
         config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
         if cls is PenstockScheduler and not config.scheduler_config.async_scheduling:
             return PenstockSyncScheduler(*args, **kwargs)
@@ -132,7 +132,7 @@ class PenstockScheduler(_InOrder, AsyncScheduler):  # type: ignore[misc]
 
 
 def _side_of(connector: Any) -> SchedulerSide | None:
-    """Penstock's part of vLLM's connector, which may be one of several."""
+    """Penstock's connector in vLLM, which may be one of several."""
     for one in (connector, *getattr(connector, "sub_connectors", ())):
         if isinstance(one, PenstockConnector):
             return one.side

@@ -1,4 +1,4 @@
-"""The connector in the scheduler's process: vLLM's requests, blocks and steps, told to the core by way of `host`."""
+"""The connector in the scheduler's process: passes vLLM's requests, blocks and steps to the core through `host`."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 log = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 SETTLE_TIMEOUT_S = 2.0
 STATS_INTERVAL_S = 0.1
-PRESS_BLOCKS = 8  # that saves give back at a time when vLLM would have to preempt
-SAVES_SHARE = 0.25  # of vLLM's blocks that saves keep although a request waits for room
+PRESS_BLOCKS = 8  # released at a time by saves when vLLM would have to preempt
+SAVES_SHARE = 0.25  # share of vLLM's blocks that saves may pin while a request waits for room
 STEPS_MAX = 64
 STALE = (
     "nothing is loaded or saved: weights changed while vLLM's own cache was in use, and may still be served from it; "
@@ -49,14 +49,14 @@ FINGERPRINT_VERSION = "penstock-vllm-2"
 
 @dataclass(slots=True)
 class _Known:
-    """A request as the connector follows it."""
+    """A request as the connector tracks it."""
 
     request: Request
     asked_held: int = 0  # tokens that vLLM held when it asked last
-    offered: int = 0  # tokens that it was offered then
-    saved_to: int = 0  # full blocks that were looked at for saving
-    tardy_jobs: deque[int] = field(default_factory=deque)  # of them, those for which there was no room
-    adapter: str | None = None  # what it is computed with, where it has an adapter
+    offered: int = 0  # tokens that were offered then
+    saved_to: int = 0  # full blocks considered for saving
+    tardy_jobs: deque[int] = field(default_factory=deque)  # blocks among them for which there was no room
+    adapter: str | None = None  # identity of its adapter, if any
     computing: bool = False
     answering: bool = False
 
@@ -71,7 +71,7 @@ class _Step:
 
 
 class SchedulerSide:
-    """What the connector does in the scheduler's process, all of it on vLLM's scheduler thread."""
+    """The connector's work in the scheduler's process, all on vLLM's scheduler thread."""
 
     def __init__(self, config: VllmConfig, kv_cache: KVCacheConfig) -> None:
         transfer = config.kv_transfer_config
@@ -102,7 +102,7 @@ class SchedulerSide:
             raise
         self._weights = WeightVersion(settings.weight_version)
         self._fingerprint = self._new_fingerprint()
-        self._stale = False  # vLLM's own cache may hold KV of weights that were replaced
+        self._stale = False  # vLLM's own cache may hold KV of replaced weights
         self._adapters = Adapters()
         self._media = Media()
         self._log = RateLimitedLog(log)
@@ -111,11 +111,11 @@ class SchedulerSide:
         self._known: dict[str, _Known] = {}
         self._pins: compat.Pins | None = None
         self._manager: KVCacheManager | None = None
-        self.reserved_blocks = 0  # vLLM blocks that are spoken for, as far as the scheduler class says
+        self.reserved_blocks = 0  # vLLM blocks reserved for running prefills, as the scheduler class reports
         self._step = 0
-        self._zeroes = bool(getattr(kv_cache, "needs_kv_cache_zeroing", True))  # steps put zeros into new blocks
+        self._zeroes = bool(getattr(kv_cache, "needs_kv_cache_zeroing", True))  # steps may zero newly allocated blocks
         self._ahead = False
-        self._steps: deque[_Step] = deque(maxlen=STEPS_MAX)  # scheduled, results not there
+        self._steps: deque[_Step] = deque(maxlen=STEPS_MAX)  # scheduled steps without results
         self._last_result_s = 0.0
         self._stats = StatsTaker()
         self._next_stats_s = 0.0
@@ -128,7 +128,7 @@ class SchedulerSide:
         )
 
     def bind(self, manager: KVCacheManager) -> None:
-        """vLLM's allocator is there."""
+        """vLLM's block allocator exists now."""
         self._manager = manager
         self._pins = compat.Pins(manager)
 
@@ -136,17 +136,18 @@ class SchedulerSide:
 
     @contextlib.contextmanager
     def _for_one(self, request_id: str) -> Iterator[None]:
-        """What fails within ends Penstock's part in this request, and neither vLLM nor another request."""
+        """A context: an exception in it ends Penstock's handling of this request, and affects neither vLLM nor
+        others."""
         try:
             yield
-        except Exception:  # noqa: BLE001 (vLLM's request goes on without the pool)
+        except Exception:  # noqa: BLE001 (vLLM serves the request without the pool)
             self._log.exception("request", "Penstock failed for request %s, which goes on without the pool", request_id)
             self.host.lost("requests_not_followed")
             self._known.pop(request_id, None)
             self.host.finish(request_id)
 
     def arrived(self, request: Request) -> None:
-        """Look the request up and begin to fetch it, before the scheduler gets to it."""
+        """Look the request up and start to fetch it, before the scheduler considers it."""
         if not self.host.fatal:
             with self._for_one(request.request_id):
                 self._arrived(request)
@@ -163,17 +164,17 @@ class SchedulerSide:
         held = 0 if self._manager is None else compat.held_tokens(self._manager, request)
         try:
             self.host.submit(spec, held, not request.skip_reading_prefix_cache)
-        except ValueError:  # an id that is still in use is served without the pool
+        except ValueError:  # a request whose id is in use is served without the pool
             self.host.lost("requests_not_followed")
             return
         self._known[request.request_id] = _Known(request, adapter=adapter)
 
     def _spec(self, request: Request, adapter: str | None) -> RequestSpec | str:
-        """What the scheduler core has to know of a request; a word where it has to do without the pool."""
+        """The scheduler core's description of a request, or the reason why it cannot use the pool."""
         if self._stale and not self._finish_reset():
             self._log.warning("stale", STALE)
             return "reset"
-        if not compat.is_keepable(request):
+        if not compat.is_storable(request):
             return "input"
         if adapter is None and request.lora_request is not None:
             return "adapter"
@@ -196,7 +197,8 @@ class SchedulerSide:
         )
 
     def _deadline_s(self, request: Request) -> float | None:
-        """`slo_ttft_ms` of the request, after its arrival; else vLLM's priority as so many default deadlines later."""
+        """The deadline: the request's `slo_ttft_ms` after its arrival, else vLLM's priority as that many default
+        deadlines later."""
         waited_s: float = max(0.0, time.time() - request.arrival_time)
         given: Any = None
         for extra in (request.kv_transfer_params, getattr(request.sampling_params, "extra_args", None)):
@@ -229,18 +231,19 @@ class SchedulerSide:
         if found and self._pins is not None and not self._fits(held_tokens, found):
             rank = self.rank(request.request_id)
             if rank is None or rank[0] != AGED:
-                return None  # what can be computed goes on meanwhile
+                return None  # what can be computed continues meanwhile
         known.offered = found or 0
         return found
 
     def _fits(self, held_tokens: int, loaded_tokens: int) -> bool:
-        """Whether vLLM has blocks for a load. A window group needs fewer than it seems, so the largest one counts."""
+        """Whether vLLM has blocks for a load. A window group may need fewer than assumed, so the largest group
+        counts."""
         assert self._pins is not None
         needed = max(-(-loaded_tokens // tokens) for tokens in self._group_tokens)
         return needed + self.reserved_blocks <= self._pins.free_blocks
 
     def rank(self, request_id: str) -> Rank | None:
-        """Where the scheduler core sees a request, smallest first; None for one that it does not know."""
+        """The request's rank in the scheduler core, smallest first; None if the core does not know it."""
         return self.host.query(lambda scheduler: scheduler.rank(request_id), None)
 
     def ranks(self, request_ids: Iterable[str]) -> dict[str, Rank]:
@@ -255,8 +258,8 @@ class SchedulerSide:
         return self.host.query(lambda scheduler: scheduler.step_tokens_max(), None)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
-        """vLLM's blocks for what `matched` had offered, or the first of it; those that it holds already stay untouched.
-        Where it is anything else, the load has failed, and vLLM computes the request."""
+        """vLLM allocated blocks for what `matched` offered, or for its beginning; blocks that it held already are not
+        touched. If it allocated for anything else, the load fails, and vLLM computes the request."""
         begun = False
         with self._for_one(request.request_id):
             begun = self._allocated(request, blocks, external_tokens)
@@ -287,7 +290,7 @@ class SchedulerSide:
 
     @contextlib.contextmanager
     def loading_ahead(self) -> Iterator[None]:
-        """Within, loads get blocks behind vLLM's scan, when the step and what it zeroes are settled."""
+        """A context in which loads get blocks after vLLM's scan, when the step and its zeroed blocks are decided."""
         self._ahead = True
         try:
             yield
@@ -295,7 +298,7 @@ class SchedulerSide:
             self._ahead = False
 
     def _ids(self, groups: Any, index: int, held_tokens: int) -> Ids:
-        """vLLM blocks of pool block `index`, by group; -1 for those below `held_tokens` and for null ones."""
+        """vLLM blocks of pool block `index`, by group; -1 for those below `held_tokens` and for null blocks."""
         found = []
         for blocks, tokens, rows in zip(groups, self._group_tokens, self._rows, strict=True):
             first = index * rows
@@ -308,7 +311,7 @@ class SchedulerSide:
         return found
 
     def finished(self, request: Request) -> None:
-        """The request ended or was aborted: offer its last full blocks, and let go of it."""
+        """The request ended or was aborted: offer its last full blocks, and stop tracking it."""
         known = self._known.pop(request.request_id, None)
         if known is None:
             return
@@ -323,9 +326,9 @@ class SchedulerSide:
     # -- weights that are replaced ------------------------------------------------------------------------------
 
     def reset(self) -> bool:
-        """Weights may be other ones from now on: nothing that was computed or queued before is loaded, saved or found
-        again. False while vLLM's own cache is in use, which keeps KV of the weights before: until a reset finds it
-        unused, requests are computed without the pool."""
+        """Weights may have changed: nothing computed or queued before is loaded, saved or found again. False while
+        vLLM's own cache is in use, since it holds KV of the previous weights: requests are computed without the pool
+        until a reset finds it unused."""
         self._weights.reset()
         self._begin_anew()
         if self._stale:
@@ -337,16 +340,16 @@ class SchedulerSide:
         self._adapters.cache_emptied()
 
     def drop_saves(self) -> None:
-        """Before a reset: saves that have not begun give vLLM's blocks back, and are dropped."""
+        """Before a reset: saves that have not started are dropped and release vLLM's blocks."""
         self.host.press(None)
-        self._give_back()
+        self._unpin_ended()
 
     def results(self, weight_version: str | None) -> None:
-        """The results of a step came with the version of its weights that vLLM was told (None: with none)."""
+        """The results of a step reported the version of its weights that vLLM was given (None: no version)."""
         named = self._weights.step_ended(weight_version)
         if named:
             self._rename()
-            log.info("the weights are version %r now; engines that say the same share their KV", weight_version)
+            log.info("the weights are version %r now; engines with the same version share their KV", weight_version)
         elif named is False:
             self._weights.reset()
             self._begin_anew(unused=False)
@@ -354,14 +357,14 @@ class SchedulerSide:
 
     @property
     def listens_for_version(self) -> bool:
-        """Whether the results of the next step have to say a version."""
+        """Whether the results of the next step must report a version."""
         return self._weights.listens
 
     def _begin_anew(self, unused: bool = True) -> None:
-        """Another fingerprint: whatever is under way ends, and what waits is looked up anew, if vLLM's own cache is
-        `unused` as far as the caller knows."""
+        """Change the fingerprint: everything under way ends, and waiting requests are looked up again, if the caller
+        found vLLM's own cache `unused`."""
         self.host.forget_all()
-        self._give_back()
+        self._unpin_ended()
         known, self._known = list(self._known.values()), {}
         self.host.not_saved(sum(len(one.tardy_jobs) for one in known))
         self._stale = not unused or not (self._manager is None or compat.holds_nothing(self._manager))
@@ -377,7 +380,8 @@ class SchedulerSide:
         return pool_key.fingerprint(found) if pool_key is not None else found
 
     def _rename(self) -> None:
-        """Another name for the same weights: what waits is looked up anew, what is computed keeps its keys."""
+        """Change the name of the same weights: waiting requests are looked up again, computed blocks keep their
+        keys."""
         self._fingerprint = self._new_fingerprint()
         for known in list(self._known.values()):
             request = known.request
@@ -386,12 +390,12 @@ class SchedulerSide:
                 self.arrived(request)
 
     def _forget(self, known: _Known) -> None:
-        """Nothing more is loaded or saved for a request."""
+        """Stop loading and saving for a request."""
         self._known.pop(known.request.request_id, None)
         self.host.finish(known.request.request_id)
 
     def _finish_reset(self) -> bool:
-        """vLLM's own cache is emptied as soon as nothing uses it, as a reset had asked for."""
+        """Empty vLLM's own cache as soon as it is unused, as a reset requested."""
         if self._manager is not None and compat.holds_nothing(self._manager):
             self._stale = not self._manager.reset_prefix_cache()
             if not self._stale:
@@ -401,8 +405,8 @@ class SchedulerSide:
     # -- steps --------------------------------------------------------------------------------------------------
 
     def scheduled(self, output: SchedulerOutput) -> int:
-        """vLLM decided on a step: note what it computes, offer the blocks it completes. Returns the step's number."""
-        self._give_back()
+        """vLLM decided on a step: record what it computes, offer the blocks it completes. Returns the step's number."""
+        self._unpin_ended()
         self._step += 1
         spans: list[tuple[int, int]] = []
         self._look_at_adapters(output.num_scheduled_tokens)
@@ -414,7 +418,7 @@ class SchedulerSide:
                     self._computes(known, count)
         if spans:
             self._steps.append(_Step(self._step, spans, time.monotonic()))
-        self._give_back()
+        self._unpin_ended()
         return self._step
 
     def _computes(self, known: _Known, count: int) -> None:
@@ -430,12 +434,13 @@ class SchedulerSide:
             known.answering = True
             self.host.prefilled(request_id)
         done = computed + count
-        if self._guesses:  # guessed tokens may be taken back
+        if self._guesses:  # speculated tokens may be taken back
             done = max(0, computed - request.num_in_flight_tokens)
         self._offer(known, done, self._step, computed)
 
     def _look_at_adapters(self, scheduled: Iterable[str]) -> None:
-        """vLLM may read an adapter with any step that needs it: requests whose adapter changed go on without us."""
+        """vLLM may read an adapter with any step that needs it: requests whose adapter changed continue without the
+        pool."""
         now: dict[int, str | None] = {}
         for request_id in scheduled:
             known = self._known.get(request_id)
@@ -452,8 +457,8 @@ class SchedulerSide:
         self.host.query(lambda scheduler: scheduler.advanced(request_id, computed_tokens), None)
 
     def _offer(self, known: _Known, computed_tokens: int, step: int, before_tokens: int) -> None:
-        """Offer full blocks up to `computed_tokens`; those up to `before_tokens` were there before the step, so that
-        a window may have dropped some of their parts. What there is no room for is put off to a later step."""
+        """Offer full blocks up to `computed_tokens`. Those up to `before_tokens` existed before the step, so a sliding
+        window may have freed a part of them. Blocks without room are deferred to a later step."""
         pins, request = self._pins, known.request
         end = min(computed_tokens, len(request.all_token_ids)) // self._block_tokens
         if pins is None or not self.host.shape.saves or (known.saved_to >= end and not known.tardy_jobs):
@@ -481,11 +486,11 @@ class SchedulerSide:
                 if not blocks[at].is_null
             ]
             page, room = self.host.offer(request.request_id, index, ids, step)
-            pins.keep(page, kept)
+            pins.pin(page, kept)
 
     def step_ended(self, finished_recving: Iterable[str], step: int | None) -> None:
-        """Results are there: of `step`, if it computed anything. vLLM schedules a step while another one runs, so a
-        step took no longer than since the results before it."""
+        """Results of `step` arrived, if it computed anything. vLLM schedules a step while another one runs, so a step
+        took at most the time since the previous results."""
         for request_id in finished_recving:
             self.host.acknowledged(request_id)
         now = time.monotonic()
@@ -494,20 +499,20 @@ class SchedulerSide:
             if ended.number == step:
                 self.host.stepped(ended.spans, now - max(ended.scheduled_s, self._last_result_s))
                 self._last_result_s = now
-        self._give_back()
+        self._unpin_ended()
 
-    def _give_back(self) -> None:
+    def _unpin_ended(self) -> None:
         if self._pins is not None:
             for page in self.host.released():
-                self._pins.give_back(page)
+                self._pins.unpin(page)
 
     def short_of_blocks(self) -> bool:
-        """vLLM would have to preempt: whether blocks kept for saves come back soon instead."""
+        """vLLM would have to preempt: whether blocks pinned for saves are released soon instead."""
         self._press(max(PRESS_BLOCKS, len(self._known)))
-        return self.keeps_blocks()
+        return self.pins_blocks()
 
     def _make_room(self, request: Request) -> None:
-        """A request waits to be begun: when vLLM has no room for it, saves give way, down to their share."""
+        """A request waits to start: if vLLM has no room for it, saves release blocks, down to their share."""
         beyond = 0 if self._pins is None else len(self._pins) - int(self.host.shape.l1_blocks * SAVES_SHARE)
         if self._pins is not None and beyond > 0:
             needed = sum(-(-request.num_tokens // tokens) for tokens in self._group_tokens) + self.reserved_blocks
@@ -516,15 +521,15 @@ class SchedulerSide:
 
     def _press(self, blocks: int) -> None:
         self.host.press(blocks)
-        self._give_back()
+        self._unpin_ended()
 
-    def keeps_blocks(self) -> bool:
-        """Whether vLLM still keeps blocks for saves."""
-        self._give_back()
+    def pins_blocks(self) -> bool:
+        """Whether saves still pin vLLM's blocks."""
+        self._unpin_ended()
         return self._pins is not None and len(self._pins) > 0
 
     def take_stats(self) -> PenstockStats | None:
-        """What happened since the last call, at most every `STATS_INTERVAL_S` while there are requests."""
+        """Statistics since the last call, at most every `STATS_INTERVAL_S` while there are requests."""
         now = time.monotonic()
         if now < self._next_stats_s and self._known:
             return None
@@ -532,11 +537,11 @@ class SchedulerSide:
         return self.host.take_stats(self._stats)
 
     def settle_saves(self, timeout_s: float = SETTLE_TIMEOUT_S) -> bool:
-        """Wait until no block of vLLM is kept for a save; False when that takes longer. Saves that have not begun by
-        half the time are dropped."""
+        """Wait until saves pin no vLLM block; False if that takes longer. Saves that have not started by half the time
+        are dropped."""
         begin = time.monotonic()
         pressed = False
-        while self.keeps_blocks():
+        while self.pins_blocks():
             waited_s = time.monotonic() - begin
             if waited_s > timeout_s:
                 return False

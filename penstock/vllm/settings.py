@@ -1,4 +1,4 @@
-"""What a user sets in `kv_connector_extra_config`: one frozen record; a wrong key or value is one clear line."""
+"""The user's settings in `kv_connector_extra_config`: one frozen record; a wrong key or value gives a clear line."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from penstock.pool.setup.config_file import read_pool_config
 from penstock.units import parse_address, parse_bytes
 from penstock.vllm.flags import DEFAULT_MEMORY
 
-PROOF_KEYS = ("secret_file", "peer_tls_cert", "peer_tls_key", "peer_tls_ca")  # of the pool nodes; as in pool.toml
-OWN_KEYS = frozenset({"connectors"})  # of vLLM's MultiConnector, beside ours
+# credentials for pool nodes; named as in pool.toml
+PROOF_KEYS = ("secret_file", "peer_tls_cert", "peer_tls_key", "peer_tls_ca")
+OWN_KEYS = frozenset({"connectors"})  # keys of vLLM's MultiConnector, allowed beside ours
 
 
 def _text(given: Any) -> str:
     if not isinstance(given, str) or not given:
-        raise ValueError("allowed: a text that is not empty")
+        raise ValueError("allowed: a non-empty text")
     return given
 
 
@@ -41,49 +42,47 @@ def _slab(given: Any) -> tuple[Path, int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings(OrderSettings, SaveSettings, PeerSettings):
-    """`pool`: addresses of pool nodes; `memory` (bytes) and `slab` (path, bytes): members in the engine's process; all
-    of them are one pool. `pool_config` is a pool.toml that describes one instead. `secret_file` and `peer_tls_*` are
-    what nodes ask for; `pool_key_file` holds the key that blocks are written and verified under (`pool.mac`).
-    `staging_bytes` is host memory for blocks on their way, `block_tokens` 0 the default for vLLM's block size. With
-    `load_always` every hit is loaded, even where computing it seems faster. `weight_version` is the name of a run whose
-    weights change, so that versions that vLLM is told mean the same in every engine with that name."""
+    """`pool`: addresses of pool nodes; `memory` (bytes) and `slab` (path, bytes): members in the engine's process;
+    together they form one pool. `pool_config` is a pool.toml that describes one instead. `secret_file` and `peer_tls_*`
+    are the credentials for nodes; `pool_key_file` holds the key that signs and verifies blocks (`pool.mac`).
+    `staging_bytes` is host memory for blocks in transit; `block_tokens` 0 means the default for vLLM's block size. With
+    `load_always`, every hit is loaded even if computing it seems faster. `weight_version` names a run whose weights
+    change, so that a version given to vLLM means the same in every engine with that name."""
 
-    pool: tuple[str, ...] = setting((), "A pool node; may be repeated.", "HOST:PORT", parse=str)
-    pool_config: Path | None = setting(None, "TOML file that describes the pool, as of penstock pool.", "FILE")
+    pool: tuple[str, ...] = setting((), "Address of a pool node; may be repeated.", "HOST:PORT", parse=str)
+    pool_config: Path | None = setting(None, "TOML file that describes the pool, as for penstock pool.", "FILE")
     memory: tuple[int, ...] = setting(
         (),
-        "A memory member of vLLM's process; may be repeated.",
+        "Size of a memory member in vLLM's process; may be repeated.",
         "SIZE",
         parse=_size,
-        shown=f"{DEFAULT_MEMORY} if alone",
+        shown=f"{DEFAULT_MEMORY} if no pool is named",
     )
     slab: tuple[tuple[Path, int], ...] = setting(
-        (), "A slab member of vLLM's process; may be repeated.", "PATH:SIZE", parse=_slab
+        (), "Slab file of a member in vLLM's process; may be repeated.", "PATH:SIZE", parse=_slab
     )
     secret_file: Path | None = setting(
-        None, "File with the secret that the pool nodes ask for.", "FILE", parse=named_file
+        None, "File with the secret that the pool nodes require.", "FILE", parse=named_file
     )
-    pool_key_file: Path | None = setting(
-        None, "File (0600) with the key without which nobody writes what vLLM reads.", "FILE"
-    )
+    pool_key_file: Path | None = setting(None, "File (0600) with the key that signs and verifies blocks.", "FILE")
     staging_bytes: int = setting(1 << 30, "Host staging memory (L2).", "SIZE", name="staging", parse=_size)
     block_tokens: int = setting(
-        0, "Tokens of one block in the pool.", shown=f"{BLOCK_TOKENS}, or the next multiple of vLLM's block"
+        0, "Tokens in one pool block.", shown=f"{BLOCK_TOKENS}, or the next multiple of vLLM's block"
     )
-    max_waiting: int = setting(4096, "Requests that wait at once; further ones load nothing.")
-    model_id: str = setting("", "Stands for the weights.", shown="what the weights' files say")
-    weight_version: str = setting("", "Names a run whose weights are replaced while vLLM runs.", shown="none")
+    max_waiting: int = setting(4096, "Requests that may wait at once; further ones load nothing.")
+    model_id: str = setting("", "Text that identifies the weights.", shown="what the weights' files say")
+    weight_version: str = setting("", "Name of a run whose weights are replaced while vLLM runs.", shown="none")
     load_always: bool = setting(False, "Load every hit, even where computing is faster.", shown="")
 
     def open_config(self) -> PoolConfig:
-        """The pool these settings name. Raises ConfigError."""
+        """Open the pool that these settings name. Raises ConfigError."""
         if self.pool_config is not None:
             return read_pool_config(self.pool_config)
         proof = {name: getattr(self, name) for name in PROOF_KEYS}
         return config_of_flags(self.memory, self.slab, nodes=self.pool, **proof)
 
     def read_pool_key(self) -> PoolKey | None:
-        """Raises ConfigError."""
+        """Read the pool key file. Raises ConfigError."""
         try:
             return PoolKey.read(self.pool_key_file) if self.pool_key_file is not None else None
         except ValueError as error:
@@ -106,7 +105,7 @@ def read_settings(extra: Mapping[str, Any]) -> Settings:
 
 
 def _read(key: str, one: Declared, given: Any) -> Any:
-    """What was given as JSON: unlike a flag, it may be a number where that is meant, and a list."""
+    """A value given as JSON: unlike a flag, it may be a number where one is expected, or a list."""
     try:
         if one.repeats:
             return tuple(one.read(item) for item in _list(key, given))
@@ -150,7 +149,7 @@ def _check(settings: Settings) -> None:
     check_choices(settings)
     own = settings.pool or settings.memory or settings.slab
     if settings.pool_config is not None and own:
-        raise ConfigError("pool_config is set together with pool, memory or slab; allowed: one or the other")
+        raise ConfigError("pool_config is set together with pool, memory or slab; allowed: one of the two")
     for key in PROOF_KEYS:
         if settings.pool_config is not None and getattr(settings, key) is not None:
             raise ConfigError(f"{key} is set together with pool_config; allowed: the key of that name in that file")
@@ -179,7 +178,7 @@ def _check(settings: Settings) -> None:
 
 def choose_block_tokens(wanted: int, unit_tokens: int) -> int:
     """Tokens of a pool block for an engine whose own blocks have `unit_tokens` (the least common multiple over its
-    groups): what was asked for, else 64 where that fits, else the next multiple. Raises ConfigError."""
+    groups): the wanted number, else 64 if it is a multiple, else the next multiple. Raises ConfigError."""
     if wanted:
         if wanted % unit_tokens:
             raise ConfigError(f"block_tokens is {wanted}; allowed: a multiple of vLLM's block size, {unit_tokens}")

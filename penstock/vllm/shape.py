@@ -1,4 +1,4 @@
-"""What vLLM and the user's settings make of the scheduler's side: its shape, its scheduler core's numbers, its pool."""
+"""Derives from vLLM and the user's settings the scheduler side's shape, scheduler core configuration and pool."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ FREES_TEXT = (
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the scheduler's side has to know of vLLM: tokens of a pool block, vLLM blocks of each group in it, how many
-    pool blocks fit into vLLM's cache, and whether every rank holds the same bytes (MLA)."""
+    """What the scheduler's side needs to know of vLLM: tokens of a pool block, vLLM blocks of each group in it, how
+    many pool blocks fit into vLLM's cache, and whether every rank holds the same bytes (MLA)."""
 
     engine_id: str
     ranks: int
@@ -38,13 +38,13 @@ class Shape:
 
 
 def check_frees(shape: Shape, defers_frees: bool) -> None:
-    """Raises ConfigError where vLLM would give a load blocks that a step in flight may still write."""
+    """Raises ConfigError if vLLM could give a load blocks that a step in flight may still write."""
     if shape.loads and shape.reuses_pages_in_flight and not defers_frees:
         raise ConfigError(FREES_TEXT)
 
 
 def open_pool_of(settings: Settings) -> Pool:
-    """One pool node alone is spoken to directly; anything else is one pool of several members."""
+    """Open the pool: a single pool node directly, anything else as one pool of several members."""
     if len(settings.pool) == 1 and not settings.memory and not settings.slab:
         secret = Secret.read(settings.secret_file) if settings.secret_file else None
         return connect_pool(settings.pool[0], secret=secret, tls=PeerTls.of(settings))
@@ -52,7 +52,7 @@ def open_pool_of(settings: Settings) -> Pool:
 
 
 def scheduler_config(settings: Settings, shape: Shape, block_bytes: int, slot_bytes: int) -> SchedulerConfig:
-    """Of an engine whose blocks have `block_bytes` and take `slot_bytes` of staging. Raises ConfigError."""
+    """The configuration for blocks of `block_bytes` that take `slot_bytes` of staging. Raises ConfigError."""
     slots = settings.staging_bytes // slot_bytes - SPARE_SLOTS
     if slots < 4:
         raise ConfigError(

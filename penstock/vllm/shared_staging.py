@@ -1,4 +1,4 @@
-"""Staging memory (L2) that the workers of an engine map too, and the pool as seen from it."""
+"""Staging memory (L2) that an engine's workers map too, and the pool as used with it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from penstock.pool.wrapped import WrappedPool
 
 log = logging.getLogger(__name__)
 
-SPARE_SLOTS = 4  # stand in for slots whose memory a device still holds
+SPARE_SLOTS = 4  # replace slots whose memory a device still holds
 
 
-class Unleased(WrappedPool):
-    """The pool without blocks in place: workers of other processes cannot see them."""
+class LeaselessPool(WrappedPool):
+    """A pool that never lends blocks in place: workers in other processes could not see them."""
 
     def lease(self, key: BlockKey) -> Lease | None:
-        """None: every block is read into staging memory."""
+        """Always None: every block is read into staging memory."""
         return None
 
 
 class SharedStaging(Staging):
-    """Slots in memory that workers map too, so a slot whose memory a device still holds moves to a spare one; when
-    there is none left, it is out of use."""
+    """Slots in memory that workers map too. A slot whose memory a device still holds moves to a spare one; without a
+    free spare it is out of use."""
 
     def __init__(self, memory: memoryview, slot_bytes: int, slots: int) -> None:
-        """`memory` is of `slots + SPARE_SLOTS` slots."""
+        """`memory` has `slots + SPARE_SLOTS` slots."""
         super().__init__(memory, slot_bytes)
         self._all, self._slot_size = memory, slot_bytes
         self._places = list(range(slots))
@@ -35,11 +35,11 @@ class SharedStaging(Staging):
         self._dead: dict[int, memoryview] = {}
 
     def place(self, slot: int) -> int | None:
-        """Where in the memory the slot is; None: out of use."""
+        """Index of the slot's memory; None: out of use."""
         return None if slot in self._dead else self._places[slot]
 
     def slot(self, slot: int) -> memoryview:
-        """Memory of a slot, where it is now."""
+        """The slot's current memory."""
         if slot in self._dead:
             return self._dead[slot]
         begin = self._places[slot] * self._slot_size

@@ -1,7 +1,7 @@
-"""Which weights a running vLLM has: those it started with, a version that somebody named, or ones nobody else has.
+"""Identifies the weights of a running vLLM: its initial weights, a named version, or weights unique to this engine.
 
-vLLM lets weights be replaced while it runs, and says so in two ways: by a reset of its caches, connector included, and
-by a version that a trainer may give it (`finish_weight_update`, `update_weight_version`).
+vLLM lets weights be replaced while it runs, and signals it in two ways: by a reset of its caches including the
+connector, and by a version that a trainer may give it (`finish_weight_update`, `update_weight_version`).
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import msgspec
 
 
 class WeightVersion:
-    """`part` goes into the fingerprint. `scope` (the setting `weight_version`) names the run whose versions are told;
-    without one every change of weights is this engine's own."""
+    """`part` goes into the fingerprint. `scope` (the setting `weight_version`) names the run whose versions are shared;
+    without it, every change of weights is unique to this engine."""
 
     def __init__(self, scope: str) -> None:
         self._scope = scope
-        self._told = "default"  # what vLLM says before anybody told it a version
-        self._fresh = False  # reset, and no step's result since
+        self._reported = "default"  # the version vLLM reports before it was given one
+        self._fresh = False  # reset, and no results of a step since
         self.part = _named(scope, "") if scope else ""
 
     @property
@@ -27,21 +27,22 @@ class WeightVersion:
         return self._fresh and bool(self._scope)
 
     def reset(self) -> None:
-        """Weights may be other ones from now on; nobody shares them until they get a name."""
+        """Weights may have changed; no other engine shares them until they get a name."""
         self.part = msgspec.json.encode(["own", secrets.token_hex(16)]).decode()
         self._fresh = True
 
-    def step_ended(self, told: str | None) -> bool | None:
-        """The results of a step came with vLLM's version (None: with none). None when nothing changed; True when the
-        weights have a name now; False when they changed without a reset, so that vLLM's own cache is of old ones."""
+    def step_ended(self, reported: str | None) -> bool | None:
+        """The results of a step came with vLLM's version (None: without one). Returns None if nothing changed, True
+        if the weights have a name now, False if they changed without a reset, so that vLLM's own cache is of old
+        weights."""
         fresh, self._fresh = self._fresh, False
-        if told is None or told == self._told:
+        if reported is None or reported == self._reported:
             return None
-        self._told = told
+        self._reported = reported
         if not fresh:
             return False
         if self._scope:
-            self.part = _named(self._scope, told)
+            self.part = _named(self._scope, reported)
             return True
         return None
 

@@ -1,4 +1,4 @@
-"""What a message over the link may say: each end checks what it gets before it acts on it."""
+"""Checks of messages over the link: each end validates a message before it acts on it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ BLOCK_BYTES_MAX = 1 << 40
 
 
 def check_hello(hello: object, rank: int, rows: Sequence[int]) -> Hello:
-    """What the worker at `rank` said of itself; `rows` are vLLM blocks of each group in a pool block. Raises LinkError:
-    what, and what is allowed."""
+    """Check the description that the worker at `rank` sent; `rows` is the number of vLLM blocks of each group in a pool
+    block. Raises LinkError with what was sent and what is allowed."""
     if not isinstance(hello, Hello):
         raise LinkError(f"worker rank {rank} answers with a {type(hello).__name__}; allowed: Hello")
     if hello.rank != rank:
@@ -28,7 +28,8 @@ def check_hello(hello: object, rank: int, rows: Sequence[int]) -> Hello:
 
 
 def check_attach(attach: object, descriptor: int, row_bytes: Sequence[Sequence[int]]) -> tuple[Attach, int]:
-    """The staging memory that the scheduler shares, and the bytes of this worker's part of a slot. Raises LinkError."""
+    """Check the staging memory shared by the scheduler; returns the bytes of this worker's part of a slot. Raises
+    LinkError."""
     if not isinstance(attach, Attach):
         raise LinkError(f"a {type(attach).__name__} instead of the staging memory")
     if len(attach.rows) != len(row_bytes) or min(attach.rows) < 1 or attach.slots < 1:
@@ -48,7 +49,7 @@ def check_attach(attach: object, descriptor: int, row_bytes: Sequence[Sequence[i
 
 
 def check_block(slot: int, ids: Sequence[Sequence[int]], attach: Attach, vllm_blocks: int) -> None:
-    """One block of a copy. Raises LinkError when it names memory that is not there."""
+    """Check one block of a copy. Raises LinkError if it names memory that does not exist."""
     if not 0 <= slot < attach.slots:
         raise LinkError(f"slot {slot}; allowed: 0 to {attach.slots - 1}")
     if [len(places) for places in ids] != attach.rows:

@@ -1,4 +1,4 @@
-"""The workers of one engine as the scheduler's side sees them: connected, sharing its memory, asked for copies."""
+"""The scheduler side's links to the workers of its engine: it connects, shares memory and requests copies."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 30.0
 HELLO_TIMEOUT_S = 30.0
 JOIN_S = 5.0
-LATE_S = 30.0  # after which a copy that was not answered is worth a line
+LATE_S = 30.0  # a copy unanswered for this long is logged
 
 Event = Callable[[], None]
 Ended = Callable[[str | None], None]
 
 
 class WorkerLostError(RuntimeError):
-    """A worker ended its link, or sent what it should not: no more copies can be asked for. `in_order`: vLLM closes
+    """A worker ended its link or sent an invalid message: no more copies can be requested. `in_order`: vLLM closes
     it."""
 
     def __init__(self, reason: str, in_order: bool = False) -> None:
@@ -45,14 +45,14 @@ class _Rank:
     link: wire.Link
     lock: threading.Lock = field(default_factory=threading.Lock)
     asked: set[int] = field(default_factory=set)
-    gone: bool = False  # its link has ended, and with it all its copies; the control thread's
+    gone: bool = False  # its link has ended, and with it all its copies; used by the control thread
 
     def ask(self, op_id: int) -> None:
         with self.lock:
             self.asked.add(op_id)
 
     def answered(self, op_id: int) -> None:
-        """Raises LinkError for a copy that it was not asked for, or answers twice."""
+        """Raises LinkError for an answer to a copy that was not requested, or a second answer."""
         with self.lock:
             if op_id not in self.asked:
                 raise wire.LinkError(f"rank {self.number} answers operation {op_id}, which it does not do")
@@ -61,7 +61,7 @@ class _Rank:
 
 @dataclass(slots=True)
 class _Copy:
-    """A message that every worker it went to has to answer: by its own word, or by the end of its link."""
+    """A message that every worker it was sent to has to answer: explicitly, or by the end of its link."""
 
     left: set[int]
     ended: Ended
@@ -72,13 +72,14 @@ class _Copy:
 
 
 class WorkerLinks:
-    """One link to each worker. `post` hands an event to the control thread, which alone calls `upload`, `download` and
-    `tell`; how a copy ended is such an event. A copy ends for a rank when that rank says so or when its link ends,
-    which a worker closes behind its last copy and the kernel when its process dies; other ranks' copies go on."""
+    """One link to each worker. `post` queues an event for the control thread, which alone calls `upload`, `download`
+    and `notify`; a copy's end is such an event. A copy ends for a rank when that rank says so or when its link ends;
+    the worker closes its link after its last copy, and the kernel closes it when the process dies. Other ranks'
+    copies continue."""
 
     def __init__(self, engine_id: str, rows: tuple[int, ...], ranks: int, same_on_all_ranks: bool) -> None:
-        """Connects to the workers. `rows` are vLLM blocks of each group in a pool block; with `same_on_all_ranks`
-        every worker holds the same bytes (MLA). Raises LinkError."""
+        """Connects to the workers. `rows` is the number of vLLM blocks of each group in a pool block; with
+        `same_on_all_ranks` every worker holds the same bytes (MLA). Raises LinkError."""
         self._ranks: list[_Rank] = []
         self._rows = rows
         self._copies: dict[int, _Copy] = {}
@@ -104,10 +105,10 @@ class WorkerLinks:
         try:
             return check_hello(link.receive(HELLO_TIMEOUT_S), rank, self._rows)
         except wire.LinkError as error:
-            raise wire.LinkError(f"worker rank {rank} of engine {engine_id} is of no use: {error}") from None
+            raise wire.LinkError(f"worker rank {rank} of engine {engine_id} is unusable: {error}") from None
 
     def share(self, slots: int) -> mmap.mmap:
-        """Memory of so many slots, which every worker maps."""
+        """Create memory of this many slots, which every worker maps."""
         descriptor, memory = wire.create_memory(slots * self.slot_bytes)
         try:
             for rank, offset in zip(self._ranks, self._offsets, strict=True):
@@ -118,8 +119,8 @@ class WorkerLinks:
         return memory
 
     def start(self, post: Callable[[Event], None], lost: Callable[[WorkerLostError], None]) -> None:
-        """Receive answers from now on, on a thread for each worker. `lost(error)` is an event too: a worker is no
-        longer there to be asked; its copies may still be under way."""
+        """Receive answers from now on, on one thread per worker. `lost(error)` is posted when a worker accepts no more
+        requests; its copies may still be running."""
         self._post, self._lost = post, lost
         self._threads = [
             GuardedThread(f"penstock-link-{rank.number}", partial(self._receive, rank), kind="penstock-link")
@@ -134,15 +135,15 @@ class WorkerLinks:
         return any(copy.writes for copy in self._copies.values())
 
     def upload(self, message: wire.Upload, ended: Ended) -> None:
-        """Every worker copies its parts up; `ended` gets what went wrong, None for nothing."""
+        """Every worker copies its parts up; `ended` gets the error, or None."""
         self._copy(message.op_id, message, self._ranks, ended, writes=True)
 
     def download(self, message: wire.Download, ended: Ended) -> None:
-        """Every worker that holds bytes of its own copies its part down."""
+        """Every worker that holds unique bytes copies its part down."""
         self._copy(message.op_id, message, self._ranks[:1] if self._same else self._ranks, ended, writes=False)
 
-    def tell(self, message: wire.Notice) -> None:
-        """To all workers; no answer. A worker that does not get it is lost soon."""
+    def notify(self, message: wire.Notice) -> None:
+        """Send to all workers, without an answer. A worker that cannot be reached will be reported lost."""
         for rank in self._ranks:
             with contextlib.suppress(wire.LinkError):
                 rank.link.send(message)
@@ -158,7 +159,7 @@ class WorkerLinks:
         return found
 
     def close(self) -> None:
-        """Workers end their side as they see the link closed."""
+        """Close the links; the workers then end their side."""
         self._closing = True
         for rank in self._ranks:
             rank.link.close()
@@ -170,7 +171,7 @@ class WorkerLinks:
         self._copies[op_id] = copy
         for rank in ranks:
             rank.ask(op_id)
-            # A rank that does not get the message whole ends its link behind its other copies, and that ends this one.
+            # A rank that does not get the whole message ends its link after its other copies; that ends this copy.
             with contextlib.suppress(wire.LinkError):
                 rank.link.send(message)
             if rank.gone:
@@ -184,7 +185,7 @@ class WorkerLinks:
 
     @staticmethod
     def _answered(copy: _Copy, rank: int, error: str | None) -> bool:
-        """Whether nobody is left who has to answer."""
+        """Whether no further answer is expected."""
         copy.left.discard(rank)
         copy.error = copy.error or error
         return not copy.left
@@ -208,7 +209,7 @@ class WorkerLinks:
             if not isinstance(error, wire.LinkError):
                 raise
         finally:
-            rank.link.end_sending()  # it ends its copies, then the link
+            rank.link.end_sending()  # the worker ends its copies, then the link
             rank.link.drain()
             self._post(partial(self._ended, rank))
 
@@ -220,6 +221,6 @@ class WorkerLinks:
         ended = [(op_id, copy) for op_id, copy in mine if self._answered(copy, rank.number, error)]
         for op_id, _ in ended:
             del self._copies[op_id]
-        with contextlib.ExitStack() as all_of_them:  # whatever one of them raises
+        with contextlib.ExitStack() as all_of_them:  # closes all, even if one raises
             for _, copy in ended:
                 all_of_them.callback(copy.ended, copy.error)

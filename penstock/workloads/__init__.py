@@ -1,1 +1,1 @@
-"""Request streams and what is said of them: generators, traces, deadlines, replay, statistics, plots."""
+"""Request streams and their evaluation: generators, traces, deadlines, replay, statistics, plots."""

@@ -1,4 +1,4 @@
-"""Deadlines of a workload: a TTFT without interference, from a fit over requests that ran alone, times multipliers."""
+"""Deadlines of a workload: TTFT without interference, fitted over requests that ran alone, times multipliers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ RequestName = tuple[str, int]  # session and turn
 
 @dataclass(frozen=True, slots=True)
 class TtftModel:
-    """TTFT of a request that has the machine to itself: `fixed_s + cached_s * cached + query_s * (query tokens) +
-    attention_s * query * (cached + query / 2)`, no term below zero, never below the least that was measured."""
+    """TTFT of a request that runs alone: `fixed_s + cached_s * cached + query_s * (query tokens) + attention_s * query
+    * (cached + query / 2)`, no term below zero, never below the smallest measurement."""
 
     fixed_s: float
     cached_s: float
@@ -29,7 +29,7 @@ class TtftModel:
 
     @classmethod
     def fit(cls, records: Sequence[RequestRecord]) -> Self:
-        """Least squares over requests that ran one at a time. Raises ValueError when too few of them succeeded."""
+        """Least squares over requests that ran one at a time. Raises ValueError if too few of them succeeded."""
         good = [record for record in records if record.error is None and record.ttft_s is not None]
         if len(good) < REQUESTS_MIN:
             raise ValueError(f"{len(good)} of {len(records)} calibration requests succeeded; {REQUESTS_MIN} are needed")
@@ -39,7 +39,7 @@ class TtftModel:
         return cls(fixed, cached, query, attention, least_s=float(ttft_s.min()))
 
     def ttft_s(self, cached_tokens: int, query_tokens: int) -> float:
-        """Seconds to the first token of a request alone; never less than `least_s`."""
+        """Seconds to the first token of a request that runs alone; at least `least_s`."""
         weights = (self.fixed_s, self.cached_s, self.query_s, self.attention_s)
         terms = _terms(cached_tokens, query_tokens)
         return max(self.least_s, sum(w * t for w, t in zip(weights, terms, strict=True)))
@@ -50,8 +50,8 @@ def _terms(cached: int, query: int) -> tuple[float, float, float, float]:
 
 
 def _nonnegative(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Least squares of relative errors without negative coefficients: terms that come out negative are left out, the
-    most negative first."""
+    """Least squares of relative errors with coefficients that are not negative: negative terms are removed, the most
+    negative first."""
     active = list(range(rows.shape[1]))
     found = np.zeros(rows.shape[1])
     while active:
@@ -83,7 +83,7 @@ def reusable_tokens(workload: Workload, vocabulary: int, block_tokens: int) -> d
 
 
 def with_multipliers(workload: Workload, seed: int) -> Workload:
-    """The workload with a multiplier from {2, 4, 8}, drawn evenly, on every turn that has none."""
+    """The workload with a multiplier drawn evenly from {2, 4, 8} on every turn without one."""
     rng = np.random.default_rng(seed)
 
     def drawn(turn: Turn) -> Turn:
@@ -106,8 +106,8 @@ def deadlines_s(workload: Workload, reusable: Mapping[RequestName, int], model: 
 
 
 def one_at_a_time(workload: Workload, requests_max: int, sessions_max: int) -> Workload:
-    """Turns of a few sessions, from short to long ones, in one closed loop; sessions take turns, so that the KV of one
-    is pushed out of a small device memory before its next turn. `sessions_max` does not bound sessions of one turn."""
+    """Turns of a few sessions, from short to long ones, in one closed loop. Sessions take turns, so that a small device
+    memory evicts a session's KV before its next turn. `sessions_max` does not limit sessions of one turn."""
     depth = max(len(session.turns) for session in workload.sessions)
     count = min(len(workload.sessions), sessions_max if depth > 1 else requests_max)
     by_length = sorted(workload.sessions, key=lambda session: session.turns[0].prompt_tokens)

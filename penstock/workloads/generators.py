@@ -1,8 +1,8 @@
-"""What is sent: frozen sessions of turns, their tokens, and generators for the papers' tables. One seed, one workload.
+"""Workloads: frozen sessions of turns, their tokens, and generators for the papers' tables. Deterministic by seed.
 
-A session is a closed loop: each turn follows the previous answer by its `think_s`. An open loop is many sessions of
-one turn. Tokens are named, not stored: a prompt is a list of segments of endless token streams, so that prompts
-which share a stream share a prefix, on every machine and under every `PYTHONHASHSEED`.
+A session is a closed loop: each turn follows the previous answer after its `think_s`. An open loop is many sessions of
+one turn. Tokens are described, not stored: a prompt is a list of segments of endless token streams, so that prompts
+that share a stream share a prefix, on every machine and under every `PYTHONHASHSEED`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-RESERVED_TOKEN_IDS = 16  # lowest ids, where tokenizers keep their special tokens; never generated
+RESERVED_TOKEN_IDS = 16  # the lowest ids, used for special tokens; never generated
 SLO_MULTIPLIERS = (2.0, 4.0, 8.0)  # CALVO: the deadline is the interference-free TTFT times one of these
-_STRATA = 256  # draws behind each kept value of a stratified sample
+_STRATA = 256  # draws per value of a stratified sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,10 @@ Prompt = tuple[Segment, ...]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One request: sent `think_s` after the previous answer of its session (the first one: after the session starts).
+    """One request, sent `think_s` after the previous answer of its session (the first one after the session's start).
 
-    `warm_tokens` is how much of the prompt's front the pool holds before the measurement begins;
-    `slo_multiplier` times the interference-free TTFT is its deadline.
+    `warm_tokens` leading tokens of the prompt are in the pool before the measurement begins; the deadline is
+    `slo_multiplier` times the interference-free TTFT.
     """
 
     prompt: Prompt
@@ -52,7 +52,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Turns that follow each other, from `start_s` after the beginning of the replay."""
+    """Consecutive turns, from `start_s` after the beginning of the replay."""
 
     name: str
     turns: tuple[Turn, ...]
@@ -62,7 +62,7 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Sessions to replay, under a name."""
+    """Named sessions to replay."""
 
     name: str
     sessions: tuple[Session, ...]
@@ -104,14 +104,14 @@ def prompt_tokens(prompt: Prompt, vocabulary: int) -> list[int]:
 
 
 def _generator(*parts: object) -> np.random.Generator:
-    """A generator seeded by what it is for."""
+    """A random generator seeded with its purpose."""
     digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, "little"))
 
 
 def stratified_gamma(rng: np.random.Generator, mean: float, shape: float, count: int) -> np.ndarray:
     """`count` gamma values in random order, one from each of `count` equally likely strata, so that the mean and the
-    mean reciprocal come out close for small counts too; then scaled to exactly `mean`."""
+    mean reciprocal are accurate for small counts too; then scaled to exactly `mean`."""
     draws = np.sort(rng.gamma(shape, mean / shape, size=count * _STRATA))
     values = draws[_STRATA // 2 :: _STRATA]
     values = values * (mean / float(values.mean()))
@@ -203,11 +203,11 @@ AGENT_TABLES = {
 
 
 def _trajectory_turns(rng: np.random.Generator, table: AgentTable, sessions: int) -> np.ndarray:
-    """How many turns each trajectory has.
+    """The number of turns of each trajectory.
 
-    Mean tokens a turn (append + generated) times mean turns is far above the mean total: trajectories of many turns
-    append less. With a total independent of the turns, E[1 / turns] = (append + generated) / total, which for a gamma
-    distribution fixes the shape.
+    Mean tokens per turn (append + generated) times mean turns is far above the mean total: trajectories with many turns
+    append less. If the total is independent of the turns, E[1 / turns] = (append + generated) / total, which for a
+    gamma distribution determines the shape.
     """
     reciprocal = (table.append_tokens + table.generated_tokens) / table.total_tokens
     shape = 1.0 / (1.0 - 1.0 / (table.turns * reciprocal))
@@ -216,7 +216,7 @@ def _trajectory_turns(rng: np.random.Generator, table: AgentTable, sessions: int
 
 
 def _split(rng: np.random.Generator, total: int, parts: int) -> list[int]:
-    """`parts` positive numbers, exponential in spread, that add up to `total` (at least `parts`)."""
+    """`parts` positive numbers with exponential spread that add up to `total` (at least `parts`)."""
     weights = rng.exponential(1.0, size=parts)
     edges = np.rint(np.cumsum(weights) / weights.sum() * max(0, total - parts)).astype(int)
     return [int(n) + 1 for n in np.diff(edges, prepend=0)]
@@ -224,7 +224,7 @@ def _split(rng: np.random.Generator, total: int, parts: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class AgentLengths:
-    """One trajectory by its token counts, turn by turn."""
+    """One trajectory as token counts, turn by turn."""
 
     appends: list[int]
     answers: list[int]
@@ -241,7 +241,7 @@ def agent_lengths(
     turns_divisor: int = 1,
     first_tokens_min: int = 1,
 ) -> list[AgentLengths]:
-    """The token counts of `agent_trajectories` (which see), without their prompts: what a large simulation needs."""
+    """The token counts of `agent_trajectories` without their prompts, for large simulations."""
     if length not in AGENT_TABLES:
         raise ValueError(f"length is {length!r}; allowed are {', '.join(AGENT_TABLES)}")
     table = AGENT_TABLES[length]
@@ -307,7 +307,7 @@ def _shorter_answers(session: Session, tokens_max: int) -> Session:
 def _trajectory(
     name: str, appends: list[int], answers: list[int], shared_prefix_tokens: int, start_s: float, think_s: float
 ) -> Session:
-    """Turns of one agent; an answer in the context is the recorded one, from a stream of its own."""
+    """Turns of one agent; an answer in the context is the recorded one, from a separate stream."""
     prompt: list[Segment] = []
     if shared_prefix_tokens:
         prompt.append(Segment("shared-system-prompt", shared_prefix_tokens))

@@ -1,4 +1,4 @@
-"""Pictures of experiments: line and bar charts as PNG or SVG files by matplotlib, without a display."""
+"""Charts of experiments: lines and bars as PNG or SVG files by matplotlib, without a display."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def new_figure(width_in: float, height_in: float) -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure; the folder is made when absent. Raises ValueError for a suffix that is not a picture's."""
+    """Write a figure; creates the folder. Raises ValueError for an unknown suffix."""
     if path.suffix not in _FORMATS:
         raise ValueError(f"{path}: a plot is written as {', '.join(_FORMATS)}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def tidy(axes: Any, *, grid: str = "y") -> None:
-    """Light grid on one axis, no frame on top and right."""
+    """Light grid on one axis, no frame at the top and right."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, axis=grid, color="#d8dde3", linewidth=0.7)
     axes.set_axisbelow(True)

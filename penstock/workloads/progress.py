@@ -15,7 +15,7 @@ __all__ = ["Counter", "Progress", "progress_bar", "steps_shown"]
 
 @contextmanager
 def steps_shown(console: Console, folder: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
-    """A temporary folder in `folder`, and what shows the step that an experiment is at. Raises OSError."""
+    """A temporary folder in `folder`, and a function that shows the current step of an experiment. Raises OSError."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with (
         tempfile.TemporaryDirectory(prefix="penstock-bench-", dir=folder) as name,
@@ -27,23 +27,23 @@ def steps_shown(console: Console, folder: Path) -> Iterator[tuple[Path, Callable
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
-    """A bar on this console for as long as the context is open."""
+    """A progress bar on this console while the context is open."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         yield progress
 
 
 class Counter:
-    """Advances a bar of its own by one whenever it is called, with whatever finished."""
+    """Advances its own bar by one per call, whatever the arguments."""
 
     def __init__(self, progress: Progress, description: str, total: int) -> None:
         self._progress = progress
         self._task: TaskID = progress.add_task(description, total=total)
 
     def __call__(self, finished: object) -> None:
-        """One step further."""
+        """Advance by one step."""
         self._progress.advance(self._task)
 
     def describe(self, text: str) -> None:
-        """What the bar says it is doing."""
+        """Set the bar's description."""
         self._progress.update(self._task, description=text)

@@ -1,4 +1,4 @@
-"""What a live run leaves so that it can be simulated: the profile it ran with, and each request as it was and went."""
+"""The record of a live run for simulation: its profile, and each request's input and outcome."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from penstock.core.config import ConfigError
 
 
 class RecordedRequest(msgspec.Struct, frozen=True, array_like=True):
-    """`held` is the number of the route of each leading block that the pool held. `ttft_s` is what was measured."""
+    """`held` is the route number of each leading block that the pool held. `ttft_s` was measured."""
 
     start_s: float
     prompt_tokens: int
@@ -22,8 +22,9 @@ class RecordedRequest(msgspec.Struct, frozen=True, array_like=True):
 class RecordedProfile(msgspec.Struct, frozen=True):
     """Bandwidths and costs, measured on requests of the same testbed that are not among the recorded ones.
 
-    `compute` is `(a, b, c)` of the compute model; `*_overhead_s` what a lookup, the end of a fetch and a batch take
-    beside that."""
+    `compute` is `(a, b, c)` of the compute model; `*_overhead_s` is the additional time of a lookup, the end of a fetch
+    and a batch.
+    """
 
     routes: list[tuple[str, ...]]
     link_bytes_per_s: dict[str, float]
@@ -44,13 +45,13 @@ class RecordedRun(msgspec.Struct, frozen=True):
 
 
 def write_runs(path: Path, runs: list[RecordedRun]) -> None:
-    """Write a recording; the folder is made when absent."""
+    """Write a recording; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.encode(runs))
 
 
 def read_runs(path: Path) -> list[RecordedRun]:
-    """A recording. Raises ConfigError with one line."""
+    """Read a recording. Raises ConfigError with one line."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=list[RecordedRun])
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Replay of a workload against an OpenAI-compatible server: streaming, closed loop inside a session, bounded."""
+"""Replays a workload against an OpenAI-compatible server: streaming, closed loop inside a session, bounded."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ ERROR_TEXT_MAX = 300
 
 @dataclass(frozen=True, slots=True)
 class ReplaySettings:
-    """`sessions_at_once` bounds the sessions under way; further ones start as others end (in order, never before their
-    `start_s`). `request_s_max` bounds one request, `replay_s_max` the whole: what has not ended then is an error.
+    """`sessions_at_once` limits the running sessions; further ones start as others end (in order, never before their
+    `start_s`). `request_s_max` limits one request, `replay_s_max` the whole replay: what has not ended then is an
+    error.
 
-    `slo_s` is the deadline of the first token by (session name, turn), sent with the request: as a header, and as the
-    fields that `slo_fields` makes of it.
+    `slo_s` is the deadline of the first token by (session name, turn), sent with the request as a header and as the
+    fields that `slo_fields` returns for it.
     """
 
     model: str
@@ -39,8 +40,8 @@ class ReplaySettings:
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
-    """One request as the client saw it, and the server's own report (`report` is `engine.api.RequestReport` as JSON;
-    None from a server that sends none). Times are seconds; `arrival_s` counts from the start of the replay."""
+    """One request as observed by the client, and the server's own report (`report` is `engine.api.RequestReport` as
+    JSON; None from a server that sends none). Times are seconds; `arrival_s` counts from the start of the replay."""
 
     session: str
     turn: int
@@ -56,12 +57,12 @@ class RequestRecord:
 
     @property
     def met_slo(self) -> bool:
-        """Whether the first token came in time; a failed request never meets its deadline."""
+        """Whether the first token met the deadline; a failed request never does."""
         return self.error is None and self.ttft_s is not None and (self.slo_s is None or self.ttft_s <= self.slo_s)
 
     @property
     def spans(self) -> list[tuple[str, float, float]]:
-        """`(label, start_s, end_s)` from arrival, as the server reports them."""
+        """`(label, start_s, end_s)` since arrival, as the server reports them."""
         found = (self.report or {}).get("spans", ())
         return [(str(label), float(start), float(end)) for label, start, end in found]
 
@@ -73,7 +74,7 @@ class RequestRecord:
 
 @dataclass(slots=True)
 class _Answer:
-    """What has arrived of one streamed answer."""
+    """The received part of one streamed answer."""
 
     ttft_s: float | None = None
     tokens: list[int] = field(default_factory=list)
@@ -220,12 +221,12 @@ def replay(
     settings: ReplaySettings,
     on_record: Callable[[RequestRecord], None] | None = None,
 ) -> list[RequestRecord]:
-    """Replay a workload and wait for its end. Never raises for a request that failed: its record has the error."""
+    """Replay a workload and wait for its end. A failed request does not raise; its record has the error."""
     return asyncio.run(Replay(url, workload, settings, on_record).run())
 
 
 def seconds_by_label(records: Sequence[RequestRecord], *, until_first_token: bool = True) -> dict[str, float]:
-    """Time of all requests, by stage or reason of waiting, as the server reports it (most first)."""
+    """Time of all requests by stage or reason for waiting, as the server reports it, largest first."""
     sums: dict[str, float] = {}
     for record in records:
         if record.error is not None:

@@ -31,14 +31,14 @@ class Summary:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Linear interpolation between order statistics. Raises ValueError when there are no values."""
+    """Linear interpolation between order statistics. Raises ValueError without values."""
     if not len(values):
         raise ValueError("a percentile of no values does not exist")
     return float(np.percentile(np.asarray(values, dtype=float), percent))
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Raises ValueError when there are no values."""
+    """Raises ValueError without values."""
     if not len(values):
         raise ValueError("there are no values to summarize")
     array = np.asarray(values, dtype=float)
@@ -74,9 +74,9 @@ def ratio_of_means(
     resamples: int = BOOTSTRAP_RESAMPLES,
 ) -> Interval:
     """Mean(numerator) / mean(denominator) of paired values (the same request under two systems); pairs are resampled
-    together. `groups` names the group of each pair, where those of a group are not independent (they queued for each
-    other): then whole groups are resampled. Raises ValueError when the lengths differ, are zero, or the denominator's
-    mean is not above zero."""
+    together. `groups` names each pair's group, if pairs of a group depend on each other (they queued for each other);
+    then whole groups are resampled. Raises ValueError if the lengths differ or are zero, or the denominator's mean is
+    not above zero."""
     top, bottom, members = _pairs(numerator, denominator, groups)
     if not bottom.mean() > 0:
         raise ValueError("the denominator's mean is not above zero")
@@ -97,8 +97,8 @@ def ratio_of_percentiles(
     seed: int = 0,
     resamples: int = BOOTSTRAP_RESAMPLES,
 ) -> Interval:
-    """The same of a percentile of each in place of their means. Raises ValueError when the lengths differ or are zero,
-    or a value of the denominator is not above zero."""
+    """The same for a percentile instead of the mean. Raises ValueError if the lengths differ or are zero, or a value of
+    the denominator is not above zero."""
     top, bottom, members = _pairs(numerator, denominator, groups)
     if not bottom.min() > 0:
         raise ValueError("a value of the denominator is not above zero")

@@ -1,4 +1,4 @@
-"""What replays of one workload on several systems say: figures for the report, a table, and facts for the picture."""
+"""Summarises replays of one workload on several systems: figures for the report, a table, and facts for the picture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from penstock.report import Report
 from penstock.workloads.replay import RequestRecord, seconds_by_label
 from penstock.workloads.statistics import Interval, Summary, ratio_of_means, ratio_of_percentiles, summarize
 
-SHARE_SHOWN = 0.001  # of the time to the first token; what is less is in the JSON only
+SHARE_SHOWN = 0.001  # of the time to the first token; smaller ones are in the JSON only
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class SystemSummary:
     requests: int
     failed: int
     ttft: Summary | None
-    slo_attainment: float | None  # None when no request had a deadline
+    slo_attainment: float | None  # None if no request had a deadline
     hit_rate: float
     loaded_gb: float
     recomputed_tokens: int
@@ -31,7 +31,7 @@ class SystemSummary:
 
 
 def summarize_records(records: Sequence[RequestRecord]) -> SystemSummary:
-    """Failed requests count against the SLO and have no TTFT."""
+    """Failed requests count as missing the SLO and have no TTFT."""
     good = [record for record in records if record.error is None]
     ttfts = [record.ttft_s for record in good if record.ttft_s is not None]
     with_slo = [record for record in records if record.slo_s is not None]
@@ -100,7 +100,7 @@ def add_ratio(
     groups: Mapping[str, int] | None = None,
     limits: tuple[float, float] | None = None,
 ) -> Interval:
-    """Ratio of mean TTFTs over requests in pairs, with the ends of its 95 % interval. `groups` is by session (see
+    """Ratio of mean TTFTs over paired requests, with the ends of its 95 % interval. `groups` is by session (see
     `ratio_of_means`); `limits` are those of the ratio and of the interval's upper end."""
     found = ratio_of_means(*paired_ttft_s(top, bottom), groups=_groups_of_pairs(top, bottom, groups))
     _add_interval(report, name, found, limits or (None, None))
@@ -115,8 +115,8 @@ def add_p99_ratio(
     groups: Mapping[str, int] | None = None,
     limit: float | None = None,
 ) -> Interval:
-    """The same of the 99th percentiles over every repeat of a request: of the slowest few, so it is wide. Sessions are
-    resampled."""
+    """The same for the 99th percentiles over every repeat of a request. It depends on the few slowest requests, so the
+    interval is wide. Sessions are resampled."""
     tops, bottoms = _ttfts_s(top), _ttfts_s(bottom)
     pairs = [
         (session if groups is None else groups[session], *pair)
@@ -143,7 +143,7 @@ def _add_interval(report: Report, name: str, found: Interval, limits: tuple[floa
 
 
 def outputs_equal(one: Sequence[RequestRecord], other: Sequence[RequestRecord]) -> float:
-    """Share of requests whose generated token ids are the same; a failed or missing request is not equal."""
+    """Share of requests with identical generated token ids; a failed or missing request counts as different."""
     outputs = {(r.session, r.turn): r.output_tokens for r in other if r.error is None}
     same = sum(r.error is None and r.output_tokens == outputs.get((r.session, r.turn)) for r in one)
     return same / len(one) if one else 0.0

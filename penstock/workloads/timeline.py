@@ -1,4 +1,4 @@
-"""The picture of a replay: one bar per request, coloured by stage and reason of waiting, systems side by side."""
+"""The picture of a replay: one bar per request, coloured by stage or reason for waiting, systems side by side."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from penstock.workloads.plots import new_figure, save_figure, tidy
 from penstock.workloads.replay import RequestRecord, seconds_by_label
 
-# label -> (what it says in the legend, colour on light, colour on dark); stages are strong, waits pale
+# label -> (legend, colour on light, colour on dark); stages are saturated, waits pale
 LABELS: dict[str, tuple[str, str, str]] = {
     "lookup": ("lookup", "#8a6fc4", "#a68be0"),
     "fetch": ("fetch (pool to host)", "#2f6fd0", "#5b95ee"),
@@ -50,13 +50,13 @@ def _used_labels(panels: Sequence[Panel]) -> list[str]:
 
 
 def _end_s(panels: Sequence[Panel]) -> float:
-    """End of the time axis: a little after the latest first token; decoding beyond it is cut."""
+    """End of the time axis: shortly after the latest first token; later decoding is cut off."""
     found = [record.ttft_s or record.total_s for panel in panels for record in panel.records]
     return max(found, default=1.0) * 1.06
 
 
 def _rows(panels: Sequence[Panel]) -> dict[tuple[str, int], int]:
-    """The row of each request, the same in every panel: in order of arrival in the first."""
+    """The row of each request, the same in every panel: in order of arrival in the first panel."""
     rows: dict[tuple[str, int], int] = {}
     for panel in panels:
         for record in sorted(panel.records, key=lambda record: record.arrival_s):
@@ -71,7 +71,7 @@ def _clipped(record: RequestRecord, end_s: float) -> list[tuple[str, float, floa
 
 
 def _tick_step_s(span_s: float) -> float:
-    """A round step that gives four to ten ticks."""
+    """A round interval that gives four to ten ticks."""
     step = 10.0 ** math.floor(math.log10(max(span_s, 1e-6) / 4))
     for factor in (5.0, 2.0):
         if span_s / (step * factor) >= 4:
@@ -199,7 +199,7 @@ def _facts_table(panels: Sequence[Panel]) -> str:
 
 
 def write_html(path: Path, title: str, subtitle: str, panels: Sequence[Panel], notes: Sequence[str] = ()) -> None:
-    """A page of its own: no script, no file or address outside it; follows the reader's light or dark setting."""
+    """A self-contained page without scripts and external addresses; follows the reader's light or dark setting."""
     labels = _used_labels(panels)
     legend = "".join(
         f'<span><i class="s-{label if label in LABELS else "other"}"></i>{escape(_style(label)[0])}</span>'
@@ -224,7 +224,7 @@ HEADLINE = ("TTFT mean", "TTFT p99", "SLO attainment")
 
 
 def _headline(panel: Panel) -> str:
-    """The panel's title with the figures that a reader looks for first."""
+    """The panel's title with its most important figures."""
     facts = dict(panel.facts)
     known = ", ".join(f"{name} {facts[name]}" for name in HEADLINE if name in facts)
     return f"{panel.title}: {known}" if known else panel.title

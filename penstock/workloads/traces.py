@@ -26,12 +26,12 @@ class TraceError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """How a trace becomes a load that fits a machine.
+    """How a trace is scaled to a load that fits a machine.
 
     `token_divisor` divides prompt and answer lengths, `time_divisor` divides time stamps and think times, `think_s_max`
     caps think times (after division). A session ends before its first prompt that does not fit `context_tokens_max`
-    (after division, answer included); `requests_max` takes sessions in turn, one request each, so that all of them
-    stay in the load.
+    (after division, including the answer); `requests_max` selects one request per session in rotation, so that all
+    sessions remain in the load.
     """
 
     token_divisor: int = 1
@@ -54,7 +54,7 @@ class Scaling:
             raise ValueError(f"think_s_max is {self.think_s_max}; it must be at least 0")
 
     def answer_tokens(self, recorded: int) -> int:
-        """Answer length to ask for: at least one token."""
+        """Answer length to request: at least one token."""
         scaled = max(1, recorded // self.token_divisor)
         return scaled if self.answer_tokens_max is None else min(scaled, self.answer_tokens_max)
 
@@ -92,7 +92,7 @@ def read_agent_sessions(path: Path, scaling: Scaling) -> Workload:
 
 
 def _share_requests(sessions: list[Session], requests_max: int | None) -> list[Session]:
-    """At most `requests_max` requests: one more turn of every session in turn, until they are used up."""
+    """At most `requests_max` requests: one more turn of every session in rotation, until the number is reached."""
     if requests_max is None:
         return sessions
     kept = [0] * len(sessions)
@@ -128,7 +128,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 
 class _Fields:
-    """Checked access to the fields of one record; errors say where it is."""
+    """Checked access to the fields of one record; errors name the place."""
 
     def __init__(self, record: object, where: str) -> None:
         if not isinstance(record, dict):
@@ -179,8 +179,8 @@ class _Fields:
 
 
 def _flat_requests(entries: list[Any], where: str, depth: int = 0) -> Iterator[_Fields]:
-    """Requests of a session in recorded order; those of a subagent stand where the subagent was called (the caller
-    waits for it), and share the session's hash ids."""
+    """Requests of a session in recorded order; a subagent's requests are placed where it was called (the caller waits
+    for it), and share the session's hash ids."""
     if depth > 4:
         raise TraceError(f"{where}: subagents are nested more than 4 deep")
     for i, entry in enumerate(entries):
@@ -198,7 +198,7 @@ def _read_session(file: Path, scaling: Scaling) -> Session:
     system = fields.integer("system_tokens", 0)
     sent_block = block // scaling.token_divisor
     if sent_block < 1:
-        raise TraceError(f"{file}: token_divisor {scaling.token_divisor} leaves nothing of a block of {block} tokens")
+        raise TraceError(f"{file}: token_divisor {scaling.token_divisor} is larger than a block of {block} tokens")
     name = file.stem
     shared: dict[int, str] = {}
     turns: list[Turn] = []
@@ -227,8 +227,8 @@ def _read_session(file: Path, scaling: Scaling) -> Session:
 
 
 def _shared_streams(ids: list[int], block: int, tools: int, system: int) -> dict[int, str]:
-    """Streams of the leading blocks that sessions share: tools among all sessions with equally long tools, the system
-    prompt among those where it is equally long too."""
+    """Streams of the leading blocks that sessions share: tools among all sessions whose tools have the same length, the
+    system prompt among those where its length is also equal."""
     streams = {}
     for i, hash_id in enumerate(ids[: (tools + system) // block]):
         in_tools = (i + 1) * block <= tools
@@ -239,7 +239,7 @@ def _shared_streams(ids: list[int], block: int, tools: int, system: int) -> dict
 def _prompt(
     ids: list[int], length: int, block: int, divisor: int, scope: str, shared: dict[int, str], unique: str
 ) -> Prompt:
-    """Segments of a prompt: one per hash id, and a tail of its own for recorded tokens after the last full block."""
+    """Segments of a prompt: one per hash id, and a unique tail for recorded tokens after the last full block."""
     sent_block = block // divisor
     segments = []
     left = max(1, length // divisor)
@@ -257,7 +257,7 @@ def read_mooncake(path: Path, scaling: Scaling) -> Workload:
     """An open loop: every request is a session of one turn at its time stamp; hash ids are global."""
     if scaling.token_divisor > MOONCAKE_BLOCK_TOKENS:
         raise TraceError(
-            f"{path}: token_divisor {scaling.token_divisor} leaves nothing of a block of {MOONCAKE_BLOCK_TOKENS} tokens"
+            f"{path}: token_divisor {scaling.token_divisor} is larger than a block of {MOONCAKE_BLOCK_TOKENS} tokens"
         )
     sessions: list[Session] = []
     limit = min(x for x in (scaling.requests_max, scaling.sessions_max, REQUESTS_MAX) if x is not None)

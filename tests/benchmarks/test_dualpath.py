@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from benchmarks.dualpath.namespaces import why_not
 from benchmarks.dualpath.testbed import NicLoads, Scale, Topology
 from benchmarks.dualpath.testbed import Testbed as Bed
 from penstock.sim.cluster_shape import LAYERWISE, PAPER, SPLIT
+from tests.waiting import wait_until
 
 REASON = why_not()
 needs_namespaces = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -111,10 +111,7 @@ def test_nothing_is_left_when_the_bench_ends_in_the_middle(how: signal.Signals) 
     finally:
         bench.kill()
         bench.wait()
-    end_s = time.monotonic() + 20
-    while any(_running(pid) for pid in pids) and time.monotonic() < end_s:
-        time.sleep(0.02)
-    assert not any(_running(pid) for pid in pids)
+    wait_until(lambda: not any(_running(pid) for pid in pids), "no process is left", look_every_s=0.02)
     assert hosts.isdisjoint(_namespaces())
 
 

@@ -32,7 +32,7 @@ from benchmarks.peers.loads import (
     warm_tokens,
 )
 from benchmarks.peers.measure import Found, Plan
-from benchmarks.peers.paced_link import Carried, LinkProcess, PacedLink, measure_link, split_address
+from benchmarks.peers.paced_link import LinkBytes, LinkProcess, PacedLink, measure_link, split_address
 from benchmarks.peers.systems import (
     CONNECTOR,
     LMCACHE,
@@ -52,6 +52,7 @@ from penstock.workloads.deadlines import TtftModel, reusable_tokens
 from penstock.workloads.generators import prompt_tokens
 from penstock.workloads.replay import RequestRecord
 from penstock.workloads.traces import TraceError
+from tests.waiting import wait_until
 
 WAIT_S = 20.0
 VOCABULARY = 512
@@ -114,7 +115,7 @@ def test_link_carries_every_byte_both_ways_no_faster_than_its_rate() -> None:
         start_s = time.monotonic()
         assert ask(link.address, data) == data
         assert time.monotonic() - start_s >= 2 * len(data) / rate - 0.03  # the server answers after the last byte
-        assert link.carried() == Carried(len(data), len(data))
+        assert link.transferred() == LinkBytes(len(data), len(data))
 
 
 def test_connections_share_one_line() -> None:
@@ -127,7 +128,7 @@ def test_connections_share_one_line() -> None:
         for thread in threads:
             thread.join(WAIT_S)
         assert time.monotonic() - start_s >= 4 * len(data) / rate - 0.03
-        assert link.carried().down_bytes == 4 * len(data)
+        assert link.transferred().down_bytes == 4 * len(data)
 
 
 def test_link_without_its_server_closes_the_connection() -> None:
@@ -141,12 +142,9 @@ def test_link_without_its_server_closes_the_connection() -> None:
 
 def test_link_process_counts_and_the_bound_is_its_rate() -> None:
     with echo_server() as target, LinkProcess(f"{target[0]}:{target[1]}", 50e6) as link:
-        before = link.carried()
+        before = link.transferred()
         assert ask(link.address, b"x" * 100_000) == b"x" * 100_000
-        end_s = time.monotonic() + WAIT_S
-        while link.carried().since(before) != Carried(100_000, 100_000):
-            assert time.monotonic() < end_s
-            time.sleep(0.01)
+        wait_until(lambda: link.transferred().since(before) == LinkBytes(100_000, 100_000), "all bytes are counted")
     assert 0.2 * 20e6 < measure_link(20e6, seconds=0.5) < 1.1 * 20e6
 
 
@@ -295,7 +293,7 @@ def test_penstocks_settings_are_ones_that_the_connector_takes() -> None:
 
 def test_lmcache_is_skipped_with_its_reason(tmp_path: Path) -> None:
     assert "has no" in (lmcache_missing(make_bed()) or "")
-    assert "cannot be asked" in (lmcache_missing(make_bed(tmp_path / "nothing")) or "")
+    assert "cannot list its packages" in (lmcache_missing(make_bed(tmp_path / "nothing")) or "")
 
 
 def record(name: str, ttft_s: float | None, slo_s: float, cached: int = 900) -> RequestRecord:
@@ -305,7 +303,7 @@ def record(name: str, ttft_s: float | None, slo_s: float, cached: int = 900) -> 
 
 def made_run(system: str, factor: float, wall_s: float) -> Run:
     records = [record(f"r{i}", factor * (i + 1), 2.5) for i in range(4)]
-    return Run(system, records, wall_s, Carried(1_000_000, 0), {"local_hit_tokens": 400.0})
+    return Run(system, records, wall_s, LinkBytes(1_000_000, 0), {"local_hit_tokens": 400.0})
 
 
 def test_figures_are_ratios_within_repeats_against_their_goals(tmp_path: Path) -> None:
@@ -354,7 +352,7 @@ def test_every_request_is_written_with_its_run(tmp_path: Path) -> None:
 def test_failed_requests_are_counted_and_miss_their_deadline() -> None:
     found = Found()
     bad = [record("r0", None, 2.5), record("r1", 1.0, 2.5)]
-    found.add("icl", Run(LMCACHE, bad, 10.0, Carried(0, 0)))
+    found.add("icl", Run(LMCACHE, bad, 10.0, LinkBytes(0, 0)))
     found.capacity_per_s["icl"], found.alone_s["icl"] = 4.0, 0.1
     report = Report("vllm")
     report.figure("link_bytes_per_s", 80e6)
@@ -370,7 +368,7 @@ def run(arguments: list[str]) -> tuple[int, str]:
 
 def test_it_says_what_is_missing(tmp_path: Path) -> None:
     code, output = run(["--python", str(tmp_path / "nothing")])
-    assert code == 1 and "that is no program" in output
+    assert code == 1 and "that is not a program" in output
     plain = tmp_path / "python"
     plain.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E -c "$2"\n')  # without site-packages
     plain.chmod(0o755)

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import waiting
 from tests.children import CHECKOUT, with_tests
 
 HERE = Path(__file__).resolve().parent
@@ -66,10 +66,7 @@ class Server:
 
 
 def wait_until(true: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < deadline_s, f"not within {WAIT_S:g} s: {what}"
-        time.sleep(0.05)
+    waiting.wait_until(true, what, WAIT_S, 0.05)
 
 
 def build_model(folder: Path, context: int) -> None:

@@ -125,7 +125,7 @@ def test_network_speeds(machine: Laid) -> None:
         machine.lay(f"{base}/operstate", state)
         machine.lay(f"{base}/speed", speed)
     check = module.check_nics(machine)
-    assert check.status == "ok" and check.found == "eth0 (400 Gbit/s), veth0 (speed not told)"
+    assert check.status == "ok" and check.found == "eth0 (400 Gbit/s), veth0 (speed unknown)"
     machine.lay("sys/class/net/eth0/speed", "1000")
     assert module.check_nics(machine).status == "note"
 

@@ -120,7 +120,7 @@ def test_vllm_that_gives_other_blocks_than_it_was_offered_computes_those_request
     """And a defect of Penstock's in one request ends neither vLLM nor the loads of others."""
     from penstock.vllm import compat
 
-    expected, is_keepable = computed(architecture, PROMPTS), compat.is_keepable
+    expected, is_storable = computed(architecture, PROMPTS), compat.is_storable
     with running(model(architecture), {"memory": ["64MiB"]}) as engine:
         assert engine.ask(PROMPTS) == expected
         connector = engine.connector
@@ -151,9 +151,9 @@ def test_vllm_that_gives_other_blocks_than_it_was_offered_computes_those_request
         def defect(request: Any) -> Any:
             if list(request.prompt_token_ids) == PROMPTS[0]:
                 raise RuntimeError("a defect")
-            return is_keepable(request)
+            return is_storable(request)
 
-        monkeypatch.setattr(compat, "is_keepable", defect)
+        monkeypatch.setattr(compat, "is_storable", defect)
         assert engine.again(PROMPTS, LOADABLE * 2 // 3) == expected
         assert counts["requests_not_followed"] == 1 and connector.side.host.fatal is None
 

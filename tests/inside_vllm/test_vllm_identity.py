@@ -205,7 +205,7 @@ def test_groups_whose_kv_no_prefix_names_are_refused() -> None:
         compat.check_model(made, SimpleNamespace(kv_cache_groups=[group]))
 
     check()
-    with pytest.raises(ConfigError, match="no prefix names"):
+    with pytest.raises(ConfigError, match="a prefix does not determine"):
         check(enable_kv_transfer=False)
     made.model_config.is_encoder_decoder = True
     with pytest.raises(ConfigError, match="encoder"):
@@ -280,9 +280,9 @@ def test_names_that_vllm_looks_up_elsewhere_are_refused(tmp_path: Path, monkeypa
 
 
 def test_input_that_tokens_do_not_say_is_not_kept() -> None:
-    assert compat.is_keepable(request())
+    assert compat.is_storable(request())
     for change in ({"prompt_embeds": torch.zeros(1)}, {"prompt_token_ids": None}, {"resumable": True}):
-        assert not compat.is_keepable(request(**change)), change
+        assert not compat.is_storable(request(**change)), change
 
 
 def test_bytes_of_a_block_are_described_as_a_kernel_sees_them() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from penstock.server.hosts import HostCheck
 from penstock.server.settings import parse_host
 from tests.server.raw_http import connect, head_of, read_answer
 from tests.server.served import Served, Start
+from tests.waiting import wait_until
 
 P: dict[str, Any] = {"prompt": [70, 71], "max_tokens": 2}
 PAGES = ("/", "/live", "/metrics", "/ui", "/nothing")
@@ -110,13 +110,10 @@ def test_a_changed_file_counts_and_a_broken_one_does_not(start: Start, tmp_path:
         os.replace(aside, file)
 
     replaced("key-b bob")
-    deadline_s = time.monotonic() + 30
-    while ask(served, "key-b") != 200 and time.monotonic() < deadline_s:
-        time.sleep(0.05)
+    wait_until(lambda: ask(served, "key-b") == 200, "the new key is valid", look_every_s=0.05)
     assert ask(served, "key-b") == 200 and ask(served, "key-a") == 401
     replaced("key-c")
-    while "a line of 1 words" not in caplog.text and time.monotonic() < deadline_s:
-        time.sleep(0.05)
+    wait_until(lambda: "a line of 1 words" in caplog.text, "the broken file is refused")
     assert "a line of 1 words" in caplog.text and "key-c" not in caplog.text
     assert ask(served, "key-b") == 200 and ask(served, "key-c") == 401
 

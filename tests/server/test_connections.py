@@ -16,6 +16,7 @@ import pytest
 from tests.server.echo_engine import EchoEngine
 from tests.server.raw_http import connect, connect_address, ended, head_of, read_answer
 from tests.server.served import Start
+from tests.waiting import wait_until
 
 BODY = json.dumps({"prompt": [70, 71], "max_tokens": 2}).encode()
 H2C = ("connection: Upgrade, HTTP2-Settings", "http2-settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUA", "upgrade: h2c")
@@ -150,7 +151,6 @@ def test_an_answer_that_nobody_reads_ends(start: Start, monkeypatch: Any) -> Non
     served = start(send_timeout_s=0.1)
     with connect(served) as client:
         client.sendall(head_of("GET", "/") * 3000)
-        time.sleep(0.1)
         with pytest.raises(OSError):
             for _ in range(3000):
                 client.sendall(head_of("GET", "/"))
@@ -279,8 +279,10 @@ def test_a_client_that_leaves_behind_a_pipelined_request_cancels_what_runs(start
     with connect(served) as client:
         stream(client)
         client.sendall(FINE)
-        while served.app.metrics.registry.get_sample_value("penstock_http_open_requests") != 1:
-            time.sleep(0.01)
+        wait_until(
+            lambda: served.app.metrics.registry.get_sample_value("penstock_http_open_requests") == 1,
+            "only the stream is open",
+        )
     assert served.engine.wait(lambda engine: engine.open_requests() == 0)
 
 

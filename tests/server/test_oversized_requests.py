@@ -21,6 +21,7 @@ from penstock.testing.tiny_models import TINY_VOCABULARY, build_tokenizer
 from tests.server.echo_engine import EchoEngine
 from tests.server.raw_http import JSON_TYPE, connect, head_of
 from tests.server.served import Start
+from tests.waiting import wait_until
 
 WORDS = "The quick brown fox jumps over the lazy dog. "
 OVERFLOW = re.compile(r"This model's maximum context length is \d+ tokens\. However, ")
@@ -207,11 +208,9 @@ def test_unfinished_bodies_share_a_budget_and_small_ones_do_not_need_it(start: S
     assert len(body) > 200_000
     with connect(served) as holder:
         holder.sendall(head_of("POST", "/v1/completions", len(body)) + body[:180_000])
-        while served.app.body_bytes_in_use < 100_000:
-            time.sleep(0.01)
+        wait_until(lambda: served.app.body_bytes_in_use >= 100_000, "the first body is being read")
         refused = served.http.post("/v1/completions", content=body, headers=JSON_TYPE)
         assert refused.status_code == 429 and refused.headers["retry-after"]
         assert served.complete(prompt=[70], max_tokens=1).status_code == 200
-    while served.app.body_bytes_in_use:
-        time.sleep(0.01)
+    wait_until(lambda: not served.app.body_bytes_in_use, "the budget is free again")
     assert served.http.post("/v1/completions", content=body[:190_000], headers=JSON_TYPE).status_code == 400

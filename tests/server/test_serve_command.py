@@ -10,7 +10,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -31,6 +30,7 @@ from penstock.engine.config import EngineConfig
 from penstock.testing.tiny_models import build_tiny
 from tests.server.certificates import make_certificate
 from tests.server.raw_http import head_of
+from tests.waiting import wait_until
 
 APP = typer.Typer(pretty_exceptions_enable=False)
 APP.command()(serve)
@@ -187,8 +187,9 @@ def test_sigterm_ends_the_command_while_chats_render_for_ever(checkpoint: Path, 
         before_s = renderer.cpu_times().user
         with socket.create_connection((found[1], int(found[2]))) as client:
             client.sendall(head + body)
-            while renderer.is_running() and renderer.cpu_times().user < before_s + 0.2:
-                time.sleep(0.01)
+            wait_until(
+                lambda: not renderer.is_running() or renderer.cpu_times().user >= before_s + 0.2, "the chat is rendered"
+            )
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
         psutil.wait_procs([renderer], timeout=30)
@@ -251,10 +252,12 @@ def test_keys_and_certificates_are_read_again_on_sighup(checkpoint: Path, tmp_pa
             assert client.get(models, headers={"authorization": "Bearer key-a"}).status_code == 200
             keys.write_text("key-b alice\n")
             process.send_signal(signal.SIGHUP)
-            end_s = time.monotonic() + 60
-            while client.get(models, headers={"authorization": "Bearer key-b"}).status_code != 200:
-                assert time.monotonic() < end_s
-                time.sleep(0.05)
+            wait_until(
+                lambda: client.get(models, headers={"authorization": "Bearer key-b"}).status_code == 200,
+                "the new key is valid",
+                60.0,
+                0.05,
+            )
             assert client.get(models, headers={"authorization": "Bearer key-a"}).status_code == 401
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)

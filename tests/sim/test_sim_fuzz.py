@@ -216,22 +216,22 @@ def _attempts_unbounded(patch: pytest.MonkeyPatch) -> None:
 
 PLANTS: list[tuple[Plant, str]] = [
     (_second_end, "ended twice"),
-    (_no_end, "F1|F5"),
+    (_no_end, "FUZZ-1|FUZZ-5"),
     (_ready_before_loaded, "LOADS-3"),
-    (_damage_is_used, "F2"),
-    (_handed_from_a_slot_of_others, "F2|F3|slot"),
+    (_damage_is_used, "FUZZ-2"),
+    (_handed_from_a_slot_of_others, "FUZZ-2|FUZZ-3|slot"),
     (_slot_leaks, "slot"),
     (_page_leaks, "page"),
     (_page_twice, "page"),
-    (_save_leaks, "slot|F3"),
-    (_bound_broken, "F4"),
-    (_ageing_forgotten, "F5"),
+    (_save_leaks, "slot|FUZZ-3"),
+    (_bound_broken, "FUZZ-4"),
+    (_ageing_forgotten, "FUZZ-5"),
     (_idle_link, "idle although a block waits"),
     (_idle_upload, "upload is idle although a block waits"),
-    (_request_forgotten, "C1"),
-    (_tokens_leak, "C2"),
-    (_loss_ignored, "C1"),
-    (_attempts_unbounded, "C3|INTER-3"),
+    (_request_forgotten, "CLUSTER-1"),
+    (_tokens_leak, "CLUSTER-2"),
+    (_loss_ignored, "CLUSTER-1"),
+    (_attempts_unbounded, "CLUSTER-3|INTER-3"),
 ]
 
 
@@ -266,7 +266,7 @@ def test_the_command_finds_shrinks_and_replays(monkeypatch: pytest.MonkeyPatch, 
         found = runner.invoke(app, ["sim", "fuzz", "--seeds", "200", "--processes", "1", "--out", str(out)])
         again = runner.invoke(app, ["sim", "fuzz", "--replay", str(out)])
         assert found.exit_code == again.exit_code == 1
-        assert "fails: F2" in again.output
+        assert "fails: FUZZ-2" in again.output
     small = read_case(out)
     assert isinstance(small, FuzzCase) and len(small.requests) == 1 and not small.faults
     healed = runner.invoke(app, ["sim", "fuzz", "--replay", str(out)])
@@ -281,7 +281,7 @@ def test_a_shrunk_cluster_fails_in_the_same_way_and_is_smaller(monkeypatch: pyte
     assert len(small.faults) <= 2 and len(small.agents) <= len(case.agents)
     write_case(tmp_path / "case.json", small)
     again = failure_of(read_case(tmp_path / "case.json"))
-    assert again is not None and again[:2] == failure[:2] == "C1"
+    assert again is not None and again[:9] == failure[:9] == "CLUSTER-1"
 
 
 def test_a_file_that_holds_no_case_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from penstock.engine.weights_identity import weights_identity
 from penstock.vllm import adapters as module
 from penstock.vllm.adapters import SETTLED_S, Adapters
+from tests.waiting import wait_until
 
 WAIT_S = 60.0
 
@@ -123,11 +124,8 @@ def test_a_large_adapter_is_read_beside_the_scheduler(tmp_path: Path, monkeypatc
     known = Adapters(Clock())
     assert known.identity(Lora(1, str(tmp_path / "a"))) is None, "requests go without the pool until it is read"
     held.set()
-    end = time.monotonic() + WAIT_S
-    while (found := known.identity(Lora(1, str(tmp_path / "a")))) is None:
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    assert found == small
+    wait_until(lambda: known.identity(Lora(1, str(tmp_path / "a"))) is not None, "the adapter is read")
+    assert known.identity(Lora(1, str(tmp_path / "a"))) == small
     known.close()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,17 +27,11 @@ from penstock.vllm.settings import Settings
 from penstock.vllm.shape import Shape, open_pool_of
 from penstock.vllm.worker import WorkerSide
 from tests.vllm.gated_rows import ROWS, WAIT_S, GatedRows
+from tests.waiting import wait_until
 
 BLOCK = 8
 ROOT = root_key(b"0123456789abcdef", "")
 SETTINGS = Settings(memory=(16 << 20,), staging_bytes=1 << 20, lookup_timeout_s=10.0)
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end, f"not within {WAIT_S:g} s: {what}"
-        time.sleep(0.002)
 
 
 def in_time(work: Callable[[], object]) -> bool:
@@ -83,7 +76,7 @@ class Engine:
     def matched(self, name: str) -> int:
         """The tokens that will be loaded, as they are said first: blocks that fail later are missing from then on."""
         answers: list[int | None] = []
-        wait_for(
+        wait_until(
             lambda: answers.append(self.host.matched(name, 0)) or answers[-1] is not None, "the lookup is answered"
         )
         assert answers[-1] is not None
@@ -118,9 +111,9 @@ def test_a_save_begins_when_it_is_offered(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(host_module, "IDLE_WAIT_S", 10 * WAIT_S)
     with engine() as one:
         one.submit("r", 2)
-        wait_for(lambda: one.host.matched("r", 0) is not None, "the lookup is answered, and nothing else happens")
+        wait_until(lambda: one.host.matched("r", 0) is not None, "the lookup is answered, and nothing else happens")
         one.save("r", 2)
-        wait_for(lambda: one.counter("saved_blocks") == 2, "both blocks are saved, though nothing else happens")
+        wait_until(lambda: one.counter("saved_blocks") == 2, "both blocks are saved, though nothing else happens")
 
 
 class SlowWrites(WrappedPool):
@@ -152,9 +145,9 @@ def test_vllms_scheduler_waits_for_no_checksum(monkeypatch: pytest.MonkeyPatch) 
         one.save("r", 1)
         assert opened[0].begun.wait(WAIT_S)
         assert in_time(lambda: one.host.can_keep) and in_time(lambda: one.submit("other", 3))
-        wait_for(lambda: one.host.matched("other", 0) is not None, "lookups go on beside it")
+        wait_until(lambda: one.host.matched("other", 0) is not None, "lookups go on beside it")
         gate.set()
-        wait_for(lambda: one.counter("saved_blocks") == 1, "the block is saved")
+        wait_until(lambda: one.counter("saved_blocks") == 1, "the block is saved")
 
 
 def test_vllms_scheduler_waits_for_a_decision_only_so_long(
@@ -181,10 +174,10 @@ def test_vllms_scheduler_waits_for_a_decision_only_so_long(
         ]
         assert all(in_time(call) for call in calls)
         leave.set()
-        wait_for(lambda: one.host.fatal is not None, "Penstock gives up")
+        wait_until(lambda: one.host.fatal is not None, "Penstock gives up")
         assert "held the lock" in str(one.host.fatal)
         told = []
-        wait_for(lambda: bool(told.extend(one.workers[0].take_finished()) or told), "the load is over")
+        wait_until(lambda: bool(told.extend(one.workers[0].take_finished()) or told), "the load is over")
         assert told[0].invalid == [30, 31] and len(one.host.released()) == 1
     assert "vLLM goes on without it" in caplog.text
 
@@ -207,11 +200,11 @@ def test_a_defect_on_vllms_thread_does_not_end_vllm(call: str, monkeypatch: pyte
             "press": (3,),
         }
         getattr(one.host, call)(*arguments.get(call, ("r",)))
-        wait_for(lambda: one.host.fatal is not None, "Penstock gives up")
+        wait_until(lambda: one.host.fatal is not None, "Penstock gives up")
         assert one.host.matched("r", 0) == 0 and one.host.can_keep is False
         if call == "allocated":
             told = []
-            wait_for(lambda: bool(told.extend(one.workers[0].take_finished()) or told), "the load is over")
+            wait_until(lambda: bool(told.extend(one.workers[0].take_finished()) or told), "the load is over")
         assert len(one.host.released()) == (call == "offer")
 
 
@@ -222,7 +215,7 @@ def test_a_load_ends_when_one_workers_link_is_gone_and_the_others_have_ended(
     with engine(ranks=2) as one:
         one.submit("first", 2)
         one.save("first", 2)
-        wait_for(lambda: one.counter("saved_blocks") == 2, "blocks are saved")
+        wait_until(lambda: one.counter("saved_blocks") == 2, "blocks are saved")
         gone, slow = one.workers
         one.rows[1].gate.clear()
         while one.rows[1].begun.acquire(blocking=False):
@@ -230,15 +223,15 @@ def test_a_load_ends_when_one_workers_link_is_gone_and_the_others_have_ended(
         one.begin_load("second", 2)
         assert one.rows[1].begun.acquire(timeout=WAIT_S)
         gone.close()
-        wait_for(lambda: one.host.fatal is not None, "the host sees it")
+        wait_until(lambda: one.host.fatal is not None, "the host sees it")
         assert not slow.take_finished() and not one.host.notices(), "rank 1 still writes to the pages"
         one.rows[1].gate.set()
-        wait_for(lambda: bool(one.host.notices()), "the load is over")
+        wait_until(lambda: bool(one.host.notices()), "the load is over")
         for worker in (gone, slow):
             for _ in range(3):
                 worker.hear(one.host.notices())
         told = []
-        wait_for(lambda: bool(told.extend(slow.take_finished()) or told), "rank 1 was told")
+        wait_until(lambda: bool(told.extend(slow.take_finished()) or told), "rank 1 was told")
         assert told == gone.take_finished() and len(told) == 1, "both ranks, once each"
         assert told[0].request_id == "second" and told[0].invalid == [20, 21, 22, 23]
         one.host.acknowledged("second")
@@ -254,13 +247,13 @@ def test_a_load_waits_for_the_step_that_may_zero_its_blocks() -> None:
     with engine() as one:
         one.submit("first", 1)
         one.save("first", 1)
-        wait_for(lambda: one.counter("saved_blocks") == 1, "the block is saved")
+        wait_until(lambda: one.counter("saved_blocks") == 1, "the block is saved")
         one.submit("second", 1)
         one.matched("second")
         while one.rows[0].begun.acquire(blocking=False):
             pass
         one.host.allocated("second", 0, [[[20, 21]]], after_step=7)
-        wait_for(
+        wait_until(
             lambda: one.host.ask(lambda scheduler: scheduler.gauges()["l2_slots_loads"]) == 1, "the block is staged"
         )
         one.workers[0].steps.begin(6, zeroes=True)
@@ -275,8 +268,8 @@ def test_a_block_of_a_step_that_failed_is_not_saved() -> None:
         page, _ = one.host.offer("r", 0, [[0, 1]], step=1)
         one.workers[0].steps.fail(1)
         kept = {page}
-        wait_for(lambda: bool(kept.difference_update(one.host.released()) or not kept), "vLLM has its blocks back")
-        wait_for(lambda: one.counter("saves_failed") == 1, "it is counted")
+        wait_until(lambda: bool(kept.difference_update(one.host.released()) or not kept), "vLLM has its blocks back")
+        wait_until(lambda: one.counter("saves_failed") == 1, "it is counted")
         assert one.counter("saved_blocks") == 0 and one.host.wants("r", 0), "it may be saved later"
 
 
@@ -318,7 +311,7 @@ def test_with_a_pool_key_no_other_block_is_loaded(tmp_path: Path) -> None:
             one.submit("r", 2)
             one.matched("r")
             one.save("r", 2)
-            wait_for(lambda one=one: one.counter("saved_blocks") == 2, "both blocks are saved")  # type: ignore[misc]
+            wait_until(lambda one=one: one.counter("saved_blocks") == 2, "both blocks are saved")  # type: ignore[misc]
         with engine(settings=then) as other:
             other.submit("r", 2)
             tokens = other.matched("r")
@@ -326,5 +319,5 @@ def test_with_a_pool_key_no_other_block_is_loaded(tmp_path: Path) -> None:
             if tokens:
                 other.allocated("r", tokens // BLOCK)
             found = other.host.activity
-            wait_for(lambda found=found: found.uploaded_bytes > 0 or found.load_failures.total() > 0, "its end")  # type: ignore[misc]
+            wait_until(lambda found=found: found.uploaded_bytes > 0 or found.load_failures.total() > 0, "its end")  # type: ignore[misc]
             assert set(found.load_failures) == failures

@@ -338,7 +338,7 @@ def test_another_users_connections_take_nobodys_place(engine: str, monkeypatch: 
         (Hello(0, 1, [[]], ""), "a group without layers"),
         (Hello(0, 1, [[ROW_BYTES, 0]], ""), "a layer without bytes"),
         (Hello(0, 1, [[1 << 45]], ""), "allowed: at most"),
-        ({"type": "Hello", "rank": 0, "pid": 1, "row_bytes": [[float("nan")]], "layout": ""}, "a message that is none"),
+        ({"type": "Hello", "rank": 0, "pid": 1, "row_bytes": [[float("nan")]], "layout": ""}, "an invalid message"),
         (Done(1, None), "answers with a Done; allowed: Hello"),
     ],
 )
@@ -360,14 +360,14 @@ def test_a_worker_that_reads_nothing_stops_nobody(engine: str, monkeypatch: pyte
     scheduler = Scheduler(engine, 1)
     assert raw.ready.wait(WAIT_S)
 
-    def tell() -> None:
+    def notify() -> None:
         for number in range(2000):
-            scheduler.links.tell(Notice(number, Finished("r" * 1000, [], False)))
+            scheduler.links.notify(Notice(number, Finished("r" * 1000, [], False)))
 
-    telling = threading.Thread(target=tell, daemon=True)
-    telling.start()
-    telling.join(WAIT_S)
-    assert not telling.is_alive(), "vLLM's scheduler would wait"
+    notifying = threading.Thread(target=notify, daemon=True)
+    notifying.start()
+    notifying.join(WAIT_S)
+    assert not notifying.is_alive(), "vLLM's scheduler would wait"
     raw.close()
     while not scheduler.lost:
         scheduler.step()

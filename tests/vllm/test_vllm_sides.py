@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,17 +25,11 @@ from penstock.vllm.link import Finished, LinkError, connect, listen
 from penstock.vllm.settings import Settings, choose_block_tokens, read_settings
 from penstock.vllm.shape import Shape
 from penstock.vllm.worker import WorkerSide
+from tests.waiting import wait_until
 
 BLOCK, VLLM_BLOCK, VLLM_BLOCKS, ROW_BYTES = 8, 4, 40, 96
 FINGERPRINT = b"0123456789abcdef"
 WAIT_S = 20.0
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end, f"not within {WAIT_S:g} s: {what}"
-        time.sleep(0.002)
 
 
 class Rig:
@@ -83,7 +77,7 @@ class Rig:
         self.host.wake()
         for worker in self.workers:
             worker.steps.record(1)
-        wait_for(lambda: self.saved() >= blocks, "blocks are saved")
+        wait_until(lambda: self.saved() >= blocks, "blocks are saved")
 
     def saved(self) -> int:
         return int(self.host.ask(lambda scheduler: scheduler.counters.get("saved_blocks", 0)))
@@ -97,7 +91,7 @@ class Rig:
                 told.extend(worker.take_finished())
             return len(told) == len(self.workers)
 
-        wait_for(all_told, f"the load of {name} is over")
+        wait_until(all_told, f"the load of {name} is over")
         assert {one.request_id for one in told} == {name}
         return told[0]
 
@@ -124,7 +118,7 @@ def test_saved_blocks_come_back_into_other_pages_of_every_worker(rig: Rig) -> No
     before = [rig.block(place) for place in range(6)]
     rig.host.finish("first")
     rig.submit("second", 3)
-    wait_for(lambda: rig.host.matched("second", 0) is not None, "the lookup is answered")
+    wait_until(lambda: rig.host.matched("second", 0) is not None, "the lookup is answered")
     assert rig.host.matched("second", 0) == 3 * BLOCK
     rig.host.allocated("second", 0, [[[20 + 2 * i, 21 + 2 * i]] * rig.groups for i in range(3)])
     assert rig.landed("second") == Finished("second", [], False)
@@ -139,7 +133,7 @@ def test_blocks_that_vllm_holds_are_not_written(rig: Rig) -> None:
     rig.save("first", 2)
     rig.host.finish("first")
     rig.submit("second", 2)
-    wait_for(lambda: rig.host.matched("second", VLLM_BLOCK) is not None, "the lookup is answered")
+    wait_until(lambda: rig.host.matched("second", VLLM_BLOCK) is not None, "the lookup is answered")
     assert rig.host.matched("second", VLLM_BLOCK) == 2 * BLOCK - VLLM_BLOCK
     rig.host.allocated("second", 0, [[[-1, 21]], [[22, 23]]])
     rig.landed("second")
@@ -162,8 +156,8 @@ def test_pages_are_kept_until_their_step_was_computed_and_copied(rig: Rig) -> No
         kept.difference_update(rig.host.released())
         return not kept
 
-    wait_for(given_back, "the page is given back")
-    wait_for(lambda: rig.saved() == 1, "the block is saved")
+    wait_until(given_back, "the page is given back")
+    wait_until(lambda: rig.saved() == 1, "the block is saved")
 
 
 def test_a_copy_under_way_when_all_is_forgotten_is_not_written(rig: Rig) -> None:
@@ -171,7 +165,7 @@ def test_a_copy_under_way_when_all_is_forgotten_is_not_written(rig: Rig) -> None
     rig.submit("r", 2)
     pages = {rig.host.offer("r", index, [[2 * index, 2 * index + 1]], step=5)[0] for index in range(2)}
     rig.host.wake()
-    wait_for(
+    wait_until(
         lambda: not rig.host.ask(lambda scheduler: scheduler.gauges()["saves_queued"]) - 2, "both wait for their step"
     )
     rig.host.forget_all()
@@ -181,10 +175,10 @@ def test_a_copy_under_way_when_all_is_forgotten_is_not_written(rig: Rig) -> None
         pages.difference_update(rig.host.released())
         return not pages
 
-    wait_for(given_back, "vLLM has its blocks back")
-    wait_for(lambda: rig.host.ask(lambda scheduler: scheduler.idle), "nothing is left")
+    wait_until(given_back, "vLLM has its blocks back")
+    wait_until(lambda: rig.host.ask(lambda scheduler: scheduler.idle), "nothing is left")
     rig.submit("r", 2)
-    wait_for(lambda: rig.host.matched("r", 0) is not None, "the lookup is answered")
+    wait_until(lambda: rig.host.matched("r", 0) is not None, "the lookup is answered")
     assert rig.host.matched("r", 0) == 0 and rig.saved() == 0, "the pool got a block whose weights nobody knows"
 
 
@@ -197,7 +191,7 @@ def test_a_load_under_way_when_all_is_forgotten_is_not_believed() -> None:
             rig.save("first", 4)
             rig.host.finish("first")
             rig.submit("second", 4)
-            wait_for(lambda: rig.host.matched("second", 0) is not None, "the lookup is answered")
+            wait_until(lambda: rig.host.matched("second", 0) is not None, "the lookup is answered")
             rig.host.allocated("second", 0, [[[20 + 2 * i, 21 + 2 * i]] for i in range(4)])
             rig.host.forget_all()
             assert rig.landed("second").invalid == list(range(20, 28))
@@ -228,7 +222,7 @@ def test_blocks_that_are_lost_after_pages_were_given_are_named_to_vllm() -> None
             rig.save("first", 6)
             rig.host.finish("first")
             rig.submit("second", 6)
-            wait_for(lambda: rig.host.matched("second", 0) is not None, "the lookup is answered")
+            wait_until(lambda: rig.host.matched("second", 0) is not None, "the lookup is answered")
             assert rig.host.matched("second", 0) == 6 * BLOCK
             pages = [[20 + 2 * i, 21 + 2 * i] for i in range(6)]
             rig.host.allocated("second", 0, [[one] for one in pages])
@@ -239,7 +233,7 @@ def test_blocks_that_are_lost_after_pages_were_given_are_named_to_vllm() -> None
             for place in range(len(flat) - len(told.invalid)):
                 assert all(torch.equal(a, b) for a, b in zip(rig.block(place), rig.block(20 + place), strict=True))
             rig.host.acknowledged("second")
-            wait_for(lambda: rig.host.matched("second", 0) is not None, "the lookup fails")
+            wait_until(lambda: rig.host.matched("second", 0) is not None, "the lookup fails")
             assert rig.host.matched("second", 0) == 0, "without its pool a request is computed"
         finally:
             rig.close()
@@ -254,7 +248,7 @@ def test_the_end_of_a_cancelled_load_is_told_once_its_pages_are_safe() -> None:
             rig.save("first", 4)
             rig.host.finish("first")
             rig.submit("second", 4)
-            wait_for(lambda: rig.host.matched("second", 0) is not None, "the lookup is answered")
+            wait_until(lambda: rig.host.matched("second", 0) is not None, "the lookup is answered")
             rig.host.allocated("second", 0, [[[20 + 2 * i, 21 + 2 * i]] for i in range(4)])
             rig.host.finish("second")
             rig.landed("second")
@@ -275,7 +269,7 @@ def test_when_penstock_fails_inside_vllm_gets_everything_back(monkeypatch: pytes
             rig.host.finish("first")
             rig.submit("loads", 4)
             rig.submit("saves", 5)
-            wait_for(lambda: rig.host.matched("loads", 0) is not None, "the lookup is answered")
+            wait_until(lambda: rig.host.matched("loads", 0) is not None, "the lookup is answered")
             rig.host.allocated("loads", 0, [[[20 + 2 * i, 21 + 2 * i]] for i in range(4)])
             kept, _ = rig.host.offer("saves", 4, [[8, 9]], step=2)  # a step that is never computed
             rig.host.released()
@@ -327,7 +321,7 @@ def test_no_thread_or_memory_is_left_behind() -> None:
     named = {path for path in set(Path("/dev/shm").iterdir()) - files if "staging" in path.name}
     assert not named, "the staging memory has a name that could be left behind"
     rig.close()
-    wait_for(
+    wait_until(
         lambda: not {t.name for t in threading.enumerate() if t.name.startswith("penstock")} - before,
         "all threads end",
     )

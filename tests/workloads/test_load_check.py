@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.demo.demo import OFFERED_LOAD, demo_bed, demo_workload, paced
 from penstock.bench import serve
-from penstock.bench.served import Calibration
+from penstock.bench.system_under_test import Calibration
 from penstock.report import Report
 from penstock.testing.tiny_models import build_demo_checkpoint
 from penstock.workloads.deadlines import TtftModel, reusable_tokens

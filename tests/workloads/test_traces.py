@@ -169,5 +169,5 @@ def test_scaling_refuses_nonsense(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Scaling(**wrong)
     _write(tmp_path, a=_session([_request([1], 64)]))
-    with pytest.raises(TraceError, match="token_divisor 100 leaves nothing of a block of 64 tokens"):
+    with pytest.raises(TraceError, match="token_divisor 100 is larger than a block of 64 tokens"):
         read_agent_sessions(tmp_path, Scaling(token_divisor=100))

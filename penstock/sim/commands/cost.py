@@ -1,8 +1,9 @@
-"""`penstock sim cost`: what one decision of a scheduler costs with many requests waiting, and one event.
+"""`penstock sim cost`: the cost of one scheduler decision, and of one event, with many waiting requests.
 
-Short prompts by the processor's time, with a queue for each policy. Long prompts also by counted work: how many
-bytecodes one event and the decisions after it execute, which depends on no machine (loops of the interpreter itself,
-say to copy a list, count as one)."""
+For short prompts: processor time, with a queue for each policy. For long prompts also counted work: the bytecodes that
+one event and its decisions execute. That count is the same on every machine; a loop inside the interpreter (such as
+copying a list) counts as one.
+"""
 
 from __future__ import annotations
 
@@ -37,22 +38,22 @@ from penstock.workloads.statistics import percentile
 WAITING_GOAL_S = {1000: 50e-6, 10_000: 100e-6}
 DECISIONS = 3000
 BLOCK_TOKENS, BLOCK_BYTES, BLOCKS = 64, 1 << 20, 4
-LONG = (2000, 1000)  # blocks of a prompt, requests that wait
-SHARE_A_PROMPT = 8  # of them
+LONG = (2000, 1000)  # blocks of a prompt, waiting requests
+SHARE_A_PROMPT = 8  # waiting requests with the same leading blocks
 SAVES = 8
-EVENTS = 16  # of one kind are measured
-GROWTH_MAX = 2.0  # of counted work, with ten times the blocks and ten times the requests: logarithmic is less
+EVENTS = 16  # measured per kind
+GROWTH_MAX = 2.0  # of counted work with ten times the blocks and requests: logarithmic growth stays below
 
 
 class TimedScheduler(LoadScheduler):
-    """Notes the processor time of each decision."""
+    """Records the processor time of each decision."""
 
     def __init__(self, config: SchedulerConfig, cost: CostModel) -> None:
         super().__init__(config, cost)
         self.decisions_s: list[float] = []
 
     def decide(self, now: float) -> list[Operation]:
-        """As the scheduler's, and the thread's processor seconds are noted."""
+        """Decide, and record the thread's processor seconds."""
         started_s = time.thread_time()
         operations = super().decide(now)
         self.decisions_s.append(time.thread_time() - started_s)
@@ -60,7 +61,7 @@ class TimedScheduler(LoadScheduler):
 
 
 def decisions_s(policy: Policy, waiting: int) -> tuple[list[float], float]:
-    """Processor time of single decisions while about `waiting` requests wait, and of one event with its decision."""
+    """Processor time of single decisions with about `waiting` waiting requests, and of one event with its decision."""
     config = SchedulerConfig(
         block_tokens=BLOCK_TOKENS, block_bytes=BLOCK_BYTES, l1_pages=4000, l2_slots=4000, policy=policy,
         max_waiting=waiting + 1000, age_bound_s=1e6, request_timeout_s=1e7, lookup_window=64,
@@ -89,7 +90,7 @@ def decisions_s(policy: Policy, waiting: int) -> tuple[list[float], float]:
 
 @dataclass(frozen=True, slots=True)
 class EventCost:
-    """Of one event and the decisions after it."""
+    """Cost of one event and the decisions after it."""
 
     seconds: float
     bytecodes: float
@@ -115,7 +116,7 @@ def bytecodes(call: Callable[[], object]) -> int:
 
 
 def _cost_of(events: Sequence[Callable[[], object]], parts: int = 1) -> EventCost:
-    """Every other event is timed, and those between them are counted; each has so many `parts`."""
+    """Alternate events are timed and counted; each consists of `parts` steps."""
     timed, counted = events[::2], events[1::2]
     seconds, executed = [], []
     for one, other in zip(timed, counted, strict=True):
@@ -127,7 +128,7 @@ def _cost_of(events: Sequence[Callable[[], object]], parts: int = 1) -> EventCos
 
 
 def _long_config(pages: int, waiting: int) -> SchedulerConfig:
-    """Blocks of one token, so that prompts of many take little memory."""
+    """Blocks of one token, so that prompts of many blocks take little memory."""
     return SchedulerConfig(
         block_tokens=1, block_bytes=BLOCK_BYTES, l1_pages=pages, l2_slots=16 * EVENTS, recompute=True,
         max_waiting=waiting + 2, max_batch_tokens=SAVES + 1, save_window_blocks=SAVES, age_bound_s=1e6,
@@ -145,8 +146,8 @@ def _costs() -> CostModel:
 
 
 def engine_events(blocks: int, waiting: int) -> dict[str, EventCost]:
-    """An engine's scheduler while one prompt of so many blocks is fetched and `waiting` more find no room: a block
-    is saved (admission looks again who fits), a block is fetched."""
+    """An engine's scheduler while one prompt of this many blocks is fetched and `waiting` more do not fit. Events: a
+    block is saved (admission checks again who fits), a block is fetched."""
     scheduler = LoadScheduler(_long_config(blocks + blocks // 2, waiting), _costs())
     hit = BlockHit(BLOCK_BYTES, ("net",))
     scheduler.submit(RequestSpec("first", list(range(SAVES + 1)), 1, root_key(b"cost", "")), 0.0)
@@ -186,8 +187,8 @@ def engine_events(blocks: int, waiting: int) -> dict[str, EventCost]:
 
 
 def guest_events(blocks: int, waiting: int) -> dict[str, EventCost]:
-    """The scheduler inside vLLM while so many requests wait whose prompts can be loaded: a block is fetched; and after
-    each such event the host asks for one request what is worth a grant of pages."""
+    """The scheduler inside vLLM with this many waiting requests whose prompts can be loaded. Event: a block is fetched;
+    after it the host asks for one request which loads deserve pages."""
     scheduler = ConnectorScheduler(_long_config(4 * blocks, waiting), _costs())
     hit = BlockHit(BLOCK_BYTES, ("net",))
     for number in range(waiting):
@@ -210,7 +211,7 @@ def guest_events(blocks: int, waiting: int) -> dict[str, EventCost]:
 
     while run():
         pass
-    for _ in range(EVENTS):  # what costs are judged by
+    for _ in range(EVENTS):  # gives the cost model its measurements
         fetched()
         scheduler.stepped([(10, 10)], 0.01)
     found = scheduler.matched("0", 0, 0.0)
@@ -229,7 +230,7 @@ def guest_events(blocks: int, waiting: int) -> dict[str, EventCost]:
 
 
 def long_prompts(report: Report, blocks: int, waiting: int) -> None:
-    """What an event costs with as many blocks and waiting requests, and by how much counted work grew from a tenth."""
+    """The cost of an event with this many blocks and waiting requests, and the growth of counted work from a tenth."""
     for who, events in (("engine", engine_events), ("in_vllm", guest_events)):
         few, many = events(blocks // 10, waiting // 10), events(blocks, waiting)
         for kind, found in many.items():
@@ -255,8 +256,8 @@ def cost(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     policy: Annotated[list[str] | None, typer.Option(help=f"Policies: {', '.join(POLICIES)}. Default: all.")] = None,
 ) -> None:
-    """Processor time of one decision with 1,000 and 10,000 waiting requests, and of one simulated event; and what an
-    event costs with 1,000 waiting prompts of 2,000 blocks, counted too."""
+    """Processor time of one decision with 1,000 and 10,000 waiting requests, and of one simulated event; and the cost
+    of an event with 1,000 waiting prompts of 2,000 blocks, also in counted work."""
     chosen = tuple(policy or POLICIES)
     for name in chosen:
         if name not in POLICIES:

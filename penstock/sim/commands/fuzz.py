@@ -1,4 +1,4 @@
-"""`penstock sim fuzz`: random engines, clusters, requests and faults against the core; a failing one is shrunk."""
+"""`penstock sim fuzz`: random engines, clusters, requests and faults against the core; shrinks a failing case."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEEDS_AT_ONCE = 100
 
 
 def run_seeds(first: int, seeds: int) -> tuple[int, list[tuple[int, str]]]:
-    """Events of all cases, and (seed, failure) of those that fail."""
+    """Number of events of all cases, and (seed, failure) of the failing ones."""
     events, failed = 0, []
     for seed in range(first, first + seeds):
         happened, failure = outcome_of(case_of(seed))
@@ -40,13 +40,13 @@ def _batches(first: int, seeds: int) -> Iterator[tuple[int, int]]:
 
 def fuzz(
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds to try.")] = 1000,
-    first: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+    first: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     processes: Annotated[int, typer.Option(min=0, help="Processes to use; 0: one per processor.")] = 0,
-    replay: Annotated[Path | None, typer.Option(help="Run the case in this file instead, and say how it ends.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the shrunk case of a failure goes.")] = Path("out/fuzz-failure.json"),
+    replay: Annotated[Path | None, typer.Option(help="Run the case in this file, and print its result.")] = None,
+    out: Annotated[Path, typer.Option(help="File for the shrunk failing case.")] = Path("out/fuzz-failure.json"),
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
-    """Random engines, clusters, requests and faults against the core, its invariants asserted after every event."""
+    """Runs random engines, clusters, requests and faults against the core; checks its invariants after every event."""
     console = Console()
     if replay is not None:
         raise typer.Exit(_replay(replay, console))
@@ -84,13 +84,13 @@ def _run_all(first: int, seeds: int, workers: int) -> Iterator[tuple[int, int, l
 
 
 def _explain(failed: list[tuple[int, str]], out: Path, console: Console) -> None:
-    """What the first failing seed does, made small, and how to run it again."""
+    """Prints the first failing seed's failure, shrunk, and how to run it again."""
     seed, failure = failed[0]
     console.print(f"seed {seed} fails: {failure}", markup=False, soft_wrap=True)
     small = shrunk(case_of(seed))
     write_case(out, small)
     console.print(f"shrunk: {_size_of(small)}: {failure_of(small)}", markup=False, soft_wrap=True)
-    console.print(f"again with: penstock sim fuzz --replay {out}", markup=False, soft_wrap=True)
+    console.print(f"reproduce with: penstock sim fuzz --replay {out}", markup=False, soft_wrap=True)
 
 
 def _size_of(case: AnyCase) -> str:

@@ -1,8 +1,8 @@
-"""`penstock sim plan`: how many prefill and decode nodes, which P/D and which storage NICs serve a load within an SLO.
+"""`penstock sim plan`: how many prefill and decode nodes, which P/D ratio and storage NICs serve a load within an SLO.
 
-For every storage NIC and every ratio within the bounds where no other link is a bottleneck, the least number of nodes
-that keeps the SLO is searched, from the fluid bound upwards, by simulating DualPath with split reads. Those that no
-other plan beats in both nodes and TTFT are the frontier.
+For every storage NIC and every ratio within the bounds where no other link is a bottleneck, it searches the smallest
+number of nodes that meets the SLO: it starts at the fluid bound and simulates DualPath with split reads. Plans that no
+other plan beats in both nodes and TTFT form the frontier.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GBITS = (100.0, 200.0, 400.0, 800.0)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A cluster that keeps the SLO at the rate asked for."""
+    """A cluster that meets the SLO at the given rate."""
 
     shape: ClusterShape
     ttft_s: float
@@ -45,18 +45,18 @@ class Plan:
 
     @property
     def nodes(self) -> int:
-        """Prefill and decode nodes together."""
+        """Number of prefill and decode nodes."""
         return self.shape.prefill_nodes + self.shape.decode_nodes
 
     @property
     def storage_gbit_per_s(self) -> float:
-        """Of all storage NICs together."""
+        """Bandwidth of all storage NICs together."""
         return self.nodes * self.shape.storage_nic_bytes_per_s * 8e-9
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What is to be served: agents of a kind at a rate, within an SLO; simulated for `arrivals_s`."""
+    """The load: agents of a kind at a rate, with an SLO; simulated for `arrivals_s`."""
 
     model: ServedModel
     trajectories: Sequence[Trajectory]
@@ -67,7 +67,7 @@ class Demand:
     seed: int = 0
 
     def sized(self, unit: ClusterShape, prefill_nodes: int, decode_nodes: int) -> ClusterShape:
-        """A cluster whose engines meet in the largest groups allowed that divide its nodes."""
+        """A cluster whose engine groups are the largest allowed that divide its nodes."""
         return replace(
             unit,
             prefill_nodes=prefill_nodes,
@@ -81,7 +81,7 @@ class Demand:
         return all(self.model.fits(shape.gpu, shape.gpus * nodes, tokens) for nodes in sizes)
 
     def least_share(self, shape: ClusterShape) -> float:
-        """The share of this cluster without which the load is beyond the fluid bound; infinite where nothing fits."""
+        """The load as a share of this cluster's fluid bound; infinite if the model does not fit."""
         if not self._fits(shape, 1):
             return float("inf")
         agents = 20 * len(self.trajectories)
@@ -90,7 +90,8 @@ class Demand:
         return self.agents_per_s / per_s
 
     def kept_by(self, shape: ClusterShape) -> Plan | None:
-        """None where the SLO is not kept, or the model or the longest request does not fit its groups."""
+        """Simulate the cluster; None if it misses the SLO, or the model or the longest request does not fit its
+        groups."""
         longest = max(max(map(sum, zip(t.prompts, t.answers, strict=True))) for t in self.trajectories)
         if not self._fits(shape, longest):
             return None
@@ -105,7 +106,7 @@ def _group(nodes: int, group_nodes_max: int) -> int:
 
 
 def plan_for(demand: Demand, unit: ClusterShape, ratio: Fraction, nodes_max: int) -> Plan | None:
-    """The smallest cluster of this ratio (times 1, 2, ...) that keeps the SLO; None within `nodes_max` nodes."""
+    """The smallest cluster of this ratio (times 1, 2, ...) that meets the SLO; None within `nodes_max` nodes."""
     p, d = ratio.numerator, ratio.denominator
     times_max = nodes_max // (p + d)
     least = demand.least_share(demand.sized(unit, p * times_max, d * times_max))
@@ -114,7 +115,7 @@ def plan_for(demand: Demand, unit: ClusterShape, ratio: Fraction, nodes_max: int
     low = max(1, int(least * times_max))
     best: Plan | None = None
     high = times_max + 1
-    while low < high:  # a larger cluster keeps what a smaller one keeps
+    while low < high:  # a larger cluster meets every SLO that a smaller one meets
         middle = min(low + 1, high - 1) if best is None and low * 2 < high else (low + high) // 2
         middle = max(low, middle)
         found = demand.kept_by(demand.sized(unit, p * middle, d * middle))
@@ -126,8 +127,8 @@ def plan_for(demand: Demand, unit: ClusterShape, ratio: Fraction, nodes_max: int
 
 
 def frontier(plans: Sequence[Plan]) -> list[Plan]:
-    """Plans that no other one beats: with no more nodes, no more storage bandwidth, and a TTFT no more than 5 % above
-    (equal ones: the first). By nodes."""
+    """The plans, by nodes, that no other plan beats: one with no more nodes, no more storage bandwidth, and a TTFT at
+    most 5 % higher (of equal plans the first stays)."""
 
     def beats(first: Plan, second: Plan) -> bool:
         left, right = (first.nodes, first.storage_gbit_per_s), (second.nodes, second.storage_gbit_per_s)
@@ -141,7 +142,7 @@ def frontier(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def search(demand: Demand, gpu: Gpu, gbits: Sequence[float], nodes_max: int, gpus: int) -> tuple[list[Plan], list[str]]:
-    """All plans, and why ratios were left out."""
+    """All plans, and the reasons for skipped ratios."""
     plans, left_out = [], []
     cells = [(gbit, ratio) for gbit in gbits for ratio in RATIOS if sum(ratio.as_integer_ratio()) <= nodes_max]
     for gbit, ratio in track(cells, "plans", transient=True):
@@ -149,7 +150,7 @@ def search(demand: Demand, gpu: Gpu, gbits: Sequence[float], nodes_max: int, gpu
         low, high = ratio_bounds(unit.links)
         if not low <= ratio <= high:
             link, use = link_use(unit.links, ratio.numerator, ratio.denominator).worst
-            left_out.append(f"{gbit:g} Gbit/s, P/D {ratio}: {link} would carry {use:.2f} of what it can")
+            left_out.append(f"{gbit:g} Gbit/s, P/D {ratio}: {link} would need {use:.2f} of its bandwidth")
             continue
         plan = plan_for(demand, unit, ratio, nodes_max)
         if plan is not None:
@@ -182,18 +183,18 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, max=64, help="GPUs of a node.")] = 8,
     gpu_memory_gb: Annotated[float, typer.Option(min=1.0, help="Memory of a GPU.")] = 80.0,
     gpu_tflops: Annotated[float, typer.Option(min=1.0, help="TFLOP/s that a GPU reaches in prefill.")] = 400.0,
-    group_nodes_max: Annotated[int, typer.Option(min=1, max=16, help="Nodes over which experts are spread.")] = 4,
+    group_nodes_max: Annotated[int, typer.Option(min=1, max=16, help="Most nodes that share the experts.")] = 4,
     nodes_max: Annotated[int, typer.Option(min=2, max=1000, help="Largest cluster to consider.")] = 32,
     context_tokens_max: Annotated[
-        int, typer.Option(min=1, help="Sessions of a trace end before a longer prompt.")
+        int, typer.Option(min=1, help="Longest prompt of a trace; its session ends before a longer one.")
     ] = 65_536,
-    think_s_max: Annotated[float, typer.Option(min=0.0, help="Cap of the pauses in a trace.")] = 5.0,
+    think_s_max: Annotated[float, typer.Option(min=0.0, help="Upper limit for pauses in a trace.")] = 5.0,
     arrivals_s: Annotated[
-        float, typer.Option(min=10.0, help="Simulated time of each trial; long enough for agents to come and go.")
+        float, typer.Option(min=10.0, help="Simulated time of each trial; several times an agent's duration.")
     ] = 1800.0,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
-    """How many prefill and decode nodes, which P/D ratio and which storage NICs keep an SLO; shows the frontier."""
+    """How many prefill and decode nodes, which P/D ratio and which storage NICs meet an SLO; prints the frontier."""
     try:
         demand = Demand(
             load_model(model), workload(trace, length, context_tokens_max, think_s_max), rate,
@@ -211,7 +212,7 @@ def plan(
     report.notes += left_out
     if not chosen:
         report.notes.append(
-            f"no cluster of up to {nodes_max} nodes keeps TTFT {slo_ttft_s:g} s and TPOT {slo_tpot_s:g} s"
+            f"no cluster of up to {nodes_max} nodes meets TTFT {slo_ttft_s:g} s and TPOT {slo_tpot_s:g} s"
         )
     for found in chosen:
         label = f"{found.shape.name}_{found.shape.storage_nic_bytes_per_s * 8e-9:g}gbit"

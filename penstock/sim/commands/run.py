@@ -1,4 +1,4 @@
-"""`penstock sim run`: what a TOML file describes: an engine or a cluster, a workload, policies, faults, a seed."""
+"""`penstock sim run`: simulates what a TOML file describes: an engine or a cluster, a workload, policies, faults."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from penstock.sim.commands.run_result import Result
 
 
 def simulate(simulation: Simulation, folder: Path = Path(), trace_out: Path | None = None) -> Result:
-    """Run a simulation; traces are looked for in `folder`, `trace_out` gets a Chrome trace. One seed, one result.
-    Raises ConfigError."""
+    """Run a simulation. Traces are read from `folder`; `trace_out` receives a Chrome trace. The same seed gives the
+    same result. Raises ConfigError."""
     one = (
         EngineSimulation(simulation, folder) if simulation.engine is not None else ClusterSimulation(simulation, folder)
     )
@@ -32,14 +32,14 @@ def simulate(simulation: Simulation, folder: Path = Path(), trace_out: Path | No
 
 def run(
     file: Annotated[Path, typer.Argument(help="The simulation, as TOML (docs/simulator.md; deploy/sim-*.toml).")],
-    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the file's seed.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed to use instead of the file's.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG, SVG or PDF) to this file.")] = None,
     trace_out: Annotated[
         Path | None, typer.Option(help="Write a Chrome trace (Perfetto reads it) to this file.")
     ] = None,
 ) -> None:
-    """Simulate what a file describes: latencies, SLO attainment, goodput, links over time, balance."""
+    """Simulates what a file describes: latencies, SLO attainment, goodput, link use over time, balance."""
     try:
         simulation = read_simulation(file)
         if seed is not None:

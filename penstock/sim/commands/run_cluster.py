@@ -1,4 +1,5 @@
-"""The cluster of a simulation file: agents or recorded sessions on prefill and decode nodes, as clients see them."""
+"""The cluster of a simulation file: agents or recorded sessions on prefill and decode nodes, measured at the
+clients."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from penstock.workloads.traces import TraceError
 
 
 def sessions_of(simulation: Simulation, folder: Path) -> tuple[list[Trajectory], list[float]]:
-    """Trajectories, and when each begins: all at once, or at the workload's rate. Raises ConfigError."""
+    """Trajectories and their start times: all at once, or at the workload's rate. Raises ConfigError."""
     load, seed = simulation.workload, simulation.seed
     assert isinstance(load, AgentLoad | TraceLoad)
     if isinstance(load, AgentLoad):
@@ -52,11 +53,11 @@ class ClusterSimulation:
         self._driver = PrefillDecodeCluster(
             cluster.shape, cluster.served, cluster.policies, self._trajectories, Settings(window_s=1.0)
         )
-        self._since: dict[RequestId, tuple[str, float]] = {}  # what each request does, and since when
+        self._since: dict[RequestId, tuple[str, float]] = {}  # each request's current activity and its start time
         self._ended_s: dict[RequestId, float] = {}
 
     def run(self, traced: bool = False) -> Result:
-        """To the end of all sessions. The same simulation gives the same result."""
+        """Run to the end of all sessions. The same simulation gives the same result."""
         self._listen(traced)
         driver, result = self._driver, self.result
         record = driver.run(self._starts_s, faults=self._cluster.fault)
@@ -82,7 +83,7 @@ class ClusterSimulation:
         return result
 
     def _link_use(self) -> None:
-        """Of storage NICs, merged to windows that make about `WINDOWS` of the run."""
+        """Bytes of storage NICs by window; windows are merged to about `WINDOWS` per run."""
         result = self.result
         count = max((len(link.windows) for link in self._driver.links), default=0)
         merged = max(1, count // WINDOWS)
@@ -97,7 +98,7 @@ class ClusterSimulation:
     # -- what the driver and the core say to each other ----------------------------------------------------------
 
     def _listen(self, traced: bool) -> None:
-        """Notes when each agent's last answer ended and, for a trace, what each request did meanwhile."""
+        """Record the end of each agent's last answer and, for a trace, each request's activities."""
         scheduler, record = self._driver.scheduler, self._driver.record
         ended, decide = scheduler.ended, scheduler.decide
         submit, prefilled = scheduler.submit, scheduler.prefilled

@@ -1,4 +1,4 @@
-"""One engine of a simulation file: sessions of turns against a pool of devices, measured as a client would."""
+"""One engine of a simulation file: sessions of turns against a pool of devices, measured at the clients."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ class EngineSimulation:
         self._links = FluidLinks(self.clock, self._speeds, in_order=engine.sharing == "in order")
         self._routes: list[Route] = [(device.name, *device.over) for device in engine.device]
         self._placement = Placement([device.bytes_per_s for device in engine.device])
-        self._times_s: dict[str, list[float]] = {}  # of a request's tokens
-        self._sessions: dict[str, tuple[Session, int, float]] = {}  # request: its session, turn and when that began
+        self._times_s: dict[str, list[float]] = {}  # of each request's tokens
+        self._sessions: dict[str, tuple[Session, int, float]] = {}  # request: its session, turn and start time
         self._left = len(self._workload.sessions)
         self._windows: list[dict[str, float]] = []
         self._driver: EngineDriver | None = None
 
     def run(self, traced: bool = False) -> Result:
-        """To the end of all sessions. The same simulation gives the same result."""
+        """Run to the end of all sessions. The same simulation gives the same result."""
         profile = self._profile
         cost = CostModel(LinkCost(profile.upload_bytes_per_s), profile.compute_cost())
         cost.links = {name: LinkCost(speed) for name, speed in self._speeds.items() if name != PCIE}
@@ -113,7 +113,7 @@ class EngineSimulation:
         return self._routes[self._placement.owner(block.position) or 0]
 
     def _warm(self) -> dict[bytes, BlockHit]:
-        """What the pool holds before the first request."""
+        """Fill the pool as it is before the first request."""
         hits = {}
         size = self._config.block_tokens
         for session in self._workload.sessions:
@@ -147,7 +147,7 @@ class EngineSimulation:
         self.clock.at(now_s, lambda: self._unless_refused(name))
 
     def _unless_refused(self, name: str) -> None:
-        """A session ends with a request that the engine does not take."""
+        """End a session whose request the engine refused."""
         assert self._driver is not None
         end = self._driver.ended.get(name)
         if end is not None and end.reason == "refused":
@@ -183,9 +183,9 @@ class EngineSimulation:
     # -- what is measured beside --------------------------------------------------------------------------------
 
     def _sample(self) -> None:
-        """Bytes by link, window by window."""
+        """Record bytes by link, window by window."""
         self._windows.append(self._links.moved_now())
-        if len(self._windows) > 2 * WINDOWS:  # half as many, twice as long
+        if len(self._windows) > 2 * WINDOWS:  # merge pairs: half as many windows, twice as long
             self._windows = self._windows[::2]
             self.result.window_s *= 2
         self.clock.after(self.result.window_s, self._sample)

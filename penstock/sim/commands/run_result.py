@@ -1,4 +1,4 @@
-"""What one simulation gave: latencies, SLO attainment, goodput, the use of links over time and their balance."""
+"""Results of one simulation: latencies, SLO attainment, goodput, link use over time and link balance."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from penstock.report import Report
 from penstock.workloads.plots import SERIES_COLOURS, new_figure, save_figure, tidy
 from penstock.workloads.statistics import summarize
 
-WINDOWS = 100  # of the use of links over time, at least
+WINDOWS = 100  # minimum number of windows of link use
 LATENCIES = ("ttft_s", "ttst_s", "tpot_s", "jct_s")
 
 
 @dataclass(slots=True)
 class Result:
-    """Times in seconds. `ttft_s`, `ttst_s` (second token) and `tpot_s` are of requests, `jct_s` of sessions (a session
-    of one turn is a request). `link_use` are shares of each link's bandwidth, window by window; `storage` names the
-    links whose balance is of interest."""
+    """Times in seconds. `ttft_s`, `ttst_s` (second token) and `tpot_s` are per request, `jct_s` per session (a session
+    of one turn is a request). `link_use` holds each link's share of its bandwidth by window; `storage` names the links
+    whose balance is reported."""
 
     slo_ttft_s: float
-    requests: int = 0  # that were sent
-    ended: Counter[str] = field(default_factory=Counter)  # how
+    requests: int = 0  # requests sent
+    ended: Counter[str] = field(default_factory=Counter)  # number of requests by outcome
     ttft_s: list[float] = field(default_factory=list)
     ttst_s: list[float] = field(default_factory=list)
     tpot_s: list[float] = field(default_factory=list)
@@ -41,17 +41,17 @@ class Result:
 
     @property
     def slo_attainment(self) -> float:
-        """Of all requests sent, those whose first token came in time."""
+        """Share of all sent requests whose first token met the deadline."""
         return sum(ttft <= self.slo_ttft_s for ttft in self.ttft_s) / max(1, self.requests)
 
     @property
     def goodput_per_s(self) -> float:
-        """Requests that kept the SLO per second of the run."""
+        """Requests that met the SLO, per second of the run."""
         return sum(ttft <= self.slo_ttft_s for ttft in self.ttft_s) / max(self.duration_s, 1e-9)
 
     @property
     def balance_max_avg(self) -> float:
-        """The most used storage link over the mean of all, by window, weighed by use."""
+        """Use of the busiest storage link over the mean of all, by window, weighted by use."""
         rows = [self.link_use[name] for name in self.storage]
         if not rows or not max(map(len, rows), default=0):
             return 1.0
@@ -60,7 +60,7 @@ class Result:
         return float(table.max(axis=0).sum() / mean) if mean > 0 else 1.0
 
     def into(self, report: Report) -> None:
-        """All figures."""
+        """All figures by name."""
         report.figure("requests", self.requests)
         for reason, count in sorted(self.ended.items()):
             report.figure(f"ended_{reason}", count)
@@ -82,7 +82,7 @@ class Result:
             report.figure(name, value)
 
     def draw(self, path: Path, title: str) -> None:
-        """Distributions of the latencies, and the use of links over time. Raises ValueError for an unknown suffix."""
+        """Plot the latency distributions and link use over time. Raises ValueError for an unknown suffix."""
         figure = new_figure(10.0, 4.5)
         left, right = figure.subplots(1, 2)
         for i, name in enumerate(LATENCIES):

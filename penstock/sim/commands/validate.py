@@ -1,4 +1,4 @@
-"""`penstock sim validate`: recorded live runs simulated from their own profile, predicted against measured TTFT."""
+"""`penstock sim validate`: simulates recorded live runs from their own profile, and compares TTFT."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MEDIAN_GOAL, P99_GOAL = 0.10, 0.25
 
 
 def predicted_ttfts_s(run: RecordedRun) -> list[float]:
-    """TTFT of each request of a run, simulated: the same core, settings, arrivals and hits, its profile's links."""
+    """Simulated TTFT of each request of a run: same core, settings, arrivals and hits, with the profile's links."""
     fields: dict[str, Any] = dict(run.config)
     config, profile = SchedulerConfig(**fields), run.profile
     cost = CostModel(LinkCost(profile.upload_bytes_per_s), ComputeCost(*profile.compute))
@@ -55,11 +55,11 @@ def predicted_ttfts_s(run: RecordedRun) -> list[float]:
 
 def validate(
     recording: Annotated[
-        list[Path], typer.Argument(help="Files that python -m benchmarks calvo and pool wrote (--record).")
+        list[Path], typer.Argument(help="Files written by python -m benchmarks calvo and pool (--record).")
     ],
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
-    """Simulate recorded live runs from their own profile: error of the predicted TTFT, request by request."""
+    """Simulates recorded live runs from their own profile; prints the error of the predicted TTFT by request."""
     report = Report("sim validate")
     try:
         recorded = [(path, read_runs(path)) for path in recording]

@@ -1,1 +1,1 @@
-"""Randomised faults against the scheduler core, their rules, and the smallest case that fails."""
+"""Random faults against the scheduler core: invariants, and shrinking of failing cases."""

@@ -1,4 +1,4 @@
-"""One random case for an engine's core: its pool, requests, and what goes wrong when. Plain data, from a seed."""
+"""One random case for an engine's core: its pool, requests and timed faults. Plain data, derived from a seed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ SIDES: tuple[Side, ...] = get_args(Side)
 
 
 class FuzzHandOff(msgspec.Struct, frozen=True):
-    """The request goes on to decode engine `to`, which has its first `present` blocks; both sides can read what the
-    pool holds at first."""
+    """The request continues on decode engine `to`, which has its first `present` blocks; both sides can read the pool's
+    initial content."""
 
     to: int
     present: int
@@ -28,8 +28,8 @@ class FuzzHandOff(msgspec.Struct, frozen=True):
 
 
 class FuzzRequest(msgspec.Struct, frozen=True):
-    """Its prompt are the first `shared` tokens of a family, then tokens of its own. One that `stops` ends at the first
-    token that the scheduler core takes for its end."""
+    """Its prompt is the first `shared` tokens of a family, then unique tokens. With `stops` it ends at the first token
+    that the scheduler core takes as an end token."""
 
     at_s: float
     family: int
@@ -43,7 +43,7 @@ class FuzzRequest(msgspec.Struct, frozen=True):
 
 
 class FuzzFault(msgspec.Struct, frozen=True):
-    """`target` is a link's, a decode engine's or a request's number; `factor` how slow a link gets."""
+    """`target` is the number of a link, decode engine or request; `factor` the speed of a slowed link."""
 
     at_s: float
     kind: FaultKind
@@ -53,8 +53,8 @@ class FuzzFault(msgspec.Struct, frozen=True):
 
 
 class FuzzCase(msgspec.Struct, frozen=True, tag="engine", tag_field="kind"):
-    """`warm` are (family, blocks, route): what the pool holds at first. `*_fails` are probabilities, drawn anew for
-    each operation from `dice`."""
+    """`warm` holds (family, blocks, route): the pool's initial content. `*_fails` are probabilities, drawn for each
+    operation from `dice`."""
 
     seed: int
     dice: int

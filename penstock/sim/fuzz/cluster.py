@@ -1,9 +1,10 @@
-"""Random prefill/decode clusters against the scheduler core of the paths: agents, and nodes and NICs lost and healed.
+"""Random prefill/decode clusters against the inter-engine scheduler core, with nodes and NICs that fail and recover.
 
-C1 each request ends exactly once: in its answer, or given up after its attempts; nothing waits for ever;
-C2 the accounts of engines, groups, nodes and the queue are right after every decision (`check_integrity`), and empty
-   in the end: no token, read or request is leaked;
-C3 a request is placed on engines that are there, never twice at once, and no more often than is allowed.
+CLUSTER-1  Each request ends exactly once: with its answer, or abandoned after its attempts. Nothing waits for ever.
+CLUSTER-2  The accounts of engines, groups, nodes and the queue are right after every decision (`check_integrity`) and
+           empty at the end: no token, read or request is leaked.
+CLUSTER-3  A request is placed on existing engines, never twice at once, and no more often than allowed.
+Verification: tests/sim/test_sim_fuzz.py breaks each of them on purpose.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class ClusterAgent(msgspec.Struct, frozen=True):
 
 
 class ClusterFault(msgspec.Struct, frozen=True):
-    """`lasts_s` is None for a node that is lost for good; else its storage NIC is cut for so long."""
+    """`lasts_s` is None for a node that is lost for good; otherwise its storage NIC is down for that long."""
 
     at_s: float
     node: int
@@ -92,7 +93,7 @@ def _agent(rng: random.Random, span_s: float) -> ClusterAgent:
 
 
 def _faults(rng: random.Random, nodes: tuple[int, int], span_s: float) -> tuple[ClusterFault, ...]:
-    """Of prefill, and of decode, one node stays; the others are lost once at most."""
+    """One prefill and one decode node survive; each of the others is lost at most once."""
     found: list[ClusterFault] = []
     stay = {0, nodes[0]}
     for _ in range(rng.randint(0, 4)):
@@ -114,7 +115,7 @@ def _model(kind: Model) -> ServedModel:
 
 
 class ClusterRun:
-    """One case under way."""
+    """One running case."""
 
     def __init__(self, case: ClusterCase) -> None:
         shape = ClusterShape(
@@ -128,7 +129,7 @@ class ClusterRun:
         settings = Settings(notice_s=0.3, read_timeout_s=2.0, inter_engine=dict(case.settings))
         system = replace(SYSTEMS[case.system], replan=case.replan)
         self._case = case
-        self.events = 0  # that a decision followed
+        self.events = 0  # number of decisions after events
         self.driver = PrefillDecodeCluster(shape, _model(case.model), system, trajectories, settings)
         self._given_up: set[Any] = set()
         self._decide = self.driver.scheduler.decide
@@ -142,31 +143,37 @@ class ClusterRun:
             name = decision.request_id
             if isinstance(decision, Place):
                 engines = scheduler.groups.engines
-                hold(decision.prefill in engines and decision.decode in engines, "C3: placed on an engine that is lost")
-                hold(decision.attempt <= scheduler.config.max_attempts, "C3: placed too often")
+                hold(
+                    decision.prefill in engines and decision.decode in engines,
+                    "CLUSTER-3: placed on an engine that is lost",
+                )
+                hold(decision.attempt <= scheduler.config.max_attempts, "CLUSTER-3: placed too often")
                 read = decision.hit_tokens - decision.recompute_tokens
-                hold(0 <= decision.decode_tokens <= read, "C3: more is read than there is")
+                hold(0 <= decision.decode_tokens <= read, "CLUSTER-3: more is read than there is")
             elif isinstance(decision, GiveUp):
-                hold(name not in self._given_up, "C1: a request is given up twice")
+                hold(name not in self._given_up, "CLUSTER-1: a request is given up twice")
                 self._given_up.add(name)
         return decisions
 
     def run(self) -> None:
-        """To the end. Raises AssertionError when an invariant does not hold."""
+        """Run to the end. Raises AssertionError if an invariant is violated."""
         case, driver = self._case, self.driver
         faults = [fault for one in case.faults for fault in _events(one)]
         record = driver.run([agent.at_s for agent in case.agents], ENDS_S, faults)
         turns = sum(len(agent.turns) for agent in case.agents)
         through = record.agents + len(self._given_up)
-        hold(through == len(case.agents), f"C1: {through} of {len(case.agents)} agents have an end")
-        hold(record.requests <= turns, "C1: a request ended more than once")
-        hold(record.requests == turns or bool(self._given_up), "C1: a request has no end")
-        hold(record.given_up == len(self._given_up), "C1: what was given up is not what is counted")
-        hold(len(driver.scheduler) == 0, "C1: a request is left that nothing moves")
+        hold(through == len(case.agents), f"CLUSTER-1: {through} of {len(case.agents)} agents have an end")
+        hold(record.requests <= turns, "CLUSTER-1: a request ended more than once")
+        hold(record.requests == turns or bool(self._given_up), "CLUSTER-1: a request has no end")
+        hold(record.given_up == len(self._given_up), "CLUSTER-1: what was given up is not what is counted")
+        hold(len(driver.scheduler) == 0, "CLUSTER-1: a request is left that nothing moves")
         driver.scheduler.check_integrity()
         groups = driver.scheduler.groups
-        hold(not any(engine.tokens or engine.unfinished for engine in groups.engines.values()), "C2: a token leaked")
-        hold(not any(node.unread or node.read_tokens for node in groups.nodes.values()), "C2: a read leaked")
+        hold(
+            not any(engine.tokens or engine.unfinished for engine in groups.engines.values()),
+            "CLUSTER-2: a token leaked",
+        )
+        hold(not any(node.unread or node.read_tokens for node in groups.nodes.values()), "CLUSTER-2: a read leaked")
 
 
 def _events(fault: ClusterFault) -> Iterator[Fault]:

@@ -1,6 +1,6 @@
-"""Slots and pages of the fuzzed engine that hold what stands for KV: every batch, save and hand-off must find its own.
+"""Slots and pages of the fuzzed engine with a model of KV content: every batch, save and hand-off must find its own.
 
-Also what a driver sees of the scheduler core's bounds: transfers in flight by link, batches, lookups.
+Also checks the bounds that a driver observes: transfers in flight by link, batches, lookups.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MASK, _FIRST = (1 << 61) - 1, 7
 
 
 class Violation(AssertionError):
-    """An invariant does not hold."""
+    """An invariant is violated."""
 
 
 def hold(condition: bool, text: str) -> None:
@@ -37,7 +37,7 @@ def hold(condition: bool, text: str) -> None:
 
 
 def kv_of(tokens: list[int]) -> list[int]:
-    """What stands for the KV of each token: a function of it and of everything before it."""
+    """The modelled KV of each token: a function of it and of all tokens before it."""
     found, state = [], _FIRST
     for token in tokens:
         state = _next(state, token)
@@ -50,7 +50,7 @@ def _next(state: int, token: int) -> int:
 
 
 class CheckedMemory(Observer):
-    """Invariants F2 (whose KV is used) and F4 (bounds), operation by operation. `pool` is what the devices hold."""
+    """Checks invariants FUZZ-2 (KV content) and FUZZ-4 (bounds) for each operation. `pool` is the devices' content."""
 
     def __init__(self, config: SchedulerConfig, pool: dict[BlockKey, list[int]]) -> None:
         self._config = config
@@ -58,7 +58,7 @@ class CheckedMemory(Observer):
         self._tokens: dict[str, list[int]] = {}
         self._values: dict[str, list[int]] = {}
         self._handed_to: dict[str, tuple[str, list[BlockKey]]] = {}
-        self._blocks: dict[BlockKey, list[int]] = {}  # right content of the blocks of requests that are handed over
+        self._blocks: dict[BlockKey, list[int]] = {}  # correct content of blocks of requests that are handed off
         self._delivered: dict[str, set[BlockKey]] = {}
         self._slots: dict[int, list[int]] = {}
         self._pages: dict[int, list[int]] = {}
@@ -67,7 +67,7 @@ class CheckedMemory(Observer):
         self._in_flight: Counter[str] = Counter()
 
     def submitted(self, spec: RequestSpec, keys: list[BlockKey]) -> None:
-        """A request with its prompt's block keys, before the scheduler core sees it."""
+        """Register a request with its prompt's block keys, before the scheduler core sees it."""
         size = self._config.block_tokens
         tokens = self._tokens[spec.request_id] = list(spec.prompt)
         values = self._values[spec.request_id] = kv_of(tokens)
@@ -80,16 +80,16 @@ class CheckedMemory(Observer):
     # -- operations that begin ----------------------------------------------------------------------------------
 
     def began(self, operation: Operation) -> None:
-        """Check an operation that begins against what slots and pages hold, and against the bounds."""
+        """Check a starting operation against the content of slots and pages, and against the bounds."""
         if isinstance(operation, Fetch):
-            hold(operation.slot not in self._slots, "F3: a fetch into a slot whose content is needed")
+            hold(operation.slot not in self._slots, "FUZZ-3: a fetch into a slot whose content is needed")
             for name in operation.route:
                 self._take(name, self._config.fetch_window_blocks)
         elif isinstance(operation, Upload):
             self._uploads[operation.op_id] = operation
             self._take("upload", self._config.upload_window_groups)
             for slot, _ in operation.blocks:
-                hold(slot in self._slots, "F2: a slot goes up that nothing was fetched into")
+                hold(slot in self._slots, "FUZZ-2: a slot is uploaded that nothing was fetched into")
         elif isinstance(operation, Drop):
             self._slots.pop(operation.slot, None)
         elif isinstance(operation, Compute):
@@ -107,17 +107,21 @@ class CheckedMemory(Observer):
 
     def _take(self, name: str, limit: int) -> None:
         self._in_flight[name] += 1
-        hold(self._in_flight[name] <= limit, f"F4: {self._in_flight[name]} in flight on {name}; the bound is {limit}")
+        hold(
+            self._in_flight[name] <= limit, f"FUZZ-4: {self._in_flight[name]} in flight on {name}; the bound is {limit}"
+        )
 
     def _check_batch(self, op: Compute) -> None:
         config = self._config
         prefills = sum(len(chunk.tokens) > 1 for chunk in op.chunks)
-        hold(prefills <= config.max_prefills, f"F4: {prefills} prefills in a batch")
+        hold(prefills <= config.max_prefills, f"FUZZ-4: {prefills} prefills in a batch")
         tokens = sum(len(chunk.tokens) for chunk in op.chunks)
-        hold(tokens <= config.max_batch_tokens, f"F4: {tokens} tokens in a batch")
+        hold(tokens <= config.max_batch_tokens, f"FUZZ-4: {tokens} tokens in a batch")
         for chunk in op.chunks:
             request, end = self._tokens[chunk.request_id], chunk.start + len(chunk.tokens)
-            hold(list(chunk.tokens) == request[chunk.start : end], "F2: other tokens are computed than the request's")
+            hold(
+                list(chunk.tokens) == request[chunk.start : end], "FUZZ-2: other tokens are computed than the request's"
+            )
             values = self._values[chunk.request_id]
             coming = {page: slot for upload in chunk.pending for slot, page in self._going_up(upload)}
             size = config.block_tokens
@@ -126,14 +130,17 @@ class CheckedMemory(Observer):
                 page = self._slots[coming[number]] if number in coming else self._pages.get(number)
                 last = min(first + size, chunk.start)
                 right = page is not None and page[: last - first] == values[first:last]
-                hold(right, "F2: KV of other tokens is used")
+                hold(right, "FUZZ-2: KV of other tokens is used")
 
     def _going_up(self, upload: int) -> tuple[tuple[int, int], ...]:
         return self._uploads[upload].blocks if upload in self._uploads else ()
 
     def _check_forward(self, op: Forward) -> None:
         if op.page is None:
-            hold(self._slots.get(op.slot) == self._blocks[op.block.key], "F2: other KV is handed over than the block's")
+            hold(
+                self._slots.get(op.slot) == self._blocks[op.block.key],
+                "FUZZ-2: other KV is handed over than the block's",
+            )
 
     def _emitted(self, op: Emit) -> None:
         name = op.request_id
@@ -145,16 +152,16 @@ class CheckedMemory(Observer):
             assert op.account is not None
             lacking = len([key for key in keys if key not in self._delivered[to]])
             known = sum(op.account.hand_off_failures.values())
-            hold(lacking <= known, "F2: a block is neither handed over nor said to be missing")
+            hold(lacking <= known, "FUZZ-2: a block is neither handed over nor reported missing")
 
     # -- operations that end ------------------------------------------------------------------------------------
 
     def looked_up(self, op: Lookup) -> None:
-        """One lookup less is in flight."""
+        """A lookup has ended."""
         self._in_flight["lookup"] -= 1
 
     def fetched(self, op: Fetch, error: str | None) -> None:
-        """The slot holds the block's content, if the read succeeded."""
+        """The slot holds the block's content if the read succeeded."""
         self._in_flight.subtract(op.route)
         if error is None:
             self._slots[op.slot] = list(self._pool[op.key])
@@ -163,7 +170,7 @@ class CheckedMemory(Observer):
                 self._delivered.setdefault(to, set()).add(op.key)
 
     def uploaded(self, op: Upload, failed: bool) -> None:
-        """The pages hold the slots' content; slots that are not kept are free."""
+        """The pages hold the slots' content; slots that are not retained are free."""
         self._in_flight["upload"] -= 1
         del self._uploads[op.op_id]
         for slot, page in op.blocks:
@@ -173,7 +180,7 @@ class CheckedMemory(Observer):
             self._pages[page] = [-1] * self._config.block_tokens if failed else list(content)
 
     def computed(self, op: Compute, failed: bool) -> None:
-        """The pages hold the KV of the batch's tokens; of a failed batch, none that is right."""
+        """The pages hold the KV of the batch's tokens; after a failed batch, invalid KV."""
         self._in_flight["batch"] -= 1
         size = self._config.block_tokens
         for chunk in op.chunks:
@@ -183,23 +190,23 @@ class CheckedMemory(Observer):
                 page[position % size] = -1 if failed else values[position]
 
     def saved(self, op: Save, error: str | None) -> None:
-        """The pool holds the block, if the save succeeded."""
+        """The pool holds the block if the save succeeded."""
         self._in_flight["save"] -= 1
         content = self._saving.pop(op.op_id)
         if error is None:
-            hold(-1 not in content, "F2: a block is saved that is not whole")
+            hold(-1 not in content, "FUZZ-2: an incomplete block is saved")
             self._pool[op.block.key] = content
 
     def downloaded(self, op: Save | Forward) -> None:
-        """Check the page's content, and hold it for the save."""
+        """Check the page's content, and copy it for the save."""
         assert op.page is not None
         if isinstance(op, Save):
             self._saving[op.op_id] = list(self._pages[op.page])
             return
-        hold(self._pages.get(op.page) == self._blocks[op.block.key], "F2: other KV is handed over than the block's")
+        hold(self._pages.get(op.page) == self._blocks[op.block.key], "FUZZ-2: other KV is handed over than the block's")
 
     def forwarded(self, op: Forward, error: str | None) -> None:
-        """The decode engine holds the block, if the hand-over succeeded."""
+        """The decode engine holds the block if the hand-off succeeded."""
         self._in_flight[f"to {op.to}"] -= 1
         if op.page is None:
             self._check_forward(op)

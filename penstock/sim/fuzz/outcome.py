@@ -1,4 +1,4 @@
-"""Seeds of the fuzzer: which case each stands for, how it goes, and a failing one made small."""
+"""Seeds of the fuzzer: the case of each seed, its outcome, and the shrinking of failing cases."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from penstock.sim.fuzz.memory import Violation
 from penstock.sim.fuzz.run import EngineRun
 
 AnyCase = FuzzCase | ClusterCase
-CLUSTER_EVERY = 4  # seeds
-END_S = 3.0  # of processor time; a case takes some hundredths of a second
+CLUSTER_EVERY = 4  # every n-th seed is a cluster
+END_S = 3.0  # processor time; normal cases take hundredths of a second
 
 
 class _NoEnd(BaseException):
-    """The scheduler core came to no decision; nothing of it may catch this."""
+    """The scheduler core does not terminate. Not an Exception, so that no handler in the core catches it."""
 
 
 def case_of(seed: int) -> AnyCase:
-    """An engine, and for every fourth seed a cluster of prefill and decode nodes."""
+    """The case of a seed: an engine, or for every fourth seed a cluster of prefill and decode nodes."""
     return random_case(seed) if seed % CLUSTER_EVERY else random_cluster(seed)
 
 
 def outcome_of(case: AnyCase) -> tuple[int, str | None]:
-    """Events of a case, and why it fails, in one line; None when all invariants hold."""
+    """The number of events of a case, and its failure in one line; None if all invariants hold."""
     run = EngineRun(case) if isinstance(case, FuzzCase) else ClusterRun(case)
     try:
         with _bounded():
             run.run()
     except _NoEnd:
-        return 0, f"F5: no end within {END_S:g} s of processor time"
+        return 0, f"FUZZ-5: no end within {END_S:g} s of processor time"
     except Exception as error:  # noqa: BLE001 (any failure of a seed is its outcome)
         frames = error.__traceback__
         while frames is not None and frames.tb_next is not None:
@@ -52,7 +52,7 @@ def outcome_of(case: AnyCase) -> tuple[int, str | None]:
 
 @contextlib.contextmanager
 def _bounded() -> Iterator[None]:
-    """Raise _NoEnd after `END_S` of processor time; for the main thread of a process."""
+    """Raises _NoEnd after `END_S` of processor time; for the main thread of a process."""
 
     def ring(signal_number: int, frame: FrameType | None) -> None:
         raise _NoEnd
@@ -67,7 +67,7 @@ def _bounded() -> Iterator[None]:
 
 
 def failure_of(case: AnyCase) -> str | None:
-    """Which invariant the case breaks; None for none."""
+    """Which invariant the case violates; None for none."""
     return outcome_of(case)[1]
 
 
@@ -81,7 +81,7 @@ def _smaller(case: AnyCase) -> Iterator[AnyCase]:
 
 
 def read_case(path: Path) -> AnyCase:
-    """A case from its file. Raises ConfigError with one line."""
+    """Read a case from its file. Raises ConfigError with one line."""
     try:
         case: AnyCase = msgspec.json.decode(path.read_bytes(), type=FuzzCase | ClusterCase)
         return case
@@ -90,6 +90,6 @@ def read_case(path: Path) -> AnyCase:
 
 
 def write_case(path: Path, case: AnyCase) -> None:
-    """Write a case; the folder is made when absent."""
+    """Write a case; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(case)) + b"\n")

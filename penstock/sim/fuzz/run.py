@@ -1,12 +1,14 @@
 """One case against the scheduler core, with the invariants asserted after every event.
 
-F1 each request ends exactly once, and by its timeout only where that is short (all faults pass);
-F2 no KV is used, saved or handed over that is not its tokens', loaded and verified, or computed;
-F3 no page or slot is leaked or used twice (`LoadScheduler.check_integrity`, and all are free in the end);
-F4 every bound is kept (likewise, and as the driver counts);
-F5 nobody who arrives after another has waited beyond the ageing bound gets its first token before that one is
-   admitted, and every case comes to an end;
-F6 no link is idle while a runnable block for it exists (`check_work_conserving`).
+FUZZ-1  Each request ends exactly once, and by its timeout only if that is short (all faults end).
+FUZZ-2  KV is used, saved or handed off only if it belongs to those tokens and was either loaded and verified or
+        computed.
+FUZZ-3  No page or slot is leaked or used twice (`LoadScheduler.check_integrity`; all are free at the end).
+FUZZ-4  Every bound holds (in `check_integrity`, and as the driver counts).
+FUZZ-5  After a request has waited longer than the ageing bound, no later arrival gets its first token before that
+        request is admitted; and every case ends.
+FUZZ-6  No link is idle while a runnable block for it exists (`check_work_conserving`).
+Verification: tests/sim/test_sim_fuzz.py breaks each of them on purpose.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ REASONS = ("checksum", "missing", "network", "deadline")
 
 
 class EngineRun:
-    """One case under way."""
+    """One running case."""
 
     def __init__(self, case: FuzzCase) -> None:
         self._case = case
@@ -86,18 +88,18 @@ class EngineRun:
 
     @property
     def events(self) -> int:
-        """Events that happened so far."""
+        """Number of events until now."""
         return self.clock.events
 
     def run(self) -> None:
-        """To the end. Raises AssertionError when an invariant does not hold."""
+        """Run to the end. Raises AssertionError if an invariant is violated."""
         for number, request in enumerate(self._case.requests):
             self._submit(number, request)
         for fault in self._case.faults:
             self.clock.at(fault.at_s, lambda fault=fault: self._strike(fault))  # type: ignore[misc]
         while self.clock.next_s() is not None and self.clock.now_s < TIME_MAX_S:
             self.clock.step()
-            hold(self.clock.events < EVENTS_MAX, "F5: the case comes to no end")
+            hold(self.clock.events < EVENTS_MAX, "FUZZ-5: the case does not end")
             if len(self.driver.ended) == len(self._case.requests) and self.scheduler.idle:
                 break
         self._conclude()
@@ -155,7 +157,7 @@ class EngineRun:
             self.clock.at(end_s, lambda: hits.update(gone))
 
     def _nic_lost(self, fault: FuzzFault, end_s: float) -> None:
-        """A decode engine's storage NIC is gone; whoever was to read over it reads on its own side."""
+        """A decode engine's storage NIC is lost; requests that would read over it read on their own side."""
         name = f"snic@{fault.target % 2}"
         self._links.set_speed(name, 0.0)
         self.clock.at(end_s, lambda: self._links.set_speed(name, self._speeds[name]))
@@ -175,22 +177,22 @@ class EngineRun:
     def _conclude(self) -> None:
         ended = self.driver.ended
         for number in range(len(self._case.requests)):
-            hold(str(number) in ended, f"F1: request {number} has no end")
+            hold(str(number) in ended, f"FUZZ-1: request {number} has no end")
             late = ended[str(number)].reason == "timeout"
             hold(
                 not late or self._case.config["request_timeout_s"] < TIME_MAX_S,
-                f"F1: request {number} ended by its timeout",
+                f"FUZZ-1: request {number} ended by its timeout",
             )
-        hold(self.scheduler.idle, "F3: work is left that nothing moves")
+        hold(self.scheduler.idle, "FUZZ-3: work is left that no event will continue")
         gauges = self.scheduler.gauges()
-        hold(gauges["l1_pages_available"] == gauges["l1_pages_total"], "F3: a page leaked")
+        hold(gauges["l1_pages_available"] == gauges["l1_pages_total"], "FUZZ-3: a page leaked")
         slots = [gauges[f"l2_slots_{use}"] for use in ("loads", "saves", "forwards")]
-        hold(slots == [0, 0, 0], "F3: a slot leaked")
+        hold(slots == [0, 0, 0], "FUZZ-3: a slot leaked")
         self._check_turns()
 
     def _check_turns(self) -> None:
-        """None that arrived after another had waited beyond the ageing bound gets its first token before that one is
-        admitted."""
+        """Check FUZZ-5: after a request has waited longer than the ageing bound, no later arrival gets its first token
+        first."""
         accounts = {name: end.account for name, end in self.driver.ended.items() if end.account is not None}
         if self._case.config["mode"] == "coupled":
             return
@@ -201,7 +203,7 @@ class EngineRun:
             assert admitted_s is not None
             for other, two in accounts.items():
                 passed = two.first_token_s is not None and two.first_token_s < admitted_s and two.arrival_s > aged_s
-                hold(not passed, f"F5: request {other} passes {name}, which waited longer than the ageing bound")
+                hold(not passed, f"FUZZ-5: request {other} passes {name}, which waited longer than the ageing bound")
 
 
 def _root(family: int) -> BlockKey:

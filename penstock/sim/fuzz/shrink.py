@@ -1,4 +1,4 @@
-"""A failing case made small: parts are left out and values made plain as long as it fails in the same way."""
+"""Shrinks a failing case: removes parts and simplifies values while it fails in the same way."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ PLAIN_REQUEST: dict[str, Any] = {"slo_s": None, "hand_off": None, "stops": False
 
 
 def _kind_of(failure: str) -> str:
-    """The failure without its numbers: a smaller case names others."""
+    """The failure's text without numbers, because a smaller case has other numbers."""
     return re.sub(r"[0-9.]+", "", failure)
 
 
 def shrink(
     case: Case, failure_of: Callable[[Case], str | None], smaller_cases: Callable[[Case], Iterable[Case]]
 ) -> Case:
-    """The smallest case found that fails in the same way; `smaller_cases` are one step smaller than one."""
+    """The smallest case found that fails in the same way; `smaller_cases` yields cases one step smaller."""
     failure = failure_of(case)
     if failure is None:
         return case

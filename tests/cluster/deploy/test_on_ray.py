@@ -101,7 +101,9 @@ def test_two_raylets_serve_and_start_again_what_dies(
         decode = supervisor.known["decode-1"]
         before = decode.pid
         os.kill(before, signal.SIGKILL)  # the process: its actor starts it again
+        end = time.monotonic() + WAIT_S
         while decode.pid == before or not decode.ready:
+            assert time.monotonic() < end, "\n".join(lines[-30:])
             supervisor.watch()
             time.sleep(0.1)
         until_serving()

@@ -32,6 +32,7 @@ from penstock.pool.setup.open import open_local_pool
 from penstock.process.guarded_thread import thread_failures
 from tests.fuzz_messages import MESSAGES, SEED, Piece, Protocol, mutants
 from tests.process_figures import back_to, figures
+from tests.waiting import wait_until
 
 MIB = 1 << 20
 BLOCK, BLOCK_BYTES, BLOCKS = 16, 4096, 64
@@ -198,10 +199,7 @@ def test_an_id_that_is_used_twice_to_borrow_keeps_no_block(relay: Relay) -> None
         assert isinstance(peer.ask(wire.Lend(7, key, BLOCK_BYTES, wire.TIMEOUT_S_MAX)), wire.Lent)
     peer.sock.close()
     relay.incoming.cancel("lent#1")
-    end = time.monotonic() + WAIT_S
-    while relay.buffer.free_blocks < BLOCKS:
-        assert time.monotonic() < end, f"{BLOCKS - relay.buffer.free_blocks} blocks stay lent to nobody"
-        time.sleep(0.01)
+    wait_until(lambda: relay.buffer.free_blocks >= BLOCKS, "no block stays lent", WAIT_S)
 
 
 def test_what_is_lent_twice_by_one_id_is_given_back_once(relay: Relay) -> None:

@@ -171,7 +171,7 @@ def test_closed_pool_ends_everything_as_closed(opened: Opener) -> None:
         pool.lookup([key_of("a")], 1.0)
 
 
-def test_a_restart_keeps_blocks_and_their_order_of_use(tmp_path: Path) -> None:
+def test_a_restart_pins_blocks_and_their_order_of_use(tmp_path: Path) -> None:
     slab = [(tmp_path / "kv.slab", 8 * 4096 + HEADER_BYTES)]
     pool = open_local_pool([], slab)
     for key, parent in (*chain("a", 4), *chain("b", 4)):
@@ -400,8 +400,7 @@ def test_waiting_requests_end_by_their_deadline_behind_a_slow_device(
     stuck = [Outcome(), Outcome()]
     for key, outcome in zip(on_slab, stuck, strict=False):
         pool.read(key, 4096, aligned_buffer(4096), 0.2, outcome)
-    while engine.in_flight() < 2:
-        threading.Event().wait(0.001)
+    until(lambda: engine.in_flight() >= 2)
     waiting = [Outcome() for _ in range(4)]
     for key, outcome in zip(on_slab[2:], waiting, strict=False):
         pool.read(key, 4096, aligned_buffer(4096), 0.2, outcome)

@@ -1,4 +1,4 @@
-"""One system under test: a pool node and an engine as processes, and a workload replayed against them over HTTP."""
+"""A system under test: a pool node and an engine as processes, and a workload replayed against them over HTTP."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CALIBRATION_SESSIONS = 4
 
 
 class SystemFailed(RuntimeError):
-    """A system under test did not come up, or did not serve its warm-up or calibration; the message says why."""
+    """A system under test did not start, or failed its warm-up or calibration; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bed:
-    """Sizes that all systems share. `l1_tokens` is device memory, `l2_bytes` host staging memory; `pace` bounds what
-    the pool node sends (a modelled NIC); `serve_arguments` go to every engine. The model is a Llama in float32."""
+    """Sizes common to all systems. `l1_tokens` is device memory, `l2_bytes` host staging memory; `pace` limits the pool
+    node's sending (a modelled NIC); `serve_arguments` are for every engine. The model is a Llama in float32."""
 
     model: Path
     block_tokens: int
@@ -49,7 +49,7 @@ class Bed:
 
     @property
     def vocabulary(self) -> int:
-        """Tokens in the model's vocabulary."""
+        """Size of the model's vocabulary."""
         return self._config()["vocab_size"]
 
     @property
@@ -90,8 +90,8 @@ class Run:
 
 
 @dataclass(slots=True)
-class Served:
-    """Processes of one system, up between `__enter__` and `__exit__`; a fresh pool and a fresh engine."""
+class SystemUnderTest:
+    """The processes of one system between `__enter__` and `__exit__`: a new pool and a new engine."""
 
     bed: Bed
     system: System
@@ -100,8 +100,8 @@ class Served:
     _stack: ExitStack = field(default_factory=ExitStack)
     _processes: list[ReadyProcess] = field(default_factory=list)
 
-    def __enter__(self) -> Served:
-        """Raises SystemFailed."""
+    def __enter__(self) -> SystemUnderTest:
+        """Start the processes. Raises SystemFailed."""
         try:
             with ExitStack() as stack:
                 self._start(stack)
@@ -132,7 +132,7 @@ class Served:
         on_record: Callable[[RequestRecord], None] | None = None,
         tenant: str = "",
     ) -> Run:
-        """Replay a workload. Raises SystemFailed when a process ended meanwhile."""
+        """Replay a workload. Raises SystemFailed if a process ended meanwhile."""
         settings = ReplaySettings(
             model=self.model,
             vocabulary=self.bed.vocabulary,
@@ -153,8 +153,8 @@ class Served:
         return Run(self.system, records, wall_s)
 
     def warm_up(self, context_tokens: int) -> None:
-        """The same few requests for every system, of another tenant: code paths are loaded and costs have a first fit.
-        Raises SystemFailed when one of them fails."""
+        """Send the same few requests to every system, of another tenant: this loads code paths and gives a first cost
+        fit. Raises SystemFailed if one of them fails."""
         sizes = (context_tokens // 8, context_tokens // 2, context_tokens // 8, context_tokens // 2)
         turns = tuple(Turn((Segment(f"warm-up/{size}", max(8, size)),), 4) for size in sizes)
         run = self.replay(Workload("warm-up", (Session("warm-up", turns),)), {}, 120.0, tenant=WARM_UP_TENANT)
@@ -165,19 +165,19 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The coupled baseline without interference: TTFT by cached and computed tokens, and seconds of a decoded token."""
+    """The coupled baseline without interference: TTFT by cached and computed tokens, and seconds per decoded token."""
 
     ttft: TtftModel
     decode_s: float
 
 
 def calibrate(bed: Bed, workload: Workload, requests: int, replay_s_max: float, progress: Progress) -> Calibration:
-    """Requests one at a time on a coupled system of its own, its device memory just large enough for one of them.
-    Raises SystemFailed when too few of them succeed."""
+    """Sends requests one at a time to a separate coupled system whose device memory just holds one of them. Raises
+    SystemFailed if too few of them succeed."""
     alone = one_at_a_time(workload, requests, CALIBRATION_SESSIONS)
     counter = Counter(progress, "calibration: coupled, one request at a time", alone.requests)
     longest = alone.context_tokens_max
-    with Served(replace(bed, l1_tokens=longest + longest // 8 + bed.block_tokens), "coupled") as served:
+    with SystemUnderTest(replace(bed, l1_tokens=longest + longest // 8 + bed.block_tokens), "coupled") as served:
         served.warm_up(longest)
         records = served.replay(alone, {}, replay_s_max, counter).records
     decoded = [
@@ -200,8 +200,8 @@ def run_system(
     replay_s_max: float,
     progress: Progress,
 ) -> Run:
-    """One replay on a fresh pool node and engine, after the warm-up."""
+    """One replay on a new pool node and engine, after the warm-up."""
     counter = Counter(progress, f"{system}: {workload.name}", workload.requests)
-    with Served(bed, system) as served:
+    with SystemUnderTest(bed, system) as served:
         served.warm_up(workload.context_tokens_max)
         return served.replay(workload, deadlines, replay_s_max, counter)

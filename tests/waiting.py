@@ -1,0 +1,18 @@
+"""A wait for a condition, with a deadline: tests wait for events, not for the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+WAIT_S = 30.0
+
+
+def wait_until(
+    condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S, look_every_s: float = 0.001
+) -> None:
+    """Returns when the condition holds; fails after `timeout_s`, with `what` should have happened."""
+    end_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end_s, f"not within {timeout_s:g} s: {what}"
+        time.sleep(look_every_s)
