@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from penstock.bench.io import io
+from penstock.io.ring import probe
 
 app = typer.Typer()
 app.command()(io)
@@ -23,9 +24,9 @@ def run(*arguments: str) -> Result:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("with_fio", [True, False])
-def test_measures_and_writes(
-    with_fio: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip_without_uring: None
-) -> None:
+def test_measures_and_writes(with_fio: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := probe():
+        pytest.skip(reason)
     if with_fio and shutil.which("fio") is None:
         pytest.skip("fio is not installed")
     if not with_fio:
