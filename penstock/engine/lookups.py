@@ -6,11 +6,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from penstock.core.operations import BlockHit, Discard, Lookup
 from penstock.engine.transfers import GRACE_S
 from penstock.pool.api import Pool, PoolError
+from penstock.process.guarded_thread import GuardedWorker
 from penstock.process.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class Lookups:
         self._pool = pool
         self._busy_max = threads * WAITING_RATIO
         self._busy = 0  # lookups that wait for a thread or are asked, also those that were given up meanwhile
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="penstock-lookup")
+        self._threads = GuardedWorker("penstock-lookup", self._busy_max, threads=threads)
         self._lock = threading.Lock()
         self._open: dict[int, tuple[float, Answer]] = {}  # operation -> when it is given up, whom to answer
         self._rare = RateLimitedLog(log)
@@ -44,10 +45,8 @@ class Lookups:
             self._lost("full", f"{self._busy_max} lookups wait already")
             answer(None)
             return
-        try:
-            self._threads.submit(self._run, op)
-        except RuntimeError as error:  # after `close`
-            self._lost("closed", str(error))
+        if not self._threads.put(partial(self._run, op)):  # after `close`
+            self._lost("closed", "the engine is closing")
             self._end(op.op_id, None)
 
     def discard(self, op: Discard) -> None:
@@ -55,12 +54,7 @@ class Lookups:
         with self._lock:
             full = self._busy >= self._busy_max
             self._busy += not full
-        try:
-            if not full:
-                self._threads.submit(self._run, op)
-        except RuntimeError:  # after `close`
-            full = True
-        if full:
+        if full or not self._threads.put(partial(self._run, op)):  # the latter after `close`
             self._rare.warning("discard", "%d unusable blocks stay in the pool: it is busy or closed", len(op.keys))
 
     def _run(self, op: Lookup | Discard) -> None:
@@ -110,7 +104,7 @@ class Lookups:
 
     def close(self) -> None:
         """Ask no more; what has not begun is answered with None."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close(0.0)
         with self._lock:
             left, self._open = self._open, {}
         for _, answer in left.values():

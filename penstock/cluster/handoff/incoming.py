@@ -33,7 +33,7 @@ EARLY_MAX = 4096  # hand-offs opened before the router's word of them came
 EARLY_OF_SOURCE_MAX = 1024  # such openings of one address
 OPENINGS_MAX = 8  # of one hand-off that wait
 LOOKUP_THREADS = 4
-LOOKUPS_WAITING_MAX = 256  # of each of these threads
+LOOKUPS_WAITING_MAX = 1024
 OPEN_TIMEOUT_S_MAX = 3600.0  # a prefill engine waits no longer, whatever it says
 
 Reply = Callable[[bytes | PoolError], None]
@@ -82,8 +82,7 @@ class Incoming:
         self._early: dict[str, list[_Opening]] = {}
         self._early_of: Counter[str] = Counter()  # openings of `_early`, by source address
         self._closed = False
-        names = [f"penstock-relay-lookup-{number}" for number in range(LOOKUP_THREADS)]
-        self._lookups = [GuardedWorker(name, waiting_max=LOOKUPS_WAITING_MAX) for name in names]
+        self._lookups = GuardedWorker("penstock-relay-lookup", LOOKUPS_WAITING_MAX, threads=LOOKUP_THREADS)
         self._deadlines = Deadlines("penstock-hand-off-deadlines")
 
     def __len__(self) -> int:
@@ -242,8 +241,7 @@ class Incoming:
             self._without_lookup(error)
             self._reply(opening, bytes(HAS if h else 0 for h in here))
 
-        worker = min(self._lookups, key=lambda one: one.waiting)
-        if not worker.put(look_up, failed):
+        if not self._lookups.put(look_up, failed):
             failed(PoolError("dropped", f"{LOOKUPS_WAITING_MAX} lookups wait, or the engine is closing"))
 
     def _without_lookup(self, error: Exception) -> None:
@@ -367,12 +365,10 @@ class Incoming:
             self._early.clear()
             self._early_of.clear()
             parts = [part for part in self._parts.values() if not part.started]
-        for worker in self._lookups:
-            worker.stop()
+        self._lookups.stop()
         for opening in early:
             self._reply(opening, PoolError("closed", "the decode engine is closing"))
         for part in parts:
             self._end(part, TokenEvent(None, "restart", "the decode engine is closing"))
         self._deadlines.close(timeout_s)
-        for worker in self._lookups:
-            worker.close(timeout_s)
+        self._lookups.close(timeout_s)

@@ -1,4 +1,5 @@
-"""`penstock profile`: measures the members of a pool and their links, and writes the profile that weights come from."""
+"""`penstock profile`: measures the members of a pool and their links, and writes the profile from which weights are
+taken."""
 
 from __future__ import annotations
 
