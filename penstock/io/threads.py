@@ -1,4 +1,4 @@
-"""The `threads` block engine: a pool of threads with `preadv` and `pwritev`, for where io_uring cannot be used."""
+"""The `threads` block engine: threads with `preadv` and `pwritev`, for systems where io_uring cannot be used."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ThreadEngine(DeviceEngine):
     name = "threads"
 
     def __init__(self, device: Device, depth: int) -> None:
-        """Takes `device` over once it returns."""
+        """Owns `device` once it returns."""
         super().__init__(device, depth, ALIGNMENT_BYTES)
         self._in_flight = 0
         self._woken = False
@@ -55,7 +55,7 @@ class ThreadEngine(DeviceEngine):
                     return self._error(op, at, errno.EIO, f"moved only {at} bytes (was the device cut short?)")
         except OSError as error:
             return self._error(op, at, error.errno or errno.EIO, error.strerror or str(error))
-        except Exception as error:  # noqa: BLE001 (such as a released buffer: the operation ends, not the thread)
+        except Exception as error:  # noqa: BLE001 (such as a released buffer: the operation fails, the thread goes on)
             count_failure("penstock-io")
             return OSError(errno.EIO, f"{op.kind} at {op.offset + at}: {error!r}", str(self._device.path))
         return None
@@ -65,7 +65,7 @@ class ThreadEngine(DeviceEngine):
         return OSError(number, text, str(self._device.path))
 
     def register(self, buffer: memoryview) -> None:
-        """Nothing to do: the kernel pins buffers at each I/O here."""
+        """Do nothing: here the kernel pins buffers at each I/O."""
         self._check_open()
 
     def submit(self, ops: Sequence[IoOp]) -> None:
@@ -97,10 +97,10 @@ class ThreadEngine(DeviceEngine):
         """End a wait of `poll`, from any thread."""
         if not self._woken:
             self._woken = True
-            self._done.put(None)  # ends the wait of a poll in progress; ignored when it comes late
+            self._done.put(None)  # ends the wait of a poll in progress; a late one is ignored
 
     def _in_device(self) -> int:
         return self._in_flight
 
     def _release(self) -> None:
-        self._worker.close(RELEASE_S)  # idle by now
+        self._worker.close(RELEASE_S)  # the threads are idle by now

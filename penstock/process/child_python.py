@@ -2,7 +2,7 @@
 
 CHILD-1  Statement: No module is imported from the working directory. Fault: `python -m` and `python -c` search the
          working directory first, so that a file `xxhash.py` beside the configuration was executed.
- Verification: tests/process/test_child_python.py.
+Verification: tests/process/test_child_python.py.
 """
 
 from __future__ import annotations
