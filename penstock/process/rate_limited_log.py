@@ -47,12 +47,12 @@ class RateLimitedLog:
             if subject not in self._last and len(self._last) >= SUBJECTS_MAX:
                 self._last = {one: last for one, last in self._last.items() if now_s - last[0] < self._interval_s}
                 subject = subject if len(self._last) < SUBJECTS_MAX else ""
-            told_s, left_out = self._last.get(subject, (-float("inf"), 0))
-            if now_s - told_s < self._interval_s:
-                self._last[subject] = (told_s, left_out + 1)
+            logged_s, left_out = self._last.get(subject, (-float("inf"), 0))
+            if now_s - logged_s < self._interval_s:
+                self._last[subject] = (logged_s, left_out + 1)
                 return
             self._last[subject] = (now_s, 0)
         if left_out:
             message += " (and %d more like it in the last %.0f s)"
-            args = (*args, left_out, now_s - told_s)
+            args = (*args, left_out, now_s - logged_s)
         self._log.log(level, message, *args, exc_info=level >= logging.ERROR)

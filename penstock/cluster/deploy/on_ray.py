@@ -76,7 +76,7 @@ class _Known:
 class RaySupervisor:
     """As `supervisor.Supervisor`, with actors as processes. All calls, except `stopping.set()`, on one thread."""
 
-    def __init__(self, processes: Sequence[ProcessSpec], told: Callable[[str, str], None], address: str) -> None:
+    def __init__(self, processes: Sequence[ProcessSpec], on_line: Callable[[str, str], None], address: str) -> None:
         """Raises ConfigError with one line when there is no Ray, or no cluster at that address."""
         try:
             import ray
@@ -92,7 +92,7 @@ class RaySupervisor:
             raise ConfigError(f"no Ray cluster at {address!r}: {why}") from None
         self.known = {spec.name: _Known(spec) for spec in processes}
         self.stopping = threading.Event()
-        self._told = told
+        self._on_line = on_line
         self._given: dict[str, list[str]] = {}
 
     @property
@@ -141,12 +141,12 @@ class RaySupervisor:
                 one.ready, addresses, one.pid, one.restarts, lines = self._ray.get(answer, timeout=CALL_S)
             except self._ray.exceptions.RayError as error:
                 if one.ready:
-                    self._told(one.spec.name, f"its actor is gone, Ray starts it again: {type(error).__name__}")
+                    self._on_line(one.spec.name, f"its actor is gone, Ray starts it again: {type(error).__name__}")
                 one.ready = False
                 continue
             one.addresses = tuple(addresses) or one.addresses
             for line in lines:
-                self._told(one.spec.name, line)
+                self._on_line(one.spec.name, line)
 
     def _addresses(self) -> dict[str, list[str]]:
         """The addresses that engines get: of the router and of all pools."""
@@ -177,7 +177,7 @@ class RaySupervisor:
             self._given = addresses
             for one in self.known.values():
                 if one.spec.kind == "engine":
-                    self._told(one.spec.name, "a pool or the router has moved: it begins again")
+                    self._on_line(one.spec.name, "a pool or the router has moved: it begins again")
                     one.ready = False
                     if one.actor is not None:
                         one.actor.start.remote(addresses)

@@ -48,13 +48,13 @@ class Child:
     """One process, and its last output line. Starts and restarts happen on the caller's thread: the process dies with
     that thread."""
 
-    def __init__(self, spec: ProcessSpec, told: Callable[[str, str], None]) -> None:
+    def __init__(self, spec: ProcessSpec, on_line: Callable[[str, str], None]) -> None:
         self.spec = spec
         self.restarts = 0
         self.addresses: tuple[str, ...] = ()
         self.ready = threading.Event()
         self.pid = 0
-        self._told = told
+        self._on_line = on_line
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
         self._process: subprocess.Popen[str] | None = None
         self._command: list[str] = []
@@ -105,7 +105,7 @@ class Child:
 
     def _say(self, line: str) -> None:
         try:
-            self._told(self.spec.name, line)
+            self._on_line(self.spec.name, line)
         except Exception as error:  # noqa: BLE001 (the output is lost; the process goes on)
             rare.warning("output", "a line of %s could not be printed: %r", self.spec.name, error)
 
@@ -176,9 +176,9 @@ class Child:
 class Supervisor:
     """All processes of a cluster on this host. All calls, except `stopping.set()`, on one thread."""
 
-    def __init__(self, processes: Sequence[ProcessSpec], told: Callable[[str, str], None]) -> None:
-        """`told(name, line)` is called with each output line of a process, on other threads."""
-        self.children = {spec.name: Child(spec, told) for spec in processes}
+    def __init__(self, processes: Sequence[ProcessSpec], on_line: Callable[[str, str], None]) -> None:
+        """`on_line(name, line)` is called with each output line of a process, on other threads."""
+        self.children = {spec.name: Child(spec, on_line) for spec in processes}
         self.stopping = threading.Event()
 
     @property

@@ -58,14 +58,14 @@ def up(
 
 def _supervisor(cluster: Any, on: str, ray_address: str) -> Any:
     """Raises ValueError or OSError."""
-    told = _Printer()
+    printer = _Printer()
     if on == "ray":
         from penstock.cluster.deploy.on_ray import RaySupervisor
 
-        return RaySupervisor(cluster.processes, told, ray_address)
+        return RaySupervisor(cluster.processes, printer, ray_address)
     from penstock.cluster.deploy.supervisor import Supervisor
 
-    return Supervisor(cluster.processes, told)
+    return Supervisor(cluster.processes, printer)
 
 
 class _Printer:

@@ -80,14 +80,14 @@ class EngineHost:
             if name in self._parts:
                 raise InvalidRequest(f"request {placed.request_id!r}, attempt {placed.attempt}, is here already")
             self._parts[name] = placed.request_id
-        told = partial(self._event, name, on_event)
+        on_part_event = partial(self._event, name, on_event)
         try:
             if placed.part == "mixed":
-                self.engine.submit(request, told)
+                self.engine.submit(request, on_part_event)
             elif placed.part == "prefill" and self._outgoing is not None:
-                self._outgoing.submit(placed, request, told)
+                self._outgoing.submit(placed, request, on_part_event)
             elif placed.part == "decode" and self._incoming is not None:
-                self._incoming.submit(placed, request, told)
+                self._incoming.submit(placed, request, on_part_event)
             else:
                 raise InvalidRequest(f"part is {placed.part!r}; this engine does not do that part")
         except BaseException:

@@ -155,7 +155,7 @@ class _RelayConnection(ClientConnection):
         return lane != "read"
 
     @property
-    def _asks_nobody(self) -> bool:
+    def _answers_alone(self) -> bool:
         return True
 
     def _open(self, request: wire.Open) -> None:

@@ -258,10 +258,10 @@ class EngineRegistry:
         most = self._shares.limits.strangers
         rare.warning("strangers", "%d connections have not registered, the limit: the oldest one is closed", most)
 
-    def _notify(self, told: Callable[[], None]) -> None:
+    def _notify(self, call: Callable[[], None]) -> None:
         """Call the listener; an exception in it is logged and ends no registration."""
         try:
-            told()
+            call()
         except Exception as error:  # noqa: BLE001 (of one message; the connection goes on)
             self.counts.listener_failures += 1
             rare.exception("listener", "a message of an engine could not be processed: %r", error)

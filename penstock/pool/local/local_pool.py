@@ -452,7 +452,7 @@ class LocalPool:
             refused = {n: why for n, member in enumerate(self.members) if (why := member.refuses_stores)}
             if len(refused) == len(self.members):
                 return None, None, PoolError("device", "; ".join(dict.fromkeys(refused.values())))
-            error = self._keep_from_ssds(new, refused)
+            error = self._refuse_ssds(new, refused)
             if error is not None:
                 return None, None, error
             block, gone = self._table.reserve(new, refused)
@@ -466,7 +466,7 @@ class LocalPool:
                 return None, None, PoolError("full", detail)
             return block, self.members[block.member], None
 
-    def _keep_from_ssds(self, new: NewBlock, refused: dict[int, str]) -> PoolError | None:
+    def _refuse_ssds(self, new: NewBlock, refused: dict[int, str]) -> PoolError | None:
         """Apply write admission: add the SSDs to `refused` for a block that they should not store; the lock is held."""
         if self._admission.admits(new.key):
             return None

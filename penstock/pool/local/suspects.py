@@ -46,9 +46,9 @@ class Suspects:
         with self._lock:
             if len(self._waiting) < WAITING_MAX:
                 self._waiting.setdefault(key, checksum)
-        self._look_on()
+        self._verify_next()
 
-    def _look_on(self) -> None:
+    def _verify_next(self) -> None:
         while True:
             with self._lock:
                 if self._looks >= LOOKS_MAX or not self._waiting:
@@ -77,7 +77,7 @@ class Suspects:
 
         def loaded(error: PoolError | None) -> None:
             self._seen(opened, buffer, error)
-            self._look_on()
+            self._verify_next()
 
         self._pool.load(opened, buffer, LOOK_TIMEOUT_S, loaded)
 

@@ -83,7 +83,7 @@ def folders_of(path: Path) -> list[Path]:
     return list(dict.fromkeys([Path(os.path.realpath(path)).parent, Path(os.path.abspath(path)).parent]))
 
 
-def look_at(path: Path) -> TableFile | None:
+def examine_table(path: Path) -> TableFile | None:
     """Examine a table file; None where there is none. Raises OSError where it cannot be opened."""
     if not os.path.exists(path):
         return None
@@ -116,7 +116,7 @@ def find_table(default: Path, identity: bytes, place: str, folders: Iterable[Pat
     """The table of the slab with this id: at its default path, else anywhere in that folder or in `folders`; None when
     there is none. Raises SlabRefused where two tables match, or where the table belongs to another slab of which this
     one is a copy; OSError where the default one cannot be opened."""
-    expected = look_at(default)
+    expected = examine_table(default)
     if expected is not None and expected.identity == identity:
         return expected
     others = [table for table in _tables_in([default.parent, *folders], default) if table.identity == identity]
@@ -184,7 +184,7 @@ def reset_slab(engine: BlockEngine, where: str, default: Path, folders: Sequence
         refuse_foreign_content(engine, where)
     at = find_table(default, found, place, folders) if found is not None else None
     identity, path = uuid.uuid4().bytes, at.path if at is not None else default
-    expected = look_at(default)
+    expected = examine_table(default)
     if at is None and expected is not None and (expected.identity is not None or expected.foreign):
         path = _other_name(default, identity)
     table = RowTable(path)
@@ -202,7 +202,7 @@ def _open_new(
     engine: BlockEngine, where: str, place: str, default: Path, data_bytes: int | None
 ) -> tuple[RowTable, bytes]:
     """Pair a slab without a header."""
-    expected, identity = look_at(default), uuid.uuid4().bytes
+    expected, identity = examine_table(default), uuid.uuid4().bytes
     path, note, proven = default, None, False
     taken = expected is not None and (expected.foreign or expected.identity is not None)
     if expected is not None and expected.identity is not None and expected.place in (None, place):
@@ -257,7 +257,7 @@ def _drop_what_is_gone(table: RowTable, where: str, data_bytes: int | None, capa
 def _mendable(engine: BlockEngine, where: str, default: Path, identity: bytes) -> TableFile:
     """The table at the default path, if it must belong to this slab although it does not name the slab's id: it cannot
     be read, or only its id is damaged. Raises SlabRefused otherwise."""
-    expected = look_at(default)
+    expected = examine_table(default)
     if expected is not None:
         named = readable_rows(default)[0] if expected.damaged else expected.identity
         flipped = int.from_bytes(named) ^ int.from_bytes(identity) if named is not None else 0
@@ -296,7 +296,7 @@ def _tables_in(folders: Iterable[Path], but: Path) -> list[TableFile]:
                     continue
                 with open_stored(path) as file:
                     is_database = file.read(len(_SQLITE)) == _SQLITE
-                table = look_at(path) if is_database else None
+                table = examine_table(path) if is_database else None
                 if table is not None:
                     found.append(table)
     return found

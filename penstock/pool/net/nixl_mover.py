@@ -139,15 +139,15 @@ class _RemoteAgent:
 
     def _wait(self, handle: Any, state: str) -> str:
         """Wait until the transfer has ended: before that, bytes may still be written."""
-        told_s = time.monotonic() + _ABANDON_S
+        next_line_s = time.monotonic() + _ABANDON_S
         try:
             while state == "PROC":
                 time.sleep(_POLL_S)
                 with self._lock:
                     state = self._agent.check_xfer_state(handle)
-                if time.monotonic() > told_s:
+                if time.monotonic() > next_line_s:
                     log.error("a read by NIXL of %s neither ends nor fails", self._name)
-                    told_s += _ABANDON_S
+                    next_line_s += _ABANDON_S
             return state
         except Exception as error:  # noqa: BLE001 (the peer has ended: NIXL raises then)
             return f"an error: {error}"

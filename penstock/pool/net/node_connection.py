@@ -306,17 +306,17 @@ class ClientConnection:
         return wire.found(request.id, self._in_pieces(keys, lambda some: self._pool.lookup(some, request.timeout_s)))
 
     @property
-    def _asks_nobody(self) -> bool:
+    def _answers_alone(self) -> bool:
         """Whether this process answers control requests alone, without waiting for other nodes."""
         return self._pool.own is self._pool
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
-        return self._node.turns.turn(self.source) if self._asks_nobody else contextlib.nullcontext()
+        return self._node.turns.turn(self.source) if self._answers_alone else contextlib.nullcontext()
 
     def _in_pieces(self, keys: list[BlockKey], ask: Callable[[list[BlockKey]], Sequence[Answer]]) -> list[Answer]:
         """Answer from members of this process in pieces, with pauses in which other connections are served; from
         members on other nodes in one piece, as those nodes pause themselves."""
-        if not self._asks_nobody:
+        if not self._answers_alone:
             return list(ask(keys))
         answers: list[Answer] = []
         for at in range(0, len(keys), KEYS_AT_ONCE):
@@ -388,22 +388,22 @@ class ClientConnection:
         OSError."""
         until_s = max(deadline_s, time.monotonic() + PAYLOAD_S)
         rate = wire.MinimumRate(PAYLOAD_GRACE_S, PAYLOAD_BYTES_PER_S_MIN)
-        wire.look_at_payload(self._sock, True)
+        wire.watch_payload(self._sock, True)
         for at in range(0, len(into), _RECEIVE_BYTES):
             part = into[at : at + _RECEIVE_BYTES]
             wire.receive_exactly(self._sock, part, until_s=until_s, rate=rate)
             moved(len(part))
-        wire.look_at_payload(self._sock, False)
+        wire.watch_payload(self._sock, False)
 
     def _drain(self, size_bytes: int) -> None:
         scratch = memoryview(bytearray(min(size_bytes, _DRAIN_BYTES)))
         rate, until_s = wire.MinimumRate(PAYLOAD_GRACE_S, PAYLOAD_BYTES_PER_S_MIN), time.monotonic() + 2 * PAYLOAD_S
-        wire.look_at_payload(self._sock, True)
+        wire.watch_payload(self._sock, True)
         while size_bytes:
             part = scratch[: min(size_bytes, len(scratch))]
             wire.receive_exactly(self._sock, part, until_s=until_s, rate=rate)
             size_bytes -= len(part)
-        wire.look_at_payload(self._sock, False)
+        wire.watch_payload(self._sock, False)
 
     # --- sending ---
 

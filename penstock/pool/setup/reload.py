@@ -52,7 +52,7 @@ class LiveConfig:
         added = [member for member in new.members if member.name not in running]
         changes = self._add(new, added) + self._weigh(new, running)
         kept = {member.name for member in new.members}
-        changes += [self._let_go(member) for member in old.members if member.name not in kept]
+        changes += [self._remove(member) for member in old.members if member.name not in kept]
         if self._pool is not None:
             members = self._pool.stat(STAT_TIMEOUT_S).members
             capacity_bytes = sum(m.capacity_bytes for m in members if m.name not in self._leaving)
@@ -107,7 +107,7 @@ class LiveConfig:
             changes += [f"weight of {member.name}"] if member.weight != before.weight else []
         return changes
 
-    def _let_go(self, member: MemberConfig) -> str:
+    def _remove(self, member: MemberConfig) -> str:
         """Drain a member of this machine; disconnect a node, which keeps its blocks."""
         if member.kind == "node":
             assert self._union is not None

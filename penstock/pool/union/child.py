@@ -85,7 +85,7 @@ class Child:
         self.room_bytes: int | None = None  # None: not known
         self.stat: PoolStat | None = None
         self.failures = 0  # lookups that it did not answer
-        self.told_down = False
+        self.logged_down = False
         self.left = False  # it was dropped from the union
 
     @property

@@ -46,14 +46,14 @@ class Children:
         self._follow = follow_bandwidth
         self._block_bytes = 0  # size of this process's blocks; 0 until it is known
         self._closing = threading.Event()
-        self._thread = GuardedThread("penstock-union", self._keep_looking, restarts=True)
+        self._thread = GuardedThread("penstock-union", self._watch, restarts=True)
         try:
             self._placement = self._place(weights)
             self._check()
         except BaseException:
             self.close(1.0)
             raise
-        self._look()
+        self._update()
         self._thread.start()
 
     @property
@@ -207,11 +207,11 @@ class Children:
             reasons = "; ".join(f"pool node {node.place}: {node.down_reason}" for node in nodes)
             raise PoolError("network", f"no pool node can be used: {reasons}")
 
-    def _keep_looking(self) -> None:
+    def _watch(self) -> None:
         while not self._closing.wait(LOOK_EVERY_S):
-            self._look()
+            self._update()
 
-    def _look(self) -> None:
+    def _update(self) -> None:
         """Weight nodes that are reached for the first time, and update each child's free space and each node's
         bandwidth."""
         for at, child in enumerate(self.all):

@@ -291,11 +291,11 @@ class UnionPool:
             return
         failed = isinstance(answer, PoolError)
         child.failures += failed
-        if failed and not child.told_down:
+        if failed and not child.logged_down:
             log.warning("lookups go on without %s: %s", child.name, answer)
-        elif child.told_down and not failed:
+        elif child.logged_down and not failed:
             log.warning("%s answers lookups again", child.name)
-        child.told_down = failed
+        child.logged_down = failed
 
     # --- writing ---
 
