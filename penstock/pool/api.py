@@ -80,10 +80,10 @@ class PoolStat:
     `writes_not_admitted`: writes that write admission refused for an SSD, because their block was new. `moved_blocks`:
     blocks that drains moved to other members. `tenants`: (tag in hex, bytes), the largest first. `over_quota`: (tag in
     hex, bytes over the quota); "others" in hex stands for all tenants without a quota of their own. `evictions_by`:
-    `evictions` by cause. `asked`: a caller asked for it; for a new block, whose block was evicted: `own`: the writer's,
-    `shared`: that of another tenant without a quota, `over_quota`: that of a tenant over its quota. `writes_refused`:
-    writes of tenants that have no quota by name, where only tenants with a quota may write. `losses` and
-    `thread_failures`: by kind, of the whole process (`pool.losses`, `process.guarded_thread`).
+    `evictions` by cause: `asked` (by a caller), or for a new block one of the writer's `own` blocks, one of another
+    tenant without a quota (`shared`), or one of a tenant `over_quota`. `writes_refused`: writes of tenants that have no
+    quota by name, where only tenants with a quota may write. `losses` and `thread_failures`: by kind, of the whole
+    process (`pool.losses`, `process.guarded_thread`).
     """
 
     members: Annotated[tuple[MemberStat, ...], Meta(max_length=STAT_ROWS_MAX)]

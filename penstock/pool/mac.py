@@ -1,5 +1,4 @@
-"""Proof of who wrote a block: a MAC under a pool key, stored beside the block and verified by each process that loads
-it.
+"""Proof of who wrote a block: a MAC under a pool key, stored beside the block and verified by its readers.
 
 The plain checksum (`pool.checksum`) finds damage, not forgery: anybody can make other bytes with the same checksum, so
 a MAC over the checksum would protect nothing. The MAC is AES-256-GMAC over the block's bytes. GMAC must never be used

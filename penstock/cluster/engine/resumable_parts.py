@@ -1,5 +1,6 @@
-"""Tokens that an engine stores for the router: each part's until they were sent, and longer if a client may ask for
-them again after a restart of the router.
+"""Tokens that an engine stores for the router: until they were sent, or for a client that may ask for them again.
+
+A client may ask again after a restart of the router.
 
 Parts are identified by the router's own request id and attempt. A client's name for its request (`resume_label`) is no
 key here: it is only passed to the next router, with the digest of the whole request.

@@ -1,4 +1,4 @@
-"""The router's open requests: by the router's key, by the id of each waiting client, and by content that clients may
+"""The router's open requests: by the router's key, by each waiting client's id, and by content that clients may
 share."""
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""The space of one member: where its blocks lie, and which neighbouring blocks could be evicted together for a larger
-one."""
+"""The space of one member: where its blocks lie, and which neighbours could be evicted together for a larger one."""
 
 from __future__ import annotations
 

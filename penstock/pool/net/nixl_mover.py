@@ -1,5 +1,4 @@
-"""One-sided reads with NIXL (over UCX: RDMA where a card is present, else shared memory or TCP); needs the `nixl`
-extra.
+"""One-sided reads with NIXL over UCX (RDMA where a card is present, else shared memory or TCP); the `nixl` extra.
 
 NIXL's progress thread uses one core during transfers. Service level and traffic class are settings of UCX (see
 `penstock fabric`), and the same for all connections of this process.

@@ -3,16 +3,17 @@
 Threads: one accepts and greets (`pool.net.greeter`). Each connection has two of its own after its Hello
 (`pool.net.node_connection`), and none before. One fetcher finds staging memory for reads of slabs; another one, with
 half of that memory, for reads of other nodes, so that a slow node does not delay reads of this one. All are guarded: an
-exception ends a request or a connection, is logged and counted, and the node goes on. A node whose accepting thread
-ended ends.
+exception ends a request or a connection, is logged and counted, and the node goes on. A node ends when its accepting
+thread has ended.
 
 Connections are bounded. A connection is ended when it has not sent Hello after GREET_S, when it sends no message for
 IDLE_S, and when its host is gone (`wire.set_timeouts`). At most GREETING_MAX connections are without Hello, besides
 CONNECTIONS_MAX that have sent it; a source address has a share of both (`core.connection_limits`). A client that is
 refused gets the reason.
 
-The pool may have members on other nodes. A node asks them for engines, and answers other nodes only from its own
-members: so a request is forwarded at most once, and nodes may be members of each other.
+The pool may have members on other nodes. A node forwards requests of engines to them, and answers
+requests of other nodes only from its own members: so a request is forwarded at most once, and nodes may be members of
+each other.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Turns for work that holds the interpreter lock: by source address, so that a client that asks in a loop delays only
-its own address; and for one thread among others."""
+"""Turns for work that holds the interpreter lock, by source address, and for one busy thread among others.
+
+A client that asks in a loop delays only clients of its own address.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""`penstock profile`: measures the members of a pool and their links, and writes the profile from which weights are
-taken."""
+"""`penstock profile`: measures the members of a pool and their links, and writes a profile (for weights)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Applies a changed configuration to a running pool: adds and removes members, changes weights, quotas and
-admission."""
+"""Applies a changed configuration to a running pool: members, weights, quotas and write admission."""
 
 from __future__ import annotations
 

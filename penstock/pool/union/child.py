@@ -1,5 +1,4 @@
-"""One child of a union of pools, local or a node: whether it can be used, its free space, and its measured
-bandwidth."""
+"""One child of a union of pools, local or a node: its state, its free space, and its measured bandwidth."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The children of a union of pools: sends requests to all of them at once, weights them by their measured read
-bandwidth, and knows which are up and which have room."""
+"""The children of a union of pools: requests to all of them at once, their weights, states and free space."""
 
 from __future__ import annotations
 
