@@ -52,9 +52,7 @@ class PlacedRequest(msgspec.Struct, frozen=True, kw_only=True):
     read: ReadSide = "prefill"
     decode_share: Share = 0.0
     recompute_tokens: Count = 0
-    resume_label: Name = (
-        ""  # not empty: after a loss of the router the engine stores the answer, as the client may ask again
-    )
+    resume_label: Name = ""  # not empty: the engine stores the answer if the router is lost
 
     def __post_init__(self) -> None:
         check_range("decode_share", self.decode_share, 0.0, 1.0)

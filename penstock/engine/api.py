@@ -91,9 +91,7 @@ class RequestReport:
     load_failures: ReportCounts
     spans: Spans
     handed_blocks: ReportCount = 0  # blocks that this prefill engine sent to the decode engine
-    hand_off_failures: ReportCounts = field(
-        default_factory=dict
-    )  # blocks that the decode engine must load or compute itself, by reason
+    hand_off_failures: ReportCounts = field(default_factory=dict)  # blocks that were not sent, by reason
 
 
 @dataclass(frozen=True, slots=True)

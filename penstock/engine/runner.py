@@ -33,9 +33,7 @@ class SamplingParams:
     seed: Annotated[int, Meta(ge=-(1 << 63), extra={"bits": 64})] | None = None
     ignore_eos: bool = False
     shaping: Shaping | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = (
-        None  # number of further tokens besides the drawn one
-    )
+    logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None  # of so many tokens besides the drawn one
 
     def end_tokens(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
         """Tokens that end an answer; `eos_token_ids` are the model's."""

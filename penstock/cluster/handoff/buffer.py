@@ -313,9 +313,7 @@ class DecodeBuffer:
             granted = [h for name, h in self._hand_offs.items() if name not in self._queue]
             for key, slot in self._slots.items():
                 assert slot.key == key and slot.users >= 0
-                assert slot.wanted_by == sum(key in hand_off.keys for hand_off in granted), (
-                    "a block is wanted by no hand-off"
-                )
+                assert slot.wanted_by == sum(key in hand_off.keys for hand_off in granted), "`wanted_by` is wrong"
                 idle = slot.state is Arrival.READY and not slot.wanted_by and not slot.users
                 assert (key in self._idle) == idle
                 assert slot.wanted_by or slot.users or idle or slot.state is Arrival.ARRIVING, "a slot leaked"

@@ -112,7 +112,7 @@ class ExtentAllocator:
             length = self._lengths[offset]
             assert offset > end and length > 0, "EXTENT-1: free extents overlap or touch"
             assert offset % STAGING_ALIGNMENT_BYTES == 0 and length % STAGING_ALIGNMENT_BYTES == 0, (
-                "EXTENT-1: not aligned"
+                "EXTENT-1: alignment"
             )
             end = offset + length
             assert self._starts.get(end) == offset, "EXTENT-2: an end is missing"
@@ -121,9 +121,7 @@ class ExtentAllocator:
         assert len(self._starts) == len(self._lengths), "EXTENT-2: an end names no extent"
         assert self.free_bytes == sum(self._lengths.values())
         lengths = list(self._lengths.values())
-        assert self._live == {length: lengths.count(length) for length in set(lengths)}, (
-            "EXTENT-2: lengths are miscounted"
-        )
+        assert self._live == {length: lengths.count(length) for length in set(lengths)}, "EXTENT-2: lengths differ"
         assert self._sizes == sorted(self._live) and self._by_length.keys() == self._live.keys()
         assert all(len(starts) <= 2 * self._live[length] + 16 for length, starts in self._by_length.items())
 

@@ -566,7 +566,7 @@ class LocalPool:
             changed = bandwidth.change(now_s) if self._follow_bandwidth else None
             if changed is not None and not self._table.members[number].gone:
                 self._table.placement.set_weight(number, changed)
-                log.warning("%s reads at %.0f MB/s: its share of new blocks is adjusted", member.name, changed / 1e6)
+                log.warning("%s reads at %.0f MB/s: its share is adjusted", member.name, changed / 1e6)
 
 
 def _in_turns(keys: Sequence[BlockKey]) -> Iterator[Sequence[BlockKey]]:

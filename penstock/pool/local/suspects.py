@@ -69,9 +69,7 @@ class Suspects:
         try:
             buffer = aligned_buffer(opened.block.extent_bytes)
         except Exception as error:  # noqa: BLE001 (no memory: the next reader reports it again)
-            note_loss(
-                "suspects_not_read", "", "block %s, reported as damaged, is not verified: %r", opened.key.hex(), error
-            )
+            note_loss("suspects_not_read", "", "suspect block %s is not verified: %r", opened.key.hex(), error)
             self._end(opened)
             return
 

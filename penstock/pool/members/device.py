@@ -216,7 +216,7 @@ class DeviceMember:
         for late in self._queue.expired():
             finish_work(late, PoolError("deadline", f"waited too long for {self.name}"))
         for one in self._queue.displaced():
-            finish_work(one, PoolError("dropped", f"displaced: other accounts have less work queued for {self.name}"))
+            finish_work(one, PoolError("dropped", f"displaced: others have less work queued for {self.name}"))
         self._journal.expire()
         if self._journal.failed:
             for store in self._queue.drain("store"):

@@ -175,9 +175,7 @@ class MemoryMember:
             for late in self._queue.expired():
                 finish_work(late, PoolError("deadline", f"waited too long for {self.name}"))
             for one in self._queue.displaced():
-                finish_work(
-                    one, PoolError("dropped", f"displaced: other accounts have less work queued for {self.name}")
-                )
+                finish_work(one, PoolError("dropped", f"displaced: others have less work queued for {self.name}"))
             work = self._queue.take_load() or self._queue.take_store(0)
             if work is None:
                 self._queue.wait()

@@ -109,9 +109,7 @@ class PoolNode:
                 "(ulimit -Hn)", file_limit(), limits.peers, wanted,
             )  # fmt: skip
         self._lock = threading.Lock()
-        self._shares: ConnectionShares[ClientConnection] = ConnectionShares(
-            limits
-        )  # strangers: connections without Hello
+        self._shares: ConnectionShares[ClientConnection] = ConnectionShares(limits)  # strangers have not sent Hello
         self._closed = False
         self._begin_s: float | None = None  # since when the latest connection is being started
         self._fetcher = GuardedWorker("penstock-node-fetch", FETCHES_MAX)

@@ -229,11 +229,7 @@ class Children:
                 child.bandwidth.observe(*child.meter.observed(now_s))
                 changed = child.bandwidth.change(now_s)
                 if changed is not None:
-                    log.warning(
-                        "pool node %s is read at %.2f GB/s; its share of new blocks is adjusted",
-                        child.name,
-                        changed / 1e9,
-                    )
+                    log.warning("pool node %s is read at %.2f GB/s; its share is adjusted", child.name, changed / 1e9)
                     self._placement.set_weight(at, changed)
 
     def _weigh(self, at: int, child: Child, node: NodePool) -> None:
