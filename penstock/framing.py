@@ -51,7 +51,7 @@ class Greeting:
 
     def pack(self, secret: bool | None = None, tls: bool = False) -> bytes:
         """`secret`: this side has one (None: as usual), and goes on only with a peer that proves it
-        (`transport.secret`); `tls`: it goes on only with a peer that has a certificate of its CA."""
+        (`pool.net.secret`); `tls`: it goes on only with a peer that has a certificate of its CA."""
         unusual = secret is not None and secret != self.usual_secret
         return _GREETING.pack(self.magic, self.version | _SECRET_FLAG * unusual | _TLS_FLAG * tls)
 

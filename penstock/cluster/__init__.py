@@ -1,1 +1,1 @@
-"""The cluster: prefill and decode engines, the router, membership, and the paths that KV takes between them."""
+"""The cluster: prefill and decode engines, the router, membership, and the paths of KV between them."""

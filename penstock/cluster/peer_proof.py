@@ -1,4 +1,4 @@
-"""What proves that a peer belongs to the cluster: its secret, certificates, or both."""
+"""Loads what proves that a peer belongs to the cluster: secret, certificates, or both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users set of an engine in a cluster, and of the router."""
+"""Settings of an engine in a cluster, and of the router."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Role = Literal["mixed", "prefill", "decode"]
 
 @dataclass(frozen=True, kw_only=True)
 class HandOffSettings:
-    """Of one engine. `relay_listen` and `buffer_bytes` belong to a decode engine: where prefill engines hand over to
-    (an address on the compute network, port 0 for any), and the memory in which prompts gather. `hand_off_timeout_s`:
-    how long a decode engine waits from placement to the end of the hand-off. `relay_pace_bytes_per_s` limits what
-    prefill engines read through a decode engine. `relay_transport`: how blocks move between prefill and decode engines:
-    in messages over TCP, by shared memory (engines of one host), or by NIXL (RDMA; the `nixl` extra). Where the ends
-    differ, in messages."""
+    """Settings of one engine. For a decode engine: `relay_listen`, the address on the compute network to which prefill
+    engines send KV (port 0 for any), and `buffer_bytes`, the memory that collects the KV of prompts.
+    `hand_off_timeout_s`: how long a decode engine waits from placement to the end of the hand-off.
+    `relay_pace_bytes_per_s` limits reads of prefill engines through a decode engine. `relay_transport`: how blocks move
+    between prefill and decode engines: in messages over TCP, by shared memory (engines of one host), or by NIXL (RDMA;
+    the `nixl` extra); in messages when the two sides differ."""
 
     role: Role = setting("mixed", "With --router: prefill (prompts), decode (what follows) or mixed (whole requests).")
     relay_listen: str = setting(
@@ -42,7 +42,7 @@ class HandOffSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterEngineSettings(HandOffSettings):
-    """The same, and its place in the cluster."""
+    """Settings of an engine, and its place in the cluster."""
 
     router: str | None = setting(None, "Serve for this router (its --cluster-listen), without an API.", "HOST:PORT")
     engine_name: str | None = setting(None, "Name in the cluster.", shown="NODE-ROLE-PID")
@@ -51,9 +51,9 @@ class ClusterEngineSettings(HandOffSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class RouterTimes:
-    """`lease_s`: an engine that is not heard for so long is fenced. `grace_s`: for so long after its start the router
-    waits with requests that may be under way on engines that have not registered again. `no_engine_s`: a request that
-    no engine can serve for so long ends."""
+    """`lease_s`: an engine that sends nothing for so long is fenced. `grace_s`: for so long after its start, the router
+    holds back requests whose answers may be under way on engines that have not registered again. `no_engine_s`: a
+    request that no engine can serve for so long ends."""
 
     lease_s: float = setting(3.0, "An engine not heard of for so long is fenced: its requests are placed again.")
     grace_s: float = setting(2.0, "After a start, wait so long for engines that have a request's answer begun.")

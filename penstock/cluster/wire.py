@@ -1,8 +1,8 @@
 """The control protocol between engines and the router: greeting, frames, messages. KV never goes here.
 
-Both sides first send 8 bytes: magic and version. Where both have certificates TLS begins here (`transport.tls_socket`),
-where both have a secret they prove it (`transport.secret`). After that frames: a length, then msgpack. Times on the
-wire are durations, never clocks.
+Both sides first send 8 bytes: magic and version. If both have certificates, TLS begins here (`pool.net.tls_socket`); if
+both have a secret, they prove it (`pool.net.secret`). Then follow frames: a length, then msgpack. Times on the wire are
+durations, never points in time.
 """
 
 from __future__ import annotations
@@ -36,31 +36,32 @@ greeting, check_greeting = GREETING.pack, GREETING.check
 PURPOSE = b"cluster control 1"
 LENGTH = struct.Struct("<I")
 FRAME_BYTES_MAX = 64 << 20  # to an engine: a prompt of a million tokens takes 5 MB
-ENGINE_FRAME_BYTES_MAX = 256 << 10  # from one: the router decodes it in 1 to 2 ms, between what other engines say
+ENGINE_FRAME_BYTES_MAX = 256 << 10  # from an engine: decoded in 1 to 2 ms, during which other engines wait
 HELD_FRAMES_MAX = 512  # after a Register
-HELD_TOKENS_MAX = 24_576  # of one part: with its report it fits a frame
+HELD_TOKENS_MAX = 24_576  # of one part, so that it fits into a frame with its report
 _REPORT_BYTES_MAX = 96 << 10
-_RECORDS_BYTES = ENGINE_FRAME_BYTES_MAX // 2  # in one frame, of events or of what is held, unless one is larger
+_RECORDS_BYTES = ENGINE_FRAME_BYTES_MAX // 2  # of events or held parts in one frame; a single one may be larger
 HANDSHAKE_S = 5.0
 NO_REPORT = msgspec.Raw(b"\xc0")
 
 
 def pack_report(report: RequestReport | None) -> msgspec.Raw:
-    """A report as it travels in `Held` and `Event`, which are understood whatever it says (`report_in`). One that is
-    too long is left out."""
+    """Encode a report for `Held` and `Event`, which can be decoded even if the report is not valid (`report_in`). A
+    report that is too long is left out."""
     packed = b"" if report is None else _encoder.encode(report)
     return msgspec.Raw(packed) if 0 < len(packed) <= _REPORT_BYTES_MAX else NO_REPORT
 
 
 def report_in(packed: msgspec.Raw) -> RequestReport | None:
-    """Raises ProtocolError for a report out of bounds. It is dropped then, and the connection goes on."""
+    """Decode a report. Raises ProtocolError when it is out of bounds; the report is then dropped, and the connection
+    goes on."""
     return decode(_reports, packed)
 
 
 class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine is. All engines of one router have the same `model` (of weights, layout and pool key), block
-    geometry and vocabulary. `host` groups engines of one machine; `instance` differs from start to start.
-    `vocabulary` is `TextCodec.vocabulary_digest` of its checkpoint; empty where that has no tokenizer."""
+    geometry and vocabulary. `host` groups engines of one host; `instance` is new with each start.
+    `vocabulary` is `TextCodec.vocabulary_digest` of its checkpoint; empty without a tokenizer."""
 
     name: Name
     role: Part
@@ -78,9 +79,9 @@ class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of a request that an engine still has when it registers: `tokens` are the answer's from `index` on, those
-    of earlier attempts before them in `earlier`. `label` and `digest` tell which request it was: what the client called
-    it, and what it asked for (`asked_digest`)."""
+    """A part of a request that an engine still has when it registers: `tokens` are the answer's tokens from `index` on;
+    `earlier` has those of earlier attempts before them. `label` (the client's) and `digest` (`asked_digest`) identify
+    the request."""
 
     request_id: Name
     attempt: Number
@@ -96,7 +97,7 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Register(msgspec.Struct, array_like=True, tag=1):
-    """First message of an engine. It is answered, by Welcome or Refused, after so many `more` messages MoreHeld."""
+    """First message of an engine. `more` messages MoreHeld follow; then it is answered by Welcome or Refused."""
 
     card: EngineCard
     report: EngineReport
@@ -105,7 +106,7 @@ class Register(msgspec.Struct, array_like=True, tag=1):
 
 
 class Heartbeat(msgspec.Struct, array_like=True, tag=2):
-    """Answered by Beat, while the epoch is current. `placed`: of how many Place messages the report knows."""
+    """Answered by Beat, while the epoch is current. `placed`: how many Place messages the report includes."""
 
     epoch: Number
     sequence: Number
@@ -114,7 +115,7 @@ class Heartbeat(msgspec.Struct, array_like=True, tag=2):
 
 
 class Event(msgspec.Struct, array_like=True):
-    """Tokens of one part in order, the first of them at `index` of the whole answer; and its end."""
+    """Tokens of one part in order, the first one at `index` of the whole answer; and its end."""
 
     request_id: Name
     attempt: Number
@@ -133,20 +134,20 @@ class Events(msgspec.Struct, array_like=True, tag=3):
 
 
 class Leave(msgspec.Struct, array_like=True, tag=4):
-    """The engine ends in order."""
+    """The engine ends regularly."""
 
     epoch: Number
     why: Text
 
 
 class MoreHeld(msgspec.Struct, array_like=True, tag=5):
-    """What else the engine has that registers."""
+    """Further parts of the engine that registers."""
 
     held: Annotated[list[Held], Meta(max_length=LIST_MAX)]
 
 
 class Welcome(msgspec.Struct, array_like=True, tag=20):
-    """`keep`: (request id, attempt) of what the engine held and shall go on with; everything else it drops."""
+    """`keep`: (request id, attempt) of the parts with which the engine shall go on; it drops all others."""
 
     epoch: Number
     router: Name
@@ -175,7 +176,7 @@ class Place(msgspec.Struct, array_like=True, tag=23):
 
 
 class Cancel(msgspec.Struct, array_like=True, tag=24):
-    """End this attempt; None: every one."""
+    """End this attempt of a request; None: all attempts."""
 
     epoch: Number
     request_id: Name
@@ -183,13 +184,13 @@ class Cancel(msgspec.Struct, array_like=True, tag=24):
 
 
 class Fenced(msgspec.Struct, array_like=True, tag=25):
-    """The engine's epoch is over; it registers anew."""
+    """The engine's epoch is over; it must register again."""
 
     reason: Text
 
 
 class Replan(msgspec.Struct, array_like=True, tag=26):
-    """To a prefill engine: what that side was still to read for this attempt, the other side reads."""
+    """To a prefill engine: remaining reads of this attempt on that side move to the other side."""
 
     epoch: Number
     request_id: Name
@@ -207,20 +208,21 @@ _reports: msgspec.msgpack.Decoder[RequestReport | None] = msgspec.msgpack.Decode
 
 
 def frame(message: FromEngine | FromRouter) -> bytes:
-    """Raises ProtocolError for one that is too long."""
+    """Encode a frame. Raises ProtocolError for one that is too long."""
     body = _encoder.encode(message)
     _check_length(len(body), ENGINE_FRAME_BYTES_MAX if isinstance(message, FromEngine) else FRAME_BYTES_MAX)
     return LENGTH.pack(len(body)) + body
 
 
 def register_frames(card: EngineCard, report: EngineReport, held: Sequence[Held]) -> list[bytes]:
-    """Register and what follows it; of too many parts the oldest are left out. Raises ProtocolError."""
+    """The frames of a registration: Register and MoreHeld; of too many parts the oldest are left out. Raises
+    ProtocolError."""
     more = _grouped([_encoder.encode(one) for one in held])[-HELD_FRAMES_MAX:]
     return [frame(Register(card, report, [], len(more))), *(frame(MoreHeld(group)) for group in more)]
 
 
 def event_frames(epoch: int, events: Sequence[Event]) -> list[bytes]:
-    """Events in as many frames as they need. Raises ProtocolError."""
+    """The frames of these events. Raises ProtocolError."""
     packed = [_encoder.encode(part) for event in events for part in _split(event)]
     return [frame(Events(epoch, group)) for group in _grouped(packed)]
 
@@ -234,7 +236,7 @@ def _split(event: Event) -> Iterator[Event]:
 
 
 def _grouped(packed: Sequence[bytes]) -> list[Any]:
-    """Encoded records of about _RECORDS_BYTES together, in order: what a message has in place of them."""
+    """Group encoded records, in order, into lists of about _RECORDS_BYTES each."""
     groups: list[list[msgspec.Raw]] = []
     room = 0
     for one in packed:
@@ -247,7 +249,7 @@ def _grouped(packed: Sequence[bytes]) -> list[Any]:
 
 
 def frame_length(head: bytes, most: int = FRAME_BYTES_MAX) -> int:
-    """Raises ProtocolError for one that is too long."""
+    """Length of the frame that begins with `head`. Raises ProtocolError for one that is too long."""
     size: int = LENGTH.unpack(head)[0]
     _check_length(size, most)
     return size
@@ -259,10 +261,10 @@ def _check_length(size: int, most: int) -> None:
 
 
 def decode_from_engine(body: bytes) -> FromEngine:
-    """Raises ProtocolError."""
+    """Decode a message of an engine. Raises ProtocolError."""
     return decode(_from_engine, body)
 
 
 def decode_from_router(body: bytes) -> FromRouter:
-    """A message of the router. Raises ProtocolError for what is none."""
+    """Decode a message of the router. Raises ProtocolError."""
     return decode(_from_router, body)

@@ -1,7 +1,7 @@
-"""Types with bounds for what goes over the cluster's wire: a message outside them ends its connection, with one line.
+"""Types with bounds for the cluster's messages: a message out of bounds ends its connection, with one log line.
 
-msgspec checks them when it decodes; NaN is outside every bound. Senders shorten text (`clip`) and limit what they
-measured (`within`), so that nothing that Penstock itself says is refused.
+msgspec checks them when it decodes; NaN is out of every bound. Senders cut texts (`clip`) and clip measurements
+(`within`), so that no message of Penstock itself is refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated
 from msgspec import Meta
 
 SECONDS_MAX = 1e6
-RATE_MAX = 1e18  # bytes or tokens in a second
+RATE_MAX = 1e18  # bytes or tokens per second
 COUNT_MAX = 1 << 53
 TEXT_CHARACTERS_MAX = 4096
 NAME_CHARACTERS_MAX = 512
@@ -34,10 +34,10 @@ Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 
 def clip(text: str) -> str:
-    """At most TEXT_CHARACTERS_MAX characters of a text, and only such as can be encoded."""
+    """Cut a text to TEXT_CHARACTERS_MAX characters, and replace those that cannot be encoded."""
     return text[:TEXT_CHARACTERS_MAX].encode(errors="replace").decode()
 
 
 def within(value: float, most: float) -> float:
-    """A measured value between 0 and `most`; 0 for what is no number."""
+    """Clip a measured value to 0 to `most`; 0 for NaN."""
     return min(max(value, 0.0), most) if value == value else 0.0

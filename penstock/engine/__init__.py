@@ -1,1 +1,1 @@
-"""The live body: executors that carry out what the scheduler core decides, on real memory and models."""
+"""The live driver: executors that carry out the decisions of the scheduler core, with real memory and models."""

@@ -1,4 +1,4 @@
-"""The engine as its callers see it: submit a request of tokens, get tokens back, cancel, look at it."""
+"""The interface of an engine: submit a request of tokens, receive tokens, cancel, inspect."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from penstock.engine.shaping import LOGPROBS_MAX, TokenLogprobs, check_shaping
 
 log = logging.getLogger(__name__)
 
-SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1  # what a 64-bit word holds, signed or not
-REPORT_NAMES_MAX = 4096  # spans, and kinds of failure, of one report
+SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1  # the range of a 64-bit word, signed or unsigned
+REPORT_NAMES_MAX = 4096  # limit of spans, and of kinds of failure, in one report
 STAGE_CHARACTERS_MAX = 64
 
-# Bounds of a report that comes from another process. A stage may begin before the request arrived.
+# Bounds of a report from another process. A stage may begin before the request arrived.
 ReportTime = Annotated[float, Meta(ge=-1e6, le=1e6)]
 ReportCount = Annotated[int, Meta(ge=0, le=1 << 53)]
 Stage = Annotated[str, Meta(max_length=STAGE_CHARACTERS_MAX)]
@@ -29,11 +29,11 @@ Spans = Annotated[tuple[tuple[Stage, ReportTime, ReportTime], ...], Meta(max_len
 
 
 class InvalidRequest(ValueError):
-    """The request cannot be served as given; the message names the parameter, what was given and what is allowed."""
+    """The request cannot be served; the message names the parameter, the given and the allowed value."""
 
 
 class Unsupported(InvalidRequest):
-    """This engine does not do what `param` asks for."""
+    """This engine does not support `param`."""
 
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
@@ -50,12 +50,12 @@ class Overloaded(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """`slo_ttft_s` is the deadline of the first token, from arrival; `tenant` separates caches: a tenant, a
+    """`slo_ttft_s`: deadline of the first token, in seconds from arrival. `tenant` separates caches: a tenant, a
     client's `cache_salt`, or a salt within a tenant (`core.tenants`).
 
-    Of a request that is placed on engines: it arrived `waited_s` ago, its prompt ends with `first_index` generated
-    tokens, hits among its first `recompute_tokens` are not loaded, and with `hand_off` it ends as "handed_over" after
-    one more."""
+    For requests that a router places: it arrived `waited_s` seconds ago; its prompt ends with `first_index` generated
+    tokens; blocks found among its first `recompute_tokens` are not loaded; with `hand_off` it ends as "handed_over"
+    after one more token."""
 
     request_id: str
     prompt_tokens: list[int]
@@ -67,13 +67,13 @@ class GenerationRequest:
     first_index: int = 0
     recompute_tokens: int = 0
     hand_off: HandOff | None = None
-    resume_label: str = ""  # what its client calls it, to ask for the same answer again; never a key by itself
+    resume_label: str = ""  # the client's name for it, to ask for the same answer again; never a key by itself
 
 
 @dataclass(frozen=True, slots=True)
 class RequestReport:
-    """Where a request's time went. `spans` are `(label, start_s, end_s)` from arrival, without gaps or overlap; labels
-    are stages (`lookup`, `fetch`, `upload`, `compute`, `decode`) and reasons of waiting (`wait_fetch_link`,
+    """How a request's time was spent. `spans` are `(label, start_s, end_s)` from arrival, without gaps or overlap;
+    labels are stages (`lookup`, `fetch`, `upload`, `compute`, `decode`) and reasons for waiting (`wait_fetch_link`,
     `wait_l2`, `wait_l1`, `wait_upload_link`, `wait_compute`, `wait_turn`)."""
 
     prompt_tokens: ReportCount
@@ -85,31 +85,31 @@ class RequestReport:
     slo_ttft_s: ReportTime | None
     predicted_load_s: ReportTime
     predicted_compute_s: ReportTime
-    measured_load_s: ReportTime  # how long its own blocks kept their slowest link busy
-    measured_compute_s: ReportTime  # of the batches its prompt was computed in
+    measured_load_s: ReportTime  # seconds that its own blocks occupied their slowest link
+    measured_compute_s: ReportTime  # seconds of the batches in which its prompt was computed
     recomputed_tokens: ReportCount  # after a failed load
     load_failures: ReportCounts
     spans: Spans
-    handed_blocks: ReportCount = 0  # handed to the decode engine by this one
-    hand_off_failures: ReportCounts = field(default_factory=dict)  # blocks that it has to find or compute itself
+    handed_blocks: ReportCount = 0  # blocks that this prefill engine sent to the decode engine
+    hand_off_failures: ReportCounts = field(default_factory=dict)  # blocks that were not sent, by reason
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One generated token, and with the last one (`finish_reason` set; its `token_id` may be None) the report."""
+    """One generated token. The last event has `finish_reason` and the report; its `token_id` may be None."""
 
     token_id: int | None
     finish_reason: FinishReason | None = None
     error: str | None = None
     report: RequestReport | None = None
-    logprobs: TokenLogprobs | None = None  # where they were asked for
+    logprobs: TokenLogprobs | None = None  # if the request asked for them
 
 
 OnEvent = Callable[[TokenEvent], None]
 
 
 def check_request(request: GenerationRequest, vocab_size: int, max_context_tokens: int) -> None:
-    """Raises InvalidRequest for one that no engine with this vocabulary and context could serve."""
+    """Raise InvalidRequest for a request that no engine with this vocabulary and context could serve."""
     prompt, sampling = request.prompt_tokens, request.sampling
     if not prompt:
         raise InvalidRequest("prompt is empty; it must have at least one token")
@@ -153,7 +153,7 @@ def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
 
 
 def tell(on_event: OnEvent, event: TokenEvent) -> None:
-    """One client's mistake is not the others'."""
+    """Call a client's `on_event`; an exception in it is logged, and does not affect other clients."""
     try:
         on_event(event)
     except Exception:
@@ -162,7 +162,7 @@ def tell(on_event: OnEvent, event: TokenEvent) -> None:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot for `/metrics`: gauges as they are, counters since start. Labelled series are dictionaries."""
+    """A snapshot for `/metrics`: current gauges, and counters since the start. Labelled series are dictionaries."""
 
     gauges: dict[str, float]
     counters: dict[str, float]
@@ -185,10 +185,10 @@ class EngineAPI(Protocol):
         """End a request soon (its last event is `cancelled`); unknown or ended requests are ignored."""
 
     def stats(self) -> EngineStats:
-        """What the engine does now, and its counters."""
+        """Current gauges, and counters."""
 
     def healthy(self) -> tuple[bool, str]:
-        """Whether the engine makes progress, and one line that says why not."""
+        """Whether the engine makes progress, and one line with the reason if not."""
 
     def close(self, timeout_s: float) -> None:
-        """Cancel what runs and stop every thread."""
+        """Cancel all requests and stop every thread."""

@@ -1,4 +1,4 @@
-"""Who is to blame when a batch fails: it is computed again in halves, until each failure is one chunk's own."""
+"""Finds the chunks that make a batch fail: the batch is computed again in halves, until each failing chunk is alone."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Run = Callable[[Sequence[Chunk]], Sequence[ChunkOutcome]]
 
 
 def outcomes_of(run: Run, batch: Sequence[Chunk]) -> list[ChunkOutcome]:
-    """What `run(batch)` returns. Where it raises, each half is run for itself: a chunk that raises alone has that error
-    as its outcome, and chunks that fail only together, say for lack of memory, have none. Chunks that `run` reports as
-    failed together are run again apart as well: one may have spoiled the others. One failing chunk among n costs about
-    2 log2(n) further runs, and there are never more than 2 n."""
+    """The result of `run(batch)`. When it raises, each half is run separately: a chunk that raises alone has that error
+    as its outcome; chunks that fail only together, for example for lack of memory, have no error. Chunks that `run`
+    reports as failed together are also run again separately, as one may have corrupted the others. One failing chunk
+    among n costs about 2 log2(n) further runs; there are never more than 2 n."""
     outcomes, error = _attempt(run, batch)
     if outcomes is None:
         if len(batch) == 1:
@@ -37,7 +37,8 @@ def outcomes_of(run: Run, batch: Sequence[Chunk]) -> list[ChunkOutcome]:
 
 
 def _attempt(run: Run, batch: Sequence[Chunk]) -> tuple[list[ChunkOutcome] | None, str]:
-    """The outcomes, or None and the error. The exception is not kept: its frames hold the batch's device memory."""
+    """The outcomes, or None and the error as text. The exception itself is dropped, as its frames refer to device
+    memory."""
     try:
         outcomes = list(run(batch))
     except Exception as raised:  # noqa: BLE001 (the batch's requests fail one by one; the engine goes on)

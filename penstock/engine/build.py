@@ -1,4 +1,4 @@
-"""From a configuration to a running engine, with everything it owns."""
+"""Builds a running engine, with everything that it owns, from its configuration."""
 
 from __future__ import annotations
 
@@ -65,15 +65,15 @@ def build_engine(
     peers: Peers | None = None,
     around_pool: Callable[[Pool, SchedulerConfig], Pool] | None = None,
 ) -> RunningEngine:
-    """Build runner and pool and start the engine. `peers`: decode engines that it may hand over to; `around_pool` gives
-    what stands between engine and pool, and closes the pool. Raises ConfigError, CheckpointError, PoolError or OSError
-    with one line that says what is wrong; nothing stays open then."""
+    """Build runner and pool, and start the engine. `peers`: decode engines to which it may send KV. `around_pool`
+    returns a wrapper of the pool, which owns the pool. Raises ConfigError, CheckpointError, PoolError or OSError with
+    one line that names the problem; nothing stays open then."""
     pool_key = read_pool_key(config)
     runner = _runner(config)
     pool: Pool | None = None
     try:
         scheduler_config = _scheduler_config(config, runner, hands_off=peers is not None)
-        pool = _pool(config, pool_key)  # before what takes time: a wrong address is told at once
+        pool = _pool(config, pool_key)  # before slow steps, so that a wrong address is reported at once
         runner.allocate(scheduler_config.l1_pages)
         cost = _cost(runner, scheduler_config.l1_pages, config)
         if config.pool_config:
@@ -139,7 +139,7 @@ def _runner(config: EngineConfig) -> ModelRunner:
         max_context_tokens=config.max_context_tokens,
         layerwise=config.mode == "penstock" and config.device != "cpu" and torch.cuda.is_available(),
     )
-    if runner.device.type == "cpu":  # leave a core to the loads
+    if runner.device.type == "cpu":  # leave one core for loads
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
     for note in runner.notes:
         log.info("model: %s", note)
@@ -155,12 +155,12 @@ def _cost(runner: ModelRunner, pages: int, config: EngineConfig) -> CostModel:
 
 
 def read_secret(config: EngineConfig) -> Secret | None:
-    """What pool nodes ask for. Raises ValueError."""
+    """The secret for pool nodes; None without one. Raises ValueError."""
     return Secret.read(config.secret_file) if config.secret_file else None
 
 
 def read_pool_key(config: EngineConfig) -> PoolKey | None:
-    """What this engine's blocks are written and verified under. Raises ValueError."""
+    """The key with which this engine writes and verifies blocks; None without one. Raises ValueError."""
     return PoolKey.read(Path(config.pool_key_file)) if config.pool_key_file else None
 
 

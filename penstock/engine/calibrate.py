@@ -1,4 +1,4 @@
-"""First estimates of the cost model, by measuring the runner at start (it also warms the runner up)."""
+"""Initial estimates of the cost model, measured on the runner at start (this also warms the runner up)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BUDGET_S = 3.0
 
 
 def calibrate(runner: ModelRunner, pages: int, max_batch_tokens: int) -> CostModel:
-    """Runs a few batches and uploads on pages that nobody uses yet, for about three seconds at most."""
+    """Run a few batches and uploads on unused pages, for about three seconds at most."""
     size = runner.layout.block_tokens
     room = min(pages * size, runner.max_context_tokens)
     samples: list[tuple[list[tuple[int, int]], float]] = []

@@ -1,4 +1,4 @@
-"""Find, verify and load a Hugging Face causal LM, and say what it is (identity, end tokens, context length)."""
+"""Finds, verifies and loads a Hugging Face causal LM; determines its identity, end tokens and context length."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ import torch
 
 from penstock.engine import attention
 from penstock.engine.weights_identity import WeightsChanged, states_of
-from penstock.engine.weights_identity import weights_identity as weights_identity  # of a checkpoint: offered here
+from penstock.engine.weights_identity import weights_identity as weights_identity  # exported from here
 from penstock.toml_file import read_bounded
 
 LoadFormat = Literal["auto", "dummy"]
 _CONFIG_NAMES_WITHOUT_MEANING = ("_name_or_path", "transformers_version")  # differ between copies of one model
 _HUB_TIMEOUT_S = 20.0
 _JSON_BYTES_MAX = 64 << 20
-_HEADER_BYTES_MAX = 100_000_000  # the safetensors library's own bound
+_HEADER_BYTES_MAX = 100_000_000  # the limit of the safetensors library
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 SERVED_MODELS = "served are models whose every layer goes through transformers' AttentionInterface once"
@@ -34,12 +34,12 @@ _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 class CheckpointError(ValueError):
-    """The model cannot be served as given: one line that says what, where, and what is allowed."""
+    """The model cannot be served: one line with the problem, the place, and what is allowed."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run, with what the engine asks of it."""
+    """A model that is ready to run, with the properties that the engine needs."""
 
     model: Any
     config: Any  # the text config
@@ -54,7 +54,7 @@ def resolve_folder(
     """The local folder of a checkpoint: `name` itself, or a hub id's snapshot (fetched when not cached).
 
     `revision` (a branch, tag or commit; not given: the default branch) and `cache_dir` (a hub cache; not given: the
-    user's) are for hub ids only: a folder is taken as it is. `dummy` fetches no weights. Raises CheckpointError.
+    user's) apply to hub ids only, not to folders. `dummy`: fetch no weights. Raises CheckpointError.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -77,7 +77,7 @@ def resolve_folder(
     except Exception as error:
         which = f"{name!r} at revision {revision!r}" if revision else repr(name)
         raise CheckpointError(
-            f"model {which} is no existing folder, and the hub did not give it: {one_line(error)}"
+            f"model {which} is no existing folder, and could not be loaded from the hub: {one_line(error)}"
         ) from error
     return Path(folder)
 
@@ -90,7 +90,7 @@ def read_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(f"{folder / 'config.json'} is not usable: {one_line(error)}") from error
-    served = AutoModelForCausalLM._model_mapping  # noqa: SLF001 (no public name says which types have a causal LM)
+    served = AutoModelForCausalLM._model_mapping  # noqa: SLF001 (there is no public list of types with a causal LM)
     if getattr(config, "is_encoder_decoder", False) or type(config) not in served:
         raise CheckpointError(f"{folder}: model type {config.model_type!r} is not a causal language model")
     if getattr(config, "transformers_weights", None) is not None:
@@ -103,7 +103,8 @@ def read_config(folder: Path) -> Any:
 
 
 def _refuse_unservable(folder: Path, config: Any) -> None:
-    """Models whose keys and values depend on more than the tokens before them, or whose attention needs a mask."""
+    """Raise CheckpointError for models whose KV depends on more than the preceding tokens, or whose attention needs a
+    mask."""
     foreign = set(getattr(config, "layer_types", None) or ()) - _SERVED_LAYER_TYPES
     if foreign:
         raise CheckpointError(f"{folder}: layers {sorted(foreign)}; served are {sorted(_SERVED_LAYER_TYPES)}")
@@ -120,11 +121,11 @@ def _refuse_unservable(folder: Path, config: Any) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Every safetensors file of a checkpoint; those that are certainly read are checked to hold all the bytes that
-    their headers name. All, because readers differ in which they take where an index, a single file and others lie
-    together: transformers takes the single file, vLLM the index's or all. Raises CheckpointError."""
+    """Every safetensors file of a checkpoint; files that are certainly read are checked to be complete by their
+    headers. All files are returned, because libraries differ when an index, a single file and others are in one folder:
+    transformers reads the single file, vLLM those of the index or all. Raises CheckpointError."""
     adapter = folder / "adapter_config.json"
-    if adapter.is_file():  # transformers would load the model that it names, and the adapter on top
+    if adapter.is_file():  # transformers would load the base model that it names, and the adapter
         raise CheckpointError(f"{adapter}: an adapter is not served; allowed: a checkpoint that it is merged into")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -167,14 +168,14 @@ def _check_safetensors(file: Path) -> None:
 
 
 def config_identity(config: Any) -> str:
-    """A hash over the configuration, without what differs between copies of one model."""
+    """A hash of the configuration, without fields that differ between copies of one model."""
     record = {name: value for name, value in config.to_dict().items() if name not in _CONFIG_NAMES_WITHOUT_MEANING}
     text = json.dumps(record, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def end_tokens(folder: Path, config: Any) -> frozenset[int]:
-    """Ids after which generation ends: the generation config's where there is one, else the config's."""
+    """Ids after which generation ends: from the generation config if there is one, else from the config."""
     file = folder / "generation_config.json"
     found = None
     if file.is_file():
@@ -195,8 +196,8 @@ def end_tokens(folder: Path, config: Any) -> frozenset[int]:
 def load_model(
     source: str, load_format: LoadFormat, dtype: str, device: torch.device, seed: int, revision: str | None = None
 ) -> LoadedModel:
-    """Build the model on `device` with Penstock's attention. `dummy` takes the configuration only, with random
-    weights made from `seed` on the device. Raises CheckpointError."""
+    """Build the model on `device` with Penstock's attention. `dummy` uses only the configuration, with random weights
+    generated from `seed` on the device. Raises CheckpointError."""
     if load_format not in ("auto", "dummy"):
         raise CheckpointError(f"load format {load_format!r} is unknown; allowed are 'auto' and 'dummy'")
     import transformers
@@ -207,7 +208,7 @@ def load_model(
     files = weight_files(folder) if load_format == "auto" else []
     config_part = config_identity(config)
     attention.register()
-    # Random weights follow the generator, which differs between devices and versions.
+    # Random weights depend on the generator, which differs between devices and versions.
     weights = f"dummy={seed}|{device.type}|torch={torch.__version__}" if load_format == "dummy" else ""
     try:
         with quiet_transformers():
@@ -227,7 +228,7 @@ def load_model(
             ) from error
         raise CheckpointError(f"{folder}: transformers cannot build this model: {one_line(error)}") from error
     model.eval().requires_grad_(False)
-    code = f"transformers={transformers.__version__}"  # the model's code: rotary embedding, norms, scaling
+    code = f"transformers={transformers.__version__}"  # version of the model's code: rotary embedding, norms, scaling
     identity = f"config={config_part}|dtype={torch_dtype}|{code}|{weights}"
     text_config = config.get_text_config()
     return LoadedModel(model, text_config, folder, identity, end_tokens(folder, text_config))
@@ -235,7 +236,7 @@ def load_model(
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no chatter of transformers within; what it finds wrong arrives as errors."""
+    """Suppress progress bars and messages of transformers within the context; problems are raised as errors."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -271,7 +272,8 @@ def _build_random(config: Any, dtype: torch.dtype, device: torch.device, seed: i
 def _load_identified(
     folder: Path, config: Any, dtype: torch.dtype, device: torch.device, files: Sequence[Path]
 ) -> tuple[Any, str]:
-    """The model, and the identity of the very bytes that it was loaded from; the files are hashed meanwhile."""
+    """The model, and the identity of exactly the bytes from which it was loaded; the files are hashed at the same
+    time."""
     index = folder / "model.safetensors.index.json"
     read = [*files, index] if index.is_file() else files
     before = states_of(read)
@@ -283,7 +285,7 @@ def _load_identified(
             _own_every_byte(model)
             found = identity.result()
         except BaseException:
-            stopped.set()  # an error, or Ctrl-C, is not held up by hashing
+            stopped.set()  # an error, or Ctrl-C, does not wait for the hashing
             raise
     if states_of(read) != before:
         raise WeightsChanged("the weights were written to while they were loaded; start again once they are whole")
@@ -291,10 +293,10 @@ def _load_identified(
 
 
 def _own_every_byte(model: Any) -> None:
-    """Copy what lies in the mapped files: on the CPU, transformers' tensors are views of them, and a checkpoint that is
-    replaced in place would change the weights of a model that runs, or end the process."""
+    """Copy tensors out of the mapped files: on the CPU, transformers' tensors are views of them, and a checkpoint that
+    is overwritten would change the weights of a running model, or kill the process."""
     if any(tensor.device.type == "cpu" for tensor in model.parameters()):
-        copies: dict[tuple[object, ...], torch.Tensor] = {}  # tied weights stay one
+        copies: dict[tuple[object, ...], torch.Tensor] = {}  # tied weights stay tied
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 if tensor.device.type == "cpu":

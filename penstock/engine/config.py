@@ -1,4 +1,4 @@
-"""Everything that makes one engine: the settings of `penstock serve`, from which its flags come, and their checks."""
+"""The settings of one engine, from which the flags of `penstock serve` are derived, and their checks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def parse_slab(text: str) -> tuple[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Which model; of engines and of the router, which needs its tokenizer."""
+    """The model; for engines, and for the router, which needs its tokenizer."""
 
     model: str = setting("", "A Hugging Face checkpoint folder or hub id (none: --executor modelled).")
     revision: str | None = setting(None, "Branch, tag or commit of a hub id.", shown="default branch")
@@ -45,12 +45,12 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings(PeerSettings, RequestDeadline, BatchSettings, OrderSettings, ModelSettings):
-    """Sizes are bytes. `pool` are addresses of pool nodes, `memory` and `slab` members of this process: all together
-    are one pool; `pool_config` is a file that describes one. Without any of them it is some memory; `no_pool` turns it
-    off. `secret_file` holds what pool nodes ask for; `peer_tls_*` are certificate, key and CA for nodes that ask
-    for TLS; `pool_key_file` holds the key that blocks are written and verified under (`pool.mac`). `max_batch_s` None:
-    DualPath's quota for prefill engines, no bound for others. `profile`, `bytes_divisor` and `time_factor` belong to
-    the modelled executor."""
+    """Sizes are bytes. `pool`: addresses of pool nodes; `memory` and `slab`: members of this process; together they
+    form one pool. `pool_config`: a file that describes a pool. Without any of them the pool is some memory; `no_pool`
+    turns it off. `secret_file`: the secret of the pool nodes; `peer_tls_*`: certificate, key and CA for nodes with TLS;
+    `pool_key_file`: the key with which blocks are written and verified (`pool.mac`). `max_batch_s` None: DualPath's
+    quota for prefill engines, no bound for others. `profile`, `bytes_divisor` and `time_factor` are for the modelled
+    executor."""
 
     load_format: Literal["auto", "dummy"] = setting("auto", "auto, or dummy for random weights.")
     dtype: str = setting("auto", "Type of weights and KV, for example bfloat16.")
@@ -89,7 +89,7 @@ class EngineSettings(PeerSettings, RequestDeadline, BatchSettings, OrderSettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig(EngineSettings):
-    """These settings, checked. Raises ConfigError."""
+    """The settings of an engine, checked. Raises ConfigError."""
 
     def __post_init__(self) -> None:
         check_choices(self)

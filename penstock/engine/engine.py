@@ -1,4 +1,4 @@
-"""The live body: one control thread feeds the scheduler core and hands its operations to the executors."""
+"""The live driver: one control thread feeds the scheduler core and passes its operations to the executors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ IDLE_WAIT_S = 1.0
 ANSWER_TIMEOUT_S = 5.0
 POOL_STAT_TIMEOUT_S = 1.0
 CLOSE_GRACE_S = 0.5
-QUESTIONS_MAX = 64  # callers that may wait for an answer of the control thread
+QUESTIONS_MAX = 64  # callers that may wait for answers of the control thread
 
 Answer = TypeVar("Answer")
 
@@ -60,8 +60,8 @@ Answer = TypeVar("Answer")
 class Engine:
     """Serves requests with a runner (L1 and compute) and a pool (L3), deciding with `LoadScheduler`.
 
-    Threading: public methods may be called from any thread. The control thread alone touches the core; executors and
-    the pool put what happened into its inbox.
+    Threading: public methods may be called from any thread. Only the control thread uses the core; executors and the
+    pool put events into its inbox.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class Engine:
         peers: Peers | None = None,
         pool_key: PoolKey | None = None,
     ) -> None:
-        """`peers` are decode engines that prompts may be handed over to (`config.hands_off`). With a `pool_key`, which
-        `pool` verifies blocks with, block keys are those of its group alone."""
+        """`peers`: decode engines to which the KV of prompts may be sent (`config.hands_off`). With a `pool_key`, with
+        which `pool` verifies blocks, block keys differ from those of engines with another pool key."""
         assert config.pool == (pool is not None)
         assert config.hands_off == (peers is not None)
         self.config = config
@@ -82,7 +82,7 @@ class Engine:
         self.vocab_size = runner.vocab_size
         self.eos_token_ids = runner.eos_token_ids
         self._pool = pool
-        # `submit` bounds what waits; the scheduler core's own bound is wider, because a preempted request waits again.
+        # `submit` bounds the waiting requests; the scheduler core's bound is wider, as a preempted request waits again.
         self._scheduler = LoadScheduler(replace(config, max_waiting=config.max_waiting + config.max_running), cost)
         fingerprint = runner.layout.fingerprint(runner.model_id)
         self.fingerprint = pool_key.fingerprint(fingerprint) if pool_key is not None else fingerprint
@@ -120,7 +120,8 @@ class Engine:
             self._inbox.put(partial(self._submitted, request, root, time.monotonic() - request.waited_s))
 
     def check(self, request: GenerationRequest) -> BlockKey:
-        """The request's root key. Raises InvalidRequest for one that `submit` would refuse for what it is."""
+        """The request's root key. Raises InvalidRequest for a request that `submit` would refuse because of its
+        content."""
         check_request(request, self.vocab_size, self.max_context_tokens)
         try:
             return root_key(self.fingerprint, request.tenant)
@@ -132,12 +133,12 @@ class Engine:
         self._ask_once(request_id, "cancel", lambda: self._scheduler.cancel(request_id, time.monotonic()))
 
     def reroute(self, request_id: str, side: Literal["prefill", "decode"]) -> None:
-        """The storage NIC of that side is gone: read on the other one what it was still to read for this request."""
+        """The storage NIC of that side is down: remaining reads of this request move to the other side."""
         self._ask_once(request_id, side, lambda: self._scheduler.reroute(request_id, side, time.monotonic()))
 
     def _ask_once(self, request_id: str, what: str, event: Callable[[], None]) -> None:
-        """Put an event of a known request into the inbox, unless the same one is in it: so the inbox is bounded by the
-        requests."""
+        """Put an event of a known request into the inbox, unless the same one is already there: so the number of
+        requests bounds the inbox."""
         asked = (request_id, what)
         with self._clients_lock:
             if request_id not in self._clients or asked in self._asked:
@@ -152,8 +153,8 @@ class Engine:
         self._inbox.put(happen)
 
     def stats(self) -> EngineStats:
-        """See EngineAPI. Raises TimeoutError when the control thread does not answer; a pool that does not is left
-        out."""
+        """See EngineAPI. Raises TimeoutError when the control thread does not answer. A pool that does not answer is
+        left out."""
         stats = self._ask(self._snapshot)
         if self._pool is not None:
             try:
@@ -163,7 +164,8 @@ class Engine:
         return stats
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
-        """The answer of the control thread. Raises TimeoutError when it gives none, or too many wait for one."""
+        """Call it on the control thread and return its result. Raises TimeoutError when that does not answer, or too
+        many callers wait."""
         answer: Future[Answer] = Future()
         if not self._thread.alive:
             raise TimeoutError("the engine has stopped")
@@ -187,15 +189,16 @@ class Engine:
         return (False, stuck) if stuck else (True, "ok")
 
     def engine_load(self) -> EngineLoad:
-        """What is unfinished here. Raises TimeoutError when the control thread does not answer."""
+        """The unfinished work of this engine. Raises TimeoutError when the control thread does not answer."""
         return self._ask(self._scheduler.engine_load)
 
     def gauges(self) -> dict[str, float]:
-        """How the scheduler core stands. Raises TimeoutError when the control thread does not answer."""
+        """Gauges of the scheduler core. Raises TimeoutError when the control thread does not answer."""
         return self._ask(self._scheduler.gauges)
 
     def compute_cost(self) -> tuple[float, float, float]:
-        """a, b, c of what a batch takes (`core.cost.ComputeCost`): as the engine was built, refined by each batch."""
+        """Coefficients a, b, c of the time of a batch (`core.cost.ComputeCost`): initial values, refined by each
+        batch."""
         cost = self._scheduler.cost.compute
         return cost.a, cost.b, cost.c
 
@@ -214,7 +217,7 @@ class Engine:
         return True
 
     def close(self, timeout_s: float) -> None:
-        """See EngineAPI. Does not close pool or runner's model: their owner does."""
+        """See EngineAPI. Does not close pool and runner: the caller owns them."""
         with self._clients_lock:
             self._stop_by_s = time.monotonic() + timeout_s
             self._stopping = True
@@ -259,7 +262,7 @@ class Engine:
             self._scheduler.submit(self._spec_of(request, root, arrival_s), arrival_s)
         except (WaitingQueueFull, ValueError) as error:
             self._end(request.request_id, TokenEvent(None, "error", str(error)))
-        except Exception as error:  # this request's failure, not the control thread's
+        except Exception as error:  # only this request fails; the control thread goes on
             log.exception("request %s could not be added", request.request_id)
             self._end(request.request_id, TokenEvent(None, "error", f"internal error: {error!r}"))
 
@@ -279,11 +282,11 @@ class Engine:
         )
 
     def _sampling_of(self, request_id: str) -> tuple[SamplingParams, Past | None]:
-        client = self._clients.get(request_id)  # gone: it got its last event from `close`
+        client = self._clients.get(request_id)  # None: it got its last event from `close`
         return (client[0].sampling, client[2]) if client is not None else (SamplingParams(), None)
 
     def _end(self, request_id: str, event: TokenEvent) -> None:
-        """The client's last event; nothing when it has had one."""
+        """Send the client's last event, unless it was sent before."""
         with self._clients_lock:
             client = self._clients.pop(request_id, None)
         if client is not None:
@@ -334,7 +337,7 @@ class Engine:
 
 
 def _past_of(request: GenerationRequest) -> Past | None:
-    """For requests whose sampling needs one."""
+    """The past tokens of a request, if its sampling needs them."""
     sampling, prompt = request.sampling, request.prompt_tokens
     if sampling.logprobs is None and not (sampling.shaping is not None and sampling.shaping.penalises):
         return None
@@ -345,7 +348,7 @@ def _past_of(request: GenerationRequest) -> Past | None:
 def _answer(answer: Future[Answer], question: Callable[[], Answer]) -> None:
     try:
         answer.set_result(question())
-    except Exception as error:  # noqa: BLE001 (the asker's, not the control thread's)
+    except Exception as error:  # noqa: BLE001 (raised again at the caller; the control thread goes on)
         answer.set_exception(error)
 
 
@@ -353,5 +356,5 @@ _ids = itertools.count(1)
 
 
 def new_request_id() -> str:
-    """An id that no other request of this process has."""
+    """A request id that is unique in this process."""
     return f"req-{next(_ids)}"

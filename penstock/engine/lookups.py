@@ -1,4 +1,4 @@
-"""Lookups in the pool: bounded in number, and each answered by its deadline, whatever the pool does."""
+"""Lookups in the pool: bounded in number, and each answered by its deadline, even if the pool hangs."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from penstock.core.operations import BlockHit, Discard, Lookup
 from penstock.engine.transfers import GRACE_S
 from penstock.pool.api import Pool, PoolError
+from penstock.process.guarded_thread import GuardedWorker
 from penstock.process.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
-WAITING_RATIO = 4  # lookups that may wait or run, for each thread
+WAITING_RATIO = 4  # lookups that may wait or run, per thread
 
-Answer = Callable[[list[BlockHit | None] | None], None]  # None: the pool could not be asked
+Answer = Callable[[list[BlockHit | None] | None], None]  # None: the pool did not answer
 
 
 class Lookups:
-    """Asks on a few threads. `end_late` is the control thread's, the rest anybody's."""
+    """Looks up on a few threads. `end_late` is for the control thread; all else for any thread."""
 
     def __init__(self, pool: Pool, threads: int) -> None:
         self._pool = pool
         self._busy_max = threads * WAITING_RATIO
-        self._busy = 0  # lookups that wait for a thread or are asked, also those that were given up meanwhile
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="penstock-lookup")
+        self._busy = 0  # lookups that wait or run, including those that were given up
+        self._threads = GuardedWorker("penstock-lookup", self._busy_max, threads=threads)
         self._lock = threading.Lock()
-        self._open: dict[int, tuple[float, Answer]] = {}  # operation -> when it is given up, whom to answer
+        self._open: dict[int, tuple[float, Answer]] = {}  # operation -> (when it is given up, its answer callback)
         self._rare = RateLimitedLog(log)
 
     def ask(self, op: Lookup, answer: Answer) -> None:
@@ -44,23 +45,16 @@ class Lookups:
             self._lost("full", f"{self._busy_max} lookups wait already")
             answer(None)
             return
-        try:
-            self._threads.submit(self._run, op)
-        except RuntimeError as error:  # after `close`
-            self._lost("closed", str(error))
+        if not self._threads.put(partial(self._run, op)):  # after `close`
+            self._lost("closed", "the engine is closing")
             self._end(op.op_id, None)
 
     def discard(self, op: Discard) -> None:
-        """Have the pool forget blocks; when that fails they stay, and are found unusable again."""
+        """Have the pool drop blocks; when that fails they stay, and their next load finds them unusable again."""
         with self._lock:
             full = self._busy >= self._busy_max
             self._busy += not full
-        try:
-            if not full:
-                self._threads.submit(self._run, op)
-        except RuntimeError:  # after `close`
-            full = True
-        if full:
+        if full or not self._threads.put(partial(self._run, op)):  # the latter after `close`
             self._rare.warning("discard", "%d unusable blocks stay in the pool: it is busy or closed", len(op.keys))
 
     def _run(self, op: Lookup | Discard) -> None:
@@ -82,7 +76,7 @@ class Lookups:
             hits = [None if hit is None else BlockHit(hit.size_bytes, hit.route) for hit in found]
         except PoolError as error:
             self._lost(error.reason, str(error))
-        except Exception as error:  # whatever it is, the request goes on without hits
+        except Exception as error:  # of any kind: the request goes on without hits
             log.exception("a lookup raised")
             self._lost("raised", repr(error))
         if hits is not None and len(hits) != len(op.keys):
@@ -100,7 +94,7 @@ class Lookups:
         self._rare.warning(subject, "a lookup failed, its request goes on without hits: %s", why)
 
     def end_late(self) -> None:
-        """Answer what is past its deadline with None."""
+        """Answer lookups past their deadline with None."""
         now_s = time.monotonic()
         with self._lock:
             late = [op_id for op_id, (give_up_s, _) in self._open.items() if give_up_s <= now_s]
@@ -109,8 +103,8 @@ class Lookups:
             self._end(op_id, None)
 
     def close(self) -> None:
-        """Ask no more; what has not begun is answered with None."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Begin no further lookup; open ones are answered with None."""
+        self._threads.close(0.0)
         with self._lock:
             left, self._open = self._open, {}
         for _, answer in left.values():

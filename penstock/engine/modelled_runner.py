@@ -1,4 +1,4 @@
-"""Modelled compute: all bytes move for real, uploads and batches take the time that a profile says."""
+"""Modelled compute: all bytes really move, but uploads and batches take the time of a profile."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class _Group:
     blocks: list[tuple[memoryview, int]]
 
     def wait_layer(self, layer: int) -> None:
-        """Uploads of this runner are whole: the scheduler core starts compute after them."""
+        """Do nothing: uploads of this runner are not layer by layer, so compute starts after them."""
 
 
 class ModelledRunner:
-    """A ModelRunner without a model. Tokens are a function of position and the token before, whatever the sampling; the
-    KV of a page is written by uploads only (computed blocks keep what the page held), so checksums of loaded blocks
-    still prove the data path."""
+    """A ModelRunner without a model. Tokens are a function of the position and the previous token, not of the sampling.
+    Only uploads write KV into pages (computed blocks leave pages unchanged), so checksums of loaded blocks still verify
+    the data path."""
 
     def __init__(self, profile: Profile, block_tokens: int) -> None:
         self.profile = profile
@@ -48,16 +48,16 @@ class ModelledRunner:
         self._pages = np.zeros((0, 0), dtype=np.uint8)
 
     def allocate(self, pages: int) -> None:
-        """Make L1: host memory for so many pages."""
+        """Allocate L1: host memory for `pages` pages."""
         size = self.layout.full_block_bytes
         memory = aligned_buffer(pages * size)
         self._pages = np.frombuffer(memory, dtype=np.uint8).reshape(pages, size)
 
     def page_lock(self, buffer: memoryview) -> None:
-        """Nothing to lock: there is no device."""
+        """Do nothing: there is no device."""
 
     def start_upload(self, blocks: Sequence[tuple[memoryview, int]]) -> UploadGroup:
-        """Note blocks (host memory, page) that `upload` will copy."""
+        """Record the blocks (host memory, page) that `upload` will copy."""
         return _Group(list(blocks))
 
     def upload(self, group: UploadGroup) -> None:
@@ -77,7 +77,7 @@ class ModelledRunner:
         self._download_link.wait(size, started_s)
 
     def run(self, batch: Sequence[Chunk]) -> list[ChunkOutcome]:
-        """Take the time that the profile gives the batch; a token for each chunk that samples."""
+        """Take the batch's time by the profile; returns a token for each chunk that samples."""
         started_s = time.monotonic()
         seconds = self._cost.seconds([(len(chunk.tokens), chunk.start) for chunk in batch])
         sampled: list[ChunkOutcome] = [
@@ -87,7 +87,7 @@ class ModelledRunner:
             for chunk in batch
         ]
         for chunk, token in zip(batch, sampled, strict=True):
-            if chunk.past is not None and isinstance(token, int):  # there is one token that can come
+            if chunk.past is not None and isinstance(token, int):  # only one token is possible: its probability is 1
                 chunk.past.said = TokenLogprobs(token, 0.0, ((token, 0.0),))
         time.sleep(max(0.0, started_s + seconds - time.monotonic()))
         return sampled

@@ -1,4 +1,4 @@
-"""Carries out the core's operations with the executors, and puts what came of them into the control thread's inbox."""
+"""Carries out the core's operations with the executors, and puts their outcomes into the control thread's inbox."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 STUCK_S = 120.0  # a batch, upload or download that takes longer makes the engine unhealthy
 
-# Counters of the scheduler that say that something was lost, with what is logged when one has grown.
+# Scheduler counters that mean a loss, with the text that is logged when one has grown.
 LOSSES = {
     "saves_dropped": "blocks were not saved: the queue of saves was full, or their pages were needed",
     "hits_of_another_size": "hits of the pool are not used: those blocks have another size than this engine's",
@@ -49,9 +49,9 @@ Post = Callable[[Callable[[], None]], None]
 
 
 class OperationDispatcher:
-    """Owns staging memory and executors. Every method but `close` and `stuck` is the control thread's; what happened
-    goes through `post` and runs there too. `sampling_of` gives a request's sampling parameters, and its past where they
-    look at it."""
+    """Owns staging memory and executors. All methods, except `close` and `stuck`, are for the control thread; outcomes
+    go through `post` and run there too. `sampling_of` returns a request's sampling parameters, and its past tokens if
+    the parameters need them."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class OperationDispatcher:
                 runner.page_lock(buffer)
             self._pool_stages = PoolStages(pool, self._staging, config.block_bytes, config.lookup_window, peers)
         self._uploads: dict[int, UploadGroup] = {}
-        self._busy_since: dict[int, tuple[str, float]] = {}  # op -> what it is, when it began
+        self._busy_since: dict[int, tuple[str, float]] = {}  # operation -> (kind, begin)
         self._rare = RateLimitedLog(log)
         self._losses = LossLog(log, LOSSES)
         self.load_failures: Counter[str] = Counter()
@@ -90,17 +90,17 @@ class OperationDispatcher:
 
     @property
     def stages(self) -> PoolStages:
-        """The executors of pool operations; only where there is a pool."""
+        """The executors of pool operations; there must be a pool."""
         assert self._pool_stages is not None, "the scheduler core knows that there is no pool"
         return self._pool_stages
 
     def end_late(self) -> None:
-        """Give up transfers that the pool did not end by their deadline."""
+        """Give up transfers that the pool has not ended by their deadline."""
         if self._pool_stages is not None:
             self._pool_stages.end_late()
 
     def say_losses(self) -> None:
-        """Log what the scheduler has dropped since the last call."""
+        """Log the losses of the scheduler since the last call."""
         self._losses.look(self._scheduler.counters)
 
     def _failed(self, counter: Counter[str], reason: str, blocks: int, what: str) -> None:
@@ -108,8 +108,8 @@ class OperationDispatcher:
         self._rare.warning(f"{what} {reason}", "%s: %s", what, reason)
 
     def stuck(self) -> str | None:
-        """What does not go on, if anything: the device, a thread, or what has been under way for too long; from any
-        thread."""
+        """The first part that makes no progress (the device, a thread, or an operation that takes too long), or None;
+        any thread."""
         if self._runner.lost is not None:
             return self._runner.lost
         dead = self._runner_stages.dead_thread or (self._pool_stages.dead_thread if self._pool_stages else None)
@@ -129,7 +129,7 @@ class OperationDispatcher:
         return stopped
 
     def carry_out(self, operation: Operation) -> None:
-        """Begin any operation but Emit."""
+        """Begin an operation of any kind except Emit."""
         if isinstance(operation, Fetch):
             self._fetch(operation)
         elif isinstance(operation, Upload):
@@ -244,7 +244,7 @@ class OperationDispatcher:
     def _download(
         self, op_id: int, page: int, slot: int, then: Callable[[], None], failed: Callable[[str | None], None]
     ) -> None:
-        """Copy a page into a slot, tell the scheduler core, go on."""
+        """Copy a page into a slot, report that to the scheduler core, then continue."""
 
         def left_l1() -> None:
             del self._busy_since[op_id]

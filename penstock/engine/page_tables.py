@@ -1,4 +1,4 @@
-"""Pages of requests that generate, as arrays that grow by a page: a step looks at a request's new pages, not at all."""
+"""Pages of generating requests, as arrays that grow by a page: a step reads only a request's new pages."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 from penstock.engine.runner import Chunk
 
-TABLES_MAX = 1024  # requests; those that have not generated for longest go first
+TABLES_MAX = 1024  # requests; above, those that have not generated for longest are removed
 
 
 class _Table:
-    """The first `count` pages of one request; `end` is that of the chunk that they were asked for."""
+    """The first `count` pages of one request; `end` is the end of the last chunk."""
 
     __slots__ = ("array", "count", "end", "pages")
 
@@ -24,7 +24,7 @@ class _Table:
         self.end = -1
 
     def grow(self, needed: int) -> np.ndarray:
-        """Add pages up to `needed`; returns those that are new."""
+        """Add pages up to `needed`; returns the new ones."""
         first, self.count = self.count, needed
         if needed > len(self.array):
             grown = np.empty(needed + needed // 8 + 8, np.int64)
@@ -35,8 +35,8 @@ class _Table:
 
 
 class PageTables:
-    """By request. What was read of a list of pages counts while single tokens follow each other with that very list,
-    as `Chunk` says; with any other chunk the list is read anew. One thread at a time may call."""
+    """Tables by request. An array is reused while chunks of one token follow each other with the same list object (see
+    `Chunk`); for any other chunk the list is read again. One thread at a time may call."""
 
     def __init__(self) -> None:
         self._tables: OrderedDict[str, _Table] = OrderedDict()

@@ -1,4 +1,4 @@
-"""Decode engines as a prefill engine sees them: blocks are read through them, and handed over to them."""
+"""The interface of decode engines for a prefill engine: it reads blocks through them, and sends blocks to them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Protocol
 from penstock.core.new_block import NewBlock
 from penstock.pool.api import Done
 
-RELAY_LINK = "relay@"  # a route whose last link begins so is read through a decode engine
+RELAY_LINK = "relay@"  # blocks on a route whose last link begins so are read through a decode engine
 
 
 def relay_link(address: str) -> str:
-    """The link from the relay of a decode engine at "HOST:PORT" to here."""
+    """Name of the link from the relay of a decode engine at "HOST:PORT"."""
     return f"{RELAY_LINK}{address}"
 
 

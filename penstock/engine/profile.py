@@ -17,7 +17,7 @@ from penstock.toml_file import parse_toml
 class Profile:
     """A batch of q query tokens after c context tokens takes `a_s + b_s.q + c_s.q.(c + q/2)` seconds.
 
-    `source` says where the numbers come from. `bytes_divisor` and `time_factor` say how far the profile was scaled.
+    `source`: origin of the numbers. `bytes_divisor` and `time_factor`: how the profile was scaled.
     """
 
     name: str
@@ -45,14 +45,15 @@ class Profile:
         return ComputeCost(self.a_s, self.b_s, self.c_s)
 
     def scaled(self, bytes_divisor: int, time_factor: float) -> Profile:
-        """KV bytes divided by `bytes_divisor`, all times multiplied by `time_factor`: bandwidths follow from both.
+        """The profile with KV bytes divided by `bytes_divisor` and all times multiplied by `time_factor`; bandwidths
+        follow.
 
         Raises ConfigError when a layer's bytes do not divide."""
         if bytes_divisor < 1 or self.layers * self.layer_bytes_per_token % bytes_divisor:
             total = self.layers * self.layer_bytes_per_token
             raise ConfigError(f"bytes_divisor is {bytes_divisor}; allowed: a divisor of {total} (bytes per token)")
         layers, width = self.layers, self.layer_bytes_per_token
-        if width % bytes_divisor:  # fewer layers rather than fractions of a byte
+        if width % bytes_divisor:  # reduce layers instead, to avoid fractions of a byte
             layers, width = 1, layers * width
         return replace(
             self,
@@ -88,5 +89,5 @@ def load_profile(name: str) -> Profile:
         return msgspec.convert(parse_toml(file), Profile)
     except OSError as error:
         raise ConfigError(f"profile {name} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:  # not UTF-8, not TOML, a field of another type or out of its range
+    except ValueError as error:  # not UTF-8, not TOML, or a field of wrong type or range
         raise ConfigError(f"profile {name}: {error}") from None

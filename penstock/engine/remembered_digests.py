@@ -1,8 +1,8 @@
-"""Digests of files that were hashed before: one small file in the user's cache folder. Losing it costs time only.
+"""A cache of file digests: one small file in the user's cache folder. Losing it costs only time.
 
 The file is private (0600, in a folder of the user's own), replaced as a whole, and bounded. Each entry has a checksum:
-what is damaged, of another user, or of another version is hashed again. Two processes that write at once lose one
-another's entries at worst.
+files with a damaged entry, or one of another user or version, are hashed again. Two processes that write at the same
+time may lose each other's entries.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ENTRIES_MAX = 4096
 FILE_BYTES_MAX = 8 << 20
 _VERSION = "penstock digests 1"
 _HEX = re.compile(r"[0-9a-f]{64}")
-Key = tuple[int, ...]  # what tells two states of a file apart
+Key = tuple[int, ...]  # identifies a state of a file
 
 
 class RememberedDigests:
@@ -42,14 +42,14 @@ class RememberedDigests:
         return cls(base / "penstock" / "weights.json")
 
     def digest(self, path: str, key: Key) -> str | None:
-        """The digest of a file that was in this state; None where that is not known."""
+        """The digest of a file in this state; None if not known."""
         if self._entries is None:
             self._entries = self._read()
         entry = self._entries.get(os.path.abspath(path))
         return entry[1] if entry is not None and entry[0] == key else None
 
     def remember(self, found: Mapping[str, tuple[Key, str]]) -> None:
-        """Add digests; the oldest leave beyond the bound."""
+        """Add digests; the oldest ones above the bound are removed."""
         if not found:
             return
         entries = self._read()
@@ -96,7 +96,7 @@ class RememberedDigests:
             raise
 
     def _folder_is_ours(self) -> bool:
-        """A real folder of this user that nobody else can write to."""
+        """Whether it is a real folder of this user, without write access for others."""
         try:
             found = os.lstat(self._file.parent)
         except OSError:

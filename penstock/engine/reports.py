@@ -1,4 +1,4 @@
-"""What the engine tells about requests and pools: the core's accounts with times from arrival, members as series."""
+"""Reports about requests and pools: the core's accounts with times from arrival, pool members as metric series."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from penstock.pool.api import PoolStat
 
 
 def pool_series(stat: PoolStat) -> dict[str, dict[str, float]]:
-    """The pool's members as series by member name, who is over its quota by tag, and evictions by reason."""
+    """Series of a pool: its members by name, bytes over quotas by tag, evictions by reason."""
     series = {
         f"pool_member_{name}": {member.name: float(getattr(member, name)) for member in stat.members}
         for name in ("capacity_bytes", "used_bytes", "blocks", "healthy", "weight", "errors")
@@ -20,7 +20,7 @@ def pool_series(stat: PoolStat) -> dict[str, dict[str, float]]:
 
 
 def report_of(request: GenerationRequest, account: Account, config: SchedulerConfig) -> RequestReport:
-    """The scheduler core's account with times counted from arrival."""
+    """The scheduler core's account of a request, with times counted from its arrival."""
     arrival_s = account.arrival_s
     end_s = account.end_s if account.end_s is not None else arrival_s
     fetch_s, upload_s = account.measured_fetch_s, account.measured_upload_s

@@ -1,7 +1,7 @@
-"""What the engine needs of a model: L1 pages, uploads into them, downloads out of them, and batches of compute.
+"""The interface of a model runner: L1 pages, uploads into them, downloads from them, and batches of compute.
 
-Two kinds exist: `hf_runner` (a Hugging Face model on CPU or CUDA) and `modelled_runner` (real bytes, compute that
-takes the time a profile says).
+Two kinds exist: `hf_runner` (a Hugging Face model on CPU or CUDA) and `modelled_runner` (real bytes; compute takes the
+time of a profile).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOP_K_MAX = 2**31 - 1
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is drawn. `temperature` 0 is greedy; `seed` makes sampling repeatable per request. The bounds
-    hold where it comes over a wire; `engine.api.check_request` says of a client's what is wrong with it."""
+    are for values decoded from messages; `engine.api.check_request` reports errors in a client's values."""
 
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS_MAX)] = 16
     temperature: Annotated[float, Meta(ge=0.0, le=TEMPERATURE_MAX)] = 1.0
@@ -33,7 +33,7 @@ class SamplingParams:
     seed: Annotated[int, Meta(ge=-(1 << 63), extra={"bits": 64})] | None = None
     ignore_eos: bool = False
     shaping: Shaping | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None  # of how many tokens beside the drawn one
+    logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None  # of so many tokens besides the drawn one
 
     def end_tokens(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
         """Tokens that end an answer; `eos_token_ids` are the model's."""
@@ -42,7 +42,7 @@ class SamplingParams:
 
 
 class UploadGroup(Protocol):
-    """Blocks going up together, layer by layer; compute of a layer waits for that layer only."""
+    """Blocks that are uploaded together, layer by layer; compute of a layer waits only for that layer."""
 
     def wait_layer(self, layer: int) -> None:
         """Block (CPU) or order the compute stream (CUDA) until layer `layer` of every block in the group is in L1."""
@@ -53,13 +53,12 @@ class Chunk:
     """One contiguous run of query tokens of one request.
 
     `tokens` are at positions `start .. start+len(tokens)`; their KV goes into `pages` (the request's pages in prefix
-    order, `block_tokens` tokens each, covering at least the end of the chunk). Everything before `start` is in
-    L1 already, except for blocks in `pending`, whose layers are waited for one by one.
-    Chunks of one token that follow each other may have the same list of pages, to which pages are added and in which
-    none is replaced meanwhile: a runner need not read it anew.
-    `sampling` is set when the last token of the chunk is to be followed by a sampled one; `sampled_index` is
-    how many tokens the request has generated so far (so that a seed gives the same draw after a preemption).
-    `past` is given where penalties look back, or logprobs are to be said: into `past.said`.
+    order, `block_tokens` tokens each, covering at least the end of the chunk). Everything before `start` is in L1
+    already, except blocks in `pending`, for which compute waits layer by layer. Consecutive chunks of one token may
+    have the same list of pages: pages are only appended to it, none is replaced, so a runner need not read it again.
+    `sampling` is set when a token is to be sampled after the last token of the chunk; `sampled_index` is the number of
+    tokens that the request has generated so far (so that a seed gives the same draw after a preemption). `past` is set
+    for penalties, which need earlier tokens, and for logprobs, which the runner stores in `past.said`.
     """
 
     request_id: str
@@ -73,21 +72,21 @@ class Chunk:
 
 
 class ModelRunner(Protocol):
-    """Owner of L1. Threading: `upload` and `download` run on executor threads beside `run`, never on pages that `run`
-    is using; `run` runs on the compute thread only.
+    """Owner of L1. Threading: `upload` and `download` run on executor threads at the same time as `run`, but never on
+    pages that `run` uses; `run` runs on the compute thread only.
 
-    A page passes from one owner to the next as soon as `run`, `upload` or `download` has returned or raised: nothing on
-    the device may touch it, or host memory that was given, after that. A request's tokens depend on nothing that an
-    earlier owner of its pages left there."""
+    When `run`, `upload` or `download` has returned or raised, a page may pass to its next owner: after that nothing on
+    the device may use the page, or the host memory of the call. A request's tokens must not depend on the content that
+    an earlier owner of its pages left there."""
 
     layout: KVLayout
     model_id: str  # identity of config and weights, for the fingerprint
     max_context_tokens: int
     vocab_size: int
     eos_token_ids: frozenset[int]
-    computes_on_host: bool  # a batch takes processor time from everything else on this host
-    lost: str | None  # why the device can do nothing any more, None while it can; may be read from any thread
-    layerwise: bool  # uploads go layer by layer, and `run` waits for a chunk's `pending` ones layer by layer
+    computes_on_host: bool  # batches use the same processors as everything else on this host
+    lost: str | None  # why the device has failed for good; None while it works; any thread may read it
+    layerwise: bool  # uploads go layer by layer, and `run` waits for `pending` blocks layer by layer
 
     def allocate(self, pages: int) -> None:
         """Create L1 with room for `pages` full blocks. Called once, before anything else."""
@@ -102,13 +101,13 @@ class ModelRunner(Protocol):
         """Move the group's bytes, layer by layer; returns when all of them are in L1 (host memory may be reused)."""
 
     def download(self, page: int, into: memoryview) -> None:
-        """Copy one full block out of L1; returns when `into` holds it."""
+        """Copy one full block from L1; returns when `into` has it."""
 
     def run(self, batch: Sequence[Chunk]) -> Sequence[ChunkOutcome]:
-        """Compute a batch; returns per chunk the sampled token id (None where `sampling` is None), or what was wrong.
+        """Compute a batch; returns per chunk the sampled token id (None where `sampling` is None), or a `ChunkFault`.
 
-        A chunk's outcome does not depend on the others'. Raises when the batch as a whole came to nothing; it may be
-        run again then, whole or in parts."""
+        A chunk's outcome does not depend on the other chunks. Raises when the whole batch failed; it may then be run
+        again, as a whole or in parts."""
 
     def close(self) -> None:
         """Release L1 and the model."""

@@ -1,4 +1,4 @@
-"""Draw the next tokens from logits: greedy, temperature, top-k, top-p; seeded per request and index of the token."""
+"""Draws the next tokens from logits: greedy, temperature, top-k, top-p; seeded per request and index of the token."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 from penstock.engine.runner import SamplingParams
 
-_UNUSABLE = -1  # in place of a token where the logits give none
-_GREEDY_TEMPERATURE = 1e-5  # below this the draw is the largest logit in any case
+_UNUSABLE = -1  # instead of a token, where the logits are not usable
+_GREEDY_TEMPERATURE = 1e-5  # below this every draw is the largest logit
 
 
 def uniform_draw(seed: int | None, index: int) -> float:
-    """A number in [0, 1): the same for the same `seed` and `index` on every machine; fresh without a seed."""
+    """A number in [0, 1): the same for the same `seed` and `index` on every machine; random without a seed."""
     if seed is None:
         bits = secrets.randbits(53)
     else:
@@ -25,14 +25,14 @@ def uniform_draw(seed: int | None, index: int) -> float:
 
 
 def sample(logits: torch.Tensor, params: Sequence[SamplingParams], indices: Sequence[int]) -> list[int | None]:
-    """One token id per row of `logits` `[rows, vocabulary]`; None for a row that gives no distribution (it holds NaN,
-    or its largest is infinite). `indices` counts the tokens each request already has.
+    """One token id per row of `logits` `[rows, vocabulary]`; None for a row that is no distribution (it has NaN, or its
+    largest value is infinite). `indices`: number of tokens that each request already has.
 
-    Order: temperature, then min_p, then top-k, then top-p (the smallest set that holds at least that probability)."""
+    Order: temperature, then min_p, then top-k, then top-p (the smallest set with at least that probability)."""
     if not len(params) == len(indices) == logits.shape[0]:
         raise ValueError(f"{logits.shape[0]} rows of logits, {len(params)} parameters, {len(indices)} indices")
     scores = logits.float()
-    best, greedy = scores.max(dim=-1)  # NaN where the row holds one
+    best, greedy = scores.max(dim=-1)  # NaN where the row has one
     found: list[int] = torch.where(torch.isfinite(best), greedy, _UNUSABLE).tolist()
     tokens = [None if token == _UNUSABLE else token for token in found]
     rows = [

@@ -1,4 +1,4 @@
-"""Logits as requests want them changed before a token is drawn, and logprobs of what was drawn."""
+"""Changes logits as requests ask before a token is drawn, and computes the logprobs of drawn tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from penstock.engine.shaping import Past, Shaping, TokenLogprobs, finite_logprob
 
 @dataclass(slots=True)
 class _Tally:
-    """Counts of a request's tokens, per token id; `counted` tokens of the answer are in it."""
+    """Counts of a request's tokens, per token id; includes the first `counted` tokens of the answer."""
 
     in_prompt: torch.Tensor
     counts: torch.Tensor
@@ -21,8 +21,8 @@ class _Tally:
 
 
 def shaped(logits: torch.Tensor, chunks: Sequence[Chunk], eos_token_ids: frozenset[int]) -> torch.Tensor:
-    """The logits `[rows, vocabulary]`, one row per chunk, as the chunks' `sampling.shaping` changes them. Rows of
-    others are as they were; `logits` itself is not changed."""
+    """The logits `[rows, vocabulary]`, one row per chunk, changed by the chunks' `sampling.shaping`. Other rows are
+    unchanged; `logits` itself is not modified."""
     rows = [row for row, chunk in enumerate(chunks) if chunk.sampling is not None and chunk.sampling.shaping]
     if not rows:
         return logits
@@ -42,7 +42,7 @@ def _shape(scores: torch.Tensor, chunk: Chunk, eos_token_ids: frozenset[int]) ->
     if chunk.sampled_index < shaping.min_tokens and ends:
         scores[_ids(sorted(ends), scores)] = float("-inf")
     if shaping.penalises:
-        assert chunk.past is not None, "a request with penalties has its tokens"
+        assert chunk.past is not None, "a request with penalties must have its past tokens"
         _penalise(scores, shaping, _tally(chunk.past, scores))
 
 
@@ -55,7 +55,7 @@ def _penalise(scores: torch.Tensor, shaping: Shaping, tally: _Tally) -> None:
 
 
 def _tally(past: Past, scores: torch.Tensor) -> _Tally:
-    """The request's counts, which go on from those at its last token."""
+    """The request's counts, updated with the tokens since the last call."""
     tally = past.tally
     if not isinstance(tally, _Tally):
         in_prompt = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)

@@ -1,4 +1,4 @@
-"""What a request asks of its logits beside temperature, top-k and top-p, and what is known of it at each token."""
+"""Changes of the logits that a request asks for, besides temperature, top-k and top-p, and its past tokens."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-PENALTY_MAX = 2.0  # presence and frequency, either side of 0
+PENALTY_MAX = 2.0  # for presence and frequency, positive and negative
 REPETITION_MIN, REPETITION_MAX = 0.01, 100.0
-BIAS_MAX = 100.0  # either side of 0
+BIAS_MAX = 100.0  # positive and negative
 BIASED_TOKENS_MAX = 1024
 STOP_TOKENS_MAX = 128
 LOGPROBS_MAX = 20
@@ -25,13 +25,13 @@ TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 @dataclass(frozen=True, slots=True)
 class Shaping:
-    """Changes of the logits before a token is drawn, in this order: `logit_bias` (token id, what is added), no end
-    token before `min_tokens` of the answer, then the penalties. `repetition_penalty` divides positive logits of tokens
-    of the prompt and the answer, and multiplies negative ones; `frequency_penalty` is subtracted for each time that
-    a token is in the answer, `presence_penalty` once if it is. Tokens less likely than `min_p` times the likeliest,
-    after temperature, are not drawn. `stop_token_ids` end the answer as the model's own end tokens do.
+    """Changes of the logits before a token is drawn, in this order: `logit_bias` (token id, added value), no end token
+    before `min_tokens` of the answer, then the penalties. `repetition_penalty` divides positive logits of tokens of the
+    prompt and the answer, and multiplies negative ones; `frequency_penalty` is subtracted for each occurrence of a
+    token in the answer, `presence_penalty` once if it occurs. Tokens less likely than `min_p` times the likeliest,
+    after temperature, are not drawn. `stop_token_ids` end the answer as the model's end tokens do.
 
-    The bounds hold where it comes over a wire; `check_shaping` says of a client's what is wrong with it."""
+    The bounds are for values decoded from messages; `check_shaping` reports errors in a client's values."""
 
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
@@ -43,12 +43,12 @@ class Shaping:
 
     @property
     def penalises(self) -> bool:
-        """Whether the logits depend on the tokens before."""
+        """Whether the changes depend on earlier tokens."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
 
 def check_shaping(shaping: Shaping, vocab_size: int) -> None:
-    """Raises ValueError: which field, what was given, what is allowed."""
+    """Raise ValueError with the field, the given value and what is allowed."""
     for name, low, high in (
         ("presence_penalty", -PENALTY_MAX, PENALTY_MAX),
         ("frequency_penalty", -PENALTY_MAX, PENALTY_MAX),
@@ -75,8 +75,8 @@ def check_shaping(shaping: Shaping, vocab_size: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Of one generated token: its logarithm of probability by the model itself, before any change of the logits, and
-    the likeliest tokens with theirs, best first."""
+    """Of one generated token: its log probability by the model, before any change of the logits, and the likeliest
+    tokens with theirs, best first."""
 
     token_id: int
     logprob: float
@@ -85,21 +85,21 @@ class TokenLogprobs:
 
 @dataclass(slots=True)
 class Past:
-    """A request's tokens, for requests that are penalised for them or ask for logprobs. The control thread appends to
+    """A request's tokens, for requests with penalties or logprobs. The control thread appends to
     `generated`, never while the request is in a batch; the compute thread sets `said` and `tally`."""
 
     prompt: Sequence[int]
     generated: list[int]
-    said: TokenLogprobs | None = None  # of the token that was drawn last
-    tally: Any = None  # what the runner counted of these tokens
+    said: TokenLogprobs | None = None  # of the last drawn token
+    tally: Any = None  # the runner's counts of these tokens
 
     def drawn(self, token: int) -> TokenLogprobs | None:
-        """The request has this token now. What was said of it."""
+        """Append a drawn token; returns its logprobs."""
         self.generated.append(token)
         said, self.said = self.said, None
         return said if said is not None and said.token_id == token else None
 
 
 def finite_logprob(value: float) -> float:
-    """A logarithm of probability that JSON can write: of what is impossible, -9999."""
+    """A log probability that JSON can encode: -9999 instead of minus infinity."""
     return max(value, -9999.0) if not math.isnan(value) else -9999.0

@@ -1,7 +1,7 @@
-"""Reads and writes that the pool has not ended: each ends by its deadline for the core, whatever its device does.
+"""Reads and writes under way in the pool: for the core each ends by its deadline, even if the device hangs.
 
-A local device that hangs keeps the memory it was given. Its slot gets other memory then, so that what comes late lands
-where nobody looks; the old memory goes when the device lets go of it.
+A local device that hangs still uses its memory. The slot gets other memory then, so that late bytes are written where
+they do no harm; the old memory is freed when the device ends.
 """
 
 from __future__ import annotations
@@ -10,23 +10,24 @@ import threading
 import time
 from collections.abc import Callable
 
-GRACE_S = 0.5  # the pool ends what it can by the deadline itself
+GRACE_S = 0.5  # the pool itself ends most transfers by the deadline
 CHECK_S = 0.25
 
-End = Callable[[str | None], None]  # None, or the reason for which the transfer failed
+End = Callable[[str | None], None]  # None, or the reason why the transfer failed
 
 
 class Transfers:
-    """`replace(slot)` gives a slot other memory. `end_late` is the control thread's, the rest anybody's."""
+    """`replace(slot)` gives a slot other memory. `end_late` is for the control thread; all else for any thread."""
 
     def __init__(self, replace: Callable[[int], None]) -> None:
         self._replace = replace
         self._lock = threading.Lock()
-        self._open: dict[int, tuple[float, int, End]] = {}  # op -> when it is given up, slot, what to tell
+        self._open: dict[int, tuple[float, int, End]] = {}  # operation -> (when it is given up, slot, end callback)
         self._next_check_s = 0.0
 
     def begin(self, op_id: int, slot: int, timeout_s: float, end: End) -> End:
-        """What the pool has to call; it reaches `end` unless the transfer was given up before."""
+        """Register a transfer; returns the callback for the pool, which calls `end` unless the transfer was given up
+        before."""
         with self._lock:
             self._open[op_id] = (time.monotonic() + timeout_s + GRACE_S, slot, end)
 
@@ -39,7 +40,7 @@ class Transfers:
         return ended
 
     def end_late(self) -> None:
-        """Give up what is past its deadline; looks every `CHECK_S`."""
+        """Give up transfers past their deadline; checked every `CHECK_S`."""
         now_s = time.monotonic()
         if now_s < self._next_check_s:
             return

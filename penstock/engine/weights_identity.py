@@ -1,14 +1,14 @@
-"""What the weights of a checkpoint are, by their whole content: one hash over the SHA-256 of each safetensors file.
+"""The identity of a checkpoint's weights by their whole content: one hash over the SHA-256 of each safetensors file.
 
-WID-1  Any byte of any file changes the identity; paths, names and order of the files do not. The split into files does:
-       a checkpoint that is split anew is another one (its blocks are computed and saved again, nothing is wrong).
-WID-2  A digest that was not computed now is taken only for a file whose path, device, inode, size, mtime and ctime are
-       those of the file that was hashed, and that was not modified in the moments before it was.
-WID-3  A file that changes while it is hashed is refused.
-The digest of a file is SHA-256 because hub caches name the files of a checkpoint by it: a folder, a hub snapshot, and a
-snapshot on another host have one identity, and share blocks. It is computed for several files at once.
-Verification: tests/engine/test_weights_identity.py. The fault behind it: 64 samples per file did not see one tensor
-that was changed in place, and blocks of the old weights were served.
+WID-1  Statement: Any byte of any file changes the identity; paths, names and order of the files do not. The split into
+       files does: a checkpoint that is split differently has another identity (its blocks are computed again).
+WID-2  Statement: A cached digest is used only for a file with the same path, device, inode, size, mtime and ctime as
+       the hashed file, and only if that had not been modified shortly before.
+WID-3  Statement: A file that changes while it is hashed is refused.
+Verification: tests/engine/test_weights_identity.py. Fault: 64 samples per file missed a tensor that was changed in
+place, and blocks of the old weights were served. The digest of a file is SHA-256 because hub caches name files by it: a
+folder, a hub snapshot, and a snapshot on another host have the same identity, and share blocks. Several files are
+hashed at the same time.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ log = logging.getLogger(__name__)
 
 THREADS_MAX = 8
 READ_BYTES = 4 << 20
-RACY_NS = 2_000_000_000  # a file changed so short a time ago may change again within one tick of its timestamps
+RACY_NS = 2_000_000_000  # a file changed so recently may change again without a new timestamp
 PROGRESS_AFTER_S = 3.0
 PROGRESS_EVERY_S = 5.0
 _SHA256_NAME = re.compile(r"[0-9a-f]{64}")
 
 
 class WeightsChanged(OSError):
-    """The files were written to while they were read."""
+    """The files were modified while they were read."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """What tells two states of a file apart without reading it."""
+    """Identifies a state of a file without reading it."""
 
     device: int
     inode: int
@@ -52,7 +52,7 @@ class FileState:
 
     @classmethod
     def of(cls, path: Path, follow: bool = True) -> FileState:
-        """Raises OSError."""
+        """The state of a file now. Raises OSError."""
         found = os.stat(path, follow_symlinks=follow)
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
@@ -64,7 +64,7 @@ class FileState:
 
 @dataclass(slots=True)
 class _Progress:
-    """Bytes hashed so far, by all threads; a line of the log now and then where it takes long."""
+    """Bytes hashed so far, by all threads; logged from time to time when it takes long."""
 
     total_bytes: int
     stopped: threading.Event
@@ -74,7 +74,7 @@ class _Progress:
     next_s: float = 0.0
 
     def add(self, moved_bytes: int) -> None:
-        """Raises CancelledError once nobody wants the result any more."""
+        """Add progress. Raises CancelledError once the result is not needed any more."""
         if self.stopped.is_set():
             raise CancelledError("hashing was stopped")
         with self.lock:
@@ -96,8 +96,8 @@ def weights_identity(
 ) -> str:
     """32 hex digits that differ whenever a byte of the files' content does (WID-1).
 
-    What was hashed before is remembered in the user's cache folder (`remembered`, for tests: elsewhere). Raises OSError
-    where a file cannot be read, WeightsChanged where one is written to meanwhile, CancelledError once `stopped` is set.
+    Digests are cached in the user's cache folder (`remembered`: elsewhere, for tests). Raises OSError where a file
+    cannot be read, WeightsChanged where one is modified meanwhile, CancelledError once `stopped` is set.
     """
     memory = remembered if remembered is not None else RememberedDigests.of_user()
     states = {file: FileState.of(file) for file in files}
@@ -125,7 +125,7 @@ def weights_identity(
 
 
 def states_of(files: Sequence[Path]) -> list[FileState]:
-    """To compare before and after the files were loaded. Raises OSError."""
+    """States of the files, to compare before and after a load. Raises OSError."""
     return [FileState.of(file) for file in files]
 
 
@@ -147,9 +147,9 @@ def _key(state: FileState) -> tuple[int, ...]:
 
 def _hub_name(file: Path, state: FileState) -> str | None:
     """The SHA-256 by which a hub cache names the content of this file; None where it does not, or where the content was
-    written to since. A snapshot's file is a link into `blobs`; large files are named by SHA-256, others by SHA-1.
+    modified since. A snapshot's file is a link into `blobs`; large files are named by SHA-256, others by SHA-1.
 
-    The blob is written first, then linked: one that changed later than the oldest link to it was changed in place."""
+    A blob is written before it is linked: a blob that changed after its oldest link was modified in place."""
     if not file.is_symlink() or file.parent == file:
         return None
     blob = Path(os.path.realpath(file))

@@ -1,8 +1,8 @@
 """The interface of every block engine: submit reads and writes by address, poll for completions.
 
 Threading: one engine belongs to one thread at a time (its pool member's worker); `register`, `submit`, `poll` and
-`close` must not run concurrently with each other. `sync` and `wake` may be called from any thread at any time.
-Nothing is retried inside an engine; the caller decides.
+`close` must not run concurrently with each other. `sync` and `wake` may be called from any thread at any time. Nothing
+is retried inside an engine; the caller decides.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 
 class QueueFull(RuntimeError):
-    """A submit would put more operations in flight than `depth`; nothing of it was submitted."""
+    """A submit would bring more operations in flight than `depth`; none of it was submitted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class IoOp:
     """One read or write of `len(buffer)` bytes at byte `offset` of the device.
 
     `offset`, the length and the buffer's address are multiples of the engine's `alignment_bytes`.
-    `tag` comes back with the completion. The buffer is the engine's until then.
+    The completion has the same `tag`. Until then the engine owns the buffer.
     """
 
     kind: Literal["read", "write"]
@@ -32,7 +32,7 @@ class IoOp:
 
 @dataclass(frozen=True, slots=True)
 class IoCompletion:
-    """The end of one operation: all of its bytes moved (`error is None`), or it failed with `error`.
+    """The end of one operation: all of its bytes were moved (`error is None`), or it failed with `error`.
 
     A short read or write is an error (EIO), never a success.
     """
@@ -48,10 +48,10 @@ class BlockEngine(Protocol):
     capacity_bytes: int
     alignment_bytes: int
     depth: int
-    notes: list[str]  # what this engine could not have here, and why; for the user's eyes
+    notes: list[str]  # features that this engine cannot use here, and why; for the user
 
     def register(self, buffer: memoryview) -> None:
-        """Announce memory that later operations will use (pinned once, not at each I/O). Optional for callers."""
+        """Announce memory that later operations will use (pinned once, not at each I/O). Optional."""
 
     def submit(self, ops: Sequence[IoOp]) -> None:
         """Start operations, in no promised order. Raises QueueFull, or ValueError for a bad offset, length or
@@ -70,8 +70,8 @@ class BlockEngine(Protocol):
 
     def sync(self) -> None:
         """Make completed writes durable (fdatasync, NVMe flush). From any thread, also while another one submits and
-        polls; what was completed before the call is durable after it. Raises OSError."""
+        polls; operations that completed before the call are durable after it. Raises OSError."""
 
     def close(self, timeout_s: float) -> None:
-        """Wait for operations in flight (at most `timeout_s`), then release the device. Raises TimeoutError if
-        some never came back: their buffers must not be reused."""
+        """Wait for operations in flight (at most `timeout_s`), then release the device. Raises TimeoutError if some
+        have not ended: their buffers must not be reused."""

@@ -1,4 +1,4 @@
-"""A slab file or block device: opened, sized, locked against other processes, and what direct I/O it takes."""
+"""A slab file or block device: opens, sizes and locks it, and finds out which direct I/O it supports."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from penstock.core.layout import STAGING_ALIGNMENT_BYTES
 from penstock.private_file import NotPrivate, make_private, narrow, open_own
 
 _MEMORY_FILESYSTEMS = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}
-# A file's transfer is split by the filesystem in place, so large pieces cost least. A block device refuses to split one
-# without blocking (over 1 MiB, or over its queue's limit), which moves it to io_uring's slow path of helper threads.
+# The filesystem splits a file's transfer itself, so large pieces are cheapest. A block device cannot split one without
+# blocking (above 1 MiB, or its queue's limit), which moves it to io_uring's slow path with helper threads.
 _FILE_PIECE_BYTES = 2 << 20
 _BLOCK_DEVICE_PIECE_BYTES = 1 << 20
 _PIECE_BYTES_MIN = 128 << 10
@@ -24,7 +24,7 @@ _PIECE_BYTES_MIN = 128 << 10
 
 @dataclass(slots=True)
 class Device:
-    """An open device. `direct`: I/O bypasses the page cache. `piece_bytes`: the size of transfer it takes best."""
+    """An open device. `direct`: I/O bypasses the page cache. `piece_bytes`: the best size of one transfer."""
 
     path: Path
     fd: int
@@ -34,16 +34,16 @@ class Device:
     notes: list[str] = field(default_factory=list)
 
     def close(self) -> None:
-        """Release the lock now, whoever still refers to the open file, and the file."""
+        """Release the lock at once, even if the open file has other references, and close the file."""
         fcntl.flock(self.fd, fcntl.LOCK_UN)
         os.close(self.fd)
 
 
 def open_device(path: Path, capacity_bytes: int, claims_space: bool = True) -> Device:
-    """Open `path` for reading and writing. A missing file is created; a file is given space for all of
-    `capacity_bytes` now, so that no later write can find the disk full; its content is kept. A file that other users
-    have access to is narrowed, one of another user, or behind such a user's symlink, is refused (FILE-1, FILE-2).
-    Without `claims_space` a file is taken as it is, holes and all.
+    """Open `path` for reading and writing. A missing file is created; the space of `capacity_bytes` is allocated for a
+    file now, so that no later write finds the disk full; its content is unchanged. If other users have access to a
+    file, that is removed; a file of another user, or behind such a user's symlink, is refused (FILE-1, FILE-2). Without
+    `claims_space` no space is allocated, and the file may have holes.
 
     Raises ValueError for a bad capacity, OSError with the reason for everything else.
     """
@@ -62,12 +62,14 @@ def open_device(path: Path, capacity_bytes: int, claims_space: bool = True) -> D
         filesystem = None if path.is_block_device() else _MEMORY_FILESYSTEMS.get(_filesystem_magic(fd))
         if filesystem:
             device.direct = False
-            device.notes.append(f"{path} is on {filesystem}: it lies in memory and nothing survives a reboot")
+            device.notes.append(f"{path} is on {filesystem}: it lies in memory, and no block survives a reboot")
         elif not direct:
             device.notes.append(f"the filesystem of {path} refuses O_DIRECT: bytes pass through the page cache")
         return device
     except BaseException as error:
-        if created and not isinstance(error, BlockingIOError):  # under our lock: nobody else can have begun to use it
+        if created and not isinstance(
+            error, BlockingIOError
+        ):  # under our lock: no other process can have begun to use it
             with contextlib.suppress(OSError):
                 path.unlink()
         os.close(fd)
@@ -79,12 +81,12 @@ def _open(path: Path) -> tuple[int, bool, bool]:
     flags = os.O_RDWR
     created = False
     try:
-        if not os.path.exists(path):  # unlike Path.exists, no error for a folder that may not be entered
-            with contextlib.suppress(FileExistsError):  # made by another process a moment ago
+        if not os.path.exists(path):  # unlike Path.exists, no error for a folder without permission
+            with contextlib.suppress(FileExistsError):  # another process has just made it
                 os.close(make_private(path))
                 created = True
         if path.is_block_device():
-            flags |= os.O_EXCL  # the lock is of one device file, this is of the device: neither mounted nor claimed
+            flags |= os.O_EXCL  # locks one device file; O_EXCL excludes other users of the device, such as a mount
         try:
             return open_own(path, flags | os.O_DIRECT), True, created
         except OSError as error:
@@ -100,8 +102,8 @@ def _open(path: Path) -> tuple[int, bool, bool]:
 
 
 def in_use(path: Path, otherwise: str, named: Path) -> BlockingIOError:
-    """Why the block device at `path` cannot be claimed: one of us has locked it, or `otherwise`; said of `named`. After
-    a process was killed, the kernel releases its claim a moment later."""
+    """The error that the block device at `path` cannot be claimed: a Penstock process has locked it, or `otherwise`;
+    `named` is the path in the error. The kernel releases the claim of a killed process a moment later."""
     with contextlib.suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -148,7 +150,7 @@ def _claim_space(fd: int, path: Path, capacity_bytes: int) -> None:
     free_bytes = filesystem.f_bavail * filesystem.f_frsize
     missing_bytes = capacity_bytes - found.st_blocks * 512
     full = f"no space for a slab of {capacity_bytes} bytes: {missing_bytes} more are needed, {free_bytes} are free"
-    if missing_bytes > free_bytes:  # asked first: a refused fallocate may have filled the disk on its way
+    if missing_bytes > free_bytes:  # checked first: a fallocate that fails may have filled the disk before
         raise OSError(errno.ENOSPC, full, str(path))
     try:
         os.posix_fallocate(fd, 0, capacity_bytes)
@@ -165,7 +167,7 @@ def _claim_space(fd: int, path: Path, capacity_bytes: int) -> None:
 
 
 def _filesystem_magic(fd: int) -> int:
-    """`f_type` of statfs(2), which is the first word of its answer."""
+    """`f_type` of statfs(2): the first word of the structure."""
     answer = (ctypes.c_long * 64)()
     if ctypes.CDLL(None, use_errno=True).fstatfs(fd, answer) != 0:
         return 0

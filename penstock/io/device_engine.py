@@ -1,4 +1,4 @@
-"""What block engines share: the device they own, and how they end."""
+"""Base class of block engines: owns the device, and closes the engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class DeviceEngine(ABC):
     """The part of a BlockEngine (contract: `penstock.io.api`) that does not depend on how operations are submitted."""
 
     def __init__(self, device: Device, depth: int, alignment_bytes: int) -> None:
-        """Takes `device` over once it returns."""
+        """Owns `device` once it returns."""
         if not 1 <= depth <= DEPTH_MAX:
             raise ValueError(f"depth is {depth}; it must be from 1 to {DEPTH_MAX}")
         self.capacity_bytes = device.capacity_bytes
@@ -46,7 +46,7 @@ class DeviceEngine(ABC):
 
     @abstractmethod
     def _release(self) -> None:
-        """Give back what the engine holds besides the device; nothing is in flight."""
+        """Release the engine's resources besides the device; nothing is in flight."""
 
     def in_flight(self) -> int:
         """Operations that were submitted and that `poll` has not returned."""

@@ -15,7 +15,7 @@ _HUGE_PAGE_BYTES = 2 << 20
 
 
 def aligned_buffer(size_bytes: int) -> memoryview:
-    """Zeroed, page-aligned, anonymous memory of `size_bytes`; freed when the last view of it goes.
+    """Zeroed, page-aligned, anonymous memory of `size_bytes`; freed with its last view.
 
     A forked child does not inherit it: pinned pages shared with a child would fault on every later write.
     """
@@ -38,7 +38,7 @@ def address_of(buffer: memoryview) -> int:
 def checked_addresses(
     ops: Sequence[IoOp], in_flight: int, depth: int, capacity_bytes: int, alignment_bytes: int
 ) -> list[int]:
-    """The buffer address of each operation. Raises QueueFull or ValueError when one of them may not start."""
+    """The buffer address of each operation. Raises QueueFull or ValueError when one of them is not allowed."""
     if in_flight + len(ops) > depth:
         raise QueueFull(f"{len(ops)} operations on top of {in_flight} in flight; the depth is {depth}")
     mask = alignment_bytes - 1

@@ -1,4 +1,4 @@
-"""Memory nodes (NUMA): which there are, memory bound to one of them, and threads that stay on its processors."""
+"""NUMA nodes: lists them, binds memory to one of them, and threads to its processors."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from penstock.io.memory import address_of
 SYSTEM = Path("/sys/devices/system/node")
 _MBIND = {"x86_64": 237, "aarch64": 235, "riscv64": 235, "ppc64le": 259, "s390x": 268}
 _MPOL_BIND = 2
-_BITS = 1024  # nodes of the mask; the kernel has at most this many
+_BITS = 1024  # NUMA nodes in the mask; the kernel's maximum
 _WORD = 8 * ctypes.sizeof(ctypes.c_ulong)
 
 
 def numa_nodes(system: Path = SYSTEM) -> list[int]:
-    """Numbers of the memory nodes of this machine; node 0 where the system does not tell."""
+    """Numbers of the NUMA nodes of this host; [0] where the system does not report them."""
     found = sorted(int(entry.name[4:]) for entry in system.glob("node[0-9]*")) if system.is_dir() else []
     return found or [0]
 
 
 def node_cpus(node: int, system: Path = SYSTEM) -> set[int]:
-    """Processors of a memory node; empty where it has none or the system does not tell."""
+    """Processors of a NUMA node; empty where it has none or the system does not report them."""
     try:
         return parse_cpus((system / f"node{node}" / "cpulist").read_text())
     except OSError:
@@ -33,7 +33,7 @@ def node_cpus(node: int, system: Path = SYSTEM) -> set[int]:
 
 
 def node_bytes(node: int, system: Path = SYSTEM) -> int | None:
-    """Memory of a node; None where the system does not tell."""
+    """Bytes of memory of a NUMA node; None where the system does not report it."""
     try:
         found = re.search(r"MemTotal:\s*(\d+) kB", (system / f"node{node}" / "meminfo").read_text())
     except OSError:
@@ -52,7 +52,7 @@ def parse_cpus(text: str) -> set[int]:
 
 
 def check_node(node: int, size_bytes: int, system: Path = SYSTEM) -> None:
-    """Raises ValueError when there is no such node, or it is too small for `size_bytes`."""
+    """Raise ValueError when there is no such NUMA node, or it is too small for `size_bytes`."""
     nodes = numa_nodes(system)
     if node not in nodes:
         raise ValueError(f"numa_node is {node}; allowed: {', '.join(map(str, nodes))}")
@@ -62,10 +62,11 @@ def check_node(node: int, size_bytes: int, system: Path = SYSTEM) -> None:
 
 
 def bind_memory(buffer: memoryview, node: int) -> str | None:
-    """Let a page-aligned buffer that nobody has touched yet lie on `node`. Returns why that was refused, else None."""
+    """Place a page-aligned buffer that has not been used yet on NUMA node `node`. Returns why that was refused, else
+    None."""
     number = _MBIND.get(platform.machine())
     if number is None:
-        return f"memory cannot be bound to a node on {platform.machine()}"
+        return f"memory cannot be bound to a NUMA node on {platform.machine()}"
     mask = (ctypes.c_ulong * (_BITS // _WORD))()
     mask[node // _WORD] = 1 << (node % _WORD)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -78,16 +79,17 @@ def bind_memory(buffer: memoryview, node: int) -> str | None:
         errno.EPERM: "not permitted here (a container needs CAP_SYS_NICE)",
         errno.ENOSYS: "not supported by this kernel",
     }
-    return f"binding memory to node {node} was refused: {reasons.get(code, os.strerror(code))}"
+    return f"binding memory to NUMA node {node} was refused: {reasons.get(code, os.strerror(code))}"
 
 
 def stay_on_node(node: int) -> str | None:
-    """Keep the calling thread on the processors of `node` that it may use. Returns why that is not possible."""
+    """Restrict the calling thread to those processors of NUMA node `node` that it may use. Returns why that is not
+    possible, else None."""
     cpus = node_cpus(node) & os.sched_getaffinity(0)
     if not cpus:
-        return f"none of the processors of node {node} may be used here"
+        return f"none of the processors of NUMA node {node} may be used here"
     try:
         os.sched_setaffinity(0, cpus)
     except OSError as error:
-        return f"the thread cannot be kept on node {node}: {error.strerror}"
+        return f"the thread cannot be restricted to NUMA node {node}: {error.strerror}"
     return None

@@ -23,14 +23,14 @@ PROBE_TIMEOUT_S = 10.0
 class NvmeEngine(RingEngine):
     """Block engine over NVMe passthrough (contract: `penstock.io.api.BlockEngine`). Opened by `penstock.io.open_nvme`.
 
-    Operations go out in pieces of the largest command that the device takes. The kernel fails a registered buffer with
-    more pages than one command may have, whatever the command's size, so memory is registered in regions of one piece.
+    Operations are split into pieces of the device's largest command. The kernel refuses a registered buffer with more
+    pages than one command may have, whatever the command's size, so memory is registered in regions of one piece.
     """
 
     name = "nvme"
 
     def __init__(self, device: NvmeDevice, depth: int) -> None:
-        """Takes `device` over once it returns. Raises OSError where the kernel or the device refuses passthrough."""
+        """Owns `device` once it returns. Raises OSError where the kernel or the device refuses passthrough."""
         self._namespace = device
         self._block_shift = device.block_bytes.bit_length() - 1
         super().__init__(device, depth, ALIGNMENT_BYTES, _ring(device))
@@ -44,7 +44,7 @@ class NvmeEngine(RingEngine):
             raise
 
     def _probe(self) -> None:
-        """Read the first page, then once more into registered memory, to see what this kernel takes."""
+        """Read the first page, then again into registered memory, to find out what this kernel supports."""
         page = aligned_buffer(ALIGNMENT_BYTES)
         self._registered.append(page)
         self._read_page(page)

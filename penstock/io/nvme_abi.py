@@ -1,4 +1,4 @@
-"""The Linux NVMe passthrough ABI as Python sees it: commands, what Identify answers, and status codes in words.
+"""The Linux NVMe passthrough ABI for Python: commands, the Identify data, and texts of status codes.
 
 Sources: `include/uapi/linux/nvme_ioctl.h`; NVM Express Base Specification 2.0 (Identify, figures of status codes).
 """
@@ -24,7 +24,7 @@ _IDENTIFY_BYTES = 4096
 
 # struct io_uring_sqe of a command: opcode, flags, ioprio, fd, cmd_op, pad, addr, len, uring_cmd_flags, user_data,
 # buf_index, personality, file_index; then struct nvme_uring_cmd: opcode, flags, reserved, nsid, cdw2, cdw3, metadata,
-# addr, metadata_len, data_len, cdw10 to cdw15, timeout_ms, reserved; and 8 bytes that nobody uses.
+# addr, metadata_len, data_len, cdw10 to cdw15, timeout_ms, reserved; and 8 unused bytes.
 SQE_NVME = struct.Struct("<BBHiIIQIIQHHi BBHIIIQQIIIIIIIIII 8x")
 assert SQE_NVME.size == 128
 
@@ -56,7 +56,7 @@ class PassthroughCommand(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class NamespaceFormat:
-    """What Identify says of a namespace. `transfer_bytes_max` is the controller's limit for one command (MDTS)."""
+    """The Identify data of a namespace. `transfer_bytes_max` is the controller's limit for one command (MDTS)."""
 
     nsid: int
     blocks: int
@@ -67,7 +67,7 @@ class NamespaceFormat:
 
 
 def identify(fd: int) -> NamespaceFormat:
-    """Ask the namespace behind the generic device `fd`. Raises OSError."""
+    """Identify the namespace of the generic device `fd`. Raises OSError."""
     nsid = fcntl.ioctl(fd, IOCTL_ID)
     namespace = _identify(fd, _IDENTIFY_NAMESPACE, nsid)
     controller = _identify(fd, _IDENTIFY_CONTROLLER, 0)
@@ -75,7 +75,7 @@ def identify(fd: int) -> NamespaceFormat:
     formats, in_use = namespace[25] + 1, namespace[26]
     index = in_use & 0xF | ((in_use >> 1) & 0x30 if formats > 16 else 0)
     metadata_bytes, block_shift = struct.unpack_from("<HB", namespace, 128 + 4 * index)
-    mdts = controller[77]  # a power of two of the smallest page, which every Linux machine has at 4 KiB
+    mdts = controller[77]  # power of two of the minimum page size, which is 4 KiB on Linux
     return NamespaceFormat(
         nsid, blocks, 1 << block_shift, metadata_bytes, bool(namespace[99] & 1), 4096 << mdts if mdts else 1 << 30
     )
@@ -94,14 +94,14 @@ def _identify(fd: int, what: int, nsid: int) -> bytes:
 
 
 def command(fd: int, ioctl: int, wanted: PassthroughCommand) -> None:
-    """One command, waited for; other threads run meanwhile. Raises OSError, also for an NVMe status."""
+    """Execute one command and wait for it; other threads run meanwhile. Raises OSError, also for an NVMe status."""
     status = fcntl.ioctl(fd, ioctl, wanted)
     if status:
         raise OSError(5, status_text(status))
 
 
 def status_text(status: int) -> str:
-    """An NVMe status (type and code in its low 11 bits, as the kernel returns it) in words."""
+    """An NVMe status (type and code in its low 11 bits, as the kernel returns it) as text."""
     code = status & 0x7FF
     words = _STATUS.get(code) or _STATUS_TYPES.get(code >> 8, "vendor-specific or unknown")
     return f"{words} (NVMe status {code:#05x})"

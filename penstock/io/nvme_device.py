@@ -1,4 +1,4 @@
-"""An NVMe namespace by its generic device: opened, identified, sized, and kept from everybody else."""
+"""An NVMe namespace by its generic device: opens, identifies, sizes and locks it."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _DEV = Path("/dev")
 
 @dataclass(slots=True)
 class NvmeDevice(Device):
-    """An open namespace. `fd` is its generic character device; `block_fd`, where there is a block device, is held
-    exclusively, so that nothing mounts it or opens it as a slab meanwhile."""
+    """An open namespace. `fd` is its generic character device; `block_fd`, if there is a block device, is opened
+    exclusively, so that it cannot be mounted or opened as a slab meanwhile."""
 
     nsid: int = 0
     block_bytes: int = 0
     block_fd: int | None = None
 
     def close(self) -> None:
-        """Give the namespace back to others and close both devices."""
+        """Unlock the namespace and close both devices."""
         if self.block_fd is not None:
             fcntl.flock(self.block_fd, fcntl.LOCK_UN)
             os.close(self.block_fd)
@@ -44,7 +44,8 @@ class NvmeDevice(Device):
 
 
 def open_namespace(path: Path, capacity_bytes: int | None) -> NvmeDevice:
-    """Open the generic device `path` (/dev/ngXnY) for its first `capacity_bytes` bytes, or all whole 4 KiB of it.
+    """Open the generic device `path` (/dev/ngXnY) for its first `capacity_bytes` bytes; None: all of it, in whole 4
+    KiB.
 
     Raises ValueError for a bad capacity, OSError with the reason for everything else: not a generic NVMe device, no
     permission, mounted or in use, has partitions, a format that is not supported, smaller than the capacity.
@@ -125,14 +126,14 @@ def _hold_block_device(device: NvmeDevice, block_name: str) -> None:
     try:
         block_fd = os.open(node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
     except FileNotFoundError:
-        device.notes.append(f"{node} is not visible here: others are not kept from using it as a block device")
+        device.notes.append(f"{node} is not visible here: other processes can still use it as a block device")
         return
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise in_use(node, f"its block device {node} is in use, for example mounted", path) from error
-        text = f"its block device {node} cannot be held: {error.strerror}"
+        text = f"its block device {node} cannot be locked: {error.strerror}"
         if error.errno == errno.EACCES:
-            text = f"no permission to hold its block device {node}"
+            text = f"no permission to lock its block device {node}"
         raise OSError(error.errno or errno.EIO, text, str(path)) from error
     device.block_fd = block_fd
     _lock(block_fd, node)
@@ -165,7 +166,8 @@ def _capacity(found: NamespaceFormat, path: Path, capacity_bytes: int | None) ->
 
 
 def _piece_bytes(found: NamespaceFormat, block_name: str) -> int:
-    """The largest power of two that one command may move: by the controller, by the kernel, and page by page."""
+    """The largest power of two in bytes that one command may move, by the limits of the controller and of the
+    kernel."""
     kernel_bytes = int(_sysfs_text(block_name, "max_hw_sectors_kb", str(_TRANSFER_BYTES_DEFAULT >> 10))) << 10
     segments = int(_sysfs_text(block_name, "max_segments", str(_SEGMENTS_DEFAULT)))
     limit = max(min(found.transfer_bytes_max, kernel_bytes, segments * _PAGE_BYTES, _TRANSFER_BYTES_MAX), _PAGE_BYTES)

@@ -23,10 +23,10 @@ def open_engine(
 ) -> BlockEngine:
     """A block engine on the slab file or block device `path`, for `depth` (1 to 256) operations at once.
 
-    A slab file is created where absent, with all of its space (without `claims_space` one is taken as it is, holes and
-    all); existing content is kept. Where io_uring or direct I/O
-    is refused, the engine is `threads`, and `notes` says why. Raises ValueError for a wrong argument and OSError with
-    path and reason: no such folder, no permission, in use (BlockingIOError), too small or disk full (ENOSPC).
+    An absent slab file is created with all of its space (without `claims_space` none is allocated, and an existing file
+    may have holes); existing content is unchanged. Where io_uring or direct I/O is refused, the engine is `threads`,
+    and `notes` has the reason. Raises ValueError for a wrong argument and OSError with path and reason: no such folder,
+    no permission, in use (BlockingIOError), too small or disk full (ENOSPC).
     """
     if prefer not in ("uring", "threads"):
         raise ValueError(f"prefer is {prefer!r}; it must be 'uring' or 'threads'")
@@ -49,7 +49,7 @@ def open_engine(
 
 def open_nvme(path: Path, capacity_bytes: int | None, depth: int) -> BlockEngine:
     """The `nvme` engine on the generic device `path` (/dev/ngXnY) of a namespace, for `depth` (1 to 256) operations at
-    once. `capacity_bytes` None takes the whole namespace, rounded down to 4 KiB. Nothing stands in where passthrough is
+    once. `capacity_bytes` None: the whole namespace, rounded down to 4 KiB. There is no fallback where passthrough is
     refused. Raises ValueError for a wrong argument and OSError with path and reason: no such device, not a generic NVMe
     device, no permission, in use (BlockingIOError, or EBUSY where mounted), too small (ENOSPC), a format or kernel
     without support.

@@ -1,4 +1,4 @@
-"""A block engine that takes the time of a slower device: all bytes move for real, completions wait for their turn."""
+"""A block engine that emulates a slower device: all bytes really move, but completions are delayed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from penstock.pacing import PaceClock
 
 
 class PacedEngine:
-    """Contract: `penstock.io.api.BlockEngine`. `bytes_per_s` 0 lets operations pass at the inner engine's own speed."""
+    """Contract: `penstock.io.api.BlockEngine`. `bytes_per_s` 0: no delay."""
 
     def __init__(self, inner: BlockEngine, bytes_per_s: float, clock: PaceClock | None = None) -> None:
-        """Takes `inner` over. Raises ValueError for a negative bandwidth."""
+        """Owns `inner` from now on. Raises ValueError for a negative bandwidth."""
         if bytes_per_s < 0:
             raise ValueError(f"bytes_per_s is {bytes_per_s}; it must be at least 0")
         self.name = inner.name
@@ -31,14 +31,16 @@ class PacedEngine:
         self._numbers = itertools.count()
         self._due_s: dict[int, float] = {}  # operation in the inner engine -> when it may end
         self._tags: dict[int, object] = {}
-        self._held: list[tuple[float, int, IoCompletion]] = []  # ended by the inner engine, by when they may end
+        self._held: list[
+            tuple[float, int, IoCompletion]
+        ] = []  # ended in the inner engine, by the time when they may end
 
     def register(self, buffer: memoryview) -> None:
         """Register the buffer with the inner engine."""
         self._inner.register(buffer)
 
     def submit(self, ops: Sequence[IoOp]) -> None:
-        """Submit to the inner engine. Raises QueueFull beyond `depth`, counting what waits for its turn."""
+        """Submit to the inner engine. Raises QueueFull beyond `depth`, including delayed operations."""
         if self.in_flight() + len(ops) > self.depth:
             raise QueueFull(f"{len(ops)} operations on top of {self.in_flight()} in flight; the depth is {self.depth}")
         now_s = time.monotonic()
@@ -50,7 +52,7 @@ class PacedEngine:
             self._due_s[inside.tag] = self.clock.turn(seconds, now_s) if seconds else now_s
 
     def poll(self, timeout_s: float) -> list[IoCompletion]:
-        """Operations whose turn has come; waits at most `timeout_s` for the first one."""
+        """Operations whose delay has passed; waits at most `timeout_s` for the first one."""
         deadline_s = time.monotonic() + timeout_s
         while True:
             self._collect(0.0)
@@ -88,11 +90,11 @@ class PacedEngine:
         return len(self._due_s) + len(self._held)
 
     def sync(self) -> None:
-        """Make completed writes durable; takes the inner engine's time."""
+        """Make completed writes durable, without a delay."""
         self._inner.sync()
 
     def close(self, timeout_s: float) -> None:
-        """As in the contract; what is held back by the pace alone can be fetched with `poll` at once."""
+        """As in the contract; delayed operations can then be fetched with `poll` at once."""
         self._collect(0.0)
         self._inner.close(timeout_s)
         while self._inner.in_flight():

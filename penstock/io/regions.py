@@ -1,4 +1,4 @@
-"""Registered memory: from an address to the slot of the kernel's table that holds it."""
+"""Registered memory: finds the slot of the kernel's table for an address."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import bisect
 
 
 class Regions:
-    """Ranges of addresses that do not overlap, each with the slot of the kernel's table that it has."""
+    """Address ranges that do not overlap, each with its slot in the kernel's table."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
@@ -14,14 +14,15 @@ class Regions:
         self._slots: list[int] = []
 
     def add(self, start: int, end: int, slot: int) -> None:
-        """Add a range that overlaps none that is there."""
+        """Add a range that overlaps no present one."""
         at = bisect.bisect(self._starts, start)
         self._starts.insert(at, start)
         self._ends.insert(at, end)
         self._slots.insert(at, slot)
 
     def find(self, address: int) -> tuple[int, int]:
-        """`(slot, bytes from address to the region's end)`; slot -1 with the bytes to the next region otherwise."""
+        """`(slot, bytes from address to the region's end)`; outside of all regions slot -1, with the bytes to the next
+        one."""
         at = bisect.bisect_right(self._starts, address) - 1
         if at >= 0 and address < self._ends[at]:
             return self._slots[at], self._ends[at] - address
@@ -29,7 +30,7 @@ class Regions:
         return -1, following - address
 
     def clear(self) -> None:
-        """Forget all ranges."""
+        """Remove all ranges."""
         self._starts.clear()
         self._ends.clear()
         self._slots.clear()

@@ -1,4 +1,4 @@
-"""One io_uring: its shared rings, entering the kernel, and registration; knows nothing of what the entries mean."""
+"""One io_uring: its shared rings, system calls and registration, independent of the meaning of entries."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _TRANSIENT = frozenset((errno.EINTR, errno.EAGAIN, errno.EBUSY, errno.ETIME))
 class Ring:
     """Submission and completion rings of `entries` entries. Not thread-safe: one thread at a time.
 
-    A caller packs an entry at `sqes[next_entry():]`, at most `space()` of them, then calls `submit` or `wait`.
-    Entries are 64 bytes, or 128 for NVMe passthrough commands (whose completions are twice as large too). Nothing
-    orders memory on the submission side: without a kernel polling thread the kernel reads the ring inside the system
-    call of this same thread.
+    A caller packs an entry at `sqes[next_entry():]`, at most `space()` of them, then calls `submit` or `wait`. Entries
+    are 64 bytes, or 128 for NVMe passthrough commands (whose completions are twice as large too). The submission side
+    needs no memory barrier: without a kernel polling thread, the kernel reads the ring inside the system call of this
+    same thread.
     """
 
     def __init__(self, entries: int, sqe_bytes: Literal[64, 128] = 64) -> None:
@@ -84,13 +84,14 @@ class Ring:
         return at
 
     def submit(self) -> None:
-        """Hand packed entries to the kernel without waiting. What it does not take now stays packed for the next
-        call. Raises OSError for anything but a passing shortage."""
+        """Submit packed entries to the kernel without waiting. Entries that it does not accept now stay packed for the
+        next call. Raises OSError except for a temporary shortage."""
         self._sq_tail.value = self._tail
         self._judge(abi.submit(self.fd, self._queued()))
 
     def wait(self, completions: int, timeout_s: float) -> None:
-        """Hand packed entries over, then wait until `completions` are ready, a signal came, or `timeout_s` passed."""
+        """Submit packed entries, then wait until `completions` are ready, a signal arrives, or `timeout_s` has
+        passed."""
         self._sq_tail.value = self._tail
         self._judge(abi.enter(self.fd, self._queued(), completions, timeout_s))
 
@@ -100,7 +101,7 @@ class Ring:
             raise OSError(-result, f"io_uring_enter: {os.strerror(-result)}")
 
     def completions(self) -> list[tuple[int, int]]:
-        """Take what is ready, as `(user_data, result)`; a negative result is an error number."""
+        """Take out the ready completions, as `(user_data, result)`; a negative result is an error number."""
         head, tail = self._cq_head.value, self._cq_tail.value
         if head == tail:
             return []
@@ -131,7 +132,7 @@ class Ring:
         abi.register(self.fd, abi.REGISTER_BUFFERS_UPDATE, update, ctypes.sizeof(update))
 
     def close(self) -> None:
-        """Release the ring. Registered files and memory are free on return, what is still in flight later."""
+        """Release the ring. Registered files and memory are released on return, those of operations in flight later."""
         for opcode in (abi.UNREGISTER_FILES, abi.UNREGISTER_BUFFERS):
             with contextlib.suppress(OSError):  # nothing was registered
                 abi.register(self.fd, opcode, None, 0)
@@ -145,7 +146,7 @@ class Ring:
 
 
 def probe() -> str | None:
-    """Why io_uring cannot be used here, or None when a real ring could be made."""
+    """Why io_uring cannot be used here, or None when a test ring could be made."""
     try:
         Ring(4).close()
     except OSError as error:
@@ -154,7 +155,7 @@ def probe() -> str | None:
 
 
 def explain(error: OSError) -> str:
-    """Why a ring could not be made, in plain words with what to do."""
+    """A readable reason why a ring could not be made, with advice."""
     if error.errno == errno.ENOSYS:
         return "this kernel has no io_uring, or a container's seccomp profile hides it"
     if error.errno == errno.EPERM:

@@ -1,4 +1,4 @@
-"""What block engines over io_uring share: operations split into pieces, registered memory, waiting and waking."""
+"""Base class of block engines over io_uring: splits operations into pieces, registers memory, waits and wakes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from penstock.io.regions import Regions
 from penstock.io.ring import Ring
 from penstock.io.ring_wake import READ_ID, RingWake
 
-PIECES_MAX = 256  # transfers in the device's hands at once, over all operations
+PIECES_MAX = 256  # transfers in the device at once, of all operations
 
 
 @dataclass(slots=True, eq=False)
 class _Transfer:
-    """One operation on its way: bytes up to `issued_bytes` were given to the device, in `pieces` still open."""
+    """One open operation: its bytes up to `issued_bytes` were issued to the device; `pieces` of them are open."""
 
     op: IoOp
     address: int
@@ -36,12 +36,13 @@ class _Transfer:
 class RingEngine(DeviceEngine):
     """The part of an io_uring block engine (contract: `penstock.io.api`) that does not depend on the kind of entry.
 
-    An operation larger than the device takes whole goes out in pieces of `device.piece_bytes`, at most `PIECES_MAX` of
-    all operations at once, and completes when its last piece did. `notes` says what it could not have.
+    An operation larger than the device's best transfer is split into pieces of `device.piece_bytes`, at most
+    `PIECES_MAX` of all operations at once, and completes with its last piece. `notes` lists features that cannot be
+    used here.
     """
 
     def __init__(self, device: Device, depth: int, alignment_bytes: int, ring: Ring) -> None:
-        """Takes `device` and `ring` over once it returns. Raises OSError, with `ring` closed."""
+        """Owns `device` and `ring` once it returns. Raises OSError, with `ring` closed."""
         self._ring = ring
         try:
             super().__init__(device, depth, alignment_bytes)
@@ -62,7 +63,7 @@ class RingEngine(DeviceEngine):
 
     @abstractmethod
     def _pack_entry(self, piece: int, op: IoOp, offset: int, address: int, length: int, slot: int) -> None:
-        """Fill the ring's next entry; `slot` is that of the registered memory, -1 where it is not registered."""
+        """Fill the ring's next entry; `slot`: of the registered memory, -1 where it is not registered."""
 
     @abstractmethod
     def _moved(self, op: IoOp, offset: int, length: int, result: int) -> int | OSError:
@@ -80,8 +81,8 @@ class RingEngine(DeviceEngine):
             self._slots_max, self.region_bytes = slots_max, region_bytes
 
     def register(self, buffer: memoryview) -> None:
-        """Pin `buffer` once; it stays referenced until `close`. What cannot be pinned is used all the same, pinned at
-        each I/O, and `notes` says why."""
+        """Pin `buffer` once; it stays referenced until `close`. Memory that cannot be pinned is used all the same,
+        pinned at each I/O, and `notes` has the reason."""
         self._check_open()
         base = address_of(buffer)
         at = -(-base // self.alignment_bytes) * self.alignment_bytes
@@ -117,7 +118,7 @@ class RingEngine(DeviceEngine):
             self.notes.append(text)
 
     def submit(self, ops: Sequence[IoOp]) -> None:
-        """Split operations into pieces and issue as many as the ring takes; the rest go when pieces end."""
+        """Split operations into pieces and issue as many as the ring accepts; the rest when pieces end."""
         self._check_open()
         addresses = checked_addresses(ops, self.in_flight(), self.depth, self.capacity_bytes, self.alignment_bytes)
         for op, address in zip(ops, addresses, strict=True):
@@ -125,11 +126,13 @@ class RingEngine(DeviceEngine):
             self._active.add(transfer)
             self._pending.append(transfer)
         self._issue()
-        with contextlib.suppress(OSError):  # what the kernel did not take stays packed; poll hands it over or raises
+        with contextlib.suppress(
+            OSError
+        ):  # entries that the kernel refused stay packed; poll submits them again or raises
             self._ring.submit()
 
     def _issue(self) -> None:
-        """Pack pieces of pending transfers, oldest first, as far as the rings have room."""
+        """Pack pieces of pending transfers, oldest first, while the rings have room."""
         if not self._pending:
             return
         room = min(self._ring.space(), PIECES_MAX - len(self._pieces))
@@ -157,7 +160,7 @@ class RingEngine(DeviceEngine):
         return length
 
     def poll(self, timeout_s: float) -> list[IoCompletion]:
-        """Operations that have ended; waits at most `timeout_s` for the first one, and issues what waited."""
+        """Operations that have ended; waits at most `timeout_s` for the first one, and issues waiting pieces."""
         deadline_s = time.monotonic() + timeout_s
         while not self._closed and not self._ended and self._active:
             remaining_s = 0.0 if self._wake.woken else deadline_s - time.monotonic()
@@ -180,8 +183,8 @@ class RingEngine(DeviceEngine):
         self._wake.wake()
 
     def _fewest_completions(self) -> int:
-        """No operation can end before this many of the open pieces did, so waking up earlier is of no use."""
-        if self._pending or len(self._pieces) <= len(self._active):  # room is wanted, or all are of one piece
+        """The number of open pieces that must end before any operation can end: waking up earlier is useless."""
+        if self._pending or len(self._pieces) <= len(self._active):  # room is needed, or each operation is one piece
             return 1
         return min(transfer.pieces for transfer in self._active)
 

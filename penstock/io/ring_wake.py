@@ -10,25 +10,26 @@ import time
 from penstock.io import uring_abi as abi
 from penstock.io.ring import Ring
 
-ENTRIES = 2  # of the submission ring, each time it is armed
-READ_ID = 1 << 63  # `user_data` above any operation's
+ENTRIES = 2  # entries of the submission ring, each time it is armed
+READ_ID = 1 << 63  # `user_data` above that of all operations
 TIMEOUT_ID = READ_ID + 1
 DISARM_TIMEOUT_S = 1.0
 
-_kept: list[RingWake] = []  # those whose memory the kernel may still write to
+_kept: list[RingWake] = []  # objects to whose memory the kernel may still write
 
 
 class RingWake:
-    """A read of an eventfd, linked to a timeout of 0 s. The read alone would be one completion, and a wait for several
-    would go on; the end of a timeout ends every wait of its ring. `wake` is for any thread, the rest for the ring's."""
+    """A read of an eventfd, linked to a timeout of 0 s. The read alone is one completion, so a wait for several would
+    go on; the end of a timeout ends every wait of its ring. `wake` is for any thread, all else for the ring's
+    thread."""
 
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
         self._fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._count = (ctypes.c_uint64 * 1)()
         self._now = abi.Timespec(0, 0)
-        self._entries = 0  # in the kernel's hands
-        self._closing = threading.Lock()  # no write to a number that may belong to another file by then
+        self._entries = 0  # entries in the kernel
+        self._closing = threading.Lock()  # prevents a write to a descriptor that was closed and reused
         self._closed = False
         self.woken = False
 
@@ -40,7 +41,7 @@ class RingWake:
                 os.eventfd_write(self._fd, 1)
 
     def arm(self) -> None:
-        """Pack the read where there is none; the next `submit` or `wait` of the ring hands it over."""
+        """Pack the read if none is open; the next `submit` or `wait` of the ring submits it."""
         ring = self._ring
         if self._entries or ring.space() < ENTRIES:
             return
@@ -58,7 +59,7 @@ class RingWake:
         self._entries -= 1
 
     def close(self) -> None:
-        """Take the read back from the kernel, and end."""
+        """Cancel the read in the kernel, and close the eventfd."""
         with self._closing:
             self._closed = True
             os.eventfd_write(self._fd, 1)

@@ -1,6 +1,6 @@
-"""Memory that processes share: files without a name whose size nobody can change, so that no peer's touch of it faults.
+"""Memory that processes share: files without a name whose size cannot change, so that no reader can fault.
 
-Verification: tests/io/test_sealed_memory.py. The fault behind it: a peer that made its file shorter ended every process
+Verification: tests/io/test_sealed_memory.py. Fault: a peer that shortened its file killed every process
 that read it (SIGBUS).
 """
 
@@ -15,7 +15,7 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 def create_sealed(name: str, size_bytes: int) -> int:
-    """The descriptor of new memory, of this size for ever. `name` is what /proc shows. Raises OSError."""
+    """Make memory of a fixed size; returns its descriptor. `name` is shown in /proc. Raises OSError."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size_bytes)
@@ -27,8 +27,8 @@ def create_sealed(name: str, size_bytes: int) -> int:
 
 
 def check_sealed(fd: int, size_bytes: int) -> None:
-    """Raises OSError unless the descriptor, which a peer gave, is memory of this user and of this size for ever. To be
-    asked before it is mapped."""
+    """Raise OSError unless a peer's descriptor is memory of this user, with this size fixed. To be called before it is
+    mapped."""
     found = os.fstat(fd)
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS) if stat.S_ISREG(found.st_mode) else 0

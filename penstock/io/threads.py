@@ -1,4 +1,4 @@
-"""The `threads` block engine: a pool of threads with `preadv` and `pwritev`, for where io_uring cannot be used."""
+"""The `threads` block engine: threads with `preadv` and `pwritev`, for systems where io_uring cannot be used."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import os
 import queue
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from penstock.io.api import IoCompletion, IoOp
 from penstock.io.device import Device
 from penstock.io.device_engine import DeviceEngine
 from penstock.io.memory import checked_addresses
-from penstock.process.guarded_thread import GuardedThread, count_failure
+from penstock.process.guarded_thread import GuardedWorker, count_failure
 
 ALIGNMENT_BYTES = 4096
 THREADS_MAX = 16
@@ -23,28 +24,21 @@ RELEASE_S = 10.0
 class ThreadEngine(DeviceEngine):
     """Block engine over threads (contract: `penstock.io.api.BlockEngine`). Opened by `penstock.io.open_engine`.
 
-    At most `THREADS_MAX` operations are in the device's hands at once; the others wait in the engine.
+    At most `THREADS_MAX` operations are in the device at once; the others wait in the engine.
     """
 
     name = "threads"
 
     def __init__(self, device: Device, depth: int) -> None:
-        """Takes `device` over once it returns."""
+        """Owns `device` once it returns."""
         super().__init__(device, depth, ALIGNMENT_BYTES)
         self._in_flight = 0
-        self._todo: queue.SimpleQueue[IoOp | None] = queue.SimpleQueue()
         self._woken = False
         self._done: queue.SimpleQueue[IoCompletion | None] = queue.SimpleQueue()
-        self._threads = [
-            GuardedThread(f"penstock-io-{n}", self._work, restarts=True, kind="penstock-io")
-            for n in range(min(depth, THREADS_MAX))
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._worker = GuardedWorker("penstock-io", depth, threads=min(depth, THREADS_MAX))
 
-    def _work(self) -> None:
-        while (op := self._todo.get()) is not None:
-            self._done.put(IoCompletion(op.tag, self._move(op)))
+    def _work(self, op: IoOp) -> None:
+        self._done.put(IoCompletion(op.tag, self._move(op)))
 
     def _move(self, op: IoOp) -> OSError | None:
         """Move all bytes of `op`; returns why that failed, or None."""
@@ -61,7 +55,7 @@ class ThreadEngine(DeviceEngine):
                     return self._error(op, at, errno.EIO, f"moved only {at} bytes (was the device cut short?)")
         except OSError as error:
             return self._error(op, at, error.errno or errno.EIO, error.strerror or str(error))
-        except Exception as error:  # noqa: BLE001 (such as a released buffer: the operation ends, not the thread)
+        except Exception as error:  # noqa: BLE001 (such as a released buffer: the operation fails, the thread goes on)
             count_failure("penstock-io")
             return OSError(errno.EIO, f"{op.kind} at {op.offset + at}: {error!r}", str(self._device.path))
         return None
@@ -71,7 +65,7 @@ class ThreadEngine(DeviceEngine):
         return OSError(number, text, str(self._device.path))
 
     def register(self, buffer: memoryview) -> None:
-        """Nothing to do: the kernel pins buffers at each I/O here."""
+        """Do nothing: here the kernel pins buffers at each I/O."""
         self._check_open()
 
     def submit(self, ops: Sequence[IoOp]) -> None:
@@ -79,8 +73,8 @@ class ThreadEngine(DeviceEngine):
         self._check_open()
         checked_addresses(ops, self.in_flight(), self.depth, self.capacity_bytes, ALIGNMENT_BYTES)
         self._in_flight += len(ops)
-        for op in ops:
-            self._todo.put(op)
+        queued = [self._worker.put(partial(self._work, op)) for op in ops]
+        assert all(queued), "more than `depth` operations are in flight"
 
     def poll(self, timeout_s: float) -> list[IoCompletion]:
         """Operations that have ended; waits at most `timeout_s` for the first one."""
@@ -103,13 +97,10 @@ class ThreadEngine(DeviceEngine):
         """End a wait of `poll`, from any thread."""
         if not self._woken:
             self._woken = True
-            self._done.put(None)  # ends the wait of a poll in progress; ignored when it comes late
+            self._done.put(None)  # ends the wait of a poll in progress; a late one is ignored
 
     def _in_device(self) -> int:
         return self._in_flight
 
     def _release(self) -> None:
-        for _ in self._threads:
-            self._todo.put(None)
-        for thread in self._threads:
-            thread.join(RELEASE_S)  # idle by now: each ends at the marker
+        self._worker.close(RELEASE_S)  # the threads are idle by now

@@ -22,7 +22,7 @@ class UringEngine(RingEngine):
     name = "uring"
 
     def __init__(self, device: Device, depth: int) -> None:
-        """Takes `device` over once it returns. Raises OSError where the kernel refuses io_uring."""
+        """Owns `device` once it returns. Raises OSError where the kernel refuses io_uring."""
         super().__init__(device, depth, ALIGNMENT_BYTES, Ring(PIECES_MAX))
         self._make_buffer_table(BUFFER_SLOTS, REGION_BYTES_MAX)
 

@@ -1,4 +1,4 @@
-"""The Linux io_uring ABI as Python sees it: system calls, constants, and the layout of its structures.
+"""The Linux io_uring ABI for Python: system calls, constants, and the layout of its structures.
 
 Source: `include/uapi/linux/io_uring.h`. The system call numbers are the same on every architecture.
 """
@@ -40,7 +40,7 @@ OP_WRITE = 23
 OP_URING_CMD = 46  # Linux 5.19
 
 SQE_FIXED_FILE = 1 << 0
-SQE_LINK = 1 << 2  # the next entry starts when this one ended well
+SQE_LINK = 1 << 2  # the next entry starts when this one has succeeded
 URING_CMD_FIXED = 1 << 0  # Linux 6.1: the command's memory is a registered buffer
 
 UNREGISTER_BUFFERS = 1
@@ -140,8 +140,8 @@ class RsrcUpdate2(ctypes.Structure):
     ]
 
 
-# One handle releases the interpreter lock around the call, for waits; the other keeps it, for calls that only submit:
-# giving the lock away there costs up to a switch interval (5 ms) to get it back from a computing thread.
+# One handle releases the interpreter lock during the call, for waits. The other does not, for calls that only submit:
+# to get the lock back from a thread that computes may take a switch interval (5 ms).
 _syscall_wait = ctypes.CDLL(None, use_errno=True).syscall
 _syscall_quick = ctypes.PyDLL(None, use_errno=True).syscall
 for _call in (_syscall_wait, _syscall_quick):
@@ -162,7 +162,7 @@ def setup(entries: int, params: Params) -> int:
 
 
 def submit(fd: int, to_submit: int) -> int:
-    """io_uring_enter that hands over entries and reaps what is ready without waiting; holds the interpreter lock.
+    """io_uring_enter that submits entries and reaps ready completions without waiting; holds the interpreter lock.
     Returns the number of entries consumed, or minus the error number."""
     done: int = _syscall_quick(
         ctypes.c_long(SYS_IO_URING_ENTER),

@@ -1,9 +1,9 @@
 """The pool's one interface, the same for the embedded pool and for a pool node over the network.
 
 Threading: every method may be called from any thread. `done` callbacks run on a thread of the pool, must not block,
-and are called exactly once, by the deadline at the latest (plus scheduling noise). After `done` the pool does not
-touch the buffer any more: a transfer that misses its deadline is cut off first, then reported. One exception: what a
-local device is already moving cannot be cut off; it is reported when the device answers, or by `close`.
+and are called exactly once, at the latest at the deadline (plus scheduling noise). After `done` the pool does not use
+the buffer any more: a transfer that misses its deadline is stopped first, then reported. One exception: a transfer that
+a local device has begun cannot be stopped; it is reported when the device answers, or by `close`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FIGURE_MAX = 1e18
 STAT_NAME_CHARACTERS_MAX = 1024
 STAT_ROWS_MAX = 4096
 
-# Bounds of what a node says of itself over the wire (`transport.wire.Stats`); `bounded` brings figures within them.
+# Bounds of the figures that a node reports over the wire (`pool.net.wire.Stats`); `bounded` clips figures to them.
 Amount = Annotated[int, Meta(ge=0, le=AMOUNT_MAX)]
 Figure = Annotated[float, Meta(ge=0.0, le=FIGURE_MAX)]
 StatName = Annotated[str, Meta(max_length=STAT_NAME_CHARACTERS_MAX)]
@@ -31,7 +31,7 @@ StatCounts = Annotated[tuple[tuple[StatName, Amount], ...], Meta(max_length=STAT
 
 
 class PoolError(Exception):
-    """Why a block could not be read or written; `reason` is one of the fixed labels below (used in metrics)."""
+    """A block could not be read or written; `reason` is one of the fixed labels below (used in metrics)."""
 
     REASONS = ("missing", "deadline", "checksum", "mac", "device", "network", "full", "dropped", "layout", "closed")
 
@@ -44,7 +44,7 @@ class PoolError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Where a hit block lies: its size and the links that reading it crosses (`route`), e.g.
+    """Where a block that was found lies: its size and the links that a read of it crosses (`route`), e.g.
     `("memory:0",)`, `("ssd:0",)` for an embedded pool, `("ssd:0@HOST:PORT", "net@HOST:PORT")` for a pool node."""
 
     size_bytes: int
@@ -75,13 +75,16 @@ class MemberStat:
 
 @dataclass(frozen=True, slots=True)
 class PoolStat:
-    """`writes_not_admitted`: writes that were kept from the SSD whose turn it was, because their block was new.
-    `moved_blocks`: blocks that drains took to other members. `tenants`: tag in hex and bytes, the largest first.
-    `over_quota`: those that hold more than their quota, and by how many bytes; "others" in hex is all without a quota
-    of their own. `evictions_by`: of `evictions`, those that were `asked` for, and of those for a new block whose block
-    left: the writer's `own`, that of another one without a quota (`shared`), that of one `over_quota`.
-    `writes_refused`: writes of tenants without a quota by name, where only those with one may write.
-    `losses` and `thread_failures`: by kind, of the whole process (`pool.losses`, `guarded_thread`)."""
+    """State and counters of a pool.
+
+    `writes_not_admitted`: writes that write admission refused for an SSD, because their block was new. `moved_blocks`:
+    blocks that drains moved to other members. `tenants`: (tag in hex, bytes), the largest first. `over_quota`: (tag in
+    hex, bytes over the quota); "others" in hex stands for all tenants without a quota of their own. `evictions_by`:
+    `evictions` by cause: `asked` (by a caller), or for a new block one of the writer's `own` blocks, one of another
+    tenant without a quota (`shared`), or one of a tenant `over_quota`. `writes_refused`: writes of tenants that have no
+    quota by name, where only tenants with a quota may write. `losses` and `thread_failures`: by kind, of the whole
+    process (`pool.losses`, `process.guarded_thread`).
+    """
 
     members: Annotated[tuple[MemberStat, ...], Meta(max_length=STAT_ROWS_MAX)]
     writes_dropped: Amount
@@ -97,13 +100,13 @@ class PoolStat:
     writes_refused: Amount = 0
 
     def bounded(self) -> PoolStat:
-        """The same with every figure within the bounds of a message, so that one absurd figure does not cost the
-        others."""
+        """The same record with every figure clipped to the bounds of a message, so that one absurd figure does not make
+        the whole message invalid."""
         return PoolStat(**{one.name: _bounded(getattr(self, one.name)) for one in fields(self)})
 
 
 def _bounded(value: Any) -> Any:
-    """A figure, a name, or a tuple of them, brought within bounds; 0 for what is no number."""
+    """A figure, a name, or a tuple of them, clipped to the bounds; 0 for NaN."""
     match value:
         case bool():
             return value
@@ -135,7 +138,7 @@ class Lease(Protocol):
 
     @property
     def written_here(self) -> bool:
-        """Whether this process wrote its bytes, or verified them as it asks for: they need no other check."""
+        """Whether this process wrote the bytes, or verified them by its own check: they need no other check."""
 
     def release(self) -> None:
         """Unpin the block; `view` must not be used afterwards."""
@@ -143,7 +146,8 @@ class Lease(Protocol):
 
 Done = Callable[[PoolError | None], None]
 ReadCheck = Callable[[memoryview, int, bytes], PoolError | None]
-"""Judges a block that was read: its bytes, and the checksum and MAC that it was stored with (`pool.mac.check_of`)."""
+"""Verifies a block that was read: takes its bytes, and the checksum and MAC that it was stored with; returns the error,
+or None (`pool.mac.check_of`)."""
 
 
 class Pool(Protocol):
@@ -154,8 +158,8 @@ class Pool(Protocol):
         """Announce the staging memory that reads will target and writes will come from (page-aligned)."""
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
-        """Where each block lies, None for a miss. Counts as a use of the hits. Raises PoolError when the pool
-        cannot be asked within `timeout_s`; the caller goes on without hits."""
+        """Where each block lies, None for a miss. Counts as a use of each block found. Raises PoolError when the pool
+        does not answer within `timeout_s`; the caller then goes on without hits."""
 
     def read(
         self,
@@ -181,20 +185,20 @@ class Pool(Protocol):
 
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         """Store a block. `data` is aligned and padded like `into` of `read`, and must stay unchanged until `done`.
-        Already present: done(None). Bounded and droppable: done(PoolError("dropped" | "full" | ...)). Never raises."""
+        Already present: done(None). A write may be refused: done(PoolError("dropped" | "full" | ...)). Never raises."""
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
-        """Forget blocks (a leased or in-flight one stays); returns how many went."""
+        """Remove blocks; leased ones and those in flight stay. Returns how many were removed."""
 
     def stat(self, timeout_s: float) -> PoolStat:
-        """Members and counters. Raises PoolError when the pool cannot be asked in time."""
+        """Members and counters. Raises PoolError when the pool does not answer in time."""
 
     def close(self, timeout_s: float) -> None:
-        """Stop: reads and writes in flight end as done(PoolError("closed")), durable state is flushed."""
+        """Stop: reads and writes in flight end with done(PoolError("closed")), durable state is flushed."""
 
 
 def check_write(block: NewBlock, data: memoryview) -> PoolError | None:
-    """What is wrong with a block that is about to be written, if anything."""
+    """The error in a block that is about to be written, or None."""
     if len(block.key) != KEY_BYTES or len(block.parent) != KEY_BYTES or block.key == block.parent:
         return PoolError("layout", f"a key and its parent are {KEY_BYTES} bytes each and differ")
     if len(block.tenant) not in (0, TENANT_BYTES):

@@ -1,4 +1,4 @@
-"""The pool as an engine with a pool key sees it: what it writes has a MAC, and it takes nothing without a good one."""
+"""A pool wrapper for engines with a pool key: every write gets a MAC, and a read passes only with a valid MAC."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NO_POOL_KEY = (
     "there is no pool key (pool_key_file): whoever can write to the pool's nodes, slabs or connections decides what KV "
     "this engine computes with"
 )
-WRITES_WAITING_MAX = 1024  # blocks; an engine's window of saves keeps far fewer under way
+WRITES_WAITING_MAX = 1024  # blocks; an engine's window of saves is far smaller
 
 
-class _Judged:
-    """The check of one read, and whether the pool called it: a block that came by a path without a check is refused
-    (MAC-3)."""
+class _CheckedRead:
+    """The check of one read, and whether the pool called it: a block that came by a path that does not call the check
+    is refused (MAC-3)."""
 
     __slots__ = ("_check", "_passed")
 
@@ -43,11 +43,11 @@ class _Judged:
 
 
 class AuthenticatedPool(WrappedPool):
-    """Contract: `pool.api.Pool`. MACs of writes are made on a thread of its own, those of reads verified where the pool
-    behind verifies its blocks."""
+    """Contract: `pool.api.Pool`. MACs of writes are computed on a thread of this class; MACs of reads are verified
+    where the wrapped pool verifies its blocks."""
 
     def __init__(self, inner: Pool, pool_key: PoolKey) -> None:
-        """Takes the pool over."""
+        """Owns `inner` from now on, and closes it."""
         super().__init__(inner)
         self._pool_key = pool_key
         self._writes = GuardedWorker("penstock-mac", WRITES_WAITING_MAX)
@@ -62,15 +62,15 @@ class AuthenticatedPool(WrappedPool):
         done: Done,
         check: ReadCheck | None = None,
     ) -> None:
-        """As `Pool.read`; a `check` replaces this pool's own, for callers that also keep the MAC."""
-        judged = _Judged(check or check_of(self._pool_key, key))
+        """As `Pool.read`; a `check` replaces this pool's own, for callers that also store the MAC."""
+        checked = _CheckedRead(check or check_of(self._pool_key, key))
         super().read(
-            key, size_bytes, into, timeout_s, lambda error: call_done(done, judged.outcome(key, error)), judged
+            key, size_bytes, into, timeout_s, lambda error: call_done(done, checked.outcome(key, error)), checked
         )
 
     def lease(self, key: BlockKey) -> Lease | None:
         """A block that this process wrote is leased without a check; one that was moved into memory from an SSD is
-        verified first. None when it does not pass: `read` then says why."""
+        verified first. None when it does not pass; `read` then reports why."""
         lease = super().lease(key)
         if lease is None or lease.written_here or self._pool_key.verifies(key, lease.view, lease.mac):
             return lease
@@ -78,7 +78,7 @@ class AuthenticatedPool(WrappedPool):
         return None
 
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
-        """Make the block's MAC, then write it; both have to be done within `timeout_s`."""
+        """Compute the block's MAC, then write the block, both within `timeout_s`."""
         until_s = time.monotonic() + timeout_s
 
         def failed(error: Exception) -> None:
@@ -89,7 +89,7 @@ class AuthenticatedPool(WrappedPool):
             error = check_write(block, data)
             left_s = until_s - time.monotonic()
             if error is None and left_s <= 0:
-                error = PoolError("deadline", "the block's turn to be written came too late")
+                error = PoolError("deadline", "the deadline passed before the block's turn to be written")
                 note_error("store", "the pool", error)
             if error is not None:
                 call_done(done, error)
@@ -106,7 +106,7 @@ class AuthenticatedPool(WrappedPool):
         super().write(block, data, timeout_s, done)
 
     def close(self, timeout_s: float) -> None:
-        """End the writes that wait for their MAC, then close the pool behind, within about `timeout_s`."""
+        """End the writes that wait for their MAC, then close the wrapped pool, within about `timeout_s`."""
         until_s = time.monotonic() + timeout_s
         self._writes.close(timeout_s / 2)
         super().close(max(0.1, until_s - time.monotonic()))

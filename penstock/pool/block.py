@@ -1,4 +1,4 @@
-"""A block as the pool keeps it: its names, where it lies, whose it is, and what it is worth."""
+"""A block in the pool: its key, its place, its tenant, and the inputs of its eviction value."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from penstock.core.layout import staging_bytes
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """One block and its extent. `position` is its place in the spread of its prefix over the members, `tenant` whose it
-    is, `rebuild_s` what computing it again takes, `uses` how often it was written or looked up, `mac` what its writer
-    put beside it (`pool.mac`). `written_here`: by this process, since it started."""
+    """One block and its extent. `position`: its number in its prefix, from which its member follows. `tenant`: tag of
+    its owner. `rebuild_s`: seconds to compute it again. `uses`: how often it was written or looked up. `mac`: the MAC
+    that its writer stored with it (`pool.mac`). `written_here`: this process wrote it, since it started."""
 
     key: BlockKey
     parent: BlockKey
@@ -24,7 +24,7 @@ class Block:
     tenant: bytes = b""
     rebuild_s: float = 0.0
     uses: int = 1
-    account: bytes = b""  # which quota its bytes count against
+    account: bytes = b""  # the quota account that is charged with its bytes
     pins: int = 0
     mac: bytes = b""
     written_here: bool = False

@@ -1,5 +1,4 @@
-"""Compares the size of blocks with what members and nodes can hold: once, when both are known, rather than at each
-write."""
+"""Compares the block size with what members and nodes can hold: once, when both are known, not at each write."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ from penstock.pool.api import Pool
 
 
 def expect_blocks(pool: Pool, block_bytes: int) -> list[str]:
-    """Tell a pool how large the blocks are that it will get: one line, which is also logged, for each member or
-    node that cannot hold one. A node that is reached later, or is another one by then, is compared then."""
+    """Announce to a pool the size of the blocks that it will get. Returns, and logs, one line for each member or node
+    that cannot hold such a block. A node that is reached later is checked then."""
     ask = getattr(pool, "expect_blocks", None)
     return list(ask(block_bytes)) if ask is not None else []

@@ -1,4 +1,4 @@
-"""Calls `done` callbacks: never on the caller's thread, never letting an exception out."""
+"""Calls `done` callbacks: not on the caller's thread, and without letting an exception out."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from penstock.process.guarded_thread import GuardedWorker, count_failure
 log = logging.getLogger(__name__)
 
 THREAD = "penstock-pool-callbacks"
-WAITING_MAX = 1 << 18  # calls that ended before any worker saw them; whoever makes them bounds his own below this
+WAITING_MAX = 1 << 18  # calls that ended before a worker took them; every caller has a lower bound of its own
 
 
 def call_done(done: Done, error: PoolError | None) -> None:
-    """Call `done`; an exception in it is logged, counted, and stops nothing."""
+    """Call `done`; an exception in it is logged and counted, and does not propagate."""
     try:
         done(error)
     except Exception:
@@ -24,11 +24,11 @@ def call_done(done: Done, error: PoolError | None) -> None:
 
 
 def callback_worker() -> GuardedWorker:
-    """A thread that calls `done` for calls that ended before any other thread saw them."""
+    """A thread that calls `done` for calls that were refused at once."""
     return GuardedWorker(THREAD, WAITING_MAX)
 
 
 def call_soon(worker: GuardedWorker, done: Done, error: PoolError | None) -> None:
-    """Have the worker call `done(error)`; once it is closed, or when more wait than it takes, call it at once."""
+    """Queue `done(error)` on the worker; when the worker is closed or its queue is full, call it at once."""
     if not worker.put(partial(call_done, done, error), lambda _: call_done(done, error)):
         call_done(done, error)

@@ -1,7 +1,7 @@
 """Losses of the pool and of the cluster in front of it: counted by kind, and logged at a bounded rate.
 
-A loss is a hit, save, load, hand-off or request that failed. A miss is no loss, nor is what ended because its pool was
-closed."""
+A loss is a hit, save, load, hand-off or request that failed. Misses, and operations that ended because their pool was
+closed, are not losses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def losses() -> dict[str, int]:
 
 
 def count_loss(kind: str, by: int = 1) -> None:
-    """Count losses that the caller logs itself. `kind` is one of few names in the code, never text from a peer."""
+    """Count losses that the caller logs itself. `kind` is a name from the code, never text from a peer: kinds are
+    bounded."""
     _counts.add(kind, by)
 
 
@@ -34,6 +35,7 @@ def note_loss(kind: str, where: str, message: str, *args: object) -> None:
 
 
 def note_error(what: str, where: str, error: PoolError | None) -> None:
-    """Note how a `what` ("load", "store", ...) ended at `where`; its kind is `what` and the error's reason."""
+    """Note how an operation `what` ("load", "store", ...) ended at `where`; the kind is made of `what` and the error's
+    reason."""
     if error is not None and error.reason not in _NO_LOSS:
         note_loss(f"{what}_{error.reason}", where, "a %s at %s ended: %s", what, where, error)

@@ -1,16 +1,16 @@
-"""Who wrote a block: a MAC under a pool key, stored beside the block and verified by whoever loads it.
+"""Proof of who wrote a block: a MAC under a pool key, stored beside the block and verified by its readers.
 
-The plain checksum (`pool.checksum`) finds damage, not intent: anybody can make other bytes with a right one, so a MAC
-over the checksum would bind nothing. The MAC is AES-256-GMAC over the block's bytes. GMAC must never be used twice with
-one key and nonce, and one block key may be written with other bytes (another batch rounds otherwise). So each MAC has a
-key of its own: BLAKE2b under the pool key over a fresh random salt of 128 bits and the block key. The salt is stored
-before the tag. A forgery of a block of 1 GiB succeeds with a chance of at most 2^-101 per attempt, and an attempt takes
-a load by somebody who has the key.
+The plain checksum (`pool.checksum`) finds damage, not forgery: anybody can make other bytes with the same checksum, so
+a MAC over the checksum would protect nothing. The MAC is AES-256-GMAC over the block's bytes. GMAC must never be used
+twice with one key and nonce, and one block key may be written with different bytes (another batch composition rounds
+differently). So each MAC has a key of its own: BLAKE2b, keyed with the pool key, over a fresh random salt of 128 bits
+and the block key. The salt is stored before the tag. A forged block of 1 GiB passes with a probability of at most
+2^-101 per attempt, and each attempt needs a load by a process that has the key.
 
-MAC-1  A MAC covers the block's key, its bytes and (GMAC) their length: nothing else passes, neither under another key
-       nor cut short.
-MAC-2  Nodes and members without the key store and send a MAC as it came.
-MAC-3  A process with a key takes no block whose MAC it did not verify, whatever path the block came by.
+MAC-1  Statement: A MAC covers the block's key, its bytes and (by GMAC) their length. A block under another key, or
+       truncated, does not pass.
+MAC-2  Statement: Nodes and members without the pool key store and send a MAC unchanged.
+MAC-3  Statement: A process with a pool key uses no block whose MAC it did not verify, on whatever path it arrived.
 Verification: tests/pool/test_mac.py.
 """
 
@@ -36,7 +36,7 @@ _NONCE = bytes(12)  # each key is used once
 
 
 class PoolKey:
-    """The key of all who may write blocks for each other; never part of a message or of a text."""
+    """The key shared by all engines that may write blocks for each other; never part of a message or of a log."""
 
     def __init__(self, secret: bytes) -> None:
         """Raises ValueError for fewer than KEY_FILE_BYTES_MIN bytes, or more than KEY_FILE_BYTES_MAX."""
@@ -53,8 +53,8 @@ class PoolKey:
 
     @classmethod
     def read(cls, path: Path) -> PoolKey:
-        """The content of a file: all of it where that is KEY_FILE_BYTES_MIN bytes, else without white space around it.
-        Raises ValueError with one line, also for a file that others can read or replace."""
+        """The key in a file: the whole content if that has KEY_FILE_BYTES_MIN bytes, else the content without
+        surrounding white space. Raises ValueError with one line, also for a file that others can read or replace."""
         try:
             content = read_private(path, KEY_FILE_BYTES_MAX + 2)
             return cls(content if len(content) == KEY_FILE_BYTES_MIN else content.strip())
@@ -64,12 +64,13 @@ class PoolKey:
             raise ValueError(f"pool key file {path}: {error}") from None
 
     def fingerprint(self, fingerprint: bytes) -> bytes:
-        """The start of block keys, in the place of `fingerprint` (16 bytes): without this pool key nobody can compute
-        them, and groups with different keys share no block key."""
+        """The root of block keys, instead of `fingerprint` (16 bytes): without this pool key nobody can compute them,
+        and groups with different pool keys have no block key in common."""
         return hashlib.blake2b(fingerprint, digest_size=16, key=self._name_key).digest()
 
     def mac(self, key: BlockKey, data: memoryview) -> bytes:
-        """MAC_BYTES for all of `data` (exactly the block's `size_bytes`), different each time; runs without the GIL."""
+        """The MAC (MAC_BYTES) of all of `data` (exactly the block's `size_bytes`), different each time; runs without
+        the GIL."""
         salt = os.urandom(SALT_BYTES)
         return salt + self._tag(salt, key, data)
 
@@ -84,15 +85,16 @@ class PoolKey:
 
 
 def block_mac(pool_key: PoolKey | None, key: BlockKey, data: memoryview) -> bytes:
-    """What a writer stores beside a block: nothing without a pool key."""
+    """The MAC that a writer stores beside a block; empty without a pool key."""
     return pool_key.mac(key, data) if pool_key is not None else b""
 
 
 def check_block(
     pool_key: PoolKey | None, key: BlockKey, data: memoryview, checksum: int, mac: bytes
 ) -> PoolError | None:
-    """What is wrong with a block's bytes: "checksum", they are damaged; "mac", they are not, but were not written under
-    this pool key. With a pool key a good block takes one pass, that of the MAC."""
+    """The error in a block's bytes, or None. Reason "checksum": they are damaged. Reason "mac": they are whole, but
+    were not written under this pool key. With a pool key a good block costs one pass over its bytes, that of the
+    MAC."""
     if pool_key is not None and pool_key.verifies(key, data, mac):
         return None
     if block_checksum(key, data) != checksum:
@@ -105,5 +107,5 @@ def check_block(
 
 
 def check_of(pool_key: PoolKey | None, key: BlockKey) -> ReadCheck:
-    """`check_block` for one block."""
+    """`check_block` bound to one block key."""
     return partial(check_block, pool_key, key)

@@ -1,4 +1,4 @@
-"""What a pool node needs of the pool it serves, beyond `pool.api`: blocks that the reader at the far end verifies."""
+"""What a pool node needs of the pool it serves, beyond `pool.api`: blocks that the client verifies, not the node."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from penstock.pool.api import Done, Pool, PoolError
 
 
 class StoredBlock(Protocol):
-    """What goes with a block's bytes to who asked for it."""
+    """What is sent to a client with a block's bytes."""
 
     @property
     def key(self) -> BlockKey:
@@ -30,14 +30,14 @@ class OpenedBlock(StoredBlock, Protocol):
 
     @property
     def remote(self) -> bool:
-        """Whether another node has it."""
+        """Whether the block lies on another node."""
 
     @property
     def view(self) -> memoryview | None:
         """The block's bytes in place; None when it must be loaded."""
 
     def load(self, into: memoryview, timeout_s: float, done: Done) -> None:
-        """Copy the block into `into`; who reads it verifies it."""
+        """Copy the block into `into`; the reader verifies it."""
 
     def note_read(self) -> None:
         """Count a block that was read in place."""
@@ -47,28 +47,29 @@ class OpenedBlock(StoredBlock, Protocol):
 
 
 class NodeBackend(Pool, Protocol):
-    """A pool as the node that serves it uses it: with blocks that are read without being verified here."""
+    """A pool as the node that serves it uses it: its blocks can be read without being verified here."""
 
     @property
     def node_id(self) -> bytes:
-        """The id that its members of other nodes know this node by; empty when it has none and any id will do."""
+        """The id by which other nodes, as members of this pool, know this node; empty when it has none and any id will
+        do."""
 
     @property
     def own(self) -> NodeBackend | None:
-        """The members of this node alone: what it answers other nodes from. None when it has none."""
+        """This node's own members only, from which it answers other nodes. None when it has none."""
 
     @property
     def read_bytes_per_s(self) -> float:
-        """The bandwidths that its members' shares go by, added up."""
+        """Sum of the members' read bandwidths, bytes per second; shares of new blocks follow from them."""
 
     @property
     def block_bytes_max(self) -> int:
         """The largest block that any of its members can hold."""
 
     def open_block(self, key: BlockKey, size_bytes: int) -> OpenedBlock | PoolError:
-        """Hold a block of `size_bytes`, or say why it cannot be read."""
+        """Pin a block of `size_bytes`, or return why it cannot be read."""
 
     def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
-        """A reader says that the block with this checksum and MAC came damaged, or (`refused`) that it is whole, but
-        was not written by who may. The reader's word alone drops nothing: damage is looked for here, and what is
-        refused stays until it is written anew."""
+        """A reader reports that the block with this checksum and MAC arrived damaged, or (`refused`) that it is whole,
+        but its MAC is not valid. The report alone drops nothing: damage is verified here, and a refused block stays
+        until it is written again."""

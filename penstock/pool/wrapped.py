@@ -1,4 +1,4 @@
-"""A pool behind which another one does the work: what a wrapper does not change, it hands through."""
+"""Base class of pool wrappers: every call that a wrapper does not change goes to the wrapped pool."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from penstock.pool.block_size import expect_blocks
 
 
 class WrappedPool:
-    """Contract: `pool.api.Pool`. Closes the pool behind it."""
+    """Contract: `pool.api.Pool`. Owns the wrapped pool, and closes it."""
 
     def __init__(self, inner: Pool) -> None:
         self._inner = inner
 
     @property
     def up(self) -> bool:
-        """Whether the pool behind can be reached."""
+        """Whether the wrapped pool can be reached."""
         return bool(getattr(self._inner, "up", True))
 
     def expect_blocks(self, block_bytes: int) -> list[str]:
@@ -26,11 +26,11 @@ class WrappedPool:
         return expect_blocks(self._inner, block_bytes)
 
     def register(self, buffer: memoryview) -> None:
-        """Announce staging memory to the pool behind."""
+        """Announce staging memory to the wrapped pool."""
         self._inner.register(buffer)
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
-        """Look blocks up in the pool behind."""
+        """Look blocks up in the wrapped pool."""
         return self._inner.lookup(keys, timeout_s)
 
     def read(
@@ -42,29 +42,29 @@ class WrappedPool:
         done: Done,
         check: ReadCheck | None = None,
     ) -> None:
-        """Read a block from the pool behind."""
+        """Read a block from the wrapped pool."""
         self._inner.read(key, size_bytes, into, timeout_s, done, check)
 
     def lease(self, key: BlockKey) -> Lease | None:
-        """Pin a block of the pool behind."""
+        """Pin a block of the wrapped pool."""
         return self._inner.lease(key)
 
     def host_buffers(self) -> list[memoryview]:
-        """Buffers of the pool behind."""
+        """Buffers of the wrapped pool."""
         return self._inner.host_buffers()
 
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
-        """Write a block to the pool behind."""
+        """Write a block to the wrapped pool."""
         self._inner.write(block, data, timeout_s, done)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
-        """Drop blocks of the pool behind; how many were dropped."""
+        """Drop blocks of the wrapped pool; how many were dropped."""
         return self._inner.evict(keys)
 
     def stat(self, timeout_s: float) -> PoolStat:
-        """State of the pool behind."""
+        """State of the wrapped pool."""
         return self._inner.stat(timeout_s)
 
     def close(self, timeout_s: float) -> None:
-        """Close the pool behind."""
+        """Close the wrapped pool."""
         self._inner.close(timeout_s)

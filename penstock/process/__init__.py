@@ -1,1 +1,1 @@
-"""What every process needs: guarded threads, children, file limits, logs of what is lost."""
+"""Parts of every process: guarded threads, child processes, file limits, logs of losses."""

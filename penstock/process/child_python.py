@@ -1,7 +1,8 @@
-"""How Python processes are started: with modules that are installed, never those of the folder one happens to be in.
+"""Starts Python processes that import installed modules only, never modules of the working directory.
 
-`python -m` and `python -c` put the working directory before everything else, so that a file `xxhash.py` beside the
-configuration would be executed. Verification: tests/process/test_child_python.py.
+CHILD-1  Statement: No module is imported from the working directory. Fault: `python -m` and `python -c` search the
+         working directory first, so that a file `xxhash.py` beside the configuration was executed.
+Verification: tests/process/test_child_python.py.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ def python_command(*arguments: str) -> list[str]:
 
 
 def child_environment() -> dict[str, str]:
-    """This process's environment, in which the children's own children are started so too. An empty entry of PYTHONPATH
-    (as `PYTHONPATH=$PYTHONPATH:/x` makes) names the working directory, and is left out."""
+    """This process's environment, changed so that grandchildren are started the same way. An empty entry of PYTHONPATH
+    (as made by `PYTHONPATH=$PYTHONPATH:/x`) means the working directory, and is removed."""
     found = dict(os.environ)
     paths = [one for one in found.pop("PYTHONPATH", "").split(os.pathsep) if one]
     if paths:

@@ -1,4 +1,4 @@
-"""How many files and sockets this process may have open: the soft limit raised to the hard one, and read."""
+"""The limit of open files and sockets of this process: raises the soft limit to the hard one, and reads it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import resource
 
 log = logging.getLogger(__name__)
 
-UNLIMITED_FILES = 2**20  # what "unlimited" counts as: Linux' own default for fs.nr_open
+UNLIMITED_FILES = 2**20  # value for "unlimited": Linux' default of fs.nr_open
 
 
 def raise_file_limit() -> int:
-    """Let this process have as many files open as its hard limit allows; returns how many that is. Where it cannot be
-    raised, a line in the log says so and the soft limit is returned. May be called more than once."""
+    """Raise the soft limit of open files to the hard limit; returns it. When that fails, it is logged and the soft
+    limit is returned. May be called more than once."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
@@ -23,12 +23,12 @@ def raise_file_limit() -> int:
 
 
 def file_limit() -> int:
-    """How many files this process may have open."""
+    """The soft limit of open files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return UNLIMITED_FILES if soft == resource.RLIM_INFINITY else min(soft, UNLIMITED_FILES)
 
 
 def connections_within(files: int, files_apart: int) -> int:
-    """How many connections a process that may have `files` files open can serve: all but `files_apart`, which it needs
-    for other things, but at least half of them."""
+    """Connections that a process with a limit of `files` open files can serve: all except `files_apart`, which it needs
+    for other purposes, but at least half of them."""
     return max(files // 2, files - files_apart, 1)

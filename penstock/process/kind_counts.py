@@ -1,15 +1,15 @@
-"""Counts by kind for the whole process: any thread may add, and the number of kinds is bounded."""
+"""Counters by kind for the whole process: any thread may add, and the number of kinds is bounded."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
 
-KINDS_MAX = 64  # further ones are counted as "other"
+KINDS_MAX = 64  # further kinds are counted as "other"
 
 
 class KindCounts:
-    """How often each kind was counted. A kind is one of few names in the code, never what a peer sent."""
+    """One counter per kind. A kind is a name in the code, never text from a peer: kinds are bounded."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""One record, one line of the log: what a peer says of itself or of an error can neither forge lines nor fill it."""
+"""Each log record is one line: text from a peer can neither forge further lines nor flood the log."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ _CONTROL |= {number: f"\\u{number:04x}" for number in (0x2028, 0x2029, *range(0x
 
 
 def printable(text: str, most: int = MESSAGE_CHARACTERS_MAX) -> str:
-    """At most so many characters of a text, control characters escaped: those that begin lines, move a terminal's
-    cursor, or turn the direction of writing."""
+    """A text cut to `most` characters, with control characters escaped: those that begin lines, move a terminal's
+    cursor, or change the writing direction."""
     cut = text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
     return cut.translate(_CONTROL)
 
 
 class OneLineFormatter(logging.Formatter):
-    """The message of a record as `printable`; a traceback behind it keeps its lines."""
+    """Formats a record's message as `printable`; a traceback after it may have several lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The record's line, with its message made printable."""
+        """The record's line, with a printable message."""
         record.message = printable(record.message)
         return super().formatMessage(record)
 
 
 def log_to_stderr(level: str) -> None:
-    """The root logger, unless it has a handler already."""
+    """Set up the root logger to write to stderr, unless it has a handler already."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLineFormatter(FORMAT))
     logging.basicConfig(level=level, handlers=[handler])

@@ -1,4 +1,4 @@
-"""A line of the log for each count of losses that has grown: counts that others keep, such as a scheduler core."""
+"""Logs a line for each loss counter that has grown; the counters belong to others, such as a scheduler core."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from penstock.process.rate_limited_log import RateLimitedLog
 
 
 class LossLog:
-    """Threading: one thread at a time."""
+    """Watches loss counters. Threading: one thread at a time."""
 
     def __init__(self, log: logging.Logger, texts: Mapping[str, str], prefix: str = "") -> None:
-        """`texts`: by the name of each count that means a loss, what was lost and why. `prefix` begins each line."""
+        """`texts`: name of a loss counter -> what was lost and why. `prefix` begins each line."""
         self._rare = RateLimitedLog(log)
         self._texts = texts
         self._prefix = prefix
         self._logged = dict.fromkeys(texts, 0)
 
     def look(self, counts: Mapping[str, int]) -> None:
-        """Log which counts have grown since the last call, with how many it is in all, each at a bounded rate."""
+        """Log the counters that have grown since the last call, with their totals, each at a bounded rate."""
         for name, text in self._texts.items():
             count = counts.get(name, 0)
             if count > self._logged[name]:

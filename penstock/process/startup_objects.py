@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept from stopping a process that serves."""
+"""Stops Python's garbage collector from pausing a serving process for long."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import gc
 
 
 def freeze_startup_objects() -> None:
-    """To be called when all that lives as long as the process is there: modules, model, engine. A full collection
-    looks at all of it (0.1 s with torch and transformers), and nothing is served meanwhile; from now on it looks at
-    newer objects only."""
+    """Exclude all present objects from collections; to be called once the long-lived ones (modules, model, engine)
+    exist. A full collection scans all objects (0.1 s with torch and transformers) while nothing is served; from now on
+    it scans newer objects only."""
     gc.collect()
     gc.freeze()

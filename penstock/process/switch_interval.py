@@ -1,4 +1,4 @@
-"""How long a thread may hold Python's interpreter while another one waits for it."""
+"""Sets how long a thread may hold Python's interpreter lock while another one waits for it."""
 
 from __future__ import annotations
 
@@ -8,5 +8,6 @@ SWITCH_INTERVAL_S = 5e-4
 
 
 def switch_often() -> None:
-    """In a process whose threads serve others: one that computes, or renders, holds the rest up no longer."""
+    """Shorten the switch interval, so that a thread that computes or renders delays the threads that serve clients
+    less."""
     sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))

@@ -20,19 +20,14 @@ class TooMuchWork(Exception):
 
 
 class WorkThreads:
-    """`threads` guarded workers; work goes to the least loaded one. `run` is called on one event loop."""
+    """`threads` threads that share one queue. `run` is called on one event loop."""
 
     def __init__(self, name: str, threads: int, waiting_max: int) -> None:
-        """`waiting_max`: limit of queued and running work items over all threads."""
-        self._workers = [GuardedWorker(f"penstock-{name}-{number}", waiting_max) for number in range(threads)]
+        """`waiting_max`: limit of queued and running work items."""
+        self._worker = GuardedWorker(f"penstock-{name}", waiting_max, threads=threads)
         self._name = name
-        self._open = [0] * threads  # by thread: work items that have not ended
+        self.open = 0  # queued and running work items
         self._waiting_max = waiting_max
-
-    @property
-    def open(self) -> int:
-        """Number of queued and running work items."""
-        return sum(self._open)
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run it on a thread. Raises its exception, or TooMuchWork."""
@@ -43,10 +38,9 @@ class WorkThreads:
             raise TooMuchWork
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        thread = min(range(len(self._workers)), key=self._open.__getitem__)
 
         def ended(result: T | None, error: Exception | None) -> None:
-            self._open[thread] -= 1
+            self.open -= 1
             if future.done():  # cancelled by the awaiting coroutine
                 return
             if error is not None:
@@ -65,12 +59,11 @@ class WorkThreads:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(ended, result, error)
 
-        if not self._workers[thread].put(on_thread):
+        if not self._worker.put(on_thread):
             raise TooMuchWork
-        self._open[thread] += 1
+        self.open += 1
         return await future
 
     def stop(self) -> None:
         """End the threads after their queued work, without waiting for them."""
-        for worker in self._workers:
-            worker.stop()
+        self._worker.stop()

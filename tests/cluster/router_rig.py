@@ -51,9 +51,9 @@ class _Part:
 
 
 class CountingHost:
-    """Behaves as `cluster.host.EngineHost` does towards the agent. Generates a token per part and step; steps follow
-    each other at once, or stop after `hold_after` tokens of a part until `release`. A decode part begins when the
-    prefill part at one of `peers` has handed over."""
+    """Behaves as `cluster.engine.host.EngineHost` does towards its registration. Generates a token per part and step;
+    steps follow each other at once, or stop after `hold_after` tokens of a part until `release`. A decode part begins
+    when the prefill part at one of `peers` has handed over."""
 
     def __init__(self, hold_after: int | None = None, relay_address: str = "") -> None:
         self.relay_address = relay_address

@@ -110,7 +110,7 @@ def test_a_node_that_cannot_have_its_memory_is_refused_in_one_line() -> None:
 
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, preexec_fn=little)
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1, ended.stderr
-    assert "cannot be had" in ended.stderr
+    assert "cannot be allocated" in ended.stderr
 
 
 _FAIL = """

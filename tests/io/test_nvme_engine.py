@@ -206,7 +206,7 @@ except PermissionError as error:
     said.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
     for node in (path, block_device("lba512")):
         node.chmod(0o600)
-    assert "needs root" in said[0] and "hold its block device" in said[1] and "needs root" in said[2], said
+    assert "needs root" in said[0] and "lock its block device" in said[1] and "needs root" in said[2], said
 
 
 def test_an_address_beyond_the_namespace_is_an_error_in_words() -> None:

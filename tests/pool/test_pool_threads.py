@@ -216,14 +216,14 @@ def test_a_union_goes_on_looking_after_its_children(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(children, "LOOK_EVERY_S", 0.01)
     union = UnionPool(open_local_pool([MIB], [], weights=[1e9]), [])
     looked = threading.Event()
-    real = Children._look  # noqa: SLF001 (a fault is put in here)
+    real = Children._update  # noqa: SLF001 (a fault is put in here)
 
     def look(self: Children) -> None:
         real(self)
         looked.set()
 
     before = thread_failures().get("penstock-union", 0)
-    monkeypatch.setattr(Children, "_look", once(look, 2))
+    monkeypatch.setattr(Children, "_update", once(look, 2))
     assert looked.wait(WAIT_S) and thread_failures()["penstock-union"] == before + 2
     union.close(5.0)
 

@@ -78,6 +78,48 @@ def test_a_worker_is_bounded_and_what_never_ran_is_told() -> None:
     worker.join(WAIT_S)
 
 
+def test_threads_of_one_worker_share_its_queue_and_end_together() -> None:
+    before = thread_failures().get("test-shared", 0)
+    worker = GuardedWorker("test-shared", 4, threads=2)
+    both, go_on = threading.Barrier(3), threading.Event()
+    failures: list[Exception] = []
+    names: list[str] = []
+
+    def hold() -> None:
+        names.append(threading.current_thread().name)
+        assert worker.is_current
+        both.wait(WAIT_S)
+        go_on.wait(WAIT_S)
+
+    assert worker.put(hold) and worker.put(hold)
+    both.wait(WAIT_S)  # each thread runs one piece at the same time as the other
+    assert sorted(names) == ["test-shared-0", "test-shared-1"] and not worker.is_current
+    assert all(worker.put(raises, failures.append) for _ in range(4))
+    assert not worker.put(raises, failures.append) and worker.waiting == 4
+    go_on.set()
+    worker.close(WAIT_S)
+    assert not worker.alive and not worker.waiting
+    assert [str(error) for error in failures] == ["as planned"] * 4
+    assert thread_failures()["test-shared"] == before + 4
+
+
+def test_a_worker_whose_second_thread_cannot_start_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[GuardedThread] = []
+    real = GuardedThread.start
+
+    def start(self: GuardedThread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        real(self)
+        started.append(self)
+
+    monkeypatch.setattr(GuardedThread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        GuardedWorker("test-half", 4, threads=2)
+    started[0].join(WAIT_S)
+    assert not started[0].alive
+
+
 def test_a_log_tells_once_and_counts_the_rest(caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
     log = RateLimitedLog(logging.getLogger("test"), 10.0, lambda: now[0])

@@ -1,1 +1,1 @@
-"""cluster.toml to running processes: by a supervisor, on Ray, with the settings of the network."""
+"""From cluster.toml to running processes: with a supervisor or on Ray; and network settings for a cluster."""

@@ -16,9 +16,9 @@ from penstock.toml_file import read_toml
 Kind = Literal["pool", "router", "engine"]
 ENGINES_MAX = 4096
 DEFAULT_SECRET = "secret"  # noqa: S105 (the name of a file)
-NODE_IP = "{node_ip}"  # in a value: the address of the machine that the process is placed on
+NODE_IP = "{node_ip}"  # in a value: replaced by the address of the host on which the process runs
 
-# The lines by which processes say where they listen; the last group is the one others connect to.
+# The lines with which processes report where they listen; others connect to the last group.
 READY: dict[Kind, str] = {
     "pool": r"pool node .* ready on ([\w.\-\[\]:]+:\d+):",
     "router": r"listening on (http://[\w.\-\[\]:]+:\d+), engines on ([\w.\-\[\]:]+:\d+)",
@@ -28,9 +28,9 @@ READY: dict[Kind, str] = {
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """One process. `flags` are those of its command; a list gives the flag several times. `listen_flag` is the one that
-    a port 0 is replaced in after the first start, so that the process comes back where it was. `needs`: the address of
-    these goes into `flags` under that name. `ray` are options of its actor."""
+    """One process. `flags` of its command; a list repeats the flag. `listen_flag`: the flag in which port 0 is replaced
+    by the real port after the first start, so that the process restarts at the same address. `ray`: options of its
+    actor."""
 
     name: str
     kind: Kind
@@ -68,8 +68,8 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """`processes` in the order of their start. `secret_file` is None where certificates are enough. `fabric` is what
-    `penstock fabric` reads."""
+    """`processes` in start order. `secret_file` is None when certificates are used without a secret. `fabric`: the
+    table that `penstock fabric` reads."""
 
     file: Path
     secret_file: Path | None
@@ -77,7 +77,7 @@ class ClusterConfig:
     fabric: Mapping[str, Any]
 
     def of(self, kind: Kind) -> list[ProcessSpec]:
-        """The processes of one kind, in the order of their start."""
+        """The processes of one kind, in start order."""
         return [process for process in self.processes if process.kind == kind]
 
 
@@ -117,7 +117,7 @@ def _cluster(raw: _File, file: Path) -> ClusterConfig:
 
 
 def _proof(raw: _File, folder: Path) -> dict[str, Path]:
-    """The flags by which all processes prove themselves to each other: certificates, a secret, or both. Raises
+    """The flags with which all processes authenticate each other: certificates, a secret, or both. Raises
     ConfigError."""
     tls = {"peer_tls_cert": raw.peer_tls_cert, "peer_tls_key": raw.peer_tls_key, "peer_tls_ca": raw.peer_tls_ca}
     proof = {name: folder / given for name, given in tls.items() if given}
@@ -187,7 +187,7 @@ def _engines(
 
 
 def _split(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Flags, and options for Ray."""
+    """Split a table into flags and options for Ray."""
     given = {_name(key): value for key, value in raw.items()}
     ray = given.pop("ray", {})
     if not isinstance(ray, dict):

@@ -1,7 +1,7 @@
-"""Settings of the network for a cluster: InfiniBand virtual lanes, RoCE priorities, or queues of hosts for plain TCP.
+"""Network settings for a cluster: InfiniBand virtual lanes, RoCE priorities, or host queues for plain TCP.
 
 DualPath, section on traffic: decode hand-off, tokens and collectives on high-priority lanes (about 99 % by weighted
-round robin), bulk KV on a low one. Everything here is text for an administrator; nothing is applied.
+round robin), bulk KV on a low-priority one. The output is text for an administrator; nothing is applied.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ URGENT_PRIO, BULK_PRIO = 3, 1  # of RoCE
 LOSSLESS_PRIOS = (0, 1, 2, 3)
 GBIT = 1e9 / 8
 
-# DualPath's: lane 2 (bulk KV) is not in the high-priority table; in the low one it has a third of a lane's weight.
+# DualPath: lane 2 (bulk KV) is not in the high-priority table; in the low one it has a third of a lane's weight.
 OPENSM = """\
 qos TRUE
 qos_max_vls 4
@@ -57,7 +57,7 @@ class Fabric(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Text for one place: a heading that says where it goes, and lines."""
+    """Settings for one place: a heading that names the place, and lines."""
 
     where: str
     lines: tuple[str, ...]
@@ -77,7 +77,7 @@ def read_fabric(raw: Mapping[str, Any]) -> Fabric:
 
 
 def sections(fabric: Fabric, prefill_nodes: int, decode_nodes: int) -> list[Section]:
-    """What to set where. The numbers of nodes are those of the cluster, unless `[fabric]` names others."""
+    """All settings, by place. Host counts are those of the cluster, unless `[fabric]` sets others."""
     found = [_bounds(fabric, fabric.prefill_nodes or prefill_nodes, fabric.decode_nodes or decode_nodes)]
     if fabric.kind == "infiniband":
         found += _infiniband(fabric)
@@ -157,7 +157,7 @@ def _roce(fabric: Fabric) -> list[Section]:
 
 
 def _tcp(fabric: Fabric) -> list[Section]:
-    """Penstock marks its sockets (DSCP and SO_PRIORITY) itself; hosts and switches have to heed it."""
+    """Penstock marks its sockets (DSCP and SO_PRIORITY) itself; hosts and switches must be set up to use the marks."""
     switch = (
         f"DSCP {URGENT_DSCP}: strict priority (expedited forwarding)",
         f"DSCP {BULK_DSCP}: below best effort (class selector 1)",

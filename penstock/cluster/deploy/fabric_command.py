@@ -1,4 +1,4 @@
-"""`penstock fabric`: prints the network's settings for a cluster."""
+"""`penstock fabric`: prints the network settings for a cluster."""
 
 from __future__ import annotations
 

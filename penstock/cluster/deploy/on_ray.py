@@ -1,7 +1,7 @@
 """`penstock up --on ray`: each process of a cluster under a Ray core actor, which Ray places and starts again.
 
-An actor starts its process again when that dies; Ray starts an actor again, on another machine where it must, when the
-actor or its machine dies. Only command lines, addresses and lines of output go through Ray; tokens and KV never do.
+An actor restarts its process when that dies; Ray restarts an actor, if needed on another host, when the actor or its
+host dies. Only command lines, addresses and output lines go through Ray, never tokens or KV.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ rare = RateLimitedLog(log)
 WATCH_S = 0.5
 CALL_S = 30.0
 STOP_S = 20.0
-RAY_GONE_S = 300.0  # a Ray that cannot be asked for so long does not come back
-LINES_MAX = 200  # of one process between two looks at it
+RAY_GONE_S = 300.0  # after so long without an answer, Ray counts as lost
+LINES_MAX = 200  # of output of one process between two calls of `watch`
 
 
 class ProcessActor:
-    """One process, on the machine that Ray chose. Ray calls everything on one thread."""
+    """One process, on the host that Ray chose. Ray calls all methods on one thread."""
 
     def __init__(self, spec: ProcessSpec, addresses: Mapping[str, list[str]]) -> None:
         self._spec = spec
@@ -39,7 +39,7 @@ class ProcessActor:
         self.start(addresses)
 
     def start(self, addresses: Mapping[str, list[str]]) -> None:
-        """Begin, or begin again with other addresses."""
+        """Start the process, or restart it with other addresses."""
         import ray
 
         self._child.stop(STOP_S)
@@ -47,8 +47,8 @@ class ProcessActor:
         self._child.start([word.replace(NODE_IP, ip) for word in self._spec.command(addresses)])
 
     def watch(self) -> tuple[bool, tuple[str, ...], int, int, list[str]]:
-        """Start a dead process again. Whether it is ready, its addresses, its pid, how often it was started again, and
-        its lines since the last look."""
+        """Restart a dead process. Returns whether it is ready, its addresses, its pid, how often it was restarted, and
+        its output lines since the last call."""
         child = self._child
         child.watch(time.monotonic())
         if child.ready.is_set():
@@ -62,7 +62,7 @@ class ProcessActor:
 
 
 class _Known:
-    """What the last look at an actor's process showed."""
+    """The last known state of an actor's process."""
 
     def __init__(self, spec: ProcessSpec) -> None:
         self.spec = spec
@@ -74,9 +74,9 @@ class _Known:
 
 
 class RaySupervisor:
-    """As `supervisor.Supervisor`, with actors for processes. Everything but `stopping.set()` on one thread."""
+    """As `supervisor.Supervisor`, with actors as processes. All calls, except `stopping.set()`, on one thread."""
 
-    def __init__(self, processes: Sequence[ProcessSpec], told: Callable[[str, str], None], address: str) -> None:
+    def __init__(self, processes: Sequence[ProcessSpec], on_line: Callable[[str, str], None], address: str) -> None:
         """Raises ConfigError with one line when there is no Ray, or no cluster at that address."""
         try:
             import ray
@@ -85,24 +85,24 @@ class RaySupervisor:
         self._ray = ray
         try:
             if not ray.is_initialized():
-                with contextlib.chdir("/"):  # Ray makes its workers import modules from this process's folder first
+                with contextlib.chdir("/"):  # Ray's workers import modules from this process's folder first
                     ray.init(address=address, log_to_driver=False, configure_logging=False)
-        except Exception as error:  # noqa: BLE001 (what Ray raises here is of many kinds)
+        except Exception as error:  # noqa: BLE001 (Ray raises exceptions of many types here)
             why = " ".join(str(error).split())[:300]
             raise ConfigError(f"no Ray cluster at {address!r}: {why}") from None
         self.known = {spec.name: _Known(spec) for spec in processes}
         self.stopping = threading.Event()
-        self._told = told
+        self._on_line = on_line
         self._given: dict[str, list[str]] = {}
 
     @property
     def url(self) -> str:
-        """Of the router's API."""
+        """URL of the router's API."""
         return next(one.addresses[0] for one in self.known.values() if one.spec.kind == "router")
 
     def start(self, ready_s: float) -> None:
-        """Pools, then the router, then all engines at once; until they are ready, or `stopping` is set. Raises
-        StartFailed; everything has ended then."""
+        """Start pools, then the router, then all engines at once; returns when they are ready, or `stopping` is set.
+        Raises StartFailed; all processes have ended then."""
         end_s = time.monotonic() + ready_s
         try:
             for kind in ("pool", "router", "engine"):
@@ -132,7 +132,7 @@ class RaySupervisor:
             raise StartFailed(f"{spec.name}: ray: {' '.join(str(error).split())[:300]}") from None
 
     def _look(self, group: Sequence[_Known]) -> None:
-        """Ask all actors how their processes are; those that Ray is starting again do not answer."""
+        """Ask all actors for the state of their processes; actors that Ray is restarting do not answer."""
         asked = {one.actor.watch.remote(): one for one in group if one.actor is not None}
         done, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=2.0) if asked else ([], [])
         for answer in done:
@@ -141,15 +141,15 @@ class RaySupervisor:
                 one.ready, addresses, one.pid, one.restarts, lines = self._ray.get(answer, timeout=CALL_S)
             except self._ray.exceptions.RayError as error:
                 if one.ready:
-                    self._told(one.spec.name, f"its actor is gone, Ray starts it again: {type(error).__name__}")
+                    self._on_line(one.spec.name, f"its actor is gone, Ray starts it again: {type(error).__name__}")
                 one.ready = False
                 continue
             one.addresses = tuple(addresses) or one.addresses
             for line in lines:
-                self._told(one.spec.name, line)
+                self._on_line(one.spec.name, line)
 
     def _addresses(self) -> dict[str, list[str]]:
-        """What engines are told: the router, and all pools."""
+        """The addresses that engines get: of the router and of all pools."""
         found: dict[str, list[str]] = {}
         for one in self.known.values():
             if one.addresses and one.spec.kind in ("pool", "router"):
@@ -157,33 +157,33 @@ class RaySupervisor:
         return found
 
     def run(self) -> None:
-        """Until `stopping` is set: processes and actors are started again, engines follow a router that moved. Raises
-        StartFailed when Ray cannot be asked any more."""
+        """Watch until `stopping` is set: restart processes and actors, and engines whose router moved. Raises
+        StartFailed when Ray does not answer any more."""
         asked_s = time.monotonic()
         while not self.stopping.wait(WATCH_S):
             try:
                 self.watch()
                 asked_s = time.monotonic()
-            except Exception as error:  # noqa: BLE001 (of many kinds; Ray may answer again)
-                rare.exception("watch", "the actors could not be looked at: %r", error)
+            except Exception as error:  # noqa: BLE001 (of many types; Ray may answer again)
+                rare.exception("watch", "the state of the actors could not be read: %r", error)
                 if time.monotonic() - asked_s > RAY_GONE_S:
                     raise StartFailed(f"Ray could not be asked for {RAY_GONE_S:g} s: {error!r}") from None
 
     def watch(self) -> None:
-        """Look at all actors once, and start again what died or must follow an address that moved."""
+        """Check all actors once; restart processes that died, or that use an address that changed."""
         self._look(list(self.known.values()))
         addresses = self._addresses()
         if addresses != self._given:
             self._given = addresses
             for one in self.known.values():
                 if one.spec.kind == "engine":
-                    self._told(one.spec.name, "a pool or the router has moved: it begins again")
+                    self._on_line(one.spec.name, "a pool or the router has moved: it begins again")
                     one.ready = False
                     if one.actor is not None:
                         one.actor.start.remote(addresses)
 
     def stop(self) -> None:
-        """The router first, then engines, then pools."""
+        """End the router first, then engines, then pools."""
         self.stopping.set()
         for kind in ("router", "engine", "pool"):
             group = [one for one in self.known.values() if one.spec.kind == kind and one.actor is not None]
@@ -191,11 +191,11 @@ class RaySupervisor:
                 ended = [one.actor.stop.remote() for one in group]
                 if ended:
                     self._ray.wait(ended, num_returns=len(ended), timeout=STOP_S + 10.0)
-            except Exception as error:  # noqa: BLE001 (the others are to end too)
+            except Exception as error:  # noqa: BLE001 (the others must end too)
                 log.error("%s processes could not be asked to end: %r", kind, error)
             for one in group:
                 try:
                     self._ray.kill(one.actor, no_restart=True)
-                except Exception as error:  # noqa: BLE001 (the other actors are to end too)
+                except Exception as error:  # noqa: BLE001 (the other actors must end too)
                     log.error("the actor of %s could not be ended: %r", one.spec.name, error)
                 one.actor = None

@@ -1,4 +1,4 @@
-"""Processes of this machine: started in order, awaited until ready, started again when they die, ended in order."""
+"""Processes of this host: started in order, awaited until ready, restarted when they die, ended in order."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ rare = RateLimitedLog(log)
 READY_S = 300.0
 STOP_S = 30.0
 POLL_S = 0.05
-PAUSES_S = (0.5, 30.0)  # before a dead process is started again, doubling
-STEADY_S = 30.0  # one that lived so long begins with the shortest pause again
+PAUSES_S = (0.5, 30.0)  # before a dead process is restarted, doubling
+STEADY_S = 30.0  # after so long without an end, pauses start from the shortest again
 LINES_KEPT = 40
-LINE_CHARACTERS_MAX = 65_536  # a longer one comes in pieces
+LINE_CHARACTERS_MAX = 65_536  # a longer line is split
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _ENDING_ORDER: tuple[Kind, ...] = ("router", "engine", "pool")
 
 
 class StartFailed(RuntimeError):
-    """A process did not get ready; the message has its last line."""
+    """A process did not become ready; the message has its last output line."""
 
 
 def _die_with_parent() -> None:
@@ -45,15 +45,16 @@ def _die_with_parent() -> None:
 
 
 class Child:
-    """One process, and what it said last. Started, and started again, on the caller's thread: it dies with that."""
+    """One process, and its last output line. Starts and restarts happen on the caller's thread: the process dies with
+    that thread."""
 
-    def __init__(self, spec: ProcessSpec, told: Callable[[str, str], None]) -> None:
+    def __init__(self, spec: ProcessSpec, on_line: Callable[[str, str], None]) -> None:
         self.spec = spec
         self.restarts = 0
         self.addresses: tuple[str, ...] = ()
         self.ready = threading.Event()
         self.pid = 0
-        self._told = told
+        self._on_line = on_line
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
         self._process: subprocess.Popen[str] | None = None
         self._command: list[str] = []
@@ -63,7 +64,7 @@ class Child:
 
     @property
     def address(self) -> str:
-        """What others connect to; empty before the process was ready once."""
+        """The address for clients; empty before the process was ready once."""
         return self.addresses[-1] if self.addresses else ""
 
     def start(self, command: Sequence[str]) -> None:
@@ -92,7 +93,7 @@ class Child:
             GuardedThread(f"output-{self.spec.name}", partial(self._read, stream), kind="output", restarts=True).start()
 
     def _read(self, stream: IO[str]) -> None:
-        """Until the process closes it: a process whose output nobody reads would block."""
+        """Read until the process closes the stream: a process whose output is not read would block."""
         while line := stream.readline(LINE_CHARACTERS_MAX):
             line = line.rstrip("\n")
             self._lines.append(line)
@@ -104,19 +105,19 @@ class Child:
 
     def _say(self, line: str) -> None:
         try:
-            self._told(self.spec.name, line)
-        except Exception as error:  # noqa: BLE001 (nobody listens; the process goes on)
+            self._on_line(self.spec.name, line)
+        except Exception as error:  # noqa: BLE001 (the output is lost; the process goes on)
             rare.warning("output", "a line of %s could not be printed: %r", self.spec.name, error)
 
     def await_ready(self, timeout_s: float, stopping: threading.Event) -> None:
-        """Until it is ready, or `stopping` is set. Raises StartFailed."""
+        """Wait until the process is ready, or `stopping` is set. Raises StartFailed."""
         end_s = time.monotonic() + timeout_s
         while not self.ready.wait(POLL_S):
             if stopping.is_set():
                 return
             assert self._process is not None
             if self._process.poll() is not None:
-                time.sleep(POLL_S)  # its last words
+                time.sleep(POLL_S)  # for its last output
                 last = self._lines[-1] if self._lines else "it said nothing"
                 raise StartFailed(f"{self.spec.name} ended with status {self._process.returncode}: {last}")
             if time.monotonic() > end_s:
@@ -124,7 +125,7 @@ class Child:
         self.keep_port()
 
     def keep_port(self) -> None:
-        """It comes back where others know it."""
+        """Make a restart use the same port, which others know."""
         flag = self.spec.listen_flag
         if flag is not None and self.address:
             words, option = self._command, "--" + flag.replace("_", "-")
@@ -132,7 +133,7 @@ class Child:
                 words[words.index(option) + 1] = self.address
 
     def watch(self, now: float) -> None:
-        """Start a dead process again, after a pause."""
+        """Restart a dead process, after a pause."""
         process = self._process
         if process is None or process.poll() is None:
             return
@@ -142,7 +143,7 @@ class Child:
         elif now >= self._again_s:
             try:
                 self._start()
-            except OSError as error:  # no memory or no process to be had now
+            except OSError as error:  # no memory, or too many processes, at present
                 self._pause(now, f"cannot be started: {error}")
             else:
                 self.restarts += 1
@@ -158,7 +159,7 @@ class Child:
             self._process.terminate()
 
     def stop(self, timeout_s: float) -> None:
-        """SIGTERM, then SIGKILL to its whole group."""
+        """Send SIGTERM, then SIGKILL to the whole process group."""
         process = self._process
         if process is None:
             return
@@ -173,21 +174,21 @@ class Child:
 
 
 class Supervisor:
-    """All processes of a cluster on this machine. Everything but `stopping.set()` on one thread."""
+    """All processes of a cluster on this host. All calls, except `stopping.set()`, on one thread."""
 
-    def __init__(self, processes: Sequence[ProcessSpec], told: Callable[[str, str], None]) -> None:
-        """`told(name, line)` gets what the processes say, from threads."""
-        self.children = {spec.name: Child(spec, told) for spec in processes}
+    def __init__(self, processes: Sequence[ProcessSpec], on_line: Callable[[str, str], None]) -> None:
+        """`on_line(name, line)` is called with each output line of a process, on other threads."""
+        self.children = {spec.name: Child(spec, on_line) for spec in processes}
         self.stopping = threading.Event()
 
     @property
     def url(self) -> str:
-        """Of the router's API."""
+        """URL of the router's API."""
         return next(child.addresses[0] for child in self.children.values() if child.spec.kind == "router")
 
     def start(self, ready_s: float = READY_S) -> None:
-        """Pools, then the router, then all engines at once; until they are ready, or `stopping` is set. Raises
-        StartFailed; everything has ended then."""
+        """Start pools, then the router, then all engines at once; returns when they are ready, or `stopping` is set.
+        Raises StartFailed; all processes have ended then."""
         end_s = time.monotonic() + ready_s
         try:
             for kinds in (("pool",), ("router",), ("engine",)):
@@ -206,7 +207,7 @@ class Supervisor:
             raise
 
     def _addresses(self) -> dict[str, list[str]]:
-        """What engines are told: the router, and all pools."""
+        """The addresses that engines get: of the router and of all pools."""
         found: dict[str, list[str]] = {}
         for child in self.children.values():
             if child.address and child.spec.kind in ("pool", "router"):
@@ -214,20 +215,20 @@ class Supervisor:
         return found
 
     def run(self) -> None:
-        """Start again what dies, until `stopping` is set."""
+        """Restart processes that die, until `stopping` is set."""
         while not self.stopping.wait(POLL_S):
             self.watch()
 
     def watch(self) -> None:
-        """One process that cannot be watched does not keep the others from being started again."""
+        """Restart dead processes; an error with one process does not stop the restarts of the others."""
         for child in self.children.values():
             try:
                 child.watch(time.monotonic())
-            except Exception as error:  # noqa: BLE001 (the other children are still to be watched)
+            except Exception as error:  # noqa: BLE001 (the other processes must be watched too)
                 rare.exception(f"watch {child.spec.name}", "%s could not be watched: %r", child.spec.name, error)
 
     def stop(self, timeout_s: float = STOP_S) -> None:
-        """The router first, so that clients end in order; then engines, then pools."""
+        """End the router first, so that its clients are answered; then engines, then pools."""
         self.stopping.set()
         end_s = time.monotonic() + timeout_s
         for kind in _ENDING_ORDER:
@@ -238,5 +239,5 @@ class Supervisor:
             for child in group:
                 try:
                     child.stop(max(1.0, end_s - time.monotonic()))
-                except OSError as error:  # the others are to end too
+                except OSError as error:  # the others must end too
                     log.error("%s could not be ended: %s", child.spec.name, error)

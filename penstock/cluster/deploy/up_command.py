@@ -1,4 +1,4 @@
-"""`penstock up`: a whole cluster from one file, as processes of this machine or on a Ray cluster."""
+"""`penstock up`: starts a whole cluster from one file, as processes of this host or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -58,18 +58,18 @@ def up(
 
 def _supervisor(cluster: Any, on: str, ray_address: str) -> Any:
     """Raises ValueError or OSError."""
-    told = _Printer()
+    printer = _Printer()
     if on == "ray":
         from penstock.cluster.deploy.on_ray import RaySupervisor
 
-        return RaySupervisor(cluster.processes, told, ray_address)
+        return RaySupervisor(cluster.processes, printer, ray_address)
     from penstock.cluster.deploy.supervisor import Supervisor
 
-    return Supervisor(cluster.processes, told)
+    return Supervisor(cluster.processes, printer)
 
 
 class _Printer:
-    """Lines of several processes, whole and with their names."""
+    """Prints whole lines of several processes, with their names."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -80,7 +80,7 @@ class _Printer:
 
 
 def _make_secret(path: Path) -> None:
-    """A secret of this cluster's own, where there is none."""
+    """Create a secret for this cluster, if there is none."""
     try:
         handle = make_private(path)
     except FileExistsError:

@@ -1,1 +1,1 @@
-"""An engine in a cluster: `penstock serve`, its registration with the router, its host."""
+"""An engine in a cluster: `penstock serve`, its registration with the router, `EngineHost`."""

@@ -1,4 +1,4 @@
-"""From a configuration to a running engine of the cluster, with its links, buffer and relay."""
+"""Builds and starts an engine of a cluster, with its links, buffer and relay, from its configuration."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostConfig(HandOffSettings):
-    """An engine of the cluster. `open_timeout_s`: how long a prompt waits for room at its decode engine."""
+    """The configuration of an engine of a cluster. `open_timeout_s`: how long a prompt waits for room at its decode
+    engine."""
 
     engine: EngineConfig = field(kw_only=False)
     relay_connections: int = 1
@@ -54,7 +55,7 @@ class HostConfig(HandOffSettings):
 
 def open_host(config: HostConfig) -> EngineHost:
     """Build and start one. Raises what `engine.build.build_engine` raises, ConfigError for a buffer that is too small,
-    and OSError for a relay address that cannot be had; nothing stays open then."""
+    and OSError for a relay address that cannot be bound; nothing stays open then."""
     storage = LinkMeter(_profiled_bytes_per_s(config.engine))
     if config.role != "mixed" and config.relay_transport == "nixl" and config.engine.peer_tls_cert:
         log.warning("blocks that NIXL moves between engines are not encrypted: TLS covers messages only")
@@ -78,8 +79,8 @@ def open_host(config: HostConfig) -> EngineHost:
 
 
 def _profiled_bytes_per_s(config: EngineConfig) -> float:
-    """Of the storage NIC, by the profile of `pool_config`: its fastest link to a node; 0 without one. Raises
-    ConfigError."""
+    """Bandwidth of the storage NIC by the profile of `pool_config`: its fastest link to a pool node; 0 without one.
+    Raises ConfigError."""
     if not config.pool_config:
         return 0.0
     rates = link_bytes_per_s(read_pool_config(Path(config.pool_config)))

@@ -1,6 +1,6 @@
-"""`penstock serve --router`: an engine that serves what a router places on it, until a signal ends it.
+"""`penstock serve --router`: an engine that serves the requests that a router places on it, until a signal ends it.
 
-Over HTTP it has `/health`, `/metrics` and the live page, no API.
+Over HTTP it offers `/health`, `/metrics` and the live page, but no API.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NAME_CHARACTERS_MAX = 128
 
 
 class EngineEnded(ValueError):
-    """This engine will not serve again: the router does not take it and will not later, or it has failed itself."""
+    """This engine will not serve again: the router refuses it for good, or the engine has failed."""
 
 
 def serve_for_router(flags: ServeFlags) -> None:
@@ -77,7 +77,7 @@ def host_config(flags: ServeFlags) -> HostConfig:
 
 
 def card_of(host: EngineHost, config: HostConfig, name: str, node: str) -> EngineCard:
-    """What this engine tells of itself."""
+    """The engine's card for its registration."""
     engine = host.engine
     return EngineCard(
         name=name,
@@ -97,12 +97,13 @@ def card_of(host: EngineHost, config: HostConfig, name: str, node: str) -> Engin
 
 
 def _mark(fingerprint: bytes) -> str:
-    """Tells engines whose block keys differ apart, without what block keys are computed from."""
+    """Distinguishes engines with different block keys, without disclosing the root of block keys."""
     return hashlib.blake2b(fingerprint, digest_size=16, person=b"engine card").hexdigest()
 
 
 def _vocabulary(checkpoint: Path | None) -> str:
-    """Empty where there is no tokenizer, or none that can be loaded: an engine serves token ids."""
+    """Digest of the tokenizer's vocabulary; empty without a tokenizer that can be loaded: an engine needs token ids
+    only."""
     try:
         codec = load_text_codec(checkpoint) if checkpoint is not None else None
     except TokenizerError as error:
@@ -121,7 +122,7 @@ def _settings(flags: ServeFlags) -> RegistrationSettings:
 
 
 def _names(flags: ServeFlags) -> tuple[str, str]:
-    """Of the engine and of its machine. Raises ConfigError."""
+    """Names of the engine and of its host. Raises ConfigError."""
     node = flags.node or socket.gethostname()
     name = flags.engine_name or f"{node}-{flags.role}-{os.getpid()}"
     for what, given in (("engine_name", name), ("node", node)):
@@ -131,5 +132,5 @@ def _names(flags: ServeFlags) -> tuple[str, str]:
 
 
 def _server_settings(flags: ServeFlags, name: str) -> ServerSettings:
-    """Of its pages and metrics; the tenants are the router's matter. Raises ConfigError."""
+    """Settings of its pages and metrics; the router handles tenants. Raises ConfigError."""
     return replace(api_settings(flags, name), model_name=name, tenant_keys=None, cors_origins=(), api=False)

@@ -1,4 +1,4 @@
-"""One engine of the cluster as its node agent sees it: parts of requests in, tokens and a report out."""
+"""One engine of the cluster, for its registration: parts of requests in, tokens and a report out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class EngineHost:
-    """An engine with what its role needs around it: links to relays (prefill), buffer and relay (decode), or neither
+    """An engine and the parts that its role needs: links to relays (prefill), buffer and relay (decode), or neither
     (mixed). Any thread may call. `on_event` must not block and gets exactly one event with a `finish_reason`, the last.
     """
 
@@ -40,7 +40,7 @@ class EngineHost:
         relay: RelayNode | None = None,
         storage: LinkMeter | None = None,
     ) -> None:
-        """See `cluster.build_host.open_host`."""
+        """See `cluster.engine.build_host.open_host`."""
         self.engine = running.engine
         self.buffer = buffer
         self.relay = relay
@@ -49,7 +49,7 @@ class EngineHost:
         self._incoming = incoming
         self._storage = storage or LinkMeter()
         self._lock = threading.Lock()
-        self._parts: dict[str, str] = {}  # hand-off id -> request id, of what has not ended
+        self._parts: dict[str, str] = {}  # hand-off id -> request id, of parts that have not ended
 
     @property
     def checkpoint(self) -> Path | None:
@@ -59,11 +59,11 @@ class EngineHost:
 
     @property
     def relay_address(self) -> str:
-        """ "HOST:PORT" that prefill engines hand over to; empty unless this is a decode engine."""
+        """ "HOST:PORT" to which prefill engines send blocks; empty unless this is a decode engine."""
         return format_address(*self.relay.address) if self.relay is not None else ""
 
     def submit(self, placed: PlacedRequest, on_event: OnEvent) -> None:
-        """Take a request, or a part of it. Raises InvalidRequest or Overloaded; `on_event` is not called then."""
+        """Begin a request, or a part of it. Raises InvalidRequest or Overloaded; `on_event` is not called then."""
         name = placed.hand_off_id
         request = GenerationRequest(
             name,
@@ -80,14 +80,14 @@ class EngineHost:
             if name in self._parts:
                 raise InvalidRequest(f"request {placed.request_id!r}, attempt {placed.attempt}, is here already")
             self._parts[name] = placed.request_id
-        told = partial(self._event, name, on_event)
+        on_part_event = partial(self._event, name, on_event)
         try:
             if placed.part == "mixed":
-                self.engine.submit(request, told)
+                self.engine.submit(request, on_part_event)
             elif placed.part == "prefill" and self._outgoing is not None:
-                self._outgoing.submit(placed, request, told)
+                self._outgoing.submit(placed, request, on_part_event)
             elif placed.part == "decode" and self._incoming is not None:
-                self._incoming.submit(placed, request, told)
+                self._incoming.submit(placed, request, on_part_event)
             else:
                 raise InvalidRequest(f"part is {placed.part!r}; this engine does not do that part")
         except BaseException:
@@ -110,15 +110,15 @@ class EngineHost:
                 self._cancel(name)
 
     def replan(self, request_id: str, attempt: int, side: Literal["prefill", "decode"]) -> None:
-        """The storage NIC of that side is gone: what it was still to read for this attempt is read on the other side.
-        For the prefill part; unknown attempts are ignored."""
+        """The storage NIC of that side is down: remaining reads of this attempt move to the other side. For the prefill
+        part; unknown attempts are ignored."""
         name = f"{request_id}#{attempt}"
         if self._outgoing is not None:
             self._outgoing.replan(name, side)
         self.engine.reroute(name, side)
 
     def cancel_all(self) -> None:
-        """End everything that runs here soon: the engine is fenced."""
+        """End all requests soon: the engine is fenced."""
         with self._lock:
             names = list(self._parts)
         for name in names:
@@ -132,7 +132,7 @@ class EngineHost:
         self.engine.cancel(name)
 
     def report(self) -> EngineReport:
-        """How things stand. Raises TimeoutError when the engine does not answer."""
+        """The engine's load and counters now. Raises TimeoutError when the engine does not answer."""
         engine_load = self.engine.engine_load()
         gauges = self.engine.gauges()
         pages = int(gauges["l1_pages_total"])
@@ -173,7 +173,7 @@ class EngineHost:
         return self.engine.healthy()
 
     def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until nothing is left: no part, load, save or hand-off; False when `timeout_s` passed first."""
+        """Wait until no part, load, save or hand-off is left; False when `timeout_s` passed first."""
         end_s = time.monotonic() + timeout_s
         while self._parts or not self.engine.wait_idle(max(0.0, end_s - time.monotonic())):
             if time.monotonic() > end_s:
@@ -188,8 +188,8 @@ class EngineHost:
             self.buffer.check_integrity()
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Cancel what runs, stop every thread; each of them, whatever another one raises."""
-        with contextlib.ExitStack() as closing:  # the last one first
+        """Cancel all requests and stop every thread, also when stopping one of them raises."""
+        with contextlib.ExitStack() as closing:  # closed in reverse order
             closing.callback(self._running.close, timeout_s)
             if self._links is not None:
                 closing.callback(self._links.close, timeout_s)

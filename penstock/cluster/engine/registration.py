@@ -1,8 +1,8 @@
-"""The engine's side of the control connection: it dials the router, registers, keeps its lease, serves what is placed.
+"""The engine's side of the control connection: it connects to the router, registers, renews its lease, serves requests.
 
-Without a lease it serves nothing: it stops what it has, but for requests that a client may ask for again (their tokens
-are kept for KEEP_S, and offered to the router that it registers with next). Each connection has one reader, on the
-agent's own thread, and one sender.
+Without a lease it serves nothing: it stops all requests, except those that a client may ask for again (their tokens are
+stored for KEEP_S, and offered to the router at the next registration). Each connection has one reader, on this class's
+own thread, and one sender.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ rare = RateLimitedLog(log)
 
 KEEP_S = 60.0
 DIAL_TIMEOUT_S = 5.0
-UNHEALTHY_S = 10.0  # an engine that makes no progress for so long ends: whoever started it starts it again
+UNHEALTHY_S = 10.0  # an engine without progress for so long ends, and its supervisor restarts it
 PAUSES_S = (0.05, 1.0)  # between attempts to register, growing
-JOIN_S = 60.0  # of the sender, whose connection is cut
+JOIN_S = 60.0  # wait for the sender, whose connection is cut
 _RECEIVE_POLL_S = 0.25
 
 
 class Host(Protocol):
-    """The engine behind the agent (`cluster.host.EngineHost`)."""
+    """The engine that is registered (`cluster.engine.host.EngineHost`)."""
 
     def submit(self, placed: PlacedRequest, on_event: Callable[[TokenEvent], None]) -> None:
         """Begin a part of a request; `on_event` is called from any thread, with exactly one last event. Raises
@@ -53,18 +53,19 @@ class Host(Protocol):
         """End a request soon, or only one attempt of it; unknown ones are ignored."""
 
     def replan(self, request_id: str, attempt: int, side: Literal["prefill", "decode"]) -> None:
-        """The storage NIC of that side is gone: what this attempt was still to read there is read on the other side."""
+        """The storage NIC of that side is down: remaining reads of this attempt move to the other side."""
 
     def report(self) -> EngineReport:
         """The engine's load and counters now."""
 
     def healthy(self) -> tuple[bool, str]:
-        """Whether the engine serves; if not, why."""
+        """Whether the engine serves, and if not, why."""
 
 
 @dataclass(frozen=True, slots=True)
 class RegistrationSettings:
-    """`router` is (host, port) of its cluster port. `secret`, `tls` or both prove who this engine is."""
+    """`router` is (host, port) of its cluster port. `secret`, `tls` or both prove that this engine belongs to the
+    cluster."""
 
     router: tuple[str, int]
     secret: Secret | None
@@ -74,7 +75,7 @@ class RegistrationSettings:
 
 
 class RegistrationRefused(Exception):
-    """The router does not take this engine; `final`: it never will."""
+    """The router refuses this engine; `final`: for good."""
 
     def __init__(self, reason: str, final: bool) -> None:
         super().__init__(reason)
@@ -93,7 +94,7 @@ class _Session:
         self._lock = threading.Lock()
 
     def send(self, *frames: bytes) -> None:
-        """Raises OSError, also when the router takes nothing for a lease's time."""
+        """Send a message. Raises OSError, also when the router receives nothing for the time of a lease."""
         for data in frames:
             with self._lock:
                 self.sock.sendall(data)
@@ -129,7 +130,7 @@ class EngineRegistration:
         self._held = ResumableParts(settings.keep_s)
         self._session: _Session | None = None
         self._closing = threading.Event()
-        self._told = ""
+        self._logged_state = ""
         self._lost_s: float | None = None
         self._unhealthy_s: float | None = None
         self._thread = GuardedThread(
@@ -139,12 +140,12 @@ class EngineRegistration:
 
     @property
     def epoch(self) -> int | None:
-        """Of the current registration."""
+        """Epoch of the current registration; None without one."""
         session = self._session
         return session.welcome.epoch if session is not None else None
 
     def close(self, timeout_s: float, why: str = "the engine ends") -> None:
-        """Leave the cluster: the router places what runs here anew."""
+        """Leave the cluster: the router places the requests of this engine again."""
         self._closing.set()
         with self._lock:
             session = self._session
@@ -152,7 +153,7 @@ class EngineRegistration:
             try:
                 session.send(wire.frame(wire.Leave(session.welcome.epoch, clip(why))))
             except (OSError, wire.ProtocolError) as error:
-                log.debug("the router was not told: %s", error)
+                log.debug("the router was not notified: %s", error)
             session.cut("closed")
         self._thread.join(timeout_s)
         self._stop_all()
@@ -166,13 +167,13 @@ class EngineRegistration:
                 self._register_and_serve()
                 pause_s = PAUSES_S[0]
             except RegistrationRefused as error:
-                self._tell(f"router {self._place} refuses this engine: {error}")
+                self._log_state(f"router {self._place} refuses this engine: {error}")
                 if error.final:
                     self._fail(f"router {self._place} refuses this engine: {error}")
                     return
             except (OSError, wire.ProtocolError, SecretRefused) as error:
-                self._tell(f"router {self._place}: {error}; it is tried again")
-            except Exception as error:  # noqa: BLE001 (not this engine's end: it registers anew)
+                self._log_state(f"router {self._place}: {error}; it is tried again")
+            except Exception as error:  # noqa: BLE001 (the engine registers again)
                 count_loss("registrations")
                 rare.exception("registration", "the connection to router %s failed: %r", self._place, error)
             with self._lock:
@@ -182,7 +183,7 @@ class EngineRegistration:
             if (why := self._unhealthy()) is not None:
                 self._fail(f"the engine has failed: {why}")
                 return
-            self._closing.wait(pause_s * random.uniform(0.7, 1.3))  # noqa: S311 (apart in time, not secret)
+            self._closing.wait(pause_s * random.uniform(0.7, 1.3))  # noqa: S311 (to spread engines in time; not secret)
             pause_s = min(2 * pause_s, PAUSES_S[1])
 
     def _fail(self, why: str) -> None:
@@ -201,11 +202,11 @@ class EngineRegistration:
         self._unhealthy_s = self._unhealthy_s or now
         return why if now - self._unhealthy_s > self._settings.unhealthy_s else None
 
-    def _tell(self, line: str) -> None:
-        """Each state of the router once."""
-        if line != self._told:
+    def _log_state(self, line: str) -> None:
+        """Log a state of the router, once until it changes."""
+        if line != self._logged_state:
             log.warning("%s", line)
-            self._told = line
+            self._logged_state = line
 
     def _register_and_serve(self) -> None:
         sock = socket.create_connection(self._settings.router, timeout=DIAL_TIMEOUT_S)
@@ -234,7 +235,7 @@ class EngineRegistration:
         return _Session(sock, answer, sent_s)
 
     def _prove(self, plain: socket.socket) -> Stream:
-        """The connection once both ends have shown certificate and secret, whichever are asked for. Raises OSError,
+        """The connection after both sides have proven certificate or secret, as configured. Raises OSError,
         ProtocolError or SecretRefused."""
         secret, tls, until_s = self._settings.secret, self._settings.tls, time.monotonic() + wire.HANDSHAKE_S
         plain.settimeout(wire.HANDSHAKE_S)
@@ -250,9 +251,9 @@ class EngineRegistration:
     # -- one registration ---------------------------------------------------------------------------------------
 
     def _serve(self, session: _Session) -> None:
-        """Until the connection or the lease ends."""
+        """Serve until the connection or the lease ends."""
         session.sock.settimeout(max(_RECEIVE_POLL_S, session.welcome.lease_s))
-        self._told, self._lost_s = "", None
+        self._logged_state, self._lost_s = "", None
         log.info("registered with router %s: epoch %d", self._place, session.welcome.epoch)
         sender = GuardedThread(
             "penstock-agent-send",
@@ -277,7 +278,7 @@ class EngineRegistration:
             sender.join(JOIN_S)
             self._lost_s = time.monotonic()
             if not self._closing.is_set():
-                self._tell(f"router {self._place} is lost: {session.over}")
+                self._log_state(f"router {self._place} is lost: {session.over}")
             self._stop_all_but_resumable()
 
     def _receive_all(self, session: _Session) -> None:
@@ -299,7 +300,8 @@ class EngineRegistration:
                 raise wire.ProtocolError(f"the router sent {type(message).__name__}")
 
     def _placed(self, session: _Session, placed: PlacedRequest) -> None:
-        """Take a part. What cannot be served here is answered: the router waits for every part that it has placed."""
+        """Begin a part. A part that cannot be served is answered too, as the router waits for every part that it
+        placed."""
         if placed.epoch != session.welcome.epoch:
             raise wire.ProtocolError(f"it placed for epoch {placed.epoch}; this is {session.welcome.epoch}")
         if not session.lease.valid(time.monotonic()):
@@ -311,7 +313,7 @@ class EngineRegistration:
             part = self._held.add(placed)
         for key in stale:
             self._cancel(*key)
-        if known:  # two parts of one name cannot be told apart: neither goes on
+        if known:  # two parts with the same name cannot be distinguished: both end
             count_loss("placed_twice")
             rare.warning("twice", "request %s, attempt %d, was placed here twice", placed.request_id, placed.attempt)
             self._event(part, TokenEvent(None, "restart", "the same attempt was placed here twice"))
@@ -322,7 +324,7 @@ class EngineRegistration:
             self._event(part, TokenEvent(None, "error", str(error)))
         except Overloaded as error:
             self._event(part, TokenEvent(None, "restart", str(error)))
-        except Exception as error:  # noqa: BLE001 (this request's, not that of all others here)
+        except Exception as error:  # noqa: BLE001 (of this request; the others go on)
             count_loss("failed_to_begin")
             rare.exception("begin", "request %s could not begin: %r", placed.request_id, error)
             self._event(part, TokenEvent(None, "error", f"the request could not begin: {error!r}"))
@@ -336,7 +338,7 @@ class EngineRegistration:
     def _cancel(self, request_id: str, attempt: int | None) -> None:
         try:
             self._host.cancel(request_id, attempt)
-        except Exception as error:  # noqa: BLE001 (one request's; the connection goes on)
+        except Exception as error:  # noqa: BLE001 (of one request; the connection goes on)
             count_loss("cancels")
             rare.exception("cancel", "request %s could not be cancelled: %r", request_id, error)
 
@@ -345,10 +347,10 @@ class EngineRegistration:
             self._host.replan(message.request_id, message.attempt, message.side)
         except Exception as error:  # noqa: BLE001 (its reads end by their deadlines)
             count_loss("replans")
-            rare.exception("replan", "request %s could not be planned anew: %r", message.request_id, error)
+            rare.exception("replan", "request %s could not be replanned: %r", message.request_id, error)
 
     def _event(self, part: ResumablePart, event: TokenEvent) -> None:
-        """From a thread of the engine."""
+        """Record an event; called on a thread of the engine."""
         with self._lock:
             if part.finish_reason is None:
                 part.take(event)
@@ -401,7 +403,7 @@ def _receive_frame(sock: Stream) -> bytes:
 
 
 def _receive(sock: Stream, size: int) -> bytes:
-    """Raises OSError, TimeoutError among them."""
+    """Receive `size` bytes. Raises OSError, which includes TimeoutError."""
     parts = bytearray(size)
     view = memoryview(parts)
     got = 0

@@ -1,4 +1,4 @@
-"""`penstock serve`: a model behind the OpenAI-compatible API, until a signal ends it."""
+"""`penstock serve`: serves a model with the OpenAI-compatible API, until a signal ends it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def serve(given: Mapping[str, Any], config: ConfigFile = None) -> None:
 
 
 def _serve(flags: ServeFlags) -> None:
-    """Everything cheap is checked before the model is loaded; the port is reserved first and opened last."""
+    """Cheap checks are done before the model is loaded; the port is reserved first and opened last."""
     from penstock.pool.api import PoolError
     from penstock.server.app import ServerApp
     from penstock.server.run import BindError, HttpServer, bind, url_of, warn_of_open_port

@@ -1,4 +1,4 @@
-"""The settings of `penstock serve`, and the configurations that they are taken over into."""
+"""The settings of `penstock serve`, and the configurations that are made from them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from penstock.settings_file import read_record
 
 @dataclass(frozen=True, kw_only=True)
 class ServeFlags(ClusterEngineSettings, EngineSettings, ApiFlags):
-    """All of them: of the API, of the engine, and of an engine in a cluster."""
+    """All settings: of the API, of the engine, and of an engine in a cluster."""
 
 
 def read_flags(given: Mapping[str, Any], config: Path | None) -> ServeFlags:
-    """The flags that were given (None: not given), over those of the file. Raises ConfigError."""
+    """The settings of the file, overridden by the given flags (None: not given). Raises ConfigError."""
     flags = read_record(given, config, ServeFlags)
     check_choices(flags, ApiFlags)
     check_range("port", flags.port or 0, 0, 65535)
@@ -31,10 +31,10 @@ def read_flags(given: Mapping[str, Any], config: Path | None) -> ServeFlags:
 
 
 def engine_config(flags: ServeFlags) -> EngineConfig:
-    """The engine these flags describe. Raises ConfigError."""
+    """The engine's configuration from these flags. Raises ConfigError."""
     return EngineConfig(**taken_over(EngineSettings, flags))
 
 
 def server_settings(flags: ServeFlags) -> ServerSettings:
-    """The HTTP server these flags describe; reads its files of keys. Raises ConfigError."""
+    """The HTTP server's settings from these flags; reads the key files. Raises ConfigError."""
     return api_settings(flags, served_name(flags.model) or served_name(flags.profile))

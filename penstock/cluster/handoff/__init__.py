@@ -1,1 +1,1 @@
-"""KV that moves from prefill to decode engines: buffer, relay, links, both ends of a hand-off."""
+"""Moves KV from prefill to decode engines: buffer, relay, links, both sides of a hand-off."""

@@ -1,9 +1,9 @@
-"""The decode buffer: host memory in which the KV of prompts gathers before their decode begins.
+"""The decode buffer: host memory that collects the KV of prompts before their decode begins.
 
-Each hand-off reserves room for its whole prompt before a byte of it moves, first come first served; so what has begun
-can always end, however full the buffer is. A block comes by being written (the prefill engine hands it over) or by
-being loaded from the storage pool (a prefill engine reads through this host); it stays for the decode engine. Blocks
-that no hand-off needs any more are a cache, given up least recently used first.
+Each hand-off reserves room for its whole prompt before a byte of it moves, first come first served, so a hand-off that
+has begun can always end, however full the buffer is. A block arrives when the prefill engine writes it, or when it is
+loaded from the storage pool (a prefill engine reads through this host); it stays for the decode engine. Blocks that no
+hand-off needs any more are a cache, evicted least recently used first.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from penstock.process.rate_limited_log import RateLimitedLog
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
-Stored = tuple[int, bytes]  # checksum and MAC that a block came with
+Stored = tuple[int, bytes]  # (checksum, MAC) that arrived with a block
 
 
 class Arrival(Enum):
-    """RESERVED: there is room for the block. ARRIVING: being written or loaded. READY: it is here."""
+    """RESERVED: there is room for the block. ARRIVING: it is being written or loaded. READY: it is present."""
 
     RESERVED = "reserved"
     ARRIVING = "arriving"
@@ -41,7 +41,7 @@ class Arrival(Enum):
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """One block. `wanted_by` counts hand-offs, `users` those who read it in place right now."""
+    """One block. `wanted_by`: hand-offs that need it; `users`: readers that read it in place now."""
 
     key: BlockKey
     number: int
@@ -51,8 +51,8 @@ class _Slot:
     wanted_by: int = 0
     users: int = 0
     loading: bool = False
-    waiting: list[Done] = field(default_factory=list)  # for the end of its arrival
-    written_here: ClassVar[bool] = True  # or verified when it came
+    waiting: list[Done] = field(default_factory=list)  # called when it has arrived or failed
+    written_here: ClassVar[bool] = True  # or verified on arrival
 
 
 HeldBlock = PinnedBlock[_Slot, memoryview]
@@ -77,7 +77,7 @@ class DecodeBuffer:
         allocate: Callable[[int], memoryview] = aligned_buffer,
         pool_key: PoolKey | None = None,
     ) -> None:
-        """With a `pool_key` no block is taken without a good MAC, from `storage` or from who writes here (`check`)."""
+        """With a `pool_key` every block, from `storage` or from a writer (`check`), needs a valid MAC."""
         if blocks < 1:
             raise ValueError(f"a decode buffer of {blocks} blocks; at least 1 is allowed")
         self.block_bytes = block_bytes
@@ -90,7 +90,7 @@ class DecodeBuffer:
         self._lock = threading.Lock()
         self._free = list(range(blocks - 1, -1, -1))
         self._slots: dict[BlockKey, _Slot] = {}
-        self._idle: OrderedDict[BlockKey, None] = OrderedDict()  # READY, not wanted, not used: may be given up
+        self._idle: OrderedDict[BlockKey, None] = OrderedDict()  # READY, not wanted, not used: may be evicted
         self._hand_offs: dict[str, _HandOff] = {}
         self._queue: OrderedDict[str, None] = OrderedDict()  # hand-offs that wait for room
         self._first: _HandOff | None = None  # of these, once its `needs` were counted
@@ -113,7 +113,7 @@ class DecodeBuffer:
         self._grant()
 
     def release(self, name: str) -> None:
-        """The hand-off needs its blocks no more, or its room was never granted; unknown ones are ignored."""
+        """Free the blocks of a hand-off, or withdraw its request for room; unknown ones are ignored."""
         with self._lock:
             hand_off = self._hand_offs.get(name)
             if hand_off is None:
@@ -129,7 +129,7 @@ class DecodeBuffer:
         self._grant()
 
     def _grant(self) -> None:
-        """Call after room was made. O(1) where the first hand-off that waits does not fit."""
+        """Grant room to waiting hand-offs; to be called after room was freed. O(1) where the first one does not fit."""
         while True:
             with self._lock:
                 name = next(iter(self._queue), None)
@@ -141,7 +141,7 @@ class DecodeBuffer:
                     self._take(key).wanted_by += 1
             try:
                 hand_off.granted()
-            except Exception as error:  # noqa: BLE001 (one hand-off's; those behind it are to be granted too)
+            except Exception as error:  # noqa: BLE001 (of one hand-off; the next ones must be granted too)
                 rare.exception("granted", "the callback of a hand-off that got room failed: %r", error)
 
     def _leave_queue(self, name: str) -> None:
@@ -162,7 +162,7 @@ class DecodeBuffer:
             self._first.needs += -1 if begins else 1
 
     def _take(self, key: BlockKey) -> _Slot:
-        """The block's slot, taken out of what may be given up."""
+        """The block's slot, removed from the slots that may be evicted."""
         slot = self._slots.get(key)
         if slot is None:
             if not self._free:
@@ -180,7 +180,8 @@ class DecodeBuffer:
             self._in_use(key, begins=True)
 
     def _settle(self, slot: _Slot) -> bool:
-        """Call after a use of the slot ended. Whether it can be evicted or is free, so that there is more room."""
+        """Update a slot after a use of it ended. Returns whether it is free or may be evicted now, so that there is
+        more room."""
         if slot.wanted_by or slot.users or slot.state is Arrival.ARRIVING:
             return False
         self._in_use(slot.key, begins=False)
@@ -198,7 +199,7 @@ class DecodeBuffer:
     # --- blocks ---
 
     def has(self, keys: Sequence[BlockKey]) -> list[bool]:
-        """Which blocks are here."""
+        """Which blocks are present."""
         with self._lock:
             slots = [self._slots.get(key) for key in keys]
             return [slot is not None and slot.state is Arrival.READY for slot in slots]
@@ -208,21 +209,21 @@ class DecodeBuffer:
         return self.memory[slot_number * self._slot_bytes : (slot_number + 1) * self._slot_bytes]
 
     def offset(self, held: HeldBlock) -> int:
-        """Where a held block lies in `memory`."""
+        """Offset of a held block in `memory`."""
         return held.block.number * self._slot_bytes
 
     def hold(self, key: BlockKey) -> HeldBlock | None:
-        """A block that is here, kept until it is released; None when it is not."""
+        """Pin a block that is present, until it is released; None when it is absent."""
         with self._lock:
             slot = self._slots.get(key)
             if slot is None or slot.state is not Arrival.READY:
                 return None
             slot.users += 1
             self._use_idle(key)
-            return PinnedBlock(slot, self.view(slot.number)[: self.block_bytes], self._let_go)
+            return PinnedBlock(slot, self.view(slot.number)[: self.block_bytes], self._unpin)
 
-    def _let_go(self, slot: _Slot) -> None:
-        """A user of the slot is gone; a slot without users may be taken for another block."""
+    def _unpin(self, slot: _Slot) -> None:
+        """Unpin a slot; a slot without users may be used for another block."""
         with self._lock:
             slot.users -= 1
             room = self._settle(slot)
@@ -230,8 +231,8 @@ class DecodeBuffer:
             self._grant()
 
     def begin_write(self, key: BlockKey) -> memoryview | PoolError | None:
-        """Memory to receive a block into, `end_write` must follow; None when it is here or on its way already. An error
-        for a block that no hand-off expects."""
+        """Memory into which to receive a block; `end_write` must follow. None when the block is present or arriving
+        already. An error for a block that no hand-off expects."""
         with self._lock:
             slot = self._slots.get(key)
             if slot is None or not slot.wanted_by:
@@ -242,17 +243,17 @@ class DecodeBuffer:
             return self.view(slot.number)
 
     def check(self, key: BlockKey, data: memoryview, checksum: int, mac: bytes) -> PoolError | None:
-        """What is wrong with bytes that came; whoever writes here asks before `end_write`."""
+        """The error in received bytes, or None; to be called by a writer before `end_write`."""
         return check_block(self._pool_key, key, data, checksum, mac)
 
     def end_write(self, key: BlockKey, stored: Stored | None, error: PoolError | None = None) -> None:
-        """The block was received and passed `check` with `stored`; None: it did not come, for the reason of `error`."""
+        """End a write: the block passed `check` with `stored`; None: it did not arrive, because of `error`."""
         if stored is not None:
             self.received_bytes += self.block_bytes
         self._arrived(key, stored, error)
 
     def load(self, key: BlockKey, timeout_s: float, done: Done) -> None:
-        """Call `done` when the block is here: at once, at the end of its arrival, or after loading it from storage."""
+        """Call `done` when the block is present: at once, when it has arrived, or after loading it from storage."""
         error: PoolError | None = None
         with self._lock:
             slot = self._slots.get(key)
@@ -268,7 +269,7 @@ class DecodeBuffer:
             call_done(done, error)
             return
         into = self.view(slot.number)
-        found: list[Stored] = []  # what it came with, once it passed
+        found: list[Stored] = []  # checksum and MAC, once verified
 
         def check(data: memoryview, checksum: int, mac: bytes) -> PoolError | None:
             failed = self.check(key, data, checksum, mac)
@@ -278,15 +279,15 @@ class DecodeBuffer:
 
         def loaded(failed: PoolError | None) -> None:
             if failed is None and not found:
-                failed = PoolError("checksum", f"block {key.hex()} came by a path that verifies nothing")
+                failed = PoolError("checksum", f"block {key.hex()} came by a path that did not verify it")
             if failed is None:
                 self.loaded_bytes += self.block_bytes
             self._arrived(key, found[0] if failed is None else None, failed)
 
         try:
             self._storage.read(key, self.block_bytes, into, timeout_s, loaded, check)
-        except Exception as failed:  # noqa: BLE001 (or the slot would be arriving for ever)
-            rare.exception("load", "block %s could not be asked for: %r", key.hex(), failed)
+        except Exception as failed:  # noqa: BLE001 (otherwise the slot would stay in ARRIVING for ever)
+            rare.exception("load", "block %s could not be requested: %r", key.hex(), failed)
             self._arrived(key, None, PoolError("network", repr(failed)))
 
     def _arrived(self, key: BlockKey, stored: Stored | None, error: PoolError | None) -> None:
@@ -300,7 +301,7 @@ class DecodeBuffer:
                 slot.state, (slot.checksum, slot.mac) = Arrival.READY, stored
             else:
                 slot.state = Arrival.RESERVED
-                error = error or PoolError("network", f"block {key.hex()} did not come")
+                error = error or PoolError("network", f"block {key.hex()} did not arrive")
             room = self._settle(slot)
         for done in waiting:
             call_done(done, error)
@@ -317,25 +318,25 @@ class DecodeBuffer:
 
     @property
     def used_blocks(self) -> int:
-        """Slots that are taken."""
+        """Slots in use."""
         with self._lock:
             return self.blocks - len(self._free)
 
     @property
     def loading_bytes(self) -> int:
-        """What is on its way from storage."""
+        """Bytes being loaded from storage."""
         return self._loads * self.block_bytes
 
     def check_integrity(self) -> None:
-        """Every slot is free or one block's; a block is kept exactly as often as hand-offs have it; what nobody needs
-        may be given up. For tests."""
+        """Assert the invariants, for tests: every slot is free or belongs to one block; `wanted_by` is the number of
+        hand-offs with the block; a slot that nobody needs may be evicted."""
         with self._lock:
             numbers = [slot.number for slot in self._slots.values()]
-            assert sorted([*numbers, *self._free]) == list(range(self.blocks)), "a slot leaked or has two owners"
+            assert sorted([*numbers, *self._free]) == list(range(self.blocks)), "a slot is lost or has two owners"
             granted = [h for name, h in self._hand_offs.items() if name not in self._queue]
             for key, slot in self._slots.items():
                 assert slot.key == key and slot.users >= 0
-                assert slot.wanted_by == sum(key in hand_off.keys for hand_off in granted), "a block is kept for nobody"
+                assert slot.wanted_by == sum(key in hand_off.keys for hand_off in granted), "`wanted_by` is wrong"
                 idle = slot.state is Arrival.READY and not slot.wanted_by and not slot.users
                 assert (key in self._idle) == idle
                 assert slot.wanted_by or slot.users or idle or slot.state is Arrival.ARRIVING, "a slot leaked"

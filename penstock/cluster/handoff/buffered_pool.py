@@ -1,4 +1,4 @@
-"""The pool as a decode engine sees it: its decode buffer first, then the storage pool."""
+"""The pool of a decode engine: its decode buffer first, then the storage pool."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ rare = RateLimitedLog(log)
 
 
 class BufferedPool(WrappedPool):
-    """Blocks of the buffer are leased in place; everything else is the storage pool's, also what is written."""
+    """Blocks in the buffer are leased in place; all other calls, writes included, go to the storage pool."""
 
     def __init__(self, buffer: DecodeBuffer, storage: Pool) -> None:
         super().__init__(storage)
         self._buffer = buffer
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
-        """What the storage pool has is left out when it does not answer and the buffer has something."""
+        """As `Pool.lookup`. When the storage pool does not answer and the buffer has some of the blocks, the others are
+        misses."""
         here = self._buffer.has(keys)
         found: list[Located | None] = [Located(self._buffer.block_bytes, (BUFFER_LINK,)) if h else None for h in here]
         absent = [index for index, h in enumerate(here) if not h]
@@ -37,16 +38,16 @@ class BufferedPool(WrappedPool):
             if len(absent) == len(keys):
                 raise
             count_loss("decode_lookups")
-            rare.warning("lookup", "%d blocks count as misses, the pool could not be asked: %s", len(absent), error)
+            rare.warning("lookup", "%d blocks count as misses, the pool did not answer: %s", len(absent), error)
             return found
         for index, located in zip(absent, stored, strict=True):
             found[index] = located
         return found
 
     def lease(self, key: BlockKey) -> Lease | None:
-        """The block in the buffer's memory, else in a memory member of the pool behind."""
+        """The block in the buffer's memory, else in a memory member of the storage pool."""
         return self._buffer.hold(key) or super().lease(key)
 
     def host_buffers(self) -> list[memoryview]:
-        """The buffer's memory, and the buffers of the pool behind."""
+        """The buffer's memory, and the buffers of the storage pool."""
         return [self._buffer.memory, *super().host_buffers()]

@@ -1,4 +1,4 @@
-"""Deadlines of many requests on one thread. A cancelled one keeps no reference to what it was for."""
+"""Deadlines of many requests on one thread. A cancelled deadline drops the reference to its action."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from penstock.process.rate_limited_log import RateLimitedLog
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
-WAIT_S_MAX = 3600.0  # at a time: a condition takes no number that is too large
+WAIT_S_MAX = 3600.0  # of one wait: a condition refuses very large numbers
 SWEEP = 64
 
 
@@ -30,12 +30,12 @@ class Deadline:
         self._action: Callable[[], None] | None = action
 
     def cancel(self) -> None:
-        """Never call it; nothing when it was called or cancelled. Any thread."""
+        """Drop the action; no effect when it was called or cancelled. Any thread."""
         if self.take() is not None:
             self._owner.cancelled()
 
     def take(self) -> Callable[[], None] | None:
-        """The action, for the one caller that gets it; None when it was called or cancelled."""
+        """Take the action out; None when it was called, cancelled or taken already."""
         action, self._action = self._action, None
         return action
 
@@ -46,24 +46,24 @@ class Deadline:
 
 
 class Deadlines:
-    """Runs from construction to `close`. Any thread may call; actions run on a thread of its own and must not block for
-    long. What one of them raises is logged, and stops no other one."""
+    """Runs from construction to `close`. Any thread may call; actions run on a thread of this class and must not block
+    for long. An exception in one is logged, and does not stop the others."""
 
     def __init__(self, name: str) -> None:
         self._changed = threading.Condition()
         self._heap: list[tuple[float, int, Deadline]] = []
         self._serial = itertools.count()
-        self._cancelled = 0  # about how many in the heap
+        self._cancelled = 0  # cancelled ones in the heap, approximately
         self._closed = False
         self._thread = GuardedThread(name, self._watch, restarts=True)
         self._thread.start()
 
     def __len__(self) -> int:
-        """How many are kept, including cancelled ones that were not removed yet."""
+        """Deadlines in the heap, including cancelled ones that were not removed yet."""
         return len(self._heap)
 
     def after(self, delay_s: float, action: Callable[[], None]) -> Deadline:
-        """Call `action` in `delay_s` seconds; at once after a delay that is no number."""
+        """Call `action` in `delay_s` seconds; at once for a negative delay or NaN."""
         deadline = Deadline(self, time.monotonic() + (delay_s if delay_s > 0 else 0.0), action)
         with self._changed:
             heapq.heappush(self._heap, (deadline.at_s, next(self._serial), deadline))
@@ -72,7 +72,7 @@ class Deadlines:
         return deadline
 
     def cancelled(self) -> None:
-        """One of them was cancelled: cancelled ones are removed once they are the majority."""
+        """Note that one was cancelled; cancelled ones are removed once they are the majority."""
         with self._changed:
             self._cancelled += 1
             if self._cancelled > SWEEP + len(self._heap) // 2:
@@ -81,7 +81,7 @@ class Deadlines:
                 self._cancelled = 0
 
     def close(self, timeout_s: float) -> None:
-        """Call nothing more."""
+        """Call no further action."""
         with self._changed:
             self._closed = True
             self._heap.clear()
@@ -104,6 +104,6 @@ class Deadlines:
                 continue
             try:
                 action()
-            except Exception as error:  # noqa: BLE001 (one action's; the other deadlines are still to be met)
-                rare.exception("deadline", "what was to happen at a deadline failed: %r", error)
+            except Exception as error:  # noqa: BLE001 (of one action; the other deadlines must still be met)
+                rare.exception("deadline", "the action of a deadline failed: %r", error)
             del action, deadline

@@ -1,6 +1,6 @@
-"""The decode part of a request: reserve room, wait for the hand-off, then have the engine generate the rest.
+"""The decode part of a request: reserve room, wait for the hand-off, then the engine generates the rest.
 
-Whatever ends a part gives back all that it holds: its room, its deadline, its prompt.
+However a part ends, its room, its deadline and its prompt are freed.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from penstock.process.rate_limited_log import RateLimitedLog
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
-EARLY_MAX = 4096  # hand-offs opened before the router's word of them came
-EARLY_OF_SOURCE_MAX = 1024  # such openings of one address
-OPENINGS_MAX = 8  # of one hand-off that wait
+EARLY_MAX = 4096  # hand-offs opened before the router has placed their part here
+EARLY_OF_SOURCE_MAX = 1024  # of these, from one address
+OPENINGS_MAX = 8  # that wait, of one hand-off
 LOOKUP_THREADS = 4
-LOOKUPS_WAITING_MAX = 256  # of each of these threads
-OPEN_TIMEOUT_S_MAX = 3600.0  # a prefill engine waits no longer, whatever it says
+LOOKUPS_WAITING_MAX = 1024
+OPEN_TIMEOUT_S_MAX = 3600.0  # limit of the timeout that a prefill engine may ask for
 
 Reply = Callable[[bytes | PoolError], None]
 
@@ -66,8 +66,8 @@ class _Part:
 
 
 class Incoming:
-    """Hand-offs of a decode engine, by their name. Contract: `relay.Desk`. Any thread may call; each part gets exactly
-    one last event."""
+    """Hand-offs of a decode engine, by name. Contract: `relay.HandoffService`. Any thread may call; each part gets
+    exactly one last event."""
 
     def __init__(
         self, engine: Engine, buffer: DecodeBuffer, storage: Pool, hand_off_timeout_s: float, lookup_timeout_s: float
@@ -82,20 +82,19 @@ class Incoming:
         self._early: dict[str, list[_Opening]] = {}
         self._early_of: Counter[str] = Counter()  # openings of `_early`, by source address
         self._closed = False
-        names = [f"penstock-relay-lookup-{number}" for number in range(LOOKUP_THREADS)]
-        self._lookups = [GuardedWorker(name, waiting_max=LOOKUPS_WAITING_MAX) for name in names]
+        self._lookups = GuardedWorker("penstock-relay-lookup", LOOKUPS_WAITING_MAX, threads=LOOKUP_THREADS)
         self._deadlines = Deadlines("penstock-hand-off-deadlines")
 
     def __len__(self) -> int:
-        """Hand-offs that it knows of, named by the router or not."""
+        """Known hand-offs, placed by the router or not yet."""
         with self._lock:
             return len(self._parts) + len(self._early)
 
     # --- from the router ---
 
     def submit(self, placed: PlacedRequest, request: GenerationRequest, on_event: OnEvent) -> None:
-        """`request` is the placed one as the engine gets it, but for the token that comes with the hand-off. Raises
-        InvalidRequest or Overloaded."""
+        """Begin a part. `request` is the placed request for the engine, without the token that comes with the hand-off.
+        Raises InvalidRequest or Overloaded."""
         name = placed.hand_off_id
         if placed.sampling.max_tokens < 2:
             raise InvalidRequest("max_tokens is 1; a decode part needs at least one token after the first")
@@ -133,7 +132,7 @@ class Incoming:
         return True
 
     def waiting(self) -> tuple[int, int]:
-        """Requests that are not in the engine yet, and their tokens."""
+        """Number and tokens of the requests that are not in the engine yet."""
         with self._lock:
             lengths = [len(part.request.prompt_tokens) for part in self._parts.values() if not part.started]
         return len(lengths), sum(lengths)
@@ -142,7 +141,7 @@ class Incoming:
 
     def opening(self, name: str, reads: bool, timeout_s: float, reply: Reply, source: str = "") -> Callable[[], None]:
         """A prefill engine opens a hand-off: `reply` is called once, when there is room, or with an error, within
-        `timeout_s`. What is returned withdraws the opening."""
+        `timeout_s`. Call the result to withdraw the opening."""
         timeout_s = within(timeout_s, OPEN_TIMEOUT_S_MAX)
         opening = _Opening(reads, reply, time.monotonic() + timeout_s, source)
         withdraw = partial(self._withdraw, name, opening)
@@ -178,14 +177,14 @@ class Incoming:
         return withdraw
 
     def _not_early(self, openings: list[_Opening]) -> None:
-        """These are none of `_early` any more. With the lock held."""
+        """Uncount openings that left `_early`; the lock is held."""
         for opening in openings:
             self._early_of[opening.source] -= 1
             if not self._early_of[opening.source]:
                 del self._early_of[opening.source]
 
     def _removed(self, name: str, opening: _Opening) -> tuple[bool, bool]:
-        """Take an opening from those that wait; whether it did, and whether the router has named the hand-off."""
+        """Remove a waiting opening; returns whether it was waiting, and whether the router has placed the part."""
         with self._lock:
             part = self._parts.get(name)
             waiting = part.openings if part is not None else self._early.get(name, [])
@@ -199,7 +198,7 @@ class Incoming:
             return True, part is not None
 
     def _withdraw(self, name: str, opening: _Opening) -> None:
-        """Nobody waits for the reply any more."""
+        """Drop an opening whose client has stopped waiting."""
         self._removed(name, opening)
         with self._lock:
             opening.answered = True
@@ -207,7 +206,7 @@ class Incoming:
             opening.deadline.cancel()
 
     def _granted(self, part: _Part) -> None:
-        """There is room for the part."""
+        """Answer the openings of a part for which there is room now."""
         with self._lock:
             part.granted = True
             openings, part.openings = part.openings, []
@@ -219,7 +218,7 @@ class Incoming:
                 self._answer(part, opening)
 
     def _answer(self, part: _Part, opening: _Opening) -> None:
-        """Say which blocks are here, and which can be read."""
+        """Reply which blocks are present, and which can be read from the pool."""
         here = self._buffer.has(part.keys)
         if not opening.reads or all(here):
             self._reply(opening, bytes(HAS if h else 0 for h in here))
@@ -242,13 +241,12 @@ class Incoming:
             self._without_lookup(error)
             self._reply(opening, bytes(HAS if h else 0 for h in here))
 
-        worker = min(self._lookups, key=lambda one: one.waiting)
-        if not worker.put(look_up, failed):
+        if not self._lookups.put(look_up, failed):
             failed(PoolError("dropped", f"{LOOKUPS_WAITING_MAX} lookups wait, or the engine is closing"))
 
     def _without_lookup(self, error: Exception) -> None:
         count_loss("decode_lookups")
-        rare.warning("lookup", "a decode read goes without this host's blocks: %s", error)
+        rare.warning("lookup", "a decode read is done without this host's blocks: %s", error)
 
     def _reply(self, opening: _Opening, answer: bytes | PoolError) -> None:
         with self._lock:
@@ -260,7 +258,7 @@ class Incoming:
         opening.reply(answer)
 
     def _give_up(self, name: str, opening: _Opening) -> None:
-        """The prefill engine has waited for as long as it said."""
+        """End an opening after its timeout."""
         waited, named = self._removed(name, opening)
         if not waited:
             return
@@ -270,8 +268,8 @@ class Incoming:
         self._reply(opening, PoolError("full" if named else "deadline", reason))
 
     def handed_over(self, name: str, token: int, missing: int) -> PoolError | None:
-        """A hand-off is complete but for `missing` blocks, and `token` is its first token: decoding begins. The error
-        says why not. A second call does nothing."""
+        """A hand-off is complete, except for `missing` blocks, and `token` is its first token: begin to decode. Returns
+        the error when that is refused. A second call does nothing."""
         with self._lock:
             part = self._parts.get(name)
             if part is None or not part.granted:
@@ -303,19 +301,20 @@ class Incoming:
             refused = TokenEvent(None, "restart" if isinstance(error, Overloaded) else "error", str(error))
             self._end(part, refused)
             return PoolError("dropped", str(error))
-        except Exception as error:  # noqa: BLE001 (the engine knows nothing of it: nobody else would end it)
+        except Exception as error:  # noqa: BLE001 (the engine does not know the request, so it would never end)
             count_loss("failed_to_begin")
             rare.exception("begin", "request %s could not begin to decode: %r", name, error)
             self._end(part, TokenEvent(None, "error", f"the request could not begin to decode: {error!r}"))
             return PoolError("dropped", repr(error))
-        if part.cancelled:  # before the engine knew it
+        if part.cancelled:  # cancelled before the engine knew the request
             self._engine.cancel(name)
         return None
 
     # --- from the engine ---
 
     def _event(self, part: _Part, event: TokenEvent) -> None:
-        """On the engine's control thread. With the first token everything was copied up: the buffer is free."""
+        """On the engine's control thread. At the first token all blocks were copied to the device: the room in the
+        buffer is freed."""
         if part.in_buffer:
             part.in_buffer = False
             self._buffer.release(part.placed.hand_off_id)
@@ -337,8 +336,8 @@ class Incoming:
             part.on_event(event)
 
     def _forget(self, part: _Part) -> list[_Opening] | None:
-        """Forget a part and cancel its deadline; the caller answers whoever still waits for it. None when it was not
-        known."""
+        """Remove a part and cancel its deadline; returns its waiting openings, which the caller must answer. None when
+        it was not known."""
         with self._lock:
             if self._parts.get(part.placed.hand_off_id) is not part:
                 return None
@@ -360,19 +359,17 @@ class Incoming:
             self._end(part, TokenEvent(None, "restart", f"the hand-off {why} within {self._hand_off_timeout_s:g} s"))
 
     def close(self, timeout_s: float) -> None:
-        """End what has not begun to decode; before the engine is closed."""
+        """End the parts that have not begun to decode; to be called before the engine is closed."""
         with self._lock:
             self._closed = True
             early = [opening for openings in self._early.values() for opening in openings]
             self._early.clear()
             self._early_of.clear()
             parts = [part for part in self._parts.values() if not part.started]
-        for worker in self._lookups:
-            worker.stop()
+        self._lookups.stop()
         for opening in early:
             self._reply(opening, PoolError("closed", "the decode engine is closing"))
         for part in parts:
             self._end(part, TokenEvent(None, "restart", "the decode engine is closing"))
         self._deadlines.close(timeout_s)
-        for worker in self._lookups:
-            worker.close(timeout_s)
+        self._lookups.close(timeout_s)

@@ -1,7 +1,7 @@
-"""A relay's end of one-sided reads: it lends its blocks to prefill engines, and reads those that they offer.
+"""The relay's side of one-sided reads: it lends its blocks to prefill engines, and reads blocks that they offer.
 
-A lent block stays in the buffer, so what is lent has bounds: LEND_S_MAX in time, half of the buffer for one connection,
-three quarters for all of one address.
+A lent block stays in the buffer, so lending is bounded: LEND_S_MAX in time, half of the buffer for one connection,
+three quarters for all connections of one address.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ rare = RateLimitedLog(log)
 
 CLIENTS_MAX = 256
 LENT_MAX = 4096
-LENT_FEW = 16  # of a small buffer
+LENT_FEW = 16  # always allowed, also with a small buffer
 LEND_S_MAX = 60.0
 MOVES_WAITING_MAX = 4096
 
 
 @dataclass(slots=True, eq=False)
 class _Lent:
-    """A block on loan to the connection `lender`, from the address `source`."""
+    """A block lent to the connection `lender`, of the address `source`."""
 
     held: HeldBlock
     lender: int
@@ -50,21 +50,21 @@ class _Lent:
 
 
 class Lending:
-    """What is lent, and whose memory is attached. Any thread may call."""
+    """Lent blocks, and clients whose memory is attached. Any thread may call."""
 
     def __init__(self, mover: Mover, buffer: DecodeBuffer) -> None:
         self._mover = mover
         self._buffer = buffer
         self._lock = threading.Lock()
-        self._clients: OrderedDict[bytes, tuple[RemoteMemory, str]] = OrderedDict()  # and its source address
-        self._lent: dict[tuple[int, int], _Lent] = {}  # by lender and id
-        self._lent_of: Counter[int | str] = Counter()  # how many, by lender and by source
+        self._clients: OrderedDict[bytes, tuple[RemoteMemory, str]] = OrderedDict()  # client -> memory, source address
+        self._lent: dict[tuple[int, int], _Lent] = {}  # (lender, id) -> block
+        self._lent_of: Counter[int | str] = Counter()  # lender or source -> number of blocks
         self._deadlines = Deadlines("penstock-relay-lends")
         self._moves = GuardedWorker("penstock-relay-one-sided", waiting_max=MOVES_WAITING_MAX)
 
     def attach(self, client: bytes, kind: str, memory: bytes, source: str = "") -> bytes:
-        """The buffer's description for the client, whose memory is attached. Of too many the oldest of the address that
-        has the most is given up. Raises PoolError."""
+        """Attach a client's memory; returns the description of the buffer's memory. When there are too many clients,
+        the oldest one of the address with the most is detached. Raises PoolError."""
         if kind != self._mover.kind:
             raise PoolError("layout", f"this relay offers {self._mover.kind}, not {kind}")
         remote = self._mover.attach(memory)
@@ -84,8 +84,8 @@ class Lending:
     # --- lent ---
 
     def lend(self, lender: int, id: int, held: HeldBlock, until_s: float, source: str = "") -> int | PoolError:
-        """Keep a block for a client of connection `lender`; returns its offset. The client verifies what it reads, so a
-        block that was not returned in time is taken back."""
+        """Pin a block for a client of connection `lender`; returns its offset. A block that is not returned in time is
+        freed: this is safe, as the client verifies what it reads."""
         lent = _Lent(held, lender, source)
         with self._lock:
             same = self._forget((lender, id))
@@ -96,7 +96,7 @@ class Lending:
                 self._lent_of[source] += 1
                 left_s = min(until_s - time.monotonic(), LEND_S_MAX)
                 lent.deadline = self._deadlines.after(left_s, partial(self._late, lender, id, lent))
-        if same is not None:  # its number is used again: nobody will return it
+        if same is not None:  # its id is used again: it will not be returned
             same.end()
         if why is not None:
             held.release()
@@ -116,7 +116,7 @@ class Lending:
         return None
 
     def _forget(self, name: tuple[int, int]) -> _Lent | None:
-        """With the lock held; `end` must follow."""
+        """Remove a lent block; the lock is held. The caller must call its `end`."""
         lent = self._lent.pop(name, None)
         if lent is not None:
             for whose in (lent.lender, lent.source):
@@ -131,18 +131,18 @@ class Lending:
                 return
             self._forget((lender, id))
         count_loss("lent_blocks_taken_back")
-        rare.warning("late", "a lent block was not returned in time: it is taken back")
+        rare.warning("late", "a lent block was not returned in time: it is freed")
         lent.end()
 
     def returned(self, lender: int, id: int) -> None:
-        """A client no longer reads a block that it was lent."""
+        """A client has finished reading a lent block."""
         with self._lock:
             lent = self._forget((lender, id))
         if lent is not None:
             lent.end()
 
     def gone(self, lender: int) -> None:
-        """The connection ended: nothing of it is lent any more."""
+        """The connection ended: free the blocks lent to it."""
         with self._lock:
             names = [name for name in self._lent if name[0] == lender] if self._lent_of[lender] else []
             blocks = [self._forget(name) for name in names]
@@ -178,7 +178,7 @@ class Lending:
             ended(PoolError("dropped", f"{MOVES_WAITING_MAX} one-sided moves wait already"))
 
     def _close_later(self, remote: RemoteMemory) -> None:
-        """Close the memory after the queued reads of it; at once when the queue takes nothing more."""
+        """Close the memory after its queued reads; at once when the queue is full or closed."""
         if not self._moves.put(remote.close):
             remote.close()
 
@@ -194,5 +194,5 @@ class Lending:
         for remote, _ in clients:
             self._close_later(remote)
         if not self._moves.put(self._mover.close):
-            log.warning("the memory of one-sided reads is not given back: too many of them wait")
+            log.warning("the memory of one-sided reads is not freed: too many reads wait")
         self._moves.close(timeout_s)

@@ -1,4 +1,4 @@
-"""`core.bandwidth.LinkSpeed` on the clock, for any thread, and a pool whose reads are metered."""
+"""`core.bandwidth.LinkSpeed` with a real clock and a lock, and a pool wrapper that meters reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from penstock.pool.wrapped import WrappedPool
 
 
 class LinkMeter:
-    """Fed with the beginning and the end of each transfer; any thread."""
+    """Measures a link from the begin and end of each transfer. Any thread may call."""
 
     def __init__(self, given_bytes_per_s: float = 0.0) -> None:
         """See `LinkSpeed`."""
@@ -20,7 +20,7 @@ class LinkMeter:
         self._speed = LinkSpeed(given_bytes_per_s, time.monotonic())
 
     def metered(self, size_bytes: int, done: Done) -> Done:
-        """`done` of a transfer that begins now."""
+        """Begin a transfer; returns a `done` that ends it and calls the given one."""
 
         def ended(error: PoolError | None) -> None:
             self.end(size_bytes if error is None else 0)
@@ -35,25 +35,25 @@ class LinkMeter:
             self._speed.started(time.monotonic())
 
     def end(self, moved_bytes: int) -> None:
-        """One ends; 0 bytes when it failed."""
+        """A transfer ends; 0 bytes when it failed."""
         with self._lock:
             self._speed.ended(moved_bytes, time.monotonic())
 
     @property
     def load_bytes_per_s(self) -> float:
-        """What the link carried lately, idle times included."""
+        """Recent load in bytes per second, idle times included."""
         with self._lock:
             return self._speed.load_bytes_per_s(time.monotonic())
 
     @property
     def bytes_per_s(self) -> float:
-        """How fast it is while it is busy."""
+        """Recent bandwidth in bytes per second while the link was busy."""
         with self._lock:
             return self._speed.bytes_per_s(time.monotonic())
 
 
 class MeteredPool(WrappedPool):
-    """The pool behind it, each read metered: the storage NIC of this host, as this engine sees it."""
+    """A wrapper that meters each read: this engine's measurement of the host's storage NIC."""
 
     def __init__(self, storage: Pool, meter: LinkMeter) -> None:
         super().__init__(storage)
@@ -68,5 +68,5 @@ class MeteredPool(WrappedPool):
         done: Done,
         check: ReadCheck | None = None,
     ) -> None:
-        """As the pool behind it; its time and bytes count for the meter."""
+        """As `Pool.read`; its time and bytes are metered."""
         super().read(key, size_bytes, into, timeout_s, self._meter.metered(size_bytes, done), check)

@@ -1,4 +1,4 @@
-"""A prefill engine's end of one-sided reads: it reads blocks that relays lend, and offers its own to be read."""
+"""The prefill engine's side of one-sided reads: it reads blocks that relays lend, and offers its own to be read."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ rare = RateLimitedLog(log)
 MOVES_WAITING_MAX = 4096
 
 ATTACH_TIMEOUT_S = 5.0
-_BROKEN = ("network", "closed", "layout", "checksum")  # what ends so was done with memory that may not be there
+_BROKEN = ("network", "closed", "layout", "checksum")  # errors after which the attached memory may not exist any more
 
 
 class OneSidedLinks:
-    """Relays whose memory is attached, by address. Any thread may call; blocks are moved on a thread of its own."""
+    """Relays whose memory is attached, by address. Any thread may call; blocks are moved on a thread of this class."""
 
     def __init__(self, mover: Mover, pool_key: PoolKey | None = None) -> None:
         self._mover = mover
@@ -46,14 +46,13 @@ class OneSidedLinks:
         self._moves = GuardedWorker("penstock-one-sided", waiting_max=MOVES_WAITING_MAX)
 
     def allocate(self, size_bytes: int) -> memoryview:
-        """The engine's staging memory."""
+        """Allocate the engine's staging memory."""
         self._memory = self._mover.allocate(size_bytes)
         self._base = address_of(self._memory)
         return self._memory
 
     def attach(self, address: str, link: NodeLink) -> None:
-        """Ask for a relay's memory, unless it was asked for; until it is there, and without it, blocks travel in
-        messages."""
+        """Request a relay's memory, unless that was done. Until it is attached, blocks are sent in messages."""
         with self._lock:
             if address in self._remote or not len(self._memory):
                 return
@@ -64,31 +63,32 @@ class OneSidedLinks:
                 if error is not None:
                     raise error
                 remote = self._mover.attach(reply.memory)
-            except Exception as failed:  # noqa: BLE001 (whatever the transport raises: blocks travel in messages)
+            except Exception as failed:  # noqa: BLE001 (of any transport: blocks are sent in messages)
                 count_loss("one_sided_not_attached")
-                rare.warning(f"attach {address}", "%s: blocks travel in messages: %s", address, failed)
+                rare.warning(f"attach {address}", "%s: blocks are sent in messages: %s", address, failed)
                 if not isinstance(failed, PoolError) or failed.reason != "layout":
-                    self.drop(address)  # another try with the next hand-off
+                    self.drop(address)  # tried again with the next hand-off
                 return
             with self._lock:
                 wanted = address in self._remote
                 if wanted:
                     self._remote[address] = remote
-            if not wanted:  # the link was given up meanwhile
+            if not wanted:  # the link was dropped meanwhile
                 self._close_later(remote)
 
         message = wire.Attach(link.next_id(), self._client, self._mover.kind, self._mover.export(self._memory), 0.0)
         link.begin(message, ATTACH_TIMEOUT_S, ended)
 
     def drop(self, address: str) -> None:
-        """The relay may be another one by now: its memory is attached anew with the next hand-off."""
+        """Detach a relay's memory, as another relay may have its address by now; the next hand-off attaches it
+        again."""
         with self._lock:
             remote = self._remote.pop(address, None)
         if remote is not None:
             self._close_later(remote)
 
     def _close_later(self, remote: RemoteMemory) -> None:
-        """Close the memory after the queued reads of it; at once when the queue takes nothing more."""
+        """Close the memory after its queued reads; at once when the queue is full or closed."""
         if not self._moves.put(remote.close):
             remote.close()
 
@@ -102,7 +102,7 @@ class OneSidedLinks:
         timeout_s: float,
         done: Done,
     ) -> bool:
-        """Borrow a block and read it; False when the relay's memory is not attached."""
+        """Have a block lent, and read it; False when the relay's memory is not attached."""
         with self._lock:
             remote = self._remote.get(address)
         if remote is None:
@@ -171,14 +171,14 @@ class OneSidedLinks:
         call_done(done, error)
 
     def close(self, timeout_s: float) -> None:
-        """After the links are closed."""
+        """Close all memory; to be called after the links are closed."""
         with self._lock:
             remote, self._remote = list(self._remote.values()), {}
         for memory in remote:
             if memory is not None:
                 self._close_later(memory)
         if not self._moves.put(self._mover.close):
-            log.warning("the memory of one-sided reads is not given back: too many of them wait")
+            log.warning("the memory of one-sided reads is not freed: too many reads wait")
         self._moves.close(timeout_s)
 
 
@@ -189,15 +189,15 @@ def read_one_sided(
     deadline_s: float,
     check: Callable[[memoryview], PoolError | None],
 ) -> PoolError | None:
-    """Read a block out of a peer's memory and verify it by `check`; what went wrong, if anything."""
+    """Read a block from a peer's memory and verify it by `check`; returns the error, or None."""
     remaining_s = deadline_s - time.monotonic()
     if remaining_s <= 0:
-        return PoolError("deadline", "a one-sided read came to its turn too late")
+        return PoolError("deadline", "the deadline passed before a one-sided read's turn")
     try:
         remote.read(offset, into, remaining_s)
     except PoolError as error:
         return error
-    except Exception as error:  # whatever the transport raises is a block that did not come
+    except Exception as error:  # of any transport: the block did not arrive
         log.exception("a one-sided read raised")
         return PoolError("network", f"a one-sided read failed: {error}")
     return check(into)

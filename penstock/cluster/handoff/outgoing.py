@@ -1,4 +1,4 @@
-"""The prefill part of a request: open the hand-off, have the engine compute and hand over, close the hand-off."""
+"""The prefill part of a request: open the hand-off, the engine computes and sends the KV, close the hand-off."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from penstock.process.rate_limited_log import RateLimitedLog
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
-HAS, CAN_READ = 1, 2  # as in `transport.wire.Opened`
+HAS, CAN_READ = 1, 2  # as in `pool.net.wire.Opened`
 CLOSE_HAND_OFF_S = 5.0
 
 OnEvent = Callable[[TokenEvent], None]
@@ -33,7 +33,8 @@ OnEvent = Callable[[TokenEvent], None]
 
 @dataclass(slots=True, eq=False)
 class _Part:
-    """OPENING: the decode engine makes room. RUNNING: in the engine. CLOSING: the decode engine is told to begin."""
+    """OPENING: the decode engine makes room. RUNNING: in the engine. CLOSING: the decode engine gets the order to
+    begin."""
 
     placed: PlacedRequest
     request: GenerationRequest
@@ -45,7 +46,7 @@ class _Part:
 
 
 class Outgoing:
-    """Any thread may call. Each part gets exactly one last event."""
+    """The prefill parts of this engine. Any thread may call. Each part gets exactly one last event."""
 
     def __init__(self, engine: Engine, links: RelayLinks, open_timeout_s: float) -> None:
         self._engine = engine
@@ -55,7 +56,7 @@ class Outgoing:
         self._parts: dict[str, _Part] = {}
 
     def submit(self, placed: PlacedRequest, request: GenerationRequest, on_event: OnEvent) -> None:
-        """`request` is the placed one as the engine gets it. Raises InvalidRequest or Overloaded."""
+        """Begin a part. `request` is the placed request for the engine. Raises InvalidRequest or Overloaded."""
         name = placed.hand_off_id
         if placed.sampling.max_tokens == 1:  # nothing is left for the decode engine
             self._engine.submit(request, on_event)
@@ -90,7 +91,7 @@ class Outgoing:
             self._end(part, TokenEvent(None, "restart", f"the hand-off could not be opened: {error}"))
             return
         relay = placed.decode_relay
-        blocks = blocks[: len(placed.prompt_tokens) // self._engine.config.block_tokens]  # whatever a relay says
+        blocks = blocks[: len(placed.prompt_tokens) // self._engine.config.block_tokens]  # a relay may have sent more
         hand_off = HandOff(
             to=relay,
             present=frozenset(index for index, state in enumerate(blocks) if state == HAS),
@@ -107,12 +108,12 @@ class Outgoing:
             self._end(part, TokenEvent(None, "restart", str(refused)))
         except InvalidRequest as refused:
             self._end(part, TokenEvent(None, "error", str(refused)))
-        except Exception as failed:  # noqa: BLE001 (the engine knows nothing of it: nobody else would end it)
+        except Exception as failed:  # noqa: BLE001 (the engine does not know the request, so it would never end)
             count_loss("failed_to_begin")
             rare.exception("begin", "request %s could not begin: %r", placed.hand_off_id, failed)
             self._end(part, TokenEvent(None, "error", f"the request could not begin: {failed!r}"))
         else:
-            if part.cancelled:  # before the engine knew it
+            if part.cancelled:  # cancelled before the engine knew the request
                 self._engine.cancel(placed.hand_off_id)
 
     def _event(self, part: _Part, event: TokenEvent) -> None:
@@ -134,15 +135,15 @@ class Outgoing:
                 self._links.close_hand_off(
                     relay, name, part.token, missing, CLOSE_HAND_OFF_S, partial(self._closed, part, event)
                 )
-            except Exception as error:  # noqa: BLE001 (or the hand-off would never end)
+            except Exception as error:  # noqa: BLE001 (otherwise the hand-off would never end)
                 rare.exception("close", "hand-off %s could not be closed: %r", name, error)
                 self._closed(part, event, PoolError("network", repr(error)))
 
     def _closed(self, part: _Part, event: TokenEvent, error: PoolError | None) -> None:
         if error is not None:
             count_loss("hand_offs_not_taken_over")
-            rare.warning("over", "hand-off %s was not taken over: %s", part.placed.hand_off_id, error)
-            event = TokenEvent(None, "restart", f"the decode engine did not take over: {error}", event.report)
+            rare.warning("over", "hand-off %s was not accepted: %s", part.placed.hand_off_id, error)
+            event = TokenEvent(None, "restart", f"the decode engine did not accept the hand-off: {error}", event.report)
         self._end(part, event)
 
     def _end(self, part: _Part, event: TokenEvent) -> None:
@@ -153,7 +154,7 @@ class Outgoing:
         part.on_event(event)
 
     def replan(self, name: str, side: Literal["prefill", "decode"]) -> None:
-        """A part that is being opened reads all on the other side."""
+        """For a part that is being opened: make all its reads on the other side."""
         with self._lock:
             part = self._parts.get(name)
             if part is not None and part.phase == "opening":
@@ -174,7 +175,7 @@ class Outgoing:
         return True
 
     def opening(self) -> tuple[int, int]:
-        """Requests that are not in the engine yet, and their tokens."""
+        """Number and tokens of the requests that are not in the engine yet."""
         with self._lock:
             lengths = [len(p.request.prompt_tokens) for p in self._parts.values() if p.phase == "opening"]
         return len(lengths), sum(lengths)

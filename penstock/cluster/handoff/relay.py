@@ -1,8 +1,8 @@
 """The relay of a decode engine: a node of the pool protocol in front of its decode buffer.
 
-A prefill engine opens a hand-off, reads blocks through it (a decode read: from the buffer, or from storage into the
-buffer first), hands others over, and closes it with the first token. Hand-off and control are urgent lanes; blocks that
-are read are bulk.
+A prefill engine opens a hand-off, reads blocks through the relay (a decode read: from the buffer, after loading from
+storage if needed), sends the other blocks, and closes the hand-off with the first token. Hand-off and control use
+urgent lanes; reads use bulk lanes.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
 BUFFER_LINK = "buffer"
-_STAGING_BYTES = 4096  # unused: blocks are received into the buffer and sent out of it
+_STAGING_BYTES = 4096  # unused: blocks are received into the buffer and sent from it
 
 
 class HandoffService(Protocol):
-    """Who knows which hand-offs are expected. Called from threads of connections; must not block."""
+    """Knows the expected hand-offs. Called on threads of connections; must not block."""
 
     def opening(
         self, name: str, reads: bool, timeout_s: float, reply: Callable[[bytes | PoolError], None], source: str = ""
     ) -> Callable[[], None]:
-        """Returns what withdraws it, where nobody waits for the reply any more. `source`: the client's address,
-        of which openings have a share; empty: not said."""
+        """Open a hand-off. Call the result to withdraw the opening. `source`: the client's address, whose openings are
+        limited; empty: not known."""
 
     def handed_over(self, name: str, token: int, missing: int) -> PoolError | None:
-        """The blocks of a hand-off are there, but for `missing`, and its first token; or why it is refused."""
+        """The blocks of a hand-off have arrived, except `missing`, and its first token. Returns the error when it is
+        refused."""
 
 
 class RelayNode(PoolNode):
@@ -68,13 +69,13 @@ class RelayNode(PoolNode):
         mover: Mover | None = None,
         tls: PeerTls | None = None,
     ) -> None:
-        """With a `secret` only engines that prove it get anything, with `tls` only those with a certificate; with a
-        `mover`, which allocated the buffer's memory, they may read and be read one-sided. Raises OSError when the
-        address cannot be had."""
+        """With a `secret` only engines that prove it are served, with `tls` only those with a certificate; with a
+        `mover`, which allocated the buffer's memory, blocks move by one-sided reads in both directions. Raises OSError
+        when the address cannot be bound."""
         self.buffer = buffer
         self.service = service
         self.lending = Lending(mover, buffer) if mover is not None else None
-        super().__init__(_ServedBuffer(buffer), host, port, name, pace_bytes_per_s, _STAGING_BYTES, secret, tls=tls)
+        super().__init__(_BufferBackend(buffer), host, port, name, pace_bytes_per_s, _STAGING_BYTES, secret, tls=tls)
 
     def connection_of(self, sock: socket.socket, peer: str) -> ClientConnection:
         """A connection that speaks the relay's part of the protocol."""
@@ -85,20 +86,20 @@ class RelayNode(PoolNode):
         return self.buffer.block_bytes
 
     def left(self, connection: ClientConnection) -> None:
-        """A connection has ended: what was lent to it is returned."""
+        """A connection has ended: free the blocks lent to it."""
         super().left(connection)
         if self.lending is not None:
             self.lending.gone(id(connection))
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Close all connections, then what is lent, within about `timeout_s`."""
+        """Close all connections, then end all loans, within about `timeout_s`."""
         super().close(timeout_s)
         if self.lending is not None:
             self.lending.close(timeout_s)
 
 
 def _nothing() -> None:
-    """What withdraws an opening that is being made."""
+    """Placeholder for the withdrawal of an opening that is being made."""
 
 
 class _RelayConnection(ClientConnection):
@@ -109,7 +110,7 @@ class _RelayConnection(ClientConnection):
         self._buffer = node.buffer
         self._service = node.service
         self._lending = node.lending
-        self._openings: dict[object, Callable[[], None]] = {}  # that wait for a reply: what withdraws them
+        self._openings: dict[object, Callable[[], None]] = {}  # waiting openings: their withdrawals
 
     def _leave(self) -> None:
         with self._count_lock:
@@ -154,7 +155,7 @@ class _RelayConnection(ClientConnection):
         return lane != "read"
 
     @property
-    def _asks_nobody(self) -> bool:
+    def _answers_alone(self) -> bool:
         return True
 
     def _open(self, request: wire.Open) -> None:
@@ -195,7 +196,7 @@ class _RelayConnection(ClientConnection):
             self._buffer.load(request.key, request.timeout_s, arrived)
 
     def _finish_read(self, request: wire.Read, deadline_s: float, error: PoolError | None) -> None:
-        """On the sender's thread."""
+        """Answer a read, on the sender's thread."""
         try:
             held = self._buffer.hold(request.key) if error is None else None
             if held is not None:
@@ -239,7 +240,7 @@ class _RelayConnection(ClientConnection):
         try:
             self._receive(into)
         except BaseException:
-            self._buffer.end_write(key, None, PoolError("network", "the prefill engine went away"))
+            self._buffer.end_write(key, None, PoolError("network", "the prefill engine disconnected"))
             raise
         error = self._buffer.check(key, into, request.checksum, request.mac)
         if error is None:
@@ -254,7 +255,7 @@ class _RelayConnection(ClientConnection):
     def _refuse_many(
         self, request: wire.Read | wire.Write | wire.Lend | wire.Offer, into_of: BlockKey | None = None
     ) -> None:
-        """`into_of`: the block whose arrival was begun."""
+        """Refuse a request above the limit. `into_of`: the block whose arrival was begun."""
         error = PoolError("dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already")
         if into_of is not None:
             self._buffer.end_write(into_of, None, error)
@@ -291,7 +292,7 @@ class _RelayConnection(ClientConnection):
             found = error or PoolError("missing", "the hand-off ended")
         else:
             found = lending.lend(id(self), request.id, held, until_s, self.source)
-            if self._ended:  # what a connection that is gone is lent is not taken back by its end
+            if self._ended:  # the end of the connection, which frees its loans, has passed already
                 lending.returned(id(self), request.id)
         if isinstance(found, PoolError):
             self._later(partial(self._reply, wire.Failed(request.id, found.reason, found.detail)))
@@ -325,7 +326,7 @@ class _RelayConnection(ClientConnection):
         lending.take(request, view, deadline_s, ended)
 
     def _answer_when_here(self, request: wire.Write | wire.Offer) -> None:
-        """Another copy of the block is here or on its way."""
+        """Answer once the block, of which another copy is present or arriving, is present."""
         if not self._enter():
             self._refuse_many(request)
             return
@@ -340,9 +341,9 @@ class _RelayConnection(ClientConnection):
         self._buffer.load(request.key, request.timeout_s, arrived)
 
 
-class _ServedBuffer:
-    """The buffer as what a node serves: what it holds can be looked up and read, nothing can be evicted from outside.
-    `pool.served.NodeBackend`."""
+class _BufferBackend:
+    """The buffer as the backend of a node: its blocks can be looked up and read, but not evicted from outside.
+    Contract: `pool.node_backend.NodeBackend`."""
 
     node_id = b""
     own: NodeBackend | None = None
@@ -353,7 +354,7 @@ class _ServedBuffer:
         self.block_bytes_max = buffer.block_bytes
 
     def register(self, buffer: memoryview) -> None:
-        """Nothing: the buffer moves no bytes itself."""
+        """Do nothing: the buffer moves no bytes itself."""
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
         size = self._buffer.block_bytes
@@ -383,7 +384,7 @@ class _ServedBuffer:
         call_done(done, PoolError("dropped", "a relay takes blocks of hand-offs only"))
 
     def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
-        """A reader found damage: it happened on the way, what is here matched when it came."""
+        """A reader found damage: it happened in transfer, as the block matched its checksum when it arrived."""
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
         return 0
@@ -406,4 +407,4 @@ class _ServedBuffer:
         return PoolStat((member,), 0, buffer.evictions, 0)
 
     def close(self, timeout_s: float) -> None:
-        """Nothing of its own."""
+        """Nothing to close."""

@@ -1,6 +1,6 @@
-"""A prefill engine's connections to the relays of decode engines: opening hand-offs, reading through, handing over.
+"""A prefill engine's connections to the relays of decode engines: opens hand-offs, reads and sends blocks.
 
-Hand-off and control have a connection each, apart from the one that blocks are read over, and go before it (`lanes`).
+Hand-off and control have a connection each, separate from those for reads, with a higher priority (`pool.net.lanes`).
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
 LINKS_MAX = 256
-DOWN_S = 60.0  # a relay that was not reached for so long, with nothing on its way, is given up: it comes back elsewhere
+DOWN_S = 60.0  # an idle link to a relay that is down for so long is closed: a restarted relay has a new address
 CONNECT_THREADS = 4
-CONNECTS_WAITING_MAX = 1024  # of each of these threads
+CONNECTS_WAITING_MAX = 1024  # of each of these threads, which have queues of their own
 LINKS_REPORTED_MAX = 32
 URGENT_LANES = frozenset({"control", "write"})
 
@@ -54,7 +54,7 @@ class _Link:
 
     def __init__(self, connections: NodeLink) -> None:
         self.connections = connections
-        self.down_s: float | None = None  # since when it was seen to be down and idle
+        self.down_s: float | None = None  # since when it is down and idle
         self.read, self.handed = LinkMeter(), LinkMeter()
 
 
@@ -70,9 +70,9 @@ class RelayLinks:
         tls: PeerTls | None = None,
         pool_key: PoolKey | None = None,
     ) -> None:
-        """`connections` for reads, to each relay; `secret` and `tls` are what relays ask for. With a `mover`, blocks
+        """`connections` for reads, to each relay; `secret` and `tls` as the relays require them. With a `mover`, blocks
         move between this engine and relays of the mover's kind by one-sided reads in both directions. With a `pool_key`
-        blocks that are handed over have a MAC, and those that are read are accepted only with a good one."""
+        blocks that are sent have a MAC, and blocks that are read are accepted only with a valid one."""
         self._pool_key = pool_key
         self._secret, self._tls = secret, tls
         self._one_sided = OneSidedLinks(mover, pool_key) if mover is not None else None
@@ -98,7 +98,7 @@ class RelayLinks:
         def begin() -> None:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
-                failed(PoolError("deadline", f"{address}: its turn to be connected came too late"))
+                failed(PoolError("deadline", f"{address}: the deadline passed before its turn to be connected"))
                 return
             try:
                 link = self._link(address).connections
@@ -109,7 +109,7 @@ class RelayLinks:
                 return
             link.begin(wire.Open(link.next_id(), name, reads, left_s), left_s, ended)
 
-        # One relay's openings wait for each other only: one that does not answer holds up a fraction of the others.
+        # A relay's openings are all on one thread: a relay that does not answer delays only the relays of that thread.
         worker = self._connecting[hash(address) % CONNECT_THREADS]
         if not worker.put(begin, failed):
             count_loss("hand_offs_too_many")
@@ -120,7 +120,7 @@ class RelayLinks:
             )
 
     def close_hand_off(self, address: str, name: str, token: int, missing: int, timeout_s: float, done: Done) -> None:
-        """Everything is handed over, but `missing` blocks; decode may begin."""
+        """All blocks were sent, except `missing` ones; decode may begin."""
         link = self._known(address)
         if link is None:
             call_done(done, PoolError("network", f"no connection to {address}"))
@@ -135,11 +135,11 @@ class RelayLinks:
     # --- engine.peers.Peers ---
 
     def allocate(self, size_bytes: int) -> memoryview:
-        """Page-aligned memory that one-sided reads may fill, where there are any."""
+        """Page-aligned memory, usable for one-sided reads if these are on."""
         return self._one_sided.allocate(size_bytes) if self._one_sided is not None else aligned_buffer(size_bytes)
 
     def read(self, address: str, key: bytes, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
-        """Read a block through the relay at `address`: one-sided where that works, in messages otherwise."""
+        """Read a block through the relay at `address`: one-sided if possible, else in messages."""
         link = self._known(address)
         if link is None:
             call_done(done, PoolError("network", f"no connection to {address}"))
@@ -153,7 +153,7 @@ class RelayLinks:
         connections.submit("read", message, into, timeout_s, lambda _, error: call_done(done, error), check)
 
     def hand_over(self, address: str, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
-        """Send a block to the relay at `address`: one-sided where that works, in messages otherwise."""
+        """Send a block to the relay at `address`: one-sided if possible, else in messages."""
         link = self._known(address)
         if link is None:
             call_done(done, PoolError("network", f"no connection to {address}"))
@@ -171,8 +171,9 @@ class RelayLinks:
         connections.submit("write", message, data, timeout_s, lambda _, error: call_done(done, error))
 
     def reports(self, engine_load: EngineLoad, block_bytes: int) -> list[LinkReport]:
-        """Both directions of each link, the busiest where there are too many; `engine_load`: what is still to move."""
-        self._give_up_down()
+        """Reports of both directions of each link, of the busiest ones if there are too many; `engine_load`: bytes
+        still to move."""
+        self._close_dead_links()
         with self._lock:
             links = list(self._links.items())
         found = []
@@ -185,9 +186,9 @@ class RelayLinks:
 
     # --- links ---
 
-    def _give_up_down(self) -> None:
-        """Links to relays that are gone give back their threads and memory: a decode engine that starts again has
-        another address. With each report to the router."""
+    def _close_dead_links(self) -> None:
+        """Close links to relays that are gone, to free threads and memory: a decode engine that restarts has another
+        address. Called with each report to the router."""
         now_s = time.monotonic()
         unused: list[_Link] = []
         with self._lock:
@@ -202,7 +203,7 @@ class RelayLinks:
             self._close_later(link)
 
     def _close_later(self, link: _Link) -> None:
-        """On a thread of its own: it waits for the link's threads."""
+        """Close a link on another thread, as that waits for the link's threads."""
         if self._one_sided is not None:
             self._one_sided.drop(link.connections.place)
         if not self._closing.put(lambda: link.connections.close(1.0)):
@@ -213,7 +214,7 @@ class RelayLinks:
             return self._links.get(address)
 
     def _link(self, address: str) -> _Link:
-        """Raises PoolError, OSError or ValueError."""
+        """The link to this address, made if needed. Raises PoolError, OSError or ValueError."""
         with self._lock:
             link = self._links.get(address)
             if link is not None:

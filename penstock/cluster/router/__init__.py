@@ -1,1 +1,1 @@
-"""The endpoint of a cluster: engines that registered, requests that are placed, their answers."""
+"""The endpoint of a cluster: registered engines, placed requests and their answers."""

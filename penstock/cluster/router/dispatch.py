@@ -1,4 +1,4 @@
-"""Sends engines what was decided of a request: placed, planned anew, cancelled. On the router's thread."""
+"""Sends decisions about requests to engines: place, replan, cancel. On the router's thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from penstock.core.cluster.decisions import Place, Replan
 
 
 class Dispatch:
-    """What is sent to an engine that has left is sent to nobody: its parts end by themselves."""
+    """Messages to an engine that has left are dropped: its parts have ended."""
 
     def __init__(self, port: EngineRegistry, accounts: EngineAccounts) -> None:
         self._port = port
@@ -27,7 +27,7 @@ class Dispatch:
         if prefill is None or decode is None:
             return False
         parts = {place.prefill: "mixed"} if prefill is decode else {place.prefill: "prefill", place.decode: "decode"}
-        routed.brain_attempt = place.attempt
+        routed.scheduler_attempt = place.attempt
         attempt = routed.answer.begin(parts)
         routed.waiting, routed.read = "", place.read
         routed.mark("prefill", time.monotonic())
@@ -42,19 +42,19 @@ class Dispatch:
         return True
 
     def replan(self, routed: RoutedRequest, decision: Replan) -> None:
-        """Tell the prefill engine that the other side reads."""
+        """Order the prefill engine to read on the other side."""
         for name, part in routed.answer.parts.items():
             engine = self._port.engines.get(name)
             if part == "prefill" and engine is not None:
                 self._port.send(engine, wire.Replan(engine.epoch, routed.id, routed.answer.attempt, decision.side))
 
     def cancel_parts(self, routed: RoutedRequest, engines: Sequence[str]) -> None:
-        """Of the request's present attempt."""
+        """Cancel the parts of the request's current attempt on these engines."""
         for name in engines:
             self.cancel_part(name, routed.id, routed.answer.attempt)
 
     def cancel_part(self, name: str, request_id: str, attempt: int) -> None:
-        """Of any attempt, also of a request that this router does not know."""
+        """Cancel a part of any attempt, also of a request that this router does not know."""
         engine = self._port.engines.get(name)
         if engine is not None:
             self._port.send(engine, wire.Cancel(engine.epoch, request_id, attempt))

@@ -1,7 +1,7 @@
-"""Tells the inter-engine scheduler core of engines and nodes: what they are, what they can do, and what they report.
+"""Passes engines, hosts and their reports to the inter-engine scheduler core.
 
-A report costs O(engines of its host), however many others there are: the core hears of every host only when an engine
-came or went, or when the first host reaches its pool again.
+A report costs O(engines of its host), however many other engines there are: all hosts are passed to the core only when
+an engine joined or left, or when the first host reaches its pool again.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from penstock.core.cluster.inter_engine import InterEngineScheduler
 from penstock.core.cluster.nic_speed import StorageSpeeds
 from penstock.core.cost import ComputeCost
 
-PREFILL_TOKENS_PER_S = 20_000.0  # of an engine that does not say
-SPEED_MIN = 1e-3  # prompt tokens in a second; less is not believed
-SPEED_MAX = 1e13  # tokens or bytes in a second; more is not believed
-BATCH_TOKENS = 2048  # what the speed of prompts without hits is taken of
+PREFILL_TOKENS_PER_S = 20_000.0  # of an engine that does not report its speed
+SPEED_MIN = 1e-3  # prompt tokens per second; a report outside SPEED_MIN to SPEED_MAX is ignored
+SPEED_MAX = 1e13  # tokens or bytes per second; reported storage speeds are clipped to it
+BATCH_TOKENS = 2048  # batch size for which the speed of prompts without hits is computed
 
 
 @dataclass(slots=True)
 class _Account:
-    """Of one engine: `unseen` are placements with reads that its report may not know of: (number of the placement,
-    number of the read on its node)."""
+    """One engine. `unseen`: placements with reads that its report may not include yet, as (number of the placement,
+    number of the read on its host)."""
 
     engine: RegisteredEngine
     placed: int = 0
@@ -35,13 +35,13 @@ class _Account:
 
 
 def prompt_tokens_per_s(cost: ComputeCost) -> float:
-    """Of prompts without hits; infinite for a cost of 0."""
+    """Speed for prompts without hits; infinite for a cost of 0."""
     seconds = cost.seconds([(BATCH_TOKENS, 0)])
     return BATCH_TOKENS / seconds if seconds > 0 else math.inf
 
 
 def speed_of(report: EngineReport) -> tuple[float, ComputeCost | None]:
-    """How many prompt tokens an engine computes in a second, and what a prompt costs there, where it says so."""
+    """Prompt tokens per second of an engine, and its cost model if it reports one."""
     if report.compute is None:
         return PREFILL_TOKENS_PER_S, None
     a, b, c = report.compute
@@ -51,33 +51,33 @@ def speed_of(report: EngineReport) -> tuple[float, ComputeCost | None]:
 
 
 class EngineAccounts:
-    """A node of the scheduler core is a host: its engines share a storage NIC."""
+    """All engines. A node of the scheduler core is a host: its engines share a storage NIC."""
 
     def __init__(self, scheduler: InterEngineScheduler) -> None:
         self._scheduler = scheduler
         self._accounts: dict[str, _Account] = {}
-        self._hosts: dict[str, dict[str, _Account]] = {}  # of the engines that each has
+        self._hosts: dict[str, dict[str, _Account]] = {}  # host -> its engines
         self._speeds = StorageSpeeds()
-        self._left: set[str] = set()  # hosts that engines left since somebody said how fast his storage NIC is
-        self._reach: dict[str, bool] = {}  # hosts, and whether they reach their pools, as the scheduler core was told
-        self._reaching = 0  # hosts that do
-        self._changed = False  # an engine came or went since the scheduler core was told
+        self._left: set[str] = set()  # hosts that engines left since the last report of a storage NIC's speed
+        self._reach: dict[str, bool] = {}  # host -> whether it reaches its pool, as last passed to the scheduler core
+        self._reaching = 0  # hosts that reach their pools
+        self._changed = False  # an engine joined or left since the last update of the scheduler core
 
     def joined(self, engine: RegisteredEngine) -> None:
-        """It has registered."""
+        """An engine has registered."""
         card, report = engine.card, engine.report
         account = _Account(engine)
         self._accounts[engine.name] = self._hosts.setdefault(card.host, {})[engine.name] = account
         self._changed = True
         speed, compute = speed_of(report)
-        self._tell_storage_speed(engine)
+        self._update_storage_speed(engine)
         capacity = report.total_pages * card.block_tokens or card.max_context_tokens
         self._scheduler.engine_registered(
             EngineSpec(engine.name, card.role, card.role, card.host, speed, capacity, compute)
         )
 
     def left(self, engine: RegisteredEngine, now: float) -> None:
-        """Its requests start over."""
+        """An engine has left; its requests are placed again."""
         host = engine.card.host
         here = self._hosts.get(host, {})
         here.pop(engine.name, None)
@@ -91,7 +91,7 @@ class EngineAccounts:
             self._scheduler.node_lost(host, now)
 
     def placed(self, engine: RegisteredEngine, read_tokens: int) -> None:
-        """A request was placed on the engine, which is to read so much for it."""
+        """A request was placed on the engine, which will read `read_tokens` for it."""
         account = self._accounts.get(engine.name)
         if account is not None:
             account.placed += 1
@@ -107,17 +107,17 @@ class EngineAccounts:
             account.unseen.popleft()
         host = engine.card.host
         here = self._hosts[host].values()
-        self._tell_storage_speed(engine)
+        self._update_storage_speed(engine)
         self._scheduler.engine_speed(engine.name, *speed_of(engine.report))
         seen = min((one.unseen[0][1] - 1 for one in here if one.unseen), default=None)
-        # An engine's queue has neither what waits for room in a decode buffer, nor what a prefill engine is still to
-        # ask of this host's relay: a report adds to what the scheduler core counts itself, and takes nothing off.
+        # A reported queue does not include requests that wait for room in a decode buffer, nor reads that a prefill
+        # engine will still make through this host's relay: it may raise the scheduler core's count, never lower it.
         reported = sum(one.engine.report.read_queue_tokens for one in here)
         self._scheduler.report(host, max(reported, self._scheduler.unread_tokens(host, seen)), seen)
-        self._tell_nic(host, now)
+        self._update_nic(host, now)
 
-    def _tell_nic(self, host: str, now: float) -> None:
-        """A host that does not reach its pool, while another one does, has lost its storage NIC."""
+    def _update_nic(self, host: str, now: float) -> None:
+        """A host that does not reach its pool, while another host does, counts as having lost its storage NIC."""
         some_reached = self._reaching > 0
         tell: Iterable[str] = ()
         if self._changed:
@@ -140,9 +140,9 @@ class EngineAccounts:
             else:
                 self._scheduler.nic_healed(one)
 
-    def _tell_storage_speed(self, engine: RegisteredEngine) -> None:
-        """What one host's storage NIC does tells something of the others'. Engines of a host share it: the fastest of
-        them saw most of it."""
+    def _update_storage_speed(self, engine: RegisteredEngine) -> None:
+        """Update storage bandwidths. Engines of a host share its NIC: the largest report is used. A host without a
+        report gets an estimate from the others."""
         card = engine.card
         self._left.add(card.host)
         for host in self._left:

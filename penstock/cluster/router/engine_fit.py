@@ -1,4 +1,4 @@
-"""Whether an engine that registers can serve with those that are there."""
+"""Checks whether an engine that registers is compatible with the registered ones."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from penstock.cluster.wire import EngineCard
 
 
 def misfit(card: EngineCard, others: Sequence[EngineCard], vocabulary: str = "") -> str | None:
-    """One line that says why an engine cannot serve with the others; None when it can. `vocabulary` is that of the
-    router's tokenizer; it is not compared where one side names none."""
+    """One line with the reason why an engine cannot serve with the others; None when it can. `vocabulary`: digest of
+    the router's tokenizer; not compared when one side has none."""
     if card.role == "decode" and not card.relay_address:
         return "a decode engine without the address of its relay"
     if card.vocab_size < 1 or card.block_tokens < 1 or card.block_bytes < 1 or card.max_context_tokens < 2:

@@ -1,15 +1,15 @@
-"""The router's cluster port: strangers out, engines registered, leases kept, frames of old epochs refused.
+"""The router's cluster port: registers engines, renews their leases, refuses unknown peers and frames of old epochs.
 
-Everything here runs on one event loop. What happens is told to a `Listener`, whose methods run on that loop too; what
-one of them raises is logged and counted, and ends nothing but a registration.
+Everything here runs on one event loop. Events are passed to a `Listener`, whose methods run on that loop too; an
+exception in one is logged and counted, and ends at most a registration.
 
-An engine's frames are short, and others have their turn after each piece of work (AT_ONCE_S). What is of no use to a
-request (heartbeats, and events of what nobody waits for) has a share of the time, by address
-(`pool.net.message_budget`): an engine that sends without end does not hold up the others.
+An engine's frames are short, and other engines have their turn after AT_ONCE_S. Messages that advance no request
+(heartbeats, and events for which nobody waits) may use only a share of the time, by address
+(`pool.net.message_budget`): an engine that sends without end does not delay the others.
 
-A stranger has HANDSHAKE_S from the connection to its Register, all together. When STRANGERS_MAX are there the one that
-has been there longest, of the address with the most of them, makes room for the next: whoever knows the secret needs a
-few milliseconds. Engines have a budget of their own, and an address a share of it (`core.connection_limits`).
+A connection must register within HANDSHAKE_S. When STRANGERS_MAX connections have not registered, the oldest one of the
+address with the most of them is closed for the next: a peer with the secret needs only a few milliseconds. Engines are
+limited separately, also by address (`core.connection_limits`).
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ ENGINES_MAX = 4096
 ENGINES_OF_ADDRESS_MAX = 1024
 STRANGERS_MAX = 512  # connections that have not registered
 BACKLOG = 1024
-ACCEPT_AT_ONCE = 8  # before those that were accepted have their turn: a storm would displace them unheard
-AT_ONCE_S = 0.0002  # of one engine's messages, before the others have their turn
-MESSAGE_S = 1e-5  # what reading a message takes, beside what it says
-REGISTER_S = 0.001  # what a registration costs, and its end
-UNSENT_BYTES_MAX = 256 << 20  # of one engine; one that takes less is lost
+ACCEPT_AT_ONCE = 8  # before accepted connections have their turn: a burst would close them unread
+AT_ONCE_S = 0.0002  # time for one engine's messages before the others have their turn
+MESSAGE_S = 1e-5  # CPU time to read a message, without its content
+REGISTER_S = 0.001  # CPU time of a registration and of its end
+UNSENT_BYTES_MAX = 256 << 20  # unsent bytes to one engine; above, the engine counts as lost
 BEATS_PER_LEASE = 4
 
 First = TypeVar("First", wire.Register, wire.MoreHeld)
@@ -56,7 +56,7 @@ First = TypeVar("First", wire.Register, wire.MoreHeld)
 
 @dataclass(eq=False, slots=True)
 class RegisteredEngine:
-    """A registered engine. `epoch` is current as long as the router knows it."""
+    """A registered engine. `epoch` is current as long as the engine is registered."""
 
     card: wire.EngineCard
     epoch: int
@@ -65,36 +65,37 @@ class RegisteredEngine:
     since_s: float
     writer: Writer
     heard_s: float = 0.0
-    placed_seen: int = 0  # Place messages that the report knows of
+    placed_seen: int = 0  # Place messages that the report includes
 
     @property
     def name(self) -> str:
-        """The name that the engine registered under."""
+        """The name under which the engine registered."""
         return self.card.name
 
 
 class Listener(Protocol):
-    """What the port reports to: the router. Called on the port's event loop; must not block."""
+    """Receives the events of the port: the router. Called on the port's event loop; must not block."""
 
     def engine_fits(self, card: wire.EngineCard) -> str | None:
-        """One line that says why this engine cannot serve here, or None."""
+        """One line with the reason why this engine cannot serve here, or None."""
 
     def engine_joined(self, engine: RegisteredEngine, held: Sequence[wire.Held]) -> list[tuple[str, int]]:
-        """Which of the held (request id, attempt) the engine shall keep."""
+        """An engine registered with these parts; returns the (request id, attempt) of those that it shall go on
+        with."""
 
     def engine_left(self, engine: RegisteredEngine, why: str) -> None:
-        """It is fenced: nothing more comes from this epoch."""
+        """The engine is fenced: nothing more arrives from this epoch."""
 
     def engine_reported(self, engine: RegisteredEngine) -> None:
-        """A new report of its load came with a heartbeat."""
+        """A new report of the engine's load arrived with a heartbeat."""
 
     def engine_events(self, engine: RegisteredEngine, events: Sequence[wire.Event]) -> int:
-        """Tokens and ends of requests, in order. Returns how many of them are of use."""
+        """Tokens and ends of requests, in order. Returns how many of them advance a request."""
 
 
 @dataclass(slots=True)
 class Counts:
-    """What came to the port."""
+    """Counters of the port."""
 
     connections: int = 0
     refused_secret: int = 0
@@ -109,7 +110,7 @@ class Counts:
 
 
 class EngineRegistry:
-    """Serves the control protocol on a bound socket. `router_id` differs from start to start."""
+    """Serves the control protocol on a bound socket. `router_id` is new with each start."""
 
     def __init__(
         self,
@@ -130,7 +131,7 @@ class EngineRegistry:
         self._listener = listener
         self._sock = sock
         self._secret, self._tls = secret, tls
-        # Epochs of two routers are never the same but by chance: 2^40 beginnings.
+        # Random begin (2^40 values): epochs of two routers are the same only by rare chance.
         self._membership = Membership(lease_s, first_epoch=secrets.randbelow(1 << 40) << 20)
         limits = ConnectionLimits.within(file_limit(), STRANGERS_MAX, ENGINES_MAX, ENGINES_OF_ADDRESS_MAX)
         self._shares: ConnectionShares[asyncio.Task[None]] = ConnectionShares(limits)
@@ -141,8 +142,8 @@ class EngineRegistry:
         self._closed = False
 
     async def start(self) -> None:
-        """Begin to accept connections, and to expire leases."""
-        # asyncio accepts as many at once as its backlog says.
+        """Begin to accept connections and to expire leases."""
+        # asyncio accepts as many at once as the backlog.
         self._server = await asyncio.start_server(
             self._connected, sock=self._sock, limit=1 << 20, backlog=ACCEPT_AT_ONCE
         )
@@ -163,14 +164,14 @@ class EngineRegistry:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def send(self, engine: RegisteredEngine, message: wire.FromRouter) -> None:
-        """Queue a message for an engine; one that does not take what was sent is lost."""
+        """Queue a message for an engine; an engine that does not receive its messages counts as lost."""
         if self.engines.get(engine.name) is not engine:
             return
         if engine.writer.transport.is_closing():
-            return  # its reader notices, and everything that it has is placed again
+            return  # its reader notices, and its requests are placed again
         engine.writer.write(wire.frame(message))
         if engine.writer.transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
-            self._lose(engine, f"it does not take what is sent: {UNSENT_BYTES_MAX >> 20} MiB wait")
+            self._lose(engine, f"it does not receive what is sent: {UNSENT_BYTES_MAX >> 20} MiB wait")
 
     # -- connections --------------------------------------------------------------------------------------------
 
@@ -212,7 +213,7 @@ class EngineRegistry:
         except asyncio.CancelledError:
             if not self._closed and task not in self._dropped:
                 raise
-        except Exception as error:  # noqa: BLE001 (one engine's connection; the port serves the others)
+        except Exception as error:  # noqa: BLE001 (of one connection; the port serves the others)
             why = f"internal error: {error!r}"
             rare.exception("connection", "connection of %s failed: %r", peer, error)
         finally:
@@ -230,8 +231,8 @@ class EngineRegistry:
         address: str,
         task: asyncio.Task[None],
     ) -> tuple[RegisteredEngine | None, Reader]:
-        """From a stranger to an engine, and what is read from it. Raises ProtocolError, SecretRefused, TlsError or
-        another OSError."""
+        """Admit an unknown peer as an engine; returns the engine and its reader. Raises ProtocolError, SecretRefused,
+        TlsError or another OSError."""
         secret, tls = self._secret, self._tls
         source: Reader = reader
         target: Writer = writer
@@ -250,20 +251,20 @@ class EngineRegistry:
         return self._register(register, held, target, peer, task), source
 
     def _drop(self, stranger: asyncio.Task[None]) -> None:
-        """It makes room for another one."""
+        """Close the connection of a peer that has not registered, for another one."""
         self._dropped.add(stranger)
         stranger.cancel()
         self.counts.strangers_dropped += 1
         most = self._shares.limits.strangers
         rare.warning("strangers", "%d connections have not registered, the limit: the oldest one is closed", most)
 
-    def _tell(self, told: Callable[[], None]) -> None:
+    def _notify(self, call: Callable[[], None]) -> None:
         """Call the listener; an exception in it is logged and ends no registration."""
         try:
-            told()
-        except Exception as error:  # noqa: BLE001 (one message's; the connection goes on)
+            call()
+        except Exception as error:  # noqa: BLE001 (of one message; the connection goes on)
             self.counts.listener_failures += 1
-            rare.exception("listener", "what an engine said could not be dealt with: %r", error)
+            rare.exception("listener", "a message of an engine could not be processed: %r", error)
 
     async def _challenge(self, secret: Secret, reader: Reader, writer: Writer) -> None:
         nonce = os.urandom(NONCE_BYTES)
@@ -272,7 +273,7 @@ class EngineRegistry:
         writer.write(secret.check(wire.PURPOSE, nonce, answer))
 
     async def _first_messages(self, reader: Reader, address: str) -> tuple[wire.Register, list[wire.Held]]:
-        """What an engine registers with, and all that it has."""
+        """The Register message of an engine, and all parts that it holds."""
         register = await self._first(wire.Register, reader, address)
         held = list(register.held)
         for _ in range(register.more):
@@ -288,7 +289,8 @@ class EngineRegistry:
         return message
 
     async def _pause(self, address: str, used_s: float) -> None:
-        """After what took so long and was of no use to a request. Others have their turn, also where it is short."""
+        """Charge time that advanced no request, and pause for it. Other connections have their turn even when the pause
+        is short."""
         await asyncio.sleep(self._budget.used(address, used_s, _now()))
 
     def _register(
@@ -311,7 +313,7 @@ class EngineRegistry:
                 reason, retry = str(error), True
         if reason is not None:
             self.counts.refused_registration += 1
-            rare.warning(f"not taken {card.name}", "engine %s (%s) is not taken: %s", card.name, peer, reason)
+            rare.warning(f"not taken {card.name}", "engine %s (%s) is refused: %s", card.name, peer, reason)
             writer.write(wire.frame(wire.Refused(clip(reason), retry)))
             return None
         if known is not None:
@@ -329,14 +331,14 @@ class EngineRegistry:
             self._forget(engine, "it could not be registered", after_all=True)
             return None
         welcome = wire.Welcome(epoch, self.router_id, self.lease_s, self.lease_s / BEATS_PER_LEASE, keep)
-        # The welcome goes first; what the listener places from now on follows it.
+        # Welcome is sent first; requests that the listener places from now on follow it.
         writer.write(wire.frame(welcome))
         log.info("engine %s (%s) registered from %s: epoch %d", card.name, card.role, peer, epoch)
-        self._tell(lambda: self._listener.engine_reported(engine))
+        self._notify(lambda: self._listener.engine_reported(engine))
         return engine
 
     async def _serve(self, engine: RegisteredEngine, reader: Reader, address: str) -> str:
-        """Until the engine leaves or is fenced; returns why."""
+        """Serve until the engine leaves or is fenced; returns why."""
         busy_s = wasted_s = 0.0
         while True:
             body, begin_s = await _frame(reader), time.thread_time()
@@ -356,37 +358,37 @@ class EngineRegistry:
                     return "its lease had ended"
                 self.send(engine, wire.Beat(message.sequence))
                 engine.report, engine.placed_seen = message.report, message.placed
-                self._tell(lambda: self._listener.engine_reported(engine))
+                self._notify(lambda: self._listener.engine_reported(engine))
             elif isinstance(message, wire.Events):
                 useful = self._events(engine, message.events)
             else:
                 return message.why
             used_s = time.thread_time() - begin_s + MESSAGE_S
             busy_s, wasted_s = busy_s + used_s, wasted_s + used_s * (1.0 - useful)
-            if busy_s >= AT_ONCE_S:  # what is there already is read without waiting
+            if busy_s >= AT_ONCE_S:  # messages received already are read without waiting
                 await (self._pause(address, wasted_s) if wasted_s else asyncio.sleep(0))
                 busy_s = wasted_s = 0.0
 
     def _events(self, engine: RegisteredEngine, events: Sequence[wire.Event]) -> float:
-        """Returns the part of them that is of use."""
+        """Pass events on; returns the share of them that advanced a request."""
         useful: list[int] = []
-        self._tell(lambda: useful.append(self._listener.engine_events(engine, events)))
+        self._notify(lambda: useful.append(self._listener.engine_events(engine, events)))
         return sum(useful) / max(1, len(events))
 
     # -- leases -------------------------------------------------------------------------------------------------
 
     async def _expire(self) -> None:
-        """Fence whoever has not renewed."""
+        """Fence engines that have not renewed their lease."""
         while True:
             next_s = self._membership.next_expiry_s()
             await asyncio.sleep(min(self.lease_s / 8, max(0.001, next_s - _now())) if next_s else self.lease_s / 8)
-            self._tell(self._fence_silent)
+            self._notify(self._fence_silent)
 
     def _fence_silent(self) -> None:
         for name, epoch in self._membership.expired(_now()):
             engine = self.engines.get(name)
             if engine is not None and engine.epoch == epoch:
-                log.warning("engine %s is fenced: nothing was heard of it for %.1f s", name, self.lease_s)
+                log.warning("engine %s is fenced: it has sent nothing for %.1f s", name, self.lease_s)
                 self._forget(engine, f"no heartbeat within {self.lease_s:g} s")
 
     def _lose(self, engine: RegisteredEngine, why: str) -> None:
@@ -396,13 +398,13 @@ class EngineRegistry:
             self._forget(engine, why)
 
     def _forget(self, engine: RegisteredEngine, why: str, after_all: bool = False) -> None:
-        """Its epoch is over: cut its connection (not when it is `after_all` being answered), tell the listener."""
+        """End an epoch: cut the connection (unless it is `after_all` being answered), and notify the listener."""
         if self.engines.get(engine.name) is engine:
             del self.engines[engine.name]
             self.counts.lost += 1
             if not after_all:
                 engine.writer.transport.abort()
-            self._tell(lambda: self._listener.engine_left(engine, why))
+            self._notify(lambda: self._listener.engine_left(engine, why))
 
 
 async def _frame(reader: Reader) -> bytes:

@@ -1,4 +1,4 @@
-"""The router's live page: hosts, engines, links, queues and requests as they stand now."""
+"""The router's live page: current hosts, engines, links, queues and requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LINKS_SHOWN = 64
 
 
 def ui_routes(engine: ClusterEngine, model: str) -> Sequence[Route]:
-    """`/ui` and its data."""
+    """The routes of `/ui` and of its data."""
 
     async def page(request: Request) -> Response:
         return page_response(live_page("penstock.cluster.router", "ui.html"))
@@ -37,7 +37,7 @@ def ui_routes(engine: ClusterEngine, model: str) -> Sequence[Route]:
 
 
 def live_record(engine: ClusterEngine, model: str) -> dict[str, Any]:
-    """What the page shows; on the router's thread."""
+    """The data of the page; on the router's thread."""
     now = time.monotonic()
     healthy, why = engine.healthy()
     engines = [_engine(one, now) for one in engine.port.engines.values()]
@@ -75,7 +75,7 @@ def _engine(one: Any, now: float) -> dict[str, Any]:
 
 
 def _hosts(engine: ClusterEngine, engines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each with its storage link: load is what waits against what it carries in a second."""
+    """Each host with its storage link; its load is the waiting bytes divided by the bytes per second."""
     nodes = engine.scheduler.groups.nodes
     hosts = []
     for name in sorted({one["host"] for one in engines}):
@@ -94,8 +94,8 @@ def _hosts(engine: ClusterEngine, engines: list[dict[str, Any]]) -> list[dict[st
 
 
 def _links(engine: ClusterEngine) -> list[dict[str, Any]]:
-    """Compute links, each direction by itself, in the order of their backlog. A relay that has not registered has the
-    name of its address."""
+    """Compute links, one entry per direction, the largest backlog first. A relay that is not registered is shown by its
+    address."""
     decodes = {one.card.relay_address: one.name for one in engine.port.engines.values()}
     found: list[dict[str, Any]] = []
     for one in engine.port.engines.values():
@@ -128,7 +128,7 @@ def _queues(engine: ClusterEngine) -> dict[str, int]:
 
 
 def stage_of(routed: Any) -> str:
-    """Where a request is, as the live page names it."""
+    """The stage of a request, as named on the live page."""
     parts = set(routed.answer.parts.values())
     if not parts:
         return "wait_router"

@@ -1,4 +1,4 @@
-"""One request's report out of those of its parts: where its time went, from its arrival at the router to its end."""
+"""Merges the reports of a request's parts: how its time was spent, from its arrival at the router to its end."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def merged_report(
     total_s: float,
     slo_ttft_s: float | None,
 ) -> RequestReport:
-    """`reports` in the order in which the parts ended, those of given up attempts first. Times of engines count
-    from the arrival at the router, as far as they knew it; what no engine accounts for is `wait_router` before the
+    """`reports` in the order in which the parts ended, those of abandoned attempts first. Times of engines count from
+    the arrival at the router, as far as known to them. Time that no engine accounts for is `wait_router` before the
     first token and `transfer` after it."""
     first = next((report for report in reports if report.ttft_s is not None), reports[0] if reports else None)
     spans = _spans([span for report in reports for span in sorted(report.spans, key=_start)], ttft_s, total_s)
@@ -50,7 +50,7 @@ def _start(span: Span) -> float:
 
 
 def _spans(found: list[Span], ttft_s: float | None, total_s: float) -> tuple[Span, ...]:
-    """Without overlap and gaps, from 0 to `total_s`; what comes first in `found` counts."""
+    """Spans without overlap and gaps, from 0 to `total_s`; where spans overlap, the first one in `found` counts."""
     result: list[Span] = []
     at_s = 0.0
 

@@ -1,4 +1,4 @@
-"""One request in the router: its record, the router's settings and limits, and what is sent of it to an engine."""
+"""One request in the router: its record, the router's settings and limits, and the records that are sent to engines."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ MARKS_MAX = 64
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings(RouterTimes):
-    """`claim_s`: for so long it keeps what nobody has asked for again. `vocabulary`: `TextCodec.vocabulary_digest` of
-    the tokenizer in front of it; empty where there is none."""
+    """`claim_s`: how long unclaimed parts are stored. `vocabulary`: `TextCodec.vocabulary_digest` of the router's
+    tokenizer; empty without one."""
 
     claim_s: float = 60.0
     vocabulary: str = ""
@@ -43,38 +43,38 @@ class RouterSettings(RouterTimes):
 
 @dataclass(eq=False, slots=True)
 class RoutedRequest:
-    """One request in the router, under a key of the router's own. `clients` wait for its answer, by the id that each
-    submitted it under: more than one when the same request came again over another connection."""
+    """One request in the router, under a key that the router makes. `clients` wait for its answer, by the id under
+    which each submitted it: more than one when the same request arrived again over another connection."""
 
     id: str
     request: GenerationRequest
     clients: dict[str, OnEvent]
     arrival_s: float
     answer: Answer
-    asked: Asked | None  # what another client must ask for to get the same answer; None: it cannot
-    brain_attempt: int | None = None  # of the placement that it is at
-    waiting: str = "no engine yet"  # why it is not placed
+    asked: Asked | None  # label and digest with which another client gets this answer; None: none can
+    scheduler_attempt: int | None = None  # the scheduler core's number of the current placement
+    waiting: str = "no engine yet"  # why it is not placed yet
     first_token_s: float | None = None
     read: str = ""
     hit_tokens: int = 0
-    keys: Sequence[BlockKey] | None = None  # of its prompt's full blocks, for `SeenPrefixes`; None: nobody asked yet
+    keys: Sequence[BlockKey] | None = None  # of its prompt's full blocks, for `SeenPrefixes`; None: not computed yet
     reports: list[RequestReport] = field(default_factory=list)
-    marks: list[tuple[str, float]] = field(default_factory=list)  # (stage, when it began)
+    marks: list[tuple[str, float]] = field(default_factory=list)  # (stage, time of its begin)
 
     @property
     def shared(self) -> bool:
-        """Whether a second client that asks for the same may be given this very answer: it would get the same tokens if
-        it were served by itself."""
+        """Whether a second client with the same request may share this answer: it would get the same tokens if it were
+        served separately."""
         sampling = self.request.sampling
         return self.asked is not None and (sampling.temperature == 0 or sampling.seed is not None)
 
     def tell(self, event: TokenEvent) -> None:
-        """Give an event to every client that waits for this request."""
+        """Pass an event to every client that waits for this request."""
         for on_event in list(self.clients.values()):
             tell(on_event, event)
 
     def mark(self, stage: str, now: float) -> None:
-        """Note when a stage began, unless it is the last one noted; at most MARKS_MAX."""
+        """Record the begin of a stage, unless it is the latest recorded one; at most MARKS_MAX."""
         if len(self.marks) < MARKS_MAX and (not self.marks or self.marks[-1][0] != stage):
             self.marks.append((stage, now))
 
@@ -87,7 +87,7 @@ class RoutedRequest:
         ]
 
     def report(self, now: float) -> RequestReport:
-        """Of all its parts, as one. Raises what a part's report, which another process made, can cause."""
+        """The merged report of all its parts. May raise any exception, as another process made a part's report."""
         return merged_report(
             self.reports,
             prompt_tokens=len(self.request.prompt_tokens),
@@ -99,13 +99,13 @@ class RoutedRequest:
 
 
 def fresh_answer(answer: Answer) -> Answer:
-    """A new one for the same request."""
+    """A new, empty answer for the same request."""
     return Answer(answer.max_tokens, answer.end_tokens, answer.attempt)
 
 
 def placed_request(routed: RoutedRequest, place: Place, attempt: int, decode: RegisteredEngine | None) -> PlacedRequest:
-    """What the engines of an attempt are told. `decode`: the one that is handed over to, None for one engine alone.
-    Raises ConfigError."""
+    """The record for the engines of an attempt. `decode`: the engine that receives the hand-off; None for a single
+    engine. Raises ConfigError."""
     request, answer = routed.request, routed.answer
     read: ReadSide = place.read if place.read != "none" else "prefill"
     return PlacedRequest(
@@ -134,7 +134,7 @@ def part_of(placed: PlacedRequest, part: Part, epoch: int) -> PlacedRequest:
 
 
 def check_names(request: GenerationRequest) -> None:
-    """Names that engines could not be told of are refused here, not on the way. Raises InvalidRequest."""
+    """Refuse names that cannot be sent to engines, before anything is sent. Raises InvalidRequest."""
     for what, name, most in (
         ("tenant (cache_salt)", request.tenant, TENANT_CHARACTERS_MAX),
         ("session", request.session or "", TENANT_CHARACTERS_MAX),

@@ -1,14 +1,14 @@
-"""The router: many engines behind the interface of one. It owns the inter-engine core and carries out its decisions.
+"""The router: many engines with the interface of one. It owns the inter-engine core and executes its decisions.
 
 Threading: public methods may be called from any thread. Everything else, the cluster port included, runs on one event
 loop in a thread of its own; `on_event` is called from it.
 
-Requests are known by keys of the router's own, which no other request has, not even one of the router before it. What
-a client calls its request is a label: with the whole content of the request it finds what engines still have of an
-answer, or the answer that another connection waits for already (`RoutedRequest.shared`); it never ends anything.
+Requests have keys made by the router, unique also across restarts of it. A client's name for its request is only a
+label: together with the whole content of the request it finds parts of the answer that engines still have, or the
+answer for which another connection already waits (`RoutedRequest.shared`). A label never ends a request.
 
-A fault ends the request that it was met at, and nothing else (`_guarded`); one that ends the thread ends every request
-with its error, and the process (`on_failed`).
+A fault ends only the request in which it occurred (`_guarded`); one that ends the thread ends every request with its
+error, and then the process (`on_failed`).
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
 RECENT_MAX = 256
-KEYS_INLINE_TOKENS = 4096  # of a prompt whose keys are made on the router's loop: about 0.2 ms
-KEYS_WAITING_MAX = 1024  # prompts whose keys a thread is to make
-FAILING_S = 5.0  # a router that has decided nothing for so long because of faults says that it is not healthy
+KEYS_INLINE_TOKENS = 4096  # up to this length keys are computed on the router's loop: about 0.2 ms
+KEYS_WAITING_MAX = 1024  # prompts that wait for the thread that computes keys
+FAILING_S = 5.0  # a router whose decisions have failed for so long is not healthy
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ class ClusterEngine:
     def __init__(
         self, sock: socket.socket, secret: Secret | None, settings: RouterSettings, tls: PeerTls | None = None
     ) -> None:
-        """`sock` is bound; it is listened on from here on, and closed by `close`. `secret` and `tls` as of
+        """`sock` is bound; the router listens on it from now on, and `close` closes it. `secret` and `tls` as for
         `EngineRegistry`."""
         self.settings = settings
         self.max_context_tokens = 0
@@ -89,7 +89,7 @@ class ClusterEngine:
         self.start_s = time.monotonic()
         self.on_failed: Callable[[], None] = lambda: None
         self._open = OpenRequests()
-        self.requests = self._open.by_key  # by the router's own keys
+        self.requests = self._open.by_key  # by the router's keys
         self._serial = 0
         self._failing_since_s: float | None = None
         self.port = EngineRegistry(self, sock, secret, settings.lease_s, tls)
@@ -99,10 +99,10 @@ class ClusterEngine:
         self._seen: SeenPrefixes | None = None
         self._key_maker = GuardedWorker("penstock-prompt-keys", KEYS_WAITING_MAX)
         self._unclaimed = UnclaimedParts(settings.claim_s)
-        # Attempts of two routers are never the same: an engine may still be at one of the router before this one.
+        # Unique across restarts: an engine may still serve an attempt of the previous router.
         self._attempt_base = int.from_bytes(os.urandom(4)) << 16
-        self._early: dict[str, RoutedRequest] = {}  # wait for engines that may have them
-        self._usable_s = time.monotonic()  # when engines could serve last
+        self._early: dict[str, RoutedRequest] = {}  # wait for engines that may hold their parts
+        self._usable_s = time.monotonic()  # last time when engines could serve
         self._deciding = False
         due = (self._begin_early, self._cancel_unclaimed, self._give_up_without_engines, self._decide_soon)
         self._loop = RouterLoop(self.counters, due, self._end_all, failed=lambda: self.on_failed())
@@ -111,9 +111,9 @@ class ClusterEngine:
     # -- callers ------------------------------------------------------------------------------------------------
 
     def submit(self, request: GenerationRequest, on_event: OnEvent) -> None:
-        """See EngineAPI. One with a `resume_label` that comes again, with everything else the same, gets the same
-        answer from its first token on: that of another connection which waits for it still, where that is what it
-        would get by itself too, or what engines have of it from the router before this one."""
+        """See EngineAPI. A request with a `resume_label` that is submitted again, unchanged, gets the same answer from
+        its first token on: the answer for which another connection still waits, if it would get the same tokens by
+        itself, or the parts that engines hold from the time of the previous router."""
         if self._loop.refusal:
             raise Overloaded(self._loop.refusal, retry_after_s=10.0)
         if not self.vocab_size:
@@ -145,7 +145,7 @@ class ClusterEngine:
         return self.ask(lambda: router_stats(self.requests, self.port, self.scheduler, self.counters))
 
     def healthy(self) -> tuple[bool, str]:
-        """See EngineAPI: whether engines are there that can serve a request."""
+        """See EngineAPI: whether registered engines can serve a request."""
         if self._loop.refusal or not self._loop.alive:
             return False, self._loop.refusal or "the router's thread ended"
         failing_s = self._failing_since_s
@@ -160,11 +160,11 @@ class ClusterEngine:
 
     @property
     def failure(self) -> str | None:
-        """Why the router failed inside and serves no more; None while it serves, and after `close`."""
+        """The internal error after which the router stopped; None while it serves, and after `close`."""
         return self._loop.failure
 
     def close(self, timeout_s: float) -> None:
-        """See EngineAPI. Requests end; engines are told nothing, and register with the next router."""
+        """See EngineAPI. Requests end; engines are not notified, and register with the next router."""
         self._loop.close(self.port.close, timeout_s)
         self._key_maker.stop()
 
@@ -173,8 +173,8 @@ class ClusterEngine:
         return self._loop.ask(question)
 
     def remember(self, prompt_tokens: Sequence[int], tenant: str = "") -> None:
-        """The pool holds the KV of these tokens: what a router learns as it serves, told to one that has just begun.
-        Without engines nothing is remembered. Raises TimeoutError."""
+        """Record that the pool holds the KV of these tokens, which a router otherwise learns while it serves; for a
+        router that has just started. Without engines nothing is recorded. Raises TimeoutError."""
 
         seen = self.ask(lambda: self._seen)
         if seen is not None:
@@ -183,7 +183,7 @@ class ClusterEngine:
     # -- timers -------------------------------------------------------------------------------------------------
 
     def _begin_early(self) -> None:
-        """Engines have had their time to register with what they have."""
+        """Begin requests that waited for engines to register with their parts."""
         if self._early and time.monotonic() >= self.start_s + self.settings.grace_s:
             early, self._early = self._early, {}
             for routed in early.values():
@@ -208,7 +208,7 @@ class ClusterEngine:
     # -- requests -----------------------------------------------------------------------------------------------
 
     def _guarded(self, function: Callable[[], None], routed: RoutedRequest) -> None:
-        """A fault in it ends this request, and no other one."""
+        """Call it; a fault in it ends this request, and no other one."""
         self._loop.guarded(function, partial(self._fail, routed))
 
     def _fail(self, routed: RoutedRequest, error: Exception) -> None:
@@ -237,20 +237,20 @@ class ClusterEngine:
         routed.mark("wait_router", routed.arrival_s)
         if routed.asked is not None and time.monotonic() < self.start_s + self.settings.grace_s:
             self._early[routed.id] = routed
-            routed.waiting = "engines may register with it"
+            routed.waiting = "waits for engines that may hold its answer"
             return
         self._guarded(partial(self._begin, routed), routed)
 
     def _share(self, known: RoutedRequest, client: str, on_event: OnEvent) -> None:
-        """The same request over another connection gets the whole answer from here on. Whoever waits for it already
-        goes on: one that is gone is cancelled by its own side."""
+        """Add a connection with the same request: it gets the whole answer. Clients that wait already stay; a client
+        that is gone is cancelled by its own connection."""
         self.counters["shared"] += 1
         self._open.share(known, client, on_event)
         for token in known.answer.tokens:
             tell(on_event, TokenEvent(token))
 
     def _begin(self, routed: RoutedRequest) -> None:
-        """Go on with an answer that engines have from the router before this one; else queue the request."""
+        """Continue an answer that engines hold from the time of the previous router; else queue the request."""
         if self.requests.get(routed.id) is not routed:
             return
         if routed.asked is not None and self._adopt(routed, routed.asked):
@@ -258,8 +258,8 @@ class ClusterEngine:
         self._queue(routed)
 
     def _with_keys(self, routed: RoutedRequest, then: Callable[[SeenPrefixes, Sequence[BlockKey]], None]) -> None:
-        """Call it with the keys of the request's prompt, which are made once: those of a long prompt on a thread, so
-        that the loop goes on meanwhile, and shorter requests that came after it."""
+        """Call `then` with the keys of the request's prompt, which are computed once: for a long prompt on a thread, so
+        that the loop, and shorter requests that arrived later, go on meanwhile."""
         seen, request = self._seen, routed.request
         assert seen is not None, "no engine has registered, and a request was checked against it"
 
@@ -286,7 +286,7 @@ class ClusterEngine:
 
     def _give_to_scheduler(self, routed: RoutedRequest, seen: SeenPrefixes, keys: Sequence[BlockKey]) -> None:
         if self.requests.get(routed.id) is not routed:
-            return  # it ended while its keys were made
+            return  # it ended while its keys were computed
         request = routed.request
         routed.hit_tokens = seen.hit_tokens(keys, len(request.prompt_tokens))
         try:
@@ -299,8 +299,8 @@ class ClusterEngine:
         self._decide_soon()
 
     def _adopt(self, routed: RoutedRequest, asked: Asked) -> bool:
-        """Whether engines have this request, from its first token on; what they have is sent. It goes on under the key
-        that they know it by."""
+        """Continue a request that engines hold from its first token on: send the tokens that they have, and use their
+        key for it. Returns whether there was one."""
         claimed = self._unclaimed.claim(asked)
         if claimed is None:
             return False
@@ -329,7 +329,7 @@ class ClusterEngine:
         return True
 
     def _cancelled(self, client: str) -> None:
-        """A client wants its answer no more; the last one that waits for it ends the request."""
+        """Remove a client that has cancelled; without further clients the request ends."""
         routed = self._open.of_client(client)
         if routed is None:
             return
@@ -347,7 +347,7 @@ class ClusterEngine:
         routed.tell(TokenEvent(token))
 
     def _end(self, routed: RoutedRequest, reason: FinishReason, error: str | None) -> None:
-        """The request's last event, whatever else goes wrong."""
+        """Send the request's last event, also when other steps fail."""
         if not self._open.remove(routed):
             return
         self._early.pop(routed.id, None)
@@ -356,7 +356,7 @@ class ClusterEngine:
         report: RequestReport | None = None
         try:
             report = routed.report(time.monotonic())
-        except Exception as failed:  # noqa: BLE001 (the request is answered, with or without a report)
+        except Exception as failed:  # noqa: BLE001 (the request is answered without a report)
             self.counters["internal_errors"] += 1
             rare.exception("report", "a request's report could not be made: %r", failed)
         if report is not None and reason in ("stop", "length"):
@@ -365,8 +365,8 @@ class ClusterEngine:
         self._decide_soon()
 
     def _end_in_scheduler(self, routed: RoutedRequest) -> None:
-        if routed.brain_attempt is not None:
-            self.scheduler.ended(routed.id, routed.brain_attempt)
+        if routed.scheduler_attempt is not None:
+            self.scheduler.ended(routed.id, routed.scheduler_attempt)
         self.scheduler.cancel(routed.id)
 
     def _end_all(self, reason: FinishReason, error: str) -> None:
@@ -386,7 +386,7 @@ class ClusterEngine:
         except DecisionFailed as error:
             self._decision_failed(error)
             return
-        except Exception as error:  # noqa: BLE001 (the next decision may succeed; it is counted)
+        except Exception as error:  # noqa: BLE001 (counted; the next decision may succeed)
             self.counters["internal_errors"] += 1
             self._failing_since_s = self._failing_since_s or time.monotonic()
             rare.exception("decide", "the router could not decide: %r; it tries again", error)
@@ -398,7 +398,7 @@ class ClusterEngine:
                 self._guarded(partial(self._carry_out, routed, decision), routed)
 
     def _decision_failed(self, error: DecisionFailed) -> None:
-        """That request ends; the others are decided on anew."""
+        """End the request whose decision failed; the others are decided again."""
         self.counters["internal_errors"] += 1
         rare.exception("decision", "request %s could not be decided on: %r", error.request_id, error.__cause__)
         routed = self.requests.get(str(error.request_id))
@@ -419,15 +419,15 @@ class ClusterEngine:
             self._cancel_all_parts(routed)
             self._end(routed, "error", f"given up ({decision.reason}): {routed.waiting}")
 
-    # -- what engines say (the port's listener) -----------------------------------------------------------------
+    # -- from engines (the port's listener) -----------------------------------------------------------------
 
     def engine_fits(self, card: wire.EngineCard) -> str | None:
-        """See `port.Listener`."""
+        """See `engine_registry.Listener`."""
         others = [engine.card for engine in self.port.engines.values() if engine.name != card.name]
         return misfit(card, others, self.settings.vocabulary)
 
     def engine_joined(self, engine: RegisteredEngine, held: Sequence[wire.Held]) -> list[tuple[str, int]]:
-        """See `port.Listener`. A request that is placed meanwhile is not kept."""
+        """See `engine_registry.Listener`. Parts of requests that are placed elsewhere by now are refused."""
         self._learn(engine.card)
         self._accounts.joined(engine)
         self._usable_s = time.monotonic()
@@ -435,12 +435,12 @@ class ClusterEngine:
         kept = self._unclaimed.add(engine.name, wanted, time.monotonic())
         if len(kept) < len(wanted):
             self.counters["orphans_dropped"] += len(wanted) - len(kept)
-            rare.warning("orphans", "engine %s: %d parts of requests are not kept: too many wait to be asked for again",
+            rare.warning("orphans", "engine %s: %d parts of requests are dropped: too many are unclaimed",
                          engine.name, len(wanted) - len(kept))  # fmt: skip
         return kept
 
     def _learn(self, card: wire.EngineCard) -> None:
-        """What the cluster serves follows from its engines."""
+        """Take model, vocabulary and block size of the cluster from an engine's card."""
         if self.model != card.model or self._seen is None:
             self.model = card.model
             self._seen = SeenPrefixes(card.block_tokens)
@@ -450,7 +450,7 @@ class ClusterEngine:
         self.vocab_size = card.vocab_size
 
     def engine_left(self, engine: RegisteredEngine, why: str) -> None:
-        """See `port.Listener`."""
+        """See `engine_registry.Listener`."""
         self.counters["engines_lost"] += 1
         self._accounts.left(engine, time.monotonic())
         self._unclaimed.engine_left(engine.name)
@@ -460,15 +460,15 @@ class ClusterEngine:
         self._decide_soon()
 
     def _engine_lost(self, routed: RoutedRequest, name: str, why: str) -> None:
-        self._follow(routed, routed.answer.engine_lost(name, why), told_scheduler=True)
+        self._follow(routed, routed.answer.engine_lost(name, why), scheduler_knows=True)
 
     def engine_reported(self, engine: RegisteredEngine) -> None:
-        """See `port.Listener`."""
+        """See `engine_registry.Listener`."""
         self._accounts.reported(engine, time.monotonic())
         self._decide_soon()
 
     def engine_events(self, engine: RegisteredEngine, events: Sequence[wire.Event]) -> int:
-        """See `port.Listener`."""
+        """See `engine_registry.Listener`."""
         stale = self.counters["stale_events"]
         for event in events:
             routed = self.requests.get(event.request_id)
@@ -484,7 +484,7 @@ class ClusterEngine:
         if event.attempt != answer.attempt or engine.name not in answer.parts:
             self.counters["stale_events"] += 1
             return
-        tokens = event.tokens[: max(0, answer.max_tokens - event.index)]  # an answer has no more
+        tokens = event.tokens[: max(0, answer.max_tokens - event.index)]  # no more than the answer may have
         if tokens and max(tokens) >= engine.card.vocab_size:
             self.counters["events_dropped"] += 1
             why = f"it sent token {max(tokens)}; its vocabulary has {engine.card.vocab_size}"
@@ -503,15 +503,15 @@ class ClusterEngine:
             return
         part = answer.parts[engine.name]
         self._note_report(routed, engine.name, event.report)
-        if part == "prefill" and routed.brain_attempt is not None:
-            self.scheduler.prefilled(routed.id, routed.brain_attempt)
+        if part == "prefill" and routed.scheduler_attempt is not None:
+            self.scheduler.prefilled(routed.id, routed.scheduler_attempt)
         if event.finish_reason in ("handed_over", "stop", "length"):
             self._with_keys(routed, SeenPrefixes.add)
         assert event.finish_reason is not None
         self._follow(routed, answer.part_ended(engine.name, event.attempt, event.finish_reason, event.error))
 
     def _note_report(self, routed: RoutedRequest, engine: str, packed: Raw) -> None:
-        """Count what an engine reports of its part; one out of bounds costs itself."""
+        """Count an engine's report of its part; a report that is out of bounds is dropped."""
         try:
             report = wire.report_in(packed)
         except wire.ProtocolError as error:
@@ -521,8 +521,8 @@ class ClusterEngine:
         if report is not None:
             routed.reports.append(report)
 
-    def _follow(self, routed: RoutedRequest, outcome: Outcome, told_scheduler: bool = False) -> None:
-        """Carry out what follows an event of one request."""
+    def _follow(self, routed: RoutedRequest, outcome: Outcome, scheduler_knows: bool = False) -> None:
+        """Execute the outcome of an event of one request."""
         for token in outcome.tokens:
             self._emit(routed, token)
         self._dispatch.cancel_parts(routed, outcome.cancel)
@@ -533,9 +533,9 @@ class ClusterEngine:
             log.info("request %s begins again: %s", routed.id, outcome.restart)
             routed.waiting = outcome.restart
             routed.mark("wait_router", time.monotonic())
-            attempt, routed.brain_attempt = routed.brain_attempt, None
-            if attempt is None:  # it was adopted: the scheduler core does not know it yet
+            attempt, routed.scheduler_attempt = routed.scheduler_attempt, None
+            if attempt is None:  # continued from a previous router: the scheduler core does not know it yet
                 self._queue(routed)
-            elif not told_scheduler:
+            elif not scheduler_knows:
                 self.scheduler.restart(routed.id, attempt)
             self._decide_soon()

@@ -1,4 +1,4 @@
-"""`penstock router`: one OpenAI-compatible endpoint in front of many engines, until a signal ends it."""
+"""`penstock router`: one OpenAI-compatible endpoint for many engines, until a signal ends it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PANELS = {
 
 
 class RouterEnded(RuntimeError):
-    """The router has failed inside and serves no more."""
+    """The router stopped because of an internal error."""
 
 
 @with_flags(RouterFlags, PANELS)
@@ -92,7 +92,7 @@ def _serve(flags: RouterFlags) -> None:
             engine.on_failed = server.stop
             freeze_startup_objects()
             server.serve_forever()
-            if engine.failure is not None:  # whoever started this process starts it again
+            if engine.failure is not None:  # the supervisor of this process restarts it
                 raise RouterEnded(engine.failure)
         finally:
             if codec is not None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterFlags(PeerSettings, RouterTimes, PathSettings, ApiFlags):
-    """All of them."""
+    """All flags of the router."""
 
     model: str = setting("", "Checkpoint folder or hub id, for its tokenizer; without it clients send token ids.")
     cluster_listen: str = setting("127.0.0.1:7100", "Where engines register (their --router).", "HOST:PORT")
@@ -33,7 +33,7 @@ class RouterFlags(PeerSettings, RouterTimes, PathSettings, ApiFlags):
 
 
 def read_router_flags(given: Mapping[str, Any], config: Path | None) -> RouterFlags:
-    """The flags that were given (None: not given), over those of the file. Raises ConfigError."""
+    """The settings of the file, overridden by the given flags (None: not given). Raises ConfigError."""
     flags = read_record(given, config, RouterFlags)
     check_choices(flags, ApiFlags)
     check_range("port", flags.port or 0, 0, 65535)
@@ -45,7 +45,7 @@ def read_router_flags(given: Mapping[str, Any], config: Path | None) -> RouterFl
 
 
 def router_settings(flags: RouterFlags) -> RouterSettings:
-    """Raises ConfigError."""
+    """The router's settings from these flags. Raises ConfigError."""
     from penstock.cluster.router.routed_request import RouterSettings
 
     scheduler = InterEngineConfig(**taken_over(PathSettings, flags))
@@ -53,5 +53,5 @@ def router_settings(flags: RouterFlags) -> RouterSettings:
 
 
 def server_settings(flags: RouterFlags) -> ServerSettings:
-    """The HTTP side; reads its files of keys. Raises ConfigError."""
+    """The HTTP server's settings from these flags; reads the key files. Raises ConfigError."""
     return api_settings(flags, served_name(flags.model) or "penstock", resumable=True)

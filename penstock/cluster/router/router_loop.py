@@ -1,7 +1,7 @@
-"""The router's event loop on a thread of its own: what is called there, now or every TICK_S, and how it ends.
+"""The router's event loop on a thread of its own: calls from other threads, calls every TICK_S, and its end.
 
-A fault in one call is logged and counted, and the loop goes on. One that ends the thread, or the ticking task, ends
-everything that waits (`end`), and `failed` is called.
+A fault in one call is logged and counted, and the loop goes on. A fault that ends the thread, or the ticking task, ends
+all requests (`end`), and `failed` is called.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class RouterLoop:
         end: Callable[[Literal["cancelled", "error"], str], None],
         failed: Callable[[], None],
     ) -> None:
-        """`due` are called every TICK_S; `end` ends every request, for the reason that it is given; faults count as
+        """`due` are called every TICK_S; `end(reason, error)` ends every request; faults are counted as
         `internal_errors` of `counters`."""
-        self.refusal: str | None = None  # why nothing is served any more
-        self.failure: str | None = None  # why the loop failed inside
+        self.refusal: str | None = None  # why the router does not serve any more
+        self.failure: str | None = None  # the internal error of the loop
         self._counters = counters
         self._due = due
         self._end = end
@@ -62,14 +62,14 @@ class RouterLoop:
         return self._thread.alive
 
     def call(self, function: Callable[[], None]) -> None:
-        """Call it on the loop, soon; nothing once the loop is closed, which has ended everything."""
+        """Call it soon on the loop; no effect once the loop is closed, as all requests have ended then."""
         try:
             self._loop.call_soon_threadsafe(self.guarded, function)
         except RuntimeError:
             log.debug("the router is closed")
 
     def ask(self, question: Callable[[], T]) -> T:
-        """The answer of the loop's thread. Raises TimeoutError."""
+        """Call it on the loop's thread and return its result. Raises TimeoutError."""
 
         async def answer() -> T:
             return question()
@@ -79,7 +79,7 @@ class RouterLoop:
         return asyncio.run_coroutine_threadsafe(answer(), self._loop).result(ANSWER_TIMEOUT_S)
 
     def close(self, end: Callable[[], Awaitable[None]], timeout_s: float) -> None:
-        """End everything that waits, run `end`, stop the thread."""
+        """End all requests, run `end`, stop the thread."""
         end_s = time.monotonic() + timeout_s
         if self._thread.alive and self.failure is None:
             stopped = asyncio.run_coroutine_threadsafe(self._stop(end), self._loop)
@@ -92,7 +92,7 @@ class RouterLoop:
             self._thread.join(max(0.1, end_s - time.monotonic()))
 
     def soon(self, function: Callable[[], None]) -> bool:
-        """Call it after what is queued now; False when the loop is closed. It must not raise."""
+        """Call it after the calls that are queued now; False when the loop is closed. It must not raise."""
         if self._loop.is_closed():
             return False
         self._loop.call_soon(function)
@@ -102,7 +102,7 @@ class RouterLoop:
         """Call it; a fault in it is logged and counted, and `failed` is called with it."""
         try:
             function()
-        except Exception as error:  # noqa: BLE001 (one event's; the loop goes on)
+        except Exception as error:  # noqa: BLE001 (of one event; the loop goes on)
             self._counters["internal_errors"] += 1
             rare.exception("router", "the router failed at %s: %r", getattr(function, "__name__", function), error)
             if failed is not None:

@@ -1,4 +1,4 @@
-"""The router's counts and gauges, as its metrics show them."""
+"""The router's counters and gauges, for its metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def router_stats(
     scheduler: InterEngineScheduler,
     counters: Mapping[str, int],
 ) -> EngineStats:
-    """On the router's thread."""
+    """Collect them; on the router's thread."""
     waiting = sum(1 for routed in requests.values() if not routed.answer.parts)
     decoding = sum(1 for routed in requests.values() if routed.answer.parts and routed.first_token_s)
     gauges = {

@@ -1,4 +1,4 @@
-"""Parts of requests that engines had when they registered, and that no client of this router has asked for yet."""
+"""Parts of requests that engines held when they registered, and that no client of this router has claimed yet."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from penstock.core.cluster.answer import Part
 from penstock.core.operations import FinishReason
 
 PARTS_MAX = 65_536
-TOKENS_MAX = 32 << 20  # of all parts; an engine itself keeps 4 << 20 of those that have ended
-Asked = tuple[str, bytes]  # what the client calls its request, and the digest of what it asks for
+TOKENS_MAX = 32 << 20  # of all parts; an engine stores 4 << 20 tokens of ended ones
+Asked = tuple[str, bytes]  # (the client's label of its request, digest of the request)
 Cancel = tuple[str, str, int]  # engine, request id, attempt
 
 
 @dataclass(eq=False, slots=True)
 class UnclaimedPart:
-    """What one engine has of one attempt; grows while the engine goes on."""
+    """One engine's part of one attempt; grows while the engine goes on."""
 
     engine: str
     part: Part
@@ -38,13 +38,13 @@ class UnclaimedPart:
 
     @property
     def size_tokens(self) -> int:
-        """Tokens that it holds, those of earlier attempts included."""
+        """Tokens stored, including those of earlier attempts."""
         return len(self.earlier) + len(self.tokens)
 
 
 class UnclaimedParts:
-    """By the request id of the router that placed them; one that no client claims within `claim_s` is to be cancelled.
-    A client claims by what it calls its request and all that it asks for; of several alike each claim gets one."""
+    """Parts by the request id of the router that placed them. A part that no client claims within `claim_s` must be
+    cancelled. A client claims by its label and the digest of its request; of several equal ones each claim gets one."""
 
     def __init__(self, claim_s: float) -> None:
         self._claim_s = claim_s
@@ -57,8 +57,8 @@ class UnclaimedParts:
         return self._count
 
     def add(self, engine: str, held: Sequence[Held], now: float) -> list[tuple[str, int]]:
-        """Keep what an engine registered with; returns what it shall go on with. Of a part that it names twice the
-        first counts."""
+        """Add the parts with which an engine registered; returns those that it shall go on with. Of a repeated part the
+        first one counts."""
         kept: list[tuple[str, int]] = []
         named: set[tuple[str, int]] = set()
         for one in held[: max(0, PARTS_MAX - self._count)]:
@@ -79,11 +79,11 @@ class UnclaimedParts:
         return kept
 
     def event(self, engine: str, event: Event) -> bool:
-        """Add what an engine generated for one of these parts; False when the event is of no such part."""
+        """Add an event of one of these parts; False when the event belongs to none."""
         for part in self._parts.get(event.request_id, ()):
             if part.engine == engine and part.attempt == event.attempt:
                 if self._tokens + len(event.tokens) > TOKENS_MAX:
-                    part.finish_reason = "restart"  # nobody is given it: it is cancelled in time
+                    part.finish_reason = "restart"  # it cannot be claimed: it is cancelled after `claim_s`
                     return True
                 if event.index == part.index + len(part.tokens):
                     part.tokens += event.tokens
@@ -94,9 +94,9 @@ class UnclaimedParts:
         return False
 
     def claim(self, asked: Asked) -> tuple[str, list[UnclaimedPart], list[Cancel]] | None:
-        """One request of the same label and content whose answer is there from the first token on and may come to an
-        end: its request id, the parts of its latest attempt, which are the caller's then, and earlier attempts' parts
-        to be cancelled."""
+        """Claim a request with the same label and content whose answer is complete from the first token on and can
+        still be finished. Returns its request id, the parts of its latest attempt, which the caller owns then, and
+        parts of earlier attempts, which must be cancelled."""
         for request_id in self._asked.get(asked, {}):
             parts = self._whole(request_id, asked)
             if parts is not None:
@@ -122,7 +122,7 @@ class UnclaimedParts:
         return list(parts.values())
 
     def _remove(self, request_id: str, parts: Sequence[UnclaimedPart]) -> None:
-        """Forget these parts of a request."""
+        """Remove these parts of a request."""
         left = [part for part in self._parts[request_id] if part not in parts]
         self._tokens -= sum(part.size_tokens for part in self._parts[request_id] if part in parts)
         self._count -= len(self._parts[request_id]) - len(left)
@@ -137,14 +137,14 @@ class UnclaimedParts:
                 del self._asked[asked]
 
     def engine_left(self, engine: str) -> None:
-        """What that engine had is gone."""
+        """Remove the parts of an engine that left."""
         for request_id, parts in list(self._parts.items()):
             gone = [part for part in parts if part.engine == engine]
             if gone:
                 self._remove(request_id, gone)
 
     def unclaimed(self, now: float) -> list[Cancel]:
-        """Parts that nobody claimed in time, to be cancelled; they are forgotten here."""
+        """Remove the parts that were not claimed in time; the caller must cancel them."""
         late: list[Cancel] = []
         for request_id, parts in list(self._parts.items()):
             if all(now - part.since_s > self._claim_s for part in parts):

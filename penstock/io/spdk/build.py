@@ -19,13 +19,17 @@ HEADERS = ("shim.h", "shim_common.h", "shim_device.h")
 NEEDED = ("spdk_nvme", "spdk_env_dpdk")
 WANTED = ("spdk_sock_posix",)  # NVMe/TCP has no sockets without it
 _COMPILE_TIMEOUT_S = 300.0
-_HARDENED = (  # behind the flags of SPDK and of the user, so that none of theirs takes it away
+_HARDENED = (  # after the flags of SPDK and of the user, so that theirs do not override them
     "-O2", "-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=3", "-fno-strict-overflow",
     "-Wall", "-Wextra", "-Wformat", "-Werror=format-security", "-Werror=implicit-function-declaration",
     "-Werror=incompatible-pointer-types", "-Werror=int-conversion",
 )  # fmt: skip
 _LINKED = ("-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack")
-_OPTIONAL = ("-fstack-clash-protection", "-fcf-protection=full", "-mbranch-protection=standard")  # as the processor has
+_OPTIONAL = (
+    "-fstack-clash-protection",
+    "-fcf-protection=full",
+    "-mbranch-protection=standard",
+)  # if the processor supports them
 _FEATURES = {
     "PSP_HAS_NO_HUGE": "#include <spdk/env.h>\nvoid f(struct spdk_env_opts *o) { o->no_huge = 1; }\n",
     "PSP_HAS_ENV_OPTS_SIZE": "#include <spdk/env.h>\nvoid f(struct spdk_env_opts *o) { o->opts_size = 1; }\n",
@@ -33,12 +37,12 @@ _FEATURES = {
 
 
 class BuildError(RuntimeError):
-    """Why the shim could not be built: what is missing, and how to get it."""
+    """The shim could not be built; the text says what is missing, and how to get it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A shim that was built and loads. `features` of SPDK that it uses, `linkage` shared or static."""
+    """A shim that was built and can be loaded. `features`: those of SPDK that it uses; `linkage`: shared or static."""
 
     path: Path
     built_against: str
@@ -126,7 +130,8 @@ def _pkg_config(path: Path | None, *arguments: str) -> list[str]:
 
 
 def _shared_libs(path: Path | None, modules: list[str]) -> list[str]:
-    """SPDK's parts register themselves as they are loaded, so none may be left out for being unused."""
+    """Linker flags for shared libraries. SPDK's parts register themselves when loaded, so the linker must not drop
+    unused ones."""
     return ["-Wl,--no-as-needed", *_pkg_config(path, "--libs", *modules), "-Wl,--as-needed"]
 
 
@@ -168,8 +173,8 @@ def _last_line(output: str) -> str:
 
 
 def _install(result: Path, target: Path) -> None:
-    """Into a folder that nobody else can write to. Replaced in one step: a process that has the old one loaded keeps
-    it."""
+    """Install into a folder to which only this user can write. The file is replaced atomically: a process that has
+    loaded the old one is not affected."""
     try:
         make_private_folder(target.parent)
         refuse_writable(os.stat(target.parent), target.parent)

@@ -1,4 +1,4 @@
-"""`penstock spdk`: builds the shim of the `spdk` block engine, and shows what it finds at a target."""
+"""`penstock spdk`: builds the shim of the `spdk` block engine, and shows a target's properties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that a drive may use itself: registered with SPDK in 2 MiB chunks, once per process however many engines."""
+"""Memory for direct access by a drive: registered with SPDK in 2 MiB chunks, once per process for all engines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHUNK_BYTES = 2 << 20
 
 
 class Registrations:
-    """Chunks registered with one shim, with how many engines use each. Thread-safe."""
+    """Chunks registered with one shim, with the number of engines that use each. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -30,7 +30,7 @@ class Registrations:
         return taken
 
     def remove(self, library: SpdkLibrary, chunks: set[int]) -> None:
-        """An engine no longer uses these chunks; those that none uses are unregistered."""
+        """An engine no longer uses these chunks; unused ones are unregistered."""
         with self._lock:
             for chunk in chunks:
                 self._uses[chunk] -= 1
@@ -49,7 +49,7 @@ def chunks_inside(address: int, length: int) -> set[int]:
 
 
 def chunks_touched(address: int, length: int) -> range:
-    """Addresses of the chunks that hold any byte of `[address, address + length)`."""
+    """Addresses of the chunks that overlap `[address, address + length)`."""
     return range(address // CHUNK_BYTES * CHUNK_BYTES, address + length, CHUNK_BYTES)
 
 

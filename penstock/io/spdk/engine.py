@@ -35,8 +35,8 @@ _open_lock = threading.Lock()
 class SpdkEngine:
     """Block engine over SPDK (contract: `penstock.io.api.BlockEngine`). Opened by `open_spdk`.
 
-    Memory that the drive cannot use itself is copied through buffers of SPDK by the polling thread; `notes` says so.
-    After the controller is lost every operation ends with ENODEV; close and open again to come back.
+    Memory that the drive cannot access directly is copied through SPDK's buffers by the polling thread; `notes` reports
+    it. After the loss of the controller every operation ends with ENODEV, until the engine is closed and opened again.
     """
 
     name = "spdk"
@@ -81,8 +81,8 @@ class SpdkEngine:
             self.notes.append(text)
 
     def register(self, buffer: memoryview) -> None:
-        """Let the drive use whole 2 MiB pieces of `buffer` itself; it stays referenced until `close`. What cannot be
-        registered is copied, and `notes` says why. Over TCP there is nothing to do."""
+        """Let the drive access whole 2 MiB pieces of `buffer` directly; it stays referenced until `close`. Memory that
+        cannot be registered is copied, and `notes` has the reason. Over TCP nothing is registered."""
         self._check_open()
         if self._is_direct or not buffer.nbytes:
             return
@@ -99,7 +99,8 @@ class SpdkEngine:
             self._note(f"SPDK refused {len(wanted) - len(taken)} of {len(wanted)} pieces of 2 MiB: they are copied")
 
     def _may_register(self, address: int, length: int) -> bool:
-        """A drive without an IOMMU is given physical addresses, which only huge pages keep."""
+        """Whether memory may be registered. Without an IOMMU a drive gets physical addresses, and only those of huge
+        pages are fixed."""
         if self.info.transport == abi.RDMA:
             return True
         if self.info.transport != abi.PCIE:
@@ -111,7 +112,7 @@ class SpdkEngine:
         return False
 
     def submit(self, ops: Sequence[IoOp]) -> None:
-        """Give operations to the polling thread. Raises QueueFull beyond `depth`."""
+        """Submit operations to the polling thread. Raises QueueFull beyond `depth`."""
         self._check_open()
         addresses = checked_addresses(ops, self.in_flight(), self.depth, self.capacity_bytes, ALIGNMENT_BYTES)
         if not ops:
@@ -156,13 +157,13 @@ class SpdkEngine:
         return len(self._ops) + len(self._ended)
 
     def wake(self) -> None:
-        """From any thread: a `poll` in progress, or the next one, returns early."""
+        """Make the `poll` in progress, or the next one, return early; any thread."""
         with self._wake_lock:
             if not self._closed:
                 self._library.wake(self._device)
 
     def sync(self) -> None:
-        """From any thread: flush the drive's volatile cache."""
+        """Flush the drive's volatile cache; any thread."""
         with self._sync_lock:
             self._check_open()
             if self.info.has_flush:
@@ -194,7 +195,7 @@ class SpdkEngine:
             self._sync_lock.release()
 
     def _release(self) -> None:
-        """Nothing is in flight, no flush under way. A controller that does not answer is left to detach by itself."""
+        """Detach; nothing is in flight. A controller that does not answer is left to detach by itself."""
         with self._wake_lock:
             self._closed = True
             result = self._library.close(self._device, DETACH_TIMEOUT_S)
@@ -226,9 +227,9 @@ def open_spdk(
     """A block engine on one NVMe namespace, for `depth` (1 to 256) operations at once.
 
     `target` is a PCIe address (`0000:5e:00.0`) or a fabric target (`trtype:TCP adrfam:IPv4 traddr:... trsvcid:...
-    subnqn:...`, `trtype:VFIOUSER traddr:FOLDER`). `library` is what `penstock spdk build` made, by default where it
-    puts it. `cpu` is the polling thread's own core: it spins there while operations are under way; without one it
-    yields. `environment` is needed where one process opens targets of several kinds.
+    subnqn:...`, `trtype:VFIOUSER traddr:FOLDER`). `library`: the shim made by `penstock spdk build`, by default at its
+    default path. `cpu`: the polling thread's own core, on which it spins while operations are open; without one it
+    yields. `environment` is needed if one process opens targets of several kinds.
 
     Raises ValueError for a wrong argument and OSError with target and reason for everything else.
     """
@@ -282,7 +283,7 @@ def _load(path: Path) -> SpdkLibrary:
 
 @atexit.register
 def _close_all() -> None:
-    """SPDK's libraries are torn down at exit; no polling thread may use them then."""
+    """Close all engines before exit, when SPDK's libraries are unloaded: no polling thread may use them then."""
     for engine in list(_open_engines):
         with contextlib.suppress(OSError):
             engine.close(1.0)

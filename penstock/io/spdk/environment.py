@@ -1,4 +1,4 @@
-"""SPDK's environment: started once per process, with the options that the first target needs or the caller gives."""
+"""SPDK's environment: started once per process, with the options that the first target needs or the caller sets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MEMORY_MIB_WITHOUT_HUGE = 256
 
 @dataclass(frozen=True, slots=True)
 class SpdkTarget:
-    """A PCIe drive or fabric target: `transport_id` as SPDK takes it, `address` of a PCIe drive."""
+    """A PCIe drive or fabric target: `transport_id` in SPDK's form, `address` of a PCIe drive."""
 
     name: str
     transport: str
@@ -28,7 +28,7 @@ class SpdkTarget:
 
     @staticmethod
     def parse(text: str) -> SpdkTarget:
-        """From `0000:5e:00.0` or `trtype:TCP adrfam:IPv4 traddr:... trsvcid:... subnqn:...`. Raises ValueError."""
+        """Parse `0000:5e:00.0` or `trtype:TCP adrfam:IPv4 traddr:... trsvcid:... subnqn:...`. Raises ValueError."""
         if _PCI_ADDRESS.match(text):
             return SpdkTarget(text, "PCIE", f"trtype:PCIe traddr:{text}", text.lower())
         found = [_FIELD.match(word) for word in text.split()]
@@ -47,8 +47,8 @@ class SpdkTarget:
 @dataclass(frozen=True, slots=True)
 class SpdkEnvironment:
     """Options of the environment. `pci_allowed` names every PCIe drive that this process will open, as DPDK would
-    otherwise probe all devices of the machine; `no_pci` keeps off PCIe altogether. `no_huge` takes ordinary memory
-    instead of huge pages (fabrics over TCP only). `cpu` is a formality of DPDK, not the polling threads' core."""
+    otherwise probe all devices of the host; `no_pci` uses no PCIe at all. `no_huge` uses ordinary memory instead of
+    huge pages (only for fabrics over TCP). `cpu` is a parameter that DPDK requires, not the polling threads' core."""
 
     pci_allowed: tuple[str, ...] = ()
     no_pci: bool = False
@@ -68,7 +68,7 @@ class SpdkEnvironment:
 
     @staticmethod
     def for_target(target: SpdkTarget) -> tuple[SpdkEnvironment, str | None]:
-        """What `target` needs, and a note where this machine makes that less than the best."""
+        """The environment that `target` needs, and a note if this host does not allow the best options."""
         if target.address is not None:
             return SpdkEnvironment(pci_allowed=(target.address,)), None
         if target.transport == "VFIOUSER":
@@ -80,13 +80,13 @@ class SpdkEnvironment:
 
 _lock = threading.Lock()
 _started: SpdkEnvironment | None = None
-_is_given = False  # by the caller, so that its list of drives is a fence
+_is_given = False  # set by the caller, so that only the drives in its list are allowed
 
 
 def ensure_environment(library: SpdkLibrary, target: SpdkTarget, wanted: SpdkEnvironment | None) -> list[str]:
-    """Start the environment for `target`, or check that the one that runs can serve it; returns notes for the user.
+    """Start the environment for `target`, or check that the running one can serve it; returns notes for the user.
 
-    Raises OSError where it cannot start, or runs with options that rule `target` out.
+    Raises OSError where it cannot start, or runs with options that exclude `target`.
     """
     global _started, _is_given
     with _lock:
@@ -115,7 +115,8 @@ def ensure_environment(library: SpdkLibrary, target: SpdkTarget, wanted: SpdkEnv
 
 
 def _check_serves(running: SpdkEnvironment, target: SpdkTarget, is_fence: bool) -> None:
-    """Drives outside the allow-list can be attached by name later on, unless the caller gave the list himself."""
+    """Raise OSError unless the running environment can serve `target`. Drives outside the allow-list can be attached
+    later by name, unless the caller set the list (`is_fence`)."""
     reason, number = None, errno.ENOTSUP
     if target.address is not None and running.no_pci:
         reason = "was started without PCIe"
@@ -131,7 +132,7 @@ def _check_serves(running: SpdkEnvironment, target: SpdkTarget, is_fence: bool) 
 
 
 def huge_pages_free() -> int:
-    """Free huge pages of the machine; 0 where it has none."""
+    """Free huge pages of the host; 0 where it has none."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("HugePages_Free:"):

@@ -1,4 +1,4 @@
-"""The shim's ABI for Python (declared in `shim.h`): loading it, its records, and its errors as OSError."""
+"""The shim's ABI for Python (declared in `shim.h`): loads it, declares its records, raises its errors as OSError."""
 
 from __future__ import annotations
 
@@ -94,11 +94,11 @@ def _timeout_ns(timeout_s: float) -> int:
 
 
 class SpdkLibrary:
-    """A loaded shim. Every method that fails raises OSError with SPDK's reason in words."""
+    """A loaded shim. Methods raise OSError with SPDK's reason as text."""
 
     def __init__(self, path: Path) -> None:
-        """Load the shim at `path`. Raises OSError: absent, not loadable, built for another Penstock, or where another
-        user could have put it."""
+        """Load the shim at `path`. Raises OSError: absent, not loadable, built for another version of Penstock, or in a
+        place to which another user can write."""
         self.path = path
         if not path.is_file():
             raise OSError(errno.ENOENT, "the SPDK shim is not built; run: penstock spdk build", str(path))
@@ -171,15 +171,15 @@ class SpdkLibrary:
             raise self._failure(result, error, "SPDK's environment cannot start", str(self.path))
 
     def memory_register(self, address: int, length: int) -> int:
-        """0, or the negative error number."""
+        """Register memory; returns 0, or the negative error number."""
         return int(self._dll.psp_memory_register(address, length))
 
     def memory_unregister(self, address: int, length: int) -> int:
-        """Let go of memory that was registered; 0, or a negative error number."""
+        """Unregister memory; returns 0, or a negative error number."""
         return int(self._dll.psp_memory_unregister(address, length))
 
     def open(self, target: Target, name: str) -> tuple[ctypes.c_void_p, Info]:
-        """Connect; `name` is what errors call the target."""
+        """Connect; `name` is the target's name in errors."""
         device, info = ctypes.c_void_p(), Info()
         error = ctypes.create_string_buffer(TEXT_BYTES)
         result = self._dll.psp_open(ctypes.byref(target), ctypes.byref(device), ctypes.byref(info), error, TEXT_BYTES)
@@ -188,11 +188,12 @@ class SpdkLibrary:
         return device, info
 
     def submit(self, device: ctypes.c_void_p, ops: ctypes.Array[Op]) -> int:
-        """Give all of `ops` to the device's polling thread, or none; 0, or -EAGAIN where they exceed the depth."""
+        """Submit all of `ops` to the device's polling thread, or none; returns 0, or -EAGAIN when they exceed the
+        depth."""
         return int(self._dll.psp_submit(device, ops, len(ops)))
 
     def poll(self, device: ctypes.c_void_p, done: ctypes.Array[Done], timeout_s: float) -> int:
-        """How many of `done` were filled."""
+        """Fill `done` with completions; returns how many."""
         return int(self._dll.psp_poll(device, done, len(done), _timeout_ns(timeout_s)))
 
     def wake(self, device: ctypes.c_void_p) -> None:
@@ -207,7 +208,7 @@ class SpdkLibrary:
             raise self._failure(result, error, "flush", name)
 
     def close(self, device: ctypes.c_void_p, timeout_s: float) -> int:
-        """0, or the negative error number."""
+        """Disconnect; returns 0, or the negative error number."""
         return int(self._dll.psp_close(device, _timeout_ns(timeout_s)))
 
     @staticmethod
@@ -217,5 +218,5 @@ class SpdkLibrary:
 
 
 def default_library_path() -> Path:
-    """Where `penstock spdk build` puts the shim and `open_spdk` looks for it."""
+    """Default path of the shim, for `penstock spdk build` and `open_spdk`."""
     return Path.home() / ".cache" / "penstock" / "spdk" / "libpenstock_spdk.so"

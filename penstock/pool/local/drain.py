@@ -1,10 +1,11 @@
 """Empties one member while the pool runs: copies its blocks to the free space of the others, then closes it.
 
-D1  Loads of requests go first: a copy starts when no load waits in front of the member, or `PATIENCE_S` have passed.
-D2  At most `IN_FLIGHT_MAX` blocks are on their way, in as many buffers.
-D3  A copy takes its block's place only after its bytes matched the block's checksum and were stored; until then, and
-    for whoever reads it already, the block stays readable where it is.
-D4  A block that finds no free space, or cannot be read, is dropped.
+DRAIN-1  Statement: Loads of requests go first: a copy starts when no load waits for the member, or after PATIENCE_S.
+DRAIN-2  Statement: At most IN_FLIGHT_MAX blocks are being copied, in as many buffers.
+DRAIN-3  Statement: A copy replaces its block only after its bytes matched the block's checksum and were stored. Until
+         then, and for those who read it already, the block stays readable where it is.
+DRAIN-4  Statement: A block for which there is no free space, or that cannot be read, is dropped.
+Verification: tests/pool/local/test_pool_members.py.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ log = logging.getLogger(__name__)
 
 IN_FLIGHT_MAX = 2
 PATIENCE_S = 0.1
-YIELD_S = 0.002  # between looks at the loads that wait
+YIELD_S = 0.002  # between two looks at the queue of loads
 MOVE_TIMEOUT_S = 10.0
-READERS_WAIT_S = 30.0  # for those who still read a block of the member when it is empty, and for rows
+READERS_WAIT_S = 30.0  # for the last readers of a member that is otherwise empty, and for the last rows
 CLOSE_TIMEOUT_S = 10.0
 
 
 @dataclass(slots=True)
 class _Move:
-    """One block on its way, in one of the buffers."""
+    """One block being copied, in one of the buffers."""
 
     block: Block
     copy: Block
@@ -82,7 +83,7 @@ class Drain:
         self._thread.start()
 
     def stop(self) -> None:
-        """Begin nothing any more."""
+        """Begin no further copy."""
         self._stopping.set()
         self._thread.stop_restarting()
 
@@ -91,7 +92,7 @@ class Drain:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        """Called again after it raised: what failed then may succeed now."""
+        """Called again after it raised: a step that failed may succeed at the second attempt."""
         while self._in_flight:
             self._next_event()
         while not self._stopping.is_set() and self._pass():
@@ -100,7 +101,7 @@ class Drain:
             self._finish()
 
     def _pass(self) -> bool:
-        """Move or drop every block that the member has now, the most worth first; False when it had none."""
+        """Move or drop every block that the member has now, the most valuable first; False when it had none."""
         with self._lock:
             blocks = self._table.blocks_on(self._number)
         for block in sorted(blocks, key=self._worth, reverse=True):
@@ -119,7 +120,7 @@ class Drain:
         return bool(blocks or writing)
 
     def _worth(self, block: Block) -> float:
-        """Read without the lock: a block that left meanwhile is noticed when its copy begins."""
+        """Read without the lock: `_begin` notices a block that was dropped meanwhile."""
         try:
             return self._table.value(block.key)
         except KeyError:
@@ -131,7 +132,7 @@ class Drain:
             self._stopping.wait(YIELD_S)
 
     def _begin(self, block: Block) -> None:
-        """Start to copy a block; drop it when it cannot be."""
+        """Start to copy a block; drop it when it cannot be copied."""
         with self._lock:
             if self._table.holds(block.key, self._number) is not block:
                 return
@@ -155,7 +156,8 @@ class Drain:
         self._submit(move, "load")
 
     def _buffer(self, size_bytes: int) -> memoryview:
-        """The largest buffer that is free, or a new one in its place. Raises OSError or MemoryError."""
+        """The largest free buffer, or, when that is too small, a new one that replaces the smallest. Raises OSError or
+        MemoryError."""
         self._buffers.sort(key=len)
         if len(self._buffers[-1]) < size_bytes:
             self._buffers[0] = aligned_buffer(size_bytes)
@@ -201,7 +203,7 @@ class Drain:
         self._end(move, error)
 
     def _end(self, move: _Move, error: PoolError | None) -> None:
-        """The block lies on its new member, or is dropped."""
+        """End a move: the copy replaces the block, or the block is dropped."""
         block = move.block
         move.ended = True
         self._buffers.append(move.buffer)
@@ -217,7 +219,7 @@ class Drain:
             self._table.unpin(block)
 
     def _recorded(self, move: _Move) -> None:
-        """The copy is present: its row is committed first, then the old row is deleted; the lock is held."""
+        """The copy is present: commit its row first, then delete the old row. The lock is held."""
         source, target = self._member, self._pool.members[move.copy.member]
         if is_durable(target):
             value = self._table.value(move.copy.key)

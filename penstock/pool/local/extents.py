@@ -10,11 +10,13 @@ from penstock.core.layout import STAGING_ALIGNMENT_BYTES
 
 
 class ExtentAllocator:
-    """Owns `[start, end)` of a member; O(log holes) for each call, plus one step per length that occurs. Not
+    """Allocates from `[start, end)` of a member. Each call is O(log holes), plus one step per length that occurs. Not
     thread-safe; the caller holds a lock.
 
-    I1  free extents do not overlap, do not touch, lie inside the range and are aligned
-    I2  starts, ends and lengths name the same extents; items of extents that are gone are at most as many, plus 16
+    EXTENT-1  Statement: Free extents do not overlap, do not touch, lie inside the range and are aligned.
+    EXTENT-2  Statement: `_lengths`, `_starts` and `_by_length` name the same extents. Stale entries of `_by_length` are
+              at most as many as valid ones, plus 16.
+    Verification: `check_integrity`, tests/pool/local/test_extents_and_table.py.
     """
 
     def __init__(self, start: int, end: int) -> None:
@@ -24,8 +26,8 @@ class ExtentAllocator:
         self.free_bytes = 0
         self._lengths: dict[int, int] = {}  # by start
         self._starts: dict[int, int] = {}  # by end
-        self._by_length: dict[int, list[int]] = {}  # heap of starts, some of them gone
-        self._live: dict[int, int] = {}  # extents of each length
+        self._by_length: dict[int, list[int]] = {}  # heap of starts; some are stale
+        self._live: dict[int, int] = {}  # valid entries of each length
         self._sizes: list[int] = []  # lengths that occur, ascending
         self._insert(start, end - start)
 
@@ -65,9 +67,9 @@ class ExtentAllocator:
         return offset
 
     def take_listed(self, extents: Sequence[tuple[int, int]]) -> list[bool]:
-        """Take exactly these extents (offset, length) of a range that has nothing taken, to rebuild it from a table;
-        False for one that is malformed, outside, or overlaps one that begins before it."""
-        assert self.free_bytes == self.end - self.start, "extents are listed for a range in use"
+        """Allocate exactly these extents (offset, length), to rebuild an unused range from a table; False for one that
+        is malformed, outside, or overlaps one that begins before it."""
+        assert self.free_bytes == self.end - self.start, "the range is in use already"
         self._remove(self.start)
         taken = [False] * len(extents)
         at = self.start
@@ -85,7 +87,7 @@ class ExtentAllocator:
         return taken
 
     def give(self, offset: int, length: int) -> int:
-        """Return an extent; returns where the hole that it is part of now begins. Raises ValueError when it begins or
+        """Free an extent; returns where the hole that it is now part of begins. Raises ValueError when it begins or
         ends in free space, or lies outside."""
         self._check(length)
         end = offset + length
@@ -104,20 +106,22 @@ class ExtentAllocator:
         return offset
 
     def check_integrity(self) -> None:
-        """Assert I1 and I2; O(n)."""
+        """Assert EXTENT-1 and EXTENT-2; O(n)."""
         end = self.start - 1
         for offset in sorted(self._lengths):
             length = self._lengths[offset]
-            assert offset > end and length > 0, "I1: free extents overlap or touch"
-            assert offset % STAGING_ALIGNMENT_BYTES == 0 and length % STAGING_ALIGNMENT_BYTES == 0, "I1: not aligned"
+            assert offset > end and length > 0, "EXTENT-1: free extents overlap or touch"
+            assert offset % STAGING_ALIGNMENT_BYTES == 0 and length % STAGING_ALIGNMENT_BYTES == 0, (
+                "EXTENT-1: alignment"
+            )
             end = offset + length
-            assert self._starts.get(end) == offset, "I2: an end is missing"
-            assert offset in self._by_length[length], "I2: a length is missing"
-        assert end <= self.end, "I1: a free extent lies outside"
-        assert len(self._starts) == len(self._lengths), "I2: an end names no extent"
+            assert self._starts.get(end) == offset, "EXTENT-2: an end is missing"
+            assert offset in self._by_length[length], "EXTENT-2: a length is missing"
+        assert end <= self.end, "EXTENT-1: a free extent lies outside"
+        assert len(self._starts) == len(self._lengths), "EXTENT-2: an end names no extent"
         assert self.free_bytes == sum(self._lengths.values())
         lengths = list(self._lengths.values())
-        assert self._live == {length: lengths.count(length) for length in set(lengths)}, "I2: lengths are miscounted"
+        assert self._live == {length: lengths.count(length) for length in set(lengths)}, "EXTENT-2: lengths differ"
         assert self._sizes == sorted(self._live) and self._by_length.keys() == self._live.keys()
         assert all(len(starts) <= 2 * self._live[length] + 16 for length, starts in self._by_length.items())
 
@@ -152,7 +156,7 @@ class ExtentAllocator:
             self._tidy(length)
 
     def _tidy(self, length: int) -> None:
-        """Forget starts of extents that are gone; amortised over the calls that left them."""
+        """Remove stale entries of one length; amortised over the calls that left them."""
         self._by_length[length] = sorted(
             {start for start in self._by_length[length] if self._lengths.get(start) == length}
         )

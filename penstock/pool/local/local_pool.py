@@ -32,18 +32,19 @@ from penstock.units import format_bytes
 log = logging.getLogger(__name__)
 
 OBSERVE_EVERY_S = 1.0
-KEYS_AT_ONCE = 256  # that are looked up or dropped before others have their turn at the lock
+KEYS_AT_ONCE = 256  # keys handled before the lock is released once for other threads
 
 
 class LocalPool:
     """Members in this process. Contract: `pool.api.Pool`.
 
-    One gap against it: bytes that a device is already moving cannot be cut off; such a read or write is reported when
-    the device answers, at the latest by `close`. A device that does not answer for 10 s is fenced.
+    One difference: a transfer that a device has begun cannot be stopped; such a read or write is reported when the
+    device answers, at the latest by `close`. A device that does not answer for 10 s is fenced.
     """
 
     def __init__(self, members: Sequence[Member], weights: Sequence[float], policy: PoolPolicy | None = None) -> None:
-        """Takes the members over. `weights` are their shares of new blocks (any scale, such as bytes per second)."""
+        """Owns the members from now on. `weights` are their shares of new blocks (any scale, such as bytes per
+        second)."""
         if not members or len(members) != len(weights):
             raise ValueError(f"{len(members)} members and {len(weights)} weights; at least one, and as many of each")
         policy = policy or PoolPolicy()
@@ -82,8 +83,9 @@ class LocalPool:
             member.register(buffer)
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
-        """Where each block lies, None for a miss; a hit's use is noted with its row. Many keys are looked up in parts:
-        a block may come or go in between, as it may before the answer is used. Raises PoolError once closed."""
+        """Where each block lies, None for a miss; the use of a block found is recorded with its row. Many keys are
+        looked up in parts, so a block may be added or removed in between, as it may before the caller uses the answer.
+        Raises PoolError once closed."""
         found: list[Located | None] = []
         for some in _in_turns(keys):
             with self._lock:
@@ -93,7 +95,7 @@ class LocalPool:
         return found
 
     def _look_up(self, keys: Sequence[BlockKey], found: list[Located | None]) -> None:
-        """Add what is known of these keys, and note the uses; the lock is held."""
+        """Append the places of these keys to `found`, and record the uses; the lock is held."""
         uses: dict[int, list[Use]] = {}
         for key in keys:
             block = self._table.find(key)
@@ -167,12 +169,14 @@ class LocalPool:
                 return
         with self._lock:
             self._writes_dropped += 1
-        if error is not None and not (error.reason == "dropped" and reserved is None):  # new to SSDs, or on its way
+        if error is not None and not (
+            error.reason == "dropped" and reserved is None
+        ):  # not admitted to SSDs, or being written already
             note_error("store", "the pool", error)
         call_soon(self._callbacks, done, error)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
-        """Drop those of the blocks that nobody holds; how many were dropped."""
+        """Drop those of the blocks that are not pinned; returns how many were dropped."""
         evicted = 0
         for some in _in_turns(keys):
             with self._lock:
@@ -184,7 +188,7 @@ class LocalPool:
         return evicted
 
     def stat(self, timeout_s: float) -> PoolStat:
-        """State of the pool, its members and tenants. It asks nobody, so `timeout_s` is not used."""
+        """State of the pool, its members and tenants. Answered at once, so `timeout_s` is not used."""
         with self._lock:
             if not self._closed:
                 self._check_members()
@@ -206,8 +210,8 @@ class LocalPool:
             )
 
     def close(self, timeout_s: float) -> None:
-        """End drains and operations, commit what is journalled and close the members, within about `timeout_s`. A
-        second call does nothing."""
+        """End drains and operations, commit the journals and close the members, within about `timeout_s`. A second call
+        does nothing."""
         with self._lock:
             if self._closed:
                 return
@@ -225,7 +229,8 @@ class LocalPool:
     # --- members that come and go ---
 
     def add_member(self, member: Member, weight_bytes_per_s: float) -> None:
-        """Take a member over, with the blocks it holds, while the pool runs. Its weight is on the scale of the others'.
+        """Add a member, with the blocks it holds, while the pool runs; the pool owns it. Its weight has the others'
+        scale.
         Raises ValueError for a name that is taken, PoolError when the pool is closed."""
         with self._lock:
             self._check_open()
@@ -246,9 +251,10 @@ class LocalPool:
                 member.register(buffer)
 
     def drain_member(self, name: str) -> None:
-        """Begin to empty a member: nothing is placed there any more, its blocks move to the free space of the others
-        (the most worth first), the rest is dropped, then it is closed and gone. Returns at once; `stat` shows how far
-        it is. Raises ValueError for an unknown member, one that drains already, or the last one that takes blocks."""
+        """Begin to empty a member: no block is placed there any more, its blocks move to the free space of the others
+        (the most valuable first), the rest is dropped, then it is closed and removed. Returns at once; `stat` shows the
+        progress. Raises ValueError for an unknown member, one that is being drained already, or the last one that
+        accepts blocks."""
         with self._lock:
             self._check_open()
             states = self._table.members
@@ -275,7 +281,7 @@ class LocalPool:
             self._bandwidths[known[name]] = _bandwidth(weight)
 
     def set_policy(self, policy: PoolPolicy) -> None:
-        """Quotas, write admission and following from now on. Raises ValueError for a value that is not allowed."""
+        """Set quotas, write admission and bandwidth following. Raises ValueError for a value that is not allowed."""
         with self._lock:
             self._table.quotas.set_quotas(policy.quota_bytes, policy.default_quota_bytes)
             if policy.write_admission != self._admission.mode:
@@ -283,11 +289,11 @@ class LocalPool:
             self._follow_bandwidth = policy.follow_bandwidth
             self._named_tenants_only = policy.named_tenants_only
 
-    # --- for a pool node (`pool.served`): blocks whose bytes the other side verifies ---
+    # --- for a pool node (`pool.node_backend`): blocks whose bytes the client verifies ---
 
     @property
     def node_id(self) -> bytes:
-        """Empty: an embedded pool is no node's own."""
+        """Empty: an embedded pool has no node id."""
         return b""
 
     @property
@@ -297,20 +303,20 @@ class LocalPool:
 
     @property
     def read_bytes_per_s(self) -> float:
-        """Bytes per second that the shares of the members go by, added up."""
+        """Sum of the members' read bandwidths, bytes per second, from which their shares follow."""
         with self._lock:
             states = zip(self._bandwidths, self._table.members, strict=True)
             return sum(bandwidth.share_bytes_per_s for bandwidth, state in states if bandwidth and not state.gone)
 
     @property
     def block_bytes_max(self) -> int:
-        """Size of the largest block that a member which takes blocks could hold, in bytes; 0 when none takes any."""
+        """Size in bytes of the largest block that a member which accepts blocks could hold; 0 when none accepts any."""
         with self._lock:
             return max((self._room_of(number) for number in self._taking()), default=0)
 
     def expect_blocks(self, block_bytes: int) -> list[str]:
-        """Say that blocks of this size will be written; returns, and logs, a line for each member that cannot hold a
-        single one."""
+        """Announce that blocks of this size will be written. Returns, and logs, a line for each member that cannot hold
+        one."""
         with self._lock:
             small = [(self.members[n].name, self._room_of(n)) for n in self._taking()]
         needed = staging_bytes(block_bytes)
@@ -325,14 +331,14 @@ class LocalPool:
         return lines
 
     def _taking(self) -> list[int]:
-        """Numbers of the members that take blocks, be they fenced at present; with the lock held."""
+        """Numbers of the members that accept blocks, fenced ones included; the lock is held."""
         return [n for n, state in enumerate(self._table.members) if not state.gone and not state.draining]
 
     def _room_of(self, number: int) -> int:
         return self._table.members[number].space.capacity_bytes
 
     def open_block(self, key: BlockKey, size_bytes: int | None) -> OpenBlock | PoolError:
-        """Pin a block of `size_bytes` (None: of any size), or say why it cannot be read."""
+        """Pin a block of `size_bytes` (None: of any size), or return why it cannot be read."""
         with self._lock:
             if self._closed:
                 return PoolError("closed", "the pool is closed")
@@ -392,7 +398,7 @@ class LocalPool:
             note_loss("checksum", "", "block %s did not match its checksum and was dropped", key.hex())
 
     def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
-        """As `pool.served.NodeBackend`; ignored when another block has taken the key."""
+        """As `pool.node_backend.NodeBackend`; ignored when another block has taken the key."""
         with self._lock:
             block = self._table.find(key)
             same = block is not None and (block.checksum, block.mac) == (checksum, mac)
@@ -402,12 +408,12 @@ class LocalPool:
             self._suspects.damaged(key, checksum)
 
     def unpin(self, block: Block) -> None:
-        """End what `open_block` began."""
+        """Undo the pin of `open_block`."""
         with self._lock:
             self._table.unpin(block)
 
     def check_integrity(self) -> None:
-        """Assert the invariants of the table; for tests and idle moments."""
+        """Assert the invariants of the table; for tests."""
         with self._lock:
             self._table.check_integrity()
 
@@ -422,8 +428,9 @@ class LocalPool:
     def _reserve(
         self, new: NewBlock, done: Done, deadline_s: float
     ) -> tuple[Block | None, Member | None, PoolError | None]:
-        """An extent for a new block, and its member. None of all three when the block is there already: `done` is
-        called once it is durable. One that gives way to the new one stays until that is stored. Takes the lock."""
+        """Reserve an extent for a new block; returns the block, its member and None, or the error. All None when the
+        block is present already: `done` is then called once it is durable. A block that the new one replaces stays
+        until the new one is stored. Takes the lock."""
         with self._lock:
             self._check_open()
             self._check_members()
@@ -445,7 +452,7 @@ class LocalPool:
             refused = {n: why for n, member in enumerate(self.members) if (why := member.refuses_stores)}
             if len(refused) == len(self.members):
                 return None, None, PoolError("device", "; ".join(dict.fromkeys(refused.values())))
-            error = self._keep_from_ssds(new, refused)
+            error = self._refuse_ssds(new, refused)
             if error is not None:
                 return None, None, error
             block, gone = self._table.reserve(new, refused)
@@ -459,8 +466,8 @@ class LocalPool:
                 return None, None, PoolError("full", detail)
             return block, self.members[block.member], None
 
-    def _keep_from_ssds(self, new: NewBlock, refused: dict[int, str]) -> PoolError | None:
-        """Apply write admission: add the SSDs to `refused` for a block that they should not take; the lock is held."""
+    def _refuse_ssds(self, new: NewBlock, refused: dict[int, str]) -> PoolError | None:
+        """Apply write admission: add the SSDs to `refused` for a block that they should not store; the lock is held."""
         if self._admission.admits(new.key):
             return None
         ssds = {n: "the block is new" for n, m in enumerate(self.members) if m.kind != "memory" and n not in refused}
@@ -472,7 +479,7 @@ class LocalPool:
         return PoolError("dropped", f"block {new.key.hex()} is seen for the first time; SSDs take reused ones only")
 
     def _stored(self, work: Work, done: Done, error: PoolError | None) -> None:
-        """The end of a store, on its member's thread: `done` follows once the block is durable. Takes the lock."""
+        """A store ended, on its member's thread: `done` is called once the block is durable. Takes the lock."""
         block = work.block
         with self._lock:
             if error is not None:
@@ -540,7 +547,8 @@ class LocalPool:
             raise PoolError("closed", "the pool is closed")
 
     def _check_members(self) -> None:
-        """Fence members that fail, take back those that answer again; now and then, look at how fast they read."""
+        """Fence members that fail, use those again that answer again; from time to time, update their read
+        bandwidths."""
         for number, member in enumerate(self.members):
             healthy = fenced_reason(member) is None
             if self._table.members[number].healthy != healthy:
@@ -558,11 +566,11 @@ class LocalPool:
             changed = bandwidth.change(now_s) if self._follow_bandwidth else None
             if changed is not None and not self._table.members[number].gone:
                 self._table.placement.set_weight(number, changed)
-                log.warning("%s reads at %.0f MB/s: its share follows", member.name, changed / 1e6)
+                log.warning("%s reads at %.0f MB/s: its share is adjusted", member.name, changed / 1e6)
 
 
 def _in_turns(keys: Sequence[BlockKey]) -> Iterator[Sequence[BlockKey]]:
-    """The keys in parts, one at least; in between, who waits for the lock has it."""
+    """The keys in parts, at least one part; between two parts, a thread that waits for the lock gets it."""
     yield keys[:KEYS_AT_ONCE]
     for at in range(KEYS_AT_ONCE, len(keys), KEYS_AT_ONCE):
         time.sleep(0)

@@ -25,7 +25,7 @@ View = TypeVar("View", memoryview, memoryview | None)
 
 class PinnedBlock(Generic[B, View]):
     """`view` is the block's bytes in place, which must not be changed (`pool.api.Lease`); None where it must be loaded.
-    `key`, `checksum` and `mac` are those it was stored with."""
+    `key`, `checksum` and `mac` are those that it was stored with."""
 
     __slots__ = ("_unpin", "block", "view")
 
@@ -63,7 +63,7 @@ class PinnedBlock(Generic[B, View]):
 
 
 class OpenBlock(PinnedBlock[Block, memoryview | None]):
-    """A pinned block that can also be loaded, for a node to send (`pool.served.OpenedBlock`)."""
+    """A pinned block that can also be loaded, for a node to send (`pool.node_backend.OpenedBlock`)."""
 
     __slots__ = ("_pool",)
     remote = False

@@ -1,4 +1,4 @@
-"""The space of one member: which blocks lie where, and which neighbours could give way together for a larger one."""
+"""The space of one member: where its blocks lie, and which neighbours could be evicted together for a larger one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from penstock.pool.local.extents import ExtentAllocator
 class MemberSpace:
     """Extents of one member: the free ones, and its present blocks in address order.
 
-    I1  each present block of the member is found by its start and by its end
+    SPACE-1  Statement: Each present block of the member is found by its start and by its end.
+    Verification: `check_integrity`, tests/pool/local/test_extents_and_table.py.
     """
 
     def __init__(self, start: int, end: int) -> None:
@@ -21,21 +22,21 @@ class MemberSpace:
 
     @property
     def capacity_bytes(self) -> int:
-        """Bytes of the member that blocks may take."""
+        """Bytes of the member that blocks may occupy."""
         return self.allocator.end - self.allocator.start
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of extents that are not free, those of blocks under way included."""
+        """Bytes of extents that are not free, including those of blocks that are being written."""
         return self.capacity_bytes - self.allocator.free_bytes
 
     def add(self, block: Block) -> None:
-        """A block is present in its extent, which was allocated before."""
+        """Add a present block; its extent was allocated before."""
         self.blocks[block.offset] = block
         self._ending[block.offset + block.extent_bytes] = block
 
     def remove(self, block: Block) -> None:
-        """A block is no longer present; its extent is given back by the caller, now or later."""
+        """Remove a block; the caller frees its extent, now or later."""
         del self.blocks[block.offset], self._ending[block.offset + block.extent_bytes]
 
     def cheapest_local(self, seeds: Sequence[int], length: int, movable: Callable[[Block], bool]) -> list[Block] | None:
@@ -52,7 +53,7 @@ class MemberSpace:
         return best
 
     def cheapest_anywhere(self, length: int, movable: Callable[[Block], bool]) -> list[Block] | None:
-        """As `cheapest_near` over the whole member; O(n log n), for the rare case that nothing near a leaf can be
+        """As `cheapest_local`, over the whole member; O(n log n), for the rare case that nothing near a leaf can be
         evicted."""
         best: list[Block] | None = None
         best_bytes = 0
@@ -61,7 +62,7 @@ class MemberSpace:
         for offset in sorted(self.blocks):
             block = self.blocks[offset]
             if at + self.allocator.hole_at(at) != offset or not movable(block):
-                # What lies between is being written, or waits for its last reader; or this block cannot leave.
+                # The gap is being written, or waits for its last reader; or this block cannot be evicted.
                 run, run_bytes = [], 0
                 begin = offset - self.allocator.hole_before(offset)
             at = offset + block.extent_bytes
@@ -80,8 +81,8 @@ class MemberSpace:
         return best
 
     def _around(self, seed: int, length: int, movable: Callable[[Block], bool]) -> list[Block] | None:
-        """The stretch around one hole. It begins as far left as it may, then gives blocks back on the left for blocks
-        on the right."""
+        """The cheapest range around one hole: it begins as far to the left as allowed, then moves to the right, block
+        by block."""
         hole = self.allocator.hole_at(seed)
         left: list[Block] = []
         begin = seed
@@ -112,7 +113,7 @@ class MemberSpace:
             begin = last.offset + last.extent_bytes
 
     def check_integrity(self) -> None:
-        """Assert I1 and those of the allocator."""
+        """Assert SPACE-1 and those of the allocator."""
         self.allocator.check_integrity()
-        assert {b.offset + b.extent_bytes: b for b in self.blocks.values()} == self._ending, "I1: ends differ"
-        assert all(block.offset == offset for offset, block in self.blocks.items()), "I1: starts differ"
+        assert {b.offset + b.extent_bytes: b for b in self.blocks.values()} == self._ending, "SPACE-1: ends differ"
+        assert all(block.offset == offset for offset, block in self.blocks.items()), "SPACE-1: starts differ"

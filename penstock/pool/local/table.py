@@ -1,4 +1,4 @@
-"""The lookup table of a pool: which block lies where, who may use it, where the next one goes, who leaves for it.
+"""The block table of a pool: where each block lies, where a new one is placed, and what is evicted for it.
 
 Pure state, no I/O and no lock: the pool calls it under its own lock.
 """
@@ -19,14 +19,14 @@ from penstock.pool.block import Block
 from penstock.pool.local.space import MemberSpace
 
 EVICTION_REASONS = ("own", "shared", "over_quota")
-SCAN_BLOCKS_FREE = 1024  # blocks of a member that a search may look at at any time
-SCAN_BLOCKS_PER_CHANGE = 64  # how many more for each block that came or went since a search that found nothing
-SEEDS_MAX = 8  # holes around which neighbours are looked at when free space is in pieces
+SCAN_BLOCKS_FREE = 1024  # blocks of a member that one search may always visit
+SCAN_BLOCKS_PER_CHANGE = 64  # further ones per change since a search that found nothing
+SEEDS_MAX = 8  # holes whose neighbours are considered when free space is fragmented
 
 
 @dataclass(slots=True)
 class MemberState:
-    """A member as the table sees it. The number of one that is gone may be given again once its space is free."""
+    """A member in the table. The number of a removed member is reused once its space is free."""
 
     space: MemberSpace
     healthy: bool = True
@@ -40,19 +40,22 @@ class MemberState:
 
     @property
     def free(self) -> bool:
-        """Whether the member is gone with all of its blocks, so that its number may be given again."""
+        """Whether the member was removed and holds no bytes any more, so that its number may be reused."""
         return self.gone and not self.space.used_bytes
 
 
 class Table:
     """Blocks, extents, pins and worth of all members.
 
-    I1  an extent belongs to at most one block: present, being written, being moved to, or detached
-    I2  a detached block is pinned and nobody finds it; its extent goes with its last pin
-    I3  a key names at most one present block, and is written or moved by at most one
-    I4  each account is charged exactly the extents of its blocks
-    I5  a block is placed only on members that are healthy, not draining and not gone; a gone member has no block
-    I6  present blocks are those that the eviction order keeps, and each member counts its own
+    TABLE-1  Statement: An extent belongs to at most one block: present, being written, being moved to, or detached.
+    TABLE-2  Statement: A detached block is pinned and cannot be found; its extent is freed with its last pin.
+    TABLE-3  Statement: A key has at most one present block, and at most one write or move under way.
+    TABLE-4  Statement: Each account is charged exactly the extents of its blocks.
+    TABLE-5  Statement: A block is placed only on members that are healthy, not draining and not removed; a removed
+             member has no block.
+    TABLE-6  Statement: The present blocks are those in the eviction order, and each member counts its own.
+    Verification: `check_integrity`, tests/pool/local/test_extents_and_table.py,
+    tests/pool/local/test_table_histories.py.
     """
 
     def __init__(
@@ -63,14 +66,14 @@ class Table:
         self.placement = Placement(weights)
         self.quotas = quotas or TenantQuotas()
         self.scans = 0  # searches over a whole member
-        self.evictions = dict.fromkeys(EVICTION_REASONS, 0)  # blocks that left for a new one, by why it was they
+        self.evictions = dict.fromkeys(EVICTION_REASONS, 0)  # blocks evicted for a new one, by reason
         self._eviction = PoolEviction(len(self.members), self.quotas)
         self._blocks: dict[BlockKey, Block] = {}
         self._writing: dict[BlockKey, Block] = {}
         self._moving: dict[BlockKey, Block] = {}  # the copies that are being made
         self._detached: set[Block] = set()
-        self._changes = 0  # extents taken and given back
-        self._no_scan_before: dict[int, int] = {}  # by member: changes at which a search may be of use again
+        self._changes = 0  # extents allocated and freed
+        self._no_scan_before: dict[int, int] = {}  # member -> `_changes` before which a search fails
         self._note_capacity()
 
     def __len__(self) -> int:
@@ -97,8 +100,8 @@ class Table:
         return key in self._moving
 
     def touch(self, block: Block) -> float:
-        """Note a use; returns what the block is worth now. Its tenant may have an account of its own from now on, which
-        then is charged with it."""
+        """Record a use; returns the block's new eviction value. The block is charged to its tenant's own account from
+        now on, where that exists by now."""
         if self._charge_user(block):
             self._eviction.set_account(block.key, block.account)
         value = self._eviction.touch(block.key)
@@ -106,17 +109,17 @@ class Table:
         return value
 
     def value(self, key: BlockKey) -> float:
-        """What a present block is worth, as a durable table stores it."""
+        """The eviction value of a present block, as a durable table stores it."""
         return self._eviction.value(key)
 
     def pin(self, block: Block) -> None:
-        """Keep a present block where it is until as many `unpin` calls."""
+        """Pin a present block: it stays in place until there were as many `unpin` calls."""
         block.pins += 1
         if block.pins == 1:
             self._eviction.pin(block.key)
 
     def unpin(self, block: Block) -> None:
-        """Undo a pin; the extent of a detached block is free after its last one."""
+        """Undo a pin; the extent of a detached block is freed with its last one."""
         assert block.pins > 0, f"block {block.key.hex()} has no pin"
         block.pins -= 1
         if block.pins:
@@ -128,25 +131,26 @@ class Table:
             self._eviction.unpin(block.key)
 
     def drop(self, block: Block) -> None:
-        """Make a present block a miss. Its row must be forgotten now; its extent is free once nobody reads it."""
+        """Make a present block a miss. The caller must delete its row now; its extent is free once nobody reads it."""
         if block.pins:
             self._eviction.unpin(block.key)
         self._eviction.remove(block.key)
         self._leave(block)
 
     def evictable(self, key: BlockKey) -> Block | None:
-        """The block, if nothing holds it."""
+        """The block, if it is present and not pinned."""
         block = self._blocks.get(key)
         return block if block is not None and not block.pins else None
 
     def reserve(self, new: NewBlock, without: Container[int] = ()) -> tuple[Block | None, list[Block]]:
-        """An extent for a block that is about to be written, and the blocks that had to leave for it (their extents
-        are in use again from now on). None when no member that takes blocks, save those in `without`, can hold it, or
-        when all that could leave is that of tenants within their quotas. Whose blocks leave is decided over all
-        members: nobody within its quota gives way on one because nobody else is over his there."""
+        """Reserve an extent for a block that is about to be written; returns the block, and the blocks that were
+        evicted for it (their extents are in use again). None when no member that accepts blocks, except those in
+        `without`, has room, or when only blocks of tenants within their quotas could be evicted. Whose blocks are
+        evicted is decided over all members: a tenant within its quota does not lose a block only because no tenant on
+        that member is over its quota."""
         account, length = self.quotas.account(new.tenant), staging_bytes(new.size_bytes)
         gone: list[Block] = []
-        # First of all it counts, so that who pays for the writer stays the same while its own blocks leave.
+        # Charge it first: whose blocks are evicted must not change while the writer's own blocks are evicted.
         self.quotas.charge(account, length)
         order = [member for member in self.placement.order(new.position) if member not in without]
         found = self._find_room(order, length, account, gone)
@@ -157,7 +161,7 @@ class Table:
         return self._start(new, *found, account), gone
 
     def _find_room(self, order: list[int], length: int, account: bytes, gone: list[Block]) -> tuple[int, int] | None:
-        """A member and an offset on it for a block that is charged already."""
+        """Find a member, and an offset on it, for a block that is charged already."""
         for member in order:
             offset = self._space(member).allocator.take(length)
             if offset is not None:
@@ -174,8 +178,8 @@ class Table:
         return None
 
     def commit(self, block: Block) -> Block | None:
-        """A written block becomes present; returns the one that its key named until now (on a fenced member, or to be
-        replaced), which is dropped."""
+        """Make a written block present; returns the block that had its key until now (on a fenced member, or replaced),
+        which is dropped."""
         del self._writing[block.key]
         old = self._blocks.get(block.key)
         if old is not None:
@@ -184,13 +188,13 @@ class Table:
         return old
 
     def abandon(self, block: Block) -> None:
-        """A block that could not be written gives its extent back."""
+        """Free the extent of a block that could not be written."""
         del self._writing[block.key]
         self._give_back(block)
 
     def restore(self, member: int, rows: Iterable[tuple[Block, float]]) -> list[Block]:
-        """Take over blocks, with their worth, from the durable table of a member that has none yet; returns those that
-        cannot be: malformed, outside, overlapping, or under a key that is present."""
+        """Add blocks, with their eviction values, from the durable table of a member that has none yet; returns those
+        that were refused: malformed, outside, overlapping, or under a key that is present."""
         known = sorted(rows, key=lambda row: row[1])
         wrong = [block for block, _ in known if block.size_bytes < 1 or block.key == block.parent]
         doubled = set(map(id, wrong))
@@ -206,7 +210,7 @@ class Table:
         fitting = [one for one, ok in zip(fit, taken, strict=True) if ok]
         for block, _ in reversed(
             fitting
-        ):  # those worth most first: their tenants get the default quotas that there are
+        ):  # the most valuable first: default quotas are limited, and go to their tenants
             block.account = self.quotas.account(block.tenant)
             self.quotas.charge(block.account, block.extent_bytes)
         for block, value in fitting:
@@ -228,12 +232,12 @@ class Table:
         return sum(block.member == member for block in (*self._writing.values(), *self._moving.values()))
 
     def in_use(self, member: int) -> int:
-        """Bytes of a member that hold something, be it only being written or still read."""
+        """Bytes of a member that are in use, including those being written or still read."""
         return self._space(member).used_bytes
 
     def reserve_move(self, block: Block, without: Container[int] = ()) -> Block | None:
-        """An extent for a copy of a present block, in free space of another member; None when there is none, or when
-        its key is being written or moved."""
+        """Reserve an extent for a copy of a present block, in free space of another member; None when there is none, or
+        when its key is being written or moved."""
         if block.key in self._moving or block.key in self._writing:
             return None
         for member in self.placement.order(block.position):
@@ -250,8 +254,8 @@ class Table:
         return None
 
     def commit_move(self, block: Block, copy: Block) -> bool:
-        """The copy is complete: it takes the block's place, whose row must be forgotten now. False, and no copy, when
-        the block was dropped meanwhile."""
+        """Replace the block by its complete copy; the caller must delete the old row now. False, and the copy is
+        dropped, when the block was dropped meanwhile."""
         if self._blocks.get(block.key) is not block:
             self.abandon_move(copy)
             return False
@@ -268,21 +272,22 @@ class Table:
         return True
 
     def abandon_move(self, copy: Block) -> None:
-        """A copy did not succeed: its extent is given back and the original stays."""
+        """Free the extent of a copy that did not succeed; the original stays."""
         del self._moving[copy.key]
         self._give_back(copy)
 
     # --- members ---
 
     def set_healthy(self, member: int, healthy: bool) -> None:
-        """Fence a member, whose blocks are misses meanwhile, or take it back with those not rewritten elsewhere."""
+        """Fence a member: its blocks are misses meanwhile. Or use it again, with the blocks that were not rewritten
+        elsewhere."""
         state = self.members[member]
         state.healthy = healthy
         self._eviction.set_fenced(member, not healthy)
         self.placement.set_health(member, state.healthy and not state.draining)
 
     def add_member(self, start: int, end: int, weight: float) -> int:
-        """A further member; returns its number, that of a member which is gone where there is one."""
+        """Add a member; returns its number, which may be that of a removed member."""
         for number, state in enumerate(self.members):
             if state.free:
                 self.members[number] = MemberState(MemberSpace(start, end))
@@ -296,14 +301,14 @@ class Table:
         return self.placement.add(weight)
 
     def start_drain(self, member: int) -> None:
-        """Place nothing on a member any more; its blocks stay readable."""
+        """Place no further block on a member; its blocks stay readable."""
         self.members[member].draining = True
         self.placement.set_health(member, False)
 
     def remove_member(self, member: int) -> None:
-        """A member without present blocks is gone; what is still read there may end."""
+        """Remove a member without present blocks; reads that are under way there may end."""
         state = self.members[member]
-        assert not state.space.blocks, "a member with blocks cannot go"
+        assert not state.space.blocks, "a member with blocks cannot be removed"
         state.gone, state.draining, state.healthy = True, False, True
         self._eviction.set_fenced(member, False)
         self.placement.set_health(member, False)
@@ -311,32 +316,34 @@ class Table:
         self._note_capacity()
 
     def check_integrity(self) -> None:
-        """Assert I1..I6 and those of the parts; O(n log n)."""
+        """Assert TABLE-1..TABLE-6 and the invariants of the parts; O(n log n)."""
         self._eviction.check_integrity()
         used: list[list[tuple[int, int]]] = [[] for _ in self.members]
         held: dict[bytes, int] = {}
         for block in (*self._blocks.values(), *self._writing.values(), *self._moving.values(), *self._detached):
             used[block.member].append((block.offset, block.extent_bytes))
             held[block.account] = held.get(block.account, 0) + block.extent_bytes
-        assert all(block.pins > 0 for block in self._detached), "I2: a detached block has no reader"
+        assert all(block.pins > 0 for block in self._detached), "TABLE-2: a detached block has no reader"
         assert not any(self._blocks.get(block.key) is block for block in self._detached), (
-            "I2: a detached block is found"
+            "TABLE-2: a detached block is found"
         )
-        assert not self._writing.keys() & self._moving.keys(), "I3: a key is written and moved"
-        assert held == dict(self.quotas), "I4: accounts are charged wrong"
-        assert len(self._eviction) == len(self._blocks) and all(key in self._eviction for key in self._blocks), "I6"
+        assert not self._writing.keys() & self._moving.keys(), "TABLE-3: a key is written and moved"
+        assert held == dict(self.quotas), "TABLE-4: accounts are charged wrong"
+        assert len(self._eviction) == len(self._blocks) and all(key in self._eviction for key in self._blocks), (
+            "TABLE-6"
+        )
         for number, (state, extents) in enumerate(zip(self.members, used, strict=True)):
-            assert not (state.gone and state.space.blocks), "I5: a block lies on a member that is gone"
+            assert not (state.gone and state.space.blocks), "TABLE-5: a block lies on a member that is gone"
             state.space.check_integrity()
             extents.sort()
             for (offset, length), (following, _) in pairwise(extents):
-                assert offset + length <= following, "I1: two blocks share bytes"
-            assert state.space.used_bytes == sum(length for _, length in extents), "I1: space is lost"
+                assert offset + length <= following, "TABLE-1: two blocks share bytes"
+            assert state.space.used_bytes == sum(length for _, length in extents), "TABLE-1: space is lost"
             here = {block for block in self._blocks.values() if block.member == number}
-            assert set(state.space.blocks.values()) == here, "I6: a member does not hold its blocks"
+            assert set(state.space.blocks.values()) == here, "TABLE-6: a member does not hold its blocks"
         placed = {member for position in range(CYCLE_BLOCKS) for member in self.placement.order(position)[:1]}
-        assert all(self.members[m].healthy and not self.members[m].draining for m in placed), "I5: placed wrong"
-        assert not any(self.members[m].gone for m in placed), "I5: placed on a member that is gone"
+        assert all(self.members[m].healthy and not self.members[m].draining for m in placed), "TABLE-5: placed wrong"
+        assert not any(self.members[m].gone for m in placed), "TABLE-5: placed on a member that is gone"
 
     # --- inside ---
 
@@ -362,8 +369,8 @@ class Table:
         self._space(block.member).add(block)
 
     def _leave(self, block: Block) -> int | None:
-        """A block that the eviction order no longer keeps, or keeps elsewhere, leaves its member. Returns where its
-        hole begins, None while somebody reads it."""
+        """Remove from its member a block that left the eviction order, or that has a copy elsewhere now. Returns where
+        its hole begins; None while it is still read."""
         del self._blocks[block.key]
         self._space(block.member).remove(block)
         if block.pins:
@@ -377,9 +384,9 @@ class Table:
         return self._space(block.member).allocator.give(block.offset, block.extent_bytes)
 
     def _make_room(self, member: int, length: int, writer: bytes, step: int, gone: list[Block]) -> int | None:
-        """Evict leaves of a member, `length` bytes of them or a little more, until a hole of `length` exists; then, if
-        the free space is in pieces, the cheapest neighbours of what was evicted, leaves or not. `step` is which leaves
-        (`PoolEviction.evict`)."""
+        """Evict leaves of a member, `length` bytes or a little more, until a hole of `length` exists. If the free space
+        is still fragmented then, evict the cheapest neighbours of the evicted blocks, leaves or not. `step` selects the
+        leaves (`PoolEviction.evict`)."""
         space = self._space(member)
         if length > space.capacity_bytes:
             return None
@@ -406,8 +413,9 @@ class Table:
         return self._clear(space, run, length, writer, gone)
 
     def _clear_anywhere(self, member: int, length: int, writer: bytes, gone: list[Block]) -> int | None:
-        """Evict the cheapest neighbours of the whole member: where no member has a leaf whose surroundings can go. Not
-        soon again after it found none: writes that cannot be had must not make the pool search all the time."""
+        """Evict the cheapest neighbours of the whole member, where no member has a leaf whose surroundings can be
+        evicted. After a search that found none, the next one waits for changes: writes that cannot succeed must not
+        make the pool search all the time."""
         space = self._space(member)
         if length > space.capacity_bytes or self._changes < self._no_scan_before.get(member, 0):
             return None
@@ -432,7 +440,7 @@ class Table:
         return space.allocator.take(length)
 
     def _charge_user(self, block: Block) -> bool:
-        """Note that a block was used again; whether another account is charged with it from now on."""
+        """Record that a block was used again; returns whether another account is charged with it from now on."""
         account = self.quotas.used(block.tenant, block.account)
         if account == block.account:
             return False

@@ -1,1 +1,1 @@
-"""What holds blocks: memory, and block devices with their index."""
+"""Members, which hold blocks: memory, and block devices with their index."""

@@ -34,9 +34,9 @@ LOADS_MAX = 4096
 STORES_MAX = 256
 POLL_S = 0.01  # `put` and commits end a poll early
 CONSECUTIVE_ERRORS_MAX = 3
-LOCK_WAIT_S = 1.0  # the kernel drops the lock of a process that was killed only once its ring is torn down
-JOURNAL_CLOSE_S = 10.0  # for the last commit, whatever time is left
-STUCK_S = 10.0  # an operation that the device keeps longer fences the member
+LOCK_WAIT_S = 1.0  # of a killed process, whose lock the kernel releases only with its io_uring
+JOURNAL_CLOSE_S = 10.0  # for the last commit, even when less time is left
+STUCK_S = 10.0  # an operation that takes longer fences the member
 
 
 class DeviceMember:
@@ -66,7 +66,7 @@ class DeviceMember:
         self._meter = BusyMeter(busy_from=2, failed_time=True)
         self._probe = Probe(pack_header(journal.identity))
         self._to_register: list[memoryview] = []
-        self._completions: deque[IoCompletion] = deque()  # of the last poll, not looked at yet
+        self._completions: deque[IoCompletion] = deque()  # of the last poll, not processed yet
         self._thread = GuardedThread(
             f"penstock-{name}", self._run, failed=self._broke, restarts=True, kind="penstock-device-member"
         )
@@ -76,7 +76,7 @@ class DeviceMember:
 
     @property
     def barrier(self) -> int:
-        """What a store into an extent reserved now must wait for."""
+        """The journal's sequence number that a store into an extent reserved now must wait for."""
         return self._journal.sequence
 
     @property
@@ -85,11 +85,11 @@ class DeviceMember:
         return self.fenced or self._journal.failed
 
     def on_lost(self, lost: Callable[[Block], None]) -> None:
-        """Whom to tell of a stored block whose row could not be committed (on the journal's thread)."""
+        """Set the callback for a stored block whose row could not be committed (called on the journal's thread)."""
         self._journal.on_lost = lost
 
     def start(self) -> None:
-        """Start the worker thread, which owns the engine from here on."""
+        """Start the worker thread, which owns the engine from now on."""
         self._measured = None
         self._thread.start()
 
@@ -109,7 +109,7 @@ class DeviceMember:
         return self._queue.lengths()
 
     def observed(self) -> tuple[int, float]:
-        """Bytes read, and the time it took, while at least two reads were in the device's hands; both cumulative."""
+        """Bytes read, and the time it took, while at least two reads were in the device; both cumulative."""
         return self._meter.observed(time.monotonic())
 
     def register(self, buffer: memoryview) -> None:
@@ -126,21 +126,22 @@ class DeviceMember:
         self._journal.forget(blocks)
 
     def record(self, block: Block, use: float, done: Done, deadline_s: float) -> None:
-        """A stored block is in the table: `done` is called once, with None when that is durable."""
+        """Commit the row of a stored block that is in the table: `done` is called once, with None when it is
+        durable."""
         self._journal.record(block, use, done, deadline_s)
 
     def confirm(self, block: Block, done: Done, deadline_s: float) -> bool:
-        """Call `done` once a block that is in the table is durable; False when it is already."""
+        """Call `done` once a block in the table is durable; False, without a call, when it is durable already."""
         return self._journal.confirm(block, done, deadline_s)
 
     def used(self, uses: Iterable[Use]) -> None:
-        """Note new uses of blocks, to be committed with their rows."""
+        """Record new uses of blocks, to be committed with their rows."""
         self._journal.used(uses)
 
     def measure(self, direction: Literal["read", "write"], block_bytes: int, budget_s: float) -> float:
         """Bytes per second of blocks of `block_bytes` over about `budget_s`, in free space only; before `start`. Reads
-        read what was written before, because a device answers reads of never-written space without its medium; where
-        no space is free, the blocks that are there.
+        read what was written before, because a device answers reads of never-written space without
+        using its medium; where no space is free, they read the blocks that are present.
 
         Raises PoolError ("full": no free space to write to; "device").
         """
@@ -168,7 +169,7 @@ class DeviceMember:
         return best
 
     def close(self, timeout_s: float) -> None:
-        """End what waits as "closed", wait for the device, commit the table."""
+        """End what waits with "closed", wait for the device, commit the table."""
         self._close_deadline_s = time.monotonic() + timeout_s
         self._queue.close()
         self._wake()
@@ -176,7 +177,7 @@ class DeviceMember:
         if not self._thread.alive:
             self._end_rest()
         if not self._journal.close(max(JOURNAL_CLOSE_S, self._close_deadline_s - time.monotonic())):
-            return  # it still uses the engine
+            return  # the journal still uses the engine
         try:
             self._engine.close(max(0.0, self._close_deadline_s - time.monotonic()))
         except TimeoutError as error:
@@ -215,7 +216,7 @@ class DeviceMember:
         for late in self._queue.expired():
             finish_work(late, PoolError("deadline", f"waited too long for {self.name}"))
         for one in self._queue.displaced():
-            finish_work(one, PoolError("dropped", f"others have less waiting for {self.name}"))
+            finish_work(one, PoolError("dropped", f"displaced: others have less work queued for {self.name}"))
         self._journal.expire()
         if self._journal.failed:
             for store in self._queue.drain("store"):
@@ -232,7 +233,7 @@ class DeviceMember:
         self._check_stuck()
 
     def _register(self, buffer: memoryview) -> None:
-        """A buffer that the engine cannot pin is used all the same, as the contract of `io.api` has it."""
+        """Register a buffer with the engine; when that fails, the buffer is used all the same (contract: `io.api`)."""
         try:
             self._engine.register(buffer)
         except OSError as error:
@@ -243,7 +244,7 @@ class DeviceMember:
         return bool(self._to_register) or self._queue.ready(self._journal.committed, more_stores)
 
     def _submit_waiting(self) -> bool:
-        """Hand work to the engine, loads first; True when the engine has no room for more."""
+        """Submit queued work to the engine, loads first; True when the engine has no room for more."""
         while len(self._submitted) < self._engine.depth:
             work = self._queue.take_load()
             if work is None and self._stores_in_flight < self._stores_depth:
@@ -331,7 +332,7 @@ class DeviceMember:
             log.error("%s; it is not used until it answers again", self.fenced)
 
     def _try_again(self) -> None:
-        """Read the first page now and then; a device that answers with the right one is used again."""
+        """Read the first page from time to time; a device that returns the right one is used again."""
         now_s = time.monotonic()
         if self._probe.answered and not self._is_stuck():
             self._probe.unfenced(now_s)
@@ -350,7 +351,7 @@ def open_device_member(
     data_bytes: int | None = None,
     folders: Sequence[Path] = (),
 ) -> DeviceMember:
-    """A member on an open engine, with the blocks that it holds; takes the engine over, and closes it on failure.
+    """A member on an open engine, with the blocks that it holds. It owns the engine; on failure the engine is closed.
     `table`, `data_bytes` and `folders` as in `pairing.open_pair`.
 
     Raises OSError (not a slab, other format, its table missing or not permitted, device error) with place and reason.
@@ -395,7 +396,7 @@ def open_slab_member(
 
 
 def _data_bytes(path: Path) -> int:
-    """How long a slab is before it is opened; 0 where there is none."""
+    """Length in bytes of a slab before it is opened; 0 where there is none."""
     if not os.path.exists(path):
         return 0
     with open_stored(path) as slab:
@@ -403,14 +404,14 @@ def _data_bytes(path: Path) -> int:
 
 
 def open_engine_patiently(path: Path, capacity_bytes: int, depth: int, claims_space: bool = True) -> BlockEngine:
-    """As `open_engine`, but waits a moment for the lock of a process that was killed."""
+    """As `open_engine`, but waits up to LOCK_WAIT_S for the lock of a process that was killed."""
     from penstock.io.open import open_engine
 
     return patiently(lambda: open_engine(path, capacity_bytes, depth, claims_space=claims_space))
 
 
 def patiently(open_it: Callable[[], BlockEngine]) -> BlockEngine:
-    """What `open_it` opens, tried again for a moment while the device is in use (BlockingIOError)."""
+    """The engine that `open_it` opens; tried again for LOCK_WAIT_S while the device is in use (BlockingIOError)."""
     patience_s = time.monotonic() + LOCK_WAIT_S
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Moves pieces of a device's free space through its engine, to measure how fast that goes."""
+"""Reads and writes pieces of a device's free space through its engine, to measure its bandwidth."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class FreePieces:
         self._offsets = [offset + i * piece_bytes for i in range(pieces)]
         depth = max(1, min(DEPTH_MAX, engine.depth, pieces, BUFFERS_BYTES // piece_bytes))
         memory = aligned_buffer(depth * piece_bytes)
-        memory[:] = np.random.default_rng(1).bytes(len(memory))  # zeros would flatter a drive that compresses
+        memory[:] = np.random.default_rng(1).bytes(len(memory))  # zeros would be too fast on a drive that compresses
         self._idle = [memory[i * piece_bytes : (i + 1) * piece_bytes] for i in range(depth)]
-        self._written = 0  # so many pieces from the front
+        self._written = 0  # pieces written so far, from the start of the range
 
     def move(self, direction: Literal["read", "write"], budget_s: float) -> float:
-        """Bytes per second over about `budget_s`, of what was written before where anything was. Raises PoolError
-        ("device")."""
+        """Bytes per second over about `budget_s`; reads only pieces that were written before, if there are any. Raises
+        PoolError ("device")."""
         pieces = len(self._offsets) if direction == "write" else self._written or len(self._offsets)
         begin_s = answered_s = now_s = time.monotonic()
         started = ended = 0

@@ -1,4 +1,4 @@
-"""The first page of a slab: that it is ours, its format, and the id that pairs it with its table."""
+"""The first page of a slab: a magic number, its format, and the id that pairs it with its table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from penstock.private_file import open_stored
 
 HEADER_BYTES = STAGING_ALIGNMENT_BYTES
 HEADER_FORMAT = 1
-NEW_BYTES = 1 << 20  # a slab that is to be new has zeros so far: others keep their superblock behind the first page
+NEW_BYTES = 1 << 20  # must be zeros in a new slab: other formats have their superblock behind the first page
 TRANSFER_TIMEOUT_S = 10.0
 _PIECE_BYTES = 64 << 10
 _MAGIC = b"PENSTOCK SLAB\n\0\0"
@@ -23,7 +23,7 @@ _HEADER = struct.Struct("<16sI16s")
 
 
 class SlabRefused(OSError):
-    """The slab or its table is something that this version must not touch."""
+    """The slab or its table must not be used or changed by this version."""
 
 
 def pack_header(identity: bytes) -> bytes:
@@ -32,7 +32,8 @@ def pack_header(identity: bytes) -> bytes:
 
 
 def parse_header(raw: bytes, where: str) -> bytes | None:
-    """The id in a first page; None for one of zeros (no slab yet). Raises SlabRefused for other content or format."""
+    """The id in a first page; None for a page of zeros (no slab yet). Raises SlabRefused for other content or
+    format."""
     if not any(raw):
         return None
     if len(raw) < _HEADER.size or not raw.startswith(_MAGIC):
@@ -47,7 +48,7 @@ def parse_header(raw: bytes, where: str) -> bytes | None:
 
 
 def refuse_foreign_file(path: Path) -> None:
-    """Raise SlabRefused where a file holds something else: asked before an engine gives the file its space."""
+    """Raise SlabRefused where a file holds something else. To be called before an engine allocates the file's space."""
     if path.is_file():
         with open_stored(path) as slab:
             parse_header(slab.read(HEADER_BYTES), str(path))
@@ -61,7 +62,7 @@ def read_page(engine: BlockEngine, where: str) -> bytes:
 
 
 def write_header(engine: BlockEngine, identity: bytes, where: str) -> None:
-    """Mark the slab as ours, durably. Raises OSError."""
+    """Write the header of a slab, durably. Raises OSError."""
     page = aligned_buffer(HEADER_BYTES)
     page[:] = pack_header(identity)
     transfer(engine, "write", 0, page, where)
@@ -69,8 +70,8 @@ def write_header(engine: BlockEngine, identity: bytes, where: str) -> None:
 
 
 def refuse_foreign_content(engine: BlockEngine, where: str) -> None:
-    """A device or file whose first page has zeros may be somebody's all the same: superblocks of btrfs, ZFS, bcache and
-    md lie behind it. Raises SlabRefused unless the first NEW_BYTES are zeros, or OSError."""
+    """Raise SlabRefused unless the first NEW_BYTES are zeros, or OSError. A first page of zeros is not enough: the
+    superblocks of btrfs, ZFS, bcache and md lie behind it."""
     piece = aligned_buffer(_PIECE_BYTES)
     for at in range(0, min(NEW_BYTES, engine.capacity_bytes), _PIECE_BYTES):
         part = piece[: min(_PIECE_BYTES, engine.capacity_bytes - at)]
@@ -90,7 +91,7 @@ def transfer(
     where: str,
     timeout_s: float = TRANSFER_TIMEOUT_S,
 ) -> None:
-    """One operation, on an engine that nobody else uses meanwhile. Raises OSError."""
+    """Do one operation on an engine that is not used elsewhere meanwhile. Raises OSError."""
     engine.submit([IoOp(kind, offset, buffer, None)])
     deadline_s = time.monotonic() + timeout_s
     while (remaining_s := deadline_s - time.monotonic()) > 0:

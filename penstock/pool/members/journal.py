@@ -1,10 +1,14 @@
 """The durable half of a device member: commits one row for each block, after the block's bytes, many at a time.
 
-P1  A row is committed after its block's bytes are on the device (`engine.sync`), so each row names complete data.
-P2  An extent is written again only after the deletion of its old row is committed (`committed`).
-P3  Rows count only together with the slab they were written for: both carry one random id.
-P4  A store is acknowledged after its row is committed; a block whose row cannot be committed is lost at once.
-P5  A row that the table refuses (a number that it cannot hold) costs its own block, not those of its commit.
+JOURNAL-1  Statement: A row is committed after its block's bytes are on the device (`engine.sync`), so each row names
+           complete data.
+JOURNAL-2  Statement: An extent is written again only after the deletion of its old row is committed (`committed`).
+JOURNAL-3  Statement: Rows are valid only together with the slab they were written for: both have one random id.
+JOURNAL-4  Statement: A store is acknowledged after its row is committed; a block whose row cannot be committed is lost
+           at once.
+JOURNAL-5  Statement: A row that the table refuses (such as a number out of range) loses its own block, and no other
+           block of its commit.
+Verification: tests/pool/members/test_journal_rows.py, tests/pool/test_node_crash.py.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from penstock.process.guarded_thread import GuardedThread, count_failure
 
 log = logging.getLogger(__name__)
 
-INSERT_DELAY_S = 0.01  # how long rows wait for company that is on its way; what somebody waits for goes at once
+INSERT_DELAY_S = 0.01  # how long rows wait for those of stores under way, to share one commit
 USE_FLUSH_S = 10.0
 RETRY_S = 1.0
 EXPIRY_CHECK_S = 0.01
@@ -38,7 +42,7 @@ EXPIRY_CHECK_S = 0.01
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    """A `done` that is called once: the block is durable, or its deadline has passed."""
+    """A `done` callback that is called once: when the block is durable, or at its deadline."""
 
     key: BlockKey
     deadline_s: float
@@ -47,7 +51,7 @@ class _Waiter:
 
 @dataclass(slots=True)
 class _Batch:
-    """What one commit carries."""
+    """The content of one commit."""
 
     inserts: dict[BlockKey, Stored] = field(default_factory=dict)
     deletes: set[BlockKey] = field(default_factory=set)
@@ -58,7 +62,7 @@ class _Batch:
 
 class Journal:
     """Rows of one slab. `record`, `confirm`, `forget` and `used` may be called from any thread and return at once; one
-    thread commits in order. Of the engine it uses `sync` only, once it is open."""
+    thread commits in order. It uses only `sync` of the engine, once it is open."""
 
     def __init__(
         self,
@@ -68,21 +72,22 @@ class Journal:
         data_bytes: int | None = None,
         folders: Sequence[Path] = (),
     ) -> None:
-        """`table`, `data_bytes` and `folders` as in `pairing.open_pair`. The calling thread owns the engine meanwhile.
+        """`table`, `data_bytes` and `folders` as in `pairing.open_pair`. The calling thread must own the engine during
+        this call.
 
         Raises SlabRefused (wrong format, other content, no table) or OSError.
         """
         self.where = where
-        self.on_commit: Callable[[], None] = lambda: None  # after each try, on the journal's thread
-        self.on_lost: Callable[[Block], None] = lambda block: None  # its row cannot be committed; the same thread
-        self.on_their_way: Callable[[], int] = lambda: 0  # stores whose rows are still to come
+        self.on_commit: Callable[[], None] = lambda: None  # after each attempt to commit, on the journal's thread
+        self.on_lost: Callable[[Block], None] = lambda block: None  # the block's row cannot be committed; same thread
+        self.on_their_way: Callable[[], int] = lambda: 0  # count of stores whose rows will follow
         self._engine = engine
         self._changed = threading.Condition()
         self._next = _Batch()
         self._now = _Batch()  # being committed
         self._serial = 0
-        self._sequence = 0  # last deletion asked for
-        self._committed = 0  # last deletion committed
+        self._sequence = 0  # of the last deletion requested
+        self._committed = 0  # of the last deletion committed
         self._closing = False
         self._failed: str | None = None
         self._next_check_s = 0.0
@@ -109,7 +114,7 @@ class Journal:
 
     @property
     def sequence(self) -> int:
-        """The last deletion asked for: a store into space freed so far waits until `committed` reaches it."""
+        """Number of the last deletion requested: a store into space freed so far waits until `committed` reaches it."""
         return self._sequence
 
     @property
@@ -118,8 +123,9 @@ class Journal:
         return bool(self._next.waiters or self._now.waiters)
 
     def rows(self) -> list[Stored]:
-        """All blocks of the slab with their last use (`member` is 0 and for the caller to set). Before any change.
-        Without those beyond the engine: they are there again when the slab is opened with more room."""
+        """All blocks of the slab with their last use (`member` is 0; the caller sets it). To be called before any
+        change. Blocks beyond the engine's capacity are left out; they appear again when the slab is opened with more
+        room."""
         end = self._engine.capacity_bytes
         return [stored for stored in self._table.rows()[0] if stored[0].offset + stored[0].extent_bytes <= end]
 
@@ -131,7 +137,8 @@ class Journal:
             self._changed.notify()
 
     def confirm(self, block: Block, done: Done, deadline_s: float) -> bool:
-        """Call `done` when the row of a block that is present already is committed; False when it is."""
+        """Call `done` when the row of a present block is committed; False, without a call, when it is committed
+        already."""
         with self._changed:
             for batch in (self._next, self._now):
                 if batch.inserts.get(block.key, (None, 0.0))[0] is block:
@@ -150,12 +157,12 @@ class Journal:
             self._changed.notify()
 
     def used(self, uses: Iterable[Use]) -> None:
-        """Note last uses; committed lazily, every `USE_FLUSH_S` and at the end."""
+        """Record last uses; committed every `USE_FLUSH_S` and at the end."""
         with self._changed:
             self._next.uses.update((use[0], use) for use in uses)
 
     def expire(self) -> None:
-        """End waiters whose deadline has passed with "deadline"; looks every `EXPIRY_CHECK_S`. Called by the member's
+        """End waiters whose deadline has passed with "deadline"; checks every `EXPIRY_CHECK_S`. Called by the member's
         worker, so that a device that hangs in a sync blocks no waiter."""
         now_s = time.monotonic()
         if now_s < self._next_check_s or not self.waiting:
@@ -170,7 +177,8 @@ class Journal:
             call_done(waiter.done, PoolError("deadline", f"the row was not committed in time on {self.where}"))
 
     def close(self, timeout_s: float) -> bool:
-        """Commit everything and close; False when the device holds it up, and the engine is still in use."""
+        """Commit everything and close; False when the device does not answer in time: the engine is then still in
+        use."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -189,7 +197,8 @@ class Journal:
         batch.waiters[self._serial] = _Waiter(key, deadline_s, done)
 
     def _broke(self, error: Exception) -> None:
-        """The loop raised, and is tried again: the rows under way are lost, the deletions are not (P2)."""
+        """The loop raised, and is called again: the rows being committed are lost, the deletions are not
+        (JOURNAL-2)."""
         self._failed = f"the journal of {self.where} failed: {error!r}"
         with self._changed:
             self._next.deletes |= self._now.deletes
@@ -198,7 +207,7 @@ class Journal:
 
     def _commit_batches(self) -> None:
         next_flush_s = time.monotonic() + USE_FLUSH_S
-        if self._failed is not None:  # this loop raised: with a commit that succeeds, rows are taken again
+        if self._failed is not None:  # this loop raised before: rows are accepted again after a commit that succeeds
             self._commit_until_closing(_Batch(sequence=self._committed))
         while True:
             with self._changed:
@@ -222,12 +231,11 @@ class Journal:
         return self._closing or self._sequence > self._committed
 
     def _enough(self) -> bool:
-        """Whether to commit now rather than wait for rows of stores under way: at least as many rows wait already; the
-        lock is held."""
+        """Whether to commit now: at least as many rows wait as stores are under way. The lock is held."""
         return self._urgent() or len(self._next.inserts) >= self.on_their_way()
 
     def _commit_until_closing(self, batch: _Batch) -> None:
-        """Commit. Where that fails (disk full, table locked, no sync), say so, lose the rows, and try the deletions
+        """Commit. When that fails (disk full, table locked, sync failed), log it, lose the rows, and try the deletions
         again until closing."""
         while True:
             try:
@@ -238,7 +246,7 @@ class Journal:
                     log.error("%s; nothing is stored there meanwhile", text)
                 self._failed = text
                 self._lose(batch, text)
-                self._told(self.on_commit)
+                self._call(self.on_commit)
                 with self._changed:
                     if self._changed.wait_for(lambda: self._closing, RETRY_S):
                         return
@@ -246,7 +254,7 @@ class Journal:
                 self._failed = None
                 self._committed = batch.sequence
                 self._end(batch, None)
-                self._told(self.on_commit)
+                self._call(self.on_commit)
                 return
 
     def _commit(self, batch: _Batch) -> None:
@@ -258,20 +266,20 @@ class Journal:
                 self._refuse(batch, key, why)
 
     def _refuse(self, batch: _Batch, key: BlockKey, why: str) -> None:
-        """Lose one block of a batch, whose row the table does not take (P5)."""
+        """Lose one block of a batch, whose row the table refuses (JOURNAL-5)."""
         with self._changed:
             stored = batch.inserts.pop(key, None)
             batch.uses.pop(key, None)
             waiters = [n for n, waiter in batch.waiters.items() if waiter.key == key]
-            told = [batch.waiters.pop(n) for n in waiters]
+            refused = [batch.waiters.pop(n) for n in waiters]
         note_loss("row_refused", self.where, "the row of block %s on %s is refused: %s", key.hex(), self.where, why)
         if stored is not None:
-            self._told(partial(self.on_lost, stored[0]))
-        for waiter in told:
+            self._call(partial(self.on_lost, stored[0]))
+        for waiter in refused:
             call_done(waiter.done, PoolError("device", f"the row of block {key.hex()} is refused: {why}"))
 
-    def _told(self, call: Callable[[], None]) -> None:
-        """Call a callback of somebody else; what it raises must not cost other commits."""
+    def _call(self, call: Callable[[], None]) -> None:
+        """Call a callback; an exception in it is logged and counted, and must not stop further commits."""
         try:
             call()
         except Exception:
@@ -279,15 +287,15 @@ class Journal:
             log.exception("a callback of the journal of %s raised", self.where)
 
     def _lose(self, batch: _Batch, why: str) -> None:
-        """The blocks first, then their rows: whoever finds a block in between is not told that it is durable."""
+        """Drop the blocks first, then their rows, so that nobody is told that a lost block is durable."""
         with self._changed:
             lost = [block for block, _ in batch.inserts.values()]
         for block in lost:
-            self._told(partial(self.on_lost, block))
+            self._call(partial(self.on_lost, block))
         self._end(batch, PoolError("device", why))
 
     def _end(self, batch: _Batch, error: PoolError | None) -> None:
-        """Call every waiter of this batch; waiters that join it later are called by the next try or by `close`."""
+        """Call every waiter of this batch; those that are added later are called at the next attempt, or by `close`."""
         with self._changed:
             batch.inserts = {}
             waiters, batch.waiters = list(batch.waiters.values()), {}

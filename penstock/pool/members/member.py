@@ -1,4 +1,4 @@
-"""What the embedded pool asks of a member: a memory or an SSD of this machine."""
+"""The interface of a member of the embedded pool: a memory or an SSD of this machine."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from penstock.pool.api import Done, PoolError
 from penstock.pool.block import Block
 from penstock.pool.members.work import Work
 
-Use = tuple[BlockKey, float, int]  # a key, what its block is worth, how often it was used
+Use = tuple[BlockKey, float, int]  # key, eviction value, number of uses
 
 
 class Member(Protocol):
-    """One memory or SSD. `put` and the notes of rows return at once. What only some members have is asked for by the
-    functions below."""
+    """One memory or SSD. `put` and the methods about rows return at once. For optional methods, use the functions
+    below."""
 
     name: str
     kind: str
@@ -44,29 +44,30 @@ class Member(Protocol):
         """Announce staging memory that operations will use (page-aligned)."""
 
     def rows(self) -> list[tuple[Block, float]]:
-        """The blocks that survived a restart, each with what it was worth."""
+        """The blocks that survived a restart, each with its eviction value."""
 
     def on_lost(self, lost: Callable[[Block], None]) -> None:
-        """Set whom to call with a stored block whose row could not be committed."""
+        """Set the callback for a stored block whose row could not be committed."""
 
     def forget(self, blocks: Iterable[Block]) -> None:
         """Delete the rows of blocks that left the table."""
 
     def record(self, block: Block, use: float, done: Done, deadline_s: float) -> None:
-        """A stored block is in the table: `done` is called once, with None when that is durable."""
+        """Commit the row of a stored block that is in the table: `done` is called once, with None when it is
+        durable."""
 
     def confirm(self, block: Block, done: Done, deadline_s: float) -> bool:
-        """Call `done` once a block that is in the table is durable; False when it is already."""
+        """Call `done` once a block in the table is durable; False, without a call, when it is durable already."""
 
     def used(self, uses: Iterable[Use]) -> None:
-        """Note new uses of blocks, to be kept with their rows."""
+        """Record new uses of blocks, to be stored with their rows."""
 
     def close(self, timeout_s: float) -> None:
-        """End what is queued and under way, within about `timeout_s`."""
+        """End queued and running operations, within about `timeout_s`."""
 
 
 def is_durable(member: Member) -> bool:
-    """Whether a block is safe only once its row is recorded, and survives a restart then."""
+    """Whether blocks survive a restart; they do so once their row is recorded."""
     return bool(getattr(member, "durable", False))
 
 
@@ -82,13 +83,13 @@ def queued(member: Member) -> tuple[int, int]:
 
 
 def observed(member: Member) -> tuple[int, float]:
-    """Bytes that a member read, and the time it took, while it had enough to do; both cumulative."""
+    """Bytes that a member read, and the seconds it took, while it was fully busy; both cumulative."""
     ask = getattr(member, "observed", None)
     return ask() if ask else (0, 0.0)
 
 
 class GoneMember:
-    """In the place of a member that was drained: nothing is here any more."""
+    """Placeholder for a member that was drained: it has no blocks."""
 
     kind = "gone"
     barrier = 0
@@ -101,34 +102,34 @@ class GoneMember:
         self.read_bytes = self.written_bytes = self.errors = 0
 
     def start(self) -> None:
-        """Nothing is here."""
+        """Do nothing."""
 
     def put(self, work: Work) -> PoolError | None:
         """Refuses every operation with an error of reason "device"."""
         return PoolError("device", f"{self.name} was drained and is gone")
 
     def register(self, buffer: memoryview) -> None:
-        """Nothing is here."""
+        """Do nothing."""
 
     def rows(self) -> list[tuple[Block, float]]:
         """No blocks."""
         return []
 
     def on_lost(self, lost: Callable[[Block], None]) -> None:
-        """Nothing is here."""
+        """Do nothing."""
 
     def forget(self, blocks: Iterable[Block]) -> None:
-        """Nothing is here."""
+        """Do nothing."""
 
     def record(self, block: Block, use: float, done: Done, deadline_s: float) -> None:
-        """Nothing is here."""
+        """Do nothing."""
 
     def confirm(self, block: Block, done: Done, deadline_s: float) -> bool:
         """False: there is nothing to wait for."""
         return False
 
     def used(self, uses: Iterable[Use]) -> None:
-        """Nothing is here."""
+        """Do nothing."""
 
     def close(self, timeout_s: float) -> None:
-        """Nothing is here."""
+        """Do nothing."""

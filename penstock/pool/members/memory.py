@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 
 LOADS_MAX = 4096
 STORES_MAX = 256
-MEASURE_BYTES = 64 << 20  # more than the processor's caches hold
-OBSERVED_BYTES_MIN = 128 << 10  # the time of a smaller load is not that of its bytes
-CATCH_UP_S = 0.005  # what a paced copy that woke up late may make good
+MEASURE_BYTES = 64 << 20  # larger than the processor's caches
+OBSERVED_BYTES_MIN = 128 << 10  # the time of a smaller load does not depend on its bytes
+CATCH_UP_S = 0.005  # how much delay a paced copy that woke up late may catch up
 
 
 def copy_bytes(into: memoryview, data: memoryview) -> None:
@@ -52,10 +52,11 @@ class MemoryMember:
         pace_bytes_per_s: float | None = None,
         clock: PaceClock | None = None,
     ) -> None:
-        """`numa_node` binds memory and worker to a memory node. `pace_bytes_per_s` emulates slower memory, which then
-        cannot be read in place; members that share a `clock` take turns.
+        """`numa_node` binds memory and worker thread to a NUMA node. `pace_bytes_per_s` emulates slower memory, which
+        then cannot be read in place; members that share a `clock` take turns.
 
-        Raises ValueError for less than one page or a node that is not there, OSError when the memory cannot be had."""
+        Raises ValueError for less than one page or an unknown NUMA node, OSError when the memory cannot be
+        allocated."""
         capacity_bytes -= capacity_bytes % STAGING_ALIGNMENT_BYTES
         if capacity_bytes < STAGING_ALIGNMENT_BYTES:
             raise ValueError(f"memory member {name}: the size must be at least {STAGING_ALIGNMENT_BYTES} bytes")
@@ -70,7 +71,9 @@ class MemoryMember:
         try:
             self.memory = aligned_buffer(capacity_bytes)
         except OSError as error:
-            raise OSError(f"memory member {name}: {format_bytes(capacity_bytes)} cannot be had: {error}") from error
+            raise OSError(
+                f"memory member {name}: {format_bytes(capacity_bytes)} cannot be allocated: {error}"
+            ) from error
         self.notes: list[str] = []
         self.numa_node = numa_node
         if numa_node is not None:
@@ -101,7 +104,7 @@ class MemoryMember:
         return self._observed
 
     def view(self, block: Block) -> memoryview | None:
-        """The block in place; None where it must be read, at its pace."""
+        """The block's bytes in place; None for paced memory, which must be read."""
         if self._pace_bytes_per_s:
             return None
         return self._bytes_of(block)
@@ -110,7 +113,7 @@ class MemoryMember:
         return self.memory[block.offset : block.offset + block.size_bytes]
 
     def register(self, buffer: memoryview) -> None:
-        """Nothing: copies need no registration."""
+        """Do nothing: copies need no registration."""
 
     def rows(self) -> list[tuple[Block, float]]:
         """Blocks that survived a restart: none."""
@@ -137,7 +140,7 @@ class MemoryMember:
         `start`, when all of it is free."""
         piece = min(self.capacity_bytes, staging_bytes(block_bytes))
         span = max(1, min(self.capacity_bytes, MEASURE_BYTES) // piece) * piece
-        if not self._touched:  # reads of memory that nobody wrote to are reads of one page
+        if not self._touched:  # reads of memory never written all read one zero page
             self.memory[:span] = bytes(span)
             self._touched = True
         host = aligned_buffer(piece)
@@ -153,7 +156,7 @@ class MemoryMember:
         return moved / max(now_s - begin_s, 1e-9)
 
     def close(self, timeout_s: float) -> None:
-        """End what waits as "closed" and stop the worker."""
+        """End what waits with "closed" and stop the worker."""
         self._closing.set()
         self._queue.close()
         self._thread.join(timeout_s)
@@ -172,7 +175,7 @@ class MemoryMember:
             for late in self._queue.expired():
                 finish_work(late, PoolError("deadline", f"waited too long for {self.name}"))
             for one in self._queue.displaced():
-                finish_work(one, PoolError("dropped", f"others have less waiting for {self.name}"))
+                finish_work(one, PoolError("dropped", f"displaced: others have less work queued for {self.name}"))
             work = self._queue.take_load() or self._queue.take_store(0)
             if work is None:
                 self._queue.wait()
@@ -187,7 +190,7 @@ class MemoryMember:
             finish_work(rest, PoolError("closed", "the pool is closing"))
 
     def _outcome(self, work: Work) -> PoolError | None:
-        """Do the work; an exception ends this work only."""
+        """Do the work; returns its error, also for an exception."""
         try:
             return self._do(work)
         except Exception as problem:
@@ -218,7 +221,7 @@ class MemoryMember:
         return error
 
     def _take_turn(self, size_bytes: int, begin_s: float) -> None:
-        """Wait until paced memory would be done with what began at `begin_s`."""
+        """Wait until paced memory would have finished a copy of `size_bytes` that began at `begin_s`."""
         if self._pace_bytes_per_s:
             due_s = self._clock.turn(size_bytes / self._pace_bytes_per_s, begin_s - CATCH_UP_S)
             self._closing.wait(max(0.0, due_s - time.monotonic()))

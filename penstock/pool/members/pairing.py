@@ -1,12 +1,12 @@
 """Brings a slab and its table together: the table is found by the id in the slab's header, whatever the slab is called.
 
-PAIR-1  Nothing that holds blocks is emptied, moved or overwritten on the way: a slab whose table is not found is
-        refused, and a table that belongs to another slab stays as it is.
-PAIR-2  What has no header (none yet, or a first page of zeros) is given one where blocks prove that it is a slab, or
-        where its first MiB has nothing but zeros. The table that its name leads to is taken over only when it is empty,
-        or when blocks that it names are there.
-Verification: tests/pool/setup/test_slab_names.py. The fault behind it: a symlink to a slab opened it as empty, wrote a
-new header, and the slab's own name then dropped every block.
+PAIR-1  Statement: Pairing never empties, moves or overwrites a file that holds blocks: a slab whose table is not found
+        is refused, and a table that belongs to another slab is not changed.
+PAIR-2  Statement: A file without a header (a new one, or a first page of zeros) is given one only if blocks prove that
+        it is a slab, or if its first MiB has only zeros. The table at its default path is used only if it is empty, or
+        if blocks that it names are present in the slab.
+Verification: tests/pool/setup/test_slab_names.py. Fault: opening a slab through a symlink treated it as empty and wrote
+a new header; opening it by its own name then dropped every block.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ from penstock.pool.members.slab_index import (
 )
 from penstock.private_file import open_stored
 
-TABLES_MAX = 4096  # in one folder that is looked through
+TABLES_MAX = 4096  # examined in one folder
 PROOF_BLOCKS = 16
-FLIPPED_BITS_MAX = 8  # between two ids that are one, damaged
+FLIPPED_BITS_MAX = 8  # up to here, two ids count as one that was damaged
 _SQLITE = b"SQLite format 3\0"
 
 
 @dataclass(frozen=True, slots=True)
 class TableFile:
-    """What a table file says of itself. `place`: where its slab was last opened. `damaged`: it cannot be read;
-    `log_lost`: all that it had was in its log, which cannot be read; `foreign`: a database of something else.
-    None of all: a table that no slab has yet."""
+    """What a table file contains. `place`: where its slab was last opened. `damaged`: it cannot be read; `log_lost`:
+    all its rows were in its log, which cannot be read; `foreign`: a database of another program. None of these: a table
+    that belongs to no slab yet."""
 
     path: Path
     identity: bytes | None = None
@@ -68,23 +68,23 @@ class TableFile:
 
 
 def place_of(where: str) -> str:
-    """One text for all names of a slab that are links to it."""
+    """The path of a slab without links: the same text for all of its names."""
     return os.path.realpath(where) if os.path.exists(where) else where
 
 
 def default_table(path: Path) -> Path:
-    """Where the table of a slab file lies that has no folder for tables: beside the file that `path` leads to."""
+    """Default path of the table of a slab file: beside the file that `path` leads to."""
     real = Path(os.path.realpath(path))
     return real.with_name(real.name + ".db")
 
 
 def folders_of(path: Path) -> list[Path]:
-    """Folders in which the table of a slab may lie by one of its names."""
+    """Folders in which the table of a slab may lie, one for each of its names."""
     return list(dict.fromkeys([Path(os.path.realpath(path)).parent, Path(os.path.abspath(path)).parent]))
 
 
-def look_at(path: Path) -> TableFile | None:
-    """What a table file says of itself; None where there is none. Raises OSError where it cannot be opened."""
+def examine_table(path: Path) -> TableFile | None:
+    """Examine a table file; None where there is none. Raises OSError where it cannot be opened."""
     if not os.path.exists(path):
         return None
     log_bytes = _size_bytes(path.with_name(path.name + "-wal"))
@@ -113,10 +113,10 @@ def _size_bytes(path: Path) -> int:
 
 
 def find_table(default: Path, identity: bytes, place: str, folders: Iterable[Path] = ()) -> TableFile | None:
-    """The table of the slab with this id: where it is expected, else any other of that folder or of `folders`; None
-    when there is none. Raises SlabRefused where two could be meant, or where it is that of another slab, of which
-    this one is a copy; OSError where the expected one cannot be opened."""
-    expected = look_at(default)
+    """The table of the slab with this id: at its default path, else anywhere in that folder or in `folders`; None when
+    there is none. Raises SlabRefused where two tables match, or where the table belongs to another slab of which this
+    one is a copy; OSError where the default one cannot be opened."""
+    expected = examine_table(default)
     if expected is not None and expected.identity == identity:
         return expected
     others = [table for table in _tables_in([default.parent, *folders], default) if table.identity == identity]
@@ -139,11 +139,12 @@ def find_table(default: Path, identity: bytes, place: str, folders: Iterable[Pat
 def open_pair(
     engine: BlockEngine, where: str, default: Path, data_bytes: int | None, folders: Sequence[Path] = ()
 ) -> tuple[RowTable, bytes]:
-    """The table of the slab that `engine` has open, and the id that both have; only with rows that can be trusted.
+    """The table of the slab that `engine` has open, without rows that are not valid, and the id that both have.
 
-    `default` is where the table is expected, `folders` where else it may lie. `data_bytes` is how long the slab was
-    before the engine gave it space (None: not known): rows beyond it name bytes that are gone. Rows beyond the engine
-    stay in the table for a later open with more room. Raises SlabRefused or OSError; nothing is changed then.
+    `default` is the table's default path, `folders` where else it may lie. `data_bytes` is the slab's length before the
+    engine allocated its space (None: not known): bytes beyond it are lost, and so are rows that name them. Rows beyond
+    the engine's capacity stay in the table for a later open with more room. Raises SlabRefused or OSError; nothing is
+    changed then.
     """
     page, place = read_page(engine, where), place_of(where)
     found = parse_header(page, where)
@@ -157,7 +158,7 @@ def open_pair(
             table.notes.append(f"the log of the table {at.path} was unreadable; moved to {aside}, the slab is empty")
         if at.path != default:
             table.notes.append(f"the table of {where} is {at.path}: it was made for another name of this slab")
-        if table.identity is None and not at.rows:  # nothing of a damaged table could be read, and it lies aside now
+        if table.identity is None and not at.rows:  # no row of a damaged table could be read, and it was moved aside
             table.start_empty(found)
         elif table.identity != found:
             table.notes.append(f"the id in {at.path} was damaged and is written again")
@@ -174,15 +175,16 @@ def open_pair(
 
 
 def reset_slab(engine: BlockEngine, where: str, default: Path, folders: Sequence[Path] = ()) -> int:
-    """Make the slab that `engine` has open an empty one, with a new id; returns how many blocks were forgotten (0 where
-    its table is not found). Only ever on an operator's word. Raises SlabRefused for what is no slab, or OSError."""
+    """Empty the slab that `engine` has open, and give it a new id; returns how many blocks were dropped (0 where its
+    table is not found). Only for an operator's explicit command. Raises SlabRefused for a file that is no slab, or
+    OSError."""
     place = place_of(where)
     found = parse_header(read_page(engine, where), where)
     if found is None:
         refuse_foreign_content(engine, where)
     at = find_table(default, found, place, folders) if found is not None else None
     identity, path = uuid.uuid4().bytes, at.path if at is not None else default
-    expected = look_at(default)
+    expected = examine_table(default)
     if at is None and expected is not None and (expected.identity is not None or expected.foreign):
         path = _other_name(default, identity)
     table = RowTable(path)
@@ -199,8 +201,8 @@ def reset_slab(engine: BlockEngine, where: str, default: Path, folders: Sequence
 def _open_new(
     engine: BlockEngine, where: str, place: str, default: Path, data_bytes: int | None
 ) -> tuple[RowTable, bytes]:
-    """A slab without a header."""
-    expected, identity = look_at(default), uuid.uuid4().bytes
+    """Pair a slab without a header."""
+    expected, identity = examine_table(default), uuid.uuid4().bytes
     path, note, proven = default, None, False
     taken = expected is not None and (expected.foreign or expected.identity is not None)
     if expected is not None and expected.identity is not None and expected.place in (None, place):
@@ -220,7 +222,7 @@ def _open_new(
     try:
         if note is not None:
             table.notes.append(note)
-        if table.identity is not None and table.identity != identity:  # read from a damaged one
+        if table.identity is not None and table.identity != identity:  # the id came from a damaged table
             identity = table.identity if proven else identity
         if table.identity != identity:
             table.start_empty(identity)
@@ -253,9 +255,9 @@ def _drop_what_is_gone(table: RowTable, where: str, data_bytes: int | None, capa
 
 
 def _mendable(engine: BlockEngine, where: str, default: Path, identity: bytes) -> TableFile:
-    """The table where it is expected, which does not name the slab's id, but must be this slab's: it cannot be read, or
-    only its id is damaged. Raises SlabRefused otherwise."""
-    expected = look_at(default)
+    """The table at the default path, if it must belong to this slab although it does not name the slab's id: it cannot
+    be read, or only its id is damaged. Raises SlabRefused otherwise."""
+    expected = examine_table(default)
     if expected is not None:
         named = readable_rows(default)[0] if expected.damaged else expected.identity
         flipped = int.from_bytes(named) ^ int.from_bytes(identity) if named is not None else 0
@@ -294,14 +296,14 @@ def _tables_in(folders: Iterable[Path], but: Path) -> list[TableFile]:
                     continue
                 with open_stored(path) as file:
                     is_database = file.read(len(_SQLITE)) == _SQLITE
-                table = look_at(path) if is_database else None
+                table = examine_table(path) if is_database else None
                 if table is not None:
                     found.append(table)
     return found
 
 
 def _holds_slab(place: str, identity: bytes) -> bool:
-    """Whether the slab of this id lies at `place`, as far as that can be read."""
+    """Whether the slab with this id lies at `place`; False where that cannot be read."""
     try:
         with open_stored(Path(place)) as slab:
             return parse_header(slab.read(HEADER_BYTES), place) == identity
@@ -317,7 +319,7 @@ def _same(one: str, other: str) -> bool:
 
 
 def device_of(path: Path) -> tuple[str, int, int]:
-    """What is the same for all names of one file or device: links, hard links, bind mounts. Raises OSError."""
+    """Identity of a file or device: the same for all its names, by links, hard links or bind mounts. Raises OSError."""
     found = os.stat(path)
     if stat.S_ISBLK(found.st_mode) or stat.S_ISCHR(found.st_mode):
         return "device", found.st_mode & 0o170000, found.st_rdev
@@ -325,14 +327,14 @@ def device_of(path: Path) -> tuple[str, int, int]:
 
 
 def refuse_dangling_link(path: Path) -> None:
-    """A slab is not made through a link that leads nowhere: what it should lead to may only be absent at present."""
+    """Raise OSError for a link that leads nowhere: its target may be absent only for now, so no slab is made there."""
     if path.is_symlink() and not os.path.exists(path):
         text = f"this is a link to {os.path.realpath(path)}, which does not exist; allowed: a link to a slab or device"
         raise FileNotFoundError(errno.ENOENT, text, str(path))
 
 
 def _names_what_is_there(engine: BlockEngine, table: Path, where: str) -> bool:
-    """Whether a block that a table names lies in the slab."""
+    """Whether at least one block that a table names lies in the slab."""
     opened = RowTable(table)
     try:
         return _proven(engine, [block for block, _ in opened.rows()[0]], where)

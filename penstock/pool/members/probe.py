@@ -1,4 +1,4 @@
-"""When and how a fenced member is tried again: one read of its first page, after pauses that grow."""
+"""Tries a fenced member again: one read of its first page, after growing pauses."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from penstock.pool.members.work import Work
 
 FIRST_PAUSE_S = 1.0
 PAUSE_S_MAX = 60.0
-GOOD_S = 60.0  # a device that stayed good for so long starts with the first pause again
-ANSWER_S = 1.0  # a slower answer is not a good one
+GOOD_S = 60.0  # after so long without a fault, pauses start from the first one again
+ANSWER_S = 1.0  # a slower answer does not count
 NEVER_S = 3600.0
 
 
 class Probe:
-    """Used by the member's worker only; `answered` after a good answer."""
+    """For the member's worker only. `answered` is set after a good answer."""
 
     def __init__(self, page: bytes) -> None:
-        """`page` is what the first page must hold."""
+        """`page` is the expected content of the first page."""
         self.answered = False
         self._page = page
         self._pause_s = FIRST_PAUSE_S
@@ -42,11 +42,11 @@ class Probe:
         self._good_since_s = now_s
 
     def due(self, now_s: float) -> bool:
-        """Whether the member is to be tried now."""
+        """Whether to try the member now."""
         return self._under_way is None and now_s >= self._next_s
 
     def owns(self, work: Work) -> bool:
-        """Whether an operation that ended is the probe's."""
+        """Whether this operation belongs to the probe."""
         return work is self._under_way
 
     def work(self, now_s: float) -> Work:

@@ -1,7 +1,8 @@
 """The table file of a slab: one SQLite row for each block, each with its own checksum; opened, upgraded, salvaged.
 
-R1  A row counts only when both of its checksums match: over what it says of the block, and over its last use.
-R2  A table that SQLite finds damaged is moved aside; the rows in it that still match are kept.
+ROW-1  Statement: A row is valid only if both of its checksums match: over the block's columns, and over its last use.
+ROW-2  Statement: A table that SQLite reports as damaged is moved aside; its valid rows are copied to a new table.
+Verification: tests/pool/members/test_journal_rows.py.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from penstock.pool.members.header import SlabRefused
 from penstock.pool.members.table_file import own_table
 
 TABLE_FORMAT = 3
-OLD_FORMATS = (1, 2)  # what opening a table turns into TABLE_FORMAT
-WORTH_MAX = 1e20  # of format 1: a time in nanoseconds; whatever is worth more would make all later blocks worth as much
+OLD_FORMATS = (1, 2)  # upgraded to TABLE_FORMAT when a table is opened
+WORTH_MAX = 1e20  # above format 1's nanoseconds; a larger value would raise those of all later blocks
 LOCKED_WAIT_S = 1.0
 T = TypeVar("T")
 Row = tuple[Any, ...]
@@ -41,12 +42,12 @@ _BLOCKS = (
 )
 _INSERT = "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _UPDATE = "UPDATE blocks SET used = ?, uses = ?, use_check = ? WHERE key = ?"
-_VALUE_BYTES_MAX = 1 << 20  # of a value, a row or a statement; a row of ours has some 200
+_VALUE_BYTES_MAX = 1 << 20  # of a value, row or statement; a valid row has about 200
 _META_ROWS_MAX = 64
 _COLUMNS = 13
 _COLUMNS_FORMAT_2 = 12  # no MAC
 _COLUMNS_FORMAT_1 = 7
-_ROW_REFUSED = (  # by one row, for what it holds
+_ROW_REFUSED = (  # errors caused by the content of one row
     sqlite3.IntegrityError,
     sqlite3.DataError,
     sqlite3.InterfaceError,
@@ -55,7 +56,7 @@ _ROW_REFUSED = (  # by one row, for what it holds
     ValueError,
     TypeError,
 )
-_OUTSIDE_CAUSES = {  # what SQLite reports of the place where the table lies, not of the table
+_OUTSIDE_CAUSES = {  # SQLite errors caused by the file's surroundings, not by its content
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_LOCKED,
     sqlite3.SQLITE_CANTOPEN,
@@ -84,7 +85,7 @@ def row_of(block: Block, use: float) -> Row:
 
 
 def block_of(row: Row) -> Stored | None:
-    """The block that a row names (`member` is 0 and for the caller to set); None for a row that must not be trusted."""
+    """The block that a row describes (`member` is 0; the caller sets it); None for a row that is not valid."""
     if len(row) == _COLUMNS_FORMAT_1:
         row = _row_of_format_1(row)
     if len(row) not in (_COLUMNS, _COLUMNS_FORMAT_2):
@@ -94,7 +95,7 @@ def block_of(row: Row) -> Stored | None:
     mac = says[8] if len(row) == _COLUMNS else b""
     if row_check != _check(says) or use_check != _check((key, used, uses)):
         return None
-    # its checksum is no secret: whoever can write the file can make up a row that matches
+    # the checksum has no key: whoever can write the file can forge a row that matches
     if not _is_possible((*says[:8], mac, used, uses)):
         return None
     number = int.from_bytes(checksum, "little")
@@ -102,7 +103,7 @@ def block_of(row: Row) -> Stored | None:
 
 
 def _is_possible(values: Row) -> bool:
-    """Whether a block as `pool.api.check_write` allows it could have such a row."""
+    """Whether a block that `pool.api.check_write` allows could have such a row."""
     key, parent, offset, size, position, checksum, tenant, rebuild_s, mac, used, uses = values
     names = all(isinstance(one, bytes) for one in (key, parent, checksum, tenant, mac))
     if not names or not all(isinstance(one, int) and one >= 0 for one in (offset, size, position, uses)):
@@ -120,12 +121,12 @@ def _use_columns(key: BlockKey, used: float, uses: int) -> Row:
 
 
 def _check(columns: Sequence[Any]) -> bytes:
-    """Over values and their types."""
+    """Checksum over values and their types."""
     return xxhash.xxh3_64_digest(repr(tuple(columns)).encode())
 
 
 def _row_of_format_1(row: Row) -> Row:
-    """Rows of format 1 had no checksum: what they say is taken as it is."""
+    """Convert a row of format 1, which had no checksum: its values are accepted unchecked."""
     key, parent, offset, size, position, checksum, used = row
     sizes = (isinstance(key, bytes), isinstance(parent, bytes), isinstance(checksum, bytes), isinstance(used, int))
     numbers = all(isinstance(number, int) for number in (offset, size, position))
@@ -136,20 +137,20 @@ def _row_of_format_1(row: Row) -> Row:
 
 
 def read_rows(db: sqlite3.Connection) -> Iterator[Row]:
-    """Every row as it stands there; ends with sqlite3.Error where the file is damaged."""
+    """Every row, unchecked; raises sqlite3.Error where the file is damaged."""
     _refuse_made_up(db, "blocks")
     yield from db.execute("SELECT * FROM blocks")
 
 
 def connect_read_only(path: Path) -> sqlite3.Connection:
-    """The table as it is, never changed. Raises sqlite3.Error, or OSError where it is not this user's."""
+    """Open the table read-only. Raises sqlite3.Error, or OSError where it is not this user's."""
     db = sqlite3.connect(f"{own_table(path).as_uri()}?mode=ro", uri=True, timeout=LOCKED_WAIT_S)
     _bound(db)
     return db
 
 
 def _bound(db: sqlite3.Connection) -> None:
-    """Whatever lies in the file: nothing in it is executed, and no value of it fills the memory."""
+    """Protect against a forged file: nothing in it is executed, and none of its values can exhaust memory."""
     db.text_factory = _text
     for limit in (sqlite3.SQLITE_LIMIT_LENGTH, sqlite3.SQLITE_LIMIT_SQL_LENGTH):
         db.setlimit(limit, _VALUE_BYTES_MAX)
@@ -157,15 +158,15 @@ def _bound(db: sqlite3.Connection) -> None:
 
 
 def _refuse_made_up(db: sqlite3.Connection, name: str) -> None:
-    """Raises sqlite3.DatabaseError where `name` is a view, or a table whose rows are not in the file: they could be
-    without end."""
+    """Raise sqlite3.DatabaseError where `name` is a view or a virtual table: it could have endless rows that are not in
+    the file."""
     found = db.execute("SELECT type, sql FROM sqlite_schema WHERE name = ?", (name,)).fetchone()
     if found is not None and (found[0] != "table" or not str(found[1]).upper().startswith("CREATE TABLE")):
         raise sqlite3.DatabaseError(f"{name} is not a table")
 
 
 def damage_of(db: sqlite3.Connection) -> str | None:
-    """What SQLite finds wrong with the file; None when nothing is."""
+    """The damage that SQLite finds in the file; None when there is none."""
     try:
         answer = db.execute("PRAGMA quick_check(1)").fetchone()
         if answer != ("ok",):
@@ -189,7 +190,7 @@ def damage_of(db: sqlite3.Connection) -> str | None:
 
 
 def meta_of(db: sqlite3.Connection) -> dict[str, Any]:
-    """`format`, `slab`: the id of the slab, and `place`: where that was last opened. Empty for an empty table."""
+    """`format`, `slab` (the id of the slab), and `place` (where that was last opened). Empty for an empty table."""
     if not db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'meta'").fetchone():
         return {}
     _refuse_made_up(db, "meta")
@@ -197,7 +198,7 @@ def meta_of(db: sqlite3.Connection) -> dict[str, Any]:
 
 
 def identity_of(meta: Mapping[str, Any]) -> bytes | None:
-    """The id of the slab that a table names; None where that is none."""
+    """The id of the slab that a table names; None where it names none."""
     found = meta.get("slab")
     return found if isinstance(found, bytes) and len(found) == 16 else None
 
@@ -207,13 +208,13 @@ def _text(raw: bytes) -> str:
 
 
 def is_outside_cause(error: sqlite3.Error) -> bool:
-    """Whether the cause lies outside of the table's content: a lock, permissions, space, the file system."""
+    """Whether the cause lies outside of the table's content: a lock, permissions, disk space, the file system."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return code in _OUTSIDE_CAUSES
 
 
 def _is_read_only(error: sqlite3.Error) -> bool:
-    """No permission to write, or a file that says that only a later SQLite may."""
+    """Whether the file cannot be written: no permission, or a format that only a later SQLite may write."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_READONLY
 
 
@@ -234,7 +235,7 @@ class RowTable:
             raise OSError(f"the table {path} cannot be opened: {error}") from error
 
     def rows(self) -> tuple[list[Stored], list[Any]]:
-        """All blocks with their last use, and the keys of the rows that must not be trusted."""
+        """All blocks with their last use, and the keys of the rows that are not valid."""
         good: list[Stored] = []
         bad: list[Any] = []
         for row in read_rows(self._db):
@@ -243,7 +244,7 @@ class RowTable:
         return good, bad
 
     def start_empty(self, identity: bytes) -> None:
-        """Forget every row; the table belongs to the slab of this id now."""
+        """Delete every row; the table now belongs to the slab with this id."""
         with self._transaction():
             self._db.execute("DELETE FROM blocks")
             self._db.execute("DELETE FROM meta WHERE name = 'place'")
@@ -251,13 +252,13 @@ class RowTable:
         self.identity = identity
 
     def take_over(self, identity: bytes) -> None:
-        """Keep every row; the table belongs to the slab of this id now."""
+        """Leave the rows unchanged; the table now belongs to the slab with this id."""
         with self._transaction():
             self._db.execute("INSERT OR REPLACE INTO meta VALUES ('slab', ?)", (identity,))
         self.identity = identity
 
     def remember_place(self, place: str) -> None:
-        """Note where the slab lies now; written only when that changed."""
+        """Record where the slab lies now; written only when that changed."""
         if meta_of(self._db).get("place") != place:
             with self._transaction():
                 self._db.execute("INSERT OR REPLACE INTO meta VALUES ('place', ?)", (place,))
@@ -265,8 +266,8 @@ class RowTable:
     def change(
         self, deletes: Iterable[BlockKey], inserts: Iterable[Stored], uses: Iterable[Use]
     ) -> list[tuple[BlockKey, str]]:
-        """Delete, insert and note uses in one durable step; returns the keys of rows that the table does not take (a
-        NaN, a number beyond 64 bits), with why. Raises sqlite3.Error; nothing has changed then."""
+        """Delete, insert and record uses in one durable transaction; returns the keys of rows that the table refused (a
+        NaN, a number beyond 64 bits), with the reason. Raises sqlite3.Error; nothing has changed then."""
         refused: list[tuple[BlockKey, str]] = []
         with self._transaction():
             self._db.executemany("DELETE FROM blocks WHERE key = ?", [(key,) for key in deletes])
@@ -277,7 +278,8 @@ class RowTable:
     def _each(
         self, sql: str, items: Sequence[T], key_of: Callable[[T], BlockKey], row_of: Callable[[T], Row]
     ) -> list[tuple[BlockKey, str]]:
-        """Execute for all items at once; where that is refused, for one after the other, less those that are."""
+        """Execute a statement for all items at once; if one is refused, execute it item by item, without those that are
+        refused."""
         self._db.execute("SAVEPOINT rows")
         try:
             self._db.executemany(sql, [row_of(item) for item in items])
@@ -311,7 +313,8 @@ class RowTable:
             raise
 
     def _connect(self) -> tuple[sqlite3.Connection, str | None]:
-        """The open file and what is wrong with it. It is handed from the opening thread to the journal's."""
+        """The open file, and its damage if any. It moves from the opening thread to the journal's, so SQLite's check is
+        off."""
         real = own_table(self.path, self.notes)
         db = sqlite3.connect(real, check_same_thread=False, timeout=LOCKED_WAIT_S, isolation_level=None)
         try:
@@ -333,7 +336,7 @@ class RowTable:
             raise
 
     def _salvage(self, damage: str) -> None:
-        """Move the damaged table aside and start a new one with the rows that can still be read and match."""
+        """Move the damaged table aside and start a new one with its valid rows."""
         aside = move_aside(self.path)
         identity, kept = readable_rows(aside)
         self._db, again = self._connect()
@@ -345,7 +348,7 @@ class RowTable:
         self.notes.append(f"the table {self.path} was unreadable ({damage}); moved to {aside}, {rest}")
 
     def _prepare(self) -> bytes | None:
-        """Bring the table to this format; returns the id of its slab."""
+        """Create or upgrade the table to this format; returns the id of its slab."""
         meta = meta_of(self._db)
         version = meta.get("format")
         if version is None:
@@ -371,14 +374,15 @@ class RowTable:
             self._db.executemany(_INSERT, [row_of(block, use) for block, use in rows])
 
     def _upgrade(self, version: int, identity: bytes | None) -> None:
-        """From an older format, in place and in one step."""
+        """Upgrade from an older format, in place and in one transaction."""
         rows = [found for row in read_rows(self._db) if (found := block_of(row))]
         self._create(identity, rows)
         self.notes.append(f"the table {self.path} was of format {version} and is of format {TABLE_FORMAT} now")
 
 
 def move_aside(path: Path) -> Path:
-    """Take a table that cannot be used out of the way, with its log, which must not be applied to a new one."""
+    """Rename a table that cannot be used, and its log, which must not be applied to a new table; returns the new
+    path."""
     aside = _unused_name(path.with_name(path.name + ".unreadable"))
     path.replace(aside)
     for suffix in ("-wal", "-shm"):
@@ -388,14 +392,14 @@ def move_aside(path: Path) -> Path:
 
 
 def _unused_name(path: Path) -> Path:
-    """`path`, or with the first number that no file has: what was moved aside before is never overwritten."""
+    """`path`, or `path` with the first unused number: a table moved aside before is never overwritten."""
     if not path.exists():
         return path
     return next(other for n in itertools.count(2) if not (other := path.with_name(f"{path.name}-{n}")).exists())
 
 
 def readable_rows(path: Path) -> tuple[bytes | None, list[Stored]]:
-    """What a damaged table still holds: the id of its slab, and the rows that match, read from both ends."""
+    """The readable part of a damaged table: the id of its slab, and its valid rows, read from both ends."""
     found: dict[BlockKey, Stored] = {}
     identity = None
     with contextlib.suppress(sqlite3.Error, UnicodeDecodeError), contextlib.closing(connect_read_only(path)) as db:

@@ -1,7 +1,7 @@
 """The files of a table: SQLite's database, its log and its index of that, which are this user's alone.
 
 SQLite gives log and index the mode of the database, and follows no symlink to them, but it would apply a log that
-somebody else put beside the database. Files are looked at through descriptors of O_PATH: closing any other one would
+another user put beside the database. Files are examined through O_PATH descriptors: closing any other descriptor would
 release the locks that SQLite holds in this process.
 """
 
@@ -18,9 +18,9 @@ BESIDE = ("-wal", "-shm", "-journal")
 
 
 def own_table(path: Path, notes: list[str] | None = None) -> Path:
-    """Where the database `path` really lies, without links. With `notes`, which get a line for what was wrong with its
-    access, it is made where it is missing, and narrowed to this user. Raises OSError: it is not this user's, or what
-    lies beside it is not."""
+    """The path of the database without links. With `notes`, a missing one is created, and its access is limited to this
+    user; `notes` gets a line when the access was too wide. Raises OSError where the database, or a file beside it, is
+    not this user's."""
     try:
         return _own_table(path, notes)
     except OSError as error:
@@ -63,4 +63,4 @@ def _ours(fd: int, path: Path, notes: list[str] | None) -> None:
 def _note_open_folder(folder: Path, notes: list[str]) -> None:
     mode = stat.S_IMODE(folder.stat().st_mode)
     if mode & 0o002 and not mode & stat.S_ISVTX:
-        notes.append(f"every user can write to {folder} (mode {mode:o}), and take away what lies there: chmod o-w")
+        notes.append(f"every user can write to {folder} (mode {mode:o}), and remove files there: chmod o-w")

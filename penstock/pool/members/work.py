@@ -1,4 +1,4 @@
-"""The queue in front of a member: loads before stores, both bounded, none kept past its deadline."""
+"""The queue of a member's work: loads before stores, both bounded, no work left in it past its deadline."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def finish_work(work: Work, error: PoolError | None) -> None:
 
 
 class WorkQueue:
-    """Many threads put, the member's worker takes. Loads, and stores, are taken fairly among the accounts that their
-    blocks are charged to, those of one account in order. A full queue takes an account's work in the place of the last
-    work of the account that has most in it."""
+    """Many threads put, the member's worker takes. Loads, and stores, are taken fairly among the accounts to which
+    their blocks are charged; those of one account in order. A full queue still accepts work of an account that has
+    little in it: the last work of the account that has most is displaced."""
 
     def __init__(self, loads_max: int, stores_max: int) -> None:
         self._max = {"load": loads_max, "store": stores_max}
         self._loads: FairQueue[Work] = FairQueue()
         self._stores: FairQueue[Work] = FairQueue()
-        self._displaced: deque[Work] = deque()  # to be ended by the worker
+        self._displaced: deque[Work] = deque()  # the worker ends it
         self._changed = threading.Condition()
         self._closed = False
         self._kicked = False
@@ -67,14 +67,14 @@ class WorkQueue:
         return len(self._loads), len(self._stores)
 
     def put(self, work: Work) -> PoolError | None:
-        """Queue work; the error says why it was not."""
+        """Queue work; returns the error when it was not queued."""
         with self._changed:
             if self._closed:
                 return PoolError("closed", "the pool is closing")
             queue = self._loads if work.kind == "load" else self._stores
             account = work.block.account
             if len(queue) >= self._max[work.kind]:
-                # As many more may wait to be ended as may wait: a worker that hangs ends nothing.
+                # Displaced work is bounded too: a worker that hangs does not end it.
                 room = len(self._displaced) < self._max[work.kind]
                 displaced = queue.displace(account) if room else None
                 if displaced is None:
@@ -90,7 +90,7 @@ class WorkQueue:
             return self._loads.take()
 
     def take_store(self, committed: int) -> Work | None:
-        """The next store, unless a load waits or the store's extent is not free of its old row yet."""
+        """The next store; None while a load waits, or while the row of the extent's old block is not deleted yet."""
         with self._changed:
             store = self._stores.peek()
             if self._loads or store is None or store.after > committed:
@@ -98,13 +98,13 @@ class WorkQueue:
             return self._stores.take()
 
     def ready(self, committed: int, stores: bool) -> bool:
-        """Whether `take_load`, or `take_store` where `stores` may start, would give something now."""
+        """Whether `take_load`, or, if `stores`, `take_store` would return work now."""
         with self._changed:
             store = self._stores.peek() if stores else None
             return bool(self._loads) or (store is not None and store.after <= committed)
 
     def expired(self) -> list[Work]:
-        """Work whose deadline has passed, taken out; looked for every `EXPIRY_CHECK_S`."""
+        """Take out the work whose deadline has passed; checked every `EXPIRY_CHECK_S`."""
         now_s = time.monotonic()
         if now_s < self._next_check_s:
             return []
@@ -118,14 +118,14 @@ class WorkQueue:
         return late
 
     def displaced(self) -> list[Work]:
-        """Work that made way for that of another account, to be ended as `dropped`."""
+        """Take out the work that was displaced by that of another account; the caller ends it as "dropped"."""
         with self._changed:
             gone = list(self._displaced)
             self._displaced.clear()
         return gone
 
     def wait(self, timeout_s: float = 1.0) -> None:
-        """Return when something was put, kicked or closed; at the latest in time for the next deadline check."""
+        """Return after `put`, `kick` or `close`; at the latest in time for the next deadline check."""
         with self._changed:
             waiting = bool(self._loads or self._stores)
             if self._closed or self._kicked or self._loads:
@@ -141,13 +141,13 @@ class WorkQueue:
             self._changed.notify()
 
     def close(self) -> None:
-        """Take nothing any more; wakes the worker."""
+        """Accept no more work, and wake the worker."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
     def drain(self, *kinds: Literal["load", "store"]) -> list[Work]:
-        """Everything of these kinds (none given: of both) that still waits, taken out."""
+        """Take out all work of these kinds (none given: of both) that still waits."""
         with self._changed:
             rest: list[Work] = []
             if not kinds or "load" in kinds:

@@ -1,4 +1,4 @@
-"""Connections to pool nodes by their address: to one, or to several with a local pool as one pool."""
+"""Connects to pool nodes by address: to one, or to several that form one pool, with or without a local pool."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def add_node(
     secret: Secret | None = None,
     tls: PeerTls | None = None,
 ) -> None:
-    """A further node of a union that is served by a pool node. One that is down is used once it is up.
+    """Add a node to a union that is served by a pool node. A node that is down is used once it is up.
 
-    Raises ValueError for a malformed address, or one that is in the union already."""
+    Raises ValueError for a malformed address, or one that is already in the union."""
     host, port = parse_address(address)
     node = RemotePool(host, port, 1, connect_timeout_s, False, union.node_id, True, secret, tls)
     union.add_node(node, weight)
@@ -54,15 +54,15 @@ def open_union(
     secret: Secret | None = None,
     tls: PeerTls | None = None,
 ) -> UnionPool:
-    """The local pool, if there is one, and the nodes at these addresses as one pool, which takes the local pool over.
-    A node that is down is a warning, as long as another child is up. `for_node`: the union is what a pool node serves.
+    """The local pool, if there is one, and the nodes at these addresses as one pool, which owns the local pool. A node
+    that is down causes a warning only, as long as another child is up. `for_node`: a pool node serves the union.
 
-    A node's members of other nodes belong to the union only where it is the one node of an engine: several nodes may
-    have each other's, and nodes answer nodes from their own.
+    If an engine has one node, the union includes that node's members on other nodes. With several nodes it does not, as
+    they may be members of each other. A node answers other nodes only from its own members.
 
-    `weights` are bytes per second, of the local pool first if there is one; None: measured. `follow_bandwidth`: a
-    node's share falls when it is read more slowly. Raises ValueError for a
-    malformed or doubled address, PoolError("network") when no child is up.
+    `weights` are bytes per second, the local pool's first if there is one; None: measured. `follow_bandwidth`: a node's
+    share falls when its reads become slower. Raises ValueError for a malformed or repeated address,
+    PoolError("network") when no child is up.
     """
     node_id = os.urandom(NODE_ID_BYTES) if for_node else b""
     nodes: list[RemotePool] = []

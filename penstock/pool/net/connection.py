@@ -1,21 +1,23 @@
 """One client connection to a pool node: requests out, replies straight into their buffers, and a clean end.
 
-P1  Only the receiver thread writes into buffers, and only it ends requests; so after `end` no byte can land any more.
-P2  Cutting (`cut`) shuts the socket; the receiver then stops, waits for a send in progress, and ends all that is open.
-P3  A block is accepted only for the id, key and size that were asked for, and with a matching checksum, or as the
-    request's `check` says; any other reply only for a request that it answers (`wire.ANSWERS`).
+CLIENT-1  Statement: Only the receiver thread writes into buffers and ends requests, so no byte is written after `end`.
+CLIENT-2  Statement: `cut` shuts the socket down; the receiver then stops, waits for a send in progress, and ends all
+          open requests.
+CLIENT-3  Statement: A block is accepted only with the requested id, key and size, and only if its checksum matches or
+          the request's `check` passes. Any other reply is accepted only for a request that it answers (`wire.ANSWERS`).
+Verification: tests/pool/net/test_fuzz_pool_client.py, tests/pool/net/test_link_threads.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import xxhash
@@ -26,20 +28,19 @@ from penstock.pool.net import lanes, wire
 from penstock.pool.net.secret import Secret, SecretRefused, prove_as_client
 from penstock.pool.net.tls import PeerTls
 from penstock.pool.net.tls_socket import Stream, begin_tls
-from penstock.process.guarded_thread import GuardedThread, count_failure
+from penstock.process.guarded_thread import GuardedThread, GuardedWorker, count_failure
 
 log = logging.getLogger(__name__)
 
-SENDER_END_S = 3.0 * wire.STALL_S  # what is being sent ends with the socket
-VERIFY_BYTES = (
-    4 << 20
-)  # received and verified in pieces of this size: smaller ones hand the interpreter over more often
+SENDER_END_S = 3.0 * wire.STALL_S  # limit of the wait for a send in progress, which ends once the socket is shut
+SENDS_WAITING_MAX = 256  # the link has far fewer requests on one connection
+VERIFY_BYTES = 4 << 20  # received and verified in such pieces; smaller ones switch between threads more often
 
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A request on its way. `end(result, error)` is called exactly once; `buffer` is what a read fills or a write
-    sends. `late` is set when its own deadline is the reason for a cut."""
+    """A request that has not ended. `end(result, error)` is called exactly once; `buffer` is filled by a read, or sent
+    by a write. `late` is set when the connection is cut because this request missed its deadline."""
 
     message: wire.Request
     id: int
@@ -49,7 +50,7 @@ class Pending:
     connection: Connection | None = None
     ended: bool = False
     late: bool = False
-    check: ReadCheck | None = None  # of the block that is read; None: its checksum
+    check: ReadCheck | None = None  # verifies the block that is read; None: by its checksum
 
     def tell(self, result: Any, error: PoolError | None) -> None:
         """Call `end`; an exception in it is logged and affects no other request."""
@@ -66,7 +67,8 @@ class Pending:
 
 
 class Connection:
-    """Connected and greeted once constructed; `start` runs its receiver. `node` is what the peer said of itself."""
+    """One connection. The constructor connects and greets; `start` starts the receiver. `node` is the peer's
+    `Ready`."""
 
     def __init__(
         self,
@@ -79,14 +81,16 @@ class Connection:
         secret: Secret | None = None,
         tls: PeerTls | None = None,
     ) -> None:
-        """Raises OSError, or wire.ProtocolError when the peer is no pool node of this version.
+        """Raises OSError, wire.ProtocolError when the peer is no pool node of this version, and RuntimeError or
+        MemoryError where the operating system starts no thread.
 
-        `on_reply` follows each ended request, `on_closed` the end of the connection, before its open requests end.
-        `hello` opens the lane that it names; an `urgent` one goes before bulk (`lanes`). With a `secret` both sides
-        prove that they have it; with `tls` both show certificates, and all that follows is encrypted.
+        `on_reply` is called after each request that ended, `on_closed` at the end of the connection, before its open
+        requests end. `hello` opens the lane that it names; packets of an `urgent` lane go before bulk (`lanes`). With a
+        `secret` both sides prove that they have it; with `tls` both show certificates, and all further bytes are
+        encrypted.
         """
         self.lane = hello.lane
-        self.heard_s = self._sent_s = time.monotonic()  # when the peer was last heard, and sent something
+        self.heard_s = self._sent_s = time.monotonic()  # time of the last bytes from the peer, and to it
         self._on_reply, self._on_closed = on_reply, on_closed
         self._secret, self._tls = secret, tls
         self._lock = threading.Lock()
@@ -94,23 +98,20 @@ class Connection:
         self._pending: dict[int, Pending] = {}
         self.in_flight_bytes = 0
         self._cut_reason: str | None = None
-        self._outbox: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
         self._sock: Stream = socket.create_connection(address, timeout=timeout_s)
         lanes.mark(self._sock, urgent)
         try:
             self.node = self._greet(hello, address[0], timeout_s)
+            writes = self.lane == "write"
+            self._sender = GuardedWorker(f"penstock-{self.lane}-send", SENDS_WAITING_MAX) if writes else None
         except BaseException:
             self._sock.close()
             raise
         self._receiver = GuardedThread(f"penstock-{self.lane}-receive", self._receive)
-        self._sender = GuardedThread(
-            f"penstock-{self.lane}-send", self._send_queued, failed=lambda error: self.cut(f"sending failed: {error!r}")
-        )
 
     def start(self) -> None:
-        """Raises RuntimeError or MemoryError where a thread cannot be had; `abandon` must follow then."""
-        if self.lane == "write":
-            self._sender.start()
+        """Start the receiver thread. Raises RuntimeError or MemoryError where the operating system starts no thread;
+        `abandon` must follow then."""
         self._receiver.start()
 
     @property
@@ -124,7 +125,7 @@ class Connection:
         return self._cut_reason is None
 
     def add(self, pending: Pending) -> bool:
-        """Take a request on; False when the connection is ending. `send` or `queue` must follow."""
+        """Register a request; False when the connection is ending. `send` or `queue` must follow."""
         with self._lock:
             if self._cut_reason is not None:
                 return False
@@ -133,13 +134,13 @@ class Connection:
             return True
 
     def send(self, pending: Pending) -> None:
-        """Send a request that was added. A failure ends the connection, and with it the request."""
+        """Send a request that was added. A failure ends the connection and thereby the request."""
         payload = memoryview(b"")
         if isinstance(pending.message, wire.Write) and pending.buffer is not None:
             payload = pending.buffer[: pending.payload_bytes]
         try:
             head = wire.frame(pending.message, len(payload))
-        except Exception as error:  # noqa: BLE001 (a message that cannot be written down: nothing of it is on the wire)
+        except Exception as error:  # noqa: BLE001 (the message cannot be encoded: nothing of it was sent)
             if self._take(pending.id) is pending:
                 pending.tell(None, PoolError("layout", f"the request cannot be sent: {error}"))
             return
@@ -152,7 +153,7 @@ class Connection:
             self.cut(str(error))
 
     def say_alive(self, quiet_s: float) -> None:
-        """Tell the node that this end is there, if nothing was sent for `quiet_s`; never waits."""
+        """Send Alive, if nothing was sent for `quiet_s` seconds; never waits."""
         if time.monotonic() - self._sent_s < quiet_s or not self._send_lock.acquire(blocking=False):
             return
         try:
@@ -165,13 +166,18 @@ class Connection:
             self._send_lock.release()
 
     def tell(self, message: wire.Corrupt | wire.Return) -> None:
-        """Send something that has no answer; a failure shows at the receiver."""
+        """Send a message that has no answer; the receiver thread notices a failure."""
         with self._send_lock, contextlib.suppress(OSError):
             wire.send_all(self._sock, wire.frame(message))
 
     def queue(self, pending: Pending) -> None:
-        """Have the sender thread send a request that was added (the write lane: its payload takes time)."""
-        self._outbox.put(pending)
+        """Queue a request that was added for the sender thread (write lane only: a payload takes time to send)."""
+        assert self._sender is not None, f"the {self.lane} lane has no sender thread"
+        if not self._sender.put(partial(self.send, pending), self._sending_failed):
+            self.cut(f"{SENDS_WAITING_MAX} requests wait to be sent, or the connection is ending")
+
+    def _sending_failed(self, error: Exception) -> None:
+        self.cut(f"sending failed: {error!r}")
 
     def cut(self, reason: str) -> None:
         """End the connection now; its open requests end from the receiver thread."""
@@ -191,14 +197,15 @@ class Connection:
         return True
 
     def forget(self, pending: Pending) -> bool:
-        """Nobody waits for this control request any more (it has no buffer); False when it has just ended."""
+        """Drop a control request whose caller has stopped waiting (it has no buffer); False when it has just ended."""
         with self._lock:
             return self._pending.pop(pending.id, None) is not None
 
     def abandon(self) -> None:
         """End a connection that was not started."""
         self.cut("not wanted")
-        self._outbox.put(None)
+        if self._sender is not None:
+            self._sender.stop()
         self._sock.close()
 
     def join(self, timeout_s: float) -> None:
@@ -206,7 +213,7 @@ class Connection:
         self._receiver.join(timeout_s)
 
     def _greet(self, hello: wire.Hello, host: str, timeout_s: float) -> wire.Ready:
-        """Exchange versions and open the lane, within the connect timeout; then leave deadlines to the caller."""
+        """Exchange versions and open the lane, within the connect timeout; afterwards the caller watches deadlines."""
         secret, tls, until_s = self._secret, self._tls, time.monotonic() + timeout_s
         first = bytearray(wire.GREETING.size)
         plain = secret is None and tls is None
@@ -266,9 +273,9 @@ class Connection:
             pending = self._pending.get(reply.id)
         message = pending.message if pending else None
         if pending is None or pending.buffer is None or not isinstance(message, wire.Read):
-            raise wire.ProtocolError("the node sent a block that nobody asked for")
+            raise wire.ProtocolError("the node sent a block that was not requested")
         if reply.key != message.key or payload_bytes != message.size_bytes:
-            raise wire.ProtocolError("the node sent another block than the one asked for")
+            raise wire.ProtocolError("the node sent another block than the requested one")
         check = pending.check
         digest = xxhash.xxh3_64(seed=checksum_seed(message.key)) if check is None else None
         for at in range(0, payload_bytes, VERIFY_BYTES):
@@ -280,7 +287,7 @@ class Connection:
             if digest is not None:
                 digest.update(piece)
         error: PoolError | None = None
-        if check is not None:  # a MAC is taken in one piece
+        if check is not None:  # a MAC is computed over the whole block
             error = check(pending.buffer[:payload_bytes], reply.checksum, reply.mac)
         elif digest is not None and digest.intdigest() != reply.checksum:
             error = PoolError("checksum", f"block {message.key.hex()} does not match its checksum")
@@ -290,8 +297,8 @@ class Connection:
         self._end(taken, reply, error)
 
     def _receive_answer(self, reply: wire.Answer) -> None:
-        """Receive a reply without payload. A reply of another kind than was asked for is refused: it would end a read
-        whose buffer was never filled."""
+        """Handle a reply without payload. A reply of the wrong kind is refused: it would end a read whose buffer was
+        never filled."""
         with self._lock:
             pending = self._pending.get(reply.id)
         if pending is not None and not isinstance(reply, wire.ANSWERS[type(pending.message)]):
@@ -303,9 +310,9 @@ class Connection:
             pending = self._pending.get(reply.id)
         message = pending.message if pending else None
         if pending is None or pending.buffer is None or not isinstance(message, wire.Probe):
-            raise wire.ProtocolError("the node sent a probe that nobody asked for")
+            raise wire.ProtocolError("the node sent a probe that was not requested")
         if payload_bytes != message.size_bytes:
-            raise wire.ProtocolError("the node sent another probe than the one asked for")
+            raise wire.ProtocolError("the node sent another probe than the requested one")
         wire.receive_exactly(self._sock, pending.buffer[:payload_bytes])
         self._end(self._take(reply.id), reply, None)
 
@@ -326,13 +333,13 @@ class Connection:
     def _finish(self, reason: str) -> None:
         self.cut(reason)
         reason = self._cut_reason or reason
-        self._outbox.put(None)
-        self._sender.join(SENDER_END_S)
+        if self._sender is not None:
+            self._sender.close(SENDER_END_S)
         with self._send_lock:
             self._sock.close()
         try:
             self._on_closed(self, reason)
-        except Exception:  # what is open ends all the same
+        except Exception:  # open requests must end all the same
             count_failure(self._receiver.name)
             log.exception("the callback at the end of a %s connection failed", self.lane)
         with self._lock:
@@ -341,7 +348,3 @@ class Connection:
         for pending in rest:
             label = "deadline" if pending.late else "closed" if reason == "closed" else "network"
             pending.tell(None, PoolError(label, "no answer in time" if pending.late else reason))
-
-    def _send_queued(self) -> None:
-        while (pending := self._outbox.get()) is not None:
-            self.send(pending)

@@ -1,9 +1,9 @@
-"""Accepts connections at a node and takes them through their greeting, all on one thread that never waits for one peer.
+"""Accepts connections at a node and handles their greetings, all on one thread that never waits for one peer.
 
-It has the node's `greeting_share` of each window of time (`pool.net.turns`): however many come, the threads that
-serve peers go on.
-So a stranger costs a file and some hundred bytes, and is given up GREET_S after it came, or when there are too many
-(`core.connection_limits`). Whoever says Hello leaves the greeter for threads of its own.
+The thread uses at most the node's `greeting_share` of each time window (`pool.net.turns`), so that the threads that
+serve clients go on, however many connections arrive. A connection without Hello costs one file descriptor and a few
+hundred bytes. It is ended after GREET_S, or when there are too many (`core.connection_limits`). After Hello, a
+connection is served by threads of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ACCEPT_AT_ONCE = 32  # before those that were accepted are looked at
+ACCEPT_AT_ONCE = 32  # connections accepted before their greetings go on
 WINDOW_S = 0.002
 NO_FILES_S = 0.05
 LOOK_S = 1.0
@@ -40,11 +40,11 @@ class Greeter:
         self._listener = listener
         self._selector = selectors.DefaultSelector()
         self._greeting: dict[ClientConnection, Steps] = {}  # the oldest first
-        self._wanted: dict[ClientConnection, int] = {}  # what its socket is registered for
+        self._wanted: dict[ClientConnection, int] = {}  # connection -> selector events of its socket
         self._windows = Windows(WINDOW_S, WINDOW_S * node.greeting_share)
 
     def run(self) -> None:
-        """Until the node is closed."""
+        """Accept and greet until the node is closed."""
         self._listener.setblocking(False)
         try:
             self._selector.register(self._listener, selectors.EVENT_READ)
@@ -91,10 +91,10 @@ class Greeter:
                 return
             try:
                 self._begin(sock, f"{peer[0]}:{peer[1]}")
-            except Exception as error:  # noqa: BLE001 (one peer's; the next is still to be accepted)
+            except Exception as error:  # noqa: BLE001 (of one peer; others are still accepted)
                 sock.close()
                 count_failure("penstock-node-accept")
-                self._node.rare.exception("begin", "connection of %s could not be begun: %r", peer, error)
+                self._node.rare.exception("begin", "connection of %s could not be started: %r", peer, error)
 
     def _begin(self, sock: socket.socket, peer: str) -> None:
         sock.setblocking(False)
@@ -109,7 +109,7 @@ class Greeter:
         self._go_on(connection)
 
     def _go_on(self, connection: ClientConnection) -> None:
-        """As far as the greeting goes without waiting."""
+        """Continue a greeting until it would have to wait."""
         try:
             wanted = next(self._greeting[connection])
         except StopIteration:

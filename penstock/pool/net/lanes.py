@@ -1,7 +1,7 @@
 """Two lanes of traffic: urgent (hand-off to decode engines, tokens, control) and bulk (KV between pool and engines).
 
-They have connections of their own everywhere. What tells them apart to the network: the DSCP of their packets, for
-switches, and the socket's priority, for the queueing of this host (`prio` and `mqprio` put 6 before 2 by default).
+The two lanes never share a connection. The network distinguishes them by the DSCP of their packets (switches), and this
+host's queueing discipline by the socket priority (`prio` and `mqprio` send 6 before 2 by default).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ BULK_PRIORITY = 2
 
 
 def mark(sock: Stream, urgent: bool) -> None:
-    """Put a TCP socket on a lane, for what it sends. A system that knows no such marks sends without them."""
+    """Mark the packets that a TCP socket sends as one lane. A system without such marks sends without them."""
     traffic_class = (URGENT_DSCP if urgent else BULK_DSCP) << 2
     with contextlib.suppress(OSError):
         if sock.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, traffic_class)
         else:
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, traffic_class)
-        # After the class: that sets a priority of its own.
+        # After the traffic class, which sets a priority too.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, URGENT_PRIORITY if urgent else BULK_PRIORITY)

@@ -1,10 +1,10 @@
 """The connections to one pool node: lanes, deadlines, reconnecting.
 
-Reads go over data connections, writes over one of their own (in the background, never in the way of a load), lookups
-and the rest over a control connection. Every request has a deadline; a read or write that is on the wire and misses it
-costs its connection, so that late bytes never land in a reused buffer. A node that leaves a question unanswered and
-sends nothing else for SILENT_S hangs, and that is down: its connections are cut. Connections come back with growing
-pauses; while the node is down, requests fail at once.
+Reads use data connections; writes use one of their own, so that they never delay a load; lookups and all other requests
+use a control connection. Every request has a deadline. When a read or write that is on the wire misses it, the
+connection is cut, so that no late byte is written into a reused buffer. A node that does not answer a question, and
+sends nothing else for SILENT_S, is down: its connections are cut. Connections are made again, with growing pauses;
+while the node is down, requests fail at once.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from penstock.units import format_address, format_bytes
 log = logging.getLogger(__name__)
 
 IN_FLIGHT_MAX = 32  # requests on the wire of one connection
-IN_FLIGHT_BYTES = 16 << 20  # of blocks on the wire of one connection, beyond the first two
+IN_FLIGHT_BYTES = 16 << 20  # of blocks on the wire of one connection; two blocks are always allowed
 READS_WAITING_MAX = 8192
 WRITES_WAITING_MAX = 64
 BACKOFF_S = (0.05, 2.0)
 SILENT_S = 2.0
 ALIVE_S_MIN = 0.1  # lower bound of the interval, whatever a node asks for
-ALIVE_PER_IDLE = 3  # how often an idle connection is used within the time after which the node would end it
-NODE_MARGIN = 0.1  # the node is told to give up this share of the time earlier, so that its answer still arrives
+ALIVE_PER_IDLE = 3  # messages on an idle connection within the time after which the node would end it
+NODE_MARGIN = 0.1  # the node gets a timeout shorter by this share, so that its answer arrives in time
 
 Answer = TypeVar("Answer", wire.Found, wire.Evicted, wire.Stats)
 Ended = Callable[[Any, PoolError | None], None]
@@ -50,7 +50,7 @@ Asked = wire.Open | wire.HandedOver | wire.Attach | wire.Lend | wire.Offer
 
 @dataclass(slots=True)
 class _Lane:
-    """Connections of one kind and the requests that wait for room on them."""
+    """Connections of one kind, and the requests that wait for room on them."""
 
     kind: str
     waiting_max: int
@@ -61,7 +61,7 @@ class _Lane:
         return [connection for connection in self.connections if connection is not None and connection.open]
 
     def free(self) -> Connection | None:
-        """The open connection with the least on it, if it may take one more."""
+        """The open connection with the fewest bytes in flight, if it may get one more request."""
         best = min(self.open(), key=lambda c: (c.in_flight_bytes, c.in_flight), default=None)
         if best is None or best.in_flight >= IN_FLIGHT_MAX:
             return None
@@ -69,13 +69,13 @@ class _Lane:
 
 
 def _bounded(timeout_s: float) -> float:
-    """A timeout within the bounds of a message; 0 for a negative one and for NaN."""
+    """Clip a timeout to the bounds of a message; 0 for a negative one and for NaN."""
     return min(timeout_s, wire.TIMEOUT_S_MAX) if timeout_s > 0 else 0.0
 
 
 class NodeLink:
-    """All connections to the pool node at `host`:`port`. `place` is its address as text, `node` what it last said of
-    itself (of an empty id, until it was reached)."""
+    """All connections to the pool node at `host`:`port`. `place` is its address as text, `node` its latest `Ready`
+    (with an empty id until it was reached)."""
 
     def __init__(
         self,
@@ -91,10 +91,10 @@ class NodeLink:
         what: str = "pool node",
         tls: PeerTls | None = None,
     ) -> None:
-        """Connects at once. Raises PoolError("network") when nobody answers, the versions differ, or the node at the
-        other end is `origin`, the node that this link belongs to; without `must_connect` it goes on trying instead.
-        `urgent`: lanes that go before bulk. `secret`: what both ends prove that they have;
-        `tls`: certificates that they show; `what`: what the other end is called in errors and logs."""
+        """Connects at once. Raises PoolError("network") when nobody answers, the versions differ, or the peer is
+        `origin`, the node that this link belongs to; without `must_connect` it tries again instead. `urgent`: lanes
+        whose packets go before bulk. `secret`: both ends prove that they have it. `tls`: both ends show certificates.
+        `what`: name of the peer's kind in errors and logs."""
         if not 1 <= connections <= 64:
             raise ValueError(f"connections is {connections}; it must be from 1 to 64")
         self.address = (host, port)
@@ -116,10 +116,10 @@ class NodeLink:
         self._connection_lost = threading.Condition(self._lock)
         self._closed = False
         self._down_reason = "not connected"
-        self._losing = False  # a lost connection was told, and not all are back
-        self._told = ""  # why connecting failed, as it was told last
-        self._block_bytes = 0  # what this side's blocks have, once that is known
-        self._told_too_large = False
+        self._losing = False  # a lost connection was logged, and not all are connected again
+        self._logged_failure = ""  # the failure to connect that was logged last
+        self._block_bytes = 0  # size of this side's blocks; 0 until it is known
+        self._logged_too_large = False
         self._callbacks = callback_worker()
         self._threads = [
             GuardedThread("penstock-deadlines", self._watch_deadlines, restarts=True),
@@ -129,7 +129,7 @@ class NodeLink:
             for lane, slot in self._missing():
                 self._connect(lane, slot, connect_timeout_s)
         except (OSError, wire.ProtocolError) as error:
-            self._told = self._down_reason = str(error)
+            self._logged_failure = self._down_reason = str(error)
             if must_connect:
                 self.close(1.0)
                 raise PoolError("network", f"{self.what} {self.place}: {error}") from None
@@ -147,7 +147,7 @@ class NodeLink:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is on its way."""
+        """Whether no request is open."""
         return not self._live
 
     @property
@@ -164,8 +164,8 @@ class NodeLink:
         ended: Ended,
         check: ReadCheck | None = None,
     ) -> None:
-        """Send a request whose payload fills `buffer` or comes from it; `ended(reply, error)` is called once. `check`:
-        of a block that is read (None: its checksum)."""
+        """Send a request whose payload fills `buffer` or comes from it; `ended(reply, error)` is called once. `check`
+        verifies a block that is read (None: by its checksum)."""
         pending = Pending(message, message.id, time.monotonic() + _bounded(timeout_s), ended, buffer, check=check)
         self._counted(pending, lane)
         with self._lock:
@@ -180,21 +180,21 @@ class NodeLink:
         self._dispatch(self._lanes[lane])
 
     def _counted(self, pending: Pending, what: str) -> None:
-        """Wrap `ended`: the request no longer counts as live when it is called."""
+        """Wrap `ended`, so that the request no longer counts as live when it is called."""
         ended = pending.end
 
         def end(result: Any, error: PoolError | None) -> None:
             with self._lock:
                 pending.ended = True
                 self._live -= 1
-            if what != "write" or error is None or error.reason != "dropped":  # the node that drops a write says so
+            if what != "write" or error is None or error.reason != "dropped":  # the node logs the writes that it drops
                 note_error(what, f"{self.what} {self.place}", error)
             ended(result, error)
 
         pending.end = end
 
     def refuse(self, ended: Ended, error: PoolError, what: str = "request") -> None:
-        """Have `ended(None, error)` called soon, on another thread."""
+        """Call `ended(None, error)` soon, on another thread."""
         note_error(what, f"{self.what} {self.place}", error)
         call_soon(self._callbacks, partial(ended, None), error)
 
@@ -205,28 +205,28 @@ class NodeLink:
         return self._check_block_bytes(self.node)
 
     def _check_block_bytes(self, node: wire.Ready) -> str | None:
-        """Logs one line, and no other one until the node can hold these blocks."""
+        """Return why the node cannot hold this side's blocks, or None; logged once until the node can hold them."""
         if not 0 < node.block_bytes_max < self._block_bytes:
-            self._told_too_large = False
+            self._logged_too_large = False
             return None
         text = (
             f"{self.what} {self.place} takes blocks of at most {format_bytes(node.block_bytes_max)}, "
             f"this engine's have {format_bytes(self._block_bytes)}: none is stored there or loaded from it; "
             "allowed: fewer tokens per block, or more --staging and larger members at that node"
         )
-        if not self._told_too_large:
-            self._told_too_large = True
+        if not self._logged_too_large:
+            self._logged_too_large = True
             log.warning("%s", text)
         return text
 
     def next_id(self) -> int:
-        """An id for a message; not given before on this link."""
+        """An id for a message, unique on this link."""
         return next(self._ids)
 
     def ask(
         self, kind: type[Answer], message: Callable[[int, float], wire.Request], deadline_s: float
     ) -> Callable[[], Answer]:
-        """Send a request over the control connection: `message(id, seconds for the node)`. What is returned waits for
+        """Send a request over the control connection: `message(id, timeout of the node)`. Call the result to wait for
         the answer. Both raise PoolError."""
         answered = threading.Event()
         answers: list[tuple[Any, PoolError | None]] = []
@@ -283,13 +283,13 @@ class NodeLink:
             connection.send(pending)
 
     def tell(self, message: wire.Corrupt | wire.Return) -> None:
-        """Send something that has no answer, if the node is up."""
+        """Send a message that has no answer, if the node is up."""
         connection = self._control.connections[0]
         if connection is not None:
             connection.tell(message)
 
     def close(self, timeout_s: float) -> None:
-        """Cut every connection; what is open ends as "closed"."""
+        """Cut every connection; open requests end with "closed"."""
         deadline_s = time.monotonic() + timeout_s
         with self._lock:
             self._closed = True
@@ -319,7 +319,7 @@ class NodeLink:
         return None
 
     def _dispatch(self, lane: _Lane) -> None:
-        """Send waiting requests as far as the connections have room."""
+        """Send waiting requests while the connections have room."""
         while True:
             with self._lock:
                 while lane.waiting and lane.waiting[0].ended:
@@ -352,7 +352,7 @@ class NodeLink:
     # --- connections ---
 
     def _cut_silent(self, asked_s: float) -> None:
-        """Cut the connections of a node that was asked something then and has not sent a byte for SILENT_S."""
+        """Cut the connections of a node that was asked at `asked_s` and has not sent a byte for SILENT_S."""
         with self._lock:
             connections = [connection for lane in self._lanes.values() for connection in lane.open()]
         heard_s = max((connection.heard_s for connection in connections), default=asked_s)
@@ -390,9 +390,9 @@ class NodeLink:
             connection.cut("closed")
 
     def _check_one_node(self, connection: Connection) -> None:
-        """Raise ProtocolError when a connection reaches another node than the ones before, because several stand behind
-        one address or the address moved: then all are connected anew. Otherwise blocks would be looked for at the wrong
-        node."""
+        """Raise ProtocolError when a connection reaches another node than the earlier ones, because several nodes share
+        one address or the address moved. All connections are then made again; otherwise blocks would be looked up at
+        one node and read from another."""
         with self._lock:
             others = [one for lane in self._lanes.values() for one in lane.open()]
         known, found = self.node.node_id, connection.node.node_id
@@ -423,7 +423,7 @@ class NodeLink:
             with self._lock:
                 missing = self._missing()
                 if not missing and not self._closed:
-                    pause_s, self._losing, self._told = BACKOFF_S[0], False, ""
+                    pause_s, self._losing, self._logged_failure = BACKOFF_S[0], False, ""
                     self._connection_lost.wait(self._alive_every_s())
                 if self._closed:
                     return
@@ -437,9 +437,9 @@ class NodeLink:
                     failed = True
                     with self._lock:
                         if not self._closed:
-                            if str(error) != self._told:
+                            if str(error) != self._logged_failure:
                                 log.warning("%s %s is down: %s", self.what, self.place, error)
-                            self._told = self._down_reason = str(error)
+                            self._logged_failure = self._down_reason = str(error)
                     break
                 self._dispatch(lane)
             with self._lock:
@@ -448,7 +448,7 @@ class NodeLink:
                     pause_s = min(2 * pause_s, BACKOFF_S[1])
 
     def _alive_every_s(self) -> float | None:
-        """How often the node has to hear of an idle connection; None: never."""
+        """Interval of Alive messages on an idle connection; None: none are needed."""
         return max(self.node.idle_s / ALIVE_PER_IDLE, ALIVE_S_MIN) if self.node.idle_s > 0 else None
 
     def _say_alive(self) -> None:
@@ -467,7 +467,8 @@ class NodeLink:
     # --- deadlines ---
 
     def _push_deadline(self, pending: Pending) -> None:
-        """With the lock held. Ended requests leave the heap when their time comes, or when they are half of it."""
+        """Add to the heap; the lock is held. Ended requests are removed at their deadline, or when they are half of the
+        heap."""
         if not self._deadlines or pending.deadline_s < self._deadlines[0][0]:
             self._deadline_sooner.notify()
         heapq.heappush(self._deadlines, (pending.deadline_s, pending.id, pending))
@@ -503,7 +504,7 @@ class NodeLink:
                     pending.tell(None, PoolError("deadline", f"{self.place} did not answer in time"))
 
     def _overdue(self, now_s: float) -> Iterator[Pending]:
-        """Takes the requests that have not ended by their deadline off the heap. With the lock held."""
+        """Remove from the heap, and yield, the open requests whose deadline has passed. The lock is held."""
         while self._deadlines and (self._deadlines[0][2].ended or self._deadlines[0][0] <= now_s):
             pending = heapq.heappop(self._deadlines)[2]
             if not pending.ended:

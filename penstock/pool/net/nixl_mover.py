@@ -1,7 +1,7 @@
-"""One-sided reads by NIXL (UCX: RDMA where there is a card, shared memory or TCP elsewhere); the `nixl` extra.
+"""One-sided reads with NIXL over UCX (RDMA where a card is present, else shared memory or TCP); the `nixl` extra.
 
-NIXL's progress thread takes a core while bytes move. Service levels and traffic classes are UCX's settings (see
-`penstock fabric`): this process's connections all have the same one.
+NIXL's progress thread uses one core during transfers. Service level and traffic class are settings of UCX (see
+`penstock fabric`), and the same for all connections of this process.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 20e-6
 _RDMA_DEVICES = Path("/sys/class/infiniband")
-_ABANDON_S = 60.0  # a transfer that neither ends nor fails for so long is told at each such interval
+_ABANDON_S = 60.0  # interval of log lines about a transfer that neither ends nor fails
 
 
 class AgentMemory(msgspec.Struct, array_like=True):
-    """What a peer needs to read memory of this agent: NIXL's metadata of the agent, and where the memory lies."""
+    """A peer's description of this agent's memory: NIXL's metadata of the agent, and the address and size of the
+    memory."""
 
     metadata: Description
     address: Annotated[int, Meta(ge=0, extra={"bits": 64})]
@@ -43,14 +44,14 @@ _descriptions = msgspec.msgpack.Decoder(AgentMemory)
 
 
 def _leave_out_verbs() -> None:
-    """Without an RDMA device UCX shall not load its verbs module: with the libraries that NIXL's wheel brings, the
-    process would crash as it exits."""
+    """Stop UCX from loading its verbs module where there is no RDMA device: with the libraries in NIXL's wheel, the
+    process would crash at exit."""
     if not _RDMA_DEVICES.is_dir() or not any(_RDMA_DEVICES.iterdir()):
         os.environ.setdefault("UCX_MODULES", "^ib")
 
 
 class NixlMover:
-    """Contract: `one_sided.Mover`. One agent of this process, used under a lock: NIXL's own is coarse as well."""
+    """Contract: `one_sided.Mover`. One NIXL agent, used under a lock, as NIXL locks the whole agent too."""
 
     kind: RelayTransport = "nixl"
 
@@ -81,7 +82,7 @@ class NixlMover:
         return memory
 
     def export(self, memory: memoryview) -> bytes:
-        """The agent's metadata and the place of memory of `allocate`, as bytes for `attach`."""
+        """The agent's metadata, and address and size of memory of `allocate`, as bytes for `attach`."""
         with self._lock:
             metadata = self._agent.get_agent_metadata()
         return msgspec.msgpack.encode(AgentMemory(metadata, address_of(memory), len(memory)))
@@ -102,13 +103,13 @@ class NixlMover:
             for _, made in self._registered:
                 try:
                     self._agent.deregister_memory(made)
-                except Exception as error:  # noqa: BLE001 (the other registrations are still to be undone)
+                except Exception as error:  # noqa: BLE001 (the other registrations must still be undone)
                     log.warning("NIXL: memory could not be deregistered: %s", error)
             self._registered.clear()
 
 
 class _RemoteAgent:
-    """A peer's memory behind its agent."""
+    """A peer's memory, read through its agent."""
 
     def __init__(self, agent: Any, lock: threading.Lock, name: Any, address: int, size_bytes: int) -> None:
         self._agent, self._lock = agent, lock
@@ -133,32 +134,32 @@ class _RemoteAgent:
         if state != "DONE":
             raise PoolError("network", f"a read by NIXL ended as {state}")
         if time.monotonic() > deadline_s:
-            raise PoolError("deadline", "a read by NIXL came late")
+            raise PoolError("deadline", "a read by NIXL ended after its deadline")
 
     def _wait(self, handle: Any, state: str) -> str:
-        """Until the transfer ended: bytes that are on their way may still land before."""
-        told_s = time.monotonic() + _ABANDON_S
+        """Wait until the transfer has ended: before that, bytes may still be written."""
+        next_line_s = time.monotonic() + _ABANDON_S
         try:
             while state == "PROC":
                 time.sleep(_POLL_S)
                 with self._lock:
                     state = self._agent.check_xfer_state(handle)
-                if time.monotonic() > told_s:
+                if time.monotonic() > next_line_s:
                     log.error("a read by NIXL of %s neither ends nor fails", self._name)
-                    told_s += _ABANDON_S
+                    next_line_s += _ABANDON_S
             return state
-        except Exception as error:  # noqa: BLE001 (the peer is gone: NIXL raises instead of a state)
+        except Exception as error:  # noqa: BLE001 (the peer has ended: NIXL raises then)
             return f"an error: {error}"
         finally:
             try:
                 with self._lock:
                     self._agent.release_xfer_handle(handle)
-            except Exception as error:  # noqa: BLE001 (the read has ended, with or without its handle)
+            except Exception as error:  # noqa: BLE001 (the read has ended; only its handle stays)
                 log.warning("NIXL: a transfer could not be released: %s", error)
 
     def close(self) -> None:
         try:
             with self._lock:
                 self._agent.remove_remote_agent(self._name)
-        except Exception as error:  # noqa: BLE001 (the peer may be gone already)
+        except Exception as error:  # noqa: BLE001 (the peer may have ended already)
             log.info("NIXL: %s was gone already: %s", self._name, error)

@@ -1,19 +1,19 @@
 """A pool node: serves a pool of this process to other machines over TCP.
 
-Threads: one accepts and greets (`transport.greeter`); each connection has two of its own once it has said Hello
-(`transport.node_connection`), and before that none; a fetcher feeds reads of slabs with staging memory, and another
-one, with half of it, reads of other nodes: a slow node does not hold up what this one has. Each of them is guarded: an
-exception costs a request or a connection, is logged and counted, and the node goes on; one without its accepting thread
-ends.
+Threads: one accepts and greets (`pool.net.greeter`). Each connection has two of its own after its Hello
+(`pool.net.node_connection`), and none before. One fetcher finds staging memory for reads of slabs; another one, with
+half of that memory, for reads of other nodes, so that a slow node does not delay reads of this one. All are guarded: an
+exception ends a request or a connection, is logged and counted, and the node goes on. A node ends when its accepting
+thread has ended.
 
-Connections are bounded: one that has not said Hello after GREET_S, or sends no message for IDLE_S, is ended; so is one
-whose host is gone (`wire.set_timeouts`). At most GREETING_MAX connections have not said Hello, apart from the
-CONNECTIONS_MAX that have; a source address has a share of both (`core.connection_limits`). A client that finds no place
-is told so.
+Connections are bounded. A connection is ended when it has not sent Hello after GREET_S, when it sends no message for
+IDLE_S, and when its host is gone (`wire.set_timeouts`). At most GREETING_MAX connections are without Hello, besides
+CONNECTIONS_MAX that have sent it; a source address has a share of both (`core.connection_limits`). A client that is
+refused gets the reason.
 
-The pool may have members of other nodes. A node asks them on behalf of engines, and is itself asked by other nodes:
-these get what its own members hold and nothing else, so that no request ever goes further than one node, and nodes may
-name each other.
+The pool may have members on other nodes. A node forwards requests of engines to them, and answers
+requests of other nodes only from its own members: so a request is forwarded at most once, and nodes may be members of
+each other.
 """
 
 from __future__ import annotations
@@ -47,19 +47,20 @@ from penstock.units import format_address
 log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 1024
-GREETING_MAX = 512  # connections that have not said Hello
+GREETING_MAX = 512  # connections that have not sent Hello
 BACKLOG = 1024
-QUESTIONS_AT_ONCE = 2  # lookups and the like that are being answered by members of this process
+QUESTIONS_AT_ONCE = 2  # control requests answered at the same time from members of this process
 FETCHES_MAX = 4096
-STAGING_BYTES = 128 << 20  # at first, where nobody says how much
-STAGING_BYTES_MAX = STAGING_BYTES + 2 * wire.PAYLOAD_BYTES_MAX  # what it may grow to then: two of the largest blocks
+STAGING_BYTES = 128 << 20  # initial size, when none is configured
+STAGING_BYTES_MAX = STAGING_BYTES + 2 * wire.PAYLOAD_BYTES_MAX  # limit of growth then: two more of the largest blocks
 
 
 class PoolNode:
-    """Listens from construction on; `address` is the real one. The pool stays the caller's to close, after `close`."""
+    """Listens once constructed; `address` has the real port. The caller still owns the pool, and closes it after
+    `close`."""
 
-    greeting_share = 0.5  # of a thread's time, for greetings
-    message_share = SHARE  # and for messages that move no block (`message_budget`)
+    greeting_share = 0.5  # of one thread's time, for greetings
+    message_share = SHARE  # of one thread's time, for messages that move no block (`message_budget`)
 
     def __init__(
         self,
@@ -76,12 +77,12 @@ class PoolNode:
     ) -> None:
         """`pace_bytes_per_s` limits the blocks sent over all connections together, to emulate a NIC of that speed.
         `staging_capacity_bytes` bounds staging memory, and with it the largest block; None: STAGING_BYTES, and more
-        once a larger block comes. With a `secret` only clients that prove it get anything, with `tls` only those with a
-        certificate of its CA. `connections` of clients are served at once (None: CONNECTIONS_MAX),
-        `connections_per_address` of one address (None: half of them); fewer where the process may have too few files
+        when a larger block arrives. With a `secret` only clients that prove it are served, with `tls` only those with a
+        certificate of its CA. `connections`: clients' connections served at the same time (None: CONNECTIONS_MAX);
+        `connections_per_address`: of one address (None: half of them); fewer when the process may not have enough files
         open.
 
-        Raises OSError when the address or the memory cannot be had.
+        Raises OSError when the address cannot be bound or the memory cannot be allocated.
         """
         switch_often()
         self.name = name
@@ -96,7 +97,7 @@ class PoolNode:
         self._listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         self.place = format_address(*self.address)
-        self.rare = RateLimitedLog(log)  # for what a peer can cause as often as it likes
+        self.rare = RateLimitedLog(log)  # for events that a peer can cause without limit
         self.turns = Turns(QUESTIONS_AT_ONCE)
         self._budget = MessageBudget(self.message_share)
         self._budget_lock = threading.Lock()
@@ -108,9 +109,9 @@ class PoolNode:
                 "(ulimit -Hn)", file_limit(), limits.peers, wanted,
             )  # fmt: skip
         self._lock = threading.Lock()
-        self._shares: ConnectionShares[ClientConnection] = ConnectionShares(limits)  # strangers: that did not say Hello
+        self._shares: ConnectionShares[ClientConnection] = ConnectionShares(limits)  # strangers have not sent Hello
         self._closed = False
-        self._begin_s: float | None = None  # since when the connection that came last is being begun
+        self._begin_s: float | None = None  # since when the latest connection is being started
         self._fetcher = GuardedWorker("penstock-node-fetch", FETCHES_MAX)
         self._remote_fetcher = GuardedWorker("penstock-node-far-fetch", FETCHES_MAX)
         self._thread = GuardedThread("penstock-node-accept", self._accept, restarts=True)
@@ -136,7 +137,7 @@ class PoolNode:
 
     @property
     def alive(self) -> bool:
-        """Whether the threads without which it serves nobody run, or it was closed."""
+        """Whether all threads that every client needs run; True once closed."""
         threads = (self._thread, self._fetcher, self._remote_fetcher)
         return self._closed or all(thread.alive for thread in threads)
 
@@ -147,18 +148,18 @@ class PoolNode:
 
     @property
     def strangers_max(self) -> int:
-        """Connections that may be open and have not said Hello."""
+        """Limit of open connections that have not sent Hello."""
         return self._shares.limits.strangers
 
     @property
     def connections(self) -> int:
-        """How many are open, including those that have not said Hello."""
+        """Open connections, including those that have not sent Hello."""
         return self._shares.peers + self._shares.strangers
 
     @property
     def beginning_s(self) -> float:
-        """For how long a connection has been waiting for its threads. Where memory is short, Python may wait for a
-        thread for ever that ended before it began."""
+        """Seconds for which a connection has waited for its threads to start. When memory is short, Python may wait for
+        ever for a thread that ended before it began."""
         begin_s = self._begin_s
         return time.monotonic() - begin_s if begin_s is not None else 0.0
 
@@ -168,45 +169,46 @@ class PoolNode:
         return min(staged, pool.block_bytes_max, wire.PAYLOAD_BYTES_MAX)
 
     def later(self, remote: bool, fetch: Callable[[], None], failed: Callable[[Exception], None]) -> bool:
-        """Queue a load for a fetcher; False when too many wait."""
+        """Queue a load on a fetcher thread; False when too many wait."""
         return (self._remote_fetcher if remote else self._fetcher).put(fetch, failed)
 
     def pause_after(self, source: str, cost_s: float) -> float:
-        """For how long a connection of that address reads no further message (`message_budget`)."""
+        """Charge an address; returns the seconds for which its connection must not read a further message
+        (`message_budget`)."""
         with self._budget_lock:
             return self._budget.used(source, cost_s, time.monotonic())
 
     def pause_of(self, source: str) -> float:
-        """For how long a new connection of that address reads no message."""
+        """Seconds for which a new connection of that address must not read a message."""
         with self._budget_lock:
             return self._budget.used(source, 0.0, time.monotonic())
 
     def connection_of(self, sock: socket.socket, peer: str) -> ClientConnection:
-        """What serves a connection that was accepted."""
+        """Make the object that serves an accepted connection."""
         return PoolConnection(self, sock, peer)
 
     def came(self, connection: ClientConnection) -> ClientConnection | None:
-        """A connection was accepted; returns the stranger that leaves for it."""
+        """Register an accepted connection; returns the connection without Hello that must be ended for it, if any."""
         with self._lock:
             return self._shares.came(connection, connection.source)
 
     def too_many(self) -> ClientConnection | None:
-        """The stranger that leaves where no more can be accepted."""
+        """The connection without Hello that must be ended when no more can be accepted, if any."""
         with self._lock:
             return self._shares.displaced()
 
     def greeted(self, connection: ClientConnection) -> str | None:
-        """The connection said Hello; or why it is not served."""
+        """Register a connection's Hello; returns why it is not served, or None."""
         with self._lock:
             return "is closing" if self._closed else self._shares.proved(connection)
 
     def left(self, connection: ClientConnection) -> None:
-        """A connection has ended: its share is free for others."""
+        """Unregister a connection that has ended."""
         with self._lock:
             self._shares.left(connection)
 
     def begin(self, connection: ClientConnection) -> None:
-        """Serve a connection that has greeted; where memory or threads are short, only that one is refused."""
+        """Serve a connection that has greeted; when memory or threads are short, only that one is refused."""
         self._begin_s = time.monotonic()
         try:
             connection.start()

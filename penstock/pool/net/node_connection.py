@@ -1,10 +1,9 @@
 """One client's connection at a node of the pool protocol: greeting, requests that need no staging memory, and sending.
 
-The greeting takes no thread: `greet` is a generator that the node's accepting thread resumes when the socket is ready.
-After it, one thread reads requests (and sends memory blocks straight from the member), another one sends what slower
-work has finished. Both are guarded: an exception costs a request or the connection, is logged and counted, and the
-node goes on. How blocks are read and written is the subclass's: `transport.pool_connection` for a pool, `cluster.relay`
-for a relay.
+The greeting needs no thread: `greet` is a generator that the node's accepting thread resumes when the socket is ready.
+Afterwards one thread reads requests (and sends memory blocks directly from the member), another one sends the results
+of slower work. Both are guarded: an exception ends a request or the connection, is logged and counted, and the node
+goes on. Subclasses read and write blocks: `pool.net.pool_connection` for a pool, `cluster.handoff.relay` for a relay.
 """
 
 from __future__ import annotations
@@ -41,33 +40,33 @@ log = logging.getLogger(__name__)
 
 IN_FLIGHT_MAX = 128  # loads and writes of one connection that are not answered yet
 SENDS_MAX = 4 * IN_FLIGHT_MAX
-SENDER_END_S = 3.0 * wire.STALL_S  # what is being sent ends with the socket
-PAYLOAD_S = 30.0  # for a payload whose request has less time than this, and for what a client takes after its deadline
-PAYLOAD_BYTES_PER_S_MIN = 256 << 10  # a client that gives or takes a payload more slowly is ended
-PAYLOAD_GRACE_S = 10.0  # and this much later
-KEYS_AT_ONCE = 1024  # of a question to members of this process; then others are served
-PAUSE_S = 50e-6  # so long that another thread gets the interpreter
+SENDER_END_S = 3.0 * wire.STALL_S  # limit of the wait for a send in progress, which ends once the socket is shut
+PAYLOAD_S = 30.0  # least time for a payload, when its request's deadline is sooner or has passed
+PAYLOAD_BYTES_PER_S_MIN = 256 << 10  # a client that sends or receives a payload more slowly is disconnected
+PAYLOAD_GRACE_S = 10.0  # allowed on top of the time at that rate
+KEYS_AT_ONCE = 1024  # keys answered from members of this process before other connections have their turn
+PAUSE_S = 50e-6  # long enough that another thread gets the interpreter lock
 _RECEIVE_BYTES = 1 << 20
 _SEND_BYTES = 4 << 20
 _DRAIN_BYTES = 64 << 10
 _PROBE = bytes(wire.PROBE_BYTES_MAX)
-_OF_BLOCKS = (wire.Read, wire.Write, wire.Probe, wire.Lend, wire.Offer)  # what moves bytes, and is not refused
-_REFUSED_BYTES_MAX = 64 << 10  # a payload beyond this costs more than its message, also where it is refused
+_OF_BLOCKS = (wire.Read, wire.Write, wire.Probe, wire.Lend, wire.Offer)  # requests that move bytes
+_REFUSED_BYTES_MAX = 64 << 10  # a larger payload costs more than its message, also when it is refused
 
-_CONNECTION_S = 0.0005  # what the threads of a connection cost beside its messages
+_CONNECTION_S = 0.0005  # CPU time of a connection's threads, besides its messages
 
-Steps = Generator[int, None, None]  # each yields what its socket must be ready for: selectors.EVENT_READ or EVENT_WRITE
+Steps = Generator[int, None, None]  # yields the event to wait for: selectors.EVENT_READ or EVENT_WRITE
 
 Answer = TypeVar("Answer")
 Moved = Callable[[int], None]
 
 
 def not_counted(size_bytes: int) -> None:
-    """For payloads of which nobody needs the bytes moved so far."""
+    """Ignore progress: for payloads whose rate is not watched."""
 
 
 def _take(sock: Stream, size: int) -> Generator[int, None, bytes]:
-    """So many bytes of a socket that does not block. Raises OSError."""
+    """Receive `size` bytes from a socket that does not block. Raises OSError."""
     taken = bytearray()
     while len(taken) < size:
         try:
@@ -91,7 +90,7 @@ def _give(sock: Stream, data: bytes) -> Steps:
 
 
 class ClientConnection:
-    """One connection at the node: a stranger's until `greet` has ended."""
+    """One connection at the node: of an unknown peer until `greet` has ended."""
 
     def __init__(self, node: PoolNode, sock: socket.socket, peer: str) -> None:
         """`sock` does not block until `start`."""
@@ -107,17 +106,17 @@ class ClientConnection:
         self._send_lock = threading.Lock()
         self._count_lock = threading.Lock()
         self._in_flight = 0
-        self._sent_s = 0.0  # when the last paced block left
-        self._refused = False  # the last request was answered with an error, by the reading thread
+        self._sent_s = 0.0  # when the last paced block was sent
+        self._refused = False  # the reading thread answered the last request with an error
         self._reader_id = 0
         self._ended = False  # nothing can be sent any more
-        self._pause: threading.Event | None = None  # set at the end: nothing waits any more
-        self._reader: GuardedThread | None = None  # strangers come by the thousand: none is made for them
+        self._pause: threading.Event | None = None  # set at the end of the connection: ends every pause
+        self._reader: GuardedThread | None = None  # made in `start`: there may be thousands of unknown peers
         self._sender: GuardedWorker | None = None
 
     def greet(self) -> Steps:
-        """Versions, TLS, secret, Hello. What is answered to it follows once the connection has its threads (`start`):
-        before that it may still be refused. Raises ProtocolError, SecretRefused or OSError."""
+        """Versions, TLS, secret, Hello. The answer to Hello is sent once the connection has its threads (`start`):
+        until then it may still be refused. Raises ProtocolError, SecretRefused or OSError."""
         secret, tls, sock = self._node.secret, self._node.tls, self._sock
         first = yield from _take(sock, wire.GREETING.size)
         self._said_version = True
@@ -147,8 +146,8 @@ class ClientConnection:
         self._ready = reply
 
     def say_refused(self, detail: str) -> None:
-        """Tell a stranger why its connection ends. Not where there is a secret or TLS: the peer would read the message
-        as a nonce, or as a TLS record."""
+        """Send an unknown peer the reason why its connection ends. With a secret or TLS nothing is sent: the peer would
+        read the message as a nonce, or as a TLS record."""
         if self._node.secret is None and self._node.tls is None:
             version = b"" if self._said_version else wire.greeting()
             with contextlib.suppress(OSError):
@@ -161,8 +160,8 @@ class ClientConnection:
         yield from _give(self._sock, secret.check(wire.SECRET_PURPOSE, nonce, answer))
 
     def start(self) -> None:
-        """Serve the client that has greeted. Raises RuntimeError or MemoryError where a thread cannot be had, OSError
-        where the connection has ended; `abandon` must follow then."""
+        """Serve the client that has greeted. Raises RuntimeError or MemoryError where the operating system starts no
+        thread, OSError where the connection has ended; `abandon` must follow then."""
         self._sock.setblocking(True)
         wire.set_timeouts(self._sock)
         self._pause = threading.Event()
@@ -201,7 +200,7 @@ class ClientConnection:
             self.say_ended(error)
         finally:
             self.cut()
-            sender.stop()  # what ends from now on is given back where it ends
+            sender.stop()  # work that ends from now on frees its memory on its own thread
             self._leave()
             sender.join(SENDER_END_S)
             self._sock.close()
@@ -217,7 +216,7 @@ class ClientConnection:
             log.debug("connection of %s ended: %s", self.peer, error)
 
     def _leave(self) -> None:
-        """The connection has ended: nothing of it waits any more."""
+        """The connection has ended: drop everything of it that waits."""
 
     def _serve_requests(self) -> None:
         frames = wire.FrameReader(self._sock)
@@ -231,7 +230,7 @@ class ClientConnection:
                 request = wire.decode_request(header)
                 if payload_bytes and not isinstance(request, wire.Write):
                     raise wire.ProtocolError("only Write has a payload")
-                # A request that was there already became ready while the link was busy with the one before.
+                # A request that was received already became ready while the link was busy with the previous one.
                 ready_s = min(now_s, self._sent_s) if now_s - asked_s < 0.0001 else now_s
                 self._refused = False
                 self._answer(request, payload_bytes, ready_s)
@@ -239,7 +238,7 @@ class ClientConnection:
                 refused = self._refused and payload_bytes <= _REFUSED_BYTES_MAX
                 if refused or not isinstance(request, _OF_BLOCKS):
                     self._wait(self._node.pause_after(self.source, used_s))
-        except (wire.ProtocolError, OSError):  # what it did not take, or did not understand, was in vain
+        except (wire.ProtocolError, OSError):  # work for a message that failed counts too
             self._node.pause_after(self.source, time.thread_time() - counted_s + _CONNECTION_S)
             raise
 
@@ -263,7 +262,7 @@ class ClientConnection:
             case wire.Corrupt(key, checksum, mac, refused):
                 self._pool.suspect(key, checksum, mac, refused)
             case wire.Alive():
-                pass  # that it came is all it says
+                pass  # it has no content: any message shows that the client is there
             case wire.Probe():
                 self._probe(request, ready_s)
             case wire.Hello():
@@ -275,12 +274,12 @@ class ClientConnection:
                 self._reply(wire.Failed(id, "layout", "this is a pool node, not the relay of a decode engine"))
 
     def _answer_hello(self, hello: wire.Hello) -> tuple[wire.Reply, str | None]:
-        """The answer, and why this node has nothing for the client."""
+        """The answer, and why this node does not serve the client, if so."""
         if hello.origin or hello.own_only:
             own = self._node.pool.own
             if own is None:
-                refusal = "asked for members of its own, which this node does not have"
-                detail = "the node has no members of its own, and is asked for these"
+                refusal = "it asked for this node's own members, and this node has none"
+                detail = "the node has no members of its own, which the client asked for"
                 return wire.Failed(0, "network", detail), refusal
             self._pool = own
         refused = self._node.greeted(self)
@@ -296,7 +295,7 @@ class ClientConnection:
         return lane == "control"
 
     def _control(self, request: wire.Lookup | wire.Evict | wire.Stat) -> wire.Reply:
-        """Raises PoolError when the pool cannot be asked."""
+        """Answer a control request. Raises PoolError when the pool does not answer."""
         if isinstance(request, wire.Stat):
             with self._turn():
                 stat = self._pool.stat(request.timeout_s)
@@ -307,17 +306,17 @@ class ClientConnection:
         return wire.found(request.id, self._in_pieces(keys, lambda some: self._pool.lookup(some, request.timeout_s)))
 
     @property
-    def _asks_nobody(self) -> bool:
-        """Whether questions are answered by this process alone, without waiting for other nodes."""
+    def _answers_alone(self) -> bool:
+        """Whether this process answers control requests alone, without waiting for other nodes."""
         return self._pool.own is self._pool
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
-        return self._node.turns.turn(self.source) if self._asks_nobody else contextlib.nullcontext()
+        return self._node.turns.turn(self.source) if self._answers_alone else contextlib.nullcontext()
 
     def _in_pieces(self, keys: list[BlockKey], ask: Callable[[list[BlockKey]], Sequence[Answer]]) -> list[Answer]:
-        """Answer for members of this process in pieces, with pauses in which other connections are served; for members
-        of other nodes in one piece, as those nodes pause themselves."""
-        if not self._asks_nobody:
+        """Answer from members of this process in pieces, with pauses in which other connections are served; from
+        members on other nodes in one piece, as those nodes pause themselves."""
+        if not self._answers_alone:
             return list(ask(keys))
         answers: list[Answer] = []
         for at in range(0, len(keys), KEYS_AT_ONCE):
@@ -332,12 +331,12 @@ class ClientConnection:
             detail = f"a probe of {request.size_bytes} bytes; 1 to {wire.PROBE_BYTES_MAX} are allowed"
             self._reply(wire.Failed(request.id, "layout", detail))
             return
-        # Not from the staging memory: that holds blocks of tenants.
+        # Not from staging memory, which holds tenants' blocks.
         data = memoryview(_PROBE)[: request.size_bytes]
         self._send(wire.frame(wire.Probed(request.id), len(data)), data, ready_s, ready_s)
 
     def _read(self, request: wire.Read, ready_s: float) -> None:
-        """Answer with the block, or with Failed, now or later (`_later`); `ready_s`: since when the client waits."""
+        """Answer with the block or with Failed, now or later (`_later`); `ready_s`: when the client began to wait."""
         raise NotImplementedError
 
     def _write(self, request: wire.Write, payload_bytes: int) -> None:
@@ -345,7 +344,7 @@ class ClientConnection:
         raise NotImplementedError
 
     def _lost(self, kind: str, detail: str) -> None:
-        """Count and log that a request of this client failed, for a reason of the node's own."""
+        """Count and log that a request of this client failed for a reason on the node's side."""
         note_loss(kind, self._node.place, "node %s: a request of %s ended: %s", self._node.place, self.peer, detail)
 
     # --- blocks ---
@@ -360,8 +359,8 @@ class ClientConnection:
         moved: Moved = not_counted,
     ) -> None:
         if time.monotonic() > deadline_s:
-            self._lost("read_deadline", "the node came to it too late")
-            self._reply(wire.Failed(id, "deadline", "the node came to it too late"))
+            self._lost("read_deadline", "the node processed it after its deadline")
+            self._reply(wire.Failed(id, "deadline", "the node processed it after its deadline"))
             return
         head = wire.frame(wire.Block(id, block.key, block.checksum, block.mac), len(data))
         self._send(head, data, ready_s, deadline_s, moved)
@@ -369,8 +368,8 @@ class ClientConnection:
     def _send(
         self, head: bytes, data: memoryview, ready_s: float, deadline_s: float, moved: Moved = not_counted
     ) -> None:
-        """Send at the node's pace what was ready at `ready_s`; a client has given it up soon after `deadline_s`.
-        `moved(bytes)` is called for each part."""
+        """Send a payload that was ready at `ready_s`, at the node's pace; the client stops waiting soon after
+        `deadline_s`. `moved(bytes)` is called for each part."""
         pacer, until_s = self._node.pacer, max(deadline_s, time.monotonic()) + PAYLOAD_S
         rate = wire.MinimumRate(PAYLOAD_GRACE_S, PAYLOAD_BYTES_PER_S_MIN)
         piece_bytes = _SEND_BYTES if pacer is None else PIECE_BYTES
@@ -385,31 +384,31 @@ class ClientConnection:
                 moved(len(piece))
 
     def _receive(self, into: memoryview, deadline_s: float = 0.0, moved: Moved = not_counted) -> None:
-        """The payload of a write; at least PAYLOAD_S are left for it. `moved(bytes)` is called for each part of it.
-        Raises OSError."""
+        """Receive the payload of a write; it gets at least PAYLOAD_S. `moved(bytes)` is called for each part. Raises
+        OSError."""
         until_s = max(deadline_s, time.monotonic() + PAYLOAD_S)
         rate = wire.MinimumRate(PAYLOAD_GRACE_S, PAYLOAD_BYTES_PER_S_MIN)
-        wire.look_at_payload(self._sock, True)
+        wire.watch_payload(self._sock, True)
         for at in range(0, len(into), _RECEIVE_BYTES):
             part = into[at : at + _RECEIVE_BYTES]
             wire.receive_exactly(self._sock, part, until_s=until_s, rate=rate)
             moved(len(part))
-        wire.look_at_payload(self._sock, False)
+        wire.watch_payload(self._sock, False)
 
     def _drain(self, size_bytes: int) -> None:
         scratch = memoryview(bytearray(min(size_bytes, _DRAIN_BYTES)))
         rate, until_s = wire.MinimumRate(PAYLOAD_GRACE_S, PAYLOAD_BYTES_PER_S_MIN), time.monotonic() + 2 * PAYLOAD_S
-        wire.look_at_payload(self._sock, True)
+        wire.watch_payload(self._sock, True)
         while size_bytes:
             part = scratch[: min(size_bytes, len(scratch))]
             wire.receive_exactly(self._sock, part, until_s=until_s, rate=rate)
             size_bytes -= len(part)
-        wire.look_at_payload(self._sock, False)
+        wire.watch_payload(self._sock, False)
 
     # --- sending ---
 
     def _check_open(self) -> None:
-        """Raises ConnectionError once the connection is being ended: whoever sends then must not wait for others."""
+        """Raise ConnectionError once the connection is ending: a sender must then not wait for other sends."""
         if self._ended:
             raise ConnectionError("the connection is ended")
 
@@ -421,8 +420,8 @@ class ClientConnection:
             wire.send_all(self._sock, wire.frame(message), until_s=time.monotonic() + PAYLOAD_S)
 
     def _later(self, send: Callable[[], None]) -> None:
-        """Have the sender's thread send something. `send` also gives slots and pins back, so it is always called: at
-        once and without sending, when the connection has ended or takes nothing any more."""
+        """Call `send` on the sender's thread. `send` also frees slots and pins, so it is always called: on this thread
+        and without sending, when the connection has ended or its queue is full."""
         if self._sender is None or not self._sender.put(partial(self._try, send), self._failed):
             self.cut()
             try:
@@ -450,6 +449,6 @@ class ClientConnection:
             return False
 
     def leave(self) -> None:
-        """A request that `_enter` let in has ended."""
+        """End a request that `_enter` admitted."""
         with self._count_lock:
             self._in_flight -= 1

@@ -1,7 +1,7 @@
-"""One-sided reads: one end reads the other's memory, which only says where a block lies.
+"""One-sided reads: one side reads blocks from the other side's memory; messages only say where a block lies.
 
-Only reads are one-sided, and who reads verifies the block's checksum, seeded with its key. So memory that was reused
-meanwhile, or a peer that is gone, is a failed read; nobody can ever write into memory that is not its own.
+Only reads are one-sided, and the reader verifies the block's checksum, seeded with its key. So memory that was reused
+meanwhile, or a peer that has ended, is only a failed read, and no process can write into another's memory.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ class RemoteMemory(Protocol):
     """Memory of a peer."""
 
     def read(self, offset: int, into: memoryview, timeout_s: float) -> None:
-        """Fill `into`, which lies in memory of `Mover.allocate`. Raises PoolError. What a network card is already
-        moving cannot be cut off: the call then ends late, but never before the last byte."""
+        """Fill `into`, which lies in memory of `Mover.allocate`. Raises PoolError. A transfer that a network card has
+        begun cannot be stopped: the call then ends late, but never before the last byte."""
 
     def close(self) -> None:
-        """Let go of the peer's memory; it must not be read afterwards."""
+        """Detach from the peer's memory; it must not be read afterwards."""
 
 
 class Mover(Protocol):
-    """A way to read a peer's memory. Methods but `RemoteMemory.read` may be called from any thread."""
+    """A transport for reads of a peer's memory. All methods, except `RemoteMemory.read`, may be called from any
+    thread."""
 
     @property
     def kind(self) -> RelayTransport:
-        """The name of the transport in configurations."""
+        """The transport's name in configurations."""
 
     def allocate(self, size_bytes: int) -> memoryview:
         """Page-aligned memory that peers may read, and that `RemoteMemory.read` may fill."""
 
     def export(self, memory: memoryview) -> bytes:
-        """What a peer needs to read memory of `allocate`."""
+        """A description of memory of `allocate`, with which a peer can read it."""
 
     def attach(self, description: bytes) -> RemoteMemory:
-        """Raises PoolError("network") when this host cannot read that memory."""
+        """Attach memory that a peer exported. Raises PoolError("network") when this host cannot read it."""
 
     def close(self) -> None:
-        """Release all memory of `allocate`, which nobody may read any more."""
+        """Release all memory of `allocate`; it must not be read any more."""

@@ -1,4 +1,4 @@
-"""Opens what moves blocks by one-sided reads; each way is imported only where it is chosen."""
+"""Opens the transport for one-sided reads; each transport is imported only when it is chosen."""
 
 from __future__ import annotations
 

@@ -21,12 +21,12 @@ from penstock.units import format_bytes
 if TYPE_CHECKING:
     from penstock.pool.net.node import PoolNode
 
-FIRST_BYTES = 32 << 10  # of a payload: what comes before staging memory is taken
+FIRST_BYTES = 32 << 10  # of a payload, received before staging memory is reserved
 
 
 class _Staged:
-    """A request of a connection that is under way, with its staging memory and, for a read, its block. All of it is
-    given back exactly once, by the first thread that ends the request."""
+    """An open request of a connection, with its staging memory and, for a read, its pinned block. They are freed
+    exactly once, by the first thread that ends the request."""
 
     def __init__(
         self, connection: ClientConnection, slot: Slot | None = None, opened: OpenedBlock | None = None
@@ -56,14 +56,14 @@ class PoolConnection(ClientConnection):
         self._first = memoryview(b"")
 
     def start(self) -> None:
-        """Join the shares of the staging memory, then begin to serve."""
+        """Get a share of the staging memory, then begin to serve."""
         staging = self._node.staging
         self._local = staging.share(self.source, self.cut)
         self._remote = staging.share(self.source, self.cut, remote=True)
         super().start()
 
     def abandon(self) -> None:
-        """End a connection that was not started, and leave the shares of the staging memory."""
+        """End a connection that was not started, and give up its share of the staging memory."""
         super().abandon()
         self._leave()
 
@@ -95,7 +95,7 @@ class PoolConnection(ClientConnection):
             self._fetch(request, opened, deadline_s)
 
     def _fetch(self, request: wire.Read, opened: OpenedBlock, deadline_s: float) -> None:
-        """Once there is room in the connection's share of staging memory, have a fetcher load the block."""
+        """Queue the load on a fetcher once the connection's share of staging memory has room."""
         staged = _Staged(self, opened=opened)
         share = self._remote if opened.remote else self._local
         if share is None:  # the connection has ended
@@ -118,7 +118,7 @@ class PoolConnection(ClientConnection):
         self, request: wire.Read, opened: OpenedBlock, staged: _Staged, deadline_s: float, share: StagingShare
     ) -> None:
         """On the fetcher's thread: find staging memory, let the member read into it."""
-        if self._ended:  # what a peer that is gone has asked for keeps no drive busy
+        if self._ended:  # the peer is gone: do not read its block from the drive
             self._node.staging.give_reserved(staging_bytes(request.size_bytes), share)
             staged.end()
             return
@@ -135,8 +135,8 @@ class PoolConnection(ClientConnection):
         opened.load(slot.view, deadline_s - time.monotonic(), loaded)
 
     def _no_staging(self, size_bytes: int, shared: bool) -> tuple[bool, str]:
-        """Why there is no slot: (True, detail) when none became free in time, (False, detail) when blocks of this size
-        never fit."""
+        """Why there is no slot: (True, detail) when none became free in time, (False, detail) when a block of this size
+        never fits."""
         at_most = self._node.staging.largest_bytes(shared)
         if size_bytes > at_most:
             return False, f"blocks of {format_bytes(size_bytes)} do not fit staging memory, at most {at_most} bytes do"
@@ -156,7 +156,7 @@ class PoolConnection(ClientConnection):
         deadline_s: float,
         error: PoolError | None,
     ) -> None:
-        """On the sender's thread: send what was read, give everything back."""
+        """On the sender's thread: send the block, free everything."""
         try:
             if error is not None:
                 self._reply(wire.Failed(request.id, error.reason, error.detail))
@@ -198,8 +198,8 @@ class PoolConnection(ClientConnection):
             raise
 
     def _receive_first(self, payload_bytes: int, deadline_s: float) -> memoryview:
-        """Receive the beginning of a payload before staging memory is taken: a payload that is announced but never sent
-        takes none."""
+        """Receive the beginning of a payload before staging memory is reserved: a payload that is announced but never
+        sent reserves none."""
         if not len(self._first):
             self._first = memoryview(bytearray(FIRST_BYTES))
         first = self._first[:payload_bytes]
@@ -211,15 +211,15 @@ class PoolConnection(ClientConnection):
         return first
 
     def _store(self, request: wire.Write, staged: _Staged, slot: Slot, first: memoryview, deadline_s: float) -> None:
-        """Receive the payload, and have the pool store it; `staged` ends with that."""
+        """Receive the payload, and have the pool store it; `staged` is freed at the end."""
         view, data = slot.view, slot.view[: request.size_bytes]
         data[: len(first)] = first
         slot.moved(len(first))
         self._receive(data[len(first) :], deadline_s, slot.moved)
         if block_checksum(request.key, data) != request.checksum:
             staged.end()
-            self._lost("write_checksum", f"block {request.key.hex()} was damaged on its way here")
-            self._reply(wire.Failed(request.id, "checksum", f"block {request.key.hex()} was damaged on its way here"))
+            self._lost("write_checksum", f"block {request.key.hex()} was damaged in transfer")
+            self._reply(wire.Failed(request.id, "checksum", f"block {request.key.hex()} was damaged in transfer"))
             return
 
         def stored(error: PoolError | None) -> None:

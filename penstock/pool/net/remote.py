@@ -1,4 +1,4 @@
-"""The pool of another machine, behind the interface of `pool.api`."""
+"""The client of a pool node: the pool of another machine, with the interface of `pool.api`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PROBES_OPEN = 4
 
 
 class RemotePool:
-    """A pool node at `host`:`port`. Contract: `pool.api.Pool`; as a child of a union: `pool.union.NodePool`."""
+    """A pool node at `host`:`port`. Contract: `pool.api.Pool`; as a child of a union: `pool.union.child.NodePool`."""
 
     def __init__(
         self,
@@ -49,9 +49,9 @@ class RemotePool:
         tls: PeerTls | None = None,
     ) -> None:
         """Connects at once. Raises PoolError("network") when nobody answers or the versions differ; without
-        `must_connect` such a node is a warning, and used once it is there. `origin`: the id of the node that this pool
-        is a part of, if any. `own_only`: leave out the node's members of other nodes; a node is always asked so by
-        another one. `secret`: the node's, if it asks for one; `tls`: certificates, if it asks for TLS."""
+        `must_connect` that is only a warning, and the node is used once it is up. `origin`: the id of the node that
+        this pool is a part of, if any. `own_only`: leave out the node's members on other nodes; nodes always ask each
+        other so. `secret`: the node's, if it has one; `tls`: certificates, if it uses TLS."""
         self._link = NodeLink(
             host, port, connections, connect_timeout_s, must_connect, origin, own_only, secret=secret, tls=tls
         )
@@ -70,25 +70,25 @@ class RemotePool:
 
     @property
     def node_id(self) -> bytes:
-        """What tells this node from others; empty until it was reached once."""
+        """The node's unique id; empty until it was reached once."""
         return self._link.node.node_id
 
     @property
     def read_bytes_per_s(self) -> float:
-        """What its members' shares go by, added up, as it said when it was reached last."""
+        """Sum of its members' read bandwidths, as it reported when it was reached last."""
         return self._link.node.read_bytes_per_s
 
     # --- the interface ---
 
     def register(self, buffer: memoryview) -> None:
-        """Nothing: sockets need no registration."""
+        """Do nothing: sockets need no registration."""
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
         """Ask the node where blocks lie. Raises PoolError when it does not answer in time."""
         return self.begin_lookup(keys, timeout_s)()
 
     def begin_lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> Callable[[], list[Located | None]]:
-        """Send the lookup; what is returned waits for the answer. Both raise PoolError."""
+        """Send the lookup; call the result to wait for the answer. Both raise PoolError."""
         deadline_s = time.monotonic() + timeout_s
         parts = _messages(keys)
         waits = [self._link.ask(wire.Found, partial(wire.Lookup, keys=part), deadline_s) for part in parts]
@@ -115,7 +115,7 @@ class RemotePool:
         done: Done,
         check: ReadCheck | None = None,
     ) -> None:
-        """Receive a block straight into `into`, and verify it, before `done` is called."""
+        """Receive a block directly into `into`, and verify it, before `done` is called."""
         self.read_block(key, size_bytes, into, timeout_s, lambda *ended: call_done(done, ended[-1]), check)
 
     def read_block(
@@ -139,16 +139,16 @@ class RemotePool:
         self._link.submit("read", wire.Read(self._link.next_id(), key, size_bytes, 0.0), into, timeout_s, end, check)
 
     def lease(self, key: BlockKey) -> None:
-        """Nothing of a remote pool can be read in place."""
+        """None: no block of a remote pool can be read in place."""
         return None
 
     def host_buffers(self) -> list[memoryview]:
-        """None: the node's memory is on another machine."""
+        """Empty: the node's memory is on another machine."""
         return []
 
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
-        """Send a block; `done` gets None once the node has stored it. A block too large for the node is refused
-        here."""
+        """Send a block; `done` gets None once the node has stored it. A block too large for the node is refused without
+        sending it."""
 
         def ended(_: Any, error: PoolError | None) -> None:
             call_done(done, error)
@@ -157,7 +157,7 @@ class RemotePool:
         if error is None and block.size_bytes > wire.PAYLOAD_BYTES_MAX:
             error = PoolError("layout", f"a block of {block.size_bytes} bytes; {wire.PAYLOAD_BYTES_MAX} are allowed")
         at_most = self._link.node.block_bytes_max
-        if error is None and 0 < at_most < block.size_bytes:  # what it would refuse is not sent first
+        if error is None and 0 < at_most < block.size_bytes:  # the node would refuse it: it is not sent
             error = PoolError("full", f"a block of {block.size_bytes} bytes; this node takes at most {at_most}")
         if error is not None:
             self._link.refuse(ended, error, "write")
@@ -167,7 +167,7 @@ class RemotePool:
         self._link.submit("write", message, data, timeout_s, ended)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
-        """Drop blocks at the node; how many were dropped, 0 when it cannot be asked, which is logged."""
+        """Drop blocks at the node; returns how many were dropped, 0 (and a log line) when the node does not answer."""
         try:
             return self.begin_evict(keys)()
         except PoolError as error:
@@ -175,7 +175,7 @@ class RemotePool:
             return 0
 
     def begin_evict(self, keys: Sequence[BlockKey]) -> Callable[[], int]:
-        """Send the keys to evict; what is returned waits for the answer. Both raise PoolError."""
+        """Send the keys to evict; call the result to wait for the answer. Both raise PoolError."""
         deadline_s = time.monotonic() + EVICT_TIMEOUT_S
         waits = [self._link.ask(wire.Evicted, partial(wire.Evict, keys=part), deadline_s) for part in _messages(keys)]
         return lambda: sum(wait().blocks for wait in waits)
@@ -185,7 +185,7 @@ class RemotePool:
         return self.begin_stat(timeout_s)()
 
     def begin_stat(self, timeout_s: float) -> Callable[[], PoolStat]:
-        """Ask for `stat`; what is returned waits for the answer. Both raise PoolError."""
+        """Send a `stat` request; call the result to wait for the answer. Both raise PoolError."""
         wait = self._link.ask(wire.Stats, wire.Stat, time.monotonic() + timeout_s)
 
         def named() -> PoolStat:
@@ -202,8 +202,8 @@ class RemotePool:
     # --- beyond it ---
 
     def expect_blocks(self, block_bytes: int) -> list[str]:
-        """Say that blocks of this size will be written and read; returns why this node cannot hold them. The reason is
-        also logged, once, and again when another node answers at this address."""
+        """Announce that blocks of this size will be written and read; returns why this node cannot hold them. The
+        reason is logged once, and again when another node answers at this address."""
         if block_bytes > wire.PAYLOAD_BYTES_MAX:
             line = (
                 f"blocks of {format_bytes(block_bytes)} do not travel to pool node {self.place}, none is stored there; "
@@ -216,16 +216,17 @@ class RemotePool:
 
     @property
     def block_bytes_max(self) -> int:
-        """The largest block that the node said it takes, when it was reached last; what the wire takes until then."""
+        """The largest block that the node accepts, as it reported when it was reached last; until then the protocol's
+        limit."""
         return self._link.node.block_bytes_max or wire.PAYLOAD_BYTES_MAX
 
     def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
-        """Tell the node what a reader found, as in `pool.served.NodeBackend`."""
+        """Report to the node what a reader found; see `pool.node_backend.NodeBackend.suspect`."""
         self._link.tell(wire.Corrupt(key, checksum, mac, refused))
 
     def measure_bytes_per_s(self, budget_s: float = 0.3) -> float:
-        """Bandwidth of the link from the node to here, over about `budget_s`, at the node's pace: memory that holds
-        nothing is sent over the connections for reads. Raises PoolError."""
+        """Bandwidth in bytes per second of the link from the node, over about `budget_s`, limited by the node's pace:
+        probes without content are sent over the connections for reads. Raises PoolError."""
         return _Measuring(self._link, budget_s).run()
 
     def _full(self, name: str) -> str:
@@ -235,7 +236,7 @@ class RemotePool:
 
 
 class _Measuring:
-    """Probes of the link: one small one to learn its order of magnitude, then several at once."""
+    """Probes of the link: a small one to find the order of magnitude, then several at the same time."""
 
     def __init__(self, link: NodeLink, budget_s: float) -> None:
         self._link = link
@@ -245,7 +246,7 @@ class _Measuring:
         self._error: PoolError | None = None
         self._open = 0
         self._ends: list[tuple[float, int]] = []
-        self._scratch = aligned_buffer(wire.PROBE_BYTES_MAX)  # all probes land here: nobody looks at them
+        self._scratch = aligned_buffer(wire.PROBE_BYTES_MAX)  # all probes are received here; the content is not used
 
     def run(self) -> float:
         begin_s = time.monotonic()
@@ -263,7 +264,7 @@ class _Measuring:
         self._wait(lambda: self._open == 0)
         if len(self._ends) < 3:  # the first one took the whole budget
             return _PROBE_FIRST_BYTES / first_s
-        # From one end to another, so that what was on the wire before does not count.
+        # Between the ends of two probes, so that bytes on the wire before do not count.
         (from_s, _), *rest = self._ends[1:]
         return sum(size for _, size in rest) / max(rest[-1][0] - from_s, 1e-6)
 
@@ -285,10 +286,10 @@ class _Measuring:
             ended = self._changed.wait_for(condition, 2 * MEASURE_TIMEOUT_S)
             if self._error is not None:
                 raise self._error
-            assert ended, "a request outlived its deadline"
+            assert ended, "a request did not end by its deadline"
 
 
 def _messages(keys: Sequence[BlockKey]) -> list[bytes]:
-    """Concatenations of as many keys as one message takes."""
+    """The keys, concatenated in parts that each fit into one message."""
     at_most = wire.KEYS_PER_MESSAGE
     return [b"".join(keys[at : at + at_most]) for at in range(0, len(keys), at_most)]

@@ -1,8 +1,8 @@
 """The shared secret of a cluster: both ends of a connection prove that they have it, and neither sends it.
 
-The server gives a nonce; the client answers with its own nonce and proof, the server with its proof. So a stranger who
-connects gets 32 random bytes and nothing else. A proof covers both nonces, the side, and what the connection is for.
-Bytes after it are neither encrypted nor signed; `transport.tls` does that.
+The server gives a nonce; the client answers with its own nonce and proof, the server with its proof. So an unknown
+client gets 32 random bytes and nothing else. A proof covers both nonces, the side, and the purpose of the connection.
+Later bytes are neither encrypted nor signed; `pool.net.tls` does that.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Side = Literal["client", "server"]
 
 
 class SecretRefused(Exception):
-    """The other end does not have the same secret."""
+    """The peer does not have the same secret."""
 
 
 class Secret:
-    """A key of at least SECRET_BYTES_MIN bytes; never part of a message or of a text."""
+    """A key of at least SECRET_BYTES_MIN bytes; never part of a message or of a log."""
 
     def __init__(self, key: bytes) -> None:
         if not SECRET_BYTES_MIN <= len(key) <= SECRET_BYTES_MAX:
@@ -52,7 +52,7 @@ class Secret:
             raise ValueError(f"secret file {path}: {error}") from None
 
     def proof(self, side: Side, purpose: bytes, server_nonce: bytes, client_nonce: bytes) -> bytes:
-        """What that side sends to show that it has the secret."""
+        """The bytes that this side sends to prove that it has the secret."""
         message = b"\0".join((side.encode(), purpose, server_nonce + client_nonce))
         return hmac.digest(self._key, message, "sha256")
 
@@ -63,7 +63,7 @@ class Secret:
         return sent, self.proof("server", purpose, server_nonce, nonce)
 
     def check(self, purpose: bytes, server_nonce: bytes, answer: bytes) -> bytes:
-        """As a server: the proof to send back to a client that answered so. Raises SecretRefused."""
+        """As a server: verify a client's answer; returns the proof to send back. Raises SecretRefused."""
         nonce, proof = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
         if not hmac.compare_digest(proof, self.proof("client", purpose, server_nonce, nonce)):
             raise SecretRefused("the peer does not have the same secret")
@@ -83,7 +83,7 @@ def prove_as_client(sock: Stream, secret: Secret, purpose: bytes) -> None:
 
 
 def _receive(sock: Stream, size: int) -> bytes:
-    """Raises OSError, also when all of it did not come within PROOF_S."""
+    """Receive `size` bytes. Raises OSError, also when they do not arrive within PROOF_S."""
     parts, end_s = bytearray(), time.monotonic() + PROOF_S
     while len(parts) < size:
         if time.monotonic() > end_s:

@@ -1,7 +1,7 @@
 """One-sided reads between processes of one host: memory files without a name, opened through the owner's process.
 
-Nothing is left behind by a process that is killed: the kernel frees the memory with its last mapping. The files are
-sealed: what its owner could make shorter is not mapped.
+A killed process leaves nothing behind: the kernel frees the memory with its last mapping. Only sealed files are mapped,
+as their owner cannot shorten them (an access beyond the end would kill the reader).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class MemoryFile(msgspec.Struct, array_like=True):
-    """Where the file is, and what shows that it is this one: the boot of the kernel, the process namespace, a name."""
+    """Where the file is, and its identity: the kernel's boot id, the process namespace, a random name."""
 
     boot_id: Label
     processes: Label
@@ -66,8 +66,8 @@ class SharedMemoryMover:
         return msgspec.msgpack.encode(MemoryFile(*_this_host(), os.getpid(), fd, name, size_bytes))
 
     def attach(self, description: bytes) -> RemoteMemory:
-        """Map memory that a process of this host exported. Raises PoolError("network") when it is another host's, or
-        gone."""
+        """Map memory that a process of this host exported. Raises PoolError("network") when the memory is on another
+        host, or was freed."""
         try:
             there = _descriptions.decode(description)
             if (there.boot_id, there.processes) != _this_host():
@@ -86,7 +86,7 @@ class SharedMemoryMover:
         return _Mapped(mapped)
 
     def close(self) -> None:
-        """The memory itself goes with its last view."""
+        """Close the files; the memory is freed with its last view."""
         files, self._files = self._files, {}
         for fd, _, _ in files.values():
             os.close(fd)
@@ -105,5 +105,5 @@ class _Mapped:
         np.copyto(np.frombuffer(into, np.uint8), self._bytes[offset : offset + size])  # without the GIL
 
     def close(self) -> None:
-        """Unmapped with the last view."""
+        """Drop the mapping; the memory is unmapped with its last view."""
         self._bytes = np.empty(0, np.uint8)

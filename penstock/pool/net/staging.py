@@ -1,12 +1,12 @@
 """Staging memory of a pool node: slots of any aligned length out of bounded arenas.
 
-It begins with one arena. A block that is too large for it gets another one, as long as all together stay within
-`limit_bytes`: what a node has to hold is known only when the first such block comes.
+It begins with one arena. A block that is too large for it gets another arena, as long as all arenas together stay
+within `limit_bytes`: the size that a node needs is known only when the first such block arrives.
 
-A connection has at most half of it, and all connections of one address three quarters (`transport.staging_shares`).
-Where the memory may not grow, a single block larger than that gets its slot nevertheless. It may keep the slot while
-nobody else waits; when somebody does, its connection is ended if the peer moves it more slowly than
-LARGE_BYTES_PER_S_MIN."""
+A connection may use at most half of it, and all connections of one address three quarters (`pool.net.staging_shares`).
+Where the memory may not grow, a single block larger than that gets its slot nevertheless. While other requests wait,
+the connection of such a block is ended if its peer sends or receives it more slowly than LARGE_BYTES_PER_S_MIN.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from penstock.units import format_bytes
 
 log = logging.getLogger(__name__)
 
-GROW_BLOCKS = 2  # a new arena holds this many of the blocks that it is made for
-LARGE_LOOK_S = 0.25  # how often a block larger than a share is looked at while others wait
+GROW_BLOCKS = 2  # a new arena has room for so many of the blocks that it is made for
+LARGE_LOOK_S = 0.25  # interval of the rate check of a block larger than a share, while others wait
 LARGE_BYTES_PER_S_MIN = 32 << 20
 
 
@@ -36,7 +36,7 @@ class _Arena:
 
 
 class Slot:
-    """A part of staging memory; `view` is valid until `give`."""
+    """A part of staging memory; `view` is valid until `give`, which frees it."""
 
     __slots__ = ("_arena", "_moved_bytes", "_moving_s", "_offset", "_share", "_staging", "view")
 
@@ -44,18 +44,18 @@ class Slot:
         self._staging: Staging | None = staging
         self._arena, self._offset, self._share = arena, offset, share
         self._moved_bytes = 0
-        self._moving_s: float | None = None  # since when its peer gives or takes it
+        self._moving_s: float | None = None  # when its peer began to send or receive it
         self.view = arena.memory[offset : offset + length]
 
     def give(self) -> None:
-        """Return it; later calls do nothing."""
+        """Free the slot; later calls do nothing."""
         staging, self._staging = self._staging, None
         if staging is not None:
             staging.take_back(self, self._arena, self._offset, len(self.view), self._share)
 
     def moved(self, size_bytes: int) -> None:
-        """The peer has given or taken so many more bytes of the slot; the first call starts the time that it is
-        measured by."""
+        """Note that the peer has sent or received `size_bytes` more; the first call starts the clock of the rate
+        check."""
         if self._moving_s is None:
             self._moving_s = time.monotonic()
         self._moved_bytes += size_bytes
@@ -71,7 +71,7 @@ class Slot:
 
 
 class Staging:
-    """Arenas that many threads take slots from."""
+    """Arenas from which many threads take slots."""
 
     def __init__(
         self,
@@ -79,8 +79,8 @@ class Staging:
         limit_bytes: int | None = None,
         register: Callable[[memoryview], None] = lambda memory: None,
     ) -> None:
-        """`limit_bytes` is what it may grow to (None: it does not grow); each arena is given to `register`. Raises
-        OSError when the memory cannot be had."""
+        """`limit_bytes`: limit of growth (None: it does not grow). `register` is called with each arena. Raises OSError
+        when the memory cannot be allocated."""
         capacity_bytes = staging_bytes(capacity_bytes)
         self.limit_bytes = max(capacity_bytes, limit_bytes or 0)
         self._register = register
@@ -89,29 +89,29 @@ class Staging:
         self._growing = threading.Lock()
         self._closed = False
         self._shares = StagingShares(capacity_bytes)
-        self._large: set[Slot] = set()  # out, of blocks larger than a share
+        self._large: set[Slot] = set()  # slots in use by blocks larger than a share
         register(self._arenas[0].memory)
 
     @property
     def capacity_bytes(self) -> int:
-        """Of all arenas there are."""
+        """Sum of all arenas."""
         return sum(len(arena.memory) for arena in self._arenas)
 
     @property
     def free_bytes(self) -> int:
-        """Bytes of all arenas that no slot takes."""
+        """Bytes of all arenas that are in no slot."""
         return sum(arena.free.free_bytes for arena in self._arenas)
 
     def largest_bytes(self, shared: bool) -> int:
-        """The largest block that a slot can hold, with the arenas there are and what they may still grow by."""
+        """The largest block that a slot can hold, with the present arenas and one more within the limit."""
         arenas, total = self._arenas, self.capacity_bytes
         there = max(len(arena.memory) for arena in arenas)
         largest = max(min(there, total // 2) if shared else there, (self.limit_bytes - total) // GROW_BLOCKS)
         return largest - largest % STAGING_ALIGNMENT_BYTES
 
     def share(self, source: str, end_peer: Callable[[], None], remote: bool = False) -> StagingShare:
-        """The share of a connection of that source address; `end_peer` ends the connection from any thread. Blocks of
-        other nodes (`far`) count apart. `StagingShare.leave` must follow."""
+        """The share of a connection from that source address; `end_peer` ends the connection, from any thread. Blocks
+        of other nodes (`remote`) are counted separately. `StagingShare.leave` must follow."""
         return StagingShare(self._shares, source, end_peer, remote)
 
     def take(
@@ -122,9 +122,9 @@ class Staging:
         share: StagingShare | None = None,
         reserved: bool = False,
     ) -> Slot | None:
-        """A slot that holds `size_bytes`, padded to the alignment; None when there is none by the deadline, ever, or
-        after `close`. With `shared`, half of all stays free for others. It counts as part of `share` (None: nobody's),
-        and waits for room in that unless it is `reserved` there."""
+        """A slot for `size_bytes`, padded to the alignment. None when there is none by the deadline, when it can never
+        fit, and after `close`. With `shared`, half of the memory stays free for others. The slot is charged to `share`
+        (None: to nobody), and waits for room there unless it was `reserved` before."""
         length = staging_bytes(size_bytes)
         found = None
         if self._make_fit(length, shared, share is not None):
@@ -160,8 +160,8 @@ class Staging:
         return None
 
     def _end_slow(self) -> None:
-        """End peers that are slow with a block larger than a share. Called by a thread that waits for memory, with the
-        lock held."""
+        """End peers that are slow with a block larger than a share. Called by a thread that waits for memory; the lock
+        is held."""
         now_s = time.monotonic()
         for slot in [slot for slot in self._large if slot.end_if_slow(now_s)]:
             self._large.discard(slot)
@@ -179,13 +179,13 @@ class Staging:
             self.give_reserved(length, share)
 
     def give_reserved(self, length: int, share: StagingShare) -> None:
-        """What was reserved in a share, and has no slot, is not needed."""
+        """Return a reservation in a share for which no slot was taken."""
         share.give(length)
         with self._changed:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End every wait; slots that are out may still come back."""
+        """End every wait; slots in use may still be freed."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -204,13 +204,13 @@ class Staging:
         return enough and any(length <= len(arena.memory) for arena in self._arenas)
 
     def would_grow(self, size_bytes: int) -> bool:
-        """Whether a block of this size asks for more than there is, as part of a connection's share."""
+        """Whether a block of this size needs more memory than there is, within a connection's share."""
         length = staging_bytes(size_bytes)
         return self._shares.is_large(length) or not self._fits(length, False)
 
     def _make_fit(self, length: int, shared: bool, within_share: bool) -> bool:
-        """Whether there can be a slot of this length, if need be in a new arena; it is made too, where it may be, for a
-        slot that is to be `within_share`."""
+        """Whether a slot of this length is possible, in a new arena if needed. The arena is made here, where the limit
+        allows it, also to bring a block `within_share`."""
         if self._fits(length, shared) and not (within_share and self._shares.is_large(length)):
             return True
         with self._growing:

@@ -1,11 +1,11 @@
-"""How much of a node's staging memory one connection, and one source address, may hold, so that it never blocks the
-others.
+"""Limits of a node's staging memory for one connection and for one source address, so that none blocks the others.
 
-A connection may hold half, all connections of an address three quarters; of blocks of other nodes, half of that. A
-connection may have one block that is larger than its share, and then nothing beside it. An address has at most
-BLOCKS_OF_SOURCE_MAX blocks in it, so that small blocks do not fill the queues behind it either. A request that finds no
-room in its share waits until that connection, or that address, gives some back. Requests of a connection keep their
-order; connections of an address take turns."""
+A connection may hold half, all connections of an address three quarters; for blocks of other nodes, half of that. A
+connection may have one block that is larger than its share, and nothing else at the same time. An address has at most
+BLOCKS_OF_SOURCE_MAX blocks in it, so that many small blocks do not fill the queues behind it. A request for which its
+share has no room waits until that connection, or that address, frees some. Requests of a connection stay in order;
+connections of an address take turns.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 
 BLOCKS_OF_SOURCE_MAX = 1024
-_Waiting = tuple[int, Callable[[], None], Callable[[], None]]  # bytes, begin, or refuse at the connection's end
+_Waiting = tuple[int, Callable[[], None], Callable[[], None]]  # (bytes, begin, refuse: called at the connection's end)
 
 
 class _Source:
-    """One address: what its connections hold, and those of them that wait."""
+    """One address: the bytes that its connections hold, and those connections that wait."""
 
     __slots__ = ("blocks", "held_bytes", "users", "waiting")
 
@@ -48,7 +48,7 @@ class StagingShares:
         return 3 * self._capacity_bytes // (8 if remote else 4)
 
     def grown(self, capacity_bytes: int) -> None:
-        """There is more memory: whoever waits may go on."""
+        """The memory has grown: begin requests that now have room."""
         with self._lock:
             self._capacity_bytes = capacity_bytes
             begun = [begin for source in self._sources.values() for begin in self._begun(source)]
@@ -56,14 +56,14 @@ class StagingShares:
             begin()
 
     def join(self, share: StagingShare) -> _Source:
-        """Count a new share with its source address; the counts of that address."""
+        """Register a new share with its source address; returns the record of that address."""
         with self._lock:
             source = self._sources.setdefault((share.source, share.remote), _Source())
             source.users += 1
             return source
 
     def leave(self, share: StagingShare) -> None:
-        """Forget a share whose connection has ended; what waits for its room is refused."""
+        """Remove a share whose connection has ended; its waiting requests are refused."""
         with self._lock:
             waiting = share.of_source.waiting.pop(share, ())
             share.of_source.users -= 1
@@ -72,12 +72,12 @@ class StagingShares:
             refuse()
 
     def take(self, share: StagingShare, length: int) -> bool:
-        """Count this much as held, if there is room in the share."""
+        """Charge `length` bytes to the share, if it has room; returns whether it did."""
         with self._lock:
             return self._take(share, length)
 
     def reserve(self, share: StagingShare, length: int, begin: Callable[[], None], refuse: Callable[[], None]) -> None:
-        """Call `begin` once `length` bytes are counted as held by the share, or `refuse` when it leaves before."""
+        """Call `begin` once `length` bytes are charged to the share, or `refuse` when it is removed before."""
         with self._lock:
             waiting = share.of_source.waiting
             here = share not in waiting and self._take(share, length)
@@ -87,7 +87,7 @@ class StagingShares:
             begin()
 
     def give(self, share: StagingShare, length: int) -> None:
-        """Count `length` bytes less, and begin what waits for that room."""
+        """Uncharge `length` bytes, and begin requests that now have room."""
         with self._lock:
             share.held_bytes -= length
             share.of_source.held_bytes -= length
@@ -119,7 +119,7 @@ class StagingShares:
         return True
 
     def _begun(self, source: _Source) -> list[Callable[[], None]]:
-        """Those that wait at this address and have room now; they hold it from here on."""
+        """The waiting requests of this address that have room now; they are charged from now on."""
         begun: list[Callable[[], None]] = []
         for share in list(source.waiting):
             waiting = source.waiting[share]
@@ -134,7 +134,8 @@ class StagingShares:
 
 
 class StagingShare:
-    """What one connection holds, for blocks of this node or (`far`) of others. Any thread may call."""
+    """The staging memory of one connection, for blocks of this node or (`remote`) of other nodes. Any thread may
+    call."""
 
     __slots__ = ("_shares", "end_peer", "held_bytes", "of_source", "remote", "source")
 
@@ -143,7 +144,7 @@ class StagingShare:
         self._shares = shares
         self.source, self.remote = source, remote
         self.end_peer = end_peer
-        self.held_bytes = 0  # the lock of `StagingShares` is held where it changes
+        self.held_bytes = 0  # changed under the lock of `StagingShares`
         self.of_source = shares.join(self)
 
     def is_large(self, length: int) -> bool:
@@ -151,18 +152,18 @@ class StagingShare:
         return self._shares.is_large(length, self.remote)
 
     def take(self, length: int) -> bool:
-        """Count this much as held; False when the share has no room for it now."""
+        """Charge `length` bytes; False when the share has no room now."""
         return self._shares.take(self, length)
 
     def reserve(self, length: int, begin: Callable[[], None], refuse: Callable[[], None]) -> None:
-        """Have `begin` called once, when this much is held: now, or from another thread as soon as there is room; or
-        `refuse` when the connection leaves before."""
+        """Call `begin` once `length` bytes are charged: now, or from another thread as soon as there is room; or call
+        `refuse` when the connection ends before."""
         self._shares.reserve(self, length, begin, refuse)
 
     def give(self, length: int) -> None:
-        """Hold this much less."""
+        """Uncharge `length` bytes."""
         self._shares.give(self, length)
 
     def leave(self) -> None:
-        """The connection has ended; what it holds is still to be given."""
+        """The connection has ended; the bytes that it holds must still be uncharged by `give`."""
         self._shares.leave(self)

@@ -1,11 +1,12 @@
-"""Mutual TLS between engines, pool nodes, relays and the router: certificates, contexts, and what goes wrong in words.
+"""Mutual TLS between engines, pool nodes, relays and the router: certificates, contexts, and readable error texts.
 
 Both sides have a certificate that one CA has signed, and check the other's. A client checks that the node's certificate
 is for the address that it dialled (host name or IP address among the subject's alternative names); a server checks that
 the client's is signed by the CA. TLS 1.3 and nothing older; the system's own list of CAs is not used.
 
-Files that are renewed in place are used from the next connection on. Files that cannot be used are logged once, and the
-previous ones stay in use."""
+Files that were replaced are read again for the next connection. Files that cannot be used are logged once, and the
+previous ones stay in use.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +25,11 @@ from penstock.tls_files import check_readable, load_certificate
 log = logging.getLogger(__name__)
 
 Side = Literal["client", "server"]
-Stamp = tuple[tuple[int, int, int], ...]  # of the files when they were read
+Stamp = tuple[tuple[int, int, int], ...]  # identity of the files when they were read
 
 
 class TlsError(ConnectionError):
-    """TLS with a peer failed; one line says why. The connection is of no use any more."""
+    """TLS with a peer failed; the text is one line with the reason. The connection cannot be used any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,8 @@ class PeerTls:
 
     @classmethod
     def read(cls, certificate: str | Path | None, key: str | Path | None, ca: str | Path | None) -> PeerTls | None:
-        """What the three settings name, checked: the certificate is one that peers would take, today. None without any
-        of them. Raises ConfigError with one line."""
+        """Load and check the files of the three settings: peers would accept the certificate today. None when no
+        setting is given. Raises ConfigError with one line."""
         given = {"peer_tls_cert": certificate, "peer_tls_key": key, "peer_tls_ca": ca}
         missing = [name for name, value in given.items() if not value]
         if len(missing) == len(given):
@@ -70,7 +71,7 @@ class PeerTls:
         return cls.read(settings.peer_tls_cert, settings.peer_tls_key, settings.peer_tls_ca)
 
     def context(self, side: Side) -> ssl.SSLContext:
-        """A context for a new connection, made from the files as they are now if they can be used."""
+        """A context for a new connection, made from the present files if they can be used."""
         with self._lock:
             stamp = self._stamp()
             if stamp not in (self._contexts.stamp, self._refused):
@@ -78,7 +79,7 @@ class PeerTls:
             return self._contexts.client if side == "client" else self._contexts.server
 
     def explain(self, error: ssl.SSLError) -> str:
-        """Why TLS with a peer failed, in words."""
+        """A readable reason why TLS with a peer failed."""
         reason = (error.reason or "").upper()
         if isinstance(error, ssl.SSLCertVerificationError):
             return f"the peer's certificate is not accepted: {self._verdict(error)}"
@@ -117,10 +118,10 @@ class PeerTls:
             self._check(contexts)
         except ConfigError as error:
             self._refused = stamp
-            log.warning("%s; the certificate, key and CA before go on", error)
+            log.warning("%s; the previous certificate, key and CA stay in use", error)
         else:
             self._contexts = contexts
-            log.info("certificate %s, its key and the CA are read anew", self.certificate)
+            log.info("certificate %s, its key and the CA were read again", self.certificate)
 
     def _load(self, stamp: Stamp) -> _Contexts:
         """Raises ConfigError."""
@@ -142,16 +143,16 @@ class PeerTls:
         return context
 
     def _check(self, contexts: _Contexts) -> None:
-        """Raises ConfigError where no peer with the same CA would take this certificate: it is another CA's, or not
-        valid today. What it may be used for shows at a connection."""
+        """Raise ConfigError where no peer with the same CA would accept this certificate: another CA signed it, or it
+        is not valid today. Its permitted uses are checked only at a connection."""
         contexts.client.check_hostname, kept = False, contexts.client.check_hostname
         try:
             _shake_hands(contexts)
         except ssl.SSLCertVerificationError as error:
             if error.verify_code != _PURPOSE:
-                raise ConfigError(f"peer_tls_cert {self.certificate} is of no use: {self._verdict(error)}") from None
+                raise ConfigError(f"peer_tls_cert {self.certificate} cannot be used: {self._verdict(error)}") from None
         except ssl.SSLError as error:
-            raise ConfigError(f"peer_tls_cert {self.certificate} is of no use: {error.reason or error}") from None
+            raise ConfigError(f"peer_tls_cert {self.certificate} cannot be used: {error.reason or error}") from None
         finally:
             contexts.client.check_hostname = kept
 

@@ -1,6 +1,6 @@
-"""What Penstock's processes prove themselves to each other by: a secret, mutual TLS, or both.
+"""Settings with which Penstock's processes authenticate each other: a secret, mutual TLS, or both.
 
-The API's own TLS, which its clients see, is another matter and has other settings.
+The TLS of the HTTP API, for its clients, has other settings.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ TLS_NAMES = ("peer_tls_cert", "peer_tls_key", "peer_tls_ca")
 
 
 def named_file(text: str) -> Path | None:
-    """The file that a setting names; None where it names none."""
+    """The file that a setting names; None for an empty text."""
     return Path(text) if text else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeerTlsSettings:
-    """Files of this process's certificate and key, and of the CA of all peers (`transport.tls`)."""
+    """Files of this process's certificate and key, and of the CA of all peers (`pool.net.tls`)."""
 
     peer_tls_cert: Path | None = setting(
         None, "This process's certificate, which names its addresses; PEM, with its chain.", "FILE", parse=named_file

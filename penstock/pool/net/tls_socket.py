@@ -1,12 +1,12 @@
 """A TCP socket that speaks TLS, with the operations that frames need: read by one thread while another one writes.
 
-OpenSSL's connection objects may not be used by two threads at once, and a blocking `ssl.SSLSocket` would hold one
-inside a read while a write waits. So TLS happens in memory: bytes of the wire are received and sent on the plain
-socket, with its own timeouts and no lock; encrypting or decrypting them holds a lock for some tens of microseconds.
+Two threads must not use an OpenSSL connection object at the same time, and a blocking `ssl.SSLSocket` would occupy it
+during a read while a write waits. So TLS is done in memory: encrypted bytes are received and sent on the plain socket,
+with its own timeouts and no lock; encrypting or decrypting them holds a lock for some tens of microseconds.
 
-TLS-1  The lock is never held while anything waits.
-TLS-2  Records leave in the order in which they were made: callers serialise what they send, as they do for frames.
-TLS-3  A stall limit counts plain bytes: a peer that drips pieces of a record has sent nothing.
+TLS-1  Statement: The lock is never held during a wait.
+TLS-2  Statement: Records are sent in the order in which they were made: callers serialise their sends, as for frames.
+TLS-3  Statement: Stall limits count plain bytes: a peer that sends only pieces of a record has sent nothing.
 Verification: tests/pool/net/test_tls_socket.py.
 """
 
@@ -25,10 +25,10 @@ from collections.abc import Generator, Sequence
 from penstock.pool.net import wire
 from penstock.pool.net.tls import PeerTls, Side, TlsError
 
-RECEIVE_BYTES = 256 << 10  # of the wire at a time: 16 records
-SEND_BYTES = 256 << 10  # encrypted at a time
-HANDSHAKES_MAX = max(1, (os.cpu_count() or 2) // 2)  # computed at once, so that strangers leave some processors alone
-RECORD_BYTES = (16 << 10) + 512  # of the wire, at most
+RECEIVE_BYTES = 256 << 10  # encrypted bytes received at a time: 16 records
+SEND_BYTES = 256 << 10  # plain bytes encrypted at a time
+HANDSHAKES_MAX = max(1, (os.cpu_count() or 2) // 2)  # at the same time, so that unknown peers cannot use all processors
+RECORD_BYTES = (16 << 10) + 512  # encrypted bytes of one record, at most
 _HANDSHAKE_BYTES = 16 << 10
 ACCEPTED = b"\x01"
 
@@ -38,21 +38,21 @@ _computing = threading.BoundedSemaphore(HANDSHAKES_MAX)
 
 
 def begin_tls(sock: socket.socket, tls: PeerTls, side: Side, host: str | None, until_s: float) -> TlsSocket:
-    """Turn a connected socket, in whatever mode, into one that speaks TLS. `host` is what a client dialled. Both sides
-    know afterwards that the other one has accepted them. Raises TlsError, or another OSError when the connection ends
-    or all of it has not happened at `until_s` (`time.monotonic`). The socket stays the caller's to close."""
+    """Turn a connected socket, blocking or not, into one that speaks TLS. `host`: the address that a client dialled.
+    Afterwards each side knows that the other has accepted it. Raises TlsError, or another OSError when the connection
+    ends, or when the handshake has not ended at `until_s` (`time.monotonic`). The caller must close the socket."""
     made = TlsSocket(sock, tls, side, host)
     for wanted in made.handshake():
         poll = select.poll()
         poll.register(sock, select.POLLIN if wanted == selectors.EVENT_READ else select.POLLOUT)
         if not poll.poll(max(0.0, until_s - time.monotonic()) * 1000):
-            raise TimeoutError("the peer did not end its part of the TLS handshake in time")
+            raise TimeoutError("the peer did not finish the TLS handshake in time")
     return made
 
 
 class TlsSocket:
-    """See `begin_tls`; where nothing may wait, `handshake` does the same. Operations are those of `socket.socket`, as
-    far as they are here, and wait where the socket waits: on one that does not block they raise BlockingIOError."""
+    """See `begin_tls`; `handshake` does the same without waiting. The operations are a subset of those of
+    `socket.socket`, and wait as the socket does: if it does not block, they raise BlockingIOError."""
 
     def __init__(self, sock: socket.socket, tls: PeerTls, side: Side, host: str | None) -> None:
         self._sock = sock
@@ -63,17 +63,17 @@ class TlsSocket:
         self._object = context.wrap_bio(self._arrived, self._leaving, self._server, host)
         self._wire = memoryview(bytearray(_HANDSHAKE_BYTES))
         self._unsent = memoryview(b"")
-        self._unsent_of = 0  # how many plain bytes it is of
+        self._unsent_of = 0  # plain bytes that `_unsent` encrypts
         self.family = sock.family
 
     # --- the handshake ---
 
     def handshake(self) -> Steps:
-        """Never waits: yields what the socket has to be ready for, and goes on when it is. Raises TlsError, or another
-        OSError."""
+        """The handshake without waiting: yields the event for which the socket must be ready, to be resumed then.
+        Raises TlsError, or another OSError."""
         yield from self._exchange()
         self._wire = memoryview(bytearray(RECEIVE_BYTES))
-        # A client has ended its part before the server has looked at its certificate: it waits for the verdict here.
+        # A client ends the handshake before the server has verified its certificate: it waits for the result here.
         if self._server:
             with self._lock:
                 self._object.write(ACCEPTED)
@@ -128,8 +128,9 @@ class TlsSocket:
         return bytes(found[: self.recv_into(found)])
 
     def recv_into(self, buffer: bytearray | memoryview, size: int = 0, flags: int = 0) -> int:
-        """At least one byte; with MSG_WAITALL as many as there is room for, or what came within STALL_S. 0 at the end
-        of the stream. Raises BlockingIOError or TimeoutError when no plain byte came in time, and TlsError."""
+        """Receive at least one byte; with MSG_WAITALL until the buffer is full, or what arrives within STALL_S. Returns
+        0 at the end of the stream. Raises BlockingIOError or TimeoutError when no plain byte arrives in time, and
+        TlsError."""
         into = memoryview(buffer)[: size or None]
         whole, got, end_s = bool(flags & socket.MSG_WAITALL), 0, time.monotonic() + wire.STALL_S
         while True:
@@ -149,8 +150,9 @@ class TlsSocket:
                 raise
 
     def _take(self, wanted: int = 0) -> int:
-        """Bytes of the wire that came; 0 at the end of the stream. Raises OSError. Of `wanted` plain bytes none can be
-        there without one of the wire, but for what was taken of one record: so many are waited for at once."""
+        """Receive encrypted bytes; returns how many, 0 at the end of the stream. Raises OSError. `wanted` plain bytes
+        need at least as many encrypted ones, except for a record that was received in part: so many are awaited in one
+        call."""
         sure = min(wanted - self._arrived.pending - RECORD_BYTES, len(self._wire))
         if sure > 0:
             received = self._sock.recv_into(self._wire[:sure], 0, socket.MSG_WAITALL)
@@ -162,7 +164,7 @@ class TlsSocket:
         return received
 
     def _decrypt(self, into: memoryview) -> int:
-        """How many plain bytes were there already. Raises TlsError."""
+        """Decrypt received bytes into `into`; returns how many. Raises TlsError."""
         got = 0
         try:
             with self._lock:
@@ -174,7 +176,7 @@ class TlsSocket:
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLZeroReturnError:
-            pass  # nothing follows but the end of the stream
+            pass  # the end of the stream
         except ssl.SSLError as error:
             raise TlsError(self._tls.explain(error)) from None
         return got
@@ -182,7 +184,7 @@ class TlsSocket:
     # --- sending: by one caller at a time ---
 
     def sendall(self, data: bytes | memoryview) -> None:
-        """Raises OSError, also when the peer does not take it in time."""
+        """Send all of `data`. Raises OSError, also when the peer does not receive it in time."""
         left = memoryview(data)
         while left:
             sent = self.sendmsg([left])
@@ -191,8 +193,8 @@ class TlsSocket:
             left = left[sent:]
 
     def sendmsg(self, parts: Sequence[bytes | memoryview]) -> int:
-        """Encrypt and send the first of these bytes. Returns how many; 0 when the peer did not take all of them within
-        STALL_S: the next call must begin with the same bytes. Raises OSError, also when it took nothing."""
+        """Encrypt and send the first of these bytes. Returns how many; 0 when the peer did not receive all of them
+        within STALL_S: the next call must begin with the same bytes. Raises OSError, also when it received none."""
         if not self._unsent:
             self._encrypt(parts)
         end_s = time.monotonic() + wire.STALL_S
@@ -221,8 +223,8 @@ class TlsSocket:
     # --- the plain socket's ---
 
     def shutdown(self, how: int) -> None:
-        """End the connection; a thread that receives or sends notices. Frames say their length, so that an end that
-        TLS does not announce is noticed too."""
+        """End the connection; a thread that receives or sends notices. No TLS close message is needed, as frames have a
+        length."""
         self._sock.shutdown(how)
 
     def close(self) -> None:

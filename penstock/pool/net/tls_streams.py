@@ -1,7 +1,7 @@
 """TLS over a server's asyncio streams: begun on a connection that is open, after its greeting.
 
-`asyncio` could do this by itself, but it ends a handshake that fails without sending the alert, so that a client would
-not learn what is wrong with its certificate.
+`asyncio` has TLS of its own, but it ends a failed handshake without sending the alert, so a client would not learn what
+is wrong with its certificate.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from penstock.pool.net.tls_socket import ACCEPTED, RECEIVE_BYTES
 
 
 class TlsStreams:
-    """Reader and writer of one connection in one: what `asyncio.StreamReader` and `asyncio.StreamWriter` have, as far
-    as it is here. Used by one event loop."""
+    """Reader and writer of one connection, with a subset of the methods of `asyncio.StreamReader` and
+    `asyncio.StreamWriter`. For one event loop."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tls: PeerTls) -> None:
         self._reader, self._writer, self._tls = reader, writer, tls
@@ -24,8 +24,8 @@ class TlsStreams:
         self._plain = bytearray()
 
     async def shake_hands(self) -> None:
-        """As the server. Bytes that came before are taken for TLS, and never for what came through it. Raises TlsError
-        or IncompleteReadError; the caller bounds the time."""
+        """Do the handshake as the server. Bytes already received count as TLS, never as decrypted data. Raises TlsError
+        or IncompleteReadError; the caller limits the time."""
         while True:
             try:
                 self._object.do_handshake()
@@ -58,17 +58,17 @@ class TlsStreams:
         return found
 
     def write(self, data: bytes) -> None:
-        """Encrypt `data` and hand it to the writer below."""
+        """Encrypt `data` and pass it to the TCP writer."""
         self._object.write(data)
         self._flush()
 
     def close(self) -> None:
-        """Close the connection below, without a closing message of TLS."""
+        """Close the TCP connection, without a TLS close message."""
         self._writer.close()
 
     @property
     def transport(self) -> asyncio.WriteTransport:
-        """Of the TCP connection."""
+        """The transport of the TCP connection."""
         return self._writer.transport
 
     def _flush(self) -> None:
@@ -88,7 +88,7 @@ Writer = asyncio.StreamWriter | TlsStreams
 
 async def begin_tls(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tls: PeerTls) -> TlsStreams:
     """The connection, once both ends have accepted each other's certificates (`tls_socket.begin_tls`). Raises TlsError
-    or IncompleteReadError; the caller closes the streams, and bounds the time."""
+    or IncompleteReadError; the caller closes the streams, and limits the time."""
     made = TlsStreams(reader, writer, tls)
     await made.shake_hands()
     return made

@@ -1,5 +1,7 @@
-"""Turns at work that holds the interpreter: by source address, who asks in a loop waits for its own address only; and
-of one thread among the others."""
+"""Turns for work that holds the interpreter lock, by source address, and for one busy thread among others.
+
+A client that asks in a loop delays only clients of its own address.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from collections.abc import Iterator
 
 
 class Turns:
-    """At most `at_once` callers work; of those that wait each source address in turn has the next one. Any thread may
-    call; the work must not wait for anybody."""
+    """At most `at_once` callers work at the same time; waiting callers are served round-robin by source address. Any
+    thread may call; the work must not block."""
 
     def __init__(self, at_once: int) -> None:
         self._at_once = at_once
@@ -32,7 +34,7 @@ class Turns:
 
     @contextlib.contextmanager
     def turn(self, source: str) -> Iterator[None]:
-        """Wait for a turn, have it, and pass it on at the end."""
+        """Wait for a turn; it ends with the context."""
         mine: threading.Event | None = None
         with self._lock:
             if self._working < self._at_once:
@@ -60,16 +62,16 @@ class Turns:
 
 
 class Windows:
-    """A thread that is always busy has a turn of each window of time, and sleeps for the rest: it would get the
-    interpreter back before a thread that waits for it has woken up."""
+    """Limits a thread that is always busy to a part of each time window; it sleeps for the rest. Otherwise it would get
+    the interpreter lock back before a thread that waits for it has woken up."""
 
     def __init__(self, window_s: float, turn_s: float) -> None:
         self._window_s, self._turn_s = window_s, turn_s
         self._end_s = 0.0
-        self._used_s = 0.0  # of the thread's time, when the window began
+        self._used_s = 0.0  # the thread's CPU time when the window began
 
     def pause(self, now_s: float, used_s: float) -> float:
-        """Before a step: for how long the thread sleeps. `used_s`: of its time so far (`time.thread_time`)."""
+        """Seconds to sleep before the next step. `used_s`: the thread's CPU time so far (`time.thread_time`)."""
         if now_s >= self._end_s:
             self._end_s, self._used_s = now_s + self._window_s, used_s
         return self._end_s - now_s if used_s - self._used_s >= self._turn_s else 0.0

@@ -1,12 +1,12 @@
 """The pool protocol over TCP: greeting, frames, messages.
 
-Every number and every length of a message has bounds, declared with its type. A message outside them is refused
-(`decode_request`, `decode_reply`), and ends its connection with one line of the log.
+Every number and every length in a message has bounds, declared with its type. A message outside them is refused
+(`decode_request`, `decode_reply`), and ends its connection with one log line.
 
-Both sides first send 8 bytes: magic and protocol version. Where both have certificates TLS begins here
-(`transport.tls_socket`), where both have a secret they prove it. Then frames: a prefix
-(header length, payload length), a msgpack header, padding up to 64 bytes, the raw payload. Replies may come in any
-order; `id` pairs them with requests.
+Both sides first send 8 bytes: magic and protocol version. If both have certificates, TLS begins here
+(`pool.net.tls_socket`); if both have a secret, they prove it. Then follow frames: a prefix (header length, payload
+length), a msgpack header, padding up to 64 bytes, the raw payload. Replies may arrive in any order; `id` pairs them
+with requests.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ GREETING = Greeting("pool", b"PNSTCK", version=3, usual_secret=False)
 greeting, check_greeting = GREETING.pack, GREETING.check
 SECRET_PURPOSE = b"pool"
 PREFIX = struct.Struct("<II")
-HEAD_BYTES = 64  # every frame begins with at least this many, so that one receive gets most headers whole
+HEAD_BYTES = 64  # minimum of a frame, so that one receive gets most headers whole
 HEADER_BYTES_MAX = 1 << 20
 PAYLOAD_BYTES_MAX = 1 << 30
 KEYS_PER_MESSAGE = 4096
 PROBE_BYTES_MAX = 1 << 20
 NODE_ID_BYTES = 16
-STALL_S = 10  # a peer that takes or gives no byte in the middle of a message for this long is gone
-LOOK_S = 1.0  # how often a payload under way is looked at
+STALL_S = 10  # a peer that sends or receives no byte in the middle of a message for so long is gone
+LOOK_S = 1.0  # interval of the rate check during a payload
 HEADER_S = 20.0  # for a header of more than HEAD_BYTES
 HELLO_BYTES_MAX = 1024  # of the header of a connection's first message
-GREET_S = 10.0  # from a connection to its Hello, all in all
-IDLE_S = 60.0  # a client that sends no message for this long is gone; it sends Alive three times as often
+GREET_S = 10.0  # from a connection to its Hello
+IDLE_S = 60.0  # a client that sends no message for so long is gone; it sends Alive three times as often
 TIMEOUT_S_MAX = 86_400.0
 KEEPALIVE_S = (30, 10, 3)  # until the kernel's first probe, between probes, probes without an answer
 ROUTES_MAX = 4096
 ROUTE_LINKS_MAX = 16
 LINK_CHARACTERS_MAX = 1024
-DETAIL_CHARACTERS_MAX = 4096  # of what is said; the rest of a longer one is cut
+DETAIL_CHARACTERS_MAX = 4096  # of an error text; longer ones are cut
 HAND_OFF_CHARACTERS_MAX = 1024  # `PlacedRequest.hand_off_id` has at most 532
 PROMPT_BLOCKS_MAX = 1 << 19  # full blocks of one prompt: 2^23 tokens in blocks of 16
-DESCRIPTION_BYTES_MAX = 256 << 10  # of memory that is read one-sided
-ADDRESS_BYTES_MAX = 1 << 50  # of memory that is read one-sided; where something lies in it
+DESCRIPTION_BYTES_MAX = 256 << 10  # of the description of memory for one-sided reads
+ADDRESS_BYTES_MAX = 1 << 50  # offsets in memory for one-sided reads
 
-# Annotated floats refuse NaN too: it is neither above nor below a bound.
+# Bounded floats refuse NaN too: it satisfies no comparison.
 Id = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=TIMEOUT_S_MAX)]
 Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
@@ -64,7 +64,7 @@ Keys = Annotated[bytes, Meta(max_length=KEYS_PER_MESSAGE * KEY_BYTES)]
 BlockBytes = Annotated[int, Meta(ge=1, le=PAYLOAD_BYTES_MAX)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
 Checksum = Annotated[int, Meta(ge=0, extra={"bits": 64})]
-Mac = Annotated[bytes, Meta(max_length=MAC_BYTES)]  # as the writer made it; only readers with its key look into it
+Mac = Annotated[bytes, Meta(max_length=MAC_BYTES)]  # as the writer made it; only readers with the pool key verify it
 Rate = Annotated[float, Meta(ge=0, le=1e18)]
 NodeId = Annotated[bytes, Meta(max_length=NODE_ID_BYTES)]
 Label = Annotated[str, Meta(max_length=64)]
@@ -78,8 +78,8 @@ Offset = Annotated[int, Meta(ge=0, le=ADDRESS_BYTES_MAX)]
 
 
 class Hello(msgspec.Struct, array_like=True, tag=1):
-    """First request of a connection; `lane` is "read", "write" or "control". A client that is itself a node
-    gives its id as `origin`. `own_only`: serve it from the node's own members, not from those of other nodes."""
+    """First request of a connection; `lane` is "read", "write" or "control". A client that is itself a node sends its
+    id as `origin`. `own_only`: answer from the node's own members only, not from those on other nodes."""
 
     lane: Label
     origin: NodeId = b""
@@ -96,7 +96,7 @@ class Read(msgspec.Struct, array_like=True, tag=2):
 
 
 class Write(msgspec.Struct, array_like=True, tag=3):
-    """One block, its bytes are the payload; answered by Written or Failed."""
+    """One block; the payload is its bytes. Answered by Written or Failed."""
 
     id: Id
     key: Key
@@ -111,7 +111,7 @@ class Write(msgspec.Struct, array_like=True, tag=3):
 
     @property
     def block(self) -> NewBlock:
-        """The block as the pool takes it."""
+        """The block as an argument of `Pool.write`."""
         return NewBlock(self.key, self.parent, self.size_bytes, self.position, self.tenant, self.rebuild_s, self.mac)
 
 
@@ -132,15 +132,15 @@ class Evict(msgspec.Struct, array_like=True, tag=5):
 
 
 class Stat(msgspec.Struct, array_like=True, tag=6):
-    """How the node and its pool are; answered by Stats or Failed."""
+    """State of the node and its pool; answered by Stats or Failed."""
 
     id: Id
     timeout_s: Seconds
 
 
 class Corrupt(msgspec.Struct, array_like=True, tag=7):
-    """The block that came with this checksum and MAC does not match its checksum; or (`refused`) it does, but was not
-    written under the reader's pool key. No answer: the node looks for damage itself (`pool.suspects`)."""
+    """The block that was sent with this checksum and MAC does not match its checksum; or (`refused`) it does, but was
+    not written under the reader's pool key. No answer: the node verifies damage itself (`pool.local.suspects`)."""
 
     key: Key
     checksum: Checksum
@@ -149,15 +149,15 @@ class Corrupt(msgspec.Struct, array_like=True, tag=7):
 
 
 class Probe(msgspec.Struct, array_like=True, tag=8):
-    """So many bytes that mean nothing, to measure the link; answered by Probed or Failed."""
+    """Request for `size_bytes` bytes without content, to measure the link; answered by Probed or Failed."""
 
     id: Id
     size_bytes: Count
 
 
 class Open(msgspec.Struct, array_like=True, tag=9):
-    """To the relay of a decode engine: the hand-off `name` may begin. `reads`: say which blocks it can read from the
-    pool. Answered by Opened once there is room, or Failed."""
+    """To the relay of a decode engine: begin the hand-off `name`. `reads`: also report which blocks it can read from
+    the pool. Answered by Opened once there is room, or Failed."""
 
     id: Id
     name: HandOffName
@@ -166,7 +166,7 @@ class Open(msgspec.Struct, array_like=True, tag=9):
 
 
 class HandedOver(msgspec.Struct, array_like=True, tag=10):
-    """All blocks of a hand-off are there, but `missing` that could not be sent; `token` is the first one. Answered by
+    """All blocks of a hand-off were sent, except `missing` that could not be; `token` is the first token. Answered by
     Accepted or Failed."""
 
     id: Id
@@ -177,8 +177,8 @@ class HandedOver(msgspec.Struct, array_like=True, tag=10):
 
 
 class Attach(msgspec.Struct, array_like=True, tag=11):
-    """To a relay: from now on blocks may be read one-sided, in both directions (`one_sided`). `client` is a name that
-    nobody else has, `memory` what `kind` needs to read the client's memory. Answered by Attached or Failed."""
+    """To a relay: from now on blocks may be read one-sided, in both directions (`one_sided`). `client` is a unique id,
+    `memory` the description with which transport `kind` reads the client's memory. Answered by Attached or Failed."""
 
     id: Id
     client: ClientName
@@ -197,7 +197,7 @@ class Lend(msgspec.Struct, array_like=True, tag=12):
 
 
 class Return(msgspec.Struct, array_like=True, tag=13):
-    """A lent block was read. No answer; without it the block is taken back at the deadline of Lend."""
+    """A lent block was read. No answer. Without this message the block is freed at the deadline of Lend."""
 
     lend_id: Id
 
@@ -217,13 +217,13 @@ class Offer(msgspec.Struct, array_like=True, tag=14):
 
 
 class Alive(msgspec.Struct, array_like=True, tag=15):
-    """The client is still there. No answer; sent only to a node whose Ready says `idle_s`."""
+    """Shows that the client is alive. No answer; sent only to a node whose Ready has `idle_s`."""
 
 
 class Ready(msgspec.Struct, array_like=True, tag=20):
-    """Answer to Hello. `node_id` differs from node to node, and from start to start; `read_bytes_per_s` is what its
-    members' shares go by, added up; `block_bytes_max` the largest block that it can store and serve (0: not said). It
-    ends a connection that sends no message for `idle_s` (0: never). Failed instead: the node has nothing for this
+    """Answer to Hello. `node_id` is unique to a node and to a start of it; `read_bytes_per_s` is the sum of its
+    members' read bandwidths; `block_bytes_max` the largest block that it can store and serve (0: not known). The node
+    ends a connection that sends no message for `idle_s` (0: never). Failed instead: the node does not serve this
     client."""
 
     name: Name
@@ -243,8 +243,8 @@ class Block(msgspec.Struct, array_like=True, tag=21):
 
 
 class Failed(msgspec.Struct, array_like=True, tag=22):
-    """`reason` is one of `PoolError.REASONS`. `detail` is cut, and made such that it can be encoded: it may name a path
-    that is no text."""
+    """`reason` is one of `PoolError.REASONS`. `detail` is cut, and bytes that are no valid text (such as in a path) are
+    replaced."""
 
     id: Id
     reason: Label
@@ -261,8 +261,8 @@ class Written(msgspec.Struct, array_like=True, tag=23):
 
 
 class Found(msgspec.Struct, array_like=True, tag=24):
-    """For each key its size (0: a miss) and the index of its route in `routes`: its member (of another node, after it
-    "@" and that node's address) and the links it crosses up to this node."""
+    """For each key its size (0: a miss) and the index of its route in `routes`: its member (with "@" and the address,
+    if it is on another node) and the links up to this node."""
 
     id: Id
     sizes: Annotated[list[Annotated[int, Meta(ge=0, le=PAYLOAD_BYTES_MAX)]], Meta(max_length=KEYS_PER_MESSAGE)]
@@ -273,12 +273,12 @@ class Found(msgspec.Struct, array_like=True, tag=24):
         if len(self.sizes) != len(self.members):
             raise ValueError(f"{len(self.sizes)} sizes and {len(self.members)} members")
         if any(size and member >= len(self.routes) for size, member in zip(self.sizes, self.members, strict=True)):
-            raise ValueError(f"a hit names a route that is not among the {len(self.routes)} of the message")
+            raise ValueError(f"a hit has a route index outside the {len(self.routes)} routes of the message")
 
 
 def found(id: int, hits: Sequence[Located | None]) -> Found:
-    """The answer to a lookup. A hit that cannot travel, for its size or the route it names, is a miss: it costs itself,
-    not the other hits of the message."""
+    """The answer to a lookup. A hit whose size or route is out of bounds becomes a miss, so that it does not invalidate
+    the other hits of the message."""
     routes: dict[tuple[str, ...], int] = {}  # at most as many as there are keys
     sizes, members = [], []
     for hit in hits:
@@ -308,30 +308,30 @@ class Stats(msgspec.Struct, array_like=True, tag=26):
 
 
 class Probed(msgspec.Struct, array_like=True, tag=27):
-    """The payload is what was asked for."""
+    """Answer to Probe; the payload is the requested bytes."""
 
     id: Id
 
 
 class Opened(msgspec.Struct, array_like=True, tag=28):
-    """One byte for each full block of the prompt: 1, the relay has it; 2, it can read it from the pool; 0, neither."""
+    """One byte for each full block of the prompt: 1: the relay has it; 2: it can read it from the pool; 0: neither."""
 
     id: Id
     blocks: Annotated[bytes, Meta(max_length=PROMPT_BLOCKS_MAX)]
 
     def __post_init__(self) -> None:
         if self.blocks.translate(None, b"\0\1\2"):
-            raise ValueError("a block is neither here, nor readable, nor absent")
+            raise ValueError("a block's state is none of 0, 1 and 2")
 
 
 class Accepted(msgspec.Struct, array_like=True, tag=29):
-    """The decode engine has taken the hand-off over."""
+    """The decode engine has accepted the hand-off."""
 
     id: Id
 
 
 class Attached(msgspec.Struct, array_like=True, tag=30):
-    """`memory` is what the client needs to read the relay's."""
+    """`memory` is the description with which the client reads the relay's memory."""
 
     id: Id
     memory: Description
@@ -365,8 +365,8 @@ Request = (
 )
 Reply = Ready | Block | Failed | Written | Found | Evicted | Stats | Probed | Opened | Accepted | Attached | Lent
 
-Answer = Written | Found | Evicted | Stats | Opened | Accepted | Attached | Lent  # what has no payload and no error
-ANSWERS: dict[type[Request], type[Reply]] = {  # beside Failed
+Answer = Written | Found | Evicted | Stats | Opened | Accepted | Attached | Lent  # replies without payload or error
+ANSWERS: dict[type[Request], type[Reply]] = {  # besides Failed
     Read: Block,
     Write: Written,
     Lookup: Found,
@@ -394,8 +394,8 @@ def frame(message: Request | Reply, payload_bytes: int = 0) -> bytes:
 
 
 class MinimumRate:
-    """How fast a peer gives or takes a payload: it may take `grace_s` longer, all in all, than at `bytes_per_s`. Counts
-    only the time for which this end waits for it."""
+    """The minimum rate of a payload: a peer may need `grace_s` more in total than at `bytes_per_s`. Only the time that
+    this side waits for the peer counts."""
 
     __slots__ = ("_bytes_per_s", "_left_s")
 
@@ -404,7 +404,7 @@ class MinimumRate:
         self._bytes_per_s = bytes_per_s
 
     def moved(self, size_bytes: int, waited_s: float) -> None:
-        """Raises TimeoutError for a peer that is too slow."""
+        """Add progress. Raises TimeoutError for a peer that is too slow."""
         self._left_s += size_bytes / self._bytes_per_s - waited_s
         if self._left_s < 0:
             raise TimeoutError(f"the peer moves a payload at less than {self._bytes_per_s / 1024:g} KiB/s")
@@ -418,8 +418,8 @@ def receive_exactly(
     rate: MinimumRate | None = None,
 ) -> None:
     """Fill `into`. Raises ConnectionError at the end of the stream, TimeoutError when the peer stalls in the middle
-    (sockets with SO_RCVTIMEO), when not all is there at `until_s`, or when it comes more slowly than `rate`; both are
-    looked at whenever the socket's timeout ends. The first byte may take `idle_s` seconds (None: as long as any other).
+    (sockets with SO_RCVTIMEO), when `into` is not full at `until_s`, or when bytes arrive more slowly than `rate`; both
+    are checked at each timeout of the socket. The first byte may take `idle_s` seconds (None: as long as any other).
     """
     got, size, begin_s = 0, len(into), time.monotonic()
     looked_s = heard_s = begin_s
@@ -447,7 +447,8 @@ def receive_exactly(
 
 
 def frame_lengths(head: bytes | memoryview) -> tuple[int, int]:
-    """Bytes of header and payload of the frame that begins so. Raises ProtocolError for too many."""
+    """Lengths of header and payload of the frame that begins with `head`. Raises ProtocolError when they are too
+    large."""
     header_bytes, payload_bytes = PREFIX.unpack_from(head)
     if header_bytes > HEADER_BYTES_MAX or payload_bytes > PAYLOAD_BYTES_MAX:
         raise ProtocolError(
@@ -465,8 +466,9 @@ class FrameReader:
         self._head = memoryview(bytearray(HEAD_BYTES))
 
     def next(self, idle_s: float = float("inf"), until_s: float | None = None) -> tuple[memoryview, int]:
-        """Header and payload length of the next frame, which begins within `idle_s` seconds; its header is there by
-        `until_s`, or soon after it began. The payload is the caller's. Raises OSError or ProtocolError."""
+        """Header and payload length of the next frame, which must begin within `idle_s` seconds; its header must be
+        complete at `until_s`, or else HEADER_S after it began. The caller receives the payload. Raises OSError or
+        ProtocolError."""
         receive_exactly(self._sock, self._head, idle_s, until_s)
         header_bytes, payload_bytes = frame_lengths(self._head)
         room = HEAD_BYTES - PREFIX.size
@@ -479,7 +481,7 @@ class FrameReader:
 
 
 def decode_request(header: memoryview) -> Request:
-    """Raises ProtocolError for what is no message, or one with a number or a length out of bounds."""
+    """Raises ProtocolError for bytes that are no message, or whose numbers or lengths are out of bounds."""
     return decode(_requests, header, "request")
 
 
@@ -489,15 +491,15 @@ def decode_reply(header: memoryview) -> Reply:
 
 
 def split_keys(keys: bytes) -> list[BlockKey]:
-    """Keys of a concatenation. Raises ProtocolError for a broken or too long one."""
+    """Split concatenated keys. Raises ProtocolError for a broken or too long concatenation."""
     if len(keys) % KEY_BYTES or len(keys) > KEYS_PER_MESSAGE * KEY_BYTES:
         raise ProtocolError(f"{len(keys)} bytes of keys; at most {KEYS_PER_MESSAGE} keys of {KEY_BYTES} bytes")
     return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
 
 
 def set_timeouts(sock: Stream) -> None:
-    """Kernel limits for a peer that stalls, or is gone without a word (its host lost power, a NAT forgot the flow); the
-    socket stays blocking, so that threads may send and receive at once."""
+    """Set the kernel's limits for a peer that stalls, or disappeared without closing (its host lost power, a NAT
+    dropped the flow). The socket stays blocking, so that threads can send and receive at the same time."""
     idle, every, probes = KEEPALIVE_S
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -509,8 +511,8 @@ def set_timeouts(sock: Stream) -> None:
     _set_limit(sock, socket.SO_RCVTIMEO, STALL_S)
 
 
-def look_at_payload(sock: Stream, under_way: bool) -> None:
-    """While a payload is under way, a receive ends every LOOK_S, so that `receive_exactly` sees how fast it comes."""
+def watch_payload(sock: Stream, under_way: bool) -> None:
+    """During a payload, let a receive end every LOOK_S, so that `receive_exactly` can check the rate."""
     _set_limit(sock, socket.SO_RCVTIMEO, min(LOOK_S, STALL_S) if under_way else STALL_S)
 
 
@@ -525,8 +527,8 @@ def send_all(
     until_s: float | None = None,
     rate: MinimumRate | None = None,
 ) -> None:
-    """Send all parts in order, without joining them. Raises OSError, also when the peer takes nothing for STALL_S, has
-    not taken all at `until_s`, or takes it more slowly than `rate`; all of these are looked at every LOOK_S."""
+    """Send all parts in order, without joining them. Raises OSError, also when the peer receives nothing for STALL_S,
+    has not received all at `until_s`, or receives more slowly than `rate`; all are checked every LOOK_S."""
     views = [memoryview(part) for part in parts if len(part)]
     moved_s = looked_s = time.monotonic()
     while views:

@@ -1,1 +1,1 @@
-"""From files and flags to an open pool, and the commands around one."""
+"""Opens a pool from files and flags, and the commands around it."""

@@ -51,9 +51,9 @@ Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
 
 @dataclass(slots=True)
 class CheckReport:
-    """What was found. Counts of rows that a repair drops: `bad_rows` do not match their own checksum, `beyond` lie
-    outside the device, `overlapping` share bytes with another row, `bad_data` name bytes that do not match,
-    `unreadable` ones the device did not give."""
+    """The result of a check. Counts of rows that a repair drops: `bad_rows` do not match their own checksum, `beyond`
+    lie outside the device, `overlapping` share bytes with another row, `bad_data` have blocks that do not match their
+    checksum, `unreadable` have blocks that the device could not read."""
 
     where: str
     capacity_bytes: int
@@ -76,7 +76,7 @@ class CheckReport:
         return not (damaged or self.table_damage or self.header_damage)
 
     def lines(self) -> list[str]:
-        """For the user's eyes."""
+        """The report as text."""
         free = f"{format_bytes(self.free_bytes)} free of {format_bytes(self.capacity_bytes)}"
         lines = [f"{self.where}: {self.rows} rows, {format_bytes(self.data_bytes)} of blocks, {free}"]
         if self.header_damage:
@@ -111,8 +111,8 @@ def check_file(
     repair: bool = False,
     on_progress: Progress = lambda done, of: None,
 ) -> CheckReport:
-    """`check_slab` of all of a slab file or block device, whatever a pool uses of it. Never makes or grows a file.
-    Raises OSError (absent, in use, no permission) or ValueError."""
+    """`check_slab` of a whole slab file or block device, also of parts that a pool does not use. Never creates or grows
+    a file. Raises OSError (absent, in use, no permission) or ValueError."""
     engine = open_whole_slab(path)
     try:
         return check_slab(engine, table_path or default_table(path), repair, on_progress, str(path), folders_of(path))
@@ -122,7 +122,7 @@ def check_file(
 
 
 def open_whole_slab(path: Path) -> BlockEngine:
-    """All of a slab file or block device that is there, never made, grown or filled up, for one caller. Raises OSError
+    """Open the whole of an existing slab file or block device, without changing it, for one caller. Raises OSError
     (absent, in use, no permission, too small)."""
     if not os.path.exists(path):
         raise FileNotFoundError(errno.ENOENT, "there is no such slab", str(path))
@@ -143,9 +143,9 @@ def check_slab(
     folders: Sequence[Path] = (),
 ) -> CheckReport:
     """Verify a slab that no pool has open, through an engine that the caller owns: the header, each row against its own
-    checksum, extents against the device and each other, each block's bytes against the row. Only with `repair`
-    anything is changed: rows that do not hold are dropped, a damaged table or header is made new from what holds.
-    The table is `table_path`, or the one of this slab that lies beside that or in `folders`.
+    checksum, extents against the device and each other, each block's bytes against the row. Only `repair` changes
+    anything: rows that fail are dropped, and a damaged table or header is rebuilt from the valid rows. The table is
+    `table_path`, or the table of this slab that lies beside that or in `folders`.
 
     Raises SlabRefused (not a slab, other format), or OSError when the device or the table cannot be used at all.
     """
@@ -170,7 +170,7 @@ def check_slab(
     report.free_bytes = engine.capacity_bytes - HEADER_BYTES - _covered_bytes(fits)
     verified = len(fits) - len(bad)
     if foreign is not None and not verified:
-        raise foreign  # nothing here says that this was ever a slab
+        raise foreign  # nothing proves that this was ever a slab
     report.header_damage = _header_damage(page, identity, table_identity, foreign, len(good))
     theirs = table_identity is not None and table_identity != identity and not verified  # rows of another slab
     if repair and not report.clean and not theirs:
@@ -181,7 +181,7 @@ def check_slab(
 
 
 def _read_table(path: Path, report: CheckReport) -> tuple[bytes | None, list[Block], list[Any]]:
-    """The id that the table names, its rows that match, and the keys of those that do not."""
+    """The id in the table, its valid rows, and the keys of rows that are not valid."""
     if not path.exists():
         return None, [], []
     try:
@@ -252,7 +252,7 @@ def _covered_bytes(blocks: Iterable[Block]) -> int:
 
 
 def _verify(engine: BlockEngine, blocks: list[Block], report: CheckReport, on_progress: Progress) -> Iterator[BlockKey]:
-    """Read every block, many at once; yields the keys of those that do not hold."""
+    """Read every block, many at the same time; yields the keys of those that fail."""
     todo = sorted(blocks, key=lambda block: block.offset, reverse=True)
     done, total = 0, sum(block.extent_bytes for block in blocks)
     spare: dict[int, list[memoryview]] = {}
@@ -279,7 +279,7 @@ def _verify(engine: BlockEngine, blocks: list[Block], report: CheckReport, on_pr
             elif block_checksum(block.key, buffer[: block.size_bytes]) != block.checksum:
                 report.bad_data += 1
                 yield block.key
-            if len(spare) > DEPTH:  # many sizes: do not keep buffers of all of them
+            if len(spare) > DEPTH:  # many sizes occur: do not store buffers of all of them
                 spare.clear()
             spare.setdefault(block.extent_bytes, []).append(buffer)
             on_progress(done, total)
@@ -288,7 +288,7 @@ def _verify(engine: BlockEngine, blocks: list[Block], report: CheckReport, on_pr
 
 
 def _repair(table_path: Path, doomed: set[Any], report: CheckReport) -> int:
-    """Drop rows; a damaged table is made new by opening it."""
+    """Drop rows; opening a damaged table rebuilds it."""
     if not table_path.exists():
         return 0
     table = RowTable(table_path)

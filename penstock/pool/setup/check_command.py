@@ -1,4 +1,4 @@
-"""`penstock pool check`: verifies the SSD members of a pool that nothing serves, and repairs by dropping."""
+"""`penstock pool check`: verifies the SSD members of a pool that is not being served, and repairs by dropping rows."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _members(path: Path | None, file: Path | None, state: Path | None) -> tuple[
 
 
 def _check(config: PoolConfig, member: MemberConfig, repair: bool) -> CheckReport:
-    """One member's report, with a bar on stderr where that is a terminal."""
+    """One member's report, with a progress bar on stderr if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
     from rich.progress import Progress as Bars

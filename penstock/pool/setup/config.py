@@ -1,4 +1,4 @@
-"""The configuration of a pool as one frozen record, made from a TOML file (`pool.config_file`) or from flags."""
+"""The configuration of a pool as one frozen record, made from a TOML file (`pool.setup.config_file`) or from flags."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _PREFIXES = {"memory": "memory", "uring": "ssd", "nvme": "ssd", "spdk": "ssd", "
 
 @dataclass(frozen=True, slots=True)
 class MemberConfig:
-    """One member. `capacity_bytes` None: all of the device. `weight` None: by its bandwidth. `pace_bytes_per_s`
-    emulates a slower device. What a kind does not know keeps its default."""
+    """One member. `capacity_bytes` None: the whole device. `weight` None: from its bandwidth. `pace_bytes_per_s`
+    emulates a slower device. Fields that a kind does not have keep their defaults."""
 
     kind: Kind
     name: str
@@ -47,19 +47,19 @@ class MemberConfig:
 
     @property
     def where(self) -> str | None:
-        """What the member lies on, unique among members; None for memory."""
+        """The path or address of the member's device, unique among members; None for memory."""
         if self.kind == "spdk":
             return f"{self.pcie or self.target} namespace {self.namespace}"
         return str(self.path) if self.path else self.address
 
     def same_place(self, other: MemberConfig) -> bool:
-        """Whether both are one member, but for name and weight."""
+        """Whether both are the same member, apart from name and weight."""
         return replace(self, name="", weight=None) == replace(other, name="", weight=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """What one tenant may hold: so many bytes, or a share of the pool's capacity."""
+    """The limit of one tenant: bytes, or a share of the pool's capacity."""
 
     limit_bytes: int | None = None
     share: float | None = None
@@ -71,10 +71,11 @@ class Quota:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeSettings(PeerSettings):
-    """What a pool node has, by flag or by key: it needs a restart to change. `state` is the folder of the tables of SSD
-    members. `staging_bytes` is what a node may stage blocks in (None: as much as they need). `connections` of clients
-    are served at once, `connections_per_address` of one address (None: the node's own limits). What `secret_file` and
-    `peer_tls_*` name, clients of this node, and nodes that are its members, must have (`transport.tls`)."""
+    """Settings of a pool node, by flag or by key; a change needs a restart. `state`: folder of the tables of SSD
+    members. `staging_bytes`: limit of staging memory (None: as much as blocks need). `connections`: clients'
+    connections served at the same time, `connections_per_address`: of one address (None: the node's defaults). Clients
+    of this node, and nodes that are its members, must have the secret and certificates of `secret_file` and
+    `peer_tls_*` (`pool.net.tls`)."""
 
     name: str = setting("pool", "What this node calls itself.")
     listen: str = setting("127.0.0.1:7070", "HOST:PORT to serve on; port 0 picks a free one.")
@@ -116,8 +117,8 @@ class NodeSettings(PeerSettings):
 
 @dataclass(frozen=True, slots=True)
 class PoolConfig(NodeSettings):
-    """A pool. `file` is where it was read from. `profile` is what `penstock profile` wrote; `default_quota` is that of
-    each tenant that `quotas` (by `cache_salt`) does not name; with `named_tenants_only` those store nothing."""
+    """A pool. `file` is where it was read from. `profile`: the file that `penstock profile` wrote. `default_quota`: of
+    each tenant that `quotas` (by `cache_salt`) does not name; with `named_tenants_only` such tenants store nothing."""
 
     members: tuple[MemberConfig, ...]
     write_admission: WriteAdmission = "all"
@@ -145,12 +146,12 @@ class PoolConfig(NodeSettings):
                 seen.add(value)
 
     def quota_bytes(self, capacity_bytes: int) -> tuple[int | None, dict[bytes, int]]:
-        """What each tenant may hold: by default (None: no limit), and by the tag of those that are named."""
+        """Limits in bytes: the default (None: no limit), and those of named tenants by their tag."""
         named = {tenant_tag(tenant): quota.bytes_of(capacity_bytes) for tenant, quota in self.quotas}
         return (self.default_quota.bytes_of(capacity_bytes) if self.default_quota else None), named
 
     def table_of(self, member: MemberConfig) -> Path | None:
-        """Where the table of an SSD member lies; None: beside its slab."""
+        """Path of the table of an SSD member; None: beside its slab."""
         if self.state is None:
             return None
         where = str(member.path.absolute()) if member.path else str(member.where)
@@ -169,8 +170,8 @@ def config_of_flags(
     nodes: Sequence[str] = (),
     **other: Any,
 ) -> PoolConfig:
-    """The pool of the short flags: memory members, then slabs; `weights` in this order. `nodes` are addresses of pool
-    nodes, `other` fields of PoolConfig. Raises ConfigError."""
+    """The configuration of the short flags: memory members, then slabs; `weights` in this order. `nodes`: addresses of
+    pool nodes; `other`: further fields of PoolConfig. Raises ConfigError."""
     count = len(memory) + len(slabs)
     if weights is not None and len(weights) != count:
         raise ConfigError(f"{count} members and {len(weights)} weights; allowed: none, or as many as members")
@@ -191,7 +192,7 @@ def config_of_flags(
 
 
 def default_names(kinds: Sequence[str], taken: set[str]) -> list[str]:
-    """`memory:0`, `ssd:0`, `node:0`, ...: the first numbers that are not taken."""
+    """`memory:0`, `ssd:0`, `node:0`, ...: with the first free numbers."""
     names, used = [], set(taken)
     for kind in kinds:
         number = 0

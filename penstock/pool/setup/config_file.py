@@ -1,4 +1,4 @@
-"""Reads a pool's configuration from a TOML file; an error names file, place, what was given and what is allowed."""
+"""Reads a pool's configuration from a TOML file; errors name the file, the place, the given and the allowed value."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SAME = {field.name for field in fields(MemberConfig)} - {"kind", "name", "weigh
 
 
 class _Member(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
-    """A table `[[member]]` as written; one record per kind, so that each refuses what is not its own."""
+    """A table `[[member]]` as written; one record per kind, so that each refuses keys of other kinds."""
 
     name: str | None = None
     weight: float | str = "auto"
@@ -75,7 +75,7 @@ class _Node(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     weight: float | str = "auto"
 
 
-# The whole file: the settings of a node by their names, and what only a file has. None: not given.
+# The whole file: a node's settings by name, and keys that only a file has. None: not given.
 _NODE: Any = sorted(written_fields(NodeSettings), key=lambda one: one[0] in ("secret_file", *TLS_NAMES))
 _FILE_ONLY: Any = [
     ("write_admission", WriteAdmission | None, None),
@@ -96,8 +96,8 @@ _RECORDS: dict[str, type[msgspec.Struct]] = dict(
 
 
 def read_pool_config(file: Path, running: Sequence[MemberConfig] = (), reserved: Collection[str] = ()) -> PoolConfig:
-    """The pool that a TOML file describes. Relative paths in it start at its folder. A member without a name that is
-    one of `running` keeps that one's name; no other gets one of those or of `reserved`.
+    """The pool that a TOML file describes. Relative paths in it start at its folder. An unnamed member that is one of
+    `running` has that one's name; other members get none of those names or of `reserved`.
 
     Raises ConfigError: one line with file, place and what is allowed.
     """
@@ -137,7 +137,7 @@ def _read(
 
 
 def _settings(raw: Any, folder: Path) -> dict[str, Any]:
-    """What the file sets of a PoolConfig. Raises ValueError."""
+    """The fields of PoolConfig that the file sets. Raises ValueError."""
     found: dict[str, Any] = {}
     for name, one in settings_of(NodeSettings).items():
         if (written := getattr(raw, name)) is not None:
@@ -251,7 +251,7 @@ def _quota(name: str, text: Any) -> Quota:
 def _named(
     members: Sequence[tuple[MemberConfig, bool]], running: Sequence[MemberConfig], reserved: Collection[str]
 ) -> list[MemberConfig]:
-    """Members with their names: as written, as they run already, or the next free number of their kind."""
+    """Members with their names: as written, as running already, or the next free number of their kind."""
     taken = {member.name for member, named in members if named}
     result: dict[int, MemberConfig] = {i: member for i, (member, named) in enumerate(members) if named}
     for i, (member, named) in enumerate(members):
@@ -271,9 +271,7 @@ def _check_state(config: PoolConfig) -> None:
         device = path.startswith("/dev/") and not path.startswith("/dev/shm/")  # noqa: S108 (compared, not used)
         needed = member.kind in ("nvme", "spdk") or device
         if needed and config.state is None:
-            raise ConfigError(
-                f"state is missing; allowed: a folder that keeps the table of {member.name} ({member.where})"
-            )
+            raise ConfigError(f"state is missing; allowed: a folder for the table of {member.name} ({member.where})")
 
 
 def _place(number: int, name: str | None) -> str:
@@ -281,7 +279,7 @@ def _place(number: int, name: str | None) -> str:
 
 
 def _explain(message: str, found: Mapping[str, Any]) -> str:
-    """An error of the decoder in the words of the other errors: place, what was given, what is allowed."""
+    """Rewrite a decoder's error in the form of the other errors: place, given value, allowed values."""
     text, _, path = message.partition(" - at `$")
     parts = re.findall(r"\.([^.\[\]`]+)|\[(\d+)\]", path)
     value: Any = found

@@ -1,4 +1,4 @@
-"""Opens what a pool's configuration names: its members, their weights, and the pool of them all."""
+"""Opens a pool from its configuration: its members, their weights, and the pool itself."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OpenMember = MemoryMember | DeviceMember
 
 def open_pool(config: PoolConfig, serves: bool = False) -> NodeBackend:
     """The pool that a configuration describes, nodes included: embedded in an engine, or (`serves`) for a pool node.
-    What its members could not have here is logged. What was opened before an error is closed again.
+    Features that its members could not use here are logged. After an error, everything opened before is closed.
 
     Raises ValueError, OSError or PoolError with one line that says which member and what is wrong.
     """
@@ -82,7 +82,7 @@ def open_local_pool(
 
 
 def open_members(config: PoolConfig, members: Iterable[MemberConfig], undo: contextlib.ExitStack) -> list[OpenMember]:
-    """Open members in order, not started; `undo` closes them."""
+    """Open members in order, without starting them; `undo` closes them."""
     opened: list[OpenMember] = []
     members = list(members)
     _refuse_two_names(members)
@@ -94,7 +94,7 @@ def open_members(config: PoolConfig, members: Iterable[MemberConfig], undo: cont
 
 
 def _refuse_two_names(members: Sequence[MemberConfig]) -> None:
-    """Members whose paths lead to one file or device. Raises ConfigError."""
+    """Raise ConfigError for two members whose paths lead to the same file or device."""
     found: dict[object, Path] = {}
     for member in members:
         if member.path is not None and os.path.exists(member.path):
@@ -104,7 +104,7 @@ def _refuse_two_names(members: Sequence[MemberConfig]) -> None:
 
 
 def open_member(config: PoolConfig, member: MemberConfig) -> OpenMember:
-    """One member of this machine, not started. Raises ValueError or OSError."""
+    """Open one member of this machine, without starting it. Raises ValueError or OSError."""
     pace = member.pace_bytes_per_s
     if member.kind == "memory":
         assert member.capacity_bytes is not None
@@ -120,18 +120,18 @@ def open_member(config: PoolConfig, member: MemberConfig) -> OpenMember:
 
 
 def open_drive(config: PoolConfig, member: MemberConfig) -> BlockEngine:
-    """The block engine of an nvme or spdk member, alone. Raises ValueError or OSError."""
+    """Open only the block engine of an nvme or spdk member. Raises ValueError or OSError."""
     return patiently(lambda: _open_nvme(member) if member.kind == "nvme" else _open_spdk(config, member))
 
 
 def weights_of(config: PoolConfig, members: Sequence[MemberConfig], opened: Sequence[OpenMember]) -> list[float]:
-    """Weight of each member: as given, else of the profile, else measured now; before members are started.
+    """Weight of each member: configured, else from the profile, else measured now; before members are started.
     Raises as `check_weights`, and where a member cannot be measured."""
     check_weights(config)
     known: Mapping[str, float] = read_profile(config.profile).weights() if config.profile else {}
     weights = [known.get(member.name) if member.weight is None else member.weight for member in members]
     if len(config.members) == 1 and config.file is None and weights[0] is None:
-        return [1.0]  # alone for ever
+        return [1.0]  # the only member, and none can be added
     unknown = [one for one, weight in zip(opened, weights, strict=True) if weight is None]
     if config.profile and unknown:
         log.warning("profile %s does not know %s: measured now", config.profile, ", ".join(m.name for m in unknown))
@@ -156,7 +156,8 @@ def check_weights(config: PoolConfig) -> None:
 
 
 def policy_of(config: PoolConfig, capacity_bytes: int) -> PoolPolicy:
-    """Quotas are of this node's members. Shares follow the bandwidth where no weight was given."""
+    """The policy of a pool of this capacity. Quotas apply to this node's members only. Shares follow the bandwidth
+    where no weight is configured."""
     default, named = config.quota_bytes(capacity_bytes)
     follow = len(config.members) > 1 and all(member.weight is None for member in config.members)
     wanted = sum(named.values())
@@ -170,7 +171,7 @@ def policy_of(config: PoolConfig, capacity_bytes: int) -> PoolPolicy:
 
 
 def link_bytes_per_s(config: PoolConfig) -> dict[str, float]:
-    """First values for an engine's cost model: bytes per second by link, as far as the profile knows them."""
+    """Initial values for an engine's cost model: bytes per second by link, for links in the profile."""
     profile: PoolProfile | None = read_profile(config.profile) if config.profile else None
     return profile.link_bytes_per_s() if profile else {}
 
@@ -202,7 +203,7 @@ def _open_spdk(config: PoolConfig, member: MemberConfig) -> BlockEngine:
 
     target, namespace = str(member.pcie or member.target), member.namespace
     capacity_bytes, environment = member.capacity_bytes, _spdk_environment(config)
-    if capacity_bytes is None:  # as much as the namespace has, which only an open one tells
+    if capacity_bytes is None:  # the namespace's size is known only once it is open
         first = open_spdk(target, namespace, STAGING_ALIGNMENT_BYTES, 1, member.library, member.cpu, environment)
         capacity_bytes = first.info.size_bytes // STAGING_ALIGNMENT_BYTES * STAGING_ALIGNMENT_BYTES
         first.close(DRIVE_CLOSE_S)
@@ -210,7 +211,7 @@ def _open_spdk(config: PoolConfig, member: MemberConfig) -> BlockEngine:
 
 
 def _spdk_environment(config: PoolConfig) -> SpdkEnvironment | None:
-    """What members of several kinds of target need together; None: the first target decides."""
+    """The environment that members with several kinds of target need; None: the first target decides."""
     from penstock.io.spdk.environment import SpdkEnvironment
 
     spdk = [member for member in config.members if member.kind == "spdk"]
@@ -231,7 +232,7 @@ def _whole_device(path: Path) -> int:
 
 
 def _measure(members: Sequence[OpenMember], block_bytes: int) -> list[float]:
-    """Read bandwidth of each member, in a moment."""
+    """Measure the read bandwidth of each member, for MEASURE_S in total."""
     budget_s = MEASURE_S / max(1, len(members))
     found = []
     for member in members:

@@ -62,7 +62,7 @@ def parse_slab(text: str) -> tuple[Path, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeFlags(NodeSettings):
-    """With the members that can be given without a file."""
+    """A node's settings, and the members that can be given without a file."""
 
     memory: tuple[int, ...] = setting(
         (), "A memory member of this SIZE, such as 2GiB. May be given several times.", parse=parse_bytes, shown=""
@@ -99,7 +99,7 @@ def pool(
     given: Mapping[str, Any],
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
 ) -> None:
-    """Serve a pool of memory and SSDs to engines on this and other machines; or look at one."""
+    """Serve a pool of memory and SSDs to engines on this and other machines; or inspect one."""
     if context.invoked_subcommand is not None:
         return
     from penstock.pool.api import PoolError
@@ -117,7 +117,7 @@ def pool(
 def _config(
     file: Path | None, flags: Mapping[str, Any], running: Sequence[MemberConfig] = (), reserved: Collection[str] = ()
 ) -> PoolConfig:
-    """The file's pool or that of the flags; what is given on the command line goes before the file."""
+    """The pool of the file or of the flags; flags override the file."""
     from penstock.pool.setup.config import config_of_flags
     from penstock.pool.setup.config_file import read_pool_config
 
@@ -147,7 +147,7 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
     threading.excepthook = _thread_failed
     raise_file_limit()
     inbox: Inbox = queue.SimpleQueue()
-    if config.file is not None:  # from here on: opening large members takes its time, and SIGHUP would end the process
+    if config.file is not None:  # already here: opening large members takes time, and SIGHUP would end the process
         signal.signal(signal.SIGHUP, lambda *_: inbox.put("reload"))
     served = open_pool(config, serves=True)
     try:
@@ -173,8 +173,8 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
-    """End the node when one of its threads has failed: otherwise requests would wait for their deadlines. Its memory
-    blocks are lost; what is on SSDs is as after a crash."""
+    """End the node when one of its threads has failed: otherwise requests would wait for their deadlines. Blocks in
+    memory are lost; blocks on SSDs are as after a crash."""
     name = failed.thread.name if failed.thread is not None else "a thread"
     with contextlib.suppress(Exception):
         traceback.print_exception(failed.exc_value)
@@ -182,14 +182,14 @@ def _thread_failed(failed: threading.ExceptHookArgs) -> None:
 
 
 def _end_now(why: str) -> NoReturn:
-    """End the process without waiting for anything: what it waited for might need memory."""
+    """End the process at once: a wait might need memory that is not available."""
     with contextlib.suppress(Exception):
         print(f"penstock pool: {why}; the node ends", file=sys.stderr, flush=True)
     os._exit(FAILED_STATUS)
 
 
 def _wait(config: PoolConfig, served: NodeBackend, node: PoolNode, read: ReadConfig, inbox: Inbox) -> None:
-    """Until a signal says stop. A file that cannot be applied changes nothing."""
+    """Serve until a signal says stop. A file that cannot be applied changes nothing."""
     from penstock.pool.api import PoolError
     from penstock.pool.local.local_pool import LocalPool
     from penstock.pool.setup.reload import LiveConfig
@@ -202,18 +202,18 @@ def _wait(config: PoolConfig, served: NodeBackend, node: PoolNode, read: ReadCon
         try:
             changes = ", ".join(live.reload()) or "nothing changed"
         except (ValueError, OSError, PoolError) as error:
-            log.error("%s; the pool goes on as it was", one_line(error))
+            log.error("%s; the pool is unchanged", one_line(error))
         else:
             print(f"pool node {config.name} reloaded: {changes}", flush=True)
 
 
 def _asked(inbox: Inbox, node: PoolNode) -> Literal["stop", "reload"]:
-    """What the next signal asks for. The system may deliver a signal to a thread that does not wait here (as it does
-    right after SIGCONT), and Python handles it only when this thread runs: so it wakes up from time to time."""
+    """Wait for the next request by a signal. The system may deliver a signal to another thread (as it does right after
+    SIGCONT), and Python handles it only when this thread runs: so this thread wakes up from time to time."""
     while True:
         with contextlib.suppress(queue.Empty):
             return inbox.get(timeout=SIGNAL_POLL_S)
         if not node.alive:
-            _end_now("a thread without which the node serves nobody has ended")
+            _end_now("a thread that every client needs has ended")
         if node.beginning_s > BEGIN_S_MAX:
-            _end_now(f"a connection could not be begun within {BEGIN_S_MAX:g} s: out of memory or threads")
+            _end_now(f"a connection could not be started within {BEGIN_S_MAX:g} s: out of memory or threads")

@@ -19,16 +19,16 @@ from penstock.toml_file import read_bounded
 
 VERSION = 1
 PROFILE_BYTES_MAX = 16 << 20
-ALONE_S = 1.5  # of each member and direction
-TOGETHER_S = 3.0  # of each direction
-TOTAL_S = 45.0  # over everything; the parts shrink where there are many members
-END_S = 30.0  # beyond its time, until a measurement is given up
+ALONE_S = 1.5  # for each member and direction
+TOGETHER_S = 3.0  # for each direction
+TOTAL_S = 45.0  # for everything; the parts are shorter when there are many members
+END_S = 30.0  # a measurement that needs so much more than its time is given up
 Direction = Literal["read", "write"]
-DIRECTIONS: tuple[Direction, ...] = ("write", "read")  # what is read was written first
+DIRECTIONS: tuple[Direction, ...] = ("write", "read")  # writes first: reads read what was written
 
 
 class Measurable(Protocol):
-    """A member that was opened and not started."""
+    """A member that is open and not started."""
 
     name: str
     kind: str
@@ -61,7 +61,7 @@ class MemberProfile:
 
 @dataclass(frozen=True, slots=True)
 class PoolProfile:
-    """What was measured of a pool. `links` are bytes per second of links to nodes by name (`net@HOST:PORT`)."""
+    """The measurements of a pool. `links` are bytes per second of links to nodes by name (`net@HOST:PORT`)."""
 
     block_bytes: int
     members: tuple[MemberProfile, ...]
@@ -71,11 +71,12 @@ class PoolProfile:
     version: int = VERSION
 
     def weights(self) -> dict[str, float]:
-        """Shares of new blocks by name: what each member reads while all others read too, for so a prefix is read."""
+        """Weights for new blocks by name: each member's read bandwidth while all others read too, as a prefix is read
+        so."""
         return {member.name: member.together_read_bytes_per_s for member in self.members}
 
     def link_bytes_per_s(self) -> dict[str, float]:
-        """First values of a cost model's links: members by name, alone, and links to nodes."""
+        """Initial values for the links of a cost model: members by name, measured alone, and links to nodes."""
         return {member.name: member.read_bytes_per_s for member in self.members} | self.links
 
 
@@ -98,7 +99,7 @@ def read_profile(file: Path) -> PoolProfile:
 
 
 def write_profile(profile: PoolProfile, file: Path) -> None:
-    """Replaces the file at once, so that a reader never sees half of it."""
+    """Replace the file atomically, so that a reader never sees half of it."""
     replace_file(file, msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n", mode=None)
 
 
@@ -160,7 +161,7 @@ def measure_pool(
 
 
 def _run(member: Measurable, direction: Direction, block_bytes: int, budget_s: float) -> float | None:
-    """None where there is no free space to write in."""
+    """Bytes per second; None where there is no free space to write to."""
     try:
         return member.measure(direction, block_bytes, budget_s)
     except PoolError as error:
@@ -172,7 +173,7 @@ def _run(member: Measurable, direction: Direction, block_bytes: int, budget_s: f
 def _together(
     members: Mapping[str, Measurable], direction: Direction, block_bytes: int, budget_s: float
 ) -> dict[str, float | None]:
-    """Every member at once, one thread each, over the same time."""
+    """Measure all members at the same time, one thread each."""
     rates: dict[str, float | None] = {}
     errors: list[Exception] = []
     start = threading.Barrier(len(members))

@@ -1,4 +1,4 @@
-"""`penstock profile`: measures the members of a pool and their links, and writes the profile that weights come from."""
+"""`penstock profile`: measures the members of a pool and their links, and writes a profile (for weights)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Applies a changed configuration to a running pool: members come and go, weights, quotas and admission change."""
+"""Applies a changed configuration to a running pool: members, weights, quotas and write admission."""
 
 from __future__ import annotations
 
@@ -14,29 +14,33 @@ from penstock.pool.setup.profile import read_profile
 from penstock.pool.union.union_pool import UnionPool
 
 STAT_TIMEOUT_S = 1.0
-DROP_TIMEOUT_S = 10.0  # for reads of a node that is left
+DROP_TIMEOUT_S = 10.0  # for reads from a node that is dropped
 ReadConfig = Callable[[Sequence[MemberConfig], Collection[str]], PoolConfig]
 
 
 class LiveConfig:
     """The configuration that a pool runs with. Used by one thread.
 
-    RELOAD-1  A file is applied whole or not at all: what can be refused is found before the first change, or undone.
+    RELOAD-1  Statement: A file is applied as a whole or not at all: everything that can be refused is checked before
+              the first change, or undone.
+    Verification: tests/pool/setup/test_pool_live.py.
     """
 
     def __init__(self, config: PoolConfig, pool: LocalPool | None, union: UnionPool | None, read: ReadConfig) -> None:
         """`pool` has the members of this machine, `union` those of kind node, None where there were none at start.
-        `read` gives the new configuration; it gets the members that run and names that cannot be given yet."""
+        `read` returns the new configuration; its arguments are the running members, and names that are still
+        reserved."""
         self.config = config
         self._pool = pool
         self._union = union
         self._read = read
-        self._leaving: dict[str, MemberConfig] = {}  # begun to drain, maybe gone by now
+        self._leaving: dict[str, MemberConfig] = {}  # being drained, or drained already
 
     def reload(self) -> list[str]:
-        """Read again and apply; returns what changed, in words. Members that the file names no more begin to drain.
+        """Read the configuration again and apply it; returns the changes as texts. Members that are no longer in the
+        file begin to drain.
 
-        Raises ValueError, OSError or PoolError with one line; the pool is then as it was.
+        Raises ValueError, OSError or PoolError with one line; the pool is then unchanged.
         """
         old = self.config
         present = {member.name for member in self._pool.stat(STAT_TIMEOUT_S).members} if self._pool else set()
@@ -47,7 +51,7 @@ class LiveConfig:
         added = [member for member in new.members if member.name not in running]
         changes = self._add(new, added) + self._weigh(new, running)
         kept = {member.name for member in new.members}
-        changes += [self._let_go(member) for member in old.members if member.name not in kept]
+        changes += [self._remove(member) for member in old.members if member.name not in kept]
         if self._pool is not None:
             members = self._pool.stat(STAT_TIMEOUT_S).members
             capacity_bytes = sum(m.capacity_bytes for m in members if m.name not in self._leaving)
@@ -60,7 +64,7 @@ class LiveConfig:
         return changes
 
     def _add(self, new: PoolConfig, added: Sequence[MemberConfig]) -> list[str]:
-        """Members of this machine first: what cannot be opened is known before anything changes."""
+        """Add members, those of this machine first, so that an error while opening is found before anything changes."""
         local = [member for member in added if member.kind != "node"]
         with contextlib.ExitStack() as undo:
             opened = open_members(new, local, undo)
@@ -87,7 +91,7 @@ class LiveConfig:
         undo.callback(self._union.drop_node, str(node.address), DROP_TIMEOUT_S)
 
     def _weigh(self, new: PoolConfig, running: dict[str, MemberConfig]) -> list[str]:
-        """Weights of members that stay: as given now, else of the profile."""
+        """Update the weights of members that stay: as configured now, else from the profile."""
         profile = read_profile(new.profile).weights() if new.profile else {}
         changes = []
         for member in new.members:
@@ -102,8 +106,8 @@ class LiveConfig:
             changes += [f"weight of {member.name}"] if member.weight != before.weight else []
         return changes
 
-    def _let_go(self, member: MemberConfig) -> str:
-        """Drain a member of this machine; a node is disconnected and keeps its blocks."""
+    def _remove(self, member: MemberConfig) -> str:
+        """Drain a member of this machine; disconnect a node, which keeps its blocks."""
         if member.kind == "node":
             assert self._union is not None
             self._union.drop_node(str(member.address), DROP_TIMEOUT_S)
@@ -114,7 +118,7 @@ class LiveConfig:
         return f"draining {member.name}"
 
     def _check(self, old: PoolConfig, new: PoolConfig, running: dict[str, MemberConfig]) -> None:
-        """Raises ConfigError for what cannot change while the pool runs."""
+        """Raise ConfigError for changes that need a restart."""
         place = f"{new.file}: " if new.file else ""
         for name in (one.name for one in fields(NodeSettings)):
             if getattr(new, name) != getattr(old, name):

@@ -1,4 +1,4 @@
-"""`penstock pool reset`: empties one SSD member that no process serves; its blocks are forgotten."""
+"""`penstock pool reset`: empties one SSD member that no process serves; its blocks are lost."""
 
 from __future__ import annotations
 

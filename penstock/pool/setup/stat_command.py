@@ -55,7 +55,7 @@ def stat(
 
 
 def _own_names(found: PoolStat, place: str) -> PoolStat:
-    """Members as the node itself calls them."""
+    """The report with the member names that the node itself uses."""
     members = tuple(replace(member, name=member.name.removesuffix(place)) for member in found.members)
     return replace(found, members=members)
 
@@ -92,7 +92,7 @@ def _print(found: PoolStat) -> None:
 
 
 def _by(counts: Sequence[tuple[str, int]]) -> str:
-    """Counts above 0 in brackets, ready to follow their sum."""
+    """Counts above 0, in brackets, to be printed after their sum."""
     named = [(printable(name, _NAME_CHARACTERS_SHOWN).replace("_", " "), count) for name, count in counts if count]
     shown = ", ".join(f"{name} {count}" for name, count in named)
     return f" ({shown})" if shown else ""
@@ -102,7 +102,7 @@ def _tenant(tag: str) -> str:
     return _TENANTS.get(tag, printable(tag, _NAME_CHARACTERS_SHOWN))
 
 
-_NAME_CHARACTERS_SHOWN = 200  # of what a node calls its members
+_NAME_CHARACTERS_SHOWN = 200  # of a member's name
 _TENANTS = {"": "(none)", b"others".hex(): "(all without a quota of their own)"}
 _COLUMNS = ("member", "kind", "state", "blocks", "used", "capacity", "share", "reads at", "waiting", "errors")
 

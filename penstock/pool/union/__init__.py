@@ -1,1 +1,1 @@
-"""Several nodes, and a local pool, as one."""
+"""Several pool nodes, and a local pool, as one pool."""

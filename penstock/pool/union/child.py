@@ -1,4 +1,4 @@
-"""One child of a union of pools, local or a node: whether it can be used, its room, and how fast it really reads."""
+"""One child of a union of pools, local or a node: its state, its free space, and its measured bandwidth."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ BlockEnded = Callable[[int, bytes, PoolError | None], None]  # checksum and MAC 
 
 
 class NodePool(Pool, Protocol):
-    """What the union asks of a pool node (`transport.remote.RemotePool`): questions that can be asked of many nodes at
-    once, and reads that hand on checksum and MAC."""
+    """What the union needs of a pool node (`pool.net.remote.RemotePool`): requests that can be sent to many nodes at
+    once, and reads that return checksum and MAC."""
 
     @property
     def place(self) -> str:
@@ -32,24 +32,24 @@ class NodePool(Pool, Protocol):
 
     @property
     def node_id(self) -> bytes:
-        """The node's id, as it said when it was reached; empty before."""
+        """The id that the node reported when it was reached; empty before."""
 
     @property
     def read_bytes_per_s(self) -> float:
-        """What its members' shares go by, added up, as it said when it was reached."""
+        """Sum of its members' read bandwidths, as it reported when it was reached."""
 
     @property
     def block_bytes_max(self) -> int:
-        """The largest block that it takes, as it said when it was reached."""
+        """Size in bytes of the largest block that it accepts, as it reported when it was reached."""
 
     def begin_lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> Callable[[], list[Located | None]]:
-        """Send the question of `lookup`; the result waits for the answer. Raises PoolError, now or then."""
+        """Send a `lookup` request; call the result to wait for the answer. Both raise PoolError."""
 
     def begin_evict(self, keys: Sequence[BlockKey]) -> Callable[[], int]:
-        """Send the question of `evict`; the result waits for the answer. Raises PoolError, now or then."""
+        """Send a `evict` request; call the result to wait for the answer. Both raise PoolError."""
 
     def begin_stat(self, timeout_s: float) -> Callable[[], PoolStat]:
-        """Send the question of `stat`; the result waits for the answer. Raises PoolError, now or then."""
+        """Send a `stat` request; call the result to wait for the answer. Both raise PoolError."""
 
     def read_block(
         self,
@@ -64,7 +64,7 @@ class NodePool(Pool, Protocol):
         error."""
 
     def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
-        """Tell the node that a block came damaged, or (`refused`) under another pool key."""
+        """Report to the node that a block arrived damaged, or (`refused`) without a valid MAC."""
 
     def measure_bytes_per_s(self, budget_s: float) -> float:
         """Bytes per second over the link to the node, measured for at most `budget_s`."""
@@ -78,23 +78,23 @@ class Child:
         self.local, self.node = local, node
         self.name = node.place if node is not None else "local"
         self.meter = BusyMeter(busy_from=2, failed_time=True)
-        self.bandwidth: MemberBandwidth | None = None  # None until the weight is known, or when it was given
-        self.weighed = False  # its weight was given, or measured
+        self.bandwidth: MemberBandwidth | None = None  # None until the weight is known, and when it was configured
+        self.weighed = False  # its weight was configured, or measured
         self.given = False
         self.room_bytes: int | None = None  # None: not known
         self.stat: PoolStat | None = None
         self.failures = 0  # lookups that it did not answer
-        self.told_down = False
-        self.left = False  # the union uses it no more
+        self.logged_down = False
+        self.left = False  # it was dropped from the union
 
     @property
     def up(self) -> bool:
-        """Whether the child can be asked: it has not left, and a node is connected."""
+        """Whether the child can be used: it was not dropped, and a node is connected."""
         return not self.left and (self.node is None or self.node.up)
 
     @property
     def block_bytes_max(self) -> int:
-        """Size in bytes of the largest block that it takes."""
+        """Size in bytes of the largest block that it accepts."""
         return self.node.block_bytes_max if self.node is not None else self.as_local.block_bytes_max
 
     @property
@@ -108,11 +108,11 @@ class Child:
         return self.room_bytes is None or self.room_bytes >= staging_bytes(size_bytes)
 
     def note_written(self, size_bytes: int) -> None:
-        """Less room, until `note_stat` knows better."""
+        """Reduce the free space by a written block, until the next `note_stat`."""
         if self.room_bytes is not None:
             self.room_bytes = max(0, self.room_bytes - staging_bytes(size_bytes))
 
     def note_stat(self, stat: PoolStat) -> None:
-        """Note the free bytes of its healthy members."""
+        """Update the free space to that of its healthy members."""
         self.stat = stat
         self.room_bytes = sum(m.capacity_bytes - m.used_bytes for m in stat.members if m.healthy)

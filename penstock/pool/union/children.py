@@ -1,5 +1,4 @@
-"""The children of a union of pools: asks all of them at once, weighs them by the bandwidth at which they are read, and
-knows which are up and which have room."""
+"""The children of a union of pools: requests to all of them at once, their weights, states and free space."""
 
 from __future__ import annotations
 
@@ -22,14 +21,14 @@ log = logging.getLogger(__name__)
 A = TypeVar("A")
 
 SHARES_BELOW = 1e6  # weights below this are shares, not bytes per second
-MEASURE_S = 0.3  # of one node's link, when it is first reached
-LOOK_EVERY_S = 1.0  # at each child: room, health and bandwidth
-STAT_TIMEOUT_S = 2.0  # and so the time until a node that hangs is found
+MEASURE_S = 0.3  # duration of the measurement of a node's link, when it is first reached
+LOOK_EVERY_S = 1.0  # interval of updates of each child's free space, state and bandwidth
+STAT_TIMEOUT_S = 2.0  # also the time until a node that hangs is noticed
 
 
 class Children:
-    """`all` of them, the local one first if there is one; numbers are places in it. `lock` guards what they carry. The
-    list only grows: a node that left keeps its number, and further ones come behind."""
+    """`all` is the list of children, the local one first if there is one; a child's number is its index. `lock` guards
+    their fields. The list only grows: a dropped node keeps its index, and new ones are appended."""
 
     def __init__(
         self,
@@ -38,22 +37,22 @@ class Children:
         weights: Sequence[float | None] | None,
         follow_bandwidth: bool,
     ) -> None:
-        """Takes the children over: see `UnionPool`. They are closed when this raises."""
+        """Owns the children from now on: see `UnionPool`. They are closed when this raises."""
         self.local = local
         self.all = [Child(local, local, None)] if local is not None else []
         self.all += [Child(node, None, node) for node in nodes]
         self.lock = threading.Lock()
         self._follow = follow_bandwidth
-        self._block_bytes = 0  # what the blocks of this process have, once that is known
+        self._block_bytes = 0  # size of this process's blocks; 0 until it is known
         self._closing = threading.Event()
-        self._thread = GuardedThread("penstock-union", self._keep_looking, restarts=True)
+        self._thread = GuardedThread("penstock-union", self._watch, restarts=True)
         try:
             self._placement = self._place(weights)
             self._check()
         except BaseException:
             self.close(1.0)
             raise
-        self._look()
+        self._update()
         self._thread.start()
 
     @property
@@ -63,23 +62,23 @@ class Children:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Of new blocks; with the lock held."""
+        """Each child's share of new blocks; the lock is held."""
         return self._placement.weights
 
     @property
     def read_bytes_per_s(self) -> float:
-        """Bytes per second that the shares of all usable children go by, added up."""
+        """Sum of the read bandwidths of all usable children, bytes per second."""
         with self.lock:
             return self._placement.total_weight
 
     def add(self, node: NodePool, weight: float | None) -> None:
-        """A further node, used from now on; closed when this raises. Raises ValueError when it is a child already."""
+        """Add a node, used from now on; closed when this raises. Raises ValueError when it is a child already."""
         try:
             with self.lock:
                 known = (child.node for child in self.all if child.node is not None and not child.left)
                 _check_different(node, known)
                 if weight is not None and (weight < SHARES_BELOW) != (self._placement.total_weight < SHARES_BELOW):
-                    raise ValueError(f"the weight of {node.place} is on another scale than the others'")
+                    raise ValueError(f"the weight of {node.place} has another scale than the others'")
                 child = self._weighed_child(Child(node, None, node), weight)
                 self._placement.add(weight or 0.0)
                 self.all = [*self.all, child]
@@ -91,7 +90,7 @@ class Children:
             raise
 
     def drop(self, place: str, timeout_s: float) -> None:
-        """Use a node no more: its blocks are misses from now on; reads under way may end within `timeout_s`."""
+        """Stop using a node: its blocks are misses from now on; reads under way may end within `timeout_s`."""
         with self.lock:
             number = next(i for i, child in enumerate(self.all) if child.name == place and not child.left)
             child = self.all[number]
@@ -103,7 +102,7 @@ class Children:
         child.pool.close(1.0)
 
     def set_weight(self, place: str, weight: float) -> None:
-        """Another weight for a node; it stays until the next one is given."""
+        """Set a node's weight; it stays until the next call."""
         with self.lock:
             number = next(i for i, child in enumerate(self.all) if child.name == place and not child.left)
             self._weighed_child(self.all[number], weight)
@@ -115,20 +114,22 @@ class Children:
         return max((child.block_bytes_max for child in self.all if not child.left), default=0)
 
     def expect_blocks(self, block_bytes: int) -> list[str]:
-        """Say that blocks of this size will be written and read; returns a line for each child that cannot hold them.
-        Nodes that are added later are asked then."""
+        """Announce that blocks of this size will be written and read; returns a line for each child that cannot hold
+        them. Nodes that are added later are checked then."""
         with self.lock:
             self._block_bytes = block_bytes
             pools = [child.pool for child in self.all if not child.left]
         return [line for pool in pools for line in expect_blocks(pool, block_bytes)]
 
     def preference(self) -> list[int]:
-        """Whom to read a block from that several hold; with the lock held."""
+        """Numbers of the children in the order in which a block that several hold is read from them; the lock is
+        held."""
         shares = self.shares
         return sorted(range(len(self.all)), key=lambda i: (self.all[i].node is not None, -shares[i]))
 
     def order(self, position: int, size_bytes: int) -> list[int]:
-        """Whom to offer a block to: those that are up, those with room first."""
+        """Numbers of the children to which a new block is offered, in this order: those that are up, those with room
+        first."""
         with self.lock:
             for i, child in enumerate(self.all):
                 self._placement.set_health(i, child.up)
@@ -136,7 +137,7 @@ class Children:
         return sorted(order, key=lambda i: not self.all[i].has_room(size_bytes))
 
     def position_on(self, number: int, position: int) -> int:
-        """What a position of the union is on one child; with the lock held."""
+        """Convert a position in the union to the position on one child; the lock is held."""
         return self._placement.rank(position, number)
 
     def close(self, timeout_s: float) -> None:
@@ -150,8 +151,8 @@ class Children:
     def ask_all(
         self, begin: Callable[[NodePool], Callable[[], A]], at_once: Callable[[NodeBackend], A]
     ) -> list[A | PoolError]:
-        """What each child answers, in the order of `all` (a child may have come since): all nodes are asked before any
-        answer is waited for, the local pool meanwhile."""
+        """Each child's answer, in the order of `all` (a child may be added meanwhile). Requests are sent to all nodes
+        before the first wait, and the local pool answers meanwhile."""
         waits: list[Callable[[], A] | PoolError] = []
         for child in self.all:
             try:
@@ -165,7 +166,7 @@ class Children:
     # --- weights, room and health ---
 
     def _place(self, given: Sequence[float | None] | None) -> Placement:
-        """A node whose weight is not given begins at 0: it takes nothing until its link was measured."""
+        """A node without a configured weight begins at 0: it gets no block until its link was measured."""
         if given is not None and len(given) != len(self.all):
             raise ValueError(f"{len(given)} weights for {len(self.all)} children; as many are allowed, or none")
         weights: list[float | None] = []
@@ -181,7 +182,7 @@ class Children:
             mixed = [child.name for child, w in zip(self.all, weights, strict=True) if w is None or w >= SHARES_BELOW]
             if mixed:
                 raise ValueError(
-                    f"some members have weights that are shares, {', '.join(mixed)} goes by bytes per second; "
+                    f"some members have shares as weights, but {', '.join(mixed)} bytes per second; "
                     "give all of them weights, or none"
                 )
         placement = Placement([1.0] * len(weights))
@@ -190,14 +191,14 @@ class Children:
         return placement
 
     def _weighed_child(self, child: Child, weight: float | None) -> Child:
-        """Note what weight a child was given, if any."""
+        """Record the configured weight of a child, if any."""
         child.given = child.weighed = weight is not None
         if self._follow and child.node is not None and weight and weight >= SHARES_BELOW:
             child.bandwidth = MemberBandwidth(weight)
         return child
 
     def _check(self) -> None:
-        """Raises ValueError or PoolError for children that make no pool."""
+        """Raise ValueError or PoolError for children that cannot form a pool."""
         nodes = [child.node for child in self.all if child.node is not None]
         for i, node in enumerate(nodes):
             _check_different(node, nodes[:i])
@@ -205,12 +206,12 @@ class Children:
             reasons = "; ".join(f"pool node {node.place}: {node.down_reason}" for node in nodes)
             raise PoolError("network", f"no pool node can be used: {reasons}")
 
-    def _keep_looking(self) -> None:
+    def _watch(self) -> None:
         while not self._closing.wait(LOOK_EVERY_S):
-            self._look()
+            self._update()
 
-    def _look(self) -> None:
-        """Weigh nodes that are reached for the first time, update each child's free space, and follow each node's
+    def _update(self) -> None:
+        """Weight nodes that are reached for the first time, and update each child's free space and each node's
         bandwidth."""
         for at, child in enumerate(self.all):
             if child.node is not None and not child.weighed and child.up:
@@ -228,7 +229,7 @@ class Children:
                 child.bandwidth.observe(*child.meter.observed(now_s))
                 changed = child.bandwidth.change(now_s)
                 if changed is not None:
-                    log.warning("pool node %s is read at %.2f GB/s; its share follows", child.name, changed / 1e9)
+                    log.warning("pool node %s is read at %.2f GB/s; its share is adjusted", child.name, changed / 1e9)
                     self._placement.set_weight(at, changed)
 
     def _weigh(self, at: int, child: Child, node: NodePool) -> None:
@@ -246,7 +247,7 @@ class Children:
 
 
 def _check_different(node: NodePool, others: Iterable[NodePool]) -> None:
-    """Raises ValueError when a node is one of the others, under whatever address."""
+    """Raise ValueError when a node is one of the others, under another address."""
     for other in others:
         if other.place == node.place or (other.node_id and other.node_id == node.node_id):
             raise ValueError(f"{other.place} and {node.place} are one pool node; name it once")

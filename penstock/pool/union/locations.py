@@ -1,4 +1,4 @@
-"""Where a union of pools last saw which block, and which of its ancestors each child holds."""
+"""Where a union of pools last found each block, and which of its ancestors each child holds."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from penstock.core.keys import BlockKey
 from penstock.pool.api import Located
 
 LOCATIONS_MAX = 1 << 18
-REFUSED_MAX = 4096  # blocks that a child has, and that were not written by who may; the latest ones
+REFUSED_MAX = 4096  # blocks on children that failed their MAC check; the latest ones
 
 
 @dataclass(frozen=True, slots=True)
 class _Location:
     child: int
-    ancestors: tuple[BlockKey | None, ...]  # of each child, the last block of the prefix that it holds, this one too
+    ancestors: tuple[BlockKey | None, ...]  # by child: the last block of the prefix up to this one that it holds
 
 
 class Locations:
-    """Which child holds a block, of the `LOCATIONS_MAX` blocks seen last; not thread-safe.
+    """The child of each of the `LOCATIONS_MAX` blocks seen last; not thread-safe.
 
-    It also knows the nearest ancestor of a block on each child. A block goes to a child with that one as its parent, so
-    that "leaf before root" holds on a child that has only every third block of a prefix.
+    It also knows the nearest ancestor of a block on each child. A block is sent to a child with that ancestor as its
+    parent, so that a child that has only every third block of a prefix still evicts leaves before roots.
     """
 
     def __init__(self, children: int, capacity: int = LOCATIONS_MAX) -> None:
@@ -47,8 +47,8 @@ class Locations:
     def note_prefix(
         self, keys: Sequence[BlockKey], answers: Sequence[Sequence[Located | None] | None], order: Sequence[int]
     ) -> list[Located | None]:
-        """Take in what the children answered to one lookup (None: nothing); the hits, of the first child in `order`
-        where several have a block."""
+        """Record the children's answers to one lookup (None: no answer); returns the hits, from the first child in
+        `order` where several have a block."""
         answered = [(child, found) for child in order if (found := answers[child]) is not None]
         merged: list[Located | None] = []
         ancestors = list(self._nowhere)
@@ -69,12 +69,12 @@ class Locations:
         return merged
 
     def parent_on(self, child: int, parent: BlockKey) -> BlockKey:
-        """The nearest ancestor that `child` holds of a block with this parent; the parent where none is known."""
+        """The nearest ancestor, on `child`, of a block with this parent; the parent where none is known."""
         known = self._known.get(parent)
         return (known.ancestors[child] if known is not None and child < len(known.ancestors) else None) or parent
 
     def note_written(self, key: BlockKey, parent: BlockKey, child: int) -> None:
-        """A block was written to a child, behind the ancestors of its parent."""
+        """Record a block that was written to a child; its ancestors are those of its parent."""
         known = self._known.get(parent)
         before = known.ancestors if known is not None else ()
         ancestors = [*before, *self._nowhere[len(before) :]]
@@ -88,7 +88,7 @@ class Locations:
             del self._known[key]
 
     def refuse(self, key: BlockKey, child: int) -> None:
-        """As `forget`; what the child says of it is no hit either, until the block was written there again."""
+        """As `forget`; and lookups of the block on this child are misses until it is written there again."""
         self.forget(key, child)
         self._refused[key, child] = None
         self._refused.move_to_end((key, child))

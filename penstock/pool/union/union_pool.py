@@ -1,13 +1,16 @@
 """The pools of several hosts as one: a local pool, if there is one, and any number of pool nodes.
 
-P1  New blocks are spread over the children by bandwidth (core.placement): a child's weight is the bandwidth at which
-    its members can be read from here, so a node's is bounded by its link. Every engine that knows the same weights
-    places a block alike, and a child's own members get its blocks in turn.
-P2  Children that are up share the blocks. One that has no room, or refuses a block, leaves it to the next. When none
-    has room, the one whose turn it is evicts.
-P3  All children are asked at once, within one deadline. A child that fails or is late has misses, and is counted.
-P4  A block that several children hold is read from the first of: the local pool, then the nodes by weight.
-P5  A child that is down costs its blocks, never the pool; it is used again when it is back.
+UNION-1  Statement: New blocks are spread over the children by bandwidth (`core.pool.striping`). A child's weight is the
+         bandwidth at which its members can be read from here, so a node's is bounded by its link. Engines with the same
+         weights place a block alike, and a child's own members get its blocks in turn.
+UNION-2  Statement: Children that are up share the blocks. A block for which one has no room, or that it refuses, is
+         offered to the next. When none has room, the first in order evicts.
+UNION-3  Statement: Requests go to all children at once, with one deadline. A child that fails or is late counts as
+         misses, and its failure is counted.
+UNION-4  Statement: A block that several children hold is read from the local pool first, then from the nodes by weight.
+UNION-5  Statement: A child that is down makes its blocks misses, and never the pool unusable; it is used again when it
+         is back.
+Verification: tests/pool/union.
 """
 
 from __future__ import annotations
@@ -30,12 +33,13 @@ from penstock.pool.union.locations import Locations
 
 log = logging.getLogger(__name__)
 
-_GONE = ("missing", "layout", "checksum", "device")  # a read that ends so was sent to the wrong place
-_TRY_NEXT = ("network", "closed", "full", "device")  # a write that ends so may go to another child
+_GONE = ("missing", "layout", "checksum", "device")  # reads that end so: the block is not there
+_TRY_NEXT = ("network", "closed", "full", "device")  # writes that end so may go to another child
 
 
 class UnionPool:
-    """Children as one pool. Contract: `pool.api.Pool`, and `pool.served.NodeBackend` for a node that serves it."""
+    """Children as one pool. Contract: `pool.api.Pool`, and `pool.node_backend.NodeBackend` for a node that serves
+    it."""
 
     def __init__(
         self,
@@ -45,10 +49,10 @@ class UnionPool:
         node_id: bytes = b"",
         follow_bandwidth: bool = True,
     ) -> None:
-        """Takes the children over. `weights` are bytes per second, of the local pool first if there is one; None: of a
-        node its link is measured, as soon as it is up; of the local pool, what its members were given. `node_id`: the
-        id that the nodes know this process by, when it is a node itself. `follow_bandwidth`: a node's share falls when
-        it is read more slowly.
+        """Owns the children from now on. `weights` are bytes per second, the local pool's first if there is one. None
+        for a node: its link is measured as soon as it is up; None for the local pool: the sum of its members' weights.
+        `node_id`: the id by which the nodes know this process, if it is a node itself. `follow_bandwidth`: a node's
+        share falls when its reads become slower.
 
         Raises ValueError when two addresses are one node, or PoolError("network") when no child can be used; the
         children are closed then.
@@ -79,18 +83,18 @@ class UnionPool:
     # --- nodes that come and go ---
 
     def add_node(self, node: NodePool, weight: float | None) -> None:
-        """A further node, taken over and used from now on. Raises ValueError when it is there already."""
+        """Add a node, owned and used from now on. Raises ValueError when it is a child already."""
         with self._lock:
             self._locations.add_child()
         self._children.add(node, weight)
 
     def drop_node(self, place: str, timeout_s: float) -> None:
-        """Use the node at this address no more: what lies there are misses from now on, and it is left alone; reads
+        """Stop using the node at this address: its blocks are misses from now on, but are not removed there. Reads
         under way may end within `timeout_s`."""
         self._children.drop(place, timeout_s)
 
     def set_node_weight(self, place: str, weight: float) -> None:
-        """Bytes per second, or a share where the others have shares."""
+        """Set a node's weight: bytes per second, or a share where the others have shares."""
         self._children.set_weight(place, weight)
 
     # --- the interface ---
@@ -128,7 +132,7 @@ class UnionPool:
         done: Done,
         check: ReadCheck | None = None,
     ) -> None:
-        """Read from the child that the block was last seen at, and note how fast it came."""
+        """Read from the child where the block was last found, and meter the read."""
         child = self._holder(key)
         if child is None or child.node is None:
             if self._local is not None:
@@ -148,7 +152,7 @@ class UnionPool:
         ended: BlockEnded,
         check: ReadCheck | None = None,
     ) -> None:
-        """Read from a node, metered; `ended` gets checksum and MAC too."""
+        """Read from a node, with metering; `ended` gets checksum and MAC too."""
         assert child.node is not None
 
         def end(checksum: int, mac: bytes, error: PoolError | None) -> None:
@@ -194,8 +198,8 @@ class UnionPool:
         return sum(answer for answer in answers if not isinstance(answer, PoolError))
 
     def stat(self, timeout_s: float) -> PoolStat:
-        """Members of nodes have the node's address behind their name, and a share of the node's share. Those of a node
-        that does not answer are shown as they were last seen, not healthy."""
+        """State of all children. Members of nodes have the node's address behind their name, and a part of the node's
+        share. Those of a node that does not answer are shown as last reported, and as not healthy."""
         answers = self._children.ask_all(lambda node: node.begin_stat(timeout_s), lambda local: local.stat(timeout_s))
         if all(isinstance(answer, PoolError) for answer in answers):
             raise next(answer for answer in answers if isinstance(answer, PoolError))
@@ -233,7 +237,7 @@ class UnionPool:
         self._children.close(timeout_s)
         self._callbacks.close(max(0.1, deadline_s - time.monotonic()))
 
-    # --- for a pool node: `pool.served` ---
+    # --- for a pool node: `pool.node_backend` ---
 
     @property
     def own(self) -> NodeBackend | None:
@@ -242,20 +246,21 @@ class UnionPool:
 
     @property
     def read_bytes_per_s(self) -> float:
-        """Bytes per second that the children's shares go by, added up."""
+        """Sum of the children's read bandwidths, bytes per second."""
         return self._children.read_bytes_per_s
 
     @property
     def block_bytes_max(self) -> int:
-        """Size in bytes of the largest block that any child takes."""
+        """Size in bytes of the largest block that any child accepts."""
         return self._children.block_bytes_max
 
     def expect_blocks(self, block_bytes: int) -> list[str]:
-        """Say that blocks of this size will be written and read; a line for each child that cannot hold them."""
+        """Announce that blocks of this size will be written and read; returns a line for each child that cannot hold
+        them."""
         return self._children.expect_blocks(block_bytes)
 
     def open_block(self, key: BlockKey, size_bytes: int) -> OpenedBlock | PoolError:
-        """Hold a block at the child that it was last seen at, or say why it cannot be read."""
+        """Pin a block at the child where it was last found, or return why it cannot be read."""
         child = self._holder(key)
         if child is not None and child.node is not None:
             return _NodeBlock(self, child, key, size_bytes)
@@ -264,7 +269,7 @@ class UnionPool:
         return self._local.open_block(key, size_bytes)
 
     def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
-        """Pass on a reader's complaint about a block to the child that the block was last seen at."""
+        """Forward a reader's report about a block to the child where the block was last found."""
         child = self._holder(key)
         if child is not None and child.node is not None:
             child.node.suspect(key, checksum, mac, refused)
@@ -280,23 +285,25 @@ class UnionPool:
             return child if child is not None and not child.left else None
 
     def _note_answer(self, child: Child, answer: object) -> None:
-        """With the lock held: count what a child did not answer, and say so once until it answers again."""
+        """Count a request that a child did not answer, and log it once until the child answers again. The lock is
+        held."""
         if child.left:
             return
         failed = isinstance(answer, PoolError)
         child.failures += failed
-        if failed and not child.told_down:
+        if failed and not child.logged_down:
             log.warning("lookups go on without %s: %s", child.name, answer)
-        elif child.told_down and not failed:
+        elif child.logged_down and not failed:
             log.warning("%s answers lookups again", child.name)
-        child.told_down = failed
+        child.logged_down = failed
 
     # --- writing ---
 
     def _write_to(
         self, ready: list[int], block: NewBlock, data: memoryview, deadline_s: float, done: Done, last: PoolError
     ) -> None:
-        """Write to the first child of `ready`, or the next one when it refuses; `last` is why the one before did."""
+        """Write to the first child of `ready`, or the next one when it refuses; `last` is the error of the one
+        before."""
         remaining_s = deadline_s - time.monotonic()
         if not ready or remaining_s <= 0:
             note_error("store", "the pool", last)
@@ -322,16 +329,16 @@ class UnionPool:
 
 
 def _unknown(key: BlockKey) -> PoolError:
-    """The block was not looked up before it is read, or its place was forgotten since."""
+    """The error of a read of a block that was not looked up before, or whose place was forgotten since."""
     note_loss(
-        "location_unknown", "", "block %s is read, but where it lies was not looked up, or is forgotten", key.hex()
+        "location_unknown", "", "block %s is read, but was not looked up before, or its place was forgotten", key.hex()
     )
-    return PoolError("missing", f"nothing was looked up of block {key.hex()}")
+    return PoolError("missing", f"block {key.hex()} was not looked up before")
 
 
 class _NodeBlock:
-    """A block of a node, read on behalf of this node's client; it is not held there, so it may be gone when it is read.
-    `pool.served.OpenedBlock`."""
+    """A block on another node, read for a client of this node. It is not pinned there, so it may be gone when it is
+    read. Contract: `pool.node_backend.OpenedBlock`."""
 
     view = None
     remote = True
@@ -350,14 +357,14 @@ class _NodeBlock:
         self._union.read_of_node(self._child, self.key, self._size_bytes, into, timeout_s, ended)
 
     def note_read(self) -> None:
-        """The node counts it."""
+        """Do nothing: the other node counts it."""
 
     def release(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is pinned."""
 
 
 def _added_up(counts: Iterable[Sequence[tuple[str, int]]]) -> tuple[tuple[str, int], ...]:
-    """By name over all children, such as what each tenant holds; the largest first."""
+    """Sums by name over all children, such as the bytes of each tenant; the largest first."""
     total: Counter[str] = Counter()
     for counted in counts:
         for name, count in counted:
@@ -366,7 +373,7 @@ def _added_up(counts: Iterable[Sequence[tuple[str, int]]]) -> tuple[tuple[str, i
 
 
 def _absent(child: Child) -> tuple[MemberStat, ...]:
-    """A child that does not answer, as it was last seen."""
+    """The members of a child that does not answer, as it last reported them."""
     if child.stat is not None:
         return tuple(replace(member, healthy=False, state="down") for member in child.stat.members)
     return (MemberStat(f"node@{child.name}", "node", 0, 0, 0, False, 1.0, 0, 0, 0, "down"),)

@@ -403,9 +403,9 @@ def test_a_certificate_that_no_peer_would_take_is_refused_at_start(
     ca: Authority, peer: PeerFiles, tmp_path: Path
 ) -> None:
     old = ca.issue("too-old", days=-1)
-    with pytest.raises(ValueError, match=r"too-old.pem is of no use: certificate has expired"):
+    with pytest.raises(ValueError, match=r"too-old.pem cannot be used: certificate has expired"):
         PeerTls.read(old.certificate, old.key, old.ca)
-    with pytest.raises(ValueError, match=r"is of no use: .*this side's CA"):
+    with pytest.raises(ValueError, match=r"cannot be used: .*this side's CA"):
         PeerTls.read(peer.certificate, peer.key, new_authority(tmp_path / "other").ca)
     client = ca.issue("client-only", usage="clientAuth")
     assert PeerTls.read(client.certificate, client.key, client.ca) is not None
@@ -419,7 +419,7 @@ def test_renewed_files_are_taken_up_and_wrong_ones_are_not(ca: Authority, caplog
     assert tls.context("server") is before
     second.certificate.replace(first.certificate)  # half of it: the key is still the one before
     assert tls.context("server") is before and tls.context("client") is not None
-    assert "key values mismatch; the certificate, key and CA before go on" in caplog.text
+    assert "key values mismatch; the previous certificate, key and CA stay in use" in caplog.text
     assert len(caplog.records) == 1
     second.key.replace(first.key)
     assert tls.context("server") is not before

@@ -167,7 +167,7 @@ MEMORY = '[[member]]\nkind = "memory"\ncapacity = "1MiB"\n'
         (MEMORY + "name = 'a'\n" + MEMORY + "name = 'a'", "two members have the name a; allowed: each only once"),
         ("[[member]]\nkind = 'uring'\npath = '/a'\ncapacity = '1MiB'\n" * 2, "two members have the device /a"),
         ("[[member]]\nkind = 'uring'\npath = '/a'\ncapacity = '1MiB'\ndepth = 0", "depth is 0; allowed: 1 to 256"),
-        ("[[member]]\nkind = 'nvme'\npath = '/dev/ng0n1'", "state is missing; allowed: a folder that keeps the table"),
+        ("[[member]]\nkind = 'nvme'\npath = '/dev/ng0n1'", "state is missing; allowed: a folder for the table"),
         ("[[member]]\nkind = 'uring'\npath = '/dev/sdz'\ncapacity = '1MiB'", "state is missing"),
         ("[[member]]\nkind = 'spdk'", "allowed: either pcie or target"),
         ("[[member]]\nkind = 'spdk'\npcie = 'x'", "pcie is 'x'; allowed: an address such as 0000:01:00.0"),

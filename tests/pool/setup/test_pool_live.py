@@ -198,7 +198,7 @@ def test_invented_tenants_and_nobody_take_nothing_of_one_within_its_quota(tmp_pa
 def test_a_file_that_cannot_be_applied_changes_nothing_and_is_one_line(node: Node, text: str, expected: str) -> None:
     node.reload(text)
     line = node.err.get(timeout=WAIT_S)
-    assert expected in line and line.endswith("the pool goes on as it was")
+    assert expected in line and line.endswith("the pool is unchanged")
     assert node.members() == {"memory:0": "ok", "ssd:0": "ok"}
     assert node.err.empty() and node.out.empty()
 
@@ -222,7 +222,7 @@ def test_a_file_that_is_refused_at_its_last_member_is_applied_once_it_is_mended(
     for text, expected in ((local + one + two + same_as_two, "are one pool node"), (one, "of this machine is gone")):
         near.reload(text)
         line = near.err.get(timeout=WAIT_S)
-        assert expected in line and line.endswith("the pool goes on as it was")
+        assert expected in line and line.endswith("the pool is unchanged")
         assert near.members() == before
     near.reload(local + one + two)
     assert near.out.get(timeout=WAIT_S) == "pool node pool reloaded: added two"
