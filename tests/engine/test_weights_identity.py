@@ -315,7 +315,7 @@ def test_a_revision_is_the_snapshot_that_is_served(tmp_path: Path, monkeypatch: 
     assert resolved("v2") == resolved(commits["v2"]) == commits["v2"]
     with pytest.raises(CheckpointError, match="'own/tiny' at revision 'v3' is no existing folder"):
         resolved("v3")
-    with pytest.raises(CheckpointError, match="hub did not give it"):
+    with pytest.raises(CheckpointError, match="could not be loaded from the hub"):
         checkpoint.resolve_folder("own/tiny", "auto", None, tmp_path / "other")
 
 
