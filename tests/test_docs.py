@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
 FILE_NAMED = re.compile(r"`((?:penstock|benchmarks|tests|docs|deploy|examples)/[\w./-]*)`")
 PART_NAMED = re.compile(r"`((?:core|pool|engine|server|cluster|vllm|sim|bench|workloads|process|io|doctor)(?:\.\w+)+)`")
@@ -53,3 +54,18 @@ def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
         assert linked.exists(), f"{page.name} links to {target}"
         if anchor and linked.suffix == ".md":
             assert anchor in _anchors(linked), f"{page.name} links to {target}{anchor}"
+
+
+def test_where_to_change_what_names_files_that_are_there() -> None:
+    text = ARCHITECTURE.read_text()
+    rows = text[text.index("| to change |") :].split("\n\n")[0].splitlines()[2:]
+    assert len(rows) >= 24
+    for row in rows:
+        _, first, then, test = (cell.strip() for cell in row.strip("|").split("|"))
+        folder = ROOT / "penstock"
+        for name in re.findall(r"`([^`]+)`", f"{first} {then}"):
+            file = folder / name if (folder / name).is_file() else ROOT / "penstock" / name
+            assert file.is_file(), row
+            folder = file.parent
+        for name in re.findall(r"`([^`]+)`", test):
+            assert name.startswith("make ") or (ROOT / "tests" / name).exists(), row
