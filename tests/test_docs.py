@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ARCHITECTURE = ROOT / "docs" / "architecture.md"
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+ARCHITECTURE = DOCS / "explanation" / "architecture.md"
+SECURITY = DOCS / "security.md"
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
 FILE_NAMED = re.compile(r"`((?:penstock|benchmarks|tests|docs|deploy|examples)/[\w./-]*)`")
 PART_NAMED = re.compile(r"`((?:core|pool|engine|server|cluster|vllm|sim|bench|workloads|process|io|doctor)(?:\.\w+)+)`")
@@ -34,7 +37,7 @@ def _anchors(page: Path) -> set[str]:
     return {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_what_a_page_names_is_there(page: Path) -> None:
     text = page.read_text()
     missing = [name for name in FILE_NAMED.findall(text) if not (ROOT / name).exists()]
@@ -47,7 +50,7 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     assert not missing, f"{page.name} names what is not there: {missing}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
     for target, anchor in LINK.findall(page.read_text()):
         linked = (page.parent / target).resolve() if target else page
@@ -69,3 +72,15 @@ def test_where_to_change_what_names_files_that_are_there() -> None:
             folder = file.parent
         for name in re.findall(r"`([^`]+)`", test):
             assert name.startswith("make ") or (ROOT / "tests" / name).exists(), row
+
+
+def test_tests_that_the_security_page_names_are_there() -> None:
+    named = re.findall(r"`((?:\w+/)*test_\w+)`", SECURITY.read_text())
+    assert len(named) > 30
+    assert [name for name in named if not (ROOT / "tests" / f"{name}.py").is_file()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_lines_of_a_page_are_short(page: Path) -> None:
+    long = [number for number, line in enumerate(page.read_text().splitlines(), 1) if len(line) > 120]
+    assert not long, f"{page.name} has lines of more than 120 characters: {long}"
