@@ -34,6 +34,7 @@ def commands() -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_tutorial_runs_as_it_is_printed(tmp_path: Path) -> None:
     work, pool_port, api_port = tmp_path / "work", free_port(), free_port()
     script = "".join(commands()).replace(FOLDER, str(work))
@@ -51,7 +52,7 @@ def test_the_tutorial_runs_as_it_is_printed(tmp_path: Path) -> None:
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=280)
+        output, _ = process.communicate(timeout=560)
     finally:
         for left in session_of(process.pid):
             os.kill(left, signal.SIGKILL)
