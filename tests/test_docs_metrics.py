@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import SchedulerConfig
-from penstock.core.cost import ComputeCost, CostModel, LinkCost
+from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.engine.scheduler import LoadScheduler
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +22,6 @@ KINDS = {
     "Counter": "counter", "CounterMetricFamily": "counter", "Gauge": "gauge", "GaugeMetricFamily": "gauge",
     "Histogram": "histogram",
 }  # fmt: skip
-PART = r"(<!-- from the code: {} -->\n).*?(<!-- end -->)"
 Row = tuple[str, str, str]  # name with labels, kind, meaning
 
 
@@ -72,9 +72,8 @@ def written(rows: Iterator[Row]) -> str:
 def page() -> str:
     text = PAGE.read_text()
     for part, rows in (("server", server_metrics()), ("vllm", vllm_metrics())):
-        made = written(rows)
-        text, count = re.subn(PART.format(part), lambda found, made=made: found[1] + made + found[2], text, flags=re.S)
-        assert count == 1, part
+        head, rest = text.split(f"<!-- from the code: {part} -->\n", 1)
+        text = f"{head}<!-- from the code: {part} -->\n{written(rows)}<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
     return text
 
 
