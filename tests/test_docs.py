@@ -84,3 +84,11 @@ def test_tests_that_the_security_page_names_are_there() -> None:
 def test_lines_of_a_page_are_short(page: Path) -> None:
     long = [number for number, line in enumerate(page.read_text().splitlines(), 1) if len(line) > 120]
     assert not long, f"{page.name} has lines of more than 120 characters: {long}"
+
+
+def test_pages_that_the_code_names_are_there() -> None:
+    folders = (ROOT / "penstock", ROOT / "benchmarks", ROOT / "deploy", ROOT / "examples")
+    files = [file for folder in folders for file in folder.rglob("*.*") if file.suffix in (".py", ".toml", ".html")]
+    named = {page: file for file in files for page in re.findall(r"\bdocs/[\w./-]+\.md", file.read_text())}
+    assert len(named) >= 6
+    assert {page: file for page, file in named.items() if not (ROOT / page).is_file()} == {}
