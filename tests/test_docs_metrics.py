@@ -59,13 +59,9 @@ def metric(name: str, labels: list[str]) -> str:
 
 
 def written(rows: Iterator[Row]) -> str:
-    """A table; of one that has histograms with its kinds, as a counter's name says that it is one."""
-    found = list(rows)
-    if any(kind == "histogram" for _, kind, _ in found):
-        lines = ["| metric | kind | meaning |", "| --- | --- | --- |"]
-        lines += [f"| `{name}` | {kind} | {meaning} |" for name, kind, meaning in found]
-    else:
-        lines = ["| metric | meaning |", "| --- | --- |", *(f"| `{name}` | {meaning} |" for name, _, meaning in found)]
+    """A table. A counter's name says that it is one; a histogram is said to be one."""
+    lines = ["| metric | meaning |", "| --- | --- |"]
+    lines += [f"| `{name}` | {text}{' (histogram)' if kind == 'histogram' else ''} |" for name, kind, text in rows]
     return "\n" + "\n".join(lines) + "\n\n"
 
 
