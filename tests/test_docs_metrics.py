@@ -59,9 +59,9 @@ def metric(name: str, labels: list[str]) -> str:
 
 
 def written(rows: Iterator[Row]) -> str:
-    """A table. A counter's name says that it is one; a histogram is said to be one."""
+    """A table. The names say which are counters and histograms."""
     lines = ["| metric | meaning |", "| --- | --- |"]
-    lines += [f"| `{name}` | {text}{' (histogram)' if kind == 'histogram' else ''} |" for name, kind, text in rows]
+    lines += [f"| `{name}` | {text} |" for name, _, text in rows]
     return "\n" + "\n".join(lines) + "\n\n"
 
 
