@@ -53,6 +53,8 @@ def test_the_tutorial_runs_as_it_is_printed(tmp_path: Path) -> None:
     )
     try:
         output, _ = process.communicate(timeout=560)
+    except subprocess.TimeoutExpired:
+        pytest.fail("\n".join(f"{log.name}: {log.read_text()[-2000:]}" for log in work.glob("*.log")))
     finally:
         for left in session_of(process.pid):
             os.kill(left, signal.SIGKILL)
