@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 CLIENTS_VENV ?= .venv-clients
+DOCS_VENV ?= .venv-docs
 OUT ?= out
 TORCH_ARGS ?=
 AUDIT_ARGS ?=
@@ -23,7 +24,7 @@ UV ?= uv==0.13.9
 AUDIT ?= pip-audit==2.10.1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm venv-clients demo quick quick-unit test test-vllm test-vllm-next test-clients lint types unit clean lock audit
+.PHONY: help venv venv-vllm venv-clients demo quick quick-unit test test-vllm test-vllm-next test-clients docs venv-docs lint types unit clean lock audit
 
 help:
 	@echo "make demo   replay agent sessions over HTTP, coupled against penstock; table, out/demo.html, out/demo.png"
@@ -32,6 +33,7 @@ help:
 	@echo "make test-vllm   the tests of Penstock inside vLLM, in an environment of their own with vLLM's build for CPUs"
 	@echo "make test-vllm-next   the Python of the next vLLM (340 MB) over that build, and a part of those tests in it"
 	@echo "make test-clients   clients that people use (Python, Node, Java, curl) against penstock serve, in an environment of their own"
+	@echo "make docs   the documentation as a site, in out/site; broken links and anchors are errors"
 	@echo "make lock   pin anew, with hashes, what these environments are made of;  make audit  look its versions up for known faults"
 	@echo "make lint   ruff, and who may import whom;  make types  mypy --strict, tests and examples too;  make venv, make venv-vllm  an environment only;  make clean  remove all of it"
 
@@ -64,6 +66,7 @@ lock:
 	$(LOCK) --extra dev --constraint $(TESTED) --override $(OUT)/lock/no_torch.txt --output-file .ci/locked.txt \
 		pyproject.toml .ci/lock.in
 	$(LOCK) --no-deps --output-file tests/inside_vllm/locked.txt tests/inside_vllm/requirements.txt
+	$(LOCK) --output-file .ci/locked_docs.txt .ci/docs.in
 
 define python_fits
 $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
@@ -104,7 +107,7 @@ audit:
 	$(PYTHON) -m venv $(OUT)/audit
 	$(OUT)/audit/bin/$(PIP) "$(AUDIT)"
 	@echo "$(TORCH)" > $(OUT)/audit/torch.txt
-	@for file in .ci/locked.txt tests/inside_vllm/locked.txt $(OUT)/audit/torch.txt; do \
+	@for file in .ci/locked.txt .ci/locked_docs.txt tests/inside_vllm/locked.txt $(OUT)/audit/torch.txt; do \
 		$(OUT)/audit/bin/pip-audit --strict --disable-pip --no-deps $(AUDIT_ARGS) --requirement $$file || failed=1; \
 	done; if [ -n "$$failed" ]; then \
 		echo "make audit: a version has a known fault, or could not be looked up (AUDIT_ARGS='-s osv' asks another service)" >&2; \
@@ -180,6 +183,21 @@ test-clients: venv-clients
 		$(CLIENTS_BIN)/python -m pytest $(BESIDE) --disable-warnings --junit-xml=$(OUT)/tests-clients.xml tests/clients && \
 	echo passed > $(OUT)/part-clients.txt
 
+$(DOCS_VENV)/.installed: .ci/locked_docs.txt
+	@$(call python_fits)
+	@rm -f $@
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/$(PIP) $(LOCKED) .ci/locked_docs.txt
+	@touch $@
+
+venv-docs: $(DOCS_VENV)/.installed
+
+# out/part-docs.txt says how it ended. A link or an anchor that leads nowhere, and a page that is in no menu, are errors.
+docs: venv-docs
+	@mkdir -p $(OUT); echo failed > $(OUT)/part-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet --site-dir $(abspath $(OUT))/site
+	@echo passed > $(OUT)/part-docs.txt; echo "make docs: $(OUT)/site/index.html"
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(CLIENTS_VENV) $(NODE_PACKAGES) $(OUT) build .pytest_cache .mypy_cache .ruff_cache .hypothesis penstock.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(CLIENTS_VENV) $(DOCS_VENV) $(NODE_PACKAGES) $(OUT) build .pytest_cache .mypy_cache .ruff_cache .hypothesis penstock.egg-info
 	find penstock tests -name __pycache__ -type d -prune -exec rm -rf {} +

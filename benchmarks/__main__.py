@@ -16,7 +16,7 @@ from benchmarks.tables import tables
 
 app = typer.Typer(
     name="python -m benchmarks",
-    help="The papers' experiments, live and simulated, and Penstock beside other systems; docs/benchmarks.md.",
+    help="The papers' experiments, live and simulated, and Penstock beside other systems; docs/measurements/README.md.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+ARCHITECTURE = DOCS / "explanation" / "architecture.md"
+SECURITY = DOCS / "security.md"
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
 FILE_NAMED = re.compile(r"`((?:penstock|benchmarks|tests|docs|deploy|examples)/[\w./-]*)`")
 PART_NAMED = re.compile(r"`((?:core|pool|engine|server|cluster|vllm|sim|bench|workloads|process|io|doctor)(?:\.\w+)+)`")
@@ -33,7 +37,7 @@ def _anchors(page: Path) -> set[str]:
     return {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_what_a_page_names_is_there(page: Path) -> None:
     text = page.read_text()
     missing = [name for name in FILE_NAMED.findall(text) if not (ROOT / name).exists()]
@@ -46,10 +50,45 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     assert not missing, f"{page.name} names what is not there: {missing}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
     for target, anchor in LINK.findall(page.read_text()):
         linked = (page.parent / target).resolve() if target else page
         assert linked.exists(), f"{page.name} links to {target}"
         if anchor and linked.suffix == ".md":
             assert anchor in _anchors(linked), f"{page.name} links to {target}{anchor}"
+
+
+def test_where_to_change_what_names_files_that_are_there() -> None:
+    text = ARCHITECTURE.read_text()
+    rows = text[text.index("| to change |") :].split("\n\n")[0].splitlines()[2:]
+    assert len(rows) >= 24
+    for row in rows:
+        _, first, then, test = (cell.strip() for cell in row.strip("|").split("|"))
+        folder = ROOT / "penstock"
+        for name in re.findall(r"`([^`]+)`", f"{first} {then}"):
+            file = folder / name if (folder / name).is_file() else ROOT / "penstock" / name
+            assert file.is_file(), row
+            folder = file.parent
+        for name in re.findall(r"`([^`]+)`", test):
+            assert name.startswith("make ") or (ROOT / "tests" / name).exists(), row
+
+
+def test_tests_that_the_security_page_names_are_there() -> None:
+    named = re.findall(r"`((?:\w+/)*test_\w+)`", SECURITY.read_text())
+    assert len(named) > 30
+    assert [name for name in named if not (ROOT / "tests" / f"{name}.py").is_file()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_lines_of_a_page_are_short(page: Path) -> None:
+    long = [number for number, line in enumerate(page.read_text().splitlines(), 1) if len(line) > 120]
+    assert not long, f"{page.name} has lines of more than 120 characters: {long}"
+
+
+def test_pages_that_the_code_names_are_there() -> None:
+    folders = (ROOT / "penstock", ROOT / "benchmarks", ROOT / "deploy", ROOT / "examples")
+    files = [file for folder in folders for file in folder.rglob("*.*") if file.suffix in (".py", ".toml", ".html")]
+    named = {page: file for file in files for page in re.findall(r"\bdocs/[\w./-]+\.md", file.read_text())}
+    assert len(named) >= 6
+    assert {page: file for page, file in named.items() if not (ROOT / page).is_file()} == {}

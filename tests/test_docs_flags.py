@@ -1,6 +1,6 @@
 """The docs say of flags, keys and defaults what the records say from which these are derived, and leave none out.
 
-`python tests/test_docs_flags.py` writes docs/flags.md anew.
+`python tests/test_docs_flags.py` writes docs/reference/flags.md anew.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from penstock.vllm.command import PANELS as VLLM_PANELS
 from penstock.vllm.settings import Settings
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGE = DOCS / "flags.md"
+PAGE = DOCS / "reference" / "flags.md"
 COMMANDS: Mapping[str, tuple[type, Mapping[str, Sequence[str]]]] = {
     "serve": (ServeFlags, SERVE_PANELS),
     "router": (RouterFlags, ROUTER_PANELS),
@@ -41,14 +42,21 @@ HEAD = """# Flags
 
 What these commands can be told, as their `--help` has it. `serve` and `router` take the same names, with `_` for `-`,
 as keys of a TOML file (`--config`); the command line goes before it. `pool` takes those of the node as keys of its
-[pool.toml](pool.md), `vllm` its own as keys of [`kv_connector_extra_config`](vllm.md). A flag that may be repeated is a
-list there. `penstock up` takes the flags of `pool`, `router` and `serve` as keys of [cluster.toml](cluster.md).
+[pool.toml](pool-toml.md), `vllm` its own as keys of [`kv_connector_extra_config`](vllm.md). A flag that may be repeated
+is a list there. `penstock up` takes the flags of `pool`, `router` and `serve` as keys of
+[cluster.toml](../how-to/run-a-cluster.md).
 """
+WIDTH = 120
 MENTION = re.compile(r"`--([a-z0-9-]+)` \(([^)`]+)\)")
 NAMED = re.compile(r"`--([a-z][a-z0-9-]*)")
 # Cut short, and of other programs.
 OTHERS = {"peer-tls-", "enable-lora", "enable-auto-tool-choice", "trust-request-chat-template", "http2"}
-OWN_PAGES = ("api.md", "cluster.md", "operations.md", "peers.md", "pool.md", "security.md")
+OWN_PAGES = (
+    "reference/http-api.md", "reference/serve.md", "reference/pool-toml.md", "how-to/run-a-cluster.md",
+    "how-to/size-a-cluster.md", "how-to/find-where-ttft-goes.md", "how-to/run-a-pool-node.md",
+    "how-to/secure-connections.md", "explanation/cluster.md", "explanation/pool.md", "explanation/pool-key.md",
+    "security.md",
+)  # fmt: skip
 
 
 def flag_of(name: str) -> str:
@@ -60,16 +68,28 @@ def default_of(one: Declared) -> str:
     return shown_default(one) or ("off" if one.kind is bool else "none")
 
 
+def row_of(what: str, default: str, text: str) -> tuple[str, list[str]]:
+    """The row of a flag, and what does not fit into its line and goes below the table."""
+    row = f"| {what} | {default} | {text} |\n"
+    if len(row) <= WIDTH:
+        return row, []
+    note = fill(f"- {what}: {text}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    return f"| {what} | {default} | below |\n", [note + "\n"]
+
+
 def page() -> str:
     parts = [HEAD]
     for command, (record, panels) in COMMANDS.items():
         parts.append(f"\n## `penstock {command}`\n\n| flag | default | meaning |\n| --- | --- | --- |\n")
-        declared = settings_of(record)
+        declared, notes = settings_of(record), []
         for name in (name for names in panels.values() for name in names):
             one = declared[name]
             what = "`MODEL`" if name in ARGUMENTS else f"`{flag_of(name)}`"
             default = "none" if name in ARGUMENTS else default_of(one)
-            parts.append(f"| {what} | {default} | {one.setting.help} |\n")
+            row, note = row_of(what, default, one.setting.help)
+            parts.append(row)
+            notes += note
+        parts += ["\n", *notes] if notes else []
     return "".join(parts)
 
 
@@ -121,7 +141,7 @@ def test_the_table_of_vllm_has_every_flag_and_key_with_its_default() -> None:
     declared = settings_of(Settings)
     flags: set[str] = set()
     keys: set[str] = set()
-    for what, default in table("vllm.md", "flag, and key"):
+    for what, default in table("reference/vllm.md", "flag, and key"):
         names = re.findall(r"`([^`]{2,})`", what)
         flags |= {name for name in names if name.startswith("--")}
         asked = list(dict.fromkeys(name.removeprefix("--").replace("-", "_") for name in names))
@@ -140,7 +160,7 @@ def test_the_table_of_pool_toml_has_every_key_with_its_default() -> None:
     assert str(declared["staging"].setting.shown).startswith(format_bytes(STAGING_BYTES).replace(" ", ""))
     fields_of = {one.name: one for one in fields(PoolConfig)}
     keys: set[str] = set()
-    for what, default in table("pool.md", "key | default"):
+    for what, default in table("reference/pool-toml.md", "key | default"):
         names = re.findall(r"`([^`]+)`", what)
         keys |= {name for name in names if not name.startswith("[quota]")}
         wanted = [shown_default(declared[name]) for name in names if name in declared]

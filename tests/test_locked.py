@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 
 HERE = Path(__file__).parent.parent
 LOCKED, LOCKED_VLLM = HERE / ".ci" / "locked.txt", HERE / "tests" / "inside_vllm" / "locked.txt"
+LOCKED_DOCS, ASKED_DOCS = HERE / ".ci" / "locked_docs.txt", HERE / ".ci" / "docs.in"
 TESTED, ASKED_VLLM = HERE / "penstock" / "tested_versions.txt", HERE / "tests" / "inside_vllm" / "requirements.txt"
 MACHINES = [
     {"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.1", "sys_platform": "linux",
@@ -48,10 +49,12 @@ def plain(file: Path) -> list[Requirement]:
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
-@pytest.mark.parametrize("file", [LOCKED, LOCKED_VLLM], ids=["CI", "vLLM"])
-def test_everything_is_one_version_with_its_hashes(file: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "least"), [(LOCKED, 50), (LOCKED_VLLM, 50), (LOCKED_DOCS, 20)], ids=["CI", "vLLM", "docs"]
+)
+def test_everything_is_one_version_with_its_hashes(file: Path, least: int) -> None:
     locked = entries(file)
-    assert len(locked) > 50
+    assert len(locked) > least
     for asked, hashes in locked:
         assert re.fullmatch(r"==[^=,*]+", str(asked.specifier)) and asked.url is None, asked
         assert hashes and all(re.fullmatch("sha256:[0-9a-f]{64}", one) for one in hashes), asked
@@ -84,6 +87,13 @@ def test_the_lock_of_vllm_is_of_what_was_tested() -> None:
             if one.marker is None or one.marker.evaluate(machine)
         }
         assert versions(entries(LOCKED_VLLM), machine) == asked, "make lock"
+
+
+def test_the_lock_of_docs_is_of_what_they_ask_for() -> None:
+    for machine in MACHINES:
+        locked = versions(entries(LOCKED_DOCS), machine)
+        for one in plain(ASKED_DOCS):
+            assert one.specifier.contains(locked[canonicalize_name(one.name)]), f"{one}: make lock"
 
 
 def test_the_lock_needs_nothing_beside_itself_and_torch() -> None:

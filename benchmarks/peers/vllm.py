@@ -146,7 +146,7 @@ def _chosen(name: str, given: list[str] | None, allowed: tuple[str, ...]) -> tup
 def _python(given: Path | None) -> Path:
     """The interpreter that runs vLLM with Penstock. Raises SystemFailed."""
     if given is None and importlib.util.find_spec("vllm") is None:
-        raise SystemFailed("this interpreter has no vllm; give one that has it by --python (docs/vllm.md)")
+        raise SystemFailed("this interpreter has no vllm; give one that has it by --python")
     if given is None:
         return Path(sys.executable)
     found = shutil.which(str(given))

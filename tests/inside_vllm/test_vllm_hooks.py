@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[2] / "docs" / "vllm.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "vllm.md"
 ROW = re.compile(r"^\| `(\w+)`( \(from ([\d.]+)\))? \| (own|vLLM's) \| (.+) \|$", re.MULTILINE)
 
 
@@ -29,11 +29,15 @@ def test_the_table_names_every_hook_of_this_vllm_and_what_we_do_about_it() -> No
 
     rows = {name: (since, decision, why) for name, _, since, decision, why in ROW.findall(DOCS.read_text())}
     hooks, here = hooks_of(KVConnectorBase_V1, SupportsHMA), version_of(vllm.__version__)
-    assert not hooks - set(rows), "vLLM has hooks that nobody decided on: say in docs/vllm.md what is done, and why"
+    assert not hooks - set(rows), (
+        "vLLM has hooks that nobody decided on: say in docs/reference/vllm.md what is done, and why"
+    )
     expected = {name for name, (since, _, _) in rows.items() if not since or version_of(since) <= here}
-    assert not expected - hooks, "docs/vllm.md has hooks that this vLLM has not"
+    assert not expected - hooks, "docs/reference/vllm.md has hooks that this vLLM has not"
     for name, (_, decision, why) in rows.items():
-        assert (name in vars(PenstockConnector)) is (decision == "own"), f"{name} is {decision} in docs/vllm.md"
+        assert (name in vars(PenstockConnector)) is (decision == "own"), (
+            f"{name} is {decision} in docs/reference/vllm.md"
+        )
         assert why.strip()
 
 

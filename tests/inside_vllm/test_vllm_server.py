@@ -44,7 +44,7 @@ def penstock_vllm(model: Path, address: str) -> list[str]:
 
 
 def vllm_serve(model: Path, address: str) -> list[str]:
-    """As docs/vllm.md shows it."""
+    """As docs/how-to/share-a-pool-between-vllm.md shows it."""
     config = {
         "kv_connector": "PenstockConnector",
         "kv_connector_module_path": "penstock.vllm.connector",

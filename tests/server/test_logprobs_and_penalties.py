@@ -17,6 +17,8 @@ from penstock.testing.tiny_models import build_tiny
 from tests.server.echo_engine import EchoEngine
 from tests.server.served import Served, Start
 
+NOT_HERE = 'docs/reference/http-api.md, "What is not here"'
+
 EOS = 1
 CHAT = [{"role": "user", "content": "Which is it? \u4e16"}]
 Logprobs = Callable[[list[int]], torch.Tensor]
@@ -179,7 +181,7 @@ def test_what_is_not_here_says_where_to_look(start: Start) -> None:
         ("chat/completions", M | {"tools": [{"type": "function"}]}),
     ):
         error = served.http.post(f"/v1/{path}", json=more).json()["error"]
-        assert error["code"] == "unsupported_parameter" and 'docs/api.md, "What is not here"' in error["message"]
+        assert error["code"] == "unsupported_parameter" and NOT_HERE in error["message"]
 
 
 def test_tokens_of_texts_and_chats_and_back(start: Start, codec: TextCodec) -> None:

@@ -20,7 +20,7 @@ FAILED = 1
 def up(
     config: Annotated[
         Path,
-        typer.Argument(help="TOML file that describes the cluster (keys: docs/cluster.md).", metavar="CLUSTER.TOML"),
+        typer.Argument(help="The cluster, as TOML (keys: docs/how-to/run-a-cluster.md).", metavar="CLUSTER.TOML"),
     ],
     on: Annotated[str, typer.Option(help="local: processes of this machine; ray: actors of a Ray cluster.")] = "local",
     ray_address: Annotated[

@@ -31,7 +31,7 @@ def simulate(simulation: Simulation, folder: Path = Path(), trace_out: Path | No
 
 
 def run(
-    file: Annotated[Path, typer.Argument(help="The simulation, as TOML (docs/simulator.md; deploy/sim-*.toml).")],
+    file: Annotated[Path, typer.Argument(help="A TOML file (docs/reference/simulator.md; deploy/sim-*.toml).")],
     seed: Annotated[int | None, typer.Option(min=0, help="Seed to use instead of the file's.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG, SVG or PDF) to this file.")] = None,

@@ -49,7 +49,7 @@ def test_a_router_refuses_logprobs_and_passes_the_rest_on() -> None:
         reply = httpx.post(f"{url}/v1/completions", json=body | {"logprobs": 1}, timeout=WAIT_S)
         error = reply.json()["error"]
         assert (reply.status_code, error["param"], error["code"]) == (400, "logprobs", "unsupported_parameter")
-        assert "router" in error["message"] and 'docs/api.md, "What is not here"' in error["message"]
+        assert "router" in error["message"] and 'docs/reference/http-api.md, "What is not here"' in error["message"]
         assert host.placed == []
         reply = httpx.post(f"{url}/v1/completions", json=body | shaped, timeout=WAIT_S)
         assert reply.status_code == 200, reply.text
