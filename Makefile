@@ -23,7 +23,7 @@ UV ?= uv==0.13.9
 AUDIT ?= pip-audit==2.10.1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm venv-clients demo quick quick-unit test test-vllm test-vllm-next test-clients lint types unit clean lock audit
+.PHONY: help venv venv-vllm venv-clients demo quick quick-unit test test-vllm test-vllm-next test-clients lint types unit clean lock audit size
 
 help:
 	@echo "make demo   replay agent sessions over HTTP, coupled against penstock; table, out/demo.html, out/demo.png"
@@ -33,6 +33,7 @@ help:
 	@echo "make test-vllm-next   the Python of the next vLLM (340 MB) over that build, and a part of those tests in it"
 	@echo "make test-clients   clients that people use (Python, Node, Java, curl) against penstock serve, in an environment of their own"
 	@echo "make lock   pin anew, with hashes, what these environments are made of;  make audit  look its versions up for known faults"
+	@echo "make size   what an installation takes on disk, without and with each extra"
 	@echo "make lint   ruff, and who may import whom;  make types  mypy --strict, tests and examples too;  make venv, make venv-vllm  an environment only;  make clean  remove all of it"
 
 venv: $(VENV)/.installed
@@ -121,6 +122,15 @@ audit:
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks demo --out $(OUT)
+
+# On disk, from pip's own sources, as a user installs it; none: without extras.
+SIZES ?= none tokenizer plots otel nixl engine
+size:
+	@$(call python_fits)
+	@for extra in $(SIZES); do rm -rf $(OUT)/size && $(PYTHON) -m venv $(OUT)/size && \
+		if [ $$extra = none ]; then asked=.; else asked=".[$$extra]"; fi; \
+		$(OUT)/size/bin/$(PIP) $(TORCH_ARGS) --constraint $(TESTED) "$$asked" && $(OUT)/size/bin/pip uninstall -qy pip && \
+		echo "$$extra $$(du -sm $(OUT)/size | cut -f1) MB" || exit 1; done
 
 lint: venv
 	$(BIN)/ruff check .

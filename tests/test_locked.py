@@ -121,11 +121,19 @@ def needs_nothing_beside_itself_and_torch(file: Path) -> None:
 
 
 def test_installations_of_ci_ask_for_hashes() -> None:
-    """Each `pip install` of the Makefile: from a lock, torch alone, or of this folder without anything else."""
+    """Each `pip install` of the Makefile: from a lock, torch alone, or this folder without anything else. `make size`
+    installs as users do, and runs nothing of it."""
     text = (HERE / "Makefile").read_text().replace("\\\n", " ")
     lines = [line.strip() for line in text.splitlines() if "/$(PIP)" in line or "pip install" in line]
     lines = [line for line in lines if not line.startswith("PIP :=")]
-    allowed = ("$(LOCKED) ", '$(TORCH_ARGS) "$(TORCH)"', "--no-deps --no-build-isolation", '"$(UV)"', '"$(AUDIT)"')
+    allowed = (
+        "$(LOCKED) ",
+        '$(TORCH_ARGS) "$(TORCH)"',
+        "--no-deps --no-build-isolation",
+        "--constraint $(TESTED)",
+        '"$(UV)"',
+        '"$(AUDIT)"',
+    )
     assert len(lines) >= 6 and [line for line in lines if not any(part in line for part in allowed)] == []
     assert "LOCKED := --no-deps --require-hashes --requirement" in text
 
