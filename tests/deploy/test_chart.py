@@ -141,6 +141,16 @@ def test_flags_are_penstocks(values: Manifest) -> None:
             assert ours and set(ours) <= known | (passed_on if command == "vllm" else set())
 
 
+def test_a_router_without_engines_is_reached_and_not_restarted() -> None:
+    """Its /health says 503 until an engine has registered."""
+    manifests = rendered(values_of("laptop"))
+    (router,) = (one["spec"]["containers"][0] for one in pods(of_kind(manifests, "Deployment")))
+    assert router["readinessProbe"]["httpGet"]["path"] == "/health"
+    assert "tcpSocket" in router["livenessProbe"] and "tcpSocket" in router["startupProbe"]
+    (service,) = (one for one in of_kind(manifests, "Service") if one["metadata"]["name"] == "kv-router-cluster")
+    assert service["spec"]["publishNotReadyAddresses"] is True
+
+
 def test_a_group_of_several_hosts_is_vllms_alone() -> None:
     base = values_of("gpu-host")
     manifests = rendered(base | {"engines": [VLLM_GROUP]})

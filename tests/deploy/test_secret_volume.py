@@ -37,7 +37,8 @@ from penstock.pool.net.secret import Secret
 from penstock.server.api_settings import read_api_key
 os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))
 folder = Path(sys.argv[1])
-print(bool(Secret.read(folder / "secret")), bool(PoolKey.read(folder / "poolKey")), len(read_api_key(None, str(folder / "apiKey"))))
+keys = Secret.read(folder / "secret"), PoolKey.read(folder / "poolKey")
+print(*map(bool, keys), len(read_api_key(None, str(folder / "apiKey"))))
 """
     command = [sys.executable, "-c", program, str(volume), str(USER)]
     done = subprocess.run(command, capture_output=True, text=True, env=with_tests(), timeout=60)
