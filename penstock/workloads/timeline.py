@@ -224,10 +224,10 @@ HEADLINE = ("TTFT mean", "TTFT p99", "SLO attainment")
 
 
 def _headline(panel: Panel) -> str:
-    """The panel's title with its most important figures."""
+    """The panel's title, and below it the figures that a reader looks for first."""
     facts = dict(panel.facts)
     known = ", ".join(f"{name} {facts[name]}" for name in HEADLINE if name in facts)
-    return f"{panel.title}: {known}" if known else panel.title
+    return f"{panel.title}\n{known}" if known else panel.title
 
 
 def write_figure(path: Path, title: str, panels: Sequence[Panel]) -> None:
