@@ -8,7 +8,7 @@ app = lazy_group(
     {
         "demo": LazyCommand(
             "benchmarks.demo.demo:demo",
-            "Replay multi-turn agent sessions over HTTP, coupled and as Penstock; table, page and picture.",
+            "Replays multi-turn agent sessions over HTTP, coupled and with Penstock; writes table, page and picture.",
         ),
         "calvo": LazyCommand(
             "benchmarks.calvo.live:calvo",
@@ -24,7 +24,7 @@ app = lazy_group(
         ),
         "vllm": LazyCommand(
             "benchmarks.peers.vllm:vllm",
-            "Serve the same requests with four systems over a link of one rate: TTFT, SLO attainment, throughput.",
+            "Serves the same requests with four systems over links of the same rate: TTFT, SLO attainment.",
         ),
         "sim-tables": LazyCommand(
             "benchmarks.tables:tables",

@@ -35,7 +35,7 @@ app = lazy_group(
         ),
         "pool": LazyCommand(
             "penstock.pool.setup.pool_command:pool_app",
-            "Serve a pool of memory and SSDs to engines on this and other machines; or look at one.",
+            "Serve a pool of memory and SSDs to engines on this and other machines; or inspect one.",
         ),
         "bench": LazyCommand(
             "penstock.bench.command:bench",
@@ -43,7 +43,7 @@ app = lazy_group(
         ),
         "sim": LazyCommand(
             "penstock.sim.command:sim",
-            "The same scheduler core on a virtual clock.",
+            "The real scheduler core on a virtual clock.",
         ),
         "profile": LazyCommand(
             "penstock.pool.setup.profile_command:profile",
@@ -51,7 +51,7 @@ app = lazy_group(
         ),
         "doctor": LazyCommand(
             "penstock.doctor.command:doctor",
-            "What this machine offers, what is misconfigured, and what to do. Exit code 1 if Penstock cannot run here.",
+            "What this machine offers, what is misconfigured, and how to repair it.",
         ),
         "spdk": LazyCommand(
             "penstock.io.spdk.command:app", "The spdk block engine: build its shim against your SPDK, try a target."

@@ -12,19 +12,19 @@ bench = lazy_group(
         ),
         "io": LazyCommand(
             "penstock.bench.io:io",
-            "Read bandwidth and CPU of the uring engine against fio, a bare ring and a file per chunk.",
+            "Read bandwidth and CPU time of the uring engine against fio, a bare ring and one file per chunk.",
         ),
         "pool": LazyCommand(
             "penstock.bench.pool:pool",
-            "CPU per GB beside a file per chunk, and reads of memory and disk as one pool over the sum of both alone.",
+            "CPU per GB against one file per chunk.",
         ),
         "serve": LazyCommand(
             "penstock.bench.serve:serve",
-            "Replay a trace through the API with a real small model: penstock, coupled, and without a pool.",
+            "Replays a trace through the API with a real small model: with Penstock, coupled, and without a pool.",
         ),
         "transport": LazyCommand(
             "penstock.bench.transport:transport",
-            "Read bandwidth and CPU of a pool node over loopback TCP against a bare socket loop.",
+            "Read bandwidth and CPU time of a pool node over loopback TCP against a bare socket loop.",
         ),
     },
     name="bench",

@@ -8,19 +8,19 @@ sim = lazy_group(
     {
         "run": LazyCommand(
             "penstock.sim.commands.run:run",
-            "Simulate what a file describes: latencies, SLO attainment, goodput, links over time, balance.",
+            "Simulates what a file describes: latencies, SLO attainment, goodput, link use over time, balance.",
         ),
         "plan": LazyCommand(
             "penstock.sim.commands.plan:plan",
-            "How many prefill and decode nodes, which P/D ratio and which storage NICs keep an SLO.",
+            "How many prefill and decode nodes, which P/D ratio and which storage NICs meet an SLO.",
         ),
         "validate": LazyCommand(
             "penstock.sim.commands.validate:validate",
-            "Simulate recorded live runs from their own profile: error of the predicted TTFT, request by request.",
+            "Simulates recorded live runs from their own profile; prints the error of the predicted TTFT by request.",
         ),
         "fuzz": LazyCommand(
             "penstock.sim.commands.fuzz:fuzz",
-            "Random engines, clusters, requests and faults against the core, its invariants asserted.",
+            "Runs random engines, clusters, requests and faults against the core.",
         ),
         "cost": LazyCommand(
             "penstock.sim.commands.cost:cost",
