@@ -24,7 +24,7 @@ UV ?= uv==0.13.9
 AUDIT ?= pip-audit==2.10.1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm venv-clients demo quick quick-unit test test-vllm test-vllm-next test-clients docs venv-docs lint types unit clean lock audit
+.PHONY: help venv venv-vllm venv-clients demo quick quick-unit test test-vllm test-vllm-next test-clients docs venv-docs lint types unit clean lock audit size
 
 help:
 	@echo "make demo   replay agent sessions over HTTP, coupled against penstock; table, out/demo.html, out/demo.png"
@@ -35,27 +35,35 @@ help:
 	@echo "make test-clients   clients that people use (Python, Node, Java, curl) against penstock serve, in an environment of their own"
 	@echo "make docs   the documentation as a site, in out/site; broken links and anchors are errors"
 	@echo "make lock   pin anew, with hashes, what these environments are made of;  make audit  look its versions up for known faults"
+	@echo "make size   what an installation takes on disk, without and with each extra"
 	@echo "make lint   ruff, and who may import whom;  make types  mypy --strict, tests and examples too;  make venv, make venv-vllm  an environment only;  make clean  remove all of it"
 
 venv: $(VENV)/.installed
 
 venv-vllm: $(VLLM_VENV)/.installed
 
-# Torch comes alone, so that nothing else chooses its build, and last, so that what it needs is there by hash. Where pip's
-# own sources give a CUDA build and there is no GPU, TORCH_ARGS takes the pip options that select a CPU build (an index of
-# your choice).
-$(VENV)/.installed: pyproject.toml $(TESTED) .ci/locked.txt
+# What the demo needs, the extras engine and plots, comes first, and is all that `make demo` installs. Torch comes alone, so
+# that nothing else chooses its build, and after what it needs, so that this is there by hash. Where pip's own sources give a
+# CUDA build and there is no GPU, TORCH_ARGS takes the pip options that select a CPU build (an index of your choice).
+$(VENV)/.demo: pyproject.toml $(TESTED) .ci/locked_demo.txt
 	@$(call python_fits)
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/$(PIP) $(LOCKED) .ci/locked.txt
-	$(BIN)/$(PIP) $(TORCH_ARGS) "$(TORCH)"
+	$(BIN)/$(PIP) --no-compile $(LOCKED) .ci/locked_demo.txt
+	$(BIN)/$(PIP) --no-compile $(TORCH_ARGS) "$(TORCH)"
 	$(BIN)/$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.demo .ci/locked.txt
+	@rm -f $@
+	$(BIN)/$(PIP) $(LOCKED) .ci/locked.txt
 	@touch $@
 
 # Anew from the versions that pyproject.toml, $(TESTED) and tests/inside_vllm/requirements.txt name. What they leave open
 # stays as it is locked; LOCK_ARGS=--upgrade takes the newest.
 LOCK_ARGS ?=
+LOCKED_EXTRAS := dev engine plots otel
+DEMO_EXTRAS := engine plots
 LOCK := $(OUT)/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--no-header $(LOCK_ARGS)
 lock:
@@ -63,8 +71,10 @@ lock:
 	$(PYTHON) -m venv $(OUT)/lock
 	$(OUT)/lock/bin/$(PIP) "$(UV)"
 	echo 'torch ; sys_platform == "never"' > $(OUT)/lock/no_torch.txt
-	$(LOCK) --extra dev --constraint $(TESTED) --override $(OUT)/lock/no_torch.txt --output-file .ci/locked.txt \
+	$(LOCK) $(addprefix --extra ,$(LOCKED_EXTRAS)) --constraint $(TESTED) --override $(OUT)/lock/no_torch.txt --output-file .ci/locked.txt \
 		pyproject.toml .ci/lock.in
+	$(LOCK) $(addprefix --extra ,$(DEMO_EXTRAS)) --constraint .ci/locked.txt --override $(OUT)/lock/no_torch.txt \
+		--output-file .ci/locked_demo.txt pyproject.toml .ci/lock.in
 	$(LOCK) --no-deps --output-file tests/inside_vllm/locked.txt tests/inside_vllm/requirements.txt
 	$(LOCK) --output-file .ci/locked_docs.txt .ci/docs.in
 
@@ -113,8 +123,17 @@ audit:
 		echo "make audit: a version has a known fault, or could not be looked up (AUDIT_ARGS='-s osv' asks another service)" >&2; \
 		exit 1; fi
 
-demo: venv
+demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks demo --out $(OUT)
+
+# On disk, from pip's own sources, as a user installs it; none: without extras.
+SIZES ?= none tokenizer plots otel nixl engine
+size:
+	@$(call python_fits)
+	@for extra in $(SIZES); do rm -rf $(OUT)/size && $(PYTHON) -m venv $(OUT)/size && \
+		if [ $$extra = none ]; then asked=.; else asked=".[$$extra]"; fi; \
+		$(OUT)/size/bin/$(PIP) $(TORCH_ARGS) --constraint $(TESTED) "$$asked" && $(OUT)/size/bin/pip uninstall -qy pip && \
+		echo "$$extra $$(du -sm $(OUT)/size | cut -f1) MB" || exit 1; done
 
 lint: venv
 	$(BIN)/ruff check .

@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
-import typer
+from penstock.lazy_commands import LazyCommand, lazy_group
 
-from benchmarks.calvo.live import calvo
-from benchmarks.calvo.simulated import calvo_command
-from benchmarks.demo.demo import demo
-from benchmarks.dualpath import simulated as simulated_dualpath
-from benchmarks.dualpath.live import dualpath
-from benchmarks.peers.vllm import vllm
-from benchmarks.pooling import simulated as simulated_pool
-from benchmarks.pooling.live import pool
-from benchmarks.tables import tables
-
-app = typer.Typer(
+app = lazy_group(
+    {
+        "demo": LazyCommand(
+            "benchmarks.demo.demo:demo",
+            "Replays multi-turn agent sessions over HTTP, coupled and with Penstock; writes table, page and picture.",
+        ),
+        "calvo": LazyCommand(
+            "benchmarks.calvo.live:calvo",
+            "CALVO's set-up live over TCP with real bytes and modelled compute.",
+        ),
+        "pool": LazyCommand(
+            "benchmarks.pooling.live:pool",
+            "Pooled reads, TTFT and CPU against their bounds and the baselines.",
+        ),
+        "dualpath": LazyCommand(
+            "benchmarks.dualpath.live:dualpath",
+            "Prefill read, DualPath and split reads on hosts with storage and compute NICs: job times, rates, TPOT.",
+        ),
+        "vllm": LazyCommand(
+            "benchmarks.peers.vllm:vllm",
+            "Serves the same requests with four systems over links of the same rate: TTFT, SLO attainment.",
+        ),
+        "sim-tables": LazyCommand(
+            "benchmarks.tables:tables",
+            "All three papers on their own hardware; limits are the papers' figures, or bounds.",
+        ),
+        "sim-calvo": LazyCommand(
+            "benchmarks.calvo.simulated:calvo_command",
+            "CALVO on its own hardware: TTFT and SLO attainment of every ordering.",
+        ),
+        "sim-pool": LazyCommand(
+            "benchmarks.pooling.simulated:pool",
+            "Unified KV Pooling on its own hardware: 2 memories and 2 SSDs as one pool, 16K to 128K of context.",
+        ),
+        "sim-dualpath": LazyCommand(
+            "benchmarks.dualpath.simulated:dualpath",
+            "DualPath on its own hardware: job times, ablation, P/D ratios, online capacity, scale.",
+        ),
+    },
     name="python -m benchmarks",
     help="The papers' experiments, live and simulated, and Penstock beside other systems; docs/measurements/README.md.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(demo)
-app.command()(calvo)
-app.command()(pool)
-app.command()(dualpath)
-app.command()(vllm)
-app.command("sim-tables")(tables)
-app.command("sim-calvo")(calvo_command)
-app.command("sim-pool")(simulated_pool.pool)
-app.command("sim-dualpath")(simulated_dualpath.dualpath)
 
 if __name__ == "__main__":
     app(prog_name="python -m benchmarks")

@@ -1,4 +1,4 @@
-"""The `penstock` command: one line per sub-command; each lives beside what it drives and imports heavy things late."""
+"""The `penstock` command: its sub-commands, each imported when it is called."""
 
 from __future__ import annotations
 
@@ -7,23 +7,58 @@ from typing import Annotated
 import typer
 
 from penstock import __version__
-from penstock.bench.command import bench
-from penstock.cluster.deploy.fabric_command import fabric
-from penstock.cluster.deploy.up_command import up
-from penstock.cluster.engine.serve_command import serve
-from penstock.cluster.router.router_command import router
-from penstock.doctor.command import doctor
-from penstock.io.spdk.command import app as spdk_app
-from penstock.pool.setup.pool_command import pool_app
-from penstock.pool.setup.profile_command import profile
-from penstock.sim.command import sim
-from penstock.vllm.command import PASSED_THROUGH, vllm
+from penstock.lazy_commands import LazyCommand, lazy_group
 
-app = typer.Typer(
+HELP = "LLM serving for requests whose time goes into loading KV cache rather than computing it."
+
+app = lazy_group(
+    {
+        "serve": LazyCommand(
+            "penstock.cluster.engine.serve_command:serve",
+            "Serve a model with the OpenAI-compatible API; its KV cache comes from the pool.",
+        ),
+        "router": LazyCommand(
+            "penstock.cluster.router.router_command:router",
+            "Serve the OpenAI-compatible API with the engines that register.",
+        ),
+        "up": LazyCommand(
+            "penstock.cluster.deploy.up_command:up",
+            "Start a whole cluster, start again what dies, and end it in order on SIGTERM or SIGINT.",
+        ),
+        "fabric": LazyCommand(
+            "penstock.cluster.deploy.fabric_command:fabric",
+            "Print the InfiniBand, RoCE or TCP settings that keep hand-off and tokens before bulk KV.",
+        ),
+        "vllm": LazyCommand(
+            "penstock.vllm.command:app",
+            "Serve MODEL with vLLM, its KV cache from Penstock's pool. Any flag of `vllm serve` may follow.",
+        ),
+        "pool": LazyCommand(
+            "penstock.pool.setup.pool_command:pool_app",
+            "Serve a pool of memory and SSDs to engines on this and other machines; or inspect one.",
+        ),
+        "bench": LazyCommand(
+            "penstock.bench.command:bench",
+            "Measure this machine and Penstock on it. The papers' experiments: `python -m benchmarks` in a checkout.",
+        ),
+        "sim": LazyCommand(
+            "penstock.sim.command:sim",
+            "The real scheduler core on a virtual clock.",
+        ),
+        "profile": LazyCommand(
+            "penstock.pool.setup.profile_command:profile",
+            "Measure what each member of a pool reads and writes, alone and all together.",
+        ),
+        "doctor": LazyCommand(
+            "penstock.doctor.command:doctor",
+            "What this machine offers, what is misconfigured, and how to repair it.",
+        ),
+        "spdk": LazyCommand(
+            "penstock.io.spdk.command:app", "The spdk block engine: build its shim against your SPDK, try a target."
+        ),
+    },
     name="penstock",
-    help="LLM serving for requests whose time goes into loading KV cache rather than computing it.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
+    help=HELP,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -41,16 +76,3 @@ def main(
     ] = False,
 ) -> None:
     """LLM serving for requests whose time goes into loading KV cache rather than computing it."""
-
-
-app.command()(serve)
-app.command()(router)
-app.command()(up)
-app.command()(fabric)
-app.command(context_settings=PASSED_THROUGH)(vllm)
-app.add_typer(pool_app, name="pool")
-app.add_typer(bench, name="bench")
-app.add_typer(sim, name="sim")
-app.command()(profile)
-app.command()(doctor)
-app.add_typer(spdk_app, name="spdk")

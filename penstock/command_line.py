@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn, get_args
 import typer
 
 from penstock.core.settings import Declared, settings_of
+from penstock.extras import ExtraMissing, require_extra
 from penstock.process import log_lines
 from penstock.units import format_bytes
 
@@ -21,6 +22,21 @@ ARGUMENTS = ("model",)  # given without a flag's name
 
 ConfigFile = Annotated[
     Path | None, typer.Option(help="TOML file with flags of the same names; the command line goes before it.")
+]
+
+
+def can_plot(context: typer.Context, plot: Path | None) -> Path | None:
+    """Ends the command at once, not after its work, where a picture is asked for and matplotlib is missing."""
+    if plot is not None and plot.suffix != ".html":
+        try:
+            require_extra("plots", "--plot")
+        except ExtraMissing as error:
+            refuse(context.command_path, error)
+    return plot
+
+
+PlotFile = Annotated[
+    Path | None, typer.Option(help="Write a picture (PNG, SVG or PDF) to this file.", callback=can_plot)
 ]
 
 

@@ -22,6 +22,7 @@ from penstock.cluster.router.router_command import PANELS as ROUTER_PANELS
 from penstock.cluster.router.router_flags import RouterFlags
 from penstock.command_line import ARGUMENTS, shown_default
 from penstock.core.settings import Declared, settings_of
+from penstock.lazy_commands import LazyGroup
 from penstock.pool.net.node import CONNECTIONS_MAX, STAGING_BYTES
 from penstock.pool.setup.config import NodeSettings, PoolConfig
 from penstock.pool.setup.pool_command import PANELS as POOL_PANELS
@@ -95,15 +96,15 @@ def page() -> str:
 
 def options(command: str) -> dict[str, Any]:
     """The flags of a command as the command line has them, by name."""
-    found = get_command(app).commands[command]  # type: ignore[attr-defined]
+    found = get_command(app).load(command)  # type: ignore[attr-defined]
     return {one.name: one for one in found.params}
 
 
 def all_flags(command: Any) -> Iterator[str]:
     for one in command.params:
         yield from one.opts
-    for below in getattr(command, "commands", {}).values():
-        yield from all_flags(below)
+    for name in getattr(command, "commands", {}):
+        yield from all_flags(command.load(name) if isinstance(command, LazyGroup) else command.commands[name])
 
 
 def table(page_name: str, first: str) -> list[tuple[str, str]]:

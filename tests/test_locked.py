@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 HERE = Path(__file__).parent.parent
 LOCKED, LOCKED_VLLM = HERE / ".ci" / "locked.txt", HERE / "tests" / "inside_vllm" / "locked.txt"
 LOCKED_DOCS, ASKED_DOCS = HERE / ".ci" / "locked_docs.txt", HERE / ".ci" / "docs.in"
+LOCKED_DEMO = HERE / ".ci" / "locked_demo.txt"
 TESTED, ASKED_VLLM = HERE / "penstock" / "tested_versions.txt", HERE / "tests" / "inside_vllm" / "requirements.txt"
 MACHINES = [
     {"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.1", "sys_platform": "linux",
@@ -67,9 +68,11 @@ def test_the_lock_covers_what_the_project_asks_for(machine: dict[str, str]) -> N
     """`make lock` after a change of pyproject.toml or of tested_versions.txt."""
     locked = versions(entries(LOCKED), machine)
     project = PROJECT["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["dev"], *PROJECT["build-system"]["requires"]]
+    extras = project["optional-dependencies"]
+    locked_extras = [one for name in ("dev", "tokenizer", "engine", "plots", "otel") for one in extras[name]]
+    asked = [*project["dependencies"], *locked_extras, *PROJECT["build-system"]["requires"]]
     for one in map(Requirement, asked):
-        if one.name == "torch" or (one.marker is not None and not one.marker.evaluate(machine)):
+        if one.name in ("torch", "penstock") or (one.marker is not None and not one.marker.evaluate(machine)):
             continue
         version = locked.get(canonicalize_name(one.name))
         assert version is not None, f"{one} is not in {LOCKED}: make lock"
@@ -77,6 +80,17 @@ def test_the_lock_covers_what_the_project_asks_for(machine: dict[str, str]) -> N
     for one in plain(TESTED):
         if one.name != "torch":
             assert one.specifier.contains(locked[canonicalize_name(one.name)]), f"{one}: make lock"
+
+
+def test_the_lock_of_the_demo_is_a_part_of_it_that_is_enough() -> None:
+    whole = {str(asked): hashes for asked, hashes in entries(LOCKED)}
+    demo = {str(asked): hashes for asked, hashes in entries(LOCKED_DEMO)}
+    assert demo.items() <= whole.items() and len(demo) < len(whole) - 20, "make lock"
+    project = PROJECT["project"]
+    extras = [one for name in ("tokenizer", "engine", "plots") for one in project["optional-dependencies"][name]]
+    asked = {canonicalize_name(Requirement(one).name) for one in [*project["dependencies"], *extras]}
+    assert asked - {"torch", "penstock"} <= set(versions(entries(LOCKED_DEMO), MACHINES[0]))
+    needs_nothing_beside_itself_and_torch(LOCKED_DEMO)
 
 
 def test_the_lock_of_vllm_is_of_what_was_tested() -> None:
@@ -98,11 +112,15 @@ def test_the_lock_of_docs_is_of_what_they_ask_for() -> None:
 
 def test_the_lock_needs_nothing_beside_itself_and_torch() -> None:
     """As installed here: what the packages of this environment ask for is in the lock."""
+    needs_nothing_beside_itself_and_torch(LOCKED)
+
+
+def needs_nothing_beside_itself_and_torch(file: Path) -> None:
     from importlib.metadata import PackageNotFoundError, requires
 
     environment = {"extra": ""}
-    locked = {canonicalize_name(asked.name) for asked, _ in entries(LOCKED)}
-    for asked, _ in entries(LOCKED):
+    locked = {canonicalize_name(asked.name) for asked, _ in entries(file)}
+    for asked, _ in entries(file):
         try:
             needed = requires(asked.name) or []
         except PackageNotFoundError:
@@ -113,11 +131,19 @@ def test_the_lock_needs_nothing_beside_itself_and_torch() -> None:
 
 
 def test_installations_of_ci_ask_for_hashes() -> None:
-    """Each `pip install` of the Makefile: from a lock, torch alone, or of this folder without anything else."""
+    """Each `pip install` of the Makefile: from a lock, torch alone, or this folder without anything else. `make size`
+    installs as users do, and runs nothing of it."""
     text = (HERE / "Makefile").read_text().replace("\\\n", " ")
     lines = [line.strip() for line in text.splitlines() if "/$(PIP)" in line or "pip install" in line]
     lines = [line for line in lines if not line.startswith("PIP :=")]
-    allowed = ("$(LOCKED) ", '$(TORCH_ARGS) "$(TORCH)"', "--no-deps --no-build-isolation", '"$(UV)"', '"$(AUDIT)"')
+    allowed = (
+        "$(LOCKED) ",
+        '$(TORCH_ARGS) "$(TORCH)"',
+        "--no-deps --no-build-isolation",
+        "--constraint $(TESTED)",
+        '"$(UV)"',
+        '"$(AUDIT)"',
+    )
     assert len(lines) >= 6 and [line for line in lines if not any(part in line for part in allowed)] == []
     assert "LOCKED := --no-deps --require-hashes --requirement" in text
 

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from penstock.command_line import PlotFile
 from penstock.core.config import POLICIES, Policy
 from penstock.report import Report
 from penstock.workloads.load_check import idle_links, refuse_empty
@@ -54,7 +55,7 @@ Cell = tuple[str, str, str]  # dataset (or "mixed"), rate, policy
 
 def calvo(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG) to this file.")] = None,
+    plot: PlotFile = None,
     everything: Annotated[bool, typer.Option("--all", help="All datasets and rates (about two hours).")] = False,
     dataset: Annotated[list[str] | None, typer.Option(help="Datasets: icl, loogle, code. Default: icl.")] = None,
     rate: Annotated[list[float] | None, typer.Option(help="Rates, as shares of the baseline's capacity.")] = None,

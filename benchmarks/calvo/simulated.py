@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from penstock.command_line import PlotFile
 from penstock.core.bandwidth import LinkCost
 from penstock.core.config import POLICIES, Mode, Policy, SchedulerConfig
 from penstock.core.cost import CostModel
@@ -313,7 +314,7 @@ def _ratios(report: Report, machine: Machine, name: str, seeds: int) -> None:
 
 def calvo_command(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG) to this file.")] = None,
+    plot: PlotFile = None,
     model: Annotated[str, typer.Option(help=f"Model: {', '.join(MODELS)}.")] = "llama",
     dataset: Annotated[list[str] | None, typer.Option(help="Datasets: loogle, icl, code. Default: all.")] = None,
     rate: Annotated[

@@ -13,6 +13,7 @@ from benchmarks.dualpath.simulated_beyond import beyond
 from benchmarks.dualpath.simulated_offline import SET_UPS, ablation, offline, ratios
 from benchmarks.dualpath.simulated_online import online
 from benchmarks.dualpath.simulated_scale import decision_cost, heartbeat_cost, scale
+from penstock.command_line import PlotFile
 from penstock.report import Report
 from penstock.sim.cluster_shape import BASIC, LEVEL, ORACLE, PAPER, SPLIT
 from penstock.workloads.plots import line_chart
@@ -51,9 +52,7 @@ def _scale(report: Report, quick: bool) -> None:
 
 def dualpath(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Write a picture (PNG) of job time over agents to this file.")
-    ] = None,
+    plot: PlotFile = None,
     part: Annotated[list[str] | None, typer.Option(help=f"Parts: {', '.join(PARTS)}. Default: all.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Recorded sessions for `beyond`: a folder of JSON files.")] = None,
     full: Annotated[bool, typer.Option(help="All points of the paper: an hour or more on one core.")] = False,

@@ -18,6 +18,7 @@ from benchmarks.peers.paced_link import measure_link
 from benchmarks.peers.systems import LMCACHE, SYSTEMS, Bed, lmcache_missing, probe
 from benchmarks.peers.vllm_report import conclude, plot_runs, print_runs, write_requests
 from penstock.bench.system_under_test import SystemFailed
+from penstock.command_line import PlotFile
 from penstock.report import Report
 from penstock.units import parse_rate
 from penstock.workloads.load_check import idle_links, refuse_empty
@@ -35,7 +36,7 @@ BATCH_TOKENS_MAX = 2048
 def vllm(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     record: Annotated[Path | None, typer.Option(help="Write every request to this file, a line of JSON each.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG or SVG) to this file.")] = None,
+    plot: PlotFile = None,
     python: Annotated[Path | None, typer.Option(help="Interpreter with vllm and penstock. Default: this one.")] = None,
     lmcache_python: Annotated[
         Path | None, typer.Option(help="Interpreter with the same vllm and lmcache. Default: --python.")

@@ -9,13 +9,14 @@ import typer
 from rich.console import Console
 
 from benchmarks.pooling.live import CONTEXT_NAMES, MODEL_NAMES
+from penstock.command_line import PlotFile
 from penstock.report import Report
 from penstock.workloads.plots import bar_chart
 
 
 def pool(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG) to this file.")] = None,
+    plot: PlotFile = None,
     model: Annotated[list[str] | None, typer.Option(help=f"Models: {', '.join(MODEL_NAMES)}. Default: all.")] = None,
     context: Annotated[
         list[str] | None, typer.Option(help=f"Contexts: {', '.join(CONTEXT_NAMES)}. Default: all.")

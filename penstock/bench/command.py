@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import typer
+from penstock.lazy_commands import LazyCommand, lazy_group
 
-from penstock.bench.gpu import gpu
-from penstock.bench.io import io
-from penstock.bench.pool import pool
-from penstock.bench.serve import serve
-from penstock.bench.transport import transport
-
-bench = typer.Typer(
+bench = lazy_group(
+    {
+        "gpu": LazyCommand(
+            "penstock.bench.gpu:gpu",
+            "Upload bandwidth, loading hidden under compute, TTFT of 16K to 128K token hits on a GPU.",
+        ),
+        "io": LazyCommand(
+            "penstock.bench.io:io",
+            "Read bandwidth and CPU time of the uring engine against fio, a bare ring and one file per chunk.",
+        ),
+        "pool": LazyCommand(
+            "penstock.bench.pool:pool",
+            "CPU per GB against one file per chunk.",
+        ),
+        "serve": LazyCommand(
+            "penstock.bench.serve:serve",
+            "Replays a trace through the API with a real small model: with Penstock, coupled, and without a pool.",
+        ),
+        "transport": LazyCommand(
+            "penstock.bench.transport:transport",
+            "Read bandwidth and CPU time of a pool node over loopback TCP against a bare socket loop.",
+        ),
+    },
+    name="bench",
+    add_completion=False,
     help="Measure this machine and Penstock on it. The papers' experiments: `python -m benchmarks` in a checkout.",
-    no_args_is_help=True,
 )
-bench.command()(gpu)
-bench.command()(io)
-bench.command()(pool)
-bench.command()(serve)
-bench.command()(transport)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import tempfile
 import time
@@ -14,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from penstock.extras import missing_modules
 from penstock.report import Report
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ UPLOAD_BLOCKS = 256
 
 def missing(device: str) -> list[str]:
     """What this machine lacks for the experiment, in plain words; empty when nothing."""
-    lacking = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    lacking = missing_modules("engine")
     if lacking:
-        return [f"the package {name} is not installed" for name in lacking]
+        return [f"the package {name} is not installed; pip install 'penstock[engine]'" for name in lacking]
     if device == "cuda":
         import torch
 

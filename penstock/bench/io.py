@@ -26,6 +26,7 @@ from penstock.bench.io_loads import (
     run_engine,
     run_fio,
 )
+from penstock.command_line import PlotFile
 from penstock.io import BlockEngine, IoOp, aligned_buffer, open_engine
 from penstock.report import Report
 
@@ -48,7 +49,7 @@ def io(
     repeats: Annotated[int, typer.Option(min=1, max=100, help="Runs of each load; the median counts.")] = 5,
     run_s: Annotated[float, typer.Option(min=0.05, max=60, help="Seconds of one run.")] = 0.5,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG) to this file.")] = None,
+    plot: PlotFile = None,
 ) -> None:
     """Read bandwidth and CPU time of the uring engine against fio, a bare ring and one file per chunk."""
     console = Console()

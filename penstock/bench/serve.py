@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 from penstock.bench.system_under_test import Bed, Calibration, Run, System, SystemFailed, calibrate, run_system
 from penstock.bench.turns import PAUSE_S, run_in_turns, slices
+from penstock.command_line import can_plot
 from penstock.report import Report
 from penstock.units import parse_rate
 from penstock.workloads.deadlines import RequestName, deadlines_s, reusable_tokens, with_multipliers
@@ -167,7 +168,9 @@ def make_plan(options: Options, bed: Bed, alone: Calibration, left_s: float, con
 def serve(
     trace: Annotated[Path, typer.Option(help="A folder of agent sessions, or a Mooncake .jsonl file.")],
     json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write the picture here (.html, .png or .svg).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write the picture here (.html, .png or .svg).", callback=can_plot)
+    ] = None,
     minutes: Annotated[float, typer.Option(min=0.5, max=240, help="Approximate total duration.")] = 5.0,
     token_divisor: Annotated[int, typer.Option(min=1, max=64, help="Number of recorded tokens per sent token.")] = 32,
     think_s_max: Annotated[float, typer.Option(min=0, help="Upper limit of think times, after division by 8.")] = 1.5,

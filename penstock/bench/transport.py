@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from penstock.bench.processes import POOL_READY, ProcessFailed, ReadyProcess
 from penstock.bench.transport_bare import SET_BYTES, TIMEOUT_S, bare_process, run_bare
+from penstock.command_line import PlotFile
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import NewBlock
 from penstock.io.memory import aligned_buffer
@@ -90,7 +91,7 @@ def transport(
         typer.Option(help="Also read with this pool key (mac_*), to measure the cost of MACs in the same run."),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG) to this file.")] = None,
+    plot: PlotFile = None,
 ) -> None:
     """Read bandwidth and CPU time of a pool node over loopback TCP against a bare socket loop."""
     console = Console()

@@ -13,6 +13,7 @@ from importlib.resources import files
 
 from penstock.doctor.check import Check
 from penstock.doctor.machine import Machine
+from penstock.extras import EXTRAS, missing_modules
 
 MIB, GIB = 1 << 20, 1 << 30
 OPEN_FILES_MIN = 4096
@@ -41,14 +42,17 @@ def tested_versions() -> dict[str, str]:
 
 
 def check_packages(machine: Machine) -> Check:
-    """The installed versions against those that Penstock was tested with."""
+    """The installed versions against those that Penstock was tested with; packages of extras may be missing."""
     tested = tested_versions()
-    absent, other = [], []
+    optional = {name for names in EXTRAS.values() for name in names}
+    absent: list[str] = []
+    without: list[str] = []
+    other: list[str] = []
     for name, wanted in tested.items():
         try:
             have = version(name)
         except PackageNotFoundError:
-            absent.append(name)
+            (without if name.replace("-", ".") in optional else absent).append(name)
             continue
         if have.split("+")[0] != wanted:
             other.append(f"{name} {have} (tested: {wanted})")
@@ -58,7 +62,8 @@ def check_packages(machine: Machine) -> Check:
         return Check(
             "packages", "note", f"untested versions: {', '.join(other)}", "install the tested ones if it fails"
         )
-    return Check("packages", "ok", f"all {len(tested)} packages at their tested versions")
+    found = f"all {len(tested) - len(without)} packages at their tested versions"
+    return Check("packages", "ok", f"{found}; of extras, not installed: {', '.join(without)}" if without else found)
 
 
 def check_cpus(machine: Machine) -> Check:
@@ -186,6 +191,10 @@ def check_tcp_buffers(machine: Machine) -> Check:
 def check_cuda(machine: Machine) -> Check:
     """GPUs of the machine, and whether the installed torch can use them."""
     cards = machine.names("dev", r"nvidia\d+")
+    if "torch" in missing_modules("engine"):
+        found = f"{len(cards) or 'no'} GPU(s), and no torch: pool node, router and simulator need neither"
+        advice = "to serve models: pip install 'penstock[engine]'"
+        return Check("cuda", "note" if cards else "ok", found, advice if cards else "")
     try:
         import torch
     except Exception as error:  # noqa: BLE001 (a broken torch fails with errors of any kind)

@@ -27,6 +27,7 @@ from penstock.engine.modelled_runner import ModelledRunner
 from penstock.engine.peers import Peers
 from penstock.engine.profile import load_profile
 from penstock.engine.runner import ModelRunner
+from penstock.extras import require_extra
 from penstock.pool.api import Pool
 from penstock.pool.authenticated import NO_POOL_KEY, authenticated
 from penstock.pool.block_size import expect_blocks
@@ -124,6 +125,7 @@ def _runner(config: EngineConfig) -> ModelRunner:
     if config.executor == "modelled":
         profile = load_profile(config.profile).scaled(config.bytes_divisor, config.time_factor)
         return ModelledRunner(profile, config.block_tokens)
+    require_extra("engine", "executor 'real'")
     import torch
 
     from penstock.engine.hf_runner import HFRunner

@@ -1,4 +1,4 @@
-"""Finds, verifies and loads a Hugging Face causal LM; determines its identity, end tokens and context length."""
+"""Verifies and loads a Hugging Face causal LM; determines its identity, end tokens and context length."""
 
 from __future__ import annotations
 
@@ -6,35 +6,27 @@ import hashlib
 import json
 import operator
 import os
-import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from penstock.engine import attention
+from penstock.engine.checkpoint_folder import CheckpointError, LoadFormat, one_line, quiet_transformers, resolve_folder
 from penstock.engine.weights_identity import WeightsChanged, states_of
 from penstock.engine.weights_identity import weights_identity as weights_identity  # exported from here
 from penstock.toml_file import read_bounded
 
-LoadFormat = Literal["auto", "dummy"]
 _CONFIG_NAMES_WITHOUT_MEANING = ("_name_or_path", "transformers_version")  # differ between copies of one model
-_HUB_TIMEOUT_S = 20.0
 _JSON_BYTES_MAX = 64 << 20
 _HEADER_BYTES_MAX = 100_000_000  # the limit of the safetensors library
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 SERVED_MODELS = "served are models whose every layer goes through transformers' AttentionInterface once"
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
-
-
-class CheckpointError(ValueError):
-    """The model cannot be served: one line with the problem, the place, and what is allowed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,40 +38,6 @@ class LoadedModel:
     folder: Path
     identity: str
     eos_token_ids: frozenset[int]
-
-
-def resolve_folder(
-    name: str, load_format: LoadFormat, revision: str | None = None, cache_dir: str | Path | None = None
-) -> Path:
-    """The local folder of a checkpoint: `name` itself, or a hub id's snapshot (fetched when not cached).
-
-    `revision` (a branch, tag or commit; not given: the default branch) and `cache_dir` (a hub cache; not given: the
-    user's) apply to hub ids only, not to folders. `dummy`: fetch no weights. Raises CheckpointError.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise CheckpointError(f"{path} has no config.json; a Hugging Face checkpoint folder is needed")
-        return path
-    if path.exists():
-        raise CheckpointError(f"{path} is a file; a Hugging Face checkpoint folder or hub id is needed")
-    if not _HUB_ID.fullmatch(name):
-        raise CheckpointError(f"model {name!r} is neither an existing folder nor a hub id (NAME or OWNER/NAME)")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "tokenizer*", "*.jinja", "*.model"]
-    if load_format == "auto":
-        patterns.append("*.safetensors")
-    try:
-        folder = snapshot_download(
-            name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns, etag_timeout=_HUB_TIMEOUT_S
-        )
-    except Exception as error:
-        which = f"{name!r} at revision {revision!r}" if revision else repr(name)
-        raise CheckpointError(
-            f"model {which} is no existing folder, and could not be loaded from the hub: {one_line(error)}"
-        ) from error
-    return Path(folder)
 
 
 def read_config(folder: Path) -> Any:
@@ -234,22 +192,6 @@ def load_model(
     return LoadedModel(model, text_config, folder, identity, end_tokens(folder, text_config))
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Suppress progress bars and messages of transformers within the context; problems are raised as errors."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _torch_dtype(name: str, config: Any) -> torch.dtype:
     allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name == "auto":
@@ -326,12 +268,6 @@ def _load_weights(folder: Path, config: Any, dtype: torch.dtype) -> Any:
                 "the weights must be those of the model in config.json"
             )
     return model
-
-
-def one_line(error: BaseException) -> str:
-    """An error's type and the first line of its message, at most 300 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
 
 
 def llama_3_1_8b_config() -> Any:

@@ -10,7 +10,8 @@ import torch
 from penstock.core.layout import KVLayout
 from penstock.core.operations import ChunkFault, ChunkOutcome
 from penstock.engine.attention import AttentionArgs, PagedBatch, Pages, attending
-from penstock.engine.checkpoint import SERVED_MODELS, CheckpointError, LoadFormat, load_model, one_line
+from penstock.engine.checkpoint import SERVED_MODELS, load_model
+from penstock.engine.checkpoint_folder import CheckpointError, LoadFormat, one_line
 from penstock.engine.page_tables import PageTables
 from penstock.engine.paged_kv import LayerShape, PagedKV, PagedUpload
 from penstock.engine.runner import Chunk, UploadGroup

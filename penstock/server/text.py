@@ -7,14 +7,17 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from penstock.server.chat_template import ChatTemplate
+from penstock.extras import require_extra
 from penstock.server.errors import bad_request
 from penstock.server.harmony import HarmonyTokens
 from penstock.server.template_renderer import CPU_S_MAX, RenderError
 from penstock.server.token_bytes import TokenPieces, token_bytes_max
 from penstock.server.token_text import TokenText
+
+if TYPE_CHECKING:
+    from penstock.server.chat_template import ChatTemplate
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +66,7 @@ class TextCodec:
             self.token_bytes_max = token_bytes_max(self._backend)
             self.harmony = HarmonyTokens.of(self._backend)
         self.tokens = TokenText(tokenizer, self._lock)
-        source = _template_of(tokenizer)
-        self._template = ChatTemplate(tokenizer, source, RENDERED_CHARACTERS_MAX, render_cpu_s) if source else None
+        self._template = _template_of(tokenizer, render_cpu_s)
 
     @property
     def vocabulary_digest(self) -> str:
@@ -128,21 +130,25 @@ class TextCodec:
         return template.render(list(messages), template.check_variables(variables))
 
 
-def _template_of(tokenizer: Any) -> str | None:
-    """The source of the template for chats without tools; None if there is none."""
+def _template_of(tokenizer: Any, render_cpu_s: float) -> ChatTemplate | None:
+    """The template for chats without tools; None if there is none."""
     if not getattr(tokenizer, "chat_template", None):
         return None
+    from penstock.server.chat_template import ChatTemplate  # jinja2 comes with the tokenizer's packages
+
     try:
-        return str(tokenizer.get_chat_template())
+        source = str(tokenizer.get_chat_template())
     except ValueError as error:  # several templates, none of them the default
         log.warning("chats are not served: %s", " ".join(str(error).split()))
         return None
+    return ChatTemplate(tokenizer, source, RENDERED_CHARACTERS_MAX, render_cpu_s) if source else None
 
 
 def load_text_codec(folder: Path) -> TextCodec | None:
-    """The tokenizer in a checkpoint's folder; None when the checkpoint has none. Raises TokenizerError."""
+    """The tokenizer in a checkpoint's folder; None where there is none. Raises TokenizerError or ExtraMissing."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
+    require_extra("tokenizer", f"the tokenizer in {folder}")
     from transformers import AutoTokenizer
 
     try:

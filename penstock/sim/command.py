@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-import typer
+from penstock.lazy_commands import LazyCommand, lazy_group
 
-from penstock.sim.commands.cost import cost
-from penstock.sim.commands.fuzz import fuzz
-from penstock.sim.commands.plan import plan
-from penstock.sim.commands.run import run
-from penstock.sim.commands.validate import validate
-
-sim = typer.Typer(
-    help="The real scheduler core on a virtual clock: your cluster from a file (begin with `run "
-    "deploy/sim-engine.toml`), plans, randomised faults. docs/reference/simulator.md says what is modelled.",
-    no_args_is_help=True,
+sim = lazy_group(
+    {
+        "run": LazyCommand(
+            "penstock.sim.commands.run:run",
+            "Simulates what a file describes: latencies, SLO attainment, goodput, link use over time, balance.",
+        ),
+        "plan": LazyCommand(
+            "penstock.sim.commands.plan:plan",
+            "How many prefill and decode nodes, which P/D ratio and which storage NICs meet an SLO.",
+        ),
+        "validate": LazyCommand(
+            "penstock.sim.commands.validate:validate",
+            "Simulates recorded live runs from their own profile; prints the error of the predicted TTFT by request.",
+        ),
+        "fuzz": LazyCommand(
+            "penstock.sim.commands.fuzz:fuzz",
+            "Runs random engines, clusters, requests and faults against the core.",
+        ),
+        "cost": LazyCommand(
+            "penstock.sim.commands.cost:cost",
+            "Processor time of one decision with 1,000 and 10,000 waiting requests.",
+        ),
+    },
+    name="sim",
+    add_completion=False,
+    help="The real scheduler core on a virtual clock: your cluster from a file (begin with "
+    "`run deploy/sim-engine.toml`), plans, randomised faults. docs/reference/simulator.md says what is modelled.",
 )
-sim.command()(run)
-sim.command()(plan)
-sim.command()(validate)
-sim.command()(fuzz)
-sim.command()(cost)

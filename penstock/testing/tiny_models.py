@@ -147,7 +147,7 @@ def _save(config: Any, tokenizer: Any, folder: Path, seed: int, dtype: str) -> P
     import torch
     from transformers import AutoModelForCausalLM
 
-    from penstock.engine.checkpoint import quiet_transformers
+    from penstock.engine.checkpoint_folder import quiet_transformers
 
     folder.mkdir(parents=True, exist_ok=True)
     with quiet_transformers(), torch.random.fork_rng(devices=[]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
 import sys
@@ -14,6 +13,7 @@ import typer
 
 from penstock.command_line import refuse, with_flags
 from penstock.core.config import ConfigError
+from penstock.extras import missing_modules
 from penstock.pool.net.tls_flags import TLS_NAMES, TLS_PANEL
 from penstock.process.child_python import child_environment, python_command
 from penstock.process.file_limit import raise_file_limit
@@ -30,6 +30,10 @@ SERVE = ("-m", "vllm.entrypoints.cli.main", "serve")
 PASSED_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]}
 
 
+app = typer.Typer(add_completion=False)
+
+
+@app.command(context_settings=PASSED_THROUGH)
 @with_flags(Settings, PANELS)
 def vllm(
     context: typer.Context,
@@ -64,8 +68,6 @@ def arguments_of(words: Sequence[str]) -> list[str]:
 
     Raises FlagError, ConfigError, or a usage error of the command line.
     """
-    app = typer.Typer()
-    app.command(context_settings=PASSED_THROUGH)(vllm)
     with typer.main.get_command(app).make_context("penstock vllm", list(words)) as context:
         given = {name: context.params[name] for name in SETTINGS if context.params[name] not in (None, [], ())}
         return _arguments(context.args, given, context.params["stock_scheduler"])
@@ -82,7 +84,7 @@ def _arguments(rest: Sequence[str], given: Mapping[str, Any], stock_scheduler: b
 
 def cannot_serve() -> str | None:
     """Why `vllm serve` would not start in this environment; None if it should start."""
-    if importlib.util.find_spec("vllm") is None:
+    if missing_modules("vllm"):
         return "vLLM is not installed here; pip install 'penstock[vllm]'"
     try:
         version("vllm")

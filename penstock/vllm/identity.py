@@ -122,7 +122,7 @@ def _weights(model: Any, load: Any) -> str:
 def folder_of(model: Any, load: Any) -> Path:
     """The folder of the files that vLLM loaded: the model's folder, or its snapshot in vLLM's hub cache at vLLM's
     revision. Raises ConfigError."""
-    from penstock.engine.checkpoint import resolve_folder
+    from penstock.engine.checkpoint_folder import resolve_folder
 
     folder = Path(model.model)
     if folder.is_dir():

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from penstock.extras import require_extra
+
 SERIES_COLOURS = ("#2f6fd0", "#e07b2e", "#1f9a8a", "#b0455f", "#7c68b8", "#8a8f3c", "#5d6b7a", "#c9a227")
 _FORMATS = (".png", ".svg", ".pdf")
 
 
 def new_figure(width_in: float, height_in: float) -> Any:
-    """A matplotlib figure that needs no display and no global state."""
+    """A matplotlib figure that needs no display and no global state. Raises ExtraMissing without matplotlib."""
+    require_extra("plots", "a picture")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, BloomConfig, FalconConfig, LlamaConfig, T5Config
 
-from penstock.engine.checkpoint import CheckpointError, llama_3_1_8b_config
+from penstock.engine.checkpoint import llama_3_1_8b_config
+from penstock.engine.checkpoint_folder import CheckpointError
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import Chunk, SamplingParams
 from penstock.testing.tiny_models import build_demo_checkpoint, build_tiny, build_tokenizer

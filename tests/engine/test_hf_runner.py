@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from penstock.engine import attention
-from penstock.engine.checkpoint import quiet_transformers
+from penstock.engine.checkpoint_folder import quiet_transformers
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.paged_kv import UploadFailed
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams

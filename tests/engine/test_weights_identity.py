@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from penstock.engine import checkpoint, weights_identity
-from penstock.engine.checkpoint import CheckpointError, load_model
+from penstock.engine.checkpoint import load_model
+from penstock.engine.checkpoint_folder import CheckpointError, resolve_folder
 from penstock.engine.remembered_digests import ENTRIES_MAX, RememberedDigests
 from penstock.engine.weights_identity import FileState, WeightsChanged
 from penstock.testing.tiny_models import build_tiny
@@ -309,14 +310,14 @@ def test_a_revision_is_the_snapshot_that_is_served(tmp_path: Path, monkeypatch: 
         (repository / "refs" / name).write_text(commit)
 
     def resolved(revision: str | None) -> str:
-        return checkpoint.resolve_folder("own/tiny", "auto", revision, tmp_path / "hub").name
+        return resolve_folder("own/tiny", "auto", revision, tmp_path / "hub").name
 
     assert resolved(None) == resolved("main") == commits["main"]
     assert resolved("v2") == resolved(commits["v2"]) == commits["v2"]
     with pytest.raises(CheckpointError, match="'own/tiny' at revision 'v3' is no existing folder"):
         resolved("v3")
     with pytest.raises(CheckpointError, match="could not be loaded from the hub"):
-        checkpoint.resolve_folder("own/tiny", "auto", None, tmp_path / "other")
+        resolve_folder("own/tiny", "auto", None, tmp_path / "other")
 
 
 # --- files that change ---

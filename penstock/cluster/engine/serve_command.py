@@ -103,11 +103,15 @@ def _serve(flags: ServeFlags) -> None:
 
 
 def _codec(flags: ServeFlags) -> TextCodec | None:
-    """The checkpoint's tokenizer. Raises CheckpointError or TokenizerError."""
+    """The checkpoint's tokenizer. Raises CheckpointError, ExtraMissing or TokenizerError."""
     if not flags.model:
         return None
-    from penstock.engine.checkpoint import quiet_transformers, resolve_folder
+    from penstock.engine.checkpoint_folder import quiet_transformers, resolve_folder
+    from penstock.extras import require_extra
     from penstock.server.text import load_text_codec
+
+    if flags.executor == "real":  # said at once, not after the tokenizer's
+        require_extra("engine", f"serving {flags.model}")
 
     with quiet_transformers():
         return load_text_codec(

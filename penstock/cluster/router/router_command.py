@@ -75,7 +75,7 @@ def _serve(flags: RouterFlags) -> None:
         url = url_of(listener, server_side.tls is not None)
         warn_of_open_port(server_side, listener, url)
         if flags.model:
-            from penstock.engine.checkpoint import quiet_transformers, resolve_folder
+            from penstock.engine.checkpoint_folder import quiet_transformers, resolve_folder
 
             with quiet_transformers():
                 codec = load_text_codec(resolve_folder(flags.model, "dummy", flags.revision))

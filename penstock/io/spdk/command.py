@@ -9,6 +9,7 @@ import typer
 
 app = typer.Typer(
     name="spdk",
+    add_completion=False,
     help="The spdk block engine: build its shim against your SPDK, try a target.",
     no_args_is_help=True,
 )

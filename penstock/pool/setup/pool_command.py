@@ -46,7 +46,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 FAILED_STATUS = 70
 BEGIN_S_MAX = 5.0
 
-pool_app = typer.Typer(name="pool", invoke_without_command=True)
+pool_app = typer.Typer(name="pool", invoke_without_command=True, add_completion=False)
 pool_app.command()(stat)
 pool_app.command()(check)
 pool_app.command()(reset)

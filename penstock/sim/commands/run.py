@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from penstock.command_line import PlotFile
 from penstock.core.config import ConfigError
 from penstock.report import Report
 from penstock.sim.cluster_file import Simulation, read_simulation
@@ -34,7 +35,7 @@ def run(
     file: Annotated[Path, typer.Argument(help="A TOML file (docs/reference/simulator.md; deploy/sim-*.toml).")],
     seed: Annotated[int | None, typer.Option(min=0, help="Seed to use instead of the file's.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG, SVG or PDF) to this file.")] = None,
+    plot: PlotFile = None,
     trace_out: Annotated[
         Path | None, typer.Option(help="Write a Chrome trace (Perfetto reads it) to this file.")
     ] = None,
