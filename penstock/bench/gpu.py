@@ -109,7 +109,7 @@ def _measure(
         step("upload bandwidth")
         measure_hidden_share(runner, host, upload, report)
         step("loading under compute")
-        runner.kv.page_unlock()
+        runner.kv.page_unlock_all()
         del host
         TtftBench(runner, ttft, report, deadline_s, step).run(folder if slab else None)
         runner.close()

@@ -155,7 +155,7 @@ class PagedBatch:
             if span.end % size and span.end // size * size >= span.start
         ]
         if begun:
-            self._kv.clear(begun)
+            self._kv.clear(self._kv.accelerator.ints_to_device(np.array(begun, np.int64)))
 
     def attend(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs

@@ -9,6 +9,7 @@ import torch
 
 from penstock.core.layout import KVLayout
 from penstock.core.operations import ChunkFault, ChunkOutcome
+from penstock.device.accelerator import accelerator_of, known_kinds
 from penstock.engine.attention import AttentionArgs, PagedBatch, Pages, attending
 from penstock.engine.checkpoint import SERVED_MODELS, CheckpointError, LoadFormat, load_model, one_line
 from penstock.engine.page_tables import PageTables
@@ -66,7 +67,7 @@ class HFRunner:
         layerwise: bool = True,
         upload_timeout_s: float = 60.0,
     ) -> None:
-        self._device = _device(device)
+        self._device = device_of(device)
         loaded = load_model(model_source, load_format, dtype, self._device, seed, revision)
         self._model: Any = loaded.model
         self.folder = loaded.folder
@@ -76,6 +77,9 @@ class HFRunner:
         self.max_context_tokens = _context_tokens(loaded.config, max_context_tokens)
         self.layerwise = layerwise
         self.computes_on_host = self._device.type == "cpu"
+        self._accelerator = accelerator_of(self._device)
+        self.uploads_are_enqueued = self._accelerator.copies_beside_compute
+        self.host_node = self._accelerator.numa_node
         self.lost: str | None = None
         self._upload_timeout_s = upload_timeout_s
         probe = self._probe(loaded.config)
@@ -144,18 +148,29 @@ class HFRunner:
             ) from error
 
     def page_lock(self, buffer: memoryview) -> None:
-        """Page-lock host memory for direct copies (CUDA); nothing on CPU."""
+        """Page-lock host memory for direct copies (CUDA); nothing on CPU. Raises DeviceError."""
         self.kv.page_lock(buffer)
 
-    def start_upload(self, blocks: Sequence[tuple[memoryview, int]]) -> PagedUpload:
-        """Prepare the upload of full blocks `(host bytes, page)`; no byte has moved when this returns."""
-        return self.kv.start_upload(blocks, self.layerwise)
+    def page_unlock(self, buffer: memoryview) -> None:
+        """Give up the page lock of this memory, which no copy uses any more."""
+        self.kv.page_unlock(buffer)
+
+    def start_upload(self, blocks: Sequence[tuple[memoryview, int]], followed: bool = True) -> PagedUpload:
+        """Prepare the upload of full blocks `(host bytes, page)`; no byte has moved when this returns. Without
+        `followed` they go up whole."""
+        return self.kv.start_upload(blocks, self.layerwise and followed)
 
     def upload(self, group: UploadGroup) -> None:
         """Move the group's bytes; returns when they are in L1. On failure `wait_layer` raises as well."""
-        if not isinstance(group, PagedUpload):
-            raise TypeError(f"upload takes what start_upload gave, not {type(group).__name__}")
-        self.kv.upload(group)
+        self.kv.upload(_paged(group))
+
+    def begin_upload(self, group: UploadGroup) -> None:
+        """Enqueue the group's copies; `end_upload` waits for them. On failure `wait_layer` raises as well."""
+        self.kv.begin_upload(_paged(group))
+
+    def end_upload(self, group: UploadGroup) -> None:
+        """Wait until the bytes of a group that has begun are in L1."""
+        self.kv.end_upload(_paged(group))
 
     def download(self, page: int, into: memoryview) -> None:
         """Copy one full block out of L1; returns when `into` holds it."""
@@ -168,6 +183,7 @@ class HFRunner:
         if not batch:
             return []
         pages = [self._check(chunk) for chunk in batch]
+        self._accelerator.use()
         try:
             with torch.inference_mode():
                 tokens = self._compute(batch, pages)
@@ -177,12 +193,10 @@ class HFRunner:
         return [_outcome(*each) for each in zip(batch, tokens, unusable, strict=True)]
 
     def _synchronize(self) -> None:
-        """Wait for the batch (CUDA), also for one that raised half-way: downloads, uploads and reuse of its pages start
+        """Wait for the batch, also for one that raised half-way: downloads, uploads and reuse of its pages start
         right after it, on other streams."""
-        if self._device.type != "cuda":
-            return
         try:
-            torch.cuda.current_stream(self._device).synchronize()
+            self._accelerator.current_stream().synchronize()
         except Exception as error:  # an error of the device that stays: every later call would raise it again
             self.lost = f"the device failed: {one_line(error)}"
             raise
@@ -253,8 +267,13 @@ class HFRunner:
             self._kv.close()
             self._kv = None
         self._model = None
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._accelerator.release_cached()
+
+
+def _paged(group: UploadGroup) -> PagedUpload:
+    if not isinstance(group, PagedUpload):
+        raise TypeError(f"upload takes what start_upload gave, not {type(group).__name__}")
+    return group
 
 
 def _lacks_token(chunk: Chunk, token: int | None) -> bool:
@@ -267,14 +286,21 @@ def _outcome(chunk: Chunk, token: int | None, unusable: frozenset[int]) -> Chunk
     return ChunkFault(None, unusable, token) if unusable else token
 
 
-def _device(name: str) -> torch.device:
-    available = torch.cuda.is_available()
+def device_of(name: str) -> torch.device:
+    """The device that `name` means: auto, cpu, cuda, cuda:1, or another kind that is registered. Raises
+    CheckpointError."""
     if name == "auto":
-        return torch.device("cuda" if available else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise CheckpointError(f"device {name!r} is unknown; allowed are 'auto', 'cpu' and 'cuda'")
-    if name == "cuda" and not available:
-        raise CheckpointError("device 'cuda' was asked for, but torch finds no CUDA device here")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in known_kinds() or (number and not number.isdigit()) or (kind == "cpu" and number):
+        raise CheckpointError(f"device {name!r} is unknown; allowed are 'auto', 'cpu', 'cuda', 'cuda:1' and so on")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise CheckpointError(f"device {name!r} was asked for, but torch finds no CUDA device here")
+        count = torch.cuda.device_count()
+        if int(number or 0) >= count:
+            raise CheckpointError(f"device {name!r} was asked for, but there are {count} CUDA devices here")
+        return torch.device("cuda", int(number) if number else torch.cuda.current_device())
     return torch.device(name)
 
 

@@ -17,9 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-import torch
-
+from penstock.io.memory import address_of
 from penstock.process.guarded_thread import GuardedThread, GuardedWorker
 from penstock.process.rate_limited_log import RateLimitedLog
 from penstock.vllm.accepting import accept_scheduler
@@ -58,14 +56,12 @@ class Staged:
     """The mapped staging memory and this worker's part of every slot."""
 
     memory: mmap.mmap
-    bytes: torch.Tensor
+    address: int
     attach: Attach
-    part_bytes: int
 
-    def part(self, slot: int) -> torch.Tensor:
-        """This worker's bytes of a slot."""
-        begin = slot * self.attach.slot_bytes + self.attach.part_offset
-        return self.bytes[begin : begin + self.part_bytes]
+    def part(self, slot: int) -> int:
+        """The address of this worker's bytes of a slot."""
+        return self.address + slot * self.attach.slot_bytes + self.attach.part_offset
 
 
 class WorkerSide:
@@ -89,7 +85,7 @@ class WorkerSide:
         self._ending = False
         self._locked_address = 0
         self._closed = False
-        self.steps = Steps(rows.device)
+        self.steps = Steps(rows.accelerator)
         self.gate = CopyGate()
         self._uploader = GuardedWorker("penstock-upload", COPIES_MAX)
         self._downloader = GuardedWorker("penstock-save", COPIES_MAX)
@@ -171,27 +167,19 @@ class WorkerSide:
 
     def _map(self, message: object, descriptor: int) -> Staged:
         try:
-            attach, part_bytes = check_attach(message, descriptor, self._rows.row_bytes)
+            attach, _ = check_attach(message, descriptor, self._rows.row_bytes)
             size_bytes = attach.slots * attach.slot_bytes
             memory = map_memory(descriptor, size_bytes)
         finally:
             os.close(descriptor)
-        array = np.frombuffer(memory, np.uint8)
-        if self._rows.device.type == "cuda":
-            torch.cuda.set_device(self._rows.device)
-            self._locked_address = int(array.ctypes.data)
-            error = int(torch.cuda.cudart().cudaHostRegister(self._locked_address, size_bytes, 0))
-            if error:
-                self._locked_address = 0
-                raise RuntimeError(
-                    f"cudaHostRegister of {size_bytes} bytes of staging failed with CUDA error {error}; "
-                    "the memory lock limit (ulimit -l) must allow it"
-                )
-        return Staged(memory, torch.from_numpy(array), attach, part_bytes)
+        address = address_of(memoryview(memory))
+        self._rows.accelerator.lock(address, size_bytes)
+        self._locked_address = address
+        return Staged(memory, address, attach)
 
     def _unlock(self) -> None:
         if self._locked_address:
-            torch.cuda.cudart().cudaHostUnregister(self._locked_address)
+            self._rows.accelerator.unlock(self._locked_address)
             self._locked_address = 0
 
     def _handle(self, link: Link, message: object) -> None:
@@ -237,13 +225,13 @@ class WorkerSide:
             check_block(slot, ids, self._staged.attach, self._rows.vllm_blocks)
         if message.after >= 0:
             self.steps.wait_begun(message.after, STEP_TIMEOUT_S)
-        for slot, ids in message.blocks:
+        if message.blocks:
             with self.gate.copying():
-                self._rows.upload(self._staged.part(slot), ids)
+                self._rows.upload([(self._staged.part(slot), ids) for slot, ids in message.blocks])
 
     def _download(self, message: Download) -> None:
         assert self._staged is not None
         check_block(message.slot, message.ids, self._staged.attach, self._rows.vllm_blocks)
         self.steps.wait(message.step, STEP_TIMEOUT_S)
         with self.gate.copying():
-            self._rows.download(self._staged.part(message.slot), message.ids)
+            self._rows.download([(self._staged.part(message.slot), message.ids)])

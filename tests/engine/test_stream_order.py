@@ -93,10 +93,10 @@ def test_a_batch_beside_a_load_leaves_nothing_unordered(fails: bool, tiny: Calla
     with device_runner(tiny("llama")) as (runner, clock):
         load_beside_compute(runner, clock, fails)
         assert clock.conflicts == []
-        assert clock.operations["_foreach_copy_"] > 0 and clock.operations["index_put_"] > 0
+        assert clock.operations["batched copy"] > 0 and clock.operations["index_put_"] > 0
 
 
-@pytest.mark.parametrize("broken", ["wait_event", "stream.synchronize", "event.synchronize"])
+@pytest.mark.parametrize("broken", ["wait_event", "stream.synchronize", "event.synchronize", "end of copies"])
 def test_a_wait_that_is_left_out_is_found(broken: Broken, tiny: Callable[[str], Path]) -> None:
     with device_runner(tiny("llama"), [broken]) as (runner, clock):
         load_beside_compute(runner, clock, fails=broken == "stream.synchronize")
@@ -115,13 +115,14 @@ def test_an_upload_and_a_download_that_fail_half_way_have_ended(tiny: Callable[[
             lambda: runner.upload(runner.start_upload([(memory, 3)])),
         ]
         for move in moves:
-            clock.refuses_events = True
-            with pytest.raises(RuntimeError, match="injected"):
-                move()
-            clock.refuses_events = False
-            clock.host_access("reuse", writes=[whole])
-            runner.run([Chunk("r", prompt_of(2, BLOCK), 0, [3], GREEDY)])
-        assert clock.operations["copy_"] > 0 and clock.operations["_foreach_copy_"] > 0
+            for refuses in ("refuses_events", "refuses_copies"):
+                setattr(clock, refuses, True)
+                with pytest.raises(RuntimeError, match="injected"):
+                    move()
+                setattr(clock, refuses, False)
+                clock.host_access("reuse", writes=[whole])
+                runner.run([Chunk("r", prompt_of(2, BLOCK), 0, [3], GREEDY)])
+        assert clock.operations["batched copy"] == 4
         assert clock.conflicts == []
 
 
