@@ -99,6 +99,11 @@ class KVRows:
         sizes = [int(size) for group in groups for size in _Group(group).sizes]
         return cls(groups, accelerator_in_vllm(groups[0][0].rows.device, sizes))
 
+    @property
+    def copies_per_block(self) -> tuple[int, ...]:
+        """By group, how many copies one block of vLLM's takes."""
+        return tuple(len(group.sizes) for group in self._groups)
+
     def describe(self) -> str:
         """What the bytes mean beyond their number: the order of the part and of layers, and type, shape and strides of
         each one's block."""
