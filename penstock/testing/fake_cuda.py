@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from penstock.device.accelerator import Accelerator, DeviceError, Event, Stream, copy_on_host, registered
-from penstock.testing.device_clock import Broken, DeviceClock, FakeEvent, join
+from penstock.testing.device_clock import Broken, Clock, DeviceClock, FakeEvent, join
 from penstock.testing.tensor_bytes import is_view, touched
 
 HOST = "host memory"  # what page-locked memory is watched as
@@ -221,10 +221,39 @@ class _ClockedQueue(Generic[Item]):
         return self._queue.empty()  # type: ignore[no-any-return]
 
 
+class _ClockedLock:
+    """A threading.Lock whose holder learns what those before it knew."""
+
+    def __init__(self, clock: DeviceClock, make: Callable[[], Any]) -> None:
+        self._clock = clock
+        self._lock = make()
+        self._known: Clock = {}
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        got: bool = self._lock.acquire(blocking, timeout)
+        if got:
+            self._clock.learn(self._known)
+        return got
+
+    def release(self) -> None:
+        known = self._clock.known()
+        join(self._known, known)
+        self._lock.release()
+
+    def locked(self) -> bool:
+        return self._lock.locked()  # type: ignore[no-any-return]
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
 @contextmanager
 def _threads_pass_clocks(clock: DeviceClock) -> Iterator[None]:
-    """A condition passes the clock of its last holder to the next one, `start` that of the starter to the thread, and
-    `join` that of a thread at its end to the caller."""
+    """A lock or a condition passes the clock of its last holder to the next one, `start` that of the starter to the
+    thread, and `join` that of a thread at its end to the caller. Locks and queues made before are as they were."""
     condition, thread = threading.Condition, threading.Thread
     enter, leave, wait = condition.__enter__, condition.__exit__, condition.wait
     start, run, join_thread = thread.start, thread.run, thread.join
@@ -267,10 +296,11 @@ def _threads_pass_clocks(clock: DeviceClock) -> Iterator[None]:
         join_thread(self, timeout)
         receive(self, "end")
 
-    simple_queue = queue.SimpleQueue
+    simple_queue, lock = queue.SimpleQueue, threading.Lock
     with (
         patch.multiple(condition, __enter__=entered, __exit__=left, wait=waited),
         patch.multiple(thread, start=started, run=ran, join=joined),
         patch.object(queue, "SimpleQueue", lambda: _ClockedQueue(clock, simple_queue)),
+        patch.object(threading, "Lock", lambda: _ClockedLock(clock, lock)),
     ):
         yield

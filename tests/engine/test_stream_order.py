@@ -9,17 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from penstock.core.new_block import NewBlock
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import Chunk, SamplingParams
-from penstock.io.memory import aligned_buffer
-from penstock.pool.api import Done, Pool, PoolError, ReadCheck
+from penstock.io.memory import address_of, aligned_buffer
 from penstock.pool.setup.open import open_local_pool
-from penstock.pool.wrapped import WrappedPool
+from penstock.testing.clocked_pool import ClockedPool
 from penstock.testing.device_clock import Broken, DeviceClock
 from penstock.testing.fake_cuda import OnDevice, fake_cuda, on_device
 from tests.asking import WAIT_S, prompt_of, wait_until
@@ -35,10 +32,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def address_of(memory: memoryview) -> int:
-    return int(np.frombuffer(memory, np.uint8).ctypes.data)
 
 
 @contextlib.contextmanager
@@ -154,48 +147,6 @@ def test_what_a_decode_costs_does_not_grow_with_what_is_checked(tiny: Callable[[
     assert costs["fills"][0] - operations <= 10 and costs["fills"][1] - waits <= 2
 
 
-class HostPool(WrappedPool):
-    """A pool whose reads and writes of staging memory are accesses by the host."""
-
-    def __init__(self, inner: Pool, clock: DeviceClock) -> None:
-        super().__init__(inner)
-        self._clock = clock
-
-    def read(
-        self,
-        key: bytes,
-        size_bytes: int,
-        into: memoryview,
-        timeout_s: float,
-        done: Done,
-        check: ReadCheck | None = None,
-    ) -> None:
-        def begin(end: Done) -> None:
-            self._inner.read(key, size_bytes, into, timeout_s, end, check)
-
-        self._move("reading a block", into, False, done, begin)
-
-    def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
-        self._move("saving a block", data, True, done, lambda end: self._inner.write(block, data, timeout_s, end))
-
-    def lease(self, key: bytes) -> None:
-        return None
-
-    def _move(self, what: str, memory: memoryview, reads: bool, done: Done, begin: Callable[[Done], None]) -> None:
-        told, where = self._clock.known(), [(address_of(memory), address_of(memory) + memory.nbytes)]
-
-        def touch() -> None:
-            self._clock.host_access(what, where if reads else (), () if reads else where)
-
-        def ended(error: PoolError | None) -> None:
-            self._clock.learn(told)
-            touch()
-            done(error)
-
-        touch()
-        begin(ended)
-
-
 @pytest.mark.parametrize(
     ("happens", "layerwise"),
     [("nothing", True), ("nothing", False), ("batches fail", True), ("requests are cancelled", True)],
@@ -209,7 +160,7 @@ def test_an_engine_leaves_nothing_unordered(happens: str, layerwise: bool, tiny:
         runner = WatchedRunner(failing)
         local = open_local_pool((16 << 20,), ())
         sizes: dict[str, Any] = {"l1_pages": PAGES, "l2_slots": 8, "layerwise": layerwise, "upload_group_blocks": 2}
-        with serving(runner, HostPool(local, clock), **sizes) as rig:
+        with serving(runner, ClockedPool(local, clock), **sizes) as rig:
             ends: list[str | None] = []
             for first in range(0, len(prompts), 6):
                 ids = [f"request-{first + i}" for i in range(6)]
