@@ -91,8 +91,8 @@ class Accelerator:
         be under way then."""
         raise NotImplementedError
 
-    def ints_to_device(self, values: np.ndarray) -> torch.Tensor:
-        """An int64 array on the device, for what this thread's current stream does next. One copy; waits for nothing
+    def array_to_device(self, values: np.ndarray) -> torch.Tensor:
+        """An array's copy on the device, for what this thread's current stream does next. One copy; waits for nothing
         where host memory can be locked."""
         return torch.from_numpy(values).to(self.device)
 

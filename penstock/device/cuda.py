@@ -158,7 +158,7 @@ class Cuda(Accelerator):
         """See Accelerator."""
         self._copies(descriptors, stream, to_device)
 
-    def ints_to_device(self, values: np.ndarray) -> torch.Tensor:
+    def array_to_device(self, values: np.ndarray) -> torch.Tensor:
         """See Accelerator; torch keeps the locked copy until the stream has read it."""
         return torch.from_numpy(values).pin_memory().to(self.device, non_blocking=True)
 

@@ -84,6 +84,7 @@ class HFRunner:
         self._upload_timeout_s = upload_timeout_s
         probe = self._probe(loaded.config)
         self._dtype = next(iter(probe.dtypes))
+        self._windows = frozenset(probe.windows.values())
         self._shapes = tuple(probe.shapes[layer] for layer in range(len(probe.shapes)))
         self.layout = KVLayout(
             block_tokens,
@@ -204,23 +205,21 @@ class HFRunner:
     def _compute(self, batch: Sequence[Chunk], pages: Sequence[Pages]) -> list[int | None]:
         """The sampled token per chunk; None where none was asked for, or the logits give none."""
         sampled = [index for index, chunk in enumerate(batch) if chunk.sampling is not None]
-        last_rows, row = [], 0
-        for chunk in batch:
-            row += len(chunk.tokens)
-            last_rows.append(row - 1)
-        ids = torch.tensor([token for chunk in batch for token in chunk.tokens], device=self._device)
-        keep = torch.tensor([last_rows[index] for index in sampled], dtype=torch.long, device=self._device)
-        paged = PagedBatch(self.kv, batch, pages)
+        paged = PagedBatch(self.kv, batch, pages, self._windows)
         with attending(paged):
             output = self._model(
-                input_ids=ids[None], position_ids=paged.positions[None], use_cache=False, logits_to_keep=keep
+                input_ids=paged.tokens[None],
+                position_ids=paged.positions[None],
+                use_cache=False,
+                logits_to_keep=paged.sampled_rows,
             )
         result: list[int | None] = [None] * len(batch)
         if sampled:
             params = [chunk.sampling for chunk in batch if chunk.sampling is not None]
             logits, chunks = output.logits[0], [batch[index] for index in sampled]
             scores = shaped(logits, chunks, self.eos_token_ids)
-            tokens = sample(scores, params, [chunk.sampled_index for chunk in chunks])
+            counts = [chunk.sampled_index for chunk in chunks]
+            tokens = sample(scores, params, counts, self._accelerator.array_to_device)
             say_logprobs(logits, chunks, tokens)
             for index, token in zip(sampled, tokens, strict=True):
                 result[index] = token

@@ -153,7 +153,7 @@ class PagedKV:
         step = max(1, CHECKED_BYTES_MAX // self.layout.full_block_bytes)
         for first in range(0, len(pages), step):
             some = np.array(pages[first : first + step], np.int64)
-            sums = self.data.index_select(0, self.accelerator.ints_to_device(some)).sum(dim=1, dtype=torch.float32)
+            sums = self.data.index_select(0, self.accelerator.array_to_device(some)).sum(dim=1, dtype=torch.float32)
             usable: list[bool] = torch.isfinite(sums).tolist()
             found.update(page for page, fine in zip(some.tolist(), usable, strict=True) if not fine)
         return found

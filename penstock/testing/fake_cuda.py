@@ -90,9 +90,9 @@ class FakeAccelerator(Accelerator):
         if self.clock.refuses_copies:
             raise DeviceError("injected failure of a batched copy")
 
-    def ints_to_device(self, values: np.ndarray) -> torch.Tensor:
+    def array_to_device(self, values: np.ndarray) -> torch.Tensor:
         """See Accelerator; counted as an operation of its own name."""
-        self.clock.enqueue("integers to the device", (), ())
+        self.clock.enqueue("array to the device", (), ())
         return torch.from_numpy(values.copy())
 
 

@@ -219,7 +219,7 @@ def test_what_a_copy_waits_for_is_counted(history: Callable[[], DeviceClock]) ->
     clock = history()
     assert clock.waits["event.synchronize"] == 2
     assert clock.operations["batched copy"] == 1
-    assert not clock.waits["torch.tensor"] and not clock.operations["integers to the device"]
+    assert not clock.waits["torch.tensor"] and not clock.operations["array to the device"]
     assert not clock.waits["stream.synchronize"] and not clock.waits["device synchronize"]
 
 
