@@ -117,6 +117,27 @@ class _DecodeGroup:
     mask: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class PageTables:
+    """The chunks of a batch for a kernel that reads pages where they lie, int32: pages `[chunks, p]`, where each
+    chunk's context ends `[chunks]`, and at which rows of the batch they begin and end `[chunks + 1]`. `rows_max` are
+    the rows of the longest chunk."""
+
+    pages: torch.Tensor
+    ends: torch.Tensor
+    rows: torch.Tensor
+    rows_max: int
+
+
+class PagedKernel(Protocol):
+    """Attention over pages without gathering them."""
+
+    def attend(
+        self, query: torch.Tensor, view: torch.Tensor, kv_heads: int, tables: PageTables, args: AttentionArgs
+    ) -> torch.Tensor:
+        """See `paged_kernel.VarlenKernel`."""
+
+
 class _Parcel:
     """Lists of integers that go to the device in one copy."""
 
@@ -143,9 +164,16 @@ class _Parcel:
 class PagedBatch:
     """One batch on its way through the layers. What it needs on the device goes there in one copy."""
 
-    def __init__(self, kv: PagedKV, batch: Sequence[Chunk], pages: Sequence[Pages], windows: Iterable[int]) -> None:
+    def __init__(
+        self,
+        kv: PagedKV,
+        batch: Sequence[Chunk],
+        pages: Sequence[Pages],
+        windows: Iterable[int],
+        kernel: PagedKernel | None = None,
+    ) -> None:
         """`pages` of each chunk, as far as it uses them; arrays of those with one token. `windows` are those of the
-        model's layers (0: all tokens are seen)."""
+        model's layers (0: all tokens are seen). `kernel` attends instead of what gathers pages."""
         self._kv = kv
         self._block_tokens = size = kv.layout.block_tokens
         self._pending: tuple[UploadGroup, ...] = tuple(
@@ -160,6 +188,7 @@ class PagedBatch:
             at = np.arange(chunk.start, end)
             positions.append(at)
             slot_pages.append(np.asarray(used, np.int64)[at // size])
+        self._kernel = kernel
         self._prefills = [span for span in spans if span.end - span.start > 1]
         self._decodes = sorted((span for span in spans if span.end - span.start == 1), key=lambda span: span.end)
         self._parcel = _Parcel()
@@ -171,12 +200,14 @@ class PagedBatch:
         at_positions = np.concatenate(positions)
         numbers = add(at_positions), add(np.concatenate(slot_pages)), add(at_positions % size)
         begun = add(self._begun_pages())
+        table = self._add_tables(spans) if kernel is not None else None
+        windows = set(windows) if kernel is None else ()
         self._prefill_pages = {
             (span.first_row, window): add(span.pages[self._first_page(span.start, window) : -(-span.end // size)])
             for span in self._prefills
-            for window in set(windows)
+            for window in windows
         }
-        decode_groups = {window: list(self._plan_decodes(window)) for window in set(windows)}
+        decode_groups = {window: list(self._plan_decodes(window)) for window in windows}
         self._parcel.send(kv.accelerator)
         get = self._parcel.get
         self.tokens, self.sampled_rows = get(tokens), get(sampled)
@@ -184,8 +215,24 @@ class PagedBatch:
         self._decode_groups = {
             window: [self._decode_group(group, window) for group in groups] for window, groups in decode_groups.items()
         }
+        if table is not None:
+            rows_max = max(span.end - span.start for span in spans)
+            columns, ends, row_ends = (get(number).int() for number in table)
+            self._tables = PageTables(columns, ends, row_ends, rows_max)
         if len(get(begun)):
             kv.clear(get(begun))
+
+    def _add_tables(self, spans: Sequence[_Span]) -> tuple[int, int, int]:
+        """Numbers in the parcel of what `PageTables` holds; the tables have a power of two of columns."""
+        size = self._block_tokens
+        width = max(-(-span.end // size) for span in spans)
+        pages = np.empty((len(spans), 1 << (width - 1).bit_length()), np.int64)
+        for row, span in zip(pages, spans, strict=True):
+            count = -(-span.end // size)
+            row[:count] = span.pages[:count]
+            row[count:] = row[0]
+        add = self._parcel.add
+        return add(pages), add([span.end for span in spans]), add([0, *(span.end_row for span in spans)])
 
     def _begun_pages(self) -> list[int]:
         """The pages that this batch begins and does not fill, at most one per chunk. They are zeroed: decodes read all
@@ -208,6 +255,8 @@ class PagedBatch:
         view = self._kv.layer_view(layer)
         flat_key, flat_value = key[0].transpose(0, 1).flatten(1), value[0].transpose(0, 1).flatten(1)
         view[self._slot_pages, self._slot_offsets] = torch.cat((flat_key, flat_value), dim=1).to(view.dtype)
+        if self._kernel is not None:
+            return self._kernel.attend(query[0].transpose(0, 1), view, key.shape[1], self._tables, args)[None]
         output = query.new_empty((1, rows, query.shape[1], value.shape[-1]))
         for span in self._prefills:
             chunk_query = query[0, :, span.first_row : span.end_row]

@@ -13,6 +13,7 @@ from penstock.device.accelerator import accelerator_of, known_kinds
 from penstock.engine.attention import AttentionArgs, PagedBatch, Pages, attending
 from penstock.engine.checkpoint import SERVED_MODELS, CheckpointError, LoadFormat, load_model, one_line
 from penstock.engine.page_tables import PageTables
+from penstock.engine.paged_kernel import GATHERED, LayerKind, VarlenKernel, proven_kernel
 from penstock.engine.paged_kv import LayerShape, PagedKV, PagedUpload
 from penstock.engine.runner import Chunk, UploadGroup
 from penstock.engine.sampling import sample
@@ -25,6 +26,7 @@ class _Probe:
     def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}
         self.windows: dict[int, int] = {}
+        self.kinds: dict[tuple[Any, ...], LayerKind] = {}  # one layer of each kind
         self.dtypes: set[torch.dtype] = set()
         self.key_sums: list[float] = []
         self.calls = 0
@@ -38,6 +40,8 @@ class _Probe:
         self.calls += 1
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
         self.windows[layer] = args.window
+        kind = (query.shape[1], self.shapes[layer], args.window, args.sinks is None, args.softcap, args.scaling)
+        self.kinds.setdefault(kind, LayerKind(layer, query.shape[1], args))
         self.dtypes.add(key.dtype)
         self.key_sums.append(float(key.double().square().cumsum(-1).sum()))
         return query.new_zeros((1, query.shape[2], query.shape[1], value.shape[3]))
@@ -85,6 +89,8 @@ class HFRunner:
         probe = self._probe(loaded.config)
         self._dtype = next(iter(probe.dtypes))
         self._windows = frozenset(probe.windows.values())
+        self._kinds = tuple(probe.kinds.values())
+        self._kernel: VarlenKernel | None = None
         self._shapes = tuple(probe.shapes[layer] for layer in range(len(probe.shapes)))
         self.layout = KVLayout(
             block_tokens,
@@ -147,6 +153,15 @@ class HFRunner:
             raise MemoryError(
                 f"L1 of {pages} pages ({size_gb:.2f} GB) does not fit on {self._device}: {error}"
             ) from error
+        self._accelerator.use()
+        with torch.inference_mode():
+            self._kernel = proven_kernel(self._kv, self._kinds)
+        self._accelerator.synchronize()
+
+    @property
+    def attention_kernel(self) -> str:
+        """What attends, in words."""
+        return GATHERED if self._kernel is None else self._kernel.name
 
     def page_lock(self, buffer: memoryview) -> None:
         """Page-lock host memory for direct copies (CUDA); nothing on CPU. Raises DeviceError."""
@@ -205,7 +220,7 @@ class HFRunner:
     def _compute(self, batch: Sequence[Chunk], pages: Sequence[Pages]) -> list[int | None]:
         """The sampled token per chunk; None where none was asked for, or the logits give none."""
         sampled = [index for index, chunk in enumerate(batch) if chunk.sampling is not None]
-        paged = PagedBatch(self.kv, batch, pages, self._windows)
+        paged = PagedBatch(self.kv, batch, pages, self._windows, self._kernel)
         with attending(paged):
             output = self._model(
                 input_ids=paged.tokens[None],
