@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from penstock.engine.executors import RunnerStages
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import Chunk, SamplingParams
 from penstock.io.memory import address_of, aligned_buffer
@@ -147,6 +148,62 @@ def test_what_a_decode_costs_does_not_grow_with_what_is_checked(tiny: Callable[[
     assert costs["fills"][0] - operations <= 10 and costs["fills"][1] - waits <= 2
 
 
+def test_what_a_step_and_a_group_cost_is_bounded(tiny: Callable[[str], Path]) -> None:
+    """A decode step: at most two lists go to the device, its tokens come back in one copy, and it waits for its stream
+    once. A group: one batched copy whole, one for each of its stages followed layer by layer, and one wait."""
+    sampled = SamplingParams(max_tokens=1, temperature=0.8, top_k=5, top_p=0.9, seed=3)
+    with device_runner(tiny("llama")) as (runner, clock):
+        requests = [(f"r{index}", [3 * index, 3 * index + 1], (GREEDY, sampled)[index % 2]) for index in range(6)]
+        for name, pages, sampling in requests:
+            runner.run([Chunk(name, prompt_of(5, BLOCK + 3), 0, pages, sampling)])
+        clock.operations.clear()
+        clock.waits.clear()
+        for step in range(3):
+            at = BLOCK + 3 + step
+            runner.run([Chunk(name, [7], at, pages, sampling, step + 1) for name, pages, sampling in requests])
+        assert clock.operations["array to the device"] <= 2 * 3
+        assert clock.waits == {"tolist": 3, "stream.synchronize": 3}
+        memory = aligned_buffer(4 * runner.layout.full_block_bytes)
+        runner.page_lock(memory)
+        size = runner.layout.full_block_bytes
+        blocks = [(memory[index * size : (index + 1) * size], 12 + index) for index in range(4)]
+        for followed, copies in ((False, 1), (True, runner.layout.layers)):
+            clock.operations.clear()
+            clock.waits.clear()
+            runner.upload(runner.start_upload(blocks, followed))
+            assert 1 <= clock.operations["batched copy"] <= copies and clock.operations.total() <= copies
+            assert clock.waits == {"event.synchronize": 1}
+        assert clock.conflicts == []
+
+
+def test_the_next_group_is_enqueued_before_one_has_ended(tiny: Callable[[str], Path]) -> None:
+    with device_runner(tiny("llama")) as (runner, clock):
+        size = runner.layout.full_block_bytes
+        memory = aligned_buffer(2 * size)
+        runner.page_lock(memory)
+        ended: list[BaseException | None] = []
+        gate, began, begin = threading.Event(), threading.Semaphore(0), runner.begin_upload
+
+        class Gated(OnDevice):
+            def begin_upload(self, group: Any) -> None:
+                begin(group)
+                began.release()
+
+            def end_upload(self, group: Any) -> None:
+                gate.wait(WAIT_S)
+                runner.end_upload(group)
+
+        stages = RunnerStages(Gated(runner, clock))
+        for index in range(2):
+            stages.upload([(memory[index * size : (index + 1) * size], index)], False, ended.append)
+        assert began.acquire(timeout=WAIT_S) and began.acquire(timeout=WAIT_S), "both are on the stream"
+        assert not ended
+        gate.set()
+        wait_until(lambda: ended == [None, None], "both have ended")
+        assert stages.close(WAIT_S)
+        assert clock.conflicts == []
+
+
 @pytest.mark.parametrize(
     ("happens", "layerwise"),
     [("nothing", True), ("nothing", False), ("batches fail", True), ("requests are cancelled", True)],
@@ -174,6 +231,10 @@ def test_an_engine_leaves_nothing_unordered(happens: str, layerwise: bool, tiny:
                 ends += [answer.wait(WAIT_S).finish_reason for answer in answers]
             rig.settle()
             assert rig.counter("saved_blocks") > 0 and rig.counter("fetched_blocks") > 0
+        waits = {name for name, _ in clock.waits_by_thread}
+        assert waits <= {"penstock-upload-end", "penstock-save", "penstock-compute", "MainThread"}
+        copying = {"event.synchronize", "device synchronize"}
+        assert not any(name == "penstock-compute" and why in copying for name, why in clock.waits_by_thread)
         local.close(WAIT_S)
         assert clock.conflicts[:3] == []
         other: set[str] = {"nothing": set(), "batches fail": {"error"}, "requests are cancelled": {"cancelled"}}[
