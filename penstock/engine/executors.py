@@ -6,6 +6,7 @@ asynchronous in the pool, lookups have a few threads because a remote pool answe
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 import traceback
@@ -192,7 +193,10 @@ class RunnerStages:
         self._runner = runner
         self._uploader = GuardedWorker("penstock-upload", WORK_WAITING_MAX)
         self._upload_ends = GuardedWorker("penstock-upload-end", WORK_WAITING_MAX)
-        self._saver = GuardedWorker("penstock-save", WORK_WAITING_MAX)
+        # Where copies run beside everything, one thread enqueues the next block while the other waits for one.
+        savers = 2 if runner.uploads_are_enqueued else 1
+        self._savers = tuple(GuardedWorker("penstock-save", WORK_WAITING_MAX) for _ in range(savers))
+        self._next_saver = itertools.cycle(self._savers)  # the control thread's
         self._computer = GuardedWorker("penstock-compute", WORK_WAITING_MAX)
 
     def upload(
@@ -231,8 +235,8 @@ class RunnerStages:
             end()  # whoever waits, its bytes are under way: they end before anybody hears of them
 
     def download(self, page: int, into: memoryview, done: Callable[[BaseException | None], None]) -> None:
-        """Copy a page from the device into host memory, on the saver's thread."""
-        self._put(self._saver, lambda: self._runner.download(page, into), done)
+        """Copy a page from the device into host memory, on a saver's thread."""
+        self._put(next(self._next_saver), lambda: self._runner.download(page, into), done)
 
     @staticmethod
     def _put(
@@ -275,7 +279,7 @@ class RunnerStages:
 
     @property
     def _workers(self) -> tuple[GuardedWorker, ...]:
-        return self._uploader, self._upload_ends, self._saver, self._computer
+        return self._uploader, self._upload_ends, *self._savers, self._computer
 
     def close(self, timeout_s: float) -> bool:
         """Stop the threads; False when one of them is stuck."""

@@ -136,6 +136,11 @@ class HFRunner:
         return self._device
 
     @property
+    def model(self) -> Any:
+        """The model; None after `close`."""
+        return self._model
+
+    @property
     def kv(self) -> PagedKV:
         """L1. Raises RuntimeError before `allocate` and after `close`."""
         if self._kv is None:

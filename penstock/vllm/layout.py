@@ -59,8 +59,8 @@ class _Group:
 
 class KVRows:
     """All layers of one worker, by KV cache group. Threading: `upload` and `download` may run beside each other and
-    beside compute, on rows that nobody else uses; each by one thread at a time. Whether it returns or raises, nothing
-    of a copy is under way any more."""
+    beside compute, on rows that nobody else uses; each by several threads, whose copies follow each other without a
+    gap. Whether it returns or raises, nothing of a copy is under way any more."""
 
     def __init__(self, groups: Sequence[Sequence[Layer]], accelerator: Accelerator | None = None) -> None:
         """`accelerator`: what drives the device of the caches, if not `accelerator_of` that."""
@@ -127,11 +127,12 @@ class KVRows:
     def _descriptors(self, parts: Sequence[Part], to_device: bool) -> np.ndarray:
         """Copies `[3, n]` (targets, sources, bytes) of parts with equally many vLLM blocks in each group."""
         counts = tuple(map(len, parts[0][1]))
-        if counts != self._offsets[0]:
-            self._offsets = (counts, self._offsets_in_part(counts))
+        known = self._offsets
+        if counts != known[0]:
+            known = self._offsets = (counts, self._offsets_in_part(counts))
         addresses = np.array([address for address, _ in parts], np.int64)[:, None, None]
         found = []
-        for number, (group, offsets) in enumerate(zip(self._groups, self._offsets[1], strict=True)):
+        for number, (group, offsets) in enumerate(zip(self._groups, known[1], strict=True)):
             ids = [part[1][number] for part in parts]
             if max(map(max, ids)) >= self.vllm_blocks:
                 raise IndexError(f"vLLM block {max(map(max, ids))}; there are {self.vllm_blocks}")

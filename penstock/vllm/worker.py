@@ -7,6 +7,7 @@ notice that a request's load is over goes through vLLM, with the end of the step
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import mmap
 import os
@@ -87,8 +88,13 @@ class WorkerSide:
         self._closed = False
         self.steps = Steps(rows.accelerator)
         self.gate = CopyGate()
-        self._uploader = GuardedWorker("penstock-upload", COPIES_MAX)
-        self._downloader = GuardedWorker("penstock-save", COPIES_MAX)
+        # Where copies run beside everything, one thread enqueues the next message while the other waits for one.
+        threads = 2 if rows.accelerator.copies_beside_compute else 1
+        self._copiers = {
+            name: tuple(GuardedWorker(name, COPIES_MAX) for _ in range(threads))
+            for name in ("penstock-upload", "penstock-save")
+        }
+        self._next_copier = {name: itertools.cycle(workers) for name, workers in self._copiers.items()}
         self._listener = listen(engine_id, rank)
         self._thread = GuardedThread("penstock-worker", self._run)
         self._thread.start()
@@ -123,9 +129,10 @@ class WorkerSide:
         self._thread.join(JOIN_S)
         self._listener.close()
         self._end_copies()
-        for worker in (self._uploader, self._downloader):
+        workers = [worker for some in self._copiers.values() for worker in some]
+        for worker in workers:
             worker.join(JOIN_S)
-        if self._uploader.alive or self._downloader.alive:
+        if any(worker.alive for worker in workers):
             log.error("a copy of Penstock's did not end within %g s; its memory stays locked", JOIN_S)
         else:
             self._unlock()
@@ -155,8 +162,9 @@ class WorkerSide:
         with self._lock:
             self._ending = True
         self.steps.stop()
-        self._uploader.stop()
-        self._downloader.stop()
+        for workers in self._copiers.values():
+            for worker in workers:
+                worker.stop()
         self._close_if_ended()
 
     def _close_if_ended(self) -> None:
@@ -184,18 +192,18 @@ class WorkerSide:
 
     def _handle(self, link: Link, message: object) -> None:
         if isinstance(message, Upload):
-            self._begin(link, self._uploader, message.op_id, partial(self._upload, message))
+            self._begin(link, "penstock-upload", message.op_id, partial(self._upload, message))
         elif isinstance(message, Download):
-            self._begin(link, self._downloader, message.op_id, partial(self._download, message))
+            self._begin(link, "penstock-save", message.op_id, partial(self._download, message))
         elif isinstance(message, Notice):
             self.hear([message])
         else:
             raise LinkError(f"a {type(message).__name__} that a worker does not expect")
 
-    def _begin(self, link: Link, worker: GuardedWorker, op_id: int, work: Callable[[], None]) -> None:
+    def _begin(self, link: Link, threads: str, op_id: int, work: Callable[[], None]) -> None:
         with self._lock:
             self._copies += 1
-        if not worker.put(partial(self._copy, link, op_id, work)):
+        if not next(self._next_copier[threads]).put(partial(self._copy, link, op_id, work)):
             self._answer(link, op_id, f"more than {COPIES_MAX} copies are queued, or the worker ends")
 
     def _copy(self, link: Link, op_id: int, work: Callable[[], None]) -> None:

@@ -31,6 +31,11 @@ def test_every_part_runs_on_a_tiny_model(tmp_path: Path) -> None:
     for name in ("hidden_unequal_outputs", "memory_unequal_outputs", "slab_unequal_outputs"):
         assert figures[name] == 0
     assert {"upload_ratio", "hidden_share", "ttft_256_recompute_s", "ttft_256_memory_gain"} <= set(figures)
+    for name in ("upload_4_whole", "upload_4_by_layer", "download_4", "vllm_16_tokens_layer_first_up_4"):
+        assert figures[f"{name}_ratio"] > 0
+    assert figures["decode_128_ms"] > 0 and "attention: gathered pages" in notes
+    assert figures["host_vllm_calls_per_message"] == 3
+    assert figures["host_vllm_64_tokens_block_first_down_us"] > 0
     assert {"ttft_128_slab_penstock_s", "ttft_128_slab_coupled_s"} <= set(figures)
     assert "not a measurement" in notes
     assert "were hits" not in notes, "every measured request found its whole document in the pool"
