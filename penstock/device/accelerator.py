@@ -49,6 +49,7 @@ class Stream(Protocol):
 class Accelerator:
     """One device. Every method may be called from any thread, and after `use` on that thread."""
 
+    records = False  # `record` exists
     copies_beside_compute = True  # copies and compute are enqueued; False where they are over when the call returns
 
     def __init__(self, device: torch.device) -> None:
@@ -95,6 +96,11 @@ class Accelerator:
         """An array's copy on the device, for what this thread's current stream does next. One copy; waits for nothing
         where host memory can be locked."""
         return torch.from_numpy(values).to(self.device)
+
+    def record(self, step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        """Record what a step launches; gives its output, and what replays it into that output. The step may be called
+        more than once and must give the same each time. Raises RuntimeError where it cannot be recorded."""
+        raise NotImplementedError
 
     def release_cached(self) -> None:
         """Give back memory that torch keeps and nothing uses."""

@@ -109,6 +109,8 @@ def _check(error: int, call: str) -> None:
 class Cuda(Accelerator):
     """A device of CUDA or ROCm; torch calls both cuda."""
 
+    records = True
+
     def __init__(self, device: torch.device, copies: CopyMany | None = None) -> None:
         """`copies` enqueues copies in place of the driver's own calls."""
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -116,6 +118,7 @@ class Cuda(Accelerator):
         if copies is None:
             copies = HipCopies() if torch.version.hip is not None else DriverCopies()
         self._copies = copies
+        self._pool: Any = None  # memory of everything that is recorded
 
     def use(self) -> None:
         """See Accelerator."""
@@ -161,6 +164,20 @@ class Cuda(Accelerator):
     def array_to_device(self, values: np.ndarray) -> torch.Tensor:
         """See Accelerator; torch keeps the locked copy until the stream has read it."""
         return torch.from_numpy(values).pin_memory().to(self.device, non_blocking=True)
+
+    def record(self, step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        """See Accelerator; other threads go on using the device meanwhile."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        current, aside = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            step()  # what is made on first use must not be recorded
+        current.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            output = step()
+        return output, graph.replay
 
     def release_cached(self) -> None:
         """See Accelerator."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -141,20 +142,28 @@ class PagedKernel(Protocol):
 class _Parcel:
     """Lists of integers that go to the device in one copy."""
 
-    def __init__(self) -> None:
-        self._arrays: list[np.ndarray] = []
+    def __init__(self, arrays: Sequence[np.ndarray] = ()) -> None:
+        self.arrays = list(arrays)
         self._sent: list[torch.Tensor] = []
 
     def add(self, values: Sequence[int] | np.ndarray) -> int:
         """Its number, by which `get` gives it once all are sent."""
-        self._arrays.append(np.asarray(values, np.int64))
-        return len(self._arrays) - 1
+        self.arrays.append(np.asarray(values, np.int64))
+        return len(self.arrays) - 1
 
-    def send(self, accelerator: Accelerator) -> None:
-        """Copy all of them to the device."""
-        flat = accelerator.array_to_device(np.concatenate([array.ravel() for array in self._arrays]))
-        parts = flat.split([array.size for array in self._arrays])
-        self._sent = [part.view(array.shape) for part, array in zip(parts, self._arrays, strict=True)]
+    def send(self, accelerator: Accelerator) -> torch.Tensor:
+        """Copy all of them to the device; gives them one behind the other."""
+        flat = accelerator.array_to_device(np.concatenate([array.ravel() for array in self.arrays]))
+        self.use(flat)
+        return flat
+
+    def use(self, flat: torch.Tensor) -> None:
+        """What `get` gives is part of `flat`, which may lack the last one."""
+        self._sent, at = [], 0
+        for array in self.arrays:
+            part = flat[at : at + array.size]
+            self._sent.append(part.view(array.shape) if len(part) == array.size else part)
+            at += array.size
 
     def get(self, number: int) -> torch.Tensor:
         """On the device, in its shape."""
@@ -199,8 +208,7 @@ class PagedBatch:
         )
         at_positions = np.concatenate(positions)
         numbers = add(at_positions), add(np.concatenate(slot_pages)), add(at_positions % size)
-        begun = add(self._begun_pages())
-        table = self._add_tables(spans) if kernel is not None else None
+        self._tables_in_parcel = self._add_tables(spans) if kernel is not None else None
         windows = set(windows) if kernel is None else ()
         self._prefill_pages = {
             (span.first_row, window): add(span.pages[self._first_page(span.start, window) : -(-span.end // size)])
@@ -208,19 +216,56 @@ class PagedBatch:
             for window in windows
         }
         decode_groups = {window: list(self._plan_decodes(window)) for window in windows}
-        self._parcel.send(kv.accelerator)
+        self._begun = add(self._begun_pages())
+        self._numbers = (tokens, sampled, *numbers)
+        self._rows_max = max(span.end - span.start for span in spans)
+        self.inputs = self._parcel.send(kv.accelerator)
+        self._take_inputs()
         get = self._parcel.get
-        self.tokens, self.sampled_rows = get(tokens), get(sampled)
-        self.positions, self._slot_pages, self._slot_offsets = map(get, numbers)
         self._decode_groups = {
             window: [self._decode_group(group, window) for group in groups] for window, groups in decode_groups.items()
         }
-        if table is not None:
-            rows_max = max(span.end - span.start for span in spans)
-            columns, ends, row_ends = (get(number).int() for number in table)
-            self._tables = PageTables(columns, ends, row_ends, rows_max)
-        if len(get(begun)):
-            kv.clear(get(begun))
+        begun = get(self._begun)
+        if len(begun):
+            kv.clear(begun)
+            self.inputs = self.inputs[: -len(begun)]
+
+    def _take_inputs(self) -> None:
+        get = self._parcel.get
+        self.tokens, self.sampled_rows, self.positions, self._slot_pages, self._slot_offsets = map(get, self._numbers)
+        self._tables: PageTables | None = None
+
+    @property
+    def graph_key(self) -> tuple[int, ...] | None:
+        """Batches of the same key differ in `inputs` only; None where more is different."""
+        if self._kernel is None or self._rows_max > 1 or self._pending:
+            return None
+        return len(self.tokens), len(self.sampled_rows), self.inputs.numel()
+
+    def with_inputs(self, inputs: torch.Tensor) -> PagedBatch:
+        """The same batch, of inputs that are somewhere else; one with a `graph_key`."""
+        other = copy(self)
+        other.move_to(inputs)
+        return other
+
+    def move_to(self, inputs: torch.Tensor) -> None:
+        """See `with_inputs`."""
+        self._parcel = _Parcel(self._parcel.arrays)
+        self._parcel.use(inputs)
+        self.inputs = inputs
+        self._take_inputs()
+
+    def _page_tables(self) -> PageTables:
+        """Made by the first layer, as part of the forward pass."""
+        if self._tables is None:
+            assert self._tables_in_parcel is not None
+            columns, ends, row_ends = (self._parcel.get(number).int() for number in self._tables_in_parcel)
+            self._tables = PageTables(columns, ends, row_ends, self._rows_max)
+        return self._tables
+
+    def begin(self) -> None:
+        """A forward pass begins."""
+        self._tables = None
 
     def _add_tables(self, spans: Sequence[_Span]) -> tuple[int, int, int]:
         """Numbers in the parcel of what `PageTables` holds; the tables have a power of two of columns."""
@@ -256,7 +301,7 @@ class PagedBatch:
         flat_key, flat_value = key[0].transpose(0, 1).flatten(1), value[0].transpose(0, 1).flatten(1)
         view[self._slot_pages, self._slot_offsets] = torch.cat((flat_key, flat_value), dim=1).to(view.dtype)
         if self._kernel is not None:
-            return self._kernel.attend(query[0].transpose(0, 1), view, key.shape[1], self._tables, args)[None]
+            return self._kernel.attend(query[0].transpose(0, 1), view, key.shape[1], self._page_tables(), args)[None]
         output = query.new_empty((1, rows, query.shape[1], value.shape[-1]))
         for span in self._prefills:
             chunk_query = query[0, :, span.first_row : span.end_row]

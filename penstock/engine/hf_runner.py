@@ -12,6 +12,7 @@ from penstock.core.operations import ChunkFault, ChunkOutcome
 from penstock.device.accelerator import accelerator_of, known_kinds
 from penstock.engine.attention import AttentionArgs, PagedBatch, Pages, attending
 from penstock.engine.checkpoint import SERVED_MODELS, CheckpointError, LoadFormat, load_model, one_line
+from penstock.engine.decode_graphs import DecodeGraphs
 from penstock.engine.page_tables import PageTables
 from penstock.engine.paged_kernel import GATHERED, LayerKind, VarlenKernel, proven_kernel
 from penstock.engine.paged_kv import LayerShape, PagedKV, PagedUpload
@@ -91,6 +92,7 @@ class HFRunner:
         self._windows = frozenset(probe.windows.values())
         self._kinds = tuple(probe.kinds.values())
         self._kernel: VarlenKernel | None = None
+        self._graphs = DecodeGraphs(self._accelerator, self._forward)
         self._shapes = tuple(probe.shapes[layer] for layer in range(len(probe.shapes)))
         self.layout = KVLayout(
             block_tokens,
@@ -225,18 +227,11 @@ class HFRunner:
     def _compute(self, batch: Sequence[Chunk], pages: Sequence[Pages]) -> list[int | None]:
         """The sampled token per chunk; None where none was asked for, or the logits give none."""
         sampled = [index for index, chunk in enumerate(batch) if chunk.sampling is not None]
-        paged = PagedBatch(self.kv, batch, pages, self._windows, self._kernel)
-        with attending(paged):
-            output = self._model(
-                input_ids=paged.tokens[None],
-                position_ids=paged.positions[None],
-                use_cache=False,
-                logits_to_keep=paged.sampled_rows,
-            )
+        logits = self._graphs.run(PagedBatch(self.kv, batch, pages, self._windows, self._kernel))
         result: list[int | None] = [None] * len(batch)
         if sampled:
             params = [chunk.sampling for chunk in batch if chunk.sampling is not None]
-            logits, chunks = output.logits[0], [batch[index] for index in sampled]
+            chunks = [batch[index] for index in sampled]
             scores = shaped(logits, chunks, self.eos_token_ids)
             counts = [chunk.sampled_index for chunk in chunks]
             tokens = sample(scores, params, counts, self._accelerator.array_to_device)
@@ -244,6 +239,19 @@ class HFRunner:
             for index, token in zip(sampled, tokens, strict=True):
                 result[index] = token
         return result
+
+    def _forward(self, paged: PagedBatch) -> torch.Tensor:
+        """Logits `[sampled rows, vocabulary]`."""
+        paged.begin()
+        with attending(paged):
+            output = self._model(
+                input_ids=paged.tokens[None],
+                position_ids=paged.positions[None],
+                use_cache=False,
+                logits_to_keep=paged.sampled_rows,
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits
 
     def _unusable_blocks(self, batch: Sequence[Chunk], tokens: Sequence[int | None]) -> list[frozenset[int]]:
         """Per chunk, the blocks that it filled whose KV is not finite. Whole pages are read once, when they are full:
@@ -285,6 +293,7 @@ class HFRunner:
         if self._kv is not None:
             self._kv.close()
             self._kv = None
+        self._graphs.clear()
         self._model = None
         self._accelerator.release_cached()
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from penstock.device.accelerator import Cpu, registered
 from penstock.engine import paged_kernel
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.paged_kernel import GATHERED
@@ -138,3 +139,57 @@ def test_the_order_of_the_log_sum_exps_is_found_out(
         expected = tokens_of(gathering)
     with runner_by(rows_first, tiny("gpt_oss"), monkeypatch) as runner:
         assert runner.attention_kernel != GATHERED and tokens_of(runner) == expected
+
+
+class Recording(Cpu):
+    """Records a step by calling it again, with whatever its inputs hold then."""
+
+    records = True
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.recorded, self.replayed, self.fails = 0, 0, False
+
+    def record(self, step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.recorded += 1
+        output = step().clone()
+
+        def replay() -> None:
+            self.replayed += 1
+            output.copy_(step())
+
+        return output, replay
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_recorded_decode_steps_give_the_same_tokens(
+    fails: bool, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What changes from step to step is in the inputs; a prefill and a step of another size are not replayed."""
+    made: list[Recording] = []
+
+    def recording(device: torch.device) -> Recording:
+        made.append(Recording(device))
+        made[-1].fails = fails
+        return made[-1]
+
+    def decode(runner: HFRunner) -> list[Any]:
+        found = tokens_of(runner)
+        pages = [25, 24, 26]
+        found += runner.run([Chunk("c", prompt_of(3, 10), 0, pages, GREEDY)])
+        for step in range(30):  # through the ends of pages, and of a table of one column
+            found += runner.run([Chunk("c", [found[-1]], 10 + step, pages, GREEDY, step + 1)])
+        return found
+
+    with runner_by(None, tiny("llama"), monkeypatch) as gathering:
+        expected = decode(gathering)
+    with registered("cpu", recording), runner_by(varlen_by_definition, tiny("llama"), monkeypatch) as runner:
+        assert decode(runner) == expected
+        device = max(made, key=lambda one: one.recorded)
+        if fails:
+            assert device.recorded == device.replayed == 0
+        else:
+            assert device.recorded == 4, "two requests; one with tables of one, two and four columns"
+            assert device.replayed == 5 - 1 + 30 - 3
