@@ -17,7 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from penstock.report import Report
 
 if TYPE_CHECKING:
-    from penstock.bench.gpu_copies import CopySizes
     from penstock.bench.gpu_ttft import TtftSizes
     from penstock.bench.gpu_upload import UploadSizes
     from penstock.engine.hf_runner import HFRunner
@@ -81,7 +80,13 @@ def _measure(
 ) -> None:
     import torch
 
-    from penstock.bench.gpu_copies import measure_groups, measure_host, measure_rows
+    from penstock.bench.gpu_copies import (
+        LLAMA_COPIES,
+        TINY_COPIES,
+        measure_groups,
+        measure_host,
+        measure_rows,
+    )
     from penstock.bench.gpu_decode import measure_decode
     from penstock.bench.gpu_ttft import TtftBench
     from penstock.bench.gpu_upload import HostBlocks, measure_hidden_share, measure_upload_ratio
@@ -111,12 +116,12 @@ def _measure(
         host = HostBlocks(runner, max(upload.upload_blocks, upload.hit_blocks))
         measure_upload_ratio(runner, host, upload, report)
         step("upload bandwidth")
-        copies = _copy_sizes(tiny)
+        copies = TINY_COPIES if tiny else LLAMA_COPIES
         measure_groups(runner, host.blocks, copies, report)
         step("groups of blocks")
         measure_hidden_share(runner, host, upload, report)
         step("loading under compute")
-        measure_host(_copy_sizes(tiny=False), report)
+        measure_host(LLAMA_COPIES, report)
         measure_rows(runner.device, copies, report)
         step("copies of vLLM's worker")
         measure_decode(runner, DECODE_CONTEXTS if not tiny else (64, 128), report)
@@ -143,15 +148,6 @@ def _llama_runner(scratch: Path, device: str) -> HFRunner:
 
     llama_3_1_8b_config().save_pretrained(scratch / "model")
     return HFRunner(str(scratch / "model"), dtype="bfloat16", device=device, load_format="dummy")
-
-
-def _copy_sizes(tiny: bool) -> CopySizes:
-    """Of Llama 3.1 8B: blocks of 8 MiB."""
-    from penstock.bench.gpu_copies import CopySizes
-
-    if tiny:
-        return CopySizes((1, 4), repeats=2, layers=2, row_bytes_per_token=64, pool_block_tokens=64)
-    return CopySizes((1, 4, 16, 256), repeats=7, layers=32, row_bytes_per_token=4096, pool_block_tokens=64)
 
 
 def _tiny_sizes() -> tuple[UploadSizes, TtftSizes]:

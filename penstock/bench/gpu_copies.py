@@ -1,5 +1,6 @@
 """Copies of groups of blocks by the engine's L1 and by vLLM's worker, each beside one plain copy of as many bytes; and
-what they cost the host, which needs no GPU to be measured."""
+what they cost the host, which needs no GPU to be measured. Imports torch and numpy only, for `examples/gpu_copies.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +9,32 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
-from penstock.report import Report
 from penstock.device.accelerator import Accelerator, accelerator_of
-from penstock.engine.hf_runner import HFRunner
-from penstock.engine.paged_kv import PagedKV
 from penstock.io.memory import address_of, aligned_buffer
 from penstock.testing.null_accelerator import NullAccelerator
 from penstock.vllm.layout import KVRows, Layer
+
+if TYPE_CHECKING:
+    from penstock.report import Report
+    from penstock.engine.hf_runner import HFRunner
+    from penstock.engine.paged_kv import PagedKV
 
 RATIO_GOAL = 0.9
 HOST_US_GOAL = 15.0  # per 8 MiB block and direction
 CALLS_GOAL = 3  # of the driver, per message
 HOST_REPEATS = 300
+
+
+class Figures(Protocol):
+    """As much of a Report as is needed."""
+
+    def figure(self, name: str, value: float, limit: float | None = None) -> None:
+        """Record a figure, and its goal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +46,10 @@ class CopySizes:
     layers: int
     row_bytes_per_token: int  # of one layer
     pool_block_tokens: int
+
+
+TINY_COPIES = CopySizes((1, 4), repeats=2, layers=2, row_bytes_per_token=64, pool_block_tokens=64)
+LLAMA_COPIES = CopySizes((1, 4, 16, 256), repeats=7, layers=32, row_bytes_per_token=4096, pool_block_tokens=64)  # 8 MiB
 
 
 def _median_s(work: Callable[[], object], accelerator: Accelerator, repeats: int) -> float:
@@ -125,7 +140,7 @@ def _variants(sizes: CopySizes) -> list[tuple[str, int, bool]]:
     ]
 
 
-def measure_rows(device: torch.device, sizes: CopySizes, report: Report) -> None:
+def measure_rows(device: torch.device, sizes: CopySizes, report: Figures) -> None:
     """Messages of 1, 4 and 16 blocks of vLLM's worker up and down, against one plain copy."""
     accelerator = accelerator_of(device)
     block_bytes = sizes.layers * sizes.row_bytes_per_token * sizes.pool_block_tokens
@@ -150,7 +165,7 @@ def measure_rows(device: torch.device, sizes: CopySizes, report: Report) -> None
         accelerator.unlock(address_of(memory))
 
 
-def measure_host(sizes: CopySizes, report: Report) -> None:
+def measure_host(sizes: CopySizes, report: Figures) -> None:
     """What a message of one block costs the host, by a device that does nothing: microseconds, calls of the driver."""
     calls_max = 0
     for name, tokens, side_by_side in _variants(sizes):
