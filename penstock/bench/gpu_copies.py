@@ -20,9 +20,9 @@ from penstock.testing.null_accelerator import NullAccelerator
 from penstock.vllm.layout import KVRows, Layer
 
 if TYPE_CHECKING:
-    from penstock.report import Report
     from penstock.engine.hf_runner import HFRunner
     from penstock.engine.paged_kv import PagedKV
+    from penstock.report import Report
 
 RATIO_GOAL = 0.9
 HOST_US_GOAL = 15.0  # per 8 MiB block and direction

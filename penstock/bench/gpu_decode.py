@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from penstock.report import Report
 from penstock.device.accelerator import accelerator_of
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import Chunk, SamplingParams
+from penstock.report import Report
 
 STEPS = 16
 WARM_STEPS = 3

@@ -22,7 +22,7 @@ from penstock.vllm.link import Link, Message, Notice
 from penstock.vllm.settings import Settings
 from penstock.vllm.shape import open_pool_of
 from penstock.vllm.steps import Steps
-from tests.vllm_sides.test_vllm_sides import BLOCK, ROW_BYTES, Rig, wait_for
+from tests.vllm.test_vllm_sides import BLOCK, ROW_BYTES, Rig, wait_for
 
 LAYERS, BLOCKS = 2, 3  # of the rig's one worker; pool blocks of a request
 
