@@ -38,7 +38,8 @@ Item = TypeVar("Item")
 
 
 class FakeAccelerator(Accelerator):
-    """A device whose order of work is a clock's; its batched copies are counted as operations."""
+    """A device whose order of work is a clock's; its batched copies are counted as operations, and those of memory that
+    is not page-locked a second time as "copy of pageable memory"."""
 
     def __init__(self, clock: DeviceClock, device: torch.device) -> None:
         super().__init__(torch.device("cuda", device.index or 0))
@@ -86,6 +87,8 @@ class FakeAccelerator(Accelerator):
         if self.clock.is_broken("end of copies"):
             stream = self.clock.fork(stream)
         self.clock.enqueue("batched copy", reads, writes, stream)
+        if not all(self.clock.is_watched(begin, HOST) for begin, _ in (reads if to_device else writes)):
+            self.clock.operations["copy of pageable memory"] += 1
         copy_on_host(descriptors)
         if self.clock.refuses_copies:
             raise DeviceError("injected failure of a batched copy")

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from penstock.engine.executors import RunnerStages
+from penstock.engine.calibrate import calibrate
+from penstock.engine.executors import RunnerStages, Staging
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import Chunk, SamplingParams
 from penstock.io.memory import address_of, aligned_buffer
@@ -176,6 +177,25 @@ def test_what_a_step_and_a_group_cost_is_bounded(tiny: Callable[[str], Path]) ->
         assert clock.conflicts == []
 
 
+def test_memory_that_is_copied_is_page_locked(tiny: Callable[[str], Path]) -> None:
+    """That of calibration for as long as it takes, and what a slot gets in place of its own."""
+    with device_runner(tiny("llama")) as (runner, clock):
+        calibrate(runner, PAGES, 64)
+        assert clock.operations["batched copy"] == 2 and not clock.operations["copy of pageable memory"]
+        size = runner.layout.full_block_bytes
+        memory = aligned_buffer(2 * size)
+        staging = Staging(memory, size, runner.page_lock)
+        runner.page_lock(memory)
+        staging.replace(1)
+        for slot in range(2):
+            runner.download(slot, staging.slot(slot))
+        assert address_of(staging.slot(1)) != address_of(memory) + size
+        assert not clock.operations["copy of pageable memory"]
+        runner.download(0, aligned_buffer(size))
+        assert clock.operations["copy of pageable memory"] == 1, "it would be noticed"
+        assert clock.conflicts == []
+
+
 def test_the_next_group_is_enqueued_before_one_has_ended(tiny: Callable[[str], Path]) -> None:
     with device_runner(tiny("llama")) as (runner, clock):
         size = runner.layout.full_block_bytes
@@ -231,6 +251,7 @@ def test_an_engine_leaves_nothing_unordered(happens: str, layerwise: bool, tiny:
                 ends += [answer.wait(WAIT_S).finish_reason for answer in answers]
             rig.settle()
             assert rig.counter("saved_blocks") > 0 and rig.counter("fetched_blocks") > 0
+        assert not clock.operations["copy of pageable memory"]
         waits = {name for name, _ in clock.waits_by_thread}
         assert waits <= {"penstock-upload-end", "penstock-save", "penstock-compute", "MainThread"}
         copying = {"event.synchronize", "device synchronize"}
