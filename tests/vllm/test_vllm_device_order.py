@@ -22,7 +22,8 @@ from penstock.vllm.link import Link, Message, Notice
 from penstock.vllm.settings import Settings
 from penstock.vllm.shape import open_pool_of
 from penstock.vllm.steps import Steps
-from tests.vllm.test_vllm_sides import BLOCK, ROW_BYTES, Rig, wait_for
+from tests.asking import wait_until
+from tests.vllm.test_vllm_sides import BLOCK, ROW_BYTES, Rig
 
 LAYERS, BLOCKS = 2, 3  # of the rig's one worker; pool blocks of a request
 
@@ -100,17 +101,17 @@ class Vllm:
             pages.difference_update(host.released())
             return not pages
 
-        wait_for(given_back, "vLLM's blocks are given back")
+        wait_until(given_back, "vLLM's blocks are given back")
         self.compute([0, 1, 2, 3, 4, 5], 99)  # they are somebody else's now
         if not self.clock.refuses_copies:
-            wait_for(lambda: self.rig.saved() >= before + BLOCKS or bool(host.fatal), "the blocks are saved")
+            wait_until(lambda: self.rig.saved() >= before + BLOCKS or bool(host.fatal), "the blocks are saved")
         host.finish(name)
 
     def load(self, name: str, value: int) -> bool:
         """Load them into places 10 to 15, which the step just begun puts zeros into, and compute with them."""
         host = self.rig.host
         self.rig.submit(name, BLOCKS)
-        wait_for(lambda: host.matched(name, 0) is not None, "the lookup is answered")
+        wait_until(lambda: host.matched(name, 0) is not None, "the lookup is answered")
         if host.matched(name, 0) != BLOCKS * BLOCK:
             host.finish(name)
             return False
