@@ -22,8 +22,8 @@ from penstock.vllm.link import Link, Message, Notice
 from penstock.vllm.settings import Settings
 from penstock.vllm.shape import open_pool_of
 from penstock.vllm.steps import Steps
-from tests.asking import wait_until
 from tests.vllm.test_vllm_sides import BLOCK, ROW_BYTES, Rig
+from tests.waiting import wait_until
 
 LAYERS, BLOCKS = 2, 3  # of the rig's one worker; pool blocks of a request
 
