@@ -25,6 +25,7 @@ BUDGET_S = 380.0  # no measurement starts after it; the last one has its request
 DEVICE_HEADROOM_BYTES = 8 << 30  # activations of a prefill chunk, gathered KV of one layer, the allocator's slack
 HOST_SHARE = 0.6  # of the available host memory
 UPLOAD_BLOCKS = 256
+DECODE_CONTEXTS = (2048, 32768, 131072)
 
 
 def missing(device: str) -> list[str]:
@@ -32,7 +33,7 @@ def missing(device: str) -> list[str]:
     lacking = missing_modules("engine")
     if lacking:
         return [f"the package {name} is not installed; pip install 'penstock[engine]'" for name in lacking]
-    if device == "cuda":
+    if device != "cpu":
         import torch
 
         if not torch.cuda.is_available():
@@ -47,15 +48,15 @@ def missing(device: str) -> list[str]:
 
 def gpu(
     json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
-    device: Annotated[str, typer.Option(help="cuda; cpu only together with --tiny.")] = "cuda",
+    device: Annotated[str, typer.Option(help="cuda or cuda:1; cpu only together with --tiny.")] = "cuda",
     tiny: Annotated[bool, typer.Option(help="A tiny model: checks that everything runs, measures nothing.")] = False,
     slab_folder: Annotated[
         Path | None, typer.Option(help="Where the slab lies (default: the temporary folder).")
     ] = None,
     slab: Annotated[bool, typer.Option(help="Also measure hits from a slab.")] = True,
 ) -> None:
-    """Upload bandwidth, loading hidden under compute, TTFT of 16K to 128K token hits on a GPU; at most 8 minutes."""
-    if device not in ("cuda", "cpu") or (device == "cpu" and not tiny):
+    """Copies, loading hidden under compute, decodes, and TTFT of 16K to 128K token hits on a GPU; at most 8 minutes."""
+    if device.split(":")[0] not in ("cuda", "cpu") or (device == "cpu" and not tiny):
         raise typer.BadParameter(f"device is {device!r}; allowed: cuda, or cpu together with --tiny")
     console = Console()
     report = Report("gpu")
@@ -79,6 +80,14 @@ def _measure(
 ) -> None:
     import torch
 
+    from penstock.bench.gpu_copies import (
+        LLAMA_COPIES,
+        TINY_COPIES,
+        measure_groups,
+        measure_host,
+        measure_rows,
+    )
+    from penstock.bench.gpu_decode import measure_decode
     from penstock.bench.gpu_ttft import TtftBench
     from penstock.bench.gpu_upload import HostBlocks, measure_hidden_share, measure_upload_ratio
 
@@ -91,14 +100,14 @@ def _measure(
             progress.update(task, advance=1, description=text)
 
         runner = _tiny_runner(scratch, device) if tiny else _llama_runner(scratch, device)
-        if device == "cuda":
-            properties = torch.cuda.get_device_properties(0)
+        if device != "cpu":
+            properties = torch.cuda.get_device_properties(runner.device)
             report.notes.append(f"device: {properties.name}, {properties.total_memory / 1e9:.0f} GB")
         upload, ttft = _tiny_sizes() if tiny else _llama_sizes()
         folder = slab_folder or scratch
         if not tiny:
             upload, ttft, slab = _fitted(report, runner, upload, ttft, folder, slab)
-        progress.update(task, total=4 + (len(ttft.hit_tokens) * (3 if slab else 2)))
+        progress.update(task, total=7 + (len(ttft.hit_tokens) * (3 if slab else 2)))
         block_tokens = runner.layout.block_tokens
         pages = (max(ttft.hit_tokens) + ttft.question_tokens + ttft.answer_tokens) // block_tokens + 8
         runner.allocate(
@@ -107,9 +116,17 @@ def _measure(
         host = HostBlocks(runner, max(upload.upload_blocks, upload.hit_blocks))
         measure_upload_ratio(runner, host, upload, report)
         step("upload bandwidth")
+        copies = TINY_COPIES if tiny else LLAMA_COPIES
+        measure_groups(runner, host.blocks, copies, report)
+        step("groups of blocks")
         measure_hidden_share(runner, host, upload, report)
         step("loading under compute")
-        runner.kv.page_unlock()
+        measure_host(LLAMA_COPIES, report)
+        measure_rows(runner.device, copies, report)
+        step("copies of vLLM's worker")
+        measure_decode(runner, DECODE_CONTEXTS if not tiny else (64, 128), report)
+        step("decodes")
+        runner.kv.page_unlock_all()
         del host
         TtftBench(runner, ttft, report, deadline_s, step).run(folder if slab else None)
         runner.close()

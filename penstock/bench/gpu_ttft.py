@@ -131,7 +131,7 @@ class TtftBench:
 
     def _end(self, engine: Engine, pool: Pool | None) -> None:
         engine.close(CLOSE_TIMEOUT_S)
-        self.runner.kv.page_unlock(keep=pool.host_buffers() if pool is not None else ())
+        self.runner.kv.page_unlock_all(keep=pool.host_buffers() if pool is not None else ())
 
     # -- filling the pools ---------------------------------------------------------------------------------------
 
@@ -191,7 +191,7 @@ class TtftBench:
                 return
             self._run_slab(memory, slab_folder, expected)
         finally:
-            self.runner.kv.page_unlock()
+            self.runner.kv.page_unlock_all()
             memory.close(CLOSE_TIMEOUT_S)
 
     def _recompute(self) -> dict[int, list[int]]:

@@ -81,11 +81,12 @@ class Fetch:
 @dataclass(frozen=True, slots=True)
 class Upload:
     """L2 -> L1: move staged blocks `(slot, page)` together. The content of the slots `retained` is needed after the
-    upload, until a `Drop`."""
+    upload, until a `Drop`. `followed`: a batch may follow it layer by layer."""
 
     op_id: int
     blocks: tuple[tuple[int, int], ...]
     retained: frozenset[int] = frozenset()
+    followed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,10 @@ What a call belongs to travels in a context variable, so models in several threa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from penstock.device.accelerator import Accelerator
 from penstock.engine.paged_kv import PagedKV
 from penstock.engine.runner import Chunk, UploadGroup
 
@@ -116,46 +118,176 @@ class _DecodeGroup:
     mask: torch.Tensor
 
 
-class PagedBatch:
-    """One batch on its way through the layers."""
+@dataclass(frozen=True, slots=True)
+class PageTables:
+    """The chunks of a batch for a kernel that reads pages where they lie, int32: pages `[chunks, p]`, where each
+    chunk's context ends `[chunks]`, and at which rows of the batch they begin and end `[chunks + 1]`. `rows_max` are
+    the rows of the longest chunk."""
 
-    def __init__(self, kv: PagedKV, batch: Sequence[Chunk], pages: Sequence[Pages]) -> None:
-        """`pages` of each chunk, as far as it uses them; arrays of those with one token."""
+    pages: torch.Tensor
+    ends: torch.Tensor
+    rows: torch.Tensor
+    rows_max: int
+
+
+class PagedKernel(Protocol):
+    """Attention over pages without gathering them."""
+
+    def attend(
+        self, query: torch.Tensor, view: torch.Tensor, kv_heads: int, tables: PageTables, args: AttentionArgs
+    ) -> torch.Tensor:
+        """See `paged_kernel.VarlenKernel`."""
+
+
+class _Parcel:
+    """Lists of integers that go to the device in one copy."""
+
+    def __init__(self, arrays: Sequence[np.ndarray] = ()) -> None:
+        self.arrays = list(arrays)
+        self._sent: list[torch.Tensor] = []
+
+    def add(self, values: Sequence[int] | np.ndarray) -> int:
+        """Its number, by which `get` gives it once all are sent."""
+        self.arrays.append(np.asarray(values, np.int64))
+        return len(self.arrays) - 1
+
+    def send(self, accelerator: Accelerator) -> torch.Tensor:
+        """Copy all of them to the device; gives them one behind the other."""
+        flat = accelerator.array_to_device(np.concatenate([array.ravel() for array in self.arrays]))
+        self.use(flat)
+        return flat
+
+    def use(self, flat: torch.Tensor) -> None:
+        """What `get` gives is part of `flat`, which may lack the last one."""
+        self._sent, at = [], 0
+        for array in self.arrays:
+            part = flat[at : at + array.size]
+            self._sent.append(part.view(array.shape) if len(part) == array.size else part)
+            at += array.size
+
+    def get(self, number: int) -> torch.Tensor:
+        """On the device, in its shape."""
+        return self._sent[number]
+
+
+class PagedBatch:
+    """One batch on its way through the layers. What it needs on the device goes there in one copy."""
+
+    def __init__(
+        self,
+        kv: PagedKV,
+        batch: Sequence[Chunk],
+        pages: Sequence[Pages],
+        windows: Iterable[int],
+        kernel: PagedKernel | None = None,
+    ) -> None:
+        """`pages` of each chunk, as far as it uses them; arrays of those with one token. `windows` are those of the
+        model's layers (0: all tokens are seen). `kernel` attends instead of what gathers pages."""
         self._kv = kv
-        self._block_tokens = kv.layout.block_tokens
+        self._block_tokens = size = kv.layout.block_tokens
         self._pending: tuple[UploadGroup, ...] = tuple(
             {id(group): group for chunk in batch for group in chunk.pending}.values()
         )
         spans: list[_Span] = []
-        slot_pages: list[int] = []
-        positions: list[int] = []
-        row = 0
+        positions, slot_pages, row = [], [], 0
         for chunk, used in zip(batch, pages, strict=True):
             end = chunk.start + len(chunk.tokens)
             spans.append(_Span(row, row + len(chunk.tokens), chunk.start, end, used))
             row += len(chunk.tokens)
-            positions.extend(range(chunk.start, end))
-            slot_pages.extend(int(used[at // self._block_tokens]) for at in range(chunk.start, end))
-        self.positions = torch.tensor(positions, device=kv.device)
-        self._slot_pages = torch.tensor(slot_pages, device=kv.device)
-        self._slot_offsets = self.positions % self._block_tokens
+            at = np.arange(chunk.start, end)
+            positions.append(at)
+            slot_pages.append(np.asarray(used, np.int64)[at // size])
+        self._kernel = kernel
         self._prefills = [span for span in spans if span.end - span.start > 1]
         self._decodes = sorted((span for span in spans if span.end - span.start == 1), key=lambda span: span.end)
-        self._page_tensors: dict[tuple[int, int], torch.Tensor] = {}
-        self._decode_groups: dict[int, list[_DecodeGroup]] = {}
-        self._clear_begun_pages()
+        self._parcel = _Parcel()
+        add = self._parcel.add
+        tokens = add([token for chunk in batch for token in chunk.tokens])
+        sampled = add(
+            [span.end_row - 1 for span, chunk in zip(spans, batch, strict=True) if chunk.sampling is not None]
+        )
+        at_positions = np.concatenate(positions)
+        numbers = add(at_positions), add(np.concatenate(slot_pages)), add(at_positions % size)
+        self._tables_in_parcel = self._add_tables(spans) if kernel is not None else None
+        windows = set(windows) if kernel is None else ()
+        self._prefill_pages = {
+            (span.first_row, window): add(span.pages[self._first_page(span.start, window) : -(-span.end // size)])
+            for span in self._prefills
+            for window in windows
+        }
+        decode_groups = {window: list(self._plan_decodes(window)) for window in windows}
+        self._begun = add(self._begun_pages())
+        self._numbers = (tokens, sampled, *numbers)
+        self._rows_max = max(span.end - span.start for span in spans)
+        self.inputs = self._parcel.send(kv.accelerator)
+        self._take_inputs()
+        get = self._parcel.get
+        self._decode_groups = {
+            window: [self._decode_group(group, window) for group in groups] for window, groups in decode_groups.items()
+        }
+        begun = get(self._begun)
+        if len(begun):
+            kv.clear(begun)
+            self.inputs = self.inputs[: -len(begun)]
 
-    def _clear_begun_pages(self) -> None:
-        """Zero the pages that this batch begins and does not fill: decodes read all of a page and mask what is not
-        there yet, and a NaN that an earlier owner left would spread. At most one page per chunk, in one operation."""
+    def _take_inputs(self) -> None:
+        get = self._parcel.get
+        self.tokens, self.sampled_rows, self.positions, self._slot_pages, self._slot_offsets = map(get, self._numbers)
+        self._tables: PageTables | None = None
+
+    @property
+    def graph_key(self) -> tuple[int, ...] | None:
+        """Batches of the same key differ in `inputs` only; None where more is different."""
+        if self._kernel is None or self._rows_max > 1 or self._pending:
+            return None
+        return len(self.tokens), len(self.sampled_rows), self.inputs.numel()
+
+    def with_inputs(self, inputs: torch.Tensor) -> PagedBatch:
+        """The same batch, of inputs that are somewhere else; one with a `graph_key`."""
+        other = copy(self)
+        other.move_to(inputs)
+        return other
+
+    def move_to(self, inputs: torch.Tensor) -> None:
+        """See `with_inputs`."""
+        self._parcel = _Parcel(self._parcel.arrays)
+        self._parcel.use(inputs)
+        self.inputs = inputs
+        self._take_inputs()
+
+    def _page_tables(self) -> PageTables:
+        """Made by the first layer, as part of the forward pass."""
+        if self._tables is None:
+            assert self._tables_in_parcel is not None
+            columns, ends, row_ends = (self._parcel.get(number).int() for number in self._tables_in_parcel)
+            self._tables = PageTables(columns, ends, row_ends, self._rows_max)
+        return self._tables
+
+    def begin(self) -> None:
+        """A forward pass begins."""
+        self._tables = None
+
+    def _add_tables(self, spans: Sequence[_Span]) -> tuple[int, int, int]:
+        """Numbers in the parcel of what `PageTables` holds; the tables have a power of two of columns."""
         size = self._block_tokens
-        begun = [
+        width = max(-(-span.end // size) for span in spans)
+        pages = np.empty((len(spans), 1 << (width - 1).bit_length()), np.int64)
+        for row, span in zip(pages, spans, strict=True):
+            count = -(-span.end // size)
+            row[:count] = span.pages[:count]
+            row[count:] = row[0]
+        add = self._parcel.add
+        return add(pages), add([span.end for span in spans]), add([0, *(span.end_row for span in spans)])
+
+    def _begun_pages(self) -> list[int]:
+        """The pages that this batch begins and does not fill, at most one per chunk. They are zeroed: decodes read all
+        of a page and mask what is not there yet, and a NaN that an earlier owner left would spread."""
+        size = self._block_tokens
+        return [
             int(span.pages[span.end // size])
             for span in (*self._prefills, *self._decodes)
             if span.end % size and span.end // size * size >= span.start
         ]
-        if begun:
-            self._kv.clear(begun)
 
     def attend(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs
@@ -168,11 +300,13 @@ class PagedBatch:
         view = self._kv.layer_view(layer)
         flat_key, flat_value = key[0].transpose(0, 1).flatten(1), value[0].transpose(0, 1).flatten(1)
         view[self._slot_pages, self._slot_offsets] = torch.cat((flat_key, flat_value), dim=1).to(view.dtype)
+        if self._kernel is not None:
+            return self._kernel.attend(query[0].transpose(0, 1), view, key.shape[1], self._page_tables(), args)[None]
         output = query.new_empty((1, rows, query.shape[1], value.shape[-1]))
         for span in self._prefills:
             chunk_query = query[0, :, span.first_row : span.end_row]
             output[0, span.first_row : span.end_row] = self._prefill(layer, span, chunk_query, args).transpose(0, 1)
-        for decode in self._decode_groups_of(args.window):
+        for decode in self._decode_groups[args.window]:
             heads = query[0].index_select(1, decode.rows).transpose(0, 1)
             output[0, decode.rows] = self._decode(layer, decode, heads, args)
         return output
@@ -195,50 +329,43 @@ class PagedBatch:
     def _prefill(self, layer: int, span: _Span, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
         """Query `[heads, q, d]` of one chunk against its prefix and itself; gives `[heads, q, value_dim]`."""
         first_page = self._first_page(span.start, args.window)
-        cache_key = (span.first_row, first_page)
-        if cache_key not in self._page_tensors:
-            used = span.pages[first_page : -(-span.end // self._block_tokens)]
-            self._page_tensors[cache_key] = torch.tensor(used, device=query.device)
-        keys, values = self._gather(layer, self._page_tensors[cache_key])
+        keys, values = self._gather(layer, self._parcel.get(self._prefill_pages[span.first_row, args.window]))
         first = first_page * self._block_tokens
         keys, values = keys[:, : span.end - first].to(query.dtype), values[:, : span.end - first].to(query.dtype)
         return causal_attention(query, keys, values, span.start - first, args)
 
-    def _decode_groups_of(self, window: int) -> list[_DecodeGroup]:
-        if window not in self._decode_groups:
-            self._decode_groups[window] = list(self._plan_decodes(window))
-        return self._decode_groups[window]
-
-    def _plan_decodes(self, window: int) -> Iterator[_DecodeGroup]:
-        """Group single-token chunks of similar length, shortest first, so that padding stays bounded."""
+    def _plan_decodes(self, window: int) -> Iterator[tuple[int, int, int, int]]:
+        """Group single-token chunks of similar length, shortest first, so that padding stays bounded. Of each group the
+        numbers in the parcel of: rows, pages, where each chunk is, where its first page begins."""
         waiting: list[tuple[_Span, int, int]] = []  # span, its first page, its page count
         used_pages = 0
         for span in self._decodes:
             first = self._first_page(span.start, window)
             count = -(-span.end // self._block_tokens) - first
             if waiting and (len(waiting) + 1) * count > DECODE_PADDING_RATIO_MAX * (used_pages + count):
-                yield self._decode_group(waiting, window)
+                yield self._add_decodes(waiting)
                 waiting, used_pages = [], 0
             waiting.append((span, first, count))
             used_pages += count
         if waiting:
-            yield self._decode_group(waiting, window)
+            yield self._add_decodes(waiting)
 
-    def _decode_group(self, members: Sequence[tuple[_Span, int, int]], window: int) -> _DecodeGroup:
-        device, size = self.positions.device, self._block_tokens
-        width = max(count for _, _, count in members)
-        pages = np.empty((len(members), width), np.int64)
+    def _add_decodes(self, members: Sequence[tuple[_Span, int, int]]) -> tuple[int, int, int, int]:
+        pages = np.empty((len(members), max(count for _, _, count in members)), np.int64)
         for row, (span, first, count) in zip(pages, members, strict=True):
             row[:count] = span.pages[first : first + count]
             row[count:] = row[0]
-        starts = torch.tensor([span.start for span, _, _ in members], device=device)[:, None]
-        firsts = torch.tensor([first * size for _, first, _ in members], device=device)[:, None]
-        at = firsts + torch.arange(width * size, device=device)[None, :]
-        mask = at <= starts
+        add = self._parcel.add
+        rows, starts = [span.first_row for span, _, _ in members], [span.start for span, _, _ in members]
+        return add(rows), add(pages), add(starts), add([first * self._block_tokens for _, first, _ in members])
+
+    def _decode_group(self, numbers: tuple[int, int, int, int], window: int) -> _DecodeGroup:
+        rows, pages, starts, firsts = map(self._parcel.get, numbers)
+        at = firsts[:, None] + torch.arange(pages.shape[1] * self._block_tokens, device=pages.device)[None, :]
+        mask = at <= starts[:, None]
         if window:
-            mask &= at > starts - window
-        rows = torch.tensor([span.first_row for span, _, _ in members], device=device)
-        return _DecodeGroup(rows, torch.from_numpy(pages).to(device), mask[:, None, None])
+            mask &= at > starts[:, None] - window
+        return _DecodeGroup(rows, pages, mask[:, None, None])
 
     def _decode(self, layer: int, group: _DecodeGroup, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
         """Query `[b, heads, d]`, one token of each chunk; gives `[b, heads, value_dim]`."""
@@ -281,11 +408,13 @@ def causal_attention(
         mask = at <= row_at
         if args.window:
             mask &= at > row_at - args.window
-        grouped = _grouped(query[:, low:high], keys[:, first:end], values[:, first:end])
+        rows_query, seen_keys, seen_values = query[:, low:high], keys[:, first:end], values[:, first:end]
         if explicit:
             sinks = None if args.sinks is None else args.sinks.view(kv_heads, -1, 1, 1)
-            part = explicit_attention(*grouped, mask, sinks, args)
+            grouped_query = rows_query.unflatten(0, (kv_heads, -1))
+            part = explicit_attention(grouped_query, seen_keys, seen_values, mask, sinks, args)
         else:
+            grouped = _grouped(rows_query, seen_keys, seen_values)
             part = F.scaled_dot_product_attention(*grouped, attn_mask=mask, scale=args.scaling)
         output[:, low:high] = part.flatten(0, 1)
     return output
@@ -333,8 +462,13 @@ def explicit_attention(
     args: AttentionArgs,
 ) -> torch.Tensor:
     """Attention with sink logits (each head's share that goes to no token; broadcastable to one column of the scores)
-    or capped scores, in float32. Shapes as for scaled_dot_product_attention."""
+    or capped scores, in float32. Shapes as for scaled_dot_product_attention; or query `[kv_heads, heads per kv head, q,
+    d]` with keys and values `[kv_heads, tokens, d]`, which are not expanded then."""
+    shape = query.shape[:-1]
+    if keys.dim() < query.dim():  # heads that share keys are further rows of one head
+        query = query.flatten(-3, -2)
     scores = (query @ keys.transpose(-2, -1)).float() * args.scaling
+    scores = scores.view(*shape, -1)
     if args.softcap is not None:
         scores = torch.tanh(scores / args.softcap) * args.softcap
     scores = scores.masked_fill_(~mask, float("-inf"))
@@ -343,4 +477,5 @@ def explicit_attention(
         weights = torch.cat((scores, column), dim=-1).softmax(dim=-1)[..., :-1]
     else:
         weights = scores.softmax(dim=-1)
-    return weights.to(values.dtype) @ values
+    weights = weights.to(values.dtype).view(*query.shape[:-1], -1)
+    return (weights @ values).view(*shape, -1)

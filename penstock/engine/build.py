@@ -128,7 +128,7 @@ def _runner(config: EngineConfig) -> ModelRunner:
     require_extra("engine", "executor 'real'")
     import torch
 
-    from penstock.engine.hf_runner import HFRunner
+    from penstock.engine.hf_runner import HFRunner, device_of
 
     runner = HFRunner(
         config.model,
@@ -139,7 +139,7 @@ def _runner(config: EngineConfig) -> ModelRunner:
         load_format=config.load_format,
         seed=config.seed,
         max_context_tokens=config.max_context_tokens,
-        layerwise=config.mode == "penstock" and config.device != "cpu" and torch.cuda.is_available(),
+        layerwise=config.mode == "penstock" and device_of(config.device).type != "cpu",
     )
     if runner.device.type == "cpu":  # leave one core for loads
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))

@@ -38,8 +38,12 @@ def _upload_speed(runner: ModelRunner, pages: int) -> float:
     size = runner.layout.full_block_bytes
     buffer = aligned_buffer(size)
     seconds = 1e9
-    for _ in range(2):
-        started_s = time.monotonic()
-        runner.upload(runner.start_upload([(buffer, page) for page in range(pages)]))
-        seconds = min(seconds, time.monotonic() - started_s)
+    runner.page_lock(buffer)
+    try:
+        for _ in range(2):
+            started_s = time.monotonic()
+            runner.upload(runner.start_upload([(buffer, page) for page in range(pages)], followed=False))
+            seconds = min(seconds, time.monotonic() - started_s)
+    finally:
+        runner.page_unlock(buffer)
     return max(pages * size / max(seconds, 1e-9), 1e6)

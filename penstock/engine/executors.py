@@ -6,6 +6,7 @@ asynchronous in the pool, lookups have a few threads because a remote pool answe
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 import traceback
@@ -32,9 +33,13 @@ WORK_WAITING_MAX = 4096  # pieces of work per thread; the scheduler's windows an
 class Staging:
     """L2: the slots' memory. A slot may stand for a leased block of a local memory member instead of its own bytes."""
 
-    def __init__(self, memory: memoryview, slot_bytes: int) -> None:
+    def __init__(
+        self, memory: memoryview, slot_bytes: int, lock: Callable[[memoryview], None] = lambda memory: None
+    ) -> None:
+        """`lock` page-locks memory for the device; `memory` is locked already."""
         self._memory = memory
         self._slot_bytes = slot_bytes
+        self._lock = lock
         self._leases: dict[int, Lease] = {}
         self._replaced: dict[int, memoryview] = {}
 
@@ -56,7 +61,12 @@ class Staging:
 
     def replace(self, slot: int) -> None:
         """Other memory for a slot whose own a device still holds."""
-        self._replaced[slot] = aligned_buffer(self._slot_bytes)
+        memory = aligned_buffer(self._slot_bytes)
+        try:
+            self._lock(memory)
+        except RuntimeError as error:  # copies from and to it are slower then, and right
+            log.warning("memory in place of a slot's is not page-locked: %s", error)
+        self._replaced[slot] = memory
 
     def release(self, slot: int) -> None:
         """The slot's content is not needed any more; a lease ends."""
@@ -182,30 +192,61 @@ class RunnerStages:
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
         self._uploader = GuardedWorker("penstock-upload", WORK_WAITING_MAX)
-        self._saver = GuardedWorker("penstock-save", WORK_WAITING_MAX)
+        self._upload_ends = GuardedWorker("penstock-upload-end", WORK_WAITING_MAX)
+        # Where copies run beside everything, one thread enqueues the next block while the other waits for one.
+        savers = 2 if runner.uploads_are_enqueued else 1
+        self._savers = tuple(GuardedWorker("penstock-save", WORK_WAITING_MAX) for _ in range(savers))
+        self._next_saver = itertools.cycle(self._savers)  # the control thread's
         self._computer = GuardedWorker("penstock-compute", WORK_WAITING_MAX)
 
     def upload(
-        self, blocks: Sequence[tuple[memoryview, int]], done: Callable[[BaseException | None], None]
+        self,
+        blocks: Sequence[tuple[memoryview, int]],
+        followed: bool,
+        done: Callable[[BaseException | None], None],
     ) -> UploadGroup:
-        """Blocks whose upload cannot start count as misses; whoever waits for them fails at once."""
+        """Blocks whose upload cannot start count as misses; whoever waits for them fails at once. `followed`: a batch
+        may follow layer by layer."""
+        runner = self._runner
         try:
-            group = self._runner.start_upload(blocks)
+            group = runner.start_upload(blocks, followed)
         except Exception as error:  # noqa: BLE001 (the upload's failure, not the control thread's)
             done(error)
             return FailedUpload(error)
-        refused = self._put(self._uploader, lambda: self._runner.upload(group), done)
+        if runner.uploads_are_enqueued:
+            refused = self._put(self._uploader, lambda: self._begin_upload(group, done), done, says_end=False)
+        else:
+            refused = self._put(self._uploader, lambda: runner.upload(group), done)
         return group if refused is None else FailedUpload(refused)
 
+    def _begin_upload(self, group: UploadGroup, done: Callable[[BaseException | None], None]) -> None:
+        """The thread that waits for the end is another one, so that the next group is enqueued meanwhile."""
+        self._runner.begin_upload(group)
+
+        def end() -> None:
+            try:
+                self._runner.end_upload(group)
+            except Exception as error:  # noqa: BLE001 (as in `_put`)
+                done(error)
+            else:
+                done(None)
+
+        if not self._upload_ends.put(end, lambda error: end()):
+            end()  # whoever waits, its bytes are under way: they end before anybody hears of them
+
     def download(self, page: int, into: memoryview, done: Callable[[BaseException | None], None]) -> None:
-        """Copy a page from the device into host memory, on the saver's thread."""
-        self._put(self._saver, lambda: self._runner.download(page, into), done)
+        """Copy a page from the device into host memory, on a saver's thread."""
+        self._put(next(self._next_saver), lambda: self._runner.download(page, into), done)
 
     @staticmethod
     def _put(
-        worker: GuardedWorker, work: Callable[[], None], done: Callable[[BaseException | None], None]
+        worker: GuardedWorker,
+        work: Callable[[], None],
+        done: Callable[[BaseException | None], None],
+        says_end: bool = True,
     ) -> Exception | None:
-        """Queue work; the error that `done` got at once when there is no room."""
+        """Queue work; the error that `done` got at once when there is no room. Without `says_end`, work that does not
+        raise sees to `done` itself."""
 
         def run() -> None:
             try:
@@ -213,7 +254,8 @@ class RunnerStages:
             except Exception as error:  # noqa: BLE001 (whatever the device raises ends the operation, not the thread)
                 done(error)
             else:
-                done(None)
+                if says_end:
+                    done(None)
 
         if worker.put(run, done):
             return None
@@ -237,13 +279,14 @@ class RunnerStages:
 
     @property
     def _workers(self) -> tuple[GuardedWorker, ...]:
-        return self._uploader, self._saver, self._computer
+        return self._uploader, self._upload_ends, *self._savers, self._computer
 
     def close(self, timeout_s: float) -> bool:
         """Stop the threads; False when one of them is stuck."""
         end = time.monotonic() + timeout_s
         for worker in self._workers:
-            worker.stop()
+            if worker is not self._upload_ends:  # which ends what the uploader began
+                worker.stop()
         for worker in self._workers:
             worker.close(max(0.0, end - time.monotonic()))
         return not any(worker.alive for worker in self._workers)

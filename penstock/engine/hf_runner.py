@@ -9,10 +9,13 @@ import torch
 
 from penstock.core.layout import KVLayout
 from penstock.core.operations import ChunkFault, ChunkOutcome
+from penstock.device.registry import accelerator_of, known_kinds
 from penstock.engine.attention import AttentionArgs, PagedBatch, Pages, attending
 from penstock.engine.checkpoint import SERVED_MODELS, load_model
 from penstock.engine.checkpoint_folder import CheckpointError, LoadFormat, one_line
+from penstock.engine.decode_graphs import DecodeGraphs
 from penstock.engine.page_tables import PageTables
+from penstock.engine.paged_kernel import GATHERED, LayerKind, VarlenKernel, proven_kernel
 from penstock.engine.paged_kv import LayerShape, PagedKV, PagedUpload
 from penstock.engine.runner import Chunk, UploadGroup
 from penstock.engine.sampling import sample
@@ -25,6 +28,7 @@ class _Probe:
     def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}
         self.windows: dict[int, int] = {}
+        self.kinds: dict[tuple[Any, ...], LayerKind] = {}  # one layer of each kind
         self.dtypes: set[torch.dtype] = set()
         self.key_sums: list[float] = []
         self.calls = 0
@@ -38,6 +42,8 @@ class _Probe:
         self.calls += 1
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
         self.windows[layer] = args.window
+        kind = (query.shape[1], self.shapes[layer], args.window, args.sinks is None, args.softcap, args.scaling)
+        self.kinds.setdefault(kind, LayerKind(layer, query.shape[1], args))
         self.dtypes.add(key.dtype)
         self.key_sums.append(float(key.double().square().cumsum(-1).sum()))
         return query.new_zeros((1, query.shape[2], query.shape[1], value.shape[3]))
@@ -67,7 +73,7 @@ class HFRunner:
         layerwise: bool = True,
         upload_timeout_s: float = 60.0,
     ) -> None:
-        self._device = _device(device)
+        self._device = device_of(device)
         loaded = load_model(model_source, load_format, dtype, self._device, seed, revision)
         self._model: Any = loaded.model
         self.folder = loaded.folder
@@ -77,10 +83,17 @@ class HFRunner:
         self.max_context_tokens = _context_tokens(loaded.config, max_context_tokens)
         self.layerwise = layerwise
         self.computes_on_host = self._device.type == "cpu"
+        self._accelerator = accelerator_of(self._device)
+        self.uploads_are_enqueued = self._accelerator.copies_beside_compute
+        self.host_node = self._accelerator.numa_node
         self.lost: str | None = None
         self._upload_timeout_s = upload_timeout_s
         probe = self._probe(loaded.config)
         self._dtype = next(iter(probe.dtypes))
+        self._windows = frozenset(probe.windows.values())
+        self._kinds = tuple(probe.kinds.values())
+        self._kernel: VarlenKernel | None = None
+        self._graphs = DecodeGraphs(self._accelerator, self._forward)
         self._shapes = tuple(probe.shapes[layer] for layer in range(len(probe.shapes)))
         self.layout = KVLayout(
             block_tokens,
@@ -126,6 +139,11 @@ class HFRunner:
         return self._device
 
     @property
+    def model(self) -> Any:
+        """The model; None after `close`."""
+        return self._model
+
+    @property
     def kv(self) -> PagedKV:
         """L1. Raises RuntimeError before `allocate` and after `close`."""
         if self._kv is None:
@@ -143,20 +161,40 @@ class HFRunner:
             raise MemoryError(
                 f"L1 of {pages} pages ({size_gb:.2f} GB) does not fit on {self._device}: {error}"
             ) from error
+        self._accelerator.use()
+        with torch.inference_mode():
+            self._kernel = proven_kernel(self._kv, self._kinds)
+        self._accelerator.synchronize()
+
+    @property
+    def attention_kernel(self) -> str:
+        """What attends, in words."""
+        return GATHERED if self._kernel is None else self._kernel.name
 
     def page_lock(self, buffer: memoryview) -> None:
-        """Page-lock host memory for direct copies (CUDA); nothing on CPU."""
+        """Page-lock host memory for direct copies (CUDA); nothing on CPU. Raises DeviceError."""
         self.kv.page_lock(buffer)
 
-    def start_upload(self, blocks: Sequence[tuple[memoryview, int]]) -> PagedUpload:
-        """Prepare the upload of full blocks `(host bytes, page)`; no byte has moved when this returns."""
-        return self.kv.start_upload(blocks, self.layerwise)
+    def page_unlock(self, buffer: memoryview) -> None:
+        """Give up the page lock of this memory, which no copy uses any more."""
+        self.kv.page_unlock(buffer)
+
+    def start_upload(self, blocks: Sequence[tuple[memoryview, int]], followed: bool = True) -> PagedUpload:
+        """Prepare the upload of full blocks `(host bytes, page)`; no byte has moved when this returns. Without
+        `followed` they go up whole."""
+        return self.kv.start_upload(blocks, self.layerwise and followed)
 
     def upload(self, group: UploadGroup) -> None:
         """Move the group's bytes; returns when they are in L1. On failure `wait_layer` raises as well."""
-        if not isinstance(group, PagedUpload):
-            raise TypeError(f"upload takes what start_upload gave, not {type(group).__name__}")
-        self.kv.upload(group)
+        self.kv.upload(_paged(group))
+
+    def begin_upload(self, group: UploadGroup) -> None:
+        """Enqueue the group's copies; `end_upload` waits for them. On failure `wait_layer` raises as well."""
+        self.kv.begin_upload(_paged(group))
+
+    def end_upload(self, group: UploadGroup) -> None:
+        """Wait until the bytes of a group that has begun are in L1."""
+        self.kv.end_upload(_paged(group))
 
     def download(self, page: int, into: memoryview) -> None:
         """Copy one full block out of L1; returns when `into` holds it."""
@@ -169,6 +207,7 @@ class HFRunner:
         if not batch:
             return []
         pages = [self._check(chunk) for chunk in batch]
+        self._accelerator.use()
         try:
             with torch.inference_mode():
                 tokens = self._compute(batch, pages)
@@ -178,12 +217,10 @@ class HFRunner:
         return [_outcome(*each) for each in zip(batch, tokens, unusable, strict=True)]
 
     def _synchronize(self) -> None:
-        """Wait for the batch (CUDA), also for one that raised half-way: downloads, uploads and reuse of its pages start
+        """Wait for the batch, also for one that raised half-way: downloads, uploads and reuse of its pages start
         right after it, on other streams."""
-        if self._device.type != "cuda":
-            return
         try:
-            torch.cuda.current_stream(self._device).synchronize()
+            self._accelerator.current_stream().synchronize()
         except Exception as error:  # an error of the device that stays: every later call would raise it again
             self.lost = f"the device failed: {one_line(error)}"
             raise
@@ -191,27 +228,31 @@ class HFRunner:
     def _compute(self, batch: Sequence[Chunk], pages: Sequence[Pages]) -> list[int | None]:
         """The sampled token per chunk; None where none was asked for, or the logits give none."""
         sampled = [index for index, chunk in enumerate(batch) if chunk.sampling is not None]
-        last_rows, row = [], 0
-        for chunk in batch:
-            row += len(chunk.tokens)
-            last_rows.append(row - 1)
-        ids = torch.tensor([token for chunk in batch for token in chunk.tokens], device=self._device)
-        keep = torch.tensor([last_rows[index] for index in sampled], dtype=torch.long, device=self._device)
-        paged = PagedBatch(self.kv, batch, pages)
-        with attending(paged):
-            output = self._model(
-                input_ids=ids[None], position_ids=paged.positions[None], use_cache=False, logits_to_keep=keep
-            )
+        logits = self._graphs.run(PagedBatch(self.kv, batch, pages, self._windows, self._kernel))
         result: list[int | None] = [None] * len(batch)
         if sampled:
             params = [chunk.sampling for chunk in batch if chunk.sampling is not None]
-            logits, chunks = output.logits[0], [batch[index] for index in sampled]
+            chunks = [batch[index] for index in sampled]
             scores = shaped(logits, chunks, self.eos_token_ids)
-            tokens = sample(scores, params, [chunk.sampled_index for chunk in chunks])
+            counts = [chunk.sampled_index for chunk in chunks]
+            tokens = sample(scores, params, counts, self._accelerator.array_to_device)
             say_logprobs(logits, chunks, tokens)
             for index, token in zip(sampled, tokens, strict=True):
                 result[index] = token
         return result
+
+    def _forward(self, paged: PagedBatch) -> torch.Tensor:
+        """Logits `[sampled rows, vocabulary]`."""
+        paged.begin()
+        with attending(paged):
+            output = self._model(
+                input_ids=paged.tokens[None],
+                position_ids=paged.positions[None],
+                use_cache=False,
+                logits_to_keep=paged.sampled_rows,
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits
 
     def _unusable_blocks(self, batch: Sequence[Chunk], tokens: Sequence[int | None]) -> list[frozenset[int]]:
         """Per chunk, the blocks that it filled whose KV is not finite. Whole pages are read once, when they are full:
@@ -253,9 +294,15 @@ class HFRunner:
         if self._kv is not None:
             self._kv.close()
             self._kv = None
+        self._graphs.clear()
         self._model = None
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._accelerator.release_cached()
+
+
+def _paged(group: UploadGroup) -> PagedUpload:
+    if not isinstance(group, PagedUpload):
+        raise TypeError(f"upload takes what start_upload gave, not {type(group).__name__}")
+    return group
 
 
 def _lacks_token(chunk: Chunk, token: int | None) -> bool:
@@ -268,14 +315,21 @@ def _outcome(chunk: Chunk, token: int | None, unusable: frozenset[int]) -> Chunk
     return ChunkFault(None, unusable, token) if unusable else token
 
 
-def _device(name: str) -> torch.device:
-    available = torch.cuda.is_available()
+def device_of(name: str) -> torch.device:
+    """The device that `name` means: auto, cpu, cuda, cuda:1, or another kind that is registered. Raises
+    CheckpointError."""
     if name == "auto":
-        return torch.device("cuda" if available else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise CheckpointError(f"device {name!r} is unknown; allowed are 'auto', 'cpu' and 'cuda'")
-    if name == "cuda" and not available:
-        raise CheckpointError("device 'cuda' was asked for, but torch finds no CUDA device here")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in known_kinds() or (number and not number.isdigit()) or (kind == "cpu" and number):
+        raise CheckpointError(f"device {name!r} is unknown; allowed are 'auto', 'cpu', 'cuda', 'cuda:1' and so on")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise CheckpointError(f"device {name!r} was asked for, but torch finds no CUDA device here")
+        count = torch.cuda.device_count()
+        if int(number or 0) >= count:
+            raise CheckpointError(f"device {name!r} was asked for, but there are {count} CUDA devices here")
+        return torch.device("cuda", int(number) if number else torch.cuda.current_device())
     return torch.device(name)
 
 

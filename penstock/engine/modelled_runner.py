@@ -40,6 +40,8 @@ class ModelledRunner:
         self.vocab_size = profile.vocab_size
         self.eos_token_ids: frozenset[int] = frozenset()
         self.layerwise = False
+        self.uploads_are_enqueued = False
+        self.host_node: int | None = None
         self.lost: str | None = None
         self.computes_on_host = False
         self._cost = profile.compute_cost()
@@ -56,8 +58,11 @@ class ModelledRunner:
     def page_lock(self, buffer: memoryview) -> None:
         """Do nothing: there is no device."""
 
-    def start_upload(self, blocks: Sequence[tuple[memoryview, int]]) -> UploadGroup:
-        """Record the blocks (host memory, page) that `upload` will copy."""
+    def page_unlock(self, buffer: memoryview) -> None:
+        """Nothing was locked."""
+
+    def start_upload(self, blocks: Sequence[tuple[memoryview, int]], followed: bool = True) -> UploadGroup:
+        """Note blocks (host memory, page) that `upload` will copy."""
         return _Group(list(blocks))
 
     def upload(self, group: UploadGroup) -> None:
@@ -68,6 +73,13 @@ class ModelledRunner:
         for view, page in group.blocks:
             np.copyto(self._pages[page], np.frombuffer(view, dtype=np.uint8, count=size))
         self._upload_link.wait(size * len(group.blocks), started_s)
+
+    def begin_upload(self, group: UploadGroup) -> None:
+        """All of `upload`."""
+        self.upload(group)
+
+    def end_upload(self, group: UploadGroup) -> None:
+        """Nothing is left to wait for."""
 
     def download(self, page: int, into: memoryview) -> None:
         """Copy a page into host memory, at the profile's rate."""

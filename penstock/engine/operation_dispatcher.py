@@ -29,6 +29,7 @@ from penstock.engine.peers import Peers
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
 from penstock.engine.shaping import Past
 from penstock.io.memory import aligned_buffer
+from penstock.io.numa import bind_memory
 from penstock.pool.api import Pool
 from penstock.process.loss_log import LossLog
 from penstock.process.rate_limited_log import RateLimitedLog
@@ -70,7 +71,9 @@ class OperationDispatcher:
         slot_bytes = staging_bytes(config.block_bytes)
         size_bytes = slot_bytes * config.l2_slots
         memory = peers.allocate(size_bytes) if peers is not None else aligned_buffer(size_bytes)
-        self._staging = Staging(memory, slot_bytes)
+        if (node := runner.host_node) is not None and (note := bind_memory(memory, node, strict=False)):
+            log.warning("staging memory: %s; it lies where the kernel puts it", note)
+        self._staging = Staging(memory, slot_bytes, runner.page_lock)
         runner.page_lock(memory)
         self._runner = runner
         self._runner_stages = RunnerStages(runner)
@@ -168,7 +171,7 @@ class OperationDispatcher:
         blocks = [(self._staging.content(slot, size), page) for slot, page in op.blocks]
         self._busy_since[op.op_id] = ("an upload", time.monotonic())
         self._uploads[op.op_id] = self._runner_stages.upload(
-            blocks, lambda error: self._post(partial(self._uploaded, op, error))
+            blocks, op.followed, lambda error: self._post(partial(self._uploaded, op, error))
         )
 
     def _uploaded(self, op: Upload, error: BaseException | None) -> None:

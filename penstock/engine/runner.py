@@ -72,33 +72,47 @@ class Chunk:
 
 
 class ModelRunner(Protocol):
-    """Owner of L1. Threading: `upload` and `download` run on executor threads at the same time as `run`, but never on
-    pages that `run` uses; `run` runs on the compute thread only.
+    """Owner of L1. Threading: uploads and `download` run on executor threads beside `run`, never on pages that `run`
+    is using; `run` runs on the compute thread only.
 
-    When `run`, `upload` or `download` has returned or raised, a page may pass to its next owner: after that nothing on
-    the device may use the page, or the host memory of the call. A request's tokens must not depend on the content that
-    an earlier owner of its pages left there."""
+    A page passes from one owner to the next as soon as `run`, `end_upload` or `download` has returned, or any of them
+    or `begin_upload` has raised: nothing on the device may touch it, or host memory that was given, after that. A
+    request's tokens depend on nothing that an earlier owner of its pages left there."""
 
     layout: KVLayout
     model_id: str  # identity of config and weights, for the fingerprint
     max_context_tokens: int
     vocab_size: int
     eos_token_ids: frozenset[int]
-    computes_on_host: bool  # batches use the same processors as everything else on this host
-    lost: str | None  # why the device has failed for good; None while it works; any thread may read it
-    layerwise: bool  # uploads go layer by layer, and `run` waits for `pending` blocks layer by layer
+    computes_on_host: bool  # a batch takes processor time from everything else on this host
+    lost: str | None  # why the device can do nothing any more, None while it can; may be read from any thread
+    host_node: int | None  # the memory node of the host that uploads come from fastest; None: any
+    layerwise: bool  # uploads go layer by layer, and `run` waits for a chunk's `pending` ones layer by layer
+    uploads_are_enqueued: bool  # bytes move beside everything between `begin_upload` and `end_upload`
 
     def allocate(self, pages: int) -> None:
         """Create L1 with room for `pages` full blocks. Called once, before anything else."""
 
     def page_lock(self, buffer: memoryview) -> None:
-        """Page-lock host memory for direct copies (CUDA); nothing on CPU."""
+        """Page-lock host memory for direct copies (CUDA); nothing on CPU. Raises RuntimeError where it cannot be."""
 
-    def start_upload(self, blocks: Sequence[tuple[memoryview, int]]) -> UploadGroup:
-        """Prepare the upload of full blocks `(host bytes, page)`; returns at once, before any byte has moved."""
+    def page_unlock(self, buffer: memoryview) -> None:
+        """Give up the page lock of this memory, which no copy uses any more."""
+
+    def begin_upload(self, group: UploadGroup) -> None:
+        """The first half of `upload`: everything is enqueued when this returns."""
+
+    def end_upload(self, group: UploadGroup) -> None:
+        """The second half of `upload`: wait until the bytes are in L1."""
+
+    def start_upload(self, blocks: Sequence[tuple[memoryview, int]], followed: bool = True) -> UploadGroup:
+        """Prepare the upload of full blocks `(host bytes, page)`; returns at once, before any byte has moved. Without
+        `followed` nobody gains by layers that come one by one."""
 
     def upload(self, group: UploadGroup) -> None:
-        """Move the group's bytes, layer by layer; returns when all of them are in L1 (host memory may be reused)."""
+        """Move the group's bytes; returns when all of them are in L1 (host memory may be reused). Where
+        `uploads_are_enqueued` it is `begin_upload` and `end_upload`, which may be called on two threads, so that the
+        next group is enqueued before one has ended."""
 
     def download(self, page: int, into: memoryview) -> None:
         """Copy one full block from L1; returns when `into` has it."""

@@ -13,6 +13,7 @@ from penstock.io.memory import address_of
 
 SYSTEM = Path("/sys/devices/system/node")
 _MBIND = {"x86_64": 237, "aarch64": 235, "riscv64": 235, "ppc64le": 259, "s390x": 268}
+_MPOL_PREFERRED = 1
 _MPOL_BIND = 2
 _BITS = 1024  # NUMA nodes in the mask; the kernel's maximum
 _WORD = 8 * ctypes.sizeof(ctypes.c_ulong)
@@ -61,9 +62,9 @@ def check_node(node: int, size_bytes: int, system: Path = SYSTEM) -> None:
         raise ValueError(f"numa_node {node} has {total} bytes of memory, fewer than the capacity of {size_bytes}")
 
 
-def bind_memory(buffer: memoryview, node: int) -> str | None:
-    """Place a page-aligned buffer that has not been used yet on NUMA node `node`. Returns why that was refused, else
-    None."""
+def bind_memory(buffer: memoryview, node: int, strict: bool = True) -> str | None:
+    """Let a page-aligned buffer that nobody has touched yet lie on `node`; unless `strict`, elsewhere when the node has
+    no room. Returns why that was refused, else None."""
     number = _MBIND.get(platform.machine())
     if number is None:
         return f"memory cannot be bound to a NUMA node on {platform.machine()}"
@@ -71,7 +72,8 @@ def bind_memory(buffer: memoryview, node: int) -> str | None:
     mask[node // _WORD] = 1 << (node % _WORD)
     libc = ctypes.CDLL(None, use_errno=True)
     address, length = ctypes.c_void_p(address_of(buffer)), ctypes.c_ulong(len(buffer))
-    arguments = (address, length, ctypes.c_int(_MPOL_BIND), mask, ctypes.c_ulong(_BITS + 1), ctypes.c_uint(0))
+    mode = ctypes.c_int(_MPOL_BIND if strict else _MPOL_PREFERRED)
+    arguments = (address, length, mode, mask, ctypes.c_ulong(_BITS + 1), ctypes.c_uint(0))
     if libc.syscall(ctypes.c_long(number), *arguments) == 0:
         return None
     code = ctypes.get_errno()

@@ -19,8 +19,9 @@ GRANULE_BYTES = 64  # accesses are compared by granules of watched memory
 
 Actor = int  # a stream, or a thread of the host (negative)
 Clock = dict[Actor, int]
+_Place = tuple[str, int, int]  # watched memory: its name, where it begins, and a granule of it
 Range = tuple[int, int]  # addresses: first byte, end
-Broken = Literal["wait_event", "stream.synchronize", "event.synchronize"]
+Broken = Literal["wait_event", "stream.synchronize", "event.synchronize", "end of copies"]
 
 
 def join(into: Clock, other: Clock) -> None:
@@ -48,7 +49,7 @@ class _Granule:
 
 
 class FakeStream:
-    """As much of torch.cuda.Stream as Penstock uses."""
+    """A stream, as `penstock.device.accelerator.Stream` says."""
 
     def __init__(self, device: DeviceClock, actor: Actor) -> None:
         self._device = device
@@ -68,7 +69,7 @@ class FakeStream:
 
 
 class FakeEvent:
-    """As much of torch.cuda.Event as Penstock uses."""
+    """An event, as `penstock.device.accelerator.Event` says."""
 
     def __init__(self, device: DeviceClock) -> None:
         self._device = device
@@ -94,23 +95,27 @@ class FakeEvent:
 
 
 class DeviceClock:
-    """One device. `broken` are orders that it does not give, for tests of the tests: their conflicts must be found.
+    """One device. `broken` are orders that it does not give, for tests of the tests: their conflicts must be found
+    ("end of copies": an event behind a batched copy passes while bytes are still moving).
 
-    `operations` counts what was enqueued by name, `waits` how often the host waited by cause."""
+    `operations` counts what was enqueued by name, `waits` how often the host waited by cause; `waits_by_thread` the
+    same under the name of the thread."""
 
     def __init__(self, broken: Iterable[Broken] = ()) -> None:
         self.lock = threading.RLock()
         self.conflicts: list[Conflict] = []
         self.operations: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self.waits_by_thread: Counter[tuple[str, str]] = Counter()
         self.failure: str | None = None  # what every wait of the host raises, as a device does that is lost
         self.refuses_events = False  # recording raises: work fails after it was enqueued
+        self.refuses_copies = False  # a batched copy raises when half of it was enqueued
         self._broken = frozenset(broken)
         self._actors = itertools.count(1)
         self._streams: list[FakeStream] = []
         self._default = self.new_stream()
         self._watched: list[tuple[int, int, str]] = []
-        self._granules: dict[tuple[str, int], _Granule] = {}
+        self._granules: dict[_Place, _Granule] = {}
         self._threads = threading.local()
         self._hosts = itertools.count(-1, -1)
 
@@ -121,6 +126,23 @@ class DeviceClock:
         stream = FakeStream(self, next(self._actors))
         self._streams.append(stream)
         return stream
+
+    def fork(self, stream: FakeStream) -> FakeStream:
+        """A new stream behind everything of `stream`, of which that one knows nothing."""
+        forked = self.new_stream()
+        with self.lock:
+            join(forked.clock, stream.clock)
+        return forked
+
+    def use(self, index: int) -> None:
+        """This thread's calls go to the device of this number."""
+        self._threads.device = index
+
+    def check_device(self, index: int) -> None:
+        """Raises RuntimeError where this thread's calls go to another device; a thread begins on device 0."""
+        current: int = getattr(self._threads, "device", 0)
+        if current != index:
+            raise RuntimeError(f"a thread on device {current} uses a stream of device {index}")
 
     @property
     def current(self) -> FakeStream:
@@ -159,7 +181,9 @@ class DeviceClock:
         """This thread waited for what `clock` names. Raises RuntimeError when the device is lost."""
         if self.failure is not None:
             raise RuntimeError(self.failure)
-        self.waits[why] += 1
+        with self.lock:
+            self.waits[why] += 1
+            self.waits_by_thread[threading.current_thread().name, why] += 1
         self.learn(clock)
 
     def synchronize(self) -> None:
@@ -175,16 +199,27 @@ class DeviceClock:
 
     def watch(self, address: int, size_bytes: int, name: str) -> None:
         """Look at accesses to this memory."""
-        self._watched.append((address, address + size_bytes, name))
+        with self.lock:
+            self._watched.append((address, address + size_bytes, name))
+
+    def unwatch(self, address: int) -> None:
+        """Forget watched memory that begins here."""
+        with self.lock:
+            for begin, end, name in [known for known in self._watched if known[0] == address]:
+                self._watched.remove((begin, end, name))
+                self._granules = {place: value for place, value in self._granules.items() if place[:2] != (name, begin)}
 
     def is_watched(self, address: int, name: str) -> bool:
         """Whether the address lies in watched memory whose name begins so."""
         return any(begin <= address < end and known.startswith(name) for begin, end, known in self._watched)
 
-    def enqueue(self, what: str, reads: Iterable[Range], writes: Iterable[Range]) -> None:
-        """An operation goes onto this thread's stream; it begins after what this thread knows to be over."""
+    def enqueue(
+        self, what: str, reads: Iterable[Range], writes: Iterable[Range], stream: FakeStream | None = None
+    ) -> None:
+        """An operation goes onto a stream (None: this thread's current one); it begins after what this thread knows to
+        be over."""
         with self.lock:
-            stream = self.current
+            stream = self.current if stream is None else stream
             join(stream.clock, self.host_clock)
             self.operations[what] += 1
             self._access(stream.actor, stream.clock, f"{what} on stream {stream.actor}", reads, writes)
@@ -206,19 +241,17 @@ class DeviceClock:
                 else:
                     granule.reads[actor] = (clock[actor], what)
 
-    def _keys(self, touched: Range) -> Iterator[tuple[str, int]]:
+    def _keys(self, touched: Range) -> Iterator[_Place]:
         for begin, end, name in self._watched:
             low, high = max(touched[0], begin), min(touched[1], end)
             for granule in range((low - begin) // GRANULE_BYTES, -(-(high - begin) // GRANULE_BYTES)):
-                yield name, granule
+                yield name, begin, granule
 
-    def _compare(
-        self, key: tuple[str, int], granule: _Granule, actor: Actor, clock: Clock, what: str, is_write: bool
-    ) -> None:
+    def _compare(self, place: _Place, granule: _Granule, actor: Actor, clock: Clock, what: str, is_write: bool) -> None:
         earlier = [(other, count, past) for other, (count, past) in granule.reads.items()] if is_write else []
         if granule.write is not None:
             earlier.append(granule.write)
         for other, count, past in earlier:
             both_host = other < 0 and actor < 0  # between threads of the host other tools look
             if other != actor and not both_host and clock.get(other, 0) < count:
-                self.conflicts.append(Conflict(f"{key[0]} at byte {key[1] * GRANULE_BYTES}", past, what))
+                self.conflicts.append(Conflict(f"{place[0]} at byte {place[2] * GRANULE_BYTES}", past, what))

@@ -1,10 +1,16 @@
-"""torch.cuda on a machine without CUDA, for tests of the order of work: memory is the CPU's, order is a DeviceClock's.
+"""CUDA on a machine without it, for tests of the order of work: memory is the CPU's, order is a DeviceClock's.
 
-Within `fake_cuda()`, streams, events and synchronisation of torch.cuda are the clock's, and what threads learn from
-each other (conditions, queues, start and join) is handed on. Within `on_device(clock)`, on one thread, `device="cuda"`
-means the CPU, every aten operation is an access of the bytes that it reads and writes, on the current stream, and calls
-that would wait for the device count as waits. Values are computed at once, so results are right in any case: only
-conflicts say whether they would be on a device.
+Within `fake_cuda()`, accelerators of type "cuda" are `FakeAccelerator`s on one clock, torch.cuda's streams and events
+are the clock's too, and what threads learn from each other (conditions, queues, start and join) is handed on. Within
+`on_device(clock)`, on one thread, `device="cuda"` means the CPU, every aten operation is an access of the bytes that it
+reads and writes, on the current stream, and calls that would wait for the device count as waits. Values are computed at
+once, so results are right in any case: only `clock.conflicts` says whether they would be on a device.
+
+    with fake_cuda() as clock, on_device(clock):
+        clock.watch(tensor.data_ptr(), tensor.nbytes, "pages")
+        ...                       # what is to be checked
+    assert not clock.conflicts    # two accesses of the same bytes, one a write, that no wait orders
+    assert clock.operations["batched copy"] == 1 and not clock.waits["device synchronize"]
 """
 
 from __future__ import annotations
@@ -13,15 +19,17 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any, Generic, TypeVar
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from penstock.testing.device_clock import Broken, DeviceClock, FakeEvent, join
+from penstock.device.accelerator import Accelerator, DeviceError, Event, Stream, copy_on_host
+from penstock.device.registry import registered
+from penstock.testing.device_clock import Broken, Clock, DeviceClock, FakeEvent, join
 from penstock.testing.tensor_bytes import is_view, touched
 
 HOST = "host memory"  # what page-locked memory is watched as
@@ -30,27 +38,89 @@ _WAITING = {"tolist", "item", "nonzero", "cpu", "numpy", "__bool__", "__int__", 
 Item = TypeVar("Item")
 
 
+class FakeAccelerator(Accelerator):
+    """A device whose order of work is a clock's; its batched copies are counted as operations, and those of memory that
+    is not page-locked a second time as "copy of pageable memory"."""
+
+    def __init__(self, clock: DeviceClock, device: torch.device) -> None:
+        super().__init__(torch.device("cuda", device.index or 0))
+        self.clock = clock
+
+    def use(self) -> None:
+        """This thread's calls go to this device."""
+        self.clock.use(self.device.index)
+
+    def new_stream(self) -> Stream:
+        """See Accelerator."""
+        return self.clock.new_stream()
+
+    def current_stream(self) -> Stream:
+        """See Accelerator."""
+        return self.clock.current
+
+    def new_event(self) -> Event:
+        """See Accelerator."""
+        return FakeEvent(self.clock)
+
+    def synchronize(self) -> None:
+        """See Accelerator."""
+        self.clock.synchronize()
+
+    def lock(self, address: int, size_bytes: int) -> None:
+        """Watch the memory; none of it may be locked already."""
+        if self.clock.is_watched(address, HOST):
+            raise DeviceError(f"{size_bytes} bytes at {address:#x} are locked already")
+        self.clock.watch(address, size_bytes, HOST)
+
+    def unlock(self, address: int) -> None:
+        """The memory is no more the device's to read and write."""
+        self.clock.unwatch(address)
+
+    def copy(self, descriptors: np.ndarray, stream: Any, to_device: bool) -> None:
+        """Raises DeviceError where `clock.refuses_copies`, half of the copies being under way, or where this thread did
+        not `use` the device."""
+        self.clock.check_device(self.device.index)
+        if self.clock.refuses_copies:
+            descriptors = descriptors[:, : descriptors.shape[1] // 2]
+        targets, sources, sizes = descriptors.tolist()
+        reads = [(at, at + size) for at, size in zip(sources, sizes, strict=True)]
+        writes = [(at, at + size) for at, size in zip(targets, sizes, strict=True)]
+        if self.clock.is_broken("end of copies"):
+            stream = self.clock.fork(stream)
+        self.clock.enqueue("batched copy", reads, writes, stream)
+        if not all(self.clock.is_watched(begin, HOST) for begin, _ in (reads if to_device else writes)):
+            self.clock.operations["copy of pageable memory"] += 1
+        copy_on_host(descriptors)
+        if self.clock.refuses_copies:
+            raise DeviceError("injected failure of a batched copy")
+
+    def array_to_device(self, values: np.ndarray) -> torch.Tensor:
+        """See Accelerator; counted as an operation of its own name."""
+        self.clock.enqueue("array to the device", (), ())
+        return torch.from_numpy(values.copy())
+
+
 @contextmanager
 def fake_cuda(broken: Iterable[Broken] = ()) -> Iterator[DeviceClock]:
-    """torch.cuda of this process is a DeviceClock; page-locked memory is watched."""
+    """Devices of type "cuda" of this process are a DeviceClock's; page-locked memory is watched."""
     clock = DeviceClock(broken)
-
-    def register(address: int, size_bytes: int, flags: int) -> int:
-        clock.watch(address, size_bytes, HOST)
-        return 0
-
     fakes: dict[str, Any] = {
         "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "device_count": lambda: 2,
+        "get_device_capability": lambda device=None: (8, 0),
+        "empty_cache": lambda: None,
         "Stream": lambda device=None: clock.new_stream(),
         "Event": lambda **options: FakeEvent(clock),
         "stream": clock.on_stream,
         "current_stream": lambda device=None: clock.current,
         "synchronize": lambda device=None: clock.synchronize(),
-        "set_device": lambda device: None,
-        "empty_cache": lambda: None,
-        "cudart": lambda: SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda address: 0),
     }
-    with patch.multiple(torch.cuda, **fakes), _threads_pass_clocks(clock):
+    with (
+        patch.multiple(torch.cuda, **fakes),
+        registered("cuda", lambda device: FakeAccelerator(clock, device)),
+        _threads_pass_clocks(clock),
+    ):
         yield clock
 
 
@@ -155,10 +225,39 @@ class _ClockedQueue(Generic[Item]):
         return self._queue.empty()  # type: ignore[no-any-return]
 
 
+class _ClockedLock:
+    """A threading.Lock whose holder learns what those before it knew."""
+
+    def __init__(self, clock: DeviceClock, make: Callable[[], Any]) -> None:
+        self._clock = clock
+        self._lock = make()
+        self._known: Clock = {}
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        got: bool = self._lock.acquire(blocking, timeout)
+        if got:
+            self._clock.learn(self._known)
+        return got
+
+    def release(self) -> None:
+        known = self._clock.known()
+        join(self._known, known)
+        self._lock.release()
+
+    def locked(self) -> bool:
+        return self._lock.locked()  # type: ignore[no-any-return]
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
 @contextmanager
 def _threads_pass_clocks(clock: DeviceClock) -> Iterator[None]:
-    """A condition passes the clock of its last holder to the next one, `start` that of the starter to the thread, and
-    `join` that of a thread at its end to the caller."""
+    """A lock or a condition passes the clock of its last holder to the next one, `start` that of the starter to the
+    thread, and `join` that of a thread at its end to the caller. Locks and queues made before are as they were."""
     condition, thread = threading.Condition, threading.Thread
     enter, leave, wait = condition.__enter__, condition.__exit__, condition.wait
     start, run, join_thread = thread.start, thread.run, thread.join
@@ -201,10 +300,11 @@ def _threads_pass_clocks(clock: DeviceClock) -> Iterator[None]:
         join_thread(self, timeout)
         receive(self, "end")
 
-    simple_queue = queue.SimpleQueue
+    simple_queue, lock = queue.SimpleQueue, threading.Lock
     with (
         patch.multiple(condition, __enter__=entered, __exit__=left, wait=waited),
         patch.multiple(thread, start=started, run=ran, join=joined),
         patch.object(queue, "SimpleQueue", lambda: _ClockedQueue(clock, simple_queue)),
+        patch.object(threading, "Lock", lambda: _ClockedLock(clock, lock)),
     ):
         yield

@@ -115,6 +115,19 @@ def l1_blocks(kv_cache: KVCacheConfig, block_tokens: int) -> int:
     return blocks // rows
 
 
+def wanted_layout() -> str | None:
+    """vLLM's name of a cache layout in which all layers of a block lie side by side, so that a block is one copy; vLLM
+    takes another one where an attention backend does not know it. None where nothing is gained."""
+    from vllm.platforms import current_platform
+
+    try:
+        from vllm.v1.kv_cache_layout import KVCacheLayout
+    except ImportError:  # a vLLM whose layouts have other names
+        return None
+    wanted = KVCacheLayout.__members__.get("BLHNC") if current_platform.is_cuda_alike() else None
+    return None if wanted is None else str(wanted.name)
+
+
 def rank_of_this_worker() -> int:
     """Rank of this worker among its engine's workers."""
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group

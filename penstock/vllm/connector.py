@@ -100,6 +100,11 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker.hear(connector_metadata.notices)
 
     @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """On a GPU, all layers of a block side by side; where vLLM cannot grant that, any."""
+        return compat.wanted_layout()
+
+    @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
         """True: vLLM's memory has the same addresses after sleep, and no copies run meanwhile."""
         return True

@@ -1,20 +1,29 @@
 """How vLLM's KV cache lies in a worker: per layer a row of bytes per vLLM block; copies of rows from and to staging.
 
-A worker's part of a pool block is `[group][layer][vLLM block][row]`. Rows of one layer are contiguous there, so that a
-layer goes up with one copy and one scatter.
+A worker's part of a pool block is `[group][vLLM block][layer][row]`, whatever vLLM's layout is. Where that keeps the
+layers of a block side by side, as `connector` asks for, a vLLM block is one copy; else each layer of it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import ctypes
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+
+from penstock.device.accelerator import Accelerator
+from penstock.device.copies import CopyLane
+from penstock.device.registry import accelerator_of
+from penstock.vllm.device_copies import accelerator_in_vllm
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
+
+Ids = Sequence[Sequence[int]]  # vLLM blocks of one pool block, by group; -1 is none
+Part = tuple[int, Ids]  # the address of a worker's part of a slot, and the vLLM blocks it is for
 
 
 class LayoutError(RuntimeError):
@@ -31,17 +40,38 @@ class Layer:
     meaning: str = ""
 
 
+class _Group:
+    """Where the layers of one KV cache group lie: runs of layers that are side by side in every block of vLLM's. Arrays
+    are int64, one element per run."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        runs: list[list[int]] = []  # address of block 0, distance of blocks, bytes, offset in a block of the part
+        at = 0
+        for layer in layers:
+            address, stride, size = layer.rows.data_ptr(), layer.rows.stride(0), layer.rows.shape[1]
+            if runs and runs[-1][0] + runs[-1][2] == address and runs[-1][1] == stride:
+                runs[-1][2] += size
+            else:
+                runs.append([address, stride, size, at])
+            at += size
+        self.block_bytes = at
+        self.bases, self.strides, self.sizes, self.offsets = np.array(runs, np.int64).T.copy()
+
+
 class KVRows:
     """All layers of one worker, by KV cache group. Threading: `upload` and `download` may run beside each other and
-    beside compute, on rows that nobody else uses; each by one thread at a time. Whether it returns or raises, nothing
-    of a copy is under way any more."""
+    beside compute, on rows that nobody else uses; each by several threads, whose copies follow each other without a
+    gap. Whether it returns or raises, nothing of a copy is under way any more."""
 
-    def __init__(self, groups: Sequence[Sequence[Layer]]) -> None:
+    def __init__(self, groups: Sequence[Sequence[Layer]], accelerator: Accelerator | None = None) -> None:
+        """`accelerator`: what drives the device of the caches, if not `accelerator_of` that."""
         self.groups = groups
-        self.device = groups[0][0].rows.device
+        self.accelerator = accelerator_of(groups[0][0].rows.device) if accelerator is None else accelerator
         self.row_bytes = [[layer.rows.shape[1] for layer in group] for group in groups]
         self.vllm_blocks = min(layer.rows.shape[0] for group in groups for layer in group)
-        self._streams: dict[str, torch.cuda.Stream] = {}
+        self._groups = [_Group(group) for group in groups]
+        self._offsets: tuple[tuple[int, ...], list[np.ndarray]] = ((), [])
+        self._uploads, self._downloads = (CopyLane(self.accelerator, to_device) for to_device in (True, False))
 
     @classmethod
     def of(
@@ -67,76 +97,72 @@ class KVRows:
                 meaning = f"{(kernels or {}).get(name, '')},{_meaning(caches[name])}"
                 layers.append(Layer(name, _rows(name, cache, spec.unpadded_page_size_bytes), meaning))
             groups.append(layers)
-        return cls(groups)
+        sizes = [int(size) for group in groups for size in _Group(group).sizes]
+        return cls(groups, accelerator_in_vllm(groups[0][0].rows.device, sizes))
+
+    @property
+    def copies_per_block(self) -> tuple[int, ...]:
+        """By group, how many copies one block of vLLM's takes."""
+        return tuple(len(group.sizes) for group in self._groups)
 
     def describe(self) -> str:
-        """What the bytes mean beyond their number: order of layers, and type, shape and strides of each one's block."""
+        """What the bytes mean beyond their number: the order of the part and of layers, and type, shape and strides of
+        each one's block."""
         layers = [layer for group in self.groups for layer in group]
-        return ";".join(f"{layer.name}:{layer.rows.shape[1]}:{layer.meaning}" for layer in layers)
+        rows = ";".join(f"{layer.name}:{layer.rows.shape[1]}:{layer.meaning}" for layer in layers)
+        return f"block,layer;{rows}"
 
-    def upload(self, part: torch.Tensor, ids: Sequence[Sequence[int]]) -> None:
-        """Scatter a staged part into the vLLM blocks `ids` (by group; -1 is left out); returns when they are there."""
-        with self._copying("upload"):
-            indices = self._indices([[place for place in places if place >= 0] for places in ids])
-            places_in_part = self._indices([[at for at, place in enumerate(places) if place >= 0] for places in ids])
-            staged = part.to(self.device, non_blocking=True)
-            for layer, rows, group in self._pieces(staged, ids):
-                if len(indices[group]):
-                    source = rows if len(indices[group]) == len(rows) else rows[places_in_part[group]]
-                    layer.rows.index_copy_(0, indices[group], source)
+    def upload(self, parts: Sequence[Part]) -> None:
+        """Copy staged parts into vLLM blocks (-1 is left out), together; returns when they are there. Raises IndexError
+        for blocks that are not there, before anything is copied."""
+        self._uploads.copy(self._descriptors(parts, to_device=True))
 
-    def download(self, part: torch.Tensor, ids: Sequence[Sequence[int]]) -> None:
-        """Gather vLLM blocks into a staged part (-1 leaves zeros); returns when they are there."""
-        with self._copying("download"):
-            indices = self._indices(ids)
-            on_host = self.device.type == "cpu"
-            target = part if on_host else torch.empty(part.shape, dtype=part.dtype, device=self.device)
-            for layer, rows, group in self._pieces(target, ids):
-                places = ids[group]
-                if min(places) >= 0:
-                    torch.index_select(layer.rows, 0, indices[group], out=rows)
-                    continue
-                for at, place in enumerate(places):
-                    if place >= 0:
-                        rows[at].copy_(layer.rows[place])
-                    else:
-                        rows[at].zero_()
-            if not on_host:
-                part.copy_(target, non_blocking=True)
+    def download(self, parts: Sequence[Part]) -> None:
+        """Copy vLLM blocks into staged parts (-1 leaves zeros), together; returns when they are there. Raises as
+        `upload` does."""
+        descriptors = self._descriptors(parts, to_device=False)
+        for address, ids in parts:
+            self._clear_left_out(address, ids)
+        self._downloads.copy(descriptors)
 
-    def _indices(self, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """Places by group on the device, which take one copy there for all groups and layers."""
-        flat = torch.tensor([place for places in ids for place in places], dtype=torch.int64, device=self.device)
-        return list(flat.split([len(places) for places in ids]))
+    def _descriptors(self, parts: Sequence[Part], to_device: bool) -> np.ndarray:
+        """Copies `[3, n]` (targets, sources, bytes) of parts with equally many vLLM blocks in each group."""
+        counts = tuple(map(len, parts[0][1]))
+        known = self._offsets
+        if counts != known[0]:
+            known = self._offsets = (counts, self._offsets_in_part(counts))
+        addresses = np.array([address for address, _ in parts], np.int64)[:, None, None]
+        found = []
+        for number, (group, offsets) in enumerate(zip(self._groups, known[1], strict=True)):
+            ids = [part[1][number] for part in parts]
+            if max(map(max, ids)) >= self.vllm_blocks:
+                raise IndexError(f"vLLM block {max(map(max, ids))}; there are {self.vllm_blocks}")
+            places = np.array(ids, np.int64)
+            made = np.empty((3, *places.shape, len(group.bases)), np.int64)
+            on_device, on_host = made[1 - to_device], made[int(to_device)]
+            np.multiply(places[:, :, None], group.strides, out=on_device)
+            on_device += group.bases
+            np.add(addresses, offsets, out=on_host)
+            made[2] = group.sizes
+            if any(-1 in one for one in ids):
+                made = np.ascontiguousarray(made[:, places >= 0])
+            found.append(made.reshape(3, -1))
+        return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
 
-    def _pieces(self, part: torch.Tensor, ids: Sequence[Sequence[int]]) -> list[tuple[Layer, torch.Tensor, int]]:
-        """Each layer with its rows in a part, and its group."""
-        pieces, at = [], 0
-        for number, (group, places) in enumerate(zip(self.groups, ids, strict=True)):
-            for layer in group:
-                size = layer.rows.shape[1] * len(places)
-                pieces.append((layer, part[at : at + size].view(len(places), -1), number))
-                at += size
-        return pieces
+    def _offsets_in_part(self, counts: Sequence[int]) -> list[np.ndarray]:
+        """By group, where each run of layers of each vLLM block begins in a part: `[blocks, runs]`."""
+        found, at = [], 0
+        for group, count in zip(self._groups, counts, strict=True):
+            found.append(at + np.arange(count, dtype=np.int64)[:, None] * group.block_bytes + group.offsets)
+            at += count * group.block_bytes
+        return found
 
-    @contextmanager
-    def _copying(self, name: str) -> Iterator[None]:
-        """On CUDA: within, a copy stream of its own for each direction; at the end, also of a copy that raised, wait
-        for what is on it, without holding a processor."""
-        if self.device.type != "cuda":
-            yield
-            return
-        torch.cuda.set_device(self.device)  # a thread begins on device 0
-        stream = self._streams.get(name)
-        if stream is None:
-            stream = self._streams[name] = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(stream):
-            try:
-                yield
-            finally:
-                done = torch.cuda.Event(blocking=True)
-                done.record()
-                done.synchronize()
+    def _clear_left_out(self, address: int, ids: Ids) -> None:
+        for group, places in zip(self._groups, ids, strict=True):
+            for place in places:
+                if place < 0:
+                    ctypes.memset(address, 0, group.block_bytes)
+                address += group.block_bytes
 
 
 def _meaning(cache: torch.Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Which steps of vLLM have begun and were computed in a worker: on CUDA when their events have passed.
+"""Which steps of vLLM have begun and were computed in a worker: on a device when their events have passed.
 
 Each step has an event of its own, so that who waits for a step waits for no later one.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Any
 
-import torch
+from penstock.device.accelerator import Accelerator, Event
 
 EVENTS_MAX = 64  # that have not passed; a step older than those waits for the oldest of them
 FAILED_MAX = 1024
@@ -22,15 +21,15 @@ class StepError(RuntimeError):
 class _Events:
     """Events on vLLM's stream, by step, the oldest first; threads call with the lock of their owner."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
-        self._events: deque[tuple[int, Any]] = deque()
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._events: deque[tuple[int, Event]] = deque()
         self._passed = -1  # the last step whose event has passed, as far as somebody looked
 
     def record(self, step: int) -> None:
-        if not self._on_cuda:
+        if not self._accelerator.copies_beside_compute:
             return
-        event = torch.cuda.Event(blocking=True)  # who waits for it leaves the processor to others
+        event = self._accelerator.new_event()
         event.record()
         while self._events and self._events[0][1].query():
             self._passed = self._events.popleft()[0]
@@ -38,13 +37,13 @@ class _Events:
             self._events.popleft()
         self._events.append((step, event))
 
-    def of(self, step: int) -> Any:
+    def of(self, step: int) -> Event | None:
         """The event behind everything of `step`; None when it has passed."""
         if step <= self._passed:
             return None
         return next((event for number, event in self._events if number >= step), None)
 
-    def passed(self, event: Any) -> None:
+    def passed(self, event: Event) -> None:
         """`event`, and so all before it, has passed."""
         while any(one is event for _, one in self._events):
             self._passed = self._events.popleft()[0]
@@ -53,11 +52,11 @@ class _Events:
 class Steps:
     """`begin`, `record` and `fail` are vLLM's thread's and never wait; the waits are for threads that copy."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
         self._changed = threading.Condition()
         self._begun = self._last = -1
         self._failed: deque[int] = deque(maxlen=FAILED_MAX)
-        self._begins, self._ends = _Events(device), _Events(device)
+        self._begins, self._ends = _Events(accelerator), _Events(accelerator)
         self._stopped = False
 
     def begin(self, step: int, zeroes: bool) -> None:
@@ -115,7 +114,7 @@ class Steps:
             event = self._begins.of(step)
         self._synchronize(self._begins, event)
 
-    def _synchronize(self, events: _Events, event: Any) -> None:
+    def _synchronize(self, events: _Events, event: Event | None) -> None:
         if event is not None:
             event.synchronize()
             with self._changed:

@@ -7,6 +7,7 @@ notice that a request's load is over goes through vLLM, with the end of the step
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import mmap
 import os
@@ -17,9 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-import torch
-
+from penstock.io.memory import address_of
 from penstock.process.guarded_thread import GuardedThread, GuardedWorker
 from penstock.process.rate_limited_log import RateLimitedLog
 from penstock.vllm.accepting import accept_scheduler
@@ -58,14 +57,12 @@ class Staged:
     """The mapped staging memory and this worker's part of every slot."""
 
     memory: mmap.mmap
-    bytes: torch.Tensor
+    address: int
     attach: Attach
-    part_bytes: int
 
-    def part(self, slot: int) -> torch.Tensor:
-        """This worker's bytes of a slot."""
-        begin = slot * self.attach.slot_bytes + self.attach.part_offset
-        return self.bytes[begin : begin + self.part_bytes]
+    def part(self, slot: int) -> int:
+        """The address of this worker's bytes of a slot."""
+        return self.address + slot * self.attach.slot_bytes + self.attach.part_offset
 
 
 class WorkerSide:
@@ -89,10 +86,15 @@ class WorkerSide:
         self._ending = False
         self._locked_address = 0
         self._closed = False
-        self.steps = Steps(rows.device)
+        self.steps = Steps(rows.accelerator)
         self.gate = CopyGate()
-        self._uploader = GuardedWorker("penstock-upload", COPIES_MAX)
-        self._downloader = GuardedWorker("penstock-save", COPIES_MAX)
+        # Where copies run beside everything, one thread enqueues the next message while the other waits for one.
+        threads = 2 if rows.accelerator.copies_beside_compute else 1
+        self._copiers = {
+            name: tuple(GuardedWorker(name, COPIES_MAX) for _ in range(threads))
+            for name in ("penstock-upload", "penstock-save")
+        }
+        self._next_copier = {name: itertools.cycle(workers) for name, workers in self._copiers.items()}
         self._listener = listen(engine_id, rank)
         self._thread = GuardedThread("penstock-worker", self._run)
         self._thread.start()
@@ -127,9 +129,10 @@ class WorkerSide:
         self._thread.join(JOIN_S)
         self._listener.close()
         self._end_copies()
-        for worker in (self._uploader, self._downloader):
+        workers = [worker for some in self._copiers.values() for worker in some]
+        for worker in workers:
             worker.join(JOIN_S)
-        if self._uploader.alive or self._downloader.alive:
+        if any(worker.alive for worker in workers):
             log.error("a copy of Penstock's did not end within %g s; its memory stays locked", JOIN_S)
         else:
             self._unlock()
@@ -159,8 +162,9 @@ class WorkerSide:
         with self._lock:
             self._ending = True
         self.steps.stop()
-        self._uploader.stop()
-        self._downloader.stop()
+        for workers in self._copiers.values():
+            for worker in workers:
+                worker.stop()
         self._close_if_ended()
 
     def _close_if_ended(self) -> None:
@@ -171,43 +175,35 @@ class WorkerSide:
 
     def _map(self, message: object, descriptor: int) -> Staged:
         try:
-            attach, part_bytes = check_attach(message, descriptor, self._rows.row_bytes)
+            attach, _ = check_attach(message, descriptor, self._rows.row_bytes)
             size_bytes = attach.slots * attach.slot_bytes
             memory = map_memory(descriptor, size_bytes)
         finally:
             os.close(descriptor)
-        array = np.frombuffer(memory, np.uint8)
-        if self._rows.device.type == "cuda":
-            torch.cuda.set_device(self._rows.device)
-            self._locked_address = int(array.ctypes.data)
-            error = int(torch.cuda.cudart().cudaHostRegister(self._locked_address, size_bytes, 0))
-            if error:
-                self._locked_address = 0
-                raise RuntimeError(
-                    f"cudaHostRegister of {size_bytes} bytes of staging failed with CUDA error {error}; "
-                    "the memory lock limit (ulimit -l) must allow it"
-                )
-        return Staged(memory, torch.from_numpy(array), attach, part_bytes)
+        address = address_of(memoryview(memory))
+        self._rows.accelerator.lock(address, size_bytes)
+        self._locked_address = address
+        return Staged(memory, address, attach)
 
     def _unlock(self) -> None:
         if self._locked_address:
-            torch.cuda.cudart().cudaHostUnregister(self._locked_address)
+            self._rows.accelerator.unlock(self._locked_address)
             self._locked_address = 0
 
     def _handle(self, link: Link, message: object) -> None:
         if isinstance(message, Upload):
-            self._begin(link, self._uploader, message.op_id, partial(self._upload, message))
+            self._begin(link, "penstock-upload", message.op_id, partial(self._upload, message))
         elif isinstance(message, Download):
-            self._begin(link, self._downloader, message.op_id, partial(self._download, message))
+            self._begin(link, "penstock-save", message.op_id, partial(self._download, message))
         elif isinstance(message, Notice):
             self.hear([message])
         else:
             raise LinkError(f"a {type(message).__name__} that a worker does not expect")
 
-    def _begin(self, link: Link, worker: GuardedWorker, op_id: int, work: Callable[[], None]) -> None:
+    def _begin(self, link: Link, threads: str, op_id: int, work: Callable[[], None]) -> None:
         with self._lock:
             self._copies += 1
-        if not worker.put(partial(self._copy, link, op_id, work)):
+        if not next(self._next_copier[threads]).put(partial(self._copy, link, op_id, work)):
             self._answer(link, op_id, f"more than {COPIES_MAX} copies are queued, or the worker ends")
 
     def _copy(self, link: Link, op_id: int, work: Callable[[], None]) -> None:
@@ -237,13 +233,13 @@ class WorkerSide:
             check_block(slot, ids, self._staged.attach, self._rows.vllm_blocks)
         if message.after >= 0:
             self.steps.wait_begun(message.after, STEP_TIMEOUT_S)
-        for slot, ids in message.blocks:
+        if message.blocks:
             with self.gate.copying():
-                self._rows.upload(self._staged.part(slot), ids)
+                self._rows.upload([(self._staged.part(slot), ids) for slot, ids in message.blocks])
 
     def _download(self, message: Download) -> None:
         assert self._staged is not None
         check_block(message.slot, message.ids, self._staged.attach, self._rows.vllm_blocks)
         self.steps.wait(message.step, STEP_TIMEOUT_S)
         with self.gate.copying():
-            self._rows.download(self._staged.part(message.slot), message.ids)
+            self._rows.download([(self._staged.part(message.slot), message.ids)])

@@ -37,11 +37,14 @@ class Stages(Observer):
         self.now: Callable[[], float] = lambda: 0.0
         self.busy: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
         self.order: list[str] = []
+        self.uploads: list[Upload] = []
         self._began: dict[int, float] = {}
 
     def began(self, operation: Operation) -> None:
         if isinstance(operation, Fetch | Upload | Compute | Save):
             self._began[operation.op_id] = self.now()
+        if isinstance(operation, Upload):
+            self.uploads.append(operation)
         if isinstance(operation, Compute):
             self.order += [chunk.request_id for chunk in operation.chunks if chunk.request_id not in self.order]
 
@@ -69,7 +72,7 @@ class RecordedDriver(VirtualDriver):
         options["observer"] = stages
         super().__init__(*arguments, **options)
         stages.now = lambda: self.now
-        self.busy, self.order = stages.busy, stages.order
+        self.busy, self.order, self.uploads = stages.busy, stages.order, stages.uploads
 
     def run(self, until_s: float = float("inf")) -> None:
         super().run(until_s)

@@ -204,9 +204,9 @@ class WatchedRunner:
             self.fail_next[call] -= 1
             raise RuntimeError(f"injected failure of {call}")
 
-    def start_upload(self, blocks: Sequence[tuple[memoryview, int]]) -> UploadGroup:
+    def start_upload(self, blocks: Sequence[tuple[memoryview, int]], followed: bool = True) -> UploadGroup:
         self._maybe_fail("start_upload")
-        return self.inner.start_upload(blocks)
+        return self.inner.start_upload(blocks, followed)
 
     def upload(self, group: UploadGroup) -> None:
         self.upload_gate.pass_through()

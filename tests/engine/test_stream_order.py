@@ -9,17 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from penstock.core.new_block import NewBlock
+from penstock.engine.calibrate import calibrate
+from penstock.engine.executors import RunnerStages, Staging
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import Chunk, SamplingParams
-from penstock.io.memory import aligned_buffer
-from penstock.pool.api import Done, Pool, PoolError, ReadCheck
+from penstock.io.memory import address_of, aligned_buffer
 from penstock.pool.setup.open import open_local_pool
-from penstock.pool.wrapped import WrappedPool
+from penstock.testing.clocked_pool import ClockedPool
 from penstock.testing.device_clock import Broken, DeviceClock
 from penstock.testing.fake_cuda import OnDevice, fake_cuda, on_device
 from tests.asking import WAIT_S, prompt_of, wait_until
@@ -35,10 +34,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def address_of(memory: memoryview) -> int:
-    return int(np.frombuffer(memory, np.uint8).ctypes.data)
 
 
 @contextlib.contextmanager
@@ -93,10 +88,10 @@ def test_a_batch_beside_a_load_leaves_nothing_unordered(fails: bool, tiny: Calla
     with device_runner(tiny("llama")) as (runner, clock):
         load_beside_compute(runner, clock, fails)
         assert clock.conflicts == []
-        assert clock.operations["_foreach_copy_"] > 0 and clock.operations["index_put_"] > 0
+        assert clock.operations["batched copy"] > 0 and clock.operations["index_put_"] > 0
 
 
-@pytest.mark.parametrize("broken", ["wait_event", "stream.synchronize", "event.synchronize"])
+@pytest.mark.parametrize("broken", ["wait_event", "stream.synchronize", "event.synchronize", "end of copies"])
 def test_a_wait_that_is_left_out_is_found(broken: Broken, tiny: Callable[[str], Path]) -> None:
     with device_runner(tiny("llama"), [broken]) as (runner, clock):
         load_beside_compute(runner, clock, fails=broken == "stream.synchronize")
@@ -115,13 +110,14 @@ def test_an_upload_and_a_download_that_fail_half_way_have_ended(tiny: Callable[[
             lambda: runner.upload(runner.start_upload([(memory, 3)])),
         ]
         for move in moves:
-            clock.refuses_events = True
-            with pytest.raises(RuntimeError, match="injected"):
-                move()
-            clock.refuses_events = False
-            clock.host_access("reuse", writes=[whole])
-            runner.run([Chunk("r", prompt_of(2, BLOCK), 0, [3], GREEDY)])
-        assert clock.operations["copy_"] > 0 and clock.operations["_foreach_copy_"] > 0
+            for refuses in ("refuses_events", "refuses_copies"):
+                setattr(clock, refuses, True)
+                with pytest.raises(RuntimeError, match="injected"):
+                    move()
+                setattr(clock, refuses, False)
+                clock.host_access("reuse", writes=[whole])
+                runner.run([Chunk("r", prompt_of(2, BLOCK), 0, [3], GREEDY)])
+        assert clock.operations["batched copy"] == 4
         assert clock.conflicts == []
 
 
@@ -153,46 +149,79 @@ def test_what_a_decode_costs_does_not_grow_with_what_is_checked(tiny: Callable[[
     assert costs["fills"][0] - operations <= 10 and costs["fills"][1] - waits <= 2
 
 
-class HostPool(WrappedPool):
-    """A pool whose reads and writes of staging memory are accesses by the host."""
+def test_what_a_step_and_a_group_cost_is_bounded(tiny: Callable[[str], Path]) -> None:
+    """A decode step: at most two lists go to the device, its tokens come back in one copy, and it waits for its stream
+    once. A group: one batched copy whole, one for each of its stages followed layer by layer, and one wait."""
+    sampled = SamplingParams(max_tokens=1, temperature=0.8, top_k=5, top_p=0.9, seed=3)
+    with device_runner(tiny("llama")) as (runner, clock):
+        requests = [(f"r{index}", [3 * index, 3 * index + 1], (GREEDY, sampled)[index % 2]) for index in range(6)]
+        for name, pages, sampling in requests:
+            runner.run([Chunk(name, prompt_of(5, BLOCK + 3), 0, pages, sampling)])
+        clock.operations.clear()
+        clock.waits.clear()
+        for step in range(3):
+            at = BLOCK + 3 + step
+            runner.run([Chunk(name, [7], at, pages, sampling, step + 1) for name, pages, sampling in requests])
+        assert clock.operations["array to the device"] <= 2 * 3
+        assert clock.waits == {"tolist": 3, "stream.synchronize": 3}
+        memory = aligned_buffer(4 * runner.layout.full_block_bytes)
+        runner.page_lock(memory)
+        size = runner.layout.full_block_bytes
+        blocks = [(memory[index * size : (index + 1) * size], 12 + index) for index in range(4)]
+        for followed, copies in ((False, 1), (True, runner.layout.layers)):
+            clock.operations.clear()
+            clock.waits.clear()
+            runner.upload(runner.start_upload(blocks, followed))
+            assert 1 <= clock.operations["batched copy"] <= copies and clock.operations.total() <= copies
+            assert clock.waits == {"event.synchronize": 1}
+        assert clock.conflicts == []
 
-    def __init__(self, inner: Pool, clock: DeviceClock) -> None:
-        super().__init__(inner)
-        self._clock = clock
 
-    def read(
-        self,
-        key: bytes,
-        size_bytes: int,
-        into: memoryview,
-        timeout_s: float,
-        done: Done,
-        check: ReadCheck | None = None,
-    ) -> None:
-        def begin(end: Done) -> None:
-            self._inner.read(key, size_bytes, into, timeout_s, end, check)
+def test_memory_that_is_copied_is_page_locked(tiny: Callable[[str], Path]) -> None:
+    """That of calibration for as long as it takes, and what a slot gets in place of its own."""
+    with device_runner(tiny("llama")) as (runner, clock):
+        calibrate(runner, PAGES, 64)
+        assert clock.operations["batched copy"] == 2 and not clock.operations["copy of pageable memory"]
+        size = runner.layout.full_block_bytes
+        memory = aligned_buffer(2 * size)
+        staging = Staging(memory, size, runner.page_lock)
+        runner.page_lock(memory)
+        staging.replace(1)
+        for slot in range(2):
+            runner.download(slot, staging.slot(slot))
+        assert address_of(staging.slot(1)) != address_of(memory) + size
+        before = clock.operations["copy of pageable memory"]
+        runner.download(0, aligned_buffer(size))
+        assert (before, clock.operations["copy of pageable memory"]) == (0, 1), "it would be noticed"
+        assert clock.conflicts == []
 
-        self._move("reading a block", into, False, done, begin)
 
-    def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
-        self._move("saving a block", data, True, done, lambda end: self._inner.write(block, data, timeout_s, end))
+def test_the_next_group_is_enqueued_before_one_has_ended(tiny: Callable[[str], Path]) -> None:
+    with device_runner(tiny("llama")) as (runner, clock):
+        size = runner.layout.full_block_bytes
+        memory = aligned_buffer(2 * size)
+        runner.page_lock(memory)
+        ended: list[BaseException | None] = []
+        gate, began, begin = threading.Event(), threading.Semaphore(0), runner.begin_upload
 
-    def lease(self, key: bytes) -> None:
-        return None
+        class Gated(OnDevice):
+            def begin_upload(self, group: Any) -> None:
+                begin(group)
+                began.release()
 
-    def _move(self, what: str, memory: memoryview, reads: bool, done: Done, begin: Callable[[Done], None]) -> None:
-        told, where = self._clock.known(), [(address_of(memory), address_of(memory) + memory.nbytes)]
+            def end_upload(self, group: Any) -> None:
+                gate.wait(WAIT_S)
+                runner.end_upload(group)
 
-        def touch() -> None:
-            self._clock.host_access(what, where if reads else (), () if reads else where)
-
-        def ended(error: PoolError | None) -> None:
-            self._clock.learn(told)
-            touch()
-            done(error)
-
-        touch()
-        begin(ended)
+        stages = RunnerStages(Gated(runner, clock))
+        for index in range(2):
+            stages.upload([(memory[index * size : (index + 1) * size], index)], False, ended.append)
+        assert began.acquire(timeout=WAIT_S) and began.acquire(timeout=WAIT_S), "both are on the stream"
+        assert not ended
+        gate.set()
+        wait_until(lambda: ended == [None, None], "both have ended")
+        assert stages.close(WAIT_S)
+        assert clock.conflicts == []
 
 
 @pytest.mark.parametrize(
@@ -208,7 +237,7 @@ def test_an_engine_leaves_nothing_unordered(happens: str, layerwise: bool, tiny:
         runner = WatchedRunner(failing)
         local = open_local_pool((16 << 20,), ())
         sizes: dict[str, Any] = {"l1_pages": PAGES, "l2_slots": 8, "layerwise": layerwise, "upload_group_blocks": 2}
-        with serving(runner, HostPool(local, clock), **sizes) as rig:
+        with serving(runner, ClockedPool(local, clock), **sizes) as rig:
             ends: list[str | None] = []
             for first in range(0, len(prompts), 6):
                 ids = [f"request-{first + i}" for i in range(6)]
@@ -222,6 +251,11 @@ def test_an_engine_leaves_nothing_unordered(happens: str, layerwise: bool, tiny:
                 ends += [answer.wait(WAIT_S).finish_reason for answer in answers]
             rig.settle()
             assert rig.counter("saved_blocks") > 0 and rig.counter("fetched_blocks") > 0
+        assert not clock.operations["copy of pageable memory"]
+        waits = {name for name, _ in clock.waits_by_thread}
+        assert waits <= {"penstock-upload-end", "penstock-save", "penstock-compute", "MainThread"}
+        copying = {"event.synchronize", "device synchronize"}
+        assert not any(name == "penstock-compute" and why in copying for name, why in clock.waits_by_thread)
         local.close(WAIT_S)
         assert clock.conflicts[:3] == []
         other: set[str] = {"nothing": set(), "batches fail": {"error"}, "requests are cancelled": {"cancelled"}}[

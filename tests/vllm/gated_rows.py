@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from penstock.vllm.layout import KVRows, Layer
+from penstock.vllm.layout import KVRows, Layer, Part
 
 ROW_BYTES, PLACES, ROWS = 96, 40, 2  # bytes of a row, vLLM blocks, vLLM blocks in a pool block
 WAIT_S = 30.0
@@ -24,13 +24,13 @@ class GatedRows(KVRows):
         if is_open:
             self.gate.set()
 
-    def upload(self, part: torch.Tensor, ids: Sequence[Sequence[int]]) -> None:
+    def upload(self, parts: Sequence[Part]) -> None:
         self._pass()
-        super().upload(part, ids)
+        super().upload(parts)
 
-    def download(self, part: torch.Tensor, ids: Sequence[Sequence[int]]) -> None:
+    def download(self, parts: Sequence[Part]) -> None:
         self._pass()
-        super().download(part, ids)
+        super().download(parts)
 
     def _pass(self) -> None:
         self.begun.release()

@@ -6,19 +6,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
 
-from penstock.io.memory import aligned_buffer
+from penstock.device.accelerator import Accelerator, Cpu, DeviceError
+from penstock.io.memory import address_of, aligned_buffer
 from penstock.testing.device_clock import Broken, DeviceClock
-from penstock.testing.fake_cuda import fake_cuda, on_device
+from penstock.testing.fake_cuda import FakeAccelerator, fake_cuda, on_device
 from penstock.vllm.layout import KVRows, Layer
 from penstock.vllm.steps import EVENTS_MAX, StepError, Steps
 
 WAIT_S = 20.0
-CUDA = torch.device("cuda", 0)
-CPU = torch.device("cpu")
+CPU = Cpu(torch.device("cpu"))
 LAYERS, PLACES, ROW_BYTES = 3, 32, 64
 FOUR = 4 * LAYERS * ROW_BYTES
 
@@ -28,13 +27,12 @@ class GpuEvent:
 
     made: list[GpuEvent]
 
-    def __init__(self, blocking: bool = False) -> None:
-        self.blocking = blocking
+    def __init__(self) -> None:
         self.over = threading.Event()
         self.waits = 0
         GpuEvent.made.append(self)
 
-    def record(self) -> None: ...
+    def record(self, stream: object = None) -> None: ...
 
     def query(self) -> bool:
         return self.over.is_set()
@@ -44,10 +42,19 @@ class GpuEvent:
         assert self.over.wait(WAIT_S), "the event never passed"
 
 
+class Gpu(Accelerator):
+    """A device whose events a test lets pass."""
+
+    def new_event(self) -> GpuEvent:
+        return GpuEvent()
+
+
+GPU = Gpu(torch.device("cuda", 0))
+
+
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GpuEvent]]:
+def gpu() -> Iterator[list[GpuEvent]]:
     GpuEvent.made = []
-    monkeypatch.setattr(torch.cuda, "Event", GpuEvent)
     yield GpuEvent.made
     for event in GpuEvent.made:
         event.over.set()
@@ -63,7 +70,7 @@ def returns(work: Callable[[], object]) -> bool:
 
 def test_a_save_waits_for_its_own_step_and_for_no_later_one(gpu: list[GpuEvent]) -> None:
     """With asynchronous scheduling a further step is on the stream whenever one is looked at."""
-    steps = Steps(CUDA)
+    steps = Steps(GPU)
     steps.record(0)
     steps.record(1)
     gpu[0].over.set()
@@ -74,11 +81,11 @@ def test_a_save_waits_for_its_own_step_and_for_no_later_one(gpu: list[GpuEvent])
 
 
 def test_a_step_costs_vllms_thread_one_event_and_no_wait(gpu: list[GpuEvent]) -> None:
-    steps = Steps(CUDA)
+    steps = Steps(GPU)
     for step in range(3 * EVENTS_MAX):
         steps.begin(step, zeroes=False)
         steps.record(step)
-    assert len(gpu) == 3 * EVENTS_MAX and all(event.blocking for event in gpu)
+    assert len(gpu) == 3 * EVENTS_MAX
     assert not any(event.waits for event in gpu)
     gpu[-1].over.set()
     gpu[2 * EVENTS_MAX].over.set()
@@ -86,7 +93,7 @@ def test_a_step_costs_vllms_thread_one_event_and_no_wait(gpu: list[GpuEvent]) ->
 
 
 def test_an_event_that_passed_is_not_asked_for_again(gpu: list[GpuEvent]) -> None:
-    steps = Steps(CUDA)
+    steps = Steps(GPU)
     steps.record(0)
     gpu[0].over.set()
     steps.record(1)
@@ -94,7 +101,7 @@ def test_an_event_that_passed_is_not_asked_for_again(gpu: list[GpuEvent]) -> Non
 
 
 def test_an_upload_waits_for_the_zeros_of_its_step_only(gpu: list[GpuEvent]) -> None:
-    steps = Steps(CUDA)
+    steps = Steps(GPU)
     steps.begin(4, zeroes=True)
     steps.record(4)
     zeros, computed = gpu
@@ -103,9 +110,9 @@ def test_an_upload_waits_for_the_zeros_of_its_step_only(gpu: list[GpuEvent]) -> 
     assert returns(lambda: steps.wait_begun(4, WAIT_S)) and computed.waits == 0
 
 
-@pytest.mark.parametrize("device", [CPU, CUDA])
-def test_what_a_failed_step_was_to_compute_is_not_saved(device: torch.device, gpu: list[GpuEvent]) -> None:
-    steps = Steps(device)
+@pytest.mark.parametrize("accelerator", [CPU, GPU])
+def test_what_a_failed_step_was_to_compute_is_not_saved(accelerator: Accelerator, gpu: list[GpuEvent]) -> None:
+    steps = Steps(accelerator)
     steps.record(6)
     steps.fail(7)
     steps.record(9)  # 8 never came
@@ -128,25 +135,25 @@ def test_what_a_failed_step_was_to_compute_is_not_saved(device: torch.device, gp
 
 @contextmanager
 def device(
-    broken: tuple[Broken, ...] = (), last_layer_places: int = PLACES
-) -> Iterator[tuple[DeviceClock, KVRows, torch.Tensor]]:
+    broken: tuple[Broken, ...] = (), layers_side_by_side: bool = False
+) -> Iterator[tuple[DeviceClock, KVRows, int]]:
+    """A worker's caches on a fake device, and the address of its part of a slot."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with fake_cuda(broken) as clock:
-        rows = KVRows(
-            [
-                [
-                    Layer(f"l{i}", torch.zeros(places, ROW_BYTES, dtype=torch.uint8))
-                    for i, places in enumerate([PLACES] * (LAYERS - 1) + [last_layer_places])
-                ]
-            ]
-        )
-        rows.device = CUDA
-        for layer in rows.groups[0]:
-            clock.watch(layer.rows.data_ptr(), layer.rows.numel(), f"cache {layer.name}")
-        memory = np.frombuffer(aligned_buffer(4096), np.uint8)
-        clock.watch(memory.ctypes.data, memory.nbytes, "host memory")
-        yield clock, rows, torch.from_numpy(memory)[:FOUR]
+        if layers_side_by_side:
+            whole = torch.zeros(PLACES, LAYERS, ROW_BYTES, dtype=torch.uint8)
+            caches = [whole[:, i] for i in range(LAYERS)]
+            clock.watch(whole.data_ptr(), whole.numel(), "cache")
+        else:
+            caches = [torch.zeros(PLACES, ROW_BYTES, dtype=torch.uint8) for _ in range(LAYERS)]
+            for i, cache in enumerate(caches):
+                clock.watch(cache.data_ptr(), cache.numel(), f"cache l{i}")
+        accelerator = FakeAccelerator(clock, torch.device("cuda", 0))
+        rows = KVRows([[Layer(f"l{i}", cache) for i, cache in enumerate(caches)]], accelerator)
+        memory = aligned_buffer(4096)
+        accelerator.lock(address_of(memory), memory.nbytes)
+        yield clock, rows, address_of(memory)
     torch.set_num_threads(threads)
 
 
@@ -164,15 +171,15 @@ def zero(rows: KVRows, places: list[int]) -> None:
 def save(broken: tuple[Broken, ...] = (), waits: bool = True) -> DeviceClock:
     """A block is saved behind its step while the next step computes; its host memory is read, its place used again."""
     with device(broken) as (clock, rows, part), on_device(clock):
-        steps = Steps(CUDA)
+        steps = Steps(rows.accelerator)
         compute(rows, [3, 4, 5, 6])
         steps.record(1)
         compute(rows, [7])
         steps.record(2)
         if waits:
             steps.wait(1, WAIT_S)
-        rows.download(part, [[3, 4, 5, 6]])
-        clock.host_access("the pool takes it", reads=[(part.data_ptr(), part.data_ptr() + FOUR)])
+        rows.download([(part, [[3, 4, 5, 6]])])
+        clock.host_access("the pool takes it", reads=[(part, part + FOUR)])
         compute(rows, [3])
         return clock
 
@@ -181,15 +188,15 @@ def load(broken: tuple[Broken, ...] = (), waits: bool = True) -> DeviceClock:
     """A load gets blocks that the step just scheduled puts zeros into; then their slot is used again, and a step
     computes with them."""
     with device(broken) as (clock, rows, part), on_device(clock):
-        steps = Steps(CUDA)
+        steps = Steps(rows.accelerator)
         zero(rows, [9, 10])
         steps.begin(1, zeroes=True)
         compute(rows, [20])
         steps.record(1)
         if waits:
             steps.wait_begun(1, WAIT_S)
-        rows.upload(part, [[9, 10, 11, -1]])
-        clock.host_access("a fetch reuses the slot", writes=[(part.data_ptr(), part.data_ptr() + FOUR)])
+        rows.upload([(part, [[9, 10, 11, -1]])])
+        clock.host_access("a fetch reuses the slot", writes=[(part, part + FOUR)])
         compute(rows, [9, 10, 11])
         return clock
 
@@ -202,27 +209,35 @@ def test_copies_and_steps_are_in_order(history: Callable[[], DeviceClock]) -> No
 @pytest.mark.parametrize("history", [save, load])
 def test_a_copy_that_waits_for_no_step_would_be_found(history: Callable[..., DeviceClock]) -> None:
     assert history(waits=False).conflicts
-    assert history(broken=("event.synchronize",)).conflicts, "neither would one that does not end before it returns"
+    for broken in ("event.synchronize", "end of copies"):
+        assert history(broken=(broken,)).conflicts, "neither would one that does not end before it returns"
 
 
 @pytest.mark.parametrize("history", [save, load])
 def test_what_a_copy_waits_for_is_counted(history: Callable[[], DeviceClock]) -> None:
-    """One event for the step, one for the copy, and one index for all layers and groups (two with blocks left out)."""
+    """One event for the step, one for the copy; one batched copy for all layers and groups, and no index."""
     clock = history()
     assert clock.waits["event.synchronize"] == 2
-    assert clock.waits["torch.tensor"] == (2 if history is load else 1)
+    assert clock.operations["batched copy"] == 1
+    assert not clock.waits["torch.tensor"] and not clock.operations["array to the device"]
     assert not clock.waits["stream.synchronize"] and not clock.waits["device synchronize"]
 
 
 @pytest.mark.parametrize("direction", ["upload", "download"])
 def test_a_copy_that_raises_ends_before_it_says_so(direction: str) -> None:
-    """Its second layer has no such block; its first one's pages and its slot are used again at once."""
-    with device(last_layer_places=4) as (clock, rows, part), on_device(clock):
-        with pytest.raises(IndexError):
-            getattr(rows, direction)(part, [[9, 10, 11, 12]])
-        compute(rows, [0, 1])
-        for layer in rows.groups[0][:-1]:
-            layer.rows.index_fill_(0, torch.tensor([9, 10, 11, 12]), 0)
-        clock.host_access("the slot is used again", writes=[(part.data_ptr(), part.data_ptr() + FOUR)])
-        assert clock.operations["index_copy_" if direction == "upload" else "index_select"] >= LAYERS - 1
+    """Its pages and its slot are used again at once, whether nothing of it was enqueued, half of it or all."""
+    with device() as (clock, rows, part), on_device(clock):
+        copy = getattr(rows, direction)
+        with pytest.raises(IndexError, match=f"vLLM block {PLACES}; there are {PLACES}"):
+            copy([(part, [[9, 10, 11, PLACES]])])
+        assert clock.operations.total() == 0
+        clock.refuses_copies = True
+        with pytest.raises(DeviceError, match="injected"):
+            copy([(part, [[9, 10, 11, 12]])])
+        clock.refuses_copies, clock.refuses_events = False, True
+        with pytest.raises(RuntimeError, match="injected"):
+            copy([(part, [[13, 14, 15, 16]])])
+        zero(rows, list(range(9, 17)))
+        clock.host_access("the slot is used again", writes=[(part, part + FOUR)])
+        assert clock.operations.total() > 2, "one copy that raised half-way, one behind which the event did, and zeros"
         assert not clock.conflicts

@@ -58,12 +58,16 @@ class Uploading:
             return False
         return not counts[LoadState.WANTED] or self._shared.l2.free_for_loads <= 0
 
+    def _is_followed(self, request: Request) -> bool:
+        """Whether what goes up next is the last of the request's load, so that compute may follow it layer by layer."""
+        counts = request.loads.counts
+        return self._shared.config.layerwise and not counts[LoadState.WANTED] and not counts[LoadState.FETCHING]
+
     def _take_group(self, request: Request, now: float) -> list[BlockLoad]:
         shared = self._shared
-        counts, staged = request.loads.counts, request.loads.staged
-        all_staged = not counts[LoadState.WANTED] and not counts[LoadState.FETCHING]
+        staged = request.loads.staged
         limit = shared.config.upload_group_blocks
-        if shared.config.layerwise and all_staged:
+        if self._is_followed(request):
             limit = max(limit, len(staged))
         group: list[BlockLoad] = []
         for load in islice(staged, limit):
@@ -78,6 +82,7 @@ class Uploading:
     def _issue(self, group: list[BlockLoad], request: Request, now: float) -> None:
         shared = self._shared
         op_id = shared.next_op()
+        followed = self._is_followed(request)
         blocks = []
         retained = set()
         changed: dict[Request, None] = {}
@@ -95,7 +100,7 @@ class Uploading:
                 changed[waiter] = None
         self._link.in_flight += 1
         self._in_flight[op_id] = (tuple(group), now)
-        shared.outbox.append(Upload(op_id, tuple(blocks), frozenset(retained)))
+        shared.outbox.append(Upload(op_id, tuple(blocks), frozenset(retained), followed))
         for waiter in changed:
             self._changed(waiter, now)
 

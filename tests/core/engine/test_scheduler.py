@@ -184,6 +184,16 @@ def test_a_shared_prefix_is_loaded_once() -> None:
     assert bench.scheduler.counters["loads_shared"] > 0
 
 
+@pytest.mark.parametrize("layerwise", [True, False])
+def test_only_the_last_group_of_a_load_may_be_followed_layer_by_layer(layerwise: bool) -> None:
+    """Compute cannot pass blocks that do not come yet."""
+    bench = Bench(layerwise=layerwise, upload_group_blocks=2)
+    bench.submit(0.0, "a", 1, 9, 50)
+    bench.driver.run()
+    followed = [upload.followed for upload in bench.driver.uploads]
+    assert len(followed) > 2 and followed == [False] * (len(followed) - 1) + [layerwise]
+
+
 def test_a_prefix_in_l1_is_not_loaded_again() -> None:
     bench = Bench()
     base = prompt_of(1, 10 * BLOCK)

@@ -1,0 +1,1 @@
+"""Accelerators: streams, events, page-locked memory and batched copies between host and device."""

@@ -1,0 +1,193 @@
+"""CUDA and ROCm, by the same code: torch's streams and events, and batched copies by a call of the driver.
+
+`cuMemcpyBatchAsync` (driver 12.8 and later) is called by its address in the driver's library: what `cuda-bindings`
+offers takes lists of objects, which cost more time to make than the copies of a block take.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from penstock.device.accelerator import Accelerator, DeviceError, Event, Stream, numa_node_of_pci
+
+log = logging.getLogger(__name__)
+
+_PORTABLE = 1  # cudaHostRegisterPortable: locked for every device of this process
+_IN_STREAM_ORDER, _IN_ANY_ORDER = 1, 3  # CUmemcpySrcAccessOrder
+_NOT_SUPPORTED = 801  # CUDA_ERROR_NOT_SUPPORTED
+_HIP_DEFAULT = 4  # hipMemcpyDefault: the direction follows from the addresses
+
+CopyMany = Callable[[np.ndarray, Any, bool], None]  # descriptors, torch's stream, whether to the device
+
+
+class _Attributes(ctypes.Structure):
+    """CUmemcpyAttributes: the locations are hints, left out."""
+
+    _fields_ = (
+        ("source_order", ctypes.c_int),
+        ("source_location", ctypes.c_int * 2),
+        ("target_location", ctypes.c_int * 2),
+        ("flags", ctypes.c_uint),
+    )
+
+
+class DriverCopies:
+    """Copies by the driver of CUDA: one call for all of them, or one for each where it has no such call."""
+
+    def __init__(self, library: Any = None) -> None:
+        """`library` is libcuda. Raises OSError where there is none."""
+        library = ctypes.CDLL("libcuda.so.1") if library is None else library
+        self._copy_one = library.cuMemcpyAsync
+        self._copy_one.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
+        self._copy_many: Any = getattr(library, "cuMemcpyBatchAsync", None)
+        if self._copy_many is not None:
+            many: tuple[Any, ...] = (ctypes.c_void_p,) * 3 + (ctypes.c_size_t,)
+            attributes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+            self._copy_many.argtypes = (*many, *attributes, ctypes.c_void_p, ctypes.c_void_p)
+        self._orders = {order: _Attributes(source_order=order) for order in (_IN_STREAM_ORDER, _IN_ANY_ORDER)}
+        self._first = ctypes.c_size_t(0)
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether all copies are one call."""
+        return self._copy_many is not None
+
+    def __call__(self, descriptors: np.ndarray, stream: Any, to_device: bool) -> None:
+        """Host memory is read in any order: nobody writes it meanwhile. Raises DeviceError."""
+        handle: int = stream.cuda_stream
+        if self._copy_many is not None and not self._enqueue(descriptors, handle, to_device):
+            log.warning("this driver has no batched copies: blocks are copied one by one")
+            self._copy_many = None
+        if self._copy_many is None:
+            for target, source, size_bytes in descriptors.T.tolist():
+                _check(self._copy_one(target, source, size_bytes, handle), "cuMemcpyAsync")
+
+    def _enqueue(self, descriptors: np.ndarray, stream: int, to_device: bool) -> bool:
+        """False where the driver has the call and cannot do it."""
+        count = descriptors.shape[1]
+        targets = descriptors.ctypes.data
+        sources, sizes = targets + 8 * count, targets + 16 * count
+        attributes = ctypes.byref(self._orders[_IN_ANY_ORDER if to_device else _IN_STREAM_ORDER])
+        failed_at = ctypes.c_size_t(0)
+        error = self._copy_many(
+            targets, sources, sizes, count, attributes, ctypes.byref(self._first), 1, ctypes.byref(failed_at), stream
+        )
+        if error == _NOT_SUPPORTED:
+            return False
+        _check(error, "cuMemcpyBatchAsync")
+        return True
+
+
+class HipCopies:
+    """Copies by the runtime of ROCm, a call for each."""
+
+    is_batched = False
+
+    def __init__(self, library: Any = None) -> None:
+        """`library` is libamdhip64. Raises OSError where there is none."""
+        library = ctypes.CDLL("libamdhip64.so") if library is None else library
+        self._copy_one = library.hipMemcpyAsync
+        self._copy_one.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+
+    def __call__(self, descriptors: np.ndarray, stream: Any, to_device: bool) -> None:
+        """Raises DeviceError."""
+        for target, source, size_bytes in descriptors.T.tolist():
+            _check(self._copy_one(target, source, size_bytes, _HIP_DEFAULT, stream.cuda_stream), "hipMemcpyAsync")
+
+
+def _check(error: int, call: str) -> None:
+    if error:
+        raise DeviceError(f"{call} failed with error {error}")
+
+
+class Cuda(Accelerator):
+    """A device of CUDA or ROCm; torch calls both cuda."""
+
+    records = True
+
+    def __init__(self, device: torch.device, copies: CopyMany | None = None) -> None:
+        """`copies` enqueues copies in place of the driver's own calls."""
+        index = torch.cuda.current_device() if device.index is None else device.index
+        super().__init__(torch.device("cuda", index))
+        if copies is None:
+            copies = HipCopies() if torch.version.hip is not None else DriverCopies()
+        self._copies = copies
+        self._pool: Any = None  # memory of everything that is recorded
+
+    def use(self) -> None:
+        """See Accelerator."""
+        torch.cuda.set_device(self.device)
+
+    def new_stream(self) -> Stream:
+        """See Accelerator."""
+        stream: Stream = torch.cuda.Stream(self.device)
+        return stream
+
+    def current_stream(self) -> Stream:
+        """See Accelerator."""
+        stream: Stream = torch.cuda.current_stream(self.device)
+        return stream
+
+    def new_event(self) -> Event:
+        """One that blocks whoever waits for it: torch.Event ignores `blocking`, and spins."""
+        event: Event = torch.cuda.Event(blocking=True)
+        return event
+
+    def synchronize(self) -> None:
+        """See Accelerator."""
+        torch.cuda.synchronize(self.device)
+
+    def lock(self, address: int, size_bytes: int) -> None:
+        """See Accelerator."""
+        self.use()
+        error = int(torch.cuda.cudart().cudaHostRegister(address, size_bytes, _PORTABLE))
+        if error:
+            raise DeviceError(
+                f"cudaHostRegister of {size_bytes} bytes failed with CUDA error {error}; "
+                "the memory lock limit (ulimit -l) must allow it and no other part may have locked it"
+            )
+
+    def unlock(self, address: int) -> None:
+        """See Accelerator."""
+        torch.cuda.cudart().cudaHostUnregister(address)
+
+    def copy(self, descriptors: np.ndarray, stream: Any, to_device: bool) -> None:
+        """See Accelerator."""
+        self._copies(descriptors, stream, to_device)
+
+    def array_to_device(self, values: np.ndarray) -> torch.Tensor:
+        """See Accelerator; torch keeps the locked copy until the stream has read it."""
+        return torch.from_numpy(values).pin_memory().to(self.device, non_blocking=True)
+
+    def record(self, step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        """See Accelerator; other threads go on using the device meanwhile."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        current, aside = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            step()  # what is made on first use must not be recorded
+        current.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            output = step()
+        return output, graph.replay
+
+    def release_cached(self) -> None:
+        """See Accelerator."""
+        torch.cuda.empty_cache()
+
+    @property
+    def numa_node(self) -> int | None:
+        """See Accelerator."""
+        found = torch.cuda.get_device_properties(self.device)
+        domain, bus, slot = (getattr(found, f"pci_{part}_id", None) for part in ("domain", "bus", "device"))
+        if domain is None or bus is None or slot is None:
+            return None
+        return numa_node_of_pci(f"{domain:04x}:{bus:02x}:{slot:02x}.0")
