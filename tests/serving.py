@@ -14,7 +14,7 @@ import pytest
 STARTERS = frozenset(
     {
         "PoolNode", "RelayNode", "ClusterEngine", "EngineRegistry", "HttpServer", "Supervisor", "create_server",
-        "Popen", "pool_process", "bare_process", "LinkProcess", "Testbed", "RaySupervisor", "run_guest",
+        "Popen", "_serve", "pool_process", "bare_process", "LinkProcess", "Testbed", "RaySupervisor", "run_guest",
     }
 )  # fmt: skip
 

@@ -19,10 +19,10 @@ BYTES = {
     ("pool", True, False): b"PNSTCK\x03\x80",
     ("pool", False, True): b"PNSTCK\x03\x40",
     ("pool", True, True): b"PNSTCK\x03\xc0",
-    ("cluster", True, False): b"PNSTCL\x03\x00",
-    ("cluster", False, False): b"PNSTCL\x03\x80",
-    ("cluster", True, True): b"PNSTCL\x03\x40",
-    ("cluster", False, True): b"PNSTCL\x03\xc0",
+    ("cluster", True, False): b"PNSTCL\x04\x00",
+    ("cluster", False, False): b"PNSTCL\x04\x80",
+    ("cluster", True, True): b"PNSTCL\x04\x40",
+    ("cluster", False, True): b"PNSTCL\x04\xc0",
 }
 
 
@@ -48,7 +48,7 @@ def test_two_sides_go_on_only_when_they_ask_for_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_another_version_and_another_protocol_are_told_apart(name: str) -> None:
     greeting = GREETINGS[name]
-    with pytest.raises(ProtocolError, match=f"speaks version 9 of the {name} protocol, this side 3"):
+    with pytest.raises(ProtocolError, match=f"speaks version 9 of the {name} protocol, this side {greeting.version}"):
         greeting.check(replace(greeting, version=9).pack())
     other = GREETINGS["pool" if name == "cluster" else "cluster"]
     with pytest.raises(ProtocolError, match=f"does not speak the Penstock {name} protocol"):
