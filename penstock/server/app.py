@@ -53,7 +53,7 @@ class ServerApp:
     ) -> None:
         """`more`: further routes beside the API's."""
         self.settings = settings
-        self.metrics = ServerMetrics(engine)
+        self.metrics = ServerMetrics(engine, settings.model_name)
         self.live = LiveWindow(settings.model_name)
         self.draining = False
         self.hosts: HostCheck | None = None  # set by the listening server; None: any Host is accepted
