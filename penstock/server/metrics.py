@@ -78,6 +78,7 @@ class ServerMetrics:
         self.registry.register(_EngineCollector(engine, model_name))
         self.registry.register(_VllmNames(self, model_name))
         self.registry.register(_ProcessCollector())
+        self.traces_dropped = Counter("penstock_traces_dropped", "Requests whose spans were not sent", registry=to)
 
     def observe(self, report: RequestReport) -> None:
         """Count one finished engine request."""
