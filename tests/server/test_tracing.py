@@ -79,7 +79,7 @@ def test_what_is_not_sampled_is_left_out_and_a_failure_is_an_error(start: Start)
     assert root.parent is None
 
 
-class Stuck(SpanExporter):
+class Stuck(SpanExporter):  # type: ignore[misc]
     """A collector that does not answer until it is released, and then refuses."""
 
     def __init__(self) -> None:
