@@ -58,7 +58,7 @@ def started(arguments: list[str], *patterns: str) -> tuple[subprocess.Popen[str]
 @pytest.fixture
 def prometheus(tmp_path: Path) -> Iterator[str]:
     """The URL of one that scrapes a server, which answered requests of two tenants, and its pool node."""
-    processes = []
+    processes = list[subprocess.Popen[str]]()
     try:
         pool = ["pool", "--memory", "256KiB", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
         process, (node, address) = started(pool, r" on (127\.\S+)$", r" on (127\.\S+): ")
@@ -72,7 +72,7 @@ def prometheus(tmp_path: Path) -> Iterator[str]:
             port = free.getsockname()[1]
         command = ["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
         command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"]
-        processes.append(subprocess.Popen(command, cwd=tmp_path))
+        processes.append(subprocess.Popen(command, cwd=tmp_path, text=True))
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: value(url, "sum(up)") == 2, "both are scraped", WAIT_S)
         for number in range(24):
