@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-import zmq
 
 from penstock.core.new_block import NewBlock
 from penstock.pool.kv_events import BlockRemoved, EventBatch, KvEventLog
@@ -39,35 +39,35 @@ def test_vllm_s_classes_read_what_penstock_publishes() -> None:
 
 
 @pytest.mark.timeout(900)
-def test_vllm_publishes_what_comes_into_the_pool(llama: Path, computed: Callable[..., list[list[int]]]) -> None:
+def test_vllm_publishes_what_comes_into_the_pool(
+    llama: Path, computed: Callable[..., list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What vLLM's publisher is given, as its readers get it."""
     from vllm.config.kv_events import KVEventsConfig
-    from vllm.distributed.kv_events import BlockStored, KVEventBatch
+    from vllm.distributed.kv_events import BlockStored, KVEventBatch, ZmqEventPublisher
 
     prompt = prompt_of(77, 4 * BLOCK + 3)
     expected = computed("llama", [prompt])
-    context = zmq.Context()
-    socket = context.socket(zmq.SUB)
-    socket.subscribe(b"")
-    port = socket.bind_to_random_port("tcp://127.0.0.1")  # vLLM connects to an address that is not a wildcard
-    config = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=f"tcp://127.0.0.1:{port}")
     stored: list[Any] = []
+    publish = ZmqEventPublisher.publish
 
-    def heard() -> bool:
-        while socket.poll(0):
-            events = msgspec.msgpack.decode(socket.recv_multipart()[2], type=KVEventBatch).events
-            stored.extend(event for event in events if isinstance(event, BlockStored) and event.medium == "CPU")
+    def heard(publisher: ZmqEventPublisher, batch: KVEventBatch) -> None:
+        publish(publisher, batch)
+        read = msgspec.msgpack.decode(msgspec.msgpack.encode(batch), type=KVEventBatch)
+        stored.extend(event for event in read.events if isinstance(event, BlockStored) and event.medium == "CPU")
+
+    monkeypatch.setattr(ZmqEventPublisher, "publish", heard)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"tcp://127.0.0.1:{free.getsockname()[1]}"  # vLLM connects there: nobody listens
+    config = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=endpoint)
+
+    def all_published() -> bool:
+        engine.ask([prompt_of(78, 5)])  # vLLM publishes with its steps
         return len(stored) >= 4
 
-    def step_and_hear() -> bool:
-        engine.ask([prompt_of(78, 5)])  # vLLM publishes with its steps
-        return heard()
-
-    try:
-        with running(llama, {"memory": ["64MiB"]}, kv_events_config=config) as engine:
-            assert engine.ask([prompt]) == expected
-            wait_until(step_and_hear, "four blocks of the prompt are published")
-    finally:
-        context.destroy(linger=0)
+    with running(llama, {"memory": ["64MiB"]}, kv_events_config=config) as engine:
+        assert engine.ask([prompt]) == expected
+        wait_until(all_published, "four blocks of the prompt are published")
     assert {event.block_size for event in stored} == {BLOCK} and {event.locality for event in stored} == {"LOCAL"}
     tokens = [event.token_ids for event in stored]
     assert sorted(tokens) == sorted(prompt[at : at + BLOCK] for at in range(0, 4 * BLOCK, BLOCK))
