@@ -78,8 +78,8 @@ class Host:
     """See the module. Threading: public methods are for vLLM's scheduler thread."""
 
     def __init__(self, settings: Settings, shape: Shape, events: KvEventLog | None = None) -> None:
-        """Connects to the workers and opens the pool, whose contents `events` gets. On LinkError, ConfigError, PoolError
-        or OSError (with a one-line message) nothing stays open."""
+        """Connects to the workers and opens the pool, whose contents `events` gets. On LinkError, ConfigError,
+        PoolError or OSError (with a one-line message) nothing stays open."""
         self.shape = shape
         self.settings = settings
         self.events = events
