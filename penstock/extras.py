@@ -14,7 +14,8 @@ EXTRAS = {
     "vllm": ("vllm",),
     "ray": ("ray",),
     "nixl": ("nixl_cu12",),
-    "otel": ("opentelemetry.sdk",),
+    "events": ("zmq",),
+    "otel": ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"),
 }
 
 

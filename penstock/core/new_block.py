@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from penstock.core.keys import BlockKey
 
@@ -17,7 +17,8 @@ BLOCK_BYTES_MAX = 1 << 30
 class NewBlock:
     """`position` is its place in the spread of its prefix over the members (`prefix_position`), `tenant` its owner
     (`tenant_tag`; empty: none), `rebuild_s` the seconds to compute it again where its prefix is present (0: not known).
-    `mac` authenticates its bytes (`pool.mac`; empty: not authenticated)."""
+    `mac` authenticates its bytes (`pool.mac`; empty: not authenticated). `tokens` never leave the process that made the
+    block (`pool.kv_events`; empty: not known)."""
 
     key: BlockKey
     parent: BlockKey
@@ -26,6 +27,7 @@ class NewBlock:
     tenant: bytes = b""
     rebuild_s: float = 0.0
     mac: bytes = b""
+    tokens: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
 
 def prefix_position(first_key: BlockKey, index: int) -> int:

@@ -23,14 +23,17 @@ from penstock.core.layout import staging_bytes
 from penstock.core.settings import taken_over
 from penstock.engine.config import DEFAULT_POOL_BYTES, EngineConfig
 from penstock.engine.engine import Engine
+from penstock.engine.kv_publisher import KvPublisher
 from penstock.engine.modelled_runner import ModelledRunner
 from penstock.engine.peers import Peers
 from penstock.engine.profile import load_profile
 from penstock.engine.runner import ModelRunner
 from penstock.extras import require_extra
+from penstock.pool.announced import AnnouncedPool
 from penstock.pool.api import Pool
 from penstock.pool.authenticated import NO_POOL_KEY, authenticated
 from penstock.pool.block_size import expect_blocks
+from penstock.pool.kv_events import KvEventLog
 from penstock.pool.mac import PoolKey
 from penstock.pool.net.connect import connect_pool
 from penstock.pool.net.secret import Secret
@@ -52,10 +55,13 @@ class RunningEngine:
     engine: Engine
     runner: ModelRunner
     pool: Pool | None
+    publisher: KvPublisher | None = None
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """End requests, then the pool, then the runner; about `timeout_s` for each of the first two."""
         self.engine.close(timeout_s)
+        if self.publisher is not None:
+            self.publisher.close()
         if self.pool is not None:
             self.pool.close(timeout_s)
         self.runner.close()
@@ -72,9 +78,13 @@ def build_engine(
     pool_key = read_pool_key(config)
     runner = _runner(config)
     pool: Pool | None = None
+    events = KvEventLog() if config.kv_events is not None else None
+    publisher: KvPublisher | None = None
     try:
         scheduler_config = _scheduler_config(config, runner, hands_off=peers is not None)
-        pool = _pool(config, pool_key)  # before slow steps, so that a wrong address is reported at once
+        pool = _pool(config, pool_key, events)  # before slow steps, so that a wrong address is reported at once
+        if events is not None and config.kv_events is not None:
+            publisher = KvPublisher(events, config.kv_events, config.kv_events_replay)
         runner.allocate(scheduler_config.l1_pages)
         cost = _cost(runner, scheduler_config.l1_pages, config)
         if config.pool_config:
@@ -84,8 +94,11 @@ def build_engine(
             expect_blocks(pool, scheduler_config.block_bytes)
         if pool is not None and around_pool is not None:
             pool = around_pool(pool, scheduler_config)
-        return RunningEngine(Engine(scheduler_config, cost, runner, pool, peers, pool_key), runner, pool)
+        engine = Engine(scheduler_config, cost, runner, pool, peers, pool_key, events)
+        return RunningEngine(engine, runner, pool, publisher)
     except BaseException:
+        if publisher is not None:
+            publisher.close()
         if pool is not None:
             pool.close(CLOSE_TIMEOUT_S)
         runner.close()
@@ -166,12 +179,13 @@ def read_pool_key(config: EngineConfig) -> PoolKey | None:
     return PoolKey.read(Path(config.pool_key_file)) if config.pool_key_file else None
 
 
-def _pool(config: EngineConfig, pool_key: PoolKey | None) -> Pool | None:
+def _pool(config: EngineConfig, pool_key: PoolKey | None, events: KvEventLog | None) -> Pool | None:
     if config.no_pool:
         return None
     if pool_key is None and (config.pool or config.slab or config.pool_config):
         log.warning("%s", NO_POOL_KEY)
-    return authenticated(_open_pool(config), pool_key)
+    pool = _open_pool(config)
+    return authenticated(pool if events is None else AnnouncedPool(pool, events), pool_key)
 
 
 def _open_pool(config: EngineConfig) -> Pool:

@@ -76,6 +76,10 @@ class EngineSettings(PeerSettings, RequestDeadline, BatchSettings, OrderSettings
     pool_key_file: str | None = setting(
         None, "File (0600) with the key without which nobody writes what this engine reads.", "FILE"
     )
+    kv_events: str | None = setting(
+        None, "Publish what the pool holds as vLLM's KV events at this ZMQ address, tcp://HOST:PORT.", "ADDRESS"
+    )
+    kv_events_replay: str | None = setting(None, "ZMQ address that sends missed KV events again.", "ADDRESS")
     kv_memory_bytes: int = setting(512 * MIB, "Device memory for KV (L1).", "SIZE", name="kv_memory", parse=parse_bytes)
     staging_bytes: int = setting(128 * MIB, "Host staging memory (L2).", "SIZE", name="staging", parse=parse_bytes)
     block_tokens: int = setting(BLOCK_TOKENS, "Tokens of one block.")
@@ -97,6 +101,10 @@ class EngineConfig(EngineSettings):
             raise ConfigError("model is empty; allowed: a checkpoint folder or a hub id (or executor 'modelled')")
         if self.no_pool and (self.pool or self.memory or self.slab):
             raise ConfigError("no_pool is set together with pool, memory or slab; allowed: one or the other")
+        if self.kv_events_replay is not None and self.kv_events is None:
+            raise ConfigError("kv_events_replay is set without kv_events; allowed: both, or kv_events alone")
+        if self.kv_events is not None and self.no_pool:
+            raise ConfigError("kv_events is set together with no_pool; allowed: one or the other")
         if self.pool_config and (self.no_pool or self.pool or self.memory or self.slab):
             raise ConfigError(
                 "pool_config is set together with pool, memory, slab or no_pool; allowed: one or the other"

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
@@ -21,7 +21,7 @@ from penstock.core.engine.engine_load import EngineLoad
 from penstock.core.engine.scheduler import LoadScheduler, WaitingQueueFull
 from penstock.core.keys import BlockKey, root_key
 from penstock.core.new_block import tenant_tag
-from penstock.core.operations import Emit, RequestSpec
+from penstock.core.operations import BlockHit, Emit, Lookup, RequestSpec
 from penstock.core.tenants import tenant_of
 from penstock.engine.api import (
     EngineStats,
@@ -39,6 +39,7 @@ from penstock.engine.reports import pool_series, report_of
 from penstock.engine.runner import ModelRunner, SamplingParams
 from penstock.engine.shaping import Past
 from penstock.pool.api import Pool, PoolError
+from penstock.pool.kv_events import KvEventLog
 from penstock.pool.mac import PoolKey
 from penstock.process.guarded_thread import GuardedThread
 from penstock.process.rate_limited_log import RateLimitedLog
@@ -72,9 +73,11 @@ class Engine:
         pool: Pool | None,
         peers: Peers | None = None,
         pool_key: PoolKey | None = None,
+        events: KvEventLog | None = None,
     ) -> None:
         """`peers`: decode engines to which the KV of prompts may be sent (`config.hands_off`). With a `pool_key`, with
-        which `pool` verifies blocks, block keys differ from those of engines with another pool key."""
+        which `pool` verifies blocks, block keys differ from those of engines with another pool key. `events` gets the
+        pool's hits; `pool` itself adds the rest."""
         assert config.pool == (pool is not None)
         assert config.hands_off == (peers is not None)
         self.config = config
@@ -82,6 +85,7 @@ class Engine:
         self.vocab_size = runner.vocab_size
         self.eos_token_ids = runner.eos_token_ids
         self._pool = pool
+        self._events = events
         # `submit` bounds the waiting requests; the scheduler core's bound is wider, as a preempted request waits again.
         self._scheduler = LoadScheduler(replace(config, max_waiting=config.max_waiting + config.max_running), cost)
         fingerprint = runner.layout.fingerprint(runner.model_id)
@@ -89,7 +93,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._clients: dict[str, tuple[GenerationRequest, OnEvent, Past | None]] = {}
         self._dispatcher = OperationDispatcher(
-            config, self._scheduler, runner, pool, peers, self._inbox.put, self._sampling_of
+            config, self._scheduler, runner, pool, peers, self._inbox.put, self._sampling_of, self._looked_up
         )
         self._seconds_by_label: defaultdict[str, float] = defaultdict(float)
         self._asked: set[tuple[str, str]] = set()  # (request_id, what) in the inbox: cancel, reroute
@@ -156,6 +160,8 @@ class Engine:
         """See EngineAPI. Raises TimeoutError when the control thread does not answer. A pool that does not answer is
         left out."""
         stats = self._ask(self._snapshot)
+        if self._events is not None:
+            stats.counters["kv_events_dropped"] = float(self._events.dropped)
         if self._pool is not None:
             try:
                 stats.labelled.update(pool_series(self._pool.stat(POOL_STAT_TIMEOUT_S)))
@@ -285,6 +291,12 @@ class Engine:
         client = self._clients.get(request_id)  # None: it got its last event from `close`
         return (client[0].sampling, client[2]) if client is not None else (SamplingParams(), None)
 
+    def _looked_up(self, op: Lookup, hits: Sequence[BlockHit | None]) -> None:
+        """On a thread of lookups."""
+        client = self._clients.get(op.request_id)
+        if self._events is not None and client is not None:
+            self._events.found(op.keys, hits, client[0].prompt_tokens, self.config.block_tokens)
+
     def _end(self, request_id: str, event: TokenEvent) -> None:
         """Send the client's last event, unless it was sent before."""
         with self._clients_lock:
@@ -332,7 +344,12 @@ class Engine:
                 "link_blocks_in_flight": {name: count for name, (count, _) in links.items()},
                 "link_bytes_per_s": {name: speed for name, (_, speed) in links.items()},
             },
-            extra={"mode": self.config.mode, "policy": self.config.policy, "inbox": self._inbox.qsize()},
+            extra={
+                "mode": self.config.mode,
+                "policy": self.config.policy,
+                "inbox": self._inbox.qsize(),
+                "block_tokens": self.config.block_tokens,
+            },
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from penstock.core.config import SchedulerConfig
@@ -63,11 +63,14 @@ class OperationDispatcher:
         peers: Peers | None,
         post: Post,
         sampling_of: Callable[[str], tuple[SamplingParams, Past | None]],
+        looked_up: Callable[[Lookup, Sequence[BlockHit | None]], None],
     ) -> None:
+        """`looked_up` hears of the pool's answers, on a thread of lookups."""
         self._config = config
         self._scheduler = scheduler
         self._post = post
         self._sampling_of = sampling_of
+        self._looked_up = looked_up
         slot_bytes = staging_bytes(config.block_bytes)
         size_bytes = slot_bytes * config.l2_slots
         memory = peers.allocate(size_bytes) if peers is not None else aligned_buffer(size_bytes)
@@ -154,6 +157,8 @@ class OperationDispatcher:
 
     def _lookup(self, op: Lookup) -> None:
         def done(hits: list[BlockHit | None] | None) -> None:
+            if hits is not None:
+                self._looked_up(op, hits)
             self._post(lambda: self._scheduler.lookup_done(op.op_id, hits, time.monotonic()))
 
         self.stages.lookup(op, done)

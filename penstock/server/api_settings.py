@@ -13,6 +13,7 @@ from penstock.private_file import read_private
 from penstock.server.api_keys import TenantKeys
 from penstock.server.settings import ServerSettings, ServingRules
 from penstock.server.tls import ServerTls
+from penstock.server.tracing import check_tracing
 
 KEY_FILE_BYTES_MAX = 64 << 10
 DEFAULT_PORT = 8000
@@ -37,6 +38,8 @@ class ApiFlags(ServingRules, ModelSettings):
 def api_settings(flags: ApiFlags, model_name: str, **more: Any) -> ServerSettings:
     """The settings of the HTTP server that these flags describe; reads the key and certificate files. `model_name` is
     used if no --served-model-name is given; then the full model name is accepted too. Raises ConfigError."""
+    if flags.otlp_endpoint is not None:
+        check_tracing(flags.otlp_endpoint)
     aliases = (flags.model,) if flags.served_model_name is None and flags.model not in ("", model_name) else ()
     return ServerSettings(
         model_name=flags.served_model_name or model_name,

@@ -37,6 +37,7 @@ from penstock.server.settings import ServerSettings
 from penstock.server.shapes import Shape
 from penstock.server.text import TextCodec
 from penstock.server.tokenize import DetokenizeBody, TokenizeBody, detokenize, tokenize
+from penstock.server.tracing import TracedRequest, Tracing, otlp_tracing
 from penstock.server.work_threads import TooMuchWork, WorkThreads
 
 INFORMATION_WAITING_MAX = 64
@@ -53,8 +54,11 @@ class ServerApp:
     ) -> None:
         """`more`: further routes beside the API's."""
         self.settings = settings
-        self.metrics = ServerMetrics(engine)
+        self.metrics = ServerMetrics(engine, settings.model_name)
         self.live = LiveWindow(settings.model_name)
+        self.tracing: Tracing | None = None
+        if settings.otlp_endpoint is not None:
+            self.tracing = otlp_tracing(settings.otlp_endpoint, settings.model_name, self.metrics.traces_dropped.inc)
         self.draining = False
         self.hosts: HostCheck | None = None  # set by the listening server; None: any Host is accepted
         self.requests_max = settings.connections_max  # requests open at once, on all paths
@@ -108,6 +112,8 @@ class ServerApp:
         """Stop the server's threads; call it after the last request."""
         self._preparation.close()
         self._information.stop()
+        if self.tracing is not None:
+            self.tracing.close()
 
     # -- endpoints ----------------------------------------------------------------------------------------------
 
@@ -188,7 +194,9 @@ class ServerApp:
                 body = await self._preparation.read(request, kind, lease)
                 self._check_model(body.model)
                 prepared = await self._preparation.prepare(request, body, request.scope.get(TENANT, ""))
-            return self._reply(prepared, arrival_s, self._answer_id(request, prepared))
+            answer = self._answer_id(request, prepared)
+            traced = TracedRequest.of(request.headers, answer[0], chat=prepared.chat)
+            return self._reply(prepared, arrival_s, answer, traced)
         except ClientDisconnect:
             return Response(status_code=408)  # the client is gone: nobody reads this answer
         finally:
@@ -213,7 +221,9 @@ class ServerApp:
         named = hashlib.sha256("\0".join((kind, tenant, given)).encode(errors="surrogatepass"))
         return answer_id, named.hexdigest()[:32]
 
-    def _reply(self, prepared: Prepared, arrival_s: float, answer: tuple[str, str]) -> GenerationReply:
+    def _reply(
+        self, prepared: Prepared, arrival_s: float, answer: tuple[str, str], traced: TracedRequest
+    ) -> GenerationReply:
         options, settings = prepared.options, self.settings
         answer_id, label = answer
         choices: list[Choice] = []
@@ -265,9 +275,9 @@ class ServerApp:
             settings.hide_cached_tokens,
         )
         self._generations.add(generation)
-        return GenerationReply(generation, shape, how, self._ended, arrival_s)
+        return GenerationReply(generation, shape, how, partial(self._ended, traced), arrival_s)
 
-    def _ended(self, generation: Generation, outcome: str, arrival_s: float) -> None:
+    def _ended(self, traced: TracedRequest, generation: Generation, outcome: str, arrival_s: float) -> None:
         self._generations.discard(generation)
         self.metrics.finished.labels(outcome).inc()
         if outcome == "ok":
@@ -280,6 +290,8 @@ class ServerApp:
             if choice.report is not None:
                 self.metrics.observe(choice.report)
                 self.live.add(choice.report)
+        if self.tracing is not None:
+            self.tracing.ended(traced, generation, outcome, arrival_s)
 
 
 async def _api_error(request: Request, error: ApiError) -> Response:

@@ -228,9 +228,11 @@ class Generation:
         self._cancel_timeout_s = cancel_timeout_s
         self._inbox = Inbox(queue_tokens_max, partial(self.end, "slow"))
         self._submitted = 0
+        self.submitted_s: float | None = None
 
     def submit(self) -> None:
         """Submit every choice to the engine, or none. Raises ApiError."""
+        self.submitted_s = time.monotonic()
         try:
             for choice in self.choices:
                 self._engine.submit(choice.request, partial(self._inbox.put, choice.index))

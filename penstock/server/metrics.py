@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from penstock.engine.api import EngineAPI, RequestReport
 from penstock.pool.losses import losses
 from penstock.process.guarded_thread import thread_failures
+from penstock.server.vllm_metrics import vllm_counters, vllm_gauges, vllm_histograms
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ MEASURABLE_S = 1e-3  # shorter predictions are not compared with measurements
 class ServerMetrics:
     """Counters and histograms of one server; `render` returns the text of `/metrics`."""
 
-    def __init__(self, engine: EngineAPI) -> None:
+    def __init__(self, engine: EngineAPI, model_name: str) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         to = self.registry
@@ -74,8 +75,10 @@ class ServerMetrics:
         )
         for result in ("met", "missed"):
             self.slo.labels(result)
-        self.registry.register(_EngineCollector(engine))
+        self.registry.register(_EngineCollector(engine, model_name))
+        self.registry.register(_VllmNames(self, model_name))
         self.registry.register(_ProcessCollector())
+        self.traces_dropped = Counter("penstock_traces_dropped", "Requests whose spans were not sent", registry=to)
 
     def observe(self, report: RequestReport) -> None:
         """Count one finished engine request."""
@@ -109,10 +112,11 @@ def met_slo(report: RequestReport) -> bool:
 
 
 class _EngineCollector(Collector):
-    """`engine.stats()` as metrics `penstock_engine_*`."""
+    """`engine.stats()` as metrics `penstock_engine_*`, and what vLLM has too under its names."""
 
-    def __init__(self, engine: EngineAPI) -> None:
+    def __init__(self, engine: EngineAPI, model_name: str) -> None:
         self._engine = engine
+        self._model_name = model_name
 
     def describe(self) -> list[Metric]:
         return []  # called at registration; the engine's series are known only at a scrape
@@ -135,6 +139,34 @@ class _EngineCollector(Collector):
             for label, value in series.items():
                 family.add_metric([label], float(value))
             yield family
+        yield from vllm_gauges(stats, self._model_name)
+
+
+class _VllmNames(Collector):
+    """Counters and histograms of the server under vLLM's names. A prompt's tokens count as queries of the prefix
+    cache, those whose KV was not computed as its hits, from whatever tier."""
+
+    def __init__(self, metrics: ServerMetrics, model_name: str) -> None:
+        self._counters = {
+            "prompt_tokens": metrics.prompt_tokens,
+            "prompt_tokens_cached": metrics.cached_tokens,
+            "generation_tokens": metrics.generated_tokens,
+            "prefix_cache_queries": metrics.prompt_tokens,
+            "prefix_cache_hits": metrics.cached_tokens,
+        }
+        self._histograms = {
+            "time_to_first_token_seconds": metrics.ttft,
+            "request_time_per_output_token_seconds": metrics.tpot,
+            "e2e_request_latency_seconds": metrics.e2e,
+        }
+        self._model_name = model_name
+
+    def describe(self) -> list[Metric]:
+        return []  # as above
+
+    def collect(self) -> Iterator[Metric]:
+        yield from vllm_counters(self._counters, self._model_name)
+        yield from vllm_histograms(self._histograms, self._model_name)
 
 
 class _ProcessCollector(Collector):

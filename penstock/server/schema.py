@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +18,8 @@ from penstock.server.settings import ServerSettings
 
 SLO_MS_MAX = 1e9
 NAME_CHARACTERS_MAX = 512
+SLO_HEADERS = ("x-slo-ttft-ms", "x-llm-d-slo-ttft-ms")  # the first one that a request has counts
+SESSION_HEADERS = ("x-session-id", "x-claude-code-session-id", "x-session-affinity", "session-id")
 
 
 class StreamOptions(msgspec.Struct):
@@ -210,7 +212,7 @@ def check_options(
         raise bad_request("stream_options is given without stream; allowed: only with stream true", "stream_options")
     if body.return_timing and (body.n or 1) > 1:
         raise wrong_value("n", body.n, "1 together with return_timing")
-    session = body.session_id if body.session_id is not None else headers.get("x-session-id")
+    session = body.session_id if body.session_id is not None else _first_header(headers, SESSION_HEADERS)[1]
     _check_length("session_id", session)
     _check_length("cache_salt", body.cache_salt)
     if body.return_timing and limits.hide_cached_tokens:
@@ -335,12 +337,17 @@ def _stop_strings(stop: str | list[str] | None, limits: ServerSettings) -> tuple
     return found
 
 
+def _first_header(headers: Mapping[str, str], names: Sequence[str]) -> tuple[str, str | None]:
+    """The first of these headers that the request has, and its value."""
+    return next(((name, headers[name]) for name in names if name in headers), ("", None))
+
+
 def _slo_ttft_s(body: GenerationBody, headers: Mapping[str, str]) -> float | None:
     name, value = "slo_ttft_ms", body.slo_ttft_ms
-    if value is None and (text := headers.get("x-slo-ttft-ms")) is not None:
-        name = "x-slo-ttft-ms"
+    if value is None:
+        name, text = _first_header(headers, SLO_HEADERS)
         try:
-            value = float(text)
+            value = float(text) if text is not None else None
         except ValueError:
             raise wrong_value(name, text, "a number of milliseconds above 0") from None
     if value is None:

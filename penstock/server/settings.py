@@ -34,6 +34,9 @@ class ServingRules(RequestDeadline):
 
     require_tenant: bool = setting(False, "Refuse requests without cache_salt or a tenant's key.")
     hide_cached_tokens: bool = setting(False, "Do not reveal to clients what was cached.")
+    otlp_endpoint: str | None = setting(
+        None, "Send OpenTelemetry spans of requests to this collector, http://HOST:4318/v1/traces.", "URL"
+    )
     open_metrics: bool = setting(False, "/metrics needs no key.")
     allowed_hosts: tuple[str, ...] = setting(
         (),

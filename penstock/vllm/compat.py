@@ -36,6 +36,12 @@ NEEDED = {
 }
 
 
+def publishes_events(config: VllmConfig) -> bool:
+    """Whether vLLM publishes KV events."""
+    events = config.kv_events_config
+    return events is not None and bool(events.enable_kv_cache_events)
+
+
 def check_version() -> str | None:
     """How this vLLM differs from the tested ones, in one line; None if it does not. Raises ConfigError if it cannot
     work."""

@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 
 from penstock.vllm import compat
+from penstock.vllm.kv_events import vllm_events
 from penstock.vllm.layout import KVRows
 from penstock.vllm.link import Notice
 from penstock.vllm.metrics import PenstockPromMetrics, PenstockStats
@@ -26,7 +27,10 @@ from penstock.vllm.settings import read_settings
 from penstock.vllm.worker import WorkerSide
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -249,6 +253,11 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> PenstockPromMetrics:
         """The `vllm:penstock_*` series of vLLM's metrics endpoint."""
         return PenstockPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """Scheduler: what came into the pool and left it since the last call; nothing where vLLM tells nobody."""
+        events = self.side.host.events
+        return () if events is None else vllm_events(events)
 
     def has_pending_block_frees(self) -> bool:
         """Scheduler: whether blocks pinned by saves are released soon, so that no preemption is needed."""

@@ -25,8 +25,10 @@ from penstock.core.connector.scheduler import ConnectorOperation, ConnectorSched
 from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.operations import BlockHit, Drop, Fetch, Lookup, RequestSpec, Save, Upload
 from penstock.engine.executors import PoolStages
+from penstock.pool.announced import AnnouncedPool
 from penstock.pool.authenticated import NO_POOL_KEY, authenticated
 from penstock.pool.block_size import expect_blocks
+from penstock.pool.kv_events import KvEventLog
 from penstock.pool.setup.open import link_bytes_per_s
 from penstock.process.guarded_thread import GuardedThread, GuardedWorker
 from penstock.process.loss_log import LossLog
@@ -75,11 +77,12 @@ class Activity:
 class Host:
     """See the module. Threading: public methods are for vLLM's scheduler thread."""
 
-    def __init__(self, settings: Settings, shape: Shape) -> None:
-        """Connects to the workers and opens the pool. On LinkError, ConfigError, PoolError or OSError (with a one-line
-        message) nothing stays open."""
+    def __init__(self, settings: Settings, shape: Shape, events: KvEventLog | None = None) -> None:
+        """Connects to the workers and opens the pool, whose contents `events` gets. On LinkError, ConfigError,
+        PoolError or OSError (with a one-line message) nothing stays open."""
         self.shape = shape
         self.settings = settings
+        self.events = events
         self.activity = Activity()
         self._lock = threading.Lock()
         # bounded by the operations that are under way
@@ -108,7 +111,8 @@ class Host:
             self._memory = self._workers.share(config.l2_slots + SPARE_SLOTS)
             if self.pool_key is None and (settings.pool or settings.slab or settings.pool_config):
                 log.warning("%s", NO_POOL_KEY)
-            self._pool = authenticated(open_pool_of(settings), self.pool_key)
+            pool = open_pool_of(settings)
+            self._pool = authenticated(pool if events is None else AnnouncedPool(pool, events), self.pool_key)
             undo.callback(self._pool.close, CLOSE_TIMEOUT_S)
             self._pool.register(memoryview(self._memory))
             expect_blocks(self._pool, self.block_bytes)
@@ -414,7 +418,7 @@ class Host:
             after = max(self._load_steps.get(page, -1) for _, page in operation.blocks)
             return partial(self._upload, operation, blocks, after)
         if isinstance(operation, Lookup):
-            return partial(self._lookup, operation)
+            return partial(self._lookup, operation, self.scheduler.tokens_of(operation.request_id))
         if isinstance(operation, Save):
             page = operation.page
             return partial(self._save, operation, self._pages[page], self._save_steps[page], self._epoch)
@@ -423,8 +427,10 @@ class Host:
         assert isinstance(operation, Drop), operation
         return _nothing  # a connector's slots have no lease
 
-    def _lookup(self, op: Lookup) -> None:
+    def _lookup(self, op: Lookup, tokens: Sequence[int]) -> None:
         def done(hits: list[BlockHit | None] | None) -> None:
+            if self.events is not None and hits is not None:
+                self.events.found(op.keys, hits, tokens, self.scheduler.config.block_tokens)
             self._inbox.put(lambda: self.scheduler.lookup_done(op.op_id, hits, time.monotonic()))
 
         self._stages.lookup(op, done)

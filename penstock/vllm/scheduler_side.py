@@ -17,6 +17,7 @@ from penstock.core.keys import root_key
 from penstock.core.new_block import tenant_tag
 from penstock.core.operations import RequestSpec
 from penstock.core.ordering import AGED, Rank
+from penstock.pool.kv_events import KvEventLog
 from penstock.process.rate_limited_log import RateLimitedLog
 from penstock.vllm import compat
 from penstock.vllm.adapters import Adapters
@@ -94,6 +95,7 @@ class SchedulerSide:
                 saves=transfer.is_kv_producer,
                 reuses_pages_in_flight=config.max_concurrent_batches > 1,
             ),
+            KvEventLog(clears=False) if compat.publishes_events(config) else None,
         )
         try:
             self._identity = compat.model_identity(config, kv_cache, self.host.layout, settings.model_id)

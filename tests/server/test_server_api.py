@@ -143,6 +143,23 @@ def test_extensions_reach_the_engine_and_come_back(start: Start) -> None:
     assert served.engine.requests[1].session == "s2"
 
 
+@pytest.mark.parametrize("name", ["x-session-id", "x-claude-code-session-id", "x-session-affinity", "session-id"])
+def test_headers_of_agents_and_of_llm_d(start: Start, name: str) -> None:
+    served = start()
+    headers = {name: "s1", "x-llm-d-slo-ttft-ms": "1500"}
+    assert served.http.post("/v1/completions", json={"prompt": [70, 71]}, headers=headers).status_code == 200
+    headers |= {"x-slo-ttft-ms": "20", "x-session-id": "s2"}
+    served.http.post("/v1/completions", json={"prompt": [70, 71]}, headers=headers)
+    served.http.post(
+        "/v1/completions", json={"prompt": [70, 71], "slo_ttft_ms": 7, "session_id": "s3"}, headers=headers
+    )
+    asked = [(request.session, request.slo_ttft_s) for request in served.engine.requests]
+    assert asked == [("s1", 1.5), ("s2", 0.02), ("s3", 0.007)]
+    headers = {"x-llm-d-slo-ttft-ms": "soon"}
+    refused = served.http.post("/v1/completions", json={"prompt": [70, 71]}, headers=headers)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "x-llm-d-slo-ttft-ms"
+
+
 def test_default_number_of_tokens(start: Start) -> None:
     served = start(EchoEngine(max_context_tokens=64))
     assert served.complete(prompt=[70] * 4).json()["usage"]["completion_tokens"] == 16
@@ -190,6 +207,30 @@ def test_metrics_parse_and_count(start: Start) -> None:
     assert found["penstock_engine_requests_total", ()] == 2
     assert found["penstock_engine_load_failures_total", (("name", "checksum"),)] == 2
     assert found["penstock_engine_healthy", ()] == 1
+
+
+def test_metrics_have_vllm_s_names(start: Start) -> None:
+    served = start()
+    served.complete(prompt=[70, 71], max_tokens=3)
+    found = series_of(served)
+    labels = (("engine", "0"), ("model_name", "tiny"))
+    for name, value in (
+        ("num_requests_running", 0),
+        ("num_requests_waiting", 0),
+        ("num_preemptions_total", 0),
+        ("prompt_tokens_total", 2),
+        ("prompt_tokens_cached_total", found["penstock_cached_tokens_total", ()]),
+        ("generation_tokens_total", 3),
+        ("prefix_cache_queries_total", 2),
+        ("prefix_cache_hits_total", found["penstock_cached_tokens_total", ()]),
+        ("time_to_first_token_seconds_count", 1),
+        ("time_to_first_token_seconds_sum", found["penstock_ttft_seconds_sum", ()]),
+        ("e2e_request_latency_seconds_count", 1),
+        ("request_time_per_output_token_seconds_count", 1),
+    ):
+        assert found[f"vllm:{name}", labels] == value, name
+    bucket = (("engine", "0"), ("le", "+Inf"), ("model_name", "tiny"))
+    assert found["vllm:time_to_first_token_seconds_bucket", bucket] == 1
 
 
 def test_metrics_have_what_threads_and_the_pool_lost(start: Start) -> None:

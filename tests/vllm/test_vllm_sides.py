@@ -16,6 +16,7 @@ from penstock.core.config import ConfigError
 from penstock.core.connector.scheduler import ConnectorOperation
 from penstock.core.keys import root_key
 from penstock.core.operations import RequestSpec
+from penstock.pool.kv_events import KvEventLog
 from penstock.pool.net.node import PoolNode
 from penstock.pool.setup.open import open_local_pool
 from penstock.units import format_address
@@ -35,7 +36,7 @@ WAIT_S = 20.0
 class Rig:
     """One engine: its workers' caches, the worker side of each, and the scheduler's side."""
 
-    def __init__(self, settings: Settings, ranks: int = 1, groups: int = 1) -> None:
+    def __init__(self, settings: Settings, ranks: int = 1, groups: int = 1, events: KvEventLog | None = None) -> None:
         engine = str(uuid.uuid4())
         self.caches = [
             [[torch.zeros(VLLM_BLOCKS, ROW_BYTES, dtype=torch.uint8) for _ in range(2)] for _ in range(groups)]
@@ -50,7 +51,7 @@ class Rig:
             for rank, cache in enumerate(self.caches)
         ]
         shape = Shape(engine, ranks, BLOCK, (BLOCK // VLLM_BLOCK,) * groups, 100, False, True, True)
-        self.host = Host(settings, shape)
+        self.host = Host(settings, shape, events)
         self.groups = groups
         self.finished: list[Finished] = []
 

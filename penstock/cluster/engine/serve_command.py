@@ -23,6 +23,8 @@ PANELS = {
     "KV cache": (
         *("pool", "memory", "slab", "pool_config", "no_pool", "pool_key_file", "kv_memory", "staging"),
         "block_tokens",
+        "kv_events",
+        "kv_events_replay",
     ),
     "Scheduling": (
         *("policy", "mode", "max_context", "max_batch_tokens", "max_batch_s", "recompute", "max_running"),

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from penstock.cluster.handoff.link_meter import LinkMeter
@@ -167,7 +167,7 @@ class RelayLinks:
             block_checksum(block.key, data),
             replace(block, mac=block_mac(self._pool_key, block.key, data)),
         )
-        message = wire.Write(connections.next_id(), **asdict(block), checksum=checksum, timeout_s=0.0)
+        message = wire.Write.of(connections.next_id(), block, checksum)
         connections.submit("write", message, data, timeout_s, lambda _, error: call_done(done, error))
 
     def reports(self, engine_load: EngineLoad, block_bytes: int) -> list[LinkReport]:

@@ -24,6 +24,8 @@ def router_stats(
         "requests_prefill": float(len(requests) - waiting - decoding),
         "requests_decoding": float(decoding),
         "engines": float(len(port.engines)),
+        "l1_pages_total": float(sum(engine.report.total_pages for engine in port.engines.values())),
+        "l1_pages_available": float(sum(engine.report.free_pages for engine in port.engines.values())),
     }
     counted = {name: float(count) for name, count in (*counters.items(), *scheduler.counts.items())}
     for name in (
@@ -36,4 +38,6 @@ def router_stats(
         f"engine_{name}": {engine.name: float(getattr(engine.report, name)) for engine in engines}
         for name in ("unfinished", "tokens", "decoding", "read_queue_bytes", "free_pages", "buffer_free_blocks")
     }
-    return EngineStats(gauges, counted, labelled, {"mode": "router", "policy": scheduler.config.read})
+    blocks = {engine.card.block_tokens for engine in engines}  # one size: others are refused
+    extra = {"mode": "router", "policy": scheduler.config.read, "block_tokens": next(iter(blocks), 0)}
+    return EngineStats(gauges, counted, labelled, extra)

@@ -189,6 +189,11 @@ class ConnectorScheduler:
         """How many tokens of the request are known here."""
         return len(self._entries[request_id].request.tokens)
 
+    def tokens_of(self, request_id: str) -> Sequence[int]:
+        """The request's tokens so far: its own list, which only grows; none of an unknown request."""
+        entry = self._entries.get(request_id)
+        return () if entry is None else entry.request.tokens
+
     def finish(self, request_id: str, now: float) -> None:
         """The request ended or was cancelled; unknown ones are ignored. Pages that were granted to it still end in
         `Landed`."""

@@ -20,6 +20,7 @@ def block_to_save(shared: SharedState, request: Request, index: int) -> NewBlock
         prefix_position(request.key_at(0), index),
         request.spec.tenant,
         shared.cost.compute.rebuild_s(size, index * size),
+        tokens=tuple(request.tokens[index * size : (index + 1) * size]),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from penstock.core.bandwidth import MemberBandwidth
 from penstock.core.keys import BlockKey
@@ -186,6 +186,17 @@ class LocalPool:
                 self._evictions += len(found)
             evicted += len(found)
         return evicted
+
+    def watch(self, on_gone: Callable[[BlockKey], None]) -> None:
+        """Call `on_gone` for every block that leaves, from now on: under the pool's lock, so it must not block."""
+        with self._lock:
+            self._table.on_gone = on_gone
+
+    def kind_of(self, key: BlockKey) -> str | None:
+        """The kind of the member that has this block; None for a miss. No use is noted."""
+        with self._lock:
+            block = self._table.find(key)
+            return None if block is None else self.members[block.member].kind
 
     def stat(self, timeout_s: float) -> PoolStat:
         """State of the pool, its members and tenants. Answered at once, so `timeout_s` is not used."""

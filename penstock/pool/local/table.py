@@ -5,7 +5,7 @@ Pure state, no I/O and no lock: the pool calls it under its own lock.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -74,6 +74,7 @@ class Table:
         self._detached: set[Block] = set()
         self._changes = 0  # extents allocated and freed
         self._no_scan_before: dict[int, int] = {}  # member -> `_changes` before which a search fails
+        self.on_gone: Callable[[BlockKey], None] = lambda key: None  # a present block is a miss from now on
         self._note_capacity()
 
     def __len__(self) -> int:
@@ -136,6 +137,7 @@ class Table:
             self._eviction.unpin(block.key)
         self._eviction.remove(block.key)
         self._leave(block)
+        self.on_gone(block.key)
 
     def evictable(self, key: BlockKey) -> Block | None:
         """The block, if it is present and not pinned."""
@@ -398,6 +400,7 @@ class Table:
             for block in blocks:
                 self._count_eviction(block, writer)
                 hole = self._leave(block)
+                self.on_gone(block.key)
                 gone.append(block)
                 if block.member == member and hole is not None:
                     freed += block.extent_bytes

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -163,7 +163,7 @@ class RemotePool:
             self._link.refuse(ended, error, "write")
             return
         checksum = block_checksum(block.key, data[: block.size_bytes])
-        message = wire.Write(self._link.next_id(), **asdict(block), checksum=checksum, timeout_s=0.0)
+        message = wire.Write.of(self._link.next_id(), block, checksum)
         self._link.submit("write", message, data, timeout_s, ended)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:

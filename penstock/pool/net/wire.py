@@ -109,6 +109,12 @@ class Write(msgspec.Struct, array_like=True, tag=3):
     timeout_s: Seconds
     mac: Mac = b""
 
+    @classmethod
+    def of(cls, id: int, block: NewBlock, checksum: int) -> Write:
+        """Without the block's tokens, which stay here, and with no time until its sender gives some."""
+        named = (block.key, block.parent, block.size_bytes, block.position, block.tenant, block.rebuild_s)
+        return cls(id, *named, checksum, 0.0, block.mac)
+
     @property
     def block(self) -> NewBlock:
         """The block as an argument of `Pool.write`."""

@@ -106,6 +106,12 @@ class NodeSettings(PeerSettings):
         least=1,
         shown="half of --connections",
     )
+    metrics_listen: str | None = setting(
+        None, "HOST:PORT to serve /metrics and /health on; port 0 picks a free one.", shown="none"
+    )
+    metrics_key_file: Path | None = setting(
+        None, "File with the key that /metrics asks for.", "FILE", parse=named_file, shown=""
+    )
     secret_file: Path | None = setting(
         None,
         "File with the cluster's secret: clients and member nodes must have it.",

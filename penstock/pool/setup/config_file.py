@@ -126,6 +126,8 @@ def _read(
             tuple(_named(members, running, reserved)), file=file, **_settings(raw, file.parent), **_quotas(raw.quota)
         )
         parse_address(config.listen)
+        if config.metrics_listen is not None:
+            parse_address(config.metrics_listen)
     except ConfigError:
         raise
     except ValueError as error:

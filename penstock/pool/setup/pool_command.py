@@ -29,7 +29,7 @@ from penstock.process.log_lines import log_to_stderr
 from penstock.units import format_address, format_bytes, parse_address, parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from penstock.pool.net.node import PoolNode
     from penstock.pool.node_backend import NodeBackend
@@ -45,6 +45,7 @@ SIGNAL_POLL_S = 0.5
 LOG_LEVELS = ("debug", "info", "warning", "error")
 FAILED_STATUS = 70
 BEGIN_S_MAX = 5.0
+METRICS_KEY_BYTES_MAX = 64 << 10
 
 pool_app = typer.Typer(name="pool", invoke_without_command=True, add_completion=False)
 pool_app.command()(stat)
@@ -82,7 +83,7 @@ class NodeFlags(NodeSettings):
 PANELS = {
     "": (
         *("listen", "memory", "slab", "weight", "state", "name", "pace", "staging", "connections"),
-        *("connections_per_address", "secret_file"),
+        *("connections_per_address", "metrics_listen", "metrics_key_file", "secret_file"),
     ),
     TLS_PANEL: TLS_NAMES,
 }
@@ -123,8 +124,9 @@ def _config(
 
     members = {name: flags[name] for name in ("memory", "slab", "weight") if flags.get(name)}
     given = {one.field.name: one.read(flags[name]) for name, one in settings_of(NodeSettings).items() if name in flags}
-    if "listen" in given:
-        parse_address(given["listen"])
+    for name in ("listen", "metrics_listen"):
+        if given.get(name) is not None:
+            parse_address(given[name])
     if file is not None:
         if members:
             raise ValueError(f"--config is given together with --{next(iter(members))}; allowed: one or the other")
@@ -163,13 +165,50 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
                 f"{m.name} ({m.kind}, {format_bytes(m.capacity_bytes)}, {m.blocks} blocks)"
                 for m in served.stat(1.0).members
             )
-            print(f"pool node {config.name} ready on {format_address(*node.address)}: {members}", flush=True)
-            freeze_startup_objects()
-            _wait(config, served, node, read, inbox)
+            with _metrics_of(config, served, node):
+                print(f"pool node {config.name} ready on {format_address(*node.address)}: {members}", flush=True)
+                freeze_startup_objects()
+                _wait(config, served, node, read, inbox)
         finally:
             node.close(CLOSE_TIMEOUT_S)
     finally:
         served.close(CLOSE_TIMEOUT_S)
+
+
+@contextlib.contextmanager
+def _metrics_of(config: PoolConfig, served: NodeBackend, node: PoolNode) -> Iterator[None]:
+    """Serves `/metrics` and `/health` while the node is served, where the config says so."""
+    if config.metrics_listen is None:
+        yield
+        return
+    from penstock.pool.setup.node_metrics import node_metrics
+    from penstock.private_file import read_private
+    from penstock.process.metrics_port import MetricsPort
+
+    key = None
+    if config.metrics_key_file is not None:
+        key = read_private(config.metrics_key_file, METRICS_KEY_BYTES_MAX).strip()
+        if not key:
+            raise ValueError("metrics_key_file is empty; allowed: a key of at least one character")
+    host, port = parse_address(config.metrics_listen)
+    serving = MetricsPort(host, port, partial(node_metrics, node, served), partial(_ailing, node), key)
+    try:
+        print(f"metrics of pool node {config.name} on {format_address(*serving.address)}", flush=True)
+        if key is None and not serving.loopback:
+            log.warning("whoever reaches %s can read the metrics; --metrics-key-file asks for a key",
+                        format_address(*serving.address))  # fmt: skip
+        yield
+    finally:
+        serving.close()
+
+
+def _ailing(node: PoolNode) -> str | None:
+    """Why the node does not serve everybody; None while it does."""
+    if not node.alive:
+        return "a thread that every client needs has ended"
+    if node.beginning_s > BEGIN_S_MAX:
+        return f"a connection could not be started within {BEGIN_S_MAX:g} s: out of memory or threads"
+    return None
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
@@ -213,7 +252,5 @@ def _asked(inbox: Inbox, node: PoolNode) -> Literal["stop", "reload"]:
     while True:
         with contextlib.suppress(queue.Empty):
             return inbox.get(timeout=SIGNAL_POLL_S)
-        if not node.alive:
-            _end_now("a thread that every client needs has ended")
-        if node.beginning_s > BEGIN_S_MAX:
-            _end_now(f"a connection could not be started within {BEGIN_S_MAX:g} s: out of memory or threads")
+        if (why := _ailing(node)) is not None:
+            _end_now(why)
