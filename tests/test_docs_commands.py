@@ -14,6 +14,7 @@ from typer.main import get_command
 
 from benchmarks.__main__ import app as benchmarks_app
 from penstock.cli import app
+from penstock.lazy_commands import LazyGroup
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -47,8 +48,9 @@ def unknown(command: str) -> str | None:
         if name not in found.commands:
             return name
         passed_through = passed_through or name in ("vllm", "doctor")
-        found, rest = found.commands[name], rest[1:]
-    known = {flag for one in found.params for flag in one.opts} | {"--help", "--version"}
+        loads = isinstance(found, LazyGroup) and name in found.targets
+        found, rest = found.load(name) if loads else found.commands[name], rest[1:]
+    known = {flag for one in found.params for flag in (*one.opts, *one.secondary_opts)} | {"--help", "--version"}
     given = [word.split("=")[0].rstrip(".,:") for word in rest if re.match(r"--[a-z]", word)]
     return None if passed_through else next((flag for flag in given if flag not in known and "*" not in flag), None)
 

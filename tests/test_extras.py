@@ -29,12 +29,17 @@ sys.meta_path.insert(0, Hide())
 """
 # What needs an extra already when it is imported: the engine's own model code, and what runs inside vLLM.
 NEED_EXTRAS = {
-    *(f"penstock.bench.{name}" for name in ("gpu_ttft", "gpu_upload")),
-    *(f"penstock.engine.{name}" for name in ("attention", "checkpoint", "hf_runner", "paged_kv", "sampling")),
-    *("penstock.engine.shaped_logits", "penstock.server.chat_template", "penstock.server.template_process"),
-    *("penstock.testing.fake_cuda", "penstock.testing.tensor_bytes"),
-    *(f"penstock.vllm.{name}" for name in ("connector", "layout", "metrics", "scheduler", "scheduler_side")),
-    *("penstock.vllm.steps", "penstock.vllm.worker"),
+    *(f"penstock.bench.{name}" for name in ("gpu_copies", "gpu_decode", "gpu_ttft", "gpu_upload")),
+    *(f"penstock.device.{name}" for name in ("accelerator", "copies", "cuda", "registry")),
+    *(f"penstock.engine.{name}" for name in ("attention", "checkpoint", "decode_graphs", "hf_runner", "paged_kernel")),
+    *(f"penstock.engine.{name}" for name in ("paged_kv", "sampling", "shaped_logits")),
+    *("penstock.server.chat_template", "penstock.server.template_process"),
+    *(f"penstock.testing.{name}" for name in ("fake_cuda", "null_accelerator", "tensor_bytes")),
+    *(
+        f"penstock.vllm.{name}"
+        for name in ("connector", "device_copies", "kv_events", "layout", "metrics", "scheduler")
+    ),
+    *(f"penstock.vllm.{name}" for name in ("scheduler", "scheduler_side", "steps", "worker")),
 }
 
 

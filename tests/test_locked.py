@@ -83,8 +83,8 @@ def test_the_lock_covers_what_the_project_asks_for(machine: dict[str, str]) -> N
 
 
 def test_the_lock_of_the_demo_is_a_part_of_it_that_is_enough() -> None:
-    whole = {str(asked): hashes for asked, hashes in entries(LOCKED)}
-    demo = {str(asked): hashes for asked, hashes in entries(LOCKED_DEMO)}
+    whole = {(asked.name, str(asked.specifier)): hashes for asked, hashes in entries(LOCKED)}
+    demo = {(asked.name, str(asked.specifier)): hashes for asked, hashes in entries(LOCKED_DEMO)}
     assert demo.items() <= whole.items() and len(demo) < len(whole) - 20, "make lock"
     project = PROJECT["project"]
     extras = [one for name in ("tokenizer", "engine", "plots") for one in project["optional-dependencies"][name]]

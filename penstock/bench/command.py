@@ -8,7 +8,7 @@ bench = lazy_group(
     {
         "gpu": LazyCommand(
             "penstock.bench.gpu:gpu",
-            "Upload bandwidth, loading hidden under compute, TTFT of 16K to 128K token hits on a GPU.",
+            "Copies, loading hidden under compute, decodes, and TTFT of 16K to 128K token hits on a GPU.",
         ),
         "io": LazyCommand(
             "penstock.bench.io:io",

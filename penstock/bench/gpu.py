@@ -55,7 +55,7 @@ def gpu(
     ] = None,
     slab: Annotated[bool, typer.Option(help="Also measure hits from a slab.")] = True,
 ) -> None:
-    """Copies, loading hidden under compute, decodes, and TTFT of 16K to 128K token hits on a GPU; at most 8 minutes."""
+    """Copies, loading hidden under compute, decodes, and TTFT of 16K to 128K token hits on a GPU. Takes 8 minutes."""
     if device.split(":")[0] not in ("cuda", "cpu") or (device == "cpu" and not tiny):
         raise typer.BadParameter(f"device is {device!r}; allowed: cuda, or cpu together with --tiny")
     console = Console()
