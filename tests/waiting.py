@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import time
 from collections.abc import Callable
 
@@ -16,3 +18,10 @@ def wait_until(
     while not condition():
         assert time.monotonic() < end_s, f"not within {timeout_s:g} s: {what}"
         time.sleep(look_every_s)
+
+
+def read_until_ended(sock: socket.socket) -> None:
+    """Read until the other side has ended the connection: in order, or by a reset, as when it left bytes unread."""
+    with contextlib.suppress(ConnectionError):
+        while sock.recv(4096):
+            pass

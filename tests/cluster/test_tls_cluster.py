@@ -27,6 +27,7 @@ from tests.cluster.paths_rig import BLOCK, beside
 from tests.cluster.paths_rig import cluster as paths_cluster
 from tests.cluster.router.test_control_plane import finished
 from tests.cluster.router_rig import SECRET, cluster
+from tests.waiting import read_until_ended
 
 PROMPT = list(range(1, 30))
 
@@ -143,8 +144,7 @@ def test_handshakes_that_stall_end_and_keep_nobody_out(peer: PeerFiles, monkeypa
             finished(c.ask(PROMPT, 9), PROMPT, 9)
             assert c.router.port.counts.strangers_dropped >= 8
             for sock in strangers:
-                while sock.recv(4096):
-                    pass
+                read_until_ended(sock)
         finally:
             for sock in strangers:
                 sock.close()

@@ -12,6 +12,7 @@ from penstock.pool.net import wire
 from penstock.pool.net.node import PoolNode
 from penstock.pool.net.remote import RemotePool
 from penstock.pool.setup.open import open_local_pool
+from tests.waiting import read_until_ended
 
 MIB = 1 << 20
 WAIT_S = 30.0
@@ -72,6 +73,4 @@ class HandMade:
 
     def until_ended(self) -> None:
         """Wait until the node ends the connection; fails with TimeoutError when it does not."""
-        with contextlib.suppress(ConnectionError):
-            while self.sock.recv(4096):
-                pass
+        read_until_ended(self.sock)

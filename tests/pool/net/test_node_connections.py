@@ -22,6 +22,7 @@ from penstock.pool.net.pool_connection import FIRST_BYTES
 from penstock.units import format_address
 from tests.pool.helpers import Outcome, key_of, new_block, read, staged, until, write
 from tests.pool.net.node_rig import MIB, WAIT_S, HandMade, NodeRig
+from tests.waiting import read_until_ended
 
 
 @pytest.fixture
@@ -83,8 +84,7 @@ def test_who_does_not_say_hello_in_time_is_ended(rig: NodeRig, monkeypatch: pyte
     node = rig.node()
     with socket.create_connection(node.address, timeout=WAIT_S) as sock:
         sock.sendall(sent)
-        while sock.recv(4096):
-            pass
+        read_until_ended(sock)
     until(lambda: node.connections == 0, WAIT_S)
 
 

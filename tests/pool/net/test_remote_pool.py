@@ -30,6 +30,7 @@ from penstock.pool.net.remote import RemotePool
 from penstock.pool.setup.open import open_local_pool
 from penstock.units import parse_address
 from tests.pool.helpers import Outcome, block_bytes, chain, key_of, new_block, read, staged, until, write
+from tests.waiting import read_until_ended
 
 MIB = 1 << 20
 
@@ -247,8 +248,7 @@ def refused(address: tuple[str, int], sent: bytes) -> None:
         sock.sendall(sent)
         with contextlib.suppress(OSError):  # ENOTCONN: the node's reset was faster
             sock.shutdown(socket.SHUT_WR)
-        while sock.recv(4096):
-            pass
+        read_until_ended(sock)
 
 
 def test_the_node_refuses_strangers_and_lives(setup: Setup) -> None:

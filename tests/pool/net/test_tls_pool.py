@@ -33,6 +33,7 @@ from tests.authorities import Authority, new_authority
 from tests.pool.helpers import chain, key_of, read, until, write
 from tests.pool.net.node_rig import MIB, WAIT_S, NodeRig
 from tests.pool.setup.test_pool_live import COMMAND, MEMORY, Node
+from tests.waiting import read_until_ended
 
 SECRET = Secret(b"the secret of this test")
 
@@ -165,8 +166,7 @@ def test_a_handshake_that_stalls_gives_its_place_back(
     node = rig.node(tls=peer.tls)
     with socket.create_connection(node.address, timeout=WAIT_S) as sock:
         sock.sendall(wire.greeting(tls=True) + sent)
-        while sock.recv(4096):
-            pass
+        read_until_ended(sock)
     until(lambda: node.connections == 0, WAIT_S)
     assert "the peer did not say Hello within" in caplog.text
 
