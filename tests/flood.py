@@ -3,13 +3,15 @@
 `usage(pid)` counts memory, threads and descriptors; `Flat` compares them before and after a flood, with the warm-up
 that the caller gives. `cut_connections` opens connections and cuts them at random points of what it is given to say;
 `said_and_ended` sends bytes over one connection and waits until the other end closes it. `flooded` is a process with a
-port to flood.
+port to flood. `write_rows` keeps what a program of attacks measured.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import platform
 import random
 import socket
 import struct
@@ -17,8 +19,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.children import with_tests
 
@@ -148,3 +151,10 @@ def flooded(*what: str) -> Iterator[tuple[int, str]]:
     finally:
         process.kill()
         process.communicate()
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    """What a program of attacks measured (dataclasses), with its command and this machine, as JSON."""
+    machine = {"cores": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()}
+    command = " ".join(["python", *sys.argv])
+    path.write_text(json.dumps({"command": command, **machine, "rows": [asdict(one) for one in rows]}, indent=1))

@@ -23,6 +23,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.children import announced
+
 HERE = Path(__file__).parent.parent
 BUILT_FROM = ("LICENSE", "README.md", "benchmarks", "penstock", "pyproject.toml", "tests")
 LEFT_OUT = ("torch", "transformers", "tokenizers", "safetensors", "jinja2", "matplotlib", "ray", "vllm")
@@ -106,20 +108,8 @@ def test_the_wheel_has_the_package_and_nothing_else(built: Path) -> None:
 def serving(*command: str | Path) -> Iterator[str]:
     """A process that serves, by the line in which it says so; ended by SIGTERM, and well."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd="/"
-    )
-    try:
-        assert child.stdout is not None
-        line = child.stdout.readline()
-        if not line:
-            pytest.fail(child.communicate(timeout=60)[1])
+    with announced(command, environment, "/") as line:
         yield line
-        child.terminate()
-        assert child.wait(60) == 0
-    finally:
-        child.kill()
-        child.communicate()
 
 
 def test_a_pool_node_a_router_and_the_simulator_run_without_extras(installed: Path, tmp_path: Path) -> None:

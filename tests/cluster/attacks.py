@@ -15,23 +15,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
 import random
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from penstock.pool.net.secret import Secret
 from tests.cluster.kill_rounds import free_port, running
-from tests.flood import percentile
+from tests.flood import percentile, write_rows
 from tests.pool.net.attacks import HONEST, attacked, fill
-from tests.pool.net.peer_attacks import ATTACKS, Kind, Port
+from tests.pool.net.peer_attacks import ATTACKS, Kind, Port, parse_attack_flags
 from tests.server.attack_kinds import Target
 
 TOKENS = 64
@@ -148,12 +145,7 @@ def measure_all(kinds: list[Kind], only: list[str], seconds: float, rounds: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--seconds", type=float, default=5.0, help="for how long the client is measured each time")
-    parser.add_argument("--port", action="append", choices=sorted(ATTACKS), help="this port; may be repeated")
-    every = list(dict.fromkeys(name for attacks in ATTACKS.values() for name in attacks))
-    parser.add_argument("--only", action="append", choices=every, help="this attack; may be repeated")
-    parser.add_argument("--rounds", type=int, default=1, help="the quietest of so many")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    given = parser.parse_args()
+    given = parse_attack_flags(parser)
     columns = ("port", "attack", "answers", "tokens", "p50 ms", "p99 ms", "ratio", "max ms", "first ms", "max")
     print("{:6} {:27} {:>7} {:>6} {:>7} {:>7} {:>6} {:>7} {:>8} {:>7}".format(*columns))
     rows: list[Measured] = []
@@ -166,11 +158,7 @@ def main() -> None:
         first = f"{one.first_p50_s * 1e3:8.1f} {one.first_max_s * 1e3:7.1f}"
         print(f"{one.port:6} {one.attack:27} {one.answers:7} {one.tokens:6} {times} {first}", flush=True)
     if given.json is not None:
-        machine = {"cores": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()}
-        command = " ".join(["python", *sys.argv])
-        given.json.write_text(
-            json.dumps({"command": command, **machine, "rows": [asdict(one) for one in rows]}, indent=1)
-        )
+        write_rows(given.json, rows)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 import urllib.error
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.children import with_tests
+from tests.children import announced, with_tests
 from tests.deploy.test_chart import of_kind, pods, rendered, values_of
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -27,18 +26,8 @@ def running(arguments: list[str], changes: Mapping[str, str]) -> Iterator[str]:
         arguments = [one.replace(old, new) for one in arguments]
     assert not any("$(" in one or "0.0.0.0" in one for one in arguments), arguments
     command = [sys.executable, "-P", "-m", "penstock", *arguments]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=with_tests())
-    try:
-        assert child.stdout is not None
-        line = child.stdout.readline()
-        if not line:
-            pytest.fail(child.communicate(timeout=60)[1])
+    with announced(command, with_tests()) as line:
         yield line
-        child.terminate()
-        assert child.wait(60) == 0
-    finally:
-        child.kill()
-        child.communicate()
 
 
 def until_ready(url: str) -> None:

@@ -15,19 +15,18 @@ import contextlib
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from tests.flood import write_rows
 from tests.server.attack_kinds import ATTACKS, Target, bad_requests_of, cut_connections_of
 from tests.server.echo_engine import EchoEngine
 
@@ -235,11 +234,7 @@ def main() -> None:
         p50, p99, longest = (seconds * 1e3 for seconds in (one.p50_s, one.p99_s, one.max_s))
         print(f"{one.attack:37} {one.tokens:6} {p50:7.1f} {p99:7.1f} {ratio:6.2f} {longest:7.1f} {after}", flush=True)
     if given.json is not None:
-        machine = {"cores": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()}
-        command = " ".join(["python", *sys.argv])
-        given.json.write_text(
-            json.dumps({"command": command, **machine, "rows": [asdict(one) for one in rows]}, indent=1)
-        )
+        write_rows(given.json, rows)
 
 
 if __name__ == "__main__":

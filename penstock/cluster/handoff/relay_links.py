@@ -178,9 +178,9 @@ class RelayLinks:
             links = list(self._links.items())
         found = []
         for address, link in links:
-            handing = engine_load.handoff_blocks[address] * block_bytes
+            handoff_bytes = engine_load.handoff_blocks[address] * block_bytes
             found.append(_report(address, "read", link.read, engine_load.remote_bytes[address]))
-            found.append(_report(address, "hand-off", link.handed, handing))
+            found.append(_report(address, "hand-off", link.handed, handoff_bytes))
         found.sort(key=lambda report: (report.backlog_bytes, report.load_bytes_per_s), reverse=True)
         return found[:LINKS_REPORTED_MAX]
 

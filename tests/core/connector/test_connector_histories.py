@@ -1,4 +1,4 @@
-"""Random histories of a host engine against the core as its guest: what is in a page is always what its key says."""
+"""Random histories of a host engine against the connector's scheduler: a page always has what its key says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The core as a guest: order of fetches, shared loads, holes, cancellations, and loading against computing."""
+"""The connector's scheduler: order of fetches, shared loads, holes, cancellations, and loading against computing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROUTE = ("net",)
 
 
 class Rig:
-    """A guest scheduler whose operations are completed by hand."""
+    """A connector's scheduler whose operations are completed by hand."""
 
     def __init__(self, link_bytes_per_s: float = 1e9, **options: Any) -> None:
         settings: dict[str, Any] = {"l1_pages": 100, "l2_slots": 20, "policy": "lstf", "recompute": True} | options
@@ -182,7 +182,7 @@ def test_where_computing_is_faster_nothing_is_loaded() -> None:
 
 
 def measured_rig(**options: Any) -> Rig:
-    """A desk that has measured: 0.1 s per block on the link, 0.16 s per block to compute."""
+    """A scheduler that has measured: 0.1 s per block on the link, 0.16 s per block to compute."""
     rig = Rig(link_bytes_per_s=1e7, fetch_window_blocks=1, **options)
     rig.scheduler.cost.compute = ComputeCost(1e-3, 0.16 / BLOCK, 0.0)
     for _ in range(20):

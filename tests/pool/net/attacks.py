@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
-import platform
 import resource
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +31,20 @@ from penstock.pool.checksum import block_checksum
 from penstock.pool.net import wire
 from penstock.pool.net.remote import RemotePool
 from penstock.units import parse_address
-from tests.flood import flooded, percentile
+from tests.flood import flooded, percentile, write_rows
 from tests.flooded import ATTACKED_BLOCK_BYTES, ATTACKED_KEYS
 from tests.pool.helpers import block_bytes, key_of, write
-from tests.pool.net.peer_attacks import ATTACKS, LARGE_BYTES, LARGE_KEYS, Kind, Lane, Port, RegisteredEngine
+from tests.pool.net.peer_attacks import (
+    ATTACKS,
+    EVERY_ATTACK,
+    LARGE_BYTES,
+    LARGE_KEYS,
+    Kind,
+    Lane,
+    Port,
+    RegisteredEngine,
+    parse_attack_flags,
+)
 
 HONEST = "127.0.0.9"
 EVERY_S = 0.005
@@ -194,18 +201,13 @@ def measure_port(kind: Kind, names: list[str], seconds: float, rounds: int) -> I
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--seconds", type=float, default=3.0, help="for how long the peer is measured each time")
-    parser.add_argument("--port", action="append", choices=sorted(ATTACKS), help="this port; may be repeated")
-    every = list(dict.fromkeys(name for attacks in ATTACKS.values() for name in attacks))
-    parser.add_argument("--only", action="append", choices=every, help="this attack; may be repeated")
-    parser.add_argument("--rounds", type=int, default=1, help="the quietest of so many")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    given = parser.parse_args()
+    given = parse_attack_flags(parser)
     columns = ("port", "attack", "answers", "p50 ms", "p99 ms", "ratio", "max ms", "first s", "MB", "threads", "files")
     print("{:6} {:27} {:>7} {:>7} {:>7} {:>6} {:>7} {:>7} {:>5} {:>7} {:>5}".format(*columns))
     rows: list[Measured] = []
     for kind in given.port or ATTACKS:
         alone: Measured | None = None
-        names = [name for name in given.only or every if name in ATTACKS[kind]]
+        names = [name for name in given.only or EVERY_ATTACK if name in ATTACKS[kind]]
         for one in measure_port(kind, names, given.seconds, given.rounds):
             rows.append(one)
             alone = alone or one
@@ -214,11 +216,7 @@ def main() -> None:
             times = f"{p50:7.2f} {p99:7.2f} {one.p99_s / alone.p99_s:6.2f} {longest:7.1f}"
             print(f"{kind:6} {one.attack:27} {one.answers:7} {times} {after}", flush=True)
     if given.json is not None:
-        machine = {"cores": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()}
-        command = " ".join(["python", *sys.argv])
-        given.json.write_text(
-            json.dumps({"command": command, **machine, "rows": [asdict(one) for one in rows]}, indent=1)
-        )
+        write_rows(given.json, rows)
 
 
 if __name__ == "__main__":

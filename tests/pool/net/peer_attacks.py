@@ -3,6 +3,7 @@ set, and survives being refused. Those of strangers come without the secret, tho
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import itertools
@@ -12,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -580,3 +582,13 @@ ATTACKS: dict[Kind, dict[str, Attack]] = {
     "relay": {one.__name__: one for one in (*STRANGERS, *NODES, openings)},
     "router": {one.__name__: one for one in (*STRANGERS, *ENGINES)},
 }
+EVERY_ATTACK = list(dict.fromkeys(name for attacks in ATTACKS.values() for name in attacks))
+
+
+def parse_attack_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What the command line says; the flags that all measurements beside these attacks have are added."""
+    parser.add_argument("--port", action="append", choices=sorted(ATTACKS), help="this port; may be repeated")
+    parser.add_argument("--only", action="append", choices=EVERY_ATTACK, help="this attack; may be repeated")
+    parser.add_argument("--rounds", type=int, default=1, help="the quietest of so many")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    return parser.parse_args()
