@@ -74,6 +74,7 @@ def prometheus(tmp_path: Path) -> Iterator[str]:
         command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"]
         processes.append(subprocess.Popen(command, cwd=tmp_path, text=True))
         url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: is_ready(url), "Prometheus is ready", WAIT_S)
         wait_until(lambda: value(url, "sum(up)") == 2, "both are scraped", WAIT_S)
         for number in range(24):
             body = {"model": "m", "prompt": list(range(100 * (number % 8), 100 * (number % 8) + 80)), "max_tokens": 2}
@@ -87,6 +88,14 @@ def prometheus(tmp_path: Path) -> Iterator[str]:
             process.wait(WAIT_S)
 
 
+def is_ready(url: str) -> bool:
+    """Whether it answers queries: it listens before it does, and then answers 503 in plain text."""
+    try:
+        return httpx.get(f"{url}/-/ready", timeout=WAIT_S).status_code == 200
+    except httpx.HTTPError:  # it does not listen yet
+        return False
+
+
 def samples(url: str, query: str) -> list[Any]:
     """What a query finds; it has to be one that Prometheus understands."""
     answer = httpx.post(f"{url}/api/v1/query", data={"query": query}, timeout=WAIT_S).json()
@@ -96,10 +105,7 @@ def samples(url: str, query: str) -> list[Any]:
 
 
 def value(url: str, query: str) -> float:
-    try:
-        found = samples(url, query)
-    except httpx.HTTPError:  # it does not listen yet
-        return 0.0
+    found = samples(url, query)
     return float(found[0]["value"][1]) if found else 0.0
 
 

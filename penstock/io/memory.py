@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 from collections.abc import Sequence
@@ -12,17 +13,21 @@ from penstock.io.api import IoOp, QueueFull
 
 _CHAR = ctypes.c_char
 _HUGE_PAGE_BYTES = 2 << 20
+_MADV_WIPEONFORK = 18  # <linux/mman.h>; `mmap` does not name it
 
 
 def aligned_buffer(size_bytes: int) -> memoryview:
     """Zeroed, page-aligned, anonymous memory of `size_bytes`; freed with its last view.
 
-    A forked child does not inherit it: pinned pages shared with a child would fault on every later write.
+    A forked child finds zeros in its place: pinned pages shared with a child would fault on every later write. The
+    addresses stay taken there (with MADV_DONTFORK they would be free: what the child maps next would lie in them, and
+    be unmapped when the child drops the buffer).
     """
     if size_bytes < 1:
         raise ValueError(f"size_bytes is {size_bytes}; it must be at least 1")
     memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_DONTFORK)
+    with contextlib.suppress(OSError):  # a kernel without it: a child then costs copies of pages, nothing else
+        memory.madvise(_MADV_WIPEONFORK)
     if size_bytes >= _HUGE_PAGE_BYTES:
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(memory)

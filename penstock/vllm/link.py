@@ -361,7 +361,6 @@ def create_memory(size_bytes: int) -> tuple[int, mmap.mmap]:
 
 
 def map_memory(descriptor: int, size_bytes: int) -> mmap.mmap:
-    """Map shared memory; a forked child does not inherit the mapping."""
-    memory = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_SHARED)
-    memory.madvise(mmap.MADV_DONTFORK)
-    return memory
+    """Map shared memory. A forked child shares the mapping: what is shared is never copied on a write, so that pinned
+    pages stay where they are."""
+    return mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_SHARED)
