@@ -50,7 +50,7 @@ _RECEIVE_BYTES = 1 << 20
 _SEND_BYTES = 4 << 20
 _DRAIN_BYTES = 64 << 10
 _PROBE = bytes(wire.PROBE_BYTES_MAX)
-_OF_BLOCKS = (wire.Read, wire.Write, wire.Probe, wire.Lend, wire.Offer)  # requests that move bytes
+_OF_BLOCKS = (wire.Read, wire.Write, wire.Probe, wire.Lend, wire.Offer, wire.LendMany)  # requests that move bytes
 _REFUSED_BYTES_MAX = 64 << 10  # a larger payload costs more than its message, also when it is refused
 
 _CONNECTION_S = 0.0005  # CPU time of a connection's threads, besides its messages
@@ -261,8 +261,8 @@ class ClientConnection:
                 self._reply(reply)
             case wire.Corrupt(key, checksum, mac, refused):
                 self._pool.suspect(key, checksum, mac, refused)
-            case wire.Alive():
-                pass  # it has no content: any message shows that the client is there
+            case wire.Alive() | wire.ReturnMany():
+                pass  # any message shows that the client is there; nothing was lent here
             case wire.Probe():
                 self._probe(request, ready_s)
             case wire.Hello():
@@ -270,8 +270,9 @@ class ClientConnection:
                 self._reply(reply)
                 if refusal:
                     raise wire.ProtocolError(refusal)
-            case wire.Open(id) | wire.HandedOver(id) | wire.Attach(id) | wire.Lend(id) | wire.Offer(id):
-                self._reply(wire.Failed(id, "layout", "this is a pool node, not the relay of a decode engine"))
+            case wire.Open() | wire.HandedOver() | wire.Attach() | wire.Lend() | wire.Offer() | wire.LendMany():
+                detail = "this is a pool node, not the relay of a decode engine"
+                self._reply(wire.Failed(request.id, "layout", detail))
 
     def _answer_hello(self, hello: wire.Hello) -> tuple[wire.Reply, str | None]:
         """The answer, and why this node does not serve the client, if so."""
@@ -289,7 +290,8 @@ class ClientConnection:
             return wire.Failed(0, "network", refusal), refusal
         lanes.mark(self._sock, self._is_urgent(hello.lane))
         rate, block_bytes_max = self._pool.read_bytes_per_s, self._node.block_bytes_max(self._pool)
-        return wire.Ready(self._node.name, self._node.node_id, rate, block_bytes_max, wire.IDLE_S), None
+        kind = self._node.one_sided
+        return wire.Ready(self._node.name, self._node.node_id, rate, block_bytes_max, wire.IDLE_S, kind), None
 
     def _is_urgent(self, lane: str) -> bool:
         return lane == "control"
@@ -299,7 +301,7 @@ class ClientConnection:
         if isinstance(request, wire.Stat):
             with self._turn():
                 stat = self._pool.stat(request.timeout_s)
-            return wire.Stats(request.id, stat.bounded())
+            return wire.Stats(request.id, self._node.with_ways(stat).bounded())
         keys = wire.split_keys(request.keys)
         if isinstance(request, wire.Evict):
             return wire.Evicted(request.id, sum(self._in_pieces(keys, lambda some: [self._pool.evict(some)])))
@@ -364,6 +366,7 @@ class ClientConnection:
             return
         head = wire.frame(wire.Block(id, block.key, block.checksum, block.mac), len(data))
         self._send(head, data, ready_s, deadline_s, moved)
+        self._node.note_sent(len(data))
 
     def _send(
         self, head: bytes, data: memoryview, ready_s: float, deadline_s: float, moved: Moved = not_counted

@@ -73,6 +73,26 @@ class PoolConnection(ClientConnection):
         for share in (local, remote):
             if share is not None:
                 share.leave()
+        if self._node.pool_lending is not None:
+            self._node.pool_lending.gone(self)
+
+    def _answer(self, request: wire.Request, payload_bytes: int, ready_s: float) -> None:
+        lending = self._node.pool_lending
+        if lending is None or not isinstance(request, wire.Attach | wire.LendMany | wire.ReturnMany):
+            super()._answer(request, payload_bytes, ready_s)
+        elif isinstance(request, wire.ReturnMany):
+            lending.returned(self, request.leases)
+        elif isinstance(request, wire.LendMany):
+            self._refused = not lending.lend(self, self._pool, request)
+        else:
+            try:
+                self._reply(wire.Attached(request.id, lending.attach()))
+            except PoolError as error:
+                self._reply(wire.Failed(request.id, error.reason, error.detail))
+
+    def lent(self, reply: wire.LentMany) -> None:
+        """Send an answer to a LendMany, from any thread (`pool_lending.Borrower`)."""
+        self._later(partial(self._reply, reply))
 
     # --- reads ---
 

@@ -19,8 +19,10 @@ from penstock.pool.checksum import block_checksum
 from penstock.pool.losses import note_error
 from penstock.pool.net import wire
 from penstock.pool.net.link import NodeLink
+from penstock.pool.net.one_sided_reads import BlockRead, OneSidedReads
 from penstock.pool.net.secret import Secret
 from penstock.pool.net.tls import PeerTls
+from penstock.pool.net.ways import MESSAGES, count_read, note_link
 from penstock.pool.union.child import BlockEnded
 from penstock.units import format_bytes
 
@@ -57,6 +59,8 @@ class RemotePool:
         )
         self.address = self._link.address
         self.place = self._link.place
+        self._one_sided = OneSidedReads(self._link, self._read_in_messages)
+        note_link(self.place, self._one_sided)
 
     @property
     def up(self) -> bool:
@@ -80,8 +84,14 @@ class RemotePool:
 
     # --- the interface ---
 
+    @property
+    def one_sided(self) -> str:
+        """How blocks are read one-sided (`rdma`, `shared memory`), or "off: " and why they are not."""
+        return self._one_sided.state
+
     def register(self, buffer: memoryview) -> None:
-        """Do nothing: sockets need no registration."""
+        """Have blocks read into this memory one-sided, where the node offers it; sockets need no registration."""
+        self._one_sided.register(buffer)
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
         """Ask the node where blocks lie. Raises PoolError when it does not answer in time."""
@@ -129,14 +139,23 @@ class RemotePool:
     ) -> None:
         """As `read`; `ended` also gets the checksum and the MAC that the block was stored with."""
 
-        def end(reply: wire.Block | None, error: PoolError | None) -> None:
-            ended(reply.checksum if reply is not None else 0, reply.mac if reply is not None else b"", error)
-
         if not 0 < size_bytes <= min(len(into), wire.PAYLOAD_BYTES_MAX):
-            detail = f"a block of {size_bytes} bytes into a buffer of {len(into)}"
-            self._link.refuse(end, PoolError("layout", detail), "read")
+            error = PoolError("layout", f"a block of {size_bytes} bytes into a buffer of {len(into)}")
+            self._link.refuse(lambda _, error: ended(0, b"", error), error, "read")
             return
-        self._link.submit("read", wire.Read(self._link.next_id(), key, size_bytes, 0.0), into, timeout_s, end, check)
+        deadline_s = time.monotonic() + (timeout_s if timeout_s > 0 else 0.0)
+        one = BlockRead(key, size_bytes, into, deadline_s, ended, check)
+        if not self._one_sided.read(one):
+            self._read_in_messages(one)
+
+    def _read_in_messages(self, one: BlockRead) -> None:
+        def end(reply: wire.Block | None, error: PoolError | None) -> None:
+            if error is None:
+                count_read(MESSAGES, one.size_bytes)
+            one.ended(reply.checksum if reply is not None else 0, reply.mac if reply is not None else b"", error)
+
+        message = wire.Read(self._link.next_id(), one.key, one.size_bytes, 0.0)
+        self._link.submit("read", message, one.into, one.deadline_s - time.monotonic(), end, one.check)
 
     def lease(self, key: BlockKey) -> None:
         """None: no block of a remote pool can be read in place."""
@@ -197,7 +216,9 @@ class RemotePool:
 
     def close(self, timeout_s: float) -> None:
         """Close all connections to the node, within about `timeout_s`."""
+        deadline_s = time.monotonic() + timeout_s
         self._link.close(timeout_s)
+        self._one_sided.close(max(0.1, deadline_s - time.monotonic()))
 
     # --- beyond it ---
 
