@@ -49,6 +49,8 @@ ATTACH_TIMEOUT_S = 5.0
 POLL_S = (50e-6, 1e-3)  # pause between two looks at the reads under way; grows while nothing ends
 LOOK_S = 0.05  # interval of the search for reads whose deadline has passed, while some wait
 
+_OF_LINK = ("network", "deadline", "closed")  # ends of a LendMany that say nothing of one-sided reads
+
 Ended = Callable[[int, bytes, PoolError | None], None]  # checksum and MAC that the block was stored with
 
 
@@ -212,10 +214,9 @@ class OneSidedReads:
             self._lends -= 1
             rest, lend.open = list(lend.open.values()), {}
             self._asked.difference_update(rest)
-        if rest:
-            late = error is not None and error.reason == "deadline"
-            self._failed(error or PoolError("network", "the node did not answer for all blocks"), detach=not late)
-            self._give_up(rest)
+        if rest and (error is None or error.reason not in _OF_LINK):
+            self._failed(error or PoolError("network", "the node did not answer for all blocks"), detach=True)
+        self._give_up(rest)
         self._lend_next()
 
     def _take(self, one: BlockRead) -> bool:

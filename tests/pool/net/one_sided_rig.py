@@ -30,7 +30,7 @@ WAYS = ["messages", pytest.param("one-sided", marks=NIXL)]
 class Arena:
     """Memory that is registered once, handed out in turns: for reads of one test, which are few at a time."""
 
-    def __init__(self, size_bytes: int = 64 * MIB) -> None:
+    def __init__(self, size_bytes: int = 16 * MIB) -> None:
         self.memory = aligned_buffer(size_bytes)
         self._next = 0
 
@@ -59,6 +59,7 @@ class OneSidedRig:
         self.arena = Arena()
 
     def node(self, pool: NodeBackend, port: int = 0, agent: NixlAgent | None = None, **options: object) -> PoolNode:
+        options.setdefault("staging_capacity_bytes", 16 * MIB)
         made: PoolNode = PoolNode(pool, "127.0.0.1", port, one_sided=agent or NixlAgent(), **options)  # type: ignore[arg-type]
         self.undo.callback(made.close, 5.0)
         return made
