@@ -124,7 +124,9 @@ def _config(
     from penstock.pool.setup.config_file import read_pool_config
 
     members = {name: flags[name] for name in ("memory", "slab", "weight") if flags.get(name)}
-    given = {one.field.name: one.read(flags[name]) for name, one in settings_of(NodeSettings).items() if name in flags}
+    given = {
+        one.field.name: one.read_all(flags[name]) for name, one in settings_of(NodeSettings).items() if name in flags
+    }
     for name in ("listen", "metrics_listen"):
         if given.get(name) is not None:
             parse_address(given[name])
