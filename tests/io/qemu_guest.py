@@ -92,12 +92,13 @@ class Drive:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a guest has besides this Python: a `kernel`, `modules` that are loaded in order, further files by their
-    places in it, commands that prepare it, environment variables."""
+    """What a guest has besides this Python: a `kernel`, `modules` that are loaded in order, further files and symbolic
+    links by their places in it, commands that prepare it, environment variables."""
 
     kernel: Path
     modules: Sequence[Path] = ()
     contents: Mapping[str, Path] = field(default_factory=dict)
+    links: Mapping[str, str] = field(default_factory=dict)
     setup: Sequence[Sequence[str]] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     memory_mib: int = _MEMORY_MIB
@@ -167,7 +168,7 @@ def run_guest(
         "setup": machine.setup,
     }
     contents = {**machine.contents, **{f"/modules/{path.name}": path for path in machine.modules}}
-    write_initramfs(image, python, wanted, files, contents)
+    write_initramfs(image, python, wanted, files, contents, machine.links)
     arguments = [
         QEMU, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", str(machine.memory_mib), "-M", "q35",
         "-nodefaults", "-display", "none", "-no-reboot", "-kernel", str(machine.kernel), "-initrd", str(image),
@@ -192,10 +193,15 @@ def run_guest(
 
 
 def write_initramfs(
-    image: Path, python: Path, wanted: object, files: Iterable[Path], further: Mapping[str, Path]
+    image: Path,
+    python: Path,
+    wanted: object,
+    files: Iterable[Path],
+    further: Mapping[str, Path],
+    links: Mapping[str, str],
 ) -> None:
     """An archive (cpio, newc) that the kernel unpacks into memory: this Python, a few packages, files, and /init.
-    `further` files are by their places there."""
+    `further` files and `links` are by their places there."""
     with image.open("wb") as out:
         archive = _Archive(out)
         archive.add("/init", stat.S_IFREG | 0o755, f"#!{python} -ISB\n{_INIT}".encode())
@@ -203,6 +209,8 @@ def write_initramfs(
         archive.add("/dev/console", stat.S_IFCHR | 0o600, b"", device=(5, 1))
         for place in ("/proc", "/sys", "/tmp", "/run"):
             archive.add(place, stat.S_IFDIR | 0o755, b"")
+        for place, target in links.items():
+            archive.add(place, stat.S_IFLNK | 0o777, target.encode())
         contents = {**further, str(python): python}
         stdlib = Path(sysconfig.get_path("stdlib"))
         for path in _tree(stdlib):

@@ -21,7 +21,6 @@ from tests.io.qemu_guest import (
     REPOSITORY,
     GuestError,
     Machine,
-    distribution,
     libraries,
     missing_qemu,
     newest,
@@ -31,7 +30,6 @@ from tests.io.qemu_guest import (
 ROOT = REPOSITORY / "out" / "rdma-kernel"
 MODULES = ("crc32_generic", "ib_core", "ib_uverbs", "udp_tunnel", "ip6_udp_tunnel", "rdma_rxe", "dummy")  # in order
 PROVIDER = Path("usr/lib/x86_64-linux-gnu/libibverbs/librxe-rdmav34.so")
-DISTRIBUTIONS = ("typer", "rich", "markdown-it-py", "mdurl", "click", "shellingham", "annotated-doc", "pygments")
 TOOLS = ("ip", "rdma")
 TIMEOUT_S = 240.0
 FILES = (REPOSITORY / "penstock", REPOSITORY / "tests")
@@ -78,16 +76,16 @@ def machine() -> Machine:
     modules = [path for name in MODULES if (path := _module(name)) is not None]
     assert image is not None and len(modules) == len(MODULES)
     contents = _nixl()
-    for name in DISTRIBUTIONS:
-        contents.update(distribution(name))
     tools = [Path(str(shutil.which(name))) for name in TOOLS]
     contents.update({f"/bin/{path.name}": path for path in tools})
     for place in ("/usr/lib/x86_64-linux-gnu/libibverbs", "/usr/lib64/libibverbs"):
         contents[f"{place}/{PROVIDER.name}"] = ROOT / PROVIDER
     contents["/etc/libibverbs.d/rxe.driver"] = ROOT / "etc/libibverbs.d/rxe.driver"
     contents.update(libraries([*tools, ROOT / PROVIDER]))
+    # The provider asks for NIXL's libibverbs by its usual name, and must find the same file.
+    links = {"/verbs/libibverbs.so.1": next(place for place in contents if "nixl_cu12.libs/libibverbs" in place)}
     environment = {"LD_LIBRARY_PATH": "/verbs:/lib", **UCX}
-    return Machine(image, modules, contents, SETUP, environment, 2048)
+    return Machine(image, modules, contents, links, SETUP, environment, 2048)
 
 
 def _nixl() -> dict[str, Path]:
@@ -108,8 +106,6 @@ def _nixl() -> dict[str, Path]:
     for path in _linked([path for path in files if ".so" in path.name], built):
         if path.is_relative_to(site):
             contents[f"/guest/site/{path.relative_to(site)}"] = path
-            if path.name.startswith("libibverbs"):  # the provider asks for it by its usual name
-                contents["/verbs/libibverbs.so.1"] = path
         else:
             contents[f"/lib/{path.name}"] = path
     return contents

@@ -19,8 +19,7 @@ from tests.waiting import wait_until
 SIZE = 256 << 10
 KEYS = [key_of(("verbs", number)) for number in range(8)]
 COUNTERS = Path("/sys/class/infiniband/rxe0/ports/1/hw_counters")
-NODE = python_command("-m", "penstock", "pool", "--rdma", "--rdma-device", "rxe0", "--staging", "4MiB")
-MEMORY = ["--memory", "8MiB"]
+NODE = python_command("-m", "tests.rdma.verbs_node")
 READY_S = 100.0
 WAIT_S = 60.0
 
@@ -66,7 +65,7 @@ def reader_of(address: str) -> Iterator[Reader]:
 
 def test_one_node_over_verbs() -> None:
     """One node and one client for all of it, as each start of NIXL takes seconds here."""
-    first = ReadyProcess([*NODE, *MEMORY, "--listen", "127.0.0.1:0"], POOL_READY, ready_s=READY_S)
+    first = ReadyProcess([*NODE, "127.0.0.1:0"], POOL_READY, ready_s=READY_S)
     with first, reader_of(first.address) as reader:
         reader.fill()
         reader.attach()
@@ -75,7 +74,7 @@ def test_one_node_over_verbs() -> None:
         # A killed node is an error; the next start of it is attached anew.
         os.kill(first.pid, signal.SIGKILL)
         assert set(reader.reads(KEYS, timeout_s=10.0)) <= {"network", "deadline"}
-        with ReadyProcess([*NODE, *MEMORY, "--listen", first.address], POOL_READY, ready_s=READY_S):
+        with ReadyProcess([*NODE, first.address], POOL_READY, ready_s=READY_S):
             wait_until(lambda: reader.pool.up, "connected again", WAIT_S)
             assert reader.reads(KEYS) == ["missing"] * len(KEYS)
             reader.fill()
@@ -90,3 +89,16 @@ def come_over_verbs(reader: Reader) -> None:
         assert reader.reads(KEYS) == ["ok"] * len(KEYS)
     assert moved == {"messages": 0, "one-sided": len(KEYS) * SIZE}
     assert packets() - before >= len(KEYS) * SIZE // 4096
+
+
+def test_a_node_that_may_not_lock_its_memory_serves_in_messages() -> None:
+    for device in Path("/dev/infiniband").iterdir():
+        device.chmod(0o666)
+    locked_bytes = str(10 << 20)  # UCX's own queues fit, the members do not
+    node = ReadyProcess([*NODE, "127.0.0.1:0", locked_bytes], POOL_READY, ready_s=READY_S)
+    with node, reader_of(node.address) as reader:
+        reader.fill()
+        with counted() as moved:
+            assert reader.reads(KEYS) == ["ok"] * len(KEYS)
+        assert moved["one-sided"] == 0
+        assert reader.pool.stat(WAIT_S).one_sided.startswith("off: device: ")

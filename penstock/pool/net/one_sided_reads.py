@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 SPAN_BYTES_MAX = 16 << 20  # of the blocks that are lent together, if they are several
 OPEN_BYTES_MAX = 128 << 20  # of all blocks that are being lent or read
-LENDS_MAX = 4  # LendMany without a complete answer
+LENDS_MAX = 2  # LendMany without a complete answer
 WAITING_MAX = 8192
 VERIFY_THREADS = 2
 ATTACH_TIMEOUT_S = 5.0
@@ -365,6 +365,9 @@ class OneSidedReads:
                 self._on_in_messages(one)
 
     def _on_in_messages(self, one: BlockRead) -> None:
+        if time.monotonic() >= one.deadline_s:  # one that is sent so late would cost its connection
+            self._finish(one, 0, b"", PoolError("deadline", "nothing was left of the deadline to read in messages"))
+            return
         self._freed(one)
         self._in_messages(one)
 

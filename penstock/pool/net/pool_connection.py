@@ -94,6 +94,10 @@ class PoolConnection(ClientConnection):
         """Send an answer to a LendMany, from any thread (`pool_lending.Borrower`)."""
         self._later(partial(self._reply, reply))
 
+    def lent_now(self, reply: wire.LentMany) -> None:
+        """As `lent`, on the reading thread. Raises OSError."""
+        self._reply(reply)
+
     # --- reads ---
 
     def _read(self, request: wire.Read, ready_s: float) -> None:

@@ -82,6 +82,9 @@ class Borrower(Protocol):
     def lent(self, reply: wire.LentMany) -> None:
         """Send this answer, from any thread; never waits."""
 
+    def lent_now(self, reply: wire.LentMany) -> None:
+        """Send this answer at once, on the thread that asks. Raises OSError."""
+
 
 class PoolLending:
     """The registered memory of a node, and the leases on it. Any thread may call."""
@@ -214,8 +217,8 @@ class PoolLending:
     # --- leases ---
 
     def lend(self, client: Borrower, pool: NodeBackend, request: wire.LendMany) -> bool:
-        """Lend blocks of `pool`: answered by `client.lent` now for those in memory, and later for those that are
-        loaded first. Returns whether any may be lent."""
+        """Lend blocks of `pool`: answered by `client.lent_now` for those in memory, and by `client.lent` later for
+        those that are loaded first. Returns whether any may be lent. Raises OSError."""
         answer = _Answer(client, request.id, len(request.sizes))
         until_s = time.monotonic() + min(request.timeout_s, LEASE_S_MAX)
         now: list[wire.LentBlock] = []
@@ -232,9 +235,12 @@ class PoolLending:
                     now.append(staged)
                 else:
                     loads.append(staged)
-        answer.add(now, self._epoch)
-        for load in loads:
-            load()
+        try:
+            if now:
+                client.lent_now(wire.LentMany(request.id, self._epoch, now, more=answer.less(len(now))))
+        finally:
+            for load in loads:  # after the answer, as the last one must be sent last
+                load()
         return bool(loads) or any(block.lease for block in now)
 
     def _lend_in_place(
@@ -300,7 +306,7 @@ class PoolLending:
             else:
                 block = self._grant(client, index, opened, slot[:size_bytes], until_s, free)
             opened.release()
-            answer.add([block], self._epoch)
+            answer.add(block, self._epoch)
 
         return partial(opened.load, slot, until_s - time.monotonic(), loaded)
 
@@ -359,13 +365,15 @@ class _Answer:
         self._lock = threading.Lock()
         self._left = blocks
 
-    def add(self, blocks: list[wire.LentBlock], epoch: int) -> None:
-        """Send what became of these blocks."""
-        if not blocks:
-            return
+    def less(self, blocks: int) -> bool:
+        """These many are answered; returns whether others follow."""
+        self._left -= blocks
+        return self._left > 0
+
+    def add(self, block: wire.LentBlock, epoch: int) -> None:
+        """Send what became of a block that was loaded."""
         with self._lock:
-            self._left -= len(blocks)
-            self._client.lent(wire.LentMany(self._id, epoch, blocks, more=self._left > 0))
+            self._client.lent(wire.LentMany(self._id, epoch, [block], more=self.less(1)))
 
 
 def _populate(memory: memoryview) -> None:

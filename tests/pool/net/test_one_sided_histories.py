@@ -40,6 +40,8 @@ class Client:
     def lent(self, reply: wire.LentMany) -> None:
         self.answers.append(reply)
 
+    lent_now = lent
+
 
 class Node:
     """One start of a node: a pool and its lent memory."""
