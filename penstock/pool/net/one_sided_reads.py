@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -139,21 +139,24 @@ class OneSidedReads:
                 self._changed.notify()
             self._want_attach()
 
-    def read(self, one: BlockRead) -> bool:
-        """Begin to read a block; False where it cannot be read one-sided now, and must be read in messages."""
+    def read(self, blocks: Sequence[BlockRead]) -> bool:
+        """Begin to read blocks; False where they cannot be read one-sided now, and must be read in messages."""
         if not self._link.node.one_sided:
             return False
         with self._lock:
             if self._usable() is None:
                 self._want_attach()
                 return False
-            slot, room_bytes = self._registered.find(address_of(one.into))
-            inside = slot >= 0 and one.size_bytes <= room_bytes and not one.into.readonly
-            if not inside or len(self._waiting) >= WAITING_MAX or self._health.off(time.monotonic()):
+            full = len(self._waiting) + len(blocks) > WAITING_MAX
+            if full or self._health.off(time.monotonic()) or not all(map(self._is_registered, blocks)):
                 return False
-            self._waiting.append(one)
+            self._waiting.extend(blocks)
         self._lend_next()
         return True
+
+    def _is_registered(self, one: BlockRead) -> bool:
+        slot, room_bytes = self._registered.find(address_of(one.into))
+        return slot >= 0 and one.size_bytes <= room_bytes and not one.into.readonly
 
     def _usable(self) -> _Attached | None:
         """The node's memory, if it is attached and of the node's present start; the lock is held."""

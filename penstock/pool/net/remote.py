@@ -145,7 +145,7 @@ class RemotePool:
             return
         deadline_s = time.monotonic() + (timeout_s if timeout_s > 0 else 0.0)
         one = BlockRead(key, size_bytes, into, deadline_s, ended, check)
-        if not self._one_sided.read(one):
+        if not self._one_sided.read([one]):
             self._read_in_messages(one)
 
     def _read_in_messages(self, one: BlockRead) -> None:

@@ -230,7 +230,7 @@ class Alive(msgspec.Struct, array_like=True, tag=15):
     """Shows that the client is alive. No answer; sent only to a node whose Ready has `idle_s`."""
 
 
-class LendMany(msgspec.Struct, array_like=True, tag=16):
+class LendMany(msgspec.Struct, array_like=True, tag=18):
     """Blocks to be read one-sided from a pool node, as many `sizes` as `keys`, which are concatenated. Answered by one
     or more LentMany, or Failed."""
 
@@ -244,7 +244,7 @@ class LendMany(msgspec.Struct, array_like=True, tag=16):
             raise ValueError(f"{len(self.keys)} bytes of keys and {len(self.sizes)} sizes")
 
 
-class ReturnMany(msgspec.Struct, array_like=True, tag=17):
+class ReturnMany(msgspec.Struct, array_like=True, tag=19):
     """Blocks that a pool node lent were read. No answer. Without this message a lease runs out."""
 
     leases: Annotated[list[LeaseId], Meta(max_length=LEND_BLOCKS_MAX)]
@@ -390,7 +390,7 @@ class LentBlock(msgspec.Struct, array_like=True):
     reason: Label = ""
 
 
-class LentMany(msgspec.Struct, array_like=True, tag=32):
+class LentMany(msgspec.Struct, array_like=True, tag=34):
     """Blocks of a LendMany, as soon as they are ready; `more`: others follow. The regions are those of the Attached of
     this `epoch`."""
 
