@@ -31,7 +31,7 @@ ROOT = REPOSITORY / "out" / "rdma-kernel"
 MODULES = ("crc32_generic", "ib_core", "ib_uverbs", "udp_tunnel", "ip6_udp_tunnel", "rdma_rxe", "dummy")  # in order
 PROVIDER = Path("usr/lib/x86_64-linux-gnu/libibverbs/librxe-rdmav34.so")
 TOOLS = ("ip", "rdma")
-TIMEOUT_S = 240.0
+TIMEOUT_S = 280.0
 FILES = (REPOSITORY / "penstock", REPOSITORY / "tests")
 SETUP = (
     ("/bin/ip", "link", "set", "lo", "up"),
@@ -43,7 +43,7 @@ SETUP = (
 # Queues of UCX that suit emulated processors: as long as usual they take most of the guest's memory and time.
 UCX = {
     "UCX_RC_VERBS_RX_QUEUE_LEN": "64", "UCX_RC_VERBS_TX_QUEUE_LEN": "64", "UCX_UD_VERBS_RX_QUEUE_LEN": "128",
-    "UCX_UD_VERBS_TX_QUEUE_LEN": "64", "UCX_RC_TIMEOUT": "1s", "UCX_RC_RETRY_COUNT": "3", "UCX_RCACHE_ENABLE": "n",
+    "UCX_RC_TIMEOUT": "1s", "UCX_RC_RETRY_COUNT": "3", "UCX_RCACHE_ENABLE": "n",
 }  # fmt: skip
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from penstock.bench.processes import POOL_READY, ReadyProcess
+from penstock.cli import app
 from penstock.pool.api import PoolError
 from penstock.pool.local.local_pool import LocalPool
 from penstock.pool.net import one_sided_reads, wire
@@ -196,6 +198,8 @@ def client_of(address: str) -> Iterator[tuple[RemotePool, OneSidedRig]]:
 def test_a_stopped_node_costs_the_deadline_and_is_read_one_sided_afterwards(process: ReadyProcess) -> None:
     with client_of(process.address) as (client, rig):
         assert one_sided(rig, client)
+        shown = CliRunner().invoke(app, ["pool", "stat", process.address]).output
+        assert "one-sided; one-sided reads: " in shown and "off" not in shown, shown
         stop(process.pid)
         try:
             assert rig.read(client, KEYS, timeout_s=0.5) == ["deadline"] * len(KEYS)
