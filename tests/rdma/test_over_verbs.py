@@ -94,7 +94,7 @@ def come_over_verbs(reader: Reader) -> None:
 def test_a_node_that_may_not_lock_its_memory_serves_in_messages() -> None:
     for device in Path("/dev/infiniband").iterdir():
         device.chmod(0o666)
-    Path("/dev/shm").chmod(0o1777)  # noqa: S108 (of the guest)
+    Path("/dev/shm").chmod(0o1777)
     locked_bytes = str(10 << 20)  # UCX's own queues fit, the members do not
     node = ReadyProcess([*NODE, "127.0.0.1:0", locked_bytes], POOL_READY, ready_s=READY_S)
     with node, reader_of(node.address) as reader:

@@ -206,8 +206,12 @@ class OneSidedReads:
         with self._lock:
             blocks = [(one, block) for block in reply.blocks if (one := lend.open.pop(block.index, None)) is not None]
             self._asked.difference_update(one for one, _ in blocks)
-            self._tasks.append(partial(self._post, blocks, reply.epoch))
-            self._changed.notify()
+            ends = self._closed  # the thread may have ended
+            if not ends:
+                self._tasks.append(partial(self._post, blocks, reply.epoch))
+                self._changed.notify()
+        if ends:
+            self._give_up(one for one, _ in blocks)
 
     def _lent_last(self, lend: _Lend, reply: Any, error: PoolError | None) -> None:
         """The last answer to a LendMany, or what it ended with."""

@@ -109,6 +109,7 @@ class PoolLending:
         try:
             self._staging = aligned_buffer(staging_bytes(staging_capacity_bytes or STAGING_BYTES))
             self._free = ExtentAllocator(0, len(self._staging))
+            pool.register(self._staging)
             self._register()
         except (OSError, MemoryError, PoolError) as error:
             self._turn_off(f"{error}; allowed: a higher limit of locked memory (ulimit -l, LimitMEMLOCK)")

@@ -78,6 +78,7 @@ BAD_REQUESTS: list[wire.Request] = [
     wire.Open(1, "x" * 5000, True, 1.0),
     *(wire.Attach(1, b"c", "kind", b"", bad) for bad in BAD_SECONDS),
     *(wire.Lend(1, KEY, 4096, bad) for bad in BAD_SECONDS),
+    *(wire.LendMany(1, KEY, [4096], bad) for bad in BAD_SECONDS),
     *(wire.Lend(1, bad, 4096, 1.0) for bad in BAD_KEYS),
     *(wire.Offer(1, b"c", KEY, 4096, 0, 0, bad) for bad in BAD_SECONDS),
     wire.Offer(1, b"c", KEY, 4096, 0, -1, 1.0),
@@ -95,6 +96,11 @@ BAD_REPLIES: list[wire.Reply] = [
     wire.Failed(1, "x" * 65, ""),
     wire.Evicted(1, -1),
     wire.Lent(1, 0, -1),
+    wire.LentMany(1, -1, []),
+    wire.LentMany(1, 0, [wire.LentBlock(wire.LEND_BLOCKS_MAX)]),
+    wire.LentMany(1, 0, [wire.LentBlock(0, 1, wire.REGIONS_MAX)]),
+    wire.LentMany(1, 0, [wire.LentBlock(0, 1, 0, -1)]),
+    wire.LentMany(1, 0, [wire.LentBlock(0)] * (wire.LEND_BLOCKS_MAX + 1)),
     wire.Lent(1, 0, 0, bytes(33)),
 ]
 
