@@ -26,7 +26,7 @@ from typing import Any
 from penstock.core.config import ConfigError
 from penstock.core.keys import BlockKey
 from penstock.core.pool.way_health import OFF_S, WayHealth
-from penstock.io.memory import address_of
+from penstock.io.memory import address_of, aligned_buffer
 from penstock.io.regions import Regions
 from penstock.pool.api import PoolError, ReadCheck
 from penstock.pool.losses import note_loss
@@ -46,6 +46,7 @@ LENDS_MAX = 2  # LendMany without a complete answer
 WAITING_MAX = 8192
 VERIFY_THREADS = 2
 ATTACH_TIMEOUT_S = 5.0
+PROBE_BYTES = 4096
 POLL_S = (50e-6, 1e-3)  # pause between two looks at the reads under way; grows while nothing ends
 LOOK_S = 0.05  # interval of the search for reads whose deadline has passed, while some wait
 
@@ -106,6 +107,8 @@ class OneSidedReads:
         self._agent: NixlAgent | None = None
         self._attached: _Attached | None = None
         self._attaching = False
+        self._scratch = memoryview(b"")  # what probes are read into
+        self._probe: tuple[NixlRead, _Attached] | None = None  # a first read of memory that is being attached
         self._attach_after_s = float("-inf")
         self._health = WayHealth()
         self._waiting: deque[BlockRead] = deque()
@@ -241,7 +244,8 @@ class OneSidedReads:
             with self._lock:
                 if not self._tasks:
                     watches = bool(self._waiting or self._asked)
-                    self._changed.wait(pause_s if self._reading else LOOK_S if watches else None)
+                    polls = self._reading or self._probe is not None
+                    self._changed.wait(pause_s if polls else LOOK_S if watches else None)
                 tasks, self._tasks = self._tasks, deque()
                 if self._closed and not tasks and not self._reading:
                     return
@@ -253,6 +257,7 @@ class OneSidedReads:
                     log.exception("a task of one-sided reads failed")
             before = len(self._reading)
             self._poll()
+            self._poll_probe()
             pause_s = POLL_S[0] if tasks or len(self._reading) < before else min(2 * pause_s, POLL_S[1])
             if time.monotonic() >= looked_s + LOOK_S:
                 looked_s = time.monotonic()
@@ -429,6 +434,8 @@ class OneSidedReads:
                 raise ConfigError("NIXL is not installed here; allowed: penstock[nixl]")
             if self._agent is None:
                 agent = NixlAgent()
+                self._scratch = aligned_buffer(PROBE_BYTES)
+                self._registrations.append(agent.register(self._scratch))
                 with self._lock:
                     self._agent = agent
                     buffers = list(self._buffers)
@@ -463,10 +470,29 @@ class OneSidedReads:
                 old, self._attached = self._attached, None
             if old is not None:
                 agent.remove_peer(old.peer)
+            region = memory.regions[0]
             attached = _Attached(agent.add_peer(memory.metadata), memory, node_id)
+            span = address_of(self._scratch), region.address, min(PROBE_BYTES, region.size_bytes)
+            self._probe = agent.begin_read(attached.peer, [span]), attached
         except Exception as failed:  # noqa: BLE001 (blocks are read in messages; it is tried again later)
             self._not_attached(failed)
+
+    def _poll_probe(self) -> None:
+        """On the thread: the memory is attached once something of it was read. A network that does not lead to the
+        node, or a peer that does not answer, holds up no block so."""
+        if self._probe is None:
             return
+        handle, attached = self._probe
+        try:
+            if not handle.ended():
+                return
+        except PoolError as error:
+            self._probe = None
+            if self._agent is not None:
+                self._agent.remove_peer(attached.peer)
+            self._not_attached(error)
+            return
+        self._probe = None
         with self._lock:
             self._attached, self._attaching = attached, False
 
@@ -511,7 +537,7 @@ class OneSidedReads:
         deadline_s = time.monotonic() + timeout_s
         thread.join(timeout_s)
         verifying.close(max(0.1, deadline_s - time.monotonic()))
-        if agent is None or thread.alive:
+        if agent is None or thread.alive or self._probe is not None:
             return
         with self._lock:
             attached, self._attached = self._attached, None
