@@ -145,6 +145,7 @@ class LoadCoordinator:
             account = waiter.account
             account.loaded_bytes += load.hit.size_bytes
             account.measured_fetch_s += busy_s
+            account.read_over(load.hit.route, load.hit.size_bytes, load.issued_s, now)
             if waiter.state is State.PREFILL:
                 self._uploading.offer(waiter)
             self._changed(waiter, now)

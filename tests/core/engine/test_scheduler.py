@@ -55,6 +55,28 @@ def test_a_hole_at_the_front_is_computed_while_the_rest_loads_but_not_by_the_bas
     assert bench.driver.ended["r"].account.cached_tokens == 37 * BLOCK
 
 
+def test_an_account_says_what_came_over_each_link_and_when() -> None:
+    bench = Bench(links={LINK: 1e9, "memory:0": 4e9, "net": 4e9})
+    on_ssd, both = prompt_of(1, 10 * BLOCK + 20), prompt_of(2, 12 * BLOCK + 20)
+    bench.stored(on_ssd, 10)
+    bench.stored(both, 12, ("memory:0", "net"))
+    for key in list(bench.pool)[10:14]:
+        bench.pool[key] = BlockHit(BLOCK_BYTES, (LINK, "net"))
+    bench.driver.submit_at(0.0, spec("ssd", on_ssd))
+    bench.driver.submit_at(1.0, spec("both", both))
+    bench.driver.run()
+    accounts = {name: ended.account for name, ended in bench.driver.ended.items() if ended.account is not None}
+    assert set(accounts["ssd"].link_reads) == {LINK}
+    first = accounts["ssd"].link_reads[LINK]
+    assert first.size_bytes == 10 * BLOCK_BYTES and first.end_s - first.start_s == pytest.approx(0.010)
+    reads = accounts["both"].link_reads
+    assert {name: one.size_bytes // BLOCK_BYTES for name, one in reads.items()} == {LINK: 4, "memory:0": 8, "net": 12}
+    first_token_s = accounts["both"].first_token_s
+    assert first_token_s is not None
+    assert all(1.0 <= one.start_s < one.end_s <= first_token_s for one in reads.values())
+    assert reads["net"].end_s == max(one.end_s for one in reads.values())
+
+
 def test_coupled_gives_the_example_of_calvo() -> None:
     """R1: 0.361 s to load, 0.019 s to compute; R2: 0.199 and 0.025. FIFO: a mean of 0.49 s."""
     compute = ComputeCost(0.019 - 28 * (6e-3 / 106), 6e-3 / 106, 0.0)
