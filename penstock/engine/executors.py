@@ -124,14 +124,43 @@ class PoolStages:
             address = op.route[-1].removeprefix(RELAY_LINK)
             self._peers.read(address, op.key, self._block_bytes, into, op.timeout_s, lambda e: ended(_reason(e)))
             return
-        lease = self._pool.lease(op.key)
-        if lease is not None:
-            if len(lease.view) == self._block_bytes:
-                self._staging.hold(op.slot, lease)
-                ended(None)
-                return
-            lease.release()
+        if self._lease(op):
+            ended(None)
+            return
         self._pool.read(op.key, self._block_bytes, into, op.timeout_s, lambda error: ended(_reason(error)))
+
+    def fetch_span(self, ops: Sequence[Fetch], done: Callable[[Sequence[str | None]], None]) -> None:
+        """Blocks on one route of the pool: all leased in place, or all read together."""
+        first = ops[0]
+        ended = self._transfers.begin_span(first.op_id, [op.slot for op in ops], first.timeout_s, done)
+        try:
+            if all(map(self._lease, ops)):
+                ended((None,) * len(ops))
+                return
+            self._release(ops)
+            intos = [self._staging.slot(op.slot) for op in ops]
+            keys = [op.key for op in ops]
+            self._pool.read_many(
+                keys, self._block_bytes, intos, first.timeout_s, lambda errors: ended(list(map(_reason, errors)))
+            )
+        except Exception as error:  # noqa: BLE001 (the blocks' failure, not the control thread's)
+            self._release(ops)
+            ended((_reason_of(error),) * len(ops))
+
+    def _release(self, ops: Sequence[Fetch]) -> None:
+        for op in ops:
+            self._staging.release(op.slot)
+
+    def _lease(self, op: Fetch) -> bool:
+        """Let the slot stand for the block in place, if it can be leased."""
+        lease = self._pool.lease(op.key)
+        if lease is None:
+            return False
+        if len(lease.view) != self._block_bytes:
+            lease.release()
+            return False
+        self._staging.hold(op.slot, lease)
+        return True
 
     def write(self, op: Save, done: Callable[[str | None], None]) -> None:
         """Store the block in the operation's slot; `done` gets None, or why it was not stored."""

@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 
 from penstock.core.connection_limits import ConnectionLimits, ConnectionShares
+from penstock.core.spans import SPAN_BYTES_MAX
 from penstock.pacing import Pacer
 from penstock.pool.net import wire
 from penstock.pool.net.greeter import Greeter
@@ -167,6 +168,11 @@ class PoolNode:
         """The largest block of `pool` that can be written here, and read."""
         staged = self.staging.largest_bytes(shared=pool.own is not pool)
         return min(staged, pool.block_bytes_max, wire.PAYLOAD_BYTES_MAX)
+
+    def span_bytes_max(self, pool: NodeBackend) -> int:
+        """The bytes of blocks of `pool` that can be read or written in one message: two of them fit a connection's
+        share of staging memory."""
+        return min(SPAN_BYTES_MAX, self.staging.span_bytes_max(shared=pool.own is not pool))
 
     def later(self, remote: bool, fetch: Callable[[], None], failed: Callable[[Exception], None]) -> bool:
         """Queue a load on a fetcher thread; False when too many wait."""

@@ -15,7 +15,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -49,8 +49,11 @@ PAUSE_S = 50e-6  # long enough that another thread gets the interpreter lock
 _RECEIVE_BYTES = 1 << 20
 _SEND_BYTES = 4 << 20
 _DRAIN_BYTES = 64 << 10
+_SINGLE_BLOCKS = "this node takes single blocks only"
 _PROBE = bytes(wire.PROBE_BYTES_MAX)
-_OF_BLOCKS = (wire.Read, wire.Write, wire.Probe, wire.Lend, wire.Offer)  # requests that move bytes
+_OF_BLOCKS = (  # requests that move bytes
+    wire.Read, wire.Write, wire.ReadMany, wire.WriteMany, wire.Probe, wire.Lend, wire.Offer,
+)  # fmt: skip
 _REFUSED_BYTES_MAX = 64 << 10  # a larger payload costs more than its message, also when it is refused
 
 _CONNECTION_S = 0.0005  # CPU time of a connection's threads, besides its messages
@@ -87,6 +90,24 @@ def _give(sock: Stream, data: bytes) -> Steps:
             data = data[sock.sendmsg([data]) :]
         except BlockingIOError:
             yield selectors.EVENT_WRITE
+
+
+def _pieces(payload: Sequence[memoryview], piece_bytes: int) -> Iterator[list[memoryview]]:
+    """The payload in pieces of at most `piece_bytes`, each of as few buffers as possible; one empty piece at least."""
+    pieces: list[memoryview] = []
+    room = piece_bytes
+    for data in payload:
+        at = 0
+        while at < len(data):
+            part = data[at : at + room]
+            pieces.append(part)
+            at += len(part)
+            room -= len(part)
+            if not room:
+                yield pieces
+                pieces, room = [], piece_bytes
+    if pieces or not payload:
+        yield pieces
 
 
 class ClientConnection:
@@ -138,7 +159,7 @@ class ClientConnection:
         if not isinstance(request, wire.Hello):
             raise wire.ProtocolError(f"the first message is {type(request).__name__}, not Hello")
         if payload_bytes:
-            raise wire.ProtocolError("only Write has a payload")
+            raise wire.ProtocolError("only Write and WriteMany have a payload")
         reply, refusal = self._answer_hello(request)
         if refusal:
             yield from _give(sock, wire.frame(reply))
@@ -228,8 +249,8 @@ class ClientConnection:
                 header, payload_bytes = frames.next(wire.IDLE_S)
                 now_s = time.monotonic()
                 request = wire.decode_request(header)
-                if payload_bytes and not isinstance(request, wire.Write):
-                    raise wire.ProtocolError("only Write has a payload")
+                if payload_bytes and not isinstance(request, wire.Write | wire.WriteMany):
+                    raise wire.ProtocolError("only Write and WriteMany have a payload")
                 # A request that was received already became ready while the link was busy with the previous one.
                 ready_s = min(now_s, self._sent_s) if now_s - asked_s < 0.0001 else now_s
                 self._refused = False
@@ -248,10 +269,8 @@ class ClientConnection:
 
     def _answer(self, request: wire.Request, payload_bytes: int, ready_s: float) -> None:
         match request:
-            case wire.Read():
-                self._read(request, ready_s)
-            case wire.Write():
-                self._write(request, payload_bytes)
+            case wire.Read() | wire.ReadMany() | wire.Write() | wire.WriteMany() | wire.Probe():
+                self._move(request, payload_bytes, ready_s)
             case wire.Lookup(id) | wire.Evict(id) | wire.Stat(id):
                 reply: wire.Reply
                 try:
@@ -263,8 +282,6 @@ class ClientConnection:
                 self._pool.suspect(key, checksum, mac, refused)
             case wire.Alive():
                 pass  # it has no content: any message shows that the client is there
-            case wire.Probe():
-                self._probe(request, ready_s)
             case wire.Hello():
                 reply, refusal = self._answer_hello(request)
                 self._reply(reply)
@@ -272,6 +289,24 @@ class ClientConnection:
                     raise wire.ProtocolError(refusal)
             case wire.Open(id) | wire.HandedOver(id) | wire.Attach(id) | wire.Lend(id) | wire.Offer(id):
                 self._reply(wire.Failed(id, "layout", "this is a pool node, not the relay of a decode engine"))
+
+    def _move(
+        self,
+        request: wire.Read | wire.ReadMany | wire.Write | wire.WriteMany | wire.Probe,
+        payload_bytes: int,
+        ready_s: float,
+    ) -> None:
+        match request:
+            case wire.Read():
+                self._read(request, ready_s)
+            case wire.ReadMany():
+                self._read_many(request, ready_s)
+            case wire.Write():
+                self._write(request, payload_bytes)
+            case wire.WriteMany():
+                self._write_many(request, payload_bytes)
+            case wire.Probe():
+                self._probe(request, ready_s)
 
     def _answer_hello(self, hello: wire.Hello) -> tuple[wire.Reply, str | None]:
         """The answer, and why this node does not serve the client, if so."""
@@ -289,7 +324,9 @@ class ClientConnection:
             return wire.Failed(0, "network", refusal), refusal
         lanes.mark(self._sock, self._is_urgent(hello.lane))
         rate, block_bytes_max = self._pool.read_bytes_per_s, self._node.block_bytes_max(self._pool)
-        return wire.Ready(self._node.name, self._node.node_id, rate, block_bytes_max, wire.IDLE_S), None
+        span_bytes_max = self._node.span_bytes_max(self._pool)
+        named = self._node.name, self._node.node_id
+        return wire.Ready(*named, rate, block_bytes_max, wire.IDLE_S, span_bytes_max), None
 
     def _is_urgent(self, lane: str) -> bool:
         return lane == "control"
@@ -333,7 +370,7 @@ class ClientConnection:
             return
         # Not from staging memory, which holds tenants' blocks.
         data = memoryview(_PROBE)[: request.size_bytes]
-        self._send(wire.frame(wire.Probed(request.id), len(data)), data, ready_s, ready_s)
+        self._send(wire.frame(wire.Probed(request.id), len(data)), [data], ready_s, ready_s)
 
     def _read(self, request: wire.Read, ready_s: float) -> None:
         """Answer with the block or with Failed, now or later (`_later`); `ready_s`: when the client began to wait."""
@@ -342,6 +379,15 @@ class ClientConnection:
     def _write(self, request: wire.Write, payload_bytes: int) -> None:
         """Receive the payload, and answer with Written or Failed, now or later. Raises ProtocolError."""
         raise NotImplementedError
+
+    def _read_many(self, request: wire.ReadMany, ready_s: float) -> None:
+        """As `_read`, with Blocks."""
+        self._reply(wire.Failed(request.id, "layout", _SINGLE_BLOCKS))
+
+    def _write_many(self, request: wire.WriteMany, payload_bytes: int) -> None:
+        """As `_write`, with WrittenMany."""
+        self._drain(payload_bytes)
+        self._reply(wire.Failed(request.id, "layout", _SINGLE_BLOCKS))
 
     def _lost(self, kind: str, detail: str) -> None:
         """Count and log that a request of this client failed for a reason on the node's side."""
@@ -359,14 +405,22 @@ class ClientConnection:
         moved: Moved = not_counted,
     ) -> None:
         if time.monotonic() > deadline_s:
-            self._lost("read_deadline", "the node processed it after its deadline")
-            self._reply(wire.Failed(id, "deadline", "the node processed it after its deadline"))
+            self._reply_late(id)
             return
         head = wire.frame(wire.Block(id, block.key, block.checksum, block.mac), len(data))
-        self._send(head, data, ready_s, deadline_s, moved)
+        self._send(head, [data], ready_s, deadline_s, moved)
+
+    def _reply_late(self, id: int) -> None:
+        self._lost("read_deadline", "the node processed it after its deadline")
+        self._reply(wire.Failed(id, "deadline", "the node processed it after its deadline"))
 
     def _send(
-        self, head: bytes, data: memoryview, ready_s: float, deadline_s: float, moved: Moved = not_counted
+        self,
+        head: bytes,
+        payload: Sequence[memoryview],
+        ready_s: float,
+        deadline_s: float,
+        moved: Moved = not_counted,
     ) -> None:
         """Send a payload that was ready at `ready_s`, at the node's pace; the client stops waiting soon after
         `deadline_s`. `moved(bytes)` is called for each part."""
@@ -375,24 +429,30 @@ class ClientConnection:
         piece_bytes = _SEND_BYTES if pacer is None else PIECE_BYTES
         self._check_open()
         with self._send_lock:
-            for at in range(0, len(data), piece_bytes):
-                piece = data[at : at + piece_bytes]
+            for pieces in _pieces(payload, piece_bytes):
                 self._check_open()
+                size_bytes = sum(map(len, pieces))
                 if pacer is not None:
-                    self._sent_s = pacer.wait(len(piece), ready_s)
-                wire.send_all(self._sock, b"" if at else head, piece, until_s=until_s, rate=rate)
-                moved(len(piece))
+                    self._sent_s = pacer.wait(size_bytes, ready_s)
+                wire.send_all(self._sock, head, *pieces, until_s=until_s, rate=rate)
+                head = b""
+                moved(size_bytes)
 
     def _receive(self, into: memoryview, deadline_s: float = 0.0, moved: Moved = not_counted) -> None:
         """Receive the payload of a write; it gets at least PAYLOAD_S. `moved(bytes)` is called for each part. Raises
         OSError."""
+        self._receive_all([into], deadline_s, moved)
+
+    def _receive_all(self, intos: Sequence[memoryview], deadline_s: float = 0.0, moved: Moved = not_counted) -> None:
+        """As `_receive`, into several buffers in order."""
         until_s = max(deadline_s, time.monotonic() + PAYLOAD_S)
         rate = wire.MinimumRate(PAYLOAD_GRACE_S, PAYLOAD_BYTES_PER_S_MIN)
         wire.watch_payload(self._sock, True)
-        for at in range(0, len(into), _RECEIVE_BYTES):
-            part = into[at : at + _RECEIVE_BYTES]
-            wire.receive_exactly(self._sock, part, until_s=until_s, rate=rate)
-            moved(len(part))
+        for into in intos:
+            for at in range(0, len(into), _RECEIVE_BYTES):
+                part = into[at : at + _RECEIVE_BYTES]
+                wire.receive_exactly(self._sock, part, until_s=until_s, rate=rate)
+                moved(len(part))
         wire.watch_payload(self._sock, False)
 
     def _drain(self, size_bytes: int) -> None:
@@ -414,10 +474,15 @@ class ClientConnection:
 
     def _reply(self, message: wire.Reply) -> None:
         self._check_open()
-        if isinstance(message, wire.Failed) and threading.get_ident() == self._reader_id:
-            self._refused = True
+        if isinstance(message, wire.Failed):
+            self._refuse_next()
         with self._send_lock:
             wire.send_all(self._sock, wire.frame(message), until_s=time.monotonic() + PAYLOAD_S)
+
+    def _refuse_next(self) -> None:
+        """The request is answered with an error: where its reading thread does that, its time counts."""
+        if threading.get_ident() == self._reader_id:
+            self._refused = True
 
     def _later(self, send: Callable[[], None]) -> None:
         """Call `send` on the sender's thread. `send` also frees slots and pins, so it is always called: on this thread
