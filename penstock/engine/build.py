@@ -47,7 +47,7 @@ from penstock.pool.setup.open import link_bytes_per_s, open_pool
 log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 10.0
-UPLOAD_GROUP_BLOCKS = 4  # large blocks in one upload
+UPLOAD_GROUP_BLOCKS = SAVE_WINDOW_BLOCKS = 4  # of large blocks; small ones are uploaded and saved in spans
 
 
 @dataclass(slots=True)
@@ -122,6 +122,7 @@ def _scheduler_config(config: EngineConfig, runner: ModelRunner, hands_off: bool
         )
     order = taken_over(OrderSettings, config)
     window = window_blocks(config.fetch_window_blocks, block_bytes, l2_slots)
+    span = span_blocks(window, block_bytes)
     order["fetch_window_blocks"] = window
     return SchedulerConfig(
         block_tokens=config.block_tokens,
@@ -133,7 +134,8 @@ def _scheduler_config(config: EngineConfig, runner: ModelRunner, hands_off: bool
         saves_yield=runner.computes_on_host,
         max_batch_s=(config.max_batch_s or (PREFILL_QUOTA_S if hands_off else NO_QUOTA_S)) * config.time_factor,
         hands_off=hands_off,
-        upload_group_blocks=max(UPLOAD_GROUP_BLOCKS, span_blocks(window, block_bytes)),
+        save_window_blocks=max(SAVE_WINDOW_BLOCKS, 2 * span),
+        upload_group_blocks=max(UPLOAD_GROUP_BLOCKS, span),
         **order,
         **taken_over(BatchSettings, config),
         **taken_over(RequestDeadline, config),

@@ -17,6 +17,7 @@ from penstock.engine.batch_faults import outcomes_of
 from penstock.engine.lookups import Answer, Lookups
 from penstock.engine.peers import RELAY_LINK, Peers
 from penstock.engine.runner import Chunk, ModelRunner, UploadGroup
+from penstock.engine.save_spans import Saved
 from penstock.engine.transfers import Transfers
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Lease, Pool, PoolError
@@ -170,6 +171,26 @@ class PoolStages:
             self._pool.write(op.block, data, op.timeout_s, lambda error: ended(_reason(error)))
         except Exception as error:  # noqa: BLE001 (the block's failure, not the control thread's)
             ended(_reason_of(error))
+
+    def write_span(self, saves: Sequence[Saved]) -> None:
+        """As `write` of each, written together."""
+        if len(saves) == 1:
+            self.write(*saves[0])
+            return
+        first, size = saves[0][0], self._block_bytes
+
+        def done(reasons: Sequence[str | None]) -> None:
+            for (_, end), reason in zip(saves, reasons, strict=True):
+                end(reason)
+
+        ended = self._transfers.begin_span(first.op_id, [op.slot for op, _ in saves], first.timeout_s, done)
+        try:
+            blocks = [op.block for op, _ in saves]
+            datas = [self._staging.slot(op.slot) for op, _ in saves]
+            assert all(block.size_bytes == size for block in blocks), "an engine's blocks have one size"
+            self._pool.write_many(blocks, datas, first.timeout_s, lambda errors: ended(list(map(_reason, errors))))
+        except Exception as error:  # noqa: BLE001 (the blocks' failure, not this thread's)
+            ended((_reason_of(error),) * len(saves))
 
     def hand_over(self, op: Forward, done: Callable[[str | None], None]) -> None:
         """The slot may be a load's that is being uploaded, and several engines may get the block at once."""

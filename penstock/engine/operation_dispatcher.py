@@ -29,6 +29,7 @@ from penstock.core.spans import span_blocks
 from penstock.engine.executors import PoolStages, RunnerStages, Staging
 from penstock.engine.peers import RELAY_LINK, Peers
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
+from penstock.engine.save_spans import SaveSpans
 from penstock.engine.shaping import Past
 from penstock.io.memory import aligned_buffer
 from penstock.io.numa import bind_memory
@@ -89,6 +90,7 @@ class OperationDispatcher:
             for buffer in pool.host_buffers():
                 runner.page_lock(buffer)
             self._pool_stages = PoolStages(pool, self._staging, config.block_bytes, config.lookup_window, peers)
+        self._save_spans = SaveSpans(self._span_blocks, lambda saves: self.stages.write_span(saves))
         self._uploads: dict[int, UploadGroup] = {}
         self._busy_since: dict[int, tuple[str, float]] = {}  # operation -> (kind, begin)
         self._rare = RateLimitedLog(log)
@@ -259,7 +261,13 @@ class OperationDispatcher:
         def ended(error: str | None) -> None:
             self._post(partial(saved, error))
 
-        self._download(op.op_id, op.page, op.slot, lambda: self.stages.write(op, ended), ended)
+        def failed(error: str | None) -> None:
+            spans.copied(None)
+            ended(error)
+
+        spans = self._save_spans
+        spans.copying()
+        self._download(op.op_id, op.page, op.slot, lambda: spans.copied((op, ended)), failed)
 
     def _forward(self, op: Forward) -> None:
         def forwarded(error: str | None) -> None:
