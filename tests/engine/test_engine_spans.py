@@ -6,6 +6,7 @@ import contextlib
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,12 @@ from tests.engine.engine_rig import BLOCK, serving
 
 BLOCKS = 24
 PROMPT = prompt_of(7, BLOCKS * BLOCK + 5)
-SPANS = {"fetch_window_blocks": 64, "l2_slots": 128, "upload_group_blocks": 8, "save_window_blocks": 16}  # of 8 blocks
+SPANS: dict[str, Any] = {
+    "fetch_window_blocks": 64,
+    "l2_slots": 128,
+    "upload_group_blocks": 8,
+    "save_window_blocks": 16,
+}  # of 8 blocks
 CLOSE_S = 5.0
 
 
@@ -166,7 +172,7 @@ def test_a_span_whose_blocks_cannot_all_be_leased_is_read(
         memory_pool.evict([keys[12]])
         return found
 
-    pool.lookup = then_evict  # type: ignore[method-assign]
+    pool.lookup = then_evict  # type: ignore[method-assign,assignment]
     with serving(llama, pool, **SPANS) as rig:
         answer = rig.ask(PROMPT)
         assert answer.tokens == computed(PROMPT) and answer.report.load_failures == {"missing": 1}
