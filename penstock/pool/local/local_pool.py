@@ -27,7 +27,7 @@ from penstock.pool.members.member import GoneMember, Member, Use, fenced_reason,
 from penstock.pool.members.memory import MemoryMember
 from penstock.pool.members.work import Work
 from penstock.pool.node_backend import OpenedBlock
-from penstock.pool.spans import Gather, call_done_many, read_each
+from penstock.pool.spans import read_each, write_each
 from penstock.process.guarded_thread import thread_failures
 from penstock.units import format_bytes
 
@@ -163,29 +163,7 @@ class LocalPool:
 
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         """Copy a block in; `done` gets None when it can be read back, durably on a device member."""
-        work = self._prepare(block, data, time.monotonic() + timeout_s, done)
-        if work is not None:
-            self._begin_stores([(work, done)])
-
-    def write_many(
-        self, blocks: Sequence[NewBlock], datas: Sequence[memoryview], timeout_s: float, done: DoneMany
-    ) -> None:
-        """As `write` of each block; those of one member are queued together, or copied at once if they are small."""
-
-        def ended(errors: list[PoolError | None]) -> None:
-            call_soon(self._callbacks, lambda _: call_done_many(done, errors), None)
-
-        deadline_s, gather = time.monotonic() + timeout_s, Gather(len(blocks), ended)
-        works: list[tuple[Work, Done]] = []
-        for at, (block, data) in enumerate(zip(blocks, datas, strict=True)):
-            one = gather.one(at)
-            work = self._prepare(block, data, deadline_s, one)
-            if work is not None:
-                works.append((work, one))
-        self._begin_stores(works)
-
-    def _prepare(self, block: NewBlock, data: memoryview, deadline_s: float, done: Done) -> Work | None:
-        """The store of a block whose place is reserved; None where `done` is called without one. Takes the lock."""
+        deadline_s = time.monotonic() + timeout_s
         error, reserved = check_write(block, data), None
         if error is None:
             try:
@@ -193,42 +171,29 @@ class LocalPool:
             except PoolError as refused:
                 reserved, member, error = None, None, refused
             if reserved is not None and member is not None:
-                return Work(
+                work = Work(
                     "store", reserved, data, deadline_s, lambda w, e: self._stored(w, done, e), after=member.barrier
                 )
-            if error is None:
-                return None
-        self._not_stored(done, error, logged=error is not None and error.reason != "dropped")
-        return None
-
-    def _begin_stores(self, works: list[tuple[Work, Done]]) -> None:
-        """Queue stores at their members. Takes the lock for those that are refused."""
-        by_member: dict[int, list[tuple[Work, Done]]] = {}
-        for one in works:
-            by_member.setdefault(one[0].block.member, []).append(one)
-        for number, some in by_member.items():
-            member = self.members[number]
-            if (
-                len(some) > 1
-                and isinstance(member, MemoryMember)
-                and member.carries_out_now(some[0][0].block.size_bytes)
-            ):
-                member.carry_out([work for work, _ in some])
-                continue
-            errors = member.put_many([work for work, _ in some])
-            for (work, done), error in zip(some, errors, strict=True):
-                if error is not None:
-                    with self._lock:
-                        self._table.abandon(work.block)
-                    self._not_stored(done, error, logged=True)
-
-    def _not_stored(self, done: Done, error: PoolError | None, logged: bool) -> None:
-        """A block is refused; not `logged` are those that write admission refuses, or that are being written."""
+                error = member.put(work)
+                if error is None:
+                    return
+                with self._lock:
+                    self._table.abandon(reserved)
+            elif error is None:
+                return
         with self._lock:
             self._writes_dropped += 1
-        if logged:
+        if error is not None and not (
+            error.reason == "dropped" and reserved is None
+        ):  # not admitted to SSDs, or being written already
             note_error("store", "the pool", error)
         call_soon(self._callbacks, done, error)
+
+    def write_many(
+        self, blocks: Sequence[NewBlock], datas: Sequence[memoryview], timeout_s: float, done: DoneMany
+    ) -> None:
+        """As `write` of each block."""
+        write_each(self, blocks, datas, timeout_s, done)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
         """Drop those of the blocks that are not pinned; returns how many were dropped."""

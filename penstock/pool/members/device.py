@@ -96,17 +96,13 @@ class DeviceMember:
     def put(self, work: Work) -> PoolError | None:
         """Queue an operation; returns at once. The error says why it was not accepted, and its end is then not
         called."""
-        return self.put_many((work,))[0]
-
-    def put_many(self, works: Sequence[Work]) -> list[PoolError | None]:
-        """As `put` of each; they are all of one kind."""
-        refused = self.refuses_stores if works[0].kind == "store" else self.fenced
+        refused = self.refuses_stores if work.kind == "store" else self.fenced
         if refused:
-            return [PoolError("device", refused)] * len(works)
-        errors = self._queue.put_many(works)
-        if self._polling and not all(errors):
+            return PoolError("device", refused)
+        error = self._queue.put(work)
+        if error is None and self._polling:
             self._engine.wake()
-        return errors
+        return error
 
     def queued(self) -> tuple[int, int]:
         """Loads and stores that wait in front of the device."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from penstock.core.keys import BlockKey
@@ -39,9 +39,6 @@ class Member(Protocol):
 
     def put(self, work: Work) -> PoolError | None:
         """Queue an operation. The error says why it was not accepted; `work` is then not ended."""
-
-    def put_many(self, works: Sequence[Work]) -> list[PoolError | None]:
-        """As `put` of each; they are all of one kind, at least one."""
 
     def register(self, buffer: memoryview) -> None:
         """Announce staging memory that operations will use (page-aligned)."""
@@ -110,10 +107,6 @@ class GoneMember:
     def put(self, work: Work) -> PoolError | None:
         """Refuses every operation with an error of reason "device"."""
         return PoolError("device", f"{self.name} was drained and is gone")
-
-    def put_many(self, works: Sequence[Work]) -> list[PoolError | None]:
-        """As `put` of each."""
-        return list(map(self.put, works))
 
     def register(self, buffer: memoryview) -> None:
         """Do nothing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import numpy as np
@@ -25,7 +25,6 @@ from penstock.units import format_bytes
 log = logging.getLogger(__name__)
 
 LOADS_MAX = 4096
-AT_ONCE_BYTES_MAX = 64 << 10
 STORES_MAX = 256
 MEASURE_BYTES = 64 << 20  # larger than the processor's caches
 OBSERVED_BYTES_MIN = 128 << 10  # the time of a smaller load does not depend on its bytes
@@ -33,10 +32,7 @@ CATCH_UP_S = 0.005  # how much delay a paced copy that woke up late may catch up
 
 
 def copy_bytes(into: memoryview, data: memoryview) -> None:
-    """Copy equal lengths; large ones without holding the GIL."""
-    if len(data) <= AT_ONCE_BYTES_MAX:
-        into[:] = data
-        return
+    """Copy equal lengths without holding the GIL."""
     np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(data, np.uint8))
 
 
@@ -85,7 +81,6 @@ class MemoryMember:
         self._pace_bytes_per_s = pace_bytes_per_s
         self._clock = clock or PaceClock()
         self._closing = threading.Event()
-        self._at_once = threading.Lock()
         self._touched = False
         self._observed = (0, 0.0)
         self.read_bytes = self.written_bytes = self.errors = 0
@@ -99,22 +94,6 @@ class MemoryMember:
     def put(self, work: Work) -> PoolError | None:
         """Queue a copy; returns at once. The error says why it was not accepted."""
         return self._queue.put(work)
-
-    def put_many(self, works: Sequence[Work]) -> list[PoolError | None]:
-        """As `put` of each."""
-        return self._queue.put_many(works)
-
-    def carries_out_now(self, size_bytes: int) -> bool:
-        """Whether blocks of this size are better copied by the caller of `carry_out` than by the worker."""
-        return size_bytes <= AT_ONCE_BYTES_MAX and not self._pace_bytes_per_s
-
-    def carry_out(self, works: Sequence[Work]) -> None:
-        """Do and end these operations on the caller's thread: for small blocks, whose copies cost less than waking
-        another thread."""
-        with self._at_once:
-            for work in works:
-                closed = PoolError("closed", "the pool is closing") if self._queue.closed else None
-                finish_work(work, closed or self._outcome(work))
 
     def queued(self) -> tuple[int, int]:
         """Loads and stores that wait."""

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,29 +68,21 @@ class WorkQueue:
 
     def put(self, work: Work) -> PoolError | None:
         """Queue work; returns the error when it was not queued."""
-        return self.put_many((work,))[0]
-
-    def put_many(self, works: Sequence[Work]) -> list[PoolError | None]:
-        """Queue work; returns the error of each that was not queued."""
         with self._changed:
             if self._closed:
-                return [PoolError("closed", "the pool is closing")] * len(works)
-            errors = [self._put(work) for work in works]
+                return PoolError("closed", "the pool is closing")
+            queue = self._loads if work.kind == "load" else self._stores
+            account = work.block.account
+            if len(queue) >= self._max[work.kind]:
+                # Displaced work is bounded too: a worker that hangs does not end it.
+                room = len(self._displaced) < self._max[work.kind]
+                displaced = queue.displace(account) if room else None
+                if displaced is None:
+                    return PoolError("dropped", f"{len(queue)} {work.kind}s wait for this member; that is the limit")
+                self._displaced.append(displaced)
+            queue.put(work, account, work.block.extent_bytes)
             self._changed.notify()
-            return errors
-
-    def _put(self, work: Work) -> PoolError | None:
-        queue = self._loads if work.kind == "load" else self._stores
-        account = work.block.account
-        if len(queue) >= self._max[work.kind]:
-            # Displaced work is bounded too: a worker that hangs does not end it.
-            room = len(self._displaced) < self._max[work.kind]
-            displaced = queue.displace(account) if room else None
-            if displaced is None:
-                return PoolError("dropped", f"{len(queue)} {work.kind}s wait for this member; that is the limit")
-            self._displaced.append(displaced)
-        queue.put(work, account, work.block.extent_bytes)
-        return None
+            return None
 
     def take_load(self) -> Work | None:
         """The next load, fairly among accounts; None when there is none. Does not wait."""

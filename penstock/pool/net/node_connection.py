@@ -1,9 +1,10 @@
 """One client's connection at a node of the pool protocol: greeting, requests that need no staging memory, and sending.
 
 The greeting needs no thread: `greet` is a generator that the node's accepting thread resumes when the socket is ready.
-Afterwards one thread reads requests (and sends memory blocks directly from the member), another one sends the results
-of slower work. Both are guarded: an exception ends a request or the connection, is logged and counted, and the node
-goes on. Subclasses read and write blocks: `pool.net.pool_connection` for a pool, `cluster.handoff.relay` for a relay.
+Afterwards a thread reads requests (and sends memory blocks directly from the member), as long as messages come
+(`pool.net.idle`); another one sends the results of slower work, once there are any. Both are guarded: an exception ends
+a request or the connection, is logged and counted, and the node goes on. Subclasses read and write blocks:
+`pool.net.pool_connection` for a pool, `cluster.handoff.relay` for a relay.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import selectors
 import socket
 import threading
@@ -25,6 +27,7 @@ from penstock.pacing import PIECE_BYTES
 from penstock.pool.api import PoolError
 from penstock.pool.losses import note_loss
 from penstock.pool.net import lanes, wire
+from penstock.pool.net.idle import PARK_S
 from penstock.pool.net.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
 from penstock.pool.net.tls import TlsError
 from penstock.pool.net.tls_socket import Stream, TlsSocket
@@ -132,8 +135,11 @@ class ClientConnection:
         self._reader_id = 0
         self._ended = False  # nothing can be sent any more
         self._pause: threading.Event | None = None  # set at the end of the connection: ends every pause
-        self._reader: GuardedThread | None = None  # made in `start`: there may be thousands of unknown peers
-        self._sender: GuardedWorker | None = None
+        self._serving: tuple[wire.FrameReader, select.poll] | None = None  # made in `start`: there may be thousands
+        self._done = threading.Event()  # the connection has ended, and its socket is closed
+        self._sender: GuardedWorker | None = None  # while it has work
+        self._sender_lock = threading.Lock()
+        self._no_more = False  # no sender is started any more
 
     def greet(self) -> Steps:
         """Versions, TLS, secret, Hello. The answer to Hello is sent once the connection has its threads (`start`):
@@ -186,19 +192,30 @@ class ClientConnection:
         self._sock.setblocking(True)
         wire.set_timeouts(self._sock)
         self._pause = threading.Event()
-        self._sender = GuardedWorker(f"penstock-send-{self.peer}", SENDS_MAX, kind="penstock-node-send")
-        self._reader = GuardedThread(f"penstock-node-{self.peer}", self._serve, kind="penstock-node-connection")
-        self._reader.start()
+        readable = select.poll()
+        readable.register(self.sock, select.POLLIN)
+        self._serving = wire.FrameReader(self._sock), readable
+        self._node.idle.begin(self)
+
+    def serve(self, expired: bool) -> None:
+        """As `pool.net.idle.Idle`."""
+        run = partial(self._serve, expired)
+        GuardedThread(f"penstock-node-{self.peer}", run, kind="penstock-node-connection").start()
+
+    def fileno(self) -> int:
+        """The socket's file; -1 once it is closed."""
+        return self.sock.fileno()
 
     def abandon(self) -> None:
-        """End a connection that was not started."""
+        """End a connection that has no thread."""
         if self._sender is not None:
             self._sender.stop()
         self.cut()
         self._sock.close()
+        self._done.set()
 
     def cut(self) -> None:
-        """End the connection; both threads notice."""
+        """End the connection; its threads notice."""
         self._ended = True
         if self._pause is not None:
             self._pause.set()
@@ -206,26 +223,53 @@ class ClientConnection:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def join(self, timeout_s: float) -> None:
-        """Wait at most `timeout_s` for the reading thread to end."""
-        if self._reader is not None:
-            self._reader.join(timeout_s)
+        """Wait at most `timeout_s` for the connection to end."""
+        if self._serving is not None:
+            self._done.wait(timeout_s)
 
-    def _serve(self) -> None:
-        sender = self._sender
-        assert sender is not None
+    def _serve(self, expired: bool) -> None:
+        """Answer requests until none comes for a while: then the connection is parked, without a thread."""
+        parked = False
         try:
+            if expired:
+                raise TimeoutError(f"the peer sent no message for {wire.IDLE_S:g} s")
+            self._reader_id = threading.get_ident()
             if self._ready is not None:
-                self._reply(self._ready)
+                ready, self._ready = self._ready, None
+                self._reply(ready)
+                self._wait(self._node.pause_of(self.source))
             self._serve_requests()
+            self._rest()
+            parked = True
         except (wire.ProtocolError, OSError) as error:
             self.say_ended(error)
         finally:
-            self.cut()
+            if parked:
+                self._node.idle.park(self)
+            else:
+                self.end()
+
+    def _rest(self) -> None:
+        """End the sender's thread if it has no work; the next piece of work starts another one."""
+        with self._sender_lock:
+            if self._sender is not None and not self._sender.waiting:
+                self._sender.stop()
+                self._sender = None
+
+    def end(self) -> None:
+        """End the connection, whose thread the caller is, and free everything of it."""
+        self.cut()
+        with self._sender_lock:
+            sender, self._no_more = self._sender, True
+        if sender is not None:
             sender.stop()  # work that ends from now on frees its memory on its own thread
-            self._leave()
+        self._leave()
+        if sender is not None:
             sender.join(SENDER_END_S)
-            self._sock.close()
-            self._node.left(self)
+        self._node.idle.ended(self, self.fileno())
+        self._sock.close()
+        self._node.left(self)
+        self._done.set()
 
     def say_ended(self, error: wire.ProtocolError | SecretRefused | OSError) -> None:
         """Log why the connection ends."""
@@ -240,11 +284,12 @@ class ClientConnection:
         """The connection has ended: drop everything of it that waits."""
 
     def _serve_requests(self) -> None:
-        frames = wire.FrameReader(self._sock)
-        self._reader_id, counted_s = threading.get_ident(), time.thread_time()
-        self._wait(self._node.pause_of(self.source))
+        """Answer requests until none has come for PARK_S."""
+        assert self._serving is not None
+        frames, readable = self._serving
+        counted_s = time.thread_time()
         try:
-            while True:
+            while self._buffered() or readable.poll(1000 * PARK_S):
                 asked_s = time.monotonic()
                 header, payload_bytes = frames.next(wire.IDLE_S)
                 now_s = time.monotonic()
@@ -262,6 +307,10 @@ class ClientConnection:
         except (wire.ProtocolError, OSError):  # work for a message that failed counts too
             self._node.pause_after(self.source, time.thread_time() - counted_s + _CONNECTION_S)
             raise
+
+    def _buffered(self) -> bool:
+        """Whether received bytes wait in this process."""
+        return isinstance(self._sock, TlsSocket) and self._sock.buffered
 
     def _wait(self, pause_s: float) -> None:
         if pause_s and self._pause is not None:
@@ -487,12 +536,23 @@ class ClientConnection:
     def _later(self, send: Callable[[], None]) -> None:
         """Call `send` on the sender's thread. `send` also frees slots and pins, so it is always called: on this thread
         and without sending, when the connection has ended or its queue is full."""
-        if self._sender is None or not self._sender.put(partial(self._try, send), self._failed):
+        if not self._put(partial(self._try, send)):
             self.cut()
             try:
                 self._try(send)
             except Exception as error:  # noqa: BLE001 (any failure to send ends this connection)
                 self._failed(error)
+
+    def _put(self, work: Callable[[], None]) -> bool:
+        """Queue work for the sender's thread, which is started if there is none; False where that cannot be."""
+        with self._sender_lock:
+            if self._sender is None and not self._no_more:
+                try:
+                    name = f"penstock-send-{self.peer}"
+                    self._sender = GuardedWorker(name, SENDS_MAX, kind="penstock-node-send")
+                except (RuntimeError, MemoryError) as error:
+                    self._node.rare.warning("send", "no thread to answer %s: %s", self.peer, error)
+            return self._sender is not None and self._sender.put(work, self._failed)
 
     def _try(self, send: Callable[[], None]) -> None:
         try:
