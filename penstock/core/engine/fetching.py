@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from penstock.core.bandwidth import LinkUse
 from penstock.core.engine.load_table import LoadTable
@@ -90,14 +91,14 @@ class Fetching:
         """Issue the first blocks that the request of least rank wants on the route, as far as there is room."""
         request = self._first_wanting(queue, route)
         assert request is not None
+        at_most = min(self._span_blocks, self._room(route, reactive))
+        span = list(islice(request.loads.wanted[route], at_most))
         changed: dict[Request, None] = {}
-        wanted = request.loads.wanted[route]
-        for _ in range(self._span_blocks):
-            load = next(iter(wanted), None)
-            if load is None or not self._has_room(route, reactive):
-                break
+        for name in route:
+            self._link(name).in_flight += len(span)
+        for load in span:
             self._issue(load, reactive, now)
-            changed.update(dict.fromkeys(load.waiters))
+            changed |= dict.fromkeys(load.waiters)
         for waiter in changed:
             self._changed(waiter, now)
 
@@ -110,11 +111,18 @@ class Fetching:
         return None
 
     def _has_room(self, route: Route, reactive: bool) -> bool:
+        return self._room(route, reactive) > 0
+
+    def _room(self, route: Route, reactive: bool) -> int:
+        """How many blocks may be issued on the route now."""
         l2 = self._shared.l2
-        if l2.free_for_loads <= 0 or (reactive and self._loads.reactive_slots >= l2.reactive_limit):
-            return False
+        room = l2.free_for_loads
+        if reactive:
+            room = min(room, l2.reactive_limit - self._loads.reactive_slots)
+        if room <= 0:
+            return room
         window = self._shared.config.fetch_window_blocks
-        return all(self._link(name).in_flight < window for name in route)
+        return min(room, *(window - self._link(name).in_flight for name in route))
 
     def _link(self, name: str) -> LinkUse:
         use = self._links.get(name)
@@ -142,8 +150,6 @@ class Fetching:
         elif shared.config.mode == "penstock" and load.page is None:
             self._loads.reserve_page(load, shared.l1.take())
         self._loads.move(load, LoadState.FETCHING)
-        for name in load.hit.route:
-            self._link(name).in_flight += 1
         op_id = shared.next_op()
         self._in_flight[op_id] = load
         shared.outbox.append(Fetch(op_id, load.key, load.slot, load.hit.route, shared.config.fetch_timeout_s))

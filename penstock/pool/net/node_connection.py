@@ -165,7 +165,7 @@ class ClientConnection:
         if not isinstance(request, wire.Hello):
             raise wire.ProtocolError(f"the first message is {type(request).__name__}, not Hello")
         if payload_bytes:
-            raise wire.ProtocolError("only Write and WriteMany have a payload")
+            raise wire.ProtocolError("only Write has a payload")
         reply, refusal = self._answer_hello(request)
         if refusal:
             yield from _give(sock, wire.frame(reply))
@@ -295,7 +295,7 @@ class ClientConnection:
                 now_s = time.monotonic()
                 request = wire.decode_request(header)
                 if payload_bytes and not isinstance(request, wire.Write | wire.WriteMany):
-                    raise wire.ProtocolError("only Write and WriteMany have a payload")
+                    raise wire.ProtocolError("only Write has a payload")
                 # A request that was received already became ready while the link was busy with the previous one.
                 ready_s = min(now_s, self._sent_s) if now_s - asked_s < 0.0001 else now_s
                 self._refused = False
