@@ -260,11 +260,7 @@ class Engine:
         except queue.Empty:
             pass
         self._dispatcher.end_late()
-        for operation in self._scheduler.decide(time.monotonic()):
-            if isinstance(operation, Emit):
-                self._emit(operation)
-            else:
-                self._dispatcher.carry_out(operation)
+        self._dispatcher.carry_out(self._scheduler.decide(time.monotonic()), self._emit)
         self._dispatcher.say_losses()
         self._admitted = self._scheduler.admitted
 

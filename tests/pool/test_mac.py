@@ -335,7 +335,7 @@ def test_memory_that_this_process_wrote_is_leased_and_what_came_from_an_ssd_is_v
 
 
 def test_a_node_says_of_a_client_of_another_version_which_it_speaks() -> None:
-    with pytest.raises(wire.ProtocolError, match=r"speaks version 2 of the pool protocol, this side 3"):
+    with pytest.raises(wire.ProtocolError, match=r"speaks version 2 of the pool protocol, this side 4"):
         wire.check_greeting(replace(wire.GREETING, version=2).pack())
 
 

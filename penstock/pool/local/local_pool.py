@@ -14,7 +14,7 @@ from penstock.core.new_block import NewBlock
 from penstock.core.pool.policy import PoolPolicy
 from penstock.core.pool.quota import TenantQuotas
 from penstock.core.pool.write_admission import WriteAdmission
-from penstock.pool.api import Done, Located, MemberStat, PoolError, PoolStat, ReadCheck, check_write
+from penstock.pool.api import Done, DoneMany, Located, MemberStat, PoolError, PoolStat, ReadCheck, check_write
 from penstock.pool.block import Block
 from penstock.pool.callbacks import call_done, call_soon, callback_worker
 from penstock.pool.local.drain import Drain
@@ -26,6 +26,8 @@ from penstock.pool.mac import check_of
 from penstock.pool.members.member import GoneMember, Member, Use, fenced_reason, is_durable, observed, queued
 from penstock.pool.members.memory import MemoryMember
 from penstock.pool.members.work import Work
+from penstock.pool.node_backend import OpenedBlock
+from penstock.pool.spans import read_each, write_each
 from penstock.process.guarded_thread import thread_failures
 from penstock.units import format_bytes
 
@@ -132,6 +134,18 @@ class LocalPool:
 
         self.load(opened, into, timeout_s, finished)
 
+    def read_many(
+        self,
+        keys: Sequence[BlockKey],
+        size_bytes: int,
+        intos: Sequence[memoryview],
+        timeout_s: float,
+        done: DoneMany,
+        checks: Sequence[ReadCheck | None] | None = None,
+    ) -> None:
+        """As `read` of each block."""
+        read_each(self, keys, size_bytes, intos, timeout_s, done, checks)
+
     def lease(self, key: BlockKey) -> PinnedBlock[Block, memoryview] | None:
         """Pin a block of a memory member to be read in place. None for a miss, and for a block on a device."""
         opened = self.open_block(key, None)
@@ -174,6 +188,12 @@ class LocalPool:
         ):  # not admitted to SSDs, or being written already
             note_error("store", "the pool", error)
         call_soon(self._callbacks, done, error)
+
+    def write_many(
+        self, blocks: Sequence[NewBlock], datas: Sequence[memoryview], timeout_s: float, done: DoneMany
+    ) -> None:
+        """As `write` of each block."""
+        write_each(self, blocks, datas, timeout_s, done)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
         """Drop those of the blocks that are not pinned; returns how many were dropped."""
@@ -354,17 +374,26 @@ class LocalPool:
             if self._closed:
                 return PoolError("closed", "the pool is closed")
             self._check_members()
-            block = self._table.find(key)
-            if block is None:
-                return PoolError("missing", f"block {key.hex()} is not in the pool")
-            if size_bytes is not None and block.size_bytes != size_bytes:
-                return PoolError(
-                    "layout", f"block {key.hex()} has {block.size_bytes} bytes, {size_bytes} were asked for"
-                )
-            self._table.pin(block)
-            member = self.members[block.member]
-        view = member.view(block) if isinstance(member, MemoryMember) else None
-        return OpenBlock(self, block, view)
+            return self._open(key, size_bytes)
+
+    def open_blocks(self, keys: Sequence[BlockKey], size_bytes: int) -> list[OpenedBlock | PoolError]:
+        """As `open_block` of each."""
+        with self._lock:
+            if self._closed:
+                return [PoolError("closed", "the pool is closed")] * len(keys)
+            self._check_members()
+            return [self._open(key, size_bytes) for key in keys]
+
+    def _open(self, key: BlockKey, size_bytes: int | None) -> OpenBlock | PoolError:
+        """Pin one block; the lock is held."""
+        block = self._table.find(key)
+        if block is None:
+            return PoolError("missing", f"block {key.hex()} is not in the pool")
+        if size_bytes is not None and block.size_bytes != size_bytes:
+            return PoolError("layout", f"block {key.hex()} has {block.size_bytes} bytes, {size_bytes} were asked for")
+        self._table.pin(block)
+        member = self.members[block.member]
+        return OpenBlock(self, block, member.view(block) if isinstance(member, MemoryMember) else None)
 
     def note_read(self, opened: OpenBlock) -> None:
         """Count a block that was read in place."""
