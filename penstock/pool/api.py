@@ -145,6 +145,8 @@ class Lease(Protocol):
 
 
 Done = Callable[[PoolError | None], None]
+DoneMany = Callable[[list[PoolError | None]], None]
+"""Takes the results of several blocks, in order."""
 ReadCheck = Callable[[memoryview, int, bytes], PoolError | None]
 """Verifies a block that was read: takes its bytes, and the checksum and MAC that it was stored with; returns the error,
 or None (`pool.mac.check_of`)."""
