@@ -166,6 +166,7 @@ class EngineHost:
             buffer_blocks=self.buffer.blocks if self.buffer is not None else 0,
             links=self._links.reports(engine_load, block_bytes) if self._links is not None else [],
             storage_up=getattr(self._running.pool, "up", True),
+            preemptions=self.engine.preemptions,
         )
 
     def healthy(self) -> tuple[bool, str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.pool.authenticated import authenticated
 from penstock.pool.local.local_pool import LocalPool
@@ -21,7 +23,7 @@ from penstock.pool.net.remote import RemotePool
 from penstock.pool.net.secret import Secret
 from penstock.pool.setup.node_metrics import node_metrics
 from penstock.pool.setup.open import open_local_pool
-from tests.pool.helpers import Outcome, key_of, until, write
+from tests.pool.helpers import Outcome, block_bytes, key_of, until, write
 from tests.pool.net.node_rig import HandMade
 from tests.pool.net.one_sided_rig import MIB, NIXL, OneSidedRig, attach, counted
 
@@ -68,6 +70,23 @@ def test_blocks_come_one_sided_and_every_lease_ends(
     assert dict(stat.sent_bytes_by)["one-sided"] == len(KEYS) * size_bytes and stat.one_sided == client.one_sided
     text = node_metrics(node, pool).decode()
     assert "penstock_node_one_sided 1.0" in text and 'penstock_pool_sent_bytes_total{way="one-sided"}' in text
+
+
+def test_a_span_comes_one_sided_and_in_messages_where_it_cannot(rig: OneSidedRig, tmp_path: Path) -> None:
+    client = rig.client(rig.node(pool_of(rig, tmp_path)))
+    filled(rig, client)
+    keys = [*KEYS[:4], key_of("?")]
+    for places, way in (
+        ([rig.arena.take(4096) for _ in keys], "one-sided"),
+        ([aligned_buffer(4096) for _ in keys], "messages"),
+    ):
+        ended: queue.SimpleQueue[list[PoolError | None]] = queue.SimpleQueue()
+        with counted() as read:
+            client.read_many(keys, 4096, places, 10.0, ended.put)
+            errors = ended.get(timeout=20.0)
+        assert [error and error.reason for error in errors] == [None] * 4 + ["missing"]
+        assert [bytes(place) for place in places[:4]] == [block_bytes(key, 4096) for key in keys[:4]]
+        assert read[way] == 4 * 4096 and sum(read.values()) == 4 * 4096
 
 
 def test_memory_that_was_not_announced_is_filled_in_messages(rig: OneSidedRig, tmp_path: Path) -> None:
