@@ -8,15 +8,13 @@ import threading
 import time
 from typing import Any
 
-import msgspec
-
 from penstock.bench.processes import ReadyProcess
 from penstock.bench.transport_bare import SET_BYTES, TIMEOUT_S
 from penstock.io.memory import address_of, aligned_buffer
 from penstock.pool.net.nixl_agent import NixlAgent, NixlRead
 from penstock.process.child_python import python_command
 
-READY = re.compile(r"bare NIXL ready: ([0-9a-f]+)")
+READY = re.compile(r"bare NIXL ready: ([0-9a-f]+:[0-9]+)")
 WINDOW = 8  # reads that are open at the same time
 POLL_S = 50e-6
 
@@ -31,7 +29,7 @@ def serve() -> None:
     agent, memory = NixlAgent(), aligned_buffer(SET_BYTES)
     memory[:] = os.urandom(1 << 20) * (SET_BYTES >> 20)
     agent.register(memory)
-    print(f"bare NIXL ready: {msgspec.msgpack.encode((agent.metadata(), address_of(memory))).hex()}", flush=True)
+    print(f"bare NIXL ready: {agent.metadata().hex()}:{address_of(memory)}", flush=True)
     threading.Event().wait()
 
 
@@ -39,10 +37,11 @@ class BareNixl:
     """The side that reads, into `buffers`."""
 
     def __init__(self, described: str, buffers: memoryview) -> None:
-        metadata, self._there = msgspec.msgpack.decode(bytes.fromhex(described))
+        metadata, _, there = described.partition(":")
+        self._there = int(there)
         self._agent = NixlAgent()
         self._agent.register(buffers)
-        self._peer: Any = self._agent.add_peer(metadata)
+        self._peer: Any = self._agent.add_peer(bytes.fromhex(metadata))
         self._here, self._bytes = address_of(buffers), len(buffers)
 
     def run(self, size_bytes: int, count: int) -> float:
