@@ -172,7 +172,7 @@ def run_guest(
     arguments = [
         QEMU, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", str(machine.memory_mib), "-M", "q35",
         "-nodefaults", "-display", "none", "-no-reboot", "-kernel", str(machine.kernel), "-initrd", str(image),
-        "-append", "console=ttyS0 quiet panic=-1 mitigations=off nokaslr random.trust_cpu=on",
+        "-append", "console=ttyS0 quiet panic=-1 mitigations=off nokaslr random.trust_cpu=on no_timer_check",
         "-serial", f"file:{console}", "-serial", f"file:{results}", *extra_arguments,
         *(argument for drive in drives for argument in drive.arguments()),
     ]  # fmt: skip
