@@ -14,8 +14,8 @@ from pathlib import Path
 
 from penstock.bench.processes import pool_process
 from penstock.bench.scale_nodes import nodes_process
-from penstock.core.config import SchedulerConfig
 from penstock.core.bandwidth import LinkCost
+from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
 from penstock.core.keys import KEY_BYTES, BlockKey, KeyChain, root_key
 from penstock.core.new_block import NewBlock, prefix_position
