@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from penstock.bench.processes import POOL_READY, ProcessFailed, ReadyProcess
 from penstock.bench.transport_bare import SET_BYTES, TIMEOUT_S, bare_process, run_bare
-from penstock.bench.transport_one_sided import conclude_one_sided, measure_one_sided
+from penstock.bench.transport_one_sided import conclude_one_sided, cpu_s, measure_one_sided
 from penstock.command_line import PlotFile
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import NewBlock
@@ -173,11 +173,11 @@ def _measure(
                     runs[who] = (node.pid, partial(_run_pool, node.address, proof, keys[who][size], *load))
                 for who in sorted(runs, reverse=repeat % 2 == 1):
                     pid, run = runs[who]
-                    begin_s, node_begin_s = time.process_time(), _cpu_s(pid)
+                    begin_s, node_begin_s = time.process_time(), cpu_s(pid)
                     seconds = run()
                     found = results[who, size, connections]
                     found.client_cpu_s += time.process_time() - begin_s
-                    found.node_cpu_s += _cpu_s(pid) - node_begin_s
+                    found.node_cpu_s += cpu_s(pid) - node_begin_s
                     found.moved_bytes += count * size_bytes
                     found.bytes_per_s.append(count * size_bytes / seconds)
                     progress.advance(bar)
@@ -244,12 +244,6 @@ def _alone(digest: Callable[[BlockKey, memoryview], object], size_bytes: int) ->
             digest(key, memory[at : at + size_bytes])
     gb = 8 * SET_BYTES / 1e9
     return gb / (time.perf_counter() - begin_s), (time.process_time() - begin_cpu_s) / gb
-
-
-def _cpu_s(pid: int) -> float:
-    """CPU time of another process."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # --- Penstock: a pool node and a client ---
