@@ -214,12 +214,16 @@ class BlockRows:
         if self.high + count <= self.capacity:
             return
         self.worth_bits.release()
-        while self.capacity < self.high + count:
-            self.capacity *= 2
-        for column in (*self.columns.values(), *([self.macs] if self.macs else [])):
-            column.grow(self.capacity)
-        self.by_key.grow(self.capacity)
-        self._view()
+        capacity = self.capacity
+        while capacity < self.high + count:
+            capacity *= 2
+        try:
+            for column in (*self.columns.values(), *([self.macs] if self.macs else [])):
+                column.grow(capacity)
+            self.by_key.grow(capacity)
+            self.capacity = capacity
+        finally:
+            self._view()
 
     def tenant_number(self, tenant: bytes, rows: int) -> int:
         """The number of a tenant that gets so many more rows."""

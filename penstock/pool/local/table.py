@@ -198,6 +198,7 @@ class Table:
 
     def drop(self, block: Block) -> None:
         """Make a present block a miss. The caller must delete its row now; its extent is free once nobody reads it."""
+        assert block.row >= 0, f"block {block.key.hex()} is not present"
         self._drop_row(block.row)
 
     def evict_many(self, keys: bytes) -> list[tuple[int, BlockKey]]:
@@ -292,8 +293,9 @@ class Table:
             return offsets
         before = [(rows.member[row], rows.account(row)) for row in left]
         for row in set(left).intersection(self._taken_up.keys()):
-            block = self._taken_up.pop(row)
-            block.row, block.account, block.uses = -1, rows.account(row), rows.uses[row]
+            block = self._taken_up.pop(row, None)
+            if block is not None:
+                block.row, block.account, block.uses = -1, rows.account(row), rows.uses[row]
         for (member, payer), key, offset, extent in zip(before, *self._batches.remove(left), strict=True):
             self._count_eviction(payer, account)
             self._space(member).blocks -= 1
