@@ -35,10 +35,10 @@ class PoolEviction:
     EVICT-6  The accounts of each member are counted right.
     """
 
-    def __init__(self, members: int, quotas: TenantQuotas, unit_bytes: int = 1) -> None:
-        """Blocks take multiples of `unit_bytes`."""
+    def __init__(self, members: int, quotas: TenantQuotas, unit_bytes: int, salt: int) -> None:
+        """`unit_bytes` and `salt` as `BlockRows`."""
         self.quotas = quotas
-        self.rows = BlockRows(unit_bytes)
+        self.rows = BlockRows(unit_bytes, salt)
         self.leaves = LeafQueues(self.rows, self._family)
         self._worth = [RebuildValue() for _ in range(members)]
         self._uses = 0  # of all members

@@ -6,6 +6,7 @@ Pure state, no I/O and no lock: the pool calls it under its own lock. Present bl
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -75,7 +76,7 @@ class Table:
         self.quotas = quotas or TenantQuotas()
         self.scans = 0  # searches over a whole member
         self.evictions = dict.fromkeys(EVICTION_REASONS, 0)  # blocks evicted for a new one, by reason
-        self._eviction = PoolEviction(len(ranges), self.quotas, STAGING_ALIGNMENT_BYTES)
+        self._eviction = PoolEviction(len(ranges), self.quotas, STAGING_ALIGNMENT_BYTES, secrets.randbits(64))
         self._rows = self._eviction.rows
         self._places = Places(self._rows)
         self._batches = RowBatches(self._eviction, self._places)
