@@ -14,8 +14,9 @@ from pathlib import Path
 
 from penstock.bench.processes import pool_process
 from penstock.bench.scale_nodes import nodes_process
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import SchedulerConfig
-from penstock.core.cost import CostModel, LinkCost
+from penstock.core.cost import CostModel
 from penstock.core.keys import KEY_BYTES, BlockKey, KeyChain, root_key
 from penstock.core.new_block import NewBlock, prefix_position
 from penstock.core.spans import SPAN_BLOCKS_MAX, parts, span_blocks, window_blocks
@@ -64,7 +65,7 @@ def measure_network(report: Report, quick: bool, step: Step) -> None:
         name = f"engine_us_per_block_{nodes}_node" + "s" * (nodes > 1)
         _figure(report, name, engine_us_per_block(nodes, requests, context))
     step("blocks are written to a node, and read")
-    write_us, read_us = node_us_per_block(1024 if quick else 32_768)
+    write_us, read_us = node_us_per_block(8192 if quick else 32_768)
     _figure(report, "node_write_us_per_block", write_us)
     _figure(report, "node_read_us_per_block", read_us)
     step("engines connect to a node")
