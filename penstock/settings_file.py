@@ -45,9 +45,7 @@ def _written(one: Declared) -> Any:
 
 def _parsed(name: str, one: Declared, value: Any) -> Any:
     try:
-        if one.repeats:
-            return tuple(one.read(text) for text in ([value] if isinstance(value, str) else value))
-        return one.read(value)
+        return one.read_all(value)
     except ConfigError:
         raise
     except ValueError as error:

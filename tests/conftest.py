@@ -24,6 +24,7 @@ from tests.serving import serves
 TOGETHER = {
     "tests/io/test_block_engines.py": "guest",
     "tests/io/test_nvme_engine.py": "guest",
+    "tests/rdma/test_over_verbs.py": "guest",
     "tests/benchmarks/test_end_to_end.py": "cluster",
     "tests/cluster/test_kill_rounds.py": "cluster",
     "tests/cluster/deploy/test_on_ray.py": "cluster",

@@ -14,7 +14,8 @@ import pytest
 STARTERS = frozenset(
     {
         "PoolNode", "RelayNode", "ClusterEngine", "EngineRegistry", "HttpServer", "Supervisor", "create_server",
-        "Popen", "_serve", "pool_process", "bare_process", "LinkProcess", "Testbed", "RaySupervisor", "run_guest",
+        "Popen", "ReadyProcess", "_serve", "pool_process", "bare_process", "LinkProcess", "Testbed", "RaySupervisor",
+        "run_guest",
     }
 )  # fmt: skip
 

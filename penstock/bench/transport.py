@@ -1,4 +1,5 @@
-"""`penstock bench transport`: reads from a pool node against a bare socket loop, each between two processes."""
+"""`penstock bench transport`: reads from a pool node against bare loops, of sockets and of NIXL, each between two
+processes."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from penstock.bench.processes import POOL_READY, ProcessFailed, ReadyProcess
 from penstock.bench.transport_bare import SET_BYTES, TIMEOUT_S, bare_process, run_bare
+from penstock.bench.transport_one_sided import conclude_one_sided, measure_one_sided
 from penstock.command_line import PlotFile
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import NewBlock
@@ -32,6 +34,7 @@ from penstock.pool.authenticated import authenticated
 from penstock.pool.checksum import block_checksum
 from penstock.pool.mac import PoolKey
 from penstock.pool.net.connect import connect_pool
+from penstock.pool.net.nixl_agent import nixl_installed
 from penstock.pool.net.secret import Secret
 from penstock.pool.net.tls import PeerTls
 from penstock.process.child_python import python_command
@@ -94,7 +97,8 @@ def transport(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     plot: PlotFile = None,
 ) -> None:
-    """Read bandwidth and CPU time of a pool node over loopback TCP against a bare socket loop."""
+    """Read bandwidth and CPU time of a pool node over loopback TCP against a bare socket loop, and one-sided against a
+    bare loop of NIXL, where that is installed."""
     console = Console()
     report = Report("transport")
     loads = [("128k", 1), ("2m", 1), ("4m", 1), ("4m", 2)]
@@ -105,12 +109,15 @@ def transport(
             if pool_key is not None:
                 proofs["mac"] = Proof(pool_key=pool_key)
             results = _measure(console, loads, repeats, run_mib << 20, proofs)
+        one_sided = measure_one_sided(repeats, run_mib << 20) if nixl_installed() else None
     except (OSError, ValueError, PoolError, ProcessFailed) as error:
         console.print(f"[red]bench transport: {error}[/red]")
         raise typer.Exit(1) from error
     _conclude(report, results, loads, pool_key)
     for who in ("tcp", "secret", "tls") if tls else ():
         _add_costs(report, results, loads, who)
+    if one_sided is not None:
+        conclude_one_sided(report, one_sided)
     report.print(console)
     if json is not None:
         report.write_json(json)

@@ -48,6 +48,13 @@ class Declared:
         """The value (of one, where there may be several) of what a user wrote. Raises ValueError."""
         return self.setting.parse(written) if self.setting.parse is not None else written
 
+    def read_all(self, written: Any) -> Any:
+        """The value of what a user wrote: where there may be several, a tuple of one or of a list. Raises
+        ValueError."""
+        if not self.repeats:
+            return self.read(written)
+        return tuple(self.read(text) for text in ([written] if isinstance(written, str) else written))
+
     @property
     def repeats(self) -> bool:
         """Whether there may be several values: the field is a tuple."""

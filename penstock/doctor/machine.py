@@ -25,6 +25,13 @@ class Machine:
         found = re.match(r"-?\d+", self.text(path) or "")
         return int(found[0]) if found else None
 
+    def link_name(self, path: str) -> str | None:
+        """Last part of what a symbolic link points to; None if there is none."""
+        try:
+            return os.path.basename(os.readlink(self.root / path))
+        except OSError:
+            return None
+
     def names(self, path: str, pattern: str = ".*") -> list[str]:
         """Sorted names in a folder that match `pattern` completely; empty if the folder is absent."""
         try:

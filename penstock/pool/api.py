@@ -3,7 +3,7 @@
 Threading: every method may be called from any thread. `done` callbacks run on a thread of the pool, must not block,
 and are called exactly once, at the latest at the deadline (plus scheduling noise). After `done` the pool does not use
 the buffer any more: a transfer that misses its deadline is stopped first, then reported. One exception: a transfer that
-a local device has begun cannot be stopped; it is reported when the device answers, or by `close`.
+a local device or a network card has begun cannot be stopped; it is reported when the device answers, or by `close`.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ class PoolStat:
     hex, bytes over the quota); "others" in hex stands for all tenants without a quota of their own. `evictions_by`:
     `evictions` by cause: `asked` (by a caller), or for a new block one of the writer's `own` blocks, one of another
     tenant without a quota (`shared`), or one of a tenant `over_quota`. `writes_refused`: writes of tenants that have no
-    quota by name, where only tenants with a quota may write. `losses` and `thread_failures`: by kind, of the whole
-    process (`pool.losses`, `process.guarded_thread`).
+    quota by name, where only tenants with a quota may write. `sent_bytes_by`: bytes that a node's clients read, by
+    way: in `messages`, or `one-sided`; `one_sided`: how they read one-sided, or "off: " and why they do not. `losses`
+    and `thread_failures`: by kind, of the whole process (`pool.losses`, `process.guarded_thread`).
     """
 
     members: Annotated[tuple[MemberStat, ...], Meta(max_length=STAT_ROWS_MAX)]
@@ -98,6 +99,8 @@ class PoolStat:
     over_quota: StatCounts = ()
     evictions_by: StatCounts = ()
     writes_refused: Amount = 0
+    sent_bytes_by: StatCounts = ()
+    one_sided: StatName = ""
 
     def bounded(self) -> PoolStat:
         """The same record with every figure clipped to the bounds of a message, so that one absurd figure does not make

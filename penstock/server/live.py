@@ -12,6 +12,7 @@ from typing import Any
 from starlette.responses import Response
 
 from penstock.engine.api import EngineAPI, RequestReport
+from penstock.pool.net import ways
 from penstock.server.metrics import met_slo
 
 RECENT_REQUESTS = 512
@@ -60,6 +61,8 @@ class LiveWindow:
             "ttft_p50_s": _quantile(ttfts, 0.5),
             "ttft_p99_s": _quantile(ttfts, 0.99),
             "stages": _seconds_by_label(recent),
+            "nodes": ways.states(),
+            "node_bytes": ways.read_bytes(),
             "last": [{"spans": r.spans, "met": met_slo(r), "prompt_tokens": r.prompt_tokens} for r in recent[-BARS:]],
         }
 

@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from penstock.engine.api import EngineAPI, RequestReport
 from penstock.pool.losses import losses
+from penstock.pool.net import ways
 from penstock.process.guarded_thread import thread_failures
 from penstock.server.vllm_metrics import vllm_counters, vllm_gauges, vllm_histograms
 
@@ -182,7 +183,15 @@ class _ProcessCollector(Collector):
         lost = CounterMetricFamily(
             "penstock_pool_losses", "Loads, saves and other requests to the pool that failed", labels=["kind"]
         )
-        for family, counts in ((threads, thread_failures()), (lost, losses())):
+        read = CounterMetricFamily(
+            "penstock_pool_read_bytes", "Bytes read from pool nodes, in messages or one-sided", labels=["way"]
+        )
+        one_sided = GaugeMetricFamily(
+            "penstock_pool_one_sided", "1 where a pool node's blocks are read one-sided", labels=["node"]
+        )
+        usable = {place: int(not state.startswith("off")) for place, state in ways.states().items()}
+        families = ((threads, thread_failures()), (lost, losses()), (read, ways.read_bytes()), (one_sided, usable))
+        for family, counts in families:
             for label, count in counts.items():
                 family.add_metric([label], float(count))
             yield family

@@ -29,6 +29,7 @@ from penstock.pool.announced import AnnouncedPool
 from penstock.pool.authenticated import NO_POOL_KEY, authenticated
 from penstock.pool.block_size import expect_blocks
 from penstock.pool.kv_events import KvEventLog
+from penstock.pool.net import ways
 from penstock.pool.setup.open import link_bytes_per_s
 from penstock.process.guarded_thread import GuardedThread, GuardedWorker
 from penstock.process.loss_log import LossLog
@@ -297,6 +298,7 @@ class Host:
                 "load_failures": dict(activity.load_failures),
                 "save_failures": dict(activity.save_failures),
                 "requests_without_pool": dict(activity.requests_without_pool),
+                "pool_read_bytes": {way: count for way, count in ways.read_bytes().items() if count},
             }
             links = {name: link.bytes_per_s for name, link in self.scheduler.cost.links.items()}
             links["upload"] = self.scheduler.cost.upload.bytes_per_s

@@ -19,6 +19,7 @@ _LABEL_OF = {
     "load_failures": ("reason", "Blocks that did not arrive and were computed instead"),
     "save_failures": ("reason", "Blocks that could not be saved"),
     "requests_without_pool": ("reason", "Requests whose KV cannot be identified by content, computed without the pool"),
+    "pool_read_bytes": ("way", "Bytes read from pool nodes, in messages or one-sided"),
     "link_bytes_per_second": ("link", "Recent bandwidth of each link while it was busy"),
 }
 COUNTER_HELP = {

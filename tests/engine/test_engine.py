@@ -21,11 +21,13 @@ from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import SamplingParams
 from penstock.pool.api import Done, Pool, PoolError
 from penstock.pool.net.connect import connect_pool
+from penstock.pool.net.nixl_agent import NixlAgent
 from penstock.pool.net.node import PoolNode
 from penstock.pool.setup.open import open_local_pool
 from penstock.testing.tiny_models import ARCHITECTURES
 from tests.asking import Answer, prompt_of, wait_until
 from tests.engine.engine_rig import BLOCK, WatchedPool, WatchedRunner, serving
+from tests.pool.net.one_sided_rig import NIXL, counted
 
 RunnerOf = Callable[[str], HFRunner]
 BLOCKS = 9  # full blocks of the long prompts
@@ -39,10 +41,11 @@ def opened(kind: str, folder: Path) -> Iterator[Pool]:
     slabs = [] if kind == "memory" else [(folder / "kv.slab", 16 << 20)]
     local = open_local_pool(() if kind == "slab" else (16 << 20,), slabs)
     try:
-        if kind != "remote":
+        if kind in ("memory", "slab"):
             yield local
             return
-        node = PoolNode(local, "127.0.0.1", 0, staging_capacity_bytes=8 << 20)
+        agent = NixlAgent() if kind == "one-sided" else None
+        node = PoolNode(local, "127.0.0.1", 0, staging_capacity_bytes=8 << 20, one_sided=agent)
         remote = connect_pool(f"127.0.0.1:{node.address[1]}")
         try:
             yield remote
@@ -53,7 +56,7 @@ def opened(kind: str, folder: Path) -> Iterator[Pool]:
         local.close(CLOSE_S)
 
 
-@pytest.mark.parametrize("kind", ["memory", "slab", "remote"])
+@pytest.mark.parametrize("kind", ["memory", "slab", "remote", pytest.param("one-sided", marks=NIXL)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_loaded_kv_gives_the_computed_tokens(
     architecture: str, kind: str, runner_of: RunnerOf, computed: Callable[..., list[int]], tmp_path: Path
@@ -64,7 +67,7 @@ def test_loaded_kv_gives_the_computed_tokens(
     shared = prompt[: BLOCKS * BLOCK] + prompt_of(3, 21)
     expected = [computed(p, architecture=architecture) for p in (prompt, other, shared)]
     hits = BLOCKS * BLOCK
-    with opened(kind, tmp_path) as pool:
+    with counted() as moved, opened(kind, tmp_path) as pool:
         with serving(runner, pool, max_batch_tokens=24) as rig:  # chunked prefill, both ways
             first = rig.ask(prompt)
             assert first.tokens == expected[0]
@@ -93,6 +96,7 @@ def test_loaded_kv_gives_the_computed_tokens(
             assert [answer.report.cached_tokens for answer in pair] == [hits, hits]
             assert len(watched.reads) == BLOCKS and set(watched.reads.values()) == {1}, "a block was read twice"
 
+    assert (moved["one-sided"] > 0) == (kind == "one-sided")
     if kind == "slab":
         with opened(kind, tmp_path) as pool, serving(runner, pool) as rig:  # after a restart of the pool
             restarted = rig.ask(prompt)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,25 @@ GUEST_TIMEOUT_S = 270.0
 ENGINE_FIXTURES = ("engine_of", "held")
 FILES = (REPOSITORY / "penstock", REPOSITORY / "tests" / "__init__.py", Path(__file__).parent)
 
-_outcomes = pytest.StashKey[dict[str, dict[str, str]]]()
-_ended = pytest.StashKey[str]()
+
+@dataclass(frozen=True, eq=False)
+class GuestKind:
+    """A kind of guest: `missing` says why there is none here; `run(folder, tests)` runs pytest in one, and returns what
+    that printed and how the guest ended."""
+
+    missing: Callable[[], str | None]
+    run: Callable[[Path, list[str]], tuple[str, str]]
+
+
+@dataclass
+class _Run:
+    """The outcomes of every test of a kind of guest by its id, and how the guest ended."""
+
+    outcomes: dict[str, dict[str, str]] = field(default_factory=dict)
+    ended: str = ""
+
+
+_runs = pytest.StashKey[dict[GuestKind, _Run]]()
 
 
 class GuestFailure(Exception):
@@ -35,11 +54,16 @@ class GuestItem(pytest.Item):
 
     guest_duration_s = 0.0
 
+    @property
+    def kind(self) -> GuestKind:
+        """Which guest."""
+        return NVME
+
     def runtest(self) -> None:
-        outcome = _run_all(self.session).get(self.nodeid)
+        run = _run_all(self.session, self.kind)
+        outcome = run.outcomes.get(self.nodeid)
         if outcome is None:
-            ended = self.session.stash[_ended]
-            raise GuestFailure(f"the guest did not report this test; it ended so:\n{ended}")
+            raise GuestFailure(f"the guest did not report this test; it ended so:\n{run.ended}")
         self.guest_duration_s = float(outcome["took_s"])
         if outcome["outcome"] == "skipped":
             pytest.skip(outcome["text"])
@@ -53,29 +77,36 @@ class GuestItem(pytest.Item):
         return self.path, None, self.name
 
 
-def _run_all(session: pytest.Session) -> dict[str, dict[str, str]]:
-    """Outcomes of every such test of the session by its id, from one run of the guest. Skips where there is none."""
-    reason = missing()
+def _run_all(session: pytest.Session, kind: GuestKind) -> _Run:
+    """Every such test of the session, in one run of the guest. Skips where there is none."""
+    reason = kind.missing()
     if reason:
         pytest.skip(reason)
-    found = session.stash.get(_outcomes, None)
-    if found is None:
-        tests = [item.nodeid for item in session.items if isinstance(item, GuestItem)]
-        session.stash[_outcomes] = found = {}
+    runs = session.stash.setdefault(_runs, {})
+    if kind not in runs:
+        tests = [item.nodeid for item in session.items if isinstance(item, GuestItem) and item.kind is kind]
+        runs[kind] = found = _Run()
         with tempfile.TemporaryDirectory(prefix="penstock-guest-") as folder:
-            printed, session.stash[_ended] = _pytest_in_guest(Path(folder), tests)
+            printed, found.ended = kind.run(Path(folder), tests)
         for line in printed.splitlines():
             if line.startswith("@{"):
                 record = json.loads(line[1:])
-                found[record["test"]] = record
-    return found
+                found.outcomes[record["test"]] = record
+    return runs[kind]
 
 
-def _pytest_in_guest(folder: Path, tests: list[str]) -> tuple[str, str]:
-    """What pytest printed, and how the guest ended."""
+def pytest_command(tests: list[str]) -> list[str]:
+    """Arguments of Python that run these tests in a guest."""
     plugins = ["-p", "tests.io.guest_report", "-p", "no:cacheprovider"]
-    command = ["-m", "pytest", "-q", *plugins, "--rootdir=/guest", *tests]
+    return ["-m", "pytest", "-q", *plugins, "--rootdir=/guest", *tests]
+
+
+def _with_drives(folder: Path, tests: list[str]) -> tuple[str, str]:
+    drives = make_drives(folder)
     try:
-        return run_guest(folder, command, make_drives(folder), FILES, GUEST_TIMEOUT_S, EXTRA_ARGUMENTS), "well"
+        return run_guest(folder, pytest_command(tests), drives, FILES, GUEST_TIMEOUT_S, EXTRA_ARGUMENTS), "well"
     except GuestError as error:
         return error.printed, str(error)
+
+
+NVME = GuestKind(missing, _with_drives)

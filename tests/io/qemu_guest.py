@@ -18,8 +18,8 @@ import stat
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,7 +34,8 @@ _UNUSED_STDLIB = {
 _UNUSED_SUFFIXES = (".opt-1.pyc", ".opt-2.pyc", ".pyi", ".a", ".h", ".c", ".f90")
 _MEMORY_MIB = 1024
 
-# Runs as process 1: gives the guest its filesystems, runs the command, says how it ended, and stops the machine.
+# Runs as process 1: gives the guest its filesystems and modules, prepares it, runs the command, says how it ended, and
+# stops the machine.
 _INIT = """\
 import ctypes, json, os, subprocess
 libc = ctypes.CDLL(None, use_errno=True)
@@ -43,6 +44,14 @@ for kind, place in (("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), 
 os.mkdir("/dev/shm")
 wanted = json.load(open("/guest.json"))
 out = os.open("/dev/ttyS1", os.O_WRONLY)
+for path in wanted["modules"]:
+    fd = os.open(path, os.O_RDONLY)
+    if libc.syscall(313, fd, b"", 0):  # finit_module
+        os.write(out, f"{path}: {os.strerror(ctypes.get_errno())}\\n".encode())
+    os.close(fd)
+for command in wanted["setup"]:
+    if subprocess.run(command, env=wanted["env"], stdout=out, stderr=out).returncode:
+        os.write(out, f"{command} failed\\n".encode())
 try:
     status = subprocess.run(wanted["command"], cwd="/guest", env=wanted["env"], stdout=out, stderr=out).returncode
 except Exception as error:
@@ -81,12 +90,33 @@ class Drive:
         return ["-blockdev", blockdev, "-device", controller, "-device", namespace]
 
 
-def missing() -> str | None:
-    """Why no guest can be run here; None when one can."""
+@dataclass(frozen=True)
+class Machine:
+    """What a guest has besides this Python: a `kernel`, `modules` that are loaded in order, further files and symbolic
+    links by their places in it, commands that prepare it, environment variables."""
+
+    kernel: Path
+    modules: Sequence[Path] = ()
+    contents: Mapping[str, Path] = field(default_factory=dict)
+    links: Mapping[str, str] = field(default_factory=dict)
+    setup: Sequence[Sequence[str]] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    memory_mib: int = _MEMORY_MIB
+
+
+def missing_qemu() -> str | None:
+    """Why no guest of any kind can be run here; None when one can."""
     if shutil.which(QEMU) is None:
         return f"needs {QEMU} (Debian: qemu-system-x86)"
     if os.uname().machine != "x86_64":
         return "the guest is an x86-64 machine that runs this Python"
+    return None
+
+
+def missing() -> str | None:
+    """Why no guest with drives can be run here; None when one can."""
+    if reason := missing_qemu():
+        return reason
     if kernel() is None:
         places = " or ".join(map(str, KERNELS))
         return f"needs a kernel vmlinuz-*-cloud-amd64 in {places} (Debian: linux-image-*-cloud-amd64)"
@@ -95,8 +125,19 @@ def missing() -> str | None:
 
 def kernel() -> Path | None:
     """The newest cloud kernel's image."""
-    found = [image for place in KERNELS for image in place.glob("vmlinuz-*-cloud-amd64")]
-    return max(found, key=lambda image: [int(number) for number in re.findall(r"\d+", image.name)], default=None)
+    return newest(image for place in KERNELS for image in place.glob("vmlinuz-*-cloud-amd64"))
+
+
+def cloud_kernel() -> Path:
+    """As `kernel`, where it is known to be there."""
+    found = kernel()
+    assert found is not None
+    return found
+
+
+def newest(images: Iterable[Path]) -> Path | None:
+    """The image of the highest version."""
+    return max(images, key=lambda image: [int(number) for number in re.findall(r"\d+", image.name)], default=None)
 
 
 def run_guest(
@@ -106,9 +147,12 @@ def run_guest(
     files: Iterable[Path],
     timeout_s: float,
     extra_arguments: Sequence[str] = (),
+    machine: Machine | None = None,
 ) -> str:
     """Run this Python with arguments `command` in a fresh guest, in a folder that holds `files` (of the repository, by
-    their paths in it, whole folders too); returns what it printed. Raises GuestError when it did not end with 0."""
+    their paths in it, whole folders too); returns what it printed. `machine`: None: with the cloud kernel. Raises
+    GuestError when it did not end with 0."""
+    machine = machine or Machine(cloud_kernel())
     image, results, console = folder / "initramfs", folder / "results", folder / "console"
     python = Path(sys.executable).resolve()
     wanted = {
@@ -118,13 +162,17 @@ def run_guest(
             "PYTHONDONTWRITEBYTECODE": "1",
             "HOME": "/tmp",
             "PATH": "/bin",
+            **machine.environment,
         },
+        "modules": [f"/modules/{path.name}" for path in machine.modules],
+        "setup": machine.setup,
     }
-    write_initramfs(image, python, wanted, files)
+    contents = {**machine.contents, **{f"/modules/{path.name}": path for path in machine.modules}}
+    write_initramfs(image, python, wanted, files, contents, machine.links)
     arguments = [
-        QEMU, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", str(_MEMORY_MIB), "-M", "q35",
-        "-nodefaults", "-display", "none", "-no-reboot", "-kernel", str(kernel()), "-initrd", str(image),
-        "-append", "console=ttyS0 quiet panic=-1 mitigations=off nokaslr random.trust_cpu=on",
+        QEMU, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", str(machine.memory_mib), "-M", "q35",
+        "-nodefaults", "-display", "none", "-no-reboot", "-kernel", str(machine.kernel), "-initrd", str(image),
+        "-append", "console=ttyS0 quiet panic=-1 mitigations=off nokaslr random.trust_cpu=on no_timer_check",
         "-serial", f"file:{console}", "-serial", f"file:{results}", *extra_arguments,
         *(argument for drive in drives for argument in drive.arguments()),
     ]  # fmt: skip
@@ -144,8 +192,16 @@ def run_guest(
     return text.removesuffix("\nguest: exit 0\n")
 
 
-def write_initramfs(image: Path, python: Path, wanted: object, files: Iterable[Path]) -> None:
-    """An archive (cpio, newc) that the kernel unpacks into memory: this Python, a few packages, files, and /init."""
+def write_initramfs(
+    image: Path,
+    python: Path,
+    wanted: object,
+    files: Iterable[Path],
+    further: Mapping[str, Path],
+    links: Mapping[str, str],
+) -> None:
+    """An archive (cpio, newc) that the kernel unpacks into memory: this Python, a few packages, files, and /init.
+    `further` files and `links` are by their places there."""
     with image.open("wb") as out:
         archive = _Archive(out)
         archive.add("/init", stat.S_IFREG | 0o755, f"#!{python} -ISB\n{_INIT}".encode())
@@ -153,17 +209,19 @@ def write_initramfs(image: Path, python: Path, wanted: object, files: Iterable[P
         archive.add("/dev/console", stat.S_IFCHR | 0o600, b"", device=(5, 1))
         for place in ("/proc", "/sys", "/tmp", "/run"):
             archive.add(place, stat.S_IFDIR | 0o755, b"")
-        contents = {str(python): python}
+        for place, target in links.items():
+            archive.add(place, stat.S_IFLNK | 0o777, target.encode())
+        contents = {**further, str(python): python}
         stdlib = Path(sysconfig.get_path("stdlib"))
         for path in _tree(stdlib):
             contents[str(path)] = path
         for name in DISTRIBUTIONS:
-            contents.update(_distribution(name))
+            contents.update(distribution(name))
         for given in files:
             for path in _tree(given.resolve()) if given.is_dir() else [given.resolve()]:
                 contents[f"/guest/{path.relative_to(REPOSITORY)}"] = path
         binaries = [path for path in contents.values() if path == python or ".so" in path.name]
-        contents.update(_libraries(binaries))
+        contents.update(libraries([path for path in binaries if path not in set(further.values())]))
         for name, path in contents.items():
             archive.add_file(name, path)
         archive.end()
@@ -210,7 +268,7 @@ def _tree(folder: Path) -> Iterator[Path]:
                 yield Path(place) / name
 
 
-def _distribution(name: str) -> dict[str, Path]:
+def distribution(name: str) -> dict[str, Path]:
     """Files of an installed package by their places in the guest."""
     found = {}
     for part in importlib.metadata.files(name) or ():
@@ -220,7 +278,7 @@ def _distribution(name: str) -> dict[str, Path]:
     return found
 
 
-def _libraries(binaries: Sequence[Path]) -> dict[str, Path]:
+def libraries(binaries: Sequence[Path]) -> dict[str, Path]:
     """Shared libraries of the system by their places in the guest: all in /lib, the loader also where it must be."""
     said = subprocess.run(["ldd", *map(str, binaries)], capture_output=True, text=True).stdout
     found: dict[str, Path] = {}

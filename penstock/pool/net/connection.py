@@ -57,6 +57,7 @@ class Pending:
     ended: bool = False
     late: bool = False
     checks: Sequence[ReadCheck | None] = (None,)  # verify the blocks that are read; None: by the checksum
+    part: Callable[[wire.LentMany], None] | None = None  # takes the answers before the last one
 
     def tell(self, result: Any, error: PoolError | None) -> None:
         """Call `end`; an exception in it is logged and affects no other request."""
@@ -169,7 +170,7 @@ class Connection:
         finally:
             self._send_lock.release()
 
-    def tell(self, message: wire.Corrupt | wire.Return) -> None:
+    def tell(self, message: wire.Corrupt | wire.Return | wire.ReturnMany) -> None:
         """Send a message that has no answer; the receiver thread notices a failure."""
         with self._send_lock, contextlib.suppress(OSError):
             wire.send_all(self._sock, wire.frame(message))
@@ -342,6 +343,10 @@ class Connection:
         pending = self._asked(reply.id)
         if pending is not None and not isinstance(reply, wire.ANSWERS[type(pending.message)]):
             raise wire.ProtocolError(f"the node answered {type(pending.message).__name__} with {type(reply).__name__}")
+        if isinstance(reply, wire.LentMany) and reply.more:
+            if pending is not None and pending.part is not None:
+                pending.part(reply)
+            return
         self._end(self._take(reply.id), reply, None)
 
     def _receive_probe(self, reply: wire.Probed, payload_bytes: int) -> None:

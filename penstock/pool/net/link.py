@@ -45,7 +45,7 @@ NODE_MARGIN = 0.1  # the node gets a timeout shorter by this share, so that its 
 Answer = TypeVar("Answer", wire.Found, wire.Evicted, wire.Stats)
 Ended = Callable[[Any, PoolError | None], None]
 Transfer = wire.Read | wire.Write | wire.ReadMany | wire.WriteMany
-Asked = wire.Open | wire.HandedOver | wire.Attach | wire.Lend | wire.Offer
+Asked = wire.Open | wire.HandedOver | wire.Attach | wire.Lend | wire.Offer | wire.LendMany
 
 
 @dataclass(slots=True)
@@ -263,10 +263,13 @@ class NodeLink:
 
         return wait
 
-    def begin(self, message: Asked, timeout_s: float, ended: Ended) -> None:
-        """Send a request over the control connection; `ended(reply, error)` is called once, by its deadline."""
+    def begin(
+        self, message: Asked, timeout_s: float, ended: Ended, part: Callable[[wire.LentMany], None] | None = None
+    ) -> None:
+        """Send a request over the control connection; `ended(reply, error)` is called once, by its deadline. `part`
+        gets the answers before the last one, where there are several; it must not raise."""
         timeout_s = _bounded(timeout_s)
-        pending = Pending(message, message.id, time.monotonic() + timeout_s, ended)
+        pending = Pending(message, message.id, time.monotonic() + timeout_s, ended, part=part)
         message.timeout_s = timeout_s * (1 - NODE_MARGIN)
 
         self._counted(pending, "request")
@@ -285,7 +288,7 @@ class NodeLink:
         else:
             connection.send(pending)
 
-    def tell(self, message: wire.Corrupt | wire.Return) -> None:
+    def tell(self, message: wire.Corrupt | wire.Return | wire.ReturnMany) -> None:
         """Send a message that has no answer, if the node is up."""
         connection = self._control.connections[0]
         if connection is not None:

@@ -25,23 +25,29 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from penstock.core.connection_limits import ConnectionLimits, ConnectionShares
 from penstock.core.spans import SPAN_BYTES_MAX
 from penstock.pacing import Pacer
+from penstock.pool.api import PoolStat
 from penstock.pool.net import wire
 from penstock.pool.net.greeter import Greeter
 from penstock.pool.net.idle import LOOK_S, IdleConnections
 from penstock.pool.net.message_budget import SHARE, MessageBudget
+from penstock.pool.net.nixl_agent import NixlAgent
 from penstock.pool.net.node_connection import ClientConnection
 from penstock.pool.net.pool_connection import PoolConnection
+from penstock.pool.net.pool_lending import PoolLending
 from penstock.pool.net.secret import Secret
 from penstock.pool.net.staging import Staging
 from penstock.pool.net.tls import PeerTls
 from penstock.pool.net.turns import Turns
+from penstock.pool.net.ways import MESSAGES, ONE_SIDED
 from penstock.pool.node_backend import NodeBackend
 from penstock.process.file_limit import file_limit
 from penstock.process.guarded_thread import GuardedThread, GuardedWorker
+from penstock.process.kind_counts import KindCounts
 from penstock.process.rate_limited_log import RateLimitedLog
 from penstock.process.switch_interval import switch_often
 from penstock.units import format_address
@@ -76,13 +82,14 @@ class PoolNode:
         connections: int | None = None,
         connections_per_address: int | None = None,
         tls: PeerTls | None = None,
+        one_sided: NixlAgent | None = None,
     ) -> None:
         """`pace_bytes_per_s` limits the blocks sent over all connections together, to emulate a NIC of that speed.
         `staging_capacity_bytes` bounds staging memory, and with it the largest block; None: STAGING_BYTES, and more
         when a larger block arrives. With a `secret` only clients that prove it are served, with `tls` only those with a
         certificate of its CA. `connections`: clients' connections served at the same time (None: CONNECTIONS_MAX);
         `connections_per_address`: of one address (None: half of them); fewer when the process may not have enough files
-        open.
+        open. `one_sided`: the agent with which the pool's memory is registered, so that clients can read it.
 
         Raises OSError when the address cannot be bound or the memory cannot be allocated.
         """
@@ -99,6 +106,8 @@ class PoolNode:
         self._listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         self.place = format_address(*self.address)
+        self.pool_lending = PoolLending(pool, one_sided, staging_capacity_bytes) if one_sided is not None else None
+        self._bytes_sent = KindCounts()
         self.rare = RateLimitedLog(log)  # for events that a peer can cause without limit
         self.turns = Turns(QUESTIONS_AT_ONCE)
         self._budget = MessageBudget(self.message_share)
@@ -137,6 +146,8 @@ class PoolNode:
         self._listener.close()
         for connection in connections:
             connection.join(max(0.0, deadline_s - time.monotonic()))
+        if self.pool_lending is not None:
+            self.pool_lending.close(max(0.1, deadline_s - time.monotonic()))
         self.idle.close(max(0.0, deadline_s - time.monotonic()) + LOOK_S)
 
     @property
@@ -144,6 +155,23 @@ class PoolNode:
         """Whether all threads that every client needs run; True once closed."""
         threads = (self._thread, self.idle, self._fetcher, self._remote_fetcher)
         return self._closed or all(thread.alive for thread in threads)
+
+    @property
+    def one_sided(self) -> str:
+        """The transport with which clients may read one-sided; empty: none."""
+        return self.pool_lending.kind if self.pool_lending is not None else ""
+
+    def note_sent(self, size_bytes: int) -> None:
+        """Count the bytes of a block that was sent in messages."""
+        self._bytes_sent.add(MESSAGES, size_bytes)
+
+    def with_ways(self, stat: PoolStat) -> PoolStat:
+        """The pool's state with the ways by which this node's blocks travel to clients."""
+        lending = self.pool_lending
+        ways = [(MESSAGES, self._bytes_sent.so_far().get(MESSAGES, 0))]
+        if lending is None:
+            return replace(stat, sent_bytes_by=tuple(ways))
+        return replace(stat, sent_bytes_by=(*ways, (ONE_SIDED, lending.lent_bytes)), one_sided=lending.state)
 
     @property
     def closed(self) -> bool:

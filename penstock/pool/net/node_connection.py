@@ -55,7 +55,7 @@ _DRAIN_BYTES = 64 << 10
 _SINGLE_BLOCKS = "this node takes single blocks only"
 _PROBE = bytes(wire.PROBE_BYTES_MAX)
 _OF_BLOCKS = (  # requests that move bytes
-    wire.Read, wire.Write, wire.ReadMany, wire.WriteMany, wire.Probe, wire.Lend, wire.Offer,
+    wire.Read, wire.Write, wire.ReadMany, wire.WriteMany, wire.Probe, wire.Lend, wire.Offer, wire.LendMany,
 )  # fmt: skip
 _REFUSED_BYTES_MAX = 64 << 10  # a larger payload costs more than its message, also when it is refused
 
@@ -329,15 +329,16 @@ class ClientConnection:
                 self._reply(reply)
             case wire.Corrupt(key, checksum, mac, refused):
                 self._pool.suspect(key, checksum, mac, refused)
-            case wire.Alive():
-                pass  # it has no content: any message shows that the client is there
+            case wire.Alive() | wire.ReturnMany():
+                pass  # any message shows that the client is there; nothing was lent here
             case wire.Hello():
                 reply, refusal = self._answer_hello(request)
                 self._reply(reply)
                 if refusal:
                     raise wire.ProtocolError(refusal)
-            case wire.Open(id) | wire.HandedOver(id) | wire.Attach(id) | wire.Lend(id) | wire.Offer(id):
-                self._reply(wire.Failed(id, "layout", "this is a pool node, not the relay of a decode engine"))
+            case wire.Open() | wire.HandedOver() | wire.Attach() | wire.Lend() | wire.Offer() | wire.LendMany():
+                detail = "this is a pool node, not the relay of a decode engine"
+                self._reply(wire.Failed(request.id, "layout", detail))
 
     def _move(
         self,
@@ -373,9 +374,9 @@ class ClientConnection:
             return wire.Failed(0, "network", refusal), refusal
         lanes.mark(self._sock, self._is_urgent(hello.lane))
         rate, block_bytes_max = self._pool.read_bytes_per_s, self._node.block_bytes_max(self._pool)
-        span_bytes_max = self._node.span_bytes_max(self._pool)
+        span_bytes_max, kind = self._node.span_bytes_max(self._pool), self._node.one_sided
         named = self._node.name, self._node.node_id
-        return wire.Ready(*named, rate, block_bytes_max, wire.IDLE_S, span_bytes_max), None
+        return wire.Ready(*named, rate, block_bytes_max, wire.IDLE_S, span_bytes_max, kind), None
 
     def _is_urgent(self, lane: str) -> bool:
         return lane == "control"
@@ -385,7 +386,7 @@ class ClientConnection:
         if isinstance(request, wire.Stat):
             with self._turn():
                 stat = self._pool.stat(request.timeout_s)
-            return wire.Stats(request.id, stat.bounded())
+            return wire.Stats(request.id, self._node.with_ways(stat).bounded())
         keys = wire.split_keys(request.keys)
         if isinstance(request, wire.Evict):
             return wire.Evicted(request.id, sum(self._in_pieces(keys, lambda some: [self._pool.evict(some)])))
@@ -458,6 +459,7 @@ class ClientConnection:
             return
         head = wire.frame(wire.Block(id, block.key, block.checksum, block.mac), len(data))
         self._send(head, [data], ready_s, deadline_s, moved)
+        self._node.note_sent(len(data))
 
     def _reply_late(self, id: int) -> None:
         self._lost("read_deadline", "the node processed it after its deadline")

@@ -109,6 +109,30 @@ class PoolConnection(ClientConnection):
         for share in (local, remote):
             if share is not None:
                 share.leave()
+        if self._node.pool_lending is not None:
+            self._node.pool_lending.gone(self)
+
+    def _answer(self, request: wire.Request, payload_bytes: int, ready_s: float) -> None:
+        lending = self._node.pool_lending
+        if lending is None or not isinstance(request, wire.Attach | wire.LendMany | wire.ReturnMany):
+            super()._answer(request, payload_bytes, ready_s)
+        elif isinstance(request, wire.ReturnMany):
+            lending.returned(self, request.leases)
+        elif isinstance(request, wire.LendMany):
+            self._refused = not lending.lend(self, self._pool, request)
+        else:
+            try:
+                self._reply(wire.Attached(request.id, lending.attach()))
+            except PoolError as error:
+                self._reply(wire.Failed(request.id, error.reason, error.detail))
+
+    def lent(self, reply: wire.LentMany) -> None:
+        """Send an answer to a LendMany, from any thread (`pool_lending.Borrower`)."""
+        self._later(partial(self._reply, reply))
+
+    def lent_now(self, reply: wire.LentMany) -> None:
+        """As `lent`, on the reading thread. Raises OSError."""
+        self._reply(reply)
 
     # --- reads ---
 
@@ -205,7 +229,9 @@ class PoolConnection(ClientConnection):
         states, detail = wire.states_of(errors)
         packed = wire.pack_checksums(checksums)
         answer = wire.Blocks(request.id, request.keys, states, packed, macs if any(macs) else [], detail)
-        self._send(wire.frame(answer, sum(map(len, views))), views, ready_s, deadline_s, moved)
+        size_bytes = sum(map(len, views))
+        self._send(wire.frame(answer, size_bytes), views, ready_s, deadline_s, moved)
+        self._node.note_sent(size_bytes)
 
     def _fetch(
         self,

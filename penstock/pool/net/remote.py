@@ -21,8 +21,10 @@ from penstock.pool.checksum import block_checksum
 from penstock.pool.losses import note_error
 from penstock.pool.net import wire
 from penstock.pool.net.link import NodeLink
+from penstock.pool.net.one_sided_reads import BlockRead, OneSidedReads
 from penstock.pool.net.secret import Secret
 from penstock.pool.net.tls import PeerTls
+from penstock.pool.net.ways import MESSAGES, count_read, note_link
 from penstock.pool.spans import Gather, PartEnded, read_each, write_each
 from penstock.pool.union.child import BlockEnded
 from penstock.units import format_bytes
@@ -60,6 +62,8 @@ class RemotePool:
         )
         self.address = self._link.address
         self.place = self._link.place
+        self._one_sided = OneSidedReads(self._link, self._read_in_messages)
+        note_link(self.place, self._one_sided)
 
     @property
     def up(self) -> bool:
@@ -83,8 +87,14 @@ class RemotePool:
 
     # --- the interface ---
 
+    @property
+    def one_sided(self) -> str:
+        """How blocks are read one-sided (`rdma`, `shared memory`), or "off: " and why they are not."""
+        return self._one_sided.state
+
     def register(self, buffer: memoryview) -> None:
-        """Do nothing: sockets need no registration."""
+        """Have blocks read into this memory one-sided, where the node offers it; sockets need no registration."""
+        self._one_sided.register(buffer)
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
         """Ask the node where blocks lie. Raises PoolError when it does not answer in time."""
@@ -132,15 +142,24 @@ class RemotePool:
     ) -> None:
         """As `read`; `ended` also gets the checksum and the MAC that the block was stored with."""
 
-        def end(reply: wire.Block | None, error: PoolError | None) -> None:
-            ended(reply.checksum if reply is not None else 0, reply.mac if reply is not None else b"", error)
-
         if not 0 < size_bytes <= min(len(into), wire.PAYLOAD_BYTES_MAX):
-            detail = f"a block of {size_bytes} bytes into a buffer of {len(into)}"
-            self._link.refuse(end, PoolError("layout", detail), "read")
+            error = PoolError("layout", f"a block of {size_bytes} bytes into a buffer of {len(into)}")
+            self._link.refuse(lambda _, error: ended(0, b"", error), error, "read")
             return
-        message = wire.Read(self._link.next_id(), key, size_bytes, 0.0)
-        self._link.submit("read", message, [into[:size_bytes]], timeout_s, end, [check])
+        deadline_s = time.monotonic() + (timeout_s if timeout_s > 0 else 0.0)
+        one = BlockRead(key, size_bytes, into, deadline_s, ended, check)
+        if not self._one_sided.read([one]):
+            self._read_in_messages(one)
+
+    def _read_in_messages(self, one: BlockRead) -> None:
+        def end(reply: wire.Block | None, error: PoolError | None) -> None:
+            if error is None:
+                count_read(MESSAGES, one.size_bytes)
+            one.ended(reply.checksum if reply is not None else 0, reply.mac if reply is not None else b"", error)
+
+        message = wire.Read(self._link.next_id(), one.key, one.size_bytes, 0.0)
+        left_s = one.deadline_s - time.monotonic()
+        self._link.submit("read", message, [one.into[: one.size_bytes]], left_s, end, [one.check])
 
     def read_many(
         self,
@@ -152,6 +171,8 @@ class RemotePool:
         checks: Sequence[ReadCheck | None] | None = None,
     ) -> None:
         """Receive the blocks directly into `intos`, in as few messages as the node allows, and verify each."""
+        if self._read_one_sided(keys, size_bytes, intos, timeout_s, done, checks):
+            return
         at_most = self._link.node.span_bytes_max
         if 2 * staging_bytes(size_bytes) > at_most or any(len(into) < size_bytes for into in intos):
             read_each(self, keys, size_bytes, intos, timeout_s, done, checks)
@@ -160,9 +181,43 @@ class RemotePool:
         for some in parts(list(range(len(keys))), staging_bytes(size_bytes), at_most):
             message = wire.ReadMany(self._link.next_id(), b"".join(keys[at] for at in some), size_bytes, 0.0)
             buffers = [intos[at][:size_bytes] for at in some]
-            end = partial(self._span_ended, "read", gather.part(some), len(some))
+            end = partial(self._span_read, size_bytes, gather.part(some), len(some))
             found = [checks[at] for at in some] if checks is not None else [None] * len(some)
             self._link.submit("read", message, buffers, timeout_s, end, found)
+
+    def _read_one_sided(
+        self,
+        keys: Sequence[BlockKey],
+        size_bytes: int,
+        intos: Sequence[memoryview],
+        timeout_s: float,
+        done: DoneMany,
+        checks: Sequence[ReadCheck | None] | None,
+    ) -> bool:
+        """Begin to read the blocks one-sided; False where that cannot be done now."""
+        if not self._link.node.one_sided or not 0 < size_bytes <= min(map(len, intos), default=0):
+            return False
+        gather = Gather(len(keys), done)
+        deadline_s = time.monotonic() + (timeout_s if timeout_s > 0 else 0.0)
+
+        def block(at: int) -> BlockRead:
+            part = gather.part([at])
+            check = checks[at] if checks is not None else None
+            return BlockRead(keys[at], size_bytes, intos[at], deadline_s, lambda *ended: part([ended[-1]]), check)
+
+        return self._one_sided.read([block(at) for at in range(len(keys))])
+
+    def _span_read(
+        self,
+        size_bytes: int,
+        ended: PartEnded,
+        blocks: int,
+        errors: list[PoolError | None] | None,
+        error: PoolError | None,
+    ) -> None:
+        if errors is not None:
+            count_read(MESSAGES, size_bytes * errors.count(None))
+        self._span_ended("read", ended, blocks, errors, error)
 
     def _span_ended(
         self, what: str, ended: PartEnded, blocks: int, errors: list[PoolError | None] | None, error: PoolError | None
@@ -265,7 +320,9 @@ class RemotePool:
 
     def close(self, timeout_s: float) -> None:
         """Close all connections to the node, within about `timeout_s`."""
+        deadline_s = time.monotonic() + timeout_s
         self._link.close(timeout_s)
+        self._one_sided.close(max(0.1, deadline_s - time.monotonic()))
 
     # --- beyond it ---
 

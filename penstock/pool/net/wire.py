@@ -56,6 +56,8 @@ DETAIL_CHARACTERS_MAX = 4096  # of an error text; longer ones are cut
 HAND_OFF_CHARACTERS_MAX = 1024  # `PlacedRequest.hand_off_id` has at most 532
 PROMPT_BLOCKS_MAX = 1 << 19  # full blocks of one prompt: 2^23 tokens in blocks of 16
 DESCRIPTION_BYTES_MAX = 256 << 10  # of the description of memory for one-sided reads
+LEND_BLOCKS_MAX = 256  # of one LendMany
+REGIONS_MAX = 4096  # registered parts of a node's memory
 ADDRESS_BYTES_MAX = 1 << 50  # offsets in memory for one-sided reads
 
 # Bounded floats refuse NaN too: it satisfies no comparison.
@@ -83,6 +85,7 @@ HandOffName = Annotated[str, Meta(max_length=HAND_OFF_CHARACTERS_MAX)]
 ClientName = Annotated[bytes, Meta(max_length=64)]
 Description = Annotated[bytes, Meta(max_length=DESCRIPTION_BYTES_MAX)]
 Offset = Annotated[int, Meta(ge=0, le=ADDRESS_BYTES_MAX)]
+LeaseId = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Hello(msgspec.Struct, array_like=True, tag=1):
@@ -192,7 +195,8 @@ class HandedOver(msgspec.Struct, array_like=True, tag=10):
 
 class Attach(msgspec.Struct, array_like=True, tag=11):
     """To a relay: from now on blocks may be read one-sided, in both directions (`one_sided`). `client` is a unique id,
-    `memory` the description with which transport `kind` reads the client's memory. Answered by Attached or Failed."""
+    `memory` the description with which transport `kind` reads the client's memory. To a pool node, which reads nothing
+    of its client's, both are empty. Answered by Attached or Failed."""
 
     id: Id
     client: ClientName
@@ -232,6 +236,26 @@ class Offer(msgspec.Struct, array_like=True, tag=14):
 
 class Alive(msgspec.Struct, array_like=True, tag=15):
     """Shows that the client is alive. No answer; sent only to a node whose Ready has `idle_s`."""
+
+
+class LendMany(msgspec.Struct, array_like=True, tag=18):
+    """Blocks to be read one-sided from a pool node, as many `sizes` as `keys`, which are concatenated. Answered by one
+    or more LentMany, or Failed."""
+
+    id: Id
+    keys: Annotated[bytes, Meta(max_length=LEND_BLOCKS_MAX * KEY_BYTES)]
+    sizes: Annotated[list[BlockBytes], Meta(min_length=1, max_length=LEND_BLOCKS_MAX)]
+    timeout_s: Seconds
+
+    def __post_init__(self) -> None:
+        if len(self.keys) != KEY_BYTES * len(self.sizes):
+            raise ValueError(f"{len(self.keys)} bytes of keys and {len(self.sizes)} sizes")
+
+
+class ReturnMany(msgspec.Struct, array_like=True, tag=19):
+    """Blocks that a pool node lent were read. No answer. Without this message a lease runs out."""
+
+    leases: Annotated[list[LeaseId], Meta(max_length=LEND_BLOCKS_MAX)]
 
 
 class ReadMany(msgspec.Struct, array_like=True, tag=16):
@@ -322,7 +346,8 @@ class Ready(msgspec.Struct, array_like=True, tag=20):
     """Answer to Hello. `node_id` is unique to a node and to a start of it; `read_bytes_per_s` is the sum of its
     members' read bandwidths; `block_bytes_max` the largest block that it can store and serve (0: not known). The node
     ends a connection that sends no message for `idle_s` (0: never). `span_bytes_max`: the bytes of blocks that it reads
-    or writes in one message (0: it takes single blocks only). Failed instead: the node does not serve this client."""
+    or writes in one message (0: it takes single blocks only). `one_sided`: the transport with which its blocks can be
+    read one-sided ("": none). Failed instead: the node does not serve this client."""
 
     name: Name
     node_id: NodeId = b""
@@ -330,6 +355,7 @@ class Ready(msgspec.Struct, array_like=True, tag=20):
     block_bytes_max: Count = 0
     idle_s: Seconds = 0.0
     span_bytes_max: Count = 0
+    one_sided: Label = ""
 
 
 class Block(msgspec.Struct, array_like=True, tag=21):
@@ -445,6 +471,29 @@ class Lent(msgspec.Struct, array_like=True, tag=31):
     mac: Mac = b""
 
 
+class LentBlock(msgspec.Struct, array_like=True):
+    """Block number `index` of a LendMany lies at `offset` of region `region`, for as long as `lease` runs. Where it is
+    not lent, `reason` is one of `PoolError.REASONS`, and `lease` 0."""
+
+    index: Annotated[int, Meta(ge=0, lt=LEND_BLOCKS_MAX)]
+    lease: LeaseId = 0
+    region: Annotated[int, Meta(ge=0, lt=REGIONS_MAX)] = 0
+    offset: Offset = 0
+    checksum: Checksum = 0
+    mac: Mac = b""
+    reason: Label = ""
+
+
+class LentMany(msgspec.Struct, array_like=True, tag=34):
+    """Blocks of a LendMany, as soon as they are ready; `more`: others follow. The regions are those of the Attached of
+    this `epoch`."""
+
+    id: Id
+    epoch: Count
+    blocks: Annotated[list[LentBlock], Meta(max_length=LEND_BLOCKS_MAX)]
+    more: bool = False
+
+
 class Blocks(msgspec.Struct, array_like=True, tag=32):
     """Answer to ReadMany, with a result for each of its `keys`: `states` has 0 for a block that is here, else the
     number of its `PoolError.REASONS`, from 1 on. The payload is the blocks that are here, in order. `checksums`: 8
@@ -516,9 +565,11 @@ Request = (
     | Alive
     | ReadMany
     | WriteMany
+    | LendMany
+    | ReturnMany
 )
 Answer = (  # replies without payload or error
-    Written | WrittenMany | Found | Evicted | Stats | Opened | Accepted | Attached | Lent
+    Written | WrittenMany | Found | Evicted | Stats | Opened | Accepted | Attached | Lent | LentMany
 )
 Reply = Ready | Block | Blocks | Failed | Probed | Answer
 ANSWERS: dict[type[Request], type[Reply]] = {  # besides Failed
@@ -535,6 +586,7 @@ ANSWERS: dict[type[Request], type[Reply]] = {  # besides Failed
     Attach: Attached,
     Lend: Lent,
     Offer: Written,
+    LendMany: LentMany,
 }
 
 _encoder = msgspec.msgpack.Encoder()

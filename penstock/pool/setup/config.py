@@ -75,7 +75,8 @@ class NodeSettings(PeerSettings):
     members. `staging_bytes`: limit of staging memory (None: as much as blocks need). `connections`: clients'
     connections served at the same time, `connections_per_address`: of one address (None: the node's defaults). Clients
     of this node, and nodes that are its members, must have the secret and certificates of `secret_file` and
-    `peer_tls_*` (`pool.net.tls`)."""
+    `peer_tls_*` (`pool.net.tls`). `rdma`: clients read blocks one-sided (`pool.net.pool_lending`), over `rdma_devices`
+    (none named: over all)."""
 
     name: str = setting("pool", "What this node calls itself.")
     listen: str = setting("127.0.0.1:7070", "HOST:PORT to serve on; port 0 picks a free one.")
@@ -105,6 +106,14 @@ class NodeSettings(PeerSettings):
         "How many of these may come from one address: a host, or all that are behind one NAT.",
         least=1,
         shown="half of --connections",
+    )
+    rdma: bool = setting(
+        False,
+        "Let clients read blocks one-sided, by RDMA (needs penstock[nixl]). They can then also write this node's "
+        "memory: for clients that are trusted with it.",
+    )
+    rdma_device: tuple[str, ...] = setting(
+        (), "An RDMA device to use, such as mlx5_0. May be given several times.", shown="all"
     )
     metrics_listen: str | None = setting(
         None, "HOST:PORT to serve /metrics and /health on; port 0 picks a free one.", shown="none"
@@ -140,6 +149,10 @@ class PoolConfig(NodeSettings):
             raise ConfigError("the pool has no member; allowed: at least one size of memory, slab or [[member]]")
         if len(self.members) > MEMBERS_MAX:
             raise ConfigError(f"the pool has {len(self.members)} members; allowed: at most {MEMBERS_MAX}")
+        if self.rdma and self.pace_bytes_per_s:
+            raise ConfigError("rdma and pace are both given; allowed: one of them, one-sided reads have no pace")
+        if self.rdma_device and not self.rdma:
+            raise ConfigError("rdma_device is given without rdma; allowed: both, or none")
         for what in ("connections", "connections_per_address"):
             if (given := getattr(self, what)) is not None and not 1 <= given <= CONNECTIONS_ALLOWED:
                 raise ConfigError(f"{what} is {given}; allowed: from 1 to {CONNECTIONS_ALLOWED}")

@@ -143,7 +143,7 @@ def _settings(raw: Any, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, one in settings_of(NodeSettings).items():
         if (written := getattr(raw, name)) is not None:
-            value = one.read(written)
+            value = one.read_all(written)
             found[one.field.name] = folder / value if isinstance(value, Path) else value
     if raw.write_admission is not None:
         found["write_admission"] = raw.write_admission

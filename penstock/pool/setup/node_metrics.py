@@ -23,7 +23,7 @@ def node_metrics(node: PoolNode, pool: NodeBackend) -> bytes:
     """The exposition text of the node's own members; members of other nodes have metrics of their own. Raises PoolError
     when the pool cannot be asked in time."""
     registry = CollectorRegistry()
-    registry.register(_Families(node, (pool.own or pool).stat(STAT_TIMEOUT_S)))
+    registry.register(_Families(node, node.with_ways((pool.own or pool).stat(STAT_TIMEOUT_S))))
     return generate_latest(registry)
 
 
@@ -34,6 +34,11 @@ class _Families(Collector):
     def collect(self) -> Iterator[Metric]:
         stat = self._stat
         yield GaugeMetricFamily("penstock_node_connections", "Open connections", float(self._node.connections))
+        usable = float(bool(self._node.one_sided))
+        yield GaugeMetricFamily("penstock_node_one_sided", "1: clients may read blocks one-sided", usable)
+        lending = self._node.pool_lending
+        leased_bytes = float(lending.leased_bytes) if lending is not None else 0.0
+        yield GaugeMetricFamily("penstock_node_leased_bytes", "Bytes lent to clients now", leased_bytes)
         for name in (*_MEMBER_GAUGES, *_MEMBER_COUNTERS):
             kind = GaugeMetricFamily if name in _MEMBER_GAUGES else CounterMetricFamily
             family = kind(f"penstock_pool_member_{name}", f"Member: {name}", labels=["member", "kind"])
@@ -50,6 +55,7 @@ class _Families(Collector):
             ("penstock_pool_tenant_bytes", "tenant", GaugeMetricFamily, stat.tenants),
             ("penstock_pool_over_quota_bytes", "tenant", GaugeMetricFamily, stat.over_quota),
             ("penstock_pool_evictions_by_reason", "reason", CounterMetricFamily, stat.evictions_by),
+            ("penstock_pool_sent_bytes", "way", CounterMetricFamily, stat.sent_bytes_by),
             ("penstock_pool_losses", "kind", CounterMetricFamily, stat.losses),
             ("penstock_thread_failures", "thread", CounterMetricFamily, stat.thread_failures),
         ):

@@ -31,6 +31,7 @@ from penstock.units import format_address, format_bytes, parse_address, parse_by
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
+    from penstock.pool.net.nixl_agent import NixlAgent
     from penstock.pool.net.node import PoolNode
     from penstock.pool.node_backend import NodeBackend
     from penstock.pool.setup.config import MemberConfig, PoolConfig
@@ -83,7 +84,7 @@ class NodeFlags(NodeSettings):
 PANELS = {
     "": (
         *("listen", "memory", "slab", "weight", "state", "name", "pace", "staging", "connections"),
-        *("connections_per_address", "metrics_listen", "metrics_key_file", "secret_file"),
+        *("connections_per_address", "rdma", "rdma_device", "metrics_listen", "metrics_key_file", "secret_file"),
     ),
     TLS_PANEL: TLS_NAMES,
 }
@@ -123,7 +124,9 @@ def _config(
     from penstock.pool.setup.config_file import read_pool_config
 
     members = {name: flags[name] for name in ("memory", "slab", "weight") if flags.get(name)}
-    given = {one.field.name: one.read(flags[name]) for name, one in settings_of(NodeSettings).items() if name in flags}
+    given = {
+        one.field.name: one.read_all(flags[name]) for name, one in settings_of(NodeSettings).items() if name in flags
+    }
     for name in ("listen", "metrics_listen"):
         if given.get(name) is not None:
             parse_address(given[name])
@@ -158,8 +161,9 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
         host, port = parse_address(config.listen)
         secret = Secret.read(config.secret_file) if config.secret_file else None
         pace, staging = config.pace_bytes_per_s, config.staging_bytes
-        limits = config.connections, config.connections_per_address
-        node = PoolNode(served, host, port, config.name, pace, staging, secret, *limits, tls=PeerTls.of(config))
+        limits, tls = (config.connections, config.connections_per_address), PeerTls.of(config)
+        one_sided = _one_sided(config)
+        node = PoolNode(served, host, port, config.name, pace, staging, secret, *limits, tls, one_sided)
         try:
             members = ", ".join(
                 f"{m.name} ({m.kind}, {format_bytes(m.capacity_bytes)}, {m.blocks} blocks)"
@@ -173,6 +177,20 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
             node.close(CLOSE_TIMEOUT_S)
     finally:
         served.close(CLOSE_TIMEOUT_S)
+
+
+def _one_sided(config: PoolConfig) -> NixlAgent | None:
+    """The agent for one-sided reads, where the configuration asks for it. Raises ConfigError."""
+    if not config.rdma:
+        return None
+    from penstock.pool.net.nixl_agent import NixlAgent
+
+    agent = NixlAgent(config.rdma_device)
+    if agent.transport != "rdma":
+        log.warning("rdma is asked for, and this host has no RDMA device: only clients of this host read one-sided")
+    if config.peer_tls_cert is not None:
+        log.warning("blocks that clients read one-sided are not encrypted: TLS covers messages only")
+    return agent
 
 
 @contextlib.contextmanager

@@ -85,6 +85,10 @@ def _print(found: PoolStat) -> None:
         f"writes dropped {found.writes_dropped}, not admitted to SSDs {found.writes_not_admitted}, "
         f"refused {found.writes_refused}; checksum errors {found.checksum_errors}"
     )
+    if found.sent_bytes_by:
+        sent = ", ".join(f"{format_bytes(count)} {_WAYS.get(way, 'otherwise')}" for way, count in found.sent_bytes_by)
+        state = printable(found.one_sided, _NAME_CHARACTERS_SHOWN) or "off: the node was started without --rdma"
+        console.print(f"sent {sent}; one-sided reads: {state}")
     for what, counts in (("lost", found.losses), ("thread failures", found.thread_failures)):
         if counts:
             named = (f"{printable(name, _NAME_CHARACTERS_SHOWN)} {count}" for name, count in counts)
@@ -103,6 +107,7 @@ def _tenant(tag: str) -> str:
 
 
 _NAME_CHARACTERS_SHOWN = 200  # of a member's name
+_WAYS = {"messages": "in messages", "one-sided": "one-sided"}
 _TENANTS = {"": "(none)", b"others".hex(): "(all without a quota of their own)"}
 _COLUMNS = ("member", "kind", "state", "blocks", "used", "capacity", "share", "reads at", "waiting", "errors")
 

@@ -15,6 +15,7 @@ from penstock.pool.api import AMOUNT_MAX, Located, MemberStat, PoolError, PoolSt
 from penstock.pool.net import wire
 from penstock.pool.net.nixl_mover import AgentMemory
 from penstock.pool.net.node import PoolNode
+from penstock.pool.net.pool_lending import NodeMemory, Region, decode_node_memory
 from penstock.pool.net.remote import RemotePool
 from penstock.pool.net.shared_memory import MemoryFile, SharedMemoryMover
 from penstock.pool.setup.open import open_local_pool
@@ -41,7 +42,8 @@ NO_MESSAGES = {
 }
 DECODING = {  # modules that decode what another process sends, each fuzzed or tested by itself; framing: for others
     "cluster/wire.py", "framing.py", "server/template_process.py", "server/template_renderer.py",
-    "pool/net/nixl_mover.py", "pool/net/shared_memory.py", "pool/net/wire.py", "vllm/link.py",
+    "pool/net/nixl_mover.py", "pool/net/pool_lending.py", "pool/net/shared_memory.py", "pool/net/wire.py",
+    "vllm/link.py",
 }  # fmt: skip
 
 
@@ -67,7 +69,7 @@ def test_every_field_has_bounds(protocol: Protocol) -> None:
     assert len(protocol.kinds) > 10 and protocol.missing_bounds() == []
 
 
-@pytest.mark.parametrize("record", [MemoryFile, AgentMemory, Answer])
+@pytest.mark.parametrize("record", [MemoryFile, AgentMemory, NodeMemory, Answer])
 def test_every_field_of_what_travels_within_messages_has_bounds(record: type) -> None:
     assert Protocol(record.__name__, record, lambda raw: None, ValueError).missing_bounds() == []
 
@@ -120,6 +122,32 @@ def test_descriptions_of_memory_are_refused_or_attached() -> None:
             mover.attach(description).close()
         assert refused.value.reason == "network" and len(str(refused.value)) < 500
     mover.close()
+
+
+def test_descriptions_of_a_nodes_memory_are_refused_or_understood() -> None:
+    good = msgspec.msgpack.encode(NodeMemory(b"metadata", [Region(4096, 8192)], 3))
+    assert decode_node_memory(good).regions == [Region(4096, 8192)]
+    record = msgspec.msgpack.decode(good)
+    others: tuple[Any, ...] = (
+        -1,
+        "x",
+        None,
+        1.5,
+        [[]],
+        [[1, 0]],
+        [[-1, 5]],
+        [[0, 1 << 40]],
+        b"m" * (wire.DESCRIPTION_BYTES_MAX + 1),
+    )
+    bad = [[*record[:at], other, *record[at + 1 :]] for at in range(len(record)) for other in others]
+    for description in [
+        *map(msgspec.msgpack.encode, bad),
+        *(good[:at] for at in range(len(good))),
+        b"\x93" + b"\x91" * 100_000,
+    ]:
+        with pytest.raises(wire.ProtocolError) as refused:
+            decode_node_memory(description)
+        assert len(str(refused.value)) < 500
 
 
 def test_a_hit_that_cannot_travel_costs_itself_and_not_those_beside_it() -> None:

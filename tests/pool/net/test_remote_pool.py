@@ -25,19 +25,26 @@ from penstock.pool.local.local_pool import LocalPool
 from penstock.pool.members.header import HEADER_BYTES
 from penstock.pool.net import wire
 from penstock.pool.net.connect import connect_pool
+from penstock.pool.net.nixl_agent import NixlAgent
 from penstock.pool.net.node import PoolNode
 from penstock.pool.net.remote import RemotePool
 from penstock.pool.setup.open import open_local_pool
 from penstock.units import parse_address
+from tests.pool import helpers
 from tests.pool.helpers import Outcome, block_bytes, chain, key_of, new_block, read, staged, until, write
+from tests.pool.net.one_sided_rig import WAYS, Arena, attach
 from tests.waiting import read_until_ended
 
 MIB = 1 << 20
+IN_MESSAGES = pytest.mark.parametrize("setup", ["messages"], indirect=True)  # of staging memory and pace of messages
 
 
 class Setup:
-    def __init__(self, folder: Path) -> None:
+    """Nodes and clients; with an `arena`, which blocks are read into, those are read one-sided."""
+
+    def __init__(self, folder: Path, arena: Arena | None = None) -> None:
         self._folder = folder
+        self._arena = arena
         self._open: list[Callable[[], None]] = []
 
     def local(self, memory: int = 0, slab: int = 0) -> LocalPool:
@@ -47,13 +54,17 @@ class Setup:
         return pool
 
     def node(self, pool: LocalPool, port: int = 0, pace: float | None = None, staging: int = 8 * MIB) -> PoolNode:
-        node = PoolNode(pool, "127.0.0.1", port, pace_bytes_per_s=pace, staging_capacity_bytes=staging)
+        agent = NixlAgent() if self._arena is not None and pace is None else None
+        options = {"pace_bytes_per_s": pace, "staging_capacity_bytes": staging, "one_sided": agent}
+        node = PoolNode(pool, "127.0.0.1", port, **options)  # type: ignore[arg-type]
         self._open.append(lambda: node.close(5.0))
         return node
 
     def client(self, node: PoolNode, connections: int = 1) -> RemotePool:
         client = RemotePool(*node.address, connections=connections)
         self._open.append(lambda: client.close(5.0))
+        if self._arena is not None and node.one_sided:
+            attach(client, self._arena.memory)
         return client
 
     def close(self) -> None:
@@ -61,9 +72,13 @@ class Setup:
             self._open.pop()()
 
 
-@pytest.fixture
-def setup(tmp_path: Path) -> Iterator[Setup]:
-    setup = Setup(tmp_path)
+@pytest.fixture(params=WAYS)
+def setup(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setup]:
+    arena = Arena() if request.param == "one-sided" else None
+    if arena is not None:
+        for module in (helpers, sys.modules[__name__]):
+            monkeypatch.setattr(module, "aligned_buffer", arena.take)
+    setup = Setup(tmp_path, arena)
     yield setup
     setup.close()
 
@@ -424,6 +439,7 @@ def test_a_closing_client_ends_everything_as_closed(setup: Setup) -> None:
         client.lookup([key_of("a")], 1.0)
 
 
+@IN_MESSAGES
 def test_a_paced_node_never_exceeds_its_rate_and_uses_it(setup: Setup) -> None:
     rate = 100e6
     node = setup.node(setup.local(64 * MIB), pace=rate)
@@ -443,6 +459,7 @@ def test_a_paced_node_never_exceeds_its_rate_and_uses_it(setup: Setup) -> None:
     assert pending_at_lookup, "lookups are not paced: one passes the reads that wait"
 
 
+@IN_MESSAGES
 def test_slab_reads_do_not_hold_up_memory_reads_behind_them(setup: Setup) -> None:
     """All staging memory is taken, so slab reads cannot proceed; memory reads sent after them do."""
     pool = setup.local(MIB, slab=8 * MIB)
@@ -465,6 +482,7 @@ def test_slab_reads_do_not_hold_up_memory_reads_behind_them(setup: Setup) -> Non
     assert [outcome.reason() for outcome in outcomes] == ["ok"] * len(outcomes)
 
 
+@IN_MESSAGES
 def test_a_slow_slab_is_answered_as_deadline_by_the_node_and_costs_no_connection(setup: Setup) -> None:
     pool = setup.local(slab=8 * MIB)
     node = setup.node(pool, staging=MIB)

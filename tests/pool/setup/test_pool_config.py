@@ -196,6 +196,15 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         read_pool_config(tmp_path / "absent.toml")
 
 
+def test_rdma_by_file(tmp_path: Path) -> None:
+    read = config(tmp_path, 'rdma = true\nrdma_device = ["mlx5_0", "mlx5_1"]\n' + MEMORY)
+    assert read.rdma and read.rdma_device == ("mlx5_0", "mlx5_1")
+    assert config(tmp_path, 'rdma = true\nrdma_device = "mlx5_0"\n' + MEMORY).rdma_device == ("mlx5_0",)
+    assert not config(tmp_path, MEMORY).rdma
+    assert "rdma_device is given without rdma" in refused(tmp_path, 'rdma_device = "mlx5_0"\n' + MEMORY)
+    assert "rdma and pace are both given" in refused(tmp_path, 'rdma = true\npace = "1GB/s"\n' + MEMORY)
+
+
 @pytest.mark.parametrize("key", ["connections", "connections_per_address"])
 def test_impossible_numbers_of_connections_are_refused(tmp_path: Path, key: str) -> None:
     member = '[[member]]\nkind = "memory"\ncapacity = "1MiB"\n'

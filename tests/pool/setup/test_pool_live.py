@@ -257,6 +257,7 @@ def test_a_sighup_while_the_members_are_opened_is_a_reload_once_they_are(tmp_pat
 def test_stat_shows_a_table_and_refuses_in_one_line(node: Node) -> None:
     shown = subprocess.run([*COMMAND, "pool", "stat", node.address], capture_output=True, text=True, timeout=WAIT_S)
     assert shown.returncode == 0 and "memory:0" in shown.stdout and "share" in shown.stdout, shown
+    assert "one-sided reads: off: the node was started without --rdma" in shown.stdout
     for address in ("127.0.0.1:1", "nowhere"):
         refused = subprocess.run([*COMMAND, "pool", "stat", address], capture_output=True, text=True, timeout=WAIT_S)
         assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and not refused.stdout

@@ -1,0 +1,174 @@
+"""The part of `penstock bench transport` with NIXL: one node, read in messages and one-sided, against a bare loop."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import queue
+import statistics
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from penstock.bench.processes import POOL_READY, ReadyProcess
+from penstock.bench.transport_bare import SET_BYTES, TIMEOUT_S
+from penstock.bench.transport_nixl import BareNixl, bare_nixl_process
+from penstock.core.keys import BlockKey
+from penstock.core.new_block import NewBlock
+from penstock.io.memory import aligned_buffer
+from penstock.pool.api import PoolError
+from penstock.pool.net.connect import connect_pool
+from penstock.pool.net.remote import RemotePool
+from penstock.process.child_python import python_command
+from penstock.report import Report
+
+SIZES = {"1m": 1 << 20, "8m": 8 << 20}
+BUFFER_BYTES = 64 << 20
+WINDOW = 8  # blocks that are read at the same time
+ATTACH_S = 10.0
+RATIO_MIN = 0.9
+NODE_CPU_S_PER_GB_MAX = 0.02
+
+
+@dataclass(slots=True)
+class Runs:
+    """The repeats of one contestant at one size; CPU time of both processes."""
+
+    bytes_per_s: list[float] = field(default_factory=list)
+    moved_bytes: int = 0
+    client_cpu_s: float = 0.0
+    node_cpu_s: float = 0.0
+
+
+@dataclass(slots=True)
+class OneSidedResults:
+    """What was measured, by contestant and size, and what idle processes use."""
+
+    runs: dict[tuple[str, str], Runs]
+    idle_share: float
+    transport: str
+
+
+def measure_one_sided(repeats: int, run_bytes: int) -> OneSidedResults:
+    """Reads of blocks in memory, in messages ("tcp"), one-sided, and by the bare loop ("nixl"), in alternating order.
+    Raises OSError, PoolError and ProcessFailed."""
+    runs: dict[tuple[str, str], Runs] = defaultdict(Runs)
+    command = python_command("-m", "penstock", "pool", "--listen", "127.0.0.1:0", "--rdma")
+    with contextlib.ExitStack() as stack:
+        members = ["--memory", str(len(SIZES) * SET_BYTES)]
+        node = stack.enter_context(ReadyProcess([*command, *members], POOL_READY, ready_s=30.0))
+        bare = stack.enter_context(bare_nixl_process())
+        buffers = aligned_buffer(BUFFER_BYTES)
+        in_messages, one_sided = connect_pool(node.address), connect_pool(node.address)
+        for pool in (in_messages, one_sided):
+            stack.callback(pool.close, 5.0)
+        keys = _fill(in_messages)
+        one_sided.register(buffers)
+        _until_attached(one_sided)
+        loop = BareNixl(bare.address, buffers)
+        for repeat in range(repeats):
+            for size, size_bytes in SIZES.items():
+                count = run_bytes // size_bytes
+                contest: dict[str, tuple[int, Callable[[], float]]] = {
+                    "nixl": (bare.pid, partial(loop.run, size_bytes, count)),
+                    "one_sided": (node.pid, partial(_read, one_sided, keys[size], size_bytes, count, buffers)),
+                    "tcp": (node.pid, partial(_read, in_messages, keys[size], size_bytes, count, buffers)),
+                }
+                for who in sorted(contest, reverse=repeat % 2 == 1):
+                    _run(runs[who, size], *contest[who], count * size_bytes)
+        idle = Runs()
+        _run(idle, node.pid, _sleep, 1)
+        return OneSidedResults(runs, idle.client_cpu_s + idle.node_cpu_s, one_sided.one_sided)
+
+
+def _run(found: Runs, pid: int, run: Callable[[], float], moved_bytes: int) -> None:
+    begin_s, node_begin_s = time.process_time(), _cpu_s(pid)
+    seconds = run()
+    found.client_cpu_s += time.process_time() - begin_s
+    found.node_cpu_s += _cpu_s(pid) - node_begin_s
+    found.moved_bytes += moved_bytes
+    found.bytes_per_s.append(moved_bytes / seconds)
+
+
+def _sleep() -> float:
+    time.sleep(1.0)
+    return 1.0
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU time of another process, of all of its threads, to the microsecond."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((one / "schedstat").read_text().split()[0]) for one in threads) / 1e9
+
+
+def conclude_one_sided(report: Report, results: OneSidedResults) -> None:
+    """The figures `one_sided_*` and `nixl_*`; the checksums of every block are part of them."""
+    for size in SIZES:
+        bare, ours, tcp = (results.runs[who, size] for who in ("nixl", "one_sided", "tcp"))
+        median, limit = statistics.median(ours.bytes_per_s), statistics.median(bare.bytes_per_s)
+        report.figure(f"one_sided_read_{size}_gb_per_s", median / 1e9)
+        report.figure(f"nixl_read_{size}_gb_per_s", limit / 1e9)
+        report.figure(f"one_sided_read_{size}_ratio", median / limit, RATIO_MIN if size == "8m" else None)
+        for side in ("client", "node"):
+            at_most = NODE_CPU_S_PER_GB_MAX if side == "node" else None
+            cost = {who: getattr(found, f"{side}_cpu_s") / (found.moved_bytes / 1e9) for who, found in
+                    (("one_sided", ours), ("nixl", bare), ("tcp", tcp))}  # fmt: skip
+            report.figure(f"one_sided_read_{size}_{side}_cpu_s_per_gb", cost["one_sided"], at_most)
+            report.figure(f"nixl_read_{size}_{side}_cpu_s_per_gb", cost["nixl"])
+            report.figure(f"tcp_read_{size}_{side}_cpu_s_per_gb", cost["tcp"])
+    report.figure("one_sided_idle_cores", results.idle_share, 0.02)
+    report.notes.append(
+        f"one_sided_*, nixl_*: by {results.transport}; one_sided_* verifies the checksum of every block, nixl_* nothing"
+    )
+
+
+def _fill(pool: RemotePool) -> dict[str, list[BlockKey]]:
+    """Write a set of blocks of each size; returns their keys."""
+    data = aligned_buffer(max(SIZES.values()))
+    data[:] = os.urandom(len(data))
+    keys: dict[str, list[BlockKey]] = {}
+    for size, size_bytes in SIZES.items():
+        names = [f"{size} {number}" for number in range(SET_BYTES // size_bytes)]
+        keys[size] = [hashlib.blake2b(name.encode(), digest_size=16).digest() for name in names]
+        for key in keys[size]:
+            ended: queue.SimpleQueue[PoolError | None] = queue.SimpleQueue()
+            pool.write(NewBlock(key, bytes(16), size_bytes), data, TIMEOUT_S, ended.put)
+            if (error := ended.get(timeout=TIMEOUT_S + 1)) is not None:
+                raise error
+    return keys
+
+
+def _until_attached(pool: RemotePool) -> None:
+    until_s = time.monotonic() + ATTACH_S
+    while pool.one_sided.startswith("off"):
+        if time.monotonic() > until_s:
+            raise PoolError("network", f"the node is not read one-sided: {pool.one_sided}")
+        time.sleep(0.01)
+
+
+def _read(pool: RemotePool, keys: list[BlockKey], size_bytes: int, count: int, buffers: memoryview) -> float:
+    """Seconds for `count` reads, WINDOW at the same time, into rotating parts of the buffers."""
+    slots = len(buffers) // size_bytes
+    free = threading.Semaphore(min(WINDOW, slots))
+    failed: list[PoolError] = []
+
+    def ended(error: PoolError | None) -> None:
+        if error is not None:
+            failed.append(error)
+        free.release()
+
+    begin_s = time.perf_counter()
+    for number in range(count):
+        free.acquire()
+        at = number % slots * size_bytes
+        pool.read(keys[number % len(keys)], size_bytes, buffers[at : at + size_bytes], TIMEOUT_S, ended)
+    for _ in range(min(WINDOW, slots)):
+        free.acquire()
+    if failed:
+        raise failed[0]
+    return time.perf_counter() - begin_s

@@ -1,0 +1,178 @@
+"""An agent of NIXL over UCX for one-sided reads: by RDMA where there is a card, else by shared memory, never over TCP.
+
+Needs the `nixl` extra. UCX would read over TCP too, where the peer's processor copies every byte: the agent leaves that
+transport out, so that a peer that cannot be reached otherwise is an error, and its blocks are read over Penstock's own
+connections. Service level and traffic class are settings of UCX (see `penstock fabric`), the same for all agents of
+this process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from penstock.core.config import ConfigError
+from penstock.framing import said
+from penstock.io.memory import address_of
+from penstock.pool.api import PoolError
+
+log = logging.getLogger(__name__)
+
+RDMA_DEVICES = Path("/sys/class/infiniband")
+PROGRESS_US = 5000  # interval of the progress thread, which would use a whole core at 0
+
+Span = tuple[int, int, int]  # local address, the peer's address, bytes
+_creating = threading.Lock()
+
+
+def rdma_devices() -> list[str]:
+    """Names of this host's RDMA devices."""
+    return sorted(one.name for one in RDMA_DEVICES.iterdir()) if RDMA_DEVICES.is_dir() else []
+
+
+def nixl_installed() -> bool:
+    """Whether NIXL can be imported, without importing it."""
+    return importlib.util.find_spec("nixl_cu12") is not None
+
+
+class NixlAgent:
+    """One agent. Any thread may call; calls are made under a lock, as NIXL locks the whole agent too."""
+
+    def __init__(self, devices: Sequence[str] = ()) -> None:
+        """`devices`: names of the RDMA devices to use (none: all). Raises ConfigError when NIXL is not installed, has
+        no UCX, or a device is not there."""
+        there = rdma_devices()
+        for device in devices:
+            if device not in there:
+                raise ConfigError(f"RDMA device {device} is not here; there are: {', '.join(there) or 'none'}")
+        self.transport: Literal["rdma", "shared memory"] = "rdma" if there else "shared memory"
+        if not there:  # with the libraries in NIXL's wheel, the process would crash at exit
+            os.environ.setdefault("UCX_MODULES", "^ib")
+        try:
+            self._agent: Any = _agent(there, devices)
+        except ImportError as error:
+            raise ConfigError(f"NIXL cannot be imported: {error}; allowed: penstock[nixl] installed") from None
+        except Exception as error:  # noqa: BLE001 (the binding raises types of its own)
+            raise ConfigError(f"NIXL's agent does not start: {said(error)}") from None
+        self._lock = threading.Lock()
+
+    def register(self, memory: memoryview) -> Any:
+        """Register memory, so that peers can read it, and it can be read into; returns the registration. Raises
+        PoolError("device"), as where the process may not lock so much memory."""
+        try:
+            with self._lock:
+                return self._agent.register_memory([(address_of(memory), len(memory), 0, "")], "DRAM")
+        except Exception as error:  # noqa: BLE001 (the binding raises types of its own)
+            raise PoolError("device", f"NIXL cannot register {len(memory)} bytes of memory: {said(error)}") from None
+
+    def deregister(self, registration: Any) -> None:
+        """Undo `register`; a failure is logged."""
+        try:
+            with self._lock:
+                self._agent.deregister_memory(registration)
+        except Exception as error:  # noqa: BLE001 (other registrations must still be undone)
+            log.warning("NIXL: memory could not be deregistered: %s", error)
+
+    def metadata(self) -> bytes:
+        """What a peer needs to read the memory that is registered now."""
+        with self._lock:
+            found: bytes = self._agent.get_agent_metadata()
+            return found
+
+    def add_peer(self, metadata: bytes) -> Any:
+        """A peer by its `metadata`; returns its name. Raises PoolError("network")."""
+        try:
+            with self._lock:
+                return self._agent.add_remote_agent(metadata)
+        except Exception as error:  # noqa: BLE001 (the binding raises types of its own)
+            raise PoolError("network", f"NIXL cannot attach: {said(error)}") from None
+
+    def remove_peer(self, name: Any) -> None:
+        """Forget a peer; no read of it may be open."""
+        try:
+            with self._lock:
+                self._agent.remove_remote_agent(name)
+        except Exception as error:  # noqa: BLE001 (the peer may have ended already)
+            log.info("NIXL: %s was gone already: %s", name, error)
+
+    def begin_read(self, peer: Any, spans: Sequence[Span]) -> NixlRead:
+        """Begin to read parts of a peer's registered memory into registered memory. Raises PoolError("network")."""
+        try:
+            with self._lock:
+                agent = self._agent
+                local = agent.get_xfer_descs([(here, size, 0) for here, _, size in spans], "DRAM")
+                remote = agent.get_xfer_descs([(there, size, 0) for _, there, size in spans], "DRAM")
+                handle = agent.initialize_xfer("READ", local, remote, peer, b"")
+                state = agent.transfer(handle)
+        except Exception as error:  # noqa: BLE001 (the binding raises types of its own)
+            raise PoolError("network", f"NIXL could not begin a read: {said(error)}") from None
+        return NixlRead(self._agent, self._lock, handle, state)
+
+
+class NixlRead:
+    """A read that has begun. Bytes may arrive until `ended` is True or raises; it cannot be stopped before."""
+
+    __slots__ = ("_agent", "_handle", "_lock", "_state")
+
+    def __init__(self, agent: Any, lock: threading.Lock, handle: Any, state: str) -> None:
+        self._agent, self._lock, self._handle, self._state = agent, lock, handle, state
+
+    def ended(self) -> bool:
+        """Whether all bytes have arrived. Raises PoolError("network") when the read failed: no more bytes arrive."""
+        if self._state == "PROC":
+            try:
+                with self._lock:
+                    self._state = self._agent.check_xfer_state(self._handle)
+            except Exception as error:  # noqa: BLE001 (the peer has ended: NIXL raises then)
+                self._state = f"an error: {said(error)}"
+        if self._state == "PROC":
+            return False
+        self._release()
+        if self._state != "DONE":
+            raise PoolError("network", f"a read by NIXL ended as {self._state}")
+        return True
+
+    def _release(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle is None:
+            return
+        try:
+            with self._lock:
+                self._agent.release_xfer_handle(handle)
+        except Exception as error:  # noqa: BLE001 (the read has ended; only its handle stays)
+            log.warning("NIXL: a transfer could not be released: %s", error)
+
+
+def _agent(there: Sequence[str], devices: Sequence[str]) -> Any:
+    """NIXL's own agent, with a progress thread that sleeps between its rounds."""
+    import nixl_cu12._api as nixl
+
+    logging.getLogger("nixl").setLevel(logging.WARNING)
+    bindings: Any = nixl.nixlBind
+    make = bindings.nixlAgent
+
+    def with_pauses(name: str, config: Any) -> Any:
+        config.pthrDelay = PROGRESS_US  # `nixl_agent` sets 0, and takes no other value
+        return make(name, config)
+
+    with _creating:
+        bindings.nixlAgent = with_pauses
+        try:
+            made: Any = nixl.nixl_agent(
+                f"penstock-{os.getpid()}-{secrets.token_hex(4)}",
+                nixl.nixl_agent_config(enable_prog_thread=True, backends=[]),
+            )
+        finally:
+            bindings.nixlAgent = make
+    # Only with RDMA can UCX report the failure of a peer by itself; shared memory is refused in that mode.
+    options = {"ucx_error_handling_mode": "peer" if there else "none", "engine_config": "TLS=^tcp"}
+    if devices:
+        options["device_list"] = ",".join(devices)
+    made.create_backend("UCX", options)
+    return made

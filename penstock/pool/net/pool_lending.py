@@ -1,0 +1,385 @@
+"""A pool node's side of one-sided reads: its memory is registered with NIXL, and blocks in it are lent to clients.
+
+A lent block stays where it is until its lease ends: when the client gives it back, at its deadline, or with the
+client's connection. Blocks of memory members are lent in place; those of SSDs and of other nodes are loaded into
+staging memory of this module first. How much a client may have lent is bounded (`core.pool.leases`); what is refused,
+the client reads in messages.
+
+The lease only saves waste. The client verifies every block by its checksum, which the key seeds: memory that was used
+again meanwhile is a failed read, as is a restarted node. NIXL's registrations allow writes too, and by a client that
+knows the metadata: therefore `--rdma` is for clients that are trusted with the pool's content (docs: secure
+connections).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Annotated, Any, Protocol
+
+import msgspec
+from msgspec import Meta
+
+from penstock.core.keys import KEY_BYTES
+from penstock.core.layout import staging_bytes
+from penstock.core.pool.leases import LeaseTable
+from penstock.framing import decode
+from penstock.io.memory import address_of, aligned_buffer
+from penstock.io.regions import Regions
+from penstock.pool.api import PoolError
+from penstock.pool.local.extents import ExtentAllocator
+from penstock.pool.losses import note_loss
+from penstock.pool.net import wire
+from penstock.pool.net.nixl_agent import NixlAgent
+from penstock.pool.node_backend import NodeBackend, OpenedBlock
+from penstock.process.guarded_thread import GuardedThread
+
+log = logging.getLogger(__name__)
+
+REGION_BYTES_MAX = 2 << 30  # of one registration
+STAGING_BYTES = 128 << 20  # where the node's staging memory has no configured size
+LEASED_BYTES_OF_CLIENT = 256 << 20
+LEASED_SHARE = 0.5  # of the memory members together, so that the rest can be evicted
+LEASES_MAX = 1 << 16
+LEASE_S_MAX = 30.0
+REGISTER_PAUSE_S = 5.0  # between two looks for memory that is not registered
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of <linux/mman.h>; `mmap` does not name it
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Region(msgspec.Struct, array_like=True):
+    """Registered memory of a node."""
+
+    address: Annotated[int, Meta(ge=0, extra={"bits": 64})]
+    size_bytes: Annotated[int, Meta(ge=1, le=REGION_BYTES_MAX)]
+
+
+class NodeMemory(msgspec.Struct, array_like=True):
+    """What `Attached` of a pool node describes: NIXL's metadata of its agent, its regions, and their `epoch`, which
+    changes with them."""
+
+    metadata: wire.Description
+    regions: Annotated[list[Region], Meta(max_length=wire.REGIONS_MAX)]
+    epoch: wire.Count
+
+
+_descriptions = msgspec.msgpack.Decoder(NodeMemory)
+
+
+def decode_node_memory(description: bytes) -> NodeMemory:
+    """The memory that a node described. Raises ProtocolError."""
+    return decode(_descriptions, description, "a description of memory")
+
+
+class Borrower(Protocol):
+    """A client's connection."""
+
+    def lent(self, reply: wire.LentMany) -> None:
+        """Send this answer, from any thread; never waits."""
+
+    def lent_now(self, reply: wire.LentMany) -> None:
+        """Send this answer at once, on the thread that asks. Raises OSError."""
+
+
+class PoolLending:
+    """The registered memory of a node, and the leases on it. Any thread may call."""
+
+    def __init__(self, pool: NodeBackend, agent: NixlAgent, staging_capacity_bytes: int | None) -> None:
+        """Registers the memory of `pool` now. Where that is refused, `off` says why, and nothing is lent."""
+        self._pool, self._agent = pool, agent
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._registering = threading.Lock()
+        self._registrations: dict[int, tuple[memoryview, list[Any]]] = {}  # address of memory -> memory, handles
+        self._regions: list[Region] = []
+        self._places = Regions()
+        self._metadata = b""
+        self._epoch = time.time_ns() >> 10  # differs from that of an earlier start of this node
+        self._looked_s = float("-inf")
+        self._held: dict[int, Callable[[], None]] = {}  # lease -> what frees its memory
+        self._closed = False
+        self.off: str | None = None
+        self.lent_bytes = self.lent_blocks = 0
+        self._staging = memoryview(b"")
+        try:
+            self._staging = aligned_buffer(staging_bytes(staging_capacity_bytes or STAGING_BYTES))
+            self._free = ExtentAllocator(0, len(self._staging))
+            pool.register(self._staging)
+            self._register()
+        except (OSError, MemoryError, PoolError) as error:
+            self._turn_off(f"{error}; allowed: a higher limit of locked memory (ulimit -l, LimitMEMLOCK)")
+        members_bytes = sum(map(len, pool.host_buffers()))
+        at_most = int(LEASED_SHARE * members_bytes) or len(self._staging)
+        self._leases = LeaseTable(LEASED_BYTES_OF_CLIENT, at_most, LEASES_MAX)
+        self._thread = GuardedThread("penstock-leases", self._watch, restarts=True)
+        self._thread.start()
+
+    @property
+    def kind(self) -> str:
+        """The transport's name in greetings; empty when nothing is lent."""
+        return "" if self.off is not None else "nixl"
+
+    @property
+    def state(self) -> str:
+        """How clients read, or why they do not read one-sided."""
+        return f"off: {self.off}" if self.off is not None else self._agent.transport
+
+    @property
+    def registered_bytes(self) -> int:
+        """Bytes of all regions."""
+        return sum(region.size_bytes for region in self._regions)
+
+    @property
+    def leased_bytes(self) -> int:
+        """Bytes under lease."""
+        with self._lock:
+            return self._leases.held_bytes
+
+    def _turn_off(self, why: str) -> None:
+        self.off = why
+        self._deregister()
+        log.warning("blocks are not read one-sided: %s", why)
+
+    # --- registered memory ---
+
+    def _register(self) -> None:
+        """Register memory of the pool that is new, deregister what has left it. Raises PoolError."""
+        with self._registering:
+            wanted = {address_of(memory): memory for memory in (*self._pool.host_buffers(), self._staging)}
+            gone = [address for address in self._registrations if address not in wanted]
+            new = [address for address in wanted if address not in self._registrations]
+            for address in gone:
+                for handle in self._registrations.pop(address)[1]:
+                    self._agent.deregister(handle)
+            for address in new:
+                memory, handles = wanted[address], []
+                try:
+                    for at in range(0, len(memory), REGION_BYTES_MAX):
+                        part = memory[at : at + REGION_BYTES_MAX]
+                        _populate(part)
+                        handles.append(self._agent.register(part))
+                except PoolError:
+                    for handle in handles:
+                        self._agent.deregister(handle)
+                    raise
+                self._registrations[address] = memory, handles
+            if gone or new:
+                self._describe()
+
+    def _describe(self) -> None:
+        """Make the regions anew from the registrations."""
+        regions: list[Region] = []
+        places = Regions()
+        for address, (memory, _) in self._registrations.items():
+            for at in range(0, len(memory), REGION_BYTES_MAX):
+                size_bytes = min(REGION_BYTES_MAX, len(memory) - at)
+                places.add(address + at, address + at + size_bytes, len(regions))
+                regions.append(Region(address + at, size_bytes))
+        if len(regions) > wire.REGIONS_MAX:
+            raise PoolError("full", f"{len(regions)} regions of memory; allowed: {wire.REGIONS_MAX}")
+        metadata = self._agent.metadata()
+        with self._lock:
+            self._regions, self._places, self._metadata = regions, places, metadata
+            self._epoch += 1
+
+    def _look_again(self) -> None:
+        """Register memory of members that were added since; at most every REGISTER_PAUSE_S."""
+        with self._lock:
+            if time.monotonic() < self._looked_s + REGISTER_PAUSE_S:
+                return
+            self._looked_s = time.monotonic()
+        try:
+            self._register()
+        except PoolError as error:
+            note_loss("not_registered", "", "memory of a new member is not read one-sided: %s", error)
+
+    def _deregister(self) -> None:
+        with self._registering:
+            registered, self._registrations = list(self._registrations.values()), {}
+        for _, handles in registered:
+            for handle in handles:
+                self._agent.deregister(handle)
+
+    def attach(self) -> bytes:
+        """What a client needs to read, as bytes (`NodeMemory`). Raises PoolError."""
+        if self.off is not None:
+            raise PoolError("layout", self.off)
+        with self._lock:
+            described = msgspec.msgpack.encode(NodeMemory(self._metadata, self._regions, self._epoch))
+        if len(described) > wire.DESCRIPTION_BYTES_MAX:
+            raise PoolError("full", f"the memory's description has {len(described)} bytes")
+        return described
+
+    # --- leases ---
+
+    def lend(self, client: Borrower, pool: NodeBackend, request: wire.LendMany) -> bool:
+        """Lend blocks of `pool`: answered by `client.lent_now` for those in memory, and by `client.lent` later for
+        those that are loaded first. Returns whether any may be lent. Raises OSError."""
+        answer = _Answer(client, request.id, len(request.sizes))
+        until_s = time.monotonic() + min(request.timeout_s, LEASE_S_MAX)
+        now: list[wire.LentBlock] = []
+        loads: list[Callable[[], None]] = []
+        for index, size_bytes in enumerate(request.sizes):
+            opened = pool.open_block(request.keys[index * KEY_BYTES : (index + 1) * KEY_BYTES], size_bytes)
+            if isinstance(opened, PoolError):
+                now.append(wire.LentBlock(index, reason=opened.reason))
+            elif opened.view is not None:
+                now.append(self._lend_in_place(client, index, opened, opened.view, until_s))
+            else:
+                staged = self._stage(client, index, opened, size_bytes, until_s, answer)
+                if isinstance(staged, wire.LentBlock):
+                    now.append(staged)
+                else:
+                    loads.append(staged)
+        try:
+            if now:
+                client.lent_now(wire.LentMany(request.id, self._epoch, now, more=answer.less(len(now))))
+        finally:
+            for load in loads:  # after the answer, as the last one must be sent last
+                load()
+        return bool(loads) or any(block.lease for block in now)
+
+    def _lend_in_place(
+        self, client: Borrower, index: int, opened: OpenedBlock, view: memoryview, until_s: float
+    ) -> wire.LentBlock:
+        lent = self._grant(client, index, opened, view, until_s, opened.release)
+        if lent.lease:
+            opened.note_read()
+        return lent
+
+    def _grant(
+        self,
+        client: Borrower,
+        index: int,
+        opened: OpenedBlock,
+        view: memoryview,
+        until_s: float,
+        free: Callable[[], None],
+    ) -> wire.LentBlock:
+        """Lease the block that lies in `view`; `free` is called when the lease ends, or now where it is refused."""
+        address, size_bytes = address_of(view), len(view)
+        lease = None
+        with self._lock:
+            slot, room_bytes = self._places.find(address)
+            if slot >= 0 and room_bytes >= size_bytes and not self._closed:
+                lease = self._leases.grant(client, size_bytes, until_s)
+            if lease is not None:
+                self._held[lease] = free
+                self.lent_bytes += size_bytes
+                self.lent_blocks += 1
+                offset = address - self._regions[slot].address
+                if self._leases.next_s == until_s:
+                    self._changed.notify()
+        if lease is not None:
+            return wire.LentBlock(index, lease, slot, offset, opened.checksum, opened.mac)
+        free()
+        if slot < 0:
+            self._look_again()
+        return wire.LentBlock(index, reason="layout" if slot < 0 or room_bytes < size_bytes else "dropped")
+
+    def _stage(
+        self, client: Borrower, index: int, opened: OpenedBlock, size_bytes: int, until_s: float, answer: _Answer
+    ) -> wire.LentBlock | Callable[[], None]:
+        """A load of the block into registered staging memory, or the refusal where that is full."""
+        length = staging_bytes(size_bytes)
+        with self._lock:
+            at = None
+            if not self._closed and length <= len(self._staging):
+                at = self._free.take(length)
+        if at is None:
+            opened.release()
+            return wire.LentBlock(index, reason="dropped")
+        slot = self._staging[at : at + length]
+
+        def free() -> None:
+            with self._lock:
+                self._free.give(at, length)
+
+        def loaded(error: PoolError | None) -> None:
+            if error is not None:
+                free()
+                block = wire.LentBlock(index, reason=error.reason)
+            else:
+                block = self._grant(client, index, opened, slot[:size_bytes], until_s, free)
+            opened.release()
+            answer.add(block, self._epoch)
+
+        return partial(opened.load, slot, until_s - time.monotonic(), loaded)
+
+    def returned(self, client: Borrower, leases: Sequence[int]) -> None:
+        """A client has read these blocks."""
+        with self._lock:
+            ended = [self._held.pop(lease) for lease in self._leases.give_back(client, leases)]
+        for free in ended:
+            free()
+
+    def gone(self, client: Borrower) -> None:
+        """A client's connection has ended: its leases end."""
+        with self._lock:
+            ended = [self._held.pop(lease) for lease in self._leases.leave(client)]
+        for free in ended:
+            free()
+
+    def _watch(self) -> None:
+        """End leases that run out."""
+        while True:
+            with self._lock:
+                if self._closed:
+                    return
+                ended = [self._held.pop(lease) for lease in self._leases.run_out(time.monotonic())]
+                if not ended:
+                    next_s = self._leases.next_s
+                    self._changed.wait(None if next_s is None else max(0.0, next_s - time.monotonic()))
+                    continue
+            note_loss("lent_blocks_taken_back", "", "%d lent blocks were not returned in time: taken back", len(ended))
+            for free in ended:
+                free()
+
+    def check_integrity(self) -> None:
+        """Assert that every lease holds memory, and only leases do; for tests."""
+        with self._lock:
+            self._leases.check_integrity()
+            assert len(self._held) == len(self._leases)
+
+    def close(self, timeout_s: float) -> None:
+        """End all leases, and deregister the memory."""
+        with self._lock:
+            self._closed = True
+            ended, self._held = list(self._held.values()), {}
+            self._changed.notify_all()
+        for free in ended:
+            free()
+        self._thread.join(timeout_s)
+        self._deregister()
+
+
+class _Answer:
+    """The answers to one LendMany: the last one is the one that completes it."""
+
+    def __init__(self, client: Borrower, id: int, blocks: int) -> None:
+        self._client, self._id = client, id
+        self._lock = threading.Lock()
+        self._left = blocks
+
+    def less(self, blocks: int) -> bool:
+        """These many are answered; returns whether others follow."""
+        self._left -= blocks
+        return self._left > 0
+
+    def add(self, block: wire.LentBlock, epoch: int) -> None:
+        """Send what became of a block that was loaded."""
+        with self._lock:
+            self._client.lent(wire.LentMany(self._id, epoch, [block], more=self.less(1)))
+
+
+def _populate(memory: memoryview) -> None:
+    """Give the memory its pages now: registration would otherwise find them one by one, and small."""
+    end = address_of(memory) + len(memory)
+    start = -(-address_of(memory) // mmap.PAGESIZE) * mmap.PAGESIZE
+    if end > start:
+        _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _POPULATE_WRITE)
