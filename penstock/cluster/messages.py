@@ -32,6 +32,9 @@ class PlacedRequest(msgspec.Struct, frozen=True, kw_only=True):
     `sampling.max_tokens` is the number still to generate. `waited_s`: seconds since the arrival at the router; SLO and
     reports count from there, and clocks of hosts are not compared. `epoch` is that of the engine to which it is sent.
 
+    `decode_samples`: the decode part generates the first token too, and the one of the prefill part is dropped: its
+    sampling cannot be continued by another engine (`continues`).
+
     `read`: the side that reads blocks found in the pool; in a split read the decode side reads `decode_share`. Such
     blocks among the first `recompute_tokens` are computed instead.
     """
@@ -53,6 +56,7 @@ class PlacedRequest(msgspec.Struct, frozen=True, kw_only=True):
     decode_share: Share = 0.0
     recompute_tokens: Count = 0
     resume_label: Name = ""  # not empty: the engine stores the answer if the router is lost
+    decode_samples: bool = False
 
     def __post_init__(self) -> None:
         check_range("decode_share", self.decode_share, 0.0, 1.0)
@@ -102,6 +106,13 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     buffer_blocks: Count = 0
     links: Annotated[list[LinkReport], Meta(max_length=LINKS_MAX)] = []
     storage_up: bool = True  # whether this engine can reach its pool, or at least one node of it
+
+
+def continues(sampling: SamplingParams) -> bool:
+    """Whether another engine can go on with an answer, given its tokens so far as a part of the prompt: not with
+    penalties, which count the tokens of the answer alone, nor with a seed, whose state is with the first engine."""
+    penalises = sampling.shaping is not None and sampling.shaping.penalises
+    return not penalises and (sampling.seed is None or sampling.temperature == 0)
 
 
 def asked_digest(prompt: Sequence[int], sampling: SamplingParams, tenant: str) -> bytes:

@@ -61,7 +61,8 @@ def report_in(packed: msgspec.Raw) -> RequestReport | None:
 class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine is. All engines of one router have the same `model` (of weights, layout and pool key), block
     geometry and vocabulary. `host` groups engines of one host; `instance` is new with each start.
-    `vocabulary` is `TextCodec.vocabulary_digest` of its checkpoint; empty without a tokenizer."""
+    `vocabulary` is `TextCodec.vocabulary_digest` of its checkpoint; empty without a tokenizer. `kind`: the built-in
+    engine, or vLLM behind an agent."""
 
     name: Name
     role: Part
@@ -76,6 +77,7 @@ class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
     relay_address: Name = ""
     pid: Count = 0
     vocabulary: Name = ""
+    kind: Literal["penstock", "vllm"] = "penstock"
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):

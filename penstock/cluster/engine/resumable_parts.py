@@ -50,7 +50,7 @@ class ResumablePart:
         self.error: str | None = None
         self.report: RequestReport | None = None
         self.until_s = float("inf")  # when an ended part is dropped
-        self._first = placed.first_index + (1 if placed.part == "decode" else 0)
+        self._first = placed.first_index + (placed.part == "decode" and not placed.decode_samples)
         self._digest = b""
         if self.label:
             split = len(placed.prompt_tokens) - placed.first_index

@@ -31,7 +31,8 @@ class Dispatch:
         attempt = routed.answer.begin(parts)
         routed.waiting, routed.read = "", place.read
         routed.mark("prefill", time.monotonic())
-        placed = placed_request(routed, place, attempt, decode if prefill is not decode else None)
+        vllm = prefill.card.kind == "vllm"
+        placed = placed_request(routed, place, attempt, decode if prefill is not decode else None, vllm)
         for engine in {prefill.name: prefill, decode.name: decode}.values():
             read_tokens = place.decode_tokens if engine is decode else 0
             if engine is prefill:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from penstock.cluster.messages import Part, PlacedRequest, ReadSide
+from penstock.cluster.messages import Part, PlacedRequest, ReadSide, continues
 from penstock.cluster.router.engine_registry import RegisteredEngine
 from penstock.cluster.router.merged_report import merged_report
 from penstock.cluster.router.unclaimed_parts import Asked
@@ -68,6 +68,12 @@ class RoutedRequest:
         sampling = self.request.sampling
         return self.asked is not None and (sampling.temperature == 0 or sampling.seed is not None)
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether vLLM engines can go on with the answer after a loss: by continuing, or by the same tokens again."""
+        sampling = self.request.sampling
+        return not self.answer.tokens or continues(sampling) or sampling.temperature == 0 or sampling.seed is not None
+
     def tell(self, event: TokenEvent) -> None:
         """Pass an event to every client that waits for this request."""
         for on_event in list(self.clients.values()):
@@ -103,18 +109,22 @@ def fresh_answer(answer: Answer) -> Answer:
     return Answer(answer.max_tokens, answer.end_tokens, answer.attempt)
 
 
-def placed_request(routed: RoutedRequest, place: Place, attempt: int, decode: RegisteredEngine | None) -> PlacedRequest:
+def placed_request(
+    routed: RoutedRequest, place: Place, attempt: int, decode: RegisteredEngine | None, vllm: bool = False
+) -> PlacedRequest:
     """The record for the engines of an attempt. `decode`: the engine that receives the hand-off; None for a single
-    engine. Raises ConfigError."""
+    engine. `vllm`: the engines are vLLM, whose sampling not always continues that of another. Raises ConfigError."""
     request, answer = routed.request, routed.answer
+    sampling, again = request.sampling, vllm and not continues(request.sampling)
+    begun = [] if again else answer.tokens  # what is generated again is not sent again
     read: ReadSide = place.read if place.read != "none" else "prefill"
     return PlacedRequest(
         request_id=routed.id,
         epoch=0,
-        prompt_tokens=request.prompt_tokens + answer.tokens,
-        sampling=replace(request.sampling, max_tokens=answer.max_tokens - len(answer.tokens)),
+        prompt_tokens=request.prompt_tokens + begun,
+        sampling=replace(sampling, max_tokens=answer.max_tokens - len(begun)),
         attempt=attempt,
-        first_index=len(answer.tokens),
+        first_index=len(begun),
         waited_s=min(time.monotonic() - routed.arrival_s, SECONDS_MAX),
         slo_ttft_s=request.slo_ttft_s,
         tenant=request.tenant,
@@ -125,6 +135,7 @@ def placed_request(routed: RoutedRequest, place: Place, attempt: int, decode: Re
         decode_share=place.decode_share if read == "split" else float(read == "decode"),
         recompute_tokens=place.recompute_tokens,
         resume_label=request.resume_label,
+        decode_samples=again and decode is not None,
     )
 
 

@@ -84,6 +84,7 @@ class ClusterEngine:
         self.vocab_size = 0  # 0 until the first engine has registered
         self.eos_token_ids: frozenset[int] = frozenset()
         self.model: str | None = None
+        self._kind = ""  # of the engines
         self.counters: Counter[str] = Counter()
         self.recent: deque[RequestReport] = deque(maxlen=RECENT_MAX)
         self.start_s = time.monotonic()
@@ -448,6 +449,7 @@ class ClusterEngine:
         cards = [engine.card for engine in self.port.engines.values()]
         self.max_context_tokens = min(one.max_context_tokens for one in cards)
         self.vocab_size = card.vocab_size
+        self._kind = card.kind
 
     def engine_left(self, engine: RegisteredEngine, why: str) -> None:
         """See `engine_registry.Listener`."""
@@ -528,6 +530,9 @@ class ClusterEngine:
         self._dispatch.cancel_parts(routed, outcome.cancel)
         if outcome.end is not None:
             self._end(routed, outcome.end, outcome.error)
+        elif outcome.restart is not None and self._kind == "vllm" and not routed.repeatable:
+            error = f"{outcome.restart}; its sampling (penalties, no seed) cannot be continued by another engine"
+            self._end(routed, "error", error)
         elif outcome.restart is not None:
             self.counters["restarts"] += 1
             log.info("request %s begins again: %s", routed.id, outcome.restart)
