@@ -113,8 +113,8 @@ class Beat(msgspec.Struct, array_like=True, tag=2):
 
 
 class HandOffEnded(msgspec.Struct, array_like=True, tag=3):
-    """Nothing more is sent of this hand-off: `missing` of the prompt's full blocks did not arrive at the relay, `failures`
-    are those that could not be sent, by reason. Once for each prefill part, however it ends."""
+    """Nothing more is sent of this hand-off: `missing` of the prompt's full blocks did not arrive at the relay,
+    `failures` are those that could not be sent, by reason. Once for each prefill part, however it ends."""
 
     name: Name
     missing: Count

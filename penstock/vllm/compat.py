@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -232,6 +233,37 @@ def reorder(queue: Any, order: Callable[[Request], Any]) -> None:
         queue.extend(ordered)
 
 
+@dataclass(frozen=True, slots=True)
+class AboutModel:
+    """What a router needs to know of a served model."""
+
+    max_context_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+def about_model(config: VllmConfig) -> AboutModel:
+    """The model's limits, and the tokens with which vLLM ends an answer."""
+    model: Any = config.model_config
+    found = [getattr(model.hf_text_config, "eos_token_id", None), model.try_get_generation_config().get("eos_token_id")]
+    ids = [one if isinstance(one, list) else [one] for one in found]
+    eos = dict.fromkeys(int(token) for some in ids for token in some if token is not None)
+    return AboutModel(int(model.max_model_len), int(model.get_vocab_size()), tuple(eos))
+
+
+def is_completed(request: Request) -> bool:
+    """Whether an ended request has its whole answer: it was not aborted, and did not fail."""
+    from vllm.v1.request import RequestStatus
+
+    return request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+
+
+def is_pulled_by_another(request: Request) -> bool:
+    """Whether another connector gets the request's KV from the engine that computed it (NIXL's and others' P/D)."""
+    params = request.kv_transfer_params
+    return isinstance(params, dict) and bool(params.get("do_remote_prefill"))
+
+
 def is_preempted(request: Request) -> bool:
     """Whether vLLM took the request's blocks away before it ended."""
     from vllm.v1.request import RequestStatus
@@ -288,6 +320,7 @@ def can_load_ahead(scheduler: Scheduler, request: Request) -> bool:
         and not request.num_stale_output_tokens
         and not request.skip_reading_prefix_cache
         and not request.has_encoder_inputs
+        and not is_pulled_by_another(request)
     )
 
 

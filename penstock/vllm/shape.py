@@ -65,6 +65,7 @@ def scheduler_config(settings: Settings, shape: Shape, block_bytes: int, slot_by
         l1_pages=max(1, shape.l1_blocks),
         l2_slots=slots,
         recompute=not settings.load_always,
+        hands_off=settings.agent is not None,
         **taken_over(OrderSettings, settings),
         **taken_over(SaveSettings, settings),
     )
