@@ -17,6 +17,7 @@ from penstock.engine.runner import SamplingParams
 Part = Literal["mixed", "prefill", "decode"]
 ReadSide = Literal["prefill", "decode", "split"]
 LINKS_MAX = 1024  # in one report
+API_BODY_BYTES_MAX = 48 << 20
 
 
 class PlacedRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,7 +34,8 @@ class PlacedRequest(msgspec.Struct, frozen=True, kw_only=True):
     reports count from there, and clocks of hosts are not compared. `epoch` is that of the engine to which it is sent.
 
     `decode_samples`: the decode part generates the first token too, and the one of the prefill part is dropped: its
-    sampling cannot be continued by another engine (`continues`).
+    sampling cannot be continued by another engine (`continues`). `api_path` and `api_body`: that part answers this body
+    by vLLM's own API.
 
     `read`: the side that reads blocks found in the pool; in a split read the decode side reads `decode_share`. Such
     blocks among the first `recompute_tokens` are computed instead.
@@ -57,6 +59,8 @@ class PlacedRequest(msgspec.Struct, frozen=True, kw_only=True):
     recompute_tokens: Count = 0
     resume_label: Name = ""  # not empty: the engine stores the answer if the router is lost
     decode_samples: bool = False
+    api_path: Name = ""
+    api_body: Annotated[bytes, Meta(max_length=API_BODY_BYTES_MAX)] = b""
 
     def __post_init__(self) -> None:
         check_range("decode_share", self.decode_share, 0.0, 1.0)

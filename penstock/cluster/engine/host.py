@@ -20,7 +20,7 @@ from penstock.cluster.handoff.relay import RelayNode
 from penstock.cluster.handoff.relay_links import RelayLinks
 from penstock.cluster.messages import EngineReport, PlacedRequest
 from penstock.cluster.wire_types import RATE_MAX, SECONDS_MAX, within
-from penstock.engine.api import GenerationRequest, InvalidRequest, OnEvent, TokenEvent, tell
+from penstock.engine.api import ApiCall, GenerationRequest, InvalidRequest, OnEvent, TokenEvent, tell
 from penstock.engine.build import RunningEngine
 from penstock.units import format_address
 
@@ -70,6 +70,7 @@ class PartsHost:
             placed.waited_s,
             placed.first_index,
             placed.recompute_tokens if placed.part != "decode" else 0,
+            api=ApiCall(placed.api_path, placed.api_body) if placed.api_path else None,
         )
         with self._lock:
             if name in self._parts:

@@ -55,6 +55,7 @@ class RoutedRequest:
     scheduler_attempt: int | None = None  # the scheduler core's number of the current placement
     waiting: str = "no engine yet"  # why it is not placed yet
     first_token_s: float | None = None
+    data_sent: bool = False  # a piece of an answer by vLLM's own API
     read: str = ""
     hit_tokens: int = 0
     keys: Sequence[BlockKey] | None = None  # of its prompt's full blocks, for `SeenPrefixes`; None: not computed yet
@@ -72,6 +73,8 @@ class RoutedRequest:
     def repeatable(self) -> bool:
         """Whether vLLM engines can go on with the answer after a loss: by continuing, or by the same tokens again."""
         sampling = self.request.sampling
+        if self.request.api is not None:
+            return not self.data_sent
         return not self.answer.tokens or continues(sampling) or sampling.temperature == 0 or sampling.seed is not None
 
     def tell(self, event: TokenEvent) -> None:
@@ -115,7 +118,8 @@ def placed_request(
     """The record for the engines of an attempt. `decode`: the engine that receives the hand-off; None for a single
     engine. `vllm`: the engines are vLLM, whose sampling not always continues that of another. Raises ConfigError."""
     request, answer = routed.request, routed.answer
-    sampling, again = request.sampling, vllm and not continues(request.sampling)
+    sampling, call = request.sampling, request.api
+    again = vllm and (call is not None or not continues(sampling))
     begun = [] if again else answer.tokens  # what is generated again is not sent again
     read: ReadSide = place.read if place.read != "none" else "prefill"
     return PlacedRequest(
@@ -136,12 +140,16 @@ def placed_request(
         recompute_tokens=place.recompute_tokens,
         resume_label=request.resume_label,
         decode_samples=again and decode is not None,
+        api_path=call.path if call is not None else "",
+        api_body=call.body if call is not None else b"",
     )
 
 
 def part_of(placed: PlacedRequest, part: Part, epoch: int) -> PlacedRequest:
-    """That engine's part of a request."""
-    return msgspec.structs.replace(placed, part=part, epoch=epoch)
+    """That engine's part of a request. Only the part that answers gets a body."""
+    body = b"" if part == "prefill" else placed.api_body
+    path = "" if part == "prefill" else placed.api_path
+    return msgspec.structs.replace(placed, part=part, epoch=epoch, api_path=path, api_body=body)
 
 
 def check_names(request: GenerationRequest) -> None:

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
+import httpx
+
 from penstock.cluster.agent_wire import Hello
 from penstock.cluster.engine.engine_process import (
     CLOSE_TIMEOUT_S,
@@ -63,6 +65,7 @@ WATCH_POLL_S = 0.1
 VLLM_STOP_S = 20.0
 OPEN_TIMEOUT_S = 60.0  # how long a prompt waits for room at its decode engine
 LOOKUP_TIMEOUT_S = 2.0
+DEFAULTED = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 class _Stopped(Exception):
@@ -98,7 +101,9 @@ def serve_vllm(flags: AgentFlags, arguments: Sequence[str]) -> None:
             app = ServerApp(host.engine, None, pages)
             server = HttpServer(app, listener, lambda: print(ready, flush=True))
             watch = _Watch(child, http, server.stop)
-            agent = EngineRegistration(host, _card(flags, hello, host, name, node), settings, on_refused=server.stop)
+            agent = EngineRegistration(
+                host, _card(flags, arguments, hello, host, http, (name, node)), settings, on_refused=server.stop
+            )
             try:
                 server.serve_forever()
             finally:
@@ -182,7 +187,21 @@ class _Watch:
         self._thread.join(HEALTH_S + 1.0)
 
 
-def _card(flags: AgentFlags, hello: Hello, host: VllmHost, name: str, node: str) -> EngineCard:
+def _sampling_defaults(http: VllmHttp) -> dict[str, float]:
+    """What vLLM takes for sampling parameters that a client leaves out, by the model's own configuration: what its
+    rendering of a body without any says. Raises EngineEnded."""
+    try:
+        rendered = http.ask("/v1/completions/render", {"prompt": [0]})
+        sampling = rendered[0]["sampling_params"]
+        return {name: float(sampling[name]) for name, usual in DEFAULTED.items() if sampling[name] != usual}
+    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+        raise EngineEnded(f"vLLM does not render a request as version 0.32 does: {error!r}") from None
+
+
+def _card(
+    flags: AgentFlags, arguments: Sequence[str], hello: Hello, host: VllmHost, http: VllmHttp, names: tuple[str, str]
+) -> EngineCard:
+    name, node = names
     return EngineCard(
         name=name,
         role=flags.role,
@@ -197,6 +216,8 @@ def _card(flags: AgentFlags, hello: Hello, host: VllmHost, name: str, node: str)
         relay_address=host.relay_address,
         pid=os.getpid(),
         kind="vllm",
+        sampling_defaults=_sampling_defaults(http),
+        parses_chats=any(word.startswith("--reasoning-parser") for word in arguments),
     )
 
 

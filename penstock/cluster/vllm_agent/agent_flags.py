@@ -13,7 +13,7 @@ from penstock.core.settings import setting
 from penstock.pool.net.tls_flags import TLS_NAMES, PeerSettings
 from penstock.pool.setup.config import PoolConfig, config_of_flags
 from penstock.pool.setup.config_file import read_pool_config
-from penstock.server.api_settings import ApiFlags
+from penstock.server.api_settings import ApiFlags, served_name
 from penstock.units import parse_address, parse_bytes
 
 OWN_FLAGS = ("--kv-transfer-config", "--enable-scale-out", "--tokens-only", "--headless", "--uds")  # the agent's to set
@@ -74,6 +74,8 @@ def child_arguments(flags: AgentFlags, given: Sequence[str], port: int, agent: P
     extra = {"kv_connector_extra_config": {"agent": str(agent)}}
     words = [*given, "--enable-scale-out", "--enable-prompt-tokens-details", "--kv-transfer-config", dumps(extra)]
     words += ["--host", "127.0.0.1", "--port", str(port), "--staging", f"{flags.staging_bytes}B"]
+    if not any(word.partition("=")[0].replace("_", "-") == "--served-model-name" for word in given):
+        words += ["--served-model-name", served_name(given[0])]
     for address in flags.pool:
         words += ["--pool", address]
     files = {"--pool-config": flags.pool_config, "--pool-key-file": flags.pool_key_file}

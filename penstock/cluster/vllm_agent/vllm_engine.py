@@ -14,7 +14,7 @@ from penstock.cluster.agent_wire import HandOffEnded, HandOffParams, Hello
 from penstock.cluster.handoff.buffer import DecodeBuffer
 from penstock.cluster.vllm_agent.connector_port import ConnectorPort
 from penstock.cluster.vllm_agent.vllm_http import Piece, StreamFailed, VllmHttp
-from penstock.cluster.vllm_agent.vllm_requests import GENERATE, body_of, root_of
+from penstock.cluster.vllm_agent.vllm_requests import GENERATE, api_body_of, body_of, root_of
 from penstock.core.keys import BlockKey, KeyChain
 from penstock.core.operations import FinishReason, HandOff
 from penstock.engine.api import (
@@ -114,7 +114,12 @@ class VllmEngine:
         params = self._params(request, root)
         if request.hand_off is not None:
             self._connector.await_end(name, partial(self._handed, running))
-        body = body_of(request, params.to_params() if params is not None else {})
+        found = params.to_params() if params is not None else {}
+        if request.api is not None:
+            body, path = api_body_of(request, found), request.api.path
+            self._http.begin_whole(name, path, body, partial(self._data, running), partial(self._answered, running))
+            return
+        body = body_of(request, found)
         self._http.begin(name, GENERATE, body, partial(self._piece, running), partial(self._answered, running))
 
     def _params(self, request: GenerationRequest, root: BlockKey) -> HandOffParams | None:
@@ -166,6 +171,11 @@ class VllmEngine:
                 running.tokens += 1
                 tell(running.on_event, TokenEvent(token))
             running.finish_reason = choice.finish_reason or running.finish_reason
+
+    def _data(self, running: _Running, data: bytes) -> None:
+        running.first_token_s = running.first_token_s or time.monotonic()
+        running.finish_reason = "stop"
+        tell(running.on_event, TokenEvent(None, data=data))
 
     def _answered(self, running: _Running, failed: StreamFailed | None) -> None:
         with self._lock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -63,7 +63,7 @@ class StreamFailed(Exception):
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    on_piece: Callable[[Piece], None]
+    read: Callable[[httpx.Response], Awaitable[None]]
     on_end: Callable[[StreamFailed | None], None]
     task: asyncio.Task[None] | None = field(default=None)
 
@@ -90,6 +90,16 @@ class VllmHttp:
         except httpx.HTTPError:
             return False
 
+    async def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON that answers a body. Raises httpx.HTTPError or ValueError."""
+        response = await self._client.post(path, json=body, timeout=CONNECT_S)
+        response.raise_for_status()
+        return response.json()
+
+    def ask(self, path: str, body: Mapping[str, Any]) -> Any:
+        """`post`, from another thread. Raises TimeoutError too."""
+        return asyncio.run_coroutine_threadsafe(self.post(path, body), self._loop).result(2 * CONNECT_S)
+
     def begin(
         self,
         name: str,
@@ -99,7 +109,19 @@ class VllmHttp:
         on_end: Callable[[StreamFailed | None], None],
     ) -> None:
         """POST a body and read the stream that answers it. `name` must not be in use."""
-        self._loop.call_soon_threadsafe(self._begin, name, path, body, _Stream(on_piece, on_end))
+        self._loop.call_soon_threadsafe(self._begin, name, path, body, _Stream(self._pieces_to(on_piece), on_end))
+
+    def begin_whole(
+        self,
+        name: str,
+        path: str,
+        body: Mapping[str, Any],
+        on_data: Callable[[bytes], None],
+        on_end: Callable[[StreamFailed | None], None],
+    ) -> None:
+        """POST a body and pass on the answer as it comes, whatever it is; `on_data` gets it as in `TokenEvent.data`.
+        An answer of status 500 or more is a failure."""
+        self._loop.call_soon_threadsafe(self._begin, name, path, body, _Stream(self._bytes_to(on_data), on_end))
 
     def cancel(self, name: str) -> None:
         """Close the request's connection, which makes vLLM abort it; unknown and ended ones are ignored."""
@@ -134,6 +156,11 @@ class VllmHttp:
         content = json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         async with self._client.stream("POST", path, content=content, headers=headers) as response:
+            await stream.read(response)
+
+    @staticmethod
+    def _pieces_to(on_piece: Callable[[Piece], None]) -> Callable[[httpx.Response], Awaitable[None]]:
+        async def read(response: httpx.Response) -> None:
             if response.status_code != 200:
                 text = (await response.aread()).decode(errors="replace")
                 raise StreamFailed(response.status_code, _reason(text))
@@ -146,8 +173,24 @@ class VllmHttp:
                 piece = _pieces.decode(data)
                 if piece.error is not None:
                     raise StreamFailed(int(piece.error.get("code") or 500), str(piece.error.get("message")))
-                stream.on_piece(piece)
-        raise StreamFailed(0, "vLLM's answer ended before it was complete")
+                on_piece(piece)
+            raise StreamFailed(0, "vLLM's answer ended before it was complete")
+
+        return read
+
+    @staticmethod
+    def _bytes_to(on_data: Callable[[bytes], None]) -> Callable[[httpx.Response], Awaitable[None]]:
+        async def read(response: httpx.Response) -> None:
+            status = response.status_code
+            if status >= 500:
+                raise StreamFailed(status, _reason((await response.aread()).decode(errors="replace")))
+            head = {"status": status, "content_type": response.headers.get("content-type", "application/json")}
+            first = json.dumps(head).encode() + b"\n"
+            async for data in response.aiter_bytes():
+                on_data(first + data)
+                first = b""
+
+        return read
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)

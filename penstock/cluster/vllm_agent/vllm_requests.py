@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from typing import Any
 
 import msgspec
 
 from penstock.core.keys import BlockKey, root_key
-from penstock.engine.api import GenerationRequest
+from penstock.engine.api import GenerationRequest, InvalidRequest
 from penstock.engine.runner import SamplingParams
 
 GENERATE = "/inference/v1/generate"
 SALT_CHARACTERS_MAX = 128
+EXTENSIONS = ("slo_ttft_ms", "session_id", "return_timing")  # of Penstock's API; vLLM gets what they mean
 _SALT = re.compile(rf"[^@/\\\0]{{1,{SALT_CHARACTERS_MAX}}}")
 
 
@@ -67,10 +69,29 @@ def body_of(request: GenerationRequest, params: dict[str, Any]) -> dict[str, Any
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    return body | _common(request, params)
+
+
+def api_body_of(request: GenerationRequest, params: dict[str, Any]) -> dict[str, Any]:
+    """The body of a request that vLLM's own API answers. Raises InvalidRequest for one that is no JSON object."""
+    assert request.api is not None
+    try:
+        body = json.loads(request.api.body)
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise InvalidRequest("the body is not a JSON object")
+    ours = ("kv_transfer_params", "cache_salt", "model", "request_id", *EXTENSIONS)
+    return {name: value for name, value in body.items() if name not in ours} | _common(request, params)
+
+
+def _common(request: GenerationRequest, params: dict[str, Any]) -> dict[str, Any]:
+    """Hand-off, deadline and tenant."""
+    found: dict[str, Any] = {}
     if request.slo_ttft_s is not None:
         left_s = max(1e-3, request.slo_ttft_s - request.waited_s)
         params = {**params, "slo_ttft_ms": left_s * 1e3}
     if params:
-        body["kv_transfer_params"] = params
+        found["kv_transfer_params"] = params
     salt = salt_of(request.tenant)
-    return body | ({"cache_salt": salt} if salt else {})
+    return found | ({"cache_salt": salt} if salt else {})
