@@ -52,7 +52,13 @@ class ReadyProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
-        self._output = tempfile.TemporaryFile()
+        self.start()
+        self.await_ready()
+        return self
+
+    def start(self) -> None:
+        """Start it; `await_ready` or `stop` must follow. Raises OSError."""
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 (`stop` closes it)
         try:
             self._process = subprocess.Popen(
                 self.command,
@@ -63,11 +69,17 @@ class ReadyProcess:
                 preexec_fn=die_with_parent,
                 env=child_environment() | dict(self._environment or {}),
             )
+        except BaseException:
+            self.stop()
+            raise
+
+    def await_ready(self) -> None:
+        """Wait for its line. Raises ProcessFailed; the process has ended then."""
+        try:
             self.address = self._await_ready(time.monotonic() + self._ready_s)
         except BaseException:
             self.stop()
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

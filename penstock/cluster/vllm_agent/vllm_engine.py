@@ -58,6 +58,7 @@ class _Running:
     cached_tokens: int = 0
     finish_reason: str | None = None
     answered: bool = False
+    answered_s: float = 0.0
     handed: HandOffEnded | None = None
     cancelled: bool = False
     ended: bool = False
@@ -179,7 +180,7 @@ class VllmEngine:
 
     def _answered(self, running: _Running, failed: StreamFailed | None) -> None:
         with self._lock:
-            running.answered = True
+            running.answered, running.answered_s = True, time.monotonic()
             handed = running.handed
         if running.cancelled:
             self._end(running, TokenEvent(None, "cancelled"))
@@ -222,7 +223,9 @@ class VllmEngine:
         origin_s = running.began_s - request.waited_s
         first_s = running.first_token_s if running.first_token_s is not None else now
         spans = [("prefill", running.began_s - origin_s, first_s - origin_s)]
-        if running.tokens > 1:
+        if handed is not None:
+            spans.append(("hand_off", running.answered_s - origin_s, now - origin_s))
+        elif running.tokens > 1:
             spans.append(("decode", first_s - origin_s, now - origin_s))
         full = len(request.prompt_tokens) // self.config.block_tokens
         missing = handed.missing if handed is not None else 0
