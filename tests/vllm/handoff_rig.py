@@ -1,4 +1,4 @@
-"""A decode host beside a connector under test: a real buffer and relay, and the agent's end of the connector's socket."""
+"""A decode host beside a connector under test: a real buffer and relay, and the agent's end of its socket."""
 
 from __future__ import annotations
 
