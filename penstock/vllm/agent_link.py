@@ -1,12 +1,15 @@
 """The connector's link to its node agent (`cluster.agent_wire`): it connects, says who it is, and reports.
 
-The connector works without the agent, too: then no hand-off begins, and how those under way ended is said later.
+A vLLM that an agent started ends with it: without the agent nobody would use or end it, and it would hold a device.
 """
 
 from __future__ import annotations
 
 import hmac
 import logging
+import math
+import os
+import signal
 import threading
 import time
 from collections import deque
@@ -36,7 +39,9 @@ from penstock.process.rate_limited_log import RateLimitedLog
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
-RECONNECT_S = 1.0
+RECONNECT_S = 0.5
+LOST_S = 3.0  # an agent that was there and does not answer for so long has ended
+END_S = 10.0  # until a process that does not end in order is killed
 UNSAID_MAX = 1 << 16  # ended hand-offs that the agent has not heard of
 JOIN_S = 5.0
 
@@ -110,12 +115,15 @@ class AgentLink:
     # -- one connection after the other ---------------------------------------------------------------------------
 
     def _listen(self) -> None:
+        lost_s = math.inf
         while not self._closed:
             try:
                 connected = connect_agent(str(self._path))
             except (OSError, ProtocolError) as error:
                 rare.warning("connect", "the node agent at %s does not answer: %s", self._path, error)
-                self._pause()
+                if time.monotonic() > lost_s:
+                    self._end_process()
+                self._pause(RECONNECT_S)
                 continue
             try:
                 self._serve(connected)
@@ -126,11 +134,20 @@ class AgentLink:
                 with self._changed:
                     self._socket = None
                 connected.close()
-            self._pause()
+            if self._token is not None:
+                lost_s = time.monotonic() + LOST_S
+            self._pause(RECONNECT_S)
 
-    def _pause(self) -> None:
+    def _pause(self, seconds: float) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed, RECONNECT_S)
+            self._changed.wait_for(lambda: self._closed, seconds)
+
+    def _end_process(self) -> None:
+        log.error("the node agent has ended, and so does this vLLM")
+        os.kill(os.getpid(), signal.SIGTERM)
+        self._pause(END_S)
+        if not self._closed:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def _serve(self, connected: AgentSocket) -> None:
         welcome = connected.receive_from_agent()
