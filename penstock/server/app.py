@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from penstock.engine.api import EngineAPI, GenerationRequest
+from penstock.engine.api import EngineAPI, GenerationRequest, RequestReport
 from penstock.server.errors import ApiError, bad_request, json_response
 from penstock.server.gate import TENANT, Gate
 from penstock.server.generation import Choice, Generation
@@ -216,9 +216,17 @@ class ServerApp:
             self._preparing -= 1
 
     async def _other_reply(self, other: OtherApi, request: Request, raw: bytes, body: GenerationBody) -> Reply:
-        def ended(outcome: str) -> None:
+        arrival_s = time.monotonic()
+
+        def ended(outcome: str, report: RequestReport | None) -> None:
             self._others -= 1
             self.metrics.finished.labels(outcome).inc()
+            if report is not None:
+                self.metrics.e2e.observe(time.monotonic() - arrival_s)
+                self.metrics.observe(report)
+                self.live.add(report)
+                if report.ttft_s is not None:
+                    self.metrics.ttft.observe(report.ttft_s)
 
         answer_id = f"other-{uuid.uuid4().hex}"
         tenant = request.scope.get(TENANT, "")

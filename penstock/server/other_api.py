@@ -8,6 +8,7 @@ from typing import Protocol
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
+from penstock.engine.api import RequestReport
 from penstock.server.preparation import RequestPreparation
 from penstock.server.schema import GenerationBody
 
@@ -36,6 +37,7 @@ class OtherApi(Protocol):
         tenant: str,
         answer_id: str,
         preparation: RequestPreparation,
-        on_end: Callable[[str], None],
+        on_end: Callable[[str, RequestReport | None], None],
     ) -> Reply:
-        """The answer to a body that `takes` takes; `on_end` is called once, with its outcome. Raises ApiError."""
+        """The answer to a body that `takes` takes; `on_end` is called once, with its outcome, and
+        its report if there is one. Raises ApiError."""

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from penstock.cluster.messages import API_BODY_BYTES_MAX
 from penstock.cluster.router.router import ClusterEngine
-from penstock.engine.api import ApiCall, GenerationRequest, InvalidRequest, Overloaded, TokenEvent
+from penstock.engine.api import ApiCall, GenerationRequest, InvalidRequest, Overloaded, RequestReport, TokenEvent
 from penstock.engine.runner import SamplingParams
 from penstock.server.errors import ApiError, bad_request
 from penstock.server.generation import Inbox, failure
@@ -36,7 +36,7 @@ from penstock.server.schema import (
 )
 from penstock.server.settings import ServerSettings
 
-OnEnd = Callable[[str], None]
+OnEnd = Callable[[str, RequestReport | None], None]
 
 
 class VllmApi:
@@ -117,6 +117,7 @@ class VllmReply:
         self._gone = False
         self._slow = False
         self._inbox: Inbox | None = None
+        self._report: RequestReport | None = None
         self._stream = False  # the answer is one of events, which can end with an error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -146,7 +147,7 @@ class VllmReply:
         finally:
             watch.cancel()
             self._engine.cancel(self._request.request_id)
-            self._on_end(outcome)
+            self._on_end(outcome, self._report)
 
     def _submit(self, inbox: Inbox) -> None:
         try:
@@ -173,6 +174,7 @@ class VllmReply:
                 if event.data:
                     yield event.data
                 if event.finish_reason is not None:
+                    self._report = event.report
                     if event.finish_reason not in ("stop", "length"):
                         raise failure(event.finish_reason, event.error)
                     return

@@ -76,7 +76,7 @@ def serve_vllm(flags: AgentFlags, arguments: Sequence[str]) -> None:
     """Start vLLM with these arguments, register it, serve. Raises ValueError, OSError or PoolError with one line."""
     assert flags.router is not None
     settings, (name, node) = registration_settings(flags, flags.router), engine_names(flags)
-    pages = page_settings(flags, name)
+    pages = page_settings(flags.pages(), name)
     port = _free_port()
     raise_file_limit()
     with contextlib.ExitStack() as stack:
@@ -193,7 +193,8 @@ def _sampling_defaults(http: VllmHttp) -> dict[str, float]:
     try:
         rendered = http.ask("/v1/completions/render", {"prompt": [0]})
         sampling = rendered[0]["sampling_params"]
-        return {name: float(sampling[name]) for name, usual in DEFAULTED.items() if sampling[name] != usual}
+        found = {name: float(sampling.get(name, usual)) for name, usual in DEFAULTED.items()}
+        return {name: value for name, value in found.items() if value != DEFAULTED[name]}
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
         raise EngineEnded(f"vLLM does not render a request as version 0.32 does: {error!r}") from None
 

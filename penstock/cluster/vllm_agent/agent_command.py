@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,12 +18,12 @@ from penstock.settings_file import read_record
 FAILED = 1
 PANELS = {
     CLUSTER: (
-        *("router", "role", "secret_file", "engine_name", "node", "relay_listen", "relay_pace", "buffer"),
-        *("hand_off_timeout_s", "start_timeout_s"),
+        *("router", "role", "secret_file", "engine_name", "node", "relay_listen", "relay_pace", "relay_transport"),
+        *("buffer", "hand_off_timeout_s", "start_timeout_s"),
     ),
     "KV cache": ("pool", "pool_config", "pool_key_file", "staging"),
     TLS_PANEL: TLS_NAMES,
-    API: ("host", "port", "api_key_file", "tls_cert", "tls_key"),
+    API: ("host", "port", "api_key", "api_key_file", "tls_cert", "tls_key"),
     "": ("log_level",),
 }
 PASSED_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]}
@@ -47,6 +48,7 @@ def vllm_engine(context: typer.Context, given: Mapping[str, Any], config: Config
     except ConfigError as error:
         refuse("penstock vllm-engine", error)
     log_to_stderr(flags.log_level.upper())
+    logging.getLogger("httpx").setLevel("WARNING")  # it says every request
     try:
         serve_vllm(flags, context.args)
     except EngineEnded as error:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from penstock.cluster.settings import ClusterEngineSettings
 from penstock.core.config import ConfigError, check_choices, check_range
-from penstock.core.settings import setting
+from penstock.core.settings import setting, taken_over
 from penstock.pool.net.tls_flags import TLS_NAMES, PeerSettings
 from penstock.pool.setup.config import PoolConfig, config_of_flags
 from penstock.pool.setup.config_file import read_pool_config
-from penstock.server.api_settings import ApiFlags, served_name
+from penstock.server.api_settings import ApiFlags, PageFlags, served_name
 from penstock.units import parse_address, parse_bytes
 
 OWN_FLAGS = ("--kv-transfer-config", "--enable-scale-out", "--tokens-only", "--headless", "--uds")  # the agent's to set
@@ -21,7 +21,7 @@ APART_FLAGS = ("--data-parallel-size", "-dp", "--ssl-certfile", "--ssl-keyfile")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgentFlags(ClusterEngineSettings, PeerSettings, ApiFlags):
+class AgentFlags(ClusterEngineSettings, PeerSettings, PageFlags):
     """Sizes are bytes. `pool` or `pool_config`: the pool of this engine's connector, and of a decode engine's reads.
     `staging_bytes` is the connector's, `buffer_bytes` (a decode engine's) the agent's."""
 
@@ -34,7 +34,9 @@ class AgentFlags(ClusterEngineSettings, PeerSettings, ApiFlags):
     start_timeout_s: float = setting(1800.0, "vLLM must serve within this time.")
 
     def __post_init__(self) -> None:
-        check_choices(self, ApiFlags)
+        check_choices(self)
+        if self.relay_transport != "tcp":
+            raise ConfigError(f"relay_transport is {self.relay_transport!r}; allowed with vLLM: tcp")
         if self.router is None:
             raise ConfigError("router is not given; allowed: HOST:PORT, the router's --cluster-listen")
         if not self.pool and self.pool_config is None:
@@ -51,6 +53,10 @@ class AgentFlags(ClusterEngineSettings, PeerSettings, ApiFlags):
         check_range("staging", self.staging_bytes, 1, 2**50)
         check_range("hand_off_timeout_s", self.hand_off_timeout_s, 1e-3, 1e6)
         check_range("start_timeout_s", self.start_timeout_s, 1, 86400)
+
+    def pages(self) -> ApiFlags:
+        """The settings of the agent's own pages."""
+        return ApiFlags(**taken_over(PageFlags, self))
 
     def open_config(self) -> PoolConfig:
         """The pool that these settings name. Raises ConfigError."""

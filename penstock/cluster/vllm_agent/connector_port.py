@@ -99,6 +99,9 @@ class ConnectorPort:
                 plain, _ = self._listener.accept()
             except OSError:
                 return  # closed
+            if self._closed:
+                plain.close()
+                return
             try:
                 connected = AgentSocket(plain)
                 connected.send(Welcome(self.token))

@@ -81,7 +81,6 @@ class VllmEngine:
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
         self._stopping = False
-        self._trouble: str | None = None
         self._counters: Counter[str] = Counter()
 
     def use_buffer(self, buffer: DecodeBuffer, relay_address: str) -> None:
@@ -104,8 +103,8 @@ class VllmEngine:
         name = request.request_id
         running = _Running(request, on_event, time.monotonic())
         with self._lock:
-            if self._stopping or self._trouble:
-                raise Overloaded(self._trouble or "the engine is stopping", retry_after_s=10.0)
+            if self._stopping:
+                raise Overloaded("the engine is stopping", retry_after_s=10.0)
             if name in self._running:
                 raise InvalidRequest(f"request_id {name!r} is in use")
             if len(self._running) >= self.config.max_waiting:
@@ -253,18 +252,9 @@ class VllmEngine:
 
     # --- state ---
 
-    def failed(self, why: str) -> None:
-        """vLLM is gone: end all requests, so that they are placed again, and take no more."""
-        with self._lock:
-            self._trouble = self._trouble or why
-            lost = list(self._running.values())
-        for running in lost:
-            self._http.cancel(running.request.request_id)
-            self._end(running, TokenEvent(None, "restart", why))
-
     def healthy(self) -> tuple[bool, str]:
         """See EngineAPI."""
-        why = self._trouble or self._connector.trouble()
+        why = self._connector.trouble()
         return why is None, why or "ok"
 
     def stats(self) -> EngineStats:
