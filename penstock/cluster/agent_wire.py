@@ -147,6 +147,16 @@ _from_connector: msgspec.msgpack.Decoder[FromConnector] = msgspec.msgpack.Decode
 _from_agent: msgspec.msgpack.Decoder[FromAgent] = msgspec.msgpack.Decoder(FromAgent)
 
 
+def decode_from_connector(body: bytes) -> FromConnector:
+    """Decode a message of a connector. Raises ProtocolError."""
+    return decode(_from_connector, body)
+
+
+def decode_from_agent(body: bytes) -> FromAgent:
+    """Decode a message of an agent. Raises ProtocolError."""
+    return decode(_from_agent, body)
+
+
 class AgentSocket:
     """One end of a connected socket. `send` is for any thread, one receiving method for one thread. Every method raises
     OSError when the other end is gone, and ProtocolError for what is not of this protocol; then it is of no use."""
@@ -177,11 +187,11 @@ class AgentSocket:
 
     def receive_from_connector(self) -> FromConnector:
         """The next message of a connector."""
-        return decode(_from_connector, self._frame())
+        return decode_from_connector(self._frame())
 
     def receive_from_agent(self) -> FromAgent:
         """The next message of an agent."""
-        return decode(_from_agent, self._frame())
+        return decode_from_agent(self._frame())
 
     def _frame(self) -> bytes:
         size: int = _LENGTH.unpack(self._exactly(_LENGTH.size))[0]
