@@ -20,7 +20,8 @@ import httpx
 import psutil
 
 from penstock.cluster.router.router import ClusterEngine, RouterSettings
-from penstock.core.cluster.decisions import InterEngineConfig, ReadPolicy
+from penstock.core.cluster.decisions import InterEngineConfig
+from penstock.core.cluster.paths import ReadPolicy
 from penstock.engine.api import GenerationRequest, RequestReport, TokenEvent
 from penstock.engine.runner import SamplingParams
 from penstock.pool.api import MemberStat
@@ -93,10 +94,9 @@ class Agent:
         headers = {"Authorization": f"Bearer {key}"}
         return httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=ANSWER_S)
 
-    def gauge(self, name: str) -> float:
-        found = re.search(rf"^{name} (\S+)$", httpx.get(f"{self.url}/metrics").text, re.M)
-        assert found is not None, name
-        return float(found[1])
+    def is_idle(self) -> bool:
+        """Whether it waits for no answer of its vLLM."""
+        return "\npenstock_engine_requests_in_vllm 0.0\n" in httpx.get(f"{self.url}/metrics").text
 
     def stop(self) -> None:
         processes = []

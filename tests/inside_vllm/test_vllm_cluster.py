@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from penstock.core.cluster.paths import ReadPolicy
 from tests.inside_vllm.cluster_rig import Cluster, ask, gone, wait_idle
 from tests.inside_vllm.vllm_rig import BLOCK, prompt_of, wait_until
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.timeout(900)  # two vLLMs start in here, on two busy co
 TOKENS = 6 * BLOCK + 9
 FULL = TOKENS // BLOCK
 NEW = 12
-PATHS = ("prefill", "shorter", "split")
+PATHS: tuple[ReadPolicy, ...] = ("prefill", "shorter", "split")
 CHAT = {"messages": [{"role": "user", "content": "Tell me of the blocks. " * 24}], "max_tokens": NEW}
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"], "additionalProperties": False}
 LOST = ("id", "created", "model", "kv_transfer_params", "system_fingerprint", "usage", "service_tier", "metrics")
@@ -157,7 +158,7 @@ def test_a_client_that_goes_ends_its_request_in_both_vllms(
     with both[0].stream("POST", "/v1/completions", json=body | more) as answer:
         next(answer.iter_lines())
     for agent in cluster.agents.values():
-        wait_until(lambda one=agent: one.gauge("penstock_engine_requests_in_vllm") == 0, "nothing is left", 20.0)
+        wait_until(agent.is_idle, "nothing is left in its vLLM", 20.0)
 
 
 def test_kill_of_vllm_is_said_and_its_requests_are_computed_again(

@@ -112,15 +112,26 @@ def fresh_answer(answer: Answer) -> Answer:
     return Answer(answer.max_tokens, answer.end_tokens, answer.attempt)
 
 
+def tokens_begun(routed: RoutedRequest, vllm: bool) -> list[int]:
+    """The tokens with which the next attempt goes on. What is generated again is not sent again."""
+    again = vllm and (routed.request.api is not None or not continues(routed.request.sampling))
+    return [] if again else routed.answer.tokens
+
+
+def has_decode_part(routed: RoutedRequest, vllm: bool) -> bool:
+    """Whether anything is left for a decode engine: not where the prefill engine's token is the last one."""
+    left = routed.answer.max_tokens - len(tokens_begun(routed, vllm))
+    return left > 1 or routed.request.api is not None
+
+
 def placed_request(
     routed: RoutedRequest, place: Place, attempt: int, decode: RegisteredEngine | None, vllm: bool = False
 ) -> PlacedRequest:
     """The record for the engines of an attempt. `decode`: the engine that receives the hand-off; None for a single
     engine. `vllm`: the engines are vLLM, whose sampling not always continues that of another. Raises ConfigError."""
     request, answer = routed.request, routed.answer
-    sampling, call = request.sampling, request.api
-    again = vllm and (call is not None or not continues(sampling))
-    begun = [] if again else answer.tokens  # what is generated again is not sent again
+    sampling, call, begun = request.sampling, request.api, tokens_begun(routed, vllm)
+    samples = vllm and (call is not None or not continues(sampling)) and has_decode_part(routed, vllm)
     read: ReadSide = place.read if place.read != "none" else "prefill"
     return PlacedRequest(
         request_id=routed.id,
@@ -139,7 +150,7 @@ def placed_request(
         decode_share=place.decode_share if read == "split" else float(read == "decode"),
         recompute_tokens=place.recompute_tokens,
         resume_label=request.resume_label,
-        decode_samples=again and decode is not None,
+        decode_samples=samples and decode is not None,
         api_path=call.path if call is not None else "",
         api_body=call.body if call is not None else b"",
     )

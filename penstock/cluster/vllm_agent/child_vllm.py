@@ -18,10 +18,13 @@ from penstock.process.child_python import child_environment, python_command
 from penstock.process.die_with_parent import die_with_parent
 from penstock.process.guarded_thread import GuardedThread
 
-LINES_KEPT = 200
+LINES_KEPT = 1000
 LINE_CHARACTERS_MAX = 65_536  # a longer line is split
 LAST_OUTPUT_S = 2.0
 KILL_S = 5.0
+WORDS_CHARACTERS_MAX = 1000
+_PROCESS = re.compile(r"^\(\w+ pid=\d+\) ?")  # before each line of vLLM's processes
+_ELSEWHERE = "See root cause above"
 _SAYS_WHY = re.compile(r"\b\w*(Error|Exception|error):")  # a line that says why a Python process ended
 
 
@@ -74,10 +77,16 @@ class ChildVllm:
         return f"vLLM {how}: {self._last_words()}" if status > 0 else f"vLLM {how}"
 
     def _last_words(self) -> str:
-        """The first line that names an error among the last lines of output, else the last line."""
-        lines = [line for line in self._lines if line.strip()]
-        causes = [line for line in lines if _SAYS_WHY.search(line)]
-        return (causes[-1] if causes else lines[-1]).strip() if lines else "it said nothing"
+        """The last line of output that names an error, with what explains it in the next line; else the last line."""
+        lines = [_PROCESS.sub("", line) for line in self._lines if line.strip()]
+        causes = [at for at, line in enumerate(lines) if _SAYS_WHY.search(line) and _ELSEWHERE not in line]
+        if not causes:
+            return lines[-1].strip() if lines else "it said nothing"
+        found = lines[causes[-1]].strip()
+        following = lines[causes[-1] + 1 :][:1]
+        if following and following[0].startswith("  "):  # as pydantic's errors are written
+            found += f" {following[0].strip()}"
+        return found[:WORDS_CHARACTERS_MAX]
 
     def stop(self, timeout_s: float) -> None:
         """SIGTERM, then after `timeout_s` SIGKILL, to vLLM and all that it started. May be called again."""

@@ -26,7 +26,7 @@ from tests.waiting import wait_until
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 PENALTY = Shaping(presence_penalty=0.5)
-SEEDED = {"seed": 4, "temperature": 0.9}
+SEEDED: dict[str, Any] = {"seed": 4, "temperature": 0.9}
 
 
 @dataclass
@@ -40,13 +40,14 @@ class ScriptedHost(CountingHost):
     """An engine whose parts say what the test says."""
 
     parts: list[_Placed] = field(default_factory=list)
+    hands_over: bool = True
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def submit(self, placed: PlacedRequest, on_event: Callable[[TokenEvent], None]) -> None:
         self.parts.append(_Placed(placed, on_event))
-        if placed.part == "prefill":
+        if placed.part == "prefill" and self.hands_over:
             on_event(TokenEvent(None, "handed_over"))
 
     def part(self, number: int) -> _Placed:
@@ -94,6 +95,20 @@ def test_decode_samples_all_of_a_seeded_answer_and_again_after_a_loss() -> None:
             second.on_event(TokenEvent(token))
         second.on_event(TokenEvent(None, "length"))
         assert client.wait().finish_reason == "length" and client.tokens == [11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("sampling", [{}, SEEDED], ids=["greedy", "seeded"])
+def test_an_answer_of_one_token_is_the_prefill_engines(sampling: dict[str, Any]) -> None:
+    with cluster() as c:
+        hosts = [ScriptedHost(), ScriptedHost()]
+        for host, role in zip(hosts, ("prefill", "decode"), strict=True):
+            host.hands_over = False
+            c.engine(role, role, host, kind="vllm")
+        client = c.ask(PROMPT, 1, **sampling)
+        part = hosts[0].part(0)
+        assert not part.placed.decode_samples
+        part.on_event(TokenEvent(7, "length"))
+        assert client.wait().finish_reason == "length" and client.tokens == [7] and not hosts[1].parts
 
 
 def test_an_answer_that_nobody_can_continue_or_repeat_ends_in_an_error_once_it_has_begun() -> None:
