@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hmac
 import logging
-import math
 import os
 import signal
 import threading
@@ -40,7 +39,7 @@ log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
 RECONNECT_S = 0.5
-LOST_S = 3.0  # an agent that was there and does not answer for so long has ended
+LOST_S = 3.0  # an agent at whose socket nobody listens for so long has ended
 END_S = 10.0  # until a process that does not end in order is killed
 UNSAID_MAX = 1 << 16  # ended hand-offs that the agent has not heard of
 JOIN_S = 5.0
@@ -115,13 +114,15 @@ class AgentLink:
     # -- one connection after the other ---------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        lost_s = math.inf
+        lost_s = 0.0
         while not self._closed:
             try:
                 connected = connect_agent(str(self._path))
             except (OSError, ProtocolError) as error:
                 rare.warning("connect", "the node agent at %s does not answer: %s", self._path, error)
-                if time.monotonic() > lost_s:
+                if not isinstance(error, ConnectionRefusedError | FileNotFoundError):
+                    lost_s = time.monotonic() + LOST_S  # it is there, and late
+                elif self._token is not None and time.monotonic() > lost_s:
                     self._end_process()
                 self._pause(RECONNECT_S)
                 continue
@@ -134,8 +135,7 @@ class AgentLink:
                 with self._changed:
                     self._socket = None
                 connected.close()
-            if self._token is not None:
-                lost_s = time.monotonic() + LOST_S
+            lost_s = time.monotonic() + LOST_S
             self._pause(RECONNECT_S)
 
     def _pause(self, seconds: float) -> None:
