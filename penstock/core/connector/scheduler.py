@@ -152,7 +152,8 @@ class ConnectorScheduler:
         self._wait(entry, now)
 
     def _find(self, entry: ConnectorRequest, own: Sequence[BlockHit | None]) -> None:
-        """The hits of a request whose blocks a relay has, too: `own` are those of the pool, by block."""
+        """The hits of a request whose blocks a relay has, too: `own` are those of the pool, by block; none if it was
+        not asked or did not answer."""
         request, relayed, size = entry.request, entry.relayed, self.config.block_bytes
         assert relayed is not None
         request.hits, request.alternates = assign_read_paths(own, relayed, size, request.hittable_blocks)
@@ -160,9 +161,10 @@ class ConnectorScheduler:
         skipped = range(request.spec.recompute_tokens // self.config.block_tokens)
         for index in [*skipped, *entry.bad]:
             request.hits.pop(index, None)
-        stored = relayed.present if request.spec.received is not None else relayed.readable
+        asked = bool(own) and request.spec.received is None
+        stored = relayed.readable if asked else relayed.readable | relayed.present
         op_id = self._shared.next_op()
-        for index in stored & request.hits.keys():  # who handed a block over, or can read it, knows that it is stored
+        for index in stored & request.hits.keys():  # whoever handed a block over saved it, too
             self._seen.add(request.key_at(index), op_id)
 
     def _wait(self, entry: ConnectorRequest, now: float) -> None:

@@ -259,20 +259,20 @@ class HandRig(Rig):
         self.saves: list[Save] = []
         self.ended: list[HandedOver] = []
 
-    def hand_over(self, blocks: int, going: HandOff, stored: int = 0, send_s_max: float = 60.0) -> list[bytes]:
+    def hand_over(self, blocks: int, going: HandOff, stored: int | None = 0, send_s_max: float = 60.0) -> list[bytes]:
         tokens = tokens_of(1, blocks)
         spec = RequestSpec("r", tokens, 1, root_key(RIG_FINGERPRINT, ""), self.now + 5.0, hand_off=going)
         self.scheduler.submit(spec, 0, self.now, send_s_max=send_s_max)
         self.run(stored)
         return block_keys(tokens, RIG_FINGERPRINT, "", BLOCK_TOKENS)
 
-    def run(self, stored: int = 0) -> None:
-        """Take what there is to do; lookups are answered with `stored` hits, uploads end at once."""
+    def run(self, stored: int | None = 0) -> None:
+        """Take what there is to do; lookups are answered with `stored` hits (None: not at all), uploads end at once."""
         while operations := self.decide():
             for op in operations:
                 if isinstance(op, Lookup):
-                    hits = [BlockHit(1_000_000, ("net",)) if i < stored else None for i in range(len(op.keys))]
-                    self.scheduler.lookup_done(op.op_id, hits, self.now)
+                    hits = [BlockHit(1_000_000, ("net",)) if i < (stored or 0) else None for i in range(len(op.keys))]
+                    self.scheduler.lookup_done(op.op_id, None if stored is None else hits, self.now)
                 elif isinstance(op, Upload):
                     self.scheduler.uploaded(op.op_id, self.now)
                 elif isinstance(op, Fetch):
@@ -359,6 +359,18 @@ def test_a_storage_nic_that_is_gone_reads_nothing_more() -> None:
     rig.run()
     assert [op.route for op in rig.fetches] == [("snic@d", "relay@d"), ("net",)]
     assert rig.scheduler.counters["rerouted_blocks"] == 3
+
+
+def test_without_its_own_pool_a_prefill_engine_reads_through_the_decode_host() -> None:
+    rig = HandRig()
+    keys = rig.hand_over(3, hand_off("d", frozenset({0}), frozenset({1, 2}), "prefill"), stored=None)
+    routes = {op.key: op.route for op in rig.fetches}
+    assert routes == {keys[0]: ("relay@d",), keys[1]: ("snic@d", "relay@d"), keys[2]: ("snic@d", "relay@d")}
+    rig.load(3)
+    rig.compute(3)
+    rig.scheduler.finish("r", rig.now, cancelled=False)
+    rig.run()
+    assert rig.ended == [HandedOver("r", 0, {})] and not rig.forwards and not rig.saves
 
 
 def test_a_block_that_did_not_arrive_is_sent_once_more_from_its_slot_and_then_counts_as_missing() -> None:
