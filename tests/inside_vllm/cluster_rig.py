@@ -22,6 +22,7 @@ import psutil
 from penstock.cluster.router.router import ClusterEngine, RouterSettings
 from penstock.core.cluster.decisions import InterEngineConfig
 from penstock.core.cluster.paths import ReadPolicy
+from penstock.core.layout import staging_bytes
 from penstock.engine.api import GenerationRequest, RequestReport, TokenEvent
 from penstock.engine.runner import SamplingParams
 from penstock.pool.api import MemberStat
@@ -31,6 +32,8 @@ from tests.inside_vllm.vllm_rig import BLOCK, KV_BYTES, MAX_TOKENS, START_S, VLL
 
 SECRET = "0123456789abcdef" * 4
 ANSWER_S = 60.0
+BLOCK_BYTES = 4 * 2 * 2 * 32 * 4 * BLOCK  # of the tiny Llama: layers, K and V, heads, their size, float32
+BUFFER_BLOCKS = 20
 VLLM_FLAGS = (
     *("--dtype", "float32", "--block-size", str(VLLM_BLOCK), "--kv-cache-memory-bytes", str(KV_BYTES)),
     *("--max-model-len", str(MAX_TOKENS), "--enforce-eager", "--no-enable-prefix-caching"),  # all KV comes from others
@@ -51,7 +54,7 @@ class Agent:
         command = [sys.executable, "-m", "penstock", "vllm-engine", str(model), "--router", f"127.0.0.1:{port}"]
         command += ["--role", role, "--node", f"host-{role}", "--engine-name", role, "--secret-file", str(secret)]
         command += ["--pool", pool, "--staging", "48MiB", "--port", "0"]
-        command += ["--buffer", "48MiB"] if role == "decode" else []
+        command += ["--buffer", f"{BUFFER_BLOCKS * staging_bytes(BLOCK_BYTES)}B"] if role == "decode" else []
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 [*command, *VLLM_FLAGS, *more],
