@@ -59,6 +59,9 @@ def report_in(packed: msgspec.Raw) -> RequestReport | None:
     return decode(_reports, packed)
 
 
+SamplingDefault = Annotated[float, Meta(ge=-1.0, le=2**31)]
+
+
 class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine is. All engines of one router have the same `model` (of weights, layout and pool key), block
     geometry and vocabulary. `host` groups engines of one host; `instance` is new with each start.
@@ -80,7 +83,7 @@ class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
     pid: Count = 0
     vocabulary: Name = ""
     kind: Literal["penstock", "vllm"] = "penstock"
-    sampling_defaults: Annotated[dict[Name, float], Meta(max_length=64)] = {}
+    sampling_defaults: Annotated[dict[Name, SamplingDefault], Meta(max_length=64)] = {}
     parses_chats: bool = False
 
 

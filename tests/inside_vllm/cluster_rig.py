@@ -72,7 +72,7 @@ class Agent:
             assert self.process.poll() is None, self.log()[-4000:]
             return "listening on" in self.log()
 
-        wait_until(ready, f"the {self.role} engine is ready", START_S, look_every_s=0.2)
+        wait_until(ready, f"the {self.role} engine is ready", 2 * START_S, look_every_s=0.2)
 
     @property
     def url(self) -> str:

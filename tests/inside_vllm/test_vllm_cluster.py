@@ -21,7 +21,7 @@ from penstock.core.cluster.paths import ReadPolicy
 from tests.inside_vllm.cluster_rig import BLOCK_BYTES, Cluster, ask, gone, wait_idle
 from tests.inside_vllm.vllm_rig import BLOCK, prompt_of, wait_until
 
-pytestmark = pytest.mark.timeout(900)  # two vLLMs start in here, on two busy cores
+pytestmark = pytest.mark.timeout(1500)  # two vLLMs start in here, on two busy cores
 
 TOKENS = 6 * BLOCK + 9
 FULL = TOKENS // BLOCK

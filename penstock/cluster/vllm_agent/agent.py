@@ -92,28 +92,24 @@ def serve_vllm(flags: AgentFlags, arguments: Sequence[str]) -> None:
                 http = VllmHttp(f"http://127.0.0.1:{port}", api_key)
                 stack.callback(http.close)
                 hello = _started(child, connector, http, flags.start_timeout_s)
+                host = _open_host(flags, hello, http, connector)
+                stack.callback(host.close, CLOSE_TIMEOUT_S)
+                card = _card(flags, arguments, hello, host, http, (name, node))
         except _Stopped:
             return
-        host = _open_host(flags, hello, http, connector)
         freeze_startup_objects()
+        ready = f"penstock: engine {name} ({flags.role}) listening on {url_of(listener, pages.tls is not None)}"
+        server = HttpServer(ServerApp(host.engine, None, pages), listener, lambda: print(ready, flush=True))
+        watch = _Watch(child, http, server.stop)
+        agent = EngineRegistration(host, card, settings, on_refused=server.stop)
         try:
-            ready = f"penstock: engine {name} ({flags.role}) listening on {url_of(listener, pages.tls is not None)}"
-            app = ServerApp(host.engine, None, pages)
-            server = HttpServer(app, listener, lambda: print(ready, flush=True))
-            watch = _Watch(child, http, server.stop)
-            agent = EngineRegistration(
-                host, _card(flags, arguments, hello, host, http, (name, node)), settings, on_refused=server.stop
-            )
-            try:
-                server.serve_forever()
-            finally:
-                watch.stop()
-                agent.close(CLOSE_TIMEOUT_S, watch.failure or "the engine ends")
-            why = watch.failure or agent.failure
-            if why is not None:
-                raise EngineEnded(why)
+            server.serve_forever()
         finally:
-            host.close(CLOSE_TIMEOUT_S)
+            watch.stop()
+            agent.close(CLOSE_TIMEOUT_S, watch.failure or "the engine ends")
+        why = watch.failure or agent.failure
+        if why is not None:
+            raise EngineEnded(why)
 
 
 def _free_port() -> int:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from penstock.cluster.agent_wire import HandOffEnded, HandOffParams, Hello
 from penstock.cluster.handoff.buffer import DecodeBuffer
+from penstock.cluster.handoff.deadlines import Deadline, Deadlines
 from penstock.cluster.vllm_agent.connector_port import ConnectorPort
 from penstock.cluster.vllm_agent.vllm_http import Piece, StreamFailed, VllmHttp
 from penstock.cluster.vllm_agent.vllm_requests import GENERATE, api_body_of, body_of, root_of
@@ -62,6 +63,7 @@ class _Running:
     handed: HandOffEnded | None = None
     cancelled: bool = False
     ended: bool = False
+    deadline: Deadline | None = None
 
 
 class VllmEngine:
@@ -82,6 +84,7 @@ class VllmEngine:
         self._running: dict[str, _Running] = {}
         self._stopping = False
         self._counters: Counter[str] = Counter()
+        self._deadlines = Deadlines("penstock-vllm-deadlines")
 
     def use_buffer(self, buffer: DecodeBuffer, relay_address: str) -> None:
         """Load what is in this buffer from the relay in front of it."""
@@ -99,8 +102,9 @@ class VllmEngine:
 
     def submit(self, request: GenerationRequest, on_event: OnEvent) -> None:
         """See EngineAPI."""
-        root = self.check(request)
-        name = request.request_id
+        name, params = request.request_id, self._params(request, self.check(request))
+        found = params.to_params() if params is not None else {}
+        body = body_of(request, found) if request.api is None else api_body_of(request, found)
         running = _Running(request, on_event, time.monotonic())
         with self._lock:
             if self._stopping:
@@ -111,16 +115,13 @@ class VllmEngine:
                 raise Overloaded(f"{len(self._running)} requests are in vLLM already", retry_after_s=1.0)
             self._running[name] = running
             self._counters["requests"] += 1
-        params = self._params(request, root)
         if request.hand_off is not None:
             self._connector.await_end(name, partial(self._handed, running))
-        found = params.to_params() if params is not None else {}
+        answered = partial(self._answered, running)
         if request.api is not None:
-            body, path = api_body_of(request, found), request.api.path
-            self._http.begin_whole(name, path, body, partial(self._data, running), partial(self._answered, running))
-            return
-        body = body_of(request, found)
-        self._http.begin(name, GENERATE, body, partial(self._piece, running), partial(self._answered, running))
+            self._http.begin_whole(name, request.api.path, body, partial(self._data, running), answered)
+        else:
+            self._http.begin(name, GENERATE, body, partial(self._piece, running), answered)
 
     def _params(self, request: GenerationRequest, root: BlockKey) -> HandOffParams | None:
         """What the connector is told: where the prompt's blocks go to, or which of them are at the own relay."""
@@ -186,14 +187,21 @@ class VllmEngine:
         elif failed is not None and 400 <= failed.status < 500:
             self._end(running, TokenEvent(None, "error", str(failed)))
         elif failed is not None:  # perhaps vLLM is gone; then the router places it elsewhere as soon as it knows
-            event = TokenEvent(None, "restart", str(failed))
-            self._http.after(HOLD_S, partial(self._end, running, event))
+            self._end_later(running, HOLD_S, str(failed))
         elif running.request.hand_off is None or running.finish_reason != "length":
             reason: FinishReason = ENDED_OF_VLLM.get(running.finish_reason or "", "error")
             error = f"vLLM ended it as {running.finish_reason}" if reason not in ("stop", "length") else None
             self._end(running, TokenEvent(None, reason, error, self._report(running)))
         elif handed is not None:
             self._hand_over(running)
+        else:
+            self._end_later(running, self._hand_off_timeout_s, "vLLM's connector did not end the hand-off in time")
+
+    def _end_later(self, running: _Running, delay_s: float, why: str) -> None:
+        """Place the request again after `delay_s`, unless it ends before."""
+        running.deadline = self._deadlines.after(delay_s, partial(self._end, running, TokenEvent(None, "restart", why)))
+        if running.ended:
+            running.deadline.cancel()
 
     def _handed(self, running: _Running, ended: HandOffEnded) -> None:
         with self._lock:
@@ -213,6 +221,8 @@ class VllmEngine:
             running.ended = True
             del self._running[name]
             self._counters[f"ended_{event.finish_reason}"] += 1
+        if running.deadline is not None:
+            running.deadline.cancel()
         if running.request.hand_off is not None and running.handed is None:
             self._connector.forget(name)
         tell(running.on_event, event)
@@ -286,6 +296,7 @@ class VllmEngine:
         for name in names:
             self.cancel(name)
         self.wait_idle(timeout_s)
+        self._deadlines.close(timeout_s)
 
 
 def _states(hand_off: HandOff, full: int) -> str:

@@ -127,10 +127,6 @@ class VllmHttp:
         """Close the request's connection, which makes vLLM abort it; unknown and ended ones are ignored."""
         self._loop.call_soon_threadsafe(self._cancel, name)
 
-    def after(self, delay_s: float, action: Callable[[], None]) -> None:
-        """Call `action` on the loop's thread after `delay_s` seconds."""
-        self._loop.call_soon_threadsafe(self._loop.call_later, delay_s, action)
-
     def _begin(self, name: str, path: str, body: Mapping[str, Any], stream: _Stream) -> None:
         self._streams[name] = stream
         stream.task = self._loop.create_task(self._serve(path, body, stream))
@@ -153,7 +149,7 @@ class VllmHttp:
             stream.task.cancel()
 
     async def _serve(self, path: str, body: Mapping[str, Any], stream: _Stream) -> None:
-        content = json.dumps(body).encode()
+        content = msgspec.json.encode(body)
         headers = {"Content-Type": "application/json"}
         async with self._client.stream("POST", path, content=content, headers=headers) as response:
             await stream.read(response)
