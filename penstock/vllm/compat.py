@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ import msgspec
 
 from penstock.core.config import ConfigError
 from penstock.core.connector.costs import prefill_tokens_max
+from penstock.vllm.identity import head_shards
 from penstock.vllm.identity import model_identity as model_identity
+from penstock.vllm.layout import HeadShare
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -70,7 +73,7 @@ def _unusable(version: str, what: str) -> str:
     return f"Penstock cannot work with vLLM {version}: {what}; tested versions: {', '.join(TESTED_VERSIONS)}"
 
 
-def check_model(config: VllmConfig, kv_cache: KVCacheConfig) -> None:
+def check_model(config: VllmConfig, kv_cache: KVCacheConfig, tp_independent: bool = False) -> None:
     """Raises ConfigError for a model or setup whose KV cannot be stored in the pool."""
     from vllm.v1.kv_cache_interface import AttentionSpec, UniformTypeKVCacheSpecs
 
@@ -79,6 +82,8 @@ def check_model(config: VllmConfig, kv_cache: KVCacheConfig) -> None:
         raise ConfigError("the model has an encoder beside its decoder; Penstock stores KV of decoder-only models only")
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise ConfigError("context parallelism is on; Penstock allows tensor and pipeline parallelism only")
+    if tp_independent and parallel.pipeline_parallel_size > 1:
+        raise ConfigError("tp_independent is set with pipeline parallelism; allowed: tensor parallelism alone")
     for group in kv_cache.kv_cache_groups:
         spec: Any = group.kv_cache_spec
         if not isinstance(spec, (AttentionSpec, UniformTypeKVCacheSpecs)):
@@ -140,6 +145,22 @@ def rank_of_this_worker() -> int:
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
     return int(get_pp_group().rank_in_group) * int(get_tp_group().world_size) + int(get_tp_group().rank_in_group)
+
+
+def head_share(config: VllmConfig, spec: Any) -> HeadShare:
+    """In a worker: its share of the heads of a layer. Raises ConfigError."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    return HeadShare.of(head_shards(config, spec), int(group.world_size), int(group.rank_in_group))
+
+
+def ranks_of_one_share(config: VllmConfig, kv_cache: KVCacheConfig) -> int:
+    """How many ranks that follow each other have the same heads of every layer. Raises ConfigError."""
+    ranks = config.parallel_config.tensor_parallel_size
+    specs = [group.kv_cache_spec for group in kv_cache.kv_cache_groups]
+    layers = [one for spec in specs for one in (getattr(spec, "kv_cache_specs", None) or {"": spec}).values()]
+    return math.gcd(*(max(1, ranks // head_shards(config, spec)) for spec in layers))
 
 
 def defers_frees() -> bool:

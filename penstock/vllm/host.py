@@ -108,7 +108,7 @@ class Host:
         self._stopping = False
         self.fatal: str | None = None
         with contextlib.ExitStack() as undo:
-            self._workers = WorkerLinks(shape.engine_id, shape.rows, shape.ranks, shape.same_on_all_ranks)
+            self._workers = WorkerLinks(shape.engine_id, shape.rows, shape.ranks, shape.readers)
             undo.callback(self._workers.close)
             self.layout, self.block_bytes = self._workers.layout, self._workers.block_bytes
             check_frees(shape, self._workers.defers_frees)

@@ -97,12 +97,15 @@ class SchedulerSide:
                 loads=transfer.is_kv_consumer,
                 saves=transfer.is_kv_producer,
                 reuses_pages_in_flight=config.max_concurrent_batches > 1,
+                heads_by=compat.ranks_of_one_share(config, kv_cache) if settings.tp_independent else 0,
             ),
             KvEventLog(clears=False) if compat.publishes_events(config) else None,
         )
         try:
             self._about = compat.about_model(config)
-            self._identity = compat.model_identity(config, kv_cache, self.host.layout, settings.model_id)
+            self._identity = compat.model_identity(
+                config, kv_cache, self.host.layout, settings.model_id, settings.tp_independent
+            )
         except BaseException:
             self.host.close()
             raise

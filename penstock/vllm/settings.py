@@ -73,6 +73,9 @@ class Settings(OrderSettings, SaveSettings, PeerSettings):
     model_id: str = setting("", "Text that identifies the weights.", shown="what the weights' files say")
     weight_version: str = setting("", "Name of a run whose weights are replaced while vLLM runs.", shown="none")
     load_always: bool = setting(False, "Load every hit, even where computing is faster.", shown="")
+    tp_independent: bool = setting(
+        False, "Blocks do not depend on the degree of tensor parallelism; their last bits may.", shown=""
+    )
     agent: Path | None = setting(
         None, "Socket of the node agent that hands requests of this vLLM over, or to it.", "FILE", shown="none"
     )

@@ -79,7 +79,8 @@ def test_messages_of_both_sides_arrive_in_order() -> None:
     end = AgentSocket(ours)
     other.join(10.0)
     (peer,) = ends
-    for message in (hello, *beats):
+    sent: list[Hello | Beat] = [hello, *beats]
+    for message in sent:
         end.send(message)
         assert peer.receive_from_connector() == message
     peer.send(Welcome("token"))
