@@ -80,8 +80,10 @@ def child_arguments(flags: AgentFlags, given: Sequence[str], port: int, agent: P
     extra = {"kv_connector_extra_config": {"agent": str(agent)}}
     words = [*given, "--enable-scale-out", "--enable-prompt-tokens-details", "--kv-transfer-config", dumps(extra)]
     words += ["--host", "127.0.0.1", "--port", str(port), "--staging", f"{flags.staging_bytes}B"]
-    if not any(word.partition("=")[0].replace("_", "-") == "--served-model-name" for word in given):
-        words += ["--served-model-name", served_name(given[0])]
+    usual = {"--served-model-name": served_name(given[0]), "--disable-access-log-for-endpoints": "/health,/metrics"}
+    named = {word.partition("=")[0].replace("_", "-") for word in given}
+    for flag, value in usual.items():
+        words += [flag, value] if flag not in named else []
     for address in flags.pool:
         words += ["--pool", address]
     files = {"--pool-config": flags.pool_config, "--pool-key-file": flags.pool_key_file}
