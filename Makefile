@@ -11,6 +11,10 @@ AUDIT_ARGS ?=
 # Processes that tests run in, each with files of its own; where there is one CPU, WORKERS=0 runs them in pytest itself.
 WORKERS ?= 2
 BESIDE := -n $(WORKERS) --dist loadfile
+# A test that failed runs once more, on this machine whose processors others share; the closing lines list it as RERUN, and
+# whoever reads it looks for the cause. RERUNS=0 gives no second chance.
+RERUNS ?= 1
+TWICE := --reruns $(RERUNS)
 BIN := $(VENV)/bin
 VLLM_BIN := $(VLLM_VENV)/bin
 CLIENTS_BIN := $(CLIENTS_VENV)/bin
@@ -146,8 +150,8 @@ types: venv
 # What measures time or memory runs last, and with nothing beside it.
 unit: venv
 	@mkdir -p $(OUT); rm -f $(OUT)/tests.xml $(OUT)/tests-alone.xml; \
-	$(BIN)/python -m pytest $(BESIDE) -m "not alone" --junit-xml=$(OUT)/tests.xml; beside=$$?; \
-	$(BIN)/python -m pytest -m alone --ignore=tests/inside_vllm --ignore=tests/clients --junit-xml=$(OUT)/tests-alone.xml; \
+	$(BIN)/python -m pytest $(BESIDE) $(TWICE) -m "not alone" --junit-xml=$(OUT)/tests.xml; beside=$$?; \
+	$(BIN)/python -m pytest $(TWICE) -m alone --ignore=tests/inside_vllm --ignore=tests/clients --junit-xml=$(OUT)/tests-alone.xml; \
 	alone=$$?; \
 	exit $$((beside ? beside : alone))
 
@@ -173,7 +177,7 @@ test-vllm:
 	@mkdir -p $(OUT); rm -f $(OUT)/tests-vllm.xml; echo failed > $(OUT)/part-vllm.txt; \
 	why=$$($(PYTHON) tests/inside_vllm/supported.py); case $$? in \
 		0) $(MAKE) --no-print-directory venv-vllm && \
-			$(VLLM_BIN)/python -m pytest $(BESIDE) --junit-xml=$(OUT)/tests-vllm.xml tests/inside_vllm && \
+			$(VLLM_BIN)/python -m pytest $(BESIDE) $(TWICE) --junit-xml=$(OUT)/tests-vllm.xml tests/inside_vllm && \
 			echo passed > $(OUT)/part-vllm.txt ;; \
 		3) echo skipped > $(OUT)/part-vllm.txt; echo "make test-vllm: skipped: $$why" ;; \
 		*) exit 1 ;; \
@@ -199,7 +203,7 @@ venv-clients: venv $(CLIENTS_VENV)/.installed $(NODE_PACKAGES)/.installed
 test-clients: venv-clients
 	@mkdir -p $(OUT); rm -f $(OUT)/tests-clients.xml; echo failed > $(OUT)/part-clients.txt; \
 	PENSTOCK_PYTHON=$(abspath $(BIN))/python \
-		$(CLIENTS_BIN)/python -m pytest $(BESIDE) --disable-warnings --junit-xml=$(OUT)/tests-clients.xml tests/clients && \
+		$(CLIENTS_BIN)/python -m pytest $(BESIDE) $(TWICE) --disable-warnings --junit-xml=$(OUT)/tests-clients.xml tests/clients && \
 	echo passed > $(OUT)/part-clients.txt
 
 $(DOCS_VENV)/.installed: .ci/locked_docs.txt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
+
+    from penstock.vllm.waiting_queue import WaitingQueue
 
 log = logging.getLogger(__name__)
 
@@ -238,20 +240,16 @@ class Pins:
         return int(self._pool.get_num_free_blocks())
 
 
-def is_first_come(scheduler: Scheduler) -> bool:
-    """Whether vLLM's waiting queues keep a given order (not with `--scheduling-policy priority`)."""
+def sorted_queues(scheduler: Scheduler) -> list[WaitingQueue]:
+    """Make vLLM's waiting queues, still empty, ones that can be sorted; none with `--scheduling-policy priority`."""
     from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 
-    first_come: bool = isinstance(scheduler.waiting, FCFSRequestQueue)
-    return first_come
+    from penstock.vllm.waiting_queue import WaitingQueue
 
-
-def reorder(queue: Any, order: Callable[[Request], Any]) -> None:
-    """Sort one of vLLM's first-come queues."""
-    if len(queue) > 1:
-        ordered = sorted(queue, key=order)
-        queue.clear()
-        queue.extend(ordered)
+    if not isinstance(scheduler.waiting, FCFSRequestQueue):
+        return []
+    scheduler.waiting, scheduler.kv_holding_waiting = queues = WaitingQueue(), WaitingQueue()
+    return list(queues)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,8 +38,9 @@ class _InOrder(Scheduler):  # type: ignore[misc]
         elif not self.recompute_kv_load_failures:
             self.recompute_kv_load_failures: bool = True
             log.info("kv_load_failure_policy is set to 'recompute': a block that does not arrive is computed instead")
-        self._in_order = compat.is_first_come(self)
-        if not self._in_order:
+        self._queues = [] if self.penstock is None else compat.sorted_queues(self)
+        self._order: tuple[int, dict[str, Rank]] = (-1, {})  # by its version
+        if self.penstock is not None and not self._queues:
             log.info("with --scheduling-policy priority vLLM's order stays; Penstock's policy orders the loads")
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -49,26 +50,27 @@ class _InOrder(Scheduler):  # type: ignore[misc]
             return super().schedule(throttle_prefills)
         self._take_version()
         side.reserved_blocks = compat.reserved_blocks(self)
-        if self._in_order:
-            self._sort(side)
+        self._sort(side)
         with compat.step_of(self, side.step_tokens_max() if len(self.kv_holding_waiting) else None):
             output = super().schedule(throttle_prefills)
-        if self._in_order and len(self.waiting):
+        if self._queues and len(self.waiting):
             with side.loading_ahead():
                 self._load_ahead()
         return output
 
     def _sort(self, side: SchedulerSide) -> None:
-        waiting = [request.request_id for queue in (self.waiting, self.kv_holding_waiting) for request in queue]
-        if len(waiting) < 2:
-            return
-        ranks = side.ranks(waiting)
+        """Costs nothing while no request comes and no rank changes."""
+        before, ranks = self._order
+        version = side.order_version()
+        if version != before:
+            ranks = side.ranks(request.request_id for queue in self._queues for request in queue)
+            self._order = version, ranks
 
         def order(request: Request) -> tuple[bool, Rank]:
             return not compat.is_preempted(request), ranks.get(request.request_id, FIRST)
 
-        compat.reorder(self.waiting, order)
-        compat.reorder(self.kv_holding_waiting, order)
+        for queue in self._queues:
+            queue.sort(order, version != before)
 
     def _load_ahead(self) -> None:
         """Allocate blocks for loads of requests that wait for a place in the batch. One block per running request stays

@@ -273,6 +273,10 @@ class SchedulerSide:
         """The request's rank in the scheduler core, smallest first; None if the core does not know it."""
         return self.host.query(lambda scheduler: scheduler.rank(request_id), None)
 
+    def order_version(self) -> int:
+        """See `ConnectorScheduler.order_version`; the order stays as it is after Penstock failed."""
+        return self.host.query(lambda scheduler: scheduler.order_version, -1)
+
     def ranks(self, request_ids: Iterable[str]) -> dict[str, Rank]:
         """`rank` of many requests."""
         ids = list(request_ids)

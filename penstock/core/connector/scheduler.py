@@ -106,6 +106,7 @@ class ConnectorScheduler:
         request = entry.request
         request.state = State.LOOKUP
         request.switch_label("lookup", now)
+        self._ranking.version += 1
         self._forget_hits(entry)
         self._costs.changed(request)
         self._hold(entry, held_tokens)
@@ -624,6 +625,11 @@ class ConnectorScheduler:
         """The rank of the request, smallest first; None for an unknown one."""
         entry = self._entries.get(request_id)
         return None if entry is None else entry.request.rank
+
+    @property
+    def order_version(self) -> int:
+        """Changes with every request that comes, and with every `rank` that changes."""
+        return self._ranking.version
 
     def step_tokens_max(self) -> int | None:
         """How many tokens the host should compute in one step while loads land; None: no limit."""

@@ -21,6 +21,7 @@ class Ranking:
     def __init__(self, shared: SharedState) -> None:
         self._shared = shared
         self.policy = "fcfs" if shared.config.mode == "coupled" else shared.config.policy
+        self.version = 0  # how often a rank changed
         self.stale = False  # a request came, got its first token or ended since `sort_feasible`
         self._pause = 0  # decisions until `sort_feasible` looks again
 
@@ -67,6 +68,7 @@ class Ranking:
         rank = (request.tier, key, request.sequence)
         if rank != request.rank:
             request.rank = rank
+            self.version += 1
             self._shared.revalued(request)
             for queue in request.queues:
                 if request in queue:

@@ -80,6 +80,19 @@ def test_the_most_urgent_request_is_fetched_first() -> None:
     assert first is not None and second is not None and first < second
 
 
+def test_the_version_of_the_order_changes_with_requests_and_ranks_only() -> None:
+    rig = Rig(policy="srpt")
+    versions = [rig.scheduler.order_version]
+    rig.submit("r", tokens_of(1, 4))
+    versions.append(rig.scheduler.order_version)
+    (fetch, *_) = [op for op in rig.decide() if isinstance(op, Fetch)]
+    rig.decide()
+    assert versions[1] == rig.scheduler.order_version > versions[0]
+    rank = rig.scheduler.rank("r")
+    rig.scheduler.fetched(fetch.op_id, None, 1e-3)
+    assert rig.scheduler.rank("r") != rank and rig.scheduler.order_version > versions[1]
+
+
 def test_what_the_host_holds_is_not_fetched() -> None:
     rig = Rig()
     rig.submit("r", tokens_of(1, 4), held=3 * BLOCK)
