@@ -95,7 +95,7 @@ class Agent:
         port = words[words.index("--port") + 1]
         key = vllm.environ()["VLLM_API_KEY"]
         headers = {"Authorization": f"Bearer {key}"}
-        return httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=ANSWER_S)
+        return httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=2 * ANSWER_S)
 
     def is_idle(self) -> bool:
         """Whether it waits for no answer of its vLLM."""
@@ -218,8 +218,11 @@ def ask(router: ClusterEngine, name: str, prompt: Sequence[int], new_tokens: int
     return answer
 
 
-def gone(processes: Sequence[psutil.Process]) -> bool:
-    return not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in processes)
+def wait_gone(processes: Sequence[psutil.Process], timeout_s: float = 120.0) -> None:
+    """Wait until these processes, of killed parents, have ended."""
+    _, left = psutil.wait_procs(processes, timeout=timeout_s)
+    names = [" ".join(one.cmdline())[:200] for one in left if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    assert not names, f"not ended within {timeout_s:g} s: {names}"
 
 
 def wait_idle(router: ClusterEngine) -> None:

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from penstock.core.cluster.paths import ReadPolicy
-from tests.inside_vllm.cluster_rig import BLOCK_BYTES, Cluster, ask, gone, wait_idle
+from tests.inside_vllm.cluster_rig import BLOCK_BYTES, Cluster, ask, wait_gone, wait_idle
 from tests.inside_vllm.vllm_rig import BLOCK, prompt_of, wait_until
 
 pytestmark = pytest.mark.timeout(1500)  # two vLLMs start in here, on two busy cores
@@ -174,7 +174,7 @@ def test_kill_of_vllm_is_said_and_its_requests_are_computed_again(
     cluster: Cluster, answered: Callable[[int], list[int]]
 ) -> None:
     """Also those that have begun: the rest of the answer is that of one vLLM."""
-    long = 400
+    long = 160
     with cluster.agents["decode"].client() as one:
         body = {"prompt": prompt_of(4, TOKENS), "max_tokens": long, "temperature": 0, "ignore_eos": True}
         whole = one.post("/v1/completions", json=body | {"return_token_ids": True}).json()["choices"][0]["token_ids"]
@@ -186,7 +186,7 @@ def test_kill_of_vllm_is_said_and_its_requests_are_computed_again(
         agent.vllm().send_signal(signal.SIGKILL)
         assert agent.process.wait(30.0) == 1
         assert "vLLM was ended by SIGKILL" in agent.log().splitlines()[-1]
-        wait_until(lambda: gone(tree), "nothing of that vLLM is left", 30.0)
+        wait_gone(tree)
         fresh = ask(router, "fresh", prompt_of(5, TOKENS), NEW)
         cluster.start("decode")
         assert begun.wait(120.0) == whole
@@ -205,7 +205,7 @@ def test_kill_of_agents_ends_their_vllms_and_where_no_other_is_their_requests(cl
         assert begun.end.finish_reason == "cancelled" and "only prefill engines" in str(begun.end.error), begun.end
         wait_idle(router)
         cluster.agents["prefill"].process.kill()
-    wait_until(lambda: gone(trees), "their vLLMs have ended", 60.0)
+    wait_gone(trees)
 
 
 def test_vllm_that_dies_at_its_start_is_said_once(llama: Path, tmp_path: Path) -> None:
