@@ -15,7 +15,6 @@ from penstock.core.config import ConfigError
 from penstock.core.connector.costs import prefill_tokens_max
 from penstock.vllm.identity import head_shards
 from penstock.vllm.identity import model_identity as model_identity
-from penstock.vllm.layout import HeadShare
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
+    from penstock.vllm.layout import HeadShare
     from penstock.vllm.waiting_queue import WaitingQueue
 
 log = logging.getLogger(__name__)
@@ -152,6 +152,8 @@ def rank_of_this_worker() -> int:
 def head_share(config: VllmConfig, spec: Any) -> HeadShare:
     """In a worker: its share of the heads of a layer. Raises ConfigError."""
     from vllm.distributed.parallel_state import get_tp_group
+
+    from penstock.vllm.layout import HeadShare
 
     group = get_tp_group()
     return HeadShare.of(head_shards(config, spec), int(group.world_size), int(group.rank_in_group))
