@@ -28,7 +28,7 @@ UV ?= uv==0.13.9
 AUDIT ?= pip-audit==2.10.1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm venv-clients demo quick quick-unit test test-vllm test-vllm-next test-clients docs venv-docs lint types unit clean lock audit size
+.PHONY: help venv venv-demo venv-vllm venv-clients demo quick quick-unit test test-vllm test-vllm-next test-clients docs venv-docs lint types unit clean lock audit size
 
 help:
 	@echo "make demo   replay agent sessions over HTTP, coupled against penstock; table, out/demo.html, out/demo.png"
@@ -40,9 +40,11 @@ help:
 	@echo "make docs   the documentation as a site, in out/site; broken links and anchors are errors"
 	@echo "make lock   pin anew, with hashes, what these environments are made of;  make audit  look its versions up for known faults"
 	@echo "make size   what an installation takes on disk, without and with each extra"
-	@echo "make lint   ruff, and who may import whom;  make types  mypy --strict, tests and examples too;  make venv, make venv-vllm  an environment only;  make clean  remove all of it"
+	@echo "make lint   ruff, and who may import whom;  make types  mypy --strict, tests and examples too;  make venv, make venv-demo, make venv-vllm  an environment only;  make clean  remove all of it"
 
 venv: $(VENV)/.installed
+
+venv-demo: $(VENV)/.demo
 
 venv-vllm: $(VLLM_VENV)/.installed
 
@@ -131,7 +133,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks demo --out $(OUT)
 
 # On disk, from pip's own sources, as a user installs it; none: without extras.
-SIZES ?= none tokenizer plots otel nixl engine
+SIZES ?= none tokenizer plots otel events nixl engine
 size:
 	@$(call python_fits)
 	@for extra in $(SIZES); do rm -rf $(OUT)/size && $(PYTHON) -m venv $(OUT)/size && \

@@ -390,6 +390,7 @@ class Protocol:
     later: Kinds = field(default_factory=dict)
     unpack: Callable[[Any], Any] | None = None  # raises `refuses`
     error_characters_max: int = 500
+    fit: Callable[[type, dict[str, Any]], dict[str, Any]] = lambda cls, value: value  # fields that depend on others
 
     @property
     def kinds(self) -> dict[type, inspect.Type]:
@@ -402,7 +403,7 @@ class Protocol:
     def valid(self, cls: type) -> st.SearchStrategy[list[Piece]]:
         """Messages of one type that are understood, in pieces."""
         kind = self.kinds_by_class[cls]
-        pieces = strategy_of(kind, self.later).map(lambda value: pieces_of(kind, value, self.later))
+        pieces = strategy_of(kind, self.later).map(lambda value: pieces_of(kind, self.fit(cls, value), self.later))
         return pieces.filter(lambda found: self.take(whole(found)) is not None)
 
     def take(self, body: bytes) -> Any:

@@ -111,7 +111,7 @@ def value(url: str, query: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="there is no prometheus here (package prometheus)")
-def test_every_query_finds_something(prometheus: str) -> None:
+def test_every_query_finds_something_and_is_drawn(prometheus: str, tmp_path: Path) -> None:
     def missing() -> list[str]:
         return [name for name, query in QUERIES.items() if not samples(prometheus, query)]
 
@@ -119,3 +119,8 @@ def test_every_query_finds_something(prometheus: str) -> None:
     whole = "sum(rate(penstock_request_stage_seconds_total[30s]))"
     assert value(prometheus, whole) > 0 and value(prometheus, "sum(penstock_pool_member_used_bytes)") > 0
     assert value(prometheus, "count(penstock_pool_tenant_bytes > 0)") == 2
+    script = [sys.executable, str(BOARD.parents[2] / "examples" / "draw_board.py"), prometheus]
+    drawn = subprocess.run([*script, str(tmp_path / "board.svg"), "--minutes", "1"], timeout=WAIT_S, env=with_tests())
+    assert drawn.returncode == 0
+    picture = (tmp_path / "board.svg").read_text()
+    assert picture.count("<!-- p99 -->") == 1 and all(f"<!-- {panel['title']}" in picture for panel in PANELS)

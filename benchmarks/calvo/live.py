@@ -300,4 +300,5 @@ def _plot(path: Path, cells: dict[Cell, Pooled]) -> None:
     groups: dict[str, dict[str, float]] = {}
     for (name, rate, policy), pooled in cells.items():
         groups.setdefault(f"{name} {rate}", {})[policy] = statistics.mean(pooled.ttfts_s)
-    bar_chart(path, "Mean TTFT (unscaled seconds) by rate, as share of the baseline's capacity", "TTFT, s", groups)
+    title = "Mean TTFT by rate, as share of the baseline's capacity; unscaled seconds"
+    bar_chart(path, title, "TTFT, s", {"": groups})

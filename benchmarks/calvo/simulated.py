@@ -338,9 +338,19 @@ def calvo_command(
     if json is not None:
         report.write_json(json)
     if plot is not None:
-        name = datasets[0]
-        series = {
-            policy: [(r, report.figures[f"{name}_{r:g}_{policy}_slo_attainment"]) for r in rates]
+        _plot(plot, report, datasets[0], rates)
+
+
+def _plot(path: Path, report: Report, name: str, rates: Sequence[float]) -> None:
+    figures = {"mean TTFT, s": "ttft_mean_s", "SLO attainment": "slo_attainment"}
+    panels = {
+        label: {
+            "coupled (baseline)" if policy == COUPLED else policy: [
+                (rate, report.figures[f"{name}_{rate:g}_{policy}_{figure}"]) for rate in rates
+            ]
             for policy in (COUPLED, *POLICIES)
         }
-        line_chart(plot, f"{name}: SLO attainment", "rate, share of the baseline's capacity", "attainment", series)
+        for label, figure in figures.items()
+    }
+    title = f"CALVO simulated, {name}: every ordering and the coupled baseline"
+    line_chart(path, title, "rate, as share of the baseline's capacity", panels, log_y=("mean TTFT, s",))

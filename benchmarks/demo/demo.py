@@ -177,10 +177,10 @@ def _finish(report: Report, runs: dict[System, Run], sizes: str, pace: str, out:
         panels,
         [*report.modelled, *report.notes[1:]],
     )
-    write_figure(
-        out / "demo.png", "The same requests, two systems: a bar is the time to a request's first token", panels
-    )
+    title = "The same requests on two systems: time to first token"
+    write_figure(out / "demo.png", title, panels)
+    write_figure(out / "demo_dark.png", title, panels, dark=True)
     report.write_json(out / "demo.json")
     print_table(Console(), "python -m benchmarks demo", summaries)
     console.print(f"modelled: {report.modelled[0]}")
-    console.print(f"wrote {out / 'demo.html'}, {out / 'demo.png'}, {out / 'demo.json'}")
+    console.print(f"wrote {out / 'demo.html'}, {out / 'demo.png'}, {out / 'demo_dark.png'}, {out / 'demo.json'}")

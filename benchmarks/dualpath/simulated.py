@@ -16,10 +16,11 @@ from benchmarks.dualpath.simulated_scale import decision_cost, heartbeat_cost, s
 from penstock.command_line import PlotFile
 from penstock.report import Report
 from penstock.sim.cluster_shape import BASIC, LEVEL, ORACLE, PAPER, SPLIT
-from penstock.workloads.plots import line_chart
+from penstock.workloads.plots import bar_chart
 
 PARTS = ("offline", "ablation", "ratios", "online", "beyond", "scale")
 FULL_AGENTS, QUICK_AGENTS = (256, 512, 1024, 2048, 4096), (256, 1024)
+SHOWN = {"Basic": BASIC, "the paper's policy": PAPER, "split reads": SPLIT, "level steps": LEVEL, "Oracle": ORACLE}
 MODELLED = (
     "everything: virtual clock; storage and compute NICs as ideal links of 400 Gbit/s, compute and decode times by "
     "arithmetic from public sizes at 400 TFLOP/s and 2.68 TB/s per GPU (models/*.toml); trajectories are generated "
@@ -72,10 +73,13 @@ def dualpath(
 
 
 def _plot(path: Path, report: Report, agents: Sequence[int]) -> None:
-    series = {
-        system.name: [
-            (float(count), report.figures[f"offline_660b_2P4D_64K_{count}_{system.name}_job_s"]) for count in agents
-        ]
-        for system in (BASIC, PAPER, SPLIT, LEVEL, ORACLE)
-    }
-    line_chart(path, "2P4D, 660B-like, 64K", "agents", "job time, s", series)
+    """Job times of agents of 64K over that of Basic, by set-up, number of agents and system."""
+    panels: dict[str, dict[str, dict[str, float]]] = {}
+    for name, set_up in SET_UPS.items():
+        groups = panels[f"{set_up.model}, {set_up.shape.name}"] = {}
+        for count in agents:
+            label = f"offline_{name}_{set_up.shape.name}_64K_{count}"
+            jobs_s = {title: report.figures[f"{label}_{system.name}_job_s"] for title, system in SHOWN.items()}
+            jobs_s["fluid bound"] = report.figures[f"{label}_fluid_bound_s"]
+            groups[f"{count} agents"] = {title: job_s / jobs_s["Basic"] for title, job_s in jobs_s.items()}
+    bar_chart(path, "DualPath simulated, 64K agents: job time over that of Basic", "job time", panels)

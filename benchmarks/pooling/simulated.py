@@ -35,4 +35,4 @@ def pool(
     if json is not None:
         report.write_json(json)
     if plot is not None:
-        bar_chart(plot, "TTFT by system", "TTFT, s", ttft_bars(report, models, contexts))
+        bar_chart(plot, "Unified KV Pooling simulated: TTFT by context", "TTFT, s", ttft_bars(report, models, contexts))

@@ -120,13 +120,15 @@ def _conclude(report: Report, model: Model, context: str, found: dict[str, Simul
             report.figure(f"{label}_blocked_cut_{name}", one.blocked_s / ours.blocked_s, cut_goal)
 
 
-def ttft_bars(report: Report, models: Sequence[str], contexts: Sequence[str]) -> dict[str, dict[str, float]]:
-    """TTFT by system for a picture, from the report's figures."""
+def ttft_bars(report: Report, models: Sequence[str], contexts: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """TTFT by model, context and system for a picture, from the report's figures."""
     return {
-        f"{m} {c}": {
-            name: report.figures[f"{m}_{c}_ttft_s" if name == OURS else f"{m}_{c}_{name}_ttft_s"]
-            for name in (OURS, *BASELINES)
+        m: {
+            c: {
+                name: report.figures[f"{m}_{c}_ttft_s" if name == OURS else f"{m}_{c}_{name}_ttft_s"]
+                for name in (OURS, *BASELINES)
+            }
+            for c in contexts
         }
         for m in models
-        for c in contexts
     }

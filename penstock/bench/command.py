@@ -18,6 +18,10 @@ bench = lazy_group(
             "penstock.bench.pool:pool",
             "CPU per GB against one file per chunk.",
         ),
+        "scale": LazyCommand(
+            "penstock.bench.scale:scale",
+            "What a pool of a million blocks costs: CPU time per block, memory, stops, and the time to open it.",
+        ),
         "serve": LazyCommand(
             "penstock.bench.serve:serve",
             "Replays a trace through the API with a real small model: with Penstock, coupled, and without a pool.",

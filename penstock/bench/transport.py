@@ -120,7 +120,7 @@ def transport(
             }
             for size, connections in loads
         }
-        bar_chart(plot, "Reads over loopback TCP, two processes", "GB/s", groups)
+        bar_chart(plot, "Reads over loopback TCP, two processes", "GB/s", {"": groups})
 
 
 def _proofs(folder: Path) -> dict[str, Proof]:

@@ -110,6 +110,7 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     buffer_blocks: Count = 0
     links: Annotated[list[LinkReport], Meta(max_length=LINKS_MAX)] = []
     storage_up: bool = True  # whether this engine can reach its pool, or at least one node of it
+    preemptions: Count = 0  # requests that started over for want of a page, since the engine's start
 
 
 def continues(sampling: SamplingParams) -> bool:

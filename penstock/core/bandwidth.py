@@ -38,9 +38,10 @@ class LinkUse:
         self.in_flight = 0
         self.last_done_s = 0.0
 
-    def finished(self, issued_s: float, now: float) -> float:
-        """One operation ended; returns the seconds that it alone kept the link busy."""
-        self.in_flight -= 1
+    def finished(self, issued_s: float, now: float, operations: int = 1) -> float:
+        """So many operations ended together, the first of which began at `issued_s`; returns the seconds that they
+        alone kept the link busy."""
+        self.in_flight -= operations
         busy_s = now - max(issued_s, self.last_done_s)
         self.last_done_s = now
         return busy_s

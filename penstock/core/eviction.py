@@ -1,6 +1,6 @@
 """Which block is evicted next: the one of least worth, leaf before root, never a pinned one.
 
-One index serves both the pool (a group is a tenant's blocks on a member) and L1 of the engine (one group). It has no
+`PrefixIndex` is that of L1 of the engine; the pool's is `core.pool.leaf_queues`, without an object per block. It has no
 clock: callers pass what a key is worth at each use. The time makes it least recently used; `RebuildValue` makes it
 GreedyDual-Size-Frequency (Cherkasova 1998).
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -80,13 +80,10 @@ class PrefixIndex(Generic[Key]):
     PREFIX-1  Each candidate has exactly one live heap item, in the heap of its group, whose use is not above its own.
     PREFIX-2  `children[k]` is the number of present keys whose parent is k, and is never 0.
     PREFIX-3  All heaps together hold at most 2 n + 64 items, and are counted right.
-    PREFIX-4  Each group with a candidate has an item in the heap of its family, whose use is not above its next one.
     Verification: tests/core/test_eviction.py.
     """
 
-    def __init__(self, family_of: Callable[[Hashable], Hashable] | None = None) -> None:
-        """`family_of` puts groups into families, for `least_group`; a group whose family is None has none. `refamily`
-        must be called when it has another answer for a group."""
+    def __init__(self) -> None:
         self._entries: dict[Key, _Entry[Key]] = {}
         self._children: dict[Key, int] = {}
         self._heaps: dict[Hashable, list[tuple[tuple[float, int], int, Key]]] = {}
@@ -94,8 +91,6 @@ class PrefixIndex(Generic[Key]):
         self._ticket = 0
         self._pinned = 0
         self._queued = 0  # items of all heaps
-        self._family_of = family_of
-        self._families: dict[Hashable, list[tuple[tuple[float, int], int, Hashable]]] = {}
 
     def __contains__(self, key: Key) -> bool:
         return key in self._entries
@@ -111,11 +106,6 @@ class PrefixIndex(Generic[Key]):
         """How many present keys have no pin. All of them can be evicted where ancestors of pinned keys are pinned."""
         return len(self._entries) - self._pinned
 
-    @property
-    def groups(self) -> int:
-        """How many groups have a heap."""
-        return len(self._heaps)
-
     def pins(self, key: Key) -> int:
         """Number of pins of this key. Raises KeyError for a key that is not present."""
         return self._entries[key].pins
@@ -123,10 +113,6 @@ class PrefixIndex(Generic[Key]):
     def last_use(self, key: Key) -> float:
         """The use that orders this key, a time or a worth. Raises KeyError for a key that is not present."""
         return self._entries[key].use[0]
-
-    def group(self, key: Key) -> Hashable:
-        """The group of this key, as it was given. Raises KeyError for a key that is not present."""
-        return self._entries[key].group
 
     def add(self, key: Key, parent: Key, now: float, group: Hashable = None) -> None:
         """Put a key in, unpinned, with the use `now`. Raises ValueError when it is present or its own parent."""
@@ -145,13 +131,6 @@ class PrefixIndex(Generic[Key]):
         entry = self._entries[key]
         self._serial += 1
         entry.use = (max(now, entry.use[0]), self._serial)
-
-    def regroup(self, key: Key, group: Hashable, use: float) -> None:
-        """Move a present key to another group, with a use in that group's terms."""
-        entry = self._entries[key]
-        self._serial += 1
-        entry.group, entry.use, entry.ticket = group, (use, self._serial), 0
-        self._offer(key, entry)
 
     def pin(self, key: Key) -> None:
         """Protect a present key from eviction until as many `unpin` calls. Pins nest."""
@@ -177,31 +156,6 @@ class PrefixIndex(Generic[Key]):
             raise ValueError(f"key {key!r} has {entry.pins} pins and cannot be removed")
         self._drop(key, entry)
 
-    def next_use(self, group: Hashable) -> float | None:
-        """Use of the candidate that `evict_one(group)` would take; None when there is none."""
-        heap = self._settled(group)
-        return heap[0][0][0] if heap else None
-
-    def least_group(self, family: Hashable) -> Hashable | None:
-        """The group of a family whose candidate has the least use; None when none has a candidate."""
-        groups = self._families.get(family, [])
-        while groups:
-            use, _, group = groups[0]
-            heap = self._settled(group)
-            if self._family_of is None or self._family_of(group) != family or not heap:
-                heapq.heappop(groups)
-            elif heap[0][0] != use:
-                heapq.heapreplace(groups, (heap[0][0], self._next_ticket(), group))
-            else:
-                return group
-        return None
-
-    def refamily(self, group: Hashable) -> None:
-        """A group belongs to another family than before: `least_group` finds it there from now on."""
-        heap = self._settled(group)
-        if heap:
-            self._lead(heap[0][0], group)
-
     def evict_one(self, group: Hashable = None) -> Key | None:
         """Take out the candidate of `group` with the least use (None: of all groups); None when there is none."""
         heap = self._settled(group) if group is not None else self._least_heap()
@@ -212,7 +166,7 @@ class PrefixIndex(Generic[Key]):
         return key
 
     def check_integrity(self) -> None:
-        """Assert PREFIX-1..PREFIX-4 and the counters; O(n), for tests and idle moments."""
+        """Assert PREFIX-1..PREFIX-3 and the counters; O(n), for tests and idle moments."""
         live: dict[Key, tuple[float, int]] = {}
         assert self._queued <= 2 * len(self._entries) + 64, "PREFIX-3: the heaps outgrew the index"
         assert self._queued == sum(map(len, self._heaps.values())), "PREFIX-3: heap items are miscounted"
@@ -230,11 +184,6 @@ class PrefixIndex(Generic[Key]):
             if entry.pins == 0 and key not in self._children:
                 assert key in live, f"PREFIX-1: candidate {key!r} is in no heap"
                 assert live[key] <= entry.use, f"PREFIX-1: {key!r} is queued after its last use"
-        for group, heap in self._heaps.items():
-            family = self._family_of(group) if self._family_of is not None else None
-            if family is not None and self._settle(heap):
-                uses = [use for use, _, member in self._families.get(family, []) if member == group]
-                assert uses and min(uses) <= heap[0][0], f"PREFIX-4: group {group!r} is not in the heap of its family"
         assert children == self._children, "PREFIX-2: children are miscounted"
         assert self._pinned == sum(entry.pins > 0 for entry in self._entries.values())
 
@@ -246,26 +195,11 @@ class PrefixIndex(Generic[Key]):
         heap = self._heaps.setdefault(entry.group, [])
         heapq.heappush(heap, (entry.use, entry.ticket, key))
         self._queued += 1
-        if heap[0][1] == entry.ticket:
-            self._lead(entry.use, entry.group)
         self._bound_heaps()
 
     def _next_ticket(self) -> int:
         self._ticket += 1
         return self._ticket
-
-    def _lead(self, use: tuple[float, int], group: Hashable) -> None:
-        """A group has a new next candidate. Its stale items are dropped when they are half of the heap."""
-        family = self._family_of(group) if self._family_of is not None else None
-        if family is None:
-            return
-        groups = self._families.setdefault(family, [])
-        heapq.heappush(groups, (use, self._next_ticket(), group))
-        if len(groups) > 2 * len(self._heaps) + 64:
-            first: dict[Hashable, tuple[tuple[float, int], int, Hashable]] = {}
-            for item in sorted(groups):
-                first.setdefault(item[2], item)
-            groups[:] = sorted(first.values())
 
     def _drop(self, key: Key, entry: _Entry[Key]) -> None:
         del self._entries[key]

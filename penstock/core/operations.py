@@ -181,6 +181,18 @@ class Emit:
 Operation = Lookup | Fetch | Upload | Drop | Compute | Save | Forward | Discard | Emit
 
 
+LINKS_PER_ACCOUNT_MAX = 64
+
+
+@dataclass(slots=True)
+class LinkReads:
+    """A request's blocks that crossed one link: from when the first one's read began to when the last one ended."""
+
+    start_s: float
+    end_s: float
+    size_bytes: int = 0
+
+
 @dataclass(slots=True)
 class Account:
     """Where one request's time and bytes went; times are the driver's clock."""
@@ -205,6 +217,18 @@ class Account:
     hand_off_failures: dict[str, int] = field(default_factory=dict)  # blocks that could not be sent, by reason
     load_failures: dict[str, int] = field(default_factory=dict)
     spans: list[tuple[str, float, float]] = field(default_factory=list)
+    link_reads: dict[str, LinkReads] = field(default_factory=dict)  # of at most LINKS_PER_ACCOUNT_MAX links
+
+    def read_over(self, route: Route, size_bytes: int, issued_s: float, now: float) -> None:
+        """A block that the request waited for came over the links of `route`."""
+        for name in route:
+            reads = self.link_reads.get(name)
+            if reads is None:
+                if len(self.link_reads) == LINKS_PER_ACCOUNT_MAX:
+                    continue
+                reads = self.link_reads[name] = LinkReads(max(issued_s, self.arrival_s), now)
+            reads.end_s = now
+            reads.size_bytes += size_bytes
 
 
 @dataclass(frozen=True, slots=True)

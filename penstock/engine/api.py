@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1  # the range of a 64-bit word, signed or unsigned
 REPORT_NAMES_MAX = 4096  # limit of spans, and of kinds of failure, in one report
 STAGE_CHARACTERS_MAX = 64
+LINK_CHARACTERS_MAX = 256
 
 # Bounds of a report from another process. A stage may begin before the request arrived.
 ReportTime = Annotated[float, Meta(ge=-1e6, le=1e6)]
@@ -26,6 +27,10 @@ ReportCount = Annotated[int, Meta(ge=0, le=1 << 53)]
 Stage = Annotated[str, Meta(max_length=STAGE_CHARACTERS_MAX)]
 ReportCounts = Annotated[dict[Stage, ReportCount], Meta(max_length=REPORT_NAMES_MAX)]
 Spans = Annotated[tuple[tuple[Stage, ReportTime, ReportTime], ...], Meta(max_length=REPORT_NAMES_MAX)]
+LinkName = Annotated[str, Meta(max_length=LINK_CHARACTERS_MAX)]
+ReportLinks = Annotated[
+    tuple[tuple[LinkName, ReportTime, ReportTime, ReportCount], ...], Meta(max_length=REPORT_NAMES_MAX)
+]
 
 
 class InvalidRequest(ValueError):
@@ -85,7 +90,9 @@ class GenerationRequest:
 class RequestReport:
     """How a request's time was spent. `spans` are `(label, start_s, end_s)` from arrival, without gaps or overlap;
     labels are stages (`lookup`, `fetch`, `upload`, `compute`, `decode`) and reasons for waiting (`wait_fetch_link`,
-    `wait_l2`, `wait_l1`, `wait_upload_link`, `wait_compute`, `wait_turn`)."""
+    `wait_l2`, `wait_l1`, `wait_upload_link`, `wait_compute`, `wait_turn`). `link_reads` are `(link, start_s, end_s,
+    bytes)` of the pool's blocks by each link that they crossed, from the first read's begin to the last one's end:
+    these overlap, and go on while earlier blocks are uploaded or computed with."""
 
     prompt_tokens: ReportCount
     cached_tokens: ReportCount  # prompt tokens whose KV was not computed by this request
@@ -103,6 +110,7 @@ class RequestReport:
     spans: Spans
     handed_blocks: ReportCount = 0  # blocks that this prefill engine sent to the decode engine
     hand_off_failures: ReportCounts = field(default_factory=dict)  # blocks that were not sent, by reason
+    link_reads: ReportLinks = ()
 
 
 @dataclass(frozen=True, slots=True)

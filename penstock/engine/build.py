@@ -21,6 +21,7 @@ from penstock.core.config import (
 from penstock.core.cost import CostModel
 from penstock.core.layout import staging_bytes
 from penstock.core.settings import taken_over
+from penstock.core.spans import span_blocks, window_blocks
 from penstock.engine.config import DEFAULT_POOL_BYTES, EngineConfig
 from penstock.engine.engine import Engine
 from penstock.engine.kv_publisher import KvPublisher
@@ -46,6 +47,7 @@ from penstock.pool.setup.open import link_bytes_per_s, open_pool
 log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 10.0
+UPLOAD_GROUP_BLOCKS = SAVE_WINDOW_BLOCKS = 4  # of large blocks; small ones are uploaded and saved in spans
 
 
 @dataclass(slots=True)
@@ -118,6 +120,10 @@ def _scheduler_config(config: EngineConfig, runner: ModelRunner, hands_off: bool
             f"staging_bytes is {config.staging_bytes}; allowed: at least {'three' if hands_off else 'two'} blocks of "
             f"{staging_bytes(block_bytes)} bytes"
         )
+    order = taken_over(OrderSettings, config)
+    window = window_blocks(config.fetch_window_blocks, block_bytes, l2_slots)
+    span = span_blocks(window, block_bytes)
+    order["fetch_window_blocks"] = window
     return SchedulerConfig(
         block_tokens=config.block_tokens,
         block_bytes=block_bytes,
@@ -128,7 +134,9 @@ def _scheduler_config(config: EngineConfig, runner: ModelRunner, hands_off: bool
         saves_yield=runner.computes_on_host,
         max_batch_s=(config.max_batch_s or (PREFILL_QUOTA_S if hands_off else NO_QUOTA_S)) * config.time_factor,
         hands_off=hands_off,
-        **taken_over(OrderSettings, config),
+        save_window_blocks=max(SAVE_WINDOW_BLOCKS, 2 * span),
+        upload_group_blocks=max(UPLOAD_GROUP_BLOCKS, span),
+        **order,
         **taken_over(BatchSettings, config),
         **taken_over(RequestDeadline, config),
     )

@@ -208,6 +208,11 @@ class Engine:
         cost = self._scheduler.cost.compute
         return cost.a, cost.b, cost.c
 
+    @property
+    def preemptions(self) -> int:
+        """How often requests started over for want of a page."""
+        return int(self._scheduler.counters.get("preemptions", 0))
+
     def check_integrity(self) -> None:
         """Assert the core's invariants; for tests. Raises TimeoutError when the control thread does not answer."""
         self._ask(self._scheduler.check_integrity)
@@ -255,11 +260,7 @@ class Engine:
         except queue.Empty:
             pass
         self._dispatcher.end_late()
-        for operation in self._scheduler.decide(time.monotonic()):
-            if isinstance(operation, Emit):
-                self._emit(operation)
-            else:
-                self._dispatcher.carry_out(operation)
+        self._dispatcher.carry_out(self._scheduler.decide(time.monotonic()), self._emit)
         self._dispatcher.say_losses()
         self._admitted = self._scheduler.admitted
 

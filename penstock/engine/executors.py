@@ -17,6 +17,7 @@ from penstock.engine.batch_faults import outcomes_of
 from penstock.engine.lookups import Answer, Lookups
 from penstock.engine.peers import RELAY_LINK, Peers
 from penstock.engine.runner import Chunk, ModelRunner, UploadGroup
+from penstock.engine.save_spans import Saved
 from penstock.engine.transfers import Transfers
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Lease, Pool, PoolError
@@ -124,14 +125,43 @@ class PoolStages:
             address = op.route[-1].removeprefix(RELAY_LINK)
             self._peers.read(address, op.key, self._block_bytes, into, op.timeout_s, lambda e: ended(_reason(e)))
             return
-        lease = self._pool.lease(op.key)
-        if lease is not None:
-            if len(lease.view) == self._block_bytes:
-                self._staging.hold(op.slot, lease)
-                ended(None)
-                return
-            lease.release()
+        if self._lease(op):
+            ended(None)
+            return
         self._pool.read(op.key, self._block_bytes, into, op.timeout_s, lambda error: ended(_reason(error)))
+
+    def fetch_span(self, ops: Sequence[Fetch], done: Callable[[Sequence[str | None]], None]) -> None:
+        """Blocks on one route of the pool: all leased in place, or all read together."""
+        first = ops[0]
+        ended = self._transfers.begin_span(first.op_id, [op.slot for op in ops], first.timeout_s, done)
+        try:
+            if all(map(self._lease, ops)):
+                ended((None,) * len(ops))
+                return
+            self._release(ops)
+            intos = [self._staging.slot(op.slot) for op in ops]
+            keys = [op.key for op in ops]
+            self._pool.read_many(
+                keys, self._block_bytes, intos, first.timeout_s, lambda errors: ended(list(map(_reason, errors)))
+            )
+        except Exception as error:  # noqa: BLE001 (the blocks' failure, not the control thread's)
+            self._release(ops)
+            ended((_reason_of(error),) * len(ops))
+
+    def _release(self, ops: Sequence[Fetch]) -> None:
+        for op in ops:
+            self._staging.release(op.slot)
+
+    def _lease(self, op: Fetch) -> bool:
+        """Let the slot stand for the block in place, if it can be leased."""
+        lease = self._pool.lease(op.key)
+        if lease is None:
+            return False
+        if len(lease.view) != self._block_bytes:
+            lease.release()
+            return False
+        self._staging.hold(op.slot, lease)
+        return True
 
     def write(self, op: Save, done: Callable[[str | None], None]) -> None:
         """Store the block in the operation's slot; `done` gets None, or why it was not stored."""
@@ -141,6 +171,26 @@ class PoolStages:
             self._pool.write(op.block, data, op.timeout_s, lambda error: ended(_reason(error)))
         except Exception as error:  # noqa: BLE001 (the block's failure, not the control thread's)
             ended(_reason_of(error))
+
+    def write_span(self, saves: Sequence[Saved]) -> None:
+        """As `write` of each, written together."""
+        if len(saves) == 1:
+            self.write(*saves[0])
+            return
+        first, size = saves[0][0], self._block_bytes
+
+        def done(reasons: Sequence[str | None]) -> None:
+            for (_, end), reason in zip(saves, reasons, strict=True):
+                end(reason)
+
+        ended = self._transfers.begin_span(first.op_id, [op.slot for op, _ in saves], first.timeout_s, done)
+        try:
+            blocks = [op.block for op, _ in saves]
+            datas = [self._staging.slot(op.slot) for op, _ in saves]
+            assert all(block.size_bytes == size for block in blocks), "an engine's blocks have one size"
+            self._pool.write_many(blocks, datas, first.timeout_s, lambda errors: ended(list(map(_reason, errors))))
+        except Exception as error:  # noqa: BLE001 (the blocks' failure, not this thread's)
+            ended((_reason_of(error),) * len(saves))
 
     def hand_over(self, op: Forward, done: Callable[[str | None], None]) -> None:
         """The slot may be a load's that is being uploaded, and several engines may get the block at once."""

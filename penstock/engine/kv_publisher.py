@@ -8,10 +8,12 @@ sequence. Nobody who serves requests waits for any reader: batches are made and 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import time
 from collections import deque
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -28,6 +30,7 @@ REPLAY_BYTES_MAX = 64 << 20
 SEND_BATCHES_MAX = 1000  # that wait for one reader
 MESSAGE_BYTES_MAX = 4096  # that a reader may send
 POLL_MS = 50
+TOKENS_IN_THE_CLEAR = "%s on %s: whoever reaches it reads the token ids of prompts, unencrypted and without a key"
 END_SEQUENCE = (-1).to_bytes(8, "big", signed=True)
 
 
@@ -57,6 +60,9 @@ class KvPublisher:
         except BaseException:
             self._context.destroy(linger=0)
             raise
+        for name, bound in (("kv_events", self.address), ("kv_events_replay", self.replay_address)):
+            if bound is not None and not _is_local(bound):
+                log.warning(TOKENS_IN_THE_CLEAR, name, bound)
         self._thread = GuardedThread("penstock-kv-events", self._run, restarts=True)
         self._thread.start()
 
@@ -123,3 +129,9 @@ class KvPublisher:
     def _reply(self, *frames: bytes) -> None:
         assert self._replay is not None
         self._replay.send_multipart((frames[0], b"", *frames[1:]), flags=self._at_once)
+
+
+def _is_local(address: str) -> bool:
+    """Whether only this machine reaches a bound address of ZMQ."""
+    host = urlsplit(address).hostname
+    return not address.startswith("tcp://") or (host is not None and ipaddress.ip_address(host).is_loopback)

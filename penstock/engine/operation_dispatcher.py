@@ -17,6 +17,7 @@ from penstock.core.operations import (
     Compute,
     Discard,
     Drop,
+    Emit,
     Fetch,
     Forward,
     Lookup,
@@ -24,9 +25,11 @@ from penstock.core.operations import (
     Save,
     Upload,
 )
+from penstock.core.spans import span_blocks
 from penstock.engine.executors import PoolStages, RunnerStages, Staging
-from penstock.engine.peers import Peers
+from penstock.engine.peers import RELAY_LINK, Peers
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
+from penstock.engine.save_spans import SaveSpans
 from penstock.engine.shaping import Past
 from penstock.io.memory import aligned_buffer
 from penstock.io.numa import bind_memory
@@ -67,6 +70,7 @@ class OperationDispatcher:
     ) -> None:
         """`looked_up` hears of the pool's answers, on a thread of lookups."""
         self._config = config
+        self._span_blocks = span_blocks(config.fetch_window_blocks, config.block_bytes)
         self._scheduler = scheduler
         self._post = post
         self._sampling_of = sampling_of
@@ -86,6 +90,7 @@ class OperationDispatcher:
             for buffer in pool.host_buffers():
                 runner.page_lock(buffer)
             self._pool_stages = PoolStages(pool, self._staging, config.block_bytes, config.lookup_window, peers)
+        self._save_spans = SaveSpans(self._span_blocks, lambda saves: self.stages.write_span(saves))
         self._uploads: dict[int, UploadGroup] = {}
         self._busy_since: dict[int, tuple[str, float]] = {}  # operation -> (kind, begin)
         self._rare = RateLimitedLog(log)
@@ -134,11 +139,26 @@ class OperationDispatcher:
             self._pool_stages.close()
         return stopped
 
-    def carry_out(self, operation: Operation) -> None:
-        """Begin an operation of any kind except Emit."""
-        if isinstance(operation, Fetch):
-            self._fetch(operation)
-        elif isinstance(operation, Upload):
+    def carry_out(self, operations: Sequence[Operation], emit: Callable[[Emit], None]) -> None:
+        """Begin the operations of one decision; `emit` is called with those of its kind. Fetches that follow each other
+        on one route of the pool are begun as spans."""
+        span: list[Fetch] = []
+        for operation in operations:
+            if not isinstance(operation, Fetch):
+                if isinstance(operation, Emit):
+                    emit(operation)
+                else:
+                    self._begin(operation)
+                continue
+            if span and (span[0].route != operation.route or len(span) == self._span_blocks):
+                self._fetch(span)
+                span = []
+            span.append(operation)
+        if span:
+            self._fetch(span)
+
+    def _begin(self, operation: Operation) -> None:
+        if isinstance(operation, Upload):
             self._upload(operation)
         elif isinstance(operation, Compute):
             self._compute(operation)
@@ -163,13 +183,21 @@ class OperationDispatcher:
 
         self.stages.lookup(op, done)
 
-    def _fetch(self, op: Fetch) -> None:
-        def ended(error: str | None) -> None:
+    def _fetch(self, span: list[Fetch]) -> None:
+        if len(span) > 1 and not span[0].route[-1].startswith(RELAY_LINK):
+            self.stages.fetch_span(span, lambda errors: self._post(partial(self._fetched, span, errors)))
+            return
+        for op in span:
+            self._fetch_alone(op)
+
+    def _fetch_alone(self, op: Fetch) -> None:
+        self.stages.fetch(op, lambda error: self._post(partial(self._fetched, (op,), (error,))))
+
+    def _fetched(self, ops: Sequence[Fetch], errors: Sequence[str | None]) -> None:
+        for error in errors:
             if error is not None:
                 self._failed(self.load_failures, error, 1, "a block could not be loaded")
-            self._scheduler.fetched(op.op_id, error, time.monotonic())
-
-        self.stages.fetch(op, lambda error: self._post(partial(ended, error)))
+        self._scheduler.fetched_many([op.op_id for op in ops], errors, time.monotonic())
 
     def _upload(self, op: Upload) -> None:
         size = self._config.block_bytes
@@ -233,7 +261,13 @@ class OperationDispatcher:
         def ended(error: str | None) -> None:
             self._post(partial(saved, error))
 
-        self._download(op.op_id, op.page, op.slot, lambda: self.stages.write(op, ended), ended)
+        def failed(error: str | None) -> None:
+            spans.copied(None)
+            ended(error)
+
+        spans = self._save_spans
+        spans.copying()
+        self._download(op.op_id, op.page, op.slot, lambda: spans.copied((op, ended)), failed)
 
     def _forward(self, op: Forward) -> None:
         def forwarded(error: str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.operations import Account
-from penstock.engine.api import GenerationRequest, RequestReport
+from penstock.engine.api import LINK_CHARACTERS_MAX, GenerationRequest, RequestReport
 from penstock.pool.api import PoolStat
 
 
@@ -41,4 +41,8 @@ def report_of(request: GenerationRequest, account: Account, config: SchedulerCon
         spans=tuple((label, start - arrival_s, end - arrival_s) for label, start, end in account.spans),
         handed_blocks=account.handed_blocks,
         hand_off_failures=dict(account.hand_off_failures),
+        link_reads=tuple(
+            (name[:LINK_CHARACTERS_MAX], reads.start_s - arrival_s, reads.end_s - arrival_s, reads.size_bytes)
+            for name, reads in account.link_reads.items()
+        ),
     )

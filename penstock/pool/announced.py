@@ -7,9 +7,10 @@ from typing import Any
 
 from penstock.core.keys import BlockKey
 from penstock.core.new_block import NewBlock
-from penstock.pool.api import Done, Pool, PoolError, ReadCheck
+from penstock.pool.api import Done, DoneMany, Pool, PoolError, ReadCheck
 from penstock.pool.callbacks import call_done
 from penstock.pool.kv_events import CPU, STORAGE, KvEventLog
+from penstock.pool.spans import call_done_many
 from penstock.pool.wrapped import WrappedPool
 
 _GONE = ("missing", "checksum", "mac")  # reasons after which a block is not found any more
@@ -47,16 +48,50 @@ class AnnouncedPool(WrappedPool):
 
         super().read(key, size_bytes, into, timeout_s, ended, check)
 
+    def read_many(
+        self,
+        keys: Sequence[BlockKey],
+        size_bytes: int,
+        intos: Sequence[memoryview],
+        timeout_s: float,
+        done: DoneMany,
+        checks: Sequence[ReadCheck | None] | None = None,
+    ) -> None:
+        """As `read` of each block, read together."""
+
+        def ended(errors: list[PoolError | None]) -> None:
+            for key, error in zip(keys, errors, strict=True):
+                if error is not None and error.reason in _GONE:
+                    self.events.gone(key)
+            call_done_many(done, errors)
+
+        self._inner.read_many(keys, size_bytes, intos, timeout_s, ended, checks)
+
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         """Write a block; once it is there it is announced."""
 
         def ended(error: PoolError | None) -> None:
-            if error is None:
-                kind = self._local.kind_of(block.key) if self._local is not None else None
-                self.events.stored(block, CPU if kind == "memory" else STORAGE)
+            self._stored(block, error)
             call_done(done, error)
 
         super().write(block, data, timeout_s, ended)
+
+    def write_many(
+        self, blocks: Sequence[NewBlock], datas: Sequence[memoryview], timeout_s: float, done: DoneMany
+    ) -> None:
+        """As `write` of each block, written together."""
+
+        def ended(errors: list[PoolError | None]) -> None:
+            for block, error in zip(blocks, errors, strict=True):
+                self._stored(block, error)
+            call_done_many(done, errors)
+
+        self._inner.write_many(blocks, datas, timeout_s, ended)
+
+    def _stored(self, block: NewBlock, error: PoolError | None) -> None:
+        if error is None:
+            kind = self._local.kind_of(block.key) if self._local is not None else None
+            self.events.stored(block, CPU if kind == "memory" else STORAGE)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
         """Drop blocks; all of them count as gone, and are announced again where one stayed and is found."""

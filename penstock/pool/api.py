@@ -145,6 +145,8 @@ class Lease(Protocol):
 
 
 Done = Callable[[PoolError | None], None]
+DoneMany = Callable[[list[PoolError | None]], None]
+"""Takes the results of several blocks, in order."""
 ReadCheck = Callable[[memoryview, int, bytes], PoolError | None]
 """Verifies a block that was read: takes its bytes, and the checksum and MAC that it was stored with; returns the error,
 or None (`pool.mac.check_of`)."""
@@ -177,6 +179,17 @@ class Pool(Protocol):
         `into` is page-aligned and `core.layout.staging_bytes(size_bytes)` long; bytes past `size_bytes` are undefined.
         """
 
+    def read_many(
+        self,
+        keys: Sequence[BlockKey],
+        size_bytes: int,
+        intos: Sequence[memoryview],
+        timeout_s: float,
+        done: DoneMany,
+        checks: Sequence[ReadCheck | None] | None = None,
+    ) -> None:
+        """As `read` of each block, with one call of `done`. Blocks of one member travel together (`core.spans`)."""
+
     def lease(self, key: BlockKey) -> Lease | None:
         """A block of a local memory member in place; None when it is elsewhere or gone (use `read`)."""
 
@@ -186,6 +199,11 @@ class Pool(Protocol):
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         """Store a block. `data` is aligned and padded like `into` of `read`, and must stay unchanged until `done`.
         Already present: done(None). A write may be refused: done(PoolError("dropped" | "full" | ...)). Never raises."""
+
+    def write_many(
+        self, blocks: Sequence[NewBlock], datas: Sequence[memoryview], timeout_s: float, done: DoneMany
+    ) -> None:
+        """As `write` of each block, with one call of `done`."""
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
         """Remove blocks; leased ones and those in flight stay. Returns how many were removed."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from penstock.core.keys import BlockKey
 from penstock.core.new_block import NewBlock
-from penstock.pool.api import Done, Lease, Pool, PoolError, ReadCheck, check_write
+from penstock.pool.api import Done, DoneMany, Lease, Pool, PoolError, ReadCheck, check_write
 from penstock.pool.callbacks import call_done, call_soon, callback_worker
 from penstock.pool.losses import note_error
 from penstock.pool.mac import PoolKey, check_of
+from penstock.pool.spans import all_failed, call_done_many
 from penstock.pool.wrapped import WrappedPool
 from penstock.process.guarded_thread import GuardedWorker, WorkerClosedError
 
@@ -68,6 +70,25 @@ class AuthenticatedPool(WrappedPool):
             key, size_bytes, into, timeout_s, lambda error: call_done(done, checked.outcome(key, error)), checked
         )
 
+    def read_many(
+        self,
+        keys: Sequence[BlockKey],
+        size_bytes: int,
+        intos: Sequence[memoryview],
+        timeout_s: float,
+        done: DoneMany,
+        checks: Sequence[ReadCheck | None] | None = None,
+    ) -> None:
+        """As `read` of each block, read together."""
+        given = checks or [None] * len(keys)
+        checked = [_CheckedRead(check or check_of(self._pool_key, key)) for key, check in zip(keys, given, strict=True)]
+
+        def ended(errors: list[PoolError | None]) -> None:
+            outcomes = zip(checked, keys, errors, strict=True)
+            call_done_many(done, [one.outcome(key, error) for one, key, error in outcomes])
+
+        self._inner.read_many(keys, size_bytes, intos, timeout_s, ended, checked)
+
     def lease(self, key: BlockKey) -> Lease | None:
         """A block that this process wrote is leased without a check; one that was moved into memory from an SSD is
         verified first. None when it does not pass; `read` then reports why."""
@@ -79,31 +100,44 @@ class AuthenticatedPool(WrappedPool):
 
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         """Compute the block's MAC, then write the block, both within `timeout_s`."""
+        self.write_many([block], [data], timeout_s, lambda errors: done(errors[0]))
+
+    def write_many(
+        self, blocks: Sequence[NewBlock], datas: Sequence[memoryview], timeout_s: float, done: DoneMany
+    ) -> None:
+        """Compute the blocks' MACs, then write the blocks together, all within `timeout_s`."""
         until_s = time.monotonic() + timeout_s
+        fail = all_failed(done, len(blocks))
 
         def failed(error: Exception) -> None:
             reason = "closed" if isinstance(error, WorkerClosedError) else "dropped"
-            call_done(done, PoolError(reason, f"the block was not written: {error!r}"))
+            call_done(fail, PoolError(reason, f"the block was not written: {error!r}"))
 
         def write() -> None:
-            error = check_write(block, data)
+            error = next(filter(None, map(check_write, blocks, datas)), None)
             left_s = until_s - time.monotonic()
             if error is None and left_s <= 0:
                 error = PoolError("deadline", "the deadline passed before the block's turn to be written")
                 note_error("store", "the pool", error)
             if error is not None:
-                call_done(done, error)
+                call_done(fail, error)
                 return
-            mac = self._pool_key.mac(block.key, data[: block.size_bytes])
-            self._write(replace(block, mac=mac), data, until_s - time.monotonic(), done)
+            signed = [
+                replace(block, mac=self._pool_key.mac(block.key, data[: block.size_bytes]))
+                for block, data in zip(blocks, datas, strict=True)
+            ]
+            self._write(signed, datas, until_s - time.monotonic(), done)
 
         if not self._writes.put(write, failed):
             error = PoolError("dropped", f"{WRITES_WAITING_MAX} writes wait already, or the pool is closing")
             note_error("store", "the pool", error)
-            call_soon(self._callbacks, done, error)
+            call_soon(self._callbacks, fail, error)
 
-    def _write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
-        super().write(block, data, timeout_s, done)
+    def _write(self, blocks: Sequence[NewBlock], datas: Sequence[memoryview], timeout_s: float, done: DoneMany) -> None:
+        if len(blocks) == 1:
+            self._inner.write(blocks[0], datas[0], timeout_s, lambda error: done([error]))
+        else:
+            self._inner.write_many(blocks, datas, timeout_s, done)
 
     def close(self, timeout_s: float) -> None:
         """End the writes that wait for their MAC, then close the wrapped pool, within about `timeout_s`."""

@@ -1,4 +1,4 @@
-"""A block in the pool: its key, its place, its tenant, and the inputs of its eviction value."""
+"""A block that somebody has in hand: its key, its place, its tenant, and the inputs of its eviction value."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Block:
     """One block and its extent. `position`: its number in its prefix, from which its member follows. `tenant`: tag of
     its owner. `rebuild_s`: seconds to compute it again. `uses`: how often it was written or looked up. `mac`: the MAC
-    that its writer stored with it (`pool.mac`). `written_here`: this process wrote it, since it started."""
+    that its writer stored with it (`pool.mac`). `written_here`: this process wrote it, since it started. `row`: its row
+    in the table while it is present, else -1; `uses` and `account` are then the row's, at the time it was taken up."""
 
     key: BlockKey
     parent: BlockKey
@@ -28,6 +29,7 @@ class Block:
     pins: int = 0
     mac: bytes = b""
     written_here: bool = False
+    row: int = -1
 
     @property
     def extent_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from penstock.core.keys import BlockKey
@@ -68,6 +69,9 @@ class NodeBackend(Pool, Protocol):
 
     def open_block(self, key: BlockKey, size_bytes: int) -> OpenedBlock | PoolError:
         """Pin a block of `size_bytes`, or return why it cannot be read."""
+
+    def open_blocks(self, keys: Sequence[BlockKey], size_bytes: int) -> list[OpenedBlock | PoolError]:
+        """As `open_block` of each."""
 
     def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
         """A reader reports that the block with this checksum and MAC arrived damaged, or (`refused`) that it is whole,

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from penstock.core.keys import BlockKey
 from penstock.core.new_block import NewBlock
-from penstock.pool.api import Done, Lease, Located, Pool, PoolStat, ReadCheck
+from penstock.pool.api import Done, DoneMany, Lease, Located, Pool, PoolStat, ReadCheck
 from penstock.pool.block_size import expect_blocks
+from penstock.pool.spans import read_each, write_each
 
 
 class WrappedPool:
@@ -45,6 +46,18 @@ class WrappedPool:
         """Read a block from the wrapped pool."""
         self._inner.read(key, size_bytes, into, timeout_s, done, check)
 
+    def read_many(
+        self,
+        keys: Sequence[BlockKey],
+        size_bytes: int,
+        intos: Sequence[memoryview],
+        timeout_s: float,
+        done: DoneMany,
+        checks: Sequence[ReadCheck | None] | None = None,
+    ) -> None:
+        """Read each block by this wrapper's `read`."""
+        read_each(self, keys, size_bytes, intos, timeout_s, done, checks)
+
     def lease(self, key: BlockKey) -> Lease | None:
         """Pin a block of the wrapped pool."""
         return self._inner.lease(key)
@@ -56,6 +69,12 @@ class WrappedPool:
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         """Write a block to the wrapped pool."""
         self._inner.write(block, data, timeout_s, done)
+
+    def write_many(
+        self, blocks: Sequence[NewBlock], datas: Sequence[memoryview], timeout_s: float, done: DoneMany
+    ) -> None:
+        """Write each block by this wrapper's `write`."""
+        write_each(self, blocks, datas, timeout_s, done)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
         """Drop blocks of the wrapped pool; how many were dropped."""

@@ -1,8 +1,11 @@
 """OpenTelemetry: one span for each answered request, and below it the stages that its time went into.
 
-Names are those of OpenTelemetry's GenAI conventions; stages are the gap-free split of `RequestReport.spans`. A request
-with a `traceparent` continues that trace, and is left out where that says that it is not sampled. Spans are made and
-sent on a thread of their own: at most REQUESTS_WAITING_MAX requests wait for it, others are dropped and counted.
+Names are those of OpenTelemetry's GenAI conventions; stages are the gap-free split of `RequestReport.spans`. Beside
+them, each link over which blocks were read from the pool has a span (`RequestReport.link_reads`); these overlap.
+
+A request with a `traceparent` continues that trace, and is left out where that says that it is not sampled. Spans are
+made and sent on a thread of their own: at most REQUESTS_WAITING_MAX requests wait for it, others are dropped and
+counted.
 """
 
 from __future__ import annotations
@@ -78,6 +81,14 @@ def _stages(choices: Sequence[Choice], times: _Times) -> Iterator[tuple[str, int
             yield label, choice.index, start_ns, stop_ns
 
 
+def _link_reads(choices: Sequence[Choice], times: _Times) -> Iterator[tuple[str, int, int, int, int]]:
+    """Link, choice, begin, end and bytes of what was read from the pool; links overlap."""
+    for choice in choices:
+        for link, start_s, stop_s, size_bytes in choice.report.link_reads if choice.report is not None else ():
+            start_ns, stop_ns = (times.submitted_ns + int(one * _NS) for one in (start_s, stop_s))
+            yield link, choice.index, start_ns, stop_ns, size_bytes
+
+
 class Tracing:
     """Sends spans to an exporter of OpenTelemetry's SDK. `ended` is for the event loop, the rest for any thread."""
 
@@ -147,6 +158,9 @@ class Tracing:
         for label, choice, start_ns, stop_ns in _stages(choices, times):
             attributes = {"penstock.stage": label, "penstock.choice": choice}
             self._tracer.start_span(label, below, attributes=attributes, start_time=start_ns).end(stop_ns)
+        for link, choice, start_ns, stop_ns, size_bytes in _link_reads(choices, times):
+            attributes = {"penstock.link": link, "penstock.choice": choice, "penstock.loaded_bytes": size_bytes}
+            self._tracer.start_span(f"read {link}", below, attributes=attributes, start_time=start_ns).end(stop_ns)
         root.end(times.end_ns)
         spans, self._ended_spans[:] = list(self._ended_spans), []
         if not spans:

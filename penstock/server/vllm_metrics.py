@@ -33,8 +33,7 @@ def vllm_gauges(stats: EngineStats, model_name: str) -> Iterator[Metric]:
         shape = {"block_size": str(stats.extra.get("block_tokens", "")), "num_gpu_blocks": str(int(pages))}
         yield _gauge("cache_config_info", "Shape of L1", {"engine": ENGINE, **shape}, 1.0)
     preemptions = float(counters.get("preemptions", 0.0))
-    if stats.extra.get("mode") != "router":  # a router does not know them
-        yield _counter("num_preemptions", "Requests that started over for want of a page", labels, preemptions)
+    yield _counter("num_preemptions", "Requests that started over for want of a page", labels, preemptions)
     ended = CounterMetricFamily("vllm:request_success", "Ended requests by reason", labels=[*labels, "finished_reason"])
     for reason, names in _REASONS.items():
         ended.add_metric([*labels.values(), reason], sum(float(counters.get(name, 0.0)) for name in names))

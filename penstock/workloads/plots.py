@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,31 +42,29 @@ def line_chart(
     path: Path,
     title: str,
     x_label: str,
-    y_label: str,
-    series: Mapping[str, Sequence[tuple[float, float]]],
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
     *,
     log_x: bool = False,
-    log_y: bool = False,
-    y_from_zero: bool = True,
+    log_y: Collection[str] = (),
 ) -> None:
-    """One line per series of (x, y) points."""
-    figure = new_figure(7.5, 4.5)
-    axes = figure.subplots()
-    for i, (name, points) in enumerate(series.items()):
-        xs, ys = [x for x, _ in points], [y for _, y in points]
-        colour = SERIES_COLOURS[i % len(SERIES_COLOURS)]
-        axes.plot(xs, ys, marker="o", markersize=4, linewidth=1.8, color=colour, label=name)
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    if log_x:
-        axes.set_xscale("log", base=2)
-    if log_y:
-        axes.set_yscale("log")
-    elif y_from_zero:
-        axes.set_ylim(bottom=0)
-    tidy(axes)
-    axes.legend(frameon=False, fontsize=8)
+    """Panels side by side with one legend: `panels[y label][series]` are (x, y) points. Panels in `log_y` have a
+    logarithmic axis, the others begin at 0."""
+    figure, all_axes = _panels(title, 1, len(panels), 4.2 * len(panels), 4.6)
+    for axes, (y_label, series) in zip(all_axes, panels.items(), strict=True):
+        for i, (name, points) in enumerate(series.items()):
+            xs, ys = [x for x, _ in points], [y for _, y in points]
+            colour = SERIES_COLOURS[i % len(SERIES_COLOURS)]
+            axes.plot(xs, ys, marker="o", markersize=4, linewidth=1.8, color=colour, label=name)
+        axes.set_xlabel(x_label)
+        axes.set_title(y_label, loc="left", fontsize=10)
+        if log_x:
+            axes.set_xscale("log", base=2)
+        if y_label in log_y:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        tidy(axes)
+    _legend(figure, all_axes)
     save_figure(figure, path)
 
 
@@ -74,13 +72,28 @@ def bar_chart(
     path: Path,
     title: str,
     y_label: str,
-    groups: Mapping[str, Mapping[str, float]],
+    panels: Mapping[str, Mapping[str, Mapping[str, float]]],
     *,
     errors: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
 ) -> None:
-    """Groups of bars side by side: `groups[group][series]`; `errors` holds (low, high) ends of intervals."""
-    figure = new_figure(max(6.0, 1.2 + 1.6 * len(groups)), 4.2)
-    axes = figure.subplots()
+    """Panels below each other with one legend: `panels[panel][group][series]` are heights of bars; `errors` holds
+    (low, high) ends of intervals by group and series."""
+    groups_max = max((len(groups) for groups in panels.values()), default=1)
+    figure, all_axes = _panels(
+        title, len(panels), 1, min(9.0, max(6.0, 1.2 + 1.6 * groups_max)), 1.4 + 2.3 * len(panels)
+    )
+    for axes, (panel, groups) in zip(all_axes, panels.items(), strict=True):
+        _draw_bars(axes, groups, errors or {})
+        axes.set_title(panel, loc="left", fontsize=10)
+        axes.set_ylabel(y_label)
+        tidy(axes)
+    _legend(figure, all_axes)
+    save_figure(figure, path)
+
+
+def _draw_bars(
+    axes: Any, groups: Mapping[str, Mapping[str, float]], errors: Mapping[str, Mapping[str, tuple[float, float]]]
+) -> None:
     names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
     width = 0.8 / max(1, len(names))
     for i, name in enumerate(names):
@@ -90,13 +103,24 @@ def bar_chart(
             x = g - 0.4 + width * (i + 0.5)
             label = name if group == next(k for k, v in groups.items() if name in v) else None
             axes.bar(x, bars[name], width * 0.92, color=SERIES_COLOURS[i % len(SERIES_COLOURS)], label=label)
-            if errors and name in errors.get(group, {}):
+            if name in errors.get(group, {}):
                 low, high = errors[group][name]
                 spread = [[max(0.0, bars[name] - low)], [max(0.0, high - bars[name])]]
                 axes.errorbar(x, bars[name], yerr=spread, color="#333333", linewidth=1, capsize=2)
     axes.set_xticks(range(len(groups)), list(groups))
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_ylabel(y_label)
-    tidy(axes)
-    axes.legend(frameon=False, fontsize=8)
-    save_figure(figure, path)
+
+
+def _panels(title: str, rows: int, columns: int, width_in: float, height_in: float) -> tuple[Any, list[Any]]:
+    figure = new_figure(width_in, height_in)
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _legend(figure: Any, all_axes: Sequence[Any]) -> None:
+    """One for all panels, below them."""
+    handles: dict[str, Any] = {}
+    for axes in all_axes:
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if handles:
+        columns = min(len(handles), 5)
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)

@@ -220,26 +220,31 @@ def write_html(path: Path, title: str, subtitle: str, panels: Sequence[Panel], n
     path.write_text(page, encoding="utf-8")
 
 
-HEADLINE = ("TTFT mean", "TTFT p99", "SLO attainment")
+HEADLINE = (("TTFT mean", "mean"), ("TTFT p99", "p99"), ("SLO attainment", "deadlines met"))
+GROUND = (("#ffffff", "#1c2127", "#d8dde3"), ("#14171b", "#e7eaee", "#2a2f36"))  # ground, text, grid; light and dark
 
 
 def _headline(panel: Panel) -> str:
-    """The panel's title, and below it the figures that a reader looks for first."""
+    """The panel's title with the figures that a reader looks for first."""
     facts = dict(panel.facts)
-    known = ", ".join(f"{name} {facts[name]}" for name in HEADLINE if name in facts)
-    return f"{panel.title}\n{known}" if known else panel.title
+    known = ", ".join(f"{short} {facts[name]}" for name, short in HEADLINE if name in facts)
+    return f"{panel.title}: {known}" if known else panel.title
 
 
-def write_figure(path: Path, title: str, panels: Sequence[Panel]) -> None:
-    """A picture for documents (PNG, SVG or PDF by its suffix): thick bars end at the first token, which is what is
-    compared; decoding is a thin line behind it. A dashed line is the mean time to the first token."""
+def write_figure(path: Path, title: str, panels: Sequence[Panel], *, dark: bool = False) -> None:
+    """A picture for documents (PNG, SVG or PDF by its suffix) that is readable at a phone's width: panels below each
+    other on one time axis. Thick bars end at the first token, which is what is compared; decoding is a thin line behind
+    it. A dashed line is the mean time to the first token."""
     labels = _used_labels(panels)
     rows_of, end_s = _rows(panels), _end_s(panels)
-    figure = new_figure(6.2 * len(panels), 7.0)
+    figure = new_figure(7.0, 2.0 + 3.2 * len(panels))
     from matplotlib.patches import Patch
 
-    figure.suptitle(title, fontsize=12)
-    all_axes: Any = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    ground, text, grid = GROUND[dark]
+    colours = {label: _style(label)[1 + dark] for label in labels}
+    figure.set_facecolor(ground)
+    figure.suptitle(title, fontsize=15, color=text)
+    all_axes: Any = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, panel in zip(all_axes, panels, strict=True):
         bars: dict[str, list[tuple[float, float, int]]] = {label: [] for label in labels}
         for record in panel.records:
@@ -251,17 +256,25 @@ def write_figure(path: Path, title: str, panels: Sequence[Panel]) -> None:
             lefts = [left for left, _, _ in bars[label]]
             widths = [width for _, width, _ in bars[label]]
             rows = [row for _, _, row in bars[label]]
-            thick = 0.25 if label == "decode" else 0.95
-            axes.barh(rows, widths, left=lefts, height=thick, color=_style(label)[1])
+            axes.barh(rows, widths, left=lefts, height=0.25 if label == "decode" else 0.95, color=colours[label])
         first_s = [record.ttft_s for record in panel.records if record.ttft_s is not None]
         if first_s:
-            axes.axvline(sum(first_s) / len(first_s), color="#1c2127", linewidth=1.2, linestyle="--")
-        axes.set_title(_headline(panel), loc="left", fontsize=11)
-        axes.set_xlabel("time since the request arrived (s); dashed: mean time to the first token")
+            axes.axvline(sum(first_s) / len(first_s), color=text, linewidth=1.6, linestyle="--")
+        axes.set_title(_headline(panel), loc="left", fontsize=13, color=text)
         axes.set_xlim(0, end_s)
+        axes.margins(y=0.01)
         tidy(axes, grid="x")
-    all_axes[0].set_ylabel("request, in order of arrival")
+        axes.grid(True, axis="x", color=grid)
+        axes.set_facecolor(ground)
+        axes.tick_params(colors=text, labelsize=12)
+        axes.set_yticks([])
+        axes.set_ylabel("one bar per request", fontsize=12, color=text)
+        for spine in axes.spines.values():
+            spine.set_color(text)
     all_axes[0].invert_yaxis()
-    handles = [Patch(color=_style(label)[1], label=_style(label)[0]) for label in labels]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    all_axes[-1].set_xlabel(
+        "seconds since the request arrived; dashed: mean time to first token", fontsize=12, color=text
+    )
+    handles = [Patch(color=colours[label], label=_style(label)[0]) for label in labels]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=12, labelcolor=text)
     save_figure(figure, path)

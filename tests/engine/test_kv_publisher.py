@@ -128,3 +128,13 @@ def test_an_address_that_cannot_be_had_is_refused() -> None:
         EngineConfig(executor="modelled", kv_events_replay=ANY)
     with pytest.raises(ConfigError, match=r"kv_events is set together with no_pool"):
         EngineConfig(executor="modelled", kv_events=ANY, no_pool=True)
+
+
+@pytest.mark.parametrize(("address", "warned"), [("tcp://0.0.0.0:0", ["kv_events"]), (ANY, [])])
+def test_an_address_that_others_reach_is_warned_of(
+    address: str, warned: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", "penstock.engine.kv_publisher"):
+        KvPublisher(KvEventLog(), address, ANY).close()
+    assert [record.args[0] for record in caplog.records if isinstance(record.args, tuple)] == warned
+    assert all("token ids" in record.getMessage() for record in caplog.records)

@@ -23,7 +23,9 @@ from penstock.pool.checksum import block_checksum
 from penstock.pool.local.local_pool import LocalPool
 from penstock.pool.losses import losses
 from penstock.pool.mac import PoolKey, check_block
-from penstock.pool.members.slab_index import RowTable, block_of, row_of
+from penstock.pool.members.old_rows import block_of
+from penstock.pool.members.slab_index import RowTable
+from penstock.pool.members.stored_rows import REFUSED, packed, stored_blocks, valid
 from penstock.pool.net import wire
 from penstock.pool.net.connect import connect_pool, open_union
 from penstock.pool.net.node import PoolNode
@@ -32,6 +34,7 @@ from penstock.pool.setup.open import open_local_pool
 from penstock.pool.wrapped import WrappedPool
 from tests.pool.helpers import ROOT, Outcome, block_bytes, chain, key_of, new_block, read, staged, until, write
 from tests.pool.members.test_journal_rows import block as row_block
+from tests.pool.stored_tables import old_row_of
 
 MIB = 1 << 20
 SIZE = 5000
@@ -239,7 +242,7 @@ def test_the_table_of_a_version_without_macs_is_converted_and_its_blocks_are_mis
         assert [put(opened.pool, key) for key in keys] == ["ok"] * 5
     _as_format_2(tmp_path / "kv.slab.db")
     with contextlib.closing(_Opened(path)) as opened:
-        assert "was of format 2 and is of format 3" in " ".join(opened.pool.notes)
+        assert "was of format 2 and is of format 4" in " ".join(opened.pool.notes)
         assert [get(opened.pool, key) for key in keys] == ["ok"] * 5
         with keyed(opened.pool, OURS) as ours:
             assert [get(ours, key) for key in keys] == ["mac"] * 5, "computed again"
@@ -261,7 +264,7 @@ def _as_format_2(path: Path) -> None:
     import xxhash
 
     table = RowTable(path)
-    rows = [row_of(block, use) for block, use in table.rows()[0]]
+    rows = [old_row_of(block, use) for block, use in table.rows()[0]]
     table.close()
     with contextlib.closing(sqlite3.connect(path)) as db, db:
         db.execute("DROP TABLE blocks")
@@ -277,12 +280,15 @@ def test_a_row_of_another_length_or_type_of_mac_is_not_trusted() -> None:
     for mac in (b"", bytes(32)):
         one = row_block("a")
         one.mac = mac
-        found = block_of(row_of(one, 1.0))
+        found = block_of(old_row_of(one, 1.0))
         assert found is not None and found[0].mac == mac
+        assert stored_blocks(packed([(one, 1.0)]))[0][0].mac == mac
     for wrong in (bytes(31), bytes(33), "x" * 32, 7, None):
         one = row_block("a")
         one.mac = wrong  # type: ignore[assignment]
-        assert block_of(row_of(one, 1.0)) is None, wrong
+        assert block_of(old_row_of(one, 1.0)) is None, wrong
+        with contextlib.suppress(*REFUSED):
+            assert not valid(packed([(one, 1.0)])).any(), wrong
 
 
 def test_a_path_that_verifies_no_mac_is_not_taken_on_trust() -> None:
@@ -335,7 +341,7 @@ def test_memory_that_this_process_wrote_is_leased_and_what_came_from_an_ssd_is_v
 
 
 def test_a_node_says_of_a_client_of_another_version_which_it_speaks() -> None:
-    with pytest.raises(wire.ProtocolError, match=r"speaks version 2 of the pool protocol, this side 3"):
+    with pytest.raises(wire.ProtocolError, match=r"speaks version 2 of the pool protocol, this side 4"):
         wire.check_greeting(replace(wire.GREETING, version=2).pack())
 
 

@@ -160,6 +160,7 @@ class EchoEngine:
             recomputed_tokens=0,
             load_failures={},
             spans=(("compute", 0.0, total_s / 2), ("decode", total_s / 2, total_s)),
+            link_reads=(("ssd:0", 0.0, total_s / 4, 600), ("net", 0.0, total_s / 3, 1000)),
         )
         active.on_event(TokenEvent(token, reason, error, report))
         with self._changed:

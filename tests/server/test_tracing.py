@@ -28,14 +28,15 @@ def traced(start: Start, exporter: Any, engine: EchoEngine | None = None) -> Ser
 
 
 def spans_of(exporter: InMemorySpanExporter) -> tuple[Any, list[Any]]:
-    """The request's span and those below it, in order."""
+    """The request's span and its stages, in order."""
     wait_until(lambda: bool(exporter.get_finished_spans()), "spans are exported")
     spans = exporter.get_finished_spans()
     roots = [span for span in spans if span.kind is SpanKind.SERVER]
     assert len(roots) == 1
     below = [span for span in spans if span is not roots[0]]
     assert all(span.parent.span_id == roots[0].context.span_id for span in below)
-    return roots[0], sorted(below, key=lambda span: span.start_time)
+    stages = [span for span in below if "penstock.stage" in span.attributes]
+    return roots[0], sorted(stages, key=lambda span: span.start_time)
 
 
 def test_a_request_is_a_span_with_its_stages_below(start: Start) -> None:
@@ -56,6 +57,19 @@ def test_a_request_is_a_span_with_its_stages_below(start: Start) -> None:
     assert {"compute", "decode"} <= {span.name for span in below}
     assert all(before.end_time == after.start_time for before, after in pairwise(below)), "no gap, no overlap"
     assert root.start_time == below[0].start_time and below[-1].end_time <= root.end_time
+
+
+def test_each_link_that_blocks_were_read_over_is_a_span(start: Start) -> None:
+    exporter = InMemorySpanExporter()
+    served = traced(start, exporter)
+    assert served.http.post("/v1/completions", json={"prompt": [70, 71], "max_tokens": 3}).status_code == 200
+    root, stages = spans_of(exporter)
+    reads = {span.attributes.get("penstock.link"): span for span in exporter.get_finished_spans()}
+    assert set(reads) == {None, "ssd:0", "net"} and reads["net"].name == "read net"
+    assert reads["ssd:0"].attributes["penstock.loaded_bytes"] == 600
+    submitted = stages[0].end_time
+    assert all(submitted == reads[name].start_time < reads[name].end_time <= root.end_time for name in ("ssd:0", "net"))
+    assert reads["net"].end_time > reads["ssd:0"].end_time
 
 
 def test_a_chat_starts_a_trace_of_its_own(start: Start) -> None:

@@ -108,7 +108,9 @@ def _damage_is_used(patch: pytest.MonkeyPatch) -> None:
     """A fetch that failed counts as one that did not."""
     right = load_coordinator.LoadCoordinator.fetched
     patch.setattr(
-        load_coordinator.LoadCoordinator, "fetched", lambda self, op_id, error, now: right(self, op_id, None, now)
+        load_coordinator.LoadCoordinator,
+        "fetched",
+        lambda self, op_ids, errors, now: right(self, op_ids, [None] * len(errors), now),
     )
 
 

@@ -66,10 +66,11 @@ def test_empty_panels_are_drawn(tmp_path: Path) -> None:
 def test_figure_files(tmp_path: Path) -> None:
     write_figure(tmp_path / "demo.png", "t", PANELS)
     assert (tmp_path / "demo.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    line_chart(tmp_path / "a" / "l.svg", "t", "x", "y", {"one": [(1, 2), (2, 3)]}, log_x=True)
-    bar_chart(
-        tmp_path / "b.png", "t", "y", {"g": {"a": 1.0, "b": 2.0}, "h": {"b": 1.0}}, errors={"g": {"a": (0.9, 1.2)}}
-    )
+    lines = {"y": {"one": [(1.0, 2.0), (2.0, 3.0)]}, "z": {"one": [(1.0, 2.0)], "two": [(1.0, 200.0)]}}
+    line_chart(tmp_path / "a" / "l.svg", "t", "x", lines, log_x=True, log_y=("z",))
+    bars = {"p": {"g": {"a": 1.0, "b": 2.0}, "h": {"b": 1.0}}, "q": {"g": {"c": 1.0}}}
+    bar_chart(tmp_path / "b.png", "t", "y", bars, errors={"g": {"a": (0.9, 1.2)}})
+    assert (tmp_path / "b.png").stat().st_size > 5000
     assert ET.fromstring((tmp_path / "a" / "l.svg").read_text()).tag.endswith("svg")
     with pytest.raises(ValueError, match=r"a plot is written as \.png, \.svg, \.pdf"):
-        line_chart(tmp_path / "l.txt", "t", "x", "y", {"one": [(1, 2)]})
+        line_chart(tmp_path / "l.txt", "t", "x", lines)

@@ -214,6 +214,7 @@ class EngineHost(PartsHost):
             buffer_blocks=self.buffer.blocks if self.buffer is not None else 0,
             links=self._links.reports(engine_load, block_bytes) if self._links is not None else [],
             storage_up=getattr(self._running.pool, "up", True),
+            preemptions=self.engine.preemptions,
         )
 
     def check_integrity(self) -> None:

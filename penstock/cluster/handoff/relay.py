@@ -18,7 +18,7 @@ from penstock.cluster.handoff.buffer import DecodeBuffer, HeldBlock
 from penstock.cluster.handoff.lending import Lending
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import NewBlock
-from penstock.pool.api import Done, Located, MemberStat, PoolError, PoolStat, ReadCheck
+from penstock.pool.api import Done, DoneMany, Located, MemberStat, PoolError, PoolStat, ReadCheck
 from penstock.pool.callbacks import call_done
 from penstock.pool.losses import count_loss
 from penstock.pool.net import wire
@@ -28,6 +28,7 @@ from penstock.pool.net.one_sided import Mover
 from penstock.pool.net.secret import Secret
 from penstock.pool.net.tls import PeerTls
 from penstock.pool.node_backend import NodeBackend, OpenedBlock
+from penstock.pool.spans import read_each, write_each
 from penstock.process.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,10 @@ class RelayNode(PoolNode):
     def block_bytes_max(self, pool: NodeBackend) -> int:
         """Size of the buffer's blocks in bytes."""
         return self.buffer.block_bytes
+
+    def span_bytes_max(self, pool: NodeBackend) -> int:
+        """0: a relay takes single blocks."""
+        return 0
 
     def left(self, connection: ClientConnection) -> None:
         """A connection has ended: free the blocks lent to it."""
@@ -363,6 +368,9 @@ class _BufferBackend:
     def open_block(self, key: BlockKey, size_bytes: int) -> OpenedBlock | PoolError:
         return PoolError("missing", "a relay reads its blocks itself")
 
+    def open_blocks(self, keys: Sequence[BlockKey], size_bytes: int) -> list[OpenedBlock | PoolError]:
+        return [self.open_block(key, size_bytes) for key in keys]
+
     def read(
         self,
         key: BlockKey,
@@ -374,6 +382,17 @@ class _BufferBackend:
     ) -> None:
         call_done(done, PoolError("missing", "a relay reads its blocks itself"))
 
+    def read_many(
+        self,
+        keys: Sequence[BlockKey],
+        size_bytes: int,
+        intos: Sequence[memoryview],
+        timeout_s: float,
+        done: DoneMany,
+        checks: Sequence[ReadCheck | None] | None = None,
+    ) -> None:
+        read_each(self, keys, size_bytes, intos, timeout_s, done, checks)
+
     def lease(self, key: BlockKey) -> HeldBlock | None:
         return self._buffer.hold(key)
 
@@ -382,6 +401,11 @@ class _BufferBackend:
 
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         call_done(done, PoolError("dropped", "a relay takes blocks of hand-offs only"))
+
+    def write_many(
+        self, blocks: Sequence[NewBlock], datas: Sequence[memoryview], timeout_s: float, done: DoneMany
+    ) -> None:
+        write_each(self, blocks, datas, timeout_s, done)
 
     def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
         """A reader found damage: it happened in transfer, as the block matched its checksum when it arrived."""

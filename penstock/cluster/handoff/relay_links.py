@@ -180,7 +180,9 @@ class RelayLinks:
             return
         message = wire.Read(connections.next_id(), key, size_bytes, 0.0)
         check = check_of(self._pool_key, key) if self._pool_key is not None else None
-        connections.submit("read", message, into, timeout_s, lambda _, error: call_done(done, error), check)
+        connections.submit(
+            "read", message, [into[:size_bytes]], timeout_s, lambda _, error: call_done(done, error), [check]
+        )
 
     def hand_over(self, address: str, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         """Send a block to the relay at `address`: one-sided if possible, else in messages."""
@@ -198,7 +200,7 @@ class RelayLinks:
             replace(block, mac=block_mac(self._pool_key, block.key, data)),
         )
         message = wire.Write.of(connections.next_id(), block, checksum)
-        connections.submit("write", message, data, timeout_s, lambda _, error: call_done(done, error))
+        connections.submit("write", message, [data], timeout_s, lambda _, error: call_done(done, error))
 
     def reports(self, engine_load: EngineLoad, block_bytes: int) -> list[LinkReport]:
         """Reports of both directions of each link, of the busiest ones if there are too many; `engine_load`: bytes

@@ -107,6 +107,7 @@ class Counts:
     fenced_frames: int = 0
     strangers_dropped: int = 0
     listener_failures: int = 0
+    preemptions: int = 0  # at engines, while they were registered
 
 
 class EngineRegistry:
@@ -357,6 +358,7 @@ class EngineRegistry:
                     engine.writer.write(wire.frame(wire.Fenced("its lease had ended")))
                     return "its lease had ended"
                 self.send(engine, wire.Beat(message.sequence))
+                self.counts.preemptions += max(0, message.report.preemptions - engine.report.preemptions)
                 engine.report, engine.placed_seen = message.report, message.placed
                 self._notify(lambda: self._listener.engine_reported(engine))
             elif isinstance(message, wire.Events):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from penstock.engine.api import RequestReport
+from penstock.engine.api import REPORT_NAMES_MAX, RequestReport
 
 Span = tuple[str, float, float]
 SPANS_MAX = 512
@@ -42,6 +42,7 @@ def merged_report(
         recomputed_tokens=sum(report.recomputed_tokens for report in reports),
         load_failures=_added([report.load_failures for report in reports]),
         spans=spans,
+        link_reads=tuple(reads for report in reports for reads in report.link_reads)[:REPORT_NAMES_MAX],
     )
 
 

@@ -33,6 +33,7 @@ def router_stats(
         "strangers_dropped", "listener_failures",
     ):  # fmt: skip
         counted[f"cluster_{name}"] = float(getattr(port.counts, name))
+    counted["preemptions"] = float(port.counts.preemptions)
     engines = port.engines.values()
     labelled = {
         f"engine_{name}": {engine.name: float(getattr(engine.report, name)) for engine in engines}

@@ -424,7 +424,7 @@ class ConnectorScheduler:
         """A Fetch ended; `error` is the reason label of a failure."""
         self._costs.fetched()
         self._moved(op_id, error)
-        self._loading.fetched(op_id, error, now)
+        self._loading.fetched((op_id,), (error,), now)
         self._close_holes()
 
     def uploaded(self, op_id: int, now: float) -> None:

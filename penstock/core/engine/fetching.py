@@ -1,12 +1,14 @@
 """The fetching stage (L3 -> L2): which block is read next on which route.
 
-One dispatcher per route. While L2 has a slot it issues what the request of least rank wants there; when that request
-cannot use the route, it goes on to the next one (CALVO, mechanism). Issuing a fetch takes the L1 page at once
-(proactive)."""
+One dispatcher per route. While L2 has a slot it issues what the request of least rank wants there, a span at a time
+(`core.spans`); when that request cannot use the route, it goes on to the next one (CALVO, mechanism). Issuing a fetch
+takes the L1 page at once (proactive)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Sequence
+from itertools import islice
 
 from penstock.core.bandwidth import LinkUse
 from penstock.core.engine.load_table import LoadTable
@@ -15,6 +17,7 @@ from penstock.core.engine.request_loads import BlockLoad, LoadState
 from penstock.core.engine.shared_state import SharedState
 from penstock.core.operations import Fetch, Route
 from penstock.core.ordering import Rank, RankedQueue
+from penstock.core.spans import span_blocks
 
 LINKS_IDLE_MAX = 256  # idle links that are remembered
 LINK_FORGET_S = 600.0  # an idle link unused for longer is forgotten when a new one is used
@@ -32,6 +35,7 @@ class Fetching:
         self._reactive: dict[Route, RankedQueue[Request]] = {}
         self._links: dict[str, LinkUse] = {}
         self._in_flight: dict[int, BlockLoad] = {}
+        self._span_blocks = span_blocks(shared.config.fetch_window_blocks, shared.config.block_bytes)
         self._now = 0.0
 
     def offer(self, request: Request, route: Route) -> None:
@@ -55,25 +59,48 @@ class Fetching:
             if len(queues) > QUEUES_MAX:  # nodes and decode engines come and go
                 for route in [route for route, queue in queues.items() if not len(queue)]:
                     del queues[route]
-            while (found := self._next(queues, reactive)) is not None:
-                load, request = found
-                self._issue(load, request, reactive, now)
+            self._dispatch(queues, reactive, now)
 
-    def _next(self, queues: dict[Route, RankedQueue[Request]], reactive: bool) -> tuple[BlockLoad, Request] | None:
-        best: tuple[Rank, int] | None = None
-        chosen: tuple[Route, Request] | None = None
-        for route, queue in queues.items():
-            if not len(queue) or not self._has_room(route, reactive):
-                continue
-            request = self._first_wanting(queue, route)
-            if request is not None:
-                key = request.rank, self._link(route[0]).in_flight
-                if best is None or key < best:
-                    best, chosen = key, (route, request)
-        if chosen is None:
+    def _dispatch(self, queues: dict[Route, RankedQueue[Request]], reactive: bool, now: float) -> None:
+        """Issue spans: the route of least (rank, in flight) first. Ranks do not change meanwhile, and what is in flight
+        only grows; so a route is placed anew only when its turn comes."""
+        turns: list[tuple[Rank, int, int, Route]] = []
+        for number, route in enumerate(queues):
+            turn = self._turn(queues[route], route, reactive)
+            if turn is not None:
+                turns.append((*turn, number, route))
+        heapq.heapify(turns)
+        while turns:
+            rank, in_flight, number, route = turns[0]
+            now_due = self._turn(queues[route], route, reactive)
+            if now_due is None:
+                heapq.heappop(turns)
+            elif now_due != (rank, in_flight):
+                heapq.heapreplace(turns, (*now_due, number, route))
+            else:
+                self._issue_span(queues[route], route, reactive, now)
+
+    def _turn(self, queue: RankedQueue[Request], route: Route, reactive: bool) -> tuple[Rank, int] | None:
+        """The place of a route in the order of turns; None: nothing can be issued there."""
+        if not len(queue) or not self._has_room(route, reactive):
             return None
-        route, request = chosen
-        return next(iter(request.loads.wanted[route])), request
+        request = self._first_wanting(queue, route)
+        return None if request is None else (request.rank, self._link(route[0]).in_flight)
+
+    def _issue_span(self, queue: RankedQueue[Request], route: Route, reactive: bool, now: float) -> None:
+        """Issue the first blocks that the request of least rank wants on the route, as far as there is room."""
+        request = self._first_wanting(queue, route)
+        assert request is not None
+        at_most = min(self._span_blocks, self._room(route, reactive))
+        span = list(islice(request.loads.wanted[route], at_most))
+        changed: dict[Request, None] = {}
+        for name in route:
+            self._link(name).in_flight += len(span)
+        for load in span:
+            self._issue(load, reactive, now)
+            changed |= dict.fromkeys(load.waiters)
+        for waiter in changed:
+            self._changed(waiter, now)
 
     def _first_wanting(self, queue: RankedQueue[Request], route: Route) -> Request | None:
         """The request of least rank with a block to fetch over the route: the first that it wants there."""
@@ -84,11 +111,18 @@ class Fetching:
         return None
 
     def _has_room(self, route: Route, reactive: bool) -> bool:
+        return self._room(route, reactive) > 0
+
+    def _room(self, route: Route, reactive: bool) -> int:
+        """How many blocks may be issued on the route now."""
         l2 = self._shared.l2
-        if l2.free_for_loads <= 0 or (reactive and self._loads.reactive_slots >= l2.reactive_limit):
-            return False
+        room = l2.free_for_loads
+        if reactive:
+            room = min(room, l2.reactive_limit - self._loads.reactive_slots)
+        if room <= 0:
+            return room
         window = self._shared.config.fetch_window_blocks
-        return all(self._link(name).in_flight < window for name in route)
+        return min(room, *(window - self._link(name).in_flight for name in route))
 
     def _link(self, name: str) -> LinkUse:
         use = self._links.get(name)
@@ -107,7 +141,7 @@ class Fetching:
                 del self._links[name]
                 self._shared.cost.forget(name)
 
-    def _issue(self, load: BlockLoad, request: Request, reactive: bool, now: float) -> None:
+    def _issue(self, load: BlockLoad, reactive: bool, now: float) -> None:
         shared = self._shared
         load.slot = shared.l2.take_for_load()
         load.issued_s = now
@@ -116,24 +150,23 @@ class Fetching:
         elif shared.config.mode == "penstock" and load.page is None:
             self._loads.reserve_page(load, shared.l1.take())
         self._loads.move(load, LoadState.FETCHING)
-        for name in load.hit.route:
-            self._link(name).in_flight += 1
         op_id = shared.next_op()
         self._in_flight[op_id] = load
         shared.outbox.append(Fetch(op_id, load.key, load.slot, load.hit.route, shared.config.fetch_timeout_s))
-        for waiter in load.waiters:
-            self._changed(waiter, now)
 
-    def ended(self, op_id: int, failed: bool, now: float) -> tuple[BlockLoad, float]:
-        """A fetch ended: its load, and how many seconds it kept its slowest link busy."""
-        load = self._in_flight.pop(op_id)
+    def ended(self, op_ids: Sequence[int], failed: int, now: float) -> tuple[list[BlockLoad], float]:
+        """Fetches on one route ended together, `failed` of them without their block: their loads, and how many seconds
+        they kept their slowest link busy."""
+        loads = [self._in_flight.pop(op_id) for op_id in op_ids]
+        first = loads[0]
+        arrived_bytes = first.hit.size_bytes * (len(loads) - failed)
         busy_s = 0.0
-        for name in load.hit.route:
-            link_s = self._link(name).finished(load.issued_s, now)
+        for name in first.hit.route:
+            link_s = self._link(name).finished(first.issued_s, now, len(loads))
             busy_s = max(busy_s, link_s)
-            if not failed:
-                self._shared.cost.link(name).observe(load.hit.size_bytes, link_s)
-        return load, busy_s
+            if arrived_bytes:
+                self._shared.cost.link(name).observe(arrived_bytes, link_s)
+        return loads, busy_s
 
     def loads_in_flight(self) -> set[BlockLoad]:
         """Blocks whose read has begun and not ended."""

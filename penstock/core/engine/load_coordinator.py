@@ -6,7 +6,7 @@ own, are in `fetching.py` and `uploading.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from penstock.core.engine.fetching import Fetching
 from penstock.core.engine.kv_handoff import KVHandoff
@@ -125,30 +125,44 @@ class LoadCoordinator:
         """Issue fetches while links and L2 have room."""
         self._fetching.dispatch(now)
 
-    def fetched(self, op_id: int, error: str | None, now: float) -> None:
-        """A fetch ended: the block is in its slot, or `error` names why not."""
+    def fetched(self, op_ids: Sequence[int], errors: Sequence[str | None], now: float) -> None:
+        """Fetches on one route ended together: each block is in its slot, or its error names why not."""
         shared = self._shared
-        load, busy_s = self._fetching.ended(op_id, error is not None, now)
-        if error is not None:
+        failed = sum(error is not None for error in errors)
+        loads, busy_s = self._fetching.ended(op_ids, failed, now)
+        if arrived := len(loads) - failed:
+            shared.count("fetched_blocks", arrived)
+            shared.count("fetched_bytes", arrived * loads[0].hit.size_bytes)
+        changed: dict[Request, None] = {}
+        staged: list[BlockLoad] = []
+        for load, error in zip(loads, errors, strict=True):
+            if error is None:
+                self._staged(load, changed, now)
+                staged.append(load)
+                continue
             shared.count("fetch_failures")
             if not self._other_side(load, error):
                 self._failed(load, error, now)
-            return
-        shared.count("fetched_blocks")
-        shared.count("fetched_bytes", load.hit.size_bytes)
+        for waiter in changed:
+            waiter.account.measured_fetch_s += busy_s
+            if waiter.state is State.PREFILL:
+                self._uploading.offer(waiter)
+            self._changed(waiter, now)
+        for load in staged:
+            if load.state is LoadState.STAGED:
+                self._bound_reactive(load)
+
+    def _staged(self, load: BlockLoad, changed: dict[Request, None], now: float) -> None:
+        """A block is in its slot; adds the requests that wait for it to `changed`."""
         self._table.move(load, LoadState.STAGED)
         if not load.waiters:
             self._release_if_unwanted(load)
             return
         for waiter, index in list(load.waiters.items()):
             self._table.hand_over(waiter, index, load)
-            account = waiter.account
-            account.loaded_bytes += load.hit.size_bytes
-            account.measured_fetch_s += busy_s
-            if waiter.state is State.PREFILL:
-                self._uploading.offer(waiter)
-            self._changed(waiter, now)
-        self._bound_reactive(load)
+            waiter.account.loaded_bytes += load.hit.size_bytes
+            waiter.account.read_over(load.hit.route, load.hit.size_bytes, load.issued_s, now)
+            changed[waiter] = None
 
     def _other_side(self, load: BlockLoad, error: str) -> bool:
         """A fetch failed: have the block fetched on the other side of a request that waits for it, if there is one."""

@@ -31,6 +31,8 @@ class LoadState(Enum):
     STAGED = "staged"
     UPLOADING = "uploading"
 
+    __hash__ = object.__hash__  # Enum's own is computed in Python, for every change of a load
+
 
 TO_FETCH = (LoadState.WANTED, LoadState.FETCHING)  # bytes that are not in L2 yet
 

@@ -151,7 +151,11 @@ class LoadScheduler:
 
     def fetched(self, op_id: int, error: str | None, now: float) -> None:
         """A Fetch ended; `error` is the reason label of a failure."""
-        self._loading.fetched(op_id, error, now)
+        self._loading.fetched((op_id,), (error,), now)
+
+    def fetched_many(self, op_ids: Sequence[int], errors: Sequence[str | None], now: float) -> None:
+        """Fetches on one route, issued one after the other, ended together, each with its own error or None."""
+        self._loading.fetched(op_ids, errors, now)
 
     def uploaded(self, op_id: int, now: float) -> None:
         """An Upload ended: its bytes are in L1."""

@@ -16,48 +16,30 @@ without one together (`TenantQuotas.payer`). Without any quota the block of leas
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
-from penstock.core.eviction import PrefixIndex, RebuildValue
+from penstock.core.eviction import RebuildValue
 from penstock.core.keys import BlockKey
+from penstock.core.pool.block_rows import PAID_SHARED, PINNED, PRESENT, USES_COUNTED_MAX, BlockRows
+from penstock.core.pool.columns import WORD
+from penstock.core.pool.leaf_queues import Group, LeafQueues
 from penstock.core.pool.quota import SHARED, TenantQuotas
 
 FENCED_EVICTIONS_MAX = 64  # leaves on fenced members that one search for room may evict
 STEPS = (0, 1)  # of a search for room: first the first choice of EVICT-3 or EVICT-4 on any member, then the other
 
 
-@dataclass(slots=True)
-class _Present:
-    """A block that is present in the pool."""
-
-    member: int
-    account: bytes
-    size_bytes: int
-    rebuild_s: float
-    uses: int
-    name: BlockKey
-
-
-def _name(key: BlockKey, tenant: bytes) -> BlockKey:
-    """The name of a block in the index. It has the tenant, so that a child protects only blocks of its own tenant."""
-    return key + tenant + bytes((len(tenant),))
-
-
-def _key(name: BlockKey) -> BlockKey:
-    return name[: -1 - name[-1]]
-
-
 class PoolEviction:
-    """Present blocks by worth. The caller charges accounts, also for blocks not yet or no longer present.
+    """Present blocks by worth, as rows. The caller charges accounts, also for blocks not yet or no longer present.
 
-    EVICT-6  A key is in the group of its member and account; the accounts of each member are counted right.
+    EVICT-6  The accounts of each member are counted right.
     """
 
-    def __init__(self, members: int, quotas: TenantQuotas) -> None:
+    def __init__(self, members: int, quotas: TenantQuotas, unit_bytes: int = 1) -> None:
+        """Blocks take multiples of `unit_bytes`."""
         self.quotas = quotas
-        self._index: PrefixIndex[BlockKey] = PrefixIndex(family_of=self._family)
-        self._present: dict[BlockKey, _Present] = {}
+        self.rows = BlockRows(unit_bytes)
+        self.leaves = LeafQueues(self.rows, self._family)
         self._worth = [RebuildValue() for _ in range(members)]
         self._uses = 0  # of all members
         self._seen = [0] * members  # uses that each member's worth has aged by
@@ -66,23 +48,12 @@ class PoolEviction:
         quotas.on_payer_changed = self._payer_changed
 
     def __len__(self) -> int:
-        return len(self._present)
-
-    def __contains__(self, key: BlockKey) -> bool:
-        return key in self._present
+        return self.rows.blocks
 
     @property
     def groups(self) -> int:
         """How many groups have a heap: those of accounts with blocks, and of blocks evicted lately."""
-        return self._index.groups
-
-    def value(self, key: BlockKey) -> float:
-        """What the block is worth, in its member's terms; for a durable table."""
-        return self._index.last_use(self._present[key].name)
-
-    def uses(self, key: BlockKey) -> int:
-        """How often the block was used."""
-        return self._present[key].uses
+        return self.leaves.groups
 
     def add_member(self) -> None:
         """Count one more member; its number is the next one."""
@@ -105,71 +76,116 @@ class PoolEviction:
         uses: int = 1,
         value: float | None = None,
         tenant: bytes | None = None,
-    ) -> None:
-        """A block became present. `value`: its worth from a durable table, None for a new one. `tenant`: its owner,
-        None for that of its account."""
+    ) -> int:
+        """A block became present; returns its row. `value`: its worth from a durable table, None for a new one.
+        `tenant`: its owner, None for that of its account. A child protects only blocks of its own tenant. Raises
+        ValueError when the block is its own parent."""
+        if key == parent:
+            raise ValueError(f"key {key!r} is given as its own parent")
+        rows, tenant = self.rows, account if tenant is None else tenant
+        row = rows.node(key, tenant)
+        rows.flags[row] = PRESENT if account == tenant else PRESENT | PAID_SHARED
+        rows.blocks += 1
+        rows.member[row], rows.size[row], rows.rebuild_s[row] = member, size_bytes, rebuild_s
+        rows.uses[row] = min(uses, USES_COUNTED_MAX)
+        extent, rebuild_s = rows.extent_bytes(row), rows.rebuild_s[row]
         if value is None:
-            value = self._used(member, uses, rebuild_s, size_bytes)
+            rows.worth[row] = self._used(member, uses, rebuild_s, extent)
         else:
-            value = self._worth[member].restored(value, uses, rebuild_s, size_bytes)
-        tenant = account if tenant is None else tenant
-        name = _name(key, tenant)
-        self._index.add(name, _name(parent, tenant), value, (member, account))
-        self._present[key] = _Present(member, account, size_bytes, rebuild_s, uses, name)
+            rows.worth[row] = max(0.0, self._worth[member].restored(value, uses, rebuild_s, extent))
+        above = rows.node(parent, tenant)
+        rows.parent[row] = above
+        rows.children[above] += 1
+        if rows.children[above] == 1:
+            self.leaves.got_child(above)
         self._count(member, account, 1)
+        self.leaves.offer(row)
+        return row
 
-    def touch(self, key: BlockKey) -> float:
+    def touch(self, row: int) -> float:
         """Note a use; returns the new worth."""
-        block = self._present[key]
-        block.uses += 1
-        value = self._used(block.member, block.uses, block.rebuild_s, block.size_bytes)
-        self._index.touch(block.name, value)
+        rows = self.rows
+        uses = min(rows.uses[row] + 1, USES_COUNTED_MAX)
+        rows.uses[row] = uses
+        value = self._used(rows.member[row], uses, rows.rebuild_s[row], rows.extent_bytes(row))
+        rows.worth[row] = value = max(value, rows.worth[row])
         return value
 
-    def pin(self, key: BlockKey) -> None:
-        """Protect a block from eviction until every `pin` was undone."""
-        self._index.pin(self._present[key].name)
+    def use_many(self, count: int) -> list[float]:
+        """Count so many uses; returns the inflation of each member before them. The n-th of them is worth that of its
+        member, n ticks, and the cost of its block (`RebuildValue`)."""
+        before = [self._aged(member).inflation for member in range(len(self._worth))]
+        self._uses += count
+        return before
 
-    def unpin(self, key: BlockKey) -> None:
-        """Undo one `pin`."""
-        self._index.unpin(self._present[key].name)
+    def raise_inflation(self, member: int, inflation: float) -> None:
+        """Later uses on a member are worth no less than this."""
+        self._worth[member].evicted(inflation)
 
-    def remove(self, key: BlockKey) -> None:
-        """A block is no longer present. Raises ValueError when it is pinned."""
-        self._index.remove(self._present[key].name)
-        self._forget(key)
+    def count_present(self, member: int, account: bytes, blocks: int) -> None:
+        """So many blocks of an account became present on a member; the caller made their rows."""
+        self._count(member, account, blocks)
 
-    def move(self, key: BlockKey, member: int) -> None:
+    def pin(self, row: int) -> None:
+        """Protect a block from eviction until `unpin`."""
+        self.rows.flags[row] |= PINNED
+
+    def unpin(self, row: int) -> None:
+        """Undo `pin`."""
+        self.rows.flags[row] &= ~PINNED
+        self.leaves.offer(row)
+
+    def leave(self, row: int) -> None:
+        """A block is no longer present. The caller reads what it needs of the row, then calls `rows.release`."""
+        rows = self.rows
+        self._count(rows.member[row], rows.account(row), -1)
+        self.leaves.forget(row)
+        rows.flags[row] &= ~PRESENT
+        rows.blocks -= 1
+        above = rows.parent[row]
+        rows.children[above] -= 1
+        if not rows.children[above]:
+            if rows.flags[above] & PRESENT:
+                self.leaves.lost_children(above)
+            else:
+                rows.release(above)
+
+    def move(self, row: int, member: int) -> None:
         """A block is on another member now, with the same worth over inflation."""
-        block = self._present[key]
-        above = self.value(key) - self._aged(block.member).inflation
-        self._count(block.member, block.account, -1)
-        self._count(member, block.account, 1)
-        block.member = member
-        self._index.regroup(block.name, (member, block.account), self._aged(member).inflation + above)
+        rows = self.rows
+        before, account = rows.member[row], rows.account(row)
+        above = rows.worth[row] - self._aged(before).inflation
+        self.leaves.forget(row)
+        self._count(before, account, -1)
+        self._count(member, account, 1)
+        rows.member[row] = member
+        rows.worth[row] = max(0.0, self._aged(member).inflation + above)
+        self.leaves.offer(row)
 
-    def set_account(self, key: BlockKey, account: bytes) -> None:
-        """A block belongs to another account, which the caller charges."""
-        block = self._present[key]
-        self._count(block.member, block.account, -1)
-        block.account = account
-        self._count(block.member, account, 1)
-        self._index.regroup(block.name, (block.member, account), self.value(key))
+    def charge_shared(self, row: int, shared: bool) -> None:
+        """A block is charged to its tenant's own account from now on, or to the shared one; the caller charges them."""
+        rows = self.rows
+        member = rows.member[row]
+        self.leaves.forget(row)
+        self._count(member, rows.account(row), -1)
+        rows.flags[row] = rows.flags[row] | PAID_SHARED if shared else rows.flags[row] & ~PAID_SHARED
+        self._count(member, rows.account(row), 1)
+        self.leaves.offer(row)
 
-    def may_displace(self, key: BlockKey, writer: bytes, more_bytes: int) -> bool:
+    def may_displace(self, row: int, writer: bytes, more_bytes: int) -> bool:
         """Whether a write of `more_bytes` to the account `writer` may evict this unpinned block (EVICT-3, EVICT-4)."""
-        return self.may_displace_all((key,), writer, more_bytes)
+        return self.may_displace_all((row,), writer, more_bytes)
 
-    def may_displace_all(self, keys: Iterable[BlockKey], writer: bytes, more_bytes: int) -> bool:
+    def may_displace_all(self, blocks: Iterable[int], writer: bytes, more_bytes: int) -> bool:
         """As `may_displace`, for several blocks in turn: no payer loses more than its excess over the quota, rounded up
         to a block."""
         own, floor = self.quotas.payer(writer), max(0.0, self.quotas.excess_bytes(writer, more_bytes))
         lost: dict[bytes, int] = {}
-        for block in (self._present[key] for key in keys):
-            payer = self.quotas.payer(block.account)
+        for row in blocks:
+            payer = self.quotas.payer(self.rows.account(row))
             if payer != own and self.quotas.excess_bytes(payer) - lost.get(payer, 0) <= floor:
                 return False
-            lost[payer] = lost.get(payer, 0) + block.size_bytes
+            lost[payer] = lost.get(payer, 0) + self.rows.extent_bytes(row)
         return True
 
     def may_gain(self, writer: bytes, charged_bytes: int) -> bool:
@@ -180,10 +196,10 @@ class PoolEviction:
             or self.quotas.most_over(lambda one: one != own, floor) is not None
         )
 
-    def evict(self, member: int, writer: bytes, more_bytes: int, steps: Sequence[int] = STEPS) -> list[BlockKey]:
+    def evict(self, member: int, writer: bytes, more_bytes: int, steps: Sequence[int] = STEPS) -> list[int]:
         """Take out the block that leaves `member` for a write of `more_bytes` to the account `writer`, after any leaves
         of fenced members that had to go first (EVICT-5). Empty when none may leave in these `steps`; the caller tries
-        the first step on all members before the second."""
+        the first step on all members before the second, and calls `rows.release` for each row."""
         own, excess = self.quotas.payer(writer), self.quotas.excess_bytes(writer, more_bytes)
         for step in steps:
             if (step == 0) == (excess > 0):
@@ -196,15 +212,79 @@ class PoolEviction:
                 return gone
         return []
 
+    def evict_in_turn(self, members: Sequence[int]) -> list[int]:
+        """As `evict` of one block from each of these members in turn, where nobody has a quota and no member is fenced;
+        ends where none may leave. The end of a prefix leaves as a whole as far as its blocks are worth least: an
+        ancestor that is the next one to leave is not queued."""
+        gone: list[int] = []
+        if self._fenced:
+            return gone
+        counts: dict[Group, int] = {}
+        tops: dict[int, int] = {}  # by member: the bits of the least worth queued, or less
+        rows, leaves, ancestor = self.rows, self.leaves, -1
+        for member in members:
+            if ancestor >= 0:
+                next_one = rows.member[ancestor] == member and rows.worth_bits[ancestor] <= self._top(member, tops)
+                if not next_one:
+                    self._offer(ancestor, tops)
+                    ancestor = -1
+            if ancestor < 0:
+                group = leaves.least_group(member)
+                if group is None:
+                    break
+                ancestor = leaves.pop(group)
+            gone.append(ancestor)
+            ancestor = self._leave_alone(ancestor, counts)
+        if ancestor >= 0:
+            self._offer(ancestor, tops)
+        rows.blocks -= len(gone)
+        for (member, account), count in counts.items():
+            self._count(member, account, -count)
+        return gone
+
+    def _leave_alone(self, row: int, counts: dict[Group, int]) -> int:
+        """Evict a leaf that is not queued, without counting it; returns the block before it if that is a leaf now which
+        is to be queued, else -1."""
+        rows = self.rows
+        group = (rows.member[row], rows.account(row))
+        counts[group] = counts.get(group, 0) + 1
+        self._worth[group[0]].evicted(rows.worth[row])
+        rows.flags[row] &= ~PRESENT
+        above = rows.parent[row]
+        left = rows.children[above] = rows.children[above] - 1
+        if left:
+            return -1
+        if not rows.flags[above] & PRESENT:
+            rows.release(above)
+            return -1
+        if rows.ticket[above] or rows.flags[above] & PINNED:
+            self.leaves.lost_children(above)
+            return -1
+        return int(above)
+
+    def _top(self, member: int, tops: dict[int, int]) -> int:
+        if member not in tops:
+            group = self.leaves.least_group(member)
+            tops[member] = WORD if group is None else self.rows.worth_bits[self.leaves.least(group)]
+        return tops[member]
+
+    def _offer(self, row: int, tops: dict[int, int]) -> None:
+        """Queue a leaf."""
+        member = self.rows.member[row]
+        tops[member] = min(self._top(member, tops), self.rows.worth_bits[row])
+        self.leaves.offer(row)
+
     def check_integrity(self) -> None:
         """Assert EVICT-6 and those of the parts; O(n)."""
-        self._index.check_integrity()
+        rows = self.rows
+        rows.check_integrity()
+        self.leaves.check_integrity()
         self.quotas.check_integrity()
-        assert {_key(name) for name in self._index} == set(self._present) and len(self._index) == len(self._present)
         counted: list[dict[bytes, int]] = [{} for _ in self._accounts]
-        for key, block in self._present.items():
-            assert self._index.group(block.name) == (block.member, block.account), f"EVICT-6: group of {key.hex()}"
-            counted[block.member][block.account] = counted[block.member].get(block.account, 0) + 1
+        for row in range(rows.high):
+            if rows.flags[row] & PRESENT:
+                accounts = counted[rows.member[row]]
+                accounts[rows.account(row)] = accounts.get(rows.account(row), 0) + 1
         assert counted == self._accounts, "EVICT-6: accounts of members are miscounted"
 
     def _aged(self, member: int) -> RebuildValue:
@@ -220,9 +300,9 @@ class PoolEviction:
         self._seen[member] = self._uses
         return value
 
-    def _evict_of(self, payer: bytes, member: int, over_bytes: float) -> list[BlockKey]:
+    def _evict_of(self, payer: bytes, member: int, over_bytes: float) -> list[int]:
         """Evict a payer's block from a member, after leaves on fenced ones (EVICT-5), at most `over_bytes` of them."""
-        gone: list[BlockKey] = []
+        gone: list[int] = []
         while over_bytes > 0:
             group = self._least(member, payer)
             fenced = self._least_fenced(payer) if len(gone) < FENCED_EVICTIONS_MAX else None
@@ -230,59 +310,46 @@ class PoolEviction:
             leaves = fenced if first else group
             if leaves is None:
                 break
-            key, size_bytes = self._evict_from(leaves)
-            gone.append(key)
+            row = self._evict_from(leaves)
+            gone.append(row)
             if not first:
                 break
-            over_bytes -= size_bytes
+            over_bytes -= self.rows.extent_bytes(row)
         return gone
 
     def _has_leaf(self, member: int, payer: bytes) -> bool:
         return self._least(member, payer) is not None or self._least_fenced(payer) is not None
 
-    def _family(self, group: Hashable) -> Hashable:
+    def _family(self, group: Group) -> int | None:
         """Accounts that pay together are one family on each member; others have none."""
-        assert isinstance(group, tuple)
         return group[0] if self.quotas.payer(group[1]) == SHARED else None
 
     def _payer_changed(self, account: bytes) -> None:
         for member, accounts in enumerate(self._accounts):
             if account in accounts:
-                self._index.refamily((member, account))
+                self.leaves.refamily((member, account))
 
-    def _least(self, member: int, payer: bytes) -> tuple[int, bytes] | None:
+    def _least(self, member: int, payer: bytes) -> Group | None:
         """Of a payer's groups on a member the one whose candidate has the least worth."""
         if payer != SHARED:
             own = (member, payer)
-            return own if payer in self._accounts[member] and self._index.next_use(own) is not None else None
-        group = self._index.least_group(member)
-        assert group is None or isinstance(group, tuple)
-        return group
+            return own if payer in self._accounts[member] and self.leaves.least(own) >= 0 else None
+        return self.leaves.least_group(member)
 
-    def _least_fenced(self, payer: bytes) -> tuple[int, bytes] | None:
+    def _least_fenced(self, payer: bytes) -> Group | None:
         groups = [group for member in self._fenced if (group := self._least(member, payer)) is not None]
         return min(groups, key=self._above, default=None)
 
-    def _above(self, group: tuple[int, bytes]) -> float:
+    def _above(self, group: Group) -> float:
         """Worth of a group's next candidate over its member's inflation: comparable between members."""
-        use = self._index.next_use(group)
-        assert use is not None
-        return use - self._aged(group[0]).inflation
+        return float(self.rows.worth[self.leaves.least(group)] - self._aged(group[0]).inflation)
 
-    def _evict_from(self, group: tuple[int, bytes]) -> tuple[BlockKey, int]:
-        """The block that left, and its bytes."""
-        value = self._index.next_use(group)
-        name = self._index.evict_one(group)
-        assert name is not None and value is not None
-        self._worth[group[0]].evicted(value)
-        key = _key(name)
-        size_bytes = self._present[key].size_bytes
-        self._forget(key)
-        return key, size_bytes
-
-    def _forget(self, key: BlockKey) -> None:
-        block = self._present.pop(key)
-        self._count(block.member, block.account, -1)
+    def _evict_from(self, group: Group) -> int:
+        """The row of the block that left."""
+        row = self.leaves.pop(group)
+        self._worth[group[0]].evicted(self.rows.worth[row])
+        self.leave(row)
+        return row
 
     def _count(self, member: int, account: bytes, change: int) -> None:
         counts = self._accounts[member]

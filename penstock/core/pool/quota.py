@@ -76,6 +76,11 @@ class TenantQuotas:
         return tenant in self._given
 
     @property
+    def all_pay_together(self) -> bool:
+        """Whether nobody has a quota: then the block of least worth leaves, whoever writes."""
+        return not self._quotas and self._default is None
+
+    @property
     def over(self) -> set[bytes]:
         """The payers that hold more than their quota."""
         return set(self._over)

@@ -111,6 +111,11 @@ class Placement:
         turn = self.rank(position, owner) % max(1, len(others))
         return [owner, *others[turn:], *others[:turn]]
 
+    @property
+    def taking(self) -> list[int]:
+        """The members that blocks are placed on."""
+        return self._members
+
     def owner(self, position: int) -> int | None:
         """The member that `position` belongs to; None when no member is healthy."""
         return self._cycle[position % len(self._cycle)] if self._cycle else None

@@ -10,6 +10,7 @@ Verification: tests/pool/local/test_pool_members.py.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from penstock.core.keys import BlockKey
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.pool.block import Block
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 
 IN_FLIGHT_MAX = 2
 PATIENCE_S = 0.1
+ROWS_AT_ONCE = 4096  # of the table, looked at while the lock is held
 YIELD_S = 0.002  # between two looks at the queue of loads
 MOVE_TIMEOUT_S = 10.0
 READERS_WAIT_S = 30.0  # for the last readers of a member that is otherwise empty, and for the last rows
@@ -102,15 +105,14 @@ class Drain:
 
     def _pass(self) -> bool:
         """Move or drop every block that the member has now, the most valuable first; False when it had none."""
-        with self._lock:
-            blocks = self._table.blocks_on(self._number)
-        for block in sorted(blocks, key=self._worth, reverse=True):
+        blocks = self._blocks()
+        for _, key in sorted(blocks, reverse=True):
             self._give_way()
             while self._in_flight == IN_FLIGHT_MAX:
                 self._next_event()
             if self._stopping.is_set():
                 break
-            self._begin(block)
+            self._begin(key)
         while self._in_flight:
             self._next_event()
         with self._lock:
@@ -119,22 +121,28 @@ class Drain:
             self._stopping.wait(YIELD_S)
         return bool(blocks or writing)
 
-    def _worth(self, block: Block) -> float:
-        """Read without the lock: `_begin` notices a block that was dropped meanwhile."""
-        try:
-            return self._table.value(block.key)
-        except KeyError:
-            return 0.0
+    def _blocks(self) -> list[tuple[float, BlockKey]]:
+        """Value and key of each block that the member has, read in parts: `_begin` notices those that were dropped
+        meanwhile, and those that came are found by the next pass."""
+        found: list[tuple[float, BlockKey]] = []
+        for first in itertools.count(0, ROWS_AT_ONCE):
+            with self._lock:
+                some = self._table.keys_on(self._number, first, ROWS_AT_ONCE)
+            if some is None:
+                return found
+            found += some
+        raise AssertionError("the table has no end")
 
     def _give_way(self) -> None:
         patience_s = time.monotonic() + PATIENCE_S
         while queued(self._member)[0] and time.monotonic() < patience_s and not self._stopping.is_set():
             self._stopping.wait(YIELD_S)
 
-    def _begin(self, block: Block) -> None:
+    def _begin(self, key: BlockKey) -> None:
         """Start to copy a block; drop it when it cannot be copied."""
         with self._lock:
-            if self._table.holds(block.key, self._number) is not block:
+            block = self._table.holds(key, self._number)
+            if block is None:
                 return
             without = {n for n, member in enumerate(self._pool.members) if member.refuses_stores}
             copy = self._table.reserve_move(block, without)
@@ -227,16 +235,16 @@ class Drain:
             self._unconfirmed.add(move.block)
 
             def durable(_: PoolError | None) -> None:
-                source.forget([move.block])
+                source.forget([move.block.key])
                 self._unconfirmed.discard(move.block)
 
             target.record(move.copy, value, durable, deadline_s)
         else:
-            source.forget([move.block])
+            source.forget([move.block.key])
 
     def _drop(self, block: Block) -> None:
         self._table.drop(block)
-        self._member.forget([block])
+        self._member.forget([block.key])
         self.dropped += 1
 
     def _finish(self) -> None:

@@ -6,6 +6,9 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from penstock.core.layout import STAGING_ALIGNMENT_BYTES
 
 
@@ -66,24 +69,28 @@ class ExtentAllocator:
             self._insert(offset + length, have - length)
         return offset
 
-    def take_listed(self, extents: Sequence[tuple[int, int]]) -> list[bool]:
+    def take_listed(self, extents: Sequence[tuple[int, int]] | NDArray[np.int64]) -> list[bool]:
         """Allocate exactly these extents (offset, length), to rebuild an unused range from a table; False for one that
         is malformed, outside, or overlaps one that begins before it."""
         assert self.free_bytes == self.end - self.start, "the range is in use already"
         self._remove(self.start)
-        taken = [False] * len(extents)
-        at = self.start
-        for i in sorted(range(len(extents)), key=extents.__getitem__):
-            offset, length = extents[i]
-            aligned = not (length % STAGING_ALIGNMENT_BYTES or offset % STAGING_ALIGNMENT_BYTES)
-            if length <= 0 or not aligned or offset < at or offset + length > self.end:
-                continue
-            if offset > at:
-                self._insert(at, offset - at)
-            at = offset + length
-            taken[i] = True
-        if at < self.end:
-            self._insert(at, self.end - at)
+        offsets, lengths = np.asarray(extents, np.int64).reshape(-1, 2).T
+        fit = (lengths > 0) & (offsets >= self.start) & (lengths <= self.end - offsets)
+        fit &= ((offsets | lengths) % STAGING_ALIGNMENT_BYTES) == 0
+        order = np.flatnonzero(fit)
+        order = order[np.lexsort((lengths[order], offsets[order]))]
+        ends = offsets[order] + lengths[order]
+        if (offsets[order][1:] < ends[:-1]).any():
+            at = self.start
+            for i in order.tolist():
+                fit[i] = offsets[i] >= at
+                at = int(offsets[i] + lengths[i]) if fit[i] else at
+            order = order[fit[order]]
+        begins = np.append(offsets[order], self.end)
+        holes = np.append(self.start, offsets[order] + lengths[order])
+        for i in np.flatnonzero(begins > holes).tolist():
+            self._insert(int(holes[i]), int(begins[i] - holes[i]))
+        taken: list[bool] = fit.tolist()
         return taken
 
     def give(self, offset: int, length: int) -> int:

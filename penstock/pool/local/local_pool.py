@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from penstock.core.bandwidth import MemberBandwidth
 from penstock.core.keys import BlockKey
@@ -14,25 +15,33 @@ from penstock.core.new_block import NewBlock
 from penstock.core.pool.policy import PoolPolicy
 from penstock.core.pool.quota import TenantQuotas
 from penstock.core.pool.write_admission import WriteAdmission
-from penstock.pool.api import Done, Located, MemberStat, PoolError, PoolStat, ReadCheck, check_write
+from penstock.pool.api import Done, DoneMany, Located, MemberStat, PoolError, PoolStat, ReadCheck, check_write
 from penstock.pool.block import Block
 from penstock.pool.callbacks import call_done, call_soon, callback_worker
 from penstock.pool.local.drain import Drain
 from penstock.pool.local.pinned_block import OpenBlock, PinnedBlock
+from penstock.pool.local.row_batches import Found
 from penstock.pool.local.suspects import Suspects
 from penstock.pool.local.table import Table
+from penstock.pool.local.write_span import Stored, WriteSpan
 from penstock.pool.losses import losses, note_error, note_loss
 from penstock.pool.mac import check_of
-from penstock.pool.members.member import GoneMember, Member, Use, fenced_reason, is_durable, observed, queued
+from penstock.pool.members.member import GoneMember, Member, fenced_reason, is_durable, observed, queued
 from penstock.pool.members.memory import MemoryMember
+from penstock.pool.members.stored_rows import Use, keys_of
 from penstock.pool.members.work import Work
+from penstock.pool.node_backend import OpenedBlock
+from penstock.pool.spans import read_each
 from penstock.process.guarded_thread import thread_failures
 from penstock.units import format_bytes
 
 log = logging.getLogger(__name__)
 
 OBSERVE_EVERY_S = 1.0
-KEYS_AT_ONCE = 256  # keys handled before the lock is released once for other threads
+EVICTED_AT_ONCE = 128  # the same for keys to be evicted, and for uses that a durable table takes
+WRITTEN_AT_ONCE = 64  # the same for blocks that are written together
+LOCATED_MAX = 4096
+KEYS_AT_ONCE = 1024  # keys handled before the lock is released once for other threads: less than 1 ms
 
 
 class LocalPool:
@@ -65,10 +74,11 @@ class LocalPool:
         self._writes_refused = 0
         self._moved_blocks = 0
         self._suspects = Suspects(self)
+        self._located: dict[tuple[int, str], Located] = {}  # answers of lookups, each made once
         self._callbacks = callback_worker()
         for number, member in enumerate(self.members):
             self._restore(number, member)
-            member.on_lost(self._drop)
+            self._follow(number, member)
         for member in self.members:
             member.start()
 
@@ -86,28 +96,32 @@ class LocalPool:
         """Where each block lies, None for a miss; the use of a block found is recorded with its row. Many keys are
         looked up in parts, so a block may be added or removed in between, as it may before the caller uses the answer.
         Raises PoolError once closed."""
-        found: list[Located | None] = []
+        located: list[Located | None] = []
         for some in _in_turns(keys):
-            with self._lock:
-                self._check_open()
-                self._check_members()
-                self._look_up(some, found)
-        return found
+            found, names = self._look_up(b"".join(some))
+            if self._admission.mode != "all":
+                with self._lock:
+                    for key, size in zip(some, found.sizes.tolist(), strict=True):
+                        if not size:
+                            self._admission.asked(key)
+            places = zip(found.sizes.tolist(), found.members.tolist(), strict=True)
+            located += [self._located_at(size, names[member]) if size else None for size, member in places]
+        return located
 
-    def _look_up(self, keys: Sequence[BlockKey], found: list[Located | None]) -> None:
-        """Append the places of these keys to `found`, and record the uses; the lock is held."""
-        uses: dict[int, list[Use]] = {}
-        for key in keys:
-            block = self._table.find(key)
-            if block is None:
-                self._admission.asked(key)
-                found.append(None)
-                continue
-            value = self._table.touch(block)
-            uses.setdefault(block.member, []).append((key, value, block.uses))
-            found.append(Located(block.size_bytes, (self.members[block.member].name,)))
-        for number, noted in uses.items():
-            self.members[number].used(noted)
+    def _look_up(self, keys: bytes) -> tuple[Found, list[str]]:
+        """Where these blocks lie, and the names of the members; records the uses. Takes the lock."""
+        with self._lock:
+            self._check_open()
+            self._check_members()
+            return self._table.lookup_many(keys), [member.name for member in self.members]
+
+    def _located_at(self, size_bytes: int, name: str) -> Located:
+        located = self._located.get((size_bytes, name))
+        if located is None:
+            if len(self._located) >= LOCATED_MAX:
+                self._located.clear()
+            located = self._located[size_bytes, name] = Located(size_bytes, (name,))
+        return located
 
     def read(
         self,
@@ -132,6 +146,18 @@ class LocalPool:
 
         self.load(opened, into, timeout_s, finished)
 
+    def read_many(
+        self,
+        keys: Sequence[BlockKey],
+        size_bytes: int,
+        intos: Sequence[memoryview],
+        timeout_s: float,
+        done: DoneMany,
+        checks: Sequence[ReadCheck | None] | None = None,
+    ) -> None:
+        """As `read` of each block."""
+        read_each(self, keys, size_bytes, intos, timeout_s, done, checks)
+
     def lease(self, key: BlockKey) -> PinnedBlock[Block, memoryview] | None:
         """Pin a block of a memory member to be read in place. None for a miss, and for a block on a device."""
         opened = self.open_block(key, None)
@@ -152,10 +178,7 @@ class LocalPool:
         deadline_s = time.monotonic() + timeout_s
         error, reserved = check_write(block, data), None
         if error is None:
-            try:
-                reserved, member, error = self._reserve(block, done, deadline_s)
-            except PoolError as refused:
-                reserved, member, error = None, None, refused
+            reserved, member, error = self._reserve(block, done, deadline_s)
             if reserved is not None and member is not None:
                 work = Work(
                     "store", reserved, data, deadline_s, lambda w, e: self._stored(w, done, e), after=member.barrier
@@ -175,16 +198,78 @@ class LocalPool:
             note_error("store", "the pool", error)
         call_soon(self._callbacks, done, error)
 
+    def write_many(
+        self, blocks: Sequence[NewBlock], datas: Sequence[memoryview], timeout_s: float, done: DoneMany
+    ) -> None:
+        """As `write` of each block, with one call of `done`. They become present together, once all are stored."""
+        if not blocks:
+            call_soon(self._callbacks, lambda _: done([]), None)
+            return
+        deadline_s = time.monotonic() + timeout_s
+        span = WriteSpan(len(blocks), done, partial(self._stored_many, deadline_s))
+        for at in range(0, len(blocks), WRITTEN_AT_ONCE):
+            some = range(at, min(at + WRITTEN_AT_ONCE, len(blocks)))
+            reserved, ended = self._reserve_many(span, some, blocks, datas, deadline_s)
+            for number, block in reserved:
+                member = self.members[block.member]
+                store = Work("store", block, datas[number], deadline_s, span.finish_of(number), after=member.barrier)
+                error = member.put(store)
+                if error is not None:
+                    store.finish(store, error)
+            for number, error in ended:
+                with self._lock:
+                    self._writes_dropped += 1
+                if error.reason != "dropped":
+                    note_error("store", "the pool", error)
+                call_soon(self._callbacks, span.end_of(number), error)
+        span.begun()
+
+    def _reserve_many(
+        self,
+        span: WriteSpan,
+        some: range,
+        blocks: Sequence[NewBlock],
+        datas: Sequence[memoryview],
+        deadline_s: float,
+    ) -> tuple[list[tuple[int, Block]], list[tuple[int, PoolError]]]:
+        """Reserve extents for some blocks of a span; returns them by number, and the errors of those that are not
+        stored. The rest is present already: the span hears when it is durable. Takes the lock."""
+        todo: dict[frozenset[int], list[int]] = {}
+        reserved: list[tuple[int, Block]] = []
+        ended: list[tuple[int, PoolError]] = []
+        with self._lock:
+            asked: set[BlockKey] = set()
+            for number in some:
+                new = blocks[number]
+                refused: dict[int, str] | PoolError | None = check_write(new, datas[number])
+                if refused is None and new.key in asked:
+                    refused = PoolError("dropped", f"block {new.key.hex()} is being written already")
+                if refused is None:
+                    refused = self._needs_room(new, span.end_of(number), deadline_s)
+                if isinstance(refused, dict):
+                    asked.add(new.key)
+                    todo.setdefault(frozenset(refused), []).append(number)
+                elif refused is not None:
+                    ended.append((number, refused))
+            for without, numbers in todo.items():
+                found, gone = self._table.reserve_many([blocks[number] for number in numbers], without)
+                self._forget(gone)
+                for number, block in zip(numbers, found, strict=True):
+                    if block is None:
+                        ended.append((number, _no_room(blocks[number])))
+                    else:
+                        reserved.append((number, block))
+        return reserved, ended
+
     def evict(self, keys: Sequence[BlockKey]) -> int:
         """Drop those of the blocks that are not pinned; returns how many were dropped."""
         evicted = 0
-        for some in _in_turns(keys):
+        for some in _in_turns(keys, EVICTED_AT_ONCE):
             with self._lock:
-                found = {key: block for key in some if (block := self._table.evictable(key)) is not None}
-                for block in found.values():
-                    self._drop_locked(block)
-                self._evictions += len(found)
-            evicted += len(found)
+                gone = self._table.evict_many(b"".join(some))
+                self._evictions += len(gone)
+                self._forget(gone)
+            evicted += len(gone)
         return evicted
 
     def watch(self, on_gone: Callable[[BlockKey], None]) -> None:
@@ -195,8 +280,8 @@ class LocalPool:
     def kind_of(self, key: BlockKey) -> str | None:
         """The kind of the member that has this block; None for a miss. No use is noted."""
         with self._lock:
-            block = self._table.find(key)
-            return None if block is None else self.members[block.member].kind
+            member = self._table.member_of(key)
+            return None if member is None else self.members[member].kind
 
     def stat(self, timeout_s: float) -> PoolStat:
         """State of the pool, its members and tenants. Answered at once, so `timeout_s` is not used."""
@@ -256,7 +341,7 @@ class LocalPool:
                 self.members[number] = member
                 self._bandwidths[number] = _bandwidth(weight_bytes_per_s)
             self._restore(number, member)
-            member.on_lost(self._drop)
+            self._follow(number, member)
             member.start()
             for buffer in self._registered:
                 member.register(buffer)
@@ -354,17 +439,26 @@ class LocalPool:
             if self._closed:
                 return PoolError("closed", "the pool is closed")
             self._check_members()
-            block = self._table.find(key)
-            if block is None:
-                return PoolError("missing", f"block {key.hex()} is not in the pool")
-            if size_bytes is not None and block.size_bytes != size_bytes:
-                return PoolError(
-                    "layout", f"block {key.hex()} has {block.size_bytes} bytes, {size_bytes} were asked for"
-                )
-            self._table.pin(block)
-            member = self.members[block.member]
-        view = member.view(block) if isinstance(member, MemoryMember) else None
-        return OpenBlock(self, block, view)
+            return self._open(key, size_bytes)
+
+    def open_blocks(self, keys: Sequence[BlockKey], size_bytes: int) -> list[OpenedBlock | PoolError]:
+        """As `open_block` of each."""
+        with self._lock:
+            if self._closed:
+                return [PoolError("closed", "the pool is closed")] * len(keys)
+            self._check_members()
+            return [self._open(key, size_bytes) for key in keys]
+
+    def _open(self, key: BlockKey, size_bytes: int | None) -> OpenBlock | PoolError:
+        """Pin one block; the lock is held."""
+        block = self._table.find(key)
+        if block is None:
+            return PoolError("missing", f"block {key.hex()} is not in the pool")
+        if size_bytes is not None and block.size_bytes != size_bytes:
+            return PoolError("layout", f"block {key.hex()} has {block.size_bytes} bytes, {size_bytes} were asked for")
+        self._table.pin(block)
+        member = self.members[block.member]
+        return OpenBlock(self, block, member.view(block) if isinstance(member, MemoryMember) else None)
 
     def note_read(self, opened: OpenBlock) -> None:
         """Count a block that was read in place."""
@@ -431,10 +525,29 @@ class LocalPool:
     # --- inside ---
 
     def _restore(self, number: int, member: Member) -> None:
-        lost = self._table.restore(number, member.rows())
+        stored = member.rows()
+        lost = keys_of(stored[self._table.restore_many(number, stored)])
         if lost:
             self.notes.append(f"{member.name}: {len(lost)} rows beyond the slab or doubled, dropped")
-            member.forget([block for block in lost if not self._table.holds(block.key, number)])
+            member.forget([key for key in lost if not self._table.holds(key, number)])
+
+    def _follow(self, number: int, member: Member) -> None:
+        """Hear of blocks whose rows are lost, and let a durable table have the uses of its blocks."""
+        member.on_lost(self._drop)
+        if is_durable(member):
+            self._table.note_durable(number)
+            member.on_flush(lambda limit: self._take_uses(number, member, limit))
+
+    def _take_uses(self, number: int, member: Member, limit: int) -> list[Use]:
+        """Uses for a member's table, on its journal's thread; in parts, so that no lock is held long."""
+        taken: list[Use] = []
+        while len(taken) < limit and self.members[number] is member:
+            with self._lock:
+                some = self._table.take_uses(number, min(EVICTED_AT_ONCE, limit - len(taken)))
+            if not some:
+                break
+            taken += some
+        return taken
 
     def _reserve(
         self, new: NewBlock, done: Done, deadline_s: float
@@ -443,39 +556,39 @@ class LocalPool:
         block is present already: `done` is then called once it is durable. A block that the new one replaces stays
         until the new one is stored. Takes the lock."""
         with self._lock:
-            self._check_open()
-            self._check_members()
-            present = self._table.find(new.key)
-            if present is not None and (self._table.being_moved(new.key) or not self._suspects.gives_way(present, new)):
-                member = self.members[present.member]
-                member.used([(new.key, self._table.touch(present), present.uses)])
-                if present.size_bytes != new.size_bytes:
-                    detail = f"block {new.key.hex()} exists with {present.size_bytes} bytes"
-                    return None, None, PoolError("layout", detail)
-                if not (is_durable(member) and member.confirm(present, done, deadline_s)):
-                    call_soon(self._callbacks, done, None)
-                return None, None, None
-            if self._named_tenants_only and not self._table.quotas.has_name(new.tenant):
-                self._writes_refused += 1
-                return None, None, PoolError("dropped", "only tenants that [quota] names may write here")
-            if self._table.being_written(new.key):
-                return None, None, PoolError("dropped", f"block {new.key.hex()} is being written already")
-            refused = {n: why for n, member in enumerate(self.members) if (why := member.refuses_stores)}
-            if len(refused) == len(self.members):
-                return None, None, PoolError("device", "; ".join(dict.fromkeys(refused.values())))
-            error = self._refuse_ssds(new, refused)
-            if error is not None:
-                return None, None, error
+            refused = self._needs_room(new, done, deadline_s)
+            if not isinstance(refused, dict):
+                return None, None, refused
             block, gone = self._table.reserve(new, refused)
-            for number in {old.member for old in gone}:
-                self.members[number].forget([old for old in gone if old.member == number])
+            self._forget([(old.member, old.key) for old in gone])
             if block is None:
-                detail = (
-                    f"no member has room for {new.size_bytes} bytes: the rest is in use, or held by tenants within "
-                    "their quotas"
-                )
-                return None, None, PoolError("full", detail)
+                return None, None, _no_room(new)
             return block, self.members[block.member], None
+
+    def _needs_room(self, new: NewBlock, done: Done, deadline_s: float) -> dict[int, str] | PoolError | None:
+        """The members that may not take a new block, and why; or the error. None when the block is present already:
+        `done` is then called once it is durable. The lock is held."""
+        if self._closed:
+            return PoolError("closed", "the pool is closed")
+        self._check_members()
+        present = self._table.find(new.key)
+        if present is not None and (self._table.being_moved(new.key) or not self._suspects.gives_way(present, new)):
+            member = self.members[present.member]
+            self._table.touch(present)
+            if present.size_bytes != new.size_bytes:
+                return PoolError("layout", f"block {new.key.hex()} exists with {present.size_bytes} bytes")
+            if not (is_durable(member) and member.confirm(present, done, deadline_s)):
+                call_soon(self._callbacks, done, None)
+            return None
+        if self._named_tenants_only and not self._table.quotas.has_name(new.tenant):
+            self._writes_refused += 1
+            return PoolError("dropped", "only tenants that [quota] names may write here")
+        if self._table.being_written(new.key):
+            return PoolError("dropped", f"block {new.key.hex()} is being written already")
+        refused = {n: why for n, member in enumerate(self.members) if (why := member.refuses_stores)}
+        if len(refused) == len(self.members):
+            return PoolError("device", "; ".join(dict.fromkeys(refused.values())))
+        return self._refuse_ssds(new, refused) or refused
 
     def _refuse_ssds(self, new: NewBlock, refused: dict[int, str]) -> PoolError | None:
         """Apply write admission: add the SSDs to `refused` for a block that they should not store; the lock is held."""
@@ -499,7 +612,7 @@ class LocalPool:
             else:
                 old = self._table.commit(block)
                 if old is not None:
-                    self.members[old.member].forget([old])
+                    self.members[old.member].forget([old.key])
                 member = self.members[block.member]
                 if is_durable(member):
                     value = self._table.value(block.key)
@@ -507,6 +620,27 @@ class LocalPool:
                     return
         note_error("store", self.members[block.member].name, error)
         call_done(done, error)
+
+    def _stored_many(self, deadline_s: float, span: WriteSpan, stored: Stored) -> None:
+        """All stores of a span ended, on a member's thread: each block ends once it is durable. Takes the lock."""
+        ends: list[tuple[int, Block, PoolError | None]] = []
+        with self._lock:
+            for number, block, error in stored:
+                if error is not None:
+                    self._table.abandon(block)
+                    self._writes_dropped += 1
+                    ends.append((number, block, error))
+            kept = [(number, block) for number, block, error in stored if error is None]
+            self._forget([(old.member, old.key) for old in self._table.commit_many([block for _, block in kept])])
+            for number, block in kept:
+                member, end = self.members[block.member], span.end_of(number)
+                if is_durable(member):
+                    member.record(block, self._table.value(block.key), partial(self._recorded, end), deadline_s)
+                else:
+                    ends.append((number, block, None))
+        for number, block, error in ends:
+            note_error("store", self.members[block.member].name, error)
+            span.end_of(number)(error)
 
     def _recorded(self, done: Done, error: PoolError | None) -> None:
         """A row was committed, or not in time. Takes the lock."""
@@ -524,7 +658,12 @@ class LocalPool:
 
     def _drop_locked(self, block: Block) -> None:
         self._table.drop(block)
-        self.members[block.member].forget([block])
+        self.members[block.member].forget([block.key])
+
+    def _forget(self, gone: Sequence[tuple[int, BlockKey]]) -> None:
+        """Delete the rows of blocks that left; the lock is held."""
+        for number in {member for member, _ in gone}:
+            self.members[number].forget([key for member, key in gone if member == number])
 
     def _drain_ended(self, number: int) -> None:
         """A member has no blocks any more and was closed; called under the lock by its `Drain`."""
@@ -541,7 +680,7 @@ class LocalPool:
             kind=member.kind,
             capacity_bytes=member.capacity_bytes,
             used_bytes=state.space.used_bytes,
-            blocks=len(state.space.blocks),
+            blocks=state.space.blocks,
             healthy=state.healthy,
             weight=self._table.placement.weights[number],
             read_bytes=member.read_bytes,
@@ -580,12 +719,19 @@ class LocalPool:
                 log.warning("%s reads at %.0f MB/s: its share is adjusted", member.name, changed / 1e6)
 
 
-def _in_turns(keys: Sequence[BlockKey]) -> Iterator[Sequence[BlockKey]]:
+def _in_turns(keys: Sequence[BlockKey], at_once: int = KEYS_AT_ONCE) -> Iterator[Sequence[BlockKey]]:
     """The keys in parts, at least one part; between two parts, a thread that waits for the lock gets it."""
-    yield keys[:KEYS_AT_ONCE]
-    for at in range(KEYS_AT_ONCE, len(keys), KEYS_AT_ONCE):
+    yield keys[:at_once]
+    for at in range(at_once, len(keys), at_once):
         time.sleep(0)
-        yield keys[at : at + KEYS_AT_ONCE]
+        yield keys[at : at + at_once]
+
+
+def _no_room(new: NewBlock) -> PoolError:
+    detail = (
+        f"no member has room for {new.size_bytes} bytes: the rest is in use, or held by tenants within their quotas"
+    )
+    return PoolError("full", detail)
 
 
 def _bandwidth(weight: float) -> MemberBandwidth | None:

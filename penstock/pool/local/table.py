@@ -1,6 +1,7 @@
 """The block table of a pool: where each block lies, where a new one is placed, and what is evicted for it.
 
-Pure state, no I/O and no lock: the pool calls it under its own lock.
+Pure state, no I/O and no lock: the pool calls it under its own lock. Present blocks are rows of packed columns
+(`core.pool.block_rows`); a `Block` is made for one that somebody takes up, and is the same one until all let it go.
 """
 
 from __future__ import annotations
@@ -8,15 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from weakref import WeakValueDictionary
+
+import numpy as np
+from numpy.typing import NDArray
 
 from penstock.core.keys import BlockKey
-from penstock.core.layout import staging_bytes
+from penstock.core.layout import STAGING_ALIGNMENT_BYTES, staging_bytes
 from penstock.core.new_block import NewBlock
+from penstock.core.pool.block_rows import PINNED, PRESENT, WRITTEN_HERE
 from penstock.core.pool.pool_eviction import STEPS, PoolEviction
 from penstock.core.pool.quota import SHARED, TenantQuotas
 from penstock.core.pool.striping import CYCLE_BLOCKS, Placement
 from penstock.pool.block import Block
-from penstock.pool.local.space import MemberSpace
+from penstock.pool.local.row_batches import Found, RowBatches
+from penstock.pool.local.space import MemberSpace, Places
+from penstock.pool.members.stored_rows import StoredRows, packed
 
 EVICTION_REASONS = ("own", "shared", "over_quota")
 SCAN_BLOCKS_FREE = 1024  # blocks of a member that one search may always visit
@@ -32,6 +40,7 @@ class MemberState:
     healthy: bool = True
     draining: bool = False
     gone: bool = False
+    durable: bool = False  # uses are noted for its table
 
     @property
     def label(self) -> str:
@@ -62,13 +71,17 @@ class Table:
         self, ranges: Sequence[tuple[int, int]], weights: Sequence[float], quotas: TenantQuotas | None = None
     ) -> None:
         """`ranges` are the usable bytes `[start, end)` of each member."""
-        self.members = [MemberState(MemberSpace(start, end)) for start, end in ranges]
         self.placement = Placement(weights)
         self.quotas = quotas or TenantQuotas()
         self.scans = 0  # searches over a whole member
         self.evictions = dict.fromkeys(EVICTION_REASONS, 0)  # blocks evicted for a new one, by reason
-        self._eviction = PoolEviction(len(self.members), self.quotas)
-        self._blocks: dict[BlockKey, Block] = {}
+        self._eviction = PoolEviction(len(ranges), self.quotas, STAGING_ALIGNMENT_BYTES)
+        self._rows = self._eviction.rows
+        self._places = Places(self._rows)
+        self._batches = RowBatches(self._eviction, self._places)
+        self.members = [MemberState(self._new_space(*one, number)) for number, one in enumerate(ranges)]
+        self._taken_up: WeakValueDictionary[int, Block] = WeakValueDictionary()  # of present rows
+        self._pinned: dict[int, Block] = {}
         self._writing: dict[BlockKey, Block] = {}
         self._moving: dict[BlockKey, Block] = {}  # the copies that are being made
         self._detached: set[Block] = set()
@@ -78,19 +91,35 @@ class Table:
         self._note_capacity()
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return self._rows.blocks
+
+    @property
+    def rows_used(self) -> int:
+        """Rows that were ever used, of present blocks, absent parents and those that left."""
+        return self._rows.high
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes of memory per row: all columns and links, and a bucket of each index."""
+        return self._rows.row_bytes + self._places.row_bytes
 
     # --- blocks ---
 
     def find(self, key: BlockKey) -> Block | None:
         """The block, if it can be read now."""
-        block = self._blocks.get(key)
-        return block if block is not None and self.members[block.member].healthy else None
+        row = self._rows.find(key)
+        return self._block(row) if row >= 0 and self.members[self._rows.member[row]].healthy else None
+
+    def member_of(self, key: BlockKey) -> int | None:
+        """The member of a block that can be read now; None for a miss."""
+        row = self._rows.find(key)
+        member = self._rows.member[row] if row >= 0 else -1
+        return member if row >= 0 and self.members[member].healthy else None
 
     def holds(self, key: BlockKey, member: int) -> Block | None:
         """The block that this member has under the key, readable now or not."""
-        block = self._blocks.get(key)
-        return block if block is not None and block.member == member else None
+        row = self._rows.find(key)
+        return self._block(row) if row >= 0 and self._rows.member[row] == member else None
 
     def being_written(self, key: BlockKey) -> bool:
         """Whether a write of this block is under way."""
@@ -100,24 +129,59 @@ class Table:
         """Whether a copy of this block to another member is under way."""
         return key in self._moving
 
+    def lookup_many(self, keys: bytes) -> Found:
+        """Find blocks by their keys (16 bytes each, one after the other), those that can be read now, and record the
+        use of each in turn. A block is charged to its tenant's own account from now on, where that exists by now."""
+        healthy = np.array([state.healthy for state in self.members])
+        rows = self._batches.find(keys)
+        hits = rows[rows >= 0]
+        members = self._batches.members_of(hits)
+        readable = healthy[members]
+        if not readable.all():
+            rows[np.flatnonzero(rows >= 0)[~readable]] = -1
+            hits, members = hits[readable], members[readable]
+        if len(hits):
+            self._charge_users(hits)
+            self._batches.touch(hits)
+            for number in np.unique(members).tolist():
+                if self.members[number].durable:
+                    self._batches.note_uses(number, hits[members == number])
+        return self._batches.found(rows)
+
     def touch(self, block: Block) -> float:
-        """Record a use; returns the block's new eviction value. The block is charged to its tenant's own account from
-        now on, where that exists by now."""
-        if self._charge_user(block):
-            self._eviction.set_account(block.key, block.account)
-        value = self._eviction.touch(block.key)
-        block.uses = self._eviction.uses(block.key)
+        """Record a use of a present block; returns its new eviction value. The block is charged to its tenant's own
+        account from now on, where that exists by now."""
+        row = block.row
+        assert row >= 0, f"block {block.key.hex()} is not present"
+        self._charge_user(row)
+        value = self._eviction.touch(row)
+        block.uses = self._rows.uses[row]
+        if self.members[block.member].durable:
+            self._batches.note_uses(block.member, np.array([row]))
         return value
 
+    def take_uses(self, member: int, limit: int) -> list[tuple[BlockKey, float, int]]:
+        """Key, eviction value and count of uses of at most `limit` blocks of a member that were used since they were
+        last taken."""
+        return self._batches.take_uses(member, limit)
+
+    def note_durable(self, member: int) -> None:
+        """Uses of this member's blocks are noted from now on, for `take_uses`."""
+        self.members[member].durable = True
+
     def value(self, key: BlockKey) -> float:
-        """The eviction value of a present block, as a durable table stores it."""
-        return self._eviction.value(key)
+        """The eviction value of a present block, as a durable table stores it. Raises KeyError when it is absent."""
+        row = self._rows.find(key)
+        if row < 0:
+            raise KeyError(key)
+        return float(self._rows.worth[row])
 
     def pin(self, block: Block) -> None:
         """Pin a present block: it stays in place until there were as many `unpin` calls."""
         block.pins += 1
         if block.pins == 1:
-            self._eviction.pin(block.key)
+            self._pinned[block.row] = block
+            self._eviction.pin(block.row)
 
     def unpin(self, block: Block) -> None:
         """Undo a pin; the extent of a detached block is freed with its last one."""
@@ -129,20 +193,22 @@ class Table:
             self._detached.discard(block)
             self._give_back(block)
         else:
-            self._eviction.unpin(block.key)
+            del self._pinned[block.row]
+            self._eviction.unpin(block.row)
 
     def drop(self, block: Block) -> None:
         """Make a present block a miss. The caller must delete its row now; its extent is free once nobody reads it."""
-        if block.pins:
-            self._eviction.unpin(block.key)
-        self._eviction.remove(block.key)
-        self._leave(block)
-        self.on_gone(block.key)
+        self._drop_row(block.row)
 
-    def evictable(self, key: BlockKey) -> Block | None:
-        """The block, if it is present and not pinned."""
-        block = self._blocks.get(key)
-        return block if block is not None and not block.pins else None
+    def evict_many(self, keys: bytes) -> list[tuple[int, BlockKey]]:
+        """Drop those of the blocks (16 bytes of key each) that are present and not pinned; returns their members and
+        keys, whose rows the caller must delete now."""
+        gone = []
+        for row in dict.fromkeys(self._batches.find(keys).tolist()):
+            if row >= 0 and not self._rows.flags[row] & PINNED:
+                gone.append((self._rows.member[row], self._rows.key(row)))
+                self._drop_row(row)
+        return gone
 
     def reserve(self, new: NewBlock, without: Container[int] = ()) -> tuple[Block | None, list[Block]]:
         """Reserve an extent for a block that is about to be written; returns the block, and the blocks that were
@@ -179,14 +245,96 @@ class Table:
                 return member, offset
         return None
 
+    def reserve_many(
+        self, news: Sequence[NewBlock], without: Container[int] = ()
+    ) -> tuple[list[Block | None], list[tuple[int, BlockKey]]]:
+        """As `reserve` of each in turn; returns the blocks, and members and keys of those that were evicted."""
+        gone: list[tuple[int, BlockKey]] = []
+        blocks = self._replace_least(news, without, gone)
+        for at, new in enumerate(news):
+            if blocks[at] is None:
+                blocks[at], others = self.reserve(new, without)
+                gone += [(old.member, old.key) for old in others]
+        return blocks, gone
+
+    def _replace_least(
+        self, news: Sequence[NewBlock], without: Container[int], gone: list[tuple[int, BlockKey]]
+    ) -> list[Block | None]:
+        """Where nobody has a quota and the members are full: reserve the extents of the blocks of least worth for
+        blocks of the same length, each on its owner. None for those that `reserve` must find room for."""
+        blocks: list[Block | None] = [None] * len(news)
+        lengths = {staging_bytes(new.size_bytes) for new in news}
+        taking = [member for member in self.placement.taking if member not in without]
+        together = self.quotas.all_pay_together and len(lengths) == 1 and len({new.tenant for new in news}) == 1
+        length = max(lengths, default=0)
+        if not together or any(self._space(member).allocator.largest_bytes >= length for member in taking):
+            return blocks
+        owners = [-1 if (owner := self.placement.owner(new.position)) is None else owner for new in news]
+        if not set(owners) <= set(taking):
+            return blocks
+        account = self.quotas.account(news[0].tenant)
+        offsets = self._evict_in_turn(owners, account, length, gone)
+        for at, (owner, offset) in enumerate(zip(owners, offsets, strict=False)):
+            if offset is not None:
+                self.quotas.note_written(account, length)
+                blocks[at] = self._start(news[at], owner, offset, account)
+        return blocks
+
+    def _evict_in_turn(
+        self, members: Sequence[int], account: bytes, length: int, gone: list[tuple[int, BlockKey]]
+    ) -> list[int | None]:
+        """Evict a block of each member in turn, as long as one may leave; returns where their extents begin, those of
+        this length, which are charged to the account, and None for others, which are free."""
+        rows = self._rows
+        offsets: list[int | None] = []
+        left = self._eviction.evict_in_turn(members)
+        if not left:
+            return offsets
+        before = [(rows.member[row], rows.account(row)) for row in left]
+        for row in set(left).intersection(self._taken_up.keys()):
+            block = self._taken_up.pop(row)
+            block.row, block.account, block.uses = -1, rows.account(row), rows.uses[row]
+        for (member, payer), key, offset, extent in zip(before, *self._batches.remove(left), strict=True):
+            self._count_eviction(payer, account)
+            self._space(member).blocks -= 1
+            if extent == length:
+                self._changes += 1
+                offsets.append(offset)
+                if payer != account:
+                    self.quotas.recharge(payer, account, length)
+            else:
+                offsets.append(None)
+                self._free(member, offset, extent, payer)
+            gone.append((member, key))
+            self.on_gone(key)
+        return offsets
+
     def commit(self, block: Block) -> Block | None:
         """Make a written block present; returns the block that had its key until now (on a fenced member, or replaced),
         which is dropped."""
         del self._writing[block.key]
-        old = self._blocks.get(block.key)
+        row = self._rows.find(block.key)
+        old = self._block(row) if row >= 0 else None
         if old is not None:
             self.drop(old)
-        self._add(block, None)
+        self._add(block)
+        return old
+
+    def commit_many(self, blocks: Sequence[Block]) -> list[Block]:
+        """As `commit` of each; returns the blocks that were dropped."""
+        old: list[Block] = []
+        if not blocks:
+            return old
+        for block in blocks:
+            del self._writing[block.key]
+        for row in self._batches.find(b"".join(block.key for block in blocks)).tolist():
+            if row >= 0:
+                old.append(self._block(row))
+                self._drop_row(row)
+        for block, row in zip(blocks, self._batches.add(blocks).tolist(), strict=True):
+            block.row = row
+            self._taken_up[row] = block
+            self._space(block.member).blocks += 1
         return old
 
     def abandon(self, block: Block) -> None:
@@ -197,37 +345,27 @@ class Table:
     def restore(self, member: int, rows: Iterable[tuple[Block, float]]) -> list[Block]:
         """Add blocks, with their eviction values, from the durable table of a member that has none yet; returns those
         that were refused: malformed, outside, overlapping, or under a key that is present."""
-        known = sorted(rows, key=lambda row: row[1])
-        wrong = [block for block, _ in known if block.size_bytes < 1 or block.key == block.parent]
-        doubled = set(map(id, wrong))
-        seen: set[BlockKey] = set()
-        for block, _ in known:
-            if block.key in seen or block.key in self._blocks or block.key in self._writing:
-                doubled.add(id(block))
-            seen.add(block.key)
-        fit = [(block, value) for block, value in known if id(block) not in doubled]
-        space = self._space(member)
-        taken = space.allocator.take_listed([(block.offset, block.extent_bytes) for block, _ in fit])
-        kept = set()
-        fitting = [one for one, ok in zip(fit, taken, strict=True) if ok]
-        for block, _ in reversed(
-            fitting
-        ):  # the most valuable first: default quotas are limited, and go to their tenants
-            block.account = self.quotas.account(block.tenant)
-            self.quotas.charge(block.account, block.extent_bytes)
-        for block, value in fitting:
-            block.member = member
-            if block.uses > 1:
-                self._charge_user(block)
-            self._add(block, value)
-            kept.add(id(block))
-        return [block for block, _ in known if id(block) not in kept]
+        known = list(rows)
+        refused = self.restore_many(member, packed(known))
+        return [known[at][0] for at in refused]
+
+    def restore_many(self, member: int, stored: StoredRows) -> list[int]:
+        """As `restore`, of packed rows; returns the numbers of those that were refused."""
+        return self._batches.restore(self._space(member), member, stored, self._writing)
 
     # --- moving a block to another member ---
 
     def blocks_on(self, member: int) -> list[Block]:
         """Present blocks of a member, in no order."""
-        return list(self._space(member).blocks.values())
+        return [self._block(row) for row in self._batches.rows_on(member, 0, self._rows.high).tolist()]
+
+    def keys_on(self, member: int, first: int, count: int) -> list[tuple[float, BlockKey]] | None:
+        """Eviction values and keys of the present blocks of a member among `count` rows of the table from `first` on;
+        None past its end."""
+        if first >= self._rows.high:
+            return None
+        found = self._batches.rows_on(member, first, count).tolist()
+        return [(self._rows.worth[row], self._rows.key(row)) for row in found]
 
     def writes_on(self, member: int) -> int:
         """How many blocks are being written or moved to a member."""
@@ -258,19 +396,22 @@ class Table:
     def commit_move(self, block: Block, copy: Block) -> bool:
         """Replace the block by its complete copy; the caller must delete the old row now. False, and the copy is
         dropped, when the block was dropped meanwhile."""
-        if self._blocks.get(block.key) is not block:
+        row, rows = block.row, self._rows
+        if row < 0:
             self.abandon_move(copy)
             return False
         del self._moving[copy.key]
-        copy.uses = block.uses
-        if copy.account != block.account:
-            self.quotas.recharge(copy.account, block.account, copy.extent_bytes)
-            copy.account = block.account
+        copy.uses, account = rows.uses[row], rows.account(row)
+        if copy.account != account:
+            self.quotas.recharge(copy.account, account, copy.extent_bytes)
+            copy.account = account
         if block.pins:
-            self._eviction.unpin(block.key)
-        self._eviction.move(block.key, copy.member)
-        self._leave(block)
-        self._place(copy)
+            self._eviction.unpin(row)
+        self._places.remove(row)
+        self._space(block.member).blocks -= 1
+        self._let_go(row, block)
+        self._eviction.move(row, copy.member)
+        self._place(copy, row)
         return True
 
     def abandon_move(self, copy: Block) -> None:
@@ -292,12 +433,12 @@ class Table:
         """Add a member; returns its number, which may be that of a removed member."""
         for number, state in enumerate(self.members):
             if state.free:
-                self.members[number] = MemberState(MemberSpace(start, end))
+                self.members[number] = MemberState(self._new_space(start, end, number))
                 self.placement.set_weight(number, weight)
                 self.placement.set_health(number, True)
                 self._note_capacity()
                 return number
-        self.members.append(MemberState(MemberSpace(start, end)))
+        self.members.append(MemberState(self._new_space(start, end, len(self.members))))
         self._eviction.add_member()
         self._note_capacity()
         return self.placement.add(weight)
@@ -320,29 +461,37 @@ class Table:
     def check_integrity(self) -> None:
         """Assert TABLE-1..TABLE-6 and the invariants of the parts; O(n log n)."""
         self._eviction.check_integrity()
+        self._places.check_integrity()
+        rows = self._rows
         used: list[list[tuple[int, int]]] = [[] for _ in self.members]
         held: dict[bytes, int] = {}
-        for block in (*self._blocks.values(), *self._writing.values(), *self._moving.values(), *self._detached):
+        present = [0] * len(self.members)
+        for row in range(rows.high):
+            if rows.flags[row] & PRESENT:
+                extent_bytes, account = rows.extent_bytes(row), rows.account(row)
+                used[rows.member[row]].append((rows.page[row] * STAGING_ALIGNMENT_BYTES, extent_bytes))
+                held[account] = held.get(account, 0) + extent_bytes
+                present[rows.member[row]] += 1
+                assert bool(rows.flags[row] & PINNED) == (row in self._pinned), "TABLE-2: a pin is miscounted"
+        for block in (*self._writing.values(), *self._moving.values(), *self._detached):
             used[block.member].append((block.offset, block.extent_bytes))
             held[block.account] = held.get(block.account, 0) + block.extent_bytes
+            assert block.row < 0, "TABLE-2: a block that is not present is found"
         assert all(block.pins > 0 for block in self._detached), "TABLE-2: a detached block has no reader"
-        assert not any(self._blocks.get(block.key) is block for block in self._detached), (
-            "TABLE-2: a detached block is found"
-        )
+        for row, block in self._taken_up.items():
+            there = (rows.key(row), rows.member[row], rows.page[row] * STAGING_ALIGNMENT_BYTES)
+            assert block.row == row and there == (block.key, block.member, block.offset), "TABLE-2: a block is stale"
+            assert block.pins == 0 or self._pinned[row] is block, "TABLE-2: a pin is miscounted"
         assert not self._writing.keys() & self._moving.keys(), "TABLE-3: a key is written and moved"
         assert held == dict(self.quotas), "TABLE-4: accounts are charged wrong"
-        assert len(self._eviction) == len(self._blocks) and all(key in self._eviction for key in self._blocks), (
-            "TABLE-6"
-        )
         for number, (state, extents) in enumerate(zip(self.members, used, strict=True)):
             assert not (state.gone and state.space.blocks), "TABLE-5: a block lies on a member that is gone"
-            state.space.check_integrity()
+            state.space.allocator.check_integrity()
             extents.sort()
             for (offset, length), (following, _) in pairwise(extents):
                 assert offset + length <= following, "TABLE-1: two blocks share bytes"
             assert state.space.used_bytes == sum(length for _, length in extents), "TABLE-1: space is lost"
-            here = {block for block in self._blocks.values() if block.member == number}
-            assert set(state.space.blocks.values()) == here, "TABLE-6: a member does not hold its blocks"
+            assert state.space.blocks == present[number], "TABLE-6: a member miscounts its blocks"
         placed = {member for position in range(CYCLE_BLOCKS) for member in self.placement.order(position)[:1]}
         assert all(self.members[m].healthy and not self.members[m].draining for m in placed), "TABLE-5: placed wrong"
         assert not any(self.members[m].gone for m in placed), "TABLE-5: placed on a member that is gone"
@@ -360,30 +509,80 @@ class Table:
         self._writing[block.key] = block
         return block
 
-    def _add(self, block: Block, value: float | None) -> None:
-        size, uses = block.extent_bytes, block.uses
-        account, tenant = block.account, block.tenant
-        self._eviction.add(block.key, block.parent, block.member, account, size, block.rebuild_s, uses, value, tenant)
-        self._place(block)
+    def _new_space(self, start: int, end: int, number: int) -> MemberSpace:
+        return MemberSpace(start, end, number, self._places)
 
-    def _place(self, block: Block) -> None:
-        self._blocks[block.key] = block
-        self._space(block.member).add(block)
+    def _block(self, row: int) -> Block:
+        """The block of a present row: the same object as long as anybody has it."""
+        block = self._taken_up.get(row)
+        if block is None:
+            block = self._taken_up[row] = self._batches.block(row)
+        else:
+            block.uses, block.account = self._rows.uses[row], self._rows.account(row)
+        return block
 
-    def _leave(self, block: Block) -> int | None:
-        """Remove from its member a block that left the eviction order, or that has a copy elsewhere now. Returns where
-        its hole begins; None while it is still read."""
-        del self._blocks[block.key]
-        self._space(block.member).remove(block)
-        if block.pins:
-            self._detached.add(block)
-            return None
-        return self._give_back(block)
+    def _add(self, block: Block) -> None:
+        size, account = block.size_bytes, block.account
+        uses, tenant = block.uses, block.tenant
+        row = self._eviction.add(
+            block.key, block.parent, block.member, account, size, block.rebuild_s, uses, None, tenant
+        )
+        self._rows.position[row] = block.position
+        if block.written_here:
+            self._rows.flags[row] |= WRITTEN_HERE
+        self._place(block, row)
+
+    def _place(self, block: Block, row: int) -> None:
+        """Set what differs between a block and its copy elsewhere."""
+        rows = self._rows
+        rows.page[row] = block.offset // STAGING_ALIGNMENT_BYTES
+        rows.checksum[row] = block.checksum
+        rows.set_mac(row, block.mac)
+        if not block.written_here:
+            rows.flags[row] &= ~WRITTEN_HERE
+        block.row = row
+        self._taken_up[row] = block
+        self._places.add(row)
+        self._space(block.member).blocks += 1
+
+    def _drop_row(self, row: int) -> int | None:
+        """Make a present block a miss; returns where its hole begins, None while it is still read."""
+        self._rows.flags[row] &= ~PINNED
+        self._eviction.leave(row)
+        return self._left(row)
+
+    def _left(self, row: int) -> int | None:
+        """A block left the eviction order: take it from its member. Returns where its hole begins; None while it is
+        still read."""
+        rows = self._rows
+        key, member = rows.key(row), rows.member[row]
+        self._places.remove(row)
+        self._space(member).blocks -= 1
+        hole = self._let_go(row, self._taken_up.get(row))
+        rows.release(row)
+        self.on_gone(key)
+        return hole
+
+    def _let_go(self, row: int, block: Block | None) -> int | None:
+        """Free the extent of a row, or leave it to the block that is still read there."""
+        rows = self._rows
+        account = rows.account(row)
+        if block is not None:
+            del self._taken_up[row]
+            block.row, block.account, block.uses = -1, account, rows.uses[row]
+            if block.pins:
+                del self._pinned[row]
+                self._detached.add(block)
+                return None
+        return self._free(rows.member[row], rows.page[row] * STAGING_ALIGNMENT_BYTES, rows.extent_bytes(row), account)
 
     def _give_back(self, block: Block) -> int:
-        self.quotas.credit(block.account, block.extent_bytes)
+        return self._free(block.member, block.offset, block.extent_bytes, block.account)
+
+    def _free(self, member: int, offset: int, extent_bytes: int, account: bytes) -> int:
+        self.quotas.credit(account, extent_bytes)
         self._changes += 1
-        return self._space(block.member).allocator.give(block.offset, block.extent_bytes)
+        return self._space(member).allocator.give(offset, extent_bytes)
 
     def _make_room(self, member: int, length: int, writer: bytes, step: int, gone: list[Block]) -> int | None:
         """Evict leaves of a member, `length` bytes or a little more, until a hole of `length` exists. If the free space
@@ -395,12 +594,11 @@ class Table:
         holes: list[int] = []
         freed_bytes = 0
         while freed_bytes < length:
-            blocks = [self._blocks[key] for key in self._eviction.evict(member, writer, 0, (step,))]
             freed = 0
-            for block in blocks:
-                self._count_eviction(block, writer)
-                hole = self._leave(block)
-                self.on_gone(block.key)
+            for row in self._eviction.evict(member, writer, 0, (step,)):
+                block = self._block(row)
+                self._count_eviction(self._rows.account(row), writer)
+                hole = self._left(row)
                 gone.append(block)
                 if block.member == member and hole is not None:
                     freed += block.extent_bytes
@@ -412,7 +610,7 @@ class Table:
                 break
             freed_bytes += freed
         holes = [hole for hole in holes if space.allocator.hole_at(hole)]
-        run = space.cheapest_local(holes[:SEEDS_MAX], length, lambda block: self._movable(block, writer))
+        run = space.cheapest_local(holes[:SEEDS_MAX], length, lambda row: self._movable(row, writer))
         return self._clear(space, run, length, writer, gone)
 
     def _clear_anywhere(self, member: int, length: int, writer: bytes, gone: list[Block]) -> int | None:
@@ -423,39 +621,54 @@ class Table:
         if length > space.capacity_bytes or self._changes < self._no_scan_before.get(member, 0):
             return None
         self.scans += 1
-        pause = max(0, len(space.blocks) - SCAN_BLOCKS_FREE) // SCAN_BLOCKS_PER_CHANGE
+        pause = max(0, space.blocks - SCAN_BLOCKS_FREE) // SCAN_BLOCKS_PER_CHANGE
         self._no_scan_before[member] = self._changes + pause
-        run = space.cheapest_anywhere(length, lambda block: self._movable(block, writer))
+        by_address = self._batches.by_address(member)
+        run = space.cheapest_anywhere(by_address, length, lambda row: self._movable(row, writer))
         return self._clear(space, run, length, writer, gone)
 
-    def _movable(self, block: Block, writer: bytes) -> bool:
-        return not block.pins and self._eviction.may_displace(block.key, writer, 0)
+    def _movable(self, row: int, writer: bytes) -> bool:
+        return not self._rows.flags[row] & PINNED and self._eviction.may_displace(row, writer, 0)
 
     def _clear(
-        self, space: MemberSpace, run: list[Block] | None, length: int, writer: bytes, gone: list[Block]
+        self, space: MemberSpace, run: list[int] | None, length: int, writer: bytes, gone: list[Block]
     ) -> int | None:
-        if run is None or not self._eviction.may_displace_all([block.key for block in run], writer, 0):
+        if run is None or not self._eviction.may_displace_all(run, writer, 0):
             return None
-        for block in run:
-            self._count_eviction(block, writer)
-            self.drop(block)
-            gone.append(block)
+        for row in run:
+            gone.append(self._block(row))
+            self._count_eviction(self._rows.account(row), writer)
+            self._drop_row(row)
         return space.allocator.take(length)
 
-    def _charge_user(self, block: Block) -> bool:
-        """Record that a block was used again; returns whether another account is charged with it from now on."""
-        account = self.quotas.used(block.tenant, block.account)
-        if account == block.account:
-            return False
-        self.quotas.recharge(block.account, account, block.extent_bytes)
-        block.account = account
-        return True
+    def _charge_user(self, row: int) -> None:
+        """Record that a block was used again; another account is charged with it from now on where its tenant has one
+        of its own by now."""
+        rows = self._rows
+        before, tenant = rows.account(row), rows.tenant_of(row)
+        account = self.quotas.used(tenant, before)
+        if account == before:
+            return
+        self.quotas.recharge(before, account, rows.extent_bytes(row))
+        self._eviction.charge_shared(row, account != tenant)
+        block = self._taken_up.get(row)
+        if block is not None:
+            block.account = account
 
-    def _count_eviction(self, block: Block, writer: bytes) -> None:
-        if block.account == writer != SHARED:
+    def _charge_users(self, hits: NDArray[np.int64]) -> None:
+        """As `_charge_user`, of many rows: once for those of one tenant and account, where nothing changes."""
+        for part in self._batches.by_account(hits):
+            row = int(part[0])
+            before = self._rows.account(row)
+            if self.quotas.used(self._rows.tenant_of(row), before) != before:
+                for other in dict.fromkeys(part.tolist()):
+                    self._charge_user(other)
+
+    def _count_eviction(self, account: bytes, writer: bytes) -> None:
+        if account == writer != SHARED:
             reason = "own"
         else:
-            reason = "shared" if self.quotas.payer(block.account) == self.quotas.payer(writer) else "over_quota"
+            reason = "shared" if self.quotas.payer(account) == self.quotas.payer(writer) else "over_quota"
         self.evictions[reason] += 1
 
     def _note_capacity(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from penstock.core.bandwidth import BusyMeter
+from penstock.core.keys import BlockKey
 from penstock.core.layout import STAGING_ALIGNMENT_BYTES, staging_bytes
 from penstock.io.api import BlockEngine, IoCompletion, IoOp
 from penstock.io.paced import PacedEngine
@@ -21,9 +22,10 @@ from penstock.pool.checksum import block_checksum
 from penstock.pool.members.free_pieces import MEASURE_BYTES, FreePieces
 from penstock.pool.members.header import HEADER_BYTES, pack_header, refuse_foreign_file
 from penstock.pool.members.journal import Journal
+from penstock.pool.members.member import TakeUses
 from penstock.pool.members.pairing import default_table, folders_of, refuse_dangling_link
 from penstock.pool.members.probe import Probe
-from penstock.pool.members.slab_index import Stored, Use
+from penstock.pool.members.stored_rows import StoredRows, ends_of
 from penstock.pool.members.work import EXPIRY_CHECK_S, Work, WorkQueue, finish_work
 from penstock.private_file import open_stored
 from penstock.process.guarded_thread import GuardedThread
@@ -91,6 +93,7 @@ class DeviceMember:
     def start(self) -> None:
         """Start the worker thread, which owns the engine from now on."""
         self._measured = None
+        self._journal.let_go()
         self._thread.start()
 
     def put(self, work: Work) -> PoolError | None:
@@ -117,13 +120,13 @@ class DeviceMember:
         self._to_register.append(buffer)
         self._wake()
 
-    def rows(self) -> list[Stored]:
-        """Blocks that survived a restart, with their last use."""
+    def rows(self) -> StoredRows:
+        """The rows of blocks that survived a restart; before `start`."""
         return self._journal.rows()
 
-    def forget(self, blocks: Iterable[Block]) -> None:
+    def forget(self, keys: Iterable[BlockKey]) -> None:
         """Delete the rows of blocks that left the table; a row that is not committed yet is never written."""
-        self._journal.forget(blocks)
+        self._journal.forget(keys)
 
     def record(self, block: Block, use: float, done: Done, deadline_s: float) -> None:
         """Commit the row of a stored block that is in the table: `done` is called once, with None when it is
@@ -134,9 +137,9 @@ class DeviceMember:
         """Call `done` once a block in the table is durable; False, without a call, when it is durable already."""
         return self._journal.confirm(block, done, deadline_s)
 
-    def used(self, uses: Iterable[Use]) -> None:
-        """Record new uses of blocks, to be committed with their rows."""
-        self._journal.used(uses)
+    def on_flush(self, take_uses: TakeUses) -> None:
+        """Set what gives the uses of blocks (called on the journal's thread), to be committed with their rows."""
+        self._journal.take_uses = take_uses
 
     def measure(self, direction: Literal["read", "write"], block_bytes: int, budget_s: float) -> float:
         """Bytes per second of blocks of `block_bytes` over about `budget_s`, in free space only; before `start`. Reads
@@ -159,13 +162,14 @@ class DeviceMember:
     def _free_range(self, piece: int) -> tuple[int, int]:
         """The first free `(offset, length)` of `MEASURE_BYTES`, else the longest one."""
         best, at = (0, 0), self.start_offset
-        extents = sorted((block.offset, block.extent_bytes) for block, _ in self.rows())
-        for offset, length in (*extents, (self.capacity_bytes, 0)):
+        rows = self.rows()
+        extents = sorted(zip(rows["offset"].tolist(), ends_of(rows).tolist(), strict=True))
+        for offset, end in (*extents, (self.capacity_bytes, self.capacity_bytes)):
             if offset - at > best[1]:
                 best = (at, offset - at)
             if best[1] >= max(MEASURE_BYTES, piece):
                 break
-            at = max(at, offset + length)
+            at = max(at, end)
         return best
 
     def close(self, timeout_s: float) -> None:

@@ -28,14 +28,16 @@ from penstock.pool.api import Done, PoolError
 from penstock.pool.block import Block
 from penstock.pool.callbacks import call_done
 from penstock.pool.losses import note_loss
+from penstock.pool.members.member import TakeUses
 from penstock.pool.members.pairing import open_pair
-from penstock.pool.members.slab_index import Stored, Use
+from penstock.pool.members.stored_rows import Stored, StoredRows, Use
 from penstock.process.guarded_thread import GuardedThread, count_failure
 
 log = logging.getLogger(__name__)
 
 INSERT_DELAY_S = 0.01  # how long rows wait for those of stores under way, to share one commit
 USE_FLUSH_S = 10.0
+USES_PER_COMMIT = 4096  # so that rows do not wait long for uses
 RETRY_S = 1.0
 EXPIRY_CHECK_S = 0.01
 
@@ -61,7 +63,7 @@ class _Batch:
 
 
 class Journal:
-    """Rows of one slab. `record`, `confirm`, `forget` and `used` may be called from any thread and return at once; one
+    """Rows of one slab. `record`, `confirm` and `forget` may be called from any thread and return at once; one
     thread commits in order. It uses only `sync` of the engine, once it is open."""
 
     def __init__(
@@ -80,6 +82,7 @@ class Journal:
         self.where = where
         self.on_commit: Callable[[], None] = lambda: None  # after each attempt to commit, on the journal's thread
         self.on_lost: Callable[[Block], None] = lambda block: None  # the block's row cannot be committed; same thread
+        self.take_uses: TakeUses = lambda limit: ()  # uses of blocks, to be committed; same thread
         self.on_their_way: Callable[[], int] = lambda: 0  # count of stores whose rows will follow
         self._engine = engine
         self._changed = threading.Condition()
@@ -122,12 +125,15 @@ class Journal:
         """Whether somebody waits for a commit."""
         return bool(self._next.waiters or self._now.waiters)
 
-    def rows(self) -> list[Stored]:
-        """All blocks of the slab with their last use (`member` is 0; the caller sets it). To be called before any
-        change. Blocks beyond the engine's capacity are left out; they appear again when the slab is opened with more
-        room."""
-        end = self._engine.capacity_bytes
-        return [stored for stored in self._table.rows()[0] if stored[0].offset + stored[0].extent_bytes <= end]
+    def rows(self) -> StoredRows:
+        """The rows of all blocks of the slab, before any change. Blocks beyond the engine's capacity are left out; they
+        appear again when the slab is opened with more room."""
+        assert self._table.opened is not None, "the rows were let go"
+        return self._table.opened
+
+    def let_go(self) -> None:
+        """Nobody asks for `rows` any more."""
+        self._table.opened = None
 
     def record(self, block: Block, use: float, done: Done, deadline_s: float) -> None:
         """The block's bytes are on the device: commit its row. `done` is called once, with None when it is durable."""
@@ -146,20 +152,14 @@ class Journal:
                     return True
         return False
 
-    def forget(self, blocks: Iterable[Block]) -> None:
+    def forget(self, keys: Iterable[BlockKey]) -> None:
         """Delete rows; their extents may be written again once `committed` reaches the new `sequence`."""
         with self._changed:
-            for block in blocks:
-                self._next.inserts.pop(block.key, None)
-                self._next.uses.pop(block.key, None)
-                self._next.deletes.add(block.key)
+            for key in keys:
+                self._next.inserts.pop(key, None)
+                self._next.deletes.add(key)
             self._sequence += 1
             self._changed.notify()
-
-    def used(self, uses: Iterable[Use]) -> None:
-        """Record last uses; committed every `USE_FLUSH_S` and at the end."""
-        with self._changed:
-            self._next.uses.update((use[0], use) for use in uses)
 
     def expire(self) -> None:
         """End waiters whose deadline has passed with "deadline"; checks every `EXPIRY_CHECK_S`. Called by the member's
@@ -206,24 +206,25 @@ class Journal:
             self._lose(batch, self._failed)
 
     def _commit_batches(self) -> None:
-        next_flush_s = time.monotonic() + USE_FLUSH_S
+        next_flush_s, more = time.monotonic() + USE_FLUSH_S, False
         if self._failed is not None:  # this loop raised before: rows are accepted again after a commit that succeeds
             self._commit_until_closing(_Batch(sequence=self._committed))
         while True:
             with self._changed:
-                if not (self._next.inserts or self._urgent()):
+                if not (more or self._next.inserts or self._urgent()):
                     self._changed.wait(USE_FLUSH_S)
                 if not self._urgent():
                     self._changed.wait_for(self._enough, INSERT_DELAY_S)
                 closing = self._closing
                 self._now, self._next = self._next, _Batch()
                 self._now.sequence = self._sequence
-                if not (closing or time.monotonic() >= next_flush_s):
-                    self._now.uses, self._next.uses = {}, self._now.uses
-            if self._now.uses:
-                next_flush_s = time.monotonic() + USE_FLUSH_S
+            if closing or time.monotonic() >= next_flush_s:
+                self._now.uses = {use[0]: use for use in self.take_uses(USES_PER_COMMIT)}
+                if len(self._now.uses) < USES_PER_COMMIT:
+                    next_flush_s = time.monotonic() + USE_FLUSH_S
+            more = len(self._now.uses) == USES_PER_COMMIT
             self._commit_until_closing(self._now)
-            if closing:
+            if closing and not more:
                 return
 
     def _urgent(self) -> bool:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from penstock.core.keys import BlockKey
 from penstock.pool.api import Done, PoolError
 from penstock.pool.block import Block
+from penstock.pool.members.stored_rows import StoredRows, Use, packed
 from penstock.pool.members.work import Work
 
-Use = tuple[BlockKey, float, int]  # key, eviction value, number of uses
+TakeUses = Callable[[int], Sequence[Use]]  # those noted since the last call, at most so many
 
 
 class Member(Protocol):
@@ -43,13 +44,13 @@ class Member(Protocol):
     def register(self, buffer: memoryview) -> None:
         """Announce staging memory that operations will use (page-aligned)."""
 
-    def rows(self) -> list[tuple[Block, float]]:
-        """The blocks that survived a restart, each with its eviction value."""
+    def rows(self) -> StoredRows:
+        """The rows of the blocks that survived a restart; before `start`."""
 
     def on_lost(self, lost: Callable[[Block], None]) -> None:
         """Set the callback for a stored block whose row could not be committed."""
 
-    def forget(self, blocks: Iterable[Block]) -> None:
+    def forget(self, keys: Iterable[BlockKey]) -> None:
         """Delete the rows of blocks that left the table."""
 
     def record(self, block: Block, use: float, done: Done, deadline_s: float) -> None:
@@ -59,8 +60,8 @@ class Member(Protocol):
     def confirm(self, block: Block, done: Done, deadline_s: float) -> bool:
         """Call `done` once a block in the table is durable; False, without a call, when it is durable already."""
 
-    def used(self, uses: Iterable[Use]) -> None:
-        """Record new uses of blocks, to be stored with their rows."""
+    def on_flush(self, take_uses: TakeUses) -> None:
+        """Set what gives the uses of blocks, to be stored with their rows from time to time."""
 
     def close(self, timeout_s: float) -> None:
         """End queued and running operations, within about `timeout_s`."""
@@ -111,14 +112,14 @@ class GoneMember:
     def register(self, buffer: memoryview) -> None:
         """Do nothing."""
 
-    def rows(self) -> list[tuple[Block, float]]:
+    def rows(self) -> StoredRows:
         """No blocks."""
-        return []
+        return packed([])
 
     def on_lost(self, lost: Callable[[Block], None]) -> None:
         """Do nothing."""
 
-    def forget(self, blocks: Iterable[Block]) -> None:
+    def forget(self, keys: Iterable[BlockKey]) -> None:
         """Do nothing."""
 
     def record(self, block: Block, use: float, done: Done, deadline_s: float) -> None:
@@ -128,7 +129,7 @@ class GoneMember:
         """False: there is nothing to wait for."""
         return False
 
-    def used(self, uses: Iterable[Use]) -> None:
+    def on_flush(self, take_uses: TakeUses) -> None:
         """Do nothing."""
 
     def close(self, timeout_s: float) -> None:

@@ -18,6 +18,8 @@ from penstock.pacing import PaceClock
 from penstock.pool.api import Done, PoolError
 from penstock.pool.block import Block
 from penstock.pool.checksum import block_checksum
+from penstock.pool.members.member import TakeUses
+from penstock.pool.members.stored_rows import StoredRows, packed
 from penstock.pool.members.work import Work, WorkQueue, finish_work
 from penstock.process.guarded_thread import GuardedThread, count_failure
 from penstock.units import format_bytes
@@ -115,11 +117,11 @@ class MemoryMember:
     def register(self, buffer: memoryview) -> None:
         """Do nothing: copies need no registration."""
 
-    def rows(self) -> list[tuple[Block, float]]:
-        """Blocks that survived a restart: none."""
-        return []
+    def rows(self) -> StoredRows:
+        """Rows of blocks that survived a restart: none."""
+        return packed([])
 
-    def forget(self, blocks: Iterable[Block]) -> None:
+    def forget(self, keys: Iterable[BlockKey]) -> None:
         """Nothing is durable here."""
 
     def on_lost(self, lost: Callable[[Block], None]) -> None:
@@ -132,7 +134,7 @@ class MemoryMember:
         """Nothing is durable here."""
         return False
 
-    def used(self, uses: Iterable[tuple[BlockKey, float, int]]) -> None:
+    def on_flush(self, take_uses: TakeUses) -> None:
         """Nothing is durable here."""
 
     def measure(self, direction: Literal["read", "write"], block_bytes: int, budget_s: float) -> float:

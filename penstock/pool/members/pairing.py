@@ -21,9 +21,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from penstock.io.api import BlockEngine
 from penstock.io.memory import aligned_buffer
-from penstock.pool.block import Block
 from penstock.pool.checksum import block_checksum
 from penstock.pool.members.header import (
     HEADER_BYTES,
@@ -44,6 +45,7 @@ from penstock.pool.members.slab_index import (
     move_aside,
     readable_rows,
 )
+from penstock.pool.members.stored_rows import StoredRows, ends_of, keys_of, stored_blocks
 from penstock.private_file import open_stored
 
 TABLES_MAX = 4096  # examined in one folder
@@ -189,7 +191,8 @@ def reset_slab(engine: BlockEngine, where: str, default: Path, folders: Sequence
         path = _other_name(default, identity)
     table = RowTable(path)
     try:
-        forgotten = sum(map(len, table.rows()))
+        good, bad = table.read()
+        forgotten = len(good) + len(bad)
         table.start_empty(identity)
         table.remember_place(place)
         write_header(engine, identity, where)
@@ -215,7 +218,7 @@ def _open_new(
         path = _other_name(default, identity)
         note = f"{default} is not the table of {where}, which is new; it is left alone, and {path} made"
     if expected is not None and expected.damaged and data_bytes != 0:
-        proven = _proven(engine, [block for block, _ in readable_rows(default)[1]], where)
+        proven = _proven(engine, readable_rows(default)[1], where)
     if not proven and data_bytes != 0:
         refuse_foreign_content(engine, where)
     table = RowTable(path)
@@ -236,14 +239,15 @@ def _open_new(
 
 
 def _drop_what_is_gone(table: RowTable, where: str, data_bytes: int | None, capacity_bytes: int) -> None:
-    good, bad = table.rows()
-    ends = [(block.key, block.offset + block.extent_bytes) for block, _ in good]
-    cut = [key for key, end in ends if data_bytes is not None and end > data_bytes]
+    good, bad = table.read()
+    ends = ends_of(good)
+    gone = ends > data_bytes if data_bytes is not None else np.zeros(len(good), bool)
+    cut = keys_of(good[gone])
     if cut:
         table.notes.append(
             f"{where} was cut to {data_bytes} bytes: {len(cut)} of {len(good) + len(bad)} blocks dropped"
         )
-    unused = sum(end > capacity_bytes for _, end in ends) - len(cut)
+    unused = int((ends > capacity_bytes).sum()) - len(cut)
     if unused > 0:
         table.notes.append(
             f"{where} is opened with {capacity_bytes} bytes: {unused} blocks beyond them are not used, and not dropped"
@@ -252,6 +256,7 @@ def _drop_what_is_gone(table: RowTable, where: str, data_bytes: int | None, capa
         table.notes.append(f"{len(bad)} rows of {table.path} do not match their checksums: dropped")
     if cut or bad:
         table.change([*cut, *bad], [], [])
+    table.opened = good[~gone & (ends <= capacity_bytes)]
 
 
 def _mendable(engine: BlockEngine, where: str, default: Path, identity: bytes) -> TableFile:
@@ -337,14 +342,14 @@ def _names_what_is_there(engine: BlockEngine, table: Path, where: str) -> bool:
     """Whether at least one block that a table names lies in the slab."""
     opened = RowTable(table)
     try:
-        return _proven(engine, [block for block, _ in opened.rows()[0]], where)
+        return _proven(engine, opened.read()[0], where)
     finally:
         opened.close()
 
 
-def _proven(engine: BlockEngine, blocks: list[Block], where: str) -> bool:
-    inside = [block for block in blocks if block.offset + block.extent_bytes <= engine.capacity_bytes]
-    for block in inside[:: max(1, len(inside) // PROOF_BLOCKS)][:PROOF_BLOCKS]:
+def _proven(engine: BlockEngine, rows: StoredRows, where: str) -> bool:
+    inside = rows[ends_of(rows) <= engine.capacity_bytes]
+    for block, _ in stored_blocks(inside[:: max(1, len(inside) // PROOF_BLOCKS)][:PROOF_BLOCKS]):
         buffer = aligned_buffer(block.extent_bytes)
         with contextlib.suppress(OSError):
             transfer(engine, "read", block.offset, buffer, where)

@@ -1,6 +1,5 @@
-"""The table file of a slab: one SQLite row for each block, each with its own checksum; opened, upgraded, salvaged.
+"""The table file of a slab: one SQLite row for each block, packed (`stored_rows`); opened, upgraded, salvaged.
 
-ROW-1  Statement: A row is valid only if both of its checksums match: over the block's columns, and over its last use.
 ROW-2  Statement: A table that SQLite reports as damaged is moved aside; its valid rows are copied to a new table.
 Verification: tests/pool/members/test_journal_rows.py.
 """
@@ -9,53 +8,54 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-import xxhash
+import numpy as np
 
-from penstock.core.keys import KEY_BYTES, BlockKey
-from penstock.core.new_block import BLOCK_BYTES_MAX, MAC_BYTES, REBUILD_S_MAX, TENANT_BYTES
-from penstock.pool.block import Block
+from penstock.core.keys import BlockKey
 from penstock.pool.members.header import SlabRefused
+from penstock.pool.members.old_rows import FORMAT_1_COLUMNS, OLD_FORMATS, Row, block_of
+from penstock.pool.members.stored_rows import (
+    KEY_END,
+    REFUSED,
+    ROW,
+    ROW_END,
+    Stored,
+    StoredRows,
+    Use,
+    checked_again,
+    keys_of,
+    packed,
+    packed_uses,
+    parts,
+    stored_blocks,
+    unpacked,
+    valid,
+    valid_uses,
+)
 from penstock.pool.members.table_file import own_table
 
-TABLE_FORMAT = 3
-OLD_FORMATS = (1, 2)  # upgraded to TABLE_FORMAT when a table is opened
-WORTH_MAX = 1e20  # above format 1's nanoseconds; a larger value would raise those of all later blocks
+TABLE_FORMAT = 4
 LOCKED_WAIT_S = 1.0
-T = TypeVar("T")
-Row = tuple[Any, ...]
-Stored = tuple[Block, float]  # a block and its last use
-Use = tuple[BlockKey, float, int]  # a key, its last use, how often it was used
+ROWS_AT_ONCE = 8192  # read together
+T = TypeVar("T", Stored, Use)
 
 _META = "CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID"
-_BLOCKS = (
-    "CREATE TABLE blocks (key BLOB PRIMARY KEY, parent BLOB NOT NULL, offset INTEGER NOT NULL, size INTEGER NOT NULL, "
-    "position INTEGER NOT NULL, checksum BLOB NOT NULL, tenant BLOB NOT NULL, rebuild_s REAL NOT NULL, "
-    "mac BLOB NOT NULL, row_check BLOB NOT NULL, used REAL NOT NULL, uses INTEGER NOT NULL, use_check BLOB NOT NULL"
-    ") WITHOUT ROWID"
+_BLOCKS = "CREATE TABLE blocks (key BLOB PRIMARY KEY, row BLOB NOT NULL, use BLOB NOT NULL) WITHOUT ROWID"
+_INSERT = "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)"
+_UPDATE = "UPDATE blocks SET use = ? WHERE key = ?"
+_LENGTHS = (KEY_END, ROW_END - KEY_END, ROW.itemsize - ROW_END)
+_WHOLE = " AND ".join(  # a row whose values have the types and lengths of a packed one
+    f"typeof({name}) = 'blob' AND length({name}) = {length}"
+    for name, length in zip(("key", "row", "use"), _LENGTHS, strict=True)
 )
-_INSERT = "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_UPDATE = "UPDATE blocks SET used = ?, uses = ?, use_check = ? WHERE key = ?"
 _VALUE_BYTES_MAX = 1 << 20  # of a value, row or statement; a valid row has about 200
 _META_ROWS_MAX = 64
-_COLUMNS = 13
-_COLUMNS_FORMAT_2 = 12  # no MAC
-_COLUMNS_FORMAT_1 = 7
-_ROW_REFUSED = (  # errors caused by the content of one row
-    sqlite3.IntegrityError,
-    sqlite3.DataError,
-    sqlite3.InterfaceError,
-    sqlite3.ProgrammingError,
-    ArithmeticError,
-    ValueError,
-    TypeError,
-)
 _OUTSIDE_CAUSES = {  # SQLite errors caused by the file's surroundings, not by its content
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_LOCKED,
@@ -68,78 +68,54 @@ _OUTSIDE_CAUSES = {  # SQLite errors caused by the file's surroundings, not by i
 }
 
 
-def row_of(block: Block, use: float) -> Row:
-    """All columns of a block's row."""
-    says = (
-        block.key,
-        block.parent,
-        block.offset,
-        block.size_bytes,
-        block.position,
-        block.checksum.to_bytes(8, "little"),
-        block.tenant,
-        float(block.rebuild_s),
-        block.mac,
-    )
-    return (*says, _check(says), *_use_columns(block.key, use, block.uses))
-
-
-def block_of(row: Row) -> Stored | None:
-    """The block that a row describes (`member` is 0; the caller sets it); None for a row that is not valid."""
-    if len(row) == _COLUMNS_FORMAT_1:
-        row = _row_of_format_1(row)
-    if len(row) not in (_COLUMNS, _COLUMNS_FORMAT_2):
-        return None
-    *says, row_check, used, uses, use_check = row
-    key, parent, offset, size, position, checksum, tenant, rebuild_s = says[:8]
-    mac = says[8] if len(row) == _COLUMNS else b""
-    if row_check != _check(says) or use_check != _check((key, used, uses)):
-        return None
-    # the checksum has no key: whoever can write the file can forge a row that matches
-    if not _is_possible((*says[:8], mac, used, uses)):
-        return None
-    number = int.from_bytes(checksum, "little")
-    return Block(key, parent, 0, offset, size, position, number, tenant, rebuild_s, uses, mac=mac), used
-
-
-def _is_possible(values: Row) -> bool:
-    """Whether a block that `pool.api.check_write` allows could have such a row."""
-    key, parent, offset, size, position, checksum, tenant, rebuild_s, mac, used, uses = values
-    names = all(isinstance(one, bytes) for one in (key, parent, checksum, tenant, mac))
-    if not names or not all(isinstance(one, int) and one >= 0 for one in (offset, size, position, uses)):
-        return False
-    if not all(isinstance(one, float) and math.isfinite(one) for one in (rebuild_s, used)):
-        return False
-    lengths = (len(key), len(parent), len(checksum)) == (KEY_BYTES, KEY_BYTES, 8) and len(tenant) in (0, TENANT_BYTES)
-    lengths = lengths and len(mac) in (0, MAC_BYTES)
-    return lengths and 1 <= size <= BLOCK_BYTES_MAX and 0 <= rebuild_s <= REBUILD_S_MAX and 0 <= used <= WORTH_MAX
-
-
-def _use_columns(key: BlockKey, used: float, uses: int) -> Row:
-    columns = (key, float(used), int(uses))
-    return (*columns[1:], _check(columns))
-
-
-def _check(columns: Sequence[Any]) -> bytes:
-    """Checksum over values and their types."""
-    return xxhash.xxh3_64_digest(repr(tuple(columns)).encode())
-
-
-def _row_of_format_1(row: Row) -> Row:
-    """Convert a row of format 1, which had no checksum: its values are accepted unchecked."""
-    key, parent, offset, size, position, checksum, used = row
-    sizes = (isinstance(key, bytes), isinstance(parent, bytes), isinstance(checksum, bytes), isinstance(used, int))
-    numbers = all(isinstance(number, int) for number in (offset, size, position))
-    if not (all(sizes) and numbers):
-        return ()
-    says = (key, parent, offset, size, position, checksum, b"", 0.0, b"")
-    return (*says, _check(says), *_use_columns(key, used, 1))
-
-
-def read_rows(db: sqlite3.Connection) -> Iterator[Row]:
-    """Every row, unchecked; raises sqlite3.Error where the file is damaged."""
+def read_rows(db: sqlite3.Connection) -> tuple[StoredRows, list[Any]]:
+    """The valid rows of a table of any format, and the keys of the others; raises sqlite3.Error where the file is
+    damaged."""
     _refuse_made_up(db, "blocks")
-    yield from db.execute("SELECT * FROM blocks")
+    good: list[StoredRows] = [np.zeros(0, ROW)]
+    bad: list[Any] = []
+    columns = db.execute("SELECT * FROM blocks LIMIT 0").description
+    if [name for name, *_ in columns] != ["key", "row", "use"]:
+        for rows in _in_parts(db.execute("SELECT * FROM blocks")):
+            kept, dropped = _sorted_out(rows)
+            good.append(kept)
+            bad += dropped
+        return np.concatenate(good), bad
+    for rows in _in_parts(db.execute(f"SELECT CAST(key || row || use AS BLOB) FROM blocks WHERE {_WHOLE}")):  # noqa: S608
+        kept, dropped = _valid(b"".join(chain.from_iterable(rows)))
+        good.append(kept)
+        bad += dropped
+    bad += [key for (key,) in db.execute(f"SELECT key FROM blocks WHERE NOT ({_WHOLE})")]  # noqa: S608 (a constant)
+    return np.concatenate(good), bad
+
+
+def _in_parts(cursor: sqlite3.Cursor) -> Iterator[list[Row]]:
+    while rows := cursor.fetchmany(ROWS_AT_ONCE):
+        yield rows
+
+
+def _sorted_out(rows: Sequence[Row]) -> tuple[StoredRows, list[Any]]:
+    """The valid ones of some rows of one format, and the keys of the others."""
+    if len(rows[0]) != len(_LENGTHS):
+        found = [block_of(row) for row in rows]
+        kept = checked_again(packed([one for one in found if one is not None]))
+        return kept, [row[0] for row, one in zip(rows, found, strict=True) if one is None]
+    bad = [row[0] for row in rows if not _is_whole(row)]
+    stored, others = _valid(b"".join(chain.from_iterable(row for row in rows if _is_whole(row))))
+    return stored, bad + others
+
+
+def _valid(data: bytes) -> tuple[StoredRows, list[BlockKey]]:
+    """The valid rows, and the keys of the others."""
+    stored = unpacked(data)
+    good = valid(stored)
+    return (stored, []) if good.all() else (stored[good], keys_of(stored[~good]))
+
+
+def _is_whole(row: Row) -> bool:
+    """Whether the values of a row have the types and lengths of a packed one."""
+    key, says, use = row
+    return type(key) is type(says) is type(use) is bytes and (len(key), len(says), len(use)) == _LENGTHS
 
 
 def connect_read_only(path: Path) -> sqlite3.Connection:
@@ -225,6 +201,7 @@ class RowTable:
         """Opens or creates the table. Raises SlabRefused (other format) or OSError."""
         self.path = path
         self.notes: list[str] = []
+        self.opened: StoredRows | None = None  # the rows that it has within the slab, until somebody has taken them
         try:
             self._db, damage = self._connect()
             if damage is not None:
@@ -234,14 +211,14 @@ class RowTable:
         except sqlite3.Error as error:
             raise OSError(f"the table {path} cannot be opened: {error}") from error
 
+    def read(self) -> tuple[StoredRows, list[Any]]:
+        """All valid rows, and the keys of the others."""
+        return read_rows(self._db)
+
     def rows(self) -> tuple[list[Stored], list[Any]]:
-        """All blocks with their last use, and the keys of the rows that are not valid."""
-        good: list[Stored] = []
-        bad: list[Any] = []
-        for row in read_rows(self._db):
-            found = block_of(row)
-            good.append(found) if found else bad.append(row[0])
-        return good, bad
+        """As `read`, as blocks with their last use."""
+        good, bad = self.read()
+        return stored_blocks(good), bad
 
     def start_empty(self, identity: bytes) -> None:
         """Delete every row; the table now belongs to the slab with this id."""
@@ -271,29 +248,12 @@ class RowTable:
         refused: list[tuple[BlockKey, str]] = []
         with self._transaction():
             self._db.executemany("DELETE FROM blocks WHERE key = ?", [(key,) for key in deletes])
-            refused += self._each(_INSERT, list(inserts), lambda stored: stored[0].key, lambda stored: row_of(*stored))
-            refused += self._each(_UPDATE, list(uses), lambda use: use[0], lambda use: (*_use_columns(*use), use[0]))
-        return refused
-
-    def _each(
-        self, sql: str, items: Sequence[T], key_of: Callable[[T], BlockKey], row_of: Callable[[T], Row]
-    ) -> list[tuple[BlockKey, str]]:
-        """Execute a statement for all items at once; if one is refused, execute it item by item, without those that are
-        refused."""
-        self._db.execute("SAVEPOINT rows")
-        try:
-            self._db.executemany(sql, [row_of(item) for item in items])
-            return []
-        except _ROW_REFUSED:
-            self._db.execute("ROLLBACK TO rows")
-        finally:
-            self._db.execute("RELEASE rows")
-        refused: list[tuple[BlockKey, str]] = []
-        for item in items:
-            try:
-                self._db.execute(sql, row_of(item))
-            except _ROW_REFUSED as error:
-                refused.append((key_of(item), str(error)))
+            rows, why = _packed_each(list(inserts), packed, lambda rows: valid(rows), lambda one: one[0].key)
+            self._db.executemany(_INSERT, parts(rows))
+            refused += why
+            rows, why = _packed_each(list(uses), packed_uses, valid_uses, lambda one: one[0])
+            self._db.executemany(_UPDATE, [(use, key) for key, _, use in parts(rows)])
+            refused += why
         return refused
 
     def close(self) -> None:
@@ -344,7 +304,7 @@ class RowTable:
             raise OSError(f"a new table {self.path} cannot be made: {again}")
         if identity is not None:
             self._create(identity, kept)
-        rest = f"{len(kept)} blocks in it can still be read" if kept else "the slab is empty"
+        rest = f"{len(kept)} blocks in it can still be read" if len(kept) else "the slab is empty"
         self.notes.append(f"the table {self.path} was unreadable ({damage}); moved to {aside}, {rest}")
 
     def _prepare(self) -> bytes | None:
@@ -352,7 +312,7 @@ class RowTable:
         meta = meta_of(self._db)
         version = meta.get("format")
         if version is None:
-            self._create(None, [])
+            self._create(None, np.zeros(0, ROW))
         elif version in OLD_FORMATS:
             self._upgrade(version, identity_of(meta))
         elif version != TABLE_FORMAT:
@@ -363,7 +323,7 @@ class RowTable:
             )
         return identity_of(meta_of(self._db))
 
-    def _create(self, identity: bytes | None, rows: Iterable[Stored]) -> None:
+    def _create(self, identity: bytes | None, rows: StoredRows) -> None:
         with self._transaction():
             self._db.execute("DROP TABLE IF EXISTS meta")
             self._db.execute("DROP TABLE IF EXISTS blocks")
@@ -371,12 +331,12 @@ class RowTable:
             self._db.execute(_BLOCKS)
             values = [("format", TABLE_FORMAT), *([("slab", identity)] if identity else [])]
             self._db.executemany("INSERT INTO meta VALUES (?, ?)", values)
-            self._db.executemany(_INSERT, [row_of(block, use) for block, use in rows])
+            for at in range(0, len(rows), ROWS_AT_ONCE):
+                self._db.executemany(_INSERT, parts(rows[at : at + ROWS_AT_ONCE]))
 
     def _upgrade(self, version: int, identity: bytes | None) -> None:
         """Upgrade from an older format, in place and in one transaction."""
-        rows = [found for row in read_rows(self._db) if (found := block_of(row))]
-        self._create(identity, rows)
+        self._create(identity, read_rows(self._db)[0])
         self.notes.append(f"the table {self.path} was of format {version} and is of format {TABLE_FORMAT} now")
 
 
@@ -398,9 +358,9 @@ def _unused_name(path: Path) -> Path:
     return next(other for n in itertools.count(2) if not (other := path.with_name(f"{path.name}-{n}")).exists())
 
 
-def readable_rows(path: Path) -> tuple[bytes | None, list[Stored]]:
+def readable_rows(path: Path) -> tuple[bytes | None, StoredRows]:
     """The readable part of a damaged table: the id of its slab, and its valid rows, read from both ends."""
-    found: dict[BlockKey, Stored] = {}
+    found: dict[BlockKey, StoredRows] = {}
     identity = None
     with contextlib.suppress(sqlite3.Error, UnicodeDecodeError), contextlib.closing(connect_read_only(path)) as db:
         identity = identity_of(meta_of(db))
@@ -408,7 +368,27 @@ def readable_rows(path: Path) -> tuple[bytes | None, list[Stored]]:
         for order in ("ASC", "DESC"):
             with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
                 for row in db.execute(f"SELECT * FROM blocks ORDER BY key {order}"):  # noqa: S608 (one of two words)
-                    stored = block_of(row) if len(row) in (_COLUMNS, _COLUMNS_FORMAT_2) else None
-                    if stored is not None:
-                        found[stored[0].key] = stored
-    return (identity, list(found.values())) if identity is not None else (None, [])
+                    if len(row) == FORMAT_1_COLUMNS:  # without checksums
+                        continue
+                    stored = _sorted_out([row])[0]
+                    found |= {key: stored for key in keys_of(stored)}
+    rows = np.concatenate([np.zeros(0, ROW), *found.values()])
+    return (identity, rows) if identity is not None else (None, rows[:0])
+
+
+def _packed_each(
+    items: list[T],
+    pack: Callable[[Sequence[T]], StoredRows],
+    possible: Callable[[StoredRows], Any],
+    key_of: Callable[[T], BlockKey],
+) -> tuple[StoredRows, list[tuple[BlockKey, str]]]:
+    """Pack items together; those that no row can have are refused, each with the reason."""
+    try:
+        rows = pack(items)
+    except REFUSED as error:
+        if len(items) == 1:
+            return np.zeros(0, ROW), [(key_of(items[0]), str(error))]
+        each = [_packed_each([item], pack, possible, key_of) for item in items]
+        return np.concatenate([rows for rows, _ in each]), [one for _, why in each for one in why]
+    good = possible(rows)
+    return rows[good], [(key, "no block has such values") for key in keys_of(rows[~good])]

@@ -3,8 +3,9 @@
 CLIENT-1  Statement: Only the receiver thread writes into buffers and ends requests, so no byte is written after `end`.
 CLIENT-2  Statement: `cut` shuts the socket down; the receiver then stops, waits for a send in progress, and ends all
           open requests.
-CLIENT-3  Statement: A block is accepted only with the requested id, key and size, and only if its checksum matches or
-          the request's `check` passes. Any other reply is accepted only for a request that it answers (`wire.ANSWERS`).
+CLIENT-3  Statement: A block, single or of a span, is accepted only with the requested id, key and size, and only if its
+          checksum matches or the request's `check` passes. Any other reply is accepted only for a request that it
+          answers (`wire.ANSWERS`).
 Verification: tests/pool/net/test_fuzz_pool_client.py, tests/pool/net/test_link_threads.py.
 """
 
@@ -15,15 +16,17 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import xxhash
 
+from penstock.core.keys import BlockKey
+from penstock.core.spans import parts
 from penstock.pool.api import PoolError, ReadCheck
-from penstock.pool.checksum import checksum_seed
+from penstock.pool.checksum import block_checksum, checksum_seed
 from penstock.pool.net import lanes, wire
 from penstock.pool.net.secret import Secret, SecretRefused, prove_as_client
 from penstock.pool.net.tls import PeerTls
@@ -35,22 +38,25 @@ log = logging.getLogger(__name__)
 SENDER_END_S = 3.0 * wire.STALL_S  # limit of the wait for a send in progress, which ends once the socket is shut
 SENDS_WAITING_MAX = 256  # the link has far fewer requests on one connection
 VERIFY_BYTES = 4 << 20  # received and verified in such pieces; smaller ones switch between threads more often
+SPAN_VERIFY_BYTES = 1 << 20  # blocks of a span that are received before they are verified
 
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A request that has not ended. `end(result, error)` is called exactly once; `buffer` is filled by a read, or sent
-    by a write. `late` is set when the connection is cut because this request missed its deadline."""
+    """A request that has not ended. `end(result, error)` is called once. `buffers` are filled by a read, or sent
+    by a write: one for each block, of its size. `payload_bytes`: of request or reply. `late` is set when the
+    connection is cut because this request missed its deadline."""
 
     message: wire.Request
     id: int
     deadline_s: float
     end: Callable[[Any, PoolError | None], None]
-    buffer: memoryview | None = None
+    buffers: Sequence[memoryview] = ()
+    payload_bytes: int = 0
     connection: Connection | None = None
     ended: bool = False
     late: bool = False
-    check: ReadCheck | None = None  # verifies the block that is read; None: by its checksum
+    checks: Sequence[ReadCheck | None] = (None,)  # verify the blocks that are read; None: by the checksum
 
     def tell(self, result: Any, error: PoolError | None) -> None:
         """Call `end`; an exception in it is logged and affects no other request."""
@@ -60,10 +66,9 @@ class Pending:
             count_failure("penstock-done-callback")
             log.exception("the callback of a request failed")
 
-    @property
-    def payload_bytes(self) -> int:
-        """Bytes of payload that travel with the request or its reply."""
-        return self.message.size_bytes if isinstance(self.message, wire.Read | wire.Write | wire.Probe) else 0
+
+def _damaged(key: BlockKey) -> PoolError:
+    return PoolError("checksum", f"block {key.hex()} does not match its checksum")
 
 
 class Connection:
@@ -135,11 +140,10 @@ class Connection:
 
     def send(self, pending: Pending) -> None:
         """Send a request that was added. A failure ends the connection and thereby the request."""
-        payload = memoryview(b"")
-        if isinstance(pending.message, wire.Write) and pending.buffer is not None:
-            payload = pending.buffer[: pending.payload_bytes]
+        writes = isinstance(pending.message, wire.Write | wire.WriteMany)
+        payload = pending.buffers if writes else ()
         try:
-            head = wire.frame(pending.message, len(payload))
+            head = wire.frame(pending.message, pending.payload_bytes if writes else 0)
         except Exception as error:  # noqa: BLE001 (the message cannot be encoded: nothing of it was sent)
             if self._take(pending.id) is pending:
                 pending.tell(None, PoolError("layout", f"the request cannot be sent: {error}"))
@@ -147,7 +151,7 @@ class Connection:
         try:
             with self._send_lock:
                 if self._cut_reason is None:
-                    wire.send_all(self._sock, head, payload)
+                    wire.send_all(self._sock, head, *payload)
                     self._sent_s = time.monotonic()
         except (OSError, TypeError, ValueError) as error:
             self.cut(str(error))
@@ -250,10 +254,12 @@ class Connection:
                 reply = wire.decode_reply(header)
                 if isinstance(reply, wire.Block):
                     self._receive_block(reply, payload_bytes)
+                elif isinstance(reply, wire.Blocks):
+                    self._receive_span(reply, payload_bytes)
                 elif isinstance(reply, wire.Probed):
                     self._receive_probe(reply, payload_bytes)
                 elif payload_bytes:
-                    raise wire.ProtocolError("only Block and Probed have a payload")
+                    raise wire.ProtocolError("only Block, Blocks and Probed have a payload")
                 elif isinstance(reply, wire.Failed):
                     known = reply.reason if reply.reason in PoolError.REASONS else "network"
                     self._end(self._take(reply.id), None, PoolError(known, reply.detail))
@@ -268,52 +274,84 @@ class Connection:
         finally:
             self._finish(reason)
 
-    def _receive_block(self, reply: wire.Block, payload_bytes: int) -> None:
+    def _asked(self, id: int) -> Pending | None:
         with self._lock:
-            pending = self._pending.get(reply.id)
+            return self._pending.get(id)
+
+    def _receive_block(self, reply: wire.Block, payload_bytes: int) -> None:
+        pending = self._asked(reply.id)
         message = pending.message if pending else None
-        if pending is None or pending.buffer is None or not isinstance(message, wire.Read):
+        if pending is None or not isinstance(message, wire.Read):
             raise wire.ProtocolError("the node sent a block that was not requested")
         if reply.key != message.key or payload_bytes != message.size_bytes:
             raise wire.ProtocolError("the node sent another block than the requested one")
-        check = pending.check
+        check, buffer = pending.checks[0], pending.buffers[0]
         digest = xxhash.xxh3_64(seed=checksum_seed(message.key)) if check is None else None
         for at in range(0, payload_bytes, VERIFY_BYTES):
-            piece = pending.buffer[at : min(at + VERIFY_BYTES, payload_bytes)]
-            if self._cut_reason is not None:
-                raise ConnectionError(self._cut_reason)
+            piece = buffer[at : at + VERIFY_BYTES]
+            self._check_open()
             wire.receive_exactly(self._sock, piece)
             self.heard_s = time.monotonic()
             if digest is not None:
                 digest.update(piece)
         error: PoolError | None = None
         if check is not None:  # a MAC is computed over the whole block
-            error = check(pending.buffer[:payload_bytes], reply.checksum, reply.mac)
+            error = check(buffer, reply.checksum, reply.mac)
         elif digest is not None and digest.intdigest() != reply.checksum:
-            error = PoolError("checksum", f"block {message.key.hex()} does not match its checksum")
+            error = _damaged(message.key)
         taken = self._take(reply.id)
         if error is not None:
             self.tell(wire.Corrupt(message.key, reply.checksum, reply.mac, error.reason == "mac"))
         self._end(taken, reply, error)
 
+    def _receive_span(self, reply: wire.Blocks, payload_bytes: int) -> None:
+        """Receive and verify the blocks that are here; the request ends with one error or None for each block."""
+        pending = self._asked(reply.id)
+        message = pending.message if pending else None
+        if pending is None or not isinstance(message, wire.ReadMany):
+            raise wire.ProtocolError("the node sent blocks that were not requested")
+        here = [at for at, state in enumerate(reply.states) if not state]
+        if reply.keys != message.keys or payload_bytes != len(here) * message.size_bytes:
+            raise wire.ProtocolError("the node sent other blocks than the requested ones")
+        keys, checksums = wire.split_keys(reply.keys), wire.unpack_checksums(reply.checksums)
+        macs = reply.macs or [b""] * len(keys)
+        errors = wire.errors_of(reply.states, reply.detail)
+        for some in parts(here, message.size_bytes, SPAN_VERIFY_BYTES):
+            self._check_open()
+            wire.receive_scattered(self._sock, [pending.buffers[at] for at in some])
+            self.heard_s = time.monotonic()
+            for at in some:
+                check, buffer = pending.checks[at], pending.buffers[at]
+                if check is not None:
+                    errors[at] = check(buffer, checksums[at], macs[at])
+                elif block_checksum(keys[at], buffer) != checksums[at]:
+                    errors[at] = _damaged(keys[at])
+        taken = self._take(reply.id)
+        for at in here:
+            if (error := errors[at]) is not None:
+                self.tell(wire.Corrupt(keys[at], checksums[at], macs[at], error.reason == "mac"))
+        self._end(taken, errors, None)
+
+    def _check_open(self) -> None:
+        if self._cut_reason is not None:
+            raise ConnectionError(self._cut_reason)
+
     def _receive_answer(self, reply: wire.Answer) -> None:
         """Handle a reply without payload. A reply of the wrong kind is refused: it would end a read whose buffer was
         never filled."""
-        with self._lock:
-            pending = self._pending.get(reply.id)
+        pending = self._asked(reply.id)
         if pending is not None and not isinstance(reply, wire.ANSWERS[type(pending.message)]):
             raise wire.ProtocolError(f"the node answered {type(pending.message).__name__} with {type(reply).__name__}")
         self._end(self._take(reply.id), reply, None)
 
     def _receive_probe(self, reply: wire.Probed, payload_bytes: int) -> None:
-        with self._lock:
-            pending = self._pending.get(reply.id)
+        pending = self._asked(reply.id)
         message = pending.message if pending else None
-        if pending is None or pending.buffer is None or not isinstance(message, wire.Probe):
+        if pending is None or not isinstance(message, wire.Probe):
             raise wire.ProtocolError("the node sent a probe that was not requested")
         if payload_bytes != message.size_bytes:
             raise wire.ProtocolError("the node sent another probe than the requested one")
-        wire.receive_exactly(self._sock, pending.buffer[:payload_bytes])
+        wire.receive_exactly(self._sock, pending.buffers[0])
         self._end(self._take(reply.id), reply, None)
 
     def _take(self, id: int) -> Pending | None:

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -44,7 +44,7 @@ NODE_MARGIN = 0.1  # the node gets a timeout shorter by this share, so that its 
 
 Answer = TypeVar("Answer", wire.Found, wire.Evicted, wire.Stats)
 Ended = Callable[[Any, PoolError | None], None]
-Payload = wire.Read | wire.Write | wire.Probe
+Transfer = wire.Read | wire.Write | wire.ReadMany | wire.WriteMany
 Asked = wire.Open | wire.HandedOver | wire.Attach | wire.Lend | wire.Offer
 
 
@@ -158,15 +158,18 @@ class NodeLink:
     def submit(
         self,
         lane: Literal["read", "write"],
-        message: Payload,
-        buffer: memoryview,
+        message: Transfer | wire.Probe,
+        buffers: Sequence[memoryview],
         timeout_s: float,
         ended: Ended,
-        check: ReadCheck | None = None,
+        checks: Sequence[ReadCheck | None] = (None,),
     ) -> None:
-        """Send a request whose payload fills `buffer` or comes from it; `ended(reply, error)` is called once. `check`
-        verifies a block that is read (None: by its checksum)."""
-        pending = Pending(message, message.id, time.monotonic() + _bounded(timeout_s), ended, buffer, check=check)
+        """Send a request whose payload fills `buffers` or comes from them: one for each block, as long as the message's
+        `size_bytes`. `ended(reply, error)` is called once; a ReadMany has an error or None for each block as its reply.
+        `checks` verify the blocks that are read (None: by the checksum)."""
+        until_s = time.monotonic() + _bounded(timeout_s)
+        payload_bytes = len(buffers) * message.size_bytes
+        pending = Pending(message, message.id, until_s, ended, buffers, payload_bytes, checks=checks)
         self._counted(pending, lane)
         with self._lock:
             refusal = self._refusal(self._lanes[lane])
@@ -329,7 +332,7 @@ class NodeLink:
                     return
                 pending = lane.waiting[0]
                 remaining_s = pending.deadline_s - time.monotonic()
-                if isinstance(pending.message, wire.Read | wire.Write):
+                if isinstance(pending.message, Transfer):
                     pending.message.timeout_s = max(0.0, remaining_s * (1 - NODE_MARGIN))
                 if not connection.add(pending):
                     continue
@@ -498,7 +501,7 @@ class NodeLink:
             for pending in sent:
                 if pending.connection is None:
                     continue
-                if pending.buffer is not None:
+                if pending.buffers:
                     pending.connection.cut_late(pending)
                 elif pending.connection.forget(pending):
                     pending.tell(None, PoolError("deadline", f"{self.place} did not answer in time"))

@@ -1,10 +1,10 @@
 """A pool node: serves a pool of this process to other machines over TCP.
 
-Threads: one accepts and greets (`pool.net.greeter`). Each connection has two of its own after its Hello
-(`pool.net.node_connection`), and none before. One fetcher finds staging memory for reads of slabs; another one, with
-half of that memory, for reads of other nodes, so that a slow node does not delay reads of this one. All are guarded: an
-exception ends a request or a connection, is logged and counted, and the node goes on. A node ends when its accepting
-thread has ended.
+Threads: one accepts and greets (`pool.net.greeter`), one watches idle connections (`pool.net.idle`). A connection has
+one of its own while messages come, and another while slower work is answered (`pool.net.node_connection`). One fetcher
+finds staging memory for reads of slabs; another one, with half of that memory, for reads of other nodes, so that a slow
+node does not delay reads of this one. All are guarded: an exception ends a request or a connection, is logged and
+counted, and the node goes on. A node ends when its accepting thread has ended.
 
 Connections are bounded. A connection is ended when it has not sent Hello after GREET_S, when it sends no message for
 IDLE_S, and when its host is gone (`wire.set_timeouts`). At most GREETING_MAX connections are without Hello, besides
@@ -27,9 +27,11 @@ import time
 from collections.abc import Callable
 
 from penstock.core.connection_limits import ConnectionLimits, ConnectionShares
+from penstock.core.spans import SPAN_BYTES_MAX
 from penstock.pacing import Pacer
 from penstock.pool.net import wire
 from penstock.pool.net.greeter import Greeter
+from penstock.pool.net.idle import LOOK_S, IdleConnections
 from penstock.pool.net.message_budget import SHARE, MessageBudget
 from penstock.pool.net.node_connection import ClientConnection
 from penstock.pool.net.pool_connection import PoolConnection
@@ -46,7 +48,7 @@ from penstock.units import format_address
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS_MAX = 1024
+CONNECTIONS_MAX = 4096
 GREETING_MAX = 512  # connections that have not sent Hello
 BACKLOG = 1024
 QUESTIONS_AT_ONCE = 2  # control requests answered at the same time from members of this process
@@ -112,6 +114,7 @@ class PoolNode:
         self._shares: ConnectionShares[ClientConnection] = ConnectionShares(limits)  # strangers have not sent Hello
         self._closed = False
         self._begin_s: float | None = None  # since when the latest connection is being started
+        self.idle = IdleConnections()
         self._fetcher = GuardedWorker("penstock-node-fetch", FETCHES_MAX)
         self._remote_fetcher = GuardedWorker("penstock-node-far-fetch", FETCHES_MAX)
         self._thread = GuardedThread("penstock-node-accept", self._accept, restarts=True)
@@ -134,11 +137,12 @@ class PoolNode:
         self._listener.close()
         for connection in connections:
             connection.join(max(0.0, deadline_s - time.monotonic()))
+        self.idle.close(max(0.0, deadline_s - time.monotonic()) + LOOK_S)
 
     @property
     def alive(self) -> bool:
         """Whether all threads that every client needs run; True once closed."""
-        threads = (self._thread, self._fetcher, self._remote_fetcher)
+        threads = (self._thread, self.idle, self._fetcher, self._remote_fetcher)
         return self._closed or all(thread.alive for thread in threads)
 
     @property
@@ -167,6 +171,11 @@ class PoolNode:
         """The largest block of `pool` that can be written here, and read."""
         staged = self.staging.largest_bytes(shared=pool.own is not pool)
         return min(staged, pool.block_bytes_max, wire.PAYLOAD_BYTES_MAX)
+
+    def span_bytes_max(self, pool: NodeBackend) -> int:
+        """The bytes of blocks of `pool` that can be read or written in one message: two of them fit a connection's
+        share of staging memory."""
+        return min(SPAN_BYTES_MAX, self.staging.span_bytes_max(shared=pool.own is not pool))
 
     def later(self, remote: bool, fetch: Callable[[], None], failed: Callable[[Exception], None]) -> bool:
         """Queue a load on a fetcher thread; False when too many wait."""

@@ -1,9 +1,10 @@
 """One client's connection at a node of the pool protocol: greeting, requests that need no staging memory, and sending.
 
 The greeting needs no thread: `greet` is a generator that the node's accepting thread resumes when the socket is ready.
-Afterwards one thread reads requests (and sends memory blocks directly from the member), another one sends the results
-of slower work. Both are guarded: an exception ends a request or the connection, is logged and counted, and the node
-goes on. Subclasses read and write blocks: `pool.net.pool_connection` for a pool, `cluster.handoff.relay` for a relay.
+Afterwards a thread reads requests (and sends memory blocks directly from the member), as long as messages come
+(`pool.net.idle`); another one sends the results of slower work, once there are any. Both are guarded: an exception ends
+a request or the connection, is logged and counted, and the node goes on. Subclasses read and write blocks:
+`pool.net.pool_connection` for a pool, `cluster.handoff.relay` for a relay.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,6 +27,7 @@ from penstock.pacing import PIECE_BYTES
 from penstock.pool.api import PoolError
 from penstock.pool.losses import note_loss
 from penstock.pool.net import lanes, wire
+from penstock.pool.net.idle import PARK_S
 from penstock.pool.net.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
 from penstock.pool.net.tls import TlsError
 from penstock.pool.net.tls_socket import Stream, TlsSocket
@@ -49,8 +52,11 @@ PAUSE_S = 50e-6  # long enough that another thread gets the interpreter lock
 _RECEIVE_BYTES = 1 << 20
 _SEND_BYTES = 4 << 20
 _DRAIN_BYTES = 64 << 10
+_SINGLE_BLOCKS = "this node takes single blocks only"
 _PROBE = bytes(wire.PROBE_BYTES_MAX)
-_OF_BLOCKS = (wire.Read, wire.Write, wire.Probe, wire.Lend, wire.Offer)  # requests that move bytes
+_OF_BLOCKS = (  # requests that move bytes
+    wire.Read, wire.Write, wire.ReadMany, wire.WriteMany, wire.Probe, wire.Lend, wire.Offer,
+)  # fmt: skip
 _REFUSED_BYTES_MAX = 64 << 10  # a larger payload costs more than its message, also when it is refused
 
 _CONNECTION_S = 0.0005  # CPU time of a connection's threads, besides its messages
@@ -89,6 +95,24 @@ def _give(sock: Stream, data: bytes) -> Steps:
             yield selectors.EVENT_WRITE
 
 
+def _pieces(payload: Sequence[memoryview], piece_bytes: int) -> Iterator[list[memoryview]]:
+    """The payload in pieces of at most `piece_bytes`, each of as few buffers as possible; one empty piece at least."""
+    pieces: list[memoryview] = []
+    room = piece_bytes
+    for data in payload:
+        at = 0
+        while at < len(data):
+            part = data[at : at + room]
+            pieces.append(part)
+            at += len(part)
+            room -= len(part)
+            if not room:
+                yield pieces
+                pieces, room = [], piece_bytes
+    if pieces or not payload:
+        yield pieces
+
+
 class ClientConnection:
     """One connection at the node: of an unknown peer until `greet` has ended."""
 
@@ -111,8 +135,11 @@ class ClientConnection:
         self._reader_id = 0
         self._ended = False  # nothing can be sent any more
         self._pause: threading.Event | None = None  # set at the end of the connection: ends every pause
-        self._reader: GuardedThread | None = None  # made in `start`: there may be thousands of unknown peers
-        self._sender: GuardedWorker | None = None
+        self._serving: tuple[wire.FrameReader, select.poll] | None = None  # made in `start`: there may be thousands
+        self._done = threading.Event()  # the connection has ended, and its socket is closed
+        self._sender: GuardedWorker | None = None  # while it has work
+        self._sender_lock = threading.Lock()
+        self._no_more = False  # no sender is started any more
 
     def greet(self) -> Steps:
         """Versions, TLS, secret, Hello. The answer to Hello is sent once the connection has its threads (`start`):
@@ -165,19 +192,30 @@ class ClientConnection:
         self._sock.setblocking(True)
         wire.set_timeouts(self._sock)
         self._pause = threading.Event()
-        self._sender = GuardedWorker(f"penstock-send-{self.peer}", SENDS_MAX, kind="penstock-node-send")
-        self._reader = GuardedThread(f"penstock-node-{self.peer}", self._serve, kind="penstock-node-connection")
-        self._reader.start()
+        readable = select.poll()
+        readable.register(self.sock, select.POLLIN)
+        self._serving = wire.FrameReader(self._sock), readable
+        self._node.idle.begin(self)
+
+    def serve(self, expired: bool) -> None:
+        """As `pool.net.idle.Idle`."""
+        run = partial(self._serve, expired)
+        GuardedThread(f"penstock-node-{self.peer}", run, kind="penstock-node-connection").start()
+
+    def fileno(self) -> int:
+        """The socket's file; -1 once it is closed."""
+        return self.sock.fileno()
 
     def abandon(self) -> None:
-        """End a connection that was not started."""
+        """End a connection that has no thread."""
         if self._sender is not None:
             self._sender.stop()
         self.cut()
         self._sock.close()
+        self._done.set()
 
     def cut(self) -> None:
-        """End the connection; both threads notice."""
+        """End the connection; its threads notice."""
         self._ended = True
         if self._pause is not None:
             self._pause.set()
@@ -185,26 +223,53 @@ class ClientConnection:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def join(self, timeout_s: float) -> None:
-        """Wait at most `timeout_s` for the reading thread to end."""
-        if self._reader is not None:
-            self._reader.join(timeout_s)
+        """Wait at most `timeout_s` for the connection to end."""
+        if self._serving is not None:
+            self._done.wait(timeout_s)
 
-    def _serve(self) -> None:
-        sender = self._sender
-        assert sender is not None
+    def _serve(self, expired: bool) -> None:
+        """Answer requests until none comes for a while: then the connection is parked, without a thread."""
+        parked = False
         try:
+            if expired:
+                raise TimeoutError(f"the peer sent no message for {wire.IDLE_S:g} s")
+            self._reader_id = threading.get_ident()
             if self._ready is not None:
-                self._reply(self._ready)
+                ready, self._ready = self._ready, None
+                self._reply(ready)
+                self._wait(self._node.pause_of(self.source))
             self._serve_requests()
+            self._rest()
+            parked = True
         except (wire.ProtocolError, OSError) as error:
             self.say_ended(error)
         finally:
-            self.cut()
+            if parked:
+                self._node.idle.park(self)
+            else:
+                self.end()
+
+    def _rest(self) -> None:
+        """End the sender's thread if it has no work; the next piece of work starts another one."""
+        with self._sender_lock:
+            if self._sender is not None and not self._sender.waiting:
+                self._sender.stop()
+                self._sender = None
+
+    def end(self) -> None:
+        """End the connection, whose thread the caller is, and free everything of it."""
+        self.cut()
+        with self._sender_lock:
+            sender, self._no_more = self._sender, True
+        if sender is not None:
             sender.stop()  # work that ends from now on frees its memory on its own thread
-            self._leave()
+        self._leave()
+        if sender is not None:
             sender.join(SENDER_END_S)
-            self._sock.close()
-            self._node.left(self)
+        self._node.idle.ended(self, self.fileno())
+        self._sock.close()
+        self._node.left(self)
+        self._done.set()
 
     def say_ended(self, error: wire.ProtocolError | SecretRefused | OSError) -> None:
         """Log why the connection ends."""
@@ -219,16 +284,17 @@ class ClientConnection:
         """The connection has ended: drop everything of it that waits."""
 
     def _serve_requests(self) -> None:
-        frames = wire.FrameReader(self._sock)
-        self._reader_id, counted_s = threading.get_ident(), time.thread_time()
-        self._wait(self._node.pause_of(self.source))
+        """Answer requests until none has come for PARK_S."""
+        assert self._serving is not None
+        frames, readable = self._serving
+        counted_s = time.thread_time()
         try:
-            while True:
+            while self._buffered() or readable.poll(1000 * PARK_S):
                 asked_s = time.monotonic()
                 header, payload_bytes = frames.next(wire.IDLE_S)
                 now_s = time.monotonic()
                 request = wire.decode_request(header)
-                if payload_bytes and not isinstance(request, wire.Write):
+                if payload_bytes and not isinstance(request, wire.Write | wire.WriteMany):
                     raise wire.ProtocolError("only Write has a payload")
                 # A request that was received already became ready while the link was busy with the previous one.
                 ready_s = min(now_s, self._sent_s) if now_s - asked_s < 0.0001 else now_s
@@ -242,16 +308,18 @@ class ClientConnection:
             self._node.pause_after(self.source, time.thread_time() - counted_s + _CONNECTION_S)
             raise
 
+    def _buffered(self) -> bool:
+        """Whether received bytes wait in this process."""
+        return isinstance(self._sock, TlsSocket) and self._sock.buffered
+
     def _wait(self, pause_s: float) -> None:
         if pause_s and self._pause is not None:
             self._pause.wait(pause_s)
 
     def _answer(self, request: wire.Request, payload_bytes: int, ready_s: float) -> None:
         match request:
-            case wire.Read():
-                self._read(request, ready_s)
-            case wire.Write():
-                self._write(request, payload_bytes)
+            case wire.Read() | wire.ReadMany() | wire.Write() | wire.WriteMany() | wire.Probe():
+                self._move(request, payload_bytes, ready_s)
             case wire.Lookup(id) | wire.Evict(id) | wire.Stat(id):
                 reply: wire.Reply
                 try:
@@ -263,8 +331,6 @@ class ClientConnection:
                 self._pool.suspect(key, checksum, mac, refused)
             case wire.Alive():
                 pass  # it has no content: any message shows that the client is there
-            case wire.Probe():
-                self._probe(request, ready_s)
             case wire.Hello():
                 reply, refusal = self._answer_hello(request)
                 self._reply(reply)
@@ -272,6 +338,24 @@ class ClientConnection:
                     raise wire.ProtocolError(refusal)
             case wire.Open(id) | wire.HandedOver(id) | wire.Attach(id) | wire.Lend(id) | wire.Offer(id):
                 self._reply(wire.Failed(id, "layout", "this is a pool node, not the relay of a decode engine"))
+
+    def _move(
+        self,
+        request: wire.Read | wire.ReadMany | wire.Write | wire.WriteMany | wire.Probe,
+        payload_bytes: int,
+        ready_s: float,
+    ) -> None:
+        match request:
+            case wire.Read():
+                self._read(request, ready_s)
+            case wire.ReadMany():
+                self._read_many(request, ready_s)
+            case wire.Write():
+                self._write(request, payload_bytes)
+            case wire.WriteMany():
+                self._write_many(request, payload_bytes)
+            case wire.Probe():
+                self._probe(request, ready_s)
 
     def _answer_hello(self, hello: wire.Hello) -> tuple[wire.Reply, str | None]:
         """The answer, and why this node does not serve the client, if so."""
@@ -289,7 +373,9 @@ class ClientConnection:
             return wire.Failed(0, "network", refusal), refusal
         lanes.mark(self._sock, self._is_urgent(hello.lane))
         rate, block_bytes_max = self._pool.read_bytes_per_s, self._node.block_bytes_max(self._pool)
-        return wire.Ready(self._node.name, self._node.node_id, rate, block_bytes_max, wire.IDLE_S), None
+        span_bytes_max = self._node.span_bytes_max(self._pool)
+        named = self._node.name, self._node.node_id
+        return wire.Ready(*named, rate, block_bytes_max, wire.IDLE_S, span_bytes_max), None
 
     def _is_urgent(self, lane: str) -> bool:
         return lane == "control"
@@ -333,7 +419,7 @@ class ClientConnection:
             return
         # Not from staging memory, which holds tenants' blocks.
         data = memoryview(_PROBE)[: request.size_bytes]
-        self._send(wire.frame(wire.Probed(request.id), len(data)), data, ready_s, ready_s)
+        self._send(wire.frame(wire.Probed(request.id), len(data)), [data], ready_s, ready_s)
 
     def _read(self, request: wire.Read, ready_s: float) -> None:
         """Answer with the block or with Failed, now or later (`_later`); `ready_s`: when the client began to wait."""
@@ -342,6 +428,15 @@ class ClientConnection:
     def _write(self, request: wire.Write, payload_bytes: int) -> None:
         """Receive the payload, and answer with Written or Failed, now or later. Raises ProtocolError."""
         raise NotImplementedError
+
+    def _read_many(self, request: wire.ReadMany, ready_s: float) -> None:
+        """As `_read`, with Blocks."""
+        self._reply(wire.Failed(request.id, "layout", _SINGLE_BLOCKS))
+
+    def _write_many(self, request: wire.WriteMany, payload_bytes: int) -> None:
+        """As `_write`, with WrittenMany."""
+        self._drain(payload_bytes)
+        self._reply(wire.Failed(request.id, "layout", _SINGLE_BLOCKS))
 
     def _lost(self, kind: str, detail: str) -> None:
         """Count and log that a request of this client failed for a reason on the node's side."""
@@ -359,14 +454,22 @@ class ClientConnection:
         moved: Moved = not_counted,
     ) -> None:
         if time.monotonic() > deadline_s:
-            self._lost("read_deadline", "the node processed it after its deadline")
-            self._reply(wire.Failed(id, "deadline", "the node processed it after its deadline"))
+            self._reply_late(id)
             return
         head = wire.frame(wire.Block(id, block.key, block.checksum, block.mac), len(data))
-        self._send(head, data, ready_s, deadline_s, moved)
+        self._send(head, [data], ready_s, deadline_s, moved)
+
+    def _reply_late(self, id: int) -> None:
+        self._lost("read_deadline", "the node processed it after its deadline")
+        self._reply(wire.Failed(id, "deadline", "the node processed it after its deadline"))
 
     def _send(
-        self, head: bytes, data: memoryview, ready_s: float, deadline_s: float, moved: Moved = not_counted
+        self,
+        head: bytes,
+        payload: Sequence[memoryview],
+        ready_s: float,
+        deadline_s: float,
+        moved: Moved = not_counted,
     ) -> None:
         """Send a payload that was ready at `ready_s`, at the node's pace; the client stops waiting soon after
         `deadline_s`. `moved(bytes)` is called for each part."""
@@ -375,24 +478,30 @@ class ClientConnection:
         piece_bytes = _SEND_BYTES if pacer is None else PIECE_BYTES
         self._check_open()
         with self._send_lock:
-            for at in range(0, len(data), piece_bytes):
-                piece = data[at : at + piece_bytes]
+            for pieces in _pieces(payload, piece_bytes):
                 self._check_open()
+                size_bytes = sum(map(len, pieces))
                 if pacer is not None:
-                    self._sent_s = pacer.wait(len(piece), ready_s)
-                wire.send_all(self._sock, b"" if at else head, piece, until_s=until_s, rate=rate)
-                moved(len(piece))
+                    self._sent_s = pacer.wait(size_bytes, ready_s)
+                wire.send_all(self._sock, head, *pieces, until_s=until_s, rate=rate)
+                head = b""
+                moved(size_bytes)
 
     def _receive(self, into: memoryview, deadline_s: float = 0.0, moved: Moved = not_counted) -> None:
         """Receive the payload of a write; it gets at least PAYLOAD_S. `moved(bytes)` is called for each part. Raises
         OSError."""
+        self._receive_all([into], deadline_s, moved)
+
+    def _receive_all(self, intos: Sequence[memoryview], deadline_s: float = 0.0, moved: Moved = not_counted) -> None:
+        """As `_receive`, into several buffers in order."""
         until_s = max(deadline_s, time.monotonic() + PAYLOAD_S)
         rate = wire.MinimumRate(PAYLOAD_GRACE_S, PAYLOAD_BYTES_PER_S_MIN)
         wire.watch_payload(self._sock, True)
-        for at in range(0, len(into), _RECEIVE_BYTES):
-            part = into[at : at + _RECEIVE_BYTES]
-            wire.receive_exactly(self._sock, part, until_s=until_s, rate=rate)
-            moved(len(part))
+        for into in intos:
+            for at in range(0, len(into), _RECEIVE_BYTES):
+                part = into[at : at + _RECEIVE_BYTES]
+                wire.receive_exactly(self._sock, part, until_s=until_s, rate=rate)
+                moved(len(part))
         wire.watch_payload(self._sock, False)
 
     def _drain(self, size_bytes: int) -> None:
@@ -414,20 +523,36 @@ class ClientConnection:
 
     def _reply(self, message: wire.Reply) -> None:
         self._check_open()
-        if isinstance(message, wire.Failed) and threading.get_ident() == self._reader_id:
-            self._refused = True
+        if isinstance(message, wire.Failed):
+            self._refuse_next()
         with self._send_lock:
             wire.send_all(self._sock, wire.frame(message), until_s=time.monotonic() + PAYLOAD_S)
+
+    def _refuse_next(self) -> None:
+        """The request is answered with an error: where its reading thread does that, its time counts."""
+        if threading.get_ident() == self._reader_id:
+            self._refused = True
 
     def _later(self, send: Callable[[], None]) -> None:
         """Call `send` on the sender's thread. `send` also frees slots and pins, so it is always called: on this thread
         and without sending, when the connection has ended or its queue is full."""
-        if self._sender is None or not self._sender.put(partial(self._try, send), self._failed):
+        if not self._put(partial(self._try, send)):
             self.cut()
             try:
                 self._try(send)
             except Exception as error:  # noqa: BLE001 (any failure to send ends this connection)
                 self._failed(error)
+
+    def _put(self, work: Callable[[], None]) -> bool:
+        """Queue work for the sender's thread, which is started if there is none; False where that cannot be."""
+        with self._sender_lock:
+            if self._sender is None and not self._no_more:
+                try:
+                    name = f"penstock-send-{self.peer}"
+                    self._sender = GuardedWorker(name, SENDS_MAX, kind="penstock-node-send")
+                except (RuntimeError, MemoryError) as error:
+                    self._node.rare.warning("send", "no thread to answer %s: %s", self.peer, error)
+            return self._sender is not None and self._sender.put(work, self._failed)
 
     def _try(self, send: Callable[[], None]) -> None:
         try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,11 @@ from penstock.core.layout import staging_bytes
 from penstock.pool.api import PoolError
 from penstock.pool.checksum import block_checksum
 from penstock.pool.net import wire
-from penstock.pool.net.node_connection import IN_FLIGHT_MAX, ClientConnection, not_counted
+from penstock.pool.net.node_connection import IN_FLIGHT_MAX, ClientConnection, Moved, not_counted
 from penstock.pool.net.staging import Slot
 from penstock.pool.net.staging_shares import StagingShare
 from penstock.pool.node_backend import OpenedBlock
+from penstock.pool.spans import Gather
 from penstock.units import format_bytes
 
 if TYPE_CHECKING:
@@ -25,11 +27,11 @@ FIRST_BYTES = 32 << 10  # of a payload, received before staging memory is reserv
 
 
 class _Staged:
-    """An open request of a connection, with its staging memory and, for a read, its pinned block. They are freed
+    """An open request of a connection, with its staging memory and, for a read, its pinned blocks. They are freed
     exactly once, by the first thread that ends the request."""
 
     def __init__(
-        self, connection: ClientConnection, slot: Slot | None = None, opened: OpenedBlock | None = None
+        self, connection: ClientConnection, slot: Slot | None = None, opened: Sequence[OpenedBlock] = ()
     ) -> None:
         self._leave: Callable[[], None] | None = connection.leave
         self.slot = slot
@@ -41,9 +43,39 @@ class _Staged:
             return
         if self.slot is not None:
             self.slot.give()
-        if self._opened is not None:
-            self._opened.release()
+        for opened in self._opened:
+            opened.release()
         leave()
+
+
+Loaded = list[tuple[PoolError | None, memoryview]]  # of each block that was loaded: why not, or where its bytes are
+
+
+@dataclass(slots=True, eq=False)
+class _Fetch:
+    """Blocks of one read that are loaded into staging memory; `answer(loaded, moved)` sends them."""
+
+    id: int
+    blocks: Sequence[OpenedBlock]
+    size_bytes: int
+    deadline_s: float
+    staged: _Staged
+    share: StagingShare
+    remote: bool
+    answer: Callable[[Loaded, Moved], None]
+
+    @property
+    def length(self) -> int:
+        """Bytes of staging memory that the blocks need."""
+        return len(self.blocks) * staging_bytes(self.size_bytes)
+
+    def views(self, slot: Slot) -> list[memoryview]:
+        """The place of each block, padded to the alignment."""
+        return _split(slot.view, staging_bytes(self.size_bytes), len(self.blocks))
+
+
+def _split(memory: memoryview, size_bytes: int, count: int) -> list[memoryview]:
+    return [memory[at * size_bytes : (at + 1) * size_bytes] for at in range(count)]
 
 
 class PoolConnection(ClientConnection):
@@ -87,52 +119,152 @@ class PoolConnection(ClientConnection):
                 opened.note_read()
             finally:
                 opened.release()
-        elif not self._enter():
-            opened.release()
-            self._lost("read_dropped", f"{IN_FLIGHT_MAX} requests of its connection wait already")
-            self._reply(wire.Failed(request.id, "dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already"))
         else:
-            self._fetch(request, opened, deadline_s)
+            answer = partial(self._answer_block, request, opened, deadline_s)
+            self._fetch(request.id, [opened], request.size_bytes, deadline_s, answer)
 
-    def _fetch(self, request: wire.Read, opened: OpenedBlock, deadline_s: float) -> None:
-        """Queue the load on a fetcher once the connection's share of staging memory has room."""
+    def _answer_block(
+        self, request: wire.Read, opened: OpenedBlock, deadline_s: float, loaded: Loaded, moved: Moved
+    ) -> None:
+        ((error, view),) = loaded
+        if error is not None:
+            self._reply(wire.Failed(request.id, error.reason, error.detail))
+            return
+        now_s = time.monotonic()
+        moved(0)
+        self._send_block(request.id, opened, view, deadline_s, now_s, moved)
+
+    def _read_many(self, request: wire.ReadMany, ready_s: float) -> None:
+        deadline_s = time.monotonic() + request.timeout_s
+        found = self._pool.open_blocks(wire.split_keys(request.keys), request.size_bytes)
+        opened = [one for one in found if not isinstance(one, PoolError)]
+        absent = [one for one in opened if one.view is None]
+        if absent:
+            answer = partial(self._answer_span, request, found, deadline_s)
+            self._fetch(request.id, opened, request.size_bytes, deadline_s, answer, absent)
+            return
+        try:
+            self._send_span(request, found, {}, deadline_s, ready_s)
+            for one in opened:
+                one.note_read()
+        finally:
+            for one in opened:
+                one.release()
+
+    def _answer_span(
+        self,
+        request: wire.ReadMany,
+        found: list[OpenedBlock | PoolError],
+        deadline_s: float,
+        loaded: Loaded,
+        moved: Moved,
+    ) -> None:
+        absent = [at for at, one in enumerate(found) if not isinstance(one, PoolError) and one.view is None]
+        now_s = time.monotonic()
+        moved(0)
+        self._send_span(request, found, dict(zip(absent, loaded, strict=True)), deadline_s, now_s, moved)
+        for one in found:
+            if not isinstance(one, PoolError) and one.view is not None:
+                one.note_read()
+
+    def _send_span(
+        self,
+        request: wire.ReadMany,
+        found: list[OpenedBlock | PoolError],
+        loaded: dict[int, tuple[PoolError | None, memoryview]],
+        deadline_s: float,
+        ready_s: float,
+        moved: Moved = not_counted,
+    ) -> None:
+        """Send a span in one message: its blocks in place, and those `loaded` (by index)."""
+        errors: list[PoolError | None] = []
+        views: list[memoryview] = []
+        checksums: list[int] = []
+        macs: list[bytes] = []
+        error: PoolError | None
+        for at, one in enumerate(found):
+            if isinstance(one, PoolError):
+                error, checksum, mac = one, 0, b""
+            else:
+                error, view = loaded[at] if one.view is None else (None, one.view)
+                checksum, mac = one.checksum, one.mac
+                if error is None:
+                    views.append(view)
+            errors.append(error)
+            checksums.append(checksum)
+            macs.append(mac)
+        if views and time.monotonic() > deadline_s:
+            self._reply_late(request.id)
+            return
+        if not views:
+            self._refuse_next()
+        states, detail = wire.states_of(errors)
+        packed = wire.pack_checksums(checksums)
+        answer = wire.Blocks(request.id, request.keys, states, packed, macs if any(macs) else [], detail)
+        self._send(wire.frame(answer, sum(map(len, views))), views, ready_s, deadline_s, moved)
+
+    def _fetch(
+        self,
+        id: int,
+        opened: Sequence[OpenedBlock],
+        size_bytes: int,
+        deadline_s: float,
+        answer: Callable[[Loaded, Moved], None],
+        blocks: Sequence[OpenedBlock] | None = None,
+    ) -> None:
+        """Queue the load of `blocks` (None: of all that are `opened`) on a fetcher, once the connection's share of
+        staging memory has room."""
+        if not self._enter():
+            for one in opened:
+                one.release()
+            self._lost("read_dropped", f"{IN_FLIGHT_MAX} requests of its connection wait already")
+            self._reply(wire.Failed(id, "dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already"))
+            return
         staged = _Staged(self, opened=opened)
-        share = self._remote if opened.remote else self._local
+        remote = any(one.remote for one in opened)
+        share = self._remote if remote else self._local
         if share is None:  # the connection has ended
             staged.end()
             return
+        fetch = _Fetch(id, blocks or opened, size_bytes, deadline_s, staged, share, remote, answer)
+        if len(fetch.blocks) > 1 and share.is_large(fetch.length):
+            detail = f"{len(fetch.blocks)} blocks of {size_bytes} bytes in one message are more than this node allows"
+            self._fail_fetch(id, staged, "layout", detail)
+            return
 
         def failed(error: Exception) -> None:
-            self._later(partial(self._fail_fetch, request.id, staged, "device", f"the node failed: {error!r}"))
+            self._later(partial(self._fail_fetch, id, staged, "device", f"the node failed: {error!r}"))
 
         def begin() -> None:
-            fetch = partial(self._fetch_block, request, opened, staged, deadline_s, share)
-            if not self._node.later(opened.remote, fetch, failed):
-                self._node.staging.give_reserved(staging_bytes(request.size_bytes), share)
-                detail = "too many reads wait in this node"
-                self._later(partial(self._fail_fetch, request.id, staged, "dropped", detail))
+            if not self._node.later(remote, partial(self._fetch_blocks, fetch), failed):
+                self._node.staging.give_reserved(fetch.length, share)
+                self._later(partial(self._fail_fetch, id, staged, "dropped", "too many reads wait in this node"))
 
-        share.reserve(staging_bytes(request.size_bytes), begin, staged.end)
+        share.reserve(fetch.length, begin, staged.end)
 
-    def _fetch_block(
-        self, request: wire.Read, opened: OpenedBlock, staged: _Staged, deadline_s: float, share: StagingShare
-    ) -> None:
-        """On the fetcher's thread: find staging memory, let the member read into it."""
-        if self._ended:  # the peer is gone: do not read its block from the drive
-            self._node.staging.give_reserved(staging_bytes(request.size_bytes), share)
-            staged.end()
+    def _fetch_blocks(self, fetch: _Fetch) -> None:
+        """On the fetcher's thread: find staging memory, let the members read into it."""
+        if self._ended:  # the peer is gone: do not read its blocks from the drive
+            self._node.staging.give_reserved(fetch.length, fetch.share)
+            fetch.staged.end()
             return
-        slot = self._node.staging.take(request.size_bytes, deadline_s, opened.remote, share, reserved=True)
+        slot = self._node.staging.take(fetch.length, fetch.deadline_s, fetch.remote, fetch.share, reserved=True)
         if slot is None:
-            in_time, detail = self._no_staging(request.size_bytes, shared=opened.remote)
-            self._later(partial(self._fail_fetch, request.id, staged, "deadline" if in_time else "dropped", detail))
+            in_time, detail = self._no_staging(fetch.length, shared=fetch.remote)
+            self._later(partial(self._fail_fetch, fetch.id, fetch.staged, "deadline" if in_time else "dropped", detail))
             return
-        staged.slot = slot
+        fetch.staged.slot = slot
 
-        def loaded(error: PoolError | None) -> None:
-            self._later(partial(self._finish_fetch, request, opened, staged, slot, deadline_s, error))
+        def loaded(errors: list[PoolError | None]) -> None:
+            self._later(partial(self._finish_fetch, fetch, slot, errors))
 
-        opened.load(slot.view, deadline_s - time.monotonic(), loaded)
+        gather = Gather(len(fetch.blocks), loaded)
+        for at, (opened, view) in enumerate(zip(fetch.blocks, fetch.views(slot), strict=True)):
+            ended = gather.one(at)
+            try:
+                opened.load(view, fetch.deadline_s - time.monotonic(), ended)
+            except Exception as error:  # noqa: BLE001 (of one block; the others may be under way into the same slot)
+                ended(PoolError("device", f"the node failed: {error!r}"))
 
     def _no_staging(self, size_bytes: int, shared: bool) -> tuple[bool, str]:
         """Why there is no slot: (True, detail) when none became free in time, (False, detail) when a block of this size
@@ -147,26 +279,14 @@ class PoolConnection(ClientConnection):
         self._lost(f"read_{reason}", detail)
         self._reply(wire.Failed(id, reason, detail))
 
-    def _finish_fetch(
-        self,
-        request: wire.Read,
-        opened: OpenedBlock,
-        staged: _Staged,
-        slot: Slot,
-        deadline_s: float,
-        error: PoolError | None,
-    ) -> None:
-        """On the sender's thread: send the block, free everything."""
+    def _finish_fetch(self, fetch: _Fetch, slot: Slot, errors: list[PoolError | None]) -> None:
+        """On the sender's thread: send the blocks, free everything."""
         try:
-            if error is not None:
-                self._reply(wire.Failed(request.id, error.reason, error.detail))
-            else:
-                data, now_s = slot.view[: request.size_bytes], time.monotonic()
-                moved = slot.moved if self._node.pacer is None else not_counted
-                moved(0)
-                self._send_block(request.id, opened, data, deadline_s, now_s, moved)
+            moved = slot.moved if self._node.pacer is None else not_counted
+            views = [view[: fetch.size_bytes] for view in fetch.views(slot)]
+            fetch.answer(list(zip(errors, views, strict=True)), moved)
         finally:
-            staged.end()
+            fetch.staged.end()
 
     # --- writes ---
 
@@ -228,6 +348,71 @@ class PoolConnection(ClientConnection):
             self._later(partial(self._reply, reply))
 
         self._pool.write(request.block, view, deadline_s - time.monotonic(), stored)
+
+    def _write_many(self, request: wire.WriteMany, payload_bytes: int) -> None:
+        count, size_bytes = request.blocks, request.size_bytes
+        if payload_bytes != count * size_bytes:
+            raise wire.ProtocolError(f"write of {count} x {size_bytes} bytes with a payload of {payload_bytes}")
+        deadline_s, length = time.monotonic() + request.timeout_s, count * staging_bytes(size_bytes)
+        if self._local is None or self._local.is_large(length):
+            detail = f"{count} blocks of {size_bytes} bytes in one message are more than this node allows"
+            self._refuse_write(request.id, payload_bytes, "layout", detail)
+            return
+        if not self._enter():
+            refusal = "dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already"
+            self._refuse_write(request.id, payload_bytes, *refusal)
+            return
+        first = self._receive_first(payload_bytes, deadline_s)
+        slot = self._node.staging.take(length, deadline_s, share=self._local)
+        if slot is None:
+            self.leave()
+            _, detail = self._no_staging(length, shared=False)
+            self._refuse_write(request.id, payload_bytes - len(first), "dropped", detail)
+            return
+        staged = _Staged(self, slot)
+        try:
+            self._store_many(request, staged, slot, first, deadline_s)
+        except BaseException:
+            staged.end()
+            raise
+
+    def _store_many(
+        self, request: wire.WriteMany, staged: _Staged, slot: Slot, first: memoryview, deadline_s: float
+    ) -> None:
+        """Receive the payload, and have the pool store the blocks that arrived whole; `staged` is freed at the end."""
+        views = _split(slot.view, staging_bytes(request.size_bytes), request.blocks)
+        if len(views[0]) == request.size_bytes:
+            rest = [slot.view[len(first) : request.blocks * request.size_bytes]]
+            slot.view[: len(first)] = first
+        else:
+            rest = []
+            for view in views:
+                data, here = view[: request.size_bytes], min(len(first), request.size_bytes)
+                data[:here], first = first[:here], first[here:]
+                rest.append(data[here:])
+        self._receive_all(rest, deadline_s, slot.moved)
+        blocks, checksums = request.new_blocks(), wire.unpack_checksums(request.checksums)
+        whole = [
+            at
+            for at, view in enumerate(views)
+            if block_checksum(blocks[at].key, view[: request.size_bytes]) == checksums[at]
+        ]
+        results: list[PoolError | None] = [None] * len(blocks)
+        for at in set(range(len(blocks))).difference(whole):
+            results[at] = PoolError("checksum", f"block {blocks[at].key.hex()} was damaged in transfer")
+            self._lost("write_checksum", f"block {blocks[at].key.hex()} was damaged in transfer")
+
+        def stored(errors: list[PoolError | None]) -> None:
+            staged.end()
+            for at, error in zip(whole, errors, strict=True):
+                results[at] = error
+            self._later(partial(self._reply, wire.WrittenMany(request.id, *wire.states_of(results))))
+
+        if not whole:
+            stored([])
+            return
+        timeout_s = deadline_s - time.monotonic()
+        self._pool.write_many([blocks[at] for at in whole], [views[at] for at in whole], timeout_s, stored)
 
     def _refuse_write(self, id: int, payload_bytes: int, reason: str, detail: str) -> None:
         self._lost(f"write_{reason}", detail)

@@ -11,9 +11,11 @@ from functools import partial
 from typing import Any
 
 from penstock.core.keys import KEY_BYTES, BlockKey
+from penstock.core.layout import staging_bytes
 from penstock.core.new_block import NewBlock
+from penstock.core.spans import parts
 from penstock.io.memory import aligned_buffer
-from penstock.pool.api import Done, Located, PoolError, PoolStat, ReadCheck, check_write
+from penstock.pool.api import Done, DoneMany, Located, PoolError, PoolStat, ReadCheck, check_write
 from penstock.pool.callbacks import call_done
 from penstock.pool.checksum import block_checksum
 from penstock.pool.losses import note_error
@@ -21,6 +23,7 @@ from penstock.pool.net import wire
 from penstock.pool.net.link import NodeLink
 from penstock.pool.net.secret import Secret
 from penstock.pool.net.tls import PeerTls
+from penstock.pool.spans import Gather, PartEnded, read_each, write_each
 from penstock.pool.union.child import BlockEnded
 from penstock.units import format_bytes
 
@@ -136,7 +139,43 @@ class RemotePool:
             detail = f"a block of {size_bytes} bytes into a buffer of {len(into)}"
             self._link.refuse(end, PoolError("layout", detail), "read")
             return
-        self._link.submit("read", wire.Read(self._link.next_id(), key, size_bytes, 0.0), into, timeout_s, end, check)
+        message = wire.Read(self._link.next_id(), key, size_bytes, 0.0)
+        self._link.submit("read", message, [into[:size_bytes]], timeout_s, end, [check])
+
+    def read_many(
+        self,
+        keys: Sequence[BlockKey],
+        size_bytes: int,
+        intos: Sequence[memoryview],
+        timeout_s: float,
+        done: DoneMany,
+        checks: Sequence[ReadCheck | None] | None = None,
+    ) -> None:
+        """Receive the blocks directly into `intos`, in as few messages as the node allows, and verify each."""
+        at_most = self._link.node.span_bytes_max
+        if 2 * staging_bytes(size_bytes) > at_most or any(len(into) < size_bytes for into in intos):
+            read_each(self, keys, size_bytes, intos, timeout_s, done, checks)
+            return
+        gather = Gather(len(keys), done)
+        for some in parts(list(range(len(keys))), staging_bytes(size_bytes), at_most):
+            message = wire.ReadMany(self._link.next_id(), b"".join(keys[at] for at in some), size_bytes, 0.0)
+            buffers = [intos[at][:size_bytes] for at in some]
+            end = partial(self._span_ended, "read", gather.part(some), len(some))
+            found = [checks[at] for at in some] if checks is not None else [None] * len(some)
+            self._link.submit("read", message, buffers, timeout_s, end, found)
+
+    def _span_ended(
+        self, what: str, ended: PartEnded, blocks: int, errors: list[PoolError | None] | None, error: PoolError | None
+    ) -> None:
+        if errors is None:
+            if error is not None:
+                for _ in range(blocks - 1):  # the link has noted one
+                    note_error(what, f"{self._link.what} {self.place}", error)
+            errors = [error] * blocks
+        else:
+            for one in errors:
+                note_error(what, f"{self._link.what} {self.place}", one)
+        ended(errors)
 
     def lease(self, key: BlockKey) -> None:
         """None: no block of a remote pool can be read in place."""
@@ -164,7 +203,36 @@ class RemotePool:
             return
         checksum = block_checksum(block.key, data[: block.size_bytes])
         message = wire.Write.of(self._link.next_id(), block, checksum)
-        self._link.submit("write", message, data, timeout_s, ended)
+        self._link.submit("write", message, [data[: block.size_bytes]], timeout_s, ended)
+
+    def write_many(
+        self, blocks: Sequence[NewBlock], datas: Sequence[memoryview], timeout_s: float, done: DoneMany
+    ) -> None:
+        """Send the blocks in as few messages as the node allows."""
+        first, node = blocks[0], self._link.node
+        alike = all((block.size_bytes, block.tenant) == (first.size_bytes, first.tenant) for block in blocks)
+        wrong = any(check_write(block, data) for block, data in zip(blocks, datas, strict=True))
+        if not alike or wrong or 2 * staging_bytes(first.size_bytes) > node.span_bytes_max:
+            write_each(self, blocks, datas, timeout_s, done)
+            return
+        gather = Gather(len(blocks), done)
+        for some in parts(list(range(len(blocks))), staging_bytes(first.size_bytes), node.span_bytes_max):
+            buffers = [datas[at][: first.size_bytes] for at in some]
+            checksums = [block_checksum(blocks[at].key, data) for at, data in zip(some, buffers, strict=True)]
+            message = wire.WriteMany.of(self._link.next_id(), [blocks[at] for at in some], checksums)
+            end = partial(self._span_written, gather.part(some), len(some))
+            self._link.submit("write", message, buffers, timeout_s, end)
+
+    def _span_written(
+        self, ended: PartEnded, blocks: int, reply: wire.WrittenMany | None, error: PoolError | None
+    ) -> None:
+        if reply is None:
+            self._span_ended("write", ended, blocks, None, error)
+        elif len(reply.states) != blocks:
+            detail = f"pool node {self.place} answered for {len(reply.states)} of {blocks} blocks"
+            self._span_ended("write", ended, blocks, [PoolError("network", detail)] * blocks, None)
+        else:
+            self._span_ended("write", ended, blocks, wire.errors_of(reply.states, reply.detail), None)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
         """Drop blocks at the node; returns how many were dropped, 0 (and a log line) when the node does not answer."""
@@ -279,7 +347,7 @@ class _Measuring:
         with self._lock:
             self._open += 1
         message = wire.Probe(self._link.next_id(), size_bytes)
-        self._link.submit("read", message, self._scratch, MEASURE_TIMEOUT_S, ended)
+        self._link.submit("read", message, [self._scratch[:size_bytes]], MEASURE_TIMEOUT_S, ended)
 
     def _wait(self, condition: Callable[[], bool]) -> None:
         with self._lock:

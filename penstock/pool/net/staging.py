@@ -109,6 +109,10 @@ class Staging:
         largest = max(min(there, total // 2) if shared else there, (self.limit_bytes - total) // GROW_BLOCKS)
         return largest - largest % STAGING_ALIGNMENT_BYTES
 
+    def span_bytes_max(self, shared: bool) -> int:
+        """Half of a connection's share; `shared`: also of blocks of other nodes."""
+        return self.capacity_bytes // (8 if shared else 4)
+
     def share(self, source: str, end_peer: Callable[[], None], remote: bool = False) -> StagingShare:
         """The share of a connection from that source address; `end_peer` ends the connection, from any thread. Blocks
         of other nodes (`remote`) are counted separately. `StagingShare.leave` must follow."""

@@ -149,6 +149,11 @@ class TlsSocket:
                     return got
                 raise
 
+    @property
+    def buffered(self) -> bool:
+        """Whether received bytes wait here, so that the next receive may not need the TCP socket."""
+        return bool(self._arrived.pending or self._object.pending())
+
     def _take(self, wanted: int = 0) -> int:
         """Receive encrypted bytes; returns how many, 0 at the end of the stream. Raises OSError. `wanted` plain bytes
         need at least as many encrypted ones, except for a record that was received in part: so many are awaited in one

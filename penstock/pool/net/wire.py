@@ -22,14 +22,15 @@ from msgspec import Meta
 
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import MAC_BYTES, REBUILD_S_MAX, TENANT_BYTES, NewBlock
+from penstock.core.spans import SPAN_BLOCKS_MAX, SPAN_BYTES_MAX
 from penstock.framing import Greeting, decode
 from penstock.framing import ProtocolError as ProtocolError
-from penstock.pool.api import Located, PoolStat
+from penstock.pool.api import Located, PoolError, PoolStat
 
 if TYPE_CHECKING:
     from penstock.pool.net.tls_socket import Stream
 
-GREETING = Greeting("pool", b"PNSTCK", version=3, usual_secret=False)
+GREETING = Greeting("pool", b"PNSTCK", version=4, usual_secret=False)
 greeting, check_greeting = GREETING.pack, GREETING.check
 SECRET_PURPOSE = b"pool"
 PREFIX = struct.Struct("<II")
@@ -39,6 +40,7 @@ PAYLOAD_BYTES_MAX = 1 << 30
 KEYS_PER_MESSAGE = 4096
 PROBE_BYTES_MAX = 1 << 20
 NODE_ID_BYTES = 16
+CHECKSUM_BYTES = 8
 STALL_S = 10  # a peer that sends or receives no byte in the middle of a message for so long is gone
 LOOK_S = 1.0  # interval of the rate check during a payload
 HEADER_S = 20.0  # for a header of more than HEAD_BYTES
@@ -61,10 +63,16 @@ Id = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=TIMEOUT_S_MAX)]
 Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 Keys = Annotated[bytes, Meta(max_length=KEYS_PER_MESSAGE * KEY_BYTES)]
+SpanKeys = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=SPAN_BLOCKS_MAX * KEY_BYTES)]
+SpanStates = Annotated[bytes, Meta(min_length=1, max_length=SPAN_BLOCKS_MAX)]
+SpanChecksums = Annotated[bytes, Meta(max_length=SPAN_BLOCKS_MAX * CHECKSUM_BYTES)]
 BlockBytes = Annotated[int, Meta(ge=1, le=PAYLOAD_BYTES_MAX)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
 Checksum = Annotated[int, Meta(ge=0, extra={"bits": 64})]
 Mac = Annotated[bytes, Meta(max_length=MAC_BYTES)]  # as the writer made it; only readers with the pool key verify it
+SpanMacs = Annotated[list[Mac], Meta(max_length=SPAN_BLOCKS_MAX)]  # empty: no block has one
+Tenant = Annotated[bytes, Meta(max_length=TENANT_BYTES)]
+RebuildSeconds = Annotated[float, Meta(ge=0, le=REBUILD_S_MAX)]
 Rate = Annotated[float, Meta(ge=0, le=1e18)]
 NodeId = Annotated[bytes, Meta(max_length=NODE_ID_BYTES)]
 Label = Annotated[str, Meta(max_length=64)]
@@ -103,8 +111,8 @@ class Write(msgspec.Struct, array_like=True, tag=3):
     parent: Key
     size_bytes: BlockBytes
     position: Count
-    tenant: Annotated[bytes, Meta(max_length=TENANT_BYTES)]
-    rebuild_s: Annotated[float, Meta(ge=0, le=REBUILD_S_MAX)]
+    tenant: Tenant
+    rebuild_s: RebuildSeconds
     checksum: Checksum
     timeout_s: Seconds
     mac: Mac = b""
@@ -226,17 +234,102 @@ class Alive(msgspec.Struct, array_like=True, tag=15):
     """Shows that the client is alive. No answer; sent only to a node whose Ready has `idle_s`."""
 
 
+class ReadMany(msgspec.Struct, array_like=True, tag=16):
+    """A span of blocks of one size, at most `Ready.span_bytes_max` together; answered by Blocks or Failed."""
+
+    id: Id
+    keys: SpanKeys
+    size_bytes: BlockBytes
+    timeout_s: Seconds
+
+    def __post_init__(self) -> None:
+        check_span(self.keys, self.size_bytes)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks are asked for."""
+        return len(self.keys) // KEY_BYTES
+
+
+class WriteMany(msgspec.Struct, array_like=True, tag=17):
+    """A span of blocks of one size and tenant; the payload is their bytes, in order. Answered by WrittenMany or Failed.
+    `checksums`: 8 bytes for each key, little-endian."""
+
+    id: Id
+    keys: SpanKeys
+    parents: SpanKeys
+    size_bytes: BlockBytes
+    positions: Annotated[list[Count], Meta(max_length=SPAN_BLOCKS_MAX)]
+    tenant: Tenant
+    rebuilds_s: Annotated[list[RebuildSeconds], Meta(max_length=SPAN_BLOCKS_MAX)]
+    checksums: SpanChecksums
+    macs: SpanMacs
+    timeout_s: Seconds
+
+    def __post_init__(self) -> None:
+        check_span(self.keys, self.size_bytes)
+        blocks = self.blocks
+        found = len(self.parents) / KEY_BYTES, len(self.positions), len(self.rebuilds_s)
+        if found != (blocks,) * 3 or len(self.checksums) != blocks * CHECKSUM_BYTES:
+            raise ValueError(f"parents, positions, times or checksums are not those of {blocks} blocks")
+        if len(self.macs) not in (0, blocks):
+            raise ValueError(f"{len(self.macs)} MACs for {blocks} blocks")
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks are written."""
+        return len(self.keys) // KEY_BYTES
+
+    @classmethod
+    def of(cls, id: int, blocks: Sequence[NewBlock], checksums: Sequence[int]) -> WriteMany:
+        """Without the blocks' tokens, and with no time until its sender gives some."""
+        macs = [block.mac for block in blocks]
+        return cls(
+            id, b"".join(block.key for block in blocks), b"".join(block.parent for block in blocks),
+            blocks[0].size_bytes, [block.position for block in blocks], blocks[0].tenant,
+            [block.rebuild_s for block in blocks], pack_checksums(checksums), macs if any(macs) else [], 0.0,
+        )  # fmt: skip
+
+    def new_blocks(self) -> list[NewBlock]:
+        """The blocks as arguments of `Pool.write`."""
+        named = zip(
+            split_keys(self.keys), split_keys(self.parents), self.positions, self.rebuilds_s,
+            self.macs or [b""] * self.blocks, strict=True,
+        )  # fmt: skip
+        size, tenant = self.size_bytes, self.tenant
+        return [NewBlock(key, parent, size, at, tenant, rebuild_s, mac) for key, parent, at, rebuild_s, mac in named]
+
+
+def pack_checksums(checksums: Sequence[int]) -> bytes:
+    """Checksums as they travel: 8 bytes each, little-endian."""
+    return struct.pack(f"<{len(checksums)}Q", *checksums)
+
+
+def unpack_checksums(packed: bytes) -> tuple[int, ...]:
+    """The inverse of `pack_checksums`."""
+    return struct.unpack(f"<{len(packed) // CHECKSUM_BYTES}Q", packed)
+
+
+def check_span(keys: bytes, size_bytes: int) -> None:
+    """Raises ValueError for a broken concatenation of keys, or a span of too many bytes."""
+    if len(keys) % KEY_BYTES:
+        raise ValueError(f"{len(keys)} bytes of keys, of {KEY_BYTES} each")
+    if len(keys) // KEY_BYTES * size_bytes > SPAN_BYTES_MAX:
+        raise ValueError(f"a span of more than {SPAN_BYTES_MAX} bytes")
+
+
 class Ready(msgspec.Struct, array_like=True, tag=20):
     """Answer to Hello. `node_id` is unique to a node and to a start of it; `read_bytes_per_s` is the sum of its
     members' read bandwidths; `block_bytes_max` the largest block that it can store and serve (0: not known). The node
-    ends a connection that sends no message for `idle_s` (0: never). Failed instead: the node does not serve this
-    client."""
+    ends a connection that sends no message for `idle_s` (0: never). `span_bytes_max`: the bytes of blocks that it reads
+    or writes in one message (0: it takes single blocks only). Failed instead: the node does not serve this client."""
 
     name: Name
     node_id: NodeId = b""
     read_bytes_per_s: Rate = 0.0
     block_bytes_max: Count = 0
     idle_s: Seconds = 0.0
+    span_bytes_max: Count = 0
 
 
 class Block(msgspec.Struct, array_like=True, tag=21):
@@ -352,6 +445,59 @@ class Lent(msgspec.Struct, array_like=True, tag=31):
     mac: Mac = b""
 
 
+class Blocks(msgspec.Struct, array_like=True, tag=32):
+    """Answer to ReadMany, with a result for each of its `keys`: `states` has 0 for a block that is here, else the
+    number of its `PoolError.REASONS`, from 1 on. The payload is the blocks that are here, in order. `checksums`: 8
+    bytes for each key, little-endian. `detail`: about the first block that is not here."""
+
+    id: Id
+    keys: SpanKeys
+    states: SpanStates
+    checksums: SpanChecksums
+    macs: SpanMacs
+    detail: Detail = ""
+
+    def __post_init__(self) -> None:
+        blocks = len(self.states)
+        check_states(self.states)
+        if (len(self.keys), len(self.checksums)) != (blocks * KEY_BYTES, blocks * CHECKSUM_BYTES):
+            raise ValueError(
+                f"{len(self.keys)} bytes of keys and {len(self.checksums)} of checksums for {blocks} blocks"
+            )
+        if len(self.macs) not in (0, blocks):
+            raise ValueError(f"{len(self.macs)} MACs for {blocks} blocks")
+
+
+class WrittenMany(msgspec.Struct, array_like=True, tag=33):
+    """Answer to WriteMany: for each block 0 when it is stored, else the number of its reason, as in Blocks. `detail`:
+    about the first block that is not stored."""
+
+    id: Id
+    states: SpanStates
+    detail: Detail = ""
+
+    def __post_init__(self) -> None:
+        check_states(self.states)
+
+
+def check_states(states: bytes) -> None:
+    """Raises ValueError for a state that is neither 0 nor the number of a reason."""
+    if max(states) > len(PoolError.REASONS):
+        raise ValueError(f"a block's state is {max(states)}; allowed: 0 to {len(PoolError.REASONS)}")
+
+
+def states_of(errors: Sequence[PoolError | None]) -> tuple[bytes, str]:
+    """The states of the blocks of a span that ended so, and the first error's text."""
+    first = next((error.detail for error in errors if error is not None), "")
+    states = bytes(0 if error is None else PoolError.REASONS.index(error.reason) + 1 for error in errors)
+    return states, first[:DETAIL_CHARACTERS_MAX].encode(errors="replace").decode()
+
+
+def errors_of(states: bytes, detail: str) -> list[PoolError | None]:
+    """What `states_of` was made from; every error has the first one's text."""
+    return [PoolError(PoolError.REASONS[state - 1], detail) if state else None for state in states]
+
+
 Request = (
     Hello
     | Read
@@ -368,13 +514,18 @@ Request = (
     | Return
     | Offer
     | Alive
+    | ReadMany
+    | WriteMany
 )
-Reply = Ready | Block | Failed | Written | Found | Evicted | Stats | Probed | Opened | Accepted | Attached | Lent
-
-Answer = Written | Found | Evicted | Stats | Opened | Accepted | Attached | Lent  # replies without payload or error
+Answer = (  # replies without payload or error
+    Written | WrittenMany | Found | Evicted | Stats | Opened | Accepted | Attached | Lent
+)
+Reply = Ready | Block | Blocks | Failed | Probed | Answer
 ANSWERS: dict[type[Request], type[Reply]] = {  # besides Failed
     Read: Block,
+    ReadMany: Blocks,
     Write: Written,
+    WriteMany: WrittenMany,
     Lookup: Found,
     Evict: Evicted,
     Stat: Stats,
@@ -450,6 +601,29 @@ def receive_exactly(
         if rate is not None and got < size:
             rate.moved(max(received, 0), now_s - looked_s)
         looked_s = now_s
+
+
+def receive_scattered(sock: Stream, views: Sequence[memoryview]) -> None:
+    """Fill the views in order; raises as `receive_exactly`."""
+    if len(views) == 1 or not isinstance(sock, socket.socket):
+        for view in views:
+            receive_exactly(sock, view)
+        return
+    left = list(views)
+    while left:
+        try:
+            received = sock.recvmsg_into(left, 0, socket.MSG_WAITALL)[0]
+        except BlockingIOError:
+            raise TimeoutError(f"the peer sent nothing for {STALL_S} s in the middle of a message") from None
+        if not received:
+            raise ConnectionError("the peer closed the connection")
+        filled = 0
+        while filled < len(left) and received >= len(left[filled]):
+            received -= len(left[filled])
+            filled += 1
+        del left[:filled]
+        if received:
+            left[0] = left[0][received:]
 
 
 def frame_lengths(head: bytes | memoryview) -> tuple[int, int]:

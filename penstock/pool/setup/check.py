@@ -27,12 +27,11 @@ from penstock.pool.members.header import (
     read_page,
     write_header,
 )
+from penstock.pool.members.old_rows import OLD_FORMATS
 from penstock.pool.members.pairing import default_table, find_table, folders_of, place_of
 from penstock.pool.members.slab_index import (
-    OLD_FORMATS,
     TABLE_FORMAT,
     RowTable,
-    block_of,
     connect_read_only,
     damage_of,
     identity_of,
@@ -40,6 +39,7 @@ from penstock.pool.members.slab_index import (
     read_rows,
     readable_rows,
 )
+from penstock.pool.members.stored_rows import keys_of, stored_blocks
 from penstock.private_file import open_stored
 from penstock.units import format_bytes
 
@@ -194,18 +194,16 @@ def _read_table(path: Path, report: CheckReport) -> tuple[bytes | None, list[Blo
                     raise SlabRefused(
                         f"{path} is a table of format {version}, this version reads formats 1 to {TABLE_FORMAT}"
                     )
-                good: list[Block] = []
-                bad: list[Any] = []
-                for row in read_rows(db) if meta else ():
-                    stored = block_of(row)
-                    good.append(stored[0]) if stored is not None else bad.append(row[0])
+                if not meta:
+                    return None, [], []
+                good, bad = read_rows(db)
                 report.rows, report.bad_rows = len(good) + len(bad), len(bad)
-                return identity_of(meta), good, bad
+                return identity_of(meta), [block for block, _ in stored_blocks(good)], bad
     except sqlite3.Error as error:
         raise OSError(f"the table {path} cannot be read: {error}") from error
     identity, kept = readable_rows(path)
     report.rows = len(kept)
-    return identity, [block for block, _ in kept], []
+    return identity, [block for block, _ in stored_blocks(kept)], []
 
 
 def _header_damage(
@@ -293,8 +291,8 @@ def _repair(table_path: Path, doomed: set[Any], report: CheckReport) -> int:
         return 0
     table = RowTable(table_path)
     try:
-        stored, bad = table.rows()
-        keys = {block.key for block, _ in stored} & doomed
+        stored, bad = table.read()
+        keys = set(keys_of(stored)) & doomed
         table.change([*keys, *bad], [], [])
         return len(keys) + len(bad)
     finally:

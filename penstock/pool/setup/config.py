@@ -98,7 +98,7 @@ class NodeSettings(PeerSettings):
         shown="128MiB, and more once a larger block comes",
     )
     connections: int | None = setting(
-        None, "How many connections of clients are served at once; an engine has 3 or more.", least=1, shown="1024"
+        None, "How many connections of clients are served at once; an engine has 3 or more.", least=1, shown="4096"
     )
     connections_per_address: int | None = setting(
         None,

@@ -19,14 +19,15 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from penstock.core.keys import BlockKey
 from penstock.core.new_block import NewBlock
-from penstock.pool.api import Done, Lease, Located, MemberStat, PoolError, PoolStat, ReadCheck, check_write
+from penstock.pool.api import Done, DoneMany, Lease, Located, MemberStat, PoolError, PoolStat, ReadCheck, check_write
 from penstock.pool.callbacks import call_done, call_soon, callback_worker
 from penstock.pool.losses import note_error, note_loss
 from penstock.pool.node_backend import NodeBackend, OpenedBlock
+from penstock.pool.spans import Gather, PartEnded
 from penstock.pool.union.child import BlockEnded, Child, NodePool
 from penstock.pool.union.children import Children
 from penstock.pool.union.locations import Locations
@@ -35,6 +36,17 @@ log = logging.getLogger(__name__)
 
 _GONE = ("missing", "layout", "checksum", "device")  # reads that end so: the block is not there
 _TRY_NEXT = ("network", "closed", "full", "device")  # writes that end so may go to another child
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A block of a span that is written to one child: its `parent` there, and the `others` to try next."""
+
+    block: NewBlock
+    data: memoryview
+    parent: BlockKey
+    others: list[int]
+    done: Done
 
 
 class UnionPool:
@@ -142,6 +154,54 @@ class UnionPool:
             return
         self.read_of_node(child, key, size_bytes, into, timeout_s, lambda *ended: call_done(done, ended[-1]), check)
 
+    def read_many(
+        self,
+        keys: Sequence[BlockKey],
+        size_bytes: int,
+        intos: Sequence[memoryview],
+        timeout_s: float,
+        done: DoneMany,
+        checks: Sequence[ReadCheck | None] | None = None,
+    ) -> None:
+        """Read each block from the child where it was last found, those of one child together."""
+        by_child: dict[Child | None, list[int]] = {}
+        with self._lock:
+            for at, key in enumerate(keys):
+                by_child.setdefault(self._held_by(key), []).append(at)
+        gather = Gather(len(keys), done)
+        for child, some in by_child.items():
+            found = [checks[at] for at in some] if checks is not None else None
+            span = [keys[at] for at in some], size_bytes, [intos[at] for at in some], timeout_s
+            if child is not None and child.node is not None:
+                child.node.read_many(*span, self._metered(child, span[0], size_bytes, gather.part(some)), found)
+            elif self._local is not None:
+                self._local.read_many(*span, gather.part(some), found)
+            else:
+                for at in some:
+                    call_soon(self._callbacks, gather.one(at), _unknown(keys[at]))
+
+    def _metered(self, child: Child, keys: Sequence[BlockKey], size_bytes: int, ended: PartEnded) -> DoneMany:
+        """Meter a span that is read from a node from now on, and note which of its blocks are not there."""
+
+        def end(errors: list[PoolError | None]) -> None:
+            moved = size_bytes * sum(error is None for error in errors)
+            with self._lock:
+                child.meter.ended(1, moved, time.monotonic())
+                for key, error in zip(keys, errors, strict=True):
+                    self._note_failed(child, key, error)
+            ended(errors)
+
+        with self._lock:
+            child.meter.started(time.monotonic())
+        return end
+
+    def _note_failed(self, child: Child, key: BlockKey, error: PoolError | None) -> None:
+        """Forget a block that could not be read from the child, where that says so; the lock is held."""
+        if error is not None and error.reason == "mac":
+            self._locations.refuse(key, self._children.all.index(child))
+        elif error is not None and error.reason in _GONE:
+            self._locations.forget(key, self._children.all.index(child))
+
     def read_of_node(
         self,
         child: Child,
@@ -158,10 +218,7 @@ class UnionPool:
         def end(checksum: int, mac: bytes, error: PoolError | None) -> None:
             with self._lock:
                 child.meter.ended(1, 0 if error else size_bytes, time.monotonic())
-                if error is not None and error.reason == "mac":
-                    self._locations.refuse(key, self._children.all.index(child))
-                elif error is not None and error.reason in _GONE:
-                    self._locations.forget(key, self._children.all.index(child))
+                self._note_failed(child, key, error)
             ended(checksum, mac, error)
 
         with self._lock:
@@ -188,6 +245,55 @@ class UnionPool:
             return
         ready = self._children.order(block.position, block.size_bytes)
         self._write_to(ready, block, data, time.monotonic() + timeout_s, done, PoolError("network", "no child is up"))
+
+    def write_many(
+        self, blocks: Sequence[NewBlock], datas: Sequence[memoryview], timeout_s: float, done: DoneMany
+    ) -> None:
+        """As `write` of each block; those whose placement begins with the same child are sent to it together."""
+        until_s = time.monotonic() + timeout_s
+        gather = Gather(len(blocks), done)
+        spans: dict[int, list[_Placed]] = {}
+        before: NewBlock | None = None
+        root, last_on = b"", dict[int, BlockKey]()  # of the prefix that these blocks continue: its end, on each child
+        for at, (block, data) in enumerate(zip(blocks, datas, strict=True)):
+            error = check_write(block, data)
+            if before is None or block.parent != before.key:
+                root, last_on = block.parent, {}
+            order = self._children.order(block.position, block.size_bytes) if error is None else []
+            before = block
+            if not order:
+                self.write(block, data, timeout_s, gather.one(at))
+                continue
+            child, *others = order
+            with self._lock:
+                parent = last_on.get(child) or self._locations.parent_on(child, root)
+            last_on[child] = block.key
+            spans.setdefault(child, []).append(_Placed(block, data, parent, others, gather.one(at)))
+        for child, span in spans.items():
+            self._write_span(child, span, until_s)
+
+    def _write_span(self, at: int, span: list[_Placed], until_s: float) -> None:
+        """Write blocks to one child, and each that it refuses to the next in that block's order."""
+        child = self._children.all[at]
+
+        def written(errors: list[PoolError | None]) -> None:
+            for one, error in zip(span, errors, strict=True):
+                if error is not None and error.reason in _TRY_NEXT and not self._children.closing:
+                    self._write_to(one.others, one.block, one.data, until_s, one.done, error)
+                    continue
+                if error is None:
+                    with self._lock:
+                        self._locations.note_written(one.block.key, one.block.parent, at)
+                call_done(one.done, error)
+
+        with self._lock:
+            placed = [
+                replace(one.block, parent=one.parent, position=self._children.position_on(at, one.block.position))
+                for one in span
+            ]
+            for one in span:
+                child.note_written(one.block.size_bytes)
+        child.pool.write_many(placed, [one.data for one in span], until_s - time.monotonic(), written)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
         """Drop the blocks at every child; how many were dropped in all. A child that fails is logged and counts 0."""
@@ -268,6 +374,10 @@ class UnionPool:
             return _unknown(key)
         return self._local.open_block(key, size_bytes)
 
+    def open_blocks(self, keys: Sequence[BlockKey], size_bytes: int) -> list[OpenedBlock | PoolError]:
+        """As `open_block` of each."""
+        return [self.open_block(key, size_bytes) for key in keys]
+
     def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
         """Forward a reader's report about a block to the child where the block was last found."""
         child = self._holder(key)
@@ -280,9 +390,13 @@ class UnionPool:
 
     def _holder(self, key: BlockKey) -> Child | None:
         with self._lock:
-            found = self._locations.find(key)
-            child = self._children.all[found] if found is not None else None
-            return child if child is not None and not child.left else None
+            return self._held_by(key)
+
+    def _held_by(self, key: BlockKey) -> Child | None:
+        """As `_holder`; the lock is held."""
+        found = self._locations.find(key)
+        child = self._children.all[found] if found is not None else None
+        return child if child is not None and not child.left else None
 
     def _note_answer(self, child: Child, answer: object) -> None:
         """Count a request that a child did not answer, and log it once until the child answers again. The lock is

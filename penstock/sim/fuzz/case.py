@@ -104,7 +104,7 @@ def _config(rng: random.Random) -> dict[str, Any]:
         "policy": rng.choice(POLICIES),
         "mode": mode,
         "layerwise": mode == "penstock" and rng.random() < 0.5,
-        "fetch_window_blocks": rng.randint(1, 4),
+        "fetch_window_blocks": rng.choice((1, 2, 3, 4, 16, 32)),
         "upload_group_blocks": rng.randint(1, 4),
         "upload_window_groups": rng.randint(1, 3),
         "recompute": mode == "penstock" and rng.random() < 0.3,

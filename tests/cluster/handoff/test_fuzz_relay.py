@@ -31,13 +31,16 @@ from penstock.pool.net.open_mover import open_mover
 from penstock.pool.setup.open import open_local_pool
 from penstock.process.guarded_thread import thread_failures
 from tests.fuzz_messages import MESSAGES, SEED, Piece, Protocol, mutants
+from tests.pool.net.node_rig import fit_span
 from tests.process_figures import back_to, figures
 from tests.waiting import wait_until
 
 MIB = 1 << 20
 BLOCK, BLOCK_BYTES, BLOCKS = 16, 4096, 64
 WAIT_S = 60.0
-REQUESTS = Protocol("request", wire.Request, lambda raw: wire.decode_request(memoryview(raw)), wire.ProtocolError)
+REQUESTS = Protocol(
+    "request", wire.Request, lambda raw: wire.decode_request(memoryview(raw)), wire.ProtocolError, fit=fit_span
+)
 ROUNDS = max(1, MESSAGES // 250_000)  # for each type of message
 
 

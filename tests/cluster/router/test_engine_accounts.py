@@ -52,6 +52,20 @@ def test_alpha_and_beta_follow_from_what_an_engine_says_of_itself() -> None:
         assert groups.prefill[0].beta_max == engine.beta_tokens
 
 
+def test_preemptions_at_engines_are_counted_while_they_are_registered() -> None:
+    with routers() as c:
+        hosts = [c.engine(name, "mixed", SayingHost(preemptions=7)) for name in ("one", "two")]
+
+        def counted() -> float:
+            return c.router.stats().counters["preemptions"]
+
+        assert counted() == 0.0, "those of before are another router's"
+        for host, preemptions in zip(hosts, (9, 12), strict=True):
+            assert isinstance(host, SayingHost)
+            host.said = {"preemptions": preemptions}
+        wait_until(lambda: counted() == 7.0, "both engines' count")
+
+
 def test_the_router_has_a_hits_front_computed_where_the_engine_would_wait_for_the_load() -> None:
     """As a router with `recompute` sees it: a slow storage NIC, a fast engine, and a prompt it has seen before."""
     prompt = prompt_of(302, 1024)

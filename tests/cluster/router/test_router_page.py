@@ -67,6 +67,7 @@ def test_the_data_names_hosts_engines_links_queues_and_requests() -> None:
         assert re.search(r'^vllm:num_requests_running{engine="0",model_name=".*"} 4.0$', metrics, re.M)
         assert re.search(r'^vllm:num_requests_waiting{engine="0",model_name=".*"} 0.0$', metrics, re.M)
         assert re.search(r'^vllm:kv_cache_usage_perc{engine="0",model_name=".*"} 0', metrics, re.M)
+        assert re.search(r'^vllm:num_preemptions_total{engine="0",model_name=".*"} 0.0$', metrics, re.M)
         assert re.search(
             r'^vllm:cache_config_info{block_size="\d+",engine="0",num_gpu_blocks="\d+"} 1.0$', metrics, re.M
         )

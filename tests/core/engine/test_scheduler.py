@@ -11,8 +11,9 @@ from penstock.core.bandwidth import LinkCost
 from penstock.core.config import ConfigError, SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.engine.scheduler import LoadScheduler, WaitingQueueFull
+from penstock.core.keys import block_keys
 from penstock.core.operations import BlockHit, Lookup, RequestSpec
-from tests.core.scheduler_rig import BLOCK, BLOCK_BYTES, LINK, Bench, overlap_s, prompt_of, spec
+from tests.core.scheduler_rig import BLOCK, BLOCK_BYTES, FINGERPRINT, LINK, Bench, overlap_s, prompt_of, spec
 
 LONG, SHORT = 60, 10  # blocks: 60 and 10 ms on the link
 
@@ -53,6 +54,28 @@ def test_a_hole_at_the_front_is_computed_while_the_rest_loads_but_not_by_the_bas
     bench.driver.run()
     assert (overlap_s(bench.driver.busy["fetch"], bench.driver.busy["compute"]) > 0) is overlaps
     assert bench.driver.ended["r"].account.cached_tokens == 37 * BLOCK
+
+
+def test_an_account_says_what_came_over_each_link_and_when() -> None:
+    bench = Bench(links={LINK: 1e9, "memory:0": 4e9, "net": 4e9})
+    on_ssd, both = prompt_of(1, 10 * BLOCK + 20), prompt_of(2, 12 * BLOCK + 20)
+    bench.stored(on_ssd, 10)
+    bench.stored(both, 12, ("memory:0", "net"))
+    for key in list(bench.pool)[10:14]:
+        bench.pool[key] = BlockHit(BLOCK_BYTES, (LINK, "net"))
+    bench.driver.submit_at(0.0, spec("ssd", on_ssd))
+    bench.driver.submit_at(1.0, spec("both", both))
+    bench.driver.run()
+    accounts = {name: ended.account for name, ended in bench.driver.ended.items() if ended.account is not None}
+    assert set(accounts["ssd"].link_reads) == {LINK}
+    first = accounts["ssd"].link_reads[LINK]
+    assert first.size_bytes == 10 * BLOCK_BYTES and first.end_s - first.start_s == pytest.approx(0.010)
+    reads = accounts["both"].link_reads
+    assert {name: one.size_bytes // BLOCK_BYTES for name, one in reads.items()} == {LINK: 4, "memory:0": 8, "net": 12}
+    first_token_s = accounts["both"].first_token_s
+    assert first_token_s is not None
+    assert all(1.0 <= one.start_s < one.end_s <= first_token_s for one in reads.values())
+    assert reads["net"].end_s == max(one.end_s for one in reads.values())
 
 
 def test_coupled_gives_the_example_of_calvo() -> None:
@@ -111,6 +134,38 @@ def test_a_request_on_a_busy_link_leaves_the_other_link_to_others() -> None:
     bench.driver.submit_at(0.0, spec("second", second))
     bench.driver.run()
     assert bench.ttft("second") < 0.030 < 0.050 < bench.ttft("first")
+
+
+def dispatched(bench: Bench) -> list[tuple[str, bytes]]:
+    """The route's first link and the key of each fetch, in the order in which they were issued at once."""
+    first = {key: hit.route[0] for key, hit in bench.pool.items()}
+    return [(first[key], key) for key in bench.driver.fetches]
+
+
+def test_the_blocks_of_a_span_follow_each_other_and_the_least_busy_device_is_next() -> None:
+    links = {"ssd:0": 1e9, "ssd:1": 1e9, "net": 1e12}
+    bench = Bench(links=links, fetch_window_blocks=32, l2_slots=200, l1_pages=200)  # spans of four
+    prompt = prompt_of(1, 60 * BLOCK + 10)
+    for at, key in enumerate(block_keys(prompt[: 60 * BLOCK], FINGERPRINT, "", BLOCK)):
+        bench.pool[key] = BlockHit(BLOCK_BYTES, (f"ssd:{at % 2}", "net"))
+    bench.driver.submit_at(0.0, spec("one", prompt))
+    bench.driver.run(until_s=1e-6)
+    assert [link for link, _ in dispatched(bench)] == (["ssd:0"] * 4 + ["ssd:1"] * 4) * 4
+    bench.driver.run()
+    assert len(bench.driver.fetches) == 60 and bench.driver.ended["one"].reason == "length"
+
+
+def test_an_urgent_request_gets_in_between_two_spans_of_another() -> None:
+    bench = Bench(policy="edf", fetch_window_blocks=16, l2_slots=200, l1_pages=200)  # spans of two
+    long, short = prompt_of(1, 60 * BLOCK + 10), prompt_of(2, 4 * BLOCK + 10)
+    bench.stored(long, 60)
+    bench.stored(short, 4)
+    bench.driver.submit_at(0.0, spec("long", long, deadline_s=100.0))
+    bench.driver.submit_at(0.0305, spec("short", short, deadline_s=1.0))
+    bench.driver.run()
+    urgent = set(block_keys(short[: 4 * BLOCK], FINGERPRINT, "", BLOCK))
+    places = [at for at, key in enumerate(bench.driver.fetches) if key in urgent]
+    assert len(places) == 4 and places[-1] <= 30 + 16 + 4  # behind what was in flight, and nothing else
 
 
 # -- deadlines and fairness --------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class Histories(RuleBasedStateMachine):
         layerwise=st.booleans(),
         pages=st.integers(8, 20),
         slots=st.integers(2, 12),
-        window=st.integers(1, 4),
+        window=st.sampled_from((1, 2, 3, 4, 16, 32)),
         running=st.integers(1, 5),
     )
     def start(self, policy, mode, layerwise, pages, slots, window, running) -> None:  # type: ignore[no-untyped-def]
@@ -128,6 +128,25 @@ class Histories(RuleBasedStateMachine):
         self.now += seconds
         op_id = sorted(self.pending)[pick % len(self.pending)]
         self._complete(op_id, fails == 0)
+        self._decide()
+
+    @precondition(lambda self: any(isinstance(op, Fetch) for op in self.pending.values()))
+    @rule(pick=st.integers(0, 10**6), fails=st.sets(st.integers(0, 7), max_size=3), seconds=st.floats(0, 0.5))
+    def complete_span(self, pick: int, fails: set[int], seconds: float) -> None:
+        """All fetches on one route end together, some of them without their block."""
+        self.now += seconds
+        fetches = [op for _, op in sorted(self.pending.items()) if isinstance(op, Fetch)]
+        span = [op for op in fetches if op.route == fetches[pick % len(fetches)].route]
+        errors: list[str | None] = []
+        for number, op in enumerate(span):
+            del self.pending[op.op_id]
+            failed = number in fails or op.key not in self.pool
+            errors.append("missing" if failed else None)
+            if failed:
+                self.pool.pop(op.key, None)
+            else:
+                self.slots[op.slot] = list(self.pool[op.key][0])
+        self.scheduler.fetched_many([op.op_id for op in span], errors, self.now)
         self._decide()
 
     @precondition(lambda self: self.tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import queue
 import random
 import sqlite3
 import subprocess
@@ -13,19 +14,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from penstock.io.api import BlockEngine, IoCompletion, IoOp
 from penstock.io.memory import aligned_buffer
 from penstock.io.open import open_engine
 from penstock.pool.api import PoolError
-from penstock.pool.local.local_pool import KEYS_AT_ONCE, LocalPool
+from penstock.pool.local.local_pool import EVICTED_AT_ONCE, KEYS_AT_ONCE, LocalPool
 from penstock.pool.members.device import DeviceMember, open_device_member
 from penstock.pool.members.header import HEADER_BYTES
 from penstock.pool.members.memory import MemoryMember
 from penstock.pool.setup.open import open_local_pool
 from tests.children import with_tests
 from tests.pool.helpers import ROOT, Outcome, block_bytes, chain, key_of, member, new_block, read, staged, until, write
+from tests.pool.stored_tables import alter, offsets
 
 MIB = 1 << 20
 Opener = Callable[..., LocalPool]
@@ -200,8 +203,7 @@ def test_every_flipped_bit_in_a_slab_is_found_and_nothing_wrong_is_served(tmp_pa
         assert write(pool, key, parent, size_bytes=20_000) == "ok"
     pool.close(5.0)
     generator = random.Random(7)
-    with sqlite3.connect(f"{path}.db") as db:
-        rows = dict(db.execute("SELECT key, offset FROM blocks").fetchall())
+    rows = offsets(Path(f"{path}.db"))
     damaged = keys[::2]
     with path.open("r+b") as slab:
         for key in damaged:
@@ -225,8 +227,7 @@ def test_blocks_swapped_on_the_slab_do_not_pass_for_each_other(tmp_path: Path) -
     a, b = key_of("a"), key_of("b")
     assert [write(pool, a), write(pool, b)] == ["ok", "ok"]
     pool.close(5.0)
-    with sqlite3.connect(f"{path}.db") as db:
-        (at_a,), (at_b,) = (db.execute("SELECT offset FROM blocks WHERE key = ?", (k,)).fetchone() for k in (a, b))
+    at_a, at_b = (offsets(Path(f"{path}.db"))[key] for key in (a, b))
     with path.open("r+b") as slab:
         for key, at in ((a, at_b), (b, at_a)):
             slab.seek(at)
@@ -246,11 +247,9 @@ def damage(path: Path, how: str) -> None:
     elif how == "table unreadable":
         table.write_bytes(b"this is not a database" * 1000)
     elif how == "rows overlap":
-        with sqlite3.connect(table) as db:
-            db.execute("UPDATE blocks SET offset = ?", (HEADER_BYTES,))
+        alter(table, lambda rows: rows.__setitem__("offset", HEADER_BYTES))
     elif how == "rows outside":
-        with sqlite3.connect(table) as db:
-            db.execute("UPDATE blocks SET offset = offset + ?", (1 << 40,))
+        alter(table, lambda rows: rows.__setitem__("offset", rows["offset"] + np.uint64(1 << 40)))
 
 
 @pytest.mark.parametrize(
@@ -543,6 +542,44 @@ def test_queued_writes_over_the_limit_are_dropped_not_kept(faulty: tuple[LocalPo
     assert pool.stat(1.0).writes_dropped == len(reasons) - reasons.count("ok")
 
 
+def test_blocks_written_together_end_each_as_if_written_alone(opened: Opener) -> None:
+    pool = opened([MIB, MIB], slab=2 * MIB, weights=[1.0, 1.0, 1.0])
+    news = [new_block(key_of(i), key_of(i - 1), 4096, i) for i in range(150)]
+    datas = [staged(new.key, new.size_bytes) for new in news]
+    assert write(pool, key_of(3), key_of(2), 4096) == "ok"
+    assert write(pool, key_of(5), key_of(4), 8192) == "ok"
+    news[9] = new_block(key_of(9), key_of(9), 4096)
+    news[11] = news[10]
+    ends: queue.SimpleQueue[list[PoolError | None]] = queue.SimpleQueue()
+    pool.write_many(news, datas, 10.0, ends.put)
+    results = ends.get(timeout=20.0)
+    reasons = {at: error.reason for at, error in enumerate(results) if error is not None}
+    assert len(results) == 150 and reasons == {5: "layout", 9: "layout", 11: "dropped"}
+    for at, new in enumerate(news):
+        if at not in reasons:
+            assert read(pool, new.key) == "ok"
+    pool.write_many([], [], 1.0, ends.put)
+    assert ends.get(timeout=5.0) == []
+    stat = pool.stat(1.0)
+    assert stat.writes_dropped == 3 and sum(one.blocks for one in stat.members) == 148
+    pool.check_integrity()
+    pool.close(5.0)
+    pool.write_many(news[:2], datas[:2], 1.0, ends.put)
+    assert [error.reason for error in ends.get(timeout=5.0) if error] == ["closed"] * 2
+
+
+def test_blocks_written_together_evict_what_is_worth_least(opened: Opener) -> None:
+    pool = opened([MIB, MIB], weights=[1.0, 1.0])
+    for name in range(6):
+        news = [new_block(key_of((name, i)), key_of((name, i - 1)), 4096, i) for i in range(200)]
+        ends: queue.SimpleQueue[list[PoolError | None]] = queue.SimpleQueue()
+        pool.write_many(news, [staged(new.key, 4096) for new in news], 10.0, ends.put)
+        assert ends.get(timeout=20.0) == [None] * 200
+    assert all(found is not None for found in pool.lookup([new.key for new in news], 1.0))
+    stat = pool.stat(1.0)
+    assert stat.evictions == 6 * 200 - 512 == dict(stat.evictions_by)["own"]
+
+
 class Turns(Sequence[bytes]):
     """Keys that ask the pool something each time a part of them is taken: nobody may hold its lock then."""
 
@@ -574,5 +611,5 @@ def test_many_keys_are_looked_up_and_evicted_in_turns_with_others(opened: Opener
     assert [at for at, hit in enumerate(found) if hit is not None] == [0, 700, len(keys) - 1]
     dropped = Turns(keys, pool)
     assert pool.evict(dropped) == 3
-    assert dropped.parts == [KEYS_AT_ONCE] * 10 + [5]
+    assert dropped.parts == [EVICTED_AT_ONCE] * (10 * KEYS_AT_ONCE // EVICTED_AT_ONCE) + [5]
     assert pool.lookup([], 1.0) == [] and pool.evict([]) == 0

@@ -54,6 +54,42 @@ class Histories(RuleBasedStateMachine):
             assert block.member not in without and state.healthy and not state.draining and not state.gone
             self.writing.append(block)
 
+    @rule(names=st.lists(NAMES, max_size=12, unique=True), pages=st.integers(1, 3), without=st.sets(st.integers(0, 1)))
+    def store_many(self, names: list[int], pages: int, without: set[int]) -> None:
+        """Those that find room are committed together."""
+        new = [name for name in names if self.table.find(key_of(name)) is None]
+        new = [name for name in new if not self.table.being_written(key_of(name))]
+        parents = [key_of(name - 1) if name % 8 else ROOT for name in new]
+        tenant = TENANTS[pages]
+        blocks, gone = self.table.reserve_many(
+            [new_block(key_of(n), p, pages * PAGE, n, tenant) for n, p in zip(new, parents, strict=True)], without
+        )
+        for member, key in gone:
+            left = self.present.pop(key)
+            assert left.member == member and left not in self.readers and left.row < 0
+        reserved = [block for block in blocks if block is not None]
+        assert all(block.member not in without for block in reserved)
+        for old in self.table.commit_many(reserved):
+            assert self.present.pop(old.key) is old
+        self.present |= {block.key: block for block in reserved}
+
+    @rule(names=st.lists(NAMES, max_size=12))
+    def look_many(self, names: list[int]) -> None:
+        keys = [key_of(name) for name in names]
+        blocks = [self.table.find(key) for key in keys]
+        found = self.table.lookup_many(b"".join(keys))
+        assert found.sizes.tolist() == [block.size_bytes if block else 0 for block in blocks]
+        assert all(block is None or block.member == at for block, at in zip(blocks, found.members, strict=True))
+
+    @rule(names=st.lists(NAMES, max_size=6))
+    def drop_many(self, names: list[int]) -> None:
+        gone = self.table.evict_many(b"".join(key_of(name) for name in names))
+        for member, key in gone:
+            left = self.present.pop(key)
+            assert left.member == member and left not in self.readers
+        pinned = {block.key for block in self.readers} | {source.key for source, _ in self.moves}
+        assert all(key_of(name) in pinned or key_of(name) not in self.present for name in names)
+
     @precondition(lambda self: self.writing)
     @rule(data=st.data(), ok=st.sampled_from([True, True, True, False]))
     def written(self, data: st.DataObject, ok: bool) -> None:

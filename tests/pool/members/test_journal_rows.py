@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import xxhash
 
 from penstock.core.keys import BlockKey
 from penstock.pool.block import Block
 from penstock.pool.checksum import block_checksum
 from penstock.pool.members.header import HEADER_BYTES, SlabRefused, pack_header
-from penstock.pool.members.slab_index import RowTable, block_of, row_of
+from penstock.pool.members.old_rows import block_of
+from penstock.pool.members.slab_index import RowTable
+from penstock.pool.members.stored_rows import ROW, StoredRows, packed, row_checks, stored_blocks, use_checks, valid
 from penstock.pool.setup.open import open_local_pool
 from tests.pool.helpers import ROOT, block_bytes, chain, key_of, read, write
+from tests.pool.stored_tables import alter, as_format_3, check_of, flipped, old_row_of
 
 MIB = 1 << 20
 ID = b"0123456789abcdef"
@@ -54,9 +56,48 @@ def test_a_row_comes_back_as_it_was(tmp_path: Path) -> None:
     table.close()
 
 
+def test_every_bit_of_a_row_counts() -> None:
+    row = packed([(block("a"), 5.5)])
+    assert valid(row).all() and stored_blocks(row)[0][0].mac == bytes(range(32))
+    for bit in range(8 * ROW.itemsize):
+        assert not valid(flipped(row, bit)).any(), bit
+
+
+ODD_VALUES: dict[str, list[Any]] = {
+    "size": [0, (1 << 30) + 1], "rebuild_s": [math.inf, math.nan, -1.0, 1e300], "tenant_bytes": [1, 9],
+    "mac_bytes": [1, 31, 33], "worth": [math.inf, math.nan, -1.0, 1e300], "uses": [1 << 63],
+    "offset": [1 << 62, (1 << 64) - 1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, odd in ODD_VALUES.items() for value in odd])
+def test_a_packed_row_whose_checks_match_and_that_says_nonsense_costs_itself(name: str, value: Any) -> None:
+    """Whoever can write the table can make its checks: they are not keyed."""
+    rows = packed([(block("good"), 5.5), (block("odd"), 6.5), (block("last"), 7.5)])
+    rows[name][1] = value
+    made_up = with_checks(rows)
+    assert valid(made_up).tolist() == [True, False, True]
+
+
+def test_a_row_of_another_length_or_type_costs_itself(tmp_path: Path) -> None:
+    filled(tmp_path / "t.db", 6).close()
+    changes = ["row = x'00'", "use = row", "row = 'text'", "use = zeroblob(100000)"]
+    with contextlib.closing(sqlite3.connect(tmp_path / "t.db")) as db, db:
+        for number, change in enumerate(changes):
+            db.execute(f"UPDATE blocks SET {change} WHERE key = ?", (key_of(number),))
+        db.execute("INSERT INTO blocks VALUES (7, 'a', 0.5)")
+    table = RowTable(tmp_path / "t.db")
+    good, bad = table.rows()
+    assert {one.key for one, _ in good} == {key_of(4), key_of(5)}
+    assert set(bad) == {7, *(key_of(number) for number in range(4))}
+    table.change(bad, [], [])
+    assert len(table.rows()[0]) == 2 and not table.rows()[1]
+    table.close()
+
+
 @pytest.mark.parametrize("column", range(13))
 def test_every_bit_of_every_column_counts(column: int) -> None:
-    row = list(row_of(block("a"), 5.5))
+    row = list(old_row_of(block("a"), 5.5))
     assert block_of(tuple(row)) is not None
     value = row[column]
     if isinstance(value, bytes):
@@ -93,10 +134,10 @@ COLUMNS = [
 @pytest.mark.parametrize(("column", "value"), [(name, value) for name, odd in ODD_COLUMNS.items() for value in odd])
 def test_a_row_whose_checksums_match_and_that_says_nonsense_costs_itself(column: str, value: Any) -> None:
     """Whoever can write the table can make its checksums: they are not keyed."""
-    good, odd = list(row_of(block("good"), 5.5)), list(row_of(block("odd"), 6.5))
+    good, odd = list(old_row_of(block("good"), 5.5)), list(old_row_of(block("odd"), 6.5))
     odd[COLUMNS.index(column)] = value
-    odd[8] = xxhash.xxh3_64_digest(repr(tuple(odd[:8])).encode())
-    odd[11] = xxhash.xxh3_64_digest(repr((odd[0], odd[9], odd[10])).encode())
+    odd[8] = check_of(tuple(odd[:8]))
+    odd[11] = check_of((odd[0], odd[9], odd[10]))
     assert block_of(tuple(good)) is not None and block_of(tuple(odd)) is None
     if column not in ("offset", "size", "position"):
         return
@@ -126,6 +167,11 @@ def test_a_row_that_the_table_refuses_costs_itself_only(tmp_path: Path) -> None:
     assert {b.key for b, _ in good} == {key_of("a"), key_of("b"), key_of(1), key_of(2)} and not bad
     assert {b.key: b.uses for b, _ in good}[key_of(2)] == 2
     table.close()
+
+
+def with_checks(rows: StoredRows) -> StoredRows:
+    rows["row_check"], rows["use_check"] = row_checks(rows), use_checks(rows)
+    return rows
 
 
 def damage_pages(path: Path, pages: list[int]) -> None:
@@ -205,13 +251,54 @@ def test_a_slab_of_format_1_is_upgraded_and_keeps_its_blocks(tmp_path: Path) -> 
     pool.close(5.0)
 
 
+def test_a_table_of_format_3_is_converted_with_all_that_it_says(tmp_path: Path) -> None:
+    path = tmp_path / "kv.slab"
+    pool = open_local_pool([], [(path, MIB)])
+    for position, (key, parent) in enumerate(chain("a", 40)):
+        assert write(pool, key, parent, 4096 + position, position=position, tenant="t", rebuild_s=0.25) == "ok"
+    pool.lookup([key for key, _ in chain("a", 20)], 1.0)
+    pool.close(5.0)
+    table = RowTable(Path(f"{path}.db"))
+    before = sorted(row.tobytes() for row in table.read()[0])
+    table.close()
+    assert as_format_3(Path(f"{path}.db")) == 40
+    pool = open_local_pool([], [(path, MIB)])
+    assert "was of format 3 and is of format 4 now" in " ".join(pool.notes)
+    pool.check_integrity()
+    pool.close(5.0)
+    table = RowTable(Path(f"{path}.db"))
+    assert sorted(row.tobytes() for row in table.read()[0]) == before
+    table.close()
+    pool = open_local_pool([], [(path, MIB)])
+    assert not pool.notes
+    assert [read(pool, key, 4096 + at) for at, (key, _) in enumerate(chain("a", 40))] == ["ok"] * 40
+    pool.close(5.0)
+
+
+def test_a_conversion_that_is_interrupted_leaves_the_old_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.db"
+    filled(path, 30).close()
+    assert as_format_3(path) == 30
+
+    def broken(rows: object) -> list[object]:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("penstock.pool.members.slab_index.parts", broken)
+    with pytest.raises(OSError, match="disk is full"):
+        RowTable(path)
+    monkeypatch.undo()
+    table = RowTable(path)
+    assert len(table.rows()[0]) == 30 and table.identity == ID and "was of format 3" in table.notes[0]
+    table.close()
+
+
 def test_a_table_of_a_later_format_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "t.db"
     filled(path, 3).close()
     with contextlib.closing(sqlite3.connect(path)) as db, db:
-        db.execute("UPDATE meta SET value = 4 WHERE name = 'format'")
+        db.execute("UPDATE meta SET value = 5 WHERE name = 'format'")
     before = path.read_bytes()
-    with pytest.raises(SlabRefused, match="a table of format 4, this version reads format 3"):
+    with pytest.raises(SlabRefused, match="a table of format 5, this version reads format 4"):
         RowTable(path)
     assert path.read_bytes() == before
 
@@ -223,10 +310,10 @@ def test_bad_rows_are_dropped_with_a_note_and_their_space_is_free(tmp_path: Path
     for key, parent in chain("a", 10):
         assert write(pool, key, parent) == "ok"
     pool.close(5.0)
-    changes = ["parent = zeroblob(16)", "offset = offset + 4096", "size = 4095", "position = 3", "uses = 4000"]
-    with contextlib.closing(sqlite3.connect(f"{path}.db")) as db, db:
-        for key, change in zip(keys, changes, strict=False):
-            db.execute(f"UPDATE blocks SET {change} WHERE key = ?", (key,))
+    for key, (name, value) in zip(
+        keys, [("parent", 0), ("offset", 40960), ("size", 4095), ("position", 839), ("uses", 4000)], strict=False
+    ):
+        alter(Path(f"{path}.db"), lambda rows, name=name, value=value: rows.__setitem__(name, value), key)  # type: ignore[misc]
     pool = open_local_pool([], [(path, MIB)])
     assert "5 rows of" in " ".join(pool.notes)
     assert [read(pool, key) for key in keys] == ["missing"] * 5 + ["ok"] * 5

@@ -7,6 +7,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from penstock.core.keys import KEY_BYTES
+from penstock.core.spans import SPAN_BYTES_MAX
+from penstock.pool.api import PoolError
 from penstock.pool.local.local_pool import LocalPool
 from penstock.pool.net import wire
 from penstock.pool.net.node import PoolNode
@@ -16,6 +19,23 @@ from tests.waiting import read_until_ended
 
 MIB = 1 << 20
 WAIT_S = 30.0
+
+
+def fit_span(cls: type, value: dict[str, Any]) -> dict[str, Any]:
+    """The made-up fields of a message, those of a span for as many blocks as it has keys."""
+    if cls not in (wire.ReadMany, wire.WriteMany, wire.Blocks):
+        return value
+    blocks = max(1, len(value["keys"]) // KEY_BYTES)
+    lengths = {"keys": KEY_BYTES, "parents": KEY_BYTES, "checksums": wire.CHECKSUM_BYTES, "states": 1}
+    for name in value.keys() & lengths.keys():
+        value[name] = value[name][: blocks * lengths[name]].ljust(blocks * lengths[name], b"k")
+    for name in value.keys() & {"positions", "rebuilds_s", "macs"}:
+        value[name] = (value[name] * blocks or [0] * blocks)[:blocks] if value[name] or name != "macs" else []
+    if "states" in value:
+        value["states"] = bytes(state % (1 + len(PoolError.REASONS)) for state in value["states"])
+    if "size_bytes" in value:
+        value["size_bytes"] = min(value["size_bytes"], SPAN_BYTES_MAX // blocks)
+    return value
 
 
 class NodeRig:

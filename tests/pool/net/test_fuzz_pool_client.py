@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import random
 import socket
 import struct
@@ -17,16 +18,19 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from penstock.core.spans import SPAN_BYTES_MAX
 from penstock.pool.api import PoolError
 from penstock.pool.net import wire
 from penstock.pool.net.remote import RemotePool
 from penstock.process.guarded_thread import thread_failures
 from tests.fuzz_messages import MESSAGES, SEED, Piece, Protocol, mutants
 from tests.pool.helpers import Outcome, key_of, new_block, read, staged, write
-from tests.pool.net.node_rig import MIB, NodeRig
+from tests.pool.net.node_rig import MIB, NodeRig, fit_span
 from tests.process_figures import back_to, figures
 
-REPLIES = Protocol("reply", wire.Reply, lambda raw: wire.decode_reply(memoryview(raw)), wire.ProtocolError)
+REPLIES = Protocol(
+    "reply", wire.Reply, lambda raw: wire.decode_reply(memoryview(raw)), wire.ProtocolError, fit=fit_span
+)
 ROUNDS = max(1, MESSAGES // 500_000)  # for each type of message
 
 
@@ -66,7 +70,7 @@ class OddNode:
                 request = wire.decode_request(header)
                 wire.receive_exactly(sock, memoryview(bytearray(payload_bytes)))
                 if isinstance(request, wire.Hello):
-                    sock.sendall(wire.frame(wire.Ready("odd", b"o" * 16)))
+                    sock.sendall(wire.frame(wire.Ready("odd", b"o" * 16, 0.0, 0, 0.0, SPAN_BYTES_MAX)))
                 elif not isinstance(request, wire.Alive | wire.Corrupt | wire.Return):
                     body = self._answer(request)
                     odd_bytes = self._share_named < 1.0 and self._draws.random() < 0.5
@@ -84,6 +88,8 @@ class OddNode:
             reply.id = request.id
             if isinstance(reply, wire.Block) and isinstance(request, wire.Read):
                 reply.key = request.key
+            if isinstance(reply, wire.Blocks) and isinstance(request, wire.ReadMany):
+                reply.keys = request.keys
         return msgspec.msgpack.encode(reply)
 
 
@@ -100,13 +106,18 @@ def use(address: tuple[str, int]) -> None:
     outcomes = [Outcome(), Outcome()]
     client.read(key_of("a"), 4096, staged(key_of("a"), 4096), 0.5, outcomes[0])
     client.write(new_block(key_of("b")), staged(key_of("b"), 4096), 0.5, outcomes[1])
+    spans: queue.SimpleQueue[list[PoolError | None]] = queue.SimpleQueue()
+    keys, datas = [key_of("a"), key_of("c")], [staged(key_of("a"), 4096), staged(key_of("c"), 4096)]
+    client.read_many(keys, 4096, datas, 0.5, spans.put)
+    client.write_many([new_block(key) for key in keys], datas, 0.5, spans.put)
     for ask in (lambda: client.lookup([key_of("a"), key_of("b")], 0.5), lambda: client.stat(0.5)):
         with contextlib.suppress(PoolError):
             ask()
     for outcome in outcomes:
         assert outcome.reason(30.0) in (*PoolError.REASONS, "ok")
+    assert [len(spans.get(timeout=30.0)) for _ in range(2)] == [2, 2]
     client.close(5.0)
-    assert all(outcome.pending() for outcome in outcomes), "a request that ended twice"
+    assert spans.empty() and all(outcome.pending() for outcome in outcomes), "a request that ended twice"
 
 
 WRONG = [

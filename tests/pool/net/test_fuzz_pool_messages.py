@@ -21,10 +21,15 @@ from penstock.pool.setup.open import open_local_pool
 from penstock.server.template_renderer import Answer
 from tests.fuzz_messages import MESSAGES, Protocol, fuzz_kind
 from tests.pool.helpers import Outcome, key_of, staged
+from tests.pool.net.node_rig import fit_span
 
 SHARE = 0.5  # of PENSTOCK_FUZZ_MESSAGES; the cluster's and vLLM's have the rest
-REQUESTS = Protocol("request", wire.Request, lambda raw: wire.decode_request(memoryview(raw)), wire.ProtocolError)
-REPLIES = Protocol("reply", wire.Reply, lambda raw: wire.decode_reply(memoryview(raw)), wire.ProtocolError)
+REQUESTS = Protocol(
+    "request", wire.Request, lambda raw: wire.decode_request(memoryview(raw)), wire.ProtocolError, fit=fit_span
+)
+REPLIES = Protocol(
+    "reply", wire.Reply, lambda raw: wire.decode_reply(memoryview(raw)), wire.ProtocolError, fit=fit_span
+)
 KINDS = [(protocol, cls) for protocol in (REQUESTS, REPLIES) for cls in protocol.kinds]
 NO_MESSAGES = {
     "text of no UTF-8": b"\x92\x01\xa2\xff\xfe",

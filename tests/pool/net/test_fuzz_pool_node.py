@@ -23,10 +23,12 @@ from penstock.pool.net.remote import RemotePool
 from penstock.process.guarded_thread import thread_failures
 from tests.fuzz_messages import MESSAGES, SEED, Protocol, mutants
 from tests.pool.helpers import key_of, read, write
-from tests.pool.net.node_rig import MIB, HandMade, NodeRig
+from tests.pool.net.node_rig import MIB, HandMade, NodeRig, fit_span
 from tests.process_figures import back_to, figures
 
-REQUESTS = Protocol("request", wire.Request, lambda raw: wire.decode_request(memoryview(raw)), wire.ProtocolError)
+REQUESTS = Protocol(
+    "request", wire.Request, lambda raw: wire.decode_request(memoryview(raw)), wire.ProtocolError, fit=fit_span
+)
 ROUNDS = max(2, MESSAGES // 100_000)  # for each type of message
 PER_ROUND = 24
 PER_CONNECTION = 3

@@ -112,7 +112,7 @@ def test_a_message_before_hello_ends_the_connection(rig: NodeRig) -> None:
 
 def test_those_that_only_greet_keep_nobody_out(rig: NodeRig, caplog: pytest.LogCaptureFixture) -> None:
     node = rig.node()
-    strangers = [rig.by_hand(node, None) for _ in range(node_module.CONNECTIONS_MAX + 4)]
+    strangers = [rig.by_hand(node, None) for _ in range(2 * node_module.GREETING_MAX + 4)]
     client = rig.client(node)
     assert write(client, key_of("a")) == read(client, key_of("a")) == "ok"
     assert node.connections <= node_module.GREETING_MAX + 3

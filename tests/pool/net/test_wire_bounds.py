@@ -48,6 +48,27 @@ def a_write(**changed: Any) -> wire.Write:
 
 BAD_SECONDS = (1e300, math.inf, -math.inf, math.nan, -1.0, 86_401.0)
 BAD_KEYS = (b"", b"k" * 15, b"k" * 17, b"k" * 65536)
+
+
+def a_read() -> wire.ReadMany:
+    return wire.ReadMany(1, KEY * 2, 4096, 1.0)
+
+
+def a_span() -> wire.WriteMany:
+    return wire.WriteMany(1, KEY * 2, KEY * 2, 4096, [1, 2], b"", [0.0, 0.5], bytes(16), [], 1.0)
+
+
+def the_blocks() -> wire.Blocks:
+    return wire.Blocks(1, KEY * 2, bytes(2), bytes(16), [])
+
+
+def changed(message: Any, **fields: Any) -> Any:
+    """Another value in a field: a record that was made with it would be refused here."""
+    for name, value in fields.items():
+        setattr(message, name, value)
+    return message
+
+
 BAD_REQUESTS: list[wire.Request] = [
     *(a_write(timeout_s=bad) for bad in BAD_SECONDS),
     *(a_write(rebuild_s=bad) for bad in (math.inf, -math.inf, math.nan, -1.0, 1e300)),
@@ -83,6 +104,18 @@ BAD_REQUESTS: list[wire.Request] = [
     wire.Offer(1, b"c", KEY, 4096, 0, -1, 1.0),
     wire.Offer(1, b"c", KEY, -1, 0, 0, 1.0),
     wire.Return(-1),
+    *(changed(a_read(), timeout_s=bad) for bad in BAD_SECONDS),
+    *(changed(a_read(), keys=bad) for bad in (*BAD_KEYS, KEY * 65, KEY * 2 + b"k")),
+    *(changed(a_read(), size_bytes=bad) for bad in (0, -1, 17 << 20)),
+    *(changed(a_span(), timeout_s=bad) for bad in BAD_SECONDS),
+    *(changed(a_span(), keys=bad) for bad in (b"", KEY, KEY * 3, KEY * 65)),
+    *(changed(a_span(), parents=bad) for bad in (b"", KEY, KEY * 3, KEY + b"k" * 17)),
+    *(changed(a_span(), size_bytes=bad) for bad in (0, -1, 17 << 20)),
+    *(changed(a_span(), positions=bad) for bad in ([], [1], [1, -1], [1] * 65)),
+    *(changed(a_span(), rebuilds_s=bad) for bad in ([], [1.0], [1.0, math.nan], [1.0, 1e7])),
+    *(changed(a_span(), checksums=bad) for bad in (b"", bytes(8), bytes(17), bytes(24))),
+    *(changed(a_span(), macs=bad) for bad in ([b""], [b"", bytes(33)], [b""] * 3)),
+    changed(a_span(), tenant=bytes(9)),
 ]
 BAD_REPLIES: list[wire.Reply] = [
     *(wire.Ready("node", b"", bad) for bad in (math.nan, math.inf, -1.0)),
@@ -96,6 +129,12 @@ BAD_REPLIES: list[wire.Reply] = [
     wire.Evicted(1, -1),
     wire.Lent(1, 0, -1),
     wire.Lent(1, 0, 0, bytes(33)),
+    *(changed(the_blocks(), states=bad) for bad in (b"", bytes(1), bytes(3), bytes([0, 99]), bytes(65))),
+    *(changed(the_blocks(), checksums=bad) for bad in (b"", bytes(8), bytes(24))),
+    *(changed(the_blocks(), keys=bad) for bad in (b"", KEY, KEY * 65)),
+    *(changed(the_blocks(), macs=bad) for bad in ([b""], [b"", bytes(33)], [b""] * 65)),
+    wire.Ready("node", b"", 1.0, 0, 0.0, -1),
+    *(changed(wire.WrittenMany(1, b"\0"), states=bad) for bad in (b"", bytes(65), bytes([11]))),
 ]
 
 
@@ -134,10 +173,16 @@ def test_what_is_within_bounds_is_understood() -> None:
         wire.HandedOver(1, "n", -1, 0, 1.0),
         wire.Hello("control", bytes(16), True),
         wire.Alive(),
+        wire.ReadMany(1, KEY * 64, 4096, 0.0),
+        wire.ReadMany(1, KEY * 32, 1 << 20, 1.0),
+        changed(a_span(), macs=[b"", bytes(32)], tenant=bytes(8)),
     ):
         assert wire.decode_request(encoded(message)) == message
     found = wire.Found(1, [0, 5], [0, 1], [["a"], ["b", "c"]])
     assert wire.decode_reply(encoded(found)) == found
+    blocks = wire.Blocks(1, KEY * 2, bytes([0, 10]), bytes(16), [bytes(32), b""], "closed")
+    assert wire.decode_reply(encoded(blocks)) == blocks
+    assert [error and error.reason for error in wire.errors_of(blocks.states, "x")] == [None, "closed"]
 
 
 NUMBERS = st.one_of(

@@ -23,7 +23,8 @@ import pytest
 from penstock.cluster.engine.serve_flags import read_flags
 from penstock.core.config import ConfigError
 from penstock.pool.block import Block
-from penstock.pool.members.slab_index import block_of, row_of
+from penstock.pool.members.old_rows import block_of
+from penstock.pool.members.stored_rows import packed, parts
 from penstock.pool.setup.check import check_file
 from penstock.pool.setup.config_file import read_pool_config
 from penstock.pool.setup.open import open_local_pool
@@ -31,6 +32,7 @@ from penstock.pool.setup.profile import read_profile
 from penstock.process.child_python import child_environment, python_command
 from penstock.toml_file import TOML_BYTES_MAX
 from tests.pool.helpers import chain, key_of, read, write
+from tests.pool.stored_tables import old_row_of
 
 MIB = 1 << 20
 MEMORY_BYTES = 2 << 30  # of address space: the interpreter and its libraries take a good part of it
@@ -130,11 +132,15 @@ def test_a_made_up_table_is_opened_or_refused_in_one_line(slab: Path, made_up: s
 
 
 def possible(**changes: object) -> tuple[object, ...]:
-    """A row whose checksums match, of a block that has these fields."""
+    """A row of format 3 whose checksums match, of a block that has these fields."""
+    return old_row_of(changed(**changes), 1.0)
+
+
+def changed(**changes: object) -> Block:
     block = Block(key_of("row"), key_of("parent"), 0, 4096, 4096, 0, 7, b"", 1.0, 1)
     for name, value in changes.items():
         setattr(block, name, value)
-    return row_of(block, 1.0)
+    return block
 
 
 @pytest.mark.parametrize(
@@ -154,7 +160,7 @@ def test_a_row_that_no_block_can_have_is_not_trusted_though_its_checksums_match(
 
 def test_a_row_of_a_huge_block_in_a_huge_sparse_slab_takes_no_memory(tmp_path: Path, slab: Path) -> None:
     os.truncate(slab, 1 << 40)
-    row = possible(size_bytes=(1 << 40) - 8192)
+    (row,) = parts(packed([(changed(size_bytes=(1 << 32) - 8192), 1.0)]))
     with contextlib.closing(sqlite3.connect(f"{slab}.db")) as db, db:
         db.execute(f"INSERT INTO blocks VALUES ({', '.join('?' * len(row))})", row)
     used_bytes = slab.stat().st_blocks * 512

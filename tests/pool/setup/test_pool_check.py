@@ -17,6 +17,8 @@ from penstock.pool.setup.check import check_file, check_slab, print_report
 from penstock.pool.setup.open import open_local_pool
 from tests.pool.faulty_engine import FaultyEngine
 from tests.pool.helpers import chain, key_of, read, write
+from tests.pool.stored_tables import alter
+from tests.pool.stored_tables import offsets as stored_offsets
 
 MIB = 1 << 20
 BLOCKS = 40
@@ -48,8 +50,7 @@ def copied(original: Path, folder: Path) -> Path:
 
 
 def offsets(path: Path) -> dict[bytes, int]:
-    with contextlib.closing(sqlite3.connect(f"{path}.db")) as db:
-        return dict(db.execute("SELECT key, offset FROM blocks").fetchall())
+    return stored_offsets(Path(f"{path}.db"))
 
 
 def flip(path: Path, at: int, bit: int) -> None:
@@ -149,8 +150,7 @@ def test_bits_flipped_in_the_log_of_a_table_serve_nothing_wrong(tmp_path: Path) 
 def test_repair_drops_what_is_bad_and_nothing_else(slab: Path) -> None:
     places = offsets(slab)
     flip(slab, places[KEYS[0]] + 7, 0)
-    with contextlib.closing(sqlite3.connect(f"{slab}.db")) as db, db:
-        db.execute("UPDATE blocks SET size = 19999 WHERE key = ?", (KEYS[1],))
+    alter(Path(f"{slab}.db"), lambda rows: rows.__setitem__("size", 19999), KEYS[1])
     report = check_file(slab, repair=True)
     assert (report.bad_data, report.bad_rows, report.dropped) == (1, 1, 2)
     assert print_report(report, lambda line: None) == 1

@@ -1,0 +1,43 @@
+"""`penstock bench scale`: what a pool of many blocks costs, per block, on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from penstock.report import Report
+from penstock.workloads.progress import steps_shown
+
+BLOCKS = 1_000_000
+QUICK_BLOCKS = 20_000
+
+
+def scale(
+    path: Annotated[Path, typer.Option(help="Folder for a table file of 170 bytes per block.")] = Path("."),
+    blocks: Annotated[int, typer.Option(min=4096, help="Blocks in the table.")] = BLOCKS,
+    quick: Annotated[bool, typer.Option(help="Few blocks: checks that it runs.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+) -> None:
+    """CPU time, memory and stops of the table of one pool node with a million blocks; each beside its goal, and beside
+    what it was when every block was an object (`..._before`)."""
+    from penstock.bench.scale_table import measure_open, measure_table
+
+    console = Console()
+    report = Report("scale")
+    count = QUICK_BLOCKS if quick else blocks
+    try:
+        with steps_shown(console, path) as (folder, step):
+            measure_table(report, count, step)
+            measure_open(report, count, folder, step)
+    except (OSError, ValueError) as error:
+        console.print(f"penstock bench scale: {error}", style="red", markup=False)
+        raise typer.Exit(1) from error
+    report.notes.append("CPU time of one thread per block or key; ..._before: measured with the table of objects")
+    if quick:
+        report.notes.append("--quick: few blocks; it checks that everything runs; the figures mean nothing")
+    report.print(console)
+    if json is not None:
+        report.write_json(json)

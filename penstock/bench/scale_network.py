@@ -1,0 +1,247 @@
+"""The measurements of `penstock bench scale` over the network: CPU time per block of engines and nodes, with blocks of
+4 KiB, so that the bytes themselves cost next to nothing; and how many engines one node serves."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from penstock.bench.processes import pool_process
+from penstock.bench.scale_nodes import nodes_process
+from penstock.core.config import SchedulerConfig
+from penstock.core.cost import CostModel, LinkCost
+from penstock.core.keys import KEY_BYTES, BlockKey, KeyChain, root_key
+from penstock.core.new_block import NewBlock, prefix_position
+from penstock.core.spans import SPAN_BLOCKS_MAX, parts, span_blocks, window_blocks
+from penstock.engine.api import GenerationRequest, TokenEvent
+from penstock.engine.engine import Engine
+from penstock.engine.modelled_runner import ModelledRunner
+from penstock.engine.profile import load_profile
+from penstock.engine.runner import SamplingParams
+from penstock.io.memory import aligned_buffer
+from penstock.pool.api import Pool, PoolError
+from penstock.pool.net import wire
+from penstock.pool.net.connect import connect_pool, open_union
+from penstock.report import Report
+from penstock.units import parse_address
+
+BLOCK_TOKENS = 64
+PROFILE, BYTES_DIVISOR, TIME_FACTOR = "h100-llama-3.1-8b", 2048, 1e-3  # blocks of 4 KiB, next to no compute
+L2_SLOTS = 8192
+MEMORY_BYTES = 256 << 20
+SPANS_IN_FLIGHT = 4
+TIMEOUT_S = 120.0
+ENGINES_MAX = 1024
+LANES = ("control", "write", "read")
+BEFORE = {  # measured before blocks travelled in spans
+    "engine_us_per_block_1_node": 410.0,
+    "engine_us_per_block_64_nodes": 650.0,
+    "node_read_us_per_block": 45.0,
+    "node_write_us_per_block": 170.0,
+    "node_engines_max": 85.0,
+}
+GOALS = {
+    "engine_us_per_block_1_node": 60.0,
+    "engine_us_per_block_64_nodes": 80.0,
+    "node_read_us_per_block": 12.0,
+    "node_write_us_per_block": 40.0,
+    "node_engines_max": 1000.0,
+}
+Step = Callable[[str], None]
+
+
+def measure_network(report: Report, quick: bool, step: Step) -> None:
+    """Add each figure with its goal and what it was before. Raises OSError, PoolError, ProcessFailed, TimeoutError."""
+    requests, context = (2, 2048) if quick else (8, 32_000)
+    for nodes in (1, 2 if quick else 64):
+        step(f"an engine loads from {nodes} nodes")
+        name = f"engine_us_per_block_{nodes}_node" + "s" * (nodes > 1)
+        _figure(report, name, engine_us_per_block(nodes, requests, context))
+    step("blocks are written to a node, and read")
+    write_us, read_us = node_us_per_block(1024 if quick else 32_768)
+    _figure(report, "node_write_us_per_block", write_us)
+    _figure(report, "node_read_us_per_block", read_us)
+    step("engines connect to a node")
+    _figure(report, "node_engines_max", float(engines_of_a_node(32 if quick else ENGINES_MAX)))
+
+
+def _figure(report: Report, name: str, value: float) -> None:
+    report.figure(name, value, GOALS.get(name))
+    if name in BEFORE:
+        report.figure(f"{name}_before", BEFORE[name])
+
+
+# --- an engine ---
+
+
+def engine_us_per_block(nodes: int, requests: int, context: int) -> float:
+    """CPU microseconds of an engine's process per block loaded: lookup, fetch, upload, compute and end of `requests`
+    requests whose `context` tokens lie on `nodes` nodes."""
+    profile = load_profile(PROFILE).scaled(BYTES_DIVISOR, TIME_FACTOR)
+    runner = ModelledRunner(profile, BLOCK_TOKENS)
+    size, blocks = runner.layout.full_block_bytes, requests * context // BLOCK_TOKENS
+    runner.allocate(blocks + 400)
+    window = window_blocks(8, size, L2_SLOTS)
+    config = SchedulerConfig(
+        block_tokens=BLOCK_TOKENS, block_bytes=size, l1_pages=blocks + 400, l2_slots=L2_SLOTS,
+        max_batch_tokens=8192, fetch_window_blocks=window, upload_group_blocks=max(4, span_blocks(window, size)),
+    )  # fmt: skip
+    prompts = [[number] * context + [1, 2, 3] for number in range(requests)]
+    with contextlib.ExitStack() as undo:
+        places = undo.enter_context(nodes_process(nodes, MEMORY_BYTES)).address.split(",")
+        pool: Pool = connect_pool(places[0]) if nodes == 1 else open_union(None, places, [1e9] * nodes)
+        undo.callback(pool.close, 5.0)
+        root = root_key(runner.layout.fingerprint(runner.model_id), "")
+        for prompt in prompts:
+            _store(pool, _prefix(root, prompt[:context], size), size)
+        engine = Engine(config, CostModel(LinkCost(50e9), profile.compute_cost()), runner, pool)
+        undo.callback(engine.close, 5.0)
+        with _without_collector():
+            begin_s = time.process_time()
+            loaded = _ask(engine, prompts)
+            spent_s = time.process_time() - begin_s
+    if loaded != requests * context:
+        raise PoolError("missing", f"{loaded} of {requests * context} tokens were loaded")
+    return 1e6 * spent_s / blocks
+
+
+def _ask(engine: Engine, prompts: list[list[int]]) -> int:
+    """Tokens that were loaded for the prompts, all asked at once."""
+    ended, lock, left = threading.Event(), threading.Lock(), len(prompts)
+    cached: list[int] = []
+
+    def on_event(event: TokenEvent) -> None:
+        nonlocal left
+        if event.finish_reason is None:
+            return
+        with lock:
+            cached.append(event.report.cached_tokens if event.report is not None else 0)
+            left -= 1
+            if not left:
+                ended.set()
+
+    sampling = SamplingParams(max_tokens=1, temperature=0.0)
+    for number, prompt in enumerate(prompts):
+        engine.submit(GenerationRequest(f"scale-{number}", prompt, sampling, slo_ttft_s=TIMEOUT_S), on_event)
+    if not ended.wait(TIMEOUT_S):
+        raise TimeoutError(f"{left} requests did not end within {TIMEOUT_S:g} s")
+    return sum(cached)
+
+
+def _prefix(root: BlockKey, tokens: list[int], size_bytes: int) -> list[NewBlock]:
+    chain = KeyChain(root, BLOCK_TOKENS)
+    keys = chain.extend(tokens)
+    return [NewBlock(key, chain.parent_of(at), size_bytes, prefix_position(keys[0], at)) for at, key in enumerate(keys)]
+
+
+# --- a node ---
+
+
+def node_us_per_block(blocks: int) -> tuple[float, float]:
+    """CPU microseconds of a node's process per block written and per block read, in spans."""
+    size = 4096
+    news = _prefix(bytes(KEY_BYTES), [7] * blocks * BLOCK_TOKENS, size)
+    with contextlib.ExitStack() as undo:
+        node = undo.enter_context(pool_process("--listen", "127.0.0.1:0", "--memory", str(MEMORY_BYTES)))
+        pool = connect_pool(node.address)
+        undo.callback(pool.close, 5.0)
+        begin_s = cpu_s(node.pid)
+        _store(pool, news, size)
+        written_s = cpu_s(node.pid)
+        memory = aligned_buffer(SPANS_IN_FLIGHT * SPAN_BLOCKS_MAX * size)
+
+        def read(span: list[NewBlock], views: list[memoryview], done: Callable[[list[PoolError | None]], None]) -> None:
+            pool.read_many([block.key for block in span], size, views, TIMEOUT_S, done)
+
+        _in_spans(news, memory, size, read)
+        return 1e6 * (written_s - begin_s) / blocks, 1e6 * (cpu_s(node.pid) - written_s) / blocks
+
+
+def _store(pool: Pool, blocks: list[NewBlock], size_bytes: int) -> None:
+    memory = aligned_buffer(SPANS_IN_FLIGHT * SPAN_BLOCKS_MAX * size_bytes)
+    _in_spans(blocks, memory, size_bytes, lambda span, views, done: pool.write_many(span, views, TIMEOUT_S, done))
+
+
+def _in_spans(
+    blocks: list[NewBlock],
+    memory: memoryview,
+    size_bytes: int,
+    begin: Callable[[list[NewBlock], list[memoryview], Callable[[list[PoolError | None]], None]], None],
+) -> None:
+    """Have SPANS_IN_FLIGHT spans under way until all have ended. Raises the first error."""
+    free = threading.Semaphore(SPANS_IN_FLIGHT)
+    failed: list[PoolError] = []
+
+    def done(errors: list[PoolError | None]) -> None:
+        failed.extend(error for error in errors if error is not None)
+        free.release()
+
+    views = [memory[at : at + size_bytes] for at in range(0, len(memory), size_bytes)]
+    for number, span in enumerate(parts(blocks, size_bytes)):
+        if not free.acquire(timeout=TIMEOUT_S):
+            raise TimeoutError("a span did not end")
+        at = number % SPANS_IN_FLIGHT * SPAN_BLOCKS_MAX
+        begin(span, views[at : at + len(span)], done)
+    for _ in range(SPANS_IN_FLIGHT):
+        if not free.acquire(timeout=TIMEOUT_S):
+            raise TimeoutError("a span did not end")
+    if failed:
+        raise failed[0]
+
+
+def engines_of_a_node(at_most: int) -> int:
+    """How many engines, from hosts of sixteen each, one node serves at the same time: each opens the connections of a
+    client, and gets an answer over each of them once all are there. Stops at `at_most`."""
+    with contextlib.ExitStack() as undo:
+        node = undo.enter_context(pool_process("--listen", "127.0.0.1:0", "--memory", str(1 << 20)))
+        engines: list[list[socket.socket]] = []
+        while len(engines) < at_most:
+            host = len(engines) // 16 + 2
+            lanes = _connections(undo, parse_address(node.address), f"127.0.{host // 256}.{host % 256}")
+            if lanes is None:
+                break
+            engines.append(lanes)
+        for number, lanes in enumerate(engines):
+            for sock in lanes:
+                sock.sendall(wire.frame(wire.Lookup(number, TIMEOUT_S, bytes(KEY_BYTES))))
+        for lanes in engines:
+            for sock in lanes:
+                reply = wire.decode_reply(wire.FrameReader(sock).next()[0])
+                if not isinstance(reply, wire.Found):
+                    raise wire.ProtocolError(f"a lookup was answered with {type(reply).__name__}")
+        return len(engines)
+
+
+def _connections(undo: contextlib.ExitStack, address: tuple[str, int], source: str) -> list[socket.socket] | None:
+    """The connections of one engine; None where the node refuses one."""
+    lanes = []
+    for lane in LANES:
+        sock = undo.enter_context(socket.create_connection(address, TIMEOUT_S, (source, 0)))
+        sock.sendall(wire.greeting() + wire.frame(wire.Hello(lane)))
+        wire.receive_exactly(sock, memoryview(bytearray(wire.GREETING.size)))
+        if not isinstance(wire.decode_reply(wire.FrameReader(sock).next()[0]), wire.Ready):
+            return None
+        lanes.append(sock)
+    return lanes
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process so far, in ticks of 10 ms."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -1,0 +1,66 @@
+"""Chains of rows by hash (`core.pool.columns`), many rows at a time.
+
+A view of a column must not outlive the call that made it: a column that grows has no views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.core.pool.block_rows import LEAVING
+from penstock.core.pool.columns import HashChains
+
+
+def views(chains: HashChains) -> Iterator[NDArray[np.int32]]:
+    """The heads of the chains, and the links of the rows."""
+    return (np.frombuffer(column.memory, np.int32) for column in chains.columns)
+
+
+def buckets(chains: HashChains, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The bucket of each hash."""
+    at = hashes & np.uint64(chains.mask)
+    return np.where(at < chains.buckets, at, at & np.uint64(chains.mask >> 1)).astype(np.int64)
+
+
+def chain_many(chains: HashChains, rows: NDArray[np.int64], hashes: NDArray[np.uint64]) -> None:
+    """Add rows that are not in a chain."""
+    if not len(rows):
+        return
+    if not chains.count:
+        chains.make_buckets(len(rows))
+    at = buckets(chains, hashes)
+    order = np.argsort(at, kind="stable")
+    at, rows = at[order], rows[order]
+    heads, links = views(chains)
+    first = np.ones(len(at), bool)
+    first[1:] = at[1:] != at[:-1]
+    follows = np.empty(len(at), np.int32)
+    follows[:-1] = rows[1:] + 1
+    last = np.append(first[1:], True)
+    follows[last] = heads[at[last]]
+    links[rows] = follows
+    heads[at[first]] = rows[first] + 1
+    del heads, links
+    chains.count += len(rows)
+    while chains.count > chains.buckets:
+        chains.split()
+
+
+def unchain_many(chains: HashChains, hashes: NDArray[np.uint64], flags: NDArray[np.uint8]) -> None:
+    """Remove the rows with these hashes from their chains: those whose flags say LEAVING."""
+    heads, links = views(chains)
+
+    def without(follows: NDArray[np.int32]) -> NDArray[np.int32]:
+        while (gone := (follows > 0) & (flags[follows - 1] & LEAVING > 0)).any():
+            follows[gone] = links[follows[gone] - 1]
+        return follows
+
+    at = np.unique(buckets(chains, hashes))
+    link = heads[at] = without(heads[at])
+    while len(link := link[link > 0]):
+        follows = links[link - 1] = without(links[link - 1])
+        link = follows
+    chains.count -= len(hashes)

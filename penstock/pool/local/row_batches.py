@@ -1,0 +1,376 @@
+"""The rows of a table, many at a time: found, touched, restored; numpy over the packed columns.
+
+A view of a column must not outlive the call that made it: a column that grows has no views.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.core.eviction import NS_PER_BYTE_MAX, TICK, USES_MAX
+from penstock.core.keys import KEY_BYTES, BlockKey
+from penstock.core.layout import STAGING_ALIGNMENT_BYTES
+from penstock.core.pool.block_rows import LEAVING, PAID_SHARED, PRESENT, USED, USES_COUNTED_MAX, WITH_MAC, WRITTEN_HERE
+from penstock.core.pool.columns import FINISH, MIX
+from penstock.core.pool.pool_eviction import PoolEviction
+from penstock.core.pool.quota import SHARED
+from penstock.pool.block import Block
+from penstock.pool.local.chain_batches import buckets, chain_many, unchain_many, views
+from penstock.pool.local.space import MemberSpace, Places
+from penstock.pool.members.stored_rows import StoredRows, tenant_tag_of, unchecked
+
+Rows = NDArray[np.int64]
+Words = NDArray[np.uint64]
+_TYPES = {"keys": np.uint64, "checksum": np.uint64, "worth": np.float64, "tenant": np.uint32, "rebuild_s": np.float32}
+_TYPES |= {"page": np.uint64, "size": np.uint32, "parent": np.int32, "children": np.uint32, "ticket": np.uint32}
+_TYPES |= {"uses": np.uint16, "position": np.uint16, "member": np.uint16, "flags": np.uint8}
+
+
+@dataclass(slots=True)
+class Found:
+    """Where blocks lie, by key asked for: `sizes` in bytes (0 for a miss), `members` by number (0 for a miss)."""
+
+    sizes: NDArray[np.uint32]
+    members: NDArray[np.uint16]
+
+
+class RowBatches:
+    """Batches over the rows of one table."""
+
+    def __init__(self, eviction: PoolEviction, places: Places) -> None:
+        self._eviction = eviction
+        self._rows = eviction.rows
+        self._places = places
+        self._unsaved: dict[int, deque[NDArray[np.int32]]] = {}  # by member: rows used since `take_uses`
+
+    # --- finding ---
+
+    def find(self, keys: bytes) -> Rows:
+        """The row of each key (16 bytes each); -1 for a block that is not present."""
+        words = np.frombuffer(keys, np.uint64).reshape(-1, 2)
+        return self._search(words, None)
+
+    def found(self, rows: Rows) -> Found:
+        """Sizes and members of rows, of which some are -1."""
+        hit = rows >= 0
+        sizes = np.where(hit, self._column("size")[rows], np.uint32(0))
+        return Found(sizes, np.where(hit, self._column("member")[rows], np.uint16(0)))
+
+    def members_of(self, rows: Rows) -> NDArray[np.uint16]:
+        """The member of each row."""
+        members: NDArray[np.uint16] = self._column("member")[rows]
+        return members
+
+    def rows_on(self, member: int, first: int, count: int) -> Rows:
+        """Present rows of a member among `count` rows from `first` on."""
+        last = min(first + count, self._rows.high)
+        here = (self._column("flags")[first:last] & PRESENT).astype(bool)
+        here &= self._column("member")[first:last] == member
+        return np.flatnonzero(here) + first
+
+    def by_address(self, member: int) -> list[int]:
+        """Present rows of a member in the order of their addresses; O(n log n)."""
+        rows = self.rows_on(member, 0, self._rows.high)
+        order: list[int] = rows[np.argsort(self._column("page")[rows])].tolist()
+        return order
+
+    def by_account(self, rows: Rows) -> list[Rows]:
+        """The rows in parts, each of one tenant and account, in the order in which they first occur."""
+        accounts = self._column("tenant")[rows].astype(np.int64) * 2
+        accounts += (self._column("flags")[rows] & PAID_SHARED) > 0
+        if (accounts == accounts[0]).all():
+            return [rows]
+        names, first = np.unique(accounts, return_index=True)
+        return [rows[accounts == names[at]] for at in np.argsort(first)]
+
+    def block(self, row: int) -> Block:
+        """The block of a present row."""
+        rows = self._rows
+        offset, position = rows.page[row] * STAGING_ALIGNMENT_BYTES, rows.position[row]
+        block = Block(rows.key(row), rows.parent_key(row), rows.member[row], offset, rows.size[row], position)
+        block.checksum, block.tenant, block.rebuild_s = rows.checksum[row], rows.tenant_of(row), rows.rebuild_s[row]
+        block.uses, block.account, block.mac = rows.uses[row], rows.account(row), rows.mac(row)
+        block.written_here = bool(rows.flags[row] & WRITTEN_HERE)
+        block.row = row
+        return block
+
+    # --- uses ---
+
+    def touch(self, rows: Rows) -> None:
+        """Note a use of each row in turn."""
+        worth, uses = self._column("worth"), self._column("uses")
+        numbers = np.arange(1, len(rows) + 1)
+        before = worth[rows]
+        worth[rows] = numbers
+        twice = (worth[rows] != numbers).any()
+        worth[rows] = before
+        if twice:
+            for row in rows.tolist():
+                self._eviction.touch(row)
+            return
+        count = uses[rows]
+        count += count < USES_COUNTED_MAX
+        uses[rows] = count
+        inflation = np.array(self._eviction.use_many(len(rows)))[self._column("member")[rows]]
+        value = inflation + numbers * TICK
+        value += _cost(count, self._column("rebuild_s")[rows], _extents(self._column("size")[rows]))
+        worth[rows] = np.maximum(value, before)
+
+    def note_uses(self, member: int, rows: Rows) -> None:
+        """Remember that these rows of a member were used, for `take_uses`."""
+        flags = self._column("flags")
+        new = rows[(flags[rows] & USED) == 0]
+        if len(new):
+            flags[new] |= USED
+            self._unsaved.setdefault(member, deque()).append(new.astype(np.int32))
+
+    def take_uses(self, member: int, limit: int) -> list[tuple[BlockKey, float, int]]:
+        """Key, eviction value and count of uses of at most `limit` rows that were used since they were last taken."""
+        unsaved, rows = self._unsaved.get(member), self._rows
+        taken: list[tuple[BlockKey, float, int]] = []
+        while unsaved and len(taken) < limit:
+            some = unsaved.popleft()
+            if len(some) > limit - len(taken):
+                unsaved.appendleft(some[limit - len(taken) :])
+            for row in some[: limit - len(taken)].tolist():
+                used = rows.flags[row] & (USED | PRESENT) == USED | PRESENT
+                rows.flags[row] &= ~USED
+                if used and rows.member[row] == member:
+                    taken.append((rows.key(row), rows.worth[row], rows.uses[row]))
+        return taken
+
+    # --- a durable table ---
+
+    def restore(self, space: MemberSpace, member: int, stored: StoredRows, writing: Container[BlockKey]) -> list[int]:
+        """Add the blocks of a durable table to a member that has none; returns the numbers of those that were refused:
+        malformed, outside, overlapping, or under a key that is present or being written."""
+        order = np.argsort(stored["worth"], kind="stable")
+        keys = np.ascontiguousarray(stored["key"])
+        fit = (stored["size"] >= 1) & (keys != stored["parent"]).any(1)
+        fit &= self._only_once(keys, order, writing)
+        at = np.flatnonzero(fit)
+        offsets = np.minimum(stored["offset"][at], np.uint64(1 << 62)).astype(np.int64)
+        fit[at] = space.allocator.take_listed(np.stack((offsets, _extents(stored["size"][at])), 1))
+        refused: list[int] = order[~fit[order]].tolist()
+        stored = stored[order[fit[order]]]
+        if not len(stored):
+            return refused
+        charged = self._charge(stored, _extents(stored["size"]))
+        rows = self._insert(np.full(len(stored), member), stored, charged)
+        worth, cost = self._column("worth"), self._cost_of(rows)
+        worth[rows] = np.maximum(np.where(np.isfinite(stored["worth"]), stored["worth"], 0.0), 0.0)
+        self._eviction.raise_inflation(member, float((worth[rows] - cost).max()))
+        del worth
+        self._link(rows)
+        space.blocks += len(rows)
+        return refused
+
+    def remove(self, gone: list[int]) -> tuple[list[BlockKey], list[int], list[int]]:
+        """Free the rows of blocks that left the eviction order, none of which has children; returns their keys, where
+        they began, and the lengths of their extents."""
+        rows = np.array(gone)
+        words = self._column("keys").reshape(-1, 2)[rows]
+        offsets: list[int] = (self._column("page")[rows] * np.uint64(STAGING_ALIGNMENT_BYTES)).tolist()
+        lengths: list[int] = _extents(self._column("size")[rows]).tolist()
+        flags = self._column("flags")
+        flags[rows] = LEAVING
+        unchain_many(self._rows.by_key, self._hashes(words), flags)
+        self._places.remove_many(rows, flags)
+        flags[rows] = 0
+        self._rows.free_many(gone)
+        keys = words.tobytes()
+        return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)], offsets, lengths
+
+    def add(self, blocks: Sequence[Block]) -> Rows:
+        """Make written blocks present, whose keys are not; returns their rows."""
+        stored = unchecked(blocks)
+        members = np.array([block.member for block in blocks])
+        charged: dict[tuple[bytes, bytes], list[int]] = {}
+        for at, block in enumerate(blocks):
+            charged.setdefault((block.tenant, block.account), []).append(at)
+        rows = self._insert(members, stored, [(*one, np.array(at)) for one, at in charged.items()], WRITTEN_HERE)
+        inflation = np.array(self._eviction.use_many(len(rows)))[members]
+        self._column("worth")[rows] = inflation + np.arange(1, len(rows) + 1) * TICK + self._cost_of(rows)
+        self._link(rows)
+        return rows
+
+    def _only_once(self, keys: Words, order: Rows, writing: Container[BlockKey]) -> NDArray[np.bool_]:
+        """Which keys are neither present nor being written, nor named by a row before in this order."""
+        new: NDArray[np.bool_] = self._search(keys, None) < 0
+        low = np.sort(keys[:, 0])
+        if writing or (low[1:] == low[:-1]).any():
+            seen: set[BlockKey] = set()
+            for at in order.tolist():
+                key = keys[at].tobytes()
+                if key in seen or key in writing:
+                    new[at] = False
+                seen.add(key)
+        return new
+
+    def _charge(self, stored: StoredRows, extents: NDArray[np.int64]) -> list[tuple[bytes, bytes, Rows]]:
+        """Charge blocks, in the order of their worth, to accounts; returns tenants, accounts and the numbers of their
+        blocks. Those worth most come first: default quotas are limited, and go to their tenants."""
+        quotas, parts = self._eviction.quotas, _by_tenant(stored)
+        accounts = {}
+        for tenant, at in reversed(parts):  # by their last block
+            accounts[tenant] = quotas.account(tenant)
+            quotas.charge(accounts[tenant], int(extents[at].sum()))
+        charged = []
+        again = [(tenant, at[stored["uses"][at] > 1]) for tenant, at in parts]
+        for tenant, at in sorted((one for one in again if len(one[1])), key=lambda one: int(one[1][0])):
+            account = quotas.used(tenant, accounts[tenant])
+            if account != accounts[tenant]:
+                quotas.recharge(accounts[tenant], account, int(extents[at].sum()))
+            charged.append((tenant, account, at))
+        for tenant, account, _ in sorted(charged, key=lambda one: int(one[2][-1])):
+            quotas.used(tenant, account)
+        once = [(tenant, accounts[tenant], at[stored["uses"][at] <= 1]) for tenant, at in parts]
+        return [*charged, *(one for one in once if len(one[2]))]
+
+    def _insert(
+        self, members: Rows, stored: StoredRows, charged: list[tuple[bytes, bytes, Rows]], more_flags: int = 0
+    ) -> Rows:
+        """Make rows present whose keys are not; the caller sets their worth, then calls `_link`."""
+        rows = self._rows
+        tenants = np.zeros(len(stored), np.uint32)
+        shared = np.zeros(len(stored), np.uint8)
+        for tenant, account, at in charged:
+            tenants[at] = rows.tenant_number(tenant, 0)
+            shared[at] = PAID_SHARED if account == SHARED != tenant else 0
+        where = self._nodes(stored["key"], tenants)
+        above = self._nodes(stored["parent"], tenants)
+        uses = np.minimum(stored["uses"], USES_COUNTED_MAX)
+        flags = PRESENT | more_flags | shared | np.where(stored["mac_bytes"] > 0, WITH_MAC, 0).astype(np.uint8)
+        for name, values in (
+            ("member", members),
+            ("size", stored["size"]),
+            ("page", stored["offset"] // STAGING_ALIGNMENT_BYTES),
+            ("checksum", stored["checksum"]),
+            ("rebuild_s", stored["rebuild_s"]),
+            ("position", stored["position"]),
+            ("uses", uses),
+            ("flags", flags),
+            ("parent", above),
+        ):
+            self._column(name)[where] = values
+        for number in np.flatnonzero(stored["mac_bytes"]).tolist():
+            rows.set_mac(int(where[number]), stored["mac"][number].tobytes())
+        rows.blocks += len(where)
+        for _, account, at in charged:
+            for member, count in zip(*map(np.ndarray.tolist, np.unique(members[at], return_counts=True)), strict=True):
+                self._eviction.count_present(member, account, count)
+        return where
+
+    def _cost_of(self, rows: Rows) -> NDArray[np.float64]:
+        uses, rebuild_s = self._column("uses")[rows], self._column("rebuild_s")[rows]
+        return _cost(uses, rebuild_s, _extents(self._column("size")[rows]))
+
+    def _link(self, rows: Rows) -> None:
+        """Count new rows as children, queue those that are leaves, and note where all lie."""
+        children, ticket, leaves = self._column("children"), self._column("ticket"), self._eviction.leaves
+        above = self._column("parent")[rows]
+        if leaves.items:
+            parents = np.unique(above)
+            leaves.got_children(int(((children[parents] == 0) & (ticket[parents] != 0)).sum()))
+        np.add.at(children, above, 1)
+        leaves.offer_many(rows[children[rows] == 0].tolist())
+        self._places.add_many(rows)
+
+    def _nodes(self, keys: Words, tenants: NDArray[np.uint32]) -> Rows:
+        """The rows with these keys and tenants, made where there are none."""
+        rows, nodes = self._rows, self._search(keys, tenants)
+        missing = np.flatnonzero(nodes < 0)
+        if not len(missing):
+            return nodes
+        words, numbers = keys[missing], tenants[missing]
+        new, same = _distinct(words, numbers)
+        if rows.high - rows.by_key.count >= len(new):
+            made = np.array(rows.take_many(len(new)))
+        else:
+            made = np.arange(rows.take_range(len(new)), rows.high)
+        self._column("keys").reshape(-1, 2)[made] = words[new]
+        self._column("tenant")[made] = numbers[new]
+        self._column("parent")[made] = -1
+        for number, count in zip(*(one.tolist() for one in np.unique(numbers[new], return_counts=True)), strict=True):
+            rows.tenant_number(rows.tenant_name(number), count)
+        chain_many(rows.by_key, made, self._hashes(words[new]))
+        nodes[missing] = made[same]
+        return nodes
+
+    # --- inside ---
+
+    def _column(self, name: str) -> NDArray[Any]:
+        return np.frombuffer(self._rows.columns[name].memory, _TYPES[name])
+
+    def _hashes(self, words: Words) -> NDArray[np.uint64]:
+        """`core.pool.columns.mixed` of many keys."""
+        salt = self._rows.salt
+        word = words[:, 0] * np.uint64(salt) + words[:, 1] * np.uint64((salt ^ MIX) | 1)
+        hashes: NDArray[np.uint64] = ((word ^ word >> np.uint64(29)) * np.uint64(FINISH)) >> np.uint64(32)
+        return hashes
+
+    def _search(self, words: Words, tenants: NDArray[np.uint32] | None) -> Rows:
+        """The present row of each key, or, with `tenants`, the row of each key and tenant; -1 where there is none."""
+        chains = self._rows.by_key
+        keys, flags, numbers = self._column("keys").reshape(-1, 2), self._column("flags"), self._column("tenant")
+        heads, links = views(chains)
+        rows = np.full(len(words), -1, np.int64)
+        link = heads[buckets(chains, self._hashes(words))]
+        todo = np.flatnonzero(link)
+        link = link[todo]
+        while len(todo):
+            at = link - 1
+            there, asked = keys[at], words[todo]
+            same = (there[:, 0] == asked[:, 0]) & (there[:, 1] == asked[:, 1])
+            same &= (flags[at] & PRESENT).astype(bool) if tenants is None else numbers[at] == tenants[todo]
+            rows[todo[same]] = at[same]
+            link = links[at]
+            on = ~same & (link > 0)
+            todo, link = todo[on], link[on]
+        return rows
+
+
+def _distinct(words: Words, numbers: NDArray[np.uint32]) -> tuple[Rows, Rows]:
+    """The first of each of some names, in order, and for each name which of these it is."""
+    each = np.arange(len(words))
+    low = np.sort(words[:, 0])
+    if not (low[1:] == low[:-1]).any():
+        return each, each
+    order = np.lexsort((numbers, words[:, 1], words[:, 0]))
+    first = np.ones(len(order), bool)
+    first[1:] = (words[order][1:] != words[order][:-1]).any(1) | (numbers[order][1:] != numbers[order][:-1])
+    by_place = np.argsort(order[first])
+    rank, same = np.empty(len(by_place), np.int64), np.empty(len(order), np.int64)
+    rank[by_place] = np.arange(len(by_place))
+    same[order] = rank[np.cumsum(first) - 1]
+    return order[first][by_place], same
+
+
+def _by_tenant(stored: StoredRows) -> list[tuple[bytes, Rows]]:
+    """Tenants and the numbers of their rows, in the order of their last one."""
+    names = np.stack((stored["tenant"], stored["tenant_bytes"].astype(np.uint64)), 1)
+    if (names == names[0]).all():
+        return [(tenant_tag_of(*names[0].tolist()), np.arange(len(stored)))]
+    distinct, number = np.unique(names, axis=0, return_inverse=True)
+    order = np.argsort(number.reshape(-1), kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(number.reshape(-1)[order])) + 1)
+    tags = [tenant_tag_of(*name) for name in distinct.tolist()]
+    return sorted(zip(tags, parts, strict=True), key=lambda one: int(one[1][-1]))
+
+
+def _extents(sizes: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """`staging_bytes` of many blocks."""
+    return -(-sizes.astype(np.int64) // STAGING_ALIGNMENT_BYTES) * STAGING_ALIGNMENT_BYTES
+
+
+def _cost(uses: NDArray[Any], rebuild_s: NDArray[Any], extents: NDArray[np.int64]) -> NDArray[np.float64]:
+    """What `RebuildValue` adds to inflation, of many blocks."""
+    each = np.minimum(rebuild_s.astype(np.float64) * 1e9 / extents, NS_PER_BYTE_MAX)
+    known = (rebuild_s > 0) & np.isfinite(rebuild_s)
+    return np.where(known, np.clip(uses, 1, USES_MAX).astype(np.float64) * each, 0.0)

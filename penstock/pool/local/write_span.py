@@ -1,0 +1,70 @@
+"""Several blocks that are written together: their stores become present at once, and their results are one answer."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from functools import partial
+
+from penstock.pool.api import Done, DoneMany, PoolError
+from penstock.pool.block import Block
+from penstock.pool.members.work import Work
+from penstock.process.guarded_thread import count_failure
+
+log = logging.getLogger(__name__)
+
+Stored = list[tuple[int, Block, PoolError | None]]  # number in the span, block, error of its store
+
+
+class WriteSpan:
+    """Counts the results of `count` blocks; `done` gets them once, in order, on the thread of the last one. `stored` is
+    called when all stores that were begun have ended. Any thread may call."""
+
+    def __init__(self, count: int, done: DoneMany, stored: Callable[[WriteSpan, Stored], None]) -> None:
+        self._lock = threading.Lock()
+        self._results: list[PoolError | None] = [None] * count
+        self._left = count
+        self._done = done
+        self._on_stored = stored
+        self._storing = 1  # one more until all have begun
+        self._stored: Stored = []
+
+    def end_of(self, number: int) -> Done:
+        """The `done` of one block."""
+        return partial(self._end, number)
+
+    def finish_of(self, number: int) -> Callable[[Work, PoolError | None], None]:
+        """The `finish` of the store of one block, which begins now."""
+        with self._lock:
+            self._storing += 1
+        return partial(self._finish, number)
+
+    def begun(self) -> None:
+        """No further store begins."""
+        self._count_store(None)
+
+    def _finish(self, number: int, work: Work, error: PoolError | None) -> None:
+        self._count_store((number, work.block, error))
+
+    def _count_store(self, one: tuple[int, Block, PoolError | None] | None) -> None:
+        with self._lock:
+            if one is not None:
+                self._stored.append(one)
+            self._storing -= 1
+            if self._storing or not self._stored:
+                return
+            stored = sorted(self._stored, key=lambda one: one[0])
+        self._on_stored(self, stored)
+
+    def _end(self, number: int, error: PoolError | None) -> None:
+        with self._lock:
+            self._results[number] = error
+            self._left -= 1
+            if self._left:
+                return
+        try:
+            self._done(self._results)
+        except Exception:
+            count_failure("penstock-done-callback")
+            log.exception("a done callback of the pool raised")
