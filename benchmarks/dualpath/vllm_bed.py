@@ -13,7 +13,7 @@ import msgspec
 
 from benchmarks.dualpath.agents import Agent
 from benchmarks.dualpath.testbed import POOL_PORT, ROUTER_ADDRESS, ROUTER_PORT, Scale, Testbed, Topology
-from benchmarks.dualpath.vllm_reference import Asked
+from benchmarks.dualpath.vllm_reference import ANSWERS, Asked
 from penstock.bench.processes import SERVE_READY, ProcessFailed, ReadyProcess
 from penstock.core.config import Mode
 from penstock.process.child_python import child_environment, python_command
@@ -72,7 +72,10 @@ class VllmBed(Testbed):
                 raise ProcessFailed(f"one vLLM did not answer within {REFERENCE_S_MAX:g} s") from None
         if done.returncode:
             raise ProcessFailed(f"one vLLM ended with status {done.returncode}:\n{done.stderr.decode()[-4000:]}")
-        found: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
+        lines = [line for line in done.stdout.decode().splitlines() if line.startswith(ANSWERS)]
+        if not lines:
+            raise ProcessFailed(f"one vLLM ended without answers:\n{done.stderr.decode()[-4000:]}")
+        found: list[list[int]] = json.loads(lines[-1].removeprefix(ANSWERS))
         return found
 
     @contextlib.contextmanager

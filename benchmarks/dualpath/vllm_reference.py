@@ -1,6 +1,7 @@
 """`python -m benchmarks.dualpath.vllm_reference`: one vLLM answers prompts, and its connector saves them to a pool.
 
-Standard input is one JSON object (`Asked`), standard output ends with one line of JSON: the tokens of each answer.
+Standard input is one JSON object (`Asked`); in standard output, beside what vLLM says, is a line that begins with
+ANSWERS and has the tokens of each answer as JSON.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import msgspec
 
 SAVED_S_MAX = 60.0
+ANSWERS = "answers: "
 
 
 class Asked(msgspec.Struct):
@@ -48,4 +50,4 @@ def answers(asked: Asked) -> list[list[int]]:
 
 if __name__ == "__main__":
     found = answers(msgspec.json.decode(sys.stdin.buffer.read(), type=Asked))
-    print(json.dumps(found), flush=True)
+    print(f"\n{ANSWERS}{json.dumps(found)}", flush=True)
