@@ -43,7 +43,7 @@ ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INF
 
 
 def free_port() -> int:
-    """A port for routers to come: nobody gets it in the meantime, as the system chooses others for whom asks for any."""
+    """A port for routers to come: not one of those that the system gives to whom asks for any."""
     while True:
         port = random.randrange(20_000, 32_000)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):

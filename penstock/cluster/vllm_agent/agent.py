@@ -59,6 +59,7 @@ from penstock.units import parse_address
 log = logging.getLogger(__name__)
 
 START_POLL_S = 0.2
+PORTS = range(20_000, 30_000)
 HEALTH_S = 5.0  # between two looks at vLLM's /health, and how long one may take
 HEALTH_MISSED_MAX = 6  # in a row; then vLLM counts as stuck
 WATCH_POLL_S = 0.1
@@ -113,9 +114,11 @@ def serve_vllm(flags: AgentFlags, arguments: Sequence[str]) -> None:
 
 
 def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
+    """A port for vLLM, which binds it much later: not one of those that the system gives to whom asks for any."""
+    while True:
+        port = PORTS.start + secrets.randbelow(len(PORTS))
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 @contextlib.contextmanager
