@@ -14,8 +14,9 @@ from pathlib import Path
 
 from penstock.bench.processes import pool_process
 from penstock.bench.scale_nodes import nodes_process
+from penstock.core.bandwidth import LinkCost
 from penstock.core.config import SchedulerConfig
-from penstock.core.cost import CostModel, LinkCost
+from penstock.core.cost import CostModel
 from penstock.core.keys import KEY_BYTES, BlockKey, KeyChain, root_key
 from penstock.core.new_block import NewBlock, prefix_position
 from penstock.core.spans import SPAN_BLOCKS_MAX, parts, span_blocks, window_blocks
