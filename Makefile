@@ -220,7 +220,7 @@ venv-docs: $(DOCS_VENV)/.installed
 # out/part-docs.txt says how it ended. A link or an anchor that leads nowhere, and a page that is in no menu, are errors.
 docs: venv-docs
 	@mkdir -p $(OUT); echo failed > $(OUT)/part-docs.txt
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet --site-dir $(abspath $(OUT))/site
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --site-dir $(abspath $(OUT))/site
 	@echo passed > $(OUT)/part-docs.txt; echo "make docs: $(OUT)/site/index.html"
 
 clean:

@@ -20,7 +20,7 @@ from penstock.workloads.plots import SERIES_COLOURS, new_figure, save_figure, ti
 BOARD = Path(__file__).parents[1] / "deploy" / "grafana" / "penstock.json"
 POINTS = 120
 COLUMNS = 2
-LEGEND_MAX = 8
+LEGEND_MAX = 12
 ANSWER_S = 20.0
 # units of the board -> divisor and what stands at the axis
 UNITS = {"s": (1.0, "s"), "percentunit": (0.01, "%"), "Bps": (1e6, "MB/s"), "bytes": (1e6, "MB"), "short": (1.0, "")}
@@ -65,7 +65,7 @@ def draw(url: str, path: Path, minutes: float) -> None:
         axes.set_ylim(bottom=0)
         axes.set_xlim(0, 60.0 * minutes)
         if 0 < len(lines) <= LEGEND_MAX:
-            axes.legend(frameon=False, fontsize=7, loc="upper left")
+            axes.legend(frameon=False, fontsize=7, ncols=2, loc="best")
         tidy(axes)
     save_figure(figure, path)
 

@@ -33,6 +33,10 @@ app = lazy_group(
             "penstock.vllm.command:app",
             "Serve MODEL with vLLM, its KV cache from Penstock's pool. Any flag of `vllm serve` may follow.",
         ),
+        "vllm-engine": LazyCommand(
+            "penstock.cluster.vllm_agent.agent_command:app",
+            "Serve MODEL with vLLM for a router, as its prefill or decode engine. Any flag of `vllm serve` may follow.",
+        ),
         "pool": LazyCommand(
             "penstock.pool.setup.pool_command:pool_app",
             "Serve a pool of memory and SSDs to engines on this and other machines; or inspect one.",

@@ -20,6 +20,8 @@ from penstock.cluster.engine.serve_command import PANELS as SERVE_PANELS
 from penstock.cluster.engine.serve_flags import ServeFlags
 from penstock.cluster.router.router_command import PANELS as ROUTER_PANELS
 from penstock.cluster.router.router_flags import RouterFlags
+from penstock.cluster.vllm_agent.agent_command import PANELS as AGENT_PANELS
+from penstock.cluster.vllm_agent.agent_flags import AgentFlags
 from penstock.command_line import ARGUMENTS, shown_default
 from penstock.core.settings import Declared, settings_of
 from penstock.lazy_commands import LazyGroup
@@ -38,13 +40,14 @@ COMMANDS: Mapping[str, tuple[type, Mapping[str, Sequence[str]]]] = {
     "router": (RouterFlags, ROUTER_PANELS),
     "pool": (NodeFlags, POOL_PANELS),
     "vllm": (Settings, VLLM_PANELS),
+    "vllm-engine": (AgentFlags, AGENT_PANELS),
 }
 HEAD = """# Flags
 
 What these commands can be told, as their `--help` has it. `serve` and `router` take the same names, with `_` for `-`,
 as keys of a TOML file (`--config`); the command line goes before it. `pool` takes those of the node as keys of its
 [pool.toml](pool-toml.md), `vllm` its own as keys of [`kv_connector_extra_config`](vllm.md). A flag that may be repeated
-is a list there. `penstock up` takes the flags of `pool`, `router` and `serve` as keys of
+is a list there. `penstock up` takes the flags of `pool`, `router`, `serve` and `vllm-engine` as keys of
 [cluster.toml](../how-to/run-a-cluster.md).
 """
 WIDTH = 120
@@ -129,7 +132,7 @@ def test_the_command_line_has_the_settings_of_the_record_and_no_others(command: 
     of_the_command = {"help", "config", "log_level", "stock_scheduler", "print_command"}
     assert len(listed) == len(set(listed)) and set(options(command)) - of_the_command == set(listed) - {"log_level"}
     keys_only = {"fetch_window_blocks", "max_waiting", "save_timeout_s", "age_bound_s", "age_delays"}
-    keys_only |= {"block_tokens", "model_id", "weight_version"}
+    keys_only |= {"block_tokens", "model_id", "weight_version", "agent", "tp_independent"}
     assert set(settings_of(record)) - set(listed) == (keys_only if command == "vllm" else set())
     for name in set(listed) - set(ARGUMENTS):
         one = settings_of(record)[name]

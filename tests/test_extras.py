@@ -39,7 +39,7 @@ NEED_EXTRAS = {
         f"penstock.vllm.{name}"
         for name in ("connector", "device_copies", "kv_events", "layout", "metrics", "scheduler")
     ),
-    *(f"penstock.vllm.{name}" for name in ("scheduler", "scheduler_side", "steps", "worker")),
+    *(f"penstock.vllm.{name}" for name in ("scheduler", "scheduler_side", "steps", "waiting_queue", "worker")),
 }
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PARTS = ("offline", "simulated", "online", "lanes", "ablation", "outputs")
 WORKLOADS = ("64K", "48K", "32K")
 SKIPPED = 0
+STORAGE_MBYTES_PER_S = {"penstock": 40.0, "vllm": 8.0}
 
 
 def dualpath(
@@ -34,8 +35,17 @@ def dualpath(
         Path | None, typer.Option(help="Folder of recorded agent sessions, replayed offline too.")
     ] = None,
     storage_mbytes_per_s: Annotated[
-        float, typer.Option(min=1, max=1000, help="Speed of a host's storage NIC; its compute NIC is 8 times faster.")
-    ] = 40.0,
+        float | None,
+        typer.Option(
+            min=1,
+            max=1000,
+            help="Speed of a host's storage NIC; its compute NIC is 8 times faster.",
+            show_default="40; vllm 8",
+        ),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="penstock: the built-in engine, modelled; vllm: two stock vLLMs with tiny models.")
+    ] = "penstock",
     repeats: Annotated[int, typer.Option(min=1, max=20, help="Repeats of the first workload, systems in turn.")] = 2,
     quick: Annotated[bool, typer.Option(help="The least of everything: checks that it runs.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
@@ -48,19 +58,32 @@ def dualpath(
     console = Console()
     parts = _chosen("part", part, PARTS)
     workloads = _chosen("workload", workload, WORKLOADS)
+    if engine not in STORAGE_MBYTES_PER_S:
+        raise typer.BadParameter(f"engine is {engine!r}; allowed: {', '.join(STORAGE_MBYTES_PER_S)}")
     reason = why_not()
+    if reason is None and engine == "vllm":
+        from benchmarks.dualpath.vllm_bed import why_no_vllm
+
+        reason = why_no_vllm()
     if reason is not None:
         console.print(f"bench dualpath: skipped: {reason}", style="yellow", markup=False)
         raise typer.Exit(SKIPPED)
-    scale = Scale(storage_bytes_per_s=storage_mbytes_per_s * 1e6)
+    speed = storage_mbytes_per_s or STORAGE_MBYTES_PER_S[engine]
+    scale = Scale(storage_bytes_per_s=speed * 1e6)
     report = Report("dualpath")
-    _say_what_is_modelled(report, scale)
+    if engine == "vllm":
+        _say_what_vllm_measures(report, speed)
+    else:
+        _say_what_is_modelled(report, scale)
     try:
         with (
             tempfile.TemporaryDirectory(prefix="penstock-bench-") as folder,
             progress_bar(console) as progress,
         ):
-            _measure(report, Path(folder), scale, parts, workloads, traces, repeats, quick, progress)
+            if engine == "vllm":
+                _measure_vllm(report, Path(folder), scale, 1 if quick else repeats, progress)
+            else:
+                _measure(report, Path(folder), scale, parts, workloads, traces, repeats, quick, progress)
     except (OSError, ValueError, RuntimeError, PoolError, ProcessFailed, NamespaceError) as error:
         console.print(f"bench dualpath: {error}", style="red", markup=False)
         raise typer.Exit(1) from error
@@ -100,6 +123,26 @@ def _say_what_is_modelled(report: Report, scale: Scale) -> None:
         "share_of_all_nics: bytes received by all storage NICs until the first agent has ended, against plain sockets "
         "over all of them at once in the same run; whole_job: until the last one has",
     ]
+
+
+def _say_what_vllm_measures(report: Report, storage_mbytes_per_s: float) -> None:
+    report.modelled += [
+        "model: a Llama with 4 layers and random weights, in float32 on CPU; vLLM itself is unchanged",
+        f"NICs: veth with tc tbf; storage {storage_mbytes_per_s:g} MB/s a host, compute 8 times that",
+    ]
+    report.notes += [
+        "the pool's content and the expected outputs come from one vLLM that computes all prompts beforehand",
+        "gains: mean time to prefill, and time until all requests have ended, of prefill read over split; best repeat",
+    ]
+
+
+def _measure_vllm(report: Report, folder: Path, scale: Scale, repeats: int, progress: Progress) -> None:
+    from benchmarks.dualpath.vllm_live import measure_vllm
+
+    task = progress.add_task("vllm", total=None)
+    measure_vllm(
+        report, folder, scale.storage_bytes_per_s, repeats, lambda text: progress.update(task, description=text)
+    )
 
 
 def _measure(

@@ -20,7 +20,7 @@ bench = lazy_group(
         ),
         "scale": LazyCommand(
             "penstock.bench.scale:scale",
-            "What a pool of a million blocks costs: CPU time per block, memory, stops, and the time to open it.",
+            "CPU time, memory and stops of the table of one pool node with a million blocks.",
         ),
         "serve": LazyCommand(
             "penstock.bench.serve:serve",

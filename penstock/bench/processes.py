@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
@@ -15,21 +14,16 @@ from types import TracebackType
 from typing import IO, Self
 
 from penstock.process.child_python import child_environment, python_command
+from penstock.process.die_with_parent import die_with_parent
 
 POOL_READY = re.compile(r"pool node \S+ ready on ([\w.\-\[\]:]+:\d+)")
 SERVE_READY = re.compile(r"listening on (https?://[\w.\-\[\]:]+:\d+)", re.IGNORECASE)
 OUTPUT_BYTES_SHOWN = 4000
 POLL_S = 0.02
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class ProcessFailed(RuntimeError):
     """A process ended or was not ready in time; the message includes the end of its output."""
-
-
-def _die_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class ReadyProcess:
@@ -58,7 +52,13 @@ class ReadyProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
-        self._output = tempfile.TemporaryFile()
+        self.start()
+        self.await_ready()
+        return self
+
+    def start(self) -> None:
+        """Start it; `await_ready` or `stop` must follow. Raises OSError."""
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 (`stop` closes it)
         try:
             self._process = subprocess.Popen(
                 self.command,
@@ -66,14 +66,20 @@ class ReadyProcess:
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
                 env=child_environment() | dict(self._environment or {}),
             )
+        except BaseException:
+            self.stop()
+            raise
+
+    def await_ready(self) -> None:
+        """Wait for its line. Raises ProcessFailed; the process has ended then."""
+        try:
             self.address = self._await_ready(time.monotonic() + self._ready_s)
         except BaseException:
             self.stop()
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

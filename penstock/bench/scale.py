@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from penstock.bench.processes import ProcessFailed
+from penstock.pool.api import PoolError
 from penstock.report import Report
 from penstock.workloads.progress import steps_shown
 
@@ -21,8 +23,10 @@ def scale(
     quick: Annotated[bool, typer.Option(help="Few blocks: checks that it runs.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
-    """CPU time, memory and stops of the table of one pool node with a million blocks; each beside its goal, and beside
-    what it was when every block was an object (`..._before`)."""
+    """CPU time, memory and stops of the table of one pool node with a million blocks; CPU time of engines and nodes per
+    block over the network. Each beside its goal, and beside what it was when every block was an object and travelled
+    alone (`..._before`)."""
+    from penstock.bench.scale_network import measure_network
     from penstock.bench.scale_table import measure_open, measure_table
 
     console = Console()
@@ -32,10 +36,12 @@ def scale(
         with steps_shown(console, path) as (folder, step):
             measure_table(report, count, step)
             measure_open(report, count, folder, step)
-    except (OSError, ValueError) as error:
+            measure_network(report, count <= QUICK_BLOCKS, step)
+    except (OSError, ValueError, PoolError, ProcessFailed) as error:
         console.print(f"penstock bench scale: {error}", style="red", markup=False)
         raise typer.Exit(1) from error
     report.notes.append("CPU time of one thread per block or key; ..._before: measured with the table of objects")
+    report.notes.append("engine_*, node_*: CPU time of a whole process per block of 4 KiB; the nodes run beside it")
     if quick:
         report.notes.append("--quick: few blocks; it checks that everything runs; the figures mean nothing")
     report.print(console)

@@ -65,7 +65,7 @@ def measure_network(report: Report, quick: bool, step: Step) -> None:
         name = f"engine_us_per_block_{nodes}_node" + "s" * (nodes > 1)
         _figure(report, name, engine_us_per_block(nodes, requests, context))
     step("blocks are written to a node, and read")
-    write_us, read_us = node_us_per_block(1024 if quick else 32_768)
+    write_us, read_us = node_us_per_block(8192 if quick else 32_768)
     _figure(report, "node_write_us_per_block", write_us)
     _figure(report, "node_read_us_per_block", read_us)
     step("engines connect to a node")

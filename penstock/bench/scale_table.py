@@ -66,7 +66,8 @@ def measure_table(report: Report, blocks: int, step: Step) -> None:
             known.append(b"".join(new.key for new in news))
     news.clear()
     gc.collect()
-    figure(report, "bytes_per_block", (_resident_bytes() - before_bytes) / len(table))
+    grown_bytes = _resident_bytes() - before_bytes - sum(map(len, known))
+    figure(report, "bytes_per_block", grown_bytes / len(table))
     figure(report, "bytes_per_row", float(table.bytes_per_row))
     step("blocks are looked up")
     known = [keys for keys in known if table.lookup_many(keys).sizes.all()]

@@ -46,6 +46,7 @@ SIZES = {"128k": 128 << 10, "2m": 2 << 20, "4m": 4 << 20}
 ALONE_SIZES = {"64k": 64 << 10, "512k": 512 << 10, "4m": 4 << 20}
 BUFFER_BYTES = 32 << 20
 WINDOW = 8  # concurrent reads of the client
+SPAN_BYTES, SPANS = 1 << 20, 4  # of blocks that travel together, and how many of those are under way
 RATIO_MIN = 0.9
 
 
@@ -279,10 +280,12 @@ def _fill(address: str, proof: Proof) -> dict[str, list[BlockKey]]:
 
 
 class _Reader:
-    """Has `WINDOW` reads running until `count` have ended."""
+    """Has `WINDOW` blocks, or `SPANS` spans of smaller ones, on their way until `count` have ended."""
 
     def __init__(self, pool: Pool, keys: list[BlockKey], size_bytes: int, count: int, buffers: memoryview) -> None:
         self._pool, self._keys, self._size, self._count, self._buffers = pool, keys, size_bytes, count, buffers
+        self._span = max(1, SPAN_BYTES // size_bytes)
+        self._window = WINDOW if self._span == 1 else SPANS
         self._lock = threading.Lock()
         self._next = self._ended = 0
         self._failed: PoolError | None = None
@@ -291,7 +294,7 @@ class _Reader:
     def run(self) -> float:
         """Seconds until every read has ended. Raises the first PoolError."""
         begin_s = time.perf_counter()
-        for slot in range(min(WINDOW, self._count)):
+        for slot in range(min(self._window, -(-self._count // self._span))):
             self._start(slot)
         if not self._all.wait(TIMEOUT_S + 1):
             raise PoolError("deadline", "reads did not end by their deadline")
@@ -301,18 +304,25 @@ class _Reader:
 
     def _start(self, slot: int) -> None:
         with self._lock:
-            number = self._next
-            if number == self._count:
+            first = self._next
+            blocks = min(self._span, self._count - first)
+            if not blocks:
                 return
-            self._next += 1
+            self._next += blocks
         # Buffers rotate so that a read goes to memory that is not in a cache, as in the bare loop.
-        at = number % (BUFFER_BYTES // self._size // WINDOW) * WINDOW + slot
-        into = self._buffers[at * self._size : (at + 1) * self._size]
-        self._pool.read(self._keys[number % len(self._keys)], self._size, into, TIMEOUT_S, lambda e: self._end(slot, e))
+        turns = BUFFER_BYTES // self._size // self._span // self._window
+        at = (first // self._span % turns * self._window + slot) * self._span
+        intos = [self._buffers[one * self._size : (one + 1) * self._size] for one in range(at, at + blocks)]
+        keys = [self._keys[number % len(self._keys)] for number in range(first, first + blocks)]
+        if blocks == 1:
+            self._pool.read(keys[0], self._size, intos[0], TIMEOUT_S, lambda error: self._end(slot, [error]))
+        else:
+            self._pool.read_many(keys, self._size, intos, TIMEOUT_S, lambda errors: self._end(slot, errors))
 
-    def _end(self, slot: int, error: PoolError | None) -> None:
+    def _end(self, slot: int, errors: list[PoolError | None]) -> None:
+        error = next(filter(None, errors), None)
         with self._lock:
-            self._ended += 1
+            self._ended += len(errors)
             if error is not None:
                 self._failed = self._failed or error
                 self._next = self._count

@@ -39,6 +39,7 @@ FRAME_BYTES_MAX = 64 << 20  # to an engine: a prompt of a million tokens takes 5
 ENGINE_FRAME_BYTES_MAX = 256 << 10  # from an engine: decoded in 1 to 2 ms, during which other engines wait
 HELD_FRAMES_MAX = 512  # after a Register
 HELD_TOKENS_MAX = 24_576  # of one part, so that it fits into a frame with its report
+DATA_BYTES_MAX = 64 << 10  # of an answer by vLLM's own API in one event, so that it fits with its report
 _REPORT_BYTES_MAX = 96 << 10
 _RECORDS_BYTES = ENGINE_FRAME_BYTES_MAX // 2  # of events or held parts in one frame; a single one may be larger
 HANDSHAKE_S = 5.0
@@ -58,10 +59,15 @@ def report_in(packed: msgspec.Raw) -> RequestReport | None:
     return decode(_reports, packed)
 
 
+SamplingDefault = Annotated[float, Meta(ge=-1.0, le=2**31)]
+
+
 class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine is. All engines of one router have the same `model` (of weights, layout and pool key), block
     geometry and vocabulary. `host` groups engines of one host; `instance` is new with each start.
-    `vocabulary` is `TextCodec.vocabulary_digest` of its checkpoint; empty without a tokenizer."""
+    `vocabulary` is `TextCodec.vocabulary_digest` of its checkpoint; empty without a tokenizer. `kind`: the built-in
+    engine, or vLLM behind an agent; then `sampling_defaults` are what vLLM takes where a client gives nothing, and with
+    `parses_chats` answers of chats are parsed by vLLM itself."""
 
     name: Name
     role: Part
@@ -76,6 +82,9 @@ class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
     relay_address: Name = ""
     pid: Count = 0
     vocabulary: Name = ""
+    kind: Literal["penstock", "vllm"] = "penstock"
+    sampling_defaults: Annotated[dict[Name, SamplingDefault], Meta(max_length=64)] = {}
+    parses_chats: bool = False
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,7 +124,8 @@ class Heartbeat(msgspec.Struct, array_like=True, tag=2):
 
 
 class Event(msgspec.Struct, array_like=True):
-    """Tokens of one part in order, the first one at `index` of the whole answer; and its end."""
+    """Tokens of one part in order, the first one at `index` of the whole answer; and its end. `data`: a piece of the
+    answer by vLLM's own API (`TokenEvent.data`)."""
 
     request_id: Name
     attempt: Number
@@ -124,6 +134,7 @@ class Event(msgspec.Struct, array_like=True):
     finish_reason: FinishReason | None = None
     error: Text | None = None
     report: msgspec.Raw = NO_REPORT  # `pack_report`
+    data: Annotated[bytes, Meta(max_length=ENGINE_FRAME_BYTES_MAX)] = b""
 
 
 class Events(msgspec.Struct, array_like=True, tag=3):
@@ -228,6 +239,9 @@ def event_frames(epoch: int, events: Sequence[Event]) -> list[bytes]:
 
 
 def _split(event: Event) -> Iterator[Event]:
+    while len(event.data) > DATA_BYTES_MAX:
+        yield Event(event.request_id, event.attempt, event.index, [], data=event.data[:DATA_BYTES_MAX])
+        event = msgspec.structs.replace(event, data=event.data[DATA_BYTES_MAX:])
     while len(event.tokens) > HELD_TOKENS_MAX:
         yield Event(event.request_id, event.attempt, event.index, event.tokens[:HELD_TOKENS_MAX])
         rest, index = event.tokens[HELD_TOKENS_MAX:], event.index + HELD_TOKENS_MAX

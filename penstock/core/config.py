@@ -39,7 +39,7 @@ class OrderSettings:
 
     policy: Policy = setting("feasible", "fcfs, sjf-compute, sjf, srpt, edf, lstf or feasible.")
     max_waiting: int = setting(1024, "Requests waiting; further ones get a 429.")
-    fetch_window_blocks: int = setting(8, "Blocks in flight per link.")
+    fetch_window_blocks: int = setting(8, "Blocks in flight per link; of small ones up to 16 MiB.")
     age_bound_s: float = setting(60.0, "Who waited longer goes first.")
     age_delays: float = setting(
         0.75, "A request goes first once its delay is this many times that of arrival order; 0: off."

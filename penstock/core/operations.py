@@ -41,7 +41,8 @@ class RequestSpec:
     `prompt` are token ids. `ttft_deadline_s` is an absolute time, None for the default SLO. `tenant` is the tag its
     blocks are counted under in the pool (`new_block.tenant_tag`). With `hand_off` the request ends after its first
     token, when its full blocks were sent. `first_index` is how many tokens of the prompt were generated.
-    Hits among its first `recompute_tokens` are not loaded. `spans` are placeholder tokens of media.
+    Hits among its first `recompute_tokens` are not loaded. `spans` are placeholder tokens of media. `received`: the
+    request was handed over to this host, whose relay has the blocks that are present.
     """
 
     request_id: str
@@ -55,6 +56,7 @@ class RequestSpec:
     first_index: int = 0
     recompute_tokens: int = 0
     spans: Sequence[Span] = ()
+    received: HandOff | None = None
 
 
 @dataclass(frozen=True, slots=True)

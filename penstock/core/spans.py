@@ -10,7 +10,7 @@ from typing import TypeVar
 SPAN_BLOCKS_MAX = 64
 SPAN_BYTES_MAX = 32 << 20
 SPANS_PER_WINDOW = 8  # so that several devices behind a link read at once, and an urgent request gets in between
-WINDOW_BYTES = 64 << 20
+WINDOW_BYTES = 16 << 20
 
 Item = TypeVar("Item")
 

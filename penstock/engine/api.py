@@ -54,9 +54,19 @@ class Overloaded(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
+class ApiCall:
+    """A client's body, a JSON object, for a path of vLLM's own API."""
+
+    path: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """`slo_ttft_s`: deadline of the first token, in seconds from arrival. `tenant` separates caches: a tenant, a
     client's `cache_salt`, or a salt within a tenant (`core.tenants`).
+
+    `api`: vLLM answers this body itself; `prompt_tokens` and `sampling` are for the router's decisions then.
 
     For requests that a router places: it arrived `waited_s` seconds ago; its prompt ends with `first_index` generated
     tokens; blocks found among its first `recompute_tokens` are not loaded; with `hand_off` it ends as "handed_over"
@@ -73,6 +83,7 @@ class GenerationRequest:
     recompute_tokens: int = 0
     hand_off: HandOff | None = None
     resume_label: str = ""  # the client's name for it, to ask for the same answer again; never a key by itself
+    api: ApiCall | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +115,15 @@ class RequestReport:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One generated token. The last event has `finish_reason` and the report; its `token_id` may be None."""
+    """One generated token, or (`data`) a piece of the answer to an `ApiCall`: the first one begins with a line of JSON,
+    `status` and `content_type`. The last event has `finish_reason` and the report; its `token_id` may be None."""
 
     token_id: int | None
     finish_reason: FinishReason | None = None
     error: str | None = None
     report: RequestReport | None = None
     logprobs: TokenLogprobs | None = None  # if the request asked for them
+    data: bytes = b""
 
 
 OnEvent = Callable[[TokenEvent], None]

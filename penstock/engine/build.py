@@ -121,8 +121,8 @@ def _scheduler_config(config: EngineConfig, runner: ModelRunner, hands_off: bool
             f"{staging_bytes(block_bytes)} bytes"
         )
     order = taken_over(OrderSettings, config)
-    window = window_blocks(config.fetch_window_blocks, block_bytes, l2_slots)
-    span = span_blocks(window, block_bytes)
+    window = window_blocks(config.fetch_window_blocks, block_bytes * config.bytes_divisor, l2_slots)
+    span = span_blocks(window, block_bytes * config.bytes_divisor)  # a modelled block stands for a larger one
     order["fetch_window_blocks"] = window
     return SchedulerConfig(
         block_tokens=config.block_tokens,

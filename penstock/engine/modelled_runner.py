@@ -18,6 +18,8 @@ from penstock.engine.shaping import TokenLogprobs
 from penstock.io.memory import aligned_buffer
 from penstock.pacing import Pacer
 
+SMALL_BYTES = 64 << 10  # pages that are copied without giving the interpreter lock away
+
 
 @dataclass(slots=True)
 class _Group:
@@ -47,12 +49,14 @@ class ModelledRunner:
         self._cost = profile.compute_cost()
         self._upload_link = Pacer(profile.upload_bytes_per_s, credit_s=math.inf)
         self._download_link = Pacer(profile.upload_bytes_per_s, credit_s=math.inf)
+        self._memory = memoryview(b"")
         self._pages = np.zeros((0, 0), dtype=np.uint8)
 
     def allocate(self, pages: int) -> None:
         """Allocate L1: host memory for `pages` pages."""
         size = self.layout.full_block_bytes
         memory = aligned_buffer(pages * size)
+        self._memory = memory
         self._pages = np.frombuffer(memory, dtype=np.uint8).reshape(pages, size)
 
     def page_lock(self, buffer: memoryview) -> None:
@@ -71,7 +75,10 @@ class ModelledRunner:
         started_s = time.monotonic()
         size = self.layout.full_block_bytes
         for view, page in group.blocks:
-            np.copyto(self._pages[page], np.frombuffer(view, dtype=np.uint8, count=size))
+            if size <= SMALL_BYTES:
+                self._memory[page * size : (page + 1) * size] = view[:size]
+            else:
+                np.copyto(self._pages[page], np.frombuffer(view, dtype=np.uint8, count=size))
         self._upload_link.wait(size * len(group.blocks), started_s)
 
     def begin_upload(self, group: UploadGroup) -> None:
@@ -106,4 +113,5 @@ class ModelledRunner:
 
     def close(self) -> None:
         """Free L1."""
+        self._memory = memoryview(b"")
         self._pages = np.zeros((0, 0), dtype=np.uint8)

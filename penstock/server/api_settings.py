@@ -21,18 +21,24 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ApiFlags(ServingRules, ModelSettings):
-    """The settings of every command with an OpenAI-compatible API."""
+class PageFlags:
+    """The settings of every command that serves pages over HTTP."""
 
     host: str = setting("127.0.0.1", "Address to listen on.")
     port: int | None = setting(None, "Port to listen on; 0 takes any free one.", shown=str(DEFAULT_PORT))
     api_key: str | None = setting(None, "Key that clients must send (other users of this machine can see it).")
     api_key_file: str | None = setting(None, "File with the key; the live page needs it too.", "FILE")
-    api_keys: str | None = setting(None, "File with tenants' keys: KEY TENANT on each line.", "FILE")
     tls_cert: str | None = setting(None, "Serve HTTPS with this certificate chain (PEM).", "FILE")
     tls_key: str | None = setting(None, "Private key of --tls-cert (PEM, without a passphrase).", "FILE")
-    served_model_name: str | None = setting(None, "Name of the model in the API.", shown="last part of MODEL")
     log_level: LogLevel = setting("info", "debug, info, warning or error.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiFlags(PageFlags, ServingRules, ModelSettings):
+    """The settings of every command with an OpenAI-compatible API."""
+
+    api_keys: str | None = setting(None, "File with tenants' keys: KEY TENANT on each line.", "FILE")
+    served_model_name: str | None = setting(None, "Name of the model in the API.", shown="last part of MODEL")
 
 
 def api_settings(flags: ApiFlags, model_name: str, **more: Any) -> ServerSettings:

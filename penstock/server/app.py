@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from penstock.engine.api import EngineAPI, GenerationRequest
+from penstock.engine.api import EngineAPI, GenerationRequest, RequestReport
 from penstock.server.errors import ApiError, bad_request, json_response
 from penstock.server.gate import TENANT, Gate
 from penstock.server.generation import Choice, Generation
@@ -25,6 +25,7 @@ from penstock.server.hosts import HostCheck
 from penstock.server.live import LiveWindow, live_page, page_response
 from penstock.server.logprobs import LogprobsShape
 from penstock.server.metrics import CONTENT_TYPE, ServerMetrics
+from penstock.server.other_api import OtherApi, Reply
 from penstock.server.preparation import Prepared, RequestPreparation
 from penstock.server.reply import GenerationReply, ReplyOptions
 from penstock.server.schema import (
@@ -50,9 +51,14 @@ class ServerApp:
     """The server's state and its endpoints; `asgi` is the application. Lives on one event loop."""
 
     def __init__(
-        self, engine: EngineAPI, codec: TextCodec | None, settings: ServerSettings, more: Sequence[Route] = ()
+        self,
+        engine: EngineAPI,
+        codec: TextCodec | None,
+        settings: ServerSettings,
+        more: Sequence[Route] = (),
+        other: OtherApi | None = None,
     ) -> None:
-        """`more`: further routes beside the API's."""
+        """`more`: further routes beside the API's. `other` answers the bodies that it takes."""
         self.settings = settings
         self.metrics = ServerMetrics(engine, settings.model_name)
         self.live = LiveWindow(settings.model_name)
@@ -64,9 +70,11 @@ class ServerApp:
         self.requests_max = settings.connections_max  # requests open at once, on all paths
         self._engine = engine
         self._codec = codec
+        self._other = other
         self._created = int(time.time())
         self._generations: set[Generation] = set()
         self._preparing = 0
+        self._others = 0  # answers of `other` that are open
         self._preparation = RequestPreparation(engine, codec, settings)
         self._information = WorkThreads("information", 2, INFORMATION_WAITING_MAX)
         routes = [
@@ -117,10 +125,10 @@ class ServerApp:
 
     # -- endpoints ----------------------------------------------------------------------------------------------
 
-    async def _completions(self, request: Request) -> GenerationReply | Response:
+    async def _completions(self, request: Request) -> Reply | Response:
         return await self._generate(request, CompletionBody)
 
-    async def _chat(self, request: Request) -> GenerationReply | Response:
+    async def _chat(self, request: Request) -> Reply | Response:
         return await self._generate(request, ChatBody)
 
     async def _tokenize(self, request: Request) -> Response:
@@ -181,9 +189,9 @@ class ServerApp:
 
     # -- one generation -----------------------------------------------------------------------------------------
 
-    async def _generate(self, request: Request, kind: type[B]) -> GenerationReply | Response:
+    async def _generate(self, request: Request, kind: type[B]) -> Reply | Response:
         arrival_s, limit = time.monotonic(), self.settings.open_requests_max
-        if self._preparing + len(self._generations) >= limit:
+        if self._preparing + len(self._generations) + self._others >= limit:
             message = f"{limit} requests are open, and no more are taken"
             raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=1.0)
         if not self._engine.vocab_size:  # a router without engines
@@ -191,8 +199,13 @@ class ServerApp:
         self._preparing += 1
         try:
             with self._preparation.bodies.open() as lease:
-                body = await self._preparation.read(request, kind, lease)
+                raw = await self._preparation.read_raw(request, kind, lease)
+                body = await self._preparation.parse(raw, kind)
                 self._check_model(body.model)
+                if self._other is not None:
+                    self._other.with_defaults(body)
+                    if self._other.takes(raw, body):
+                        return await self._other_reply(self._other, request, raw, body)
                 prepared = await self._preparation.prepare(request, body, request.scope.get(TENANT, ""))
             answer = self._answer_id(request, prepared)
             traced = TracedRequest.of(request.headers, answer[0], chat=prepared.chat)
@@ -201,6 +214,25 @@ class ServerApp:
             return Response(status_code=408)  # the client is gone: nobody reads this answer
         finally:
             self._preparing -= 1
+
+    async def _other_reply(self, other: OtherApi, request: Request, raw: bytes, body: GenerationBody) -> Reply:
+        arrival_s = time.monotonic()
+
+        def ended(outcome: str, report: RequestReport | None) -> None:
+            self._others -= 1
+            self.metrics.finished.labels(outcome).inc()
+            if report is not None:
+                self.metrics.e2e.observe(time.monotonic() - arrival_s)
+                self.metrics.observe(report)
+                self.live.add(report)
+                if report.ttft_s is not None:
+                    self.metrics.ttft.observe(report.ttft_s)
+
+        answer_id = f"other-{uuid.uuid4().hex}"
+        tenant = request.scope.get(TENANT, "")
+        reply = await other.reply(request, raw, body, tenant, answer_id, self._preparation, ended)
+        self._others += 1
+        return reply
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self.settings.model_name and name not in self.settings.model_aliases:

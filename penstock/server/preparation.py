@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -81,14 +81,24 @@ class RequestPreparation:
 
     async def read(self, request: Request, kind: type[B], lease: BodyLease) -> B:
         """Read and parse the request's body. Raises ApiError."""
+        return await self.parse(await self.read_raw(request, kind, lease), kind)
+
+    async def read_raw(self, request: Request, kind: type[msgspec.Struct], lease: BodyLease) -> bytes:
+        """Read the request's body. Raises ApiError."""
         limit, too_large = self._body_limit(request, kind)
-        raw = await read_body(request, limit, too_large, self.settings.body_timeout_s, lease)
+        return await read_body(request, limit, too_large, self.settings.body_timeout_s, lease)
+
+    async def parse(self, raw: bytes, kind: type[B]) -> B:
+        """Parse a body. Raises ApiError."""
         if len(raw) <= INLINE_BYTES:
             return self._parse(raw, kind)
         return await _on(self._parsing, partial(self._parse, raw, kind))
 
-    async def prepare(self, request: Request, body: GenerationBody, tenant: str) -> Prepared:
-        """Check the request and tokenize its prompts. `tenant` is that of the request's key. Raises ApiError."""
+    async def prepare(
+        self, request: Request, body: GenerationBody, tenant: str, tools: Sequence[Any] | None = None
+    ) -> Prepared:
+        """Check the request and tokenize its prompts. `tenant` is that of the request's key; `tools` are given to the
+        chat template. Raises ApiError."""
         default = COMPLETION_MAX_TOKENS if isinstance(body, CompletionBody) else None
         vocab_size = self._engine.vocab_size
         options = check_options(body, request.headers, default, self.settings, tenant, vocab_size=vocab_size)
@@ -99,7 +109,7 @@ class RequestPreparation:
         echo_tokens = False
         if isinstance(body, ChatBody):
             self._check_choices(1, options)
-            prompts = [await self.chat_tokens(body)]
+            prompts = [await self.chat_tokens(body, tools=tools)]
         else:
             assert isinstance(body, CompletionBody)
             given = prompts_of(body)
@@ -154,11 +164,13 @@ class RequestPreparation:
         name = self._need_codec("prompt").pieces.name
         return await _on(self._long_texts, lambda: [name(token) for token in tokens])
 
-    async def chat_tokens(self, body: ChatBody, *, special_tokens: bool = False) -> list[int]:
+    async def chat_tokens(
+        self, body: ChatBody, *, special_tokens: bool = False, tools: Sequence[Any] | None = None
+    ) -> list[int]:
         """The tokens of messages, by the checkpoint's chat template. Raises ApiError."""
         codec = self._need_codec("messages")
         variables = template_variables(body, codec.template.variables)
-        text = await _on(self._rendering, lambda: codec.render_chat(chat_messages(body), variables))
+        text = await _on(self._rendering, lambda: codec.render_chat(chat_messages(body), variables, tools))
         return await self._tokens_of(codec, text, "messages", special_tokens=special_tokens)
 
     async def _completion_tokens(

@@ -58,6 +58,8 @@ class _Unsupported(SamplingFields, kw_only=True):
 
 _UNSUPPORTED = [name for name in _Unsupported.__struct_fields__ if name not in SamplingFields.__struct_fields__]
 
+_MORE = [name for name in _UNSUPPORTED if name != "best_of"]
+
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "use_beam_search": (False,),
@@ -229,7 +231,7 @@ def check_options(
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         slo_ttft_s=_slo_ttft_s(body, headers),
-        tenant=_tenant(body.cache_salt or "", tenant, limits),
+        tenant=tenant_of_body(body, tenant, limits),
         session=session,
         return_timing=bool(body.return_timing),
         return_token_ids=bool(body.return_token_ids),
@@ -243,6 +245,29 @@ def _logprobs(body: GenerationBody) -> int | None:
     if wanted is not None and isinstance(body, CompletionBody) and body.echo:
         raise not_here("logprobs", "leaving it out together with echo")
     return wanted
+
+
+def wants_more(body: GenerationBody) -> bool:
+    """Whether the body asks for what only an API with more fields can answer: log-probabilities, and the fields that
+    are refused here."""
+    refused = any(
+        getattr(body, name) is not None and not _asks_for_nothing(name, getattr(body, name)) for name in _MORE
+    )
+    parts = [message.content for message in body.messages] if isinstance(body, ChatBody) else []
+    media = any(part.type != "text" for content in parts if isinstance(content, list) for part in content)
+    return refused or media or body.logprobs not in (None, False) or bool(body.top_logprobs)
+
+
+def neutral(body: GenerationBody) -> GenerationBody:
+    """The body without what `wants_more` looks for in its fields."""
+    return msgspec.structs.replace(body, **dict.fromkeys(_MORE), logprobs=None, top_logprobs=None)
+
+
+def unknown_fields(raw: bytes, kind: type[msgspec.Struct]) -> list[str]:
+    """The fields of a body, a JSON object, that its record does not have and that are not null."""
+    found = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+    known = {field.encode_name for field in msgspec.structs.fields(kind)}
+    return [name for name, value in found.items() if name not in known and bytes(value) != b"null"]
 
 
 def prompts_of(body: CompletionBody) -> list[str] | list[list[int]]:
@@ -315,8 +340,9 @@ def _check_length(name: str, value: str | None) -> None:
         raise wrong_value(name, value, f"at most {NAME_CHARACTERS_MAX} characters")
 
 
-def _tenant(salt: str, tenant: str, limits: ServerSettings) -> str:
-    """The tenant whose KV the request reads and writes (`core.tenants`)."""
+def tenant_of_body(body: GenerationBody, tenant: str, limits: ServerSettings) -> str:
+    """The tenant whose KV the request reads and writes (`core.tenants`). Raises ApiError(400)."""
+    salt = body.cache_salt or ""
     if limits.require_tenant and not salt and not tenant:
         text = "cache_salt is missing; this server serves tenants only: give cache_salt"
         text += ", or a tenant's API key" if limits.tenant_keys is not None else ""

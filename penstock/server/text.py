@@ -123,11 +123,14 @@ class TextCodec:
                 raise TextTooLong(limit, limit + 1)
         return self.encode(text, special_tokens=special_tokens)
 
-    def render_chat(self, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+    def render_chat(
+        self, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any], tools: Sequence[Any] | None = None
+    ) -> str:
         """Text of a chat by the checkpoint's template, ending with the beginning of the answer. Raises ApiError(400) if
         there is no template, it does not take a variable, or it cannot render the messages."""
         template = self.template
-        return template.render(list(messages), template.check_variables(variables))
+        checked = template.check_variables(variables)
+        return template.render(list(messages), {**checked, "tools": list(tools)} if tools else checked)
 
 
 def _template_of(tokenizer: Any, render_cpu_s: float) -> ChatTemplate | None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from penstock.core.config import ConfigError
 from penstock.core.connector.costs import prefill_tokens_max
+from penstock.vllm.identity import head_shards
 from penstock.vllm.identity import model_identity as model_identity
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
+    from penstock.vllm.layout import HeadShare
     from penstock.vllm.waiting_queue import WaitingQueue
 
 log = logging.getLogger(__name__)
@@ -71,7 +75,7 @@ def _unusable(version: str, what: str) -> str:
     return f"Penstock cannot work with vLLM {version}: {what}; tested versions: {', '.join(TESTED_VERSIONS)}"
 
 
-def check_model(config: VllmConfig, kv_cache: KVCacheConfig) -> None:
+def check_model(config: VllmConfig, kv_cache: KVCacheConfig, tp_independent: bool = False) -> None:
     """Raises ConfigError for a model or setup whose KV cannot be stored in the pool."""
     from vllm.v1.kv_cache_interface import AttentionSpec, UniformTypeKVCacheSpecs
 
@@ -80,6 +84,8 @@ def check_model(config: VllmConfig, kv_cache: KVCacheConfig) -> None:
         raise ConfigError("the model has an encoder beside its decoder; Penstock stores KV of decoder-only models only")
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise ConfigError("context parallelism is on; Penstock allows tensor and pipeline parallelism only")
+    if tp_independent and parallel.pipeline_parallel_size > 1:
+        raise ConfigError("tp_independent is set with pipeline parallelism; allowed: tensor parallelism alone")
     for group in kv_cache.kv_cache_groups:
         spec: Any = group.kv_cache_spec
         if not isinstance(spec, (AttentionSpec, UniformTypeKVCacheSpecs)):
@@ -141,6 +147,24 @@ def rank_of_this_worker() -> int:
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
     return int(get_pp_group().rank_in_group) * int(get_tp_group().world_size) + int(get_tp_group().rank_in_group)
+
+
+def head_share(config: VllmConfig, spec: Any) -> HeadShare:
+    """In a worker: its share of the heads of a layer. Raises ConfigError."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    from penstock.vllm.layout import HeadShare
+
+    group = get_tp_group()
+    return HeadShare.of(head_shards(config, spec), int(group.world_size), int(group.rank_in_group))
+
+
+def ranks_of_one_share(config: VllmConfig, kv_cache: KVCacheConfig) -> int:
+    """How many ranks that follow each other have the same heads of every layer. Raises ConfigError."""
+    ranks = config.parallel_config.tensor_parallel_size
+    specs = [group.kv_cache_spec for group in kv_cache.kv_cache_groups]
+    layers = [one for spec in specs for one in (getattr(spec, "kv_cache_specs", None) or {"": spec}).values()]
+    return math.gcd(*(max(1, ranks // head_shards(config, spec)) for spec in layers))
 
 
 def defers_frees() -> bool:
@@ -230,6 +254,37 @@ def sorted_queues(scheduler: Scheduler) -> list[WaitingQueue]:
     return list(queues)
 
 
+@dataclass(frozen=True, slots=True)
+class AboutModel:
+    """What a router needs to know of a served model."""
+
+    max_context_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+def about_model(config: VllmConfig) -> AboutModel:
+    """The model's limits, and the tokens with which vLLM ends an answer."""
+    model: Any = config.model_config
+    found = [getattr(model.hf_text_config, "eos_token_id", None), model.try_get_generation_config().get("eos_token_id")]
+    ids = [one if isinstance(one, list) else [one] for one in found]
+    eos = dict.fromkeys(int(token) for some in ids for token in some if token is not None)
+    return AboutModel(int(model.max_model_len), int(model.get_vocab_size()), tuple(eos))
+
+
+def is_completed(request: Request) -> bool:
+    """Whether an ended request has its whole answer: it was not aborted, and did not fail."""
+    from vllm.v1.request import RequestStatus
+
+    return request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+
+
+def is_pulled_by_another(request: Request) -> bool:
+    """Whether another connector gets the request's KV from the engine that computed it (NIXL's and others' P/D)."""
+    params = request.kv_transfer_params
+    return isinstance(params, dict) and bool(params.get("do_remote_prefill"))
+
+
 def is_preempted(request: Request) -> bool:
     """Whether vLLM took the request's blocks away before it ended."""
     from vllm.v1.request import RequestStatus
@@ -286,6 +341,7 @@ def can_load_ahead(scheduler: Scheduler, request: Request) -> bool:
         and not request.num_stale_output_tokens
         and not request.skip_reading_prefix_cache
         and not request.has_encoder_inputs
+        and not is_pulled_by_another(request)
     )
 
 

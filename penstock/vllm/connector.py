@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,7 +77,7 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._worker: WorkerSide | None = None
         self._invalid: set[int] = set()
         self._side: SchedulerSide | None = None
-        compat.check_model(vllm_config, kv_cache_config)
+        compat.check_model(vllm_config, kv_cache_config, self._settings.tp_independent)
         if role is KVConnectorRole.SCHEDULER:
             note = compat.check_version()
             if note is not None:
@@ -93,7 +94,9 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Worker: receives vLLM's KV tensors by layer; from now on the scheduler's side can connect to this worker."""
-        rows = KVRows.of(self._kv_cache_config, kv_caches, compat.kernels_of(self._vllm_config, kv_caches))
+        kernels = compat.kernels_of(self._vllm_config, kv_caches)
+        share_of = partial(compat.head_share, self._vllm_config) if self._settings.tp_independent else None
+        rows = KVRows.of(self._kv_cache_config, kv_caches, kernels, share_of)
         self._worker = WorkerSide(self._engine_id, compat.rank_of_this_worker(), rows, compat.defers_frees())
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:

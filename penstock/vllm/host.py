@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import sys
 import threading
@@ -19,11 +20,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from penstock.cluster.agent_wire import Replan
+from penstock.cluster.handoff.link_meter import LinkMeter, MeteredPool
 from penstock.core.bandwidth import LinkCost
-from penstock.core.connector.records import Landed
+from penstock.core.connector.records import HandedOver, Landed
 from penstock.core.connector.scheduler import ConnectorOperation, ConnectorScheduler
 from penstock.core.cost import ComputeCost, CostModel
-from penstock.core.operations import BlockHit, Drop, Fetch, Lookup, RequestSpec, Save, Upload
+from penstock.core.operations import BlockHit, Drop, Fetch, Forward, Lookup, RequestSpec, Save, Upload
 from penstock.engine.executors import PoolStages
 from penstock.pool.announced import AnnouncedPool
 from penstock.pool.authenticated import NO_POOL_KEY, authenticated
@@ -35,6 +38,7 @@ from penstock.process.guarded_thread import GuardedThread, GuardedWorker
 from penstock.process.loss_log import LossLog
 from penstock.process.rate_limited_log import RateLimitedLog
 from penstock.vllm import link as wire
+from penstock.vllm.hand_offs import HandOffs
 from penstock.vllm.losses import LOSSES, PREFIX
 from penstock.vllm.notices import Notices
 from penstock.vllm.settings import Settings
@@ -100,11 +104,12 @@ class Host:
         self._losses = LossLog(log, LOSSES, PREFIX)
         self._last_page = 0
         self.pool_key = settings.read_pool_key()
+        self._storage = LinkMeter(0.0)
         self._epoch = 0  # number of `forget_all` calls
         self._stopping = False
         self.fatal: str | None = None
         with contextlib.ExitStack() as undo:
-            self._workers = WorkerLinks(shape.engine_id, shape.rows, shape.ranks, shape.same_on_all_ranks)
+            self._workers = WorkerLinks(shape.engine_id, shape.rows, shape.ranks, shape.readers)
             undo.callback(self._workers.close)
             self.layout, self.block_bytes = self._workers.layout, self._workers.block_bytes
             check_frees(shape, self._workers.defers_frees)
@@ -113,17 +118,26 @@ class Host:
             if self.pool_key is None and (settings.pool or settings.slab or settings.pool_config):
                 log.warning("%s", NO_POOL_KEY)
             pool = open_pool_of(settings)
+            if settings.agent is not None:
+                pool = MeteredPool(pool, self._storage)
             self._pool = authenticated(pool if events is None else AnnouncedPool(pool, events), self.pool_key)
             undo.callback(self._pool.close, CLOSE_TIMEOUT_S)
             self._pool.register(memoryview(self._memory))
             expect_blocks(self._pool, self.block_bytes)
+            self.hand_offs = self._open_hand_offs()
             undo.pop_all()
         cost = CostModel(LinkCost(UPLOAD_BYTES_PER_S), COMPUTE)
-        for name, rate in link_bytes_per_s(settings.open_config()).items():
+        profiled = link_bytes_per_s(settings.open_config())
+        self.storage_bytes_per_s = max(
+            (rate for name, rate in profiled.items() if name.startswith("net@")), default=0.0
+        )
+        for name, rate in profiled.items():
             cost.links[name] = LinkCost(rate)
         self.scheduler = ConnectorScheduler(config, cost)
         self._staging = SharedStaging(memoryview(self._memory), self._workers.slot_bytes, config.l2_slots)
-        self._stages = PoolStages(LeaselessPool(self._pool), self._staging, self.block_bytes, config.lookup_window)
+        peers = self.hand_offs.peers if self.hand_offs is not None else None
+        pool = LeaselessPool(self._pool)
+        self._stages = PoolStages(pool, self._staging, self.block_bytes, config.lookup_window, peers)
         self._writer = GuardedWorker("penstock-write", config.save_window_blocks)
         self._thread = GuardedThread("penstock-control", self._run, failed=self._failed)
         if sys.getswitchinterval() > SWITCH_INTERVAL_S:
@@ -154,13 +168,14 @@ class Host:
         self._broken = self._broken or reason
         self._inbox.put(_nothing)
 
-    def submit(self, spec: RequestSpec, held_tokens: int, load: bool) -> None:
-        """A request arrived: start its lookup. Raises ValueError if its id is in use."""
+    def submit(self, spec: RequestSpec, held_tokens: int, load: bool, send_s_max: float = math.inf) -> None:
+        """A request arrived: start its lookup. Its hand-off, if any, ends after at most `send_s_max` seconds. Raises
+        ValueError if its id is in use."""
         arrival_s = time.monotonic()
 
         def submit() -> ValueError | None:
             try:
-                self.scheduler.submit(spec, held_tokens, arrival_s, load and self.shape.loads)
+                self.scheduler.submit(spec, held_tokens, arrival_s, load and self.shape.loads, send_s_max)
             except ValueError as error:
                 return error
             return None
@@ -214,9 +229,10 @@ class Host:
         """The request has its first token."""
         self._call(lambda: self.scheduler.prefilled(request_id, time.monotonic()), None)
 
-    def finish(self, request_id: str) -> None:
-        """The request ended, or is no longer followed."""
-        self._call(lambda: self.scheduler.finish(request_id, time.monotonic()), None)
+    def finish(self, request_id: str, cancelled: bool = True) -> None:
+        """The request ended, or is no longer followed. Unless it was `cancelled`, what is on its way to its decode
+        engine still goes there."""
+        self._call(lambda: self.scheduler.finish(request_id, time.monotonic(), cancelled), None)
         self.wake()
 
     def forget_all(self) -> None:
@@ -252,6 +268,14 @@ class Host:
     def wants(self, request_id: str, index: int) -> bool:
         """Whether to save the request's full block `index`: the pool may lack it, and no save of it is under way."""
         return self._call(lambda: self.scheduler.wants(request_id, index), False)
+
+    def sends(self, request_id: str, index: int) -> bool:
+        """Whether the request's full block `index` is to be sent to its decode engine, saved or not."""
+        return self._call(lambda: self.scheduler.sends(request_id, index), False)
+
+    def unsendable(self, request_id: str, index: int) -> None:
+        """vLLM does not have the whole block that `sends` asked for."""
+        self._call(lambda: self.scheduler.unsendable(request_id, index), None)
 
     @property
     def can_keep(self) -> bool:
@@ -306,6 +330,29 @@ class Host:
 
         return self._call(counted, None)
 
+    def _open_hand_offs(self) -> HandOffs | None:
+        if self.settings.agent is None:
+            return None
+        return HandOffs(
+            self.settings,
+            self.pool_key,
+            self.shape.saves,
+            self._storage,
+            self.ask,
+            lambda: self.fatal,
+            self._reroute,
+            self._cancel_hand_off,
+            lambda: bool(getattr(self._pool, "up", True)),
+        )
+
+    def _reroute(self, request_id: str, order: Replan) -> None:
+        self.ask(lambda scheduler: scheduler.reroute(request_id, order.side, time.monotonic()))
+        self.wake()
+
+    def _cancel_hand_off(self, request_id: str) -> None:
+        self.ask(lambda scheduler: scheduler.cancel_hand_off(request_id))
+        self.wake()
+
     def query(self, question: Callable[[ConnectorScheduler], T], default: T) -> T:
         """The scheduler core's answer to a question; `default` after Penstock failed."""
         return self._call(lambda: question(self.scheduler), default)
@@ -341,6 +388,8 @@ class Host:
         self._thread.join(CLOSE_TIMEOUT_S)
         self._writer.close(CLOSE_TIMEOUT_S)
         self._stages.close()
+        if self.hand_offs is not None:
+            self.hand_offs.close()
         self._pool.close(CLOSE_TIMEOUT_S)
         self._workers.close()
 
@@ -378,6 +427,8 @@ class Host:
                 (self._events.popleft() if self._events else self._inbox.get(timeout=IDLE_WAIT_S))()
         for request_id, (first, _) in list(self._grants.items()):
             self._land(Landed(request_id, first))
+        if self.hand_offs is not None:
+            self.hand_offs.end_all("closed")
 
     def _step(self) -> None:
         wakeup = self.scheduler.next_wakeup_s()
@@ -424,6 +475,14 @@ class Host:
         if isinstance(operation, Save):
             page = operation.page
             return partial(self._save, operation, self._pages[page], self._save_steps[page], self._epoch)
+        if isinstance(operation, Forward):
+            source = None
+            if operation.page is not None:
+                source = self._pages[operation.page], self._save_steps[operation.page]
+            return partial(self._forward, operation, source, self._epoch)
+        if isinstance(operation, HandedOver):
+            assert self.hand_offs is not None
+            return partial(self.hand_offs.handed_over, operation)
         if isinstance(operation, Landed):
             return partial(self._land, operation)
         assert isinstance(operation, Drop), operation
@@ -464,24 +523,55 @@ class Host:
         self._workers.upload(wire.Upload(op.op_id, found, after), ended)
 
     def _save(self, op: Save, ids: Ids, step: int, epoch: int) -> None:
+        def write() -> None:
+            if not self._writer.put(partial(self._write, op), partial(self._not_written, op)):
+                self._saved(op, "closed")
+
+        self._download(op, (ids, step), epoch, write, partial(self._saved, op))
+
+    def _forward(self, op: Forward, source: tuple[Ids, int] | None, epoch: int) -> None:
+        """Send a block to the decode engine, from a slot or from vLLM's blocks `source`, which that step computes."""
+
+        def send() -> None:
+            self._stages.hand_over(op, lambda reason: self._inbox.put(partial(self._forwarded, op, reason)))
+
+        if source is None:
+            send()
+        else:
+            self._download(op, source, epoch, send, partial(self._forwarded, op))
+
+    def _forwarded(self, op: Forward, error: str | None) -> None:
+        if self.fatal is None:
+            self.scheduler.forwarded(op.op_id, error, time.monotonic())
+
+    def _download(
+        self,
+        op: Save | Forward,
+        source: tuple[Ids, int],
+        epoch: int,
+        then: Callable[[], None],
+        failed: Callable[[str], None],
+    ) -> None:
+        """Copy blocks of vLLM into the operation's slot, then continue; `failed` gets the reason why that was not
+        done."""
+
         def ended(error: str | None) -> None:
             if self.fatal is not None:
                 return  # vLLM may have reused the page meanwhile
             if error is not None:
                 warnings.warning("save", "a block could not be copied out of vLLM's cache: %s", error)
-                self._saved(op, "device")
-                return
-            if epoch != self._epoch:
-                self._saved(op, "reset")
-                return
-            self.scheduler.downloaded(op.op_id)
-            if not self._writer.put(partial(self._write, op), partial(self._not_written, op)):
-                self._saved(op, "closed")
+                failed("device")
+            elif epoch != self._epoch:
+                failed("reset")
+            else:
+                self.scheduler.downloaded(op.op_id, time.monotonic())
+                then()
 
         place = self._staging.place(op.slot)
         if place is None:
-            self._inbox.put(partial(self._saved, op, "device"))
+            self._inbox.put(partial(failed, "device"))
             return
+        ids, step = source
         self._workers.download(wire.Download(op.op_id, place, ids, step), ended)
 
     def _write(self, op: Save) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +58,13 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ADVICE = "set model_id in kv_connector_extra_config to a text that no other weights use"
 
 
-def model_identity(config: VllmConfig, kv_cache: KVCacheConfig, layouts: Sequence[str], model_id: str) -> str:
+def model_identity(
+    config: VllmConfig, kv_cache: KVCacheConfig, layouts: Sequence[str], model_id: str, tp_independent: bool = False
+) -> str:
     """A text that differs whenever the bytes of a block would mean something else: it covers the weights, what computes
     with them, and vLLM's layout of the result. `model_id`, if given, replaces the weights and the model's own code.
-    Raises ConfigError if weights or code cannot be identified."""
+    With `tp_independent` it is the same for every degree of tensor parallelism. Raises ConfigError if weights or code
+    cannot be identified."""
     import vllm
 
     from penstock.engine.checkpoint import config_identity
@@ -81,17 +85,40 @@ def model_identity(config: VllmConfig, kv_cache: KVCacheConfig, layouts: Sequenc
         "kv_dtype_skipped": list(getattr(cache, "kv_cache_dtype_skip_layers", ())),
         "kv_sharing_fast_prefill": bool(getattr(cache, "kv_sharing_fast_prefill", False)),
         "quantization": str(model.quantization),
-        "tensor_parallel": parallel.tensor_parallel_size,
+        "tensor_parallel": "any" if tp_independent else parallel.tensor_parallel_size,
         "pipeline_parallel": parallel.pipeline_parallel_size,
         "kv_layout": str(kv_cache.kv_cache_layout),
         "groups": [
-            [type(group.kv_cache_spec).__name__, str(group.kv_cache_spec), list(group.layer_names)]
+            [type(spec).__name__, str(spec), list(group.layer_names)]
             for group in kv_cache.kv_cache_groups
+            for spec in [_whole(config, group.kv_cache_spec) if tp_independent else group.kv_cache_spec]
         ],
-        "workers": list(layouts),
+        "workers": sorted(set(layouts)) if tp_independent else list(layouts),
         "environment": {name: os.environ.get(name, "") for name in _ENVIRONMENT},
     }
     return msgspec.json.encode(record, order="sorted").decode()
+
+
+def _whole(config: VllmConfig, spec: Any) -> Any:
+    """A group's specification as it is without tensor parallelism."""
+    if hasattr(spec, "kv_cache_specs"):
+        return replace(spec, kv_cache_specs={name: _whole(config, one) for name, one in spec.kv_cache_specs.items()})
+    ranks = config.parallel_config.tensor_parallel_size
+    return replace(spec, num_kv_heads=spec.num_kv_heads * min(ranks, head_shards(config, spec)))
+
+
+def head_shards(config: VllmConfig, spec: Any) -> int:
+    """Into how many shares the heads of a layer can be cut at most: all its KV heads, or 1 where every rank holds the
+    same (MLA). Raises ConfigError where that is not known, or ranks do not share them equally."""
+    ranks = config.parallel_config.tensor_parallel_size
+    heads: int = spec.max_tp_shards or config.model_config.get_total_num_kv_heads()
+    known = spec.max_tp_shards is not None or spec.num_kv_heads * min(ranks, heads) == heads
+    if not known or (heads % ranks and ranks % heads):
+        raise ConfigError(
+            f"tp_independent is set, and a layer has {spec.num_kv_heads} KV heads on each of {ranks} ranks, of {heads} "
+            "in all; allowed: an equal share of the model's heads on each rank"
+        )
+    return heads
 
 
 def _fields(part: object, names: Sequence[str]) -> dict[str, str]:

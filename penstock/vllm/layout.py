@@ -2,14 +2,19 @@
 
 A worker's part of a pool block is `[group][vLLM block][layer][row]`, whatever vLLM's layout is. Where that keeps the
 layers of a block side by side, as `connector` asks for, a vLLM block is one copy; else each layer of it is.
+
+With `tp_independent` every worker's part is the whole block, whose rows have all heads, as those of a worker without
+tensor parallelism; a worker copies the pieces that its heads are. Then a block does not depend on the degree.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +26,8 @@ from penstock.vllm.device_copies import accelerator_in_vllm
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
+
+HEADS = -3  # axis of a layer's cache: (..., heads, tokens, content)
 
 Ids = Sequence[Sequence[int]]  # vLLM blocks of one pool block, by group; -1 is none
 Part = tuple[int, Ids]  # the address of a worker's part of a slot, and the vLLM blocks it is for
@@ -38,6 +45,28 @@ class Layer:
     name: str
     rows: torch.Tensor
     meaning: str = ""
+    pieces: tuple[tuple[int, int, int], ...] = ()  # of a row: where in it, where in the whole row, bytes; (): all of it
+    whole_bytes: int = 0  # of a row with all heads, where `pieces` are not all of it
+
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of a row in a pool block."""
+        return self.whole_bytes or self.rows.shape[1]
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """Which of a layer's heads a worker has: share `number` of `count` of equal size, in order."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def of(cls, shards: int, ranks: int, rank: int) -> HeadShare:
+        """Of a layer whose heads can be cut into at most `shards` shares, on `rank` of `ranks`; where there are more
+        ranks, several that follow each other have the same share."""
+        replicas = max(1, ranks // shards)
+        return cls(rank // replicas, ranks // replicas)
 
 
 class _Group:
@@ -48,12 +77,15 @@ class _Group:
         runs: list[list[int]] = []  # address of block 0, distance of blocks, bytes, offset in a block of the part
         at = 0
         for layer in layers:
-            address, stride, size = layer.rows.data_ptr(), layer.rows.stride(0), layer.rows.shape[1]
-            if runs and runs[-1][0] + runs[-1][2] == address and runs[-1][1] == stride:
-                runs[-1][2] += size
-            else:
-                runs.append([address, stride, size, at])
-            at += size
+            stride = layer.rows.stride(0)
+            for offset, in_whole, size in layer.pieces or ((0, 0, layer.rows.shape[1]),):
+                address, place = layer.rows.data_ptr() + offset, at + in_whole
+                last = runs[-1] if runs else [0, 0, 0, 0]
+                if [last[0] + last[2], last[1], last[3] + last[2]] == [address, stride, place]:
+                    last[2] += size
+                else:
+                    runs.append([address, stride, size, place])
+            at += layer.part_bytes
         self.block_bytes = at
         self.bases, self.strides, self.sizes, self.offsets = np.array(runs, np.int64).T.copy()
 
@@ -67,7 +99,7 @@ class KVRows:
         """`accelerator`: what drives the device of the caches, if not `accelerator_of` that."""
         self.groups = groups
         self.accelerator = accelerator_of(groups[0][0].rows.device) if accelerator is None else accelerator
-        self.row_bytes = [[layer.rows.shape[1] for layer in group] for group in groups]
+        self.row_bytes = [[layer.part_bytes for layer in group] for group in groups]
         self.vllm_blocks = min(layer.rows.shape[0] for group in groups for layer in group)
         self._groups = [_Group(group) for group in groups]
         self._offsets: tuple[tuple[int, ...], list[np.ndarray]] = ((), [])
@@ -75,10 +107,15 @@ class KVRows:
 
     @classmethod
     def of(
-        cls, config: KVCacheConfig, caches: Mapping[str, torch.Tensor], kernels: Mapping[str, str] | None = None
+        cls,
+        config: KVCacheConfig,
+        caches: Mapping[str, torch.Tensor],
+        kernels: Mapping[str, str] | None = None,
+        share_of: Callable[[Any], HeadShare] | None = None,
     ) -> KVRows:
-        """Rows of the caches that vLLM registered; `kernels` names what computes on each layer's. Raises LayoutError
-        for a kind of cache that cannot be kept."""
+        """Rows of the caches that vLLM registered; `kernels` names what computes on each layer's. With `share_of`, this
+        worker's share of a layer of that specification, blocks do not depend on the degree of tensor parallelism.
+        Raises LayoutError for a kind of cache that cannot be kept."""
         from vllm.v1.kv_cache_interface import AttentionSpec, UniformTypeKVCacheSpecs, group_kernel_blocks
 
         groups = []
@@ -94,8 +131,12 @@ class KVRows:
                         f"layer {name} has a cache of kind {type(spec).__name__}; only attention can be kept"
                     )
                 cache = group_kernel_blocks(caches[name], config.num_blocks)
-                meaning = f"{(kernels or {}).get(name, '')},{_meaning(caches[name])}"
-                layers.append(Layer(name, _rows(name, cache, spec.unpadded_page_size_bytes), meaning))
+                rows = _rows(name, cache, spec.unpadded_page_size_bytes)
+                kernel = (kernels or {}).get(name, "")
+                if share_of is None:
+                    layers.append(Layer(name, rows, f"{kernel},{_meaning(caches[name])}"))
+                else:
+                    layers.append(shared_layer(name, rows, caches[name], share_of(spec), kernel))
             groups.append(layers)
         sizes = [int(size) for group in groups for size in _Group(group).sizes]
         return cls(groups, accelerator_in_vllm(groups[0][0].rows.device, sizes))
@@ -109,7 +150,7 @@ class KVRows:
         """What the bytes mean beyond their number: the order of the part and of layers, and type, shape and strides of
         each one's block."""
         layers = [layer for group in self.groups for layer in group]
-        rows = ";".join(f"{layer.name}:{layer.rows.shape[1]}:{layer.meaning}" for layer in layers)
+        rows = ";".join(f"{layer.name}:{layer.part_bytes}:{layer.meaning}" for layer in layers)
         return f"block,layer;{rows}"
 
     def upload(self, parts: Sequence[Part]) -> None:
@@ -165,11 +206,48 @@ class KVRows:
                 address += group.block_bytes
 
 
-def _meaning(cache: torch.Tensor) -> str:
+def _meaning(cache: torch.Tensor, shares: int = 1) -> str:
     """A cache's type, and shape and strides of one block as vLLM registered it: kernels may cut vLLM's blocks into
-    smaller ones, and order heads, tokens, keys and values as they like."""
+    smaller ones, and order heads, tokens, keys and values as they like. With `shares` as it would be with so many times
+    the heads."""
     shape, strides = list(cache.shape[1:]), list(cache.stride()[1:])
+    if shares > 1:
+        around = _around_heads(cache)
+        strides = [stride * shares if axis in around else stride for axis, stride in enumerate(strides)]
+        shape[HEADS] *= shares
     return f"{cache.dtype},{shape},{strides}".replace(" ", "")
+
+
+def _around_heads(cache: torch.Tensor) -> list[int]:
+    """Axes of a block that are further out in memory than its heads."""
+    strides = list(cache.stride()[1:])
+    heads = len(strides) + HEADS
+    return [axis for axis, stride in enumerate(strides) if axis != heads and stride >= strides[heads]]
+
+
+def shared_layer(name: str, rows: torch.Tensor, cache: torch.Tensor, share: HeadShare, kernel: str = "") -> Layer:
+    """A layer of which this worker has a share of the heads. `cache` is `[kernel's block, head, token, content]`, with
+    one or more of these blocks in a row. Raises LayoutError."""
+    meaning = f"{kernel},{_meaning(cache, share.count)}"
+    if share.count == 1:
+        return Layer(name, rows, meaning)
+    size, shape, strides = cache.element_size(), list(cache.shape[1:]), list(cache.stride()[1:])
+    around, heads = _around_heads(cache), len(shape) + HEADS
+    inner = math.prod(length for axis, length in enumerate(shape) if axis not in (*around, heads))
+    kernel_blocks = cache.shape[0] // rows.shape[0]
+    if inner != strides[heads] or kernel_blocks * math.prod(shape) * size != rows.shape[1]:
+        raise LayoutError(
+            f"layer {name} has blocks of shape {tuple(shape)} and strides {tuple(strides)}; heads must be whole runs "
+            "of bytes in it, or tp_independent be off"
+        )
+    piece = shape[heads] * strides[heads] * size
+    axes = [(kernel_blocks, cache.stride(0)), *((shape[axis], strides[axis]) for axis in around)]
+    axes.sort(key=lambda axis: -axis[1])
+    pieces = []
+    for places in itertools.product(*(range(length) for length, _ in axes)):
+        offset = sum(place * stride for place, (_, stride) in zip(places, axes, strict=True)) * size
+        pieces.append((offset, offset * share.count + share.number * piece, piece))
+    return Layer(name, rows, meaning, tuple(pieces), rows.shape[1] * share.count)
 
 
 def _rows(name: str, cache: torch.Tensor, row_bytes: int) -> torch.Tensor:

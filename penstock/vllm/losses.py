@@ -17,5 +17,6 @@ LOSSES = {
     "saves_incomplete": "blocks were not saved: a sliding window had freed a part of them",
     "requests_not_followed": "requests are served without the pool: an id in use, or Penstock failed for them",
     "loads_refused": "loads did not begin, and are computed: vLLM allocated other blocks than it was offered",
+    "hand_off_failures": "blocks were not handed over: their decode hosts load or compute them",
     "copies_late": "copies in a worker take long; the pages that they load stay in use until they end",
 }

@@ -46,6 +46,9 @@ COUNTER_HELP = {
     "requests_not_followed": "Requests served without the pool: their id was in use, or Penstock failed for them",
     "loads_refused": "Loads that did not begin and are computed: vLLM allocated other blocks than offered",
     "copies_late": "Copies in a worker that take longer than 30 s",
+    "handed_blocks": "Blocks sent to decode hosts",
+    "hand_off_failures": "Blocks that could not be sent to a decode host, which loads or computes them itself",
+    "rerouted_blocks": "Blocks read by the other side, because the storage NIC of the planned one could not",
     "given_up": "1 after Penstock failed in this engine and vLLM continues without it",
 }
 _GAUGE_HELP = {

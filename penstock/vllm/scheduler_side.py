@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
+from penstock.cluster.agent_wire import HandOffParams, Hello
 from penstock.core.keys import root_key
 from penstock.core.new_block import tenant_tag
 from penstock.core.operations import RequestSpec
@@ -58,6 +60,7 @@ class _Known:
     saved_to: int = 0  # full blocks considered for saving
     tardy_jobs: deque[int] = field(default_factory=deque)  # blocks among them for which there was no room
     adapter: str | None = None  # identity of its adapter, if any
+    sends: bool = False  # its prompt's blocks go to a decode engine
     computing: bool = False
     answering: bool = False
 
@@ -94,11 +97,15 @@ class SchedulerSide:
                 loads=transfer.is_kv_consumer,
                 saves=transfer.is_kv_producer,
                 reuses_pages_in_flight=config.max_concurrent_batches > 1,
+                heads_by=compat.ranks_of_one_share(config, kv_cache) if settings.tp_independent else 0,
             ),
             KvEventLog(clears=False) if compat.publishes_events(config) else None,
         )
         try:
-            self._identity = compat.model_identity(config, kv_cache, self.host.layout, settings.model_id)
+            self._about = compat.about_model(config)
+            self._identity = compat.model_identity(
+                config, kv_cache, self.host.layout, settings.model_id, settings.tp_independent
+            )
         except BaseException:
             self.host.close()
             raise
@@ -132,7 +139,10 @@ class SchedulerSide:
     def bind(self, manager: KVCacheManager) -> None:
         """vLLM's block allocator exists now."""
         self._manager = manager
-        self._pins = compat.Pins(manager)
+        self._pins = pins = compat.Pins(manager)
+        if self.host.hand_offs is not None:
+            rows = sum(self._rows)
+            self.host.hand_offs.free_pages = lambda: pins.free_blocks // rows
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -148,28 +158,43 @@ class SchedulerSide:
             self._known.pop(request_id, None)
             self.host.finish(request_id)
 
-    def arrived(self, request: Request) -> None:
-        """Look the request up and start to fetch it, before the scheduler considers it."""
+    def arrived(self, request: Request, again: bool = False) -> None:
+        """Look the request up and start to fetch it, before the scheduler considers it. `again`: its hand-off has ended
+        already."""
+        hand_offs = None if again else self.host.hand_offs
+        params = None if hand_offs is None else hand_offs.begin(request.request_id, request.kv_transfer_params)
+        known = False
         if not self.host.fatal:
             with self._for_one(request.request_id):
-                self._arrived(request)
+                known = self._arrived(request, params)
+        if hand_offs is not None and (not known or self.host.fatal):
+            hand_offs.end(request.request_id, "unusable")
 
-    def _arrived(self, request: Request) -> None:
+    def _arrived(self, request: Request, params: HandOffParams | None) -> bool:
+        """Whether Penstock follows the request."""
         if request.request_id in self._known:
             self.host.lost("requests_not_followed")
-            return
+            return False
         adapter = None if request.lora_request is None else self._adapters.identity(request.lora_request)
         spec = self._spec(request, adapter)
         if isinstance(spec, str):
             self.host.activity.requests_without_pool[spec] += 1
-            return
+            return False
+        known = _Known(request, adapter=adapter)
+        if params is not None and params.part == "decode":
+            spec = replace(spec, received=params.hand_off())
+        elif params is not None:
+            known.sends = True
+            spec = replace(spec, hand_off=params.hand_off(), recompute_tokens=params.recompute_tokens)
         held = 0 if self._manager is None else compat.held_tokens(self._manager, request)
+        loads = not request.skip_reading_prefix_cache and not compat.is_pulled_by_another(request)
         try:
-            self.host.submit(spec, held, not request.skip_reading_prefix_cache)
+            self.host.submit(spec, held, loads, params.timeout_s if params is not None else math.inf)
         except ValueError:  # a request whose id is in use is served without the pool
             self.host.lost("requests_not_followed")
-            return
-        self._known[request.request_id] = _Known(request, adapter=adapter)
+            return False
+        self._known[request.request_id] = known
+        return True
 
     def _spec(self, request: Request, adapter: str | None) -> RequestSpec | str:
         """The scheduler core's description of a request, or the reason why it cannot use the pool."""
@@ -327,7 +352,7 @@ class SchedulerSide:
         lost = [index for index in known.tardy_jobs if self.host.wants(request.request_id, index)]
         if lost:
             self.host.not_saved(len(lost))
-        self.host.finish(request.request_id)
+        self.host.finish(request.request_id, cancelled=not compat.is_completed(request))
 
     # -- weights that are replaced ------------------------------------------------------------------------------
 
@@ -379,11 +404,27 @@ class SchedulerSide:
             self.own_cache_emptied()
             for one in known:
                 if not one.request.num_computed_tokens:
-                    self.arrived(one.request)
+                    self.arrived(one.request, again=True)
 
     def _new_fingerprint(self) -> bytes:
         found, pool_key = _fingerprint(self._identity, self._weights.part, self._block_tokens), self.host.pool_key
-        return pool_key.fingerprint(found) if pool_key is not None else found
+        fingerprint = pool_key.fingerprint(found) if pool_key is not None else found
+        if self.host.hand_offs is not None:
+            self.host.hand_offs.agent.hello(self._hello(fingerprint))
+        return fingerprint
+
+    def _hello(self, fingerprint: bytes) -> Hello:
+        about = self._about
+        return Hello(
+            os.getpid(),
+            fingerprint,
+            self._block_tokens,
+            self.host.block_bytes,
+            about.max_context_tokens,
+            about.vocab_size,
+            list(about.eos_token_ids),
+            self.host.storage_bytes_per_s,
+        )
 
     def _rename(self) -> None:
         """Change the name of the same weights: waiting requests are looked up again, computed blocks keep their
@@ -393,7 +434,7 @@ class SchedulerSide:
             request = known.request
             if not request.num_computed_tokens and not known.computing:
                 self._forget(known)
-                self.arrived(request)
+                self.arrived(request, again=True)
 
     def _forget(self, known: _Known) -> None:
         """Stop loading and saving for a request."""
@@ -476,14 +517,21 @@ class SchedulerSide:
         open_blocks.extend(range(known.saved_to, end))
         known.saved_to = max(end, known.saved_to)
         room = self.host.can_keep
-        while open_blocks and room:
+        later: list[int] = []
+        while open_blocks and (room or known.sends):
             index = open_blocks.popleft()
-            if not self.host.wants(request.request_id, index):
+            sends = known.sends and self.host.sends(request.request_id, index)
+            if not sends and not room:
+                later.append(index)
+                continue
+            if not sends and not self.host.wants(request.request_id, index):
                 continue
             ids = self._ids(groups, index, 0)
             partly = any(place < 0 for places in ids for place in places)
             if partly and (index + 1) * self._block_tokens <= before_tokens:
                 self.host.lost("saves_incomplete")
+                if sends:
+                    self.host.unsendable(request.request_id, index)
                 continue
             kept = [
                 blocks[at]
@@ -493,6 +541,7 @@ class SchedulerSide:
             ]
             page, room = self.host.offer(request.request_id, index, ids, step)
             pins.pin(page, kept)
+        open_blocks.extendleft(reversed(later))
 
     def step_ended(self, finished_recving: Iterable[str], step: int | None) -> None:
         """Results of `step` arrived, if it computed anything. vLLM schedules a step while another one runs, so a step

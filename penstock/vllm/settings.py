@@ -73,6 +73,12 @@ class Settings(OrderSettings, SaveSettings, PeerSettings):
     model_id: str = setting("", "Text that identifies the weights.", shown="what the weights' files say")
     weight_version: str = setting("", "Name of a run whose weights are replaced while vLLM runs.", shown="none")
     load_always: bool = setting(False, "Load every hit, even where computing is faster.", shown="")
+    tp_independent: bool = setting(
+        False, "Blocks do not depend on the degree of tensor parallelism; their last bits may.", shown=""
+    )
+    agent: Path | None = setting(
+        None, "Socket of the node agent that hands requests of this vLLM over, or to it.", "FILE", shown="none"
+    )
 
     def open_config(self) -> PoolConfig:
         """Open the pool that these settings name. Raises ConfigError."""
@@ -150,7 +156,7 @@ def _check(settings: Settings) -> None:
     own = settings.pool or settings.memory or settings.slab
     if settings.pool_config is not None and own:
         raise ConfigError("pool_config is set together with pool, memory or slab; allowed: one of the two")
-    for key in PROOF_KEYS:
+    for key in PROOF_KEYS if settings.agent is None else ():  # with an agent they are for relays, too
         if settings.pool_config is not None and getattr(settings, key) is not None:
             raise ConfigError(f"{key} is set together with pool_config; allowed: the key of that name in that file")
     if settings.pool_config is None and not own:

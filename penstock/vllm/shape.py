@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from penstock.core.config import ConfigError, OrderSettings, SaveSettings, SchedulerConfig
@@ -24,7 +25,9 @@ FREES_TEXT = (
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What the scheduler's side needs to know of vLLM: tokens of a pool block, vLLM blocks of each group in it, how
-    many pool blocks fit into vLLM's cache, and whether every rank holds the same bytes (MLA)."""
+    many pool blocks fit into vLLM's cache, and whether every rank holds the same bytes (MLA). `heads_by`: every
+    rank's part is the whole block, of which so many ranks that follow each other have the same heads; 0: parts follow
+    each other."""
 
     engine_id: str
     ranks: int
@@ -35,6 +38,14 @@ class Shape:
     loads: bool
     saves: bool
     reuses_pages_in_flight: bool = False  # vLLM may give a load blocks that a step still writes, unless it defers frees
+    heads_by: int = 0
+
+    @property
+    def readers(self) -> Sequence[int] | None:
+        """Ranks that have all bytes of a block together, each at its place in it; None: each has a part of its own."""
+        if self.same_on_all_ranks:
+            return (0,)
+        return range(0, self.ranks, self.heads_by) if self.heads_by else None
 
 
 def check_frees(shape: Shape, defers_frees: bool) -> None:
@@ -65,6 +76,7 @@ def scheduler_config(settings: Settings, shape: Shape, block_bytes: int, slot_by
         l1_pages=max(1, shape.l1_blocks),
         l2_slots=slots,
         recompute=not settings.load_always,
+        hands_off=settings.agent is not None,
         **taken_over(OrderSettings, settings),
         **taken_over(SaveSettings, settings),
     )

@@ -8,7 +8,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -77,15 +77,16 @@ class WorkerLinks:
     the worker closes its link after its last copy, and the kernel closes it when the process dies. Other ranks'
     copies continue."""
 
-    def __init__(self, engine_id: str, rows: tuple[int, ...], ranks: int, same_on_all_ranks: bool) -> None:
-        """Connects to the workers. `rows` is the number of vLLM blocks of each group in a pool block; with
-        `same_on_all_ranks` every worker holds the same bytes (MLA). Raises LinkError."""
+    def __init__(self, engine_id: str, rows: tuple[int, ...], ranks: int, readers: Sequence[int] | None = None) -> None:
+        """Connects to the workers. `rows` is the number of vLLM blocks of each group in a pool block. Each worker has a
+        part of a block, one behind the other; with `readers` the part of each is the whole block, of which these ranks
+        together have all bytes. Raises LinkError."""
         self._ranks: list[_Rank] = []
         self._rows = rows
         self._copies: dict[int, _Copy] = {}
         self._threads: list[GuardedThread] = []
         self._closing = False
-        self._same = same_on_all_ranks
+        self._readers = range(ranks) if readers is None else readers
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             hellos = [self._connect(engine_id, rank) for rank in range(ranks)]
@@ -95,8 +96,10 @@ class WorkerLinks:
         parts = [
             sum(sum(sizes) * count for sizes, count in zip(hello.row_bytes, rows, strict=True)) for hello in hellos
         ]
-        self._offsets = [0 if same_on_all_ranks else sum(parts[:rank]) for rank in range(ranks)]
-        self.block_bytes = parts[0] if same_on_all_ranks else sum(parts)
+        self._offsets = [sum(parts[:rank]) if readers is None else 0 for rank in range(ranks)]
+        self.block_bytes = sum(parts) if readers is None else parts[0]
+        if readers is not None and len(set(parts)) > 1:
+            raise wire.LinkError(f"workers' blocks have {sorted(set(parts))} bytes; each must be the whole block")
         self.slot_bytes = staging_bytes(self.block_bytes)
 
     def _connect(self, engine_id: str, rank: int) -> wire.Hello:
@@ -140,7 +143,7 @@ class WorkerLinks:
 
     def download(self, message: wire.Download, ended: Ended) -> None:
         """Every worker that holds unique bytes copies its part down."""
-        self._copy(message.op_id, message, self._ranks[:1] if self._same else self._ranks, ended, writes=False)
+        self._copy(message.op_id, message, [self._ranks[rank] for rank in self._readers], ended, writes=False)
 
     def notify(self, message: wire.Notice) -> None:
         """Send to all workers, without an answer. A worker that cannot be reached will be reported lost."""

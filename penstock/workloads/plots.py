@@ -122,5 +122,5 @@ def _legend(figure: Any, all_axes: Sequence[Any]) -> None:
     for axes in all_axes:
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if handles:
-        columns = min(len(handles), 5)
+        columns = min(len(handles), max(2, int(figure.get_figwidth() / 1.7)))
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)

@@ -1,4 +1,5 @@
-"""vLLM's load generator, `vllm bench serve`, against `penstock serve`: every request answered, every token counted."""
+"""vLLM's load generator, `vllm bench serve`, against `penstock serve` and a router: every request answered, every token
+counted."""
 
 from __future__ import annotations
 
@@ -6,28 +7,51 @@ import json
 import re
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from tests.children import announced, with_tests
+from tests.inside_vllm.vllm_rig import wait_until
+
 PROMPTS, INPUT_TOKENS, OUTPUT_TOKENS = 6, 32, 8
 WAIT_S = 240
+PENSTOCK = [sys.executable, "-P", "-m", "penstock"]
+NAMED = ["--port", "0", "--served-model-name", "tiny"]
 
 
-@pytest.fixture(scope="module")
-def url(llama: Path) -> Iterator[str]:
-    """A server with the checkpoint whose tokenizer the load generator uses."""
-    command = [sys.executable, "-P", "-m", "penstock", "serve", str(llama), "--port", "0", "--memory", "16MiB"]
-    process = subprocess.Popen([*command, "--served-model-name", "tiny"], stdout=subprocess.PIPE, text=True)
+@pytest.fixture(scope="module", params=["serve", "router"])
+def url(request: pytest.FixtureRequest, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server, or a router with an engine, with the checkpoint whose tokenizer the load generator uses."""
+    engine = [*PENSTOCK, "serve", str(llama), *NAMED, "--memory", "16MiB"]
+    with ExitStack() as stack:
+        if request.param == "router":
+            secret = tmp_path_factory.mktemp("router") / "secret"
+            secret.touch(0o600)
+            secret.write_text(f"{7:064x}\n")
+            listen = ["--cluster-listen", "127.0.0.1:0", "--secret-file", str(secret)]
+            line = stack.enter_context(announced([*PENSTOCK, "router", str(llama), *NAMED, *listen], with_tests()))
+            found, engines = line.split("listening on ")[1].strip().split(", engines on ")
+            engine = [one for one in engine if one not in NAMED]
+            engine += ["--port", "0", "--role", "mixed", "--router", engines, "--secret-file", str(secret)]
+        line = stack.enter_context(announced(engine, with_tests()))
+        if request.param == "serve":
+            found = re.search(r"listening on (http://\S+)", line)[1]  # type: ignore[index]
+        wait_until(lambda: healthy(found), "an engine serves")
+        yield found
+
+
+def healthy(url: str) -> bool:
+    """Whether requests would be answered: 503 while no engine has registered."""
     try:
-        assert process.stdout is not None
-        found = re.search(r"listening on (http://\S+)", process.stdout.readline())
-        assert found, process.wait(WAIT_S)
-        yield found[1]
-    finally:
-        process.terminate()
-        assert process.wait(WAIT_S) == 0
+        with urllib.request.urlopen(f"{url}/health", timeout=WAIT_S) as answer:
+            return bool(answer.status == 200)
+    except urllib.error.HTTPError:
+        return False
 
 
 @pytest.mark.timeout(2 * WAIT_S)

@@ -191,6 +191,29 @@ def test_every_rank_holds_the_same_only_where_vllm_says_so_of_every_layer() -> N
     assert not same(4, 1, 2)
 
 
+def test_with_tp_independent_the_degree_is_no_part_of_the_identity(tmp_path: Path) -> None:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
+
+    made = config(checkpoint(tmp_path / "m"), get_total_num_kv_heads=lambda: 4)
+
+    def of(ranks: int, heads: int, shards: int | None = None, independent: bool = True) -> str:
+        made.parallel_config.tensor_parallel_size = ranks
+        spec = FullAttentionSpec(
+            block_size=16, num_kv_heads=heads, head_size=8, dtype=torch.float32, max_tp_shards=shards
+        )
+        cache = SimpleNamespace(kv_cache_layout="LBHNC", kv_cache_groups=[KVCacheGroupSpec(["l"], spec)])
+        if independent:
+            assert compat.ranks_of_one_share(made, cache) == max(1, ranks // (shards or 4))
+        return compat.model_identity(made, cache, ["described"] * ranks, "", independent)
+
+    assert of(1, 4) == of(2, 2) == of(4, 1) == of(8, 1)
+    assert len({of(1, 4, None, False), of(2, 2, None, False), of(1, 4)}) == 3
+    assert of(1, 1, 1) == of(4, 1, 1) != of(1, 4), "MLA: all ranks hold the same"
+    for ranks, heads in ((3, 1), (2, 3)):
+        with pytest.raises(ConfigError, match=f"{heads} KV heads on each of {ranks} ranks, of 4 in all"):
+            of(ranks, heads)
+
+
 def test_groups_whose_kv_no_prefix_names_are_refused() -> None:
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 

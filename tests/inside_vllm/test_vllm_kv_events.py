@@ -92,19 +92,19 @@ def test_vllm_s_sockets_read_penstock_s_publisher(context: Any) -> None:
 
 @pytest.mark.timeout(900)
 def test_vllm_publishes_what_comes_into_the_pool(
-    llama: Path, computed: Callable[..., list[list[int]]], context: Any
+    llama: Path, computed: Callable[..., list[list[int]]], context: Any, tmp_path: Path
 ) -> None:
-    """What a reader of vLLM's publisher gets: it connects to the reader's address."""
+    """What a reader of vLLM's publisher gets."""
     from vllm.config.kv_events import KVEventsConfig
     from vllm.distributed.kv_events import BlockStored, KVEventBatch
+    from vllm.utils.network_utils import make_zmq_socket
 
     prompt = prompt_of(77, 4 * BLOCK + 3)
     expected = computed("llama", [prompt])
     stored: list[Any] = []
-    reader = context.socket(zmq.SUB)
+    endpoint = f"ipc://{tmp_path}/events"
+    reader = make_zmq_socket(context, endpoint, zmq.SUB)
     reader.subscribe(b"")
-    reader.bind("tcp://127.0.0.1:0")
-    endpoint = reader.getsockopt_string(zmq.LAST_ENDPOINT)
     config = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=endpoint)
 
     def all_published() -> bool:

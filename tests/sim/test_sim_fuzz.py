@@ -153,7 +153,7 @@ def _save_leaks(patch: pytest.MonkeyPatch) -> None:
 
 def _bound_broken(patch: pytest.MonkeyPatch) -> None:
     """Fetches go out beyond the windows."""
-    patch.setattr(fetching.Fetching, "_has_room", lambda self, route, reactive: self._shared.l2.free_for_loads > 0)
+    patch.setattr(fetching.Fetching, "_room", lambda self, route, reactive: self._shared.l2.free_for_loads)
 
 
 def _ageing_forgotten(patch: pytest.MonkeyPatch) -> None:

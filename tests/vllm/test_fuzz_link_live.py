@@ -188,6 +188,6 @@ def started(engine: str, odd: HandMadeWorker) -> WorkerLinks:
     """Links to rank 0, which is real, and to `odd`; both are greeted one after the other."""
     greeting = threading.Thread(target=odd.greet, daemon=True)
     greeting.start()
-    links = WorkerLinks(engine, (ROWS,), 2, False)
+    links = WorkerLinks(engine, (ROWS,), 2)
     greeting.join(WAIT_S)
     return links

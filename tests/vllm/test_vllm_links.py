@@ -45,7 +45,7 @@ class Scheduler:
     """WorkerLinks as the control thread drives them; this thread is the control thread."""
 
     def __init__(self, engine: str, ranks: int) -> None:
-        self.links = WorkerLinks(engine, (ROWS,), ranks, False)
+        self.links = WorkerLinks(engine, (ROWS,), ranks)
         self.memory = self.links.share(SLOTS)
         self.events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.lost: list[WorkerLostError] = []
@@ -348,7 +348,7 @@ def test_a_worker_that_does_not_introduce_itself_is_a_clear_error(
     monkeypatch.setattr(worker_links, "HELLO_TIMEOUT_S", 0.5 if hello == "silence" else WAIT_S)
     raw = RawWorker(engine, 0, hello)
     with pytest.raises(LinkError, match=told) as raised:
-        WorkerLinks(engine, (ROWS,), 1, False)
+        WorkerLinks(engine, (ROWS,), 1)
     assert "worker rank 0" in str(raised.value)
     raw.close()
 

@@ -15,6 +15,7 @@ from penstock.toml_file import read_toml
 
 Kind = Literal["pool", "router", "engine"]
 ENGINES_MAX = 4096
+ENGINE_KINDS = ("penstock", "vllm")
 DEFAULT_SECRET = "secret"  # noqa: S105 (the name of a file)
 NODE_IP = "{node_ip}"  # in a value: replaced by the address of the host on which the process runs
 
@@ -30,7 +31,7 @@ READY: dict[Kind, str] = {
 class ProcessSpec:
     """One process. `flags` of its command; a list repeats the flag. `listen_flag`: the flag in which port 0 is replaced
     by the real port after the first start, so that the process restarts at the same address. `ray`: options of its
-    actor."""
+    actor. `rest`: words that follow the flags."""
 
     name: str
     kind: Kind
@@ -38,6 +39,7 @@ class ProcessSpec:
     flags: Mapping[str, Any]
     listen_flag: str | None = None
     ray: Mapping[str, Any] = field(default_factory=dict)
+    rest: tuple[str, ...] = ()
 
     def command(self, addresses: Mapping[str, list[str]]) -> list[str]:
         """The command line behind `penstock`; `addresses` of pools and of the router by flag name."""
@@ -50,7 +52,7 @@ class ProcessSpec:
                     words.append(flag)
                 elif one is not False:
                     words += [flag, str(one)]
-        return words
+        return [*words, *self.rest]
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -166,24 +168,47 @@ def _engines(
     proof: Mapping[str, Path],
     folder: Path,
 ) -> list[ProcessSpec]:
-    from penstock.cluster.engine.serve_command import serve
-
-    given, ray = _split({**common, **raw})
-    count = given.pop("count", 1)
     place = f"[[engine]] {number + 1}"
+    kind = raw.get("engine", "penstock")
+    if kind not in ENGINE_KINDS:
+        raise ConfigError(f"{place}: engine is {kind!r}; allowed: {', '.join(ENGINE_KINDS)}")
+    given, ray = _split({**common, **raw} if kind == "penstock" else raw)
+    given.pop("engine", None)
+    count = given.pop("count", 1)
     if not isinstance(count, int) or isinstance(count, bool):
         raise ConfigError(f"{place}: count is {count!r}; allowed: a number")
     check_range(f"{place}: count", count, 1, ENGINES_MAX)
     role = given.setdefault("role", "mixed")
     base = str(given.pop("name", f"{role}-{number}"))
-    _check_flags(place, given, serve, {"model", "router", "engine_name"})
+    arguments: tuple[str, ...] = ("serve", *model)
+    rest: tuple[str, ...] = ()
+    if kind == "vllm":
+        arguments, rest = _vllm_words(place, given, model)
+    else:
+        from penstock.cluster.engine.serve_command import serve
+
+        _check_flags(place, given, serve, {"model", "router", "engine_name"})
     if "pool_key_file" in given:
         given["pool_key_file"] = str(folder / str(given["pool_key_file"]))
     names = [base] if count == 1 else [f"{base}-{i}" for i in range(count)]
     return [
-        ProcessSpec(name, "engine", ("serve", *model), {**proof, "engine_name": name, **given}, None, ray)
+        ProcessSpec(name, "engine", arguments, {**proof, "engine_name": name, **given}, None, ray, rest)
         for name in names
     ]
+
+
+def _vllm_words(place: str, given: dict[str, Any], model: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The words before and after the flags of an engine that is vLLM. Takes `vllm` out of the flags; raises
+    ConfigError."""
+    from penstock.cluster.vllm_agent.agent_command import vllm_engine
+
+    rest = given.pop("vllm", [])
+    if not isinstance(rest, list) or not all(isinstance(word, str) for word in rest):
+        raise ConfigError(f"{place}: vllm is {rest!r}; allowed: a list of words, the flags of vllm serve")
+    if not model:
+        raise ConfigError(f"{place}: engine is 'vllm' in a cluster without model; allowed: with model only")
+    _check_flags(place, given, vllm_engine, {"context", "router", "engine_name"})
+    return ("vllm-engine", *model), tuple(rest)
 
 
 def _split(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import re
@@ -18,6 +17,7 @@ from typing import IO
 
 from penstock.cluster.deploy.cluster_config import READY, Kind, ProcessSpec
 from penstock.process.child_python import child_environment, python_command
+from penstock.process.die_with_parent import die_with_parent
 from penstock.process.guarded_thread import GuardedThread
 from penstock.process.rate_limited_log import RateLimitedLog
 
@@ -31,17 +31,11 @@ PAUSES_S = (0.5, 30.0)  # before a dead process is restarted, doubling
 STEADY_S = 30.0  # after so long without an end, pauses start from the shortest again
 LINES_KEPT = 40
 LINE_CHARACTERS_MAX = 65_536  # a longer line is split
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
 _ENDING_ORDER: tuple[Kind, ...] = ("router", "engine", "pool")
 
 
 class StartFailed(RuntimeError):
     """A process did not become ready; the message has its last output line."""
-
-
-def _die_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Child:
@@ -82,7 +76,7 @@ class Child:
             text=True,
             errors="replace",
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
             env=child_environment(),
         )
         self._process, self.pid = process, process.pid

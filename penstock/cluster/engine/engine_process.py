@@ -18,13 +18,14 @@ from penstock.cluster.engine.build_host import HostConfig, open_host
 from penstock.cluster.engine.host import EngineHost
 from penstock.cluster.engine.registration import EngineRegistration, RegistrationSettings
 from penstock.cluster.peer_proof import proof_of
-from penstock.cluster.settings import HandOffSettings
+from penstock.cluster.settings import ClusterEngineSettings, HandOffSettings
 from penstock.cluster.wire import EngineCard
 from penstock.core.config import ConfigError
 from penstock.core.settings import taken_over
+from penstock.pool.net.tls_flags import PeerSettings
 from penstock.process.file_limit import raise_file_limit
 from penstock.process.startup_objects import freeze_startup_objects
-from penstock.server.api_settings import api_settings
+from penstock.server.api_settings import ApiFlags, api_settings
 from penstock.server.app import ServerApp
 from penstock.server.run import HttpServer, bind, url_of
 from penstock.server.settings import ServerSettings
@@ -46,9 +47,10 @@ class EngineEnded(ValueError):
 
 def serve_for_router(flags: ServeFlags) -> None:
     """Build the engine, register it, serve. Raises ValueError, OSError or PoolError with one line."""
-    config, settings = host_config(flags), _settings(flags)
-    name, node = _names(flags)
-    pages = _server_settings(flags, name)
+    assert flags.router is not None
+    config, settings = host_config(flags), registration_settings(flags, flags.router)
+    name, node = engine_names(flags)
+    pages = page_settings(flags, name)
     listener = bind(flags.host, flags.port or 0)
     raise_file_limit()
     with listener:
@@ -84,7 +86,7 @@ def card_of(host: EngineHost, config: HostConfig, name: str, node: str) -> Engin
         role=config.role,
         host=node,
         instance=secrets.token_hex(8),
-        model=_mark(engine.fingerprint),
+        model=card_mark(engine.fingerprint),
         block_tokens=engine.config.block_tokens,
         block_bytes=engine.config.block_bytes,
         max_context_tokens=engine.max_context_tokens,
@@ -96,7 +98,7 @@ def card_of(host: EngineHost, config: HostConfig, name: str, node: str) -> Engin
     )
 
 
-def _mark(fingerprint: bytes) -> str:
+def card_mark(fingerprint: bytes) -> str:
     """Distinguishes engines with different block keys, without disclosing the root of block keys."""
     return hashlib.blake2b(fingerprint, digest_size=16, person=b"engine card").hexdigest()
 
@@ -112,16 +114,16 @@ def _vocabulary(checkpoint: Path | None) -> str:
     return codec.vocabulary_digest if codec is not None else ""
 
 
-def _settings(flags: ServeFlags) -> RegistrationSettings:
-    assert flags.router is not None
+def registration_settings(flags: PeerSettings, router: str) -> RegistrationSettings:
+    """How the engine finds its router, and proves that it belongs there. Raises ConfigError."""
     secret, tls = proof_of(flags)
     try:
-        return RegistrationSettings(parse_address(flags.router), secret, tls=tls)
+        return RegistrationSettings(parse_address(router), secret, tls=tls)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
-def _names(flags: ServeFlags) -> tuple[str, str]:
+def engine_names(flags: ClusterEngineSettings) -> tuple[str, str]:
     """Names of the engine and of its host. Raises ConfigError."""
     node = flags.node or socket.gethostname()
     name = flags.engine_name or f"{node}-{flags.role}-{os.getpid()}"
@@ -131,6 +133,6 @@ def _names(flags: ServeFlags) -> tuple[str, str]:
     return name, node
 
 
-def _server_settings(flags: ServeFlags, name: str) -> ServerSettings:
+def page_settings(flags: ApiFlags, name: str) -> ServerSettings:
     """Settings of its pages and metrics; the router handles tenants. Raises ConfigError."""
     return replace(api_settings(flags, name), model_name=name, tenant_keys=None, cors_origins=(), api=False)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -14,48 +15,42 @@ from penstock.cluster.handoff.buffer import DecodeBuffer
 from penstock.cluster.handoff.incoming import Incoming
 from penstock.cluster.handoff.link_meter import LinkMeter
 from penstock.cluster.handoff.outgoing import Outgoing
+from penstock.cluster.handoff.part_engine import HostedEngine
 from penstock.cluster.handoff.relay import RelayNode
 from penstock.cluster.handoff.relay_links import RelayLinks
 from penstock.cluster.messages import EngineReport, PlacedRequest
 from penstock.cluster.wire_types import RATE_MAX, SECONDS_MAX, within
-from penstock.engine.api import GenerationRequest, InvalidRequest, OnEvent, TokenEvent, tell
+from penstock.engine.api import ApiCall, GenerationRequest, InvalidRequest, OnEvent, TokenEvent, tell
 from penstock.engine.build import RunningEngine
 from penstock.units import format_address
 
 log = logging.getLogger(__name__)
 
 
-class EngineHost:
+class PartsHost:
     """An engine and the parts that its role needs: links to relays (prefill), buffer and relay (decode), or neither
     (mixed). Any thread may call. `on_event` must not block and gets exactly one event with a `finish_reason`, the last.
     """
 
     def __init__(
         self,
-        running: RunningEngine,
+        engine: HostedEngine,
+        end_engine: Callable[[float], None],
         outgoing: Outgoing | None = None,
         links: RelayLinks | None = None,
         incoming: Incoming | None = None,
         buffer: DecodeBuffer | None = None,
         relay: RelayNode | None = None,
-        storage: LinkMeter | None = None,
     ) -> None:
-        """See `cluster.engine.build_host.open_host`."""
-        self.engine = running.engine
+        """`end_engine` ends what is below the engine, after the engine itself was closed."""
         self.buffer = buffer
         self.relay = relay
-        self._running = running
+        self._engine = engine
+        self._end_engine = end_engine
         self._outgoing, self._links = outgoing, links
         self._incoming = incoming
-        self._storage = storage or LinkMeter()
         self._lock = threading.Lock()
         self._parts: dict[str, str] = {}  # hand-off id -> request id, of parts that have not ended
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """The folder that the model was loaded from; None where no model runs."""
-        folder = getattr(self._running.runner, "folder", None)
-        return folder if isinstance(folder, Path) else None
 
     @property
     def relay_address(self) -> str:
@@ -75,6 +70,7 @@ class EngineHost:
             placed.waited_s,
             placed.first_index,
             placed.recompute_tokens if placed.part != "decode" else 0,
+            api=ApiCall(placed.api_path, placed.api_body) if placed.api_path else None,
         )
         with self._lock:
             if name in self._parts:
@@ -83,7 +79,7 @@ class EngineHost:
         on_part_event = partial(self._event, name, on_event)
         try:
             if placed.part == "mixed":
-                self.engine.submit(request, on_part_event)
+                self._engine.submit(request, on_part_event)
             elif placed.part == "prefill" and self._outgoing is not None:
                 self._outgoing.submit(placed, request, on_part_event)
             elif placed.part == "decode" and self._incoming is not None:
@@ -115,7 +111,7 @@ class EngineHost:
         name = f"{request_id}#{attempt}"
         if self._outgoing is not None:
             self._outgoing.replan(name, side)
-        self.engine.reroute(name, side)
+        self._engine.reroute(name, side)
 
     def cancel_all(self) -> None:
         """End all requests soon: the engine is fenced."""
@@ -129,7 +125,59 @@ class EngineHost:
             return
         if self._incoming is not None and self._incoming.cancel(name):
             return
-        self.engine.cancel(name)
+        self._engine.cancel(name)
+
+    def healthy(self) -> tuple[bool, str]:
+        """Whether the engine makes progress, and one line that says why not."""
+        return self._engine.healthy()
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until no part, load, save or hand-off is left; False when `timeout_s` passed first."""
+        end_s = time.monotonic() + timeout_s
+        while self._parts or not self._engine.wait_idle(max(0.0, end_s - time.monotonic())):
+            if time.monotonic() > end_s:
+                return False
+            time.sleep(0.005)
+        return True
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Cancel all requests and stop every thread, also when stopping one of them raises."""
+        with contextlib.ExitStack() as closing:  # closed in reverse order
+            closing.callback(self._end_engine, timeout_s)
+            if self._links is not None:
+                closing.callback(self._links.close, timeout_s)
+            closing.callback(self._engine.close, timeout_s)
+            closing.callback(self.cancel_all)
+            if self.relay is not None:
+                closing.callback(self.relay.close, timeout_s)
+            if self._incoming is not None:
+                closing.callback(self._incoming.close, timeout_s)
+
+
+class EngineHost(PartsHost):
+    """The built-in engine in a cluster."""
+
+    def __init__(
+        self,
+        running: RunningEngine,
+        outgoing: Outgoing | None = None,
+        links: RelayLinks | None = None,
+        incoming: Incoming | None = None,
+        buffer: DecodeBuffer | None = None,
+        relay: RelayNode | None = None,
+        storage: LinkMeter | None = None,
+    ) -> None:
+        """See `cluster.engine.build_host.open_host`."""
+        super().__init__(running.engine, running.close, outgoing, links, incoming, buffer, relay)
+        self.engine = running.engine
+        self._running = running
+        self._storage = storage or LinkMeter()
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder that the model was loaded from; None where no model runs."""
+        folder = getattr(self._running.runner, "folder", None)
+        return folder if isinstance(folder, Path) else None
 
     def report(self) -> EngineReport:
         """The engine's load and counters now. Raises TimeoutError when the engine does not answer."""
@@ -169,34 +217,8 @@ class EngineHost:
             preemptions=self.engine.preemptions,
         )
 
-    def healthy(self) -> tuple[bool, str]:
-        """Whether the engine makes progress, and one line that says why not."""
-        return self.engine.healthy()
-
-    def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until no part, load, save or hand-off is left; False when `timeout_s` passed first."""
-        end_s = time.monotonic() + timeout_s
-        while self._parts or not self.engine.wait_idle(max(0.0, end_s - time.monotonic())):
-            if time.monotonic() > end_s:
-                return False
-            time.sleep(0.005)
-        return True
-
     def check_integrity(self) -> None:
         """Assert the invariants of engine and buffer; for tests."""
         self.engine.check_integrity()
         if self.buffer is not None:
             self.buffer.check_integrity()
-
-    def close(self, timeout_s: float = 10.0) -> None:
-        """Cancel all requests and stop every thread, also when stopping one of them raises."""
-        with contextlib.ExitStack() as closing:  # closed in reverse order
-            closing.callback(self._running.close, timeout_s)
-            if self._links is not None:
-                closing.callback(self._links.close, timeout_s)
-            closing.callback(self.engine.close, timeout_s)
-            closing.callback(self.cancel_all)
-            if self.relay is not None:
-                closing.callback(self.relay.close, timeout_s)
-            if self._incoming is not None:
-                closing.callback(self._incoming.close, timeout_s)

@@ -34,8 +34,8 @@ class ResumablePart:
     the prompt while the part runs, and it is not needed afterwards."""
 
     __slots__ = (
-        "_digest", "_first", "earlier", "error", "finish_reason", "key", "label", "part", "report", "sent", "sent_end",
-        "tokens", "until_s",
+        "_data", "_digest", "_first", "earlier", "error", "finish_reason", "key", "label", "part", "report", "sent",
+        "sent_end", "tokens", "until_s",
     )  # fmt: skip
 
     def __init__(self, placed: PlacedRequest) -> None:
@@ -43,6 +43,7 @@ class ResumablePart:
         self.part = placed.part
         self.label = placed.resume_label
         self.tokens: list[int] = []
+        self._data: list[bytes] = []  # not sent yet
         self.earlier: list[int] = []
         self.sent = 0
         self.sent_end = False
@@ -50,7 +51,7 @@ class ResumablePart:
         self.error: str | None = None
         self.report: RequestReport | None = None
         self.until_s = float("inf")  # when an ended part is dropped
-        self._first = placed.first_index + (1 if placed.part == "decode" else 0)
+        self._first = placed.first_index + (placed.part == "decode" and not placed.decode_samples)
         self._digest = b""
         if self.label:
             split = len(placed.prompt_tokens) - placed.first_index
@@ -73,6 +74,8 @@ class ResumablePart:
         """Record a token, or the end, of this part."""
         if event.token_id is not None:
             self.tokens.append(event.token_id)
+        if event.data:
+            self._data.append(event.data)
         if event.finish_reason is not None:
             self.finish_reason, self.report = event.finish_reason, event.report
             self.error = clip(event.error) if event.error is not None else None
@@ -82,7 +85,8 @@ class ResumablePart:
         fresh = self.tokens[self.sent :]
         index = self._first + self.sent
         self.sent, self.sent_end = len(self.tokens), self.finish_reason is not None
-        return Event(*self.key, index, fresh, self.finish_reason, self.error, pack_report(self.report))
+        data, self._data = b"".join(self._data), []
+        return Event(*self.key, index, fresh, self.finish_reason, self.error, pack_report(self.report), data)
 
     def record(self) -> Held:
         """The part's record for a registration; its tokens count as sent from now on."""

@@ -16,11 +16,11 @@ from functools import partial
 from penstock.cluster.handoff.buffer import DecodeBuffer
 from penstock.cluster.handoff.deadlines import Deadline, Deadlines
 from penstock.cluster.handoff.outgoing import CAN_READ, HAS, OnEvent
+from penstock.cluster.handoff.part_engine import PartEngine
 from penstock.cluster.messages import PlacedRequest
 from penstock.cluster.wire_types import within
 from penstock.core.keys import BlockKey, KeyChain
 from penstock.engine.api import GenerationRequest, InvalidRequest, Overloaded, TokenEvent
-from penstock.engine.engine import Engine
 from penstock.pool.api import Pool, PoolError
 from penstock.pool.losses import count_loss
 from penstock.process.guarded_thread import GuardedWorker
@@ -70,7 +70,12 @@ class Incoming:
     exactly one last event."""
 
     def __init__(
-        self, engine: Engine, buffer: DecodeBuffer, storage: Pool, hand_off_timeout_s: float, lookup_timeout_s: float
+        self,
+        engine: PartEngine,
+        buffer: DecodeBuffer,
+        storage: Pool,
+        hand_off_timeout_s: float,
+        lookup_timeout_s: float,
     ) -> None:
         self._engine = engine
         self._buffer = buffer
@@ -96,7 +101,7 @@ class Incoming:
         """Begin a part. `request` is the placed request for the engine, without the token that comes with the hand-off.
         Raises InvalidRequest or Overloaded."""
         name = placed.hand_off_id
-        if placed.sampling.max_tokens < 2:
+        if placed.sampling.max_tokens < 2 and not placed.decode_samples:
             raise InvalidRequest("max_tokens is 1; a decode part needs at least one token after the first")
         chain = KeyChain(self._engine.check(request), self._engine.config.block_tokens)
         part = _Part(placed, request, on_event, chain.extend(request.prompt_tokens))
@@ -286,15 +291,13 @@ class Incoming:
                 "missing", "%d blocks of %s were not handed over; they are loaded or computed here", missing, name
             )
         request = part.request
-        sampling = replace(request.sampling, max_tokens=request.sampling.max_tokens - 1)
-        waited_s = request.waited_s
-        request = replace(
-            request,
-            prompt_tokens=[*request.prompt_tokens, token],
-            sampling=sampling,
-            waited_s=waited_s,
-            first_index=request.first_index + 1,
-        )
+        if not part.placed.decode_samples:
+            request = replace(
+                request,
+                prompt_tokens=[*request.prompt_tokens, token],
+                sampling=replace(request.sampling, max_tokens=request.sampling.max_tokens - 1),
+                first_index=request.first_index + 1,
+            )
         try:
             self._engine.submit(request, partial(self._event, part))
         except (Overloaded, InvalidRequest) as error:

@@ -12,12 +12,13 @@ from typing import Literal
 
 import msgspec
 
+from penstock.cluster.handoff.part_engine import PartEngine
 from penstock.cluster.handoff.relay_links import RelayLinks
 from penstock.cluster.messages import PlacedRequest, ReadSide
 from penstock.core.operations import HandOff
 from penstock.engine.api import GenerationRequest, InvalidRequest, Overloaded, TokenEvent
-from penstock.engine.engine import Engine
 from penstock.engine.peers import relay_link
+from penstock.engine.runner import SamplingParams
 from penstock.pool.api import PoolError
 from penstock.pool.losses import count_loss
 from penstock.process.rate_limited_log import RateLimitedLog
@@ -48,7 +49,7 @@ class _Part:
 class Outgoing:
     """The prefill parts of this engine. Any thread may call. Each part gets exactly one last event."""
 
-    def __init__(self, engine: Engine, links: RelayLinks, open_timeout_s: float) -> None:
+    def __init__(self, engine: PartEngine, links: RelayLinks, open_timeout_s: float) -> None:
         self._engine = engine
         self._links = links
         self._open_timeout_s = open_timeout_s
@@ -58,10 +59,11 @@ class Outgoing:
     def submit(self, placed: PlacedRequest, request: GenerationRequest, on_event: OnEvent) -> None:
         """Begin a part. `request` is the placed request for the engine. Raises InvalidRequest or Overloaded."""
         name = placed.hand_off_id
-        if placed.sampling.max_tokens == 1:  # nothing is left for the decode engine
+        if placed.sampling.max_tokens == 1 and not placed.decode_samples:  # nothing is left for the decode engine
             self._engine.submit(request, on_event)
             return
-        request = replace(request, sampling=replace(request.sampling, max_tokens=1))
+        first = SamplingParams(1, 0.0, ignore_eos=True) if placed.decode_samples else request.sampling
+        request = replace(request, sampling=replace(first, max_tokens=1))
         self._engine.check(request)
         part = _Part(placed, request, on_event, time.monotonic())
         with self._lock:
@@ -121,7 +123,8 @@ class Outgoing:
         if event.token_id is not None:
             part.token = event.token_id
         if event.finish_reason is None:
-            part.on_event(event)
+            if not part.placed.decode_samples:
+                part.on_event(event)
         elif event.finish_reason != "handed_over":
             self._end(part, event)
         else:

@@ -101,15 +101,45 @@ class RelayLinks:
                 failed(PoolError("deadline", f"{address}: the deadline passed before its turn to be connected"))
                 return
             try:
-                link = self._link(address).connections
-                if self._one_sided is not None:
-                    self._one_sided.attach(address, link)
+                link = self._connected(address)
             except (PoolError, OSError, ValueError) as error:
                 failed(error)
                 return
             link.begin(wire.Open(link.next_id(), name, reads, left_s), left_s, ended)
 
-        # A relay's openings are all on one thread: a relay that does not answer delays only the relays of that thread.
+        self._on_connecting_thread(address, begin, failed)
+
+    def is_known(self, address: str) -> bool:
+        """Whether there is a link to this relay, be it up or down."""
+        return self._known(address) is not None
+
+    def connect(self, address: str, then: Callable[[], None], failed: Callable[[PoolError], None]) -> None:
+        """Make the link to this relay if there is none, on another thread; then call `then`, or `failed`, once."""
+
+        def error_of(error: Exception) -> None:
+            failed(error if isinstance(error, PoolError) else PoolError("network", f"{address}: {error}"))
+
+        def begin() -> None:
+            try:
+                self._connected(address)
+            except (PoolError, OSError, ValueError) as error:
+                error_of(error)
+                return
+            then()
+
+        self._on_connecting_thread(address, begin, error_of)
+
+    def _connected(self, address: str) -> NodeLink:
+        link = self._link(address).connections
+        if self._one_sided is not None:
+            self._one_sided.attach(address, link)
+        return link
+
+    def _on_connecting_thread(
+        self, address: str, begin: Callable[[], None], failed: Callable[[Exception], None]
+    ) -> None:
+        """A relay's openings are all on one thread: a relay that does not answer delays only the relays of that
+        thread."""
         worker = self._connecting[hash(address) % CONNECT_THREADS]
         if not worker.put(begin, failed):
             count_loss("hand_offs_too_many")

@@ -9,7 +9,7 @@ from penstock.cluster import wire
 from penstock.cluster.messages import Part
 from penstock.cluster.router.engine_accounts import EngineAccounts
 from penstock.cluster.router.engine_registry import EngineRegistry
-from penstock.cluster.router.routed_request import RoutedRequest, part_of, placed_request
+from penstock.cluster.router.routed_request import RoutedRequest, has_decode_part, part_of, placed_request
 from penstock.core.cluster.decisions import Place, Replan
 
 
@@ -26,13 +26,18 @@ class Dispatch:
         prefill, decode = self._port.engines.get(place.prefill), self._port.engines.get(place.decode)
         if prefill is None or decode is None:
             return False
+        vllm = prefill.card.kind == "vllm"
         parts = {place.prefill: "mixed"} if prefill is decode else {place.prefill: "prefill", place.decode: "decode"}
+        if not has_decode_part(routed, vllm):
+            parts = {place.prefill: parts[place.prefill]}
         routed.scheduler_attempt = place.attempt
         attempt = routed.answer.begin(parts)
         routed.waiting, routed.read = "", place.read
         routed.mark("prefill", time.monotonic())
-        placed = placed_request(routed, place, attempt, decode if prefill is not decode else None)
+        placed = placed_request(routed, place, attempt, decode if prefill is not decode else None, vllm)
         for engine in {prefill.name: prefill, decode.name: decode}.values():
+            if engine.name not in parts:
+                continue
             read_tokens = place.decode_tokens if engine is decode else 0
             if engine is prefill:
                 read_tokens += place.hit_tokens - place.recompute_tokens - place.decode_tokens

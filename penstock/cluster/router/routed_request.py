@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from penstock.cluster.messages import Part, PlacedRequest, ReadSide
+from penstock.cluster.messages import Part, PlacedRequest, ReadSide, continues
 from penstock.cluster.router.engine_registry import RegisteredEngine
 from penstock.cluster.router.merged_report import merged_report
 from penstock.cluster.router.unclaimed_parts import Asked
@@ -55,6 +55,7 @@ class RoutedRequest:
     scheduler_attempt: int | None = None  # the scheduler core's number of the current placement
     waiting: str = "no engine yet"  # why it is not placed yet
     first_token_s: float | None = None
+    data_sent: bool = False  # a piece of an answer by vLLM's own API
     read: str = ""
     hit_tokens: int = 0
     keys: Sequence[BlockKey] | None = None  # of its prompt's full blocks, for `SeenPrefixes`; None: not computed yet
@@ -67,6 +68,14 @@ class RoutedRequest:
         served separately."""
         sampling = self.request.sampling
         return self.asked is not None and (sampling.temperature == 0 or sampling.seed is not None)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether vLLM engines can go on with the answer after a loss: by continuing, or by the same tokens again."""
+        sampling = self.request.sampling
+        if self.request.api is not None:
+            return not self.data_sent
+        return not self.answer.tokens or continues(sampling) or sampling.temperature == 0 or sampling.seed is not None
 
     def tell(self, event: TokenEvent) -> None:
         """Pass an event to every client that waits for this request."""
@@ -103,18 +112,34 @@ def fresh_answer(answer: Answer) -> Answer:
     return Answer(answer.max_tokens, answer.end_tokens, answer.attempt)
 
 
-def placed_request(routed: RoutedRequest, place: Place, attempt: int, decode: RegisteredEngine | None) -> PlacedRequest:
+def tokens_begun(routed: RoutedRequest, vllm: bool) -> list[int]:
+    """The tokens with which the next attempt goes on. What is generated again is not sent again."""
+    again = vllm and (routed.request.api is not None or not continues(routed.request.sampling))
+    return [] if again else routed.answer.tokens
+
+
+def has_decode_part(routed: RoutedRequest, vllm: bool) -> bool:
+    """Whether anything is left for a decode engine: not where the prefill engine's token is the last one."""
+    left = routed.answer.max_tokens - len(tokens_begun(routed, vllm))
+    return left > 1 or routed.request.api is not None
+
+
+def placed_request(
+    routed: RoutedRequest, place: Place, attempt: int, decode: RegisteredEngine | None, vllm: bool = False
+) -> PlacedRequest:
     """The record for the engines of an attempt. `decode`: the engine that receives the hand-off; None for a single
-    engine. Raises ConfigError."""
+    engine. `vllm`: the engines are vLLM, whose sampling not always continues that of another. Raises ConfigError."""
     request, answer = routed.request, routed.answer
+    sampling, call, begun = request.sampling, request.api, tokens_begun(routed, vllm)
+    samples = vllm and (call is not None or not continues(sampling)) and has_decode_part(routed, vllm)
     read: ReadSide = place.read if place.read != "none" else "prefill"
     return PlacedRequest(
         request_id=routed.id,
         epoch=0,
-        prompt_tokens=request.prompt_tokens + answer.tokens,
-        sampling=replace(request.sampling, max_tokens=answer.max_tokens - len(answer.tokens)),
+        prompt_tokens=request.prompt_tokens + begun,
+        sampling=replace(sampling, max_tokens=answer.max_tokens - len(begun)),
         attempt=attempt,
-        first_index=len(answer.tokens),
+        first_index=len(begun),
         waited_s=min(time.monotonic() - routed.arrival_s, SECONDS_MAX),
         slo_ttft_s=request.slo_ttft_s,
         tenant=request.tenant,
@@ -125,12 +150,17 @@ def placed_request(routed: RoutedRequest, place: Place, attempt: int, decode: Re
         decode_share=place.decode_share if read == "split" else float(read == "decode"),
         recompute_tokens=place.recompute_tokens,
         resume_label=request.resume_label,
+        decode_samples=samples and decode is not None,
+        api_path=call.path if call is not None else "",
+        api_body=call.body if call is not None else b"",
     )
 
 
 def part_of(placed: PlacedRequest, part: Part, epoch: int) -> PlacedRequest:
-    """That engine's part of a request."""
-    return msgspec.structs.replace(placed, part=part, epoch=epoch)
+    """That engine's part of a request. Only the part that answers gets a body."""
+    body = b"" if part == "prefill" else placed.api_body
+    path = "" if part == "prefill" else placed.api_path
+    return msgspec.structs.replace(placed, part=part, epoch=epoch, api_path=path, api_body=body)
 
 
 def check_names(request: GenerationRequest) -> None:

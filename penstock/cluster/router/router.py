@@ -18,7 +18,7 @@ import os
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -84,6 +84,9 @@ class ClusterEngine:
         self.vocab_size = 0  # 0 until the first engine has registered
         self.eos_token_ids: frozenset[int] = frozenset()
         self.model: str | None = None
+        self.kind = ""  # of the engines
+        self.sampling_defaults: Mapping[str, float] = {}  # of vLLM engines: what a client gets who gives nothing
+        self.parses_chats = False
         self.counters: Counter[str] = Counter()
         self.recent: deque[RequestReport] = deque(maxlen=RECENT_MAX)
         self.start_s = time.monotonic()
@@ -120,6 +123,8 @@ class ClusterEngine:
             raise Overloaded(self.healthy()[1], 1.0)
         check_request(request, self.vocab_size, self.max_context_tokens)
         check_names(request)
+        if request.api is not None and self.kind != "vllm":
+            raise Unsupported("only vLLM engines answer this", "api")
         if request.sampling.logprobs is not None:
             raise Unsupported("logprobs are not passed on by a router; ask the engine of penstock serve", "logprobs")
         if self._open.of_client(request.request_id) is not None:
@@ -320,7 +325,7 @@ class ClusterEngine:
         self.counters["resumed"] += 1
         routed.waiting = ""
         for token in answer.tokens:
-            self._emit(routed, token)
+            self._emit(routed, TokenEvent(token))
         whole = ended.finish_reason if ended is not None else answer.complete()
         if whole is not None:
             for part in found:
@@ -339,12 +344,12 @@ class ClusterEngine:
         self._loop.guarded(partial(self._cancel_all_parts, routed))
         self._end(routed, "cancelled", None)
 
-    def _emit(self, routed: RoutedRequest, token: int) -> None:
+    def _emit(self, routed: RoutedRequest, event: TokenEvent) -> None:
         if routed.first_token_s is None:
             routed.first_token_s = time.monotonic()
         if len(routed.marks) and routed.marks[-1][0] != "decode":
             routed.mark("decode", time.monotonic())
-        routed.tell(TokenEvent(token))
+        routed.tell(event)
 
     def _end(self, routed: RoutedRequest, reason: FinishReason, error: str | None) -> None:
         """Send the request's last event, also when other steps fail."""
@@ -448,6 +453,8 @@ class ClusterEngine:
         cards = [engine.card for engine in self.port.engines.values()]
         self.max_context_tokens = min(one.max_context_tokens for one in cards)
         self.vocab_size = card.vocab_size
+        self.kind = card.kind
+        self.sampling_defaults, self.parses_chats = card.sampling_defaults, card.parses_chats
 
     def engine_left(self, engine: RegisteredEngine, why: str) -> None:
         """See `engine_registry.Listener`."""
@@ -492,6 +499,9 @@ class ClusterEngine:
             self._dispatch.cancel_part(engine.name, routed.id, event.attempt)
             self._follow(routed, answer.part_ended(engine.name, event.attempt, "restart", why))
             return
+        if event.data and routed.request.api is not None:
+            self._emit(routed, TokenEvent(None, data=event.data))
+            routed.data_sent = True
         if tokens:
             self._follow(routed, answer.add(engine.name, event.attempt, event.index, tokens))
         if event.finish_reason is not None:
@@ -508,6 +518,10 @@ class ClusterEngine:
         if event.finish_reason in ("handed_over", "stop", "length"):
             self._with_keys(routed, SeenPrefixes.add)
         assert event.finish_reason is not None
+        if routed.request.api is not None and part != "prefill" and event.finish_reason in ("stop", "length"):
+            self._dispatch.cancel_parts(routed, [name for name in answer.parts if name != engine.name])
+            self._end(routed, event.finish_reason, None)
+            return
         self._follow(routed, answer.part_ended(engine.name, event.attempt, event.finish_reason, event.error))
 
     def _note_report(self, routed: RoutedRequest, engine: str, packed: Raw) -> None:
@@ -524,10 +538,13 @@ class ClusterEngine:
     def _follow(self, routed: RoutedRequest, outcome: Outcome, scheduler_knows: bool = False) -> None:
         """Execute the outcome of an event of one request."""
         for token in outcome.tokens:
-            self._emit(routed, token)
+            self._emit(routed, TokenEvent(token))
         self._dispatch.cancel_parts(routed, outcome.cancel)
         if outcome.end is not None:
             self._end(routed, outcome.end, outcome.error)
+        elif outcome.restart is not None and self.kind == "vllm" and not routed.repeatable:
+            error = f"{outcome.restart}; no other engine can continue what was sent of this answer"
+            self._end(routed, "error", error)
         elif outcome.restart is not None:
             self.counters["restarts"] += 1
             log.info("request %s begins again: %s", routed.id, outcome.restart)

@@ -57,6 +57,7 @@ def _serve(flags: RouterFlags) -> None:
     from penstock.cluster.router.live_view import ui_routes
     from penstock.cluster.router.router import ClusterEngine
     from penstock.cluster.router.router_flags import router_settings, server_settings
+    from penstock.cluster.router.vllm_api import VllmApi
     from penstock.process.file_limit import raise_file_limit
     from penstock.process.startup_objects import freeze_startup_objects
     from penstock.server.app import ServerApp
@@ -85,7 +86,9 @@ def _serve(flags: RouterFlags) -> None:
         cluster.listen()
         engine = ClusterEngine(cluster, secret, settings, tls)
         try:
-            app = ServerApp(engine, codec, server_side, ui_routes(engine, server_side.model_name))
+            app = ServerApp(
+                engine, codec, server_side, ui_routes(engine, server_side.model_name), VllmApi(engine, server_side)
+            )
             place = format_address(*cluster.getsockname()[:2])
             ready = f"penstock: router {server_side.model_name} listening on {url}, engines on {place}"
             server = HttpServer(app, listener, lambda: print(ready, flush=True))

@@ -115,7 +115,7 @@ class Granting:
             assert all(self._of_page[page] is entry for page in grant.unsettled), "GRANT-2"
             assert grant.landed or grant.unsettled, "GRANT-3: a grant without pages has not landed"
             assert not (grant.landed and grant.unsettled), "GRANT-3: landed with pages under way"
-            assert entry.request.state in (State.PREFILL, State.DECODE, State.DONE)
+            assert entry.request.state in (State.PREFILL, State.DECODE, State.HANDOFF, State.DONE)
         assert len(set(pages)) == len(pages) == len(self._of_page), "GRANT-2: a page has two owners"
         assert pages_of_loads == set(pages), "GRANT-2: unsettled pages are those that loads hold"
         begins = Counter(grant.first for entry, grant in granted if self._granted.get(grant.keys[0]) is entry)

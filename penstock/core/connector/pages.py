@@ -1,4 +1,4 @@
-"""L1 of another engine: pages that it granted for loads, and pages that it pins for saves under way."""
+"""L1 of another engine: pages that it granted for loads, and pages that it pins for saves and hand-offs under way."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class ConnectorPages(DevicePages):
     """The driver chooses the numbers of pages; every use of a page has a number of its own. Nothing is taken or evicted
     here.
 
-    `settled` lists pages of loads that nothing is written to any more, `released` pages of saves that nothing is read
+    `settled` lists pages of loads that nothing is written to any more, `released` pinned pages that nothing is read
     from any more; the reader empties these lists. A key counts as contained while a request says that the host
     holds it (`note`), or while it is being saved."""
 
@@ -65,6 +65,10 @@ class ConnectorPages(DevicePages):
         self._names[page] = key
         self._pins[page] = 1
 
+    def pin_page(self, page: int) -> None:
+        """One pin more of a page, or its first one: the host pins it until it is released."""
+        self._pins[page] = self._pins.get(page, 0) + 1
+
     def take(self) -> int | None:
         """None: there is no page to be taken."""
         return None
@@ -92,11 +96,12 @@ class ConnectorPages(DevicePages):
         self._pins[page] -= 1
         if not self._pins[page]:
             del self._pins[page]
-            del self._saving[self._names.pop(page)]
+            if (key := self._names.pop(page, None)) is not None:
+                del self._saving[key]
             self.released.append(page)
 
     def check_integrity(self, private: set[int], reserved: set[BlockKey]) -> None:
         """Assert that names and pins are of the same pages, each pinned at least once."""
-        assert set(self._names) == set(self._pins) == set(self._saving.values())
+        assert set(self._names) == set(self._saving.values()) <= set(self._pins)
         assert all(count > 0 for count in self._pins.values())
         assert all(count > 0 for count in self._noted.values())

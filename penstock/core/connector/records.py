@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from penstock.core.engine.request import Request
+from penstock.core.operations import HandOff
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +15,16 @@ class Landed:
 
     request_id: str
     hole: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """Nothing more is sent of the hand-off of `request_id`: `missing` of the prompt's full blocks are not at the decode
+    engine, `failures` are those of them that could not be sent, by reason."""
+
+    request_id: str
+    missing: int
+    failures: dict[str, int]
 
 
 @dataclass(slots=True)
@@ -45,3 +56,10 @@ class ConnectorRequest:
     noted: list[bytes] = field(default_factory=list)
     bad: set[int] = field(default_factory=set)  # blocks that failed once; computed from then on
     answer: tuple[int, int, int | None] | None = None  # of `matched`: version, held tokens, what was said
+
+    @property
+    def relayed(self) -> HandOff | None:
+        """What a relay has of its blocks: that of its decode engine, or this host's own, until it was loaded from there
+        once. Whoever placed such a request decided what is loaded."""
+        spec = self.request.spec
+        return spec.hand_off or (None if self.request.account.preemptions else spec.received)

@@ -9,7 +9,11 @@ A request's life: `submit` -> (lookup, fetches into L2) -> the host asks `matche
 with pages -> uploads -> `Landed` -> `acknowledged` -> `started` -> `prefilled` -> `finish`. It may skip what it does
 not need and `finish` at any point; a request that asks again after it had started begins anew.
 
-Invariants, checked by `check_integrity` (GRANT-1 to GRANT-3 are those of `granting`):
+The prompt's blocks of a request with a hand-off are also sent to its decode engine, as the host has them; that may
+outlive the request, and ends in `HandedOver`.
+
+Invariants, checked by `check_integrity` (GRANT-1 to GRANT-3 are those of `granting`, HANDOFF-1 and HANDOFF-2 those of
+`pinned_handoff`):
   CONNECTOR-1 Nothing is loaded behind a hole, and no request waits for a block that is not among its hits.
   CONNECTOR-2 Every queue and window is bounded; every slot is free or used by one load or save.
 Verification: tests/core/connector/test_connector_histories.py.
@@ -19,17 +23,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from math import inf
+from typing import Literal
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.connector.costs import ConnectorCosts
 from penstock.core.connector.granting import Granting
 from penstock.core.connector.pages import ConnectorPages
-from penstock.core.connector.records import ConnectorRequest, Landed
+from penstock.core.connector.pinned_handoff import OpenHandOffs
+from penstock.core.connector.records import ConnectorRequest, HandedOver, Landed
 from penstock.core.connector.seen_blocks import SeenBlocks
 from penstock.core.cost import CostModel
 from penstock.core.engine.ageing import Ageing
+from penstock.core.engine.engine_load import EngineLoad, engine_load
 from penstock.core.engine.load_coordinator import LoadCoordinator
 from penstock.core.engine.ranking import Ranking
+from penstock.core.engine.read_paths import assign_read_paths, is_remote
 from penstock.core.engine.request import Request, State
 from penstock.core.engine.request_loads import LoadState
 from penstock.core.engine.shared_state import SharedState
@@ -40,7 +49,7 @@ from penstock.core.ordering import Rank
 SEEN_BLOCKS_MAX = 1 << 17  # of the pool; about 150 bytes each
 PIN_SHARE = 0.75  # of the host's pages that saves may pin; they are released when the host runs short
 
-ConnectorOperation = Operation | Landed
+ConnectorOperation = Operation | Landed | HandedOver
 
 
 class ConnectorScheduler:
@@ -55,7 +64,8 @@ class ConnectorScheduler:
         self._seen = SeenBlocks(SEEN_BLOCKS_MAX)
         self._moving: dict[int, bytes] = {}  # fetches and saves under way: operation -> block
         self._ranking = Ranking(self._shared)
-        self._loading = LoadCoordinator(self._shared, self._changed, lost=self._lost)
+        self._hand_offs = OpenHandOffs(self._shared, self._pages)
+        self._loading = LoadCoordinator(self._shared, self._changed, self._hand_offs.blocks, self._lost)
         self._entries: dict[str, ConnectorRequest] = {}
         self._costs = ConnectorCosts(self._shared, self._ranking, self._entries)
         self._shared.revalued = self._costs.changed
@@ -70,9 +80,11 @@ class ConnectorScheduler:
 
     # -- events: requests ---------------------------------------------------------------------------------------
 
-    def submit(self, spec: RequestSpec, held_tokens: int, now: float, load: bool = True) -> None:
-        """A request arrived; the host holds its first `held_tokens`. Without `load` it is only ranked and saved.
-        Raises ValueError when its id is in use."""
+    def submit(
+        self, spec: RequestSpec, held_tokens: int, now: float, load: bool = True, send_s_max: float = inf
+    ) -> None:
+        """A request arrived; the host holds its first `held_tokens`. Without `load` it is only ranked and saved. A
+        hand-off ends after at most `send_s_max` seconds. Raises ValueError when its id is in use."""
         if spec.request_id in self._entries:
             raise ValueError(f"request_id {spec.request_id!r} is in use")
         self._sequence += 1
@@ -86,6 +98,8 @@ class ConnectorScheduler:
         self._ageing.arrived(request)
         self._shared.count("requests")
         self._shared.count("prompt_tokens", request.target)
+        if spec.hand_off is not None:
+            self._hand_offs.begin(entry, now + send_s_max)
         self._begin(entry, held_tokens, now)
 
     def _begin(self, entry: ConnectorRequest, held_tokens: int, now: float) -> None:
@@ -96,15 +110,20 @@ class ConnectorScheduler:
         self._forget_hits(entry)
         self._costs.changed(request)
         self._hold(entry, held_tokens)
-        if entry.loads and entry.held < request.hittable_blocks:
+        relayed = entry.relayed
+        if not entry.loads or entry.held >= request.hittable_blocks:
+            self._wait(entry, now)
+        elif relayed is not None and all(i in relayed.present for i in range(entry.held, request.hittable_blocks)):
+            self._find(entry, [])
+            self._wait(entry, now)
+        else:
             entry.lookup_until_s = now + self.config.lookup_timeout_s
             self._lookups.append(entry)
-        else:
-            self._wait(entry, now)
 
     def _hold(self, entry: ConnectorRequest, held_tokens: int) -> None:
         """The host holds the first `held_tokens` of the request."""
         self._pages.forget(entry.noted)
+        entry.request.position = held_tokens
         entry.held = held_tokens // self.config.block_tokens
         entry.noted = entry.request.chain.keys[: entry.held]
         self._pages.note(entry.noted)
@@ -117,6 +136,8 @@ class ConnectorScheduler:
             return
         if hits is None:
             self._shared.count("lookup_failures")
+            if entry.relayed is not None:
+                self._find(entry, [])
         else:
             self._forget_hits(entry)
             for index, hit in enumerate(hits):
@@ -127,7 +148,25 @@ class ConnectorScheduler:
                 else:
                     self._seen.add(request.key_at(index), op_id)
                     request.hits[index] = hit
+            if entry.relayed is not None:
+                self._find(entry, [request.hits.get(index) for index in range(len(hits))])
         self._wait(entry, now)
+
+    def _find(self, entry: ConnectorRequest, own: Sequence[BlockHit | None]) -> None:
+        """The hits of a request whose blocks a relay has, too: `own` are those of the pool, by block; none if it was
+        not asked or did not answer."""
+        request, relayed, size = entry.request, entry.relayed, self.config.block_bytes
+        assert relayed is not None
+        request.hits, request.alternates = assign_read_paths(own, relayed, size, request.hittable_blocks)
+        entry.run = (0, 0)
+        skipped = range(request.spec.recompute_tokens // self.config.block_tokens)
+        for index in [*skipped, *entry.bad]:
+            request.hits.pop(index, None)
+        asked = bool(own) and request.spec.received is None
+        stored = relayed.readable if asked else relayed.readable | relayed.present
+        op_id = self._shared.next_op()
+        for index in stored & request.hits.keys():  # whoever handed a block over saved it, too
+            self._seen.add(request.key_at(index), op_id)
 
     def _wait(self, entry: ConnectorRequest, now: float) -> None:
         """Hits are known: rank the request, and fetch what it can use, unless its link is slower than computing."""
@@ -145,7 +184,7 @@ class ConnectorScheduler:
         request.loads.begin(request.target // self.config.block_tokens + 1)
         request.static_key = None
         self._ranking.set_rank(request)
-        if entry.end > entry.held and not self._costs.worth_fetching(entry):
+        if entry.end > entry.held and entry.relayed is None and not self._costs.worth_fetching(entry):
             self._compute_instead(entry)
         for index in range(entry.held, entry.end):
             self._loading.join(request, index, request.hits[index])
@@ -195,9 +234,9 @@ class ConnectorScheduler:
         entry = self._entries.get(request_id)
         return () if entry is None else entry.request.tokens
 
-    def finish(self, request_id: str, now: float) -> None:
+    def finish(self, request_id: str, now: float, cancelled: bool = True) -> None:
         """The request ended or was cancelled; unknown ones are ignored. Pages that were granted to it still end in
-        `Landed`."""
+        `Landed`. Unless it was `cancelled`, its blocks that are on their way to its decode engine are still sent."""
         entry = self._entries.get(request_id)
         if entry is None or entry.leaving:
             return
@@ -206,7 +245,13 @@ class ConnectorScheduler:
         entry.leaving = True
         self._ageing.ended(request)
         self._loading.leave(request)
-        request.state = State.DONE
+        if request in self._hand_offs:
+            if cancelled:
+                self._hand_offs.cancel(request, "cancelled")
+            else:
+                self._hand_offs.finished(request, now)
+        if request not in self._hand_offs:
+            request.state = State.DONE
         self._costs.changed(request)
         request.switch_label("done", now)
         request.account.end_s = now
@@ -217,7 +262,7 @@ class ConnectorScheduler:
         self._forget_if_gone(entry)
 
     def _forget_if_gone(self, entry: ConnectorRequest) -> None:
-        if entry.leaving and entry.grant is None:
+        if entry.leaving and entry.grant is None and entry.request not in self._hand_offs:
             self._pages.forget(entry.noted)
             entry.noted = []
             self._costs.gone(entry.request)
@@ -250,6 +295,8 @@ class ConnectorScheduler:
             if now < entry.lookup_until_s:
                 return None
             self._shared.count("lookups_late")
+            if entry.relayed is not None:
+                self._find(entry, [])
             self._wait(entry, now)
         if entry.answer is None or entry.answer[:2] != (self._version, held_tokens):
             entry.answer = (self._version, held_tokens, self._offer_of(entry, held_tokens, now))
@@ -269,7 +316,7 @@ class ConnectorScheduler:
             request.switch_label("wait_l1", now)
             return None
         begun = request.loads.counts[LoadState.FETCHING] + request.loads.counts[LoadState.STAGED]
-        may_refuse = not begun and request.loads and not entry.probe
+        may_refuse = not begun and request.loads and not entry.probe and entry.relayed is None
         if may_refuse and not self._costs.arrives_first(entry):
             entry.refused_tokens = end * size - held_tokens
             return 0  # its blocks are still fetched in turn, unless the host computes them first
@@ -347,6 +394,7 @@ class ConnectorScheduler:
         """The host holds `computed_tokens` of a request that it computes."""
         entry = self._entries.get(request_id)
         if entry is not None and entry.request.state is State.PREFILL and computed_tokens < entry.request.target:
+            entry.request.position = computed_tokens
             left = entry.request.target - computed_tokens
             entry.request.compute_s = self.cost.compute.seconds([(left, computed_tokens)])
             self._costs.changed(entry.request)
@@ -426,6 +474,41 @@ class ConnectorScheduler:
                 self._ranking.progressed(request)
         self._granting.settle()
 
+    # -- handing over -------------------------------------------------------------------------------------------
+
+    def sends(self, request_id: str, index: int) -> bool:
+        """Whether the host should pin the page of the request's full block `index` because the decode engine needs
+        it."""
+        entry = self._entries.get(request_id)
+        return (
+            entry is not None
+            and entry.request in self._hand_offs
+            and self._hand_offs.blocks.needs(entry.request, index)
+        )
+
+    def unsendable(self, request_id: str, index: int) -> None:
+        """A block that `sends` asked for is not there as a whole: the decode engine computes it."""
+        self._hand_offs.blocks.skip(self._entries[request_id].request, index)
+
+    def reroute(self, request_id: str, side: Literal["prefill", "decode"], now: float) -> None:
+        """The storage NIC of that side is gone: what it was still to read is read on the other side, where that can."""
+        entry = self._entries.get(request_id)
+        relayed = entry.relayed if entry is not None else None
+        if entry is not None and relayed is not None:
+            remote = side == "decode"
+            self._loading.reroute(entry.request, lambda route: is_remote(route, relayed) == remote)
+            self._changed(entry.request, now)
+
+    def cancel_hand_off(self, request_id: str) -> None:
+        """The decode engine needs none of the request's blocks any more."""
+        entry = self._entries.get(request_id)
+        if entry is not None:
+            self._hand_offs.cancel(entry.request, "cancelled")
+
+    def forwarded(self, op_id: int, error: str | None, now: float) -> None:
+        """A Forward ended: the decode engine has the block, or `error` is the reason label of a failure."""
+        self._hand_offs.blocks.forwarded(op_id, error, now)
+
     # -- saving -------------------------------------------------------------------------------------------------
 
     def wants(self, request_id: str, index: int) -> bool:
@@ -447,21 +530,31 @@ class ConnectorScheduler:
         self._shared.count("saves_dropped", blocks)
 
     def offer(self, request_id: str, index: int, page: int) -> None:
-        """The host pins `page`, which holds the full block `index` that `wants` asked for, until `released` returns it.
-        Only when `can_pin`."""
+        """The host pins `page`, which holds the full block `index` that `wants` or `sends` asked for, until `released`
+        returns it. Unless `sends`, only when `can_pin`."""
         request = self._entries[request_id].request
-        self._pages.hold(request.key_at(index), page)
-        self._saving.offer(block_to_save(self._shared, request, index))
-        self._pages.unpin(page)  # from here on the queue's
+        sends = self.sends(request_id, index)
+        saves = not sends or self.wants(request_id, index)
+        if sends and saves and not self.can_pin:
+            saves = False
+            self._shared.count("saves_dropped")
+        if saves:
+            self._pages.hold(request.key_at(index), page)
+            self._saving.offer(block_to_save(self._shared, request, index))
+        if sends:
+            self._hand_offs.blocks.pinned(request, index, page)
+        if saves:
+            self._pages.unpin(page)  # from here on the queues'
 
     def released(self) -> list[int]:
         """Pages of saves that the host may have back."""
         pages, self._pages.released = self._pages.released, []
         return pages
 
-    def downloaded(self, op_id: int) -> None:
-        """The first half of a Save ended: the page's bytes are in its slot."""
-        self._saving.downloaded(op_id)
+    def downloaded(self, op_id: int, now: float = 0.0) -> None:
+        """The first half of a Save or a Forward ended: the page's bytes are in its slot."""
+        if not self._hand_offs.blocks.downloaded(op_id, now):
+            self._saving.downloaded(op_id)
 
     def saved(self, op_id: int, error: str | None) -> None:
         """A Save ended."""
@@ -485,6 +578,7 @@ class ConnectorScheduler:
         """The operations to carry out now, given all events so far."""
         for request in self._ageing.due(now):
             self._ranking.age(request)
+        self._hand_offs.expire(now)
         self._ranking.sort_feasible((entry.request for entry in self._entries.values()), now)
         while self._lookups and len(self._looking_up) < self.config.lookup_window:
             entry = self._lookups.popleft()
@@ -497,8 +591,11 @@ class ConnectorScheduler:
                 self._shared.outbox.append(Lookup(op_id, request.request_id, keys, timeout_s))
         self._loading.dispatch_fetches(now)
         self._loading.dispatch_uploads(now)
+        self._hand_offs.blocks.dispatch()
         self._saving.dispatch(computing=False)
         self._granting.settle()
+        for entry in self._hand_offs.take_left():
+            self._handed_over(entry)
         for operation in self._shared.outbox:
             if isinstance(operation, Save):
                 self._moving[operation.op_id] = operation.block.key
@@ -506,12 +603,21 @@ class ConnectorScheduler:
             elif isinstance(operation, Fetch):
                 self._moving[operation.op_id] = operation.key
         operations: list[ConnectorOperation] = [*self._shared.outbox, *self._granting.take_landed()]
+        operations += self._hand_offs.take_ended()
         self._shared.outbox = []
         return operations
 
+    def _handed_over(self, entry: ConnectorRequest) -> None:
+        """The request's hand-off ended; it outlived the request if that is leaving."""
+        if entry.leaving and self._entries.get(entry.request.request_id) is entry:
+            entry.request.state = State.DONE
+            self._costs.changed(entry.request)
+            self._forget_if_gone(entry)
+
     def next_wakeup_s(self) -> float | None:
         """When `decide` should be called although nothing happened; None: not before the next event."""
-        return self._ageing.next_s
+        times_s = (self._ageing.next_s, self._hand_offs.next_s)
+        return min((time_s for time_s in times_s if time_s is not None), default=None)
 
     # -- views --------------------------------------------------------------------------------------------------
 
@@ -553,10 +659,15 @@ class ConnectorScheduler:
         ended, self._ended = self._ended, []
         return ended
 
+    def engine_load(self) -> EngineLoad:
+        """Load snapshot for the router."""
+        return engine_load(entry.request for entry in self._entries.values() if not entry.leaving)
+
     @property
     def idle(self) -> bool:
         """No request, save or transfer is left."""
-        return not (self._entries or len(self._saving) or self._loading.loads)
+        in_flight = len(self._saving) or len(self._hand_offs.blocks) or self._loading.loads
+        return not (self._entries or in_flight)
 
     def _relabel(self, request: Request, now: float) -> None:
         counts = request.loads.counts
@@ -591,7 +702,9 @@ class ConnectorScheduler:
             shared = any(request.key_at(index) in self._granting for index in range(begin, end))
             assert begin == end or self._granting.any_of(request, begin, end) == shared
         self._pages.check_integrity(set(), set())
-        self._shared.l2.check_integrity(self._loading.slots_in_use() + self._saving.slots_in_use())
+        self._hand_offs.check_integrity(self._entries.values())
+        slots = self._loading.slots_in_use() + self._saving.slots_in_use() + self._hand_offs.blocks.slots_in_use()
+        self._shared.l2.check_integrity(slots)
         self._loading.check_integrity()
         self._ageing.check_integrity()
         assert len(self._looking_up) <= self.config.lookup_window, "CONNECTOR-2"

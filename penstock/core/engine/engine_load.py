@@ -38,7 +38,8 @@ def engine_load(requests: Iterable[Request]) -> EngineLoad:
             coming = len(request.hits) * request.block_tokens
             prefill_tokens += max(0, request.target - max(request.position, coming))
         hand_off = request.spec.hand_off
-        remote = hand_off.present_route[-1] if hand_off is not None else None
+        relayed = hand_off or request.spec.received
+        remote = relayed.present_route[-1] if relayed is not None else None
         own_bytes = sum(size for route, size in request.loads.bytes_by_route.items() if route[-1] != remote)
         read_bytes += own_bytes
         if hand_off is not None:

@@ -18,19 +18,20 @@ from penstock.core.operations import Drop, Forward
 
 
 @dataclass(slots=True, eq=False)
-class _Block:
-    """One block of one request on its way. `slot` is the staged load's, or what its page is copied into."""
+class ForwardedBlock:
+    """One block of one request on its way. `slot` is the staged load's, or what its page `page` is copied into."""
 
     request: Request
     index: int
     slot: int | None
     of_load: bool
-    number: int  # in the order in which they are offered
+    number: int = 0  # in the order in which they are offered
+    page: int = NO_PAGE
     retried: bool = False
     downloading: bool = False
 
 
-_Queue = OrderedDict[tuple[Request, int], _Block]
+_Queue = OrderedDict[tuple[Request, int], ForwardedBlock]
 
 
 class KVHandoff:
@@ -46,7 +47,7 @@ class KVHandoff:
         self._staged: dict[str, _Queue] = {}
         self._in_l1: dict[str, _Queue] = {}
         self._offered = 0
-        self._in_flight: dict[int, _Block] = {}
+        self._in_flight: dict[int, ForwardedBlock] = {}
         self._windows: Counter[str] = Counter()
         self._blocks_in_slot: Counter[int] = Counter()  # how many staged blocks are to be sent from each slot
         self._unclaimed: set[int] = set()
@@ -67,7 +68,7 @@ class KVHandoff:
         assert load.slot is not None
         self._blocks_in_slot[load.slot] += 1
         request.forwarding.add(index)
-        self._offer(self._staged, request, index, slot=load.slot)
+        self._offer(self._staged, ForwardedBlock(request, index, load.slot, True))
 
     def in_l1(self, request: Request, index: int) -> None:
         """A full block of the request is in L1."""
@@ -75,15 +76,17 @@ class KVHandoff:
         if hand_off is None or index in request.handoff_done or index in request.forwarding:
             return
         request.forwarding.add(index)
-        self._offer(self._in_l1, request, index)
+        self._offer_page(request, index, request.loads.pages[index])
 
-    def _offer(
-        self, queues: dict[str, _Queue], request: Request, index: int, slot: int | None = None, retried: bool = False
-    ) -> None:
-        assert request.spec.hand_off is not None
+    def _offer(self, queues: dict[str, _Queue], block: ForwardedBlock) -> None:
+        hand_off = block.request.spec.hand_off
+        assert hand_off is not None
         self._offered += 1
-        block = _Block(request, index, slot, slot is not None, self._offered, retried)
-        queues.setdefault(request.spec.hand_off.to, OrderedDict())[request, index] = block
+        block.number = self._offered
+        queues.setdefault(hand_off.to, OrderedDict())[block.request, block.index] = block
+
+    def _offer_page(self, request: Request, index: int, page: int, retried: bool = False) -> None:
+        self._offer(self._in_l1, ForwardedBlock(request, index, None, False, page=page, retried=retried))
 
     def skip(self, request: Request, index: int) -> None:
         """Do not send a block that was just computed: the decode engine computes it itself."""
@@ -114,8 +117,12 @@ class KVHandoff:
             waiting = [queue.pop(name) for name in own if name in queue]
             for block in sorted(waiting, key=lambda block: block.number):
                 request.forwarding.discard(block.index)
-                if block.of_load:
-                    self._release_slot(block.slot)
+                self._forget(block)
+
+    def _forget(self, block: ForwardedBlock) -> None:
+        """A block that waits will not be sent."""
+        if block.of_load:
+            self._release_slot(block.slot)
 
     # -- slots of loads -----------------------------------------------------------------------------------------
 
@@ -159,9 +166,9 @@ class KVHandoff:
             self._in_l1 = {to: queue for to, queue in self._in_l1.items() if queue}
             self._windows += Counter()
 
-    def _issue(self, to: str, block: _Block) -> None:
+    def _issue(self, to: str, block: ForwardedBlock) -> None:
         shared, request, index = self._shared, block.request, block.index
-        page = request.loads.pages[index] if block.downloading else None
+        page = block.page if block.downloading else None
         assert block.slot is not None and page != NO_PAGE
         self._windows[to] += 1
         op_id = shared.next_op()
@@ -177,7 +184,7 @@ class KVHandoff:
         self._stop_downloading(block, now)
         return True
 
-    def _stop_downloading(self, block: _Block, now: float) -> None:
+    def _stop_downloading(self, block: ForwardedBlock, now: float) -> None:
         if block.downloading:
             block.downloading = False
             block.request.downloading -= 1
@@ -201,7 +208,7 @@ class KVHandoff:
             request.account.handed_blocks += 1
         elif not block.retried and request.state is not State.DONE and request.loads.is_ready(block.index):
             request.forwarding.add(block.index)
-            self._offer(self._in_l1, request, block.index, retried=True)
+            self._offer_page(request, block.index, request.loads.pages[block.index], retried=True)
         elif block.retried or request.state is State.HANDOFF:
             self._count_failure(request, error)
             request.handoff_done.add(block.index)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import struct
 
 from penstock.core.keys import KEY_BYTES, BlockKey
@@ -56,13 +55,13 @@ class BlockRows:
     member: memoryview
     flags: memoryview
 
-    def __init__(self, unit_bytes: int = 1) -> None:
-        """Extents are multiples of `unit_bytes`."""
+    def __init__(self, unit_bytes: int, salt: int) -> None:
+        """Extents are multiples of `unit_bytes`. `salt` (64 bits) is secret, so that nobody makes long chains."""
         self.unit_bytes = unit_bytes
         self.capacity = ROWS_MIN
         self.high = 0  # rows from here on were never used
         self.blocks = 0  # present rows
-        self.salt = secrets.randbits(64) | 1
+        self.salt = salt | 1
         self.columns = {name: Column(code, ROWS_MIN, width) for name, (code, width) in _COLUMNS.items()}
         self.macs: Column | None = None  # made for the first block with a MAC
         self.by_key = HashChains(ROWS_MIN, self.key_hash)
@@ -214,12 +213,16 @@ class BlockRows:
         if self.high + count <= self.capacity:
             return
         self.worth_bits.release()
-        while self.capacity < self.high + count:
-            self.capacity *= 2
-        for column in (*self.columns.values(), *([self.macs] if self.macs else [])):
-            column.grow(self.capacity)
-        self.by_key.grow(self.capacity)
-        self._view()
+        capacity = self.capacity
+        while capacity < self.high + count:
+            capacity *= 2
+        try:
+            for column in (*self.columns.values(), *([self.macs] if self.macs else [])):
+                column.grow(capacity)
+            self.by_key.grow(capacity)
+            self.capacity = capacity
+        finally:
+            self._view()
 
     def tenant_number(self, tenant: bytes, rows: int) -> int:
         """The number of a tenant that gets so many more rows."""

@@ -35,11 +35,14 @@ class Column:
         return self._size(1)
 
     def grow(self, rows: int) -> None:
-        """Make room for so many rows. `items` and `raw` are other views from now on."""
+        """Make room for so many rows. `items` and `raw` are other views from now on. Raises OSError without memory:
+        what was there stays."""
         self.items.release()
         self.raw.release()
-        self._memory.resize(self._size(rows))
-        self._view()
+        try:
+            self._memory.resize(self._size(rows))
+        finally:
+            self._view()
 
     def _size(self, rows: int) -> int:
         return rows * self._per_row * struct.calcsize(self._code)
@@ -74,8 +77,10 @@ class HashChains:
 
     def grow(self, rows: int) -> None:
         """Make room for so many rows."""
-        self._column.grow(rows)
-        self.next = self._column.items
+        try:
+            self._column.grow(rows)
+        finally:
+            self.next = self._column.items
 
     def bucket(self, hashed: int) -> int:
         """The bucket of a hash."""
@@ -110,11 +115,10 @@ class HashChains:
 
     def split(self) -> None:
         """Add one bucket, which takes its rows from one other."""
+        if self.buckets == len(self.heads):
+            self._grow_heads(2 * self.buckets)
         if self.buckets == self.mask + 1:
             self.mask = 2 * self.mask + 1
-        if self.buckets == len(self.heads):
-            self._heads.grow(2 * self.buckets)
-            self.heads = self._heads.items
         new, old = self.buckets, self.buckets - (self.mask + 1) // 2
         self.buckets += 1
         heads, links, mask = self.heads, self.next, self.mask
@@ -132,8 +136,13 @@ class HashChains:
         if count > self.buckets:
             self.buckets, self.mask = count, (1 << (count - 1).bit_length()) - 1
             if count > len(self.heads):
-                self._heads.grow(count)
-                self.heads = self._heads.items
+                self._grow_heads(count)
+
+    def _grow_heads(self, count: int) -> None:
+        try:
+            self._heads.grow(count)
+        finally:
+            self.heads = self._heads.items
 
     def check_integrity(self, rows: set[int]) -> None:
         """Assert CHAIN-1 for these rows; O(n)."""

@@ -35,10 +35,10 @@ class PoolEviction:
     EVICT-6  The accounts of each member are counted right.
     """
 
-    def __init__(self, members: int, quotas: TenantQuotas, unit_bytes: int = 1) -> None:
-        """Blocks take multiples of `unit_bytes`."""
+    def __init__(self, members: int, quotas: TenantQuotas, unit_bytes: int, salt: int) -> None:
+        """`unit_bytes` and `salt` as `BlockRows`."""
         self.quotas = quotas
-        self.rows = BlockRows(unit_bytes)
+        self.rows = BlockRows(unit_bytes, salt)
         self.leaves = LeafQueues(self.rows, self._family)
         self._worth = [RebuildValue() for _ in range(members)]
         self._uses = 0  # of all members
@@ -234,7 +234,7 @@ class PoolEviction:
                     break
                 ancestor = leaves.pop(group)
             gone.append(ancestor)
-            ancestor = self._leave_alone(ancestor, counts)
+            ancestor = self._leave_alone(ancestor, counts, tops)
         if ancestor >= 0:
             self._offer(ancestor, tops)
         rows.blocks -= len(gone)
@@ -242,7 +242,7 @@ class PoolEviction:
             self._count(member, account, -count)
         return gone
 
-    def _leave_alone(self, row: int, counts: dict[Group, int]) -> int:
+    def _leave_alone(self, row: int, counts: dict[Group, int], tops: dict[int, int]) -> int:
         """Evict a leaf that is not queued, without counting it; returns the block before it if that is a leaf now which
         is to be queued, else -1."""
         rows = self.rows
@@ -258,6 +258,7 @@ class PoolEviction:
             rows.release(above)
             return -1
         if rows.ticket[above] or rows.flags[above] & PINNED:
+            tops.pop(rows.member[above], None)
             self.leaves.lost_children(above)
             return -1
         return int(above)

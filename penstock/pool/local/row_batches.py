@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from penstock.core.eviction import NS_PER_BYTE_MAX, TICK, USES_MAX
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.layout import STAGING_ALIGNMENT_BYTES
-from penstock.core.pool.block_rows import LEAVING, PAID_SHARED, PRESENT, USED, USES_COUNTED_MAX, WITH_MAC, WRITTEN_HERE
+from penstock.core.pool.block_rows import LEAVING, PAID_SHARED, PRESENT, USED, USES_COUNTED_MAX, WRITTEN_HERE
 from penstock.core.pool.columns import FINISH, MIX
 from penstock.core.pool.pool_eviction import PoolEviction
 from penstock.core.pool.quota import SHARED
@@ -25,6 +25,8 @@ from penstock.pool.local.chain_batches import buckets, chain_many, unchain_many,
 from penstock.pool.local.space import MemberSpace, Places
 from penstock.pool.members.stored_rows import StoredRows, tenant_tag_of, unchecked
 
+ROWS_AT_ONCE = 8192
+_FROM_STORED = ("size", "checksum", "rebuild_s", "position")
 Rows = NDArray[np.int64]
 Words = NDArray[np.uint64]
 _TYPES = {"keys": np.uint64, "checksum": np.uint64, "worth": np.float64, "tenant": np.uint32, "rebuild_s": np.float32}
@@ -245,22 +247,19 @@ class RowBatches:
             shared[at] = PAID_SHARED if account == SHARED != tenant else 0
         where = self._nodes(stored["key"], tenants)
         above = self._nodes(stored["parent"], tenants)
-        uses = np.minimum(stored["uses"], USES_COUNTED_MAX)
-        flags = PRESENT | more_flags | shared | np.where(stored["mac_bytes"] > 0, WITH_MAC, 0).astype(np.uint8)
-        for name, values in (
-            ("member", members),
-            ("size", stored["size"]),
-            ("page", stored["offset"] // STAGING_ALIGNMENT_BYTES),
-            ("checksum", stored["checksum"]),
-            ("rebuild_s", stored["rebuild_s"]),
-            ("position", stored["position"]),
-            ("uses", uses),
-            ("flags", flags),
-            ("parent", above),
-        ):
-            self._column(name)[where] = values
-        for number in np.flatnonzero(stored["mac_bytes"]).tolist():
-            rows.set_mac(int(where[number]), stored["mac"][number].tobytes())
+        self._column("member")[where] = members
+        self._column("parent")[where] = above
+        columns = {name: self._column(name) for name in _FROM_STORED}
+        flags, pages, uses = self._column("flags"), self._column("page"), self._column("uses")
+        for first in range(0, len(where), ROWS_AT_ONCE):  # a part fits into the processor's caches
+            part, at = stored[first : first + ROWS_AT_ONCE], where[first : first + ROWS_AT_ONCE]
+            for name, column in columns.items():
+                column[at] = part[name]
+            uses[at] = np.minimum(part["uses"], USES_COUNTED_MAX)
+            pages[at] = part["offset"] // STAGING_ALIGNMENT_BYTES
+            flags[at] = PRESENT | more_flags | shared[first : first + ROWS_AT_ONCE]
+            for number in np.flatnonzero(part["mac_bytes"]).tolist():
+                rows.set_mac(int(at[number]), part["mac"][number].tobytes())
         rows.blocks += len(where)
         for _, account, at in charged:
             for member, count in zip(*map(np.ndarray.tolist, np.unique(members[at], return_counts=True)), strict=True):

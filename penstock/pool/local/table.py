@@ -6,6 +6,7 @@ Pure state, no I/O and no lock: the pool calls it under its own lock. Present bl
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +15,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.core.keys import BlockKey
+from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.layout import STAGING_ALIGNMENT_BYTES, staging_bytes
 from penstock.core.new_block import NewBlock
 from penstock.core.pool.block_rows import PINNED, PRESENT, WRITTEN_HERE
@@ -29,6 +30,7 @@ from penstock.pool.members.stored_rows import StoredRows, packed
 EVICTION_REASONS = ("own", "shared", "over_quota")
 SCAN_BLOCKS_FREE = 1024  # blocks of a member that one search may always visit
 SCAN_BLOCKS_PER_CHANGE = 64  # further ones per change since a search that found nothing
+FEW = 8  # blocks or keys, below which one by one is faster than a batch
 SEEDS_MAX = 8  # holes whose neighbours are considered when free space is fragmented
 
 
@@ -75,7 +77,7 @@ class Table:
         self.quotas = quotas or TenantQuotas()
         self.scans = 0  # searches over a whole member
         self.evictions = dict.fromkeys(EVICTION_REASONS, 0)  # blocks evicted for a new one, by reason
-        self._eviction = PoolEviction(len(ranges), self.quotas, STAGING_ALIGNMENT_BYTES)
+        self._eviction = PoolEviction(len(ranges), self.quotas, STAGING_ALIGNMENT_BYTES, secrets.randbits(64))
         self._rows = self._eviction.rows
         self._places = Places(self._rows)
         self._batches = RowBatches(self._eviction, self._places)
@@ -132,6 +134,8 @@ class Table:
     def lookup_many(self, keys: bytes) -> Found:
         """Find blocks by their keys (16 bytes each, one after the other), those that can be read now, and record the
         use of each in turn. A block is charged to its tenant's own account from now on, where that exists by now."""
+        if len(keys) < FEW * KEY_BYTES:
+            return self._lookup_few(keys)
         healthy = np.array([state.healthy for state in self.members])
         rows = self._batches.find(keys)
         hits = rows[rows >= 0]
@@ -148,17 +152,33 @@ class Table:
                     self._batches.note_uses(number, hits[members == number])
         return self._batches.found(rows)
 
+    def _lookup_few(self, keys: bytes) -> Found:
+        sizes, members = [], []
+        for at in range(0, len(keys), KEY_BYTES):
+            row = self._rows.find(keys[at : at + KEY_BYTES])
+            if row >= 0 and self.members[self._rows.member[row]].healthy:
+                self._use(row)
+                sizes.append(self._rows.size[row])
+                members.append(self._rows.member[row])
+            else:
+                sizes.append(0)
+                members.append(0)
+        return Found(np.array(sizes, np.uint32), np.array(members, np.uint16))
+
     def touch(self, block: Block) -> float:
         """Record a use of a present block; returns its new eviction value. The block is charged to its tenant's own
         account from now on, where that exists by now."""
-        row = block.row
-        assert row >= 0, f"block {block.key.hex()} is not present"
-        self._charge_user(row)
-        value = self._eviction.touch(row)
-        block.uses = self._rows.uses[row]
-        if self.members[block.member].durable:
-            self._batches.note_uses(block.member, np.array([row]))
+        assert block.row >= 0, f"block {block.key.hex()} is not present"
+        value = self._use(block.row)
+        block.uses = self._rows.uses[block.row]
         return value
+
+    def _use(self, row: int) -> float:
+        self._charge_user(row)
+        member = self._rows.member[row]
+        if self.members[member].durable:
+            self._batches.note_uses(member, np.array([row]))
+        return self._eviction.touch(row)
 
     def take_uses(self, member: int, limit: int) -> list[tuple[BlockKey, float, int]]:
         """Key, eviction value and count of uses of at most `limit` blocks of a member that were used since they were
@@ -198,6 +218,7 @@ class Table:
 
     def drop(self, block: Block) -> None:
         """Make a present block a miss. The caller must delete its row now; its extent is free once nobody reads it."""
+        assert block.row >= 0, f"block {block.key.hex()} is not present"
         self._drop_row(block.row)
 
     def evict_many(self, keys: bytes) -> list[tuple[int, BlockKey]]:
@@ -265,7 +286,12 @@ class Table:
         blocks: list[Block | None] = [None] * len(news)
         lengths = {staging_bytes(new.size_bytes) for new in news}
         taking = [member for member in self.placement.taking if member not in without]
-        together = self.quotas.all_pay_together and len(lengths) == 1 and len({new.tenant for new in news}) == 1
+        together = (
+            self.quotas.all_pay_together
+            and len(news) >= FEW
+            and len(lengths) == 1
+            and len({new.tenant for new in news}) == 1
+        )
         length = max(lengths, default=0)
         if not together or any(self._space(member).allocator.largest_bytes >= length for member in taking):
             return blocks
@@ -292,8 +318,9 @@ class Table:
             return offsets
         before = [(rows.member[row], rows.account(row)) for row in left]
         for row in set(left).intersection(self._taken_up.keys()):
-            block = self._taken_up.pop(row)
-            block.row, block.account, block.uses = -1, rows.account(row), rows.uses[row]
+            block = self._taken_up.pop(row, None)
+            if block is not None:
+                block.row, block.account, block.uses = -1, rows.account(row), rows.uses[row]
         for (member, payer), key, offset, extent in zip(before, *self._batches.remove(left), strict=True):
             self._count_eviction(payer, account)
             self._space(member).blocks -= 1
@@ -322,9 +349,9 @@ class Table:
 
     def commit_many(self, blocks: Sequence[Block]) -> list[Block]:
         """As `commit` of each; returns the blocks that were dropped."""
+        if len(blocks) < FEW:
+            return [one for one in map(self.commit, blocks) if one is not None]
         old: list[Block] = []
-        if not blocks:
-            return old
         for block in blocks:
             del self._writing[block.key]
         for row in self._batches.find(b"".join(block.key for block in blocks)).tolist():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -10,9 +9,7 @@ from functools import partial
 from penstock.pool.api import Done, DoneMany, PoolError
 from penstock.pool.block import Block
 from penstock.pool.members.work import Work
-from penstock.process.guarded_thread import count_failure
-
-log = logging.getLogger(__name__)
+from penstock.pool.spans import Gather
 
 Stored = list[tuple[int, Block, PoolError | None]]  # number in the span, block, error of its store
 
@@ -23,16 +20,14 @@ class WriteSpan:
 
     def __init__(self, count: int, done: DoneMany, stored: Callable[[WriteSpan, Stored], None]) -> None:
         self._lock = threading.Lock()
-        self._results: list[PoolError | None] = [None] * count
-        self._left = count
-        self._done = done
+        self._results = Gather(count, done)
         self._on_stored = stored
         self._storing = 1  # one more until all have begun
         self._stored: Stored = []
 
     def end_of(self, number: int) -> Done:
         """The `done` of one block."""
-        return partial(self._end, number)
+        return self._results.one(number)
 
     def finish_of(self, number: int) -> Callable[[Work, PoolError | None], None]:
         """The `finish` of the store of one block, which begins now."""
@@ -56,15 +51,3 @@ class WriteSpan:
                 return
             stored = sorted(self._stored, key=lambda one: one[0])
         self._on_stored(self, stored)
-
-    def _end(self, number: int, error: PoolError | None) -> None:
-        with self._lock:
-            self._results[number] = error
-            self._left -= 1
-            if self._left:
-                return
-        try:
-            self._done(self._results)
-        except Exception:
-            count_failure("penstock-done-callback")
-            log.exception("a done callback of the pool raised")

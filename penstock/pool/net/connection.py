@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 
 SENDER_END_S = 3.0 * wire.STALL_S  # limit of the wait for a send in progress, which ends once the socket is shut
 SENDS_WAITING_MAX = 256  # the link has far fewer requests on one connection
-VERIFY_BYTES = 4 << 20  # received and verified in such pieces; smaller ones switch between threads more often
-SPAN_VERIFY_BYTES = 1 << 20  # blocks of a span that are received before they are verified
+VERIFY_BYTES = 512 << 10  # received and verified in such pieces, while they are in the processor's cache
+SPAN_VERIFY_BYTES = 512 << 10  # blocks of a span that are received before they are verified
 
 
 @dataclass(slots=True, eq=False)

@@ -99,6 +99,10 @@ class PoolConnection(ClientConnection):
         super().abandon()
         self._leave()
 
+    def _rest(self) -> None:
+        super()._rest()
+        self._first = memoryview(b"")
+
     def _leave(self) -> None:
         local, self._local = self._local, None
         remote, self._remote = self._remote, None

@@ -39,6 +39,10 @@ def test_the_example_describes_processes_in_the_order_of_their_start() -> None:
         ("[[engine]]\ncount = 0", "count is 0"),
         ("[[engine]]\nspeed = 1", "'speed' is not known; allowed: "),
         ("[[engine]]\nname = 'x'\n[[engine]]\nname = 'x'", "two processes are named 'x'"),
+        ("[[engine]]\nengine = 'sglang'", "engine is 'sglang'; allowed: penstock, vllm"),
+        ("[[engine]]\nengine = 'vllm'", "in a cluster without model"),
+        ("model = 'm'\n[[engine]]\nengine = 'vllm'\nvllm = '--dtype float16'", "allowed: a list of words"),
+        ("model = 'm'\n[[engine]]\nengine = 'vllm'\nkv_memory = '1GiB'", "'kv_memory' is not known"),
         ("[[engine", "not TOML"),
     ],
 )
@@ -57,6 +61,22 @@ def test_a_pool_key_lies_beside_the_file_and_each_engine_may_have_its_own(tmp_pa
     )
     lines = [" ".join(process.command({})) for process in read_cluster_config(file).of("engine")]
     assert f"--pool-key-file {tmp_path}/one.key" in lines[0] and "--pool-key-file /keys/two.key" in lines[1]
+
+
+def test_an_engine_that_is_vllm_is_an_agent_with_vllms_own_flags_behind(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.toml"
+    file.write_text(
+        "model = 'org/model'\n[serve]\nkv_memory = '1GiB'\n"
+        "[[engine]]\nrole = 'prefill'\nengine = 'vllm'\ncount = 2\nvllm = ['--dtype', 'float16', '--port-range=x']\n"
+        "[[engine]]\nrole = 'decode'\nengine = 'vllm'\nbuffer = '2GiB'\n"
+    )
+    engines = read_cluster_config(file).of("engine")
+    assert [engine.name for engine in engines] == ["prefill-0-0", "prefill-0-1", "decode-1"]
+    words = engines[1].command({"router": ["r:1"], "pool": ["a:1"]})
+    assert words[:2] == ["vllm-engine", "org/model"] and words[-3:] == ["--dtype", "float16", "--port-range=x"]
+    line = " ".join(words)
+    assert "--router r:1 --pool a:1" in line and "--engine-name prefill-0-1" in line and "kv-memory" not in line
+    assert "--buffer 2GiB" in " ".join(engines[2].command({}))
 
 
 INFINIBAND = """\

@@ -39,7 +39,7 @@ class Relay:
         self.storage = open_local_pool([1 << 20], [])
         mover = SharedMemoryMover()
         self.buffer = DecodeBuffer(BLOCK_BYTES, BLOCKS, self.storage, mover.allocate)
-        self.incoming = Incoming(SimpleNamespace(), self.buffer, self.storage, 600.0, 2.0)  # type: ignore[arg-type]
+        self.incoming = Incoming(SimpleNamespace(), self.buffer, self.storage, 600.0, 2.0)
         self.node = RelayNode(self.buffer, self.incoming, "127.0.0.1", 0, mover=mover)
         self.buffer.reserve("before", [key_of(number) for number in range(BLOCKS)], lambda: None)
         for number in range(BLOCKS):

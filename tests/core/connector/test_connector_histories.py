@@ -185,9 +185,10 @@ class ConnectorHistories(RuleBasedStateMachine):
     def complete(self, data: st.DataObject, fails: int) -> None:
         if not self.open:
             return
-        op = self.open.pop(data.draw(st.sampled_from(sorted(self.open))))
+        self.end_operation(self.open.pop(data.draw(st.sampled_from(sorted(self.open)))), fails == 0)
+
+    def end_operation(self, op: Any, failed: bool) -> None:
         self.now += 1e-4
-        failed = fails == 0
         if isinstance(op, Lookup):
             self.scheduler.lookup_done(op.op_id, None if failed else [self.pool.get(key) for key in op.keys], self.now)
         elif isinstance(op, Fetch):

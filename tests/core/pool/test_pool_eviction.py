@@ -24,7 +24,7 @@ def row(kept: PoolEviction, name: object) -> int:
 
 
 def keeping(quotas: dict[bytes, int] | None = None, default: int | None = None, members: int = 2) -> PoolEviction:
-    return PoolEviction(members, TenantQuotas(quotas, default))
+    return PoolEviction(members, TenantQuotas(quotas, default), 1, 12345)
 
 
 def add(
@@ -216,7 +216,7 @@ def test_a_payer_that_is_not_over_keeps_its_blocks_on_fenced_members_too() -> No
 
 def test_a_search_looks_at_few_of_many_that_are_over() -> None:
     quotas = TenantQuotas({i.to_bytes(8, "little"): 5 for i in range(5000)})
-    kept = PoolEviction(2, quotas)
+    kept = PoolEviction(2, quotas, 1, 12345)
     for i in range(5000):
         add(kept, i, i.to_bytes(8, "little"), size=10 + i % 7)
     before, names = quotas.looks, {key(i): i for i in range(5000)}
