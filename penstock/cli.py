@@ -35,7 +35,7 @@ app = lazy_group(
         ),
         "vllm-engine": LazyCommand(
             "penstock.cluster.vllm_agent.agent_command:app",
-            "Serve MODEL with vLLM for a router, as its prefill or decode engine. Any flag of `vllm serve` may follow.",
+            "Serve MODEL with vLLM for a router.",
         ),
         "pool": LazyCommand(
             "penstock.pool.setup.pool_command:pool_app",
