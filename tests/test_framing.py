@@ -15,10 +15,10 @@ NAMES = ("pool", "cluster")
 GREETINGS = {"pool": wire.GREETING, "cluster": cluster_wire.GREETING}
 # What is sent by a side with (secret, TLS).
 BYTES = {
-    ("pool", False, False): b"PNSTCK\x03\x00",
-    ("pool", True, False): b"PNSTCK\x03\x80",
-    ("pool", False, True): b"PNSTCK\x03\x40",
-    ("pool", True, True): b"PNSTCK\x03\xc0",
+    ("pool", False, False): b"PNSTCK\x04\x00",
+    ("pool", True, False): b"PNSTCK\x04\x80",
+    ("pool", False, True): b"PNSTCK\x04\x40",
+    ("pool", True, True): b"PNSTCK\x04\xc0",
     ("cluster", True, False): b"PNSTCL\x04\x00",
     ("cluster", False, False): b"PNSTCL\x04\x80",
     ("cluster", True, True): b"PNSTCL\x04\x40",

@@ -12,6 +12,7 @@ Mode = Literal["penstock", "coupled"]
 POLICIES: tuple[str, ...] = get_args(Policy)
 MODES: tuple[str, ...] = get_args(Mode)
 NO_QUOTA_S = 1e9
+FETCH_WINDOW_BLOCKS = 8  # default
 BLOCK_TOKENS = 64  # default size of a block in the pool
 PREFILL_QUOTA_S = 0.3  # DualPath's
 
@@ -39,7 +40,10 @@ class OrderSettings:
 
     policy: Policy = setting("feasible", "fcfs, sjf-compute, sjf, srpt, edf, lstf or feasible.")
     max_waiting: int = setting(1024, "Requests waiting; further ones get a 429.")
-    fetch_window_blocks: int = setting(8, "Blocks in flight per link; of small ones up to 16 MiB.")
+    fetch_window_blocks: int = setting(
+        FETCH_WINDOW_BLOCKS,
+        "Blocks in flight per link; of small ones up to 16 MiB, unless it is below 8.",
+    )
     age_bound_s: float = setting(60.0, "Who waited longer goes first.")
     age_delays: float = setting(
         0.75, "A request goes first once its delay is this many times that of arrival order; 0: off."
