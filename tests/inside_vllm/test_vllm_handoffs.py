@@ -57,8 +57,9 @@ def test_outputs_are_the_same_over_every_path(
             size = host.buffer.block_bytes
             read = (host.buffer.loaded_bytes - before[0]) // size, (host.buffer.received_bytes - before[1]) // size
             assert read == {"decode": (6, 0), "split": (3, 3)}.get(path, (0, 6)), path
-        report = agent.port.report
-        assert report.total_pages > 0 and {link.relay for link in report.links} == {host.address}
+        relays = {host.address}
+        wait_until(lambda: {link.relay for link in agent.port.report.links} == relays, "a report with the link")
+        assert agent.port.report.total_pages > 0
     agent.close()
     agent = TestAgent()
     with running(llama, {"pool": node.address, "agent": str(agent.port.path)}) as engine:
