@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from penstock.cluster.agent_wire import PARAMS_KEY, HandOffEnded, HandOffParams, Hello, params_in
+from penstock.cluster.agent_wire import PARAMS_KEY, EndHandOff, HandOffEnded, HandOffParams, Hello, params_in
 from penstock.core.keys import root_key
 from penstock.core.operations import RequestSpec
 from penstock.framing import ProtocolError
@@ -184,8 +184,7 @@ def test_a_hand_off_ends_once_however_it_is_ended(made: Made, end: str) -> None:
     params = prefill.agent.prefill("h", there.address, "000", timeout_s=0.05 if end == "deadline" else 60.0)
     prefill.begin("r", 3, params)  # computes nothing, and so sends nothing
     if end == "agent":
-        prefill.agent.port.forget("h")
-        prefill.agent.port.await_end("h", lambda message: prefill.agent.ended.update(h=message))
+        prefill.agent.port._send(EndHandOff("h"))  # noqa: SLF001 - `forget` listens no longer
     elif end == "abort":
         prefill.host.finish("r")
     elif end == "reset":
