@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.dualpath import vllm_reference
 from benchmarks.dualpath.agents import Agent
 from benchmarks.dualpath.testbed import POOL_PORT, ROUTER_ADDRESS, ROUTER_PORT, Scale, Testbed, Topology
 from benchmarks.dualpath.vllm_reference import ANSWERS, Asked
@@ -61,7 +62,7 @@ class VllmBed(Testbed):
         with self.pool_host.entered():
             try:
                 done = subprocess.run(
-                    python_command("-m", "benchmarks.dualpath.vllm_reference"),
+                    python_command(vllm_reference.__file__),  # a checkout's folder is not on the module path
                     input=msgspec.json.encode(asked),
                     capture_output=True,
                     timeout=REFERENCE_S_MAX,
