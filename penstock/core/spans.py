@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from penstock.core.config import FETCH_WINDOW_BLOCKS
+
 SPAN_BLOCKS_MAX = 64
 SPAN_BYTES_MAX = 32 << 20
 SPANS_PER_WINDOW = 8  # so that several devices behind a link read at once, and an urgent request gets in between
@@ -20,10 +22,13 @@ def span_blocks(window_blocks: int, block_bytes: int) -> int:
     return max(1, min(SPAN_BLOCKS_MAX, SPAN_BYTES_MAX // block_bytes, window_blocks // SPANS_PER_WINDOW))
 
 
-def window_blocks(least: int, block_bytes: int, l2_slots: int) -> int:
-    """The window of a link for blocks of this size: `least`; of small blocks as many more as make up full spans, within
-    WINDOW_BYTES and a quarter of the staging slots."""
-    return max(least, min(SPANS_PER_WINDOW * SPAN_BLOCKS_MAX, WINDOW_BYTES // block_bytes, l2_slots // 4))
+def window_blocks(asked: int, block_bytes: int, l2_slots: int) -> int:
+    """The window of a link for blocks of this size: as many as are asked for; of small blocks as many more as make up
+    full spans, within WINDOW_BYTES and a quarter of the staging slots. Fewer than the default are a limit that somebody
+    chose, and stay."""
+    if asked < FETCH_WINDOW_BLOCKS:
+        return asked
+    return max(asked, min(SPANS_PER_WINDOW * SPAN_BLOCKS_MAX, WINDOW_BYTES // block_bytes, l2_slots // 4))
 
 
 def parts(items: list[Item], size_bytes: int, bytes_max: int = SPAN_BYTES_MAX) -> list[list[Item]]:

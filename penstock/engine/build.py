@@ -10,7 +10,6 @@ from pathlib import Path
 
 from penstock.core.bandwidth import LinkCost
 from penstock.core.config import (
-    FETCH_WINDOW_BLOCKS,
     NO_QUOTA_S,
     PREFILL_QUOTA_S,
     BatchSettings,
@@ -122,9 +121,7 @@ def _scheduler_config(config: EngineConfig, runner: ModelRunner, hands_off: bool
             f"{staging_bytes(block_bytes)} bytes"
         )
     order = taken_over(OrderSettings, config)
-    window = config.fetch_window_blocks
-    if window >= FETCH_WINDOW_BLOCKS:  # fewer than that are a limit that somebody chose
-        window = window_blocks(window, block_bytes * config.bytes_divisor, l2_slots)
+    window = window_blocks(config.fetch_window_blocks, block_bytes * config.bytes_divisor, l2_slots)
     span = span_blocks(window, block_bytes * config.bytes_divisor)  # a modelled block stands for a larger one
     order["fetch_window_blocks"] = window
     return SchedulerConfig(

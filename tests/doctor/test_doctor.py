@@ -16,21 +16,12 @@ from typer.testing import CliRunner
 from penstock.doctor import machine_checks as module
 from penstock.doctor.check import Check
 from penstock.doctor.command import doctor
-from penstock.doctor.machine import Machine
 from penstock.doctor.machine_checks import examine
+from tests.doctor.laid_machine import Laid
 
 app = typer.Typer()
 app.command()(doctor)
 RESTRICTED = Path(__file__).parents[1] / "io" / "restricted.py"
-
-
-class Laid(Machine):
-    """A machine made of the files that a test lays out."""
-
-    def lay(self, path: str, text: str = "") -> None:
-        file = self.root / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
 
 
 @pytest.fixture

@@ -9,20 +9,11 @@ from pathlib import Path
 import pytest
 
 from penstock.doctor import rdma_checks
-from penstock.doctor.machine import Machine
 from penstock.doctor.rdma_checks import check_one_sided_reads
+from tests.doctor.laid_machine import Laid
 
 DEVICE = "sys/class/infiniband/mlx5_0"
 PORT = f"{DEVICE}/ports/1"
-
-
-class Laid(Machine):
-    """A machine made of the files that a test lays out."""
-
-    def lay(self, path: str, text: str = "") -> None:
-        file = self.root / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
 
 
 @pytest.fixture

@@ -474,7 +474,7 @@ class ConnectorScheduler:
                 self._ranking.progressed(request)
         self._granting.settle()
 
-    # -- handing over -------------------------------------------------------------------------------------------
+    # -- hand-offs ----------------------------------------------------------------------------------------------
 
     def sends(self, request_id: str, index: int) -> bool:
         """Whether the host should pin the page of the request's full block `index` because the decode engine needs

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from penstock.core.layout import staging_bytes
 from penstock.pool.api import PoolError
@@ -22,6 +22,9 @@ from penstock.units import format_bytes
 
 if TYPE_CHECKING:
     from penstock.pool.net.node import PoolNode
+
+Request = TypeVar("Request", wire.Write, wire.WriteMany)
+Store = Callable[[Request, "_Staged", Slot, memoryview, float], None]  # with its first bytes, and its deadline
 
 FIRST_BYTES = 32 << 10  # of a payload, received before staging memory is reserved
 
@@ -329,20 +332,33 @@ class PoolConnection(ClientConnection):
             detail = f"no member has room for blocks of {payload_bytes} bytes, at most {at_most} bytes do"
             self._refuse_write(request.id, payload_bytes, "full", detail)
             return
+        self._take_in(request, payload_bytes, payload_bytes, deadline_s, self._store, never_fits="full")
+
+    def _take_in(
+        self,
+        request: Request,
+        payload_bytes: int,
+        length: int,
+        deadline_s: float,
+        store: Store[Request],
+        never_fits: str,
+    ) -> None:
+        """Have `store` receive a payload into `length` bytes of staging memory. The write is refused as "dropped" where
+        none became free in time, as `never_fits` where there is never so much."""
         if not self._enter():
             refusal = "dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already"
             self._refuse_write(request.id, payload_bytes, *refusal)
             return
         first = self._receive_first(payload_bytes, deadline_s)
-        slot = self._node.staging.take(payload_bytes, deadline_s, share=self._local)
+        slot = self._node.staging.take(length, deadline_s, share=self._local)
         if slot is None:
             self.leave()
-            in_time, detail = self._no_staging(payload_bytes, shared=False)
-            self._refuse_write(request.id, payload_bytes - len(first), "dropped" if in_time else "full", detail)
+            in_time, detail = self._no_staging(length, shared=False)
+            self._refuse_write(request.id, payload_bytes - len(first), "dropped" if in_time else never_fits, detail)
             return
         staged = _Staged(self, slot)
         try:
-            self._store(request, staged, slot, first, deadline_s)
+            store(request, staged, slot, first, deadline_s)
         except BaseException:
             staged.end()
             raise
@@ -388,23 +404,7 @@ class PoolConnection(ClientConnection):
             detail = f"{count} blocks of {size_bytes} bytes in one message are more than this node allows"
             self._refuse_write(request.id, payload_bytes, "layout", detail)
             return
-        if not self._enter():
-            refusal = "dropped", f"{IN_FLIGHT_MAX} requests of this connection wait already"
-            self._refuse_write(request.id, payload_bytes, *refusal)
-            return
-        first = self._receive_first(payload_bytes, deadline_s)
-        slot = self._node.staging.take(length, deadline_s, share=self._local)
-        if slot is None:
-            self.leave()
-            _, detail = self._no_staging(length, shared=False)
-            self._refuse_write(request.id, payload_bytes - len(first), "dropped", detail)
-            return
-        staged = _Staged(self, slot)
-        try:
-            self._store_many(request, staged, slot, first, deadline_s)
-        except BaseException:
-            staged.end()
-            raise
+        self._take_in(request, payload_bytes, length, deadline_s, self._store_many, never_fits="dropped")
 
     def _store_many(
         self, request: wire.WriteMany, staged: _Staged, slot: Slot, first: memoryview, deadline_s: float
