@@ -71,9 +71,7 @@ def main() -> None:
     device = torch.device(asked.device)
     on_gpu = device.type != "cpu"
     sizes = LLAMA_COPIES if on_gpu else TINY_COPIES
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu: not a measurement of copies"
-    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu: not a measurement of copies"
     printed = Printed(asked.json, name)
     printed.part("host", lambda: measure_host(LLAMA_COPIES, printed))
     printed.part("vllm", lambda: measure_rows(device, sizes, printed))

@@ -80,7 +80,7 @@ def gpu(
     report = Report("gpu")
     lacking = missing(device)
     report.notes.extend(f"not measured: {what}" for what in lacking)
-    run = _Run(report, console, json)
+    run = GpuRun(report, console, json)
     if not lacking:
         with tempfile.TemporaryDirectory(prefix="penstock-gpu-") as scratch:
             folder = str(slab_folder or scratch) if slab else None
@@ -88,7 +88,7 @@ def gpu(
             settings = Settings(
                 str(Path(scratch) / "state.json"), scratch, (), device, tiny, folder, host_bytes, TTFT_START_S
             )
-            run.all(names, settings)
+            run.run_all(names, settings)
         if tiny:
             report.notes.append(f"--tiny on {device}: a check that everything runs, not a measurement")
     report.print(console)
@@ -98,7 +98,7 @@ def gpu(
 
 
 @dataclass(slots=True)
-class _Run:
+class GpuRun:
     """One run of the command. `report` has what the children that have ended said."""
 
     report: Report
@@ -107,7 +107,7 @@ class _Run:
     failed: bool = False
     started_s: float = field(default_factory=time.monotonic)
 
-    def all(self, names: Sequence[str], settings: Settings) -> None:
+    def run_all(self, names: Sequence[str], settings: Settings) -> None:
         """Run the parts, in as many children as it takes."""
         left = list(names)
         while left:

@@ -95,7 +95,7 @@ class HipCopies:
 
     def __init__(self, library: Any = None) -> None:
         """`library` is libamdhip64. Raises OSError where there is none."""
-        library = ctypes.CDLL(_loaded("libamdhip64.so")) if library is None else library
+        library = ctypes.CDLL(loaded_library("libamdhip64.so")) if library is None else library
         self._copy_one = library.hipMemcpyAsync
         self._copy_one.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
 
@@ -105,7 +105,7 @@ class HipCopies:
             _check(self._copy_one(target, source, size_bytes, _HIP_DEFAULT, stream.cuda_stream), "hipMemcpyAsync")
 
 
-def _loaded(name: str, maps: str = "/proc/self/maps") -> str:
+def loaded_library(name: str, maps: str = "/proc/self/maps") -> str:
     """The file of a library that this process has loaded, as torch's packages bring libraries of their own, with
     versions in their names; `name` itself where none is."""
     with open(maps, encoding="utf-8", errors="replace") as lines:
@@ -116,6 +116,11 @@ def _loaded(name: str, maps: str = "/proc/self/maps") -> str:
 def _check(error: int, call: str) -> None:
     if error:
         raise DeviceError(f"{call} failed with error {error}")
+
+
+def _number(error: Any) -> int:
+    """Of an error of the runtime, which torch gives as a member of an enumeration."""
+    return int(getattr(error, "value", error))
 
 
 class Cuda(Accelerator):
@@ -164,7 +169,7 @@ class Cuda(Accelerator):
     def lock(self, address: int, size_bytes: int) -> None:
         """See Accelerator."""
         self.use()
-        error = int(torch.cuda.cudart().cudaHostRegister(address, size_bytes, _PORTABLE_AND_MAPPED))
+        error = _number(torch.cuda.cudart().cudaHostRegister(address, size_bytes, _PORTABLE_AND_MAPPED))
         if error:
             self._forget_error()
             raise DeviceError(
@@ -174,8 +179,9 @@ class Cuda(Accelerator):
 
     def unlock(self, address: int) -> None:
         """See Accelerator."""
-        self.use()
-        error = int(torch.cuda.cudart().cudaHostUnregister(address))
+        with contextlib.suppress(RuntimeError):  # of a device that is lost
+            self.use()
+        error = _number(torch.cuda.cudart().cudaHostUnregister(address))
         if error:
             self._forget_error()
             log.warning("cudaHostUnregister failed with CUDA error %d: the memory stays locked", error)

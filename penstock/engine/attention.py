@@ -325,7 +325,7 @@ class PagedBatch:
     def _gather(self, layer: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of pages `[..., p]`: `[..., kv_heads, p * block_tokens, d]`."""
         shape = self._kv.shapes[layer]
-        gathered = self._kv.layer_view(layer).index_select(0, pages.flatten())
+        gathered = self._kv.gather(layer, pages.flatten())
         tokens = gathered.view(*pages.shape[:-1], pages.shape[-1] * self._block_tokens, shape.elements_per_token)
         keys, values = tokens.split((shape.key_elements, shape.kv_heads * shape.value_dim), dim=-1)
         return (
