@@ -19,9 +19,12 @@ from typing import TYPE_CHECKING, Any
 from penstock.report import Report
 
 if TYPE_CHECKING:
+    import torch
+
     from penstock.bench.gpu_copies import CopySizes
     from penstock.bench.gpu_ttft import TtftSizes
     from penstock.bench.gpu_upload import UploadSizes
+    from penstock.core.layout import KVLayout
     from penstock.engine.hf_runner import HFRunner
 
 FAILED = 3  # exit status of a child whose part failed; it has said why
@@ -136,10 +139,11 @@ class Bench:
         """The model with L1 for the longest hit that this machine's memory holds."""
         self.report.step("build the model")
         self.report.modelled.append("weights are random (dummy); every byte of KV moves and every layer is computed")
-        scratch = Path(self.settings.scratch)
+        scratch = Path(self.settings.scratch) / str(os.getpid())
+        scratch.mkdir()
         runner = (_tiny_runner if self.settings.tiny else _llama_runner)(scratch, str(self.device))
         if not self.settings.tiny:
-            self._fit(runner)
+            self.fit(runner.layout, runner.device)
         block_tokens = runner.layout.block_tokens
         longest = max(self.ttft.hit_tokens, default=0) + self.ttft.question_tokens + self.ttft.answer_tokens
         runner.allocate(
@@ -149,29 +153,30 @@ class Bench:
         self.report.step("")
         return runner
 
-    def _fit(self, runner: HFRunner) -> None:
+    def fit(self, layout: KVLayout, device: torch.device) -> None:
         """Leave out the hits that device memory, host memory or the slab's disk cannot hold, and say so."""
         from dataclasses import replace
 
         import torch
 
         settings = self.settings
-        free_bytes, _ = torch.cuda.mem_get_info(runner.device)
+        torch.cuda.empty_cache()  # what the parts before used
+        free_bytes, _ = torch.cuda.mem_get_info(device)
         host_bytes = settings.host_bytes or int(_available_host_bytes() * HOST_SHARE)
-        host_bytes -= self.ttft.staging_blocks * runner.layout.full_block_bytes
-        lengths = self._held(runner, "device memory", free_bytes - DEVICE_HEADROOM_BYTES, 1.02, self.ttft.hit_tokens)
-        lengths = self._held(runner, "host memory", host_bytes, 1.15, lengths)
+        host_bytes -= self.ttft.staging_blocks * layout.full_block_bytes
+        lengths = self._held(layout, "device memory", free_bytes - DEVICE_HEADROOM_BYTES, 1.02, self.ttft.hit_tokens)
+        lengths = self._held(layout, "host memory", host_bytes, 1.15, lengths)
         if settings.slab_folder is not None:
             free = shutil.disk_usage(settings.slab_folder).free
-            self.slab_fits = bool(self._held(runner, "disk for the slab", free, 1.2, lengths[-1:]))
+            self.slab_fits = bool(self._held(layout, "disk for the slab", free, 1.2, lengths[-1:]))
         self.ttft = replace(self.ttft, hit_tokens=lengths)
 
     slab_fits = True
 
     def _held(
-        self, runner: HFRunner, what: str, limit_bytes: int, factor: float, lengths: tuple[int, ...]
+        self, layout: KVLayout, what: str, limit_bytes: int, factor: float, lengths: tuple[int, ...]
     ) -> tuple[int, ...]:
-        needed = {tokens: tokens * runner.layout.bytes_per_token * factor for tokens in lengths}
+        needed = {tokens: tokens * layout.bytes_per_token * factor for tokens in lengths}
         for tokens, size in needed.items():
             if size > limit_bytes:
                 self.report.notes.append(
@@ -225,7 +230,8 @@ def _ttft(bench: Bench) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A measurement, and how long it may take on a GPU, the model's building included."""
+    """A measurement, and how long it may take on a GPU; imports, and building the model, are part of the first one that
+    needs them."""
 
     run: Callable[[Bench], None]
     seconds_max: float
@@ -233,10 +239,10 @@ class Part:
 
 # In this order: what needs least, and says most of the copies, comes first.
 PARTS = {
-    "host": Part(_host, 60.0),
+    "host": Part(_host, 90.0),
     "vllm": Part(_vllm, 60.0),
     "copies": Part(_copies, 60.0),
-    "decode": Part(_decode, 120.0),
+    "decode": Part(_decode, 150.0),
     "hidden": Part(_hidden, 120.0),
     "ttft": Part(_ttft, 420.0),
 }

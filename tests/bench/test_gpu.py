@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from penstock.bench import gpu
 from penstock.bench.command import bench
-from penstock.bench.gpu_parts import PARTS, Part, Settings
+from penstock.bench.gpu_parts import PARTS, Bench, Part, SaidReport, Settings
+from penstock.core.layout import KVLayout
 from penstock.report import Report
 
 app = typer.Typer()
@@ -154,3 +155,31 @@ def test_copies_are_measured_with_torch_and_numpy_alone(tmp_path: Path) -> None:
     figures = json.loads(file.read_text())["figures"]
     assert figures["host_vllm_calls_per_message"] == 3 and figures["vllm_16_tokens_block_first_up_4_ratio"] > 0
     assert figures["upload_4_whole_ratio"] > 0 and not json.loads(file.read_text())["errors"]
+
+
+@pytest.mark.parametrize(
+    ("device_gb", "host_gb", "lengths", "notes"),
+    [
+        (80, 90.0, (16384, 32768, 65536, 131072), 0),
+        (20, 90.0, (16384, 32768, 65536), 1),
+        (80, 4.0, (16384,), 3),
+        (4, 90.0, (), 4),
+    ],
+)
+def test_hits_that_memory_does_not_hold_are_left_out(
+    device_gb: int,
+    host_gb: float,
+    lengths: tuple[int, ...],
+    notes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (device_gb << 30, 141 << 30))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    state = tmp_path / "state"
+    settings = Settings(str(state), str(tmp_path), (), "cuda", False, None, int(host_gb * 1e9), 60.0)
+    report = SaidReport.of(state)
+    measured = Bench(settings, report)
+    measured.fit(KVLayout(64, (4096,) * 32, "bfloat16"), torch.device("cuda", 0))
+    assert measured.ttft.hit_tokens == lengths
+    assert sum("left out: hits of" in note for note in report.notes) == notes
