@@ -43,8 +43,8 @@ class Printed:
         self.figures[name] = value
         if limit is not None:
             self.limits[name] = limit
-        print(f"{name:48} {value:10.4g}   goal {limit:.4g}" if limit is not None else f"{name:48} {value:10.4g}")
         self.write()
+        print(f"{name:48} {value:10.4g}   goal {limit:.4g}" if limit is not None else f"{name:48} {value:10.4g}")
 
     def part(self, name: str, measure: Callable[[], None]) -> None:
         """Measure, and go on whatever happens."""
