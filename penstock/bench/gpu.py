@@ -1,31 +1,41 @@
-"""`penstock bench gpu`: what the data path reaches on a GPU, and what long hits gain there."""
+"""`penstock bench gpu`: what the data path reaches on a GPU, and what long hits gain there.
+
+Parts run in a child process, and what they measured is in the report at once: an error of the device that stays, a hang
+or a kill costs the part under way, and another child runs the rest.
+"""
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import json as json_module
+import os
+import signal
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import IO, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from penstock.bench.gpu_parts import FAILED, PARTS, Settings
 from penstock.extras import missing_modules
+from penstock.process.child_python import child_environment, python_command
+from penstock.process.die_with_parent import die_with_parent
 from penstock.report import Report
 
-if TYPE_CHECKING:
-    from penstock.bench.gpu_ttft import TtftSizes
-    from penstock.bench.gpu_upload import UploadSizes
-    from penstock.engine.hf_runner import HFRunner
-
-BUDGET_S = 380.0  # no measurement starts after it; the last one has its request timeout to end
-DEVICE_HEADROOM_BYTES = 8 << 30  # activations of a prefill chunk, gathered KV of one layer, the allocator's slack
-HOST_SHARE = 0.6  # of the available host memory
-UPLOAD_BLOCKS = 256
-DECODE_CONTEXTS = (2048, 32768, 131072)
+TOTAL_S = 470.0  # of all parts
+TTFT_START_S = 380.0  # no measurement of TTFT starts after it; the last one has its request timeout to end
+START_S = 60.0  # for a child to begin its first part
+POLL_S = 0.1
+STACK_S = 1.0  # for a child that hangs to say where
+KILL_S = 10.0  # for the kernel to end what was killed
+OUTPUT_BYTES_SHOWN = 8000
+# The package is found wherever this one lies, after everything else, also from a checkout that is not installed.
+CHILD = "import sys; sys.path.append({!r}); from penstock.bench.gpu_parts import main; main()"
 
 
 def missing(device: str) -> list[str]:
@@ -47,180 +57,193 @@ def missing(device: str) -> list[str]:
 
 
 def gpu(
-    json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report here, after each figure.")] = None,
     device: Annotated[str, typer.Option(help="cuda or cuda:1; cpu only together with --tiny.")] = "cuda",
     tiny: Annotated[bool, typer.Option(help="A tiny model: checks that everything runs, measures nothing.")] = False,
+    parts: Annotated[str, typer.Option(help="Which parts, in this order.")] = ",".join(PARTS),
     slab_folder: Annotated[
         Path | None, typer.Option(help="Where the slab lies (default: the temporary folder).")
     ] = None,
     slab: Annotated[bool, typer.Option(help="Also measure hits from a slab.")] = True,
+    host_memory_gb: Annotated[
+        float | None, typer.Option(help="Host memory that may be used (default: 0.6 of what is available).")
+    ] = None,
 ) -> None:
     """Copies, loading hidden under compute, decodes, and TTFT of 16K to 128K token hits on a GPU. Takes 8 minutes."""
     if device.split(":")[0] not in ("cuda", "cpu") or (device == "cpu" and not tiny):
         raise typer.BadParameter(f"device is {device!r}; allowed: cuda, or cpu together with --tiny")
+    names = parts.split(",")
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        raise typer.BadParameter(f"parts has {', '.join(map(repr, unknown))}; allowed: {', '.join(PARTS)}")
     console = Console()
     report = Report("gpu")
     lacking = missing(device)
     report.notes.extend(f"not measured: {what}" for what in lacking)
+    run = GpuRun(report, console, json)
+    if not lacking:
+        with tempfile.TemporaryDirectory(prefix="penstock-gpu-") as scratch:
+            folder = str(slab_folder or scratch) if slab else None
+            host_bytes = None if host_memory_gb is None else int(host_memory_gb * 1e9)
+            settings = Settings(
+                str(Path(scratch) / "state.json"), scratch, (), device, tiny, folder, host_bytes, TTFT_START_S
+            )
+            run.run_all(names, settings)
+        if tiny:
+            report.notes.append(f"--tiny on {device}: a check that everything runs, not a measurement")
+    report.print(console)
+    run.publish(report)
+    if run.failed:
+        raise typer.Exit(1)
+
+
+@dataclass(slots=True)
+class GpuRun:
+    """One run of the command. `report` has what the children that have ended said."""
+
+    report: Report
+    console: Console
+    json: Path | None
+    failed: bool = False
+    started_s: float = field(default_factory=time.monotonic)
+
+    def run_all(self, names: Sequence[str], settings: Settings) -> None:
+        """Run the parts, in as many children as it takes."""
+        left = list(names)
+        while left:
+            rest_s = TOTAL_S - self._elapsed_s()
+            if rest_s <= 0:
+                self.report.notes.append(f"left out for lack of time: {', '.join(left)}")
+                self.failed = True
+                return
+            Path(settings.state).unlink(missing_ok=True)
+            child = _Child(settings, left, TTFT_START_S - self._elapsed_s())
+            try:
+                said = self._follow(child, settings)
+            finally:
+                child.end()
+            self._take(said)
+            done = said.get("done", [])
+            if len(done) == len(left):
+                return
+            self.failed = True
+            left = left[len(done) + 1 :]
+
+    def _elapsed_s(self) -> float:
+        return time.monotonic() - self.started_s
+
+    def _follow(self, child: _Child, settings: Settings) -> dict[str, Any]:
+        """Publish what a child says until it ends, or took too long; gives all that it said."""
+        said: dict[str, Any] = {}
+        part, begun_s, status = "", time.monotonic(), None
+        late = ""
+        while status is None and not late:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = child.process.wait(POLL_S)
+            found = _read(settings.state)
+            if found and found != said:
+                said = found
+                if (said["part"] or "") != part:
+                    part, begun_s = said["part"] or "", time.monotonic()
+                self._show(said)
+                self.publish(self._with(said))
+            limit_s = PARTS[part].seconds_max if part else START_S
+            if time.monotonic() - begun_s > limit_s:
+                late = f"did not end within {limit_s:g} s"
+            elif self._elapsed_s() > TOTAL_S:
+                late = f"was under way after {TOTAL_S:g} s, when everything has to end"
+        said = said or {"part": None, "done": []}
+        if late:
+            child.say_where()
+        name = said["part"] or child.parts[min(len(said["done"]), len(child.parts) - 1)]
+        if late or status not in (0, FAILED):
+            why = late or (f"ended by signal {-status}" if status is not None and status < 0 else f"ended: {status}")
+            said.setdefault("notes", []).append(f"{name} failed: its process {why}; {child.last_line()}")
+        if late or status != 0:
+            self._show_output(name, child.output())
+        return said
+
+    def _show(self, said: dict[str, Any]) -> None:
+        what = " ".join(filter(None, (said["part"], said["doing"])))
+        self.console.print(f"{self._elapsed_s():6.1f} s  {len(said['figures'])} figures  {what}", highlight=False)
+
+    def _show_output(self, name: str, output: str) -> None:
+        self.console.print(f"{name} failed; what its process said last:\n{output}", highlight=False, markup=False)
+        if self.json is not None:
+            with self.json.with_suffix(".log").open("a") as file:
+                file.write(f"{name}\n{output}\n")
+
+    def _with(self, said: dict[str, Any]) -> Report:
+        whole = Report("gpu", dict(self.report.figures), dict(self.report.limits), command=self.report.command)
+        whole.modelled, whole.notes = list(self.report.modelled), list(self.report.notes)
+        _add(whole, said)
+        return whole
+
+    def _take(self, said: dict[str, Any]) -> None:
+        _add(self.report, said)
+        self.publish(self.report)
+
+    def publish(self, report: Report) -> None:
+        """Write the report as far as it is there."""
+        if self.json is not None:
+            report.write_json(self.json)
+
+
+def _add(report: Report, said: dict[str, Any]) -> None:
+    report.figures.update(said.get("figures", {}))
+    report.limits.update(said.get("limits", {}))
+    for into, texts in ((report.modelled, said.get("modelled", [])), (report.notes, said.get("notes", []))):
+        into.extend(text for text in texts if text not in into)
+
+
+def _read(state: str) -> dict[str, Any]:
     try:
-        if not lacking:
-            with tempfile.TemporaryDirectory(prefix="penstock-gpu-") as scratch:
-                _measure(report, console, device, tiny, Path(scratch), slab_folder, slab)
-    except Exception as error:
-        report.notes.append(f"ended early: {type(error).__name__}: {error}")
-        raise
-    finally:  # what was measured is kept
-        report.print(console)
-        if json is not None:
-            report.write_json(json)
+        found: dict[str, Any] = json_module.loads(Path(state).read_text())
+    except FileNotFoundError:
+        return {}
+    return found
 
 
-def _measure(
-    report: Report, console: Console, device: str, tiny: bool, scratch: Path, slab_folder: Path | None, slab: bool
-) -> None:
-    import torch
+class _Child:
+    """A process that runs parts."""
 
-    from penstock.bench.gpu_copies import (
-        LLAMA_COPIES,
-        TINY_COPIES,
-        measure_groups,
-        measure_host,
-        measure_rows,
-    )
-    from penstock.bench.gpu_decode import measure_decode
-    from penstock.bench.gpu_ttft import TtftBench
-    from penstock.bench.gpu_upload import HostBlocks, measure_hidden_share, measure_upload_ratio
-
-    deadline_s = time.monotonic() + BUDGET_S
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("build the model", total=None)
-
-        def step(text: str) -> None:
-            progress.update(task, advance=1, description=text)
-
-        runner = _tiny_runner(scratch, device) if tiny else _llama_runner(scratch, device)
-        if device != "cpu":
-            properties = torch.cuda.get_device_properties(runner.device)
-            report.notes.append(f"device: {properties.name}, {properties.total_memory / 1e9:.0f} GB")
-        upload, ttft = _tiny_sizes() if tiny else _llama_sizes()
-        folder = slab_folder or scratch
-        if not tiny:
-            upload, ttft, slab = _fitted(report, runner, upload, ttft, folder, slab)
-        progress.update(task, total=7 + (len(ttft.hit_tokens) * (3 if slab else 2)))
-        block_tokens = runner.layout.block_tokens
-        pages = (max(ttft.hit_tokens) + ttft.question_tokens + ttft.answer_tokens) // block_tokens + 8
-        runner.allocate(
-            max(pages, upload.upload_blocks, upload.hit_blocks + max(upload.query_tokens) // block_tokens + 1)
+    def __init__(self, settings: Settings, parts: Sequence[str], ttft_s: float) -> None:
+        self.parts = list(parts)
+        told = json_module.dumps(asdict(settings) | {"parts": self.parts, "seconds": ttft_s})
+        code = CHILD.format(str(Path(__file__).parents[2]))
+        self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (`end` closes it)
+        self.process = subprocess.Popen(
+            python_command("-c", code, told),
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+            env=child_environment(),
         )
-        host = HostBlocks(runner, max(upload.upload_blocks, upload.hit_blocks))
-        measure_upload_ratio(runner, host, upload, report)
-        step("upload bandwidth")
-        copies = TINY_COPIES if tiny else LLAMA_COPIES
-        measure_groups(runner, host.blocks, copies, report)
-        step("groups of blocks")
-        measure_hidden_share(runner, host, upload, report)
-        step("loading under compute")
-        measure_host(LLAMA_COPIES, report)
-        measure_rows(runner.device, copies, report)
-        step("copies of vLLM's worker")
-        measure_decode(runner, DECODE_CONTEXTS if not tiny else (64, 128), report)
-        step("decodes")
-        runner.kv.page_unlock_all()
-        del host
-        TtftBench(runner, ttft, report, deadline_s, step).run(folder if slab else None)
-        runner.close()
-    report.modelled.append("weights are random (dummy); every byte of KV moves and every layer is computed")
-    if tiny:
-        report.notes.append(f"--tiny on {device}: a check that everything runs, not a measurement")
 
+    def say_where(self) -> None:
+        """Have a process that hangs write where its threads are, and end it."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGUSR1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STACK_S)
+        self.end()
 
-def _tiny_runner(scratch: Path, device: str) -> HFRunner:
-    from penstock.engine.hf_runner import HFRunner
-    from penstock.testing.tiny_models import build_tiny
+    def output(self) -> str:
+        """The end of what it wrote."""
+        size = os.fstat(self._output.fileno()).st_size
+        start = max(0, size - OUTPUT_BYTES_SHOWN)
+        return os.pread(self._output.fileno(), OUTPUT_BYTES_SHOWN, start).decode(errors="replace")
 
-    return HFRunner(str(build_tiny("llama", scratch / "model")), block_tokens=16, device=device)
+    def last_line(self) -> str:
+        """For a note."""
+        lines = [line for line in self.output().splitlines() if line.strip()]
+        return f"its last line: {lines[-1].strip()[:300]}" if lines else "it wrote nothing"
 
-
-def _llama_runner(scratch: Path, device: str) -> HFRunner:
-    from penstock.engine.checkpoint import llama_3_1_8b_config
-    from penstock.engine.hf_runner import HFRunner
-
-    llama_3_1_8b_config().save_pretrained(scratch / "model")
-    return HFRunner(str(scratch / "model"), dtype="bfloat16", device=device, load_format="dummy")
-
-
-def _tiny_sizes() -> tuple[UploadSizes, TtftSizes]:
-    from penstock.bench.gpu_ttft import TtftSizes
-    from penstock.bench.gpu_upload import UploadSizes
-
-    upload = UploadSizes(upload_blocks=8, hit_blocks=8, query_tokens=(32, 64), repeats=2)
-    ttft = TtftSizes(
-        hit_tokens=(128, 256),
-        question_tokens=32,
-        answer_tokens=4,
-        repeats=1,
-        max_batch_tokens=64,
-        staging_blocks=8,
-        upload_group_blocks=4,
-        request_timeout_s=30.0,
-    )
-    return upload, ttft
-
-
-def _llama_sizes() -> tuple[UploadSizes, TtftSizes]:
-    from penstock.bench.gpu_ttft import TtftSizes
-    from penstock.bench.gpu_upload import UploadSizes
-
-    upload = UploadSizes(UPLOAD_BLOCKS, UPLOAD_BLOCKS, query_tokens=(512, 1024, 2048, 4096, 8192), repeats=5)
-    ttft = TtftSizes(
-        hit_tokens=(16384, 32768, 65536, 131072),
-        question_tokens=512,
-        answer_tokens=8,
-        repeats=3,
-        max_batch_tokens=8192,  # divides every hit, so that the question is one chunk with and without a hit
-        staging_blocks=128,
-        upload_group_blocks=16,
-        request_timeout_s=90.0,
-    )
-    return upload, ttft
-
-
-def _available_host_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable")
-
-
-def _fitted(
-    report: Report, runner: HFRunner, upload: UploadSizes, ttft: TtftSizes, slab_folder: Path, slab: bool
-) -> tuple[UploadSizes, TtftSizes, bool]:
-    """Leave out the lengths that device memory, host memory or the slab's disk cannot hold, and say so."""
-    from dataclasses import replace
-
-    import torch
-
-    block_bytes = runner.layout.full_block_bytes
-    free_bytes, _ = torch.cuda.mem_get_info()
-    host_bytes = int(_available_host_bytes() * HOST_SHARE) - ttft.staging_blocks * block_bytes
-
-    def keep(what: str, limit_bytes: int, factor: float, lengths: tuple[int, ...]) -> tuple[int, ...]:
-        needed: Callable[[int], float] = lambda tokens: tokens * runner.layout.bytes_per_token * factor  # noqa: E731
-        for tokens in lengths:
-            if needed(tokens) > limit_bytes:
-                report.notes.append(
-                    f"left out: hits of {tokens} tokens need {needed(tokens) / 1e9:.1f} GB of {what}; "
-                    f"{max(0, limit_bytes) / 1e9:.1f} GB can be used"
-                )
-        return tuple(tokens for tokens in lengths if needed(tokens) <= limit_bytes)
-
-    lengths = keep("device memory", free_bytes - DEVICE_HEADROOM_BYTES, 1.02, ttft.hit_tokens)
-    lengths = keep("host memory", host_bytes, 1.15, lengths)
-    if not lengths:
-        raise typer.BadParameter(
-            "this machine's memory does not hold a hit of 16384 tokens; see the notes: " + report.notes[-1]
-        )
-    if slab and not keep("disk for the slab", shutil.disk_usage(slab_folder).free, 1.2, lengths[-1:]):
-        slab = False
-    return upload, replace(ttft, hit_tokens=lengths), slab
+    def end(self) -> None:
+        """End it and its own children; one that a driver does not let go of is left to the kernel."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILL_S)

@@ -4,26 +4,25 @@ what they cost the host, which needs no GPU to be measured. Imports torch and nu
 
 from __future__ import annotations
 
+import random
 import statistics
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
+from penstock.core.layout import KVLayout
 from penstock.device.accelerator import Accelerator
 from penstock.device.registry import accelerator_of
+from penstock.engine.paged_kv import LayerShape, PagedKV
 from penstock.io.memory import address_of, aligned_buffer
 from penstock.testing.null_accelerator import NullAccelerator
 from penstock.vllm.layout import KVRows, Layer
-
-if TYPE_CHECKING:
-    from penstock.engine.hf_runner import HFRunner
-    from penstock.engine.paged_kv import PagedKV
-    from penstock.report import Report
 
 RATIO_GOAL = 0.9
 HOST_US_GOAL = 15.0  # per 8 MiB block and direction
@@ -47,6 +46,11 @@ class CopySizes:
     layers: int
     row_bytes_per_token: int  # of one layer
     pool_block_tokens: int
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a pool block."""
+        return self.layers * self.row_bytes_per_token * self.pool_block_tokens
 
 
 TINY_COPIES = CopySizes((1, 4), repeats=2, layers=2, row_bytes_per_token=64, pool_block_tokens=64)
@@ -73,50 +77,86 @@ class PlainCopies:
         self._device = torch.empty(memory.nbytes, dtype=torch.uint8, device=accelerator.device)
         self._accelerator, self._repeats = accelerator, repeats
 
-    def seconds(self, size_bytes: int, to_device: bool) -> float:
+    def seconds(self, size_bytes: int, to_device: bool, repeats: int | None = None) -> float:
         """For so many bytes."""
         host, device = self._host[:size_bytes], self._device[:size_bytes]
         target, source = (device, host) if to_device else (host, device)
-        return _median_s(lambda: target.copy_(source, non_blocking=True), self._accelerator, self._repeats)
+        times = repeats or self._repeats
+        return _median_s(lambda: target.copy_(source, non_blocking=True), self._accelerator, times)
 
 
-def measure_groups(runner: HFRunner, blocks: Sequence[memoryview], sizes: CopySizes, report: Report) -> None:
-    """Groups of blocks up, whole and by layer, and down, against one plain copy. `blocks` adjoin, page-locked."""
-    kv, accelerator = runner.kv, accelerator_of(runner.device)
-    block_bytes = runner.layout.full_block_bytes
-    plain = PlainCopies(_whole(blocks), accelerator, sizes.repeats)
-    for count in (size for size in sizes.groups if size <= min(len(blocks), kv.pages)):
-        group = [(block, kv.pages - 1 - index) for index, block in enumerate(blocks[:count])]
-        up_s, down_s = (plain.seconds(count * block_bytes, to_device) for to_device in (True, False))
-        for kind, layerwise in (("whole", False), ("by_layer", True)):
-            took_s = _median_s(
-                lambda layerwise=layerwise, group=group: kv.upload(kv.start_upload(group, layerwise)),  # type: ignore[misc]
-                accelerator,
-                sizes.repeats,
-            )
-            report.figure(f"upload_{count}_{kind}_ratio", up_s / took_s, RATIO_GOAL)
-        took_s = _median_s(lambda group=group: _download(kv, group), accelerator, sizes.repeats)  # type: ignore[misc]
-        report.figure(f"download_{count}_ratio", down_s / took_s, RATIO_GOAL)
+KV_HEADS = 8  # of the model whose L1 is measured, in bfloat16
 
 
-def _whole(blocks: Sequence[memoryview]) -> memoryview:
-    """The memory that adjoining blocks are cut from."""
-    whole = blocks[0].obj
-    assert whole is not None
-    return memoryview(whole)[: sum(block.nbytes for block in blocks)]
+def l1_of(device: torch.device, sizes: CopySizes) -> PagedKV:
+    """The built-in engine's L1 of a model of this geometry, without the model; room for twice the largest group."""
+    layout = KVLayout(sizes.pool_block_tokens, (sizes.row_bytes_per_token,) * sizes.layers, "bfloat16")
+    width = sizes.row_bytes_per_token // (2 * KV_HEADS * torch.bfloat16.itemsize)
+    shapes = [LayerShape(KV_HEADS, width, width)] * sizes.layers
+    return PagedKV(layout, shapes, torch.bfloat16, device, 2 * max(sizes.groups))
 
 
-def _download(kv: PagedKV, group: Sequence[tuple[memoryview, int]]) -> None:
+@contextmanager
+def _locked(size_bytes: int, accelerator: Accelerator) -> Iterator[memoryview]:
+    memory = aligned_buffer(size_bytes)
+    accelerator.lock(address_of(memory), size_bytes)
+    try:
+        yield memory
+    finally:
+        accelerator.unlock(address_of(memory))
+
+
+def measure_groups(device: torch.device, sizes: CopySizes, report: Figures) -> None:
+    """Groups of blocks of the engine up, whole and by layer, and down, against one plain copy; the largest group also
+    into scattered pages, in turns with the plain copy."""
+    kv = l1_of(device, sizes)
+    block_bytes = sizes.block_bytes
+    locked = _locked(max(sizes.groups) * block_bytes, kv.accelerator)
+    with closing(kv), locked as memory, ThreadPoolExecutor(1) as other:
+        blocks = [memory[at : at + block_bytes] for at in range(0, memory.nbytes, block_bytes)]
+        plain = PlainCopies(memory, kv.accelerator, sizes.repeats)
+        _measure_scattered(kv, blocks, plain, sizes.repeats, report)
+        for count in sizes.groups:
+            group = [(block, kv.pages - 1 - index) for index, block in enumerate(blocks[:count])]
+            up_s, down_s = (plain.seconds(count * block_bytes, to_device) for to_device in (True, False))
+            for kind, layerwise in (("whole", False), ("by_layer", True)):
+                took_s = _median_s(
+                    lambda layerwise=layerwise, group=group: kv.upload(kv.start_upload(group, layerwise)),  # type: ignore[misc]
+                    kv.accelerator,
+                    sizes.repeats,
+                )
+                report.figure(f"upload_{count}_{kind}_ratio", up_s / took_s, RATIO_GOAL)
+            took_s = _median_s(lambda group=group: _download(kv, group, other), kv.accelerator, sizes.repeats)  # type: ignore[misc]
+            report.figure(f"download_{count}_ratio", down_s / took_s, RATIO_GOAL)
+
+
+def _measure_scattered(
+    kv: PagedKV, blocks: Sequence[memoryview], plain: PlainCopies, repeats: int, report: Figures
+) -> None:
+    """Layer by layer into scattered pages."""
+    pages = random.Random(0).sample(range(kv.pages), len(blocks))
+    moved_bytes = len(blocks) * kv.layout.full_block_bytes
+    group = list(zip(blocks, pages, strict=True))
+    plain_s, upload_s = [], []
+    for _ in range(repeats):
+        plain_s.append(plain.seconds(moved_bytes, to_device=True, repeats=1))
+        upload_s.append(_median_s(lambda: kv.upload(kv.start_upload(group, True)), kv.accelerator, 1))
+    plain_gbps, upload_gbps = (moved_bytes / statistics.median(times) / 1e9 for times in (plain_s, upload_s))
+    report.figure("upload_gbytes_per_s", upload_gbps, plain_gbps)
+    report.figure("upload_ratio", upload_gbps / plain_gbps, RATIO_GOAL)
+    report.figure("plain_download_gbytes_per_s", moved_bytes / plain.seconds(moved_bytes, to_device=False) / 1e9)
+
+
+def _download(kv: PagedKV, group: Sequence[tuple[memoryview, int]], other: ThreadPoolExecutor) -> None:
     """As the engine does: two threads, so that a copy is on the stream while one is waited for."""
 
     def some(first: int) -> None:
         for block, page in group[first::2]:
             kv.download(page, block)
 
-    other = threading.Thread(target=some, args=(1,))
-    other.start()
+    rest = other.submit(some, 1)
     some(0)
-    other.join()
+    rest.result()
 
 
 def _rows(sizes: CopySizes, tokens: int, side_by_side: bool, blocks: int, accelerator: Accelerator) -> KVRows:
@@ -144,11 +184,9 @@ def _variants(sizes: CopySizes) -> list[tuple[str, int, bool]]:
 def measure_rows(device: torch.device, sizes: CopySizes, report: Figures) -> None:
     """Messages of 1, 4 and 16 blocks of vLLM's worker up and down, against one plain copy."""
     accelerator = accelerator_of(device)
-    block_bytes = sizes.layers * sizes.row_bytes_per_token * sizes.pool_block_tokens
+    block_bytes = sizes.block_bytes
     counts = [count for count in sizes.groups if count <= 16]
-    memory = aligned_buffer(max(counts) * block_bytes)
-    accelerator.lock(address_of(memory), memory.nbytes)
-    try:
+    with _locked(max(counts) * block_bytes, accelerator) as memory:
         plain = PlainCopies(memory, accelerator, sizes.repeats)
         for name, tokens, side_by_side in _variants(sizes):
             places = sizes.pool_block_tokens // tokens
@@ -162,8 +200,6 @@ def measure_rows(device: torch.device, sizes: CopySizes, report: Figures) -> Non
                     took_s = _median_s(lambda move=move, parts=parts: move(parts), accelerator, sizes.repeats)  # type: ignore[misc]
                     plain_s = plain.seconds(count * block_bytes, direction == "up")
                     report.figure(f"{name}_{direction}_{count}_ratio", plain_s / took_s, RATIO_GOAL)
-    finally:
-        accelerator.unlock(address_of(memory))
 
 
 def measure_host(sizes: CopySizes, report: Figures) -> None:

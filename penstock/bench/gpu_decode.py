@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from penstock.device.registry import accelerator_of
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import Chunk, SamplingParams
 from penstock.report import Report
@@ -22,13 +21,13 @@ GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 
 def measure_decode(runner: HFRunner, contexts: tuple[int, ...], report: Report) -> None:
     """One request, at each context that L1 holds; its KV is zeros, which cost as much as any."""
-    report.notes.append(f"attention: {runner.attention_kernel}")
     bandwidth = _bytes_per_s(runner)
     model: Any = runner.model
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     for context in contexts:
         pages = list(range(-(-(context + STEPS + WARM_STEPS) // runner.layout.block_tokens)))
         if len(pages) > runner.kv.pages or context + STEPS + WARM_STEPS > runner.max_context_tokens:
+            report.notes.append(f"left out: a decode at {context} tokens, which L1 or the model does not hold")
             continue
         took = []
         for step in range(STEPS + WARM_STEPS):
@@ -42,7 +41,7 @@ def measure_decode(runner: HFRunner, contexts: tuple[int, ...], report: Report) 
 
 def _bytes_per_s(runner: HFRunner) -> float:
     """What the device reads, by a copy within it."""
-    accelerator = accelerator_of(runner.device)
+    accelerator = runner.kv.accelerator
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=runner.device)
     target = torch.empty_like(source)
     best_s = float("inf")

@@ -1,4 +1,4 @@
-"""The two figures of the upload stage, by the runner alone: its bandwidth, and how much of it hides under compute."""
+"""How much of loading hides under compute, by the runner alone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-
 from penstock.core.operations import ChunkOutcome
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import Chunk, SamplingParams, UploadGroup
@@ -20,7 +17,6 @@ from penstock.process.switch_interval import switch_often
 from penstock.report import Report
 
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
-UPLOAD_RATIO_GOAL = 0.9
 HIDDEN_SHARE_GOAL = 0.9
 COMPUTE_OVER_LOAD_MIN = 1.5  # so that there is enough compute to hide the loading under
 THREAD_TIMEOUT_S = 120.0
@@ -30,7 +26,6 @@ THREAD_TIMEOUT_S = 120.0
 class UploadSizes:
     """How much is moved and computed, and how often."""
 
-    upload_blocks: int
     hit_blocks: int
     query_tokens: tuple[int, ...]  # tried in turn until compute takes long enough
     repeats: int
@@ -46,39 +41,14 @@ class HostBlocks:
         self.blocks = [self.memory[at : at + self.block_bytes] for at in range(0, self.memory.nbytes, self.block_bytes)]
 
 
-def _synchronize(runner: HFRunner) -> None:
-    if runner.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def timed(runner: HFRunner, work: Callable[[], object]) -> float:
     """Seconds from a quiet device to a quiet device."""
-    _synchronize(runner)
+    accelerator = runner.kv.accelerator
+    accelerator.synchronize()
     start_s = time.perf_counter()
     work()
-    _synchronize(runner)
+    accelerator.synchronize()
     return time.perf_counter() - start_s
-
-
-def measure_upload_ratio(runner: HFRunner, host: HostBlocks, sizes: UploadSizes, report: Report) -> None:
-    """Layer-by-layer upload into scattered pages, against one plain copy of as many bytes from page-locked memory."""
-    count = sizes.upload_blocks
-    pages = random.Random(0).sample(range(runner.kv.pages), count)
-    blocks = list(zip(host.blocks[:count], pages, strict=True))
-    moved_bytes = count * host.block_bytes
-    source = torch.from_numpy(np.frombuffer(host.memory[:moved_bytes], np.uint8))
-    target = torch.empty(moved_bytes, dtype=torch.uint8, device=runner.device)
-    plain_s, upload_s = [], []
-    for repeat in range(sizes.repeats + 1):
-        plain = timed(runner, lambda: target.copy_(source, non_blocking=True))
-        upload = timed(runner, lambda: runner.upload(runner.start_upload(blocks)))
-        if repeat:  # the first round warms up
-            plain_s.append(plain)
-            upload_s.append(upload)
-    plain_gbps = moved_bytes / statistics.median(plain_s) / 1e9
-    upload_gbps = moved_bytes / statistics.median(upload_s) / 1e9
-    report.figure("upload_gbytes_per_s", upload_gbps, plain_gbps)
-    report.figure("upload_ratio", upload_gbps / plain_gbps, UPLOAD_RATIO_GOAL)
 
 
 class _Hit:
@@ -121,9 +91,17 @@ class _Hit:
         return token
 
 
-def measure_hidden_share(runner: HFRunner, host: HostBlocks, sizes: UploadSizes, report: Report) -> None:
+def measure_hidden_share(runner: HFRunner, sizes: UploadSizes, report: Report) -> None:
     """(load alone + compute alone - both at once) / load alone, with enough compute to hide the load under."""
     switch_often()  # as in an engine
+    host = HostBlocks(runner, sizes.hit_blocks)
+    try:
+        _measure_hidden_share(runner, host, sizes, report)
+    finally:
+        runner.page_unlock(host.memory)
+
+
+def _measure_hidden_share(runner: HFRunner, host: HostBlocks, sizes: UploadSizes, report: Report) -> None:
     hit = _Hit(runner, host, sizes.hit_blocks, sizes.query_tokens[0])
     hit.fill_host()
     load_s = statistics.median(timed(runner, hit.load) for _ in range(sizes.repeats))

@@ -36,6 +36,7 @@ class CopyLane:
         is lost."""
         try:
             if event is not None:
+                self._accelerator.use()
                 event.synchronize()
         except BaseException:
             self.drain()

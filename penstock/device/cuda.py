@@ -6,8 +6,11 @@ offers takes lists of objects, which cost more time to make than the copies of a
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
+import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +21,8 @@ from penstock.device.accelerator import Accelerator, DeviceError, Event, Stream,
 
 log = logging.getLogger(__name__)
 
-_PORTABLE = 1  # cudaHostRegisterPortable: locked for every device of this process
+# cudaHostRegisterPortable and Mapped: locked for every device of this process, and kernels may read it where it lies
+_PORTABLE_AND_MAPPED = 3
 _IN_STREAM_ORDER, _IN_ANY_ORDER = 1, 3  # CUmemcpySrcAccessOrder
 _NOT_SUPPORTED = 801  # CUDA_ERROR_NOT_SUPPORTED
 _HIP_DEFAULT = 4  # hipMemcpyDefault: the direction follows from the addresses
@@ -91,7 +95,7 @@ class HipCopies:
 
     def __init__(self, library: Any = None) -> None:
         """`library` is libamdhip64. Raises OSError where there is none."""
-        library = ctypes.CDLL("libamdhip64.so") if library is None else library
+        library = ctypes.CDLL(loaded_library("libamdhip64.so")) if library is None else library
         self._copy_one = library.hipMemcpyAsync
         self._copy_one.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
 
@@ -101,9 +105,22 @@ class HipCopies:
             _check(self._copy_one(target, source, size_bytes, _HIP_DEFAULT, stream.cuda_stream), "hipMemcpyAsync")
 
 
+def loaded_library(name: str, maps: str = "/proc/self/maps") -> str:
+    """The file of a library that this process has loaded, as torch's packages bring libraries of their own, with
+    versions in their names; `name` itself where none is."""
+    with open(maps, encoding="utf-8", errors="replace") as lines:
+        paths = [line.split(maxsplit=5)[5].strip() for line in lines if name in line]
+    return next((path for path in paths if os.path.basename(path).startswith(name)), name)
+
+
 def _check(error: int, call: str) -> None:
     if error:
         raise DeviceError(f"{call} failed with error {error}")
+
+
+def _number(error: Any) -> int:
+    """Of an error of the runtime, which torch gives as a member of an enumeration."""
+    return int(getattr(error, "value", error))
 
 
 class Cuda(Accelerator):
@@ -119,10 +136,16 @@ class Cuda(Accelerator):
             copies = HipCopies() if torch.version.hip is not None else DriverCopies()
         self._copies = copies
         self._pool: Any = None  # memory of everything that is recorded
+        self._recording: Any = None  # the stream that it is recorded on
+        self._threads = threading.local()
 
     def use(self) -> None:
-        """See Accelerator."""
+        """See Accelerator. A thread begins without a context, which the driver's own calls need; `set_device` gives it
+        one only where it changes the device, so that threads on device 0 would have none."""
         torch.cuda.set_device(self.device)
+        if not hasattr(self._threads, "has_context"):
+            torch.cuda.mem_get_info(self.device)  # a call of the runtime that needs a context, and makes it current
+            self._threads.has_context = True
 
     def new_stream(self) -> Stream:
         """See Accelerator."""
@@ -146,8 +169,9 @@ class Cuda(Accelerator):
     def lock(self, address: int, size_bytes: int) -> None:
         """See Accelerator."""
         self.use()
-        error = int(torch.cuda.cudart().cudaHostRegister(address, size_bytes, _PORTABLE))
+        error = _number(torch.cuda.cudart().cudaHostRegister(address, size_bytes, _PORTABLE_AND_MAPPED))
         if error:
+            self._forget_error()
             raise DeviceError(
                 f"cudaHostRegister of {size_bytes} bytes failed with CUDA error {error}; "
                 "the memory lock limit (ulimit -l) must allow it and no other part may have locked it"
@@ -155,7 +179,17 @@ class Cuda(Accelerator):
 
     def unlock(self, address: int) -> None:
         """See Accelerator."""
-        torch.cuda.cudart().cudaHostUnregister(address)
+        with contextlib.suppress(RuntimeError):  # of a device that is lost
+            self.use()
+        error = _number(torch.cuda.cudart().cudaHostUnregister(address))
+        if error:
+            self._forget_error()
+            log.warning("cudaHostUnregister failed with CUDA error %d: the memory stays locked", error)
+
+    def _forget_error(self) -> None:
+        """The runtime keeps the error of a failed call, and the next launch of anybody would report it as its own."""
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device=self.device)
 
     def copy(self, descriptors: np.ndarray, stream: Any, to_device: bool) -> None:
         """See Accelerator."""
@@ -168,14 +202,14 @@ class Cuda(Accelerator):
     def record(self, step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
         """See Accelerator; other threads go on using the device meanwhile."""
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        current, aside = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+            self._pool, self._recording = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+        current, aside = torch.cuda.current_stream(self.device), self._recording
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
             step()  # what is made on first use must not be recorded
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
             output = step()
         return output, graph.replay
 

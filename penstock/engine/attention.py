@@ -111,11 +111,22 @@ class _Span:
 
 @dataclass(frozen=True, slots=True)
 class _DecodeGroup:
-    """Single-token chunks attended together: rows `[b]`, pages `[b, p]`, mask `[b, 1, 1, p * block_tokens]`."""
+    """Single-token chunks attended together: rows `[b]`, pages `[b, p]`, mask `[b, 1, 1, p * block_tokens]`. `seen`:
+    the first and the end of the tokens of these pages that the mask lets see, where there is one chunk."""
 
     rows: torch.Tensor
     pages: torch.Tensor
     mask: torch.Tensor
+    seen: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodePlan:
+    """A `_DecodeGroup` to be: the numbers in the parcel of its rows, pages, where each chunk is and where its first
+    page begins; and `seen`."""
+
+    numbers: tuple[int, int, int, int]
+    seen: tuple[int, int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +325,7 @@ class PagedBatch:
     def _gather(self, layer: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of pages `[..., p]`: `[..., kv_heads, p * block_tokens, d]`."""
         shape = self._kv.shapes[layer]
-        gathered = self._kv.layer_view(layer).index_select(0, pages.flatten())
+        gathered = self._kv.gather(layer, pages.flatten())
         tokens = gathered.view(*pages.shape[:-1], pages.shape[-1] * self._block_tokens, shape.elements_per_token)
         keys, values = tokens.split((shape.key_elements, shape.kv_heads * shape.value_dim), dim=-1)
         return (
@@ -334,38 +345,42 @@ class PagedBatch:
         keys, values = keys[:, : span.end - first].to(query.dtype), values[:, : span.end - first].to(query.dtype)
         return causal_attention(query, keys, values, span.start - first, args)
 
-    def _plan_decodes(self, window: int) -> Iterator[tuple[int, int, int, int]]:
-        """Group single-token chunks of similar length, shortest first, so that padding stays bounded. Of each group the
-        numbers in the parcel of: rows, pages, where each chunk is, where its first page begins."""
+    def _plan_decodes(self, window: int) -> Iterator[_DecodePlan]:
+        """Group single-token chunks of similar length, shortest first, so that padding stays bounded."""
         waiting: list[tuple[_Span, int, int]] = []  # span, its first page, its page count
         used_pages = 0
         for span in self._decodes:
             first = self._first_page(span.start, window)
             count = -(-span.end // self._block_tokens) - first
             if waiting and (len(waiting) + 1) * count > DECODE_PADDING_RATIO_MAX * (used_pages + count):
-                yield self._add_decodes(waiting)
+                yield self._add_decodes(waiting, window)
                 waiting, used_pages = [], 0
             waiting.append((span, first, count))
             used_pages += count
         if waiting:
-            yield self._add_decodes(waiting)
+            yield self._add_decodes(waiting, window)
 
-    def _add_decodes(self, members: Sequence[tuple[_Span, int, int]]) -> tuple[int, int, int, int]:
+    def _add_decodes(self, members: Sequence[tuple[_Span, int, int]], window: int) -> _DecodePlan:
         pages = np.empty((len(members), max(count for _, _, count in members)), np.int64)
         for row, (span, first, count) in zip(pages, members, strict=True):
             row[:count] = span.pages[first : first + count]
             row[count:] = row[0]
         add = self._parcel.add
         rows, starts = [span.first_row for span, _, _ in members], [span.start for span, _, _ in members]
-        return add(rows), add(pages), add(starts), add([first * self._block_tokens for _, first, _ in members])
+        firsts = [first * self._block_tokens for _, first, _ in members]
+        seen = None
+        if len(members) == 1:
+            low = max(0, starts[0] - window + 1) if window else 0
+            seen = (low - firsts[0], starts[0] + 1 - firsts[0])
+        return _DecodePlan((add(rows), add(pages), add(starts), add(firsts)), seen)
 
-    def _decode_group(self, numbers: tuple[int, int, int, int], window: int) -> _DecodeGroup:
-        rows, pages, starts, firsts = map(self._parcel.get, numbers)
+    def _decode_group(self, plan: _DecodePlan, window: int) -> _DecodeGroup:
+        rows, pages, starts, firsts = map(self._parcel.get, plan.numbers)
         at = firsts[:, None] + torch.arange(pages.shape[1] * self._block_tokens, device=pages.device)[None, :]
         mask = at <= starts[:, None]
         if window:
             mask &= at > starts[:, None] - window
-        return _DecodeGroup(rows, pages, mask[:, None, None])
+        return _DecodeGroup(rows, pages, mask[:, None, None], plan.seen)
 
     def _decode(self, layer: int, group: _DecodeGroup, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
         """Query `[b, heads, d]`, one token of each chunk; gives `[b, heads, value_dim]`."""
@@ -373,6 +388,9 @@ class PagedBatch:
         kv_heads = keys.shape[1]
         grouped = query.unflatten(1, (kv_heads, -1))  # heads that share keys are the query rows of one head
         keys, values = keys.to(query.dtype), values.to(query.dtype)
+        if args.sinks is None and args.softcap is None and group.seen is not None and _takes_flash(query):
+            low, high = group.seen
+            return flash_decode(query, keys[:, :, low:high], values[:, :, low:high], args.scaling)
         if args.sinks is None and args.softcap is None:
             output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask, scale=args.scaling)
         else:
@@ -390,7 +408,7 @@ def causal_attention(
     kv_heads, total, _ = keys.shape
     explicit = args.sinks is not None or args.softcap is not None
     if not explicit and not args.window:
-        if query.dtype in (torch.bfloat16, torch.float16) and _has_flash(query.device):
+        if _takes_flash(query):
             return flash_causal_attention(query, keys, values, args.scaling)
         if start == 0:
             grouped = _grouped(query, keys, values)
@@ -418,6 +436,12 @@ def causal_attention(
             part = F.scaled_dot_product_attention(*grouped, attn_mask=mask, scale=args.scaling)
         output[:, low:high] = part.flatten(0, 1)
     return output
+
+
+def _takes_flash(query: torch.Tensor) -> bool:
+    """Whether a kernel without masks is faster: it divides long contexts among processors, which those with a mask do
+    not."""
+    return query.dtype in (torch.bfloat16, torch.float16) and _has_flash(query.device)
 
 
 @lru_cache
@@ -451,6 +475,16 @@ def flash_causal_attention(
         enable_gqa=query.shape[0] != keys.shape[0],
     )
     return output[0, :, :, :width]
+
+
+def flash_decode(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+    """One token's query `[1, heads, d]` against all of keys and values `[1, kv_heads, tokens, d]`, without a mask;
+    gives `[1, heads, value_dim]`. Values narrower than keys are padded for the kernel."""
+    width = values.shape[-1]
+    padded = F.pad(values, (0, keys.shape[-1] - width)) if width < keys.shape[-1] else values
+    gqa = query.shape[1] != keys.shape[1]
+    output = F.scaled_dot_product_attention(query[:, :, None], keys, padded, scale=scaling, enable_gqa=gqa)
+    return output[:, :, 0, :width]
 
 
 def explicit_attention(

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 GRAPHS_MAX = 32  # those that were not used for longest go first
 REQUESTS_MAX = 64  # of a recorded step: with more of them launches are no matter
+TOLERANCE = 2e-2  # between a replayed step and a computed one, of the largest logit
 
 Key = tuple[int, ...]
 Forward = Callable[[PagedBatch], torch.Tensor]
@@ -67,10 +68,23 @@ class DecodeGraphs:
             log.warning("decode steps cannot be recorded on this device: %s", error)
             self.works = False
             return None
-        found = self._recorded[key] = _Recorded(inputs, logits, replay)
+        found = _Recorded(inputs, logits, replay)
+        if not self._replays(found, paged):
+            log.warning("a replayed decode step differs from a computed one on this device: steps are not recorded")
+            self.works = False
+            self._recorded.clear()
+            return None
+        self._recorded[key] = found
         while len(self._recorded) > GRAPHS_MAX:
             self._recorded.popitem(last=False)
         return found
+
+    def _replays(self, recorded: _Recorded, paged: PagedBatch) -> bool:
+        """Whether what was recorded gives the logits of the batch that it was recorded of, once it is replayed."""
+        expected = self._forward(paged).float()
+        recorded.replay()
+        atol = TOLERANCE * float(expected.nan_to_num().abs().max()) if expected.numel() else 0.0
+        return bool(torch.allclose(recorded.logits.float(), expected, rtol=0.0, atol=atol, equal_nan=True))
 
     def clear(self) -> None:
         """Let go of everything that was recorded."""

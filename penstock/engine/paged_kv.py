@@ -23,6 +23,7 @@ from penstock.io.memory import address_of
 # The first stages are single layers all the same, so that compute starts early.
 STAGE_BYTES_MIN = 4 << 20
 SINGLE_LAYER_STAGES = 2
+WIDE_TYPES = (torch.complex128, torch.int64)
 CHECKED_BYTES_MAX = 64 * 2**20  # of pages looked at in one operation by `not_finite`: what it copies at most
 
 
@@ -105,6 +106,16 @@ class PagedUpload:
             self._condition.notify_all()
 
 
+def _wide(layer: torch.Tensor) -> torch.Tensor:
+    """The same bytes in the widest elements that they can be cut into: a device computes a place for each element that
+    it gathers, in 64 bits where there are more than 2**31 of them in L1."""
+    for dtype in WIDE_TYPES:
+        times = dtype.itemsize // layer.element_size()
+        if times and not any(one % times for one in (*layer.stride()[:-1], layer.shape[-1], layer.storage_offset())):
+            return layer.view(dtype)
+    return layer
+
+
 class PagedKV:
     """The pages. Threading: `upload` and `download` run beside compute, never on pages that compute is using."""
 
@@ -129,6 +140,7 @@ class PagedKV:
         # Zeros, not garbage: masked positions are read, and a NaN there would spread (0 * NaN is NaN).
         self.data = torch.zeros((pages, elements), dtype=dtype, device=device)
         self._layers = [self._strided_layer(layer) for layer in range(layout.layers)]
+        self._wide_layers = [_wide(layer) for layer in self._layers]
         self._locked: dict[int, memoryview] = {}  # by address
         self.accelerator = accelerator_of(device)
         self._uploads, self._downloads = (CopyLane(self.accelerator, to_device) for to_device in (True, False))
@@ -142,6 +154,10 @@ class PagedKV:
     def layer_view(self, layer: int) -> torch.Tensor:
         """One layer of all pages, `[pages, block_tokens, width]`; per token the keys of all heads, then the values."""
         return self._layers[layer]
+
+    def gather(self, layer: int, pages: torch.Tensor) -> torch.Tensor:
+        """A copy of one layer of `[n]` pages, `[n, block_tokens, width]`."""
+        return self._wide_layers[layer].index_select(0, pages).view(self.data.dtype)
 
     def clear(self, pages: torch.Tensor) -> None:
         """Zero pages on the current stream, after what was enqueued there before."""
@@ -258,4 +274,5 @@ class PagedKV:
         self.accelerator.synchronize()
         self.page_unlock_all()
         self._layers.clear()
+        self._wide_layers.clear()
         self.data = torch.empty((0, 0), dtype=self.data.dtype)

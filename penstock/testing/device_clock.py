@@ -71,8 +71,10 @@ class FakeStream:
 class FakeEvent:
     """An event, as `penstock.device.accelerator.Event` says."""
 
-    def __init__(self, device: DeviceClock) -> None:
+    def __init__(self, device: DeviceClock, index: int | None = None) -> None:
+        """`index`: the device, which a thread that waits has to be on; None: whichever."""
         self._device = device
+        self._index = index
         self.clock: Clock = {}
 
     def record(self, stream: FakeStream | None = None) -> None:
@@ -89,7 +91,10 @@ class FakeEvent:
             return all(known.get(actor, 0) >= count for actor, count in self.clock.items())
 
     def synchronize(self) -> None:
-        """This thread waits for the event. Raises RuntimeError when the device is lost."""
+        """This thread waits for the event. Raises RuntimeError when the device is lost, or this thread is on another
+        one."""
+        if self._index is not None:
+            self._device.check_device(self._index)
         if not self._device.is_broken("event.synchronize"):
             self._device.host_waits(self.clock, "event.synchronize")
 

@@ -60,7 +60,7 @@ class FakeAccelerator(Accelerator):
 
     def new_event(self) -> Event:
         """See Accelerator."""
-        return FakeEvent(self.clock)
+        return FakeEvent(self.clock, self.device.index)
 
     def synchronize(self) -> None:
         """See Accelerator."""

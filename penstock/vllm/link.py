@@ -48,6 +48,7 @@ Places = Annotated[list[PlaceList], msgspec.Meta(max_length=GROUPS_MAX)]  # of o
 Name = Annotated[str, msgspec.Meta(max_length=NAME_CHARACTERS_MAX)]
 RowBytes = Annotated[list[Bytes], msgspec.Meta(max_length=LAYERS_MAX)]
 Step = Annotated[int, msgspec.Meta(ge=-1, le=1 << 53)]  # -1: none
+MemoryNode = Annotated[int, msgspec.Meta(ge=-1, le=1023)]  # -1: unknown
 
 
 class Greet(msgspec.Struct, tag=True, frozen=True):
@@ -59,13 +60,15 @@ class Greet(msgspec.Struct, tag=True, frozen=True):
 class Hello(msgspec.Struct, tag=True, frozen=True):
     """A worker's answer to Greet: the bytes of its layers' rows (one row is one vLLM block of one layer) by KV cache
     group, and a description of their layout for the fingerprint. `defers_frees`: vLLM's outermost connector loads
-    (`is_kv_consumer`), so that vLLM gives a load no block that a step in flight may still write."""
+    (`is_kv_consumer`), so that vLLM gives a load no block that a step in flight may still write. `memory_node`: the
+    memory node of this host that the worker's device is attached to."""
 
     rank: Slots
     pid: Number
     row_bytes: Annotated[list[RowBytes], msgspec.Meta(max_length=GROUPS_MAX)]
     layout: Annotated[str, msgspec.Meta(max_length=LAYOUT_CHARS_MAX)]
     defers_frees: bool = True
+    memory_node: MemoryNode = -1
 
 
 class Attach(msgspec.Struct, tag=True, frozen=True):

@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Sequence
 
 from penstock.core.keys import BlockKey
+from penstock.core.layout import STAGING_ALIGNMENT_BYTES
 from penstock.engine.executors import Staging
+from penstock.io.numa import bind_memory
 from penstock.pool.api import Lease
 from penstock.pool.wrapped import WrappedPool
 
 log = logging.getLogger(__name__)
 
 SPARE_SLOTS = 4  # replace slots whose memory a device still holds
+BINDINGS_MAX = 4096  # each is a mapping of its own for the kernel, which allows 65,530
+
+
+def bind_parts(memory: memoryview, slot_bytes: int, parts: Sequence[tuple[int, int]]) -> None:
+    """Let each worker's parts of fresh staging memory lie on the memory node of its device. `parts` are the node (-1:
+    unknown) and the size of each worker's part of a slot, one behind the other."""
+    for node, begin, end in node_ranges(len(memory), slot_bytes, parts):
+        note = bind_memory(memory[begin:end], node, strict=False)
+        if note is not None:
+            log.warning("staging memory: %s; it lies where the kernel puts it", note)
+            return
+
+
+def node_ranges(size_bytes: int, slot_bytes: int, parts: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Memory node, first byte and end of what `bind_parts` binds, in whole pages: all at once where the devices are
+    attached to one node; nothing where that would take more than BINDINGS_MAX ranges."""
+    nodes = {node for node, _ in parts}
+    if len(nodes) == 1:
+        (node,) = nodes
+        return [] if node < 0 else [(node, 0, size_bytes)]
+    ends = [0, *itertools.accumulate(size for _, size in parts)]
+    cuts = [-(-end // STAGING_ALIGNMENT_BYTES) * STAGING_ALIGNMENT_BYTES for end in ends]
+    runs: list[list[int]] = []  # neighbours on one node together
+    for (node, _), begin, end in zip(parts, cuts, cuts[1:], strict=False):
+        if runs and runs[-1][0] == node:
+            runs[-1][2] = end
+        else:
+            runs.append([node, begin, end])
+    runs = [run for run in runs if run[0] >= 0 and run[1] < run[2]]
+    slots = range(0, size_bytes, slot_bytes)
+    if len(slots) * len(runs) > BINDINGS_MAX:
+        return []
+    return [(node, slot + begin, slot + end) for slot in slots for node, begin, end in runs]
 
 
 class LeaselessPool(WrappedPool):

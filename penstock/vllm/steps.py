@@ -56,6 +56,7 @@ class Steps:
         self._changed = threading.Condition()
         self._begun = self._last = -1
         self._failed: deque[int] = deque(maxlen=FAILED_MAX)
+        self._accelerator = accelerator
         self._begins, self._ends = _Events(accelerator), _Events(accelerator)
         self._stopped = False
 
@@ -116,6 +117,7 @@ class Steps:
 
     def _synchronize(self, events: _Events, event: Event | None) -> None:
         if event is not None:
+            self._accelerator.use()
             event.synchronize()
             with self._changed:
                 events.passed(event)

@@ -146,7 +146,7 @@ class WorkerSide:
                 self._link = link
             if self._closed:
                 return
-            link.send(Hello(self._rank, os.getpid(), self._rows.row_bytes, self._rows.describe(), self._defers_frees))
+            link.send(self._hello())
             attach, descriptor = link.receive_with_descriptor(ATTACH_TIMEOUT_S)
             self._staged = self._map(attach, descriptor)
             while True:
@@ -156,6 +156,13 @@ class WorkerSide:
                 log.warning("Penstock's link to the scheduler ended (%s): vLLM goes on without it", error)
         finally:
             self._end_copies()
+
+    def _hello(self) -> Hello:
+        rows = self._rows
+        node = rows.accelerator.numa_node
+        return Hello(
+            self._rank, os.getpid(), rows.row_bytes, rows.describe(), self._defers_frees, -1 if node is None else node
+        )
 
     def _end_copies(self) -> None:
         """Take no more copies; the link closes once none is left."""

@@ -15,6 +15,7 @@ from functools import partial
 from penstock.core.layout import staging_bytes
 from penstock.process.guarded_thread import GuardedThread
 from penstock.vllm import link as wire
+from penstock.vllm.shared_staging import bind_parts
 from penstock.vllm.wire_checks import check_hello
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,9 @@ class WorkerLinks:
         self.block_bytes = sum(parts) if readers is None else parts[0]
         if readers is not None and len(set(parts)) > 1:
             raise wire.LinkError(f"workers' blocks have {sorted(set(parts))} bytes; each must be the whole block")
+        nodes = [hello.memory_node for hello in hellos]
+        same = nodes[0] if len(set(nodes)) == 1 else -1
+        self._parts_by_node = list(zip(nodes, parts, strict=True)) if readers is None else [(same, parts[0])]
         self.slot_bytes = staging_bytes(self.block_bytes)
 
     def _connect(self, engine_id: str, rank: int) -> wire.Hello:
@@ -111,9 +115,10 @@ class WorkerLinks:
             raise wire.LinkError(f"worker rank {rank} of engine {engine_id} is unusable: {error}") from None
 
     def share(self, slots: int) -> mmap.mmap:
-        """Create memory of this many slots, which every worker maps."""
+        """Create memory of this many slots, which every worker maps; each one's parts are near its device."""
         descriptor, memory = wire.create_memory(slots * self.slot_bytes)
         try:
+            bind_parts(memoryview(memory), self.slot_bytes, self._parts_by_node)
             for rank, offset in zip(self._ranks, self._offsets, strict=True):
                 attach = wire.Attach(slots, self.slot_bytes, offset, list(self._rows))
                 rank.link.send_with_descriptor(attach, descriptor)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +17,9 @@ import torch
 
 from penstock.device.accelerator import HELD_COPY_BYTES_MAX, Cpu, DeviceError, numa_node_of_pci
 from penstock.device.copies import CopyLane, descriptors_of
-from penstock.device.cuda import DriverCopies, HipCopies
+from penstock.device.cuda import Cuda, DriverCopies, HipCopies, loaded_library
 from penstock.device.registry import accelerator_of, registered
+from penstock.io.memory import address_of, aligned_buffer
 from penstock.testing.fake_cuda import FakeAccelerator, fake_cuda
 from penstock.testing.null_accelerator import NullAccelerator
 from penstock.vllm.layout import KVRows, Layer
@@ -103,6 +107,94 @@ def test_rocm_copies_are_calls_of_their_own() -> None:
     assert copied(source, target) and seen == [(64, 4, 77)] * 2
 
 
+def test_the_library_that_isloaded_library_is_found_by_its_file(tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    line = "7f00-7f10 r-xp 00000000 fd:00 17 {}\n"
+    maps.write_text("7f00-7f10 rw-p 00000000 00:00 0\n" + line.format("/opt/torch/lib/libamdhip64.so.7"))
+    assert loaded_library("libamdhip64.so", str(maps)) == "/opt/torch/lib/libamdhip64.so.7"
+    assert loaded_library("libelsewhere.so", str(maps)) == "libelsewhere.so"
+    assert ctypes.CDLL(loaded_library("libc.so")).getpid() == os.getpid(), "one that is"
+
+
+class Runtime:
+    """What a thread knows of a device of CUDA's, as torch and the runtime deal with it: `set_device` binds no context
+    where the device stays 0, the calls of the driver need one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.threads = threading.local()
+        self.bindings: list[str] = []
+        self.locks: list[tuple[int, int, int]] = []
+        self.error = self.last_error = 0
+        monkeypatch.setattr(torch.cuda, "set_device", self.set_device)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", self.mem_get_info)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch, "ones", self.launch)
+
+    def set_device(self, device: torch.device) -> None:
+        if device.index != getattr(self.threads, "device", 0):
+            self.threads.device = device.index
+            self.threads.context = device.index
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        self.threads.context = device.index
+        self.bindings.append(threading.current_thread().name)
+        return 0, 0
+
+    def copy(self, descriptors: np.ndarray, stream: Any, to_device: bool) -> None:
+        assert hasattr(self.threads, "context"), "error 201: invalid device context"
+
+    def cudaHostRegister(self, address: int, size_bytes: int, flags: int) -> int:
+        self.locks.append((address, size_bytes, flags))
+        self.last_error = self.error
+        return self.error
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.last_error = self.error
+        return self.error
+
+    def launch(self, *size: int, device: torch.device) -> None:
+        error, self.last_error = self.last_error, 0
+        if error:
+            raise RuntimeError(f"CUDA error {error}, of an earlier call")
+
+
+def test_a_thread_has_a_context_before_its_first_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(monkeypatch)
+    with fake_cuda():
+        accelerator = Cuda(torch.device("cuda", 0), runtime.copy)
+        lane = CopyLane(accelerator, to_device=True)
+        descriptors = two_copies()[2]
+        errors: list[Exception] = []
+
+        def copies() -> None:
+            try:
+                for _ in range(3):
+                    lane.copy(descriptors)
+            except Exception as error:  # noqa: BLE001 (whatever the thread raised is the test's to judge)
+                errors.append(error)
+
+        for name in ("first", "second"):
+            thread = threading.Thread(target=copies, name=name)
+            thread.start()
+            thread.join()
+    assert not errors and runtime.bindings == ["first", "second"], "once for each"
+
+
+def test_memory_that_cannot_be_locked_leaves_no_error_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime keeps a failed call's error, and the next launch of anybody would raise it."""
+    runtime = Runtime(monkeypatch)
+    with fake_cuda():
+        accelerator = Cuda(torch.device("cuda", 0), runtime.copy)
+    accelerator.lock(4096, 8192)
+    assert runtime.locks == [(4096, 8192, 3)], "portable and mapped: vLLM's kernel reads it where it lies"
+    runtime.error = 712
+    with pytest.raises(DeviceError, match="cudaHostRegister of 8192 bytes failed with CUDA error 712"):
+        accelerator.lock(4096, 8192)
+    assert runtime.last_error == 0
+    accelerator.unlock(4096)
+    assert runtime.last_error == 0
+
+
 @pytest.mark.parametrize("size", [1, HELD_COPY_BYTES_MAX, HELD_COPY_BYTES_MAX + 1])
 def test_the_cpu_copies_bytes(size: int) -> None:
     source = np.random.default_rng(size).integers(0, 256, size, np.uint8)
@@ -141,7 +233,20 @@ def test_copies_go_to_the_device_of_their_lane_from_any_thread() -> None:
         second = FakeAccelerator(clock, torch.device("cuda", 1))
         with pytest.raises(RuntimeError, match="a thread on device 0 uses a stream of device 1"):
             second.copy(descriptors, second.new_stream(), True)
-        CopyLane(second, to_device=True).copy(descriptors)
+        lane = CopyLane(second, to_device=True)
+        lane.copy(descriptors)
+        event, errors = lane.enqueue(descriptors), []
+
+        def waits() -> None:
+            try:
+                lane.finish(event)
+            except RuntimeError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=waits)
+        thread.start()
+        thread.join()
+        assert not errors, "whoever waits is on the device too: a thread on another one would get a context there"
         with pytest.raises(RuntimeError, match="a thread on device 1 uses a stream of device 0"):
             FakeAccelerator(clock, torch.device("cuda", 0)).copy(descriptors, STREAM, True)
 
@@ -154,13 +259,62 @@ def test_the_memory_node_of_a_device_is_what_the_system_says(tmp_path: Path) -> 
     assert nodes == [1, None, None]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_blocks_go_to_a_real_device_and_back() -> None:
-    device = torch.device("cuda", torch.cuda.device_count() - 1)
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+def last_gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.device_count() - 1)
+
+
+@on_gpu
+@pytest.mark.parametrize("locked", [True, False])
+def test_blocks_go_to_a_real_device_and_back(locked: bool) -> None:
+    """On threads that did nothing on the device before, as copies do."""
+    device = last_gpu()
     accelerator = accelerator_of(device)
-    source, target, _ = two_copies()
+    memory = aligned_buffer(2 * 192)
+    source, target = np.frombuffer(memory, np.uint8).reshape(2, 3, 64)
+    source[:] = two_copies()[0]
     page = torch.zeros(3, 64, dtype=torch.uint8, device=device)
+    accelerator.synchronize()
     at = np.array([0, 128], np.int64)
-    CopyLane(accelerator, True).copy(descriptors_of(page.data_ptr() + at, source.ctypes.data + at, 64))
-    CopyLane(accelerator, False).copy(descriptors_of(target.ctypes.data + at, page.data_ptr() + at, 64))
+    if locked:
+        accelerator.lock(address_of(memory), memory.nbytes)
+    for to_device, move in (
+        (True, descriptors_of(page.data_ptr() + at, source.ctypes.data + at, 64)),
+        (False, descriptors_of(target.ctypes.data + at, page.data_ptr() + at, 64)),
+    ):
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(CopyLane(accelerator, to_device).copy, move).result()
+    if locked:
+        accelerator.unlock(address_of(memory))
     assert copied(source, target)
+
+
+@on_gpu
+def test_memory_that_a_real_device_does_not_lock_leaves_no_error_behind() -> None:
+    accelerator, memory = accelerator_of(last_gpu()), aligned_buffer(8192)
+    accelerator.lock(address_of(memory), memory.nbytes)
+    with pytest.raises(DeviceError, match="cudaHostRegister of 8192 bytes failed"):
+        accelerator.lock(address_of(memory), memory.nbytes)
+    accelerator.unlock(address_of(memory))
+    assert torch.ones(3, device=accelerator.device).sum().item() == 3.0
+
+
+@on_gpu
+def test_a_real_device_replays_what_it_recorded() -> None:
+    accelerator = accelerator_of(last_gpu())
+    with ThreadPoolExecutor(1) as thread:
+
+        def record_and_replay() -> list[float]:
+            accelerator.use()
+            inputs = torch.zeros(4, device=accelerator.device)
+            output, replay = accelerator.record(lambda: inputs * 2 + 1)
+            found = []
+            for value in (3.0, 5.0):
+                inputs.fill_(value)
+                replay()
+                found.append(output.sum().item())
+            return found
+
+        assert thread.submit(record_and_replay).result() == [28.0, 44.0]

@@ -6,16 +6,18 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from penstock.core.layout import KVLayout
 from penstock.engine import attention
 from penstock.engine.checkpoint_folder import quiet_transformers
 from penstock.engine.hf_runner import HFRunner
-from penstock.engine.paged_kv import UploadFailed
+from penstock.engine.paged_kv import LayerShape, PagedKV, UploadFailed
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams
 from penstock.testing.tiny_models import ARCHITECTURES, build_tiny
 
@@ -317,6 +319,27 @@ def test_attention_without_a_mask_equals_its_definition(start: int, value_dim: i
     found = attention.flash_causal_attention(query, keys, values, 0.3)
     expected = reference_attention(query, keys, values, start, attention.AttentionArgs(0.3, 0, None, None))
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("window", "value_dim"), [(0, 8), (0, 6), (21, 8)])
+def test_a_decode_without_a_mask_equals_one_with_it(
+    window: int, value_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one chunk, by the kernel for GPUs; several chunks together have a mask."""
+    shape = LayerShape(2, 8, value_dim)
+    layout = KVLayout(16, (shape.elements_per_token * 4,), "float32")
+    kv = PagedKV(layout, [shape], torch.float32, torch.device("cpu"), 8)
+    generator = torch.Generator().manual_seed(0)
+    kv.data.copy_(torch.randn(kv.data.shape, generator=generator))
+    query, key = torch.randn(1, 4, 1, 8, generator=generator), torch.randn(1, 2, 1, 8, generator=generator)
+    value = torch.randn(1, 2, 1, value_dim, generator=generator)
+    args = attention.AttentionArgs(0.3, window, None, None)
+    found = []
+    for flash in (False, True):
+        monkeypatch.setattr(attention, "_takes_flash", lambda query, flash=flash: flash)
+        batch = attention.PagedBatch(kv, [Chunk("r", [1], 56, [5, 2, 7, 1])], [[5, 2, 7, 1]], [window])
+        found.append(batch.attend(SimpleNamespace(layer_idx=0), query, key, value, args))
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=0)
 
 
 def test_attention_outside_of_a_batch_or_with_a_mask_is_refused() -> None:

@@ -193,4 +193,33 @@ def test_recorded_decode_steps_give_the_same_tokens(
             assert device.recorded == device.replayed == 0
         else:
             assert device.recorded == 4, "two requests; one with tables of one, two and four columns"
-            assert device.replayed == 5 - 1 + 30 - 3
+            assert device.replayed == 5 - 1 + 30 - 3 + device.recorded, "and each was compared once"
+
+
+def test_recorded_steps_that_replay_something_else_are_not_used(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stale(Recording):
+        """Replays what it recorded first, whatever its inputs hold."""
+
+        def record(self, step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+            self.recorded += 1
+            output = torch.zeros_like(step())
+
+            def replay() -> None:
+                self.replayed += 1
+
+            return output, replay
+
+    made: list[Stale] = []
+
+    def stale(device: torch.device) -> Stale:
+        made.append(Stale(device))
+        return made[-1]
+
+    with runner_by(None, tiny("llama"), monkeypatch) as gathering:
+        expected = tokens_of(gathering)
+    with registered("cpu", stale), runner_by(varlen_by_definition, tiny("llama"), monkeypatch) as runner:
+        assert tokens_of(runner) == expected
+    device = max(made, key=lambda one: one.recorded)
+    assert (device.recorded, device.replayed) == (1, 1), "it was tried, and never again"

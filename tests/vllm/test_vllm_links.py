@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from penstock.process.rate_limited_log import RateLimitedLog
-from penstock.vllm import accepting, worker_links
+from penstock.vllm import accepting, shared_staging, worker_links
 from penstock.vllm import link as link_module
 from penstock.vllm.accepting import CANDIDATES_MAX, accept_scheduler
 from penstock.vllm.link import (
@@ -33,11 +33,13 @@ from penstock.vllm.link import (
     listen,
     socket_name,
 )
+from penstock.vllm.shared_staging import BINDINGS_MAX, node_ranges
 from penstock.vllm.worker import WorkerSide
 from penstock.vllm.worker_links import WorkerLinks, WorkerLostError
 from tests.vllm.gated_rows import PLACES, ROW_BYTES, ROWS, WAIT_S, GatedRows
 
 SLOTS, SLOT_BYTES = 4, 4096
+PAGE = 4096
 HELLO = Hello(0, 1, [[ROW_BYTES]], "a layout")
 
 
@@ -430,3 +432,40 @@ def test_a_message_that_drips_has_one_deadline_for_all_of_it() -> None:
     dripper.join(WAIT_S)
     link.close()
     remote.close()
+
+
+@pytest.mark.parametrize(
+    ("parts", "ranges"),
+    [
+        ([(1, 5000), (1, 5000)], [(1, 0, 4 * PAGE)]),
+        ([(-1, 5000), (-1, 5000)], []),
+        ([(0, 5000), (1, 2000)], [(0, 0, 2 * PAGE), (0, 2 * PAGE, 4 * PAGE)]),
+        (
+            [(0, 2000), (0, 2096), (1, 4096)],
+            [(0, 0, PAGE), (1, PAGE, 2 * PAGE), (0, 2 * PAGE, 3 * PAGE), (1, 3 * PAGE, 4 * PAGE)],
+        ),
+        ([(-1, 4096), (1, 4096)], [(1, PAGE, 2 * PAGE), (1, 3 * PAGE, 4 * PAGE)]),
+    ],
+)
+def test_parts_of_staging_lie_on_the_memory_nodes_of_their_devices(
+    parts: list[tuple[int, int]], ranges: list[tuple[int, int, int]]
+) -> None:
+    """In whole pages: a page with bytes of two parts goes with the first."""
+    assert node_ranges(4 * PAGE, 2 * PAGE, parts) == ranges
+
+
+def test_so_many_ranges_that_the_kernel_would_refuse_them_are_left_alone() -> None:
+    assert node_ranges(2 * PAGE * BINDINGS_MAX, 2 * PAGE, [(0, PAGE), (1, PAGE)]) == []
+
+
+def test_staging_is_bound_to_the_node_that_a_worker_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound: list[tuple[int, int]] = []
+    monkeypatch.setattr(shared_staging, "bind_memory", lambda memory, node, strict: bound.append((len(memory), node)))
+    engine = uuid.uuid4().hex
+    rows = GatedRows()
+    monkeypatch.setattr(type(rows.accelerator), "numa_node", 3)
+    worker = WorkerSide(engine, 0, rows)
+    scheduler = Scheduler(engine, 1)
+    assert bound == [(SLOTS * SLOT_BYTES, 3)]
+    scheduler.links.close()
+    worker.close()

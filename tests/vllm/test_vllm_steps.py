@@ -45,6 +45,8 @@ class GpuEvent:
 class Gpu(Accelerator):
     """A device whose events a test lets pass."""
 
+    def use(self) -> None: ...
+
     def new_event(self) -> GpuEvent:
         return GpuEvent()
 
