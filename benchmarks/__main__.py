@@ -44,7 +44,7 @@ app = lazy_group(
         ),
         "draw": LazyCommand(
             "benchmarks.draw:draw",
-            "Draws the picture of a run from the figures that it wrote (--json).",
+            "Draws the picture of a run from the figures that it wrote.",
         ),
     },
     name="python -m benchmarks",

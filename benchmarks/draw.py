@@ -24,7 +24,7 @@ def draw(
     run: Annotated[Path, typer.Argument(help=f"What one of these wrote with --json: {', '.join(DRAWN)}.")],
     picture: Annotated[Path, typer.Argument(help="The picture (PNG, SVG or PDF).", callback=can_plot)],
 ) -> None:
-    """Draw the picture of a run from the figures that it wrote: the same as with its --plot."""
+    """Draws the picture of a run from the figures that it wrote, the same as with its --plot."""
     try:
         report = read_report(run)
         if report.experiment not in DRAWN:
