@@ -133,7 +133,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks demo --out $(OUT)
 
 # On disk, from pip's own sources, as a user installs it; none: without extras.
-SIZES ?= none tokenizer plots otel events nixl engine
+SIZES ?= none tokenizer plots otel events ray nixl engine
 size:
 	@$(call python_fits)
 	@for extra in $(SIZES); do rm -rf $(OUT)/size && $(PYTHON) -m venv $(OUT)/size && \

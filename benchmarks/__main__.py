@@ -42,6 +42,10 @@ app = lazy_group(
             "benchmarks.dualpath.simulated:dualpath",
             "DualPath on its own hardware: job times, ablation, P/D ratios, online capacity, scale.",
         ),
+        "draw": LazyCommand(
+            "benchmarks.draw:draw",
+            "Draws the picture of a run from the figures that it wrote.",
+        ),
     },
     name="python -m benchmarks",
     help="The papers' experiments, live and simulated, and Penstock beside other systems; docs/measurements/README.md.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
@@ -21,7 +22,7 @@ BAD_USAGE = 2
 ARGUMENTS = ("model",)  # given without a flag's name
 
 ConfigFile = Annotated[
-    Path | None, typer.Option(help="TOML file with flags of the same names; the command line goes before it.")
+    Path | None, typer.Option(help="TOML file with flags of the same names; the command line overrides it.")
 ]
 
 
@@ -67,12 +68,12 @@ def with_flags(
 
 def _flag(one: Declared, name: str, panel: str) -> inspect.Parameter:
     if name in ARGUMENTS:
-        option = typer.Argument(help=one.setting.help)
+        option = typer.Argument(help=_unmarked(one.setting.help))
     else:
         shown = shown_default(one)
         option = typer.Option(
             *([f"--{name.replace('_', '-')}"] if one.kind is bool else []),
-            help=one.setting.help,
+            help=_unmarked(one.setting.help),
             show_default=shown or False,
             rich_help_panel=panel or None,
             metavar=one.setting.metavar,
@@ -85,6 +86,12 @@ def _flag(one: Declared, name: str, panel: str) -> inspect.Parameter:
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
+
+
+def _unmarked(text: str) -> str:
+    """Text in which the help's renderer, Rich, takes no bracket for markup: it would leave out the end of
+    `penstock[nixl]`."""
+    return re.sub(r"\[(?=[a-z])", r"\\[", text)
 
 
 def shown_default(one: Declared) -> str:

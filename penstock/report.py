@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -91,3 +91,12 @@ class Report:
             "command": self.command,
         }
         path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def read_report(path: Path) -> Report:
+    """What `Report.write_json` wrote. Raises OSError, or ValueError for a file that is no report."""
+    record = json.loads(path.read_text())
+    try:
+        return Report(**{one.name: record[one.name] for one in fields(Report)})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not the figures of a run: {error!r}") from None

@@ -18,6 +18,7 @@ FILE_NAMED = re.compile(r"`((?:penstock|benchmarks|tests|docs|deploy|examples)/[
 PART_NAMED = re.compile(r"`((?:core|pool|engine|server|cluster|vllm|sim|bench|workloads|process|io|doctor)(?:\.\w+)+)`")
 TEST_NAMED = re.compile(r"`(test_\w+)`")
 LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(#[^)\s]+)?\)")
+CELL_END = re.compile(r"(?<!\\)\|")
 SUFFIXES = (".toml", ".json", ".md", ".py", ".slab", ".db")
 
 
@@ -59,12 +60,17 @@ def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
             assert anchor in _anchors(linked), f"{page.name} links to {target}{anchor}"
 
 
+def rows_of(text: str, first: str) -> list[list[str]]:
+    """The cells of the rows of all tables whose first heading this is."""
+    tables = re.findall(rf"^\| {first} \|.*\n\|[ |:-]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    return [[cell.strip() for cell in CELL_END.split(row.strip("|"))] for one in tables for row in one.splitlines()]
+
+
 def test_where_to_change_what_names_files_that_are_there() -> None:
-    text = ARCHITECTURE.read_text()
-    rows = text[text.index("| to change |") :].split("\n\n")[0].splitlines()[2:]
+    rows = rows_of(ARCHITECTURE.read_text(), "to change")
     assert len(rows) >= 24
     for row in rows:
-        _, first, then, test = (cell.strip() for cell in row.strip("|").split("|"))
+        _, first, then, test = row
         folder = ROOT / "penstock"
         for name in re.findall(r"`([^`]+)`", f"{first} {then}"):
             file = folder / name if (folder / name).is_file() else ROOT / "penstock" / name
@@ -72,6 +78,29 @@ def test_where_to_change_what_names_files_that_are_there() -> None:
             folder = file.parent
         for name in re.findall(r"`([^`]+)`", test):
             assert name.startswith("make ") or (ROOT / "tests" / name).exists(), row
+
+
+def test_the_page_of_the_architecture_says_where_to_change_what_is_asked_first() -> None:
+    asked = {
+        "an ordering policy": "core/ordering.py",
+        "the wire format of a read": "pool/net/wire.py",
+        "what a pool node does when a drive dies": "pool/members/device.py",
+        "how vLLM's blocks are mapped": "vllm/layout.py",
+    }
+    first = {row[0]: row[1] for row in rows_of(ARCHITECTURE.read_text(), "to change")}
+    assert {what: f"`{file}`" in first.get(what, "") for what, file in asked.items()} == dict.fromkeys(asked, True)
+
+
+def test_the_page_and_the_graph_of_the_architecture_have_every_package() -> None:
+    packages = {file.parent.name for file in (ROOT / "penstock").glob("*/__init__.py")}
+    assert len(packages) >= 14
+    listed = ARCHITECTURE.read_text().split("\n## Packages\n")[1].split("```")[1]
+    assert packages - set(re.findall(r"^  (\w+)/", listed, re.MULTILINE)) == set()
+    modules = {file.stem for file in (ROOT / "penstock").glob("*.py")}
+    for name in ("imports.svg", "imports_all.svg"):
+        drawn = set(re.findall(r"<title>\.(\w+)</title>", (DOCS / "figures" / name).read_text()))
+        missing, gone = packages - drawn, drawn - packages - modules
+        assert not missing and not gone, "draw it anew: docs/explanation/architecture.md says how"
 
 
 def test_tests_that_the_security_page_names_are_there() -> None:
@@ -84,6 +113,14 @@ def test_tests_that_the_security_page_names_are_there() -> None:
 def test_lines_of_a_page_are_short(page: Path) -> None:
     long = [number for number, line in enumerate(page.read_text().splitlines(), 1) if len(line) > 120]
     assert not long, f"{page.name} has lines of more than 120 characters: {long}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_no_cell_of_a_table_is_longer_than_a_sentence(page: Path) -> None:
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    cells = [cell for row in text.splitlines() if row.startswith("|") for cell in CELL_END.split(row)]
+    long = [cell for cell in cells if re.search(r"[.!?] +[A-Z`]", re.sub(r"`[^`]*`", "`x`", cell))]
+    assert not long, f"{page.name} has cells of several sentences: {long}"
 
 
 def test_pages_that_the_code_names_are_there() -> None:

@@ -1,5 +1,5 @@
-"""Commands that pages print and that cannot be run here (other hosts, real models, drives, GPUs) at least exist: each
-sub-command, each flag and each target of make. Those of the tutorial are run: test_docs_tutorial.py."""
+"""Commands that pages print exist: each sub-command, each flag and each target of make. Those of the tutorial are run
+(test_docs_tutorial.py); each of the others is run by the test that `RUN` names, or `NOT_HERE` says why it cannot be."""
 
 from __future__ import annotations
 
@@ -20,6 +20,22 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^ *```(?:sh|console)?\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:sudo )?(?:penstock|python -m benchmarks|make) [^`]+)`")
+NOT_HERE = {
+    r"penstock (serve|router|up|pool|vllm|vllm-engine|profile)\b": "names other hosts, real models or drives",
+    r"penstock doctor --vllm": "the same",
+    r"penstock (bench|sim (validate|plan|fuzz))\b": "measures or searches for minutes",
+    r"python -m benchmarks (calvo|pool|dualpath|vllm|sim-\w+|NAME)\b": "measures for minutes or hours",
+    r"penstock spdk": "needs SPDK",
+    r"make ": "installs from a package index, and would run the tests in themselves",
+}
+RUN = {
+    r"penstock --version": "test_cli",
+    r"penstock doctor": "doctor/test_doctor",
+    r"penstock fabric": "cluster/deploy/test_cluster_file",
+    r"penstock sim (run|cost)": "sim/test_sim_run",
+    r"python -m benchmarks draw": "benchmarks/test_draw",
+    r"python -m benchmarks demo": "benchmarks/test_end_to_end",
+}
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
@@ -59,6 +75,16 @@ def unknown(command: str) -> str | None:
 def test_commands_of_a_page_exist(page: Path) -> None:
     found = {command: missing for command in commands(page) if (missing := unknown(command))}
     assert not found
+
+
+def test_every_command_of_a_page_is_run_by_a_test_or_marked_as_one_that_cannot_be_here() -> None:
+    assert [name for name in RUN.values() if not (ROOT / "tests" / f"{name}.py").is_file()] == []
+    marked = re.compile("|".join([*NOT_HERE, *RUN]))
+    others = [page for page in PAGES if page.name != "tutorial.md"]
+    printed = [command for page in others for command in commands(page) if len(command.split()) > 2]
+    assert len(printed) > 100
+    printed = [command for command in printed if '"' not in command.split()[1]]  # prose in the body of a request
+    assert [command for command in printed if not marked.match(command)] == []
 
 
 def test_what_does_not_exist_is_found() -> None:

@@ -13,6 +13,7 @@ from textwrap import fill
 from typing import Any
 
 import pytest
+from rich.markup import render
 from typer.main import get_command
 
 from penstock.cli import app
@@ -45,7 +46,7 @@ COMMANDS: Mapping[str, tuple[type, Mapping[str, Sequence[str]]]] = {
 HEAD = """# Flags
 
 What these commands can be told, as their `--help` has it. `serve` and `router` take the same names, with `_` for `-`,
-as keys of a TOML file (`--config`); the command line goes before it. `pool` takes those of the node as keys of its
+as keys of a TOML file (`--config`); the command line overrides it. `pool` takes those of the node as keys of its
 [pool.toml](pool-toml.md), `vllm` its own as keys of [`kv_connector_extra_config`](vllm.md). A flag that may be repeated
 is a list there. `penstock up` takes the flags of `pool`, `router`, `serve` and `vllm-engine` as keys of
 [cluster.toml](../how-to/run-a-cluster.md).
@@ -73,9 +74,9 @@ def default_of(one: Declared) -> str:
 
 
 def row_of(what: str, default: str, text: str) -> tuple[str, list[str]]:
-    """The row of a flag, and what does not fit into its line and goes below the table."""
+    """The row of a flag, and what goes below the table: more than fits into its line, or more than a sentence."""
     row = f"| {what} | {default} | {text} |\n"
-    if len(row) <= WIDTH:
+    if len(row) <= WIDTH and ". " not in text:
         return row, []
     note = fill(f"- {what}: {text}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     return f"| {what} | {default} | below |\n", [note + "\n"]
@@ -137,7 +138,7 @@ def test_the_command_line_has_the_settings_of_the_record_and_no_others(command: 
     for name in set(listed) - set(ARGUMENTS):
         one = settings_of(record)[name]
         option = options(command)[name]
-        assert option.default is None and option.help == one.setting.help
+        assert option.default is None and render(option.help).plain == one.setting.help
         assert (option.show_default or "") == shown_default(one)
 
 

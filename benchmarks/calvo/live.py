@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,8 @@ class Pooled:
     fetch_bytes_per_s: list[float] = field(default_factory=list)
 
 
+CELL = re.compile(r"(([a-z-]+)_([\d.]+)_([a-z-]+))_ttft_mean_s")
+ENDS = {"ttft_mean_s": ("low_s", "high_s"), "slo_attainment": ("low", "high")}
 Cell = tuple[str, str, str]  # dataset (or "mixed"), rate, policy
 
 
@@ -103,7 +106,7 @@ def calvo(
     if json is not None:
         report.write_json(json)
     if plot is not None:
-        _plot(plot, cells)
+        draw(plot, report)
     refuse_empty("python -m benchmarks calvo", idle_links(report.figures), console)
 
 
@@ -296,9 +299,20 @@ def _conclude(
             report.figure(f"{label}_{mixed_rate:g}_sjf-compute_over_fcfs_ttft", compute_only / fcfs)
 
 
-def _plot(path: Path, cells: dict[Cell, Pooled]) -> None:
-    groups: dict[str, dict[str, float]] = {}
-    for (name, rate, policy), pooled in cells.items():
-        groups.setdefault(f"{name} {rate}", {})[policy] = statistics.mean(pooled.ttfts_s)
-    title = "Mean TTFT by rate, as share of the baseline's capacity; unscaled seconds"
-    bar_chart(path, title, "TTFT, s", {"": groups})
+def draw(path: Path, report: Report) -> None:
+    """Mean TTFT with its interval, and SLO attainment, by dataset, rate and policy."""
+    shown = {"mean TTFT, s (95 % interval)": "ttft_mean_s", "SLO attainment": "slo_attainment"}
+    panels: dict[str, dict[str, dict[str, float]]] = {title: {} for title in shown}
+    errors: dict[str, dict[str, dict[str, tuple[float, float]]]] = {title: {} for title in shown}
+    for name in report.figures:
+        if (found := CELL.fullmatch(name)) is None:
+            continue
+        cell, dataset, rate, policy = found.groups()
+        group, series = f"{dataset}, rate {rate}", f"{policy} (baseline)" if policy == COUPLED else policy
+        for title, figure in shown.items():
+            low, high = (report.figures[f"{cell}_{figure.removesuffix('_s')}_{end}"] for end in ENDS[figure])
+            panels[title].setdefault(group, {})[series] = report.figures[f"{cell}_{figure}"]
+            errors[title].setdefault(group, {})[series] = (low, high)
+    bar_chart(
+        path, "CALVO live: rates as shares of the baseline's capacity, unscaled seconds", "", panels, errors=errors
+    )

@@ -16,7 +16,7 @@ from benchmarks.peers.loads import AGENTS, CONTEXT_TOKENS_MAX, CONVERSATION, DAT
 from benchmarks.peers.measure import Found, Measurement, Plan, servers_up
 from benchmarks.peers.paced_link import measure_link
 from benchmarks.peers.systems import LMCACHE, SYSTEMS, Bed, lmcache_missing, probe
-from benchmarks.peers.vllm_report import conclude, plot_runs, print_runs, write_requests
+from benchmarks.peers.vllm_report import conclude, draw, print_runs, write_requests
 from penstock.bench.system_under_test import SystemFailed
 from penstock.command_line import PlotFile
 from penstock.report import Report
@@ -130,7 +130,7 @@ def vllm(
     if record is not None:
         write_requests(record, found)
     if plot is not None:
-        plot_runs(plot, plan, found)
+        draw(plot, report)
         console.print(f"wrote {plot}")
     if report.figures["failed_requests"]:
         raise typer.Exit(1)

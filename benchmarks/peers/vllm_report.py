@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,13 +16,19 @@ from benchmarks.peers.loads import CONVERSATION
 from benchmarks.peers.measure import Found, Plan
 from benchmarks.peers.systems import ABOUT, CONNECTOR, LMCACHE, STOCK, SYSTEMS, TIME, WITH_SCHEDULER, Run
 from penstock.report import Report
-from penstock.workloads.plots import SERIES_COLOURS, new_figure, save_figure, tidy
+from penstock.workloads.plots import bar_chart
 from penstock.workloads.statistics import percentile
 from penstock.workloads.summary import outputs_equal
 
 TTFT_GOAL, SLO_GOAL, THROUGHPUT_GOAL = 2.0, 1.6167, 1.0
 LEAST = 0.01
 _RECORDED = ("session", "turn", "arrival_s", "prompt_tokens", "cached_tokens", "ttft_s", "total_s", "slo_s", "error")
+TITLES = {
+    STOCK: "vLLM alone",
+    LMCACHE: "with LMCache",
+    CONNECTOR: "with Penstock's connector alone",
+    WITH_SCHEDULER: "with Penstock",
+}
 Value = Callable[[Run], float]
 
 
@@ -261,33 +268,14 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
 
 
-def plot_runs(path: Path, plan: Plan, found: Found) -> None:
-    """Mean TTFT, p99 and SLO attainment: bars are medians over repeats, dots the repeats."""
-    figure = new_figure(12.0, 4.2)
-    panels = (("TTFT mean, s", ttft_mean_s), ("TTFT p99, s", ttft_p99_s), ("SLO attainment", slo_attainment))
-    for axes, (title, value) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for x, height, colour, label, dots in _bars(plan, found, value):
-            axes.bar(x, height, 0.8 / len(plan.systems) * 0.92, color=colour, label=label)
-            axes.plot([x] * len(dots), dots, ".", color="#333333", markersize=3)
-        axes.set_xticks(range(len(found.runs)), list(found.runs), fontsize=8)
-        axes.set_title(title, loc="left", fontsize=10)
-        if value is not slo_attainment:
-            axes.set_yscale("log")
-        tidy(axes)
-    axes.legend(frameon=False, fontsize=8)
-    save_figure(figure, path)
-
-
-def _bars(plan: Plan, found: Found, value: Value) -> Iterator[tuple[float, float, str, str | None, list[float]]]:
-    """Place, height, colour, label (once for each system) and the repeats' values of each bar."""
-    width = 0.8 / len(plan.systems)
-    labelled: set[str] = set()
-    for group, runs in enumerate(found.runs.values()):
-        for i, system in enumerate(plan.systems):
-            if system not in runs:
-                continue
-            dots = [value(run) for run in runs[system]]
-            label = None if system in labelled else system
-            labelled.add(system)
-            colour = SERIES_COLOURS[SYSTEMS.index(system)]
-            yield group - 0.4 + width * (i + 0.5), statistics.median(dots), colour, label, dots
+def draw(path: Path, report: Report) -> None:
+    """Mean TTFT, p99 and SLO attainment of each system by workload: medians over repeats."""
+    shown = {"TTFT mean, s": "ttft_mean_s", "TTFT p99, s": "ttft_p99_s", "SLO attainment": "slo_attainment"}
+    panels: dict[str, dict[str, dict[str, float]]] = {title: {} for title in shown}
+    for title, measure in shown.items():
+        named = re.compile(rf"(\w+)_({'|'.join(SYSTEMS)})_{measure}")
+        for name, value in report.figures.items():
+            if (found := named.fullmatch(name)) is not None:
+                workload, system = found.groups()
+                panels[title].setdefault(workload, {})[TITLES[system]] = value
+    bar_chart(path, "Inside vLLM: the same requests, stores behind links of one rate", "", panels, across=True)

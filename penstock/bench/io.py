@@ -29,6 +29,7 @@ from penstock.bench.io_loads import (
 from penstock.command_line import PlotFile
 from penstock.io import BlockEngine, IoOp, aligned_buffer, open_engine
 from penstock.report import Report
+from penstock.workloads.plots import bar_chart
 
 CHUNKS = {"128k": 128 << 10, "2m": 2 << 20, "4m": 4 << 20}
 PATTERNS: tuple[Pattern, ...] = ("sequential", "random")
@@ -64,7 +65,7 @@ def io(
         if json is not None:
             report.write_json(json)
         if plot is not None:
-            _plot(samples, plot)
+            draw(plot, report)
     except (OSError, ValueError) as error:
         console.print(f"bench io: {error}", style="red", markup=False)
         raise typer.Exit(1) from error
@@ -178,29 +179,15 @@ def _conclude(report: Report, samples: Samples) -> None:
     )
 
 
-def _plot(samples: Samples, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def draw(path: Path, report: Report) -> None:
+    """The bandwidth of each contestant by load."""
     loads = [f"read_{chunk}" for chunk in CHUNKS] + [f"read_random_{chunk}" for chunk in CHUNKS]
-    contestants = [who for who in ("uring", "bare", "fio") if (who, loads[0]) in samples]
-    figure, axes = pyplot.subplots(figsize=(9, 4.5))
-    width = 0.8 / len(contestants)
-    for index, who in enumerate(contestants):
-        runs = [[one.gb_per_s for one in samples[who, load]] for load in loads]
-        middles = [statistics.median(run) for run in runs]
-        spread = [[m - min(r) for m, r in zip(middles, runs, strict=True)],
-                  [max(r) - m for m, r in zip(middles, runs, strict=True)]]  # fmt: skip
-        places = [at + index * width for at in range(len(loads))]
-        axes.bar(places, middles, width, yerr=spread, capsize=2, label={"bare": "bare ring"}.get(who, who))
-    axes.set_xticks([at + 0.4 - width / 2 for at in range(len(loads))])
-    axes.set_xticklabels([load.removeprefix("read_").replace("_", " ") for load in loads])
-    axes.set_ylabel("GB/s (median; bars: least and most)")
-    axes.set_title("Direct reads of one slab", loc="left")
-    axes.legend(ncols=len(contestants), loc="lower right", bbox_to_anchor=(1, 1))
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    groups = {
+        load.removeprefix("read_").replace("_", " "): {
+            title: report.figures[f"{who}_{load}_gb_per_s"]
+            for who, title in (("uring", "uring"), ("bare", "bare ring"), ("fio", "fio"))
+            if f"{who}_{load}_gb_per_s" in report.figures
+        }
+        for load in loads
+    }
+    bar_chart(path, "Direct reads of one slab, medians", "GB/s", {"": groups})

@@ -9,8 +9,10 @@ import typer
 from rich.console import Console
 
 from penstock.bench.processes import ProcessFailed
+from penstock.command_line import PlotFile
 from penstock.pool.api import PoolError
 from penstock.report import Report
+from penstock.workloads.plots import SERIES_COLOURS, new_figure, save_figure, tidy
 from penstock.workloads.progress import steps_shown
 
 BLOCKS = 1_000_000
@@ -22,6 +24,7 @@ def scale(
     blocks: Annotated[int, typer.Option(min=4096, help="Blocks in the table.")] = BLOCKS,
     quick: Annotated[bool, typer.Option(help="Few blocks: checks that it runs.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    plot: PlotFile = None,
 ) -> None:
     """CPU time, memory and stops of the table of one pool node with a million blocks; CPU time of engines and nodes per
     block over the network. Each beside its goal, and beside what it was when every block was an object and travelled
@@ -47,3 +50,25 @@ def scale(
     report.print(console)
     if json is not None:
         report.write_json(json)
+    if plot is not None:
+        draw(plot, report)
+
+
+def draw(path: Path, report: Report) -> None:
+    """Each cost over its goal, now and before, on a logarithmic axis."""
+    names = [name for name in report.limits if name in report.figures and report.limits[name] > 0]
+    names = [name for name in names if f"{name}_before" in report.figures and not name.endswith("_max")]
+    figure = new_figure(9.0, 1.6 + 0.45 * len(names))
+    axes = figure.subplots()
+    places = list(range(len(names), 0, -1))
+    for label, suffix, colour in (("before", "_before", SERIES_COLOURS[6]), ("now", "", SERIES_COLOURS[0])):
+        ratios = [report.figures[name + suffix] / report.limits[name] for name in names]
+        axes.plot(ratios, places, "o", markersize=8, color=colour, label=label)
+    axes.axvline(1.0, color="#333333", linewidth=1, label="goal")
+    axes.set_yticks(places, [f"{name} (goal {report.limits[name]:g})" for name in names], fontsize=9)
+    axes.set_xscale("log")
+    axes.set_xlabel("over its goal: less is better")
+    figure.suptitle("A pool of a million blocks", fontsize=12, x=0.01, ha="left")
+    tidy(axes, grid="x")
+    axes.legend(frameon=False, fontsize=9)
+    save_figure(figure, path)

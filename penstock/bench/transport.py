@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import queue
+import re
 import statistics
 import tempfile
 import threading
@@ -122,13 +123,24 @@ def transport(
     if json is not None:
         report.write_json(json)
     if plot is not None:
-        groups = {
-            f"{size}, {connections} conn.": {
-                who: results[who, size, connections].median / 1e9 for who in ("bare", *proofs)
-            }
-            for size, connections in loads
-        }
-        bar_chart(plot, "Reads over loopback TCP, two processes", "GB/s", {"": groups})
+        draw(plot, report)
+
+
+def draw(path: Path, report: Report) -> None:
+    """Reads in messages beside the bare socket loop and, where they were measured, one-sided beside NIXL's own loop."""
+    titles = {"tcp": "Penstock", "bare": "bare loop", "one_sided": "Penstock", "nixl": "bare loop"}
+    panels: dict[str, dict[str, dict[str, float]]] = {}
+    for name, value in report.figures.items():
+        if (found := re.fullmatch(r"(.+)_read_(\w+)_gb_per_s", name)) is not None:
+            who, load = found.groups()
+            panel = (
+                "one-sided; the bare loop is NIXL's"
+                if who in ("one_sided", "nixl")
+                else "in messages over loopback TCP"
+            )
+            group = load.replace("_2conn", ", two connections")
+            panels.setdefault(panel, {}).setdefault(group, {})[titles.get(who, who)] = value
+    bar_chart(path, "Reads between two processes, medians", "GB/s", panels)
 
 
 def _proofs(folder: Path) -> dict[str, Proof]:

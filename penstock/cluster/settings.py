@@ -24,7 +24,7 @@ class HandOffSettings:
 
     role: Role = setting("mixed", "With --router: prefill (prompts), decode (what follows) or mixed (whole requests).")
     relay_listen: str = setting(
-        "127.0.0.1:0", "Decode: where prefill engines hand over to (compute network).", "HOST:PORT"
+        "127.0.0.1:0", "Decode: address to which prefill engines send KV (compute network).", "HOST:PORT"
     )
     relay_pace_bytes_per_s: float | None = setting(
         None, "Decode: send blocks to prefill engines no faster than this.", "RATE", name="relay_pace", parse=parse_rate
@@ -33,7 +33,7 @@ class HandOffSettings:
         "tcp", "How blocks move between prefill and decode engines: tcp, shared-memory or nixl."
     )
     buffer_bytes: int = setting(
-        GIB, "Decode: memory in which prompts gather.", "SIZE", name="buffer", parse=parse_bytes
+        GIB, "Decode: memory in which the KV of prompts arrives.", "SIZE", name="buffer", parse=parse_bytes
     )
     hand_off_timeout_s: float = setting(
         600.0, "Decode: a request whose prompt is not handed over by then is placed again."
@@ -44,7 +44,7 @@ class HandOffSettings:
 class ClusterEngineSettings(HandOffSettings):
     """Settings of an engine, and its place in the cluster."""
 
-    router: str | None = setting(None, "Serve for this router (its --cluster-listen), without an API.", "HOST:PORT")
+    router: str | None = setting(None, "Serve this router (its --cluster-listen) instead of clients.", "HOST:PORT")
     engine_name: str | None = setting(None, "Name in the cluster.", shown="NODE-ROLE-PID")
     node: str | None = setting(None, "Machine in the cluster: its engines share a storage NIC.", shown="host name")
 

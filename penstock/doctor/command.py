@@ -19,8 +19,8 @@ def doctor(
     command: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[-- COMMAND...]",
-            help="With --vllm: the command to check, for example: -- vllm serve MODEL --kv-transfer-config ...",
+            metavar="COMMAND",
+            help="With --vllm, after --: the command to check, such as -- vllm serve MODEL --kv-transfer-config ...",
             show_default=False,
         ),
     ] = None,

@@ -74,7 +74,7 @@ class EngineSettings(PeerSettings, RequestDeadline, BatchSettings, OrderSettings
     pool_config: str | None = setting(None, "TOML file that describes the pool, as of penstock pool.", "FILE")
     no_pool: bool = setting(False, "Serve without a pool.")
     pool_key_file: str | None = setting(
-        None, "File (0600) with the key without which nobody writes what this engine reads.", "FILE"
+        None, "File (mode 0600) with the pool key: only blocks written under it are read.", "FILE"
     )
     kv_events: str | None = setting(
         None, "Publish what the pool holds as vLLM's KV events at this ZMQ address, tcp://HOST:PORT.", "ADDRESS"

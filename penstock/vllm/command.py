@@ -33,7 +33,7 @@ PASSED_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "hel
 app = typer.Typer(add_completion=False)
 
 
-@app.command(context_settings=PASSED_THROUGH)
+@app.command(context_settings=PASSED_THROUGH, options_metavar="MODEL [OPTIONS] [FLAG OF vllm serve]...")
 @with_flags(Settings, PANELS)
 def vllm(
     context: typer.Context,
@@ -45,7 +45,7 @@ def vllm(
         bool, typer.Option("--print-command", help="Print the equivalent vllm serve command and exit.")
     ] = False,
 ) -> None:
-    """Serve MODEL with vLLM, its KV cache from Penstock's pool. Any flag of `vllm serve` may follow.
+    """Serve MODEL with vLLM, its KV cache from Penstock's pool. Any flag of `vllm serve` may follow MODEL.
 
     For example: penstock vllm MODEL --pool 10.0.0.5:7070 --port 8000 --tensor-parallel-size 2
     """

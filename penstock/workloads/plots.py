@@ -74,16 +74,19 @@ def bar_chart(
     y_label: str,
     panels: Mapping[str, Mapping[str, Mapping[str, float]]],
     *,
-    errors: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+    errors: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]] | None = None,
+    across: bool = False,
 ) -> None:
-    """Panels below each other with one legend: `panels[panel][group][series]` are heights of bars; `errors` holds
-    (low, high) ends of intervals by group and series."""
+    """Panels below each other (`across`: side by side) with one legend: `panels[panel][group][series]` are heights of
+    bars; `errors` holds (low, high) ends of intervals by panel, group and series."""
     groups_max = max((len(groups) for groups in panels.values()), default=1)
-    figure, all_axes = _panels(
-        title, len(panels), 1, min(9.0, max(6.0, 1.2 + 1.6 * groups_max)), 1.4 + 2.3 * len(panels)
-    )
+    if across:
+        figure, all_axes = _panels(title, 1, len(panels), 3.4 * len(panels), 4.0)
+    else:
+        width_in = min(9.0, max(6.0, 1.2 + 1.6 * groups_max))
+        figure, all_axes = _panels(title, len(panels), 1, width_in, 1.4 + 2.3 * len(panels))
     for axes, (panel, groups) in zip(all_axes, panels.items(), strict=True):
-        _draw_bars(axes, groups, errors or {})
+        _draw_bars(axes, groups, (errors or {}).get(panel, {}))
         axes.set_title(panel, loc="left", fontsize=10)
         axes.set_ylabel(y_label)
         tidy(axes)

@@ -46,7 +46,7 @@ from benchmarks.peers.systems import (
     slo_fields,
     vllm_command,
 )
-from benchmarks.peers.vllm_report import conclude, plot_runs, write_requests
+from benchmarks.peers.vllm_report import conclude, draw, write_requests
 from penstock.report import Report
 from penstock.workloads.deadlines import TtftModel, reusable_tokens
 from penstock.workloads.generators import prompt_tokens
@@ -331,7 +331,7 @@ def test_figures_are_ratios_within_repeats_against_their_goals(tmp_path: Path) -
     assert figures["conversation_scheduler_ttft_over_stock"] == pytest.approx(1.1)
     assert limits["conversation_scheduler_ttft_over_stock"] == 1.0, "stock's repeats were all alike"
     assert figures["scheduler_outputs_equal"] == 1 and figures["failed_requests"] == 0
-    plot_runs(tmp_path / "plot.png", plan, found)
+    draw(tmp_path / "plot.png", report)
     assert (tmp_path / "plot.png").stat().st_size > 0
 
 

@@ -69,7 +69,7 @@ def test_figure_files(tmp_path: Path) -> None:
     lines = {"y": {"one": [(1.0, 2.0), (2.0, 3.0)]}, "z": {"one": [(1.0, 2.0)], "two": [(1.0, 200.0)]}}
     line_chart(tmp_path / "a" / "l.svg", "t", "x", lines, log_x=True, log_y=("z",))
     bars = {"p": {"g": {"a": 1.0, "b": 2.0}, "h": {"b": 1.0}}, "q": {"g": {"c": 1.0}}}
-    bar_chart(tmp_path / "b.png", "t", "y", bars, errors={"g": {"a": (0.9, 1.2)}})
+    bar_chart(tmp_path / "b.png", "t", "y", bars, errors={"p": {"g": {"a": (0.9, 1.2)}}})
     assert (tmp_path / "b.png").stat().st_size > 5000
     assert ET.fromstring((tmp_path / "a" / "l.svg").read_text()).tag.endswith("svg")
     with pytest.raises(ValueError, match=r"a plot is written as \.png, \.svg, \.pdf"):

@@ -13,7 +13,7 @@ from penstock.command_line import refuse
 def fabric(
     config: Annotated[Path, typer.Argument(help="TOML file that describes the cluster.", metavar="CLUSTER.TOML")],
     kind: Annotated[
-        str | None, typer.Option(help="infiniband, roce or tcp; goes before the file.", show_default="the file's")
+        str | None, typer.Option(help="infiniband, roce or tcp; overrides the file.", show_default="the file's")
     ] = None,
 ) -> None:
     """Print the InfiniBand, RoCE or TCP settings that keep hand-off and tokens before bulk KV. Nothing is applied."""

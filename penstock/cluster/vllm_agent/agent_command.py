@@ -31,7 +31,7 @@ PASSED_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "hel
 app = typer.Typer(add_completion=False)
 
 
-@app.command(context_settings=PASSED_THROUGH)
+@app.command(context_settings=PASSED_THROUGH, options_metavar="MODEL [OPTIONS] [FLAG OF vllm serve]...")
 @with_flags(AgentFlags, PANELS)
 def vllm_engine(context: typer.Context, given: Mapping[str, Any], config: ConfigFile = None) -> None:
     """Serve MODEL with vLLM for a router. Any flag of `vllm serve` may follow MODEL.

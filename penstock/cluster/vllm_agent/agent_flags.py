@@ -28,7 +28,7 @@ class AgentFlags(ClusterEngineSettings, PeerSettings, PageFlags):
     pool: tuple[str, ...] = setting((), "A pool node; may be repeated.", "HOST:PORT")
     pool_config: Path | None = setting(None, "TOML file that describes the pool, as of penstock pool.", "FILE")
     pool_key_file: Path | None = setting(
-        None, "File (0600) with the key without which nobody writes what this engine reads.", "FILE"
+        None, "File (mode 0600) with the pool key: only blocks written under it are read.", "FILE"
     )
     staging_bytes: int = setting(1 << 30, "Host staging memory (L2).", "SIZE", name="staging", parse=parse_bytes)
     start_timeout_s: float = setting(1800.0, "vLLM must serve within this time.")

@@ -112,9 +112,7 @@ class NodeSettings(PeerSettings):
         "Let clients read blocks one-sided, by RDMA (needs penstock[nixl]). They can then also write this node's "
         "memory: for clients that are trusted with it.",
     )
-    rdma_device: tuple[str, ...] = setting(
-        (), "An RDMA device to use, such as mlx5_0. May be given several times.", shown="all"
-    )
+    rdma_device: tuple[str, ...] = setting((), "An RDMA device to use, such as mlx5_0; may be repeated.", shown="all")
     metrics_listen: str | None = setting(
         None, "HOST:PORT to serve /metrics and /health on; port 0 picks a free one.", shown="none"
     )

@@ -67,17 +67,17 @@ class NodeFlags(NodeSettings):
     """A node's settings, and the members that can be given without a file."""
 
     memory: tuple[int, ...] = setting(
-        (), "A memory member of this SIZE, such as 2GiB. May be given several times.", parse=parse_bytes, shown=""
+        (), "A memory member of this SIZE, such as 2GiB; may be repeated.", parse=parse_bytes, shown=""
     )
     slab: tuple[tuple[Path, int], ...] = setting(
         (),
         "A slab member PATH:SIZE on a file or block device, such as /data/kv.slab:100GiB. Its blocks survive a "
-        "restart. May be given several times.",
+        "restart. May be repeated.",
         parse=parse_slab,
         shown="",
     )
     weight: tuple[float, ...] = setting(
-        (), "Share of new blocks, one per member: memory first, then slabs. Measured when not given.", shown=""
+        (), "Share of new blocks per member, memory first, then slabs; measured when not given.", shown=""
     )
 
 
