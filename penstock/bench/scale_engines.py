@@ -9,6 +9,8 @@ import select
 import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,8 +28,8 @@ from penstock.units import parse_address
 READY = re.compile(r"engines registered: (\d+)\.")
 HOST_ENGINES = 8
 LINKS = 32  # that a prefill engine reports
-TIMEOUT_S = 30.0
-ATTEMPTS = 4
+TIMEOUT_S, READY_S = 30.0, 300.0
+ATTEMPTS, AT_ONCE = 4, 32  # registrations of one engine, and under way
 RECEIVE_BYTES = 1 << 20
 ANSWERED = RequestReport(32_768, 32_704, 1 << 30, 1, 0.5, 1.0, None, 0.1, 0.1, 0.1, 0.1, 0, {}, (("fetch", 0.0, 0.4),))
 
@@ -36,7 +38,7 @@ def engines_process(router: tuple[str, int], secret_file: Path, engines: int, be
     """So many engines for this router, half of the hosts for prefill and half for decode; each sends a heartbeat every
     `beat_s`."""
     arguments = (f"{router[0]}:{router[1]}", str(secret_file), str(engines), str(beat_s))
-    return ReadyProcess(python_command("-m", __name__, *arguments), READY, ready_s=120.0)
+    return ReadyProcess(python_command("-m", __name__, *arguments), READY, ready_s=READY_S)
 
 
 class _Engine:
@@ -131,7 +133,8 @@ def _exactly(sock: socket.socket, size: int) -> bytes:
 def serve(router: tuple[str, int], secret: Secret, count: int, beat_s: float) -> None:
     """Runs in a process of its own, until it is ended."""
     raise_file_limit()
-    engines = [_registered(router, secret, number) for number in range(count)]
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        engines = list(threads.map(partial(_registered, router, secret), range(count)))
     print(f"engines registered: {count}.", flush=True)
     by_file = {engine.sock.fileno(): engine for engine in engines}
     ready = select.epoll()

@@ -23,6 +23,7 @@ from penstock.engine.runner import SamplingParams
 from penstock.pool.net.secret import Secret
 from penstock.private_file import make_private
 from penstock.process.file_limit import raise_file_limit
+from penstock.process.startup_objects import freeze_startup_objects
 from penstock.report import Report
 from penstock.server.run import bind
 
@@ -31,7 +32,7 @@ PROMPT_TOKENS = 32_768
 PROMPTS = 16  # different ones: most requests hit
 OPEN = 256
 TIMEOUT_S = 120.0
-LEASE_S = 4 * TIMEOUT_S
+LEASE_S, CLOSE_S = 4 * TIMEOUT_S, 30.0
 BEAT_S = RouterTimes().lease_s / BEATS_PER_LEASE  # as engines do where nothing is set
 BEFORE = {  # measured when a heartbeat cost O(engines) and prompts were lists everywhere
     "router_heartbeats_core_share": 1.5,
@@ -118,7 +119,10 @@ def _router(engines: int, beat_s: float) -> Iterator[ClusterEngine]:
             file.write(os.urandom(32).hex().encode())
         sock = undo.enter_context(bind("127.0.0.1", 0))
         router = ClusterEngine(sock, Secret.read(secret_file), RouterSettings(lease_s=LEASE_S))
-        undo.callback(router.close, 5.0)
-        undo.enter_context(engines_process(sock.getsockname()[:2], secret_file, engines, beat_s))
+        processes = engines_process(sock.getsockname()[:2], secret_file, engines, beat_s)
+        undo.callback(processes.stop)
+        undo.callback(router.close, CLOSE_S)  # before the engines end, so that none is lost
+        freeze_startup_objects()  # as `penstock router` does
+        processes.start()
+        processes.await_ready()
         yield router
-        router.close(5.0)  # before the engines end: they would all be lost

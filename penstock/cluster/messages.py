@@ -94,7 +94,7 @@ class PlacedRequest(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.request_id}#{self.attempt}"
 
 
-class LinkReport(msgspec.Struct, frozen=True, kw_only=True):
+class LinkReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One direction of the compute link between a prefill engine and the decode engine whose relay is at `relay`:
     "read" towards the prefill engine, "hand-off" away from it."""
 
@@ -105,7 +105,7 @@ class LinkReport(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_s: Rate  # measured recently while busy; 0: not known
 
 
-class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
+class EngineReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """State of an engine, for the router's scheduler core; sent with each heartbeat.
 
     `unfinished` and `tokens` are DualPath's seq_e and tok_e: open requests of this engine, and all their tokens.

@@ -114,7 +114,7 @@ class Register(msgspec.Struct, array_like=True, tag=1):
     more: Annotated[int, Meta(ge=0, le=HELD_FRAMES_MAX)] = 0
 
 
-class Heartbeat(msgspec.Struct, array_like=True, tag=2):
+class Heartbeat(msgspec.Struct, array_like=True, tag=2, gc=False):
     """Answered by Beat, while the epoch is current. `placed`: how many Place messages the report includes."""
 
     epoch: Number

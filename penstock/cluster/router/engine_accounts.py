@@ -46,7 +46,7 @@ class _Account:
         if self.counted.compute is None:
             return PREFILL_TOKENS_PER_S, None
         cost = self.cost
-        cost.a, cost.b, cost.c = (max(0.0, value) for value in self.counted.compute)
+        cost.a, cost.b, cost.c = self.counted.compute
         speed = prompt_tokens_per_s(cost)
         return (speed, cost) if SPEED_MIN < speed < SPEED_MAX else (PREFILL_TOKENS_PER_S, None)
 
@@ -93,7 +93,7 @@ class _Host:
 
     def seen(self) -> int | None:
         """The number of the last read on this host that all engines' reports include; None: they include all."""
-        return min((one.unseen[0][1] - 1 for one in self.late.values()), default=None)
+        return min(one.unseen[0][1] - 1 for one in self.late.values()) if self.late else None
 
     def check_integrity(self) -> None:
         """Assert HOSTS-1; O(engines)."""

@@ -16,7 +16,7 @@ MESSAGE_S = 1e-5  # CPU time to read a message, without its content
 class FrameFlow:
     """`over` gets why the connection ends: what `take` says, or the exception that it raised or the stream ended with.
     Frames that have arrived already are taken without waiting, for AT_ONCE_S; then `pause_s` is asked how long to wait,
-    where some of that time advanced no request."""
+    where some of that time advanced no request. A pause costs nothing where nothing arrives during it."""
 
     def __init__(
         self,
@@ -31,6 +31,7 @@ class FrameFlow:
         self._loop = asyncio.get_running_loop()
         self._arrived = bytearray()
         self._pausing = False
+        self._next_s = 0.0  # no frame is taken before
         self._busy_s = self._wasted_s = 0.0
         stream.push(self._data, self._ended)
 
@@ -40,8 +41,10 @@ class FrameFlow:
 
     def _data(self, data: bytes) -> None:
         self._arrived += data
-        if not self._pausing:
-            self._go_on()
+        if self._pausing:
+            return
+        left_s = self._next_s - time.monotonic()
+        self._pause(left_s) if left_s > 0 else self._go_on()
 
     def _go_on(self) -> None:
         """Take frames until none is complete, or it is the turn of others."""
@@ -56,8 +59,13 @@ class FrameFlow:
                 used_s, begin_s = end_s - begin_s + MESSAGE_S, end_s
                 self._busy_s += used_s
                 self._wasted_s += used_s * (1.0 - useful)
-                if self._busy_s >= AT_ONCE_S and self._paused():
-                    return
+                if self._busy_s >= AT_ONCE_S:
+                    pause_s = self._pause_s(self._wasted_s) if self._wasted_s else 0.0
+                    self._busy_s = self._wasted_s = 0.0
+                    if self._arrived:
+                        self._pause(pause_s)
+                        return
+                    self._next_s = time.monotonic() + pause_s
         except Exception as error:  # noqa: BLE001 (it ends this connection, which says why)
             self._ended(error)
 
@@ -72,16 +80,10 @@ class FrameFlow:
         del arrived[:end]
         return body
 
-    def _paused(self) -> bool:
-        """Pay for the time that was used; False where that needs no pause, and nothing else has arrived."""
-        pause_s = self._pause_s(self._wasted_s) if self._wasted_s else 0.0
-        self._busy_s = self._wasted_s = 0.0
-        if pause_s <= 0 and not self._arrived:
-            return False
+    def _pause(self, pause_s: float) -> None:
         self._pausing = True
         self._stream.transport.pause_reading()
         self._loop.call_later(pause_s, self._resume)
-        return True
 
     def _resume(self) -> None:
         self._pausing = False
