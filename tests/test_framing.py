@@ -19,10 +19,10 @@ BYTES = {
     ("pool", True, False): b"PNSTCK\x04\x80",
     ("pool", False, True): b"PNSTCK\x04\x40",
     ("pool", True, True): b"PNSTCK\x04\xc0",
-    ("cluster", True, False): b"PNSTCL\x04\x00",
-    ("cluster", False, False): b"PNSTCL\x04\x80",
-    ("cluster", True, True): b"PNSTCL\x04\x40",
-    ("cluster", False, True): b"PNSTCL\x04\xc0",
+    ("cluster", True, False): b"PNSTCL\x05\x00",
+    ("cluster", False, False): b"PNSTCL\x05\x80",
+    ("cluster", True, True): b"PNSTCL\x05\x40",
+    ("cluster", False, True): b"PNSTCL\x05\xc0",
 }
 
 

@@ -1,4 +1,4 @@
-"""`penstock bench scale`: what a pool of many blocks costs, per block, on this machine."""
+"""`penstock bench scale`: what a pool of many blocks and a router of many engines cost on this machine."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def scale(
     plot: PlotFile = None,
 ) -> None:
     """CPU time, memory and stops of the table of one pool node with a million blocks; CPU time of engines and nodes per
-    block over the network. Each beside its goal, and beside what it was when every block was an object and travelled
-    alone (`..._before`)."""
+    block over the network; of a router per heartbeat of an engine and per long prompt. Each beside its goal, and beside
+    what it was before (`..._before`): when every block was an object and travelled alone, and a prompt was a list."""
     from penstock.bench.scale_network import measure_network
+    from penstock.bench.scale_router import measure_router
     from penstock.bench.scale_table import measure_open, measure_table
 
     console = Console()
@@ -40,11 +41,13 @@ def scale(
             measure_table(report, count, step)
             measure_open(report, count, folder, step)
             measure_network(report, count <= QUICK_BLOCKS, step)
+            measure_router(report, count <= QUICK_BLOCKS, step)
     except (OSError, ValueError, PoolError, ProcessFailed) as error:
         console.print(f"penstock bench scale: {error}", style="red", markup=False)
         raise typer.Exit(1) from error
     report.notes.append("CPU time of one thread per block or key; ..._before: measured with the table of objects")
     report.notes.append("engine_*, node_*: CPU time of a whole process per block of 4 KiB; the nodes run beside it")
+    report.notes.append("router_*: CPU time of the router's process; 1,365 heartbeats/s; HTTP and tokenizer left out")
     if quick:
         report.notes.append("--quick: few blocks; it checks that everything runs; the figures mean nothing")
     report.print(console)

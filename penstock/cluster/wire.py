@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -31,11 +31,11 @@ from penstock.engine.api import RequestReport
 from penstock.framing import Greeting, decode
 from penstock.framing import ProtocolError as ProtocolError
 
-GREETING = Greeting("cluster", b"PNSTCL", version=4, usual_secret=True)  # without one, certificates are enough
+GREETING = Greeting("cluster", b"PNSTCL", version=5, usual_secret=True)  # without one, certificates are enough
 greeting, check_greeting = GREETING.pack, GREETING.check
 PURPOSE = b"cluster control 1"
 LENGTH = struct.Struct("<I")
-FRAME_BYTES_MAX = 64 << 20  # to an engine: a prompt of a million tokens takes 5 MB
+FRAME_BYTES_MAX = 64 << 20  # to an engine: a prompt of a million tokens takes 4 MB
 ENGINE_FRAME_BYTES_MAX = 256 << 10  # from an engine: decoded in 1 to 2 ms, during which other engines wait
 HELD_FRAMES_MAX = 512  # after a Register
 HELD_TOKENS_MAX = 24_576  # of one part, so that it fits into a frame with its report
@@ -114,7 +114,7 @@ class Register(msgspec.Struct, array_like=True, tag=1):
     more: Annotated[int, Meta(ge=0, le=HELD_FRAMES_MAX)] = 0
 
 
-class Heartbeat(msgspec.Struct, array_like=True, tag=2):
+class Heartbeat(msgspec.Struct, array_like=True, tag=2, gc=False):
     """Answered by Beat, while the epoch is current. `placed`: how many Place messages the report includes."""
 
     epoch: Number
@@ -210,6 +210,7 @@ class Replan(msgspec.Struct, array_like=True, tag=26):
 
 
 FromEngine = Register | Heartbeat | Events | Leave | MoreHeld
+_FROM_ENGINE = frozenset(get_args(FromEngine))
 FromRouter = Welcome | Refused | Beat | Place | Cancel | Fenced | Replan
 
 _encoder = msgspec.msgpack.Encoder()
@@ -221,7 +222,7 @@ _reports: msgspec.msgpack.Decoder[RequestReport | None] = msgspec.msgpack.Decode
 def frame(message: FromEngine | FromRouter) -> bytes:
     """Encode a frame. Raises ProtocolError for one that is too long."""
     body = _encoder.encode(message)
-    _check_length(len(body), ENGINE_FRAME_BYTES_MAX if isinstance(message, FromEngine) else FRAME_BYTES_MAX)
+    _check_length(len(body), ENGINE_FRAME_BYTES_MAX if type(message) in _FROM_ENGINE else FRAME_BYTES_MAX)
     return LENGTH.pack(len(body)) + body
 
 

@@ -10,6 +10,8 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from penstock.core.packed_tokens import TOKEN_BYTES
+
 SECONDS_MAX = 1e6
 RATE_MAX = 1e18  # bytes or tokens per second
 COUNT_MAX = 1 << 53
@@ -27,6 +29,7 @@ Count = Annotated[int, Meta(ge=0, le=COUNT_MAX)]
 Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]  # epochs, attempts, sequences
 Token = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 Tokens = Annotated[list[Token], Meta(max_length=TOKENS_MAX)]
+PackedTokens = Annotated[bytes, Meta(max_length=TOKEN_BYTES * TOKENS_MAX)]  # `pack_tokens`
 Name = Annotated[str, Meta(max_length=NAME_CHARACTERS_MAX)]
 Tenant = Annotated[str, Meta(max_length=TENANT_CHARACTERS_MAX)]
 Text = Annotated[str, Meta(max_length=TEXT_CHARACTERS_MAX)]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
+import numpy as np
 from msgspec import Meta
 
 from penstock.core.operations import FinishReason, HandOff
+from penstock.core.packed_tokens import TOKEN_BYTES, pack_tokens
 from penstock.engine.runner import TEMPERATURE_MAX, TOP_K_MAX, SamplingParams
 from penstock.engine.shaping import LOGPROBS_MAX, TokenLogprobs, check_shaping
 
@@ -84,6 +85,7 @@ class GenerationRequest:
     hand_off: HandOff | None = None
     resume_label: str = ""  # the client's name for it, to ask for the same answer again; never a key by itself
     api: ApiCall | None = None
+    packed: bytes = b""  # `pack_tokens` of the prompt, where whoever made the request has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,16 +131,15 @@ class TokenEvent:
 OnEvent = Callable[[TokenEvent], None]
 
 
-def check_request(request: GenerationRequest, vocab_size: int, max_context_tokens: int) -> None:
-    """Raise InvalidRequest for a request that no engine with this vocabulary and context could serve."""
+def check_request(request: GenerationRequest, vocab_size: int, max_context_tokens: int) -> bytes:
+    """The prompt, packed. Raises InvalidRequest for a request that no engine with this vocabulary and context could
+    serve."""
     prompt, sampling = request.prompt_tokens, request.sampling
     if not prompt:
         raise InvalidRequest("prompt is empty; it must have at least one token")
-    try:
-        tokens = array("q", prompt)
-    except (TypeError, OverflowError):
-        raise InvalidRequest(f"prompt must be a list of token ids 0 to {vocab_size - 1}") from None
-    if min(tokens) < 0 or max(tokens) >= vocab_size:
+    whole = len(request.packed) == TOKEN_BYTES * len(prompt)
+    packed = request.packed if whole else _packed(prompt, vocab_size)
+    if highest_token(packed) >= vocab_size:
         raise InvalidRequest(f"prompt has a token outside 0..{vocab_size - 1}")
     if sampling.max_tokens < 1:
         raise InvalidRequest(f"max_tokens is {sampling.max_tokens}; it must be at least 1")
@@ -150,6 +151,21 @@ def check_request(request: GenerationRequest, vocab_size: int, max_context_token
     if request.slo_ttft_s is not None and not 0 < request.slo_ttft_s < 1e6:
         raise InvalidRequest(f"slo_ttft_s is {request.slo_ttft_s}; it must be above 0 and below 1e6")
     _check_sampling(sampling, vocab_size)
+    return packed
+
+
+def highest_token(packed: bytes) -> int:
+    """The highest of a packed prompt's tokens."""
+    return int(np.frombuffer(packed, "<u4").max())
+
+
+def _packed(prompt: list[int], vocab_size: int) -> bytes:
+    try:
+        return pack_tokens(prompt)
+    except (TypeError, OverflowError):
+        if all(isinstance(token, int) and -(1 << 63) <= token < 1 << 63 for token in prompt):
+            raise InvalidRequest(f"prompt has a token outside 0..{vocab_size - 1}") from None
+        raise InvalidRequest(f"prompt must be a list of token ids 0 to {vocab_size - 1}") from None
 
 
 def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:

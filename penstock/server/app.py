@@ -259,7 +259,7 @@ class ServerApp:
         options, settings = prepared.options, self.settings
         answer_id, label = answer
         choices: list[Choice] = []
-        for tokens, max_tokens in zip(prepared.prompts, prepared.max_tokens, strict=True):
+        for tokens, packed, max_tokens in zip(prepared.prompts, prepared.packed, prepared.max_tokens, strict=True):
             for choice in range(options.n):
                 request = GenerationRequest(
                     f"{answer_id}-{len(choices)}",
@@ -269,6 +269,7 @@ class ServerApp:
                     options.tenant,
                     options.session,
                     resume_label=f"{label}-{len(choices)}" if label else "",
+                    packed=packed,
                 )
                 choices.append(
                     Choice(

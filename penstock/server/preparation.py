@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.requests import Request
 
-from penstock.engine.api import EngineAPI
+from penstock.core.packed_tokens import pack_tokens
+from penstock.engine.api import EngineAPI, highest_token
 from penstock.server.bodies import BodyBudget, BodyLease, has_more_than, read_body
 from penstock.server.errors import ApiError, bad_request, context_overflow, wrong_value
 from penstock.server.schema import (
@@ -55,6 +56,7 @@ class Prepared:
 
     options: Options
     prompts: list[list[int]]
+    packed: list[bytes]  # `pack_tokens` of each prompt
     max_tokens: list[int]
     prefixes: tuple[str, ...]  # text echoed before each completion: as sent, or the decoded prompt tokens
     chat: bool
@@ -117,8 +119,11 @@ class RequestPreparation:
             prompts, prefixes = await self._completion_tokens(given, bool(body.echo))
             echo_tokens = bool(body.echo) and not isinstance(given[0], str)
         param = "messages" if chat else "prompt"
-        room = [self._room(tokens, options, param) for tokens in prompts]
-        return Prepared(options, prompts, room, prefixes, chat, echo_tokens)
+        packed, room = [], []
+        for tokens in prompts:
+            packed.append(self._check_tokens(tokens, param))
+            room.append(self._room(len(tokens), options, param))
+        return Prepared(options, prompts, packed, room, prefixes, chat, echo_tokens)
 
     # -- bodies -------------------------------------------------------------------------------------------------
 
@@ -213,24 +218,30 @@ class RequestPreparation:
             )
         return self._codec
 
-    def _check_tokens(self, tokens: Sequence[int], param: str) -> None:
+    def _check_tokens(self, tokens: Sequence[int], param: str) -> bytes:
+        """The tokens, packed. Raises ApiError."""
         if not tokens:
             raise bad_request(f"{param} is empty; allowed: at least one token", param)
         limit = self._engine.max_context_tokens
         if len(tokens) > limit:
             raise context_overflow(limit, f"your {param} resulted in {len(tokens)} tokens", param)
-        if min(tokens) < 0 or max(tokens) >= self._engine.vocab_size:
+        packed = b""
+        try:
+            packed = pack_tokens(tokens)
+            worst = highest_token(packed)
+        except OverflowError:
             worst = min(tokens) if min(tokens) < 0 else max(tokens)
+        if not 0 <= worst < self._engine.vocab_size:
             raise bad_request(f"{param} has token id {worst}; allowed: 0 to {self._engine.vocab_size - 1}", param)
+        return packed
 
-    def _room(self, tokens: Sequence[int], options: Options, param: str) -> int:
-        """How many tokens may be generated after this prompt. Raises ApiError(400)."""
-        self._check_tokens(tokens, param)
+    def _room(self, tokens: int, options: Options, param: str) -> int:
+        """How many tokens may be generated after a prompt of so many. Raises ApiError(400)."""
         limit = self._engine.max_context_tokens
-        wanted = options.max_tokens if options.max_tokens is not None else max(limit - len(tokens), 1)
-        if len(tokens) + wanted > limit:
-            parts = f"{len(tokens)} in the {param}, {wanted} in the completion"
-            raise context_overflow(limit, f"you requested {len(tokens) + wanted} tokens ({parts})", param)
+        wanted = options.max_tokens if options.max_tokens is not None else max(limit - tokens, 1)
+        if tokens + wanted > limit:
+            parts = f"{tokens} in the {param}, {wanted} in the completion"
+            raise context_overflow(limit, f"you requested {tokens + wanted} tokens ({parts})", param)
         if options.shaping is not None and options.shaping.min_tokens > wanted:
             raise wrong_value("min_tokens", options.shaping.min_tokens, f"at most the {wanted} tokens of the answer")
         return wanted

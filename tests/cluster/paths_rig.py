@@ -13,6 +13,7 @@ from penstock.cluster.engine.build_host import HostConfig, open_host
 from penstock.cluster.engine.host import EngineHost
 from penstock.cluster.messages import PlacedRequest
 from penstock.cluster.settings import Role
+from penstock.core.packed_tokens import pack_tokens
 from penstock.engine.config import EngineConfig
 from penstock.engine.runner import SamplingParams
 from penstock.pool.net.node import PoolNode
@@ -84,7 +85,7 @@ class Cluster:
     ) -> None:
         """Place one part."""
         given = {"request_id": f"q{next(_ids)}", "decode_relay": self.decode[de].relay_address} | more
-        placed = PlacedRequest(epoch=1, part=part, prompt_tokens=list(prompt), sampling=sampling, **given)
+        placed = PlacedRequest(epoch=1, part=part, prompt=pack_tokens(prompt), sampling=sampling, **given)
         host.submit(placed, on_event)
 
     def settle(self) -> None:
@@ -163,7 +164,7 @@ def mixed(checkpoint: Path, node: PoolNode, **more: Any) -> Iterator[Callable[..
     def ask(prompt: Sequence[int], sampling: SamplingParams = GREEDY, **placed: Any) -> list[int]:
         part = Answer()
         request = PlacedRequest(
-            request_id=f"m{next(_ids)}", epoch=1, prompt_tokens=list(prompt), sampling=sampling, **placed
+            request_id=f"m{next(_ids)}", epoch=1, prompt=pack_tokens(prompt), sampling=sampling, **placed
         )
         opened.submit(request, part)
         assert part.wait().finish_reason == "length", part.last

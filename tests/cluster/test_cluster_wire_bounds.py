@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from penstock.cluster import wire
 from penstock.cluster.messages import EngineReport, LinkReport, PlacedRequest, asked_digest
 from penstock.cluster.wire_types import clip, within
+from penstock.core.packed_tokens import pack_tokens
 from penstock.engine.api import RequestReport, TokenEvent
 from penstock.engine.runner import SamplingParams
 from tests.asking import wait_until
@@ -26,11 +27,11 @@ CARD = wire.EngineCard(
     max_context_tokens=4096, vocab_size=10, eos_token_ids=(3,), pid=1,
 )  # fmt: skip
 HELD = wire.Held(
-    request_id="r", attempt=1, part="mixed", label="l", digest=asked_digest([1], SamplingParams(), ""), earlier=[1],
-    index=0, tokens=[2],
+    request_id="r", attempt=1, part="mixed", label="l", digest=asked_digest(pack_tokens([1]), SamplingParams(), ""),
+    earlier=[1], index=0, tokens=[2],
 )  # fmt: skip
 PLACED = PlacedRequest(
-    request_id="r", epoch=1, prompt_tokens=[1, 2], sampling=SamplingParams(), first_index=1, slo_ttft_s=1.0,
+    request_id="r", epoch=1, prompt=pack_tokens([1, 2]), sampling=SamplingParams(), first_index=1, slo_ttft_s=1.0,
     waited_s=0.5, decode_share=0.5,
 )  # fmt: skip
 FROM_ENGINE: list[Any] = [

@@ -18,6 +18,7 @@ from penstock.cluster.messages import PlacedRequest, asked_digest
 from penstock.cluster.wire import HELD_TOKENS_MAX, Event, Held, pack_report
 from penstock.cluster.wire_types import LIST_MAX, clip
 from penstock.core.operations import FinishReason
+from penstock.core.packed_tokens import TOKEN_BYTES, unpack_tokens
 from penstock.engine.api import RequestReport, TokenEvent
 from penstock.pool.losses import count_loss
 from penstock.process.rate_limited_log import RateLimitedLog
@@ -54,11 +55,11 @@ class ResumablePart:
         self._first = placed.first_index + (placed.part == "decode" and not placed.decode_samples)
         self._digest = b""
         if self.label:
-            split = len(placed.prompt_tokens) - placed.first_index
-            self.earlier = placed.prompt_tokens[split:]
+            split = len(placed.prompt) - TOKEN_BYTES * placed.first_index
+            self.earlier = unpack_tokens(placed.prompt[split:])
             sampling = placed.sampling
             whole = replace(sampling, max_tokens=sampling.max_tokens + placed.first_index)
-            self._digest = asked_digest(placed.prompt_tokens[:split], whole, placed.tenant)
+            self._digest = asked_digest(placed.prompt[:split], whole, placed.tenant)
 
     @property
     def resumable(self) -> bool:

@@ -93,7 +93,7 @@ class Outgoing:
             self._end(part, TokenEvent(None, "restart", f"the hand-off could not be opened: {error}"))
             return
         relay = placed.decode_relay
-        blocks = blocks[: len(placed.prompt_tokens) // self._engine.config.block_tokens]  # a relay may have sent more
+        blocks = blocks[: placed.prompt_length // self._engine.config.block_tokens]  # a relay may have sent more
         hand_off = HandOff(
             to=relay,
             present=frozenset(index for index, state in enumerate(blocks) if state == HAS),

@@ -1,18 +1,24 @@
 """Passes engines, hosts and their reports to the inter-engine scheduler core.
 
-A report costs O(engines of its host), however many other engines there are: all hosts are passed to the core only when
-an engine joined or left, or when the first host reaches its pool again.
+A report costs O(1), however many engines there are: each host has the sums of its engines' reports, which a new report
+corrects. All hosts are passed to the core only when an engine joined or left, or when the first host reaches its pool
+again; a host's engines are looked at when the report of the fastest one has become slower, and those that have
+placements which their reports do not include yet.
+
+Invariant, checked by `check_integrity`:
+  HOSTS-1 A host's sums are those of the reports of its engines as they were counted last.
+Verification: tests/cluster/router/test_heartbeat_cost.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from penstock.cluster.messages import EngineReport
 from penstock.cluster.router.engine_registry import RegisteredEngine
+from penstock.cluster.wire import EngineCard
 from penstock.core.cluster.engine_groups import EngineSpec
 from penstock.core.cluster.inter_engine import InterEngineScheduler
 from penstock.core.cluster.nic_speed import StorageSpeeds
@@ -26,12 +32,76 @@ BATCH_TOKENS = 2048  # batch size for which the speed of prompts without hits is
 
 @dataclass(slots=True)
 class _Account:
-    """One engine. `unseen`: placements with reads that its report may not include yet, as (number of the placement,
-    number of the read on its host)."""
+    """One engine, with the report that its host's sums include. `unseen`: placements with reads that its report may not
+    include yet, as (number of the placement, number of the read on its host)."""
 
     engine: RegisteredEngine
+    counted: EngineReport
+    cost: ComputeCost = field(default_factory=lambda: ComputeCost(0.0, 0.0, 0.0))
     placed: int = 0
     unseen: deque[tuple[int, int]] = field(default_factory=deque)
+
+    def speed(self) -> tuple[float, ComputeCost | None]:
+        """Prompt tokens per second, and the cost model if the engine reports one: as it is now, changed in place."""
+        if self.counted.compute is None:
+            return PREFILL_TOKENS_PER_S, None
+        cost = self.cost
+        cost.a, cost.b, cost.c = self.counted.compute
+        speed = prompt_tokens_per_s(cost)
+        return (speed, cost) if SPEED_MIN < speed < SPEED_MAX else (PREFILL_TOKENS_PER_S, None)
+
+
+@dataclass(slots=True)
+class _Host:
+    """One host: its engines share a storage NIC. `late`: those with `unseen` placements."""
+
+    engines: dict[str, _Account] = field(default_factory=dict)
+    late: dict[str, _Account] = field(default_factory=dict)
+    queued_tokens: int = 0  # read queues of all engines
+    reaching: int = 0  # engines that reach the pool
+    fastest: float = 0.0  # the largest storage speed, as reported
+
+    def add(self, account: _Account) -> None:
+        """An engine has registered."""
+        self.engines[account.engine.name] = account
+        report = account.counted
+        self.queued_tokens += report.read_queue_tokens
+        self.reaching += report.storage_up
+        self.fastest = max(self.fastest, report.storage_bytes_per_s)
+
+    def remove(self, name: str) -> None:
+        """An engine has left; unknown ones are ignored."""
+        account = self.engines.pop(name, None)
+        self.late.pop(name, None)
+        if account is not None:
+            self.queued_tokens -= account.counted.read_queue_tokens
+            self.reaching -= account.counted.storage_up
+            self.fastest = self._fastest()
+
+    def count(self, account: _Account, report: EngineReport) -> None:
+        """A new report of one of the engines."""
+        before, account.counted = account.counted, report
+        self.queued_tokens += report.read_queue_tokens - before.read_queue_tokens
+        self.reaching += report.storage_up - before.storage_up
+        if report.storage_bytes_per_s >= self.fastest:
+            self.fastest = report.storage_bytes_per_s
+        elif before.storage_bytes_per_s == self.fastest:
+            self.fastest = self._fastest()
+
+    def _fastest(self) -> float:
+        return max((one.counted.storage_bytes_per_s for one in self.engines.values()), default=0.0)
+
+    def seen(self) -> int | None:
+        """The number of the last read on this host that all engines' reports include; None: they include all."""
+        return min(one.unseen[0][1] - 1 for one in self.late.values()) if self.late else None
+
+    def check_integrity(self) -> None:
+        """Assert HOSTS-1; O(engines)."""
+        reports = [one.counted for one in self.engines.values()]
+        assert self.queued_tokens == sum(one.read_queue_tokens for one in reports), "HOSTS-1: read queues"
+        assert self.reaching == sum(one.storage_up for one in reports), "HOSTS-1: engines that reach the pool"
+        assert self.fastest == self._fastest(), "HOSTS-1: the fastest engine"
+        assert self.late == {name: one for name, one in self.engines.items() if one.unseen}, "HOSTS-1: late reports"
 
 
 def prompt_tokens_per_s(cost: ComputeCost) -> float:
@@ -40,25 +110,15 @@ def prompt_tokens_per_s(cost: ComputeCost) -> float:
     return BATCH_TOKENS / seconds if seconds > 0 else math.inf
 
 
-def speed_of(report: EngineReport) -> tuple[float, ComputeCost | None]:
-    """Prompt tokens per second of an engine, and its cost model if it reports one."""
-    if report.compute is None:
-        return PREFILL_TOKENS_PER_S, None
-    a, b, c = report.compute
-    cost = ComputeCost(max(0.0, a), max(0.0, b), max(0.0, c))
-    speed = prompt_tokens_per_s(cost)
-    return (speed, cost) if SPEED_MIN < speed < SPEED_MAX else (PREFILL_TOKENS_PER_S, None)
-
-
 class EngineAccounts:
     """All engines. A node of the scheduler core is a host: its engines share a storage NIC."""
 
     def __init__(self, scheduler: InterEngineScheduler) -> None:
         self._scheduler = scheduler
         self._accounts: dict[str, _Account] = {}
-        self._hosts: dict[str, dict[str, _Account]] = {}  # host -> its engines
+        self._hosts: dict[str, _Host] = {}
         self._speeds = StorageSpeeds()
-        self._left: set[str] = set()  # hosts that engines left since the last report of a storage NIC's speed
+        self._left: set[str] = set()  # hosts that engines left since the last report
         self._reach: dict[str, bool] = {}  # host -> whether it reaches its pool, as last passed to the scheduler core
         self._reaching = 0  # hosts that reach their pools
         self._changed = False  # an engine joined or left since the last update of the scheduler core
@@ -66,11 +126,12 @@ class EngineAccounts:
     def joined(self, engine: RegisteredEngine) -> None:
         """An engine has registered."""
         card, report = engine.card, engine.report
-        account = _Account(engine)
-        self._accounts[engine.name] = self._hosts.setdefault(card.host, {})[engine.name] = account
+        account = self._accounts[engine.name] = _Account(engine, report)
+        host = self._hosts.setdefault(card.host, _Host())
+        host.add(account)
         self._changed = True
-        speed, compute = speed_of(report)
-        self._update_storage_speed(engine)
+        speed, compute = account.speed()
+        self._update_storage_speeds(card)
         capacity = report.total_pages * card.block_tokens or card.max_context_tokens
         self._scheduler.engine_registered(
             EngineSpec(engine.name, card.role, card.role, card.host, speed, capacity, compute)
@@ -78,17 +139,17 @@ class EngineAccounts:
 
     def left(self, engine: RegisteredEngine, now: float) -> None:
         """An engine has left; its requests are placed again."""
-        host = engine.card.host
-        here = self._hosts.get(host, {})
-        here.pop(engine.name, None)
-        if not here:
-            self._hosts.pop(host, None)
+        name = engine.card.host
+        host = self._hosts.get(name, _Host())
+        host.remove(engine.name)
+        if not host.engines:
+            self._hosts.pop(name, None)
         self._accounts.pop(engine.name, None)
-        self._left.add(host)
+        self._left.add(name)
         self._changed = True
         self._scheduler.engine_lost(engine.name, now)
-        if not here:
-            self._scheduler.node_lost(host, now)
+        if not host.engines:
+            self._scheduler.node_lost(name, now)
 
     def placed(self, engine: RegisteredEngine, read_tokens: int) -> None:
         """A request was placed on the engine, which will read `read_tokens` for it."""
@@ -97,60 +158,68 @@ class EngineAccounts:
             account.placed += 1
             if read_tokens:
                 account.unseen.append((account.placed, self._scheduler.assigned_before(engine.card.host) + 1))
+                self._hosts[engine.card.host].late[engine.name] = account
 
     def reported(self, engine: RegisteredEngine, now: float) -> None:
         """The engine's report has changed."""
         account = self._accounts.get(engine.name)
         if account is None:
             return
-        while account.unseen and account.unseen[0][0] <= engine.placed_seen:
-            account.unseen.popleft()
-        host = engine.card.host
-        here = self._hosts[host].values()
-        self._update_storage_speed(engine)
-        self._scheduler.engine_speed(engine.name, *speed_of(engine.report))
-        seen = min((one.unseen[0][1] - 1 for one in here if one.unseen), default=None)
+        name, scheduler = engine.card.host, self._scheduler
+        host, unseen = self._hosts[name], account.unseen
+        if unseen:
+            while unseen and unseen[0][0] <= engine.placed_seen:
+                unseen.popleft()
+            if not unseen:
+                del host.late[engine.name]
+        before = host.fastest
+        host.count(account, engine.report)
+        if host.fastest != before or self._left:
+            self._update_storage_speeds(engine.card)
+        scheduler.engine_speed(engine.name, *account.speed())
+        seen = host.seen()
         # A reported queue does not include requests that wait for room in a decode buffer, nor reads that a prefill
         # engine will still make through this host's relay: it may raise the scheduler core's count, never lower it.
-        reported = sum(one.engine.report.read_queue_tokens for one in here)
-        self._scheduler.report(host, max(reported, self._scheduler.unread_tokens(host, seen)), seen)
-        self._update_nic(host, now)
-
-    def _update_nic(self, host: str, now: float) -> None:
-        """A host that does not reach its pool, while another host does, counts as having lost its storage NIC."""
-        some_reached = self._reaching > 0
-        tell: Iterable[str] = ()
+        scheduler.report(name, max(host.queued_tokens, scheduler.unread_tokens(name, seen)), seen)
         if self._changed:
-            self._changed = False
-            reach: dict[str, bool] = {}
-            for account in self._accounts.values():
-                at = account.engine.card.host
-                reach[at] = reach.get(at, False) or account.engine.report.storage_up
-            self._reach, self._reaching = reach, sum(reach.values())
-            tell = reach
-        else:
-            reaches = any(account.engine.report.storage_up for account in self._hosts[host].values())
-            if reaches != self._reach[host]:
-                self._reach[host] = reaches
-                self._reaching += 1 if reaches else -1
-                tell = self._reach if some_reached != (self._reaching > 0) else (host,)
-        for one in tell:
-            if not self._reach[one] and self._reaching:
-                self._scheduler.nic_lost(one, now)
-            else:
-                self._scheduler.nic_healed(one)
+            self._update_all_nics(now)
+        elif (host.reaching > 0) != self._reach[name]:
+            self._update_nic(name, host.reaching > 0, now)
 
-    def _update_storage_speed(self, engine: RegisteredEngine) -> None:
-        """Update storage bandwidths. Engines of a host share its NIC: the largest report is used. A host without a
-        report gets an estimate from the others."""
-        card = engine.card
-        self._left.add(card.host)
-        for host in self._left:
-            here = self._hosts.get(host)
-            if here is None:
-                self._speeds.forget(host)
-                continue
-            fastest = min(max(account.engine.report.storage_bytes_per_s for account in here.values()), SPEED_MAX)
-            nic = self._speeds.see(host, fastest, card.block_tokens, card.block_bytes)
-            self._scheduler.node_registered(host, nic)
+    def _update_all_nics(self, now: float) -> None:
+        self._changed = False
+        self._reach = {name: host.reaching > 0 for name, host in self._hosts.items()}
+        self._reaching = sum(self._reach.values())
+        for name in self._reach:
+            self._pass_nic(name, now)
+
+    def _update_nic(self, name: str, reaches: bool, now: float) -> None:
+        some_reached = self._reaching > 0
+        self._reach[name] = reaches
+        self._reaching += 1 if reaches else -1
+        for one in self._reach if some_reached != (self._reaching > 0) else (name,):
+            self._pass_nic(one, now)
+
+    def _pass_nic(self, name: str, now: float) -> None:
+        """A host that does not reach its pool, while another host does, counts as having lost its storage NIC."""
+        if not self._reach[name] and self._reaching:
+            self._scheduler.nic_lost(name, now)
+        else:
+            self._scheduler.nic_healed(name)
+
+    def _update_storage_speeds(self, card: EngineCard) -> None:
+        """Update storage bandwidths, of this engine's host and of those that engines left. Engines of a host share its
+        NIC: the largest report is used. A host without a report gets an estimate from the others."""
+        names = self._left | {card.host}
         self._left.clear()
+        for name in names - self._hosts.keys():
+            self._speeds.forget(name)
+        for name in names & self._hosts.keys():
+            fastest = min(self._hosts[name].fastest, SPEED_MAX)
+            nic = self._speeds.see(name, fastest, card.block_tokens, card.block_bytes)
+            self._scheduler.node_registered(name, nic)
+
+    def check_integrity(self) -> None:
+        """Assert HOSTS-1; O(engines)."""
+        for host in self._hosts.values():
+            host.check_integrity()

@@ -3,7 +3,7 @@
 Everything here runs on one event loop. Events are passed to a `Listener`, whose methods run on that loop too; an
 exception in one is logged and counted, and ends at most a registration.
 
-An engine's frames are short, and other engines have their turn after AT_ONCE_S. Messages that advance no request
+An engine's frames are short, and other engines have their turn (`frame_flow`). Messages that advance no request
 (heartbeats, and events for which nobody waits) may use only a share of the time, by address
 (`pool.net.message_budget`): an engine that sends without end does not delay the others.
 
@@ -22,17 +22,20 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 from penstock.cluster import wire
 from penstock.cluster.messages import EngineReport
+from penstock.cluster.router.frame_flow import FrameFlow
 from penstock.cluster.wire_types import clip
 from penstock.core.cluster.membership import Membership, NameTaken
 from penstock.core.connection_limits import ConnectionLimits, ConnectionShares, network_of
 from penstock.pool.net.message_budget import MessageBudget
+from penstock.pool.net.push_stream import PushStream
 from penstock.pool.net.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
 from penstock.pool.net.tls import PeerTls, TlsError
-from penstock.pool.net.tls_streams import Reader, Writer, begin_tls
+from penstock.pool.net.tls_streams import Stream, begin_tls
 from penstock.process.file_limit import file_limit
 from penstock.process.rate_limited_log import RateLimitedLog, kind_of
 from penstock.units import format_address
@@ -45,12 +48,12 @@ ENGINES_OF_ADDRESS_MAX = 1024
 STRANGERS_MAX = 512  # connections that have not registered
 BACKLOG = 1024
 ACCEPT_AT_ONCE = 8  # before accepted connections have their turn: a burst would close them unread
-AT_ONCE_S = 0.0002  # time for one engine's messages before the others have their turn
-MESSAGE_S = 1e-5  # CPU time to read a message, without its content
+RECEIVED_AHEAD_BYTES = 1 << 20  # of a peer that has not registered
 REGISTER_S = 0.001  # CPU time of a registration and of its end
 UNSENT_BYTES_MAX = 256 << 20  # unsent bytes to one engine; above, the engine counts as lost
 BEATS_PER_LEASE = 4
 
+FIRST = (wire.Register, wire.MoreHeld)  # messages of a registration
 First = TypeVar("First", wire.Register, wire.MoreHeld)
 
 
@@ -63,7 +66,7 @@ class RegisteredEngine:
     report: EngineReport
     peer: str
     since_s: float
-    writer: Writer
+    stream: Stream
     heard_s: float = 0.0
     placed_seen: int = 0  # Place messages that the report includes
 
@@ -145,8 +148,8 @@ class EngineRegistry:
     async def start(self) -> None:
         """Begin to accept connections and to expire leases."""
         # asyncio accepts as many at once as the backlog.
-        self._server = await asyncio.start_server(
-            self._connected, sock=self._sock, limit=1 << 20, backlog=ACCEPT_AT_ONCE
+        self._server = await asyncio.get_running_loop().create_server(
+            lambda: PushStream(self._connected, RECEIVED_AHEAD_BYTES), sock=self._sock, backlog=ACCEPT_AT_ONCE
         )
         self._sock.listen(BACKLOG)
         expire = asyncio.create_task(self._expire())
@@ -158,7 +161,7 @@ class EngineRegistry:
         if self._server is not None:
             self._server.close()
         for engine in self.engines.values():
-            engine.writer.transport.abort()
+            engine.stream.transport.abort()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -168,10 +171,10 @@ class EngineRegistry:
         """Queue a message for an engine; an engine that does not receive its messages counts as lost."""
         if self.engines.get(engine.name) is not engine:
             return
-        if engine.writer.transport.is_closing():
+        if engine.stream.transport.is_closing():
             return  # its reader notices, and its requests are placed again
-        engine.writer.write(wire.frame(message))
-        if engine.writer.transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
+        engine.stream.write(wire.frame(message))
+        if engine.stream.transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
             self._lose(engine, f"it does not receive what is sent: {UNSENT_BYTES_MAX >> 20} MiB wait")
 
     # -- connections --------------------------------------------------------------------------------------------
@@ -181,11 +184,11 @@ class EngineRegistry:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _connected(self, stream: PushStream) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._keep(task)
-        host, port = (writer.get_extra_info("peername") or ("?", 0))[:2]
+        host, port = (stream.transport.get_extra_info("peername") or ("?", 0))[:2]
         peer = format_address(host, port)
         self.counts.connections += 1
         engine: RegisteredEngine | None = None
@@ -195,9 +198,9 @@ class EngineRegistry:
         try:
             if leaves is not None:
                 self._drop(leaves)
-            engine, source = await self._admit(reader, writer, peer, address, task)
+            engine = await self._admit(stream, peer, address, task)
             if engine is not None:
-                why = await self._serve(engine, source, address)
+                why = await self._serve(engine, engine.stream, address)
         except wire.ProtocolError as error:
             why = str(error)
             self.counts.refused_protocol += 1
@@ -222,34 +225,32 @@ class EngineRegistry:
             self._shares.left(task)
             if engine is not None:
                 self._lose(engine, why)
-            writer.transport.abort() if engine is not None else writer.close()
+            stream.transport.abort() if engine is not None else stream.close()
 
     async def _admit(
         self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
+        plain: PushStream,
         peer: str,
         address: str,
         task: asyncio.Task[None],
-    ) -> tuple[RegisteredEngine | None, Reader]:
-        """Admit an unknown peer as an engine; returns the engine and its reader. Raises ProtocolError, SecretRefused,
-        TlsError or another OSError."""
+    ) -> RegisteredEngine | None:
+        """Admit an unknown peer as an engine; None: it was refused. Raises ProtocolError, SecretRefused, TlsError or
+        another OSError."""
         secret, tls = self._secret, self._tls
-        source: Reader = reader
-        target: Writer = writer
+        stream: Stream = plain
         try:
             async with asyncio.timeout(wire.HANDSHAKE_S):
-                first = await reader.readexactly(wire.GREETING.size)
-                writer.write(wire.greeting(secret is not None, tls is not None))
+                first = await plain.readexactly(wire.GREETING.size)
+                plain.write(wire.greeting(secret is not None, tls is not None))
                 wire.check_greeting(first, secret is not None, tls is not None)
                 if tls is not None:
-                    source = target = await begin_tls(reader, writer, tls)
+                    stream = await begin_tls(plain, tls)
                 if secret is not None:
-                    await self._challenge(secret, source, target)
-                register, held = await self._first_messages(source, address)
+                    await self._challenge(secret, stream)
+                register, held = await self._first_messages(stream, address)
         except TimeoutError:
             raise wire.ProtocolError(f"it did not register within {wire.HANDSHAKE_S:g} s") from None
-        return self._register(register, held, target, peer, task), source
+        return self._register(register, held, stream, peer, task)
 
     def _drop(self, stranger: asyncio.Task[None]) -> None:
         """Close the connection of a peer that has not registered, for another one."""
@@ -267,22 +268,22 @@ class EngineRegistry:
             self.counts.listener_failures += 1
             rare.exception("listener", "a message of an engine could not be processed: %r", error)
 
-    async def _challenge(self, secret: Secret, reader: Reader, writer: Writer) -> None:
+    async def _challenge(self, secret: Secret, stream: Stream) -> None:
         nonce = os.urandom(NONCE_BYTES)
-        writer.write(nonce)
-        answer = await reader.readexactly(NONCE_BYTES + PROOF_BYTES)
-        writer.write(secret.check(wire.PURPOSE, nonce, answer))
+        stream.write(nonce)
+        answer = await stream.readexactly(NONCE_BYTES + PROOF_BYTES)
+        stream.write(secret.check(wire.PURPOSE, nonce, answer))
 
-    async def _first_messages(self, reader: Reader, address: str) -> tuple[wire.Register, list[wire.Held]]:
+    async def _first_messages(self, stream: Stream, address: str) -> tuple[wire.Register, list[wire.Held]]:
         """The Register message of an engine, and all parts that it holds."""
-        register = await self._first(wire.Register, reader, address)
+        register = await self._first(wire.Register, stream, address)
         held = list(register.held)
         for _ in range(register.more):
-            held += (await self._first(wire.MoreHeld, reader, address)).held
+            held += (await self._first(wire.MoreHeld, stream, address)).held
         return register, held
 
-    async def _first(self, kind: type[First], reader: Reader, address: str) -> First:
-        body, begin_s = await _frame(reader), time.thread_time()
+    async def _first(self, kind: type[First], stream: Stream, address: str) -> First:
+        body, begin_s = await _frame(stream), time.thread_time()
         message = wire.decode_from_engine(body)
         if not isinstance(message, kind):
             raise wire.ProtocolError(f"{type(message).__name__} before it is registered; allowed: {kind.__name__}")
@@ -292,12 +293,12 @@ class EngineRegistry:
     async def _pause(self, address: str, used_s: float) -> None:
         """Charge time that advanced no request, and pause for it. Other connections have their turn even when the pause
         is short."""
-        await asyncio.sleep(self._budget.used(address, used_s, _now()))
+        await asyncio.sleep(self._budget.used(address, used_s, time.monotonic()))
 
     def _register(
-        self, register: wire.Register, held: Sequence[wire.Held], writer: Writer, peer: str, task: asyncio.Task[None]
+        self, register: wire.Register, held: Sequence[wire.Held], stream: Stream, peer: str, task: asyncio.Task[None]
     ) -> RegisteredEngine | None:
-        card, now = register.card, _now()
+        card, now = register.card, time.monotonic()
         reason = self._listener.engine_fits(card)
         retry = False
         if reason is None and len(self.engines) >= ENGINES_MAX and card.name not in self.engines:
@@ -315,11 +316,11 @@ class EngineRegistry:
         if reason is not None:
             self.counts.refused_registration += 1
             rare.warning(f"not taken {card.name}", "engine %s (%s) is refused: %s", card.name, peer, reason)
-            writer.write(wire.frame(wire.Refused(clip(reason), retry)))
+            stream.write(wire.frame(wire.Refused(clip(reason), retry)))
             return None
         if known is not None:
             self._forget(known, "it registered anew")
-        engine = RegisteredEngine(card, epoch, register.report, peer, now, writer, now)
+        engine = RegisteredEngine(card, epoch, register.report, peer, now, stream, now)
         self.engines[card.name] = engine
         self.counts.registered += 1
         try:
@@ -327,49 +328,51 @@ class EngineRegistry:
         except Exception as error:  # noqa: BLE001 (this engine is refused; the others go on)
             self.counts.listener_failures += 1
             rare.exception("join", "engine %s could not be registered: %r", card.name, error)
-            writer.write(wire.frame(wire.Refused(clip(f"internal error: {error!r}"), retry=True)))
+            stream.write(wire.frame(wire.Refused(clip(f"internal error: {error!r}"), retry=True)))
             self._membership.end(card.name, epoch)
             self._forget(engine, "it could not be registered", after_all=True)
             return None
         welcome = wire.Welcome(epoch, self.router_id, self.lease_s, self.lease_s / BEATS_PER_LEASE, keep)
         # Welcome is sent first; requests that the listener places from now on follow it.
-        writer.write(wire.frame(welcome))
+        stream.write(wire.frame(welcome))
         log.info("engine %s (%s) registered from %s: epoch %d", card.name, card.role, peer, epoch)
         self._notify(lambda: self._listener.engine_reported(engine))
         return engine
 
-    async def _serve(self, engine: RegisteredEngine, reader: Reader, address: str) -> str:
-        """Serve until the engine leaves or is fenced; returns why."""
-        busy_s = wasted_s = 0.0
-        while True:
-            body, begin_s = await _frame(reader), time.thread_time()
-            message = wire.decode_from_engine(body)
-            if isinstance(message, wire.Register | wire.MoreHeld):
-                raise wire.ProtocolError("it registered twice on one connection")
-            if message.epoch != engine.epoch or not self._membership.is_current(engine.name, engine.epoch):
-                self.counts.fenced_frames += 1
-                engine.writer.write(wire.frame(wire.Fenced("its epoch is over")))
-                return "its epoch is over"
-            engine.heard_s = _now()
-            useful = 0.0
-            if isinstance(message, wire.Heartbeat):
-                if not self._membership.renew(engine.name, engine.epoch, engine.heard_s):
-                    self.counts.fenced_frames += 1
-                    engine.writer.write(wire.frame(wire.Fenced("its lease had ended")))
-                    return "its lease had ended"
-                self.send(engine, wire.Beat(message.sequence))
-                self.counts.preemptions += max(0, message.report.preemptions - engine.report.preemptions)
-                engine.report, engine.placed_seen = message.report, message.placed
-                self._notify(lambda: self._listener.engine_reported(engine))
-            elif isinstance(message, wire.Events):
-                useful = self._events(engine, message.events)
-            else:
-                return message.why
-            used_s = time.thread_time() - begin_s + MESSAGE_S
-            busy_s, wasted_s = busy_s + used_s, wasted_s + used_s * (1.0 - useful)
-            if busy_s >= AT_ONCE_S:  # messages received already are read without waiting
-                await (self._pause(address, wasted_s) if wasted_s else asyncio.sleep(0))
-                busy_s = wasted_s = 0.0
+    async def _serve(self, engine: RegisteredEngine, stream: Stream, address: str) -> str:
+        """Serve until the engine leaves or is fenced; returns why. Raises what ends the connection otherwise."""
+        over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        def pause_s(wasted_s: float) -> float:
+            return self._budget.used(address, wasted_s, time.monotonic())
+
+        FrameFlow(stream, partial(self._take, engine), pause_s, over)
+        return await over
+
+    def _take(self, engine: RegisteredEngine, body: bytes) -> float | str:
+        """A message of a registered engine; see `FrameFlow`. Raises ProtocolError."""
+        message = wire.decode_from_engine(body)
+        if isinstance(message, FIRST):
+            raise wire.ProtocolError("it registered twice on one connection")
+        if message.epoch != engine.epoch or not self._membership.is_current(engine.name, engine.epoch):
+            return self._fenced(engine, "its epoch is over")
+        engine.heard_s = time.monotonic()
+        if isinstance(message, wire.Heartbeat):
+            if not self._membership.renew(engine.name, engine.epoch, engine.heard_s):
+                return self._fenced(engine, "its lease had ended")
+            self.send(engine, wire.Beat(message.sequence))
+            self.counts.preemptions += max(0, message.report.preemptions - engine.report.preemptions)
+            engine.report, engine.placed_seen = message.report, message.placed
+            self._notify(lambda: self._listener.engine_reported(engine))
+            return 0.0
+        if isinstance(message, wire.Events):
+            return self._events(engine, message.events)
+        return message.why
+
+    def _fenced(self, engine: RegisteredEngine, why: str) -> str:
+        self.counts.fenced_frames += 1
+        engine.stream.write(wire.frame(wire.Fenced(why)))
+        return why
 
     def _events(self, engine: RegisteredEngine, events: Sequence[wire.Event]) -> float:
         """Pass events on; returns the share of them that advanced a request."""
@@ -383,11 +386,12 @@ class EngineRegistry:
         """Fence engines that have not renewed their lease."""
         while True:
             next_s = self._membership.next_expiry_s()
-            await asyncio.sleep(min(self.lease_s / 8, max(0.001, next_s - _now())) if next_s else self.lease_s / 8)
+            left_s = max(0.001, next_s - time.monotonic()) if next_s else self.lease_s
+            await asyncio.sleep(min(self.lease_s / 8, left_s))
             self._notify(self._fence_silent)
 
     def _fence_silent(self) -> None:
-        for name, epoch in self._membership.expired(_now()):
+        for name, epoch in self._membership.expired(time.monotonic()):
             engine = self.engines.get(name)
             if engine is not None and engine.epoch == epoch:
                 log.warning("engine %s is fenced: it has sent nothing for %.1f s", name, self.lease_s)
@@ -405,14 +409,10 @@ class EngineRegistry:
             del self.engines[engine.name]
             self.counts.lost += 1
             if not after_all:
-                engine.writer.transport.abort()
+                engine.stream.transport.abort()
             self._notify(lambda: self._listener.engine_left(engine, why))
 
 
-async def _frame(reader: Reader) -> bytes:
-    head = await reader.readexactly(wire.LENGTH.size)
-    return await reader.readexactly(wire.frame_length(head, wire.ENGINE_FRAME_BYTES_MAX))
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()
+async def _frame(stream: Stream) -> bytes:
+    head = await stream.readexactly(wire.LENGTH.size)
+    return await stream.readexactly(wire.frame_length(head, wire.ENGINE_FRAME_BYTES_MAX))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -16,8 +15,9 @@ from penstock.cluster.settings import RouterTimes
 from penstock.cluster.wire_types import NAME_CHARACTERS_MAX, SECONDS_MAX, TENANT_CHARACTERS_MAX
 from penstock.core.cluster.answer import Answer
 from penstock.core.cluster.decisions import InterEngineConfig, Place
+from penstock.core.cluster.seen_prefixes import PrefixKeys
 from penstock.core.config import check_range
-from penstock.core.keys import BlockKey
+from penstock.core.packed_tokens import pack_tokens
 from penstock.engine.api import GenerationRequest, InvalidRequest, OnEvent, RequestReport, TokenEvent, tell
 
 MARKS_MAX = 64
@@ -51,6 +51,7 @@ class RoutedRequest:
     clients: dict[str, OnEvent]
     arrival_s: float
     answer: Answer
+    prompt: bytes  # packed (`pack_tokens`)
     asked: Asked | None  # label and digest with which another client gets this answer; None: none can
     scheduler_attempt: int | None = None  # the scheduler core's number of the current placement
     waiting: str = "no engine yet"  # why it is not placed yet
@@ -58,7 +59,7 @@ class RoutedRequest:
     data_sent: bool = False  # a piece of an answer by vLLM's own API
     read: str = ""
     hit_tokens: int = 0
-    keys: Sequence[BlockKey] | None = None  # of its prompt's full blocks, for `SeenPrefixes`; None: not computed yet
+    keys: PrefixKeys | None = None  # of its prompt, for `SeenPrefixes`; None: not computed yet
     reports: list[RequestReport] = field(default_factory=list)
     marks: list[tuple[str, float]] = field(default_factory=list)  # (stage, time of its begin)
 
@@ -136,7 +137,7 @@ def placed_request(
     return PlacedRequest(
         request_id=routed.id,
         epoch=0,
-        prompt_tokens=request.prompt_tokens + begun,
+        prompt=routed.prompt + pack_tokens(begun),
         sampling=replace(sampling, max_tokens=answer.max_tokens - len(begun)),
         attempt=attempt,
         first_index=len(begun),

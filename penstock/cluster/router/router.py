@@ -31,6 +31,7 @@ from penstock.cluster.router.engine_accounts import EngineAccounts
 from penstock.cluster.router.engine_fit import misfit
 from penstock.cluster.router.engine_registry import EngineRegistry, RegisteredEngine
 from penstock.cluster.router.open_requests import OpenRequests
+from penstock.cluster.router.prefix_hashes import PrefixHashes
 from penstock.cluster.router.routed_request import RoutedRequest, RouterSettings, check_names, fresh_answer
 from penstock.cluster.router.router_loop import RouterLoop
 from penstock.cluster.router.router_stats import router_stats
@@ -38,9 +39,9 @@ from penstock.cluster.router.unclaimed_parts import Asked, UnclaimedParts
 from penstock.core.cluster.answer import Answer, Outcome
 from penstock.core.cluster.decisions import Decision, DecisionFailed, GiveUp, Place, Replan, Revoke, TooManyRequests
 from penstock.core.cluster.inter_engine import InterEngineScheduler
-from penstock.core.cluster.seen_prefixes import SeenPrefixes
-from penstock.core.keys import BlockKey
+from penstock.core.cluster.seen_prefixes import PrefixKeys, SeenPrefixes
 from penstock.core.operations import FinishReason
+from penstock.core.packed_tokens import TOKEN_BYTES, pack_tokens
 from penstock.engine.api import (
     EngineStats,
     GenerationRequest,
@@ -64,7 +65,7 @@ log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
 RECENT_MAX = 256
-KEYS_INLINE_TOKENS = 4096  # up to this length keys are computed on the router's loop: about 0.2 ms
+KEYS_INLINE_TOKENS = 131_072  # up to this length keys are computed on the router's loop: about 0.05 ms
 KEYS_WAITING_MAX = 1024  # prompts that wait for the thread that computes keys
 FAILING_S = 5.0  # a router whose decisions have failed for so long is not healthy
 
@@ -100,6 +101,7 @@ class ClusterEngine:
         self._accounts = EngineAccounts(self.scheduler)
         self._dispatch = Dispatch(self.port, self._accounts)
         self._seen: SeenPrefixes | None = None
+        self._hashes: PrefixHashes | None = None  # with `_seen`
         self._key_maker = GuardedWorker("penstock-prompt-keys", KEYS_WAITING_MAX)
         self._unclaimed = UnclaimedParts(settings.claim_s)
         # Unique across restarts: an engine may still serve an attempt of the previous router.
@@ -121,7 +123,7 @@ class ClusterEngine:
             raise Overloaded(self._loop.refusal, retry_after_s=10.0)
         if not self.vocab_size:
             raise Overloaded(self.healthy()[1], 1.0)
-        check_request(request, self.vocab_size, self.max_context_tokens)
+        prompt = check_request(request, self.vocab_size, self.max_context_tokens)
         check_names(request)
         if request.api is not None and self.kind != "vllm":
             raise Unsupported("only vLLM engines answer this", "api")
@@ -129,11 +131,12 @@ class ClusterEngine:
             raise Unsupported("logprobs are not passed on by a router; ask the engine of penstock serve", "logprobs")
         if self._open.of_client(request.request_id) is not None:
             raise InvalidRequest(f"request_id {request.request_id!r} is in use for another request")
-        digest = asked_digest(request.prompt_tokens, request.sampling, request.tenant)
-        asked = (request.resume_label, digest) if request.resume_label else None
+        asked: Asked | None = None
+        if request.resume_label:
+            asked = (request.resume_label, asked_digest(prompt, request.sampling, request.tenant))
         end_tokens = request.sampling.end_tokens(self.eos_token_ids)
         answer = Answer(request.sampling.max_tokens, end_tokens, self._attempt_base)
-        routed = RoutedRequest("", request, {request.request_id: on_event}, time.monotonic(), answer, asked)
+        routed = RoutedRequest("", request, {request.request_id: on_event}, time.monotonic(), answer, prompt, asked)
         if not self._open.same_answer(routed) and len(self.requests) >= self.settings.max_open:
             raise Overloaded(self._full(), 1.0)
         self._loop.call(partial(self._submitted, routed))
@@ -181,9 +184,9 @@ class ClusterEngine:
         """Record that the pool holds the KV of these tokens, which a router otherwise learns while it serves; for a
         router that has just started. Without engines nothing is recorded. Raises TimeoutError."""
 
-        seen = self.ask(lambda: self._seen)
-        if seen is not None:
-            self.ask(partial(seen.add, seen.keys_of(prompt_tokens, tenant)))
+        seen, hashes = self.ask(lambda: (self._seen, self._hashes))
+        if seen is not None and hashes is not None:
+            self.ask(partial(seen.add, hashes.of(pack_tokens(prompt_tokens), tenant)))
 
     # -- timers -------------------------------------------------------------------------------------------------
 
@@ -262,18 +265,18 @@ class ClusterEngine:
             return
         self._queue(routed)
 
-    def _with_keys(self, routed: RoutedRequest, then: Callable[[SeenPrefixes, Sequence[BlockKey]], None]) -> None:
+    def _with_keys(self, routed: RoutedRequest, then: Callable[[SeenPrefixes, PrefixKeys], None]) -> None:
         """Call `then` with the keys of the request's prompt, which are computed once: for a long prompt on a thread, so
         that the loop, and shorter requests that arrived later, go on meanwhile."""
-        seen, request = self._seen, routed.request
-        assert seen is not None, "no engine has registered, and a request was checked against it"
+        seen, hashes, tenant = self._seen, self._hashes, routed.request.tenant
+        assert seen is not None and hashes is not None, "no engine has registered, and a request was checked against it"
 
-        def made(keys: Sequence[BlockKey]) -> None:
+        def made(keys: PrefixKeys) -> None:
             routed.keys = keys
             self._guarded(partial(then, seen, keys), routed)
 
         def make() -> None:
-            keys = seen.keys_of(request.prompt_tokens, request.tenant)
+            keys = hashes.of(routed.prompt, tenant)
             self._loop.call(partial(made, keys))
 
         def failed(error: Exception) -> None:
@@ -281,19 +284,19 @@ class ClusterEngine:
 
         if routed.keys is not None:
             then(seen, routed.keys)
-        elif len(request.prompt_tokens) <= KEYS_INLINE_TOKENS or not self._key_maker.put(make, failed):
-            routed.keys = seen.keys_of(request.prompt_tokens, request.tenant)
-            then(seen, routed.keys)
+        elif len(routed.prompt) <= TOKEN_BYTES * KEYS_INLINE_TOKENS or not self._key_maker.put(make, failed):
+            keys = routed.keys = hashes.of(routed.prompt, tenant)
+            then(seen, keys)
 
     def _queue(self, routed: RoutedRequest) -> None:
         routed.waiting = "its turn"
         self._with_keys(routed, partial(self._give_to_scheduler, routed))
 
-    def _give_to_scheduler(self, routed: RoutedRequest, seen: SeenPrefixes, keys: Sequence[BlockKey]) -> None:
+    def _give_to_scheduler(self, routed: RoutedRequest, seen: SeenPrefixes, keys: PrefixKeys) -> None:
         if self.requests.get(routed.id) is not routed:
             return  # it ended while its keys were computed
         request = routed.request
-        routed.hit_tokens = seen.hit_tokens(keys, len(request.prompt_tokens))
+        routed.hit_tokens = seen.hit_tokens(keys)
         try:
             self.scheduler.submit(
                 routed.id, len(request.prompt_tokens), routed.hit_tokens, request.sampling.max_tokens, time.monotonic()
@@ -448,7 +451,7 @@ class ClusterEngine:
         """Take model, vocabulary and block size of the cluster from an engine's card."""
         if self.model != card.model or self._seen is None:
             self.model = card.model
-            self._seen = SeenPrefixes(card.block_tokens)
+            self._seen, self._hashes = SeenPrefixes(card.block_tokens), PrefixHashes(card.block_tokens)
         self.eos_token_ids = frozenset(card.eos_token_ids)
         cards = [engine.card for engine in self.port.engines.values()]
         self.max_context_tokens = min(one.max_context_tokens for one in cards)
@@ -472,7 +475,8 @@ class ClusterEngine:
     def engine_reported(self, engine: RegisteredEngine) -> None:
         """See `engine_registry.Listener`."""
         self._accounts.reported(engine, time.monotonic())
-        self._decide_soon()
+        if self._failing_since_s is not None or not self.scheduler.idle:
+            self._decide_soon()
 
     def engine_events(self, engine: RegisteredEngine, events: Sequence[wire.Event]) -> int:
         """See `engine_registry.Listener`."""

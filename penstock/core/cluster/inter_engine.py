@@ -87,6 +87,11 @@ class InterEngineScheduler:
         """Requests that no engine has."""
         return len(self._queue)
 
+    @property
+    def idle(self) -> bool:
+        """Whether `decide` would find nothing to do: no request waits, and no decision was made since its last call."""
+        return not self._queue and not self._out
+
     # -- events: machines ---------------------------------------------------------------------------------------
 
     def node_registered(self, node: str, storage_nic: float | NicSpeed) -> None:

@@ -1,49 +1,76 @@
-"""An estimate of what a prompt will hit: prefixes that passed a router before, as hashes of their full blocks.
+"""An estimate of what a prompt will hit: prefixes that passed a router before, by hashes of them.
 
 It needs no round trip to the pool, and serves the choice of engines and sides. A wrong estimate costs time, never a
 wrong token: engines ask the pool themselves.
+
+A prompt is known by one key for each full segment of SEGMENT_BLOCKS blocks, and one for each block of its first segment
+and of what follows its last full one. So a prompt that goes on from an earlier one, or shares a short prefix with it,
+has its exact hit; where two prompts part within a later segment, the hit counts up to that segment's begin.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from penstock.core.keys import BlockKey, block_keys
+PrefixKey = bytes
+KEYS_MAX = 1 << 20  # about 150 bytes of memory each; of long prompts they stand for sixteen times as many blocks
+SEGMENT_BLOCKS = 16
 
-BLOCKS_MAX = 1 << 20  # about 150 bytes of memory each
+
+@dataclass(frozen=True, slots=True)
+class PrefixKeys:
+    """Keys of the prefixes of one prompt, each of everything up to the end of a full block: of the full `segments`, of
+    the blocks of the `first` one, and of those after the last full one (`last`; empty where that is the first one).
+    `inside` makes those of the blocks of any full segment."""
+
+    prompt_tokens: int
+    segments: Sequence[PrefixKey]
+    first: Sequence[PrefixKey]
+    last: Sequence[PrefixKey]
+    inside: Callable[[int], Sequence[PrefixKey]]
 
 
 class SeenPrefixes:
-    """The latest `blocks_max` blocks of all tenants, by their keys: `keys_of` says those of a prompt, and takes long
-    where that is long; it may be called on any thread."""
+    """The latest prefixes of all tenants, by `keys_max` keys."""
 
-    def __init__(self, block_tokens: int, blocks_max: int = BLOCKS_MAX) -> None:
+    def __init__(self, block_tokens: int, keys_max: int = KEYS_MAX) -> None:
         self._block_tokens = block_tokens
-        self._blocks_max = blocks_max
-        self._seen: OrderedDict[BlockKey, None] = OrderedDict()
+        self._keys_max = keys_max
+        self._seen: OrderedDict[PrefixKey, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._seen)
 
-    def keys_of(self, tokens: Sequence[int], tenant: str) -> list[BlockKey]:
-        """Of a prompt's full blocks."""
-        return block_keys(tokens, b"seen prefixes", tenant, self._block_tokens)
+    def hit_tokens(self, keys: PrefixKeys) -> int:
+        """Tokens of the longest prefix that is known to have been added, in full blocks, less than the whole prompt.
+        O(segments)."""
+        segments = self._known(keys.segments)
+        if segments == 0:
+            blocks = self._known(keys.first)
+        elif segments == len(keys.segments):
+            blocks = self._known(keys.last)
+        else:  # another prompt may have ended in this segment
+            blocks = self._known(keys.inside(segments))
+        hit = (segments * SEGMENT_BLOCKS + blocks) * self._block_tokens
+        return max(0, min(hit, keys.prompt_tokens - 1) // self._block_tokens * self._block_tokens)
 
-    def hit_tokens(self, keys: Sequence[BlockKey], prompt_tokens: int) -> int:
-        """Tokens of the longest prefix that was added before, in full blocks, less than all `prompt_tokens`."""
-        blocks = 0
-        for key in keys:
-            if key not in self._seen:
-                break
-            self._seen.move_to_end(key)
-            blocks += 1
-        return max(0, min(blocks * self._block_tokens, prompt_tokens - 1) // self._block_tokens * self._block_tokens)
-
-    def add(self, keys: Sequence[BlockKey]) -> None:
+    def add(self, keys: PrefixKeys) -> None:
         """The KV of a prompt with these keys was computed, and its full blocks go to the pool."""
-        for key in reversed(keys):  # so that a prefix outlives what follows it
-            self._seen[key] = None
-            self._seen.move_to_end(key)
-        while len(self._seen) > self._blocks_max:
-            self._seen.popitem(last=False)
+        seen = self._seen
+        for some in (keys.last, keys.segments, keys.first):
+            for key in reversed(some):  # so that a prefix outlives what follows it
+                seen[key] = None
+                seen.move_to_end(key)
+        while len(seen) > self._keys_max:
+            seen.popitem(last=False)
+
+    def _known(self, keys: Sequence[PrefixKey]) -> int:
+        """How many of these, from the first one on, were added; they count as used now."""
+        seen = self._seen
+        for count, key in enumerate(keys):
+            if key not in seen:
+                return count
+            seen.move_to_end(key)
+        return len(keys)

@@ -1,4 +1,4 @@
-"""TLS over a server's asyncio streams: begun on a connection that is open, after its greeting.
+"""TLS over a server's connection on an event loop: begun on one that is open, after its greeting.
 
 `asyncio` has TLS of its own, but it ends a failed handshake without sending the alert, so a client would not learn what
 is wrong with its certificate.
@@ -9,16 +9,16 @@ from __future__ import annotations
 import asyncio
 import ssl
 
+from penstock.pool.net.push_stream import OnData, OnEnd, PushStream
 from penstock.pool.net.tls import PeerTls, TlsError
 from penstock.pool.net.tls_socket import ACCEPTED, RECEIVE_BYTES
 
 
 class TlsStreams:
-    """Reader and writer of one connection, with a subset of the methods of `asyncio.StreamReader` and
-    `asyncio.StreamWriter`. For one event loop."""
+    """One connection, with the methods of the `PushStream` below it."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tls: PeerTls) -> None:
-        self._reader, self._writer, self._tls = reader, writer, tls
+    def __init__(self, stream: PushStream, tls: PeerTls) -> None:
+        self._stream, self._tls = stream, tls
         self._arrived, self._leaving = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = tls.context("server").wrap_bio(self._arrived, self._leaving, server_side=True)
         self._plain = bytearray()
@@ -43,52 +43,77 @@ class TlsStreams:
     async def readexactly(self, size: int) -> bytes:
         """Raises IncompleteReadError at the end of the stream, and TlsError."""
         while len(self._plain) < size:
-            try:
-                part = self._object.read(RECEIVE_BYTES)
-            except ssl.SSLWantReadError:
-                await self._take()
-            except ssl.SSLError as error:
-                raise TlsError(self._tls.explain(error)) from None
-            else:
-                if not part:
-                    raise asyncio.IncompleteReadError(bytes(self._plain), size)
+            if part := self._decrypted():
                 self._plain += part
+            else:
+                await self._take()
         found = bytes(self._plain[:size])
         del self._plain[:size]
         return found
 
+    def push(self, on_data: OnData, on_end: OnEnd) -> None:
+        """As `PushStream.push`; also raises nothing for what is no TLS: that ends the stream, with a TlsError."""
+        failed = False
+
+        def take(data: bytes) -> None:
+            nonlocal failed
+            if failed:
+                return
+            self._arrived.write(data)
+            try:
+                while part := self._decrypted():
+                    on_data(part)
+            except (TlsError, asyncio.IncompleteReadError) as error:
+                failed = True
+                on_end(error)
+
+        plain, self._plain = bytes(self._plain), bytearray()
+        if plain:
+            on_data(plain)
+        take(b"")
+        self._stream.push(take, lambda error: None if failed else on_end(error))
+
     def write(self, data: bytes) -> None:
-        """Encrypt `data` and pass it to the TCP writer."""
+        """Encrypt `data` and send it."""
         self._object.write(data)
         self._flush()
 
     def close(self) -> None:
         """Close the TCP connection, without a TLS close message."""
-        self._writer.close()
+        self._stream.close()
 
     @property
-    def transport(self) -> asyncio.WriteTransport:
+    def transport(self) -> asyncio.Transport:
         """The transport of the TCP connection."""
-        return self._writer.transport
+        return self._stream.transport
 
     def _flush(self) -> None:
         if data := self._leaving.read():
-            self._writer.write(data)
+            self._stream.write(data)
 
     async def _take(self) -> None:
-        data = await self._reader.read(RECEIVE_BYTES)
-        if not data:
-            raise asyncio.IncompleteReadError(bytes(self._plain), None)
-        self._arrived.write(data)
+        self._arrived.write(await self._stream.read())
+
+    def _decrypted(self) -> bytes:
+        """What can be decrypted of what has arrived; empty where more must arrive first. Raises TlsError, and
+        IncompleteReadError at the end of the stream."""
+        try:
+            part = self._object.read(RECEIVE_BYTES)
+        except ssl.SSLWantReadError:
+            return b""
+        except ssl.SSLError as error:
+            raise TlsError(self._tls.explain(error)) from None
+        if not part:
+            raise asyncio.IncompleteReadError(b"", None)
+        return part
 
 
-Reader = asyncio.StreamReader | TlsStreams
-Writer = asyncio.StreamWriter | TlsStreams
+Stream = PushStream | TlsStreams
 
 
-async def begin_tls(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tls: PeerTls) -> TlsStreams:
+async def begin_tls(stream: PushStream, tls: PeerTls) -> TlsStreams:
     """The connection, once both ends have accepted each other's certificates (`tls_socket.begin_tls`). Raises TlsError
     or IncompleteReadError; the caller closes the streams, and limits the time."""
-    made = TlsStreams(reader, writer, tls)
+    made = TlsStreams(stream, tls)
     await made.shake_hands()
     return made

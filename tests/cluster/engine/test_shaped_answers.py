@@ -13,6 +13,7 @@ import pytest
 
 from penstock.cluster.engine.build_host import HostConfig, open_host
 from penstock.cluster.messages import PlacedRequest, asked_digest
+from penstock.core.packed_tokens import pack_tokens
 from penstock.engine.runner import SamplingParams
 from penstock.engine.shaping import Shaping
 from tests.asking import WAIT_S, Answer, prompt_of
@@ -68,7 +69,7 @@ def test_requests_that_are_shaped_differently_are_not_the_same_request() -> None
     plain = SamplingParams(4)
     others = [Shaping(min_p=0.1), Shaping(min_p=0.2), Shaping(min_tokens=1), Shaping(logit_bias=((1, 1.0),))]
     asked = [plain, replace(plain, logprobs=0), *(replace(plain, shaping=shaping) for shaping in others)]
-    assert len({asked_digest([1, 2], sampling, "") for sampling in asked}) == len(asked)
+    assert len({asked_digest(pack_tokens([1, 2]), sampling, "") for sampling in asked}) == len(asked)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_requests_that_are_shaped_differently_are_not_the_same_request() -> None
     ],
 )
 def test_the_wire_has_bounds(shaping: Shaping) -> None:
-    placed = PlacedRequest(request_id="r", epoch=1, prompt_tokens=[1], sampling=SamplingParams(shaping=shaping))
+    placed = PlacedRequest(request_id="r", epoch=1, prompt=pack_tokens([1]), sampling=SamplingParams(shaping=shaping))
     with pytest.raises(msgspec.ValidationError):
         msgspec.msgpack.decode(msgspec.msgpack.encode(placed), type=PlacedRequest)
 
@@ -93,5 +94,5 @@ def test_the_wire_has_bounds(shaping: Shaping) -> None:
 def test_what_is_asked_of_the_logits_comes_over_the_wire_as_it_was() -> None:
     shaping = Shaping(min_p=0.5, stop_token_ids=(3,), logit_bias=((1, -2.0),))
     sampling = SamplingParams(shaping=shaping, logprobs=4)
-    placed = PlacedRequest(request_id="r", epoch=1, prompt_tokens=[1], sampling=sampling)
+    placed = PlacedRequest(request_id="r", epoch=1, prompt=pack_tokens([1]), sampling=sampling)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(placed), type=PlacedRequest) == placed

@@ -22,6 +22,7 @@ from penstock.cluster.handoff.lending import Lending
 from penstock.cluster.handoff.relay import RelayNode
 from penstock.cluster.messages import PlacedRequest
 from penstock.core.keys import KeyChain, root_key
+from penstock.core.packed_tokens import pack_tokens
 from penstock.engine.api import GenerationRequest, TokenEvent
 from penstock.engine.runner import SamplingParams
 from penstock.pool.checksum import block_checksum
@@ -68,7 +69,7 @@ class Relay:
         """The router names a hand-off; returns its keys, and what becomes of it."""
         tokens = [sum(name.encode()) * 7 + at for at in range(blocks * BLOCK + 1)]
         placed = PlacedRequest(
-            request_id=name, epoch=1, prompt_tokens=tokens, sampling=SamplingParams(max_tokens=8), part="decode",
+            request_id=name, epoch=1, prompt=pack_tokens(tokens), sampling=SamplingParams(max_tokens=8), part="decode",
             attempt=1, decode_relay="d:1",
         )  # fmt: skip
         events: list[TokenEvent] = []

@@ -21,6 +21,7 @@ from penstock.cluster.messages import PlacedRequest
 from penstock.cluster.router.unclaimed_parts import UnclaimedParts
 from penstock.core.engine.engine_load import EngineLoad
 from penstock.core.keys import root_key
+from penstock.core.packed_tokens import pack_tokens
 from penstock.engine.api import GenerationRequest, InvalidRequest, TokenEvent
 from penstock.engine.runner import SamplingParams
 from penstock.pool.api import PoolError
@@ -34,6 +35,10 @@ BLOCK = 16
 
 class Tokens(list[int]):
     """A prompt that can be seen to go."""
+
+
+class Placed(PlacedRequest, frozen=True, kw_only=True, weakref=True):
+    """A part, with its packed prompt, that can be seen to go."""
 
 
 class Begun(Exception):
@@ -59,38 +64,38 @@ def incoming() -> Any:
     pool.close(WAIT_S)
 
 
-def part(name: str, tokens: Sequence[int], label: str = "", kind: Any = "decode") -> PlacedRequest:
-    return PlacedRequest(
-        request_id=name, epoch=1, prompt_tokens=tokens,  # type: ignore[arg-type]
+def part(name: str, tokens: Sequence[int], label: str = "", kind: Any = "decode") -> Placed:
+    return Placed(
+        request_id=name, epoch=1, prompt=pack_tokens(tokens),
         sampling=SamplingParams(max_tokens=8), part=kind, attempt=1, resume_label=label, decode_relay="d:1",
     )  # fmt: skip
 
 
 def request_of(placed: PlacedRequest) -> GenerationRequest:
-    return GenerationRequest(placed.hand_off_id, placed.prompt_tokens, placed.sampling)
+    return GenerationRequest(placed.hand_off_id, Tokens(placed.prompt_tokens), placed.sampling)
 
 
 @pytest.mark.parametrize("end", ["cancelled", "refused", "failed to begin"])
 def test_a_decode_part_that_ended_holds_no_prompt(incoming: Incoming, end: str) -> None:
     """Its deadline is ten minutes ahead."""
-    gone: list[weakref.ref[Tokens]] = []
+    gone: list[tuple[weakref.ref[Placed], weakref.ref[list[int]]]] = []
     ends: list[TokenEvent] = []
     for number in range(200):
-        tokens = Tokens(range(BLOCK * (65 if end == "refused" else 4)))
-        gone.append(weakref.ref(tokens))
-        placed = part(f"r{number}", tokens)
+        placed = part(f"r{number}", range(BLOCK * (65 if end == "refused" else 4)))
+        request = request_of(placed)
+        gone.append((weakref.ref(placed), weakref.ref(request.prompt_tokens)))
         if end == "refused":
             with pytest.raises(InvalidRequest, match="room for 64"):
-                incoming.submit(placed, request_of(placed), ends.append)
+                incoming.submit(placed, request, ends.append)
         else:
-            incoming.submit(placed, request_of(placed), ends.append)
+            incoming.submit(placed, request, ends.append)
         if end == "cancelled":
             assert incoming.cancel(placed.hand_off_id)
         elif end == "failed to begin":
             error = incoming.handed_over(placed.hand_off_id, 1, 0)
             assert isinstance(error, PoolError)
-        del placed, tokens
-    kept = [one() for one in gone if one() is not None]
+        del placed, request
+    kept = [pair for pair in gone if any(one() is not None for one in pair)]
     assert len(kept) <= (end == "failed to begin"), "the traceback in the log has one"
     reasons = {event.finish_reason for event in ends}
     assert reasons == {"cancelled": {"cancelled"}, "refused": set(), "failed to begin": {"error"}}[end]
@@ -176,10 +181,10 @@ def test_ended_parts_keep_no_prompt_and_are_bounded_by_number_tokens_and_time(mo
     parts = ResumableParts(keep_s=600.0)
     gone = []
     for number in range(600):
-        tokens = Tokens(range(1000))
-        gone.append(weakref.ref(tokens))
-        ended(parts, part(f"r{number}", tokens, "label", "mixed"))
-        del tokens
+        placed = part(f"r{number}", range(1000), "label", "mixed")
+        gone.append(weakref.ref(placed))
+        ended(parts, placed)
+        del placed
     assert not any(one() for one in gone)
     assert len(parts) == resumable_parts.ENDED_MAX == len(parts.records())
     monkeypatch.setattr(resumable_parts, "ENDED_TOKENS_MAX", 30)

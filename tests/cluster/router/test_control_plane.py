@@ -161,7 +161,7 @@ def test_an_engine_whose_connection_is_reset_registers_again_and_serves() -> Non
         client = c.ask(PROMPT, 9)
         wait_until(lambda: len(client.tokens) == 3, "three tokens")
         engine = c.router.port.engines["e1"]
-        c.router._loop.call(engine.writer.transport.abort)  # noqa: SLF001 (on the router's own thread)
+        c.router._loop.call(engine.stream.transport.abort)  # noqa: SLF001 (on the router's own thread)
         c.hosts["e1"].release()
         finished(client, PROMPT, 9)
         assert c.router.port.engines["e1"].epoch != engine.epoch
@@ -343,7 +343,7 @@ def test_strangers_get_nothing(caplog: pytest.LogCaptureFixture) -> None:
         assert "does not speak the Penstock cluster protocol" in caplog.text
         older = replace(wire.GREETING, version=0).pack(secret=True)
         assert converse(c, older) == greeting
-        assert "speaks version 0 of the cluster protocol, this side 4" in caplog.text
+        assert "speaks version 0 of the cluster protocol, this side 5" in caplog.text
         answer = converse(c, greeting, b"x" * (NONCE_BYTES + PROOF_BYTES))
         assert len(answer) == len(greeting) + NONCE_BYTES
         assert "does not have the same secret" in caplog.text

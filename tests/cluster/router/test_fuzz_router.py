@@ -24,6 +24,7 @@ from penstock.cluster.router.live_view import live_record
 from penstock.cluster.router.routed_request import check_names
 from penstock.cluster.router.unclaimed_parts import UnclaimedParts
 from penstock.core.operations import FinishReason
+from penstock.core.packed_tokens import pack_tokens
 from penstock.engine.api import GenerationRequest, InvalidRequest, RequestReport
 from penstock.engine.runner import SamplingParams
 from penstock.pool.net.secret import NONCE_BYTES, PROOF_BYTES
@@ -179,8 +180,8 @@ def held(label: str, request_id: str, report: Any = wire.NO_REPORT, **fields: An
     sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
     given_: dict[str, Any] = {
         "request_id": request_id, "attempt": 1, "part": "mixed", "label": label,
-        "digest": asked_digest([1, 2], sampling, ""), "earlier": [], "index": 0, "tokens": expected([1, 2], 2),
-        "finish_reason": "length", "report": report,
+        "digest": asked_digest(pack_tokens([1, 2]), sampling, ""), "earlier": [], "index": 0,
+        "tokens": expected([1, 2], 2), "finish_reason": "length", "report": report,
     }  # fmt: skip
     return wire.Held(**(given_ | fields))
 

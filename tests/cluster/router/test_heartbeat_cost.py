@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from penstock.cluster.messages import EngineReport
@@ -17,6 +18,7 @@ from penstock.cluster.wire import EngineCard
 from penstock.core.cluster.decisions import Decision, InterEngineConfig, Place
 from penstock.core.cluster.engine_groups import EngineSpec
 from penstock.core.cluster.inter_engine import InterEngineScheduler
+from penstock.core.cluster.nic_speed import StorageSpeeds
 from penstock.core.cost import ComputeCost
 
 GPUS = 8  # engines of one host
@@ -116,6 +118,50 @@ def test_a_report_of_reads_looks_at_the_latest_ones_only() -> None:
         assert sum(isinstance(one, Place) for one in cluster.scheduler.decide(0.0)) == requests
         counts.append(cluster.calls())
     assert counts[1] < 1.1 * counts[0] + 2, f"{counts} calls per heartbeat"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_sums_of_a_host_are_those_of_its_engines_and_its_nic_counts_as_they_say(seed: int) -> None:
+    """Engines join and leave, reach their pool or do not, and have placements that their reports do not include."""
+    cluster = Cluster(4, seed)
+    dice, accounts, scheduler = cluster.dice, cluster.accounts, cluster.scheduler
+    here, away = list(cluster.engines), list[RegisteredEngine]()
+    for step in range(400):
+        cluster.now += 0.1
+        what = dice.choice(["beat", "beat", "beat", "place", "leave", "join"])
+        if what == "place":
+            scheduler.submit(step, 2048, 1024, 8, cluster.now)
+            for one in scheduler.decide(cluster.now):
+                if isinstance(one, Place):
+                    accounts.placed(next(e for e in here if e.name == one.prefill), one.hit_tokens)
+        elif what == "leave" and len(here) > 1:
+            away.append(here.pop(dice.randrange(len(here))))
+            accounts.left(away[-1], cluster.now)
+        elif what == "join" and away:
+            here.append(away.pop())
+            accounts.joined(here[-1])
+            accounts.reported(here[-1], cluster.now)
+        engine = dice.choice(here)
+        up = dice.random() < 0.6
+        engine.report = msgspec.structs.replace(cluster.report(), storage_up=up)
+        engine.placed_seen += dice.choice([0, 0, 1, 1 << 20])
+        accounts.reported(engine, cluster.now)
+        accounts.check_integrity()
+        scheduler.check_integrity()
+        reach = {e.card.host: False for e in here}
+        fastest = dict.fromkeys(reach, 0.0)
+        for e in here:
+            reach[e.card.host] |= e.report.storage_up
+            fastest[e.card.host] = max(fastest[e.card.host], e.report.storage_bytes_per_s)
+        expected = StorageSpeeds()
+        nics = {name: expected.see(name, speed, 64, 1 << 21) for name, speed in fastest.items()}
+        nodes = scheduler.groups.nodes
+        assert {name: node.nic_up for name, node in nodes.items()} == {
+            name: reaches or not any(reach.values()) for name, reaches in reach.items()
+        }
+        assert {name: node.tokens_per_s for name, node in nodes.items()} == {
+            name: nic.tokens_per_s for name, nic in nics.items()
+        }
 
 
 class Paired:

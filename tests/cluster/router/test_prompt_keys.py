@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from penstock.cluster.router.router import KEYS_INLINE_TOKENS
-from penstock.core.cluster import seen_prefixes
-from penstock.core.keys import BlockKey, block_keys
+from penstock.cluster.router import prefix_hashes
+from penstock.cluster.router import router as router_module
+from penstock.cluster.router.prefix_hashes import prefix_keys
+from penstock.core.cluster.seen_prefixes import PrefixKeys
 from tests.asking import WAIT_S, wait_until
 from tests.cluster.router_rig import cluster, expected
 
-LONG = [1, 2, 3, 4] * (KEYS_INLINE_TOKENS // 4 + 16)
+INLINE_TOKENS = 4096
+LONG = [1, 2, 3, 4] * (INLINE_TOKENS // 4 + 16)
 SHORT = [5, 6, 7, 8] * 8
-CARD: dict[str, Any] = {"max_context_tokens": 2 * KEYS_INLINE_TOKENS}
+CARD: dict[str, Any] = {"max_context_tokens": 2 * INLINE_TOKENS}
 
 
 class Made:
@@ -28,19 +29,21 @@ class Made:
         self.go_on.set()
         self.error: Exception | None = None
 
-    def __call__(self, tokens: Sequence[int], *rest: Any) -> list[BlockKey]:
-        self.prompts.append((len(tokens), threading.current_thread().name))
-        if len(tokens) > KEYS_INLINE_TOKENS:
+    def __call__(self, prompt: bytes, *rest: Any) -> PrefixKeys:
+        tokens = len(prompt) // 4
+        self.prompts.append((tokens, threading.current_thread().name))
+        if tokens > INLINE_TOKENS:
             assert self.go_on.wait(WAIT_S)
             if self.error is not None:
                 raise self.error
-        return block_keys(tokens, *rest)
+        return prefix_keys(prompt, *rest)
 
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     made = Made()
-    monkeypatch.setattr(seen_prefixes, "block_keys", made)
+    monkeypatch.setattr(prefix_hashes, "prefix_keys", made)
+    monkeypatch.setattr(router_module, "KEYS_INLINE_TOKENS", INLINE_TOKENS)
     return made
 
 

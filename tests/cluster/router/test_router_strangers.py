@@ -14,6 +14,7 @@ import pytest
 
 from penstock.cluster import wire
 from penstock.cluster.router import engine_registry as port_module
+from penstock.cluster.router import frame_flow
 from penstock.cluster.router import router_command as command
 from penstock.cluster.router.router_flags import read_router_flags
 from penstock.engine.api import RequestReport
@@ -149,7 +150,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return 3600.0 if source == "127.0.0.3" and found.count(source) > 1 else 0.0
 
     monkeypatch.setattr(port_module, "MessageBudget", Counting)
-    monkeypatch.setattr(port_module, "AT_ONCE_S", 0.0)
+    monkeypatch.setattr(frame_flow, "AT_ONCE_S", 0.0)
     return found
 
 
