@@ -110,6 +110,7 @@ def test_a_library_call_names_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_simulator_runs_without_extras() -> None:
     done = penstock("sim", "run", "deploy/sim-engine.toml")
     assert done.returncode == 0 and "ttft" in done.stdout, done

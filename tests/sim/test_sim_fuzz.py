@@ -254,6 +254,7 @@ def test_a_planted_defect_is_found(plant: Plant, words: str, monkeypatch: pytest
     assert any(word in failure for word in words.split("|")), failure
 
 
+@pytest.mark.slow
 def test_the_command_finds_shrinks_and_replays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out, runner = tmp_path / "failure.json", CliRunner()
     with monkeypatch.context() as patch:
@@ -304,6 +305,7 @@ def test_the_brain_keeps_its_invariants() -> None:
     assert sum(events for events, _ in done) > SEEDS * 20
 
 
+@pytest.mark.slow
 def test_two_requests_that_take_each_others_place_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by a seed: a block that only another request's load brings made an admitted request rank higher than it did
     while it waited. A scheduler core that comes to no decision is a failure like others."""
