@@ -266,6 +266,7 @@ def flood(pool: LocalPool, kind: str) -> None:
 KINDS = ["one", "nobody", "256 tenants", "600 tenants", "tenants that fake use"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_who_is_within_the_default_quota_keeps_what_he_has(made: Maker, kind: str, members: int) -> None:

@@ -57,7 +57,8 @@ class Node:
     def members(self) -> dict[str, str]:
         client = connect_pool(self.address)
         try:
-            return {member.name: member.state for member in client.stat(WAIT_S).members}
+            members = client.stat(WAIT_S).members
+            return {member.name.removesuffix(f"@{self.address}"): member.state for member in members}
         finally:
             client.close(WAIT_S)
 
