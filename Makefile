@@ -161,7 +161,7 @@ quick: venv
 	@$(MAKE) --no-print-directory --keep-going --jobs=3 --output-sync=target lint types quick-unit
 
 quick-unit: venv
-	$(BIN)/python -m pytest $(BESIDE) -q -m "not slow and not server and not alone"
+	PENSTOCK_FUZZ_MESSAGES=$${PENSTOCK_FUZZ_MESSAGES:-100000} $(BIN)/python -m pytest $(BESIDE) -q -m "not slow and not server and not alone"
 
 # Each part runs even when one before it failed, so that one run shows everything; out/parts.txt says how each ended.
 test: venv

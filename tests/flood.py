@@ -76,8 +76,9 @@ class Flat:
             time.sleep(0.05)
 
 
-def connect_to(address: tuple[str, int], timeout_s: float = WAIT_S) -> Connect:
-    return lambda: socket.create_connection(address, timeout=timeout_s)
+def connect_to(address: tuple[str, int], timeout_s: float = WAIT_S, source: str = "") -> Connect:
+    """`source`: the address of this host that the connections come from."""
+    return lambda: socket.create_connection(address, timeout_s, (source, 0) if source else None)
 
 
 def reset(sock: socket.socket) -> None:

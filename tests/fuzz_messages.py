@@ -3,7 +3,7 @@
 Nothing here knows a message or a field: both come from `msgspec.inspect`, so a new one is fuzzed once it is declared.
 `missing_bounds` names the fields that say no bound, `Protocol.fuzz` feeds a decoder.
 
-PENSTOCK_FUZZ_MESSAGES (1,000,000) is how many messages all protocols get together, PENSTOCK_FUZZ_SEED (0) another
+PENSTOCK_FUZZ_MESSAGES (500,000) is how many messages all protocols get together, PENSTOCK_FUZZ_SEED (0) another
 choice of them.
 """
 
@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from msgspec import inspect
 
-MESSAGES = int(os.environ.get("PENSTOCK_FUZZ_MESSAGES", "1000000"))
+MESSAGES = int(os.environ.get("PENSTOCK_FUZZ_MESSAGES", "500000"))
 SEED = int(os.environ.get("PENSTOCK_FUZZ_SEED", "0"))
 PER_BASE = 2000  # mutants of one valid message
 ITEMS_MAX = 4  # of a list of a valid message, where its type asks for no more

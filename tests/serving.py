@@ -15,7 +15,7 @@ STARTERS = frozenset(
     {
         "PoolNode", "RelayNode", "ClusterEngine", "EngineRegistry", "HttpServer", "Supervisor", "create_server",
         "Popen", "ReadyProcess", "_serve", "pool_process", "bare_process", "LinkProcess", "Testbed", "RaySupervisor",
-        "run_guest",
+        "run_guest", "MetricsPort",
     }
 )  # fmt: skip
 

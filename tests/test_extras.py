@@ -61,6 +61,7 @@ def test_the_extras_are_those_of_the_project() -> None:
     assert not required & {"torch", "transformers", "matplotlib", "tokenizers", "safetensors", "jinja2", "vllm", "ray"}
 
 
+@pytest.mark.slow
 def test_every_module_but_the_engines_is_imported_without_extras() -> None:
     program = """
 import importlib, pkgutil, penstock
@@ -110,6 +111,7 @@ def test_a_library_call_names_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_simulator_runs_without_extras() -> None:
     done = penstock("sim", "run", "deploy/sim-engine.toml")
     assert done.returncode == 0 and "ttft" in done.stdout, done

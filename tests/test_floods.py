@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -20,6 +21,7 @@ from tests.flooded import ENGINE_ID, SECRET
 CUT = 10_000
 BAD = 100_000
 BAD_OF_ONE = 500  # requests of one connection
+SOURCES = [f"127.0.0.{number}" for number in range(2, 6)]  # of bad requests: time for them is shared by address
 WARM = 0.1  # share of both that comes before memory is measured
 GROWN_BYTES_MAX = 24 << 20
 HELLO = wire.greeting() + wire.frame(wire.Hello("write"))
@@ -101,14 +103,20 @@ def test_a_flood_leaves_nothing_behind(what: str) -> None:
     begin_s = time.monotonic()
     draw = random.Random(0)
     with flooded(what) as (pid, place):
-        connect_it = unix(place) if what == "vllm" else connect_to(parse_address(place))
+        from_each = [unix(place) if what == "vllm" else connect_to(parse_address(place), source=one) for one in SOURCES]
         serve_honest(what, place)
         start = Flat(pid)
 
+        def bad_requests(connect_it: Connect, requests: list[bytes]) -> None:
+            for one in requests:
+                said_and_ended(connect_it, one)
+
         def flood(share: float, seed: int) -> None:
-            cut_connections(connect_it, says(what), int(CUT * share), seed=seed)
-            for _ in range(int(BAD * share) // BAD_OF_ONE):
-                said_and_ended(connect_it, bad(what, draw))
+            cut_connections(from_each[0], says(what), int(CUT * share), seed=seed)
+            requests = [bad(what, draw) for _ in range(int(BAD * share) // BAD_OF_ONE)]
+            with ThreadPoolExecutor(len(from_each)) as threads:
+                parts = [requests[at :: len(from_each)] for at in range(len(from_each))]
+                list(threads.map(bad_requests, from_each, parts))
 
         flood(WARM, 1)
         start.check(GROWN_BYTES_MAX)  # threads and descriptors are those of the beginning

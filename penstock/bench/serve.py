@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -144,12 +145,18 @@ def wanted_s(workload: Workload, order: Sequence[System], reusable: Mapping[Requ
 def make_plan(options: Options, bed: Bed, alone: Calibration, left_s: float, control: bool = False) -> Plan:
     """The largest number of requests whose runs (two of each) fit into `left_s`; if that is small, one run of each. A
     `control` is one run of each, in turns."""
+
+    @functools.cache
+    def scaled(requests: int) -> tuple[Workload, Mapping[RequestName, int]]:
+        workload = options.read(requests)
+        return workload, reusable_tokens(workload, bed.vocabulary, BLOCK_TOKENS)
+
     for order in ORDERS[1:] if control else ORDERS:
         replay_s = left_s - START_S * len(order)
         requests = REQUESTS_MAX
         while requests > REQUESTS_MIN:
-            workload = options.read(requests)
-            needed_s = wanted_s(workload, order, reusable_tokens(workload, bed.vocabulary, BLOCK_TOKENS), alone)
+            workload, reusable = scaled(requests)
+            needed_s = wanted_s(workload, order, reusable, alone)
             needed_s += len(order) * len(slices(workload)) * PAUSE_S * control
             if needed_s <= replay_s:
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import ipaddress
 import logging
@@ -29,6 +30,8 @@ BACKLOG = 1024
 FILES_APART = 256  # open files for everything but clients' connections: slabs, pool nodes, engines
 SHARE_MAX = 1024  # idle connections of one address; at most a quarter of all connections
 LAST_WORDS_S = 2.0  # between cancelling running requests and closing connections
+TICK_S = 0.1  # uvicorn's
+ENDED_POLL_S = 0.005  # interval of the look at connections that are ending
 
 
 class BindError(OSError):
@@ -87,13 +90,13 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
                 server_header=False,
                 backlog=BACKLOG,
                 proxy_headers=False,
-                timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s + LAST_WORDS_S)),
             )
         )
         self._server = server
         self._listener = listener
         self._on_ready = on_ready
         self._connections_max = settings.connections_max
+        self._ending: Callable[[], object] = lambda: None  # wakes the main loop
         server.hosts = HostCheck(str(listener.getsockname()[0]), settings.allowed_hosts)
 
     def serve_forever(self) -> None:
@@ -122,6 +125,11 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
     def stop(self) -> None:
         """Shut down as on SIGTERM; may be called from any thread."""
         self.should_exit = True
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._ending()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept connections within the budget; replaces uvicorn's own accept loop."""
@@ -145,12 +153,36 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
         self.started = True
         self._on_ready()
 
+    async def main_loop(self) -> None:
+        """As uvicorn's, but it ends at once instead of at the next tick."""
+        loop, wake, counter = asyncio.get_running_loop(), asyncio.Event(), 0
+        self._ending = lambda: loop.call_soon_threadsafe(wake.set)
+        while not await self.on_tick(counter):
+            counter += 1
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S):
+                    await wake.wait()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse new work, and let running requests end within the settings' `drain_timeout_s`."""
+        """Refuse new work, and let running requests end within the settings' `drain_timeout_s`. As uvicorn's, but it
+        ends as soon as the last connection has."""
         self._server.draining = True
         cutting = asyncio.create_task(self._cut())
+        state = self.server_state
         try:
-            await super().shutdown(sockets)
+            for acceptor in self.servers:
+                acceptor.close()
+            self._listener.close()
+            for connection in list(state.connections):
+                connection.shutdown()
+            async with asyncio.timeout(self._server.settings.drain_timeout_s + LAST_WORDS_S):
+                await asyncio.sleep(ENDED_POLL_S)  # in which cancelled handshakes end
+                while (state.connections or state.tasks) and not self.force_exit:
+                    await asyncio.sleep(ENDED_POLL_S)
+        except TimeoutError:
+            log.error("%d requests did not end when they were cancelled", len(state.tasks))
+            for task in state.tasks:
+                task.cancel()
         finally:
             cutting.cancel()
             self._reloading.cancel()
@@ -160,6 +192,7 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
         """The first signal starts an orderly shutdown, a second one ends at once. The caller sets the exit status."""
         self.force_exit = self.should_exit
         self.should_exit = True
+        self._wake()
 
     async def _cut(self) -> None:
         await asyncio.sleep(self._server.settings.drain_timeout_s)

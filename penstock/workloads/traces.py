@@ -201,6 +201,7 @@ def _read_session(file: Path, scaling: Scaling) -> Session:
         raise TraceError(f"{file}: token_divisor {scaling.token_divisor} is larger than a block of {block} tokens")
     name = file.stem
     shared: dict[int, str] = {}
+    known: dict[int, Segment] = {}
     turns: list[Turn] = []
     for request in _flat_requests(fields.records("requests"), str(file)):
         ids = request.hash_ids()
@@ -214,7 +215,8 @@ def _read_session(file: Path, scaling: Scaling) -> Session:
             )
         if not turns:
             shared = _shared_streams(ids, block, tools, system)
-        prompt = _prompt(ids, length, block, scaling.token_divisor, f"session/{name}", shared, f"{name}/{len(turns)}")
+        unique = f"{name}/{len(turns)}"
+        prompt = _prompt(ids, length, block, scaling.token_divisor, f"session/{name}", shared, unique, known)
         turn = Turn(
             prompt,
             scaling.answer_tokens(answer),
@@ -237,17 +239,30 @@ def _shared_streams(ids: list[int], block: int, tools: int, system: int) -> dict
 
 
 def _prompt(
-    ids: list[int], length: int, block: int, divisor: int, scope: str, shared: dict[int, str], unique: str
+    ids: list[int],
+    length: int,
+    block: int,
+    divisor: int,
+    scope: str,
+    shared: dict[int, str],
+    unique: str,
+    known: dict[int, Segment],
 ) -> Prompt:
-    """Segments of a prompt: one per hash id, and a unique tail for recorded tokens after the last full block."""
+    """Segments of a prompt: one per hash id, and a unique tail for recorded tokens after the last full block. `known`
+    are full blocks of earlier prompts with the same scope: a session's turns repeat them."""
     sent_block = block // divisor
     segments = []
     left = max(1, length // divisor)
     for hash_id in ids:
-        size = min(sent_block, left)
-        if size:
-            segments.append(Segment(shared.get(hash_id, f"{scope}/{hash_id}"), size))
-        left -= size
+        if left >= sent_block:
+            segment = known.get(hash_id)
+            if segment is None:
+                segment = known[hash_id] = Segment(shared.get(hash_id, f"{scope}/{hash_id}"), sent_block)
+            segments.append(segment)
+            left -= sent_block
+        elif left:
+            segments.append(Segment(shared.get(hash_id, f"{scope}/{hash_id}"), left))
+            left = 0
     if left:
         segments.append(Segment(f"tail/{unique}", left))
     return tuple(segments)
@@ -260,6 +275,7 @@ def read_mooncake(path: Path, scaling: Scaling) -> Workload:
             f"{path}: token_divisor {scaling.token_divisor} is larger than a block of {MOONCAKE_BLOCK_TOKENS} tokens"
         )
     sessions: list[Session] = []
+    known: dict[int, Segment] = {}
     limit = min(x for x in (scaling.requests_max, scaling.sessions_max, REQUESTS_MAX) if x is not None)
     last_ms = 0
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
@@ -277,7 +293,7 @@ def read_mooncake(path: Path, scaling: Scaling) -> Workload:
         if len(ids) not in (length // block, -(-length // block)):
             raise TraceError(f"{where}: {len(ids)} hash_ids do not fit {length} tokens in blocks of {block}")
         last_ms = stamp_ms
-        prompt = _prompt(ids, length, block, scaling.token_divisor, "mooncake", {}, f"{path.stem}/{number}")
+        prompt = _prompt(ids, length, block, scaling.token_divisor, "mooncake", {}, f"{path.stem}/{number}", known)
         turn = Turn(prompt, scaling.answer_tokens(answer))
         if scaling.fits(turn):
             start_s = stamp_ms / 1000.0 / scaling.time_divisor

@@ -37,6 +37,7 @@ def run(arguments: list[str], tmp_path: Path) -> tuple[int, str, dict[str, objec
 ABSENT = ("cryptography", "httptools", "starlette", "uvicorn")
 
 
+@pytest.mark.slow
 def test_every_part_runs_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = tmp_path / "absent"
     absent.mkdir()
@@ -137,6 +138,7 @@ def test_a_real_part_that_fails_says_why(tmp_path: Path) -> None:
     assert report["figures"]["host_vllm_calls_per_message"] == 3
 
 
+@pytest.mark.slow
 def test_copies_are_measured_with_torch_and_numpy_alone(tmp_path: Path) -> None:
     """What an image for GPUs has: everything else that Penstock depends on is made unimportable."""
     root = Path(__file__).parents[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
@@ -22,6 +23,7 @@ app = typer.Typer()
 app.command()(scale)
 
 
+@pytest.mark.slow
 def test_measures_and_writes_each_figure_beside_its_goal_and_what_it_was(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["--blocks", "8192", "--path", str(tmp_path), "--json", str(tmp_path / "s.json")])
     assert result.exit_code == 0, result.output

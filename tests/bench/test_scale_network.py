@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from penstock.bench.scale_network import BEFORE, GOALS, engine_us_per_block, engines_of_a_node, measure_network
 from penstock.report import Report
 
 
+@pytest.mark.slow
 def test_every_figure_is_measured() -> None:
     report, steps = Report("scale"), list[str]()
     measure_network(report, True, steps.append)
@@ -19,5 +22,6 @@ def test_every_token_of_the_requests_is_loaded() -> None:
     assert engine_us_per_block(nodes=3, requests=2, context=1280) > 0
 
 
+@pytest.mark.slow
 def test_one_node_serves_many_engines_of_one_host() -> None:
     assert engines_of_a_node(100) == 100

@@ -80,11 +80,11 @@ def test_recorded_trace_is_served_with_equal_outputs(trace: str, tmp_path: Path)
         str(out),
         "--plot",
         str(tmp_path / "p.png"),
-        "--minutes",
-        "1",
+        *("--minutes", "0.5"),
+        *("--token-divisor", "64"),
     ]
     done = _bench(arguments, 280)
-    # of one minute little may be left for loads: then it says so, by its status
+    # of half a minute little may be left for loads: then it says so, by its status
     assert done.returncode in (0, 3), done.stdout[-2000:] + done.stderr[-2000:]
     figures = _figures(out)
     least = {"loaded_share": 0.1, "held_over_device_memory": 1.5, "link_share": 0.05}

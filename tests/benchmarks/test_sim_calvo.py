@@ -28,6 +28,7 @@ def cell(one: calvo.Dataset, policy: str, recompute: bool = False) -> calvo.Cell
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("link_share", "gain_min"), [(1.0, 1.02), (0.25, 1.2)])
 def test_load_or_recompute_gains_the_more_the_slower_the_link(
     monkeypatch: pytest.MonkeyPatch, link_share: float, gain_min: float
@@ -38,6 +39,7 @@ def test_load_or_recompute_gains_the_more_the_slower_the_link(
     assert recomputing.attainment >= without.attainment
 
 
+@pytest.mark.slow
 def test_the_baseline_never_recomputes(monkeypatch: pytest.MonkeyPatch) -> None:
     one = dataset(monkeypatch, 0.25)
     assert cell(one, calvo.COUPLED, recompute=True).ttfts_s == cell(one, calvo.COUPLED).ttfts_s

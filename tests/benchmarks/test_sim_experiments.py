@@ -96,6 +96,7 @@ def test_a_decision_costs_little_with_many_waiting(policy: str) -> None:
     assert len(seconds) >= 100 and sum(seconds) / len(seconds) < 2e-3 and event_s < 5e-3
 
 
+@pytest.mark.slow
 def test_an_event_costs_no_more_with_ten_times_the_blocks_and_ten_times_the_requests() -> None:
     """Counted work, not time: in the engine's scheduler and in that inside vLLM."""
     report = Report("sim cost")

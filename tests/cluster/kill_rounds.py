@@ -31,6 +31,7 @@ from penstock.testing.tiny_models import build_tiny
 TOKENS = 24
 PROMPTS = 12
 CLIENTS = 3
+PAUSE_S = 0.05  # of a client between two requests: processes that start again need the processors too
 REQUEST_S = 60.0
 TRIES_S = 120.0
 BACK_S = 120.0
@@ -110,7 +111,8 @@ def ask(url: str, prompt: list[int], request_id: str) -> list[int]:
 
 
 class Load:
-    """Clients that ask without a pause, retry what failed under the same id, and compare with the reference."""
+    """Clients that ask one request after another, retry what failed under the same id, and compare with the
+    reference."""
 
     def __init__(self, url: str, reference: list[list[int]], seed: int) -> None:
         self.counts = Counts()
@@ -135,6 +137,7 @@ class Load:
         while not self._stop.is_set():
             number += 1
             self._one(generator.randrange(PROMPTS), f"client-{seed}-{number}")
+            self._stop.wait(PAUSE_S)
 
     def _one(self, which: int, request_id: str) -> None:
         begin_s, tries, why = time.monotonic(), 0, ""

@@ -19,8 +19,9 @@ from tests.cluster.kill_rounds import CLUSTER, Load, kill, running, until_up
 ANSWERS = 12
 MORE_S = 60.0
 ONE_POOL = '[[pool]]\nmemory = ["32MiB"]\n'
-TWO_POOLS = CLUSTER.replace(ONE_POOL, 2 * ONE_POOL)
-SMALL_POOL = CLUSTER.replace('"32MiB"', '"320KiB"')
+TWO_ENGINES = CLUSTER.replace("count = 2\n", "")
+TWO_POOLS = TWO_ENGINES.replace(ONE_POOL, 2 * ONE_POOL)
+SMALL_POOL = TWO_ENGINES.replace('"32MiB"', '"320KiB"')
 
 
 def pools(supervisor: Supervisor) -> list[Child]:

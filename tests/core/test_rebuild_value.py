@@ -96,6 +96,7 @@ def load(seed: int, kind: str) -> list[list[tuple[int, int, float]]]:
 CAPACITY_BYTES = 4 << 30  # of about 18 GiB of documents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "at_least"),
     [("skewed", 1.25), ("uniform", 2.5), ("drift", 1.1), ("scan", 1.5), ("same", 1.05), ("bursts", 0.95)],

@@ -224,6 +224,7 @@ def test_the_next_group_is_enqueued_before_one_has_ended(tiny: Callable[[str], P
         assert clock.conflicts == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("happens", "layerwise"),
     [("nothing", True), ("nothing", False), ("batches fail", True), ("requests are cancelled", True)],

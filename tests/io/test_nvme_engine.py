@@ -6,9 +6,8 @@ import errno
 import fcntl
 import os
 import queue
+import signal
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +25,7 @@ from penstock.pool.local.local_pool import LocalPool
 from penstock.pool.members.device import open_device_member
 from penstock.pool.members.header import SlabRefused
 from tests.io import block_io
+from tests.io.forked import forked
 from tests.io.guest_drives import (
     FAULTY_OFFSET,
     ODD_BYTES,
@@ -34,6 +34,7 @@ from tests.io.guest_drives import (
     controller,
     generic_device,
 )
+from tests.io.restricted import refuse_io_uring
 
 pytestmark = pytest.mark.in_guest
 
@@ -97,9 +98,13 @@ def test_a_second_engine_of_either_kind_is_refused_until_the_first_closes() -> N
 
 def test_a_process_that_dies_leaves_no_lock() -> None:
     path = generic_device("lba512")
-    code = f"from pathlib import Path; from penstock.io import *; e = open_nvme(Path({str(path)!r}), None, 2)\n"
-    code += "import os; os.kill(os.getpid(), 9)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+
+    def dies() -> str:
+        engine = open_nvme(path, None, 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return engine.name
+
+    assert forked(dies) == (-signal.SIGKILL, "")
     deadline_s = time.monotonic() + 20
     while True:
         try:
@@ -189,21 +194,20 @@ def test_wrong_arguments(capacity_bytes: int, depth: int) -> None:
 @pytest.mark.slow
 def test_no_permission() -> None:
     path = generic_device("lba512")
-    code = f"""
-import os
-from pathlib import Path
-from penstock.io import open_nvme
-os.setuid(1000)
-try:
-    open_nvme(Path({str(path)!r}), None, 2)
-except PermissionError as error:
-    print(error)
-"""
+
+    def opened() -> str:
+        os.setuid(1000)
+        try:
+            open_nvme(path, None, 2)
+        except PermissionError as error:
+            return str(error)
+        return "opened"
+
     said = []
     for node in (path, block_device("lba512")):  # neither may be opened; one may; both may, but are not commanded
-        said.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+        said.append(forked(opened)[1])
         node.chmod(0o666)
-    said.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+    said.append(forked(opened)[1])
     for node in (path, block_device("lba512")):
         node.chmod(0o600)
     assert "needs root" in said[0] and "lock its block device" in said[1] and "needs root" in said[2], said
@@ -326,17 +330,16 @@ def test_a_pool_refuses_a_namespace_with_other_content(tmp_path: Path) -> None:
 def test_a_kernel_without_passthrough(number: int, message: str) -> None:
     """io_uring_setup answers as such a kernel does; nothing stands in for the engine, and the namespace is let go."""
     path = generic_device("lba512")
-    code = f"""
-from pathlib import Path
-from penstock.io import open_nvme
-for _ in range(2):
-    try:
-        open_nvme(Path({str(path)!r}), None, 2)
-    except OSError as error:
-        print(error)
-"""
-    script = str(Path(__file__).with_name("restricted.py"))
-    done = subprocess.run(
-        [sys.executable, script, "no-uring", str(number), "--", code], capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout.count(message) == 2 and done.stdout.count(str(path)) == 2, done.stdout + done.stderr
+
+    def opened() -> str:
+        refuse_io_uring(number)
+        said = []
+        for _ in range(2):
+            try:
+                open_nvme(path, None, 2)
+            except OSError as error:
+                said.append(str(error))
+        return "\n".join(said)
+
+    ended, said = forked(opened)
+    assert ended == 0 and said.count(message) == 2 and said.count(str(path)) == 2, said

@@ -49,6 +49,7 @@ def link(folder: Path, *commands: str) -> None:
         (folder / command).symlink_to(found)
 
 
+@pytest.mark.slow
 def test_it_builds_against_shared_libraries_and_says_against_what(pkg_config: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache/shim.so"
     answer = CliRunner().invoke(app, ["build", "--pkg-config-path", str(pkg_config), "--out", str(out)])
@@ -70,6 +71,7 @@ def test_nothing_of_spdk_is_in_the_shims_interface(shim: Path) -> None:
     assert exported and all(name.startswith("psp_") for name in exported)
 
 
+@pytest.mark.slow
 def test_the_shim_is_hardened(shim: Path, pkg_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where SPDK's flags, or those of the compiler's command, want less."""
     if shutil.which("readelf") is None:
@@ -88,11 +90,13 @@ def test_the_shim_is_hardened(shim: Path, pkg_config: Path, tmp_path: Path, monk
         assert " RW " in stack and "RWE" not in stack
 
 
+@pytest.mark.slow
 def test_the_shims_sources_have_no_warnings(pkg_config: Path, tmp_path: Path) -> None:
     built = build(pkg_config, cc="cc -Werror", out=tmp_path / "shim.so")
     assert built.path == tmp_path / "shim.so"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("umask", [0o000, 0o077])
 def test_only_this_user_can_change_what_was_built(pkg_config: Path, tmp_path: Path, umask: int) -> None:
     old = os.umask(umask)
@@ -104,6 +108,7 @@ def test_only_this_user_can_change_what_was_built(pkg_config: Path, tmp_path: Pa
     SpdkLibrary(out)
 
 
+@pytest.mark.slow
 def test_a_shim_that_others_could_have_put_there_is_neither_built_nor_loaded(
     shim: Path, pkg_config: Path, tmp_path: Path
 ) -> None:
@@ -127,12 +132,14 @@ def test_a_shim_that_others_could_have_put_there_is_neither_built_nor_loaded(
             SpdkLibrary(folder / "shim.so")
 
 
+@pytest.mark.slow
 def test_it_builds_against_static_libraries(tmp_path: Path) -> None:
     pkg_config = make_standin(tmp_path / "prefix", static=True)
     built = build(pkg_config, out=tmp_path / "shim.so")
     assert built.linkage == "static" and built.built_against == "the stand-in of Penstock's tests"
 
 
+@pytest.mark.slow
 def test_an_older_spdk_has_fewer_options(tmp_path: Path) -> None:
     pkg_config = make_standin(tmp_path / "prefix", cflags="-DSTANDIN_OLD")
     out = tmp_path / "shim.so"
@@ -165,6 +172,7 @@ def test_what_is_missing_is_said_in_one_line(only: Path, pkg_config: Path, tmp_p
     assert answer.stderr.startswith("penstock spdk build: pkg-config does not find") and answer.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_an_spdk_that_does_not_compile_is_said_with_the_compilers_words(pkg_config: Path, tmp_path: Path) -> None:
     include = tmp_path / "include"
     shutil.copytree(SOURCES / "include", include)
@@ -178,6 +186,7 @@ def test_an_spdk_that_does_not_compile_is_said_with_the_compilers_words(pkg_conf
     assert not (tmp_path / "shim.so").exists()
 
 
+@pytest.mark.slow
 def test_a_place_that_cannot_be_written_is_said(pkg_config: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BuildError, match="cannot be stored at"):

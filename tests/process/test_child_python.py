@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -90,30 +91,42 @@ def test_children_of_children_are_started_so_too(planted: Path) -> None:
     subprocess.run(python_command("-c", code), env=child_environment(), timeout=START_S, check=True)
 
 
+@functools.cache
+def _parsed() -> list[tuple[Path, list[ast.AST]]]:
+    files = [*sorted(PACKAGE.rglob("*.py")), *sorted((PACKAGE.parent / "benchmarks").rglob("*.py"))]
+    return [(file, list(ast.walk(ast.parse(file.read_text())))) for file in files]
+
+
 def _calls(test: Callable[[ast.AST], bool]) -> list[str]:
-    found = []
-    for file in [*sorted(PACKAGE.rglob("*.py")), *sorted((PACKAGE.parent / "benchmarks").rglob("*.py"))]:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if test(node):
-                found.append(f"{file.relative_to(PACKAGE.parent)}:{ast.unparse(node)}")
-    return found
+    return [
+        f"{file.relative_to(PACKAGE.parent)}:{ast.unparse(node)}"
+        for file, nodes in _parsed()
+        for node in nodes
+        if test(node)
+    ]
+
+
+def _dotted(node: ast.AST) -> str:
+    """`module.name`, where it is that."""
+    plain = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    return ast.unparse(node) if plain else ""
 
 
 def test_nothing_of_the_package_starts_python_in_another_way() -> None:
     """A program is started by `subprocess` or `exec`, its interpreter named in one place."""
-    named = _calls(lambda node: isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.executable")
+    named = _calls(lambda node: _dotted(node) == "sys.executable")
     assert sorted(named) == [
         "benchmarks/peers/vllm.py:sys.executable",  # the default of --python, whose environment is checked below
         "penstock/process/child_python.py:sys.executable",
         "penstock/vllm/command.py:sys.executable",  # what execve executes; its arguments are python_command's
     ]
     other = re.compile(r"os\.(system|popen|spawn\w*|posix_spawn\w*|exec[lv]p?)|multiprocessing\.(Process|get_context)")
-    assert _calls(lambda node: isinstance(node, ast.Attribute) and bool(other.fullmatch(ast.unparse(node)))) == []
+    assert _calls(lambda node: bool(other.fullmatch(_dotted(node)))) == []
 
 
 def test_what_starts_python_gives_it_the_environment() -> None:
     def starts(node: ast.AST) -> bool:
-        if not isinstance(node, ast.Call) or ast.unparse(node.func) not in ("subprocess.Popen", "subprocess.run"):
+        if not isinstance(node, ast.Call) or _dotted(node.func) not in ("subprocess.Popen", "subprocess.run"):
             return False
         return not any("child_environment" in ast.unparse(keyword.value) for keyword in node.keywords)
 

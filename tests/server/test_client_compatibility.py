@@ -140,6 +140,7 @@ def history(arguments: str) -> list[dict[str, Any]]:
     return chat_messages(decode_body(json.dumps({"messages": messages}).encode(), ChatBody))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_tool_calls_are_rendered_as_the_template_means_them(name: str) -> None:
     tokenizer = build_tokenizer(TINY_VOCABULARY)

@@ -34,6 +34,7 @@ from tests.waiting import wait_until
 
 APP = typer.Typer(pretty_exceptions_enable=False)
 APP.command()(serve)
+MODELLED = ["--executor", "modelled", "--bytes-divisor", "1024", "--kv-memory", "64KiB", "--staging", "1MiB"]
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,7 @@ def test_sigterm_ends_the_command_while_chats_render_for_ever(checkpoint: Path, 
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text("{% if messages[0]['content'] == 'loop' %}" + loops + "{% endif %}")
-    command = [sys.executable, "-m", "penstock", "serve", str(tmp_path), "--port", "0", "--kv-memory", "4MiB"]
+    command = [sys.executable, "-m", "penstock", "serve", str(tmp_path), "--port", "0", *MODELLED]
     process = subprocess.Popen([*command, "--drain-timeout-s", "0.5"], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -238,7 +239,7 @@ def test_keys_and_certificates_are_read_again_on_sighup(checkpoint: Path, tmp_pa
     keys = tmp_path / "keys"
     keys.write_text("key-a alice\n")
     keys.chmod(0o600)
-    command = [sys.executable, "-m", "penstock", "serve", str(checkpoint), "--port", "0", "--kv-memory", "4MiB"]
+    command = [sys.executable, "-m", "penstock", "serve", str(checkpoint), "--port", "0", *MODELLED]
     command += ["--tls-cert", str(cert), "--tls-key", str(key), "--api-keys", str(keys), "--drain-timeout-s", "0.5"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

@@ -24,14 +24,24 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture
-def hostile() -> Iterator[TextCodec]:
-    """A tokenizer whose own template some messages keep for ever; it may take a second of processor time."""
+def hostile_codec() -> Iterator[TextCodec]:
     tokenizer = build_tokenizer(TINY_VOCABULARY)
     tokenizer.chat_template = TEMPLATE
     codec = TextCodec(tokenizer, render_cpu_s=1.0)
     yield codec
     codec.close()
+
+
+@pytest.fixture
+def hostile() -> Iterator[TextCodec]:
+    """A tokenizer whose own template some messages keep for ever; it may take a second of processor time."""
+    yield from hostile_codec()
+
+
+@pytest.fixture(scope="module")
+def lasting() -> Iterator[TextCodec]:
+    """As `hostile`, for tests that end none of its processes."""
+    yield from hostile_codec()
 
 
 def chat(content: str, **more: Any) -> dict[str, Any]:
@@ -57,8 +67,8 @@ def chat(content: str, **more: Any) -> dict[str, Any]:
         "no_such",
     ],
 )
-def test_only_the_template_s_own_variables_are_taken(start: Start, hostile: TextCodec, name: str) -> None:
-    served = start(codec=hostile)
+def test_only_the_template_s_own_variables_are_taken(start: Start, lasting: TextCodec, name: str) -> None:
+    served = start(codec=lasting)
     answer = served.http.post("/v1/chat/completions", json=chat("hi", chat_template_kwargs={name: LOOPS}))
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["param"] == f"chat_template_kwargs.{name}"
@@ -70,16 +80,17 @@ def test_only_the_template_s_own_variables_are_taken(start: Start, hostile: Text
     "value",
     [{"a": 1}, [[1]], [{}], 2**60, 1e300, "x" * 5000, ["x"] * 65, ["x" * 100] * 50],
 )
-def test_values_of_variables_are_bounded(hostile: TextCodec, value: Any) -> None:
+def test_values_of_variables_are_bounded(lasting: TextCodec, value: Any) -> None:
     with pytest.raises(ApiError, match="chat_template_kwargs"):
-        hostile.render_chat(HI, {"persona": value})
+        lasting.render_chat(HI, {"persona": value})
 
 
-def test_variables_of_the_template_reach_it(hostile: TextCodec) -> None:
-    assert hostile.render_chat(HI, {"enable_thinking": True, "persona": ["a", 1, None]}) == "<|bos|>T['a', 1, None]hi"
-    assert hostile.render_chat(HI, {}) == "<|bos|>hi"
+def test_variables_of_the_template_reach_it(lasting: TextCodec) -> None:
+    assert lasting.render_chat(HI, {"enable_thinking": True, "persona": ["a", 1, None]}) == "<|bos|>T['a', 1, None]hi"
+    assert lasting.render_chat(HI, {}) == "<|bos|>hi"
 
 
+@pytest.mark.slow
 def test_a_chat_that_renders_for_ever_is_refused_and_others_go_on(start: Start, hostile: TextCodec) -> None:
     served = start(codec=hostile)
     answers: list[Any] = []
@@ -130,6 +141,7 @@ def test_memory_that_a_template_takes_is_bounded(hostile: TextCodec) -> None:
     assert hostile.render_chat(HI, {}) == "<|bos|>hi"
 
 
+@pytest.mark.slow
 def test_a_process_that_died_idle_is_replaced(hostile: TextCodec) -> None:
     before = set(psutil.Process().children())
     assert hostile.render_chat(HI, {}) == "<|bos|>hi"
@@ -140,11 +152,11 @@ def test_a_process_that_died_idle_is_replaced(hostile: TextCodec) -> None:
 
 
 @pytest.mark.parametrize("content", ["\x00", "a\ud7ff\U0001f642", "{{ 7*7 }}", "{% raw %}"])
-def test_what_a_message_says_is_text(hostile: TextCodec, content: str) -> None:
-    assert hostile.render_chat(chat(content)["messages"], {}) == f"<|bos|>{content}"
+def test_what_a_message_says_is_text(lasting: TextCodec, content: str) -> None:
+    assert lasting.render_chat(chat(content)["messages"], {}) == f"<|bos|>{content}"
 
 
-def test_it_renders_as_transformers_does(hostile: TextCodec) -> None:
+def test_it_renders_as_transformers_does() -> None:
     tokenizer = build_tokenizer(TINY_VOCABULARY)
     codec = TextCodec(tokenizer)
     messages: list[Any] = [{"role": "system", "content": "be brief", "name": None}, *HI]

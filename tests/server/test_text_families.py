@@ -64,6 +64,7 @@ def test_pieces_and_whole_are_what_the_tokenizer_says(name: str, data: st.DataOb
     assert codec.tokens.whole(tokens) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @given(data=st.data())
 @settings(max_examples=EXAMPLES)
@@ -75,6 +76,7 @@ def test_the_echo_of_tokens_and_the_answer_are_the_text_of_all(name: str, data: 
     assert text == said(name, prompt + answer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @given(data=st.data())
 @settings(max_examples=EXAMPLES)
@@ -90,6 +92,7 @@ def test_an_answer_continues_its_prompt(name: str, data: st.DataObject) -> None:
         assert before + text == whole
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=EXAMPLES)
 @pytest.mark.parametrize("name", FAMILIES)

@@ -101,8 +101,7 @@ class _Session:
 
     def cut(self, why: str) -> None:
         self.over = self.over or why
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+        _shut(self.sock)
 
 
 class EngineRegistration:
@@ -129,6 +128,7 @@ class EngineRegistration:
         self._to_send = threading.Condition(self._lock)
         self._held = ResumableParts(settings.keep_s)
         self._session: _Session | None = None
+        self._dialed: socket.socket | None = None  # while it registers
         self._closing = threading.Event()
         self._logged_state = ""
         self._lost_s: float | None = None
@@ -148,13 +148,15 @@ class EngineRegistration:
         """Leave the cluster: the router places the requests of this engine again."""
         self._closing.set()
         with self._lock:
-            session = self._session
+            session, dialed = self._session, self._dialed
         if session is not None:
             try:
                 session.send(wire.frame(wire.Leave(session.welcome.epoch, clip(why))))
             except (OSError, wire.ProtocolError) as error:
                 log.debug("the router was not notified: %s", error)
             session.cut("closed")
+        elif dialed is not None:
+            _shut(dialed)
         self._thread.join(timeout_s)
         self._stop_all()
 
@@ -212,6 +214,10 @@ class EngineRegistration:
         sock = socket.create_connection(self._settings.router, timeout=DIAL_TIMEOUT_S)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with self._lock:
+                self._dialed = sock
+            if self._closing.is_set():  # `close` did not see the socket
+                return
             session = self._register(sock)
             self._serve(session)
         finally:
@@ -261,7 +267,9 @@ class EngineRegistration:
             failed=lambda error: session.cut(f"sending failed: {error!r}"),
         )
         with self._lock:
-            self._session = session
+            self._session, self._dialed = session, None
+        if self._closing.is_set():  # `close` did not see the session
+            session.cut("closed")
         self.registered.set()
         sender.start()
         why = "the connection failed"
@@ -396,6 +404,11 @@ class EngineRegistration:
             stopped = self._held.keep_only(())
         for request_id, attempt in stopped:
             self._cancel(request_id, attempt)
+
+
+def _shut(sock: Stream) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _receive_frame(sock: Stream) -> bytes:

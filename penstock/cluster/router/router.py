@@ -159,7 +159,9 @@ class ClusterEngine:
         failing_s = self._failing_since_s
         if failing_s is not None and time.monotonic() - failing_s > FAILING_S:
             return False, f"internal errors: nothing was decided for {time.monotonic() - failing_s:.0f} s"
-        roles = {engine.card.role for engine in list(self.port.engines.values())}
+        # Without a vocabulary no request can be checked: the first engine is being registered.
+        engines = list(self.port.engines.values()) if self.vocab_size else []
+        roles = {engine.card.role for engine in engines}
         if "mixed" in roles or {"prefill", "decode"} <= roles:
             return True, "ok"
         if not roles:
@@ -455,9 +457,9 @@ class ClusterEngine:
         self.eos_token_ids = frozenset(card.eos_token_ids)
         cards = [engine.card for engine in self.port.engines.values()]
         self.max_context_tokens = min(one.max_context_tokens for one in cards)
-        self.vocab_size = card.vocab_size
         self.kind = card.kind
         self.sampling_defaults, self.parses_chats = card.sampling_defaults, card.parses_chats
+        self.vocab_size = card.vocab_size  # last: from now on other threads may submit
 
     def engine_left(self, engine: RegisteredEngine, why: str) -> None:
         """See `engine_registry.Listener`."""

@@ -8,6 +8,7 @@ at the same time is bounded as before.
 
 from __future__ import annotations
 
+import os
 import select
 import threading
 import time
@@ -49,6 +50,8 @@ class IdleConnections:
         self._threads_max = threads_max
         self._lock = threading.Lock()
         self._epoll = select.epoll()
+        self._wake = os.eventfd(0)  # `close` writes to it
+        self._epoll.register(self._wake, select.EPOLLIN)
         self._parked: OrderedDict[int, tuple[Idle, float]] = OrderedDict()  # by file: when it is ended; in that order
         self._registered: set[int] = set()
         self._working: Counter[str] = Counter()  # connections with a thread, by address
@@ -102,10 +105,14 @@ class IdleConnections:
 
     def close(self, timeout_s: float) -> None:
         """Stop watching; every connection has ended."""
+        if self._closed:
+            return
         self._closed = True
+        os.eventfd_write(self._wake, 1)
         self._thread.join(timeout_s)
         if not self._thread.alive:
             self._epoll.close()
+            os.close(self._wake)
 
     def _take(self, source: str) -> bool:
         """Count one more thread for an address, if it may have one; the lock is held."""

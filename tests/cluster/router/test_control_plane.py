@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from penstock.cluster.engine.build_host import HostConfig, open_host
 from penstock.cluster.engine.engine_process import card_of
 from penstock.cluster.messages import EngineReport
 from penstock.cluster.router.engine_registry import STRANGERS_MAX
+from penstock.cluster.router.router import ClusterEngine
+from penstock.cluster.wire import EngineCard
 from penstock.core.cluster.decisions import InterEngineConfig
 from penstock.engine.api import InvalidRequest, Overloaded
 from penstock.engine.config import EngineConfig
@@ -167,6 +170,36 @@ def test_an_engine_whose_connection_is_reset_registers_again_and_serves() -> Non
         assert c.router.port.engines["e1"].epoch != engine.epoch
 
 
+def test_an_engine_that_is_being_registered_makes_no_router_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that sees it before the router knows its model is told to wait, and why."""
+    seen: list[str] = []
+    learn = ClusterEngine._learn  # noqa: SLF001 (looked at from within)
+
+    def looked(router: ClusterEngine, card: EngineCard) -> None:
+        assert list(router.port.engines) == ["e1"] and router.healthy() == (False, "no engine has registered")
+        with pytest.raises(Overloaded, match="no engine has registered"):
+            c.ask(PROMPT, 3)
+        learn(router, card)
+        seen.append(router.healthy()[1])
+
+    monkeypatch.setattr(ClusterEngine, "_learn", looked)
+    with cluster() as c:
+        c.engine("e1")
+        assert seen == ["ok"]
+        finished(c.ask(PROMPT, 3), PROMPT, 3)
+
+
+def test_an_engine_that_is_closed_while_it_registers_ends_at_once() -> None:
+    with cluster() as c, socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(20.0)
+        c.engine("e1", address=silent.getsockname(), wait=False)
+        conn, _ = silent.accept()
+        with conn:
+            assert conn.recv(4096) == wire.greeting()
+            c.agents["e1"].close(0.9 * wire.HANDSHAKE_S)
+            assert all(thread.name != "penstock-agent" for thread in threading.enumerate())
+
+
 class FailedHost(CountingHost):
     """An engine whose control thread may have ended."""
 
@@ -255,7 +288,7 @@ def test_the_router_starts_again_and_a_client_that_asks_again_gets_the_rest() ->
         assert client.wait().finish_reason in ("cancelled", "error")
         hosts[1].hold_after = 12  # it goes on while there is no router
         router = c.start_router()
-        wait_until(lambda: len(router.port.engines) == 2, "both engines")
+        wait_until(lambda: router.healthy()[0], "both engines")
         second = c.ask(PROMPT, 30, "again", resumable=True)
         wait_until(lambda: len(second.tokens) >= 12, "the tokens so far")
         hosts[1].release()
@@ -273,7 +306,7 @@ def test_a_finished_answer_is_given_again_after_a_restart_of_the_router() -> Non
         host.release()
         wait_until(lambda: host.running == 0, "the end at the engine")
         c.start_router()
-        wait_until(lambda: len(c.router.port.engines) == 1, "the engine")
+        wait_until(lambda: c.router.healthy()[0], "the engine")
         finished(c.ask(PROMPT, 12, "again", resumable=True), PROMPT, 12)
         assert len(host.placed) == 1
         other = c.ask([1, *PROMPT], 12, "again", resumable=True)  # the same name, another question

@@ -8,6 +8,8 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Literal
 
+import pytest
+
 from penstock.core.bandwidth import LinkCost
 from penstock.core.config import POLICIES
 from penstock.core.cost import ComputeCost, CostModel
@@ -162,6 +164,7 @@ def run_history(seed: int) -> HandOffs:
     return history
 
 
+@pytest.mark.slow
 def test_hundreds_of_seeded_histories_with_hand_offs() -> None:
     outcomes: defaultdict[str, int] = defaultdict(int)
     failures = rerouted = 0

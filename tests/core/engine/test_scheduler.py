@@ -103,6 +103,7 @@ def test_overlap_shortens_the_example_and_keeps_its_order(policy: str, first: st
     assert mean > (0.47 if first == "R1" else 0.39)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["fcfs", "sjf", "srpt", "edf", "lstf", "feasible"])
 def test_penstock_overlaps_stages_and_beats_the_baseline(policy: str) -> None:
     coupled, bench = Bench(mode="coupled"), Bench(policy=policy)
@@ -188,6 +189,7 @@ def test_feasible_puts_the_hopeless_last() -> None:
     assert lstf.driver.order[0] == "hopeless", "least slack alone serves it first"
 
 
+@pytest.mark.slow
 def test_feasible_meets_the_most_deadlines_under_overload() -> None:
     def met(policy: str) -> int:
         found = 0
@@ -202,6 +204,7 @@ def test_feasible_meets_the_most_deadlines_under_overload() -> None:
     assert all(feasible >= met(policy) for policy in ("fcfs", "edf", "lstf"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["sjf", "sjf-compute", "srpt", "edf", "lstf", "feasible"])
 def test_ageing_bounds_the_wait_behind_an_endless_stream(policy: str) -> None:
     def wait_of_the_long_one(age_bound_s: float, age_delays: float = 0.0) -> float:

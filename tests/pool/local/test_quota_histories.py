@@ -266,6 +266,7 @@ def flood(pool: LocalPool, kind: str) -> None:
 KINDS = ["one", "nobody", "256 tenants", "600 tenants", "tenants that fake use"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_who_is_within_the_default_quota_keeps_what_he_has(made: Maker, kind: str, members: int) -> None:
@@ -278,6 +279,7 @@ def test_who_is_within_the_default_quota_keeps_what_he_has(made: Maker, kind: st
     assert stat.evictions == sum(count for _, count in stat.evictions_by) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_who_has_a_quota_by_name_keeps_it_and_gets_it_back(made: Maker, kind: str) -> None:
     """With a default, and without: who has no quota then has no guarantee either."""

@@ -205,6 +205,7 @@ def test_a_batch_costs_few_calls_per_block() -> None:
     assert calls(lambda: table.evict_many(keys)) < 90 * 2048
 
 
+@pytest.mark.slow
 def test_blocks_are_no_objects_and_take_few_bytes() -> None:
     gc.collect()
     before = len(gc.get_objects())

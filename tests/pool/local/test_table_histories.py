@@ -261,6 +261,7 @@ def write_all(table: Table, news: list[NewBlock]) -> int:
     return evictions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["three models", "any size", "tenants"])
 def test_free_space_stays_usable_over_many_times_the_capacity(kind: str) -> None:
     """20 times the capacity of mixed sizes, in prefixes of 1 to 40 blocks, in four periods: evictions per write, free

@@ -108,7 +108,9 @@ def _no_thread(self: object) -> None:
     raise RuntimeError("can't start new thread")
 
 
-def test_a_node_that_closes_ends_parked_connections_too(rig: NodeRig) -> None:
+def test_a_node_that_closes_ends_parked_connections_too(rig: NodeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: it does not wait for the next look at them."""
+    monkeypatch.setattr(idle, "LOOK_S", 600.0)
     node = rig.node()
     parked = [rig.by_hand(node) for _ in range(5)]
     until(lambda: node.idle.threads == 0, WAIT_S)

@@ -416,7 +416,7 @@ def test_spans_and_windows_by_the_size_of_blocks() -> None:
 def test_more_spans_in_all_than_a_connection_may_have_open(rig: NodeRig) -> None:
     node = rig.node(rig.pool(0, 32 * MIB))
     client = rig.client(node)
-    pairs = chain("again", 64)
-    assert write_span(client, pairs) == ["ok"] * 64
+    pairs = chain("again", 16)
+    assert write_span(client, pairs) == ["ok"] * 16
     for _ in range(IN_FLIGHT_MAX + 9):
-        assert read_span(client, [key for key, _ in pairs]) == ["ok"] * 64
+        assert read_span(client, [key for key, _ in pairs]) == ["ok"] * 16

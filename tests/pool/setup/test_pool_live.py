@@ -55,20 +55,35 @@ class Node:
         return found
 
     def members(self) -> dict[str, str]:
-        return {member["name"]: member["state"] for member in self.stat()["members"]}
+        client = connect_pool(self.address)
+        try:
+            members = client.stat(WAIT_S).members
+            return {member.name.removesuffix(f"@{self.address}"): member.state for member in members}
+        finally:
+            client.close(WAIT_S)
 
     def end(self) -> None:
         self.process.terminate()
         assert self.process.wait(WAIT_S) == 0
 
 
-@pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
-    file = tmp_path / "pool.toml"
+def memory_and_slab(folder: Path) -> Iterator[Node]:
+    file = folder / "pool.toml"
     file.write_text(MEMORY + SLAB.format("a"))
     node = Node(file)
     yield node
     node.end()
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    yield from memory_and_slab(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """For tests that change nothing of it."""
+    yield from memory_and_slab(tmp_path_factory.mktemp("lasting"))
 
 
 @pytest.mark.slow
@@ -195,12 +210,12 @@ def test_invented_tenants_and_nobody_take_nothing_of_one_within_its_quota(tmp_pa
         ((MEMORY + SLAB.format("a")).replace("weight = 1", "weight = 0"), "every weight is 0"),
     ],
 )
-def test_a_file_that_cannot_be_applied_changes_nothing_and_is_one_line(node: Node, text: str, expected: str) -> None:
-    node.reload(text)
-    line = node.err.get(timeout=WAIT_S)
+def test_a_file_that_cannot_be_applied_changes_nothing_and_is_one_line(lasting: Node, text: str, expected: str) -> None:
+    lasting.reload(text)
+    line = lasting.err.get(timeout=WAIT_S)
     assert expected in line and line.endswith("the pool is unchanged")
-    assert node.members() == {"memory:0": "ok", "ssd:0": "ok"}
-    assert node.err.empty() and node.out.empty()
+    assert lasting.members() == {"memory:0": "ok", "ssd:0": "ok"}
+    assert lasting.err.empty() and lasting.out.empty()
 
 
 @pytest.mark.slow
