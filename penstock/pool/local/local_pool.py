@@ -38,7 +38,7 @@ from penstock.units import format_bytes
 log = logging.getLogger(__name__)
 
 OBSERVE_EVERY_S = 1.0
-EVICTED_AT_ONCE = 128  # the same for keys to be evicted, and for uses that a durable table takes
+EVICTED_AT_ONCE = 64  # the same for keys to be evicted, and for uses that a durable table takes
 WRITTEN_AT_ONCE = 64  # the same for blocks that are written together
 LOCATED_MAX = 4096
 KEYS_AT_ONCE = 1024  # keys handled before the lock is released once for other threads: less than 1 ms
