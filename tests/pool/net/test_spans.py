@@ -432,7 +432,7 @@ def test_blocks_asked_for_at_the_same_time_are_sent_together_and_let_go(
         real(sock, *parts, **options)
 
     monkeypatch.setattr(wire, "send_all", counted)
-    asked = [wire.Read(number, key, 4096, WAIT_S) for number, key in enumerate(keys)]
+    asked: list[wire.Request] = [wire.Read(number, key, 4096, WAIT_S) for number, key in enumerate(keys)]
     asked += [wire.ReadMany(100, b"".join(keys), 4096, WAIT_S), wire.Read(101, key_of("absent"), 4096, WAIT_S)]
     by_hand.sock.sendall(b"".join(map(wire.frame, asked)))
     replies = [by_hand.reply() for _ in asked]
