@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 SENDER_END_S = 3.0 * wire.STALL_S  # limit of the wait for a send in progress, which ends once the socket is shut
 PARK_S = 0.5  # a connection without requests has its thread for so long
 SENDS_WAITING_MAX = 256  # the link has far fewer requests on one connection
-VERIFY_BYTES = 2 << 20  # received and verified in such pieces, while the next ones arrive
+VERIFY_BYTES = 1 << 20  # received and verified in such pieces, while the next ones arrive
 SPAN_VERIFY_BYTES = 1 << 20  # blocks of a span that are received before they are verified
 
 
