@@ -38,22 +38,21 @@ class Gather:
     def part(self, indexes: Sequence[int]) -> PartEnded:
         """The callback for the part that has the blocks at these indexes, with their results in order; each block is in
         one part, and each part ends once."""
-
-        def ended(errors: Sequence[PoolError | None]) -> None:
-            for index, error in zip(indexes, errors, strict=True):
-                self._errors[index] = error
-            with self._lock:
-                self._left -= len(indexes)
-                last = not self._left
-            if last:
-                call_done_many(self._done, self._errors)
-
-        return ended
+        return partial(self.end, indexes)
 
     def one(self, index: int) -> Done:
         """The callback for a block on its own."""
-        ended = self.part((index,))
-        return lambda error: ended((error,))
+        return lambda error: self.end((index,), (error,))
+
+    def end(self, indexes: Sequence[int], errors: Sequence[PoolError | None]) -> None:
+        """The part that has the blocks at these indexes has ended, with these results in order."""
+        for index, error in zip(indexes, errors, strict=True):
+            self._errors[index] = error
+        with self._lock:
+            self._left -= len(indexes)
+            last = not self._left
+        if last:
+            call_done_many(self._done, self._errors)
 
 
 def read_each(

@@ -130,6 +130,21 @@ class HashChains:
             links[row] = heads[to]
             heads[to] = row + 1
 
+    def add_buckets(self, more: int) -> tuple[int, int]:
+        """Add at most `more` buckets, for which `make_room` made room; returns the first of those whose rows they
+        share, and how many they are. The caller moves the rows."""
+        if self.buckets == self.mask + 1:
+            self.mask = 2 * self.mask + 1
+        old = self.buckets - (self.mask + 1) // 2
+        some = min(more, self.mask + 1 - self.buckets)
+        self.buckets += some
+        return old, some
+
+    def make_room(self, buckets: int) -> None:
+        """Have memory for so many buckets. Raises OSError without it; nothing has changed then."""
+        if buckets > len(self.heads):
+            self._grow_heads(max(buckets, 2 * len(self.heads)))
+
     def make_buckets(self, count: int) -> None:
         """Have at least `count` buckets; for an empty table."""
         assert not self.count, "the table is in use"

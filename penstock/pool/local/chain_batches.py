@@ -5,13 +5,17 @@ A view of a column must not outlive the call that made it: a column that grows h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from penstock.core.pool.block_rows import LEAVING
 from penstock.core.pool.columns import HashChains
+
+SPLIT_AT_ONCE = 1024
+Rows = NDArray[np.int64]
+HashesOf = Callable[[Rows], NDArray[np.uint64]]
 
 
 def views(chains: HashChains) -> Iterator[NDArray[np.int32]]:
@@ -25,12 +29,16 @@ def buckets(chains: HashChains, hashes: NDArray[np.uint64]) -> NDArray[np.int64]
     return np.where(at < chains.buckets, at, at & np.uint64(chains.mask >> 1)).astype(np.int64)
 
 
-def chain_many(chains: HashChains, rows: NDArray[np.int64], hashes: NDArray[np.uint64]) -> None:
-    """Add rows that are not in a chain."""
+def chain_many(chains: HashChains, rows: Rows, hashes: NDArray[np.uint64], hashes_of: HashesOf) -> None:
+    """Add rows that are not in a chain. `hashes_of` gives the hashes of rows that are."""
     if not len(rows):
         return
     if not chains.count:
         chains.make_buckets(len(rows))
+    count = chains.count + len(rows)
+    if count > chains.buckets:
+        moved = _split_many(chains, max(count - chains.buckets, min(SPLIT_AT_ONCE, chains.buckets)))
+        rows, hashes = np.concatenate((rows, moved)), np.concatenate((hashes, hashes_of(moved)))
     at = buckets(chains, hashes)
     order = np.argsort(at, kind="stable")
     at, rows = at[order], rows[order]
@@ -43,10 +51,23 @@ def chain_many(chains: HashChains, rows: NDArray[np.int64], hashes: NDArray[np.u
     follows[last] = heads[at[last]]
     links[rows] = follows
     heads[at[first]] = rows[first] + 1
-    del heads, links
-    chains.count += len(rows)
-    while chains.count > chains.buckets:
-        chains.split()
+    chains.count = count
+
+
+def _split_many(chains: HashChains, more: int) -> Rows:
+    """Add buckets; returns the rows whose buckets may have changed, taken out of their chains. Raises OSError without
+    memory; nothing has changed then."""
+    chains.make_room(chains.buckets + more)
+    heads, links = views(chains)
+    taken = [np.zeros(0, np.int64)]
+    while more:
+        old, some = chains.add_buckets(more)
+        link, more = heads[old : old + some].copy(), more - some
+        heads[old : old + some] = 0
+        while len(link := link[link > 0]):
+            taken.append(link.astype(np.int64) - 1)
+            link = links[link - 1]
+    return np.concatenate(taken)
 
 
 def unchain_many(chains: HashChains, hashes: NDArray[np.uint64], flags: NDArray[np.uint8]) -> None:

@@ -69,6 +69,17 @@ class ExtentAllocator:
             self._insert(offset + length, have - length)
         return offset
 
+    def take_many(self, length: int, count: int) -> list[int]:
+        """Offsets of at most `count` new extents of `length` bytes, as `take` of each in turn; as many as fit."""
+        offsets: list[int] = []
+        while len(offsets) < count and self.largest_bytes >= length:
+            hole = self._sizes[bisect_left(self._sizes, length)]
+            some = min(count - len(offsets), hole // length)
+            offset = self.take(some * length)
+            assert offset is not None, "EXTENT-2: a hole is missing"
+            offsets += range(offset, offset + some * length, length)
+        return offsets
+
     def take_listed(self, extents: Sequence[tuple[int, int]] | NDArray[np.int64]) -> list[bool]:
         """Allocate exactly these extents (offset, length), to rebuild an unused range from a table; False for one that
         is malformed, outside, or overlaps one that begins before it."""

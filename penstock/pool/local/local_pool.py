@@ -26,7 +26,7 @@ from penstock.pool.local.table import Table
 from penstock.pool.local.write_span import Stored, WriteSpan
 from penstock.pool.losses import losses, note_error, note_loss
 from penstock.pool.mac import check_of
-from penstock.pool.members.member import GoneMember, Member, fenced_reason, is_durable, observed, queued
+from penstock.pool.members.member import GoneMember, Member, fenced_reason, is_durable, observed, queued, store_at_once
 from penstock.pool.members.memory import MemoryMember
 from penstock.pool.members.stored_rows import Use, keys_of
 from penstock.pool.members.work import Work
@@ -38,7 +38,7 @@ from penstock.units import format_bytes
 log = logging.getLogger(__name__)
 
 OBSERVE_EVERY_S = 1.0
-EVICTED_AT_ONCE = 128  # the same for keys to be evicted, and for uses that a durable table takes
+EVICTED_AT_ONCE = 64  # the same for keys to be evicted, and for uses that a durable table takes
 WRITTEN_AT_ONCE = 64  # the same for blocks that are written together
 LOCATED_MAX = 4096
 KEYS_AT_ONCE = 1024  # keys handled before the lock is released once for other threads: less than 1 ms
@@ -206,16 +206,12 @@ class LocalPool:
             call_soon(self._callbacks, lambda _: done([]), None)
             return
         deadline_s = time.monotonic() + timeout_s
-        span = WriteSpan(len(blocks), done, partial(self._stored_many, deadline_s))
+        ended_here = partial(self._span_ended, done, threading.get_ident())
+        span = WriteSpan(len(blocks), ended_here, partial(self._stored_many, deadline_s))
         for at in range(0, len(blocks), WRITTEN_AT_ONCE):
             some = range(at, min(at + WRITTEN_AT_ONCE, len(blocks)))
             reserved, ended = self._reserve_many(span, some, blocks, datas, deadline_s)
-            for number, block in reserved:
-                member = self.members[block.member]
-                store = Work("store", block, datas[number], deadline_s, span.finish_of(number), after=member.barrier)
-                error = member.put(store)
-                if error is not None:
-                    store.finish(store, error)
+            self._begin_stores(span, reserved, datas, deadline_s)
             for number, error in ended:
                 with self._lock:
                     self._writes_dropped += 1
@@ -223,6 +219,34 @@ class LocalPool:
                     note_error("store", "the pool", error)
                 call_soon(self._callbacks, span.end_of(number), error)
         span.begun()
+
+    def _begin_stores(
+        self, span: WriteSpan, reserved: list[tuple[int, Block]], datas: Sequence[memoryview], deadline_s: float
+    ) -> None:
+        """Store blocks that have their extents: small ones in memory now, others on their members' threads."""
+        by_member: dict[int, list[tuple[int, Block]]] = {}
+        for one in reserved:
+            by_member.setdefault(one[1].member, []).append(one)
+        for number_of_member, some in by_member.items():
+            member = self.members[number_of_member]
+            errors = None
+            if deadline_s > time.monotonic():
+                errors = store_at_once(member, [(block, datas[number]) for number, block in some])
+            if errors is not None:
+                span.stored([(*one, error) for one, error in zip(some, errors, strict=True)])
+                continue
+            for number, block in some:
+                store = Work("store", block, datas[number], deadline_s, span.finish_of(number), after=member.barrier)
+                error = member.put(store)
+                if error is not None:
+                    store.finish(store, error)
+
+    def _span_ended(self, done: DoneMany, caller: int, errors: list[PoolError | None]) -> None:
+        """Call `done`, never on the thread that asked for the writes."""
+        if threading.get_ident() == caller:
+            call_soon(self._callbacks, lambda _: done(errors), None)
+        else:
+            done(errors)
 
     def _reserve_many(
         self,
@@ -239,12 +263,16 @@ class LocalPool:
         ended: list[tuple[int, PoolError]] = []
         with self._lock:
             asked: set[BlockKey] = set()
+            refusing = self._refusing()
+            every_new = not self._named_tenants_only and self._admission.mode == "all"
             for number in some:
                 new = blocks[number]
                 refused: dict[int, str] | PoolError | None = check_write(new, datas[number])
                 if refused is None and new.key in asked:
                     refused = PoolError("dropped", f"block {new.key.hex()} is being written already")
-                if refused is None:
+                if refused is None and every_new and not self._table.knows(new.key):
+                    refused = refusing
+                elif refused is None:
                     refused = self._needs_room(new, span.end_of(number), deadline_s)
                 if isinstance(refused, dict):
                     asked.add(new.key)
@@ -568,9 +596,9 @@ class LocalPool:
     def _needs_room(self, new: NewBlock, done: Done, deadline_s: float) -> dict[int, str] | PoolError | None:
         """The members that may not take a new block, and why; or the error. None when the block is present already:
         `done` is then called once it is durable. The lock is held."""
+        refusing = self._refusing()
         if self._closed:
             return PoolError("closed", "the pool is closed")
-        self._check_members()
         present = self._table.find(new.key)
         if present is not None and (self._table.being_moved(new.key) or not self._suspects.gives_way(present, new)):
             member = self.members[present.member]
@@ -585,10 +613,19 @@ class LocalPool:
             return PoolError("dropped", "only tenants that [quota] names may write here")
         if self._table.being_written(new.key):
             return PoolError("dropped", f"block {new.key.hex()} is being written already")
+        if isinstance(refusing, PoolError):
+            return refusing
+        return self._refuse_ssds(new, refusing) or refusing
+
+    def _refusing(self) -> dict[int, str] | PoolError:
+        """The members that take no stores now, and why; the error where none does. The lock is held."""
+        if self._closed:
+            return PoolError("closed", "the pool is closed")
+        self._check_members()
         refused = {n: why for n, member in enumerate(self.members) if (why := member.refuses_stores)}
         if len(refused) == len(self.members):
             return PoolError("device", "; ".join(dict.fromkeys(refused.values())))
-        return self._refuse_ssds(new, refused) or refused
+        return refused
 
     def _refuse_ssds(self, new: NewBlock, refused: dict[int, str]) -> PoolError | None:
         """Apply write admission: add the SSDs to `refused` for a block that they should not store; the lock is held."""
@@ -638,9 +675,10 @@ class LocalPool:
                     member.record(block, self._table.value(block.key), partial(self._recorded, end), deadline_s)
                 else:
                     ends.append((number, block, None))
-        for number, block, error in ends:
+        for _, block, error in ends:
             note_error("store", self.members[block.member].name, error)
-            span.end_of(number)(error)
+        if ends:
+            span.end([number for number, _, _ in ends], [error for _, _, error in ends])
 
     def _recorded(self, done: Done, error: PoolError | None) -> None:
         """A row was committed, or not in time. Takes the lock."""

@@ -298,7 +298,7 @@ class RowBatches:
         self._column("parent")[made] = -1
         for number, count in zip(*(one.tolist() for one in np.unique(numbers[new], return_counts=True)), strict=True):
             rows.tenant_number(rows.tenant_name(number), count)
-        chain_many(rows.by_key, made, self._hashes(words[new]))
+        chain_many(rows.by_key, made, self._hashes(words[new]), self._key_hashes)
         nodes[missing] = made[same]
         return nodes
 
@@ -313,6 +313,9 @@ class RowBatches:
         word = words[:, 0] * np.uint64(salt) + words[:, 1] * np.uint64((salt ^ MIX) | 1)
         hashes: NDArray[np.uint64] = ((word ^ word >> np.uint64(29)) * np.uint64(FINISH)) >> np.uint64(32)
         return hashes
+
+    def _key_hashes(self, rows: Rows) -> NDArray[np.uint64]:
+        return self._hashes(self._column("keys").reshape(-1, 2)[rows])
 
     def _search(self, words: Words, tenants: NDArray[np.uint32] | None) -> Rows:
         """The present row of each key, or, with `tenants`, the row of each key and tenant; -1 where there is none."""

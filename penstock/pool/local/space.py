@@ -43,8 +43,8 @@ class Places:
         """Add many present blocks."""
         if len(self.starts.next) < self.rows.capacity:
             self.grow()
-        for chains, hashes in self._hashes(rows):
-            chain_many(chains, rows, hashes)
+        for at, (chains, hashes) in enumerate(self._hashes(rows)):
+            chain_many(chains, rows, hashes, lambda moved, at=at: self._hashes(moved)[at][1])  # type: ignore[misc]
 
     def remove_many(self, rows: NDArray[np.int64], flags: NDArray[np.uint8]) -> None:
         """Remove many blocks that were added: those whose flags say LEAVING."""

@@ -123,6 +123,10 @@ class Table:
         row = self._rows.find(key)
         return self._block(row) if row >= 0 and self._rows.member[row] == member else None
 
+    def knows(self, key: BlockKey) -> bool:
+        """Whether a block has this key, readable or not, or is being written under it."""
+        return key in self._writing or self._rows.find(key) >= 0
+
     def being_written(self, key: BlockKey) -> bool:
         """Whether a write of this block is under way."""
         return key in self._writing
@@ -272,11 +276,41 @@ class Table:
         """As `reserve` of each in turn; returns the blocks, and members and keys of those that were evicted."""
         gone: list[tuple[int, BlockKey]] = []
         blocks = self._replace_least(news, without, gone)
+        self._take_free(news, without, blocks)
         for at, new in enumerate(news):
             if blocks[at] is None:
                 blocks[at], others = self.reserve(new, without)
                 gone += [(old.member, old.key) for old in others]
         return blocks, gone
+
+    def _alike(self, news: Sequence[NewBlock]) -> int:
+        """The length of the extents of blocks that may be reserved together: of one length and tenant, while nobody has
+        a quota; else 0."""
+        first = news[0] if len(news) >= FEW and self.quotas.all_pay_together else None
+        if first is None or any((new.size_bytes, new.tenant) != (first.size_bytes, first.tenant) for new in news):
+            return 0
+        return staging_bytes(first.size_bytes)
+
+    def _take_free(self, news: Sequence[NewBlock], without: Container[int], blocks: list[Block | None]) -> None:
+        """Reserve free space for those of the blocks that have none yet, each on its owner, where nobody has a quota.
+        None for those that `reserve` must find room for."""
+        length = self._alike(news)
+        if not length:
+            return
+        by_owner: dict[int | None, list[int]] = {}
+        for at, new in enumerate(news):
+            if blocks[at] is None:
+                by_owner.setdefault(self.placement.owner(new.position), []).append(at)
+        account = self.quotas.account(news[0].tenant)
+        for owner, numbers in by_owner.items():
+            if owner is None or owner in without:
+                continue
+            offsets = self._space(owner).allocator.take_many(length, len(numbers))
+            if offsets:
+                self.quotas.charge(account, length * len(offsets))
+                self.quotas.note_written(account, length * len(offsets))
+            for at, offset in zip(numbers, offsets, strict=False):
+                blocks[at] = self._start(news[at], owner, offset, account)
 
     def _replace_least(
         self, news: Sequence[NewBlock], without: Container[int], gone: list[tuple[int, BlockKey]]
@@ -284,16 +318,9 @@ class Table:
         """Where nobody has a quota and the members are full: reserve the extents of the blocks of least worth for
         blocks of the same length, each on its owner. None for those that `reserve` must find room for."""
         blocks: list[Block | None] = [None] * len(news)
-        lengths = {staging_bytes(new.size_bytes) for new in news}
+        length = self._alike(news)
         taking = [member for member in self.placement.taking if member not in without]
-        together = (
-            self.quotas.all_pay_together
-            and len(news) >= FEW
-            and len(lengths) == 1
-            and len({new.tenant for new in news}) == 1
-        )
-        length = max(lengths, default=0)
-        if not together or any(self._space(member).allocator.largest_bytes >= length for member in taking):
+        if not length or any(self._space(member).allocator.largest_bytes >= length for member in taking):
             return blocks
         owners = [-1 if (owner := self.placement.owner(new.position)) is None else owner for new in news]
         if not set(owners) <= set(taking):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from penstock.pool.api import Done, DoneMany, PoolError
@@ -29,11 +29,20 @@ class WriteSpan:
         """The `done` of one block."""
         return self._results.one(number)
 
+    def end(self, numbers: Sequence[int], errors: Sequence[PoolError | None]) -> None:
+        """These blocks have ended."""
+        self._results.end(numbers, errors)
+
     def finish_of(self, number: int) -> Callable[[Work, PoolError | None], None]:
         """The `finish` of the store of one block, which begins now."""
         with self._lock:
             self._storing += 1
         return partial(self._finish, number)
+
+    def stored(self, some: Stored) -> None:
+        """Stores that were done at once have ended; before `begun`."""
+        with self._lock:
+            self._stored += some
 
     def begun(self) -> None:
         """No further store begins."""

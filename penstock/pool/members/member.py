@@ -89,6 +89,12 @@ def observed(member: Member) -> tuple[int, float]:
     return ask() if ask else (0, 0.0)
 
 
+def store_at_once(member: Member, stores: Sequence[tuple[Block, memoryview]]) -> list[PoolError | None] | None:
+    """Store small blocks on this thread; returns their errors. None where they must be queued (`put`)."""
+    store = getattr(member, "store_at_once", None)
+    return store(stores) if store else None
+
+
 class GoneMember:
     """Placeholder for a member that was drained: it has no blocks."""
 

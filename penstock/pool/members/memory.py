@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -30,11 +30,16 @@ LOADS_MAX = 4096
 STORES_MAX = 256
 MEASURE_BYTES = 64 << 20  # larger than the processor's caches
 OBSERVED_BYTES_MIN = 128 << 10  # the time of a smaller load does not depend on its bytes
+HELD_COPY_BYTES = 64 << 10
+AT_ONCE_BYTES = 1 << 20  # of stores on their caller's thread
 CATCH_UP_S = 0.005  # how much delay a paced copy that woke up late may catch up
 
 
 def copy_bytes(into: memoryview, data: memoryview) -> None:
-    """Copy equal lengths without holding the GIL."""
+    """Copy equal lengths; without holding the GIL where the copy takes longer than to get it back."""
+    if len(into) <= HELD_COPY_BYTES:
+        into[:] = data
+        return
     np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(data, np.uint8))
 
 
@@ -85,6 +90,7 @@ class MemoryMember:
         self._closing = threading.Event()
         self._touched = False
         self._observed = (0, 0.0)
+        self._counting = threading.Lock()
         self.read_bytes = self.written_bytes = self.errors = 0
         self._queue = WorkQueue(LOADS_MAX, STORES_MAX)
         self._thread = GuardedThread(f"penstock-{name}", self._run, restarts=True, kind="penstock-memory-member")
@@ -96,6 +102,12 @@ class MemoryMember:
     def put(self, work: Work) -> PoolError | None:
         """Queue a copy; returns at once. The error says why it was not accepted."""
         return self._queue.put(work)
+
+    def store_at_once(self, stores: Sequence[tuple[Block, memoryview]]) -> list[PoolError | None] | None:
+        """Copy small blocks in on this thread: that costs less than to queue them. None: they must be queued."""
+        if self._pace_bytes_per_s or sum(block.size_bytes for block, _ in stores) > AT_ONCE_BYTES:
+            return None
+        return [self._stored(block, data) for block, data in stores]
 
     def queued(self) -> tuple[int, int]:
         """Loads and stores that wait."""
@@ -205,22 +217,32 @@ class MemoryMember:
         block, error = work.block, None
         size = block.size_bytes
         begin_s = time.monotonic()
-        try:
-            if work.kind == "load":
+        if work.kind == "store":
+            error = self._stored(block, work.buffer)
+        else:
+            try:
                 copy_bytes(work.buffer[:size], self._bytes_of(block))
                 self.read_bytes += size
-            else:
-                copy_bytes(self._bytes_of(block), work.buffer[:size])
-                block.checksum = block_checksum(block.key, self._bytes_of(block))
-                self.written_bytes += size
-        except (ValueError, TypeError) as problem:  # a buffer that is too short or read-only
-            error = PoolError("layout", f"the buffer does not fit the block: {problem}")
+            except (ValueError, TypeError) as problem:  # a buffer that is too short or read-only
+                error = PoolError("layout", f"the buffer does not fit the block: {problem}")
         if error is None:
             self._take_turn(size, begin_s)
         if work.kind == "load" and error is None and size >= OBSERVED_BYTES_MIN:
             moved, busy_s = self._observed
             self._observed = (moved + size, busy_s + time.monotonic() - begin_s)
         return error
+
+    def _stored(self, block: Block, data: memoryview) -> PoolError | None:
+        """Copy a block in; returns its error."""
+        here, size = self._bytes_of(block), block.size_bytes
+        try:
+            copy_bytes(here, data[:size])
+            block.checksum = block_checksum(block.key, here)
+        except (ValueError, TypeError) as problem:  # a buffer that is too short
+            return PoolError("layout", f"the buffer does not fit the block: {problem}")
+        with self._counting:
+            self.written_bytes += size
+        return None
 
     def _take_turn(self, size_bytes: int, begin_s: float) -> None:
         """Wait until paced memory would have finished a copy of `size_bytes` that began at `begin_s`."""

@@ -1,6 +1,7 @@
 """One client connection to a pool node: requests out, replies straight into their buffers, and a clean end.
 
 CLIENT-1  Statement: Only the receiver thread writes into buffers and ends requests, so no byte is written after `end`.
+          There is at most one; none while nothing is under way (`link_watch`).
 CLIENT-2  Statement: `cut` shuts the socket down; the receiver then stops, waits for a send in progress, and ends all
           open requests.
 CLIENT-3  Statement: A block, single or of a span, is accepted only with the requested id, key and size, and only if its
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import select
 import socket
 import threading
 import time
@@ -28,17 +30,19 @@ from penstock.core.spans import parts
 from penstock.pool.api import PoolError, ReadCheck
 from penstock.pool.checksum import block_checksum, checksum_seed
 from penstock.pool.net import lanes, wire
+from penstock.pool.net.link_watch import LinkWatch
 from penstock.pool.net.secret import Secret, SecretRefused, prove_as_client
 from penstock.pool.net.tls import PeerTls
-from penstock.pool.net.tls_socket import Stream, begin_tls
+from penstock.pool.net.tls_socket import Stream, TlsSocket, begin_tls
 from penstock.process.guarded_thread import GuardedThread, GuardedWorker, count_failure
 
 log = logging.getLogger(__name__)
 
 SENDER_END_S = 3.0 * wire.STALL_S  # limit of the wait for a send in progress, which ends once the socket is shut
+PARK_S = 0.5  # a connection without requests has its thread for so long
 SENDS_WAITING_MAX = 256  # the link has far fewer requests on one connection
-VERIFY_BYTES = 512 << 10  # received and verified in such pieces, while they are in the processor's cache
-SPAN_VERIFY_BYTES = 512 << 10  # blocks of a span that are received before they are verified
+VERIFY_BYTES = 1 << 20  # received and verified in such pieces, while the next ones arrive
+SPAN_VERIFY_BYTES = 1 << 20  # blocks of a span that are received before they are verified
 
 
 @dataclass(slots=True, eq=False)
@@ -83,6 +87,7 @@ class Connection:
         on_reply: Callable[[Connection], None],
         on_closed: Callable[[Connection, str], None],
         hello: wire.Hello,
+        watch: LinkWatch,
         urgent: bool = False,
         secret: Secret | None = None,
         tls: PeerTls | None = None,
@@ -90,10 +95,10 @@ class Connection:
         """Raises OSError, wire.ProtocolError when the peer is no pool node of this version, and RuntimeError or
         MemoryError where the operating system starts no thread.
 
-        `on_reply` is called after each request that ended, `on_closed` at the end of the connection, before its open
-        requests end. `hello` opens the lane that it names; packets of an `urgent` lane go before bulk (`lanes`). With a
-        `secret` both sides prove that they have it; with `tls` both show certificates, and all further bytes are
-        encrypted.
+        `watch` watches the connection while nothing is under way on it: it has no thread then. `on_reply` is called
+        after each request that ended, `on_closed` at the end of the connection, before its open requests end. `hello`
+        opens the lane that it names; packets of an `urgent` lane go before bulk (`lanes`). With a `secret` both sides
+        prove that they have it; with `tls` both show certificates, and all further bytes are encrypted.
         """
         self.lane = hello.lane
         self.heard_s = self._sent_s = time.monotonic()  # time of the last bytes from the peer, and to it
@@ -104,20 +109,24 @@ class Connection:
         self._pending: dict[int, Pending] = {}
         self.in_flight_bytes = 0
         self._cut_reason: str | None = None
-        self._sock: Stream = socket.create_connection(address, timeout=timeout_s)
+        self._watch = watch
+        self._parked = False  # it has no receiver thread
+        self._receiver: GuardedThread | None = None
+        self._sender: GuardedWorker | None = None  # while there are writes
+        self._done = threading.Event()  # it has ended
+        self._tcp = socket.create_connection(address, timeout=timeout_s)
+        self._sock: Stream = self._tcp
         lanes.mark(self._sock, urgent)
         try:
             self.node = self._greet(hello, address[0], timeout_s)
-            writes = self.lane == "write"
-            self._sender = GuardedWorker(f"penstock-{self.lane}-send", SENDS_WAITING_MAX) if writes else None
         except BaseException:
             self._sock.close()
             raise
-        self._receiver = GuardedThread(f"penstock-{self.lane}-receive", self._receive)
 
     def start(self) -> None:
         """Start the receiver thread. Raises RuntimeError or MemoryError where the operating system starts no thread;
         `abandon` must follow then."""
+        self._receiver = GuardedThread(f"penstock-{self.lane}-receive", self._receive)
         self._receiver.start()
 
     @property
@@ -139,6 +148,44 @@ class Connection:
             self.in_flight_bytes += pending.payload_bytes
             return True
 
+    def woken(self) -> None:
+        """As `link_watch.Parked`: start the receiver thread again, unless there is one. Where the operating system
+        starts none, the connection ends."""
+        try:
+            self._resume()
+        except (RuntimeError, MemoryError) as error:
+            self._finish(f"no thread for its replies: {error}")
+
+    def _resume(self) -> None:
+        """Raises as `start`."""
+        with self._lock:
+            parked, self._parked = self._parked, False
+        if parked:
+            self._watch.unpark(self._tcp.fileno())
+            self.start()
+
+    def _end_soon(self, reason: str) -> None:
+        """End a connection that has no thread, on the watching one."""
+        self.cut(reason)
+        with self._lock:
+            self._parked = True
+        self._watch.call_by(self._end_now, 0.0)
+
+    def _end_now(self) -> None:
+        self.woken()
+
+    def _park(self) -> bool:
+        """Have the connection watched, without a thread; False where something is under way. Raises OSError."""
+        with self._lock:
+            if self._pending or self._cut_reason is not None:
+                return False
+            self._watch.park(self._tcp.fileno(), self)
+            self._parked = True
+            sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.stop()
+        return True
+
     def send(self, pending: Pending) -> None:
         """Send a request that was added. A failure ends the connection and thereby the request."""
         writes = isinstance(pending.message, wire.Write | wire.WriteMany)
@@ -148,6 +195,12 @@ class Connection:
         except Exception as error:  # noqa: BLE001 (the message cannot be encoded: nothing of it was sent)
             if self._take(pending.id) is pending:
                 pending.tell(None, PoolError("layout", f"the request cannot be sent: {error}"))
+            return
+        try:
+            if self._parked:
+                self._resume()
+        except (RuntimeError, MemoryError) as error:
+            self._end_soon(f"no thread for its replies: {error}")
             return
         try:
             with self._send_lock:
@@ -162,7 +215,7 @@ class Connection:
         if time.monotonic() - self._sent_s < quiet_s or not self._send_lock.acquire(blocking=False):
             return
         try:
-            if self._cut_reason is None:
+            if self._cut_reason is None and self._comes(select.POLLOUT, 0.0):
                 wire.send_all(self._sock, wire.frame(wire.Alive()))
                 self._sent_s = time.monotonic()
         except OSError as error:
@@ -177,8 +230,15 @@ class Connection:
 
     def queue(self, pending: Pending) -> None:
         """Queue a request that was added for the sender thread (write lane only: a payload takes time to send)."""
-        assert self._sender is not None, f"the {self.lane} lane has no sender thread"
-        if not self._sender.put(partial(self.send, pending), self._sending_failed):
+        try:
+            with self._lock:
+                if self._sender is None:
+                    self._sender = GuardedWorker(f"penstock-{self.lane}-send", SENDS_WAITING_MAX)
+                sender = self._sender
+        except (RuntimeError, MemoryError) as error:
+            self.cut(f"no thread for its writes: {error}")
+            return
+        if not sender.put(partial(self.send, pending), self._sending_failed):
             self.cut(f"{SENDS_WAITING_MAX} requests wait to be sent, or the connection is ending")
 
     def _sending_failed(self, error: Exception) -> None:
@@ -209,13 +269,12 @@ class Connection:
     def abandon(self) -> None:
         """End a connection that was not started."""
         self.cut("not wanted")
-        if self._sender is not None:
-            self._sender.stop()
         self._sock.close()
 
     def join(self, timeout_s: float) -> None:
-        """Wait at most `timeout_s` for the receiver thread to end."""
-        self._receiver.join(timeout_s)
+        """Wait at most `timeout_s` for the connection, which was started, to end."""
+        if self._receiver is None or not self._receiver.is_current:
+            self._done.wait(timeout_s)
 
     def _greet(self, hello: wire.Hello, host: str, timeout_s: float) -> wire.Ready:
         """Exchange versions and open the lane, within the connect timeout; afterwards the caller watches deadlines."""
@@ -245,11 +304,23 @@ class Connection:
         wire.set_timeouts(self._sock)
         return reply
 
+    def _comes(self, event: int, timeout_s: float) -> bool:
+        """Wait for select.POLLIN or POLLOUT; whether it came, or the end of the connection."""
+        waiting = select.poll()
+        waiting.register(self._tcp, event)
+        return bool(waiting.poll(1000 * timeout_s))
+
+    def _idle(self) -> bool:
+        """Wait for a reply, PARK_S at most where none is due; whether the connection is parked then."""
+        if self._pending or (isinstance(self._sock, TlsSocket) and self._sock.buffered):
+            return False
+        return not self._comes(select.POLLIN, PARK_S) and self._park()
+
     def _receive(self) -> None:
-        reason = "the connection failed"
+        reason, parked = "the connection failed", False
         try:
             frames = wire.FrameReader(self._sock)
-            while True:
+            while not (parked := self._idle()):
                 header, payload_bytes = frames.next()
                 self.heard_s = time.monotonic()
                 reply = wire.decode_reply(header)
@@ -270,14 +341,14 @@ class Connection:
             reason = str(error)
         except Exception as error:
             reason = f"receiving failed: {error!r}"
-            count_failure(self._receiver.name)
+            count_failure(f"penstock-{self.lane}-receive")
             log.exception("the receiver of a %s connection failed", self.lane)
         finally:
-            self._finish(reason)
+            if not parked:
+                self._finish(reason)
 
     def _asked(self, id: int) -> Pending | None:
-        with self._lock:
-            return self._pending.get(id)
+        return self._pending.get(id)
 
     def _receive_block(self, reply: wire.Block, payload_bytes: int) -> None:
         pending = self._asked(reply.id)
@@ -376,14 +447,16 @@ class Connection:
     def _finish(self, reason: str) -> None:
         self.cut(reason)
         reason = self._cut_reason or reason
-        if self._sender is not None:
-            self._sender.close(SENDER_END_S)
+        with self._lock:
+            sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.close(SENDER_END_S)
         with self._send_lock:
             self._sock.close()
         try:
             self._on_closed(self, reason)
         except Exception:  # open requests must end all the same
-            count_failure(self._receiver.name)
+            count_failure(f"penstock-{self.lane}-receive")
             log.exception("the callback at the end of a %s connection failed", self.lane)
         with self._lock:
             rest, self._pending = list(self._pending.values()), {}
@@ -391,3 +464,4 @@ class Connection:
         for pending in rest:
             label = "deadline" if pending.late else "closed" if reason == "closed" else "network"
             pending.tell(None, PoolError(label, "no answer in time" if pending.late else reason))
+        self._done.set()

@@ -25,6 +25,7 @@ from penstock.pool.callbacks import call_soon, callback_worker
 from penstock.pool.losses import note_error
 from penstock.pool.net import wire
 from penstock.pool.net.connection import Connection, Pending
+from penstock.pool.net.link_watch import link_watch
 from penstock.pool.net.secret import Secret
 from penstock.pool.net.tls import PeerTls
 from penstock.process.guarded_thread import GuardedThread
@@ -109,10 +110,10 @@ class NodeLink:
         self._reads = _Lane("read", READS_WAITING_MAX, [None] * connections)
         self._lanes = {lane.kind: lane for lane in (self._control, self._writes, self._reads)}
         self._lock = threading.Lock()
+        self._watch = link_watch.acquire()
         self._ids = itertools.count(1)
         self._deadlines: list[tuple[float, int, Pending]] = []
         self._live = 0  # reads, writes and probes that have not ended
-        self._deadline_sooner = threading.Condition(self._lock)
         self._connection_lost = threading.Condition(self._lock)
         self._closed = False
         self._down_reason = "not connected"
@@ -120,11 +121,14 @@ class NodeLink:
         self._logged_failure = ""  # the failure to connect that was logged last
         self._block_bytes = 0  # size of this side's blocks; 0 until it is known
         self._logged_too_large = False
-        self._callbacks = callback_worker()
-        self._threads = [
-            GuardedThread("penstock-deadlines", self._watch_deadlines, restarts=True),
-            GuardedThread("penstock-reconnect", self._reconnect, restarts=True),
-        ]
+        self._reconnecting: GuardedThread | None = None  # while a connection is missing
+        self._alive_s = 0.0  # when Alive is due
+        self._began = False  # all connections were tried once
+        try:
+            self._callbacks = callback_worker()
+        except BaseException:
+            link_watch.release(self._watch)
+            raise
         try:
             for lane, slot in self._missing():
                 self._connect(lane, slot, connect_timeout_s)
@@ -137,8 +141,8 @@ class NodeLink:
         except BaseException:
             self.close(1.0)
             raise
-        for thread in self._threads:
-            thread.start()
+        self._began = True
+        self._watch.call_by(self._due, 0.0)
 
     @property
     def up(self) -> bool:
@@ -190,7 +194,7 @@ class NodeLink:
             with self._lock:
                 pending.ended = True
                 self._live -= 1
-            if what != "write" or error is None or error.reason != "dropped":  # the node logs the writes that it drops
+            if error is not None and (what != "write" or error.reason != "dropped"):  # the node logs those
                 note_error(what, f"{self.what} {self.place}", error)
             ended(result, error)
 
@@ -298,20 +302,23 @@ class NodeLink:
         """Cut every connection; open requests end with "closed"."""
         deadline_s = time.monotonic() + timeout_s
         with self._lock:
-            self._closed = True
+            again, self._closed = self._closed, True
             self._down_reason = "closed"
-            self._deadline_sooner.notify_all()
             self._connection_lost.notify_all()
+            reconnecting = self._reconnecting
             connections = [c for lane in self._lanes.values() for c in lane.connections if c is not None]
         for connection in connections:
             connection.cut("closed")
         for connection in connections:
             connection.join(max(0.0, deadline_s - time.monotonic()))
-        for thread in self._threads:
-            thread.join(max(0.0, deadline_s - time.monotonic()))
+        if reconnecting is not None:
+            reconnecting.join(max(0.0, deadline_s - time.monotonic()))
+        self._watch.forget(self._due)
         for lane in self._lanes.values():
             self._fail_waiting(lane, "closed", "the pool is closed")
         self._callbacks.close(max(0.0, deadline_s - time.monotonic()))
+        if not again:
+            link_watch.release(self._watch)
 
     # --- reads and writes ---
 
@@ -376,7 +383,9 @@ class NodeLink:
 
         hello = wire.Hello(lane.kind, self._origin, self._own_only)
         urgent = lane.kind in self._urgent
-        connection = Connection(self.address, timeout_s, replied, closed, hello, urgent, self._secret, self._tls)
+        connection = Connection(
+            self.address, timeout_s, replied, closed, hello, self._watch, urgent, self._secret, self._tls
+        )
         if self._origin and connection.node.node_id == self._origin:
             connection.abandon()
             raise wire.ProtocolError("that is this node itself; it must not be a member of its own pool")
@@ -419,22 +428,35 @@ class NodeLink:
                 self._losing = True
             down = not lane.open()
             self._connection_lost.notify_all()
+        self._watch.call_by(self._due, 0.0)
         if down:
             label = "closed" if self._closed else "network"
             self._fail_waiting(lane, label, f"{self.what} {self.place} is down: {reason}")
+
+    def _begin_reconnecting(self) -> bool:
+        """Start the thread that connects again, where a connection is missing; False when that cannot be started."""
+        with self._lock:
+            if self._closed or self._reconnecting is not None or not self._missing():
+                return True
+            thread = self._reconnecting = GuardedThread("penstock-reconnect", self._reconnect, restarts=True)
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError):
+            with self._lock:
+                self._reconnecting = None
+            return False
+        return True
 
     def _reconnect(self) -> None:
         pause_s = BACKOFF_S[0]
         while True:
             with self._lock:
                 missing = self._missing()
-                if not missing and not self._closed:
-                    pause_s, self._losing, self._logged_failure = BACKOFF_S[0], False, ""
-                    self._connection_lost.wait(self._alive_every_s())
-                if self._closed:
+                if not missing:
+                    self._losing, self._logged_failure = False, ""
+                if self._closed or not missing:
+                    self._reconnecting = None
                     return
-                missing = self._missing()
-            self._say_alive()
             failed = False
             for lane, slot in missing:
                 try:
@@ -447,6 +469,8 @@ class NodeLink:
                                 log.warning("%s %s is down: %s", self.what, self.place, error)
                             self._logged_failure = self._down_reason = str(error)
                     break
+                self._alive_s = 0.0  # as this node asks for
+                self._watch.call_by(self._due, 0.0)
                 self._dispatch(lane)
             with self._lock:
                 if failed and not self._closed:
@@ -457,10 +481,12 @@ class NodeLink:
         """Interval of Alive messages on an idle connection; None: none are needed."""
         return max(self.node.idle_s / ALIVE_PER_IDLE, ALIVE_S_MIN) if self.node.idle_s > 0 else None
 
-    def _say_alive(self) -> None:
+    def _say_alive(self, now_s: float) -> None:
         every_s = self._alive_every_s()
         if every_s is None:
+            self._alive_s = now_s + wire.IDLE_S
             return
+        self._alive_s = now_s + every_s
         with self._lock:
             connections = [connection for lane in self._lanes.values() for connection in lane.open()]
         for connection in connections:
@@ -470,44 +496,50 @@ class NodeLink:
         lanes = self._lanes.values()
         return [(lane, slot) for lane in lanes for slot, c in enumerate(lane.connections) if c is None]
 
-    # --- deadlines ---
+    # --- deadlines, on the thread of `link_watch` ---
+
+    def _due(self) -> float | None:
+        """End what is overdue; returns when to call again."""
+        if self._closed or not self._began:
+            return None
+        now_s = time.monotonic()
+        begun = self._begin_reconnecting()
+        if now_s >= self._alive_s:
+            self._say_alive(now_s)
+        self._end_overdue(now_s)
+        with self._lock:
+            first_s = self._deadlines[0][0] if self._deadlines else self._alive_s
+        return min(first_s, self._alive_s, self._alive_s if begun else now_s + BACKOFF_S[1])
 
     def _push_deadline(self, pending: Pending) -> None:
         """Add to the heap; the lock is held. Ended requests are removed at their deadline, or when they are half of the
         heap."""
         if not self._deadlines or pending.deadline_s < self._deadlines[0][0]:
-            self._deadline_sooner.notify()
+            self._watch.call_by(self._due, pending.deadline_s)
         heapq.heappush(self._deadlines, (pending.deadline_s, pending.id, pending))
         if len(self._deadlines) > 2 * self._live + 64:
             self._deadlines = [item for item in self._deadlines if not item[2].ended]
             heapq.heapify(self._deadlines)
 
-    def _watch_deadlines(self) -> None:
-        while True:
-            unsent: list[Pending] = []
-            sent: list[Pending] = []
-            with self._lock:
-                if self._closed:
-                    return
-                now_s = time.monotonic()
-                for pending in self._overdue(now_s):
-                    if pending.connection is None:
-                        pending.ended = True
-                        unsent.append(pending)
-                    else:
-                        sent.append(pending)
-                if not unsent and not sent:
-                    self._deadline_sooner.wait(self._deadlines[0][0] - now_s if self._deadlines else None)
-                    continue
-            for pending in unsent:
-                pending.tell(None, PoolError("deadline", f"waited too long for a connection to {self.place}"))
-            for pending in sent:
+    def _end_overdue(self, now_s: float) -> None:
+        unsent: list[Pending] = []
+        sent: list[Pending] = []
+        with self._lock:
+            for pending in self._overdue(now_s):
                 if pending.connection is None:
-                    continue
-                if pending.buffers:
-                    pending.connection.cut_late(pending)
-                elif pending.connection.forget(pending):
-                    pending.tell(None, PoolError("deadline", f"{self.place} did not answer in time"))
+                    pending.ended = True
+                    unsent.append(pending)
+                else:
+                    sent.append(pending)
+        for pending in unsent:
+            pending.tell(None, PoolError("deadline", f"waited too long for a connection to {self.place}"))
+        for pending in sent:
+            if pending.connection is None:
+                continue
+            if pending.buffers:
+                pending.connection.cut_late(pending)
+            elif pending.connection.forget(pending):
+                pending.tell(None, PoolError("deadline", f"{self.place} did not answer in time"))
 
     def _overdue(self, now_s: float) -> Iterator[Pending]:
         """Remove from the heap, and yield, the open requests whose deadline has passed. The lock is held."""

@@ -289,7 +289,7 @@ class ClientConnection:
         frames, readable = self._serving
         counted_s = time.thread_time()
         try:
-            while self._buffered() or readable.poll(1000 * PARK_S):
+            while self._comes(readable):
                 asked_s = time.monotonic()
                 header, payload_bytes = frames.next(wire.IDLE_S)
                 now_s = time.monotonic()
@@ -300,13 +300,18 @@ class ClientConnection:
                 ready_s = min(now_s, self._sent_s) if now_s - asked_s < 0.0001 else now_s
                 self._refused = False
                 self._answer(request, payload_bytes, ready_s)
-                used_s, counted_s = time.thread_time() - counted_s, time.thread_time()
+                now_cpu_s = time.thread_time()
+                used_s, counted_s = now_cpu_s - counted_s, now_cpu_s
                 refused = self._refused and payload_bytes <= _REFUSED_BYTES_MAX
                 if refused or not isinstance(request, _OF_BLOCKS):
                     self._wait(self._node.pause_after(self.source, used_s))
         except (wire.ProtocolError, OSError):  # work for a message that failed counts too
             self._node.pause_after(self.source, time.thread_time() - counted_s + _CONNECTION_S)
             raise
+
+    def _comes(self, readable: select.poll) -> bool:
+        """Wait up to PARK_S for a message; whether there is one. Raises OSError."""
+        return self._buffered() or bool(readable.poll(1000 * PARK_S))
 
     def _buffered(self) -> bool:
         """Whether received bytes wait in this process."""
@@ -488,6 +493,16 @@ class ClientConnection:
                 wire.send_all(self._sock, head, *pieces, until_s=until_s, rate=rate)
                 head = b""
                 moved(size_bytes)
+
+    def _send_answers(self, parts: Sequence[memoryview], answers: int, deadline_s: float) -> None:
+        """Send whole messages together, as fast as the peer takes them; clients stop waiting soon after `deadline_s`.
+        Raises OSError."""
+        until_s = max(deadline_s, time.monotonic()) + answers * PAYLOAD_S
+        rate = wire.MinimumRate(PAYLOAD_GRACE_S, PAYLOAD_BYTES_PER_S_MIN)
+        self._check_open()
+        with self._send_lock:
+            self._check_open()
+            wire.send_all(self._sock, *parts, until_s=until_s, rate=rate)
 
     def _receive(self, into: memoryview, deadline_s: float = 0.0, moved: Moved = not_counted) -> None:
         """Receive the payload of a write; it gets at least PAYLOAD_S. `moved(bytes)` is called for each part. Raises

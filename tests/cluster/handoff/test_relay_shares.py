@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from penstock.pool.checksum import block_checksum
 from penstock.pool.losses import losses
 from penstock.pool.net import wire
 from penstock.pool.net.connection import Connection, Pending
+from penstock.pool.net.link_watch import link_watch
 from penstock.pool.net.shared_memory import SharedMemoryMover
 from penstock.pool.setup.open import open_local_pool
 from tests.asking import WAIT_S, wait_until
@@ -70,8 +72,11 @@ class Client:
     """One connection of a prefill engine."""
 
     def __init__(self, node: RelayNode) -> None:
+        watch = link_watch.acquire()
+        self._undo = contextlib.ExitStack()
+        self._undo.callback(link_watch.release, watch)
         self._connection = Connection(
-            node.address, WAIT_S, lambda _: None, lambda *_: None, wire.Hello("control"), urgent=True
+            node.address, WAIT_S, lambda _: None, lambda *_: None, wire.Hello("control"), watch, urgent=True
         )
         self._connection.start()
         self._ids = iter(range(1, 1 << 30))
@@ -101,6 +106,7 @@ class Client:
     def close(self) -> None:
         self._connection.cut("closed")
         self._connection.join(WAIT_S)
+        self._undo.close()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from penstock.core.pool.block_rows import LEAVING
 from penstock.core.pool.columns import BUCKETS_MIN, Column, HashChains, mixed
@@ -28,6 +29,10 @@ def test_chains_hold_what_was_added_one_by_one_or_many_at_a_time(steps: list[tup
     """Few different hashes make long chains."""
     hashes = [row // spread * 2654435761 % (1 << 32) for row in range(ROWS)]
     chains = HashChains(ROWS, hashes.__getitem__)
+
+    def hashes_of(rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+        return np.array([hashes[row] for row in rows.tolist()], np.uint64)
+
     held: set[int] = set()
     for kind, row in steps:
         some = [one for one in range(row, min(ROWS, row + 100))]
@@ -36,7 +41,7 @@ def test_chains_hold_what_was_added_one_by_one_or_many_at_a_time(steps: list[tup
             held.add(row)
         elif kind == "b":
             new = np.array([one for one in some if one not in held], np.int64)
-            chain_many(chains, new, np.array([hashes[one] for one in new], np.uint64))
+            chain_many(chains, new, hashes_of(new), hashes_of)
             held |= set(new.tolist())
         elif kind == "r" and held:
             gone = min(held)

@@ -41,6 +41,21 @@ def test_allocator_against_a_bitmap(steps: list[tuple[bool, int]]) -> None:
         assert allocator.free_bytes == (64 - len(used)) * PAGE
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 63), max_size=40), st.integers(1, 5), st.integers(1, 40))
+def test_many_extents_are_those_that_one_after_the_other_are(pages: list[int], length: int, count: int) -> None:
+    """Of a range with holes, and with what is left after them."""
+    allocators = [ExtentAllocator(0, 64 * PAGE) for _ in range(2)]
+    used = sorted(set(pages))
+    for allocator in allocators:
+        allocator.take_listed([(page * PAGE, PAGE) for page in used])
+    together, one_by_one = allocators
+    found = together.take_many(length * PAGE, count)
+    alone = [one_by_one.take(length * PAGE) for _ in range(count)]
+    assert sorted(found) == sorted(offset for offset in alone if offset is not None)
+    together.check_integrity()
+
+
 def test_giving_twice_or_outside_is_refused() -> None:
     allocator = ExtentAllocator(0, 16 * PAGE)
     offset = allocator.take(4 * PAGE)

@@ -568,6 +568,29 @@ def test_blocks_written_together_end_each_as_if_written_alone(opened: Opener) ->
     assert [error.reason for error in ends.get(timeout=5.0) if error] == ["closed"] * 2
 
 
+def test_the_end_of_small_blocks_written_together_is_told_on_another_thread(opened: Opener) -> None:
+    """They are stored on the caller's thread, which may hold a lock that `done` needs."""
+    pool = opened([MIB])
+    lock, ends = threading.Lock(), queue.SimpleQueue[list[PoolError | None]]()
+    news = [new_block(key_of(i), key_of(i - 1), 4096, i) for i in range(20)]
+
+    def done(errors: list[PoolError | None]) -> None:
+        with lock:
+            ends.put(errors)
+
+    with lock:
+        pool.write_many(news, [staged(new.key, 4096) for new in news], 10.0, done)
+        assert ends.empty()
+    assert ends.get(timeout=20.0) == [None] * 20
+    assert all(read(pool, new.key) == "ok" for new in news)
+    assert pool.stat(1.0).members[0].written_bytes == 20 * 4096
+    late: queue.SimpleQueue[list[PoolError | None]] = queue.SimpleQueue()
+    other = [new_block(key_of(("late", i)), key_of(0), 4096, i) for i in range(20)]
+    pool.write_many(other, [staged(new.key, 4096) for new in other], 0.0, late.put)
+    assert {error and error.reason for error in late.get(timeout=20.0)} == {"deadline"}
+    pool.check_integrity()
+
+
 def test_blocks_written_together_evict_what_is_worth_least(opened: Opener) -> None:
     pool = opened([MIB, MIB], weights=[1.0, 1.0])
     for name in range(6):

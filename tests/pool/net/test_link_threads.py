@@ -112,6 +112,49 @@ def test_a_connection_without_its_threads_is_not_taken_for_one(rig: NodeRig, mon
     assert not times[0] and client.up
 
 
+def of_links() -> list[str]:
+    """Names of the threads of all links of this process."""
+    names = [thread.name for thread in threading.enumerate()]
+    shared = ("penstock-links", "penstock-pool-callbacks", "penstock-reconnect")
+    return [name for name in names if name in shared or name.endswith(("-receive", "-send"))]
+
+
+def test_an_idle_client_of_many_nodes_has_two_threads(rig: NodeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "PARK_S", 0.05)
+    nodes = [rig.node(rig.pool(64 << 10)) for _ in range(12)]
+    before = of_links()
+    clients = [rig.client(node) for node in nodes]
+    for number, client in enumerate(clients):
+        assert write(client, key_of(number)) == "ok" and read(client, key_of(number)) == "ok"
+    until(lambda: len(of_links()) <= max(2, len(before)), WAIT_S)
+    for number, client in enumerate(clients):  # over connections without a thread
+        assert client.lookup([key_of(number)], WAIT_S)[0] is not None
+        assert read(client, key_of(number)) == "ok" and write(client, key_of((number, "b"))) == "ok"
+    nodes[0].close(5.0)
+    until(lambda: not clients[0].up, WAIT_S)
+    assert read(clients[0], key_of(0)) == "network" and read(clients[1], key_of(1)) == "ok"
+
+
+def test_a_connection_that_gets_no_thread_again_ends_what_was_asked_over_it(
+    rig: NodeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "PARK_S", 0.05)
+    client = rig.client(rig.node())
+    assert write(client, key_of("a")) == "ok"
+    until(lambda: "penstock-read-receive" not in of_links(), WAIT_S)
+    real = connection_module.Connection.start
+
+    def no_thread(self: connection_module.Connection) -> None:
+        if self.lane == "read":
+            raise RuntimeError("can't start new thread")
+        real(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(connection_module.Connection, "start", no_thread)
+        assert read(client, key_of("a")) == "network"
+    until(lambda: read(client, key_of("a")) == "ok", WAIT_S)
+
+
 def test_a_message_that_cannot_be_written_down_ends_alone(rig: NodeRig, monkeypatch: pytest.MonkeyPatch) -> None:
     node = rig.node()
     client = rig.client(node)

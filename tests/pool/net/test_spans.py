@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -411,6 +412,34 @@ def test_spans_and_windows_by_the_size_of_blocks() -> None:
         assert all(
             len(some) <= SPAN_BLOCKS_MAX and (len(some) * size <= SPAN_BYTES_MAX or len(some) == 1) for some in found
         )
+
+
+def test_blocks_asked_for_at_the_same_time_are_sent_together_and_let_go(
+    rig: NodeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted: sends of the node for requests that lay in its socket together."""
+    pool = rig.pool(8 * MIB)
+    node = rig.node(pool)
+    pairs = chain("together", 24)
+    keys = [key for key, _ in pairs]
+    assert write_span(rig.client(node), pairs) == ["ok"] * 24
+    by_hand, sends = rig.by_hand(node, "read"), 0
+    real = wire.send_all
+
+    def counted(sock: Any, *parts: Any, **options: Any) -> None:
+        nonlocal sends
+        sends += 1
+        real(sock, *parts, **options)
+
+    monkeypatch.setattr(wire, "send_all", counted)
+    asked: list[wire.Request] = [wire.Read(number, key, 4096, WAIT_S) for number, key in enumerate(keys)]
+    asked += [wire.ReadMany(100, b"".join(keys), 4096, WAIT_S), wire.Read(101, key_of("absent"), 4096, WAIT_S)]
+    by_hand.sock.sendall(b"".join(map(wire.frame, asked)))
+    replies = [by_hand.reply() for _ in asked]
+    found = {reply.id for reply in replies if isinstance(reply, wire.Block | wire.Blocks)}
+    assert found == {*range(24), 100} and [type(one) for one in replies].count(wire.Failed) == 1
+    assert sends <= 13, "each of them alone, although they lay there together"
+    until(lambda: pool.evict(keys) == 24)
 
 
 def test_more_spans_in_all_than_a_connection_may_have_open(rig: NodeRig) -> None:
