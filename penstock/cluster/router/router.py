@@ -160,7 +160,7 @@ class ClusterEngine:
         if failing_s is not None and time.monotonic() - failing_s > FAILING_S:
             return False, f"internal errors: nothing was decided for {time.monotonic() - failing_s:.0f} s"
         roles = {engine.card.role for engine in list(self.port.engines.values())}
-        if "mixed" in roles or {"prefill", "decode"} <= roles:
+        if "mixed" in roles or ({"decode"} if self.settings.sidecar else {"prefill", "decode"}) <= roles:
             return True, "ok"
         if not roles:
             return False, "no engine has registered"
@@ -299,7 +299,12 @@ class ClusterEngine:
         routed.hit_tokens = seen.hit_tokens(keys)
         try:
             self.scheduler.submit(
-                routed.id, len(request.prompt_tokens), routed.hit_tokens, request.sampling.max_tokens, time.monotonic()
+                routed.id,
+                len(request.prompt_tokens),
+                routed.hit_tokens,
+                request.sampling.max_tokens,
+                time.monotonic(),
+                request.prefill,
             )
         except (TooManyRequests, ValueError) as error:
             self._end(routed, "cancelled", str(error))
