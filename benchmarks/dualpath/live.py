@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 PARTS = ("offline", "simulated", "online", "lanes", "ablation", "outputs")
 WORKLOADS = ("64K", "48K", "32K")
 SKIPPED = 0
-STORAGE_MBYTES_PER_S = {"penstock": 40.0, "vllm": 8.0}
+STORAGE_MBYTES_PER_S = {"penstock": 40.0, "vllm": 4.0}
+SHAPES = ("1p1d", "1p2d")
 
 
 def dualpath(
@@ -40,12 +41,13 @@ def dualpath(
             min=1,
             max=1000,
             help="Speed of a host's storage NIC; its compute NIC is 8 times faster.",
-            show_default="40; vllm 8",
+            show_default="40; vllm 4",
         ),
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="penstock: the built-in engine, modelled; vllm: two stock vLLMs with tiny models.")
+        str, typer.Option(help="penstock: the built-in engine, modelled; vllm: stock vLLMs with tiny models.")
     ] = "penstock",
+    shape: Annotated[str, typer.Option(help=f"Of vLLMs: {' or '.join(SHAPES)}.")] = SHAPES[0],
     repeats: Annotated[int, typer.Option(min=1, max=20, help="Repeats of the first workload, systems in turn.")] = 2,
     quick: Annotated[bool, typer.Option(help="The least of everything: checks that it runs.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
@@ -60,6 +62,8 @@ def dualpath(
     workloads = _chosen("workload", workload, WORKLOADS)
     if engine not in STORAGE_MBYTES_PER_S:
         raise typer.BadParameter(f"engine is {engine!r}; allowed: {', '.join(STORAGE_MBYTES_PER_S)}")
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"shape is {shape!r}; allowed: {', '.join(SHAPES)}")
     reason = why_not()
     if reason is None and engine == "vllm":
         from benchmarks.dualpath.vllm_bed import why_no_vllm
@@ -81,7 +85,7 @@ def dualpath(
             progress_bar(console) as progress,
         ):
             if engine == "vllm":
-                _measure_vllm(report, Path(folder), scale, 1 if quick else repeats, progress)
+                _measure_vllm(report, Path(folder), shape, scale, 1 if quick else repeats, progress)
             else:
                 _measure(report, Path(folder), scale, parts, workloads, traces, repeats, quick, progress)
     except (OSError, ValueError, RuntimeError, PoolError, ProcessFailed, NamespaceError) as error:
@@ -128,21 +132,26 @@ def _say_what_is_modelled(report: Report, scale: Scale) -> None:
 def _say_what_vllm_measures(report: Report, storage_mbytes_per_s: float) -> None:
     report.modelled += [
         "model: a Llama with 4 layers and random weights, in float32 on CPU; vLLM itself is unchanged",
-        f"NICs: veth with tc tbf; storage {storage_mbytes_per_s:g} MB/s a host, compute 8 times that",
+        f"NICs: veth with tc tbf; storage {storage_mbytes_per_s:g} MB/s a host, compute 8 times that: so slow that "
+        "loading, not computing on this machine's processors, is most of a prefill (see prefill_of_nics_s)",
+        "prompts: 99 % of their KV is in the pool, as in the traces of agents that DualPath is made for",
     ]
     report.notes += [
         "the pool's content and the expected outputs come from one vLLM that computes all prompts beforehand",
         "gains: mean time to prefill, and time until all requests have ended, of prefill read over split; best repeat",
+        "sim_*: the simulator's prediction, limit: what was measured; calibrated with the run that reads nothing and "
+        "with plain sockets over the storage NICs",
     ]
 
 
-def _measure_vllm(report: Report, folder: Path, scale: Scale, repeats: int, progress: Progress) -> None:
+def _measure_vllm(report: Report, folder: Path, shape: str, scale: Scale, repeats: int, progress: Progress) -> None:
+    from benchmarks.dualpath.testbed import Topology
     from benchmarks.dualpath.vllm_live import measure_vllm
 
     task = progress.add_task("vllm", total=None)
-    measure_vllm(
-        report, folder, scale.storage_bytes_per_s, repeats, lambda text: progress.update(task, description=text)
-    )
+    topology = Topology(int(shape[0]), int(shape[2]))
+    rate = scale.storage_bytes_per_s
+    measure_vllm(report, folder, topology, rate, repeats, lambda text: progress.update(task, description=text))
 
 
 def _measure(

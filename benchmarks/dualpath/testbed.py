@@ -73,6 +73,11 @@ class Scale:
         return self.block_bytes / BLOCK_TOKENS
 
     @property
+    def part_tokens_min(self) -> int:
+        """The smallest part of a split read, at this scale."""
+        return max(BLOCK_TOKENS, 1024 // self.token_divisor)
+
+    @property
     def compute_bytes_per_s(self) -> float:
         """Rate of a compute NIC at this scale."""
         return self.storage_bytes_per_s * self.compute_ratio
@@ -104,7 +109,7 @@ def scheduler_of(system: System, scale: Scale, agents: Sequence[Agent] = ()) -> 
         cost = scale.profile().compute_cost()
         load = load_of(trajectories(agents), cost)
         beta_s *= load.prompt_tokens / load.compute_s / prompt_tokens_per_s(cost)
-    return system.scheduler(beta_s=beta_s, part_tokens_min=max(BLOCK_TOKENS, 1024 // scale.token_divisor))
+    return system.scheduler(beta_s=beta_s, part_tokens_min=scale.part_tokens_min)
 
 
 def mode_of(system: System) -> Mode:

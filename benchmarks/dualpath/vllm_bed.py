@@ -119,6 +119,6 @@ def why_no_vllm() -> str | None:
     import importlib.util
 
     if importlib.util.find_spec("vllm") is None:
-        return "vLLM is not installed here (make env-vllm)"
+        return "vLLM is not installed here (make venv-vllm)"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None if memory > 8 << 30 else f"two vLLMs need 8 GiB of memory; this machine has {memory >> 30} GiB"

@@ -85,6 +85,7 @@ class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["penstock", "vllm"] = "penstock"
     sampling_defaults: Annotated[dict[Name, SamplingDefault], Meta(max_length=64)] = {}
     parses_chats: bool = False
+    loads_behind_recomputed: bool = True  # see `EngineSpec`
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):

@@ -34,3 +34,14 @@ def recompute_tokens(
         else:
             high = middle - 1
     return low * block_tokens
+
+
+def recompute_whole(
+    hit_tokens: int, load_free_s: float, load_tokens_per_s: float, compute_free_s: float, compute: ComputeCost
+) -> int:
+    """As `recompute_tokens`, for an engine that loads nothing behind what it computes: all of the hit where computing
+    it ends before it would be loaded, else nothing."""
+    if load_tokens_per_s <= 0:
+        return 0
+    load_end_s = load_free_s + hit_tokens / load_tokens_per_s
+    return hit_tokens if compute_free_s + compute.a + compute.rebuild_s(hit_tokens, 0) < load_end_s else 0

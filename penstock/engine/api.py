@@ -67,6 +67,9 @@ class GenerationRequest:
     """`slo_ttft_s`: deadline of the first token, in seconds from arrival. `tenant` separates caches: a tenant, a
     client's `cache_salt`, or a salt within a tenant (`core.tenants`).
 
+    `prefill`: the prefill engine that somebody else chose, by its name in the cluster; "" for none, which leaves all to
+    a decode engine; None: the router chooses.
+
     `api`: vLLM answers this body itself; `prompt_tokens` and `sampling` are for the router's decisions then.
 
     For requests that a router places: it arrived `waited_s` seconds ago; its prompt ends with `first_index` generated
@@ -86,6 +89,7 @@ class GenerationRequest:
     resume_label: str = ""  # the client's name for it, to ask for the same answer again; never a key by itself
     api: ApiCall | None = None
     packed: bytes = b""  # `pack_tokens` of the prompt, where whoever made the request has them
+    prefill: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ import os
 import sys
 
 
-def python_command(*arguments: str) -> list[str]:
-    """A command of this interpreter; `arguments` begin with a script, `-m` or `-c`."""
-    return [sys.executable, "-P", *arguments]
+def python_command(*arguments: str, interpreter: str = "") -> list[str]:
+    """A command of an interpreter, by default of this one; `arguments` begin with a script, `-m` or `-c`."""
+    return [interpreter or sys.executable, "-P", *arguments]
 
 
 def child_environment() -> dict[str, str]:

@@ -202,20 +202,24 @@ class ServerApp:
                 raw = await self._preparation.read_raw(request, kind, lease)
                 body = await self._preparation.parse(raw, kind)
                 self._check_model(body.model)
+                prefill = None
                 if self._other is not None:
+                    prefill = await self._other.prefill_of(request)
                     self._other.with_defaults(body)
                     if self._other.takes(raw, body):
-                        return await self._other_reply(self._other, request, raw, body)
+                        return await self._other_reply(self._other, request, raw, body, prefill)
                 prepared = await self._preparation.prepare(request, body, request.scope.get(TENANT, ""))
             answer = self._answer_id(request, prepared)
             traced = TracedRequest.of(request.headers, answer[0], chat=prepared.chat)
-            return self._reply(prepared, arrival_s, answer, traced)
+            return self._reply(prepared, arrival_s, answer, traced, prefill)
         except ClientDisconnect:
             return Response(status_code=408)  # the client is gone: nobody reads this answer
         finally:
             self._preparing -= 1
 
-    async def _other_reply(self, other: OtherApi, request: Request, raw: bytes, body: GenerationBody) -> Reply:
+    async def _other_reply(
+        self, other: OtherApi, request: Request, raw: bytes, body: GenerationBody, prefill: str | None
+    ) -> Reply:
         arrival_s = time.monotonic()
 
         def ended(outcome: str, report: RequestReport | None) -> None:
@@ -230,7 +234,7 @@ class ServerApp:
 
         answer_id = f"other-{uuid.uuid4().hex}"
         tenant = request.scope.get(TENANT, "")
-        reply = await other.reply(request, raw, body, tenant, answer_id, self._preparation, ended)
+        reply = await other.reply(request, raw, body, tenant, answer_id, prefill, self._preparation, ended)
         self._others += 1
         return reply
 
@@ -254,7 +258,12 @@ class ServerApp:
         return answer_id, named.hexdigest()[:32]
 
     def _reply(
-        self, prepared: Prepared, arrival_s: float, answer: tuple[str, str], traced: TracedRequest
+        self,
+        prepared: Prepared,
+        arrival_s: float,
+        answer: tuple[str, str],
+        traced: TracedRequest,
+        prefill: str | None,
     ) -> GenerationReply:
         options, settings = prepared.options, self.settings
         answer_id, label = answer
@@ -270,6 +279,7 @@ class ServerApp:
                     options.session,
                     resume_label=f"{label}-{len(choices)}" if label else "",
                     packed=packed,
+                    prefill=prefill,
                 )
                 choices.append(
                     Choice(

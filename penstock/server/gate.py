@@ -29,6 +29,7 @@ _PATHS = {
     "/tokenize",
     "/detokenize",
 }
+_WITHOUT_KEY = ("/health", "/penstock/routers")  # the second one checks the cluster's own proof
 REQUEST_ID_BYTES_MAX = 512
 TENANT = "penstock.tenant"
 _CHALLENGE = 'Basic realm="penstock", charset="UTF-8"'
@@ -111,7 +112,7 @@ class Gate:
             text = f"{self._server.requests_max} requests are being answered; the open files allow no more"
             return ApiError(503, text, code="overloaded", retry_after_s=1.0).response()
         path = scope["path"]
-        if path == "/health":
+        if path in _WITHOUT_KEY:
             return None
         refusal = self._key_refusal(scope, path)
         if refusal is None and is_api(path):

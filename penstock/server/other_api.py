@@ -26,6 +26,9 @@ class OtherApi(Protocol):
     def with_defaults(self, body: GenerationBody) -> None:
         """Set what the client left out, where the other server has defaults of its own."""
 
+    async def prefill_of(self, request: Request) -> str | None:
+        """See `GenerationRequest.prefill`. Raises ApiError."""
+
     def takes(self, raw: bytes, body: GenerationBody) -> bool:
         """Whether the other server answers this body."""
 
@@ -36,8 +39,9 @@ class OtherApi(Protocol):
         body: GenerationBody,
         tenant: str,
         answer_id: str,
+        prefill: str | None,
         preparation: RequestPreparation,
         on_end: Callable[[str, RequestReport | None], None],
     ) -> Reply:
-        """The answer to a body that `takes` takes; `on_end` is called once, with its outcome, and
-        its report if there is one. Raises ApiError."""
+        """The answer to a body that `takes` takes; `prefill` is what `prefill_of` found. `on_end` is called once, with
+        its outcome, and its report if there is one. Raises ApiError."""

@@ -101,6 +101,7 @@ class Host:
         self._load_steps: dict[int, int] = {}  # page of a load -> the step after which it may start
         self._save_steps: dict[int, int] = {}
         self._notices = Notices()
+        self._news = threading.Event()
         self._losses = LossLog(log, LOSSES, PREFIX)
         self._last_page = 0
         self.pool_key = settings.read_pool_key()
@@ -304,6 +305,13 @@ class Host:
         """vLLM lacks blocks: release this many (None: all) pinned for saves that have not started."""
         self._call(lambda: self.scheduler.press(pages), None)
 
+    def wait_for_news(self, timeout_s: float) -> None:
+        """Wait until something happened to a load, unless vLLM is still to hear of one that ended: for a scheduler that
+        has nothing else to do."""
+        if self.fatal is None and not self._notices.open():
+            self._news.wait(timeout_s)
+        self._news.clear()
+
     def stepped(self, spans: Sequence[tuple[int, int]], seconds: float) -> None:
         """A step took this many seconds for these (query tokens, context tokens): refine the compute cost."""
         self._call(lambda: self.scheduler.stepped(spans, seconds), None)
@@ -439,6 +447,7 @@ class Host:
                 self._events.append(self._inbox.get_nowait())
         if self._broken is not None:
             raise WorkerLostError(self._broken)
+        news = bool(self._events)
         with self._lock:
             while self._events:  # if one raises, `_give_up` processes the rest
                 self._events.popleft()()
@@ -447,6 +456,8 @@ class Host:
             work = [self._prepare(operation) for operation in operations]
         for do in work:
             do()
+        if news:
+            self._news.set()
         self._say_losses()
 
     def _say_losses(self) -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 log = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 LOOKS_PER_STEP = 16  # requests per step that are considered for an early load
+# While nothing but loads is under way, vLLM runs empty steps without pause, on a processor that its connector needs.
+LOADS_WAIT_S = 0.005
 FIRST: Rank = (ORDINARY, float("-inf"), 0)  # rank of requests that the scheduler core does not know
 
 
@@ -56,6 +58,8 @@ class _InOrder(Scheduler):  # type: ignore[misc]
         if self._queues and len(self.waiting):
             with side.loading_ahead():
                 self._load_ahead()
+        if not output.total_num_scheduled_tokens and not self.running and len(self.kv_holding_waiting):
+            side.host.wait_for_news(LOADS_WAIT_S)
         return output
 
     def _sort(self, side: SchedulerSide) -> None:

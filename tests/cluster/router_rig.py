@@ -293,11 +293,15 @@ def cluster(**settings: Any) -> Iterator[Cluster]:
         made.close()
 
 
-@contextlib.contextmanager
-def page_of(c: Cluster) -> Iterator[str]:
+def page_of(c: Cluster) -> contextlib.AbstractContextManager[str]:
     """The router's HTTP side."""
+    return serving(ServerApp(c.router, None, ServerSettings("tiny", resumable=True), ui_routes(c.router, "tiny")))
+
+
+@contextlib.contextmanager
+def serving(app: ServerApp) -> Iterator[str]:
+    """The application on a port of its own."""
     with bind("127.0.0.1", 0) as listener:
-        app = ServerApp(c.router, None, ServerSettings("tiny", resumable=True), ui_routes(c.router, "tiny"))
         started = threading.Event()
         server = HttpServer(app, listener, started.set)
         thread = threading.Thread(target=server.serve_forever, daemon=True)

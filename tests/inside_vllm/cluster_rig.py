@@ -58,6 +58,7 @@ class Agent:
         command = [sys.executable, "-m", "penstock", "vllm-engine", str(model), "--router", f"127.0.0.1:{port}"]
         command += ["--role", role, "--node", f"host-{role}", "--engine-name", role, "--secret-file", str(secret)]
         command += ["--pool", pool, "--staging", "48MiB", "--port", "0"]
+        command += ["--sidecars"] if role == "prefill" else []
         command += ["--buffer", f"{BUFFER_BLOCKS * staging_bytes(BLOCK_BYTES)}B"] if role == "decode" else []
         with log.open("w") as file:
             self.process = subprocess.Popen(
@@ -101,9 +102,14 @@ class Agent:
         headers = {"Authorization": f"Bearer {key}"}
         return httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=2 * ANSWER_S)
 
+    def metric(self, name: str, missing: float = 0.0) -> float:
+        """Of the agent's own."""
+        found = re.search(rf"^{name} (\S+)$", httpx.get(f"{self.url}/metrics").text, re.MULTILINE)
+        return float(found[1]) if found is not None else missing
+
     def is_idle(self) -> bool:
         """Whether it waits for no answer of its vLLM."""
-        return "\npenstock_engine_requests_in_vllm 0.0\n" in httpx.get(f"{self.url}/metrics").text
+        return self.metric("penstock_engine_requests_in_vllm", missing=1.0) == 0.0
 
     def stop(self) -> None:
         processes = []
@@ -189,10 +195,17 @@ class Cluster:
             router.close(5.0)
 
     @contextlib.contextmanager
-    def api(self) -> Iterator[httpx.Client]:
-        """A `penstock router` process, and a client of it."""
+    def api(self, *more: str) -> Iterator[httpx.Client]:
+        """A `penstock router` process with these further flags, and a client of it."""
         command = [sys.executable, "-m", "penstock", "router", str(self.model), "--port", "0", "--secret-file"]
-        command += [str(self.secret), "--cluster-listen", f"127.0.0.1:{self.port}", "--served-model-name", "tiny"]
+        command += [
+            str(self.secret),
+            "--cluster-listen",
+            f"127.0.0.1:{self.port}",
+            "--served-model-name",
+            "tiny",
+            *more,
+        ]
         log = self.folder / "router.log"
         with log.open("w") as file:
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)

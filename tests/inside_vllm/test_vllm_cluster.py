@@ -170,6 +170,23 @@ class TestApi:
             wait_until(agent.is_idle, "nothing is left in its vLLM", 20.0)
 
 
+def test_in_the_place_of_llm_ds_sidecar(cluster: Cluster, answered: Callable[[int], list[int]]) -> None:
+    """The header names the prefill engine by its own pages; without one that can be had the decode engine does all."""
+    prefill = cluster.agents["prefill"]
+    named = prefill.url.removeprefix("http://")
+    body = {"prompt": prompt_of(7, TOKENS), "max_tokens": NEW, "ignore_eos": True, "temperature": 0}
+    with cluster.api("--sidecar") as api, cluster.agents["decode"].client() as one:
+        theirs = _plain(one.post("/v1/completions", json=body | {"logprobs": 2}).json())
+        for place, parts in ((named, 1), (None, 0), ("127.0.0.1:9", 0), (f"127.0.0.1:9,{named}", 1)):
+            before = prefill.metric("penstock_engine_requests_total")
+            headers = {"x-prefiller-host-port": place} if place is not None else {}
+            tokens = api.post("/v1/completions", json=body | {"return_token_ids": True}, headers=headers)
+            assert tokens.json()["choices"][0]["token_ids"] == answered(7), place
+            vllms = api.post("/v1/completions", json=body | {"logprobs": 2}, headers=headers)
+            assert _plain(vllms.json()) == theirs, place
+            assert prefill.metric("penstock_engine_requests_total") - before == 2 * parts, place
+
+
 def test_kill_of_vllm_is_said_and_its_requests_are_computed_again(
     cluster: Cluster, answered: Callable[[int], list[int]]
 ) -> None:

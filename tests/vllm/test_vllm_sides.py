@@ -127,6 +127,32 @@ def test_saved_blocks_come_back_into_other_pages_of_every_worker(rig: Rig) -> No
         assert all(torch.equal(a, b) for a, b in zip(before[place], rig.block(20 + place), strict=True))
 
 
+def test_a_scheduler_that_has_nothing_else_to_do_waits_for_news_of_its_loads(rig: Rig) -> None:
+    rig.submit("first", 3)
+    rig.save("first", 3)
+    rig.host.finish("first")
+    wait_until(lambda: not rig.host.queued_events, "nothing is left to happen")
+    for _ in range(5):
+        rig.host.wait_for_news(0.1)  # what happened before
+    returned = threading.Event()
+
+    def wait() -> None:
+        rig.host.wait_for_news(1e6)
+        returned.set()
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    assert not returned.wait(0.5), "it does not wait"
+    rig.submit("second", 3)
+    assert returned.wait(WAIT_S)
+    wait_until(lambda: rig.host.matched("second", 0) is not None, "the lookup is answered")
+    rig.host.allocated("second", 0, [[[20 + 2 * i, 21 + 2 * i]] for i in range(3)])
+    rig.landed("second")
+    for _ in range(2):
+        rig.host.wait_for_news(1e6)  # until vLLM has heard of the end, no wait
+    rig.host.acknowledged("second")
+
+
 def test_blocks_that_vllm_holds_are_not_written(rig: Rig) -> None:
     for place in range(4):
         rig.fill(place, place)

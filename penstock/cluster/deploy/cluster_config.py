@@ -31,7 +31,7 @@ READY: dict[Kind, str] = {
 class ProcessSpec:
     """One process. `flags` of its command; a list repeats the flag. `listen_flag`: the flag in which port 0 is replaced
     by the real port after the first start, so that the process restarts at the same address. `ray`: options of its
-    actor. `rest`: words that follow the flags."""
+    actor. `rest`: words that follow the flags. `python`: the interpreter that runs it; empty for this process's."""
 
     name: str
     kind: Kind
@@ -40,6 +40,7 @@ class ProcessSpec:
     listen_flag: str | None = None
     ray: Mapping[str, Any] = field(default_factory=dict)
     rest: tuple[str, ...] = ()
+    python: str = ""
 
     def command(self, addresses: Mapping[str, list[str]]) -> list[str]:
         """The command line behind `penstock`; `addresses` of pools and of the router by flag name."""
@@ -174,6 +175,9 @@ def _engines(
         raise ConfigError(f"{place}: engine is {kind!r}; allowed: {', '.join(ENGINE_KINDS)}")
     given, ray = _split({**common, **raw} if kind == "penstock" else raw)
     given.pop("engine", None)
+    python = given.pop("python", "")
+    if not isinstance(python, str) or (python and not Path(python).is_absolute()):
+        raise ConfigError(f"{place}: python is {python!r}; allowed: the absolute path of an interpreter")
     count = given.pop("count", 1)
     if not isinstance(count, int) or isinstance(count, bool):
         raise ConfigError(f"{place}: count is {count!r}; allowed: a number")
@@ -192,7 +196,7 @@ def _engines(
         given["pool_key_file"] = str(folder / str(given["pool_key_file"]))
     names = [base] if count == 1 else [f"{base}-{i}" for i in range(count)]
     return [
-        ProcessSpec(name, "engine", arguments, {**proof, "engine_name": name, **given}, None, ray, rest)
+        ProcessSpec(name, "engine", arguments, {**proof, "engine_name": name, **given}, None, ray, rest, python)
         for name in names
     ]
 

@@ -69,7 +69,7 @@ class Child:
     def _start(self) -> None:
         self.ready.clear()
         process = subprocess.Popen(
-            python_command("-m", "penstock", *self._command),
+            python_command("-m", "penstock", *self._command, interpreter=self.spec.python),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

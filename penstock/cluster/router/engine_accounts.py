@@ -134,7 +134,9 @@ class EngineAccounts:
         self._update_storage_speeds(card)
         capacity = report.total_pages * card.block_tokens or card.max_context_tokens
         self._scheduler.engine_registered(
-            EngineSpec(engine.name, card.role, card.role, card.host, speed, capacity, compute)
+            EngineSpec(
+                engine.name, card.role, card.role, card.host, speed, capacity, compute, card.loads_behind_recomputed
+            )
         )
 
     def left(self, engine: RegisteredEngine, now: float) -> None:

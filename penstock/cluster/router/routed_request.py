@@ -26,11 +26,12 @@ MARKS_MAX = 64
 @dataclass(frozen=True, slots=True)
 class RouterSettings(RouterTimes):
     """`claim_s`: how long unclaimed parts are stored. `vocabulary`: `TextCodec.vocabulary_digest` of the router's
-    tokenizer; empty without one."""
+    tokenizer; empty without one. `sidecar`: requests name their prefill engine; a decode engine alone can serve."""
 
     claim_s: float = 60.0
     vocabulary: str = ""
     max_open: int = 16_384
+    sidecar: bool = False
     scheduler: InterEngineConfig = field(default_factory=InterEngineConfig)
 
     def __post_init__(self) -> None:

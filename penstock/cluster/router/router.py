@@ -162,7 +162,7 @@ class ClusterEngine:
         # Without a vocabulary no request can be checked: the first engine is being registered.
         engines = list(self.port.engines.values()) if self.vocab_size else []
         roles = {engine.card.role for engine in engines}
-        if "mixed" in roles or {"prefill", "decode"} <= roles:
+        if "mixed" in roles or ({"decode"} if self.settings.sidecar else {"prefill", "decode"}) <= roles:
             return True, "ok"
         if not roles:
             return False, "no engine has registered"
@@ -301,7 +301,12 @@ class ClusterEngine:
         routed.hit_tokens = seen.hit_tokens(keys)
         try:
             self.scheduler.submit(
-                routed.id, len(request.prompt_tokens), routed.hit_tokens, request.sampling.max_tokens, time.monotonic()
+                routed.id,
+                len(request.prompt_tokens),
+                routed.hit_tokens,
+                request.sampling.max_tokens,
+                time.monotonic(),
+                request.prefill,
             )
         except (TooManyRequests, ValueError) as error:
             self._end(routed, "cancelled", str(error))

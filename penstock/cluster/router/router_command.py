@@ -22,7 +22,7 @@ CLOSE_TIMEOUT_S = 5.0
 FAILED = 1
 PANELS = {
     API: API_FLAGS,
-    CLUSTER: ("cluster_listen", "secret_file", "read", "placement", "recompute", "lease_s", "grace_s"),
+    CLUSTER: ("cluster_listen", "sidecar", "secret_file", "read", "placement", "recompute", "lease_s", "grace_s"),
     TLS_PANEL: TLS_NAMES,
     LIMITS: ("no_engine_s", *API_LIMITS),
     "": ("log_level",),
@@ -55,6 +55,7 @@ def _serve(flags: RouterFlags) -> None:
     """Raises ValueError, OSError or RouterEnded with one line."""
     from penstock.cluster.peer_proof import proof_of
     from penstock.cluster.router.live_view import ui_routes
+    from penstock.cluster.router.named_prefill import NamedPrefill
     from penstock.cluster.router.router import ClusterEngine
     from penstock.cluster.router.router_flags import router_settings, server_settings
     from penstock.cluster.router.vllm_api import VllmApi
@@ -86,10 +87,11 @@ def _serve(flags: RouterFlags) -> None:
         cluster.listen()
         engine = ClusterEngine(cluster, secret, settings, tls)
         try:
-            app = ServerApp(
-                engine, codec, server_side, ui_routes(engine, server_side.model_name), VllmApi(engine, server_side)
-            )
-            place = format_address(*cluster.getsockname()[:2])
+            registers_at = cluster.getsockname()[:2]
+            named = NamedPrefill(engine, registers_at, secret) if flags.sidecar else None
+            api = VllmApi(engine, server_side, named)
+            app = ServerApp(engine, codec, server_side, ui_routes(engine, server_side.model_name), api)
+            place = format_address(*registers_at)
             ready = f"penstock: router {server_side.model_name} listening on {url}, engines on {place}"
             server = HttpServer(app, listener, lambda: print(ready, flush=True))
             engine.on_failed = server.stop

@@ -27,6 +27,9 @@ class RouterFlags(PeerSettings, RouterTimes, PathSettings, ApiFlags):
 
     model: str = setting("", "Checkpoint folder or hub id, for its tokenizer; without it clients send token ids.")
     cluster_listen: str = setting("127.0.0.1:7100", "Where engines register (their --router).", "HOST:PORT")
+    sidecar: bool = setting(
+        False, "Beside a decode engine, as llm-d's routing sidecar: x-prefiller-host-port names the prefill engine."
+    )
     secret_file: Path | None = setting(
         None, "File with the cluster's secret; required without certificates.", "FILE", parse=named_file
     )
@@ -49,7 +52,7 @@ def router_settings(flags: RouterFlags) -> RouterSettings:
     from penstock.cluster.router.routed_request import RouterSettings
 
     scheduler = InterEngineConfig(**taken_over(PathSettings, flags))
-    return RouterSettings(**taken_over(RouterTimes, flags), scheduler=scheduler)
+    return RouterSettings(**taken_over(RouterTimes, flags), scheduler=scheduler, sidecar=flags.sidecar)
 
 
 def server_settings(flags: RouterFlags) -> ServerSettings:

@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from penstock.cluster.messages import API_BODY_BYTES_MAX
+from penstock.cluster.router.named_prefill import NamedPrefill
 from penstock.cluster.router.router import ClusterEngine
 from penstock.engine.api import ApiCall, GenerationRequest, InvalidRequest, Overloaded, RequestReport, TokenEvent
 from penstock.engine.runner import SamplingParams
@@ -42,15 +43,23 @@ OnEnd = Callable[[str, RequestReport | None], None]
 class VllmApi:
     """Lives on the server's event loop."""
 
-    def __init__(self, engine: ClusterEngine, settings: ServerSettings) -> None:
+    def __init__(
+        self, engine: ClusterEngine, settings: ServerSettings, named_prefill: NamedPrefill | None = None
+    ) -> None:
+        """With `named_prefill` requests name the engine that computes their prompts."""
         self._engine = engine
         self._settings = settings
+        self._named_prefill = named_prefill
 
     def with_defaults(self, body: GenerationBody) -> None:
         """Set what the client left out to the defaults of the model, as vLLM does."""
         for name, value in self._engine.sampling_defaults.items():
             if getattr(body, name, 0) is None:
                 setattr(body, name, int(value) if name == "top_k" else value)
+
+    async def prefill_of(self, request: Request) -> str | None:
+        """See `OtherApi`."""
+        return await self._named_prefill.of(request.headers) if self._named_prefill is not None else None
 
     def takes(self, raw: bytes, body: GenerationBody) -> bool:
         """Whether vLLM answers this body."""
@@ -66,6 +75,7 @@ class VllmApi:
         body: GenerationBody,
         tenant: str,
         answer_id: str,
+        prefill: str | None,
         preparation: RequestPreparation,
         on_end: OnEnd,
     ) -> VllmReply:
@@ -96,6 +106,7 @@ class VllmApi:
             options.tenant if options is not None else tenant,
             options.session if options is not None else None,
             api=ApiCall(path, raw),
+            prefill=prefill,
         )
         return VllmReply(self._engine, made, self._settings, on_end)
 

@@ -18,6 +18,7 @@ from types import FrameType
 import httpx
 
 from penstock.cluster.agent_wire import Hello
+from penstock.cluster.engine.asked_routers import AskedRouters
 from penstock.cluster.engine.engine_process import (
     CLOSE_TIMEOUT_S,
     EngineEnded,
@@ -58,6 +59,7 @@ from penstock.units import parse_address
 
 log = logging.getLogger(__name__)
 
+NO_ROUTER = "127.0.0.1:0"  # stands for none, where routers ask
 START_POLL_S = 0.2
 PORTS = range(20_000, 30_000)
 HEALTH_S = 5.0  # between two looks at vLLM's /health, and how long one may take
@@ -75,8 +77,7 @@ class _Stopped(Exception):
 
 def serve_vllm(flags: AgentFlags, arguments: Sequence[str]) -> None:
     """Start vLLM with these arguments, register it, serve. Raises ValueError, OSError or PoolError with one line."""
-    assert flags.router is not None
-    settings, (name, node) = registration_settings(flags, flags.router), engine_names(flags)
+    settings, (name, node) = registration_settings(flags, flags.router or NO_ROUTER), engine_names(flags)
     pages = page_settings(flags.pages(), name)
     port = _free_port()
     raise_file_limit()
@@ -100,15 +101,23 @@ def serve_vllm(flags: AgentFlags, arguments: Sequence[str]) -> None:
             return
         freeze_startup_objects()
         ready = f"penstock: engine {name} ({flags.role}) listening on {url_of(listener, pages.tls is not None)}"
-        server = HttpServer(ServerApp(host.engine, None, pages), listener, lambda: print(ready, flush=True))
+        asked = AskedRouters(host, card, settings) if flags.sidecars else None
+        app = ServerApp(host.engine, None, pages, asked.routes if asked is not None else ())
+        server = HttpServer(app, listener, lambda: print(ready, flush=True))
         watch = _Watch(child, http, server.stop)
-        agent = EngineRegistration(host, card, settings, on_refused=server.stop)
+        registered: list[EngineRegistration | AskedRouters] = []
+        if asked is not None:
+            asked.on_failed = server.stop
+            registered.append(asked)
+        if flags.router is not None:
+            registered.append(EngineRegistration(host, card, settings, on_refused=server.stop))
         try:
             server.serve_forever()
         finally:
             watch.stop()
-            agent.close(CLOSE_TIMEOUT_S, watch.failure or "the engine ends")
-        why = watch.failure or agent.failure
+            for one in registered:
+                one.close(CLOSE_TIMEOUT_S, watch.failure or "the engine ends")
+        why = watch.failure or next((one.failure for one in registered if one.failure is not None), None)
         if why is not None:
             raise EngineEnded(why)
 
@@ -217,6 +226,7 @@ def _card(
         pid=os.getpid(),
         kind="vllm",
         sampling_defaults=_sampling_defaults(http),
+        loads_behind_recomputed=False,
         parses_chats=any(word.startswith("--reasoning-parser") for word in arguments),
     )
 

@@ -18,7 +18,17 @@ from penstock.settings_file import read_record
 FAILED = 1
 PANELS = {
     CLUSTER: (
-        *("router", "role", "secret_file", "engine_name", "node", "relay_listen", "relay_pace", "relay_transport"),
+        *(
+            "router",
+            "sidecars",
+            "role",
+            "secret_file",
+            "engine_name",
+            "node",
+            "relay_listen",
+            "relay_pace",
+            "relay_transport",
+        ),
         *("buffer", "hand_off_timeout_s", "start_timeout_s"),
     ),
     "KV cache": ("pool", "pool_config", "pool_key_file", "staging"),

@@ -31,13 +31,16 @@ class AgentFlags(ClusterEngineSettings, PeerSettings, PageFlags):
         None, "File (mode 0600) with the pool key: only blocks written under it are read.", "FILE"
     )
     staging_bytes: int = setting(1 << 30, "Host staging memory (L2).", "SIZE", name="staging", parse=parse_bytes)
+    sidecars: bool = setting(False, "Prefill: serve routers beside decode engines (penstock router --sidecar), too.")
     start_timeout_s: float = setting(1800.0, "vLLM must serve within this time.")
 
     def __post_init__(self) -> None:
         check_choices(self)
         if self.relay_transport != "tcp":
             raise ConfigError(f"relay_transport is {self.relay_transport!r}; allowed with vLLM: tcp")
-        if self.router is None:
+        if self.sidecars and self.role != "prefill":
+            raise ConfigError(f"sidecars is given with role {self.role}; allowed: with role prefill")
+        if self.router is None and not self.sidecars:
             raise ConfigError("router is not given; allowed: HOST:PORT, the router's --cluster-listen")
         if not self.pool and self.pool_config is None:
             raise ConfigError("no pool is named; allowed: pool (HOST:PORT of a node) or pool_config")

@@ -128,7 +128,6 @@ class VllmEngine:
         name, token = request.request_id, self._connector.token
         full = len(request.prompt_tokens) // self.config.block_tokens
         if request.hand_off is not None:
-            recompute = request.recompute_tokens if request.recompute_tokens >= full * self.config.block_tokens else 0
             return HandOffParams(
                 token=token,
                 part="prefill",
@@ -137,7 +136,7 @@ class VllmEngine:
                 blocks=_states(request.hand_off, full),
                 read=request.hand_off.read,
                 decode_share=request.hand_off.decode_share,
-                recompute_tokens=recompute,
+                recompute_tokens=request.recompute_tokens,
                 timeout_s=self._hand_off_timeout_s,
             )
         if self._buffer is None:

@@ -29,7 +29,9 @@ ROLES: tuple[str, ...] = get_args(Role)
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """An engine as it registers. `tokens_per_s` is how fast it gets through prompts (beta follows from it); `compute`
-    what a prompt costs on it, where it is known; `capacity_tokens` is the KV that its device memory and buffer hold."""
+    what a prompt costs on it, where it is known; `capacity_tokens` is the KV that its device memory and buffer hold.
+    `loads_behind_recomputed`: it can compute the front of a hit and load the rest; otherwise it computes all or
+    nothing."""
 
     engine: str
     role: Role
@@ -38,6 +40,7 @@ class EngineSpec:
     tokens_per_s: float
     capacity_tokens: int
     compute: ComputeCost | None = None
+    loads_behind_recomputed: bool = True
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -118,8 +121,8 @@ class EngineAccount:
     """One engine in the accounts of what is placed; its numbers are in its group's lists at `index`."""
 
     __slots__ = (
-        "beta_tokens", "capacity_tokens", "compute", "compute_s", "group", "index", "name", "node", "requests", "role",
-        "tokens_per_s",
+        "beta_tokens", "capacity_tokens", "compute", "compute_s", "group", "index", "loads_behind_recomputed", "name",
+        "node", "requests", "role", "tokens_per_s",
     )  # fmt: skip
 
     def __init__(self, spec: EngineSpec, node: Node, group: Group, index: int, beta_s: float) -> None:
@@ -132,6 +135,7 @@ class EngineAccount:
         self.beta_tokens = beta_s * spec.tokens_per_s
         self.capacity_tokens = spec.capacity_tokens
         self.compute = spec.compute
+        self.loads_behind_recomputed = spec.loads_behind_recomputed
         self.compute_s = 0.0  # predicted compute of the requests that it prefills, with what they recompute
         self.requests: dict[object, None] = {}  # ids, in the order of their placing
 

@@ -42,12 +42,13 @@ from penstock.core.cost import ComputeCost
 
 class _Request:
     __slots__ = (
-        "attempt", "compute_s", "decode", "decode_read", "entry", "hit_tokens", "length_tokens", "prefill",
+        "attempt", "compute_s", "decode", "decode_read", "entry", "hit_tokens", "length_tokens", "named", "prefill",
         "prefill_read", "prefill_tokens", "prefilled", "prompt_tokens", "request_id",
     )  # fmt: skip
 
-    def __init__(self, request_id: RequestId, prompt: int, hit: int, answer: int) -> None:
+    def __init__(self, request_id: RequestId, prompt: int, hit: int, answer: int, named: str | None) -> None:
         self.request_id = request_id
+        self.named = named  # the prefill engine that the caller chose; None: any
         self.prompt_tokens = prompt
         self.hit_tokens = hit
         self.length_tokens = prompt + answer
@@ -189,10 +190,17 @@ class InterEngineScheduler:
     # -- events: requests ---------------------------------------------------------------------------------------
 
     def submit(
-        self, request_id: RequestId, prompt_tokens: int, hit_tokens: int, answer_tokens: int, now: float
+        self,
+        request_id: RequestId,
+        prompt_tokens: int,
+        hit_tokens: int,
+        answer_tokens: int,
+        now: float,
+        prefill: str | None = None,
     ) -> None:
-        """A request arrived; `hit_tokens` of its prompt are in storage (as far as is known). Raises TooManyRequests,
-        and ValueError for an id in use or sizes that make no sense."""
+        """A request arrived; `hit_tokens` of its prompt are in storage (as far as is known). `prefill` is the engine
+        that somebody else has chosen for its prompt: while none of that name is registered, a decode engine computes
+        the whole request. Raises TooManyRequests, and ValueError for an id in use or sizes that make no sense."""
         config = self.config
         if len(self._queue) >= config.max_waiting:
             raise TooManyRequests(f"{config.max_waiting} requests are waiting already")
@@ -203,7 +211,7 @@ class InterEngineScheduler:
                 f"prompt_tokens {prompt_tokens}, hit_tokens {hit_tokens}, answer_tokens {answer_tokens}; "
                 "allowed: 0 <= hit_tokens <= prompt_tokens, and at least one prompt and one answer token"
             )
-        request = _Request(request_id, prompt_tokens, hit_tokens, answer_tokens)
+        request = _Request(request_id, prompt_tokens, hit_tokens, answer_tokens, prefill)
         self._requests[request_id] = request
         if not self._queue or (self._blocked == "decode" and config.order != "fcfs"):
             self._blocked = ""
@@ -305,6 +313,8 @@ class InterEngineScheduler:
 
     def _pick(self, request: _Request) -> tuple[EngineAccount, EngineAccount] | None:
         groups = self.groups
+        if request.named is not None:
+            return self._pick_named(request, groups.engines.get(request.named))
         if self.config.placement == "turns":
             prefill, decode = groups.next_in_turn("prefill"), groups.next_in_turn("decode")
             self._blocked = "any" if prefill is None or decode is None else ""
@@ -325,6 +335,17 @@ class InterEngineScheduler:
             self._blocked = "any" if need_nic else "decode"
             return None
         return prefill, decode
+
+    def _pick_named(
+        self, request: _Request, prefill: EngineAccount | None
+    ) -> tuple[EngineAccount, EngineAccount] | None:
+        """Whoever named the prefill engine knows its load: beta does not hold the request back."""
+        read_tokens = request.hit_tokens if self.config.weigh_reads else 0
+        decode = self.groups.pick_decode(request.length_tokens, self._waiting_tokens, False, read_tokens)
+        if decode is None:
+            self._blocked = "any"
+            return None
+        return prefill if prefill is not None and prefill.role == "prefill" else decode, decode
 
     def _place(self, request: _Request, prefill: EngineAccount, decode: EngineAccount) -> Place:
         # What may fail comes first, so that a failure changes no account.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from penstock.core.cluster.decisions import InterEngineConfig
 from penstock.core.cluster.engine_groups import EngineAccount
 from penstock.core.cluster.paths import ReadSide, shorter_side, split_tokens
-from penstock.core.load_or_recompute import recompute_tokens
+from penstock.core.load_or_recompute import recompute_tokens, recompute_whole
 
 
 class ReadPlan(NamedTuple):
@@ -69,10 +69,13 @@ class ReadPlanner:
         return ReadPlan(side, front, read - tokens, tokens)
 
     def _front(self, hit: int, miss: int, prefill: EngineAccount, wait_s: float, tokens_per_s: float) -> int:
-        """What to compute from the front: no more than the engine would get through before the rest is loaded."""
+        """What to compute from the front: no more than the engine would get through before the rest is loaded; an
+        engine that would load nothing behind it computes all or nothing."""
         config = self._config
         compute = prefill.compute or config.compute
         if not config.recompute or compute is None:
             return 0
         busy_s = prefill.compute_s + compute.rebuild_s(miss, hit)
+        if not prefill.loads_behind_recomputed:
+            return recompute_whole(hit, wait_s, tokens_per_s, busy_s, compute)
         return recompute_tokens(hit, wait_s, tokens_per_s, busy_s, compute, config.block_tokens)

@@ -110,10 +110,15 @@ class ClusterSimulation:
             ended(request_id, attempt)
 
         def on_submit(
-            request_id: RequestId, prompt_tokens: int, hit_tokens: int, answer_tokens: int, now: float
+            request_id: RequestId,
+            prompt_tokens: int,
+            hit_tokens: int,
+            answer_tokens: int,
+            now: float,
+            prefill: str | None = None,
         ) -> None:
             self._since[request_id] = "wait for engines", now
-            submit(request_id, prompt_tokens, hit_tokens, answer_tokens, now)
+            submit(request_id, prompt_tokens, hit_tokens, answer_tokens, now, prefill)
 
         def on_prefilled(request_id: RequestId, attempt: int) -> None:
             self._now(request_id, "hand over and decode", record.arrival_s[-1] + record.ttft_s[-1])

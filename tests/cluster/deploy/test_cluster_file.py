@@ -43,6 +43,7 @@ def test_the_example_describes_processes_in_the_order_of_their_start() -> None:
         ("[[engine]]\nengine = 'vllm'", "in a cluster without model"),
         ("model = 'm'\n[[engine]]\nengine = 'vllm'\nvllm = '--dtype float16'", "allowed: a list of words"),
         ("model = 'm'\n[[engine]]\nengine = 'vllm'\nkv_memory = '1GiB'", "'kv_memory' is not known"),
+        ("[[engine]]\npython = 'bin/python'", "allowed: the absolute path of an interpreter"),
         ("[[engine", "not TOML"),
     ],
 )
@@ -68,7 +69,7 @@ def test_an_engine_that_is_vllm_is_an_agent_with_vllms_own_flags_behind(tmp_path
     file.write_text(
         "model = 'org/model'\n[serve]\nkv_memory = '1GiB'\n"
         "[[engine]]\nrole = 'prefill'\nengine = 'vllm'\ncount = 2\nvllm = ['--dtype', 'float16', '--port-range=x']\n"
-        "[[engine]]\nrole = 'decode'\nengine = 'vllm'\nbuffer = '2GiB'\n"
+        "[[engine]]\nrole = 'decode'\nengine = 'vllm'\nbuffer = '2GiB'\npython = '/vllm/bin/python'\n"
     )
     engines = read_cluster_config(file).of("engine")
     assert [engine.name for engine in engines] == ["prefill-0-0", "prefill-0-1", "decode-1"]
@@ -77,6 +78,7 @@ def test_an_engine_that_is_vllm_is_an_agent_with_vllms_own_flags_behind(tmp_path
     line = " ".join(words)
     assert "--router r:1 --pool a:1" in line and "--engine-name prefill-0-1" in line and "kv-memory" not in line
     assert "--buffer 2GiB" in " ".join(engines[2].command({}))
+    assert [engine.python for engine in engines] == ["", "", "/vllm/bin/python"]
 
 
 INFINIBAND = """\

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ block_tokens = 16
 [[engine]]
 role = "prefill"
 node = "a"
+python = "{python}"
 ray = {{ num_cpus = 1, resources = {{ host_a = 1 }} }}
 [[engine]]
 role = "decode"
@@ -76,7 +78,10 @@ def test_two_raylets_serve_and_start_again_what_dies(
     (tmp_path / "xxhash.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write('x')\n")
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "cluster.toml"
-    file.write_text(CLUSTER.format(model=llama))
+    python = tmp_path / "python"  # as that of another environment, which has vLLM and no Ray
+    python.write_text(f'#!/bin/sh\necho started >> {tmp_path}/started\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    file.write_text(CLUSTER.format(model=llama, python=python))
     config = read_cluster_config(file)
     assert config.secret_file is not None
     _make_secret(config.secret_file)
@@ -119,5 +124,6 @@ def test_two_raylets_serve_and_start_again_what_dies(
         until_serving()
         assert answer(supervisor.url) == first
         assert not (tmp_path / "executed").exists()
+        assert (tmp_path / "started").read_text() == "started\n" * 2  # once by each of the prefill engine's actors
     finally:
         supervisor.stop()

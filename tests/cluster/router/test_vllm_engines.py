@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +18,10 @@ from penstock.engine.api import TokenEvent
 from penstock.engine.runner import SamplingParams
 from penstock.engine.shaping import Shaping
 from penstock.server.app import ServerApp
-from penstock.server.run import HttpServer, bind, url_of
 from penstock.server.schema import ChatBody, CompletionBody, decode_body, neutral, unknown_fields, wants_more
 from penstock.server.settings import ServerSettings
 from tests.asking import WAIT_S
-from tests.cluster.router_rig import Cluster, CountingHost, cluster
+from tests.cluster.router_rig import Cluster, CountingHost, cluster, serving
 from tests.waiting import wait_until
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -123,26 +123,13 @@ def test_an_answer_that_nobody_can_continue_or_repeat_ends_in_an_error_once_it_h
         assert end.finish_reason == "error" and "vLLM is gone; no other engine can continue" in str(end.error)
 
 
-@dataclass
-class Served:
+@contextlib.contextmanager
+def served(c: Cluster) -> Iterator[httpx.Client]:
     """The router's API with `VllmApi`."""
-
-    c: Cluster
-
-    def __enter__(self) -> httpx.Client:
-        settings = ServerSettings("tiny", resumable=True)
-        app = ServerApp(self.c.router, None, settings, other=VllmApi(self.c.router, settings))
-        self._listener, started = bind("127.0.0.1", 0), threading.Event()
-        self._server = HttpServer(app, self._listener, started.set)
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-        assert started.wait(WAIT_S)
-        return httpx.Client(base_url=url_of(self._listener), timeout=WAIT_S)
-
-    def __exit__(self, *_: object) -> None:
-        self._server.stop()
-        self._thread.join(WAIT_S)
-        self._listener.close()
+    settings = ServerSettings("tiny", resumable=True)
+    app = ServerApp(c.router, None, settings, other=VllmApi(c.router, settings))
+    with serving(app) as url, httpx.Client(base_url=url, timeout=WAIT_S) as client:
+        yield client
 
 
 def answer(part: _Placed, *pieces: bytes, kind: str = "application/json", status: int = 200) -> None:
@@ -178,7 +165,7 @@ BODY = {"prompt": PROMPT, "max_tokens": 4, "logprobs": 2, "model": "tiny"}
 def test_a_body_of_vllms_api_goes_to_the_decode_engine_and_its_answer_back(status: int) -> None:
     with cluster() as c:
         prefill, decode = engines(c)
-        with Served(c) as client:
+        with served(c) as client:
             asking = Asking(client, BODY)
             placed = decode.part(0).placed
             assert (placed.api_path, json.loads(placed.api_body), placed.prompt_tokens) == (
@@ -197,7 +184,7 @@ def test_a_body_of_vllms_api_goes_to_the_decode_engine_and_its_answer_back(statu
 def test_before_it_answers_it_is_placed_again_and_afterwards_it_ends_in_an_error() -> None:
     with cluster() as c:
         _, decode = engines(c)
-        with Served(c) as client:
+        with served(c) as client:
             asking = Asking(client, BODY | {"stream": True})
             decode.part(0).on_event(TokenEvent(None, "restart", "vLLM is gone"))
             answer(decode.part(1), b"data: {}\n\n", kind="text/event-stream; charset=utf-8")
@@ -212,7 +199,7 @@ def test_before_it_answers_it_is_placed_again_and_afterwards_it_ends_in_an_error
 def test_half_a_json_answer_does_not_look_whole() -> None:
     with cluster() as c:
         _, decode = engines(c)
-        with Served(c) as client:
+        with served(c) as client:
             asking = Asking(client, BODY)
             answer(decode.part(0), b'{"half": ')
             decode.part(0).on_event(TokenEvent(None, "restart", "vLLM is gone"))
@@ -223,7 +210,7 @@ def test_half_a_json_answer_does_not_look_whole() -> None:
 def test_a_client_that_goes_has_its_part_cancelled() -> None:
     with cluster() as c:
         _, decode = engines(c)
-        with Served(c) as client:
+        with served(c) as client:
             with pytest.raises(httpx.ReadTimeout):
                 client.post("/v1/completions", json=BODY, timeout=0.5)
             wait_until(lambda: bool(decode.cancelled), "the part is cancelled")

@@ -163,6 +163,41 @@ def test_the_front_is_computed_where_the_engine_would_wait_for_the_load() -> Non
     assert places(unknown.decide(0.0))[0].recompute_tokens == 0  # nobody knows what computing costs
 
 
+def test_a_named_prefill_engine_is_taken_however_busy_and_without_it_a_decode_engine_does_all() -> None:
+    scheduler = cluster(prefill=2, gpus=1, beta_s=0.1)
+    for number, name in enumerate(["n1.0", "n1.0", "n1.0", "", "n9.0", "n2.0"]):
+        scheduler.submit(number, 32_000, 31_936, 100, 0.0, name)
+    placed = places(scheduler.decide(0.0))
+    assert [p.prefill for p in placed[:3]] == ["n1.0"] * 3
+    assert all(p.prefill == p.decode and p.decode in ("n2.0", "n3.0") for p in placed[3:]) and len(placed) == 6
+    assert all(p.decode_tokens == 0 for p in placed[3:])
+    scheduler.check_integrity()
+    scheduler.engine_lost("n1.0", 1.0)
+    again = places(scheduler.decide(1.0))
+    assert [p.request_id for p in again] == [0, 1, 2] and all(p.prefill == p.decode for p in again)
+    for place in (*placed[3:], *again):
+        scheduler.prefilled(place.request_id, place.attempt)
+        scheduler.ended(place.request_id, place.attempt)
+        scheduler.check_integrity()
+    assert len(scheduler) == 0
+
+
+@pytest.mark.parametrize("read", ["prefill", "shorter", "split"])
+def test_an_engine_that_loads_nothing_behind_what_it_computes_computes_all_or_nothing(read: str) -> None:
+    cost = ComputeCost(0.0, 2e-5, 0.0)
+    scheduler = cluster(prefill=0, decode=1, gpus=1, read=read, recompute=True, compute=cost, weigh_compute=False)
+    scheduler.node_registered("p", RATE)
+    spec = EngineSpec("p.0", "prefill", "prefill", "p", SPEED, ROOM, loads_behind_recomputed=False)
+    scheduler.engine_registered(spec)
+    for node in ("p", "n0"):
+        scheduler.report(node, 1.0 * RATE)
+    submit(scheduler, 4)
+    placed = places(scheduler.decide(0.0))
+    assert [place.recompute_tokens for place in placed] == [31_936, 0, 0, 0]  # 0.64 s each, 1 s to wait
+    assert placed[0].decode_tokens == 0
+    scheduler.check_integrity()
+
+
 def test_what_an_engine_recomputes_already_is_time_it_has_not() -> None:
     """Requests behind one another wait for the same storage NIC, and for the same engine."""
     cost = ComputeCost(0.0, 2e-5, 0.0)
@@ -303,6 +338,7 @@ class History:
             placement=rng.choice(["balanced", "balanced", "turns"]), beta_s=rng.choice([0.2, 5.0]), max_waiting=40,
             waiting_timeout_s=50.0, recompute=rng.random() < 0.3, compute=ComputeCost(0.0, 1e-5, 1e-10),
         )  # fmt: skip
+        self.names_prefill = seed % 3 == 0
         self.now = 0.0
         self.next_id = 0
         self.alive: dict[Any, Place | None] = {}
@@ -326,7 +362,10 @@ class History:
         place = rng.choice(placed) if placed else None
         if event == "submit" and scheduler.waiting < 40:
             hit = rng.randrange(0, 600) * 64
-            scheduler.submit(self.next_id, hit + rng.randint(1, 900), hit, rng.randint(1, 300), self.now)
+            prompt, named = hit + rng.randint(1, 900), None
+            if self.names_prefill and rng.random() < 0.3:
+                named = rng.choice(["n0.0", "n1.0", ""])
+            scheduler.submit(self.next_id, prompt, hit, rng.randint(1, 300), self.now, named)
             self.alive[self.next_id] = None
             self.next_id += 1
         elif event == "read" and place:
