@@ -106,6 +106,7 @@ class VllmApi:
             options.tenant if options is not None else tenant,
             options.session if options is not None else None,
             api=ApiCall(path, raw),
+            packed=prepared.packed[0],
             prefill=prefill,
         )
         return VllmReply(self._engine, made, self._settings, on_end)
