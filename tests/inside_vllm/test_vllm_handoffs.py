@@ -160,9 +160,27 @@ def test_an_abort_at_any_point_ends_the_hand_off_and_gives_everything_back(llama
             assert 6 - handed <= ended.missing <= 6
             assert set(ended.failures) <= {"cancelled"} and sum(ended.failures.values()) == ended.missing
         engine.forget()  # nothing pins vLLM's blocks
+        prompt = prompt_of(60, TOKENS)
+        answer = hand_over(engine, agent, host, [prompt], 4)
+        keys = agent.keys(prompt)
+        assert all(host.buffer.has(keys))
+        for steps in range(9):  # as decode: while blocks are loaded from the relay, and while tokens come
+            engine.forget()
+            params = agent.decode(f"d{steps}", host.address, host.states(keys, False))
+            sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, **transfer(params))
+            core.add_request(f"d{steps}", {"prompt_token_ids": prompt}, sampling)
+            for _ in range(steps):
+                core.step()
+            core.abort_request([f"d{steps}"])
+        engine.forget()
         scheduler = engine.connector.side.host
         wait_until(lambda: scheduler.ask(lambda one: one.idle), "nothing is under way")
         scheduler.ask(lambda one: one.check_integrity())
+        params = agent.decode("whole", host.address, host.states(keys, False))
+        before = engine.counts()
+        assert engine.ask([prompt], 4, **transfer(params)) == answer
+        assert (engine.counts() - before).external == 6 * BLOCK
+    host.buffer.check_integrity()
     agent.close()
     host.close()
 
