@@ -30,8 +30,8 @@ from tests.inside_vllm.cluster_rig import ENVIRONMENT, VLLM_FLAGS, wait_gone
 from tests.inside_vllm.vllm_rig import BLOCK, build_model, prompt_of, wait_until
 
 TOKENS = 64
-BACK_S = 300.0  # an engine's vLLM starts anew, on two busy cores
-ENDS_S = 90.0  # an agent whose vLLM was killed, and a vLLM whose agent was
+BACK_S = 600.0  # an engine's vLLM starts anew, perhaps on two busy cores
+ENDS_S = 180.0  # an agent whose vLLM was killed, and a vLLM whose agent was
 ENGINES = ("prefill agent", "prefill vllm", "decode agent", "decode vllm")
 DECK = (*["pool"] * 3, *["router"] * 3, *ENGINES)  # what starts quickly comes more often
 CLUSTER = """
@@ -160,7 +160,7 @@ def _is_idle(url: str) -> bool:
         line.rsplit(" ", 1) for line in httpx.get(f"{url}/metrics").text.splitlines() if not line.startswith("#")
     )
     free, total = (float(figures[f"penstock_engine_l1_pages_{name}"]) for name in ("available", "total"))
-    return float(figures["penstock_engine_requests_in_vllm"]) == 0 and free == total
+    return float(figures["penstock_engine_requests_in_vllm"]) == 0 and free >= total - 1  # one of vLLM's is never free
 
 
 def kill_rounds(

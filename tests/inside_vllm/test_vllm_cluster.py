@@ -91,6 +91,17 @@ def test_computed_and_read_over_every_path(cluster: Cluster, answered: Callable[
             assert router.counters["restarts"] == 0
 
 
+def test_no_process_of_vllm_talks_to_a_relay(cluster: Cluster) -> None:
+    """The agents move the blocks, so that no interpreter that runs vLLM's scheduler does."""
+    with cluster.router() as router:
+        assert ask(router, "to-see", prompt_of(16, TOKENS), NEW).wait()
+        card = next(one.card for one in router.port.engines.values() if one.card.role == "decode")
+        _, port = parse_address(card.relay_address)
+        for agent in cluster.agents.values():
+            found = [{end.raddr[1] for end in one.net_connections("tcp") if end.raddr} for one in agent.tree()]
+            assert [port in ports for ports in found] == [True, *[False] * (len(found) - 1)], agent.role
+
+
 def test_sampling_that_goes_on_and_sampling_that_does_not(cluster: Cluster) -> None:
     """Prefill's token is the first one of an answer, but where decode samples every token: both give the same."""
     with cluster.router() as router:
@@ -112,7 +123,8 @@ def wait_nothing_left(cluster: Cluster, router: ClusterEngine) -> None:
 
 def all_free(router: ClusterEngine, role: str) -> bool:
     report = next(one.report for one in router.port.engines.values() if one.card.role == role)
-    return (report.free_pages, report.buffer_free_blocks) == (report.total_pages, report.buffer_blocks)
+    pages = report.free_pages >= report.total_pages - 1  # one block of vLLM's is never free
+    return pages and report.buffer_free_blocks == report.buffer_blocks
 
 
 def test_a_request_that_is_cancelled_at_any_time_leaves_nothing(
@@ -132,6 +144,7 @@ def test_a_request_that_is_cancelled_at_any_time_leaves_nothing(
 
 
 def test_a_relay_that_gets_garbage_serves_equal_answers(cluster: Cluster, answered: Callable[[int], list[int]]) -> None:
+    said = {role: len(agent.log()) for role, agent in cluster.agents.items()}
     with cluster.router() as router:
         card = next(one.card for one in router.port.engines.values() if one.card.role == "decode")
         with garbage_at(parse_address(card.relay_address), Secret(SECRET.encode())) as attack:
@@ -141,8 +154,8 @@ def test_a_relay_that_gets_garbage_serves_equal_answers(cluster: Cluster, answer
             wait_until(lambda: attack.mutants > 200 and attack.strangers > 20, "there was enough of it")
         wait_nothing_left(cluster, router)
         assert router.counters["restarts"] == 0
-    for agent in cluster.agents.values():
-        assert agent.process.poll() is None and "Traceback" not in agent.log()
+    for role, agent in cluster.agents.items():
+        assert agent.process.poll() is None and "Traceback" not in agent.log()[said[role] :]
 
 
 def _plain(answer: dict[str, Any]) -> Any:

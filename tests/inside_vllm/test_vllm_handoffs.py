@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from penstock.cluster.agent_wire import HandOffParams
+from penstock.core.engine.engine_load import EngineLoad
 from penstock.pool.api import Pool
 from penstock.pool.net.connect import connect_pool
 from penstock.pool.setup.open import open_local_pool
@@ -58,7 +59,9 @@ def test_outputs_are_the_same_over_every_path(
             read = (host.buffer.loaded_bytes - before[0]) // size, (host.buffer.received_bytes - before[1]) // size
             assert read == {"decode": (6, 0), "split": (3, 3)}.get(path, (0, 6)), path
         relays = {host.address}
-        wait_until(lambda: {link.relay for link in agent.port.report.links} == relays, "a report with the link")
+        nothing = EngineLoad(0, 0, 0, 0, 0)
+        assert {link.relay for link in agent.links.reports(nothing, size)} == relays, "a report with the link"
+        wait_until(lambda: agent.port.report.total_pages > 0, "a report of the engine")
         assert agent.port.report.total_pages > 0
     agent.close()
     agent = TestAgent()
@@ -146,7 +149,7 @@ def test_an_abort_at_any_point_ends_the_hand_off_and_gives_everything_back(llama
         host = DecodeHost(agent.port.hello.block_bytes, no_pool())
         core = engine.llm.llm_engine
         for steps in range(9):
-            name, prompt = f"h{steps}", prompt_of(50 + steps, TOKENS)
+            name, prompt = f"p{steps}", prompt_of(50 + steps, TOKENS)
             keys = agent.keys(prompt)
             host.reserve(name, keys)
             params = agent.prefill(name, host.address, host.states(keys, False))
