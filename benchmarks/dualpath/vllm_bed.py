@@ -6,8 +6,9 @@ import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -51,14 +52,24 @@ def vllm_scale(storage_bytes_per_s: float) -> Scale:
 class VllmBed(Testbed):
     """The pool gets its content from `reference`, before the engines run."""
 
-    def __init__(self, topology: Topology, scale: Scale, checkpoint: Path) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        scale: Scale,
+        checkpoint: Path,
+        flags: Mapping[str, Any] | None = None,
+        buffer_bytes: int = BUFFER_BYTES,
+    ) -> None:
+        """`flags` are vLLM's, beside FLAGS; `buffer_bytes` are a decode host's."""
         super().__init__(topology, scale, checkpoint)
+        self._flags = FLAGS | dict(flags or {})
+        self._buffer_bytes = buffer_bytes
 
     def reference(self, prompts: Sequence[tuple[str, list[int]]], answer_tokens: int) -> list[list[int]]:
         """What one vLLM answers to (tenant, tokens), each prompt computed; the pool has their KV then. Raises
         ProcessFailed."""
         address = f"127.0.0.1:{POOL_PORT}"
-        asked = Asked(str(self.model), address, str(self.secret_file), FLAGS, list(prompts), answer_tokens)
+        asked = Asked(str(self.model), address, str(self.secret_file), self._flags, list(prompts), answer_tokens)
         with self.pool_host.entered():
             try:
                 done = subprocess.run(
@@ -105,8 +116,8 @@ class VllmBed(Testbed):
         words += ["--router", f"{ROUTER_ADDRESS}:{ROUTER_PORT}", "--role", role, "--secret-file", str(self.secret_file)]
         words += ["--pool", f"10.1.{number}.1:{POOL_PORT}", "--staging", "48MiB"]
         if role == "decode":
-            words += ["--relay-listen", f"10.2.0.{number + 2}:0", "--buffer", f"{BUFFER_BYTES}B"]
-        for flag, value in FLAGS.items():
+            words += ["--relay-listen", f"10.2.0.{number + 2}:0", "--buffer", f"{self._buffer_bytes}B"]
+        for flag, value in self._flags.items():
             words += [f"--{flag.replace('_', '-')}", *([] if value is True else [str(value)])]
         return words
 

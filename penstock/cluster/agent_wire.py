@@ -1,5 +1,8 @@
 """Messages between a node agent and the connector inside its vLLM, over a Unix socket, and the hand-off's parameters,
-which the agent sends with a request through vLLM itself (`kv_transfer_params`). KV never goes over this socket.
+which the agent sends with a request through vLLM itself (`kv_transfer_params`).
+
+KV never goes over this socket: the agent maps the connector's staging memory, and moves blocks between it and relays as
+the connector orders (ReadBlock, SendBlock), so that relay traffic shares no interpreter with vLLM's scheduler.
 
 The agent listens, in a folder that only its user may enter. Both sides first send GREETING and check that the other
 process belongs to the same user; then follow frames: a length, then msgpack. The agent's first message is Welcome, the
@@ -21,12 +24,14 @@ import msgspec
 from msgspec import Meta
 
 from penstock.cluster.messages import EngineReport, ReadSide
-from penstock.cluster.wire_types import LIST_MAX, Count, Digest, Name, Rate, Seconds, Share, Text, Token
+from penstock.cluster.wire_types import LIST_MAX, Count, Digest, Name, Number, Rate, Seconds, Share, Text, Token
+from penstock.core.new_block import TENANT_BYTES
 from penstock.core.operations import HandOff
 from penstock.engine.peers import relay_link
 from penstock.framing import Greeting, ProtocolError, decode
+from penstock.pool.net.wire import BlockBytes
 
-GREETING = Greeting("agent", b"PNSTAG", version=1, usual_secret=False)
+GREETING = Greeting("agent", b"PNSTAG", version=2, usual_secret=False)
 PARAMS_KEY = "penstock"  # of `kv_transfer_params`
 FRAME_BYTES_MAX = 1 << 20
 SEND_TIMEOUT_S = 5.0  # the other end reads continuously; one that does not is disconnected
@@ -140,8 +145,50 @@ class EndHandOff(msgspec.Struct, array_like=True, tag=22):
     name: Name
 
 
-FromConnector = Hello | Beat | HandOffEnded
-FromAgent = Welcome | Replan | EndHandOff
+class Staging(msgspec.Struct, array_like=True, tag=4):
+    """Sent with the descriptor of the connector's staging memory, after each Hello."""
+
+    size_bytes: Count
+
+
+class ReadBlock(msgspec.Struct, array_like=True, tag=5):
+    """Read a block through the relay at `relay` into staging memory at `offset`; answered by Moved."""
+
+    id: Number
+    relay: Name
+    key: Digest
+    size_bytes: BlockBytes
+    offset: Count
+    timeout_s: Seconds
+
+
+class SendBlock(msgspec.Struct, array_like=True, tag=6):
+    """Send the block in staging memory at `offset` to the relay at `relay`; answered by Moved. The memory stays as it
+    is until `until_s` of the host's monotonic clock, or the answer. The other fields are those of `NewBlock`."""
+
+    id: Number
+    relay: Name
+    key: Digest
+    parent: Digest
+    size_bytes: BlockBytes
+    position: Number
+    tenant: Annotated[bytes, Meta(max_length=TENANT_BYTES)]
+    rebuild_s: Seconds
+    offset: Count
+    timeout_s: Seconds
+    until_s: Annotated[float, Meta(ge=0.0, le=1e12)]
+
+
+class Moved(msgspec.Struct, array_like=True, tag=23):
+    """A ReadBlock or SendBlock has ended; `reason` is that of `PoolError`, empty when the block has arrived."""
+
+    id: Number
+    reason: Name = ""
+    detail: Text = ""
+
+
+FromConnector = Hello | Beat | HandOffEnded | Staging | ReadBlock | SendBlock
+FromAgent = Welcome | Replan | EndHandOff | Moved
 
 _from_connector: msgspec.msgpack.Decoder[FromConnector] = msgspec.msgpack.Decoder(FromConnector)
 _from_agent: msgspec.msgpack.Decoder[FromAgent] = msgspec.msgpack.Decoder(FromAgent)
@@ -166,6 +213,7 @@ class AgentSocket:
         self._socket = connected
         self._lock = threading.Lock()
         self._encoder = msgspec.msgpack.Encoder()
+        self._descriptor: int | None = None
         try:
             _check_same_user(connected)
             connected.settimeout(GREETING_TIMEOUT_S)
@@ -179,11 +227,21 @@ class AgentSocket:
             connected.close()
             raise
 
-    def send(self, message: FromConnector | FromAgent) -> None:
-        """Send a message; waits at most SEND_TIMEOUT_S."""
-        body = self._encoder.encode(message)
-        with self._lock:
-            self._socket.sendall(_LENGTH.pack(len(body)) + body)
+    def send(self, message: FromConnector | FromAgent, descriptor: int | None = None) -> None:
+        """Send a message, and a file descriptor, of which the other end gets a copy; waits at most SEND_TIMEOUT_S."""
+        with self._lock:  # the encoder's, too
+            body = self._encoder.encode(message)
+            head = _LENGTH.pack(len(body))
+            if descriptor is None:
+                self._socket.sendall(head + body)
+                return
+            socket.send_fds(self._socket, [head[:1]], [descriptor])
+            self._socket.sendall(head[1:] + body)
+
+    def take_descriptor(self) -> int | None:
+        """The descriptor that came with the last message, for the caller to close."""
+        descriptor, self._descriptor = self._descriptor, None
+        return descriptor
 
     def receive_from_connector(self) -> FromConnector:
         """The next message of a connector."""
@@ -194,7 +252,14 @@ class AgentSocket:
         return decode_from_agent(self._frame())
 
     def _frame(self) -> bytes:
-        size: int = _LENGTH.unpack(self._exactly(_LENGTH.size))[0]
+        first, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1)
+        for other in (self.take_descriptor(), *descriptors[1:]):
+            if other is not None:
+                os.close(other)
+        self._descriptor = descriptors[0] if descriptors else None
+        if not first:
+            raise ConnectionResetError("the other end went away")
+        size: int = _LENGTH.unpack(first + self._exactly(_LENGTH.size - 1))[0]
         if size > FRAME_BYTES_MAX:
             raise ProtocolError(f"a frame of {size} bytes; {FRAME_BYTES_MAX} are allowed")
         return self._exactly(size)
@@ -213,6 +278,9 @@ class AgentSocket:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+        descriptor = self.take_descriptor()
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def connect_agent(path: str) -> AgentSocket:

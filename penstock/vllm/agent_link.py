@@ -21,10 +21,15 @@ from penstock.cluster.agent_wire import (
     AgentSocket,
     Beat,
     EndHandOff,
+    FromConnector,
     HandOffEnded,
     HandOffParams,
     Hello,
+    Moved,
+    ReadBlock,
     Replan,
+    SendBlock,
+    Staging,
     Welcome,
     connect_agent,
     params_in,
@@ -54,10 +59,14 @@ class AgentLink:
         report: Callable[[], EngineReport],
         failed: Callable[[], str | None],
         ordered: Callable[[Replan | EndHandOff], None],
+        moved: Callable[[Moved], None],
+        staging: tuple[int, int],
     ) -> None:
-        """The agent listens at `path`. `report` may raise TimeoutError; `failed`: why Penstock ended here."""
+        """The agent listens at `path`. `report` may raise TimeoutError; `failed`: why Penstock ended here. `staging` is
+        the descriptor of staging memory, and its bytes; `moved` gets what became of a block."""
         self._path = path
         self._report, self._failed, self._ordered = report, failed, ordered
+        self._moved, self._staging = moved, staging
         self._changed = threading.Condition()
         self._socket: AgentSocket | None = None
         self._token: bytes | None = None
@@ -100,6 +109,12 @@ class AgentLink:
         with self._changed:
             self._unsaid.append(message)
             self._changed.notify_all()
+
+    def order(self, message: ReadBlock | SendBlock) -> bool:
+        """Have the agent move a block. False where no agent gets the order; else `moved` gets its end, unless the link
+        ends before."""
+        connected = self._socket
+        return connected is not None and self._send(connected, message)
 
     def close(self) -> None:
         """End the link, after what is to be said."""
@@ -156,6 +171,8 @@ class AgentLink:
         hello = self._hello
         assert hello is not None
         connected.send(hello)
+        descriptor, size_bytes = self._staging
+        connected.send(Staging(size_bytes), descriptor)
         with self._changed:
             self._token = welcome.token.encode(errors="replace")
             self._socket = connected
@@ -165,7 +182,9 @@ class AgentLink:
             connected.send(newer)
         while True:
             message = connected.receive_from_agent()
-            if isinstance(message, Replan | EndHandOff):
+            if isinstance(message, Moved):
+                self._moved(message)
+            elif isinstance(message, Replan | EndHandOff):
                 self._ordered(message)
 
     def _talk(self) -> None:
@@ -195,7 +214,7 @@ class AgentLink:
         except TimeoutError as error:
             rare.warning("report", "nothing is reported to the node agent: %s", error)
 
-    def _send(self, connected: AgentSocket, message: Hello | Beat | HandOffEnded) -> bool:
+    def _send(self, connected: AgentSocket, message: FromConnector) -> bool:
         """Whether it was sent; else the link ends."""
         try:
             connected.send(message)

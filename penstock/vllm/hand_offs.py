@@ -1,62 +1,24 @@
-"""Hand-offs of requests inside vLLM: connections to relays, the names of hand-offs, and the link to the node agent."""
+"""Hand-offs of requests inside vLLM: their names, and the link to the node agent, which moves their blocks."""
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-from penstock.cluster.agent_wire import EndHandOff, HandOffEnded, HandOffParams, Replan
+from penstock.cluster.agent_wire import EndHandOff, HandOffEnded, HandOffParams, Moved, Replan
 from penstock.cluster.handoff.link_meter import LinkMeter
-from penstock.cluster.handoff.relay_links import RelayLinks
+from penstock.cluster.handoff.relay_links import LINKS_REPORTED_MAX
 from penstock.cluster.messages import EngineReport, LinkReport
 from penstock.cluster.wire_types import RATE_MAX, SECONDS_MAX, within
 from penstock.core.connector.records import HandedOver
 from penstock.core.connector.scheduler import ConnectorScheduler
 from penstock.core.engine.engine_load import EngineLoad
-from penstock.core.new_block import NewBlock
-from penstock.pool.api import Done
-from penstock.pool.callbacks import call_done
-from penstock.pool.mac import PoolKey
-from penstock.pool.net.secret import Secret
-from penstock.pool.net.tls import PeerTls
-from penstock.process.rate_limited_log import RateLimitedLog
 from penstock.vllm.agent_link import AgentLink
+from penstock.vllm.agent_peers import AgentPeers
 from penstock.vllm.settings import Settings
 
-log = logging.getLogger(__name__)
-rare = RateLimitedLog(log)
-
-CLOSE_TIMEOUT_S = 2.0
 Ask = Callable[[Callable[[ConnectorScheduler], EngineReport]], EngineReport]
-
-
-class ConnectedPeers:
-    """`RelayLinks` whose links are made with the first block, not by opening a hand-off: the agent opens it. Contract:
-    `engine.peers.Peers`."""
-
-    def __init__(self, links: RelayLinks) -> None:
-        self._links = links
-
-    def allocate(self, size_bytes: int) -> memoryview:
-        """As `RelayLinks.allocate`."""
-        return self._links.allocate(size_bytes)
-
-    def read(self, address: str, key: bytes, size_bytes: int, into: memoryview, timeout_s: float, done: Done) -> None:
-        """As `RelayLinks.read`."""
-        self._when_connected(address, partial(self._links.read, address, key, size_bytes, into, timeout_s, done), done)
-
-    def hand_over(self, address: str, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
-        """As `RelayLinks.hand_over`."""
-        self._when_connected(address, partial(self._links.hand_over, address, block, data, timeout_s, done), done)
-
-    def _when_connected(self, address: str, then: Callable[[], None], done: Done) -> None:
-        if self._links.is_known(address):
-            then()
-        else:
-            self._links.connect(address, then, partial(call_done, done))
 
 
 class HandOffs:
@@ -65,7 +27,6 @@ class HandOffs:
     def __init__(
         self,
         settings: Settings,
-        pool_key: PoolKey | None,
         sends: bool,
         storage: LinkMeter,
         ask: Ask,
@@ -73,21 +34,22 @@ class HandOffs:
         reroute: Callable[[str, Replan], None],
         cancel: Callable[[str], None],
         storage_up: Callable[[], bool],
+        memory: memoryview,
+        descriptor: int,
     ) -> None:
         """Without `sends` there are no prefill parts. `storage` meters this storage NIC. `ask` answers a question
-        to the scheduler core; `failed`: why Penstock ended here; `reroute` and `cancel` get the id of a request. Raises
-        ConfigError or ValueError."""
+        to the scheduler core; `failed`: why Penstock ended here; `reroute` and `cancel` get the id of a request.
+        `descriptor` is that of staging `memory`, this object's to close."""
         assert settings.agent is not None
-        secret = Secret.read(settings.secret_file) if settings.secret_file else None
-        self._links = RelayLinks(secret=secret, tls=PeerTls.of(settings), pool_key=pool_key)
-        self.peers = ConnectedPeers(self._links)
         self.free_pages: Callable[[], int] = lambda: 0
         self._storage, self._storage_up = storage, storage_up
         self._sends = sends
         self._ask, self._reroute, self._cancel = ask, reroute, cancel
         self._lock = threading.Lock()
         self._open: dict[str, tuple[str, int]] = {}  # request -> name of its hand-off, full blocks of its prompt
-        self.agent = AgentLink(settings.agent, self._report, failed, self._ordered)
+        staging = descriptor, len(memory)
+        self.agent = AgentLink(settings.agent, self._report, failed, self._ordered, self._moved, staging)
+        self.peers = AgentPeers(memory, self.agent.order)
 
     def begin(self, request_id: str, given: Mapping[str, Any] | None) -> HandOffParams | None:
         """The agent's parameters of a request, if it has any that can be followed. A prefill part begins: `handed_over`
@@ -146,7 +108,6 @@ class HandOffs:
     def _report_of(self, scheduler: ConnectorScheduler, engine_load: EngineLoad) -> EngineReport:
         config, compute = scheduler.config, scheduler.cost.compute
         cost = compute.a, compute.b, compute.c
-        links: list[LinkReport] = self._links.reports(engine_load, config.block_bytes)
         return EngineReport(
             unfinished=engine_load.unfinished,
             tokens=engine_load.tokens,
@@ -159,11 +120,27 @@ class HandOffs:
             compute=cost if all(0.0 <= seconds <= SECONDS_MAX for seconds in cost) else None,
             free_pages=self.free_pages(),
             total_pages=config.l1_pages,
-            links=links,
+            links=_backlogs(engine_load, config.block_bytes),
             storage_up=self._storage_up(),
         )
 
+    def _moved(self, message: Moved) -> None:
+        self.peers.moved(message)
+
     def close(self) -> None:
-        """End the links."""
+        """End the link to the agent."""
         self.agent.close()
-        self._links.close(CLOSE_TIMEOUT_S)
+
+
+def _backlogs(engine_load: EngineLoad, block_bytes: int) -> list[LinkReport]:
+    """What is still to move over the links to relays, of the busiest ones; the agent knows how fast they are."""
+
+    def report(relay: str, direction: Literal["read", "hand-off"], backlog_bytes: int) -> LinkReport:
+        return LinkReport(
+            relay=relay, direction=direction, load_bytes_per_s=0.0, backlog_bytes=backlog_bytes, bytes_per_s=0.0
+        )
+
+    found = [report(relay, "read", count) for relay, count in engine_load.remote_bytes.items() if count > 0]
+    found += [report(relay, "hand-off", count * block_bytes) for relay, count in engine_load.handoff_blocks.items()]
+    found.sort(key=lambda one: one.backlog_bytes, reverse=True)
+    return found[:LINKS_REPORTED_MAX]

@@ -343,7 +343,6 @@ class Host:
             return None
         return HandOffs(
             self.settings,
-            self.pool_key,
             self.shape.saves,
             self._storage,
             self.ask,
@@ -351,6 +350,8 @@ class Host:
             self._reroute,
             self._cancel_hand_off,
             lambda: bool(getattr(self._pool, "up", True)),
+            memoryview(self._memory),
+            self._workers.descriptor,
         )
 
     def _reroute(self, request_id: str, order: Replan) -> None:
@@ -452,6 +453,8 @@ class Host:
             while self._events:  # if one raises, `_give_up` processes the rest
                 self._events.popleft()()
             self._stages.end_late()
+            if self.hand_offs is not None:
+                self.hand_offs.peers.end_late()
             operations = self.scheduler.decide(time.monotonic())
             work = [self._prepare(operation) for operation in operations]
         for do in work:

@@ -156,7 +156,7 @@ def _check(settings: Settings) -> None:
     own = settings.pool or settings.memory or settings.slab
     if settings.pool_config is not None and own:
         raise ConfigError("pool_config is set together with pool, memory or slab; allowed: one of the two")
-    for key in PROOF_KEYS if settings.agent is None else ():  # with an agent they are for relays, too
+    for key in PROOF_KEYS:
         if settings.pool_config is not None and getattr(settings, key) is not None:
             raise ConfigError(f"{key} is set together with pool_config; allowed: the key of that name in that file")
     if settings.pool_config is None and not own:

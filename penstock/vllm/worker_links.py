@@ -87,6 +87,7 @@ class WorkerLinks:
         self._copies: dict[int, _Copy] = {}
         self._threads: list[GuardedThread] = []
         self._closing = False
+        self.descriptor = -1  # of the memory that they map
         self._readers = range(ranks) if readers is None else readers
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
@@ -115,15 +116,13 @@ class WorkerLinks:
             raise wire.LinkError(f"worker rank {rank} of engine {engine_id} is unusable: {error}") from None
 
     def share(self, slots: int) -> mmap.mmap:
-        """Create memory of this many slots, which every worker maps; each one's parts are near its device."""
-        descriptor, memory = wire.create_memory(slots * self.slot_bytes)
-        try:
-            bind_parts(memoryview(memory), self.slot_bytes, self._parts_by_node)
-            for rank, offset in zip(self._ranks, self._offsets, strict=True):
-                attach = wire.Attach(slots, self.slot_bytes, offset, list(self._rows))
-                rank.link.send_with_descriptor(attach, descriptor)
-        finally:
-            os.close(descriptor)
+        """Create memory of this many slots, which every worker maps; each one's parts are near its device. To be called
+        once."""
+        self.descriptor, memory = wire.create_memory(slots * self.slot_bytes)
+        bind_parts(memoryview(memory), self.slot_bytes, self._parts_by_node)
+        for rank, offset in zip(self._ranks, self._offsets, strict=True):
+            attach = wire.Attach(slots, self.slot_bytes, offset, list(self._rows))
+            rank.link.send_with_descriptor(attach, self.descriptor)
         return memory
 
     def start(self, post: Callable[[Event], None], lost: Callable[[WorkerLostError], None]) -> None:
@@ -173,6 +172,9 @@ class WorkerLinks:
             rank.link.close()
         for thread in self._threads:
             thread.join(JOIN_S)
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def _copy(self, op_id: int, message: wire.Message, ranks: list[_Rank], ended: Ended, writes: bool) -> None:
         copy = _Copy({rank.number for rank in ranks}, ended, writes, time.monotonic())

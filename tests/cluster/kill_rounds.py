@@ -17,9 +17,10 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -27,6 +28,8 @@ from penstock.cluster.deploy.cluster_config import read_cluster_config
 from penstock.cluster.deploy.supervisor import Child, Supervisor
 from penstock.cluster.deploy.up_command import _make_secret
 from penstock.testing.tiny_models import build_tiny
+
+Question = dict[str, Any]  # the fields of a body, beside those that each has
 
 TOKENS = 24
 PROMPTS = 12
@@ -66,6 +69,11 @@ def prompts() -> list[list[int]]:
     return [heads[number % 3] + tail for number, tail in enumerate(tails)]
 
 
+def questions() -> list[Question]:
+    """What clients ask, greedily."""
+    return [{"prompt": prompt, "temperature": 0} for prompt in prompts()]
+
+
 @dataclass
 class Counts:
     """What clients saw; `wrong` are answers that differ from the reference."""
@@ -82,10 +90,9 @@ class RoundsFailed(AssertionError):
     """The cluster did not come back."""
 
 
-def ask(url: str, prompt: list[int], request_id: str) -> list[int]:
+def ask(url: str, question: Question, request_id: str) -> list[int]:
     """One streamed answer's tokens. Raises httpx.HTTPError or ValueError when it did not come to its end."""
-    body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
-    body |= {"return_token_ids": True}
+    body = {"max_tokens": TOKENS, "ignore_eos": True, "stream": True, "return_token_ids": True} | question
     found: list[int] = []
     done = False
     with httpx.stream(
@@ -114,11 +121,15 @@ class Load:
     """Clients that ask one request after another, retry what failed under the same id, and compare with the
     reference."""
 
-    def __init__(self, url: str, reference: list[list[int]], seed: int) -> None:
+    def __init__(
+        self, url: str, reference: list[list[int]], seed: int, asked: Sequence[Question] = (), tries_s: float = TRIES_S
+    ) -> None:
+        """They ask `asked`, else `questions()`, each for `tries_s`."""
         self.counts = Counts()
         self._url = url
         self._reference = reference
-        self._prompts = prompts()
+        self._questions = asked or questions()
+        self._tries_s = tries_s
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(seed + i,), daemon=True) for i in range(CLIENTS)]
@@ -128,7 +139,7 @@ class Load:
     def stop(self) -> Counts:
         self._stop.set()
         for thread in self._threads:
-            thread.join(TRIES_S + REQUEST_S)
+            thread.join(self._tries_s + REQUEST_S)
         return self.counts
 
     def _run(self, seed: int) -> None:
@@ -136,15 +147,15 @@ class Load:
         number = 0
         while not self._stop.is_set():
             number += 1
-            self._one(generator.randrange(PROMPTS), f"client-{seed}-{number}")
+            self._one(generator.randrange(len(self._questions)), f"client-{seed}-{number}")
             self._stop.wait(PAUSE_S)
 
     def _one(self, which: int, request_id: str) -> None:
         begin_s, tries, why = time.monotonic(), 0, ""
-        while time.monotonic() - begin_s < TRIES_S:
+        while time.monotonic() - begin_s < self._tries_s:
             tries += 1
             try:
-                tokens = ask(self._url, self._prompts[which], request_id)
+                tokens = ask(self._url, self._questions[which], request_id)
             except (httpx.HTTPError, ValueError) as error:
                 why = str(error)
                 time.sleep(0.2)
@@ -179,13 +190,13 @@ def alive(child: Child) -> bool:
         return False
 
 
-def until_up(supervisor: Supervisor) -> None:
+def until_up(supervisor: Supervisor, back_s: float = BACK_S) -> None:
     """Raises RoundsFailed."""
-    end = time.monotonic() + BACK_S
+    end = time.monotonic() + back_s
     while not engines_up(supervisor):
         supervisor.watch()
         if time.monotonic() > end:
-            raise RoundsFailed(f"the cluster did not come back within {BACK_S:g} s")
+            raise RoundsFailed(f"the cluster did not come back within {back_s:g} s")
         time.sleep(0.05)
 
 
@@ -198,8 +209,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(folder: Path, described: str = CLUSTER) -> Iterator[tuple[Supervisor, list[list[int]]]]:
-    """A cluster in `folder`, and the answers it gives undisturbed."""
+def running(
+    folder: Path, described: str = CLUSTER, asked: Sequence[Question] = (), back_s: float = BACK_S
+) -> Iterator[tuple[Supervisor, list[list[int]]]]:
+    """A cluster in `folder`, and the answers it gives undisturbed to `asked`, else to `questions()`."""
     if not (folder / "model").exists():
         build_tiny("llama", folder / "model", seed=5)
     file = folder / "cluster.toml"
@@ -210,9 +223,9 @@ def running(folder: Path, described: str = CLUSTER) -> Iterator[tuple[Supervisor
     lines: list[str] = []
     supervisor = Supervisor(cluster.processes, lambda name, line: lines.append(f"{name} | {line}"))
     try:
-        supervisor.start(BACK_S)
-        until_up(supervisor)
-        yield supervisor, [ask(supervisor.url, prompt, f"reference-{i}") for i, prompt in enumerate(prompts())]
+        supervisor.start(back_s)
+        until_up(supervisor, back_s)
+        yield supervisor, [ask(supervisor.url, one, f"reference-{i}") for i, one in enumerate(asked or questions())]
     finally:
         supervisor.stop()
         (folder / "output.txt").write_text("\n".join(lines))

@@ -11,7 +11,8 @@ import pytest
 from penstock.cluster import wire
 from penstock.cluster.messages import EngineReport
 from penstock.engine.api import RequestReport
-from tests.fuzz_messages import MESSAGES, Kinds, Protocol, fuzz_kind
+from tests.fuzz_messages import MESSAGES, Protocol, fuzz_kind
+from tests.message_mutants import Kinds
 
 SHARE = 0.35  # of PENSTOCK_FUZZ_MESSAGES
 REPORTS: Kinds = {(cls, "report"): RequestReport | None for cls in (wire.Held, wire.Event)}

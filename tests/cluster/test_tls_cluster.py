@@ -23,7 +23,7 @@ from penstock.process.rate_limited_log import RateLimitedLog
 from penstock.testing.certificates import PeerFiles
 from tests.asking import prompt_of, wait_until
 from tests.authorities import Authority, new_authority
-from tests.cluster.kill_rounds import CLUSTER, ask, prompts, running
+from tests.cluster.kill_rounds import CLUSTER, ask, questions, running
 from tests.cluster.paths_rig import BLOCK, beside
 from tests.cluster.paths_rig import cluster as paths_cluster
 from tests.cluster.router.test_control_plane import finished
@@ -174,7 +174,7 @@ def test_a_prompt_is_handed_over_tls(llama: Path, expected: Callable[..., list[i
 def test_a_whole_cluster_of_processes_speaks_tls(tmp_path: Path, peer: PeerFiles) -> None:
     settings = "".join(f'{name} = "{path}"\n' for name, path in peer.settings.items())
     with running(tmp_path, settings + CLUSTER.replace("count = 2\n", "")) as (supervisor, reference):
-        assert [ask(supervisor.url, prompt, f"again-{i}") for i, prompt in enumerate(prompts())] == reference
+        assert [ask(supervisor.url, one, f"again-{i}") for i, one in enumerate(questions())] == reference
         pool = next(child.spec.command({}) for child in supervisor.children.values() if child.spec.kind == "pool")
         assert "--peer-tls-cert" in pool and "--secret-file" not in pool
     assert not (tmp_path / "secret").exists()

@@ -95,12 +95,7 @@ class Agent:
 
     def client(self) -> httpx.Client:
         """Asks its vLLM directly: one stock vLLM, which computes every prompt."""
-        vllm = self.vllm()
-        words = vllm.cmdline()
-        port = words[words.index("--port") + 1]
-        key = vllm.environ()["VLLM_API_KEY"]
-        headers = {"Authorization": f"Bearer {key}"}
-        return httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=2 * ANSWER_S)
+        return client_of(self.vllm())
 
     def metric(self, name: str, missing: float = 0.0) -> float:
         """Of the agent's own."""
@@ -122,6 +117,14 @@ class Agent:
         for one in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
+
+
+def client_of(vllm: psutil.Process) -> httpx.Client:
+    """Asks the API server that an agent started."""
+    words = vllm.cmdline()
+    port = words[words.index("--port") + 1]
+    headers = {"Authorization": f"Bearer {vllm.environ()['VLLM_API_KEY']}"}
+    return httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=2 * ANSWER_S)
 
 
 @dataclass

@@ -11,14 +11,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from penstock.cluster.router.router import ClusterEngine
 from penstock.core.cluster.paths import ReadPolicy
-from tests.inside_vllm.cluster_rig import BLOCK_BYTES, Cluster, ask, wait_gone, wait_idle
+from penstock.pool.net.secret import Secret
+from penstock.units import parse_address
+from tests.inside_vllm.cluster_rig import ANSWER_S, BLOCK_BYTES, SECRET, Cluster, ask, wait_gone, wait_idle
+from tests.inside_vllm.relay_garbage import garbage_at
 from tests.inside_vllm.vllm_rig import BLOCK, prompt_of, wait_until
 
 pytestmark = pytest.mark.timeout(1500)  # two vLLMs start in here, on two busy cores
@@ -71,6 +76,8 @@ def test_computed_and_read_over_every_path(cluster: Cluster, answered: Callable[
         first = {seed: ask(router, f"computed-{seed}", prompt_of(seed, TOKENS), NEW) for seed in range(1, 7)}
         assert {seed: one.wait() for seed, one in first.items()} == {seed: answered(seed) for seed in first}
         assert len(ask(router, "one", prompt_of(1, TOKENS), 1).wait()) == 1
+        others = [ask(router, f"other-{seed}", prompt_of(seed, TOKENS), NEW) for seed in range(11, 15)]
+        assert all(one.wait() for one in others)  # 24 blocks: whichever of the former ended last, they take its room
     wait_until(lambda: cluster.in_pool().blocks >= 6 * FULL, "the pool has them")
     for path in PATHS:
         with cluster.router(path) as router:
@@ -84,6 +91,17 @@ def test_computed_and_read_over_every_path(cluster: Cluster, answered: Callable[
             assert router.counters["restarts"] == 0
 
 
+def test_no_process_of_vllm_talks_to_a_relay(cluster: Cluster) -> None:
+    """The agents move the blocks, so that no interpreter that runs vLLM's scheduler does."""
+    with cluster.router() as router:
+        assert ask(router, "to-see", prompt_of(16, TOKENS), NEW).wait()
+        card = next(one.card for one in router.port.engines.values() if one.card.role == "decode")
+        _, port = parse_address(card.relay_address)
+        for agent in cluster.agents.values():
+            found = [{end.raddr[1] for end in one.net_connections("tcp") if end.raddr} for one in agent.tree()]
+            assert [port in ports for ports in found] == [True, *[False] * (len(found) - 1)], agent.role
+
+
 def test_sampling_that_goes_on_and_sampling_that_does_not(cluster: Cluster) -> None:
     """Prefill's token is the first one of an answer, but where decode samples every token: both give the same."""
     with cluster.router() as router:
@@ -93,6 +111,51 @@ def test_sampling_that_goes_on_and_sampling_that_does_not(cluster: Cluster) -> N
         }.items():
             answers = [ask(router, f"{name}-{i}", prompt_of(20, TOKENS), NEW, **sampling).wait() for i in range(2)]
             assert answers[0] == answers[1] and len(answers[0]) == NEW, name
+
+
+def wait_nothing_left(cluster: Cluster, router: ClusterEngine) -> None:
+    """Neither of a request nor of a hand-off, in any process."""
+    wait_idle(router)
+    for role, agent in cluster.agents.items():
+        wait_until(agent.is_idle, f"nothing is left in the vLLM of {role}", 20.0)
+        wait_until(partial(all_free, router, role), f"all memory of {role} is free", 20.0)
+
+
+def all_free(router: ClusterEngine, role: str) -> bool:
+    report = next(one.report for one in router.port.engines.values() if one.card.role == role)
+    pages = report.free_pages >= report.total_pages - 1  # one block of vLLM's is never free
+    return pages and report.buffer_free_blocks == report.buffer_blocks
+
+
+def test_a_request_that_is_cancelled_at_any_time_leaves_nothing(
+    cluster: Cluster, answered: Callable[[int], list[int]]
+) -> None:
+    """While its hand-off is opened, read, computed, sent and loaded, and while tokens come."""
+    with cluster.router() as router:
+        for number in range(28):
+            prompt = prompt_of(number % 4 + 1 if number % 2 else 40 + number, TOKENS)
+            one = ask(router, f"cancelled-{number}", prompt, 1200)
+            one.ended.wait(0.015 * number)
+            router.cancel(f"cancelled-{number}")
+            assert one.ended.wait(ANSWER_S) and one.end is not None
+            assert one.end.finish_reason == "cancelled", one.end
+        wait_nothing_left(cluster, router)
+        assert ask(router, "after-cancelled", prompt_of(1, TOKENS), NEW).wait() == answered(1)
+
+
+def test_a_relay_that_gets_garbage_serves_equal_answers(cluster: Cluster, answered: Callable[[int], list[int]]) -> None:
+    said = {role: len(agent.log()) for role, agent in cluster.agents.items()}
+    with cluster.router() as router:
+        card = next(one.card for one in router.port.engines.values() if one.card.role == "decode")
+        with garbage_at(parse_address(card.relay_address), Secret(SECRET.encode())) as attack:
+            for number in range(12):
+                seed = number % 6 + 1
+                assert ask(router, f"attacked-{number}", prompt_of(seed, TOKENS), NEW).wait() == answered(seed)
+            wait_until(lambda: attack.mutants > 200 and attack.strangers > 20, "there was enough of it")
+        wait_nothing_left(cluster, router)
+        assert router.counters["restarts"] == 0
+    for role, agent in cluster.agents.items():
+        assert agent.process.poll() is None and "Traceback" not in agent.log()[said[role] :]
 
 
 def _plain(answer: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from penstock.cluster.agent_wire import HandOffParams
+from penstock.core.engine.engine_load import EngineLoad
 from penstock.pool.api import Pool
 from penstock.pool.net.connect import connect_pool
 from penstock.pool.setup.open import open_local_pool
@@ -58,7 +59,9 @@ def test_outputs_are_the_same_over_every_path(
             read = (host.buffer.loaded_bytes - before[0]) // size, (host.buffer.received_bytes - before[1]) // size
             assert read == {"decode": (6, 0), "split": (3, 3)}.get(path, (0, 6)), path
         relays = {host.address}
-        wait_until(lambda: {link.relay for link in agent.port.report.links} == relays, "a report with the link")
+        nothing = EngineLoad(0, 0, 0, 0, 0)
+        assert {link.relay for link in agent.links.reports(nothing, size)} == relays, "a report with the link"
+        wait_until(lambda: agent.port.report.total_pages > 0, "a report of the engine")
         assert agent.port.report.total_pages > 0
     agent.close()
     agent = TestAgent()
@@ -146,7 +149,7 @@ def test_an_abort_at_any_point_ends_the_hand_off_and_gives_everything_back(llama
         host = DecodeHost(agent.port.hello.block_bytes, no_pool())
         core = engine.llm.llm_engine
         for steps in range(9):
-            name, prompt = f"h{steps}", prompt_of(50 + steps, TOKENS)
+            name, prompt = f"p{steps}", prompt_of(50 + steps, TOKENS)
             keys = agent.keys(prompt)
             host.reserve(name, keys)
             params = agent.prefill(name, host.address, host.states(keys, False))
@@ -160,9 +163,27 @@ def test_an_abort_at_any_point_ends_the_hand_off_and_gives_everything_back(llama
             assert 6 - handed <= ended.missing <= 6
             assert set(ended.failures) <= {"cancelled"} and sum(ended.failures.values()) == ended.missing
         engine.forget()  # nothing pins vLLM's blocks
+        prompt = prompt_of(60, TOKENS)
+        answer = hand_over(engine, agent, host, [prompt], 4)
+        keys = agent.keys(prompt)
+        assert all(host.buffer.has(keys))
+        for steps in range(9):  # as decode: while blocks are loaded from the relay, and while tokens come
+            engine.forget()
+            params = agent.decode(f"d{steps}", host.address, host.states(keys, False))
+            sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, **transfer(params))
+            core.add_request(f"d{steps}", {"prompt_token_ids": prompt}, sampling)
+            for _ in range(steps):
+                core.step()
+            core.abort_request([f"d{steps}"])
+        engine.forget()
         scheduler = engine.connector.side.host
         wait_until(lambda: scheduler.ask(lambda one: one.idle), "nothing is under way")
         scheduler.ask(lambda one: one.check_integrity())
+        params = agent.decode("whole", host.address, host.states(keys, False))
+        before = engine.counts()
+        assert engine.ask([prompt], 4, **transfer(params)) == answer
+        assert (engine.counts() - before).external == 6 * BLOCK
+    host.buffer.check_integrity()
     agent.close()
     host.close()
 

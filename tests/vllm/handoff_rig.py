@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from penstock.cluster.agent_wire import HandOffEnded, HandOffParams, blocks_text
 from penstock.cluster.handoff.buffer import DecodeBuffer
 from penstock.cluster.handoff.relay import RelayNode
+from penstock.cluster.handoff.relay_links import RelayLinks
+from penstock.cluster.vllm_agent.block_mover import BlockMover
 from penstock.cluster.vllm_agent.connector_port import ConnectorPort
 from penstock.core.keys import KeyChain, root_key
 from penstock.pool.api import Pool, PoolError
@@ -60,7 +62,9 @@ class TestAgent:
     __test__ = False
 
     def __init__(self) -> None:
-        self.port = ConnectorPort()
+        self.links = RelayLinks()
+        self.mover = BlockMover(self.links)
+        self.port = ConnectorPort(self.mover)
         self.ended: dict[str, HandOffEnded] = {}
 
     def keys(self, prompt: Sequence[int], salt: str = "") -> list[bytes]:
@@ -86,3 +90,5 @@ class TestAgent:
 
     def close(self) -> None:
         self.port.close()
+        self.mover.close(5.0)
+        self.links.close(5.0)

@@ -21,7 +21,8 @@ from penstock.vllm import link as wire
 from penstock.vllm.link import Attach, Done, Hello, Link, LinkError, Upload, connect, create_memory, listen, socket_name
 from penstock.vllm.worker import WorkerSide
 from penstock.vllm.worker_links import WorkerLinks
-from tests.fuzz_messages import MESSAGES, SEED, Piece, Protocol, mutants
+from tests.fuzz_messages import MESSAGES, SEED, Protocol
+from tests.message_mutants import Piece, mutants
 from tests.process_figures import back_to, figures
 from tests.vllm.gated_rows import PLACES, ROW_BYTES, ROWS, WAIT_S, GatedRows
 

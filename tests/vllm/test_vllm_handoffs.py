@@ -237,9 +237,10 @@ import sys, time
 from pathlib import Path
 from penstock.cluster.agent_wire import Hello
 from penstock.cluster.messages import EngineReport
+from penstock.io.sealed_memory import create_sealed
 from penstock.vllm.agent_link import AgentLink
 
-link = AgentLink(Path(sys.argv[1]), EngineReport, lambda: None, lambda order: None)
+link = AgentLink(Path(sys.argv[1]), EngineReport, lambda: None, print, print, (create_sealed("staging", 1), 1))
 link.hello(Hello(1, b"0" * 16, 1, 1, 1, 1, []))
 time.sleep(100)
 """

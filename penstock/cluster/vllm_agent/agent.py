@@ -36,6 +36,7 @@ from penstock.cluster.handoff.relay import RelayNode
 from penstock.cluster.handoff.relay_links import RelayLinks
 from penstock.cluster.messages import EngineReport
 from penstock.cluster.vllm_agent.agent_flags import AgentFlags, child_arguments
+from penstock.cluster.vllm_agent.block_mover import BlockMover
 from penstock.cluster.vllm_agent.child_vllm import ChildVllm
 from penstock.cluster.vllm_agent.connector_port import ConnectorPort
 from penstock.cluster.vllm_agent.vllm_engine import VllmEngine
@@ -83,7 +84,11 @@ def serve_vllm(flags: AgentFlags, arguments: Sequence[str]) -> None:
     raise_file_limit()
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(bind(flags.host, flags.port or 0))
-        connector = ConnectorPort()
+        links = _relay_links(flags)
+        stack.callback(links.close, CLOSE_TIMEOUT_S)
+        mover = BlockMover(links)
+        stack.callback(mover.close, CLOSE_TIMEOUT_S)
+        connector = ConnectorPort(mover)
         stack.callback(connector.close)
         api_key = secrets.token_hex(16)
         given = child_arguments(flags, arguments, port, connector.path)
@@ -94,7 +99,7 @@ def serve_vllm(flags: AgentFlags, arguments: Sequence[str]) -> None:
                 http = VllmHttp(f"http://127.0.0.1:{port}", api_key)
                 stack.callback(http.close)
                 hello = _started(child, connector, http, flags.start_timeout_s)
-                host = _open_host(flags, hello, http, connector)
+                host = _open_host(flags, hello, http, connector, links)
                 stack.callback(host.close, CLOSE_TIMEOUT_S)
                 card = _card(flags, arguments, hello, host, http, (name, node))
         except _Stopped:
@@ -231,7 +236,19 @@ def _card(
     )
 
 
-def _open_host(flags: AgentFlags, hello: Hello, http: VllmHttp, connector: ConnectorPort) -> VllmHost:
+def _relay_links(flags: AgentFlags) -> RelayLinks:
+    """Raises ValueError."""
+    secret = Secret.read(flags.secret_file) if flags.secret_file is not None else None
+    return RelayLinks(secret=secret, tls=PeerTls.of(flags), pool_key=_pool_key(flags))
+
+
+def _pool_key(flags: AgentFlags) -> PoolKey | None:
+    return PoolKey.read(flags.pool_key_file) if flags.pool_key_file is not None else None
+
+
+def _open_host(
+    flags: AgentFlags, hello: Hello, http: VllmHttp, connector: ConnectorPort, links: RelayLinks
+) -> VllmHost:
     """The parts of this role. Raises ConfigError, PoolError or OSError; nothing stays open then."""
     engine = VllmEngine(http, connector, hello, flags.hand_off_timeout_s)
     secret = Secret.read(flags.secret_file) if flags.secret_file is not None else None
@@ -242,11 +259,10 @@ def _open_host(flags: AgentFlags, hello: Hello, http: VllmHttp, connector: Conne
         return connector.report
 
     if flags.role == "prefill":
-        links = RelayLinks(secret=secret, tls=tls)
         return VllmHost(engine, report, _nothing, storage, Outgoing(engine, links, OPEN_TIMEOUT_S), links)
     if flags.role == "mixed":
         return VllmHost(engine, report, _nothing, storage)
-    pool_key = PoolKey.read(flags.pool_key_file) if flags.pool_key_file is not None else None
+    pool_key = _pool_key(flags)
     blocks = flags.buffer_bytes // staging_bytes(hello.block_bytes)
     if blocks < 2:
         raise ConfigError(

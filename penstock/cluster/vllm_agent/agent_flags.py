@@ -90,9 +90,8 @@ def child_arguments(flags: AgentFlags, given: Sequence[str], port: int, agent: P
     for address in flags.pool:
         words += ["--pool", address]
     files = {"--pool-config": flags.pool_config, "--pool-key-file": flags.pool_key_file}
-    files |= {f"--{name.replace('_', '-')}": getattr(flags, name) for name in TLS_NAMES}
-    if flags.pool:
-        files["--secret-file"] = flags.secret_file
+    if flags.pool:  # a pool_config says by itself what its nodes ask for
+        files |= {f"--{name.replace('_', '-')}": getattr(flags, name) for name in ("secret_file", *TLS_NAMES)}
     for flag, path in files.items():
         words += [flag, str(path)] if path is not None else []
     return words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import shutil
@@ -14,8 +15,23 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from penstock.cluster.agent_wire import AgentSocket, Beat, EndHandOff, FromAgent, HandOffEnded, Hello, Replan, Welcome
+from penstock.cluster.agent_wire import (
+    AgentSocket,
+    Beat,
+    EndHandOff,
+    FromAgent,
+    FromConnector,
+    HandOffEnded,
+    Hello,
+    Moved,
+    ReadBlock,
+    Replan,
+    SendBlock,
+    Staging,
+    Welcome,
+)
 from penstock.cluster.messages import EngineReport
+from penstock.cluster.vllm_agent.block_mover import BlockMover
 from penstock.framing import ProtocolError
 from penstock.pool.losses import count_loss
 from penstock.process.guarded_thread import GuardedThread
@@ -34,8 +50,9 @@ OnEnded = Callable[[HandOffEnded], None]
 class ConnectorPort:
     """Listens at `path` from construction to `close`. Any thread may call."""
 
-    def __init__(self) -> None:
-        """Raises OSError."""
+    def __init__(self, mover: BlockMover) -> None:
+        """`mover` carries out what the connector orders. Raises OSError."""
+        self._mover = mover
         self._folder = Path(tempfile.mkdtemp(prefix="penstock-agent-"))  # only this user may enter
         self.path = self._folder / "connector"
         self.token = secrets.token_hex(16)
@@ -116,7 +133,7 @@ class ConnectorPort:
     def _receive(self, connected: AgentSocket) -> None:
         try:
             while True:
-                self._take(connected.receive_from_connector())
+                self._take(connected, connected.receive_from_connector())
         except (OSError, ProtocolError) as error:
             if not self._closed:
                 log.warning("the connector in vLLM disconnected: %s", error)
@@ -125,15 +142,27 @@ class ConnectorPort:
             if self._current is connected:
                 self._current = None
 
-    def _take(self, message: Hello | Beat | HandOffEnded) -> None:
+    def _take(self, connected: AgentSocket, message: FromConnector) -> None:
         self._heard_s = time.monotonic()
-        if isinstance(message, Hello):
+        if isinstance(message, ReadBlock):
+            self._mover.read(message, partial(self._moved, connected))
+        elif isinstance(message, SendBlock):
+            self._mover.send(message, partial(self._moved, connected))
+        elif isinstance(message, Staging):
+            self._mover.use(message, connected.take_descriptor())
+        elif isinstance(message, Hello):
             self.hello = message
             self.greeted.set()
         elif isinstance(message, Beat):
             self.report, self._failed = message.report, message.failed
         else:
             self._ended(message)
+
+    @staticmethod
+    def _moved(connected: AgentSocket, message: Moved) -> None:
+        """The answer goes to who ordered; a connector that came later knows nothing of it."""
+        with contextlib.suppress(OSError):
+            connected.send(message)
 
     def _ended(self, message: HandOffEnded) -> None:
         with self._lock:

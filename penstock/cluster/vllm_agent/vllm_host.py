@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import msgspec
@@ -13,9 +14,10 @@ from penstock.cluster.handoff.link_meter import LinkMeter
 from penstock.cluster.handoff.outgoing import Outgoing
 from penstock.cluster.handoff.relay import RelayNode
 from penstock.cluster.handoff.relay_links import RelayLinks
-from penstock.cluster.messages import EngineReport
+from penstock.cluster.messages import EngineReport, LinkReport
 from penstock.cluster.vllm_agent.vllm_engine import VllmEngine
 from penstock.cluster.wire_types import RATE_MAX, within
+from penstock.core.engine.engine_load import EngineLoad
 
 
 class VllmHost(PartsHost):
@@ -51,6 +53,7 @@ class VllmHost(PartsHost):
             read_bytes += self.buffer.loading_bytes
         measured = max(seen.storage_bytes_per_s, self._storage.bytes_per_s)
         load = seen.storage_load_bytes_per_s + self._storage.load_bytes_per_s
+        size = engine.config.block_bytes
         return msgspec.structs.replace(
             seen,
             unfinished=seen.unfinished + sum(count for count, _ in waiting),
@@ -61,4 +64,12 @@ class VllmHost(PartsHost):
             storage_load_bytes_per_s=within(load, RATE_MAX),
             buffer_free_blocks=self.buffer.free_blocks if self.buffer is not None else 0,
             buffer_blocks=self.buffer.blocks if self.buffer is not None else 0,
+            links=self._links.reports(_to_move(seen.links, size), size) if self._links is not None else [],
         )
+
+
+def _to_move(links: list[LinkReport], block_bytes: int) -> EngineLoad:
+    """What the connector is still to move over each link."""
+    reads = Counter({one.relay: one.backlog_bytes for one in links if one.direction == "read"})
+    sends = Counter({one.relay: one.backlog_bytes // block_bytes for one in links if one.direction == "hand-off"})
+    return EngineLoad(0, 0, 0, 0, 0, reads, sends)

@@ -19,7 +19,8 @@ from penstock.pool.net.secret import NONCE_BYTES, PROOF_BYTES
 from penstock.process.guarded_thread import thread_failures
 from tests.asking import wait_until
 from tests.cluster.router_rig import SECRET, WAIT_S, CountingHost, cluster, expected
-from tests.fuzz_messages import MESSAGES, SEED, Piece, Protocol, mutants
+from tests.fuzz_messages import MESSAGES, SEED, Protocol
+from tests.message_mutants import Piece, mutants
 from tests.process_figures import back_to, figures
 
 MIB = 1 << 20

@@ -31,7 +31,8 @@ from penstock.pool.net import wire
 from penstock.pool.net.open_mover import open_mover
 from penstock.pool.setup.open import open_local_pool
 from penstock.process.guarded_thread import thread_failures
-from tests.fuzz_messages import MESSAGES, SEED, Piece, Protocol, mutants
+from tests.fuzz_messages import MESSAGES, SEED, Protocol
+from tests.message_mutants import Piece, mutants
 from tests.pool.net.node_rig import fit_span
 from tests.process_figures import back_to, figures
 from tests.waiting import wait_until

@@ -32,7 +32,8 @@ from penstock.process.guarded_thread import thread_failures
 from penstock.process.rate_limited_log import RateLimitedLog
 from tests.asking import wait_until
 from tests.cluster.router_rig import SECRET, VOCABULARY, WAIT_S, Cluster, cluster, expected
-from tests.fuzz_messages import MESSAGES, SEED, Kinds, Piece, Protocol, mutants
+from tests.fuzz_messages import MESSAGES, SEED, Protocol
+from tests.message_mutants import Kinds, Piece, mutants
 from tests.process_figures import back_to, figures
 
 MIB = 1 << 20

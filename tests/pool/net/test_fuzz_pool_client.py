@@ -23,7 +23,8 @@ from penstock.pool.api import PoolError
 from penstock.pool.net import wire
 from penstock.pool.net.remote import RemotePool
 from penstock.process.guarded_thread import thread_failures
-from tests.fuzz_messages import MESSAGES, SEED, Piece, Protocol, mutants
+from tests.fuzz_messages import MESSAGES, SEED, Protocol
+from tests.message_mutants import Piece, mutants
 from tests.pool.helpers import Outcome, key_of, new_block, read, staged, write
 from tests.pool.net.node_rig import MIB, NodeRig, fit_span
 from tests.process_figures import back_to, figures

@@ -21,7 +21,8 @@ from penstock.pool.net import wire
 from penstock.pool.net.node import PoolNode
 from penstock.pool.net.remote import RemotePool
 from penstock.process.guarded_thread import thread_failures
-from tests.fuzz_messages import MESSAGES, SEED, Protocol, mutants
+from tests.fuzz_messages import MESSAGES, SEED, Protocol
+from tests.message_mutants import mutants
 from tests.pool.helpers import key_of, read, write
 from tests.pool.net.node_rig import MIB, HandMade, NodeRig, fit_span
 from tests.process_figures import back_to, figures
