@@ -104,8 +104,9 @@ class LocalPool:
                     for key, size in zip(some, found.sizes.tolist(), strict=True):
                         if not size:
                             self._admission.asked(key)
-            places = zip(found.sizes.tolist(), found.members.tolist(), strict=True)
-            located += [self._located_at(size, names[member]) if size else None for size, member in places]
+            places = list(zip(found.sizes.tolist(), found.members.tolist(), strict=True))
+            known = {(size, at): self._located_at(size, names[at]) if size else None for size, at in set(places)}
+            located += [known[place] for place in places]
         return located
 
     def _look_up(self, keys: bytes) -> tuple[Found, list[str]]:

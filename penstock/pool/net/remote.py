@@ -113,8 +113,9 @@ class RemotePool:
                     detail = f"pool node {self.place} answered {len(found.sizes)} of {len(part) // KEY_BYTES} keys"
                     raise PoolError("network", detail)
                 routes = [tuple(self._full(name) for name in (*route, "net")) for route in found.routes]
-                for size, member in zip(found.sizes, found.members, strict=True):
-                    located.append(Located(size, routes[member]) if size else None)
+                places = list(zip(found.sizes, found.members, strict=True))
+                hits = {(size, member): Located(size, routes[member]) if size else None for size, member in set(places)}
+                located += [hits[place] for place in places]
             return located
 
         return wait

@@ -405,12 +405,18 @@ def found(id: int, hits: Sequence[Located | None]) -> Found:
     """The answer to a lookup. A hit whose size or route is out of bounds becomes a miss, so that it does not invalidate
     the other hits of the message."""
     routes: dict[tuple[str, ...], int] = {}  # at most as many as there are keys
-    sizes, members = [], []
+    places = _places(hits, routes)
+    return Found(id, [size for size, _ in places], [at for _, at in places], [list(route) for route in routes])
+
+
+def _places(hits: Sequence[Located | None], routes: dict[tuple[str, ...], int]) -> list[tuple[int, int]]:
+    """Size and number of the route of each hit, which is added to `routes`; pools answer with few different objects."""
+    known: dict[int, tuple[int, int]] = {id(None): (0, 0)}
     for hit in hits:
-        travels = hit is not None and _travels(hit)
-        sizes.append(hit.size_bytes if hit is not None and travels else 0)
-        members.append(routes.setdefault(hit.route, len(routes)) if hit is not None and travels else 0)
-    return Found(id, sizes, members, [list(route) for route in routes])
+        if id(hit) not in known:
+            travels = hit is not None and _travels(hit)
+            known[id(hit)] = (hit.size_bytes, routes.setdefault(hit.route, len(routes))) if hit and travels else (0, 0)
+    return [known[id(hit)] for hit in hits]
 
 
 def _travels(hit: Located) -> bool:

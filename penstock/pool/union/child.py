@@ -81,6 +81,7 @@ class Child:
         self.bandwidth: MemberBandwidth | None = None  # None until the weight is known, and when it was configured
         self.weighed = False  # its weight was configured, or measured
         self.given = False
+        self.configured: float | None = None  # its weight as it was configured
         self.room_bytes: int | None = None  # None: not known
         self.stat: PoolStat | None = None
         self.failures = 0  # lookups that it did not answer
