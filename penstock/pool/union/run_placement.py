@@ -13,6 +13,7 @@ from penstock.core.pool.strays import StrayWatch
 from penstock.pool.api import Located, PoolError
 from penstock.pool.union.children import Children
 from penstock.pool.union.locations import Locations
+from penstock.pool.union.mover import Move, Mover
 
 
 class RunPlacement:
@@ -22,12 +23,22 @@ class RunPlacement:
         self._children, self._locations = children, locations
         self._lock = children.lock
         self._open = OpenRuns()
+        self._mover = Mover(children, locations)
         self._strays = StrayWatch(time.monotonic())
         self._changes = children.changes
         self._rebuild_s: dict[int, float] = {}  # by size of a block: the least that was seen
 
     def __bool__(self) -> bool:
         return bool(self._children.slots)
+
+    @property
+    def moved(self) -> int:
+        """Blocks that were copied to their owners."""
+        return self._mover.moved
+
+    def close(self, timeout_s: float) -> None:
+        """End moves."""
+        self._mover.close(timeout_s)
 
     def order(self, block: NewBlock) -> list[int]:
         """The children that a new block is offered to, in this order: the one its run lies on, then the stand-ins of a
@@ -69,17 +80,37 @@ class RunPlacement:
                 self._changes = self._children.changes
                 self._strays.changed(time.monotonic())
             asks_all = self._strays.asks_all(time.monotonic())
-        if asks_all and search.ask_all(search.end, search.end + 1):
-            search.ask_all(search.end, len(search.found))
+        begin = search.end
+        if asks_all and search.ask_all(begin, begin + 1):
+            search.ask_all(begin, len(search.found))
             with self._lock:
                 self._strays.changed(time.monotonic())
+                moves = self._moves(search, begin)
+            if moves:
+                self._mover.offer(moves)
+
+    def _moves(self, search: _Search, begin: int) -> list[Move]:
+        """The blocks from the first one that was found beside its owner on, and where everybody looks for them: where a
+        writer who goes on there would write them. The lock is held."""
+        keys, children, slots = search.keys, self._children.all, self._children.slots
+        runs, moves = OpenRuns(len(keys)), []
+        for at in range(begin, search.end):
+            key, hit = keys[at], search.found[at]
+            assert hit is not None
+            parent = keys[at - 1] if at else None
+            target = runs.place(key, parent or b"", lambda key: slots.owner(key, children), lambda _: True)
+            source = self._locations.find(key)
+            if target is not None and source is not None and source != target and children[source].node is not None:
+                position = int.from_bytes(keys[begin][-4:], "little") + at - begin
+                moves.append(Move(key, parent, hit.size_bytes, position, source, target))
+        return moves
 
 
 class _Search:
     """One lookup: asks, and notes what was found where."""
 
     def __init__(self, children: Children, locations: Locations, keys: Sequence[BlockKey], deadline_s: float) -> None:
-        self._children, self._locations, self._keys = children, locations, keys
+        self._children, self._locations, self.keys = children, locations, keys
         self._deadline_s = deadline_s
         self._runs: RunSearch[Located] = RunSearch(keys, self._nodes)
         self._failed: PoolError | None = None
@@ -98,7 +129,7 @@ class _Search:
     def ask_local(self) -> None:
         """Ask the local pool, if there is one, for all blocks."""
         if self._children.local is not None:
-            self._ask({0: list(range(len(self._keys)))})
+            self._ask({0: list(range(len(self.keys)))})
 
     def ask_owners(self) -> bool:
         """Ask the nodes of the next round; returns False when there is none."""
@@ -117,11 +148,11 @@ class _Search:
         """Raise PoolError when no child answered."""
         if self._failed is not None and not self._answered:
             raise self._failed
-        if not self._answered and self._keys:
+        if not self._answered and self.keys:
             raise PoolError("network", "no pool node is up")
 
     def _ask(self, asks: Mapping[int, list[int]]) -> bool:
-        keys, locations = self._keys, self._locations
+        keys, locations = self.keys, self._locations
         asked = {number: [keys[at] for at in indexes] for number, indexes in asks.items()}
         answers = self._children.ask_keys(asked, self._deadline_s - time.monotonic())
         with self._children.lock:

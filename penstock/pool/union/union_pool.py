@@ -26,7 +26,7 @@ from penstock.core.new_block import NewBlock
 from penstock.pool.api import Done, DoneMany, Lease, Located, MemberStat, PoolError, PoolStat, ReadCheck, check_write
 from penstock.pool.callbacks import call_done, call_soon, callback_worker
 from penstock.pool.losses import note_error, note_loss
-from penstock.pool.node_backend import NodeBackend, OpenedBlock
+from penstock.pool.node_backend import BlockOrigin, NodeBackend, OpenedBlock
 from penstock.pool.spans import Gather, PartEnded
 from penstock.pool.union.child import BlockEnded, Child, NodePool
 from penstock.pool.union.children import Children
@@ -331,7 +331,7 @@ class UnionPool:
             sum(stat.evictions for stat in counted),
             sum(stat.checksum_errors for stat in counted),
             sum(stat.writes_not_admitted for stat in counted),
-            sum(stat.moved_blocks for stat in counted),
+            sum(stat.moved_blocks for stat in counted) + self._runs.moved,
             _added_up(stat.tenants for stat in counted),
             _added_up(stat.losses for stat in counted),
             _added_up(stat.thread_failures for stat in counted),
@@ -343,7 +343,8 @@ class UnionPool:
     def close(self, timeout_s: float) -> None:
         """Close the children, then end callbacks, within about `timeout_s`."""
         deadline_s = time.monotonic() + timeout_s
-        self._children.close(timeout_s)
+        self._children.close(timeout_s)  # which ends what the mover waits for
+        self._runs.close(max(0.1, deadline_s - time.monotonic()))
         self._callbacks.close(max(0.1, deadline_s - time.monotonic()))
 
     # --- for a pool node: `pool.node_backend` ---
@@ -380,6 +381,10 @@ class UnionPool:
     def open_blocks(self, keys: Sequence[BlockKey], size_bytes: int) -> list[OpenedBlock | PoolError]:
         """As `open_block` of each."""
         return [self.open_block(key, size_bytes) for key in keys]
+
+    def origins(self, keys: Sequence[BlockKey]) -> list[BlockOrigin | None]:
+        """None for each: blocks are moved by who reaches their nodes directly."""
+        return [None] * len(keys)
 
     def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
         """Forward a reader's report about a block to the child where the block was last found."""
