@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from penstock.core.keys import BlockKey
@@ -75,14 +75,16 @@ class SlotMap:
         """The number of the node that has a slot."""
         return self._owners[slot]
 
-    def order(self, slot: int) -> list[int]:
+    def order(self, slot: int) -> Iterator[int]:
         """All nodes: the owner, then those that stand in for it, as everybody computes them."""
-        order: dict[int, None] = {}
+        seen: set[int] = set()
         for at in range(slot, slot + SLOTS):
-            order[self._owners[at & _SLOT_BITS]] = None
-            if len(order) == self.nodes:
-                break
-        return list(order)
+            number = self._owners[at & _SLOT_BITS]
+            if number not in seen:
+                seen.add(number)
+                yield number
+                if len(seen) == self.nodes:
+                    return
 
 
 def _filled(nodes: Sequence[tuple[int, str, float]]) -> list[int]:

@@ -60,8 +60,11 @@ class Mover:
         with self._lock:
             if self._closing.is_set():
                 return
-            self._worker = self._worker or GuardedWorker("penstock-mover", WAITING_MAX)
-            worker = self._worker
+            try:
+                worker = self._worker = self._worker or GuardedWorker("penstock-mover", WAITING_MAX)
+            except (RuntimeError, MemoryError):  # the operating system starts no thread now
+                count_loss("moves_dropped", len(moves))
+                return
             new = [move for move in moves if move.key not in self._waiting]
             self._waiting.update(move.key for move in new)
         pieces: dict[tuple[int, int, int], list[Move]] = {}

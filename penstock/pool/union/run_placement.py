@@ -43,14 +43,12 @@ class RunPlacement:
     def order(self, block: NewBlock) -> list[int]:
         """The children that a new block is offered to, in this order: the one its run lies on, then the stand-ins of a
         run that would begin with it. A child without room evicts: elsewhere nobody would look for the block."""
-        children, slots = self._children.all, self._children.slots
+        slots = self._children.slots
         with self._lock:
-            first = self._open.place(
-                block.key, block.parent, lambda key: slots.owner(key, children), lambda number: children[number].up
-            )
+            first = self._open.place(block.key, block.parent, slots.owner, lambda at: self._children.all[at].up)
         if first is None:
             return []
-        return [first, *(number for number in slots.order(block.key, children) if number != first)]
+        return [first, *(number for number in slots.order(block.key) if number != first)]
 
     def as_stored(self, block: NewBlock) -> NewBlock:
         """The block as its child stores it; the lock is held. All blocks of a size are equally dear to compute again,
@@ -64,7 +62,7 @@ class RunPlacement:
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
         """Ask the local pool for all, and nodes for their runs, in a few rounds. Where the hits end early, all nodes
         are asked whether one has the next block nevertheless, for some time after a change and now and then later.
-        Raises PoolError when no child answers."""
+        Raises PoolError when no child is up."""
         search = _Search(self._children, self._locations, keys, time.monotonic() + timeout_s)
         search.ask_local()
         while search.ask_owners():
@@ -81,26 +79,29 @@ class RunPlacement:
                 self._strays.changed(time.monotonic())
             asks_all = self._strays.asks_all(time.monotonic())
         begin = search.end
+        owned = [hit is not None for hit in search.found]
         if asks_all and search.ask_all(begin, begin + 1):
             search.ask_all(begin, len(search.found))
             with self._lock:
                 self._strays.changed(time.monotonic())
-                moves = self._moves(search, begin)
+                moves = self._moves(search, begin, owned)
             if moves:
                 self._mover.offer(moves)
 
-    def _moves(self, search: _Search, begin: int) -> list[Move]:
-        """The blocks from the first one that was found beside its owner on, and where everybody looks for them: where a
-        writer who goes on there would write them. The lock is held."""
-        keys, children, slots = search.keys, self._children.all, self._children.slots
+    def _moves(self, search: _Search, begin: int, owned: Sequence[bool]) -> list[Move]:
+        """The blocks from the first one that was found beside its owner on, without those that are `owned`, and where
+        everybody looks for them: where a writer who goes on there would write them. The lock is held."""
+        keys, children = search.keys, self._children.all
         runs, moves = OpenRuns(len(keys)), []
         for at in range(begin, search.end):
             key, hit = keys[at], search.found[at]
             assert hit is not None
             parent = keys[at - 1] if at else None
-            target = runs.place(key, parent or b"", lambda key: slots.owner(key, children), lambda _: True)
+            target = runs.place(key, parent or b"", self._children.slots.owner, lambda _: True)
             source = self._locations.find(key)
-            if target is not None and source is not None and source != target and children[source].node is not None:
+            if target is None or source is None or source == target or children[source].node is None:
+                continue
+            if not owned[at]:
                 position = int.from_bytes(keys[begin][-4:], "little") + at - begin
                 moves.append(Move(key, parent, hit.size_bytes, position, source, target))
         return moves
@@ -132,29 +133,31 @@ class _Search:
             self._ask({0: list(range(len(self.keys)))})
 
     def ask_owners(self) -> bool:
-        """Ask the nodes of the next round; returns False when there is none."""
+        """Ask the nodes of the next round; returns False when there is none, or no time is left."""
+        if time.monotonic() >= self._deadline_s:
+            return False
         with self._children.lock:
             asks = self._runs.next_round()
         return bool(asks) and self._ask(asks)
 
     def ask_all(self, begin: int, end: int) -> bool:
-        """Ask all nodes for some of the blocks; returns whether the first one was found."""
+        """Ask all nodes for some of the blocks, while time is left; returns whether the first one was found."""
+        if time.monotonic() >= self._deadline_s:
+            return False
         some = list(range(begin, end))
         nodes = (at for at, child in enumerate(self._children.all) if child.node is not None and child.up)
         self._ask({at: some for at in nodes})
         return self.found[begin] is not None
 
     def check(self) -> None:
-        """Raise PoolError when no child answered."""
-        if self._failed is not None and not self._answered:
-            raise self._failed
-        if not self._answered and self.keys:
-            raise PoolError("network", "no pool node is up")
+        """Raise PoolError when no child answered, and none is up."""
+        if not self._answered and self.keys and not any(child.up for child in self._children.all):
+            raise self._failed or PoolError("network", "no pool node is up")
 
     def _ask(self, asks: Mapping[int, list[int]]) -> bool:
         keys, locations = self.keys, self._locations
         asked = {number: [keys[at] for at in indexes] for number, indexes in asks.items()}
-        answers = self._children.ask_keys(asked, self._deadline_s - time.monotonic())
+        answers = self._children.ask_keys(asked, max(0.0, self._deadline_s - time.monotonic()))
         with self._children.lock:
             for number, answer in answers.items():
                 self._children.note_answer(self._children.all[number], answer)
@@ -168,6 +171,6 @@ class _Search:
 
     def _nodes(self, key: BlockKey) -> list[int]:
         """As `RunSearch`: where the block was seen last, and the owner of a run that begins with it."""
+        seen, owner = self._locations.find(key), self._children.slots.owner(key)
         children = self._children.all
-        seen, owner = self._locations.find(key), self._children.slots.owner(key, children)
         return [at for at in (seen, owner) if at is not None and children[at].node is not None and children[at].up]

@@ -57,7 +57,7 @@ def test_stand_ins_are_all_nodes_once_and_the_owner_is_first() -> None:
     found = SlotMap(nodes_of([1e9] * 20))
     seconds = Counter[int]()
     for slot in range(0, SLOTS, 7):
-        order = found.order(slot)
+        order = list(found.order(slot))
         assert order[0] == found.owner(slot) and sorted(order) == list(range(20))
         seconds[order[1]] += order[0] == 4
     assert len(seconds) - (seconds[4] > 0) >= 15, "what a node that is down leaves goes to many others"
