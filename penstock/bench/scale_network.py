@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 
 from penstock.bench.processes import pool_process
 from penstock.bench.scale_nodes import nodes_process
@@ -39,10 +40,13 @@ MEMORY_BYTES = 256 << 20
 SPANS_IN_FLIGHT = 4
 TIMEOUT_S = 120.0
 ENGINES_MAX = 1024
+BEGINNING_BLOCKS, OWN_BLOCKS = 2, 6  # of short prompts
 LANES = ("control", "write", "read")
 BEFORE = {  # measured before blocks travelled in spans
     "engine_us_per_block_1_node": 410.0,
     "engine_us_per_block_64_nodes": 650.0,
+    "lookup_64_nodes_ms": 158.0,
+    "lookup_64_nodes_cpu_ms": 196.0,
     "node_read_us_per_block": 45.0,
     "node_write_us_per_block": 170.0,
     "node_engines_max": 85.0,
@@ -50,6 +54,8 @@ BEFORE = {  # measured before blocks travelled in spans
 GOALS = {
     "engine_us_per_block_1_node": 60.0,
     "engine_us_per_block_64_nodes": 80.0,
+    "lookup_64_nodes_ms": 5.0,
+    "lookup_64_nodes_cpu_ms": 4.0,
     "node_read_us_per_block": 12.0,
     "node_write_us_per_block": 40.0,
     "node_engines_max": 1000.0,
@@ -64,6 +70,12 @@ def measure_network(report: Report, quick: bool, step: Step) -> None:
         step(f"an engine loads from {nodes} nodes")
         name = f"engine_us_per_block_{nodes}_node" + "s" * (nodes > 1)
         _figure(report, name, engine_us_per_block(nodes, requests, context))
+    nodes = 20 if quick else 64
+    step(f"a prefix is looked up on {nodes} nodes")
+    took_ms, cpu_ms, hottest = lookup_ms(nodes, 2048, *((5, 200) if quick else (50, 6400)))
+    _figure(report, f"lookup_{nodes}_nodes_ms", took_ms)
+    _figure(report, f"lookup_{nodes}_nodes_cpu_ms", cpu_ms)
+    report.figure(f"blocks_{nodes}_nodes_hottest_over_mean", hottest, 1.25)
     step("blocks are written to a node, and read")
     write_us, read_us = node_us_per_block(8192 if quick else 32_768)
     _figure(report, "node_write_us_per_block", write_us)
@@ -139,6 +151,42 @@ def _prefix(root: BlockKey, tokens: list[int], size_bytes: int) -> list[NewBlock
     chain = KeyChain(root, BLOCK_TOKENS)
     keys = chain.extend(tokens)
     return [NewBlock(key, chain.parent_of(at), size_bytes, prefix_position(keys[0], at)) for at, key in enumerate(keys)]
+
+
+# --- lookups ---
+
+
+def lookup_ms(nodes: int, blocks: int, lookups: int, prefixes: int) -> tuple[float, float, float]:
+    """Of a lookup of a prefix of `blocks` blocks that lies on `nodes` nodes: milliseconds, the median, and CPU
+    milliseconds of this process and of the nodes', the mean. Then so many short prefixes are written that all begin
+    alike: the blocks of the fullest node over the mean."""
+    size = 4096
+    with contextlib.ExitStack() as undo:
+        process = undo.enter_context(nodes_process(nodes, MEMORY_BYTES))
+        pool = open_union(None, process.address.split(","), [1e9] * nodes)
+        undo.callback(pool.close, 5.0)
+        long = _prefix(bytes(KEY_BYTES), [7] * blocks * BLOCK_TOKENS, size)
+        _store(pool, long, size)
+        keys = [block.key for block in long]
+        took_s: list[float] = []
+        with _without_collector():
+            spent_s, nodes_s = time.process_time(), cpu_s(process.pid)
+            for _ in range(lookups):
+                begin_s = time.perf_counter()
+                found = pool.lookup(keys, TIMEOUT_S)
+                took_s.append(time.perf_counter() - begin_s)
+                if None in found:
+                    raise PoolError("missing", f"{found.count(None)} of {blocks} blocks were not found")
+            cpu = time.process_time() - spent_s + cpu_s(process.pid) - nodes_s
+        pool.evict(keys)
+        system = [1] * BEGINNING_BLOCKS * BLOCK_TOKENS
+        chains = [
+            _prefix(bytes(KEY_BYTES), [*system, *[number] * OWN_BLOCKS * BLOCK_TOKENS], size)
+            for number in range(2, prefixes + 2)
+        ]
+        _store(pool, [*chains[0], *(block for chain in chains[1:] for block in chain[BEGINNING_BLOCKS:])], size)
+        held = [member.blocks for member in pool.stat(TIMEOUT_S).members]
+    return 1e3 * median(took_s), 1e3 * cpu / lookups, max(held) * len(held) / sum(held)
 
 
 # --- a node ---

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from penstock.core.keys import BlockKey
 from penstock.pool.api import Done, Pool, PoolError
+
+
+@dataclass(frozen=True, slots=True)
+class BlockOrigin:
+    """What a block was written with, beside its bytes (`NewBlock`)."""
+
+    parent: BlockKey
+    tenant: bytes
+    rebuild_s: float
 
 
 class StoredBlock(Protocol):
@@ -72,6 +82,9 @@ class NodeBackend(Pool, Protocol):
 
     def open_blocks(self, keys: Sequence[BlockKey], size_bytes: int) -> list[OpenedBlock | PoolError]:
         """As `open_block` of each."""
+
+    def origins(self, keys: Sequence[BlockKey]) -> list[BlockOrigin | None]:
+        """What each of these blocks was written with; None for one that is not here, or lies on another node."""
 
     def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
         """A reader reports that the block with this checksum and MAC arrived damaged, or (`refused`) that it is whole,

@@ -27,7 +27,7 @@ from penstock.pool.net.node_connection import IN_FLIGHT_MAX, ClientConnection
 from penstock.pool.net.one_sided import Mover
 from penstock.pool.net.secret import Secret
 from penstock.pool.net.tls import PeerTls
-from penstock.pool.node_backend import NodeBackend, OpenedBlock
+from penstock.pool.node_backend import BlockOrigin, NodeBackend, OpenedBlock
 from penstock.pool.spans import read_each, write_each
 from penstock.process.rate_limited_log import RateLimitedLog
 
@@ -370,6 +370,9 @@ class _BufferBackend:
 
     def open_blocks(self, keys: Sequence[BlockKey], size_bytes: int) -> list[OpenedBlock | PoolError]:
         return [self.open_block(key, size_bytes) for key in keys]
+
+    def origins(self, keys: Sequence[BlockKey]) -> list[BlockOrigin | None]:
+        return [None] * len(keys)
 
     def read(
         self,

@@ -30,7 +30,7 @@ from penstock.pool.members.member import GoneMember, Member, fenced_reason, is_d
 from penstock.pool.members.memory import MemoryMember
 from penstock.pool.members.stored_rows import Use, keys_of
 from penstock.pool.members.work import Work
-from penstock.pool.node_backend import OpenedBlock
+from penstock.pool.node_backend import BlockOrigin, OpenedBlock
 from penstock.pool.spans import read_each
 from penstock.process.guarded_thread import thread_failures
 from penstock.units import format_bytes
@@ -104,8 +104,9 @@ class LocalPool:
                     for key, size in zip(some, found.sizes.tolist(), strict=True):
                         if not size:
                             self._admission.asked(key)
-            places = zip(found.sizes.tolist(), found.members.tolist(), strict=True)
-            located += [self._located_at(size, names[member]) if size else None for size, member in places]
+            places = list(zip(found.sizes.tolist(), found.members.tolist(), strict=True))
+            known = {(size, at): self._located_at(size, names[at]) if size else None for size, at in set(places)}
+            located += [known[place] for place in places]
         return located
 
     def _look_up(self, keys: bytes) -> tuple[Found, list[str]]:
@@ -476,6 +477,12 @@ class LocalPool:
                 return [PoolError("closed", "the pool is closed")] * len(keys)
             self._check_members()
             return [self._open(key, size_bytes) for key in keys]
+
+    def origins(self, keys: Sequence[BlockKey]) -> list[BlockOrigin | None]:
+        """What each of these blocks was written with; None for a miss. No use is noted."""
+        with self._lock:
+            blocks = [self._table.find(key) for key in keys]
+        return [BlockOrigin(one.parent, one.tenant, one.rebuild_s) if one is not None else None for one in blocks]
 
     def _open(self, key: BlockKey, size_bytes: int | None) -> OpenBlock | PoolError:
         """Pin one block; the lock is held."""

@@ -375,4 +375,4 @@ def _cost(uses: NDArray[Any], rebuild_s: NDArray[Any], extents: NDArray[np.int64
     """What `RebuildValue` adds to inflation, of many blocks."""
     each = np.minimum(rebuild_s.astype(np.float64) * 1e9 / extents, NS_PER_BYTE_MAX)
     known = (rebuild_s > 0) & np.isfinite(rebuild_s)
-    return np.where(known, np.clip(uses, 1, USES_MAX).astype(np.float64) * each, 0.0)
+    return np.where(known, np.minimum(np.maximum(uses, 1), USES_MAX).astype(np.float64) * each, 0.0)

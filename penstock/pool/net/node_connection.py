@@ -395,7 +395,8 @@ class ClientConnection:
         keys = wire.split_keys(request.keys)
         if isinstance(request, wire.Evict):
             return wire.Evicted(request.id, sum(self._in_pieces(keys, lambda some: [self._pool.evict(some)])))
-        return wire.found(request.id, self._in_pieces(keys, lambda some: self._pool.lookup(some, request.timeout_s)))
+        hits = self._in_pieces(keys, lambda some: self._pool.lookup(some, request.timeout_s))
+        return wire.found(request.id, hits, self._pool.origins(keys) if request.origins else ())
 
     @property
     def _answers_alone(self) -> bool:

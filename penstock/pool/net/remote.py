@@ -25,6 +25,7 @@ from penstock.pool.net.one_sided_reads import BlockRead, OneSidedReads
 from penstock.pool.net.secret import Secret
 from penstock.pool.net.tls import PeerTls
 from penstock.pool.net.ways import MESSAGES, count_read, note_link
+from penstock.pool.node_backend import BlockOrigin
 from penstock.pool.spans import Gather, PartEnded, read_each, write_each
 from penstock.pool.union.child import BlockEnded
 from penstock.units import format_bytes
@@ -113,11 +114,21 @@ class RemotePool:
                     detail = f"pool node {self.place} answered {len(found.sizes)} of {len(part) // KEY_BYTES} keys"
                     raise PoolError("network", detail)
                 routes = [tuple(self._full(name) for name in (*route, "net")) for route in found.routes]
-                for size, member in zip(found.sizes, found.members, strict=True):
-                    located.append(Located(size, routes[member]) if size else None)
+                places = list(zip(found.sizes, found.members, strict=True))
+                hits = {(size, member): Located(size, routes[member]) if size else None for size, member in set(places)}
+                located += [hits[place] for place in places]
             return located
 
         return wait
+
+    def origins(self, keys: Sequence[BlockKey], timeout_s: float) -> list[BlockOrigin | None]:
+        """What each of at most a span of blocks was written with; None for one that the node does not have, or where it
+        does not know. Raises PoolError when it does not answer in time."""
+        ask = partial(wire.Lookup, keys=b"".join(keys), origins=True)
+        found = self._link.ask(wire.Found, ask, time.monotonic() + timeout_s)()
+        if len(found.origins) != len(keys):
+            return [None] * len(keys)
+        return [BlockOrigin(o.parent, o.tenant, o.rebuild_s) if o is not None else None for o in found.origins]
 
     def read(
         self,

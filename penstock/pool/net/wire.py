@@ -26,6 +26,7 @@ from penstock.core.spans import SPAN_BLOCKS_MAX, SPAN_BYTES_MAX
 from penstock.framing import Greeting, decode
 from penstock.framing import ProtocolError as ProtocolError
 from penstock.pool.api import Located, PoolError, PoolStat
+from penstock.pool.node_backend import BlockOrigin
 
 if TYPE_CHECKING:
     from penstock.pool.net.tls_socket import Stream
@@ -133,11 +134,17 @@ class Write(msgspec.Struct, array_like=True, tag=3):
 
 
 class Lookup(msgspec.Struct, array_like=True, tag=4):
-    """`keys` are concatenated; answered by Found."""
+    """`keys` are concatenated; answered by Found. With `origins`, at most a span of them, also with what each block was
+    written with; nodes that do not know that leave it out."""
 
     id: Id
     timeout_s: Seconds
     keys: Keys
+    origins: bool = False
+
+    def __post_init__(self) -> None:
+        if self.origins and len(self.keys) > SPAN_BLOCKS_MAX * KEY_BYTES:
+            raise ValueError(f"the origins of more than {SPAN_BLOCKS_MAX} blocks are asked for")
 
 
 class Evict(msgspec.Struct, array_like=True, tag=5):
@@ -385,14 +392,24 @@ class Written(msgspec.Struct, array_like=True, tag=23):
     id: Id
 
 
+class Origin(msgspec.Struct, array_like=True):
+    """What a block was written with, beside its bytes."""
+
+    parent: Key
+    tenant: Tenant
+    rebuild_s: RebuildSeconds
+
+
 class Found(msgspec.Struct, array_like=True, tag=24):
     """For each key its size (0: a miss) and the index of its route in `routes`: its member (with "@" and the address,
-    if it is on another node) and the links up to this node."""
+    if it is on another node) and the links up to this node. `origins`: for each key what its block was written with, or
+    nothing; only where it was asked for."""
 
     id: Id
     sizes: Annotated[list[Annotated[int, Meta(ge=0, le=PAYLOAD_BYTES_MAX)]], Meta(max_length=KEYS_PER_MESSAGE)]
     members: Annotated[list[Annotated[int, Meta(ge=0, lt=ROUTES_MAX)]], Meta(max_length=KEYS_PER_MESSAGE)]
     routes: Annotated[list[Annotated[list[Link], Meta(max_length=ROUTE_LINKS_MAX)]], Meta(max_length=ROUTES_MAX)]
+    origins: Annotated[list[Origin | None], Meta(max_length=SPAN_BLOCKS_MAX)] = []
 
     def __post_init__(self) -> None:
         if len(self.sizes) != len(self.members):
@@ -401,16 +418,24 @@ class Found(msgspec.Struct, array_like=True, tag=24):
             raise ValueError(f"a hit has a route index outside the {len(self.routes)} routes of the message")
 
 
-def found(id: int, hits: Sequence[Located | None]) -> Found:
+def found(id: int, hits: Sequence[Located | None], origins: Sequence[BlockOrigin | None] = ()) -> Found:
     """The answer to a lookup. A hit whose size or route is out of bounds becomes a miss, so that it does not invalidate
     the other hits of the message."""
     routes: dict[tuple[str, ...], int] = {}  # at most as many as there are keys
-    sizes, members = [], []
+    places = _places(hits, routes)
+    sizes, members = [size for size, _ in places], [at for _, at in places]
+    written = [Origin(one.parent, one.tenant, one.rebuild_s) if one is not None else None for one in origins]
+    return Found(id, sizes, members, [list(route) for route in routes], written)
+
+
+def _places(hits: Sequence[Located | None], routes: dict[tuple[str, ...], int]) -> list[tuple[int, int]]:
+    """Size and number of the route of each hit, which is added to `routes`; pools answer with few different objects."""
+    known: dict[int, tuple[int, int]] = {id(None): (0, 0)}
     for hit in hits:
-        travels = hit is not None and _travels(hit)
-        sizes.append(hit.size_bytes if hit is not None and travels else 0)
-        members.append(routes.setdefault(hit.route, len(routes)) if hit is not None and travels else 0)
-    return Found(id, sizes, members, [list(route) for route in routes])
+        if id(hit) not in known:
+            travels = hit is not None and _travels(hit)
+            known[id(hit)] = (hit.size_bytes, routes.setdefault(hit.route, len(routes))) if hit and travels else (0, 0)
+    return [known[id(hit)] for hit in hits]
 
 
 def _travels(hit: Located) -> bool:

@@ -9,7 +9,7 @@ from penstock.core.bandwidth import BusyMeter, MemberBandwidth
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
 from penstock.pool.api import Located, Pool, PoolError, PoolStat, ReadCheck
-from penstock.pool.node_backend import NodeBackend
+from penstock.pool.node_backend import BlockOrigin, NodeBackend
 
 BlockEnded = Callable[[int, bytes, PoolError | None], None]  # checksum and MAC that the block was stored with
 
@@ -44,6 +44,9 @@ class NodePool(Pool, Protocol):
 
     def begin_lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> Callable[[], list[Located | None]]:
         """Send a `lookup` request; call the result to wait for the answer. Both raise PoolError."""
+
+    def origins(self, keys: Sequence[BlockKey], timeout_s: float) -> list[BlockOrigin | None]:
+        """What each of at most a span of blocks was written with; None where it is not known. Raises PoolError."""
 
     def begin_evict(self, keys: Sequence[BlockKey]) -> Callable[[], int]:
         """Send a `evict` request; call the result to wait for the answer. Both raise PoolError."""
@@ -81,6 +84,7 @@ class Child:
         self.bandwidth: MemberBandwidth | None = None  # None until the weight is known, and when it was configured
         self.weighed = False  # its weight was configured, or measured
         self.given = False
+        self.configured: float | None = None  # its weight as it was configured
         self.room_bytes: int | None = None  # None: not known
         self.stat: PoolStat | None = None
         self.failures = 0  # lookups that it did not answer

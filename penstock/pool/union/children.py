@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
 from penstock.core.bandwidth import MemberBandwidth
+from penstock.core.keys import BlockKey
 from penstock.core.pool.striping import Placement
-from penstock.pool.api import PoolError, PoolStat
+from penstock.pool.api import Located, PoolError, PoolStat
 from penstock.pool.block_size import expect_blocks
 from penstock.pool.node_backend import NodeBackend
 from penstock.pool.union.child import Child, NodePool
+from penstock.pool.union.slot_owners import SlotOwners
 from penstock.process.guarded_thread import GuardedThread
 
 log = logging.getLogger(__name__)
@@ -36,13 +38,19 @@ class Children:
         nodes: Sequence[NodePool],
         weights: Sequence[float | None] | None,
         follow_bandwidth: bool,
+        by_slots: bool,
     ) -> None:
-        """Owns the children from now on: see `UnionPool`. They are closed when this raises."""
+        """Owns the children from now on: see `UnionPool`. They are closed when this raises. `by_slots`: runs of blocks
+        have owners (`slots`) once there are many nodes."""
         self.local = local
         self.all = [Child(local, local, None)] if local is not None else []
         self.all += [Child(node, None, node) for node in nodes]
         self.lock = threading.Lock()
         self._follow = follow_bandwidth
+        self.slots = SlotOwners()
+        self.changes = 0  # of the owners, and of children that came up or went down
+        self._by_slots = by_slots
+        self._refreshing = threading.Lock()
         self._block_bytes = 0  # size of this process's blocks; 0 until it is known
         self._closing = threading.Event()
         self._thread = GuardedThread("penstock-union", self._watch, restarts=True)
@@ -63,7 +71,7 @@ class Children:
     @property
     def shares(self) -> tuple[float, ...]:
         """Each child's share of new blocks; the lock is held."""
-        return self._placement.weights
+        return self.slots.shares(self.all) if self.slots else self._placement.weights
 
     @property
     def read_bytes_per_s(self) -> float:
@@ -85,6 +93,7 @@ class Children:
                 block_bytes = self._block_bytes
             if block_bytes:
                 expect_blocks(node, block_bytes)
+            self._refresh()
         except BaseException:
             node.close(1.0)
             raise
@@ -96,6 +105,7 @@ class Children:
             child = self.all[number]
             child.left = True
             self._placement.set_weight(number, 0.0)
+        self._refresh()
         deadline_s = time.monotonic() + timeout_s
         while child.meter.in_flight and time.monotonic() < deadline_s and not self._closing.wait(0.01):
             pass
@@ -107,6 +117,7 @@ class Children:
             number = next(i for i, child in enumerate(self.all) if child.name == place and not child.left)
             self._weighed_child(self.all[number], weight)
             self._placement.set_weight(number, weight)
+        self._refresh()
 
     @property
     def block_bytes_max(self) -> int:
@@ -163,6 +174,35 @@ class Children:
                 waits.append(error)
         return [wait if isinstance(wait, PoolError) else _answer(wait) for wait in waits]
 
+    def ask_keys(
+        self, asked: Mapping[int, Sequence[BlockKey]], timeout_s: float
+    ) -> dict[int, list[Located | None] | PoolError]:
+        """Look some blocks up at each of these children, at all of them at once; their answers."""
+        waits: dict[int, Callable[[], list[Located | None]] | PoolError] = {}
+        for number, keys in asked.items():
+            child = self.all[number]
+            try:
+                if child.node is not None:
+                    waits[number] = child.node.begin_lookup(keys, timeout_s)
+                else:
+                    waits[number] = partial(child.as_local.lookup, keys, timeout_s)
+            except PoolError as error:
+                waits[number] = error
+        return {number: wait if isinstance(wait, PoolError) else _answer(wait) for number, wait in waits.items()}
+
+    def note_answer(self, child: Child, answer: object) -> None:
+        """Count a request that a child did not answer, and log it once until the child answers again. The lock is
+        held."""
+        if child.left:
+            return
+        failed = isinstance(answer, PoolError)
+        child.failures += failed
+        if failed and not child.logged_down:
+            log.warning("lookups go on without %s: %s", child.name, answer)
+        elif child.logged_down and not failed:
+            log.warning("%s answers lookups again", child.name)
+        child.logged_down = failed
+
     # --- weights, room and health ---
 
     def _place(self, given: Sequence[float | None] | None) -> Placement:
@@ -193,6 +233,7 @@ class Children:
     def _weighed_child(self, child: Child, weight: float | None) -> Child:
         """Record the configured weight of a child, if any."""
         child.given = child.weighed = weight is not None
+        child.configured = weight
         if self._follow and child.node is not None and weight and weight >= SHARES_BELOW:
             child.bandwidth = MemberBandwidth(weight)
         return child
@@ -209,6 +250,12 @@ class Children:
     def _watch(self) -> None:
         while not self._closing.wait(LOOK_EVERY_S):
             self._update()
+
+    def _refresh(self) -> None:
+        """Compute anew who owns which blocks, where nodes or weights changed."""
+        if self._by_slots:
+            with self._refreshing:
+                self.changes += self.slots.refresh(self.all)
 
     def _update(self) -> None:
         """Weight nodes that are reached for the first time, and update each child's free space and each node's
@@ -231,6 +278,7 @@ class Children:
                 if changed is not None:
                     log.warning("pool node %s is read at %.2f GB/s; its share is adjusted", child.name, changed / 1e9)
                     self._placement.set_weight(at, changed)
+        self._refresh()
 
     def _weigh(self, at: int, child: Child, node: NodePool) -> None:
         try:

@@ -26,11 +26,12 @@ from penstock.core.new_block import NewBlock
 from penstock.pool.api import Done, DoneMany, Lease, Located, MemberStat, PoolError, PoolStat, ReadCheck, check_write
 from penstock.pool.callbacks import call_done, call_soon, callback_worker
 from penstock.pool.losses import note_error, note_loss
-from penstock.pool.node_backend import NodeBackend, OpenedBlock
+from penstock.pool.node_backend import BlockOrigin, NodeBackend, OpenedBlock
 from penstock.pool.spans import Gather, PartEnded
 from penstock.pool.union.child import BlockEnded, Child, NodePool
 from penstock.pool.union.children import Children
 from penstock.pool.union.locations import Locations
+from penstock.pool.union.run_placement import RunPlacement
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +73,16 @@ class UnionPool:
         self.node_id = node_id
         self._callbacks = callback_worker()
         try:
-            self._children = Children(local, nodes, weights, follow_bandwidth)
+            # A node with members of its own is itself a node of the others' maps, under an address it does not know.
+            by_slots = local is None or not node_id
+            self._children = Children(local, nodes, weights, follow_bandwidth, by_slots)
         except BaseException:
             self._callbacks.close(1.0)
             raise
         self._local = local
         self._lock = self._children.lock
         self._locations = Locations(len(self._children.all))
+        self._runs = RunPlacement(self._children, self._locations)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -122,13 +126,16 @@ class UnionPool:
             child.pool.register(buffer)
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
-        """Ask all children at once; each block's best place, None where no child that answered has it."""
+        """Ask all children at once, of many only the owners of the blocks; each block's best place, None where no child
+        that answered has it."""
+        if self._runs:
+            return self._runs.lookup(keys, timeout_s)
         answers = self._children.ask_all(
             lambda node: node.begin_lookup(keys, timeout_s), lambda local: local.lookup(keys, timeout_s)
         )
         with self._lock:
             for child, answer in zip(self._children.all, answers, strict=False):
-                self._note_answer(child, answer)
+                self._children.note_answer(child, answer)
             found = [None if isinstance(answer, PoolError) else answer for answer in answers]
             if all(answer is None for answer in found):
                 raise next(answer for answer in answers if isinstance(answer, PoolError))
@@ -243,7 +250,7 @@ class UnionPool:
         if error is not None:
             call_soon(self._callbacks, done, error)
             return
-        ready = self._children.order(block.position, block.size_bytes)
+        ready = self._order(block)
         self._write_to(ready, block, data, time.monotonic() + timeout_s, done, PoolError("network", "no child is up"))
 
     def write_many(
@@ -259,7 +266,7 @@ class UnionPool:
             error = check_write(block, data)
             if before is None or block.parent != before.key:
                 root, last_on = block.parent, {}
-            order = self._children.order(block.position, block.size_bytes) if error is None else []
+            order = self._order(block) if error is None else []
             before = block
             if not order:
                 self.write(block, data, timeout_s, gather.one(at))
@@ -282,15 +289,11 @@ class UnionPool:
                     self._write_to(one.others, one.block, one.data, until_s, one.done, error)
                     continue
                 if error is None:
-                    with self._lock:
-                        self._locations.note_written(one.block.key, one.block.parent, at)
+                    self._note_written(one.block, at)
                 call_done(one.done, error)
 
         with self._lock:
-            placed = [
-                replace(one.block, parent=one.parent, position=self._children.position_on(at, one.block.position))
-                for one in span
-            ]
+            placed = [self._as_stored(at, one.block, one.parent) for one in span]
             for one in span:
                 child.note_written(one.block.size_bytes)
         child.pool.write_many(placed, [one.data for one in span], until_s - time.monotonic(), written)
@@ -328,7 +331,7 @@ class UnionPool:
             sum(stat.evictions for stat in counted),
             sum(stat.checksum_errors for stat in counted),
             sum(stat.writes_not_admitted for stat in counted),
-            sum(stat.moved_blocks for stat in counted),
+            sum(stat.moved_blocks for stat in counted) + self._runs.moved,
             _added_up(stat.tenants for stat in counted),
             _added_up(stat.losses for stat in counted),
             _added_up(stat.thread_failures for stat in counted),
@@ -340,7 +343,8 @@ class UnionPool:
     def close(self, timeout_s: float) -> None:
         """Close the children, then end callbacks, within about `timeout_s`."""
         deadline_s = time.monotonic() + timeout_s
-        self._children.close(timeout_s)
+        self._children.close(timeout_s)  # which ends what the mover waits for
+        self._runs.close(max(0.1, deadline_s - time.monotonic()))
         self._callbacks.close(max(0.1, deadline_s - time.monotonic()))
 
     # --- for a pool node: `pool.node_backend` ---
@@ -378,6 +382,10 @@ class UnionPool:
         """As `open_block` of each."""
         return [self.open_block(key, size_bytes) for key in keys]
 
+    def origins(self, keys: Sequence[BlockKey]) -> list[BlockOrigin | None]:
+        """None for each: blocks are moved by who reaches their nodes directly."""
+        return [None] * len(keys)
+
     def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
         """Forward a reader's report about a block to the child where the block was last found."""
         child = self._holder(key)
@@ -397,19 +405,6 @@ class UnionPool:
         found = self._locations.find(key)
         child = self._children.all[found] if found is not None else None
         return child if child is not None and not child.left else None
-
-    def _note_answer(self, child: Child, answer: object) -> None:
-        """Count a request that a child did not answer, and log it once until the child answers again. The lock is
-        held."""
-        if child.left:
-            return
-        failed = isinstance(answer, PoolError)
-        child.failures += failed
-        if failed and not child.logged_down:
-            log.warning("lookups go on without %s: %s", child.name, answer)
-        elif child.logged_down and not failed:
-            log.warning("%s answers lookups again", child.name)
-        child.logged_down = failed
 
     # --- writing ---
 
@@ -431,15 +426,30 @@ class UnionPool:
                 self._write_to(others, block, data, deadline_s, done, error)
                 return
             if error is None:
-                with self._lock:
-                    self._locations.note_written(block.key, block.parent, at)
+                self._note_written(block, at)
             call_done(done, error)
 
         with self._lock:
-            parent = self._locations.parent_on(at, block.parent)
-            position = self._children.position_on(at, block.position)
+            placed = self._as_stored(at, block, self._locations.parent_on(at, block.parent))
             child.note_written(block.size_bytes)
-        child.pool.write(replace(block, parent=parent, position=position), data, remaining_s, written)
+        child.pool.write(placed, data, remaining_s, written)
+
+    def _order(self, block: NewBlock) -> list[int]:
+        """The children that a new block is offered to, in this order."""
+        return self._runs.order(block) if self._runs else self._children.order(block.position, block.size_bytes)
+
+    def _as_stored(self, at: int, block: NewBlock, parent: BlockKey) -> NewBlock:
+        """The block as a child stores it, with its nearest ancestor there as its parent; the lock is held."""
+        if self._runs:
+            return self._runs.as_stored(block)
+        return replace(block, parent=parent, position=self._children.position_on(at, block.position))
+
+    def _note_written(self, block: NewBlock, at: int) -> None:
+        with self._lock:
+            if self._runs:
+                self._locations.note_stored(block.key, at)
+            else:
+                self._locations.note_written(block.key, block.parent, at)
 
 
 def _unknown(key: BlockKey) -> PoolError:
