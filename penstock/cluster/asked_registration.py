@@ -1,8 +1,9 @@
 """How a router asks an engine over HTTP to register with it: `POST PATH` at the engine's own pages.
 
 A prefill engine beside which many routers come and go (one beside each decode engine, as llm-d's routing sidecars) is
-not told of them when it starts; a request that names the engine does. The proof says that the asking router belongs to
-the cluster; what follows is an ordinary registration, in which both sides prove themselves.
+not told of them when it starts; a request that names the engine does. The proof says that the asking router has the
+cluster's secret, without which anybody could have an engine dial any address; what follows is an ordinary
+registration, in which both sides prove themselves.
 """
 
 from __future__ import annotations
@@ -29,6 +30,6 @@ class AskedRegistration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     port: Annotated[int, Meta(ge=1, le=65535)]
 
 
-def proof_of_asking(secret: Secret | None, body: bytes) -> str:
-    """What PROOF_HEADER has to be; empty in a cluster with certificates only."""
-    return secret.proof("client", _PURPOSE, b"", body).hex() if secret is not None else ""
+def proof_of_asking(secret: Secret, body: bytes) -> str:
+    """What PROOF_HEADER has to be."""
+    return secret.proof("client", _PURPOSE, b"", body).hex()

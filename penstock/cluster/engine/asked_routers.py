@@ -38,11 +38,15 @@ class AskedRouters:
     """Runs from construction to `close`. Any thread may call."""
 
     def __init__(self, host: Host, card: EngineCard, settings: RegistrationSettings) -> None:
-        """Of `settings` the proofs and times are used; each router has an address of its own."""
+        """Of `settings` the proofs and times are used; each router has an address of its own. Raises ValueError without
+        a secret."""
+        if settings.secret is None:
+            raise ValueError("routers that ask an engine to register prove themselves by a secret; there is none")
         self.failure: str | None = None
         self.on_failed: Callable[[], None] = lambda: None  # called once, when the engine will not serve again
         self.routes = (Route(PATH, self._ask, methods=["POST"]),)
         self._host, self._card, self._settings = host, card, settings
+        self._secret = settings.secret
         self._lock = threading.Lock()
         self._asked: dict[tuple[str, int, str], _Asked] = {}
         self._closing = threading.Event()
@@ -60,7 +64,7 @@ class AskedRouters:
             if len(body) > BODY_BYTES_MAX:
                 raise ApiError(413, f"the body is larger than {BODY_BYTES_MAX} bytes")
         given = request.headers.get(PROOF_HEADER, "").encode(errors="replace")
-        if not hmac.compare_digest(given, proof_of_asking(self._settings.secret, bytes(body)).encode()):
+        if not hmac.compare_digest(given, proof_of_asking(self._secret, bytes(body)).encode()):
             raise ApiError(403, "the router does not have this cluster's secret")
         try:
             asked = msgspec.json.decode(body, type=AskedRegistration)

@@ -40,7 +40,7 @@ _EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 (compared with, not listened o
 class NamedPrefill:
     """Lives on the HTTP server's event loop."""
 
-    def __init__(self, engine: ClusterEngine, listens: tuple[str, int], secret: Secret | None) -> None:
+    def __init__(self, engine: ClusterEngine, listens: tuple[str, int], secret: Secret) -> None:
         """Engines register at `listens`; where that is every address, at the one from which they were asked."""
         self._engine = engine
         self._listens = listens

@@ -88,7 +88,7 @@ def _serve(flags: RouterFlags) -> None:
         engine = ClusterEngine(cluster, secret, settings, tls)
         try:
             registers_at = cluster.getsockname()[:2]
-            named = NamedPrefill(engine, registers_at, secret) if flags.sidecar else None
+            named = NamedPrefill(engine, registers_at, secret) if flags.sidecar and secret is not None else None
             api = VllmApi(engine, server_side, named)
             app = ServerApp(engine, codec, server_side, ui_routes(engine, server_side.model_name), api)
             place = format_address(*registers_at)

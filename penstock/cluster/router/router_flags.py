@@ -40,6 +40,8 @@ def read_router_flags(given: Mapping[str, Any], config: Path | None) -> RouterFl
     flags = read_record(given, config, RouterFlags)
     check_choices(flags, ApiFlags)
     check_range("port", flags.port or 0, 0, 65535)
+    if flags.sidecar and flags.secret_file is None:
+        raise ConfigError("sidecar is given without secret_file, by which it proves itself to prefill engines")
     try:
         parse_address(flags.cluster_listen)
     except ValueError as error:

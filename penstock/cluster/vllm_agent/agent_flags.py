@@ -40,6 +40,8 @@ class AgentFlags(ClusterEngineSettings, PeerSettings, PageFlags):
             raise ConfigError(f"relay_transport is {self.relay_transport!r}; allowed with vLLM: tcp")
         if self.sidecars and self.role != "prefill":
             raise ConfigError(f"sidecars is given with role {self.role}; allowed: with role prefill")
+        if self.sidecars and self.secret_file is None:
+            raise ConfigError("sidecars is given without secret_file, by which routers prove themselves")
         if self.router is None and not self.sidecars:
             raise ConfigError("router is not given; allowed: HOST:PORT, the router's --cluster-listen")
         if not self.pool and self.pool_config is None:

@@ -60,6 +60,8 @@ def test_what_an_agent_sets_or_cannot_serve_with_is_refused(word: str) -> None:
         ({"pool_config": Path("x")}, "allowed: one of the two"),
         ({"relay_transport": "nixl"}, "allowed with vLLM: tcp"),
         ({"relay_listen": "x"}, "relay_listen: "),
+        ({"role": "decode", "sidecars": True}, "allowed: with role prefill"),
+        ({"role": "prefill", "sidecars": True}, "without secret_file"),
     ],
 )
 def test_wrong_settings_are_refused_in_one_line(changed: dict[str, Any], says: str) -> None:
