@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from penstock.bench.scale_router import BEFORE, GOALS, measure_router
 from penstock.report import Report
 
 
+@pytest.mark.slow
 def test_every_figure_is_measured() -> None:
     report, steps = Report("scale"), list[str]()
     measure_router(report, True, steps.append)
