@@ -81,9 +81,9 @@ def test_a_hit_is_estimated_by_what_went_through_before(made: Made) -> None:
         hits: list[int] = []
         submit = c.router.scheduler.submit
 
-        def noted(request_id: Any, prompt: int, hit: int, answer: int, now: float) -> None:
+        def noted(request_id: Any, prompt: int, hit: int, answer: int, now: float, prefill: str | None) -> None:
             hits.append(hit)
-            submit(request_id, prompt, hit, answer, now)
+            submit(request_id, prompt, hit, answer, now, prefill)
 
         c.router.scheduler.submit = noted  # type: ignore[method-assign, assignment]
         c.router.remember(SHORT)
