@@ -33,6 +33,7 @@ from tests.inside_vllm.vllm_rig import BLOCK, KV_BYTES, MAX_TOKENS, START_S, VLL
 
 SECRET = "0123456789abcdef" * 4
 ANSWER_S = 60.0
+LEASE_S = 15.0  # beside several vLLMs that compute, a process may wait some seconds for its turn
 BLOCK_BYTES = 4 * 2 * 2 * 32 * 4 * BLOCK  # of the tiny Llama: layers, K and V, heads, their size, float32
 BUFFER_BLOCKS = 20
 VLLM_FLAGS = (
@@ -189,7 +190,7 @@ class Cluster:
         """A router in this process, with both engines registered."""
         sock = socket.create_server(("127.0.0.1", self.port))
         scheduler = InterEngineConfig(read=read, block_tokens=BLOCK, part_tokens_min=BLOCK)
-        settings = RouterSettings(grace_s=0.0, no_engine_s=no_engine_s, scheduler=scheduler)
+        settings = RouterSettings(lease_s=LEASE_S, grace_s=0.0, no_engine_s=no_engine_s, scheduler=scheduler)
         router = ClusterEngine(sock, Secret(SECRET.encode()), settings)
         try:
             wait_until(lambda: router.stats().gauges["engines"] == len(self.agents), "all engines have registered")
@@ -207,6 +208,8 @@ class Cluster:
             f"127.0.0.1:{self.port}",
             "--served-model-name",
             "tiny",
+            "--lease-s",
+            str(LEASE_S),
             *more,
         ]
         log = self.folder / "router.log"

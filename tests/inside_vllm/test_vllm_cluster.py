@@ -248,13 +248,15 @@ def test_in_the_place_of_llm_ds_sidecar(cluster: Cluster, answered: Callable[[in
             vllms = api.post("/v1/completions", json=body | {"logprobs": 2}, headers=headers)
             assert _plain(vllms.json()) == theirs, place
             assert prefill.metric("penstock_engine_requests_total") - before == 2 * parts, place
+    prefill.stop()  # for a minute it would go on to register with this port under the second name, too
+    cluster.start("prefill")
 
 
 def test_kill_of_vllm_is_said_and_its_requests_are_computed_again(
     cluster: Cluster, answered: Callable[[int], list[int]]
 ) -> None:
     """Also those that have begun: the rest of the answer is that of one vLLM."""
-    long = 160
+    long = 800  # some seconds: the answer must not have ended when the signal comes
     with cluster.agents["decode"].client() as one:
         body = {"prompt": prompt_of(4, TOKENS), "max_tokens": long, "temperature": 0, "ignore_eos": True}
         whole = one.post("/v1/completions", json=body | {"return_token_ids": True}).json()["choices"][0]["token_ids"]
