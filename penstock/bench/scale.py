@@ -58,7 +58,7 @@ def scale(
 
 
 def draw(path: Path, report: Report) -> None:
-    """Each cost over its goal, now and before, on a logarithmic axis."""
+    """Each cost over its goal, now and before, on a logarithmic axis; of a rate the goal over it."""
     names = [name for name in report.limits if name in report.figures and report.limits[name] > 0]
     names = [name for name in names if f"{name}_before" in report.figures and not name.endswith("_max")]
     figure = new_figure(9.0, 1.6 + 0.45 * len(names))
@@ -66,11 +66,12 @@ def draw(path: Path, report: Report) -> None:
     places = list(range(len(names), 0, -1))
     for label, suffix, colour in (("before", "_before", SERIES_COLOURS[6]), ("now", "", SERIES_COLOURS[0])):
         ratios = [report.figures[name + suffix] / report.limits[name] for name in names]
+        ratios = [1 / ratio if name.endswith("_per_s") else ratio for name, ratio in zip(names, ratios, strict=True)]
         axes.plot(ratios, places, "o", markersize=8, color=colour, label=label)
     axes.axvline(1.0, color="#333333", linewidth=1, label="goal")
     axes.set_yticks(places, [f"{name} (goal {report.limits[name]:g})" for name in names], fontsize=9)
     axes.set_xscale("log")
-    axes.set_xlabel("over its goal: less is better")
+    axes.set_xlabel("over its goal (of a rate: the goal over it); less is better")
     figure.suptitle("A pool of a million blocks", fontsize=12, x=0.01, ha="left")
     tidy(axes, grid="x")
     axes.legend(frameon=False, fontsize=9)
