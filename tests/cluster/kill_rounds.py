@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 
@@ -264,6 +264,16 @@ def kill(victim: Child, supervisor: Supervisor, counts: Counts) -> None:
     until_up(supervisor)
 
 
+def conclude(result: Counts, seconds: float) -> NoReturn:
+    """Print what the rounds came to; the exit status says whether an answer was wrong or lost."""
+    print(f"{sum(result.kills.values())} kills {dict(result.kills)} in {seconds:.0f} s: "
+          f"{result.answers} answers, {result.retried} after a retry, {len(result.wrong)} wrong, "
+          f"{len(result.failed)} failed, the slowest after {result.slowest_s:.1f} s")  # fmt: skip
+    for line in result.wrong + result.failed:
+        print(line)
+    sys.exit(bool(result.wrong or result.failed))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rounds", type=int, nargs="?", default=100)
@@ -273,9 +283,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         begin = time.monotonic()
         result = kill_rounds(asked.out or Path(temporary), asked.rounds, asked.seed, show=True)
-        print(f"{sum(result.kills.values())} kills {dict(result.kills)} in {time.monotonic() - begin:.0f} s: "
-              f"{result.answers} answers, {result.retried} after a retry, {len(result.wrong)} wrong, "
-              f"{len(result.failed)} failed, the slowest after {result.slowest_s:.1f} s")  # fmt: skip
-        for line in result.wrong + result.failed:
-            print(line)
-        sys.exit(bool(result.wrong or result.failed))
+        conclude(result, time.monotonic() - begin)

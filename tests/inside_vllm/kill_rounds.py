@@ -14,7 +14,6 @@ import json
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ import httpx
 import psutil
 
 from penstock.cluster.deploy.supervisor import Child, Supervisor
-from tests.cluster.kill_rounds import Counts, Load, Question, RoundsFailed, alive, running, until_up
+from tests.cluster.kill_rounds import Counts, Load, Question, RoundsFailed, alive, conclude, running, until_up
 from tests.inside_vllm.cluster_rig import ENVIRONMENT, VLLM_FLAGS, wait_gone
 from tests.inside_vllm.vllm_rig import BLOCK, build_model, prompt_of, wait_until
 
@@ -198,9 +197,4 @@ if __name__ == "__main__":
         os.environ.update(VLLM_ENVIRONMENT)
         with vllms(given.out or Path(temporary), given.ranks) as (started, answers):
             result = kill_rounds(started, answers, given.rounds, given.seed, show=True)
-        print(f"{sum(result.kills.values())} kills {dict(result.kills)} in {time.monotonic() - begin:.0f} s: "
-              f"{result.answers} answers, {result.retried} after a retry, {len(result.wrong)} wrong, "
-              f"{len(result.failed)} failed, the slowest after {result.slowest_s:.1f} s")  # fmt: skip
-        for line in result.wrong + result.failed:
-            print(line)
-        sys.exit(bool(result.wrong or result.failed))
+        conclude(result, time.monotonic() - begin)

@@ -1,4 +1,4 @@
-"""A fork of this process: in the emulated guest a new Python takes seconds to import what this one has."""
+"""A fork of this process: in an emulated virtual machine a new Python takes seconds to import what this one has."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from penstock.cluster.engine.engine_process import (
     page_settings,
     registration_settings,
 )
-from penstock.cluster.engine.registration import EngineRegistration
+from penstock.cluster.engine.registration import EngineRegistration, RegistrationSettings
 from penstock.cluster.handoff.buffer import DecodeBuffer
 from penstock.cluster.handoff.incoming import Incoming
 from penstock.cluster.handoff.link_meter import LinkMeter, MeteredPool
@@ -48,8 +48,6 @@ from penstock.core.layout import staging_bytes
 from penstock.pool.authenticated import authenticated
 from penstock.pool.block_size import expect_blocks
 from penstock.pool.mac import PoolKey
-from penstock.pool.net.secret import Secret
-from penstock.pool.net.tls import PeerTls
 from penstock.pool.setup.open import open_pool
 from penstock.process.file_limit import raise_file_limit
 from penstock.process.guarded_thread import GuardedThread
@@ -84,7 +82,7 @@ def serve_vllm(flags: AgentFlags, arguments: Sequence[str]) -> None:
     raise_file_limit()
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(bind(flags.host, flags.port or 0))
-        links = _relay_links(flags)
+        links = RelayLinks(secret=settings.secret, tls=settings.tls, pool_key=_pool_key(flags))
         stack.callback(links.close, CLOSE_TIMEOUT_S)
         mover = BlockMover(links)
         stack.callback(mover.close, CLOSE_TIMEOUT_S)
@@ -99,7 +97,7 @@ def serve_vllm(flags: AgentFlags, arguments: Sequence[str]) -> None:
                 http = VllmHttp(f"http://127.0.0.1:{port}", api_key)
                 stack.callback(http.close)
                 hello = _started(child, connector, http, flags.start_timeout_s)
-                host = _open_host(flags, hello, http, connector, links)
+                host = _open_host(flags, settings, hello, http, connector, links)
                 stack.callback(host.close, CLOSE_TIMEOUT_S)
                 card = _card(flags, arguments, hello, host, http, (name, node))
         except _Stopped:
@@ -236,23 +234,21 @@ def _card(
     )
 
 
-def _relay_links(flags: AgentFlags) -> RelayLinks:
-    """Raises ValueError."""
-    secret = Secret.read(flags.secret_file) if flags.secret_file is not None else None
-    return RelayLinks(secret=secret, tls=PeerTls.of(flags), pool_key=_pool_key(flags))
-
-
 def _pool_key(flags: AgentFlags) -> PoolKey | None:
     return PoolKey.read(flags.pool_key_file) if flags.pool_key_file is not None else None
 
 
 def _open_host(
-    flags: AgentFlags, hello: Hello, http: VllmHttp, connector: ConnectorPort, links: RelayLinks
+    flags: AgentFlags,
+    settings: RegistrationSettings,
+    hello: Hello,
+    http: VllmHttp,
+    connector: ConnectorPort,
+    links: RelayLinks,
 ) -> VllmHost:
     """The parts of this role. Raises ConfigError, PoolError or OSError; nothing stays open then."""
     engine = VllmEngine(http, connector, hello, flags.hand_off_timeout_s)
-    secret = Secret.read(flags.secret_file) if flags.secret_file is not None else None
-    tls = PeerTls.of(flags)
+    secret, tls = settings.secret, settings.tls
     storage = LinkMeter(hello.storage_bytes_per_s)
 
     def report() -> EngineReport:
