@@ -8,8 +8,10 @@ DOCS_VENV ?= .venv-docs
 OUT ?= out
 TORCH_ARGS ?=
 AUDIT_ARGS ?=
-# Processes that tests run in, each with files of its own; where there is one CPU, WORKERS=0 runs them in pytest itself.
-WORKERS ?= 2
+# Processes that tests run in, each with files of its own. Tests wait for half of their time, so that three keep two cores
+# busy; where there is one CPU, WORKERS=0 runs them in pytest itself. Each of VLLM_WORKERS starts vLLMs of 1.5 GiB.
+WORKERS ?= 3
+VLLM_WORKERS ?= 2
 BESIDE := -n $(WORKERS) --dist loadfile
 # A test that failed runs once more, on this machine whose processors others share; the closing lines list it as RERUN, and
 # whoever reads it looks for the cause. RERUNS=0 gives no second chance.
@@ -179,7 +181,7 @@ test-vllm:
 	@mkdir -p $(OUT); rm -f $(OUT)/tests-vllm.xml; echo failed > $(OUT)/part-vllm.txt; \
 	why=$$($(PYTHON) tests/inside_vllm/supported.py); case $$? in \
 		0) $(MAKE) --no-print-directory venv-vllm && \
-			$(VLLM_BIN)/python -m pytest $(BESIDE) $(TWICE) --junit-xml=$(OUT)/tests-vllm.xml tests/inside_vllm && \
+			$(VLLM_BIN)/python -m pytest -n $(VLLM_WORKERS) --dist loadfile $(TWICE) --junit-xml=$(OUT)/tests-vllm.xml tests/inside_vllm && \
 			echo passed > $(OUT)/part-vllm.txt ;; \
 		3) echo skipped > $(OUT)/part-vllm.txt; echo "make test-vllm: skipped: $$why" ;; \
 		*) exit 1 ;; \

@@ -96,6 +96,13 @@ def _listens_only_if_marked(request: pytest.FixtureRequest, monkeypatch: pytest.
     monkeypatch.setattr(socket.socket, "listen", refuse)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Why a test failed that then passed: it failed on somebody's machine, and its cause is to be looked for."""
+    for report in terminalreporter.getreports("rerun"):
+        terminalreporter.section(f"{report.nodeid} failed at first", "_")
+        terminalreporter.write_line(report.longreprtext)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """The tests of a file run in one process, those of some files too."""
