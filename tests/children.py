@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,10 +36,3 @@ def announced(
     finally:
         child.kill()
         child.communicate()
-
-
-def let_others_reach(path: Path) -> None:
-    """Another user may read the folders above `path`, which pytest makes for its own user alone."""
-    for folder in path.parents:
-        if folder.is_relative_to(tempfile.gettempdir()) and str(folder) != tempfile.gettempdir():
-            folder.chmod(folder.stat().st_mode | 0o055)

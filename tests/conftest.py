@@ -12,7 +12,8 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +81,14 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     after = signal.getsignal(signal.SIGINT)
     assert after == before, f"SIGINT was left to {after}"
     return result
+
+
+@pytest.fixture
+def folder_for_others() -> Iterator[Path]:
+    """A folder that other users may enter. Pytest closes its own to them, whenever any pytest of this user starts."""
+    with tempfile.TemporaryDirectory(prefix="penstock-test-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 @pytest.fixture(autouse=True)

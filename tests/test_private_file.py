@@ -21,7 +21,6 @@ from penstock.private_file import (
     read_private,
     replace_file,
 )
-from tests.children import let_others_reach
 
 STRANGER = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user, which only root can")
@@ -116,10 +115,11 @@ except OSError as error:
 
 @as_root
 @pytest.mark.parametrize(("mode", "answer"), [(0o640, "a secret of"), (0o644, "NotPrivate"), (0o660, "NotPrivate")])
-def test_a_secret_of_root_may_be_read_by_the_services_group(secret: Path, mode: int, answer: str) -> None:
+def test_a_secret_of_root_may_be_read_by_the_services_group(folder_for_others: Path, mode: int, answer: str) -> None:
+    secret = folder_for_others / "secret"
+    secret.write_text("a secret of this test")
     os.chown(secret, 0, STRANGER)
     secret.chmod(mode)
-    let_others_reach(secret)
     command = [sys.executable, "-P", "-c", _AS_STRANGER, str(secret), str(STRANGER)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith(answer), done

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.children import let_others_reach, with_tests
+from tests.children import with_tests
 
 USER = 10001  # of deploy/helm and deploy/container
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_secret_of_root_and_the_pods_group_is_read(tmp_path: Path) -> None:
-    volume = tmp_path / "secrets"
+def test_a_secret_of_root_and_the_pods_group_is_read(folder_for_others: Path) -> None:
+    volume = folder_for_others / "secrets"
     behind = volume / "..2026_01_01"
     behind.mkdir(parents=True)
     (volume / "..data").symlink_to(behind.name)
@@ -28,7 +28,6 @@ def test_a_secret_of_root_and_the_pods_group_is_read(tmp_path: Path) -> None:
     for folder in (volume, behind):
         os.chown(folder, 0, USER)
         folder.chmod(0o3777 if folder == volume else 0o2755)
-    let_others_reach(volume / "secret")
     program = """
 import os, sys
 from pathlib import Path

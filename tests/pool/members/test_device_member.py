@@ -26,7 +26,6 @@ from penstock.pool.members.device import DeviceMember, open_device_member, open_
 from penstock.pool.members.header import HEADER_BYTES, SlabRefused
 from penstock.pool.members.work import Work
 from penstock.pool.setup.open import open_local_pool
-from tests.children import let_others_reach
 from tests.pool.faulty_engine import FaultyEngine
 from tests.pool.helpers import ROOT, Outcome, block_bytes, chain, key_of, member, new_block, read, staged, until, write
 
@@ -406,12 +405,8 @@ except OSError as error:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
-def test_the_slab_of_another_user_is_refused_in_one_line(tmp_path: Path) -> None:
-    folder = tmp_path / "open"
-    folder.mkdir()
-    path = folder / "kv.slab"
-    folder.chmod(0o755)
-    let_others_reach(path)
+def test_the_slab_of_another_user_is_refused_in_one_line(folder_for_others: Path) -> None:
+    path = folder_for_others / "kv.slab"
     open_local_pool([], [(path, MIB)]).close(5.0)
     script = [sys.executable, "-c", AS_NOBODY, str(Path(__file__).parents[3]), str(path)]
 
