@@ -66,7 +66,16 @@ def calvo(
         list[str] | None, typer.Option(help="Orderings to run beside the baseline. Default: all.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, max=50, help="Number of workloads (seeds) per rate.")] = 2,
-    bytes_divisor: Annotated[int, typer.Option(min=1, help="Divisor of the paper's KV bytes.")] = 256,
+    blocks: Annotated[
+        str,
+        typer.Option(
+            help="Whose KV blocks: llama-3.1-8b (256 tokens of 131,072 B) or deepseek-v3 (64 tokens of 70,272 B). "
+            "Loads take as long with either."
+        ),
+    ] = "llama-3.1-8b",
+    bytes_divisor: Annotated[
+        int | None, typer.Option(min=1, help="Divisor of the KV bytes. Default: 256; 288 for deepseek-v3.")
+    ] = None,
     time_factor: Annotated[float, typer.Option(min=0.01, max=100, help="Multiplier of the paper's times.")] = 0.25,
     fetch_gbytes_per_s: Annotated[
         float, typer.Option(min=0.1, help="Bandwidth of the fetch link, unscaled, in GB/s (not in the paper).")
@@ -78,21 +87,22 @@ def calvo(
     datasets = tuple(dataset or (DATASETS if everything else ("icl",)))
     rates = tuple(rate or (ALL_RATES if everything else DEFAULT_RATES))
     policies = tuple(policy or POLICIES)
-    for given, allowed in ((datasets, DATASETS), (policies, POLICIES)):
+    from benchmarks.calvo.testbed import BLOCK_SHAPES, Scale
+
+    for given, allowed in ((datasets, DATASETS), (policies, POLICIES), ((blocks,), tuple(BLOCK_SHAPES))):
         for value in given:
             if value not in allowed:
                 raise typer.BadParameter(f"{value!r}; allowed: {', '.join(allowed)}")
-    from benchmarks.calvo.testbed import Scale
-
-    scale = Scale(bytes_divisor, time_factor, fetch_gbytes_per_s * 1e9)
+    bytes_divisor = bytes_divisor or BLOCK_SHAPES[blocks].bytes_divisor
+    scale = Scale(bytes_divisor, time_factor, fetch_gbytes_per_s * 1e9, blocks)
     report = Report("calvo")
     profile = scale.profile()
     report.modelled += [
         f"compute and uploads: profile {profile.name}, times x {time_factor:g} (uploads copy real bytes, then wait "
         f"until {profile.upload_bytes_per_s / 1e6:.0f} MB/s would have)",
         f"the fetch link: the pool node paces what it sends over TCP to {scale.paced_bytes_per_s / 1e6:.0f} MB/s "
-        f"({fetch_gbytes_per_s:g} GB/s / {bytes_divisor} / {time_factor:g})",
-        f"KV bytes: those of Llama-3.1-8B / {bytes_divisor}, random content",
+        f"({fetch_gbytes_per_s:g} GB/s x KV bytes of a token over Llama-3.1-8B's / {bytes_divisor} / {time_factor:g})",
+        f"KV bytes: those of {blocks} / {bytes_divisor}, in blocks of {scale.shape.tokens} tokens, random content",
     ]
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console

@@ -34,26 +34,68 @@ FETCH_BYTES_PER_S = 17.2e9
 uploads at the profile's 25 GB/s take 0.147 s, which leaves 0.214 s for the fetch."""
 L1_BYTES = 60e9  # an 80 GB GPU minus weights and activations
 L2_BYTES = 128e9
-BLOCK_TOKENS = 256
+CONTEXT_TOKENS = 256  # contexts are multiples of it, whatever the size of a block
 RUN_LIMIT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
+class BlockShape:
+    """KV blocks of a model. `bytes_divisor`: a usual scale that divides the bytes of a token."""
+
+    tokens: int
+    layers: int
+    layer_bytes_per_token: int
+    bytes_divisor: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of all layers."""
+        return self.layers * self.layer_bytes_per_token
+
+
+BLOCK_SHAPES = {
+    "llama-3.1-8b": BlockShape(256, 32, 4096, 256),
+    "deepseek-v3": BlockShape(64, 61, 2 * (512 + 64), 288),  # latent and rotary part of MLA, bfloat16
+}
+PAPER = "llama-3.1-8b"
+
+
+@dataclass(frozen=True, slots=True)
 class Scale:
-    """KV bytes are the paper's divided by `bytes_divisor`; all times are the paper's multiplied by `time_factor`."""
+    """KV bytes are the paper's divided by `bytes_divisor`; all times are the paper's multiplied by `time_factor`.
+
+    `blocks`: whose KV blocks, of BLOCK_SHAPES. With others than the paper's, bandwidths are in proportion to the bytes
+    of a token, so that loads take as long as the paper's, and only the number and size of blocks differ."""
 
     bytes_divisor: int
     time_factor: float
     fetch_bytes_per_s: float = FETCH_BYTES_PER_S
+    blocks: str = PAPER
+
+    @property
+    def shape(self) -> BlockShape:
+        """Of one block, unscaled."""
+        return BLOCK_SHAPES[self.blocks]
+
+    @property
+    def _bytes_ratio(self) -> float:
+        return self.shape.bytes_per_token / BLOCK_SHAPES[PAPER].bytes_per_token
 
     def profile(self) -> Profile:
-        """The paper's compute profile at this scale."""
-        return load_profile("h100-llama-3.1-8b").scaled(self.bytes_divisor, self.time_factor)
+        """The paper's compute profile with the KV of `blocks`, at this scale."""
+        paper = load_profile("h100-llama-3.1-8b")
+        unscaled = replace(
+            paper,
+            layers=self.shape.layers,
+            layer_bytes_per_token=self.shape.layer_bytes_per_token,
+            upload_bytes_per_s=paper.upload_bytes_per_s * self._bytes_ratio,
+        )
+        return unscaled.scaled(self.bytes_divisor, self.time_factor)
 
     @property
     def paced_bytes_per_s(self) -> float:
         """Rate of the fetch link at this scale."""
-        return self.fetch_bytes_per_s / self.bytes_divisor / self.time_factor
+        return self.fetch_bytes_per_s * self._bytes_ratio / self.bytes_divisor / self.time_factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +132,7 @@ def arrivals(
     """The workload with its tokens, contexts in whole blocks. With `warm_only`, prompts contain only the warm part of
     their context: then the load varies with the hit ratio, and the compute does not."""
     workload: Workload = calvo(
-        dataset, rate_per_s, seed, hit_ratios=hit_ratios, context_tokens_multiple=BLOCK_TOKENS, context_spread=0.5
+        dataset, rate_per_s, seed, hit_ratios=hit_ratios, context_tokens_multiple=CONTEXT_TOKENS, context_spread=0.5
     )
     found = []
     for session in workload.sessions:
@@ -110,7 +152,8 @@ class Testbed:
         self.scale = scale
         self.profile = scale.profile()
         self._address = pool_address
-        self._runner = ModelledRunner(self.profile, BLOCK_TOKENS)
+        self._block_tokens = scale.shape.tokens
+        self._runner = ModelledRunner(self.profile, self._block_tokens)
         self.block_bytes = self._runner.layout.full_block_bytes
         self.pages = int(L1_BYTES / scale.bytes_divisor) // self.block_bytes
         self.slots = int(L2_BYTES / scale.bytes_divisor) // self.block_bytes
@@ -119,7 +162,7 @@ class Testbed:
         self._warm: set[BlockKey] = set()
 
     def _keys(self, arrival: Arrival) -> list[BlockKey]:
-        return KeyChain(self._root, BLOCK_TOKENS).extend(arrival.tokens)
+        return KeyChain(self._root, self._block_tokens).extend(arrival.tokens)
 
     def warm(self, requests: Sequence[Arrival]) -> None:
         """Write every warm block into the pool."""
@@ -131,7 +174,7 @@ class Testbed:
 
     def _warm_blocks(self, requests: Sequence[Arrival]) -> Iterator[NewBlock]:
         for arrival in requests:
-            chain = KeyChain(self._root, BLOCK_TOKENS)
+            chain = KeyChain(self._root, self._block_tokens)
             keys = chain.extend(arrival.tokens[: arrival.warm_tokens])
             self._warm.update(keys)
             for index, key in enumerate(keys):
@@ -155,7 +198,7 @@ class Testbed:
     def config(self, mode: Mode, policy: Policy) -> SchedulerConfig:
         """Settings of the engine's scheduler for one mode and policy."""
         return SchedulerConfig(
-            block_tokens=BLOCK_TOKENS,
+            block_tokens=self._block_tokens,
             block_bytes=self.block_bytes,
             l1_pages=self.pages,
             l2_slots=self.slots,
@@ -213,7 +256,7 @@ class Testbed:
     ) -> RecordedRun:
         """The record of a run, for simulation."""
         rows = [
-            RecordedRequest(start, len(a.tokens), [0] * (a.warm_tokens // BLOCK_TOKENS), slo, ttft)
+            RecordedRequest(start, len(a.tokens), [0] * (a.warm_tokens // self._block_tokens), slo, ttft)
             for start, a, slo, ttft in zip(result.starts_s, requests, result.slos_s, result.ttfts_s, strict=True)
         ]
         return RecordedRun(label, asdict(self.config(mode, policy)), profile, rows)
@@ -226,7 +269,7 @@ class Testbed:
         config = replace(self.config(mode, policy), fetch_window_blocks=2)
         compute = self.profile.compute_cost()
         hit = BlockHit(self.block_bytes, ("net",))
-        keys = [self._keys(arrival)[: arrival.warm_tokens // BLOCK_TOKENS] for arrival in requests]
+        keys = [self._keys(arrival)[: arrival.warm_tokens // self._block_tokens] for arrival in requests]
         pool = {key: hit for chain in keys for key in chain}
         driver = VirtualDriver(
             LoadScheduler(config, cost), pool, {"net": speed}, self.profile.upload_bytes_per_s, compute
