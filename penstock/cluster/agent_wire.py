@@ -228,15 +228,21 @@ class AgentSocket:
             raise
 
     def send(self, message: FromConnector | FromAgent, descriptor: int | None = None) -> None:
-        """Send a message, and a file descriptor, of which the other end gets a copy; waits at most SEND_TIMEOUT_S."""
+        """Send a message, and a file descriptor, of which the other end gets a copy; waits at most SEND_TIMEOUT_S.
+        After an error nothing more is sent or received: the other end may have got a part of the message."""
         with self._lock:  # the encoder's, too
             body = self._encoder.encode(message)
             head = _LENGTH.pack(len(body))
-            if descriptor is None:
-                self._socket.sendall(head + body)
-                return
-            socket.send_fds(self._socket, [head[:1]], [descriptor])
-            self._socket.sendall(head[1:] + body)
+            try:
+                if descriptor is None:
+                    self._socket.sendall(head + body)
+                    return
+                socket.send_fds(self._socket, [head[:1]], [descriptor])
+                self._socket.sendall(head[1:] + body)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+                raise
 
     def take_descriptor(self) -> int | None:
         """The descriptor that came with the last message, for the caller to close."""

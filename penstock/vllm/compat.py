@@ -280,9 +280,12 @@ def is_completed(request: Request) -> bool:
 
 
 def is_pulled_by_another(request: Request) -> bool:
-    """Whether another connector gets the request's KV from the engine that computed it (NIXL's and others' P/D)."""
+    """Whether another connector gets the request's KV from the engine that computed it (NIXL's and others' P/D): on a
+    decode instance from prefill, on a prefill instance what the decode instance has (NIXL's `bidirectional_kv_xfer`)."""
     params = request.kv_transfer_params
-    return isinstance(params, dict) and bool(params.get("do_remote_prefill"))
+    if not isinstance(params, dict):
+        return False
+    return bool(params.get("do_remote_prefill") or (params.get("do_remote_decode") and params.get("remote_block_ids")))
 
 
 def is_preempted(request: Request) -> bool:

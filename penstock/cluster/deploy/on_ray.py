@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from penstock.cluster.deploy.cluster_config import NODE_IP, ProcessSpec
 from penstock.cluster.deploy.supervisor import Child, StartFailed
@@ -25,8 +25,20 @@ rare = RateLimitedLog(log)
 WATCH_S = 0.5
 CALL_S = 30.0
 STOP_S = 20.0
+PLACE_AGAIN_S = 30.0  # before an actor that could not begin
 RAY_GONE_S = 300.0  # after so long without an answer, Ray counts as lost
 LINES_MAX = 200  # of output of one process between two calls of `watch`
+
+
+class ProcessState(NamedTuple):
+    """The state of an actor's process. `failure`: where and why it never became ready; empty while it may."""
+
+    ready: bool
+    addresses: tuple[str, ...]
+    pid: int
+    restarts: int
+    failure: str
+    lines: list[str]
 
 
 class ProcessActor:
@@ -36,6 +48,7 @@ class ProcessActor:
         self._spec = spec
         self._lines: deque[str] = deque(maxlen=LINES_MAX)
         self._child = Child(spec, lambda _, line: self._lines.append(line))
+        self._node = ""
         self.start(addresses)
 
     def start(self, addresses: Mapping[str, list[str]]) -> None:
@@ -43,18 +56,19 @@ class ProcessActor:
         import ray
 
         self._child.stop(STOP_S)
-        ip = ray.util.get_node_ip_address()
-        self._child.start([word.replace(NODE_IP, ip) for word in self._spec.command(addresses)])
+        self._node = ray.util.get_node_ip_address()
+        self._child.start_or_pause([word.replace(NODE_IP, self._node) for word in self._spec.command(addresses)])
 
-    def watch(self) -> tuple[bool, tuple[str, ...], int, int, list[str]]:
-        """Restart a dead process. Returns whether it is ready, its addresses, its pid, how often it was restarted, and
-        its output lines since the last call."""
+    def watch(self) -> ProcessState:
+        """Restart a dead process. Returns its state, with its output lines since the last call."""
         child = self._child
+        why = child.failure
         child.watch(time.monotonic())
         if child.ready.is_set():
             child.keep_port()
         lines = [self._lines.popleft() for _ in range(len(self._lines))]
-        return child.ready.is_set(), child.addresses, child.pid, child.restarts, lines
+        failure = f"on {self._node} {why}" if why is not None else ""
+        return ProcessState(child.ready.is_set(), child.addresses, child.pid, child.restarts, failure, lines)
 
     def stop(self) -> None:
         """End the process, within STOP_S seconds."""
@@ -71,6 +85,8 @@ class _Known:
         self.addresses: tuple[str, ...] = ()
         self.pid = 0
         self.restarts = 0
+        self.failure = ""
+        self.place_again_s = 0.0  # not before, without an actor
 
 
 class RaySupervisor:
@@ -114,6 +130,9 @@ class RaySupervisor:
                     one.actor = self._place(one.spec)
                 while not all(one.ready for one in group) and not self.stopping.is_set():
                     self._look(group)
+                    failed = next((one for one in group if one.failure), None)
+                    if failed is not None:
+                        raise StartFailed(f"{failed.spec.name} {failed.failure}")
                     waiting = next((one.spec.name for one in group if not one.ready), None)
                     if time.monotonic() > end_s:
                         raise StartFailed(f"{waiting} was not ready within {ready_s:g} s (can Ray place it?)")
@@ -138,15 +157,25 @@ class RaySupervisor:
         for answer in done:
             one = asked[answer]
             try:
-                one.ready, addresses, one.pid, one.restarts, lines = self._ray.get(answer, timeout=CALL_S)
+                state = self._ray.get(answer, timeout=CALL_S)
             except self._ray.exceptions.RayError as error:
-                if one.ready:
-                    self._on_line(one.spec.name, f"its actor is gone, Ray starts it again: {type(error).__name__}")
-                one.ready = False
+                self._lost(one, error)
                 continue
-            one.addresses = tuple(addresses) or one.addresses
-            for line in lines:
+            one.ready, one.pid, one.restarts, one.failure = state.ready, state.pid, state.restarts, state.failure
+            one.addresses = state.addresses or one.addresses
+            for line in state.lines:
                 self._on_line(one.spec.name, line)
+
+    def _lost(self, one: _Known, error: Exception) -> None:
+        """An actor does not answer: Ray starts it again, unless it could not begin (a machine without Penstock)."""
+        if getattr(error, "actor_init_failed", False):
+            words = str(error).split("\n")
+            one.failure = f"cannot be started: {next((line for line in reversed(words) if line.strip()), '')[:300]}"
+            one.actor, one.place_again_s = None, time.monotonic() + PLACE_AGAIN_S
+            self._on_line(one.spec.name, f"its actor {one.failure}; again in {PLACE_AGAIN_S:g} s")
+        elif one.ready:
+            self._on_line(one.spec.name, f"its actor is gone, Ray starts it again: {type(error).__name__}")
+        one.ready = False
 
     def _addresses(self) -> dict[str, list[str]]:
         """The addresses that engines get: of the router and of all pools."""
@@ -171,6 +200,9 @@ class RaySupervisor:
 
     def watch(self) -> None:
         """Check all actors once; restart processes that died, or that use an address that changed."""
+        for one in self.known.values():
+            if one.actor is None and time.monotonic() > one.place_again_s:
+                one.actor = self._place(one.spec)
         self._look(list(self.known.values()))
         addresses = self._addresses()
         if addresses != self._given:

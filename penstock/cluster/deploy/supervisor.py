@@ -54,7 +54,7 @@ class Child:
         self._command: list[str] = []
         self._started_s = 0.0
         self._pause_s = PAUSES_S[0]
-        self._again_s: float | None = None
+        self._again_s: float | None = None  # when it is to be started again
 
     @property
     def address(self) -> str:
@@ -65,6 +65,27 @@ class Child:
         """`command`: the arguments after `penstock`. Raises OSError."""
         self._command = list(command)
         self._start()
+
+    def start_or_pause(self, command: Sequence[str]) -> None:
+        """As `start`, but `watch` tries again where it raises OSError."""
+        try:
+            self.start(command)
+        except OSError as error:
+            self._lines.append(f"cannot be started: {error}")
+            self._pause(time.monotonic(), self._lines[-1])
+
+    @property
+    def failure(self) -> str | None:
+        """Why it never became ready, with its last output line; None while it may, and after it did once."""
+        process = self._process
+        if self.addresses:
+            return None
+        if process is None:
+            return self._lines[-1] if self._again_s is not None else None
+        if process.poll() is None:
+            return None
+        time.sleep(POLL_S)  # for its last output
+        return f"ended with status {process.returncode}: {self._lines[-1] if self._lines else 'it said nothing'}"
 
     def _start(self) -> None:
         self.ready.clear()
@@ -109,11 +130,9 @@ class Child:
         while not self.ready.wait(POLL_S):
             if stopping.is_set():
                 return
-            assert self._process is not None
-            if self._process.poll() is not None:
-                time.sleep(POLL_S)  # for its last output
-                last = self._lines[-1] if self._lines else "it said nothing"
-                raise StartFailed(f"{self.spec.name} ended with status {self._process.returncode}: {last}")
+            why = self.failure
+            if why is not None:
+                raise StartFailed(f"{self.spec.name} {why}")
             if time.monotonic() > end_s:
                 raise StartFailed(f"{self.spec.name} was not ready within {timeout_s:g} s")
         self.keep_port()
@@ -129,9 +148,10 @@ class Child:
     def watch(self, now: float) -> None:
         """Restart a dead process, after a pause."""
         process = self._process
-        if process is None or process.poll() is None:
+        if (process is None and self._again_s is None) or (process is not None and process.poll() is None):
             return
         if self._again_s is None:
+            assert process is not None
             self._pause_s = PAUSES_S[0] if now - self._started_s > STEADY_S else self._pause_s
             self._pause(now, f"ended with status {process.returncode}")
         elif now >= self._again_s:
@@ -154,7 +174,7 @@ class Child:
 
     def stop(self, timeout_s: float) -> None:
         """Send SIGTERM, then SIGKILL to the whole process group."""
-        process = self._process
+        process, self._again_s = self._process, None
         if process is None:
             return
         self.terminate()

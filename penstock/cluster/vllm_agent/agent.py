@@ -163,7 +163,7 @@ def _started(child: ChildVllm, connector: ConnectorPort, http: VllmHttp, timeout
 
 
 class _Watch:
-    """Notices that vLLM ended, or that its `/health` fails again and again."""
+    """Notices that vLLM ended, that its `/health` fails again and again, or that no request can be sent to it."""
 
     def __init__(self, child: ChildVllm, http: VllmHttp, on_failure: Callable[[], None]) -> None:
         self.failure: str | None = None
@@ -177,7 +177,7 @@ class _Watch:
     def _run(self) -> None:
         missed, next_s = 0, time.monotonic()
         while not self._stopping:
-            why = self._child.wait(WATCH_POLL_S)
+            why = self._child.wait(WATCH_POLL_S) or self._http.failure
             if why is None and time.monotonic() >= next_s:
                 missed = 0 if self._http.healthy(HEALTH_S) else missed + 1
                 next_s = time.monotonic() + HEALTH_S
@@ -206,7 +206,7 @@ def _sampling_defaults(http: VllmHttp) -> dict[str, float]:
         sampling = rendered[0]["sampling_params"]
         found = {name: float(sampling.get(name, usual)) for name, usual in DEFAULTED.items()}
         return {name: value for name, value in found.items() if value != DEFAULTED[name]}
-    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+    except (httpx.HTTPError, TimeoutError, ValueError, LookupError, TypeError) as error:
         raise EngineEnded(f"vLLM does not render a request as version 0.32 does: {error!r}") from None
 
 

@@ -115,7 +115,9 @@ class ConnectorPort:
             try:
                 plain, _ = self._listener.accept()
             except OSError:
-                return  # closed
+                if self._closed:
+                    return
+                raise  # too many open files, for example: again, after a pause
             if self._closed:
                 plain.close()
                 return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -79,8 +80,11 @@ class VllmHttp:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         timeout = httpx.Timeout(SILENT_S_MAX, connect=CONNECT_S, pool=None)
         self._client = httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits, headers=headers, trust_env=False)
-        self._streams: dict[str, _Stream] = {}  # used on the loop's thread
-        self._thread = GuardedThread("penstock-vllm-http", self._run, failed=self._lost)
+        self._streams: dict[str, _Stream] = {}
+        self._lock = threading.Lock()  # so that no stream begins while the thread ends
+        self._closing = False
+        self.failure: str | None = None  # why requests cannot be sent any more
+        self._thread = GuardedThread("penstock-vllm-http", self._run)
         self._thread.start()
 
     def healthy(self, timeout_s: float) -> bool:
@@ -109,7 +113,7 @@ class VllmHttp:
         on_end: Callable[[StreamFailed | None], None],
     ) -> None:
         """POST a body and read the stream that answers it. `name` must not be in use."""
-        self._loop.call_soon_threadsafe(self._begin, name, path, body, _Stream(self._pieces_to(on_piece), on_end))
+        self._soon(name, path, body, _Stream(self._pieces_to(on_piece), on_end))
 
     def begin_whole(
         self,
@@ -121,14 +125,22 @@ class VllmHttp:
     ) -> None:
         """POST a body and pass on the answer as it comes, whatever it is; `on_data` gets it as in `TokenEvent.data`.
         An answer of status 500 or more is a failure."""
-        self._loop.call_soon_threadsafe(self._begin, name, path, body, _Stream(self._bytes_to(on_data), on_end))
+        self._soon(name, path, body, _Stream(self._bytes_to(on_data), on_end))
+
+    def _soon(self, name: str, path: str, body: Mapping[str, Any], stream: _Stream) -> None:
+        with self._lock:
+            failure = self.failure
+            if failure is None:
+                self._streams[name] = stream
+                self._loop.call_soon_threadsafe(self._begin, name, path, body, stream)
+        if failure is not None:
+            stream.on_end(StreamFailed(0, failure))
 
     def cancel(self, name: str) -> None:
         """Close the request's connection, which makes vLLM abort it; unknown and ended ones are ignored."""
         self._loop.call_soon_threadsafe(self._cancel, name)
 
     def _begin(self, name: str, path: str, body: Mapping[str, Any], stream: _Stream) -> None:
-        self._streams[name] = stream
         stream.task = self._loop.create_task(self._serve(path, body, stream))
         stream.task.add_done_callback(partial(self._done, name, stream))
 
@@ -190,16 +202,29 @@ class VllmHttp:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
+        try:
+            self._loop.run_forever()
+        finally:
+            if not self._closing:
+                self._lost("the thread that sends requests to vLLM has ended")
 
-    def _lost(self, error: Exception) -> None:
-        for stream in list(self._streams.values()):
-            stream.on_end(StreamFailed(0, f"the agent's connection to vLLM failed: {error!r}"))
+    def _lost(self, why: str) -> None:
+        with self._lock:
+            self.failure = why
+            streams, self._streams = list(self._streams.values()), {}
+        log.error("%s; so do %d requests", why, len(streams))
+        for stream in streams:
+            stream.on_end(StreamFailed(0, why))
 
     def close(self) -> None:
         """Cancel all streams, then end the thread."""
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(JOIN_S)
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._closing = True
+        if self.failure is None:
+            try:
+                asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(JOIN_S)
+            except Exception as error:  # noqa: BLE001 (what comes after it must end too)
+                log.warning("requests to vLLM did not end in order: %r", error)
+            self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(JOIN_S)
 
     async def _close(self) -> None:

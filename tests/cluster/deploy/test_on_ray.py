@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from penstock.cluster.deploy.cluster_config import read_cluster_config
+from penstock.cluster.deploy.cluster_config import ProcessSpec, read_cluster_config
+from penstock.cluster.deploy.supervisor import StartFailed
 from penstock.cluster.deploy.up_command import _make_secret
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'penstock[ray]'")
@@ -127,3 +129,39 @@ def test_two_raylets_serve_and_start_again_what_dies(
         assert (tmp_path / "started").read_text() == "started\n" * 2  # once by each of the prefill engine's actors
     finally:
         supervisor.stop()
+
+
+WITH_VLLM = """
+model = "{model}"
+[router]
+port = 0
+[[pool]]
+memory = ["16MiB"]
+[[engine]]
+engine = "vllm"
+python = "{python}"
+ray = {{ num_cpus = 1, resources = {{ host_b = 1 }} }}
+"""
+
+
+@pytest.mark.slow
+def test_what_is_missing_on_a_machine_is_said_at_once(raylets: str, tmp_path: Path, llama: Path) -> None:
+    """With the process, the machine and the reason, long before everything had to be ready."""
+    from penstock.cluster.deploy.on_ray import RaySupervisor
+
+    file = tmp_path / "cluster.toml"
+    missing = tmp_path / "no" / "python"
+    cases = [(missing, rf"cannot be started: .*{missing}")]
+    if importlib.util.find_spec("vllm") is None:
+        cases.append((Path(sys.executable), r"ended with status 1: .*vLLM is not installed here"))
+    for python, why in cases:
+        file.write_text(WITH_VLLM.format(model=llama, python=python))
+        config = read_cluster_config(file)
+        assert config.secret_file is not None
+        _make_secret(config.secret_file)
+        supervisor = RaySupervisor(config.processes, lambda name, line: None, raylets)
+        with pytest.raises(StartFailed, match=rf"^mixed-0 on [\d.]+ {why}"):
+            supervisor.start(WAIT_S)
+    broken = ProcessSpec("pool-0", "pool", ("pool",), None)  # type: ignore[arg-type]
+    with pytest.raises(StartFailed, match=r"^pool-0 cannot be started: TypeError"):  # as without Penstock there
+        RaySupervisor([broken], lambda name, line: None, raylets).start(WAIT_S)
