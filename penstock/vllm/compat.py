@@ -281,7 +281,7 @@ def is_completed(request: Request) -> bool:
 
 def is_pulled_by_another(request: Request) -> bool:
     """Whether another connector gets the request's KV from the engine that computed it (NIXL's and others' P/D): on a
-    decode instance from prefill, on a prefill instance what the decode instance has (NIXL's `bidirectional_kv_xfer`)."""
+    decode instance from prefill, on a prefill instance what decode has (NIXL's `bidirectional_kv_xfer`)."""
     params = request.kv_transfer_params
     if not isinstance(params, dict):
         return False
