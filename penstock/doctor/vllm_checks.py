@@ -210,6 +210,20 @@ def check_hybrid(config: Any) -> Check:
     return Check("hybrid allocator", "ok", "on" if window else "not needed: the model has no sliding window")
 
 
+def check_layout(config: Any) -> Check:
+    """Whether all connectors in a MultiConnector want one layout of vLLM's cache."""
+    import vllm.envs
+    from vllm.distributed.kv_transfer.kv_connector.utils import get_kv_connector_cache_layout
+
+    if vllm.envs.VLLM_KV_CACHE_LAYOUT is not None or config.kv_transfer_config is None:
+        return Check("cache layout", "ok", vllm.envs.VLLM_KV_CACHE_LAYOUT or "vLLM's own choice")
+    try:
+        return Check("cache layout", "ok", get_kv_connector_cache_layout(config) or "vLLM's own choice")
+    except ValueError as error:
+        advice = "choose one with VLLM_KV_CACHE_LAYOUT: beside NIXL LBHNC, which NIXL needs"
+        return Check("cache layout", "problem", " ".join(str(error).split()), advice, unusable=True)
+
+
 def check_settings(config: Any) -> Check:
     """The connector's own settings, as it reads them; compares block size and staging memory with the model."""
     from penstock.core.config import ConfigError
@@ -241,6 +255,7 @@ CONFIGURATION_CHECKS: tuple[Callable[[Any], Check], ...] = (
     check_prefix_caching,
     check_scheduler,
     check_hybrid,
+    check_layout,
     check_settings,
 )
 

@@ -123,6 +123,24 @@ def test_an_outer_connector_that_only_produces_is_a_problem_where_steps_overlap(
     assert check.status == "problem" and "kv_both" in check.advice
 
 
+def test_connectors_that_want_different_layouts_need_a_choice(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, beside NIXL: vLLM would refuse to start."""
+    from penstock.vllm import compat
+
+    nixl = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
+    config = {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"connectors": [nixl, connector_config({"memory": "1GiB"})]},
+    }
+    assert found(serve(llama, config))["cache layout"].found == "LBHNC", "on a CPU Penstock asks for none"
+    monkeypatch.setattr(compat, "wanted_layout", lambda: "BLHNC")
+    check = found(serve(llama, config))["cache layout"]
+    assert check.status == "problem" and "mismatch" in check.found and "VLLM_KV_CACHE_LAYOUT" in check.advice
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "LBHNC")
+    assert found(serve(llama, config))["cache layout"].status == "ok"
+
+
 def test_memory_alone_is_worth_a_note(llama: Path) -> None:
     assert found(serve(llama, connector_config({"memory": "1GiB"})))["pool"].status == "note"
 

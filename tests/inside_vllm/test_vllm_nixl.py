@@ -63,6 +63,7 @@ def nixl_beside(folder: Path) -> str:
 def pair(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     monkeypatch.setenv("PYTHONPATH", nixl_beside(tmp_path))
     monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_HOST", "127.0.0.1")
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "LBHNC")  # as on a GPU
     monkeypatch.setenv("UCX_NET_DEVICES", "lo")
     pool = PoolProcess("--memory", "64MiB")
     ours = connector_config({"pool": pool.address, "staging": "32MiB", "load_always": True, "lookup_timeout_s": 200.0})
