@@ -18,7 +18,7 @@ from penstock.lazy_commands import LazyGroup
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^ *```(?:sh|console)?\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:sudo )?(?:penstock|python -m benchmarks|make) [^`]+)`")
 NOT_HERE = {
     r"penstock (serve|router|up|pool|vllm|vllm-engine|profile)\b": "names other hosts, real models or drives",
@@ -41,7 +41,9 @@ TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MUL
 
 def commands(page: Path) -> Iterator[str]:
     text = page.read_text()
-    for block in BLOCK.findall(text):
+    for language, block in BLOCK.findall(text):
+        if language not in ("", "sh", "console"):
+            continue
         for line in re.sub(r"^ *#.*$", "", block, flags=re.MULTILINE).replace("\\\n", " ").splitlines():
             yield from re.findall(r"(?:penstock|python -m benchmarks|make) [a-z][^#;|>&]*", line)
     for inline in INLINE.findall(text.replace("\n", " ")):
@@ -63,7 +65,7 @@ def unknown(command: str) -> str | None:
         name = rest[0]
         if name not in found.commands:
             return name
-        passed_through = passed_through or name in ("vllm", "doctor")
+        passed_through = passed_through or name in ("vllm", "vllm-engine", "doctor")
         loads = isinstance(found, LazyGroup) and name in found.targets
         found, rest = found.load(name) if loads else found.commands[name], rest[1:]
     known = {flag for one in found.params for flag in (*one.opts, *one.secondary_opts)} | {"--help", "--version"}
