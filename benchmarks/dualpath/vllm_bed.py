@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from benchmarks.dualpath import vllm_reference
-from benchmarks.dualpath.agents import Agent
+from benchmarks.dualpath.agents import BLOCK_TOKENS, Agent
 from benchmarks.dualpath.testbed import POOL_PORT, ROUTER_ADDRESS, ROUTER_PORT, Scale, Testbed, Topology
 from benchmarks.dualpath.vllm_reference import ANSWERS, Asked
 from penstock.bench.processes import SERVE_READY, ProcessFailed, ReadyProcess
@@ -69,7 +69,8 @@ class VllmBed(Testbed):
         """What one vLLM answers to (tenant, tokens), each prompt computed; the pool has their KV then. Raises
         ProcessFailed."""
         address = f"127.0.0.1:{POOL_PORT}"
-        asked = Asked(str(self.model), address, str(self.secret_file), self._flags, list(prompts), answer_tokens)
+        secret, asked_for = str(self.secret_file), list(prompts)
+        asked = Asked(str(self.model), address, secret, self._flags, asked_for, answer_tokens, BLOCK_TOKENS)
         with self.pool_host.entered():
             try:
                 done = subprocess.run(

@@ -80,6 +80,8 @@ def measure_vllm(
                     share = sum(equal) / len(cell.agents)
                     name = f"outputs_{cell.what}_equal"
                     report.figure(name, min(share, report.figures.get(name, 1.0)), 1.0)
+                    name = f"vllm_{topology.name.lower()}_hits_loaded"
+                    report.figure(name, min(_hits_loaded(run, cell), report.figures.get(name, 1.0)), 1.0)
         scale = bed.scale
         hosts = VllmHosts(
             topology, plain_bytes_per_s, scale.compute_bytes_per_s, KV_BYTES, BUFFER_BYTES, scale.part_tokens_min
@@ -102,6 +104,13 @@ def _expected(bed: VllmBed, cells: list[_Cell]) -> dict[str, list[list[int]]]:
     for owner, answer in zip(owners, bed.reference(asked, ANSWER_TOKENS), strict=True):
         found.setdefault(owner, []).append(answer)
     return found
+
+
+def _hits_loaded(run: Run, cell: _Cell) -> float:
+    """Of the tokens that the pool had, the share that was loaded."""
+    had = sum(agent.turns[0].hit_tokens for agent in cell.agents)
+    loaded = sum(one.report.cached_tokens for one in run.answered if one.report is not None)
+    return loaded / had if had else 1.0
 
 
 def _best(runs: list[Run], of: Callable[[Run], float]) -> float:
