@@ -42,6 +42,15 @@ NEEDED = {
 }
 
 
+def register_connector(name: str, module: str) -> None:
+    """Make vLLM find a connector by its name, as its MultiConnector looks for those whose statistics it gets from
+    another process."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    with contextlib.suppress(ValueError):  # it is registered
+        KVConnectorFactory.register_connector(name, module, name)
+
+
 def publishes_events(config: VllmConfig) -> bool:
     """Whether vLLM publishes KV events."""
     events = config.kv_events_config

@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 
 from penstock.vllm import compat
+from penstock.vllm.flags import CONNECTOR, CONNECTOR_MODULE
 from penstock.vllm.kv_events import vllm_events
 from penstock.vllm.layout import KVRows
 from penstock.vllm.link import Notice
@@ -269,3 +270,6 @@ class PenstockConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def has_pending_push_work(self) -> bool:
         """True while saves pin blocks, so that vLLM keeps stepping until they are released."""
         return self.side.pins_blocks()
+
+
+compat.register_connector(CONNECTOR, CONNECTOR_MODULE)

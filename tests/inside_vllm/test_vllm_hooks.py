@@ -41,6 +41,18 @@ def test_the_table_names_every_hook_of_this_vllm_and_what_we_do_about_it() -> No
         assert why.strip()
 
 
+def test_a_multi_connector_rebuilds_our_statistics() -> None:
+    """They come from the scheduler's process; one that it cannot rebuild ends vLLM's API server."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+
+    from penstock.vllm.connector import PenstockConnector
+    from penstock.vllm.metrics import PenstockStats
+
+    data = {"counters": {"requests": 1}}
+    found = MultiConnector.build_kv_connector_stats({PenstockConnector.__name__: data})
+    assert found is not None and found.data == {PenstockConnector.__name__: PenstockStats(data=data)}
+
+
 def test_copies_end_before_vllms_memory_goes_away() -> None:
     """What sleep calls in a worker, from 0.33 on."""
     from penstock.vllm.connector import PenstockConnector
