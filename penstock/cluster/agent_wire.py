@@ -85,9 +85,10 @@ def blocks_text(opened: bytes) -> str:
     return "".join("012"[state] if state < 3 else "0" for state in opened)
 
 
-def params_in(given: Mapping[str, Any] | None) -> HandOffParams | None:
-    """The hand-off in a request's `kv_transfer_params`; None without one. Raises ProtocolError if it is not valid."""
-    if not given or PARAMS_KEY not in given:
+def params_in(given: object) -> HandOffParams | None:
+    """The hand-off in a request's `kv_transfer_params`, which may be anything that a client sent; None without one.
+    Raises ProtocolError if it is not valid."""
+    if not isinstance(given, Mapping) or PARAMS_KEY not in given:
         return None
     try:
         return msgspec.convert(given[PARAMS_KEY], HandOffParams)

@@ -12,9 +12,8 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from penstock.cluster.agent_wire import (
     BEAT_S,
@@ -89,7 +88,7 @@ class AgentLink:
         elif connected is not None:
             self._send(connected, message)
 
-    def params_in(self, given: Mapping[str, Any] | None) -> HandOffParams | None:
+    def params_in(self, given: object) -> HandOffParams | None:
         """The hand-off that the agent placed with a request; None without one, and for one that is not the agent's."""
         try:
             found = params_in(given)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 from penstock.cluster.agent_wire import EndHandOff, HandOffEnded, HandOffParams, Moved, Replan
 from penstock.cluster.handoff.link_meter import LinkMeter
@@ -51,7 +51,7 @@ class HandOffs:
         self.agent = AgentLink(settings.agent, self._report, failed, self._ordered, self._moved, staging)
         self.peers = AgentPeers(memory, self.agent.order)
 
-    def begin(self, request_id: str, given: Mapping[str, Any] | None) -> HandOffParams | None:
+    def begin(self, request_id: str, given: object) -> HandOffParams | None:
         """The agent's parameters of a request, if it has any that can be followed. A prefill part begins: `handed_over`
         or `end` ends it."""
         params = self.agent.params_in(given)

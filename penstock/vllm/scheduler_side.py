@@ -162,11 +162,10 @@ class SchedulerSide:
         """Look the request up and start to fetch it, before the scheduler considers it. `again`: its hand-off has ended
         already."""
         hand_offs = None if again else self.host.hand_offs
-        params = None if hand_offs is None else hand_offs.begin(request.request_id, request.kv_transfer_params)
         known = False
-        if not self.host.fatal:
-            with self._for_one(request.request_id):
-                known = self._arrived(request, params)
+        with self._for_one(request.request_id):
+            params = None if hand_offs is None else hand_offs.begin(request.request_id, request.kv_transfer_params)
+            known = not self.host.fatal and self._arrived(request, params)
         if hand_offs is not None and (not known or self.host.fatal):
             hand_offs.end(request.request_id, "unusable")
 

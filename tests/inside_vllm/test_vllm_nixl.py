@@ -100,6 +100,7 @@ def ask(server: ServerProcess, prompt: list[int], tokens: int = NEW, **params: A
     return found["choices"][0]["token_ids"], found.get("kv_transfer_params") or {}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BUILD is None, reason="NIXL is not installed here (make venv)")
 @pytest.mark.timeout(900)
 def test_nixl_pulls_what_is_handed_over_and_the_pool_serves_the_rest(pair: Pair) -> None:
@@ -125,6 +126,7 @@ def test_nixl_pulls_what_is_handed_over_and_the_pool_serves_the_rest(pair: Pair)
     before = decode.external_hits()
     assert ask(decode, unknown)[0] == computed
     assert decode.external_hits() - before == 6 * BLOCK and pool.read_bytes() > 0, "the pool had it"
+    assert decode.metrics()["vllm:penstock_fetched_blocks_total"] == 6, "our statistics beside NIXL's"
 
 
 @pytest.mark.parametrize(

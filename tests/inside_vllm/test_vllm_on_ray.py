@@ -46,6 +46,7 @@ ray = {{ resources = {{ host = 1 }} }}
 """
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not (RAY / "ray").exists(), reason="Ray is not installed here (make venv)"),
     pytest.mark.timeout(1500),
 ]
@@ -56,7 +57,16 @@ def raylet() -> Iterator[str]:
     """The address of a Ray node on loopback, of this machine alone."""
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # Ray's sockets lie in it, with long names
-        command = [RAY / "ray", "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", str(port)]
+        command = [
+            str(RAY / "ray"),
+            "start",
+            "--head",
+            "--block",
+            "--node-ip-address",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ]
         command += ["--num-cpus", "4", "--resources", '{"host": 2}', "--object-store-memory", str(80 << 20)]
         command += ["--include-dashboard", "false", "--disable-usage-stats", "--temp-dir", folder]
         with (Path(folder) / "start.log").open("w+") as log:
@@ -81,7 +91,18 @@ class Up:
         ]
         file = folder / "cluster.toml"
         file.write_text(CLUSTER.format(model=model, engines="".join(engines)))
-        command = [RAY / "python", "-P", "-m", "penstock", "up", str(file), "--on", "ray", "--ray-address", address]
+        command = [
+            str(RAY / "python"),
+            "-P",
+            "-m",
+            "penstock",
+            "up",
+            str(file),
+            "--on",
+            "ray",
+            "--ray-address",
+            address,
+        ]
         with self._log.open("w") as log:
             self.process = subprocess.Popen([*command, "--ready-s", str(START_S)], stdout=log, stderr=log)
 

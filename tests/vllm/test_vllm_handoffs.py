@@ -204,7 +204,9 @@ def test_params_of_others_are_ignored_and_a_request_that_cannot_be_followed_is_s
     forged[PARAMS_KEY]["token"] = "0" * 32
     assert prefill.hand_offs.begin("r", forged) is None
     assert prefill.hand_offs.begin("r", {PARAMS_KEY: {"token": params.token}}) is None, "not complete"
-    assert prefill.hand_offs.begin("r", {"do_remote_prefill": True}) is None and not prefill.agent.ended
+    for other in ({"do_remote_prefill": True}, None, PARAMS_KEY, [PARAMS_KEY], 5):  # a client may send anything
+        assert prefill.hand_offs.begin("r", other) is None
+    assert not prefill.agent.ended
     assert prefill.hand_offs.begin("r", params.to_params()) == params
     again = prefill.agent.prefill("h2", "127.0.0.1:1", "00")
     assert prefill.hand_offs.begin("r", again.to_params()) is None, "the id is in use"
