@@ -31,9 +31,11 @@ LINES_MAX = 200  # of output of one process between two calls of `watch`
 
 
 class ProcessState(NamedTuple):
-    """The state of an actor's process. `failure`: where and why it never became ready; empty while it may."""
+    """The state of an actor's process. `given`: the addresses that it was started with. `failure`: where and why it
+    never became ready; empty while it may."""
 
     ready: bool
+    given: Mapping[str, list[str]]
     addresses: tuple[str, ...]
     pid: int
     restarts: int
@@ -48,7 +50,7 @@ class ProcessActor:
         self._spec = spec
         self._lines: deque[str] = deque(maxlen=LINES_MAX)
         self._child = Child(spec, lambda _, line: self._lines.append(line))
-        self._node = ""
+        self._node, self._given = "", addresses
         self.start(addresses)
 
     def start(self, addresses: Mapping[str, list[str]]) -> None:
@@ -56,6 +58,7 @@ class ProcessActor:
         import ray
 
         self._child.stop(STOP_S)
+        self._given = addresses
         self._node = ray.util.get_node_ip_address()
         self._child.start_or_pause([word.replace(NODE_IP, self._node) for word in self._spec.command(addresses)])
 
@@ -68,7 +71,8 @@ class ProcessActor:
             child.keep_port()
         lines = [self._lines.popleft() for _ in range(len(self._lines))]
         failure = f"on {self._node} {why}" if why is not None else ""
-        return ProcessState(child.ready.is_set(), child.addresses, child.pid, child.restarts, failure, lines)
+        ready, pid = child.ready.is_set(), child.pid
+        return ProcessState(ready, self._given, child.addresses, pid, child.restarts, failure, lines)
 
     def stop(self) -> None:
         """End the process, within STOP_S seconds."""
@@ -86,6 +90,7 @@ class _Known:
         self.pid = 0
         self.restarts = 0
         self.failure = ""
+        self.given: Mapping[str, list[str]] | None = None
         self.place_again_s = 0.0  # not before, without an actor
 
 
@@ -162,7 +167,7 @@ class RaySupervisor:
                 self._lost(one, error)
                 continue
             one.ready, one.pid, one.restarts, one.failure = state.ready, state.pid, state.restarts, state.failure
-            one.addresses = state.addresses or one.addresses
+            one.addresses, one.given = state.addresses or one.addresses, state.given
             for line in state.lines:
                 self._on_line(one.spec.name, line)
 
@@ -199,20 +204,18 @@ class RaySupervisor:
                     raise StartFailed(f"Ray could not be asked for {RAY_GONE_S:g} s: {error!r}") from None
 
     def watch(self) -> None:
-        """Check all actors once; restart processes that died, or that use an address that changed."""
+        """Check all actors once; restart processes that died, or that use an address that changed, as that of an actor
+        which Ray started again does."""
         for one in self.known.values():
             if one.actor is None and time.monotonic() > one.place_again_s:
                 one.actor = self._place(one.spec)
         self._look(list(self.known.values()))
-        addresses = self._addresses()
-        if addresses != self._given:
-            self._given = addresses
-            for one in self.known.values():
-                if one.spec.kind == "engine":
-                    self._on_line(one.spec.name, "a pool or the router has moved: it begins again")
-                    one.ready = False
-                    if one.actor is not None:
-                        one.actor.start.remote(addresses)
+        self._given = self._addresses()
+        for one in self.known.values():
+            if one.spec.kind == "engine" and one.actor is not None and one.given not in (None, self._given):
+                self._on_line(one.spec.name, "a pool or the router has moved: it begins again")
+                one.ready, one.given = False, None
+                one.actor.start.remote(self._given)
 
     def stop(self) -> None:
         """End the router first, then engines, then pools."""

@@ -125,8 +125,17 @@ def test_two_raylets_serve_and_start_again_what_dies(
             time.sleep(0.1)
         until_serving()
         assert answer(supervisor.url) == first
+        prefill.actor.start.remote({"router": ["127.0.0.1:9"], "pool": ["127.0.0.1:9"]})  # as before these moved
+        end = time.monotonic() + WAIT_S
+        while not any("has moved" in line for line in lines):
+            assert time.monotonic() < end, "\n".join(lines[-30:])
+            supervisor.watch()
+            time.sleep(0.1)
+        until_serving()
+        assert answer(supervisor.url) == first
         assert not (tmp_path / "executed").exists()
-        assert (tmp_path / "started").read_text() == "started\n" * 2  # once by each of the prefill engine's actors
+        started = (tmp_path / "started").read_text()  # by each of the prefill engine's actors, and for other addresses
+        assert started in ("started\n" * 3, "started\n" * 4)  # with the first of these it may have had no time
     finally:
         supervisor.stop()
 
