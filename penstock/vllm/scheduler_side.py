@@ -61,6 +61,7 @@ class _Known:
     tardy_jobs: deque[int] = field(default_factory=deque)  # blocks among them for which there was no room
     adapter: str | None = None  # identity of its adapter, if any
     sends: bool = False  # its prompt's blocks go to a decode engine
+    pulled: bool = False  # another connector gets its KV, and nothing is loaded for it
     computing: bool = False
     answering: bool = False
 
@@ -179,14 +180,14 @@ class SchedulerSide:
         if isinstance(spec, str):
             self.host.activity.requests_without_pool[spec] += 1
             return False
-        known = _Known(request, adapter=adapter)
+        known = _Known(request, adapter=adapter, pulled=compat.is_pulled_by_another(request))
         if params is not None and params.part == "decode":
             spec = replace(spec, received=params.hand_off())
         elif params is not None:
             known.sends = True
             spec = replace(spec, hand_off=params.hand_off(), recompute_tokens=params.recompute_tokens)
         held = 0 if self._manager is None else compat.held_tokens(self._manager, request)
-        loads = not request.skip_reading_prefix_cache and not compat.is_pulled_by_another(request)
+        loads = not request.skip_reading_prefix_cache and not known.pulled
         try:
             self.host.submit(spec, held, loads, params.timeout_s if params is not None else math.inf)
         except ValueError:  # a request whose id is in use is served without the pool
@@ -245,6 +246,10 @@ class SchedulerSide:
 
     def _matched(self, request: Request, held_tokens: int) -> int | None:
         known = self._known.get(request.request_id)
+        if known is not None and known.pulled and not compat.is_pulled_by_another(request):
+            self._forget(known)  # the transfer failed, or the request was preempted: nobody pulls it again
+            self.arrived(request, again=True)
+            known = self._known.get(request.request_id)
         if known is None or self.host.fatal:
             return 0
         if request.num_output_tokens:

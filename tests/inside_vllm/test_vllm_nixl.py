@@ -120,13 +120,19 @@ def test_nixl_pulls_what_is_handed_over_and_the_pool_serves_the_rest(pair: Pair)
         assert pulled[:1] == first
         assert decode.external_hits() - before >= TOKENS - 1 and pool.read_bytes() == 0, "NIXL pulled all of it"
         assert ask(prefill, prompt)[0] == pulled
+    lost = prompt_of(4, TOKENS)
+    first, handed = ask(prefill, lost, 1, **PREFILLS)
+    pool.wait_for_blocks(18)
+    again, _ = ask(decode, lost, NEW, **handed | {"remote_engine_id": "gone", "remote_port": free_port()})
+    assert again == ask(prefill, lost)[0] and again[:1] == first
+    assert pool.read_bytes() > 0, "the prefill instance is gone, and the pool has it"
     unknown = prompt_of(3, TOKENS)
     computed, _ = ask(prefill, unknown)
-    pool.wait_for_blocks(18)
+    pool.wait_for_blocks(24)
     before = decode.external_hits()
     assert ask(decode, unknown)[0] == computed
-    assert decode.external_hits() - before == 6 * BLOCK and pool.read_bytes() > 0, "the pool had it"
-    assert decode.metrics()["vllm:penstock_fetched_blocks_total"] == 6, "our statistics beside NIXL's"
+    assert decode.external_hits() - before == 6 * BLOCK, "the pool had it"
+    assert decode.metrics()["vllm:penstock_fetched_blocks_total"] == 2 * 6, "our statistics beside NIXL's"
 
 
 @pytest.mark.parametrize(
