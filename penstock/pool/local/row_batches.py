@@ -26,11 +26,13 @@ from penstock.pool.local.space import MemberSpace, Places
 from penstock.pool.members.stored_rows import StoredRows, tenant_tag_of, unchecked
 
 ROWS_AT_ONCE = 8192
+FEW_LEFT = 20  # keys that are not found yet, below which one by one is faster
 _FROM_STORED = ("size", "checksum", "rebuild_s", "position")
 Rows = NDArray[np.int64]
 Words = NDArray[np.uint64]
 _TYPES = {"keys": np.uint64, "checksum": np.uint64, "worth": np.float64, "tenant": np.uint32, "rebuild_s": np.float32}
 _TYPES |= {"page": np.uint64, "size": np.uint32, "parent": np.int32, "children": np.uint32, "ticket": np.uint32}
+_SHIFT, _FINISH, _HALF = np.uint64(29), np.uint64(FINISH), np.uint64(32)
 _TYPES |= {"uses": np.uint16, "position": np.uint16, "member": np.uint16, "flags": np.uint8}
 
 
@@ -41,6 +43,12 @@ class Found:
     sizes: NDArray[np.uint32]
     members: NDArray[np.uint16]
 
+    @property
+    def alike(self) -> bool:
+        """Whether all keys were found, on one member and of one size."""
+        size, member = self.sizes[0], self.members[0]
+        return bool(size and (self.sizes == size).all() and (self.members == member).all())
+
 
 class RowBatches:
     """Batches over the rows of one table."""
@@ -49,6 +57,7 @@ class RowBatches:
         self._eviction = eviction
         self._rows = eviction.rows
         self._places = places
+        self._salts = np.uint64(self._rows.salt), np.uint64((self._rows.salt ^ MIX) | 1)
         self._unsaved: dict[int, deque[NDArray[np.int32]]] = {}  # by member: rows used since `take_uses`
 
     # --- finding ---
@@ -320,9 +329,9 @@ class RowBatches:
 
     def _hashes(self, words: Words) -> NDArray[np.uint64]:
         """`core.pool.columns.mixed` of many keys."""
-        salt = self._rows.salt
-        word = words[:, 0] * np.uint64(salt) + words[:, 1] * np.uint64((salt ^ MIX) | 1)
-        hashes: NDArray[np.uint64] = ((word ^ word >> np.uint64(29)) * np.uint64(FINISH)) >> np.uint64(32)
+        low, high = self._salts
+        word = words[:, 0] * low + words[:, 1] * high
+        hashes: NDArray[np.uint64] = ((word ^ word >> _SHIFT) * _FINISH) >> _HALF
         return hashes
 
     def _key_hashes(self, rows: Rows) -> NDArray[np.uint64]:
@@ -331,24 +340,40 @@ class RowBatches:
     def _search(self, words: Words, tenants: NDArray[np.uint32] | None) -> Rows:
         """The present row of each key, or, with `tenants`, the row of each key and tenant; -1 where there is none."""
         chains = self._rows.by_key
-        keys, flags, numbers = self._column("keys").reshape(-1, 2), self._column("flags"), self._column("tenant")
         rows = np.full(len(words), -1, np.int64)
         if not chains.count:
             return rows
+        keys, flags, numbers = self._column("keys"), self._column("flags"), self._column("tenant")
         heads, links = views(chains)
-        link = heads[buckets(chains, self._hashes(words))]
-        todo = np.flatnonzero(link)
-        link = link[todo]
-        while len(todo):
-            at = link - 1
-            there, asked = keys[at], words[todo]
-            same = (there[:, 0] == asked[:, 0]) & (there[:, 1] == asked[:, 1])
-            same &= (flags[at] & PRESENT).astype(bool) if tenants is None else numbers[at] == tenants[todo]
+        low, high = np.ascontiguousarray(words[:, 0]), np.ascontiguousarray(words[:, 1])
+        link = heads.take(buckets(chains, self._hashes(words)))
+        todo = link.nonzero()[0]
+        link = link.take(todo)
+        while len(todo) > FEW_LEFT:
+            at = link.astype(np.int64) - 1
+            same = keys.take(2 * at) == low.take(todo)
+            same &= keys.take(2 * at + 1) == high.take(todo)
+            same &= (flags.take(at) & PRESENT) > 0 if tenants is None else numbers.take(at) == tenants.take(todo)
             rows[todo[same]] = at[same]
-            link = links[at]
-            on = ~same & (link > 0)
-            todo, link = todo[on], link[on]
+            link = links.take(at)
+            on = ((link > 0) & ~same).nonzero()[0]
+            todo, link = todo.take(on), link.take(on)
+        for number, first in zip(todo.tolist(), link.tolist(), strict=True):
+            tenant = -1 if tenants is None else int(tenants[number])
+            rows[number] = self._follow(first, int(low[number]), int(high[number]), tenant)
         return rows
+
+    def _follow(self, link: int, low: int, high: int, tenant: int) -> int:
+        """As `_search`, of one key, along the rest of its chain; `tenant` is -1 for a present row of any."""
+        rows, links = self._rows, self._rows.by_key.next
+        keys = rows.keys
+        while link:
+            row = link - 1
+            fits = rows.flags[row] & PRESENT if tenant < 0 else rows.tenant[row] == tenant
+            if fits and keys[2 * row] == low and keys[2 * row + 1] == high:
+                return row
+            link = links[row]
+        return -1
 
 
 def _distinct(words: Words, numbers: NDArray[np.uint32]) -> tuple[Rows, Rows]:

@@ -61,6 +61,11 @@ class _Lane:
     def open(self) -> list[Connection]:
         return [connection for connection in self.connections if connection is not None and connection.open]
 
+    @property
+    def up(self) -> bool:
+        """Whether any connection is open."""
+        return any(connection is not None and connection.open for connection in self.connections)
+
     def free(self) -> Connection | None:
         """The open connection with the fewest bytes in flight, if it may get one more request."""
         best = min(self.open(), key=lambda c: (c.in_flight_bytes, c.in_flight), default=None)
@@ -147,7 +152,7 @@ class NodeLink:
     @property
     def up(self) -> bool:
         """Whether every lane has an open connection."""
-        return all(lane.open() for lane in self._lanes.values())
+        return self._control.up and self._writes.up and self._reads.up
 
     @property
     def idle(self) -> bool:
@@ -235,12 +240,13 @@ class NodeLink:
     ) -> Callable[[], Answer]:
         """Send a request over the control connection: `message(id, timeout of the node)`. Call the result to wait for
         the answer. Both raise PoolError."""
-        answered = threading.Event()
+        answered = threading.Lock()  # free once it is answered
+        answered.acquire()
         answers: list[tuple[Any, PoolError | None]] = []
 
         def end(result: Any, error: PoolError | None) -> None:
             answers.append((result, error))
-            answered.set()
+            answered.release()
 
         id, sent_s = next(self._ids), time.monotonic()
         deadline_s = sent_s + _bounded(deadline_s - sent_s)
@@ -249,12 +255,12 @@ class NodeLink:
             if self._closed:
                 raise PoolError("closed", "the pool is closed")
             connection = self._control.connections[0]
-        if connection is None or not connection.add(pending):
+        if connection is None or not connection.ask(pending):
             raise PoolError("network", f"{self.what} {self.place} is down: {self._down_reason}")
-        connection.send(pending)
 
         def wait() -> Answer:
-            if not answered.wait(max(0.0, deadline_s - time.monotonic())):
+            connection.answer(pending, deadline_s)
+            if not answers and not answered.acquire(timeout=max(0.0, deadline_s - time.monotonic())):
                 connection.forget(pending)
                 self._cut_silent(sent_s)
                 raise PoolError("deadline", f"{self.what} {self.place} did not answer in time")
@@ -325,7 +331,7 @@ class NodeLink:
     def _refusal(self, lane: _Lane) -> PoolError | None:
         if self._closed:
             return PoolError("closed", "the pool is closed")
-        if not lane.open():
+        if not lane.up:
             return PoolError("network", f"{self.what} {self.place} is down: {self._down_reason}")
         if len(lane.waiting) >= lane.waiting_max:
             return PoolError("dropped", f"{len(lane.waiting)} {lane.kind}s wait for {self.place}; that is the limit")

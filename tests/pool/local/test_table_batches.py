@@ -200,6 +200,7 @@ def test_a_batch_costs_few_calls_per_block() -> None:
         together(table, prefix(number, 2048), 2048)
     keys = b"".join(new.key for new in prefix(4, 2048))
     assert calls(lambda: table.lookup_many(keys)) < 400, "a lookup of 2,048 keys"
+    assert calls(lambda: table.lookup_many(keys[: 64 * 16])) < 170, "of 64 keys: what a node of many is asked for"
     news = prefix("new", 2048)
     assert calls(lambda: together(table, news, 256)) < 45 * 2048, "a store with eviction, per block"
     single = prefix("single", 256)
