@@ -451,7 +451,8 @@ class Connection:
             self.heard_s = time.monotonic()
             if digest is not None:
                 digest.update(piece)
-            self._check_open()
+            if self._cut_reason is not None:
+                raise ConnectionError(self._cut_reason)
         error: PoolError | None = None
         if check is not None:  # a MAC is computed over the whole block
             error = check(buffer, reply.checksum, reply.mac)

@@ -690,8 +690,8 @@ def receive_pieces(sock: Stream, into: memoryview, piece_bytes: int) -> Iterator
             raise TimeoutError(f"the peer sent nothing for {STALL_S} s in the middle of a message") from None
         if not received:
             raise ConnectionError("the peer closed the connection")
-        yield piece if received == len(piece) else piece[:received]
         got += received
+        yield piece[:received]
 
 
 def receive_scattered(sock: Stream, views: Sequence[memoryview]) -> None:

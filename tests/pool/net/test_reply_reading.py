@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -14,11 +15,12 @@ from typing import Any
 
 import pytest
 
+from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.pool.net import connection as connection_module
 from penstock.pool.net import wire
 from penstock.pool.net.reply_reader import ReplyReader
-from tests.pool.helpers import key_of, read, until, write
+from tests.pool.helpers import Outcome, key_of, read, until, write
 from tests.pool.net.node_rig import WAIT_S, NodeRig
 
 
@@ -166,6 +168,33 @@ def test_a_signal_that_interrupts_the_reader_ends_the_connection_and_not_the_lin
         client.lookup([key_of("a")], WAIT_S)
     until(lambda: client.up, WAIT_S)
     assert client.lookup([key_of("a")], WAIT_S) == [None]
+
+
+def test_a_large_block_costs_both_sides_few_calls(rig: NodeRig) -> None:
+    """Beside its bytes: of the thread that receives and verifies it, and of the node's that sends it."""
+    blocks, size = 20, 4 << 20
+    counts: Counter[str] = Counter()
+
+    def called(frame: FrameType, event: str, arg: Any) -> None:
+        counts[threading.current_thread().name] += event in ("call", "c_call")
+
+    threading.setprofile(called)
+    try:
+        node = rig.node(rig.pool(8 * size))
+        client = rig.client(node)
+        buffer = aligned_buffer(size)
+        assert write(client, key_of("large"), size_bytes=size) == "ok" and read(client, key_of("large"), size) == "ok"
+        counts.clear()
+        for _ in range(blocks):
+            ended = Outcome()
+            client.read(key_of("large"), size, buffer, WAIT_S, ended)
+            assert ended.reason(WAIT_S) == "ok"
+    finally:
+        threading.setprofile(None)
+    of_client = counts["penstock-read-receive"]
+    of_node = sum(count for name, count in counts.items() if name.startswith("penstock-node-127"))
+    assert 0 < of_client < 200 * blocks, "241 before, with a piece verified at a time by calls of its own"
+    assert 0 < of_node < 140 * blocks
 
 
 # --- the reader alone ---
