@@ -335,7 +335,10 @@ class Connection:
     def forget(self, pending: Pending) -> bool:
         """Drop a control request whose caller has stopped waiting (it has no buffer); False when it has just ended."""
         with self._lock:
-            return self._pending.pop(pending.id, None) is not None
+            forgotten = self._pending.pop(pending.id, None) is not None
+        if self._reader == "asked":  # nobody waits for its late answer, or for the end of the connection
+            self.woken()
+        return forgotten
 
     def abandon(self) -> None:
         """End a connection that was not started."""

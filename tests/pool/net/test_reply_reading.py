@@ -19,6 +19,7 @@ from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.pool.net import connection as connection_module
 from penstock.pool.net import wire
+from penstock.pool.net.pool_connection import PoolConnection
 from penstock.pool.net.reply_reader import ReplyReader
 from tests.pool.helpers import Outcome, key_of, read, until, write
 from tests.pool.net.node_rig import WAIT_S, NodeRig
@@ -140,6 +141,32 @@ def test_an_answer_that_nobody_waits_for_harms_nobody(rig: NodeRig, started: lis
     assert read(client, key_of("a")) == "network"
     with pytest.raises(PoolError, match="network"):
         client.lookup([key_of("a")], WAIT_S)
+    until(lambda: not client.up, WAIT_S)
+
+
+def test_after_an_answer_that_came_too_late_the_connection_is_watched_again(
+    rig: NodeRig, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, real = threading.Event(), PoolConnection._control  # noqa: SLF001 (a node that is late)
+
+    def late_answer(self: PoolConnection, request: wire.Lookup | wire.Evict | wire.Stat) -> wire.Reply:
+        go.wait(WAIT_S)
+        return real(self, request)
+
+    node = rig.node()
+    client = rig.client(node)
+    until(parked, WAIT_S)
+    monkeypatch.setattr(PoolConnection, "_control", late_answer)
+    with pytest.raises(PoolError, match="deadline"):
+        client.lookup([key_of("a")], 0.1)
+    go.set()
+    assert client.lookup([key_of("a")], WAIT_S) == [None]
+    go.clear()
+    with pytest.raises(PoolError, match="deadline"):
+        client.lookup([key_of("a")], 0.1)
+    until(parked, WAIT_S)
+    go.set()
+    node.close(5.0)
     until(lambda: not client.up, WAIT_S)
 
 
