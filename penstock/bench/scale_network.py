@@ -9,17 +9,21 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from penstock.bench.processes import pool_process
+from penstock.bench.scale_bare import BareNodes, bare_nodes_process
 from penstock.bench.scale_nodes import nodes_process
 from penstock.core.bandwidth import LinkCost
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
 from penstock.core.keys import KEY_BYTES, BlockKey, KeyChain, root_key
 from penstock.core.new_block import NewBlock, prefix_position
+from penstock.core.pool.runs import FIRST_PARTS
 from penstock.core.spans import SPAN_BLOCKS_MAX, parts, span_blocks, window_blocks
 from penstock.engine.api import GenerationRequest, TokenEvent
 from penstock.engine.engine import Engine
@@ -27,7 +31,7 @@ from penstock.engine.modelled_runner import ModelledRunner
 from penstock.engine.profile import load_profile
 from penstock.engine.runner import SamplingParams
 from penstock.io.memory import aligned_buffer
-from penstock.pool.api import Pool, PoolError
+from penstock.pool.api import Located, Pool, PoolError
 from penstock.pool.net import wire
 from penstock.pool.net.connect import connect_pool, open_union
 from penstock.report import Report
@@ -72,10 +76,14 @@ def measure_network(report: Report, quick: bool, step: Step) -> None:
         _figure(report, name, engine_us_per_block(nodes, requests, context))
     nodes = 20 if quick else 64
     step(f"a prefix is looked up on {nodes} nodes")
-    took_ms, cpu_ms, hottest = lookup_ms(nodes, 2048, *((5, 200) if quick else (50, 6400)))
-    _figure(report, f"lookup_{nodes}_nodes_ms", took_ms)
-    _figure(report, f"lookup_{nodes}_nodes_cpu_ms", cpu_ms)
-    report.figure(f"blocks_{nodes}_nodes_hottest_over_mean", hottest, 1.25)
+    found = lookup_ms(nodes, 2048, *((5, 200) if quick else (50, 6400)))
+    _figure(report, f"lookup_{nodes}_nodes_ms", found.took_ms)
+    _figure(report, f"lookup_{nodes}_nodes_cpu_ms", found.cpu_ms)
+    report.figure(f"lookup_{nodes}_nodes_asked", float(found.asked))
+    report.figure(f"bare_{nodes}_nodes_ms", found.bare_ms)
+    report.figure(f"bare_{nodes}_nodes_cpu_ms", found.bare_cpu_ms)
+    report.figure(f"blocks_{nodes}_nodes_hottest_over_mean", found.hottest, 1.25)
+    report.notes.append("bare_*_nodes: the bytes of a lookup over as many sockets, next to no Python at both ends")
     step("blocks are written to a node, and read")
     write_us, read_us = node_us_per_block(8192 if quick else 32_768)
     _figure(report, "node_write_us_per_block", write_us)
@@ -156,10 +164,23 @@ def _prefix(root: BlockKey, tokens: list[int], size_bytes: int) -> list[NewBlock
 # --- lookups ---
 
 
-def lookup_ms(nodes: int, blocks: int, lookups: int, prefixes: int) -> tuple[float, float, float]:
-    """Of a lookup of a prefix of `blocks` blocks that lies on `nodes` nodes: milliseconds, the median, and CPU
-    milliseconds of this process and of the nodes', the mean. Then so many short prefixes are written that all begin
-    alike: the blocks of the fullest node over the mean."""
+@dataclass(frozen=True, slots=True)
+class Lookups:
+    """Of a lookup of a prefix that lies on many nodes: milliseconds, the median; CPU milliseconds of this process and
+    of the nodes', the mean; and how many nodes it asks. `bare_*`: of its bytes alone. `hottest`: the blocks of the
+    fullest node over the mean."""
+
+    took_ms: float
+    cpu_ms: float
+    asked: int
+    bare_ms: float
+    bare_cpu_ms: float
+    hottest: float
+
+
+def lookup_ms(nodes: int, blocks: int, lookups: int, prefixes: int) -> Lookups:
+    """Measure lookups of a prefix of `blocks` blocks on `nodes` nodes. Then so many short prefixes are written that all
+    begin alike, to see how they are spread."""
     size = 4096
     with contextlib.ExitStack() as undo:
         process = undo.enter_context(nodes_process(nodes, MEMORY_BYTES))
@@ -168,16 +189,16 @@ def lookup_ms(nodes: int, blocks: int, lookups: int, prefixes: int) -> tuple[flo
         long = _prefix(bytes(KEY_BYTES), [7] * blocks * BLOCK_TOKENS, size)
         _store(pool, long, size)
         keys = [block.key for block in long]
-        took_s: list[float] = []
-        with _without_collector():
-            spent_s, nodes_s = time.process_time(), cpu_s(process.pid)
-            for _ in range(lookups):
-                begin_s = time.perf_counter()
-                found = pool.lookup(keys, TIMEOUT_S)
-                took_s.append(time.perf_counter() - begin_s)
-                if None in found:
-                    raise PoolError("missing", f"{found.count(None)} of {blocks} blocks were not found")
-            cpu = time.process_time() - spent_s + cpu_s(process.pid) - nodes_s
+
+        def look_up() -> list[Located | None]:
+            found = pool.lookup(keys, TIMEOUT_S)
+            if None in found:
+                raise PoolError("missing", f"{found.count(None)} of {blocks} blocks were not found")
+            return found
+
+        held = Counter(hit.route[-1] for hit in look_up() if hit is not None)
+        took_ms, cpu_ms = _repeated(look_up, lookups, process.pid)
+        bare_ms, bare_cpu_ms = _bare_ms(nodes, list(held.values()), lookups)
         pool.evict(keys)
         system = [1] * BEGINNING_BLOCKS * BLOCK_TOKENS
         chains = [
@@ -185,8 +206,41 @@ def lookup_ms(nodes: int, blocks: int, lookups: int, prefixes: int) -> tuple[flo
             for number in range(2, prefixes + 2)
         ]
         _store(pool, [*chains[0], *(block for chain in chains[1:] for block in chain[BEGINNING_BLOCKS:])], size)
-        held = [member.blocks for member in pool.stat(TIMEOUT_S).members]
-    return 1e3 * median(took_s), 1e3 * cpu / lookups, max(held) * len(held) / sum(held)
+        each = [member.blocks for member in pool.stat(TIMEOUT_S).members]
+    return Lookups(took_ms, cpu_ms, len(held), bare_ms, bare_cpu_ms, max(each) * len(each) / sum(each))
+
+
+def _bare_ms(nodes: int, keys_of_nodes: Sequence[int], lookups: int) -> tuple[float, float]:
+    """As `_repeated`, of the bytes of a lookup that asks nodes for so many keys each."""
+    asks = [(_frame_bytes(keys), _answer_bytes(keys)) for keys in keys_of_nodes]
+    rounds = [asks[:FIRST_PARTS], asks[FIRST_PARTS:]]
+    with contextlib.ExitStack() as undo:
+        process = undo.enter_context(bare_nodes_process(nodes))
+        bare = BareNodes(process.address, nodes)
+        undo.callback(bare.close)
+        bare.ask(rounds)
+        return _repeated(lambda: bare.ask(rounds), lookups, process.pid)
+
+
+def _frame_bytes(keys: int) -> int:
+    return len(wire.frame(wire.Lookup(1, TIMEOUT_S, bytes(keys * KEY_BYTES))))
+
+
+def _answer_bytes(keys: int) -> int:
+    return len(wire.frame(wire.found(1, [Located(4096, ("memory:0",))] * keys)))
+
+
+def _repeated(work: Callable[[], object], times: int, pid: int) -> tuple[float, float]:
+    """Milliseconds of one time, the median, and CPU milliseconds of this process and another one, the mean."""
+    took_s: list[float] = []
+    with _without_collector():
+        begin_cpu_s = time.process_time() + cpu_s(pid)
+        for _ in range(times):
+            begin_s = time.perf_counter()
+            work()
+            took_s.append(time.perf_counter() - begin_s)
+        cpu = time.process_time() + cpu_s(pid) - begin_cpu_s
+    return 1e3 * median(took_s), 1e3 * cpu / times
 
 
 # --- a node ---

@@ -30,7 +30,7 @@ from penstock.command_line import PlotFile
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import NewBlock
 from penstock.io.memory import aligned_buffer
-from penstock.pool.api import Pool, PoolError
+from penstock.pool.api import Pool, PoolError, ReadCheck
 from penstock.pool.authenticated import authenticated
 from penstock.pool.checksum import block_checksum
 from penstock.pool.mac import PoolKey
@@ -129,6 +129,7 @@ def transport(
 def draw(path: Path, report: Report) -> None:
     """Reads in messages beside the bare socket loop and, where they were measured, one-sided beside NIXL's own loop."""
     titles = {"tcp": "Penstock", "bare": "bare loop", "one_sided": "Penstock", "nixl": "bare loop"}
+    titles["unchecked"] = "Penstock, not verified"
     panels: dict[str, dict[str, dict[str, float]]] = {}
     for name, value in report.figures.items():
         if (found := re.fullmatch(r"(.+)_read_(\w+)_gb_per_s", name)) is not None:
@@ -172,7 +173,7 @@ def _measure(
         keys = {who: _fill(nodes[who].address, proof) for who, proof in proofs.items()}
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         progress = stack.enter_context(Progress(*columns, console=console))
-        bar = progress.add_task("reading", total=repeats * len(loads) * (1 + len(nodes)))
+        bar = progress.add_task("reading", total=repeats * len(loads) * (2 + len(nodes)))
         for repeat in range(repeats):
             for size, connections in loads:
                 size_bytes = SIZES[size]
@@ -184,6 +185,8 @@ def _measure(
                 for who, proof in proofs.items():
                     node = nodes[who]
                     runs[who] = (node.pid, partial(_run_pool, node.address, proof, keys[who][size], *load))
+                node = nodes["tcp"]
+                runs["unchecked"] = node.pid, partial(_run_pool, node.address, Proof(), keys["tcp"][size], *load, False)
                 for who in sorted(runs, reverse=repeat % 2 == 1):
                     pid, run = runs[who]
                     begin_s, node_begin_s = time.process_time(), cpu_s(pid)
@@ -210,6 +213,10 @@ def _conclude(report: Report, results: Results, loads: list[tuple[str, int]], po
         report.figure(f"tcp_read_{suffix}_ratio_max", min(1.0, at_most / bare.median))
         report.figure(f"tcp_read_{suffix}_paired_ratio", statistics.median(ratios))
         report.figure(f"tcp_read_{suffix}_cpu_s_per_gb", ours.cpu_s_per_gb, bare.cpu_s_per_gb)
+        unchecked = results["unchecked", size, connections]
+        report.figure(f"unchecked_read_{suffix}_gb_per_s", unchecked.median / 1e9)
+        report.figure(f"unchecked_read_{suffix}_ratio", unchecked.median / bare.median)
+        report.figure(f"unchecked_read_{suffix}_cpu_s_per_gb", unchecked.cpu_s_per_gb, bare.cpu_s_per_gb)
         if pool_key is not None:
             mac = results["mac", size, connections]
             report.figure(f"mac_read_{suffix}_gb_per_s", mac.median / 1e9)
@@ -224,6 +231,7 @@ def _conclude(report: Report, results: Results, loads: list[tuple[str, int]], po
             report.figure(f"mac_{size}_cpu_s_per_gb", cpu_s_per_gb, checksum_s_per_gb)
         report.notes.append("mac_* verifies MACs, not checksums; limit of its *_cpu_s_per_gb: the checksum's")
     report.notes.append("real bytes between two processes over loopback; tcp_* verifies the checksum of every block")
+    report.notes.append("unchecked_*: the same reads, not verified, only measured: the difference is the checksum's")
     report.notes.append("*_ratio_max: the bare loop and the checksum, and nothing else, on these cores")
     report.notes.append("limit of *_ratio: the goal; of *_cpu_s_per_gb: the bare loop's, both processes together")
 
@@ -304,8 +312,11 @@ def _fill(address: str, proof: Proof) -> dict[str, list[BlockKey]]:
 class _Reader:
     """Has `WINDOW` blocks, or `SPANS` spans of smaller ones, on their way until `count` have ended."""
 
-    def __init__(self, pool: Pool, keys: list[BlockKey], size_bytes: int, count: int, buffers: memoryview) -> None:
+    def __init__(
+        self, pool: Pool, keys: list[BlockKey], size_bytes: int, count: int, buffers: memoryview, verify: bool = True
+    ) -> None:
         self._pool, self._keys, self._size, self._count, self._buffers = pool, keys, size_bytes, count, buffers
+        self._check: ReadCheck | None = None if verify else _accept
         self._span = max(1, SPAN_BYTES // size_bytes)
         self._window = WINDOW if self._span == 1 else SPANS
         self._lock = threading.Lock()
@@ -337,9 +348,14 @@ class _Reader:
         intos = [self._buffers[one * self._size : (one + 1) * self._size] for one in range(at, at + blocks)]
         keys = [self._keys[number % len(self._keys)] for number in range(first, first + blocks)]
         if blocks == 1:
-            self._pool.read(keys[0], self._size, intos[0], TIMEOUT_S, lambda error: self._end(slot, [error]))
+            ended = partial(self._end_one, slot)
+            self._pool.read(keys[0], self._size, intos[0], TIMEOUT_S, ended, self._check)
         else:
-            self._pool.read_many(keys, self._size, intos, TIMEOUT_S, lambda errors: self._end(slot, errors))
+            checks = [self._check] * blocks
+            self._pool.read_many(keys, self._size, intos, TIMEOUT_S, partial(self._end, slot), checks)
+
+    def _end_one(self, slot: int, error: PoolError | None) -> None:
+        self._end(slot, [error])
 
     def _end(self, slot: int, errors: list[PoolError | None]) -> None:
         error = next(filter(None, errors), None)
@@ -363,9 +379,14 @@ def _run_pool(
     count: int,
     connections: int,
     buffers: memoryview,
+    verify: bool = True,
 ) -> float:
     pool = _connect(address, proof, connections)
     try:
-        return _Reader(pool, keys, size_bytes, count, buffers).run()
+        return _Reader(pool, keys, size_bytes, count, buffers, verify).run()
     finally:
         pool.close(5.0)
+
+
+def _accept(data: memoryview, checksum: int, mac: bytes) -> None:
+    """A check that verifies nothing."""

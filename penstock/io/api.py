@@ -8,16 +8,14 @@ is retried inside an engine; the caller decides.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 
 class QueueFull(RuntimeError):
     """A submit would bring more operations in flight than `depth`; none of it was submitted."""
 
 
-@dataclass(frozen=True, slots=True)
-class IoOp:
+class IoOp(NamedTuple):
     """One read or write of `len(buffer)` bytes at byte `offset` of the device.
 
     `offset`, the length and the buffer's address are multiples of the engine's `alignment_bytes`.
@@ -30,8 +28,7 @@ class IoOp:
     tag: Any
 
 
-@dataclass(frozen=True, slots=True)
-class IoCompletion:
+class IoCompletion(NamedTuple):
     """The end of one operation: all of its bytes were moved (`error is None`), or it failed with `error`.
 
     A short read or write is an error (EIO), never a success.

@@ -121,9 +121,17 @@ class RingEngine(DeviceEngine):
         """Split operations into pieces and issue as many as the ring accepts; the rest when pieces end."""
         self._check_open()
         addresses = checked_addresses(ops, self.in_flight(), self.depth, self.capacity_bytes, self.alignment_bytes)
+        room = 0 if self._pending else min(self._ring.space(), PIECES_MAX - len(self._pieces))
         for op, address in zip(ops, addresses, strict=True):
-            transfer = _Transfer(op, address, op.buffer.nbytes)
+            length = op.buffer.nbytes
+            transfer = _Transfer(op, address, length)
             self._active.add(transfer)
+            if room > 0 and length <= self.piece_bytes:  # most are one piece, and need not wait
+                room -= 1
+                transfer.issued_bytes = self._pack(transfer, 0, length)
+                if transfer.issued_bytes == length:
+                    continue
+            room = 0
             self._pending.append(transfer)
         self._issue()
         with contextlib.suppress(
@@ -149,9 +157,9 @@ class RingEngine(DeviceEngine):
     def _pack(self, transfer: _Transfer, at: int, length: int) -> int:
         """Pack one piece; returns its length, which ends where a registered region starts or ends."""
         address, slot = transfer.address + at, -1
-        if self._regions:
+        if self._registered:
             slot, left = self._regions.find(address)
-            length = min(length, left)
+            length = length if length < left else left
         piece = self._next_piece
         self._next_piece = piece + 1
         self._pieces[piece] = (transfer, at, length)
@@ -189,11 +197,12 @@ class RingEngine(DeviceEngine):
         return min(transfer.pieces for transfer in self._active)
 
     def _reap(self) -> None:
+        pieces = self._pieces
         for piece, result in self._ring.completions():
             if piece >= READ_ID:
                 self._wake.ended()
                 continue
-            transfer, at, length = self._pieces.pop(piece)
+            transfer, at, length = pieces.pop(piece)
             transfer.pieces -= 1
             if transfer.error is None:
                 moved = self._moved(transfer.op, transfer.op.offset + at, length, result)
@@ -201,17 +210,22 @@ class RingEngine(DeviceEngine):
                     transfer.error = moved
                 elif moved < length:
                     self._pack(transfer, at + moved, length - moved)
-            if transfer.pieces == 0 and (transfer.error is not None or transfer.issued_bytes == transfer.length):
-                self._finish(transfer)
+            if transfer.pieces:
+                continue
+            if transfer.error is not None:
+                self._drop_failed(transfer)
+            elif transfer.issued_bytes != transfer.length:
+                continue
+            self._active.discard(transfer)
+            self._ended.append(IoCompletion(transfer.op.tag, transfer.error))
 
     def _failure(self, op: IoOp, offset: int, length: int, number: int, reason: str) -> OSError:
         return OSError(number, f"{op.kind} of {length} bytes at {offset}: {reason}", str(self._device.path))
 
-    def _finish(self, transfer: _Transfer) -> None:
-        self._active.discard(transfer)
-        if self._pending and self._pending[0] is transfer:  # it failed; of those pending only the first was begun
+    def _drop_failed(self, transfer: _Transfer) -> None:
+        """Issue no more of an operation that failed; of those pending only the first was begun."""
+        if self._pending and self._pending[0] is transfer:
             self._pending.popleft()
-        self._ended.append(IoCompletion(transfer.op.tag, transfer.error))
 
     def _in_device(self) -> int:
         return len(self._active)

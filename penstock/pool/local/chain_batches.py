@@ -29,6 +29,21 @@ def buckets(chains: HashChains, hashes: NDArray[np.uint64]) -> NDArray[np.int64]
     return np.where(at < chains.buckets, at, at & np.uint64(chains.mask >> 1)).astype(np.int64)
 
 
+def stable_order(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """`argsort` that leaves equal values as they are: a stable sort takes four times as long, and few are equal."""
+    order = np.argsort(values)
+    found = values[order]
+    return order if (found[1:] > found[:-1]).all() else np.argsort(values, kind="stable")
+
+
+def _sorted(values: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numbers of at most 31 bits in order, and which they were; equal ones as they are. Sorts words of both, which
+    takes a sixth of the time of a stable `argsort`."""
+    words = values.astype(np.uint64) << np.uint64(32) | np.arange(len(values), dtype=np.uint64)
+    words.sort()
+    return (words >> np.uint64(32)).astype(np.int64), (words & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
 def chain_many(chains: HashChains, rows: Rows, hashes: NDArray[np.uint64], hashes_of: HashesOf) -> None:
     """Add rows that are not in a chain. `hashes_of` gives the hashes of rows that are."""
     if not len(rows):
@@ -40,8 +55,8 @@ def chain_many(chains: HashChains, rows: Rows, hashes: NDArray[np.uint64], hashe
         moved = _split_many(chains, max(count - chains.buckets, min(SPLIT_AT_ONCE, chains.buckets)))
         rows, hashes = np.concatenate((rows, moved)), np.concatenate((hashes, hashes_of(moved)))
     at = buckets(chains, hashes)
-    order = np.argsort(at, kind="stable")
-    at, rows = at[order], rows[order]
+    at, order = _sorted(at)
+    rows = rows[order]
     heads, links = views(chains)
     first = np.ones(len(at), bool)
     first[1:] = at[1:] != at[:-1]

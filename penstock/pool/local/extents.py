@@ -85,11 +85,13 @@ class ExtentAllocator:
         is malformed, outside, or overlaps one that begins before it."""
         assert self.free_bytes == self.end - self.start, "the range is in use already"
         self._remove(self.start)
-        offsets, lengths = np.asarray(extents, np.int64).reshape(-1, 2).T
+        offsets, lengths = (np.ascontiguousarray(one) for one in np.asarray(extents, np.int64).reshape(-1, 2).T)
         fit = (lengths > 0) & (offsets >= self.start) & (lengths <= self.end - offsets)
         fit &= ((offsets | lengths) % STAGING_ALIGNMENT_BYTES) == 0
-        order = np.flatnonzero(fit)
-        order = order[np.lexsort((lengths[order], offsets[order]))]
+        fitting = np.flatnonzero(fit)
+        order = fitting[np.argsort(offsets[fitting])]
+        if (offsets[order][1:] == offsets[order][:-1]).any():
+            order = fitting[np.lexsort((lengths[fitting], offsets[fitting]))]
         ends = offsets[order] + lengths[order]
         if (offsets[order][1:] < ends[:-1]).any():
             at = self.start

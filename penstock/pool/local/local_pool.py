@@ -104,6 +104,9 @@ class LocalPool:
                     for key, size in zip(some, found.sizes.tolist(), strict=True):
                         if not size:
                             self._admission.asked(key)
+            if len(some) and found.alike:
+                located += [self._located_at(int(found.sizes[0]), names[found.members[0]])] * len(some)
+                continue
             places = list(zip(found.sizes.tolist(), found.members.tolist(), strict=True))
             known = {(size, at): self._located_at(size, names[at]) if size else None for size, at in set(places)}
             located += [known[place] for place in places]

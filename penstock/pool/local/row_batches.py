@@ -21,16 +21,18 @@ from penstock.core.pool.columns import FINISH, MIX
 from penstock.core.pool.pool_eviction import PoolEviction
 from penstock.core.pool.quota import SHARED
 from penstock.pool.block import Block
-from penstock.pool.local.chain_batches import buckets, chain_many, unchain_many, views
+from penstock.pool.local.chain_batches import buckets, chain_many, stable_order, unchain_many, views
 from penstock.pool.local.space import MemberSpace, Places
 from penstock.pool.members.stored_rows import StoredRows, tenant_tag_of, unchecked
 
 ROWS_AT_ONCE = 8192
+FEW_LEFT = 20  # keys that are not found yet, below which one by one is faster
 _FROM_STORED = ("size", "checksum", "rebuild_s", "position")
 Rows = NDArray[np.int64]
 Words = NDArray[np.uint64]
 _TYPES = {"keys": np.uint64, "checksum": np.uint64, "worth": np.float64, "tenant": np.uint32, "rebuild_s": np.float32}
 _TYPES |= {"page": np.uint64, "size": np.uint32, "parent": np.int32, "children": np.uint32, "ticket": np.uint32}
+_SHIFT, _FINISH, _HALF = np.uint64(29), np.uint64(FINISH), np.uint64(32)
 _TYPES |= {"uses": np.uint16, "position": np.uint16, "member": np.uint16, "flags": np.uint8}
 
 
@@ -41,6 +43,12 @@ class Found:
     sizes: NDArray[np.uint32]
     members: NDArray[np.uint16]
 
+    @property
+    def alike(self) -> bool:
+        """Whether all keys were found, on one member and of one size."""
+        size, member = self.sizes[0], self.members[0]
+        return bool(size and (self.sizes == size).all() and (self.members == member).all())
+
 
 class RowBatches:
     """Batches over the rows of one table."""
@@ -49,6 +57,7 @@ class RowBatches:
         self._eviction = eviction
         self._rows = eviction.rows
         self._places = places
+        self._salts = np.uint64(self._rows.salt), np.uint64((self._rows.salt ^ MIX) | 1)
         self._unsaved: dict[int, deque[NDArray[np.int32]]] = {}  # by member: rows used since `take_uses`
 
     # --- finding ---
@@ -152,24 +161,30 @@ class RowBatches:
     def restore(self, space: MemberSpace, member: int, stored: StoredRows, writing: Container[BlockKey]) -> list[int]:
         """Add the blocks of a durable table to a member that has none; returns the numbers of those that were refused:
         malformed, outside, overlapping, or under a key that is present or being written."""
-        order = np.argsort(stored["worth"], kind="stable")
-        keys = np.ascontiguousarray(stored["key"])
-        fit = (stored["size"] >= 1) & (keys != stored["parent"]).any(1)
+        worth, sizes = np.ascontiguousarray(stored["worth"]), np.ascontiguousarray(stored["size"])
+        keys, parents = np.ascontiguousarray(stored["key"]), np.ascontiguousarray(stored["parent"])
+        order = stable_order(worth)
+        fit = (sizes >= 1) & ((keys[:, 0] != parents[:, 0]) | (keys[:, 1] != parents[:, 1]))
         fit &= self._only_once(keys, order, writing)
         at = np.flatnonzero(fit)
         offsets = np.minimum(stored["offset"][at], np.uint64(1 << 62)).astype(np.int64)
-        fit[at] = space.allocator.take_listed(np.stack((offsets, _extents(stored["size"][at])), 1))
-        refused: list[int] = order[~fit[order]].tolist()
-        stored = stored[order[fit[order]]]
-        if not len(stored):
+        fit[at] = space.allocator.take_listed(np.stack((offsets, _extents(sizes[at]))).T)
+        refused: list[int] = []
+        if not fit.all():
+            refused = order[~fit[order]].tolist()
+            order = (np.cumsum(fit) - 1)[order[fit[order]]]
+            stored, worth, sizes = stored[fit], worth[fit], sizes[fit]
+            if not len(stored):
+                return refused
+        elif not len(stored):
             return refused
-        charged = self._charge(stored, _extents(stored["size"]))
+        charged = self._charge(stored, _extents(sizes), order)
         rows = self._insert(np.full(len(stored), member), stored, charged)
-        worth, cost = self._column("worth"), self._cost_of(rows)
-        worth[rows] = np.maximum(np.where(np.isfinite(stored["worth"]), stored["worth"], 0.0), 0.0)
-        self._eviction.raise_inflation(member, float((worth[rows] - cost).max()))
-        del worth
-        self._link(rows)
+        column, cost = self._column("worth"), self._cost_of(rows)
+        column[rows] = worth = np.maximum(np.where(np.isfinite(worth), worth, 0.0), 0.0)
+        self._eviction.raise_inflation(member, float((worth - cost).max()))
+        del column
+        self._link(rows, order)
         space.blocks += len(rows)
         return refused
 
@@ -215,24 +230,27 @@ class RowBatches:
                 seen.add(key)
         return new
 
-    def _charge(self, stored: StoredRows, extents: NDArray[np.int64]) -> list[tuple[bytes, bytes, Rows]]:
-        """Charge blocks, in the order of their worth, to accounts; returns tenants, accounts and the numbers of their
-        blocks. Those worth most come first: default quotas are limited, and go to their tenants."""
-        quotas, parts = self._eviction.quotas, _by_tenant(stored)
+    def _charge(self, stored: StoredRows, extents: NDArray[np.int64], order: Rows) -> list[tuple[bytes, bytes, Rows]]:
+        """Charge blocks, in this order (of their worth), to accounts; returns tenants, accounts and the numbers of
+        their blocks. Those worth most come first: default quotas are limited, and go to their tenants."""
+        quotas, parts = self._eviction.quotas, _by_tenant(stored, order)
+        again = np.ascontiguousarray(stored["uses"]) > 1
         accounts = {}
         for tenant, at in reversed(parts):  # by their last block
             accounts[tenant] = quotas.account(tenant)
             quotas.charge(accounts[tenant], int(extents[at].sum()))
+        rank = np.empty(len(order), np.int64)
+        rank[order] = np.arange(len(order))
         charged = []
-        again = [(tenant, at[stored["uses"][at] > 1]) for tenant, at in parts]
-        for tenant, at in sorted((one for one in again if len(one[1])), key=lambda one: int(one[1][0])):
+        used_again = [(tenant, at[again[at]]) for tenant, at in parts]
+        for tenant, at in sorted((one for one in used_again if len(one[1])), key=lambda one: int(rank[one[1][0]])):
             account = quotas.used(tenant, accounts[tenant])
             if account != accounts[tenant]:
                 quotas.recharge(accounts[tenant], account, int(extents[at].sum()))
             charged.append((tenant, account, at))
-        for tenant, account, _ in sorted(charged, key=lambda one: int(one[2][-1])):
+        for tenant, account, _ in sorted(charged, key=lambda one: int(rank[one[2][-1]])):
             quotas.used(tenant, account)
-        once = [(tenant, accounts[tenant], at[stored["uses"][at] <= 1]) for tenant, at in parts]
+        once = [(tenant, accounts[tenant], at[~again[at]]) for tenant, at in parts]
         return [*charged, *(one for one in once if len(one[2]))]
 
     def _insert(
@@ -245,8 +263,8 @@ class RowBatches:
         for tenant, account, at in charged:
             tenants[at] = rows.tenant_number(tenant, 0)
             shared[at] = PAID_SHARED if account == SHARED != tenant else 0
-        where = self._nodes(stored["key"], tenants)
-        above = self._nodes(stored["parent"], tenants)
+        where = self._nodes(np.ascontiguousarray(stored["key"]), tenants)
+        above = self._nodes(np.ascontiguousarray(stored["parent"]), tenants)
         self._column("member")[where] = members
         self._column("parent")[where] = above
         columns = {name: self._column(name) for name in _FROM_STORED}
@@ -270,15 +288,17 @@ class RowBatches:
         uses, rebuild_s = self._column("uses")[rows], self._column("rebuild_s")[rows]
         return _cost(uses, rebuild_s, _extents(self._column("size")[rows]))
 
-    def _link(self, rows: Rows) -> None:
-        """Count new rows as children, queue those that are leaves, and note where all lie."""
+    def _link(self, rows: Rows, order: Rows | None = None) -> None:
+        """Count new rows as children, queue those that are leaves, in this order (None: as they are), and note where
+        all lie."""
         children, ticket, leaves = self._column("children"), self._column("ticket"), self._eviction.leaves
         above = self._column("parent")[rows]
         if leaves.items:
             parents = np.unique(above)
             leaves.got_children(int(((children[parents] == 0) & (ticket[parents] != 0)).sum()))
         np.add.at(children, above, 1)
-        leaves.offer_many(rows[children[rows] == 0].tolist())
+        queued = rows if order is None else rows[order]
+        leaves.offer_many(queued[children[queued] == 0].tolist())
         self._places.add_many(rows)
 
     def _nodes(self, keys: Words, tenants: NDArray[np.uint32]) -> Rows:
@@ -309,9 +329,9 @@ class RowBatches:
 
     def _hashes(self, words: Words) -> NDArray[np.uint64]:
         """`core.pool.columns.mixed` of many keys."""
-        salt = self._rows.salt
-        word = words[:, 0] * np.uint64(salt) + words[:, 1] * np.uint64((salt ^ MIX) | 1)
-        hashes: NDArray[np.uint64] = ((word ^ word >> np.uint64(29)) * np.uint64(FINISH)) >> np.uint64(32)
+        low, high = self._salts
+        word = words[:, 0] * low + words[:, 1] * high
+        hashes: NDArray[np.uint64] = ((word ^ word >> _SHIFT) * _FINISH) >> _HALF
         return hashes
 
     def _key_hashes(self, rows: Rows) -> NDArray[np.uint64]:
@@ -320,22 +340,40 @@ class RowBatches:
     def _search(self, words: Words, tenants: NDArray[np.uint32] | None) -> Rows:
         """The present row of each key, or, with `tenants`, the row of each key and tenant; -1 where there is none."""
         chains = self._rows.by_key
-        keys, flags, numbers = self._column("keys").reshape(-1, 2), self._column("flags"), self._column("tenant")
-        heads, links = views(chains)
         rows = np.full(len(words), -1, np.int64)
-        link = heads[buckets(chains, self._hashes(words))]
-        todo = np.flatnonzero(link)
-        link = link[todo]
-        while len(todo):
-            at = link - 1
-            there, asked = keys[at], words[todo]
-            same = (there[:, 0] == asked[:, 0]) & (there[:, 1] == asked[:, 1])
-            same &= (flags[at] & PRESENT).astype(bool) if tenants is None else numbers[at] == tenants[todo]
+        if not chains.count:
+            return rows
+        keys, flags, numbers = self._column("keys"), self._column("flags"), self._column("tenant")
+        heads, links = views(chains)
+        low, high = np.ascontiguousarray(words[:, 0]), np.ascontiguousarray(words[:, 1])
+        link = heads.take(buckets(chains, self._hashes(words)))
+        todo = link.nonzero()[0]
+        link = link.take(todo)
+        while len(todo) > FEW_LEFT:
+            at = link.astype(np.int64) - 1
+            same = keys.take(2 * at) == low.take(todo)
+            same &= keys.take(2 * at + 1) == high.take(todo)
+            same &= (flags.take(at) & PRESENT) > 0 if tenants is None else numbers.take(at) == tenants.take(todo)
             rows[todo[same]] = at[same]
-            link = links[at]
-            on = ~same & (link > 0)
-            todo, link = todo[on], link[on]
+            link = links.take(at)
+            on = ((link > 0) & ~same).nonzero()[0]
+            todo, link = todo.take(on), link.take(on)
+        for number, first in zip(todo.tolist(), link.tolist(), strict=True):
+            tenant = -1 if tenants is None else int(tenants[number])
+            rows[number] = self._follow(first, int(low[number]), int(high[number]), tenant)
         return rows
+
+    def _follow(self, link: int, low: int, high: int, tenant: int) -> int:
+        """As `_search`, of one key, along the rest of its chain; `tenant` is -1 for a present row of any."""
+        rows, links = self._rows, self._rows.by_key.next
+        keys = rows.keys
+        while link:
+            row = link - 1
+            fits = rows.flags[row] & PRESENT if tenant < 0 else rows.tenant[row] == tenant
+            if fits and keys[2 * row] == low and keys[2 * row + 1] == high:
+                return row
+            link = links[row]
+        return -1
 
 
 def _distinct(words: Words, numbers: NDArray[np.uint32]) -> tuple[Rows, Rows]:
@@ -354,16 +392,18 @@ def _distinct(words: Words, numbers: NDArray[np.uint32]) -> tuple[Rows, Rows]:
     return order[first][by_place], same
 
 
-def _by_tenant(stored: StoredRows) -> list[tuple[bytes, Rows]]:
-    """Tenants and the numbers of their rows, in the order of their last one."""
-    names = np.stack((stored["tenant"], stored["tenant_bytes"].astype(np.uint64)), 1)
-    if (names == names[0]).all():
-        return [(tenant_tag_of(*names[0].tolist()), np.arange(len(stored)))]
+def _by_tenant(stored: StoredRows, order: Rows) -> list[tuple[bytes, Rows]]:
+    """Tenants and the numbers of their rows in this order, in the order of their last one."""
+    tenant, length = stored["tenant"], stored["tenant_bytes"]
+    if (tenant == tenant[0]).all() and (length == length[0]).all():
+        return [(tenant_tag_of(int(tenant[0]), int(length[0])), order)]
+    names = np.stack((tenant, length.astype(np.uint64)), 1)[order]
     distinct, number = np.unique(names, axis=0, return_inverse=True)
-    order = np.argsort(number.reshape(-1), kind="stable")
-    parts = np.split(order, np.flatnonzero(np.diff(number.reshape(-1)[order])) + 1)
+    by_name = np.argsort(number.reshape(-1), kind="stable")
+    parts = np.split(by_name, np.flatnonzero(np.diff(number.reshape(-1)[by_name])) + 1)
     tags = [tenant_tag_of(*name) for name in distinct.tolist()]
-    return sorted(zip(tags, parts, strict=True), key=lambda one: int(one[1][-1]))
+    found = sorted(zip(tags, parts, strict=True), key=lambda one: int(one[1][-1]))
+    return [(tag, order[part]) for tag, part in found]
 
 
 def _extents(sizes: NDArray[np.uint32]) -> NDArray[np.int64]:

@@ -140,19 +140,20 @@ class Table:
         use of each in turn. A block is charged to its tenant's own account from now on, where that exists by now."""
         if len(keys) < FEW * KEY_BYTES:
             return self._lookup_few(keys)
-        healthy = np.array([state.healthy for state in self.members])
         rows = self._batches.find(keys)
         hits = rows[rows >= 0]
-        members = self._batches.members_of(hits)
-        readable = healthy[members]
-        if not readable.all():
+        if not all(state.healthy for state in self.members):
+            healthy = np.array([state.healthy for state in self.members])
+            readable = healthy[self._batches.members_of(hits)]
             rows[np.flatnonzero(rows >= 0)[~readable]] = -1
-            hits, members = hits[readable], members[readable]
+            hits = hits[readable]
         if len(hits):
             self._charge_users(hits)
             self._batches.touch(hits)
-            for number in np.unique(members).tolist():
-                if self.members[number].durable:
+            durable = [number for number, state in enumerate(self.members) if state.durable]
+            if durable:
+                members = self._batches.members_of(hits)
+                for number in durable:
                     self._batches.note_uses(number, hits[members == number])
         return self._batches.found(rows)
 

@@ -80,7 +80,7 @@ def read_rows(db: sqlite3.Connection) -> tuple[StoredRows, list[Any]]:
             kept, dropped = _sorted_out(rows)
             good.append(kept)
             bad += dropped
-        return np.concatenate(good), bad
+        return _joined(good), bad
     for rows in _in_parts(db.execute(f"SELECT CAST(key || row || use AS BLOB) FROM blocks WHERE {_WHOLE}")):  # noqa: S608
         kept, dropped = _valid(b"".join(chain.from_iterable(rows)))
         good.append(kept)
@@ -88,7 +88,12 @@ def read_rows(db: sqlite3.Connection) -> tuple[StoredRows, list[Any]]:
     (rows_in_all,) = db.execute("SELECT count(*) FROM blocks").fetchone()
     if sum(map(len, good)) + len(bad) != rows_in_all:  # a scan over all again, which a sound table does not need
         bad += [key for (key,) in db.execute(f"SELECT key FROM blocks WHERE NOT ({_WHOLE})")]  # noqa: S608 (a constant)
-    return np.concatenate(good), bad
+    return _joined(good), bad
+
+
+def _joined(some: Sequence[StoredRows]) -> StoredRows:
+    """Rows one after the other; joined as bytes, which numpy copies faster than rows."""
+    return np.concatenate([rows.view(np.uint8) for rows in some]).view(ROW)
 
 
 def _in_parts(cursor: sqlite3.Cursor) -> Iterator[list[Row]]:

@@ -1,9 +1,10 @@
 """One client connection to a pool node: requests out, replies straight into their buffers, and a clean end.
 
-CLIENT-1  Statement: Only the receiver thread writes into buffers and ends requests, so no byte is written after `end`.
-          There is at most one; none while nothing is under way (`link_watch`).
-CLIENT-2  Statement: `cut` shuts the socket down; the receiver then stops, waits for a send in progress, and ends all
-          open requests.
+CLIENT-1  Statement: Only the reader writes into buffers and ends requests, so no byte is written after `end`. There is
+          at most one: the receiver thread, on a control connection also a thread that waits for an answer (`Reader`);
+          none while nothing is under way (`link_watch`).
+CLIENT-2  Statement: `cut` shuts the socket down; the reader then stops, waits for a send in progress, and ends all
+          open requests. Where there is none, a receiver thread is started for that.
 CLIENT-3  Statement: A block, single or of a span, is accepted only with the requested id, key and size, and only if its
           checksum matches or the request's `check` passes. Any other reply is accepted only for a request that it
           answers (`wire.ANSWERS`).
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import xxhash
 
@@ -31,6 +32,7 @@ from penstock.pool.api import PoolError, ReadCheck
 from penstock.pool.checksum import block_checksum, checksum_seed
 from penstock.pool.net import lanes, wire
 from penstock.pool.net.link_watch import LinkWatch
+from penstock.pool.net.reply_reader import ReplyReader
 from penstock.pool.net.secret import Secret, SecretRefused, prove_as_client
 from penstock.pool.net.tls import PeerTls
 from penstock.pool.net.tls_socket import Stream, TlsSocket, begin_tls
@@ -40,8 +42,13 @@ log = logging.getLogger(__name__)
 
 SENDER_END_S = 3.0 * wire.STALL_S  # limit of the wait for a send in progress, which ends once the socket is shut
 PARK_S = 0.5  # a connection without requests has its thread for so long
+ASKED_PARK_S = 0.005  # so, where the last request was one whose sender waits: the next one needs no thread
 SENDS_WAITING_MAX = 256  # the link has far fewer requests on one connection
-VERIFY_BYTES = 1 << 20  # received and verified in such pieces, while the next ones arrive
+VERIFY_BYTES = 256 << 10  # received and verified in such pieces: they are in the processor's cache then
+ASKED = wire.Lookup | wire.Evict | wire.Stat  # requests whose senders wait for the answer
+# Who reads: the receiver thread; nobody, and `link_watch` watches ("parked"); nobody until who asked waits for the
+# answer ("asked"); a thread that waits for its answer ("caller").
+Reader = Literal["thread", "parked", "asked", "caller"]
 SPAN_VERIFY_BYTES = 1 << 20  # blocks of a span that are received before they are verified
 
 
@@ -60,6 +67,7 @@ class Pending:
     connection: Connection | None = None
     ended: bool = False
     late: bool = False
+    awaited: bool = False  # its sender waits, and does not read
     checks: Sequence[ReadCheck | None] = (None,)  # verify the blocks that are read; None: by the checksum
     part: Callable[[wire.LentMany], None] | None = None  # takes the answers before the last one
 
@@ -110,7 +118,9 @@ class Connection:
         self.in_flight_bytes = 0
         self._cut_reason: str | None = None
         self._watch = watch
-        self._parked = False  # it has no receiver thread
+        self._reader: Reader = "thread"
+        self._replies: ReplyReader | None = None  # of a control connection without TLS
+        self._park_s = PARK_S
         self._receiver: GuardedThread | None = None
         self._sender: GuardedWorker | None = None  # while there are writes
         self._done = threading.Event()  # it has ended
@@ -122,6 +132,8 @@ class Connection:
         except BaseException:
             self._sock.close()
             raise
+        if self.lane == "control" and self._sock is self._tcp:
+            self._replies = ReplyReader(self._tcp)
 
     def start(self) -> None:
         """Start the receiver thread. Raises RuntimeError or MemoryError where the operating system starts no thread;
@@ -148,8 +160,53 @@ class Connection:
             self.in_flight_bytes += pending.payload_bytes
             return True
 
+    def ask(self, pending: Pending) -> bool:
+        """As `add`, then `send`, of a request whose sender calls `answer`: who then reads, so that this costs no other
+        thread."""
+        with self._lock:
+            if self._cut_reason is not None:
+                return False
+            self._pending[pending.id] = pending
+            parked = self._reader == "parked" and self._replies is not None
+            if parked:
+                self._reader = "asked"
+        if parked:
+            self._watch.unpark(self._tcp.fileno())
+        self._send(pending)
+        return True
+
+    def answer(self, pending: Pending, until_s: float) -> None:
+        """Read replies on this thread, if nobody else does, until this request has ended, at most until `until_s`."""
+        with self._lock:
+            if self._reader != "asked" or self._replies is None:
+                pending.awaited = True
+                return
+            self._reader = "caller"
+        try:
+            while pending.id in self._pending and (found := self._replies.next(until_s)) is not None:
+                self._handle(*found)
+            if not self._park() and self._needs_thread():
+                self.start()
+        except (OSError, wire.ProtocolError, RuntimeError, MemoryError) as error:
+            self._finish(str(error))
+        except Exception as error:  # noqa: BLE001 (the connection ends by it)
+            self._finish(self._note_failed(error))
+        except BaseException:  # of this thread, not of the connection: but nobody else would read
+            self._finish("its reader was interrupted")
+            raise
+
+    def _needs_thread(self) -> bool:
+        """Stop to read on the caller's thread; returns whether the receiver thread must go on: the senders of what is
+        left do not read themselves."""
+        with self._lock:
+            left = self._pending.values()
+            others = any(one.awaited or not isinstance(one.message, ASKED) for one in left)
+            needed = others or not left or self._cut_reason is not None
+            self._reader = "thread" if needed else "asked"
+            return needed
+
     def woken(self) -> None:
-        """As `link_watch.Parked`: start the receiver thread again, unless there is one. Where the operating system
+        """As `link_watch.Parked`: start the receiver thread again, unless somebody reads. Where the operating system
         starts none, the connection ends."""
         try:
             self._resume()
@@ -157,18 +214,21 @@ class Connection:
             self._finish(f"no thread for its replies: {error}")
 
     def _resume(self) -> None:
-        """Raises as `start`."""
+        """Start the receiver thread, unless somebody reads. Raises as `start`."""
         with self._lock:
-            parked, self._parked = self._parked, False
-        if parked:
+            before = self._reader
+            if before in ("parked", "asked"):
+                self._reader = "thread"
+        if before == "parked":
             self._watch.unpark(self._tcp.fileno())
+        if before in ("parked", "asked"):
             self.start()
 
     def _end_soon(self, reason: str) -> None:
         """End a connection that has no thread, on the watching one."""
         self.cut(reason)
         with self._lock:
-            self._parked = True
+            self._reader = "parked"
         self._watch.call_by(self._end_now, 0.0)
 
     def _end_now(self) -> None:
@@ -177,17 +237,28 @@ class Connection:
     def _park(self) -> bool:
         """Have the connection watched, without a thread; False where something is under way. Raises OSError."""
         with self._lock:
-            if self._pending or self._cut_reason is not None:
+            partial = self._replies is not None and self._replies.partial
+            if self._pending or self._cut_reason is not None or partial:
                 return False
             self._watch.park(self._tcp.fileno(), self)
-            self._parked = True
+            self._reader = "parked"
             sender, self._sender = self._sender, None
         if sender is not None:
             sender.stop()
         return True
 
     def send(self, pending: Pending) -> None:
-        """Send a request that was added. A failure ends the connection and thereby the request."""
+        """Send a request that was added; its answer needs a receiver thread. A failure ends the connection and thereby
+        the request."""
+        try:
+            if self._reader in ("parked", "asked"):
+                self._resume()
+        except (RuntimeError, MemoryError) as error:
+            self._end_soon(f"no thread for its replies: {error}")
+            return
+        self._send(pending)
+
+    def _send(self, pending: Pending) -> None:
         writes = isinstance(pending.message, wire.Write | wire.WriteMany)
         payload = pending.buffers if writes else ()
         try:
@@ -195,12 +266,6 @@ class Connection:
         except Exception as error:  # noqa: BLE001 (the message cannot be encoded: nothing of it was sent)
             if self._take(pending.id) is pending:
                 pending.tell(None, PoolError("layout", f"the request cannot be sent: {error}"))
-            return
-        try:
-            if self._parked:
-                self._resume()
-        except (RuntimeError, MemoryError) as error:
-            self._end_soon(f"no thread for its replies: {error}")
             return
         try:
             with self._send_lock:
@@ -212,7 +277,11 @@ class Connection:
 
     def say_alive(self, quiet_s: float) -> None:
         """Send Alive, if nothing was sent for `quiet_s` seconds; never waits."""
-        if time.monotonic() - self._sent_s < quiet_s or not self._send_lock.acquire(blocking=False):
+        if time.monotonic() - self._sent_s < quiet_s:
+            return
+        if self._reader == "asked":  # who asked did not wait for the answer
+            self.woken()
+        if not self._send_lock.acquire(blocking=False):
             return
         try:
             if self._cut_reason is None and self._comes(select.POLLOUT, 0.0):
@@ -251,6 +320,8 @@ class Connection:
                 self._cut_reason = reason
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
+        if self._reader == "asked":  # who asked may wait no more
+            self._watch.call_by(self._end_now, 0.0)
 
     def cut_late(self, pending: Pending) -> bool:
         """Cut the connection because this request missed its deadline; False when it has just ended."""
@@ -264,7 +335,10 @@ class Connection:
     def forget(self, pending: Pending) -> bool:
         """Drop a control request whose caller has stopped waiting (it has no buffer); False when it has just ended."""
         with self._lock:
-            return self._pending.pop(pending.id, None) is not None
+            forgotten = self._pending.pop(pending.id, None) is not None
+        if self._reader == "asked":  # nobody waits for its late answer, or for the end of the connection
+            self.woken()
+        return forgotten
 
     def abandon(self) -> None:
         """End a connection that was not started."""
@@ -311,41 +385,57 @@ class Connection:
         return bool(waiting.poll(1000 * timeout_s))
 
     def _idle(self) -> bool:
-        """Wait for a reply, PARK_S at most where none is due; whether the connection is parked then."""
+        """Wait for a reply, not for long where none is due; whether the connection is parked then."""
         if self._pending or (isinstance(self._sock, TlsSocket) and self._sock.buffered):
             return False
-        return not self._comes(select.POLLIN, PARK_S) and self._park()
+        if self._replies is not None and self._replies.partial:
+            return False
+        return not self._comes(select.POLLIN, self._park_s) and self._park()
 
     def _receive(self) -> None:
         reason, parked = "the connection failed", False
         try:
-            frames = wire.FrameReader(self._sock)
+            frames = wire.FrameReader(self._sock) if self._replies is None else None
             while not (parked := self._idle()):
-                header, payload_bytes = frames.next()
-                self.heard_s = time.monotonic()
-                reply = wire.decode_reply(header)
-                if isinstance(reply, wire.Block):
-                    self._receive_block(reply, payload_bytes)
-                elif isinstance(reply, wire.Blocks):
-                    self._receive_span(reply, payload_bytes)
-                elif isinstance(reply, wire.Probed):
-                    self._receive_probe(reply, payload_bytes)
-                elif payload_bytes:
-                    raise wire.ProtocolError("only Block, Blocks and Probed have a payload")
-                elif isinstance(reply, wire.Failed):
-                    known = reply.reason if reply.reason in PoolError.REASONS else "network"
-                    self._end(self._take(reply.id), None, PoolError(known, reply.detail))
-                elif not isinstance(reply, wire.Ready):
-                    self._receive_answer(reply)
+                found = frames.next() if frames is not None else self._next_reply()
+                if found is not None:
+                    self._handle(*found)
         except (OSError, wire.ProtocolError) as error:
             reason = str(error)
-        except Exception as error:
-            reason = f"receiving failed: {error!r}"
-            count_failure(f"penstock-{self.lane}-receive")
-            log.exception("the receiver of a %s connection failed", self.lane)
+        except Exception as error:  # noqa: BLE001 (the connection ends by it)
+            reason = self._note_failed(error)
         finally:
             if not parked:
                 self._finish(reason)
+
+    def _next_reply(self) -> tuple[bytes, int] | None:
+        assert self._replies is not None
+        return self._replies.next(time.monotonic() + wire.STALL_S)
+
+    def _note_failed(self, error: Exception) -> str:
+        """Count and log an unexpected failure to receive; returns why the connection ends."""
+        count_failure(f"penstock-{self.lane}-receive")
+        log.error("the receiver of a %s connection failed", self.lane, exc_info=error)
+        return f"receiving failed: {error!r}"
+
+    def _handle(self, header: bytes | memoryview, payload_bytes: int) -> None:
+        """Receive the rest of a reply, and end its request. Raises OSError, ProtocolError."""
+        self.heard_s = time.monotonic()
+        reply = wire.decode_reply(header)
+        moves = isinstance(reply, wire.Block | wire.Blocks | wire.Probed)
+        if payload_bytes and (self._replies is not None or not moves):
+            raise wire.ProtocolError("only Block, Blocks and Probed have a payload")
+        if isinstance(reply, wire.Block):
+            self._receive_block(reply, payload_bytes)
+        elif isinstance(reply, wire.Blocks):
+            self._receive_span(reply, payload_bytes)
+        elif isinstance(reply, wire.Probed):
+            self._receive_probe(reply, payload_bytes)
+        elif isinstance(reply, wire.Failed):
+            known = reply.reason if reply.reason in PoolError.REASONS else "network"
+            self._end(self._take(reply.id), None, PoolError(known, reply.detail))
+        elif not isinstance(reply, wire.Ready):
+            self._receive_answer(reply)
 
     def _asked(self, id: int) -> Pending | None:
         return self._pending.get(id)
@@ -359,13 +449,13 @@ class Connection:
             raise wire.ProtocolError("the node sent another block than the requested one")
         check, buffer = pending.checks[0], pending.buffers[0]
         digest = xxhash.xxh3_64(seed=checksum_seed(message.key)) if check is None else None
-        for at in range(0, payload_bytes, VERIFY_BYTES):
-            piece = buffer[at : at + VERIFY_BYTES]
-            self._check_open()
-            wire.receive_exactly(self._sock, piece)
+        self._check_open()
+        for piece in wire.receive_pieces(self._sock, buffer, VERIFY_BYTES):
             self.heard_s = time.monotonic()
             if digest is not None:
                 digest.update(piece)
+            if self._cut_reason is not None:
+                raise ConnectionError(self._cut_reason)
         error: PoolError | None = None
         if check is not None:  # a MAC is computed over the whole block
             error = check(buffer, reply.checksum, reply.mac)
@@ -441,10 +531,13 @@ class Connection:
 
     def _end(self, pending: Pending | None, result: Any, error: PoolError | None) -> None:
         if pending is not None:
+            self._park_s = ASKED_PARK_S if isinstance(pending.message, ASKED) else PARK_S
             pending.tell(result, error)
             self._on_reply(self)
 
     def _finish(self, reason: str) -> None:
+        with self._lock:
+            self._reader = "thread"
         self.cut(reason)
         reason = self._cut_reason or reason
         with self._lock:

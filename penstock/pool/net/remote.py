@@ -113,13 +113,21 @@ class RemotePool:
                 if len(found.sizes) * KEY_BYTES != len(part):
                     detail = f"pool node {self.place} answered {len(found.sizes)} of {len(part) // KEY_BYTES} keys"
                     raise PoolError("network", detail)
-                routes = [tuple(self._full(name) for name in (*route, "net")) for route in found.routes]
-                places = list(zip(found.sizes, found.members, strict=True))
-                hits = {(size, member): Located(size, routes[member]) if size else None for size, member in set(places)}
-                located += [hits[place] for place in places]
+                located += self._located(found)
             return located
 
         return wait
+
+    def _located(self, found: wire.Found) -> list[Located | None]:
+        """The hits that the node found, few objects for many of them."""
+        routes = [tuple(self._full(name) for name in (*route, "net")) for route in found.routes]
+        sizes, members = found.sizes, found.members
+        count = len(sizes)
+        if count and sizes[0] and sizes.count(sizes[0]) == members.count(members[0]) == count:
+            return [Located(sizes[0], routes[members[0]])] * count
+        places = list(zip(sizes, members, strict=True))
+        hits = {(size, member): Located(size, routes[member]) if size else None for size, member in set(places)}
+        return [hits[place] for place in places]
 
     def origins(self, keys: Sequence[BlockKey], timeout_s: float) -> list[BlockOrigin | None]:
         """What each of at most a span of blocks was written with; None for one that the node does not have, or where it

@@ -11,10 +11,11 @@ with requests.
 
 from __future__ import annotations
 
+import builtins
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -414,6 +415,8 @@ class Found(msgspec.Struct, array_like=True, tag=24):
     def __post_init__(self) -> None:
         if len(self.sizes) != len(self.members):
             raise ValueError(f"{len(self.sizes)} sizes and {len(self.members)} members")
+        if max(self.members, default=-1) < len(self.routes):
+            return
         if any(size and member >= len(self.routes) for size, member in zip(self.sizes, self.members, strict=True)):
             raise ValueError(f"a hit has a route index outside the {len(self.routes)} routes of the message")
 
@@ -422,20 +425,15 @@ def found(id: int, hits: Sequence[Located | None], origins: Sequence[BlockOrigin
     """The answer to a lookup. A hit whose size or route is out of bounds becomes a miss, so that it does not invalidate
     the other hits of the message."""
     routes: dict[tuple[str, ...], int] = {}  # at most as many as there are keys
-    places = _places(hits, routes)
-    sizes, members = [size for size, _ in places], [at for _, at in places]
+    names = list(map(builtins.id, hits))  # pools answer with few different objects
+    sizes, members = dict[int, int](), dict[int, int]()
+    for name, hit in dict(zip(names, hits, strict=True)).items():
+        travels = hit is not None and _travels(hit)
+        sizes[name] = hit.size_bytes if hit is not None and travels else 0
+        members[name] = routes.setdefault(hit.route, len(routes)) if hit is not None and travels else 0
     written = [Origin(one.parent, one.tenant, one.rebuild_s) if one is not None else None for one in origins]
-    return Found(id, sizes, members, [list(route) for route in routes], written)
-
-
-def _places(hits: Sequence[Located | None], routes: dict[tuple[str, ...], int]) -> list[tuple[int, int]]:
-    """Size and number of the route of each hit, which is added to `routes`; pools answer with few different objects."""
-    known: dict[int, tuple[int, int]] = {id(None): (0, 0)}
-    for hit in hits:
-        if id(hit) not in known:
-            travels = hit is not None and _travels(hit)
-            known[id(hit)] = (hit.size_bytes, routes.setdefault(hit.route, len(routes))) if hit and travels else (0, 0)
-    return [known[id(hit)] for hit in hits]
+    each_size, each_member = list(map(sizes.__getitem__, names)), list(map(members.__getitem__, names))
+    return Found(id, each_size, each_member, [list(route) for route in routes], written)
 
 
 def _travels(hit: Located) -> bool:
@@ -680,6 +678,22 @@ def receive_exactly(
         looked_s = now_s
 
 
+def receive_pieces(sock: Stream, into: memoryview, piece_bytes: int) -> Iterator[memoryview]:
+    """Fill `into`; yields each part of it of at most `piece_bytes` as soon as it is there. Raises as `receive_exactly`,
+    which costs more for each piece: it also watches a rate."""
+    got, size = 0, len(into)
+    while got < size:
+        piece = into[got : got + piece_bytes]
+        try:
+            received = sock.recv_into(piece, 0, socket.MSG_WAITALL)
+        except BlockingIOError:
+            raise TimeoutError(f"the peer sent nothing for {STALL_S} s in the middle of a message") from None
+        if not received:
+            raise ConnectionError("the peer closed the connection")
+        got += received
+        yield piece[:received]
+
+
 def receive_scattered(sock: Stream, views: Sequence[memoryview]) -> None:
     """Fill the views in order; raises as `receive_exactly`."""
     if len(views) == 1 or not isinstance(sock, socket.socket):
@@ -703,7 +717,7 @@ def receive_scattered(sock: Stream, views: Sequence[memoryview]) -> None:
             left[0] = left[0][received:]
 
 
-def frame_lengths(head: bytes | memoryview) -> tuple[int, int]:
+def frame_lengths(head: bytes | bytearray | memoryview) -> tuple[int, int]:
     """Lengths of header and payload of the frame that begins with `head`. Raises ProtocolError when they are too
     large."""
     header_bytes, payload_bytes = PREFIX.unpack_from(head)
@@ -742,7 +756,7 @@ def decode_request(header: memoryview) -> Request:
     return decode(_requests, header, "request")
 
 
-def decode_reply(header: memoryview) -> Reply:
+def decode_reply(header: bytes | memoryview) -> Reply:
     """Raises ProtocolError as `decode_request`."""
     return decode(_replies, header, "reply")
 

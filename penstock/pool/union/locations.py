@@ -56,7 +56,7 @@ class Locations:
         if self._refused:
             hits = [None if (key, child) in self._refused else hit for key, hit in zip(keys, hits, strict=True)]
         location = self._found_at.setdefault(child, _Location(child, ()))
-        if None in hits:
+        if not all(hits):  # `None in hits` compares each
             self._known.update((key, location) for key, hit in zip(keys, hits, strict=True) if hit is not None)
             for key, hit in zip(keys, hits, strict=True):
                 if hit is None:

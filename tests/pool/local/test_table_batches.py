@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import sys
+import tracemalloc
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -16,6 +17,7 @@ from penstock.core.pool.block_rows import USES_COUNTED_MAX
 from penstock.core.pool.quota import TenantQuotas
 from penstock.pool.block import Block
 from penstock.pool.local.table import Table
+from penstock.pool.members.stored_rows import packed
 from tests.pool.helpers import ROOT, key_of, new_block
 
 PAGE = 4096
@@ -198,11 +200,44 @@ def test_a_batch_costs_few_calls_per_block() -> None:
         together(table, prefix(number, 2048), 2048)
     keys = b"".join(new.key for new in prefix(4, 2048))
     assert calls(lambda: table.lookup_many(keys)) < 400, "a lookup of 2,048 keys"
+    assert calls(lambda: table.lookup_many(keys[: 64 * 16])) < 170, "of 64 keys: what a node of many is asked for"
     news = prefix("new", 2048)
     assert calls(lambda: together(table, news, 256)) < 45 * 2048, "a store with eviction, per block"
     single = prefix("single", 256)
     assert calls(lambda: one_by_one(table, single)) < 300 * 256
     assert calls(lambda: table.evict_many(keys)) < 90 * 2048
+
+
+def stored(count: int, chain: bool) -> list[tuple[Block, float]]:
+    """Blocks as a durable table has them, in an order that is not that of their worth, of which many are equal."""
+    generator, keys = random.Random(3), [key_of(("stored", at)) for at in range(count)]
+    parents = [ROOT, *keys] if chain else [key_of(("absent", at)) for at in range(count)]
+    each = enumerate(zip(keys, parents, strict=False))
+    return [(Block(key, parent, 0, at * PAGE, PAGE, 0), float(generator.randrange(9))) for at, (key, parent) in each]
+
+
+def test_a_restored_table_evicts_by_worth_and_then_in_the_order_of_the_rows() -> None:
+    table, rows = Table([(0, 60 * PAGE)], [1.0]), stored(60, chain=False)
+    outside = Block(key_of("outside"), ROOT, 0, 99 * PAGE, PAGE, 0), 0.0
+    twice = rows[40][0], 8.0  # the row that is worth less is the first
+    assert [one.key for one in table.restore(0, [*rows[:20], outside, *rows[20:], twice])] == [
+        outside[0].key, rows[40][0].key,
+    ]  # fmt: skip
+    table.check_integrity()
+    gone = [old.key for at in range(60) for old in table.reserve(new_block(key_of(("new", at)), ROOT, PAGE, at))[1]]
+    assert gone == [block.key for block, _ in sorted(rows, key=lambda one: one[1])]
+
+
+def test_restoring_copies_no_rows() -> None:
+    blocks = 20_000
+    rows, table = packed(stored(blocks, chain=True)), Table([(0, blocks * PAGE)], [1.0])
+    tracemalloc.start()
+    try:
+        assert table.restore_many(0, rows) == []
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 250 * blocks and len(table) == blocks  # a row has 136 bytes
 
 
 @pytest.mark.slow
