@@ -28,7 +28,7 @@ from penstock.core.config import ConfigError
 from penstock.pool.setup.config import PoolConfig
 from penstock.pool.setup.open import check_weights, refuse_two_names
 from penstock.pool.setup.reload import ReadConfig
-from penstock.pool.setup.split import ProcessConfig, Splitter
+from penstock.pool.setup.split import ProcessConfig, Splitter, process_count
 from penstock.process.child_python import python_command
 from penstock.process.supervised import POLL_S, StartFailed, SupervisedProcess
 from penstock.units import format_address, parse_address
@@ -210,6 +210,7 @@ class _Node:
             new = read(self._config.members, self._names)
             if new.processes != self._config.processes:
                 raise ConfigError(f"{new.file}: processes is changed; allowed: with a restart only")
+            process_count(new)
             refuse_two_names(new.members)
             parts = self._splitter.split(new)
             self._prepare(parts)

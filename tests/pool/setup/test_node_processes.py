@@ -159,6 +159,8 @@ def test_a_file_is_applied_by_all_processes_or_by_none(tmp_path: Path) -> None:
         assert len(node.stat()["members"]) == 4
         node.reload(text.replace("= 2\n", "= 3\n", 1))
         assert "processes is changed" in node.err.get(timeout=WAIT_S)
+        node.reload(text + '[[member]]\nkind = "node"\naddress = "127.0.0.1:1"\n')
+        assert "node:0 is another pool node" in node.err.get(timeout=WAIT_S)
         node.reload("processes = 2\n" + MEMORY + SLAB.format("b") + SLAB.format("c"))
         assert node.out.get(timeout=WAIT_S) == "pool node pool reloaded: added ssd:2, draining ssd:0"
         until(lambda: sorted(m["name"].partition("@")[0] for m in node.stat()["members"]) == [
