@@ -40,6 +40,8 @@ def _written_form(kind: type) -> type[msgspec.Struct]:
 def _written(one: Declared) -> Any:
     if one.repeats:
         return str | list[str]
+    if one.kind == int | str:
+        return one.kind
     return one.kind if one.kind in (bool, int, float) and one.setting.parse is None else str
 
 

@@ -17,12 +17,21 @@ from penstock.workloads.progress import steps_shown
 
 BLOCKS = 1_000_000
 QUICK_BLOCKS = 20_000
+NOTES = (
+    "CPU time of one thread per block or key; ..._before: measured with the table of objects",
+    "engine_*, node_*: CPU time of a whole process per block of 4 KiB; the nodes run beside it",
+    "router_*: CPU time of the router's process; 1,365 heartbeats/s; HTTP and tokenizer left out",
+)
 
 
 def scale(
     path: Annotated[Path, typer.Option(help="Folder for a table file of 170 bytes per block.")] = Path("."),
     blocks: Annotated[int, typer.Option(min=4096, help="Blocks in the table.")] = BLOCKS,
     quick: Annotated[bool, typer.Option(help="Few blocks: checks that it runs.")] = False,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Only this: fill the table, then write, hit and evict so many times its blocks."),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     plot: PlotFile = None,
 ) -> None:
@@ -30,6 +39,7 @@ def scale(
     block over the network; of a router per heartbeat of an engine and per long prompt. Each beside its goal, and beside
     what it was before (`..._before`): when every block was an object and travelled alone, and a prompt was a list."""
     from penstock.bench.scale_network import measure_network
+    from penstock.bench.scale_rounds import measure_rounds
     from penstock.bench.scale_router import measure_router
     from penstock.bench.scale_table import measure_open, measure_table
 
@@ -38,16 +48,18 @@ def scale(
     count = QUICK_BLOCKS if quick else blocks
     try:
         with steps_shown(console, path) as (folder, step):
-            measure_table(report, count, step)
-            measure_open(report, count, folder, step)
-            measure_network(report, count <= QUICK_BLOCKS, step)
-            measure_router(report, count <= QUICK_BLOCKS, step)
+            if rounds is not None:
+                measure_rounds(report, count, rounds, step, console.print)
+            else:
+                measure_table(report, count, step)
+                measure_open(report, count, folder, step)
+                measure_network(report, count <= QUICK_BLOCKS, step)
+                measure_router(report, count <= QUICK_BLOCKS, step)
     except (OSError, ValueError, PoolError, ProcessFailed) as error:
         console.print(f"penstock bench scale: {error}", style="red", markup=False)
         raise typer.Exit(1) from error
-    report.notes.append("CPU time of one thread per block or key; ..._before: measured with the table of objects")
-    report.notes.append("engine_*, node_*: CPU time of a whole process per block of 4 KiB; the nodes run beside it")
-    report.notes.append("router_*: CPU time of the router's process; 1,365 heartbeats/s; HTTP and tokenizer left out")
+    if rounds is None:
+        report.notes += NOTES
     if quick:
         report.notes.append("--quick: few blocks; it checks that everything runs; the figures mean nothing")
     report.print(console)

@@ -146,7 +146,12 @@ def check_numa(machine: Machine) -> Check:
     for node in nodes:
         total = re.search(r"MemTotal:\s*(\d+)", machine.text(f"sys/devices/system/node/{node}/meminfo") or "")
         sizes.append(f"{node} {_size(int(total[1]) << 10)}" if total else node)
-    return Check("numa", "ok", f"{len(nodes)} NUMA nodes: {', '.join(sizes)}", "use one memory member per NUMA node")
+    return Check(
+        "numa",
+        "ok",
+        f"{len(nodes)} NUMA nodes: {', '.join(sizes)}",
+        "use one memory member per NUMA node, or processes = 'numa'",
+    )
 
 
 def check_nics(machine: Machine) -> Check:

@@ -289,7 +289,7 @@ def check_pool(config: Any) -> list[Check]:
 
 def _check_node(address: str, config: PoolConfig) -> Check:
     from penstock.pool.api import PoolError
-    from penstock.pool.net.connect import connect_pool
+    from penstock.pool.net.connect import connect_node
     from penstock.pool.net.secret import Secret
     from penstock.pool.net.tls import PeerTls
 
@@ -297,7 +297,7 @@ def _check_node(address: str, config: PoolConfig) -> Check:
     try:
         parse_address(address)
         secret = Secret.read(config.secret_file) if config.secret_file else None
-        node = connect_pool(address, connect_timeout_s=POOL_TIMEOUT_S, secret=secret, tls=PeerTls.of(config))
+        node = connect_node(address, POOL_TIMEOUT_S, secret, PeerTls.of(config))
         try:
             stat = node.stat(POOL_TIMEOUT_S)
         finally:

@@ -36,7 +36,7 @@ from penstock.pool.authenticated import NO_POOL_KEY, authenticated
 from penstock.pool.block_size import expect_blocks
 from penstock.pool.kv_events import KvEventLog
 from penstock.pool.mac import PoolKey
-from penstock.pool.net.connect import connect_pool
+from penstock.pool.net.connect import connect_node
 from penstock.pool.net.secret import Secret
 from penstock.pool.net.tls import PeerTls
 from penstock.pool.net.tls_flags import PeerSettings
@@ -200,7 +200,7 @@ def _open_pool(config: EngineConfig) -> Pool:
     if config.pool_config:
         return open_pool(read_pool_config(Path(config.pool_config)))
     if len(config.pool) == 1 and not config.memory and not config.slab:
-        return connect_pool(config.pool[0], secret=read_secret(config), tls=PeerTls.of(config))
+        return connect_node(config.pool[0], secret=read_secret(config), tls=PeerTls.of(config))
     memory = config.memory or (() if config.slab or config.pool else (DEFAULT_POOL_BYTES,))
     slabs = [(Path(path), size) for path, size in config.slab]
     return open_pool(config_of_flags(memory, slabs, nodes=config.pool, **taken_over(PeerSettings, config)))

@@ -9,6 +9,6 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def die_with_parent() -> None:
-    """The kernel kills this process when the thread that started it ends, however that happens."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """The kernel sends this process a signal when the thread that started it ends, however that happens."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, number)

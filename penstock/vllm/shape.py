@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from penstock.core.config import ConfigError, OrderSettings, SaveSettings, SchedulerConfig
 from penstock.core.settings import taken_over
 from penstock.pool.api import Pool
-from penstock.pool.net.connect import connect_pool
+from penstock.pool.net.connect import connect_node
 from penstock.pool.net.secret import Secret
 from penstock.pool.net.tls import PeerTls
 from penstock.pool.setup.open import open_pool
@@ -58,7 +58,7 @@ def open_pool_of(settings: Settings) -> Pool:
     """Open the pool: a single pool node directly, anything else as one pool of several members."""
     if len(settings.pool) == 1 and not settings.memory and not settings.slab:
         secret = Secret.read(settings.secret_file) if settings.secret_file else None
-        return connect_pool(settings.pool[0], secret=secret, tls=PeerTls.of(settings))
+        return connect_node(settings.pool[0], secret=secret, tls=PeerTls.of(settings))
     return open_pool(settings.open_config())
 
 

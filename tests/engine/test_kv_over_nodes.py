@@ -33,8 +33,9 @@ MIB = 1 << 20
 class Node:
     """A `penstock pool` process."""
 
-    def __init__(self, listen: str = "127.0.0.1:0", pace: str = "1GB/s") -> None:
+    def __init__(self, listen: str = "127.0.0.1:0", pace: str = "1GB/s", processes: int = 1) -> None:
         command = [sys.executable, "-m", "penstock", "pool", "--listen", listen, "--memory", "32MiB", "--pace", pace]
+        command += ["--processes", str(processes)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -54,8 +55,8 @@ class Node:
 def start() -> Iterator[Callable[..., Node]]:
     nodes: list[Node] = []
 
-    def started(listen: str = "127.0.0.1:0", pace: str = "1GB/s") -> Node:
-        nodes.append(Node(listen, pace))
+    def started(listen: str = "127.0.0.1:0", pace: str = "1GB/s", processes: int = 1) -> Node:
+        nodes.append(Node(listen, pace, processes))
         return nodes[-1]
 
     yield started
@@ -188,6 +189,35 @@ def test_build_engine_takes_nodes_and_members_together(
         assert running.engine.wait_idle(WAIT_S)
     finally:
         running.close(CLOSE_S)
+
+
+@pytest.mark.slow
+def test_an_engine_that_names_one_process_of_a_node_has_its_kv_on_both(
+    tiny: Callable[[str], Path], computed: Callable[..., list[int]], start: Callable[..., Node]
+) -> None:
+    config = EngineConfig(
+        model=str(tiny("llama")),
+        block_tokens=BLOCK,
+        dtype="float32",
+        device="cpu",
+        pool=(start(processes=2).address,),
+        kv_memory_bytes=8 * MIB,
+        staging_bytes=4 * MIB,
+    )
+    for loads in (False, True):
+        running = build_engine(config)
+        try:
+            answer = Answer()
+            sampling = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+            running.engine.submit(GenerationRequest(new_request_id(), PROMPT, sampling), answer)
+            assert answer.wait().finish_reason == "length" and answer.tokens == computed(PROMPT)
+            assert running.engine.wait_idle(WAIT_S)
+            assert isinstance(running.pool, UnionPool)
+            held = blocks_of(running.pool)
+            assert len(held) == 2 and min(held.values()) > 0 and sum(held.values()) == BLOCKS
+            assert (answer.report.cached_tokens > 0) == loads
+        finally:
+            running.close(CLOSE_S)
 
 
 def test_all_nodes_absent_ends_the_build(tiny: Callable[[str], Path]) -> None:

@@ -59,6 +59,17 @@ def test_a_pool_node_that_two_vllms_share(
         assert engine.again(PROMPTS, LOADABLE) == expected
 
 
+def test_a_pool_node_of_two_processes_by_the_address_of_one(
+    llama: Path, computed: Callable[..., list[list[int]]], pool_process: Callable[..., PoolProcess]
+) -> None:
+    pool, expected = pool_process("--memory", "64MiB", "--processes", "2"), computed("llama", PROMPTS)
+    with running(llama, {"pool": pool.address}) as engine:
+        engine.ask(PROMPTS)
+        pool.wait_for_blocks(LOADABLE // BLOCK)
+    with running(llama, {"pool": pool.address}) as engine:
+        assert engine.again(PROMPTS, LOADABLE) == expected
+
+
 def test_stock_scheduler_of_vllm(llama: Path, computed: Callable[..., list[list[int]]]) -> None:
     expected = computed("llama", PROMPTS)
     with running(llama, {"memory": ["64MiB"]}, scheduler=False) as engine:

@@ -223,9 +223,9 @@ class PoolProcess:
 
     def stat(self) -> PoolStat:
         """What the node says of itself."""
-        from penstock.pool.net.connect import connect_pool
+        from penstock.pool.net.connect import connect_node
 
-        node = connect_pool(self.address)
+        node = connect_node(self.address)
         try:
             return node.stat(5.0)
         finally:

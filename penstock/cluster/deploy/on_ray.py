@@ -15,9 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from penstock.cluster.deploy.cluster_config import NODE_IP, ProcessSpec
-from penstock.cluster.deploy.supervisor import Child, StartFailed
+from penstock.cluster.deploy.supervisor import Child
 from penstock.core.config import ConfigError
 from penstock.process.rate_limited_log import RateLimitedLog
+from penstock.process.supervised import StartFailed
 
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)

@@ -30,8 +30,8 @@ def up(
 ) -> None:
     """Start a whole cluster, start again what dies, and end it in order on SIGTERM or SIGINT."""
     from penstock.cluster.deploy.cluster_config import read_cluster_config
-    from penstock.cluster.deploy.supervisor import StartFailed
     from penstock.core.config import ConfigError, check_range
+    from penstock.process.supervised import StartFailed
 
     try:
         if on not in ("local", "ray"):

@@ -64,7 +64,7 @@ class Placement:
         self._cycle: list[int] = []
         self._members: list[int] = []  # with health and weight
         self._owned: list[list[int]] = []  # positions in the cycle of each member
-        self._plan()
+        self._stale = True  # the three above are of other weights; a plan of hundreds of members takes long
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -81,7 +81,7 @@ class Placement:
         """Fence a member or take it back; the other members share its blocks by their weights."""
         if self._healthy[member] != healthy:
             self._healthy[member] = healthy
-            self._plan()
+            self._stale = True
 
     def set_weight(self, member: int, weight: float) -> None:
         """Give a member another share from now on; blocks that lie somewhere stay. Raises ValueError below 0."""
@@ -89,7 +89,7 @@ class Placement:
             raise ValueError(f"the weight of member {member} is {weight}; it must be at least 0")
         if self._weights[member] != weight:
             self._weights[member] = float(weight)
-            self._plan()
+            self._stale = True
 
     def add(self, weight: float) -> int:
         """A further member; returns its number. Raises ValueError below 0."""
@@ -97,12 +97,14 @@ class Placement:
             raise ValueError(f"the weight of a new member is {weight}; it must be at least 0")
         self._weights.append(float(weight))
         self._healthy.append(True)
-        self._plan()
+        self._stale = True
         return len(self._weights) - 1
 
     def order(self, position: int) -> list[int]:
         """Healthy members, best first: the owner of this position, then the others as their positions follow.
         Empty when no member is healthy."""
+        if self._stale:
+            self._plan()
         if not self._cycle:
             return []
         owner = self._cycle[position % len(self._cycle)]
@@ -114,20 +116,27 @@ class Placement:
     @property
     def taking(self) -> list[int]:
         """The members that blocks are placed on."""
+        if self._stale:
+            self._plan()
         return self._members
 
     def owner(self, position: int) -> int | None:
         """The member that `position` belongs to; None when no member is healthy."""
+        if self._stale:
+            self._plan()
         return self._cycle[position % len(self._cycle)] if self._cycle else None
 
     def rank(self, position: int, member: int) -> int:
         """How many of the positions from 0 up to `position` belong to `member`. The ranks of one member have no gaps,
         so it can spread its blocks further as evenly."""
+        if self._stale:
+            self._plan()
         turns, at = divmod(position, CYCLE_BLOCKS)
         owned = self._owned[member]
         return turns * len(owned) + bisect_left(owned, at)
 
     def _plan(self) -> None:
+        self._stale = False
         usable = [weight if healthy else 0.0 for weight, healthy in zip(self._weights, self._healthy, strict=True)]
         if sum(usable) <= 0:
             self._cycle, self._members = [], []

@@ -101,6 +101,11 @@ class Table:
         return self._rows.high
 
     @property
+    def leaves_queued(self) -> int:
+        """Items in the queues of leaves, those of blocks that left or got children included."""
+        return self._eviction.leaves.items
+
+    @property
     def bytes_per_row(self) -> int:
         """Bytes of memory per row: all columns and links, and a bucket of each index."""
         return self._rows.row_bytes + self._places.row_bytes

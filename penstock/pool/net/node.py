@@ -24,7 +24,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from penstock.core.connection_limits import ConnectionLimits, ConnectionShares
@@ -83,6 +83,7 @@ class PoolNode:
         connections_per_address: int | None = None,
         tls: PeerTls | None = None,
         one_sided: NixlAgent | None = None,
+        siblings: Sequence[int] = (),
     ) -> None:
         """`pace_bytes_per_s` limits the blocks sent over all connections together, to emulate a NIC of that speed.
         `staging_capacity_bytes` bounds staging memory, and with it the largest block; None: STAGING_BYTES, and more
@@ -90,6 +91,7 @@ class PoolNode:
         certificate of its CA. `connections`: clients' connections served at the same time (None: CONNECTIONS_MAX);
         `connections_per_address`: of one address (None: half of them); fewer when the process may not have enough files
         open. `one_sided`: the agent with which the pool's memory is registered, so that clients can read it.
+        `siblings`: ports of the node's other processes, which clients are told.
 
         Raises OSError when the address cannot be bound or the memory cannot be allocated.
         """
@@ -98,6 +100,7 @@ class PoolNode:
         self.pool = pool
         self.secret = secret
         self.tls = tls
+        self.siblings = siblings
         self.node_id = pool.node_id or os.urandom(wire.NODE_ID_BYTES)
         self.pacer = Pacer(pace_bytes_per_s) if pace_bytes_per_s else None
         limit_bytes = STAGING_BYTES_MAX if staging_capacity_bytes is None else None

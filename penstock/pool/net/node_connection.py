@@ -380,8 +380,8 @@ class ClientConnection:
         lanes.mark(self._sock, self._is_urgent(hello.lane))
         rate, block_bytes_max = self._pool.read_bytes_per_s, self._node.block_bytes_max(self._pool)
         span_bytes_max, kind = self._node.span_bytes_max(self._pool), self._node.one_sided
-        named = self._node.name, self._node.node_id
-        return wire.Ready(*named, rate, block_bytes_max, wire.IDLE_S, span_bytes_max, kind), None
+        named, siblings = (self._node.name, self._node.node_id), list(self._node.siblings)
+        return wire.Ready(*named, rate, block_bytes_max, wire.IDLE_S, span_bytes_max, kind, siblings), None
 
     def _is_urgent(self, lane: str) -> bool:
         return lane == "control"

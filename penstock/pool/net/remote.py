@@ -28,7 +28,7 @@ from penstock.pool.net.ways import MESSAGES, count_read, note_link
 from penstock.pool.node_backend import BlockOrigin
 from penstock.pool.spans import Gather, PartEnded, read_each, write_each
 from penstock.pool.union.child import BlockEnded
-from penstock.units import format_bytes
+from penstock.units import format_address, format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,11 @@ class RemotePool:
     def read_bytes_per_s(self) -> float:
         """Sum of its members' read bandwidths, as it reported when it was reached last."""
         return self._link.node.read_bytes_per_s
+
+    @property
+    def siblings(self) -> list[str]:
+        """Addresses of the node's other processes, as it reported when it was reached last."""
+        return [format_address(self.address[0], port) for port in self._link.node.siblings]
 
     # --- the interface ---
 

@@ -60,6 +60,7 @@ PROMPT_BLOCKS_MAX = 1 << 19  # full blocks of one prompt: 2^23 tokens in blocks 
 DESCRIPTION_BYTES_MAX = 256 << 10  # of the description of memory for one-sided reads
 LEND_BLOCKS_MAX = 256  # of one LendMany
 REGIONS_MAX = 4096  # registered parts of a node's memory
+SIBLINGS_MAX = 255
 ADDRESS_BYTES_MAX = 1 << 50  # offsets in memory for one-sided reads
 
 # Bounded floats refuse NaN too: it satisfies no comparison.
@@ -87,6 +88,7 @@ HandOffName = Annotated[str, Meta(max_length=HAND_OFF_CHARACTERS_MAX)]
 ClientName = Annotated[bytes, Meta(max_length=64)]
 Description = Annotated[bytes, Meta(max_length=DESCRIPTION_BYTES_MAX)]
 Offset = Annotated[int, Meta(ge=0, le=ADDRESS_BYTES_MAX)]
+Ports = Annotated[list[Annotated[int, Meta(ge=1, le=65535)]], Meta(max_length=SIBLINGS_MAX)]
 LeaseId = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
@@ -355,7 +357,8 @@ class Ready(msgspec.Struct, array_like=True, tag=20):
     members' read bandwidths; `block_bytes_max` the largest block that it can store and serve (0: not known). The node
     ends a connection that sends no message for `idle_s` (0: never). `span_bytes_max`: the bytes of blocks that it reads
     or writes in one message (0: it takes single blocks only). `one_sided`: the transport with which its blocks can be
-    read one-sided ("": none). Failed instead: the node does not serve this client."""
+    read one-sided ("": none). `siblings`: the ports of this host on which other processes of the node serve the rest of
+    its members. Failed instead: the node does not serve this client."""
 
     name: Name
     node_id: NodeId = b""
@@ -364,6 +367,7 @@ class Ready(msgspec.Struct, array_like=True, tag=20):
     idle_s: Seconds = 0.0
     span_bytes_max: Count = 0
     one_sided: Label = ""
+    siblings: Ports = []
 
 
 class Block(msgspec.Struct, array_like=True, tag=21):

@@ -22,13 +22,16 @@ DEPTH_MAX = 256
 BLOCK_BYTES = 2 << 20
 MEMBERS_MAX = 256
 CONNECTIONS_ALLOWED = 1 << 16
+PROCESSES_PER = ("numa", "drives")
+PROCESSES_MAX = 64
 _PREFIXES = {"memory": "memory", "uring": "ssd", "nvme": "ssd", "spdk": "ssd", "node": "node"}
 
 
 @dataclass(frozen=True, slots=True)
 class MemberConfig:
     """One member. `capacity_bytes` None: the whole device. `weight` None: from its bandwidth. `pace_bytes_per_s`
-    emulates a slower device. Fields that a kind does not have keep their defaults."""
+    emulates a slower device. `part`: of the member of this name, where several processes divide it. Fields that a kind
+    does not have keep their defaults."""
 
     kind: Kind
     name: str
@@ -44,6 +47,7 @@ class MemberConfig:
     address: str | None = None
     pace_bytes_per_s: float | None = None
     depth: int = DEPTH
+    part: float = 1.0
 
     @property
     def where(self) -> str | None:
@@ -69,6 +73,15 @@ class Quota:
         return self.limit_bytes if self.limit_bytes is not None else int((self.share or 0.0) * capacity_bytes)
 
 
+def parse_processes(given: str | int) -> int | str:
+    """A number of processes, or what there is one for. Raises ValueError."""
+    if given in PROCESSES_PER:
+        return given
+    if not str(given).isdecimal() or not 1 <= int(given) <= PROCESSES_MAX:
+        raise ValueError(f"processes is {given!r}; allowed: 1 to {PROCESSES_MAX}, {', '.join(PROCESSES_PER)}")
+    return int(given)
+
+
 @dataclass(frozen=True, kw_only=True)
 class NodeSettings(PeerSettings):
     """Settings of a pool node, by flag or by key; a change needs a restart. `state`: folder of the tables of SSD
@@ -80,6 +93,12 @@ class NodeSettings(PeerSettings):
 
     name: str = setting("pool", "What this node calls itself.")
     listen: str = setting("127.0.0.1:7070", "HOST:PORT to serve on; port 0 picks a free one.")
+    processes: int | str = setting(
+        1,
+        "How many processes serve the members, each on a port of its own from --listen on; `numa`: one per NUMA node, "
+        "`drives`: one per SSD.",
+        parse=parse_processes,
+    )
     state: Path | None = setting(
         None, "Folder for the tables of slabs; beside each slab when not given.", parse=named_file, shown=""
     )

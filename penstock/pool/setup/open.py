@@ -85,7 +85,7 @@ def open_members(config: PoolConfig, members: Iterable[MemberConfig], undo: cont
     """Open members in order, without starting them; `undo` closes them."""
     opened: list[OpenMember] = []
     members = list(members)
-    _refuse_two_names(members)
+    refuse_two_names(members)
     for member in members:
         one = open_member(config, member)
         opened.append(one)
@@ -93,7 +93,7 @@ def open_members(config: PoolConfig, members: Iterable[MemberConfig], undo: cont
     return opened
 
 
-def _refuse_two_names(members: Sequence[MemberConfig]) -> None:
+def refuse_two_names(members: Sequence[MemberConfig]) -> None:
     """Raise ConfigError for two members whose paths lead to the same file or device."""
     found: dict[object, Path] = {}
     for member in members:
@@ -129,7 +129,7 @@ def weights_of(config: PoolConfig, members: Sequence[MemberConfig], opened: Sequ
     Raises as `check_weights`, and where a member cannot be measured."""
     check_weights(config)
     known: Mapping[str, float] = read_profile(config.profile).weights() if config.profile else {}
-    weights = [known.get(member.name) if member.weight is None else member.weight for member in members]
+    weights = [profiled_weight(known, member) if member.weight is None else member.weight for member in members]
     if len(config.members) == 1 and config.file is None and weights[0] is None:
         return [1.0]  # the only member, and none can be added
     unknown = [one for one, weight in zip(opened, weights, strict=True) if weight is None]
@@ -137,6 +137,11 @@ def weights_of(config: PoolConfig, members: Sequence[MemberConfig], opened: Sequ
         log.warning("profile %s does not know %s: measured now", config.profile, ", ".join(m.name for m in unknown))
     measured = iter(_measure(unknown, config.block_bytes))
     return [next(measured) if weight is None else weight for weight in weights]
+
+
+def profiled_weight(known: Mapping[str, float], member: MemberConfig) -> float | None:
+    """A member's weight by the weights of the profile; None where it does not know the member."""
+    return known[member.name] * member.part if member.name in known else None
 
 
 def check_weights(config: PoolConfig) -> None:

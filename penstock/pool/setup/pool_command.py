@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -29,15 +29,15 @@ from penstock.process.log_lines import log_to_stderr
 from penstock.units import format_address, format_bytes, parse_address, parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from penstock.pool.net.nixl_agent import NixlAgent
     from penstock.pool.net.node import PoolNode
     from penstock.pool.node_backend import NodeBackend
     from penstock.pool.setup.config import MemberConfig, PoolConfig
-    from penstock.pool.setup.reload import ReadConfig
+    from penstock.pool.setup.reload import LiveConfig, ReadConfig
 
-    Inbox = queue.SimpleQueue[Literal["stop", "reload"]]
+    Inbox = queue.SimpleQueue[Any]  # "stop", or what `asked` understands
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class NodeFlags(NodeSettings):
 
 PANELS = {
     "": (
-        *("listen", "memory", "slab", "weight", "state", "name", "pace", "staging", "connections"),
+        *("listen", "memory", "slab", "weight", "processes", "state", "name", "pace", "staging", "connections"),
         *("connections_per_address", "rdma", "rdma_device", "metrics_listen", "metrics_key_file", "secret_file"),
     ),
     TLS_PANEL: TLS_NAMES,
@@ -105,14 +105,22 @@ def pool(
     if context.invoked_subcommand is not None:
         return
     from penstock.pool.api import PoolError
+    from penstock.pool.setup.split import process_count
+    from penstock.process.supervised import StartFailed
 
     try:
         if log_level not in LOG_LEVELS:
             raise ValueError(f"log-level is {log_level!r}; allowed is one of {', '.join(LOG_LEVELS)}")
         log_to_stderr(log_level.upper())
         read = partial(_config, config, given)
-        _serve(read(), read)
-    except (ValueError, OSError, PoolError) as error:
+        found = read()
+        if (count := process_count(found)) > 1:
+            from penstock.pool.setup.node_processes import serve_processes
+
+            serve_processes(found, count, read, log_level.upper())
+        else:
+            _serve(found, read)
+    except (ValueError, OSError, PoolError, StartFailed) as error:
         refuse("penstock pool", error)
 
 
@@ -142,6 +150,22 @@ def _config(
 
 
 def _serve(config: PoolConfig, read: ReadConfig) -> None:
+    inbox: Inbox = queue.SimpleQueue()
+    if config.file is not None:  # already here: opening large members takes time, and SIGHUP would end the process
+        signal.signal(signal.SIGHUP, lambda *_: inbox.put("reload"))
+    serve_node(config, inbox, read, lambda live, _: _reload(live))
+
+
+def serve_node(
+    config: PoolConfig,
+    inbox: Inbox,
+    read: ReadConfig,
+    asked: Callable[[LiveConfig, Any], None],
+    siblings: Sequence[int] = (),
+) -> None:
+    """Serve a pool until `inbox` says "stop", or a signal does. `asked` gets all else that `inbox` says, and the
+    configuration, which `read` reads again. `siblings`: ports of the node's other processes. Raises ValueError, OSError
+    or PoolError with one line."""
     from penstock.pool.net.node import PoolNode
     from penstock.pool.net.secret import Secret
     from penstock.pool.net.tls import PeerTls
@@ -151,9 +175,6 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
 
     threading.excepthook = _thread_failed
     raise_file_limit()
-    inbox: Inbox = queue.SimpleQueue()
-    if config.file is not None:  # already here: opening large members takes time, and SIGHUP would end the process
-        signal.signal(signal.SIGHUP, lambda *_: inbox.put("reload"))
     served = open_pool(config, serves=True)
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -163,7 +184,7 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
         pace, staging = config.pace_bytes_per_s, config.staging_bytes
         limits, tls = (config.connections, config.connections_per_address), PeerTls.of(config)
         one_sided = _one_sided(config)
-        node = PoolNode(served, host, port, config.name, pace, staging, secret, *limits, tls, one_sided)
+        node = PoolNode(served, host, port, config.name, pace, staging, secret, *limits, tls, one_sided, siblings)
         try:
             members = ", ".join(
                 f"{m.name} ({m.kind}, {format_bytes(m.capacity_bytes)}, {m.blocks} blocks)"
@@ -172,7 +193,7 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
             with _metrics_of(config, served, node):
                 print(f"pool node {config.name} ready on {format_address(*node.address)}: {members}", flush=True)
                 freeze_startup_objects()
-                _wait(config, served, node, read, inbox)
+                _wait(_live(config, served, read), node, inbox, asked)
         finally:
             node.close(CLOSE_TIMEOUT_S)
     finally:
@@ -245,26 +266,35 @@ def _end_now(why: str) -> NoReturn:
     os._exit(FAILED_STATUS)
 
 
-def _wait(config: PoolConfig, served: NodeBackend, node: PoolNode, read: ReadConfig, inbox: Inbox) -> None:
-    """Serve until a signal says stop. A file that cannot be applied changes nothing."""
-    from penstock.pool.api import PoolError
+def _live(config: PoolConfig, served: NodeBackend, read: ReadConfig) -> LiveConfig:
     from penstock.pool.local.local_pool import LocalPool
     from penstock.pool.setup.reload import LiveConfig
     from penstock.pool.union.union_pool import UnionPool
 
     local = served.own
     assert local is None or isinstance(local, LocalPool)
-    live = LiveConfig(config, local, served if isinstance(served, UnionPool) else None, read)
-    while _asked(inbox, node) == "reload":
-        try:
-            changes = ", ".join(live.reload()) or "nothing changed"
-        except (ValueError, OSError, PoolError) as error:
-            log.error("%s; the pool is unchanged", one_line(error))
-        else:
-            print(f"pool node {config.name} reloaded: {changes}", flush=True)
+    return LiveConfig(config, local, served if isinstance(served, UnionPool) else None, read)
 
 
-def _asked(inbox: Inbox, node: PoolNode) -> Literal["stop", "reload"]:
+def _wait(live: LiveConfig, node: PoolNode, inbox: Inbox, asked: Callable[[LiveConfig, Any], None]) -> None:
+    """Serve until a signal says stop."""
+    while (what := _asked(inbox, node)) != "stop":
+        asked(live, what)
+
+
+def _reload(live: LiveConfig) -> None:
+    """A file that cannot be applied changes nothing."""
+    from penstock.pool.api import PoolError
+
+    try:
+        changes = ", ".join(live.reload()) or "nothing changed"
+    except (ValueError, OSError, PoolError) as error:
+        log.error("%s; the pool is unchanged", one_line(error))
+    else:
+        print(f"pool node {live.config.name} reloaded: {changes}", flush=True)
+
+
+def _asked(inbox: Inbox, node: PoolNode) -> Any:
     """Wait for the next request by a signal. The system may deliver a signal to another thread (as it does right after
     SIGCONT), and Python handles it only when this thread runs: so this thread wakes up from time to time."""
     while True:

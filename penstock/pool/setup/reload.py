@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 from penstock.core.config import ConfigError
 from penstock.pool.local.local_pool import LocalPool
 from penstock.pool.setup.config import MemberConfig, NodeSettings, PoolConfig
-from penstock.pool.setup.open import check_weights, link_bytes_per_s, open_members, policy_of, weights_of
+from penstock.pool.setup.open import (
+    OpenMember,
+    check_weights,
+    link_bytes_per_s,
+    open_members,
+    policy_of,
+    profiled_weight,
+    weights_of,
+)
 from penstock.pool.setup.profile import read_profile
 from penstock.pool.union.union_pool import UnionPool
 
 STAT_TIMEOUT_S = 1.0
 DROP_TIMEOUT_S = 10.0  # for reads from a node that is dropped
 ReadConfig = Callable[[Sequence[MemberConfig], Collection[str]], PoolConfig]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedChange:
+    """A configuration that can be applied: its new members, those of this machine as they were opened, and what closes
+    them again."""
+
+    new: PoolConfig
+    added: Sequence[MemberConfig]
+    opened: Sequence[OpenMember]
+    weights: Sequence[float]
+    undo: contextlib.ExitStack
 
 
 class LiveConfig:
@@ -42,6 +62,11 @@ class LiveConfig:
 
         Raises ValueError, OSError or PoolError with one line; the pool is then unchanged.
         """
+        return self.apply(self.prepare())
+
+    def prepare(self) -> PreparedChange:
+        """Read the configuration again, check it, and open what is new; `apply` or `discard` must follow. Raises as
+        `reload`."""
         old = self.config
         present = {member.name for member in self._pool.stat(STAT_TIMEOUT_S).members} if self._pool else set()
         self._leaving = {name: member for name, member in self._leaving.items() if name in present}
@@ -49,7 +74,29 @@ class LiveConfig:
         running = {member.name: member for member in old.members}
         self._check(old, new, running)
         added = [member for member in new.members if member.name not in running]
-        changes = self._add(new, added) + self._weigh(new, running)
+        local = [member for member in added if member.kind != "node"]
+        with contextlib.ExitStack() as undo:
+            opened = open_members(new, local, undo)
+            weights = weights_of(new, local, opened)
+            for node in added:
+                if node.kind == "node":
+                    self._add_node(new, node, undo)
+            return PreparedChange(new, added, opened, weights, undo.pop_all())
+
+    def discard(self, change: PreparedChange) -> None:
+        """Close what was opened for a change; the pool is unchanged."""
+        change.undo.close()
+
+    def apply(self, change: PreparedChange) -> list[str]:
+        """Apply a prepared change; returns the changes as texts."""
+        old, new = self.config, change.new
+        running = {member.name: member for member in old.members}
+        with change.undo as undo:
+            for one, weight in zip(change.opened, change.weights, strict=True):
+                assert self._pool is not None
+                self._pool.add_member(one, weight)
+            undo.pop_all()
+        changes = [f"added {member.name}" for member in change.added] + self._weigh(new, running)
         kept = {member.name for member in new.members}
         changes += [self._remove(member) for member in old.members if member.name not in kept]
         if self._pool is not None:
@@ -62,21 +109,6 @@ class LiveConfig:
             changes.append("quotas")
         self.config = new
         return changes
-
-    def _add(self, new: PoolConfig, added: Sequence[MemberConfig]) -> list[str]:
-        """Add members, those of this machine first, so that an error while opening is found before anything changes."""
-        local = [member for member in added if member.kind != "node"]
-        with contextlib.ExitStack() as undo:
-            opened = open_members(new, local, undo)
-            weights = weights_of(new, local, opened)
-            for node in added:
-                if node.kind == "node":
-                    self._add_node(new, node, undo)
-            for one, weight in zip(opened, weights, strict=True):
-                assert self._pool is not None
-                self._pool.add_member(one, weight)
-            undo.pop_all()
-        return [f"added {member.name}" for member in added]
 
     def _add_node(self, new: PoolConfig, node: MemberConfig, undo: contextlib.ExitStack) -> None:
         from penstock.pool.net.connect import add_node
@@ -96,7 +128,7 @@ class LiveConfig:
         changes = []
         for member in new.members:
             before = running.get(member.name)
-            weight = profile.get(member.name) if member.weight is None else member.weight
+            weight = profiled_weight(profile, member) if member.weight is None else member.weight
             if before is None or weight is None or not (member.weight != before.weight or new.profile):
                 continue
             if member.kind != "node" and self._pool is not None:

@@ -30,7 +30,8 @@ def stat(
 ) -> None:
     """Show the members and tenants of a running node."""
     from penstock.pool.api import PoolError
-    from penstock.pool.net.connect import connect_pool
+    from penstock.pool.net.connect import connect_node
+    from penstock.pool.net.remote import RemotePool
     from penstock.pool.net.secret import Secret
     from penstock.pool.net.tls import PeerTls
 
@@ -39,9 +40,11 @@ def stat(
             raise ValueError(f"timeout-s is {timeout_s}; allowed: above 0, up to 3600")
         secret = Secret.read(secret_file) if secret_file else None
         tls = PeerTls.read(*(given.get(name) for name in TLS_NAMES))
-        node = connect_pool(address, connect_timeout_s=timeout_s, secret=secret, tls=tls)
+        node = connect_node(address, timeout_s, secret, tls)
         try:
-            found = _own_names(node.stat(timeout_s), f"@{node.place}")
+            found = node.stat(timeout_s)
+            if isinstance(node, RemotePool):
+                found = _own_names(found, f"@{node.place}")
         finally:
             node.close(1.0)
     except (ValueError, OSError, PoolError) as error:

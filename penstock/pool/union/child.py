@@ -39,6 +39,10 @@ class NodePool(Pool, Protocol):
         """Sum of its members' read bandwidths, as it reported when it was reached."""
 
     @property
+    def siblings(self) -> list[str]:
+        """Addresses of the node's other processes, as it reported when it was reached."""
+
+    @property
     def block_bytes_max(self) -> int:
         """Size in bytes of the largest block that it accepts, as it reported when it was reached."""
 
@@ -90,6 +94,7 @@ class Child:
         self.failures = 0  # lookups that it did not answer
         self.logged_down = False
         self.left = False  # it was dropped from the union
+        self.named_by: str | None = None  # the node that said that this one is a further process of it
 
     @property
     def up(self) -> bool:

@@ -39,9 +39,12 @@ class Children:
         weights: Sequence[float | None] | None,
         follow_bandwidth: bool,
         by_slots: bool,
+        grown: Callable[[], None],
+        open_node: Callable[[str], NodePool] | None,
     ) -> None:
         """Owns the children from now on: see `UnionPool`. They are closed when this raises. `by_slots`: runs of blocks
-        have owners (`slots`) once there are many nodes."""
+        have owners (`slots`) once there are many nodes. `grown` is called with the lock held before a child is
+        added."""
         self.local = local
         self.all = [Child(local, local, None)] if local is not None else []
         self.all += [Child(node, None, node) for node in nodes]
@@ -50,6 +53,8 @@ class Children:
         self.slots = SlotOwners()
         self.changes = 0  # of the owners, and of children that came up or went down
         self._by_slots = by_slots
+        self._grown, self._open_node = grown, open_node
+        self._named = {child.name for child in self.all}  # addresses that are children, or were tried
         self._refreshing = threading.Lock()
         self._block_bytes = 0  # size of this process's blocks; 0 until it is known
         self._closing = threading.Event()
@@ -79,8 +84,9 @@ class Children:
         with self.lock:
             return self._placement.total_weight
 
-    def add(self, node: NodePool, weight: float | None) -> None:
-        """Add a node, used from now on; closed when this raises. Raises ValueError when it is a child already."""
+    def add(self, node: NodePool, weight: float | None, named_by: str | None = None) -> None:
+        """Add a node, used from now on; closed when this raises. `named_by`: the node of which it is a process. Raises
+        ValueError when it is a child already."""
         try:
             with self.lock:
                 known = (child.node for child in self.all if child.node is not None and not child.left)
@@ -88,8 +94,11 @@ class Children:
                 if weight is not None and (weight < SHARES_BELOW) != (self._placement.total_weight < SHARES_BELOW):
                     raise ValueError(f"the weight of {node.place} has another scale than the others'")
                 child = self._weighed_child(Child(node, None, node), weight)
+                child.named_by = named_by
+                self._grown()
                 self._placement.add(weight or 0.0)
                 self.all = [*self.all, child]
+                self._named.add(child.name)
                 block_bytes = self._block_bytes
             if block_bytes:
                 expect_blocks(node, block_bytes)
@@ -99,24 +108,30 @@ class Children:
             raise
 
     def drop(self, place: str, timeout_s: float) -> None:
-        """Stop using a node: its blocks are misses from now on; reads under way may end within `timeout_s`."""
+        """Stop using a node, and the processes that it named: their blocks are misses from now on; reads under way may
+        end within `timeout_s`."""
         with self.lock:
-            number = next(i for i, child in enumerate(self.all) if child.name == place and not child.left)
-            child = self.all[number]
-            child.left = True
-            self._placement.set_weight(number, 0.0)
+            numbers = [i for i, child in enumerate(self.all) if place in (child.name, child.named_by)]
+            leaving = [self.all[number] for number in numbers if not self.all[number].left]
+            for number in numbers:
+                self.all[number].left = True
+                self._placement.set_weight(number, 0.0)
+            self._named -= {child.name for child in leaving}
         self._refresh()
         deadline_s = time.monotonic() + timeout_s
-        while child.meter.in_flight and time.monotonic() < deadline_s and not self._closing.wait(0.01):
-            pass
-        child.pool.close(1.0)
+        for child in leaving:
+            while child.meter.in_flight and time.monotonic() < deadline_s and not self._closing.wait(0.01):
+                pass
+            child.pool.close(1.0)
 
     def set_weight(self, place: str, weight: float) -> None:
-        """Set a node's weight; it stays until the next call."""
+        """Set the weight of a node, in equal parts of its processes; it stays until the next call."""
         with self.lock:
-            number = next(i for i, child in enumerate(self.all) if child.name == place and not child.left)
-            self._weighed_child(self.all[number], weight)
-            self._placement.set_weight(number, weight)
+            parts = [i for i, child in enumerate(self.all) if place in (child.name, child.named_by)]
+            numbers = [number for number in parts if not self.all[number].left]
+            for number in numbers:
+                self._weighed_child(self.all[number], weight / len(numbers))
+                self._placement.set_weight(number, weight / len(numbers))
         self._refresh()
 
     @property
@@ -257,9 +272,32 @@ class Children:
             with self._refreshing:
                 self.changes += self.slots.refresh(self.all)
 
+    def _add_processes(self) -> None:
+        """Add the further processes that nodes name. They share the weight that was configured for the node."""
+        if self._open_node is None:
+            return
+        for child in self.all:
+            if child.node is None or not child.up:
+                continue
+            places = [place for place in child.node.siblings if place not in self._named]
+            if not places or self._closing.is_set():
+                continue
+            named_by = child.named_by or child.name
+            parts = [one for one in self.all if named_by in (one.name, one.named_by) and not one.left]
+            whole = child.configured * len(parts) if child.configured is not None else None
+            for place in places:
+                self._named.add(place)
+                try:
+                    self.add(self._open_node(place), child.configured, named_by)
+                except ValueError as error:  # it is a child already, under another address
+                    log.info("a process that pool node %s names is left out: %s", child.name, error)
+            if whole is not None:
+                self.set_weight(named_by, whole)
+
     def _update(self) -> None:
-        """Weight nodes that are reached for the first time, and update each child's free space and each node's
-        bandwidth."""
+        """Add processes of nodes, weight nodes that are reached for the first time, and update each child's free space
+        and each node's bandwidth."""
+        self._add_processes()
         for at, child in enumerate(self.all):
             if child.node is not None and not child.weighed and child.up:
                 self._weigh(at, child, child.node)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from penstock.core.keys import BlockKey
@@ -61,11 +61,13 @@ class UnionPool:
         weights: Sequence[float | None] | None = None,
         node_id: bytes = b"",
         follow_bandwidth: bool = True,
+        open_node: Callable[[str], NodePool] | None = None,
     ) -> None:
         """Owns the children from now on. `weights` are bytes per second, the local pool's first if there is one. None
         for a node: its link is measured as soon as it is up; None for the local pool: the sum of its members' weights.
         `node_id`: the id by which the nodes know this process, if it is a node itself. `follow_bandwidth`: a node's
-        share falls when its reads become slower.
+        share falls when its reads become slower. `open_node` opens the node at an address, for further processes of
+        nodes, which they name (None: these are left out).
 
         Raises ValueError when two addresses are one node, or PoolError("network") when no child can be used; the
         children are closed then.
@@ -75,13 +77,14 @@ class UnionPool:
         try:
             # A node with members of its own is itself a node of the others' maps, under an address it does not know.
             by_slots = local is None or not node_id
-            self._children = Children(local, nodes, weights, follow_bandwidth, by_slots)
+            self._locations = Locations(len(nodes) + (local is not None))
+            grown = self._locations.add_child
+            self._children = Children(local, nodes, weights, follow_bandwidth, by_slots, grown, open_node)
         except BaseException:
             self._callbacks.close(1.0)
             raise
         self._local = local
         self._lock = self._children.lock
-        self._locations = Locations(len(self._children.all))
         self._runs = RunPlacement(self._children, self._locations)
 
     @property
@@ -100,13 +103,11 @@ class UnionPool:
 
     def add_node(self, node: NodePool, weight: float | None) -> None:
         """Add a node, owned and used from now on. Raises ValueError when it is a child already."""
-        with self._lock:
-            self._locations.add_child()
         self._children.add(node, weight)
 
     def drop_node(self, place: str, timeout_s: float) -> None:
-        """Stop using the node at this address: its blocks are misses from now on, but are not removed there. Reads
-        under way may end within `timeout_s`."""
+        """Stop using the node at this address, with the processes that it named: its blocks are misses from now on, but
+        are not removed there. Reads under way may end within `timeout_s`."""
         self._children.drop(place, timeout_s)
 
     def set_node_weight(self, place: str, weight: float) -> None:

@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from penstock.cluster.deploy.cluster_config import ProcessSpec, read_cluster_config
-from penstock.cluster.deploy.supervisor import StartFailed
 from penstock.cluster.deploy.up_command import _make_secret
+from penstock.process.supervised import StartFailed
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'penstock[ray]'")
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 
 from penstock.cluster.deploy.cluster_config import ProcessSpec
 from penstock.cluster.deploy.supervisor import Child, Supervisor
+from penstock.pool.net.connect import connect_node
+from penstock.pool.union.union_pool import UnionPool
 from tests.asking import wait_until
 
 
@@ -59,6 +65,34 @@ def test_a_process_that_cannot_be_started_now_is_tried_again_and_others_are_watc
 
         wait_until(both_again, "both processes", 120.0)
         assert len(refused) == 2 and sum("cannot be started" in line for line in told.lines) == 2
+    finally:
+        supervisor.stop()
+
+
+@pytest.mark.slow
+def test_a_pool_of_two_processes_is_started_again_as_a_whole_at_the_same_address() -> None:
+    """The process that watches the two is killed: they end, and are there again."""
+    one = spec("one")
+    supervisor = Supervisor([replace(one, flags={**one.flags, "processes": 2})], Lines())
+    try:
+        supervisor.start(120.0)
+        child = supervisor.children["one"]
+        address, parts = child.address, psutil.Process(child.pid).children()
+        assert len(parts) == 2
+        pool = connect_node(address)
+        assert isinstance(pool, UnionPool) and len(pool.weights) == 2
+        pool.close(5.0)
+        os.kill(child.pid, signal.SIGKILL)
+
+        def again() -> bool:
+            supervisor.watch()
+            return child.restarts > 0 and child.ready.is_set()
+
+        wait_until(again, "the node", 120.0)
+        assert child.address == address and not any(part.is_running() for part in parts)
+        pool = connect_node(address)
+        assert isinstance(pool, UnionPool) and len(pool.weights) == 2
+        pool.close(5.0)
     finally:
         supervisor.stop()
 

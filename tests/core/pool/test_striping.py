@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.core.pool import striping
 from penstock.core.pool.striping import CYCLE_BLOCKS, Placement, shares, spread
 
 WEIGHTS = st.lists(st.floats(0.01, 100.0), min_size=1, max_size=6)
@@ -88,3 +91,23 @@ def test_a_weight_that_changes_moves_the_share_and_a_new_member_gets_one() -> No
 def test_impossible_weights_are_refused(weights: list[float]) -> None:
     with pytest.raises(ValueError, match="weights are"):
         Placement(weights)
+
+
+def test_hundreds_of_members_are_planned_once_and_only_when_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each plan of 256 members took 0.1 s: a union of 256 nodes, which places by slots and needs none, made 257."""
+    planned: list[int] = []
+
+    def counted(counts: Sequence[int]) -> list[int]:
+        planned.append(len(counts))
+        return spread(counts)
+
+    monkeypatch.setattr(striping, "spread", counted)
+    placement = Placement([1.0] * 50)
+    for member in range(50):
+        placement.set_weight(member, 2.0)
+    placement.set_health(7, False)
+    placement.add(2.0)
+    assert placement.weights[0] == pytest.approx(1 / 51) and not planned
+    assert placement.owner(0) in placement.taking and placement.order(0) and planned == [51]
+    placement.set_health(7, True)
+    assert placement.rank(840, 7) > 0 and planned == [51, 51]

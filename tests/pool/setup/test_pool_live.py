@@ -20,7 +20,7 @@ from penstock.pool.net.connect import connect_pool
 from tests.pool.helpers import chain, key_of, read, until, write
 
 COMMAND = [sys.executable, "-m", "penstock"]
-WAIT_S = 30.0
+WAIT_S = 60.0
 MEMORY = '[[member]]\nkind = "memory"\ncapacity = "1MiB"\nweight = 1\n'
 SLAB = '[[member]]\nkind = "uring"\npath = "{}.slab"\ncapacity = "8MiB"\nweight = 1\n'
 
