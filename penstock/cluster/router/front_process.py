@@ -18,7 +18,7 @@ from penstock.cluster.router.front_start import FrontStart, read_start, share_of
 if TYPE_CHECKING:
     from penstock.cluster.router.front_engine import FrontEngine
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("penstock.cluster.router.front_process")  # this module is __main__
 
 CLOSE_TIMEOUT_S = 5.0
 LINKED_S = 3.0  # before it serves clients it waits so long for connections to all engines

@@ -119,7 +119,7 @@ def _serve_by_fronts(flags: RouterFlags) -> None:
     from penstock.cluster.router.front_pages import placer_record
     from penstock.cluster.router.front_supervisor import FrontsFailed, FrontSupervisor
     from penstock.cluster.router.placer import Placer
-    from penstock.cluster.router.router_flags import router_settings, server_settings
+    from penstock.cluster.router.router_flags import router_settings, server_settings, tokenizer_folder
     from penstock.process.file_limit import raise_file_limit
     from penstock.process.startup_objects import freeze_startup_objects
     from penstock.server.run import BACKLOG, LAST_WORDS_S, bind, url_of, warn_of_open_port
@@ -135,6 +135,7 @@ def _serve_by_fronts(flags: RouterFlags) -> None:
         url = url_of(listener, server_side.tls is not None)
         warn_of_open_port(server_side, listener, url)
         listener.listen(BACKLOG)
+        tokenizer_folder(flags)  # so that the fronts find it
         cluster.listen()
         placer = Placer(cluster, secret, settings, tls, fronts=flags.fronts)
         placer.record_of = partial(placer_record, placer, server_side.model_name)

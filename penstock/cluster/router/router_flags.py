@@ -65,15 +65,26 @@ def router_settings(flags: RouterFlags) -> RouterSettings:
     return RouterSettings(**taken_over(RouterTimes, flags), scheduler=scheduler, sidecar=flags.sidecar)
 
 
-def router_codec(flags: RouterFlags) -> TextCodec | None:
-    """The tokenizer of `model`, not started; None without one. Raises ValueError or OSError."""
+def tokenizer_folder(flags: RouterFlags) -> Path | None:
+    """The folder of `model`, loaded from the hub where it is an id; None without one. Raises ValueError or OSError."""
     if not flags.model:
         return None
     from penstock.engine.checkpoint_folder import quiet_transformers, resolve_folder
+
+    with quiet_transformers():
+        return resolve_folder(flags.model, "dummy", flags.revision)
+
+
+def router_codec(flags: RouterFlags) -> TextCodec | None:
+    """The tokenizer of `model`, not started; None without one. Raises ValueError or OSError."""
+    folder = tokenizer_folder(flags)
+    if folder is None:
+        return None
+    from penstock.engine.checkpoint_folder import quiet_transformers
     from penstock.server.text import load_text_codec
 
     with quiet_transformers():
-        return load_text_codec(resolve_folder(flags.model, "dummy", flags.revision))
+        return load_text_codec(folder)
 
 
 def server_settings(flags: RouterFlags) -> ServerSettings:

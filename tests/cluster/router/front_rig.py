@@ -47,7 +47,7 @@ class FrontedCluster(Cluster):
         front = FrontEngine(sockets, self.prefix_secret, self.secret, self.settings, self.tls)
         front.say_ready()
         self.fronts[slot] = front
-        self.router = self.fronts.get(0, front)
+        self.router: Any = self.fronts.get(0, front)
         wait_until(lambda: slot in self.placer.ready, "a front")
         return front
 
