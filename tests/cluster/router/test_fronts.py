@@ -12,6 +12,7 @@ import pytest
 from penstock.cluster import wire
 from penstock.cluster.router import front_engine, placer
 from penstock.cluster.router.engine_registry import EngineRegistry
+from penstock.core.cluster.decisions import InterEngineConfig
 from penstock.engine.api import GenerationRequest, Overloaded
 from penstock.engine.runner import SamplingParams
 from penstock.pool.net.secret import Secret
@@ -134,6 +135,22 @@ def test_the_placer_takes_an_attempt_back_that_its_front_still_goes_on_with(monk
         finished(client, PROMPT, 15)
         assert c.counter("restarts") == 1 and len(decode.placed) == 2
         wait_until(lambda: known_to_placer(c) == 0, "no request is left at the placer")
+
+
+def test_reads_of_a_storage_nic_that_is_cut_go_to_the_other_side() -> None:
+    prompt = list(range(200))
+    with fronted(scheduler=InterEngineConfig(read="prefill", block_tokens=16)) as c:
+        c.engine("p", "prefill")
+        c.engine("d", "decode")
+        finished(c.ask(prompt, 3), prompt, 3)  # its prefix is a hit from now on
+        c.hosts["p"].hold_after = 0
+        client = c.ask(prompt, 3, router=c.fronts[1])
+        wait_until(lambda: c.hosts["p"].running == 1, "the prefill part")
+        c.hosts["p"].storage_up = False
+        wait_until(lambda: bool(c.hosts["p"].replanned), "the new plan")
+        assert c.hosts["p"].replanned[0][1] == "prefill"
+        c.hosts["p"].release()
+        finished(client, prompt, 3)
 
 
 def test_a_client_that_goes_has_its_request_end_everywhere() -> None:
