@@ -302,8 +302,8 @@ class EngineRegistration:
             session.cut(why)
             with self._lock:
                 self._session = None
+                self.registered.clear()
                 self._to_send.notify_all()
-            self.registered.clear()
             sender.join(JOIN_S)
             self._lost_s = time.monotonic()
             if not self._closing.is_set():
@@ -319,10 +319,11 @@ class EngineRegistration:
 
     def _linked(self) -> None:
         """`registered` is set once requests can come: over all connections that the router asks for."""
-        session = self._session
-        if session is not None and not self.registered.is_set() and self._links.all_registered(time.monotonic()):
+        with self._lock:
+            if self._session is None or self.registered.is_set() or not self._links.all_registered(time.monotonic()):
+                return
             self.registered.set()
-            self._on_registered()
+        self._on_registered()
 
     def _receive_all(self, session: _Session) -> None:
         while session.over is None:

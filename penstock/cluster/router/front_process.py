@@ -45,6 +45,7 @@ def main() -> int:
 def _serve(start: FrontStart) -> str | None:
     """Returns the internal error that ended it. Raises ValueError or OSError with one line."""
     from penstock.cluster.peer_proof import proof_of
+    from penstock.cluster.router.front_balance import FrontBalance
     from penstock.cluster.router.front_engine import FrontEngine, FrontSockets
     from penstock.cluster.router.front_pages import FrontPages
     from penstock.cluster.router.router_flags import router_codec, router_settings, server_settings
@@ -69,7 +70,8 @@ def _serve(start: FrontStart) -> str | None:
             pages = FrontPages(engine)
             app = ServerApp(engine, codec, server_side, pages.routes, VllmApi(engine, server_side))
             pages.serve(app)
-            server = HttpServer(app, listener, engine.say_ready)
+            balance = FrontBalance(start.balance, start.slot, start.fronts)
+            server = HttpServer(app, listener, engine.say_ready, balance)
             engine.on_failed = server.stop
             _await_links(engine)
             freeze_startup_objects()

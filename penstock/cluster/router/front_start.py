@@ -21,6 +21,7 @@ class FrontStart:
     channel: int
     links: int
     prefixes: int
+    balance: int
     prefix_secret: bytes
     flags: RouterFlags
 
@@ -45,6 +46,7 @@ def share_of(settings: ServerSettings, fronts: int) -> ServerSettings:
         settings,
         open_requests_max=-(-settings.open_requests_max // fronts),
         connections_max=-(-settings.connections_max // fronts),
+        idle_of_address_max=-(-settings.idle_of_address_max // fronts),
         open_bodies_bytes_max=max(settings.body_bytes_max, settings.open_bodies_bytes_max // fronts),
         resumable=False,  # another front does not have the answer
     )

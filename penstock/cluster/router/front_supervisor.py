@@ -14,6 +14,7 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 
+from penstock.cluster.router.front_balance import FrontBalance, make_balance
 from penstock.cluster.router.front_engine import new_prefix_secret
 from penstock.cluster.router.front_start import FrontStart, packed_start
 from penstock.cluster.router.placer import Placer
@@ -57,7 +58,7 @@ class FrontSupervisor:
     _processes: list[_Process] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._prefixes = make_table()
+        self._prefixes, self._balance = make_table(), make_balance()
         self._secret = new_prefix_secret()
         self._silent: set[int] = set()
         self.placer.on_silent = self._silent.add
@@ -119,10 +120,10 @@ class FrontSupervisor:
             except OSError as error:  # no memory, or too many processes, at present
                 self._pause(process, now, f"cannot be started: {error}")
 
-    @staticmethod
-    def _pause(process: _Process, now: float, why: str) -> None:
+    def _pause(self, process: _Process, now: float, why: str) -> None:
         log.error("front %d %s; again in %g s", process.slot, why, process.pause_s)
         process.again_s = now + process.pause_s
+        FrontBalance(self._balance, process.slot, self.fronts).have(None)
         process.pause_s = min(2 * process.pause_s, PAUSES_S[1])
 
     def _start(self, process: _Process) -> None:
@@ -131,7 +132,9 @@ class FrontSupervisor:
         links, its_links = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with its_channel, its_links:
             try:
-                files = self.listener.fileno(), its_channel.fileno(), its_links.fileno(), self._prefixes
+                FrontBalance(self._balance, process.slot, self.fronts).have(None)  # until it accepts
+                shared = self._prefixes, self._balance
+                files = self.listener.fileno(), its_channel.fileno(), its_links.fileno(), *shared
                 start = FrontStart(process.slot, self.fronts, *files, self._secret, self.flags)
                 process.again_s, process.started_s = None, time.monotonic()
                 process.popen = popen = subprocess.Popen(
@@ -168,3 +171,4 @@ class FrontSupervisor:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 popen.wait(KILLED_S)
         os.close(self._prefixes)
+        os.close(self._balance)

@@ -323,6 +323,5 @@ def test_a_router_that_comes_back_without_fronts_has_the_same_engines() -> None:
             try:
                 wait_until(lambda: "e" in router.port.engines and router.healthy()[0], "the engine registers")
                 finished(c.ask(PROMPT, 6, router=router), PROMPT, 6)
-                assert router.port.counts.refused_protocol <= 2  # links that were tried meanwhile
             finally:
                 router.close(5.0)
